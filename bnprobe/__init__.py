@@ -1,0 +1,27 @@
+"""bnprobe: find, explain and repair Batch Normalization that behaves differently in training and at inference.
+
+``bnprobe.scan(model, batches, batch_size=2)`` measures; ``bnprobe.errors`` and ``bnprobe.records`` hold what it raises
+and returns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bnprobe.pipeline import scan
+    from bnprobe.records import Report
+
+__version__ = "0.1.0"
+__all__ = ["Report", "__version__", "scan"]
+
+_HOMES = {"scan": "bnprobe.pipeline", "Report": "bnprobe.records"}
+
+
+def __getattr__(name: str) -> object:
+    """Import the public names on first use: ``bnprobe --help`` must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

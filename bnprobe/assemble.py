@@ -1,0 +1,204 @@
+"""From evidence to report: plain floats and strings, thresholds applied, nothing measured any more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bnprobe.errors import NonFiniteError, NothingToProbeError
+from bnprobe.probing.evidence import CallSums, Evidence, PathEvidence, Sums, Values, merge_values
+from bnprobe.probing.intercept import Slot
+from bnprobe.probing.layers import ProbedLayer
+from bnprobe.records import (
+    BatchSizePoint,
+    CallMeasurement,
+    Distribution,
+    Histogram,
+    Interval,
+    Layer,
+    PathMeasurement,
+    SkippedLayer,
+    Summary,
+)
+from bnprobe.spec import ScanSettings
+from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
+from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size, mismatch_iid
+from bnprobe.stats.uncertainty import mean_interval, standing
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The part of a report that comes from the evidence."""
+
+    summary: Summary
+    layers: tuple[Layer, ...]
+    skipped: tuple[SkippedLayer, ...]
+
+
+def assemble(evidence: Evidence, settings: ScanSettings) -> Findings:
+    """Judge every layer.
+
+    Raises:
+        NonFiniteError: Activations on the train path were NaN or Inf; names the first layer.
+        NothingToProbeError: No BN layer was called.
+    """
+    _require_finite(evidence)
+    called = {index for index, _ in evidence.values}
+    selected = evidence.layers.selected
+    if not called & {layer.index for layer in selected}:
+        raise NothingToProbeError(
+            f"None of the {len(selected)} BN layers was called by the forward pass. If the model's parts are called"
+            " otherwise, add a function forward(model, batch) to the model file."
+        )
+    layers = tuple(_layer(evidence, layer, settings) for layer in selected if layer.index in called)
+    never = [layer for layer in selected if layer.index not in called]
+    skipped = (*evidence.layers.skipped, *map(_never_called, never), *_functional(evidence))
+    return Findings(_summary(evidence, layers, skipped), layers, skipped)
+
+
+def _summary(evidence: Evidence, layers: tuple[Layer, ...], skipped: tuple[SkippedLayer, ...]) -> Summary:
+    return Summary(
+        layers=len(layers),
+        flagged=sum(layer.flagged for layer in layers),
+        undecided=sum(layer.undecided for layer in layers),
+        skipped=len(skipped),
+        output=evidence.output,
+    )
+
+
+def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings) -> Layer:
+    slots = [slot for slot in evidence.values if slot[0] == layer.index]
+    train, eval_ = (_path(path, layer.index, slots) for path in (evidence.train, evidence.eval))
+    threshold = settings.threshold_of(layer.name)
+    paths = [path for path in (train, eval_) if path is not None]
+    status = standing([path.interval for path in paths], mismatch_iid(threshold))
+    frozen = _is_frozen(evidence, layer)
+    return Layer(
+        name=layer.name,
+        aliases=layer.aliases,
+        kind=type(layer.module).__name__,
+        channels=layer.info.channels,
+        eps=layer.info.eps,
+        momentum=layer.info.momentum,
+        batches_tracked=layer.info.batches_tracked,
+        calls_per_forward=len(slots),
+        values_per_channel=evidence.values[slots[0]],
+        running_statistics=layer.info.running_mean is not None,
+        threshold=threshold,
+        flagged=status == "flagged" and not frozen,
+        undecided=status == "undecided" and not frozen,
+        note=_note(evidence, layer, slots),
+        train=train,
+        eval=eval_,
+        calls=_calls(evidence, slots) if len(slots) > 1 else (),
+        batch_sizes=tuple(_points(evidence, layer.index)),
+    )
+
+
+def _path(path: PathEvidence, index: int, slots: list[Slot]) -> PathMeasurement | None:
+    calls = [path.calls[slot] for slot in slots if slot in path.calls]
+    if index not in path.layers or any(call.first_bad >= 0 for call in calls):
+        return None
+    return _measurement(path.layers[index], calls)
+
+
+def _measurement(sums: Sums, calls: list[CallSums]) -> PathMeasurement:
+    interval = mean_interval(sums.count, sums.total, sums.square)
+    size = equivalent_batch_size(sums.mean)
+    return PathMeasurement(
+        mismatch=sums.mean,
+        interval=interval,
+        equivalent_batch_size=size,
+        equivalent_batch_size_interval=_size_interval(interval),
+        r=_distribution(merge_values([call.r for call in calls]), R_AXIS, clipped_r_iid(size or math.inf)),
+        d=_distribution(merge_values([call.d for call in calls]), D_AXIS, clipped_d_iid(size or math.inf)),
+    )
+
+
+def _size_interval(interval: Interval) -> Interval:
+    low, high = interval
+    lower = 1.0 if high is None else equivalent_batch_size(high)
+    return (1.0 if lower is None else lower), equivalent_batch_size(low)
+
+
+def _distribution(values: Values, axis: Axis, clipped_iid: float) -> Distribution:
+    mean = values.total / values.count
+    return Distribution(
+        mean=mean,
+        std=math.sqrt(max(values.square / values.count - mean * mean, 0.0)),
+        min=values.low,
+        max=values.high,
+        quantiles=axis.quantiles(values.histogram, values.low, values.high),
+        histogram=Histogram(axis.edges, axis.coarsen(values.histogram)),
+        clipped=values.clipped / values.count,
+        clipped_iid=clipped_iid,
+    )
+
+
+def _calls(evidence: Evidence, slots: list[Slot]) -> tuple[CallMeasurement, ...]:
+    return tuple(
+        CallMeasurement(
+            index=slot[1],
+            values_per_channel=evidence.values[slot],
+            train=_call(evidence.train, slot),
+            eval=_call(evidence.eval, slot),
+        )
+        for slot in slots
+    )
+
+
+def _call(path: PathEvidence, slot: Slot) -> PathMeasurement | None:
+    call = path.calls.get(slot)
+    return _measurement(call.mismatch, [call]) if call and call.first_bad < 0 else None
+
+
+def _points(evidence: Evidence, index: int) -> Iterable[BatchSizePoint]:
+    for size, path in evidence.batch_sizes.items():
+        sums = path.layers.get(index)
+        if sums and sums.count and math.isfinite(sums.total):
+            interval = mean_interval(sums.count, sums.total, sums.square)
+            yield BatchSizePoint(size, sums.count, sums.mean, interval, equivalent_batch_size(sums.mean))
+
+
+def _is_frozen(evidence: Evidence, layer: ProbedLayer) -> bool:
+    """Whether the model's own train() leaves the layer in eval mode: then both paths use the running statistics."""
+    return layer.index not in evidence.by_batch["train"]
+
+
+def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | None:
+    if layer.info.running_mean is None:
+        return "no running statistics (track_running_stats=False): the batch's are used at inference too"
+    if layer.index in evidence.by_batch["eval"]:
+        return "normalizes with the statistics of the batch at inference too, although it keeps running ones"
+    if _is_frozen(evidence, layer):
+        return "frozen: model.train() leaves it in eval mode, so both paths use the running statistics"
+    if any(evidence.eval.calls[slot].first_bad >= 0 for slot in slots if slot in evidence.eval.calls):
+        return "NaN or Inf arrives here on the eval path: the running statistics of earlier layers let it grow"
+    if evidence.values[slots[0]] == 1:
+        return "one value per channel in a micro-batch: training raises an error at this batch size"
+    return None
+
+
+def _never_called(layer: ProbedLayer) -> SkippedLayer:
+    return SkippedLayer(layer.name, type(layer.module).__name__, "never called by the forward pass")
+
+
+def _functional(evidence: Evidence) -> list[SkippedLayer]:
+    reason = "functional batch_norm outside any BN layer: its statistics belong to no layer that could be probed"
+    return [SkippedLayer(place, "batch_norm", reason) for place in sorted(evidence.functional)]
+
+
+def _require_finite(evidence: Evidence) -> None:
+    """The train path must be finite; on the eval path an overflow is a symptom, and a note says where it starts."""
+    bad = [(call.first_bad, slot) for slot, call in evidence.train.calls.items() if call.first_bad >= 0]
+    if not bad:
+        return
+    first_step = min(step for step, _ in bad)
+    slot = next(slot for step, slot in bad if step == first_step)
+    layer = evidence.layers.layers[slot[0]]
+    raise NonFiniteError(
+        f"The input of {layer.name} ({type(layer.module).__name__}) holds NaN or Inf in training mode: it is the first"
+        f" of {len(bad)} such layers in network order. Look at what feeds it (weights that are not finite, an overflow"
+        " in half precision, a division by zero)."
+    )

@@ -1,0 +1,54 @@
+"""The ``bnprobe`` command and its subcommands."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import bnprobe
+from bnprobe.cli.init import init
+from bnprobe.cli.scan import scan
+from bnprobe.errors import EXIT_NOTHING, BnprobeError, UserCodeError
+
+app = typer.Typer(
+    name="bnprobe",
+    help="Find, explain and repair Batch Normalization that behaves differently in training and at inference.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+)
+app.command()(scan)
+app.command()(init)
+
+
+def main() -> None:
+    """Run the command line; errors that bnprobe raises on purpose become messages and exit codes."""
+    try:
+        app()
+    except BnprobeError as error:
+        print(f"bnprobe: error: {error}", file=sys.stderr)
+        if isinstance(error, UserCodeError) and error.frames:
+            print(error.frames.rstrip(), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("bnprobe: interrupted before anything was measured.", file=sys.stderr)
+        sys.exit(EXIT_NOTHING)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"bnprobe {bnprobe.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    pass

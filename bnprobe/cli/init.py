@@ -1,0 +1,34 @@
+"""``bnprobe init``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+STARTER = ("model.py", "spec.yaml")
+"""The files of a starter, shipped in ``bnprobe/starter``."""
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where to write; created if missing.")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
+) -> None:
+    """Write a commented starter model.py and spec.yaml that scan at once."""
+    from importlib.resources import files
+
+    from bnprobe.cli.write import write_whole
+    from bnprobe.errors import OutputError
+
+    existing = [folder / name for name in STARTER if (folder / name).exists()]
+    if existing and not force:
+        raise OutputError(f"{existing[0]} exists already; choose another folder, or --force to overwrite it.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The folder {folder} could not be made: {error.strerror}.") from None
+    for name in STARTER:
+        write_whole(folder / name, files("bnprobe").joinpath("starter", name).read_text(encoding="utf-8"))
+        typer.echo(f"wrote {folder / name}")
+    typer.echo(f"next: bnprobe scan {folder / 'spec.yaml'}")

@@ -1,0 +1,97 @@
+"""Write a report to the terminal or to a file."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from bnprobe.errors import OutputError
+from bnprobe.records import Report
+from bnprobe.reports import FORMATS, RenderOptions
+
+
+def check_writable(output: Path | None) -> None:
+    """Refuse an output that could not be written, before anything is measured.
+
+    Raises:
+        OutputError: The folder is missing or read-only, or the file is a folder.
+    """
+    if output is None:
+        return
+    if output.is_dir():
+        raise OutputError(f"--output {output} is a folder; give a file name in it.")
+    folder = output.parent
+    if not folder.is_dir():
+        raise OutputError(f"The folder {folder} of --output does not exist; create it first.")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"The folder {folder} of --output cannot be written to.")
+
+
+def write_report(report: Report, format_: str, output: Path | None, show_all: bool) -> None:
+    """Render the report; to ``output`` if given, else to stdout."""
+    render = FORMATS[format_]
+    if output is None:
+        sys.stdout.write(render(report, _terminal_options(show_all)))
+        sys.stdout.flush()
+        return
+    plain = RenderOptions(show_all=show_all, command=_command())
+    write_whole(output, render(report, plain))
+    flagged, layers = report.summary.flagged, report.summary.layers
+    print(f"{flagged} of {layers} layers flagged; report written to {output}", file=sys.stderr)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a neighbour is written first, then renamed.
+
+    Raises:
+        OutputError: It could not be written; what was there before is still there.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _terminal_options(show_all: bool) -> RenderOptions:
+    stdout = sys.stdout
+    colored = stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    return RenderOptions(
+        width=shutil.get_terminal_size(fallback=(80, 24)).columns,
+        color=colored,
+        show_all=show_all,
+        unicode=_can_encode("✗▁█│×", stdout.encoding),
+        command=_command(),
+    )
+
+
+def _can_encode(text: str, encoding: str | None) -> bool:
+    try:
+        text.encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _command() -> str:
+    return shlex.join(["bnprobe", *sys.argv[1:]])

@@ -1,0 +1,114 @@
+"""Everything bnprobe raises on purpose.
+
+    BnprobeError                exit 2 unless said otherwise
+    |- UsageError               an option or argument that cannot work
+    |- SpecError                the spec file: unknown key, wrong type, bad YAML
+    |- ModelError               the model file, module or symbol
+    |- CheckpointError          the weights file
+    |- DataError                the loader, the data set or a batch
+    |- UserCodeError            an exception in the user's own code
+    |- NonFiniteError           NaN or Inf in inputs, buffers or activations
+    |- DeviceError              a device that is not there, or out of memory at one micro-batch
+    |- OutputError              a report that could not be written
+    `- NothingToProbeError      no BN layer, or none was called: exit 3
+
+A message is one or more complete sentences for the user: what was found, where (file, line, layer, key)
+and what to do.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from pathlib import Path
+
+EXIT_CLEAN = 0
+EXIT_FINDINGS = 1
+EXIT_ERROR = 2
+EXIT_NOTHING = 3
+
+_LIBRARY_ROOTS = tuple(
+    str(Path(path).resolve())
+    for path in {
+        sysconfig.get_path("stdlib"),
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+        str(Path(__file__).parent),
+    }
+)
+
+
+class BnprobeError(Exception):
+    """Base of all errors that bnprobe raises on purpose."""
+
+    exit_code = EXIT_ERROR
+
+
+class UsageError(BnprobeError):
+    """An option or argument that cannot work."""
+
+
+class SpecError(BnprobeError):
+    """The spec file is wrong: an unknown key, a wrong type, a bad YAML line."""
+
+
+class ModelError(BnprobeError):
+    """The model file, module or symbol could not give a model."""
+
+
+class CheckpointError(BnprobeError):
+    """The weights file could not be read, or does not fit the model."""
+
+
+class DataError(BnprobeError):
+    """The loader, the data set or a batch cannot be used."""
+
+
+class UserCodeError(BnprobeError):
+    """An exception in the user's own code.
+
+    Args:
+        call: What bnprobe was doing, e.g. ``"calling load_model() of model.py"``.
+        error: The exception that came out of the user's code.
+    """
+
+    def __init__(self, call: str, error: BaseException) -> None:
+        self.call = call
+        self.error = error
+        super().__init__(f"{type(error).__name__} while {call}: {error}".rstrip(": "))
+
+    @property
+    def frames(self) -> str:
+        """The user's own frames of the traceback, without those of Python, torch and bnprobe."""
+        return "".join(traceback.format_list(_user_frames(self.error)))
+
+
+class NonFiniteError(BnprobeError):
+    """NaN or Inf in inputs, buffers or activations."""
+
+
+class DeviceError(BnprobeError):
+    """A device that is not there, or that has no memory for one micro-batch."""
+
+
+class OutputError(BnprobeError):
+    """A report that could not be written."""
+
+
+class NothingToProbeError(BnprobeError):
+    """The model has no BN layer, or none was called."""
+
+    exit_code = EXIT_NOTHING
+
+
+def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if not is_library_file(frame.filename)]
+
+
+def is_library_file(filename: str) -> bool:
+    """Whether a file belongs to Python, an installed package or bnprobe, rather than to the user."""
+    if filename.startswith("<"):
+        return True
+    path = Path(filename).resolve()
+    return any(path.is_relative_to(root) for root in _LIBRARY_ROOTS)

@@ -1,0 +1,292 @@
+"""The user's data -> micro-batches of the size asked for, in the order of the user's own loader.
+
+Batch size decides the diagnosis. So a DataLoader is rebuilt at the size asked for, with its own sampler and
+collate function, or refused where that cannot be done; never used at another size in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from bnprobe.errors import DataError, UsageError
+from bnprobe.loading.modules import UserModule, locate
+from bnprobe.loading.rebuild import own_batch_size, rebuilt, refuse_rebuild
+from bnprobe.loading.usercode import GuardedBatches, accepts, kind_of, signature_of, user_code
+from bnprobe.spec import DataSpec
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """Micro-batches, as the user's loader collates them.
+
+    Attributes:
+        batches: Yields batches of ``batch_size`` images; the last one may be partial.
+        batch_size: Images in a batch, as asked for; an iterable that is no loader may differ.
+        description: Where they come from, in words.
+        length: Number of batches, where known.
+        images: Number of images, where known.
+        synthetic: They are made up.
+        notes: What the reader should know, a sentence each.
+    """
+
+    batches: Iterable[Any]
+    batch_size: int
+    description: str
+    length: int | None = None
+    images: int | None = None
+    synthetic: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is wanted of the user's data.
+
+    Attributes:
+        origin: What gave the data, e.g. "load_data(batch_size=2) of model.py".
+        batch_size: Asked for; None: the loader's own.
+        told: The size that the user's function was called with, or chose by default; None: it was not told.
+    """
+
+    origin: str
+    batch_size: int | None
+    told: int | None = None
+
+
+def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
+    """The data: the spec's target; else load_data, loader or dataset of the model's module; else synthetic.
+
+    Raises:
+        DataError: There is no data, or it cannot be had at this batch size.
+        UsageError: No batch size is known.
+        UserCodeError: The user's code raised.
+    """
+    found = _find(spec, module)
+    if found is not None:
+        source = _from_symbol(*found, spec)
+        if not spec.input_shape:
+            return source
+        note = f"The input shape was not used, since {source.description} gives real data."
+        return replace(source, notes=(*source.notes, note))
+    if not spec.input_shape:
+        raise DataError(_no_data(module))
+    return synthetic_source(list(spec.input_shape), _known(spec.batch_size, "synthetic images"), spec.seed)
+
+
+def as_batch_source(batches: Any, batch_size: int | None = None, origin: str = "the data given") -> BatchSource:
+    """A DataLoader, Dataset or iterable of batches as micro-batches of ``batch_size``.
+
+    A Dataset is read in its order. Another iterable is taken as it is: it yields batches of ``batch_size``.
+
+    Args:
+        batches: The data.
+        batch_size: Images in a micro-batch; None: the loader's own.
+        origin: How messages name the data.
+
+    Raises:
+        DataError: The data cannot be had at this batch size, or is empty.
+        UsageError: No batch size is known.
+    """
+    return _from_value(batches, _Request(origin, batch_size))
+
+
+def synthetic_source(shapes: list[tuple[int, ...]], batch_size: int, seed: int) -> BatchSource:
+    """Endless standard-normal float32 batches.
+
+    Args:
+        shapes: Shape of one image for each input of the model, without the batch axis.
+        batch_size: Images in a micro-batch.
+        seed: Seed of the images; every iteration gives the same ones.
+    """
+    words = " and ".join("x".join(map(str, shape)) for shape in shapes)
+    description = f"synthetic images of shape {words}"
+    return BatchSource(_Synthetic(shapes, batch_size, seed), batch_size, description, synthetic=True)
+
+
+@dataclass(frozen=True)
+class _Synthetic:
+    shapes: list[tuple[int, ...]]
+    batch_size: int
+    seed: int
+
+    def __iter__(self) -> Iterator[torch.Tensor | tuple[torch.Tensor, ...]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            batch = tuple(
+                torch.randn((self.batch_size, *shape), generator=generator, dtype=torch.float32)
+                for shape in self.shapes
+            )
+            yield batch[0] if len(batch) == 1 else batch
+
+
+# ---- finding the data
+
+
+def _find(spec: DataSpec, module: UserModule | None) -> tuple[UserModule, str] | None:
+    if spec.target is not None:
+        module, symbol = locate(spec.target, module)
+        if symbol is not None:
+            return module, symbol
+    if module is None:
+        return None
+    named = next((name for name in ("load_data", "loader", "dataset") if module.find(name) is not None), None)
+    if named is None and spec.target is not None:
+        raise DataError(_no_data(module))
+    return (module, named) if named else None
+
+
+def _no_data(module: UserModule | None) -> str:
+    where = f"{module.name} has no load_data(batch_size), loader or dataset" if module else "There is no data"
+    return (
+        f"{where}. Add one of them, name one in the spec (data: target), or give --input-shape, "
+        "e.g. 3,224,224, to probe with synthetic images."
+    )
+
+
+def _from_symbol(module: UserModule, symbol: str, spec: DataSpec) -> BatchSource:
+    value, name = module.get(symbol), f"{symbol} of {module.name}"
+    if _is_callable_data(value):
+        return _from_call(value, name, spec)
+    if spec.args:
+        raise DataError(f"{name} is {kind_of(value)}, which takes no data.args ({', '.join(spec.args)}).")
+    if symbol == "dataset" and hasattr(value, "__getitem__") and not isinstance(value, DataLoader):
+        return _from_dataset(value, _Request(name, spec.batch_size))  # a plain list of samples will do
+    return _from_value(value, _Request(name, spec.batch_size))
+
+
+def _is_callable_data(value: Any) -> bool:
+    if isinstance(value, type):
+        return True
+    return callable(value) and not hasattr(value, "__iter__") and not hasattr(value, "__getitem__")
+
+
+def _from_call(function: Callable[..., Any], name: str, spec: DataSpec) -> BatchSource:
+    args, told = dict(spec.args), None
+    if accepts(function, "batch_size"):
+        told = _told(function, name, spec)
+        if spec.batch_size is not None:
+            args["batch_size"] = spec.batch_size
+    symbol, _, where = name.partition(" of ")
+    call = f"{symbol}({', '.join(f'{key}={value!r}' for key, value in args.items())}) of {where}"
+    with user_code(f"calling {call}"):
+        value = function(**args)
+    return _from_value(value, _Request(name, spec.batch_size, told))
+
+
+def _told(function: Callable[..., Any], name: str, spec: DataSpec) -> int | None:
+    """The batch size that the user's function will work with."""
+    if spec.batch_size is not None:
+        return spec.batch_size
+    parameter = signature_of(function).get("batch_size")
+    default = parameter.default if parameter else None
+    chosen = spec.args.get("batch_size", default)
+    if parameter and chosen is parameter.empty:
+        raise UsageError(f"{name} asks for a batch size. Give one with --batch-size.")
+    return chosen if isinstance(chosen, int) else None
+
+
+# ---- making a source of it
+
+
+def _from_value(value: Any, request: _Request) -> BatchSource:
+    if isinstance(value, DataLoader):
+        return _from_loader(value, request)
+    if isinstance(value, Dataset):
+        return _from_dataset(value, request)
+    _refuse_no_batches(value, request.origin)
+    size = _known(request.batch_size or request.told, request.origin)
+    length = _length(value, request.origin)
+    if length == 0:
+        raise DataError(f"{request.origin} is empty: it gives no batch.")
+    return BatchSource(GuardedBatches(value, request.origin), size, request.origin, length)
+
+
+def _refuse_no_batches(value: Any, origin: str) -> None:
+    advice = "Give a DataLoader, a Dataset or an iterable of batches."
+    parts = list(value.values()) if isinstance(value, Mapping) else value
+    if isinstance(parts, tuple | list) and any(isinstance(part, DataLoader | Dataset) for part in parts):
+        raise DataError(f"{origin} gives {kind_of(value)}, but one loader is needed. Return that one alone.")
+    iterable = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
+    one_array = hasattr(value, "__array__")  # a tensor would be taken apart into images
+    if not iterable or one_array or isinstance(value, str | bytes | Mapping | type):
+        raise DataError(f"{origin} gives {kind_of(value)}, which is no source of batches. {advice}")
+
+
+def _from_dataset(dataset: Any, request: _Request) -> BatchSource:
+    size = _known(request.batch_size or request.told, request.origin)
+    images = _length(dataset, request.origin)
+    _check_images(images, size, request.origin)
+    source = _loader_source(DataLoader(dataset, batch_size=size), size, request.origin, images)
+    return replace(source, notes=(f"{request.origin} is a data set and was read in its own order.",))
+
+
+def _from_loader(loader: DataLoader[Any], request: _Request) -> BatchSource:
+    own = own_batch_size(loader)
+    size = _known(request.batch_size or own or request.told, request.origin)
+    images = _images_of(loader, request.origin)
+    _check_images(images, size, request.origin)
+    if own == size or (own is None and request.told == size):
+        return _loader_source(loader, size, request.origin, images)
+    refuse_rebuild(loader, own, size, request.origin)
+    with user_code(f"rebuilding {request.origin} at batch size {size}"):
+        again = rebuilt(loader, size)
+    source = _loader_source(again, size, request.origin, images)
+    note = f"The loader was rebuilt at batch size {size}, with its own sampler; it had {own}."
+    return replace(source, notes=(note,))
+
+
+def _loader_source(loader: DataLoader[Any], size: int, origin: str, images: int | None) -> BatchSource:
+    length = _length(loader, origin)
+    if length == 0:
+        raise DataError(f"{origin} is empty: it gives no batch.")
+    words = origin if images is None else f"{origin} ({images} images)"
+    return BatchSource(GuardedBatches(loader, origin), size, words, length, images)
+
+
+def _images_of(loader: DataLoader[Any], origin: str) -> int | None:
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return None  # an iterable data set may count batches or images; a batch sampler may repeat images
+    return _length(loader.sampler, origin)
+
+
+def _check_images(images: int | None, size: int, origin: str) -> None:
+    if images == 0:
+        raise DataError(f"{origin} is empty: its data set has no images.")
+    if images is not None and size > images:
+        raise DataError(
+            f"Batch size {size} is larger than the data set of {images} images ({origin}). "
+            f"Give a --batch-size of at most {images}."
+        )
+
+
+def _length(value: Any, origin: str) -> int | None:
+    """len(), or None where there is none: of an iterator, or of a loader over an iterable data set."""
+    if not isinstance(value, Sized):
+        return None
+    try:
+        with user_code(f"asking for the length of {origin}"):
+            return _sized(value)
+    except _NoLengthError:
+        return None
+
+
+class _NoLengthError(DataError):
+    pass
+
+
+def _sized(value: Sized) -> int:
+    try:
+        return len(value)
+    except (TypeError, NotImplementedError):
+        raise _NoLengthError from None
+
+
+def _known(batch_size: int | None, origin: str) -> int:
+    if batch_size is None:
+        raise UsageError(f"The batch size of {origin} is not known. Give one, e.g. with --batch-size 2.")
+    return batch_size

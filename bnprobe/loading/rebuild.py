@@ -1,0 +1,62 @@
+"""Whether a DataLoader can be had at another batch size, and that loader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from bnprobe.errors import DataError
+
+
+def own_batch_size(loader: DataLoader[Any]) -> int | None:
+    """A custom batch sampler leaves ``loader.batch_size`` None, but may say its own."""
+    size = loader.batch_size
+    if size is None:
+        size = getattr(loader.batch_sampler, "batch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def refuse_rebuild(loader: DataLoader[Any], own: int | None, size: int, origin: str) -> None:
+    """Raises a DataError where the loader's batch size cannot be changed, and says what to do."""
+    reason = _why_fixed(loader)
+    if reason is None:
+        return
+    has = f"its batch size is {own}" if own else "its batch size is not known"
+    keep = f"give --batch-size {own}, or " if own else ""
+    raise DataError(
+        f"{origin} cannot be rebuilt at batch size {size}, because {reason}; {has}. Measuring at another "
+        f"batch size would falsify the diagnosis. To go on, {keep}write load_data(batch_size), which makes "
+        "the loader at the size asked for."
+    )
+
+
+def _why_fixed(loader: DataLoader[Any]) -> str | None:
+    if isinstance(loader.dataset, IterableDataset):
+        return "its data set is iterable (IterableDataset)"
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        return f"{type(loader).__name__} iterates in its own way"
+    if loader.batch_sampler is None:
+        return "it has batch_size=None, so that its data set makes the batches"
+    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+        return f"it has a batch sampler of its own ({type(loader.batch_sampler).__name__})"
+    return None
+
+
+def rebuilt(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
+    """The same loader at another batch size; the last partial batch is kept."""
+    return DataLoader(
+        loader.dataset,
+        batch_size=size,
+        sampler=loader.sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory and torch.cuda.is_available(),
+        drop_last=False,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
+    )

@@ -1,0 +1,76 @@
+"""The border to the user's code: what it raises comes back as a UserCodeError that says what was called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from bnprobe.errors import BnprobeError, UserCodeError
+
+
+@contextmanager
+def user_code(call: str) -> Iterator[None]:
+    """Turns an exception of the user's code into a UserCodeError; Ctrl-C passes.
+
+    Args:
+        call: What is being done, e.g. ``"calling load_model() of model.py"``.
+    """
+    try:
+        yield
+    except BnprobeError:
+        raise
+    except (Exception, SystemExit) as error:  # exit() in a model file must not end bnprobe without a word
+        raise UserCodeError(call, error) from error
+
+
+class GuardedBatches:
+    """The user's batches; an exception while one is drawn becomes a UserCodeError.
+
+    Attributes:
+        wrapped: The user's own iterable.
+    """
+
+    def __init__(self, wrapped: Iterable[Any], origin: str) -> None:
+        self.wrapped = wrapped
+        self._origin = origin
+
+    def __iter__(self) -> Iterator[Any]:
+        with user_code(f"starting {self._origin}"):
+            iterator = iter(self.wrapped)
+        number = 0
+        while True:
+            number += 1
+            with user_code(f"drawing batch {number} from {self._origin}"):
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            yield batch
+
+
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function can be called with a keyword argument of this name."""
+    parameters = signature_of(function)
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def signature_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of a function; none where Python cannot tell."""
+    try:
+        return dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return {}
+
+
+def kind_of(value: object) -> str:
+    """A value's type in words: "None", "a tuple of Net and dict", "the class Net"."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, tuple | list) and 0 < len(value) <= 4:
+        return f"a {type(value).__name__} of {' and '.join(type(part).__name__ for part in value)}"
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

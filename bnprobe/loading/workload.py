@@ -1,0 +1,110 @@
+"""The user's files -> everything a scan needs: a table of contents of this package."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bnprobe.errors import ModelError
+from bnprobe.loading.checkpoint import load_checkpoint
+from bnprobe.loading.data import BatchSource, load_source
+from bnprobe.loading.model import LoadedModel, load_model
+from bnprobe.loading.modules import UserModule, locate
+from bnprobe.loading.usercode import kind_of
+from bnprobe.spec import Spec
+
+BatchFunction = Callable[[nn.Module, Any], Any]
+"""A user's function of (model, batch)."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and the batches to probe it with.
+
+    Attributes:
+        model: The user's model, with its checkpoint, without wrappers.
+        model_name: How the model was named, e.g. "model.py:load_model".
+        checkpoint: The weights file, where one was given.
+        source: The micro-batches.
+        forward, loss, metric: The user's functions of (model, batch), where given.
+        notes: What the reader should know, a sentence each; those of ``source`` are its own.
+    """
+
+    model: nn.Module
+    model_name: str
+    checkpoint: str | None
+    source: BatchSource
+    forward: BatchFunction | None
+    loss: BatchFunction | None
+    metric: BatchFunction | None
+    notes: tuple[str, ...]
+
+
+def load_workload(spec: Spec) -> Workload:
+    """Loads model, checkpoint, data and functions, in this order.
+
+    The user's code may draw random weights: who wants them reproducible seeds before.
+
+    Raises:
+        BnprobeError: Whatever is wrong with the user's files, in words.
+    """
+    loaded = load_model_only(spec)
+    source = load_source(spec.data, loaded.module)
+    notes = list(loaded.notes)
+    functions = {
+        role: _function(role, target, loaded.module, notes)
+        for role, target in (("forward", spec.forward), ("loss", spec.loss), ("metric", spec.metric))
+    }
+    return Workload(loaded.model, loaded.name, spec.checkpoint.path, source, notes=tuple(notes), **functions)
+
+
+def load_model_only(spec: Spec) -> LoadedModel:
+    """The model with its checkpoint, without data."""
+    checkpoint, folder = spec.checkpoint, Path.cwd()
+    loaded = load_model(spec.model)
+    if checkpoint.path is not None and Path.cwd() != folder:  # the user's file went elsewhere
+        checkpoint = checkpoint.model_copy(update={"path": str(folder / checkpoint.path)})
+    notes = load_checkpoint(loaded.model, checkpoint)
+    return replace(loaded, notes=(*loaded.notes, *notes))
+
+
+def _function(role: str, target: str | None, module: UserModule | None, notes: list[str]) -> BatchFunction | None:
+    """The function that the spec names; else the one of this name in the model's module."""
+    if target is not None:
+        home, symbol = locate(target, module)
+        value = home.get(symbol or role)
+        problem = _problem(value)
+        if problem:
+            raise ModelError(f"{symbol or role} of {home.name} cannot be used as {role}: {problem}.")
+        return _as_function(value)
+    value = module.find(role) if module is not None else None
+    if module is None or value is None:
+        return None
+    problem = _problem(value)
+    if problem:
+        notes.append(f"{role} of {module.name} was not used: {problem}.")
+        return None
+    return _as_function(value)
+
+
+def _problem(value: Any) -> str | None:
+    """Why a value is no function of (model, batch)."""
+    if isinstance(value, nn.Module | type) or not callable(value):
+        return f"it is {kind_of(value)}, not a function of (model, batch)"
+    try:
+        inspect.signature(value).bind(None, None)
+    except TypeError:
+        return f"it takes {inspect.signature(value)}, not (model, batch)"
+    except ValueError:
+        return None  # a built-in whose signature Python cannot tell
+    return None
+
+
+def _as_function(value: Any) -> BatchFunction:
+    function: BatchFunction = value
+    return function

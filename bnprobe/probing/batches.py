@@ -1,0 +1,143 @@
+"""Micro-batches as the user's loader collates them: count, join, slice and move them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnprobe.errors import DataError
+
+
+class CannotEmulateError(Exception):
+    """Micro-batches that cannot run as one physical batch; the message says why."""
+
+
+def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same nest of tuples, lists and mappings, with ``function`` applied to its tensors."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return _like_mapping(tree, {key: map_tensors(value, function) for key, value in tree.items()})
+    if isinstance(tree, list | tuple):
+        return _like_sequence(tree, [map_tensors(item, function) for item in tree])
+    if hasattr(tree, "to") and callable(tree.to):
+        # Batch objects of other libraries (graphs, box lists) know how to move themselves.
+        return function(tree)
+    return tree
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """All tensors of a nest, in order."""
+    return list(_leaves(tree, Tensor))
+
+
+def count_images(batch: Any) -> int | None:
+    """Images in a micro-batch: the first axis of its first tensor with axes; None if there is none."""
+    return next((tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim() > 0), None)
+
+
+def join(batches: list[Any]) -> Any:
+    """One physical batch from micro-batches of the same structure.
+
+    Tensors whose first axis counts the images are concatenated, strings and numbers per image likewise; what is the
+    same in all micro-batches is passed on once.
+
+    Raises:
+        CannotEmulateError: Something is neither.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    images = [count_images(batch) for batch in batches]
+    return _join(batches, images)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor, and every object with a ``to`` method, to the device."""
+    return map_tensors(batch, lambda leaf: leaf.to(device))
+
+
+def check_finite(batch: Any, position: int) -> None:
+    """Refuse NaN and Inf in the inputs.
+
+    Raises:
+        DataError: Names the micro-batch, the tensor and the image.
+    """
+    for path, tensor in _named_leaves(batch):
+        # A finite sum means finite values, and needs no temporary of the tensor's size.
+        if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
+            continue
+        place = f"tensor {path} " if path else "tensor "
+        image = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else 0
+        raise DataError(
+            f"Micro-batch {position} (the first is 1) holds NaN or Inf in its {place}of shape {tuple(tensor.shape)},"
+            f" first in its image {image} (the first is 0). Clean the data set, or leave such images out."
+        )
+
+
+def _join(parts: list[Any], images: list[int | None]) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return _join_tensors(parts, images)
+    if isinstance(first, Mapping):
+        if any(part.keys() != first.keys() for part in parts):
+            raise CannotEmulateError("the micro-batches have different keys")
+        return _like_mapping(first, {key: _join([part[key] for part in parts], images) for key in first})
+    if isinstance(first, list | tuple):
+        return _join_sequences(parts, images)
+    if all(_equal(part, first) for part in parts):
+        return first
+    raise CannotEmulateError(f"batches hold objects of type {type(first).__name__}, which cannot be concatenated")
+
+
+def _join_tensors(parts: list[Tensor], images: list[int | None]) -> Tensor:
+    if all(part.dim() > 0 and part.shape[0] == count for part, count in zip(parts, images, strict=True)):
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise CannotEmulateError("the images of different micro-batches differ in size")
+        return torch.cat(parts)
+    if all(part.shape == parts[0].shape and torch.equal(part, parts[0]) for part in parts):
+        return parts[0]
+    raise CannotEmulateError("a tensor of the batch is not per image and differs between micro-batches")
+
+
+def _join_sequences(parts: list[Any], images: list[int | None]) -> Any:
+    first = parts[0]
+    per_image = all(len(part) == count for part, count in zip(parts, images, strict=True))
+    if isinstance(first, list) and per_image and not any(isinstance(item, Tensor | Mapping | list) for item in first):
+        return [item for part in parts for item in part]
+    if any(len(part) != len(first) for part in parts):
+        raise CannotEmulateError("the micro-batches have different lengths")
+    return _like_sequence(first, [_join(list(items), images) for items in zip(*parts, strict=True)])
+
+
+def _equal(left: Any, right: Any) -> bool:
+    try:
+        return type(left) is type(right) and bool(left == right)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _like_mapping(tree: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    return items if type(tree) is dict else type(tree)(items)  # type: ignore[call-arg]
+
+
+def _like_sequence(tree: Any, items: list[Any]) -> Any:
+    if hasattr(tree, "_fields"):
+        return type(tree)(*items)
+    return type(tree)(items)
+
+
+def _leaves(tree: Any, kind: type) -> Iterator[Any]:
+    return (leaf for _, leaf in _named_leaves(tree) if isinstance(leaf, kind))
+
+
+def _named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, Mapping):
+        yield from itertools.chain(*(_named_leaves(value, f"{path}[{key!r}]") for key, value in tree.items()))
+    elif isinstance(tree, list | tuple):
+        yield from itertools.chain(*(_named_leaves(item, f"{path}[{index}]") for index, item in enumerate(tree)))

@@ -1,0 +1,273 @@
+"""Drive the two paths over the user's batches until enough is known."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bnprobe.errors import DeviceError, UsageError
+from bnprobe.probing.accumulate import Path
+from bnprobe.probing.batches import CannotEmulateError, join, to_device
+from bnprobe.probing.emulation import Verdict, self_check
+from bnprobe.probing.evidence import Evidence, layer_sums, path_evidence
+from bnprobe.probing.feed import Feed
+from bnprobe.probing.intercept import Pass, Recorded, Slot
+from bnprobe.probing.interrupts import deferred_interrupts
+from bnprobe.probing.memory import is_out_of_memory, plan_images
+from bnprobe.probing.output import OutputSums, user_values
+from bnprobe.probing.runner import PathName, Runner
+from bnprobe.records import StopReason
+from bnprobe.spec import ScanSettings
+from bnprobe.stats.theory import mismatch_iid
+from bnprobe.stats.uncertainty import mean_interval, standing
+
+Progress = Callable[[int, int], None]
+"""Called with the micro-batches measured, and the number after which the scan looks again."""
+
+FIRST_LOOK = 16
+"""Micro-batches before the first look at what is decided; the number doubles from look to look."""
+
+FEWEST = 8
+"""Micro-batches wanted of every size in --batch-sizes before the scan may stop by itself."""
+
+_CHECKED = 2
+"""Micro-batches in the self-check."""
+
+
+@dataclass
+class Measurement:
+    """The state of a running scan: everything is added at the end of a step, wholly or not at all.
+
+    Attributes:
+        batches: Micro-batches measured on both paths.
+        at_once: Micro-batches per physical batch.
+        largest: Images of the largest physical batch that ran.
+        verdict: On emulation.
+        values, by_batch, functional: As in ``Evidence``.
+    """
+
+    runner: Runner
+    batch_size: int
+    verdict: Verdict
+    at_once: int
+    train: Path
+    eval: Path
+    batch_sizes: dict[int, Path]
+    output: OutputSums
+    batches: int = 0
+    largest: int = 0
+    values: dict[Slot, int] = field(default_factory=dict)
+    by_batch: dict[PathName, set[int]] = field(default_factory=lambda: {"train": set(), "eval": set()})
+    functional: set[str] = field(default_factory=set)
+
+    def step(self, micro_batches: list[Any]) -> None:
+        """Measure micro-batches that are not on the device yet, as one physical batch where that works.
+
+        Raises:
+            DeviceError: Not even one micro-batch fits into memory.
+        """
+        smaller = self._try(micro_batches)
+        for part in smaller:
+            self.step(part)
+
+    def _try(self, micro_batches: list[Any]) -> list[list[Any]]:
+        """Measure; returns what to measure in smaller parts instead, if anything."""
+        try:
+            self._measure(micro_batches)
+            return []
+        except CannotEmulateError as error:
+            self.verdict = Verdict(False, f"real micro-batches: {error}", self.verdict.check, {})
+            self.at_once = 1
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._halve(len(micro_batches))
+        # Outside the handler the failed step's tensors are no longer referenced by the traceback.
+        return [micro_batches[i : i + self.at_once] for i in range(0, len(micro_batches), self.at_once)]
+
+    def _halve(self, tried: int) -> None:
+        if tried == 1:
+            raise DeviceError(
+                f"Not even one micro-batch of {self.batch_size} images fits into the memory of {self.runner.device}."
+                " Use a smaller --batch-size, --autocast, or another --device."
+            )
+        self.at_once = tried // 2
+        if self.runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _measure(self, micro_batches: list[Any]) -> None:
+        batches = [to_device(batch, self.runner.device) for batch in micro_batches]
+        joined = join(batches)
+        outputs, passes = {}, {}
+        values: list[tuple[str, PathName, Any]] = []
+        paths: tuple[PathName, PathName] = ("train", "eval")
+        for path in paths:
+            passes[path] = self._pass(path, len(batches))
+            outputs[path] = self.runner.forward(path, joined, passes[path])
+            found = user_values(self.runner, path, batches, outputs[path], self.batch_size)
+            values += [(name, path, value) for name, value in found]
+        with deferred_interrupts():
+            self._add(passes["train"], passes["eval"])
+            self.output.add(joined, outputs["train"], outputs["eval"])
+            for name, path, value in values:
+                self.output.add_value(name, path, value)
+            self.batches += len(batches)
+            self.largest = max(self.largest, len(batches) * self.batch_size)
+
+    def _pass(self, path: PathName, micro_batches: int) -> Pass:
+        images = micro_batches * self.batch_size
+        per_image = path == "eval" and self.verdict.trusted
+        return Pass(images, self.batch_size, per_image=per_image, layouts=dict(self.verdict.layouts))
+
+    def _add(self, train: Pass, eval_: Pass) -> None:
+        for slot, record in {**eval_.records, **train.records}.items():
+            self.values.setdefault(slot, record.values)
+        self.train.add(self._comparable("train", train, by_batch=True))
+        records = self._comparable("eval", eval_, by_batch=False)
+        for path in (self.eval, *self.batch_sizes.values()):
+            path.add(records)
+        self.functional |= train.functional | eval_.functional
+
+    def _comparable(self, path: PathName, pass_: Pass, by_batch: bool) -> dict[Slot, Recorded]:
+        """The calls that normalize as this path should, of selected layers with running statistics."""
+        layers = self.runner.layers.layers
+        self.by_batch[path] |= {index for (index, _), record in pass_.records.items() if record.by_batch}
+        return {
+            slot: record
+            for slot, record in pass_.records.items()
+            if record.by_batch == by_batch
+            and layers[slot[0]].selected
+            and layers[slot[0]].info.running_mean is not None
+        }
+
+
+def probe(
+    runner: Runner, batches: Iterable[Any], batch_size: int, settings: ScanSettings, progress: Progress
+) -> Evidence:
+    """Measure both paths on the same micro-batches.
+
+    Ctrl-C ends the measurement and keeps what there is, if there is anything.
+
+    Raises:
+        KeyboardInterrupt: Before the first micro-batch was measured.
+        DataError, UserCodeError, DeviceError: See ``Feed``, ``Runner`` and ``Measurement``.
+    """
+    started = time.perf_counter()
+    feed = Feed(batches, batch_size)
+    with runner.installed():
+        measurement = _prepare(runner, feed, settings)
+        try:
+            stopped = _measure_until_done(measurement, feed, settings, progress)
+        except KeyboardInterrupt:
+            if measurement.batches == 0:
+                raise
+            stopped = "interrupted"
+    return _evidence(measurement, feed, stopped, time.perf_counter() - started)
+
+
+def _prepare(runner: Runner, feed: Feed, settings: ScanSettings) -> Measurement:
+    size, layers, device = feed.batch_size, runner.layers.layers, runner.device
+    verdict, at_once = _plan(runner, feed, settings)
+    if settings.batch_sizes and not verdict.trusted:
+        raise UsageError(
+            "--batch-sizes needs images that can be regrouped, but this scan runs"
+            f" {verdict.reason}. Scan each size by itself with --batch-size."
+        )
+    return Measurement(
+        runner=runner,
+        batch_size=size,
+        verdict=verdict,
+        at_once=at_once,
+        train=Path(layers, size),
+        eval=Path(layers, size),
+        batch_sizes={other: Path(layers, other) for other in settings.batch_sizes},
+        output=OutputSums(device),
+    )
+
+
+def _plan(runner: Runner, feed: Feed, settings: ScanSettings) -> tuple[Verdict, int]:
+    """Whether to emulate, and how many micro-batches run at once."""
+    size = feed.batch_size
+    if not settings.emulate:
+        return Verdict(False, "real micro-batches, as asked for", None, {}), 1
+    fitting = plan_images(1, runner.device) // size
+    if settings.physical_batch:
+        fitting = settings.physical_batch // size
+    if fitting < _CHECKED and not settings.batch_sizes:
+        return Verdict(False, "real micro-batches: one of them fills a physical batch", None, {}), 1
+    checked = feed.take(_CHECKED)
+    feed.give_back(checked)
+    if len(checked) < _CHECKED:
+        return Verdict(False, "real micro-batches: the data gives only one", None, {}), 1
+    on_device = [to_device(batch, runner.device) for batch in checked]
+    verdict, bytes_per_image = self_check(runner, on_device, size)
+    if not verdict.trusted:
+        return verdict, 1
+    if not settings.physical_batch:
+        fitting = plan_images(bytes_per_image, runner.device) // size
+    return verdict, max(1, fitting)
+
+
+def _measure_until_done(measurement: Measurement, feed: Feed, settings: ScanSettings, progress: Progress) -> StopReason:
+    for look in _looks(settings):
+        while measurement.batches < look:
+            progress(measurement.batches, look)
+            micro_batches = feed.take(min(measurement.at_once, look - measurement.batches))
+            if not micro_batches:
+                return "data_exhausted"
+            measurement.step(micro_batches)
+        progress(measurement.batches, look)
+        if settings.batches is None and _all_decided(measurement, settings):
+            return "decided"
+    return "requested" if settings.batches else "max_batches"
+
+
+def _looks(settings: ScanSettings) -> Iterator[int]:
+    if settings.batches:
+        yield settings.batches
+        return
+    look = FIRST_LOOK
+    while look < settings.max_batches:
+        yield look
+        look *= 2
+    yield settings.max_batches
+
+
+def _all_decided(measurement: Measurement, settings: ScanSettings) -> bool:
+    """Whether no layer's interval straddles its threshold: more batches would change no verdict."""
+    if measurement.batches * measurement.batch_size < FEWEST * max(settings.batch_sizes, default=0):
+        return False
+    paths = [layer_sums(path) for path in (measurement.train, measurement.eval)]
+    for layer in measurement.runner.layers.selected:
+        limit = mismatch_iid(settings.threshold_of(layer.name))
+        found = [path[layer.index] for path in paths if layer.index in path]
+        intervals = [mean_interval(sums.count, sums.total, sums.square) for sums in found]
+        if standing(intervals, limit) == "undecided":
+            return False
+    return True
+
+
+def _evidence(measurement: Measurement, feed: Feed, stopped: StopReason, seconds: float) -> Evidence:
+    return Evidence(
+        layers=measurement.runner.layers,
+        train=path_evidence(measurement.train),
+        eval=path_evidence(measurement.eval),
+        batch_sizes={size: path_evidence(path) for size, path in measurement.batch_sizes.items()},
+        values=measurement.values,
+        by_batch={name: frozenset(indices) for name, indices in measurement.by_batch.items()},
+        functional=frozenset(measurement.functional),
+        output=measurement.output.result(),
+        batch_size=measurement.batch_size,
+        batches=measurement.batches,
+        left_out=feed.left_out,
+        physical_batch=measurement.largest,
+        emulated=measurement.largest > measurement.batch_size,
+        emulation=measurement.verdict.reason,
+        self_check=measurement.verdict.check,
+        stopped=stopped,
+        seconds=seconds,
+    )

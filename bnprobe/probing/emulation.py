@@ -1,0 +1,168 @@
+"""May micro-batches run together as one physical batch? One emulated step against the same real micro-batches.
+
+What may differ is rounding, which a network amplifies from layer to layer. How much this network does is measured too:
+one micro-batch runs again with its inputs changed in the last digits. A model that mixes images shows a jump far above
+that; a model that draws random numbers in eval mode cannot be told from one, and is not emulated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnprobe.probing.batches import CannotEmulateError, join, map_tensors, tensors_of
+from bnprobe.probing.grouping import Layout
+from bnprobe.probing.intercept import Pass, Recorded, Slot
+from bnprobe.probing.runner import Runner
+from bnprobe.records import SelfCheck
+from bnprobe.stats.mismatch import distance
+
+_AMPLIFICATION = 50.0
+"""An error counts once it is this many times the effect of the changed last digits."""
+
+_FLOOR = 1000.0
+"""Errors below this many units in the last place are rounding, whatever the network."""
+
+_BLIND = 0.3
+"""A tolerance above this, in standard deviations, would let real mixing pass: the check cannot decide."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether to emulate, and what the check learned on the way.
+
+    Attributes:
+        trusted: Micro-batches may run together.
+        reason: One sentence for the report.
+        check: The comparison; None if it could not be made.
+        layouts: Row layout of each call that sees several rows per image.
+    """
+
+    trusted: bool
+    reason: str
+    check: SelfCheck | None
+    layouts: dict[Slot, Layout]
+
+
+def self_check(runner: Runner, micro_batches: list[Any], batch_size: int) -> tuple[Verdict, int]:
+    """Compare one emulated step of the given micro-batches (on the device) with real ones.
+
+    Returns:
+        The verdict, and the bytes that one image takes in the inputs of all norm layers: an upper bound of what a
+        forward pass keeps alive.
+    """
+    reals = [Pass(batch_size, batch_size) for _ in micro_batches]
+    outputs = [runner.forward("check", batch, real) for batch, real in zip(micro_batches, reals, strict=True)]
+    size = sum(record.bytes for record in reals[0].records.values()) // batch_size
+    shaken = Pass(batch_size, batch_size)
+    shaken_output = runner.forward("check", _shake(micro_batches[0]), shaken)
+    try:
+        emulated = Pass(batch_size * len(micro_batches), batch_size, references=_references(reals))
+        output = runner.forward("check", join(micro_batches), emulated)
+        if emulated.records.keys() != reals[0].records.keys():
+            raise CannotEmulateError("the layers are called differently in a larger batch")
+    except CannotEmulateError as error:
+        return Verdict(False, f"real micro-batches: {error}", None, {}), size
+    unit = _unit(runner)
+    check, blind = _judge(runner, reals, shaken, emulated, unit)
+    images = batch_size * len(micro_batches)
+    output_error = _output_error(outputs, output, images)
+    output_tolerance = unit * _FLOOR + _AMPLIFICATION * _output_error(outputs[:1], shaken_output, batch_size)
+    passed = check.passed and output_error <= output_tolerance <= _BLIND
+    check = SelfCheck(output_error, check.statistic_error, check.tolerance, passed, check.first_layer)
+    return Verdict(passed, _reason(check, blind or output_tolerance > _BLIND), check, emulated.layouts), size
+
+
+def _judge(runner: Runner, reals: list[Pass], shaken: Pass, emulated: Pass, unit: float) -> tuple[SelfCheck, bool]:
+    """Walk through the calls in order; the tolerance grows with the amplification seen so far."""
+    tolerance = unit * _FLOOR
+    worst = 0.0
+    for slot, real in _references(reals).items():
+        eps = runner.layers.layers[slot[0]].info.eps
+        first = reals[0].records[slot]
+        moved = _difference(shaken.records.get(slot), first.mean, first.variance, eps)
+        tolerance = max(tolerance, unit * _FLOOR + _AMPLIFICATION * moved)
+        error = _difference(emulated.records[slot], *real, eps)
+        worst = max(worst, error)
+        blind = not tolerance <= _BLIND
+        if blind or not error <= tolerance:
+            name = runner.layers.layers[slot[0]].name
+            return SelfCheck(0.0, worst, tolerance, False, name), blind
+    return SelfCheck(0.0, worst, tolerance, True, None), False
+
+
+def _references(reals: list[Pass]) -> dict[Slot, tuple[Tensor, Tensor]]:
+    """Statistics of all real micro-batches, per call."""
+    slots = [slot for slot in reals[0].records if all(slot in real.records for real in reals)]
+    return {slot: _stack([real.records[slot] for real in reals]) for slot in slots}
+
+
+def _stack(records: list[Recorded]) -> tuple[Tensor, Tensor]:
+    return torch.cat([record.mean for record in records]), torch.cat([record.variance for record in records])
+
+
+def _difference(record: Recorded | None, mean: Tensor, variance: Tensor, eps: float) -> float:
+    if record is None or record.mean.shape != mean.shape:
+        return torch.inf
+    return distance(record.mean, record.variance, mean, variance, eps)
+
+
+def _shake(batch: Any) -> Any:
+    """The same batch with its floating values changed by about four units in the last place."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        noise = torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)
+        return leaf + leaf * noise * (4 * torch.finfo(leaf.dtype).eps)
+
+    return map_tensors(batch, change)
+
+
+def _unit(runner: Runner) -> float:
+    """Unit in the last place of the dtype that the model computes in."""
+    dtypes = [parameter.dtype for parameter in runner.model.parameters() if parameter.is_floating_point()]
+    widest = torch.float64 if dtypes and all(dtype == torch.float64 for dtype in dtypes) else torch.float32
+    coarsest = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(widest).eps)
+    # Of half-precision models a thousand units would be everything: take what a statistic of many values loses.
+    return min(coarsest, 0.05 / _FLOOR)
+
+
+def _output_error(outputs: list[Any], joint: Any, images: int) -> float:
+    """Relative L2 difference of the real outputs, put together, and the emulated one."""
+    error = norm = 0.0
+    for parts, whole in zip(zip(*map(tensors_of, outputs), strict=False), tensors_of(joint), strict=False):
+        per_image = whole.dim() > 0 and whole.shape[0] % images == 0
+        if not per_image or not whole.is_floating_point() or sum(part.shape[0] for part in parts) != whole.shape[0]:
+            continue
+        difference = min(_relative(part, whole) for part in _arrangements(parts, images))
+        error += difference**2 * float(whole.double().square().sum())
+        norm += float(whole.double().square().sum())
+    return (error / norm) ** 0.5 if norm > 0 else error
+
+
+def _arrangements(parts: tuple[Tensor, ...], images: int) -> list[Tensor]:
+    """The rows of several outputs in the order of one: one after the other, or block by block."""
+    plain = torch.cat(parts)
+    blocks = plain.shape[0] // images
+    if blocks == 1:
+        return [plain]
+    return [plain, torch.cat([part.chunk(blocks)[block] for block in range(blocks) for part in parts])]
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    norm = float(reference.double().norm())
+    return float((value.double() - reference.double()).norm()) / (norm or 1.0)
+
+
+def _reason(check: SelfCheck, blind: bool) -> str:
+    place = f", from {check.first_layer} on" if check.first_layer else ""
+    if check.passed:
+        return "micro-batches ran together; a self-check against real ones agreed"
+    if blind:
+        return f"real micro-batches: the forward pass is random, or too sensitive to rounding to be checked{place}"
+    return f"real micro-batches: the model mixes images of a batch{place}"

@@ -1,0 +1,93 @@
+"""Run one forward pass of the user's model, on one path, on one physical batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from bnprobe.probing.forward import Forward, default_forward, guarded
+from bnprobe.probing.intercept import Interceptor, Pass
+from bnprobe.probing.layers import LayerSet
+
+PathName = Literal["train", "eval", "check"]
+"""The two paths; "check" is the train path without dropout and the like: batch statistics, all else in eval mode."""
+
+
+@dataclass(frozen=True)
+class UserFunctions:
+    """The optional functions of a model file, ``f(model, batch)``."""
+
+    forward: Forward | None = None
+    loss: Callable[[nn.Module, Any], Any] | None = None
+    metric: Callable[[nn.Module, Any], Any] | None = None
+
+
+class Runner:
+    """The user's model with the interceptor in place.
+
+    Args:
+        model: Already on ``device``.
+        layers: Its norm layers.
+        functions: The user's own forward, loss and metric.
+        device: Where to run.
+        autocast: Autocast dtype, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: LayerSet,
+        functions: UserFunctions,
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.functions = functions
+        self.device = device
+        self.autocast = autocast
+        self._interceptor = Interceptor(layers.layers)
+        self._forward = functions.forward or default_forward
+        self._frozen: frozenset[int] = frozenset()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Keep the hooks in place while the block runs."""
+        with self._interceptor.installed(), torch.no_grad():
+            self.model.train()
+            # A model whose train() keeps some layers in eval mode trains with them frozen: so do both paths here.
+            self._frozen = frozenset(layer.index for layer in self.layers.layers if not layer.module.training)
+            yield
+
+    def forward(self, path: PathName, batch: Any, pass_: Pass) -> Any:
+        """Run the model on a batch that is on the device; the moments go to ``pass_``.
+
+        Raises:
+            UserCodeError: The model or the user's forward raised.
+        """
+        call = "calling forward(model, batch)" if self.functions.forward else "calling the model on a batch"
+        self._set_flags(path)
+        with self._autocast(path), self._interceptor.running(pass_):
+            return guarded(f"{call} ({path} path)", self._forward, self.model, batch)
+
+    def call(self, path: PathName, name: str, function: Callable[..., Any], batch: Any, pass_: Pass) -> Any:
+        """Call the user's loss or metric, right after ``forward`` on the same path: the flags are still set."""
+        with self._autocast(path), self._interceptor.running(pass_):
+            return guarded(f"calling {name}(model, batch) ({path} path)", function, self.model, batch)
+
+    def _set_flags(self, path: PathName) -> None:
+        self.model.train(path == "train")
+        if path == "check":
+            for layer in self.layers.layers:
+                layer.module.training = layer.index not in self._frozen
+
+    def _autocast(self, path: PathName) -> AbstractContextManager[Any]:
+        if self.autocast is None or path == "check":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast)

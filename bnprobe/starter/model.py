@@ -1,0 +1,43 @@
+"""A starter for bnprobe: replace the model and the data by your own, then run ``bnprobe scan spec.yaml``.
+
+bnprobe looks for these names; only load_model and load_data are needed.
+"""
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def load_model() -> nn.Module:
+    """Return your model, untrained: the weights come from the spec's checkpoint."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, kernel_size=3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
+
+
+def load_data(batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
+    """Return your training loader, with the sampler and augmentations that training uses."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(512, 3, 32, 32, generator=generator)
+    labels = torch.randint(10, (512,), generator=generator)
+    return DataLoader(TensorDataset(images, labels), batch_size=batch_size, shuffle=True)
+
+
+def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Optional: its value on both paths is reported."""
+    images, labels = batch
+    return nn.functional.cross_entropy(model(images), labels)
+
+
+# Optional too:
+# def metric(model, batch): ...            a number to compare on both paths, e.g. accuracy
+# def forward(model, batch): ...           how a batch goes through the model, if not model(batch[0])
+# def load_eval_data(batch_size): ...      evaluation data

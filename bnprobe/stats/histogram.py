@@ -1,0 +1,95 @@
+"""Histograms with fixed bins: they take any number of batches in constant memory and merge by addition.
+
+Each axis has coarse bins, which the report shows, each split into fine bins, from which quantiles are read.
+The outermost bins take everything beyond them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+PROBABILITIES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A monotone scale with equal bins.
+
+    Attributes:
+        scale: "log2" for ratios (r), "asinh" for signed deviations (d).
+        half_width: The coarse bins cover [-half_width, half_width] of the scaled value.
+        coarse: Number of coarse bins.
+        fine: Fine bins per coarse bin.
+        reach: The fine bins cover ``reach`` times the half width.
+    """
+
+    scale: str
+    half_width: float
+    coarse: int
+    fine: int
+    reach: int
+
+    @property
+    def bins(self) -> int:
+        """Number of fine bins."""
+        return self.coarse * self.fine * self.reach
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """Edges of the coarse bins, in the values' own unit."""
+        return tuple(self.unscale(np.linspace(-self.half_width, self.half_width, self.coarse + 1)).tolist())
+
+    def index(self, values: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Fine bin of each value; NaN goes to bin 0."""
+        scaled = torch.log2(values) if self.scale == "log2" else torch.asinh(values / D_UNIT)
+        position = (scaled / (self.half_width * self.reach) + 1.0) * (self.bins / 2)
+        return position.nan_to_num(0.0).clamp(0, self.bins - 1).long()
+
+    def unscale(self, scaled: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Values at scaled positions."""
+        return np.exp2(scaled) if self.scale == "log2" else D_UNIT * np.sinh(scaled)
+
+    def coarsen(self, counts: NDArray[np.int64]) -> tuple[int, ...]:
+        """Counts of the coarse bins; what lies beyond goes to the outer ones."""
+        inner = self.coarse * self.fine
+        start = (self.bins - inner) // 2
+        result = counts[start : start + inner].reshape(self.coarse, self.fine).sum(1)
+        result[0] += counts[:start].sum()
+        result[-1] += counts[start + inner :].sum()
+        return tuple(int(count) for count in result)
+
+    def quantiles(self, counts: NDArray[np.int64], low: float, high: float) -> dict[str, float]:
+        """Quantiles by linear interpolation within fine bins.
+
+        Args:
+            counts: Counts of the fine bins.
+            low, high: The extremes, which are known exactly and bound every quantile.
+        """
+        width = 2 * self.half_width * self.reach / self.bins
+        cumulative = np.cumsum(counts)
+        result = {}
+        for probability in PROBABILITIES:
+            target = probability * cumulative[-1]
+            bin_ = int(np.searchsorted(cumulative, target))
+            inside = (target - (cumulative[bin_] - counts[bin_])) / max(counts[bin_], 1)
+            position = (bin_ + inside) * width - self.half_width * self.reach
+            value = float(self.unscale(np.asarray(position)))
+            result[f"{probability:g}"] = min(max(value, low), high)
+        return result
+
+
+D_UNIT = 0.1
+"""Below this |d| the axis of d is linear, above it logarithmic."""
+
+R_AXIS = Axis("log2", half_width=2.0, coarse=32, fine=8, reach=6)
+"""r from 1/4 to 4 in steps of 1/8 octave; quantiles to 1.1%."""
+
+D_AXIS = Axis("asinh", half_width=math.asinh(10.0 / D_UNIT), coarse=32, fine=16, reach=3)
+"""d from -10 to 10; quantiles to 2%, or 0.002 near 0."""

@@ -1,0 +1,59 @@
+"""Batch Renorm's r and d, and the mismatch D, from batch and running statistics alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """r, d and D per micro-batch and channel, float64."""
+
+    r: Float[Tensor, "batches channels"]
+    d: Float[Tensor, "batches channels"]
+    mismatch: Float[Tensor, "batches channels"]
+
+
+def corrections(
+    batch_mean: Float[Tensor, "batches channels"],
+    batch_variance: Float[Tensor, "batches channels"],
+    running_mean: Float[Tensor, " channels"],
+    running_variance: Float[Tensor, " channels"],
+    eps: Float[Tensor, " channels"],
+) -> Corrections:
+    """The correction factors of Batch Renorm (Ioffe 2017, arXiv 1702.03275, section 3), unclipped.
+
+    With s_B = sqrt(v_B + eps) and s = sqrt(v + eps):  r = s_B / s,  d = (mu_B - m) / s,  so that
+    z_test = r * z_train + d. The mean over the batch of (z_train - z_test)^2 is
+    D = d^2 + rho * (r - 1)^2 with rho = v_B / (v_B + eps), exactly, for any data.
+
+    Args:
+        batch_mean, batch_variance: Statistics of each micro-batch; the variance is biased.
+        running_mean, running_variance: The layer's buffers.
+        eps: The layer's eps, per channel because channels of several layers may lie side by side.
+    """
+    running_std = (running_variance + eps).sqrt()
+    r = (batch_variance + eps).sqrt() / running_std
+    d = (batch_mean - running_mean) / running_std
+    rho = batch_variance / (batch_variance + eps)
+    return Corrections(r=r, d=d, mismatch=d.square() + rho * (r - 1).square())
+
+
+def distance(
+    mean: Float[Tensor, "batches channels"],
+    variance: Float[Tensor, "batches channels"],
+    reference_mean: Float[Tensor, "batches channels"],
+    reference_variance: Float[Tensor, "batches channels"],
+    eps: float,
+) -> float:
+    """Root mean square difference of two sets of batch statistics, in units of the reference's standard deviation.
+
+    It is the square root of the mean over batches and channels of (mu - mu_ref)^2 / (v_ref + eps) + (s / s_ref - 1)^2.
+    """
+    reference_std = (reference_variance + eps).sqrt()
+    shift = (mean - reference_mean) / reference_std
+    scale = (variance + eps).sqrt() / reference_std - 1
+    return float((shift.square() + scale.square()).mean().sqrt())

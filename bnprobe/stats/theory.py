@@ -1,0 +1,64 @@
+"""What i.i.d. Gaussian data of n values per channel gives: the yardstick for everything measured.
+
+For n values the batch variance is chi-squared with n - 1 degrees of freedom, divided by n; so with exact
+running statistics E[r] = e_n = sqrt(2/n) Gamma(n/2) / Gamma((n-1)/2) and D = 2 (1 - e_n) = 3/(2n) + 7/(16n^2) + ...
+All functions take real n > 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+_SERIES_FROM = 1000.0
+"""Above this n the two-term series is exact to 1e-6 of D and the gamma functions start to cancel."""
+
+R_MAX = 3.0
+D_MAX = 5.0
+"""Final clipping limits of Batch Renorm (Ioffe 2017, section 4.1)."""
+
+
+def expected_r(n: float) -> float:
+    """E[r] for n i.i.d. Gaussian values: below 1, because the biased standard deviation is."""
+    return 1.0 - mismatch_iid(n) / 2.0
+
+
+def mismatch_iid(n: float) -> float:
+    """D for n i.i.d. Gaussian values (no unit); tends to 2 as n tends to 1."""
+    if n >= _SERIES_FROM:
+        return 1.5 / n + 0.4375 / n**2
+    if n <= 1.0:
+        return 2.0
+    log_e = math.lgamma(n / 2) - math.lgamma((n - 1) / 2) + 0.5 * math.log(2 / n)
+    return -2.0 * math.expm1(log_e)
+
+
+def equivalent_batch_size(mismatch: float) -> float | None:
+    """n_eq: the n whose i.i.d. D equals ``mismatch``.
+
+    Returns:
+        A number of values, at least 1 (D of 2 and above gives 1); None for D = 0: no batch is large enough.
+    """
+    if mismatch <= 0.0:
+        return None
+    if mismatch >= 2.0:
+        return 1.0
+    if mismatch <= mismatch_iid(_SERIES_FROM):
+        return 0.875 / (math.sqrt(2.25 + 1.75 * mismatch) - 1.5)
+    from scipy.optimize import brentq
+
+    return float(brentq(lambda n: mismatch_iid(n) - mismatch, 1.0, _SERIES_FROM, xtol=1e-10))
+
+
+def clipped_r_iid(n: float, r_max: float = R_MAX) -> float:
+    """P(r outside [1/r_max, r_max]) for n i.i.d. Gaussian values; n r^2 is chi-squared with n - 1 degrees."""
+    from scipy.stats import chi2
+
+    if n <= 1.0:
+        return 1.0
+    below, above = chi2.cdf(n / r_max**2, n - 1), chi2.sf(n * r_max**2, n - 1)
+    return float(below + above)
+
+
+def clipped_d_iid(n: float, d_max: float = D_MAX) -> float:
+    """P(|d| > d_max) for n i.i.d. Gaussian values; d is normal with variance 1/n."""
+    return math.erfc(d_max * math.sqrt(n / 2.0))

@@ -1,0 +1,52 @@
+"""Intervals for means over micro-batches."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from bnprobe.records import Interval
+
+CONFIDENCE = 0.95
+
+
+def mean_interval(count: int, total: float, total_square: float, confidence: float = CONFIDENCE) -> Interval:
+    """Student's t interval for the mean of a non-negative figure over ``count`` independent micro-batches.
+
+    Channels of one micro-batch are correlated, micro-batches are not (as far as the loader makes them so): the
+    spread between micro-batches is therefore the only one used.
+
+    Args:
+        count: Number of micro-batches.
+        total, total_square: Sum and sum of squares of the per-batch figures.
+
+    Returns:
+        (lower, upper); the lower end is not below 0. One micro-batch says nothing about the spread: (0, None).
+    """
+    if count < 2:
+        return 0.0, None
+    mean = total / count
+    variance = max(total_square / count - mean * mean, 0.0) * count / (count - 1)
+    half = _t_quantile(count - 1, confidence) * math.sqrt(variance / count)
+    return max(mean - half, 0.0), mean + half
+
+
+def standing(intervals: Sequence[Interval], limit: float) -> Literal["flagged", "undecided", "clean"]:
+    """How a layer stands, from the intervals of its mismatch on the paths measured, against one limit.
+
+    Flagged: on either path even the lower end exceeds the limit. Clean: on no path does the upper end.
+    """
+    if any(low > limit for low, _ in intervals):
+        return "flagged"
+    if any(high is None or high > limit for _, high in intervals):
+        return "undecided"
+    return "clean"
+
+
+@functools.cache
+def _t_quantile(degrees: int, confidence: float) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(0.5 + confidence / 2, degrees))

@@ -1,0 +1,366 @@
+"""Checkpoints: every container and prefix, and what is said when one does not fit."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bnprobe.errors import CheckpointError, UserCodeError
+from bnprobe.loading.checkpoint import load_checkpoint
+from bnprobe.spec import CheckpointSpec
+
+State = dict[str, Any]
+
+
+def net(classes: int = 3, width: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, width), nn.BatchNorm1d(width), nn.Linear(width, classes))
+
+
+def trained(seed: int = 0) -> nn.Module:
+    """A network whose every value differs from those of a fresh one."""
+    model = net()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.copy_(torch.rand(value.shape, generator=generator) * 100 + 1)
+    return model
+
+
+@pytest.fixture
+def state() -> State:
+    return dict(trained().state_dict())
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def save(folder: Path, saved: Any, name: str = "weights.pt") -> str:
+    path = folder / name
+    torch.save(saved, path)
+    return str(path)
+
+
+def load(model: nn.Module, path: str, **options: Any) -> tuple[str, ...]:
+    return load_checkpoint(model, CheckpointSpec(path=path, **options))
+
+
+def assert_loaded(model: nn.Module, state: State) -> None:
+    own = model.state_dict()
+    assert own.keys() == state.keys()
+    assert all(torch.equal(own[key], value) for key, value in state.items())
+
+
+def checkpoint_error(path: str, model: nn.Module | None = None, **options: Any) -> str:
+    """The message; the model must be as it was."""
+    model = model or net()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load(model, path, **options)
+    assert_loaded(model, before)
+    return str(caught.value)
+
+
+# ---- containers
+
+
+def test_no_path_does_nothing() -> None:
+    assert load_checkpoint(net(), CheckpointSpec()) == ()
+
+
+def test_plain_state_dict(tmp_path: Path, state: State) -> None:
+    model = net()
+    assert load(model, save(tmp_path, state)) == ()
+    assert_loaded(model, state)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.bin"])
+def test_safetensors_under_any_name(tmp_path: Path, state: State, name: str) -> None:
+    save_file(state, tmp_path / name)
+    model = net()
+    assert load(model, str(tmp_path / name)) == ()
+    assert_loaded(model, state)
+
+
+def test_files_before_the_zip_format(tmp_path: Path, state: State) -> None:
+    path = tmp_path / "old.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    model = net()
+    load(model, str(path))
+    assert_loaded(model, state)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model"])
+def test_common_wrappers_are_looked_into(tmp_path: Path, state: State, wrapper: str) -> None:
+    model = net()
+    notes = load(model, save(tmp_path, {"epoch": 3, "loss": torch.tensor(0.5), wrapper: state}))
+    assert_loaded(model, state)
+    assert notes == (f'The weights were taken from the key "{wrapper}" of weights.pt.',)
+
+
+@pytest.mark.parametrize("key", ["ema.net", "ema"])
+def test_a_key_names_a_nested_state_dict(tmp_path: Path, state: State, key: str) -> None:
+    inner = {"net": state} if key == "ema.net" else state
+    path = save(tmp_path, {"model": prefixed(state, "other."), "ema": inner})
+    model = net()
+    assert load(model, path, key=key) == ()
+    assert_loaded(model, state)
+
+
+def test_a_key_that_holds_a_dot(tmp_path: Path, state: State) -> None:
+    model = net()
+    load(model, save(tmp_path, {"ema.net": state}), key="ema.net")
+    assert_loaded(model, state)
+
+
+def test_a_key_that_is_not_there(tmp_path: Path, state: State) -> None:
+    path = save(tmp_path, {"modle": state, "epoch": 3})
+    message = checkpoint_error(path, key="model")
+    assert 'has no key "model". Did you mean "modle"? It has: modle, epoch.' in message
+    assert "since it holds an int there" in checkpoint_error(path, key="epoch.x")
+    assert "holds no state dict, but the keys modle, epoch." in checkpoint_error(path)
+    assert "holds an int under the key epoch, not a state dict" in checkpoint_error(path, key="epoch")
+
+
+@pytest.mark.parametrize(("saved", "kind"), [(3, "an int"), ([1], "a list of int"), ({}, "a dict")])
+def test_what_is_no_state_dict(tmp_path: Path, saved: Any, kind: str) -> None:
+    assert f"holds {kind}, not a state dict" in checkpoint_error(save(tmp_path, saved))
+
+
+# ---- prefixes
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."])
+def test_prefixes_of_wrappers_are_stripped(tmp_path: Path, state: State, prefix: str) -> None:
+    model = net()
+    notes = load(model, save(tmp_path, prefixed(state, prefix)))
+    assert_loaded(model, state)
+    names = [name for name in ("module.", "_orig_mod.") if name in prefix]
+    assert notes == (f"The prefixes {' and '.join(names)} were stripped from the keys of weights.pt.",)
+
+
+def test_prefixes_on_some_keys_and_inside_of_them(tmp_path: Path, state: State) -> None:
+    mixed = {key.replace("1.", "module.1.", 1) if key[0] == "1" else key: state[key] for key in state}
+    model = net()
+    load(model, save(tmp_path, mixed))
+    assert_loaded(model, state)
+    inside = {key.replace(".", "._orig_mod.", 1): value for key, value in state.items()}
+    model = net()
+    load(model, save(tmp_path, inside))
+    assert_loaded(model, state)
+
+
+def test_a_model_with_a_wrapped_submodule_takes_plain_keys(tmp_path: Path, state: State) -> None:
+    model = nn.Sequential(*[nn.DataParallel(child) for child in net()])
+    load(model, save(tmp_path, state))
+    assert_loaded(model, {key.replace(".", ".module."): value for key, value in state.items()})
+
+
+def test_a_submodule_that_is_called_module_keeps_its_name(tmp_path: Path, state: State) -> None:
+    model = nn.ModuleDict({"module": net()})
+    own = prefixed(state, "module.")
+    assert load(model, save(tmp_path, own)) == ()
+    assert_loaded(model, own)
+    model = nn.ModuleDict({"module": net()})
+    load(model, save(tmp_path, prefixed(own, "module.")))
+    assert_loaded(model, own)
+
+
+@pytest.mark.parametrize("strip", ["net.", "net"])
+def test_strip_prefix(tmp_path: Path, state: State, strip: str) -> None:
+    path = save(tmp_path, prefixed(state, "module.net."))
+    assert 'match without the prefix "module.net."' in checkpoint_error(path)
+    path = save(tmp_path, prefixed(state, "net.module."))
+    model = net()
+    load(model, path, strip_prefix=strip)
+    assert_loaded(model, state)
+    assert 'starts with the prefix "ent."' in checkpoint_error(path, strip_prefix="ent")
+
+
+# ---- damage and refusal
+
+
+def truncated(path: str, share: float) -> str:
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: int(len(data) * share)])
+    return path
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("kind", ["zip", "old", "safetensors"])
+def test_truncated_files(tmp_path: Path, state: State, kind: str, share: float) -> None:
+    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    message = checkpoint_error(truncated(str(path), share))
+    assert f"({path.stat().st_size} bytes) could not be read: it is truncated, damaged" in message
+
+
+@pytest.mark.parametrize("content", [b"<html>not found</html>", b"version https://git-lfs", b"\x80\x04garbage"])
+def test_what_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "w.pt"
+    path.write_bytes(content)
+    assert "neither safetensors nor a torch.save file" in checkpoint_error(str(path))
+
+
+def test_missing_empty_and_folder(tmp_path: Path, state: State) -> None:
+    save(tmp_path, state)
+    assert "Did you mean" in checkpoint_error(str(tmp_path / "wieghts.pt"))
+    assert "is a folder" in checkpoint_error(str(tmp_path))
+    (tmp_path / "empty.pt").touch()
+    assert "is empty (0 bytes)" in checkpoint_error(str(tmp_path / "empty.pt"))
+
+
+class Recorder:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_unsafe_globals_are_listed_and_nothing_runs(tmp_path: Path, state: State, new_format: bool) -> None:
+    saved = {"state_dict": state, "args": argparse.Namespace(lr=1), "trace": Recorder(tmp_path / "ran")}
+    path = tmp_path / "w.pt"
+    torch.save(saved, path, _use_new_zipfile_serialization=new_format)
+    message = checkpoint_error(str(path))
+    assert "argparse.Namespace" in message
+    if new_format:
+        assert f"{os.mkdir.__module__}.mkdir" in message
+    assert "--unsafe-load" in message
+    assert not (tmp_path / "ran").exists()
+    model = net()
+    load(model, str(path), unsafe_load=True)
+    assert (tmp_path / "ran").exists()
+    assert_loaded(model, state)
+
+
+def test_a_whole_pickled_model(tmp_path: Path, state: State) -> None:
+    path = save(tmp_path, nn.DataParallel(trained()))
+    assert "torch.nn.parallel.data_parallel.DataParallel" in checkpoint_error(path)
+    model = net()
+    notes = load(model, path, unsafe_load=True)
+    assert_loaded(model, state)
+    assert notes[0] == "weights.pt holds a whole DataParallel; its state dict was used."
+
+
+def fail() -> None:
+    raise RuntimeError("no such class any more")
+
+
+class Failing:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return fail, ()
+
+
+def test_an_exception_while_unpickling_is_the_users(tmp_path: Path) -> None:
+    with pytest.raises(UserCodeError, match=r"RuntimeError while unpickling .*: no such class any more"):
+        load(net(), save(tmp_path, {"x": Failing()}), unsafe_load=True)
+
+
+def test_a_plain_pickle(tmp_path: Path, state: State) -> None:
+    path = tmp_path / "w.pkl"
+    path.write_bytes(pickle.dumps(state))
+    assert "could not be read" in checkpoint_error(str(path))
+
+
+# ---- fit
+
+
+def test_another_model(tmp_path: Path) -> None:
+    other = nn.ModuleDict({f"layer{index}": nn.Linear(2, 2) for index in range(6)})
+    message = checkpoint_error(save(tmp_path, other.state_dict()))
+    assert "Missing (9): 0.weight, 0.bias, 1.weight, 1.bias, 1.running_mean, 1.running_var" in message
+    assert "Unexpected (12): layer0.weight," in message
+    assert "layer4.bias, ..." in message  # the first ten, then an ellipsis
+    assert "layer5" not in message
+    assert "This looks like the weights of another model." in message
+
+
+def test_another_number_of_classes_and_another_width(tmp_path: Path, state: State) -> None:
+    path = save(tmp_path, state)
+    message = checkpoint_error(path, net(classes=5))
+    assert "Of another shape (2): 2.weight (file 3x4, model 5x4), 2.bias (file 3, model 5)." in message
+    assert "Only 2 differs: this looks like the same model with another number of classes." in message
+    message = checkpoint_error(path, net(width=8), strict=False)
+    assert "in another size: check model.args" in message
+
+
+def test_missing_statistics_are_an_error_even_if_not_strict(tmp_path: Path, state: State) -> None:
+    parameters = {key: value for key, value in state.items() if "running" not in key}
+    for strict in (True, False):
+        message = checkpoint_error(save(tmp_path, parameters), strict=strict)
+        assert "Missing (2): 1.running_mean, 1.running_var." in message
+        assert "parameters saved without buffers" in message
+    del state["1.running_var"]
+    assert "Missing (1): 1.running_var." in checkpoint_error(save(tmp_path, state), strict=False)
+
+
+def test_files_from_before_update_counters(tmp_path: Path, state: State) -> None:
+    count = net().state_dict()["1.num_batches_tracked"]
+    del state["1.num_batches_tracked"]
+    model = net()
+    notes = load(model, save(tmp_path, state))
+    assert_loaded(model, {**model.state_dict(), **state, "1.num_batches_tracked": count})
+    assert "does not count updates (num_batches_tracked)" in notes[0]
+
+
+def test_one_of_two_counters_missing_is_an_error(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(1), nn.BatchNorm1d(1))
+    state = dict(model.state_dict())
+    del state["1.num_batches_tracked"]
+    assert "Missing (1): 1.num_batches_tracked." in checkpoint_error(save(tmp_path, state), model, strict=False)
+
+
+def test_not_strict_loads_what_matches_and_says_so(tmp_path: Path, state: State) -> None:
+    head = state.pop("2.bias")
+    path = save(tmp_path, {**state, "extra.weight": head})
+    assert "Unexpected (1): extra.weight." in checkpoint_error(path)
+    model = net()
+    bias = model.state_dict()["2.bias"].clone()
+    notes = load(model, path, strict=False)
+    own = model.state_dict()
+    assert torch.equal(own["2.bias"], bias)
+    assert all(torch.equal(own[key], value) for key, value in state.items())
+    assert notes == (
+        "weights.pt lacks 1 keys, which keep the model's values: 2.bias.",
+        "1 keys of weights.pt were not used: extra.weight.",
+    )
+
+
+def test_shared_modules_need_one_of_their_names(tmp_path: Path) -> None:
+    shared = nn.BatchNorm1d(2)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    state = {key: torch.full_like(value, 5) for key, value in shared.state_dict(prefix="0.").items()}
+    save_file(state, tmp_path / "w.safetensors")
+    load(model, str(tmp_path / "w.safetensors"))
+    assert torch.equal(shared.state_dict()["running_mean"], torch.full((2,), 5.0))
+
+
+def test_lazy_modules_are_materialised(tmp_path: Path, state: State) -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Linear(4, 3))
+    load(model, save(tmp_path, state))
+    assert_loaded(model, state)
+
+
+def test_other_dtypes_are_converted(tmp_path: Path, state: State) -> None:
+    half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    model = net()
+    load(model, save(tmp_path, half))
+    weight: Tensor = model.state_dict()["0.weight"]
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, half["0.weight"].float())
