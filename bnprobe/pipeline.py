@@ -21,7 +21,8 @@ from bnprobe.probing.preserve import untouched
 from bnprobe.probing.runner import Runner, UserFunctions
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records import SCHEMA_VERSION, Environment, Report, Scan, Tool
-from bnprobe.spec import ScanSettings, Spec, settings_from
+from bnprobe.spec import ScanSettings, Spec
+from bnprobe.specfile import settings_from
 
 
 def no_progress(done: int, planned: int) -> None:

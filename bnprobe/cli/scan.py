@@ -109,7 +109,7 @@ def scan(
     from bnprobe.cli.progress import progress_bar
     from bnprobe.cli.write import check_writable, write_report
     from bnprobe.pipeline import scan_spec
-    from bnprobe.spec import build_spec
+    from bnprobe.specfile import build_spec
 
     overrides = {
         "checkpoint.path": checkpoint,

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from bnprobe.errors import CheckpointError
 from bnprobe.loading.fit import check_fit
+from bnprobe.loading.inspection import kind_of
 from bnprobe.loading.keys import without_prefix, without_wrappers
-from bnprobe.loading.usercode import kind_of, user_code
 from bnprobe.loading.weights import read_weights
 from bnprobe.spec import CheckpointSpec
+from bnprobe.usercode import user_code
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 

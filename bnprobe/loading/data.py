@@ -14,10 +14,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from bnprobe.errors import DataError, UsageError
+from bnprobe.loading.inspection import GuardedBatches, accepts, kind_of, signature_of
 from bnprobe.loading.modules import UserModule, locate
 from bnprobe.loading.rebuild import own_batch_size, rebuilt, refuse_rebuild
-from bnprobe.loading.usercode import GuardedBatches, accepts, kind_of, signature_of, user_code
 from bnprobe.spec import DataSpec
+from bnprobe.usercode import user_code
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from bnprobe.errors import ModelError
+from bnprobe.loading.inspection import kind_of
 from bnprobe.loading.modules import UserModule, describe_contents, resolve
-from bnprobe.loading.usercode import kind_of, user_code
 from bnprobe.spec import ModelSpec
+from bnprobe.usercode import user_code
 
 
 @dataclass(frozen=True)

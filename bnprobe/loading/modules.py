@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from bnprobe.errors import ModelError
-from bnprobe.loading.usercode import user_code
-from bnprobe.spec import is_file_target, nearest_file, split_target
+from bnprobe.targets import is_file_target, nearest_file, split_target
+from bnprobe.usercode import user_code
 
 
 @dataclass(frozen=True)

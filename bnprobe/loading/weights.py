@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from bnprobe.errors import CheckpointError
-from bnprobe.loading.usercode import user_code
-from bnprobe.spec import nearest_file
+from bnprobe.targets import nearest_file
+from bnprobe.usercode import user_code
 
 _READ_ERRORS = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 

@@ -13,9 +13,9 @@ from torch import nn
 from bnprobe.errors import ModelError
 from bnprobe.loading.checkpoint import load_checkpoint
 from bnprobe.loading.data import BatchSource, load_source
+from bnprobe.loading.inspection import kind_of
 from bnprobe.loading.model import LoadedModel, load_model
 from bnprobe.loading.modules import UserModule, locate
-from bnprobe.loading.usercode import kind_of
 from bnprobe.spec import Spec
 
 BatchFunction = Callable[[nn.Module, Any], Any]

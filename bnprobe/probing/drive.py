@@ -12,7 +12,7 @@ import torch
 from bnprobe.errors import DeviceError, UsageError
 from bnprobe.probing.accumulate import Path
 from bnprobe.probing.batches import CannotEmulateError, join, to_device
-from bnprobe.probing.emulation import Verdict, self_check
+from bnprobe.probing.emulation import Verdict, self_check, sentence
 from bnprobe.probing.evidence import Evidence, layer_sums, path_evidence
 from bnprobe.probing.feed import Feed
 from bnprobe.probing.intercept import Pass, Recorded, Slot
@@ -80,7 +80,7 @@ class Measurement:
             self._measure(micro_batches)
             return []
         except CannotEmulateError as error:
-            self.verdict = Verdict(False, f"real micro-batches: {error}", self.verdict.check, {})
+            self.verdict = Verdict(False, sentence(error), self.verdict.check, {})
             self.at_once = 1
         except Exception as error:
             if not is_out_of_memory(error):
@@ -174,8 +174,8 @@ def _prepare(runner: Runner, feed: Feed, settings: ScanSettings) -> Measurement:
     verdict, at_once = _plan(runner, feed, settings)
     if settings.batch_sizes and not verdict.trusted:
         raise UsageError(
-            "--batch-sizes needs images that can be regrouped, but this scan runs"
-            f" {verdict.reason}. Scan each size by itself with --batch-size."
+            f"--batch-sizes needs images that can be regrouped, and here they cannot. {verdict.reason}"
+            " Scan each size by itself with --batch-size."
         )
     return Measurement(
         runner=runner,
@@ -193,16 +193,16 @@ def _plan(runner: Runner, feed: Feed, settings: ScanSettings) -> tuple[Verdict, 
     """Whether to emulate, and how many micro-batches run at once."""
     size = feed.batch_size
     if not settings.emulate:
-        return Verdict(False, "real micro-batches, as asked for", None, {}), 1
+        return Verdict(False, "As asked for.", None, {}), 1
     fitting = plan_images(1, runner.device) // size
     if settings.physical_batch:
         fitting = settings.physical_batch // size
     if fitting < _CHECKED and not settings.batch_sizes:
-        return Verdict(False, "real micro-batches: one of them fills a physical batch", None, {}), 1
+        return Verdict(False, "One micro-batch fills a physical batch.", None, {}), 1
     checked = feed.take(_CHECKED)
     feed.give_back(checked)
     if len(checked) < _CHECKED:
-        return Verdict(False, "real micro-batches: the data gives only one", None, {}), 1
+        return Verdict(False, "The data gives only one micro-batch.", None, {}), 1
     on_device = [to_device(batch, runner.device) for batch in checked]
     verdict, bytes_per_image = self_check(runner, on_device, size)
     if not verdict.trusted:

@@ -65,7 +65,7 @@ def self_check(runner: Runner, micro_batches: list[Any], batch_size: int) -> tup
         if emulated.records.keys() != reals[0].records.keys():
             raise CannotEmulateError("the layers are called differently in a larger batch")
     except CannotEmulateError as error:
-        return Verdict(False, f"real micro-batches: {error}", None, {}), size
+        return Verdict(False, sentence(error), None, {}), size
     unit = _unit(runner)
     check, blind = _judge(runner, reals, shaken, emulated, unit)
     images = batch_size * len(micro_batches)
@@ -73,7 +73,9 @@ def self_check(runner: Runner, micro_batches: list[Any], batch_size: int) -> tup
     output_tolerance = unit * _FLOOR + _AMPLIFICATION * _output_error(outputs[:1], shaken_output, batch_size)
     passed = check.passed and output_error <= output_tolerance <= _BLIND
     check = SelfCheck(output_error, check.statistic_error, check.tolerance, passed, check.first_layer)
-    return Verdict(passed, _reason(check, blind or output_tolerance > _BLIND), check, emulated.layouts), size
+    return Verdict(
+        passed, _reason(check, blind or output_tolerance > _BLIND, batch_size), check, emulated.layouts
+    ), size
 
 
 def _judge(runner: Runner, reals: list[Pass], shaken: Pass, emulated: Pass, unit: float) -> tuple[SelfCheck, bool]:
@@ -159,10 +161,14 @@ def _relative(value: Tensor, reference: Tensor) -> float:
     return float((value.double() - reference.double()).norm()) / (norm or 1.0)
 
 
-def _reason(check: SelfCheck, blind: bool) -> str:
-    place = f", from {check.first_layer} on" if check.first_layer else ""
+def sentence(error: CannotEmulateError) -> str:
+    text = str(error)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _reason(check: SelfCheck, blind: bool, batch_size: int) -> str:
     if check.passed:
-        return "micro-batches ran together; a self-check against real ones agreed"
+        return f"Statistics are taken per group of {batch_size} image{'s' if batch_size > 1 else ''}."
     if blind:
-        return f"real micro-batches: the forward pass is random, or too sensitive to rounding to be checked{place}"
-    return f"real micro-batches: the model mixes images of a batch{place}"
+        return "The forward pass is random, or too sensitive to rounding to be checked."
+    return "The model mixes the images of a batch."

@@ -7,7 +7,6 @@ from typing import Any
 
 from bnprobe.errors import DataError
 from bnprobe.probing.batches import check_finite, count_images
-from bnprobe.probing.forward import guarded
 
 _END = object()
 
@@ -26,7 +25,7 @@ class Feed:
         self.drawn = 0
         self.left_out = 0
         self.exhausted = False
-        self._iterator: Iterator[Any] = guarded("starting to read the data", iter, batches)
+        self._iterator: Iterator[Any] = iter(batches)
         self._returned: list[Any] = []
 
     def take(self, count: int) -> list[Any]:
@@ -51,7 +50,7 @@ class Feed:
     def _next(self) -> Any:
         if self.exhausted:
             return _END
-        batch = self._draw()
+        batch = next(self._iterator, _END)
         if batch is _END:
             return self._end()
         images = count_images(batch)
@@ -61,9 +60,6 @@ class Feed:
         self.drawn += 1
         return batch
 
-    def _draw(self) -> Any:
-        return guarded(f"reading micro-batch {self.drawn + 1} from the data", next, self._iterator, _END)
-
     def _end(self) -> Any:
         self.exhausted = True
         if self.drawn == 0 and self.left_out == 0:
@@ -72,7 +68,7 @@ class Feed:
 
     def _odd_size(self, images: int) -> Any:
         """A smaller batch is fine as the last one; everything else would falsify the diagnosis."""
-        if images > self.batch_size or self._draw() is not _END:
+        if images > self.batch_size or next(self._iterator, _END) is not _END:
             raise DataError(
                 f"Micro-batch {self.drawn + 1} has {images} images, but the batch size is {self.batch_size}. All"
                 " batches but the last must have the same size: let load_data(batch_size) give such a loader, or pass"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from bnprobe.errors import BnprobeError, DataError, UserCodeError
+from bnprobe.errors import DataError
 from bnprobe.probing.batches import CannotEmulateError, tensors_of
 from bnprobe.probing.memory import is_out_of_memory
+from bnprobe.usercode import user_code
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -39,19 +40,9 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     )
 
 
-def guarded(call: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Call the user's code; an exception becomes a UserCodeError that names ``call``.
-
-    Out-of-memory errors, bnprobe's own and Ctrl-C pass through.
-    """
-    try:
-        return function(*args)
-    except (BnprobeError, CannotEmulateError):
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserCodeError(call, error) from error
+def model_code(call: str) -> AbstractContextManager[None]:
+    """The border to the user's forward, loss and metric; what probing itself handles passes unchanged."""
+    return user_code(call, lambda error: isinstance(error, CannotEmulateError) or is_out_of_memory(error))
 
 
 @contextmanager

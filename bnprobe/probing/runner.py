@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bnprobe.probing.forward import Forward, default_forward, guarded
+from bnprobe.probing.forward import Forward, default_forward, model_code
 from bnprobe.probing.intercept import Interceptor, Pass
 from bnprobe.probing.layers import LayerSet
 
@@ -73,13 +73,15 @@ class Runner:
         """
         call = "calling forward(model, batch)" if self.functions.forward else "calling the model on a batch"
         self._set_flags(path)
-        with self._autocast(path), self._interceptor.running(pass_):
-            return guarded(f"{call} ({path} path)", self._forward, self.model, batch)
+        border = model_code(f"{call} ({path} path)")
+        with self._autocast(path), self._interceptor.running(pass_), border:
+            return self._forward(self.model, batch)
 
     def call(self, path: PathName, name: str, function: Callable[..., Any], batch: Any, pass_: Pass) -> Any:
         """Call the user's loss or metric, right after ``forward`` on the same path: the flags are still set."""
-        with self._autocast(path), self._interceptor.running(pass_):
-            return guarded(f"calling {name}(model, batch) ({path} path)", function, self.model, batch)
+        border = model_code(f"calling {name}(model, batch) ({path} path)")
+        with self._autocast(path), self._interceptor.running(pass_), border:
+            return function(self.model, batch)
 
     def _set_flags(self, path: PathName) -> None:
         self.model.train(path == "train")

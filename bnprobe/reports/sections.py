@@ -168,7 +168,7 @@ def _emulation(scan: Scan) -> str:
 def _self_check(check: SelfCheck) -> str:
     error = max(check.output_error, check.statistic_error)
     if check.passed:
-        return f"passed: real micro-batches agree to {error:.0e}."
+        return f"passed: real micro-batches agree {f'to {error:.0e}' if error else 'exactly'}."
     where = f", first in {check.first_layer}" if check.first_layer else ""
     return f"failed: real micro-batches differ by {error:.0e}{where}."
 

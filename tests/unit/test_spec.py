@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from bnprobe.errors import SpecError, UsageError
-from bnprobe.spec import ScanSettings, build_spec, is_file_target, load_spec, settings_from, split_target
+from bnprobe.spec import ScanSettings
+from bnprobe.specfile import build_spec, load_spec, settings_from
+from bnprobe.targets import is_file_target, split_target
 
 
 def write(folder: Path, text: str, name: str = "spec.yaml") -> Path:

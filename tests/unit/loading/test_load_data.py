@@ -24,8 +24,8 @@ from torch.utils.data import (
 
 from bnprobe.errors import DataError, ModelError, UsageError, UserCodeError
 from bnprobe.loading.data import BatchSource, as_batch_source, load_source, synthetic_source
+from bnprobe.loading.inspection import GuardedBatches
 from bnprobe.loading.modules import UserModule, resolve
-from bnprobe.loading.usercode import GuardedBatches
 from bnprobe.spec import DataSpec
 
 HEAD = "import torch\nfrom torch.utils.data import *\nimages = TensorDataset(torch.arange(10.0)[:, None])\n"

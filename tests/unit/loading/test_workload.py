@@ -10,7 +10,7 @@ from torch import nn
 
 from bnprobe.errors import BnprobeError, CheckpointError, ModelError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload
-from bnprobe.spec import build_spec, load_spec
+from bnprobe.specfile import build_spec, load_spec
 
 MODEL = """
 import torch

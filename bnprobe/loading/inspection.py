@@ -1,28 +1,12 @@
-"""The border to the user's code: what it raises comes back as a UserCodeError that says what was called."""
+"""Look at the user's functions and values before they are used, and name them in messages."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from bnprobe.errors import BnprobeError, UserCodeError
-
-
-@contextmanager
-def user_code(call: str) -> Iterator[None]:
-    """Turns an exception of the user's code into a UserCodeError; Ctrl-C passes.
-
-    Args:
-        call: What is being done, e.g. ``"calling load_model() of model.py"``.
-    """
-    try:
-        yield
-    except BnprobeError:
-        raise
-    except (Exception, SystemExit) as error:  # exit() in a model file must not end bnprobe without a word
-        raise UserCodeError(call, error) from error
+from bnprobe.usercode import user_code
 
 
 class GuardedBatches:

@@ -1,0 +1,35 @@
+"""Targets: how the user names a model, a function or a file."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+MODEL_LIBRARIES = ("timm:", "torchvision:")
+"""How targets begin that name a model of a library."""
+
+
+def split_target(target: str) -> tuple[str, str | None]:
+    """``"dir/model.py:Net"`` as ("dir/model.py", "Net"); the colon of a Windows drive does not count."""
+    location, colon, symbol = target.rpartition(":")
+    if not colon or not location or re.search(r"[/\\]", symbol):
+        return target, None
+    return location, symbol or None
+
+
+def is_file_target(target: str) -> bool:
+    """Whether a target names a file rather than a module or a model library."""
+    if target.startswith(MODEL_LIBRARIES):
+        return False
+    location, _ = split_target(target)
+    return location.endswith(".py") or bool(re.search(r"[/\\]", location))
+
+
+def nearest_file(path: Path) -> str:
+    """A sentence on what to do about a missing file: the file of its folder whose name is nearest."""
+    if not path.parent.is_dir():
+        return f"There is no folder {path.parent}."
+    names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    close = difflib.get_close_matches(path.name, names, 1)
+    return f"Did you mean {path.with_name(close[0])}?" if close else "Check the path."

@@ -1,0 +1,26 @@
+"""The border to the user's code: what it raises comes back as a UserCodeError that says what was called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from bnprobe.errors import BnprobeError, UserCodeError
+
+
+@contextmanager
+def user_code(call: str, passes: Callable[[BaseException], bool] = lambda error: False) -> Iterator[None]:
+    """Turn an exception of the user's code into a UserCodeError; bnprobe's own errors and Ctrl-C pass.
+
+    Args:
+        call: What is being done, e.g. ``"calling load_model() of model.py"``.
+        passes: Which further exceptions pass unchanged.
+    """
+    try:
+        yield
+    except BnprobeError:
+        raise
+    except (Exception, SystemExit) as error:  # exit() in a model file must not end bnprobe without a word
+        if passes(error):
+            raise
+        raise UserCodeError(call, error) from error
