@@ -32,7 +32,12 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
 
 def tensors_of(tree: Any) -> list[Tensor]:
     """All tensors of a nest, in order."""
-    return list(_leaves(tree, Tensor))
+    return [leaf for leaf in leaves_of(tree) if isinstance(leaf, Tensor)]
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """Everything in a nest of tuples, lists and mappings that is none of these, in order."""
+    return [leaf for _, leaf in _named_leaves(tree)]
 
 
 def count_images(batch: Any) -> int | None:
@@ -67,6 +72,8 @@ def check_finite(batch: Any, position: int) -> None:
         DataError: Names the micro-batch, the tensor and the image.
     """
     for path, tensor in _named_leaves(batch):
+        if not isinstance(tensor, Tensor):
+            continue
         # A finite sum means finite values, and needs no temporary of the tensor's size.
         if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
             continue
@@ -130,14 +137,10 @@ def _like_sequence(tree: Any, items: list[Any]) -> Any:
     return type(tree)(items)
 
 
-def _leaves(tree: Any, kind: type) -> Iterator[Any]:
-    return (leaf for _, leaf in _named_leaves(tree) if isinstance(leaf, kind))
-
-
-def _named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, Mapping):
+def _named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
         yield from itertools.chain(*(_named_leaves(value, f"{path}[{key!r}]") for key, value in tree.items()))
     elif isinstance(tree, list | tuple):
         yield from itertools.chain(*(_named_leaves(item, f"{path}[{index}]") for index, item in enumerate(tree)))
+    else:
+        yield path, tree

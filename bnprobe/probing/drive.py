@@ -107,8 +107,8 @@ class Measurement:
         paths: tuple[PathName, PathName] = ("train", "eval")
         for path in paths:
             passes[path] = self._pass(path, len(batches))
-            outputs[path] = self.runner.forward(path, joined, passes[path])
-            found = user_values(self.runner, path, batches, outputs[path], self.batch_size)
+            outputs[path], recorded = self.runner.forward(path, joined, passes[path])
+            found = user_values(self.runner, path, batches, recorded, self.batch_size)
             values += [(name, path, value) for name, value in found]
         with deferred_interrupts():
             self._add(passes["train"], passes["eval"])
@@ -203,8 +203,13 @@ def _plan(runner: Runner, feed: Feed, settings: ScanSettings) -> tuple[Verdict, 
     feed.give_back(checked)
     if len(checked) < _CHECKED:
         return Verdict(False, "The data gives only one micro-batch.", None, {}), 1
-    on_device = [to_device(batch, runner.device) for batch in checked]
-    verdict, bytes_per_image = self_check(runner, on_device, size)
+    try:
+        on_device = [to_device(batch, runner.device) for batch in checked]
+        verdict, bytes_per_image = self_check(runner, on_device, size)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return Verdict(False, "There is no memory for two micro-batches at once.", None, {}), 1
     if not verdict.trusted:
         return verdict, 1
     if not settings.physical_batch:

@@ -1,20 +1,21 @@
-"""How a batch goes through the user's model, and how a recorded output is used again."""
+"""How a batch goes through the user's model."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from bnprobe.errors import DataError
-from bnprobe.probing.batches import CannotEmulateError, tensors_of
+from bnprobe.probing.batches import CannotEmulateError
 from bnprobe.probing.memory import is_out_of_memory
 from bnprobe.usercode import user_code
 
-Forward = Callable[[nn.Module, Any], Any]
+BatchFunction = Callable[[nn.Module, Any], Any]
+"""A user's function of (model, batch)."""
 
 _INPUT_KEYS = ("image", "images", "input", "inputs", "pixel_values", "x", "data")
 
@@ -43,30 +44,6 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
 def model_code(call: str) -> AbstractContextManager[None]:
     """The border to the user's forward, loss and metric; what probing itself handles passes unchanged."""
     return user_code(call, lambda error: isinstance(error, CannotEmulateError) or is_out_of_memory(error))
-
-
-@contextmanager
-def replaying(model: nn.Module, inputs: Any, output: Any) -> Iterator[None]:
-    """Answer calls of the model on the tensors of ``inputs`` with ``output``, and run all others.
-
-    A loss or metric that calls ``model(x)`` on what the batch holds then costs no second forward pass.
-    """
-    known = {id(tensor) for tensor in tensors_of(inputs)}
-    original = model.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        given = tensors_of((args, kwargs))
-        return output if given and all(id(tensor) in known for tensor in given) else original(*args, **kwargs)
-
-    had = "forward" in model.__dict__
-    model.forward = forward
-    try:
-        yield
-    finally:
-        if had:
-            model.forward = original
-        else:
-            del model.forward
 
 
 def _forward_mapping(model: nn.Module, batch: Mapping[Any, Any]) -> Any:

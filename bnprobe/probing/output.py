@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnprobe.errors import DataError
-from bnprobe.probing.batches import count_images, map_tensors, tensors_of
-from bnprobe.probing.forward import replaying
+from bnprobe.probing.batches import tensors_of
 from bnprobe.probing.intercept import Pass
+from bnprobe.probing.replay import Outputs, rows_of
 from bnprobe.probing.runner import PathName, Runner
 from bnprobe.records import Output, PathValues
 
@@ -88,7 +88,7 @@ class OutputSums:
 
 
 def user_values(
-    runner: Runner, path: PathName, micro_batches: Sequence[Any], output: Any, batch_size: int
+    runner: Runner, path: PathName, micro_batches: Sequence[Any], outputs: Outputs, batch_size: int
 ) -> list[tuple[str, Any]]:
     """("loss" or "metric", value) for each micro-batch on one path.
 
@@ -97,12 +97,12 @@ def user_values(
     """
     functions = {"loss": runner.functions.loss, "metric": runner.functions.metric}
     values = []
-    for name, function in functions.items():
-        if function is None:
-            continue
-        for position, batch in enumerate(micro_batches):
-            part = _part(output, position, batch_size, len(micro_batches))
-            values.append((name, _call(runner, path, name, function, batch, part, batch_size)))
+    for position, batch in enumerate(micro_batches):
+        start, images = position * batch_size, batch_size * len(micro_batches)
+        rows = rows_of(outputs, start, start + batch_size, images)
+        for name, function in functions.items():
+            if function is not None:
+                values.append((name, runner.call(path, name, function, batch, rows, Pass(batch_size, batch_size))))
     return values
 
 
@@ -119,32 +119,6 @@ def is_class_scores(batch: Any, scores: Tensor) -> bool:
     if any(not tensor.is_floating_point() and tensor.shape == labels for tensor in others):
         return True
     return scores.dim() == 2 and not others
-
-
-def _call(
-    runner: Runner,
-    path: PathName,
-    name: str,
-    function: Callable[..., Any],
-    batch: Any,
-    part: Any,
-    batch_size: int,
-) -> Any:
-    pass_ = Pass(count_images(batch) or batch_size, batch_size)
-    if part is None or runner.functions.forward is not None:
-        return runner.call(path, name, function, batch, pass_)
-    with replaying(runner.model, batch, part):
-        return runner.call(path, name, function, batch, pass_)
-
-
-def _part(output: Any, position: int, batch_size: int, parts: int) -> Any:
-    """The rows of one micro-batch in the output of a physical batch; None where rows are not images."""
-    if parts == 1:
-        return output
-    if any(tensor.dim() == 0 or tensor.shape[0] != batch_size * parts for tensor in tensors_of(output)):
-        return None
-    start = position * batch_size
-    return map_tensors(output, lambda leaf: leaf[start : start + batch_size])
 
 
 def _floating(output: Any) -> list[Tensor]:

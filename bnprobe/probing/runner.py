@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,21 +11,23 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bnprobe.probing.forward import Forward, default_forward, model_code
+from bnprobe.probing.forward import BatchFunction, default_forward, model_code
 from bnprobe.probing.intercept import Interceptor, Pass
 from bnprobe.probing.layers import LayerSet
+from bnprobe.probing.replay import Outputs, recording, replaying
 
-PathName = Literal["train", "eval", "check"]
-"""The two paths; "check" is the train path without dropout and the like: batch statistics, all else in eval mode."""
+PathName = Literal["train", "eval", "check", "check eval"]
+"""The two paths, and what the self-check runs instead of them, both without autocast; its "check" is the train path
+without dropout and the like: batch statistics, all else in eval mode."""
 
 
 @dataclass(frozen=True)
 class UserFunctions:
     """The optional functions of a model file, ``f(model, batch)``."""
 
-    forward: Forward | None = None
-    loss: Callable[[nn.Module, Any], Any] | None = None
-    metric: Callable[[nn.Module, Any], Any] | None = None
+    forward: BatchFunction | None = None
+    loss: BatchFunction | None = None
+    metric: BatchFunction | None = None
 
 
 class Runner:
@@ -65,8 +67,11 @@ class Runner:
             self._frozen = frozenset(layer.index for layer in self.layers.layers if not layer.module.training)
             yield
 
-    def forward(self, path: PathName, batch: Any, pass_: Pass) -> Any:
+    def forward(self, path: PathName, batch: Any, pass_: Pass) -> tuple[Any, Outputs]:
         """Run the model on a batch that is on the device; the moments go to ``pass_``.
+
+        Returns:
+            What forward returned, and what the model itself returned on the way, for ``call`` to use again.
 
         Raises:
             UserCodeError: The model or the user's forward raised.
@@ -74,13 +79,25 @@ class Runner:
         call = "calling forward(model, batch)" if self.functions.forward else "calling the model on a batch"
         self._set_flags(path)
         border = model_code(f"{call} ({path} path)")
-        with self._autocast(path), self._interceptor.running(pass_), border:
-            return self._forward(self.model, batch)
+        with (
+            self._autocast(path),
+            self._interceptor.running(pass_),
+            recording(self.model, batch) as outputs,
+            border,
+        ):
+            return self._forward(self.model, batch), outputs
 
-    def call(self, path: PathName, name: str, function: Callable[..., Any], batch: Any, pass_: Pass) -> Any:
+    def call(
+        self, path: PathName, name: str, function: BatchFunction, batch: Any, outputs: Outputs, pass_: Pass
+    ) -> Any:
         """Call the user's loss or metric, right after ``forward`` on the same path: the flags are still set."""
         border = model_code(f"calling {name}(model, batch) ({path} path)")
-        with self._autocast(path), self._interceptor.running(pass_), border:
+        with (
+            self._autocast(path),
+            self._interceptor.running(pass_),
+            replaying(self.model, batch, outputs),
+            border,
+        ):
             return function(self.model, batch)
 
     def _set_flags(self, path: PathName) -> None:
@@ -90,6 +107,6 @@ class Runner:
                 layer.module.training = layer.index not in self._frozen
 
     def _autocast(self, path: PathName) -> AbstractContextManager[Any]:
-        if self.autocast is None or path == "check":
+        if self.autocast is None or path not in ("train", "eval"):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast)

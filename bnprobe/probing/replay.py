@@ -1,0 +1,74 @@
+"""Use recorded outputs of the model again, so that a loss or metric costs no further forward pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from bnprobe.probing.batches import leaves_of, map_tensors, tensors_of
+
+Outputs = dict[tuple[int, ...], Any]
+"""Outputs of the model, by the positions in the batch of the tensors that it was called on."""
+
+
+@contextmanager
+def recording(model: nn.Module, batch: Any) -> Iterator[Outputs]:
+    """Keep what the model returns while the block runs, where it is called on tensors of the batch themselves."""
+    outputs: Outputs = {}
+
+    def answer(original: Callable[..., Any], key: tuple[int, ...] | None, args: Any, kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if key is not None:
+            outputs[key] = output
+        return output
+
+    with _intercepted(model, batch, answer):
+        yield outputs
+
+
+@contextmanager
+def replaying(model: nn.Module, batch: Any, outputs: Outputs) -> Iterator[None]:
+    """Answer calls of the model on the same tensors of ``batch`` with ``outputs``; all other calls run."""
+
+    def answer(original: Callable[..., Any], key: tuple[int, ...] | None, args: Any, kwargs: Any) -> Any:
+        return outputs[key] if key in outputs else original(*args, **kwargs)
+
+    with _intercepted(model, batch, answer):
+        yield
+
+
+def rows_of(outputs: Outputs, start: int, stop: int, images: int) -> Outputs:
+    """The same for some of the images; outputs whose rows are not images are left out."""
+    if (start, stop) == (0, images):
+        return outputs
+    return {
+        key: map_tensors(output, lambda leaf: leaf[start:stop])
+        for key, output in outputs.items()
+        if all(tensor.dim() > 0 and tensor.shape[0] == images for tensor in tensors_of(output))
+    }
+
+
+@contextmanager
+def _intercepted(model: nn.Module, batch: Any, answer: Callable[..., Any]) -> Iterator[None]:
+    positions = {id(tensor): position for position, tensor in enumerate(tensors_of(batch))}
+    original = model.forward
+    had_own = "forward" in model.__dict__
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = [positions.get(id(leaf)) if isinstance(leaf, Tensor) else None for leaf in leaves_of((args, kwargs))]
+        known = tuple(position for position in given if position is not None)
+        return answer(original, known if given and len(known) == len(given) else None, args, kwargs)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            model.forward = original
+        else:
+            del model.forward
