@@ -17,6 +17,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def random_state() -> object:
+    """The state of random, numpy and torch (CPU and CUDA), to be compared: equal if nothing was drawn in between."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    tensors = [torch.get_rng_state(), *cuda]
+    return random.getstate(), str(np.random.get_state()), [state.numpy().tobytes() for state in tensors]
+
+
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
     """Restore the random state when the block is done."""

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 import bnprobe
 from bnprobe.cli.init import init
 from bnprobe.cli.scan import scan
-from bnprobe.errors import EXIT_NOTHING, BnprobeError, UserCodeError
+from bnprobe.errors import BnprobeError, NothingToProbeError, UserCodeError
+
+
+class _Commands(typer.core.TyperGroup):
+    """The subcommands; typer itself would end a Ctrl-C with an exit code of its own and no word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise NothingToProbeError("Interrupted before anything was measured; there is no report.") from None
+
 
 app = typer.Typer(
     name="bnprobe",
+    cls=_Commands,
     help="Find, explain and repair Batch Normalization that behaves differently in training and at inference.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -33,9 +46,6 @@ def main() -> None:
         if isinstance(error, UserCodeError) and error.frames:
             print(error.frames.rstrip(), file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("bnprobe: interrupted before anything was measured.", file=sys.stderr)
-        sys.exit(EXIT_NOTHING)
 
 
 def _print_version(asked: bool) -> None:

@@ -16,6 +16,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
 ) -> None:
     """Write a commented starter model.py and spec.yaml that scan at once."""
+    import shlex
     from importlib.resources import files
 
     from bnprobe.cli.write import write_whole
@@ -31,4 +32,4 @@ def init(
     for name in STARTER:
         write_whole(folder / name, files("bnprobe").joinpath("starter", name).read_text(encoding="utf-8"))
         typer.echo(f"wrote {folder / name}")
-    typer.echo(f"next: bnprobe scan {folder / 'spec.yaml'}")
+    typer.echo(f"next: bnprobe scan {shlex.quote(str(folder / 'spec.yaml'))}")

@@ -27,7 +27,8 @@ class Autocast(str, enum.Enum):
     float16 = "float16"
 
 
-def _option(panel: str, name: str, help_: str, metavar: str | None = None) -> typer.models.OptionInfo:
+def _option(panel: str, name: str, help_: str, metavar: str = "") -> typer.models.OptionInfo:
+    """An option; flags have no metavar."""
     info: typer.models.OptionInfo = typer.Option(name, help=help_, rich_help_panel=panel, metavar=metavar)
     return info
 
@@ -39,7 +40,8 @@ def scan(
     target: Annotated[
         str,
         typer.Argument(
-            help="model.py[:SYMBOL], package.module[:SYMBOL], timm:NAME, torchvision:NAME, or a spec file (.yaml)."
+            help="model.py[:SYMBOL], package.module[:SYMBOL], timm:NAME, torchvision:NAME, or a spec file (.yaml).",
+            metavar="TARGET",
         ),
     ],
     checkpoint: Annotated[
@@ -84,9 +86,7 @@ def scan(
         int | None,
         _option(_RUN, "--physical-batch", "Images that run at once (default: from memory).", "N"),
     ] = None,
-    emulate: Annotated[
-        bool, _option(_RUN, "--emulate/--no-emulate", "Several micro-batches at once, or real ones only.")
-    ] = True,
+    no_emulate: Annotated[bool, _option(_RUN, "--no-emulate", "Run real micro-batches, one by one.")] = False,
     threshold: Annotated[
         float | None,
         _option(_JUDGE, "--threshold", "Flag layers whose equivalent batch size is below N (default 32).", "N"),
@@ -108,7 +108,6 @@ def scan(
     """
     from bnprobe.cli.progress import progress_bar
     from bnprobe.cli.write import check_writable, write_report
-    from bnprobe.pipeline import scan_spec
     from bnprobe.specfile import build_spec
 
     overrides = {
@@ -123,7 +122,7 @@ def scan(
         "scan.device": device,
         "scan.autocast": autocast and autocast.value,
         "scan.physical_batch": physical_batch,
-        "scan.emulate": None if emulate else False,
+        "scan.emulate": False if no_emulate else None,
         "thresholds": None if threshold is None else {"*": threshold},
         "layers.include": include or None,
         "layers.exclude": exclude or None,
@@ -131,6 +130,8 @@ def scan(
     check_writable(output)
     spec = build_spec(target, overrides)
     with progress_bar() as progress:
+        from bnprobe.pipeline import scan_spec  # seconds of torch: only once the options are known to be right
+
         report = scan_spec(spec, progress)
     write_report(report, format_.value, output, show_all)
     findings = report.summary.flagged > 0 and not exit_zero

@@ -12,6 +12,7 @@ from pathlib import Path
 from bnprobe.errors import OutputError
 from bnprobe.records import Report
 from bnprobe.reports import FORMATS, RenderOptions
+from bnprobe.reports.figures import count
 
 
 def check_writable(output: Path | None) -> None:
@@ -24,7 +25,9 @@ def check_writable(output: Path | None) -> None:
         return
     if output.is_dir():
         raise OutputError(f"--output {output} is a folder; give a file name in it.")
-    folder = output.parent
+    if _is_special(output):
+        return
+    folder = (output.resolve() if output.is_symlink() else output).parent
     if not folder.is_dir():
         raise OutputError(f"The folder {folder} of --output does not exist; create it first.")
     if not os.access(folder, os.W_OK):
@@ -35,36 +38,65 @@ def write_report(report: Report, format_: str, output: Path | None, show_all: bo
     """Render the report; to ``output`` if given, else to stdout."""
     render = FORMATS[format_]
     if output is None:
-        sys.stdout.write(render(report, _terminal_options(show_all)))
-        sys.stdout.flush()
+        _print(render(report, _terminal_options(show_all)))
         return
     plain = RenderOptions(show_all=show_all, command=_command())
     write_whole(output, render(report, plain))
-    flagged, layers = report.summary.flagged, report.summary.layers
-    print(f"{flagged} of {layers} layers flagged; report written to {output}", file=sys.stderr)
+    partial = "PARTIAL, interrupted: " if report.scan.partial else ""
+    layers = count(report.summary.layers, "layer")
+    print(f"{partial}{report.summary.flagged} of {layers} flagged; report written to {output}", file=sys.stderr)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a neighbour is written first, then renamed.
+    """Write a file whole or not at all: a neighbour is written first, then renamed. Links are followed.
 
     Raises:
         OutputError: It could not be written; what was there before is still there.
     """
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
+        if _is_special(path):
+            path.write_text(text, encoding="utf-8")
+        else:
+            _replace(path.resolve(), text)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from None
+
+
+def _is_special(path: Path) -> bool:
+    """A pipe or device, such as /dev/null, which must be written to and never be replaced."""
+    return path.exists() and not path.is_file()
+
+
+def _replace(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        temporary = Path(file.name)
+        try:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        except BaseException:  # Ctrl-C too
             temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from None
+            raise
+
+
+def _print(text: str) -> None:
+    """Write to stdout; a reader that has seen enough (``| head``) is no error.
+
+    Raises:
+        OutputError: It could not be written, e.g. to a full disk.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer must not fail again when Python closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OutputError(f"The report could not be written to stdout: {error.strerror}.") from None
 
 
 def _umask() -> int:

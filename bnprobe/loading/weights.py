@@ -100,6 +100,7 @@ def _unsafe_globals(path: Path, error: pickle.UnpicklingError) -> list[str]:
 
 def _damaged(path: Path, error: Exception) -> str:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = reason.split(". ")[0]  # what follows is PyTorch's own advice, cut off at its line
     return (
         f"The checkpoint {path} ({path.stat().st_size} bytes) could not be read: it is truncated, damaged, "
         f"or neither safetensors nor a torch.save file ({reason[:200].rstrip('.')}). Save or copy it again."

@@ -56,6 +56,8 @@ def load_workload(spec: Spec) -> Workload:
     loaded = load_model_only(spec)
     source = load_source(spec.data, loaded.module)
     notes = list(loaded.notes)
+    if spec.eval_data.target is not None:
+        notes.append("eval_data was not used: a scan measures the training batches.")
     functions = {
         role: _function(role, target, loaded.module, notes)
         for role, target in (("forward", spec.forward), ("loss", spec.loss), ("metric", spec.metric))

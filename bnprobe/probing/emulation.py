@@ -7,7 +7,7 @@ that; a model that draws random numbers in eval mode cannot be told from one, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from bnprobe.probing.batches import CannotEmulateError, join, map_tensors, tensors_of
 from bnprobe.probing.grouping import Layout
 from bnprobe.probing.intercept import Pass, Recorded, Slot
-from bnprobe.probing.runner import Runner
+from bnprobe.probing.runner import PathName, Runner
+from bnprobe.randomness import random_state
 from bnprobe.records import SelfCheck
 from bnprobe.stats.mismatch import distance
 
@@ -54,14 +55,41 @@ def self_check(runner: Runner, micro_batches: list[Any], batch_size: int) -> tup
         The verdict, and the bytes that one image takes in the inputs of all norm layers: an upper bound of what a
         forward pass keeps alive.
     """
+    before = random_state()
+    verdict, size = _check(runner, "check train", micro_batches, batch_size)
+    if random_state() != before:
+        # What was drawn differs from run to run: without dropout and the like there is something to compare.
+        verdict, size = _check(runner, "check", micro_batches, batch_size)
+    if verdict.trusted:
+        # Batch statistics can hide a mixing of images that shows with running ones, e.g. of batch_norm by hand.
+        verdict = _worse(verdict, _check(runner, "check eval", micro_batches, batch_size)[0])
+    return verdict, size
+
+
+def _worse(verdict: Verdict, inference: Verdict) -> Verdict:
+    """What both checks say together; the first one is trusted."""
+    if not inference.trusted or verdict.check is None or inference.check is None:
+        return inference
+    one, other = verdict.check, inference.check
+    worst = SelfCheck(
+        output_error=max(one.output_error, other.output_error),
+        statistic_error=max(one.statistic_error, other.statistic_error),
+        tolerance=max(one.tolerance, other.tolerance),
+        passed=True,
+        first_layer=None,
+    )
+    return replace(verdict, check=worst)
+
+
+def _check(runner: Runner, path: PathName, micro_batches: list[Any], batch_size: int) -> tuple[Verdict, int]:
     reals = [Pass(batch_size, batch_size) for _ in micro_batches]
-    outputs = [runner.forward("check", batch, real) for batch, real in zip(micro_batches, reals, strict=True)]
+    outputs = [runner.forward(path, batch, real)[0] for batch, real in zip(micro_batches, reals, strict=True)]
     size = sum(record.bytes for record in reals[0].records.values()) // batch_size
     shaken = Pass(batch_size, batch_size)
-    shaken_output = runner.forward("check", _shake(micro_batches[0]), shaken)
+    shaken_output, _ = runner.forward(path, _shake(micro_batches[0]), shaken)
     try:
         emulated = Pass(batch_size * len(micro_batches), batch_size, references=_references(reals))
-        output = runner.forward("check", join(micro_batches), emulated)
+        output, _ = runner.forward(path, join(micro_batches), emulated)
         if emulated.records.keys() != reals[0].records.keys():
             raise CannotEmulateError("the layers are called differently in a larger batch")
     except CannotEmulateError as error:
@@ -73,9 +101,8 @@ def self_check(runner: Runner, micro_batches: list[Any], batch_size: int) -> tup
     output_tolerance = unit * _FLOOR + _AMPLIFICATION * _output_error(outputs[:1], shaken_output, batch_size)
     passed = check.passed and output_error <= output_tolerance <= _BLIND
     check = SelfCheck(output_error, check.statistic_error, check.tolerance, passed, check.first_layer)
-    return Verdict(
-        passed, _reason(check, blind or output_tolerance > _BLIND, batch_size), check, emulated.layouts
-    ), size
+    reason = _reason(check, blind or output_tolerance > _BLIND, batch_size)
+    return Verdict(passed, reason, check, emulated.layouts), size
 
 
 def _judge(runner: Runner, reals: list[Pass], shaken: Pass, emulated: Pass, unit: float) -> tuple[SelfCheck, bool]:
@@ -109,7 +136,8 @@ def _stack(records: list[Recorded]) -> tuple[Tensor, Tensor]:
 def _difference(record: Recorded | None, mean: Tensor, variance: Tensor, eps: float) -> float:
     if record is None or record.mean.shape != mean.shape:
         return torch.inf
-    return distance(record.mean, record.variance, mean, variance, eps)
+    # What overflows does so in both: on the eval path that is a symptom to report, no sign of mixing.
+    return distance(_finite(record.mean), _finite(record.variance), _finite(mean), _finite(variance), eps)
 
 
 def _shake(batch: Any) -> Any:
@@ -142,8 +170,9 @@ def _output_error(outputs: list[Any], joint: Any, images: int) -> float:
         if not per_image or not whole.is_floating_point() or sum(part.shape[0] for part in parts) != whole.shape[0]:
             continue
         difference = min(_relative(part, whole) for part in _arrangements(parts, images))
-        error += difference**2 * float(whole.double().square().sum())
-        norm += float(whole.double().square().sum())
+        weight = float(_finite(whole.double()).square().sum())
+        error += difference**2 * weight
+        norm += weight
     return (error / norm) ** 0.5 if norm > 0 else error
 
 
@@ -157,8 +186,12 @@ def _arrangements(parts: tuple[Tensor, ...], images: int) -> list[Tensor]:
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:
-    norm = float(reference.double().norm())
-    return float((value.double() - reference.double()).norm()) / (norm or 1.0)
+    value, reference = _finite(value.double()), _finite(reference.double())
+    return float((value - reference).norm()) / (float(reference.norm()) or 1.0)
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def sentence(error: CannotEmulateError) -> str:

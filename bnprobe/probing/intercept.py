@@ -129,10 +129,11 @@ def _answer(pass_: Pass, layer: ProbedLayer, family: NormFamily, call: NormCall)
     slot = (layer.index, sum(index == layer.index for index, _ in pass_.records))
     grouping, moments = _group(pass_, layer, slot, call)
     by_batch = call.training or call.running_mean is None
-    unit = 1 if pass_.per_image and not by_batch else grouping.batch_size
-    mean, variance = pool_moments(*moments, unit)
+    per_image = pass_.per_image and not by_batch
+    mean, variance = pool_moments(*moments, 1 if per_image else grouping.batch_size)
     values = call.input.numel() // call.input.shape[1] // grouping.groups
     size = call.input.numel() * call.input.element_size()
+    unit = 1 if per_image else pass_.batch_size
     pass_.records[slot] = Recorded(mean, variance, unit, values, by_batch, size)
     if not by_batch:
         return family.evaluate(call)
@@ -143,7 +144,7 @@ def _group(pass_: Pass, layer: ProbedLayer, slot: Slot, call: NormCall) -> tuple
     """The grouping of a call's rows, and the moments of its images."""
     rows = call.input.shape[0]
     if rows % pass_.images:
-        if pass_.images != pass_.batch_size:
+        if pass_.images != pass_.batch_size or pass_.per_image:
             raise CannotEmulateError(f"{layer.name} sees {rows} rows for {pass_.images} images")
         # A real micro-batch: all rows are normalized together, whatever they are.
         whole = Grouping(images=1, batch_size=1, rows=rows)

@@ -56,10 +56,11 @@ class OutputSums:
     def result(self) -> Output:
         """Transfer the sums and divide."""
         totals = {name: float(total) for name, total in self._totals.items()}
+        divergence = _ratio(totals, "kl", "predictions")
         return Output(
             relative_l2=_root(_ratio(totals, "difference", "norm")),
-            argmax_changed=_ratio(totals, "changed", "predictions"),
-            kl_divergence=_ratio(totals, "kl", "predictions"),
+            argmax_changed=None if divergence is None else _ratio(totals, "changed", "predictions"),
+            kl_divergence=divergence,
             loss=_path_values(totals, "loss"),
             metric=_path_values(totals, "metric"),
             note=self._note(totals),
@@ -79,11 +80,11 @@ class OutputSums:
 
     def _note(self, totals: dict[str, float]) -> str | None:
         if self._different_shapes:
-            return "the outputs of the two paths have different shapes and cannot be compared"
+            return "The outputs of the two paths have different shapes and cannot be compared."
         if "norm" not in totals:
-            return "the forward pass returned no floating-point tensor to compare"
+            return "The forward pass returned no floating-point tensor to compare."
         if _ratio(totals, "difference", "norm") is None:
-            return "the output of a path is not finite, or zero everywhere"
+            return "The output of a path is NaN or Inf, or zero everywhere."
         return None
 
 

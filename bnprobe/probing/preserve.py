@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,14 +17,18 @@ from bnprobe.randomness import preserved_random_state
 
 Restore = Callable[[], None]
 
+_CONTAINERS = (dict, list, set, deque, tuple)
+"""What is saved by its items."""
+
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restore everything about ``model`` and the process that a forward pass may change.
 
     Parameters, buffers and other tensors of a module, their grad and requires_grad, every attribute of every module
-    (training flags, momentum, hooks, containers), the random state of torch (CPU, CUDA), numpy and random, and the
-    grad mode. Bit-identical, also after an exception or Ctrl-C. Costs a copy of the model's tensors in host memory.
+    (training flags, momentum, hooks, containers in containers), the class of what was lazy, the random state of torch
+    (CPU, CUDA), numpy and random, and the grad mode. Bit-identical, also after an exception or Ctrl-C. Costs a copy of
+    the model's tensors in host memory.
     """
     restores = [_save_tensor(tensor) for tensor in _tensors(model)]
     restores += [_save_attributes(module) for module in model.modules()]
@@ -34,22 +39,40 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             with deferred_interrupts():
                 torch.set_grad_enabled(grad_mode)
-                # Attributes first: they hold which tensors there are; then what is in the tensors.
+                # Attributes first: they hold which tensors there are; then gradients, and what is in the tensors.
                 for restore in reversed(restores):
                     restore()
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    """Every tensor that hangs on a module, once each: parameters, buffers, plain attributes."""
+    """Every tensor that hangs on a module, once each: parameters, buffers, plain attributes; their gradients last."""
     found: dict[int, Tensor] = {}
     for module in model.modules():
-        attributes = {**module.__dict__, **module._parameters, **module._buffers}
-        tensors = [value for value in attributes.values() if isinstance(value, Tensor) and not is_lazy(value)]
-        found.update((id(tensor), tensor) for tensor in tensors)
+        for content in _containers(module.__dict__):
+            items = content.values() if isinstance(content, dict) else content
+            found.update((id(item), item) for item in items if isinstance(item, Tensor))
+    # Moving a model to a device moves what is in its gradients too.
+    gradients = [tensor.grad for tensor in found.values() if tensor.is_leaf and tensor.grad is not None]
+    found.update((id(gradient), gradient) for gradient in gradients)
+    return list(found.values())
+
+
+def _containers(root: Any) -> list[Any]:
+    """A container and those in it, at any depth, once each; modules in it are not entered."""
+    found: dict[int, Any] = {id(root): root}
+    waiting = [root]
+    while waiting:
+        content = waiting.pop()
+        for item in content.values() if isinstance(content, dict) else content:
+            if isinstance(item, _CONTAINERS) and id(item) not in found:
+                found[id(item)] = item
+                waiting.append(item)
     return list(found.values())
 
 
 def _save_tensor(tensor: Tensor) -> Restore:
+    if is_lazy(tensor):
+        return _save_lazy(tensor)
     values = tensor.detach().to("cpu", copy=True)
     storage = tensor.data
     grad, requires_grad = tensor.grad if tensor.is_leaf else None, tensor.requires_grad
@@ -67,6 +90,17 @@ def _save_tensor(tensor: Tensor) -> Restore:
     return restore
 
 
+def _save_lazy(tensor: Tensor) -> Restore:
+    kind, empty = type(tensor), tensor.data
+
+    def restore() -> None:
+        if type(tensor) is not kind:
+            tensor.data = empty
+            tensor.__class__ = kind
+
+    return restore
+
+
 def _same_bits(tensor: Tensor, values: Tensor) -> bool:
     """Equal values and equal signs of zero; a NaN counts as different, which only costs a copy."""
     here = tensor.detach().cpu()
@@ -75,14 +109,17 @@ def _same_bits(tensor: Tensor, values: Tensor) -> bool:
 
 
 def _save_attributes(module: nn.Module) -> Restore:
-    attributes = dict(module.__dict__)
-    containers = {name: copy.copy(value) for name, value in attributes.items() if isinstance(value, dict | list | set)}
+    kind, attributes = type(module), dict(module.__dict__)
+    changeable = [content for content in _containers(attributes) if not isinstance(content, tuple)]
+    contents = [(content, copy.copy(content)) for content in changeable if content is not attributes]
 
     def restore() -> None:
+        if type(module) is not kind:
+            module.__class__ = kind
         module.__dict__.clear()
         module.__dict__.update(attributes)
-        for name, content in containers.items():
-            _refill(attributes[name], content)
+        for container, content in contents:
+            _refill(container, content)
 
     return restore
 
@@ -90,7 +127,7 @@ def _save_attributes(module: nn.Module) -> Restore:
 def _refill(container: Any, content: Any) -> None:
     """Put the old content back into the same object."""
     container.clear()
-    if isinstance(container, list):
+    if isinstance(container, list | deque):
         container.extend(content)
     else:
         container.update(content)

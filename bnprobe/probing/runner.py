@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -11,14 +12,23 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from bnprobe.probing.batches import tensors_of
 from bnprobe.probing.forward import BatchFunction, default_forward, model_code
 from bnprobe.probing.intercept import Interceptor, Pass
 from bnprobe.probing.layers import LayerSet
 from bnprobe.probing.replay import Outputs, recording, replaying
 
-PathName = Literal["train", "eval", "check", "check eval"]
-"""The two paths, and what the self-check runs instead of them, both without autocast; its "check" is the train path
-without dropout and the like: batch statistics, all else in eval mode."""
+PathName = Literal["train", "eval", "check", "check train", "check eval"]
+"""The two paths, and what the self-check runs, always without autocast: the same two, and "check", which is the train
+path without dropout and the like: batch statistics, all else in eval mode."""
+
+_IN_WORDS: dict[PathName, str] = {
+    "train": "train path",
+    "eval": "eval path",
+    "check": "self-check",
+    "check train": "self-check",
+    "check eval": "self-check",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class Runner:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Keep the hooks in place while the block runs."""
-        with self._interceptor.installed(), torch.no_grad():
+        with self._interceptor.installed(), torch.no_grad(), _eagerly():
             self.model.train()
             # A model whose train() keeps some layers in eval mode trains with them frozen: so do both paths here.
             self._frozen = frozenset(layer.index for layer in self.layers.layers if not layer.module.training)
@@ -76,9 +86,9 @@ class Runner:
         Raises:
             UserCodeError: The model or the user's forward raised.
         """
-        call = "calling forward(model, batch)" if self.functions.forward else "calling the model on a batch"
+        call = "forward(model, batch)" if self.functions.forward else "the model"
         self._set_flags(path)
-        border = model_code(f"{call} ({path} path)")
+        border = model_code(f"calling {call} on {_shape(batch)} ({_IN_WORDS[path]})")
         with (
             self._autocast(path),
             self._interceptor.running(pass_),
@@ -91,7 +101,7 @@ class Runner:
         self, path: PathName, name: str, function: BatchFunction, batch: Any, outputs: Outputs, pass_: Pass
     ) -> Any:
         """Call the user's loss or metric, right after ``forward`` on the same path: the flags are still set."""
-        border = model_code(f"calling {name}(model, batch) ({path} path)")
+        border = model_code(f"calling {name}(model, batch) ({_IN_WORDS[path]})")
         with (
             self._autocast(path),
             self._interceptor.running(pass_),
@@ -101,7 +111,7 @@ class Runner:
             return function(self.model, batch)
 
     def _set_flags(self, path: PathName) -> None:
-        self.model.train(path == "train")
+        self.model.train(path in ("train", "check train"))
         if path == "check":
             for layer in self.layers.layers:
                 layer.module.training = layer.index not in self._frozen
@@ -110,3 +120,17 @@ class Runner:
         if self.autocast is None or path not in ("train", "eval"):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast)
+
+
+def _shape(batch: Any) -> str:
+    """The first tensor of a batch, in words."""
+    first = next(iter(tensors_of(batch)), None)
+    return "a batch" if first is None else f"a batch of shape {tuple(first.shape)}"
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """Run what torch.compile compiled as written: compiled code calls no functional form that could be intercepted."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -150,6 +150,8 @@ def _measured(scan: Scan) -> str:
 def _stopped(scan: Scan) -> str:
     if scan.partial:
         return "PARTIAL, interrupted"
+    if scan.stopped == "data_exhausted" and scan.batches_requested:
+        return f"all the data, {scan.batches_requested} were asked for"
     return {
         "requested": "as requested",
         "decided": "every layer decided",

@@ -80,7 +80,7 @@ class Axis:
             bin_ = int(np.searchsorted(cumulative, target))
             inside = (target - (cumulative[bin_] - counts[bin_])) / max(counts[bin_], 1)
             position = (bin_ + inside) * width - self.half_width * self.reach
-            value = float(self.unscale(np.asarray(position)))
+            value = self.unscale(np.array([position])).item()
             result[f"{probability:g}"] = min(max(value, low), high)
         return result
 

@@ -47,6 +47,6 @@ def standing(intervals: Sequence[Interval], limit: float) -> Literal["flagged", 
 
 @functools.cache
 def _t_quantile(degrees: int, confidence: float) -> float:
-    from scipy.stats import t
+    from scipy.special import stdtrit  # scipy.stats takes half a second to import
 
-    return float(t.ppf(0.5 + confidence / 2, degrees))
+    return float(stdtrit(degrees, 0.5 + confidence / 2))

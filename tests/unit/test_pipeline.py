@@ -1,0 +1,87 @@
+"""The Python call: settings, sources of data, and the facts of the report."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import bnprobe
+from bnprobe.errors import DataError, DeviceError, UsageError
+from bnprobe.pipeline import scan
+from support.networks import Flat, images, unsettled
+
+DATA = images(5, 4, 6)
+SET = TensorDataset(torch.cat(DATA), torch.zeros(20, dtype=torch.int64))
+
+
+def test_the_facts_of_the_report() -> None:
+    model = unsettled(Flat())
+    report = bnprobe.scan(model, DATA, 4, num_batches=5, seed=7)
+    assert (report.schema_version, report.tool.name, report.tool.version) == (1, "bnprobe", bnprobe.__version__)
+    assert (report.environment.torch, report.environment.python) == (torch.__version__, platform.python_version())
+    described = report.scan
+    assert (described.model, described.batch_size, described.batches, described.images) == ("Flat", 4, 5, 20)
+    assert (described.seed, described.device, described.dtype, described.autocast) == (7, "cpu", "float32", None)
+    assert (described.synthetic, described.checkpoint) == (False, None)
+    assert described.seconds > 0
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_loader_at_its_own_size(batch_size: int | None) -> None:
+    model = unsettled(Flat())
+    report = scan(model, DataLoader(SET, batch_size=4), batch_size, num_batches=5)
+    assert report.scan.batch_size == 4
+    assert report.layers == scan(model, DATA, 4, num_batches=5).layers
+
+
+def test_a_loader_is_rebuilt_at_the_size_asked_for() -> None:
+    model = unsettled(Flat())
+    report = scan(model, DataLoader(SET, batch_size=10), 2, num_batches=10)
+    assert (report.scan.batch_size, report.scan.batches) == (2, 10)
+    assert any("rebuilt at batch size 2" in note for note in report.scan.notes)
+    halves = [half for batch in DATA for half in batch.split(2)]
+    assert report.layers == scan(model, halves, 2, num_batches=10).layers
+
+
+def test_a_data_set() -> None:
+    model = unsettled(Flat())
+    assert scan(model, SET, 4, num_batches=5).layers == scan(model, DATA, 4, num_batches=5).layers
+
+
+def test_data_that_cannot_be_used() -> None:
+    with pytest.raises(UsageError, match="batch size"):
+        scan(unsettled(Flat()), DATA)
+    with pytest.raises(DataError, match="larger than the data set of 20"):
+        scan(unsettled(Flat()), SET, 21)
+    with pytest.raises(DataError, match="no source of batches"):
+        scan(unsettled(Flat()), DATA[0], 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"num_batches": 0}, "batches"),
+        ({"max_batchs": 4}, 'the nearest known key is "max_batches"'),
+        ({"seed": -1}, "seed"),
+        ({"autocast": "float8"}, "autocast"),
+    ],
+)
+def test_settings_that_cannot_work(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        scan(unsettled(Flat()), DATA, **{"batch_size": 4, **settings})
+
+
+def test_batch_sizes_need_images_that_can_be_regrouped() -> None:
+    with pytest.raises(UsageError, match="--batch-sizes"):
+        scan(unsettled(Flat()), DATA, 4, batch_sizes=(1, 2), emulate=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "nonsense"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(DeviceError, match=rf"device '{device}' cannot be used.*use --device cpu"):
+        scan(unsettled(Flat()), DATA, 4, device=device)
