@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY) ## install, scan the digits sample and print its report
-	$(BIN)/python -m bnprobe scan sample_configs/digits/batch2.yaml --exit-zero
+	$(BIN)/python -m bnprobe scan sample_configs/digits/sorted.yaml --exit-zero
 
 test: $(READY) ## install, run the whole test suite
 	$(BIN)/python -m pytest -n 2

@@ -48,7 +48,7 @@ def assemble(evidence: Evidence, settings: ScanSettings) -> Findings:
     selected = evidence.layers.selected
     if not called & {layer.index for layer in selected}:
         raise NothingToProbeError(
-            f"None of the {len(selected)} BN layers was called by the forward pass. If the model's parts are called"
+            f"None of the model's BN layers ({len(selected)}) was called by the forward pass. If its parts are called"
             " otherwise, add a function forward(model, batch) to the model file."
         )
     layers = tuple(_layer(evidence, layer, settings) for layer in selected if layer.index in called)

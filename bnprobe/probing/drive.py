@@ -17,7 +17,7 @@ from bnprobe.probing.evidence import Evidence, layer_sums, path_evidence
 from bnprobe.probing.feed import Feed
 from bnprobe.probing.intercept import Pass, Recorded, Slot
 from bnprobe.probing.interrupts import deferred_interrupts
-from bnprobe.probing.memory import is_out_of_memory, plan_images
+from bnprobe.probing.memory import Footprint, is_out_of_memory, plan_images
 from bnprobe.probing.output import OutputSums, user_values
 from bnprobe.probing.runner import PathName, Runner
 from bnprobe.records import StopReason
@@ -196,7 +196,7 @@ def _plan(runner: Runner, feed: Feed, settings: ScanSettings) -> tuple[Verdict, 
     size = feed.batch_size
     if not settings.emulate:
         return Verdict(False, "As asked for.", None, {}), 1
-    fitting = plan_images(1, runner.device) // size
+    fitting = plan_images(Footprint(0, 0), runner.device) // size
     if settings.physical_batch:
         fitting = settings.physical_batch // size
     if fitting < _CHECKED and not settings.batch_sizes:
@@ -207,7 +207,7 @@ def _plan(runner: Runner, feed: Feed, settings: ScanSettings) -> tuple[Verdict, 
         return Verdict(False, "The data gives only one micro-batch.", None, {}), 1
     try:
         on_device = [to_device(batch, runner.device) for batch in checked]
-        verdict, bytes_per_image = self_check(runner, on_device, size)
+        verdict, image = self_check(runner, on_device, size)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -215,7 +215,7 @@ def _plan(runner: Runner, feed: Feed, settings: ScanSettings) -> tuple[Verdict, 
     if not verdict.trusted:
         return verdict, 1
     if not settings.physical_batch:
-        fitting = plan_images(bytes_per_image, runner.device) // size
+        fitting = plan_images(image, runner.device) // size
     return verdict, max(1, fitting)
 
 

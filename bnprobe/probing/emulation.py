@@ -16,6 +16,7 @@ from torch import Tensor
 from bnprobe.probing.batches import CannotEmulateError, join, map_tensors, tensors_of
 from bnprobe.probing.grouping import Layout
 from bnprobe.probing.intercept import Pass, Recorded, Slot
+from bnprobe.probing.memory import Footprint
 from bnprobe.probing.runner import PathName, Runner
 from bnprobe.randomness import random_state
 from bnprobe.records import SelfCheck
@@ -48,22 +49,21 @@ class Verdict:
     layouts: dict[Slot, Layout]
 
 
-def self_check(runner: Runner, micro_batches: list[Any], batch_size: int) -> tuple[Verdict, int]:
+def self_check(runner: Runner, micro_batches: list[Any], batch_size: int) -> tuple[Verdict, Footprint]:
     """Compare one emulated step of the given micro-batches (on the device) with real ones.
 
     Returns:
-        The verdict, and the bytes that one image takes in the inputs of all norm layers: an upper bound of what a
-        forward pass keeps alive.
+        The verdict, and what one image takes in memory.
     """
     before = random_state()
-    verdict, size = _check(runner, "check train", micro_batches, batch_size)
+    verdict, image = _check(runner, "check train", micro_batches, batch_size)
     if random_state() != before:
         # What was drawn differs from run to run: without dropout and the like there is something to compare.
-        verdict, size = _check(runner, "check", micro_batches, batch_size)
+        verdict, image = _check(runner, "check", micro_batches, batch_size)
     if verdict.trusted:
         # Batch statistics can hide a mixing of images that shows with running ones, e.g. of batch_norm by hand.
         verdict = _worse(verdict, _check(runner, "check eval", micro_batches, batch_size)[0])
-    return verdict, size
+    return verdict, image
 
 
 def _worse(verdict: Verdict, inference: Verdict) -> Verdict:
@@ -81,10 +81,11 @@ def _worse(verdict: Verdict, inference: Verdict) -> Verdict:
     return replace(verdict, check=worst)
 
 
-def _check(runner: Runner, path: PathName, micro_batches: list[Any], batch_size: int) -> tuple[Verdict, int]:
+def _check(runner: Runner, path: PathName, micro_batches: list[Any], batch_size: int) -> tuple[Verdict, Footprint]:
     reals = [Pass(batch_size, batch_size) for _ in micro_batches]
     outputs = [runner.forward(path, batch, real)[0] for batch, real in zip(micro_batches, reals, strict=True)]
-    size = sum(record.bytes for record in reals[0].records.values()) // batch_size
+    sizes = [record.bytes // batch_size for record in reals[0].records.values()]
+    image = Footprint(total=sum(sizes), largest=max(sizes, default=0))
     shaken = Pass(batch_size, batch_size)
     shaken_output, _ = runner.forward(path, _shake(micro_batches[0]), shaken)
     try:
@@ -93,7 +94,7 @@ def _check(runner: Runner, path: PathName, micro_batches: list[Any], batch_size:
         if emulated.records.keys() != reals[0].records.keys():
             raise CannotEmulateError("the layers are called differently in a larger batch")
     except CannotEmulateError as error:
-        return Verdict(False, sentence(error), None, {}), size
+        return Verdict(False, sentence(error), None, {}), image
     unit = _unit(runner)
     check, blind = _judge(runner, reals, shaken, emulated, unit)
     images = batch_size * len(micro_batches)
@@ -102,7 +103,7 @@ def _check(runner: Runner, path: PathName, micro_batches: list[Any], batch_size:
     passed = check.passed and output_error <= output_tolerance <= _BLIND
     check = SelfCheck(output_error, check.statistic_error, check.tolerance, passed, check.first_layer)
     reason = _reason(check, blind or output_tolerance > _BLIND, batch_size)
-    return Verdict(passed, reason, check, emulated.layouts), size
+    return Verdict(passed, reason, check, emulated.layouts), image
 
 
 def _judge(runner: Runner, reals: list[Pass], shaken: Pass, emulated: Pass, unit: float) -> tuple[SelfCheck, bool]:

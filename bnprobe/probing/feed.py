@@ -76,7 +76,7 @@ class Feed:
             )
         if self.drawn == 0:
             raise DataError(
-                f"The data gave a single batch of {images} images, fewer than the batch size of {self.batch_size}."
+                f"The data gave a single batch, of size {images}, which is below the batch size of {self.batch_size}."
                 " Use a smaller --batch-size or more data."
             )
         self.left_out = images

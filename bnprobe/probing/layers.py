@@ -111,13 +111,13 @@ def _require_layers(model: nn.Module, found: LayerSet) -> None:
     kind = type(model).__name__
     if found.layers:
         raise NothingToProbeError(
-            f"{kind} has {len(found.layers)} BN layers, but --include/--exclude leave none of them."
+            f"--include/--exclude leave none of the BN layers of {kind} ({len(found.layers)})."
             f" The first is called {found.layers[0].name!r}."
         )
     if found.skipped:
         first = found.skipped[0]
         raise NothingToProbeError(
-            f"No layer of {kind} can be probed. {len(found.skipped)} were skipped;"
+            f"No layer of {kind} can be probed. Of those skipped ({len(found.skipped)})"
             f" the first is {first.name} ({first.kind}): {first.reason}."
         )
     raise NothingToProbeError(f"{kind} has no Batch Normalization layer: there is nothing to probe.")

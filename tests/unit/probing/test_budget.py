@@ -109,7 +109,7 @@ def test_batches_of_another_size_are_refused(sizes: list[int]) -> None:
 
 
 def test_a_single_batch_that_is_too_small() -> None:
-    with pytest.raises(DataError, match="a single batch of 3 images, fewer than the batch size of 4"):
+    with pytest.raises(DataError, match="a single batch, of size 3, which is below the batch size of 4"):
         scan(unsettled(Flat()), [torch.randn(3, 6)], 4)
 
 

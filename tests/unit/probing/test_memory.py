@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bnprobe.errors import DeviceError
 from bnprobe.pipeline import scan
-from bnprobe.probing.memory import CPU_IMAGES, is_out_of_memory, plan_images
+from bnprobe.probing.memory import CPU_IMAGES, Footprint, is_out_of_memory, plan_images
 from support.compare import assert_same_figures
 from support.networks import Residual, images, unsettled
 
@@ -77,5 +77,11 @@ def test_other_errors_are_not_taken_for_it() -> None:
 
 def test_the_plan_is_bounded() -> None:
     cpu = torch.device("cpu")
-    assert plan_images(1, cpu) == plan_images(0, cpu) == CPU_IMAGES
-    assert plan_images(2**60, cpu) == 1
+    assert plan_images(Footprint(1, 1), cpu) == plan_images(Footprint(0, 0), cpu) == CPU_IMAGES
+    assert plan_images(Footprint(2**60, 1), cpu) == 1
+
+
+def test_on_cpu_no_tensor_outgrows_the_heap() -> None:
+    cpu, stem = torch.device("cpu"), 4 * 64 * 112 * 112  # ResNet's first layer, one image of 224x224
+    assert plan_images(Footprint(10 * stem, stem), cpu) == max(torch.get_num_threads(), 2**25 // stem)
+    assert plan_images(Footprint(2**26, 2**26), cpu) == min(CPU_IMAGES, torch.get_num_threads())

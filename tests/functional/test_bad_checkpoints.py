@@ -1,0 +1,86 @@
+"""Weights files: what is wrong with them, and what is mended in passing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from functional.command import CLEAN, FINDINGS, MODEL, Workspace
+
+STATE = {
+    "bn.weight": torch.ones(2),
+    "bn.bias": torch.zeros(2),
+    "bn.running_mean": torch.zeros(2),
+    "bn.running_var": torch.ones(2),
+    "bn.num_batches_tracked": torch.tensor(7),
+    "head.weight": torch.ones(3, 2),
+    "head.bias": torch.zeros(3),
+}
+
+
+@pytest.fixture
+def weights(workspace: Workspace) -> Path:
+    """Where to save; the model file is there already."""
+    workspace.write("model.py", MODEL)
+    return workspace.folder / "weights.pt"
+
+
+def _error(workspace: Workspace, *options: str) -> str:
+    return workspace.scan("--checkpoint", "weights.pt", *options).error()
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_a_truncated_file(workspace: Workspace, weights: Path, name: str) -> None:
+    path = weights.with_name(name)
+    save_file(STATE, path) if name.endswith(".safetensors") else torch.save(STATE, path)
+    path.write_bytes(path.read_bytes()[:-60])
+    message = workspace.scan("--checkpoint", name).error()
+    assert f"The checkpoint {name} ({path.stat().st_size} bytes) could not be read: it is truncated, damaged" in message
+    assert message.endswith("). Save or copy it again.")
+
+
+def test_the_weights_of_another_model(workspace: Workspace, weights: Path) -> None:
+    torch.save({"features.0.weight": torch.ones(2), "head.weight": torch.ones(3, 2)}, weights)
+    assert _error(workspace) == (
+        "The checkpoint weights.pt does not fit the model.\n"
+        "Missing (6): bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked, head.bias.\n"
+        "Unexpected (1): features.0.weight.\n"
+        "This looks like the weights of another model."
+    )
+
+
+def test_weights_without_running_statistics(workspace: Workspace, weights: Path) -> None:
+    torch.save({name: value for name, value in STATE.items() if "running" not in name}, weights)
+    message = _error(workspace)
+    assert "Missing (2): bn.running_mean, bn.running_var." in message
+    assert "BatchNorm needs its running statistics: save model.state_dict()." in message
+
+
+def test_unsafe_globals_are_refused_by_name(workspace: Workspace, weights: Path) -> None:
+    torch.save(nn.Sequential(nn.BatchNorm2d(2)), weights)
+    message = _error(workspace)
+    assert "weights.pt was refused, since loading it runs code." in message
+    assert "torch.nn.modules.batchnorm.BatchNorm2d" in message
+    assert "give --unsafe-load" in message
+
+
+def test_a_file_that_is_not_there(workspace: Workspace, weights: Path) -> None:
+    torch.save(STATE, weights.with_name("weight.pt"))
+    assert _error(workspace) == "There is no checkpoint weights.pt. Did you mean weight.pt?"
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_stripped(workspace: Workspace, weights: Path, prefix: str) -> None:
+    torch.save({prefix + name: value for name, value in STATE.items()}, weights)
+    report = workspace.scan("--checkpoint", "weights.pt", "--format", "json").report(CLEAN)
+    assert any("stripped from the keys of weights.pt" in note for note in report["scan"]["notes"])
+    assert report["layers"][0]["batches_tracked"] == 7
+
+
+def test_the_weights_decide_the_verdict(workspace: Workspace, weights: Path) -> None:
+    save_file(STATE | {"bn.running_mean": torch.full((2,), 3.0)}, weights.with_suffix(".safetensors"))
+    assert workspace.scan("--checkpoint", "weights.safetensors").code == FINDINGS

@@ -1,0 +1,135 @@
+"""Data that cannot be used, or that ends early."""
+
+from __future__ import annotations
+
+import pytest
+
+from functional.command import CLEAN, MODEL, Workspace
+
+UNUSABLE = [
+    pytest.param(
+        "def load_data(batch_size):\n    return []\n",
+        "load_data of model.py is empty: it gives no batch.",
+        id="empty-list",
+    ),
+    pytest.param(
+        "def load_data(batch_size):\n    yield from ()\n",
+        "The data gave no batch at all: the loader or data set is empty.",
+        id="empty-generator",
+    ),
+    pytest.param(
+        "def load_data(batch_size):\n    return DataLoader(TensorDataset(images()[:0]), batch_size=batch_size)\n",
+        "load_data of model.py is empty: its data set has no images.",
+        id="empty-data-set",
+    ),
+    pytest.param(
+        "del load_data\n",
+        "model.py has no load_data(batch_size), loader or dataset. Add one of them",
+        id="no-data",
+    ),
+    pytest.param(
+        "def load_data(batch_size):\n    return images()\n",
+        "load_data of model.py gives a Tensor, which is no source of batches.",
+        id="a-tensor",
+    ),
+    pytest.param(
+        "def load_data(batch_size):\n    yield images()[:2]\n    raise OSError('the disk is gone')\n",
+        "OSError while drawing batch 2 from load_data of model.py: the disk is gone",
+        id="exception-in-the-loader",
+    ),
+    pytest.param(
+        "def load_data(batch_size):\n    yield images()[:3]\n    yield images()[3:6]\n",
+        "Micro-batch 1 has 3 images, but the batch size is 2.",
+        id="batches-of-another-size",
+    ),
+    pytest.param(
+        "def load_data(batch_size):\n    yield images()[:1]\n",
+        "The data gave a single batch, of size 1, which is below the batch size of 2.",
+        id="one-batch-that-is-too-small",
+    ),
+    pytest.param(
+        "def load_data(batch_size):\n    rows = images()\n    rows[5, 1, 2, 3] = float('nan')\n"
+        "    return DataLoader(TensorDataset(rows), batch_size=batch_size)\n",
+        "Micro-batch 3 (the first is 1) holds NaN or Inf in its tensor [0] of shape (2, 2, 8, 8), "
+        "first in its image 1 (the first is 0).",
+        id="nan-in-inputs",
+    ),
+    pytest.param(
+        "class Stream(torch.utils.data.IterableDataset):\n    def __iter__(self):\n        return iter(images())\n"
+        "def load_data():\n    return DataLoader(Stream(), batch_size=4)\n",
+        "load_data of model.py",
+        id="a-loader-that-cannot-be-rebuilt",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), UNUSABLE)
+def test_data_that_cannot_be_used_is_explained(workspace: Workspace, change: str, said: str) -> None:
+    workspace.write("model.py", MODEL + change)
+    assert said in workspace.scan().error()
+
+
+@pytest.mark.parametrize(
+    ("images", "used", "left_over"),
+    [
+        pytest.param(10, "5 micro-batches × 2 = 10 images", None, id="early"),
+        pytest.param(11, "5 micro-batches × 2 = 10 images", "1 image left over", id="partial-last-batch"),
+        pytest.param(2, "1 micro-batch × 2 = 2 images", None, id="of-length-1"),
+    ],
+)
+def test_data_that_ends_early_is_used_and_counted(
+    workspace: Workspace, images: int, used: str, left_over: str | None
+) -> None:
+    workspace.write("model.py", MODEL.replace("IMAGES = 64", f"IMAGES = {images}"))
+    found = workspace.scan("--batches", "16")
+    said = " ".join(found.stdout.split())
+    assert found.code == CLEAN
+    assert used in said
+    assert "all the data, 16 were asked for" in said
+    assert (left_over in said) if left_over else ("left over" not in said)
+
+
+def test_one_micro_batch_decides_nothing(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL.replace("IMAGES = 64", "IMAGES = 2"))
+    found = workspace.scan()
+    assert "1 of 1 layer is undecided" in found.stdout
+    assert "The data is used up: more of it, or another --threshold, would decide." in found.stdout
+
+
+def test_an_infinite_loader_is_read_as_far_as_needed(workspace: Workspace) -> None:
+    endless = "def load_data(batch_size):\n    while True:\n        yield torch.randn(batch_size, 2, 8, 8)\n"
+    workspace.write("model.py", MODEL + endless)
+    scan = workspace.scan("--format", "json", "--batches", "5").report(CLEAN)["scan"]
+    assert (scan["batches"], scan["stopped"], scan["left_out"]) == (5, "requested", 0)
+
+
+def test_a_stream_at_its_own_batch_size_is_read(workspace: Workspace) -> None:
+    stream = (
+        "class Stream(torch.utils.data.IterableDataset):\n    def __iter__(self):\n        return iter(images())\n"
+        "def load_data():\n    return DataLoader(Stream(), batch_size=4)\n"
+    )
+    workspace.write("model.py", MODEL + stream)
+    scan = workspace.run("scan", "model.py", "--format", "json").report(CLEAN)["scan"]
+    assert scan["batch_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ("0", "Expected a whole number of at least 1 for --batch-size, but got 0."),
+        ("-1", "Expected a whole number of at least 1 for --batch-size, but got -1."),
+        (
+            "65",
+            "Batch size 65 is larger than the data set of 64 images (load_data of model.py). Give a --batch-size of",
+        ),
+    ],
+)
+def test_a_batch_size_that_cannot_be_is_explained(workspace: Workspace, size: str, said: str) -> None:
+    workspace.write("model.py", MODEL)
+    assert said in workspace.run("scan", "model.py", "--batch-size", size).error()
+
+
+def test_a_batch_size_that_is_not_known_is_asked_for(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    said = "load_data of model.py asks for a batch size. Give one with --batch-size."
+    assert workspace.run("scan", "model.py").error() == said

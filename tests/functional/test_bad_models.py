@@ -1,0 +1,192 @@
+"""Model files that cannot be used: what was found, where, and what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from functional.command import CLEAN, ERROR, MODEL, NOTHING, Workspace
+
+DEEP = """
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+        self.late = nn.BatchNorm1d(3)
+        self.last = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.last(self.late(self.net(x) * FACTOR))
+
+
+def load_model():
+    return Deep()
+
+"""
+
+UNUSABLE = [
+    pytest.param(
+        "def broken(:\n",
+        ["Syntax error in model.py, line 31 (invalid syntax): def broken(:"],
+        id="syntax-error",
+    ),
+    pytest.param(
+        "import json\n\nrows = json.loads('[1,')\n",
+        [
+            "JSONDecodeError while loading model.py: Expecting value: line 1 column 4 (char 3)",
+            'model.py", line 33, in <module>',
+            "rows = json.loads('[1,')",
+        ],
+        id="exception-while-loading",
+    ),
+    pytest.param(
+        "def load_model():\n    return nn.Sequential(nn.Linear(3))\n",
+        [
+            "TypeError while calling model.py:load_model(): ",
+            "missing 1 required positional argument: 'out_features'",
+            'model.py", line 32, in load_model',
+            "return nn.Sequential(nn.Linear(3))",
+        ],
+        id="exception-in-load_model",
+    ),
+    pytest.param(
+        "def load_model():\n    raise SystemExit\n",
+        ["SystemExit while calling model.py:load_model()", 'model.py", line 32, in load_model'],
+        id="exit-in-load_model",
+    ),
+    pytest.param(
+        "import not_a_module_anywhere\n",
+        ["ModuleNotFoundError while loading model.py: No module named 'not_a_module_anywhere'", "line 31"],
+        id="import-error",
+    ),
+    pytest.param(
+        "del load_model\n",
+        [
+            "model.py has neither load_model() nor model.",
+            "It defines: Net (class), images (function), load_data (function).",
+            "Name one of them as model.py:NAME, or add load_model().",
+        ],
+        id="no-model",
+    ),
+    pytest.param(
+        "def load_model():\n    return Net(), {'epoch': 3}\n",
+        ["model.py:load_model returned a tuple of Net and dict, not an nn.Module. Return the model alone."],
+        id="not-a-module",
+    ),
+    pytest.param(
+        "load_model = 3\n",
+        ["model.py:load_model is an int, not an nn.Module, nor a function or class that makes one."],
+        id="not-callable",
+    ),
+    pytest.param(
+        "def load_model():\n    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))\n",
+        [
+            "RuntimeError while calling the model on a batch of shape (2, 2, 8, 8)",
+            "to have 3 channels, but got 2 channels instead",
+        ],
+        id="batch-of-a-shape-the-model-rejects",
+    ),
+    pytest.param(
+        "class Net(Net):\n    def forward(self, x):\n        return self.head(self.bn(x))\n",
+        [
+            "RuntimeError while calling the model on a batch of shape (2, 2, 8, 8)",
+            "mat1 and mat2 shapes cannot be multiplied",
+            'model.py", line 33, in forward',
+            "return self.head(self.bn(x))",
+        ],
+        id="shape-error-in-own-forward",
+    ),
+    pytest.param(
+        "def forward(model, batch):\n    return model(batch['image'])\n",
+        ["TypeError while calling forward(model, batch) on a batch", 'model.py", line 32, in forward'],
+        id="exception-in-forward-function",
+    ),
+    pytest.param(
+        "def loss(model, batch):\n    return {}['loss']\n",
+        ["KeyError while calling loss(model, batch) (train path): 'loss'", 'model.py", line 32, in loss'],
+        id="exception-in-loss",
+    ),
+    pytest.param(
+        "def load_model():\n    net = Net()\n    net.bn.running_var[1] = float('inf')\n    return net\n",
+        ["1 of 2 values of the buffer bn.running_var are NaN or Inf", "reset_running_stats()"],
+        id="inf-in-a-buffer",
+    ),
+    pytest.param(
+        "def load_model():\n    net = Net()\n    net.bn.running_var[0] = -1.0\n    return net\n",
+        ["1 of 2 values of the buffer bn.running_var are negative; a variance cannot be."],
+        id="negative-variance",
+    ),
+    pytest.param(
+        f"FACTOR = float('inf')\n{DEEP}",
+        ["The input of late (BatchNorm1d) holds NaN or Inf in training mode", "first of 2 such layers"],
+        id="inf-in-activations",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), UNUSABLE)
+def test_a_model_file_that_fails_is_explained(workspace: Workspace, change: str, said: list[str]) -> None:
+    workspace.write("model.py", MODEL + change)
+    message = workspace.scan().error()
+    for words in said:
+        assert words in message
+    assert "torch/" not in message
+    assert "bnprobe/" not in message
+
+
+NOT_FOUND = [
+    pytest.param("modle.py", "There is no file modle.py. Did you mean model.py?", id="no-such-file"),
+    pytest.param("no/model.py", "There is no file no/model.py. There is no folder no.", id="no-such-folder"),
+    pytest.param(
+        "modle", 'There is no module "modle" (looked for "modle" in the working directory', id="no-such-module"
+    ),
+    pytest.param("spce.yaml", "There is no file spce.yaml.", id="no-such-spec"),
+    pytest.param(".", ". is a folder. Name a Python file (model.py:symbol)", id="a-folder"),
+    pytest.param(
+        "model.py:Nte",
+        'model.py has no "Nte". Did you mean "Net"? It defines: Net (class), images (function)',
+        id="no-such-symbol",
+    ),
+    pytest.param(
+        "model.py:images", "model.py:images returned a Tensor, not an nn.Module.", id="symbol-of-another-kind"
+    ),
+]
+
+
+@pytest.mark.parametrize(("target", "said"), NOT_FOUND)
+def test_a_target_that_leads_nowhere_is_explained(workspace: Workspace, target: str, said: str) -> None:
+    workspace.write("model.py", MODEL)
+    assert said in workspace.run("scan", target, "--batch-size", "2").error()
+
+
+UNPROBED = [
+    pytest.param(
+        "def load_model():\n    return nn.Conv2d(2, 3, 3)\n",
+        "Conv2d has no Batch Normalization layer: there is nothing to probe.",
+        id="no-bn",
+    ),
+    pytest.param(
+        "def forward(model, batch):\n    return model.head(batch[0].mean((2, 3)))\n",
+        "was called by the forward pass",
+        id="bn-never-called",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), UNPROBED)
+def test_nothing_to_probe_has_an_exit_code_of_its_own(workspace: Workspace, change: str, said: str) -> None:
+    workspace.write("model.py", MODEL + change)
+    assert said in workspace.scan("--exit-zero").error(NOTHING)
+
+
+def test_an_output_that_is_not_finite_is_said(workspace: Workspace) -> None:
+    workspace.write(
+        "model.py", MODEL + "class Net(Net):\n    def forward(self, x):\n        return super().forward(x) / 0\n"
+    )
+    found = workspace.scan()
+    assert found.code == CLEAN
+    assert "The output of a path is NaN or Inf, or zero everywhere." in found.stdout
+    assert "predicted class" not in found.stdout
+
+
+def test_exit_zero_hides_no_error(workspace: Workspace) -> None:
+    assert workspace.scan("--exit-zero").code == ERROR

@@ -1,0 +1,55 @@
+"""``bnprobe init``: a starter that scans at once."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from bnprobe.spec import Spec
+from bnprobe.specfile import load_spec
+from functional.command import CLEAN, FINDINGS, REPOSITORY, Workspace
+
+STARTER = REPOSITORY / "bnprobe" / "starter"
+COMMENTED_KEY = re.compile(r"^( *)# ( *[\w.*\"]+:.*)$", re.MULTILINE)
+
+
+def test_the_starter_scans_at_once(workspace: Workspace) -> None:
+    found = workspace.run("init", "a new/folder of mine")
+    assert (found.code, found.stderr) == (CLEAN, "")
+    assert {path.name for path in (workspace.folder / "a new/folder of mine").iterdir()} == {"model.py", "spec.yaml"}
+    assert found.stdout.splitlines() == [
+        "wrote a new/folder of mine/model.py",
+        "wrote a new/folder of mine/spec.yaml",
+        "next: bnprobe scan 'a new/folder of mine/spec.yaml'",
+    ]
+    command = shlex.split(found.stdout.splitlines()[-1].removeprefix("next: bnprobe "))
+    scanned = workspace.run(*command)
+    assert (scanned.code, scanned.stderr) == (FINDINGS, "")
+    assert "Loss: " in scanned.stdout
+
+
+def test_nothing_is_overwritten_unasked(workspace: Workspace) -> None:
+    workspace.write("spec.yaml", "mine")
+    said = "spec.yaml exists already; choose another folder, or --force to overwrite it."
+    assert workspace.run("init").error() == said
+    assert not (workspace.folder / "model.py").exists()
+    assert (workspace.folder / "spec.yaml").read_text() == "mine"
+    assert workspace.run("init", "--force").code == CLEAN
+    assert (workspace.folder / "spec.yaml").read_bytes() == (STARTER / "spec.yaml").read_bytes()
+
+
+def test_a_folder_that_cannot_be_made_is_explained(workspace: Workspace) -> None:
+    workspace.write("taken", "a file")
+    assert (
+        workspace.run("init", "taken/deeper").error() == "The folder taken/deeper could not be made: Not a directory."
+    )
+
+
+def test_every_commented_key_of_the_spec_is_valid(workspace: Workspace) -> None:
+    text = (STARTER / "spec.yaml").read_text(encoding="utf-8")
+    path = workspace.write("spec.yaml", COMMENTED_KEY.sub(r"\1\2", text))
+    spec = load_spec(path)
+    plain = Spec.model_validate({"model": {"target": spec.model.target}})
+    for section in ("checkpoint", "data", "thresholds", "layers", "scan"):
+        assert getattr(spec, section) != getattr(plain, section), section
+    assert len(COMMENTED_KEY.findall(text)) >= 15

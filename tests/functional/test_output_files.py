@@ -1,0 +1,108 @@
+"""A report is written whole or not at all, and what cannot be written is known before anything is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from functional.command import CLEAN, COMMAND, ERROR, FINDINGS, MODEL, SHIFTED, TIMEOUT, Workspace
+
+LEAVES_A_TRACE = "import pathlib\n\npathlib.Path('loaded').touch()\n"
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_report_is_written_whole(workspace: Workspace) -> None:
+    workspace.write("model.py", SHIFTED)
+    workspace.write("report.json", "old")
+    found = workspace.scan("--format", "json", "--output", "report.json")
+    assert (found.code, found.stdout) == (FINDINGS, "")
+    assert found.stderr == "1 of 1 layer flagged; report written to report.json\n"
+    assert json.loads((workspace.folder / "report.json").read_text())["summary"]["flagged"] == 1
+    assert _names(workspace.folder) == {"model.py", "report.json"}
+
+
+def test_a_terminal_report_in_a_file_is_plain_text(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    target = workspace.write("reports/first.txt", "old")
+    link = workspace.folder / "latest.txt"
+    link.symlink_to(target)
+    assert workspace.scan("--output", "latest.txt").code == CLEAN
+    assert link.is_symlink()
+    assert "✓ Every layer behaves as if" in target.read_text(encoding="utf-8")
+    assert "\x1b" not in target.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("no/report.json", "The folder no of --output does not exist; create it first."),
+        (".", "--output . is a folder; give a file name in it."),
+        pytest.param(
+            "locked/report.json",
+            "The folder locked of --output cannot be written to.",
+            marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere"),
+        ),
+    ],
+)
+def test_a_bad_output_is_known_before_the_scan(workspace: Workspace, output: str, said: str) -> None:
+    workspace.write("model.py", MODEL + LEAVES_A_TRACE)
+    (workspace.folder / "locked").mkdir(mode=0o555)
+    assert workspace.scan("--output", output).error() == said
+    assert not (workspace.folder / "loaded").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    workspace.write("report.json", "old")
+    limited = ["sh", "-c", 'ulimit -f 1 && exec "$0" "$@"', COMMAND]  # no file above a kilobyte
+    found = workspace.call(
+        *limited, "scan", "model.py", "--batch-size", "2", "--format", "json", "--output", "report.json"
+    )
+    assert found.error() == "report.json could not be written: File too large."
+    assert (workspace.folder / "report.json").read_text() == "old"
+    assert _names(workspace.folder) == {"model.py", "report.json"}
+
+
+def test_a_device_is_written_to_and_not_replaced(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    message = workspace.scan("--output", "/dev/full").error()
+    assert message == "/dev/full could not be written: No space left on device."
+    assert Path("/dev/full").is_char_device()
+
+
+def test_stdout_on_a_full_disk_is_an_error(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    found = workspace.call("sh", "-c", 'exec "$0" "$@" > /dev/full', COMMAND, "scan", "model.py", "--batch-size", "2")
+    assert found.error() == "The report could not be written to stdout: No space left on device."
+
+
+def test_a_reader_that_leaves_is_no_error(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    scan = subprocess.Popen(
+        [COMMAND, "scan", "model.py", "--batch-size", "2"],
+        cwd=workspace.folder,
+        env=workspace.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    assert scan.stdout is not None
+    scan.stdout.close()
+    assert scan.stderr is not None
+    with scan.stderr:
+        assert scan.stderr.read() == ""
+    assert scan.wait(TIMEOUT) == CLEAN
+
+
+def test_a_failed_scan_leaves_the_old_report(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL + "def load_data(batch_size):\n    return []\n")
+    workspace.write("report.json", "old")
+    assert workspace.scan("--format", "json", "--output", "report.json").code == ERROR
+    assert (workspace.folder / "report.json").read_text() == "old"

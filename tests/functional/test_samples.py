@@ -1,0 +1,48 @@
+"""The installed command on every sample of the repository."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonschema
+import pytest
+
+from bnprobe.reports import FORMATS, RenderOptions
+from bnprobe.reports.json import load
+from functional.command import CLEAN, FINDINGS, REPOSITORY, Workspace
+
+SAMPLES = sorted((REPOSITORY / "sample_configs").glob("*/*.yaml"))
+SCHEMA = json.loads((REPOSITORY / "bnprobe" / "reports" / "report.schema.json").read_text(encoding="utf-8"))
+OUTPUT = "report.json"
+
+
+def _not_finite(constant: str) -> NoReturn:
+    raise AssertionError(f"{constant} in a report")
+
+
+def test_there_is_a_sample_of_every_kind() -> None:
+    assert {path.parent.name for path in SAMPLES} >= {"digits", "gan", "tabular", "volumes"}
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_sample_gives_a_report_that_fits_the_schema(workspace: Workspace, sample: Path) -> None:
+    found = workspace.run("scan", sample, "--format", "json", "--output", OUTPUT)
+    text = (workspace.folder / OUTPUT).read_text(encoding="utf-8")
+    report: dict[str, Any] = json.loads(text, parse_constant=_not_finite)
+    jsonschema.validate(report, SCHEMA)
+    summary = report["summary"]
+    assert (found.code, found.stdout) == (FINDINGS if summary["flagged"] else CLEAN, "")
+    assert found.stderr == f"{summary['flagged']} of {summary['layers']} layers flagged; report written to {OUTPUT}\n"
+    assert report["layers"]
+    assert all(layer["train"] and layer["eval"] for layer in report["layers"])
+    printed = FORMATS["terminal"](load(text), RenderOptions(width=80))
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_the_demo_prints_its_report(workspace: Workspace) -> None:
+    found = workspace.run("scan", REPOSITORY / "sample_configs" / "digits" / "batch2.yaml")
+    assert (found.code, found.stderr) == (FINDINGS, "")
+    assert max(map(len, found.stdout.splitlines()[3:])) <= 80
+    assert "Self-check passed" in found.stdout

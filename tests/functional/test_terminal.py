@@ -1,0 +1,85 @@
+"""What the report looks like: in a pipe, in terminals of several kinds, for large networks."""
+
+from __future__ import annotations
+
+import pytest
+from rich.cells import cell_len
+
+from functional.command import FINDINGS, MODEL, SHIFTED, Workspace
+from functional.pseudoterminal import run_in_terminal
+
+SCAN = ("scan", "model.py", "--batch-size", "2")
+DEEP = (
+    MODEL
+    + """
+def images():
+    return torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+
+
+def load_model():
+    net = nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(200)])
+    net[137].running_mean.fill_(9.0)
+    return net
+"""
+)
+
+
+def _widest(text: str) -> int:
+    return max(map(cell_len, text.splitlines()))
+
+
+def test_a_pipe_gets_plain_text(workspace: Workspace) -> None:
+    workspace.write("model.py", SHIFTED)
+    found = workspace.run(*SCAN)
+    assert (found.code, found.stderr) == (FINDINGS, "")
+    assert "\x1b" not in found.stdout
+    assert _widest(found.stdout) <= 80
+    assert "✗ 1 of 1 layer is flagged" in found.stdout
+
+
+def test_an_ascii_pipe_gets_ascii(workspace: Workspace) -> None:
+    workspace.write("model.py", SHIFTED)
+    found = workspace.run(*SCAN, PYTHONIOENCODING="ascii")
+    assert (found.code, found.stderr) == (FINDINGS, "")
+    assert found.stdout.isascii()
+    assert "1 of 1 layer is flagged" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "colored"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+    ids=["color", "no-color", "dumb"],
+)
+def test_color_is_for_terminals_that_want_it(workspace: Workspace, environment: dict[str, str], colored: bool) -> None:
+    workspace.write("model.py", SHIFTED)
+    found = run_in_terminal(workspace, *SCAN, stream="stdout", **environment)
+    assert (found.code, found.stderr) == (FINDINGS, "")
+    assert ("\x1b[" in found.stdout) is colored
+
+
+def test_a_narrow_terminal_is_kept_to(workspace: Workspace) -> None:
+    workspace.write("model.py", SHIFTED)
+    found = run_in_terminal(workspace, *SCAN, stream="stdout", columns=60, NO_COLOR="1")
+    assert found.code == FINDINGS
+    assert 40 < _widest(found.stdout) <= 60
+
+
+def test_progress_is_shown_on_a_terminal(workspace: Workspace) -> None:
+    workspace.write("model.py", SHIFTED)
+    found = run_in_terminal(workspace, *SCAN, stream="stderr")
+    assert found.code == FINDINGS
+    assert "micro-batches" in found.stderr
+    assert "16/" in found.stderr
+    assert "\x1b" not in found.stdout
+
+
+def test_a_large_network_shows_its_worst_layers_and_a_count(workspace: Workspace) -> None:
+    workspace.write("model.py", DEEP)
+    report = workspace.run(*SCAN).stdout
+    assert "200 BatchNorm1d layers: ✗ 200 flagged" in report
+    rows = [line for line in report.splitlines() if line.startswith("✗") and "of 200" not in line]
+    assert len(rows) == 25
+    assert any(line.split()[1] == "137" for line in rows if line.startswith("✗1"))
+    assert "175 layers with less mismatch not shown (✗ 175 flagged); --all shows every one." in report
+    every = workspace.run(*SCAN, "--all").stdout
+    assert len([line for line in every.splitlines() if line.startswith("✗") and "of 200" not in line]) == 200
