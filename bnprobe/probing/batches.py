@@ -16,18 +16,13 @@ class CannotEmulateError(Exception):
     """Micro-batches that cannot run as one physical batch; the message says why."""
 
 
-def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
-    """The same nest of tuples, lists and mappings, with ``function`` applied to its tensors."""
-    if isinstance(tree, Tensor):
-        return function(tree)
+def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
+    """The same nest of tuples, lists and mappings, with ``function`` applied to everything that is none of these."""
     if isinstance(tree, Mapping):
-        return _like_mapping(tree, {key: map_tensors(value, function) for key, value in tree.items()})
+        return _like_mapping(tree, {key: map_leaves(value, function) for key, value in tree.items()})
     if isinstance(tree, list | tuple):
-        return _like_sequence(tree, [map_tensors(item, function) for item in tree])
-    if hasattr(tree, "to") and callable(tree.to):
-        # Batch objects of other libraries (graphs, box lists) know how to move themselves.
-        return function(tree)
-    return tree
+        return _like_sequence(tree, [map_leaves(item, function) for item in tree])
+    return function(tree)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -61,8 +56,8 @@ def join(batches: list[Any]) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor, and every object with a ``to`` method, to the device."""
-    return map_tensors(batch, lambda leaf: leaf.to(device))
+    """Move every tensor to the device, and batch objects of other libraries, which know how to move themselves."""
+    return map_leaves(batch, lambda leaf: leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf)
 
 
 def check_finite(batch: Any, position: int) -> None:

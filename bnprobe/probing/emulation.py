@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnprobe.probing.batches import CannotEmulateError, join, map_tensors, tensors_of
+from bnprobe.probing.batches import CannotEmulateError, join, map_leaves, tensors_of
 from bnprobe.probing.grouping import Layout
 from bnprobe.probing.intercept import Pass, Recorded, Slot
 from bnprobe.probing.memory import Footprint
@@ -151,7 +151,7 @@ def _shake(batch: Any) -> Any:
         noise = torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)
         return leaf + leaf * noise * (4 * torch.finfo(leaf.dtype).eps)
 
-    return map_tensors(batch, change)
+    return map_leaves(batch, change)
 
 
 def _unit(runner: Runner) -> float:

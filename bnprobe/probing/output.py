@@ -100,9 +100,9 @@ def user_values(
     values = []
     for position, batch in enumerate(micro_batches):
         start, images = position * batch_size, batch_size * len(micro_batches)
-        rows = rows_of(outputs, start, start + batch_size, images)
         for name, function in functions.items():
             if function is not None:
+                rows = rows_of(outputs, start, start + batch_size, images)
                 values.append((name, runner.call(path, name, function, batch, rows, Pass(batch_size, batch_size))))
     return values
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnprobe.probing.batches import leaves_of, map_tensors, tensors_of
+from bnprobe.probing.batches import leaves_of, map_leaves, tensors_of
 
 Outputs = dict[tuple[int, ...], Any]
 """Outputs of the model, by the positions in the batch of the tensors that it was called on."""
@@ -42,14 +42,20 @@ def replaying(model: nn.Module, batch: Any, outputs: Outputs) -> Iterator[None]:
 
 
 def rows_of(outputs: Outputs, start: int, stop: int, images: int) -> Outputs:
-    """The same for some of the images; outputs whose rows are not images are left out."""
-    if (start, stop) == (0, images):
-        return outputs
+    """Copies of the outputs of some of the images; outputs that do not divide by image are left out.
+
+    Copies, since a loss may write into what it gets, and the recorded outputs are still to be compared.
+    """
+    whole = (start, stop) == (0, images)
     return {
-        key: map_tensors(output, lambda leaf: leaf[start:stop])
+        key: map_leaves(output, lambda leaf: (leaf if whole else leaf[start:stop]).clone())
         for key, output in outputs.items()
-        if all(tensor.dim() > 0 and tensor.shape[0] == images for tensor in tensors_of(output))
+        if all(isinstance(leaf, Tensor) and (whole or _has_rows(leaf, images)) for leaf in leaves_of(output))
     }
+
+
+def _has_rows(tensor: Tensor, images: int) -> bool:
+    return tensor.dim() > 0 and tensor.shape[0] == images
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from bnprobe.probing.batches import (
     check_finite,
     count_images,
     join,
-    map_tensors,
+    map_leaves,
     tensors_of,
     to_device,
 )
@@ -96,7 +96,7 @@ def test_count_images(batch: Any, images: int | None) -> None:
 
 def test_map_keeps_the_nest() -> None:
     batch = {"a": [tensor(2), (tensor(1), "s")], "p": Pair(tensor(1), 2)}
-    assert_same(map_tensors(batch, lambda leaf: leaf), batch)
+    assert_same(map_leaves(batch, lambda leaf: leaf), batch)
     assert len(tensors_of(batch)) == 3
 
 

@@ -89,6 +89,21 @@ def test_a_loss_that_asks_for_something_else_gets_it() -> None:
     assert report.summary.output.loss.train == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("emulate", [True, False])
+def test_a_loss_that_writes_into_the_output_changes_nothing_else(emulate: bool) -> None:
+    model = unsettled(Flat())
+
+    def destructive(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).zero_().sum()
+
+    def accuracy(model: nn.Module, batch: Any) -> float:
+        return float((model(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    plain = scan(model, DATA, 4, num_batches=6, emulate=emulate, metric=accuracy).summary.output
+    output = scan(model, DATA, 4, num_batches=6, emulate=emulate, loss=destructive, metric=accuracy).summary.output
+    assert (output.relative_l2, output.metric) == (plain.relative_l2, plain.metric)
+
+
 def test_a_loss_does_not_count_as_a_measurement() -> None:
     model = unsettled(Flat())
     plain = scan(model, DATA, 4, num_batches=6)
