@@ -1,4 +1,4 @@
-"""bnprobe: find, explain and repair Batch Normalization that behaves differently in training and at inference.
+"""bnprobe: find the Batch Normalization layers that behave differently in training and at inference.
 
 ``bnprobe.scan(model, batches, batch_size=2)`` measures; ``bnprobe.errors`` and ``bnprobe.records`` hold what it raises
 and returns.

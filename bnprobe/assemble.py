@@ -52,8 +52,8 @@ def assemble(evidence: Evidence, settings: ScanSettings) -> Findings:
             " otherwise, add a function forward(model, batch) to the model file."
         )
     layers = tuple(_layer(evidence, layer, settings) for layer in selected if layer.index in called)
-    never = [layer for layer in selected if layer.index not in called]
-    skipped = (*evidence.layers.skipped, *map(_never_called, never), *_functional(evidence))
+    silent = [_silent(layer, evidence) for layer in selected if layer.index not in called]
+    skipped = (*evidence.layers.skipped, *silent, *_functional(evidence))
     return Findings(_summary(evidence, layers, skipped), layers, skipped)
 
 
@@ -69,11 +69,12 @@ def _summary(evidence: Evidence, layers: tuple[Layer, ...], skipped: tuple[Skipp
 
 def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings) -> Layer:
     slots = [slot for slot in evidence.values if slot[0] == layer.index]
-    train, eval_ = (_path(path, layer.index, slots) for path in (evidence.train, evidence.eval))
-    threshold = settings.threshold_of(layer.name)
+    single = evidence.values[slots[0]] == 1
+    train, eval_ = (_path(path, layer.index, slots, single) for path in (evidence.train, evidence.eval))
+    threshold = settings.threshold_of(layer.name, *layer.aliases)
     paths = [path for path in (train, eval_) if path is not None]
     status = standing([path.interval for path in paths], mismatch_iid(threshold))
-    frozen = _is_frozen(evidence, layer)
+    frozen, overflows = _is_frozen(evidence, layer), _overflows(evidence, slots)
     return Layer(
         name=layer.name,
         aliases=layer.aliases,
@@ -86,31 +87,32 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings) -> La
         values_per_channel=evidence.values[slots[0]],
         running_statistics=layer.info.running_mean is not None,
         threshold=threshold,
-        flagged=status == "flagged" and not frozen,
-        undecided=status == "undecided" and not frozen,
+        flagged=(status == "flagged" or overflows) and not frozen,
+        undecided=status == "undecided" and not overflows and not frozen,
         note=_note(evidence, layer, slots),
         train=train,
         eval=eval_,
         calls=_calls(evidence, slots) if len(slots) > 1 else (),
-        batch_sizes=tuple(_points(evidence, layer.index)),
+        batch_sizes=tuple(_points(evidence, slots[0])),
     )
 
 
-def _path(path: PathEvidence, index: int, slots: list[Slot]) -> PathMeasurement | None:
+def _path(path: PathEvidence, index: int, slots: list[Slot], single: bool) -> PathMeasurement | None:
     calls = [path.calls[slot] for slot in slots if slot in path.calls]
     if index not in path.layers or any(call.first_bad >= 0 for call in calls):
         return None
-    return _measurement(path.layers[index], calls)
+    return _measurement(path.layers[index], calls, single)
 
 
-def _measurement(sums: Sums, calls: list[CallSums]) -> PathMeasurement:
+def _measurement(sums: Sums, calls: list[CallSums], single: bool) -> PathMeasurement:
+    """``single``: one value per channel, normalized to 0 whatever it is. No larger batch does that: n_eq is 1."""
     interval = mean_interval(sums.count, sums.total, sums.square)
-    size = equivalent_batch_size(sums.mean)
+    size = 1.0 if single else equivalent_batch_size(sums.mean)
     return PathMeasurement(
         mismatch=sums.mean,
         interval=interval,
         equivalent_batch_size=size,
-        equivalent_batch_size_interval=_size_interval(interval),
+        equivalent_batch_size_interval=(1.0, 1.0) if single else _size_interval(interval),
         r=_distribution(merge_values([call.r for call in calls]), R_AXIS, clipped_r_iid(size or math.inf)),
         d=_distribution(merge_values([call.d for call in calls]), D_AXIS, clipped_d_iid(size or math.inf)),
     )
@@ -141,24 +143,28 @@ def _calls(evidence: Evidence, slots: list[Slot]) -> tuple[CallMeasurement, ...]
         CallMeasurement(
             index=slot[1],
             values_per_channel=evidence.values[slot],
-            train=_call(evidence.train, slot),
-            eval=_call(evidence.eval, slot),
+            train=_call(evidence, evidence.train, slot),
+            eval=_call(evidence, evidence.eval, slot),
         )
         for slot in slots
     )
 
 
-def _call(path: PathEvidence, slot: Slot) -> PathMeasurement | None:
+def _call(evidence: Evidence, path: PathEvidence, slot: Slot) -> PathMeasurement | None:
     call = path.calls.get(slot)
-    return _measurement(call.mismatch, [call]) if call and call.first_bad < 0 else None
+    if call is None or call.first_bad >= 0:
+        return None
+    return _measurement(call.mismatch, [call], evidence.values[slot] == 1)
 
 
-def _points(evidence: Evidence, index: int) -> Iterable[BatchSizePoint]:
+def _points(evidence: Evidence, first: Slot) -> Iterable[BatchSizePoint]:
     for size, path in evidence.batch_sizes.items():
-        sums = path.layers.get(index)
+        sums = path.layers.get(first[0])
         if sums and sums.count and math.isfinite(sums.total):
             interval = mean_interval(sums.count, sums.total, sums.square)
-            yield BatchSizePoint(size, sums.count, sums.mean, interval, equivalent_batch_size(sums.mean))
+            single = evidence.values[first] * size == evidence.batch_size
+            n_eq = 1.0 if single else equivalent_batch_size(sums.mean)
+            yield BatchSizePoint(size, sums.count, sums.mean, interval, n_eq)
 
 
 def _is_frozen(evidence: Evidence, layer: ProbedLayer) -> bool:
@@ -173,15 +179,24 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
         return "normalizes with the statistics of the batch at inference too, although it keeps running ones"
     if _is_frozen(evidence, layer):
         return "frozen: model.train() leaves it in eval mode, so both paths use the running statistics"
-    if any(evidence.eval.calls[slot].first_bad >= 0 for slot in slots if slot in evidence.eval.calls):
+    if _overflows(evidence, slots):
         return "NaN or Inf arrives here on the eval path: the running statistics of earlier layers let it grow"
     if evidence.values[slots[0]] == 1:
         return "one value per channel in a micro-batch: training raises an error at this batch size"
     return None
 
 
-def _never_called(layer: ProbedLayer) -> SkippedLayer:
-    return SkippedLayer(layer.name, type(layer.module).__name__, "never called by the forward pass")
+def _silent(layer: ProbedLayer, evidence: Evidence) -> SkippedLayer:
+    """A layer of which nothing was recorded."""
+    kind = type(layer.module).__name__
+    if layer.index in evidence.entered:
+        return SkippedLayer(layer.name, kind, "its forward does not call torch.nn.functional.batch_norm")
+    return SkippedLayer(layer.name, kind, "never called by the forward pass")
+
+
+def _overflows(evidence: Evidence, slots: list[Slot]) -> bool:
+    """Whether NaN or Inf reached the layer on the eval path."""
+    return any(evidence.eval.calls[slot].first_bad >= 0 for slot in slots if slot in evidence.eval.calls)
 
 
 def _functional(evidence: Evidence) -> list[SkippedLayer]:

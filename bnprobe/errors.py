@@ -21,6 +21,10 @@ from __future__ import annotations
 import sysconfig
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bnprobe.records import Report
 
 EXIT_CLEAN = 0
 EXIT_FINDINGS = 1
@@ -39,9 +43,14 @@ _LIBRARY_ROOTS = tuple(
 
 
 class BnprobeError(Exception):
-    """Base of all errors that bnprobe raises on purpose."""
+    """Base of all errors that bnprobe raises on purpose.
+
+    Attributes:
+        report: What a scan had measured before the error, marked partial; None if nothing.
+    """
 
     exit_code = EXIT_ERROR
+    report: Report | None = None
 
 
 class UsageError(BnprobeError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ import bnprobe
 from bnprobe.assemble import assemble
 from bnprobe.errors import DeviceError
 from bnprobe.loading.data import as_batch_source
+from bnprobe.loading.model import unwrapped
 from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.probing.drive import Progress, probe
 from bnprobe.probing.evidence import Evidence
-from bnprobe.probing.layers import check_buffers, find_layers
+from bnprobe.probing.forward import forward_all
+from bnprobe.probing.layers import check_buffers, find_layers, unmatched_globs
 from bnprobe.probing.preserve import untouched
 from bnprobe.probing.runner import Runner, UserFunctions
 from bnprobe.randomness import preserved_random_state, seed_everything
@@ -58,14 +60,16 @@ def scan(
         The report; ``bnprobe.reports.FORMATS`` renders it.
 
     Raises:
-        BnprobeError: See ``bnprobe.errors`` for the tree.
+        BnprobeError: See ``bnprobe.errors`` for the tree; its ``report`` holds what was measured before.
     """
     given = settings_from({"batch_size": batch_size, "batches": num_batches, **settings})
     with preserved_random_state():
         seed_everything(given.seed)
         source = as_batch_source(batches, batch_size)
-        name = type(model).__name__
-        return _scan(Workload(model, name, None, source, forward, loss, metric, ()), given, progress)
+        inner, note = unwrapped(model)
+        notes = (note,) if note else ()
+        workload = Workload(inner, type(inner).__name__, None, source, forward, loss, metric, notes)
+        return _scan(workload, given, progress)
 
 
 def scan_spec(spec: Spec, progress: Progress = no_progress) -> Report:
@@ -87,12 +91,13 @@ def _scan(workload: Workload, settings: ScanSettings, progress: Progress) -> Rep
         model.to(device)
         layers = find_layers(model, settings.is_selected)
         check_buffers(layers.layers)
-        functions = UserFunctions(workload.forward, workload.loss, workload.metric)
+        forward = workload.forward or (forward_all if source.synthetic else None)
+        functions = UserFunctions(forward, workload.loss, workload.metric)
         autocast = getattr(torch, settings.autocast) if settings.autocast else None
         runner = Runner(model, layers, functions, device, autocast)
         evidence = probe(runner, source.batches, source.batch_size, settings, progress)
         findings = assemble(evidence, settings)
-        return Report(
+        report = Report(
             schema_version=SCHEMA_VERSION,
             tool=Tool("bnprobe", bnprobe.__version__),
             environment=_environment(device),
@@ -101,6 +106,10 @@ def _scan(workload: Workload, settings: ScanSettings, progress: Progress) -> Rep
             layers=findings.layers,
             skipped=findings.skipped,
         )
+    if evidence.failure is not None:
+        evidence.failure.report = report
+        raise evidence.failure
+    return report
 
 
 def _device(name: str, model: nn.Module) -> torch.device:
@@ -157,7 +166,21 @@ def _describe(workload: Workload, settings: ScanSettings, evidence: Evidence, de
         dtype="none" if parameter is None else str(parameter.dtype).removeprefix("torch."),
         autocast=settings.autocast,
         stopped=evidence.stopped,
-        partial=evidence.stopped == "interrupted",
+        partial=evidence.stopped in ("interrupted", "failed"),
         seconds=evidence.seconds,
-        notes=(*workload.notes, *source.notes),
+        notes=(*workload.notes, *source.notes, *_remarks(settings, evidence)),
     )
+
+
+def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
+    """What the reader should know about the scan as a whole."""
+    yield from unmatched_globs(settings, evidence.layers)
+    if all(layer.info.batches_tracked == 0 for layer in evidence.layers.selected):
+        yield (
+            "No layer's running statistics were ever updated (num_batches_tracked is 0): the model is untrained."
+            " Was a checkpoint forgotten?"
+        )
+    images = evidence.batches * evidence.batch_size
+    for size in evidence.batch_sizes:
+        if images < 2 * size:
+            yield f"Batch size {size} needs at least {2 * size} images, and {images} were measured: raise --batches."

@@ -28,6 +28,8 @@ def random_state() -> object:
 def preserved_random_state() -> Iterator[None]:
     """Restore the random state when the block is done."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    if torch.cuda.is_available():
+        torch.cuda.init()  # else a seed that the user set would still be waiting, and ours would replace it
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         yield

@@ -14,7 +14,7 @@ SCHEMA_VERSION = 1
 Interval = tuple[float, float | None]
 """Lower and upper end of a 95% interval; None: no upper end can be given."""
 
-StopReason = Literal["requested", "decided", "max_batches", "data_exhausted", "interrupted"]
+StopReason = Literal["requested", "decided", "max_batches", "data_exhausted", "interrupted", "failed"]
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class Scan:
         dtype: Of the model's parameters, e.g. "float32".
         autocast: The autocast dtype, where used.
         stopped: Why no more batches were drawn.
-        partial: True if Ctrl-C ended the scan.
+        partial: True if Ctrl-C, or an error in the user's loader or model, ended the scan.
         seconds: Wall time of the measurement.
         notes: Further facts that bear on the result, a sentence each.
     """

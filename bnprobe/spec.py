@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
@@ -31,6 +31,11 @@ def _shapes(value: object) -> object:
 def as_thresholds(value: object) -> object:
     """A plain number is the threshold of every layer."""
     return value if isinstance(value, Mapping) else {"*": value}
+
+
+def matches_any(glob: str, names: Iterable[str]) -> bool:
+    """Whether a layer-name glob matches one of the names; case counts."""
+    return any(fnmatchcase(name, glob) for name in names)
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -93,14 +98,14 @@ class ScanSettings(ScanSpec):
     include: Globs = ()
     exclude: Globs = ()
 
-    def threshold_of(self, layer_name: str) -> float:
-        """The threshold of the last glob that matches, in the order given."""
-        return [n_eq for glob, n_eq in self.thresholds.items() if fnmatchcase(layer_name, glob)][-1]
+    def threshold_of(self, *names: str) -> float:
+        """The threshold of the last glob, in the order given, that matches any name of a layer."""
+        return [n_eq for glob, n_eq in self.thresholds.items() if matches_any(glob, names)][-1]
 
-    def is_selected(self, layer_name: str) -> bool:
-        """Whether a layer is to be measured."""
-        included = not self.include or any(fnmatchcase(layer_name, glob) for glob in self.include)
-        return included and not any(fnmatchcase(layer_name, glob) for glob in self.exclude)
+    def is_selected(self, *names: str) -> bool:
+        """Whether the layer of these names is to be measured: one of them is included, and none excluded."""
+        included = not self.include or any(matches_any(glob, names) for glob in self.include)
+        return included and not any(matches_any(glob, names) for glob in self.exclude)
 
 
 class ModelSpec(_Section):

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
 
 from bnprobe.errors import BnprobeError, UserCodeError
+
+BatchFunction = Callable[[nn.Module, Any], Any]
+"""A user's function of (model, batch)."""
 
 
 @contextmanager

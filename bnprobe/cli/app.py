@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ import typer.core
 import bnprobe
 from bnprobe.cli.init import init
 from bnprobe.cli.scan import scan
-from bnprobe.errors import BnprobeError, NothingToProbeError, UserCodeError
+from bnprobe.errors import EXIT_ERROR, BnprobeError, NothingToProbeError, UserCodeError
 
 
 class _Commands(typer.core.TyperGroup):
@@ -21,13 +22,15 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise NothingToProbeError("Interrupted before anything was measured; there is no report.") from None
+            raise NothingToProbeError("Interrupted.") from None
+        except EOFError as error:  # would be taken for the end of an answer that was asked for: nothing is
+            raise RuntimeError("the end of a file came too early") from error
 
 
 app = typer.Typer(
     name="bnprobe",
     cls=_Commands,
-    help="Find, explain and repair Batch Normalization that behaves differently in training and at inference.",
+    help="Find the Batch Normalization layers that behave differently in training and at inference, and by how much.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -38,7 +41,10 @@ app.command()(init)
 
 
 def main() -> None:
-    """Run the command line; errors that bnprobe raises on purpose become messages and exit codes."""
+    """Run the command line; errors that bnprobe raises on purpose become messages and exit codes.
+
+    Any other exception is a defect of bnprobe: it must not end in the exit code of findings, as Python would have it.
+    """
     try:
         app()
     except BnprobeError as error:
@@ -46,6 +52,10 @@ def main() -> None:
         if isinstance(error, UserCodeError) and error.frames:
             print(error.frames.rstrip(), file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        print("bnprobe: internal error; please report it with the lines above.", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
 
 
 def _print_version(asked: bool) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import enum
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS
+from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, BnprobeError, NothingToProbeError
+
+if TYPE_CHECKING:
+    from bnprobe.records import Report
+    from bnprobe.spec import Spec
 
 Many = list[str] | None
 
@@ -107,7 +111,6 @@ def scan(
 
     Exit codes: 0 clean, 1 findings, 2 error in usage, spec or your code, 3 nothing could be probed.
     """
-    from bnprobe.cli.progress import progress_bar
     from bnprobe.cli.write import check_writable, write_report
     from bnprobe.specfile import build_spec
 
@@ -130,14 +133,41 @@ def scan(
     }
     check_writable(output)
     spec = build_spec(target, overrides)
-    _share_processors()
-    with progress_bar() as progress:
-        from bnprobe.pipeline import scan_spec  # seconds of torch: only once the options are known to be right
-
-        report = scan_spec(spec, progress)
+    try:
+        report = _measure(spec)
+    except BnprobeError as error:
+        if error.report is not None:
+            write_report(error.report, format_.value, output, show_all)
+        raise
     write_report(report, format_.value, output, show_all)
     findings = report.summary.flagged > 0 and not exit_zero
     raise typer.Exit(EXIT_FINDINGS if findings else EXIT_CLEAN)
+
+
+def _measure(spec: Spec) -> Report:
+    """Scan, and show progress.
+
+    Raises:
+        NothingToProbeError: Ctrl-C before anything was measured; later ones pass.
+    """
+    from bnprobe.cli.progress import progress_bar
+
+    measured = 0
+    _share_processors()
+    try:
+        with progress_bar() as show:
+            from bnprobe.pipeline import scan_spec  # seconds of torch: only once the options are known to be right
+
+            def progress(done: int, planned: int) -> None:
+                nonlocal measured
+                measured = done
+                show(done, planned)
+
+            return scan_spec(spec, progress)
+    except KeyboardInterrupt:
+        if measured:
+            raise
+        raise NothingToProbeError("Interrupted before anything was measured; there is no report.") from None
 
 
 def _share_processors() -> None:

@@ -42,7 +42,7 @@ def write_report(report: Report, format_: str, output: Path | None, show_all: bo
         return
     plain = RenderOptions(show_all=show_all, command=_command())
     write_whole(output, render(report, plain))
-    partial = "PARTIAL, interrupted: " if report.scan.partial else ""
+    partial = f"PARTIAL, {report.scan.stopped}: " if report.scan.partial else ""
     layers = count(report.summary.layers, "layer")
     print(f"{partial}{report.summary.flagged} of {layers} flagged; report written to {output}", file=sys.stderr)
 

@@ -29,7 +29,6 @@ class BatchSource:
         batches: Yields batches of ``batch_size`` images; the last one may be partial.
         batch_size: Images in a batch, as asked for; an iterable that is no loader may differ.
         description: Where they come from, in words.
-        length: Number of batches, where known.
         images: Number of images, where known.
         synthetic: They are made up.
         notes: What the reader should know, a sentence each.
@@ -38,7 +37,6 @@ class BatchSource:
     batches: Iterable[Any]
     batch_size: int
     description: str
-    length: int | None = None
     images: int | None = None
     synthetic: bool = False
     notes: tuple[str, ...] = ()
@@ -201,10 +199,9 @@ def _from_value(value: Any, request: _Request) -> BatchSource:
         return _from_dataset(value, request)
     _refuse_no_batches(value, request.origin)
     size = _known(request.batch_size or request.told, request.origin)
-    length = _length(value, request.origin)
-    if length == 0:
+    if _length(value, request.origin) == 0:
         raise DataError(f"{request.origin} is empty: it gives no batch.")
-    return BatchSource(GuardedBatches(value, request.origin), size, request.origin, length)
+    return BatchSource(GuardedBatches(value, request.origin), size, request.origin)
 
 
 def _refuse_no_batches(value: Any, origin: str) -> None:
@@ -242,11 +239,10 @@ def _from_loader(loader: DataLoader[Any], request: _Request) -> BatchSource:
 
 
 def _loader_source(loader: DataLoader[Any], size: int, origin: str, images: int | None) -> BatchSource:
-    length = _length(loader, origin)
-    if length == 0:
+    if _length(loader, origin) == 0:
         raise DataError(f"{origin} is empty: it gives no batch.")
     words = origin if images is None else f"{origin} ({images} images)"
-    return BatchSource(GuardedBatches(loader, origin), size, words, length, images)
+    return BatchSource(GuardedBatches(loader, origin), size, words, images)
 
 
 def _images_of(loader: DataLoader[Any], origin: str) -> int | None:

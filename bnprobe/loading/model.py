@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,11 +49,11 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     """
     library, _, name = spec.target.partition(":")
     if library in _LIBRARIES and name:
-        return _unwrapped(LoadedModel(_LIBRARIES[library](name, spec.args), spec.target, None))
+        return _loaded(_LIBRARIES[library](name, spec.args), spec.target, None)
     module, symbol = resolve(spec.target)
     symbol = symbol or _default_symbol(module)
     name = f"{module.name}:{symbol}"
-    return _unwrapped(LoadedModel(_build(module.get(symbol), name, spec.args), name, module))
+    return _loaded(_build(module.get(symbol), name, spec.args), name, module)
 
 
 def _default_symbol(module: UserModule) -> str:
@@ -117,16 +117,20 @@ def _from_library(library: str, name: str, known: list[str], make: Callable[[], 
     return made
 
 
-def _unwrapped(loaded: LoadedModel) -> LoadedModel:
-    """Without DataParallel, DistributedDataParallel and torch.compile's wrapper, and saying so."""
-    model, wrappers = loaded.model, []
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:
+    """Without DataParallel, DistributedDataParallel and torch.compile's wrapper; and a sentence that says so."""
+    wrappers = []
     while (inner := _inner(model)) is not None:
         wrappers.append(type(model).__name__)
         model = inner
     if not wrappers:
-        return loaded
-    note = f"The model was wrapped in {' in '.join(reversed(wrappers))}; the module inside is probed."
-    return replace(loaded, model=model, notes=(*loaded.notes, note))
+        return model, None
+    return model, f"The model was wrapped in {' in '.join(reversed(wrappers))}; the module inside is probed."
+
+
+def _loaded(model: nn.Module, name: str, module: UserModule | None) -> LoadedModel:
+    inner, note = unwrapped(model)
+    return LoadedModel(inner, name, module, (note,) if note else ())
 
 
 def _inner(model: nn.Module) -> nn.Module | None:

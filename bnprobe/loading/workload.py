@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from bnprobe.loading.inspection import kind_of
 from bnprobe.loading.model import LoadedModel, load_model
 from bnprobe.loading.modules import UserModule, locate
 from bnprobe.spec import Spec
-
-BatchFunction = Callable[[nn.Module, Any], Any]
-"""A user's function of (model, batch)."""
+from bnprobe.usercode import BatchFunction
 
 
 @dataclass(frozen=True)
@@ -79,19 +76,19 @@ def _function(role: str, target: str | None, module: UserModule | None, notes: l
     """The function that the spec names; else the one of this name in the model's module."""
     if target is not None:
         home, symbol = locate(target, module)
-        value = home.get(symbol or role)
+        value: BatchFunction = home.get(symbol or role)
         problem = _problem(value)
         if problem:
             raise ModelError(f"{symbol or role} of {home.name} cannot be used as {role}: {problem}.")
-        return _as_function(value)
-    value = module.find(role) if module is not None else None
-    if module is None or value is None:
+        return value
+    found: BatchFunction | None = module.find(role) if module is not None else None
+    if module is None or found is None:
         return None
-    problem = _problem(value)
+    problem = _problem(found)
     if problem:
         notes.append(f"{role} of {module.name} was not used: {problem}.")
         return None
-    return _as_function(value)
+    return found
 
 
 def _problem(value: Any) -> str | None:
@@ -105,8 +102,3 @@ def _problem(value: Any) -> str | None:
     except ValueError:
         return None  # a built-in whose signature Python cannot tell
     return None
-
-
-def _as_function(value: Any) -> BatchFunction:
-    function: BatchFunction = value
-    return function

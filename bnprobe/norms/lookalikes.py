@@ -20,6 +20,8 @@ def lookalike_reason(module: nn.Module) -> str | None:
         return "instance norm with running statistics: not a batch norm" if module.track_running_stats else None
     if isinstance(module, _BATCH_INDEPENDENT):
         return None
+    if type(module).__module__.startswith("torch.nn.utils."):  # weight and spectral norm: of weights, not of batches
+        return None
     kind = type(module).__name__
     own_buffers = {name for name, _ in module.named_buffers(recurse=False)}
     if "frozen" in kind.lower() and own_buffers & _BUFFERS:

@@ -24,50 +24,60 @@ _CHUNK_VALUES = 2**19
 
 @dataclass(frozen=True)
 class Columns:
-    """The channels of several calls, side by side.
+    """The channels of the calls of one forward pass, side by side.
 
     Attributes:
-        slots: The calls, in column order.
-        slot: Position in ``slots`` of each column, shape (columns,).
+        slot: For each column the position of its call in the sums, shape (columns,).
         mean, variance, eps: The layers' running statistics and eps, float64, shape (columns,).
-        channels: Channels per slot, shape (slots,).
-        layer: Index of the layer of each slot, shape (slots,).
+        present: Positions of the calls, shape (calls,).
+        channels: Channels of each call, shape (calls,).
+        layer: Index of the layer of each call, shape (calls,).
     """
 
-    slots: tuple[Slot, ...]
     slot: Tensor
     mean: Tensor
     variance: Tensor
     eps: Tensor
+    present: Tensor
     channels: Tensor
     layer: Tensor
 
     @classmethod
-    def of(cls, layers: Sequence[ProbedLayer], slots: tuple[Slot, ...], device: torch.device) -> Columns:
+    def of(
+        cls, layers: Sequence[ProbedLayer], slots: Sequence[Slot], positions: Mapping[Slot, int], device: torch.device
+    ) -> Columns:
         """Gather the reference statistics of ``slots``; every layer named there keeps running statistics."""
         infos = [layers[index].info for index, _ in slots]
         sizes = torch.tensor([info.channels for info in infos])
         eps = torch.tensor([info.eps for info in infos], dtype=torch.float64)
+        present = torch.tensor([positions[slot] for slot in slots])
         return cls(
-            slots=slots,
-            slot=torch.arange(len(slots)).repeat_interleave(sizes).to(device),
+            slot=present.repeat_interleave(sizes).to(device),
             mean=_side_by_side([info.running_mean for info in infos], device),
             variance=_side_by_side([info.running_variance for info in infos], device),
             eps=eps.repeat_interleave(sizes).to(device),
+            present=present.to(device),
             channels=sizes.to(device),
             layer=torch.tensor([index for index, _ in slots], device=device),
         )
 
 
 class ValueSums:
-    """Moments, extremes, histogram and clipped count of r or d, per slot."""
+    """Moments, extremes, histogram and clipped count of r or d, per call."""
 
-    def __init__(self, slots: int, axis: Axis, device: torch.device) -> None:
+    def __init__(self, axis: Axis, device: torch.device) -> None:
         self.axis = axis
-        zeros = torch.zeros(slots, dtype=torch.float64, device=device)
-        self.count, self.total, self.square, self.clipped = zeros, zeros.clone(), zeros.clone(), zeros.clone()
-        self.low, self.high = torch.full_like(zeros, torch.inf), torch.full_like(zeros, -torch.inf)
-        self.histogram = torch.zeros(slots * axis.bins, dtype=torch.int64, device=device)
+        empty = torch.zeros(0, dtype=torch.float64, device=device)
+        self.count, self.total, self.square, self.clipped, self.low, self.high = (empty.clone() for _ in range(6))
+        self.histogram = torch.zeros(0, dtype=torch.int64, device=device)
+
+    def grow(self, calls: int) -> None:
+        """Make room for ``calls`` calls."""
+        for name in ("count", "total", "square", "clipped"):
+            setattr(self, name, _grown(getattr(self, name), calls, 0.0))
+        self.low = _grown(self.low, calls, torch.inf)
+        self.high = _grown(self.high, calls, -torch.inf)
+        self.histogram = _grown(self.histogram, calls * self.axis.bins, 0)
 
     def add(self, values: Tensor, clipped: Tensor, slot: Tensor) -> None:
         """Add values of shape (batches, columns); ``slot`` says whose each column is."""
@@ -82,74 +92,33 @@ class ValueSums:
         self.histogram.index_add_(0, bins, torch.ones_like(bins))
 
 
-class PathSums:
-    """r, d and D of every call on one path at one batch size.
-
-    Attributes:
-        batches: Micro-batches added.
-        count, total, square: Per slot: micro-batches, and sum and sum of squares of D (mean over channels).
-        layer_count, layer_total, layer_square: The same per layer, calls of one micro-batch averaged first.
-        first_bad: Per slot: the step in which a non-finite value was first seen, or -1.
-    """
-
-    def __init__(self, layers: Sequence[ProbedLayer], slots: tuple[Slot, ...], device: torch.device) -> None:
-        self.columns = Columns.of(layers, slots, device)
-        self.batches = self.steps = 0
-        slot_zeros = torch.zeros(len(slots), dtype=torch.float64, device=device)
-        layer_zeros = torch.zeros(len(layers), dtype=torch.float64, device=device)
-        self.count, self.total, self.square = slot_zeros, slot_zeros.clone(), slot_zeros.clone()
-        self.layer_count, self.layer_total, self.layer_square = (
-            layer_zeros,
-            layer_zeros.clone(),
-            layer_zeros.clone(),
-        )
-        self.first_bad = torch.full_like(slot_zeros, -1, dtype=torch.int64)
-        self.r, self.d = ValueSums(len(slots), R_AXIS, device), ValueSums(len(slots), D_AXIS, device)
-
-    def add(self, mean: Tensor, variance: Tensor) -> None:
-        """Add micro-batch statistics of shape (batches, columns), float64, variance biased."""
-        columns = self.columns
-        for means, variances in _row_chunks(mean, variance):
-            values = corrections(means, variances, columns.mean, columns.variance, columns.eps)
-            self._add_mismatch(values.mismatch)
-            self.r.add(values.r, (values.r > R_MAX) | (values.r < 1 / R_MAX), columns.slot)
-            self.d.add(values.d, values.d.abs() > D_MAX, columns.slot)
-        self.batches += mean.shape[0]
-        self.steps += 1
-
-    def _add_mismatch(self, mismatch: Tensor) -> None:
-        columns, rows = self.columns, mismatch.shape[0]
-        per_slot = mismatch.new_zeros(rows, len(columns.slots)).index_add_(1, columns.slot, mismatch)
-        per_slot /= columns.channels
-        self.count += rows
-        self.total += per_slot.sum(0)
-        self.square += per_slot.square().sum(0)
-        bad = ~torch.isfinite(per_slot).all(0) & (self.first_bad < 0)
-        self.first_bad.masked_fill_(bad, self.steps)
-        layers = self.layer_count.numel()
-        calls = torch.zeros_like(self.layer_count).index_add_(0, columns.layer, torch.ones_like(self.count))
-        per_layer = mismatch.new_zeros(rows, layers).index_add_(1, columns.layer, per_slot) / calls.clamp(min=1)
-        self.layer_count += rows * (calls > 0)
-        self.layer_total += per_layer.sum(0)
-        self.layer_square += per_layer.square().sum(0)
-
-
 class Path:
-    """Sums of one path at one batch size, for whatever calls the forward passes make.
-
-    Steps that make the same calls share one set of sums. A forward pass whose calls vary with the batch gives one
-    set per variant; they are merged at the end.
+    """Sums of r, d and D of every call on one path at one batch size, for whatever calls the forward passes make.
 
     Args:
         layers: All probed layers.
         batch_size: Images per micro-batch.
+
+    Attributes:
+        positions: Position of each call in the sums, in the order in which the calls were first seen.
+        batches, steps: Micro-batches and steps added.
+        count, total, square: Per call: micro-batches, and sum and sum of squares of D (mean over channels).
+        layer_count, layer_total, layer_square: The same per layer, calls of one micro-batch averaged first.
+        first_bad: Per call: the step in which a non-finite value was first seen, or -1.
     """
 
-    def __init__(self, layers: Sequence[ProbedLayer], batch_size: int) -> None:
-        self.layers = layers
-        self.batch_size = batch_size
-        self.variants: dict[tuple[Slot, ...], PathSums] = {}
-        self._remainders: dict[tuple[Slot, ...], tuple[Tensor, Tensor]] = {}
+    def __init__(self, layers: Sequence[ProbedLayer], batch_size: int, device: torch.device) -> None:
+        self.layers, self.batch_size, self._device = layers, batch_size, device
+        self.positions: dict[Slot, int] = {}
+        self.batches = self.steps = 0
+        empty = torch.zeros(0, dtype=torch.float64, device=device)
+        self.count, self.total, self.square = (empty.clone() for _ in range(3))
+        self.first_bad = torch.zeros(0, dtype=torch.int64, device=device)
+        zeros = torch.zeros(len(layers), dtype=torch.float64, device=device)
+        self.layer_count, self.layer_total, self.layer_square = (zeros.clone() for _ in range(3))
+        self.r, self.d = ValueSums(R_AXIS, device), ValueSums(D_AXIS, device)
+        self._last: tuple[tuple[Slot, ...], Columns] | None = None
+        self._remainder: tuple[tuple[Slot, ...], Tensor, Tensor] | None = None
 
     def add(self, records: Mapping[Slot, Recorded]) -> None:
         """Add one step. All records have the same unit: images, or micro-batches of ``batch_size``."""
@@ -158,27 +127,68 @@ class Path:
         slots = tuple(records)
         mean = torch.cat([record.mean for record in records.values()], 1)
         variance = torch.cat([record.variance for record in records.values()], 1)
-        if slots not in self.variants:
-            self.variants[slots] = PathSums(self.layers, slots, mean.device)
-        unit = next(iter(records.values())).unit
-        if unit == self.batch_size:
-            self.variants[slots].add(mean, variance)
-        else:
-            self._add_images(slots, mean, variance)
+        if next(iter(records.values())).unit != self.batch_size:
+            mean, variance = self._whole_batches(slots, mean, variance)
+        columns = self._columns(slots)
+        for means, variances in _row_chunks(mean, variance):
+            values = corrections(means, variances, columns.mean, columns.variance, columns.eps)
+            self._add_mismatch(columns, values.mismatch)
+            self.r.add(values.r, (values.r > R_MAX) | (values.r < 1 / R_MAX), columns.slot)
+            self.d.add(values.d, values.d.abs() > D_MAX, columns.slot)
+        self.batches += mean.shape[0]
+        self.steps += 1
 
-    def _add_images(self, slots: tuple[Slot, ...], mean: Tensor, variance: Tensor) -> None:
-        """Pool consecutive images; what does not fill a micro-batch waits for the next step."""
-        if slots in self._remainders:
-            old_mean, old_variance = self._remainders.pop(slots)
-            mean, variance = torch.cat([old_mean, mean]), torch.cat([old_variance, variance])
+    def _columns(self, slots: tuple[Slot, ...]) -> Columns:
+        """Most models make the same calls in every pass: those of the last one are kept."""
+        if self._last is None or self._last[0] != slots:
+            self._grow(slots)
+            self._last = slots, Columns.of(self.layers, slots, self.positions, self._device)
+        return self._last[1]
+
+    def _grow(self, slots: tuple[Slot, ...]) -> None:
+        for slot in slots:
+            self.positions.setdefault(slot, len(self.positions))
+        calls = len(self.positions)
+        for name in ("count", "total", "square"):
+            setattr(self, name, _grown(getattr(self, name), calls, 0.0))
+        self.first_bad = _grown(self.first_bad, calls, -1)
+        self.r.grow(calls)
+        self.d.grow(calls)
+
+    def _whole_batches(self, slots: tuple[Slot, ...], mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Pool consecutive images; what does not fill a micro-batch waits for the next step with the same calls."""
+        if self._remainder is not None and self._remainder[0] == slots:
+            mean = torch.cat([self._remainder[1], mean])
+            variance = torch.cat([self._remainder[2], variance])
         whole = mean.shape[0] // self.batch_size * self.batch_size
-        if whole < mean.shape[0]:
-            self._remainders[slots] = mean[whole:].clone(), variance[whole:].clone()
-        if whole:
-            self.variants[slots].add(*pool_moments(mean[:whole], variance[:whole], self.batch_size))
+        self._remainder = (slots, mean[whole:].clone(), variance[whole:].clone())
+        return pool_moments(mean[:whole], variance[:whole], self.batch_size)
+
+    def _add_mismatch(self, columns: Columns, mismatch: Tensor) -> None:
+        rows = mismatch.shape[0]
+        every = mismatch.new_zeros(rows, len(self.positions)).index_add_(1, columns.slot, mismatch)
+        per_call = every[:, columns.present] / columns.channels
+        self.count.index_add_(0, columns.present, torch.full_like(per_call[0], rows))
+        self.total.index_add_(0, columns.present, per_call.sum(0))
+        self.square.index_add_(0, columns.present, per_call.square().sum(0))
+        bad = torch.zeros_like(self.first_bad, dtype=torch.bool)
+        bad[columns.present] = ~torch.isfinite(per_call).all(0)
+        self.first_bad.masked_fill_(bad & (self.first_bad < 0), self.steps)
+        calls = torch.zeros_like(self.layer_count).index_add_(0, columns.layer, torch.ones_like(per_call[0]))
+        per_layer = mismatch.new_zeros(rows, len(self.layers)).index_add_(1, columns.layer, per_call)
+        per_layer = per_layer / calls.clamp(min=1)
+        self.layer_count += rows * (calls > 0)
+        self.layer_total += per_layer.sum(0)
+        self.layer_square += per_layer.square().sum(0)
+
+
+def _grown(sums: Tensor, size: int, value: float) -> Tensor:
+    return torch.cat([sums, sums.new_full((size - sums.numel(),), value)])
 
 
 def _row_chunks(mean: Tensor, variance: Tensor) -> list[tuple[Tensor, Tensor]]:
+    if not mean.shape[0]:
+        return []
     rows = max(1, _CHUNK_VALUES // mean.shape[1])
     return list(zip(mean.split(rows), variance.split(rows), strict=True))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ def join(batches: list[Any]) -> Any:
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor to the device, and batch objects of other libraries, which know how to move themselves."""
     return map_leaves(batch, lambda leaf: leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf)
+
+
+def copy_tensors(batch: Any) -> Any:
+    """The same batch with tensors of its own, and of batch objects that know how to copy themselves."""
+    return map_leaves(batch, lambda leaf: leaf.clone() if callable(getattr(leaf, "clone", None)) else leaf)
 
 
 def check_finite(batch: Any, position: int) -> None:
@@ -123,13 +129,46 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def _like_mapping(tree: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    return items if type(tree) is dict else type(tree)(items)  # type: ignore[call-arg]
+    """A mapping of the same class with other values, or else a dict: no class need know how to be made anew."""
+    if type(tree) is dict:
+        return items
+    return _first_holding(items, (lambda: _updated(tree, items), lambda: type(tree)(items)))  # type: ignore[call-arg]
+
+
+def _updated(tree: Any, items: dict[Any, Any]) -> Any:
+    like = copy.copy(tree)
+    like.update(items)
+    return like
 
 
 def _like_sequence(tree: Any, items: list[Any]) -> Any:
-    if hasattr(tree, "_fields"):
-        return type(tree)(*items)
-    return type(tree)(items)
+    """A list or tuple of the same class with other items, or else a plain one."""
+    plain = items if isinstance(tree, list) else tuple(items)
+    if type(tree) is type(plain):
+        return plain
+    return _first_holding(plain, (lambda: type(tree)(*items), lambda: type(tree)(items)))
+
+
+def _first_holding(plain: Any, makers: Iterable[Callable[[], Any]]) -> Any:
+    """What the first maker gives that holds the same objects as ``plain``; else ``plain``."""
+    for make in makers:
+        try:
+            made = make()
+            if _holds(made, plain):
+                return made
+        except Exception:  # the user's class may refuse in any way; the next maker may do
+            continue
+    return plain
+
+
+def _holds(made: Any, plain: Any) -> bool:
+    if len(made) != len(plain):
+        return False
+    if not isinstance(plain, dict):
+        return all(one is other for one, other in zip(made, plain, strict=True))
+    # Values may be attributes as well, which a shallow copy leaves as they were.
+    attributes = getattr(made, "__dict__", {})
+    return all(made[key] is value and attributes.get(key, value) is value for key, value in plain.items())
 
 
 def _named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
-from bnprobe.errors import DeviceError, UsageError
+from bnprobe.errors import BnprobeError, DataError, DeviceError, UsageError, UserCodeError
 from bnprobe.probing.accumulate import Path
 from bnprobe.probing.batches import CannotEmulateError, join, to_device
-from bnprobe.probing.emulation import Verdict, self_check, sentence
+from bnprobe.probing.emulation import Emulation, as_sentence
 from bnprobe.probing.evidence import Evidence, layer_sums, path_evidence
 from bnprobe.probing.feed import Feed
 from bnprobe.probing.intercept import Pass, Recorded, Slot
 from bnprobe.probing.interrupts import deferred_interrupts
-from bnprobe.probing.memory import Footprint, is_out_of_memory, plan_images
-from bnprobe.probing.output import OutputSums, user_values
+from bnprobe.probing.memory import is_out_of_memory
+from bnprobe.probing.output import Contributions, OutputSums, user_values
+from bnprobe.probing.plan import plan
 from bnprobe.probing.runner import PathName, Runner
 from bnprobe.records import StopReason
 from bnprobe.spec import ScanSettings
@@ -34,8 +35,8 @@ FIRST_LOOK = 16
 FEWEST = 8
 """Micro-batches wanted of every size in --batch-sizes before the scan may stop by itself."""
 
-_CHECKED = 2
-"""Micro-batches in the self-check."""
+STOPPING_CONFIDENCE = 0.99
+"""Of the intervals by which a scan stops: it looks up to five times, and every look may be wrong by chance."""
 
 
 @dataclass
@@ -46,13 +47,13 @@ class Measurement:
         batches: Micro-batches measured on both paths.
         at_once: Micro-batches per physical batch.
         largest: Images of the largest physical batch that ran.
-        verdict: On emulation.
-        values, by_batch, functional: As in ``Evidence``.
+        emulation: Whether micro-batches may run together.
+        values, by_batch, entered, functional: As in ``Evidence``.
     """
 
     runner: Runner
     batch_size: int
-    verdict: Verdict
+    emulation: Emulation
     at_once: int
     train: Path
     eval: Path
@@ -62,6 +63,7 @@ class Measurement:
     largest: int = 0
     values: dict[Slot, int] = field(default_factory=dict)
     by_batch: dict[PathName, set[int]] = field(default_factory=lambda: {"train": set(), "eval": set()})
+    entered: set[int] = field(default_factory=set)
     functional: set[str] = field(default_factory=set)
 
     def step(self, micro_batches: list[Any]) -> None:
@@ -80,7 +82,7 @@ class Measurement:
             self._measure(micro_batches)
             return []
         except CannotEmulateError as error:
-            self.verdict = Verdict(False, sentence(error), self.verdict.check, {})
+            self.emulation = Emulation(False, as_sentence(error), self.emulation.check, {})
             self.at_once = 1
         except Exception as error:
             if not is_out_of_memory(error):
@@ -100,36 +102,37 @@ class Measurement:
             torch.cuda.empty_cache()
 
     def _measure(self, micro_batches: list[Any]) -> None:
-        batches = [to_device(batch, self.runner.device) for batch in micro_batches]
-        joined = join(batches)
-        outputs, passes = {}, {}
-        values: list[tuple[str, PathName, Any]] = []
+        joined = to_device(join(micro_batches), self.runner.device)
+        apart = self.runner.functions.loss or self.runner.functions.metric
+        batches = [to_device(batch, self.runner.device) for batch in micro_batches] if apart else []
+        outputs, passes, inputs = {}, {}, set()
+        contributions: Contributions = {}
         paths: tuple[PathName, PathName] = ("train", "eval")
         for path in paths:
-            passes[path] = self._pass(path, len(batches))
+            passes[path] = self._pass(path, len(micro_batches))
             outputs[path], recorded = self.runner.forward(path, joined, passes[path])
-            found = user_values(self.runner, path, batches, recorded, self.batch_size)
-            values += [(name, path, value) for name, value in found]
+            inputs |= {position for key in recorded for position in key}
+            contributions |= user_values(self.runner, path, batches, recorded, self.batch_size)
+        contributions |= self.output.measure(joined, inputs, outputs["train"], outputs["eval"])
         with deferred_interrupts():
             self._add(passes["train"], passes["eval"])
-            self.output.add(joined, outputs["train"], outputs["eval"])
-            for name, path, value in values:
-                self.output.add_value(name, path, value)
-            self.batches += len(batches)
-            self.largest = max(self.largest, len(batches) * self.batch_size)
+            self.output.add(contributions)
+            self.batches += len(micro_batches)
+            self.largest = max(self.largest, len(micro_batches) * self.batch_size)
 
     def _pass(self, path: PathName, micro_batches: int) -> Pass:
         images = micro_batches * self.batch_size
-        per_image = path == "eval" and self.verdict.trusted
-        return Pass(images, self.batch_size, per_image=per_image, layouts=dict(self.verdict.layouts))
+        per_image = path == "eval" and self.emulation.trusted
+        return Pass(images, self.batch_size, per_image=per_image, layouts=dict(self.emulation.layouts.get(path, {})))
 
     def _add(self, train: Pass, eval_: Pass) -> None:
         for slot, record in {**eval_.records, **train.records}.items():
             self.values.setdefault(slot, record.values)
+        self.entered |= train.entered | eval_.entered
         self.train.add(self._comparable("train", train, by_batch=True))
         records = self._comparable("eval", eval_, by_batch=False)
         # Real micro-batches say nothing about batches of another size.
-        others = self.batch_sizes.values() if self.verdict.trusted else ()
+        others = self.batch_sizes.values() if self.emulation.trusted else ()
         for path in (self.eval, *others):
             path.add(records)
         self.functional |= train.functional | eval_.functional
@@ -152,71 +155,48 @@ def probe(
 ) -> Evidence:
     """Measure both paths on the same micro-batches.
 
-    Ctrl-C ends the measurement and keeps what there is, if there is anything.
+    Ctrl-C and errors of the user's code end the measurement and keep what there is, if there is anything.
 
     Raises:
-        KeyboardInterrupt: Before the first micro-batch was measured.
-        DataError, UserCodeError, DeviceError: See ``Feed``, ``Runner`` and ``Measurement``.
+        KeyboardInterrupt, DataError, UserCodeError, DeviceError: Before the first micro-batch was measured; see
+            ``Feed``, ``Runner`` and ``Measurement``. Later errors are in ``Evidence.failure``.
     """
     started = time.perf_counter()
     feed = Feed(batches, batch_size)
     with runner.installed():
         measurement = _prepare(runner, feed, settings)
+        failure: BnprobeError | None = None
         try:
             stopped = _measure_until_done(measurement, feed, settings, progress)
         except KeyboardInterrupt:
             if measurement.batches == 0:
                 raise
             stopped = "interrupted"
-    return _evidence(measurement, feed, stopped, time.perf_counter() - started)
+        except (UserCodeError, DataError, DeviceError) as error:
+            if measurement.batches == 0:
+                raise
+            stopped, failure = "failed", error
+    return _evidence(measurement, feed, stopped, failure, time.perf_counter() - started)
 
 
 def _prepare(runner: Runner, feed: Feed, settings: ScanSettings) -> Measurement:
     size, layers, device = feed.batch_size, runner.layers.layers, runner.device
-    verdict, at_once = _plan(runner, feed, settings)
-    if settings.batch_sizes and not verdict.trusted:
+    emulation, at_once = plan(runner, feed, settings)
+    if settings.batch_sizes and not emulation.trusted:
         raise UsageError(
-            f"--batch-sizes needs images that can be regrouped, and here they cannot. {verdict.reason}"
+            f"--batch-sizes needs images that can be regrouped, and here they cannot. {emulation.reason}"
             " Scan each size by itself with --batch-size."
         )
     return Measurement(
         runner=runner,
         batch_size=size,
-        verdict=verdict,
+        emulation=emulation,
         at_once=at_once,
-        train=Path(layers, size),
-        eval=Path(layers, size),
-        batch_sizes={other: Path(layers, other) for other in settings.batch_sizes},
-        output=OutputSums(device),
+        train=Path(layers, size, device),
+        eval=Path(layers, size, device),
+        batch_sizes={other: Path(layers, other, device) for other in settings.batch_sizes},
+        output=OutputSums(),
     )
-
-
-def _plan(runner: Runner, feed: Feed, settings: ScanSettings) -> tuple[Verdict, int]:
-    """Whether to emulate, and how many micro-batches run at once."""
-    size = feed.batch_size
-    if not settings.emulate:
-        return Verdict(False, "As asked for.", None, {}), 1
-    fitting = plan_images(Footprint(0, 0), runner.device) // size
-    if settings.physical_batch:
-        fitting = settings.physical_batch // size
-    if fitting < _CHECKED and not settings.batch_sizes:
-        return Verdict(False, "One micro-batch fills a physical batch.", None, {}), 1
-    checked = feed.take(_CHECKED)
-    feed.give_back(checked)
-    if len(checked) < _CHECKED:
-        return Verdict(False, "The data gives only one micro-batch.", None, {}), 1
-    try:
-        on_device = [to_device(batch, runner.device) for batch in checked]
-        verdict, image = self_check(runner, on_device, size)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return Verdict(False, "There is no memory for two micro-batches at once.", None, {}), 1
-    if not verdict.trusted:
-        return verdict, 1
-    if not settings.physical_batch:
-        fitting = plan_images(image, runner.device) // size
-    return verdict, max(1, fitting)
 
 
 def _measure_until_done(measurement: Measurement, feed: Feed, settings: ScanSettings, progress: Progress) -> StopReason:
@@ -250,15 +230,17 @@ def _all_decided(measurement: Measurement, settings: ScanSettings) -> bool:
         return False
     paths = [layer_sums(path) for path in (measurement.train, measurement.eval)]
     for layer in measurement.runner.layers.selected:
-        limit = mismatch_iid(settings.threshold_of(layer.name))
+        limit = mismatch_iid(settings.threshold_of(layer.name, *layer.aliases))
         found = [path[layer.index] for path in paths if layer.index in path]
-        intervals = [mean_interval(sums.count, sums.total, sums.square) for sums in found]
+        intervals = [mean_interval(sums.count, sums.total, sums.square, STOPPING_CONFIDENCE) for sums in found]
         if standing(intervals, limit) == "undecided":
             return False
     return True
 
 
-def _evidence(measurement: Measurement, feed: Feed, stopped: StopReason, seconds: float) -> Evidence:
+def _evidence(
+    measurement: Measurement, feed: Feed, stopped: StopReason, failure: BnprobeError | None, seconds: float
+) -> Evidence:
     return Evidence(
         layers=measurement.runner.layers,
         train=path_evidence(measurement.train),
@@ -266,6 +248,7 @@ def _evidence(measurement: Measurement, feed: Feed, stopped: StopReason, seconds
         batch_sizes={size: path_evidence(path) for size, path in measurement.batch_sizes.items()},
         values=measurement.values,
         by_batch={name: frozenset(indices) for name, indices in measurement.by_batch.items()},
+        entered=frozenset(measurement.entered),
         functional=frozenset(measurement.functional),
         output=measurement.output.result(),
         batch_size=measurement.batch_size,
@@ -273,8 +256,9 @@ def _evidence(measurement: Measurement, feed: Feed, stopped: StopReason, seconds
         left_out=feed.left_out,
         physical_batch=measurement.largest,
         emulated=measurement.largest > measurement.batch_size,
-        emulation=measurement.verdict.reason,
-        self_check=measurement.verdict.check,
+        emulation=measurement.emulation.reason,
+        self_check=measurement.emulation.check,
         stopped=stopped,
+        failure=failure,
         seconds=seconds,
     )

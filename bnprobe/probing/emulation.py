@@ -7,6 +7,7 @@ that; a model that draws random numbers in eval mode cannot be told from one, an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,23 +34,23 @@ _BLIND = 0.3
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether to emulate, and what the check learned on the way.
+class Emulation:
+    """Whether micro-batches run together, and what the check learned on the way.
 
     Attributes:
         trusted: Micro-batches may run together.
         reason: One sentence for the report.
         check: The comparison; None if it could not be made.
-        layouts: Row layout of each call that sees several rows per image.
+        layouts: For each path, the row layout of the calls that see several rows per image.
     """
 
     trusted: bool
     reason: str
     check: SelfCheck | None
-    layouts: dict[Slot, Layout]
+    layouts: Mapping[str, Mapping[Slot, Layout]]
 
 
-def self_check(runner: Runner, micro_batches: list[Any], batch_size: int) -> tuple[Verdict, Footprint]:
+def self_check(runner: Runner, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
     """Compare one emulated step of the given micro-batches (on the device) with real ones.
 
     Returns:
@@ -66,7 +67,7 @@ def self_check(runner: Runner, micro_batches: list[Any], batch_size: int) -> tup
     return verdict, image
 
 
-def _worse(verdict: Verdict, inference: Verdict) -> Verdict:
+def _worse(verdict: Emulation, inference: Emulation) -> Emulation:
     """What both checks say together; the first one is trusted."""
     if not inference.trusted or verdict.check is None or inference.check is None:
         return inference
@@ -78,10 +79,10 @@ def _worse(verdict: Verdict, inference: Verdict) -> Verdict:
         passed=True,
         first_layer=None,
     )
-    return replace(verdict, check=worst)
+    return replace(verdict, check=worst, layouts={**verdict.layouts, **inference.layouts})
 
 
-def _check(runner: Runner, path: PathName, micro_batches: list[Any], batch_size: int) -> tuple[Verdict, Footprint]:
+def _check(runner: Runner, path: PathName, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
     reals = [Pass(batch_size, batch_size) for _ in micro_batches]
     outputs = [runner.forward(path, batch, real)[0] for batch, real in zip(micro_batches, reals, strict=True)]
     sizes = [record.bytes // batch_size for record in reals[0].records.values()]
@@ -94,7 +95,7 @@ def _check(runner: Runner, path: PathName, micro_batches: list[Any], batch_size:
         if emulated.records.keys() != reals[0].records.keys():
             raise CannotEmulateError("the layers are called differently in a larger batch")
     except CannotEmulateError as error:
-        return Verdict(False, sentence(error), None, {}), image
+        return Emulation(False, as_sentence(error), None, {}), image
     unit = _unit(runner)
     check, blind = _judge(runner, reals, shaken, emulated, unit)
     images = batch_size * len(micro_batches)
@@ -103,7 +104,8 @@ def _check(runner: Runner, path: PathName, micro_batches: list[Any], batch_size:
     passed = check.passed and output_error <= output_tolerance <= _BLIND
     check = SelfCheck(output_error, check.statistic_error, check.tolerance, passed, check.first_layer)
     reason = _reason(check, blind or output_tolerance > _BLIND, batch_size)
-    return Verdict(passed, reason, check, emulated.layouts), image
+    layouts = {"eval" if path == "check eval" else "train": emulated.layouts}
+    return Emulation(passed, reason, check, layouts), image
 
 
 def _judge(runner: Runner, reals: list[Pass], shaken: Pass, emulated: Pass, unit: float) -> tuple[SelfCheck, bool]:
@@ -167,6 +169,8 @@ def _output_error(outputs: list[Any], joint: Any, images: int) -> float:
     """Relative L2 difference of the real outputs, put together, and the emulated one."""
     error = norm = 0.0
     for parts, whole in zip(zip(*map(tensors_of, outputs), strict=False), tensors_of(joint), strict=False):
+        if any(part.dim() == 0 for part in parts):
+            continue
         per_image = whole.dim() > 0 and whole.shape[0] % images == 0
         if not per_image or not whole.is_floating_point() or sum(part.shape[0] for part in parts) != whole.shape[0]:
             continue
@@ -195,7 +199,7 @@ def _finite(values: Tensor) -> Tensor:
     return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def sentence(error: CannotEmulateError) -> str:
+def as_sentence(error: CannotEmulateError) -> str:
     text = str(error)
     return f"{text[0].upper()}{text[1:]}."
 

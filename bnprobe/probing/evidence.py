@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bnprobe.probing.accumulate import Path, PathSums, ValueSums
+from bnprobe.errors import BnprobeError
+from bnprobe.probing.accumulate import Path, ValueSums
 from bnprobe.probing.intercept import Slot
 from bnprobe.probing.layers import LayerSet
 from bnprobe.records import Output, SelfCheck, StopReason
@@ -78,6 +79,8 @@ class Evidence:
         batch_sizes: The eval path at further batch sizes.
         values: Values per channel in one micro-batch, by call.
         by_batch: For each path, the layers that normalized with batch statistics there.
+        entered: Indices of the layers whose forward was called.
+        failure: The error that ended the scan after something was measured.
         functional: Places in the user's code that call batch_norm outside any layer.
     """
 
@@ -87,6 +90,7 @@ class Evidence:
     batch_sizes: Mapping[int, PathEvidence]
     values: Mapping[Slot, int]
     by_batch: Mapping[str, frozenset[int]]
+    entered: frozenset[int]
     functional: frozenset[str]
     output: Output
     batch_size: int
@@ -97,26 +101,22 @@ class Evidence:
     emulation: str
     self_check: SelfCheck | None
     stopped: StopReason
+    failure: BnprobeError | None
     seconds: float
 
 
 def path_evidence(path: Path) -> PathEvidence:
-    """Transfer the sums of a path to the host, and merge its variants."""
-    calls: dict[Slot, CallSums] = {}
-    for slots, sums in path.variants.items():
-        for slot, call in zip(slots, _host_calls(sums), strict=True):
-            calls[slot] = _merge_calls(calls[slot], call) if slot in calls else call
-    return PathEvidence(sum(sums.batches for sums in path.variants.values()), calls, layer_sums(path))
+    """Transfer the sums of a path to the host."""
+    mismatch = _host_sums(path.count, path.total, path.square)
+    parts = zip(mismatch, _host_values(path.r), _host_values(path.d), path.first_bad.tolist(), strict=True)
+    calls = {slot: CallSums(*part) for slot, part in zip(path.positions, parts, strict=True)}
+    return PathEvidence(path.batches, calls, layer_sums(path))
 
 
 def layer_sums(path: Path) -> dict[int, Sums]:
     """The mismatch of each measured layer, without the distributions: cheap enough to look at now and then."""
-    layers: dict[int, Sums] = {}
-    for slots, sums in path.variants.items():
-        host = _host_sums(sums.layer_count, sums.layer_total, sums.layer_square)
-        for index in {index for index, _ in slots}:
-            layers[index] = _merge_sums(layers[index], host[index]) if index in layers else host[index]
-    return layers
+    host = _host_sums(path.layer_count, path.layer_total, path.layer_square)
+    return {index: sums for index, sums in enumerate(host) if sums.count}
 
 
 def merge_values(values: list[Values]) -> Values:
@@ -135,12 +135,6 @@ def merge_values(values: list[Values]) -> Values:
     return first
 
 
-def _host_calls(sums: PathSums) -> list[CallSums]:
-    mismatch = _host_sums(sums.count, sums.total, sums.square)
-    parts = zip(mismatch, _host_values(sums.r), _host_values(sums.d), sums.first_bad.tolist(), strict=True)
-    return [CallSums(*part) for part in parts]
-
-
 def _host_sums(count: Tensor, total: Tensor, square: Tensor) -> list[Sums]:
     rows = zip(count.tolist(), total.tolist(), square.tolist(), strict=True)
     return [Sums(int(number), sum_, sum_of_squares) for number, sum_, sum_of_squares in rows]
@@ -151,17 +145,3 @@ def _host_values(sums: ValueSums) -> list[Values]:
     histograms = sums.histogram.view(-1, sums.axis.bins).cpu().numpy()
     columns = zip(*(tensor.tolist() for tensor in scalars), histograms, strict=True)
     return [Values(*column) for column in columns]
-
-
-def _merge_calls(one: CallSums, other: CallSums) -> CallSums:
-    bad = [step for step in (one.first_bad, other.first_bad) if step >= 0]
-    return CallSums(
-        _merge_sums(one.mismatch, other.mismatch),
-        merge_values([one.r, other.r]),
-        merge_values([one.d, other.d]),
-        min(bad, default=-1),
-    )
-
-
-def _merge_sums(one: Sums, other: Sums) -> Sums:
-    return Sums(one.count + other.count, one.total + other.total, one.square + other.square)

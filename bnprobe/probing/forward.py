@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from bnprobe.errors import DataError
-from bnprobe.probing.batches import CannotEmulateError
+from bnprobe.probing.batches import CannotEmulateError, tensors_of
 from bnprobe.probing.memory import is_out_of_memory
-from bnprobe.usercode import user_code
-
-BatchFunction = Callable[[nn.Module, Any], Any]
-"""A user's function of (model, batch)."""
+from bnprobe.usercode import BatchFunction, user_code
 
 _INPUT_KEYS = ("image", "images", "input", "inputs", "pixel_values", "x", "data")
 
@@ -39,6 +36,21 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
         f"bnprobe does not know how to give a batch of type {type(batch).__name__} to the model."
         " Add a function forward(model, batch) to the model file."
     )
+
+
+def forward_all(model: nn.Module, batch: Any) -> Any:
+    """Call the model on every item of a batch: made-up inputs are inputs, all of them."""
+    return model(*batch) if isinstance(batch, list | tuple) else model(batch)
+
+
+def describe_call(forward: BatchFunction, batch: Any) -> str:
+    """What is called on what, for messages: ``"the model on a batch of shape (2, 3, 8, 8)"``."""
+    first = next(iter(tensors_of(batch)), None)
+    shape = "" if first is None else f" of shape {tuple(first.shape)}"
+    if forward is default_forward and isinstance(batch, list | tuple) and len(batch) > 1:
+        return f"the model on batch[0]{shape} alone, for want of a forward(model, batch)"
+    name = "the model" if forward in (default_forward, forward_all) else "forward(model, batch)"
+    return f"{name} on a batch{shape}"
 
 
 def model_code(call: str) -> AbstractContextManager[None]:

@@ -55,6 +55,7 @@ class Pass:
         layouts: Of the calls whose layout is known.
         references: Micro-batch moments that the right layout gives: where present, the layout is found by them.
         records: In call order.
+        entered: Indices of the layers whose forward was called.
         functional: Places in the user's code that call batch_norm outside any layer.
     """
 
@@ -64,6 +65,7 @@ class Pass:
     layouts: dict[Slot, Layout] = field(default_factory=dict)
     references: dict[Slot, Moments] = field(default_factory=dict)
     records: dict[Slot, Recorded] = field(default_factory=dict)
+    entered: set[int] = field(default_factory=set)
     functional: set[str] = field(default_factory=set)
 
 
@@ -117,6 +119,8 @@ class Interceptor(TorchFunctionMode):
     def _entering(self, layer: ProbedLayer) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, inputs: Any) -> None:
             self._callers.append(layer)
+            if self._pass is not None:
+                self._pass.entered.add(layer.index)
 
         return hook
 

@@ -13,9 +13,10 @@ from types import FrameType
 def deferred_interrupts() -> Iterator[None]:
     """Hold a Ctrl-C back until the block is done, so that it is done wholly or not begun.
 
-    Signals reach the main thread only; elsewhere this does nothing.
+    Signals reach the main thread only; elsewhere this does nothing, nor where the handler was not set from Python:
+    such a one could not be put back.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
     pending: list[tuple[int, FrameType | None]] = []

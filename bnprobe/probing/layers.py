@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from bnprobe.errors import NonFiniteError, NothingToProbeError
 from bnprobe.norms import NORMS, NormFamily, NormInfo
 from bnprobe.norms.lookalikes import lookalike_reason
 from bnprobe.records import SkippedLayer
+from bnprobe.spec import ScanSettings, matches_any
 
 ROOT = "(root)"
 """What the root module is called where it is itself a layer: its qualified name is empty."""
@@ -48,8 +50,12 @@ class LayerSet:
         return tuple(layer for layer in self.layers if layer.selected)
 
 
-def find_layers(model: nn.Module, is_selected: Callable[[str], bool]) -> LayerSet:
+def find_layers(model: nn.Module, is_selected: Callable[..., bool]) -> LayerSet:
     """List the model's norm layers in network order, each shared module once.
+
+    Args:
+        model: Any module.
+        is_selected: Called with all names of a layer: whether it is in the report.
 
     Raises:
         NothingToProbeError: No layer can be probed, or none is selected.
@@ -62,12 +68,28 @@ def find_layers(model: nn.Module, is_selected: Callable[[str], bool]) -> LayerSe
         if reason:
             skipped.append(SkippedLayer(names[0], type(module).__name__, reason))
         elif family:
-            selected = any(map(is_selected, names))
+            selected = is_selected(*names)
             info = family.describe(module)
             layers.append(ProbedLayer(len(layers), names[0], names[1:], module, family, info, selected))
     found = LayerSet(tuple(layers), tuple(skipped))
     _require_layers(model, found)
     return found
+
+
+def unmatched_globs(settings: ScanSettings, found: LayerSet) -> tuple[str, ...]:
+    """A sentence for each glob of the settings that matches no layer, probed or skipped: likely a misspelt name."""
+    names = [name for layer in found.layers for name in (layer.name, *layer.aliases)]
+    names += [layer.name for layer in found.skipped]
+    globs = [("--include", glob) for glob in settings.include]
+    globs += [("--exclude", glob) for glob in settings.exclude]
+    globs += [("thresholds", glob) for glob in settings.thresholds if glob != "*"]
+    return tuple(_unmatched(glob, origin, names) for origin, glob in globs if not matches_any(glob, names))
+
+
+def _unmatched(glob: str, origin: str, names: list[str]) -> str:
+    nearest = difflib.get_close_matches(glob, names, 1, cutoff=0.0)
+    hint = f'; the nearest name is "{nearest[0]}"' if nearest else ""
+    return f'The glob "{glob}" of {origin} matches no layer{hint}.'
 
 
 def check_buffers(layers: tuple[ProbedLayer, ...]) -> None:

@@ -43,12 +43,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 def plan_images(image: Footprint, device: torch.device) -> int:
     """Images for one physical batch, from what one image takes.
 
-    On CPU also so many that the largest tensor stays below ``_CPU_TENSOR_BYTES``, but at least one for every thread.
+    On CPU also a power of two at which the largest tensor stays below ``_CPU_TENSOR_BYTES``, but at least one image
+    for every thread.
     """
     most = CUDA_IMAGES if device.type == "cuda" else CPU_IMAGES
     fitting = min(most, int(_SHARE * _free_bytes(device)) // max(image.total, 1))
     if device.type == "cpu":
-        fitting = min(fitting, max(torch.get_num_threads(), _CPU_TENSOR_BYTES // max(image.largest, 1)))
+        images = max(1, _CPU_TENSOR_BYTES // max(image.largest, 1))
+        fitting = min(fitting, max(torch.get_num_threads(), 2 ** (images.bit_length() - 1)))
     return max(1, fitting)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,8 +40,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
             with deferred_interrupts():
                 torch.set_grad_enabled(grad_mode)
                 # Attributes first: they hold which tensors there are; then gradients, and what is in the tensors.
-                for restore in reversed(restores):
-                    restore()
+                _run_all(reversed(restores))
+
+
+def _run_all(restores: Iterable[Restore]) -> None:
+    """Run every restore, also after one that fails, and raise the first failure at the end."""
+    failures: list[Exception] = []
+    for restore in restores:
+        try:
+            restore()
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
@@ -83,8 +94,9 @@ def _save_tensor(tensor: Tensor) -> Restore:
         if not _same_bits(tensor, values):
             with torch.no_grad():
                 tensor.copy_(values)
-        if tensor.is_leaf:
+        if tensor.is_leaf and tensor.requires_grad != requires_grad:
             tensor.requires_grad_(requires_grad)
+        if tensor.is_leaf and tensor.grad is not grad:
             tensor.grad = grad
 
     return restore

@@ -19,15 +19,18 @@ Outputs = dict[tuple[int, ...], Any]
 def recording(model: nn.Module, batch: Any) -> Iterator[Outputs]:
     """Keep what the model returns while the block runs, where it is called on tensors of the batch themselves."""
     outputs: Outputs = {}
+    versions: dict[tuple[int, ...], list[int]] = {}
 
     def answer(original: Callable[..., Any], key: tuple[int, ...] | None, args: Any, kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         if key is not None:
-            outputs[key] = output
+            outputs[key], versions[key] = output, _versions(output)
         return output
 
     with _intercepted(model, batch, answer):
         yield outputs
+    for key in [key for key in outputs if _versions(outputs[key]) != versions[key]]:
+        del outputs[key]  # changed in place since: no longer what the model returned
 
 
 @contextmanager
@@ -52,6 +55,11 @@ def rows_of(outputs: Outputs, start: int, stop: int, images: int) -> Outputs:
         for key, output in outputs.items()
         if all(isinstance(leaf, Tensor) and (whole or _has_rows(leaf, images)) for leaf in leaves_of(output))
     }
+
+
+def _versions(output: Any) -> list[int]:
+    """How often each tensor was changed in place; inference tensors do not count, and cannot be compared."""
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors_of(output)]
 
 
 def _has_rows(tensor: Tensor, images: int) -> bool:

@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bnprobe.probing.batches import tensors_of
-from bnprobe.probing.forward import BatchFunction, default_forward, model_code
+from bnprobe.probing.batches import copy_tensors
+from bnprobe.probing.forward import default_forward, describe_call, model_code
 from bnprobe.probing.intercept import Interceptor, Pass
 from bnprobe.probing.layers import LayerSet
 from bnprobe.probing.replay import Outputs, recording, replaying
+from bnprobe.usercode import BatchFunction
 
 PathName = Literal["train", "eval", "check", "check train", "check eval"]
 """The two paths, and what the self-check runs, always without autocast: the same two, and "check", which is the train
@@ -66,19 +67,24 @@ class Runner:
         self.autocast = autocast
         self._interceptor = Interceptor(layers.layers)
         self._forward = functions.forward or default_forward
+        self._held: list[nn.Module] = []
         self._frozen: frozenset[int] = frozenset()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Keep the hooks in place while the block runs."""
         with self._interceptor.installed(), torch.no_grad(), _eagerly():
-            self.model.train()
-            # A model whose train() keeps some layers in eval mode trains with them frozen: so do both paths here.
+            # What is in eval mode beside a root in train mode was put there by the user, to be kept so in training.
+            self._held = [module for module in self.model.modules() if self.model.training and not module.training]
+            self._set_flags("train")
+            # A model whose own train() keeps layers in eval mode trains with them frozen, too.
             self._frozen = frozenset(layer.index for layer in self.layers.layers if not layer.module.training)
             yield
 
     def forward(self, path: PathName, batch: Any, pass_: Pass) -> tuple[Any, Outputs]:
-        """Run the model on a batch that is on the device; the moments go to ``pass_``.
+        """Run the model on a copy of a batch that is on the device; the moments go to ``pass_``.
+
+        A copy, since a model may write into its input, and every pass is to see the same images.
 
         Returns:
             What forward returned, and what the model itself returned on the way, for ``call`` to use again.
@@ -86,9 +92,9 @@ class Runner:
         Raises:
             UserCodeError: The model or the user's forward raised.
         """
-        call = "forward(model, batch)" if self.functions.forward else "the model"
         self._set_flags(path)
-        border = model_code(f"calling {call} on {_shape(batch)} ({_IN_WORDS[path]})")
+        batch = copy_tensors(batch)
+        border = model_code(f"calling {describe_call(self._forward, batch)} ({_IN_WORDS[path]})")
         with (
             self._autocast(path),
             self._interceptor.running(pass_),
@@ -101,6 +107,7 @@ class Runner:
         self, path: PathName, name: str, function: BatchFunction, batch: Any, outputs: Outputs, pass_: Pass
     ) -> Any:
         """Call the user's loss or metric, right after ``forward`` on the same path: the flags are still set."""
+        batch = copy_tensors(batch)
         border = model_code(f"calling {name}(model, batch) ({_IN_WORDS[path]})")
         with (
             self._autocast(path),
@@ -112,6 +119,8 @@ class Runner:
 
     def _set_flags(self, path: PathName) -> None:
         self.model.train(path in ("train", "check train"))
+        for module in self._held:
+            module.training = False
         if path == "check":
             for layer in self.layers.layers:
                 layer.module.training = layer.index not in self._frozen
@@ -120,12 +129,6 @@ class Runner:
         if self.autocast is None or path not in ("train", "eval"):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast)
-
-
-def _shape(batch: Any) -> str:
-    """The first tensor of a batch, in words."""
-    first = next(iter(tensors_of(batch)), None)
-    return "a batch" if first is None else f"a batch of shape {tuple(first.shape)}"
 
 
 def _eagerly() -> AbstractContextManager[Any]:

@@ -149,7 +149,7 @@ def _measured(scan: Scan) -> str:
 
 def _stopped(scan: Scan) -> str:
     if scan.partial:
-        return "PARTIAL, interrupted"
+        return f"PARTIAL, {scan.stopped}"
     if scan.stopped == "data_exhausted" and scan.batches_requested:
         return f"all the data, {scan.batches_requested} were asked for"
     return {
@@ -157,7 +157,6 @@ def _stopped(scan: Scan) -> str:
         "decided": "every layer decided",
         "max_batches": "the most allowed",
         "data_exhausted": "all the data",
-        "interrupted": "interrupted",
     }[scan.stopped]
 
 

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from bnprobe.records import Layer, Report
 from bnprobe.reports import sections
+from bnprobe.reports.clipping import clipping
 from bnprobe.reports.interface import RenderOptions
 from bnprobe.reports.layertable import legend, table
 from bnprobe.reports.layout import MINIMUM_WIDTH, Page, to_string
@@ -24,6 +25,7 @@ def render(report: Report, options: RenderOptions) -> str:
     parts = [
         sections.header(report, page),
         _layers(report.layers, shown, page),
+        clipping(report.layers, page, options.show_all),
         sections.skipped(report, page, options.show_all),
         sections.notes(report.layers, page, options.show_all),
         sections.batch_sizes(report.layers, page),

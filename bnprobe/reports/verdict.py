@@ -46,7 +46,7 @@ def verdict(report: Report, command: str) -> Verdict:
 
 
 def _flagged(report: Report, flagged: list[Layer], command: str) -> Verdict:
-    sentences = (_worst(flagged), _also_undecided(report), *_caveats(report))
+    sentences = (_worst(flagged), _look_first(report, flagged[0]), _also_undecided(report), *_caveats(report))
     return Verdict(
         headline=f"{_share(len(flagged), report)} flagged: training and inference normalize differently.",
         sign=glyphs.FLAGGED,
@@ -69,11 +69,12 @@ def _clean(report: Report, command: str) -> Verdict:
     limits = {layer.threshold for layer in fine}
     limit = f"{figures.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
     every = len(fine) == len(report.layers)
-    which = "Every layer" if every else f"{len(fine)} of {len(report.layers)} layers"
+    which = "every layer" if every else f"{len(fine)} of {len(report.layers)} layers"
     verb = "behaves" if every or len(fine) == 1 else "behave"
+    text = f"{which} {verb} as if the batch were at least {limit}, in training and at inference."
     keep = Step("To keep the figures:", with_options(command, SAVE))
     return Verdict(
-        headline=f"{which} {verb} as if the batch were at least {limit}, in training and at inference.",
+        headline=f"So far {text}" if report.scan.partial else text[0].upper() + text[1:],
         sign=glyphs.FINE,
         sentences=_caveats(report),
         step=_interrupted_step(report, command) or keep,
@@ -101,6 +102,22 @@ def _worst(flagged: list[Layer]) -> str:
         return f"Worst is {first.name}, which could not be measured on the {path} path.{tail}"
     path = "train" if first.train.mismatch >= first.eval.mismatch else "eval"
     return f"Worst is {first.name}: it {_behaviour(first)} ({path} path).{tail}"
+
+
+def _look_first(report: Report, worst: Layer) -> str:
+    """Where the worst layer is off on the eval path only, what upstream layers do at inference may be why."""
+    off = [layer for layer in report.layers if layer.flagged and _off_in_training(layer)]
+    if not off or _off_in_training(worst) or worst.train is None:
+        return ""
+    return (
+        f"{worst.name} is off on the eval path only, which what reaches it from earlier layers can cause:"
+        f" look first at {off[0].name}, the first layer that is off on the train path too."
+    )
+
+
+def _off_in_training(layer: Layer) -> bool:
+    n_eq = layer.train.equivalent_batch_size if layer.train else None
+    return n_eq is not None and n_eq < layer.threshold
 
 
 def _behaviour(layer: Layer) -> str:
@@ -138,7 +155,7 @@ def _caveats(report: Report) -> tuple[str, ...]:
     unmeasured = len(with_sign(report.layers, glyphs.UNMEASURED))
     scan = report.scan
     caveats = (
-        (scan.partial, f"Interrupted: only {figures.count(scan.batches, 'micro-batch')} measured."),
+        (scan.partial, f"{scan.stopped.capitalize()}: only {figures.count(scan.batches, 'micro-batch')} measured."),
         (unmeasured > 0, f"{figures.count(unmeasured, 'layer')} could not be measured on both paths."),
         (bool(report.skipped), f"{figures.count(len(report.skipped), 'layer')} skipped."),
         (scan.synthetic, "The inputs were made up: this shows the noise of small batches, not your data."),
@@ -154,7 +171,8 @@ def _more_batches_step(scan: Scan, command: str) -> Step:
     # Four times the batches halve the intervals.
     more = str(4 * max(scan.batches, 1))
     if scan.stopped == "data_exhausted":
-        return Step("The data is used up: more of it, or another --threshold, would decide.")
+        text = "The data is used up: more of it, or another --threshold, would decide. To keep the figures:"
+        return Step(text, with_options(command, SAVE))
     if scan.stopped == "requested":
         return Step("To decide, measure more batches:", with_options(command, {"--batches": more}))
     return Step("To decide, allow more batches:", with_options(command, {"--max-batches": more}))

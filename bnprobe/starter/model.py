@@ -40,4 +40,3 @@ def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
 # Optional too:
 # def metric(model, batch): ...            a number to compare on both paths, e.g. accuracy
 # def forward(model, batch): ...           how a batch goes through the model, if not model(batch[0])
-# def load_eval_data(batch_size): ...      evaluation data

@@ -19,6 +19,12 @@ _CHUNK_VALUES = 2**20
 _CUDA_CHUNK_VALUES = 2**26
 """Values of a half-precision tensor widened at a time on CUDA: bounds the extra memory to 256 MiB."""
 
+_PIECE, _HALF_PIECE = 2**16, 2**12
+"""Positions whose squares ``vector_norm`` may sum in float32: it adds them one by one, so rounding grows with them.
+
+The few values that half precision has make squares that all round the same way, and cost no more in smaller pieces.
+"""
+
 Moments = tuple[Float[Tensor, "rows channels"], Float[Tensor, "rows channels"]]
 
 
@@ -64,6 +70,11 @@ def pool_moments(mean: Tensor, variance: Tensor, size: int) -> Moments:
 
 def _cpu_moments(x: Tensor, floor: float) -> Moments:
     mean, variance = _fast_moments(x)
+    overflown = (~torch.isfinite(mean + variance)).any(0)
+    if overflown.any():  # or NaN or Inf in x, which stay what they are
+        channels = overflown.nonzero().squeeze(1)
+        exact = torch.var_mean(x.index_select(1, channels).double(), tuple(range(2, x.dim())), correction=0)
+        variance[:, channels], mean[:, channels] = exact
     limit = RELATIVE_ERROR / torch.finfo(_wide(x.dtype)).eps
     risky = (mean.square() > limit * (variance + floor)).any(0)
     if risky.any():
@@ -80,19 +91,20 @@ def _cpu_moments(x: Tensor, floor: float) -> Moments:
 def _fast_moments(x: Tensor) -> Moments:
     space = tuple(range(2, x.dim()))
     mean = x.mean(space, dtype=_wide(x.dtype)).double()
-    return mean, (_mean_square(x).double() - mean.square()).clamp_min_(0.0)
+    return mean, (_mean_square(x) - mean.square()).clamp_min_(0.0)
 
 
 def _mean_square(x: Tensor) -> Tensor:
-    """Mean square over the spatial positions, shape (rows, channels), in at least float32."""
-    space = tuple(range(2, x.dim()))
+    """Mean square over the spatial positions, float64 of shape (rows, channels)."""
     if x.is_contiguous():
-        norm: Tensor = torch.linalg.vector_norm(x, dim=space, dtype=_wide(x.dtype))
-        return norm.square_().div_(x.shape[2:].numel())
+        pieces = x.flatten(2).split(_PIECE if x.dtype == _wide(x.dtype) else _HALF_PIECE, dim=2)
+        norms = [torch.linalg.vector_norm(piece, dim=2, dtype=_wide(x.dtype)) for piece in pieces]
+        return torch.stack(norms).double().square_().sum(0).div_(x.shape[2:].numel())
+    space = tuple(range(2, x.dim()))
     # vector_norm is 10 to 20 times slower when channels are innermost; squares that stay in cache are not.
     rows = max(1, _CHUNK_VALUES // x[0].numel())
     squares = [part.to(_wide(part.dtype)).square().mean(space) for part in x.split(rows)]
-    return torch.cat(squares)
+    return torch.cat(squares).double()
 
 
 def _cuda_moments(x: Tensor) -> Moments:

@@ -38,7 +38,7 @@ def standing(intervals: Sequence[Interval], limit: float) -> Literal["flagged", 
 
     Flagged: on either path even the lower end exceeds the limit. Clean: on no path does the upper end.
     """
-    if any(low > limit for low, _ in intervals):
+    if any(not low <= limit for low, _ in intervals):  # NaN too: what overflows is not clean
         return "flagged"
     if any(high is None or high > limit for _, high in intervals):
         return "undecided"

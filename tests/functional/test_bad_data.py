@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from functional.command import CLEAN, MODEL, Workspace
+from functional.command import CLEAN, ERROR, MODEL, Workspace
 
 UNUSABLE = [
     pytest.param(
@@ -94,6 +94,16 @@ def test_one_micro_batch_decides_nothing(workspace: Workspace) -> None:
     found = workspace.scan()
     assert "1 of 1 layer is undecided" in found.stdout
     assert "The data is used up: more of it, or another --threshold, would decide." in found.stdout
+
+
+def test_a_loader_that_fails_late_loses_nothing(workspace: Workspace) -> None:
+    late = "def load_data(batch_size):\n    yield from images().split(2)[:20]\n    raise OSError('the disk is gone')\n"
+    workspace.write("model.py", MODEL + late)
+    found = workspace.scan("--batches", "30", "--physical-batch", "8")
+    assert found.code == ERROR
+    assert "PARTIAL, failed" in found.stdout
+    assert "20 micro-batches × 2 = 40 images" in found.stdout
+    assert "OSError while drawing batch 21 from load_data of model.py: the disk is gone" in found.stderr
 
 
 def test_an_infinite_loader_is_read_as_far_as_needed(workspace: Workspace) -> None:

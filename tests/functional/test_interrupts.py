@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import json
 import signal
+import termios
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -77,3 +81,25 @@ def test_before_anything_was_measured_there_is_no_report(workspace: Workspace, s
     workspace.write("model.py", MODEL + stalls)
     message = _interrupted(workspace, "--exit-zero").error(NOTHING)
     assert message == "Interrupted before anything was measured; there is no report."
+
+
+def test_while_the_report_is_written_nothing_is_said_of_the_measurement(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    scan = workspace.start("scan", "model.py", "--batch-size", "2", "--batches", "4", "--format", "json")
+    try:
+        fcntl.fcntl(scan.stdout, fcntl.F_SETPIPE_SZ, 4096)  # less than the report: writing it waits for a reader
+        _wait_for_output(scan.stdout)
+        scan.send_signal(signal.SIGINT)
+        stdout, stderr = scan.communicate(timeout=TIMEOUT)
+    finally:
+        scan.kill()
+    assert stdout.startswith("{")
+    assert (scan.returncode, stderr) == (NOTHING, "bnprobe: error: Interrupted.\n")
+
+
+def _wait_for_output(stream: IO[str]) -> None:
+    waiting, end = array.array("i", [0]), time.monotonic() + TIMEOUT
+    while waiting[0] == 0:
+        fcntl.ioctl(stream, termios.FIONREAD, waiting)
+        assert time.monotonic() < end, "the report was not written"
+        time.sleep(0.05)

@@ -116,6 +116,13 @@ def test_selection() -> None:
     assert ScanSettings(exclude=("x",)).is_selected("y")
 
 
+def test_a_shared_layer_goes_by_all_its_names() -> None:
+    settings = ScanSettings(include=("a.*", "b.*"), exclude=("b.bn",), thresholds={"b.*": 16, "a.*": 8})
+    assert settings.is_selected("other", "a.bn")
+    assert not settings.is_selected("a.bn", "b.bn")
+    assert settings.threshold_of("b.bn", "a.bn") == settings.threshold_of("a.bn", "b.bn") == 8
+
+
 def test_settings_of_the_python_api_name_the_argument() -> None:
     assert settings_from({"batch_size": 2, "batches": None, "thresholds": 16}).thresholds == {"*": 16}
     with pytest.raises(UsageError, match="at least 1 for batch_size, but got 0"):

@@ -82,7 +82,7 @@ def test_a_loader_is_rebuilt_at_the_size_asked_for_with_all_that_is_its_own() ->
     assert rebuilt.dataset is loader.dataset
     assert rebuilt.sampler is sampler
     assert (rebuilt.collate_fn, rebuilt.worker_init_fn, rebuilt.generator) == (collate, start, generator)
-    assert (source.batch_size, source.length, source.images) == (2, 3, 5)
+    assert (source.batch_size, source.images) == (2, 5)
     assert source.notes == ("The loader was rebuilt at batch size 2, with its own sampler; it had 5.",)
     batches = values(source)
     assert [len(batch) for batch in batches] == [2, 2, 1]  # the last partial batch is not dropped
@@ -107,7 +107,7 @@ def test_a_weighted_sampler_is_kept() -> None:
     sampler = WeightedRandomSampler([0.0] * 9 + [1.0], num_samples=6)
     source = as_batch_source(DataLoader(images(), batch_size=3, sampler=sampler), 4)
     assert wrapped(source).sampler is sampler
-    assert (source.images, source.length) == (6, 2)
+    assert source.images == 6
     assert values(source) == [[9.0] * 4, [9.0] * 2]
 
 
@@ -123,7 +123,7 @@ def test_a_loader_of_the_size_asked_for_is_used_as_it_is(asked: int | None) -> N
     loader = DataLoader(images(), batch_size=5)
     source = as_batch_source(loader, asked, "the loader")
     assert wrapped(source) is loader
-    assert source == BatchSource(source.batches, 5, "the loader (10 images)", 2, 10)
+    assert source == BatchSource(source.batches, 5, "the loader (10 images)", 10)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_batch_size_larger_than_the_data() -> None:
         message = data_error(data, 4)
         assert "Batch size 4 is larger than the data set of 3 images (the loader)" in message
         assert "at most 3" in message
-    assert as_batch_source(images(3), 3).length == 1
+    assert values(as_batch_source(images(3), 3)) == [[0, 1, 2]]
 
 
 def test_empty_data() -> None:
@@ -213,19 +213,19 @@ def test_empty_data() -> None:
 def test_a_data_set_is_read_in_its_order() -> None:
     source = as_batch_source(images(5), 2, "dataset of model.py")
     assert values(source) == [[0, 1], [2, 3], [4]]
-    assert (source.length, source.images) == (3, 5)
+    assert source.images == 5
     assert source.notes == ("dataset of model.py is a data set and was read in its own order.",)
 
 
 def test_an_iterable_data_set_is_batched() -> None:
     source = as_batch_source(Stream(), 4)
     assert values(source) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert (source.length, source.images) == (None, None)
+    assert source.images is None
 
 
 def test_iterables_are_taken_as_they_are() -> None:
     source = as_batch_source([torch.ones(2, 1), torch.zeros(2, 1)], 2)
-    assert (source.length, source.images, source.notes) == (2, None, ())
+    assert (source.images, source.notes) == (None, ())
     assert values(source) == [[1, 1], [0, 0]]
 
 
@@ -238,7 +238,7 @@ def test_a_generator_is_not_peeked_into() -> None:
             yield torch.full((2, 1), float(index))
 
     source = as_batch_source(batches(), 2)
-    assert (drawn, source.length, source.images) == ([], None, None)
+    assert (drawn, source.images) == ([], None)
     assert next(iter(source.batches)).tolist() == [[0], [0]]
 
 
@@ -366,7 +366,7 @@ def test_load_data_is_trusted_where_the_loader_does_not_say_its_size(tmp_path: P
         "    return DataLoader(images, batch_sampler=buckets)\n"
     )
     source = find(tmp_path, text, batch_size=2)
-    assert (source.batch_size, source.length, len(values(source))) == (2, 5, 5)
+    assert (source.batch_size, len(values(source))) == (2, 5)
     with pytest.raises(DataError, match="its batch size is not known"):
         find(tmp_path, text.replace("(batch_size)", "()"), batch_size=2)
 
@@ -410,7 +410,7 @@ def test_real_data_comes_before_synthetic(tmp_path: Path) -> None:
 
 def test_synthetic_images(tmp_path: Path) -> None:
     source = find(tmp_path, "", batch_size=2, input_shape=((3, 4, 4),), seed=1)
-    assert (source.synthetic, source.batch_size, source.length) == (True, 2, None)
+    assert (source.synthetic, source.batch_size) == (True, 2)
     assert source.description == "synthetic images of shape 3x4x4"
     first, second = itertools.islice(source.batches, 2)
     assert (first.shape, first.dtype) == ((2, 3, 4, 4), torch.float32)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bnprobe.errors import BnprobeError, ModelError, UserCodeError
-from bnprobe.loading.model import LoadedModel, load_model
+from bnprobe.loading.model import LoadedModel, load_model, unwrapped
 from bnprobe.spec import ModelSpec
 
 HEAD = "from torch import nn\n"
@@ -150,6 +150,15 @@ def test_compiled_and_stacked_wrappers_are_unwrapped(tmp_path: Path) -> None:
     loaded = load(write(tmp_path, text))
     assert type(loaded.model) is nn.BatchNorm1d
     assert "OptimizedModule in DataParallel" in loaded.notes[0]
+
+
+def test_a_model_without_a_wrapper_is_itself() -> None:
+    model = nn.Sequential(nn.DataParallel(nn.BatchNorm1d(2)))
+    assert unwrapped(model) == (model, None)
+    assert unwrapped(model[0]) == (
+        model[0].module,
+        "The model was wrapped in DataParallel; the module inside is probed.",
+    )
 
 
 # ---- bad input

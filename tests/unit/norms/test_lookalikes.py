@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from bnprobe.norms.lookalikes import lookalike_reason
 
@@ -65,3 +68,10 @@ def test_skipped_with_a_reason(module: nn.Module, words: str) -> None:
 )
 def test_nothing_to_say(module: nn.Module) -> None:
     assert lookalike_reason(module) is None
+
+
+@pytest.mark.parametrize("normalized", [parametrizations.spectral_norm, parametrizations.weight_norm])
+def test_a_norm_of_weights_is_none_of_batches(normalized: Callable[[nn.Module], nn.Module]) -> None:
+    modules = list(normalized(nn.Linear(2, 2)).modules())
+    assert any("Norm" in type(module).__name__ for module in modules)
+    assert [lookalike_reason(module) for module in modules] == [None] * len(modules)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, namedtuple
+from collections import Counter, OrderedDict, UserDict, defaultdict, namedtuple
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -98,6 +100,71 @@ def test_map_keeps_the_nest() -> None:
     batch = {"a": [tensor(2), (tensor(1), "s")], "p": Pair(tensor(1), 2)}
     assert_same(map_leaves(batch, lambda leaf: leaf), batch)
     assert len(tensors_of(batch)) == 3
+
+
+class Attributed(dict):
+    """Its values are attributes as well, as in many libraries for settings."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+class Stamped(dict):
+    """Cannot be made from its items alone."""
+
+    def __init__(self, stamp: str, **items: Any) -> None:
+        super().__init__(**items)
+        self.stamp = stamp
+
+
+class Sized(list):
+    """Is made from a size, which no list of tensors is."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(range(size))
+
+
+class Summed(tuple):
+    """Takes whatever it is given, and holds something else."""
+
+    def __new__(cls, *items: Any) -> Summed:
+        return super().__new__(cls, (len(items),))
+
+
+@pytest.mark.parametrize(
+    ("tree", "kind"),
+    [
+        (defaultdict(list, x=tensor(2)), defaultdict),
+        (Counter(x=1), Counter),
+        (UserDict(x=tensor(2)), UserDict),
+        (Attributed(x=tensor(2)), Attributed),
+        (Stamped("now", x=tensor(2)), Stamped),
+        (MappingProxyType({"x": tensor(2)}), MappingProxyType),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_mappings_of_any_class(tree: Mapping[str, Any], kind: type) -> None:
+    mapped = map_leaves(tree, lambda leaf: leaf + 1)
+    assert type(mapped) is kind
+    assert torch.equal(torch.as_tensor(mapped["x"]), torch.as_tensor(tree["x"] + 1))
+    assert getattr(mapped, "x", mapped["x"]) is mapped["x"]
+    assert getattr(mapped, "stamp", None) == getattr(tree, "stamp", None)
+    assert not torch.equal(torch.as_tensor(tree["x"]), torch.as_tensor(mapped["x"]))  # the user's own is as it was
+
+
+def test_the_default_of_a_mapping_is_kept() -> None:
+    joined = join([defaultdict(list, x=tensor(2)), defaultdict(list, x=tensor(2, start=2))])
+    assert torch.equal(joined["x"], tensor(4))
+    assert joined["missing"] == []
+
+
+@pytest.mark.parametrize(("tree", "kind"), [(Sized(2), list), (Summed(1, 2), tuple), (torch.Size([1, 2]), tuple)])
+def test_sequences_that_cannot_be_made_from_their_items(tree: Any, kind: type) -> None:
+    mapped = map_leaves(tree, lambda leaf: tensor(2))
+    assert type(mapped) is kind
+    assert len(mapped) == len(tree)
+    assert all(torch.equal(item, tensor(2)) for item in mapped)
 
 
 def test_objects_with_a_to_method_are_moved() -> None:

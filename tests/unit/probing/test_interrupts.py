@@ -38,6 +38,17 @@ def test_the_handler_comes_back() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_handler_that_python_does_not_know_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a one is set by a C program that embeds Python; what Python says of it is None."""
+    before, seen = signal.getsignal(signal.SIGINT), []
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda number: None)
+        with deferred_interrupts():
+            patch.undo()
+            seen.append(signal.getsignal(signal.SIGINT))
+    assert seen == [before]
+
+
 def test_outside_the_main_thread_nothing_happens() -> None:
     before, seen = signal.getsignal(signal.SIGINT), []
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from bnprobe.errors import NonFiniteError, NothingToProbeError
 from bnprobe.pipeline import scan
+from bnprobe.probing.layers import find_layers, unmatched_globs
+from bnprobe.spec import ScanSettings
 from support.networks import Flat, FunctionalNorm, Residual, images, unsettled
 
 DATA = images(4, 2, 3, 6, 6)
@@ -162,6 +164,42 @@ def test_include_and_exclude() -> None:
     assert scan(model, DATA, 2, num_batches=4, include=("*1",)).layers == (both.layers[0],)
     with pytest.raises(NothingToProbeError, match=r"--include/--exclude leave none of the BN layers of \w+ \(2\)"):
         scan(model, DATA, 2, include=("nothing*",))
+
+
+class TwoNames(nn.Module):
+    """One norm under two names, and another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.BatchNorm2d(3))
+        self.head = nn.ModuleDict({"bn": self.stem[0], "last": nn.BatchNorm2d(3), "odd": OwnNorm()})
+
+
+@pytest.mark.parametrize(
+    ("globs", "selected"),
+    [
+        ({"exclude": ("head.bn",)}, ["head.last"]),
+        ({"exclude": ("stem.*",)}, ["head.last"]),
+        ({"include": ("head.*",)}, ["stem.0", "head.last"]),
+        ({"include": ("stem.*", "head.last"), "exclude": ("*.bn",)}, ["head.last"]),
+    ],
+)
+def test_a_shared_layer_is_left_out_by_any_of_its_names(globs: dict[str, tuple[str]], selected: list[str]) -> None:
+    found = find_layers(TwoNames(), ScanSettings(**globs).is_selected)
+    assert [layer.name for layer in found.selected] == selected
+
+
+def test_globs_that_match_nothing_are_named_with_the_nearest_layer() -> None:
+    settings = ScanSettings(
+        include=("head.*", "hed.last"), exclude=("stm.*", "head.odd"), thresholds={"*": 8, "head.bm": 4, "head.bn": 2}
+    )
+    found = find_layers(TwoNames(), settings.is_selected)
+    assert unmatched_globs(settings, found) == (
+        'The glob "hed.last" of --include matches no layer; the nearest name is "head.last".',
+        'The glob "stm.*" of --exclude matches no layer; the nearest name is "stem.0".',
+        'The glob "head.bm" of thresholds matches no layer; the nearest name is "head.bn".',
+    )
+    assert unmatched_globs(ScanSettings(), found) == ()
 
 
 def test_thresholds_by_glob() -> None:

@@ -51,7 +51,7 @@ COMMAND = "bnprobe scan model.py --batch-size 2"
         (
             replace(fabricated.undecided(), scan=replace(fabricated.SCAN, stopped="data_exhausted")),
             "No layer is flagged, but 2 of 3 layers are undecided.",
-            None,
+            f"{COMMAND} --format json --output report.json",
         ),
         (
             fabricated.partial(),
@@ -64,6 +64,21 @@ COMMAND = "bnprobe scan model.py --batch-size 2"
 def test_headline_and_next_command(report: Report, headline: str, command: str | None) -> None:
     end = verdict(report, COMMAND)
     assert (end.headline, end.step.command) == (headline, command)
+
+
+def test_a_layer_off_on_the_eval_path_only_points_upstream() -> None:
+    report = fabricated.flagged()
+    flagged = [layer for layer in report.layers if layer.flagged]
+    fine = next(layer for layer in report.layers if not layer.flagged)
+    culprit, victim = flagged[0], replace(flagged[-1], train=fine.train)
+    assert victim.eval is not None
+    victim = replace(victim, eval=replace(victim.eval, mismatch=99.0))
+    (sentence,) = [
+        text for text in verdict(replace(report, layers=(fine, culprit, victim)), COMMAND).sentences if "look" in text
+    ]
+    assert f"{victim.name} is off on the eval path only" in sentence
+    assert f"look first at {culprit.name}," in sentence
+    assert not [text for text in verdict(report, COMMAND).sentences if "look" in text]
 
 
 def test_the_worst_layers_are_named_worst_first() -> None:

@@ -112,3 +112,29 @@ def test_pooling_does_not_depend_on_the_order_within_a_group(order: list[int], s
 def test_pooling_cannot_cancel() -> None:
     mean, variance = torch.full((4, 1), 1e8, dtype=torch.float64), torch.full((4, 1), 1e-8, dtype=torch.float64)
     assert pool_moments(mean, variance, 4)[1].item() == 1e-8
+
+
+@pytest.mark.parametrize("space", [(64, 64, 64), (1024, 1024), (2**16 + 1,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_very_many_positions(space: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = normal(1, 2, *space, dtype=dtype) + 5
+    np.testing.assert_allclose(row_moments(x)[1], expected(x)[1], rtol=5e-5)
+
+
+def test_what_rounds_up_in_every_sum_does_not_add_up() -> None:
+    """Squares of one size round alike, and one float32 sum over all positions would stop growing."""
+    x = torch.full((1, 1, 1024, 1024), 5.1)
+    x[..., ::2] = -4.9
+    np.testing.assert_allclose(row_moments(x)[1], expected(x)[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("scale", [1e18, 1e20, 1e37])
+def test_values_whose_squares_are_beyond_float32(scale: float, last: bool) -> None:
+    x = (normal(2, 3, 16, 16) + 3).clamp(-6, 6) * scale
+    x[:, 0] /= scale  # only some channels are affected
+    x = x.to(memory_format=torch.channels_last) if last else x
+    mean, variance = row_moments(x)
+    reference_mean, reference_variance = expected(x)
+    np.testing.assert_allclose(mean, reference_mean, rtol=1e-5)
+    np.testing.assert_allclose(variance, reference_variance, rtol=1e-4)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from bnprobe.probing.accumulate import PathSums
+from bnprobe.probing.accumulate import Path
+from bnprobe.probing.intercept import Recorded
 from bnprobe.probing.layers import find_layers
 from bnprobe.stats.theory import mismatch_iid
 from bnprobe.stats.uncertainty import mean_interval, standing
@@ -67,8 +68,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(channels: int, n: int
     layers = find_layers(nn.BatchNorm1d(channels, eps=1e-12), lambda name: True).layers
     truth, covered = mismatch_iid(n), 0
     for mean, variance in zip(means, variances, strict=True):
-        sums = PathSums(layers, ((0, 0),), torch.device("cpu"))
-        sums.add(mean, variance)
+        sums = Path(layers, 4, torch.device("cpu"))
+        sums.add({(0, 0): Recorded(mean, variance, unit=4, values=n, by_batch=True, bytes=0)})
         low, high = mean_interval(int(sums.count), float(sums.total), float(sums.square))
         covered += low <= truth <= high
     assert 0.90 <= covered / repeats <= 0.98

@@ -1,0 +1,61 @@
+"""Decide how a scan runs: real or emulated micro-batches, and how many at once."""
+
+from __future__ import annotations
+
+from bnprobe.errors import UsageError, UserCodeError
+from bnprobe.probing.batches import to_device
+from bnprobe.probing.emulation import Emulation, self_check
+from bnprobe.probing.feed import Feed
+from bnprobe.probing.memory import Footprint, is_out_of_memory, plan_images
+from bnprobe.probing.runner import Runner
+from bnprobe.spec import ScanSettings
+
+CHECKED = 2
+"""Micro-batches in the self-check."""
+
+
+def plan(runner: Runner, feed: Feed, settings: ScanSettings) -> tuple[Emulation, int]:
+    """Whether micro-batches may run together, and how many do.
+
+    Raises:
+        UsageError: The physical batch asked for does not hold one micro-batch.
+    """
+    size = feed.batch_size
+    if settings.physical_batch and settings.physical_batch < size:
+        raise UsageError(
+            f"--physical-batch {settings.physical_batch} does not hold one micro-batch of {size} images."
+            " Statistics need the whole micro-batch at once: give at least so many, or a smaller --batch-size."
+        )
+    if not settings.emulate:
+        return _real("As asked for."), 1
+    most = settings.physical_batch or plan_images(Footprint(0, 0), runner.device)
+    if most // size < CHECKED and not settings.batch_sizes:
+        return _real("One micro-batch fills a physical batch."), 1
+    emulation, image = _check(runner, feed)
+    if not emulation.trusted:
+        return emulation, 1
+    images = settings.physical_batch or plan_images(image, runner.device)
+    return emulation, max(1, images // size)
+
+
+def _check(runner: Runner, feed: Feed) -> tuple[Emulation, Footprint]:
+    """Run the self-check on the first micro-batches, which are measured afterwards."""
+    unknown = Footprint(0, 0)
+    checked = feed.take(CHECKED)
+    feed.give_back(checked)
+    if len(checked) < CHECKED:
+        return _real("The data gives only one micro-batch."), unknown
+    try:
+        return self_check(runner, [to_device(batch, runner.device) for batch in checked], feed.batch_size)
+    except UserCodeError:
+        if runner.autocast is None:
+            raise
+        return _real("The self-check runs without autocast, and the model does not."), unknown
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return _real("There is no memory for two micro-batches at once."), unknown
+
+
+def _real(reason: str) -> Emulation:
+    return Emulation(trusted=False, reason=reason, check=None, layouts={})

@@ -1,0 +1,71 @@
+"""What Batch Renorm would clip: which layers are listed, and how."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import fabricated_reports
+import pytest
+
+from bnprobe.records import Layer
+from bnprobe.reports import FORMATS, RenderOptions
+from bnprobe.reports.clipping import MOST_LAYERS, clipping
+from bnprobe.reports.layout import Page
+
+PAGE = Page(80, unicode=True)
+
+
+def clipped(name: str, r: float = 0.0, r_iid: float = 0.0, d: float = 0.0, d_iid: float = 0.0) -> Layer:
+    """A flagged layer with these fractions."""
+    path = fabricated_reports.path(4, 1)
+    path = replace(
+        path, r=replace(path.r, clipped=r, clipped_iid=r_iid), d=replace(path.d, clipped=d, clipped_iid=d_iid)
+    )
+    return fabricated_reports.layer(name, path, path, flagged=True)
+
+
+def listed(layers: list[Layer], show_all: bool = False) -> list[list[str]]:
+    """The rows of the table, headings and legend left out."""
+    rows = [line.plain.split() for line in clipping(layers, PAGE, show_all)[2:]]
+    return [row for row in rows if row[0].startswith("bn")]
+
+
+def test_both_factors_stand_beside_what_chance_explains() -> None:
+    assert listed([clipped("bn", 0.25, 0.21, 0.034, 0.0004)]) == [["bn", "25%", "21%", "3.4%", "<0.1%"]]
+
+
+@pytest.mark.parametrize(
+    ("layer", "worth_a_line"),
+    [
+        (clipped("bn"), False),
+        (clipped("bn", r=0.011, r_iid=0.011), True),
+        (clipped("bn", d=0.011, d_iid=0.011), True),
+        (clipped("bn", r=0.009, r_iid=0.008), False),
+        (clipped("bn", r=0.009, r_iid=0.001), True),
+        (clipped("bn", d=0.0005), False),
+        (replace(clipped("bn", r=0.5), flagged=False), False),
+        (replace(clipped("bn", r=0.5), train=None), False),
+    ],
+)
+def test_only_flagged_layers_that_would_be_clipped_noticeably(layer: Layer, worth_a_line: bool) -> None:
+    assert bool(clipping([layer], PAGE, False)) is worth_a_line
+
+
+def test_the_worst_come_first_and_the_others_with_all() -> None:
+    layers = [clipped(f"bn{index}", **{"rd"[index % 2]: 0.02 * (index + 1)}) for index in range(MOST_LAYERS + 2)]
+    worst = [row[0] for row in listed(layers)]
+    assert worst == [f"bn{index}" for index in range(MOST_LAYERS + 1, 1, -1)]
+    assert len(listed(layers, show_all=True)) == MOST_LAYERS + 2
+    assert "--all shows 2 more layers" in " ".join(line.plain.strip() for line in clipping(layers, PAGE, False))
+
+
+def test_long_names_fit() -> None:
+    lines = clipping([clipped("very.long.name." * 9 + "bn", r=1.0)], PAGE, False)
+    assert max(len(line.plain) for line in lines) <= 80
+
+
+def test_it_is_part_of_the_terminal_report() -> None:
+    report = fabricated_reports.report([clipped("bn", r=0.25)])
+    assert "Batch Renorm (r_max 3, d_max 5) would clip" in FORMATS["terminal"](report, RenderOptions(width=80))
+    healthy = FORMATS["terminal"](fabricated_reports.healthy(), RenderOptions(width=80))
+    assert "would clip" not in healthy
