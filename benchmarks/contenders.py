@@ -1,0 +1,104 @@
+"""The forward passes that are timed: plain ones, the loop a user would write, and bnprobe's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.setting import BATCH_SIZE
+from bnprobe.pipeline import scan
+from bnprobe.probing.accumulate import Path
+from bnprobe.probing.batches import join
+from bnprobe.probing.emulation import self_check
+from bnprobe.probing.intercept import Pass
+from bnprobe.probing.layers import LayerSet, find_layers
+from bnprobe.probing.runner import PathName, Runner, UserFunctions
+from bnprobe.records import Report
+
+
+@torch.no_grad()
+def plain(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """The eval-mode forward pass, and nothing else."""
+    model.eval()
+    for batch in batches:
+        model(batch)
+
+
+@torch.no_grad()
+def hook_loop(model: nn.Module, batches: Sequence[Tensor], train: bool) -> list[list[tuple[Tensor, Tensor]]]:
+    """The obvious script: real batches one by one, and a hook on every BN that takes mean and variance.
+
+    In train mode PyTorch would also move the running statistics. Momentum 0 keeps them, at no cost.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    found: list[list[tuple[Tensor, Tensor]]] = []
+
+    def take(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found[-1].append(_moments(inputs[0]))
+
+    handles = [norm.register_forward_pre_hook(take) for norm in norms]
+    model.train(train)
+    for norm in norms:
+        norm.momentum = 0.0
+    for batch in batches:
+        found.append([])
+        model(batch)
+    for norm, momentum, handle in zip(norms, momenta, handles, strict=True):
+        norm.momentum = momentum
+        handle.remove()
+    model.eval()
+    return found
+
+
+class Probe:
+    """bnprobe's measured passes over micro-batches of two, one path at a time.
+
+    Args:
+        model: In eval mode; comes back so.
+        micro_batches: Of ``BATCH_SIZE`` images each, on the model's device.
+        physical: Images per physical batch.
+    """
+
+    def __init__(self, model: nn.Module, micro_batches: Sequence[Tensor], physical: int) -> None:
+        at_once = physical // BATCH_SIZE
+        self._steps = [list(micro_batches[i : i + at_once]) for i in range(0, len(micro_batches), at_once)]
+        self._model, self._device = model, micro_batches[0].device
+
+    def run(self, path: PathName, batch_sizes: Sequence[int] = (BATCH_SIZE,)) -> list[Path]:
+        """Forward passes, moments, normalization by micro-batch and accumulation, as a scan does them."""
+        with self._installed() as (runner, layers):
+            sums = [Path(layers.layers, size, self._device) for size in batch_sizes]
+            for step in self._steps:
+                pass_ = Pass(len(step) * BATCH_SIZE, BATCH_SIZE, per_image=path == "eval")
+                runner.forward(path, join(step), pass_)
+                for one in sums:
+                    one.add(pass_.records)
+        return sums
+
+    def check(self) -> None:
+        """The self-check that a scan begins with, whatever the number of images."""
+        with self._installed() as (runner, _):
+            self_check(runner, [step[0] for step in self._steps[:2]], BATCH_SIZE)
+
+    @contextmanager
+    def _installed(self) -> Iterator[tuple[Runner, LayerSet]]:
+        layers = find_layers(self._model, lambda name: True)
+        runner = Runner(self._model, layers, UserFunctions(), self._device)
+        with runner.installed():
+            yield runner, layers
+        self._model.eval()
+
+
+def whole_scan(model: nn.Module, micro_batches: Sequence[Tensor], batch_sizes: tuple[int, ...] = ()) -> Report:
+    """What ``bnprobe scan`` does once model and data are loaded: both paths, self-check and report included."""
+    device = str(micro_batches[0].device)
+    count = len(micro_batches)
+    return scan(model, micro_batches, BATCH_SIZE, num_batches=count, device=device, batch_sizes=batch_sizes)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)

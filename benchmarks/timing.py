@@ -1,0 +1,62 @@
+"""Side-by-side timing: every round runs every contender once, and ratios are taken within a round.
+
+Whatever slows the machine for a while then slows both sides of a ratio.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Contender = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds of each contender, one per round."""
+
+    seconds: Mapping[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """Median seconds of one contender."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, to: str, times: float = 1.0) -> float:
+        """Median over the rounds of the time of ``name`` over ``times`` the time of ``to``."""
+        pairs = zip(self.seconds[name], self.seconds[to], strict=True)
+        return statistics.median(one / (times * other) for one, other in pairs)
+
+
+def interleave(contenders: Mapping[str, Contender], rounds: int, device: torch.device) -> Rounds:
+    """Run all contenders once untimed, then ``rounds`` times in turn; every second round runs backwards.
+
+    Args:
+        contenders: By name; each does the same work at every call.
+        rounds: Timed runs of each.
+        device: Waited for before and after every run where it is a CUDA device.
+    """
+    for contender in contenders.values():
+        contender()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        names = list(contenders)
+        for name in reversed(names) if number % 2 else names:
+            seconds[name].append(_time(contenders[name], device))
+    return Rounds(seconds)
+
+
+def _time(contender: Contender, device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    contender()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
