@@ -16,6 +16,35 @@ Interval = tuple[float, float | None]
 
 StopReason = Literal["requested", "decided", "max_batches", "data_exhausted", "interrupted", "failed"]
 
+Cause = Literal[
+    "small_batch",
+    "composition",
+    "lag",
+    "dropout",
+    "propagation",
+    "data_shift",
+    "shared_domains",
+    "double_update",
+    "rank_divergence",
+    "backward_noise",
+    "momentum_convention",
+    "never_trained",
+    "non_finite",
+    "no_running_stats",
+    "frozen_mismatch",
+    "single_value",
+    "single_image",
+    "last_batch",
+    "dead_channels",
+    "dropout_before_norm",
+]
+"""Why a layer is off, or may become so (DESIGN section 4)."""
+
+Severity = Literal["error", "warning", "info"]
+"""error: training and inference differ, or will; warning: likely a mistake, or harmless so far; info: good to know."""
+
+Outcome = Literal["passed", "failed", "skipped"]
+
 
 @dataclass(frozen=True)
 class Histogram:
@@ -89,6 +118,120 @@ class CallMeasurement:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """Where the eval-path mismatch of a layer comes from, in units of D (DESIGN section 3).
+
+    All but ``data_shift`` add up to ``Layer.eval.mismatch`` to rounding; ``data_shift`` comes on top of it. A share may
+    be a little below 0 by chance; a share that two causes offset is clearly so.
+
+    Attributes:
+        small_batch: What is left with batches drawn at random and running statistics that have settled on them.
+        composition: What batches that are not drawn at random add; None if images could not be regrouped, and then
+            ``small_batch`` holds both.
+        lag: Running statistics against those that the training path would settle on.
+        dropout: What dropout and other random layers change about these.
+        propagation: What the upstream layers' batch statistics change about these.
+        data_shift: The evaluation data, taken as one batch, against the training data; None without evaluation data.
+    """
+
+    small_batch: float
+    composition: float | None
+    lag: float
+    dropout: float
+    propagation: float
+    data_shift: float | None
+
+
+@dataclass(frozen=True)
+class ShareIntervals:
+    """95% intervals of ``Shares``; None where the share is None, known exactly, or cannot be bounded."""
+
+    small_batch: Interval | None
+    composition: Interval | None
+    lag: Interval | None
+    dropout: Interval | None
+    propagation: Interval | None
+    data_shift: Interval | None
+
+
+@dataclass(frozen=True)
+class Composition:
+    """How alike the images of a batch are, from image means on the eval path.
+
+    Attributes:
+        intraclass_correlation: Correlation of two images of one batch, mean over channels; 0: drawn at random.
+        design_effect: 1 + (batch size - 1) * intraclass correlation: so many times fewer images does a batch stand for.
+        p_value: Smallest p of the layer's channels under random batches, corrected for all channels of all layers
+            (Benjamini and Hochberg 1995); one-way analysis of variance.
+    """
+
+    intraclass_correlation: float
+    design_effect: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Domains:
+    """A layer called more than once per forward pass: how far the populations of its calls are apart.
+
+    Attributes:
+        mismatch: Mean over calls of D of the call's population against all calls together; eval path.
+        interval: 95% interval of it.
+    """
+
+    mismatch: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Impact:
+    """What the model's output, on the eval path, changes if only this layer normalizes with its batch's statistics.
+
+    Attributes:
+        estimate: Relative L2 change of the outputs, to first order; None if no gradient reaches the layer.
+        exact: The same, measured; None where it was not (all but the worst layers).
+        loss: Measured change of the loss; None without a loss, or where not measured.
+    """
+
+    estimate: float | None
+    exact: float | None
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Noise of the batch statistics of the backward pass, E[g] and E[g * xhat] (g: gradient of BN's output).
+
+    Attributes:
+        noise: Variance over micro-batches of E[g] and of E[g * xhat], summed, over the mean of g^2; mean over channels.
+        interval: 95% interval of ``noise``.
+        equivalent_batch_size: The n for which i.i.d. values give this noise, 2 / noise; None if it is 0.
+    """
+
+    noise: float
+    interval: Interval | None
+    equivalent_batch_size: float | None
+
+
+@dataclass(frozen=True)
+class Updates:
+    """How real training steps moved the running statistics.
+
+    Attributes:
+        per_step: Updates of the running statistics per optimizer step.
+        rate: Weight that one step gave to its batch; None if it cannot be told.
+        configured: The weight that momentum asks for, one update per step.
+        drift: Distance that the running statistics moved in one step, in running standard deviations (root mean
+            square over channels and steps).
+    """
+
+    per_step: float
+    rate: float | None
+    configured: float | None
+    drift: float
+
+
+@dataclass(frozen=True)
 class Layer:
     """One BN layer.
 
@@ -108,6 +251,13 @@ class Layer:
         train, eval: The two paths; None where it could not be measured (see ``note``).
         calls: One entry for each call, where ``calls_per_forward`` > 1.
         batch_sizes: Eval-path mismatch at the batch sizes asked for.
+        location: File and line in the user's code where the layer was assigned, where Python can tell.
+        shares, share_intervals: Where the eval-path mismatch comes from; None where it could not be taken apart.
+        composition: None with one image per batch, or where images could not be told apart.
+        domains: Where ``calls_per_forward`` > 1.
+        impact: None where no output could be compared.
+        backward: With ``--gradients``.
+        updates: With ``--train-steps``.
     """
 
     name: str
@@ -128,6 +278,14 @@ class Layer:
     eval: PathMeasurement | None
     calls: tuple[CallMeasurement, ...] = ()
     batch_sizes: tuple[BatchSizePoint, ...] = ()
+    location: str | None = None
+    shares: Shares | None = None
+    share_intervals: ShareIntervals | None = None
+    composition: Composition | None = None
+    domains: Domains | None = None
+    impact: Impact | None = None
+    backward: Backward | None = None
+    updates: Updates | None = None
 
 
 @dataclass(frozen=True)
@@ -168,14 +326,65 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """The gap between training and held-out data, in steps (Wu & Johnson 2021, arXiv 2105.07576).
+
+    ``training_noise + inconsistency + generalization`` is ``held_out - training``.
+
+    Attributes:
+        measure: "loss" or "metric".
+        training: Training batches as in training: batch statistics, dropout active.
+        without_noise: Training batches, batch statistics, dropout and other random layers off.
+        inference: Training batches, running statistics.
+        held_out: Evaluation batches, running statistics; None without evaluation data.
+        training_noise: ``without_noise - training``.
+        inconsistency: ``inference - without_noise``: what batch against running statistics costs.
+        generalization: ``held_out - inference``.
+    """
+
+    measure: Literal["loss", "metric"]
+    training: float
+    without_noise: float
+    inference: float
+    held_out: float | None
+    training_noise: float
+    inconsistency: float
+    generalization: float | None
+
+
+@dataclass(frozen=True)
+class GradientAngle:
+    """The parameters' gradient with batch statistics against the one with population statistics.
+
+    Attributes:
+        cosine: Of the two gradients of one micro-batch, mean over micro-batches.
+        mean_cosine: Of the two gradients averaged over all micro-batches: the bias that averaging does not remove.
+        batches: Micro-batches.
+    """
+
+    cosine: float
+    mean_cosine: float
+    batches: int
+
+
+@dataclass(frozen=True)
 class Summary:
-    """Counts of layers, and the output."""
+    """Counts of layers, and the model as a whole.
+
+    Attributes:
+        shares: Mean over the layers whose mismatch was taken apart; None if there is none.
+        gaps: For loss and metric, where given.
+        gradient_angle: With ``--gradients``.
+    """
 
     layers: int
     flagged: int
     undecided: int
     skipped: int
     output: Output
+    shares: Shares | None = None
+    gaps: tuple[Gap, ...] = ()
+    gradient_angle: GradientAngle | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +404,31 @@ class SelfCheck:
     tolerance: float
     passed: bool
     first_layer: str | None
+
+
+@dataclass(frozen=True)
+class ExtraPass:
+    """A measurement beyond the two paths: which, why it was run, and what it took."""
+
+    name: str
+    reason: str
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Per-image moments kept for regrouping images at random.
+
+    Attributes:
+        images: Images in the pool, drawn at random from those measured.
+        bytes: Its size.
+        regrouped: Micro-batches that were made of it.
+    """
+
+    images: int
+    bytes: int
+    regrouped: int
 
 
 @dataclass(frozen=True)
@@ -223,6 +457,8 @@ class Scan:
         partial: True if Ctrl-C, or an error in the user's loader or model, ended the scan.
         seconds: Wall time of the measurement.
         notes: Further facts that bear on the result, a sentence each.
+        passes: Measurements beyond the two paths, with their cost.
+        pool: What the composition share is measured with; None if images could not be regrouped.
     """
 
     model: str
@@ -246,6 +482,91 @@ class Scan:
     partial: bool
     seconds: float
     notes: tuple[str, ...] = ()
+    passes: tuple[ExtraPass, ...] = ()
+    pool: Pool | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one rule says of one layer, or of the model.
+
+    Attributes:
+        rule: Code, e.g. "BN201".
+        layer: Name of the layer; None: the model or the run as a whole.
+        message: What was found, a sentence.
+        value, limit, unit: What was measured, and from where on it fails.
+        remedy: What to do where the rule failed, a sentence; empty otherwise.
+        reason: Why the rule was skipped; None otherwise.
+        location: File and line in the user's code where the layer was assigned, where Python can tell.
+    """
+
+    rule: str
+    cause: Cause
+    layer: str | None
+    outcome: Outcome
+    severity: Severity
+    message: str
+    value: float | None
+    limit: float | None
+    unit: str
+    remedy: str
+    reason: str | None = None
+    location: str | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One cause, and all layers that it explains.
+
+    Attributes:
+        rule: Code of the rule that found it.
+        layers: In network order; empty if it concerns the model as a whole.
+        impact: Relative L2 change of the model's outputs if these layers normalize with their batch's statistics;
+            None where it was not measured.
+        message: What is wrong and how that is known.
+        remedy: What to do first.
+        consequences: Causes that follow from this one and are therefore no diagnoses of their own, with their layers
+            in words, e.g. "propagation in 5 layers".
+    """
+
+    cause: Cause
+    rule: str
+    severity: Severity
+    layers: tuple[str, ...]
+    impact: float | None
+    message: str
+    remedy: str
+    consequences: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Score:
+    """Loss and metric, where given."""
+
+    loss: float | None
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What a free remedy gives on the evaluation batches, measured on a copy.
+
+    Attributes:
+        name: Which: "recalibrated", "evaluation statistics", "batch statistics", "larger batches".
+        layers: Layers whose statistics were changed.
+        before, after: Without and with it.
+        control: What the gain is to be held against; None: ``before``.
+        images: Evaluation images scored.
+        detail: How it was done, a phrase, e.g. "statistics of 512 training images".
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    before: Score
+    after: Score
+    control: Score | None
+    images: int
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -278,3 +599,6 @@ class Report:
     summary: Summary
     layers: tuple[Layer, ...]
     skipped: tuple[SkippedLayer, ...]
+    verdicts: tuple[Verdict, ...] = ()
+    diagnoses: tuple[Diagnosis, ...] = ()
+    remedies: tuple[Remedy, ...] = ()

@@ -70,6 +70,9 @@ class ScanSpec(_Section):
         physical_batch: Images that run at once; None: chosen from memory.
         batch_sizes: Batch sizes for which the eval path is evaluated as well; sorted, without repeats.
         emulate: Whether micro-batches may run in groups.
+        what_if: Measure on the evaluation data what each free remedy would give.
+        train_steps: Real training steps to run on a copy.
+        gradients: Measure the noise of the backward pass.
     """
 
     max_batches: Count = 256
@@ -78,6 +81,25 @@ class ScanSpec(_Section):
     physical_batch: Count | None = None
     batch_sizes: BatchSizes = ()
     emulate: bool = True
+    what_if: bool = False
+    train_steps: Count | None = None
+    gradients: bool = False
+
+
+class RuleExemption(_Section):
+    """Rules that are not to judge some layers, and why."""
+
+    layers: str
+    rules: Globs
+    reason: Annotated[str, Field(min_length=1)]
+
+
+class RulesSpec(_Section):
+    """Which rules judge, by code or prefix of a code."""
+
+    select: Globs = ()
+    ignore: Globs = ()
+    exempt: Annotated[tuple[RuleExemption, ...], Field(strict=False)] = ()
 
 
 class ScanSettings(ScanSpec):
@@ -89,6 +111,7 @@ class ScanSettings(ScanSpec):
         seed: Seed of torch, numpy and random.
         thresholds: Layer-name glob to the equivalent batch size under which a layer is flagged.
         include, exclude: Layer-name globs; nothing included means all.
+        rules: Which rules judge which layers.
     """
 
     batch_size: Count | None = None
@@ -97,6 +120,7 @@ class ScanSettings(ScanSpec):
     thresholds: Thresholds = Field(default_factory=lambda: {"*": DEFAULT_THRESHOLD})
     include: Globs = ()
     exclude: Globs = ()
+    rules: RulesSpec = RulesSpec()
 
     def threshold_of(self, *names: str) -> float:
         """The threshold of the last glob, in the order given, that matches any name of a layer."""
@@ -141,6 +165,19 @@ class DataSpec(EvalDataSpec):
     input_shape: Shapes = ()
 
 
+class OptimizerSpec(_Section):
+    """Any class of torch.optim (``SGD`` or ``torch.optim.SGD``), with its arguments."""
+
+    target: str = "SGD"
+    args: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.01})
+
+
+class TrainSpec(_Section):
+    """How ``--train-steps`` trains."""
+
+    optimizer: OptimizerSpec = OptimizerSpec()
+
+
 class LayersSpec(_Section):
     """Which layers are measured, by globs of their names."""
 
@@ -161,6 +198,8 @@ class Spec(_Section):
     thresholds: Thresholds = Field(default_factory=lambda: {"*": DEFAULT_THRESHOLD})
     layers: LayersSpec = LayersSpec()
     scan: ScanSpec = ScanSpec()
+    rules: RulesSpec = RulesSpec()
+    train: TrainSpec = TrainSpec()
 
     def settings(self) -> ScanSettings:
         """The part of the spec that the measurement needs."""
@@ -171,5 +210,6 @@ class Spec(_Section):
             thresholds=self.thresholds,
             include=self.layers.include,
             exclude=self.layers.exclude,
+            rules=self.rules,
             **self.scan.model_dump(),
         )

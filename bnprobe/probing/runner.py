@@ -19,12 +19,13 @@ from bnprobe.probing.layers import LayerSet
 from bnprobe.probing.replay import Outputs, recording, replaying
 from bnprobe.usercode import BatchFunction
 
-PathName = Literal["train", "eval", "check", "check train", "check eval"]
-"""The two paths, and what the self-check runs, always without autocast: the same two, and "check", which is the train
-path without dropout and the like: batch statistics, all else in eval mode."""
+PathName = Literal["train", "steady", "eval", "check", "check train", "check eval"]
+"""The two paths; "steady", which is the train path without dropout and the like: batch statistics, all else in eval
+mode; and the same three as the self-check runs them, always without autocast."""
 
 _IN_WORDS: dict[PathName, str] = {
     "train": "train path",
+    "steady": "train path without dropout and the like",
     "eval": "eval path",
     "check": "self-check",
     "check train": "self-check",
@@ -121,12 +122,12 @@ class Runner:
         self.model.train(path in ("train", "check train"))
         for module in self._held:
             module.training = False
-        if path == "check":
+        if path in ("steady", "check"):
             for layer in self.layers.layers:
                 layer.module.training = layer.index not in self._frozen
 
     def _autocast(self, path: PathName) -> AbstractContextManager[Any]:
-        if self.autocast is None or path not in ("train", "eval"):
+        if self.autocast is None or path.startswith("check"):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast)
 

@@ -1,0 +1,1 @@
+"""Join the verdicts of rules into diagnoses."""

@@ -1,0 +1,74 @@
+"""What rules judge: facts about the model alone, and what was measured. Plain values, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bnprobe.records import Layer, Scan
+
+Need = Literal["model", "data", "evaluation data", "training steps", "gradients", "several processes"]
+"""What a rule needs beyond the model file; a rule whose need is not met is skipped with a reason."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a layer is set to and holds, from the model alone.
+
+    Attributes:
+        name: As in ``records.Layer``.
+        location: File and line where it was assigned in the user's code, where Python can tell.
+        kind: Class name.
+        momentum: Weight of the new batch; None: cumulative average.
+        batches_tracked: None if not counted.
+        has_running_statistics: False for track_running_stats=False.
+        trains_statistics: After ``model.train()`` the layer is in train mode: its running statistics move.
+        trains_affine: Weight or bias has requires_grad; None if the layer has neither.
+        untouched: The running statistics are those of a new layer: mean 0 and variance 1 everywhere.
+        non_finite: Values of the running statistics that are NaN or Inf.
+        negative: Values of the running variance below 0.
+        dead: Channels whose running variance is below eps: eps decides what they give.
+        median_variance: Median of the running variance over channels; None without, or where not finite.
+        dropouts_before: Names of random layers that are active in training and defined before this one.
+    """
+
+    name: str
+    location: str | None
+    kind: str
+    channels: int
+    eps: float
+    momentum: float | None
+    batches_tracked: int | None
+    has_running_statistics: bool
+    trains_statistics: bool
+    trains_affine: bool | None
+    untouched: bool
+    non_finite: int
+    negative: int
+    dead: int
+    median_variance: float | None
+    dropouts_before: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that rules may look at.
+
+    Attributes:
+        anatomy: Of every probed layer, in network order.
+        layers: What was measured, by name; empty without data (``bnprobe lint``).
+        scan: None without data.
+        images: Images in the data, where known.
+        drop_last: Whether the loader drops a partial last batch; None: not known.
+        evaluation: Whether evaluation data was measured.
+        processes: Processes that took part.
+    """
+
+    anatomy: tuple[Anatomy, ...]
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    scan: Scan | None = None
+    images: int | None = None
+    drop_last: bool | None = None
+    evaluation: bool = False
+    processes: int = 1

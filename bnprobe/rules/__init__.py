@@ -1,0 +1,1 @@
+"""Every cause that bnprobe can name, one file each."""
