@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
+from bnprobe.attribution import Attribution, attribute, model_shares
 from bnprobe.errors import NonFiniteError, NothingToProbeError
 from bnprobe.probing.evidence import CallSums, Evidence, PathEvidence, Sums, Values, merge_values
 from bnprobe.probing.intercept import Slot
@@ -14,6 +16,7 @@ from bnprobe.records import (
     BatchSizePoint,
     CallMeasurement,
     Distribution,
+    Gap,
     Histogram,
     Interval,
     Layer,
@@ -51,7 +54,12 @@ def assemble(evidence: Evidence, settings: ScanSettings) -> Findings:
             f"None of the model's BN layers ({len(selected)}) was called by the forward pass. If its parts are called"
             " otherwise, add a function forward(model, batch) to the model file."
         )
-    layers = tuple(_layer(evidence, layer, settings) for layer in selected if layer.index in called)
+    found = attribute(evidence)
+    layers = tuple(
+        _layer(evidence, layer, settings, found.get(layer.index, Attribution()))
+        for layer in selected
+        if layer.index in called
+    )
     silent = [_silent(layer, evidence) for layer in selected if layer.index not in called]
     skipped = (*evidence.layers.skipped, *silent, *_functional(evidence))
     return Findings(_summary(evidence, layers, skipped), layers, skipped)
@@ -64,10 +72,34 @@ def _summary(evidence: Evidence, layers: tuple[Layer, ...], skipped: tuple[Skipp
         undecided=sum(layer.undecided for layer in layers),
         skipped=len(skipped),
         output=evidence.output,
+        shares=model_shares([layer.shares for layer in layers if layer.shares]),
+        gaps=tuple(_gaps(evidence)),
     )
 
 
-def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings) -> Layer:
+def _gaps(evidence: Evidence) -> Iterator[Gap]:
+    """Loss and metric from training to held-out data, in steps."""
+    scores = evidence.scores
+    measures: tuple[Literal["loss", "metric"], ...] = ("loss", "metric")
+    for measure in measures:
+        training, inference = (getattr(scores[path], measure) for path in ("train", "eval"))
+        without_noise = training if evidence.steady is None else getattr(scores["steady"], measure)
+        held_out = getattr(evidence.evaluation.score, measure) if evidence.evaluation else None
+        if training is None or without_noise is None or inference is None:
+            continue
+        yield Gap(
+            measure=measure,
+            training=training,
+            without_noise=without_noise,
+            inference=inference,
+            held_out=held_out,
+            training_noise=without_noise - training,
+            inconsistency=inference - without_noise,
+            generalization=None if held_out is None else held_out - inference,
+        )
+
+
+def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found: Attribution) -> Layer:
     slots = [slot for slot in evidence.values if slot[0] == layer.index]
     single = evidence.values[slots[0]] == 1
     train, eval_ = (_path(path, layer.index, slots, single) for path in (evidence.train, evidence.eval))
@@ -94,6 +126,10 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings) -> La
         eval=eval_,
         calls=_calls(evidence, slots) if len(slots) > 1 else (),
         batch_sizes=tuple(_points(evidence, slots[0])),
+        shares=found.shares,
+        share_intervals=found.intervals,
+        composition=found.composition,
+        domains=found.domains,
     )
 
 

@@ -11,11 +11,14 @@ from torch import nn
 
 import bnprobe
 from bnprobe.assemble import assemble
+from bnprobe.diagnosis import diagnose, judge, model_rules
 from bnprobe.errors import DeviceError
+from bnprobe.facts import Facts
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.model import unwrapped
-from bnprobe.loading.workload import Workload, load_workload
-from bnprobe.probing.drive import Progress, probe
+from bnprobe.loading.workload import Workload, load_model_only, load_workload
+from bnprobe.probing.anatomy import anatomy
+from bnprobe.probing.drive import Progress, Source, probe
 from bnprobe.probing.evidence import Evidence
 from bnprobe.probing.forward import forward_all
 from bnprobe.probing.layers import check_buffers, find_layers, unmatched_globs
@@ -23,6 +26,7 @@ from bnprobe.probing.preserve import untouched
 from bnprobe.probing.runner import Runner, UserFunctions
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records import SCHEMA_VERSION, Environment, Report, Scan, Tool
+from bnprobe.reports.lint import LintReport
 from bnprobe.spec import ScanSettings, Spec
 from bnprobe.specfile import settings_from
 
@@ -37,6 +41,7 @@ def scan(
     batch_size: int | None = None,
     *,
     num_batches: int | None = None,
+    evaluation: Any = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     loss: Callable[[nn.Module, Any], Any] | None = None,
     metric: Callable[[nn.Module, Any], Any] | None = None,
@@ -52,6 +57,7 @@ def scan(
         batches: A DataLoader or Dataset, or an iterable of micro-batches of ``batch_size`` images.
         batch_size: Images per micro-batch; a DataLoader is rebuilt with it. None: the loader's own.
         num_batches: Measure exactly so many micro-batches; None: until every layer is decided.
+        evaluation: Evaluation data, as ``batches``; read at the same batch size.
         forward, loss, metric: ``f(model, batch)``, as in a model file.
         progress: Called with the micro-batches done, and those planned so far.
         **settings: Any field of ``bnprobe.spec.ScanSettings`` but ``batches``: max_batches, seed, device, ...
@@ -66,9 +72,12 @@ def scan(
     with preserved_random_state():
         seed_everything(given.seed)
         source = as_batch_source(batches, batch_size)
+        held_out = None
+        if evaluation is not None:
+            held_out = as_batch_source(evaluation, source.batch_size, "the evaluation data given")
         inner, note = unwrapped(model)
         notes = (note,) if note else ()
-        workload = Workload(inner, type(inner).__name__, None, source, forward, loss, metric, notes)
+        workload = Workload(inner, type(inner).__name__, None, source, held_out, forward, loss, metric, notes)
         return _scan(workload, given, progress)
 
 
@@ -95,7 +104,12 @@ def _scan(workload: Workload, settings: ScanSettings, progress: Progress) -> Rep
         functions = UserFunctions(forward, workload.loss, workload.metric)
         autocast = getattr(torch, settings.autocast) if settings.autocast else None
         runner = Runner(model, layers, functions, device, autocast)
-        evidence = probe(runner, source.batches, source.batch_size, settings, progress)
+        with runner.installed():
+            data = Source(source.batches, source.batch_size)
+            held_out = None
+            if workload.evaluation is not None:
+                held_out = Source(workload.evaluation.batches, workload.evaluation.batch_size)
+            evidence = probe(runner, data, settings, progress, held_out)
         findings = assemble(evidence, settings)
         report = Report(
             schema_version=SCHEMA_VERSION,
@@ -184,3 +198,26 @@ def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
     for size in evidence.batch_sizes:
         if images < 2 * size:
             yield f"Batch size {size} needs at least {2 * size} images, and {images} were measured: raise --batches."
+
+
+def lint_spec(spec: Spec) -> LintReport:
+    """Judge the model that a spec names, as it is written and saved: no data, no forward pass.
+
+    Raises:
+        BnprobeError: See ``bnprobe.errors`` for the tree.
+    """
+    rules, settings = model_rules(spec.rules), spec.settings()
+    with preserved_random_state():
+        seed_everything(spec.data.seed)
+        loaded = load_model_only(spec)
+        found = find_layers(loaded.model, settings.is_selected)
+        facts = Facts(anatomy(found, loaded.model))
+    verdicts = judge(facts, spec.rules, rules)
+    return LintReport(
+        tool=Tool("bnprobe", bnprobe.__version__),
+        model=loaded.name,
+        layers=len(found.selected),
+        verdicts=verdicts,
+        diagnoses=diagnose(verdicts, facts, lambda layers: None),
+        skipped=found.skipped,
+    )

@@ -17,7 +17,7 @@ from bnprobe.errors import DataError, UsageError
 from bnprobe.loading.inspection import GuardedBatches, accepts, kind_of, signature_of
 from bnprobe.loading.modules import UserModule, locate
 from bnprobe.loading.rebuild import own_batch_size, rebuilt, refuse_rebuild
-from bnprobe.spec import DataSpec
+from bnprobe.spec import DataSpec, EvalDataSpec
 from bnprobe.usercode import user_code
 
 
@@ -65,7 +65,7 @@ def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
         UsageError: No batch size is known.
         UserCodeError: The user's code raised.
     """
-    found = _find(spec, module)
+    found = _find(spec, module, ("load_data", "loader", "dataset"))
     if found is not None:
         source = _from_symbol(*found, spec)
         if not spec.input_shape:
@@ -75,6 +75,24 @@ def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
     if not spec.input_shape:
         raise DataError(_no_data(module))
     return synthetic_source(list(spec.input_shape), _known(spec.batch_size, "synthetic images"), spec.seed)
+
+
+def load_evaluation(spec: EvalDataSpec, module: UserModule | None, batch_size: int) -> BatchSource | None:
+    """The evaluation data: the spec's target; else load_eval_data of the model's module; else None.
+
+    Args:
+        spec: Where it comes from.
+        module: The model's module.
+        batch_size: Images in a micro-batch where the spec does not say: those of the training data.
+
+    Raises:
+        DataError: The data cannot be had at this batch size.
+        UserCodeError: The user's code raised.
+    """
+    found = _find(spec, module, ("load_eval_data",))
+    if found is None:
+        return None
+    return _from_symbol(*found, spec.model_copy(update={"batch_size": spec.batch_size or batch_size}))
 
 
 def as_batch_source(batches: Any, batch_size: int | None = None, origin: str = "the data given") -> BatchSource:
@@ -126,28 +144,30 @@ class _Synthetic:
 # ---- finding the data
 
 
-def _find(spec: DataSpec, module: UserModule | None) -> tuple[UserModule, str] | None:
+def _find(spec: EvalDataSpec, module: UserModule | None, names: tuple[str, ...]) -> tuple[UserModule, str] | None:
     if spec.target is not None:
         module, symbol = locate(spec.target, module)
         if symbol is not None:
             return module, symbol
     if module is None:
         return None
-    named = next((name for name in ("load_data", "loader", "dataset") if module.find(name) is not None), None)
+    named = next((name for name in names if module.find(name) is not None), None)
     if named is None and spec.target is not None:
-        raise DataError(_no_data(module))
+        raise DataError(_no_data(module, names))
     return (module, named) if named else None
 
 
-def _no_data(module: UserModule | None) -> str:
-    where = f"{module.name} has no load_data(batch_size), loader or dataset" if module else "There is no data"
+def _no_data(module: UserModule | None, names: tuple[str, ...] = ("load_data", "loader", "dataset")) -> str:
+    where = f"{module.name} has no {' or '.join(names)}" if module else "There is no data"
+    if "load_data" not in names:
+        return f"{where}. Add it, or name another function or loader in the spec (eval_data: target)."
     return (
         f"{where}. Add one of them, name one in the spec (data: target), or give --input-shape, "
         "e.g. 3,224,224, to probe with synthetic images."
     )
 
 
-def _from_symbol(module: UserModule, symbol: str, spec: DataSpec) -> BatchSource:
+def _from_symbol(module: UserModule, symbol: str, spec: EvalDataSpec) -> BatchSource:
     value, name = module.get(symbol), f"{symbol} of {module.name}"
     if _is_callable_data(value):
         return _from_call(value, name, spec)
@@ -164,7 +184,7 @@ def _is_callable_data(value: Any) -> bool:
     return callable(value) and not hasattr(value, "__iter__") and not hasattr(value, "__getitem__")
 
 
-def _from_call(function: Callable[..., Any], name: str, spec: DataSpec) -> BatchSource:
+def _from_call(function: Callable[..., Any], name: str, spec: EvalDataSpec) -> BatchSource:
     args, told = dict(spec.args), None
     if accepts(function, "batch_size"):
         told = _told(function, name, spec)
@@ -177,7 +197,7 @@ def _from_call(function: Callable[..., Any], name: str, spec: DataSpec) -> Batch
     return _from_value(value, _Request(name, spec.batch_size, told))
 
 
-def _told(function: Callable[..., Any], name: str, spec: DataSpec) -> int | None:
+def _told(function: Callable[..., Any], name: str, spec: EvalDataSpec) -> int | None:
     """The batch size that the user's function will work with."""
     if spec.batch_size is not None:
         return spec.batch_size

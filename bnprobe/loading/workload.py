@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from bnprobe.errors import ModelError
+from bnprobe.errors import DataError, ModelError, UsageError
 from bnprobe.loading.checkpoint import load_checkpoint
-from bnprobe.loading.data import BatchSource, load_source
+from bnprobe.loading.data import BatchSource, load_evaluation, load_source
 from bnprobe.loading.inspection import kind_of
 from bnprobe.loading.model import LoadedModel, load_model
 from bnprobe.loading.modules import UserModule, locate
@@ -28,6 +28,7 @@ class Workload:
         model_name: How the model was named, e.g. "model.py:load_model".
         checkpoint: The weights file, where one was given.
         source: The micro-batches.
+        evaluation: Those of the evaluation data, if there is any.
         forward, loss, metric: The user's functions of (model, batch), where given.
         notes: What the reader should know, a sentence each; those of ``source`` are its own.
     """
@@ -36,6 +37,7 @@ class Workload:
     model_name: str
     checkpoint: str | None
     source: BatchSource
+    evaluation: BatchSource | None
     forward: BatchFunction | None
     loss: BatchFunction | None
     metric: BatchFunction | None
@@ -53,13 +55,25 @@ def load_workload(spec: Spec) -> Workload:
     loaded = load_model_only(spec)
     source = load_source(spec.data, loaded.module)
     notes = list(loaded.notes)
-    if spec.eval_data.target is not None:
-        notes.append("eval_data was not used: a scan measures the training batches.")
+    evaluation = _evaluation(spec, loaded.module, source, notes)
     functions = {
         role: _function(role, target, loaded.module, notes)
         for role, target in (("forward", spec.forward), ("loss", spec.loss), ("metric", spec.metric))
     }
-    return Workload(loaded.model, loaded.name, spec.checkpoint.path, source, notes=tuple(notes), **functions)
+    return Workload(
+        loaded.model, loaded.name, spec.checkpoint.path, source, evaluation, notes=tuple(notes), **functions
+    )
+
+
+def _evaluation(spec: Spec, module: UserModule | None, source: BatchSource, notes: list[str]) -> BatchSource | None:
+    """Evaluation data that the spec names must work; what only lies in the model file may not fit this scan."""
+    try:
+        return load_evaluation(spec.eval_data, module, source.batch_size)
+    except (DataError, UsageError) as error:
+        if spec.eval_data.target is not None:
+            raise
+        notes.append(f"The evaluation data was not used. {error}")
+        return None
 
 
 def load_model_only(spec: Spec) -> LoadedModel:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bnprobe.probing.intercept import Recorded, Slot
 from bnprobe.probing.layers import ProbedLayer
+from bnprobe.probing.replicates import ImagePool, ReplicateSums
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
 from bnprobe.stats.mismatch import corrections
 from bnprobe.stats.moments import pool_moments
@@ -29,6 +30,7 @@ class Columns:
     Attributes:
         slot: For each column the position of its call in the sums, shape (columns,).
         mean, variance, eps: The layers' running statistics and eps, float64, shape (columns,).
+        bessel: n / (n - 1) for the n values per channel of a micro-batch, shape (columns,); 1 where n is 1.
         present: Positions of the calls, shape (calls,).
         channels: Channels of each call, shape (calls,).
         layer: Index of the layer of each call, shape (calls,).
@@ -38,24 +40,36 @@ class Columns:
     mean: Tensor
     variance: Tensor
     eps: Tensor
+    bessel: Tensor
     present: Tensor
     channels: Tensor
     layer: Tensor
 
     @classmethod
     def of(
-        cls, layers: Sequence[ProbedLayer], slots: Sequence[Slot], positions: Mapping[Slot, int], device: torch.device
+        cls,
+        layers: Sequence[ProbedLayer],
+        values: Mapping[Slot, int],
+        positions: Mapping[Slot, int],
+        device: torch.device,
     ) -> Columns:
-        """Gather the reference statistics of ``slots``; every layer named there keeps running statistics."""
+        """Gather the reference statistics of calls; every layer named there keeps running statistics.
+
+        Args:
+            values: For each call its values per channel in a micro-batch.
+        """
+        slots = list(values)
         infos = [layers[index].info for index, _ in slots]
         sizes = torch.tensor([info.channels for info in infos])
         eps = torch.tensor([info.eps for info in infos], dtype=torch.float64)
+        bessel = torch.tensor([n / (n - 1) if n > 1 else 1.0 for n in values.values()], dtype=torch.float64)
         present = torch.tensor([positions[slot] for slot in slots])
         return cls(
             slot=present.repeat_interleave(sizes).to(device),
             mean=_side_by_side([info.running_mean for info in infos], device),
             variance=_side_by_side([info.running_variance for info in infos], device),
             eps=eps.repeat_interleave(sizes).to(device),
+            bessel=bessel.repeat_interleave(sizes).to(device),
             present=present.to(device),
             channels=sizes.to(device),
             layer=torch.tensor([index for index, _ in slots], device=device),
@@ -98,6 +112,8 @@ class Path:
     Args:
         layers: All probed layers.
         batch_size: Images per micro-batch.
+        replicates: Where to add sums per channel; None: only sums per call are kept.
+        pool: Where to add images, where they are known.
 
     Attributes:
         positions: Position of each call in the sums, in the order in which the calls were first seen.
@@ -107,8 +123,16 @@ class Path:
         first_bad: Per call: the step in which a non-finite value was first seen, or -1.
     """
 
-    def __init__(self, layers: Sequence[ProbedLayer], batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: Sequence[ProbedLayer],
+        batch_size: int,
+        device: torch.device,
+        replicates: ReplicateSums | None = None,
+        pool: ImagePool | None = None,
+    ) -> None:
         self.layers, self.batch_size, self._device = layers, batch_size, device
+        self.replicates, self.pool = replicates, pool
         self.positions: dict[Slot, int] = {}
         self.batches = self.steps = 0
         empty = torch.zeros(0, dtype=torch.float64, device=device)
@@ -127,23 +151,40 @@ class Path:
         slots = tuple(records)
         mean = torch.cat([record.mean for record in records.values()], 1)
         variance = torch.cat([record.variance for record in records.values()], 1)
-        if next(iter(records.values())).unit != self.batch_size:
+        columns = self._columns(records)
+        unit = next(iter(records.values())).unit
+        if unit == 1 and self.replicates is not None:
+            self._add_images(slots, columns, mean, variance, self.replicates)
+        if unit != self.batch_size:
             mean, variance = self._whole_batches(slots, mean, variance)
-        columns = self._columns(slots)
         for means, variances in _row_chunks(mean, variance):
             values = corrections(means, variances, columns.mean, columns.variance, columns.eps)
             self._add_mismatch(columns, values.mismatch)
             self.r.add(values.r, (values.r > R_MAX) | (values.r < 1 / R_MAX), columns.slot)
             self.d.add(values.d, values.d.abs() > D_MAX, columns.slot)
+            if self.replicates is not None:
+                self.replicates.add(slots, values, columns.bessel)
         self.batches += mean.shape[0]
         self.steps += 1
 
-    def _columns(self, slots: tuple[Slot, ...]) -> Columns:
+    def _columns(self, records: Mapping[Slot, Recorded]) -> Columns:
         """Most models make the same calls in every pass: those of the last one are kept."""
+        slots = tuple(records)
         if self._last is None or self._last[0] != slots:
             self._grow(slots)
-            self._last = slots, Columns.of(self.layers, slots, self.positions, self._device)
+            values = {slot: record.values for slot, record in records.items()}
+            self._last = slots, Columns.of(self.layers, values, self.positions, self._device)
         return self._last[1]
+
+    def _add_images(
+        self, slots: tuple[Slot, ...], columns: Columns, mean: Tensor, variance: Tensor, replicates: ReplicateSums
+    ) -> None:
+        """Images that fill whole micro-batches, before these are added."""
+        scale = columns.variance + columns.eps
+        d = (mean - columns.mean) / scale.sqrt()
+        replicates.add_images(slots, d, self.batch_size)
+        if self.pool is not None:
+            self.pool.add(slots, d, variance / scale)
 
     def _grow(self, slots: tuple[Slot, ...]) -> None:
         for slot in slots:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from bnprobe.errors import BnprobeError, DataError, DeviceError, UsageError, UserCodeError
 from bnprobe.probing.accumulate import Path
-from bnprobe.probing.batches import CannotEmulateError, join, to_device
-from bnprobe.probing.emulation import Emulation, as_sentence
-from bnprobe.probing.evidence import Evidence, layer_sums, path_evidence
+from bnprobe.probing.evidence import Evaluation, Evidence, channels_of, layer_sums, path_evidence
 from bnprobe.probing.feed import Feed
-from bnprobe.probing.intercept import Pass, Recorded, Slot
-from bnprobe.probing.interrupts import deferred_interrupts
-from bnprobe.probing.memory import is_out_of_memory
-from bnprobe.probing.output import Contributions, OutputSums, user_values
+from bnprobe.probing.measurement import Measurement
+from bnprobe.probing.output import OutputSums
 from bnprobe.probing.plan import plan
-from bnprobe.probing.runner import PathName, Runner
+from bnprobe.probing.replicates import ImagePool, ReplicateSums
+from bnprobe.probing.runner import Runner
 from bnprobe.records import StopReason
 from bnprobe.spec import ScanSettings
 from bnprobe.stats.theory import mismatch_iid
@@ -35,125 +30,29 @@ FIRST_LOOK = 16
 FEWEST = 8
 """Micro-batches wanted of every size in --batch-sizes before the scan may stop by itself."""
 
+
+@dataclass(frozen=True)
+class Source:
+    """Micro-batches to draw.
+
+    Attributes:
+        batches: Yields batches of ``batch_size`` images; the last one may be partial.
+        most: Draw at most so many; None: as the scan decides.
+    """
+
+    batches: Iterable[Any]
+    batch_size: int
+    most: int | None = None
+
+
 STOPPING_CONFIDENCE = 0.99
 """Of the intervals by which a scan stops: it looks up to five times, and every look may be wrong by chance."""
 
 
-@dataclass
-class Measurement:
-    """The state of a running scan: everything is added at the end of a step, wholly or not at all.
-
-    Attributes:
-        batches: Micro-batches measured on both paths.
-        at_once: Micro-batches per physical batch.
-        largest: Images of the largest physical batch that ran.
-        emulation: Whether micro-batches may run together.
-        values, by_batch, entered, functional: As in ``Evidence``.
-    """
-
-    runner: Runner
-    batch_size: int
-    emulation: Emulation
-    at_once: int
-    train: Path
-    eval: Path
-    batch_sizes: dict[int, Path]
-    output: OutputSums
-    batches: int = 0
-    largest: int = 0
-    values: dict[Slot, int] = field(default_factory=dict)
-    by_batch: dict[PathName, set[int]] = field(default_factory=lambda: {"train": set(), "eval": set()})
-    entered: set[int] = field(default_factory=set)
-    functional: set[str] = field(default_factory=set)
-
-    def step(self, micro_batches: list[Any]) -> None:
-        """Measure micro-batches that are not on the device yet, as one physical batch where that works.
-
-        Raises:
-            DeviceError: Not even one micro-batch fits into memory.
-        """
-        smaller = self._try(micro_batches)
-        for part in smaller:
-            self.step(part)
-
-    def _try(self, micro_batches: list[Any]) -> list[list[Any]]:
-        """Measure; returns what to measure in smaller parts instead, if anything."""
-        try:
-            self._measure(micro_batches)
-            return []
-        except CannotEmulateError as error:
-            self.emulation = Emulation(False, as_sentence(error), self.emulation.check, {})
-            self.at_once = 1
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self._halve(len(micro_batches))
-        # Outside the handler the failed step's tensors are no longer referenced by the traceback.
-        return [micro_batches[i : i + self.at_once] for i in range(0, len(micro_batches), self.at_once)]
-
-    def _halve(self, tried: int) -> None:
-        if tried == 1:
-            raise DeviceError(
-                f"Not even one micro-batch of {self.batch_size} images fits into the memory of {self.runner.device}."
-                " Use a smaller --batch-size, --autocast, or another --device."
-            )
-        self.at_once = tried // 2
-        if self.runner.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _measure(self, micro_batches: list[Any]) -> None:
-        joined = to_device(join(micro_batches), self.runner.device)
-        apart = self.runner.functions.loss or self.runner.functions.metric
-        batches = [to_device(batch, self.runner.device) for batch in micro_batches] if apart else []
-        outputs, passes, inputs = {}, {}, set()
-        contributions: Contributions = {}
-        paths: tuple[PathName, PathName] = ("train", "eval")
-        for path in paths:
-            passes[path] = self._pass(path, len(micro_batches))
-            outputs[path], recorded = self.runner.forward(path, joined, passes[path])
-            inputs |= {position for key in recorded for position in key}
-            contributions |= user_values(self.runner, path, batches, recorded, self.batch_size)
-        contributions |= self.output.measure(joined, inputs, outputs["train"], outputs["eval"])
-        with deferred_interrupts():
-            self._add(passes["train"], passes["eval"])
-            self.output.add(contributions)
-            self.batches += len(micro_batches)
-            self.largest = max(self.largest, len(micro_batches) * self.batch_size)
-
-    def _pass(self, path: PathName, micro_batches: int) -> Pass:
-        images = micro_batches * self.batch_size
-        per_image = path == "eval" and self.emulation.trusted
-        return Pass(images, self.batch_size, per_image=per_image, layouts=dict(self.emulation.layouts.get(path, {})))
-
-    def _add(self, train: Pass, eval_: Pass) -> None:
-        for slot, record in {**eval_.records, **train.records}.items():
-            self.values.setdefault(slot, record.values)
-        self.entered |= train.entered | eval_.entered
-        self.train.add(self._comparable("train", train, by_batch=True))
-        records = self._comparable("eval", eval_, by_batch=False)
-        # Real micro-batches say nothing about batches of another size.
-        others = self.batch_sizes.values() if self.emulation.trusted else ()
-        for path in (self.eval, *others):
-            path.add(records)
-        self.functional |= train.functional | eval_.functional
-
-    def _comparable(self, path: PathName, pass_: Pass, by_batch: bool) -> dict[Slot, Recorded]:
-        """The calls that normalize as this path should, of selected layers with running statistics."""
-        layers = self.runner.layers.layers
-        self.by_batch[path] |= {index for (index, _), record in pass_.records.items() if record.by_batch}
-        return {
-            slot: record
-            for slot, record in pass_.records.items()
-            if record.by_batch == by_batch
-            and layers[slot[0]].selected
-            and layers[slot[0]].info.running_mean is not None
-        }
-
-
 def probe(
-    runner: Runner, batches: Iterable[Any], batch_size: int, settings: ScanSettings, progress: Progress
+    runner: Runner, data: Source, settings: ScanSettings, progress: Progress, evaluation: Source | None = None
 ) -> Evidence:
-    """Measure both paths on the same micro-batches.
+    """Measure both paths on the same micro-batches, and the eval path on the evaluation data; ``runner`` is installed.
 
     Ctrl-C and errors of the user's code end the measurement and keep what there is, if there is anything.
 
@@ -162,21 +61,54 @@ def probe(
             ``Feed``, ``Runner`` and ``Measurement``. Later errors are in ``Evidence.failure``.
     """
     started = time.perf_counter()
-    feed = Feed(batches, batch_size)
-    with runner.installed():
-        measurement = _prepare(runner, feed, settings)
-        failure: BnprobeError | None = None
-        try:
-            stopped = _measure_until_done(measurement, feed, settings, progress)
-        except KeyboardInterrupt:
-            if measurement.batches == 0:
-                raise
-            stopped = "interrupted"
-        except (UserCodeError, DataError, DeviceError) as error:
-            if measurement.batches == 0:
-                raise
-            stopped, failure = "failed", error
-    return _evidence(measurement, feed, stopped, failure, time.perf_counter() - started)
+    feed = Feed(data.batches, data.batch_size)
+    measurement = _prepare(runner, feed, settings)
+    held_out: Evaluation | None = None
+    failure: BnprobeError | None = None
+    try:
+        stopped = _measure_until_done(measurement, feed, settings, progress)
+        if evaluation is not None:
+            held_out = _evaluate(measurement, evaluation, progress)
+    except KeyboardInterrupt:
+        if measurement.batches == 0:
+            raise
+        stopped = "interrupted"
+    except (UserCodeError, DataError, DeviceError) as error:
+        if measurement.batches == 0:
+            raise
+        stopped, failure = "failed", error
+    return _evidence(measurement, feed, held_out, stopped, failure, time.perf_counter() - started)
+
+
+def _evaluate(measured: Measurement, source: Source, progress: Progress) -> Evaluation:
+    """The eval path on as many micro-batches of evaluation data as were measured, or on all that there are."""
+    started = time.perf_counter()
+    feed = Feed(source.batches, source.batch_size)
+    runner, layers = measured.runner, measured.runner.layers.layers
+    path = Path(layers, source.batch_size, runner.device, ReplicateSums())
+    measurement = Measurement(
+        runner=runner,
+        batch_size=source.batch_size,
+        emulation=measured.emulation,
+        at_once=max(1, measured.largest // source.batch_size) if measured.emulation.trusted else 1,
+        train=path,
+        steady=path,
+        eval=path,
+        batch_sizes={},
+        output=OutputSums(),
+        paths=("eval",),
+        random=False,
+    )
+    planned = measured.batches if source.most is None else source.most
+    while measurement.batches < planned:
+        progress(measurement.batches, planned)
+        micro_batches = feed.take(min(measurement.at_once, planned - measurement.batches))
+        if not micro_batches:
+            break
+        measurement.step(micro_batches)
+    images = measurement.batches * source.batch_size
+    seconds = time.perf_counter() - started
+    return Evaluation(path_evidence(path), measurement.output.score("eval"), images, seconds)
 
 
 def _prepare(runner: Runner, feed: Feed, settings: ScanSettings) -> Measurement:
@@ -192,8 +124,9 @@ def _prepare(runner: Runner, feed: Feed, settings: ScanSettings) -> Measurement:
         batch_size=size,
         emulation=emulation,
         at_once=at_once,
-        train=Path(layers, size, device),
-        eval=Path(layers, size, device),
+        train=Path(layers, size, device, ReplicateSums()),
+        steady=Path(layers, size, device, ReplicateSums()),
+        eval=Path(layers, size, device, ReplicateSums(), ImagePool(settings.seed)),
         batch_sizes={other: Path(layers, other, device) for other in settings.batch_sizes},
         output=OutputSums(),
     )
@@ -239,12 +172,25 @@ def _all_decided(measurement: Measurement, settings: ScanSettings) -> bool:
 
 
 def _evidence(
-    measurement: Measurement, feed: Feed, stopped: StopReason, failure: BnprobeError | None, seconds: float
+    measurement: Measurement,
+    feed: Feed,
+    held_out: Evaluation | None,
+    stopped: StopReason,
+    failure: BnprobeError | None,
+    seconds: float,
 ) -> Evidence:
+    pool = measurement.eval.pool
+    assert pool is not None  # _prepare gave the eval path one
     return Evidence(
         layers=measurement.runner.layers,
         train=path_evidence(measurement.train),
         eval=path_evidence(measurement.eval),
+        steady=path_evidence(measurement.steady) if measurement.random else None,
+        steady_seconds=measurement.steady_seconds,
+        evaluation=held_out,
+        pool=pool.per_call(channels_of(measurement.eval)),
+        pool_bytes=pool.bytes,
+        scores={path: measurement.output.score(path) for path in measurement.by_batch},
         batch_sizes={size: path_evidence(path) for size, path in measurement.batch_sizes.items()},
         values=measurement.values,
         by_batch={name: frozenset(indices) for name, indices in measurement.by_batch.items()},

@@ -49,6 +49,10 @@ class Emulation:
     check: SelfCheck | None
     layouts: Mapping[str, Mapping[Slot, Layout]]
 
+    def layouts_of(self, path: PathName) -> dict[Slot, Layout]:
+        """The row layouts on one path; without random layers the train path's are the same."""
+        return dict(self.layouts.get("train" if path == "steady" else path, {}))
+
 
 def self_check(runner: Runner, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
     """Compare one emulated step of the given micro-batches (on the device) with real ones.
@@ -65,6 +69,11 @@ def self_check(runner: Runner, micro_batches: list[Any], batch_size: int) -> tup
         # Batch statistics can hide a mixing of images that shows with running ones, e.g. of batch_norm by hand.
         verdict = _worse(verdict, _check(runner, "check eval", micro_batches, batch_size)[0])
     return verdict, image
+
+
+def check_images(runner: Runner, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
+    """As ``self_check``, on the eval path alone: whether images are independent of each other there."""
+    return _check(runner, "check eval", micro_batches, batch_size)
 
 
 def _worse(verdict: Emulation, inference: Emulation) -> Emulation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,10 @@ from bnprobe.errors import BnprobeError
 from bnprobe.probing.accumulate import Path, ValueSums
 from bnprobe.probing.intercept import Slot
 from bnprobe.probing.layers import LayerSet
-from bnprobe.records import Output, SelfCheck, StopReason
+from bnprobe.probing.runner import PathName
+from bnprobe.records import Output, Score, SelfCheck, StopReason
+from bnprobe.stats.composition import Images
+from bnprobe.stats.ladder import BatchSums
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,25 @@ class PathEvidence:
     Attributes:
         calls: In call order.
         layers: By index of the layer, calls of one micro-batch averaged.
+        moments: Sums per channel, by call; empty at further batch sizes.
+        image_squares: By call, the squared image means (as d) summed, shape (replicates, channels).
     """
 
     batches: int
     calls: Mapping[Slot, CallSums]
     layers: Mapping[int, Sums]
+    moments: Mapping[Slot, BatchSums] = field(default_factory=dict)
+    image_squares: Mapping[Slot, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation data on the eval path."""
+
+    path: PathEvidence
+    score: Score
+    images: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -82,11 +99,23 @@ class Evidence:
         entered: Indices of the layers whose forward was called.
         failure: The error that ended the scan after something was measured.
         functional: Places in the user's code that call batch_norm outside any layer.
+        steady: The train path without random layers; None where there are none, and it is the train path.
+        steady_seconds: What measuring it took.
+        evaluation: None without evaluation data.
+        pool: Images for regrouping, by call; empty where images could not be told apart.
+        pool_bytes: Size of the pool.
+        scores: Loss and metric of the training batches, by path.
     """
 
     layers: LayerSet
     train: PathEvidence
     eval: PathEvidence
+    steady: PathEvidence | None
+    steady_seconds: float
+    evaluation: Evaluation | None
+    pool: Mapping[Slot, Images]
+    pool_bytes: int
+    scores: Mapping[PathName, Score]
     batch_sizes: Mapping[int, PathEvidence]
     values: Mapping[Slot, int]
     by_batch: Mapping[str, frozenset[int]]
@@ -110,7 +139,26 @@ def path_evidence(path: Path) -> PathEvidence:
     mismatch = _host_sums(path.count, path.total, path.square)
     parts = zip(mismatch, _host_values(path.r), _host_values(path.d), path.first_bad.tolist(), strict=True)
     calls = {slot: CallSums(*part) for slot, part in zip(path.positions, parts, strict=True)}
-    return PathEvidence(path.batches, calls, layer_sums(path))
+    moments, squares = _moments(path)
+    return PathEvidence(path.batches, calls, layer_sums(path), moments, squares)
+
+
+def channels_of(path: Path) -> dict[Slot, int]:
+    """Channels of each call that a path has seen."""
+    return {slot: path.layers[slot[0]].info.channels for slot in path.positions}
+
+
+def _moments(path: Path) -> tuple[dict[Slot, BatchSums], dict[Slot, Tensor]]:
+    if path.replicates is None:
+        return {}, {}
+    moments, squares = {}, {}
+    for slot, (counts, sums, image_squares) in path.replicates.per_call(channels_of(path)).items():
+        info = path.layers[slot[0]].info
+        assert info.running_variance is not None  # what is compared with running statistics has some
+        eps = info.eps / (info.running_variance.cpu().double() + info.eps)
+        moments[slot] = BatchSums(counts, sums, eps)
+        squares[slot] = image_squares
+    return moments, squares
 
 
 def layer_sums(path: Path) -> dict[int, Sums]:

@@ -15,7 +15,7 @@ from bnprobe.probing.classes import ClassScores, find_class_scores
 from bnprobe.probing.intercept import Pass
 from bnprobe.probing.replay import Outputs, rows_of
 from bnprobe.probing.runner import PathName, Runner
-from bnprobe.records import Output, PathValues
+from bnprobe.records import Output, PathValues, Score
 
 Contributions = dict[str, Tensor]
 """Float64 sums of one step, by name."""
@@ -70,6 +70,12 @@ class OutputSums:
             metric=_path_values(totals, "metric"),
             note=" ".join(self._notes(totals)) or None,
         )
+
+    def score(self, path: PathName) -> Score:
+        """Mean of loss and metric over micro-batches on one path; None where not given, or not finite."""
+        totals = {name: float(total) for name, total in self._totals.items()}
+        loss, metric = (_ratio(totals, f"{name} {path}", f"{name} {path} count") for name in ("loss", "metric"))
+        return Score(loss, metric)
 
     def _notes(self, totals: dict[str, float]) -> Iterator[str]:
         if self._different_shapes:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 from bnprobe.errors import UsageError, UserCodeError
 from bnprobe.probing.batches import to_device
-from bnprobe.probing.emulation import Emulation, self_check
+from bnprobe.probing.emulation import Emulation, check_images, self_check
 from bnprobe.probing.feed import Feed
 from bnprobe.probing.memory import Footprint, is_out_of_memory, plan_images
 from bnprobe.probing.runner import Runner
 from bnprobe.spec import ScanSettings
+
+Check = Callable[[Runner, list[Any], int], tuple[Emulation, Footprint]]
 
 CHECKED = 2
 """Micro-batches in the self-check."""
@@ -30,15 +36,18 @@ def plan(runner: Runner, feed: Feed, settings: ScanSettings) -> tuple[Emulation,
         return _real("As asked for."), 1
     most = settings.physical_batch or plan_images(Footprint(0, 0), runner.device)
     if most // size < CHECKED and not settings.batch_sizes:
-        return _real("One micro-batch fills a physical batch."), 1
-    emulation, image = _check(runner, feed)
+        # The train path runs as it is; that images are independent on the eval path is still to be known.
+        emulation, _ = _check(runner, feed, check_images)
+        reason = "One micro-batch fills a physical batch." if emulation.trusted else emulation.reason
+        return replace(emulation, reason=reason), 1
+    emulation, image = _check(runner, feed, self_check)
     if not emulation.trusted:
         return emulation, 1
     images = settings.physical_batch or plan_images(image, runner.device)
     return emulation, max(1, images // size)
 
 
-def _check(runner: Runner, feed: Feed) -> tuple[Emulation, Footprint]:
+def _check(runner: Runner, feed: Feed, check: Check) -> tuple[Emulation, Footprint]:
     """Run the self-check on the first micro-batches, which are measured afterwards."""
     unknown = Footprint(0, 0)
     checked = feed.take(CHECKED)
@@ -46,7 +55,7 @@ def _check(runner: Runner, feed: Feed) -> tuple[Emulation, Footprint]:
     if len(checked) < CHECKED:
         return _real("The data gives only one micro-batch."), unknown
     try:
-        return self_check(runner, [to_device(batch, runner.device) for batch in checked], feed.batch_size)
+        return check(runner, [to_device(batch, runner.device) for batch in checked], feed.batch_size)
     except UserCodeError:
         if runner.autocast is None:
             raise

@@ -10,10 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Corrections:
-    """r, d and D per micro-batch and channel, float64."""
+    """r, d, rho = v_B / (v_B + eps) and D per micro-batch and channel, float64."""
 
     r: Float[Tensor, "batches channels"]
     d: Float[Tensor, "batches channels"]
+    rho: Float[Tensor, "batches channels"]
     mismatch: Float[Tensor, "batches channels"]
 
 
@@ -39,7 +40,7 @@ def corrections(
     r = (batch_variance + eps).sqrt() / running_std
     d = (batch_mean - running_mean) / running_std
     rho = batch_variance / (batch_variance + eps)
-    return Corrections(r=r, d=d, mismatch=d.square() + rho * (r - 1).square())
+    return Corrections(r=r, d=d, rho=rho, mismatch=d.square() + rho * (r - 1).square())
 
 
 def distance(

@@ -29,7 +29,7 @@ def mean_interval(count: int, total: float, total_square: float, confidence: flo
         return 0.0, None
     mean = total / count
     variance = max(total_square / count - mean * mean, 0.0) * count / (count - 1)
-    half = _t_quantile(count - 1, confidence) * math.sqrt(variance / count)
+    half = t_quantile(count - 1, confidence) * math.sqrt(variance / count)
     return max(mean - half, 0.0), mean + half
 
 
@@ -46,7 +46,8 @@ def standing(intervals: Sequence[Interval], limit: float) -> Literal["flagged", 
 
 
 @functools.cache
-def _t_quantile(degrees: int, confidence: float) -> float:
+def t_quantile(degrees: int, confidence: float) -> float:
+    """Half width, in standard errors, of the central interval of Student's t."""
     from scipy.special import stdtrit  # scipy.stats takes half a second to import
 
     return float(stdtrit(degrees, 0.5 + confidence / 2))

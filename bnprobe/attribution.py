@@ -1,0 +1,177 @@
+"""Where the mismatch of each layer comes from: evidence through the ladder of ``stats.ladder``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor
+
+from bnprobe.probing.evidence import Evidence, PathEvidence
+from bnprobe.probing.intercept import Slot
+from bnprobe.records import Composition, Domains, Interval, ShareIntervals, Shares
+from bnprobe.stats import ladder
+from bnprobe.stats.composition import Images, analyse, draw
+from bnprobe.stats.jackknife import jackknife
+from bnprobe.stats.ladder import BatchSums, Means
+
+FEWEST_GROUPS = 4
+"""Micro-batches that the pool must be able to make, for images drawn from it to say anything about composition."""
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What is known of the causes of one layer's mismatch."""
+
+    shares: Shares | None = None
+    intervals: ShareIntervals | None = None
+    composition: Composition | None = None
+    domains: Domains | None = None
+
+
+def attribute(evidence: Evidence) -> dict[int, Attribution]:
+    """Take the eval-path mismatch of every layer apart that was measured on both paths."""
+    calls: dict[int, list[Slot]] = {}
+    for slot in evidence.eval.moments:
+        if all(bad < 0 for bad in _first_bad(evidence, slot)) and slot in evidence.train.moments:
+            calls.setdefault(slot[0], []).append(slot)
+    compositions = _compositions(evidence, calls)
+    return {
+        index: Attribution(*_shares(evidence, slots), compositions.get(index), _domains(evidence, slots))
+        for index, slots in calls.items()
+    }
+
+
+def model_shares(layers: Sequence[Shares]) -> Shares | None:
+    """Mean over layers; None for what some layer lacks."""
+    if not layers:
+        return None
+    return Shares(
+        small_batch=sum(shares.small_batch for shares in layers) / len(layers),
+        composition=_mean([shares.composition for shares in layers]),
+        lag=sum(shares.lag for shares in layers) / len(layers),
+        dropout=sum(shares.dropout for shares in layers) / len(layers),
+        propagation=sum(shares.propagation for shares in layers) / len(layers),
+        data_shift=_mean([shares.data_shift for shares in layers]),
+    )
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def _first_bad(evidence: Evidence, slot: Slot) -> list[int]:
+    paths = [evidence.train, evidence.eval, *([evidence.steady] if evidence.steady else [])]
+    return [path.calls[slot].first_bad for path in paths if slot in path.calls]
+
+
+def _shares(evidence: Evidence, slots: list[Slot]) -> tuple[Shares, ShareIntervals]:
+    sums = _together(evidence.eval, slots)
+    values = evidence.values[slots[0]]
+    means, counts = sums.means(), sums.counts
+    train = _together(evidence.train, slots).means()
+    steady = train if evidence.steady is None else _together(evidence.steady, slots).means()
+    way, references = _references([train, steady, means], values)
+    rungs = [ladder.mismatch(means, reference) for reference in (ladder.running(means), *references)]
+    alone = evidence.batch_size == 1  # one image per batch: there is nothing to compose
+    drawn = None if alone else _drawn(evidence, slots, means, counts)
+    noise = 0.0 if drawn is None else drawn.sampling_variance
+    floor = rungs[-1] if drawn is None else ladder.mismatch_drawn(means, drawn, values, way)
+    lag, dropout, propagation, composition = (
+        jackknife(one - other, counts) for one, other in zip(rungs, [*rungs[1:], floor], strict=True)
+    )
+    small_batch = jackknife(floor, counts)
+    shift, shift_interval = _data_shift(evidence, slots)
+    known = alone or drawn is not None
+    shares = Shares(
+        small_batch=small_batch.value,
+        composition=composition.value if known else None,
+        lag=lag.value,
+        dropout=dropout.value,
+        propagation=propagation.value,
+        data_shift=shift,
+    )
+    intervals = ShareIntervals(
+        small_batch=small_batch.interval(noise),
+        composition=None if drawn is None else composition.interval(noise),
+        lag=lag.interval(),
+        dropout=None if evidence.steady is None else dropout.interval(),
+        propagation=propagation.interval(),
+        data_shift=shift_interval,
+    )
+    return shares, intervals
+
+
+def _references(paths: list[Means], values: int) -> tuple[Tensor, list[ladder.Reference]]:
+    """Settled statistics of each path, from the one on that explains the running statistics best; and their blend."""
+    ways = [ladder.blend(path, values) for path in paths]
+    distances = [ladder.distance(ladder.settled(path, values, way)) for path, way in zip(paths, ways, strict=True)]
+    nearest = distances.index(min(distances))
+    taken = [paths[max(position, nearest)] for position in range(len(paths))]
+    return ways[nearest], [ladder.settled(path, values, ways[nearest]) for path in taken]
+
+
+def _together(path: PathEvidence, slots: list[Slot]) -> BatchSums:
+    """All calls of a layer: its running statistics see every one of them."""
+    return reduce(add, (path.moments[slot] for slot in slots if slot in path.moments))
+
+
+def _drawn(evidence: Evidence, slots: list[Slot], means: Means, counts: Tensor) -> ladder.Regrouped | None:
+    """Micro-batches drawn at random from the images of all calls; None where images are not known."""
+    pools = [evidence.pool[slot] for slot in slots if slot in evidence.pool]
+    if len(pools) < len(slots):
+        return None
+    images = Images(torch.cat([pool.mean for pool in pools]), torch.cat([pool.variance for pool in pools]))
+    if images.mean.shape[0] < FEWEST_GROUPS * evidence.batch_size:
+        return None
+    squares = sum((evidence.eval.image_squares[slot] for slot in slots), start=torch.zeros(()))
+    return draw(means, counts, squares, images, evidence.batch_size, seed=0)
+
+
+def _data_shift(evidence: Evidence, slots: list[Slot]) -> tuple[float | None, Interval | None]:
+    """The evaluation data as one batch against the training data, on the eval path."""
+    if evidence.evaluation is None or any(slot not in evidence.evaluation.path.moments for slot in slots):
+        return None, None
+    evaluation, training = _together(evidence.evaluation.path, slots), _together(evidence.eval, slots)
+    estimate = ladder.shift(evaluation, training)
+    return max(estimate.value, 0.0), estimate.interval()
+
+
+def _compositions(evidence: Evidence, calls: dict[int, list[Slot]]) -> dict[int, Composition]:
+    """Per layer, from an analysis of variance of every call; p-values corrected over all channels of all layers."""
+    if evidence.batch_size < 2 or evidence.eval.batches < 2 or not evidence.pool:
+        return {}
+    from scipy.stats import false_discovery_control
+
+    size, moments = evidence.batch_size, evidence.eval
+    found = {
+        slot: analyse(moments.moments[slot], moments.image_squares[slot], size)
+        for slots in calls.values()
+        for slot in slots
+    }
+    if not found:
+        return {}
+    every = torch.cat([variance.p_value for variance in found.values()])
+    corrected = torch.from_numpy(false_discovery_control(every.numpy()))
+    p_values = dict(zip(found, corrected.split([len(one.p_value) for one in found.values()]), strict=True))
+    compositions = {}
+    for index, slots in calls.items():
+        correlation = float(torch.cat([found[slot].intraclass_correlation for slot in slots]).mean())
+        smallest = min(float(p_values[slot].min()) for slot in slots)
+        compositions[index] = Composition(correlation, 1 + (size - 1) * correlation, smallest)
+    return compositions
+
+
+def _domains(evidence: Evidence, slots: list[Slot]) -> Domains | None:
+    """How far the populations of a layer's calls are from that of all calls together."""
+    if len(slots) < 2:
+        return None
+    sums = [evidence.eval.moments[slot] for slot in slots]
+    together = _together(evidence.eval, slots).means()
+    distances = [ladder.shift_between(part.means(), together) for part in sums]
+    estimate = jackknife(torch.stack(distances).mean(0), sums[0].counts)
+    return Domains(max(estimate.value, 0.0), estimate.interval())

@@ -1,0 +1,166 @@
+"""Sums per replicate and channel, for what is told of the mismatch afterwards; and the pool of images.
+
+A step adds micro-batches in turn to the replicates (``stats.jackknife``), so memory is O(channels) whatever their
+number.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bnprobe.probing.intercept import Slot
+from bnprobe.stats.composition import Images
+from bnprobe.stats.jackknife import REPLICATES
+from bnprobe.stats.mismatch import Corrections
+
+POOL_BYTES = 2**26
+"""Most memory of the pool: 64 MiB hold 315 images of ResNet-50's 26560 channels."""
+
+POOL_IMAGES = 1024
+"""Most images of the pool: with more, its own noise no longer shows beside that of the micro-batches."""
+
+Calls = tuple[Slot, ...]
+
+
+@dataclass
+class _Sums:
+    """Of one sequence of calls, whose channels lie side by side."""
+
+    counts: list[int]
+    sums: Tensor
+    squares: Tensor
+
+
+class ReplicateSums:
+    """Sums behind ``stats.ladder.BatchSums``, and of squared image means where images are known.
+
+    Attributes:
+        batches: Micro-batches added so far.
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._sums: dict[Calls, _Sums] = {}
+
+    def add(self, slots: Calls, values: Corrections, bessel: Tensor) -> None:
+        """Add the next micro-batches; ``bessel`` is n / (n - 1) of each column."""
+        rows, columns = values.r.shape
+        held = self._held(slots, columns, values.r)
+        replicates = [(self.batches + row) % REPLICATES for row in range(rows)]
+        for replicate in replicates:
+            held.counts[replicate] += 1
+        index = torch.tensor(replicates, device=values.r.device)
+        rho_r = values.rho * values.r
+        variance = rho_r * values.r
+        summands = (values.d, values.d.square(), values.rho, rho_r, variance, variance * bessel)
+        for position, summand in enumerate(summands):
+            held.sums[:, position].index_add_(0, index, summand)
+        self.batches += rows
+
+    def add_images(self, slots: Calls, d: Tensor, size: int) -> None:
+        """Add the image means (as d) of the micro-batches that ``add`` is called with next."""
+        held = self._held(slots, d.shape[1], d)
+        squares = d.square().unflatten(0, (-1, size)).sum(1)
+        index = [(self.batches + row) % REPLICATES for row in range(squares.shape[0])]
+        held.squares.index_add_(0, torch.tensor(index, device=d.device), squares)
+
+    def per_call(self, channels: Mapping[Slot, int]) -> dict[Slot, tuple[Tensor, Tensor, Tensor]]:
+        """Counts (replicates,), sums (replicates, 6, channels) and image squares of each call, on the host."""
+        found: dict[Slot, tuple[Tensor, Tensor, Tensor]] = {}
+        for slots, held in self._sums.items():
+            counts = torch.tensor(held.counts, dtype=torch.float64)
+            widths = [channels[slot] for slot in slots]
+            sums, squares = held.sums.cpu().split(widths, 2), held.squares.cpu().split(widths, 1)
+            for slot, *parts in zip(slots, sums, squares, strict=True):
+                nothing = tuple(torch.zeros_like(part) for part in (counts, *parts))
+                before = found.get(slot, nothing)
+                found[slot] = (before[0] + counts, before[1] + parts[0], before[2] + parts[1])
+        return found
+
+    def _held(self, slots: Calls, columns: int, like: Tensor) -> _Sums:
+        if slots not in self._sums:
+            sums, squares = like.new_zeros(REPLICATES, 6, columns), like.new_zeros(REPLICATES, columns)
+            self._sums[slots] = _Sums([0] * REPLICATES, sums, squares)
+        return self._sums[slots]
+
+
+@dataclass
+class ImagePool:
+    """Moments of images drawn at random from all that pass, each with the same chance (Vitter 1985, algorithm R).
+
+    Kept in float32, from an origin near the data, in units of the running statistics. Forward passes that make other
+    calls than the first one add nothing.
+
+    Attributes:
+        seed: Of the drawing.
+        slots: The calls, as in the first step.
+        seen: Images that passed.
+    """
+
+    seed: int
+    slots: Calls = ()
+    seen: int = 0
+    _mean: Tensor | None = None
+    _variance: Tensor | None = None
+    _origin: Tensor | None = None
+    _random: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+
+    @property
+    def images(self) -> int:
+        """Images in the pool."""
+        return 0 if self._mean is None else min(self.seen, self._mean.shape[0])
+
+    @property
+    def bytes(self) -> int:
+        """Size of the pool."""
+        return 0 if self._mean is None else 8 * self.images * self._mean.shape[1]
+
+    def add(self, slots: Calls, d: Tensor, variance: Tensor) -> None:
+        """Add images: their means as d and their variances over (running variance + eps), (images, columns)."""
+        if self._mean is None:
+            self._start(slots, d)
+        if slots != self.slots or self._mean is None or self._variance is None or self._origin is None:
+            return
+        chosen = self._choose(d.shape[0])
+        if not chosen:
+            return
+        places = torch.tensor(list(chosen), device=d.device)
+        rows = torch.tensor(list(chosen.values()), device=d.device)
+        self._mean[places] = (d[rows] - self._origin).float()
+        self._variance[places] = variance[rows].float()
+
+    def per_call(self, channels: Mapping[Slot, int]) -> dict[Slot, Images]:
+        """The pool of each call, on the host."""
+        if self._mean is None or self._variance is None:
+            return {}
+        widths = [channels[slot] for slot in self.slots]
+        means = self._mean[: self.images].cpu().split(widths, 1)
+        variances = self._variance[: self.images].cpu().split(widths, 1)
+        parts = zip(self.slots, means, variances, strict=True)
+        return {slot: Images(mean, variance) for slot, mean, variance in parts}
+
+    def _start(self, slots: Calls, d: Tensor) -> None:
+        room = max(1, min(POOL_IMAGES, POOL_BYTES // (8 * d.shape[1])))
+        self.slots = slots
+        self._origin = d.mean(0)
+        self._mean = d.new_zeros(room, d.shape[1], dtype=torch.float32)
+        self._variance = torch.zeros_like(self._mean)
+
+    def _choose(self, images: int) -> dict[int, int]:
+        """Place in the pool -> row of the step; a later image may take the place of an earlier one."""
+        assert self._mean is not None  # add() has started the pool
+        room, chosen = self._mean.shape[0], {}
+        for row in range(images):
+            place = self.seen if self.seen < room else self._random.randrange(self.seen + 1)
+            if place < room:
+                chosen[place] = row
+            self.seen += 1
+        return chosen

@@ -1,0 +1,175 @@
+"""Are micro-batches drawn at random? Analysis of variance of image means, and images regrouped at random."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bnprobe.stats.jackknife import leave_one_out
+from bnprobe.stats.ladder import BatchSums, Means, Regrouped
+
+FEWEST_REGROUPED = 256
+"""Micro-batches to make of the pool: their noise is then small beside that of the pool itself."""
+
+_FEWEST_ORDERS = 4
+"""Random orders of the pool: an image's own part in D is known from the batches that it falls into."""
+
+
+_ROUNDING = 1e-12
+"""Of sums in float64: a channel that is constant (dead inputs) must not look like one that differs by batch."""
+
+
+@dataclass(frozen=True)
+class Variance:
+    """One-way analysis of variance per channel, batches as groups and image means as values.
+
+    Attributes:
+        p_value: P(F or more) if batches are drawn at random; 1 where all image means are the same.
+        intraclass_correlation: (MSB - MSW) / (MSB + (b - 1) MSW), from -1/(b - 1) to 1.
+    """
+
+    p_value: Float[Tensor, " channels"]
+    intraclass_correlation: Float[Tensor, " channels"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Moments of images drawn at random from those measured, in units of the running statistics.
+
+    Attributes:
+        mean: Per image, from any origin: only differences between images are used.
+        variance: Over the values of one image, biased.
+    """
+
+    mean: Float[Tensor, "images channels"]
+    variance: Float[Tensor, "images channels"]
+
+
+def analyse(batches: BatchSums, image_squares: Float[Tensor, "replicates channels"], size: int) -> Variance:
+    """F = N Var(batch means) / E[Var(image means within a batch)] ~ F(K - 1, K (N - 1)), eval path.
+
+    Image means, never pixels: those of one image resemble each other. On the train path upstream normalization couples
+    the images, and F reads far below 1 on a healthy network (DESIGN sections 2 and 3).
+
+    Args:
+        batches: Sums over K micro-batches; K > 1.
+        image_squares: Sum of squares of the image means (as d) per replicate.
+        size: Images per micro-batch N > 1.
+    """
+    from scipy.special import fdtrc  # scipy.stats takes half a second to import
+
+    count = float(batches.counts.sum())
+    d, d_squared = batches.sums.sum(0)[:2]
+    rounding = _ROUNDING * image_squares.sum(0)
+    between = size * _above(d_squared - d.square() / count, rounding / size) / (count - 1)
+    within = _above(image_squares.sum(0) - size * d_squared, rounding) / (count * (size - 1))
+    ratio = (between / within).nan_to_num(nan=1.0, posinf=math.inf)
+    p_value = torch.from_numpy(fdtrc(count - 1, count * (size - 1), ratio.numpy()))
+    correlation = (between - within) / (between + (size - 1) * within)
+    same = (between == 0) & (within == 0)
+    return Variance(torch.where(same, 1.0, p_value), correlation.nan_to_num(0.0))
+
+
+def _above(value: Tensor, rounding: Tensor) -> Tensor:
+    """``value``, or 0 where it is no more than what subtracting equal sums leaves."""
+    return torch.where(value > rounding, value, 0.0)
+
+
+def draw(
+    means: Means,
+    counts: Float[Tensor, " replicates"],
+    image_squares: Float[Tensor, "replicates channels"],
+    pool: Images,
+    size: int,
+    seed: int,
+) -> Regrouped:
+    """What micro-batches of ``size`` images drawn at random would give.
+
+    Means and variances over all images are exact, from sums. The pool is needed only for how far E[s_B] stays behind
+    the root of E[v_B]: a ratio close to 1 that hardly varies between pools.
+
+    Args:
+        means, counts: Of the micro-batches as loaded.
+        image_squares: Sum of squares of the image means (as d) per replicate.
+        pool: At least ``size`` images.
+        size: Images per micro-batch.
+        seed: Of the random orders.
+    """
+    images = (leave_one_out(counts) * size)[:, None].clamp(min=2)
+    squares = leave_one_out(image_squares) / images
+    spread = (squares - means.d.square()).clamp(min=0)
+    within = (means.pooled - spread).clamp(min=0)
+    variance = within + (1 - 1 / size) * spread * images / (images - 1)
+    orders = _orders(pool.mean.shape[0], size, seed)
+    drawn = [_batches(pool, order) for order in orders]
+    pooled = torch.stack([found.mean(0) for found in drawn]).mean(0)
+    root, rho = _expectations(drawn, means.eps)
+    ratio = torch.where(pooled > 0, root / pooled.sqrt(), 0.0)
+    rho_r = ratio * variance.sqrt()
+    std = (variance[0] + means.eps).sqrt()
+    noise = _sampling_variance(drawn, orders, (root, pooled, variance[0]), means.eps, std)
+    return Regrouped(variance, rho_r, rho, noise)
+
+
+def regrouped_batches(images: int, size: int) -> int:
+    """How many micro-batches ``draw`` makes of a pool."""
+    groups = images // size
+    return groups * _number_of_orders(groups) if groups else 0
+
+
+def _number_of_orders(groups: int) -> int:
+    return max(_FEWEST_ORDERS, math.ceil(FEWEST_REGROUPED / groups))
+
+
+def _orders(images: int, size: int, seed: int) -> list[Tensor]:
+    """Random orders of the first images that fill whole micro-batches, each of shape (groups, size)."""
+    groups = images // size
+    generator = torch.Generator().manual_seed(seed)
+    number = _number_of_orders(groups) if size > 1 else 1  # of single images every order gives the same
+    return [torch.randperm(groups * size, generator=generator).view(groups, size) for _ in range(number)]
+
+
+def _batches(pool: Images, order: Tensor) -> Float[Tensor, "groups channels"]:
+    """Biased variance of each regrouped micro-batch."""
+    means = pool.mean[order].double()
+    return pool.variance[order].double().mean(1) + means.var(1, correction=0)
+
+
+def _expectations(drawn: list[Tensor], eps: Tensor) -> tuple[Tensor, Tensor]:
+    """E[rho s_B] and E[rho] over all regrouped micro-batches."""
+    roots = [(found / (found + eps).sqrt()).mean(0) for found in drawn]
+    rhos = [(found / (found + eps)).mean(0) for found in drawn]
+    return torch.stack(roots).mean(0), torch.stack(rhos).mean(0)
+
+
+def _sampling_variance(
+    drawn: list[Tensor],
+    orders: list[Tensor],
+    expected: tuple[Tensor, Tensor, Tensor],
+    eps: Tensor,
+    std: Tensor,
+) -> float:
+    """Variance of the layer's mean D that the choice of the pool's images and of the orders leaves.
+
+    D is linearized in the regrouped micro-batches; its average over random orders is a U-statistic, whose variance is
+    size^2 / images times the variance of an image's own part (Hoeffding 1948).
+    """
+    if len(orders) < 2:
+        return 0.0
+    root, pooled, variance = expected
+    slope = torch.where(pooled > 0, -2 * (variance / pooled).sqrt() / std, 0.0)
+    half = torch.where(pooled > 0, root / (2 * pooled), 0.0)
+    images, size = orders[0].numel(), orders[0].shape[1]
+    parts = torch.zeros(len(orders), images, dtype=torch.float64)
+    effects = []
+    for position, (found, order) in enumerate(zip(drawn, orders, strict=True)):
+        effect = (slope * (found / (found + eps).sqrt() - half * found) + found / (found + eps)).mean(1)
+        parts[position, order.flatten()] = effect.repeat_interleave(size)
+        effects.append(effect)
+    own = parts.mean(0).var() - parts.var(0).mean() / len(orders)
+    chance = torch.cat(effects).var() / (len(orders) * orders[0].shape[0])
+    return float(size**2 / images * own.clamp(min=0) + chance)

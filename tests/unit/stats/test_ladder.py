@@ -1,0 +1,185 @@
+"""The ladder against plain loops over micro-batches in numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bnprobe.stats import ladder
+from bnprobe.stats.composition import Images, analyse, draw, regrouped_batches
+from bnprobe.stats.jackknife import REPLICATES
+from bnprobe.stats.ladder import BatchSums
+from bnprobe.stats.moments import pool_moments
+
+EPS = 1e-3
+CHANNELS = 3
+
+
+class Data:
+    """Images of one channel set, in a unit of running statistics that fit them badly."""
+
+    def __init__(self, images: int, positions: int, size: int, sorted_: bool = False, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        level = rng.normal(size=(images, 1, CHANNELS))
+        if sorted_:
+            level = np.sort(level, axis=0)
+        self.x = 0.7 * level + rng.gamma(2.0, size=(images, positions, CHANNELS))
+        self.size, self.positions = size, positions
+        self.running_mean, self.running_var = np.array([1.5, 2.0, 2.5]), np.array([1.0, 2.0, 4.0])
+        self.scale = np.sqrt(self.running_var + EPS)
+        self.batches = self.x.reshape(-1, size * positions, CHANNELS)
+
+    def sums(self) -> tuple[BatchSums, torch.Tensor, Images]:
+        """As probing gathers them."""
+        values = torch.from_numpy(self.x)
+        d = (values.mean(1) - torch.from_numpy(self.running_mean)) / torch.from_numpy(self.scale)
+        variance = values.var(1, correction=0) / torch.from_numpy(self.scale**2)
+        batch_d, batch_v = pool_moments(d, variance, self.size)
+        eps = torch.from_numpy(EPS / (self.running_var + EPS))
+        rho = batch_v / (batch_v + eps)
+        rho_r = rho * (batch_v + eps).sqrt()
+        n = self.size * self.positions
+        unbiased = batch_v * n / (n - 1) if n > 1 else batch_v
+        stacked = torch.stack([batch_d, batch_d.square(), rho, rho_r, batch_v, unbiased], 1)
+        index = torch.arange(len(stacked)) % REPLICATES
+        counts = torch.bincount(index, minlength=REPLICATES).double()
+        sums = torch.zeros(REPLICATES, 6, CHANNELS, dtype=torch.float64).index_add_(0, index, stacked)
+        squares = d.square().unflatten(0, (-1, self.size)).sum(1)
+        squares = torch.zeros(REPLICATES, CHANNELS, dtype=torch.float64).index_add_(0, index, squares)
+        return BatchSums(counts, sums, eps), squares, Images((d - d.mean(0)).float(), variance.float())
+
+
+def mismatch_by_loop(batches: np.ndarray, mean: np.ndarray, std: np.ndarray) -> float:
+    """Mean over micro-batches, channels and values of (z_train - z_test)^2."""
+    found = []
+    for batch in batches:
+        z_train = (batch - batch.mean(0)) / np.sqrt(batch.var(0) + EPS)
+        z_test = (batch - mean) / std
+        found.append(((z_train - z_test) ** 2).mean())
+    return float(np.mean(found))
+
+
+def test_mismatch_against_any_reference_is_that_of_a_loop() -> None:
+    data = Data(64, 5, 4)
+    means = data.sums()[0].means()
+    rng = np.random.default_rng(3)
+    for _ in range(5):
+        mean, std = rng.normal(2, 1, CHANNELS), rng.uniform(0.3, 3, CHANNELS)
+        reference = ladder.Reference(
+            torch.from_numpy((mean - data.running_mean) / data.scale)[None], torch.from_numpy(std / data.scale)[None]
+        )
+        found = ladder.mismatch(means, reference)[0]
+        assert float(found) == pytest.approx(mismatch_by_loop(data.batches, mean, std), rel=1e-12)
+
+
+def test_settled_statistics_are_where_an_ema_goes() -> None:
+    data = Data(512, 5, 4)
+    layer = torch.nn.BatchNorm1d(CHANNELS, eps=EPS, momentum=None).double()
+    for batch in data.batches:
+        layer(torch.from_numpy(batch))
+    means = data.sums()[0].means()
+    found = ladder.settled(means, 20, torch.zeros(1 + REPLICATES, 1))
+    mean = data.running_mean + data.scale * found.mean[0].numpy()
+    np.testing.assert_allclose(mean, layer.running_mean.numpy(), rtol=1e-12)
+    np.testing.assert_allclose((found.std[0].numpy() * data.scale) ** 2 - EPS, layer.running_var.numpy(), rtol=1e-12)
+    pooled = ladder.settled(means, 20, torch.ones(1 + REPLICATES, 1))
+    np.testing.assert_allclose((pooled.std[0].numpy() * data.scale) ** 2 - EPS, data.x.reshape(-1, 3).var(0))
+
+
+def test_rows_without_a_replicate_are_what_a_loop_without_it_gives() -> None:
+    data = Data(36 * 4, 5, 4)  # 36 micro-batches: 2 or 3 in a replicate
+    means = data.sums()[0].means()
+    found = ladder.mismatch(means, ladder.settled(means, 20, torch.zeros(1 + REPLICATES, 1)))
+    for replicate in range(REPLICATES):
+        kept = data.batches[np.arange(36) % REPLICATES != replicate]
+        mean, var = kept.mean((0, 1)), kept.var(1, ddof=1).mean(0)
+        expected = mismatch_by_loop(kept, mean, np.sqrt(var + EPS))
+        assert float(found[1 + replicate]) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("positions", "size"), [(5, 4), (1, 4), (5, 2), (1, 2), (3, 16)])
+def test_batches_drawn_at_random_are_those_of_many_shuffles(positions: int, size: int) -> None:
+    data = Data(512, positions, size, sorted_=True)
+    sums, squares, pool = data.sums()
+    means = sums.means()
+    drawn = draw(means, sums.counts, squares, pool, size, seed=0)
+    way = torch.zeros(1 + REPLICATES, 1, dtype=torch.float64)
+    found = float(ladder.mismatch_drawn(means, drawn, size * positions, way)[0])
+    rng, shuffled = np.random.default_rng(5), []
+    for _ in range(40):
+        batches = data.x[rng.permutation(512)].reshape(-1, size * positions, CHANNELS)
+        mean, var = batches.mean((0, 1)), batches.var(1, ddof=1).mean(0)
+        shuffled.append(mismatch_by_loop(batches, mean, np.sqrt(var + EPS)))
+    # A loop fits its reference to its own 512 / size micro-batches, and finds that much less.
+    assert found == pytest.approx(np.mean(shuffled), rel=0.02 + size / 512)
+
+
+def test_the_pools_own_noise_is_stated() -> None:
+    data = Data(4096, 3, 4, seed=1)
+    sums, squares, pool = data.sums()
+    means, way = sums.means(), torch.zeros(1 + REPLICATES, 1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    figures, stated = [], []
+    for seed in range(60):
+        some = torch.randperm(4096, generator=generator)[:96]
+        drawn = draw(means, sums.counts, squares, Images(pool.mean[some], pool.variance[some]), 4, seed)
+        figures.append(float(ladder.mismatch_drawn(means, drawn, 12, way)[0]))
+        stated.append(drawn.sampling_variance)
+    assert np.sqrt(np.mean(stated)) == pytest.approx(np.std(figures), rel=0.35)
+    assert np.std(figures) < 0.1 * np.mean(figures)
+
+
+def test_a_shift_between_two_samples_of_one_population_is_nothing() -> None:
+    values = []
+    for seed in range(40):
+        one, other = (Data(128, 5, 4, seed=seed + offset).sums()[0] for offset in (0, 1000))
+        estimate = ladder.shift(one, other)
+        low, high = estimate.interval()
+        values.append((estimate.value, low <= 0 <= high))
+    assert abs(np.mean([value for value, _ in values])) < 0.002
+    assert np.mean([covered for _, covered in values]) > 0.85
+
+
+def test_a_shift_is_the_distance_of_the_populations() -> None:
+    one, other = Data(4096, 5, 4, seed=1), Data(4096, 5, 4, seed=2)
+    other.x = 1.5 * other.x + 0.5
+    other.batches = other.x.reshape(-1, 20, CHANNELS)
+    here, there = (data.x.reshape(-1, CHANNELS) for data in (other, one))
+    s, reference = np.sqrt(here.var(0) + EPS), np.sqrt(there.var(0) + EPS)
+    rho = here.var(0) / (here.var(0) + EPS)
+    expected = (((here.mean(0) - there.mean(0)) ** 2 + rho * (s - reference) ** 2) / reference**2).mean()
+    assert ladder.shift(other.sums()[0], one.sums()[0]).value == pytest.approx(expected, rel=0.01)
+
+
+def test_analysis_of_variance_is_scipys() -> None:
+    from scipy.stats import f_oneway
+
+    for sorted_ in (False, True):
+        data = Data(80, 3, 5, sorted_=sorted_)
+        sums, squares, _ = data.sums()
+        found = analyse(sums, squares, 5)
+        expected = f_oneway(*data.x.mean(1).reshape(16, 5, CHANNELS), axis=0)
+        np.testing.assert_allclose(found.p_value.numpy(), expected.pvalue, rtol=1e-6, atol=1e-300)
+        assert bool((found.intraclass_correlation > 0.4).all()) == sorted_
+
+
+def test_constant_image_means_are_no_evidence() -> None:
+    data = Data(64, 1, 4)
+    data.x[:] = 3.0
+    sums, squares, _ = data.sums()
+    found = analyse(sums, squares, 4)
+    assert found.p_value.tolist() == [1.0] * CHANNELS
+    assert found.intraclass_correlation.tolist() == [0.0] * CHANNELS
+
+
+def test_p_values_are_uniform_for_batches_drawn_at_random() -> None:
+    p_values = torch.cat([analyse(*Data(128, 3, 4, seed=seed).sums()[:2], 4).p_value for seed in range(200)])
+    assert float((p_values < 0.05).double().mean()) == pytest.approx(0.05, abs=0.025)
+    assert float((p_values < 0.5).double().mean()) == pytest.approx(0.5, abs=0.06)
+
+
+def test_number_of_regrouped_batches() -> None:
+    assert regrouped_batches(1024, 2) == 4 * 512
+    assert regrouped_batches(100, 64) == 256
+    assert regrouped_batches(10, 64) == 0
