@@ -79,7 +79,7 @@ def _shares(evidence: Evidence, slots: list[Slot]) -> tuple[Shares, ShareInterva
     rungs = [ladder.mismatch(means, reference) for reference in (ladder.running(means), *references)]
     alone = evidence.batch_size == 1  # one image per batch: there is nothing to compose
     drawn = None if alone else _drawn(evidence, slots, means, counts)
-    noise = 0.0 if drawn is None else drawn.sampling_variance
+    noise = 0.0 if drawn is None else drawn.chance
     floor = rungs[-1] if drawn is None else ladder.mismatch_drawn(means, drawn, values, way)
     lag, dropout, propagation, composition = (
         jackknife(one - other, counts) for one, other in zip(rungs, [*rungs[1:], floor], strict=True)
@@ -125,7 +125,7 @@ def _drawn(evidence: Evidence, slots: list[Slot], means: Means, counts: Tensor) 
     pools = [evidence.pool[slot] for slot in slots if slot in evidence.pool]
     if len(pools) < len(slots):
         return None
-    images = Images(torch.cat([pool.mean for pool in pools]), torch.cat([pool.variance for pool in pools]))
+    images = Images(*(torch.cat([getattr(pool, name) for pool in pools]) for name in ("mean", "variance", "replicate")))
     if images.mean.shape[0] < FEWEST_GROUPS * evidence.batch_size:
         return None
     squares = sum((evidence.eval.image_squares[slot] for slot in slots), start=torch.zeros(()))

@@ -63,6 +63,8 @@ class Facts:
         drop_last: Whether the loader drops a partial last batch; None: not known.
         evaluation: Whether evaluation data was measured.
         processes: Processes that took part.
+        rank_mismatch: Mismatch D between the running statistics of the two processes that differ most, by layer; empty
+            where they were not compared.
     """
 
     anatomy: tuple[Anatomy, ...]
@@ -72,3 +74,4 @@ class Facts:
     drop_last: bool | None = None
     evaluation: bool = False
     processes: int = 1
+    rank_mismatch: Mapping[str, float] = field(default_factory=dict)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,22 +11,25 @@ from torch import nn
 
 import bnprobe
 from bnprobe.assemble import assemble
-from bnprobe.diagnosis import diagnose, judge, model_rules
-from bnprobe.errors import DeviceError
+from bnprobe.describe import describe, device_named, environment
+from bnprobe.diagnosis import diagnose, judge
+from bnprobe.errors import BnprobeError
 from bnprobe.facts import Facts
+from bnprobe.further import Further, check_wishes, impact_of, measure_further, wanted_batches, with_further
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.model import unwrapped
 from bnprobe.loading.workload import Workload, load_model_only, load_workload
 from bnprobe.probing.anatomy import anatomy
 from bnprobe.probing.drive import Progress, Source, probe
-from bnprobe.probing.evidence import Evidence
 from bnprobe.probing.forward import forward_all
-from bnprobe.probing.layers import check_buffers, find_layers, unmatched_globs
+from bnprobe.probing.layers import check_buffers, find_layers
 from bnprobe.probing.preserve import untouched
 from bnprobe.probing.runner import Runner, UserFunctions
+from bnprobe.probing.trainsteps import OptimizerFactory
 from bnprobe.randomness import preserved_random_state, seed_everything
-from bnprobe.records import SCHEMA_VERSION, Environment, Report, Scan, Tool
+from bnprobe.records import SCHEMA_VERSION, Report, Tool
 from bnprobe.reports.lint import LintReport
+from bnprobe.rules.selection import model_rules
 from bnprobe.spec import ScanSettings, Spec
 from bnprobe.specfile import settings_from
 
@@ -45,6 +48,7 @@ def scan(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     loss: Callable[[nn.Module, Any], Any] | None = None,
     metric: Callable[[nn.Module, Any], Any] | None = None,
+    optimizer: OptimizerFactory | None = None,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> Report:
@@ -59,6 +63,7 @@ def scan(
         num_batches: Measure exactly so many micro-batches; None: until every layer is decided.
         evaluation: Evaluation data, as ``batches``; read at the same batch size.
         forward, loss, metric: ``f(model, batch)``, as in a model file.
+        optimizer: ``f(parameters)`` that gives the optimizer of ``train_steps``; None: SGD with lr 0.01.
         progress: Called with the micro-batches done, and those planned so far.
         **settings: Any field of ``bnprobe.spec.ScanSettings`` but ``batches``: max_batches, seed, device, ...
 
@@ -77,7 +82,9 @@ def scan(
             held_out = as_batch_source(evaluation, source.batch_size, "the evaluation data given")
         inner, note = unwrapped(model)
         notes = (note,) if note else ()
-        workload = Workload(inner, type(inner).__name__, None, source, held_out, forward, loss, metric, notes)
+        workload = Workload(
+            inner, type(inner).__name__, None, source, held_out, forward, loss, metric, notes, optimizer
+        )
         return _scan(workload, given, progress)
 
 
@@ -93,111 +100,65 @@ def scan_spec(spec: Spec, progress: Progress = no_progress) -> Report:
 
 
 def _scan(workload: Workload, settings: ScanSettings, progress: Progress) -> Report:
-    model, source = workload.model, workload.source
-    with untouched(model):
+    source, held_out = workload.source, workload.evaluation
+    check_wishes(settings, workload.loss is not None, workload.metric is not None, held_out is not None)
+    with untouched(workload.model):
         seed_everything(settings.seed)
-        device = _device(settings.device, model)
-        model.to(device)
-        layers = find_layers(model, settings.is_selected)
-        check_buffers(layers.layers)
-        forward = workload.forward or (forward_all if source.synthetic else None)
-        functions = UserFunctions(forward, workload.loss, workload.metric)
-        autocast = getattr(torch, settings.autocast) if settings.autocast else None
-        runner = Runner(model, layers, functions, device, autocast)
-        with runner.installed():
-            data = Source(source.batches, source.batch_size)
-            held_out = None
-            if workload.evaluation is not None:
-                held_out = Source(workload.evaluation.batches, workload.evaluation.batch_size)
-            evidence = probe(runner, data, settings, progress, held_out)
-        findings = assemble(evidence, settings)
-        report = Report(
-            schema_version=SCHEMA_VERSION,
-            tool=Tool("bnprobe", bnprobe.__version__),
-            environment=_environment(device),
-            scan=_describe(workload, settings, evidence, device),
-            summary=findings.summary,
-            layers=findings.layers,
-            skipped=findings.skipped,
+        runner = _runner(workload, settings)
+        facts = Facts(
+            anatomy(runner.layers, workload.model),
+            images=source.images,
+            drop_last=source.drop_last,
+            evaluation=held_out is not None,
         )
-    if evidence.failure is not None:
-        evidence.failure.report = report
-        raise evidence.failure
+        keep = wanted_batches(settings, source.batch_size)
+        data = Source(source.batches, source.batch_size, keep=keep)
+        evaluation = None
+        if held_out is not None:
+            evaluation = Source(held_out.batches, held_out.batch_size, held_out.most, keep)
+        with runner.installed():
+            evidence = probe(runner, data, settings, progress, evaluation)
+        findings = assemble(evidence, settings)
+        further, failure = Further(), evidence.failure
+        if evidence.stopped not in ("interrupted", "failed"):
+            try:
+                measure_further(further, runner, evidence, settings, workload.make_optimizer)
+            except BnprobeError as error:
+                failure = error
+        scan = describe(workload, settings, evidence, further, runner.device)
+        layers = with_further(findings.layers, facts.anatomy, further, runner.layers)
+        facts = replace(facts, layers={layer.name: layer for layer in layers}, scan=scan)
+        verdicts = judge(facts, settings.rules)
+        diagnoses = diagnose(verdicts, facts, impact_of(runner, evidence, further))
+    report = Report(
+        schema_version=SCHEMA_VERSION,
+        tool=Tool("bnprobe", bnprobe.__version__),
+        environment=environment(runner.device),
+        scan=scan,
+        summary=replace(findings.summary, gradient_angle=further.angle),
+        layers=layers,
+        skipped=findings.skipped,
+        verdicts=verdicts,
+        diagnoses=diagnoses,
+        remedies=further.remedies,
+    )
+    if failure is not None:
+        failure.report = report
+        raise failure
     return report
 
 
-def _device(name: str, model: nn.Module) -> torch.device:
-    """The device asked for; "auto" is the model's own, or CUDA where the model is on the CPU and CUDA is there.
-
-    Raises:
-        DeviceError: It is not there.
-    """
-    own = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    if name == "auto":
-        return torch.device("cuda") if own.type == "cpu" and torch.cuda.is_available() else own
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        have = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "no CUDA device"
-        raise DeviceError(
-            f"The device {name!r} cannot be used: {str(error).splitlines()[0]}. This machine has cpu and {have};"
-            " use --device cpu."
-        ) from None
-    return device
-
-
-def _environment(device: torch.device) -> Environment:
-    on_cuda = device.type == "cuda"
-    return Environment(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        platform=platform.platform(terse=True),
-        device_name=torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
-        threads=torch.get_num_threads(),
-    )
-
-
-def _describe(workload: Workload, settings: ScanSettings, evidence: Evidence, device: torch.device) -> Scan:
-    source = workload.source
-    parameter = next(workload.model.parameters(), None)
-    return Scan(
-        model=workload.model_name,
-        data=source.description,
-        synthetic=source.synthetic,
-        checkpoint=workload.checkpoint,
-        batch_size=evidence.batch_size,
-        batches=evidence.batches,
-        batches_requested=settings.batches,
-        images=evidence.batches * evidence.batch_size,
-        left_out=evidence.left_out,
-        emulated=evidence.emulated,
-        physical_batch=evidence.physical_batch,
-        emulation=evidence.emulation,
-        self_check=evidence.self_check,
-        seed=settings.seed,
-        device=str(device),
-        dtype="none" if parameter is None else str(parameter.dtype).removeprefix("torch."),
-        autocast=settings.autocast,
-        stopped=evidence.stopped,
-        partial=evidence.stopped in ("interrupted", "failed"),
-        seconds=evidence.seconds,
-        notes=(*workload.notes, *source.notes, *_remarks(settings, evidence)),
-    )
-
-
-def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
-    """What the reader should know about the scan as a whole."""
-    yield from unmatched_globs(settings, evidence.layers)
-    if all(layer.info.batches_tracked == 0 for layer in evidence.layers.selected):
-        yield (
-            "No layer's running statistics were ever updated (num_batches_tracked is 0): the model is untrained."
-            " Was a checkpoint forgotten?"
-        )
-    images = evidence.batches * evidence.batch_size
-    for size in evidence.batch_sizes:
-        if images < 2 * size:
-            yield f"Batch size {size} needs at least {2 * size} images, and {images} were measured: raise --batches."
+def _runner(workload: Workload, settings: ScanSettings) -> Runner:
+    """The model on its device, with its layers found and the user's functions at hand."""
+    model = workload.model
+    device = device_named(settings.device, model)
+    model.to(device)
+    layers = find_layers(model, settings.is_selected)
+    check_buffers(layers.layers)
+    forward = workload.forward or (forward_all if workload.source.synthetic else None)
+    functions = UserFunctions(forward, workload.loss, workload.metric)
+    autocast = getattr(torch, settings.autocast) if settings.autocast else None
+    return Runner(model, layers, functions, device, autocast)
 
 
 def lint_spec(spec: Spec) -> LintReport:

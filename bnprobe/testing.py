@@ -1,1 +1,214 @@
-"""Public helpers for authors of rules."""
+"""Public helpers for authors of rules: records with sensible values, and a rule run on them.
+
+    facts = make_evidence(make_layer("bn1", shares=make_shares(lag=0.4)))
+    verdicts = run_rule("BN203", facts)
+
+Nothing is measured: a test says what a scan would have found, and compares whole lists of verdicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from bnprobe.facts import Anatomy, Facts
+from bnprobe.records import (
+    Distribution,
+    Histogram,
+    Interval,
+    Layer,
+    PathMeasurement,
+    Scan,
+    ShareIntervals,
+    Shares,
+    Verdict,
+)
+from bnprobe.rules import RULES
+from bnprobe.rules.selection import check_code
+from bnprobe.spec import DEFAULT_THRESHOLD
+from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
+
+_PROBABILITIES = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
+
+WIDTH = 0.1
+"""Half width of every interval that is not given, relative to its value."""
+
+
+def run_rule(code: str, facts: Facts) -> list[Verdict]:
+    """The verdicts of one rule.
+
+    Raises:
+        UsageError: There is no such rule; names the nearest.
+    """
+    check_code(code)
+    return [verdict for rule in RULES if rule.code == code.upper() for verdict in rule.judge(facts)]
+
+
+def make_evidence(
+    *layers: Layer,
+    anatomy: Sequence[Anatomy] | None = None,
+    batch_size: int = 8,
+    synthetic: bool = False,
+    **changes: Any,
+) -> Facts:
+    """What rules look at: these layers as a scan measured them, or without layers the model alone.
+
+    Args:
+        *layers: Measured layers, in network order.
+        anatomy: What the layers are set to; None: an ordinary trained layer for each of ``layers``.
+        batch_size: Images in a micro-batch.
+        synthetic: Whether the images were made up.
+        **changes: Other fields of ``bnprobe.facts.Facts``.
+    """
+    if anatomy is None:
+        anatomy = [make_anatomy(layer.name, channels=layer.channels) for layer in layers]
+    scan = make_scan(batch_size=batch_size, synthetic=synthetic) if layers else None
+    known = {"scan": scan, **changes}
+    return Facts(tuple(anatomy), {layer.name: layer for layer in layers}, **known)
+
+
+def make_anatomy(name: str = "bn", **changes: Any) -> Anatomy:
+    """An ordinary trained layer; ``changes`` are fields of ``bnprobe.facts.Anatomy``."""
+    usual = {
+        "name": name,
+        "location": None,
+        "kind": "BatchNorm2d",
+        "channels": 16,
+        "eps": 1e-5,
+        "momentum": 0.1,
+        "batches_tracked": 1200,
+        "has_running_statistics": True,
+        "trains_statistics": True,
+        "trains_affine": True,
+        "untouched": False,
+        "non_finite": 0,
+        "negative": 0,
+        "dead": 0,
+        "median_variance": 0.5,
+    }
+    return Anatomy(**{**usual, **changes})
+
+
+def make_layer(name: str = "bn", shares: Shares | None = None, **changes: Any) -> Layer:
+    """A measured layer. Its paths and flags follow from its shares, unless they are given.
+
+    Args:
+        name: Of the layer.
+        shares: None: a healthy layer's; ``changes`` may hold ``shares=None`` only through ``dataclasses.replace``.
+        **changes: Fields of ``bnprobe.records.Layer``; ``train`` is the eval path, where not given.
+    """
+    shares = shares or make_shares()
+    threshold = float(changes.get("threshold", DEFAULT_THRESHOLD))
+    eval_ = changes["eval"] if "eval" in changes else make_path(total(shares))
+    train = changes.get("train", eval_)
+    paths = [path for path in (train, eval_) if path is not None]
+    usual = {
+        "name": name,
+        "aliases": (),
+        "kind": "BatchNorm2d",
+        "channels": 16,
+        "eps": 1e-5,
+        "momentum": 0.1,
+        "batches_tracked": 1200,
+        "calls_per_forward": 1,
+        "values_per_channel": 512,
+        "running_statistics": True,
+        "threshold": threshold,
+        "flagged": any(path.interval[0] > mismatch_iid(threshold) for path in paths),
+        "undecided": False,
+        "note": None,
+        "train": train,
+        "eval": eval_,
+        "shares": shares,
+        "share_intervals": make_intervals(shares),
+    }
+    return Layer(**{**usual, **changes})
+
+
+def make_shares(**changes: float | None) -> Shares:
+    """Shares of the mismatch; those of a healthy layer where not given."""
+    usual: dict[str, Any] = {
+        "small_batch": 0.004,
+        "composition": 0.0,
+        "lag": 0.001,
+        "dropout": 0.0,
+        "propagation": 0.0,
+        "data_shift": None,
+    }
+    return Shares(**{**usual, **changes})
+
+
+def make_intervals(shares: Shares) -> ShareIntervals:
+    """Intervals of the usual width around shares."""
+    return ShareIntervals(**{field.name: _around(getattr(shares, field.name)) for field in fields(Shares)})
+
+
+def make_path(mismatch: float, r: float = 1.0, d: float = 0.0) -> PathMeasurement:
+    """A path of this mismatch.
+
+    Args:
+        mismatch: D.
+        r: Every value of r.
+        d: Every value of d.
+    """
+    low, high = interval = (mismatch * (1 - WIDTH), mismatch * (1 + WIDTH))
+    return PathMeasurement(
+        mismatch=mismatch,
+        interval=interval,
+        equivalent_batch_size=equivalent_batch_size(mismatch),
+        equivalent_batch_size_interval=(equivalent_batch_size(high) or 1.0, equivalent_batch_size(low)),
+        r=_constant(r),
+        d=_constant(d),
+    )
+
+
+def make_scan(batch_size: int = 8, synthetic: bool = False, **changes: Any) -> Scan:
+    """A finished scan of 64 micro-batches; ``changes`` are fields of ``bnprobe.records.Scan``."""
+    usual = {
+        "model": "model.py:load_model",
+        "data": "load_data() of model.py",
+        "synthetic": synthetic,
+        "checkpoint": None,
+        "batch_size": batch_size,
+        "batches": 64,
+        "batches_requested": None,
+        "images": 64 * batch_size,
+        "left_out": 0,
+        "emulated": True,
+        "physical_batch": 64,
+        "emulation": "Statistics are taken per group of images.",
+        "self_check": None,
+        "seed": 0,
+        "device": "cpu",
+        "dtype": "float32",
+        "autocast": None,
+        "stopped": "decided",
+        "partial": False,
+        "seconds": 1.0,
+        "notes": (),
+    }
+    return Scan(**{**usual, **changes})
+
+
+def total(shares: Shares) -> float:
+    """The mismatch at inference that the shares add up to."""
+    parts = (shares.small_batch, shares.composition, shares.lag, shares.dropout, shares.propagation)
+    return sum(part for part in parts if part is not None)
+
+
+def _around(value: float | None) -> Interval | None:
+    return None if value is None else (value - WIDTH * abs(value), value + WIDTH * abs(value))
+
+
+def _constant(value: float) -> Distribution:
+    return Distribution(
+        mean=value,
+        std=0.0,
+        min=value,
+        max=value,
+        quantiles=dict.fromkeys(_PROBABILITIES, value),
+        histogram=Histogram((value - 1, value + 1), (1,)),
+        clipped=0.0,
+        clipped_iid=0.0,
+    )

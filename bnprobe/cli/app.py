@@ -10,8 +10,11 @@ import typer
 import typer.core
 
 import bnprobe
+from bnprobe.cli.explain import explain
 from bnprobe.cli.init import init
+from bnprobe.cli.lint import lint
 from bnprobe.cli.scan import scan
+from bnprobe.cli.sweep import SweepCommand, sweep
 from bnprobe.errors import EXIT_ERROR, BnprobeError, NothingToProbeError, UserCodeError
 
 
@@ -37,6 +40,9 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(scan)
+app.command(cls=SweepCommand)(sweep)
+app.command()(lint)
+app.command()(explain)
 app.command()(init)
 
 

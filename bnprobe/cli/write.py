@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from bnprobe.errors import OutputError
@@ -36,15 +37,19 @@ def check_writable(output: Path | None) -> None:
 
 def write_report(report: Report, format_: str, output: Path | None, show_all: bool) -> None:
     """Render the report; to ``output`` if given, else to stdout."""
-    render = FORMATS[format_]
-    if output is None:
-        _print(render(report, _terminal_options(show_all)))
-        return
-    plain = RenderOptions(show_all=show_all, command=_command())
-    write_whole(output, render(report, plain))
     partial = f"PARTIAL, {report.scan.stopped}: " if report.scan.partial else ""
     layers = count(report.summary.layers, "layer")
-    print(f"{partial}{report.summary.flagged} of {layers} flagged; report written to {output}", file=sys.stderr)
+    summary = f"{partial}{report.summary.flagged} of {layers} flagged"
+    deliver(lambda options: FORMATS[format_](report, options), output, show_all, summary)
+
+
+def deliver(render: Callable[[RenderOptions], str], output: Path | None, show_all: bool, summary: str) -> None:
+    """Write what is rendered to ``output`` if given, and the summary to stderr; else to stdout."""
+    if output is None:
+        _print(render(_terminal_options(show_all)))
+        return
+    write_whole(output, render(RenderOptions(show_all=show_all, command=_command())))
+    print(f"{summary}; report written to {output}", file=sys.stderr)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -32,6 +32,8 @@ class BatchSource:
         images: Number of images, where known.
         synthetic: They are made up.
         notes: What the reader should know, a sentence each.
+        drop_last: Whether the user's loader leaves a partial last batch out; None: not known.
+        most: Draw at most so many micro-batches; None: as many as it takes.
     """
 
     batches: Iterable[Any]
@@ -40,6 +42,8 @@ class BatchSource:
     images: int | None = None
     synthetic: bool = False
     notes: tuple[str, ...] = ()
+    drop_last: bool | None = None
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
         UsageError: No batch size is known.
         UserCodeError: The user's code raised.
     """
-    found = _find(spec, module, ("load_data", "loader", "dataset"))
+    found = _find(spec, module, _TRAINING)
     if found is not None:
         source = _from_symbol(*found, spec)
         if not spec.input_shape:
@@ -89,10 +93,11 @@ def load_evaluation(spec: EvalDataSpec, module: UserModule | None, batch_size: i
         DataError: The data cannot be had at this batch size.
         UserCodeError: The user's code raised.
     """
-    found = _find(spec, module, ("load_eval_data",))
+    found = _find(spec, module, _EVALUATION)
     if found is None:
         return None
-    return _from_symbol(*found, spec.model_copy(update={"batch_size": spec.batch_size or batch_size}))
+    source = _from_symbol(*found, spec.model_copy(update={"batch_size": spec.batch_size or batch_size}))
+    return replace(source, most=spec.batches)
 
 
 def as_batch_source(batches: Any, batch_size: int | None = None, origin: str = "the data given") -> BatchSource:
@@ -144,7 +149,11 @@ class _Synthetic:
 # ---- finding the data
 
 
-def _find(spec: EvalDataSpec, module: UserModule | None, names: tuple[str, ...]) -> tuple[UserModule, str] | None:
+_TRAINING = {"load_data": "load_data(batch_size)", "loader": "loader", "dataset": "dataset"}
+_EVALUATION = {"load_eval_data": "load_eval_data(batch_size)"}
+
+
+def _find(spec: EvalDataSpec, module: UserModule | None, names: Mapping[str, str]) -> tuple[UserModule, str] | None:
     if spec.target is not None:
         module, symbol = locate(spec.target, module)
         if symbol is not None:
@@ -157,9 +166,10 @@ def _find(spec: EvalDataSpec, module: UserModule | None, names: tuple[str, ...])
     return (module, named) if named else None
 
 
-def _no_data(module: UserModule | None, names: tuple[str, ...] = ("load_data", "loader", "dataset")) -> str:
-    where = f"{module.name} has no {' or '.join(names)}" if module else "There is no data"
-    if "load_data" not in names:
+def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) -> str:
+    wanted = " or ".join(", ".join(names.values()).rsplit(", ", 1))
+    where = f"{module.name} has no {wanted}" if module else "There is no data"
+    if names is _EVALUATION:
         return f"{where}. Add it, or name another function or loader in the spec (eval_data: target)."
     return (
         f"{where}. Add one of them, name one in the spec (data: target), or give --input-shape, "
@@ -240,6 +250,7 @@ def _from_dataset(dataset: Any, request: _Request) -> BatchSource:
     images = _length(dataset, request.origin)
     _check_images(images, size, request.origin)
     source = _loader_source(DataLoader(dataset, batch_size=size), size, request.origin, images)
+    source = replace(source, drop_last=None)  # the loader is ours
     return replace(source, notes=(f"{request.origin} is a data set and was read in its own order.",))
 
 
@@ -255,14 +266,14 @@ def _from_loader(loader: DataLoader[Any], request: _Request) -> BatchSource:
         again = rebuilt(loader, size)
     source = _loader_source(again, size, request.origin, images)
     note = f"The loader was rebuilt at batch size {size}, with its own sampler; it had {own}."
-    return replace(source, notes=(note,))
+    return replace(source, notes=(note,), drop_last=loader.drop_last)
 
 
 def _loader_source(loader: DataLoader[Any], size: int, origin: str, images: int | None) -> BatchSource:
     if _length(loader, origin) == 0:
         raise DataError(f"{origin} is empty: it gives no batch.")
     words = origin if images is None else f"{origin} ({images} images)"
-    return BatchSource(GuardedBatches(loader, origin), size, words, images)
+    return BatchSource(GuardedBatches(loader, origin), size, words, images, drop_last=loader.drop_last)
 
 
 def _images_of(loader: DataLoader[Any], origin: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bnprobe.loading.data import BatchSource, load_evaluation, load_source
 from bnprobe.loading.inspection import kind_of
 from bnprobe.loading.model import LoadedModel, load_model
 from bnprobe.loading.modules import UserModule, locate
+from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.spec import Spec
 from bnprobe.usercode import BatchFunction
 
@@ -31,6 +33,7 @@ class Workload:
         evaluation: Those of the evaluation data, if there is any.
         forward, loss, metric: The user's functions of (model, batch), where given.
         notes: What the reader should know, a sentence each; those of ``source`` are its own.
+        make_optimizer: Of the parameters, where training steps are asked for.
     """
 
     model: nn.Module
@@ -42,6 +45,7 @@ class Workload:
     loss: BatchFunction | None
     metric: BatchFunction | None
     notes: tuple[str, ...]
+    make_optimizer: Callable[[list[nn.Parameter]], Any] | None = None
 
 
 def load_workload(spec: Spec) -> Workload:
@@ -61,7 +65,14 @@ def load_workload(spec: Spec) -> Workload:
         for role, target in (("forward", spec.forward), ("loss", spec.loss), ("metric", spec.metric))
     }
     return Workload(
-        loaded.model, loaded.name, spec.checkpoint.path, source, evaluation, notes=tuple(notes), **functions
+        loaded.model,
+        loaded.name,
+        spec.checkpoint.path,
+        source,
+        evaluation,
+        notes=tuple(notes),
+        make_optimizer=load_optimizer(spec.train.optimizer, loaded.module) if spec.scan.train_steps else None,
+        **functions,
     )
 
 

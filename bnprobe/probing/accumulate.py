@@ -184,7 +184,9 @@ class Path:
         d = (mean - columns.mean) / scale.sqrt()
         replicates.add_images(slots, d, self.batch_size)
         if self.pool is not None:
-            self.pool.add(slots, d, variance / scale)
+            batches = replicates.next(d.shape[0] // self.batch_size)
+            of_images = [replicate for replicate in batches for _ in range(self.batch_size)]
+            self.pool.add(slots, d, variance / scale, of_images)
 
     def _grow(self, slots: tuple[Slot, ...]) -> None:
         for slot in slots:

@@ -38,11 +38,13 @@ class Source:
     Attributes:
         batches: Yields batches of ``batch_size`` images; the last one may be partial.
         most: Draw at most so many; None: as the scan decides.
+        keep: Keep the first of them for what is measured afterwards.
     """
 
     batches: Iterable[Any]
     batch_size: int
     most: int | None = None
+    keep: int = 0
 
 
 STOPPING_CONFIDENCE = 0.99
@@ -61,12 +63,13 @@ def probe(
             ``Feed``, ``Runner`` and ``Measurement``. Later errors are in ``Evidence.failure``.
     """
     started = time.perf_counter()
-    feed = Feed(data.batches, data.batch_size)
+    feed = Feed(data.batches, data.batch_size, data.keep)
     measurement = _prepare(runner, feed, settings)
     held_out: Evaluation | None = None
     failure: BnprobeError | None = None
     try:
         stopped = _measure_until_done(measurement, feed, settings, progress)
+        feed.fill()
         if evaluation is not None:
             held_out = _evaluate(measurement, evaluation, progress)
     except KeyboardInterrupt:
@@ -83,7 +86,7 @@ def probe(
 def _evaluate(measured: Measurement, source: Source, progress: Progress) -> Evaluation:
     """The eval path on as many micro-batches of evaluation data as were measured, or on all that there are."""
     started = time.perf_counter()
-    feed = Feed(source.batches, source.batch_size)
+    feed = Feed(source.batches, source.batch_size, source.keep)
     runner, layers = measured.runner, measured.runner.layers.layers
     path = Path(layers, source.batch_size, runner.device, ReplicateSums())
     measurement = Measurement(
@@ -106,9 +109,12 @@ def _evaluate(measured: Measurement, source: Source, progress: Progress) -> Eval
         if not micro_batches:
             break
         measurement.step(micro_batches)
+    feed.fill()
     images = measurement.batches * source.batch_size
     seconds = time.perf_counter() - started
-    return Evaluation(path_evidence(path), measurement.output.score("eval"), images, seconds)
+    return Evaluation(
+        path_evidence(path), measurement.output.score("eval"), images, seconds, source.batch_size, feed.kept
+    )
 
 
 def _prepare(runner: Runner, feed: Feed, settings: ScanSettings) -> Measurement:
@@ -201,6 +207,9 @@ def _evidence(
         batches=measurement.batches,
         left_out=feed.left_out,
         physical_batch=measurement.largest,
+        kept=feed.kept,
+        at_once=measurement.at_once,
+        trust=measurement.emulation,
         emulated=measurement.largest > measurement.batch_size,
         emulation=measurement.emulation.reason,
         self_check=measurement.emulation.check,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from bnprobe.errors import BnprobeError
 from bnprobe.probing.accumulate import Path, ValueSums
+from bnprobe.probing.emulation import Emulation
 from bnprobe.probing.intercept import Slot
 from bnprobe.probing.layers import LayerSet
 from bnprobe.probing.runner import PathName
@@ -85,6 +87,8 @@ class Evaluation:
     score: Score
     images: int
     seconds: float
+    batch_size: int
+    kept: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,9 @@ class Evidence:
         pool: Images for regrouping, by call; empty where images could not be told apart.
         pool_bytes: Size of the pool.
         scores: Loss and metric of the training batches, by path.
+        kept: The first micro-batches, on the host, for what is measured afterwards.
+        at_once: Micro-batches that ran at once in the end.
+        trust: Whether micro-batches may run together.
     """
 
     layers: LayerSet
@@ -116,6 +123,9 @@ class Evidence:
     pool: Mapping[Slot, Images]
     pool_bytes: int
     scores: Mapping[PathName, Score]
+    kept: Sequence[Any]
+    at_once: int
+    trust: Emulation
     batch_sizes: Mapping[int, PathEvidence]
     values: Mapping[Slot, int]
     by_batch: Mapping[str, frozenset[int]]

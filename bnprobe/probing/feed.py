@@ -18,10 +18,13 @@ class Feed:
         drawn: Micro-batches given out so far.
         left_out: Images of a partial last batch, which is not given out.
         exhausted: The loader has no more.
+        kept: The first ``keep`` micro-batches, for what is measured after the two paths.
     """
 
-    def __init__(self, batches: Iterable[Any], batch_size: int) -> None:
+    def __init__(self, batches: Iterable[Any], batch_size: int, keep: int = 0) -> None:
         self.batch_size = batch_size
+        self.kept: list[Any] = []
+        self._keep = keep
         self.drawn = 0
         self.left_out = 0
         self.exhausted = False
@@ -43,6 +46,11 @@ class Feed:
             taken.append(batch)
         return taken
 
+    def fill(self) -> None:
+        """Draw until as many micro-batches are kept as were asked for, or the data ends."""
+        while len(self.kept) < self._keep and self._next() is not _END:
+            pass
+
     def give_back(self, batches: list[Any]) -> None:
         """Batches that were looked at before they are measured: the next ``take`` gives them again."""
         self._returned = batches + self._returned
@@ -58,6 +66,8 @@ class Feed:
             return self._odd_size(images)
         check_finite(batch, self.drawn + 1)
         self.drawn += 1
+        if len(self.kept) < self._keep:
+            self.kept.append(batch)
         return batch
 
     def _end(self) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -17,6 +17,7 @@ from bnprobe.norms import NORMS, NormCall, NormFamily
 from bnprobe.probing.batches import CannotEmulateError
 from bnprobe.probing.grouping import Grouping, Layout, normalize
 from bnprobe.probing.layers import ProbedLayer
+from bnprobe.probing.swap import Leaves, affine, normalize_together
 from bnprobe.stats.mismatch import distance
 from bnprobe.stats.moments import Moments, pool_moments
 
@@ -54,6 +55,12 @@ class Pass:
         per_image: Where a layer uses its running statistics, record images rather than micro-batches.
         layouts: Of the calls whose layout is known.
         references: Micro-batch moments that the right layout gives: where present, the layout is found by them.
+        by_batch: Indices of layers that normalize with their micro-batch's statistics, whatever mode they are in.
+        statistics: By index of the layer, (mean, variance), float64 of shape (channels,): stand in for the running
+            statistics, as if they were in the buffers, where the layer would use these.
+        leaves: Not None: where a layer uses its running statistics, its scale and shift become leaves of the graph, one
+            row for each unit of what is recorded, and are put here. Needs grad mode; layers that normalize with batch
+            statistics are differentiated through these, of one micro-batch per pass.
         records: In call order.
         entered: Indices of the layers whose forward was called.
         functional: Places in the user's code that call batch_norm outside any layer.
@@ -64,6 +71,9 @@ class Pass:
     per_image: bool = False
     layouts: dict[Slot, Layout] = field(default_factory=dict)
     references: dict[Slot, Moments] = field(default_factory=dict)
+    by_batch: frozenset[int] = frozenset()
+    statistics: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    leaves: dict[Slot, Leaves] | None = None
     records: dict[Slot, Recorded] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)
     functional: set[str] = field(default_factory=set)
@@ -73,7 +83,7 @@ class Interceptor(TorchFunctionMode):
     """Answers the layers' calls of their functional form; which layer is calling is known from forward hooks.
 
     A layer that asks for batch statistics gets those of its micro-batch, and its buffers stay as they are. One that
-    asks for running statistics gets its own kernel.
+    asks for running statistics gets its own kernel. A pass may say otherwise for some layers.
     """
 
     def __init__(self, layers: Sequence[ProbedLayer]) -> None:
@@ -131,17 +141,32 @@ class Interceptor(TorchFunctionMode):
 
 def _answer(pass_: Pass, layer: ProbedLayer, family: NormFamily, call: NormCall) -> Tensor:
     slot = (layer.index, sum(index == layer.index for index, _ in pass_.records))
-    grouping, moments = _group(pass_, layer, slot, call)
-    by_batch = call.training or call.running_mean is None
+    gradient = pass_.leaves is not None
+    grouping, moments = _group(pass_, layer, slot, replace(call, input=call.input.detach()) if gradient else call)
+    by_batch = call.training or call.running_mean is None or layer.index in pass_.by_batch
     per_image = pass_.per_image and not by_batch
     mean, variance = pool_moments(*moments, 1 if per_image else grouping.batch_size)
     values = call.input.numel() // call.input.shape[1] // grouping.groups
     size = call.input.numel() * call.input.element_size()
     unit = 1 if per_image else pass_.batch_size
     pass_.records[slot] = Recorded(mean, variance, unit, values, by_batch, size)
-    if not by_batch:
+    if by_batch:
+        if gradient:
+            return normalize_together(call)
+        return normalize(call, mean, variance, grouping.group_of_row(call.input.device))
+    call = _with_statistics(call, pass_.statistics.get(layer.index))
+    if pass_.leaves is None:
         return family.evaluate(call)
-    return normalize(call, mean, variance, grouping.group_of_row(call.input.device))
+    output, pass_.leaves[slot] = affine(call, replace(grouping, batch_size=1) if per_image else grouping)
+    return output
+
+
+def _with_statistics(call: NormCall, statistics: tuple[Tensor, Tensor] | None) -> NormCall:
+    """The call as it were with other values in the buffers, in the buffers' own dtype."""
+    if statistics is None or call.running_mean is None or call.running_variance is None:
+        return call
+    mean, variance = statistics
+    return replace(call, running_mean=mean.to(call.running_mean), running_variance=variance.to(call.running_variance))
 
 
 def _group(pass_: Pass, layer: ProbedLayer, slot: Slot, call: NormCall) -> tuple[Grouping, Moments]:

@@ -54,6 +54,11 @@ def plan_images(image: Footprint, device: torch.device) -> int:
     return max(1, fitting)
 
 
+def fits(image: Footprint, images: int, device: torch.device) -> bool:
+    """Whether so many images may be planned to run at once, however slow that is."""
+    return images * image.total <= int(_SHARE * _free_bytes(device))
+
+
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -7,7 +7,7 @@ number.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,7 +51,7 @@ class ReplicateSums:
         """Add the next micro-batches; ``bessel`` is n / (n - 1) of each column."""
         rows, columns = values.r.shape
         held = self._held(slots, columns, values.r)
-        replicates = [(self.batches + row) % REPLICATES for row in range(rows)]
+        replicates = self.next(rows)
         for replicate in replicates:
             held.counts[replicate] += 1
         index = torch.tensor(replicates, device=values.r.device)
@@ -66,8 +66,12 @@ class ReplicateSums:
         """Add the image means (as d) of the micro-batches that ``add`` is called with next."""
         held = self._held(slots, d.shape[1], d)
         squares = d.square().unflatten(0, (-1, size)).sum(1)
-        index = [(self.batches + row) % REPLICATES for row in range(squares.shape[0])]
-        held.squares.index_add_(0, torch.tensor(index, device=d.device), squares)
+        index = torch.tensor(self.next(squares.shape[0]), device=d.device)
+        held.squares.index_add_(0, index, squares)
+
+    def next(self, rows: int) -> list[int]:
+        """Replicates of the next micro-batches."""
+        return [(self.batches + row) % REPLICATES for row in range(rows)]
 
     def per_call(self, channels: Mapping[Slot, int]) -> dict[Slot, tuple[Tensor, Tensor, Tensor]]:
         """Counts (replicates,), sums (replicates, 6, channels) and image squares of each call, on the host."""
@@ -108,6 +112,7 @@ class ImagePool:
     _mean: Tensor | None = None
     _variance: Tensor | None = None
     _origin: Tensor | None = None
+    _replicate: list[int] = field(default_factory=list)
     _random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,8 +128,13 @@ class ImagePool:
         """Size of the pool."""
         return 0 if self._mean is None else 8 * self.images * self._mean.shape[1]
 
-    def add(self, slots: Calls, d: Tensor, variance: Tensor) -> None:
-        """Add images: their means as d and their variances over (running variance + eps), (images, columns)."""
+    def add(self, slots: Calls, d: Tensor, variance: Tensor, replicates: Sequence[int]) -> None:
+        """Add images.
+
+        Args:
+            d, variance: Their means as d, and variances over (running variance + eps), shape (images, columns).
+            replicates: Replicate of each.
+        """
         if self._mean is None:
             self._start(slots, d)
         if slots != self.slots or self._mean is None or self._variance is None or self._origin is None:
@@ -134,6 +144,8 @@ class ImagePool:
             return
         places = torch.tensor(list(chosen), device=d.device)
         rows = torch.tensor(list(chosen.values()), device=d.device)
+        for place, row in chosen.items():
+            self._replicate[place] = replicates[row]
         self._mean[places] = (d[rows] - self._origin).float()
         self._variance[places] = variance[rows].float()
 
@@ -144,8 +156,9 @@ class ImagePool:
         widths = [channels[slot] for slot in self.slots]
         means = self._mean[: self.images].cpu().split(widths, 1)
         variances = self._variance[: self.images].cpu().split(widths, 1)
+        replicate = torch.tensor(self._replicate[: self.images])
         parts = zip(self.slots, means, variances, strict=True)
-        return {slot: Images(mean, variance) for slot, mean, variance in parts}
+        return {slot: Images(mean, variance, replicate) for slot, mean, variance in parts}
 
     def _start(self, slots: Calls, d: Tensor) -> None:
         room = max(1, min(POOL_IMAGES, POOL_BYTES // (8 * d.shape[1])))
@@ -153,6 +166,7 @@ class ImagePool:
         self._origin = d.mean(0)
         self._mean = d.new_zeros(room, d.shape[1], dtype=torch.float32)
         self._variance = torch.zeros_like(self._mean)
+        self._replicate = [0] * room
 
     def _choose(self, images: int) -> dict[int, int]:
         """Place in the pool -> row of the step; a later image may take the place of an earlier one."""

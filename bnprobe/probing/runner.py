@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -51,6 +51,9 @@ class Runner:
         functions: The user's own forward, loss and metric.
         device: Where to run.
         autocast: Autocast dtype, or None.
+
+    Attributes:
+        held: Modules that the user keeps in eval mode while training.
     """
 
     def __init__(
@@ -68,22 +71,22 @@ class Runner:
         self.autocast = autocast
         self._interceptor = Interceptor(layers.layers)
         self._forward = functions.forward or default_forward
-        self._held: list[nn.Module] = []
+        self._last = Pass(images=0, batch_size=0)
+        # What is in eval mode beside a root in train mode was put there by the user, to be kept so in training.
+        self.held = [module for module in model.modules() if model.training and not module.training]
         self._frozen: frozenset[int] = frozenset()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Keep the hooks in place while the block runs."""
         with self._interceptor.installed(), torch.no_grad(), _eagerly():
-            # What is in eval mode beside a root in train mode was put there by the user, to be kept so in training.
-            self._held = [module for module in self.model.modules() if self.model.training and not module.training]
             self._set_flags("train")
             # A model whose own train() keeps layers in eval mode trains with them frozen, too.
             self._frozen = frozenset(layer.index for layer in self.layers.layers if not layer.module.training)
             yield
 
     def forward(self, path: PathName, batch: Any, pass_: Pass) -> tuple[Any, Outputs]:
-        """Run the model on a copy of a batch that is on the device; the moments go to ``pass_``.
+        """Run the model on a copy of a batch that is on the device, as ``pass_`` says; the moments go there.
 
         A copy, since a model may write into its input, and every pass is to see the same images.
 
@@ -94,6 +97,7 @@ class Runner:
             UserCodeError: The model or the user's forward raised.
         """
         self._set_flags(path)
+        self._last = pass_
         batch = copy_tensors(batch)
         border = model_code(f"calling {describe_call(self._forward, batch)} ({_IN_WORDS[path]})")
         with (
@@ -107,8 +111,12 @@ class Runner:
     def call(
         self, path: PathName, name: str, function: BatchFunction, batch: Any, outputs: Outputs, pass_: Pass
     ) -> Any:
-        """Call the user's loss or metric, right after ``forward`` on the same path: the flags are still set."""
+        """Call the user's loss or metric, right after ``forward`` on the same path.
+
+        The flags are still set, and layers whose statistics that pass chose use the same if the model is called again.
+        """
         batch = copy_tensors(batch)
+        pass_ = replace(pass_, by_batch=self._last.by_batch, statistics=self._last.statistics)
         border = model_code(f"calling {name}(model, batch) ({_IN_WORDS[path]})")
         with (
             self._autocast(path),
@@ -120,7 +128,7 @@ class Runner:
 
     def _set_flags(self, path: PathName) -> None:
         self.model.train(path in ("train", "check train"))
-        for module in self._held:
+        for module in self.held:
             module.training = False
         if path in ("steady", "check"):
             for layer in self.layers.layers:

@@ -64,6 +64,11 @@ def plain(value: float) -> str:
     return f"{value:.4g}"
 
 
+def score(value: float) -> str:
+    """A loss or metric, e.g. "1.92", "0.0077"."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.4g}"
+
+
 def points_in_line(texts: Sequence[str]) -> list[str]:
     """Numbers filled on the right so that, set flush right, their decimal points stand in line."""
     after = [len(text.partition(".")[2]) + ("." in text) for text in texts]
@@ -72,3 +77,25 @@ def points_in_line(texts: Sequence[str]) -> list[str]:
         text + " " * (blank if any(char.isdigit() for char in text) else 0)
         for text, blank in zip(texts, blanks, strict=True)
     ]
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference with its sign, e.g. "+1.67", "-0.045", "0"."""
+    text = f"{value:+.{digits}g}"
+    return "0" if float(text) == 0 else text
+
+
+def size(number: int) -> str:
+    """A number of bytes, e.g. "812 B", "1.2 MiB"."""
+    value, units = float(number), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def span(interval: Interval | None) -> str:
+    """An interval of D in words for brackets, e.g. "0.80 to 0.91", "over 0.80"; empty for None."""
+    if interval is None:
+        return ""
+    low, high = interval
+    return f"over {mismatch(max(low, 0))}" if high is None else f"{mismatch(max(low, 0))} to {mismatch(max(high, 0))}"

@@ -11,6 +11,13 @@ ELLIPSIS = "…"
 INFINITE = "∞"
 CENTRE = "│"
 LEVELS = " ▁▂▃▄▅▆▇█"
+WARNING = "!"
+INFO = "i"
+BAR = "━"
+CROSSED = "┿"
+CUT = "»"
+DEGREE = "°"
+ARROW = "→"
 
 _ASCII = str.maketrans(
     {
@@ -21,6 +28,11 @@ _ASCII = str.maketrans(
         INFINITE: "inf",
         CENTRE: "|",
         TIMES: "x",
+        BAR: "=",
+        CROSSED: "|",
+        CUT: ">",
+        ARROW: "->",
+        DEGREE: " degrees",
         "±": "+-",
         "≤": "<=",
         "≥": ">=",

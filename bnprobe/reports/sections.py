@@ -9,11 +9,10 @@ from rich.text import Text
 
 from bnprobe.records import Layer, Output, PathValues, Report, Scan, SelfCheck
 from bnprobe.reports import figures
-from bnprobe.reports.command import broken
 from bnprobe.reports.glyphs import TIMES
 from bnprobe.reports.layout import Page, pad
-from bnprobe.reports.standing import MEANINGS, STYLES, with_sign
-from bnprobe.reports.verdict import under_limit, verdict
+from bnprobe.reports.nextstep import under_limit
+from bnprobe.reports.standing import MEANINGS, with_sign
 
 _NAMES_LISTED = 6
 _MOST_NOTES = 10
@@ -100,9 +99,15 @@ def batch_sizes(layers: tuple[Layer, ...], page: Page) -> list[Text]:
     return lines
 
 
-def output(found: Output, page: Page) -> list[Text]:
-    """How far the two paths are apart at the model's output."""
-    sentences = [*_output_figures(found), *([found.note] if found.note else [])]
+def output(found: Output, page: Page, scores: bool = True) -> list[Text]:
+    """How far the two paths are apart at the model's output.
+
+    Args:
+        found: The figures.
+        page: What the lines are written on.
+        scores: With loss and metric; without, where another part shows them in more detail.
+    """
+    sentences = [*_output_figures(found), *(_scores(found) if scores else []), *([found.note] if found.note else [])]
     lines = [line for text in sentences for line in page.paragraph(text, first="  ")]
     return [*page.heading("Output, train path against eval path on the same images"), *lines] if lines else []
 
@@ -111,22 +116,6 @@ def scan_notes(scan: Scan, page: Page) -> list[Text]:
     """Further facts that bear on the result."""
     lines = [line for note in scan.notes for line in page.paragraph(note, first="  ")]
     return [*page.heading("Notes on the scan"), *lines] if lines else []
-
-
-def closing(report: Report, page: Page, command: str) -> list[Text]:
-    """The verdict, and the next command."""
-    end = verdict(report, command)
-    lines = page.paragraph(end.headline, style="bold", first=f"{page.clean(end.sign)} ")
-    for line in lines:
-        line.stylize(STYLES[end.sign], 0, 1)
-    for sentence in end.sentences:
-        lines += page.paragraph(sentence, first="  ")
-    lines += page.paragraph(end.step.why, first="  ")
-    if end.step.command is not None:
-        parts = [page.clean(part) for part in broken(end.step.command, page.width - 6)]
-        indents = ["    "] + ["      "] * (len(parts) - 1)
-        lines += [Text(indent + part, "bold") for indent, part in zip(indents, parts, strict=True)]
-    return lines
 
 
 def _by_sign(layers: Iterable[Layer]) -> str:
@@ -197,8 +186,11 @@ def _output_figures(found: Output) -> list[str]:
         sentences.append(f"The predicted class changes for {changed} of the images.")
     if found.kl_divergence is not None:
         sentences.append(f"KL divergence of the class distributions: {found.kl_divergence:.3g} nats.")
-    sentences += _both_paths("Loss", found.loss) + _both_paths("Metric", found.metric)
     return sentences
+
+
+def _scores(found: Output) -> list[str]:
+    return _both_paths("Loss", found.loss) + _both_paths("Metric", found.metric)
 
 
 def _both_paths(name: str, values: PathValues | None) -> list[str]:

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bnprobe.records import Interval, Layer, Report, Scan
-from bnprobe.reports import figures, glyphs
-from bnprobe.reports.command import with_options
+from bnprobe.records import Interval, Layer, Report, Severity
+from bnprobe.reports import figures, glyphs, nextstep
+from bnprobe.reports.causes import SIGNS
+from bnprobe.reports.nextstep import Step
 from bnprobe.reports.standing import with_sign, worse_path, worst_first
-
-SAVE = {"--format": "json", "--output": "report.json"}
-
-_LARGEST_SUGGESTED = 64
-_BATCHES_OF_LARGEST = 4
-
-
-@dataclass(frozen=True)
-class Step:
-    """Something to do next: why, and the command (None: nothing that a command could do)."""
-
-    why: str
-    command: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +34,13 @@ def verdict(report: Report, command: str) -> Verdict:
 
 
 def _flagged(report: Report, flagged: list[Layer], command: str) -> Verdict:
-    sentences = (_worst(flagged), _look_first(report, flagged[0]), _also_undecided(report), *_caveats(report))
+    worst = "" if report.diagnoses else _worst(flagged)
+    sentences = (worst, _also_undecided(report), *_caveats(report))
     return Verdict(
         headline=f"{_share(len(flagged), report)} flagged: training and inference normalize differently.",
         sign=glyphs.FLAGGED,
         sentences=tuple(filter(None, sentences)),
-        step=_interrupted_step(report, command) or _batch_size_step(report, command),
+        step=_step(report, command, nextstep.batch_size_step(report, command)),
     )
 
 
@@ -60,11 +49,14 @@ def _undecided(report: Report, undecided: list[Layer], command: str) -> Verdict:
         headline=f"No layer is flagged, but {_share(len(undecided), report)} undecided.",
         sign=glyphs.UNDECIDED,
         sentences=(*(_straddling(layer) for layer in undecided[:3]), *_caveats(report)),
-        step=_interrupted_step(report, command) or _more_batches_step(report.scan, command),
+        step=_step(report, command, nextstep.more_batches_step(report.scan, command), only_errors=True),
     )
 
 
 def _clean(report: Report, command: str) -> Verdict:
+    serious = _worst_severity(report)
+    if serious is not None:
+        return _found_all_the_same(report, serious, command)
     fine = with_sign(report.layers, glyphs.FINE)
     limits = {layer.threshold for layer in fine}
     limit = f"{figures.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
@@ -72,13 +64,39 @@ def _clean(report: Report, command: str) -> Verdict:
     which = "every layer" if every else f"{len(fine)} of {len(report.layers)} layers"
     verb = "behaves" if every or len(fine) == 1 else "behave"
     text = f"{which} {verb} as if the batch were at least {limit}, in training and at inference."
-    keep = Step("To keep the figures:", with_options(command, SAVE))
     return Verdict(
         headline=f"So far {text}" if report.scan.partial else text[0].upper() + text[1:],
         sign=glyphs.FINE,
         sentences=_caveats(report),
-        step=_interrupted_step(report, command) or keep,
+        step=_step(report, command, nextstep.keep_step(command)),
     )
+
+
+def _found_all_the_same(report: Report, serious: Severity, command: str) -> Verdict:
+    number = figures.count(sum(diagnosis.severity != "info" for diagnosis in report.diagnoses), "thing")
+    verb = "is" if number == "1 thing" else "are"
+    so_far = "So far no" if report.scan.partial else "No"
+    return Verdict(
+        headline=f"{so_far} layer is flagged for its mismatch, but {number} {verb} not right.",
+        sign=SIGNS[serious],
+        sentences=_caveats(report),
+        step=_step(report, command, nextstep.keep_step(command)),
+    )
+
+
+def _step(report: Report, command: str, otherwise: Step, only_errors: bool = False) -> Step:
+    """Finish what was cut short, then follow the diagnosis, unless it is no more than a hint."""
+    serious = _worst_severity(report)
+    followed = serious == "error" or (serious == "warning" and not only_errors)
+    return nextstep.interrupted_step(report, command) or (
+        nextstep.diagnosed_step(report, command) if followed else otherwise
+    )
+
+
+def _worst_severity(report: Report) -> Severity | None:
+    """The worst severity of the diagnoses; None if there are none, or only hints."""
+    found = {diagnosis.severity for diagnosis in report.diagnoses}
+    return "error" if "error" in found else "warning" if "warning" in found else None
 
 
 def _nothing(report: Report, command: str) -> Verdict:
@@ -86,7 +104,7 @@ def _nothing(report: Report, command: str) -> Verdict:
         headline="No layer could be judged.",
         sign=glyphs.UNMEASURED,
         sentences=_caveats(report),
-        step=_interrupted_step(report, command) or Step("The notes above say what stands in the way."),
+        step=_step(report, command, Step("The notes above say what stands in the way.")),
     )
 
 
@@ -102,22 +120,6 @@ def _worst(flagged: list[Layer]) -> str:
         return f"Worst is {first.name}, which could not be measured on the {path} path.{tail}"
     path = "train" if first.train.mismatch >= first.eval.mismatch else "eval"
     return f"Worst is {first.name}: it {_behaviour(first)} ({path} path).{tail}"
-
-
-def _look_first(report: Report, worst: Layer) -> str:
-    """Where the worst layer is off on the eval path only, what upstream layers do at inference may be why."""
-    off = [layer for layer in report.layers if layer.flagged and _off_in_training(layer)]
-    if not off or _off_in_training(worst) or worst.train is None:
-        return ""
-    return (
-        f"{worst.name} is off on the eval path only, which what reaches it from earlier layers can cause:"
-        f" look first at {off[0].name}, the first layer that is off on the train path too."
-    )
-
-
-def _off_in_training(layer: Layer) -> bool:
-    n_eq = layer.train.equivalent_batch_size if layer.train else None
-    return n_eq is not None and n_eq < layer.threshold
 
 
 def _behaviour(layer: Layer) -> str:
@@ -161,62 +163,3 @@ def _caveats(report: Report) -> tuple[str, ...]:
         (scan.synthetic, "The inputs were made up: this shows the noise of small batches, not your data."),
     )
     return tuple(text for applies, text in caveats if applies)
-
-
-def _interrupted_step(report: Report, command: str) -> Step | None:
-    return Step("To measure to the end:", command) if report.scan.partial else None
-
-
-def _more_batches_step(scan: Scan, command: str) -> Step:
-    # Four times the batches halve the intervals.
-    more = str(4 * max(scan.batches, 1))
-    if scan.stopped == "data_exhausted":
-        text = "The data is used up: more of it, or another --threshold, would decide. To keep the figures:"
-        return Step(text, with_options(command, SAVE))
-    if scan.stopped == "requested":
-        return Step("To decide, measure more batches:", with_options(command, {"--batches": more}))
-    return Step("To decide, allow more batches:", with_options(command, {"--max-batches": more}))
-
-
-def _batch_size_step(report: Report, command: str) -> Step:
-    sizes = sorted({point.batch_size for layer in report.layers for point in layer.batch_sizes})
-    larger = [size for size in sizes if size > report.scan.batch_size]
-    enough = [size for size in larger if not under_limit(report.layers, size)]
-    if enough:
-        return Step(
-            f"At batch size {enough[0]} no layer is under its limit on the eval path. To check both paths:",
-            with_options(command, {"--batch-size": str(enough[0])}),
-        )
-    if larger:
-        return Step(
-            f"No batch size up to {larger[-1]} lifts every layer over its limit. To keep the figures:",
-            with_options(command, SAVE),
-        )
-    to_try = _sizes_to_try(report.scan)
-    if len(to_try) < 2:
-        return Step("To keep the figures:", with_options(command, SAVE))
-    options = {"--batch-sizes": ",".join(map(str, to_try))}
-    needed = _BATCHES_OF_LARGEST * to_try[-1] // report.scan.batch_size
-    if report.scan.batches < needed and report.scan.stopped != "data_exhausted":
-        options["--batches"] = str(needed)
-    return Step("To see what a larger batch would change:", with_options(command, options))
-
-
-def under_limit(layers: tuple[Layer, ...], batch_size: int) -> list[Layer]:
-    """The layers whose eval-path n_eq at a batch size is below their threshold."""
-    return [
-        layer
-        for layer in layers
-        for point in layer.batch_sizes
-        if point.batch_size == batch_size
-        and point.equivalent_batch_size is not None
-        and point.equivalent_batch_size < layer.threshold
-    ]
-
-
-def _sizes_to_try(scan: Scan) -> list[int]:
-    """Batch sizes from this one on, each twice the last; no larger than data that is known to be used up."""
-    steps = max(3, (_LARGEST_SUGGESTED // scan.batch_size).bit_length() - 1)
-    sizes = [scan.batch_size << step for step in range(steps + 1)]
-    limit = scan.images if scan.stopped == "data_exhausted" else sizes[-1]
-    return [size for size in sizes if size <= limit]

@@ -6,17 +6,19 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bnprobe.stats.jackknife import leave_one_out
 from bnprobe.stats.ladder import BatchSums, Means, Regrouped
 
-FEWEST_REGROUPED = 256
+REGROUPED = 1024
 """Micro-batches to make of the pool: their noise is then small beside that of the pool itself."""
 
-_FEWEST_ORDERS = 4
-"""Random orders of the pool: an image's own part in D is known from the batches that it falls into."""
+_ORDERS = 4, 32
+"""Fewest and most random orders of the pool: an image's own part in D is known from the batches that it falls into; and
+every order costs as much as the pool is large.
+"""
 
 
 _ROUNDING = 1e-12
@@ -43,10 +45,12 @@ class Images:
     Attributes:
         mean: Per image, from any origin: only differences between images are used.
         variance: Over the values of one image, biased.
+        replicate: Replicate that each image's micro-batch was dealt to.
     """
 
     mean: Float[Tensor, "images channels"]
     variance: Float[Tensor, "images channels"]
+    replicate: Int[Tensor, " images"]
 
 
 def analyse(batches: BatchSums, image_squares: Float[Tensor, "replicates channels"], size: int) -> Variance:
@@ -111,8 +115,12 @@ def draw(
     ratio = torch.where(pooled > 0, root / pooled.sqrt(), 0.0)
     rho_r = ratio * variance.sqrt()
     std = (variance[0] + means.eps).sqrt()
-    noise = _sampling_variance(drawn, orders, (root, pooled, variance[0]), means.eps, std)
-    return Regrouped(variance, rho_r, rho, noise)
+    slope = torch.where(pooled > 0, -2 * (variance[0] / pooled).sqrt() / std, 0.0)
+    half = torch.where(pooled > 0, root / (2 * pooled), 0.0)
+    effects = [_effect(found, means.eps, slope, half) for found in drawn]
+    replicate = pool.replicate[: orders[0].numel()]
+    change, chance = _without_replicates(effects, orders, replicate, counts.numel())
+    return Regrouped(variance, rho_r, rho, change, chance)
 
 
 def regrouped_batches(images: int, size: int) -> int:
@@ -122,7 +130,8 @@ def regrouped_batches(images: int, size: int) -> int:
 
 
 def _number_of_orders(groups: int) -> int:
-    return max(_FEWEST_ORDERS, math.ceil(FEWEST_REGROUPED / groups))
+    fewest, most = _ORDERS
+    return min(max(fewest, math.ceil(REGROUPED / groups)), most)
 
 
 def _orders(images: int, size: int, seed: int) -> list[Tensor]:
@@ -146,30 +155,29 @@ def _expectations(drawn: list[Tensor], eps: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(roots).mean(0), torch.stack(rhos).mean(0)
 
 
-def _sampling_variance(
-    drawn: list[Tensor],
-    orders: list[Tensor],
-    expected: tuple[Tensor, Tensor, Tensor],
-    eps: Tensor,
-    std: Tensor,
-) -> float:
-    """Variance of the layer's mean D that the choice of the pool's images and of the orders leaves.
+def _effect(found: Tensor, eps: Tensor, slope: Tensor, half: Tensor) -> Float[Tensor, " groups"]:
+    """D of each regrouped micro-batch, linearized in E[s_B] and E[rho] with E[v_B] held, up to a constant."""
+    return (slope * (found / (found + eps).sqrt() - half * found) + found / (found + eps)).mean(1)
 
-    D is linearized in the regrouped micro-batches; its average over random orders is a U-statistic, whose variance is
-    size^2 / images times the variance of an image's own part (Hoeffding 1948).
+
+def _without_replicates(
+    effects: list[Tensor], orders: list[Tensor], replicate: Tensor, replicates: int
+) -> tuple[Float[Tensor, " estimates"], float]:
+    """By how much the layer's D changes without the pool's images of each replicate; and variance of the orders.
+
+    Averaged over random orders D is a U-statistic of the images, in which each has ``size / images`` times its own part
+    (Hoeffding 1948). The parts are averages over a few orders: they vary a little more than they would over all, and
+    intervals are as much too wide.
     """
-    if len(orders) < 2:
-        return 0.0
-    root, pooled, variance = expected
-    slope = torch.where(pooled > 0, -2 * (variance / pooled).sqrt() / std, 0.0)
-    half = torch.where(pooled > 0, root / (2 * pooled), 0.0)
     images, size = orders[0].numel(), orders[0].shape[1]
     parts = torch.zeros(len(orders), images, dtype=torch.float64)
-    effects = []
-    for position, (found, order) in enumerate(zip(drawn, orders, strict=True)):
-        effect = (slope * (found / (found + eps).sqrt() - half * found) + found / (found + eps)).mean(1)
-        parts[position, order.flatten()] = effect.repeat_interleave(size)
-        effects.append(effect)
-    own = parts.mean(0).var() - parts.var(0).mean() / len(orders)
-    chance = torch.cat(effects).var() / (len(orders) * orders[0].shape[0])
-    return float(size**2 / images * own.clamp(min=0) + chance)
+    for row, (effect, order) in enumerate(zip(effects, orders, strict=True)):
+        parts[row, order.flatten()] = effect.repeat_interleave(size)
+    change = torch.zeros(1 + replicates, dtype=torch.float64)
+    if len(orders) < 2:
+        return change, 0.0
+    own = parts.mean(0) - parts.mean()
+    sums = torch.zeros(replicates, dtype=torch.float64).index_add_(0, replicate, own)
+    held = torch.bincount(replicate, minlength=replicates)
+    change[1:] = -size * sums / (images - held).clamp(min=1)
+    return change, float(torch.cat(effects).var() / (len(orders) * orders[0].shape[0]))

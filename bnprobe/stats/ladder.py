@@ -119,13 +119,15 @@ class Regrouped:
         variance: E[v_B], from all images.
         rho_r: E[rho s_B].
         rho: E[rho].
-        sampling_variance: Variance of the layer's mean D on these micro-batches that comes from the pool.
+        change: What leaving out each replicate's images in the pool adds to the layer's mean D; 0 for all.
+        chance: Variance of the layer's mean D that comes from the random orders.
     """
 
     variance: Float[Tensor, "estimates channels"]
     rho_r: Float[Tensor, "estimates channels"]
     rho: Float[Tensor, " channels"]
-    sampling_variance: float
+    change: Float[Tensor, " estimates"]
+    chance: float
 
 
 def blend(means: Means, values: int) -> Float[Tensor, "estimates 1"]:
@@ -178,7 +180,7 @@ def mismatch_drawn(
     """
     unbiased = drawn.variance * values / (values - 1) if values > 1 else means.pooled
     std = (unbiased + way * (means.pooled - unbiased) + means.eps).sqrt()
-    return ((means.pooled - 2 * drawn.rho_r * std + drawn.rho * std.square()) / std.square()).mean(1)
+    return ((means.pooled - 2 * drawn.rho_r * std + drawn.rho * std.square()) / std.square()).mean(1) + drawn.change
 
 
 def shift_between(here: Means, there: Means) -> Float[Tensor, " estimates"]:

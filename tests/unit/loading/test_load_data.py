@@ -123,7 +123,7 @@ def test_a_loader_of_the_size_asked_for_is_used_as_it_is(asked: int | None) -> N
     loader = DataLoader(images(), batch_size=5)
     source = as_batch_source(loader, asked, "the loader")
     assert wrapped(source) is loader
-    assert source == BatchSource(source.batches, 5, "the loader (10 images)", 10)
+    assert source == BatchSource(source.batches, 5, "the loader (10 images)", 10, drop_last=False)
 
 
 @pytest.mark.parametrize(

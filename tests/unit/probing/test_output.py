@@ -108,7 +108,9 @@ def test_a_loss_does_not_count_as_a_measurement() -> None:
     model = unsettled(Flat())
     plain = scan(model, DATA, 4, num_batches=6)
     with_loss = scan(model, DATA, 4, num_batches=6, forward=lambda model, batch: model(batch[0]), loss=spread)
-    assert with_loss.layers == plain.layers
+    assert [layer.train for layer in with_loss.layers] == [layer.train for layer in plain.layers]
+    assert [layer.eval for layer in with_loss.layers] == [layer.eval for layer in plain.layers]
+    assert [layer.shares for layer in with_loss.layers] == [layer.shares for layer in plain.layers]
 
 
 @pytest.mark.parametrize("name", ["loss", "metric"])

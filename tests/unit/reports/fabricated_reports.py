@@ -1,200 +1,37 @@
-"""Reports made up for the tests of the formats, from seeded samples of what a scan would measure."""
+"""Reports made up for the tests of the formats."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from typing import Any
 
+import fabricated_causes as causes
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import gammaln
+from fabricated_parts import (
+    equivalent,
+    layer,
+    path,
+    report,
+    resnet_names,
+    theory,
+)
 
 from bnprobe.records import (
     BatchSizePoint,
     CallMeasurement,
-    Distribution,
-    Environment,
-    Histogram,
-    Layer,
+    Composition,
+    Impact,
     Output,
-    PathMeasurement,
     PathValues,
     Report,
-    Scan,
     SelfCheck,
     SkippedLayer,
-    Summary,
-    Tool,
 )
-
-R_EDGES = tuple(np.geomspace(1 / 4, 4, 33).tolist())
-D_EDGES = tuple((0.1 * np.sinh(np.linspace(-math.asinh(100), math.asinh(100), 33))).tolist())
-PROBABILITIES = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
-
-
-def theory(n: float) -> float:
-    """D of i.i.d. Gaussian batches of n values: 2 (1 - e_n)."""
-    return float(2 * (1 - math.sqrt(2 / n) * math.exp(gammaln(n / 2) - gammaln((n - 1) / 2))))
-
-
-def equivalent(mismatch: float) -> float | None:
-    """The n whose i.i.d. D is ``mismatch``."""
-    if mismatch <= 0:
-        return None
-    if mismatch >= theory(1.0001):
-        return 1.0
-    return float(brentq(lambda n: theory(n) - mismatch, 1.0001, 1e9))
-
-
-def histogram(values: np.ndarray, edges: tuple[float, ...]) -> Histogram:
-    """Counts; the outer bins take what lies beyond."""
-    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-    return Histogram(edges=edges, counts=tuple(int(count) for count in counts))
-
-
-def distribution(values: np.ndarray, edges: tuple[float, ...], clipped: float, clipped_iid: float) -> Distribution:
-    """All that is reported of the values of r or d."""
-    quantiles = np.quantile(values, [float(p) for p in PROBABILITIES])
-    return Distribution(
-        mean=float(values.mean()),
-        std=float(values.std()),
-        min=float(values.min()),
-        max=float(values.max()),
-        quantiles=dict(zip(PROBABILITIES, quantiles.tolist(), strict=True)),
-        histogram=histogram(values, edges),
-        clipped=clipped,
-        clipped_iid=clipped_iid,
-    )
-
-
-def path(n: float, seed: int, scale: float = 1.0, shift: float = 0.0, wide: float = 0.1) -> PathMeasurement:
-    """A path whose batches hold ``n`` i.i.d. values, seen through running statistics that are off.
-
-    Args:
-        n: Values per channel and batch.
-        seed: Of the sample.
-        scale: True standard deviation / running standard deviation.
-        shift: True mean - running mean, in running standard deviations.
-        wide: Half width of the interval of the mismatch, relative.
-    """
-    random = np.random.default_rng(seed)
-    r = scale * np.sqrt(random.chisquare(n - 1, 4096) / n)
-    d = scale * random.normal(0, 1 / math.sqrt(n), 4096) + shift
-    mismatch = float(np.mean(d**2 + (r - 1) ** 2))
-    low, high = mismatch * (1 - wide), mismatch * (1 + wide)
-    outside = float(np.mean((r > 3) | (r < 1 / 3)))
-    return PathMeasurement(
-        mismatch=mismatch,
-        interval=(low, high),
-        equivalent_batch_size=equivalent(mismatch),
-        equivalent_batch_size_interval=(equivalent(high) or 1.0, equivalent(low)),
-        r=distribution(r, R_EDGES, outside, outside),
-        d=distribution(d, D_EDGES, float(np.mean(np.abs(d) > 5)), 0.0),
-    )
-
-
-def layer(
-    name: str,
-    train: PathMeasurement | None,
-    eval: PathMeasurement | None,
-    channels: int = 64,
-    kind: str = "BatchNorm2d",
-    threshold: float = 32.0,
-    values_per_channel: int = 98,
-    **changes: Any,
-) -> Layer:
-    """A layer whose flags follow from its figures."""
-    measured = [measurement for measurement in (train, eval) if measurement is not None]
-    limit = theory(threshold)
-    flagged = any(measurement.interval[0] > limit for measurement in measured)
-    straddling = any(
-        measurement.interval[0] <= limit < (measurement.interval[1] or math.inf) for measurement in measured
-    )
-    made = Layer(
-        name=name,
-        aliases=(),
-        kind=kind,
-        channels=channels,
-        eps=1e-5,
-        momentum=0.1,
-        batches_tracked=1200,
-        calls_per_forward=1,
-        values_per_channel=values_per_channel,
-        running_statistics=True,
-        threshold=threshold,
-        flagged=flagged,
-        undecided=straddling and not flagged,
-        note=None,
-        train=train,
-        eval=eval,
-    )
-    return replace(made, **changes)
-
-
-SCAN = Scan(
-    model="sample_configs/digits/model.py:load_model",
-    data="load_data() of model.py, 1,437 images of shape (1, 8, 8)",
-    synthetic=False,
-    checkpoint="sample_configs/digits/batch2.safetensors",
-    batch_size=2,
-    batches=128,
-    batches_requested=None,
-    images=256,
-    left_out=0,
-    emulated=True,
-    physical_batch=64,
-    emulation="Statistics are taken per group of 2 images.",
-    self_check=SelfCheck(4.1e-7, 9.6e-7, 1.2e-5, True, None),
-    seed=0,
-    device="cpu",
-    dtype="float32",
-    autocast=None,
-    stopped="decided",
-    partial=False,
-    seconds=1.84,
-)
-
-OUTPUT = Output(0.382, 0.125, 0.3127, PathValues(0.312, 1.94), PathValues(0.91, 0.64))
-
-
-def report(
-    layers: list[Layer],
-    skipped: tuple[SkippedLayer, ...] = (),
-    output: Output = OUTPUT,
-    **scan: Any,
-) -> Report:
-    """A report of these layers; the counts of the summary follow."""
-    return Report(
-        schema_version=1,
-        tool=Tool("bnprobe", "0.1.0"),
-        environment=Environment("3.11.9", "2.13.0+cpu", "Linux-6.1-x86_64", "x86_64", 2),
-        scan=replace(SCAN, **scan),
-        summary=Summary(
-            layers=len(layers),
-            flagged=sum(made.flagged for made in layers),
-            undecided=sum(made.undecided for made in layers),
-            skipped=len(skipped),
-            output=output,
-        ),
-        layers=tuple(layers),
-        skipped=skipped,
-    )
-
-
-def _resnet_names(blocks: tuple[int, ...], norms: int = 2) -> list[str]:
-    names = ["bn1"]
-    for stage, number in enumerate(blocks, start=1):
-        for block in range(number):
-            names += [f"layer{stage}.{block}.bn{norm + 1}" for norm in range(norms)]
-            names += [f"layer{stage}.{block}.downsample.1"] if block == 0 and stage > 1 else []
-    return names
 
 
 def healthy() -> Report:
     """A small network at batch size 32: every layer fine."""
     sizes = (2048, 1900, 1500, 480, 400, 350, 128, 120, 44)
-    names = _resnet_names((1, 1, 1))
+    names = resnet_names((1, 1, 1))
     layers = [
         layer(
             name,
@@ -205,7 +42,9 @@ def healthy() -> Report:
         )
         for seed, (name, n) in enumerate(zip(names, sizes, strict=False))
     ]
-    return report(
+    random = Composition(0.004, 1.12, 0.71)
+    layers = [replace(made, composition=random, impact=Impact(0.001, None, None)) for made in layers]
+    made = report(
         layers,
         output=Output(0.014, 0.004, 0.00021, PathValues(0.0312, 0.0306), None),
         batch_size=32,
@@ -214,7 +53,9 @@ def healthy() -> Report:
         left_out=29,
         checkpoint="sample_configs/digits/healthy.safetensors",
         emulation="Statistics are taken per group of 32 images.",
+        pool=causes.POOL,
     )
+    return causes.diagnosed(made, [])
 
 
 def flagged() -> Report:
@@ -226,11 +67,28 @@ def flagged() -> Report:
             path(n, seed),
             path(n * 1.05, seed + 50, scale=2.6 if seed == 5 else 1.0, shift=6.0 if seed == 5 else 0.0),
             16 << seed // 3,
+            because={"lag": 0.985} if seed == 5 else None,
             values_per_channel=128 >> seed // 2,
         )
-        for seed, (name, n) in enumerate(zip(_resnet_names((1, 1, 1)), sizes, strict=False))
+        for seed, (name, n) in enumerate(zip(resnet_names((1, 1, 1)), sizes, strict=False))
     ]
-    return report(layers)
+    made = report(layers, pool=causes.POOL)
+    off = [one for one in layers if one.flagged]
+    small = causes.diagnosis(
+        "BN201",
+        [one for one in off if one.name != "layer2.0.downsample.1"],
+        0.35,
+        "5 of 9 layers: a batch of 2 holds too few values to stand for the data.",
+        "Use larger batches, or replace these layers: bnprobe.convert(model, layers, to=...).",
+    )
+    lag = causes.diagnosis(
+        "BN203",
+        [one for one in off if one.name == "layer2.0.downsample.1"],
+        0.21,
+        "1 of 9 layers: its running statistics are not those that training settles on.",
+        "Recalibrate: bnprobe.recalibrate(model, batches).",
+    )
+    return causes.diagnosed(made, [small, lag])
 
 
 def many(number_flagged: int = 9) -> Report:
@@ -307,6 +165,7 @@ def shared() -> Report:
             "discriminator.bn",
             path(120, 7, shift=0.45),
             path(118, 8, shift=0.45),
+            because={"composition": 0.92},
             threshold=16.0,
             aliases=("critic.bn", "ema.discriminator.bn"),
             calls_per_forward=2,
@@ -343,7 +202,7 @@ def batch_sizes() -> Report:
 def no_batch_size_helps() -> Report:
     """One layer is as wrong at every batch size."""
     right = layer("bn1", path(400, 1), path(420, 2))
-    stuck = layer("bn2", path(500, 3, shift=1.5), path(500, 4, shift=1.5))
+    stuck = layer("bn2", path(500, 3, shift=1.5), path(500, 4, shift=1.5), because={"lag": 0.998})
     layers = [
         replace(right, batch_sizes=tuple(_point(size, 200 * size) for size in SIZES)),
         replace(stuck, batch_sizes=tuple(_point(size, 1.6) for size in SIZES)),
@@ -370,4 +229,5 @@ REPORTS = {
     "overflow": overflow,
     "batch_sizes": batch_sizes,
     "no_batch_size_helps": no_batch_size_helps,
+    **causes.REPORTS,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import fabricated_parts
 import fabricated_reports
 import pytest
 
@@ -17,11 +18,11 @@ PAGE = Page(80, unicode=True)
 
 def clipped(name: str, r: float = 0.0, r_iid: float = 0.0, d: float = 0.0, d_iid: float = 0.0) -> Layer:
     """A flagged layer with these fractions."""
-    path = fabricated_reports.path(4, 1)
+    path = fabricated_parts.path(4, 1)
     path = replace(
         path, r=replace(path.r, clipped=r, clipped_iid=r_iid), d=replace(path.d, clipped=d, clipped_iid=d_iid)
     )
-    return fabricated_reports.layer(name, path, path, flagged=True)
+    return fabricated_parts.layer(name, path, path, flagged=True)
 
 
 def listed(layers: list[Layer], show_all: bool = False) -> list[list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fabricated_reports import R_EDGES, histogram
+from fabricated_parts import R_EDGES, histogram
 
 from bnprobe.records import Histogram
 from bnprobe.reports import figures

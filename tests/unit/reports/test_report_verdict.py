@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import fabricated_reports as fabricated
 import pytest
+from fabricated_parts import SCAN, report
 
 from bnprobe.records import Report
 from bnprobe.reports.command import broken, with_options
@@ -44,12 +45,12 @@ COMMAND = "bnprobe scan model.py --batch-size 2"
             f"{COMMAND} --max-batches 512",
         ),
         (
-            replace(fabricated.undecided(), scan=replace(fabricated.SCAN, stopped="requested")),
+            replace(fabricated.undecided(), scan=replace(SCAN, stopped="requested")),
             "No layer is flagged, but 2 of 3 layers are undecided.",
             f"{COMMAND} --batches 512",
         ),
         (
-            replace(fabricated.undecided(), scan=replace(fabricated.SCAN, stopped="data_exhausted")),
+            replace(fabricated.undecided(), scan=replace(SCAN, stopped="data_exhausted")),
             "No layer is flagged, but 2 of 3 layers are undecided.",
             f"{COMMAND} --format json --output report.json",
         ),
@@ -58,7 +59,7 @@ COMMAND = "bnprobe scan model.py --batch-size 2"
             "1 of 2 layers is flagged: training and inference normalize differently.",
             COMMAND,
         ),
-        (fabricated.report([]), "No layer could be judged.", None),
+        (report([]), "No layer could be judged.", None),
     ],
 )
 def test_headline_and_next_command(report: Report, headline: str, command: str | None) -> None:
@@ -66,19 +67,47 @@ def test_headline_and_next_command(report: Report, headline: str, command: str |
     assert (end.headline, end.step.command) == (headline, command)
 
 
-def test_a_layer_off_on_the_eval_path_only_points_upstream() -> None:
-    report = fabricated.flagged()
-    flagged = [layer for layer in report.layers if layer.flagged]
-    fine = next(layer for layer in report.layers if not layer.flagged)
-    culprit, victim = flagged[0], replace(flagged[-1], train=fine.train)
-    assert victim.eval is not None
-    victim = replace(victim, eval=replace(victim.eval, mismatch=99.0))
-    (sentence,) = [
-        text for text in verdict(replace(report, layers=(fine, culprit, victim)), COMMAND).sentences if "look" in text
-    ]
-    assert f"{victim.name} is off on the eval path only" in sentence
-    assert f"look first at {culprit.name}," in sentence
-    assert not [text for text in verdict(report, COMMAND).sentences if "look" in text]
+@pytest.mark.parametrize(
+    ("name", "headline", "command"),
+    [
+        ("lag", "6 of 9 layers are flagged: training and inference normalize differently.", "bnprobe explain BN203"),
+        (
+            "training",
+            "No layer is flagged for its mismatch, but 1 thing is not right.",
+            "bnprobe explain BN301",
+        ),
+        (
+            "data_shift",
+            "No layer is flagged for its mismatch, but 2 things are not right.",
+            "bnprobe explain BN206",
+        ),
+    ],
+)
+def test_a_diagnosis_says_what_is_next(name: str, headline: str, command: str) -> None:
+    end = verdict(fabricated.REPORTS[name](), COMMAND)
+    assert (end.headline, end.step.command) == (headline, command)
+
+
+def test_statistics_that_other_batches_may_mend_are_to_be_measured_where_evaluation_data_is_given() -> None:
+    unmeasured = replace(fabricated.REPORTS["lag"](), remedies=())
+    assert verdict(unmeasured, COMMAND).step.command == f"{COMMAND} --what-if"
+    without = replace(unmeasured, summary=replace(unmeasured.summary, gaps=()))
+    assert verdict(without, COMMAND).step.command == "bnprobe explain BN203"
+
+
+def test_a_hint_leaves_a_clean_verdict_clean_and_an_interrupted_scan_is_finished_first() -> None:
+    healthy, hint = fabricated.healthy(), fabricated.REPORTS["lag"]().diagnoses[1]
+    assert hint.severity == "info"
+    assert verdict(replace(healthy, diagnoses=(hint,)), COMMAND) == verdict(healthy, COMMAND)
+    error = replace(hint, severity="error")
+    partial = replace(healthy, diagnoses=(error,), scan=replace(healthy.scan, partial=True, stopped="interrupted"))
+    assert verdict(partial, COMMAND).step.command == COMMAND
+
+
+def test_the_diagnoses_replace_the_sentence_on_the_worst_layer() -> None:
+    flagged = fabricated.flagged()
+    assert not [text for text in verdict(flagged, COMMAND).sentences if "Worst" in text]
+    assert "Worst is" in verdict(replace(flagged, diagnoses=()), COMMAND).sentences[0]
 
 
 def test_the_worst_layers_are_named_worst_first() -> None:

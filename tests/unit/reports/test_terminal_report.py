@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import fabricated_parts as parts
 import fabricated_reports as fabricated
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from bnprobe.records import Report, SkippedLayer
+from bnprobe.records import Output, Report, SkippedLayer
 from bnprobe.reports import FORMATS, RenderOptions
 from bnprobe.reports.glyphs import FINE, FLAGGED, UNMEASURED
 
@@ -114,7 +115,7 @@ def test_a_layer_measured_on_one_path_only_is_not_called_fine() -> None:
 
 
 def test_a_report_without_layers_says_so() -> None:
-    report = fabricated.report([], output=fabricated.Output(None, None, None, None, None))
+    report = parts.report([], output=Output(None, None, None, None, None))
     text = render(report, RenderOptions())
     assert "No layer could be judged." in text
     assert "n_eq" not in text

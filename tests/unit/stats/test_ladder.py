@@ -8,7 +8,7 @@ import torch
 
 from bnprobe.stats import ladder
 from bnprobe.stats.composition import Images, analyse, draw, regrouped_batches
-from bnprobe.stats.jackknife import REPLICATES
+from bnprobe.stats.jackknife import REPLICATES, jackknife
 from bnprobe.stats.ladder import BatchSums
 from bnprobe.stats.moments import pool_moments
 
@@ -47,7 +47,8 @@ class Data:
         sums = torch.zeros(REPLICATES, 6, CHANNELS, dtype=torch.float64).index_add_(0, index, stacked)
         squares = d.square().unflatten(0, (-1, self.size)).sum(1)
         squares = torch.zeros(REPLICATES, CHANNELS, dtype=torch.float64).index_add_(0, index, squares)
-        return BatchSums(counts, sums, eps), squares, Images((d - d.mean(0)).float(), variance.float())
+        replicate = index.repeat_interleave(self.size)
+        return BatchSums(counts, sums, eps), squares, Images((d - d.mean(0)).float(), variance.float(), replicate)
 
 
 def mismatch_by_loop(batches: np.ndarray, mean: np.ndarray, std: np.ndarray) -> float:
@@ -115,19 +116,20 @@ def test_batches_drawn_at_random_are_those_of_many_shuffles(positions: int, size
     assert found == pytest.approx(np.mean(shuffled), rel=0.02 + size / 512)
 
 
-def test_the_pools_own_noise_is_stated() -> None:
-    data = Data(4096, 3, 4, seed=1)
-    sums, squares, pool = data.sums()
-    means, way = sums.means(), torch.zeros(1 + REPLICATES, 1, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(2)
+@pytest.mark.parametrize(("images", "pooled"), [(192, 192), (512, 128)])
+def test_the_noise_of_images_and_pool_is_stated(images: int, pooled: int) -> None:
+    way = torch.zeros(1 + REPLICATES, 1, dtype=torch.float64)
     figures, stated = [], []
-    for seed in range(60):
-        some = torch.randperm(4096, generator=generator)[:96]
-        drawn = draw(means, sums.counts, squares, Images(pool.mean[some], pool.variance[some]), 4, seed)
-        figures.append(float(ladder.mismatch_drawn(means, drawn, 12, way)[0]))
-        stated.append(drawn.sampling_variance)
-    assert np.sqrt(np.mean(stated)) == pytest.approx(np.std(figures), rel=0.35)
-    assert np.std(figures) < 0.1 * np.mean(figures)
+    for seed in range(120):
+        sums, squares, pool = Data(images, 3, 4, seed=seed).sums()
+        some = torch.randperm(images, generator=torch.Generator().manual_seed(seed))[:pooled]
+        chosen = Images(pool.mean[some], pool.variance[some], pool.replicate[some])
+        means = sums.means()
+        drawn = draw(means, sums.counts, squares, chosen, 4, seed)
+        found = jackknife(ladder.mismatch_drawn(means, drawn, 12, way), sums.counts)
+        figures.append(found.value)
+        stated.append(found.variance + drawn.chance)
+    assert np.sqrt(np.mean(stated)) == pytest.approx(np.std(figures), rel=0.3)
 
 
 def test_a_shift_between_two_samples_of_one_population_is_nothing() -> None:
@@ -181,5 +183,6 @@ def test_p_values_are_uniform_for_batches_drawn_at_random() -> None:
 
 def test_number_of_regrouped_batches() -> None:
     assert regrouped_batches(1024, 2) == 4 * 512
-    assert regrouped_batches(100, 64) == 256
+    assert regrouped_batches(128, 8) == 32 * 16
+    assert regrouped_batches(100, 64) == 32
     assert regrouped_batches(10, 64) == 0

@@ -1,0 +1,1 @@
+"""Is the diagnosis right? Known faults planted in healthy networks. ``python -m benchmarks.faults --help``."""

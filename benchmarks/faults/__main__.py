@@ -1,0 +1,112 @@
+"""``python -m benchmarks.faults``: plant faults, scan, and score the diagnosis, as Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the workers
+
+import torch
+
+from benchmarks import tables
+from benchmarks.faults import score
+from benchmarks.faults.calibration import REPEATS, SCAN_BATCHES, TRUTH_BATCHES
+from benchmarks.faults.faults import FAULTS
+from benchmarks.faults.networks import NETWORKS
+from benchmarks.faults.trials import SEEDS, TUNED, Trial, control_trials, pair_trials, single_trials
+from benchmarks.faults.work import Result, Task, run_all, tasks_of
+from benchmarks.setting import machine
+from bnprobe import __version__
+
+QUICK_NETWORKS = ("plain", "mlp")
+
+
+def main() -> int:
+    """Print the report, and write it where asked; 0 whatever the figures are."""
+    arguments = _arguments()
+    started = time.perf_counter()
+    tasks = _tasks(arguments)
+    result = run_all(tasks, arguments.processes, lambda done, task: _tell(done, len(tasks), task))
+    report = render(result, time.perf_counter() - started)
+    print(report)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "RESULTS.md").write_text(report + "\n")
+        (arguments.out / "results.json").write_text(json.dumps(asdict(result), indent=1))
+    return 0
+
+
+def render(result: Result, seconds: float) -> str:
+    """The whole report."""
+    parts = [
+        "# Planted faults",
+        _circumstances(result, seconds),
+        "## Goals",
+        tables.render(score.goals(result.outcomes, result.checks)),
+        "## By fault",
+        score.markdown(score.by_fault(result.outcomes)),
+        "## Confusion",
+        score.markdown(score.confusion(result.outcomes)),
+        "## Misses",
+        score.markdown(score.misses(result.outcomes)),
+        "## Calibration on healthy models",
+        score.markdown(score.coverage(result.checks)),
+        score.markdown(score.p_values(result.p_values)),
+    ]
+    return "\n\n".join(parts)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two networks, one seed, short calibration")
+    parser.add_argument("--only", action="append", choices=FAULTS, metavar="FAULT", help="one fault; may be repeated")
+    parser.add_argument("--network", action="append", choices=NETWORKS, help="one network; may be repeated")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write RESULTS.md and results.json there")
+    parser.add_argument("--processes", type=int, default=2, help="worker processes, of one thread each (default: 2)")
+    return parser.parse_args()
+
+
+def _tasks(arguments: argparse.Namespace) -> list[Task]:
+    networks = arguments.network or (QUICK_NETWORKS if arguments.quick else tuple(NETWORKS))
+    seeds = SEEDS[1:2] if arguments.quick else SEEDS
+    trials: list[Trial] = list(single_trials(tuple(arguments.only or ())))
+    if not arguments.only:
+        trials += [*pair_trials(), *control_trials()]
+    chosen = [one for one in trials if one.network in networks and not (arguments.quick and one.seed not in seeds)]
+    repeats = 2 if arguments.quick else REPEATS
+    calibrated = {} if arguments.only else {(network, seed): repeats for network in networks for seed in seeds}
+    return tasks_of(chosen, calibrated)
+
+
+def _tell(done: int, of: int, task: Task) -> None:
+    print(f"{done}/{of}: {task.network}, seed {task.seed}", file=sys.stderr, flush=True)
+
+
+def _circumstances(result: Result, seconds: float) -> str:
+    planted = sum(len(one.trial.planted) == 1 and one.not_applicable is None for one in result.outcomes)
+    pairs = sum(len(one.trial.planted) == 2 and one.not_applicable is None for one in result.outcomes)
+    controls = sum(not one.trial.planted for one in result.outcomes)
+    tuned = ", ".join(f"{network} {seed}" for network, seed in sorted(TUNED))
+    took = ", ".join(f"{part} {taken:.0f} s" for part, taken in result.seconds.items())
+    lines = [
+        f"{date.today().isoformat()}, bnprobe {__version__}, {machine(torch.device('cpu'))}, {platform.system()}.",
+        f"`python {' '.join(['-m benchmarks.faults', *sys.argv[1:]])}` took {seconds:.0f} s"
+        f" (summed over processes: {took}).",
+        "",
+        f"{planted} planted faults, {pairs} pairs, {controls} healthy controls. Thresholds may be set on the networks"
+        f" and seeds {tuned}; all figures but those beside them are of the others.",
+        f"Calibration: {SCAN_BATCHES} micro-batches a scan, against a truth from {TRUTH_BATCHES} other batches.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""``bnprobe explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from bnprobe.reports.layout import Page
+    from bnprobe.rules import Rule
+
+
+def explain(
+    code: Annotated[
+        str | None, typer.Argument(help="A rule's code (BN201) or cause (small_batch); none: the list of all rules.")
+    ] = None,
+) -> None:
+    """Print the manual of a rule: what it checks, why it matters, an example, the remedy, where it is from."""
+    from bnprobe.cli.write import deliver
+    from bnprobe.reports import RenderOptions
+    from bnprobe.reports.layout import MINIMUM_WIDTH, Page, to_string
+    from bnprobe.rules.selection import find_rule
+
+    rule = None if code is None else find_rule(code)
+
+    def render(options: RenderOptions) -> str:
+        page = Page(max(options.width, MINIMUM_WIDTH), options.unicode)
+        return to_string(_table(page) if rule is None else _manual(rule, page), options.color)
+
+    deliver(render, None, False, "")
+
+
+def _table(page: Page) -> Iterator[Text]:
+    from bnprobe.rules import RULES
+    from bnprobe.rules.docs import needs_in_words
+
+    rows = [("Code", "Finds", "Cause", "Needs")]
+    rows += [(rule.code, rule.title, rule.cause, needs_in_words(rule)) for rule in RULES]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        first = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        yield from page.paragraph(f"{first}  {row[3]}", style="bold" if row is rows[0] else "")
+    yield from page.paragraph("bnprobe explain CODE prints the manual of a rule.")
+
+
+def _manual(rule: Rule, page: Page) -> Iterator[Text]:
+    from rich.text import Text
+
+    from bnprobe.rules.docs import manual, needs_in_words
+
+    text = manual(rule)
+    yield from page.heading(f"{rule.code}: {rule.title}")
+    yield from page.paragraph(text.summary)
+    needs = needs_in_words(rule)
+    yield from page.paragraph(f"Cause {rule.cause}; severity {rule.severity}; needs {needs}.", style="dim")
+    for heading, paragraph in text.sections:
+        yield Text()
+        yield from page.heading(heading)
+        yield from page.paragraph(paragraph, first="  ")

@@ -1,0 +1,41 @@
+"""``bnprobe lint``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from bnprobe.cli import options
+from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS
+
+
+def lint(
+    target: options.Target,
+    checkpoint: options.Checkpoint = None,
+    unsafe_load: options.UnsafeLoad = False,
+    select: options.Select = None,
+    ignore: options.Ignore = None,
+    format_: options.ReportFormat = options.Format.terminal,
+    output: options.Output = None,
+    show_all: Annotated[bool, options.option(options.REPORT, "--all", "List every layer of a finding.")] = False,
+    exit_zero: options.ExitZero = False,
+) -> None:
+    """Judge the BN layers of a model as it is written and saved: no data, no forward pass, in seconds.
+
+    Exit codes: 0 clean, 1 findings, 2 error in usage, spec or your code, 3 no BN layer.
+    """
+    from bnprobe.cli.write import check_writable, deliver
+    from bnprobe.reports.lint import FORMATS, summary
+    from bnprobe.rules.selection import model_rules
+    from bnprobe.specfile import build_spec
+
+    check_writable(output)
+    given = options.overrides(checkpoint=checkpoint, unsafe_load=unsafe_load, select=select, ignore=ignore)
+    spec = build_spec(target, given)
+    model_rules(spec.rules)  # a code that is wrong is said before torch is imported
+    from bnprobe.pipeline import lint_spec
+
+    report = lint_spec(spec)
+    deliver(lambda given: FORMATS[format_.value](report, given), output, show_all, summary(report))
+    raise typer.Exit(EXIT_FINDINGS if report.has_findings and not exit_zero else EXIT_CLEAN)

@@ -1,0 +1,170 @@
+"""``bnprobe sweep``."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+
+from bnprobe.cli import options
+from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, NothingToProbeError, UsageError
+
+if TYPE_CHECKING:
+    from bnprobe.records import SweepReport
+    from bnprobe.spec import Spec
+
+_SWEEP = "Sweep"
+_CUMULATIVE = "cumulative"
+_RATES = re.compile(rf"[-+\d.eE]+(,.*)?|{_CUMULATIVE}(,.*)?")
+_USUAL = "usual"
+
+
+class SweepCommand(typer.core.TyperCommand):
+    """Takes ``--momentum`` with and without rates; typer knows no option with a value that may be missing."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a bare ``--momentum`` the usual rates."""
+        filled: list[str] = []
+        for position, word in enumerate(args):
+            following = args[position + 1] if position + 1 < len(args) else ""
+            bare = word == "--momentum" and not _RATES.fullmatch(following)
+            filled += [word, _USUAL] if bare else [word]
+        return super().parse_args(ctx, filled)
+
+
+def sweep(
+    target: options.Target,
+    checkpoint: options.Checkpoint = None,
+    unsafe_load: options.UnsafeLoad = False,
+    batch_size: options.BatchSize = None,
+    input_shape: options.InputShape = None,
+    seed: options.Seed = None,
+    batch_sizes: Annotated[
+        str | None,
+        options.option(_SWEEP, "--batch-sizes", "Sizes of the eval path (default 1,2,4,8,16,32,64).", "N,N"),
+    ] = None,
+    train_sizes: Annotated[
+        str | None, options.option(_SWEEP, "--train-sizes", "Measure the train path at these sizes too.", "N,N")
+    ] = None,
+    momentum: Annotated[
+        str | None,
+        options.option(
+            _SWEEP,
+            "--momentum",
+            "Replay the running average at these rates, e.g. 0.1,0.01,cumulative; without rates: from 0.3 to 0.001.",
+            "[A,A]",
+        ),
+    ] = None,
+    shift: Annotated[
+        float | None,
+        options.option(
+            _SWEEP, "--shift", "With --momentum: add S standard deviations to the means from the middle on.", "S"
+        ),
+    ] = None,
+    scale: Annotated[
+        float | None,
+        options.option(_SWEEP, "--scale", "With --momentum: standard deviations times F from the middle on.", "F"),
+    ] = None,
+    batches: options.Batches = None,
+    max_batches: options.MaxBatches = None,
+    device: options.Device = None,
+    autocast: options.Autocast = None,
+    physical_batch: options.PhysicalBatch = None,
+    no_emulate: options.NoEmulate = False,
+    threshold: options.Threshold = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    format_: options.ReportFormat = options.Format.terminal,
+    output: options.Output = None,
+    show_all: options.ShowAll = False,
+    exit_zero: options.ExitZero = False,
+) -> None:
+    """Measure the mismatch at other batch sizes, and which rate of the running average would track best.
+
+    Exit codes: 0 clean at the scanned batch size, 1 findings, 2 error in usage, spec or your code, 3 nothing to probe.
+    """
+    from bnprobe.cli.write import check_writable, deliver
+    from bnprobe.reports.sweep import SWEEP_FORMATS, one_line
+    from bnprobe.specfile import build_spec
+
+    sizes = _sizes("--train-sizes", train_sizes)
+    rates = _rates(momentum)
+    if momentum is None and (shift is not None or scale is not None):
+        raise UsageError("--shift and --scale change what --momentum replays: give --momentum too.")
+    check_writable(output)
+    spec = build_spec(
+        target,
+        options.overrides(
+            checkpoint=checkpoint,
+            unsafe_load=unsafe_load,
+            batch_size=batch_size,
+            input_shape=input_shape,
+            seed=seed,
+            batches=batches,
+            max_batches=max_batches,
+            batch_sizes=batch_sizes,
+            device=device,
+            autocast=autocast,
+            physical_batch=physical_batch,
+            no_emulate=no_emulate,
+            threshold=threshold,
+            include=include,
+            exclude=exclude,
+        ),
+    )
+    replayed = {"rates": rates, "shift": shift, "scale": scale}
+    report = _measure(spec, sizes, None if momentum is None else replayed)
+    render = SWEEP_FORMATS[format_.value]
+    deliver(lambda given: render(report, given), output, show_all, one_line(report))
+    findings = any(layer.flagged for layer in report.layers) and not exit_zero
+    raise typer.Exit(EXIT_FINDINGS if findings else EXIT_CLEAN)
+
+
+def _measure(spec: Spec, train_sizes: tuple[int, ...], replayed: dict[str, Any] | None) -> SweepReport:
+    """Sweep, and show progress.
+
+    Args:
+        spec: What is swept.
+        train_sizes: Further sizes of the train path.
+        replayed: Fields of ``MomentumPlan``, None for the usual; None: nothing is replayed.
+
+    Raises:
+        NothingToProbeError: Ctrl-C before anything was measured.
+    """
+    from bnprobe.cli.progress import progress_bar
+    from bnprobe.cli.scan import share_processors
+
+    share_processors()
+    try:
+        with progress_bar() as show:
+            from bnprobe.sweep import SweepPlan, sweep_spec  # seconds of torch: once the options are known to be right
+            from bnprobe.tracking import MomentumPlan
+
+            given = {name: value for name, value in (replayed or {}).items() if value is not None}
+            momentum = None if replayed is None else MomentumPlan(**given)
+            return sweep_spec(spec, SweepPlan(train_sizes=train_sizes, momentum=momentum), show)
+    except KeyboardInterrupt:
+        raise NothingToProbeError("Interrupted before the first scan was done; there is no report.") from None
+
+
+def _sizes(name: str, text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UsageError(f"{name} {text} is no list of batch sizes: give whole numbers and commas, as in 8,32.")
+    return tuple(sorted({int(part) for part in text.split(",")}))
+
+
+def _rates(text: str | None) -> tuple[float | None, ...] | None:
+    """Rates, None among them standing for the cumulative average; None for the usual ones."""
+    if text is None or text == _USUAL:
+        return None
+    try:
+        return tuple(None if part == _CUMULATIVE else float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--momentum {text} is no list of rates: give numbers and commas, as in 0.1,0.01, or the word"
+            f" {_CUMULATIVE}."
+        ) from None

@@ -1,0 +1,188 @@
+"""What a scan measures beyond the two paths: impact on the output, what-if, training steps, gradients."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bnprobe.errors import UsageError
+from bnprobe.facts import Anatomy
+from bnprobe.loading.optimizer import load_optimizer
+from bnprobe.probing.batches import to_device
+from bnprobe.probing.evidence import Evaluation, Evidence
+from bnprobe.probing.gradients import measure_gradients
+from bnprobe.probing.impact import IMAGES, joint_impact, measure_impact
+from bnprobe.probing.layers import LayerSet
+from bnprobe.probing.runner import Runner
+from bnprobe.probing.trainsteps import OptimizerFactory, train_steps
+from bnprobe.probing.whatif import what_if
+from bnprobe.records import Backward, ExtraPass, GradientAngle, Impact, Layer, Remedy, Updates
+from bnprobe.spec import OptimizerSpec, ScanSettings
+
+WHAT_IF_IMAGES = 512
+"""Images of training and of evaluation data that remedies are tried on; kept in host memory for it."""
+
+GRADIENT_BATCHES = 32
+"""Micro-batches whose gradients are measured: the noise is then known to a quarter."""
+
+
+@dataclass
+class Further:
+    """Results by index of the layer, and what they cost."""
+
+    impacts: dict[int, Impact] = field(default_factory=dict)
+    backward: dict[int, Backward] = field(default_factory=dict)
+    updates: dict[int, Updates] = field(default_factory=dict)
+    angle: GradientAngle | None = None
+    remedies: tuple[Remedy, ...] = ()
+    passes: list[ExtraPass] = field(default_factory=list)
+
+
+def wanted_batches(settings: ScanSettings, batch_size: int) -> int:
+    """How many micro-batches must be kept for what the settings ask for."""
+    images = max(IMAGES, WHAT_IF_IMAGES if settings.what_if else 0)
+    trained = settings.train_steps or 0
+    return max(2, images // batch_size, trained, GRADIENT_BATCHES if settings.gradients else 0)
+
+
+def check_wishes(settings: ScanSettings, has_loss: bool, has_metric: bool, has_evaluation: bool) -> None:
+    """Refuse before anything is measured what could not be measured in the end.
+
+    Raises:
+        UsageError: Names the option and what it lacks.
+    """
+    if settings.train_steps and not has_loss:
+        raise UsageError(
+            "--train-steps needs a loss: add loss(model, batch) to the model file, or name it in the spec."
+        )
+    if settings.gradients and not has_loss:
+        raise UsageError("--gradients needs a loss: add loss(model, batch) to the model file, or name it in the spec.")
+    if settings.what_if and not (has_loss or has_metric):
+        raise UsageError("--what-if needs loss(model, batch) or metric(model, batch) in the model file or spec.")
+    if settings.what_if and not has_evaluation:
+        raise UsageError(
+            "--what-if needs evaluation data: add load_eval_data(batch_size) to the model file, or eval_data to the"
+            " spec."
+        )
+
+
+def measure_further(
+    found: Further,
+    runner: Runner,
+    evidence: Evidence,
+    settings: ScanSettings,
+    make_optimizer: OptimizerFactory | None = None,
+) -> None:
+    """Everything that the settings ask for, and always the impact, into ``found``.
+
+    Args:
+        make_optimizer: For training steps; None: SGD at a learning rate of 0.01.
+
+    Raises:
+        BnprobeError: See the single measurements; what was measured before is in ``found``.
+    """
+    found.passes += _passes_so_far(evidence)
+    size, loss = evidence.batch_size, runner.functions.loss
+    with runner.installed():
+        some = _first_images(runner, evidence)
+        with _counted(found, "impact", "which layers move the output", len(some) * size):
+            found.impacts = measure_impact(runner, some, size, evidence.trust, evidence.at_once)
+        if settings.what_if and evidence.evaluation is not None:
+            _try_remedies(found, runner, evidence, evidence.evaluation)
+    layers, device = runner.layers.layers, runner.device
+    model, autocast, held = runner.model, runner.autocast, runner.held
+    if settings.train_steps:
+        steps, make = settings.train_steps, make_optimizer or load_optimizer(OptimizerSpec())
+        with _counted(found, "training steps", "asked for", steps * size):
+            trained = train_steps(model, layers, evidence.kept, loss, make, device, steps, autocast=autocast, held=held)
+            found.updates = {
+                index: replace(updates, repeated=trained.repeated.get(index, 0.0))
+                for index, updates in trained.updates.items()
+            }
+    if settings.gradients:
+        batches = evidence.kept[:GRADIENT_BATCHES]
+        with _counted(found, "gradients", "asked for", len(batches) * size):
+            found.backward, found.angle = measure_gradients(
+                model, layers, batches, loss, device, autocast=autocast, held=held, seed=settings.seed
+            )
+
+
+def with_further(
+    layers: Sequence[Layer], anatomy: Sequence[Anatomy], found: Further, among: LayerSet
+) -> tuple[Layer, ...]:
+    """The layers with what was measured of them, and their places in the user's code."""
+    positions = {layer.name: layer.index for layer in among.layers}
+    places = {layer.name: layer.location for layer in anatomy}
+    return tuple(
+        replace(
+            layer,
+            location=places.get(layer.name),
+            impact=found.impacts.get(positions[layer.name]),
+            backward=found.backward.get(positions[layer.name]),
+            updates=found.updates.get(positions[layer.name]),
+        )
+        for layer in layers
+    )
+
+
+def _first_images(runner: Runner, evidence: Evidence) -> list[Any]:
+    """The micro-batches that impacts are measured on, on the device."""
+    number = max(2, IMAGES // evidence.batch_size)
+    return [to_device(batch, runner.device) for batch in evidence.kept[:number]]
+
+
+def _try_remedies(found: Further, runner: Runner, evidence: Evidence, evaluation: Evaluation) -> None:
+    size = evidence.batch_size
+    if evaluation.batch_size != size:
+        raise UsageError(
+            f"--what-if needs evaluation batches of the size that is scanned, {size}, and eval_data.batch_size is"
+            f" {evaluation.batch_size}. Leave it out of the spec."
+        )
+    most = max(2, WHAT_IF_IMAGES // size)
+    training, held_out = evidence.kept[:most], evaluation.kept[:most]
+    with _counted(found, "what-if", "asked for", (len(training) + len(held_out)) * size):
+        found.remedies = what_if(runner, training, held_out, size, evidence.at_once, evidence.trust)
+
+
+def impact_of(runner: Runner, evidence: Evidence, further: Further) -> Callable[[tuple[str, ...]], float | None]:
+    """A function from names of layers to the change of the outputs if all of them normalize with their batches."""
+    positions = {layer.name: layer.index for layer in runner.layers.layers}
+    known: dict[frozenset[int], float | None] = {}
+
+    def measured(names: tuple[str, ...]) -> float | None:
+        layers = frozenset(positions[name] for name in names if positions[name] in further.impacts)
+        if not layers:
+            return None
+        alone = further.impacts[next(iter(layers))].exact if len(layers) == 1 else None
+        if alone is not None:
+            return alone
+        if layers not in known:
+            with runner.installed():
+                some = _first_images(runner, evidence)
+                known[layers] = joint_impact(
+                    runner, some, evidence.batch_size, evidence.trust, evidence.at_once, layers
+                )
+        return known[layers]
+
+    return measured
+
+
+@contextmanager
+def _counted(found: Further, name: str, reason: str, images: int) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    found.passes.append(ExtraPass(name, reason, images, time.perf_counter() - started))
+
+
+def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
+    """What the two paths were joined by, with its reason."""
+    if evidence.steady is not None:
+        reason = "the model draws random numbers in training"
+        images = evidence.batches * evidence.batch_size
+        yield ExtraPass("train path without random layers", reason, images, evidence.steady_seconds)
+    if evidence.evaluation is not None:
+        held_out = evidence.evaluation
+        yield ExtraPass("evaluation data", "there is some to tell a data shift by", held_out.images, held_out.seconds)

@@ -1,0 +1,228 @@
+"""Record the batch statistics of the train path, micro-batch by micro-batch, within a stated memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnprobe.errors import DeviceError, UsageError
+from bnprobe.probing.batches import CannotEmulateError, join, to_device
+from bnprobe.probing.feed import Feed
+from bnprobe.probing.intercept import Pass, Recorded, Slot
+from bnprobe.probing.layers import ProbedLayer
+from bnprobe.probing.memory import is_out_of_memory
+from bnprobe.probing.plan import plan
+from bnprobe.probing.runner import Runner
+from bnprobe.spec import ScanSettings
+from bnprobe.stats.ema import Statistics, Stream
+
+MEMORY_CAP = 2**28
+"""Bytes that a recording may take: 256 MiB."""
+
+FEWEST = 16
+"""Micro-batches that a replay needs to say anything."""
+
+_DOUBLE, _SINGLE = 8, 4
+
+
+@dataclass(frozen=True)
+class LayerSeries:
+    """One layer's part of a recording.
+
+    Attributes:
+        layer: The layer.
+        stream: Its batch statistics, calls of one micro-batch one after the other, on the host.
+        calls: Updates per micro-batch.
+        start: The running statistics it was loaded with, on the host.
+    """
+
+    layer: ProbedLayer
+    stream: Stream
+    calls: int
+    start: Statistics
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Batch statistics of every layer that training would update.
+
+    Attributes:
+        series: In network order.
+        omitted: The selected layers that are not in ``series``, and why.
+        batches: Micro-batches recorded.
+        cut: No more were recorded because they would take more than the cap.
+        bytes: Memory that the batch statistics take.
+        single: They were kept in float32, since float64 would have taken more than the cap.
+    """
+
+    series: tuple[LayerSeries, ...]
+    omitted: tuple[tuple[ProbedLayer, str], ...]
+    batches: int
+    cut: bool
+    bytes: int
+    single: bool
+
+
+def storage(values: int, batches: int, cap: int) -> tuple[bool, int]:
+    """How to keep a recording within ``cap`` bytes.
+
+    Args:
+        values: Numbers kept of one micro-batch.
+        batches: Micro-batches wanted.
+        cap: Bytes.
+
+    Returns:
+        Whether in float32 rather than float64, and for how many micro-batches.
+    """
+    if values * batches * _DOUBLE <= cap:
+        return False, batches
+    return True, min(batches, cap // (values * _SINGLE))
+
+
+def record(
+    runner: Runner,
+    batches: Iterable[Any],
+    batch_size: int,
+    settings: ScanSettings,
+    progress: Callable[[int, int], None],
+    cap: int = MEMORY_CAP,
+) -> Recording:
+    """Run the train path over micro-batches and keep their statistics.
+
+    No weight and no running statistic moves: every micro-batch meets the same network.
+
+    Raises:
+        UsageError: Fewer than ``FEWEST`` micro-batches could be recorded.
+        DataError, UserCodeError, DeviceError: See ``Feed`` and ``Runner``.
+    """
+    feed = Feed(batches, batch_size)
+    with runner.installed():
+        wanted = settings.batches or settings.max_batches
+        emulation, at_once = plan(runner, feed, settings)
+        layouts = dict(emulation.layouts.get("train", {}))
+        recorder = _Recorder(runner, batch_size, layouts, at_once, cap, most=wanted)
+        while recorder.batches < recorder.most:
+            progress(recorder.batches, recorder.most)
+            taken = feed.take(min(recorder.at_once, recorder.most - recorder.batches))
+            if not taken:
+                break
+            recorder.step(taken)
+        progress(recorder.batches, recorder.batches)
+    if recorder.batches < FEWEST:
+        raise UsageError(
+            f"A sweep of momentum needs at least {FEWEST} micro-batches, and {recorder.batches} of {batch_size} images"
+            " could be recorded. Give more --batches, more data or a smaller --batch-size."
+        )
+    return recorder.result(wanted)
+
+
+@dataclass
+class _Recorder:
+    """The state of a recording; a step is added wholly or not at all.
+
+    Attributes:
+        most: Micro-batches to record; less than asked for once the memory is known not to suffice.
+        updates: Per layer index: statistics and values per channel of each step.
+        calls: Per layer index: the numbers of updates per micro-batch that were seen.
+    """
+
+    runner: Runner
+    batch_size: int
+    layouts: dict[Slot, Any]
+    at_once: int
+    cap: int
+    most: int
+    batches: int = 0
+    bytes: int = 0
+    dtype: torch.dtype | None = None
+    updates: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+    calls: dict[int, set[int]] = field(default_factory=dict)
+
+    def step(self, micro_batches: list[Any]) -> None:
+        """Record micro-batches, as one physical batch where that works."""
+        for part in self._try(micro_batches):
+            self.step(part)
+
+    def _try(self, micro_batches: list[Any]) -> list[list[Any]]:
+        """Record; returns what to record in smaller parts instead, if anything."""
+        try:
+            self._add(self._measure(micro_batches), len(micro_batches))
+            return []
+        except CannotEmulateError:
+            self.at_once, self.layouts = 1, {}
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._halve(len(micro_batches))
+        return [micro_batches[i : i + self.at_once] for i in range(0, len(micro_batches), self.at_once)]
+
+    def _halve(self, tried: int) -> None:
+        if tried == 1:
+            raise DeviceError(
+                f"Not even one micro-batch of {self.batch_size} images fits into the memory of {self.runner.device}."
+                " Use a smaller --batch-size, --autocast, or another --device."
+            )
+        self.at_once = tried // 2
+
+    def _measure(self, micro_batches: list[Any]) -> dict[int, list[Recorded]]:
+        """The calls that normalized with batch statistics, by layer, in call order."""
+        joined = to_device(join(micro_batches), self.runner.device)
+        images = len(micro_batches) * self.batch_size
+        pass_ = Pass(images, self.batch_size, layouts=dict(self.layouts))
+        self.runner.forward("train", joined, pass_)
+        found: dict[int, list[Recorded]] = {}
+        for (index, _), recorded in pass_.records.items():
+            if recorded.by_batch and self.runner.layers.layers[index].selected:
+                found.setdefault(index, []).append(recorded)
+        return found
+
+    def _add(self, found: dict[int, list[Recorded]], micro_batches: int) -> None:
+        if self.dtype is None:
+            values = sum(2 * call.mean.shape[1] for calls in found.values() for call in calls)
+            single, self.most = storage(max(values, 1), self.most, self.cap)
+            self.dtype = torch.float32 if single else torch.float64
+        for index, calls in found.items():
+            self.calls.setdefault(index, set()).add(len(calls))
+            mean, variance = (
+                torch.stack([getattr(call, name) for call in calls], 1).flatten(0, 1).to("cpu", self.dtype, copy=True)
+                for name in ("mean", "variance")
+            )
+            values_of_call = torch.tensor([float(call.values) for call in calls], dtype=torch.float64)
+            self.updates.setdefault(index, []).append((mean, variance, values_of_call.repeat(micro_batches)))
+            self.bytes += 2 * mean.numel() * mean.element_size()
+        self.batches += micro_batches
+
+    def result(self, wanted: int) -> Recording:
+        """The whole recording."""
+        reasons = [(layer, self._reason(layer)) for layer in self.runner.layers.selected]
+        return Recording(
+            series=tuple(self._series(layer) for layer, reason in reasons if reason is None),
+            omitted=tuple((layer, reason) for layer, reason in reasons if reason is not None),
+            batches=self.batches,
+            cut=self.batches == self.most < wanted,
+            bytes=self.bytes,
+            single=self.dtype == torch.float32,
+        )
+
+    def _reason(self, layer: ProbedLayer) -> str | None:
+        """Why a layer has no series that could be replayed."""
+        if layer.info.running_mean is None:
+            return "no running statistics (track_running_stats=False)"
+        if layer.index not in self.updates:
+            return "training does not update its running statistics: frozen or never called"
+        calls = self.calls[layer.index]
+        if len(calls) > 1 or sum(len(values) for *_, values in self.updates[layer.index]) != self.batches * max(calls):
+            return "called a different number of times from batch to batch"
+        if any(bool((values < 2).any()) for *_, values in self.updates[layer.index]):
+            return "one value per channel in a micro-batch: training raises an error at this batch size"
+        return None
+
+    def _series(self, layer: ProbedLayer) -> LayerSeries:
+        mean, variance, values = (torch.cat(part) for part in zip(*self.updates[layer.index], strict=True))
+        running = [layer.info.running_mean, layer.info.running_variance]
+        start = [buffer.detach().to("cpu", torch.float64, copy=True) for buffer in running if buffer is not None]
+        return LayerSeries(layer, Stream(mean, variance, values), max(self.calls[layer.index]), Statistics(*start))

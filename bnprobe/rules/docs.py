@@ -1,0 +1,85 @@
+"""The manuals of the rules, from their docstrings: for ``bnprobe explain`` and as the pages of ``docs/rules``.
+
+``python -m bnprobe.rules.docs FOLDER`` writes the pages.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bnprobe.rules import RULES, Rule
+
+_HEADING = re.compile(r"^(\w+):\n((?:(?:    .*)?\n)*)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Manual:
+    """A rule's docstring, taken apart.
+
+    Attributes:
+        summary: The first line.
+        sections: Heading and text of each section, the text as one paragraph.
+    """
+
+    summary: str
+    sections: tuple[tuple[str, str], ...]
+
+
+def manual(rule: Rule) -> Manual:
+    """The manual of a rule."""
+    summary, _, rest = (inspect.cleandoc(type(rule).__doc__ or "") + "\n").partition("\n\n")
+    sections = tuple((found[1], " ".join(found[2].split())) for found in _HEADING.finditer(rest))
+    return Manual(summary, sections)
+
+
+def page(rule: Rule) -> str:
+    """The manual as a page of Markdown."""
+    text = manual(rule)
+    facts = f"Cause: `{rule.cause}`. Severity: {rule.severity}. Needs: {needs_in_words(rule)}."
+    parts = [f"# {rule.code}: {rule.title}", text.summary, facts]
+    for heading, paragraph in text.sections:
+        parts += [f"## {heading}", paragraph]
+    return "\n\n".join(parts) + "\n"
+
+
+def index(rules: Sequence[Rule]) -> str:
+    """The list of all rules as a page of Markdown."""
+    rows = [
+        f"| [{rule.code}]({rule.code}.md) | {rule.title} | `{rule.cause}` | {rule.severity} | {needs_in_words(rule)} |"
+        for rule in rules
+    ]
+    head = [
+        "# Rules",
+        "",
+        "`bnprobe explain CODE` prints the same pages. Rules that need the model alone run in `bnprobe lint` too.",
+        "",
+        "| Code | Finds | Cause | Severity | Needs |",
+        "|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """Every page by its file name."""
+    return {"README.md": index(RULES)} | {f"{rule.code}.md": page(rule) for rule in RULES}
+
+
+def needs_in_words(rule: Rule) -> str:
+    """What must be there for the rule to judge."""
+    need = "the model alone" if rule.needs == "model" else rule.needs
+    return f"real {need}" if rule.real_data else need
+
+
+def write(folder: Path) -> None:
+    """Write all pages into a folder."""
+    for name, text in pages().items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

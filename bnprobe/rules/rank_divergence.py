@@ -1,0 +1,59 @@
+"""BN302: processes that disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bnprobe.facts import Facts
+from bnprobe.records import Layer, Verdict
+from bnprobe.rules.interface import Rule
+from bnprobe.rules.shares import share_limit
+from bnprobe.rules.wording import number
+
+
+class RankDivergence(Rule):
+    """The running statistics of the processes of a distributed run differ.
+
+    What:
+        The mismatch D between the running statistics of the two processes that differ most, against half of the
+        layer's limit.
+
+    Why:
+        Without synchronized BN, each process normalizes with its own part of the batch and keeps its own running
+        statistics. Checkpoints are usually written by process 0: the model that is deployed has seen one process's
+        data. Where the data is split by source, that is another distribution.
+
+    Example:
+        Evaluation on process 0 is worse than on the others, or results change with the process that saves.
+
+    Remedy:
+        Synchronize the buffers (broadcast_buffers=True), or pool the statistics of all processes before saving, or use
+        SyncBatchNorm; shuffle before splitting the data.
+
+    Reference:
+        Goyal et al. 2017, arXiv 1706.02677, section 3 (statistics per worker). PyTorch documentation of
+        DistributedDataParallel, broadcast_buffers.
+    """
+
+    code = "BN302"
+    title = "processes disagree"
+    cause = "rank_divergence"
+    severity = "error"
+    unit = "D"
+    needs = "several processes"
+    finding = "the running statistics differ from process to process"
+    remedy = (
+        "Pool the running statistics of all processes before saving, or use SyncBatchNorm; shuffle before splitting."
+    )
+
+    def check(self, facts: Facts) -> Iterator[Verdict]:
+        for layer in facts.layers.values():
+            yield self._judge(layer, facts.rank_mismatch.get(layer.name))
+
+    def _judge(self, layer: Layer, apart: float | None) -> Verdict:
+        if apart is None:
+            return self.skipped(layer.name, "the statistics of the processes were not compared")
+        limit = share_limit(layer)
+        message = f"The processes' running statistics are up to D = {number(apart)} apart."
+        judged = self.failed if apart > limit else self.passed
+        return judged(layer.name, message, apart, limit)

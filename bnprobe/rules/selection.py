@@ -1,0 +1,88 @@
+"""Which rules are meant: by code, by prefix of a code, by cause."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from bnprobe.errors import UsageError
+from bnprobe.rules import RULES, Rule
+from bnprobe.spec import RulesSpec
+
+
+def selected(spec: RulesSpec, among: Sequence[Rule] = RULES) -> tuple[Rule, ...]:
+    """The rules that are to judge: those selected (all, where nothing is) without those ignored.
+
+    Raises:
+        UsageError: A code or prefix fits no rule; names the nearest code.
+    """
+    for code in (*spec.select, *spec.ignore, *(code for item in spec.exempt for code in item.rules)):
+        check_code(code)
+    return tuple(
+        rule for rule in among if (not spec.select or fits(rule.code, spec.select)) and not fits(rule.code, spec.ignore)
+    )
+
+
+def model_rules(spec: RulesSpec) -> tuple[Rule, ...]:
+    """Those selected that need the model alone.
+
+    Raises:
+        UsageError: None of the rules selected does; or a code or prefix fits no rule.
+    """
+    alone = selected(spec, [rule for rule in RULES if rule.needs == "model"])
+    if not alone:
+        raise UsageError(
+            "None of the rules selected can judge a model without data; run `bnprobe scan`, or select others"
+            " (`bnprobe explain` lists what each needs)."
+        )
+    return alone
+
+
+def find_rule(name: str) -> Rule:
+    """The rule of this code or cause.
+
+    Raises:
+        UsageError: There is none; names the nearest.
+    """
+    wanted = name.strip().lower().replace("-", "_")
+    for rule in RULES:
+        if wanted in (rule.code.lower(), rule.cause):
+            return rule
+    if wanted.startswith("bn"):
+        nearest = _nearest_code(wanted)
+    else:
+        nearest = difflib.get_close_matches(wanted, [rule.cause for rule in RULES], 1, cutoff=0.0)[0]
+    raise UsageError(
+        f'There is no rule "{name}"; the nearest is {nearest}. `bnprobe explain` without a code lists all rules.'
+    )
+
+
+def check_code(code: str) -> None:
+    """Refuse a code or prefix that fits no rule.
+
+    Raises:
+        UsageError: Names the nearest code.
+    """
+    if not any(fits(rule.code, (code,)) for rule in RULES):
+        raise UsageError(
+            f'There is no rule "{code}", nor one that begins so; the nearest code is {_nearest_code(code)}.'
+            " `bnprobe explain` lists all rules."
+        )
+
+
+def fits(code: str, prefixes: Iterable[str]) -> bool:
+    """Whether a code begins with one of the prefixes."""
+    return any(prefix and code.startswith(prefix.upper()) for prefix in prefixes)
+
+
+def _nearest_code(given: str) -> str:
+    """The family first, which the beginning says."""
+    return max((rule.code for rule in RULES), key=lambda code: (_common(code, given.upper()), _likeness(code, given)))
+
+
+def _common(one: str, other: str) -> int:
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other.upper()).ratio()

@@ -1,0 +1,283 @@
+"""What ``bnprobe sweep`` does: the mismatch at other batch sizes, and running averages at other rates.
+
+A sweep is made of scans: one, whose images are regrouped for every batch size of the eval path, and one for each
+further size of the train path. The rates are replayed on recorded batch statistics (``bnprobe.stats.ema``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnprobe.errors import UsageError
+from bnprobe.loading.data import BatchSource, as_batch_source
+from bnprobe.loading.model import unwrapped
+from bnprobe.loading.workload import load_workload
+from bnprobe.pipeline import no_progress, scan, scan_spec
+from bnprobe.probing.drive import FEWEST, Progress
+from bnprobe.probing.forward import forward_all
+from bnprobe.probing.layers import find_layers
+from bnprobe.probing.preserve import untouched
+from bnprobe.probing.runner import Runner, UserFunctions
+from bnprobe.probing.series import MEMORY_CAP, Recording, record
+from bnprobe.randomness import preserved_random_state, seed_everything
+from bnprobe.records import (
+    SCHEMA_VERSION,
+    MomentumSweep,
+    Report,
+    SweepReport,
+)
+from bnprobe.sizes import smallest_of_all, sweep_layer
+from bnprobe.spec import ScanSettings, Spec
+from bnprobe.specfile import settings_from
+from bnprobe.tracking import MomentumPlan, check_plan, momentum_sweep
+from bnprobe.usercode import BatchFunction
+
+DEFAULT_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+_PLAIN = {"what_if": False, "train_steps": None, "gradients": False}
+"""A sweep looks at mismatch alone."""
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What to sweep.
+
+    Attributes:
+        batch_sizes: Of the eval path; None: ``DEFAULT_SIZES``, as far as the data reaches.
+        train_sizes: Sizes at which the train path is measured too.
+        momentum: Rates to replay; None: none.
+    """
+
+    batch_sizes: tuple[int, ...] | None = None
+    train_sizes: tuple[int, ...] = ()
+    momentum: MomentumPlan | None = None
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What batch statistics are recorded from."""
+
+    model: nn.Module
+    source: BatchSource
+    forward: BatchFunction | None
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model and its data, however they are given.
+
+    Attributes:
+        scan: Scans with some fields of ``ScanSettings`` changed.
+        material: The model and its batches, to record from.
+        settings: As given.
+        may_extend: Nobody said how many micro-batches are the most: what the largest size needs may be measured.
+    """
+
+    scan: Callable[[dict[str, Any]], Report]
+    material: _Material
+    settings: ScanSettings
+    may_extend: bool
+
+    @property
+    def batch_size(self) -> int:
+        """The size that is judged."""
+        return self.material.source.batch_size
+
+    @property
+    def images(self) -> float:
+        """Number of images; infinite where it is not known."""
+        return math.inf if self.material.source.images is None else self.material.source.images
+
+
+def sweep(
+    model: nn.Module,
+    batches: Any,
+    batch_size: int | None = None,
+    *,
+    batch_sizes: Sequence[int] | None = None,
+    train_sizes: Sequence[int] = (),
+    momentum: MomentumPlan | None = None,
+    num_batches: int | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress: Progress = no_progress,
+    **settings: Any,
+) -> SweepReport:
+    """Measure ``model`` at several batch sizes, and what other rates of the running average would track.
+
+    The model comes back bit-identical, also after an exception; so does the random state.
+
+    Args:
+        model: Any module, on any device.
+        batches: As for ``bnprobe.scan``; read again for every train size and for the rates, so no generator.
+        batch_size: As for ``bnprobe.scan``: the size that is judged.
+        batch_sizes: Sizes of the eval path; None: 1, 2, 4, ..., 64, as far as the data reaches.
+        train_sizes: Sizes at which the train path is measured too.
+        momentum: Rates of the running average to replay; None: none.
+        num_batches: Measure exactly so many micro-batches; None: as many as the largest size needs, or more.
+        forward: ``f(model, batch)``, as in a model file.
+        progress: Called with the micro-batches done, and those planned so far, in every measurement.
+        **settings: Any further field of ``bnprobe.spec.ScanSettings``.
+
+    Raises:
+        BnprobeError: See ``bnprobe.errors`` for the tree.
+    """
+    given = settings_from({"batch_size": batch_size, "batches": num_batches, **settings})
+    source = as_batch_source(batches, batch_size)
+    inner, _ = unwrapped(model)
+
+    def scan_with(changes: dict[str, Any]) -> Report:
+        keywords = {"batch_size": batch_size, "num_batches": num_batches, **settings, **changes}
+        return scan(model, batches, forward=forward, progress=progress, **keywords)
+
+    may_extend = num_batches is None and "max_batches" not in settings
+    subject = _Subject(scan_with, _Material(inner, source, forward), given, may_extend)
+    sizes = None if batch_sizes is None else tuple(batch_sizes)
+    return _sweep(subject, SweepPlan(sizes, tuple(train_sizes), momentum), progress)
+
+
+def sweep_spec(spec: Spec, plan: SweepPlan, progress: Progress = no_progress) -> SweepReport:
+    """Load what a spec names, and sweep it; the sizes of ``spec.scan.batch_sizes``, where the plan has none.
+
+    Raises:
+        BnprobeError: See ``bnprobe.errors`` for the tree.
+    """
+
+    def scan_with(changes: dict[str, Any]) -> Report:
+        data = {key: value for key, value in changes.items() if key == "batch_size"}
+        run = {key: value for key, value in changes.items() if key != "batch_size"}
+        update = {"data": spec.data.model_copy(update=data), "scan": spec.scan.model_copy(update=run)}
+        return scan_spec(spec.model_copy(update=update), progress)
+
+    with preserved_random_state():
+        seed_everything(spec.data.seed)
+        workload = load_workload(spec)
+    if plan.batch_sizes is None and spec.scan.batch_sizes:
+        plan = replace(plan, batch_sizes=spec.scan.batch_sizes)
+    may_extend = spec.data.batches is None and "max_batches" not in spec.scan.model_fields_set
+    material = _Material(workload.model, workload.source, workload.forward)
+    subject = _Subject(scan_with, material, spec.settings(), may_extend)
+    return _sweep(subject, plan, progress)
+
+
+def _sweep(subject: _Subject, plan: SweepPlan, progress: Progress) -> SweepReport:
+    sizes, notes = _sizes(subject, plan)
+    _check_train_sizes(subject, plan.train_sizes)
+    if plan.momentum is not None:
+        check_plan(plan.momentum)
+    report = _scan_sizes(subject, sizes, plan.batch_sizes is not None, notes)
+    trains, momentum, partial = [report], None, report.scan.partial
+    try:
+        for size in plan.train_sizes:
+            if size != subject.batch_size and not partial:
+                trains.append(subject.scan({**_PLAIN, "batch_size": size}))
+                partial = trains[-1].scan.partial
+        if plan.momentum is not None and not partial:
+            momentum = _momentum(subject, plan.momentum, report.scan.device, progress, notes)
+    except KeyboardInterrupt:  # what there is by now is worth a report
+        partial = True
+    layers = tuple(sweep_layer(layer, subject.batch_size, trains) for layer in report.layers)
+    return SweepReport(
+        schema_version=SCHEMA_VERSION,
+        tool=report.tool,
+        environment=report.environment,
+        scan=report.scan,
+        layers=layers,
+        skipped=report.skipped,
+        smallest=smallest_of_all(report.layers, layers),
+        momentum=momentum,
+        notes=tuple(notes),
+        partial=partial,
+    )
+
+
+def _sizes(subject: _Subject, plan: SweepPlan) -> tuple[tuple[int, ...], list[str]]:
+    """The sizes of the eval path beside the scanned one, and what is to be said of those left out.
+
+    Raises:
+        UsageError: A size that was asked for is more than half of the images.
+    """
+    asked = DEFAULT_SIZES if plan.batch_sizes is None else plan.batch_sizes
+    most = _most_images(subject)
+    too_large = [size for size in asked if (size != subject.batch_size and size < 1) or 2 * size > most]
+    if too_large and plan.batch_sizes is not None:
+        raise UsageError(_too_large("--batch-sizes", too_large[0], most))
+    notes = []
+    if too_large:
+        left_out = ", ".join(map(str, too_large))
+        notes.append(f"Left out: batch size {left_out}, since {most:.0f} images hold fewer than two such batches.")
+    return tuple(size for size in asked if size not in (*too_large, subject.batch_size)), notes
+
+
+def _check_train_sizes(subject: _Subject, sizes: Iterable[int]) -> None:
+    for size in sizes:
+        if size < 1 or 2 * size > subject.images:
+            raise UsageError(_too_large("--train-sizes", size, subject.images))
+
+
+def _most_images(subject: _Subject) -> float:
+    """Images that can be measured, as far as that is known beforehand."""
+    settings = subject.settings
+    given = settings.batches if settings.batches is not None else settings.max_batches
+    return subject.images if subject.may_extend else min(subject.images, given * subject.batch_size)
+
+
+def _too_large(option: str, size: int, images: float) -> str:
+    if size < 1:
+        return f"{option} {size} is no batch size: give whole numbers of at least 1."
+    return (
+        f"{option} {size} is more than half of the {images:.0f} images that can be measured: a batch size needs at"
+        " least two batches. Leave it out, or give more --batches or more data."
+    )
+
+
+def _scan_sizes(subject: _Subject, sizes: tuple[int, ...], required: bool, notes: list[str]) -> Report:
+    """The scan that gives the eval path at all sizes from the same images.
+
+    Raises:
+        UsageError: Sizes were asked for, and the images of this model cannot be regrouped.
+    """
+    changes: dict[str, Any] = {**_PLAIN, "batch_sizes": sizes}
+    needed = math.ceil(FEWEST * max(sizes, default=0) / subject.batch_size)
+    if subject.may_extend:
+        changes["max_batches"] = max(subject.settings.max_batches, needed)
+    try:
+        return subject.scan(changes)
+    except UsageError as error:
+        if required:
+            raise
+        report = subject.scan({**changes, "batch_sizes": ()})
+        notes.append(str(error))
+        return report
+
+
+def _momentum(
+    subject: _Subject, plan: MomentumPlan, device: str, progress: Progress, notes: list[str]
+) -> MomentumSweep:
+    with preserved_random_state():
+        recording = _record(subject.material, subject.settings, device, progress)
+        found = momentum_sweep(recording, plan, subject.batch_size)
+    if recording.cut:
+        notes.append(
+            f"--momentum: {recording.batches} micro-batches were recorded; more would not fit into"
+            f" {MEMORY_CAP >> 20} MiB."
+        )
+    return found
+
+
+def _record(material: _Material, settings: ScanSettings, device_name: str, progress: Progress) -> Recording:
+    model, source = material.model, material.source
+    device = torch.device(device_name)
+    with untouched(model):
+        seed_everything(settings.seed)
+        model.to(device)
+        forward = material.forward or (forward_all if source.synthetic else None)
+        autocast = getattr(torch, settings.autocast) if settings.autocast else None
+        layers = find_layers(model, settings.is_selected)
+        runner = Runner(model, layers, UserFunctions(forward), device, autocast)
+        return record(runner, source.batches, source.batch_size, settings, progress)

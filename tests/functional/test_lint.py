@@ -1,0 +1,148 @@
+"""``bnprobe lint``: findings about the model alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from functional.command import CLEAN, ERROR, FINDINGS, MODEL, NOTHING, Workspace
+
+FAULTY = """\
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn1 = nn.BatchNorm1d(4, momentum=0.99)
+        self.drop = nn.Dropout(0.5)
+        self.bn2 = nn.BatchNorm1d(4, momentum=0.99)
+
+
+def load_model():
+    net = Net()
+    for layer in (net.bn1, net.bn2):
+        layer.running_mean.fill_(0.5)
+    net.bn2.running_var[1] = float("nan")
+    return net
+
+
+def load_data(batch_size):
+    raise RuntimeError("a lint reads no data")
+"""
+
+REPORT = """\
+model.py:10: BN103 error bn2: Its running statistics hold 1 value of NaN or Inf, of 4 channels.
+    fix: Reset the running statistics (reset_running_stats()) and take them anew, or load an earlier checkpoint.
+model.py:8: BN101 warning 2 of 2 layers: momentum looks like 1 - momentum: the running statistics keep little but the \
+last batch. Worst is bn1: momentum=0.99 is the weight of the newest batch, so the running statistics average over \
+about 1.02 batches; 0.01 was probably meant.
+    model.py:8: bn1
+    model.py:10: bn2
+    fix: Use 1 - momentum: in PyTorch it is the weight of the new batch. Then take the running statistics anew over \
+training batches.
+model.py:10: BN107 warning bn2: Random layers that act in training only come before it: drop.
+    fix: Move dropout behind the last BN layer, or take the running statistics anew with dropout off.
+1 error and 2 warnings in 2 layers of model.py:load_model (7 rules).
+"""
+
+
+@pytest.fixture
+def faulty(workspace: Workspace) -> Workspace:
+    workspace.write("model.py", FAULTY)
+    return workspace
+
+
+def test_each_finding_is_said_once_with_its_lines(faulty: Workspace) -> None:
+    found = faulty.run("lint", "model.py")
+    assert (found.code, found.stdout, found.stderr) == (FINDINGS, REPORT, "")
+
+
+def test_rules_are_selected_and_ignored(faulty: Workspace) -> None:
+    found = faulty.run("lint", "model.py", "--select", "BN101,BN103", "--select", "bn107", "--ignore", "BN10")
+    assert found.code == ERROR  # nothing is left
+    found = faulty.run("lint", "model.py", "--select", "BN101,BN103", "--ignore", "BN101")
+    assert found.stdout.splitlines()[-1] == "1 error in 2 layers of model.py:load_model (1 rule)."
+    found = faulty.run("lint", "model.py", "--select", "BN104")
+    assert (found.code, found.stdout) == (CLEAN, "Nothing found in 2 layers of model.py:load_model (1 rule).\n")
+
+
+def test_exit_zero_hides_the_findings_code_only(faulty: Workspace) -> None:
+    found = faulty.run("lint", "model.py", "--exit-zero")
+    assert (found.code, found.stdout) == (CLEAN, REPORT)
+    assert faulty.run("lint", "model.py", "--exit-zero", "--select", "BN999").code == ERROR
+
+
+def test_json_holds_the_verdicts_and_diagnoses_of_a_scan(faulty: Workspace) -> None:
+    report = faulty.run("lint", "model.py", "--format", "json").report(FINDINGS)
+    assert list(report)[:3] == ["schema_version", "tool", "model"]
+    assert (report["schema_version"], report["model"], report["layers"]) == (1, "model.py:load_model", 2)
+    assert [(found["rule"], found["layers"]) for found in report["diagnoses"]] == [
+        ("BN103", ["bn2"]),
+        ("BN101", ["bn1", "bn2"]),
+        ("BN107", ["bn2"]),
+    ]
+    assert len(report["verdicts"]) == 14
+    assert {verdict["location"] for verdict in report["verdicts"]} == {"model.py:8", "model.py:10"}
+
+
+def test_the_report_goes_to_a_file(faulty: Workspace) -> None:
+    found = faulty.run("lint", "model.py", "--format", "json", "--output", "lint.json")
+    assert (found.code, found.stdout) == (FINDINGS, "")
+    said = "1 error and 2 warnings in 2 layers of model.py:load_model (7 rules); report written to lint.json\n"
+    assert found.stderr == said
+    assert json.loads((faulty.folder / "lint.json").read_text())["layers"] == 2
+
+
+def test_a_spec_can_exempt_layers_with_a_reason(faulty: Workspace) -> None:
+    faulty.write(
+        "spec.yaml",
+        "model: model.py\nrules:\n  ignore: [BN107]\n  exempt:\n"
+        "    - {layers: 'bn*', rules: [BN101], reason: ported on purpose}\n",
+    )
+    report = faulty.run("lint", "spec.yaml", "--format", "json").report(FINDINGS)
+    assert [found["rule"] for found in report["diagnoses"]] == ["BN103"]
+    reasons = {verdict["reason"] for verdict in report["verdicts"] if verdict["rule"] == "BN101"}
+    assert reasons == {"ported on purpose"}
+
+
+def test_a_model_that_was_not_trained_yet_is_no_finding(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    found = workspace.run("lint", "model.py")
+    assert found.code == CLEAN
+    assert found.stdout.startswith("model.py:14: BN102 info bn: ")
+    assert found.stdout.endswith("1 remark in 1 layer of model.py:load_model (7 rules).\n")
+
+
+def test_a_checkpoint_is_loaded_first(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    saved = "import torch, model; net = model.Net(); net.bn.running_mean += 1; torch.save(net.state_dict(), 'w.pt')"
+    workspace.call(sys.executable, "-c", saved)
+    found = workspace.run("lint", "model.py", "--checkpoint", "w.pt")
+    assert (found.code, found.stdout) == (CLEAN, "Nothing found in 1 layer of model.py:load_model (7 rules).\n")
+
+
+def test_a_wrong_code_is_said_before_anything_is_loaded(workspace: Workspace) -> None:
+    workspace.write("model.py", "raise RuntimeError('loaded')")
+    assert workspace.run("lint", "model.py", "--select", "BN21,BN8").error() == (
+        'There is no rule "BN8", nor one that begins so; the nearest code is BN208. `bnprobe explain` lists all rules.'
+    )
+    assert "can judge a model without data" in workspace.run("lint", "model.py", "--select", "BN2").error()
+
+
+def test_a_model_without_norms_cannot_be_judged(workspace: Workspace) -> None:
+    workspace.write("model.py", "from torch import nn\nmodel = nn.Linear(2, 2)\n")
+    said = workspace.run("lint", "model.py").error(NOTHING)
+    assert said == "Linear has no Batch Normalization layer: there is nothing to probe."
+
+
+def test_what_cannot_be_judged_has_a_reason(workspace: Workspace) -> None:
+    workspace.write(
+        "model.py",
+        "from torch import nn\nclass MyNorm(nn.Module): pass\nmodel = nn.Sequential(nn.BatchNorm1d(2), MyNorm())\n",
+    )
+    found = workspace.run("lint", "model.py")
+    assert "not judged: 1 (MyNorm): unknown norm-like module MyNorm\n" in found.stdout

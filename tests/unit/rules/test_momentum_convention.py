@@ -1,0 +1,48 @@
+"""BN101."""
+
+from __future__ import annotations
+
+from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares, run_rule
+from unit.rules.expect import failed, passed, skipped
+
+PORTED = (
+    "momentum=0.99 is the weight of the newest batch, so the running statistics average over about 1.02 batches; 0.01"
+    " was probably meant."
+)
+
+
+def test_only_a_weight_of_the_new_batch_near_one_fails() -> None:
+    layers = [
+        make_anatomy("usual", momentum=0.1),
+        make_anatomy("cumulative", momentum=None),
+        make_anatomy("just below", momentum=0.899),
+        make_anatomy("ported", momentum=0.99),
+        make_anatomy("last batch", momentum=1.0),
+        make_anatomy("frozen", momentum=0.99, trains_statistics=False),
+        make_anatomy("none kept", momentum=0.99, has_running_statistics=False),
+    ]
+    assert run_rule("BN101", make_evidence(anatomy=layers)) == [
+        passed("BN101", "usual", "Momentum is 0.1.", 0.1, 0.9),
+        passed("BN101", "cumulative", "momentum=None: all batches count alike.", None, 0.9),
+        passed("BN101", "just below", "Momentum is 0.899.", 0.899, 0.9),
+        failed("BN101", "ported", PORTED, 0.99, 0.9),
+        failed(
+            "BN101",
+            "last batch",
+            "momentum=1 keeps the statistics of the last training batch only, whichever that was.",
+            1.0,
+            0.9,
+        ),
+        passed("BN101", "frozen", "Momentum is 0.99, and training does not move the running statistics.", 0.99, 0.9),
+        skipped("BN101", "none kept", "the layer keeps no running statistics"),
+    ]
+
+
+def test_it_is_an_error_where_a_scan_flags_the_layer() -> None:
+    layers = [make_layer("flagged", make_shares(lag=0.5)), make_layer("fine")]
+    anatomy = [make_anatomy(layer.name, momentum=0.99) for layer in layers]
+    found = run_rule("BN101", make_evidence(*layers, anatomy=anatomy))
+    assert found == [
+        failed("BN101", "flagged", PORTED, 0.99, 0.9, "error"),
+        failed("BN101", "fine", PORTED, 0.99, 0.9, "warning"),
+    ]

@@ -1,0 +1,43 @@
+"""BN102."""
+
+from __future__ import annotations
+
+from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares, run_rule
+from unit.rules.expect import failed, passed, skipped
+
+START = "Its running means are all 0 and its running variances all 1, as in a new layer"
+NEW = f"{START}: no update is counted. Was a checkpoint forgotten, or loaded without its buffers?"
+
+
+def test_a_new_layer_among_trained_ones_is_an_error() -> None:
+    layers = [
+        make_anatomy("trained"),
+        make_anatomy("new", untouched=True, batches_tracked=0),
+        make_anatomy("uncounted", untouched=True, batches_tracked=None),
+        make_anatomy("counted", untouched=True, batches_tracked=1),
+        make_anatomy("none kept", has_running_statistics=False),
+    ]
+    assert run_rule("BN102", make_evidence(anatomy=layers)) == [
+        passed("BN102", "trained", "The running statistics have moved from 0 and 1.", 1200.0),
+        failed("BN102", "new", NEW, 0.0),
+        failed("BN102", "uncounted", NEW),
+        failed("BN102", "counted", f"{START}, although the layer counts 1 update (is momentum 0?).", 1.0),
+        skipped("BN102", "none kept", "the layer keeps no running statistics"),
+    ]
+
+
+def test_a_model_that_is_new_throughout_is_only_remarked_on() -> None:
+    layers = [make_anatomy(name, untouched=True, batches_tracked=0) for name in "ab"]
+    assert run_rule("BN102", make_evidence(anatomy=layers)) == [
+        failed("BN102", "a", NEW, 0.0, None, "info"),
+        failed("BN102", "b", NEW, 0.0, None, "info"),
+    ]
+
+
+def test_a_scan_tells_whether_it_does_harm() -> None:
+    layers = [make_layer("off", make_shares(lag=0.5)), make_layer("fits")]
+    anatomy = [make_anatomy(layer.name, untouched=True, batches_tracked=0) for layer in layers]
+    assert run_rule("BN102", make_evidence(*layers, anatomy=anatomy)) == [
+        failed("BN102", "off", NEW, 0.0, None, "error"),
+        failed("BN102", "fits", NEW, 0.0, None, "warning"),
+    ]

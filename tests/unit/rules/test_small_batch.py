@@ -1,0 +1,73 @@
+"""BN201."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bnprobe.records import Composition
+from bnprobe.stats.theory import mismatch_iid
+from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_path, make_shares, run_rule
+from unit.rules.expect import HALF, LIMIT, failed, passed, skipped
+
+
+def test_noise_of_few_values_is_blamed_on_flagged_layers_only() -> None:
+    few = make_layer("few", make_shares(small_batch=0.2), values_per_channel=8)
+    facts = make_evidence(few, make_layer("many"), batch_size=2)
+    assert run_rule("BN201", facts) == [
+        failed(
+            "BN201",
+            "few",
+            "The layer gets 8 values per channel from a batch of 2. These count as 7.79 independent values, where 32"
+            " would do. (D = 0.2 of 0.2, 100%; a layer may have 0.047 in all.)",
+            0.2,
+            HALF,
+        ),
+        passed("BN201", "many", "It makes up D = 0.004 of this layer's mismatch.", 0.004, HALF),
+    ]
+
+
+def test_a_layer_that_is_off_in_training_only_has_small_batches() -> None:
+    layer = make_layer("bn", train=make_path(0.1), eval=make_path(0.005), values_per_channel=20)
+    [verdict] = run_rule("BN201", make_evidence(layer))
+    assert verdict.outcome == "failed"
+    assert verdict.message.endswith("(D = 0.004 at inference; the layer is flagged in training, its limit is 0.047.)")
+
+
+def test_unless_another_share_is_surely_large() -> None:
+    shares = make_shares(small_batch=0.005, lag=0.04)
+    layer = make_layer("bn", shares, train=make_path(0.1))
+    facts = make_evidence(layer)
+    assert [verdict.outcome for verdict in run_rule("BN201", facts)] == ["passed"]
+    assert [verdict.outcome for verdict in run_rule("BN203", facts)] == ["failed"]
+
+
+def test_without_shares_it_is_blamed_only_where_no_data_would_do() -> None:
+    off = make_path(0.5)
+    few = replace(make_layer("few", train=off, eval=off, values_per_channel=16), shares=None)
+    many = replace(make_layer("many", train=off, eval=off, values_per_channel=64), shares=None)
+    found = run_rule("BN201", make_evidence(few, many))
+    reason = "the layer's mismatch could not be taken apart (it was not measured on the eval path)"
+    assert [verdict.outcome for verdict in found] == ["failed", "skipped"]
+    assert (found[0].value, found[0].limit) == (mismatch_iid(16), LIMIT)
+    assert found[1] == skipped("BN201", "many", reason)
+
+
+def test_without_data_it_says_what_it_needs() -> None:
+    facts = make_evidence(anatomy=[make_anatomy()])
+    assert run_rule("BN201", facts) == [skipped("BN201", None, "needs data: run bnprobe scan")]
+
+
+def test_unsure_composition_counts_as_chance() -> None:
+    uneven = make_layer("bn", make_shares(composition=0.3, lag=0.022), composition=Composition(0.1, 1.7, 0.5))
+    facts = make_evidence(uneven)
+    found = {code: run_rule(code, facts)[0].outcome for code in ("BN201", "BN202", "BN203")}
+    assert found == {"BN201": "failed", "BN202": "passed", "BN203": "passed"}
+
+
+def test_a_share_that_would_not_flag_the_layer_by_itself_is_not_blamed() -> None:
+    within = make_layer("bn", make_shares(small_batch=0.035, lag=0.3))
+    beyond = make_layer("bn", make_shares(small_batch=0.06, lag=0.3))
+    healthy = make_layer("bn", make_shares(small_batch=0.035))
+    found = [run_rule("BN201", make_evidence(layer))[0] for layer in (within, beyond, healthy)]
+    assert [verdict.outcome for verdict in found] == ["passed", "failed", "passed"]
+    assert found[2].message == "It makes up D = 0.035, and the layer is within its limit."

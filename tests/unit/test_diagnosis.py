@@ -1,0 +1,317 @@
+"""Select, run, exempt, join, fold and rank."""
+
+from __future__ import annotations
+
+import pytest
+
+from bnprobe.diagnosis import EXPLAINS, ROOTS, diagnose, judge
+from bnprobe.errors import UsageError
+from bnprobe.facts import Facts
+from bnprobe.records import Composition, Diagnosis, Domains, Layer, Shares
+from bnprobe.rules import RULES
+from bnprobe.rules.selection import find_rule, model_rules, selected
+from bnprobe.spec import RuleExemption, RulesSpec
+from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares
+
+ALIKE = Composition(0.4, 3.8, 1e-9)
+
+
+def diagnosed(facts: Facts, impacts: dict[str, float] | None = None, **rules: object) -> list[Diagnosis]:
+    """The diagnoses; the effect of several layers is the largest of theirs."""
+    verdicts = judge(facts, RulesSpec(**rules))
+    known = impacts or {}
+    return list(
+        diagnose(verdicts, facts, lambda layers: max((known[name] for name in layers if name in known), default=None))
+    )
+
+
+def causes(diagnoses: list[Diagnosis]) -> list[tuple[str, tuple[str, ...]]]:
+    return [(diagnosis.cause, diagnosis.layers) for diagnosis in diagnoses]
+
+
+def sorted_layer(name: str, share: float = 0.3) -> Layer:
+    return make_layer(name, make_shares(composition=share), composition=ALIKE)
+
+
+# Selecting
+
+
+@pytest.mark.parametrize(
+    ("select", "ignore", "expected"),
+    [
+        ((), (), [rule.code for rule in RULES]),
+        (("BN30",), (), ["BN301", "BN302", "BN303"]),
+        (("bn3", "BN101"), ("BN302",), ["BN101", "BN301", "BN303"]),
+        (("BN3",), ("BN3",), []),
+    ],
+)
+def test_rules_are_selected_by_code_or_prefix(
+    select: tuple[str, ...], ignore: tuple[str, ...], expected: list[str]
+) -> None:
+    assert [rule.code for rule in selected(RulesSpec(select=select, ignore=ignore))] == expected
+
+
+@pytest.mark.parametrize(
+    ("rules", "nearest"),
+    [
+        (RulesSpec(select=("BN211",)), "BN210"),
+        (RulesSpec(ignore=("N204",)), "BN204"),
+        (RulesSpec(exempt=(RuleExemption(layers="*", rules=("BN9",), reason="x"),)), "BN"),
+        (RulesSpec(select=("",)), "BN"),
+    ],
+)
+def test_an_unknown_code_names_the_nearest(rules: RulesSpec, nearest: str) -> None:
+    with pytest.raises(UsageError, match=f"nor one that begins so; the nearest code is {nearest}"):
+        judge(make_evidence(), rules)
+
+
+def test_rules_are_found_by_code_and_cause() -> None:
+    assert {find_rule(name).code for name in ("BN201", "bn201", "small_batch", "small-batch")} == {"BN201"}
+    with pytest.raises(UsageError, match='There is no rule "smal_batch"; the nearest is small_batch'):
+        find_rule("smal_batch")
+    with pytest.raises(UsageError, match="the nearest is BN201"):
+        find_rule("BN2o1")
+
+
+def test_a_model_alone_needs_a_rule_that_can_judge_it() -> None:
+    assert [rule.code for rule in model_rules(RulesSpec(select=("BN10", "BN2")))] == [f"BN10{i}" for i in range(1, 8)]
+    with pytest.raises(UsageError, match="None of the rules selected can judge a model without data"):
+        model_rules(RulesSpec(select=("BN2",)))
+
+
+# Judging
+
+
+def test_verdicts_have_the_layers_place_in_the_code() -> None:
+    facts = make_evidence(anatomy=[make_anatomy("bn", location="model.py:7"), make_anatomy("head")])
+    verdicts = judge(facts, RulesSpec(select=("BN101", "BN201")))
+    assert [(verdict.layer, verdict.location) for verdict in verdicts] == [
+        ("bn", "model.py:7"),
+        ("head", None),
+        (None, None),
+    ]
+
+
+def test_an_exemption_skips_with_the_users_reason() -> None:
+    layers = [make_anatomy(name, momentum=0.99, non_finite=1) for name in ("stem.bn", "head.bn")]
+    exempt = RuleExemption(layers="stem.*", rules=("BN101",), reason="ported on purpose.")
+    found = judge(make_evidence(anatomy=layers), RulesSpec(select=("BN101", "BN103"), exempt=(exempt,)))
+    assert [(verdict.rule, verdict.layer, verdict.outcome, verdict.reason, verdict.remedy) for verdict in found] == [
+        ("BN101", "stem.bn", "skipped", "ported on purpose.", ""),
+        ("BN101", "head.bn", "failed", None, find_rule("BN101").remedy),
+        ("BN103", "stem.bn", "failed", None, find_rule("BN103").remedy),
+        ("BN103", "head.bn", "failed", None, find_rule("BN103").remedy),
+    ]
+    assert found[0].message == "Not judged: ported on purpose."
+
+
+def test_an_exemption_knows_a_shared_layer_by_all_its_names() -> None:
+    layer = make_layer("a.bn", make_shares(lag=0.5), aliases=("b.bn",))
+    exempt = RuleExemption(layers="b.*", rules=("BN2",), reason="known")
+    [verdict] = judge(make_evidence(layer), RulesSpec(select=("BN203",), exempt=(exempt,)))
+    assert verdict.outcome == "skipped"
+
+
+@pytest.mark.parametrize("cause", ["small_batch", "composition", "lag", "dropout", "propagation"])
+@pytest.mark.parametrize("size", [0.06, 0.3, 2.0])
+@pytest.mark.parametrize("p_value", [None, 1e-9, 0.5])
+def test_every_flagged_layer_has_a_cause(cause: str, size: float, p_value: float | None) -> None:
+    composition = None if p_value is None else Composition(0.1, 1.7, p_value)
+    facts = make_evidence(make_layer("bn", make_shares(**{cause: size}), composition=composition))
+    assert facts.layers["bn"].flagged
+    found = [verdict.cause for verdict in judge(facts, RulesSpec(select=("BN20",))) if verdict.outcome == "failed"]
+    assert found == ["small_batch" if cause == "composition" and p_value == 0.5 else cause]
+
+
+def test_a_healthy_layer_has_none() -> None:
+    facts = make_evidence(*(make_layer(name) for name in "abc"), evaluation=True, images=64, drop_last=False)
+    assert diagnosed(facts) == []
+
+
+# Joining
+
+
+def test_one_cause_is_said_once_and_the_worst_layer_named() -> None:
+    layers = [sorted_layer("a", 0.2), make_layer("b"), sorted_layer("c", 0.5)]
+    [found] = diagnosed(make_evidence(*layers), {"a": 0.1, "c": 0.3})
+    assert found == Diagnosis(
+        cause="composition",
+        rule="BN202",
+        severity="error",
+        layers=("a", "c"),
+        impact=0.3,
+        message=(
+            "2 of 3 layers: images in a batch are more alike than images drawn at random (sorted, or one source per"
+            " batch?). Worst is c: Two images of a batch correlate 0.40 (0 if drawn at random, 1 if the same), so that"
+            " a batch of 8 stands for 2.11 independent images; the chance of that with shuffled batches is less than 1"
+            " in 10,000. (D = 0.5 of 0.51, 99%; a layer may have 0.047 in all.)"
+        ),
+        remedy=find_rule("BN202").remedy,
+    )
+
+
+def test_a_finding_about_the_model_has_no_layers() -> None:
+    [found] = diagnosed(make_evidence(make_layer(), images=9, batch_size=8))
+    assert (found.cause, found.layers, found.impact) == ("last_batch", (), None)
+    assert found.message.startswith("9 images in batches of 8 leave a last batch of one image")
+
+
+# Folding
+
+
+def lagging(**anatomy: object) -> Facts:
+    layer = make_layer("bn", make_shares(lag=0.5))
+    return make_evidence(layer, anatomy=[make_anatomy("bn", **anatomy)])
+
+
+@pytest.mark.parametrize(
+    ("facts", "cause", "consequence"),
+    [
+        (lagging(momentum=0.99), "momentum_convention", "lag in 1 layer"),
+        (lagging(untouched=True), "never_trained", "lag in 1 layer"),
+        (lagging(non_finite=1), "non_finite", "lag in 1 layer"),
+        (lagging(trains_affine=False), "frozen_mismatch", "lag in 1 layer"),
+        (
+            make_evidence(
+                make_layer("bn", make_shares(lag=0.5), calls_per_forward=2, domains=Domains(0.4, (0.3, 0.5)))
+            ),
+            "shared_domains",
+            "lag in 1 layer",
+        ),
+        (
+            make_evidence(
+                make_layer(
+                    "bn",
+                    make_shares(composition=0.4),
+                    calls_per_forward=2,
+                    domains=Domains(0.4, (0.3, 0.5)),
+                    composition=Composition(0.0, 1.0, 0.9),
+                )
+            ),
+            "shared_domains",
+            "small_batch in 1 layer",
+        ),
+        (
+            make_evidence(make_layer("bn", make_shares(composition=0.4, lag=0.3), composition=ALIKE)),
+            "composition",
+            "lag in 1 layer",
+        ),
+        (make_evidence(make_layer("bn", make_shares(small_batch=0.8, lag=0.1))), "small_batch", "lag in 1 layer"),
+        (lagging(dead=9), "lag", "dead_channels in 1 layer"),
+        (
+            make_evidence(make_layer("bn", make_shares(small_batch=0.8)), batch_size=1),
+            "single_image",
+            "small_batch in 1 layer",
+        ),
+        (
+            make_evidence(make_layer("bn", make_shares(small_batch=0.8), values_per_channel=1)),
+            "single_value",
+            "small_batch in 1 layer",
+        ),
+        (
+            make_evidence(
+                make_layer("bn", make_shares(dropout=0.3)), anatomy=[make_anatomy("bn", dropouts_before=("drop",))]
+            ),
+            "dropout",
+            "dropout_before_norm in 1 layer",
+        ),
+    ],
+)
+def test_what_follows_is_named_under_its_cause(facts: Facts, cause: str, consequence: str) -> None:
+    [found] = diagnosed(facts)
+    assert (found.cause, found.severity, found.consequences) == (cause, "error", (consequence,))
+
+
+def test_lag_beyond_what_the_batches_explain_stands_on_its_own() -> None:
+    facts = make_evidence(make_layer("bn", make_shares(composition=0.4, lag=0.6), composition=ALIKE))
+    assert causes(diagnosed(facts)) == [("lag", ("bn",)), ("composition", ("bn",))]
+    facts = make_evidence(make_layer("bn", make_shares(small_batch=0.8, lag=0.3)))
+    assert causes(diagnosed(facts)) == [("small_batch", ("bn",)), ("lag", ("bn",))]
+
+
+def test_propagation_follows_from_causes_upstream_only() -> None:
+    root = make_layer("b", make_shares(lag=0.5))
+    handed = [make_layer(name, make_shares(propagation=0.2)) for name in ("a", "c", "d")]
+    found = diagnosed(make_evidence(handed[0], root, *handed[1:]))
+    assert causes(found) == [("lag", ("b",)), ("propagation", ("a",))]
+    assert found[0].consequences == ("propagation in 2 layers",)
+
+
+def test_propagation_is_told_under_the_strongest_cause_upstream() -> None:
+    layers = [
+        make_layer("a", make_shares(lag=0.9)),
+        make_layer("b", make_shares(small_batch=0.2)),
+        make_layer("c", make_shares(propagation=0.3)),
+    ]
+    found = {diagnosis.cause: diagnosis.consequences for diagnosis in diagnosed(make_evidence(*layers))}
+    assert found == {"lag": ("propagation in 1 layer",), "small_batch": ()}
+
+
+def test_a_chain_of_consequences_is_told_under_its_root() -> None:
+    layers = [make_layer("a", make_shares(lag=0.5)), make_layer("b", make_shares(propagation=0.2))]
+    anatomy = [make_anatomy("a", momentum=0.99), make_anatomy("b")]
+    [found] = diagnosed(make_evidence(*layers, anatomy=anatomy))
+    assert (found.cause, found.layers) == ("momentum_convention", ("a",))
+    assert found.consequences == ("lag in 1 layer", "propagation in 1 layer")
+
+
+def test_a_cause_that_is_partly_explained_keeps_the_rest() -> None:
+    layers = [make_layer(name, make_shares(lag=0.5)) for name in "ab"]
+    anatomy = [make_anatomy("a", untouched=True), make_anatomy("b")]
+    found = diagnosed(make_evidence(*layers, anatomy=anatomy))
+    assert {(*pair, diagnosis.consequences) for pair, diagnosis in zip(causes(found), found, strict=True)} == {
+        ("never_trained", ("a",), ("lag in 1 layer",)),
+        ("lag", ("b",), ()),
+    }
+
+
+def test_what_is_exempted_explains_nothing() -> None:
+    exempt = RuleExemption(layers="*", rules=("BN101",), reason="on purpose")
+    assert causes(diagnosed(lagging(momentum=0.99), exempt=(exempt,))) == [("lag", ("bn",))]
+
+
+def test_the_tables_have_no_circle() -> None:
+    def reaches(cause: str, seen: tuple[str, ...] = ()) -> None:
+        assert cause not in seen
+        for entry in EXPLAINS.get(cause, ()):
+            reaches(entry.by, (*seen, cause))
+
+    for rule in RULES:
+        reaches(rule.cause)
+    assert "propagation" not in ROOTS
+
+
+# Ranking
+
+
+def test_errors_come_first_then_effect_on_the_output() -> None:
+    few, many = make_layer("few", make_shares(lag=0.5)), [sorted_layer(name) for name in ("x", "y", "z")]
+    anatomy = [make_anatomy("few", dropouts_before=("drop",)), *(make_anatomy(name) for name in "xyz")]
+    facts = make_evidence(few, *many, anatomy=anatomy)
+    ranked = diagnosed(facts, {"few": 0.9, "x": 0.1, "y": 0.1, "z": 0.1})
+    assert [(found.cause, found.impact) for found in ranked] == [("lag", 0.9), ("composition", 0.1)]
+    ranked = diagnosed(facts, {"few": 0.1, "x": 0.9, "y": 0.1, "z": 0.1})
+    assert [(found.cause, found.impact) for found in ranked] == [("composition", 0.9), ("lag", 0.1)]
+    assert [found.impact for found in diagnosed(facts, {"few": 1e-6})] == [1e-6, None]
+
+
+def test_a_warning_comes_last_whatever_its_effect() -> None:
+    layers = [make_layer("a", make_shares(lag=0.5)), make_layer("b")]
+    anatomy = [make_anatomy("a"), make_anatomy("b", dead=1)]
+    ranked = diagnosed(make_evidence(*layers, anatomy=anatomy), {"a": 0.01, "b": 5.0})
+    assert [(found.cause, found.severity) for found in ranked] == [("lag", "error"), ("dead_channels", "warning")]
+
+
+@pytest.mark.parametrize(
+    ("shares", "first"),
+    [
+        (make_shares(composition=0.5, small_batch=0.1), "composition"),
+        (make_shares(composition=0.1, small_batch=0.5), "small_batch"),
+    ],
+)
+def test_of_two_causes_of_the_same_layers_the_larger_share_comes_first(shares: Shares, first: str) -> None:
+    layers = [make_layer(name, shares, composition=ALIKE) for name in "ab"]
+    ranked = diagnosed(make_evidence(*layers), {"a": 0.3, "b": 0.2})
+    assert ranked[0].cause == first
+    assert {found.impact for found in ranked} == {0.3}
+    assert diagnosed(make_evidence(*layers))[0].cause == first
