@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
 
@@ -69,7 +70,8 @@ def _first_bad(evidence: Evidence, slot: Slot) -> list[int]:
     return [path.calls[slot].first_bad for path in paths if slot in path.calls]
 
 
-def _shares(evidence: Evidence, slots: list[Slot]) -> tuple[Shares, ShareIntervals]:
+def _shares(evidence: Evidence, slots: list[Slot]) -> tuple[Shares | None, ShareIntervals | None]:
+    """None where figures grew beyond float64, on the eval path of a network whose running statistics let it."""
     sums = _together(evidence.eval, slots)
     values = evidence.values[slots[0]]
     means, counts = sums.means(), sums.counts
@@ -103,7 +105,8 @@ def _shares(evidence: Evidence, slots: list[Slot]) -> tuple[Shares, ShareInterva
         propagation=propagation.interval(),
         data_shift=shift_interval,
     )
-    return shares, intervals
+    finite = all(math.isfinite(value) for value in asdict(shares).values() if value is not None)
+    return (shares, intervals) if finite else (None, None)
 
 
 def _references(paths: list[Means], values: int) -> tuple[Tensor, list[ladder.Reference]]:

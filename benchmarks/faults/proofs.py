@@ -114,7 +114,7 @@ def _gradient_noise(case: Case) -> float:
 
 
 def _newest_weight(case: Case) -> float:
-    """By how much of its distance one batch moves the running mean."""
+    """By how much of its distance to the last batch seen one forward pass moves the running mean."""
     norm = norms(case.model)[0]
     before = norm.running_mean.clone()
     seen: list[Tensor] = []
@@ -124,7 +124,7 @@ def _newest_weight(case: Case) -> float:
     with torch.no_grad():
         case.model.train()(next(batches(case.training(), case.sampling))[0])
     handle.remove()
-    return float((norm.running_mean - before).norm() / (seen[0] - before).norm())
+    return float((norm.running_mean - before).norm() / (seen[-1] - before).norm())
 
 
 def _initial(case: Case) -> float:

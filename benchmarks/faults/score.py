@@ -24,7 +24,8 @@ def goals(outcomes: Sequence[Outcome], checks: Sequence[Check]) -> list[Row]:
     pairs = [one for one in outcomes if len(one.trial.planted) == 2]
     controls = [one for one in outcomes if not one.trial.planted]
     rows = [
-        _goal("faults that a direct measure without bnprobe shows", faults, lambda outcome: outcome.proven is True),
+        _goal("faults that a direct measure without bnprobe shows", faults, is_proven),
+        _goal("pairs of which direct measures show both", pairs, is_proven),
         _goal("planted cause named first", faults, named_first, FIRST_GOAL),
         _goal("planted cause named at all", faults, all_named),
         _goal("both causes of a pair named", pairs, all_named, PAIR_GOAL),
@@ -49,6 +50,11 @@ def all_named(outcome: Outcome) -> bool:
 def all_mentioned(outcome: Outcome) -> bool:
     """Every planted fault is named, as a diagnosis or as a consequence of one."""
     return set(outcome.trial.planted) <= {*outcome.named, *outcome.folded}
+
+
+def is_proven(outcome: Outcome) -> bool:
+    """Measures of the benchmark's own show every planted fault."""
+    return outcome.proven is True
 
 
 def has_error(outcome: Outcome) -> bool:

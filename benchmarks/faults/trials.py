@@ -53,7 +53,7 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("lag", "last_batch"),
     ("lag", "frozen_mismatch"),
     ("composition", "lag"),
-    ("composition", "last_batch"),
+    ("shared_domains", "last_batch"),
 )
 """Planted one after the other; each in two networks."""
 
@@ -108,7 +108,7 @@ class Outcome:
         folded: Causes named only as consequences of others.
         errors: Causes of all findings of level error.
         flagged: Layers flagged.
-        proven: A direct measure shows the planted fault; None for pairs and controls.
+        proven: Direct measures show all that was planted; None for controls.
         not_applicable: Why the fault cannot be planted there; None if it was.
         problem: An error of bnprobe that was not to be expected; None if all went well.
         seconds: Planting and scanning.
@@ -176,9 +176,7 @@ def run(trial: Trial) -> Outcome:
 
 
 def _proven(trial: Trial, case: Case) -> bool | None:
-    if len(trial.planted) != 1:
-        return None
-    return shown(trial.planted[0], case)
+    return all(shown(fault, case) for fault in trial.planted) if trial.planted else None
 
 
 def _diagnosed(trial: Trial, case: Case) -> Outcome:

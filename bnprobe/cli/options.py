@@ -94,7 +94,6 @@ _KEYS = {
     "device": "scan.device",
     "autocast": "scan.autocast",
     "physical_batch": "scan.physical_batch",
-    "emulate": "scan.emulate",
     "threshold": "thresholds",
     "include": "layers.include",
     "exclude": "layers.exclude",
@@ -112,6 +111,8 @@ def overrides(
     unsafe_load: bool = False,
     no_emulate: bool = False,
     threshold: float | None = None,
+    select: list[str] | None = None,
+    ignore: list[str] | None = None,
     **given: Any,
 ) -> dict[str, Any]:
     """Values of options, by key of the spec; None: not given.
@@ -119,17 +120,24 @@ def overrides(
     Args:
         unsafe_load, no_emulate: Flags.
         threshold: Of every layer.
+        select, ignore: Codes of rules; ``BN101,BN2`` will do as well as the option given twice.
         **given: Any other option, by the name of its parameter.
     """
     values = given | {
         "unsafe_load": unsafe_load or None,
-        "emulate": False if no_emulate else None,
         "threshold": None if threshold is None else {"*": threshold},
+        "select": _codes(select),
+        "ignore": _codes(ignore),
     }
-    return {_KEYS[name]: _plain(value) for name, value in values.items()}
+    found = {_KEYS[name]: _plain(value) for name, value in values.items()}
+    return {**found, "scan.emulate": False if no_emulate else None}
+
+
+def _codes(given: list[str] | None) -> list[str]:
+    return [code.strip() for item in given or () for code in item.split(",") if code.strip()]
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
-    return None if value == [] else value
+    return None if value is False or value == [] else value

@@ -76,6 +76,7 @@ def scan(
         device=device,
         autocast=autocast,
         physical_batch=physical_batch,
+        no_emulate=no_emulate,
         what_if=what_if,
         train_steps=train_steps,
         gradients=gradients,
@@ -85,7 +86,7 @@ def scan(
         select=select,
         ignore=ignore,
     )
-    spec = build_spec(target, {**given, "scan.emulate": False if no_emulate else None})
+    spec = build_spec(target, given)
     selected(spec.rules)  # a code that is wrong is said before torch is imported
     try:
         report = _measure(spec)
@@ -98,9 +99,9 @@ def scan(
 
 
 def has_findings(report: Report) -> bool:
-    """Whether a layer is flagged, or a rule of severity error or warning failed."""
-    found = any(diagnosis.severity != "info" for diagnosis in report.diagnoses)
-    return report.summary.flagged > 0 or found
+    """Whether a layer is flagged, or a cause is an error; what was measured speaks for what only looks like a mistake."""
+    errors = any(diagnosis.severity == "error" for diagnosis in report.diagnoses)
+    return report.summary.flagged > 0 or errors
 
 
 def _measure(spec: Spec) -> Report:
