@@ -77,7 +77,7 @@ def _shares(evidence: Evidence, slots: list[Slot]) -> tuple[Shares | None, Share
     means, counts = sums.means(), sums.counts
     train = _together(evidence.train, slots).means()
     steady = train if evidence.steady is None else _together(evidence.steady, slots).means()
-    way, references = _references([train, steady, means], values)
+    way, references, nearest = _references([train, steady, means], values)
     rungs = [ladder.mismatch(means, reference) for reference in (ladder.running(means), *references)]
     alone = evidence.batch_size == 1  # one image per batch: there is nothing to compose
     drawn = None if alone else _drawn(evidence, slots, means, counts)
@@ -101,21 +101,25 @@ def _shares(evidence: Evidence, slots: list[Slot]) -> tuple[Shares | None, Share
         small_batch=small_batch.interval(noise),
         composition=None if drawn is None else composition.interval(noise),
         lag=lag.interval(),
-        dropout=None if evidence.steady is None else dropout.interval(),
-        propagation=propagation.interval(),
+        dropout=None if evidence.steady is None or nearest > 0 else dropout.interval(),
+        propagation=None if nearest > 1 else propagation.interval(),
         data_shift=shift_interval,
     )
     finite = all(math.isfinite(value) for value in asdict(shares).values() if value is not None)
     return (shares, intervals) if finite else (None, None)
 
 
-def _references(paths: list[Means], values: int) -> tuple[Tensor, list[ladder.Reference]]:
-    """Settled statistics of each path, from the one on that explains the running statistics best; and their blend."""
+def _references(paths: list[Means], values: int) -> tuple[Tensor, list[ladder.Reference], int]:
+    """Settled statistics of each path, from the one on that explains the running statistics best.
+
+    Returns:
+        The blend, the statistics, and the position of that path.
+    """
     ways = [ladder.blend(path, values) for path in paths]
     distances = [ladder.distance(ladder.settled(path, values, way)) for path, way in zip(paths, ways, strict=True)]
     nearest = distances.index(min(distances))
     taken = [paths[max(position, nearest)] for position in range(len(paths))]
-    return ways[nearest], [ladder.settled(path, values, ways[nearest]) for path in taken]
+    return ways[nearest], [ladder.settled(path, values, ways[nearest]) for path in taken], nearest
 
 
 def _together(path: PathEvidence, slots: list[Slot]) -> BatchSums:

@@ -3,9 +3,10 @@
 No rule knows another. What they have to do with each other stands here, in two tables: which cause explains which on
 the same layer (`EXPLAINS`), and which causes are handed down to later layers (`ROOTS`).
 
-Ranking: errors before warnings before information; within that by effect on the output, not by number of layers. Where
-a layer has several causes, the effect that was measured for it belongs to all of them: a diagnosis gets the part that
-its causes have in the layers' mismatch D, as a square root, since the effect on the output grows with the root of D.
+Ranking: errors before warnings before information; what stops training before all else (`BLOCKING`); then by effect on
+the output, not by number of layers. Where a layer has several causes, the effect that was measured for it belongs to all
+of them: a diagnosis gets the part that its causes have in the layers' mismatch D, as a square root, since the effect on
+the output grows with the root of D.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bnprobe.facts import Facts
 from bnprobe.records import Cause, Diagnosis, Layer, Severity, Verdict
 from bnprobe.rules import RULES, Rule
 from bnprobe.rules.selection import fits, selected
-from bnprobe.rules.shares import SHARES
+from bnprobe.rules.shares import SHARES, share_limit
 from bnprobe.spec import RuleExemption, RulesSpec, matches_any
 
 ImpactOf = Callable[[tuple[str, ...]], float | None]
@@ -53,6 +54,23 @@ def _is_mostly_composition(layer: Layer) -> bool:
     return shares is not None and shares.composition is not None and shares.small_batch <= shares.composition
 
 
+def _is_of_domains(layer: Layer) -> bool:
+    """What batches of one domain each add to the mismatch is what these are apart; more has a cause of its own."""
+    shares, domains = layer.shares, layer.domains
+    return shares is None or domains is None or _is_small(layer, (shares.composition or 0.0) - domains.mismatch)
+
+
+def _is_no_more_than_domains(layer: Layer) -> bool:
+    """A running average of two domains by turns is off by no more than these are apart."""
+    shares, domains = layer.shares, layer.domains
+    return shares is None or domains is None or _is_small(layer, shares.lag - domains.mismatch)
+
+
+def _is_small(layer: Layer, rest: float) -> bool:
+    """Whether what domains leave of a share is too little to be blamed."""
+    return rest <= share_limit(layer)
+
+
 USUAL_RATE = 0.1
 """The default momentum: a running average that is noisier than this one has a cause of its own."""
 
@@ -76,7 +94,7 @@ EXPLAINS: Mapping[Cause, tuple[Explanation, ...]] = {
         Explanation("momentum_convention"),
         Explanation("double_update"),
         Explanation("frozen_mismatch"),
-        Explanation("shared_domains"),
+        Explanation("shared_domains", _is_no_more_than_domains),
         Explanation("composition", _no_more_than_composition),
         Explanation("small_batch", _is_noise_of_batches),
     ),
@@ -86,7 +104,7 @@ EXPLAINS: Mapping[Cause, tuple[Explanation, ...]] = {
         Explanation("single_image"),
         Explanation("shared_domains", _is_mostly_composition),
     ),
-    "composition": (Explanation("shared_domains"),),
+    "composition": (Explanation("shared_domains", _is_of_domains),),
     "dead_channels": (Explanation("lag"), Explanation("never_trained")),
 }
 """What follows from what on the same layer; of several explanations the first that is there counts."""
@@ -106,6 +124,9 @@ ROOTS: tuple[Cause, ...] = (
     "small_batch",
 )
 """Causes that make a layer's own output differ, and so explain propagation in later layers; of equal ones the first."""
+
+BLOCKING: tuple[Cause, ...] = ("non_finite", "single_value")
+"""Causes that stop training, or leave nothing to compare: whatever the output does, these come first."""
 
 _Key = tuple[str, str | None]
 """Rule and layer."""
@@ -230,7 +251,8 @@ class _Group:
             remedy=worst.remedy,
             consequences=self._consequences(),
         )
-        return (SEVERITIES.index(severity), effect, -part, float(worst.rule[2:])), diagnosis
+        blocking = 0.0 if worst.cause in BLOCKING else 1.0
+        return (SEVERITIES.index(severity), blocking, effect, -part, float(worst.rule[2:])), diagnosis
 
     def _position(self, layer: str) -> int:
         return self.order.get(layer, len(self.order))

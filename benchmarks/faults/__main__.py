@@ -21,7 +21,7 @@ from benchmarks.faults import score
 from benchmarks.faults.calibration import REPEATS, SCAN_BATCHES, TRUTH_BATCHES
 from benchmarks.faults.faults import FAULTS
 from benchmarks.faults.networks import NETWORKS
-from benchmarks.faults.trials import SEEDS, TUNED, Trial, control_trials, pair_trials, single_trials
+from benchmarks.faults.trials import LOOKED_AT, SEEDS, Trial, control_trials, pair_trials, single_trials
 from benchmarks.faults.work import Result, Task, run_all, tasks_of
 from benchmarks.setting import machine
 from bnprobe import __version__
@@ -94,15 +94,15 @@ def _circumstances(result: Result, seconds: float) -> str:
     planted = sum(len(one.trial.planted) == 1 and one.not_applicable is None for one in result.outcomes)
     pairs = sum(len(one.trial.planted) == 2 and one.not_applicable is None for one in result.outcomes)
     controls = sum(not one.trial.planted for one in result.outcomes)
-    tuned = ", ".join(f"{network} {seed}" for network, seed in sorted(TUNED))
+    tuned = ", ".join(map(str, sorted(LOOKED_AT)))
     took = ", ".join(f"{part} {taken:.0f} s" for part, taken in result.seconds.items())
     lines = [
         f"{date.today().isoformat()}, bnprobe {__version__}, {machine(torch.device('cpu'))}, {platform.system()}.",
         f"`python {' '.join(['-m benchmarks.faults', *sys.argv[1:]])}` took {seconds:.0f} s"
         f" (summed over processes: {took}).",
         "",
-        f"{planted} planted faults, {pairs} pairs, {controls} healthy controls. Thresholds may be set on the networks"
-        f" and seeds {tuned}; all figures but those beside them are of the others.",
+        f"{planted} planted faults, {pairs} pairs, {controls} healthy controls. Thresholds and rules may be mended"
+        f" on seeds {tuned}; all figures but those beside them are of the others, which were run once.",
         f"Calibration: {SCAN_BATCHES} micro-batches a scan, against a truth from {TRUTH_BATCHES} other batches.",
     ]
     return "\n".join(lines)

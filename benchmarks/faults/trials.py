@@ -20,14 +20,14 @@ from bnprobe.probing.layers import find_layers
 from bnprobe.records import Diagnosis, Verdict
 from bnprobe.spec import RulesSpec
 
-SEEDS = (0, 1, 2)
-"""Of the networks that faults are planted in."""
+SEEDS = (0, 3, 4, 5)
+"""Of the networks that faults are planted in. The first run, with seeds 0 to 2, was looked at to mend the rules."""
 
-CONTROL_SEEDS = (0, 1, 2, 3, 4)
+CONTROL_SEEDS = (0, 3, 4, 5, 6)
 """Of the networks that are scanned as they are."""
 
-TUNED = frozenset({("plain", 0), ("residual", 0), ("mlp", 0)})
-"""Architectures and seeds on which thresholds may be set; all others are scored."""
+LOOKED_AT = frozenset({0, 1, 2})
+"""Seeds on which thresholds may be set and rules mended; all others are scored."""
 
 PAIRS: tuple[tuple[str, str], ...] = (
     ("composition", "data_shift"),
@@ -127,7 +127,7 @@ class Outcome:
     @property
     def tuned(self) -> bool:
         """Whether thresholds may have been set on it."""
-        return (self.trial.network, self.trial.seed) in TUNED
+        return self.trial.seed in LOOKED_AT
 
 
 def single_trials(only: tuple[str, ...] = ()) -> Iterator[Trial]:

@@ -113,6 +113,8 @@ def draw(
     pooled = torch.stack([found.mean(0) for found in drawn]).mean(0)
     root, rho = _expectations(drawn, means.eps)
     ratio = torch.where(pooled > 0, root / pooled.sqrt(), 0.0)
+    # 1 - ratio is the spread of v_B about its mean, here about the pool's, which takes size / images of it away.
+    ratio = 1 - (1 - ratio) / (1 - size / orders[0].numel())
     rho_r = ratio * variance.sqrt()
     std = (variance[0] + means.eps).sqrt()
     slope = torch.where(pooled > 0, -2 * (variance[0] / pooled).sqrt() / std, 0.0)

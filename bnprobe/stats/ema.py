@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bnprobe.stats.mismatch import corrections
-from bnprobe.stats.uncertainty import mean_interval
+from bnprobe.stats.uncertainty import half_width
 
 Rate = float | None
 """Weight of the new batch; None: cumulative average."""
@@ -182,8 +182,8 @@ def recovery(plain: Float[Tensor, " batches"], shifted: Float[Tensor, " batches"
 def _half_width(difference: Float[Tensor, " batches"]) -> float:
     """Of the interval of the mean; infinite where one block says nothing about the spread."""
     blocks = _block_means(difference)
-    _, high = mean_interval(blocks.numel(), float(blocks.sum()), float(blocks.square().sum()))
-    return math.inf if high is None else high - float(blocks.mean())
+    half = half_width(blocks.numel(), float(blocks.sum()), float(blocks.square().sum()))
+    return math.inf if half is None else half
 
 
 def _block_means(values: Float[Tensor, " batches"]) -> Float[Tensor, " blocks"]:

@@ -11,9 +11,15 @@ from bnprobe.records import Interval
 
 CONFIDENCE = 0.95
 
+_LARGEST_EXPONENT = 300.0
+"""Keeps the ends of hopelessly wide intervals finite."""
+
 
 def mean_interval(count: int, total: float, total_square: float, confidence: float = CONFIDENCE) -> Interval:
     """Student's t interval for the mean of a non-negative figure over ``count`` independent micro-batches.
+
+    On a logarithmic scale: figures that are sums of squares are skewed to the right, and an interval that reaches as
+    far down as up misses the truth upwards, four times as often as it says with 16 micro-batches.
 
     Channels of one micro-batch are correlated, micro-batches are not (as far as the loader makes them so): the
     spread between micro-batches is therefore the only one used.
@@ -23,14 +29,25 @@ def mean_interval(count: int, total: float, total_square: float, confidence: flo
         total, total_square: Sum and sum of squares of the per-batch figures.
 
     Returns:
-        (lower, upper); the lower end is not below 0. One micro-batch says nothing about the spread: (0, None).
+        (lower, upper), 0 and 0 if all figures are 0. One micro-batch says nothing about the spread: (0, None).
     """
-    if count < 2:
+    half = half_width(count, total, total_square, confidence)
+    if half is None:
         return 0.0, None
     mean = total / count
+    if half == 0.0:
+        return mean, mean
+    factor = math.exp(min(half / mean, _LARGEST_EXPONENT))
+    return mean / factor, mean * factor
+
+
+def half_width(count: int, total: float, total_square: float, confidence: float = CONFIDENCE) -> float | None:
+    """Half the symmetric Student's t interval of a mean, of either sign; None with fewer than two values."""
+    if count < 2:
+        return None
+    mean = total / count
     variance = max(total_square / count - mean * mean, 0.0) * count / (count - 1)
-    half = t_quantile(count - 1, confidence) * math.sqrt(variance / count)
-    return max(mean - half, 0.0), mean + half
+    return t_quantile(count - 1, confidence) * math.sqrt(variance / count)
 
 
 def standing(intervals: Sequence[Interval], limit: float) -> Literal["flagged", "undecided", "clean"]:

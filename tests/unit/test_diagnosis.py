@@ -173,7 +173,7 @@ def lagging(**anatomy: object) -> Facts:
         (lagging(trains_affine=False), "frozen_mismatch", "lag in 1 layer"),
         (
             make_evidence(
-                make_layer("bn", make_shares(lag=0.5), calls_per_forward=2, domains=Domains(0.4, (0.3, 0.5)))
+                make_layer("bn", make_shares(lag=0.5), calls_per_forward=2, domains=Domains(0.5, (0.4, 0.6)))
             ),
             "shared_domains",
             "lag in 1 layer",

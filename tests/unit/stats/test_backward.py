@@ -46,7 +46,7 @@ def test_the_interval_is_the_jackknife() -> None:
     found = backward_noise(*figures)
     assert found is not None
     assert found.noise == pytest.approx(noise)
-    assert found.interval == pytest.approx((max(noise - half, 0.0), noise + half))
+    assert found.interval == pytest.approx((noise * np.exp(-half / noise), noise * np.exp(half / noise)))
 
 
 def test_the_interval_holds_the_law_as_often_as_it_says() -> None:

@@ -19,14 +19,18 @@ from bnprobe.stats.theory import mismatch_iid
 from bnprobe.stats.uncertainty import mean_interval, standing
 
 
-@given(st.lists(st.floats(0.0, 100.0), min_size=2, max_size=40))
-def test_the_interval_is_students(values: list[float]) -> None:
+@given(st.lists(st.floats(0.01, 100.0), min_size=2, max_size=40))
+def test_the_interval_is_students_on_a_logarithmic_scale(values: list[float]) -> None:
     figures = np.array(values)
     low, high = mean_interval(len(values), figures.sum(), (figures**2).sum())
     half = stats.t.ppf(0.975, len(values) - 1) * figures.std(ddof=1) / math.sqrt(len(values))
-    slack = 1e-5 * max(figures.max(), 1e-9)
-    assert low == pytest.approx(max(figures.mean() - half, 0.0), abs=slack)
-    assert high == pytest.approx(figures.mean() + half, abs=slack)
+    factor = math.exp(half / figures.mean()) if half else 1.0
+    assert low == pytest.approx(figures.mean() / factor, rel=1e-3, abs=1e-5)
+    assert high == pytest.approx(figures.mean() * factor, rel=1e-3, abs=1e-5)
+
+
+def test_no_mismatch_at_all_is_certain() -> None:
+    assert mean_interval(16, 0.0, 0.0) == (0.0, 0.0)
 
 
 def test_one_batch_says_nothing() -> None:
