@@ -4,9 +4,9 @@ No rule knows another. What they have to do with each other stands here, in two 
 the same layer (`EXPLAINS`), and which causes are handed down to later layers (`ROOTS`).
 
 Ranking: errors before warnings before information; what stops training before all else (`BLOCKING`); then by effect on
-the output, not by number of layers. Where a layer has several causes, the effect that was measured for it belongs to all
-of them: a diagnosis gets the part that its causes have in the layers' mismatch D, as a square root, since the effect on
-the output grows with the root of D.
+the output, not by number of layers. Where a layer has several causes, the effect that was measured for it belongs to
+all of them: a diagnosis gets the part that its causes have in the layers' mismatch D, as a square root, since the
+effect on the output grows with the root of D.
 """
 
 from __future__ import annotations

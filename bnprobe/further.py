@@ -22,6 +22,12 @@ from bnprobe.probing.whatif import what_if
 from bnprobe.records import Backward, ExtraPass, GradientAngle, Impact, Layer, Remedy, Updates
 from bnprobe.spec import OptimizerSpec, ScanSettings
 
+IMPACT_BYTES = 2**27
+"""Norm-layer inputs of the images that impacts are measured on: backward passes keep these and as much again."""
+
+IMPACT_PART = 8
+"""Impacts are measured on one image in so many: an image costs a dozen forward passes there, and two on the paths."""
+
 WHAT_IF_IMAGES = 512
 """Images of training and of evaluation data that remedies are tried on; kept in host memory for it."""
 
@@ -48,21 +54,18 @@ def wanted_batches(settings: ScanSettings, batch_size: int) -> int:
     return max(2, images // batch_size, trained, GRADIENT_BATCHES if settings.gradients else 0)
 
 
-def check_wishes(settings: ScanSettings, has_loss: bool, has_metric: bool, has_evaluation: bool) -> None:
-    """Refuse before anything is measured what could not be measured in the end.
+def check_wishes(settings: ScanSettings, loss: object, metric: object, evaluation: object) -> None:
+    """Refuse before anything is measured what could not be measured in the end; None: there is none.
 
     Raises:
         UsageError: Names the option and what it lacks.
     """
-    if settings.train_steps and not has_loss:
-        raise UsageError(
-            "--train-steps needs a loss: add loss(model, batch) to the model file, or name it in the spec."
-        )
-    if settings.gradients and not has_loss:
-        raise UsageError("--gradients needs a loss: add loss(model, batch) to the model file, or name it in the spec.")
-    if settings.what_if and not (has_loss or has_metric):
+    for option, wanted in (("--train-steps", settings.train_steps), ("--gradients", settings.gradients)):
+        if wanted and loss is None:
+            raise UsageError(f"{option} needs a loss: add loss(model, batch) to the model file, or name it in the spec.")
+    if settings.what_if and loss is None and metric is None:
         raise UsageError("--what-if needs loss(model, batch) or metric(model, batch) in the model file or spec.")
-    if settings.what_if and not has_evaluation:
+    if settings.what_if and evaluation is None:
         raise UsageError(
             "--what-if needs evaluation data: add load_eval_data(batch_size) to the model file, or eval_data to the"
             " spec."
@@ -75,10 +78,13 @@ def measure_further(
     evidence: Evidence,
     settings: ScanSettings,
     make_optimizer: OptimizerFactory | None = None,
+    *,
+    impact: bool = True,
 ) -> None:
-    """Everything that the settings ask for, and always the impact, into ``found``.
+    """Everything that the settings ask for, into ``found``.
 
     Args:
+        impact: Measure what layers do to the output: of no use where every layer is fine.
         make_optimizer: For training steps; None: SGD at a learning rate of 0.01.
 
     Raises:
@@ -87,9 +93,10 @@ def measure_further(
     found.passes += _passes_so_far(evidence)
     size, loss = evidence.batch_size, runner.functions.loss
     with runner.installed():
-        some = _first_images(runner, evidence)
-        with _counted(found, "impact", "which layers move the output", len(some) * size):
-            found.impacts = measure_impact(runner, some, size, evidence.trust, evidence.at_once)
+        if impact:
+            some = _first_images(runner, evidence)
+            with _counted(found, "impact", "which layers move the output", len(some) * size):
+                found.impacts = measure_impact(runner, some, size, evidence.trust, evidence.at_once)
         if settings.what_if and evidence.evaluation is not None:
             _try_remedies(found, runner, evidence, evidence.evaluation)
     layers, device = runner.layers.layers, runner.device
@@ -130,7 +137,11 @@ def with_further(
 
 def _first_images(runner: Runner, evidence: Evidence) -> list[Any]:
     """The micro-batches that impacts are measured on, on the device."""
-    number = max(2, IMAGES // evidence.batch_size)
+    layers = runner.layers.layers
+    numbers = sum(values * layers[index].info.channels for (index, _), values in evidence.values.items())
+    memory = IMPACT_BYTES * evidence.batch_size // (4 * max(numbers, 1))
+    images = min(IMAGES, memory, evidence.batches * evidence.batch_size // IMPACT_PART)
+    number = max(2, images // evidence.batch_size)
     return [to_device(batch, runner.device) for batch in evidence.kept[:number]]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bnprobe
-from bnprobe.assemble import assemble
+from bnprobe.assemble import Findings, assemble
 from bnprobe.describe import describe, device_named, environment
 from bnprobe.diagnosis import diagnose, judge
 from bnprobe.errors import BnprobeError
@@ -21,6 +21,7 @@ from bnprobe.loading.model import unwrapped
 from bnprobe.loading.workload import Workload, load_model_only, load_workload
 from bnprobe.probing.anatomy import anatomy
 from bnprobe.probing.drive import Progress, Source, probe
+from bnprobe.probing.evidence import Evidence
 from bnprobe.probing.forward import forward_all
 from bnprobe.probing.layers import check_buffers, find_layers
 from bnprobe.probing.preserve import untouched
@@ -100,31 +101,14 @@ def scan_spec(spec: Spec, progress: Progress = no_progress) -> Report:
 
 
 def _scan(workload: Workload, settings: ScanSettings, progress: Progress) -> Report:
-    source, held_out = workload.source, workload.evaluation
-    check_wishes(settings, workload.loss is not None, workload.metric is not None, held_out is not None)
+    check_wishes(settings, workload.loss, workload.metric, workload.evaluation)
     with untouched(workload.model):
         seed_everything(settings.seed)
         runner = _runner(workload, settings)
-        facts = Facts(
-            anatomy(runner.layers, workload.model),
-            images=source.images,
-            drop_last=source.drop_last,
-            evaluation=held_out is not None,
-        )
-        keep = wanted_batches(settings, source.batch_size)
-        data = Source(source.batches, source.batch_size, keep=keep)
-        evaluation = None
-        if held_out is not None:
-            evaluation = Source(held_out.batches, held_out.batch_size, held_out.most, keep)
-        with runner.installed():
-            evidence = probe(runner, data, settings, progress, evaluation)
+        facts = _facts(workload, runner)
+        evidence = _probe(workload, runner, settings, progress)
         findings = assemble(evidence, settings)
-        further, failure = Further(), evidence.failure
-        if evidence.stopped not in ("interrupted", "failed"):
-            try:
-                measure_further(further, runner, evidence, settings, workload.make_optimizer)
-            except BnprobeError as error:
-                failure = error
+        evidence, further = _beyond(workload, runner, settings, evidence, findings)
         scan = describe(workload, settings, evidence, further, runner.device)
         layers = with_further(findings.layers, facts.anatomy, further, runner.layers)
         facts = replace(facts, layers={layer.name: layer for layer in layers}, scan=scan)
@@ -142,10 +126,49 @@ def _scan(workload: Workload, settings: ScanSettings, progress: Progress) -> Rep
         diagnoses=diagnoses,
         remedies=further.remedies,
     )
-    if failure is not None:
-        failure.report = report
-        raise failure
+    if evidence.failure is not None:
+        evidence.failure.report = report
+        raise evidence.failure
     return report
+
+
+def _facts(workload: Workload, runner: Runner) -> Facts:
+    """What rules may know before anything is measured."""
+    return Facts(
+        anatomy(runner.layers, workload.model),
+        images=workload.source.images,
+        drop_last=workload.source.drop_last,
+        evaluation=workload.evaluation is not None,
+    )
+
+
+def _probe(workload: Workload, runner: Runner, settings: ScanSettings, progress: Progress) -> Evidence:
+    """The two paths on the training batches, and the eval path on the evaluation batches."""
+    source, held_out = workload.source, workload.evaluation
+    keep = wanted_batches(settings, source.batch_size)
+    data = Source(source.batches, source.batch_size, keep=keep)
+    evaluation = None
+    if held_out is not None:
+        evaluation = Source(held_out.batches, held_out.batch_size, held_out.most, keep)
+    with runner.installed():
+        return probe(runner, data, settings, progress, evaluation)
+
+
+def _beyond(
+    workload: Workload, runner: Runner, settings: ScanSettings, evidence: Evidence, findings: Findings
+) -> tuple[Evidence, Further]:
+    """What is measured beyond the two paths; they are worth a report even if it fails or is interrupted."""
+    further = Further()
+    if evidence.stopped in ("interrupted", "failed"):
+        return evidence, further
+    off = any(layer.flagged or layer.undecided for layer in findings.layers)
+    try:
+        measure_further(further, runner, evidence, settings, workload.make_optimizer, impact=off)
+    except BnprobeError as error:
+        evidence = replace(evidence, stopped="failed", failure=error)
+    except KeyboardInterrupt:
+        evidence = replace(evidence, stopped="interrupted")
+    return evidence, further
 
 
 def _runner(workload: Workload, settings: ScanSettings) -> Runner:

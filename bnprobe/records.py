@@ -258,7 +258,7 @@ class Layer:
         shares, share_intervals: Where the eval-path mismatch comes from; None where it could not be taken apart.
         composition: None with one image per batch, or where images could not be told apart.
         domains: Where ``calls_per_forward`` > 1.
-        impact: None where no output could be compared.
+        impact: None where every layer is fine, or no output could be compared.
         backward: With ``--gradients``.
         updates: With ``--train-steps``.
     """

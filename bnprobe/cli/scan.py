@@ -99,7 +99,7 @@ def scan(
 
 
 def has_findings(report: Report) -> bool:
-    """Whether a layer is flagged, or a cause is an error; what was measured speaks for what only looks like a mistake."""
+    """Whether a layer is flagged, or a cause is an error: what only looks like a mistake was measured to be none."""
     errors = any(diagnosis.severity == "error" for diagnosis in report.diagnoses)
     return report.summary.flagged > 0 or errors
 

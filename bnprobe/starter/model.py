@@ -31,12 +31,25 @@ def load_data(batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
     return DataLoader(TensorDataset(images, labels), batch_size=batch_size, shuffle=True)
 
 
+def load_eval_data(batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
+    """Optional: images that no training saw. They show a data shift, and --what-if tries remedies on them."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(128, 3, 32, 32, generator=generator)
+    labels = torch.randint(10, (128,), generator=generator)
+    return DataLoader(TensorDataset(images, labels), batch_size=batch_size)
+
+
 def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Optional: its value on both paths is reported."""
+    """Optional: compared on both paths; --train-steps and --gradients need it."""
     images, labels = batch
     return nn.functional.cross_entropy(model(images), labels)
 
 
+def metric(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Optional: any other number to compare, here the accuracy."""
+    images, labels = batch
+    return (model(images).argmax(dim=1) == labels).float().mean()
+
+
 # Optional too:
-# def metric(model, batch): ...            a number to compare on both paths, e.g. accuracy
 # def forward(model, batch): ...           how a batch goes through the model, if not model(batch[0])

@@ -1,4 +1,4 @@
-"""Help and version: quick, and the same in the README, like the report that stands there.
+"""Help and version: quick, and the same in the README, like all the output that stands there.
 
 ``BNPROBE_UPDATE_GOLDEN=1 pytest tests/functional/test_help.py`` writes both into the README again.
 """
@@ -12,9 +12,12 @@ import sys
 import pytest
 
 import bnprobe
+from bnprobe.rules import RULES
+from functional import readme
 from functional.command import CLEAN, ERROR, FINDINGS, REPOSITORY, Workspace
+from functional.readme import README, Block
 
-README = REPOSITORY / "README.md"
+SAMPLES = sorted((REPOSITORY / "sample_configs").glob("*/*.yaml"))
 HEAVY = {"torch", "numpy", "scipy", "safetensors", "yaml"}  # pydantic is imported by typer itself
 IMPORTS = """
 import sys
@@ -55,27 +58,39 @@ def test_the_readme_shows_the_usage_as_it_is(workspace: Workspace) -> None:
     assert in_readme("scan --help", usage) == usage
 
 
-def test_the_readme_shows_a_real_report() -> None:
-    command = "scan sample_configs/digits/sorted.yaml"
-    found = Workspace(REPOSITORY).run(*command.split(), COLUMNS="80", PYTHONIOENCODING="utf-8")
-    assert found.code == FINDINGS
-    shown = in_readme(f"bnprobe {command}", found.stdout)
-    # Times differ from run to run, and last digits from processor to processor: the words and rows must not.
-    assert without_figures(shown) == without_figures(found.stdout)
+@pytest.mark.parametrize("block", readme.blocks(), ids=lambda block: block.command)
+def test_the_readme_shows_real_output(block: Block) -> None:
+    found = Workspace(REPOSITORY).run(*block.command.split(), COLUMNS="80", PYTHONIOENCODING="utf-8")
+    assert found.code in (CLEAN, FINDINGS)
+    shown = readme.update(block, found.stdout)
+    if not block.partial:
+        assert readme.words(shown.text) == readme.words(found.stdout)
+    start = 0
+    for part in shown.parts if block.partial else ():
+        place = readme.place(part, found.stdout, start)
+        assert place is not None, part
+        start = place[1]
+
+
+def test_every_sample_is_in_the_readme() -> None:
+    text = " ".join(block.command for block in readme.blocks())
+    assert {path.parent.name for path in SAMPLES if f"{path.parent.name}/{path.name}" in text} == {
+        path.parent.name for path in SAMPLES
+    }
+
+
+def test_every_rule_is_in_the_readme() -> None:
+    rows = [line.split(" | ") for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| [BN")]
+    expected = [(rule.code, f"`{rule.cause}`") for rule in RULES]
+    assert [(re.findall(r"BN\d+", row[0])[0], row[2]) for row in rows] == expected
 
 
 def in_readme(marker: str, current: str) -> str:
     """The fenced block right after the marker; rewritten with ``current`` where that is asked for."""
     block = re.compile(rf"(?P<open><!-- {re.escape(marker)} -->\n```(?:text)?\n)(?P<text>.*?)(?=```)", re.DOTALL)
-    readme = README.read_text(encoding="utf-8")
-    assert len(block.findall(readme)) == 1, f"README.md needs one fenced block right after <!-- {marker} -->"
+    text = README.read_text(encoding="utf-8")
+    assert len(block.findall(text)) == 1, f"README.md needs one fenced block right after <!-- {marker} -->"
     if os.environ.get("BNPROBE_UPDATE_GOLDEN") == "1":
-        readme = block.sub(lambda match: match["open"] + current, readme)
-        README.write_text(readme, encoding="utf-8")
-    return next(block.finditer(readme))["text"]
-
-
-def without_figures(report: str) -> list[str]:
-    """The words of each line but the header's."""
-    lines = [line for line in report.splitlines() if not line.startswith(("device", "measured", " " * 11))]
-    return [" ".join(re.findall(r"[a-z][a-z_]+", line)) for line in lines]
+        text = block.sub(lambda match: match["open"] + current, text)
+        README.write_text(text, encoding="utf-8")
+    return next(block.finditer(text))["text"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 
+from pydantic import BaseModel
+
 from bnprobe.spec import Spec
 from bnprobe.specfile import load_spec
 from functional.command import CLEAN, FINDINGS, REPOSITORY, Workspace
@@ -25,7 +27,8 @@ def test_the_starter_scans_at_once(workspace: Workspace) -> None:
     command = shlex.split(found.stdout.splitlines()[-1].removeprefix("next: bnprobe "))
     scanned = workspace.run(*command)
     assert (scanned.code, scanned.stderr) == (FINDINGS, "")
-    assert "Loss: " in scanned.stdout
+    assert "From training to held-out data, step by step" in scanned.stdout  # loss, metric and evaluation data
+    assert "Statistics never trained (BN102): 2 of 2 layers" in scanned.stdout
 
 
 def test_nothing_is_overwritten_unasked(workspace: Workspace) -> None:
@@ -50,6 +53,20 @@ def test_every_commented_key_of_the_spec_is_valid(workspace: Workspace) -> None:
     path = workspace.write("spec.yaml", COMMENTED_KEY.sub(r"\1\2", text))
     spec = load_spec(path)
     plain = Spec.model_validate({"model": {"target": spec.model.target}})
-    for section in ("checkpoint", "data", "thresholds", "layers", "scan"):
+    said = ("loss", "metric", "forward", "checkpoint", "data", "eval_data", "thresholds", "layers", "rules", "scan")
+    for section in said:
         assert getattr(spec, section) != getattr(plain, section), section
-    assert len(COMMENTED_KEY.findall(text)) >= 15
+
+
+def test_every_key_of_the_spec_is_explained() -> None:
+    text = (STARTER / "spec.yaml").read_text(encoding="utf-8")
+    named = set(re.findall(r"(\w+):(?= |$)", text, re.MULTILINE))
+    assert _keys(Spec) - named == set()
+
+
+def _keys(section: type[BaseModel]) -> set[str]:
+    """Names of all keys of a section and of the sections in it."""
+    inner = [field.annotation for field in section.model_fields.values()]
+    return set(section.model_fields).union(
+        *(_keys(kind) for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel))
+    )

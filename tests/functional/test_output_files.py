@@ -35,8 +35,11 @@ def test_a_terminal_report_in_a_file_is_plain_text(workspace: Workspace) -> None
     link.symlink_to(target)
     assert workspace.scan("--output", "latest.txt").code == CLEAN
     assert link.is_symlink()
-    assert "✓ Every layer behaves as if" in target.read_text(encoding="utf-8")
-    assert "\x1b" not in target.read_text(encoding="utf-8")
+    written = target.read_text(encoding="utf-8")
+    assert written.startswith("bnprobe ")
+    assert "1 BatchNorm2d layer: ✓ 1 fine" in written
+    assert written.endswith("bnprobe explain BN102\n")
+    assert "\x1b" not in written
 
 
 @pytest.mark.parametrize(

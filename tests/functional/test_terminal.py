@@ -24,6 +24,14 @@ def load_model():
 )
 
 
+def _flagged_rows(report: str) -> tuple[list[str], list[str]]:
+    """Rows of flagged layers: in the table of layers, and in that of their shares."""
+    layers, _, rest = report.partition("Where the mismatch comes from")
+    shares, _, _ = rest.partition("   mean of ")
+    first, second = ([line for line in part.splitlines() if line.startswith("✗")] for part in (layers, shares))
+    return first, second
+
+
 def _widest(text: str) -> int:
     return max(map(cell_len, text.splitlines()))
 
@@ -77,9 +85,11 @@ def test_a_large_network_shows_its_worst_layers_and_a_count(workspace: Workspace
     workspace.write("model.py", DEEP)
     report = workspace.run(*SCAN).stdout
     assert "200 BatchNorm1d layers: ✗ 200 flagged" in report
-    rows = [line for line in report.splitlines() if line.startswith("✗") and "of 200" not in line]
-    assert len(rows) == 25
+    rows, shares = _flagged_rows(report)
+    assert len(rows) == len(shares) == 25
     assert any(line.split()[1] == "137" for line in rows if line.startswith("✗1"))
     assert "175 layers with less mismatch not shown (✗ 175 flagged); --all shows every one." in report
-    every = workspace.run(*SCAN, "--all").stdout
-    assert len([line for line in every.splitlines() if line.startswith("✗") and "of 200" not in line]) == 200
+    assert "mean of 200 layers" in report
+    assert "Lagging running statistics (BN203): 1 of 200 layers" in report
+    assert "propagation in" in report  # said once, as what follows from layer 137
+    assert [len(rows) for rows in _flagged_rows(workspace.run(*SCAN, "--all").stdout)] == [200, 200]

@@ -121,7 +121,7 @@ def test_every_trial_is_in_one_task() -> None:
 
 
 def outcome(planted: str, named: str, *, network: str = "dense", errors: str = "", **others: object) -> Outcome:
-    trial = Trial(tuple(planted.split()), network, 1)
+    trial = Trial(tuple(planted.split()), network, 9)
     return replace(Outcome(trial, tuple(named.split()), errors=tuple(errors.split())), **others)
 
 

@@ -1,0 +1,139 @@
+"""``bnprobe scan`` says why: the cause named first, rules that are left out and why, exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from functional.command import CLEAN, FINDINGS, MODEL, REPOSITORY, SHIFTED, Workspace
+
+SAMPLES = REPOSITORY / "sample_configs"
+JSON = ("--format", "json")
+TRAINED = MODEL.replace(
+    "return Net()", "net = Net()\n    net.bn.num_batches_tracked.fill_(500)\n    net.bn.running_mean.add_(1e-4)\n    return net"
+)
+"""As MODEL, but not as new: nothing at all is found."""
+TENSORFLOW = TRAINED.replace("nn.BatchNorm2d(2)", "nn.BatchNorm2d(2, momentum=0.99)")
+OTHER_IMAGES = MODEL + '''
+
+def load_eval_data(batch_size):
+    return DataLoader(TensorDataset(images() * 3 + 2), batch_size=batch_size)
+'''
+"""Evaluation images that are not those of the training."""
+
+
+def _causes(report: dict[str, Any]) -> list[str]:
+    return [diagnosis["cause"] for diagnosis in report["diagnoses"]]
+
+
+@pytest.mark.parametrize(
+    ("sample", "cause", "layer"),
+    [
+        ("digits/batch2.yaml", "small_batch", "blocks.2.shortcut.1"),
+        ("digits/sorted.yaml", "composition", "blocks.2.bn2"),
+        ("digits/spec.yaml", "small_batch", "blocks.2.bn2"),
+        ("volumes/batch1.yaml", "single_image", "middle.1"),
+        ("tabular/spec.yaml", "dropout", "hidden.9"),
+        ("gan/spec.yaml", "shared_domains", "discriminator.layers.6"),
+    ],
+)
+def test_the_cause_of_each_sample_is_named_first(workspace: Workspace, sample: str, cause: str, layer: str) -> None:
+    report = workspace.run("scan", SAMPLES / sample, *JSON).report(FINDINGS)
+    first = report["diagnoses"][0]
+    assert (first["cause"], layer in first["layers"]) == (cause, True)
+    assert first["remedy"]
+    found = [verdict for verdict in report["verdicts"] if (verdict["rule"], verdict["layer"]) == (first["rule"], layer)]
+    assert [verdict["outcome"] for verdict in found] == ["failed"]
+    file, _, line = found[0]["location"].rpartition(":")
+    assert "Norm" in (Path(REPOSITORY / file).read_text(encoding="utf-8")).splitlines()[int(line) - 1]
+
+
+def test_the_healthy_sample_is_clean_at_its_batch_size(workspace: Workspace) -> None:
+    report = workspace.run("scan", SAMPLES / "digits" / "spec.yaml", "--batch-size", "64", *JSON).report(CLEAN)
+    assert report["diagnoses"] == []
+    outcomes = {verdict["rule"]: verdict["outcome"] for verdict in report["verdicts"]}
+    assert outcomes["BN202"] == "passed"
+    assert outcomes["BN301"] == "skipped"
+
+
+@pytest.mark.parametrize("sample", ["digits/sorted.yaml", "tabular/spec.yaml", "gan/spec.yaml"])
+def test_shares_add_up_to_the_mismatch(workspace: Workspace, sample: str) -> None:
+    for layer in workspace.run("scan", SAMPLES / sample, *JSON).report(FINDINGS)["layers"]:
+        parts = {name: value for name, value in layer["shares"].items() if name != "data_shift"}
+        assert sum(parts.values()) == pytest.approx(layer["eval"]["mismatch"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "causes"),
+    [
+        (TRAINED, CLEAN, []),
+        (TENSORFLOW, CLEAN, ["momentum_convention"]),  # a warning
+        (SHIFTED, FINDINGS, ["never_trained"]),
+    ],
+    ids=["clean", "warning", "flagged"],
+)
+def test_exit_codes(workspace: Workspace, text: str, code: int, causes: list[str]) -> None:
+    workspace.write("model.py", text)
+    report = workspace.scan(*JSON).report(code)
+    assert (_causes(report), report["summary"]["flagged"]) == (causes, int(code == FINDINGS))
+    assert workspace.scan("--exit-zero").code == CLEAN
+
+
+def test_an_error_without_a_flagged_layer_is_a_finding(workspace: Workspace) -> None:
+    workspace.write("model.py", TRAINED + OTHER_IMAGES[len(MODEL) :])
+    report = workspace.scan(*JSON).report(FINDINGS)
+    assert report["summary"]["flagged"] == 0
+    assert [(found["cause"], found["severity"]) for found in report["diagnoses"]] == [("data_shift", "error")]
+    printed = workspace.scan()
+    assert printed.code == FINDINGS
+    assert "Held-out" in printed.stdout
+    assert workspace.scan("--exit-zero").code == CLEAN
+
+
+def test_rules_are_selected_and_ignored(workspace: Workspace) -> None:
+    sample = SAMPLES / "gan" / "spec.yaml"
+    report = workspace.run("scan", sample, "--select", "BN2,BN101", "--ignore", "BN207", *JSON).report(FINDINGS)
+    rules = {verdict["rule"] for verdict in report["verdicts"]}
+    assert rules == {"BN101", *(f"BN2{number:02}" for number in range(1, 11) if number != 7)}
+    assert "shared_domains" not in _causes(report)
+    wrong = workspace.run("scan", sample, "--select", "BN27")
+    assert wrong.error() == (
+        'There is no rule "BN27", nor one that begins so; the nearest code is BN207. `bnprobe explain` lists all rules.'
+    )
+
+
+def test_an_exempted_layer_is_skipped_with_the_reason_given(workspace: Workspace) -> None:
+    workspace.write("model.py", TENSORFLOW)
+    workspace.write(
+        "spec.yaml",
+        "model: model.py\ndata: {batch_size: 2}\n"
+        "rules: {exempt: [{layers: 'b*', rules: [BN1], reason: ported on purpose}]}\n",
+    )
+    report = workspace.run("scan", "spec.yaml", *JSON).report(CLEAN)
+    assert report["diagnoses"] == []
+    skipped = {found["rule"]: found["reason"] for found in report["verdicts"] if found["layer"] == "bn"}
+    assert skipped["BN101"] == skipped["BN107"] == "ported on purpose"
+
+
+def test_an_exemption_needs_a_reason(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    workspace.write("spec.yaml", "model: model.py\nrules: {exempt: [{layers: 'b*', rules: [BN1]}]}\n")
+    assert "reason" in workspace.run("scan", "spec.yaml").error()
+
+
+def test_evaluation_data_of_the_spec(workspace: Workspace) -> None:
+    workspace.write("model.py", TRAINED)
+    workspace.write(
+        "held_out.py", OTHER_IMAGES.replace("load_eval_data(batch_size)", "others(batch_size, scale=1)") + "# \n"
+    )
+    spec = "model: model.py\ndata: {batch_size: 2}\n"
+    workspace.write("spec.yaml", spec)
+    without = workspace.run("scan", "spec.yaml", *JSON).report(CLEAN)
+    assert without["layers"][0]["shares"]["data_shift"] is None
+    workspace.write("spec.yaml", spec + "eval_data: {target: 'held_out.py:others', args: {scale: 2}, batches: 8}\n")
+    report = workspace.run("scan", "spec.yaml", *JSON).report(FINDINGS)
+    assert _causes(report) == ["data_shift"]
+    assert report["layers"][0]["shares"]["data_shift"] > 1
+    assert [(found["name"], found["images"]) for found in report["scan"]["passes"]][0] == ("evaluation data", 16)
