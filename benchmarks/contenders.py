@@ -15,6 +15,7 @@ from bnprobe.probing.batches import join
 from bnprobe.probing.emulation import self_check
 from bnprobe.probing.intercept import Pass
 from bnprobe.probing.layers import LayerSet, find_layers
+from bnprobe.probing.replicates import ImagePool, ReplicateSums
 from bnprobe.probing.runner import PathName, Runner, UserFunctions
 from bnprobe.records import Report
 
@@ -71,7 +72,9 @@ class Probe:
     def run(self, path: PathName, batch_sizes: Sequence[int] = (BATCH_SIZE,)) -> list[Path]:
         """Forward passes, moments, normalization by micro-batch and accumulation, as a scan does them."""
         with self._installed() as (runner, layers):
-            sums = [Path(layers.layers, size, self._device) for size in batch_sizes]
+            pool = ImagePool(seed=0) if path == "eval" else None
+            own = Path(layers.layers, batch_sizes[0], self._device, ReplicateSums(), pool)
+            sums = [own, *(Path(layers.layers, size, self._device) for size in batch_sizes[1:])]
             for step in self._steps:
                 pass_ = Pass(len(step) * BATCH_SIZE, BATCH_SIZE, per_image=path == "eval")
                 runner.forward(path, join(step), pass_)

@@ -64,7 +64,7 @@ def check_wishes(settings: ScanSettings, loss: object, metric: object, evaluatio
         if wanted and loss is None:
             raise UsageError(f"{option} needs loss(model, batch) in the model file, or a loss that the spec names.")
     if settings.what_if and loss is None and metric is None:
-        raise UsageError("--what-if needs loss(model, batch) or metric(model, batch) in the model file, or in the spec.")
+        raise UsageError("--what-if needs loss(model, batch) or metric(model, batch), in the model file or the spec.")
     if settings.what_if and evaluation is None:
         raise UsageError(
             "--what-if needs evaluation data: add load_eval_data(batch_size) to the model file, or eval_data to the"

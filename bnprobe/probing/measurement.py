@@ -6,15 +6,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from bnprobe.errors import DeviceError
 from bnprobe.probing.accumulate import Path
 from bnprobe.probing.batches import CannotEmulateError, join, to_device
+from bnprobe.probing.chunks import Chunks
 from bnprobe.probing.emulation import Emulation, as_sentence
 from bnprobe.probing.intercept import Pass, Recorded, Slot
 from bnprobe.probing.interrupts import deferred_interrupts
-from bnprobe.probing.memory import is_out_of_memory
 from bnprobe.probing.output import Contributions, OutputSums, user_values
 from bnprobe.probing.runner import PathName, Runner
 from bnprobe.randomness import random_state
@@ -83,34 +80,13 @@ class Measurement:
         Raises:
             DeviceError: Not even one micro-batch fits into memory.
         """
-        smaller = self._try(micro_batches)
-        for part in smaller:
-            self.step(part)
+        chunks = Chunks(self.runner.device, self.batch_size, len(micro_batches))
+        chunks.run(micro_batches, self._measure, self._refused)
+        if chunks.at_once < len(micro_batches):
+            self.at_once = chunks.at_once
 
-    def _try(self, micro_batches: list[Any]) -> list[list[Any]]:
-        """Measure; returns what to measure in smaller parts instead, if anything."""
-        try:
-            self._measure(micro_batches)
-            return []
-        except CannotEmulateError as error:
-            self.emulation = Emulation(False, as_sentence(error), self.emulation.check, {})
-            self.at_once = 1
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self._halve(len(micro_batches))
-        # Outside the handler the failed step's tensors are no longer referenced by the traceback.
-        return [micro_batches[i : i + self.at_once] for i in range(0, len(micro_batches), self.at_once)]
-
-    def _halve(self, tried: int) -> None:
-        if tried == 1:
-            raise DeviceError(
-                f"Not even one micro-batch of {self.batch_size} images fits into the memory of {self.runner.device}."
-                " Use a smaller --batch-size, --autocast, or another --device."
-            )
-        self.at_once = tried // 2
-        if self.runner.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def _refused(self, error: CannotEmulateError) -> None:
+        self.emulation = Emulation(False, as_sentence(error), self.emulation.check, {})
 
     def _measure(self, micro_batches: list[Any]) -> None:
         step = _Step(to_device(join(micro_batches), self.runner.device), self._apart(micro_batches), len(micro_batches))

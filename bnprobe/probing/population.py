@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from bnprobe.probing.batches import CannotEmulateError, count_images, join, map_leaves, to_device
+from bnprobe.probing.chunks import Chunks
 from bnprobe.probing.emulation import Emulation
 from bnprobe.probing.intercept import Pass, Recorded, Slot
 from bnprobe.probing.memory import Footprint
 from bnprobe.probing.runner import Runner
-from bnprobe.probing.score import in_chunks
 from bnprobe.stats.moments import pool_moments
 
 
@@ -88,12 +88,12 @@ def steady_population(
 
     joined = _joined(micro_batches) if emulation.trusted else None
     if joined is None:
-        in_chunks(runner, micro_batches, 1, batch_size, lambda chunk: run(chunk[0]))
+        Chunks(runner.device, batch_size, 1).run(micro_batches, lambda chunk: run(chunk[0]))
     else:
         batch, images = joined
         order = torch.randperm(images, generator=torch.Generator().manual_seed(0)).tolist()
         parts = math.ceil(images / (batch_size * at_once))
-        in_chunks(runner, order, math.ceil(images / parts), 1, lambda rows: run(pick(batch, rows, images)))
+        Chunks(runner.device, 1, math.ceil(images / parts)).run(order, lambda rows: run(pick(batch, rows, images)))
     return population, image
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from bnprobe.probing.batches import join, tensors_of
+from bnprobe.probing.chunks import Chunks
 from bnprobe.probing.emulation import Emulation
 from bnprobe.probing.intercept import Pass, Recorded
 from bnprobe.probing.layers import ProbedLayer
 from bnprobe.probing.replay import Outputs
 from bnprobe.probing.runner import Runner
-from bnprobe.probing.score import in_chunks, pass_of
+from bnprobe.probing.score import pass_of
 from bnprobe.stats.mismatch import Corrections, corrections
 from bnprobe.stats.moments import pool_moments
 
@@ -46,7 +47,7 @@ class Sample:
         def joined(chunk: list[Any]) -> Result:
             return run(join(chunk), chunk)
 
-        return in_chunks(self.runner, self.micro_batches, self.at_once, self.batch_size, joined)
+        return Chunks(self.runner.device, self.batch_size, self.at_once).run(self.micro_batches, joined)
 
     def forward(self, joined: Any, micro_batches: int, **options: Any) -> tuple[Any, Outputs, Pass]:
         """One pass on the eval path; ``options`` are fields of ``Pass``."""

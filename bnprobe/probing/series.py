@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnprobe.errors import DeviceError, UsageError
+from bnprobe.errors import UsageError
 from bnprobe.probing.batches import CannotEmulateError, join, to_device
+from bnprobe.probing.chunks import Chunks
 from bnprobe.probing.feed import Feed
 from bnprobe.probing.intercept import Pass, Recorded, Slot
 from bnprobe.probing.layers import ProbedLayer
-from bnprobe.probing.memory import is_out_of_memory
 from bnprobe.probing.plan import plan
 from bnprobe.probing.runner import Runner
 from bnprobe.spec import ScanSettings
@@ -144,29 +144,13 @@ class _Recorder:
 
     def step(self, micro_batches: list[Any]) -> None:
         """Record micro-batches, as one physical batch where that works."""
-        for part in self._try(micro_batches):
-            self.step(part)
+        chunks = Chunks(self.runner.device, self.batch_size, len(micro_batches))
+        chunks.run(micro_batches, lambda chunk: self._add(self._measure(chunk), len(chunk)), self._refused)
+        if chunks.at_once < len(micro_batches):
+            self.at_once = chunks.at_once
 
-    def _try(self, micro_batches: list[Any]) -> list[list[Any]]:
-        """Record; returns what to record in smaller parts instead, if anything."""
-        try:
-            self._add(self._measure(micro_batches), len(micro_batches))
-            return []
-        except CannotEmulateError:
-            self.at_once, self.layouts = 1, {}
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self._halve(len(micro_batches))
-        return [micro_batches[i : i + self.at_once] for i in range(0, len(micro_batches), self.at_once)]
-
-    def _halve(self, tried: int) -> None:
-        if tried == 1:
-            raise DeviceError(
-                f"Not even one micro-batch of {self.batch_size} images fits into the memory of {self.runner.device}."
-                " Use a smaller --batch-size, --autocast, or another --device."
-            )
-        self.at_once = tried // 2
+    def _refused(self, error: CannotEmulateError) -> None:
+        self.layouts = {}
 
     def _measure(self, micro_batches: list[Any]) -> dict[int, list[Recorded]]:
         """The calls that normalized with batch statistics, by layer, in call order."""
