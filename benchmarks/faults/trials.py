@@ -137,10 +137,10 @@ def single_trials(only: tuple[str, ...] = ()) -> Iterator[Trial]:
 
 
 def pair_trials() -> Iterator[Trial]:
-    """Every pair in two networks, going round."""
-    places = itertools.cycle(itertools.product(SEEDS, NETWORKS))
-    for pair in (*PAIRS, *PAIRS):
-        seed, network = next(places)
+    """Every pair in two networks of different seeds, going round."""
+    places = list(itertools.product(SEEDS, NETWORKS))
+    for position, pair in enumerate((*PAIRS, *PAIRS)):
+        seed, network = places[(position + position // len(PAIRS) * (len(NETWORKS) + 1)) % len(places)]
         yield Trial(pair, network, seed)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from bnprobe.stats.jackknife import leave_one_out
 from bnprobe.stats.ladder import BatchSums, Means, Regrouped
 
-REGROUPED = 1024
+REGROUPED = 512
 """Micro-batches to make of the pool: their noise is then small beside that of the pool itself."""
 
-_ORDERS = 4, 32
+_ORDERS = 4, 16
 """Fewest and most random orders of the pool: an image's own part in D is known from the batches that it falls into; and
 every order costs as much as the pool is large.
 """
@@ -109,7 +109,8 @@ def draw(
     within = (means.pooled - spread).clamp(min=0)
     variance = within + (1 - 1 / size) * spread * images / (images - 1)
     orders = _orders(pool.mean.shape[0], size, seed)
-    drawn = [_batches(pool, order) for order in orders]
+    mean, within_images = pool.mean.double(), pool.variance.double()
+    drawn = [within_images[order].mean(1) + mean[order].var(1, correction=0) for order in orders]
     pooled = torch.stack([found.mean(0) for found in drawn]).mean(0)
     root, rho = _expectations(drawn, means.eps)
     ratio = torch.where(pooled > 0, root / pooled.sqrt(), 0.0)
@@ -144,14 +145,8 @@ def _orders(images: int, size: int, seed: int) -> list[Tensor]:
     return [torch.randperm(groups * size, generator=generator).view(groups, size) for _ in range(number)]
 
 
-def _batches(pool: Images, order: Tensor) -> Float[Tensor, "groups channels"]:
-    """Biased variance of each regrouped micro-batch."""
-    means = pool.mean[order].double()
-    return pool.variance[order].double().mean(1) + means.var(1, correction=0)
-
-
 def _expectations(drawn: list[Tensor], eps: Tensor) -> tuple[Tensor, Tensor]:
-    """E[rho s_B] and E[rho] over all regrouped micro-batches."""
+    """E[rho s_B] and E[rho] over all regrouped micro-batches, of which the biased variances are given."""
     roots = [(found / (found + eps).sqrt()).mean(0) for found in drawn]
     rhos = [(found / (found + eps)).mean(0) for found in drawn]
     return torch.stack(roots).mean(0), torch.stack(rhos).mean(0)

@@ -183,6 +183,6 @@ def test_p_values_are_uniform_for_batches_drawn_at_random() -> None:
 
 def test_number_of_regrouped_batches() -> None:
     assert regrouped_batches(1024, 2) == 4 * 512
-    assert regrouped_batches(128, 8) == 32 * 16
-    assert regrouped_batches(100, 64) == 32
+    assert regrouped_batches(64, 8) == 16 * 8
+    assert regrouped_batches(100, 64) == 16
     assert regrouped_batches(10, 64) == 0
