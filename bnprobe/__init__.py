@@ -23,5 +23,10 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
+    import random
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    state = random.getstate()  # a library that bnprobe imports draws from it
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    finally:
+        random.setstate(state)

@@ -128,6 +128,9 @@ ROOTS: tuple[Cause, ...] = (
 BLOCKING: tuple[Cause, ...] = ("non_finite", "single_value")
 """Causes that stop training, or leave nothing to compare: whatever the output does, these come first."""
 
+OFF_THE_PATH: tuple[Cause, ...] = ("backward_noise",)
+"""Causes that the outputs of a forward pass say nothing of."""
+
 _Key = tuple[str, str | None]
 """Rule and layer."""
 
@@ -236,7 +239,7 @@ class _Group:
     def ranked(self, impact_of: ImpactOf) -> tuple[tuple[float, ...], Diagnosis]:
         """The diagnosis, and what to sort it by."""
         layers = tuple(sorted({verdict.layer for verdict in self.own if verdict.layer}, key=self._position))
-        impact = impact_of(layers) if layers else None
+        impact = impact_of(layers) if layers and self.own[0].cause not in OFF_THE_PATH else None
         severity = min((verdict.severity for verdict in (*self.own, *self.folded)), key=SEVERITIES.index)
         worst = min(self.own, key=self._mildness)
         part = self._part(layers)

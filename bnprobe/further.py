@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bnprobe.errors import UsageError
+from torch import nn
+
+from bnprobe.errors import BnprobeError, UsageError
 from bnprobe.facts import Anatomy
 from bnprobe.loading.optimizer import load_optimizer
+from bnprobe.loading.workload import Workload
 from bnprobe.probing.batches import to_device
 from bnprobe.probing.evidence import Evaluation, Evidence
 from bnprobe.probing.gradients import measure_gradients
@@ -21,6 +24,7 @@ from bnprobe.probing.trainsteps import OptimizerFactory, train_steps
 from bnprobe.probing.whatif import what_if
 from bnprobe.records import Backward, ExtraPass, GradientAngle, Impact, Layer, Remedy, Updates
 from bnprobe.spec import OptimizerSpec, ScanSettings
+from bnprobe.usercode import user_code
 
 IMPACT_BYTES = 2**27
 """Norm-layer inputs of the images that impacts are measured on: backward passes keep these and as much again."""
@@ -54,18 +58,24 @@ def wanted_batches(settings: ScanSettings, batch_size: int) -> int:
     return max(2, images // batch_size, trained, GRADIENT_BATCHES if settings.gradients else 0)
 
 
-def check_wishes(settings: ScanSettings, loss: object, metric: object, evaluation: object) -> None:
-    """Refuse before anything is measured what could not be measured in the end; None: there is none.
+def check_wishes(settings: ScanSettings, workload: Workload) -> None:
+    """Refuse before anything is measured what could not be measured in the end.
 
     Raises:
         UsageError: Names the option and what it lacks.
     """
     for option, wanted in (("--train-steps", settings.train_steps), ("--gradients", settings.gradients)):
-        if wanted and loss is None:
+        if wanted and workload.loss is None:
             raise UsageError(f"{option} needs loss(model, batch) in the model file, or a loss that the spec names.")
-    if settings.what_if and loss is None and metric is None:
+    if settings.what_if and workload.loss is None and workload.metric is None:
         raise UsageError("--what-if needs loss(model, batch) or metric(model, batch), in the model file or the spec.")
-    if settings.what_if and evaluation is None:
+    source, held_out = workload.source, workload.evaluation
+    if settings.what_if and held_out is not None and held_out.batch_size != source.batch_size:
+        raise UsageError(
+            f"--what-if needs evaluation batches of the size that is scanned, {source.batch_size}, and"
+            f" eval_data.batch_size is {held_out.batch_size}. Leave it out of the spec."
+        )
+    if settings.what_if and held_out is None:
         raise UsageError(
             "--what-if needs evaluation data: add load_eval_data(batch_size) to the model file, or eval_data to the"
             " spec."
@@ -102,7 +112,7 @@ def measure_further(
     layers, device = runner.layers.layers, runner.device
     model, autocast, held = runner.model, runner.autocast, runner.held
     if settings.train_steps:
-        steps, make = settings.train_steps, make_optimizer or load_optimizer(OptimizerSpec())
+        steps, make = settings.train_steps, _guarded(make_optimizer or load_optimizer(OptimizerSpec()))
         with _counted(found, "training steps", "asked for", steps * size):
             trained = train_steps(model, layers, evidence.kept, loss, make, device, steps, autocast=autocast, held=held)
             found.updates = {
@@ -147,11 +157,6 @@ def _first_images(runner: Runner, evidence: Evidence) -> list[Any]:
 
 def _try_remedies(found: Further, runner: Runner, evidence: Evidence, evaluation: Evaluation) -> None:
     size = evidence.batch_size
-    if evaluation.batch_size != size:
-        raise UsageError(
-            f"--what-if needs evaluation batches of the size that is scanned, {size}, and eval_data.batch_size is"
-            f" {evaluation.batch_size}. Leave it out of the spec."
-        )
     most = max(2, WHAT_IF_IMAGES // size)
     training, held_out = evidence.kept[:most], evaluation.kept[:most]
     with _counted(found, "what-if", "asked for", (len(training) + len(held_out)) * size):
@@ -159,19 +164,24 @@ def _try_remedies(found: Further, runner: Runner, evidence: Evidence, evaluation
 
 
 def impact_of(runner: Runner, evidence: Evidence, further: Further) -> Callable[[tuple[str, ...]], float | None]:
-    """A function from names of layers to the change of the outputs if all of them normalize with their batches."""
+    """A function from names of layers to the change of the outputs if all of them normalize with their batches.
+
+    It gives None instead of raising, Ctrl-C included: the report that it is for is worth more. After a scan that was
+    ended nothing more is run.
+    """
     positions = {layer.name: layer.index for layer in runner.layers.layers}
     known: dict[frozenset[int], float | None] = {}
 
     def measured(names: tuple[str, ...]) -> float | None:
         layers = frozenset(positions[name] for name in names if positions[name] in further.impacts)
-        if not layers:
+        if not layers or evidence.stopped in ("interrupted", "failed"):
             return None
         alone = further.impacts[next(iter(layers))].exact if len(layers) == 1 else None
         if alone is not None:
             return alone
         if layers not in known:
-            with runner.installed():
+            known[layers] = None
+            with suppress(BnprobeError, KeyboardInterrupt), runner.installed():
                 some = _first_images(runner, evidence)
                 known[layers] = joint_impact(
                     runner, some, evidence.batch_size, evidence.trust, evidence.at_once, layers
@@ -179,6 +189,16 @@ def impact_of(runner: Runner, evidence: Evidence, further: Further) -> Callable[
         return known[layers]
 
     return measured
+
+
+def _guarded(make_optimizer: OptimizerFactory) -> OptimizerFactory:
+    """An optimizer of the user's own making may raise anything."""
+
+    def make(parameters: list[nn.Parameter]) -> Any:
+        with user_code("making the optimizer of the training steps"):
+            return make_optimizer(parameters)
+
+    return make
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from bnprobe.facts import Facts
 from bnprobe.further import Further, check_wishes, impact_of, measure_further, wanted_batches, with_further
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.model import unwrapped
+from bnprobe.loading.spread import spread
 from bnprobe.loading.workload import Workload, load_model_only, load_workload
 from bnprobe.probing.anatomy import anatomy
 from bnprobe.probing.drive import Progress, Source, probe
@@ -101,7 +102,7 @@ def scan_spec(spec: Spec, progress: Progress = no_progress) -> Report:
 
 
 def _scan(workload: Workload, settings: ScanSettings, progress: Progress) -> Report:
-    check_wishes(settings, workload.loss, workload.metric, workload.evaluation)
+    check_wishes(settings, workload)
     with untouched(workload.model):
         seed_everything(settings.seed)
         runner = _runner(workload, settings)
@@ -144,11 +145,12 @@ def _facts(workload: Workload, runner: Runner) -> Facts:
 
 def _probe(workload: Workload, runner: Runner, settings: ScanSettings, progress: Progress) -> Evidence:
     """The two paths on the training batches, and the eval path on the evaluation batches."""
-    source, held_out = workload.source, workload.evaluation
+    source, held_out = spread(workload.source, settings.seed, settings.batch_sizes), workload.evaluation
     keep = wanted_batches(settings, source.batch_size)
     data = Source(source.batches, source.batch_size, keep=keep)
     evaluation = None
     if held_out is not None:
+        held_out = spread(held_out, settings.seed, mixed=True)
         evaluation = Source(held_out.batches, held_out.batch_size, held_out.most, keep)
     with runner.installed():
         return probe(runner, data, settings, progress, evaluation)
@@ -177,7 +179,7 @@ def _runner(workload: Workload, settings: ScanSettings) -> Runner:
     device = device_named(settings.device, model)
     model.to(device)
     layers = find_layers(model, settings.is_selected)
-    check_buffers(layers.layers)
+    check_buffers(layers.selected)
     forward = workload.forward or (forward_all if workload.source.synthetic else None)
     functions = UserFunctions(forward, workload.loss, workload.metric)
     autocast = getattr(torch, settings.autocast) if settings.autocast else None

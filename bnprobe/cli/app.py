@@ -33,7 +33,7 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(
     name="bnprobe",
     cls=_Commands,
-    help="Find the Batch Normalization layers that behave differently in training and at inference, and by how much.",
+    help="Find the Batch Normalization layers that behave differently in training and at inference, and say why.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -12,7 +12,7 @@ from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, BnprobeError, NothingToPro
 
 if TYPE_CHECKING:
     from bnprobe.records import Report
-    from bnprobe.spec import Spec
+    from bnprobe.spec import RulesSpec, Spec
 
 FURTHER = "Further measurements"
 
@@ -95,13 +95,19 @@ def scan(
             write_report(error.report, format_.value, output, show_all)
         raise
     write_report(report, format_.value, output, show_all)
-    raise typer.Exit(EXIT_FINDINGS if has_findings(report) and not exit_zero else EXIT_CLEAN)
+    raise typer.Exit(EXIT_FINDINGS if has_findings(report, spec.rules) and not exit_zero else EXIT_CLEAN)
 
 
-def has_findings(report: Report) -> bool:
-    """Whether a layer is flagged, or a cause is an error: what only looks like a mistake was measured to be none."""
-    errors = any(diagnosis.severity == "error" for diagnosis in report.diagnoses)
-    return report.summary.flagged > 0 or errors
+def has_findings(report: Report, rules: RulesSpec) -> bool:
+    """Whether a cause is an error, or a layer is flagged and no rule says why: what only looks like a mistake was
+    measured to be none, and a layer whose rules the user ignores or exempts is accepted.
+    """
+    errors = any(verdict.outcome == "failed" and verdict.severity == "error" for verdict in report.verdicts)
+    accepted = {exemption.reason for exemption in rules.exempt}
+    excused = {verdict.layer for verdict in report.verdicts if verdict.reason in accepted}
+    explained = {verdict.layer for verdict in report.verdicts if verdict.outcome == "failed"} | excused
+    narrowed = bool(rules.select or rules.ignore)
+    return errors or any(layer.flagged and layer.name not in explained and not narrowed for layer in report.layers)
 
 
 def _measure(spec: Spec) -> Report:

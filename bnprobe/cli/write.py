@@ -39,7 +39,8 @@ def write_report(report: Report, format_: str, output: Path | None, show_all: bo
     """Render the report; to ``output`` if given, else to stdout."""
     partial = f"PARTIAL, {report.scan.stopped}: " if report.scan.partial else ""
     layers = count(report.summary.layers, "layer")
-    summary = f"{partial}{report.summary.flagged} of {layers} flagged"
+    cause = f" ({report.diagnoses[0].cause.replace('_', ' ')} first)" if report.diagnoses else ""
+    summary = f"{partial}{report.summary.flagged} of {layers} flagged{cause}"
     deliver(lambda options: FORMATS[format_](report, options), output, show_all, summary)
 
 

@@ -96,7 +96,11 @@ def load_evaluation(spec: EvalDataSpec, module: UserModule | None, batch_size: i
     found = _find(spec, module, _EVALUATION)
     if found is None:
         return None
-    source = _from_symbol(*found, spec.model_copy(update={"batch_size": spec.batch_size or batch_size}))
+    size = spec.batch_size or batch_size
+    try:
+        source = _from_symbol(*found, spec.model_copy(update={"batch_size": size}))
+    except _TooFewImagesError as error:  # the eval path does not depend on the batch size
+        source = _from_symbol(*found, spec.model_copy(update={"batch_size": error.images}))
     return replace(source, most=spec.batches)
 
 
@@ -282,13 +286,20 @@ def _images_of(loader: DataLoader[Any], origin: str) -> int | None:
     return _length(loader.sampler, origin)
 
 
+class _TooFewImagesError(DataError):
+    def __init__(self, message: str, images: int) -> None:
+        super().__init__(message)
+        self.images = images
+
+
 def _check_images(images: int | None, size: int, origin: str) -> None:
     if images == 0:
         raise DataError(f"{origin} is empty: its data set has no images.")
     if images is not None and size > images:
-        raise DataError(
+        raise _TooFewImagesError(
             f"Batch size {size} is larger than the data set of {images} images ({origin}). "
-            f"Give a --batch-size of at most {images}."
+            f"Give a --batch-size of at most {images}.",
+            images,
         )
 
 

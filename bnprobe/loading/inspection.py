@@ -14,19 +14,20 @@ class GuardedBatches:
 
     Attributes:
         wrapped: The user's own iterable.
+        origin: How messages name it.
     """
 
     def __init__(self, wrapped: Iterable[Any], origin: str) -> None:
         self.wrapped = wrapped
-        self._origin = origin
+        self.origin = origin
 
     def __iter__(self) -> Iterator[Any]:
-        with user_code(f"starting {self._origin}"):
+        with user_code(f"starting {self.origin}"):
             iterator = iter(self.wrapped)
         number = 0
         while True:
             number += 1
-            with user_code(f"drawing batch {number} from {self._origin}"):
+            with user_code(f"drawing batch {number} from {self.origin}"):
                 try:
                     batch = next(iterator)
                 except StopIteration:

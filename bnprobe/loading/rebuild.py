@@ -20,7 +20,7 @@ def own_batch_size(loader: DataLoader[Any]) -> int | None:
 
 def refuse_rebuild(loader: DataLoader[Any], own: int | None, size: int, origin: str) -> None:
     """Raises a DataError where the loader's batch size cannot be changed, and says what to do."""
-    reason = _why_fixed(loader)
+    reason = why_fixed(loader)
     if reason is None:
         return
     has = f"its batch size is {own}" if own else "its batch size is not known"
@@ -32,7 +32,8 @@ def refuse_rebuild(loader: DataLoader[Any], own: int | None, size: int, origin: 
     )
 
 
-def _why_fixed(loader: DataLoader[Any]) -> str | None:
+def why_fixed(loader: DataLoader[Any]) -> str | None:
+    """Why the batches of a loader cannot be composed anew, a clause; None if they can."""
     if isinstance(loader.dataset, IterableDataset):
         return "its data set is iterable (IterableDataset)"
     if type(loader).__iter__ is not DataLoader.__iter__:
@@ -44,16 +45,15 @@ def _why_fixed(loader: DataLoader[Any]) -> str | None:
     return None
 
 
-def rebuilt(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
-    """The same loader at another batch size; the last partial batch is kept."""
+def rebuilt(loader: DataLoader[Any], size: int, batch_sampler: Any = None) -> DataLoader[Any]:
+    """The same loader at another batch size, or with other batches; the last partial batch is kept."""
+    how: dict[str, Any] = {"batch_size": size, "sampler": loader.sampler, "drop_last": False}
     return DataLoader(
         loader.dataset,
-        batch_size=size,
-        sampler=loader.sampler,
+        **({"batch_sampler": batch_sampler} if batch_sampler is not None else how),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory and torch.cuda.is_available(),
-        drop_last=False,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,

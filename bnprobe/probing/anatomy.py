@@ -92,6 +92,12 @@ def _median(variance: Tensor | None) -> float | None:
     return float(variance.detach().double().median())
 
 
+def has_random_layers(model: nn.Module) -> bool:
+    """Whether a layer that is known to be random is active in training, whatever else draws random numbers."""
+    with _as_in_training(model):
+        return any(module.training and _probability(module) > 0 for module in model.modules())
+
+
 def _random_layers_before(model: nn.Module) -> dict[int, tuple[str, ...]]:
     """For each module, the names of the random layers that are defined before it and active."""
     found: dict[int, tuple[str, ...]] = {}

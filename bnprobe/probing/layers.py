@@ -111,6 +111,7 @@ def _check_buffer(name: str, buffer: Tensor) -> None:
         raise NonFiniteError(
             f"{bad} of {buffer.numel()} values of the buffer {name} are NaN or Inf: one such activation in training"
             " poisons running statistics for ever. Reset them (reset_running_stats()) or load an earlier checkpoint."
+            " `bnprobe lint` lists all such layers (BN103)."
         )
     negative = int((buffer < 0).sum())
     if name.endswith("running_var") and negative:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bnprobe.probing.accumulate import Path
+from bnprobe.probing.anatomy import has_random_layers
 from bnprobe.probing.batches import CannotEmulateError, join, to_device
 from bnprobe.probing.chunks import Chunks
 from bnprobe.probing.emulation import Emulation, as_sentence
@@ -91,7 +92,7 @@ class Measurement:
     def _measure(self, micro_batches: list[Any]) -> None:
         step = _Step(to_device(join(micro_batches), self.runner.device), self._apart(micro_batches), len(micro_batches))
         draws = [self._forward(path, step) for path in self.paths]
-        random = draws == [True, False] if self.random is None else self.random
+        random = self._is_random(draws) if self.random is None else self.random
         started = time.perf_counter()
         if random:
             self._forward("steady", step)
@@ -106,6 +107,13 @@ class Measurement:
             self.output.add(step.contributions)
             self.batches += len(micro_batches)
             self.largest = max(self.largest, len(micro_batches) * self.batch_size)
+
+    def _is_random(self, draws: list[bool]) -> bool:
+        """Whether training draws random numbers that inference does not, as far as can be told if both draw some."""
+        drew = dict(zip(self.paths, draws, strict=True))
+        if not drew.get("train", False):
+            return False
+        return not drew["eval"] or has_random_layers(self.runner.model)
 
     def _apart(self, micro_batches: list[Any]) -> list[Any]:
         """The micro-batches one by one, where loss or metric want them."""

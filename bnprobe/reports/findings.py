@@ -87,7 +87,7 @@ def _apart(diagnosis: Diagnosis, layers: int) -> tuple[str, str]:
 def _consequences(diagnosis: Diagnosis) -> str:
     """What follows from it; a cause is put in words, as it is nowhere else a code."""
     listed = "; ".join(_CAUSE.sub(lambda said: said[0].replace("_", " "), text) for text in diagnosis.consequences)
-    return f"Explains as well: {listed}." if listed else ""
+    return f"Comes with it: {listed}." if listed else ""
 
 
 def _capitalized(text: str) -> str:

@@ -85,7 +85,7 @@ def _words(found: Sequence[Gap]) -> list[str]:
         step = _largest_step(gap)
         if step is not None:
             measures.setdefault(step, []).append(f"the {gap.measure}")
-    return [f"Most of the difference in {' and '.join(names)} is {_STEPS[step]}." for step, names in measures.items()]
+    return [f"The largest step in {' and '.join(names)} is {_STEPS[step]}." for step, names in measures.items()]
 
 
 def _largest_step(gap: Gap) -> str | None:

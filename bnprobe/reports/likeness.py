@@ -67,7 +67,8 @@ def _domains(layers: Sequence[Layer], show_all: bool) -> list[str]:
     listed = ", ".join(_distance(layer, domains) for layer, domains in shown)
     return [
         f"Called several times per forward pass, on data that differ: {listed}{more}. D is the distance of each call's"
-        " statistics from those of all calls together, which is what the running statistics hold."
+        " statistics from those of all calls together, which is what the running statistics hold. In the bars it counts"
+        " as composition: batches of one call each are no mixture of all."
     ]
 
 

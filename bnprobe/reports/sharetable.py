@@ -126,9 +126,12 @@ def _impact(row: Row) -> str:
 
 def _largest(row: Row, words: bool) -> str:
     """The largest share, as a part of the bar."""
-    if row.shares is None or not (total := stacked.length(row.shares)):
+    drawn = [] if row.shares is None else stacked.drawn(row.shares)
+    held = [(source, share) for source, share in drawn if source.field != "data_shift"]  # which comes on top
+    total = sum(share for _, share in held)
+    if not total:
         return ""
-    source, share = max(stacked.drawn(row.shares), key=lambda pair: pair[1])
+    source, share = max(held, key=lambda pair: pair[1])
     part = figures.percent(share / total)
     return (
         f"{source.words} {part}{_around(source.interval(row.intervals), total)}"

@@ -80,7 +80,7 @@ def _angle(angle: GradientAngle) -> str:
     meaning = (
         "batch noise, which averages out"
         if angle.mean_cosine >= _ALIGNED
-        else "a bias that no averaging over steps removes"
+        else "a bias if it stays with more micro-batches; averaging over steps does not remove a bias"
     )
     return (
         f"The gradient with batch statistics is turned by {single} against the one with population statistics"

@@ -28,7 +28,8 @@ def whatif(remedies: Sequence[Remedy], page: Page) -> list[Text]:
     if not remedies:
         return []
     ordered = best_first(remedies)
-    images = " and ".join(f"{number:,}" for number in sorted({remedy.images for remedy in remedies}))
+    numbers = [f"{number:,}" for number in sorted({remedy.images for remedy in remedies})]
+    images = " or ".join(", ".join(numbers).rsplit(", ", 1))
     heading = page.heading(f"What free remedies would give, on {images} held-out images")
     return [*heading, *page.paragraph(best_in_words(ordered), first="  "), *_table(ordered, page)]
 

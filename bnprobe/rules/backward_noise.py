@@ -8,7 +8,7 @@ from bnprobe.facts import Facts
 from bnprobe.records import Layer, Verdict
 from bnprobe.rules.interface import Rule
 from bnprobe.rules.shares import lower_end
-from bnprobe.rules.wording import number
+from bnprobe.rules.wording import number, percent
 
 
 class BackwardNoise(Rule):
@@ -42,7 +42,7 @@ class BackwardNoise(Rule):
     severity = "warning"
     unit = "values"
     needs = "gradients"
-    finding = "the batch statistics that the gradient subtracts are mostly noise"
+    finding = "the batch statistics that the gradient subtracts are noisy"
     remedy = "Use larger normalization batches, or group norm, whose gradient does not depend on other images."
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
@@ -58,5 +58,6 @@ class BackwardNoise(Rule):
         message = f"In the backward pass a batch counts as {shown} independent values"
         if surely <= 0 or 2 / surely >= layer.threshold:
             return self.passed(layer.name, f"{message}.", size, layer.threshold)
-        message += f" (at most {number(2 / surely)}, 95%); below {number(layer.threshold)} it is mostly noise."
+        noise = percent(2 / size if size else 0.0)
+        message += f" (at most {number(2 / surely)}, 95%): {noise} of the gradient's energy is noise of these averages."
         return self.failed(layer.name, message, size, layer.threshold)

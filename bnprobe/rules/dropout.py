@@ -38,7 +38,7 @@ class DropoutShift(ShareRule):
     title = "variance shifted by dropout"
     cause = "dropout"
     finding = "dropout was on when the running statistics were taken and is off when they are used"
-    remedy = "Take the running statistics anew with dropout off, or move dropout behind the last BN layer and train on."
+    remedy = "Move dropout behind the last BN layer and train on, or take the running statistics anew with dropout off."
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         anatomy = anatomy_of(facts, layer.name)

@@ -78,6 +78,7 @@ def likeliest_reason(layer: Anatomy) -> str:
 
 def _reasons(layer: Anatomy) -> Iterator[str]:
     weight, updates = layer.momentum, layer.batches_tracked
+    scale = min(1.0, layer.median_variance or 1.0)
     if not layer.trains_statistics:
         yield "training leaves them as they are (eval mode), while the weights before the layer may have moved"
     if weight == 0:
@@ -85,17 +86,21 @@ def _reasons(layer: Anatomy) -> Iterator[str]:
     if updates == 0:
         yield "no update is counted, so that they were reset or never trained"
     if weight is not None and 0 < weight < 1:
-        yield from _reasons_of_average(weight, updates)
+        yield from _reasons_of_average(weight, updates, scale)
     if weight is not None and weight >= NOISY:
         yield f"momentum={weight:g} keeps only the last few batches, so that chance decides"
     known = "" if updates is None else f"; {updates:,} updates are counted, enough to settle"
-    yield f"they were taken on other data or with other weights (a copy, an average, a fine-tuned model){known}"
+    yield (
+        "the weights moved on faster than the average follows (a high learning rate to the end), or it belongs to other"
+        f" data or weights (a copy, an average of weights, a fine-tuned model){known}"
+    )
 
 
-def _reasons_of_average(weight: float, updates: int | None) -> Iterator[str]:
+def _reasons_of_average(weight: float, updates: int | None, scale: float) -> Iterator[str]:
+    """``scale``: of the running variance, beside which what is left of the initial one must be small."""
     left = 0.0 if updates is None else (1 - weight) ** updates
     settled = -1 / math.log1p(-weight)
-    if left > LEFT_ON_START:
+    if left > LEFT_ON_START * scale:
         yield (
             f"too few updates: after {updates:,} with momentum={weight:g}, {percent(left)} of their weight is still on"
             " the initial mean 0 and variance 1"

@@ -86,6 +86,16 @@ def validated(sources: list[Source]) -> Spec:
         raise as_error(error, merged) from None
 
 
+_MISSING = {
+    "model": "say where the model comes from",
+    "target": "say where the model comes from",
+    "reason": "say why these rules are not to judge these layers",
+    "rules": "give the codes, e.g. [BN107]",
+    "layers": 'give a glob of layer names, e.g. "head.*"',
+}
+"""What to do about a key that must be given."""
+
+
 def as_error(error: ValidationError, merged: Merged) -> BnprobeError:
     sentences, from_files = [], False
     for item in error.errors():
@@ -100,7 +110,8 @@ def sentence(item: Any, source: Source, top: type[BaseModel]) -> str:
     if item["type"] == "extra_forbidden":
         return _unknown_key(path, source, top)
     if item["type"] == "missing":
-        return f"{'.'.join(map(str, path))} is missing{source.place(path)}: say where the model comes from."
+        advice = _MISSING.get(str(path[-1]), "add it")
+        return f"{'.'.join(map(str, path))} is missing{source.place(path)}: {advice}."
     kind = "option_list" if item["type"] == "tuple_type" and not source.name else item["type"]
     expected = _EXPECTED.get(kind, item["msg"]).format(**item.get("ctx", {}))
     found = f"Expected {expected} for {source.key(path)}, but got {shown(item['input'])}"

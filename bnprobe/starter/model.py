@@ -48,7 +48,8 @@ def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
 def metric(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Optional: any other number to compare, here the accuracy."""
     images, labels = batch
-    return (model(images).argmax(dim=1) == labels).float().mean()
+    accuracy: torch.Tensor = (model(images).argmax(dim=1) == labels).float().mean()
+    return accuracy
 
 
 # Optional too:

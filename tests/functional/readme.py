@@ -14,10 +14,11 @@ from functional.command import REPOSITORY
 
 README = REPOSITORY / "README.md"
 BLOCK = re.compile(
-    r"<!-- (?P<part>from )?bnprobe (?P<command>[^\n]+?) -->\n```(?:text)?\n(?P<text>.*?)(?=^```)", re.DOTALL | re.MULTILINE
+    r"<!-- (?P<part>from )?bnprobe (?P<command>[^\n]+?) -->\n```(?:text)?\n(?P<text>.*?)(?=^```)",
+    re.DOTALL | re.MULTILINE,
 )
 LEFT_OUT = "..."
-WORD = re.compile(r"[a-z][a-z_]+")
+WORD = re.compile(r"[a-z][a-z_]+(?:\.?\w+)*")
 # Times differ from run to run, and last digits from processor to processor: the words and their order must not.
 HEADER = ("device", "measured", "emulation", " " * 11)
 

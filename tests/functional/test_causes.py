@@ -12,20 +12,28 @@ from functional.command import CLEAN, FINDINGS, MODEL, REPOSITORY, SHIFTED, Work
 SAMPLES = REPOSITORY / "sample_configs"
 JSON = ("--format", "json")
 TRAINED = MODEL.replace(
-    "return Net()", "net = Net()\n    net.bn.num_batches_tracked.fill_(500)\n    net.bn.running_mean.add_(1e-4)\n    return net"
+    "return Net()",
+    "net = Net()\n    net.bn.num_batches_tracked.fill_(500)\n    net.bn.running_mean.add_(1e-4)\n    return net",
 )
 """As MODEL, but not as new: nothing at all is found."""
 TENSORFLOW = TRAINED.replace("nn.BatchNorm2d(2)", "nn.BatchNorm2d(2, momentum=0.99)")
-OTHER_IMAGES = MODEL + '''
+OTHERS = """
 
-def load_eval_data(batch_size):
-    return DataLoader(TensorDataset(images() * 3 + 2), batch_size=batch_size)
-'''
+def {head}:
+    return DataLoader(TensorDataset(images() + {shift}), batch_size=batch_size)
+"""
 """Evaluation images that are not those of the training."""
 
 
 def _causes(report: dict[str, Any]) -> list[str]:
     return [diagnosis["cause"] for diagnosis in report["diagnoses"]]
+
+
+def _names_the_layer(location: str, layer: str) -> bool:
+    """Whether that line of code assigns the layer, or what it is a part of."""
+    file, _, number = location.rpartition(":")
+    line = Path(REPOSITORY / file).read_text(encoding="utf-8").splitlines()[int(number) - 1]
+    return "Norm" in line or any(f"self.{part} = " in line for part in layer.split("."))
 
 
 @pytest.mark.parametrize(
@@ -46,8 +54,10 @@ def test_the_cause_of_each_sample_is_named_first(workspace: Workspace, sample: s
     assert first["remedy"]
     found = [verdict for verdict in report["verdicts"] if (verdict["rule"], verdict["layer"]) == (first["rule"], layer)]
     assert [verdict["outcome"] for verdict in found] == ["failed"]
-    file, _, line = found[0]["location"].rpartition(":")
-    assert "Norm" in (Path(REPOSITORY / file).read_text(encoding="utf-8")).splitlines()[int(line) - 1]
+    assert _names_the_layer(found[0]["location"], layer)
+    for measured in report["layers"]:
+        parts = [value for name, value in measured["shares"].items() if name != "data_shift"]
+        assert sum(parts) == pytest.approx(measured["eval"]["mismatch"], rel=1e-9)
 
 
 def test_the_healthy_sample_is_clean_at_its_batch_size(workspace: Workspace) -> None:
@@ -56,13 +66,6 @@ def test_the_healthy_sample_is_clean_at_its_batch_size(workspace: Workspace) -> 
     outcomes = {verdict["rule"]: verdict["outcome"] for verdict in report["verdicts"]}
     assert outcomes["BN202"] == "passed"
     assert outcomes["BN301"] == "skipped"
-
-
-@pytest.mark.parametrize("sample", ["digits/sorted.yaml", "tabular/spec.yaml", "gan/spec.yaml"])
-def test_shares_add_up_to_the_mismatch(workspace: Workspace, sample: str) -> None:
-    for layer in workspace.run("scan", SAMPLES / sample, *JSON).report(FINDINGS)["layers"]:
-        parts = {name: value for name, value in layer["shares"].items() if name != "data_shift"}
-        assert sum(parts.values()) == pytest.approx(layer["eval"]["mismatch"], rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -78,18 +81,16 @@ def test_exit_codes(workspace: Workspace, text: str, code: int, causes: list[str
     workspace.write("model.py", text)
     report = workspace.scan(*JSON).report(code)
     assert (_causes(report), report["summary"]["flagged"]) == (causes, int(code == FINDINGS))
-    assert workspace.scan("--exit-zero").code == CLEAN
 
 
 def test_an_error_without_a_flagged_layer_is_a_finding(workspace: Workspace) -> None:
-    workspace.write("model.py", TRAINED + OTHER_IMAGES[len(MODEL) :])
+    workspace.write("model.py", TRAINED + OTHERS.format(head="load_eval_data(batch_size)", shift=2))
     report = workspace.scan(*JSON).report(FINDINGS)
     assert report["summary"]["flagged"] == 0
     assert [(found["cause"], found["severity"]) for found in report["diagnoses"]] == [("data_shift", "error")]
-    printed = workspace.scan()
-    assert printed.code == FINDINGS
-    assert "Held-out" in printed.stdout
-    assert workspace.scan("--exit-zero").code == CLEAN
+    printed = workspace.scan("--exit-zero")
+    assert printed.code == CLEAN
+    assert "BN206): 1 of 1 layer" in printed.stdout
 
 
 def test_rules_are_selected_and_ignored(workspace: Workspace) -> None:
@@ -125,15 +126,14 @@ def test_an_exemption_needs_a_reason(workspace: Workspace) -> None:
 
 def test_evaluation_data_of_the_spec(workspace: Workspace) -> None:
     workspace.write("model.py", TRAINED)
-    workspace.write(
-        "held_out.py", OTHER_IMAGES.replace("load_eval_data(batch_size)", "others(batch_size, scale=1)") + "# \n"
-    )
+    workspace.write("held_out.py", MODEL + OTHERS.format(head="others(batch_size, shift)", shift="shift"))
     spec = "model: model.py\ndata: {batch_size: 2}\n"
     workspace.write("spec.yaml", spec)
     without = workspace.run("scan", "spec.yaml", *JSON).report(CLEAN)
     assert without["layers"][0]["shares"]["data_shift"] is None
-    workspace.write("spec.yaml", spec + "eval_data: {target: 'held_out.py:others', args: {scale: 2}, batches: 8}\n")
+    workspace.write("spec.yaml", spec + "eval_data: {target: 'held_out.py:others', args: {shift: 2}, batches: 8}\n")
     report = workspace.run("scan", "spec.yaml", *JSON).report(FINDINGS)
     assert _causes(report) == ["data_shift"]
     assert report["layers"][0]["shares"]["data_shift"] > 1
-    assert [(found["name"], found["images"]) for found in report["scan"]["passes"]][0] == ("evaluation data", 16)
+    passes = {found["name"]: found["images"] for found in report["scan"]["passes"]}
+    assert passes["evaluation data"] == 16

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+from functools import cache
 
 import pytest
 
 import bnprobe
 from bnprobe.rules import RULES
 from functional import readme
-from functional.command import CLEAN, ERROR, FINDINGS, REPOSITORY, Workspace
+from functional.command import CLEAN, ERROR, FINDINGS, REPOSITORY, Result, Workspace
 from functional.readme import README, Block
 
 SAMPLES = sorted((REPOSITORY / "sample_configs").glob("*/*.yaml"))
@@ -60,7 +61,7 @@ def test_the_readme_shows_the_usage_as_it_is(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("block", readme.blocks(), ids=lambda block: block.command)
 def test_the_readme_shows_real_output(block: Block) -> None:
-    found = Workspace(REPOSITORY).run(*block.command.split(), COLUMNS="80", PYTHONIOENCODING="utf-8")
+    found = _run(block.command)
     assert found.code in (CLEAN, FINDINGS)
     shown = readme.update(block, found.stdout)
     if not block.partial:
@@ -83,6 +84,11 @@ def test_every_rule_is_in_the_readme() -> None:
     rows = [line.split(" | ") for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| [BN")]
     expected = [(rule.code, f"`{rule.cause}`") for rule in RULES]
     assert [(re.findall(r"BN\d+", row[0])[0], row[2]) for row in rows] == expected
+
+
+@cache
+def _run(command: str) -> Result:
+    return Workspace(REPOSITORY).run(*command.split(), COLUMNS="80", PYTHONIOENCODING="utf-8")
 
 
 def in_readme(marker: str, current: str) -> str:

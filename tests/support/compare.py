@@ -48,7 +48,9 @@ def assert_path_matches(measured: PathMeasurement | None, calls: list[CallFigure
     else:
         mean = per_batch.mean()
         relative_error = stats.sem(per_batch) / mean if mean else 0.0
-        ends = np.exp(stats.t.interval(0.95, len(per_batch) - 1, np.log(mean), relative_error)) if relative_error else mean
+        ends = (
+            np.exp(stats.t.interval(0.95, len(per_batch) - 1, np.log(mean), relative_error)) if relative_error else mean
+        )
         assert measured.interval == pytest.approx(tuple(np.broadcast_to(ends, 2)), rel=20 * rel, abs=rel * mean)
     assert_distribution_matches(measured.r, np.concatenate([np.array(call.r).ravel() for call in calls]), rel, "r")
     assert_distribution_matches(measured.d, np.concatenate([np.array(call.d).ravel() for call in calls]), rel, "d")

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, TensorDataset
 
 from bnprobe import scan
+from bnprobe.errors import DeviceError
 from bnprobe.records import Layer, Report, Shares
 from support.networks import Dense, Flat, Residual, Siamese, UNet, images, unsettled
 
@@ -199,3 +201,27 @@ def test_intervals_cover_what_many_scans_say_on_average() -> None:
             assert covered.double().mean() >= 0.85, (name, position)
             if name == "composition":
                 assert abs(values.mean()) < 3 * values.std() / len(reports) ** 0.5
+
+
+def test_a_globally_sorted_loader_is_composition_not_lag_nor_data_shift() -> None:
+    everything = torch.cat(pictures(300, seed=1))
+    model = trained(Residual(), list(everything.split(SIZE)))
+    ordered = TensorDataset(everything[everything.mean((1, 2, 3)).argsort()])
+    loader = DataLoader(ordered, batch_size=SIZE)
+    report = scan(model, loader, SIZE, evaluation=DataLoader(TensorDataset(everything), batch_size=SIZE))
+    causes = {diagnosis.cause for diagnosis in report.diagnoses}
+    assert causes == {"composition", "small_batch"}
+    assert all(layer.shares.data_shift < 0.02 for layer in report.layers)
+    shuffled = scan(model, DataLoader(TensorDataset(everything), SIZE, shuffle=True), SIZE, evaluation=loader)
+    assert all(layer.shares.data_shift < 0.02 for layer in shuffled.layers)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), DeviceError("no memory")])
+def test_a_report_is_not_lost_to_the_ranking(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("bnprobe.further.joint_impact", fail)
+    report = scan(unsettled(Residual()), pictures(16), SIZE, num_batches=16)
+    assert [layer.flagged for layer in report.layers] == [True, True]
+    assert report.diagnoses

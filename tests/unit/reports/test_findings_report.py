@@ -116,7 +116,7 @@ def test_a_diagnosis_names_cause_rule_extent_impact_place_remedy_and_consequence
         " The running statistics are not those that training now settles on."
     )
     assert "Remedy: Recalibrate the running statistics: bnprobe.recalibrate(model, batches)." in said
-    assert "Explains as well: propagation in 5 layers: layer2.0.bn2, layer2.0.downsample.1" in said
+    assert "Comes with it: propagation in 5 layers: layer2.0.bn2, layer2.0.downsample.1" in said
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_the_extent_is_said_once(message: str, said: str) -> None:
         "small_batch", "BN201", "error", ("a", "b"), None, message, "", ("dropout_before_norm in 2 layers",)
     )
     shown = flat(findings(replace(fabricated.healthy(), diagnoses=(made,)), PAGE, show_all=False))
-    assert shown == f"✗ Batches too small (BN201): {said} Explains as well: dropout before norm in 2 layers."
+    assert shown == f"✗ Batches too small (BN201): {said} Comes with it: dropout before norm in 2 layers."
 
 
 def test_a_lone_layer_is_not_named_twice() -> None:

@@ -19,7 +19,7 @@ def test_only_noise_that_is_surely_too_much_fails() -> None:
         failed(
             "BN303",
             "noisy",
-            f"{start} 4 independent values (at most 5, 95%); below 32 it is mostly noise.",
+            f"{start} 4 independent values (at most 5, 95%): 50% of the gradient's energy is noise of these averages.",
             4.0,
             32.0,
         ),

@@ -62,9 +62,9 @@ def test_values_that_overflow_at_inference_only() -> None:
         ({"batches_tracked": 20}, "too few updates: after 20 with momentum=0.1, 12% of their weight"),
         ({"momentum": 1e-3, "batches_tracked": 9000}, "momentum=0.001 averages over the last 1,000 or so batches"),
         ({"momentum": 0.9}, "momentum=0.9 keeps only the last few batches"),
-        ({}, "they were taken on other data or with other weights"),
-        ({"momentum": None}, "they were taken on other data or with other weights"),
-        ({"batches_tracked": None}, "they were taken on other data or with other weights"),
+        ({}, "the weights moved on faster than the average follows"),
+        ({"momentum": None}, "the weights moved on faster than the average follows"),
+        ({"batches_tracked": None}, "the weights moved on faster than the average follows"),
     ],
 )
 def test_the_likeliest_reason(changes: dict[str, object], reason: str) -> None:
