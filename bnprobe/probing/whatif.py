@@ -89,8 +89,9 @@ class _Trial:
         self, name: str, statistics: Statistics, source: Sequence[Any], evaluation: Sequence[Any], before: Score
     ) -> Remedy:
         after = self.score(evaluation, statistics=statistics)
-        kind = "evaluation" if source is evaluation else "training"
-        detail = f"pooled mean and unbiased variance of {len(source) * self.batch_size} {kind} images"
+        images = len(source) * self.batch_size
+        which = f"the same {images} evaluation" if source is evaluation else f"{images} training"
+        detail = f"pooled mean and unbiased variance of {which} images"
         return self._remedy(name, frozenset(statistics), evaluation, before, after, None, detail)
 
     def by_batch(

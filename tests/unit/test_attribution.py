@@ -205,12 +205,12 @@ def test_intervals_cover_what_many_scans_say_on_average() -> None:
 
 def test_a_globally_sorted_loader_is_composition_not_lag_nor_data_shift() -> None:
     everything = torch.cat(pictures(300, seed=1))
-    model = trained(Residual(), list(everything.split(SIZE)))
+    model = trained(nn.Sequential(nn.BatchNorm2d(3)), list(everything.split(SIZE)))
     ordered = TensorDataset(everything[everything.mean((1, 2, 3)).argsort()])
     loader = DataLoader(ordered, batch_size=SIZE)
     report = scan(model, loader, SIZE, evaluation=DataLoader(TensorDataset(everything), batch_size=SIZE))
-    causes = {diagnosis.cause for diagnosis in report.diagnoses}
-    assert causes == {"composition", "small_batch"}
+    assert report.diagnoses[0].cause == "composition"
+    assert not {"lag", "data_shift"} & {diagnosis.cause for diagnosis in report.diagnoses}
     assert all(layer.shares.data_shift < 0.02 for layer in report.layers)
     shuffled = scan(model, DataLoader(TensorDataset(everything), SIZE, shuffle=True), SIZE, evaluation=loader)
     assert all(layer.shares.data_shift < 0.02 for layer in shuffled.layers)
