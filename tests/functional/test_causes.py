@@ -118,10 +118,20 @@ def test_an_exempted_layer_is_skipped_with_the_reason_given(workspace: Workspace
     assert skipped["BN101"] == skipped["BN107"] == "ported on purpose"
 
 
+def test_a_flagged_layer_that_the_user_accepts_does_not_fail_the_scan(workspace: Workspace) -> None:
+    workspace.write("model.py", SHIFTED)
+    spec = "model: model.py\ndata: {batch_size: 2}\n"
+    workspace.write("spec.yaml", spec + "rules: {exempt: [{layers: bn, rules: [BN], reason: known}]}\n")
+    assert workspace.run("scan", "spec.yaml", *JSON).report(CLEAN)["summary"]["flagged"] == 1
+    assert workspace.scan("--ignore", "BN", *JSON).report(CLEAN)["summary"]["flagged"] == 1
+    assert workspace.scan("--ignore", "BN3", *JSON).report(FINDINGS)["summary"]["flagged"] == 1
+
+
 def test_an_exemption_needs_a_reason(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL)
     workspace.write("spec.yaml", "model: model.py\nrules: {exempt: [{layers: 'b*', rules: [BN1]}]}\n")
-    assert "reason" in workspace.run("scan", "spec.yaml").error()
+    assert "reason is missing" in workspace.run("scan", "spec.yaml").error()
+    assert "say why these rules are not to judge these layers" in workspace.run("scan", "spec.yaml").error()
 
 
 def test_evaluation_data_of_the_spec(workspace: Workspace) -> None:

@@ -34,7 +34,9 @@ def test_a_sample_gives_a_report_that_fits_the_schema(workspace: Workspace, samp
     jsonschema.validate(report, SCHEMA)
     summary = report["summary"]
     assert (found.code, found.stdout) == (FINDINGS if summary["flagged"] else CLEAN, "")
-    assert found.stderr == f"{summary['flagged']} of {summary['layers']} layers flagged; report written to {OUTPUT}\n"
+    cause = report["diagnoses"][0]["cause"].replace("_", " ")
+    counted = f"{summary['flagged']} of {summary['layers']} layers flagged ({cause} first)"
+    assert found.stderr == f"{counted}; report written to {OUTPUT}\n"
     assert report["layers"]
     assert all(layer["train"] and layer["eval"] for layer in report["layers"])
     printed = FORMATS["terminal"](load(text), RenderOptions(width=80))
