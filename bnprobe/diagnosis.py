@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bnprobe.facts import Facts
-from bnprobe.records import Cause, Diagnosis, Layer, Severity, Verdict
+from bnprobe.records import NOT_JUDGED, Cause, Diagnosis, Layer, Severity, Verdict
 from bnprobe.rules import RULES, Rule
 from bnprobe.rules.selection import fits, selected
 from bnprobe.rules.shares import SHARES, share_limit
@@ -128,8 +128,8 @@ ROOTS: tuple[Cause, ...] = (
 BLOCKING: tuple[Cause, ...] = ("non_finite", "single_value")
 """Causes that stop training, or leave nothing to compare: whatever the output does, these come first."""
 
-OFF_THE_PATH: tuple[Cause, ...] = ("backward_noise",)
-"""Causes that the outputs of a forward pass say nothing of."""
+OFF_THE_PATH: tuple[Cause, ...] = ("backward_noise", "data_shift")
+"""Causes whose effect is no matter of batch against running statistics: the impact ranks them, but is not theirs."""
 
 _Key = tuple[str, str | None]
 """Rule and layer."""
@@ -174,7 +174,7 @@ def _exempted(verdict: Verdict, exemptions: Sequence[RuleExemption], facts: Fact
     names = (verdict.layer or "", *(layer.aliases if layer else ()))
     for exemption in exemptions:
         if matches_any(exemption.layers, names) and fits(verdict.rule, exemption.rules):
-            message = f"Not judged: {exemption.reason.rstrip('.')}."
+            message = f"{NOT_JUDGED}{exemption.reason.rstrip('.')}."
             return replace(verdict, outcome="skipped", message=message, remedy="", reason=exemption.reason)
     return verdict
 
@@ -239,7 +239,7 @@ class _Group:
     def ranked(self, impact_of: ImpactOf) -> tuple[tuple[float, ...], Diagnosis]:
         """The diagnosis, and what to sort it by."""
         layers = tuple(sorted({verdict.layer for verdict in self.own if verdict.layer}, key=self._position))
-        impact = impact_of(layers) if layers and self.own[0].cause not in OFF_THE_PATH else None
+        impact = impact_of(layers) if layers else None
         severity = min((verdict.severity for verdict in (*self.own, *self.folded)), key=SEVERITIES.index)
         worst = min(self.own, key=self._mildness)
         part = self._part(layers)
@@ -249,7 +249,7 @@ class _Group:
             rule=worst.rule,
             severity=severity,
             layers=layers,
-            impact=impact,
+            impact=None if worst.cause in OFF_THE_PATH else impact,
             message=self._message(worst, layers),
             remedy=worst.remedy,
             consequences=self._consequences(),

@@ -82,6 +82,7 @@ def unmatched_globs(settings: ScanSettings, found: LayerSet) -> tuple[str, ...]:
     names += [layer.name for layer in found.skipped]
     globs = [("--include", glob) for glob in settings.include]
     globs += [("--exclude", glob) for glob in settings.exclude]
+    globs += [("rules.exempt", exemption.layers) for exemption in settings.rules.exempt]
     globs += [("thresholds", glob) for glob in settings.thresholds if glob != "*"]
     return tuple(_unmatched(glob, origin, names) for origin, glob in globs if not matches_any(glob, names))
 

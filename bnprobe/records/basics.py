@@ -39,3 +39,6 @@ Severity = Literal["error", "warning", "info"]
 """error: training and inference differ, or will; warning: likely a mistake, or harmless so far; info: good to know."""
 
 Outcome = Literal["passed", "failed", "skipped"]
+
+NOT_JUDGED = "Not judged: "
+"""How the message of a verdict begins that was skipped because the user exempts the layer."""

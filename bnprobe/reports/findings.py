@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from bnprobe.records import Diagnosis, Layer, Report, Verdict
+from bnprobe.records import NOT_JUDGED, Diagnosis, Layer, Report, Verdict
 from bnprobe.reports import figures
 from bnprobe.reports.causes import SEVERITY_STYLES, SIGNS, WORDS
 from bnprobe.reports.layout import Page
@@ -20,6 +20,7 @@ _EXTENT = re.compile(r"(?P<extent>\d+ of \d+ layers?): ")
 _CAUSE = re.compile(rf"^({'|'.join(WORDS)})(?= in )")
 
 _REMEDY = "Remedy:"
+_WRONG_STATISTICS = ("lag", "dropout", "propagation", "never_trained", "composition", "momentum_convention")
 _MOST_NAMES = 4
 _NAME_WIDTH = 32
 _MOST_REASONS = 3
@@ -49,7 +50,23 @@ def rules(verdicts: Sequence[Verdict], page: Page, show_all: bool) -> list[Text]
     text = ", ".join(parts)
     noun = "" if passed else "rules "
     lines = page.paragraph(noun + text + ".", first="  ", style="dim") if text else []
+    lines += [line for text in _exempted(verdicts) for line in page.paragraph(text, first="  ", style="dim")]
     return [*_failed(verdicts, page), *lines] if show_all and failed else lines
+
+
+def _exempted(verdicts: Sequence[Verdict]) -> list[str]:
+    """Which layers the user exempts from which rules, by reason."""
+    groups: dict[str, tuple[set[str], set[str]]] = {}
+    for verdict in verdicts:
+        if verdict.message.startswith(NOT_JUDGED) and verdict.reason is not None:
+            layers, codes = groups.setdefault(verdict.reason, (set(), set()))
+            layers.add(verdict.layer or "the model")
+            codes.add(verdict.rule)
+    return [
+        f"Exempt: {', '.join(sorted(layers)[:_MOST_NAMES])}{' and more' if len(layers) > _MOST_NAMES else ''} from"
+        f" {', '.join(sorted(codes)[:_MOST_NAMES])}{' and more' if len(codes) > _MOST_NAMES else ''} ({reason})."
+        for reason, (layers, codes) in groups.items()
+    ]
 
 
 def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, show_all: bool) -> list[Text]:
@@ -63,8 +80,24 @@ def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, sh
     remedy = page.paragraph(f"{_REMEDY} {diagnosis.remedy}", first=indent) if diagnosis.remedy else []
     for line in remedy[:1]:
         line.stylize("bold", len(indent), len(indent) + len(_REMEDY))
+    measured = page.paragraph(_recalibrating(diagnosis, report), first=indent)
     consequences = page.paragraph(_consequences(diagnosis), first=indent)
-    return [*title, *(line for line in [*where, *said, *remedy, *consequences] if line.plain.strip())]
+    return [*title, *(line for line in [*where, *said, *remedy, *measured, *consequences] if line.plain.strip())]
+
+
+def _recalibrating(diagnosis: Diagnosis, report: Report) -> str:
+    """What recalibration gave, where it is what one would try."""
+    tried = next((remedy for remedy in report.remedies if remedy.name == "recalibrated"), None)
+    if tried is None or diagnosis.cause not in _WRONG_STATISTICS:
+        return ""
+    for name, before, after in (
+        ("loss", tried.before.loss, tried.after.loss),
+        ("metric", tried.before.metric, tried.after.metric),
+    ):
+        if before is not None and after is not None:
+            end = f"{figures.score(before)} to {figures.score(after)}"
+            return f"Measured on held-out images: recalibrating takes the {name} from {end}."
+    return ""
 
 
 def _title(diagnosis: Diagnosis, extent: str) -> str:

@@ -46,7 +46,10 @@ def keep_step(command: str) -> Step:
 
 def interrupted_step(report: Report, command: str) -> Step | None:
     """Measure to the end, where something cut the scan short."""
-    return Step("To measure to the end:", command) if report.scan.partial else None
+    if not report.scan.partial:
+        return None
+    failed = report.scan.stopped == "failed"
+    return Step("Mend what the error names, then measure to the end:" if failed else "To measure to the end:", command)
 
 
 def more_batches_step(scan: Scan, command: str) -> Step:

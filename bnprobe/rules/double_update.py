@@ -65,13 +65,16 @@ class DoubleUpdate(Rule):
         rate = _expected_rate(updates, expected)
         often = updates.per_step > expected * (1 + ROUNDING)
         fast = rate is not None and updates.rate is not None and updates.rate > RATE_FACTOR * rate
-        told = f"{number(updates.per_step)} updates per step for {number(expected)} of the forward pass"
+        told = (
+            f"A training step updates the statistics {number(updates.per_step)} times,"
+            f" where a forward pass calls the layer {number(expected)} times"
+        )
         if rate is not None and updates.rate is not None:
             told += f"; a step weighs {number(updates.rate)}, where momentum asks for {number(rate)}"
         if not (often or fast):
             return self.passed(layer.name, f"{told}.", updates.per_step, expected)
         severity = "error" if layer.flagged else self.severity
-        return self.failed(layer.name, f"Training made {told}.", updates.per_step, expected, severity)
+        return self.failed(layer.name, f"{told}.", updates.per_step, expected, severity)
 
 
 def _expected_rate(updates: Updates, calls: float) -> float | None:

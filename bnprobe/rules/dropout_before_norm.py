@@ -65,5 +65,6 @@ def _harmless(layer: Layer | None) -> float | None:
     if layer is None or layer.shares is None:
         return None
     interval = None if layer.share_intervals is None else layer.share_intervals.dropout
-    high = layer.shares.dropout if interval is None else interval[1]
-    return layer.shares.dropout if high is not None and high < share_limit(layer) else None
+    low, high = (layer.shares.dropout, layer.shares.dropout) if interval is None else interval
+    limit = share_limit(layer)
+    return layer.shares.dropout if high is not None and -limit < low and high < limit else None

@@ -70,8 +70,13 @@ def is_off_at_inference(layer: Layer) -> bool:
 def _main_cause(layer: Layer) -> Cause | None:
     """The cause to name where no share is surely large; on the train path alone it is the noise of the batches."""
     held = {cause: share_of(layer, cause) or 0.0 for cause in SHARES if _is_possible(layer, cause)}
-    if "composition" not in held:  # chance, like the noise of batches that are drawn at random
-        held["small_batch"] += share_of(layer, "composition") or 0.0
+    if "composition" not in held:
+        # Of several domains it is their distance; else chance, like the noise of batches that are drawn at random.
+        composed = share_of(layer, "composition") or 0.0
+        apart = 0.0 if layer.domains is None else min(layer.domains.mismatch, composed)
+        held["small_batch"] += composed - apart
+        if apart > max(held.values()):
+            return None
     largest = max(held, key=lambda cause: held[cause])
     if is_off_at_inference(layer) or largest == "composition":
         return largest

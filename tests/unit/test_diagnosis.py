@@ -182,7 +182,7 @@ def lagging(**anatomy: object) -> Facts:
             make_evidence(
                 make_layer(
                     "bn",
-                    make_shares(composition=0.4),
+                    make_shares(composition=0.4, small_batch=0.1),
                     calls_per_forward=2,
                     domains=Domains(0.4, (0.3, 0.5)),
                     composition=Composition(0.0, 1.0, 0.9),

@@ -20,30 +20,41 @@ def test_more_updates_than_calls_fail() -> None:
         passed(
             "BN301",
             "once",
-            "1 updates per step for 1 of the forward pass; a step weighs 0.1, where momentum asks for 0.1.",
+            "A training step updates the statistics 1 times,"
+            " where a forward pass calls the layer 1 times; a step weighs 0.1, where momentum asks for 0.1.",
             1.0,
             1.0,
         ),
         failed(
             "BN301",
             "twice",
-            "Training made 2 updates per step for 1 of the forward pass; a step weighs 0.19, where momentum asks for"
+            "A training step updates the statistics 2 times,"
+            " where a forward pass calls the layer 1 times; a step weighs 0.19, where momentum asks for"
             " 0.1.",
             2.0,
             1.0,
         ),
-        failed("BN301", "off", "Training made 2 updates per step for 1 of the forward pass.", 2.0, 1.0, "error"),
+        failed(
+            "BN301",
+            "off",
+            "A training step updates the statistics 2 times, where a forward pass calls the layer 1 times.",
+            2.0,
+            1.0,
+            "error",
+        ),
         passed(
             "BN301",
             "called twice",
-            "2 updates per step for 2 of the forward pass; a step weighs 0.19, where momentum asks for 0.19.",
+            "A training step updates the statistics 2 times,"
+            " where a forward pass calls the layer 2 times; a step weighs 0.19, where momentum asks for 0.19.",
             2.0,
             2.0,
         ),
         failed(
             "BN301",
             "fast",
-            "Training made 1 updates per step for 1 of the forward pass; a step weighs 0.19, where momentum asks for"
+            "A training step updates the statistics 1 times,"
+            " where a forward pass calls the layer 1 times; a step weighs 0.19, where momentum asks for"
             " 0.1.",
             1.0,
             1.0,
