@@ -50,7 +50,7 @@ UNUSABLE = [
     pytest.param(
         "def load_data(batch_size):\n    rows = images()\n    rows[5, 1, 2, 3] = float('nan')\n"
         "    return DataLoader(TensorDataset(rows), batch_size=batch_size)\n",
-        "Micro-batch 3 (the first is 1) holds NaN or Inf in its tensor [0] of shape (2, 2, 8, 8), "
+        "(the first is 1) holds NaN or Inf in its tensor [0] of shape (2, 2, 8, 8), "
         "first in its image 1 (the first is 0).",
         id="nan-in-inputs",
     ),
