@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bnprobe.facts import Facts
-from bnprobe.records import NOT_JUDGED, Cause, Diagnosis, Layer, Severity, Verdict
+from bnprobe.records import EXEMPT, Cause, Diagnosis, Layer, Severity, Verdict
 from bnprobe.rules import RULES, Rule
 from bnprobe.rules.selection import fits, selected
 from bnprobe.rules.shares import SHARES, share_limit
@@ -174,7 +174,7 @@ def _exempted(verdict: Verdict, exemptions: Sequence[RuleExemption], facts: Fact
     names = (verdict.layer or "", *(layer.aliases if layer else ()))
     for exemption in exemptions:
         if matches_any(exemption.layers, names) and fits(verdict.rule, exemption.rules):
-            message = f"{NOT_JUDGED}{exemption.reason.rstrip('.')}."
+            message = f"{EXEMPT}{exemption.reason.rstrip('.')}."
             return replace(verdict, outcome="skipped", message=message, remedy="", reason=exemption.reason)
     return verdict
 

@@ -9,7 +9,7 @@ import typer
 
 from bnprobe.cli import options
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, BnprobeError, NothingToProbeError
-from bnprobe.records import NOT_JUDGED
+from bnprobe.records import EXEMPT
 
 if TYPE_CHECKING:
     from bnprobe.records import Report
@@ -104,7 +104,7 @@ def has_findings(report: Report, rules: RulesSpec) -> bool:
     measured to be none, and a layer whose rules the user ignores or exempts is accepted.
     """
     errors = any(verdict.outcome == "failed" and verdict.severity == "error" for verdict in report.verdicts)
-    excused = {verdict.layer for verdict in report.verdicts if verdict.message.startswith(NOT_JUDGED)}
+    excused = {verdict.layer for verdict in report.verdicts if verdict.message.startswith(EXEMPT)}
     explained = {verdict.layer for verdict in report.verdicts if verdict.outcome == "failed"} | excused
     narrowed = bool(rules.select or rules.ignore)
     return errors or any(layer.flagged and layer.name not in explained and not narrowed for layer in report.layers)

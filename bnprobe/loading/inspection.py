@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from bnprobe.usercode import user_code
@@ -15,10 +15,14 @@ class GuardedBatches:
     Attributes:
         wrapped: The user's own iterable.
         origin: How messages name it.
+        indices: For the number of a batch that was drawn, from 1, the items of the data set in it; None: not known.
     """
 
-    def __init__(self, wrapped: Iterable[Any], origin: str) -> None:
+    def __init__(
+        self, wrapped: Iterable[Any], origin: str, indices: Callable[[int], Sequence[Any]] | None = None
+    ) -> None:
         self.wrapped = wrapped
+        self.indices = indices
         self.origin = origin
 
     def __iter__(self) -> Iterator[Any]:

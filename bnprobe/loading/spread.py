@@ -36,6 +36,7 @@ class SpreadBatches:
 
     def __init__(self, sampler: Any, size: int, run: int, seed: int, mixed: bool) -> None:
         self.sampler, self.size, self.run, self.seed, self.mixed = sampler, size, run, seed, mixed
+        self.drawn: list[list[Any]] = []
 
     def __iter__(self) -> Iterator[list[Any]]:
         chance, indices = random.Random(self.seed), list(self.sampler)
@@ -45,8 +46,14 @@ class SpreadBatches:
         runs = [indices[start : start + self.run] for start in range(0, whole, self.run)]
         chance.shuffle(runs)
         ordered = [index for run in [*runs, indices[whole:]] for index in run]
+        self.drawn = []
         for start in range(0, len(ordered), self.size):
-            yield ordered[start : start + self.size]
+            self.drawn.append(ordered[start : start + self.size])
+            yield self.drawn[-1]
+
+    def indices(self, number: int) -> list[Any]:
+        """What the sampler gave for a batch of the last iteration, counted from 1."""
+        return self.drawn[number - 1]
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.size)
@@ -69,9 +76,11 @@ def spread(source: BatchSource, seed: int, batch_sizes: Sequence[int] = (), mixe
         if why_fixed(batches) or isinstance(batches.sampler, _RANDOM) or not isinstance(batches.sampler, Sized):
             return source
         run = math.lcm(size, *batch_sizes)
-        again: Any = rebuilt(batches, size, SpreadBatches(batches.sampler, size, run, seed, mixed))
+        order = SpreadBatches(batches.sampler, size, run, seed, mixed)
+        again: Any = GuardedBatches(rebuilt(batches, size, order), guarded.origin, order.indices)
     elif mixed and isinstance(batches, Sequence) and batches:
-        again = [*random.Random(seed).sample(batches[:-1], len(batches) - 1), batches[-1]]
+        drawn = [*random.Random(seed).sample(batches[:-1], len(batches) - 1), batches[-1]]
+        again = GuardedBatches(drawn, guarded.origin)
     else:
         return source
-    return replace(source, batches=GuardedBatches(again, guarded.origin))
+    return replace(source, batches=again)

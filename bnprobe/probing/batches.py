@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,8 +66,12 @@ def copy_tensors(batch: Any) -> Any:
     return map_leaves(batch, lambda leaf: leaf.clone() if callable(getattr(leaf, "clone", None)) else leaf)
 
 
-def check_finite(batch: Any, position: int) -> None:
+def check_finite(batch: Any, position: int, indices: Callable[[int], Sequence[Any]] | None = None) -> None:
     """Refuse NaN and Inf in the inputs.
+
+    Args:
+        position: Number of the micro-batch, from 1.
+        indices: For that number the items of the data set, where known.
 
     Raises:
         DataError: Names the micro-batch, the tensor and the image.
@@ -80,9 +84,10 @@ def check_finite(batch: Any, position: int) -> None:
             continue
         place = f"tensor {path} " if path else "tensor "
         image = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else 0
+        item = "" if indices is None else f", item {indices(position)[image]} of the data set"
         raise DataError(
             f"Micro-batch {position} (the first is 1) holds NaN or Inf in its {place}of shape {tuple(tensor.shape)},"
-            f" first in its image {image} (the first is 0). Clean the data set, or leave such images out."
+            f" first in its image {image} (the first is 0){item}. Clean the data set, or leave such images out."
         )
 
 

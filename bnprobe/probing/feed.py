@@ -28,6 +28,7 @@ class Feed:
         self.drawn = 0
         self.left_out = 0
         self.exhausted = False
+        self._indices = getattr(batches, "indices", None)
         self._iterator: Iterator[Any] = iter(batches)
         self._returned: list[Any] = []
 
@@ -64,7 +65,7 @@ class Feed:
         images = count_images(batch)
         if images is not None and images != self.batch_size:
             return self._odd_size(images)
-        check_finite(batch, self.drawn + 1)
+        check_finite(batch, self.drawn + 1, self._indices)
         self.drawn += 1
         if len(self.kept) < self._keep:
             self.kept.append(batch)

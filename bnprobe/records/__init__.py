@@ -7,7 +7,7 @@ unbounded interval end, an eval path that overflowed) is None, never NaN.
 from __future__ import annotations
 
 from bnprobe.records.basics import (
-    NOT_JUDGED,
+    EXEMPT,
     SCHEMA_VERSION,
     Cause,
     Interval,
@@ -68,7 +68,7 @@ from bnprobe.records.sweeps import (
 )
 
 __all__ = [
-    "NOT_JUDGED",
+    "EXEMPT",
     "SCHEMA_VERSION",
     "Backward",
     "BatchSizePoint",

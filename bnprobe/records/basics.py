@@ -40,5 +40,5 @@ Severity = Literal["error", "warning", "info"]
 
 Outcome = Literal["passed", "failed", "skipped"]
 
-NOT_JUDGED = "Not judged: "
-"""How the message of a verdict begins that was skipped because the user exempts the layer."""
+EXEMPT = "Exempt: "
+"""How the message of a verdict begins that was skipped because the user exempts the layer, and of no other."""

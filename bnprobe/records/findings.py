@@ -73,7 +73,7 @@ class Remedy:
     """What a free remedy gives on the evaluation batches, measured on a copy.
 
     Attributes:
-        name: Which: "recalibrated", "evaluation statistics", "batch statistics", "larger batches".
+        name: Which: "recalibrated", "evaluation statistics", "batch statistics", "batch statistics, batches of N".
         layers: Layers whose statistics were changed.
         before, after: Without and with it.
         control: What the gain is to be held against; None: ``before``.

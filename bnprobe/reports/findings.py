@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from bnprobe.records import NOT_JUDGED, Diagnosis, Layer, Report, Verdict
+from bnprobe.records import EXEMPT, Diagnosis, Layer, Report, Verdict
 from bnprobe.reports import figures
 from bnprobe.reports.causes import SEVERITY_STYLES, SIGNS, WORDS
 from bnprobe.reports.layout import Page
@@ -58,7 +58,7 @@ def _exempted(verdicts: Sequence[Verdict]) -> list[str]:
     """Which layers the user exempts from which rules, by reason."""
     groups: dict[str, tuple[set[str], set[str]]] = {}
     for verdict in verdicts:
-        if verdict.message.startswith(NOT_JUDGED) and verdict.reason is not None:
+        if verdict.message.startswith(EXEMPT) and verdict.reason is not None:
             layers, codes = groups.setdefault(verdict.reason, (set(), set()))
             layers.add(verdict.layer or "the model")
             codes.add(verdict.rule)

@@ -17,7 +17,6 @@ _DOING = {
     "recalibrated": "Recalibrating",
     "evaluation statistics": "Taking the statistics of the evaluation data",
     "batch statistics": "Normalizing at inference with batch statistics",
-    "larger batches": "Normalizing larger batches",
 }
 
 _MEASURES = ("loss", "metric")

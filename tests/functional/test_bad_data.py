@@ -50,8 +50,8 @@ UNUSABLE = [
     pytest.param(
         "def load_data(batch_size):\n    rows = images()\n    rows[5, 1, 2, 3] = float('nan')\n"
         "    return DataLoader(TensorDataset(rows), batch_size=batch_size)\n",
-        "(the first is 1) holds NaN or Inf in its tensor [0] of shape (2, 2, 8, 8), "
-        "first in its image 1 (the first is 0).",
+        "Micro-batch 15 (the first is 1) holds NaN or Inf in its tensor [0] of shape (2, 2, 8, 8), "
+        "first in its image 1 (the first is 0), item 5 of the data set.",
         id="nan-in-inputs",
     ),
     pytest.param(

@@ -51,7 +51,7 @@ def assert_path_matches(measured: PathMeasurement | None, calls: list[CallFigure
         ends = (
             np.exp(stats.t.interval(0.95, len(per_batch) - 1, np.log(mean), relative_error)) if relative_error else mean
         )
-        assert measured.interval == pytest.approx(tuple(np.broadcast_to(ends, 2)), rel=20 * rel, abs=rel * mean)
+        assert measured.interval == pytest.approx(tuple(np.broadcast_to(ends, 2)), rel=2 * rel, abs=rel * mean)
     assert_distribution_matches(measured.r, np.concatenate([np.array(call.r).ravel() for call in calls]), rel, "r")
     assert_distribution_matches(measured.d, np.concatenate([np.array(call.d).ravel() for call in calls]), rel, "d")
 

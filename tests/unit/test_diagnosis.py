@@ -102,7 +102,7 @@ def test_an_exemption_skips_with_the_users_reason() -> None:
         ("BN103", "stem.bn", "failed", None, find_rule("BN103").remedy),
         ("BN103", "head.bn", "failed", None, find_rule("BN103").remedy),
     ]
-    assert found[0].message == "Not judged: ported on purpose."
+    assert found[0].message == "Exempt: ported on purpose."
 
 
 def test_an_exemption_knows_a_shared_layer_by_all_its_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,12 @@ import typer
 from typer.testing import CliRunner
 
 from bnprobe.cli.app import app
+from bnprobe.cli.scan import has_findings
+from bnprobe.diagnosis import judge
 from bnprobe.errors import BnprobeError
-from bnprobe.spec import Spec
+from bnprobe.spec import RuleExemption, RulesSpec, Spec
+from bnprobe.testing import make_evidence, make_layer, make_shares
+from unit.reports.fabricated_parts import report
 
 FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--checkpoint": (["weights.pt"], "checkpoint.path", "weights.pt"),
@@ -78,3 +83,21 @@ def test_an_option_sets_its_field_and_no_other(option: str, specs: list[Spec]) -
         assert isinstance(ended.exception, SeenEnoughError), ended.output
     default, given = map(fields, specs)
     assert {name: value for name, value in given.items() if value != default[name]} == {path: expected}
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (RulesSpec(), True),
+        (RulesSpec(exempt=(RuleExemption(layers="bn", rules=("BN2",), reason="known"),)), False),
+        (RulesSpec(exempt=(RuleExemption(layers="other", rules=("BN2",), reason="known"),)), True),
+        (RulesSpec(ignore=("BN3",)), False),
+    ],
+    ids=["all rules", "exempt", "another layer exempt", "rules ignored"],
+)
+def test_a_flagged_layer_is_accepted_only_where_the_user_says_so(rules: RulesSpec, expected: bool) -> None:
+    """Rules are skipped here, since its mismatch could not be taken apart: that alone excuses nothing."""
+    flagged = replace(make_layer("bn", make_shares(lag=0.3)), shares=None, share_intervals=None)
+    verdicts = judge(make_evidence(flagged), rules)
+    assert {verdict.outcome for verdict in verdicts} == {"passed", "skipped"}
+    assert has_findings(replace(report([flagged]), verdicts=verdicts, diagnoses=()), rules) is expected
