@@ -10,6 +10,9 @@
     |- NonFiniteError           NaN or Inf in inputs, buffers or activations
     |- DeviceError              a device that is not there, or out of memory at one micro-batch
     |- OutputError              a report that could not be written
+    |- RepairError              a layer or model that cannot be converted, recalibrated or exported
+    |- StateError               a state to resume from that belongs to another run, or is damaged
+    |- StoppedError             training that was told to stop, and saved its state: exit 3
     `- NothingToProbeError      no BN layer, or none was called: exit 3
 
 A message is one or more complete sentences for the user: what was found, where (file, line, layer, key)
@@ -102,6 +105,20 @@ class DeviceError(BnprobeError):
 
 class OutputError(BnprobeError):
     """A report that could not be written."""
+
+
+class RepairError(BnprobeError):
+    """A layer or model that cannot be converted, recalibrated or exported; says which one and why."""
+
+
+class StateError(BnprobeError):
+    """A saved state of training that belongs to another run, or is damaged."""
+
+
+class StoppedError(BnprobeError):
+    """Training that was told to stop (Ctrl-C, SIGTERM) and saved its state; there is no result yet."""
+
+    exit_code = EXIT_NOTHING
 
 
 class NothingToProbeError(BnprobeError):

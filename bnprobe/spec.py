@@ -40,6 +40,7 @@ def matches_any(glob: str, names: Iterable[str]) -> bool:
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Globs = Annotated[tuple[str, ...], Field(strict=False)]
 Shape = Annotated[tuple[Count, ...], Field(strict=False, min_length=1), BeforeValidator(_numbers)]
 Shapes = Annotated[tuple[Shape, ...], Field(strict=False), BeforeValidator(_shapes)]
@@ -172,10 +173,87 @@ class OptimizerSpec(_Section):
     args: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.01})
 
 
+class ScheduleSpec(_Section):
+    """Any class of torch.optim.lr_scheduler, with its arguments; it advances once per optimizer step."""
+
+    target: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
 class TrainSpec(_Section):
-    """How ``--train-steps`` trains."""
+    """How training goes: that of ``--train-steps`` (the optimizer alone) and of ``--finetune``.
+
+    Attributes:
+        schedule: Learning rate schedule; None: constant.
+        steps, epochs: Length of a run in optimizer steps or passes over the data; neither: 500 steps.
+        batch_size: Images of a micro-batch, per process: what BN normalizes; None: that of the data.
+        accumulate: Micro-batches per optimizer step.
+        clip_norm: Largest L2 norm of the gradient; None: not clipped.
+        evaluate_every: Optimizer steps between evaluations; None: a tenth of the run.
+        patience: Stop after so many evaluations without a better one; None: run to the end.
+        save_every: Optimizer steps between states saved for ``--resume``.
+    """
 
     optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec | None = None
+    steps: Count | None = None
+    epochs: Count | None = None
+    batch_size: Count | None = None
+    accumulate: Count = 1
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    evaluate_every: Count | None = None
+    patience: Count | None = None
+    save_every: Count = 100
+
+
+class RenormSpec(_Section):
+    """Limits of Batch Renorm over a fine-tuning run, as fractions of it; the shape is the paper's (section 4).
+
+    Attributes:
+        r_max, d_max: Limits at the end.
+        warmup: Until here the limits are 1 and 0: plain BN.
+        r_ramp, d_ramp: Where the limits reach their ends; linear in between.
+        momentum: Weight of the new batch in the running averages; None: that of the layer.
+    """
+
+    r_max: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
+    d_max: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    warmup: Fraction = 5 / 130
+    r_ramp: Fraction = 40 / 130
+    d_ramp: Fraction = 25 / 130
+    momentum: Annotated[float, Field(gt=0, le=1)] | None = 0.01
+
+
+RepairName = Literal["batch-renorm", "frozen", "group-norm", "sync", "instance-renorm", "gated"]
+"""What a layer can be converted to."""
+
+
+class RepairSpec(_Section):
+    """What ``bnprobe convert`` changes, and what it must prove.
+
+    Attributes:
+        to: What the layers become; "auto": the candidate that does best on a small budget.
+        layers: Globs of layer names; none: the layers that the scan or ``report`` flags.
+        report: A saved JSON report that says which layers are flagged, in place of a scan.
+        recalibrate: Begin with recalibrated running statistics.
+        groups: Most groups of group norm; a layer gets the largest divisor of its channels up to that.
+        blend: Weight of the batch statistics at the start, for gated and instance-renorm layers.
+        renorm: Limits of Batch Renorm.
+        seeds: Runs of every arm, with seeds that count up from the spec's.
+        require: What must hold of the repaired model, e.g. "metric>=0.97"; see ``bnprobe.requirement``.
+        goal: Whether a larger or a smaller metric is better.
+    """
+
+    to: RepairName | Literal["auto"] = "batch-renorm"
+    layers: Globs = ()
+    report: str | None = None
+    recalibrate: bool = True
+    groups: Count = 32
+    blend: Fraction = 0.5
+    renorm: RenormSpec = RenormSpec()
+    seeds: Count = 1
+    require: Globs = ()
+    goal: Literal["max", "min"] = "max"
 
 
 class LayersSpec(_Section):
@@ -200,6 +278,7 @@ class Spec(_Section):
     scan: ScanSpec = ScanSpec()
     rules: RulesSpec = RulesSpec()
     train: TrainSpec = TrainSpec()
+    repair: RepairSpec = RepairSpec()
 
     def settings(self) -> ScanSettings:
         """The part of the spec that the measurement needs."""

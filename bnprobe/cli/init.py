@@ -19,8 +19,8 @@ def init(
     import shlex
     from importlib.resources import files
 
-    from bnprobe.cli.write import write_whole
     from bnprobe.errors import OutputError
+    from bnprobe.files import write_whole
 
     existing = [folder / name for name in STARTER if (folder / name).exists()]
     if existing and not force:

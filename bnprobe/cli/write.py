@@ -6,11 +6,11 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from bnprobe.errors import OutputError
+from bnprobe.files import require_writable, write_whole
 from bnprobe.records import Report
 from bnprobe.reports import FORMATS, RenderOptions
 from bnprobe.reports.figures import count
@@ -22,17 +22,8 @@ def check_writable(output: Path | None) -> None:
     Raises:
         OutputError: The folder is missing or read-only, or the file is a folder.
     """
-    if output is None:
-        return
-    if output.is_dir():
-        raise OutputError(f"--output {output} is a folder; give a file name in it.")
-    if _is_special(output):
-        return
-    folder = (output.resolve() if output.is_symlink() else output).parent
-    if not folder.is_dir():
-        raise OutputError(f"The folder {folder} of --output does not exist; create it first.")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"The folder {folder} of --output cannot be written to.")
+    if output is not None:
+        require_writable(output)
 
 
 def write_report(report: Report, format_: str, output: Path | None, show_all: bool) -> None:
@@ -53,42 +44,6 @@ def deliver(render: Callable[[RenderOptions], str], output: Path | None, show_al
     print(f"{summary}; report written to {output}", file=sys.stderr)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a neighbour is written first, then renamed. Links are followed.
-
-    Raises:
-        OutputError: It could not be written; what was there before is still there.
-    """
-    try:
-        if _is_special(path):
-            path.write_text(text, encoding="utf-8")
-        else:
-            _replace(path.resolve(), text)
-    except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from None
-
-
-def _is_special(path: Path) -> bool:
-    """A pipe or device, such as /dev/null, which must be written to and never be replaced."""
-    return path.exists() and not path.is_file()
-
-
-def _replace(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        except BaseException:  # Ctrl-C too
-            temporary.unlink(missing_ok=True)
-            raise
-
-
 def _print(text: str) -> None:
     """Write to stdout; a reader that has seen enough (``| head``) is no error.
 
@@ -103,12 +58,6 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             raise OutputError(f"The report could not be written to stdout: {error.strerror}.") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _terminal_options(show_all: bool) -> RenderOptions:

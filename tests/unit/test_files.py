@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bnprobe.cli.write import write_whole
 from bnprobe.errors import OutputError
+from bnprobe.files import write_whole
 
 
 def test_a_new_file_gets_the_usual_rights(tmp_path: Path) -> None:

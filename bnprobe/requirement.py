@@ -1,0 +1,80 @@
+"""What a repair must prove: ``"metric>=0.97"``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from bnprobe.errors import UsageError
+
+QUANTITIES = {
+    "metric": "metric of the repaired model on the evaluation data",
+    "loss": "its loss there",
+    "gain": "metric (loss, if there is no metric) gained over the control: plain BN fine-tuned the same way",
+    "flagged": "layers that the scan of the repaired model flags",
+}
+"""What can be required, and what it means."""
+
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "==": operator.eq,
+}
+_FORM = re.compile(r"\s*([A-Za-z_]+)\s*(>=|<=|==|>|<)\s*(\S+)\s*")
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A quantity, a comparison and a number."""
+
+    text: str
+    quantity: str
+    comparison: str
+    limit: float
+
+    def holds(self, value: float | None) -> bool:
+        """Whether a value fulfils it; one that was not measured does not."""
+        return value is not None and _COMPARISONS[self.comparison](value, self.limit)
+
+
+def parse_requirement(text: str) -> Requirement:
+    """Read one requirement.
+
+    Raises:
+        UsageError: It has another form, or names no known quantity; says what would do.
+    """
+    match = _FORM.fullmatch(text)
+    number = _number(match.group(3)) if match else None
+    if match is None or number is None:
+        raise UsageError(
+            f'--require "{text}" is no requirement: give a quantity, a comparison and a number, as in'
+            ' "metric>=0.97". Quote it, for the shell takes > for itself.'
+        )
+    quantity = match.group(1)
+    if quantity not in QUANTITIES:
+        nearest = difflib.get_close_matches(quantity, QUANTITIES, 1, cutoff=0.0)[0]
+        known = ", ".join(QUANTITIES)
+        raise UsageError(
+            f'--require "{text}": there is no quantity "{quantity}" (known: {known}); the nearest is {nearest}.'
+        )
+    return Requirement(text.strip(), quantity, match.group(2), number)
+
+
+def check(texts: tuple[str, ...], values: Mapping[str, float | None]) -> list[tuple[Requirement, float | None, bool]]:
+    """Every requirement with the value found, and whether it holds."""
+    found = [(requirement, values.get(requirement.quantity)) for requirement in map(parse_requirement, texts)]
+    return [(requirement, value, requirement.holds(value)) for requirement, value in found]
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

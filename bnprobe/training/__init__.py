@@ -1,0 +1,3 @@
+"""Fine-tune a model: steps, states to resume from, logs."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Compare two reports of one model."""
+
+from __future__ import annotations
