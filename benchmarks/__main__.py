@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import batch_sizes, loop, memory, paths, rivals, startup
+from benchmarks import batch_sizes, loop, memory, paths, renorm, rivals, startup
 from benchmarks.networks import NETWORKS
 from benchmarks.setting import Setting, devices, load, machine
 from benchmarks.tables import Row, render
@@ -18,6 +18,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Setting], list[Row]]]] = {
     "loop": ("Speed-up over a loop of real batches with hooks", loop.rows),
     "rivals": ("Speed-up over other tools, each doing its own job", rivals.rows),
     "batch-sizes": ("Cost of all batch sizes beside one", batch_sizes.rows),
+    "renorm": ("Cost of Batch Renorm beside plain BN, forward and backward", renorm.rows),
     "memory": ("Peak memory", memory.rows),
     "startup": ("Start-up time", startup.rows),
 }

@@ -9,24 +9,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bnprobe import nn
     from bnprobe.pipeline import scan
+    from bnprobe.recalibration import recalibrate
     from bnprobe.records import Report
+    from bnprobe.repairs import convert
 
 __version__ = "0.1.0"
-__all__ = ["Report", "__version__", "scan"]
+__all__ = ["Report", "__version__", "convert", "nn", "recalibrate", "scan"]
 
-_HOMES = {"scan": "bnprobe.pipeline", "Report": "bnprobe.records"}
+_HOMES = {
+    "scan": "bnprobe.pipeline",
+    "convert": "bnprobe.repairs",
+    "recalibrate": "bnprobe.recalibration",
+    "Report": "bnprobe.records",
+}
+_SUBMODULES = {"nn"}
 
 
 def __getattr__(name: str) -> object:
     """Import the public names on first use: ``bnprobe --help`` must not wait for torch."""
-    if name not in _HOMES:
+    if name not in _HOMES and name not in _SUBMODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
     import random
 
     state = random.getstate()  # a library that bnprobe imports draws from it
     try:
+        if name in _SUBMODULES:
+            return importlib.import_module(f"{__name__}.{name}")
         return getattr(importlib.import_module(_HOMES[name]), name)
     finally:
         random.setstate(state)

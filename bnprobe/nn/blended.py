@@ -1,0 +1,77 @@
+"""What instance renorm and gated BN share: a normalization part of the way to that by running statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnprobe.nn.affine import AffineMap, Statistics
+from bnprobe.nn.snapshot import snapshot
+
+
+def widened(input: Tensor) -> Tensor:
+    """In float32 at least: statistics of half-precision values are not taken in half precision."""
+    return input.to(torch.promote_types(input.dtype, torch.float32))
+
+
+def normalize_blended(
+    x: Tensor, own: Statistics, towards_running: AffineMap, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """weight * map(z) + bias, with z = (x - own.mean) / own.deviation; one pass after centring.
+
+    Args:
+        x: Shape (images, channels, *space).
+        own: Statistics of x, of shape (channels,) or (images, channels).
+        towards_running: Applied to z; of the same shape as ``own``.
+        weight, bias: Shape (channels,).
+    """
+    scaling = AffineMap(own.deviation.reciprocal(), torch.zeros_like(own.mean))
+    space = (1,) * (x.dim() - 2)
+    # Centred first: folding the mean into the shift would cancel where the mean is large against the deviation.
+    return scaling.then(towards_running).fold(weight, bias)(x - own.mean.unflatten(-1, (-1, *space)))
+
+
+def running_statistics(layer: _BatchNorm) -> Statistics:
+    """Those in the layer's buffers, in float32 at least; the variance there is the unbiased one, as in BN."""
+    assert layer.running_mean is not None  # these layers always track
+    assert layer.running_var is not None
+    return Statistics(widened(snapshot(layer.running_mean)), widened(snapshot(layer.running_var)), layer.eps)
+
+
+def normalize_running(layer: _BatchNorm, input: Tensor, updated_before_backward: bool = False) -> Tensor:
+    """What BN computes at inference.
+
+    Args:
+        layer: Has running statistics.
+        input: Shape (N, C, *space).
+        updated_before_backward: The running statistics will move; the gradient is that of the values used here.
+    """
+    statistics = layer.running_mean, layer.running_var
+    mean, variance = (each.clone() if updated_before_backward and each is not None else each for each in statistics)
+    # Not F.batch_norm, which a scan takes for BN to be measured.
+    cudnn = torch.backends.cudnn.enabled
+    return torch.batch_norm(input, layer.weight, layer.bias, mean, variance, False, 0.0, layer.eps, cudnn)
+
+
+@torch.no_grad()
+def update_running(layer: _BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Move the running statistics as BN does.
+
+    One value per channel has no variance: then only the running mean moves.
+
+    Args:
+        layer: Has running statistics.
+        mean, variance: Of the batch, shape (channels,); the variance biased. The running one gets it unbiased.
+        count: Values per channel.
+    """
+    running_mean, running_var, tracked = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    assert running_mean is not None  # these layers always track
+    assert running_var is not None
+    assert tracked is not None
+    tracked.add_(1)
+    rate = 1 / tracked.to(mean.dtype) if layer.momentum is None else layer.momentum
+    running_mean.add_((rate * (mean - running_mean)).to(running_mean.dtype))
+    if count > 1:
+        unbiased = variance * (count / (count - 1))
+        running_var.add_((rate * (unbiased - running_var)).to(running_var.dtype))
