@@ -34,9 +34,14 @@ class Attribution:
 
 
 def attribute(evidence: Evidence) -> dict[int, Attribution]:
-    """Take the eval-path mismatch of every layer apart that was measured on both paths."""
+    """Take the eval-path mismatch of every layer apart that was measured on both paths.
+
+    Not of layers that correct themselves: what their limits leave is no quadratic form in the running statistics.
+    """
     calls: dict[int, list[Slot]] = {}
     for slot in evidence.eval.moments:
+        if evidence.layers.layers[slot[0]].info.corrects:
+            continue
         if all(bad < 0 for bad in _first_bad(evidence, slot)) and slot in evidence.train.moments:
             calls.setdefault(slot[0], []).append(slot)
     compositions = _compositions(evidence, calls)

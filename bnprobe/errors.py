@@ -12,6 +12,7 @@
     |- OutputError              a report that could not be written
     |- RepairError              a layer or model that cannot be converted, recalibrated or exported
     |- StateError               a state to resume from that belongs to another run, or is damaged
+    |- ProcessError             another process of a torchrun launch failed, or is gone
     |- StoppedError             training that was told to stop, and saved its state: exit 3
     `- NothingToProbeError      no BN layer, or none was called: exit 3
 
@@ -113,6 +114,21 @@ class RepairError(BnprobeError):
 
 class StateError(BnprobeError):
     """A saved state of training that belongs to another run, or is damaged."""
+
+
+class ProcessError(BnprobeError):
+    """Another process of a torchrun launch failed, or cannot be reached.
+
+    Args:
+        message: What it said, or what is known.
+        exit_code: Of the launch: that of the process that failed.
+        frames: The user's own frames of the traceback there.
+    """
+
+    def __init__(self, message: str, exit_code: int = EXIT_ERROR, frames: str = "") -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.frames = frames
 
 
 class StoppedError(BnprobeError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,17 +15,21 @@ import bnprobe
 from bnprobe.assemble import Findings, assemble
 from bnprobe.describe import describe, device_named, environment
 from bnprobe.diagnosis import diagnose, judge
+from bnprobe.distributed import ALONE, Share, World
 from bnprobe.errors import BnprobeError
 from bnprobe.facts import Facts
 from bnprobe.further import Further, check_wishes, impact_of, measure_further, wanted_batches, with_further
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.model import unwrapped
+from bnprobe.loading.shard import deal
 from bnprobe.loading.spread import spread
 from bnprobe.loading.workload import Workload, load_model_only, load_workload
+from bnprobe.probing.agreement import Agreement, agree
 from bnprobe.probing.anatomy import anatomy
 from bnprobe.probing.drive import Progress, Source, probe
 from bnprobe.probing.evidence import Evidence
 from bnprobe.probing.forward import forward_all
+from bnprobe.probing.interrupts import deferred_interrupts
 from bnprobe.probing.layers import check_buffers, find_layers
 from bnprobe.probing.preserve import untouched
 from bnprobe.probing.runner import Runner, UserFunctions
@@ -87,34 +93,61 @@ def scan(
         workload = Workload(
             inner, type(inner).__name__, None, source, held_out, forward, loss, metric, notes, optimizer
         )
-        return _scan(workload, given, progress)
+        return scan_workload(workload, given, progress)
 
 
-def scan_spec(spec: Spec, progress: Progress = no_progress) -> Report:
-    """Load what a spec names, and scan it.
+def scan_spec(spec: Spec, progress: Progress = no_progress, world: World = ALONE) -> Report:
+    """Load what a spec names, and scan it; see ``scan_workload``.
 
     Raises:
         BnprobeError: See ``bnprobe.errors`` for the tree.
     """
     with preserved_random_state():
         seed_everything(spec.data.seed)
-        return _scan(load_workload(spec), spec.settings(), progress)
+        return scan_workload(load_workload(spec), spec.settings(), progress, world)
 
 
-def _scan(workload: Workload, settings: ScanSettings, progress: Progress) -> Report:
+def scan_workload(
+    workload: Workload, settings: ScanSettings, progress: Progress = no_progress, world: World = ALONE
+) -> Report:
+    """Scan a model that is loaded already; it comes back bit-identical, and so does the random state.
+
+    Args:
+        world: Processes that all call this with the same model, data and settings: each measures its share of the
+            micro-batches, process 0 puts them together, and all return its report.
+
+    Raises:
+        BnprobeError: See ``bnprobe.errors`` for the tree.
+    """
     check_wishes(settings, workload)
     with untouched(workload.model):
         seed_everything(settings.seed)
         runner = _runner(workload, settings)
-        facts = _facts(workload, runner)
-        evidence = _probe(workload, runner, settings, progress)
-        findings = assemble(evidence, settings)
-        evidence, further = _beyond(workload, runner, settings, evidence, findings)
-        scan = describe(workload, settings, evidence, further, runner.device)
-        layers = with_further(findings.layers, facts.anatomy, further, runner.layers)
-        facts = replace(facts, layers={layer.name: layer for layer in layers}, scan=scan)
-        verdicts = judge(facts, settings.rules)
-        diagnoses = diagnose(verdicts, facts, impact_of(runner, evidence, further))
+        agreement = agree(workload.model, runner.layers.selected, world)
+        facts = replace(_facts(workload, runner), processes=world.size, rank_mismatch=agreement.mismatch)
+        evidence = _probe(workload, runner, settings, progress, world)
+        report = None
+        if evidence is not None:
+            report = _report(workload, settings, runner, facts, evidence, tuple(_on_processes(world, agreement)))
+    # A Ctrl-C that reaches the others while they wait has reached process 0 too, which answers it.
+    with suppress(KeyboardInterrupt), deferred_interrupts():
+        report = world.share(report)
+    assert report is not None  # process 0 has one, or has raised
+    return report
+
+
+def _report(
+    workload: Workload, settings: ScanSettings, runner: Runner, facts: Facts, evidence: Evidence, notes: Sequence[str]
+) -> Report:
+    """From what was measured to what is said, with what is measured beyond the two paths."""
+    findings = assemble(evidence, settings)
+    evidence, further = _beyond(workload, runner, settings, evidence, findings)
+    scan = describe(workload, settings, evidence, further, runner.device)
+    scan = replace(scan, notes=(*scan.notes, *notes))
+    layers = with_further(findings.layers, facts.anatomy, further, runner.layers)
+    facts = replace(facts, layers={layer.name: layer for layer in layers}, scan=scan)
+    verdicts = judge(facts, settings.rules)
+    diagnoses = diagnose(verdicts, facts, impact_of(runner, evidence, further))
     report = Report(
         schema_version=SCHEMA_VERSION,
         tool=Tool("bnprobe", bnprobe.__version__),
@@ -143,17 +176,31 @@ def _facts(workload: Workload, runner: Runner) -> Facts:
     )
 
 
-def _probe(workload: Workload, runner: Runner, settings: ScanSettings, progress: Progress) -> Evidence:
+def _on_processes(world: World, agreement: Agreement) -> Iterator[str]:
+    """What the reader should know of a scan on several processes."""
+    if world.size > 1:
+        yield f"{world.size} processes measured a share of the micro-batches each; their sums were put together."
+    if agreement.note:
+        yield agreement.note
+
+
+def _probe(
+    workload: Workload, runner: Runner, settings: ScanSettings, progress: Progress, world: World
+) -> Evidence | None:
     """The two paths on the training batches, and the eval path on the evaluation batches."""
     source, held_out = spread(workload.source, settings.seed, settings.batch_sizes), workload.evaluation
-    keep = wanted_batches(settings, source.batch_size)
-    data = Source(source.batches, source.batch_size, keep=keep)
+    size, keep = source.batch_size, wanted_batches(settings, source.batch_size)
+    # Micro-batches that are regrouped to larger batches are measured by one process.
+    share = Share(world.rank, world.size, math.lcm(size, *settings.batch_sizes) // size)
+    source = deal(source, share)
+    data = Source(source.batches, size, keep=keep, share=share, dealt=source.dealt)
     evaluation = None
     if held_out is not None:
-        held_out = spread(held_out, settings.seed, mixed=True)
-        evaluation = Source(held_out.batches, held_out.batch_size, held_out.most, keep)
+        share = Share(world.rank, world.size)
+        held_out = deal(spread(held_out, settings.seed, mixed=True), share)
+        evaluation = Source(held_out.batches, held_out.batch_size, held_out.most, keep, share, held_out.dealt)
     with runner.installed():
-        return probe(runner, data, settings, progress, evaluation)
+        return probe(runner, data, settings, progress, evaluation, world)
 
 
 def _beyond(

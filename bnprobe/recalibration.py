@@ -1,3 +1,275 @@
-"""Take running statistics anew, from pooled population statistics."""
+"""Running statistics taken anew from data: the weights stay as they are, and so does everything else of the model."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from bnprobe.describe import device_named
+from bnprobe.errors import NonFiniteError, NothingToProbeError, RepairError, UsageError
+from bnprobe.loading.data import BatchSource, as_batch_source
+from bnprobe.loading.model import unwrapped
+from bnprobe.loading.spread import spread
+from bnprobe.probing.drive import Progress
+from bnprobe.probing.forward import forward_all
+from bnprobe.probing.interrupts import deferred_interrupts
+from bnprobe.probing.layers import ProbedLayer, find_layers
+from bnprobe.probing.preserve import untouched
+from bnprobe.probing.reread import Reread
+from bnprobe.probing.runner import Runner, UserFunctions
+from bnprobe.probing.settle import Settled, settle_by_batch, settle_by_layer
+from bnprobe.randomness import seed_everything
+from bnprobe.spec import ScanSettings, matches_any
+from bnprobe.specfile import settings_from
+from bnprobe.usercode import BatchFunction
+
+StatisticsPath = Literal["train", "eval"]
+"""With what the layers before one normalize while its statistics are taken: their batch, or their new statistics."""
+
+
+@dataclass(frozen=True)
+class Recalibrated:
+    """What was taken anew.
+
+    Attributes:
+        layers: Names, in network order.
+        images, batches: Of the data that was read.
+        notes: What the reader should know, a sentence each.
+    """
+
+    layers: tuple[str, ...]
+    images: int
+    batches: int
+    notes: tuple[str, ...]
+
+
+def no_progress(done: int, planned: int) -> None:
+    """Report progress to nobody."""
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Any,
+    *,
+    batch_size: int | None = None,
+    num_batches: int | None = None,
+    path: StatisticsPath = "train",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    layers: Iterable[str] = (),
+    device: str | None = None,
+    autocast: str | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Take the running statistics of BN layers anew, in place: population mean and variance of all images.
+
+    Only BN layers normalize with their batch, if at all; dropout and the like are off. Means and variances are pooled
+    over all values in float64 (Chan et al. 1983), so that a partial last batch weighs what it holds; the calls of a
+    shared layer count as one population. Buffers get the mean and the unbiased variance, and ``num_batches_tracked``
+    the batches pooled (times the calls of the layer): with momentum=None, training goes on as if these had been its
+    updates. Layers that ``train()`` leaves in eval mode, or that keep no running statistics, are left alone, and so is
+    everything else of the model: bit-identical, as is the random state. If anything fails, Ctrl-C included, the model
+    is as it was.
+
+    Args:
+        model: Any module, on any device.
+        batches: A DataLoader or Dataset, or an iterable of batches of any sizes.
+        batch_size: Images per batch; a DataLoader is rebuilt with it. None: the loader's own.
+        num_batches: Use so many batches, drawn from all over the data where possible; None: all.
+        path: "train": layers before normalize with the batch, in large physical batches of images drawn at random
+            where images may be mixed (PreciseBN, Wu & Johnson 2021, arXiv 2105.07576, section 3.2); one pass over the
+            data. "eval": layers before normalize with their new running statistics: what inference sees, the same for
+            every batch size; one pass over the data per layer.
+        forward: ``f(model, batch)``, as in a model file.
+        layers: Globs of the names of the layers; none: all.
+        device: "cpu", "cuda", ...; None: the model's own, else CUDA if any.
+        autocast: "bfloat16" or "float16".
+        seed: Seed of torch, numpy and random.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        BnprobeError: See ``bnprobe.errors`` for the tree.
+    """
+    given = settings_from({"device": device, "autocast": autocast, "seed": seed, "batches": num_batches})
+    inner, _ = unwrapped(model)
+    listed = not isinstance(batches, DataLoader | Dataset)
+    source = as_batch_source(batches, batch_size or (1 if listed else None))
+    renew(inner, source, forward, path=path, layers=tuple(layers), settings=given)
+    return model
+
+
+def recalibrate_workload(
+    model: nn.Module,
+    source: BatchSource,
+    forward: BatchFunction | None = None,
+    *,
+    path: StatisticsPath = "train",
+    layers: tuple[str, ...] = (),
+    settings: ScanSettings | None = None,
+    progress: Progress = no_progress,
+) -> tuple[str, ...]:
+    """``recalibrate`` on a model and data that are loaded already.
+
+    Args:
+        settings: Device, autocast, seed and number of batches.
+
+    Returns:
+        Names of the layers, in network order.
+
+    Raises:
+        BnprobeError: As ``recalibrate``.
+    """
+    return renew(model, source, forward, path=path, layers=layers, settings=settings, progress=progress).layers
+
+
+def renew(
+    model: nn.Module,
+    source: BatchSource,
+    forward: BatchFunction | None = None,
+    *,
+    path: StatisticsPath = "train",
+    layers: tuple[str, ...] = (),
+    settings: ScanSettings | None = None,
+    progress: Progress = no_progress,
+) -> Recalibrated:
+    """``recalibrate_workload``, and what was read for it."""
+    if path not in ("train", "eval"):
+        raise UsageError(f'There is no path "{path}" to recalibrate on; give "train" or "eval".')
+    settings = settings or ScanSettings()
+    with untouched(model):
+        scattered = spread(source, settings.seed, mixed=path == "eval")
+        batches = Reread(scattered.batches, _most(source, settings), settings.seed)
+        runner = _runner(model, source, forward, layers, settings)
+        with runner.installed():
+            seed_everything(settings.seed)
+            wanted = _updating(runner)
+            settled = _settle(runner, batches, path, wanted, progress)
+    renewed = [layer for layer in wanted if layer.index in settled.statistics]
+    if not renewed:
+        raise NothingToProbeError(
+            f"No layer was called while {batches.images} images ran through the model: the first of those to be"
+            f" recalibrated is {wanted[0].name}."
+        )
+    _write([(layer, _checked(layer, settled)) for layer in renewed], settled.updates)
+    return Recalibrated(
+        tuple(layer.name for layer in renewed),
+        batches.images,
+        batches.batches,
+        tuple(_notes(runner.layers.layers, wanted, renewed, batches, settings)),
+    )
+
+
+def _most(source: BatchSource, settings: ScanSettings) -> int | None:
+    """Batches to read; made-up ones never end."""
+    if settings.batches is None and source.synthetic:
+        return settings.max_batches
+    return settings.batches
+
+
+def _runner(
+    model: nn.Module,
+    source: BatchSource,
+    forward: BatchFunction | None,
+    layers: tuple[str, ...],
+    settings: ScanSettings,
+) -> Runner:
+    device = device_named(settings.device, model)
+    model.to(device)
+    found = find_layers(model, lambda *names: True)
+    _check_globs(layers, found.layers)
+    found = find_layers(model, lambda *names: not layers or any(matches_any(glob, names) for glob in layers))
+    functions = UserFunctions(forward or (forward_all if source.synthetic else None))
+    autocast = getattr(torch, settings.autocast) if settings.autocast else None
+    return Runner(model, found, functions, device, autocast)
+
+
+def _check_globs(globs: tuple[str, ...], layers: Iterable[ProbedLayer]) -> None:
+    names = [name for layer in layers for name in (layer.name, *layer.aliases)]
+    for glob in globs:
+        if not matches_any(glob, names):
+            nearest = difflib.get_close_matches(glob, names, 1, cutoff=0.0)[0]
+            raise UsageError(f'The glob "{glob}" matches no BN layer of the model; the nearest name is "{nearest}".')
+
+
+def _settle(
+    runner: Runner, batches: Reread, path: StatisticsPath, wanted: list[ProbedLayer], progress: Progress
+) -> Settled:
+    if path == "train":
+        return settle_by_batch(runner, batches, progress)
+    return settle_by_layer(runner, batches, frozenset(layer.index for layer in wanted), progress)
+
+
+def _updating(runner: Runner) -> list[ProbedLayer]:
+    """The layers asked for that update running statistics in training; ``runner`` has just been installed.
+
+    Raises:
+        RepairError: There is none.
+    """
+    selected = runner.layers.selected
+    found = [layer for layer in selected if layer.info.running_mean is not None and layer.module.training]
+    if not found:
+        first = selected[0]
+        why = "keeps no running statistics" if first.info.running_mean is None else "is in eval mode in training, too"
+        raise RepairError(
+            f"No layer can be recalibrated: {first.name} {why}"
+            f"{'' if len(selected) == 1 else ', and the others likewise'}."
+        )
+    return found
+
+
+def _checked(layer: ProbedLayer, settled: Settled) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a layer in the dtype of its buffers.
+
+    Raises:
+        NonFiniteError: They are not finite there.
+    """
+    assert layer.info.running_mean is not None  # only such layers were asked for
+    mean, variance = (value.to(layer.info.running_mean.dtype) for value in settled.statistics[layer.index])
+    bad = int((~torch.isfinite(mean + variance)).sum())
+    if bad:
+        raise NonFiniteError(
+            f"The new statistics of {layer.name} are NaN or Inf in {bad} of {mean.numel()} channels: its input"
+            " overflows or is no number. Look at the layers before it with `bnprobe lint`; nothing was changed."
+        )
+    return mean, variance
+
+
+def _write(values: list[tuple[ProbedLayer, tuple[Tensor, Tensor]]], updates: dict[int, int]) -> None:
+    with deferred_interrupts(), torch.no_grad():
+        for layer, (mean, variance) in values:
+            info = layer.family.describe(layer.module)
+            assert info.running_mean is not None  # as above
+            assert info.running_variance is not None
+            info.running_mean.copy_(mean)
+            info.running_variance.copy_(variance)
+            counter = getattr(layer.module, "num_batches_tracked", None)
+            if counter is not None:
+                counter.fill_(updates[layer.index])
+
+
+def _notes(
+    layers: Iterable[ProbedLayer],
+    wanted: list[ProbedLayer],
+    renewed: list[ProbedLayer],
+    batches: Reread,
+    settings: ScanSettings,
+) -> Iterator[str]:
+    kept = [layer.name for layer in layers if layer.selected and layer not in wanted]
+    if kept:
+        yield (f"Left alone, since training does not update running statistics there: {_listed(kept)}.")
+    uncalled = [layer.name for layer in wanted if layer not in renewed]
+    if uncalled:
+        yield f"Left alone, since no image reached them: {_listed(uncalled)}."
+    if settings.batches is not None and batches.batches < settings.batches:
+        yield f"The data ended after {batches.batches} of {settings.batches} batches."
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -224,8 +224,8 @@ class RenormSpec(_Section):
     momentum: Annotated[float, Field(gt=0, le=1)] | None = 0.01
 
 
-RepairName = Literal["batch-renorm", "frozen", "group-norm", "sync", "instance-renorm", "gated"]
-"""What a layer can be converted to."""
+RepairName = Literal["batch-renorm", "frozen", "group-norm", "sync", "instance-renorm", "gated", "auto"]
+"""What a layer can be converted to; "auto": what does best."""
 
 
 class RepairSpec(_Section):
@@ -244,7 +244,7 @@ class RepairSpec(_Section):
         goal: Whether a larger or a smaller metric is better.
     """
 
-    to: RepairName | Literal["auto"] = "batch-renorm"
+    to: RepairName = "batch-renorm"
     layers: Globs = ()
     report: str | None = None
     recalibrate: bool = True
@@ -279,6 +279,10 @@ class Spec(_Section):
     rules: RulesSpec = RulesSpec()
     train: TrainSpec = TrainSpec()
     repair: RepairSpec = RepairSpec()
+
+    def recorded(self) -> dict[str, Any]:
+        """The sections that say what a repair was made of, as JSON types."""
+        return self.model_dump(mode="json", exclude={"forward", "loss", "metric", "rules"})
 
     def settings(self) -> ScanSettings:
         """The part of the spec that the measurement needs."""

@@ -34,6 +34,7 @@ class BatchSource:
         notes: What the reader should know, a sentence each.
         drop_last: Whether the user's loader leaves a partial last batch out; None: not known.
         most: Draw at most so many micro-batches; None: as many as it takes.
+        dealt: They are those that this process reads of all; see ``loading.shard``.
     """
 
     batches: Iterable[Any]
@@ -44,6 +45,7 @@ class BatchSource:
     notes: tuple[str, ...] = ()
     drop_last: bool | None = None
     most: int | None = None
+    dealt: bool = False
 
 
 @dataclass(frozen=True)

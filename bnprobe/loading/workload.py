@@ -34,6 +34,7 @@ class Workload:
         forward, loss, metric: The user's functions of (model, batch), where given.
         notes: What the reader should know, a sentence each; those of ``source`` are its own.
         make_optimizer: Of the parameters, where training steps are asked for.
+        module: Where the user's functions were looked up, if there is such a module.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Workload:
     metric: BatchFunction | None
     notes: tuple[str, ...]
     make_optimizer: Callable[[list[nn.Parameter]], Any] | None = None
+    module: UserModule | None = None
 
 
 def load_workload(spec: Spec) -> Workload:
@@ -72,8 +74,20 @@ def load_workload(spec: Spec) -> Workload:
         evaluation,
         notes=tuple(notes),
         make_optimizer=load_optimizer(spec.train.optimizer, loaded.module) if spec.scan.train_steps else None,
+        module=loaded.module,
         **functions,
     )
+
+
+def read_anew(spec: Spec, workload: Workload) -> Workload:
+    """The same model with its data loaded again: a generator, once read, gives nothing more.
+
+    Who wants the user's random choices reproducible seeds before.
+    """
+    source, evaluation = load_source(spec.data, workload.module), workload.evaluation
+    if evaluation is not None:
+        evaluation = load_evaluation(spec.eval_data, workload.module, source.batch_size)
+    return replace(workload, source=source, evaluation=evaluation)
 
 
 def _evaluation(spec: Spec, module: UserModule | None, source: BatchSource, notes: list[str]) -> BatchSource | None:

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+
+from bnprobe.stats.mismatch import Corrections, corrections
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class NormCall:
         weight, bias: Shape (channels,); None without affine parameters.
         training: Normalize with the statistics of the batch.
         eps: Added to the variance inside the root.
+        r_max, d_max: Limits of Batch Renorm's correction in training; 1 and 0: plain BN.
     """
 
     input: Tensor
@@ -28,6 +32,19 @@ class NormCall:
     bias: Tensor | None
     training: bool
     eps: float
+    r_max: float = 1.0
+    d_max: float = 0.0
+
+    def corrections(self, mean: Tensor, variance: Tensor) -> Corrections | None:
+        """Batch Renorm's correction of batch statistics of shape (batches, channels), float64; None for plain BN.
+
+        Constants for the gradient.
+        """
+        if (self.r_max, self.d_max) == (1, 0) or self.running_mean is None or self.running_variance is None:
+            return None
+        running = self.running_mean.to(mean), self.running_variance.to(mean)
+        eps, r_max, d_max = (torch.full_like(running[0], limit) for limit in (self.eps, self.r_max, self.d_max))
+        return corrections(mean.detach(), variance.detach(), *running, eps, r_max, d_max)
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class NormInfo:
         momentum: Weight of the new batch in the running average; None: cumulative average.
         batches_tracked: Updates of the running statistics so far; None if the layer does not count.
         running_mean, running_variance: Shape (channels,), the variance unbiased; None where none are kept.
+        r_max, d_max: Limits of Batch Renorm's correction in training; 1 and 0: plain BN.
     """
 
     channels: int
@@ -48,6 +66,13 @@ class NormInfo:
     batches_tracked: int | None
     running_mean: Tensor | None
     running_variance: Tensor | None
+    r_max: float = 1.0
+    d_max: float = 0.0
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the layer corrects its batch statistics in training, as Batch Renorm does."""
+        return (self.r_max, self.d_max) != (1, 0)
 
 
 class NormFamily(Protocol):

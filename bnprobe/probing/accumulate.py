@@ -30,6 +30,7 @@ class Columns:
     Attributes:
         slot: For each column the position of its call in the sums, shape (columns,).
         mean, variance, eps: The layers' running statistics and eps, float64, shape (columns,).
+        r_max, d_max: Limits of the layers' own correction, shape (columns,); 1 and 0 for BN.
         bessel: n / (n - 1) for the n values per channel of a micro-batch, shape (columns,); 1 where n is 1.
         present: Positions of the calls, shape (calls,).
         channels: Channels of each call, shape (calls,).
@@ -40,6 +41,8 @@ class Columns:
     mean: Tensor
     variance: Tensor
     eps: Tensor
+    r_max: Tensor
+    d_max: Tensor
     bessel: Tensor
     present: Tensor
     channels: Tensor
@@ -61,14 +64,19 @@ class Columns:
         slots = list(values)
         infos = [layers[index].info for index, _ in slots]
         sizes = torch.tensor([info.channels for info in infos])
-        eps = torch.tensor([info.eps for info in infos], dtype=torch.float64)
+        eps, r_max, d_max = (
+            torch.tensor([getattr(info, name) for info in infos], dtype=torch.float64).repeat_interleave(sizes)
+            for name in ("eps", "r_max", "d_max")
+        )
         bessel = torch.tensor([n / (n - 1) if n > 1 else 1.0 for n in values.values()], dtype=torch.float64)
         present = torch.tensor([positions[slot] for slot in slots])
         return cls(
             slot=present.repeat_interleave(sizes).to(device),
             mean=_side_by_side([info.running_mean for info in infos], device),
             variance=_side_by_side([info.running_variance for info in infos], device),
-            eps=eps.repeat_interleave(sizes).to(device),
+            eps=eps.to(device),
+            r_max=r_max.to(device),
+            d_max=d_max.to(device),
             bessel=bessel.repeat_interleave(sizes).to(device),
             present=present.to(device),
             channels=sizes.to(device),
@@ -158,7 +166,8 @@ class Path:
         if unit != self.batch_size:
             mean, variance = self._whole_batches(slots, mean, variance)
         for means, variances in _row_chunks(mean, variance):
-            values = corrections(means, variances, columns.mean, columns.variance, columns.eps)
+            reference = (columns.mean, columns.variance, columns.eps, columns.r_max, columns.d_max)
+            values = corrections(means, variances, *reference)
             self._add_mismatch(columns, values.mismatch)
             self.r.add(values.r, (values.r > R_MAX) | (values.r < 1 / R_MAX), columns.slot)
             self.d.add(values.d, values.d.abs() > D_MAX, columns.slot)
@@ -184,9 +193,10 @@ class Path:
         d = (mean - columns.mean) / scale.sqrt()
         replicates.add_images(slots, d, self.batch_size)
         if self.pool is not None:
-            batches = replicates.next(d.shape[0] // self.batch_size)
-            of_images = [replicate for replicate in batches for _ in range(self.batch_size)]
-            self.pool.add(slots, d, variance / scale, of_images)
+            size, batches = self.batch_size, d.shape[0] // self.batch_size
+            of_images = [replicate for replicate in replicates.next(batches) for _ in range(size)]
+            numbers = [position * size + image for position in replicates.positions(batches) for image in range(size)]
+            self.pool.add(slots, d, variance / scale, of_images, numbers)
 
     def _grow(self, slots: tuple[Slot, ...]) -> None:
         for slot in slots:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from bnprobe.errors import BnprobeError, DataError, DeviceError, UsageError, UserCodeError
+from bnprobe.distributed import ALONE, EVERYTHING, Share, World
+from bnprobe.errors import UsageError
 from bnprobe.probing.accumulate import Path
-from bnprobe.probing.evidence import Evaluation, Evidence, channels_of, layer_sums, path_evidence
+from bnprobe.probing.evidence import Evidence, layer_sums
 from bnprobe.probing.feed import Feed
+from bnprobe.probing.interrupts import deferred_interrupts
+from bnprobe.probing.looks import CAUGHT, Ending, Look, ended_by, meet, together
 from bnprobe.probing.measurement import Measurement
+from bnprobe.probing.merge import HeldOut, Part, merge
 from bnprobe.probing.output import OutputSums
+from bnprobe.probing.parts import evidence_of, held_out_of, part_of
 from bnprobe.probing.plan import plan
 from bnprobe.probing.replicates import ImagePool, ReplicateSums
 from bnprobe.probing.runner import Runner
@@ -30,6 +35,9 @@ FIRST_LOOK = 16
 FEWEST = 8
 """Micro-batches wanted of every size in --batch-sizes before the scan may stop by itself."""
 
+STOPPING_CONFIDENCE = 0.99
+"""Of the intervals by which a scan stops: it looks up to five times, and every look may be wrong by chance."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -39,56 +47,81 @@ class Source:
         batches: Yields batches of ``batch_size`` images; the last one may be partial.
         most: Draw at most so many; None: as the scan decides.
         keep: Keep the first of them for what is measured afterwards.
+        share: Which of them are this process's.
+        dealt: ``batches`` gives only those that this process reads.
     """
 
     batches: Iterable[Any]
     batch_size: int
     most: int | None = None
     keep: int = 0
+    share: Share = EVERYTHING
+    dealt: bool = False
 
-
-STOPPING_CONFIDENCE = 0.99
-"""Of the intervals by which a scan stops: it looks up to five times, and every look may be wrong by chance."""
+    def feed(self) -> Feed:
+        """Draw from the beginning."""
+        return Feed(self.batches, self.batch_size, self.keep, self.share, self.dealt)
 
 
 def probe(
-    runner: Runner, data: Source, settings: ScanSettings, progress: Progress, evaluation: Source | None = None
-) -> Evidence:
+    runner: Runner,
+    data: Source,
+    settings: ScanSettings,
+    progress: Progress,
+    evaluation: Source | None = None,
+    world: World = ALONE,
+) -> Evidence | None:
     """Measure both paths on the same micro-batches, and the eval path on the evaluation data; ``runner`` is installed.
 
-    Ctrl-C and errors of the user's code end the measurement and keep what there is, if there is anything.
+    Ctrl-C and errors of the user's code end the measurement and keep what there is, if there is anything. In several
+    processes each measures its share; they meet when the scan looks at what is decided and at the end.
+
+    Returns:
+        What all processes measured, in process 0; None in the others.
 
     Raises:
         KeyboardInterrupt, DataError, UserCodeError, DeviceError: Before the first micro-batch was measured; see
             ``Feed``, ``Runner`` and ``Measurement``. Later errors are in ``Evidence.failure``.
+        ProcessError: Another process is gone.
     """
     started = time.perf_counter()
-    feed = Feed(data.batches, data.batch_size, data.keep)
+    feed = data.feed()
     measurement = _prepare(runner, feed, settings)
-    held_out: Evaluation | None = None
-    failure: BnprobeError | None = None
+    ending, total = _measure_until_done(measurement, feed, settings, progress, world)
+    held_out: HeldOut | None = None
+    if not ending.early:
+        try:
+            feed.fill()
+            held_out = None if evaluation is None else _evaluate(measurement, evaluation, total, progress, world)
+        except CAUGHT as error:
+            ending = ended_by(error, world)
+    whole, ending = _put_together(part_of(measurement, feed, held_out), ending, world)
+    if whole is None:
+        return None
+    seconds = time.perf_counter() - started
+    return evidence_of(whole, runner.layers, feed.batch_size, ending.stopped or "requested", ending.error, seconds)
+
+
+def _put_together(part: Part, ending: Ending, world: World) -> tuple[Part | None, Ending]:
+    """In process 0 what all measured, and how it ended for all; the part of a process is dropped once it is added."""
+    whole, endings = None, [ending]
     try:
-        stopped = _measure_until_done(measurement, feed, settings, progress)
-        feed.fill()
-        if evaluation is not None:
-            held_out = _evaluate(measurement, evaluation, progress)
+        with deferred_interrupts():
+            for position, (received, other) in enumerate(world.to_main((part, ending.portable()))):
+                whole = received if whole is None else merge(whole, received)
+                if position:
+                    endings.append(other)
     except KeyboardInterrupt:
-        if measurement.batches == 0:
-            raise
-        stopped = "interrupted"
-    except (UserCodeError, DataError, DeviceError) as error:
-        if measurement.batches == 0:
-            raise
-        stopped, failure = "failed", error
-    return _evidence(measurement, feed, held_out, stopped, failure, time.perf_counter() - started)
+        endings.append(Ending("interrupted"))
+    return whole, together(endings)
 
 
-def _evaluate(measured: Measurement, source: Source, progress: Progress) -> Evaluation:
+def _evaluate(measured: Measurement, source: Source, batches: int, progress: Progress, world: World) -> HeldOut:
     """The eval path on as many micro-batches of evaluation data as were measured, or on all that there are."""
     started = time.perf_counter()
-    feed = Feed(source.batches, source.batch_size, source.keep)
+    feed, share = source.feed(), source.share
     runner, layers = measured.runner, measured.runner.layers.layers
-    path = Path(layers, source.batch_size, runner.device, ReplicateSums())
+    path = Path(layers, source.batch_size, runner.device, ReplicateSums(share))
     measurement = Measurement(
         runner=runner,
         batch_size=source.batch_size,
@@ -102,23 +135,14 @@ def _evaluate(measured: Measurement, source: Source, progress: Progress) -> Eval
         paths=("eval",),
         random=False,
     )
-    planned = measured.batches if source.most is None else source.most
-    while measurement.batches < planned:
-        progress(measurement.batches, planned)
-        micro_batches = feed.take(min(measurement.at_once, planned - measurement.batches))
-        if not micro_batches:
-            break
-        measurement.step(micro_batches)
+    planned = batches if source.most is None else source.most
+    _measure(planned, measurement, feed, progress, world)
     feed.fill()
-    images = measurement.batches * source.batch_size
-    seconds = time.perf_counter() - started
-    return Evaluation(
-        path_evidence(path), measurement.output.score("eval"), images, seconds, source.batch_size, feed.kept
-    )
+    return held_out_of(measurement, feed, time.perf_counter() - started)
 
 
 def _prepare(runner: Runner, feed: Feed, settings: ScanSettings) -> Measurement:
-    size, layers, device = feed.batch_size, runner.layers.layers, runner.device
+    size, layers, device, share = feed.batch_size, runner.layers.layers, runner.device, feed.share
     emulation, at_once = plan(runner, feed, settings)
     if settings.batch_sizes and not emulation.trusted:
         raise UsageError(
@@ -130,26 +154,69 @@ def _prepare(runner: Runner, feed: Feed, settings: ScanSettings) -> Measurement:
         batch_size=size,
         emulation=emulation,
         at_once=at_once,
-        train=Path(layers, size, device, ReplicateSums()),
-        steady=Path(layers, size, device, ReplicateSums()),
-        eval=Path(layers, size, device, ReplicateSums(), ImagePool(settings.seed)),
+        train=Path(layers, size, device, ReplicateSums(share)),
+        steady=Path(layers, size, device, ReplicateSums(share)),
+        eval=Path(layers, size, device, ReplicateSums(share), ImagePool(settings.seed)),
         batch_sizes={other: Path(layers, other, device) for other in settings.batch_sizes},
         output=OutputSums(),
     )
 
 
-def _measure_until_done(measurement: Measurement, feed: Feed, settings: ScanSettings, progress: Progress) -> StopReason:
+def _measure_until_done(
+    measurement: Measurement, feed: Feed, settings: ScanSettings, progress: Progress, world: World
+) -> tuple[Ending, int]:
+    """Measure from look to look; how that ended, and the micro-batches of all processes.
+
+    Every process is at the same look: one that was stopped goes to the next one without measuring.
+    """
+    own, seen, stopped = Ending(), Look(Ending(), 0, {}, {}), None
     for look in _looks(settings):
-        while measurement.batches < look:
-            progress(measurement.batches, look)
-            micro_batches = feed.take(min(measurement.at_once, look - measurement.batches))
-            if not micro_batches:
-                return "data_exhausted"
-            measurement.step(micro_batches)
-        progress(measurement.batches, look)
-        if settings.batches is None and _all_decided(measurement, settings):
-            return "decided"
+        own = own if own.early else _measure_to(look, measurement, feed, progress, world)
+        try:
+            with deferred_interrupts():
+                sums = layer_sums(measurement.train), layer_sums(measurement.eval)
+                seen = meet(Look(own, measurement.batches, *sums), world)
+                stopped = seen.ending.stopped or _decided(measurement, seen, settings)
+        except KeyboardInterrupt as error:
+            own = ended_by(error, world)
+        if stopped:
+            break
+    ending = own if own.early else replace(seen.ending, stopped=stopped or _planned_end(settings))
+    if ending.early and seen.batches == 0:
+        raise ending.error or KeyboardInterrupt
+    return ending, seen.batches
+
+
+def _planned_end(settings: ScanSettings) -> StopReason:
     return "requested" if settings.batches else "max_batches"
+
+
+def _measure_to(total: int, measurement: Measurement, feed: Feed, progress: Progress, world: World) -> Ending:
+    """As ``_measure``; what went wrong is how it ended."""
+    try:
+        return _measure(total, measurement, feed, progress, world)
+    except CAUGHT as error:
+        return ended_by(error, world)
+
+
+def _measure(total: int, measurement: Measurement, feed: Feed, progress: Progress, world: World) -> Ending:
+    """Measure this process's micro-batches among the first ``total`` of all.
+
+    Raises:
+        KeyboardInterrupt: Here, or another process asked all to stop.
+    """
+    share = feed.share
+    mine = share.count(total)
+    while measurement.batches < mine:
+        if world.halted:
+            raise KeyboardInterrupt
+        progress(share.position(measurement.batches), total)
+        micro_batches = feed.take(min(measurement.at_once, mine - measurement.batches))
+        if not micro_batches:
+            return Ending("data_exhausted")
+        measurement.step(micro_batches)
+    progress(total, total)
+    return Ending()
 
 
 def _looks(settings: ScanSettings) -> Iterator[int]:
@@ -163,57 +230,15 @@ def _looks(settings: ScanSettings) -> Iterator[int]:
     yield settings.max_batches
 
 
-def _all_decided(measurement: Measurement, settings: ScanSettings) -> bool:
+def _decided(measurement: Measurement, seen: Look, settings: ScanSettings) -> StopReason | None:
     """Whether no layer's interval straddles its threshold: more batches would change no verdict."""
-    if measurement.batches * measurement.batch_size < FEWEST * max(settings.batch_sizes, default=0):
-        return False
-    paths = [layer_sums(path) for path in (measurement.train, measurement.eval)]
+    few = seen.batches * measurement.batch_size < FEWEST * max(settings.batch_sizes, default=0)
+    if settings.batches is not None or few:
+        return None
     for layer in measurement.runner.layers.selected:
         limit = mismatch_iid(settings.threshold_of(layer.name, *layer.aliases))
-        found = [path[layer.index] for path in paths if layer.index in path]
+        found = [path[layer.index] for path in (seen.train, seen.eval) if layer.index in path]
         intervals = [mean_interval(sums.count, sums.total, sums.square, STOPPING_CONFIDENCE) for sums in found]
         if standing(intervals, limit) == "undecided":
-            return False
-    return True
-
-
-def _evidence(
-    measurement: Measurement,
-    feed: Feed,
-    held_out: Evaluation | None,
-    stopped: StopReason,
-    failure: BnprobeError | None,
-    seconds: float,
-) -> Evidence:
-    pool = measurement.eval.pool
-    assert pool is not None  # _prepare gave the eval path one
-    return Evidence(
-        layers=measurement.runner.layers,
-        train=path_evidence(measurement.train),
-        eval=path_evidence(measurement.eval),
-        steady=path_evidence(measurement.steady) if measurement.random else None,
-        steady_seconds=measurement.steady_seconds,
-        evaluation=held_out,
-        pool=pool.per_call(channels_of(measurement.eval)),
-        pool_bytes=pool.bytes,
-        scores={path: measurement.output.score(path) for path in measurement.by_batch},
-        batch_sizes={size: path_evidence(path) for size, path in measurement.batch_sizes.items()},
-        values=measurement.values,
-        by_batch={name: frozenset(indices) for name, indices in measurement.by_batch.items()},
-        entered=frozenset(measurement.entered),
-        functional=frozenset(measurement.functional),
-        output=measurement.output.result(),
-        batch_size=measurement.batch_size,
-        batches=measurement.batches,
-        left_out=feed.left_out,
-        physical_batch=measurement.largest,
-        kept=feed.kept,
-        at_once=measurement.at_once,
-        trust=measurement.emulation,
-        emulated=measurement.largest > measurement.batch_size,
-        emulation=measurement.emulation.reason,
-        self_check=measurement.emulation.check,
-        stopped=stopped,
-        failure=failure,
-        seconds=seconds,
-    )
+            return None
+    return "decided"

@@ -138,6 +138,8 @@ def _change(sample: Sample, slot: Slot, leaves: Leaves, record: Recorded) -> _Pa
     """A' - A and B' - B of each unit, float64."""
     values = sample.corrections(record, sample.runner.layers.layers[slot[0]])
     repeats = leaves.scale.shape[0] // values.r.shape[0]
-    r, d = (value.repeat_interleave(repeats, 0) for value in (values.r, values.d))
+    # z_train = r' * (z_test - d) / r + d', with r' = 1 and d' = 0 for BN
+    ratio, shift = values.r_clipped / values.r, values.d_clipped - values.d * values.r_clipped / values.r
+    ratio, shift = (value.repeat_interleave(repeats, 0) for value in (ratio, shift))
     scale = leaves.scale.detach().double()
-    return scale * (1 / r - 1), -scale * d / r
+    return scale * (ratio - 1), scale * shift

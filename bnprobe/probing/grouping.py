@@ -71,7 +71,7 @@ class Grouping:
 
 
 def normalize(call: NormCall, mean: Tensor, variance: Tensor, group_of_row: Tensor | None) -> Tensor:
-    """Normalize each row with the statistics of its micro-batch, then apply weight and bias.
+    """Normalize each row with the statistics of its micro-batch, corrected where the layer does so; weight and bias.
 
     Args:
         call: The call to answer; the output has the input's dtype and memory format.
@@ -80,6 +80,7 @@ def normalize(call: NormCall, mean: Tensor, variance: Tensor, group_of_row: Tens
     """
     x = call.input
     wide = torch.promote_types(x.dtype, torch.float32)
+    mean, variance = _effective(call, mean, variance)
     if x.device.type == "cpu" and x.dim() > 2 and x.is_contiguous():
         return _normalize_rows(call, mean.to(wide), variance.to(wide), group_of_row)
     scale = (variance + call.eps).rsqrt()
@@ -92,6 +93,17 @@ def normalize(call: NormCall, mean: Tensor, variance: Tensor, group_of_row: Tens
         scale, shift = scale[group_of_row], shift[group_of_row]
     scale, shift = (_as_rows(tensor.to(wide), x) for tensor in (scale, shift))
     return torch.addcmul(shift, x, scale).to(x.dtype)
+
+
+def _effective(call: NormCall, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """The statistics with which BN does what the layer does: Batch Renorm's r * (x - mean) / s + d is (x - m) / t with
+    t = s / r and m = mean - d * t.
+    """
+    found = call.corrections(mean, variance)
+    if found is None:
+        return mean, variance
+    std = (variance + call.eps).sqrt() / found.r_clipped
+    return mean - found.d_clipped * std, std.square() - call.eps
 
 
 def _normalize_rows(call: NormCall, mean: Tensor, variance: Tensor, group_of_row: Tensor | None) -> Tensor:

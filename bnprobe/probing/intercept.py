@@ -58,6 +58,7 @@ class Pass:
         by_batch: Indices of layers that normalize with their micro-batch's statistics, whatever mode they are in.
         statistics: By index of the layer, (mean, variance), float64 of shape (channels,): stand in for the running
             statistics, as if they were in the buffers, where the layer would use these.
+        plain: Batch Renorm normalizes as BN does, uncorrected: for statistics that do not depend on the running ones.
         leaves: Not None: where a layer uses its running statistics, its scale and shift become leaves of the graph, one
             row for each unit of what is recorded, and are put here. Needs grad mode; layers that normalize with batch
             statistics are differentiated through these, of one micro-batch per pass.
@@ -73,6 +74,7 @@ class Pass:
     references: dict[Slot, Moments] = field(default_factory=dict)
     by_batch: frozenset[int] = frozenset()
     statistics: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    plain: bool = False
     leaves: dict[Slot, Leaves] | None = None
     records: dict[Slot, Recorded] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)
@@ -151,6 +153,7 @@ def _answer(pass_: Pass, layer: ProbedLayer, family: NormFamily, call: NormCall)
     unit = 1 if per_image else pass_.batch_size
     pass_.records[slot] = Recorded(mean, variance, unit, values, by_batch, size)
     if by_batch:
+        call = replace(call, r_max=1.0, d_max=0.0) if pass_.plain else call
         if gradient:
             return normalize_together(call)
         return normalize(call, mean, variance, grouping.group_of_row(call.input.device))

@@ -58,6 +58,20 @@ class OutputSums:
         for name, value in contributions.items():
             self._totals[name] = self._totals[name] + value if name in self._totals else value
 
+    def on_host(self) -> OutputSums:
+        """The same sums on the host: they can be sent to another process."""
+        copy = OutputSums()
+        copy._totals = {name: total.cpu() for name, total in self._totals.items()}
+        copy._different_shapes = self._different_shapes
+        return copy
+
+    def merged(self, other: OutputSums) -> OutputSums:
+        """The sums of both, which are on the host."""
+        both = self.on_host()
+        both.add(other._totals)
+        both._different_shapes |= other._different_shapes
+        return both
+
     def result(self) -> Output:
         """Transfer the sums and divide."""
         totals = {name: float(total) for name, total in self._totals.items()}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from bnprobe.distributed import OPENING
 from bnprobe.errors import UsageError, UserCodeError
 from bnprobe.probing.batches import to_device
 from bnprobe.probing.emulation import Emulation, check_images, self_check
@@ -15,9 +16,6 @@ from bnprobe.probing.runner import Runner
 from bnprobe.spec import ScanSettings
 
 Check = Callable[[Runner, list[Any], int], tuple[Emulation, Footprint]]
-
-CHECKED = 2
-"""Micro-batches in the self-check."""
 
 
 def plan(runner: Runner, feed: Feed, settings: ScanSettings) -> tuple[Emulation, int]:
@@ -35,7 +33,7 @@ def plan(runner: Runner, feed: Feed, settings: ScanSettings) -> tuple[Emulation,
     if not settings.emulate:
         return _real("As asked for."), 1
     most = settings.physical_batch or plan_images(Footprint(0, 0), runner.device)
-    if most // size < CHECKED and not settings.batch_sizes:
+    if most // size < OPENING and not settings.batch_sizes:
         # The train path runs as it is; that images are independent on the eval path is still to be known.
         emulation, _ = _check(runner, feed, check_images)
         reason = "One micro-batch fills a physical batch." if emulation.trusted else emulation.reason
@@ -50,9 +48,8 @@ def plan(runner: Runner, feed: Feed, settings: ScanSettings) -> tuple[Emulation,
 def _check(runner: Runner, feed: Feed, check: Check) -> tuple[Emulation, Footprint]:
     """Run the self-check on the first micro-batches, which are measured afterwards."""
     unknown = Footprint(0, 0)
-    checked = feed.take(CHECKED)
-    feed.give_back(checked)
-    if len(checked) < CHECKED:
+    checked = feed.look_ahead(OPENING)
+    if len(checked) < OPENING:
         return _real("The data gives only one micro-batch."), unknown
     try:
         return check(runner, [to_device(batch, runner.device) for batch in checked], feed.batch_size)

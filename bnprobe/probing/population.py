@@ -26,12 +26,14 @@ class Population:
 
     def __init__(self) -> None:
         self._count: dict[int, float] = {}
+        self._batches: dict[int, float] = {}
         self._mean: dict[int, Tensor] = {}
         self._squares: dict[int, Tensor] = {}
 
-    def add(self, records: Mapping[Slot, Recorded]) -> None:
-        """Add what a pass recorded."""
+    def add(self, records: Mapping[Slot, Recorded], batches: float = 1.0) -> None:
+        """Add what a pass recorded, which stands for so many micro-batches."""
         for (index, _), record in records.items():
+            self._batches[index] = self._batches.get(index, 0.0) + batches
             units = record.mean.shape[0]
             mean, variance = (pooled[0] for pooled in pool_moments(record.mean, record.variance, units))
             self._merge(index, float(record.values * units), mean, variance)
@@ -41,6 +43,10 @@ class Population:
         return {
             index: (self._mean[index], self._squares[index] / max(count - 1, 1)) for index, count in self._count.items()
         }
+
+    def updates(self) -> dict[int, int]:
+        """By index of the layer: micro-batches that it was called on, each call counted; a part of one counts fully."""
+        return {index: math.ceil(batches - 1e-6) for index, batches in self._batches.items()}
 
     def _merge(self, index: int, count: float, mean: Tensor, variance: Tensor) -> None:
         if index not in self._count:
@@ -54,7 +60,12 @@ class Population:
 
 
 def steady_population(
-    runner: Runner, micro_batches: Sequence[Any], batch_size: int, at_once: int, emulation: Emulation
+    runner: Runner,
+    micro_batches: Sequence[Any],
+    batch_size: int,
+    at_once: int,
+    emulation: Emulation,
+    population: Population | None = None,
 ) -> tuple[Population, Footprint]:
     """Population statistics on the train path without dropout and the like, and what an image takes in memory.
 
@@ -65,9 +76,10 @@ def steady_population(
 
     Args:
         runner: Installed.
-        micro_batches: Of ``batch_size`` images, on the host.
+        micro_batches: Of ``batch_size`` images, the last one perhaps of fewer, on the host.
         at_once: Micro-batches that fill a physical batch.
         emulation: Whether images of different micro-batches may run together.
+        population: What other images gave, to be merged with; None: nothing.
 
     Returns:
         Of the selected layers that normalize with batch statistics in training and keep running ones.
@@ -75,14 +87,14 @@ def steady_population(
     Raises:
         DeviceError, UserCodeError, DataError: As in any pass.
     """
-    population, image = Population(), Footprint(0, 0)
+    population, image = population or Population(), Footprint(0, 0)
 
     def run(batch: Any) -> None:
         nonlocal image
         images = count_images(batch) or batch_size
-        pass_ = Pass(images, images)
+        pass_ = Pass(images, images, plain=True)
         runner.forward("steady", to_device(batch, runner.device), pass_)
-        population.add(_own(runner, pass_))
+        population.add(own_records(runner, pass_), images / batch_size)
         sizes = [record.bytes // images for record in pass_.records.values()]
         image = Footprint(max(image.total, sum(sizes)), max([image.largest, *sizes]))
 
@@ -91,10 +103,22 @@ def steady_population(
         Chunks(runner.device, batch_size, 1).run(micro_batches, lambda chunk: run(chunk[0]))
     else:
         batch, images = joined
-        order = torch.randperm(images, generator=torch.Generator().manual_seed(0)).tolist()
-        parts = math.ceil(images / (batch_size * at_once))
-        Chunks(runner.device, 1, math.ceil(images / parts)).run(order, lambda rows: run(pick(batch, rows, images)))
+        units, parts = _evenly(images, batch_size * at_once)
+        Chunks(runner.device, 1, len(units) // parts).run(
+            units, lambda chunk: run(pick(batch, [row for unit in chunk for row in unit], images))
+        )
     return population, image
+
+
+def _evenly(images: int, most: int) -> tuple[list[list[int]], int]:
+    """Rows of images in random order, in units of one image or two, and how many parts the units divide into.
+
+    The parts are physical batches of ``most`` images at most, whose sizes differ by one image at most: none is left
+    with an image or two, which would normalize with each other alone.
+    """
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
+    parts = order.tensor_split(math.ceil(images / most))
+    return [unit.tolist() for part in parts for unit in part.tensor_split(images // len(parts))], len(parts)
 
 
 def pick(batch: Any, rows: list[int], images: int) -> Any:
@@ -122,7 +146,7 @@ def _joined(micro_batches: Sequence[Any]) -> tuple[Any, int] | None:
     return None if images is None else (batch, images)
 
 
-def _own(runner: Runner, pass_: Pass) -> dict[Slot, Recorded]:
+def own_records(runner: Runner, pass_: Pass) -> dict[Slot, Recorded]:
     """What was recorded of layers that update running statistics in training."""
     layers = runner.layers.layers
     return {

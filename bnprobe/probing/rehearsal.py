@@ -14,11 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bnprobe.errors import DeviceError, ModelError, NonFiniteError, UsageError
+from bnprobe.errors import ModelError, NonFiniteError, UsageError
 from bnprobe.norms import NORMS, NormCall
 from bnprobe.probing.batches import copy_tensors, to_device
 from bnprobe.probing.forward import model_code
 from bnprobe.probing.layers import ROOT, ProbedLayer
+from bnprobe.probing.losses import (
+    casting,
+    held_in_eval,
+    require_gradients,
+    require_graph,
+    require_scalar,
+    too_large,
+    training_code,
+)
 from bnprobe.probing.memory import is_out_of_memory
 from bnprobe.randomness import preserved_random_state
 from bnprobe.stats.moments import pool_moments, row_moments
@@ -76,7 +85,7 @@ class Rehearsal:
                 " the training loss as a tensor, or name one under loss in the spec."
             )
         if held is None:
-            held = [module for module in model.modules() if model.training and not module.training]
+            held = held_in_eval(model)
         self._loss = loss
         self._device = device
         self.autocast = autocast
@@ -94,12 +103,10 @@ class Rehearsal:
             DeviceError: There is not enough memory.
         """
         batch = copy_tensors(to_device(batch, self._device))
-        with self._border("calling loss(model, batch) (training a copy)"), self._casting(), self._watching(answer):
+        border = self._border("calling loss(model, batch) (training a copy)")
+        with border, casting(self._device, self.autocast), self._watching(answer):
             value = self._loss(self.model, batch)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise UsageError(f"loss(model, batch) returned {what}; return a tensor of one number, e.g. with .mean().")
-        return value.reshape(())
+        return require_scalar(value)
 
     def backward(self, value: Tensor, answer: Answer) -> None:
         """The gradients of a loss, in place of those that the parameters have.
@@ -115,17 +122,10 @@ class Rehearsal:
         """
         for parameter in self.model.parameters():
             parameter.grad = None
-        if not value.requires_grad:
-            raise UsageError(
-                "The loss has no gradient to train with. loss(model, batch) must return the loss itself, without"
-                " .item(), .detach() or torch.no_grad(), and the model must have trainable parameters."
-            )
+        require_graph(value)
         with self._border("running backward() from loss(model, batch)"), self._watching(answer):
             value.backward()
-        if all(parameter.grad is None for parameter in self.parameters):
-            raise UsageError(
-                "No parameter got a gradient: loss(model, batch) must call the model that it is given, not another one."
-            )
+        require_gradients(self.parameters)
 
     def require_finite(self, value: Tensor, batch: Any, place: str, remedy: str) -> None:
         """Refuse a loss that is NaN or Inf.
@@ -171,19 +171,11 @@ class Rehearsal:
                 stack.enter_context(watch.hooked(layer))
             yield
 
-    def _casting(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+    def _border(self, call: str) -> AbstractContextManager[None]:
+        return training_code(call, _TRAINING, self._device)
 
-    @contextmanager
-    def _border(self, call: str) -> Iterator[None]:
-        try:
-            with model_code(call):
-                yield
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise _too_large(self._device) from error
 
+_TRAINING = "Training a copy of the model"
 
 _ALL_FINITE = "The inputs of all BN layers are finite: look at what follows the last of them, and at the loss itself."
 
@@ -247,19 +239,12 @@ class _Watch(TorchFunctionMode):
                 self._on.close()
 
 
-def _too_large(device: torch.device) -> DeviceError:
-    return DeviceError(
-        f"Training a copy of the model on one micro-batch does not fit into the memory of {device}."
-        " Use a smaller --batch-size, --autocast, or another --device."
-    )
-
-
 def _copied(model: nn.Module, device: torch.device) -> nn.Module:
     try:
         return copy.deepcopy(model).to(device)
     except Exception as error:  # whatever the user's classes raise
         if is_out_of_memory(error):
-            raise _too_large(device) from error
+            raise too_large(_TRAINING, device) from error
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and only a copy of it may be"
             " trained. Keep open files, locks and tensors that are no parameters out of its attributes, or give the"

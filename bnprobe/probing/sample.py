@@ -61,8 +61,9 @@ class Sample:
         assert running[0] is not None  # it used them
         assert running[1] is not None
         mean, variance = pool_moments(record.mean, record.variance, self.batch_size // record.unit)
-        eps = mean.new_full((layer.info.channels,), layer.info.eps)
-        return corrections(mean, variance, running[0].to(mean), running[1].to(mean), eps)
+        info = layer.info
+        eps, r_max, d_max = (mean.new_full((info.channels,), value) for value in (info.eps, info.r_max, info.d_max))
+        return corrections(mean, variance, running[0].to(mean), running[1].to(mean), eps, r_max, d_max)
 
 
 def floating(output: Any) -> list[Tensor]:

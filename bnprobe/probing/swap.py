@@ -46,12 +46,19 @@ def affine(call: NormCall, grouping: Grouping) -> tuple[Tensor, Leaves]:
 
 
 def normalize_together(call: NormCall) -> Tensor:
-    """The output with the statistics of all rows taken together, differentiable through these."""
+    """The output with the statistics of all rows taken together, differentiable through these.
+
+    Batch Renorm's r and d are constants.
+    """
     x = call.input
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     axes = [0, *range(2, x.dim())]
     variance, mean = torch.var_mean(values, axes, correction=0, keepdim=True)
     output = (values - mean) * (variance + call.eps).rsqrt()
+    found = call.corrections(mean.reshape(1, -1).double(), variance.reshape(1, -1).double())
+    if found is not None:
+        r, d = (_as_channels(value[0].to(values.dtype), x) for value in (found.r_clipped, found.d_clipped))
+        output = output * r + d
     if call.weight is not None:
         output = output * _as_channels(call.weight, x)
     if call.bias is not None:

@@ -26,7 +26,9 @@ _EXPECTED = {
     "model_type": "a mapping (key: value)",
     "too_short": "at least one size",
     "greater_than_equal": "a whole number of at least {ge}",
+    "at_least": "a number of at least {ge}",
     "greater_than": "a number above {gt}",
+    "less_than_equal": "a number of at most {le}",
     "less_than": "a number below {lt}",
     "literal_error": "{expected}",
     "invalid_key": "text as key",
@@ -112,10 +114,19 @@ def sentence(item: Any, source: Source, top: type[BaseModel]) -> str:
     if item["type"] == "missing":
         advice = _MISSING.get(str(path[-1]), "add it")
         return f"{'.'.join(map(str, path))} is missing{source.place(path)}: {advice}."
-    kind = "option_list" if item["type"] == "tuple_type" and not source.name else item["type"]
+    kind = _kind(item, source)
     expected = _EXPECTED.get(kind, item["msg"]).format(**item.get("ctx", {}))
     found = f"Expected {expected} for {source.key(path)}, but got {shown(item['input'])}"
     return f"{found}{source.place(path)}."
+
+
+def _kind(item: Any, source: Source) -> str:
+    """Which of ``_EXPECTED`` says best what was expected."""
+    if item["type"] == "tuple_type" and not source.name:
+        return "option_list"
+    if item["type"] == "greater_than_equal" and isinstance(item["ctx"]["ge"], float):
+        return "at_least"
+    return str(item["type"])
 
 
 def _unknown_key(path: KeyPath, source: Source, top: type[BaseModel]) -> str:

@@ -185,9 +185,15 @@ def _anchor(values: dict[str, Any], folder: Path) -> None:
     for key in ("forward", "loss", "metric"):
         if isinstance(values.get(key), str):
             values[key] = _anchored_target(values[key], folder)
-    checkpoint = values.get("checkpoint")
-    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("path"), str):
-        checkpoint["path"] = str(folder / Path(checkpoint["path"]).expanduser())
+    training = values.get("train")
+    for key in ("optimizer", "schedule"):
+        part = training.get(key) if isinstance(training, dict) else None
+        if isinstance(part, dict) and isinstance(part.get("target"), str):
+            part["target"] = _anchored_target(part["target"], folder)
+    for section, key in (("checkpoint", "path"), ("repair", "report")):
+        part = values.get(section)
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            part[key] = str(folder / Path(part[key]).expanduser())
 
 
 def _anchored_target(target: str, folder: Path) -> str:

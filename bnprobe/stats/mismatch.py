@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Corrections:
-    """r, d, rho = v_B / (v_B + eps) and D per micro-batch and channel, float64."""
+    """r, d, rho = v_B / (v_B + eps) and D per micro-batch and channel, float64.
+
+    ``r_clipped`` and ``d_clipped`` are what the layer itself corrects by in training: 1 and 0 for BN.
+    """
 
     r: Float[Tensor, "batches channels"]
     d: Float[Tensor, "batches channels"]
     rho: Float[Tensor, "batches channels"]
     mismatch: Float[Tensor, "batches channels"]
+    r_clipped: Float[Tensor, "batches channels"]
+    d_clipped: Float[Tensor, "batches channels"]
 
 
 def corrections(
@@ -24,23 +30,31 @@ def corrections(
     running_mean: Float[Tensor, " channels"],
     running_variance: Float[Tensor, " channels"],
     eps: Float[Tensor, " channels"],
+    r_max: Float[Tensor, " channels"] | None = None,
+    d_max: Float[Tensor, " channels"] | None = None,
 ) -> Corrections:
-    """The correction factors of Batch Renorm (Ioffe 2017, arXiv 1702.03275, section 3), unclipped.
+    """The correction factors of Batch Renorm (Ioffe 2017, arXiv 1702.03275, section 3), and what they leave.
 
-    With s_B = sqrt(v_B + eps) and s = sqrt(v + eps):  r = s_B / s,  d = (mu_B - m) / s,  so that
-    z_test = r * z_train + d. The mean over the batch of (z_train - z_test)^2 is
-    D = d^2 + rho * (r - 1)^2 with rho = v_B / (v_B + eps), exactly, for any data.
+    With s_B = sqrt(v_B + eps) and s = sqrt(v + eps):  r = s_B / s,  d = (mu_B - m) / s, unclipped, so that
+    z_test = r * xhat + d with xhat the input normalized by its batch. A layer that trains on z_train = r' * xhat + d'
+    (BN: r' = 1, d' = 0; Batch Renorm: r and d clipped to its limits) is off by
+    D = mean of (z_train - z_test)^2 = (d - d')^2 + rho * (r - r')^2 with rho = v_B / (v_B + eps), exactly, for any
+    data.
 
     Args:
         batch_mean, batch_variance: Statistics of each micro-batch; the variance is biased.
         running_mean, running_variance: The layer's buffers.
         eps: The layer's eps, per channel because channels of several layers may lie side by side.
+        r_max, d_max: Limits of Batch Renorm; None: BN, as with 1 and 0.
     """
     running_std = (running_variance + eps).sqrt()
     r = (batch_variance + eps).sqrt() / running_std
     d = (batch_mean - running_mean) / running_std
     rho = batch_variance / (batch_variance + eps)
-    return Corrections(r=r, d=d, rho=rho, mismatch=d.square() + rho * (r - 1).square())
+    r_clipped = torch.ones_like(r) if r_max is None else r.clamp(1 / r_max, r_max)
+    d_clipped = torch.zeros_like(d) if d_max is None else d.clamp(-d_max, d_max)
+    mismatch = (d - d_clipped).square() + rho * (r - r_clipped).square()
+    return Corrections(r, d, rho, mismatch, r_clipped, d_clipped)
 
 
 def distance(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bnprobe.errors import OutputError
-from bnprobe.files import write_whole
+from bnprobe.files import require_new, write_all, write_whole
 
 
 def test_a_new_file_gets_the_usual_rights(tmp_path: Path) -> None:
@@ -53,3 +55,86 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     assert os.read(reader, 100) == b"text"
     os.close(reader)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_several_files_are_written_together(tmp_path: Path) -> None:
+    write_all({tmp_path / "a": b"one", tmp_path / "b": "two"})
+    assert contents(tmp_path) == {"a": "one", "b": "two"}
+    write_all({tmp_path / "b": "new", tmp_path / "c": "three"}, force=True)
+    assert contents(tmp_path) == {"a": "one", "b": "new", "c": "three"}
+
+
+def test_existing_files_are_refused_by_name(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in "abc"]
+    paths[0].write_text("old")
+    with pytest.raises(OutputError, match=r"^\S*a exists already; give another -o, or --force to overwrite\.$"):
+        require_new(paths, force=False)
+    paths[2].write_text("old")
+    with pytest.raises(OutputError, match=r"^\S*a, \S*c exist already"):
+        write_all(dict.fromkeys(paths, "new"))
+    assert contents(tmp_path) == {"a": "old", "c": "old"}
+    require_new(paths, force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_missing_folder_is_refused_before(tmp_path: Path, force: bool) -> None:
+    with pytest.raises(OutputError, match=r"The folder \S*no of -o does not exist; create it first\."):
+        require_new([tmp_path / "a", tmp_path / "no" / "b"], force)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_read_only_is_refused_before(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(OutputError, match="cannot be written to"):
+            require_new([tmp_path / "a"], force=False)
+    finally:
+        tmp_path.chmod(0o755)
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from bnprobe.files import write_all
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+folder = Path(sys.argv[1])
+write_all({folder / "a": "small", folder / "b": "x" * 5000, folder / "c": "small"}, force=True)
+"""
+
+
+def test_a_disk_that_is_full_leaves_every_file_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert "could not be written: File too large. No file was changed." in done.stderr
+    assert contents(tmp_path) == {"a": "old"}
+
+
+def test_a_device_that_is_full_leaves_every_file_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_all({tmp_path / "a": "new", Path("/dev/full"): "new"}, force=True)
+    assert contents(tmp_path) == {"a": "old"}
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), KeyboardInterrupt()])
+def test_what_fails_between_renames_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    (tmp_path / "a").write_text("old")
+    rename = Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        if target.name == "c" and self.suffix == ".new":
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises((OutputError, KeyboardInterrupt)):
+        write_all({tmp_path / name: "new" for name in "abc"}, force=True)
+    assert contents(tmp_path) == {"a": "old"}

@@ -9,6 +9,7 @@ from torch import nn
 
 from bnprobe.norms import NORMS
 from bnprobe.norms.batch_norm import BatchNormFamily
+from bnprobe.norms.batch_renorm import BatchRenormFamily
 
 FAMILY = BatchNormFamily()
 
@@ -32,7 +33,7 @@ def test_strangers(module: nn.Module) -> None:
 
 
 def test_the_family_is_listed() -> None:
-    assert [type(family) for family in NORMS] == [BatchNormFamily]
+    assert [type(family) for family in NORMS] == [BatchRenormFamily, BatchNormFamily]  # Batch Renorm layers match both
 
 
 def test_description() -> None:
