@@ -1,3 +1,11 @@
 """Fine-tune a model: steps, states to resume from, logs."""
 
 from __future__ import annotations
+
+from bnprobe.training.evaluate import evaluate
+from bnprobe.training.folder import StateFolder
+from bnprobe.training.job import Job, Outcome, length_of
+from bnprobe.training.log import StepLog
+from bnprobe.training.train import train
+
+__all__ = ["Job", "Outcome", "StateFolder", "StepLog", "evaluate", "length_of", "train"]

@@ -1,0 +1,64 @@
+"""From a converted model back to weights for the original."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnprobe.errors import RepairError
+from bnprobe.nn.gated import plain_state
+from bnprobe.nn.instance_renorm import InstanceRenorm
+
+
+def on_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with memory of their own on the CPU, as weights files want them."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+
+def deployable_state(converted: nn.Module, original: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a converted model as the original, with plain BN, loads it strictly.
+
+    With it, the original gives at inference what the converted model gives.
+
+    Args:
+        converted: Made of ``original``, and perhaps trained.
+        original: The model before; it is not changed.
+
+    Raises:
+        RepairError: A layer is not BN at inference, or keys or shapes are not those of the original.
+    """
+    here = dict(converted.named_modules(remove_duplicate=False))
+    for name, layer in original.named_modules(remove_duplicate=False):
+        if isinstance(layer, _BatchNorm) and name in here:
+            _require_same_inference(name or "The model", here[name], layer)
+    state, expected = plain_state(converted), original.state_dict()
+    _require_same_keys(state, expected)
+    return state
+
+
+def _require_same_inference(name: str, converted: nn.Module, original: _BatchNorm) -> None:
+    kind = type(converted).__name__
+    if not isinstance(converted, _BatchNorm):
+        reason = f"is {kind}, which normalizes otherwise than BN at inference"
+    elif isinstance(converted, InstanceRenorm) and converted.blend > 0:
+        reason = f"is {kind} with blend {converted.blend:g}: only at 0 is it BN at inference"
+    elif converted.eps != original.eps:
+        reason = f"has eps {converted.eps:g}, and {original.eps:g} in the original"
+    else:
+        return
+    raise RepairError(f"{name} {reason}. These weights are for the converted model alone, not for the original.")
+
+
+def _require_same_keys(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for key in [*expected, *state]:
+        if key not in state or key not in expected:
+            where = "the original" if key not in state else "the converted model"
+            raise RepairError(f"The converted model is not of this original: only {where} has {key}.")
+        shapes = [getattr(held[key], "shape", None) for held in (state, expected)]
+        if shapes[0] != shapes[1]:
+            raise RepairError(
+                f"The converted model is not of this original: {key} has the shape {tuple(shapes[0] or ())} there and"
+                f" {tuple(shapes[1] or ())} in the original."
+            )

@@ -1,0 +1,107 @@
+"""Loss and metric at inference, on batches that no training sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnprobe.errors import DataError
+from bnprobe.probing.batches import copy_tensors, count_images, to_device
+from bnprobe.probing.losses import casting, training_code
+from bnprobe.randomness import preserved_random_state, seed_everything
+from bnprobe.records import Score
+from bnprobe.training.streams import rewind
+from bnprobe.usercode import BatchFunction
+
+_SEED = 0
+"""Every evaluation draws alike, so that two of them differ by the model alone."""
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: BatchFunction | None,
+    metric: BatchFunction | None,
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> Score:
+    """Means of loss and metric in eval mode, weighted by images; training flags and random state come back.
+
+    Args:
+        model: On ``device``.
+        batches: On the host.
+        loss, metric: The user's functions of (model, batch), each a mean over the images of a batch; None: not there.
+        device: Where to run.
+        autocast: Dtype of the forward passes.
+
+    Returns:
+        None for a function that is not there, and for a mean that is not finite or of no image.
+
+    Raises:
+        UserCodeError: The user's code raised.
+        DataError: A function did not return one number.
+        DeviceError: There is not enough memory.
+    """
+    functions = {"loss": loss, "metric": metric}
+    means = {name: _Mean() for name in functions}
+    flags = [(module, module.training) for module in model.modules()]
+    with preserved_random_state(), torch.no_grad():
+        seed_everything(_SEED)
+        rewind(batches, _SEED)
+        try:
+            model.eval()
+            for batch in batches:
+                for name, function in functions.items():
+                    if function is not None:
+                        means[name].add(_value(name, function, model, batch, device, autocast), batch)
+        finally:
+            for module, flag in flags:
+                module.training = flag
+    return Score(means["loss"].value(), means["metric"].value())
+
+
+class _Mean:
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._images = 0
+
+    def add(self, value: Tensor, batch: Any) -> None:
+        """Sums stay on the device: the host waits once, at the end."""
+        images = count_images(batch)
+        weight = 1 if images is None else images
+        if weight:
+            self._sum = self._sum + weight * value
+            self._images += weight
+
+    def value(self) -> float | None:
+        mean = float(self._sum) / self._images if self._images else math.nan
+        return mean if math.isfinite(mean) else None
+
+
+def _value(
+    name: str,
+    function: BatchFunction,
+    model: nn.Module,
+    batch: Any,
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> Tensor:
+    """What a function gives of a copy of a batch, float64 of shape ()."""
+    batch = copy_tensors(to_device(batch, device))
+    border = training_code(f"calling {name}(model, batch) (evaluation)", "Evaluating the model", device)
+    with border, casting(device, autocast):
+        returned = function(model, batch)
+    try:
+        value = torch.as_tensor(returned, dtype=torch.float64, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"{name}(model, batch) must return one number, but gave {type(returned).__name__}.") from None
+    if value.numel() != 1:
+        raise DataError(
+            f"{name}(model, batch) must return one number, but gave a tensor of shape {tuple(value.shape)}."
+            " Reduce it, e.g. with .mean()."
+        )
+    return value.reshape(())

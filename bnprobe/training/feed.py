@@ -1,0 +1,151 @@
+"""Micro-batches for optimizer steps: the same in the same order for every arm, every process and every resumption."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Iterator, Sized
+from typing import Any
+
+from bnprobe.distributed import ALONE, World
+from bnprobe.errors import DataError, UsageError
+from bnprobe.loading.data import BatchSource
+from bnprobe.probing.batches import count_images
+from bnprobe.training.streams import Stream, data_seed, dismiss_workers, rewind
+
+_END = object()
+
+
+class Feed:
+    """Deals out a source's micro-batches, epoch after epoch.
+
+    Each epoch begins with the random state of (seed, epoch), so that a position is two numbers: to go on from there,
+    the epoch is read anew and what was used is skipped. Several processes read the same order, and rank k takes the
+    micro-batches k, k + size, ... of it. A round that the epoch's end leaves incomplete is left out: nobody gets a
+    batch that others lack. Left out too are a partial batch where the user's loader drops it, and a batch of one image
+    where more were asked for: BN raises on one value per channel, and normalizes one image by itself in silence.
+
+    Args:
+        source: Yields micro-batches on the host.
+        seed: Of the order, of augmentations and of loader processes.
+        accumulate: Micro-batches of a process per optimizer step; the last step of an epoch may have fewer.
+        world: The processes.
+
+    Attributes:
+        epoch: The current one, from 0.
+        used: Batches read of it, those left out included.
+    """
+
+    def __init__(self, source: BatchSource, seed: int, accumulate: int = 1, world: World = ALONE) -> None:
+        self.epoch, self.used = 0, 0
+        self._source, self._seed, self._accumulate, self._world = source, seed, accumulate, world
+        self._rounds: Generator[Any, None, None] | None = None
+
+    def next_group(self) -> list[Any]:
+        """This process's micro-batches of the next optimizer step, at least one.
+
+        Raises:
+            DataError: An epoch has no usable micro-batch: the data can be read only once, or hold too few images.
+            UserCodeError: The user's loader raised.
+        """
+        for _ in range(2):
+            if self._rounds is None:
+                self._rounds = self._open()
+            group = list(itertools.islice(self._rounds, self._accumulate))
+            if group:
+                return group
+            self.epoch, self.used, self._rounds = self.epoch + 1, 0, None
+        raise DataError(self._exhausted())
+
+    def go_to(self, epoch: int, used: int) -> None:
+        """Stand where a feed of the same source stood, by reading the epoch up to there."""
+        self.epoch, self.used = epoch, 0
+        batches = self._batches()
+        for _ in itertools.islice(batches, used):
+            pass
+        self._rounds = self._dealt(batches)
+
+    def close(self) -> None:
+        """Let go of the data: their worker processes end.
+
+        Left to the garbage collector, which comes upon a cycle here, they would not hear of it and be waited for.
+        """
+        if self._rounds is not None:
+            self._rounds.close()
+        dismiss_workers(self._source.batches)
+
+    def _open(self) -> Generator[Any, None, None]:
+        return self._dealt(self._batches())
+
+    def _batches(self) -> Iterator[Any]:
+        """The epoch's batches, all of them, each drawn from the stream of the data."""
+        seed = data_seed(self._seed, self.epoch)
+        stream = Stream(seed)
+        rewind(self._source.batches, seed)
+        with stream.flowing():
+            iterator = iter(self._source.batches)
+        while self._source.most is None or self.used < self._source.most:
+            with stream.flowing():
+                batch = next(iterator, _END)
+            if batch is _END:
+                return
+            self.used += 1
+            yield batch
+
+    def _dealt(self, batches: Iterator[Any]) -> Generator[Any, None, None]:
+        """One micro-batch of every complete round."""
+        usable = filter(self._is_usable, batches)
+        while len(dealt := list(itertools.islice(usable, self._world.size))) == self._world.size:
+            yield dealt[self._world.rank]
+
+    def _is_usable(self, batch: Any) -> bool:
+        images, size = count_images(batch), self._source.batch_size
+        if images is None or images >= size:
+            return True
+        return images > 1 and not self._source.drop_last
+
+    def _exhausted(self) -> str:
+        if self._source.images is None:
+            return (
+                f"{self._source.description} gave no micro-batch when it was read from the beginning: training reads"
+                " the data again and again. Give a DataLoader, a Dataset or a list, or a function load_data that makes"
+                " one, rather than an iterator."
+            )
+        shared = f" for each of {self._world.size} processes" if self._world.size > 1 else ""
+        return (
+            f"{self._source.description} has no micro-batch of {self._source.batch_size} images{shared} to train on."
+            " Use a smaller batch size, or more data."
+        )
+
+
+def steps_per_epoch(source: BatchSource, accumulate: int, world: World = ALONE) -> int:
+    """Optimizer steps in one pass over the data, as ``Feed`` deals it out.
+
+    Raises:
+        UsageError: The length of the data is not known, or holds no micro-batch for every process.
+    """
+    batches = _micro_batches(source)
+    if batches is None:
+        raise UsageError(
+            f"--epochs (train.epochs) needs data whose length is known, and {source.description} does not tell its"
+            " own. Give --steps (train.steps)."
+        )
+    rounds = (batches if source.most is None else min(batches, source.most)) // world.size
+    if not rounds:
+        raise UsageError(
+            f"{source.description} holds no micro-batch of {source.batch_size} images for every process"
+            f" ({world.size}). Use a smaller batch size, or fewer processes."
+        )
+    return -(-rounds // accumulate)
+
+
+def _micro_batches(source: BatchSource) -> int | None:
+    if source.images is not None:
+        whole, rest = divmod(source.images, source.batch_size)
+        return whole + int(rest > 1 and not source.drop_last)
+    wrapped = getattr(source.batches, "wrapped", source.batches)
+    if not isinstance(wrapped, Sized):
+        return None
+    try:
+        return len(wrapped)
+    except TypeError:  # a loader over an iterable data set without a length
+        return None

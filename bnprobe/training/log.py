@@ -1,0 +1,154 @@
+"""A log of training that other tools read: CSV always, TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bnprobe.errors import OutputError
+from bnprobe.files import write_whole
+from bnprobe.records.repairs import TrainingStep
+
+COLUMNS: dict[str, Callable[[TrainingStep], Any]] = {
+    "arm": lambda step: step.arm,
+    "seed": lambda step: step.seed,
+    "step": lambda step: step.step,
+    "steps": lambda step: step.steps,
+    "loss": lambda step: step.loss,
+    "rate": lambda step: step.rate,
+    "gradient_norm": lambda step: step.gradient_norm,
+    "r_max": lambda step: step.r_max,
+    "d_max": lambda step: step.d_max,
+    "clipped_r": lambda step: step.clipped_r,
+    "clipped_d": lambda step: step.clipped_d,
+    "evaluation_loss": lambda step: None if step.score is None else step.score.loss,
+    "evaluation_metric": lambda step: None if step.score is None else step.score.metric,
+}
+"""Columns of the CSV file. Numbers are written so that they read back exactly; what was not measured is empty."""
+
+_NOT_VALUES = ("arm", "seed", "step", "steps")
+
+
+class StepLog:
+    """Appends a row to a CSV file for every optimizer step, and the same to TensorBoard where it is installed.
+
+    A run that is resumed takes some steps again: rows of the same run from its first step on are replaced, and so is a
+    row that was cut off. The file of a run that was killed and resumed is that of one that was not.
+
+    Args:
+        path: The CSV file; what it holds is kept. TensorBoard's files go to a folder of the same name.
+
+    Raises:
+        OutputError: The file cannot be written, or is no such log.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._begun: set[tuple[str, int]] = set()
+        self._board = _Board(path.with_suffix("")) if _has_tensorboard() else None
+        self._cut(lambda row: True)
+        self._file = _opened(path)
+
+    def write(self, step: TrainingStep) -> None:
+        """Append a step; it is with the system when this returns, so that a kill loses none."""
+        run = (step.arm, step.seed)
+        if run not in self._begun:
+            self._begun.add(run)
+            self._begin(step)
+        try:
+            self._file.write(_line([column(step) for column in COLUMNS.values()]))
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f"{self._path} could not be written: {error.strerror or error}.") from None
+        if self._board is not None:
+            self._board.write(step)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _begin(self, step: TrainingStep) -> None:
+        """Take out what a killed process wrote of this run from this step on."""
+        run = [step.arm, str(step.seed)]
+        self._file.close()
+        self._cut(lambda row: row[:2] != run or int(row[2]) < step.step)
+        self._file = _opened(self._path)
+
+    def _cut(self, keep: Callable[[list[str]], bool]) -> None:
+        """Keep the rows for which ``keep`` holds, and the header."""
+        lines = _lines(self._path)
+        header = _line(list(COLUMNS))
+        if lines and lines[0] != header:
+            raise OutputError(f"{self._path} is no log of this version of bnprobe: move it away.")
+        rows = [line for line in lines[1:] if _is_whole(line) and keep(_fields(line))]
+        if lines != [header, *rows]:
+            write_whole(self._path, header + "".join(rows))
+
+
+class _Board:
+    """TensorBoard's files, one folder for each run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writers: dict[tuple[str, int], Any] = {}
+
+    def write(self, step: TrainingStep) -> None:
+        writer = self._writers.get((step.arm, step.seed)) or self._open(step)
+        for name, column in COLUMNS.items():
+            value = None if name in _NOT_VALUES else column(step)
+            if value is not None:
+                writer.add_scalar(name, value, step.step)
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def _open(self, step: TrainingStep) -> Any:
+        """From this step on, what the folder holds is hidden: a resumed run takes the steps again."""
+        from torch.utils.tensorboard import SummaryWriter  # only where it is installed
+
+        name = f"{step.arm} seed {step.seed}".replace(" ", "-")
+        writer = SummaryWriter(str(self._folder / name), purge_step=step.step)
+        self._writers[step.arm, step.seed] = writer
+        return writer
+
+
+def _has_tensorboard() -> bool:
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+def _opened(path: Path) -> io.TextIOWrapper:
+    try:
+        return path.open("a", encoding="utf-8", newline="")
+    except OSError as error:
+        raise OutputError(f"{path} could not be opened: {error.strerror or error}.") from None
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    try:
+        return path.read_bytes().decode().splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"{path} could not be read: {error}.") from None
+
+
+def _line(values: list[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(["" if value is None else value for value in values])
+    return text.getvalue()
+
+
+def _fields(line: str) -> list[str]:
+    return next(csv.reader([line]))
+
+
+def _is_whole(line: str) -> bool:
+    fields = _fields(line) if line.endswith("\n") else []
+    return len(fields) == len(COLUMNS) and fields[2].isdigit()

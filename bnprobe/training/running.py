@@ -1,0 +1,240 @@
+"""A training run in progress: its steps, and everything that must be saved to go on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from bnprobe.distributed import World
+from bnprobe.errors import StateError
+from bnprobe.nn.batch_renorm import BatchRenormBase
+from bnprobe.nn.schedule import RenormSchedule
+from bnprobe.randomness import preserved_random_state
+from bnprobe.records import Score
+from bnprobe.records.repairs import Ending, TrainingStep
+from bnprobe.spec import RenormSpec
+from bnprobe.training.clipped import ClippedAtEnd, Fractions
+from bnprobe.training.divergence import DivergenceGuard, first_non_finite
+from bnprobe.training.feed import Feed
+from bnprobe.training.job import Job, Length, Outcome
+from bnprobe.training.keeper import Keeper
+from bnprobe.training.parallel import Replicas
+from bnprobe.training.state import require_resumable
+from bnprobe.training.step import Stepper
+from bnprobe.training.stopping import StopFlag
+from bnprobe.training.streams import restore, snapshot
+
+
+class Running:
+    """A run in progress; the model is in training already, and moves to the job's device.
+
+    Args:
+        job: What to train.
+        length: How long.
+        world: The processes.
+
+    Attributes:
+        replicas: The model, in this process and others.
+        step: Optimizer steps taken.
+        ending: How the run ended; None: it goes on.
+    """
+
+    def __init__(self, job: Job, length: Length, world: World) -> None:
+        job.model.to(job.device)
+        self.job, self.length, self.world = job, length, world
+        self.replicas = Replicas(job.model, job.device, world)
+        self.step = 0
+        self.ending: Ending | None = None
+        self._note = ""
+        self._feed = Feed(job.source, job.seed, job.spec.accumulate, world)
+        self._stepper = Stepper(job, self.replicas)
+        self._renorm = _attached(job.renorm, job.model, length)
+        self._keeper = Keeper(job.measure, job.goal, job.spec.patience)
+        self._guard = DivergenceGuard()
+        self._clipped = ClippedAtEnd(length.steps)
+        self._batch_renorms = [module for module in job.model.modules() if isinstance(module, BatchRenormBase)]
+        self._spent, self._began = 0.0, time.monotonic()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Which run this is: a saved state must be of the same."""
+        arm, seed, steps = self.job.arm, self.job.seed, self.length.steps
+        return {"arm": arm, "seed": seed, "steps": steps, "processes": self.world.size}
+
+    def evaluate_start(self, resumable: bool) -> None:
+        """Evaluate the weights as they are before the first step.
+
+        Args:
+            resumable: The run will be saved: see that it can be.
+
+        Raises:
+            UsageError: The optimizer or the schedule cannot be saved.
+        """
+        if resumable:
+            require_resumable("optimizer", self._stepper.optimizer)
+            require_resumable("schedule", self._stepper.schedule)
+        self._keeper.note(0, self.job.model, self._score())
+
+    def advance(self, read_clipped: Callable[[], Fractions | None], stop: StopFlag) -> tuple[TrainingStep, bool]:
+        """One optimizer step and what follows from it: the step, and whether a process was told to stop.
+
+        Args:
+            read_clipped: What Batch Renorm clipped since this was last called.
+            stop: Whether this process was told to stop.
+        """
+        number, rate, limits = self.step + 1, self._stepper.rate, self._limits()
+        group = self._feed.next_group()
+        loss, clipped, stopped = self._joined(self._stepper.losses(group, number), read_clipped(), stop)
+        self._clipped.add(clipped)
+        norm, score, problem = None, None, self._guard.of_loss(loss)
+        if problem is None:
+            norm, problem = self._apply(number)
+        if problem is None:
+            score = self._settle(number)
+        else:
+            self._diverge(number, problem, group, math.isfinite(loss))
+        figures = (loss, rate, norm, *limits, *(clipped or (None, None)), score)
+        return TrainingStep(self.job.arm, self.job.seed, number, self.length.steps, *figures), stopped
+
+    def close(self) -> None:
+        """Let go of the data."""
+        self._feed.close()
+
+    def outcome(self) -> Outcome:
+        """What came of it, once it has ended."""
+        assert self.ending is not None  # nobody asks before
+        keeper = self._keeper
+        if self.ending == "finished" and not keeper.chose:
+            keeper.keep_last(self.step, self.job.model)
+        r, d = self._clipped.mean(self.step) or (None, None)
+        seconds = self._spent + time.monotonic() - self._began
+        return Outcome(self.step, keeper.step, self.ending, self._note, seconds, r, d, keeper.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on, as tensors and plain types; every process must call this."""
+        model = self.job.model
+        return {
+            "step": self.step,
+            "position": (self._feed.epoch, self._feed.used),
+            "model": model.state_dict(),
+            "buffers": _unsaved_buffers(model),
+            "stepper": self._stepper.state_dict(),
+            "renorm": None if self._renorm is None else self._renorm.state_dict(),
+            "keeper": self._keeper.state_dict(),
+            "guard": self._guard.state_dict(),
+            "clipped": self._clipped.state_dict(),
+            "seconds": self._spent + time.monotonic() - self._began,
+            "random": self.world.gather(snapshot()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
+        """Go on from a state read from ``path``.
+
+        Raises:
+            StateError: It does not fit this run.
+        """
+        try:
+            self._load(state)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            found = " ".join(str(error).split())
+            raise StateError(
+                f"{path} does not fit this run ({type(error).__name__}: {found}). Resume with the settings that it was"
+                " begun with, or start anew with --force."
+            ) from error
+        self._feed.go_to(*state["position"])
+        restore(state["random"][self.world.rank])
+        self._set_ending()
+
+    def _load(self, state: dict[str, Any]) -> None:
+        model = self.job.model
+        model.load_state_dict(state["model"])
+        for name, buffer in _unsaved_buffers(model).items():
+            buffer.copy_(state["buffers"][name])
+        self._stepper.load_state_dict(state["stepper"])
+        if self._renorm is not None:
+            self._renorm.load_state_dict(state["renorm"])
+        self._keeper.load_state_dict(state["keeper"])
+        self._guard.load_state_dict(state["guard"])
+        self._clipped.load_state_dict(state["clipped"])
+        self.step, self._spent = state["step"], state["seconds"]
+
+    def _joined(self, loss: float, clipped: Fractions | None, stop: StopFlag) -> tuple[float, Fractions | None, bool]:
+        """Means over the processes, and whether one is to stop: what all of them decide by."""
+        loss, r, d, stopping = self.replicas.mean([loss, *(clipped or (0.0, 0.0)), float(bool(stop.name))])
+        return loss, (r, d) if clipped else None, stopping > 0
+
+    def _apply(self, number: int) -> tuple[float | None, str | None]:
+        """The optimizer's step: norm of the gradient, and what is wrong."""
+        taken = self._stepper.apply(number)
+        self.replicas.sync_buffers()
+        return taken.gradient_norm, taken.problem or self._guard.of_step(taken.skipped)
+
+    def _settle(self, number: int) -> Score | None:
+        """A step is taken: limits advance, weights are evaluated where it is time, and the run may end."""
+        self.step = number
+        if self._renorm is not None:
+            self._renorm.advance()
+        score = None
+        if self.length.evaluates(number):
+            score = self._score()
+            self._keeper.note(number, self.job.model, score)
+        self._set_ending()
+        return score
+
+    def _set_ending(self) -> None:
+        if self.step == self.length.steps:
+            self.ending = "finished"
+        elif self._keeper.exhausted:
+            self.ending = "early_stop"
+
+    def _diverge(self, number: int, problem: str, group: Sequence[Any], finite: bool) -> None:
+        self.ending = "diverged"
+        where = "" if finite else f" {self._where(group)}"
+        self._note = (
+            f"Diverged in step {number}: {problem}.{where} The weights of step {self._keeper.step} are kept."
+            " Choose a smaller learning rate, or clip the gradient (train.clip_norm)."
+        )
+
+    def _where(self, group: Sequence[Any]) -> str:
+        job = self.job
+        found = self.world.gather(first_non_finite(job.model, job.loss, group, job.device, job.autocast))
+        layer = next((name for name in found if name is not None), None)
+        if layer is None:
+            return "The inputs of all norm layers are finite: look at what follows the last of them, and at the loss."
+        return f"The first norm layer with NaN or Inf in its input is {layer}."
+
+    def _limits(self) -> tuple[float, float] | tuple[None, None]:
+        """Limits in force, those of the first Batch Renorm layer."""
+        first = next(iter(self._batch_renorms), None)
+        return (None, None) if first is None else (first.r_max, first.d_max)
+
+    def _score(self) -> Score | None:
+        """The same in every process, as what is decided by it must be: that of the first."""
+        if self.job.score is None:
+            return None
+        flags = [(module, module.training) for module in self.job.model.modules()]
+        with preserved_random_state():
+            score = self.job.score(self.job.model)
+        for module, flag in flags:
+            module.training = flag
+        return self.world.gather(score)[0]
+
+
+def _attached(spec: RenormSpec | None, model: nn.Module, length: Length) -> RenormSchedule | None:
+    """The schedule of the limits, with the model's Batch Renorm layers reading it."""
+    if spec is None:
+        return None
+    schedule = RenormSchedule(length.steps, **spec.model_dump(exclude={"momentum"}))
+    schedule.attach(model)
+    return schedule
+
+
+def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that the state_dict leaves out."""
+    saved = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}

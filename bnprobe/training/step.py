@@ -1,0 +1,143 @@
+"""One optimizer step: forward and backward of its micro-batches, clipping, the step itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnprobe.probing.batches import copy_tensors, to_device
+from bnprobe.probing.forward import model_code
+from bnprobe.probing.losses import casting, require_gradients, require_graph, require_scalar, training_code
+from bnprobe.training.divergence import bad_gradient
+from bnprobe.training.job import Job
+from bnprobe.training.parallel import Replicas
+
+_FIRST = "in training step {} (the first is 1)"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a step gave.
+
+    Attributes:
+        gradient_norm: Before clipping; None if nothing is clipped.
+        skipped: The gradients were not finite, and the float16 scaler took no step.
+        problem: Why no step could be taken, a clause; None if one was.
+    """
+
+    gradient_norm: float | None = None
+    skipped: bool = False
+    problem: str | None = None
+
+
+class Stepper:
+    """Takes the optimizer steps of a job.
+
+    Args:
+        job: What to train.
+        replicas: Its model, in this process and others.
+
+    Attributes:
+        optimizer, schedule: As the job makes them; the schedule may be None.
+        scaler: Of the gradients; does nothing but for float16.
+    """
+
+    def __init__(self, job: Job, replicas: Replicas) -> None:
+        self._job, self._replicas = job, replicas
+        self._parameters = [each for each in job.model.parameters() if each.requires_grad]
+        self.optimizer = job.make_optimizer(self._parameters)
+        self.schedule = None if job.make_schedule is None else job.make_schedule(self.optimizer)
+        self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.autocast is torch.float16)
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the first parameter group; NaN if the optimizer tells none."""
+        groups = getattr(self.optimizer, "param_groups", None) or [{}]
+        return float(groups[0].get("lr", math.nan))
+
+    def losses(self, group: Sequence[Any], step: int) -> float:
+        """Forward and backward of a step's micro-batches; their mean loss.
+
+        The gradient is that of the mean over the micro-batches of all processes, each of which counts as one.
+
+        Raises:
+            UserCodeError, UsageError, DeviceError: What the user's loss did; names the step.
+        """
+        self.forget_gradients()
+        values = [
+            self._one(batch, len(group), position == len(group) - 1, step) for position, batch in enumerate(group)
+        ]
+        if step == 1:
+            require_gradients(self._parameters)
+        return sum(value.item() for value in values) / len(values)
+
+    def apply(self, step: int) -> Taken:
+        """Clip the gradients and take the step, if they are finite."""
+        self.scaler.unscale_(self.optimizer)
+        norm = self._gradient_norm()
+        limit = self._job.spec.clip_norm
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            return Taken(problem=_not_finite(self._job.model))
+        scale = self.scaler.get_scale()
+        with model_code(f"calling step() of {type(self.optimizer).__name__} {_FIRST.format(step)}"):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        skipped = self.scaler.get_scale() < scale
+        if self.schedule is not None and not skipped:
+            with model_code(f"calling step() of {type(self.schedule).__name__} {_FIRST.format(step)}"):
+                self.schedule.step()
+        return Taken(None if limit is None else norm, skipped)
+
+    def forget_gradients(self) -> None:
+        """Let no gradient be of an earlier step."""
+        for parameter in self._job.model.parameters():
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of optimizer, schedule and scaler."""
+        schedule = None if self.schedule is None else self.schedule.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "schedule": schedule, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def _one(self, batch: Any, of: int, last: bool, step: int) -> Tensor:
+        job, place = self._job, _FIRST.format(step)
+        batch = copy_tensors(to_device(batch, job.device))
+        with self._replicas.without_sync(last):
+            with _border(f"calling loss(model, batch) {place}", job), casting(job.device, job.autocast):
+                returned = job.loss(self._replicas.callee, batch)
+            value = require_scalar(returned)
+            require_graph(value)
+            self._replicas.require_called()
+            with _border(f"running backward() from loss(model, batch) {place}", job):
+                self.scaler.scale(value if of == 1 else value / of).backward()
+        return value.detach()
+
+    def _gradient_norm(self) -> float:
+        """L2 norm before clipping; clips."""
+        limit = self._job.spec.clip_norm
+        if limit is not None:
+            return float(nn.utils.clip_grad_norm_(self._parameters, limit))
+        gradients = [each.grad for each in self._parameters if each.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
+
+
+def _border(call: str, job: Job) -> Any:
+    return training_code(call, "Training the model", job.device)
+
+
+def _not_finite(model: nn.Module) -> str:
+    name = bad_gradient(model)
+    if name is None:
+        return "the norm of the gradient is too large for its dtype"
+    return f"the loss is finite, but not the gradient; going backward, the first that is NaN or Inf is that of {name}"

@@ -1,0 +1,136 @@
+"""One of several processes that train together: python -m support.ranks FOLDER, in torchrun's environment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnprobe.distributed import World, connected
+from bnprobe.errors import BnprobeError
+from bnprobe.loading.data import as_batch_source
+from bnprobe.nn.batch_renorm import SyncBatchRenorm
+from bnprobe.nn.frozen import FrozenBatchNorm1d
+from bnprobe.training import Job, train
+from bnprobe.training.keeper import weights_of
+from support.finetuning import Steps, cross_entropy, held_out_score, job, network, source
+
+
+def launch(folder: Path, size: int = 2) -> dict[str, list[Any]]:
+    """Run all cases in so many processes: by case what each process saved, or the text of its error."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    common |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "support.ranks", str(folder)]
+    processes = [subprocess.Popen(command, env={**common, "RANK": str(rank)}) for rank in range(size)]
+    try:
+        assert [process.wait(120) for process in processes] == [0] * size
+    finally:
+        for process in processes:
+            process.kill()
+    saved = [torch.load(folder / str(rank), weights_only=True) for rank in range(size)]
+    return {case: [found[case] for found in saved] for case in CASES}
+
+
+def synced(channels: int) -> nn.Module:
+    return SyncBatchRenorm(channels, momentum=0.1, r_max=1.0, d_max=0.0)
+
+
+def frozen(channels: int) -> nn.Module:
+    layer = FrozenBatchNorm1d(channels)
+    layer.running_mean.fill_(0.1)
+    layer.running_var.fill_(0.7)
+    return layer
+
+
+def ordered(batch_size: int) -> Any:
+    """The same images in the same order, whatever the batch size."""
+    return as_batch_source(torch.utils.data.DataLoader(source(noise=0.0).batches.wrapped.dataset, batch_size))
+
+
+class Tracking(nn.Module):
+    """Has a buffer that every process fills with its own, and a layer that only some micro-batches reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.seldom, self.unused = network(dropout=0.3), nn.BatchNorm1d(6), nn.Linear(2, 2)
+        self.register_buffer("last", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.copy_(x[0])
+        return self.body(self.seldom(x) if x[0, 0] > 0 else x)
+
+
+def without_noise(size: int, **changes: Any) -> Job:
+    return job(source=ordered(size), **changes)
+
+
+def _going_past(model: Any, batch: Any) -> Tensor:
+    """Calls parts of the model, not the model."""
+    return nn.functional.cross_entropy(model.body(batch[0]), batch[1])
+
+
+def _stopping(model: nn.Module, batch: Any) -> Tensor:
+    """The second process is told to stop in its third step."""
+    _stopping.calls += 1
+    if os.environ["RANK"] == "1" and _stopping.calls == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return cross_entropy(model, batch)
+
+
+_stopping.calls = 0
+
+CASES: dict[str, Callable[[], Job]] = {
+    "synced": lambda: without_noise(4, model=network(synced, dropout=0.0)),
+    "frozen": lambda: without_noise(4, model=network(frozen, dropout=0.0)),
+    "accumulated": lambda: without_noise(2, model=network(frozen, dropout=0.0), accumulate=2, clip_norm=0.5),
+    "plain": lambda: job(Tracking(), source=source(images=39), score=held_out_score, steps=15),
+    "one step": lambda: without_noise(4, steps=1),
+    "parts": lambda: job(Tracking(), loss=_going_past),
+    "stopping": lambda: job(loss=_stopping),
+    "resumed": lambda: job(),
+    "whole": lambda: job(),
+    "diverging": lambda: job(network(synced), loss=lambda model, batch: cross_entropy(model, batch) + _inf()),
+}
+
+
+def _inf() -> float:
+    return torch.inf if os.environ["RANK"] == "1" else 0.0
+
+
+def outcome_of(case: str, folder: Path, world: World) -> Any:
+    """Train, and say what came of it."""
+    steps, made = Steps([]), CASES[case]()
+    state = folder / "state" if case in ("stopping", "resumed") else None
+    try:
+        outcome = train(made, state=state, on_step=steps, world=world)
+    except BnprobeError as error:
+        return f"{type(error).__name__}: {error}"
+    return {
+        "weights": outcome.weights,
+        "model": weights_of(made.model),
+        "summary": (outcome.steps, outcome.best_step, outcome.ending, outcome.note),
+        "losses": [step.loss for step in steps.steps],
+    }
+
+
+def main(folder: str) -> None:
+    """Run all cases, one after the other."""
+    torch.set_num_threads(1)
+    with connected() as world:
+        found = {case: outcome_of(case, Path(folder), world) for case in CASES}
+        torch.save(found, Path(folder) / str(world.rank))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

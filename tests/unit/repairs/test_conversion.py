@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+import bnprobe
+from bnprobe.errors import RepairError, UsageError
+from bnprobe.nn.batch_renorm import BatchRenorm2d
+from bnprobe.repairs import REPAIRS
+from bnprobe.repairs.group_norm import groups_for
+from bnprobe.spec import RepairName
+from support.networks import Residual
+from unit.repairs.models import BatchNormRelu
+
+
+def test_there_is_a_repair_for_every_name_of_the_spec() -> None:
+    assert (*(repair.name for repair in REPAIRS), "auto") == get_args(RepairName)
+
+
+def test_public_names_are_imported_on_first_use() -> None:
+    code = (
+        "import sys, bnprobe; assert 'torch' not in sys.modules;"
+        "assert bnprobe.nn.BatchRenorm2d and callable(bnprobe.convert); assert 'nn' in bnprobe.__all__"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_one_name_will_do_for_a_list() -> None:
+    converted = bnprobe.convert(Residual(), "bn2")
+    assert type(converted.bn1) is nn.BatchNorm2d
+    assert type(converted.bn2) is BatchRenorm2d
+
+
+def test_batch_renorm_takes_its_limits_and_momentum_from_the_spec() -> None:
+    own = {"r_max": 2.0, "d_max": 1.5, "momentum": 0.2}
+    layer = bnprobe.convert(nn.BatchNorm2d(3, momentum=0.3), renorm=own)
+    assert (layer.r_max, layer.d_max, layer.momentum) == (2.0, 1.5, 0.2)
+    assert bnprobe.convert(nn.BatchNorm2d(3, momentum=0.3)).momentum == 0.01
+    assert bnprobe.convert(nn.BatchNorm2d(3, momentum=0.3), renorm={"momentum": None}).momentum == 0.3
+
+
+def test_sync_is_batch_renorm_that_corrects_nothing() -> None:
+    layer = bnprobe.convert(nn.BatchNorm2d(3, momentum=0.3), to="sync")
+    assert (layer.r_max, layer.d_max, layer.momentum) == (1, 0, 0.3)
+    x = 5 + torch.randn(4, 3, 4, 4)
+    torch.testing.assert_close(layer(x), nn.BatchNorm2d(3)(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["sync", "batch-renorm"])
+def test_renorm_needs_a_positive_eps(to: str) -> None:
+    with pytest.raises(RepairError, match=r"\(root\) \(BatchNorm2d\) has eps 0, and"):
+        bnprobe.convert(nn.BatchNorm2d(3, eps=0.0), to=to)
+
+
+@pytest.mark.parametrize(
+    ("channels", "most", "least", "groups"),
+    [(64, 32, 1, 32), (48, 32, 1, 24), (16, 32, 1, 16), (16, 32, 2, 8), (7, 4, 1, 1), (7, 32, 1, 7), (7, 32, 2, 1)],
+)
+def test_groups_are_the_largest_divisor_that_will_do(channels: int, most: int, least: int, groups: int) -> None:
+    assert groups_for(channels, most, least) == groups
+
+
+def test_group_norm_never_makes_a_vector_zero() -> None:
+    layer = bnprobe.convert(nn.BatchNorm1d(16), to="group-norm")
+    assert layer(torch.randn(4, 16)).abs().mean() > 0.5
+    assert bnprobe.convert(nn.BatchNorm2d(16), to="group-norm", groups=4).num_groups == 4
+    with pytest.raises(RepairError, match="has one channel"):
+        bnprobe.convert(nn.BatchNorm1d(1), to="group-norm")
+    assert bnprobe.convert(nn.BatchNorm2d(1), to="group-norm").num_groups == 1
+
+
+def test_one_refusal_converts_nothing_and_names_all_of_them() -> None:
+    model = nn.Sequential(BatchNormRelu(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False))
+    with pytest.raises(RepairError) as caught:
+        bnprobe.convert(model, inplace=True)
+    assert str(caught.value).splitlines() == [
+        "Cannot be converted to batch-renorm:",
+        "0 (BatchNormRelu) does something else than normalize and then apply its child modules, which would be lost.",
+        "2 (BatchNorm2d) keeps no running statistics (track_running_stats=False): make it with"
+        " track_running_stats=True and recalibrate first.",
+        "Name the others (1) in layers=[...] to convert them alone.",
+    ]
+    assert type(model[1]) is nn.BatchNorm2d
+    assert type(bnprobe.convert(model, ["1"])[1]) is BatchRenorm2d
+
+
+def test_a_model_without_bn_is_refused() -> None:
+    with pytest.raises(RepairError, match="Linear has no Batch Normalization layer"):
+        bnprobe.convert(nn.Linear(2, 2))
+    with pytest.raises(RepairError, match="No BN layer was named"):
+        bnprobe.convert(Residual(), [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "renorm"}, "for to, but got the text 'renorm'"),
+        ({"blend": 2.0}, "for blend, but got 2.0"),
+        ({"group": 4}, 'Unknown key "group".*"groups"'),
+        ({"renorm": {"r_max": 0.5}}, "for renorm.r_max, but got 0.5"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        bnprobe.convert(Residual(), **options)
+
+
+def test_auto_needs_data() -> None:
+    with pytest.raises(RepairError, match='cannot be converted to "auto"'):
+        bnprobe.convert(Residual(), to="auto")

@@ -1,0 +1,25 @@
+"""What a second scan says of converted layers that cannot differ, or cannot be measured."""
+
+from __future__ import annotations
+
+import pytest
+
+import bnprobe
+from bnprobe.errors import NothingToProbeError
+from support.networks import Residual, images, unsettled
+
+REASONS = {
+    "frozen": "the same constants in training and at inference",
+    "instance-renorm": "the same output in training and at inference",
+    "gated": "a learned part of its batch statistics",
+}
+
+
+@pytest.mark.parametrize("to", REASONS)
+def test_layers_without_a_mismatch_to_measure_are_skipped_by_name(to: str) -> None:
+    model = bnprobe.convert(unsettled(Residual()), ["bn1"], to=to)
+    report = bnprobe.scan(model, images(8, 2, 3, 8, 8), 2, num_batches=8)
+    assert [layer.name for layer in report.layers] == ["bn2"]
+    assert [(layer.name, REASONS[to] in layer.reason) for layer in report.skipped] == [("bn1", True)]
+    with pytest.raises(NothingToProbeError, match=REASONS[to]):
+        bnprobe.scan(bnprobe.convert(model, ["bn2"], to=to), images(8, 2, 3, 8, 8), 2, num_batches=8)

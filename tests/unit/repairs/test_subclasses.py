@@ -1,0 +1,106 @@
+"""Subclasses that do more than normalize: carried over whole, or refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import bnprobe
+from bnprobe.errors import RepairError
+from bnprobe.nn.batch_renorm import SyncBatchRenorm
+from support.networks import unsettled
+from unit.repairs.models import (
+    EVERY,
+    Activated,
+    BatchNormAct,
+    BatchNormRelu,
+    Choosy,
+    NeverTraining,
+    OtherwiseInTraining,
+    Pooling,
+    Renamed,
+    Swapped,
+    SyncBatchNormAct,
+    images,
+    prepared,
+)
+
+
+@pytest.mark.parametrize("to", EVERY)
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_an_activation_of_a_subclass_is_carried_over(to: str, drop: float) -> None:
+    model = prepared(Activated(drop)).train()
+    converted = bnprobe.convert(model, to=to)
+    assert not isinstance(converted.bn, BatchNormAct)
+    assert {"bn.act.weight"} <= set(converted.state_dict())
+    bare = copy.deepcopy(converted.bn)
+    bare._forward_hooks.clear()
+    x = images(4, 4, 6, 6)
+    torch.manual_seed(1)
+    normalized = bare(x)
+    expected = bare.act(bare.drop(normalized))
+    torch.manual_seed(1)
+    torch.testing.assert_close(converted.bn(x), expected)
+    assert not torch.allclose(normalized, expected)
+
+
+def test_a_carried_activation_is_copied_pickled_and_converted_once_more() -> None:
+    model = prepared(Activated()).eval()
+    once = bnprobe.convert(model, to="frozen")
+    twice = bnprobe.convert(once, to="gated")
+    for twin in (once, twice, copy.deepcopy(twice), pickle.loads(pickle.dumps(once))):
+        torch.testing.assert_close(twin(images()), model(images()), rtol=0, atol=1e-6)
+    assert list(twice.bn._forward_hooks.values()) == list(once.bn._forward_hooks.values())
+
+
+def test_a_subclass_by_name_alone_is_converted_and_keeps_its_children_unused() -> None:
+    bn = unsettled(Renamed(4)).eval()
+    layer = bnprobe.convert(bn)
+    assert isinstance(layer.unused, nn.ReLU)
+    assert torch.equal(layer(images(2, 4, 3, 3)), bn(images(2, 4, 3, 3)))
+    assert (layer(images(2, 4, 3, 3)) < 0).any()
+
+
+@pytest.mark.parametrize("to", EVERY)
+@pytest.mark.parametrize("kind", [BatchNormRelu, Swapped, OtherwiseInTraining, NeverTraining, Pooling])
+def test_a_subclass_that_cannot_be_taken_apart_is_refused(to: str, kind: type[nn.BatchNorm2d]) -> None:
+    model = prepared(nn.Sequential(nn.Conv2d(3, 4, 1), kind(4)))
+    with pytest.raises(RepairError, match=rf"1 \({kind.__name__}\) does something else than normalize"):
+        bnprobe.convert(model, to=to)
+    assert type(model[1]) is kind
+
+
+def test_a_subclass_that_cannot_be_tried_is_refused_with_its_own_words() -> None:
+    with pytest.raises(RepairError, match=r"failed on a random input \(ValueError: not an image of 224\)"):
+        bnprobe.convert(nn.Sequential(Choosy(4)))
+
+
+def test_a_subclass_without_running_statistics_is_carried_over_to_group_norm() -> None:
+    layer = bnprobe.convert(prepared(BatchNormAct(4, track_running_stats=False)), to="group-norm")
+    x = images(2, 4, 3, 3)
+    expected = nn.functional.prelu(nn.functional.group_norm(x, 4, layer.weight, layer.bias), layer.act.weight)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_synchronized_subclass_keeps_its_activation() -> None:
+    layer = prepared(SyncBatchNormAct(4)).eval()
+    converted = bnprobe.convert(layer)
+    assert isinstance(converted, SyncBatchRenorm)
+    x = images(2, 4, 3, 3)
+    assert torch.equal(converted(x), layer(x))
+    assert (converted(x) >= 0).all()
+
+
+def test_trying_a_subclass_draws_nothing_and_changes_nothing() -> None:
+    model = prepared(Activated(0.5)).train()
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    bnprobe.convert(model)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -1,0 +1,99 @@
+"""The random streams of data and model."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from bnprobe.randomness import preserved_random_state, random_state, seed_everything
+from bnprobe.training.feed import Feed
+from bnprobe.training.streams import Stream, data_seed, model_seed, restore, rewind, snapshot
+from support.finetuning import Noisy, job, source, trained
+
+
+def draw() -> tuple[float, float, float]:
+    return random.gauss(0, 1), float(np.random.randn()), float(torch.randn(()))
+
+
+def test_a_state_survives_a_file_that_is_safe_to_load() -> None:
+    seed_everything(3)
+    draw()  # leaves half of a pair of normal numbers behind in random and numpy
+    buffer = io.BytesIO()
+    torch.save(snapshot(), buffer)
+    expected = [draw() for _ in range(3)]
+    buffer.seek(0)
+    restore(torch.load(buffer, weights_only=True))
+    assert [draw() for _ in range(3)] == expected
+
+
+def test_a_stream_flows_beside_the_one_in_force() -> None:
+    with preserved_random_state():
+        seed_everything(7)
+        expected = [draw() for _ in range(4)]
+    before, stream, found = random_state(), Stream(7), []
+    for _ in range(4):
+        with stream.flowing():
+            found.append(draw())
+        assert random_state() == before
+    assert found == expected
+
+
+def test_seeds_of_epochs_ranks_and_models_differ() -> None:
+    seeds = [data_seed(seed, epoch) for seed in range(4) for epoch in range(4)]
+    seeds += [model_seed(seed, rank) for seed in range(4) for rank in range(4)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_generators_that_the_data_hold_begin_anew() -> None:
+    class Holder:
+        def __init__(self) -> None:
+            self.parts = [{"torch": torch.Generator()}, random.Random(1), np.random.RandomState(1)]
+            self.numpy = np.random.default_rng(1)
+            self.me = self
+
+        def draw(self) -> list[float]:
+            first, plain, old = self.parts
+            torchs = float(torch.rand((), generator=first["torch"]))
+            return [torchs, plain.random(), float(old.rand()), float(self.numpy.random())]
+
+    holder, seen = Holder(), []
+    for seed in (5, 6, 5):
+        rewind([holder], seed)
+        seen.append(holder.draw())
+        holder.draw()
+    assert seen[0] == seen[2]
+    assert all(one != other for one, other in zip(seen[0], seen[1], strict=True))
+
+
+def test_a_feed_goes_to_any_position() -> None:
+    whole = Feed(source(), 4)
+    batches, positions = [], []
+    for _ in range(25):
+        positions.append((whole.epoch, whole.used))
+        batches.append(whole.next_group()[0][0])
+    for number in (0, 3, 10, 17, 24):
+        feed = Feed(source(), 4)
+        feed.go_to(*positions[number])
+        for expected in batches[number : number + 3]:
+            assert torch.equal(feed.next_group()[0][0], expected)
+
+
+def test_an_epoch_is_read_whole_and_only_once() -> None:
+    data = Noisy(noise=0.0)
+    feed = Feed(source(noise=0.0), 0)
+    seen = torch.cat([feed.next_group()[0][0] for _ in range(10)])
+    assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, data.images.tolist()))
+    assert feed.epoch == 0
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_worker_processes_end_with_the_run(persistent: bool) -> None:
+    before = set(multiprocessing.active_children())
+    trained(job(source=source(num_workers=2, persistent_workers=persistent), steps=13))
+    assert set(multiprocessing.active_children()) == before
