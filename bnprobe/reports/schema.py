@@ -1,6 +1,7 @@
-"""The JSON Schema of the JSON report, made from the records and their docstrings.
+"""The JSON Schemas of the JSON report and of the record of a repair, made from the records and their docstrings.
 
-``python -m bnprobe.reports.schema`` prints it; ``report.schema.json`` beside this file is the committed copy.
+``python -m bnprobe.reports.schema`` prints that of the report, with ``record`` after it that of the record;
+``report.schema.json`` and ``record.schema.json`` beside this file are the committed copies.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
 from typing import Any
 
 from bnprobe import records
@@ -16,25 +18,33 @@ from bnprobe import records
 _ATTRIBUTE = re.compile(r"^    (?P<names>\w+(?:, \w+)*): (?P<text>.+)$")
 
 
-def schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a report, as a plain dictionary."""
+DOCUMENTS: dict[str, tuple[type, str]] = {
+    "report": (records.Report, "bnprobe report"),
+    "record": (records.RepairRecord, "bnprobe repair record"),
+}
+"""What there is a schema of: the record and the title."""
+
+
+def schema(document: str = "report") -> dict[str, Any]:
+    """The JSON Schema (2020-12) of one of ``DOCUMENTS``, as a plain dictionary."""
     from pydantic import TypeAdapter
 
-    generated = TypeAdapter(records.Report).json_schema(mode="serialization")
+    record, title = DOCUMENTS[document]
+    generated = TypeAdapter(record).json_schema(mode="serialization")
     definitions = {name: _closed(name, body) for name, body in sorted(generated.pop("$defs").items())}
-    report = _closed("Report", generated)
-    report["properties"]["schema_version"]["const"] = records.SCHEMA_VERSION
+    closed = _closed(record.__name__, generated)
+    closed["properties"]["schema_version"]["const"] = records.SCHEMA_VERSION
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **report,
-        "title": "bnprobe report",
+        **closed,
+        "title": title,
         "$defs": definitions,
     }
 
 
-def schema_text() -> str:
+def schema_text(document: str = "report") -> str:
     """The schema as it is committed."""
-    return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(schema(document), indent=2, ensure_ascii=False) + "\n"
 
 
 def _closed(name: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -74,4 +84,4 @@ def _docstring(record: type) -> tuple[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    print(schema_text(), end="")
+    print(schema_text(*sys.argv[1:]), end="")

@@ -1,0 +1,68 @@
+"""What the user's forward gives to the model: the arguments that an exported file will be called with."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from bnprobe.errors import RepairError
+from bnprobe.exporting.interface import Arguments
+from bnprobe.probing.batches import copy_tensors, map_leaves, tensors_of
+from bnprobe.probing.forward import describe_call, model_code
+from bnprobe.usercode import BatchFunction
+
+
+def arguments_of(model: nn.Module, forward: BatchFunction, batch: Any) -> Arguments:
+    """Run the user's forward on a batch; the arguments of the first call of the model itself, all positional.
+
+    Raises:
+        RepairError: The model itself is not called, or not with tensors in positional arguments alone.
+        UserCodeError: The user's code raised.
+    """
+    calls: list[Arguments] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(copy_tensors(_positional(module, args, kwargs)))
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad(), model_code(f"calling {describe_call(forward, batch)} (before the export)"):
+            forward(model, copy_tensors(batch))
+    finally:
+        handle.remove()
+    if not calls:
+        raise RepairError(
+            "forward(model, batch) never calls the model itself, only parts of it: there is no graph of the whole to"
+            " export. Let the module's own forward(...) do what is to be deployed."
+        )
+    if not tensors_of(calls[0]):
+        raise RepairError("The model is called without a tensor: there is no input that an exported file could take.")
+    return calls[0]
+
+
+def _positional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    if not kwargs:
+        return args
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    if bound.kwargs:
+        raise RepairError(
+            f"The model is called with arguments that can be given by name only ({', '.join(bound.kwargs)}). Exported"
+            " files take positional ones: take the * or ** out of its forward."
+        )
+    return bound.args
+
+
+def shapes_of(arguments: Arguments, images: int) -> Arguments:
+    """Like the arguments: which axes count the images, as ``torch.export`` takes it."""
+    batch = Dim("batch")
+
+    def shape(leaf: Any) -> Any:
+        counts = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == images
+        return {0: batch} if counts else None
+
+    found: Arguments = map_leaves(arguments, shape)
+    return found

@@ -1,0 +1,222 @@
+"""Export what a spec names, load the file again, and hold its outputs against the model's."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnprobe.errors import RepairError, UsageError, UserCodeError
+from bnprobe.exporting.arguments import arguments_of, shapes_of
+from bnprobe.exporting.compare import Difference, difference
+from bnprobe.exporting.exporters import EXPORTERS
+from bnprobe.exporting.interface import Arguments, Exporter, Run, Written, is_installed, root_cause
+from bnprobe.exporting.quantize import quantized
+from bnprobe.loading.workload import Workload, load_workload
+from bnprobe.probing.batches import CannotEmulateError, check_finite, count_images, join
+from bnprobe.probing.forward import default_forward, forward_all
+from bnprobe.probing.population import pick
+from bnprobe.randomness import preserved_random_state, seed_everything
+from bnprobe.spec import Spec
+
+BATCHES = 3
+"""Batches of the user's data that the file is checked on, beside one of another size and one of a single image."""
+
+_SYNTHETIC_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that is not written yet, and what it was found to give.
+
+    Attributes:
+        format: As ``--to`` has it.
+        model, checkpoint: As in a scan's record.
+        content: Of the file.
+        differences: Of the file's outputs from those of the model in it, batch by batch; none: it could not be run.
+        quantization: Of the outputs of the quantized model from those of the model as loaded; none: not quantized.
+        notes: What the reader should know, a sentence each.
+    """
+
+    format: str
+    model: str
+    checkpoint: str | None
+    content: bytes
+    differences: tuple[Difference, ...]
+    quantization: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def relative(self) -> float:
+        """The largest relative difference; 0 if the file could not be run."""
+        return max((each.relative for each in self.differences), default=0.0)
+
+
+def exporter_named(name: str, quantize: bool) -> Exporter:
+    """The format of that name.
+
+    Raises:
+        UsageError: There is none, its packages are missing, or it cannot hold a quantized model.
+    """
+    found = next((exporter for exporter in EXPORTERS if exporter.name == name), None)
+    if found is None:
+        raise UsageError(f"There is no format {name} to export to; known: {', '.join(e.name for e in EXPORTERS)}.")
+    missing = [package for package in found.packages if not is_installed(package)]
+    if missing:
+        raise UsageError(f"--to {name} needs {' and '.join(missing)}. Run: pip install {' '.join(missing)}.")
+    if quantize and not found.takes_quantized:
+        able = next(exporter.name for exporter in EXPORTERS if exporter.takes_quantized)
+        raise UsageError(f"--quantize has kernels that {name} cannot hold; give --to {able}, or leave it out.")
+    return found
+
+
+def export_spec(spec: Spec, to: str, quantize: bool = False) -> Exported:
+    """Load what a spec names, export it in eval mode from the CPU, and check the file.
+
+    Raises:
+        RepairError: The model cannot be exported, or the file not be run.
+        BnprobeError: See ``bnprobe.errors`` for the tree.
+    """
+    exporter = exporter_named(to, quantize)
+    with preserved_random_state(), torch.no_grad():
+        seed_everything(spec.data.seed)
+        workload = load_workload(_with_batch_size(spec))
+        model = workload.model.cpu().eval()
+        cases, fixed = _cases(workload, model)
+        before = [(images, model(*arguments)) for images, arguments in cases]
+        changes: tuple[Difference, ...] = ()
+        if quantize:
+            model = quantized(model, [arguments for _, arguments in cases])
+            changes = tuple(
+                difference(output, model(*arguments), images)
+                for (images, output), (_, arguments) in zip(before, cases, strict=True)
+            )
+        written, run, fixed = _export(exporter, model, cases, fixed)
+        found = tuple(_checked(exporter, model, run, cases, fixed)) if run else ()
+    notes = [*workload.notes, *written.notes]
+    if run is None:
+        notes.append(f"The outputs were not checked: nothing that runs {to} files is installed (onnxruntime).")
+    return Exported(to, workload.model_name, workload.checkpoint, written.content, found, changes, tuple(notes))
+
+
+def _with_batch_size(spec: Spec) -> Spec:
+    """Made-up images need a number; any will do."""
+    if spec.data.batch_size is not None or not spec.data.input_shape:
+        return spec
+    return spec.model_copy(update={"data": spec.data.model_copy(update={"batch_size": _SYNTHETIC_BATCH})})
+
+
+def _cases(workload: Workload, model: nn.Module) -> tuple[list[tuple[int, Arguments]], bool]:
+    """Images and arguments of several batches; whether the model takes one size only.
+
+    The first is the example, of two images at least where that can be.
+    """
+    forward = workload.forward or (forward_all if workload.source.synthetic else default_forward)
+    batches = list(itertools.islice(workload.source.batches, BATCHES))
+    for number, batch in enumerate(batches, 1):
+        check_finite(batch, number)
+    if not batches:
+        raise RepairError("The data gave no batch: an export needs one as an example of the model's input.")
+    found: list[tuple[int, Arguments]] = []
+    fixed = False
+    for batch in [*batches, *_other_sizes(batches)]:
+        images = count_images(batch) or 1
+        try:
+            found.append((images, arguments_of(model, forward, batch)))
+        except UserCodeError:
+            if not found or images == found[0][0]:
+                raise
+            fixed = True  # the model takes no other size than its loader gives
+    if fixed:
+        return [case for case in found if case[0] == found[0][0]], True
+    found.sort(key=lambda case: case[0] < 2)  # an example of one image would fix the size
+    return found, False
+
+
+def _other_sizes(batches: Sequence[Any]) -> Iterator[Any]:
+    """Two batches in one, and a single image, where the batches can be joined and taken apart."""
+    images = count_images(batches[0])
+    try:
+        if len(batches) > 1:
+            yield join(list(batches[:2]))
+    except CannotEmulateError:
+        return
+    if images is not None and images > 1:
+        yield pick(batches[0], [0], images)
+
+
+def _export(
+    exporter: Exporter, model: nn.Module, cases: Sequence[tuple[int, Arguments]], fixed: bool
+) -> tuple[Written, Run | None, bool]:
+    """The file, what runs it, and whether it takes batches of the example's size only."""
+    images, example = cases[0]
+    if not fixed:
+        # The graph may fix the size in any way, and torch says so in as many; what remains is that it takes one size.
+        with suppress(Exception):
+            return *_flexible(exporter, model, cases), False
+    written = _fixed(exporter, model, example)
+    note = f"The file takes batches of {images} images only: the model fixes the size of its batch."
+    return replace(written, notes=(*written.notes, note)), exporter.read(written.content), True
+
+
+def _flexible(
+    exporter: Exporter, model: nn.Module, cases: Sequence[tuple[int, Arguments]]
+) -> tuple[Written, Run | None]:
+    """A file that takes batches of any size, and runs on those at hand."""
+    images, example = cases[0]
+    written = _written(exporter, model, example, shapes_of(example, images))
+    run = exporter.read(written.content)
+    if run is not None:
+        for _, arguments in cases:
+            run(arguments)
+    return written, run
+
+
+def _fixed(exporter: Exporter, model: nn.Module, example: Arguments) -> Written:
+    try:
+        return _written(exporter, model, example, None)
+    except Exception as error:
+        raise RepairError(
+            f"{type(model).__name__} could not be exported as {exporter.name} ({root_cause(error)})."
+            " Another format may do (--to)."
+        ) from error
+
+
+def _written(exporter: Exporter, model: nn.Module, example: Arguments, shapes: Arguments | None) -> Written:
+    with warnings.catch_warnings(), _unlogged():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of torch about its own insides
+        return exporter.write(model, example, shapes)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without torch's log of a graph that it gave up, pages of it: the error says what is to be said."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _checked(
+    exporter: Exporter, model: nn.Module, run: Run, cases: Sequence[tuple[int, Arguments]], fixed: bool
+) -> Iterator[Difference]:
+    """The file against the model, on every batch that it takes."""
+    for images, arguments in cases:
+        if fixed and images != cases[0][0]:
+            continue
+        try:
+            found = run(arguments)
+        except RuntimeError as error:
+            raise RepairError(f"The {exporter.name} file cannot be run on {images} images: {error}") from error
+        yield difference(model(*arguments), found, images)

@@ -1,0 +1,278 @@
+"""What the report of a repair says, and that it fits its page."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fabricated_scans import FILES, files, scans
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from safetensors.torch import save_file
+from test_repair_golden import CASES, rendered
+from torch import nn
+
+import bnprobe
+from bnprobe.records import Estimate, LayerChange, RepairRecord, RequirementResult
+from bnprobe.reports import RenderOptions
+from bnprobe.reports.estimates import column, estimate
+from bnprobe.reports.layout import Page
+from bnprobe.reports.plan import render_plan
+from bnprobe.reports.repair import Files, record_json, render_record
+from support import repairs
+
+NAMES = sorted({(kind, name) for kind, name, *_ in CASES})
+WIDE = RenderOptions(width=400)
+TO_PASTE = "    "
+"""How lines begin that are pasted as a whole and therefore never broken."""
+
+
+def text_of(record: RepairRecord, name: str = "better", options: RenderOptions = WIDE) -> str:
+    before, after = scans(name)
+    return render_record(record, before, after, options, files(record, after))
+
+
+@pytest.mark.parametrize(("kind", "name"), NAMES)
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+def test_everything_fits_every_page(kind: str, name: str, width: int) -> None:
+    for unicode in (True, False):
+        text = rendered(kind, name, RenderOptions(width=width, unicode=unicode, show_all=True))
+        lines = text.splitlines()
+        narrow = [line for line in lines if width >= 80 or not line.startswith(TO_PASTE)]
+        assert max(map(cell_len, narrow)) <= width
+        assert [line for line in lines if line != line.rstrip()] == []
+        assert unicode or text.isascii()
+
+
+@pytest.mark.parametrize(("kind", "name"), NAMES)
+def test_colours_add_nothing_but_colours(kind: str, name: str) -> None:
+    coloured = rendered(kind, name, RenderOptions(color=True))
+    assert "\x1b[" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == rendered(kind, name, RenderOptions())
+
+
+AWKWARD = ("[red]", "a" * 300, "\x1b[2J", "two\nlines", "\u7d22\u5f15" * 30, "\\", "=", "x y")
+
+
+@settings(max_examples=30)
+@given(
+    names=st.lists(st.one_of(st.text(min_size=1), st.sampled_from(AWKWARD)), min_size=1, max_size=4, unique=True),
+    width=st.integers(40, 120),
+    unicode=st.booleans(),
+)
+def test_a_plan_of_layers_of_any_name_fits(names: list[str], width: int, unicode: bool) -> None:
+    changes = tuple(LayerChange(name, (name,), "BatchNorm2d", name, f"matches {name}", name) for name in names)
+    text = render_plan(repairs.plan(changes=changes), RenderOptions(width=width, unicode=unicode))
+    assert "\x1b" not in text
+    assert unicode or text.isascii()
+    assert max(map(cell_len, text.splitlines())) <= width
+
+
+def test_a_control_that_does_as_well_is_said_plainly() -> None:
+    text = text_of(repairs.same())
+    assert "\n! Plain BN fine-tuned the same way does as well as batch-renorm.\n" in text
+    assert "Gain over BN fine-tuned in the loss: +0.001 ± 0.012 (+ is better; 95%, paired over 3 seeds)." in text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("better", "✓ batch-renorm is better than plain BN fine-tuned the same way."),
+        ("diverged", "– batch-renorm could not be compared with plain BN fine-tuned the same way."),
+        ("recalibrated", "✓ The recalibrated model is better than the model as it is."),
+        ("group_norm", "? Whether group-norm is better than plain BN fine-tuned the same way is not decided."),
+        ("failed", "✗ 2 of 3 requirements do not hold. frozen is worse than plain BN fine-tuned the same way."),
+        ("unscored", "– Converted, but nothing was scored: what it gains is not known."),
+    ],
+)
+def test_the_verdict_of(name: str, said: str) -> None:
+    assert f"\n{said}\n" in text_of(repairs.RECORDS[name](), name)
+
+
+def test_without_a_control_nothing_is_claimed() -> None:
+    record = repairs.better()
+    assert record.proof is not None
+    alone = replace(record.proof, control=None, gain=None, conclusion="not_compared", message="")
+    text = text_of(replace(record, proof=alone))
+    assert "– batch-renorm: scored, but not held against a control." in text
+    assert "Gain" not in text
+    assert "its control" not in text
+
+
+def test_arms_that_are_marked() -> None:
+    rows = [line for line in text_of(repairs.better()).splitlines() if re.match(r"^.{3}\S.*(finished|0\.908)$", line)]
+    assert [(line[0], line[3:16].strip()) for line in rows] == [
+        (" ", "recalibrated"),
+        ("c", "BN fine-tuned"),
+        ("→", "batch-renorm"),
+        (" ", "frozen"),
+    ]
+
+
+def test_how_runs_ended_and_why() -> None:
+    text = text_of(repairs.diverged(), "diverged")
+    assert re.search(r"c  BN fine-tuned .* 450  early stop\n", text)
+    assert re.search(r"→  batch-renorm .* 200–500  212–500  1 diverged\n", text)
+    assert re.search(r"   gated +– +– +0 +41–43  diverged\n", text)
+    assert "gated, seed 1: The loss was NaN at step 42: the output of layer3.0.bn2 was the first" in text
+    assert "batch-renorm clipped 21% of r and 0.4% of d in the last tenth of its steps." in text
+
+
+def test_many_runs_that_diverged_are_counted() -> None:
+    record = repairs.diverged()
+    assert record.proof is not None
+    gated = record.proof.arms[-1]
+    more = replace(gated, name="frozen")
+    record = replace(record, proof=replace(record.proof, arms=(*record.proof.arms, more)))
+    assert "\n  and 4 more runs; --all shows every one.\n" in text_of(record)
+    assert "frozen, seed 2: The loss" in text_of(record, options=replace(WIDE, show_all=True))
+
+
+def test_a_value_is_shown_with_as_many_digits_as_tell_it_from_its_limit() -> None:
+    required = (
+        RequirementResult("metric>=0.97", 0.969999, False),
+        RequirementResult("loss<=0.25", 0.23664, True),
+        RequirementResult("flagged==0", None, False),
+    )
+    text = text_of(replace(repairs.better(), requirements=required))
+    assert "✗ metric>=0.97: 0.969999\n" in text
+    assert "✓ loss<=0.25: 0.2366\n" in text
+    assert "✗ flagged==0: not measured\n" in text
+
+
+def test_the_flags_of_every_layer_are_compared() -> None:
+    text = text_of(repairs.recalibrated(), "recalibrated")
+    assert re.search(r"\n✓  layer2.0.downsample.1 +1.0 → 343 .* 38.9 .*→ 0.004  no longer flagged\n", text)
+    assert re.search(r"\n✗  layer3.0.bn1 .* still flagged\n", text)
+    assert "Flagged layers: 6 → 5.\n" in text
+    assert "Flagged layers: 6 before; the repaired model was not scanned.\n" in text_of(
+        repairs.group_norm(), "group_norm"
+    )
+
+
+def test_a_large_network_shows_the_layers_that_were_worst() -> None:
+    short = text_of(repairs.large(), "large")
+    assert "48 more layers (48 not flagged); --all shows every one.\n" in short
+    assert short.count("no longer flagged\n") == 9
+    complete = text_of(repairs.large(), "large", replace(WIDE, show_all=True))
+    assert len(re.findall(r"\n✓  features", complete)) == 60
+
+
+# --- Digits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "shown"),
+    [
+        (0.97142, 0.0063, "0.971 ± 0.006"),
+        (0.97142, 0.0013, "0.9714 ± 0.0013"),
+        (0.97142, 0.035, "0.971 ± 0.035"),
+        (0.97142, 0.036, "0.97 ± 0.04"),
+        (1.9431, 0.55, "1.9 ± 0.6"),
+        (1.9431, 55.0, "2 ± 55"),
+        (0.0, 0.002, "0.0000 ± 0.0020"),
+        (-0.00001, 0.02, "0.000 ± 0.020"),
+        (0.97142, 0.0, "0.971 ± 0"),
+        (0.97142, 1e-7, "0.971 ± 1e-07"),
+        (3.2e7, 1e6, "3.2e+07 ± 1e+06"),
+        (0.97142, None, "0.971"),
+    ],
+)
+def test_no_more_digits_than_the_interval_allows(mean: float, half: float | None, shown: str) -> None:
+    interval = None if half is None else (mean - half, mean + half)
+    assert estimate(Estimate(mean, interval)) == shown
+
+
+def test_a_gain_carries_its_sign() -> None:
+    assert estimate(Estimate(0.0251, (0.0185, 0.0317)), signed=True) == "+0.025 ± 0.007"
+    assert estimate(Estimate(-0.011, None), signed=True) == "-0.011"
+    assert estimate(Estimate(0.00001, (-0.01, 0.01)), signed=True) == "0.000 ± 0.010"
+
+
+@pytest.mark.parametrize("unicode", [True, False])
+def test_estimates_one_below_the_other_have_their_points_in_line(unicode: bool) -> None:
+    cells = column([Estimate(12.3, None), Estimate(0.5, (0.46, 0.54)), None], Page(80, unicode))
+    assert len({cell.index(".") for cell in cells[:2]}) == 1
+    assert len({cell_len(cell) for cell in cells}) == 1
+
+
+# --- Using the weights ------------------------------------------------------------------------------------------------
+
+
+def python_of(text: str) -> str:
+    """The lines of Python that the report prints."""
+    after = text.partition("In Python:\n")[2].splitlines()
+    end = next(index for index, line in enumerate([*after, ""]) if not line.startswith(TO_PASTE))
+    return "\n".join(line.strip() for line in after[:end])
+
+
+def test_the_lines_of_python_load_the_weights(tmp_path: Path) -> None:
+    trained, model = (nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)) for _ in range(2))
+    path = tmp_path / 'odd "name".safetensors'
+    save_file(trained.state_dict(), path)
+    code = python_of(text_of(replace(repairs.better(), weights=str(path))))
+    assert len(code.splitlines()) == 3
+    exec(code, {"model": model})
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in trained.state_dict().items())
+
+
+def test_a_model_that_does_not_deploy_is_converted_first() -> None:
+    text = text_of(repairs.group_norm(), "group_norm")
+    code = python_of(text)
+    compile(code, "printed", "exec")
+    assert 'record = json.loads(Path("repaired.record.json").read_bytes())' in code
+    assert 'model = bnprobe.convert(model, layers, to="group-norm", groups=32)\nweights = ' in code
+    assert "needs the model converted to group-norm first." in text
+    assert "bnprobe export" not in text
+
+
+def test_the_lines_of_python_make_the_repaired_model_again(tmp_path: Path) -> None:
+    trained, model = (nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8)) for _ in "ab")
+    repaired = bnprobe.convert(trained, ["1", "3"], to="group-norm", groups=2).eval()
+    weights, written = tmp_path / "repaired.safetensors", tmp_path / "repaired.record.json"
+    save_file(repaired.state_dict(), weights)
+    converted = tuple(LayerChange(name, (), "BatchNorm2d", "GroupNorm", "as asked for") for name in "13")
+    made = repairs.plan(to="group-norm", changes=converted, deploys=False)
+    for changes in (converted, converted * 2):  # written out, or read from the record
+        record = replace(repairs.better(), plan=replace(made, changes=changes), weights=str(weights))
+        record = replace(record, settings={"repair": {"groups": 2}})
+        written.write_text(record_json(record), encoding="utf-8")
+        names = {"model": model}
+        exec(python_of(render_record(record, None, None, WIDE, Files(str(written)))), names)
+        images = torch.randn(2, 1, 6, 6)
+        assert torch.equal(names["model"].eval()(images), repaired(images))
+
+
+def test_few_layers_are_named_in_the_lines_of_python() -> None:
+    record = repairs.group_norm()
+    assert record.plan is not None
+    record = replace(record, plan=replace(record.plan, changes=record.plan.changes[:2]))
+    assert 'layers = ["layer2.0.bn1", "layer2.0.bn2"]' in python_of(text_of(record, "group_norm"))
+
+
+@pytest.mark.parametrize(
+    ("command", "target"),
+    [
+        ("bnprobe convert spec.yaml --finetune", "spec.yaml"),
+        ("torchrun -m bnprobe convert 'my model.py' --finetune", "'my model.py'"),
+        ("bnprobe convert --finetune spec.yaml", "sample_configs/digits/model.py:load_model"),
+        (None, "sample_configs/digits/model.py:load_model"),
+    ],
+)
+def test_the_next_commands_name_what_the_command_named(command: str | None, target: str) -> None:
+    text = text_of(replace(repairs.better(), command=command))
+    assert f"    bnprobe export {target} --checkpoint repaired.safetensors\n" in text
+    assert "    bnprobe verify repaired.before.json repaired.after.json\n" in text
+
+
+def test_what_was_not_written_is_not_named() -> None:
+    record = repairs.better()
+    text = render_record(record, None, None, WIDE, Files(record=FILES.record))
+    assert "bnprobe verify" not in text
+    assert "scan before" not in text
+    assert "No weights were written." in text_of(repairs.failed())
+    assert "load_file" not in text_of(repairs.failed())
