@@ -1,3 +1,277 @@
 """Repair a model and prove the gain: a table of contents."""
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bnprobe
+from bnprobe.describe import environment
+from bnprobe.distributed import ALONE, World, launched
+from bnprobe.errors import NothingToProbeError, SpecError, UsageError
+from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_anew
+from bnprobe.pipeline import no_progress, scan_workload
+from bnprobe.probing.drive import Progress
+from bnprobe.proof import OnStep, best_candidate, prove
+from bnprobe.randomness import preserved_random_state, seed_everything
+from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
+from bnprobe.repairs import REPAIRS, deployable_state, on_host, plan, repair_named, wanted_by_globs, wanted_from_report
+from bnprobe.reports.json import load as load_report
+from bnprobe.requirement import check, parse_requirement
+from bnprobe.spec import Spec
+from bnprobe.subject import Subject, make_subject, require_trainable
+from bnprobe.training import StateFolder, StepLog
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair gives.
+
+    Attributes:
+        record: Without the weights' file, which is not written yet.
+        weights: Of the repaired model, in the order of its state dict.
+        before, after: Reports of the scans of the model as loaded and repaired; None where there was none.
+    """
+
+    record: RepairRecord
+    weights: dict[str, Tensor]
+    before: Report | None
+    after: Report | None
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for beyond the spec.
+
+    Attributes:
+        finetune: Train, and prove the gain.
+        state: Folder of the state to resume from; None: nothing is saved.
+        log: File for a row of every optimizer step; None: no log.
+        resume: Go on from it.
+        command: As typed.
+    """
+
+    finetune: bool = False
+    state: Path | None = None
+    log: Path | None = None
+    resume: bool = False
+    command: str | None = None
+
+
+def plan_spec(spec: Spec, progress: Progress = no_progress) -> Plan:
+    """What ``repair_spec`` would change; nothing is changed.
+
+    The data is needed only where a scan has to say which layers are flagged.
+
+    Raises:
+        BnprobeError: See ``bnprobe.errors`` for the tree.
+    """
+    with preserved_random_state():
+        seed_everything(spec.data.seed)
+        if spec.repair.layers or spec.repair.report:
+            plans = _plans(spec, load_model_only(spec).model, None)
+        else:
+            workload = load_workload(spec)
+            plans = _plans(spec, workload.model, scan_workload(workload, spec.settings(), progress))
+    return plans[0] if spec.repair.to != "auto" else replace(plans[0], to="auto")
+
+
+def repair_spec(
+    spec: Spec,
+    wish: Wish,
+    progress: Progress = no_progress,
+    on_step: OnStep = lambda step: None,
+    world: World = ALONE,
+) -> Repaired | None:
+    """Load what a spec names, convert its layers, fine-tune if asked for, and scan again.
+
+    Returns:
+        None if no layer needs repair.
+
+    Raises:
+        BnprobeError: See ``bnprobe.errors`` for the tree.
+    """
+    for text in spec.repair.require:
+        parse_requirement(text)
+    if spec.repair.to == "auto" and not wish.finetune:
+        raise UsageError("--to auto chooses by training every candidate for a while: add --finetune, or name a repair.")
+    with preserved_random_state():
+        seed_everything(spec.data.seed)
+        workload = load_workload(spec)
+        if wish.finetune:
+            require_trainable(workload)
+        before = scan_workload(workload, spec.settings(), progress, world)
+        plans = _plans(spec, workload.model, before)
+        if not plans[0].changes:
+            return None
+        seed_everything(spec.data.seed)
+        workload = read_anew(spec, workload)
+        subject, notes = make_subject(spec, workload, wish.finetune)
+        folder = _folder(spec, wish, plans, subject, world)
+        with _logged(wish, on_step, world) as log:
+            made = plans[0]
+            if len(plans) > 1:
+                made, sentence = best_candidate(subject, plans, on_step=log, world=world)
+                notes.append(sentence)
+            proven = prove(subject, [made], folder=folder, on_step=log, world=world)
+        weights = _weights(proven.model, subject.model, made)
+        after, flagged = _second_scan(spec, workload, proven.model, made, progress, world)
+        if after is None:
+            notes.append("There is no second scan, since no layer is left that a scan could measure.")
+    record = _record(spec, wish, workload, subject, made, proven.proof, (before.summary.flagged, flagged), notes)
+    return Repaired(record, weights, before, after)
+
+
+@contextmanager
+def _logged(wish: Wish, on_step: OnStep, world: World) -> Iterator[OnStep]:
+    """``on_step``, and a row in the log; a run that begins anew begins a new log."""
+    if wish.log is None or not world.is_main:
+        yield on_step
+        return
+    if not wish.resume:
+        wish.log.unlink(missing_ok=True)
+    with closing(StepLog(wish.log)) as log:
+
+        def both(step: TrainingStep) -> None:
+            log.write(step)
+            on_step(step)
+
+        yield both
+
+
+def _plans(spec: Spec, model: nn.Module, before: Report | None) -> list[Plan]:
+    """What would be changed; for "auto" a plan for each repair that changes something."""
+    wanted, source = _wanted(spec, model, before)
+    if spec.repair.to != "auto":
+        return [plan(model, wanted, spec.repair.to, source)]
+    several = launched().size > 1
+    plans = [plan(model, wanted, repair.name, source) for repair in REPAIRS if several or repair.name != "sync"]
+    return [each for each in plans if each.changes] or plans[:1]
+
+
+def _wanted(spec: Spec, model: nn.Module, before: Report | None) -> tuple[dict[str, str], str]:
+    """Layers to convert, with reasons; and what chose them."""
+    if spec.repair.layers:
+        return wanted_by_globs(model, spec.repair.layers), "--layers " + " ".join(spec.repair.layers)
+    if spec.repair.report:
+        return wanted_from_report(_read_report(Path(spec.repair.report)), model), spec.repair.report
+    assert before is not None  # the caller scans where nothing else chooses
+    return wanted_from_report(before, model), f"a scan at batch size {before.scan.batch_size}"
+
+
+def _read_report(path: Path) -> Report:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"The report {path} could not be read: {error}.") from None
+    return load_report(text)
+
+
+def _folder(spec: Spec, wish: Wish, plans: Sequence[Plan], subject: Subject, world: World) -> StateFolder | None:
+    """Where finished runs and the one in progress are kept; process 0 makes it, before the others look."""
+    if wish.state is None or not wish.finetune:
+        return None
+    marks = _marks(spec, plans, subject, world)
+    folder = StateFolder.open(wish.state, marks, wish.resume) if world.is_main else None
+    world.wait()
+    return folder or StateFolder.open(wish.state, marks, resume=True)
+
+
+def _marks(spec: Spec, plans: Sequence[Plan], subject: Subject, world: World) -> dict[str, Any]:
+    """What must be the same for a state to be gone on from."""
+    settings = spec.recorded()
+    settings["train"].pop("save_every")
+    settings["repair"].pop("require")
+    return {
+        "bnprobe": bnprobe.__version__,
+        "torch": torch.__version__,
+        "model": type(subject.model).__name__,
+        "weights": _digest(subject.model),
+        "layers": [change.name for change in plans[0].changes],
+        "processes": world.size,
+        **settings,
+    }
+
+
+def _digest(model: nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        if isinstance(tensor, Tensor):
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _weights(repaired: nn.Module, original: nn.Module, made: Plan) -> dict[str, Tensor]:
+    """Those that load into the original model where that can be, on the host."""
+    state = deployable_state(repaired, original) if made.deploys else repaired.state_dict()
+    return on_host(state)
+
+
+def _second_scan(
+    spec: Spec, workload: Workload, model: nn.Module, made: Plan, progress: Progress, world: World
+) -> tuple[Report | None, int | None]:
+    """The repaired model, as it trains, and its flagged layers; None: not measured.
+
+    A converted layer that a scan skips counts as fine only if its training and inference agree by construction.
+    """
+    agrees = repair_named(made.to).agrees
+    free = spec.scan.model_copy(update={"what_if": False, "train_steps": None, "gradients": False})
+    settings = spec.model_copy(update={"scan": free}).settings()
+    seed_everything(spec.data.seed)
+    try:
+        report = scan_workload(
+            replace(read_anew(spec, workload), model=model, checkpoint=None), settings, progress, world
+        )
+    except NothingToProbeError:
+        return None, 0 if agrees else None
+    measured = {layer.name for layer in report.layers}
+    known = agrees or all(change.name in measured for change in made.changes)
+    return report, report.summary.flagged if known else None
+
+
+def _record(
+    spec: Spec,
+    wish: Wish,
+    workload: Workload,
+    subject: Subject,
+    made: Plan,
+    proof: Proof,
+    flagged: tuple[int, int | None],
+    notes: Sequence[str],
+) -> RepairRecord:
+    return RepairRecord(
+        schema_version=SCHEMA_VERSION,
+        tool=Tool("bnprobe", bnprobe.__version__),
+        environment=environment(subject.device),
+        action="convert",
+        command=wish.command,
+        model=workload.model_name,
+        checkpoint=workload.checkpoint,
+        weights=None,
+        weights_sha256=None,
+        settings=spec.recorded(),
+        seeds=tuple(subject.seeds) if wish.finetune else (subject.seed,),
+        plan=made,
+        recalibrated=subject.recalibrated,
+        proof=proof if subject.proving.batches else None,
+        flagged_before=flagged[0],
+        flagged_after=flagged[1],
+        requirements=_requirements(spec, proof, flagged[1]),
+        notes=(*workload.notes, *notes),
+    )
+
+
+def _requirements(spec: Spec, proof: Proof, flagged: int | None) -> tuple[RequirementResult, ...]:
+    arm = next(arm for arm in proof.arms if arm.name == proof.repaired)
+    estimates = {"metric": arm.metric, "loss": arm.loss, "gain": proof.gain}
+    values = {name: None if found is None else found.mean for name, found in estimates.items()}
+    results = check(spec.repair.require, values | {"flagged": flagged})
+    return tuple(RequirementResult(requirement.text, value, held) for requirement, value, held in results)

@@ -10,16 +10,26 @@ import typer
 import typer.core
 
 import bnprobe
+from bnprobe.cli.convert import convert
 from bnprobe.cli.explain import explain
+from bnprobe.cli.export import export
 from bnprobe.cli.init import init
 from bnprobe.cli.lint import lint
+from bnprobe.cli.processes import Ends, refuse_together, run_together, several_processes
+from bnprobe.cli.recalibrate import recalibrate
 from bnprobe.cli.scan import scan
 from bnprobe.cli.sweep import SweepCommand, sweep
-from bnprobe.errors import EXIT_ERROR, BnprobeError, NothingToProbeError, UserCodeError
+from bnprobe.cli.verify import verify
+from bnprobe.errors import EXIT_ERROR, BnprobeError, NothingToProbeError, ProcessError, UserCodeError
 
 
 class _Commands(typer.core.TyperGroup):
     """The subcommands; typer itself would end a Ctrl-C with an exit code of its own and no word."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        refuse_together(name)
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -42,26 +52,45 @@ app = typer.Typer(
 app.command()(scan)
 app.command(cls=SweepCommand)(sweep)
 app.command()(lint)
+app.command()(convert)
+app.command()(recalibrate)
+app.command()(verify)
+app.command()(export)
 app.command()(explain)
 app.command()(init)
 
 
 def main() -> None:
+    """Run the command line, in one process or as one of several."""
+    if several_processes():
+        run_together(_run)
+    _run(lambda code: None)
+
+
+def _run(ends: Ends) -> None:
     """Run the command line; errors that bnprobe raises on purpose become messages and exit codes.
 
     Any other exception is a defect of bnprobe: it must not end in the exit code of findings, as Python would have it.
+
+    Args:
+        ends: Told of the exit code of an error before its message is printed; see ``processes.run_together``.
     """
     try:
         app()
     except BnprobeError as error:
-        print(f"bnprobe: error: {error}", file=sys.stderr)
-        if isinstance(error, UserCodeError) and error.frames:
-            print(error.frames.rstrip(), file=sys.stderr)
-        sys.exit(error.exit_code)
+        frames = error.frames if isinstance(error, UserCodeError | ProcessError) else ""
+        _fail(error.exit_code, f"bnprobe: error: {error}\n{frames}", ends)
     except Exception:
-        traceback.print_exc()
-        print("bnprobe: internal error; please report it with the lines above.", file=sys.stderr)
-        sys.exit(EXIT_ERROR)
+        text = "bnprobe: internal error; please report it with the lines above."
+        _fail(EXIT_ERROR, traceback.format_exc() + text, ends)
+
+
+def _fail(code: int, text: str, ends: Ends) -> None:
+    """Print why, unless another process did so before, and exit."""
+    earlier = ends(code)
+    if earlier is None:
+        print(text.rstrip(), file=sys.stderr)
+    sys.exit(code if earlier is None else earlier)
 
 
 def _print_version(asked: bool) -> None:

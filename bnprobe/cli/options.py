@@ -102,6 +102,13 @@ _KEYS = {
     "what_if": "scan.what_if",
     "train_steps": "scan.train_steps",
     "gradients": "scan.gradients",
+    "to": "repair.to",
+    "layers": "repair.layers",
+    "report": "repair.report",
+    "seeds": "repair.seeds",
+    "require": "repair.require",
+    "steps": "train.steps",
+    "epochs": "train.epochs",
 }
 """Where in the spec an option goes."""
 

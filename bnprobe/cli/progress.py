@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from bnprobe.records import TrainingStep
+from bnprobe.reports import figures
+from bnprobe.reports.glyphs import clean
+
+_SMOOTHING = 0.1
+"""Weight of the newest loss in the one that is shown."""
+
+_BAR_WIDTH, _NARROW_BAR_WIDTH = 24, 5
+_NARROW = 100
+_TIME_WIDTH = 7
+_GAP = "  "
 
 
 class _RateColumn(TextColumn):
@@ -22,20 +37,162 @@ class _RateColumn(TextColumn):
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left while the block runs; nothing where stderr is not a terminal."""
+def progress_bar(shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left while the block runs; nothing where stderr is not a terminal, or not ``shown``."""
+    with _scan_bar(shown) as bar:
+        yield _scan_updates(bar)
+
+
+@contextmanager
+def training_bar(shown: bool = True) -> Iterator[Callable[[TrainingStep], None]]:
+    """Shows every step of training, run after run, while the block runs; nothing if not ``shown``.
+
+    On a terminal one bar: run, steps, smoothed loss, last score, what Batch Renorm clips, time left of the run; what
+    does not fit is left out, the last first. Elsewhere, as in the log of a CI job, one line for each evaluation.
+    """
+    with _training_bar(shown) as bar:
+        yield _training_updates(bar, shown)
+
+
+@contextmanager
+def repair_bars(shown: bool = True) -> Iterator[tuple[Callable[[int, int], None], Callable[[TrainingStep], None]]]:
+    """``progress_bar`` and ``training_bar`` in turns: only the one called last is on the terminal.
+
+    Two bars at once would draw over each other.
+    """
+    scan, training = _scan_bar(shown), _training_bar(shown)
+    show_scan, show_step = _scan_updates(scan), _training_updates(training, shown)
+
+    def update_scan(done: int, planned: int) -> None:
+        training.stop()
+        show_scan(done, planned)  # first, or the bar would come back as it was
+        scan.start()
+
+    def update_training(step: TrainingStep) -> None:
+        scan.stop()
+        show_step(step)
+        training.start()
+
+    scan.start()
+    try:
+        yield update_scan, update_training
+    finally:
+        scan.stop()
+        training.stop()
+
+
+def _scan_bar(shown: bool) -> Progress:
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=_BAR_WIDTH),
         MofNCompleteColumn(),
         _RateColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading", total=None)
+    return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
 
-        def update(done: int, planned: int) -> None:
-            bar.update(task, description="micro-batches", completed=done, total=planned)
 
-        yield update
+def _scan_updates(bar: Progress) -> Callable[[int, int], None]:
+    task = bar.add_task("loading", total=None)
+
+    def update(done: int, planned: int) -> None:
+        if done < bar.tasks[0].completed:  # another scan, with a rate of its own
+            bar.reset(task)
+        bar.update(task, description="micro-batches", completed=done, total=planned)
+
+    return update
+
+
+def _training_bar(shown: bool) -> Progress:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=_bar_width(console)),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
+
+
+def _training_updates(bar: Progress, shown: bool) -> Callable[[TrainingStep], None]:
+    if bar.disable:
+        return _print_evaluation if shown else lambda step: None
+    return _TrainingBar(bar, bar.add_task("training", total=None, figures="", visible=False)).update
+
+
+class _TrainingBar:
+    """What the bar remembers from step to step of a run."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+        self._run = ""
+        self._loss: float | None = None
+        self._seen: dict[str, str] = {}
+
+    def update(self, step: TrainingStep) -> None:
+        """Show one step; the first of another run begins a new bar."""
+        run = f"{step.arm} #{step.seed}"
+        if run != self._run:
+            self._run, self._loss, self._seen = run, None, {}
+            self._bar.reset(self._task, total=step.steps, description=self._run, visible=True)
+        self._loss = _smoothed(self._loss, step.loss)
+        now = {"score": _score(step), "clipped": _clipped(step, "clip", digits=0)}
+        self._seen |= {name: text for name, text in now.items() if text}
+        parts = [f"loss {figures.score(self._loss)}", *(self._seen.get(name, "") for name in ("score", "clipped"))]
+        room = self._bar.console.width - self._fixed(step)
+        self._bar.update(self._task, completed=step.step, figures=_fitting(parts, room))
+
+    def _fixed(self, step: TrainingStep) -> int:
+        """Cells that the other columns take, and the blanks between them."""
+        counted = 2 * len(str(step.steps)) + 1
+        return cell_len(self._run) + _bar_width(self._bar.console) + counted + _TIME_WIDTH + 4
+
+
+def _bar_width(console: Console) -> int:
+    return _BAR_WIDTH if console.width >= _NARROW else _NARROW_BAR_WIDTH
+
+
+def _print_evaluation(step: TrainingStep) -> None:
+    """One line, where the step was evaluated."""
+    if step.score is None:
+        return
+    held_out = f"held-out {_score(step)}"
+    parts = filter(None, [f"loss {figures.score(step.loss)}", held_out, _clipped(step, "clipped", digits=1)])
+    text = f"{step.arm}, seed {step.seed}: step {step.step}/{step.steps}, {', '.join(parts)}"
+    print(clean(text, unicode=False), file=sys.stderr, flush=True)
+
+
+def _smoothed(before: float | None, loss: float) -> float:
+    """An exponential mean; a loss that is not finite is shown as it is, and what follows begins anew."""
+    if before is None or not (math.isfinite(before) and math.isfinite(loss)):
+        return loss
+    return before + _SMOOTHING * (loss - before)
+
+
+def _score(step: TrainingStep) -> str:
+    """The metric on held-out images, or the loss where there is none; empty where they were not looked at."""
+    if step.score is None:
+        return ""
+    if step.score.metric is not None:
+        return f"metric {figures.score(step.score.metric)}"
+    return f"loss {'-' if step.score.loss is None else figures.score(step.score.loss)}"
+
+
+def _clipped(step: TrainingStep, word: str, digits: int) -> str:
+    """Which part of r and d is clipped; empty where that was not looked at."""
+    parts = (("r", step.clipped_r), ("d", step.clipped_d))
+    known = [f"{name} {value:.{digits}%}" for name, value in parts if value is not None]
+    return f"{word} {' '.join(known)}" if known else ""
+
+
+def _fitting(parts: list[str], room: int) -> str:
+    """As many of the parts as there is room for, from the first on."""
+    text = ""
+    for part in filter(None, parts):
+        longer = f"{text}{_GAP}{part}" if text else part
+        if cell_len(longer) > room:
+            break
+        text = longer
+    return text

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnprobe.cli import options
+from bnprobe.cli.processes import is_main
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, BnprobeError, NothingToProbeError
 from bnprobe.records import EXEMPT
 
@@ -64,7 +65,8 @@ def scan(
     from bnprobe.rules.selection import selected
     from bnprobe.specfile import build_spec
 
-    check_writable(output)
+    if is_main():
+        check_writable(output)
     given = options.overrides(
         checkpoint=checkpoint,
         unsafe_load=unsafe_load,
@@ -92,10 +94,11 @@ def scan(
     try:
         report = _measure(spec)
     except BnprobeError as error:
-        if error.report is not None:
+        if error.report is not None and is_main():
             write_report(error.report, format_.value, output, show_all)
         raise
-    write_report(report, format_.value, output, show_all)
+    if is_main():
+        write_report(report, format_.value, output, show_all)
     raise typer.Exit(EXIT_FINDINGS if has_findings(report, spec.rules) and not exit_zero else EXIT_CLEAN)
 
 
@@ -121,15 +124,18 @@ def _measure(spec: Spec) -> Report:
     measured = 0
     share_processors()
     try:
-        with progress_bar() as show:
-            from bnprobe.pipeline import scan_spec  # seconds of torch: only once the options are known to be right
+        with progress_bar(shown=is_main()) as show:
+            # seconds of torch: only once the options are known to be right
+            from bnprobe.distributed import connected
+            from bnprobe.pipeline import scan_spec
 
             def progress(done: int, planned: int) -> None:
                 nonlocal measured
                 measured = done
                 show(done, planned)
 
-            return scan_spec(spec, progress)
+            with connected() as world:
+                return scan_spec(spec, progress, world)
     except KeyboardInterrupt:
         if measured:
             raise

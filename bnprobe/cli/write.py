@@ -40,7 +40,7 @@ def deliver(render: Callable[[RenderOptions], str], output: Path | None, show_al
     if output is None:
         _print(render(_terminal_options(show_all)))
         return
-    write_whole(output, render(RenderOptions(show_all=show_all, command=_command())))
+    write_whole(output, render(RenderOptions(show_all=show_all, command=typed_command())))
     print(f"{summary}; report written to {output}", file=sys.stderr)
 
 
@@ -68,7 +68,7 @@ def _terminal_options(show_all: bool) -> RenderOptions:
         color=colored,
         show_all=show_all,
         unicode=_can_encode("✗▁█│×", stdout.encoding),
-        command=_command(),
+        command=typed_command(),
     )
 
 
@@ -80,5 +80,6 @@ def _can_encode(text: str, encoding: str | None) -> bool:
     return True
 
 
-def _command() -> str:
+def typed_command() -> str:
+    """The command line, as it was typed."""
     return shlex.join(["bnprobe", *sys.argv[1:]])

@@ -1,0 +1,101 @@
+"""The harder task fine-tuned: the BN networks from scratch, repaired and trained on, on the batches they came from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from benchmarks.repairs import scratch, task
+from benchmarks.repairs.arms import GROUPS, Table, choose, joined, plan_for_all
+from benchmarks.repairs.task import REGIMES, Regime
+from bnprobe.loading.data import as_batch_source
+from bnprobe.loading.optimizer import load_optimizer
+from bnprobe.proof import CONTROL, prove
+from bnprobe.records import Arm, Score
+from bnprobe.spec import RepairSpec, TrainSpec
+from bnprobe.subject import Subject
+from bnprobe.training import Job, train
+
+RATES = (0.001, 0.003, 0.01)
+REPAIRS = ("batch-renorm", "frozen", "group-norm", "instance-renorm")
+STEPS = 40
+
+
+def tables(rate: float, steps: int = STEPS, from_scratch: int = scratch.STEPS, quick: bool = False) -> Iterator[Table]:
+    """One for each regime; ``rate`` and ``from_scratch`` say which networks to begin with."""
+    for regime in REGIMES:
+        subjects = [_subject(regime, seed, rate, steps, from_scratch) for seed in range(1 if quick else regime.seeds)]
+        yield _table(regime, subjects, RATES[1:2] if quick else RATES)
+
+
+def _table(regime: Regime, subjects: list[Subject], rates: tuple[float, ...]) -> Table:
+    choice = choose(rates, lambda rate: control_score(subjects[0], rate))
+    proofs = [_arms(at_rate(subject, choice.rate)) for subject in subjects]
+    how = f"Rate: {CONTROL}, accuracy on the images for choosing (seed 0): {choice.words()}."
+    return Table(regime.name, how, joined(proofs), CONTROL, dict.fromkeys((CONTROL, *REPAIRS), choice.rate))
+
+
+def at_rate(subject: Subject, rate: float) -> Subject:
+    """The same, trained at another rate."""
+    optimizer = subject.train.optimizer
+    optimizer = optimizer.model_copy(update={"args": {**optimizer.args, "lr": rate}})
+    spec = subject.train.model_copy(update={"optimizer": optimizer})
+    return replace(subject, train=spec, make_optimizer=load_optimizer(optimizer))
+
+
+def control_score(subject: Subject, rate: float) -> Score:
+    """Plain BN fine-tuned at a rate, on the images for choosing."""
+    subject = at_rate(subject, rate)
+    assert subject.training is not None  # the benchmark always trains
+    assert subject.loss is not None
+    assert subject.make_optimizer is not None
+    model = copy.deepcopy(subject.start)
+    job = Job(
+        model=model,
+        loss=subject.loss,
+        source=subject.training,
+        spec=subject.train,
+        seed=subject.seed,
+        device=subject.device,
+        autocast=subject.autocast,
+        make_optimizer=subject.make_optimizer,
+        make_schedule=subject.make_schedule,
+        score=lambda trained: subject.choosing.score(trained),
+        measure="metric",
+        goal="max",
+        renorm=None,
+        arm=CONTROL,
+    )
+    outcome = train(job, state=None, on_step=lambda step: None)
+    model.load_state_dict(outcome.weights)
+    return Score(None, None) if outcome.ending == "diverged" else subject.choosing.score(model)
+
+
+def _subject(regime: Regime, seed: int, rate: float, steps: int, from_scratch: int) -> Subject:
+    model = scratch.start(regime, rate, seed, from_scratch)
+    start = scratch.recalibrated(model, regime)
+    spec: TrainSpec = scratch.train_spec(regime, RATES[0], steps)
+    return Subject(
+        model=model,
+        start=start,
+        recalibrated=tuple(change.name for change in plan_for_all(model, "frozen").changes),
+        training=as_batch_source(task.loader(regime)),
+        choosing=task.held_out(task.parts().choosing),
+        proving=task.held_out(task.parts().proving),
+        loss=task.loss,
+        metric=task.accuracy,
+        device=torch.device("cpu"),
+        autocast=None,
+        seed=seed,
+        train=spec,
+        repair=RepairSpec(groups=GROUPS),
+        make_optimizer=load_optimizer(spec.optimizer),
+        make_schedule=scratch.falling(steps),
+    )
+
+
+def _arms(subject: Subject) -> tuple[Arm, ...]:
+    return prove(subject, [plan_for_all(subject.start, name) for name in REPAIRS]).proof.arms

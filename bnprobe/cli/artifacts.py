@@ -1,0 +1,95 @@
+"""The files that a repair writes: weights, and what stands beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bnprobe.errors import UsageError
+from bnprobe.files import require_new, require_writable, write_all
+from bnprobe.records import RepairRecord, Report
+from bnprobe.reports.json import render as report_json
+from bnprobe.reports.repair import record_json
+from bnprobe.reports.usage import Files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Artifacts:
+    """Names of the files beside the weights ``out.safetensors``: ``out.record.json`` and so on.
+
+    Args:
+        output: File of the weights.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.weights = output
+        self.record = self._beside("record.json")
+        self.before = self._beside("before.json")
+        self.after = self._beside("after.json")
+        self.log = self._beside("log.csv")
+        self.state = self._beside("state")
+
+    def check(self, force: bool, resume: bool = False) -> None:
+        """Refuse, before anything is computed, what could not be written at the end or gone on with.
+
+        Raises:
+            OutputError: The folder is missing or read-only, or a file exists and ``force`` was not given.
+            UsageError: There is a state to resume from and it is not to be resumed, or the reverse.
+        """
+        require_writable(self.weights, "-o")
+        if resume and not self.state.is_dir():
+            raise UsageError(f"--resume: there is no state at {self.state}. Start without --resume.")
+        if resume:
+            return
+        if self.state.exists() and not force:
+            raise UsageError(
+                f"{self.state} holds the state of a repair that is not done. Go on with --resume, or drop it and start"
+                " anew with --force."
+            )
+        require_new([self.weights, self.record, self.before, self.after, self.log], force)
+
+    def write(
+        self,
+        record: RepairRecord,
+        weights: dict[str, Tensor],
+        before: Report | None,
+        after: Report | None,
+    ) -> RepairRecord:
+        """Write all files or none; those of an earlier run that this one does not give are removed.
+
+        Returns:
+            The record with the name and the digest of the weights.
+
+        Raises:
+            OutputError: They could not be written; what was there before still is.
+        """
+        from safetensors.torch import save
+
+        content = save(weights)
+        record = replace(record, weights=str(self.weights), weights_sha256=hashlib.sha256(content).hexdigest())
+        contents: dict[Path, bytes | str] = {self.weights: content, self.record: record_json(record)}
+        reports = {self.before: before, self.after: after}
+        contents |= {path: report_json(report) for path, report in reports.items() if report is not None}
+        write_all(contents, force=True)  # check() has refused what must not be replaced
+        for path in reports.keys() - contents.keys():
+            path.unlink(missing_ok=True)
+        print(f"Weights written to {self.weights}, with {len(contents) - 1} files beside them.", file=sys.stderr)
+        return record
+
+    def files(self, before: Report | None, after: Report | None) -> Files:
+        """What stands beside the weights, for the report."""
+        names = ((self.before, before), (self.after, after))
+        return Files(str(self.record), *(None if report is None else str(path) for path, report in names))
+
+    def forget_state(self) -> None:
+        """Drop the state to resume from: it is not needed any more."""
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def _beside(self, suffix: str) -> Path:
+        return self.weights.parent / f"{self.weights.stem}.{suffix}"

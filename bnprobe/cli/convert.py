@@ -1,0 +1,239 @@
+"""``bnprobe convert``."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bnprobe.cli import options
+from bnprobe.cli.processes import is_main
+from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
+
+if TYPE_CHECKING:
+    from bnprobe.cli.artifacts import Artifacts
+    from bnprobe.records import RepairRecord
+    from bnprobe.repair import Repaired
+    from bnprobe.reports import RenderOptions
+    from bnprobe.spec import Spec
+
+REPAIR, TRAINING, PROOF = "Repair", "Fine-tuning", "Proof"
+
+
+class RepairName(str, enum.Enum):
+    """What layers can become."""
+
+    batch_renorm = "batch-renorm"
+    frozen = "frozen"
+    group_norm = "group-norm"
+    sync = "sync"
+    instance_renorm = "instance-renorm"
+    gated = "gated"
+    auto = "auto"
+
+
+def convert(
+    target: options.Target,
+    checkpoint: options.Checkpoint = None,
+    unsafe_load: options.UnsafeLoad = False,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = None,
+    to: Annotated[
+        RepairName | None,
+        options.option(
+            REPAIR,
+            "--to",
+            "batch-renorm (default), frozen, group-norm, sync, instance-renorm, gated; auto: what does best.",
+            "NAME",
+        ),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        options.option(REPAIR, "--layers", 'Convert layers whose name matches ("*": all), not those flagged.', "GLOB"),
+    ] = None,
+    report: Annotated[
+        Path | None, options.option(REPAIR, "--report", "Convert the layers that this JSON report flags.", "FILE")
+    ] = None,
+    dry_run: Annotated[bool, options.option(REPAIR, "--dry-run", "Print what would change, and why.")] = False,
+    check: Annotated[
+        bool, options.option(REPAIR, "--check", "Like --dry-run; exit 1 if a layer needs repair.")
+    ] = False,
+    finetune: Annotated[
+        bool, options.option(TRAINING, "--finetune", "Train the repaired model, and plain BN beside it.")
+    ] = False,
+    steps: Annotated[
+        int | None, options.option(TRAINING, "--steps", "Optimizer steps of a run (default 500).", "N")
+    ] = None,
+    epochs: Annotated[int | None, options.option(TRAINING, "--epochs", "Passes over the data, instead.", "N")] = None,
+    rate: Annotated[
+        float | None, options.option(TRAINING, "--lr", "Learning rate of the spec's optimizer (default 0.01).", "X")
+    ] = None,
+    resume: Annotated[
+        bool, options.option(TRAINING, "--resume", "Go on where an earlier run of this command was stopped.")
+    ] = False,
+    seeds: Annotated[int | None, options.option(PROOF, "--seeds", "Runs of every arm (default 1).", "N")] = None,
+    require: Annotated[
+        list[str] | None,
+        options.option(
+            PROOF, "--require", 'Exit 1 unless it holds, e.g. "metric>=0.97", "gain>0", "flagged==0".', "EXPR"
+        ),
+    ] = None,
+    batches: options.Batches = None,
+    max_batches: options.MaxBatches = None,
+    device: options.Device = None,
+    autocast: options.Autocast = None,
+    threshold: options.Threshold = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Weights (.safetensors); FILE.record.json and others stand beside it.",
+            rich_help_panel=options.REPORT,
+            metavar="FILE",
+        ),
+    ] = None,
+    force: Annotated[bool, options.option(options.REPORT, "--force", "Replace outputs that exist.")] = False,
+    format_: options.ReportFormat = options.Format.terminal,
+    show_all: options.ShowAll = False,
+) -> None:
+    """Convert the layers that a scan flags, fine-tune, prove the gain against plain BN, and write weights that deploy.
+
+    Exit codes: 0 repaired, or nothing to repair; 1 --check found layers, a requirement does not hold, or training
+    diverged; 2 error in usage, spec or your code; 3 nothing could be probed, or training was stopped.
+    """
+    from bnprobe.specfile import build_spec
+
+    given = options.overrides(
+        checkpoint=checkpoint,
+        unsafe_load=unsafe_load,
+        batch_size=batch_size,
+        seed=seed,
+        to=to,
+        layers=layers,
+        report=report,
+        steps=steps,
+        epochs=epochs,
+        seeds=seeds,
+        require=require,
+        batches=batches,
+        max_batches=max_batches,
+        device=device,
+        autocast=autocast,
+        threshold=threshold,
+        include=include,
+        exclude=exclude,
+    )
+    spec = _with_rate(build_spec(target, given), rate)
+    if check or dry_run:
+        _refuse_beside("--check" if check else "--dry-run", finetune=finetune, output=output, resume=resume)
+        raise typer.Exit(_show_plan(spec, check, format_.value, show_all))
+    if output is None:
+        raise UsageError("convert writes weights: give -o FILE.safetensors, or --dry-run or --check to see the plan.")
+    wanted = _Wanted(output, finetune, resume, force)
+    raise typer.Exit(_repair(spec, wanted, format_.value, show_all))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is not the spec's business."""
+
+    output: Path
+    finetune: bool
+    resume: bool
+    force: bool
+
+
+def _with_rate(spec: Spec, rate: float | None) -> Spec:
+    """The spec with another learning rate of its optimizer."""
+    if rate is None:
+        return spec
+    optimizer = spec.train.optimizer
+    optimizer = optimizer.model_copy(update={"args": {**optimizer.args, "lr": rate}})
+    return spec.model_copy(update={"train": spec.train.model_copy(update={"optimizer": optimizer})})
+
+
+def _refuse_beside(option: str, **others: Any) -> None:
+    for name, value in others.items():
+        if value:
+            raise UsageError(f"{option} only says what would change, so --{name} has no use beside it: leave one out.")
+
+
+def _show_plan(spec: Spec, check: bool, format_: str, show_all: bool) -> int:
+    """Print the plan; the exit code."""
+    from bnprobe.cli.progress import progress_bar
+    from bnprobe.cli.scan import share_processors
+    from bnprobe.cli.write import deliver
+    from bnprobe.reports.plan import plan_json, render_plan
+
+    share_processors()
+    with progress_bar() as show:
+        from bnprobe.repair import plan_spec  # seconds of torch: only once the options are known to be right
+
+        plan = plan_spec(spec, show)
+    deliver(lambda given: plan_json(plan) if format_ == "json" else render_plan(plan, given), None, show_all, "")
+    return EXIT_FINDINGS if check and (plan.changes or plan.refused) else EXIT_CLEAN
+
+
+def _repair(spec: Spec, wanted: _Wanted, format_: str, show_all: bool) -> int:
+    """Repair, write and print; the exit code."""
+    from bnprobe.cli.artifacts import Artifacts
+    from bnprobe.cli.scan import share_processors
+    from bnprobe.cli.write import deliver
+    from bnprobe.reports.repair import record_json, render_record
+    from bnprobe.requirement import parse_requirement
+
+    for text in spec.repair.require:
+        parse_requirement(text)
+    artifacts = Artifacts(wanted.output)
+    if is_main():
+        artifacts.check(wanted.force, wanted.resume)
+    share_processors()
+    repaired = _run(spec, artifacts, wanted)
+    if repaired is None or not is_main():
+        return EXIT_CLEAN
+    record = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
+    artifacts.forget_state()
+    files = artifacts.files(repaired.before, repaired.after)
+
+    def render(given: RenderOptions) -> str:
+        if format_ == "json":
+            return record_json(record)
+        return render_record(record, repaired.before, repaired.after, given, files)
+
+    deliver(render, None, show_all, "")
+    return EXIT_CLEAN if is_proven(record) else EXIT_FINDINGS
+
+
+def _run(spec: Spec, artifacts: Artifacts, wanted: _Wanted) -> Repaired | None:
+    """Repair; None if there is nothing to repair."""
+    from bnprobe.cli.progress import repair_bars
+    from bnprobe.cli.write import typed_command
+
+    if is_main() and wanted.force and not wanted.resume:
+        artifacts.forget_state()
+    with repair_bars(shown=is_main()) as (show, show_step):
+        # seconds of torch: only once the options are known to be right
+        from bnprobe.distributed import connected
+        from bnprobe.repair import Wish, repair_spec
+
+        state, log = (artifacts.state, artifacts.log) if wanted.finetune else (None, None)
+        wish = Wish(wanted.finetune, state, log, wanted.resume, typed_command())
+        with connected() as world:
+            repaired = repair_spec(spec, wish, show, show_step, world)
+    if repaired is None and is_main():
+        print("No layer needs repair: nothing was changed, nothing written.", file=sys.stderr)
+    return repaired
+
+
+def is_proven(record: RepairRecord) -> bool:
+    """Whether all requirements hold and the training of the repaired model did not diverge."""
+    arms = record.proof.arms if record.proof else ()
+    repaired = [run for arm in arms for run in arm.runs if record.proof and arm.name == record.proof.repaired]
+    return all(result.held for result in record.requirements) and all(run.ending != "diverged" for run in repaired)

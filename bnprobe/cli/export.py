@@ -1,0 +1,108 @@
+"""``bnprobe export``."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bnprobe.cli import options
+from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
+
+if TYPE_CHECKING:
+    from bnprobe.exporting import Exported
+    from bnprobe.spec import Spec
+
+EXPORT = "Export"
+
+
+class ExportFormat(str, enum.Enum):
+    """Names of the export formats; the values of ``SUFFIXES`` are their file names' suffixes."""
+
+    torch_export = "torch-export"
+    torchscript = "torchscript"
+    onnx = "onnx"
+
+
+SUFFIXES = {ExportFormat.torch_export: ".pt2", ExportFormat.torchscript: ".pt", ExportFormat.onnx: ".onnx"}
+
+
+def export(
+    target: options.Target,
+    checkpoint: options.Checkpoint = None,
+    unsafe_load: options.UnsafeLoad = False,
+    batch_size: options.BatchSize = None,
+    input_shape: options.InputShape = None,
+    seed: options.Seed = None,
+    to: Annotated[
+        ExportFormat, options.option(EXPORT, "--to", "torch-export, torchscript or onnx.", "NAME")
+    ] = ExportFormat.torch_export,
+    quantize: Annotated[
+        bool, options.option(EXPORT, "--quantize", "Quantize to 8 bits by torch.ao, calibrated on the data.")
+    ] = False,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance",
+            help="Largest difference of the outputs, as part of the largest output.",
+            min=0.0,
+            rich_help_panel=EXPORT,
+            metavar="X",
+        ),
+    ] = 1e-5,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="The exported file (default: the checkpoint's name with another suffix).",
+            rich_help_panel=options.REPORT,
+            metavar="FILE",
+        ),
+    ] = None,
+    force: Annotated[bool, options.option(options.REPORT, "--force", "Replace an output that exists.")] = False,
+) -> None:
+    """Export a model for inference, and check that the file gives the model's outputs, at other batch sizes too.
+
+    Exit codes: 0 written, 1 the outputs differ by more than the tolerance (nothing is written), 2 error in usage, spec
+    or your code.
+    """
+    from bnprobe.cli.write import deliver
+    from bnprobe.files import require_new, write_all
+    from bnprobe.specfile import build_spec
+
+    given = options.overrides(
+        checkpoint=checkpoint,
+        unsafe_load=unsafe_load,
+        batch_size=batch_size,
+        input_shape=input_shape,
+        seed=seed,
+    )
+    spec = build_spec(target, given)
+    path = output or _default(spec, to)
+    require_new([path], force)
+    exported = _export(spec, to.value, quantize)
+    agrees = exported.relative <= tolerance
+    if agrees:
+        write_all({path: exported.content}, force)
+    from bnprobe.exporting.render import render
+
+    deliver(lambda given: render(exported, tolerance, str(path) if agrees else None, given), None, False, "")
+    raise typer.Exit(EXIT_CLEAN if agrees else EXIT_FINDINGS)
+
+
+def _default(spec: Spec, to: ExportFormat) -> Path:
+    if spec.checkpoint.path is None:
+        raise UsageError("export writes a file: give -o FILE, or a --checkpoint whose name it takes.")
+    return Path(spec.checkpoint.path).with_suffix(SUFFIXES[to])
+
+
+def _export(spec: Spec, to: str, quantize: bool) -> Exported:
+    from bnprobe.cli.scan import share_processors
+
+    share_processors()
+    from bnprobe.exporting import export_spec  # seconds of torch: only once the options are known to be right
+
+    return export_spec(spec, to, quantize)

@@ -1,0 +1,134 @@
+"""``bnprobe recalibrate``."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bnprobe.cli import options
+from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS
+
+if TYPE_CHECKING:
+    from bnprobe.renewal import Renewed
+    from bnprobe.reports import RenderOptions
+    from bnprobe.spec import Spec
+
+RECALIBRATION = "Recalibration"
+
+
+class StatisticsPath(str, enum.Enum):
+    """With what the layers before one normalize while its statistics are taken."""
+
+    train = "train"
+    eval = "eval"
+
+
+def recalibrate(
+    target: options.Target,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Weights (.safetensors); FILE's record.json, before.json and after.json stand beside it.",
+            rich_help_panel=options.REPORT,
+            metavar="FILE",
+        ),
+    ],
+    checkpoint: options.Checkpoint = None,
+    unsafe_load: options.UnsafeLoad = False,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = None,
+    path: Annotated[
+        StatisticsPath,
+        options.option(
+            RECALIBRATION,
+            "--path",
+            "train: one pass, large batches; eval: one pass per layer, each on the new statistics before it.",
+            "NAME",
+        ),
+    ] = StatisticsPath.train,
+    batches: Annotated[
+        int | None,
+        typer.Option(
+            "--batches", help="Take N batches (default: all).", min=1, rich_help_panel=RECALIBRATION, metavar="N"
+        ),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        options.option(RECALIBRATION, "--layers", "Only layers whose name matches; repeatable.", "GLOB"),
+    ] = None,
+    max_batches: options.MaxBatches = None,
+    device: options.Device = None,
+    autocast: options.Autocast = None,
+    threshold: options.Threshold = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    select: options.Select = None,
+    ignore: options.Ignore = None,
+    force: Annotated[bool, options.option(options.REPORT, "--force", "Replace outputs that exist.")] = False,
+    format_: options.ReportFormat = options.Format.terminal,
+    show_all: options.ShowAll = False,
+    exit_zero: options.ExitZero = False,
+) -> None:
+    """Take the running statistics of BN layers anew from training data, without training; scan before and after.
+
+    Exit codes: 0 clean, 1 findings in the recalibrated model, 2 error in usage, spec or your code, 3 nothing could be
+    recalibrated.
+    """
+    from bnprobe.cli.artifacts import Artifacts
+    from bnprobe.cli.scan import has_findings
+    from bnprobe.cli.write import deliver
+    from bnprobe.reports.repair import record_json, render_record
+    from bnprobe.reports.usage import Files
+    from bnprobe.rules.selection import selected
+    from bnprobe.specfile import build_spec
+
+    artifacts = Artifacts(output)
+    artifacts.check(force)
+    given = options.overrides(
+        checkpoint=checkpoint,
+        unsafe_load=unsafe_load,
+        batch_size=batch_size,
+        seed=seed,
+        max_batches=max_batches,
+        device=device,
+        autocast=autocast,
+        threshold=threshold,
+        include=include,
+        exclude=exclude,
+        select=select,
+        ignore=ignore,
+    )
+    spec = build_spec(target, given)
+    selected(spec.rules)  # a code that is wrong is said before torch is imported
+    renewed = _recalibrate(spec, path, tuple(layers or ()), batches)
+    record = artifacts.write(renewed.record, renewed.weights, renewed.before, renewed.after)
+
+    def render(given: RenderOptions) -> str:
+        if format_ is options.Format.json:
+            return record_json(record)
+        before = None if renewed.before is None else str(artifacts.before)
+        files = Files(str(artifacts.record), before, str(artifacts.after))
+        return render_record(record, renewed.before, renewed.after, given, files)
+
+    deliver(render, None, show_all, "")
+    flagged = has_findings(renewed.after, spec.rules)
+    raise typer.Exit(EXIT_FINDINGS if flagged and not exit_zero else EXIT_CLEAN)
+
+
+def _recalibrate(spec: Spec, path: StatisticsPath, layers: tuple[str, ...], batches: int | None) -> Renewed:
+    from bnprobe.cli.progress import progress_bar
+    from bnprobe.cli.scan import share_processors
+    from bnprobe.cli.write import typed_command
+
+    share_processors()
+    with progress_bar() as show:
+        from bnprobe.renewal import recalibrate_spec  # seconds of torch: only once the options are known to be right
+
+        return recalibrate_spec(
+            spec, path=path.value, layers=layers, num_batches=batches, command=typed_command(), progress=show
+        )

@@ -1,0 +1,59 @@
+"""``bnprobe verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bnprobe.cli import options
+from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
+
+if TYPE_CHECKING:
+    from bnprobe.records import Report
+
+
+def verify(
+    before: Annotated[Path, typer.Argument(help="JSON report of a scan of the model as it was.", metavar="BEFORE")],
+    after: Annotated[Path, typer.Argument(help="JSON report of a scan of the repaired model.", metavar="AFTER")],
+    format_: options.ReportFormat = options.Format.terminal,
+    output: options.Output = None,
+    show_all: options.ShowAll = False,
+) -> None:
+    """Compare the reports of two scans of one model: whether a repair holds. Neither model nor data is needed.
+
+    Exit codes: 0 no layer is flagged any more and the outputs are no farther apart; 1 it does not hold; 2 a file is no
+    report, or the reports are of different models.
+    """
+    from bnprobe.cli.write import check_writable, deliver
+    from bnprobe.reports.verification import FORMATS, one_line
+    from bnprobe.verification import verify as compare
+
+    check_writable(output)
+    found = compare(_read(before), _read(after))
+    deliver(lambda given: FORMATS[format_.value](found, given), output, show_all, one_line(found))
+    raise typer.Exit(EXIT_CLEAN if found.passed else EXIT_FINDINGS)
+
+
+def _read(path: Path) -> Report:
+    """A saved JSON report.
+
+    Raises:
+        UsageError: It cannot be read, or is none; says which file.
+    """
+    from bnprobe.reports.json import load
+    from bnprobe.targets import nearest_file
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"There is no report {path}. {nearest_file(path)}".rstrip()) from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is no JSON report of bnprobe: it is no text.") from None
+    except OSError as error:
+        raise UsageError(f"The report {path} could not be read: {error.strerror}.") from None
+    try:
+        return load(text)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None

@@ -1,0 +1,158 @@
+"""What the arms of a proof have in common: a model, where they begin, the data they train on and are scored by."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from bnprobe.describe import device_named
+from bnprobe.distributed import launched
+from bnprobe.errors import UsageError
+from bnprobe.heldout import HeldOut
+from bnprobe.loading.data import BatchSource, load_source
+from bnprobe.loading.optimizer import OptimizerFactory, load_optimizer
+from bnprobe.loading.schedule import ScheduleFactory, load_schedule
+from bnprobe.loading.workload import Workload
+from bnprobe.recalibration import recalibrate_workload
+from bnprobe.spec import RepairSpec, Spec, TrainSpec
+from bnprobe.training import length_of
+from bnprobe.usercode import BatchFunction
+
+RECALIBRATION_IMAGES = 2**14
+"""Images that running statistics are taken from: those of ImageNet layers settle on a tenth of it."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What all arms have in common.
+
+    Attributes:
+        model: As loaded, on its device. No arm touches it.
+        start: What is converted and trained: the model, or a copy with recalibrated statistics.
+        recalibrated: Names of the layers whose statistics ``start`` took anew.
+        training: Micro-batches to train on; None: nothing is trained.
+        choosing: What chooses weights; without batches the last ones are kept.
+        proving: What scores.
+        loss: The user's function to train with.
+        seed: Of the first run.
+        make_optimizer, make_schedule: Of the spec's sections.
+    """
+
+    model: nn.Module
+    start: nn.Module
+    recalibrated: tuple[str, ...]
+    training: BatchSource | None
+    choosing: HeldOut
+    proving: HeldOut
+    loss: BatchFunction | None
+    device: torch.device
+    autocast: torch.dtype | None
+    seed: int
+    train: TrainSpec
+    repair: RepairSpec
+    make_optimizer: Callable[[list[nn.Parameter]], Any] | None
+    make_schedule: Callable[[Any], Any] | None
+
+    @property
+    def measure(self) -> Literal["loss", "metric"]:
+        """What decides."""
+        return "loss" if self.proving.metric is None else "metric"
+
+    @property
+    def goal(self) -> Literal["max", "min"]:
+        """Whether more of it is better."""
+        return "min" if self.measure == "loss" else self.repair.goal
+
+    @property
+    def seeds(self) -> range:
+        """One for each run of a trained arm."""
+        return range(self.seed, self.seed + self.repair.seeds)
+
+
+def require_trainable(workload: Workload) -> None:
+    """Refuse to fine-tune without what it takes, before anything is measured.
+
+    Raises:
+        UsageError: There is no loss, no real data, or no held-out data to prove a gain on.
+    """
+    if workload.loss is None:
+        raise UsageError(
+            "--finetune needs a loss to train with. Add a function loss(model, batch) to the model file that returns"
+            " the training loss as a tensor, or name one under loss in the spec."
+        )
+    if workload.source.synthetic:
+        raise UsageError(
+            "--finetune needs real data: a model trained on made-up images (--input-shape) is worth nothing."
+        )
+    if workload.evaluation is None:
+        why = next((note for note in workload.notes if note.startswith("The evaluation data was not used")), "")
+        raise UsageError(
+            "--finetune proves its gain on held-out data, and there is none. Add load_eval_data(batch_size) to the"
+            f" model file, or name eval_data in the spec. {why}".rstrip()
+        )
+
+
+def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subject, list[str]]:
+    """Put the model on its device, recalibrate a copy, read the held-out data, and halve it where weights are chosen.
+
+    Returns:
+        The subject, and notes: what the reader should know, a sentence each.
+
+    Raises:
+        BnprobeError: The user's code raised, the device is not there, ...
+    """
+    training = make_optimizer = make_schedule = None
+    if finetune:  # refuses what cannot work before anything takes time
+        training = _training(spec, workload)
+        length_of(spec.train, training, launched())
+        make_optimizer = load_optimizer(spec.train.optimizer, workload.module)
+        make_schedule = _schedule(spec, workload, make_optimizer)
+    device = device_named(spec.scan.device, workload.model)
+    model = workload.model.to(device)
+    start = copy.deepcopy(model) if spec.repair.recalibrate and not workload.source.synthetic else model
+    recalibrated = () if start is model else _recalibrated(start, spec, workload)
+    held_out = HeldOut.of(spec, workload)
+    proving, choosing = held_out.halves() if finetune else (held_out, replace(held_out, batches=()))
+    subject = Subject(
+        model=model,
+        start=start,
+        recalibrated=recalibrated,
+        training=training,
+        choosing=choosing,
+        proving=proving,
+        loss=workload.loss,
+        device=device,
+        autocast=getattr(torch, spec.scan.autocast) if spec.scan.autocast else None,
+        seed=spec.data.seed,
+        train=spec.train,
+        repair=spec.repair,
+        make_optimizer=make_optimizer,
+        make_schedule=make_schedule,
+    )
+    return subject, list(held_out.notes)
+
+
+def _schedule(spec: Spec, workload: Workload, make_optimizer: OptimizerFactory) -> ScheduleFactory | None:
+    if spec.train.schedule is None:
+        return None
+    return load_schedule(spec.train.schedule, workload.module, make_optimizer)
+
+
+def _recalibrated(model: nn.Module, spec: Spec, workload: Workload) -> tuple[str, ...]:
+    """Take the statistics of ``model`` anew, of all data or a part that is large enough."""
+    most = -(-RECALIBRATION_IMAGES // workload.source.batch_size)
+    settings = spec.settings().model_copy(update={"batches": most})
+    return recalibrate_workload(model, workload.source, workload.forward, settings=settings)
+
+
+def _training(spec: Spec, workload: Workload) -> BatchSource:
+    """The data at the batch size of training."""
+    size = spec.train.batch_size
+    if size is None or size == workload.source.batch_size:
+        return workload.source
+    return load_source(spec.data.model_copy(update={"batch_size": size}), workload.module)

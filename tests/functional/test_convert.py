@@ -1,0 +1,320 @@
+"""``bnprobe convert``: plan, repair, proof, and what stops it."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from functional.command import CLEAN, COMMAND, ERROR, FINDINGS, NOTHING, REPOSITORY, SHIFTED, Workspace
+from functional.processes import launch
+
+DIGITS = REPOSITORY / "sample_configs" / "digits"
+SORTED = DIGITS / "sorted.yaml"
+JSON = ("--format", "json")
+REPAIRABLE = (
+    SHIFTED
+    + """
+
+def load_data(batch_size):
+    labels = (images().mean((1, 2, 3)) > SHIFT).long()
+    return DataLoader(TensorDataset(images(), labels), batch_size=batch_size, shuffle=True)
+
+
+def load_eval_data(batch_size):
+    return load_data(batch_size)
+
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def metric(model, batch):
+    return (model(batch[0]).argmax(1) == batch[1]).float().mean()
+"""
+)
+"""A model whose only BN layer does not fit its data, and all that fine-tuning needs."""
+
+TARGET = ("model.py", "--batch-size", "4")
+SHORT = ("--finetune", "--steps", "10")
+
+
+@pytest.fixture
+def repairable(workspace: Workspace) -> Workspace:
+    workspace.write("model.py", REPAIRABLE)
+    return workspace
+
+
+def files(workspace: Workspace) -> set[str]:
+    return {path.name for path in workspace.folder.iterdir()} - {"model.py", "__pycache__"}
+
+
+def read(workspace: Workspace, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((workspace.folder / name).read_text(encoding="utf-8"))
+    return found
+
+
+def arms(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {arm["name"]: arm for arm in record["proof"]["arms"]}
+
+
+def test_a_dry_run_says_what_would_change_and_changes_nothing(repairable: Workspace) -> None:
+    found = repairable.run("convert", *TARGET, "--dry-run")
+    assert found.code == CLEAN
+    assert "1 of 1 normalization layer would become batch-renorm" in " ".join(found.stdout.split())
+    assert re.search(r"flagged: n_eq [\d.]+, below 32", found.stdout)
+    assert files(repairable) == set()
+
+
+def test_the_plan_for_given_layers_needs_no_data(workspace: Workspace) -> None:
+    workspace.write("model.py", REPAIRABLE.replace("def load_data", "def other_data"))
+    plan = json.loads(
+        workspace.run("convert", "model.py", "--layers", "b*", "--to", "frozen", "--dry-run", *JSON).stdout
+    )
+    assert [(change["name"], change["to"]) for change in plan["changes"]] == [("bn", "FrozenBatchNorm2d")]
+
+
+def test_check_fails_where_a_layer_needs_repair(repairable: Workspace) -> None:
+    found = repairable.run("convert", *TARGET, "--check")
+    assert found.code == FINDINGS
+    assert "flagged" in found.stdout
+    repairable.write("model.py", REPAIRABLE.replace("SHIFT = 3.0", "SHIFT = 0.0"))
+    assert repairable.run("convert", *TARGET, "--check").code == CLEAN
+    assert files(repairable) == set()
+
+
+def test_nothing_to_repair_writes_nothing(workspace: Workspace) -> None:
+    workspace.write("model.py", REPAIRABLE.replace("SHIFT = 3.0", "SHIFT = 0.0"))
+    found = workspace.run("convert", *TARGET, "-o", "out.safetensors")
+    assert (found.code, found.stdout) == (CLEAN, "")
+    assert "No layer needs repair" in found.stderr
+    assert files(workspace) == set()
+
+
+def test_a_repair_is_proved_beside_its_controls(repairable: Workspace) -> None:
+    found = repairable.run("convert", *TARGET, *SHORT, "--seeds", "2", "-o", "out.safetensors")
+    assert found.code == CLEAN
+    names = {f"out.{suffix}" for suffix in ("safetensors", "record.json", "before.json", "after.json", "log.csv")}
+    assert files(repairable) == names
+    record = read(repairable, "out.record.json")
+    assert list(arms(record)) == ["as is", "recalibrated", "BN fine-tuned", "batch-renorm"]
+    assert [len(arm["runs"]) for arm in arms(record).values()] == [1, 1, 2, 2]
+    assert (record["flagged_before"], record["flagged_after"]) == (1, 0)
+    assert record["seeds"] == [0, 1]
+    gains = [
+        ours["score"]["metric"] - control["score"]["metric"]
+        for ours, control in zip(
+            arms(record)["batch-renorm"]["runs"], arms(record)["BN fine-tuned"]["runs"], strict=True
+        )
+    ]
+    assert record["proof"]["gain"]["mean"] == pytest.approx(sum(gains) / 2)
+    log = (repairable.folder / "out.log.csv").read_text().splitlines()
+    assert len(log) == 1 + 2 * 2 * 10
+    verified = repairable.run("verify", "out.before.json", "out.after.json")
+    assert verified.code == CLEAN
+
+
+def test_repaired_weights_load_strictly_into_plain_bn_and_give_the_proved_outputs(repairable: Workspace) -> None:
+    assert repairable.run("convert", *TARGET, *SHORT, "-o", "out.safetensors").code == CLEAN
+    check = """
+import json, torch, model
+from safetensors.torch import load_file
+net = model.load_model()
+net.load_state_dict(load_file("out.safetensors"), strict=True)
+images, labels = model.load_data(64).dataset.tensors
+record = json.load(open("out.record.json"))
+print(float((net.eval()(images).argmax(1) == labels).float().mean()))
+"""
+    result = repairable.call(sys.executable, "-c", check)
+    assert result.code == 0
+    rescan = repairable.run("scan", *TARGET, "--checkpoint", "out.safetensors", *JSON)
+    score = json.loads(rescan.stdout)["summary"]["output"]["metric"]["eval"]
+    record = read(repairable, "out.record.json")
+    assert score == pytest.approx(arms(record)["batch-renorm"]["runs"][0]["score"]["metric"], abs=0.2)
+    assert float(result.stdout) == pytest.approx(score, abs=1e-6)
+
+
+def test_without_training_there_is_no_claim_of_gain(repairable: Workspace) -> None:
+    found = repairable.run("convert", *TARGET, "--to", "group-norm", "-o", "out.safetensors", *JSON)
+    assert found.code == CLEAN
+    record = json.loads(found.stdout)
+    assert list(arms(record)) == ["as is", "recalibrated", "group-norm"]
+    assert record["proof"]["conclusion"] == "not_compared"
+    assert record["flagged_after"] == 0  # no BN layer is left
+    assert not record["plan"]["deploys"]
+    assert set(load_file(repairable.folder / "out.safetensors")) == {"bn.weight", "bn.bias", "head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("to", ["frozen", "sync", "instance-renorm", "gated"])
+def test_every_target_deploys_as_plain_bn(repairable: Workspace, to: str) -> None:
+    assert repairable.run("convert", *TARGET, *SHORT, "--to", to, "-o", "out.safetensors").code == CLEAN
+    assert repairable.run("scan", *TARGET, "--checkpoint", "out.safetensors").code in (CLEAN, FINDINGS)
+    if to in ("frozen", "instance-renorm"):
+        assert read(repairable, "out.record.json")["flagged_after"] == 0
+
+
+def test_auto_picks_by_the_batches_set_apart(repairable: Workspace) -> None:
+    found = repairable.run(
+        "convert", *TARGET, "--finetune", "--steps", "20", "--to", "auto", "-o", "out.safetensors", *JSON
+    )
+    record = json.loads(found.stdout)
+    note = next(note for note in record["notes"] if note.startswith("--to auto chose"))
+    assert record["plan"]["to"] in note
+    for name in ("batch-renorm", "frozen", "group-norm", "gated"):
+        assert f"{name} " in note
+
+
+def test_layers_of_a_saved_report(repairable: Workspace) -> None:
+    repairable.run("scan", *TARGET, *JSON, "--output", "report.json")
+    found = repairable.run("convert", *TARGET, "--report", "report.json", "--dry-run", *JSON)
+    plan = json.loads(found.stdout)
+    assert [change["name"] for change in plan["changes"]] == ["bn"]
+    assert plan["source"] == "report.json"
+    other = repairable.run("convert", SORTED, "--report", "report.json", "--dry-run")
+    assert "another model" in other.error()
+
+
+def test_requirements_decide_the_exit_code(repairable: Workspace) -> None:
+    held = ("--require", "flagged==0", "--require", "loss<10")
+    assert repairable.run("convert", *TARGET, *SHORT, *held, "-o", "out.safetensors").code == CLEAN
+    found = repairable.run("convert", *TARGET, *SHORT, "--require", "metric>1", "--force", "-o", "out.safetensors")
+    assert found.code == FINDINGS
+    results = read(repairable, "out.record.json")["requirements"]
+    assert [(result["text"], result["held"]) for result in results] == [("metric>1", False)]
+
+
+def test_training_that_diverges_is_said_and_keeps_the_last_good_weights(repairable: Workspace) -> None:
+    found = repairable.run("convert", *TARGET, *SHORT, "--lr", "1e30", "-o", "out.safetensors")
+    assert found.code == FINDINGS
+    run = arms(read(repairable, "out.record.json"))["batch-renorm"]["runs"][0]
+    assert run["ending"] == "diverged"
+    assert re.search(r"step \d+", run["note"])
+    assert all(torch.isfinite(value).all() for value in load_file(repairable.folder / "out.safetensors").values())
+
+
+def test_outputs_are_not_replaced_without_force(repairable: Workspace) -> None:
+    before = repairable.write("out.record.json", "mine")
+    message = repairable.run("convert", *TARGET, "-o", "out.safetensors").error()
+    assert "out.record.json exists already" in message
+    assert before.read_text() == "mine"
+    assert repairable.run("convert", *TARGET, "-o", "out.safetensors", "--force").code == CLEAN
+    assert read(repairable, "out.record.json")["action"] == "convert"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "give -o FILE"),
+        (["-o", "missing/out.safetensors"], "missing of -o does not exist"),
+        (["--check", "-o", "out.safetensors"], "--output has no use beside it"),
+        (["-o", "out.safetensors", "--require", "metric"], 'as in "metric>=0.97"'),
+        (["-o", "out.safetensors", "--require", "metrics>=1"], "the nearest is metric"),
+        (["-o", "out.safetensors", "--layers", "bm"], 'nearest name is "bn"'),
+        (["-o", "out.safetensors", "--resume"], "there is no state"),
+        (["-o", "out.safetensors", "--to", "auto"], "add --finetune"),
+        (["-o", "out.safetensors", "--seeds", "0"], "at least 1 for --seeds"),
+        (["-o", "out.safetensors", *SHORT, "--epochs", "2"], "give one"),
+        (["-o", "out.safetensors", "--report", "none.json"], "none.json could not be read"),
+        (["-o", "out.safetensors", "--report", "model.py"], "not a JSON report"),
+    ],
+)
+def test_what_cannot_be_done_is_said(repairable: Workspace, arguments: list[str], expected: str) -> None:
+    assert expected in repairable.run("convert", *TARGET, *arguments).error()
+    assert files(repairable) == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "spec", "expected"),
+    [
+        (("def loss", "def other"), "", "needs a loss"),
+        (("def load_eval_data", "def other"), "", "held-out data"),
+        (None, "train: {optimizer: {target: Addam}}", 'no optimizer "Addam"'),
+        (None, "train: {optimizer: {target: SGD, args: {lr: 0.1, speed: 3}}}", "speed"),
+        (None, "train: {schedule: {target: StepLRs}}", "StepLR"),
+        (("return nn.functional.cross_entropy(model(batch[0]), batch[1])", "return 1.0"), "", "tensor of one number"),
+        (("return nn.functional.cross_entropy(model(batch[0]), batch[1])", "raise KeyError(3)"), "", "KeyError"),
+    ],
+)
+def test_what_fine_tuning_lacks_is_said(
+    repairable: Workspace, change: tuple[str, str] | None, spec: str, expected: str
+) -> None:
+    if change:
+        repairable.write("model.py", REPAIRABLE.replace(*change))
+    repairable.write("spec.yaml", f"model: model.py\ndata: {{batch_size: 4}}\n{spec}\n")
+    message = repairable.run("convert", "spec.yaml", *SHORT, "-o", "out.safetensors").error()
+    assert expected in message
+    assert not (repairable.folder / "out.safetensors").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(repairable: Workspace) -> None:
+    """No file may grow beyond a block: the reports are larger."""
+    command = f"ulimit -f 8; trap '' XFSZ; {COMMAND} convert {' '.join(TARGET)} -o out.safetensors"
+    result = repairable.call("bash", "-c", command)
+    assert "could not be written" in result.error()
+    assert files(repairable) == set()
+
+
+def test_a_killed_run_goes_on_to_the_same_files(workspace: Workspace) -> None:
+    arguments = ("convert", DIGITS / "batch2.yaml", "--finetune", "--steps", "60", "--layers", "blocks.2.*")
+    assert workspace.run(*arguments, "-o", "whole.safetensors").code == CLEAN
+    state = workspace.folder / "cut.state"
+    process = workspace.start(*arguments, "-o", "cut.safetensors")
+    wait_for(lambda: any(state.glob("batch-renorm*")) or process.poll() is not None)
+    process.kill()
+    process.wait()
+    assert state.is_dir()
+    message = workspace.run(*arguments, "-o", "cut.safetensors").error()
+    assert "--resume" in message
+    assert workspace.run(*arguments, "-o", "cut.safetensors", "--resume").code == CLEAN
+    assert not state.exists()
+    for name in ("safetensors", "log.csv"):
+        whole, cut = (workspace.folder / f"{stem}.{name}" for stem in ("whole", "cut"))
+        assert whole.read_bytes() == cut.read_bytes()
+
+
+def test_sigterm_saves_and_another_run_cannot_take_the_state(workspace: Workspace) -> None:
+    arguments = ("convert", DIGITS / "batch2.yaml", "--finetune", "--layers", "blocks.2.*", "-o", "out.safetensors")
+    process = workspace.start(*arguments, "--steps", "100000")
+    log = workspace.folder / "out.log.csv"
+    wait_for(lambda: (log.exists() and log.stat().st_size > 500) or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == NOTHING
+    assert re.search(r"stopped by SIGTERM after step \d+ of 100000", stderr)
+    assert "--resume goes on" in stderr
+    message = workspace.run(*arguments, "--steps", "100", "--resume").error()
+    assert "train.steps is 100000 there and 100 here" in message
+
+
+def test_two_processes_agree_with_one_on_the_same_global_batch(repairable: Workspace) -> None:
+    same = ("--finetune", "--steps", "12", "--to", "sync", "--layers", "*")
+    arguments = ("convert", "model.py", *same, "--batch-size")
+    both = launch(repairable, 2, *arguments, "2", "-o", "two.safetensors").results()
+    assert [result.code for result in both] == [CLEAN, CLEAN]
+    assert both[1].stdout == both[1].stderr == ""
+    assert repairable.run(*arguments, "4", "-o", "one.safetensors").code == CLEAN
+    weights = [load_file(repairable.folder / f"{name}.safetensors") for name in ("one", "two")]
+    for name in weights[0].keys() - {"bn.num_batches_tracked"}:  # recalibration counts micro-batches
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-5)
+    scores = [arms(read(repairable, f"{name}.record.json"))["sync"]["runs"][0]["score"] for name in ("one", "two")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def wait_for(condition: Any, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_the_error_exit_code_is_two(repairable: Workspace) -> None:
+    assert repairable.run("convert", "none.py", "--check").code == ERROR
+    assert not list(Path(repairable.folder).glob("*.state"))

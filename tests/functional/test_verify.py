@@ -1,0 +1,78 @@
+"""``bnprobe verify``: exit codes that CI can use, and files that are no reports."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from functional.command import CLEAN, FINDINGS, MODEL, SHIFTED, Workspace
+
+
+@pytest.fixture
+def reports(workspace: Workspace) -> Workspace:
+    """bad.json of a flagged model, good.json of a clean one, other.json of another model."""
+    other = MODEL.replace("self.bn", "self.norm")
+    for name, source in (("bad", SHIFTED), ("good", MODEL), ("other", other)):
+        workspace.write("model.py", source)
+        workspace.scan("--format", "json", "--output", f"{name}.json")
+    return workspace
+
+
+def test_a_repair_that_holds_and_one_that_does_not(reports: Workspace) -> None:
+    found = reports.run("verify", "bad.json", "good.json")
+    assert (found.code, found.stderr) == (CLEAN, "")
+    assert "1 of 1 layer flagged before, none after" in found.stdout
+    found = reports.run("verify", "good.json", "bad.json")
+    assert (found.code, found.stderr) == (FINDINGS, "")
+    assert "Newly flagged: bn." in found.stdout
+
+
+def test_json(reports: Workspace) -> None:
+    found = reports.run("verify", "bad.json", "bad.json", "--format", "json", "--output", "found.json")
+    assert (found.code, found.stdout) == (FINDINGS, "")
+    assert "1 of 1 layer flagged before, 1 after; report written to found.json" in found.stderr
+    written = json.loads((reports.folder / "found.json").read_text())
+    assert (written["passed"], written["problems"]) == (False, ["Still flagged: bn."])
+
+
+def test_reports_of_different_models(reports: Workspace) -> None:
+    message = reports.run("verify", "bad.json", "other.json").error()
+    assert message.startswith("The reports are of different models: they have no layer in common.")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "after.json: This is not a JSON report of bnprobe"),
+        (b"[]", "after.json: This is not a JSON report of bnprobe: the top level is not an object."),
+        (b'{"schema_version": 99}', "after.json: The JSON report has schema_version 99, and this bnprobe reads"),
+        (b'{"schema_version": 1}', "after.json: The JSON report does not fit its schema"),
+        (b"\xff\xfe", "after.json is no JSON report of bnprobe: it is no text."),
+    ],
+)
+def test_a_file_that_is_no_report(reports: Workspace, content: bytes, said: str) -> None:
+    (reports.folder / "after.json").write_bytes(content)
+    assert reports.run("verify", "bad.json", "after.json").error().startswith(said)
+    reports.write("before.json", "{")
+    assert "before.json" in reports.run("verify", "before.json", "good.json").error()
+
+
+def test_a_file_that_is_not_there(reports: Workspace) -> None:
+    assert (
+        reports.run("verify", "bda.json", "good.json").error() == "There is no report bda.json. Did you mean bad.json?"
+    )
+    assert reports.run("verify", "good.json", ".").error() == "The report . could not be read: Is a directory."
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(reports: Workspace) -> None:
+    (reports.folder / "good.json").chmod(0)
+    assert "could not be read: Permission denied" in reports.run("verify", "bad.json", "good.json").error()
+
+
+def test_a_bad_output_is_known_first(workspace: Workspace) -> None:
+    found = workspace.run("verify", "none.json", "none.json", "--output", str(Path("no") / "found.json"))
+    assert found.error() == "The folder no of --output does not exist; create it first."
