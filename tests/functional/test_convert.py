@@ -269,7 +269,7 @@ def test_a_killed_run_goes_on_to_the_same_files(workspace: Workspace) -> None:
     process = workspace.start(*arguments, "-o", "cut.safetensors")
     wait_for(lambda: any(state.glob("batch-renorm*")) or process.poll() is not None)
     process.kill()
-    process.wait()
+    process.communicate()
     assert state.is_dir()
     message = workspace.run(*arguments, "-o", "cut.safetensors").error()
     assert "--resume" in message
