@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.faults.samples import Samples
 from benchmarks.repairs import scratch, task
 from benchmarks.repairs.arms import GROUPS, Table, choose, joined, plan_for_all
 from benchmarks.repairs.task import REGIMES, Regime
+from bnprobe.heldout import HeldOut
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.proof import CONTROL, prove
@@ -27,7 +29,7 @@ STEPS = 40
 def tables(rate: float, steps: int = STEPS, from_scratch: int = scratch.STEPS, quick: bool = False) -> Iterator[Table]:
     """One for each regime; ``rate`` and ``from_scratch`` say which networks to begin with."""
     for regime in REGIMES:
-        subjects = [_subject(regime, seed, rate, steps, from_scratch) for seed in range(1 if quick else regime.seeds)]
+        subjects = [subject_of(regime, seed, rate, steps, from_scratch) for seed in range(1 if quick else regime.seeds)]
         yield _table(regime, subjects, RATES[1:2] if quick else RATES)
 
 
@@ -74,7 +76,8 @@ def control_score(subject: Subject, rate: float) -> Score:
     return Score(None, None) if outcome.ending == "diverged" else subject.choosing.score(model)
 
 
-def _subject(regime: Regime, seed: int, rate: float, steps: int, from_scratch: int) -> Subject:
+def subject_of(regime: Regime, seed: int, rate: float, steps: int, from_scratch: int) -> Subject:
+    """A BN network from scratch, and the batches that it came from."""
     model = scratch.start(regime, rate, seed, from_scratch)
     start = scratch.recalibrated(model, regime)
     spec: TrainSpec = scratch.train_spec(regime, RATES[0], steps)
@@ -83,10 +86,9 @@ def _subject(regime: Regime, seed: int, rate: float, steps: int, from_scratch: i
         start=start,
         recalibrated=tuple(change.name for change in plan_for_all(model, "frozen").changes),
         training=as_batch_source(task.loader(regime)),
-        choosing=task.held_out(task.parts().choosing),
-        proving=task.held_out(task.parts().proving),
+        choosing=_held_out(task.parts().choosing),
+        proving=_held_out(task.parts().proving),
         loss=task.loss,
-        metric=task.accuracy,
         device=torch.device("cpu"),
         autocast=None,
         seed=seed,
@@ -95,6 +97,10 @@ def _subject(regime: Regime, seed: int, rate: float, steps: int, from_scratch: i
         make_optimizer=load_optimizer(spec.optimizer),
         make_schedule=scratch.falling(steps),
     )
+
+
+def _held_out(samples: Samples) -> HeldOut:
+    return HeldOut(task.held_out(samples), task.loss, task.accuracy, torch.device("cpu"), None)
 
 
 def _arms(subject: Subject) -> tuple[Arm, ...]:

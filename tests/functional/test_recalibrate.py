@@ -250,8 +250,8 @@ def test_data_that_can_be_read_only_once_is_loaded_anew(shifted: Workspace) -> N
 
 
 def test_ctrl_c_while_recalibrating_writes_nothing(shifted: Workspace) -> None:
-    """The data is loaded for the first scan, for the scores, and then for the statistics."""
-    shifted.write("model.py", SCORED + READ_ONCE + "STALLING = 3\n")
+    """The data is loaded for the first scan, and then for the statistics."""
+    shifted.write("model.py", SCORED + READ_ONCE + "STALLING = 2\n")
     run = shifted.start("recalibrate", "model.py", "--batch-size", "2", "-o", "out.safetensors")
     try:
         end = time.monotonic() + TIMEOUT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,22 @@ import pytest
 from functional.command import CLEAN, FINDINGS, MODEL, SHIFTED, Workspace
 
 
-@pytest.fixture
-def reports(workspace: Workspace) -> Workspace:
+@pytest.fixture(scope="module")
+def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """bad.json of a flagged model, good.json of a clean one, other.json of another model."""
+    workspace = Workspace(tmp_path_factory.mktemp("scanned"))
     other = MODEL.replace("self.bn", "self.norm")
     for name, source in (("bad", SHIFTED), ("good", MODEL), ("other", other)):
         workspace.write("model.py", source)
         workspace.scan("--format", "json", "--output", f"{name}.json")
+    return workspace.folder
+
+
+@pytest.fixture
+def reports(workspace: Workspace, scanned: Path) -> Workspace:
+    """The three reports in a folder of the test's own."""
+    for path in scanned.glob("*.json"):
+        shutil.copy(path, workspace.folder)
     return workspace
 
 

@@ -8,6 +8,7 @@ from itertools import islice
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks.repairs import digits, finetuned, scratch, task
@@ -48,6 +49,10 @@ def test_training_choosing_and_proving_share_no_digit() -> None:
     sizes = [len(part) for part in (parts.training, parts.choosing, parts.proving)]
     assert sizes == [320, 400, 1077]  # of 1797
     assert parts.training.targets.bincount().tolist() == [task.TRAINED_PER_CLASS] * task.CLASSES
+    held_out = torch.cat([parts.choosing.inputs, parts.proving.inputs])
+    assert len(held_out.flatten(1).unique(dim=0)) == 1477  # noise makes all images different, but for repeated ones
+    counted = sum(part.targets.bincount() for part in (parts.training, parts.choosing, parts.proving))
+    assert counted.tolist() == torch.from_numpy(load_digits().target).bincount().tolist()
 
 
 @pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.name)
@@ -118,9 +123,19 @@ def test_the_control_is_tried_on_the_images_for_choosing_and_leaves_the_start_al
     before = parameters(subject.start).clone()
     score = finetuned.control_score(subject, 0.01)
     assert torch.equal(parameters(subject.start), before)
-    images = sum(len(labels) for _, labels in subject.choosing.batches)
+    images = subject.choosing.images
+    assert images != subject.proving.images
     assert score.metric is not None
     assert score.metric * images == pytest.approx(round(score.metric * images), abs=1e-3)
+
+
+def test_fine_tuning_begins_with_the_network_from_scratch_and_keeps_choosing_and_proving_apart() -> None:
+    subject = finetuned.subject_of(REGIME, 0, 0.01, STEPS, STEPS)
+    assert torch.equal(parameters(subject.model), parameters(scratch.start(REGIME, 0.01, 0, STEPS)))
+    assert torch.equal(parameters(subject.model), parameters(subject.start))
+    assert len(subject.recalibrated) == 15
+    assert (subject.choosing.images, subject.proving.images) == (400, 1077)
+    assert subject.measure == "metric"
 
 
 def test_the_sample_is_trained_on_the_batches_that_harmed_it() -> None:
