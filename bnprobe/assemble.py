@@ -217,6 +217,9 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
         return "frozen: model.train() leaves it in eval mode, so both paths use the running statistics"
     if _overflows(evidence, slots):
         return "NaN or Inf arrives here on the eval path: the running statistics of earlier layers let it grow"
+    if layer.info.gate is not None:
+        gate = float(layer.info.gate.mean())
+        return f"gated (mean gate {gate:.2f}): D is what its gates leave; r and d are unclipped"
     if layer.info.corrects:
         limits = f"r_max {layer.info.r_max:g}, d_max {layer.info.d_max:g}"
         return f"Batch Renorm ({limits}): D is what its correction leaves; r and d are unclipped"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from bnprobe.errors import UsageError
 from bnprobe.nn.affine import AffineMap, Statistics
@@ -71,22 +72,30 @@ class GatedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, *space); updates the running statistics in training."""
         self._check_input_dim(input)
-        if not self.training or input.numel() == 0:
-            return normalize_running(self, input)
-        x = widened(input)
-        variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
-        count = x.numel() // x.shape[1]
-        batch, running = Statistics(mean, variance, self.eps), running_statistics(self)
-        # The gate stays in the graph: DDP waits for the gradient of every parameter.
-        gate = self.gate * (count > 1)
-        towards_running = AffineMap.between(batch, running).blend(1 - gate)
-        output = normalize_blended(x, batch, towards_running, self.weight, self.bias)
-        update_running(self, mean, variance, count)
-        return output.to(input.dtype)
+        return gated_batch_norm(input, self)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+def gated_batch_norm(input: Tensor, layer: GatedBatchNorm) -> Tensor:
+    """What a gated layer computes; a ``TorchFunctionMode`` can stand in for it, as for ``F.batch_norm``."""
+    if has_torch_function_unary(input):
+        output: Tensor = handle_torch_function(gated_batch_norm, (input,), input, layer)
+        return output
+    if not layer.training or input.numel() == 0:
+        return normalize_running(layer, input)
+    x = widened(input)
+    variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
+    count = x.numel() // x.shape[1]
+    batch, running = Statistics(mean, variance, layer.eps), running_statistics(layer)
+    # The gate stays in the graph: DDP waits for the gradient of every parameter.
+    gate = layer.gate * (count > 1)
+    towards_running = AffineMap.between(batch, running).blend(1 - gate)
+    output = normalize_blended(x, batch, towards_running, layer.weight, layer.bias)
+    update_running(layer, mean, variance, count)
+    return output.to(input.dtype)
 
 
 class GatedBatchNorm1d(nn.BatchNorm1d, GatedBatchNorm):

@@ -10,14 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from bnprobe.nn.frozen import FrozenBatchNorm
-from bnprobe.nn.gated import GatedBatchNorm
 from bnprobe.nn.instance_renorm import InstanceRenorm
 from bnprobe.norms.interface import NormCall, NormInfo
 
 _NOT_PROBED: tuple[tuple[type[nn.Module], str], ...] = (
     (FrozenBatchNorm, "frozen batch norm: the same constants in training and at inference"),
     (InstanceRenorm, "instance renorm: the same output in training and at inference"),
-    (GatedBatchNorm, "gated batch norm: a learned part of its batch statistics, which no scan measures yet"),
 )
 """Layers of bnprobe.nn that are BN in name and weights, but not in what they normalize with."""
 

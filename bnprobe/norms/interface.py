@@ -23,6 +23,7 @@ class NormCall:
         training: Normalize with the statistics of the batch.
         eps: Added to the variance inside the root.
         r_max, d_max: Limits of Batch Renorm's correction in training; 1 and 0: plain BN.
+        gate: Part of the way that gated BN stays with the batch, shape (channels,); None: 0.
     """
 
     input: Tensor
@@ -34,9 +35,10 @@ class NormCall:
     eps: float
     r_max: float = 1.0
     d_max: float = 0.0
+    gate: Tensor | None = None
 
     def corrections(self, mean: Tensor, variance: Tensor) -> Corrections | None:
-        """Batch Renorm's correction of batch statistics of shape (batches, channels), float64; None for plain BN.
+        """The layer's correction of batch statistics of shape (batches, channels), float64; None for plain BN.
 
         Constants for the gradient.
         """
@@ -44,7 +46,8 @@ class NormCall:
             return None
         running = self.running_mean.to(mean), self.running_variance.to(mean)
         eps, r_max, d_max = (torch.full_like(running[0], limit) for limit in (self.eps, self.r_max, self.d_max))
-        return corrections(mean.detach(), variance.detach(), *running, eps, r_max, d_max)
+        gate = None if self.gate is None else self.gate.to(mean)
+        return corrections(mean.detach(), variance.detach(), *running, eps, r_max, d_max, gate)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class NormInfo:
         batches_tracked: Updates of the running statistics so far; None if the layer does not count.
         running_mean, running_variance: Shape (channels,), the variance unbiased; None where none are kept.
         r_max, d_max: Limits of Batch Renorm's correction in training; 1 and 0: plain BN.
+        gate: As in ``NormCall``.
     """
 
     channels: int
@@ -68,10 +72,11 @@ class NormInfo:
     running_variance: Tensor | None
     r_max: float = 1.0
     d_max: float = 0.0
+    gate: Tensor | None = None
 
     @property
     def corrects(self) -> bool:
-        """Whether the layer corrects its batch statistics in training, as Batch Renorm does."""
+        """Whether the layer corrects its batch statistics in training, as Batch Renorm and gated BN do."""
         return (self.r_max, self.d_max) != (1, 0)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bnprobe.norms import NormInfo
 from bnprobe.probing.intercept import Recorded, Slot
 from bnprobe.probing.layers import ProbedLayer
 from bnprobe.probing.replicates import ImagePool, ReplicateSums
@@ -30,7 +31,7 @@ class Columns:
     Attributes:
         slot: For each column the position of its call in the sums, shape (columns,).
         mean, variance, eps: The layers' running statistics and eps, float64, shape (columns,).
-        r_max, d_max: Limits of the layers' own correction, shape (columns,); 1 and 0 for BN.
+        r_max, d_max, gate: Of the layers' own correction, shape (columns,); 1, 0 and 0 for BN.
         bessel: n / (n - 1) for the n values per channel of a micro-batch, shape (columns,); 1 where n is 1.
         present: Positions of the calls, shape (calls,).
         channels: Channels of each call, shape (calls,).
@@ -43,6 +44,7 @@ class Columns:
     eps: Tensor
     r_max: Tensor
     d_max: Tensor
+    gate: Tensor
     bessel: Tensor
     present: Tensor
     channels: Tensor
@@ -77,6 +79,7 @@ class Columns:
             eps=eps.to(device),
             r_max=r_max.to(device),
             d_max=d_max.to(device),
+            gate=_side_by_side([_gate(info) for info in infos], device),
             bessel=bessel.repeat_interleave(sizes).to(device),
             present=present.to(device),
             channels=sizes.to(device),
@@ -166,7 +169,7 @@ class Path:
         if unit != self.batch_size:
             mean, variance = self._whole_batches(slots, mean, variance)
         for means, variances in _row_chunks(mean, variance):
-            reference = (columns.mean, columns.variance, columns.eps, columns.r_max, columns.d_max)
+            reference = (columns.mean, columns.variance, columns.eps, columns.r_max, columns.d_max, columns.gate)
             values = corrections(means, variances, *reference)
             self._add_mismatch(columns, values.mismatch)
             self.r.add(values.r, (values.r > R_MAX) | (values.r < 1 / R_MAX), columns.slot)
@@ -233,6 +236,10 @@ class Path:
         self.layer_count += rows * (calls > 0)
         self.layer_total += per_layer.sum(0)
         self.layer_square += per_layer.square().sum(0)
+
+
+def _gate(info: NormInfo) -> Tensor:
+    return torch.zeros(info.channels) if info.gate is None else info.gate
 
 
 def _grown(sums: Tensor, size: int, value: float) -> Tensor:

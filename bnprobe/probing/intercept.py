@@ -153,7 +153,7 @@ def _answer(pass_: Pass, layer: ProbedLayer, family: NormFamily, call: NormCall)
     unit = 1 if per_image else pass_.batch_size
     pass_.records[slot] = Recorded(mean, variance, unit, values, by_batch, size)
     if by_batch:
-        call = replace(call, r_max=1.0, d_max=0.0) if pass_.plain else call
+        call = replace(call, r_max=1.0, d_max=0.0, gate=None) if pass_.plain else call
         if gradient:
             return normalize_together(call)
         return normalize(call, mean, variance, grouping.group_of_row(call.input.device))

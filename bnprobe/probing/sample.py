@@ -63,7 +63,8 @@ class Sample:
         mean, variance = pool_moments(record.mean, record.variance, self.batch_size // record.unit)
         info = layer.info
         eps, r_max, d_max = (mean.new_full((info.channels,), value) for value in (info.eps, info.r_max, info.d_max))
-        return corrections(mean, variance, running[0].to(mean), running[1].to(mean), eps, r_max, d_max)
+        gate = None if info.gate is None else info.gate.to(mean)
+        return corrections(mean, variance, running[0].to(mean), running[1].to(mean), eps, r_max, d_max, gate)
 
 
 def floating(output: Any) -> list[Tensor]:

@@ -32,12 +32,13 @@ def corrections(
     eps: Float[Tensor, " channels"],
     r_max: Float[Tensor, " channels"] | None = None,
     d_max: Float[Tensor, " channels"] | None = None,
+    gate: Float[Tensor, " channels"] | None = None,
 ) -> Corrections:
     """The correction factors of Batch Renorm (Ioffe 2017, arXiv 1702.03275, section 3), and what they leave.
 
     With s_B = sqrt(v_B + eps) and s = sqrt(v + eps):  r = s_B / s,  d = (mu_B - m) / s, unclipped, so that
     z_test = r * xhat + d with xhat the input normalized by its batch. A layer that trains on z_train = r' * xhat + d'
-    (BN: r' = 1, d' = 0; Batch Renorm: r and d clipped to its limits) is off by
+    (BN: r' = 1, d' = 0; Batch Renorm: r and d clipped to its limits; gated BN: a part of the way to those) is off by
     D = mean of (z_train - z_test)^2 = (d - d')^2 + rho * (r - r')^2 with rho = v_B / (v_B + eps), exactly, for any
     data.
 
@@ -46,6 +47,7 @@ def corrections(
         running_mean, running_variance: The layer's buffers.
         eps: The layer's eps, per channel because channels of several layers may lie side by side.
         r_max, d_max: Limits of Batch Renorm; None: BN, as with 1 and 0.
+        gate: How far the batch statistics are left as they are, in [0, 1]; None: 0, corrected as far as the limits let.
     """
     running_std = (running_variance + eps).sqrt()
     r = (batch_variance + eps).sqrt() / running_std
@@ -53,6 +55,8 @@ def corrections(
     rho = batch_variance / (batch_variance + eps)
     r_clipped = torch.ones_like(r) if r_max is None else r.clamp(1 / r_max, r_max)
     d_clipped = torch.zeros_like(d) if d_max is None else d.clamp(-d_max, d_max)
+    if gate is not None:
+        r_clipped, d_clipped = r_clipped + gate * (1 - r_clipped), d_clipped - gate * d_clipped
     mismatch = (d - d_clipped).square() + rho * (r - r_clipped).square()
     return Corrections(r, d, rho, mismatch, r_clipped, d_clipped)
 

@@ -43,7 +43,7 @@ def equivalent_batch_size(mismatch: float) -> float | None:
     if mismatch >= 2.0:
         return 1.0
     if mismatch <= mismatch_iid(_SERIES_FROM):
-        return 0.875 / (math.sqrt(2.25 + 1.75 * mismatch) - 1.5)
+        return (math.sqrt(2.25 + 1.75 * mismatch) + 1.5) / (2 * mismatch)  # the root without cancellation
     from scipy.optimize import brentq
 
     return float(brentq(lambda n: mismatch_iid(n) - mismatch, 1.0, _SERIES_FROM, xtol=1e-10))

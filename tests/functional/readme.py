@@ -1,7 +1,8 @@
 """The printed output that README.md shows: found by the comments in front of it, compared with what a run prints.
 
 ``<!-- bnprobe ARGUMENTS -->`` stands before a whole output, ``<!-- from bnprobe ARGUMENTS -->`` before parts of one,
-with a line of three dots where lines were left out.
+with a line of three dots where lines were left out. A command that writes (``-o NAME.safetensors``) runs before those that
+name what it wrote (``NAME.``).
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ class Block:
     text: str
 
     @property
+    def output(self) -> str | None:
+        """How the names of the files begin that the command writes; None: it writes none."""
+        found = re.search(r" -o (\S+\.)safetensors$", self.command)
+        return found and found[1]
+
+    @property
     def parts(self) -> list[str]:
         """What stands between the dots."""
         return [part for part in re.split(rf"^{re.escape(LEFT_OUT)}\n", self.text, flags=re.MULTILINE) if part.strip()]
@@ -46,6 +53,11 @@ def blocks() -> list[Block]:
     """All blocks, in order."""
     found = BLOCK.finditer(README.read_text(encoding="utf-8"))
     return [Block(match["command"], match["part"] is not None, match["text"]) for match in found]
+
+
+def makers(block: Block) -> list[Block]:
+    """The blocks whose commands write what this one names."""
+    return [maker for maker in blocks() if maker.output and block.output is None and maker.output in block.command]
 
 
 def words(text: str) -> list[str]:

@@ -10,6 +10,7 @@ from torch import nn
 from bnprobe.norms import NORMS
 from bnprobe.norms.batch_norm import BatchNormFamily
 from bnprobe.norms.batch_renorm import BatchRenormFamily
+from bnprobe.norms.gated import GatedFamily
 
 FAMILY = BatchNormFamily()
 
@@ -33,7 +34,11 @@ def test_strangers(module: nn.Module) -> None:
 
 
 def test_the_family_is_listed() -> None:
-    assert [type(family) for family in NORMS] == [BatchRenormFamily, BatchNormFamily]  # Batch Renorm layers match both
+    assert [type(family) for family in NORMS] == [
+        BatchRenormFamily,
+        GatedFamily,
+        BatchNormFamily,
+    ]
 
 
 def test_description() -> None:

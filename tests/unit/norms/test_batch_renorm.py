@@ -1,23 +1,35 @@
-"""A scan of Batch Renorm layers against the layers themselves, run on real micro-batches."""
+"""A scan of layers that correct themselves (Batch Renorm, gated BN) against these layers, run on real micro-batches."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnprobe
-from bnprobe.nn.batch_renorm import BatchRenorm2d, BatchRenormBase
+from bnprobe.nn import BatchRenorm2d, GatedBatchNorm2d
 
-LIMITS = [(1.0, 0.0), (1.1, 0.1), (3.0, 5.0)]
+Make = Callable[[], _BatchNorm]
+LAYERS: dict[str, Make] = {
+    "limits of BN": lambda: BatchRenorm2d(8, r_max=1, d_max=0),
+    "narrow limits": lambda: BatchRenorm2d(8, r_max=1.1, d_max=0.1),
+    "limits of the paper": lambda: BatchRenorm2d(8),
+    "gated": lambda: GatedBatchNorm2d(8, blend=0.3),
+}
 SIZE, BATCHES = 2, 16
 
 
 def network(r_max: float, d_max: float) -> nn.Sequential:
+    return network_of(lambda: BatchRenorm2d(8, r_max=r_max, d_max=d_max))
+
+
+def network_of(make: Make) -> nn.Sequential:
     torch.manual_seed(0)
-    first, second = (BatchRenorm2d(8, r_max=r_max, d_max=d_max) for _ in range(2))
+    first, second = make(), make()
     model = nn.Sequential(nn.Conv2d(1, 8, 3), first, nn.ReLU(), nn.Conv2d(8, 8, 3), second, nn.Flatten())
     for layer in (first, second):
         nn.init.uniform_(layer.weight, 0.5, 2)
@@ -36,7 +48,7 @@ def batches() -> list[tuple[Tensor]]:
 def real_mismatches(model: nn.Module, path: str) -> dict[str, float]:
     """Mean squared difference of a layer's own training and inference outputs, weight and bias taken off, float64."""
     model = copy.deepcopy(model).double().train(path == "train")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, BatchRenormBase)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     found: dict[str, list[float]] = {name: [] for name in layers}
     inputs: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -57,9 +69,9 @@ def real_mismatches(model: nn.Module, path: str) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-@pytest.mark.parametrize(("r_max", "d_max"), LIMITS)
-def test_the_mismatch_is_what_the_correction_leaves(r_max: float, d_max: float) -> None:
-    model = network(r_max, d_max)
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_the_mismatch_is_what_the_correction_leaves(make: Make) -> None:
+    model = network_of(make)
     report = bnprobe.scan(model, batches(), SIZE, num_batches=BATCHES)
     for path in ("train", "eval"):
         expected = real_mismatches(model, path)
@@ -93,9 +105,10 @@ def test_limits_of_one_and_zero_are_plain_bn() -> None:
     assert renormed.summary.output == expected.summary.output
 
 
-def test_the_output_is_that_of_real_micro_batches() -> None:
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_the_output_is_that_of_real_micro_batches(make: Make) -> None:
     """Grouped micro-batches against the model itself, one micro-batch after the other."""
-    model = network(1.1, 0.1)
+    model = network_of(make)
     report = bnprobe.scan(model, batches(), SIZE, num_batches=BATCHES)
     assert report.scan.emulated
     trained = copy.deepcopy(model)

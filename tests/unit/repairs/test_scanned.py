@@ -11,7 +11,6 @@ from support.networks import Residual, images, unsettled
 REASONS = {
     "frozen": "the same constants in training and at inference",
     "instance-renorm": "the same output in training and at inference",
-    "gated": "a learned part of its batch statistics",
 }
 
 
