@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from benchmarks.faults.samples import Samples
 from benchmarks.repairs import task
 from benchmarks.repairs.arms import GROUPS, Choice, Table, arm_of, choose, plan_for_all
 from benchmarks.repairs.task import REGIMES, Regime
@@ -106,7 +107,7 @@ def falling(steps: int) -> functools.partial[torch.optim.lr_scheduler.CosineAnne
     return functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
 
 
-def scored(model: nn.Module, samples: task.Samples) -> Score:
+def scored(model: nn.Module, samples: Samples) -> Score:
     """Loss and accuracy at inference."""
     return evaluate(model, task.held_out(samples), task.loss, task.accuracy, torch.device("cpu"), None)
 
