@@ -81,6 +81,7 @@ def describe(
         notes=(*workload.notes, *source.notes, *_remarks(settings, evidence)),
         passes=tuple(further.passes),
         pool=_pool(evidence),
+        unselected=tuple(layer.name for layer in evidence.layers.layers if not layer.selected),
     )
 
 

@@ -68,6 +68,18 @@ class HeldOut:
         """Loss and metric at inference, weighted by images."""
         return evaluate(model, self.batches, self.loss, self.metric, self.device, self.autocast)
 
+    def scores(self, model: nn.Module) -> list[Score]:
+        """``score`` of every batch by itself."""
+        return [replace(self, batches=[batch]).score(model) for batch in self.batches]
+
+    def mean(self, values: Sequence[float | None]) -> float | None:
+        """Mean of a value for each batch, weighted by images; None if one is missing."""
+        known = [value for value in values if value is not None]
+        weights = [count_images(batch) or 1 for batch in self.batches]
+        if len(known) < len(weights):
+            return None
+        return sum(weight * value for weight, value in zip(weights, known, strict=True)) / sum(weights)
+
     def halves(self) -> tuple[HeldOut, HeldOut]:
         """Every other batch, and the rest; the second half is empty if there is but one."""
         return replace(self, batches=self.batches[::2]), replace(self, batches=self.batches[1::2])

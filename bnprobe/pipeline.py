@@ -27,6 +27,7 @@ from bnprobe.loading.workload import Workload, load_model_only, load_workload
 from bnprobe.probing.agreement import Agreement, agree
 from bnprobe.probing.anatomy import anatomy
 from bnprobe.probing.drive import Progress, Source, probe
+from bnprobe.probing.drive import no_progress as no_progress  # those who scan take it from here
 from bnprobe.probing.evidence import Evidence
 from bnprobe.probing.forward import forward_all
 from bnprobe.probing.interrupts import deferred_interrupts
@@ -40,10 +41,6 @@ from bnprobe.reports.lint import LintReport
 from bnprobe.rules.selection import model_rules
 from bnprobe.spec import ScanSettings, Spec
 from bnprobe.specfile import settings_from
-
-
-def no_progress(done: int, planned: int) -> None:
-    """Report progress to nobody."""
 
 
 def scan(
@@ -133,6 +130,17 @@ def scan_workload(
     with suppress(KeyboardInterrupt), deferred_interrupts():
         report = world.share(report)
     assert report is not None  # process 0 has one, or has raised
+    return report
+
+
+def whole(report: Report) -> Report:
+    """A scan that ran to its end: what was interrupted is nothing to repair by.
+
+    Raises:
+        KeyboardInterrupt: The scan was interrupted, and took that for a wish to see what there is.
+    """
+    if report.scan.stopped == "interrupted":
+        raise KeyboardInterrupt
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from bnprobe.errors import NonFiniteError, NothingToProbeError, RepairError, Usa
 from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import unwrapped
 from bnprobe.loading.spread import spread
-from bnprobe.probing.drive import Progress
+from bnprobe.probing.drive import Progress, no_progress
 from bnprobe.probing.forward import forward_all
 from bnprobe.probing.interrupts import deferred_interrupts
 from bnprobe.probing.layers import ProbedLayer, find_layers
@@ -25,6 +26,7 @@ from bnprobe.probing.reread import Reread
 from bnprobe.probing.runner import Runner, UserFunctions
 from bnprobe.probing.settle import Settled, settle_by_batch, settle_by_layer
 from bnprobe.randomness import seed_everything
+from bnprobe.reports.figures import listed
 from bnprobe.spec import ScanSettings, matches_any
 from bnprobe.specfile import settings_from
 from bnprobe.usercode import BatchFunction
@@ -47,10 +49,6 @@ class Recalibrated:
     images: int
     batches: int
     notes: tuple[str, ...]
-
-
-def no_progress(done: int, planned: int) -> None:
-    """Report progress to nobody."""
 
 
 def recalibrate(
@@ -143,6 +141,7 @@ def renew(
     if path not in ("train", "eval"):
         raise UsageError(f'There is no path "{path}" to recalibrate on; give "train" or "eval".')
     settings = settings or ScanSettings()
+    _check_values(model)
     with untouched(model):
         scattered = spread(source, settings.seed, mixed=path == "eval")
         batches = Reread(scattered.batches, _most(source, settings), settings.seed)
@@ -164,6 +163,20 @@ def renew(
         batches.batches,
         tuple(_notes(runner.layers.layers, wanted, renewed, batches, settings)),
     )
+
+
+def _check_values(model: nn.Module) -> None:
+    """Refuse a model that was never filled.
+
+    Raises:
+        RepairError: A parameter or buffer is on the meta device.
+    """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise RepairError(
+                f"{name} is on the meta device, where tensors hold no values: nothing can run through the model. Give"
+                " it memory with to_empty(), and load its weights."
+            )
 
 
 def _most(source: BatchSource, settings: ScanSettings) -> int | None:
@@ -228,8 +241,14 @@ def _checked(layer: ProbedLayer, settled: Settled) -> tuple[Tensor, Tensor]:
     """Mean and variance of a layer in the dtype of its buffers.
 
     Raises:
+        RepairError: They are of one value.
         NonFiniteError: They are not finite there.
     """
+    if settled.values[layer.index] < 2:
+        raise RepairError(
+            f"A variance needs two values per channel at least, and {layer.name} was given one in all the data. Give"
+            " more images; nothing was changed."
+        )
     assert layer.info.running_mean is not None  # only such layers were asked for
     mean, variance = (value.to(layer.info.running_mean.dtype) for value in settled.statistics[layer.index])
     bad = int((~torch.isfinite(mean + variance)).sum())
@@ -263,13 +282,9 @@ def _notes(
 ) -> Iterator[str]:
     kept = [layer.name for layer in layers if layer.selected and layer not in wanted]
     if kept:
-        yield (f"Left alone, since training does not update running statistics there: {_listed(kept)}.")
+        yield (f"Left alone, since training does not update running statistics there: {listed(kept)}.")
     uncalled = [layer.name for layer in wanted if layer not in renewed]
     if uncalled:
-        yield f"Left alone, since no image reached them: {_listed(uncalled)}."
+        yield f"Left alone, since no image reached them: {listed(uncalled)}."
     if settings.batches is not None and batches.batches < settings.batches:
         yield f"The data ended after {batches.batches} of {settings.batches} batches."
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -8,20 +8,18 @@ from typing import Literal
 from torch import Tensor
 
 import bnprobe
+from bnprobe.conclusion import AS_IS, RECALIBRATED, estimate
 from bnprobe.describe import device_named, environment
 from bnprobe.errors import NonFiniteError, UsageError
 from bnprobe.heldout import HeldOut
 from bnprobe.loading.workload import Workload, load_workload, read_anew
-from bnprobe.pipeline import no_progress, scan_workload
+from bnprobe.pipeline import no_progress, scan_workload, whole
 from bnprobe.probing.drive import Progress
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.recalibration import Recalibrated, StatisticsPath, renew
 from bnprobe.records import SCHEMA_VERSION, Arm, Conclusion, Estimate, Proof, RepairRecord, Report, Run, Score, Tool
-from bnprobe.repairs import on_host
+from bnprobe.repairs import left_out, on_host
 from bnprobe.spec import ScanSettings, Spec
-
-AS_IS, RECALIBRATED = "as is", "recalibrated"
-"""Names of the arms, as in every proof."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def recalibrate_spec(
         seed_everything(spec.data.seed)
         workload = read_anew(spec, workload)
         held_out = HeldOut.of(spec, workload)
-        scores = [held_out.score(workload.model)]
+        scores = [held_out.scores(workload.model)]
         found = renew(
             workload.model,
             workload.source,
@@ -80,11 +78,11 @@ def recalibrate_spec(
             settings=settings.model_copy(update={"batches": num_batches}),
             progress=progress,
         )
-        scores.append(held_out.score(workload.model))
+        scores.append(held_out.scores(workload.model))
         seed_everything(spec.data.seed)
-        after = scan_workload(replace(read_anew(spec, workload), checkpoint=None), settings, progress)
-    proof = _proof(spec, workload, scores, held_out.images)
-    notes = (*notes, *_how(found, path), *held_out.notes)
+        after = whole(scan_workload(replace(read_anew(spec, workload), checkpoint=None), settings, progress))
+    proof = _proof(spec, held_out, *scores)
+    notes = (*notes, *_how(found, path), *held_out.notes, *left_out(workload.model))
     record = _record(spec, workload, found, proof, (before, after), notes, command)
     return Renewed(record, on_host(workload.model.state_dict()), before, after)
 
@@ -102,7 +100,7 @@ def _first_scan(
 ) -> tuple[Report | None, tuple[str, ...]]:
     """The model as it is; running statistics that are NaN cannot be scanned, and are what recalibration is for."""
     try:
-        return scan_workload(workload, settings, progress), ()
+        return whole(scan_workload(workload, settings, progress)), ()
     except NonFiniteError as error:
         return None, (f"The model as loaded could not be scanned. {error}",)
 
@@ -115,32 +113,37 @@ def _how(found: Recalibrated, path: StatisticsPath) -> tuple[str, ...]:
     return (sentence, *found.notes)
 
 
-def _proof(spec: Spec, workload: Workload, scores: list[Score], images: int) -> Proof | None:
-    """The two scores side by side; None where nothing was scored."""
-    if not images:
+def _proof(spec: Spec, held_out: HeldOut, before: list[Score], after: list[Score]) -> Proof | None:
+    """The two models side by side, batch by batch: chance lies in which images there are. None: nothing was scored."""
+    if not held_out.batches:
         return None
-    arms = tuple(_arm(name, spec.data.seed, score) for name, score in zip((AS_IS, RECALIBRATED), scores, strict=True))
-    measure: Literal["loss", "metric"] = "loss" if workload.metric is None else "metric"
-    more_is_better = measure == "metric" and spec.repair.goal == "max"
-    before, after = (getattr(score, measure) for score in scores)
-    gain = None
-    if before is not None and after is not None:
-        gain = Estimate(after - before if more_is_better else before - after, None)
-    conclusion, message = _conclude(before, after, gain, f"Held-out {measure} on the same {images} images")
-    return Proof(measure, arms, RECALIBRATED, AS_IS, gain, conclusion, message, 0, images)
+    measure: Literal["loss", "metric"] = "loss" if held_out.metric is None else "metric"
+    sign = 1.0 if measure == "metric" and spec.repair.goal == "max" else -1.0
+    pairs = [(getattr(one, measure), getattr(two, measure)) for one, two in zip(before, after, strict=True)]
+    gain = estimate([None if one is None or two is None else sign * (two - one) for one, two in pairs])
+    arms = tuple(
+        _arm(name, spec.data.seed, held_out, scores) for name, scores in ((AS_IS, before), (RECALIBRATED, after))
+    )
+    conclusion, message = _conclude(gain, len(pairs), f"The {measure} on the same {held_out.images} held-out images")
+    return Proof(measure, arms, RECALIBRATED, AS_IS, gain, conclusion, message, 0, held_out.images)
 
 
-def _arm(name: str, seed: int, score: Score) -> Arm:
-    loss, metric = (None if value is None else Estimate(value, None) for value in (score.loss, score.metric))
-    return Arm(name, False, (Run(seed, 0, 0, score, "finished", "", 0.0),), loss, metric)
+def _arm(name: str, seed: int, held_out: HeldOut, scores: list[Score]) -> Arm:
+    means = {measure: held_out.mean([getattr(score, measure) for score in scores]) for measure in ("loss", "metric")}
+    loss, metric = (None if value is None else Estimate(value, None) for value in means.values())
+    return Arm(name, False, (Run(seed, 0, 0, Score(**means), "finished", "", 0.0),), loss, metric)
 
 
-def _conclude(before: float | None, after: float | None, gain: Estimate | None, what: str) -> tuple[Conclusion, str]:
-    """The verdict, and a sentence; nothing was left to chance but which images there are."""
+def _conclude(gain: Estimate | None, batches: int, what: str) -> tuple[Conclusion, str]:
+    """The verdict, and a sentence."""
     if gain is None:
-        return "not_compared", f"{what}: not finite {'as it was' if before is None else 'recalibrated'}."
-    verdict: Conclusion = "better" if gain.mean > 0 else "worse" if gain.mean < 0 else "same"
-    return verdict, f"{what}: {before:.4g} as it was, {after:.4g} recalibrated."
+        return "not_compared", f"{what} is not finite before or after."
+    if gain.interval is None:
+        return "undecided", f"{what}: there is one batch of them, so that chance is not known."
+    low, high = gain.interval
+    sure = high is not None and (low > 0 or high < 0)
+    verdict: Conclusion = "same" if not sure else "better" if gain.mean > 0 else "worse"
+    return verdict, f"{what}, compared over {batches} batches."
 
 
 def _record(

@@ -15,14 +15,23 @@ from torch import Tensor, nn
 import bnprobe
 from bnprobe.describe import environment
 from bnprobe.distributed import ALONE, World, launched
-from bnprobe.errors import NothingToProbeError, SpecError, UsageError
+from bnprobe.errors import NothingToProbeError, RepairError, SpecError, UsageError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_anew
-from bnprobe.pipeline import no_progress, scan_workload
+from bnprobe.pipeline import no_progress, scan_workload, whole
 from bnprobe.probing.drive import Progress
 from bnprobe.proof import OnStep, best_candidate, prove
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
-from bnprobe.repairs import REPAIRS, deployable_state, on_host, plan, repair_named, wanted_by_globs, wanted_from_report
+from bnprobe.repairs import (
+    REPAIRS,
+    deployable_state,
+    left_out,
+    on_host,
+    plan,
+    repair_named,
+    wanted_by_globs,
+    wanted_from_report,
+)
 from bnprobe.reports.json import load as load_report
 from bnprobe.requirement import check, parse_requirement
 from bnprobe.spec import Spec
@@ -53,15 +62,15 @@ class Wish:
     Attributes:
         finetune: Train, and prove the gain.
         state: Folder of the state to resume from; None: nothing is saved.
-        log: File for a row of every optimizer step; None: no log.
         resume: Go on from it.
+        force: Drop a state that is there.
         command: As typed.
     """
 
     finetune: bool = False
     state: Path | None = None
-    log: Path | None = None
     resume: bool = False
+    force: bool = False
     command: str | None = None
 
 
@@ -79,7 +88,7 @@ def plan_spec(spec: Spec, progress: Progress = no_progress) -> Plan:
             plans = _plans(spec, load_model_only(spec).model, None)
         else:
             workload = load_workload(spec)
-            plans = _plans(spec, workload.model, scan_workload(workload, spec.settings(), progress))
+            plans = _plans(spec, workload.model, whole(scan_workload(workload, spec.settings(), progress)))
     return plans[0] if spec.repair.to != "auto" else replace(plans[0], to="auto")
 
 
@@ -107,21 +116,23 @@ def repair_spec(
         workload = load_workload(spec)
         if wish.finetune:
             require_trainable(workload)
-        before = scan_workload(workload, spec.settings(), progress, world)
+        before = whole(scan_workload(workload, spec.settings(), progress, world))
         plans = _plans(spec, workload.model, before)
         if not plans[0].changes:
+            _require_nothing_refused(plans[0])
             return None
         seed_everything(spec.data.seed)
         workload = read_anew(spec, workload)
         subject, notes = make_subject(spec, workload, wish.finetune)
-        folder = _folder(spec, wish, plans, subject, world)
-        with _logged(wish, on_step, world) as log:
+        folder = _folder(spec, wish, workload, plans, subject, world)
+        with _logged(folder, on_step, world) as log:
             made = plans[0]
             if len(plans) > 1:
                 made, sentence = best_candidate(subject, plans, on_step=log, world=world)
                 notes.append(sentence)
             proven = prove(subject, [made], folder=folder, on_step=log, world=world)
         weights = _weights(proven.model, subject.model, made)
+        notes += [*left_out(proven.model), *_what_agreement_means(made)]
         after, flagged = _second_scan(spec, workload, proven.model, made, progress, world)
         if after is None:
             notes.append("There is no second scan, since no layer is left that a scan could measure.")
@@ -130,20 +141,32 @@ def repair_spec(
 
 
 @contextmanager
-def _logged(wish: Wish, on_step: OnStep, world: World) -> Iterator[OnStep]:
-    """``on_step``, and a row in the log; a run that begins anew begins a new log."""
-    if wish.log is None or not world.is_main:
+def _logged(folder: StateFolder | None, on_step: OnStep, world: World) -> Iterator[OnStep]:
+    """``on_step``, and a row in the log."""
+    if folder is None or not world.is_main:
         yield on_step
         return
-    if not wish.resume:
-        wish.log.unlink(missing_ok=True)
-    with closing(StepLog(wish.log)) as log:
+    with closing(StepLog(folder.log)) as log:
 
         def both(step: TrainingStep) -> None:
             log.write(step)
             on_step(step)
 
         yield both
+
+
+def _what_agreement_means(made: Plan) -> Iterator[str]:
+    if made.to == "batch-renorm":
+        yield (
+            "Within its limits Batch Renorm agrees with inference by construction: that nothing is flagged any more"
+            " says that r and d are within them, and the arms say what it is worth."
+        )
+
+
+def _require_nothing_refused(made: Plan) -> None:
+    if made.refused:
+        reasons = "; ".join(f"{layer.name} ({layer.kind}) {layer.reason}" for layer in made.refused)
+        raise RepairError(f"No layer can be converted to {made.to}: {reasons}.")
 
 
 def _plans(spec: Spec, model: nn.Module, before: Report | None) -> list[Plan]:
@@ -174,17 +197,21 @@ def _read_report(path: Path) -> Report:
     return load_report(text)
 
 
-def _folder(spec: Spec, wish: Wish, plans: Sequence[Plan], subject: Subject, world: World) -> StateFolder | None:
+def _folder(
+    spec: Spec, wish: Wish, workload: Workload, plans: Sequence[Plan], subject: Subject, world: World
+) -> StateFolder | None:
     """Where finished runs and the one in progress are kept; process 0 makes it, before the others look."""
     if wish.state is None or not wish.finetune:
         return None
-    marks = _marks(spec, plans, subject, world)
+    marks = _marks(spec, workload, plans, subject, world)
+    if world.is_main and wish.force and not wish.resume and wish.state.exists():
+        StateFolder(wish.state).remove()
     folder = StateFolder.open(wish.state, marks, wish.resume) if world.is_main else None
     world.wait()
     return folder or StateFolder.open(wish.state, marks, resume=True)
 
 
-def _marks(spec: Spec, plans: Sequence[Plan], subject: Subject, world: World) -> dict[str, Any]:
+def _marks(spec: Spec, workload: Workload, plans: Sequence[Plan], subject: Subject, world: World) -> dict[str, Any]:
     """What must be the same for a state to be gone on from."""
     settings = spec.recorded()
     settings["train"].pop("save_every")
@@ -194,6 +221,7 @@ def _marks(spec: Spec, plans: Sequence[Plan], subject: Subject, world: World) ->
         "torch": torch.__version__,
         "model": type(subject.model).__name__,
         "weights": _digest(subject.model),
+        "code": workload.module.digest if workload.module else None,
         "layers": [change.name for change in plans[0].changes],
         "processes": world.size,
         **settings,
@@ -232,6 +260,7 @@ def _second_scan(
         )
     except NothingToProbeError:
         return None, 0 if agrees else None
+    report = whole(report)
     measured = {layer.name for layer in report.layers}
     known = agrees or all(change.name in measured for change in made.changes)
     return report, report.summary.flagged if known else None
@@ -270,8 +299,8 @@ def _record(
 
 
 def _requirements(spec: Spec, proof: Proof, flagged: int | None) -> tuple[RequirementResult, ...]:
-    arm = next(arm for arm in proof.arms if arm.name == proof.repaired)
-    estimates = {"metric": arm.metric, "loss": arm.loss, "gain": proof.gain}
-    values = {name: None if found is None else found.mean for name, found in estimates.items()}
-    results = check(spec.repair.require, values | {"flagged": flagged})
+    written = next(arm for arm in proof.arms if arm.name == proof.repaired).runs[0].score
+    gain = proof.gain.mean if proof.gain else None
+    values = {"metric": written.metric, "loss": written.loss, "gain": gain, "flagged": flagged}
+    results = check(spec.repair.require, values)
     return tuple(RequirementResult(requirement.text, value, held) for requirement, value, held in results)

@@ -236,7 +236,8 @@ class RepairSpec(_Section):
         layers: Globs of layer names; none: the layers that the scan or ``report`` flags.
         report: A saved JSON report that says which layers are flagged, in place of a scan.
         recalibrate: Begin with recalibrated running statistics.
-        groups: Most groups of group norm; a layer gets the largest divisor of its channels up to that.
+        groups: Most groups of group norm; a layer gets the largest divisor of its channels up to that which leaves two
+            channels in a group.
         blend: Weight of the batch statistics at the start, for gated and instance-renorm layers.
         renorm: Limits of Batch Renorm.
         seeds: Runs of every arm, with seeds that count up from the spec's.
@@ -282,7 +283,7 @@ class Spec(_Section):
 
     def recorded(self) -> dict[str, Any]:
         """The sections that say what a repair was made of, as JSON types."""
-        return self.model_dump(mode="json", exclude={"forward", "loss", "metric", "rules"})
+        return self.model_dump(mode="json", exclude={"rules"})
 
     def settings(self) -> ScanSettings:
         """The part of the spec that the measurement needs."""

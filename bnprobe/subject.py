@@ -12,12 +12,12 @@ from torch import nn
 
 from bnprobe.describe import device_named
 from bnprobe.distributed import launched
-from bnprobe.errors import UsageError
+from bnprobe.errors import NothingToProbeError, UsageError
 from bnprobe.heldout import HeldOut
 from bnprobe.loading.data import BatchSource, load_source
 from bnprobe.loading.optimizer import OptimizerFactory, load_optimizer
 from bnprobe.loading.schedule import ScheduleFactory, load_schedule
-from bnprobe.loading.workload import Workload
+from bnprobe.loading.workload import Workload, read_anew
 from bnprobe.recalibration import recalibrate_workload
 from bnprobe.spec import RepairSpec, Spec, TrainSpec
 from bnprobe.training import length_of
@@ -35,6 +35,7 @@ class Subject:
         model: As loaded, on its device. No arm touches it.
         start: What is converted and trained: the model, or a copy with recalibrated statistics.
         recalibrated: Names of the layers whose statistics ``start`` took anew.
+        renew: Takes a model's running statistics anew, in place; None: that is not wanted, or cannot be.
         training: Micro-batches to train on; None: nothing is trained.
         choosing: What chooses weights; without batches the last ones are kept.
         proving: What scores.
@@ -46,6 +47,7 @@ class Subject:
     model: nn.Module
     start: nn.Module
     recalibrated: tuple[str, ...]
+    renew: Callable[[nn.Module], Any] | None
     training: BatchSource | None
     choosing: HeldOut
     proving: HeldOut
@@ -114,14 +116,22 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subjec
         make_schedule = _schedule(spec, workload, make_optimizer)
     device = device_named(spec.scan.device, workload.model)
     model = workload.model.to(device)
-    start = copy.deepcopy(model) if spec.repair.recalibrate and not workload.source.synthetic else model
-    recalibrated = () if start is model else _recalibrated(start, spec, workload)
+    start, recalibrated, notes = model, tuple[str, ...](), list[str]()
+    renew = _renewal(spec, workload) if spec.repair.recalibrate and not workload.source.synthetic else None
+    if renew is not None:
+        start = copy.deepcopy(model)
+        try:
+            recalibrated = renew(start)
+        except NothingToProbeError as error:
+            renew = None
+            notes.append(f"No running statistics were taken anew. {error}")
     held_out = HeldOut.of(spec, workload)
     proving, choosing = held_out.halves() if finetune else (held_out, replace(held_out, batches=()))
     subject = Subject(
         model=model,
         start=start,
         recalibrated=recalibrated,
+        renew=renew,
         training=training,
         choosing=choosing,
         proving=proving,
@@ -134,7 +144,7 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subjec
         make_optimizer=make_optimizer,
         make_schedule=make_schedule,
     )
-    return subject, list(held_out.notes)
+    return subject, [*notes, *held_out.notes]
 
 
 def _schedule(spec: Spec, workload: Workload, make_optimizer: OptimizerFactory) -> ScheduleFactory | None:
@@ -143,11 +153,15 @@ def _schedule(spec: Spec, workload: Workload, make_optimizer: OptimizerFactory) 
     return load_schedule(spec.train.schedule, workload.module, make_optimizer)
 
 
-def _recalibrated(model: nn.Module, spec: Spec, workload: Workload) -> tuple[str, ...]:
-    """Take the statistics of ``model`` anew, of all data or a part that is large enough."""
+def _renewal(spec: Spec, workload: Workload) -> Callable[[nn.Module], tuple[str, ...]]:
+    """Takes statistics anew, of all data or a part that is large enough; gives the names of the layers."""
     most = -(-RECALIBRATION_IMAGES // workload.source.batch_size)
     settings = spec.settings().model_copy(update={"batches": most})
-    return recalibrate_workload(model, workload.source, workload.forward, settings=settings)
+
+    def renew(model: nn.Module) -> tuple[str, ...]:
+        return recalibrate_workload(model, read_anew(spec, workload).source, workload.forward, settings=settings)
+
+    return renew
 
 
 def _training(spec: Spec, workload: Workload) -> BatchSource:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from bnprobe.errors import UsageError
 from bnprobe.records import Layer, LayerComparison, Report, Verification
+from bnprobe.reports.figures import listed
 
 OUTPUT_SLACK = 1.1
 """A distance of the outputs up to so many times the one before counts as no more: both are of a sample of batches."""
@@ -14,9 +15,10 @@ OUTPUT_SLACK = 1.1
 def verify(before: Report, after: Report) -> Verification:
     """Hold the report of a repaired model against that of the model before.
 
-    It passes if no layer is newly flagged, none that was flagged is so still or could not be measured again, and the
-    outputs of the two paths are no farther apart than before. A flagged layer that is gone counts as repaired: it may
-    have become a norm that does not depend on the batch.
+    It passes if no layer is newly flagged, none that was flagged is so still or was not measured again, the outputs of
+    the two paths are no farther apart than before, and the batch size is no larger. A flagged layer that is gone counts
+    as repaired, unless ``--include``/``--exclude`` left it out: it may have become a norm that does not depend on the
+    batch.
 
     Args:
         before, after: Reports of scans of the same model.
@@ -26,10 +28,16 @@ def verify(before: Report, after: Report) -> Verification:
     """
     first, last = ({layer.name: layer for layer in report.layers} for report in (before, after))
     if not first.keys() & last.keys():
-        raise UsageError(_strangers(before, after))
+        raise UsageError(_nothing_to_compare(before, after))
     layers = tuple(_compared(name, first.get(name), last.get(name)) for name in _in_order(list(first), list(last)))
     outputs = before.summary.output.relative_l2, after.summary.output.relative_l2
-    problems = (*_partial(after), *_flagged(layers, last), *_outputs(*outputs))
+    problems = (
+        *_partial(after),
+        *_larger(before, after),
+        *_flagged(layers, last),
+        *_left_out(layers, after),
+        *_outputs(*outputs),
+    )
     return Verification(
         passed=not problems,
         problems=problems,
@@ -40,6 +48,16 @@ def verify(before: Report, after: Report) -> Verification:
         output_after=outputs[1],
         notes=tuple(_notes(before, after)),
     )
+
+
+def _nothing_to_compare(before: Report, after: Report) -> str:
+    known = [{*report.scan.unselected, *(layer.name for layer in report.layers)} for report in (before, after)]
+    if known[0] & known[1]:
+        return (
+            "The reports have no layer in common: --include/--exclude chose different layers in the two scans."
+            " Scan both times with the same."
+        )
+    return _strangers(before, after)
 
 
 def _strangers(before: Report, after: Report) -> str:
@@ -87,6 +105,16 @@ def _partial(after: Report) -> Iterator[str]:
         yield f"The second scan was ended early ({after.scan.stopped}): it proves nothing. Scan again."
 
 
+def _larger(before: Report, after: Report) -> Iterator[str]:
+    """A mismatch falls as the batch grows, so that a larger one hides what was flagged."""
+    size, now = before.scan.batch_size, after.scan.batch_size
+    if now > size:
+        yield (
+            f"The batch size of the second scan is larger, and at a larger one every layer looks better: {size} before,"
+            f" {now} after. Scan again with --batch-size {size}."
+        )
+
+
 def _flagged(layers: tuple[LayerComparison, ...], after: dict[str, Layer]) -> Iterator[str]:
     still = [layer.name for layer in layers if layer.flagged_before and layer.flagged_after]
     newly = [layer.name for layer in layers if layer.flagged_after and not layer.flagged_before]
@@ -96,11 +124,18 @@ def _flagged(layers: tuple[LayerComparison, ...], after: dict[str, Layer]) -> It
         if layer.flagged_before and not layer.flagged_after and layer.after is None and layer.name in after
     ]
     if still:
-        yield f"Still flagged: {_listed(still)}."
+        yield f"Still flagged: {listed(still)}."
     if newly:
-        yield f"Newly flagged: {_listed(newly)}."
+        yield f"Newly flagged: {listed(newly)}."
     if lost:
-        yield f"Flagged before, and not to be measured again: {_listed(lost)}."
+        yield f"Flagged before, and not to be measured again: {listed(lost)}."
+
+
+def _left_out(layers: tuple[LayerComparison, ...], after: Report) -> Iterator[str]:
+    unselected = set(after.scan.unselected)
+    missed = [layer.name for layer in layers if layer.flagged_before and layer.name in unselected]
+    if missed:
+        yield f"Flagged before, and left out of the second scan by --include/--exclude: {listed(missed)}."
 
 
 def _outputs(before: float | None, after: float | None) -> Iterator[str]:
@@ -117,7 +152,7 @@ def _notes(before: Report, after: Report) -> Iterator[str]:
     one, other = before.scan, after.scan
     compared = (
         ("model", one.model, other.model),
-        ("batch size", one.batch_size, other.batch_size),
+        ("batch size", one.batch_size, min(one.batch_size, other.batch_size)),  # a larger one is a problem
         ("data", one.data, other.data),
         ("seed", one.seed, other.seed),
         ("autocast", one.autocast, other.autocast),
@@ -133,9 +168,10 @@ def _notes(before: Report, after: Report) -> Iterator[str]:
     if other.synthetic:
         yield "The second scan is of made-up images: what it says of real data is not known."
     yield from _thresholds(before, after)
+    yield from _unproved(before, after)
     undecided = [layer.name for layer in after.layers if layer.undecided]
     if undecided:
-        yield f"Undecided after the repair, more batches would tell: {_listed(undecided)}."
+        yield f"Undecided after the repair, more batches would tell: {listed(undecided)}."
 
 
 def _thresholds(before: Report, after: Report) -> Iterator[str]:
@@ -149,9 +185,12 @@ def _thresholds(before: Report, after: Report) -> Iterator[str]:
         )
 
 
+def _unproved(before: Report, after: Report) -> Iterator[str]:
+    unselected = set(after.scan.unselected)
+    names = [layer.name for layer in before.layers if layer.name in unselected and not layer.flagged]
+    if names:
+        yield f"Not flagged before, and left out of the second scan by --include/--exclude: {listed(names)}."
+
+
 def _value(value: object) -> str:
     return "none" if value is None else str(value)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from benchmarks.repairs.arms import GROUPS, Table, choose, plan_for_all
 from benchmarks.repairs.finetuned import at_rate, control_score
+from bnprobe.conclusion import CONTROL, CONTROL_RECALIBRATED
 from bnprobe.loading.workload import load_workload
-from bnprobe.proof import CONTROL, prove
+from bnprobe.proof import prove
 from bnprobe.spec import OptimizerSpec, RepairSpec, ScheduleSpec, Spec, TrainSpec
 from bnprobe.specfile import load_spec
 from bnprobe.subject import Subject, make_subject
@@ -30,8 +31,8 @@ def tables(steps: int = STEPS, quick: bool = False) -> Iterator[Table]:
             f"Rate: {CONTROL}, accuracy on the {found.proof.images_choosing} images for choosing (seed 0):"
             f" {choice.words()}. Held out for the proof: {found.proof.images_proving} images."
         )
-        rates = dict.fromkeys((CONTROL, *REPAIRS), choice.rate)
-        yield Table(f"{name}.yaml, {words}", how, found.proof.arms, CONTROL, rates)
+        rates = dict.fromkeys((CONTROL, CONTROL_RECALIBRATED, *REPAIRS), choice.rate)
+        yield Table(f"{name}.yaml, {words}", how, found.proof.arms, found.proof.control or CONTROL, rates)
 
 
 def subject_of(name: str, steps: int, seeds: int) -> Subject:

@@ -12,10 +12,12 @@ from benchmarks.faults.samples import Samples
 from benchmarks.repairs import scratch, task
 from benchmarks.repairs.arms import GROUPS, Table, choose, joined, plan_for_all
 from benchmarks.repairs.task import REGIMES, Regime
+from bnprobe.conclusion import CONTROL, CONTROL_RECALIBRATED, control_of
 from bnprobe.heldout import HeldOut
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.optimizer import load_optimizer
-from bnprobe.proof import CONTROL, prove
+from bnprobe.proof import prove
+from bnprobe.recalibration import recalibrate
 from bnprobe.records import Arm, Score
 from bnprobe.spec import RepairSpec, TrainSpec
 from bnprobe.subject import Subject
@@ -37,7 +39,10 @@ def _table(regime: Regime, subjects: list[Subject], rates: tuple[float, ...]) ->
     choice = choose(rates, lambda rate: control_score(subjects[0], rate))
     proofs = [_arms(at_rate(subject, choice.rate)) for subject in subjects]
     how = f"Rate: {CONTROL}, accuracy on the images for choosing (seed 0): {choice.words()}."
-    return Table(regime.name, how, joined(proofs), CONTROL, dict.fromkeys((CONTROL, *REPAIRS), choice.rate))
+    arms = joined(proofs)
+    control = control_of({arm.name: arm for arm in arms}, "metric", "max")
+    rates_shown = dict.fromkeys((CONTROL, CONTROL_RECALIBRATED, *REPAIRS), choice.rate)
+    return Table(regime.name, how, arms, control.name if control else CONTROL, rates_shown)
 
 
 def at_rate(subject: Subject, rate: float) -> Subject:
@@ -85,6 +90,7 @@ def subject_of(regime: Regime, seed: int, rate: float, steps: int, from_scratch:
         model=model,
         start=start,
         recalibrated=tuple(change.name for change in plan_for_all(model, "frozen").changes),
+        renew=lambda trained: recalibrate(trained, task.loader(regime)),
         training=as_batch_source(task.loader(regime)),
         choosing=_held_out(task.parts().choosing),
         proving=_held_out(task.parts().proving),

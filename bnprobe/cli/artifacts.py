@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from bnprobe.errors import UsageError
 from bnprobe.files import require_new, require_writable, write_all
+from bnprobe.loading.keys import CONVERTED
 from bnprobe.records import RepairRecord, Report
 from bnprobe.reports.json import render as report_json
 from bnprobe.reports.repair import record_json
@@ -40,12 +42,10 @@ class Artifacts:
 
         Raises:
             OutputError: The folder is missing or read-only, or a file exists and ``force`` was not given.
-            UsageError: There is a state to resume from and it is not to be resumed, or the reverse.
+            UsageError: There is a state to resume from, and it is not to be resumed.
         """
         require_writable(self.weights, "-o")
-        if resume and not self.state.is_dir():
-            raise UsageError(f"--resume: there is no state at {self.state}. Start without --resume.")
-        if resume:
+        if resume and self.state.is_dir():
             return
         if self.state.exists() and not force:
             raise UsageError(
@@ -71,25 +71,48 @@ class Artifacts:
         """
         from safetensors.torch import save
 
-        content = save(weights)
+        content = save(weights, _mark(record))
         record = replace(record, weights=str(self.weights), weights_sha256=hashlib.sha256(content).hexdigest())
         contents: dict[Path, bytes | str] = {self.weights: content, self.record: record_json(record)}
         reports = {self.before: before, self.after: after}
         contents |= {path: report_json(report) for path, report in reports.items() if report is not None}
+        log = self.state / "log.csv"
+        if log.exists():
+            contents[self.log] = log.read_bytes()
         write_all(contents, force=True)  # check() has refused what must not be replaced
-        for path in reports.keys() - contents.keys():
+        for path in {*reports, self.log} - contents.keys():
             path.unlink(missing_ok=True)
-        print(f"Weights written to {self.weights}, with {len(contents) - 1} files beside them.", file=sys.stderr)
+        self._keep_board()
+        print(f"Weights written to {self.weights}; the record and the scans stand beside them.", file=sys.stderr)
         return record
 
     def files(self, before: Report | None, after: Report | None) -> Files:
         """What stands beside the weights, for the report."""
-        names = ((self.before, before), (self.after, after))
-        return Files(str(self.record), *(None if report is None else str(path) for path, report in names))
+        return Files(
+            record=str(self.record),
+            before=None if before is None else str(self.before),
+            after=None if after is None else str(self.after),
+            log=str(self.log) if self.log.exists() else None,
+        )
 
     def forget_state(self) -> None:
         """Drop the state to resume from: it is not needed any more."""
         shutil.rmtree(self.state, ignore_errors=True)
 
+    def _keep_board(self) -> None:
+        """TensorBoard's files, where there are any, in place of those of an earlier run."""
+        board = self.state / "log"
+        if board.is_dir():
+            shutil.rmtree(self.log.with_suffix(""), ignore_errors=True)
+            shutil.move(board, self.log.with_suffix(""))
+
     def _beside(self, suffix: str) -> Path:
         return self.weights.parent / f"{self.weights.stem}.{suffix}"
+
+
+def _mark(record: RepairRecord) -> dict[str, str] | None:
+    """What says in the weights' file that plain BN with them would be another model."""
+    if record.plan is None or record.plan.deploys:
+        return None
+    layers = [change.name for change in record.plan.changes]
+    return {CONVERTED: json.dumps({"to": record.plan.to, "layers": layers})}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +34,13 @@ class RepairName(str, enum.Enum):
     instance_renorm = "instance-renorm"
     gated = "gated"
     auto = "auto"
+
+
+class Goal(str, enum.Enum):
+    """Which metric is better."""
+
+    max = "max"
+    min = "min"
 
 
 def convert(
@@ -73,7 +80,8 @@ def convert(
         float | None, options.option(TRAINING, "--lr", "Learning rate of the spec's optimizer (default 0.01).", "X")
     ] = None,
     resume: Annotated[
-        bool, options.option(TRAINING, "--resume", "Go on where an earlier run of this command was stopped.")
+        bool,
+        options.option(TRAINING, "--resume", "Go on where an earlier run was stopped, if one was."),
     ] = False,
     seeds: Annotated[int | None, options.option(PROOF, "--seeds", "Runs of every arm (default 1).", "N")] = None,
     require: Annotated[
@@ -81,6 +89,10 @@ def convert(
         options.option(
             PROOF, "--require", 'Exit 1 unless it holds, e.g. "metric>=0.97", "gain>0", "flagged==0".', "EXPR"
         ),
+    ] = None,
+    goal: Annotated[
+        Goal | None,
+        options.option(PROOF, "--goal", "Whether a larger or a smaller metric is better: max (default), min.", "NAME"),
     ] = None,
     batches: options.Batches = None,
     max_batches: options.MaxBatches = None,
@@ -122,6 +134,7 @@ def convert(
         epochs=epochs,
         seeds=seeds,
         require=require,
+        goal=goal,
         batches=batches,
         max_batches=max_batches,
         device=device,
@@ -130,7 +143,9 @@ def convert(
         include=include,
         exclude=exclude,
     )
-    spec = _with_rate(build_spec(target, given), rate)
+    if not finetune:
+        _refuse_untrained(steps=steps, epochs=epochs, lr=rate, seeds=seeds, resume=resume)
+    spec = _with_rate(_with_length(build_spec(target, given), steps, epochs), rate)
     if check or dry_run:
         _refuse_beside("--check" if check else "--dry-run", finetune=finetune, output=output, resume=resume)
         raise typer.Exit(_show_plan(spec, check, format_.value, show_all))
@@ -138,6 +153,12 @@ def convert(
         raise UsageError("convert writes weights: give -o FILE.safetensors, or --dry-run or --check to see the plan.")
     wanted = _Wanted(output, finetune, resume, force)
     raise typer.Exit(_repair(spec, wanted, format_.value, show_all))
+
+
+def _refuse_untrained(**options: Any) -> None:
+    for name, value in options.items():
+        if value:
+            raise UsageError(f"--{name} is about fine-tuning: add --finetune, or leave it out.")
 
 
 @dataclass(frozen=True)
@@ -148,6 +169,13 @@ class _Wanted:
     finetune: bool
     resume: bool
     force: bool
+
+
+def _with_length(spec: Spec, steps: int | None, epochs: int | None) -> Spec:
+    """One of the two options replaces the other one of the spec file."""
+    if (steps is None) == (epochs is None):
+        return spec
+    return spec.model_copy(update={"train": spec.train.model_copy(update={"steps": steps, "epochs": epochs})})
 
 
 def _with_rate(spec: Spec, rate: float | None) -> Spec:
@@ -192,6 +220,7 @@ def _repair(spec: Spec, wanted: _Wanted, format_: str, show_all: bool) -> int:
     for text in spec.repair.require:
         parse_requirement(text)
     artifacts = Artifacts(wanted.output)
+    wanted = replace(wanted, resume=wanted.resume and artifacts.state.is_dir())
     if is_main():
         artifacts.check(wanted.force, wanted.resume)
     share_processors()
@@ -216,15 +245,13 @@ def _run(spec: Spec, artifacts: Artifacts, wanted: _Wanted) -> Repaired | None:
     from bnprobe.cli.progress import repair_bars
     from bnprobe.cli.write import typed_command
 
-    if is_main() and wanted.force and not wanted.resume:
-        artifacts.forget_state()
     with repair_bars(shown=is_main()) as (show, show_step):
         # seconds of torch: only once the options are known to be right
         from bnprobe.distributed import connected
         from bnprobe.repair import Wish, repair_spec
 
-        state, log = (artifacts.state, artifacts.log) if wanted.finetune else (None, None)
-        wish = Wish(wanted.finetune, state, log, wanted.resume, typed_command())
+        state = artifacts.state if wanted.finetune else None
+        wish = Wish(wanted.finetune, state, wanted.resume, wanted.force, typed_command())
         with connected() as world:
             repaired = repair_spec(spec, wish, show, show_step, world)
     if repaired is None and is_main():

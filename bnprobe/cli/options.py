@@ -107,6 +107,7 @@ _KEYS = {
     "report": "repair.report",
     "seeds": "repair.seeds",
     "require": "repair.require",
+    "goal": "repair.goal",
     "steps": "train.steps",
     "epochs": "train.epochs",
 }

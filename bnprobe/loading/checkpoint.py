@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.errors import CheckpointError
 from bnprobe.loading.fit import check_fit
 from bnprobe.loading.inspection import kind_of
 from bnprobe.loading.keys import without_prefix, without_wrappers
-from bnprobe.loading.weights import read_weights
+from bnprobe.loading.weights import read_conversion, read_weights
+from bnprobe.nn.instance_renorm import InstanceRenorm
 from bnprobe.spec import CheckpointSpec
 from bnprobe.usercode import user_code
 
+ROOT = "(root)"
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -37,6 +40,7 @@ def load_checkpoint(model: nn.Module, spec: CheckpointSpec) -> tuple[str, ...]:
         return ()
     path, notes = Path(spec.path), list[str]()
     state = _find_state(read_weights(path, spec.unsafe_load), spec.key, path, notes)
+    _refuse_converted(path, model)
     if spec.strip_prefix:
         state = without_prefix(state, spec.strip_prefix, path)
     target = _own_state(model)
@@ -47,6 +51,20 @@ def load_checkpoint(model: nn.Module, spec: CheckpointSpec) -> tuple[str, ...]:
     with user_code(f"loading the weights of {path} into the model"):
         model.load_state_dict(state, strict=False)
     return (*notes, *fit_notes)
+
+
+def _refuse_converted(path: Path, model: nn.Module) -> None:
+    """Refuse weights of converted layers for a model that has plain BN there, where inference would differ."""
+    conversion = read_conversion(path)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in conversion[1] if conversion else ():
+        module = modules.get("" if name == ROOT else name)
+        if conversion and isinstance(module, _BatchNorm) and not isinstance(module, InstanceRenorm):
+            raise CheckpointError(
+                f"{path} holds the weights of a model whose layers were converted to {conversion[0]}, but {name} is"
+                f" {type(module).__name__} here: at inference that would be another model. Let load_model() convert it:"
+                f' bnprobe.convert(model, [...], to="{conversion[0]}").'
+            )
 
 
 def _own_state(model: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from bnprobe.errors import CheckpointError
 
 WRAPPERS = ("module.", "_orig_mod.")
 
+CONVERTED = "bnprobe.converted"
+"""Key in the metadata of a safetensors file that plain BN must not load: JSON with ``to`` and ``layers``."""
+
 
 def without_prefix(state: Mapping[str, Any], prefix: str, path: Path) -> dict[str, Any]:
     """The state dict with a prefix of the user's taken off where it stands.

@@ -31,6 +31,12 @@ class UserModule:
     module: types.ModuleType
     name: str
 
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of the file's text, where there is one: whether the code is still the same."""
+        path = Path(self.module.__file__ or "")
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
     def get(self, symbol: str) -> Any:
         """The symbol (dotted names reach into classes and objects).
 

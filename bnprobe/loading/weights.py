@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import warnings
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from bnprobe.errors import CheckpointError
+from bnprobe.loading.keys import CONVERTED
 from bnprobe.targets import nearest_file
 from bnprobe.usercode import user_code
 
@@ -40,6 +42,22 @@ def read_weights(path: Path, unsafe_load: bool) -> Any:
         return _read_unsafe(path, unsafe_load, error)
     except _READ_ERRORS as error:
         raise CheckpointError(_damaged(path, error)) from None
+
+
+def read_conversion(path: Path) -> tuple[str, list[str]] | None:
+    """What the layers were converted to whose weights a file holds, and their names; None if plain BN may load it.
+
+    Args:
+        path: A file that ``read_weights`` has read.
+    """
+    if not _is_safetensors(path):
+        return None
+    with safe_open(path, framework="pt") as file:
+        mark = (file.metadata() or {}).get(CONVERTED)
+    if mark is None:
+        return None
+    found = json.loads(mark)
+    return found["to"], found["layers"]
 
 
 def _read_safely(path: Path) -> Any:

@@ -29,6 +29,11 @@ from bnprobe.stats.uncertainty import mean_interval, standing
 Progress = Callable[[int, int], None]
 """Called with the micro-batches measured, and the number after which the scan looks again."""
 
+
+def no_progress(done: int, planned: int) -> None:
+    """Report progress to nobody."""
+
+
 FIRST_LOOK = 16
 """Micro-batches before the first look at what is decided; the number doubles from look to look."""
 

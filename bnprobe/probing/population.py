@@ -44,6 +44,10 @@ class Population:
             index: (self._mean[index], self._squares[index] / max(count - 1, 1)) for index, count in self._count.items()
         }
 
+    def values(self) -> dict[int, int]:
+        """By index of the layer: values per channel."""
+        return {index: round(count) for index, count in self._count.items()}
+
     def updates(self) -> dict[int, int]:
         """By index of the layer: micro-batches that it was called on, each call counted; a part of one counts fully."""
         return {index: math.ceil(batches - 1e-6) for index, batches in self._batches.items()}

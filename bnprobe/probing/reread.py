@@ -15,7 +15,7 @@ KEPT_BYTES = 2**30
 
 
 class Reread:
-    """Batches of any size that can be read several times.
+    """Batches of any size that can be read several times; those of no image are left out.
 
     Data that is read anew is read from the same seed: a loader that shuffles or augments by the global random state
     gives the same batches again. The random state is the caller's to preserve.
@@ -52,10 +52,10 @@ class Reread:
         keeping: list[Any] | None = []
         kept_bytes = batches = images = 0
         indices = getattr(self._source, "indices", None)
-        for batch in itertools.islice(self._source, self._most):
+        for position, batch in itertools.islice(self._filled(), self._most):
             batches += 1
             images += count_images(batch) or 1
-            check_finite(batch, batches, indices)
+            check_finite(batch, position, indices)
             kept_bytes += sum(tensor.nbytes for tensor in tensors_of(batch))
             if kept_bytes > KEPT_BYTES:
                 keeping = None
@@ -65,10 +65,14 @@ class Reread:
         self._finish(batches, images)
         self._kept = keeping
 
+    def _filled(self) -> Iterator[tuple[int, Any]]:
+        """Batches with their numbers from 1; those of no image are left out, as no layer has a say in them."""
+        return ((number, batch) for number, batch in enumerate(self._source, 1) if count_images(batch) != 0)
+
     def _finish(self, batches: int, images: int) -> None:
         """A reading is complete: it must be like the one before."""
         if batches == 0 and not self.batches:
-            raise DataError("The data gave no batch at all: the loader or data set is empty.")
+            raise DataError("The data gave no batch with an image: the loader or data set is empty.")
         if self.batches and (batches, images) != (self.batches, self.images):
             raise DataError(
                 f"The data gave {self.images} images in {self.batches} batches, and when it was read again {images} in"

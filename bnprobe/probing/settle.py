@@ -42,10 +42,12 @@ class Settled:
     Attributes:
         statistics: Mean and unbiased variance, float64 of shape (channels,), as the running buffers hold them.
         updates: Batches of the data that they stand for, each call of the layer counted.
+        values: Per channel; the variance of fewer than two is 0.
     """
 
     statistics: dict[int, tuple[Tensor, Tensor]]
     updates: dict[int, int]
+    values: dict[int, int]
 
 
 def settle_by_batch(runner: Runner, batches: Reread, progress: Progress) -> Settled:
@@ -73,7 +75,7 @@ def settle_by_batch(runner: Runner, batches: Reread, progress: Progress) -> Sett
         steady_population(runner, part, size, max(1, images // size), emulation, population)
         done += len(part)
         progress(done, done)
-    return Settled(population.statistics(), population.updates())
+    return Settled(population.statistics(), population.updates(), population.values())
 
 
 def settle_by_layer(runner: Runner, batches: Reread, wanted: frozenset[int], progress: Progress) -> Settled:
@@ -117,7 +119,7 @@ class _Rounds:
             rounds += 1
             if rounds > ROUNDS:
                 raise RepairError(self._unsettled())
-        return Settled(settled, first.updates())
+        return Settled(settled, first.updates(), first.values())
 
     def _take(self, index: int, settled: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         population = self._pass(settled, frozenset({index}), None if index in self._again else index)

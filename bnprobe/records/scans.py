@@ -171,6 +171,7 @@ class Scan:
         notes: Further facts that bear on the result, a sentence each.
         passes: Measurements beyond the two paths, with their cost.
         pool: What the composition share is measured with; None if images could not be regrouped.
+        unselected: Layers that ``--include``/``--exclude`` leave out of the report, in network order.
     """
 
     model: str
@@ -196,6 +197,7 @@ class Scan:
     notes: tuple[str, ...] = ()
     passes: tuple[ExtraPass, ...] = ()
     pool: Pool | None = None
+    unselected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

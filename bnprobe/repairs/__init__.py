@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bnprobe.repairs.catalogue import REPAIRS, repair_named
 from bnprobe.repairs.conversion import convert
-from bnprobe.repairs.deployment import deployable_state, on_host
+from bnprobe.repairs.deployment import deployable_state, left_out, on_host
 from bnprobe.repairs.interface import Repair
 from bnprobe.repairs.planning import apply, plan
 from bnprobe.repairs.wanted import wanted_by_globs, wanted_from_report
@@ -15,6 +15,7 @@ __all__ = [
     "apply",
     "convert",
     "deployable_state",
+    "left_out",
     "on_host",
     "plan",
     "repair_named",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from bnprobe.repairs.wanted import wanted_by_globs, wanted_from_report
 from bnprobe.spec import RepairSpec
 from bnprobe.specfile.merge import sentence
 from bnprobe.specfile.sources import Source
+
+_OPTIONS = ("groups", "blend", "renorm")
+"""Fields of the spec's repair section that concern the layers."""
 
 
 def convert(
@@ -73,6 +77,15 @@ def _require_all(made: Plan) -> None:
 
 
 def _spec(options: Mapping[str, Any]) -> RepairSpec:
+    """Validated; of the spec's fields those that concern the layers."""
+    unknown = sorted(options.keys() - {"to", *_OPTIONS})
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], _OPTIONS, 1, cutoff=0.0)[0]
+        raise UsageError(
+            f'convert has no option "{unknown[0]}" (known: {", ".join(_OPTIONS)}); the nearest is "{nearest}".'
+        )
+    if options["to"] == "auto":
+        raise UsageError('to="auto" needs training to choose by: name a repair, or run bnprobe convert --finetune.')
     source = Source(dict(options), arguments=True)
     try:
         return RepairSpec.model_validate(source.values)

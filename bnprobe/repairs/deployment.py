@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,9 +13,21 @@ from bnprobe.nn.gated import plain_state
 from bnprobe.nn.instance_renorm import InstanceRenorm
 
 
-def on_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors with memory of their own on the CPU, as weights files want them."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+def on_host(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state with memory of their own on the CPU, as weights files want them."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """A sentence where a model's state holds what a weights file cannot."""
+    names = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if not names:
+        return []
+    return [
+        f"The weights lack what is no tensor in the model's state ({', '.join(names)}): load them with strict=False,"
+        " and that from your own checkpoint."
+    ]
 
 
 def deployable_state(converted: nn.Module, original: nn.Module) -> dict[str, Tensor]:

@@ -27,12 +27,15 @@ class GroupNormRepair:
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
         given = arguments(module)
         channels = given.pop("num_features")
-        groups = groups_for(channels, spec.groups, least=2 if _may_lack_space(module) else 1)
-        return adopt(nn.GroupNorm(groups, channels, **given), module, buffers=False)
+        return adopt(nn.GroupNorm(groups_for(channels, spec.groups), channels, **given), module, buffers=False)
 
 
-def groups_for(channels: int, most: int, least: int = 1) -> int:
-    """The largest divisor of the channels that is at most ``most`` and leaves ``least`` channels in a group."""
+def groups_for(channels: int, most: int) -> int:
+    """The largest divisor of the channels that is at most ``most`` and leaves two channels in a group.
+
+    A group of one channel is instance norm, another thing; without space it would make everything 0.
+    """
+    least = min(2, channels)
     return max(groups for groups in range(1, most + 1) if channels % groups == 0 and channels >= groups * least)
 
 

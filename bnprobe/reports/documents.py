@@ -1,4 +1,4 @@
-"""Records as JSON documents, and back, strictly: every key and type, finite figures only."""
+"""Records as JSON documents, and back, strictly: known keys of the right type, finite figures only."""
 
 from __future__ import annotations
 
@@ -51,8 +51,11 @@ class DocumentKind(Generic[T]):
     def load(self, text: str) -> T:
         """Read a document.
 
+        A field with a default may be missing: documents written before the field was added go on being read.
+
         Raises:
-            UsageError: If the text is no such document of this schema version, down to every key and type.
+            UsageError: If the text is no such document of this schema version: a key is unknown, a key without a
+                default is missing, or a value is of another type.
         """
         document = self._parse(text)
         self._check_version(document)
@@ -95,13 +98,12 @@ class DocumentKind(Generic[T]):
         return f"The {self.noun} does not fit its schema at {place}: {first['msg']}{others}."
 
     def _check_keys(self, found: Any, expected: Any, place: str = "") -> None:
-        """Compare the keys of two documents of the same types: the records would drop an unknown key silently."""
+        """Refuse a key that the records do not have: they would drop it silently."""
         if isinstance(expected, dict):
-            for key in sorted(found.keys() ^ expected.keys()):
-                problem = "unknown" if key in found else "missing"
-                raise UsageError(f"The {self.noun} does not fit its schema: {place}{key} is {problem}.")
-            for key, value in expected.items():
-                self._check_keys(found[key], value, f"{place}{key}.")
+            for key in sorted(found.keys() - expected.keys()):
+                raise UsageError(f"The {self.noun} does not fit its schema: {place}{key} is unknown.")
+            for key, value in found.items():
+                self._check_keys(value, expected[key], f"{place}{key}.")
         elif isinstance(expected, list):
             for index, value in enumerate(expected):
                 self._check_keys(found[index], value, f"{place}{index}.")

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them: few digits, and words where a digit would mislead."""
+"""Numbers and names as a reader wants them: few, and words where a digit would mislead."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ def count(number: int, noun: str) -> str:
     """A number of things, e.g. "1 layer", "3 layers", "2 micro-batches"."""
     ending = "es" if noun.endswith(("s", "ch")) else "s"
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{ending}"
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Names in a sentence, e.g. "bn1, bn2", and how many more there are beyond the first so many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def path_equivalent(path: PathMeasurement | None) -> str:

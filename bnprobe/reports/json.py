@@ -25,6 +25,6 @@ def load(text: str) -> Report:
     """Read a JSON report back.
 
     Raises:
-        UsageError: If the text is not a JSON report of this schema version, down to every key and type.
+        UsageError: If the text is no JSON report of this schema version; only fields with a default may be missing.
     """
     return _REPORT.load(text)

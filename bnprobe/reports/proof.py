@@ -53,7 +53,7 @@ def conclusion(found: Proof) -> str:
     control = _TRAINED_CONTROL if trained else _UNTRAINED.get(found.control, found.control)
     return {
         "better": f"{_capitalized(repaired)} is better than {control}.",
-        "same": f"{_capitalized(control)} does as well as {repaired}.",
+        "same": f"No gain of {repaired} over {control} is shown.",
         "worse": f"{_capitalized(repaired)} is worse than {control}.",
         "undecided": f"Whether {repaired} is better than {control} is not decided.",
         "not_compared": f"{_capitalized(repaired)} could not be compared with {control}.",
@@ -64,8 +64,9 @@ def _gain(found: Proof) -> list[str]:
     """What the repair gained over its control, a sentence; nothing where that is not known."""
     if found.gain is None or found.control is None:
         return []
-    pairs = max(len(arm.runs) for arm in found.arms if arm.name == found.repaired)
-    how = f"95%, paired over {pairs} seeds" if found.gain.interval is not None else "one run, so no interval"
+    arm = next(arm for arm in found.arms if arm.name == found.repaired)
+    paired = f"95%, paired over {len(arm.runs)} seeds" if arm.trained else "95%, paired over the held-out batches"
+    how = paired if found.gain.interval is not None else "one run, so no interval"
     value = estimates.estimate(found.gain, signed=True)
     return [f"Gain over {found.control} in the {found.measure}: {value} (+ is better; {how})."]
 

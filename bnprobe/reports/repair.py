@@ -74,7 +74,7 @@ def load_record(text: str) -> RepairRecord:
     """Read a record back.
 
     Raises:
-        UsageError: If the text is not a repair record of this schema version, down to every key and type.
+        UsageError: If the text is no repair record of this schema version; only fields with a default may be missing.
     """
     return _RECORD.load(text)
 

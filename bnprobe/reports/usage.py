@@ -26,6 +26,7 @@ class Files:
     record: str | None = None
     before: str | None = None
     after: str | None = None
+    log: str | None = None
 
 
 def usage(record: RepairRecord, files: Files, page: Page) -> list[Text]:
@@ -47,6 +48,7 @@ def _written(record: RepairRecord, weights: str, files: Files, page: Page) -> li
         *([("record", files.record)] if files.record else []),
         *([("scan before", files.before)] if files.before else []),
         *([("scan after", files.after)] if files.after else []),
+        *([("log", files.log)] if files.log else []),
     ]
     inner = Page(page.width - len(_INDENT), page.unicode)
     return [*page.heading("Written"), *(Text(_INDENT) + line for line in inner.labelled(rows)), Text()]

@@ -28,7 +28,8 @@ class BatchComposition(ShareRule):
 
     Remedy:
         Shuffle: shuffle=True, or a sampler that mixes classes, patients or clips within a batch. For streams, use a
-        shuffle buffer that is larger than a run of like images. Then train on, since the weights have adapted.
+        shuffle buffer that is larger than a run of like images. Then train on, since the weights have adapted. Where
+        the order is given, `bnprobe convert --finetune` measures what frozen statistics, Batch Renorm and others gain.
 
     Reference:
         Wu and Johnson 2021, arXiv 2105.07576, sections 5 and 6 (domains, leakage). Ioffe 2017, arXiv 1702.03275,

@@ -29,7 +29,7 @@ class DataShift(Rule):
 
     Remedy:
         First make the preprocessing the same. If the new data is meant to differ, take the running statistics over
-        unlabelled images of it, and compare on held-out ones.
+        unlabelled images of it (`bnprobe recalibrate`, with these as the data), and compare on held-out ones.
 
     Reference:
         Schneider et al. 2020, arXiv 2006.16971, section 2. Nado et al. 2020, arXiv 2006.10963. Touvron et al. 2019,

@@ -27,8 +27,8 @@ class DropoutShift(ShareRule):
         in training mode without dropout the network is better than in evaluation mode.
 
     Remedy:
-        Take the running statistics anew with dropout off and BN in training mode; or move dropout behind the last BN
-        layer and train on.
+        Take the running statistics anew with dropout off (`bnprobe recalibrate`), and compare on held-out data; or move
+        dropout behind the last BN layer and train on.
 
     Reference:
         Li, Chen, Hu and Yang 2018, arXiv 1801.05134, sections 3 and 5.

@@ -30,7 +30,7 @@ class DropoutBeforeNorm(Rule):
 
     Remedy:
         Move dropout behind the last BN layer (in front of the classifier), or take the running statistics anew with
-        dropout off; dropout of whole channels hurts more than of single values.
+        dropout off (`bnprobe recalibrate`); dropout of whole channels hurts more than of single values.
 
     Reference:
         Li, Chen, Hu and Yang 2018, arXiv 1801.05134, sections 3 and 5.

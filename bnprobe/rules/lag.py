@@ -40,8 +40,8 @@ class Lag(ShareRule):
         Averaged weights (EMA, SWA) with the statistics of the last weights do the same.
 
     Remedy:
-        Take the running statistics anew (recalibrate): run some hundred training images through the model with only BN
-        in training mode, and pool. No training is needed. Then mend the cause: the momentum, or the checkpoint.
+        Take the running statistics anew from training images, without training: `bnprobe recalibrate`. Then mend the
+        cause: the momentum, or the checkpoint.
 
     Reference:
         Wu and Johnson 2021, arXiv 2105.07576, section 3 (population statistics instead of moving averages). Izmailov

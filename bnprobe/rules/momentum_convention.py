@@ -31,7 +31,7 @@ class MomentumConvention(Rule):
 
     Remedy:
         Use 1 - momentum, e.g. `nn.BatchNorm2d(64, momentum=0.01)`. In a trained model also take the running statistics
-        anew (recalibrate) over some hundred training images; the weights need no training.
+        anew (`bnprobe recalibrate`); the weights need no training.
 
     Reference:
         PyTorch documentation of torch.nn.BatchNorm2d, note on momentum. Ioffe and Szegedy 2015, arXiv 1502.03167,

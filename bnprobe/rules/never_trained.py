@@ -28,8 +28,8 @@ class NeverTrained(Rule):
         named_parameters(), which has no buffers. Training loss 0.1, evaluation at chance.
 
     Remedy:
-        Load a checkpoint that holds running_mean and running_var, or take the running statistics anew (recalibrate)
-        over some hundred training images.
+        Load a checkpoint that holds running_mean and running_var, or take the running statistics anew from training
+        images (`bnprobe recalibrate`).
 
     Reference:
         PyTorch documentation of torch.nn.BatchNorm2d, running_mean and running_var. Ioffe and Szegedy 2015, arXiv

@@ -23,8 +23,8 @@ class NoRunningStats(Rule):
         A service gives different scores for the same picture; alone it is classified differently than in a batch.
 
     Remedy:
-        Set track_running_stats=True and take the running statistics (recalibrate) over training batches; or use group
-        norm, which does not look at other images, if the batch was never meant to matter.
+        Set track_running_stats=True and take the running statistics from training images (`bnprobe.recalibrate`); or
+        use group norm, which does not look at other images, if the batch was never meant to matter.
 
     Reference:
         PyTorch documentation of torch.nn.BatchNorm2d, track_running_stats. Wu and He 2018, arXiv 1803.08494, section 3

@@ -26,8 +26,8 @@ class NonFinite(Rule):
         epoch on.
 
     Remedy:
-        Call reset_running_stats() on the layer and take the running statistics anew (recalibrate), or load an earlier
-        checkpoint. Then find what overflowed.
+        Take the running statistics anew (`bnprobe recalibrate`), or load an earlier checkpoint. Then find what
+        overflowed.
 
     Reference:
         PyTorch documentation of torch.nn.BatchNorm2d (update rule of the running statistics). Micikevicius et al.

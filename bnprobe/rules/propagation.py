@@ -26,7 +26,7 @@ class Propagation(ShareRule):
 
     Remedy:
         Mend the first layer that has a cause of its own, and scan again; most of this goes with it. If it stays, take
-        the running statistics anew layer by layer, from the input to the output, in evaluation mode.
+        the running statistics anew layer by layer, from the input to the output: `bnprobe recalibrate --path eval`.
 
     Reference:
         Ioffe 2017, arXiv 1702.03275, section 2 (activations differ in training and at inference). Wu and Johnson 2021,

@@ -25,7 +25,8 @@ class SingleImage(Rule):
         Segmentation of volumes with one volume per GPU: fine in training mode, useless in evaluation mode.
 
     Remedy:
-        Larger batches or synchronized BN; or use instance or group norm in both modes, which is what was trained.
+        Larger batches or synchronized BN; or use instance or group norm in both modes, which is what was trained:
+        `bnprobe convert --to instance-renorm` with `blend: 1` in the spec's repair section, or `--to group-norm`.
 
     Reference:
         Ulyanov, Vedaldi and Lempitsky 2016, arXiv 1607.08022 (instance norm). Wu and He 2018, arXiv 1803.08494,

@@ -30,7 +30,8 @@ class SmallBatch(ShareRule):
 
     Remedy:
         Larger batches; or synchronized BN across processes; or fine-tune with frozen statistics, with Batch Renorm or
-        with group norm. Gradient accumulation does not help: it leaves the normalization batch as it is.
+        with group norm: `bnprobe convert --finetune --to auto` tries them beside plain BN. Gradient accumulation does
+        not help: it leaves the normalization batch as it is.
 
     Reference:
         Ioffe 2017, arXiv 1702.03275, sections 2 and 3. Wu and He 2018, arXiv 1803.08494, section 4.1 (error against

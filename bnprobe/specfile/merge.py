@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -91,6 +91,7 @@ def validated(sources: list[Source]) -> Spec:
 _MISSING = {
     "model": "say where the model comes from",
     "target": "say where the model comes from",
+    "schedule": "name a class of torch.optim.lr_scheduler, e.g. StepLR",
     "reason": "say why these rules are not to judge these layers",
     "rules": "give the codes, e.g. [BN107]",
     "layers": 'give a glob of layer names, e.g. "head.*"',
@@ -112,7 +113,7 @@ def sentence(item: Any, source: Source, top: type[BaseModel]) -> str:
     if item["type"] == "extra_forbidden":
         return _unknown_key(path, source, top)
     if item["type"] == "missing":
-        advice = _MISSING.get(str(path[-1]), "add it")
+        advice = _MISSING.get(str(path[-1] if path[0] != "train" else path[-2]), "add it")
         return f"{'.'.join(map(str, path))} is missing{source.place(path)}: {advice}."
     kind = _kind(item, source)
     expected = _EXPECTED.get(kind, item["msg"]).format(**item.get("ctx", {}))
@@ -147,5 +148,6 @@ def known_keys(path: KeyPath, top: type[BaseModel] = Spec) -> list[str]:
     if not path:
         return list(top.model_fields)
     info = top.model_fields.get(str(path[0]))
-    section = info.annotation if info else None
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+    sections = [info.annotation, *get_args(info.annotation)] if info else []
+    section = next((each for each in sections if isinstance(each, type) and issubclass(each, BaseModel)), None)
+    return known_keys(path[1:], section) if section else []

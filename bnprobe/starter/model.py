@@ -32,7 +32,7 @@ def load_data(batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
 
 
 def load_eval_data(batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
-    """Optional: images that no training saw. They show a data shift, and --what-if tries remedies on them."""
+    """Optional: images that no training saw. They show a data shift, and prove what a remedy gains."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(128, 3, 32, 32, generator=generator)
     labels = torch.randint(10, (128,), generator=generator)
@@ -40,7 +40,7 @@ def load_eval_data(batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
 
 
 def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Optional: compared on both paths; --train-steps and --gradients need it."""
+    """Optional: compared on both paths; ``convert --finetune``, --train-steps and --gradients need it."""
     images, labels = batch
     return nn.functional.cross_entropy(model(images), labels)
 
@@ -54,3 +54,4 @@ def metric(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.
 
 # Optional too:
 # def forward(model, batch): ...           how a batch goes through the model, if not model(batch[0])
+# def make_schedule(optimizer): ...        a learning rate schedule of your own, for train.schedule

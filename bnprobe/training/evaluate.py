@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,20 +49,26 @@ def evaluate(
     """
     functions = {"loss": loss, "metric": metric}
     means = {name: _Mean() for name in functions}
-    flags = [(module, module.training) for module in model.modules()]
-    with preserved_random_state(), torch.no_grad():
+    with preserved_random_state(), preserved_training_flags(model), torch.no_grad():
         seed_everything(_SEED)
         rewind(batches, _SEED)
-        try:
-            model.eval()
-            for batch in batches:
-                for name, function in functions.items():
-                    if function is not None:
-                        means[name].add(_value(name, function, model, batch, device, autocast), batch)
-        finally:
-            for module, flag in flags:
-                module.training = flag
+        model.eval()
+        for batch in batches:
+            for name, function in functions.items():
+                if function is not None:
+                    means[name].add(_value(name, function, model, batch, device, autocast), batch)
     return Score(means["loss"].value(), means["metric"].value())
+
+
+@contextmanager
+def preserved_training_flags(model: nn.Module) -> Iterator[None]:
+    """Give every module its training flag back at the end, whatever happens in between."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
 
 
 class _Mean:

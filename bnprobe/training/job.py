@@ -40,7 +40,8 @@ class Job:
         autocast: Dtype of the forward passes; gradients are scaled where it is float16.
         make_optimizer: Of the trainable parameters.
         make_schedule: Of the optimizer; None: the learning rate stays as it is.
-        score: On evaluation batches set apart for choosing; None: the last weights are kept.
+        score: On evaluation batches set apart for choosing, by ``evaluate``: training flags and random state come back.
+            None: the last weights are kept.
         measure, goal: Which weights are best; a loss is best small.
         renorm: Limits of the Batch Renorm layers over the run; None: they are the layers' own.
         arm: What the run is called in the log.

@@ -6,16 +6,21 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from bnprobe.distributed import World
 from bnprobe.errors import UsageError
 from bnprobe.probing.batches import tensors_of
+
+_Pair = tuple[Tensor, Tensor]
+"""Mean and variance of a layer."""
 
 
 class _Joined(DistributedDataParallel):
@@ -111,9 +116,17 @@ class Replicas:
 class _BufferSync:
     """Makes the buffers of all processes alike after a step.
 
-    Running means and variances are merged as those of one population each (Chan et al. 1983), with the number of
-    values seen as weights: variances gain what lies between the means. Counts become the largest one. Other buffers
-    become those of the first process.
+    Running means and variances become those of one process for which the first calls of a layer, in all processes, are
+    one batch, then the second calls, and so on. With the weight a of a batch in the running statistics, n_i values of
+    process i, N of all, batch means mu_i and unbiased batch variances s_i^2, a call takes m, v to (1 - a) m + a mu_i
+    and (1 - a) v + a s_i^2: a mu_i and a s_i^2 are read off the buffers. The values of all are one population (Chan et
+    al. 1983) of the mean mu = sum n_i mu_i / N and the unbiased variance sum((n_i - 1) s_i^2 + n_i (mu_i - mu)^2) /
+    (N - 1), which enter with weight a in their turn.
+
+    Buffers that are alike, as those of sync layers and frozen ones are, stay as they are. Instance norms average the
+    variances of images, and so is theirs merged. A layer that is no BN tells no weight to rely on: its buffers are
+    taken for the statistics of all that it saw. Counts become the largest one. Other buffers become those of the first
+    process.
 
     Args:
         model: Whose buffers.
@@ -123,7 +136,6 @@ class _BufferSync:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._device = device
         self._layers = _statistics_of(model)
-        self._seen: dict[nn.Module, int] = {}
         self._counters = _counters_of(model)
         ours = [*(each.mean for each in self._layers), *(each.variance for each in self._layers), *self._counters]
         known = {id(buffer) for buffer in ours}
@@ -132,8 +144,8 @@ class _BufferSync:
     @contextmanager
     def counting(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for layer in self._layers:
-                stack.callback(layer.layer.register_forward_pre_hook(self._count).remove)
+            for each in self._layers:
+                stack.callback(each.layer.register_forward_pre_hook(each.note).remove)
             yield
 
     def sync(self) -> None:
@@ -144,46 +156,92 @@ class _BufferSync:
                 distributed.all_reduce(counter, op=distributed.ReduceOp.MAX)
             for buffer in self._others:
                 distributed.broadcast(buffer, src=0)
-        self._seen.clear()
-
-    def _count(self, module: nn.Module, inputs: Any) -> None:
-        if module.training:
-            values = sum(tensor.numel() // tensor.shape[1] for tensor in tensors_of(list(inputs))[:1])
-            self._seen[module] = self._seen.get(module, 0) + values
+        for each in self._layers:
+            each.calls.clear()
 
     def _merge(self) -> None:
-        """Two sums over the processes: of the means, then of what lies around the merged ones."""
-        mean, variance, seen = self._flat()
-        weights = _sum(seen)
-        known = weights > 0
-        share = torch.where(known, seen / weights.clamp_min(1), 0)
-        merged = _sum(share * mean)
-        spread = _sum(share * (variance + (mean - merged).square()))
-        self._store(torch.where(known, merged, mean), torch.where(known, spread, variance))
+        """Sums over the processes: of values and means, then of variances about the merged means."""
+        most = int(_largest(torch.tensor(max(len(each.calls) for each in self._layers), device=self._device)))
+        found = [each.updates(most) for each in self._layers]
+        values, means, variances, rates, joins = torch.cat(found, 2).to(self._device).unbind(0)
+        count = _sum(values)
+        share = values / count.clamp_min(1)
+        merged = _sum(share * means)
+        between = values * (means - merged).square() / torch.where(rates > 0, rates, 1)
+        pooled = ((values - 1).clamp_min(0) * variances + between) / (count - 1).clamp_min(1)
+        pooled, averaged = _sum(torch.stack([pooled, share * variances]))
+        spread = torch.where((joins > 0) & (count > 1), pooled, averaged)
+        self._store(torch.where(count > 0, rates, 0), merged, spread)
 
-    def _flat(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Running means, running variances and values seen, of all channels of all layers, float64."""
-        means = torch.cat([each.mean.double() for each in self._layers])
-        variances = torch.cat([each.variance.double() for each in self._layers])
-        channels = torch.tensor([each.mean.numel() for each in self._layers])
-        seen = torch.tensor([self._seen.get(each.layer, 0) for each in self._layers], dtype=torch.float64)
-        return means, variances, seen.repeat_interleave(channels).to(self._device)
+    def _store(self, rates: Tensor, means: Tensor, variances: Tensor) -> None:
+        """Make the updates; shapes (calls, channels of all layers)."""
+        now, updated = (torch.cat([torch.stack(pair) for pair in pairs], 1) for pairs in self._now_and_before())
+        for rate, mean, variance in zip(rates, means, variances, strict=True):
+            updated = (1 - rate) * updated + torch.stack([mean, variance])
+        alike = (_largest(now) == -_largest(-now)).all(0)
+        merged = torch.where(alike, now, updated)
+        for each, part in zip(self._layers, merged.split([each.mean.numel() for each in self._layers], 1), strict=True):
+            each.mean.copy_(part[0])
+            each.variance.copy_(part[1])
 
-    def _store(self, means: Tensor, variances: Tensor) -> None:
-        sizes = [each.mean.numel() for each in self._layers]
-        parts = zip(self._layers, means.split(sizes), variances.split(sizes), strict=True)
-        for each, mean, variance in parts:
-            each.mean.copy_(mean)
-            each.variance.copy_(variance)
+    def _now_and_before(self) -> tuple[list[_Pair], list[_Pair]]:
+        return [each.now() for each in self._layers], [each.before() for each in self._layers]
 
 
 @dataclass(frozen=True)
 class _Statistics:
-    """The running statistics of one layer, shape (channels,)."""
+    """The running statistics of one layer, shape (channels,).
+
+    Attributes:
+        calls: In training since the processes were alike: values per channel, and the statistics before the call.
+    """
 
     layer: nn.Module
     mean: Tensor
     variance: Tensor
+    calls: list[tuple[int, _Pair]] = field(default_factory=list)
+
+    def now(self) -> _Pair:
+        """Mean and variance, float64."""
+        return self.mean.to(torch.float64, copy=True), self.variance.to(torch.float64, copy=True)
+
+    def before(self) -> _Pair:
+        """As they were before the first call."""
+        return self.calls[0][1] if self.calls else self.now()
+
+    def note(self, module: nn.Module, inputs: Any) -> None:
+        """A forward pre-hook of the layer; an empty batch moves nothing."""
+        values = sum(tensor.numel() // tensor.shape[1] for tensor in tensors_of(list(inputs))[:1])
+        if module.training and values:
+            self.calls.append((values, self.now()))
+
+    def updates(self, most: int) -> Tensor:
+        """What calls did, float64 of shape (5, most, channels), 0 for calls that were not.
+
+        Values; weight times batch mean; weight times batch variance; weight; and whether what lies between means is
+        part of the variance, as it is but for instance norms.
+        """
+        calls = self.calls
+        if calls and not isinstance(self.layer, _BatchNorm):
+            calls = [(sum(values for values, _ in calls), calls[0][1])]
+        found = torch.zeros(5, most, self.mean.numel(), dtype=torch.float64, device=self.mean.device)
+        found[3] = torch.tensor(self._rates(most), dtype=torch.float64, device=self.mean.device).unsqueeze(1)
+        found[4] = not isinstance(self.layer, _InstanceNorm)
+        after = [*(before for _, before in calls[1:]), self.now()]
+        for number, (values, before) in enumerate(calls):
+            found[0, number] = values
+            found[1:3, number] = torch.stack(after[number]) - (1 - found[3, number]) * torch.stack(before)
+        return found
+
+    def _rates(self, most: int) -> list[float]:
+        """Weights of batches in the running statistics, in the order of the calls."""
+        if not isinstance(self.layer, _BatchNorm):
+            return [1.0] * most
+        if self.layer.momentum is not None:
+            return [float(self.layer.momentum)] * most
+        counted = 0 if self.layer.num_batches_tracked is None else int(self.layer.num_batches_tracked)
+        first = counted - len(self.calls) + 1
+        return [1 / max(1, first + number) for number in range(most)]
 
 
 def _statistics_of(model: nn.Module) -> list[_Statistics]:
@@ -204,3 +262,9 @@ def _sum(values: Tensor) -> Tensor:
     total = values.clone()
     distributed.all_reduce(total)
     return total
+
+
+def _largest(values: Tensor) -> Tensor:
+    largest = values.clone()
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    return largest

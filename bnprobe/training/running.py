@@ -14,7 +14,6 @@ from bnprobe.distributed import World
 from bnprobe.errors import StateError
 from bnprobe.nn.batch_renorm import BatchRenormBase
 from bnprobe.nn.schedule import RenormSchedule
-from bnprobe.randomness import preserved_random_state
 from bnprobe.records import Score
 from bnprobe.records.repairs import Ending, TrainingStep
 from bnprobe.spec import RenormSpec
@@ -217,12 +216,7 @@ class Running:
         """The same in every process, as what is decided by it must be: that of the first."""
         if self.job.score is None:
             return None
-        flags = [(module, module.training) for module in self.job.model.modules()]
-        with preserved_random_state():
-            score = self.job.score(self.job.model)
-        for module, flag in flags:
-            module.training = flag
-        return self.world.gather(score)[0]
+        return self.world.gather(self.job.score(self.job.model))[0]
 
 
 def _attached(spec: RenormSpec | None, model: nn.Module, length: Length) -> RenormSchedule | None:

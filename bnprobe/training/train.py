@@ -16,6 +16,7 @@ from bnprobe.probing.forward import model_code
 from bnprobe.probing.losses import held_in_eval
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records.repairs import TrainingStep
+from bnprobe.training.evaluate import preserved_training_flags
 from bnprobe.training.job import Job, Outcome, check, length_of
 from bnprobe.training.running import Running
 from bnprobe.training.state import load_state, save_state
@@ -87,15 +88,13 @@ def _stopped(run: Running, state: Path | None, stop: StopFlag) -> str:
 def _in_training(model: nn.Module) -> Iterator[None]:
     """Train mode, but for what the user keeps in eval mode; flags come back, and no gradient is left behind."""
     held = held_in_eval(model)
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        with model_code("calling model.train()"):
-            model.train()
-        for module in held:
-            module.training = False
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-        for parameter in model.parameters():
-            parameter.grad = None
+    with preserved_training_flags(model):
+        try:
+            with model_code("calling model.train()"):
+                model.train()
+            for module in held:
+                module.training = False
+            yield
+        finally:
+            for parameter in model.parameters():
+                parameter.grad = None

@@ -1,8 +1,8 @@
 """The printed output that README.md shows: found by the comments in front of it, compared with what a run prints.
 
 ``<!-- bnprobe ARGUMENTS -->`` stands before a whole output, ``<!-- from bnprobe ARGUMENTS -->`` before parts of one,
-with a line of three dots where lines were left out. A command that writes (``-o NAME.safetensors``) runs before those that
-name what it wrote (``NAME.``).
+with a line of three dots where lines were left out. A command that writes (``-o NAME.safetensors``) runs before those
+that name what it wrote (``NAME.``).
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def update(block: Block, output: str) -> Block:
     if os.environ.get("BNPROBE_UPDATE_GOLDEN") != "1":
         return block
     text = rewritten(block, output)
-    readme = README.read_text(encoding="utf-8")
-    README.write_text(readme.replace(block.text, text, 1), encoding="utf-8")
+    readme, fence = README.read_text(encoding="utf-8"), f"bnprobe {block.command} -->\n```\n"
+    README.write_text(readme.replace(fence + block.text, fence + text, 1), encoding="utf-8")
     return Block(block.command, block.partial, text)
 
 

@@ -31,6 +31,29 @@ UNUSABLE_SPECS = [
     pytest.param("data: {batch_size: 2}\n", "model is missing: say where the model comes from.", id="no-model"),
     pytest.param("- model.py\n", "spec.yaml, line 1: a spec file is a mapping (key: value)", id="a-list"),
     pytest.param(
+        SPEC + "repair: {to: groupnorm}\n",
+        "'gated' or 'auto' for repair.to, but got the text 'groupnorm' (spec.yaml, line 5).",
+        id="repair-unknown",
+    ),
+    pytest.param(
+        SPEC + "repair: {renorm: {r_max: 0.5}}\n",
+        "Expected a number of at least 1.0 for repair.renorm.r_max, but got 0.5 (spec.yaml, line 5).",
+        id="repair-limit",
+    ),
+    pytest.param(
+        SPEC + "repair: {require: 'metric>1'}\n",
+        "Expected a list for repair.require, but got the text 'metric>1' (spec.yaml, line 5).",
+        id="repair-require",
+    ),
+    pytest.param(
+        SPEC + "train: {optimiser: SGD}\n",
+        'Unknown key "optimiser" in train (spec.yaml, line 5); the nearest known key is "optimizer".',
+        id="train-unknown-key",
+    ),
+    pytest.param(
+        SPEC + "train: {clip_norm: .nan}\n", "Expected a finite number for train.clip_norm, but got nan", id="train-nan"
+    ),
+    pytest.param(
         SPEC + "thresholds: {'*': -1}\n", "Expected a number above 0.0 for thresholds.*, but got -1", id="bad-threshold"
     ),
 ]

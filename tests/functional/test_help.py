@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
+import yaml
 
 import bnprobe
 from bnprobe.rules import RULES
+from bnprobe.spec import RenormSpec, RepairSpec, Spec, TrainSpec
 from functional import readme
 from functional.command import CLEAN, ERROR, FINDINGS, REPOSITORY, Result, Workspace
 from functional.readme import README, Block
@@ -64,7 +67,7 @@ def test_the_readme_shows_the_usage_as_it_is(workspace: Workspace, command: str)
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     """Who tries the commands of the README; what they write stays out of the repository."""
     folder = tmp_path_factory.mktemp("reader")
-    (folder / "sample_configs").symlink_to(REPOSITORY / "sample_configs", target_is_directory=True)
+    shutil.copytree(REPOSITORY / "sample_configs", folder / "sample_configs")
     return Reader(Workspace(folder))
 
 
@@ -80,6 +83,28 @@ def test_the_readme_shows_real_output(reader: Reader, block: Block) -> None:
         place = readme.place(part, found.stdout, start)
         assert place is not None, part
         start = place[1]
+
+
+def test_the_specs_of_the_readme_are_right() -> None:
+    shown = re.findall(r"^```yaml\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    specs = [Spec.model_validate({"model": {"target": "model.py"}} | yaml.safe_load(text)) for text in shown]
+    assert [spec.repair.seeds for spec in specs] == [5, 5]
+    settings = specs[0]  # every key of these sections is shown
+    assert settings.train.model_fields_set == TrainSpec.model_fields.keys() - {"epochs"}
+    assert settings.repair.model_fields_set == RepairSpec.model_fields.keys()
+    assert settings.repair.renorm.model_fields_set == RenormSpec.model_fields.keys()
+
+
+def test_the_readme_shows_what_the_benchmark_of_repairs_found() -> None:
+    results = (REPOSITORY / "benchmarks" / "repairs" / "RESULTS.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### (batch2|sorted)\.yaml(.*?)(?=^##)", results, re.DOTALL | re.MULTILINE))
+    shown = re.findall(r"^\| `(batch2|sorted)`[^|]*\|(.*)\|$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name, _ in shown] == ["batch2", "sorted"]
+    for name, row in shown:
+        arms = [[cell.strip() for cell in line.split("|")] for line in sections[name].splitlines() if "|" in line]
+        column = arms[0].index("held-out accuracy")
+        found = [f"{float(arm[column].split()[0]):.2f}" for arm in arms[2:]]
+        assert [cell.strip() for cell in row.split("|")] == found
 
 
 def test_every_sample_is_in_the_readme() -> None:

@@ -16,6 +16,7 @@ from functional.command import CLEAN, FINDINGS, REPOSITORY, Workspace
 SAMPLES = sorted((REPOSITORY / "sample_configs").glob("*/*.yaml"))
 SCHEMA = json.loads((REPOSITORY / "bnprobe" / "reports" / "report.schema.json").read_text(encoding="utf-8"))
 OUTPUT = "report.json"
+WEIGHTS = "out.safetensors"
 
 
 def _not_finite(constant: str) -> NoReturn:
@@ -48,3 +49,15 @@ def test_the_demo_prints_its_report(workspace: Workspace) -> None:
     assert (found.code, found.stderr) == (FINDINGS, "")
     assert max(map(len, found.stdout.splitlines()[3:])) <= 80
     assert "Self-check passed" in found.stdout
+
+
+def test_a_sample_is_repaired_and_exported(workspace: Workspace) -> None:
+    """The way that the README goes, in few steps; its own commands are run by test_help."""
+    sample = REPOSITORY / "sample_configs" / "digits" / "sorted.yaml"
+    repaired = workspace.run("convert", sample, "--finetune", "--steps", "10", "--require", "flagged==0", "-o", WEIGHTS)
+    assert (repaired.code, "Flagged layers: 3 → 0." in repaired.stdout) == (CLEAN, True)
+    assert workspace.run("verify", "out.before.json", "out.after.json").code == CLEAN
+    exported = workspace.run("export", sample, "--checkpoint", WEIGHTS)
+    assert (exported.code, (workspace.folder / "out.pt2").is_file()) == (CLEAN, True)
+    again = workspace.run("scan", sample, "--checkpoint", WEIGHTS, "--format", "json")
+    assert again.report(FINDINGS)["summary"]["flagged"] == 3  # in the original model it is plain BN, on sorted batches

@@ -11,6 +11,11 @@ import pytest
 
 from functional.command import CLEAN, FINDINGS, MODEL, SHIFTED, Workspace
 
+TWO = SHIFTED.replace(
+    "self.bn = nn.BatchNorm2d(2)", "self.bn, self.fine = nn.BatchNorm2d(2), nn.BatchNorm2d(2)"
+).replace("self.bn(x)", "(self.bn(x) + self.fine(x - SHIFT))")
+"""Two BN layers, of which a scan flags the first."""
+
 
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,6 +51,29 @@ def test_json(reports: Workspace) -> None:
     assert "1 of 1 layer flagged before, 1 after; report written to found.json" in found.stderr
     written = json.loads((reports.folder / "found.json").read_text())
     assert (written["passed"], written["problems"]) == (False, ["Still flagged: bn."])
+
+
+def test_a_bad_layer_left_out_of_the_second_scan_is_not_repaired(workspace: Workspace) -> None:
+    workspace.write("model.py", TWO)
+    for name, options in (("before", ()), ("after", ("--exclude", "bn")), ("other", ("--include", "bn"))):
+        workspace.scan("--format", "json", "--output", f"{name}.json", *options)
+    reports = {name: json.loads((workspace.folder / f"{name}.json").read_text()) for name in ("before", "after")}
+    assert [layer["name"] for layer in reports["before"]["layers"] if layer["flagged"]] == ["bn"]
+    assert [reports[name]["scan"]["unselected"] for name in reports] == [[], ["bn"]]
+    found = workspace.run("verify", "before.json", "after.json", "--format", "json")
+    assert found.report(FINDINGS)["problems"] == [
+        "Flagged before, and left out of the second scan by --include/--exclude: bn."
+    ]
+    refused = workspace.run("verify", "after.json", "other.json").error()
+    assert refused.startswith("The reports have no layer in common: --include/--exclude chose different layers")
+
+
+def test_a_larger_batch_is_no_repair(reports: Workspace) -> None:
+    reports.write("model.py", MODEL)
+    reports.scan("--batch-size", "16", "--format", "json", "--output", "larger.json")
+    found = reports.run("verify", "good.json", "larger.json")
+    assert (found.code, found.stderr) == (FINDINGS, "")
+    assert "Scan again with --batch-size 2." in found.stdout
 
 
 def test_reports_of_different_models(reports: Workspace) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from bnprobe.distributed import World, connected
 from bnprobe.errors import BnprobeError
 from bnprobe.loading.data import as_batch_source
-from bnprobe.nn.batch_renorm import SyncBatchRenorm
+from bnprobe.nn.batch_renorm import BatchRenorm1d, SyncBatchRenorm
 from bnprobe.nn.frozen import FrozenBatchNorm1d
 from bnprobe.training import Job, train
 from bnprobe.training.keeper import weights_of
-from support.finetuning import Steps, cross_entropy, held_out_score, job, network, source
+from support.finetuning import Noisy, Steps, cross_entropy, held_out_score, job, network, source
 
 
 def launch(folder: Path, size: int = 2) -> dict[str, list[Any]]:
@@ -53,9 +54,28 @@ def frozen(channels: int) -> nn.Module:
     return layer
 
 
-def ordered(batch_size: int) -> Any:
+def cumulative(channels: int) -> nn.Module:
+    return nn.BatchNorm1d(channels, momentum=None)
+
+
+def renorm(channels: int) -> nn.Module:
+    return BatchRenorm1d(channels, momentum=0.3)
+
+
+class PerImage(nn.InstanceNorm1d):
+    """Takes (images, channels) for four positions of fewer channels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.unflatten(1, (-1, 4))).flatten(1)
+
+
+def instance(channels: int) -> nn.Module:
+    return PerImage(channels // 4, track_running_stats=True)
+
+
+def ordered(batch_size: int, images: int = 40) -> Any:
     """The same images in the same order, whatever the batch size."""
-    return as_batch_source(torch.utils.data.DataLoader(source(noise=0.0).batches.wrapped.dataset, batch_size))
+    return as_batch_source(torch.utils.data.DataLoader(Noisy(images, noise=0.0), batch_size))
 
 
 class Tracking(nn.Module):
@@ -69,6 +89,15 @@ class Tracking(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.last.copy_(x[0])
         return self.body(self.seldom(x) if x[0, 0] > 0 else x)
+
+
+def still(norm: Callable[[int], nn.Module], batch_size: int, images: int = 39, **changes: Any) -> Job:
+    """Weights that stay as they are: what the first layer sees does not depend on how anything is normalized.
+
+    Of 39 images the last micro-batch is smaller than the others.
+    """
+    model, data = network(norm, dropout=0.0), ordered(batch_size, images)
+    return job(model, source=data, make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0), **changes)
 
 
 def without_noise(size: int, **changes: Any) -> Job:
@@ -90,12 +119,17 @@ def _stopping(model: nn.Module, batch: Any) -> Tensor:
 
 _stopping.calls = 0
 
+NORMS = (nn.BatchNorm1d, cumulative, renorm, synced, frozen, instance)
+
 CASES: dict[str, Callable[[], Job]] = {
     "synced": lambda: without_noise(4, model=network(synced, dropout=0.0)),
     "frozen": lambda: without_noise(4, model=network(frozen, dropout=0.0)),
     "accumulated": lambda: without_noise(2, model=network(frozen, dropout=0.0), accumulate=2, clip_norm=0.5),
     "plain": lambda: job(Tracking(), source=source(images=39), score=held_out_score, steps=15),
     "one step": lambda: without_noise(4, steps=1),
+    **{f"still {norm.__name__}": partial(still, norm, 4) for norm in NORMS},
+    "still single": lambda: still(renorm, 1, images=8, steps=4),
+    "still accumulated": lambda: still(nn.BatchNorm1d, 2, images=40, accumulate=3),
     "parts": lambda: job(Tracking(), loss=_going_past),
     "stopping": lambda: job(loss=_stopping),
     "resumed": lambda: job(),

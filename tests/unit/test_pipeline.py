@@ -6,6 +6,7 @@ import platform
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnprobe
@@ -28,6 +29,14 @@ def test_the_facts_of_the_report() -> None:
     assert (described.seed, described.device, described.dtype, described.autocast) == (7, "cpu", "float32", None)
     assert (described.synthetic, described.checkpoint) == (False, None)
     assert described.seconds > 0
+
+
+def test_the_layers_left_out_are_named_in_network_order() -> None:
+    model = nn.Sequential(*(nn.BatchNorm1d(DATA[0].shape[1]) for _ in range(4)))
+    report = scan(model, DATA, 4, num_batches=5, include=("0", "2", "3"), exclude=("3",))
+    assert [layer.name for layer in report.layers] == ["0", "2"]
+    assert report.scan.unselected == ("1", "3")
+    assert scan(model, DATA, 4, num_batches=5).scan.unselected == ()
 
 
 @pytest.mark.parametrize("batch_size", [None, 4])

@@ -12,13 +12,23 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from bnprobe.conclusion import (
+    AS_IS,
+    CONTROL,
+    CONTROL_RECALIBRATED,
+    RECALIBRATED,
+    conclude,
+    estimate,
+    gain_over,
+    make_arm,
+)
 from bnprobe.errors import UsageError
 from bnprobe.heldout import HeldOut
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.nn import BatchRenorm1d
-from bnprobe.proof import AS_IS, CONTROL, RECALIBRATED, best_candidate, estimate, prove
-from bnprobe.records import Plan, Proof, Run, Score, TrainingStep
+from bnprobe.proof import best_candidate, prove
+from bnprobe.records import Arm, Plan, Proof, Run, Score, TrainingStep
 from bnprobe.repairs import plan
 from bnprobe.spec import OptimizerSpec, RepairSpec, TrainSpec
 from bnprobe.subject import Subject
@@ -54,6 +64,10 @@ def metric(model: nn.Module, batch: Batch) -> Tensor:
     return (model(batch[0]).argmax(1) == batch[1]).float().mean()
 
 
+def renew(model: nn.Module) -> None:
+    model.bn.running_mean.fill_(0.25)
+
+
 def subject(steps: int = 6, seeds: int = 2, **changes: Any) -> Subject:
     torch.manual_seed(0)
     model = Net()
@@ -66,6 +80,7 @@ def subject(steps: int = 6, seeds: int = 2, **changes: Any) -> Subject:
         model=model,
         start=start,
         recalibrated=("bn",),
+        renew=renew,
         training=as_batch_source(batches(2, 12), 4),
         choosing=choosing,
         proving=proving,
@@ -92,11 +107,40 @@ def test_the_arms_are_the_model_its_controls_and_the_repair() -> None:
         (AS_IS, False, 1),
         (RECALIBRATED, False, 1),
         (CONTROL, True, 2),
+        (CONTROL_RECALIBRATED, True, 2),
         ("batch-renorm", True, 2),
     ]
-    assert (proof.repaired, proof.control) == ("batch-renorm", CONTROL)
+    assert proof.repaired == "batch-renorm"
     assert (proof.images_choosing, proof.images_proving) == (16, 16)
     assert [run.seed for run in proof.arms[2].runs] == [3, 4]
+    scores = {arm.name: arm.metric.mean for arm in proof.arms if arm.metric}
+    assert scores[proof.control] == max(scores[CONTROL], scores[CONTROL_RECALIBRATED])
+
+
+def test_plain_bn_has_the_momentum_that_it_is_held_against() -> None:
+    momenta: dict[str, set[float]] = {}
+
+    def watched(model: nn.Module, batch: Batch) -> Tensor:
+        if torch.is_grad_enabled():
+            kind = type(model.bn).__name__
+            momenta.setdefault(kind, set()).add(model.bn.momentum)
+        return loss(model, batch)
+
+    given = subject(loss=watched, seeds=1)
+    prove(given, [planned(given)])
+    assert momenta == {"BatchNorm1d": {0.01}, "BatchRenorm1d": {0.01}}
+    assert given.start.bn.momentum == 0.1
+
+
+def test_a_recalibrated_control_is_the_trained_one_with_other_statistics() -> None:
+    given = subject(seeds=1)
+    seen: list[dict[str, Tensor]] = []
+    given = replace(given, renew=lambda model: seen.append(copy.deepcopy(model.state_dict())))
+    proof = prove(given, [planned(given)]).proof
+    assert len(seen) == 1
+    assert not torch.equal(seen[0]["hidden.weight"], given.start.hidden.weight)
+    scores = [arm.runs[0].score for arm in proof.arms if arm.name in (CONTROL, CONTROL_RECALIBRATED)]
+    assert scores[0] == scores[1]  # nothing was changed here
 
 
 def test_every_trained_arm_sees_the_same_images_in_the_same_order() -> None:
@@ -224,11 +268,36 @@ def test_what_is_concluded(
 
     monkeypatch.setattr("bnprobe.proof._run", run)
     given = subject(seeds=len(ours))
-    given = replace(given, repair=given.repair.model_copy(update={"goal": goal}))
+    given = replace(given, renew=None, repair=given.repair.model_copy(update={"goal": goal}))
     proof = prove(given, [planned(given)]).proof
     assert proof.conclusion == conclusion
     assert (proof.gain.mean if proof.gain else None) == pytest.approx(gain)
     assert "batch-renorm" in proof.message or gain is None
+
+
+@pytest.mark.parametrize(
+    ("gain", "said"), [([0.1, 0.2], "More runs (--seeds) would tell"), ([-0.1, -0.2], "BN fine-tuned does as well")]
+)
+def test_a_wide_interval_is_no_proof_that_the_control_does_as_well(gain: list[float], said: str) -> None:
+    def arm(name: str, scores: list[float]) -> Arm:
+        return make_arm(name, [Run(0, 6, 6, Score(None, score), "finished", "", 0.0) for score in scores], True)
+
+    ours, control = arm("batch-renorm", [0.5 + each for each in gain]), arm(CONTROL, [0.5, 0.5])
+    found = gain_over(ours, control, "metric", "max")
+    conclusion, message = conclude({CONTROL: control, ours.name: ours}, ours, control, found, "metric")
+    assert conclusion == "same"
+    assert said in message
+
+
+@pytest.mark.parametrize("diverged", ["batch-renorm", CONTROL])
+def test_a_diverged_arm_is_not_compared(diverged: str) -> None:
+    def arm(name: str) -> Arm:
+        ending, note = ("diverged", "NaN at step 3.") if name == diverged else ("finished", "")
+        return make_arm(name, [Run(0, 6, 6, Score(None, 0.5), ending, note, 0.0)], True)
+
+    ours, control = arm("batch-renorm"), arm(CONTROL)
+    found = conclude({CONTROL: control, ours.name: ours}, ours, control, estimate([0.0]), "metric")
+    assert found == ("not_compared", f"Training of {diverged} diverged: NaN at step 3.")
 
 
 def _scores(proof: Proof) -> list[list[Score]]:

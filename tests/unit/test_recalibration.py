@@ -425,6 +425,36 @@ def test_wrapped_models_and_subclasses() -> None:
     assert_close(statistics(model), expected, 1e-10)
 
 
+@pytest.mark.parametrize("path", ["train", "eval"])
+def test_batches_of_no_image_are_left_out(path: Any) -> None:
+    whole = data(20, 3, 6, 6)
+    model = unsettled(Residual().double())
+    twin = copy.deepcopy(model)
+    empty = whole[:0]
+    bnprobe.recalibrate(model, [empty, whole[:10], empty, whole[10:], empty], path=path, num_batches=2)
+    bnprobe.recalibrate(twin, [whole[:10], whole[10:]], path=path)
+    assert_close(statistics(model), statistics(twin), 1e-12)
+    assert int(model.bn1.num_batches_tracked) == 2
+
+
+def test_the_number_of_a_bad_batch_counts_the_empty_ones() -> None:
+    with pytest.raises(DataError, match="Micro-batch 3 "):
+        bnprobe.recalibrate(nn.BatchNorm1d(6), [torch.zeros(0, 6), torch.ones(2, 6), torch.full((2, 6), torch.nan)])
+
+
+def test_two_values_per_channel_are_enough() -> None:
+    model = nn.BatchNorm1d(3).double()
+    bnprobe.recalibrate(model, [torch.zeros(1, 3).double(), torch.ones(1, 3).double()])
+    torch.testing.assert_close(model.running_var, torch.full((3,), 0.5).double())
+
+
+def test_a_model_without_values_is_refused() -> None:
+    with torch.device("meta"):
+        model = Flat()
+    with pytest.raises(RepairError, match=r"body\.0\.weight is on the meta device, where tensors hold no values"):
+        bnprobe.recalibrate(model, [data(8, 6)])
+
+
 # ---- undone if anything fails
 
 
@@ -458,8 +488,10 @@ ENORMOUS = [torch.full((5, 6), 3e38), *BATCHES]
         (lambda: NOT_A_NUMBER, None, DataError, "Micro-batch 4"),
         (lambda: ENORMOUS, None, NonFiniteError, r"new statistics of body\.1 are NaN or Inf"),
         (lambda: iter(()), None, DataError, "gave no batch"),
+        (lambda: [BATCHES[0][:0]] * 2, None, DataError, "gave no batch with an image"),
+        (lambda: [BATCHES[0][:1]], None, RepairError, r"two values per channel at least, and body\.1 was given one"),
     ],
-    ids=["loader", "model", "Ctrl-C", "NaN", "overflow", "empty"],
+    ids=["loader", "model", "Ctrl-C", "NaN", "overflow", "empty", "no image", "one value"],
 )
 def test_whatever_fails_the_model_is_as_it_was(path: Any, batches: Any, forward: Any, error: Any, said: str) -> None:
     model = unsettled(Flat()).train()

@@ -15,8 +15,8 @@ from benchmarks.repairs import digits, finetuned, scratch, task
 from benchmarks.repairs.__main__ import render
 from benchmarks.repairs.arms import Table, arm_of, choose, difference, joined, rows, verdict
 from benchmarks.repairs.task import REGIMES, Regime
+from bnprobe.conclusion import CONTROL, estimate
 from bnprobe.nn import BatchRenorm2d
-from bnprobe.proof import CONTROL, estimate
 from bnprobe.records import Arm, Run, Score
 
 STEPS = 2

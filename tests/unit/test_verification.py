@@ -72,12 +72,23 @@ def test_the_worse_path_is_compared() -> None:
             report(layer("a"), partial=True, stopped="interrupted"),
             "The second scan was ended early (interrupted): it proves nothing. Scan again.",
         ),
+        (
+            report(layer("a", BAD), layer("b"), layer("c", BAD)),
+            report(layer("b"), unselected=("a", "c")),
+            "Flagged before, and left out of the second scan by --include/--exclude: a, c.",
+        ),
+        (
+            report(layer("a")),
+            report(layer("a"), batch_size=32),
+            "The batch size of the second scan is larger, and at a larger one every layer looks better: 8 before, 32"
+            " after. Scan again with --batch-size 8.",
+        ),
     ],
 )
 def test_what_makes_it_fail(before: Report, after: Report, problem: str) -> None:
     found = verify(before, after)
     assert not found.passed
-    assert found.problems == (problem,)
+    assert (found.problems, found.notes) == ((problem,), ())
 
 
 def test_outputs_that_moved_by_sampling_pass() -> None:
@@ -88,6 +99,18 @@ def test_a_flagged_layer_that_is_gone_was_repaired() -> None:
     found = verify(report(layer("a", BAD), layer("b")), report(layer("b")))
     assert found.passed
     assert found.only_before == ("a",)
+
+
+def test_a_layer_left_out_of_both_scans_is_no_problem() -> None:
+    found = verify(report(layer("b", BAD), unselected=("a",)), report(layer("b"), unselected=("a",)))
+    assert found.passed
+    assert found.notes == ()
+
+
+def test_a_layer_left_out_that_was_not_flagged_is_said() -> None:
+    found = verify(report(layer("a"), layer("b", BAD)), report(layer("b"), unselected=("a",)))
+    assert found.passed
+    assert found.notes == ("Not flagged before, and left out of the second scan by --include/--exclude: a.",)
 
 
 def test_layers_stand_in_network_order() -> None:
@@ -111,10 +134,16 @@ def test_reports_of_different_models_are_refused() -> None:
         verify(report(layer("a")), report())
 
 
+def test_scans_of_different_layers_of_one_model_are_refused() -> None:
+    before, after = report(layer("a", BAD), unselected=("b",)), report(layer("b"), unselected=("a",))
+    with pytest.raises(UsageError, match=r"no layer in common: --include/--exclude chose different layers"):
+        verify(before, after)
+
+
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"batch_size": 32}, "The batch size differs: 8 before, 32 after."),
+        ({"batch_size": 4}, "The batch size differs: 8 before, 4 after."),
         ({"seed": 7}, "The seed differs: 0 before, 7 after."),
         ({"data": "other"}, "The data differs: .+ before, other after."),
         ({"autocast": "bfloat16"}, "The autocast differs: none before, bfloat16 after."),

@@ -58,11 +58,11 @@ def test_renorm_needs_a_positive_eps(to: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("channels", "most", "least", "groups"),
-    [(64, 32, 1, 32), (48, 32, 1, 24), (16, 32, 1, 16), (16, 32, 2, 8), (7, 4, 1, 1), (7, 32, 1, 7), (7, 32, 2, 1)],
+    ("channels", "most", "groups"),
+    [(64, 32, 32), (48, 32, 24), (32, 32, 16), (16, 32, 8), (16, 4, 4), (7, 32, 1), (2, 32, 1), (1, 32, 1)],
 )
-def test_groups_are_the_largest_divisor_that_will_do(channels: int, most: int, least: int, groups: int) -> None:
-    assert groups_for(channels, most, least) == groups
+def test_groups_are_the_largest_divisor_that_leaves_two_channels(channels: int, most: int, groups: int) -> None:
+    assert groups_for(channels, most) == groups
 
 
 def test_group_norm_never_makes_a_vector_zero() -> None:
@@ -101,15 +101,12 @@ def test_a_model_without_bn_is_refused() -> None:
     [
         ({"to": "renorm"}, "for to, but got the text 'renorm'"),
         ({"blend": 2.0}, "for blend, but got 2.0"),
-        ({"group": 4}, 'Unknown key "group".*"groups"'),
+        ({"group": 4}, 'no option "group".*the nearest is "groups"'),
+        ({"seeds": 5}, 'no option "seeds"'),
+        ({"to": "auto"}, "needs training to choose by"),
         ({"renorm": {"r_max": 0.5}}, "for renorm.r_max, but got 0.5"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         bnprobe.convert(Residual(), **options)
-
-
-def test_auto_needs_data() -> None:
-    with pytest.raises(RepairError, match='cannot be converted to "auto"'):
-        bnprobe.convert(Residual(), to="auto")

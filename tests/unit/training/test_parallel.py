@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from bnprobe.distributed import World
+from bnprobe.training import Job
 from bnprobe.training.feed import Feed, steps_per_epoch
+from bnprobe.training.keeper import weights_of
 from support.finetuning import Noisy, job, network, same_bits, source, trained
-from support.ranks import frozen, launch, ordered, synced
+from support.ranks import NORMS, frozen, launch, ordered, renorm, still, synced
 
 Ranks = dict[str, list[Any]]
+Norm = Callable[[int], nn.Module]
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +52,48 @@ def test_plain_bn_ends_alike_in_every_process(all_ranks: Ranks) -> None:
     assert one["summary"] == two["summary"]
 
 
-def test_running_statistics_are_merged_by_count(all_ranks: Ranks) -> None:
-    """Chan's formula on what each process has after its own micro-batch of the first step."""
-    merged = all_ranks["one step"][0]["model"]
-    batches = list(ordered(4).batches)[:2]
-    models = [network(dropout=0.0).train() for _ in batches]
-    for model, batch in zip(models, batches, strict=True):
-        model(batch[0])
-    means, variances = (
-        torch.stack([getattr(model[1], name) for model in models]).double() for name in ("running_mean", "running_var")
-    )
-    mean = means.mean(0)
-    variance = (variances + (means - mean).square()).mean(0)
-    torch.testing.assert_close(merged["1.running_mean"].double(), mean, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(merged["1.running_var"].double(), variance, rtol=1e-6, atol=1e-7)
-    assert not torch.allclose(variance, variances.mean(0), rtol=1e-4)
-    assert merged["1.num_batches_tracked"] == 1
+def statistics(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weights[f"1.{name}"].double() for name in ("running_mean", "running_var", "num_batches_tracked")}
+
+
+def alone(case: Job) -> dict[str, Tensor]:
+    """The buffers of the first norm layer after one process has trained by itself."""
+    trained(case)
+    return statistics(weights_of(case.model))
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.__name__)
+def test_the_buffers_are_those_of_one_process_with_the_global_batch(all_ranks: Ranks, norm: Norm) -> None:
+    """Over 12 steps, of which some are of 4 and 3 images: mean, unbiased variance and count."""
+    merged = statistics(all_ranks[f"still {norm.__name__}"][0]["model"])
+    torch.testing.assert_close(merged, alone(still(norm, 8)), rtol=2e-6, atol=2e-6)
+
+
+def test_one_value_per_channel_in_each_process(all_ranks: Ranks) -> None:
+    """No process knows a variance; all of it lies between them."""
+    merged = statistics(all_ranks["still single"][0]["model"])
+    torch.testing.assert_close(merged, alone(still(renorm, 2, images=8, steps=4)), rtol=2e-6, atol=2e-6)
+    assert (merged["running_var"] - 1).abs().min() > 0.01
+
+
+def test_accumulated_micro_batches_are_those_of_one_process(all_ranks: Ranks) -> None:
+    """Three calls in a step, of 2 images in each process and of 4 in one."""
+    merged = statistics(all_ranks["still accumulated"][0]["model"])
+    expected = alone(still(nn.BatchNorm1d, 4, images=40, accumulate=3))
+    torch.testing.assert_close(merged, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_running_statistics_are_merged_by_the_formula(all_ranks: Ranks) -> None:
+    """After the first step, in float64 from the images themselves."""
+    merged = statistics(all_ranks["one step"][0]["model"])
+    model = network(dropout=0.0)
+    inputs = model[0](torch.cat([batch[0] for batch in list(ordered(4).batches)[:2]])).detach().double()
+    expected = {
+        "running_mean": 0.1 * inputs.mean(0),
+        "running_var": 0.9 + 0.1 * inputs.var(0, correction=1),
+        "num_batches_tracked": torch.tensor(1.0).double(),
+    }
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_loss_that_goes_past_the_model(all_ranks: Ranks) -> None:

@@ -1,0 +1,97 @@
+"""From the scores of the arms to a verdict: which control counts, what was gained, and what may be said of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from scipy import stats
+
+from bnprobe.records import Arm, Conclusion, Estimate, Run
+
+AS_IS, RECALIBRATED = "as is", "recalibrated"
+CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN fine-tuned, recalibrated"
+"""Names of the arms that are no repair. The last two are controls: plain BN, trained as the repair is."""
+
+Measure = Literal["loss", "metric"]
+Goal = Literal["max", "min"]
+
+
+def estimate(values: Sequence[float | None]) -> Estimate | None:
+    """Mean and 95% interval by Student's t over independent values; None if a value is missing."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    mean = sum(known) / len(known)
+    if len(known) == 1:
+        return Estimate(mean, None)
+    variance = sum((value - mean) ** 2 for value in known) / (len(known) - 1)
+    half = float(stats.t.ppf(0.975, len(known) - 1)) * math.sqrt(variance / len(known))
+    return Estimate(mean, (mean - half, mean + half))
+
+
+def make_arm(name: str, runs: Sequence[Run], trained: bool) -> Arm:
+    """An arm of these runs."""
+    loss, metric = (estimate([getattr(run.score, measure) for run in runs]) for measure in ("loss", "metric"))
+    return Arm(name, trained, tuple(runs), loss, metric)
+
+
+def control_of(arms: Mapping[str, Arm], measure: Measure, goal: Goal) -> Arm | None:
+    """The better of the controls: what a repair must be better than. None if nothing was trained."""
+    controls = [arms[name] for name in (CONTROL, CONTROL_RECALIBRATED) if name in arms]
+    scored = [arm for arm in controls if getattr(arm, measure) is not None]
+    sign = 1.0 if goal == "max" else -1.0
+    return max(scored, key=lambda arm: sign * getattr(arm, measure).mean, default=controls[0] if controls else None)
+
+
+def gain_over(repaired: Arm, control: Arm, measure: Measure, goal: Goal) -> Estimate | None:
+    """Repaired minus control, run by run of the same seed, signed so that more is better."""
+    sign = 1.0 if goal == "max" else -1.0
+    pairs = zip(repaired.runs, control.runs, strict=True)
+    scores = [(getattr(one.score, measure), getattr(other.score, measure)) for one, other in pairs]
+    return estimate([None if one is None or other is None else sign * (one - other) for one, other in scores])
+
+
+def conclude(
+    arms: Mapping[str, Arm], repaired: Arm, control: Arm | None, gain: Estimate | None, measure: Measure
+) -> tuple[Conclusion, str]:
+    """The verdict, and a sentence or two."""
+    if control is None:
+        return "not_compared", "Nothing was trained, so there is no control: add --finetune to prove a gain."
+    for arm in (repaired, control):
+        note = next((run.note for run in arm.runs if run.ending == "diverged"), None)
+        if note is not None:
+            return "not_compared", f"Training of {arm.name} diverged: {note}"
+    names = dict.fromkeys((repaired.name, CONTROL, CONTROL_RECALIBRATED, RECALIBRATED, AS_IS))
+    means = {name: getattr(arms[name], measure) for name in names if name in arms}
+    listed = ", ".join(f"{name} {value.mean:.3g}" for name, value in means.items() if value is not None)
+    conclusion, sentence = _judge(gain, control)
+    start = [arm.name for arm in (repaired, control) if all(run.best_step == 0 for run in arm.runs)]
+    stood = f" No step of {' or '.join(start)} was better than the start." if start else ""
+    return conclusion, f"Held-out {measure}: {listed}. {sentence}{stood}"
+
+
+def _judge(gain: Estimate | None, control: Arm) -> tuple[Conclusion, str]:
+    if gain is None:
+        return "not_compared", "A score is not finite, so that they cannot be compared."
+    if gain.interval is None:
+        return _single(gain.mean, control)
+    low, high = gain.interval
+    interval = f"95% interval {low:+.2g} to {gain.mean if high is None else high:+.2g}"
+    if high is None or low <= 0 <= high:
+        more = "More runs (--seeds) would tell whether there is one."
+        alone = f"{control.name} does as well." if gain.mean <= 0 else more
+        return "same", f"No gain over {control.name} is shown ({gain.mean:+.2g}, {interval}). {alone}"
+    word: Conclusion = "better" if gain.mean > 0 else "worse"
+    return word, f"The repair is {word} than {control.name}, by {abs(gain.mean):.2g} ({interval})."
+
+
+def _single(gain: float, control: Arm) -> tuple[Conclusion, str]:
+    if gain == 0:
+        return "same", f"{control.name} does as well; more runs (--seeds 5) would say how sure that is."
+    direction = "ahead of" if gain > 0 else "behind"
+    return "undecided", (
+        f"The repair is {direction} {control.name}, but one run of each does not tell a gain from chance:"
+        " add --seeds 5."
+    )
