@@ -11,7 +11,7 @@ from scipy import stats
 from bnprobe.records import Arm, Conclusion, Estimate, Run
 
 AS_IS, RECALIBRATED = "as is", "recalibrated"
-CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN fine-tuned, recalibrated"
+CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN, recalibrated after"
 """Names of the arms that are no repair. The last two are controls: plain BN, trained as the repair is."""
 
 Measure = Literal["loss", "metric"]

@@ -105,7 +105,7 @@ def test_a_repair_is_proved_beside_its_controls(repairable: Workspace) -> None:
     names = {f"out.{suffix}" for suffix in ("safetensors", "record.json", "before.json", "after.json", "log.csv")}
     assert files(repairable) == names
     record = read(repairable, "out.record.json")
-    control = ["BN fine-tuned", "BN fine-tuned, recalibrated"]
+    control = ["BN fine-tuned", "BN, recalibrated after"]
     assert list(arms(record)) == ["as is", "recalibrated", *control, "batch-renorm"]
     assert [len(arm["runs"]) for arm in arms(record).values()] == [1, 1, 2, 2, 2]
     assert (record["flagged_before"], record["flagged_after"]) == (1, 0)

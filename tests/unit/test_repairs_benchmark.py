@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from itertools import islice
 
 import pytest
@@ -20,15 +18,6 @@ from bnprobe.nn import BatchRenorm2d
 from bnprobe.records import Arm, Run, Score
 
 STEPS = 2
-
-
-@pytest.fixture(autouse=True)
-def _forget_the_samples_module() -> Iterator[None]:
-    """Its name is that of any model file."""
-    yield
-    sys.modules.pop("model", None)
-
-
 REGIME = REGIMES[0]
 
 
