@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from scipy import stats
 
-from bnprobe.records import Arm, Conclusion, Estimate, Run
+from bnprobe.records import Arm, Conclusion, Estimate, Proof, Run
 
 AS_IS, RECALIBRATED = "as is", "recalibrated"
-CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN, recalibrated after"
+CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN recalibrated after"
 """Names of the arms that are no repair. The last two are controls: plain BN, trained as the repair is."""
 
 Measure = Literal["loss", "metric"]
@@ -19,13 +19,16 @@ Goal = Literal["max", "min"]
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
-    """Mean and 95% interval by Student's t over independent values; None if a value is missing."""
+    """Mean and 95% interval by Student's t over independent values; None if a value is missing.
+
+    Values that are all the same give no interval: counts of a few images often are, which tells nothing of chance.
+    """
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return None
     mean = sum(known) / len(known)
-    if len(known) == 1:
-        return Estimate(mean, None)
+    if max(known) - min(known) <= 1e-9 * max(map(abs, known)):
+        return Estimate(known[0], None)
     variance = sum((value - mean) ** 2 for value in known) / (len(known) - 1)
     half = float(stats.t.ppf(0.975, len(known) - 1)) * math.sqrt(variance / len(known))
     return Estimate(mean, (mean - half, mean + half))
@@ -66,17 +69,17 @@ def conclude(
     names = dict.fromkeys((repaired.name, CONTROL, CONTROL_RECALIBRATED, RECALIBRATED, AS_IS))
     means = {name: getattr(arms[name], measure) for name in names if name in arms}
     listed = ", ".join(f"{name} {value.mean:.3g}" for name, value in means.items() if value is not None)
-    conclusion, sentence = _judge(gain, control)
+    conclusion, sentence = _judge(gain, control, len(repaired.runs))
     start = [arm.name for arm in (repaired, control) if all(run.best_step == 0 for run in arm.runs)]
     stood = f" No step of {' or '.join(start)} was better than the start." if start else ""
     return conclusion, f"Held-out {measure}: {listed}. {sentence}{stood}"
 
 
-def _judge(gain: Estimate | None, control: Arm) -> tuple[Conclusion, str]:
+def _judge(gain: Estimate | None, control: Arm, runs: int) -> tuple[Conclusion, str]:
     if gain is None:
         return "not_compared", "A score is not finite, so that they cannot be compared."
     if gain.interval is None:
-        return _single(gain.mean, control)
+        return _single(gain.mean, control, runs)
     low, high = gain.interval
     interval = f"95% interval {low:+.2g} to {gain.mean if high is None else high:+.2g}"
     if high is None or low <= 0 <= high:
@@ -87,11 +90,29 @@ def _judge(gain: Estimate | None, control: Arm) -> tuple[Conclusion, str]:
     return word, f"The repair is {word} than {control.name}, by {abs(gain.mean):.2g} ({interval})."
 
 
-def _single(gain: float, control: Arm) -> tuple[Conclusion, str]:
+def _single(gain: float, control: Arm, runs: int) -> tuple[Conclusion, str]:
+    """Without an interval: one run, or runs that all differ alike."""
     if gain == 0:
-        return "same", f"{control.name} does as well; more runs (--seeds 5) would say how sure that is."
+        return "same", f"{control.name} does as well; more runs (--seeds) would say how sure that is."
+    if runs > 1:
+        return "undecided", (
+            f"All runs differ from {control.name} by the same {gain:+.2g}: the held-out images, or the runs, are too"
+            " few to tell chance by."
+        )
     direction = "ahead of" if gain > 0 else "behind"
     return "undecided", (
         f"The repair is {direction} {control.name}, but one run of each does not tell a gain from chance:"
         " add --seeds 5."
     )
+
+
+def remarks(to: str, flagged: int | None, proof: Proof) -> Iterator[str]:
+    """What the reader of a proof should know beside it, a sentence each."""
+    arm = next(arm for arm in proof.arms if arm.name == proof.repaired)
+    if arm.trained and arm.runs[0].best_step == 0:
+        yield "No step was better than the start: the weights written are those that training began with."
+    if to == "batch-renorm" and flagged == 0:
+        yield (
+            "Within its limits Batch Renorm agrees with inference by construction: that nothing is flagged any more"
+            " says that r and d are within them, and the arms say what it is worth."
+        )

@@ -127,7 +127,7 @@ def _controls(
             layer.momentum = momentum
     arm, models = _trained(replace(subject, start=start), CONTROL, None, folder, on_step, world)
     yield arm
-    if subject.renew is not None:
+    if subject.renew is not None and all(run.ending != "diverged" for run in arm.runs):
         for model in models:
             subject.renew(model)
         scores = [subject.proving.score(model) for model in models]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bnprobe
+from bnprobe.conclusion import remarks
 from bnprobe.describe import environment
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, SpecError, UsageError
@@ -35,7 +36,7 @@ from bnprobe.repairs import (
 from bnprobe.reports.json import load as load_report
 from bnprobe.requirement import check, parse_requirement
 from bnprobe.spec import Spec
-from bnprobe.subject import Subject, make_subject, require_trainable
+from bnprobe.subject import Subject, make_subject, require_measurable, require_trainable
 from bnprobe.training import StateFolder, StepLog
 
 
@@ -116,6 +117,7 @@ def repair_spec(
         workload = load_workload(spec)
         if wish.finetune:
             require_trainable(workload)
+        require_measurable(spec, workload, wish.finetune)
         before = whole(scan_workload(workload, spec.settings(), progress, world))
         plans = _plans(spec, workload.model, before)
         if not plans[0].changes:
@@ -132,8 +134,8 @@ def repair_spec(
                 notes.append(sentence)
             proven = prove(subject, [made], folder=folder, on_step=log, world=world)
         weights = _weights(proven.model, subject.model, made)
-        notes += [*left_out(proven.model), *_what_agreement_means(made)]
         after, flagged = _second_scan(spec, workload, proven.model, made, progress, world)
+        notes += [*left_out(proven.model), *remarks(made.to, flagged, proven.proof)]
         if after is None:
             notes.append("There is no second scan, since no layer is left that a scan could measure.")
     record = _record(spec, wish, workload, subject, made, proven.proof, (before.summary.flagged, flagged), notes)
@@ -153,14 +155,6 @@ def _logged(folder: StateFolder | None, on_step: OnStep, world: World) -> Iterat
             on_step(step)
 
         yield both
-
-
-def _what_agreement_means(made: Plan) -> Iterator[str]:
-    if made.to == "batch-renorm":
-        yield (
-            "Within its limits Batch Renorm agrees with inference by construction: that nothing is flagged any more"
-            " says that r and d are within them, and the arms say what it is worth."
-        )
 
 
 def _require_nothing_refused(made: Plan) -> None:
@@ -300,7 +294,9 @@ def _record(
 
 def _requirements(spec: Spec, proof: Proof, flagged: int | None) -> tuple[RequirementResult, ...]:
     written = next(arm for arm in proof.arms if arm.name == proof.repaired).runs[0].score
-    gain = proof.gain.mean if proof.gain else None
+    gain = None
+    if proof.gain is not None:  # what is sure of it, where several runs say so
+        gain = proof.gain.mean if proof.gain.interval is None else proof.gain.interval[0]
     values = {"metric": written.metric, "loss": written.loss, "gain": gain, "flagged": flagged}
     results = check(spec.repair.require, values)
     return tuple(RequirementResult(requirement.text, value, held) for requirement, value, held in results)

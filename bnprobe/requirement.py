@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from bnprobe.errors import UsageError
 
 QUANTITIES = {
-    "metric": "metric of the repaired model on the evaluation data",
-    "loss": "its loss there",
-    "gain": "metric (loss, if there is no metric) gained over the control: plain BN fine-tuned the same way",
+    "metric": "metric, on the held-out data, of the weights that are written: those of the first seed",
+    "loss": "their loss there",
+    "gain": "gained over the control in the metric, or the loss without one: lower end of the 95% interval over seeds",
     "flagged": "layers that the scan of the repaired model flags",
 }
 """What can be required, and what it means."""

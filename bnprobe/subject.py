@@ -12,16 +12,21 @@ from torch import nn
 
 from bnprobe.describe import device_named
 from bnprobe.distributed import launched
-from bnprobe.errors import NothingToProbeError, UsageError
+from bnprobe.errors import NothingToProbeError, RepairError, UsageError
 from bnprobe.heldout import HeldOut
 from bnprobe.loading.data import BatchSource, load_source
+from bnprobe.loading.model import WRAPPED
 from bnprobe.loading.optimizer import OptimizerFactory, load_optimizer
 from bnprobe.loading.schedule import ScheduleFactory, load_schedule
 from bnprobe.loading.workload import Workload, read_anew
 from bnprobe.recalibration import recalibrate_workload
+from bnprobe.requirement import parse_requirement
 from bnprobe.spec import RepairSpec, Spec, TrainSpec
 from bnprobe.training import length_of
 from bnprobe.usercode import BatchFunction
+
+FEWEST_IMAGES = 100
+"""Fewer held-out images than these are remarked upon."""
 
 RECALIBRATION_IMAGES = 2**14
 """Images that running statistics are taken from: those of ImageNet layers settle on a tenth of it."""
@@ -99,6 +104,27 @@ def require_trainable(workload: Workload) -> None:
         )
 
 
+def require_measurable(spec: Spec, workload: Workload, finetune: bool) -> None:
+    """Refuse requirements that can only fail, and models whose weights would not go back where they came from.
+
+    Raises:
+        RepairError: load_model() returned a wrapped model.
+        UsageError: A requirement cannot be measured.
+    """
+    if any(note.startswith(WRAPPED) for note in workload.notes):
+        raise RepairError("load_model() returns a wrapped model, whose keys differ: let it return the module inside.")
+    functions = {"metric": workload.metric, "loss": workload.loss}
+    for requirement in map(parse_requirement, spec.repair.require):
+        name = requirement.quantity
+        if name in functions and (functions[name] is None or workload.evaluation is None):
+            raise UsageError(
+                f'--require "{requirement.text}" cannot be measured: it needs {name}(model, batch) and held-out data'
+                " (load_eval_data) in the model file or the spec."
+            )
+        if name == "gain" and not finetune:
+            raise UsageError(f'--require "{requirement.text}" needs a control to gain over: add --finetune.')
+
+
 def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subject, list[str]]:
     """Put the model on its device, recalibrate a copy, read the held-out data, and halve it where weights are chosen.
 
@@ -126,6 +152,7 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subjec
             renew = None
             notes.append(f"No running statistics were taken anew. {error}")
     held_out = HeldOut.of(spec, workload)
+    notes += _few(held_out) if finetune else []
     proving, choosing = held_out.halves() if finetune else (held_out, replace(held_out, batches=()))
     subject = Subject(
         model=model,
@@ -145,6 +172,16 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subjec
         make_schedule=make_schedule,
     )
     return subject, [*notes, *held_out.notes]
+
+
+def _few(held_out: HeldOut) -> list[str]:
+    """What so little held-out data cannot do, a sentence each."""
+    notes = []
+    if len(held_out.batches) < 2:
+        notes.append("There is one held-out batch: none is set apart for choosing, and the last weights are kept.")
+    if held_out.images < FEWEST_IMAGES:
+        notes.append(f"{held_out.images} held-out images cannot tell a gain from chance: give some hundreds.")
+    return notes
 
 
 def _schedule(spec: Spec, workload: Workload, make_optimizer: OptimizerFactory) -> ScheduleFactory | None:

@@ -45,6 +45,8 @@ class Artifacts:
             UsageError: There is a state to resume from, and it is not to be resumed.
         """
         require_writable(self.weights, "-o")
+        if self.weights.suffix != ".safetensors":
+            raise UsageError(f"-o {self.weights}: the weights are written as safetensors; give a name that ends so.")
         if resume and self.state.is_dir():
             return
         if self.state.exists() and not force:

@@ -19,6 +19,9 @@ from bnprobe.loading.modules import UserModule, describe_contents, resolve
 from bnprobe.spec import ModelSpec
 from bnprobe.usercode import user_code
 
+WRAPPED = "The model was wrapped in"
+"""How the note on an unwrapped model begins."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -125,7 +128,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:
         model = inner
     if not wrappers:
         return model, None
-    return model, f"The model was wrapped in {' in '.join(reversed(wrappers))}; the module inside is probed."
+    return model, f"{WRAPPED} {' in '.join(reversed(wrappers))}; the module inside is probed."
 
 
 def _loaded(model: nn.Module, name: str, module: UserModule | None) -> LoadedModel:

@@ -105,7 +105,7 @@ def test_a_repair_is_proved_beside_its_controls(repairable: Workspace) -> None:
     names = {f"out.{suffix}" for suffix in ("safetensors", "record.json", "before.json", "after.json", "log.csv")}
     assert files(repairable) == names
     record = read(repairable, "out.record.json")
-    control = ["BN fine-tuned", "BN, recalibrated after"]
+    control = ["BN fine-tuned", "BN recalibrated after"]
     assert list(arms(record)) == ["as is", "recalibrated", *control, "batch-renorm"]
     assert [len(arm["runs"]) for arm in arms(record).values()] == [1, 1, 2, 2, 2]
     assert (record["flagged_before"], record["flagged_after"]) == (1, 0)
@@ -218,6 +218,8 @@ def test_outputs_are_not_replaced_without_force(repairable: Workspace) -> None:
         (["-o", "out.safetensors", "--require", "metric"], 'as in "metric>=0.97"'),
         (["-o", "out.safetensors", "--require", "metrics>=1"], "the nearest is metric"),
         (["-o", "out.safetensors", "--layers", "bm"], 'nearest name is "bn"'),
+        (["-o", "out.pt"], "give a name that ends so"),
+        (["-o", "out.safetensors", "--require", "gain>0"], "add --finetune"),
         (["-o", "out.safetensors", "--resume"], "add --finetune"),
         (["-o", "out.safetensors", "--steps", "5"], "--steps is about fine-tuning"),
         (["-o", "out.safetensors", "--to", "auto"], "add --finetune"),
@@ -253,6 +255,31 @@ def test_what_fine_tuning_lacks_is_said(
     message = repairable.run("convert", "spec.yaml", *SHORT, "-o", "out.safetensors").error()
     assert expected in message
     assert not (repairable.folder / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("def metric", "def other"), "it needs metric(model, batch)"),
+        (("return Net()", "return nn.DataParallel(Net())"), "wrapped"),
+    ],
+)
+def test_what_can_only_fail_is_refused_before_training(
+    repairable: Workspace, change: tuple[str, str], expected: str
+) -> None:
+    repairable.write("model.py", REPAIRABLE.replace(*change))
+    arguments = (*TARGET, *SHORT, "--require", "metric>0.5", "-o", "out.safetensors")
+    assert expected in repairable.run("convert", *arguments).error()
+    assert files(repairable) == set()
+
+
+def test_few_held_out_images_are_remarked_upon(repairable: Workspace) -> None:
+    few = REPAIRABLE.replace("return load_data(batch_size)", "return list(load_data(batch_size))[:1]")
+    repairable.write("model.py", few)
+    assert repairable.run("convert", *TARGET, *SHORT, "-o", "out.safetensors").code == CLEAN
+    notes = " ".join(read(repairable, "out.record.json")["notes"])
+    assert "one held-out batch" in notes
+    assert "4 held-out images cannot tell" in notes
 
 
 def test_a_full_disk_leaves_nothing_half_written(repairable: Workspace) -> None:

@@ -221,32 +221,34 @@ def test_one_batch_cannot_choose() -> None:
         best_candidate(replace(given, choosing=replace(given.choosing, batches=())), [planned(given)])
 
 
-@pytest.mark.parametrize("values", [[0.9, 0.95, 0.93], [1.0, 3.0], [2.0] * 4])
+@pytest.mark.parametrize("values", [[0.9, 0.95, 0.93], [1.0, 3.0]])
 def test_an_estimate_is_students_interval(values: list[float]) -> None:
     found = estimate(values)
     assert found is not None
     assert found.interval is not None
     spread = stats.sem(values)
-    expected = stats.t.interval(0.95, len(values) - 1, loc=sum(values) / len(values), scale=spread) if spread else None
-    assert found.interval == pytest.approx(expected or (2.0, 2.0))
+    expected = stats.t.interval(0.95, len(values) - 1, loc=sum(values) / len(values), scale=spread)
+    assert found.interval == pytest.approx(expected)
 
 
 def test_a_missing_value_is_no_estimate() -> None:
     assert estimate([0.5, None]) is None
     assert estimate([]) is None
-    one = estimate([0.5])
-    assert one is not None
-    assert (one.mean, one.interval) == (0.5, None)
+    for same in ([0.5], [0.5] * 4):  # counts of few images are often alike: that is no certainty
+        one = estimate(same)
+        assert one is not None
+        assert (one.mean, one.interval) == (0.5, None)
 
 
 @pytest.mark.parametrize(
     ("ours", "control", "goal", "conclusion", "gain"),
     [
-        ([0.9, 0.91, 0.9], [0.8, 0.81, 0.8], "max", "better", 0.1),
-        ([0.8, 0.81, 0.8], [0.9, 0.91, 0.9], "max", "worse", -0.1),
-        ([0.8, 0.81, 0.8], [0.9, 0.91, 0.9], "min", "better", 0.1),
+        ([0.9, 0.92, 0.88], [0.8, 0.81, 0.79], "max", "better", 0.1),
+        ([0.8, 0.81, 0.79], [0.9, 0.92, 0.88], "max", "worse", -0.1),
+        ([0.8, 0.81, 0.79], [0.9, 0.92, 0.88], "min", "better", 0.1),
         ([0.9, 0.8, 0.85], [0.8, 0.9, 0.85], "max", "same", 0.0),
         ([0.9], [0.8], "max", "undecided", 0.1),
+        ([0.9, 0.8], [0.8, 0.7], "max", "undecided", 0.1),  # the same difference twice is no certainty
         ([0.9], [0.9], "max", "same", 0.0),
         ([0.9, None], [0.8, 0.8], "max", "not_compared", None),
     ],
