@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,9 @@ from torch.testing import assert_close
 from bnprobe.errors import UsageError
 from bnprobe.nn import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, RenormSchedule, SyncBatchRenorm
 from bnprobe.nn.functional import batch_renorm
+
+HEADERS = Path(sysconfig.get_path("include")) / "Python.h"
+CAN_COMPILE = shutil.which("g++") is not None and HEADERS.exists() and " " not in sys.prefix
 
 PAIRS = [(BatchRenorm1d, nn.BatchNorm1d), (BatchRenorm2d, nn.BatchNorm2d), (BatchRenorm3d, nn.BatchNorm3d)]
 
@@ -211,6 +218,9 @@ def test_compiled_in_one_graph_that_follows_the_limits() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch's own, when inductor is imported
+@pytest.mark.skipif(
+    not CAN_COMPILE, reason="no C++ compiler, no Python.h, or a path with a space, which inductor cannot take"
+)
 @pytest.mark.parametrize("affine", [True, False])
 def test_compiled_by_inductor(affine: bool) -> None:
     torch._dynamo.reset()
