@@ -36,7 +36,7 @@ from bnprobe.repairs import (
 from bnprobe.reports.json import load as load_report
 from bnprobe.requirement import check, parse_requirement
 from bnprobe.spec import Spec
-from bnprobe.subject import Subject, make_subject, require_measurable, require_trainable
+from bnprobe.subject import Subject, make_subject, require_measurable, require_trainable, require_unwrapped
 from bnprobe.training import StateFolder, StepLog
 
 
@@ -86,9 +86,12 @@ def plan_spec(spec: Spec, progress: Progress = no_progress) -> Plan:
     with preserved_random_state():
         seed_everything(spec.data.seed)
         if spec.repair.layers or spec.repair.report:
-            plans = _plans(spec, load_model_only(spec).model, None)
+            loaded = load_model_only(spec)
+            require_unwrapped(loaded.notes)
+            plans = _plans(spec, loaded.model, None)
         else:
             workload = load_workload(spec)
+            require_unwrapped(workload.notes)
             plans = _plans(spec, workload.model, whole(scan_workload(workload, spec.settings(), progress)))
     return plans[0] if spec.repair.to != "auto" else replace(plans[0], to="auto")
 
@@ -117,6 +120,7 @@ def repair_spec(
         workload = load_workload(spec)
         if wish.finetune:
             require_trainable(workload)
+        require_unwrapped(workload.notes)
         require_measurable(spec, workload, wish.finetune)
         before = whole(scan_workload(workload, spec.settings(), progress, world))
         plans = _plans(spec, workload.model, before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ FEWEST_IMAGES = 100
 """Fewer held-out images than these are remarked upon."""
 
 RECALIBRATION_IMAGES = 2**14
-"""Images that running statistics are taken from: those of ImageNet layers settle on a tenth of it."""
+"""Most images that running statistics are taken from, so that a large data set is not read whole for every arm."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,25 @@ def require_trainable(workload: Workload) -> None:
         )
 
 
-def require_measurable(spec: Spec, workload: Workload, finetune: bool) -> None:
-    """Refuse requirements that can only fail, and models whose weights would not go back where they came from.
+def require_unwrapped(notes: Iterable[str]) -> None:
+    """Refuse a model whose repaired weights would not go back where they came from.
+
+    Args:
+        notes: Of the loaded model.
 
     Raises:
         RepairError: load_model() returned a wrapped model.
+    """
+    if any(note.startswith(WRAPPED) for note in notes):
+        raise RepairError("load_model() returns a wrapped model, whose keys differ: let it return the module inside.")
+
+
+def require_measurable(spec: Spec, workload: Workload, finetune: bool) -> None:
+    """Refuse requirements that can only fail.
+
+    Raises:
         UsageError: A requirement cannot be measured.
     """
-    if any(note.startswith(WRAPPED) for note in workload.notes):
-        raise RepairError("load_model() returns a wrapped model, whose keys differ: let it return the module inside.")
     functions = {"metric": workload.metric, "loss": workload.loss}
     for requirement in map(parse_requirement, spec.repair.require):
         name = requirement.quantity

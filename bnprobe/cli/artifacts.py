@@ -73,12 +73,14 @@ class Artifacts:
         """
         from safetensors.torch import save
 
+        from bnprobe.training import StateFolder
+
         content = save(weights, _mark(record))
         record = replace(record, weights=str(self.weights), weights_sha256=hashlib.sha256(content).hexdigest())
         contents: dict[Path, bytes | str] = {self.weights: content, self.record: record_json(record)}
         reports = {self.before: before, self.after: after}
         contents |= {path: report_json(report) for path, report in reports.items() if report is not None}
-        log = self.state / "log.csv"
+        log = StateFolder(self.state).log
         if log.exists():
             contents[self.log] = log.read_bytes()
         write_all(contents, force=True)  # check() has refused what must not be replaced

@@ -143,11 +143,14 @@ def convert(
         include=include,
         exclude=exclude,
     )
+    if layers and report:
+        raise UsageError("--layers and --report both say which layers to convert: give one.")
     if not finetune:
-        _refuse_untrained(steps=steps, epochs=epochs, lr=rate, seeds=seeds, resume=resume)
+        _refuse_untrained(steps=steps, epochs=epochs, lr=rate, seeds=seeds, goal=goal, resume=resume)
     spec = _with_rate(_with_length(build_spec(target, given), steps, epochs), rate)
     if check or dry_run:
-        _refuse_beside("--check" if check else "--dry-run", finetune=finetune, output=output, resume=resume)
+        option = "--check" if check else "--dry-run"
+        _refuse_beside(option, finetune=finetune, output=output, resume=resume, require=require, force=force)
         raise typer.Exit(_show_plan(spec, check, format_.value, show_all))
     if output is None:
         raise UsageError("convert writes weights: give -o FILE.safetensors, or --dry-run or --check to see the plan.")

@@ -122,7 +122,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over seeds, and its 95% interval (Student's t); None with one seed."""
+    """Mean over runs, and its 95% interval (Student's t); None with one run, or where all gave the same."""
 
     mean: float
     interval: Interval | None
@@ -133,7 +133,8 @@ class Arm:
     """One way to treat the model.
 
     Attributes:
-        name: "as is", "recalibrated", "BN fine-tuned" (the control), or a repair, e.g. "batch-renorm".
+        name: "as is", "recalibrated", "BN fine-tuned" and "BN recalibrated after" (the controls), or a repair, e.g.
+            "batch-renorm".
         trained: Whether it was fine-tuned.
         runs: One for each seed; one where nothing was trained.
         loss, metric: Over the runs; None where not given or not finite.
@@ -163,8 +164,9 @@ class Proof:
         measure: What decides: "metric" where given, else "loss".
         arms: In the order in which they are printed.
         repaired: Name of the arm whose weights are written.
-        control: Name of the arm it is held against.
-        gain: Repaired minus control in ``measure``, so signed that more is better, paired by seed.
+        control: Name of the arm it is held against: the better of the controls; None where nothing was trained.
+        gain: Repaired minus control in ``measure``, so signed that more is better, paired by seed; for "recalibrate"
+            paired by held-out batch.
         conclusion: The verdict, in a word; and ``message``, a sentence or two.
         images_choosing, images_proving: Evaluation images that chose the weights, and that score.
     """
@@ -193,7 +195,8 @@ class RepairRecord:
         plan: None for "recalibrate".
         recalibrated: Layers whose running statistics were taken anew.
         proof: None if nothing was scored.
-        flagged_before, flagged_after: Layers flagged by the two scans; None where there was none.
+        flagged_before, flagged_after: Layers flagged by the two scans; None where that was not measured. Layers whose
+            training and inference agree by construction count as not flagged.
         requirements: What was required.
         notes: What the reader should know, a sentence each.
     """

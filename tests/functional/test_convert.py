@@ -217,6 +217,9 @@ def test_outputs_are_not_replaced_without_force(repairable: Workspace) -> None:
         (["--check", "-o", "out.safetensors"], "--output has no use beside it"),
         (["-o", "out.safetensors", "--require", "metric"], 'as in "metric>=0.97"'),
         (["-o", "out.safetensors", "--require", "metrics>=1"], "the nearest is metric"),
+        (["-o", "out.safetensors", "--layers", "bn", "--report", "none.json"], "give one"),
+        (["--check", "--force"], "--force has no use beside it"),
+        (["-o", "out.safetensors", "--goal", "min"], "--goal is about fine-tuning"),
         (["-o", "out.safetensors", "--layers", "bm"], 'nearest name is "bn"'),
         (["-o", "out.pt"], "give a name that ends so"),
         (["-o", "out.safetensors", "--require", "gain>0"], "add --finetune"),
@@ -271,6 +274,12 @@ def test_what_can_only_fail_is_refused_before_training(
     arguments = (*TARGET, *SHORT, "--require", "metric>0.5", "-o", "out.safetensors")
     assert expected in repairable.run("convert", *arguments).error()
     assert files(repairable) == set()
+
+
+def test_a_wrapped_model_has_no_plan(repairable: Workspace) -> None:
+    repairable.write("model.py", REPAIRABLE.replace("return Net()", "return nn.DataParallel(Net())"))
+    for which in ((), ("--layers", "*")):
+        assert "wrapped model" in repairable.run("convert", *TARGET, *which, "--check").error()
 
 
 def test_few_held_out_images_are_remarked_upon(repairable: Workspace) -> None:
