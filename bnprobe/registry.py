@@ -1,0 +1,108 @@
+"""Registries: the one table each of rules, repair targets, norm families and report formats.
+
+Whatever needs to know which rows there are (the command line, its help, the schema, reports, the documentation) reads
+the registry. Other packages add rows through an entry point, which is read when the registry is first used:
+
+    [project.entry-points."bnprobe.rules"]
+    my_rule = "my_package.my_module:MyRule"
+
+Nothing is registered by the mere import of a module.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from bnprobe.errors import BnprobeError, UsageError
+
+Row = TypeVar("Row")
+
+
+class Registry(Generic[Row]):
+    """Rows in order, each with a unique name.
+
+    Args:
+        group: The entry-point group from which other packages add rows, e.g. ``"bnprobe.rules"``.
+        rows: The rows that bnprobe itself brings.
+        name_of: The name of a row.
+        noun: What a row is, for messages: ``"rule"``.
+        error: What is raised for a name that is not known.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        rows: Iterable[Row],
+        name_of: Callable[[Row], str],
+        noun: str,
+        error: type[BnprobeError] = UsageError,
+    ) -> None:
+        self.group, self.noun = group, noun
+        self._name_of, self._error = name_of, error
+        self._rows: dict[str, Row] = {}
+        self._entry_points_read = False
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        """Append a row.
+
+        Raises:
+            ValueError: There is a row of that name.
+        """
+        name = self._name_of(row)
+        if name in self._rows:
+            raise ValueError(f'There is already a {self.noun} named "{name}".')
+        self._rows[name] = row
+
+    @contextmanager
+    def including(self, row: Row) -> Iterator[Row]:
+        """Have a row while the block runs; for tests of extensions."""
+        self.add(row)
+        try:
+            yield row
+        finally:
+            del self._rows[self._name_of(row)]
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all rows, in order."""
+        return tuple(self._all())
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(tuple(self._all().values()))
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._all()
+
+    def __getitem__(self, name: str) -> Row:
+        """The row of a name.
+
+        Raises:
+            BnprobeError: There is none; the message lists the names and says which one is nearest.
+        """
+        rows = self._all()
+        if name in rows:
+            return rows[name]
+        nearest = difflib.get_close_matches(name, rows, 1, cutoff=0.0)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise self._error(f'There is no {self.noun} named "{name}" (known: {", ".join(rows)}){hint}')
+
+    def _all(self) -> dict[str, Row]:
+        if not self._entry_points_read:
+            self._entry_points_read = True
+            for entry_point in entry_points(group=self.group):
+                try:
+                    self.add(entry_point.load())
+                except Exception as error:
+                    raise UsageError(
+                        f'The {self.noun} "{entry_point.name}" of the entry-point group {self.group}'
+                        f" ({entry_point.value}) cannot be loaded: {type(error).__name__}: {error}"
+                    ) from error
+        return self._rows
