@@ -6,7 +6,7 @@ import enum
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -36,14 +36,8 @@ class RepairName(str, enum.Enum):
     auto = "auto"
 
 
-class Goal(str, enum.Enum):
-    """Which metric is better."""
-
-    max = "max"
-    min = "min"
-
-
 def convert(
+    context: typer.Context,
     target: options.Target,
     checkpoint: options.Checkpoint = None,
     unsafe_load: options.UnsafeLoad = False,
@@ -57,13 +51,17 @@ def convert(
             "batch-renorm (default), frozen, group-norm, sync, instance-renorm, gated; auto: what does best.",
             "NAME",
         ),
+        options.Sets("repair.to"),
     ] = None,
     layers: Annotated[
         list[str] | None,
         options.option(REPAIR, "--layers", 'Convert layers whose name matches ("*": all), not those flagged.', "GLOB"),
+        options.Sets("repair.layers"),
     ] = None,
     report: Annotated[
-        Path | None, options.option(REPAIR, "--report", "Convert the layers that this JSON report flags.", "FILE")
+        Path | None,
+        options.option(REPAIR, "--report", "Convert the layers that this JSON report flags.", "FILE"),
+        options.Sets("repair.report"),
     ] = None,
     dry_run: Annotated[bool, options.option(REPAIR, "--dry-run", "Print what would change, and why.")] = False,
     check: Annotated[
@@ -73,9 +71,15 @@ def convert(
         bool, options.option(TRAINING, "--finetune", "Train the repaired model, and plain BN beside it.")
     ] = False,
     steps: Annotated[
-        int | None, options.option(TRAINING, "--steps", "Optimizer steps of a run (default 500).", "N")
+        int | None,
+        options.option(TRAINING, "--steps", "Optimizer steps of a run (default 500).", "N"),
+        options.Sets("train.steps"),
     ] = None,
-    epochs: Annotated[int | None, options.option(TRAINING, "--epochs", "Passes over the data, instead.", "N")] = None,
+    epochs: Annotated[
+        int | None,
+        options.option(TRAINING, "--epochs", "Passes over the data, instead.", "N"),
+        options.Sets("train.epochs"),
+    ] = None,
     rate: Annotated[
         float | None, options.option(TRAINING, "--lr", "Learning rate of the spec's optimizer (default 0.01).", "X")
     ] = None,
@@ -83,16 +87,22 @@ def convert(
         bool,
         options.option(TRAINING, "--resume", "Go on where an earlier run was stopped, if one was."),
     ] = False,
-    seeds: Annotated[int | None, options.option(PROOF, "--seeds", "Runs of every arm (default 1).", "N")] = None,
+    seeds: Annotated[
+        int | None,
+        options.option(PROOF, "--seeds", "Runs of every arm (default 1).", "N"),
+        options.Sets("repair.seeds"),
+    ] = None,
     require: Annotated[
         list[str] | None,
         options.option(
             PROOF, "--require", 'Exit 1 unless it holds, e.g. "metric>=0.97", "gain>0", "flagged==0".', "EXPR"
         ),
+        options.Sets("repair.require"),
     ] = None,
     goal: Annotated[
-        Goal | None,
+        Literal["max", "min"] | None,
         options.option(PROOF, "--goal", "Whether a larger or a smaller metric is better: max (default), min.", "NAME"),
+        options.Sets("repair.goal"),
     ] = None,
     batches: options.Batches = None,
     max_batches: options.MaxBatches = None,
@@ -122,27 +132,7 @@ def convert(
     """
     from bnprobe.specfile import build_spec
 
-    given = options.overrides(
-        checkpoint=checkpoint,
-        unsafe_load=unsafe_load,
-        batch_size=batch_size,
-        seed=seed,
-        to=to,
-        layers=layers,
-        report=report,
-        steps=steps,
-        epochs=epochs,
-        seeds=seeds,
-        require=require,
-        goal=goal,
-        batches=batches,
-        max_batches=max_batches,
-        device=device,
-        autocast=autocast,
-        threshold=threshold,
-        include=include,
-        exclude=exclude,
-    )
+    given = options.overrides(context)
     if layers and report:
         raise UsageError("--layers and --report both say which layers to convert: give one.")
     if not finetune:
