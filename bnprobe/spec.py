@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 DEFAULT_THRESHOLD = 32.0
-"""Equivalent batch size under which a layer is flagged (DESIGN section 1)."""
+"""Equivalent batch size under which a layer is flagged (docs/explanation/equations.md)."""
 
 
 def _numbers(value: object) -> object:
@@ -265,7 +265,7 @@ class LayersSpec(_Section):
 
 
 class Spec(_Section):
-    """Everything a user can say about a scan (DESIGN section 7)."""
+    """Everything a user can say about a scan."""
 
     model: ModelSpec
     checkpoint: CheckpointSpec = CheckpointSpec()
