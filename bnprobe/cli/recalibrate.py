@@ -87,8 +87,8 @@ def recalibrate(
     from bnprobe.rules.selection import selected
     from bnprobe.specfile import build_spec
 
-    artifacts = Artifacts(output)
-    artifacts.check(force)
+    artifacts = Artifacts(output, force)
+    artifacts.check()
     given = options.overrides(
         checkpoint=checkpoint,
         unsafe_load=unsafe_load,
