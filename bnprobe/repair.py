@@ -65,6 +65,7 @@ class Wish:
         state: Folder of the state to resume from; None: nothing is saved.
         resume: Go on from it.
         force: Drop a state that is there.
+        tensorboard: Write the steps for TensorBoard too, in the state's folder.
         command: As typed.
     """
 
@@ -72,6 +73,7 @@ class Wish:
     state: Path | None = None
     resume: bool = False
     force: bool = False
+    tensorboard: bool = False
     command: str | None = None
 
 
@@ -131,7 +133,7 @@ def repair_spec(
         workload = read_anew(spec, workload)
         subject, notes = make_subject(spec, workload, wish.finetune)
         folder = _folder(spec, wish, workload, plans, subject, world)
-        with _logged(folder, on_step, world) as log:
+        with _logged(folder, wish.tensorboard, on_step, world) as log:
             made = plans[0]
             if len(plans) > 1:
                 made, sentence = best_candidate(subject, plans, on_step=log, world=world)
@@ -147,12 +149,12 @@ def repair_spec(
 
 
 @contextmanager
-def _logged(folder: StateFolder | None, on_step: OnStep, world: World) -> Iterator[OnStep]:
+def _logged(folder: StateFolder | None, tensorboard: bool, on_step: OnStep, world: World) -> Iterator[OnStep]:
     """``on_step``, and a row in the log."""
     if folder is None or not world.is_main:
         yield on_step
         return
-    with closing(StepLog(folder.log)) as log:
+    with closing(StepLog(folder.log, tensorboard)) as log:
 
         def both(step: TrainingStep) -> None:
             log.write(step)
@@ -202,9 +204,7 @@ def _folder(
     if wish.state is None or not wish.finetune:
         return None
     marks = _marks(spec, workload, plans, subject, world)
-    if world.is_main and wish.force and not wish.resume and wish.state.exists():
-        StateFolder(wish.state).remove()
-    folder = StateFolder.open(wish.state, marks, wish.resume) if world.is_main else None
+    folder = StateFolder.open(wish.state, marks, wish.resume, wish.force) if world.is_main else None
     world.wait()
     return folder or StateFolder.open(wish.state, marks, resume=True)
 

@@ -212,16 +212,15 @@ def _repair(spec: Spec, wanted: _Wanted, format_: str, show_all: bool) -> int:
 
     for text in spec.repair.require:
         parse_requirement(text)
-    artifacts = Artifacts(wanted.output)
+    artifacts = Artifacts(wanted.output, wanted.force, trains=wanted.finetune)
     wanted = replace(wanted, resume=wanted.resume and artifacts.state.is_dir())
     if is_main():
-        artifacts.check(wanted.force, wanted.resume)
+        artifacts.check(wanted.resume)
     share_processors()
     repaired = _run(spec, artifacts, wanted)
     if repaired is None or not is_main():
         return EXIT_CLEAN
     record = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
-    artifacts.forget_state()
     files = artifacts.files(repaired.before, repaired.after)
 
     def render(given: RenderOptions) -> str:
@@ -244,7 +243,7 @@ def _run(spec: Spec, artifacts: Artifacts, wanted: _Wanted) -> Repaired | None:
         from bnprobe.repair import Wish, repair_spec
 
         state = artifacts.state if wanted.finetune else None
-        wish = Wish(wanted.finetune, state, wanted.resume, wanted.force, typed_command())
+        wish = Wish(wanted.finetune, state, wanted.resume, wanted.force, artifacts.tensorboard, typed_command())
         with connected() as world:
             repaired = repair_spec(spec, wish, show, show_step, world)
     if repaired is None and is_main():

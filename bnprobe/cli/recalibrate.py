@@ -84,8 +84,8 @@ def recalibrate(
     from bnprobe.rules.selection import selected
     from bnprobe.specfile import build_spec
 
-    artifacts = Artifacts(output)
-    artifacts.check(force)
+    artifacts = Artifacts(output, force)
+    artifacts.check()
     given = options.overrides(context)
     spec = build_spec(target, given)
     selected(spec.rules)  # a code that is wrong is said before torch is imported
