@@ -76,7 +76,7 @@ def _run(ends: Ends) -> None:
         ends: Told of the exit code of an error before its message is printed; see ``processes.run_together``.
     """
     try:
-        app()
+        app(prog_name="bnprobe")
     except BnprobeError as error:
         frames = error.frames if isinstance(error, UserCodeError | ProcessError) else ""
         _fail(error.exit_code, f"bnprobe: error: {error}\n{frames}", ends)
