@@ -59,8 +59,9 @@ TARGETS: Registry[Target] = Registry(
             conversion=_HERE + "ToBatchRenorm",
             deploys=True,
             settings=("renorm",),
-            unflagged_remark="Within its limits Batch Renorm agrees with inference by construction: that nothing is"
-            " flagged any more says that r and d are within them, and the arms say what it is worth.",
+            unflagged_remark="Within its limits, Batch Renorm gives the same output in training and at inference by"
+            " construction. That no layer is flagged only says that r and d stay within the limits; the scores say what"
+            " the repair gains.",
         ),
         Target(
             name="frozen",

@@ -249,9 +249,10 @@ class RepairSpec(_Section):
         layers: Globs of layer names; none: the layers that the scan or ``report`` flags.
         report: A saved JSON report that says which layers are flagged, in place of a scan.
         recalibrate: Begin with recalibrated running statistics.
-        groups: Most groups of group norm; a layer gets the largest divisor of its channels up to that which leaves two
-            channels in a group.
-        blend: Weight of the batch statistics at the start, for gated and instance-renorm layers.
+        groups: Group norm: the largest number of groups. A layer gets the largest divisor of its channels up to this
+            that leaves two channels in a group.
+        blend: Gated layers: initial weight of the batch statistics. Instance renorm: weight of the sample's own
+            statistics.
         renorm: Limits of Batch Renorm.
         seeds: Runs of every arm, with seeds that count up from the spec's.
         require: What must hold of the repaired model, e.g. "metric>=0.97"; see ``bnprobe.requirement``.

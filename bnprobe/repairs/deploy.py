@@ -60,6 +60,7 @@ def _without_training_only(model: nn.Module) -> dict[str, Tensor]:
 
 def _require_same_inference(name: str, converted: nn.Module, original: _BatchNorm) -> None:
     kind = type(converted).__name__
+    reason: str | None
     if not isinstance(converted, _BatchNorm):
         reason = f"is {kind}, which normalizes otherwise than BN at inference"
     elif converted.eps != original.eps:

@@ -244,7 +244,7 @@ def _considered(found: NamedModule, conversion: Conversion, reason: str) -> Laye
     layer = found.module
     refusal = _obstacle(layer, conversion)
     if refusal or not isinstance(layer, _BatchNorm):
-        return Refusal(found.name, found.kind, refusal or "is no Batch Normalization layer")
+        return Refusal(found.name, found.kind, refusal or "is not a Batch Normalization layer")
     kind = type(conversion.replacement(layer, RepairSpec())).__name__
     return LayerChange(found.name, found.aliases, found.kind, kind, reason, conversion.note(layer))
 

@@ -39,7 +39,7 @@ _STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 
-HOOKS = (
+_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -67,7 +67,7 @@ def obstacle(module: nn.Module) -> str | None:
         return "is parametrized (torch.nn.utils.parametrize): remove the parametrizations before converting it"
     if not isinstance(module, _BatchNorm):
         likeness = lookalike_reason(module)
-        return f"is no Batch Normalization layer{f' ({likeness})' if likeness else ''}"
+        return f"is not a Batch Normalization layer{f' ({likeness})' if likeness else ''}"
     return _own_state(module) or _further_work(module)[1]
 
 
@@ -85,7 +85,7 @@ def succeed(replacement: nn.Module, module: _BatchNorm, with_children: bool) -> 
         replacement.add_module(name, child)
     for name in vars(module).keys() - vars(replacement).keys() - _settings_of_its_class(module):
         vars(replacement)[name] = vars(module)[name]
-    for name in HOOKS:
+    for name in _HOOKS:
         vars(replacement)[name] = vars(module)[name]
     if with_children:
         replacement.register_forward_hook(_apply_children, prepend=True)  # the user's hooks see what they used to see
@@ -214,7 +214,7 @@ def _is_bn_with_children(module: _BatchNorm, children: bool) -> bool:
 
 def _bare_copy(module: _BatchNorm) -> _BatchNorm:
     """A copy on the CPU in float32, without hooks, which may refer to the whole model."""
-    kept = [vars(module).get(name) for name in HOOKS]
+    kept = [vars(module).get(name) for name in _HOOKS]
     memo: dict[int, Any] = {id(hooks): OrderedDict() for hooks in kept if isinstance(hooks, dict)}
     return copy.deepcopy(module, memo).to("cpu", torch.float32)
 

@@ -38,7 +38,7 @@ def test_a_plan_says_what_changes_and_what_stays() -> None:
         ),
         refused=(
             Refusal("odd", "BatchNormRelu", relu),
-            Refusal("norm", "GroupNorm", "is no Batch Normalization layer"),
+            Refusal("norm", "GroupNorm", "is not a Batch Normalization layer"),
         ),
         untouched=2,
         deploys=True,
