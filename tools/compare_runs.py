@@ -18,7 +18,9 @@ is a few commands in a temporary folder that holds copies of the samples. What i
 paths (``PATHS``).
 
 Commands run in processes of their own, one after the other, on one thread, with the Python that runs this script; any
-checkout can be recorded with it. Only byte code caches are written to the checkout.
+checkout can be recorded with it. Only byte code caches are written to the checkout. With ``--warm`` these processes are
+forks of one that has imported torch already, which gives the same and takes half as long; where the start of the
+program itself is changed, record without it.
 """
 
 from __future__ import annotations
@@ -27,19 +29,23 @@ import argparse
 import csv
 import fnmatch
 import hashlib
+import importlib
 import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TIMEOUT = 600
@@ -74,6 +80,9 @@ PATHS = ("model", "checkpoint", "location", "weights", "target", "path", "report
 
 JSON_COMMANDS = ("scan", "sweep", "lint", "convert", "recalibrate", "verify")
 """Commands with a JSON document, to which ``--format json`` is added."""
+
+PRELOADED = ("torch", "scipy.stats", "safetensors.torch", "pydantic", "typer", "yaml", "rich.console", "jaxtyping")
+"""What a warm process has imported; never bnprobe."""
 
 EXPORT_INPUT = (8, 1, 8, 8)
 """Shape of the input on which exported models are run; the cases export the digits model."""
@@ -443,6 +452,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="X",
         help="largest relative difference of two numbers (default: 0)",
     )
+    recording.add_argument(
+        "--warm", action="store_true", help="fork processes that have imported torch already (quicker)"
+    )
     for command in (recording, comparing):
         command.add_argument("--only", default="*", metavar="GLOB", help='only these cases, e.g. "scan/*"')
     commands.add_parser("list", help="print the names of the cases")
@@ -451,7 +463,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(CASES))
         return 0
     if given.command == "record":
-        record(given.folder, given.only, given.checkout.resolve())
+        record(given.folder, given.only, given.checkout.resolve(), given.warm)
         return 0
     return compare(given.before, given.after, given.relative, given.only)
 
@@ -459,23 +471,37 @@ def main(arguments: list[str] | None = None) -> int:
 # Recording
 
 
-def record(folder: Path, only: str, checkout: Path) -> None:
+class Done(NamedTuple):
+    """How a process ended, and what it printed."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[[str, Path], Done]
+"""Run a command of the table in a folder."""
+
+
+def record(folder: Path, only: str, checkout: Path, warm: bool) -> None:
     """Run the cases whose name matches ``only``; replaces what ``folder`` has of them."""
     environment = _environment(checkout)
     _require_imported_from(checkout, environment)
+    run = _forks(environment) if warm else _processes(environment)
     chosen = [name for name in CASES if fnmatch.fnmatchcase(name, only)]
     if not chosen:
         raise SystemExit(f'no case is called "{only}"; "compare_runs.py list" prints their names')
     started = time.perf_counter()
     for position, name in enumerate(chosen, start=1):
-        found = _run_case(CASES[name], checkout, environment)
+        found = _run_case(CASES[name], checkout, run)
         file = folder / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found, indent=1), encoding="utf-8")
         codes = " ".join(str(step["exit"]) for step in found["steps"])
         took = sum(step["seconds"] for step in found["steps"])
         print(f"[{position}/{len(chosen)}] {name}: exit {codes}, {took:.1f} s", flush=True)
-    print(f"{len(chosen)} cases in {time.perf_counter() - started:.0f} s, written to {folder}")
+    used = os.times().children_user + os.times().children_system
+    print(f"{len(chosen)} cases in {time.perf_counter() - started:.0f} s ({used:.0f} s of CPU), written to {folder}")
 
 
 def _environment(checkout: Path) -> dict[str, str]:
@@ -502,7 +528,7 @@ def _require_imported_from(checkout: Path, environment: dict[str, str]) -> None:
         raise SystemExit(f"Python imports {output.strip()}, which is not of {checkout}")
 
 
-def _run_case(commands: list[str], checkout: Path, environment: dict[str, str]) -> dict[str, Any]:
+def _run_case(commands: list[str], checkout: Path, run: Run) -> dict[str, Any]:
     """What a case gives: its steps, and the files that they wrote."""
     with tempfile.TemporaryDirectory(prefix="bnprobe-") as temporary:
         folder = Path(temporary)
@@ -511,7 +537,7 @@ def _run_case(commands: list[str], checkout: Path, environment: dict[str, str]) 
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(content, encoding="utf-8")
         given = _files(folder)
-        steps = [_run_command(command, folder, environment) for command in commands]
+        steps = [_step(command, folder, run) for command in commands]
         return {"steps": steps, "files": {name: _content(folder / name) for name in sorted(_files(folder) - given)}}
 
 
@@ -520,36 +546,96 @@ def _files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in files}
 
 
-def _run_command(command: str, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+def _step(command: str, folder: Path, run: Run) -> dict[str, Any]:
     started = time.perf_counter()
-    done = subprocess.run(
-        _process(command),
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=TIMEOUT,
-        check=False,
-    )
+    done = run(command, folder)
     return {
         "command": command,
-        "exit": done.returncode,
+        "exit": done.code,
         "output": _output(command, done.stdout),
         "seconds": time.perf_counter() - started,
         "stderr": done.stderr[-4000:],
     }
 
 
-def _process(command: str) -> list[str]:
-    """A command of the table as what is to be started; globs are not the shell's here."""
+def _processes(environment: dict[str, str]) -> Run:
+    """Every command in a process that starts from nothing."""
+
+    def run(command: str, folder: Path) -> Done:
+        done = subprocess.run(
+            [sys.executable, *_arguments(command)],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=TIMEOUT,
+            check=False,
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def _arguments(command: str) -> list[str]:
+    """A command of the table as arguments of Python; globs are not the shell's here."""
     program, *arguments = shlex.split(command)
     if program == "python":
-        return [sys.executable, *arguments]
+        return arguments
     if arguments[0] in JSON_COMMANDS:
         arguments += ["--format", "json"]
     several = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"] if program == "torchrun" else []
-    return [sys.executable, "-m", *several, "bnprobe", *arguments]
+    return ["-m", *several, "bnprobe", *arguments]
+
+
+def _forks(environment: dict[str, str]) -> Run:
+    """Commands of bnprobe in forks of this process, which imports what takes long; others in processes of their own."""
+    os.environ.clear()
+    os.environ.update(environment)  # before torch is imported, which reads the number of threads
+    for name in PRELOADED:
+        importlib.import_module(name)
+    start = _processes(environment)
+
+    def run(command: str, folder: Path) -> Done:
+        module, *arguments = _arguments(command)[1:]
+        if module != "bnprobe":
+            return start(command, folder)
+        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            process = os.fork()
+            if process == 0:
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                os.dup2(stdout.fileno(), 1)
+                os.dup2(stderr.fileno(), 2)
+                _become(module, arguments, folder, environment["PYTHONPATH"])
+            _, status = os.waitpid(process, 0)
+            printed = [_read_back(file) for file in (stdout, stderr)]
+            return Done(os.waitstatus_to_exitcode(status), printed[0], printed[1])
+
+    return run
+
+
+def _become(module: str, arguments: list[str], folder: Path, path: str) -> NoReturn:
+    """Do what ``python -m module`` does in ``folder``, and end the process."""
+    code: Any = 0
+    signal.alarm(TIMEOUT)
+    try:
+        os.chdir(folder)
+        sys.path[0:1] = [str(folder), path]  # in place of the folder of this script
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as exit_:
+        code = exit_.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def _read_back(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode()
 
 
 def _output(command: str, text: str) -> Any:
@@ -561,7 +647,10 @@ def _output(command: str, text: str) -> Any:
         return table_figures(text)
     if words[1] == "init" or not text.strip():
         return None
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"not JSON": text[-4000:]}
 
 
 def explained(text: str) -> list[list[str]]:
