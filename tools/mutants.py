@@ -7,6 +7,7 @@ survives a move of its module. Faults are planted in a temporary copy of the che
     python tools/mutants.py run --json mutants.json        plant each and run the tests of its area, then wider ones
     python tools/mutants.py run --only 'ladder-*'          some of them; results of the others in the file are kept
     python tools/mutants.py run --quick                    with the tests of each area only, not the wider ones
+    python tools/mutants.py run --json FILE --rest         those that the file does not have as caught
     python tools/mutants.py run --tests tests/unit/stats   with these tests only
 """
 
@@ -171,7 +172,7 @@ class Code:
                 names = _names(child)
                 self._definitions += [Definition(path, prefix + name, *span(child)) for name in names]
                 opens = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-                visit(child, f"{prefix}{child.name}." if opens else prefix)
+                visit(child, f"{prefix}{names[0]}." if opens else prefix)
 
         visit(tree, "")
 
@@ -231,7 +232,6 @@ class Checkout:
 
     def __init__(self, folder: Path, timeout: float) -> None:
         self.folder, self._timeout = folder, timeout
-        self._sound: dict[str, bool] = {}
 
     def first_failure(self, tests: Sequence[str], done: Sequence[str] = ()) -> str:
         """The first test that fails, or ""; ``done`` were run already.
@@ -239,8 +239,18 @@ class Checkout:
         Raises:
             TimeoutError: They run too long.
         """
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]
-        command += [f"--ignore={path}" for path in done]
+        return next(iter(self._failures(["-x", *tests, *(f"--ignore={path}" for path in done)])), "")
+
+    def failing(self, tests: Sequence[str]) -> set[str]:
+        """Those of the tests that fail.
+
+        Raises:
+            TimeoutError: They run too long.
+        """
+        return set(self._failures(list(tests))) if tests else set()
+
+    def _failures(self, arguments: Sequence[str]) -> list[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
         with tempfile.TemporaryFile() as output:
             # Tests start processes of their own: with a session of their own, all of them can be ended.
@@ -258,17 +268,11 @@ class Checkout:
             output.seek(0)
             text = output.read().decode(errors="replace")
         if code in (0, 5):  # 5: no tests there
-            return ""
+            return []
         failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
         if not failed:
             raise RuntimeError(f"pytest ended with {code} and names no test:\n{text[-2000:]}")
-        return str(failed[0])
-
-    def is_sound(self, test: str) -> bool:
-        """Whether a test passes as the code stands; asked once."""
-        if test not in self._sound:
-            self._sound[test] = not self.first_failure([test])
-        return self._sound[test]
+        return failed
 
     @contextlib.contextmanager
     def planted(self, path: Path, content: bytes, number: int) -> Iterator[None]:
@@ -284,7 +288,7 @@ class Checkout:
 
 
 def judge(mutant: Mutant, number: int, code: Code, checkout: Checkout, stages: Sequence[Sequence[str]]) -> Result:
-    """Plant a mutant and run tests, stage by stage, until one fails."""
+    """Plant a mutant and run tests, stage by stage, until one fails; see ``confirmed`` too."""
     started = time.monotonic()
     try:
         path, content = code.mutated(mutant)
@@ -299,13 +303,18 @@ def judge(mutant: Mutant, number: int, code: Code, checkout: Checkout, stages: S
                 if test:
                     break
                 done += tests
-        if test:
-            outcome = "caught" if checkout.is_sound(test) else "unclear"
+        outcome = "caught" if test else outcome
     except TimeoutError:
         outcome = "timed out"
     seconds = round(time.monotonic() - started, 1)
     where = path.relative_to(checkout.folder).as_posix()
     return Result(mutant.name, mutant.area, mutant.definition, outcome, where, test, seconds=seconds)
+
+
+def confirmed(results: Sequence[Result], checkout: Checkout) -> list[Result]:
+    """The results, unclear where the test that failed fails without the mutant too."""
+    unsound = checkout.failing(sorted({result.test for result in results if result.outcome == "caught"}))
+    return [replace(result, outcome="unclear") if result.test in unsound else result for result in results]
 
 
 def stages_for(mutant: Mutant, table: Table, root: Path) -> list[list[str]]:
@@ -318,7 +327,8 @@ def stages_for(mutant: Mutant, table: Table, root: Path) -> list[list[str]]:
 
 def run(table: Table, mutants: Sequence[Mutant], tests: Sequence[str], timeout: float, record: Path | None) -> bool:
     """Judge mutants, print and record what becomes of them; whether all were caught."""
-    results = _recorded(record, {mutant.name for mutant in table.mutants} - {mutant.name for mutant in mutants})
+    others = {mutant.name for mutant in table.mutants} - {mutant.name for mutant in mutants}
+    results = [result for result in _recorded(record) if result.name in others]
     judged: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
         folder = Path(temporary).resolve() / "checkout"
@@ -331,9 +341,21 @@ def run(table: Table, mutants: Sequence[Mutant], tests: Sequence[str], timeout: 
             print(f"{number}/{len(mutants)} {_line(result)}", flush=True)
             if record is not None:
                 _write(record, [*results, *judged])
+        judged = confirmed(judged, checkout)
+    for result in judged:
+        if result.outcome == "unclear":
+            print(_line(result))
+    if record is not None:
+        _write(record, [*results, *judged])
     counts = Counter(result.outcome for result in judged)
     print(f"{len(judged)} mutants: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()))
     return counts["caught"] == len(judged)
+
+
+def to_judge(mutants: Sequence[Mutant], record: Path | None) -> list[Mutant]:
+    """The mutants that the record does not have as caught."""
+    caught = {result.name for result in _recorded(record) if result.outcome == "caught"}
+    return [mutant for mutant in mutants if mutant.name not in caught]
 
 
 def check(mutants: Sequence[Mutant]) -> bool:
@@ -355,11 +377,10 @@ def _line(result: Result) -> str:
     return f"{words}  {result.test or result.note}".rstrip()
 
 
-def _recorded(record: Path | None, names: set[str]) -> list[Result]:
+def _recorded(record: Path | None) -> list[Result]:
     if record is None or not record.exists():
         return []
-    found = json.loads(record.read_text(encoding="utf-8"))["mutants"]
-    return [Result(**entry) for entry in found if entry["name"] in names]
+    return [Result(**entry) for entry in json.loads(record.read_text(encoding="utf-8"))["mutants"]]
 
 
 def _write(record: Path, results: Sequence[Result]) -> None:
@@ -374,6 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=("check", "run"))
     parser.add_argument("--only", action="append", metavar="GLOB", help="mutants of these names; may be repeated")
     parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="run these tests for every mutant")
+    parser.add_argument("--rest", action="store_true", help="only mutants that the JSON file does not have as caught")
     parser.add_argument("--quick", action="store_true", help="the tests of the areas only, not the wider ones")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that one run of tests may take")
     parser.add_argument("--json", type=Path, help="file to write the results to")
@@ -384,6 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mutants = [mutant for mutant in table.mutants if any(fnmatch.fnmatch(mutant.name, glob) for glob in globs)]
     if not mutants:
         parser.error(f"no mutant is called {' or '.join(globs)}")
+    if given.rest:
+        mutants = to_judge(mutants, given.json)
     if given.command == "check":
         return 0 if check(mutants) else 1
     return 0 if run(table, mutants, given.tests, given.timeout, given.json) else 1
