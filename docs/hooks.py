@@ -33,8 +33,8 @@ BENCHMARKS = ("README.md", "faults/README.md", "faults/RESULTS.md", "repairs/REA
 def on_config(config: Any) -> Any:
     """Add the pages of rules and decisions to the navigation."""
     decisions = sorted(path.name for path in (REPOSITORY / "docs" / "decisions").glob("0*.md"))
-    _expand(config.nav, "Rules", [{rule.code: f"rules/{rule.code}.md"} for rule in RULES])
-    _expand(config.nav, "Decisions", [{name[:4]: f"decisions/{name}"} for name in decisions])
+    _expand(config.nav, "Rules", [f"rules/{rule.code}.md" for rule in RULES])
+    _expand(config.nav, "Decisions", [f"decisions/{name}" for name in decisions])
     return config
 
 
@@ -62,7 +62,7 @@ def on_post_build(config: Any) -> None:
         raise PluginError("The site would load from other hosts:\n" + "\n".join(found))
 
 
-def _expand(nav: list[Any], title: str, entries: list[dict[str, str]]) -> None:
+def _expand(nav: list[Any], title: str, entries: list[str]) -> None:
     """Make a section of the navigation out of the entry of this title: its page, then these."""
     for part in nav:
         for name, value in part.items() if isinstance(part, dict) else ():
@@ -191,7 +191,13 @@ def _keys(path: str, model: type[BaseModel]) -> str:
         meaning = meaning.replace("None:", "not given:")
         key = f"{path}.{name}".lstrip(".")
         shown = f"[`{name}`](#{key.replace('.', '')})" if inner else f"`{name}`"
-        kind = _type(properties[name]) if not inner else "list of sections" if properties[name].get("type") == "array" else "section"
+        kind = (
+            _type(properties[name])
+            if not inner
+            else "list of sections"
+            if properties[name].get("type") == "array"
+            else "section"
+        )
         rows.append(f"| {shown} | {kind} | {_initial(field, inner)} | {_cell(meaning)} |")
     return "\n".join(rows)
 

@@ -19,6 +19,7 @@ from rich.text import Text
 COMMAND = "scan sample_configs/digits/sorted.yaml"
 PICTURE = Path(__file__).parent / "images" / "report.svg"
 WIDTH = 80
+CHARACTER = 12.2  # width of one in rich's pictures
 LEFT_OUT = "  ⋮"
 PARTS = (  # first and last line of each part
     (r"\d+ BatchNorm2d layers", r" +1/4 +1 "),
@@ -47,11 +48,12 @@ def shown(output: str) -> str:
 
 
 def text_of(svg: str) -> str:
-    """The text in a picture, one row a line."""
-    rows: dict[str, list[str]] = {}
-    for y, text in re.findall(r'<text class="[\w-]+-r\d+"[^>]* y="([\d.]+)"[^>]*>(.*?)</text>', svg):
-        rows.setdefault(y, []).append(html.unescape(text).replace("\xa0", " "))
-    return "\n".join("".join(parts).rstrip() for parts in rows.values())
+    """The text in a picture, row by row; blanks are not drawn, but follow from where the pieces of a row stand."""
+    rows: dict[str, str] = {}
+    for x, y, text in re.findall(r'<text class="[\w-]+-r\d+" x="([\d.]+)" y="([\d.]+)"[^>]*>(.*?)</text>', svg):
+        column = round(float(x) / CHARACTER)
+        rows[y] = rows.get(y, "").ljust(column) + html.unescape(text).replace("\xa0", " ")
+    return "\n".join(rows.values())
 
 
 def svg(output: str) -> str:
