@@ -91,7 +91,13 @@ class ScanSpec(_Section):
 
 
 class RuleExemption(_Section):
-    """Rules that are not to judge some layers, and why."""
+    """Rules that are not to judge some layers, and why.
+
+    Attributes:
+        layers: Glob of layer names.
+        rules: Codes, or their beginnings.
+        reason: Why; the JSON report keeps it.
+    """
 
     layers: str
     rules: Globs
@@ -99,7 +105,13 @@ class RuleExemption(_Section):
 
 
 class RulesSpec(_Section):
-    """Which rules judge, by code or prefix of a code."""
+    """Which rules judge, by code or prefix of a code.
+
+    Attributes:
+        select: Only these; none: all.
+        ignore: Not these.
+        exempt: Layers that some rules leave out.
+    """
 
     select: Globs = ()
     ignore: Globs = ()
@@ -137,14 +149,27 @@ class ScanSettings(ScanSpec):
 
 
 class ModelSpec(_Section):
-    """Where the model comes from."""
+    """Where the model comes from.
+
+    Attributes:
+        target: ``FILE.py:SYMBOL``, ``package.module:SYMBOL``, ``timm:NAME`` or ``torchvision:NAME``.
+        args: Keyword arguments of the class or function.
+    """
 
     target: str
     args: dict[str, Any] = Field(default_factory=dict)
 
 
 class CheckpointSpec(_Section):
-    """Which weights go into it."""
+    """Which weights go into it.
+
+    Attributes:
+        path: A safetensors file, or a state dict for ``torch.load``; None: the model as it is built.
+        key: Where the state dict is inside the file, if not at the top.
+        strip_prefix: A prefix to remove from all keys; None: ``module.`` and ``_orig_mod.`` where they stand.
+        strict: Whether every key must fit. Running statistics must be there in any case.
+        unsafe_load: Let the file run pickled code, with your rights.
+    """
 
     path: str | None = None
     key: str | None = None
@@ -154,7 +179,15 @@ class CheckpointSpec(_Section):
 
 
 class EvalDataSpec(_Section):
-    """Where evaluation batches come from."""
+    """Where evaluation batches come from.
+
+    Attributes:
+        target: A function of the batch size, a loader or a dataset; None: that of the model file.
+        args: Further keyword arguments of the function.
+        batch_size: Samples in a micro-batch; None: that of the training data, or the loader's own.
+        batches: Micro-batches to measure exactly; None: as many as the scan needs.
+        seed: Seed of torch, numpy and random.
+    """
 
     target: str | None = None
     args: dict[str, Any] = Field(default_factory=dict)
@@ -164,20 +197,34 @@ class EvalDataSpec(_Section):
 
 
 class DataSpec(EvalDataSpec):
-    """Where the batches come from; ``input_shape`` are shapes of one image for synthetic ones."""
+    """Where the training batches come from.
+
+    Attributes:
+        input_shape: Shape of one synthetic sample, instead of data; a list of shapes for several inputs.
+    """
 
     input_shape: Shapes = ()
 
 
 class OptimizerSpec(_Section):
-    """Any class of torch.optim (``SGD`` or ``torch.optim.SGD``), with its arguments."""
+    """Which optimizer trains.
+
+    Attributes:
+        target: A class of torch.optim (``SGD`` or ``torch.optim.SGD``), or ``FILE.py:FUNCTION``.
+        args: Its keyword arguments.
+    """
 
     target: str = "SGD"
     args: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.01})
 
 
 class ScheduleSpec(_Section):
-    """Any class of torch.optim.lr_scheduler, with its arguments; it advances once per optimizer step."""
+    """Which learning rate schedule; it advances once per optimizer step.
+
+    Attributes:
+        target: A class of torch.optim.lr_scheduler, or ``FILE.py:FUNCTION``.
+        args: Its keyword arguments.
+    """
 
     target: str
     args: dict[str, Any] = Field(default_factory=dict)
@@ -272,14 +319,27 @@ class RepairSpec(_Section):
 
 
 class LayersSpec(_Section):
-    """Which layers are measured, by globs of their names."""
+    """Which layers are measured, by globs of their names.
+
+    Attributes:
+        include: Only layers that match one of these; none: all layers.
+        exclude: No layer that matches one of these.
+    """
 
     include: Globs = ()
     exclude: Globs = ()
 
 
 class Spec(_Section):
-    """Everything a user can say about a scan."""
+    """Everything a user can say about a scan or a repair.
+
+    Attributes:
+        forward: ``FILE.py:FUNCTION`` of (model, batch): how a batch goes through the model; None: that of the model
+            file, else the first element of the batch is the input.
+        loss: ``FILE.py:FUNCTION`` of (model, batch); None: that of the model file, if there is one.
+        metric: ``FILE.py:FUNCTION`` of (model, batch); None: that of the model file, if there is one.
+        thresholds: Layer-name glob to the equivalent batch size below which a layer is flagged; the last match wins.
+    """
 
     model: ModelSpec
     checkpoint: CheckpointSpec = CheckpointSpec()
