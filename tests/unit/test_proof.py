@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from bnprobe.conclusion import (
+from bnprobe.analysis.comparison import (
     AS_IS,
     CONTROL,
     CONTROL_RECALIBRATED,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from bnprobe.attribution import Attribution, attribute, model_shares
+from bnprobe.analysis.decomposition import Attribution, attribute, model_shares
 from bnprobe.errors import NonFiniteError, NothingToProbeError
 from bnprobe.probing.evidence import CallSums, Evidence, PathEvidence, Sums, Values, merge_values
 from bnprobe.probing.intercept import Slot
