@@ -6,8 +6,8 @@ from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares
 from unit.rules.expect import failed, passed, skipped
 
 PORTED = (
-    "momentum=0.99 is the weight of the newest batch, so the running statistics average over about 1.02 batches. Did you"
-    " mean 0.01?"
+    "momentum=0.99 is the weight of the newest batch, so the running statistics average over about 1.02 batches. Did"
+    " you mean 0.01?"
 )
 
 

@@ -17,8 +17,8 @@ def test_noise_of_few_values_is_blamed_on_flagged_layers_only() -> None:
         failed(
             "BN201",
             "few",
-            "The layer gets 8 values per channel from a batch of 2. They are as noisy as 7.79 independent values, and 32"
-            " would be enough. (It accounts for D = 0.2 of 0.2, 100%; the limit is 0.047.)",
+            "The layer gets 8 values per channel from a batch of 2. They are as noisy as 7.79 independent values, and"
+            " 32 would be enough. (It accounts for D = 0.2 of 0.2, 100%; the limit is 0.047.)",
             0.2,
             HALF,
         ),
