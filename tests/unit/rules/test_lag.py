@@ -19,9 +19,9 @@ def test_the_message_says_which_way_and_why() -> None:
             "BN203",
             "bn",
             "The running statistics are not those of the training data: at inference the standard deviation of a"
-            " typical batch is 2 times theirs, and its mean is 1.5 of their standard deviations away. Most likely reason:"
-            " too few updates: after 100 with momentum=0.001, 90% of their weight is still on the initial mean 0 and"
-            " variance 1. (It accounts for D = 0.6 of 0.6, 99%; the limit is 0.047.)",
+            " typical batch is 2 times theirs, and its mean is 1.5 of their standard deviations away. Most likely"
+            " reason: too few updates: after 100 with momentum=0.001, 90% of their weight is still on the initial mean"
+            " 0 and variance 1. (It accounts for D = 0.6 of 0.6, 99%; the limit is 0.047.)",
             0.6,
             HALF,
         )
