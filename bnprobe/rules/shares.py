@@ -55,7 +55,7 @@ def share_of(layer: Layer, cause: Cause) -> float | None:
     return share if share is None or cause not in STATISTICS else min(share, _wrong_statistics(layer))
 
 
-def is_blamed(layer: Layer, cause: Cause) -> bool:
+def is_cause(layer: Layer, cause: Cause) -> bool:
     """Whether a cause explains, alone or together with others, why the layer is flagged."""
     if not layer.flagged or share_of(layer, cause) is None or not _is_possible(layer, cause):
         return False
@@ -134,7 +134,7 @@ class ShareRule(Rule):
         share, limit = share_of(layer, self.cause), share_limit(layer)
         if share is None:
             return self.without_share(layer, facts)
-        if not is_blamed(layer, self.cause):
+        if not is_cause(layer, self.cause):
             message = f"This cause accounts for D = {number(share)}{_although(layer, share)}."
             return self.passed(layer.name, message, share, limit)
         message = f"{self.explain(layer, facts)} {in_words(layer, share)}"
