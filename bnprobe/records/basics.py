@@ -11,29 +11,8 @@ Interval = tuple[float, float | None]
 
 StopReason = Literal["requested", "decided", "max_batches", "data_exhausted", "interrupted", "failed"]
 
-Cause = Literal[
-    "small_batch",
-    "composition",
-    "lag",
-    "dropout",
-    "propagation",
-    "data_shift",
-    "shared_domains",
-    "double_update",
-    "rank_divergence",
-    "backward_noise",
-    "momentum_convention",
-    "never_trained",
-    "non_finite",
-    "no_running_stats",
-    "frozen_mismatch",
-    "single_value",
-    "single_image",
-    "last_batch",
-    "dead_channels",
-    "dropout_before_norm",
-]
-"""Why a layer is off, or may become so (DESIGN section 4)."""
+Cause = str
+"""Why a layer is off, or may become so: the cause of a rule, e.g. "small_batch"; rules of other packages add theirs."""
 
 Severity = Literal["error", "warning", "info"]
 """error: training and inference differ, or will; warning: likely a mistake, or harmless so far; info: good to know."""

@@ -9,18 +9,19 @@ from rich.text import Text
 
 from bnprobe.records import EXEMPT, Diagnosis, Layer, Report, Verdict
 from bnprobe.reports import figures
-from bnprobe.reports.causes import SEVERITY_STYLES, SIGNS, WORDS
+from bnprobe.reports.causes import SEVERITY_STYLES, SIGNS
 from bnprobe.reports.layout import Page
+from bnprobe.reports.whatif import doing
+from bnprobe.rules import rule_of, title_of
 
 MOST_DIAGNOSES = 5
 """So many diagnoses are shown, the first, unless all are asked for."""
 
 _EXTENT = re.compile(r"(?P<extent>\d+ of \d+ layers?): ")
 
-_CAUSE = re.compile(rf"^({'|'.join(WORDS)})(?= in )")
+_CAUSE = re.compile(r"^\w+(?= in )")
 
 _REMEDY = "Remedy:"
-_WRONG_STATISTICS = ("lag", "dropout", "propagation", "never_trained", "composition", "momentum_convention")
 _MOST_NAMES = 4
 _NAME_WIDTH = 32
 _MOST_REASONS = 3
@@ -80,28 +81,29 @@ def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, sh
     remedy = page.paragraph(f"{_REMEDY} {diagnosis.remedy}", first=indent) if diagnosis.remedy else []
     for line in remedy[:1]:
         line.stylize("bold", len(indent), len(indent) + len(_REMEDY))
-    measured = page.paragraph(_recalibrating(diagnosis, report), first=indent)
+    measured = page.paragraph(_free_remedy(diagnosis, report), first=indent)
     consequences = page.paragraph(_consequences(diagnosis), first=indent)
     return [*title, *(line for line in [*where, *said, *remedy, *measured, *consequences] if line.plain.strip())]
 
 
-def _recalibrating(diagnosis: Diagnosis, report: Report) -> str:
-    """What recalibration gave, where it is what one would try."""
-    tried = next((remedy for remedy in report.remedies if remedy.name == "recalibrated"), None)
-    if tried is None or diagnosis.cause not in _WRONG_STATISTICS:
+def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
+    """What the remedy without training gave that fits the cause."""
+    rule = rule_of(diagnosis.rule)
+    tried = next((remedy for remedy in report.remedies if rule is not None and remedy.name == rule.free_remedy), None)
+    if tried is None:
         return ""
     for name, before, after in (
         ("loss", tried.before.loss, tried.after.loss),
         ("metric", tried.before.metric, tried.after.metric),
     ):
         if before is not None and after is not None:
-            end = f"{figures.score(before)} to {figures.score(after)}"
-            return f"Measured on held-out images: recalibrating takes the {name} from {end}."
+            change = f"takes the {name} from {figures.score(before)} to {figures.score(after)}"
+            return f"Measured on held-out data: {doing(tried.name).lower()} {change}."
     return ""
 
 
 def _title(diagnosis: Diagnosis, extent: str) -> str:
-    parts = [f"{_capitalized(WORDS[diagnosis.cause])} ({diagnosis.rule}): {extent}"]
+    parts = [f"{_capitalized(title_of(diagnosis.rule, diagnosis.cause))} ({diagnosis.rule}): {extent}"]
     if diagnosis.impact is not None:
         parts.append(f"moves the outputs by {figures.relative(diagnosis.impact)}")
     return ", ".join(parts)

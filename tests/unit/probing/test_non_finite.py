@@ -25,7 +25,7 @@ def test_inputs(value: float, position: int) -> None:
 def test_activations_name_the_first_layer_that_they_reach(emulate: bool) -> None:
     model = unsettled(Residual())
     model.conv.weight.data[1] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"input of bn2 \(BatchNorm2d\).*in training mode.*first of 1 such"):
+    with pytest.raises(NonFiniteError, match=r"input of bn2 \(BatchNorm2d\).*in train mode.*first of 1 such"):
         scan(model, images(4, 2, 3, 5, 5), 2, num_batches=4, emulate=emulate)
     model.stem.weight.data[0] = float("inf")
     with pytest.raises(NonFiniteError, match=r"input of bn1 \(BatchNorm2d\).*first of 2 such"):

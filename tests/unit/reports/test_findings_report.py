@@ -12,9 +12,8 @@ import fabricated_reports as fabricated
 import pytest
 from rich.text import Text
 
-from bnprobe.records import Cause, Composition, Diagnosis, Domains, Report
+from bnprobe.records import Composition, Diagnosis, Domains, Report
 from bnprobe.reports import FORMATS, RenderOptions
-from bnprobe.reports.causes import WORDS
 from bnprobe.reports.findings import findings, rules
 from bnprobe.reports.layout import Page
 from bnprobe.reports.likeness import effective_images, likeness
@@ -112,7 +111,7 @@ def test_calls_on_data_that_differ_are_named_worst_first() -> None:
 def test_a_diagnosis_names_cause_rule_extent_impact_place_remedy_and_consequences() -> None:
     said = flat(findings(causes.lag(), PAGE, show_all=False))
     assert said.startswith(
-        "✗ 1 Lagging running statistics (BN203): 1 of 9 layers, moves the outputs by 41% layer2.0.bn1; model.py:31"
+        "✗ 1 Stale running statistics (BN203): 1 of 9 layers, moves the outputs by 41% layer2.0.bn1; model.py:31"
         " The running statistics are not those that training now settles on."
     )
     assert "Remedy: Recalibrate the running statistics: bnprobe.recalibrate(model, batches)." in said
@@ -137,7 +136,7 @@ def test_the_extent_is_said_once(message: str, said: str) -> None:
 def test_a_lone_layer_is_not_named_twice() -> None:
     made = Diagnosis("lag", "BN203", "error", ("bn1",), None, "bn1: it lags.", "", ())
     shown = flat(findings(replace(fabricated.healthy(), diagnoses=(made,)), PAGE, show_all=False))
-    assert shown == "✗ Lagging running statistics (BN203): 1 of 9 layers bn1 It lags."
+    assert shown == "✗ Stale running statistics (BN203): 1 of 9 layers bn1 It lags."
 
 
 def test_five_diagnoses_are_shown_in_their_order_and_the_rest_counted() -> None:
@@ -168,9 +167,10 @@ def test_rules_skipped_for_one_reason_are_named_together() -> None:
     assert flat(rules(skipped, PAGE, show_all=False)) == "rules 3 skipped: BN201, BN202 and BN203 need data."
 
 
-def test_every_cause_has_words() -> None:
-    assert set(WORDS) == set(Cause.__args__)
-    assert len(set(WORDS.values())) == len(WORDS)
+def test_a_rule_that_is_not_installed_is_headed_by_its_cause() -> None:
+    strange = Diagnosis("cold_start", "ACME1", "error", ("bn1",), None, "It is cold.", "", ())
+    shown = flat(findings(replace(fabricated.healthy(), diagnoses=(strange,)), PAGE, show_all=False))
+    assert shown == "✗ Cold start (ACME1): 1 of 9 layers bn1 It is cold."
 
 
 def test_a_diagnosis_of_layers_that_are_not_in_the_report_still_prints() -> None:

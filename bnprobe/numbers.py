@@ -1,0 +1,34 @@
+"""Numbers and names as sentences show them: few digits, and words where a digit would mislead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def number(value: float) -> str:
+    """Two or three digits, e.g. "0.31", "12.4", "1,200"."""
+    if abs(value) >= 1e6:
+        return f"{value:.1e}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
+
+
+def percent(fraction: float) -> str:
+    """A fraction, e.g. "0%", "<0.1%", "3.4%", "36%"."""
+    if 0 < fraction < 0.001:
+        return "<0.1%"
+    if 0.1 > fraction > 0:
+        return f"{fraction:.1%}"
+    return f"{fraction:.0%}"
+
+
+def count(amount: int, noun: str) -> str:
+    """A number of things, e.g. "1 layer", "3 layers", "2 micro-batches"."""
+    ending = "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}{ending}"
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Names in a sentence, e.g. "bn1, bn2", and how many more there are beyond the first ``most``."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
