@@ -221,7 +221,7 @@ class BatchRenormFamily(BatchNormFamily):
         if not info.corrects:
             return None
         limits = f"r_max {info.r_max:g}, d_max {info.d_max:g}"
-        return f"Batch Renorm ({limits}): D is what its correction leaves; r and d are unclipped"
+        return f"Batch Renorm ({limits}): D is the mismatch that remains after its correction; r and d are not clipped"
 
 
 class GatedFamily(BatchNormFamily):
@@ -244,7 +244,7 @@ class GatedFamily(BatchNormFamily):
 
     def note(self, info: NormInfo) -> str | None:
         gate = math.nan if info.gate is None else float(info.gate.mean())
-        return f"gated (mean gate {gate:.2f}): D is what its gates leave; r and d are unclipped"
+        return f"gated (mean gate {gate:.2f}): D is the mismatch that remains after the gates; r and d are not clipped"
 
 
 NORMS: Registry[NormFamily] = Registry(

@@ -11,7 +11,7 @@ from bnprobe.analysis.comparison import CONTROL, CONTROL_RECALIBRATED
 from bnprobe.loading.workload import load_workload
 from bnprobe.proof import prove
 from bnprobe.spec import OptimizerSpec, RepairSpec, ScheduleSpec, Spec, TrainSpec
-from bnprobe.specfile import load_spec
+from bnprobe.specfile import build_spec
 from bnprobe.subject import Subject, make_subject
 
 FOLDER = Path(__file__).parents[2] / "sample_configs" / "digits"
@@ -49,4 +49,4 @@ def _spec(name: str, steps: int, seeds: int) -> Spec:
         evaluate_every=max(1, steps // 4),
     )
     repair = RepairSpec(groups=GROUPS, seeds=seeds)
-    return load_spec(FOLDER / f"{name}.yaml").model_copy(update={"train": train, "repair": repair})
+    return build_spec(str(FOLDER / f"{name}.yaml"), {}).model_copy(update={"train": train, "repair": repair})
