@@ -26,10 +26,10 @@ from bnprobe.probing.reread import Reread
 from bnprobe.probing.runner import Runner, UserFunctions
 from bnprobe.probing.settle import Settled, settle_by_batch, settle_by_layer
 from bnprobe.randomness import seed_everything
-from bnprobe.reports.figures import listed
 from bnprobe.spec import ScanSettings, matches_any
 from bnprobe.specfile import settings_from
 from bnprobe.usercode import BatchFunction
+from bnprobe.wording import listed
 
 StatisticsPath = Literal["train", "eval"]
 """With what the layers before one normalize while its statistics are taken: their batch, or their new statistics."""
@@ -282,9 +282,9 @@ def _notes(
 ) -> Iterator[str]:
     kept = [layer.name for layer in layers if layer.selected and layer not in wanted]
     if kept:
-        yield (f"Left alone, since training does not update running statistics there: {listed(kept)}.")
+        yield (f"Left alone, since training does not update running statistics there: {listed(kept, 10)}.")
     uncalled = [layer.name for layer in wanted if layer not in renewed]
     if uncalled:
-        yield f"Left alone, since no image reached them: {listed(uncalled)}."
+        yield f"Left alone, since no image reached them: {listed(uncalled, 10)}."
     if settings.batches is not None and batches.batches < settings.batches:
         yield f"The data ended after {batches.batches} of {settings.batches} batches."

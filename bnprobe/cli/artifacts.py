@@ -14,9 +14,8 @@ from bnprobe.errors import UsageError
 from bnprobe.files import require_new, require_writable, write_all
 from bnprobe.loading.keys import CONVERTED
 from bnprobe.records import RepairRecord, Report
-from bnprobe.reports.json import render as report_json
-from bnprobe.reports.repair import record_json
-from bnprobe.reports.usage import Files
+from bnprobe.report.json import dump
+from bnprobe.report.repair import Files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,9 +76,9 @@ class Artifacts:
 
         content = save(weights, _mark(record))
         record = replace(record, weights=str(self.weights), weights_sha256=hashlib.sha256(content).hexdigest())
-        contents: dict[Path, bytes | str] = {self.weights: content, self.record: record_json(record)}
+        contents: dict[Path, bytes | str] = {self.weights: content, self.record: dump(record)}
         reports = {self.before: before, self.after: after}
-        contents |= {path: report_json(report) for path, report in reports.items() if report is not None}
+        contents |= {path: dump(report) for path, report in reports.items() if report is not None}
         log = StateFolder(self.state).log
         if log.exists():
             contents[self.log] = log.read_bytes()

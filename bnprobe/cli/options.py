@@ -11,12 +11,30 @@ from typing import Annotated, Any
 
 import typer
 
+from bnprobe.errors import UsageError
 
-class Format(str, enum.Enum):
-    """Names of the report formats."""
 
-    terminal = "terminal"
-    json = "json"
+def format_name(name: str) -> str:
+    """The name of a report format, as ``--format`` takes it.
+
+    Raises:
+        typer.BadParameter: There is no such format.
+    """
+    from bnprobe.report import FORMATS
+
+    try:
+        return FORMATS[name].name
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def name_formats(command: Any) -> None:
+    """Name the report formats in the help of a command; the table is read when the command is known, not before."""
+    for parameter in command.params:
+        if parameter.name == "format_":
+            from bnprobe.report import FORMATS
+
+            parameter.metavar = "|".join(FORMATS.names())
 
 
 class AutocastType(str, enum.Enum):
@@ -31,6 +49,9 @@ def option(panel: str, name: str, help_: str, metavar: str = "") -> typer.models
     info: typer.models.OptionInfo = typer.Option(name, help=help_, rich_help_panel=panel, metavar=metavar)
     return info
 
+
+TERMINAL = "terminal"
+"""The format of a report unless another is asked for."""
 
 MODEL, DATA, RUN, JUDGE, REPORT = "Model", "Data", "Measurement", "Judgement", "Report"
 
@@ -77,7 +98,10 @@ Select = Annotated[
     list[str] | None, option(JUDGE, "--select", "Only rules of this code or prefix, e.g. BN2; repeatable.", "CODE")
 ]
 Ignore = Annotated[list[str] | None, option(JUDGE, "--ignore", "No rule of this code or prefix; repeatable.", "CODE")]
-ReportFormat = Annotated[Format, option(REPORT, "--format", "terminal or json.", "NAME")]
+ReportFormat = Annotated[
+    str,
+    typer.Option("--format", help="Format of the report.", rich_help_panel=REPORT, parser=format_name),
+]
 Output = Annotated[Path | None, option(REPORT, "--output", "Write the report to FILE, whole or not at all.", "FILE")]
 ShowAll = Annotated[bool, option(REPORT, "--all", "Show every layer of a large network.")]
 ExitZero = Annotated[bool, option(REPORT, "--exit-zero", "Exit 0 where findings would exit 1.")]

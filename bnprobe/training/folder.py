@@ -18,8 +18,7 @@ from torch import Tensor
 
 from bnprobe.errors import OutputError, StateError, UsageError
 from bnprobe.files import write_whole
-from bnprobe.records import Score
-from bnprobe.records.repairs import Run
+from bnprobe.records import Run, Score
 
 _FINGERPRINT = "fingerprint.json"
 _RUN = "run"

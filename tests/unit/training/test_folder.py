@@ -13,7 +13,7 @@ import torch
 import bnprobe.files
 from bnprobe.errors import OutputError, StateError, UsageError
 from bnprobe.records import Score
-from bnprobe.records.repairs import Run
+from bnprobe.records import Run
 from bnprobe.training import StateFolder
 from support.finetuning import network, same_bits
 

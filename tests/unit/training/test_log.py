@@ -10,7 +10,7 @@ import pytest
 
 from bnprobe.errors import OutputError
 from bnprobe.records import Score
-from bnprobe.records.repairs import TrainingStep
+from bnprobe.records import TrainingStep
 from bnprobe.training import StepLog
 
 
