@@ -15,10 +15,10 @@ def number(value: float) -> str:
 
 
 def percent(part: float) -> str:
-    """A part of one, e.g. "74%", "0.3%", "<0.1%"."""
+    """A part of one, e.g. "0%", "<0.1%", "3.4%", "36%"."""
     if 0 < part < 0.001:
         return "<0.1%"
-    return f"{part:.0%}" if part >= 0.1 or part == 0 else f"{100 * part:.2g}%"
+    return f"{part:.1%}" if 0 < part < 0.1 else f"{part:.0%}"
 
 
 def count(amount: int, noun: str) -> str:

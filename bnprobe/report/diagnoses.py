@@ -127,7 +127,7 @@ def _undecided(report: Report, undecided: list[Layer], command: str) -> Closing:
 def _clean(report: Report, command: str) -> Closing:
     serious = _worst_severity(report)
     if serious is not None:
-        return _found_all_the_same(report, serious, command)
+        return _other_problems(report, serious, command)
     fine = with_sign(report.layers, FINE)
     limits = {layer.threshold for layer in fine}
     limit = f"{numbers.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
@@ -143,12 +143,12 @@ def _clean(report: Report, command: str) -> Closing:
     )
 
 
-def _found_all_the_same(report: Report, serious: Severity, command: str) -> Closing:
-    number = count(sum(diagnosis.severity != "info" for diagnosis in report.diagnoses), "thing")
-    verb = "is" if number == "1 thing" else "are"
+def _other_problems(report: Report, serious: Severity, command: str) -> Closing:
+    number = count(sum(diagnosis.severity != "info" for diagnosis in report.diagnoses), "problem")
+    verb = "was" if number == "1 problem" else "were"
     so_far = "So far no" if report.scan.partial else "No"
     return Closing(
-        headline=f"{so_far} layer is flagged for its mismatch, but {number} {verb} not right.",
+        headline=f"{so_far} layer is flagged for its mismatch, but {number} {verb} found.",
         sign=SEVERITY_SIGNS[serious],
         sentences=_caveats(report),
         step=_step(report, command, next_step.keep_step(command)),
@@ -156,7 +156,7 @@ def _found_all_the_same(report: Report, serious: Severity, command: str) -> Clos
 
 
 def _step(report: Report, command: str, otherwise: Step, only_errors: bool = False) -> Step:
-    """Finish what was cut short, then follow the diagnosis, unless it is no more than a hint."""
+    """Finish what was cut short, then follow the diagnosis, unless it is a remark only."""
     serious = _worst_severity(report)
     followed = serious == "error" or (serious == "warning" and not only_errors)
     return next_step.interrupted_step(report, command) or (
@@ -165,7 +165,7 @@ def _step(report: Report, command: str, otherwise: Step, only_errors: bool = Fal
 
 
 def _worst_severity(report: Report) -> Severity | None:
-    """The worst severity of the diagnoses; None if there are none, or only hints."""
+    """The worst severity of the diagnoses; None if there are none, or remarks only."""
     found = {diagnosis.severity for diagnosis in report.diagnoses}
     return "error" if "error" in found else "warning" if "warning" in found else None
 
@@ -175,7 +175,7 @@ def _nothing(report: Report, command: str) -> Closing:
         headline="No layer could be judged.",
         sign=UNMEASURED,
         sentences=_caveats(report),
-        step=_step(report, command, Step("The notes above say what stands in the way.")),
+        step=_step(report, command, Step("The notes above say why.")),
     )
 
 
@@ -196,7 +196,7 @@ def _worst(flagged: list[Layer]) -> str:
 def _behaviour(layer: Layer) -> str:
     path = worse_path(layer.train, layer.eval)
     if path is not None and path.mismatch >= 2:
-        return f"is further off than any batch size explains, D = {numbers.mismatch(path.mismatch)}"
+        return f"differs by more than any batch size explains, D = {numbers.mismatch(path.mismatch)}"
     limit = numbers.plain(layer.threshold)
     return f"behaves as if the batch were {numbers.path_equivalent(path)} values, and the limit is {limit}"
 
@@ -231,7 +231,7 @@ def _caveats(report: Report) -> tuple[str, ...]:
         (scan.partial, f"{scan.stopped.capitalize()}: only {count(scan.batches, 'micro-batch')} measured."),
         (unmeasured > 0, f"{count(unmeasured, 'layer')} could not be measured on both paths."),
         (bool(report.skipped), f"{count(len(report.skipped), 'layer')} skipped."),
-        (scan.synthetic, "The inputs were made up: this shows the noise of small batches, not your data."),
+        (scan.synthetic, "The inputs were generated: this shows the noise of small batches, not your data."),
     )
     return tuple(text for applies, text in caveats if applies)
 
@@ -248,7 +248,7 @@ def findings(report: Report, page: Page, show_all: bool) -> list[Text]:
         lines += [Text(), *_diagnosis(diagnosis, f"{number} " if numbered else "", report, page, show_all)]
     left_out = len(report.diagnoses) - len(shown)
     if left_out:
-        lines += [Text(), *page.paragraph(f"and {left_out} more; --all shows every one.", first="  ")]
+        lines += [Text(), *page.paragraph(f"and {left_out} more; --all shows all.", first="  ")]
     return [*lines, Text()] if lines else []
 
 
@@ -299,7 +299,7 @@ def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, sh
 
 
 def _recalibrating(diagnosis: Diagnosis, report: Report) -> str:
-    """What recalibration gave, where it is what one would try."""
+    """The measured effect of recalibrating, where it is the obvious thing to try."""
     tried = next((remedy for remedy in report.remedies if remedy.name == "recalibrated"), None)
     if tried is None or diagnosis.cause not in _WRONG_STATISTICS:
         return ""
@@ -309,7 +309,7 @@ def _recalibrating(diagnosis: Diagnosis, report: Report) -> str:
     ):
         if before is not None and after is not None:
             end = f"{numbers.score(before)} to {numbers.score(after)}"
-            return f"Measured on held-out images: recalibrating takes the {name} from {end}."
+            return f"Measured on held-out data: recalibrating takes the {name} from {end}."
     return ""
 
 
@@ -321,7 +321,7 @@ def _title(diagnosis: Diagnosis, extent: str) -> str:
 
 
 def _apart(diagnosis: Diagnosis, layers: int) -> tuple[str, str]:
-    """How many layers it concerns, for the title, and the message without that and without a lone layer's name."""
+    """How many layers it concerns, for the title; and the message without that and without a single layer's name."""
     message = diagnosis.message
     if said := _EXTENT.match(message):
         return said["extent"], _capitalized(message[said.end() :])
@@ -331,9 +331,9 @@ def _apart(diagnosis: Diagnosis, layers: int) -> tuple[str, str]:
 
 
 def _consequences(diagnosis: Diagnosis) -> str:
-    """What follows from it; a cause is put in words, as it is nowhere else a code."""
+    """What follows from it, with the names of causes in words."""
     listed = "; ".join(_CAUSE.sub(lambda said: said[0].replace("_", " "), text) for text in diagnosis.consequences)
-    return f"Comes with it: {listed}." if listed else ""
+    return f"Follows from it: {listed}." if listed else ""
 
 
 def _capitalized(text: str) -> str:

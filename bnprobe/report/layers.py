@@ -130,7 +130,7 @@ def legend(layers: Sequence[Layer], page: Page) -> list[Text]:
     limits = {layer.threshold for layer in layers}
     limit = numbers.plain(limits.pop()) if len(limits) == 1 else "its limit"
     entries = (
-        ("n_eq", f"behaves as if the batch were n_eq values; flagged when significantly (95%) below {limit}"),
+        ("n_eq", f"behaves as if the batch were n_eq values; flagged when below {limit} (95%)"),
         ("D", "mean squared difference of batch and running normalization, worse path"),
         ("r, d", "batch std / running std, and (batch mean - running mean) / running std"),
         ("train", "the network runs on batch statistics; eval: on running statistics"),

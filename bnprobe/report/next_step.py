@@ -15,7 +15,7 @@ _BATCHES_OF_LARGEST = 4
 _FREE_REMEDIES: frozenset[Cause] = frozenset(
     {"lag", "dropout", "propagation", "composition", "data_shift", "never_trained"}
 )
-"""Causes for which other statistics may be all that is needed."""
+"""Causes for which other running statistics may be all that is needed."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def diagnosed_step(report: Report, command: str) -> Step:
 
 
 def keep_step(command: str) -> Step:
-    """Nothing is left to be found out."""
-    return Step("To keep the figures:", with_options(command, SAVE))
+    """There is nothing to find out: save the report."""
+    return Step("To save the report:", with_options(command, SAVE))
 
 
 def interrupted_step(report: Report, command: str) -> Step | None:
@@ -49,7 +49,7 @@ def interrupted_step(report: Report, command: str) -> Step | None:
     if not report.scan.partial:
         return None
     failed = report.scan.stopped == "failed"
-    return Step("Mend what the error names, then measure to the end:" if failed else "To measure to the end:", command)
+    return Step("Fix what the error names, then measure to the end:" if failed else "To measure to the end:", command)
 
 
 def more_batches_step(scan: Scan, command: str) -> Step:
@@ -57,7 +57,7 @@ def more_batches_step(scan: Scan, command: str) -> Step:
     # Four times the batches halve the intervals.
     more = str(4 * max(scan.batches, 1))
     if scan.stopped == "data_exhausted":
-        text = "The data is used up: more of it, or another --threshold, would decide. To keep the figures:"
+        text = "All data were used: more data, or another --threshold, would decide. To save the report:"
         return Step(text, with_options(command, SAVE))
     if scan.stopped == "requested":
         return Step("To decide, measure more batches:", with_options(command, {"--batches": more}))
@@ -80,7 +80,7 @@ def _measured_sizes_step(report: Report, command: str) -> Step | None:
         )
     if larger:
         return Step(
-            f"No batch size up to {larger[-1]} lifts every layer over its limit. To keep the figures:",
+            f"No batch size up to {larger[-1]} lifts every layer over its limit. To save the report:",
             with_options(command, SAVE),
         )
     return None

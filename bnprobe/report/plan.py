@@ -63,12 +63,12 @@ def _headline(plan: Plan, page: Page) -> list[Text]:
     number = len(plan.changes)
     total = number + len(plan.refused) + plan.untouched
     if plan.refused and not number:
-        return page.heading(f"No layer can be converted to {plan.to}; they were chosen by {plan.source}.")
+        return page.heading(f"No layer can be converted to {plan.to}; the layers were chosen by {plan.source}.")
     if not number:
         return page.heading(f"Nothing to convert: {plan.source} chose no layer.")
-    to = "whatever does best (--to auto)" if plan.to == _AUTO else plan.to
+    to = "whatever scores best (--to auto)" if plan.to == _AUTO else plan.to
     return page.heading(
-        f"{number} of {count(total, 'normalization layer')} would become {to}; chosen by {plan.source}."
+        f"{number} of {count(total, 'normalization layer')} would become {to}, chosen by {plan.source}."
     )
 
 
@@ -85,7 +85,7 @@ def _changes(plan: Plan, page: Page, show_all: bool) -> list[Text]:
     lines += _rows(shown, classes, [change.reason if len(reasons) > 1 else "" for change in shown], page)
     if len(shown) < len(changes):
         left_out = count(len(changes) - len(shown), "more layer")
-        lines += page.paragraph(f"and {left_out}; --all shows every one.", first="  ")
+        lines += page.paragraph(f"and {left_out}; --all shows all.", first="  ")
     return lines
 
 
@@ -151,8 +151,8 @@ def deployment(plan: Plan) -> str:
     if plan.deploys:
         return "The repaired weights load strictly into your own model, as plain BatchNorm."
     return (
-        f"The repaired weights will not deploy as plain BatchNorm: whoever loads them needs the model converted to"
-        f" {plan.to} first."
+        f"The repaired weights do not load into a model with plain BatchNorm: convert the model to"
+        f" {plan.to} first, then load them."
     )
 
 

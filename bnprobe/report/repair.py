@@ -30,7 +30,7 @@ from bnprobe.report.page import (
     to_string,
 )
 from bnprobe.report.plan import deployment, kinds, refused
-from bnprobe.report.table import Column, Mark, table
+from bnprobe.report.table import Column, Mark, Names, dropping, table
 from bnprobe.report.verify import before_and_after
 from bnprobe.requirement import parse_requirement
 from bnprobe.wording import count
@@ -107,11 +107,11 @@ def _training(record: RepairRecord) -> str:
     schedule = f", {_call(train['schedule'])}" if train.get("schedule") else ""
     steps = f"up to {count(max(run.steps for run in runs), 'step')}"
     time = f"{count(len(runs), 'run')} in {numbers.duration(sum(run.seconds for run in runs))}"
-    return f"{optimizer}{schedule}; {steps}{_images(record)}; {time}"
+    return f"{optimizer}{schedule}; {steps}{_samples(record)}; {time}"
 
 
-def _images(record: RepairRecord) -> str:
-    """Images of a step, where they are recorded."""
+def _samples(record: RepairRecord) -> str:
+    """Samples of a step, where they are recorded."""
     train: dict[str, Any] = record.settings.get("train") or {}
     data: dict[str, Any] = record.settings.get("data") or {}
     size = train.get("batch_size") or data.get("batch_size")
@@ -119,7 +119,7 @@ def _images(record: RepairRecord) -> str:
     if not size:
         return ""
     times = f"{accumulated} {TIMES} " if accumulated > 1 else ""
-    return f" of {times}{count(size, 'image')}"
+    return f" of {times}{count(size, 'sample')}"
 
 
 def _call(target: dict[str, Any]) -> str:
@@ -156,13 +156,13 @@ def _changed(record: RepairRecord, page: Page, show_all: bool) -> list[Text]:
 
 
 def _recalibrated(record: RepairRecord, page: Page, show_all: bool) -> list[Text]:
-    """Layers whose statistics were taken anew; they are listed unless they are those converted."""
+    """Layers whose running statistics were recalibrated; they are listed unless they are those converted."""
     if not record.recalibrated:
         return []
     number = count(len(record.recalibrated), "layer")
     if record.plan is not None and {change.name for change in record.plan.changes} == set(record.recalibrated):
-        return page.paragraph("Their running statistics were taken anew first.", first="  ")
-    lines = page.heading(f"Running statistics taken anew: {number}")
+        return page.paragraph("Their running statistics were recalibrated first.", first="  ")
+    lines = page.heading(f"Running statistics recalibrated: {number}")
     return [*lines, *page.paragraph(listed_in_line(record.recalibrated, show_all), first="  ")]
 
 
@@ -187,7 +187,7 @@ def _verdict(record: RepairRecord) -> tuple[str, str]:
     if record.proof is not None:
         return _SIGNS[record.proof.conclusion], _conclusion(record.proof)
     done = "Converted" if record.action == "convert" else "Recalibrated"
-    return UNMEASURED, f"{done}, but nothing was scored: what it gains is not known."
+    return UNMEASURED, f"{done}. Nothing was scored, so the gain is not known."
 
 
 def _flagged(record: RepairRecord) -> list[str]:
@@ -204,7 +204,7 @@ def _requirement(requirement: RequirementResult) -> str:
 
 
 def _telling(text: str, value: float, held: bool) -> str:
-    """As few digits, from four on, as leave no doubt on which side of the limit the value is."""
+    """The fewest digits, from four on, that show on which side of the limit the value is."""
     try:
         holds = parse_requirement(text).holds
     except UsageError:  # a record written by hand
@@ -217,8 +217,8 @@ def _telling(text: str, value: float, held: bool) -> str:
 
 # --- The repaired model and its baselines -----------------------------------------------------------------------------
 
-WRITTEN, CONTROL = ARROW, "c"
-"""What marks the arm whose weights are written, and the one that it is held against."""
+WRITTEN, BASELINE = ARROW, "b"
+"""What marks the arm whose weights are written, and the one that it is compared with."""
 
 _SIGNS: dict[Conclusion, str] = {
     "better": FINE,
@@ -231,7 +231,7 @@ _SIGNS: dict[Conclusion, str] = {
 _ENDINGS: dict[Ending, str] = {"finished": "finished", "early_stop": "early stop", "diverged": "diverged"}
 _MOST_NOTES = 3
 
-_TRAINED_CONTROL = "plain BN fine-tuned the same way"
+_TRAINED_BASELINE = "plain BN fine-tuned the same way"
 _UNTRAINED = {"as is": "the model as it is", "recalibrated": "the recalibrated model"}
 """Arms that are no repairs of their own, in a sentence."""
 
@@ -239,14 +239,14 @@ _UNTRAINED = {"as is": "the model as it is", "recalibrated": "the recalibrated m
 def _proof(found: Proof, page: Page, show_all: bool) -> list[Text]:
     """The table of arms, how to read it, and what is to be known of single runs."""
     seeds = max(len(arm.runs) for arm in found.arms)
-    interval = f", mean and 95% interval of {seeds} seeds" if seeds > 1 else ""
+    interval = f": mean and 95% interval of {seeds} seeds" if seeds > 1 else ""
     return [
-        *page.heading(f"Proof: {count(found.images_proving, 'evaluation image')}{interval}"),
+        *page.heading(f"Comparison on {count(found.images_proving, 'held-out sample')}{interval}"),
         *_table(found, page),
         *_legend(found, page),
         *_clipping(found, page),
         *_diverged(found.arms, page, show_all),
-        *(line for text in _gain(found) for line in page.paragraph(text, first="  ")),
+        *page.paragraphs(_gain(found)),
     ]
 
 
@@ -254,42 +254,41 @@ def _conclusion(found: Proof) -> str:
     """The verdict in a sentence."""
     repaired = _UNTRAINED.get(found.repaired, found.repaired)
     if found.control is None:
-        return f"{_capitalized(repaired)}: scored, but not held against a control."
+        return f"{_capitalized(repaired)}: scored, but not compared with a baseline."
     trained = any(arm.name == found.control and arm.trained for arm in found.arms)
-    control = _TRAINED_CONTROL if trained else _UNTRAINED.get(found.control, found.control)
+    baseline = _TRAINED_BASELINE if trained else _UNTRAINED.get(found.control, found.control)
     return {
-        "better": f"{_capitalized(repaired)} is better than {control}.",
-        "same": f"No gain of {repaired} over {control} is shown.",
-        "worse": f"{_capitalized(repaired)} is worse than {control}.",
-        "undecided": f"Whether {repaired} is better than {control} is not decided.",
-        "not_compared": f"{_capitalized(repaired)} could not be compared with {control}.",
+        "better": f"{_capitalized(repaired)} is better than {baseline}.",
+        "same": f"No significant gain (95%) of {repaired} over {baseline}.",
+        "worse": f"{_capitalized(repaired)} is worse than {baseline}.",
+        "undecided": f"Whether {repaired} is better than {baseline} is not decided.",
+        "not_compared": f"{_capitalized(repaired)} could not be compared with {baseline}.",
     }[found.conclusion]
 
 
 def _gain(found: Proof) -> list[str]:
-    """What the repair gained over its control, a sentence; nothing where that is not known."""
+    """What the repair gained over its baseline, a sentence; nothing where that is not known."""
     if found.gain is None or found.control is None:
         return []
     arm = next(arm for arm in found.arms if arm.name == found.repaired)
     paired = f"95%, paired over {len(arm.runs)} seeds" if arm.trained else "95%, paired over the held-out batches"
     how = paired if found.gain.interval is not None else "one run, so no interval"
     value = numbers.estimate(found.gain, with_sign=True)
-    return [f"Gain over {found.control} in the {found.measure}: {value} (+ is better; {how})."]
+    return [f"Gain over {found.control} in the {found.measure}: {value} (positive: better; {how})."]
 
 
 def _table(found: Proof, page: Page) -> list[Text]:
     arms = found.arms
-    ended = [_ended(arm.runs) if arm.trained else "" for arm in arms]
     columns = [
         *_measures(arms, page),
         Column("best step", [_span([run.best_step for run in arm.runs]) if arm.trained else "" for arm in arms]),
         Column("steps", [_span([run.steps for run in arm.runs]) if arm.trained else "" for arm in arms]),
-        Column("ended", ended, left=True),
+        Column("ended", [_ended(arm.runs) if arm.trained else "" for arm in arms], "left"),
     ]
+    names = Names([arm.name for arm in arms], heading="arm", marks=[_mark(arm, found) for arm in arms])
     other = "loss" if found.measure == "metric" else "metric"
-    names, marks = [arm.name for arm in arms], [_mark(arm, found) for arm in arms]
     kept = [column for column in columns if any(column.cells)]
-    return table("arm", names, marks, kept, page, expendable=("steps", "best step", "ended", other))
+    return table(names, dropping(kept, ("steps", "best step", "ended", other)), page)
 
 
 def _measures(arms: Sequence[Arm], page: Page) -> list[Column]:
@@ -302,7 +301,7 @@ def _measures(arms: Sequence[Arm], page: Page) -> list[Column]:
 def _mark(arm: Arm, found: Proof) -> Mark:
     if arm.name == found.repaired:
         return Mark(WRITTEN, "bold green" if found.conclusion == "better" else "bold")
-    return Mark(CONTROL, "cyan") if arm.name == found.control else Mark()
+    return Mark(BASELINE, "cyan") if arm.name == found.control else Mark()
 
 
 def _span(values: Sequence[int]) -> str:
@@ -325,14 +324,11 @@ def _ended(runs: Sequence[Run]) -> str:
 def _legend(found: Proof, page: Page) -> list[Text]:
     control = next((arm for arm in found.arms if arm.name == found.control), None)
     trained = control is not None and control.trained
-    held = "its control: plain BN, same data, same steps, same seeds" if trained else "what it is held against"
-    best = f"whose weights were kept, chosen on {count(found.images_choosing, 'other image')}"
-    entries = [(WRITTEN, "the repair"), *([(CONTROL, held)] if control else [])]
+    compared = "the baseline: plain BN, same data, same steps, same seeds" if trained else "the baseline"
+    best = f"the step whose weights were kept, chosen on {count(found.images_choosing, 'other sample')}"
+    entries = [(WRITTEN, "the repair"), *([(BASELINE, compared)] if control else [])]
     entries += [("best step", best)] if any(arm.trained for arm in found.arms) and found.images_choosing else []
-    lines = page.labelled([(page.clean(label), text) for label, text in entries])
-    for line in lines:
-        line.stylize("dim")
-    return lines
+    return page.labelled(entries, "dim")
 
 
 def _clipping(found: Proof, page: Page) -> list[Text]:
@@ -344,23 +340,23 @@ def _clipping(found: Proof, page: Page) -> list[Text]:
         if r and d:
             means = numbers.percent(sum(r) / len(r)), numbers.percent(sum(d) / len(d))
             sentences.append(f"{arm.name} clipped {means[0]} of r and {means[1]} of d in the last tenth of its steps.")
-    return [line for text in sentences for line in page.paragraph(text, first="  ")]
+    return page.paragraphs(sentences)
 
 
 def _diverged(arms: Sequence[Arm], page: Page, show_all: bool) -> list[Text]:
     """Where and why runs diverged, the first few."""
     notes = [f"{arm.name}, seed {run.seed}: {run.note}" for arm in arms for run in arm.runs if run.note]
     shown = notes if show_all or len(notes) <= _MOST_NOTES + 1 else notes[:_MOST_NOTES]
-    lines = [line for note in shown for line in page.paragraph(note, first="  ", rest="    ")]
+    lines = page.paragraphs(shown, rest="    ")
     more = count(len(notes) - len(shown), "more run")
     return lines + (
-        page.paragraph(f"and {more}; --all shows every one.", first="  ") if len(shown) < len(notes) else []
+        page.paragraph(f"and {more}; --all shows all.", first="  ") if len(shown) < len(notes) else []
     )
 
 
 def _capitalized(text: str) -> str:
     """The first letter of a sentence; a repair's name stays as it is."""
-    return text[:1].upper() + text[1:] if text in (_TRAINED_CONTROL, *_UNTRAINED.values()) else text
+    return text[:1].upper() + text[1:] if text in (_TRAINED_BASELINE, *_UNTRAINED.values()) else text
 
 
 # --- Using the weights ------------------------------------------------------------------------------------------------

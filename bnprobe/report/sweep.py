@@ -82,7 +82,7 @@ def _closing(report: SweepReport, page: Page) -> list[Text]:
 
 _SIGNS = {"fails": FLAGGED, "undecided": UNDECIDED, "passes": FINE}
 _FLAT = 3.0
-"""A mismatch so many times that of i.i.d. images is no matter of batch size."""
+"""A mismatch so many times that of i.i.d. samples is not explained by the batch size."""
 
 _NARROW = 64
 """Below so many cells there is a chart of one layer only."""
@@ -108,7 +108,7 @@ class _Scale:
 
 
 def _chart(layers: Sequence[SweepLayer], scanned: int, page: Page) -> list[Text]:
-    """D of the worst and the median layer at each size as bars, with a mark where i.i.d. images would be."""
+    """D of the worst and the median layer at each size as bars, with a mark where i.i.d. samples would be."""
     drawn = _worst_and_median(layers, scanned)[: 1 if page.width < _NARROW else 2]
     if not drawn:
         return []
@@ -121,11 +121,11 @@ def _chart(layers: Sequence[SweepLayer], scanned: int, page: Page) -> list[Text]
     lines = [Text("  " + "  ".join(row)) for row in rows]
     lines[0].stylize("dim")
     legend = (
-        f"{_FULL} measured, on a log scale; {CENTRE} i.i.d. images, from n_eq at size {scanned}",
+        f"{_FULL} measured, on a log scale; {CENTRE} i.i.d. samples, from n_eq at size {scanned}",
         f"{FINE} passes, {UNDECIDED} undecided, {FLAGGED} fails (95%)",
     )
     return [
-        *page.heading("Mismatch D against batch size, eval path, same images"),
+        *page.heading("Mismatch D against batch size, eval path, same samples"),
         *lines,
         *(line for text in legend for line in page.paragraph(text, style="dim", first="  ")),
     ]
@@ -167,13 +167,13 @@ def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, show_all: 
         Column(f"n_eq at {scanned}", [_equivalent(_at(layer, scanned)) for layer in shown]),
         Column("limit", [numbers.plain(layer.threshold) for layer in shown]),
         Column("passes", [_size(layer.smallest.likely, largest) for layer in shown]),
-        Column("surely", [_size(layer.smallest.surely, largest) for layer in shown]),
+        Column("at 95%", [_size(layer.smallest.surely, largest) for layer in shown]),
     ]
     names = Names([layer.name for layer in shown], last=True)
     left_out = len(measured) - len(shown)
     more = page.paragraph(f"{count(left_out, 'layer')} with less mismatch not shown; --all shows all.")
     return [
-        *page.heading("Batch size from which on a layer passes, eval path; surely: significantly (95%)"),
+        *page.heading("Batch size from which on a layer passes, eval path (95%: significantly)"),
         *table(names, dropping(columns, ("limit", columns[0].heading)), page),
         *(more if left_out else []),
     ]
@@ -198,8 +198,8 @@ def _conclusion(report: SweepReport) -> tuple[str, ...]:
     if found.surely == found.likely:
         least = ", the smallest measured" if found.likely == sizes[0] else ""
         return (f"The smallest batch size at which every layer passes is {found.likely}{least} (eval path).",)
-    surely = f"surely (95%) from {found.surely} on" if found.surely else f"not surely at any size up to {sizes[-1]}"
-    return (f"Every layer probably passes from batch size {found.likely} on, {surely} (eval path).",)
+    significant = f"from {found.surely} on" if found.surely else f"at no size up to {sizes[-1]}"
+    return (f"Every layer passes from batch size {found.likely} on, significantly (95%) {significant} (eval path).",)
 
 
 def _none_passes(report: SweepReport, largest: int) -> tuple[str, ...]:
@@ -218,13 +218,13 @@ def _none_passes(report: SweepReport, largest: int) -> tuple[str, ...]:
     )
     if not any(layer.eval[-1].standing == "fails" for layer in failing):
         only = count(last.batches, "micro-batch")
-        first += f" None does so surely: there were {only} of {last.batch_size}."
+        first += f" None of them does so significantly (95%): only {only} of {last.batch_size} were measured."
     if last.mismatch <= _FLAT * last.theory:
         return (first,)
     return (
         first,
-        f"At {largest}, i.i.d. images would give it D = {numbers.mismatch(last.theory)}, and it has"
-        f" {numbers.mismatch(last.mismatch)}: a larger batch is not what it lacks. bnprobe scan says what is wrong.",
+        f"At {largest}, i.i.d. samples would give it D = {numbers.mismatch(last.theory)}, and it has"
+        f" {numbers.mismatch(last.mismatch)}: the batch size does not explain that. bnprobe scan says what does.",
     )
 
 
@@ -346,8 +346,8 @@ def _tracking(sweep: MomentumSweep) -> tuple[str, ...]:
 def _verdict(best: _Rates, replayed: int) -> str:
     first, *ties = ("the cumulative average" if rate is None else _rate(rate) for rate in best)
     if len(best) == replayed > 1:
-        return "no rate tracks surely better than another"
-    tied = f", and {_listed(ties)} {'ties' if len(ties) == 1 else 'tie'} with it" if ties else ""
+        return "no rate tracks significantly (95%) better than another"
+    tied = f"; {_listed(ties)} {'is' if len(ties) == 1 else 'are'} not significantly worse (95%)" if ties else ""
     return f"{first} tracks best{tied}"
 
 
@@ -355,7 +355,7 @@ def _recovered(sweep: MomentumSweep) -> str:
     own = _own_point(sweep.model)
     if own is None:
         return ""
-    name = f" {_rate(own.rate)}, which the layers are set to,"
+    name = f" {_rate(own.rate)}, the layers' own momentum,"
     if own.recovery is None:
         return f"{name} has not recovered after {sweep.batches - sweep.batches // 2} micro-batches."
     return f"{name} takes {count(own.recovery, 'micro-batch')} to recover."
@@ -364,16 +364,16 @@ def _recovered(sweep: MomentumSweep) -> str:
 def _legend(sweep: MomentumSweep) -> Iterable[str]:
     yield (
         "D of each micro-batch against the running statistics before it, mean over layers and the second half; ±:"
-        f" standard error; {_BEST} best, {_TIE} not surely worse (95%)"
+        f" standard error; {_BEST} best, {_TIE} not significantly worse (95%)"
     )
-    yield "own: what layers are set to; averages: (2 - rate) / rate micro-batches"
+    yield "own: the layers' own momentum; averages: (2 - rate) / rate micro-batches"
     yield "loaded: starts from the model's statistics; settled: from the first half's"
     if not _shifts(sweep):
-        yield "No weight moves here, so slow rates look good: --shift shows their cost."
+        yield "The weights are fixed here, which favours slow rates: --shift shows their cost."
         return
     yield f"shifted: from the middle on {_change(sweep)} of each channel"
     yield "back after: micro-batches until D is within twice that without the shift"
-    yield "No weight moves here: in training they are one more change to follow."
+    yield "The weights are fixed here; in training their changes have to be tracked too."
 
 
 def _back(point: MomentumPoint, sweep: MomentumSweep) -> str:

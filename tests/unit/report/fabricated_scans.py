@@ -8,7 +8,7 @@ from functools import cache
 import fabricated_reports as fabricated
 
 from bnprobe.records import RepairRecord, Report
-from bnprobe.reports.repair import Files
+from bnprobe.report.repair import Files
 from support.repairs import LAST
 
 FILES = Files("repaired.record.json", "repaired.before.json", "repaired.after.json")
