@@ -9,8 +9,6 @@ from typing import Any, NoReturn
 import jsonschema
 import pytest
 
-from bnprobe.reports import FORMATS, RenderOptions
-from bnprobe.reports.json import load
 from functional.command import CLEAN, FINDINGS, REPOSITORY, Workspace
 
 SAMPLES = sorted((REPOSITORY / "sample_configs").glob("*/*.yaml"))
@@ -40,7 +38,7 @@ def test_a_sample_gives_a_report_that_fits_the_schema(workspace: Workspace, samp
     assert found.stderr == f"{counted}; report written to {OUTPUT}\n"
     assert report["layers"]
     assert all(layer["train"] and layer["eval"] for layer in report["layers"])
-    printed = FORMATS["terminal"](load(text), RenderOptions(width=80))
+    printed = render(load_report(text))
     assert max(map(len, printed.splitlines())) <= 80
 
 

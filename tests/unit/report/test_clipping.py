@@ -7,13 +7,13 @@ from dataclasses import replace
 import fabricated_parts
 import fabricated_reports
 import pytest
+from rendered import said, section
+from rich.cells import cell_len
 
 from bnprobe.records import Layer
-from bnprobe.reports import FORMATS, RenderOptions
-from bnprobe.reports.clipping import MOST_LAYERS, clipping
-from bnprobe.reports.layout import Page
 
-PAGE = Page(80, unicode=True)
+TITLE = "Batch Renorm (r_max 3, d_max 5) would clip, train path"
+MOST_LAYERS = 5
 
 
 def clipped(name: str, r: float = 0.0, r_iid: float = 0.0, d: float = 0.0, d_iid: float = 0.0) -> Layer:
@@ -27,7 +27,7 @@ def clipped(name: str, r: float = 0.0, r_iid: float = 0.0, d: float = 0.0, d_iid
 
 def listed(layers: list[Layer], show_all: bool = False) -> list[list[str]]:
     """The rows of the table, headings and legend left out."""
-    rows = [line.plain.split() for line in clipping(layers, PAGE, show_all)[2:]]
+    rows = [line.split() for line in section(fabricated_reports.report(layers), TITLE, show_all=show_all)[2:]]
     return [row for row in rows if row[0].startswith("bn")]
 
 
@@ -49,7 +49,7 @@ def test_both_factors_stand_beside_what_chance_explains() -> None:
     ],
 )
 def test_only_flagged_layers_that_would_be_clipped_noticeably(layer: Layer, worth_a_line: bool) -> None:
-    assert bool(clipping([layer], PAGE, False)) is worth_a_line
+    assert bool(section(fabricated_reports.report([layer]), TITLE)) is worth_a_line
 
 
 def test_the_worst_come_first_and_the_others_with_all() -> None:
@@ -57,16 +57,13 @@ def test_the_worst_come_first_and_the_others_with_all() -> None:
     worst = [row[0] for row in listed(layers)]
     assert worst == [f"bn{index}" for index in range(MOST_LAYERS + 1, 1, -1)]
     assert len(listed(layers, show_all=True)) == MOST_LAYERS + 2
-    assert "--all shows 2 more layers" in " ".join(line.plain.strip() for line in clipping(layers, PAGE, False))
+    assert "--all shows 2 more layers" in said(fabricated_reports.report(layers))
 
 
 def test_long_names_fit() -> None:
-    lines = clipping([clipped("very.long.name." * 9 + "bn", r=1.0)], PAGE, False)
-    assert max(len(line.plain) for line in lines) <= 80
+    lines = section(fabricated_reports.report([clipped("very.long.name." * 9 + "bn", r=1.0)]), TITLE)
+    assert 60 < max(map(cell_len, lines)) <= 80
 
 
-def test_it_is_part_of_the_terminal_report() -> None:
-    report = fabricated_reports.report([clipped("bn", r=0.25)])
-    assert "Batch Renorm (r_max 3, d_max 5) would clip" in FORMATS["terminal"](report, RenderOptions(width=80))
-    healthy = FORMATS["terminal"](fabricated_reports.healthy(), RenderOptions(width=80))
-    assert "would clip" not in healthy
+def test_a_healthy_network_has_no_such_part() -> None:
+    assert "would clip" not in said(fabricated_reports.healthy())

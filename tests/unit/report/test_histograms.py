@@ -7,9 +7,10 @@ import pytest
 from fabricated_parts import R_EDGES, histogram
 
 from bnprobe.records import Histogram
-from bnprobe.reports import figures
-from bnprobe.reports.glyphs import INFINITE, LEVELS, UNMEASURED
-from bnprobe.reports.sparkline import D_AXIS, R_AXIS, draw, ruler
+from bnprobe.report import numbers
+from bnprobe.report.charts import D_AXIS, R_AXIS, ruler
+from bnprobe.report.charts import histogram as draw
+from bnprobe.report.page import INFINITE, LEVELS, UNMEASURED
 
 
 def heights(text: str, half: int) -> list[int]:
@@ -73,7 +74,7 @@ def test_heights_are_shares_of_the_largest_cell() -> None:
     ],
 )
 def test_equivalent_batch_sizes(value: float | None, text: str) -> None:
-    assert figures.equivalent_batch_size(value) == text
+    assert numbers.equivalent_batch_size(value) == text
 
 
 @pytest.mark.parametrize(
@@ -89,14 +90,14 @@ def test_equivalent_batch_sizes(value: float | None, text: str) -> None:
     ],
 )
 def test_mismatches(value: float, text: str) -> None:
-    assert figures.mismatch(value) == text
+    assert numbers.mismatch(value) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(0, "0%"), (2e-4, "<0.1%"), (0.034, "3.4%"), (0.363, "36%"), (1, "100%")])
 def test_percentages(value: float, text: str) -> None:
-    assert figures.percent(value) == text
+    assert numbers.percent(value) == text
 
 
 def test_decimal_points_stand_in_line_and_signs_stand_flush_right() -> None:
-    found = figures.points_in_line(["2.0", "128", ">10k", INFINITE, UNMEASURED])
+    found = numbers.points_in_line(["2.0", "128", ">10k", INFINITE, UNMEASURED])
     assert found == ["2.0", "128  ", ">10k  ", INFINITE, UNMEASURED]

@@ -13,12 +13,19 @@ import jsonschema
 import pytest
 
 from bnprobe.errors import UsageError
-from bnprobe.reports.json import render
-from bnprobe.reports.repair import load_record, record_json
-from bnprobe.reports.schema import schema, schema_text
+from bnprobe.records import RepairRecord
+from bnprobe.report import render
+from bnprobe.report.json import load_record, schema, schema_text
+from bnprobe.report.repair import RepairReport
 from support import repairs
 
-COMMITTED = files("bnprobe.reports").joinpath("record.schema.json")
+
+def as_json(record: RepairRecord) -> str:
+    """The record as it is written."""
+    return render(RepairReport(record), "json")
+
+
+COMMITTED = files("bnprobe.report").joinpath("record.schema.json")
 
 
 def test_the_committed_schema_is_the_generated_one() -> None:
@@ -39,17 +46,17 @@ def test_the_schema_closes_every_object_and_describes_its_fields() -> None:
 @pytest.mark.parametrize("name", repairs.RECORDS)
 def test_every_record_fits_the_schema_and_comes_back_equal(name: str) -> None:
     record = repairs.RECORDS[name]()
-    text = record_json(record)
+    text = as_json(record)
     jsonschema.Draft202012Validator(schema("record")).validate(json.loads(text))
     assert load_record(text) == record
-    assert record_json(load_record(text)) == text
+    assert as_json(load_record(text)) == text
     assert text.endswith("\n}\n")
 
 
 def test_a_figure_that_is_not_finite_is_refused() -> None:
     record = replace(repairs.better(), settings={"train": {"steps": float("inf")}})
     with pytest.raises(ValueError, match="JSON compliant"):
-        record_json(record)
+        as_json(record)
 
 
 def _set(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -67,22 +74,22 @@ def _set(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     [
         (_set("schema_version", value=2), r"^The repair record has schema_version 2, .* Repair again with"),
         (lambda document: document.pop("schema_version"), "^The repair record has no schema_version"),
-        (_set("action", value="mend"), r"at action: Input should be 'convert' or 'recalibrate'"),
-        (_set("plan", "changes", 0, "to", value=3), r"at plan\.changes\.0\.to: Input should be a valid string"),
+        (_set("action", value="mend"), r"schema: action: Input should be 'convert' or 'recalibrate'"),
+        (_set("plan", "changes", 0, "to", value=3), r"schema: plan\.changes\.0\.to: Input should be a valid string"),
         (_set("proof", "arms", 3, "runs", 0, "colour", value=1), r"proof\.arms\.3\.runs\.0\.colour is unknown\."),
-        (lambda document: document["proof"]["arms"][0].pop("loss"), r"at proof\.arms\.0\.loss: Field required"),
+        (lambda document: document["proof"]["arms"][0].pop("loss"), r"schema: proof\.arms\.0\.loss is missing"),
         (_set("settings", "x", value=float("nan")), "not a repair record of bnprobe: NaN is not a finite number"),
     ],
 )
 def test_another_document_is_refused_with_the_place(change: Callable[[dict[str, Any]], object], message: str) -> None:
-    document = json.loads(record_json(repairs.better()))
+    document = json.loads(as_json(repairs.better()))
     change(document)
     with pytest.raises(UsageError, match=message):
         load_record(json.dumps(document))
 
 
 def test_a_record_older_than_a_field_with_a_default_is_read() -> None:
-    document = json.loads(record_json(repairs.better()))
+    document = json.loads(as_json(repairs.better()))
     assert document["plan"]["changes"][0].pop("note") == ""
     assert load_record(json.dumps(document)) == repairs.better()
 
@@ -94,5 +101,5 @@ def test_what_is_no_record_is_refused(text: str) -> None:
 
 
 def test_the_report_of_a_scan_is_no_record() -> None:
-    with pytest.raises(UsageError, match="The repair record does not fit its schema at action: Field required"):
-        load_record(render(fabricated.healthy()))
+    with pytest.raises(UsageError, match="The repair record does not fit its schema: action is missing"):
+        load_record(render(fabricated.healthy(), "json"))

@@ -8,16 +8,18 @@ from dataclasses import replace
 
 import pytest
 
-from bnprobe.reports import RenderOptions
-from bnprobe.reports.plan import plan_json, render_plan
+from bnprobe.records import Plan
+from bnprobe.report import RenderOptions, renderer
 from support import repairs
+
+render_plan = renderer("terminal", Plan)
 
 WIDE = RenderOptions(width=400, command="bnprobe convert model.py --dry-run")
 
 
 def test_every_layer_has_a_line_with_its_reason() -> None:
     text = render_plan(repairs.plan(), WIDE)
-    assert text.startswith("6 of 9 normalization layers would become batch-renorm; chosen by a scan at batch size 2.\n")
+    assert text.startswith("6 of 9 normalization layers would become batch-renorm, chosen by a scan at batch size 2.\n")
     assert "  Class: BatchNorm2d → BatchRenorm2d\n" in text
     assert "  layer2.0.bn1           flagged: n_eq 12.1, below 32 (small batch)\n" in text
     assert len(re.findall(r"\n  layer\S+ +flagged: ", text)) == 6
@@ -48,7 +50,9 @@ def test_one_reason_for_all_is_said_once() -> None:
 def test_whether_the_weights_deploy() -> None:
     assert "load strictly into your own model, as plain BatchNorm.\n" in render_plan(repairs.plan(), WIDE)
     text = render_plan(repairs.plan(to="group-norm", deploys=False), WIDE)
-    assert "will not deploy as plain BatchNorm: whoever loads them needs the model converted to group-norm" in text
+    assert (
+        "do not load into a model with plain BatchNorm: convert the model to group-norm first, then load them." in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,19 +85,19 @@ def test_a_plan_without_changes_suggests_none(name: str) -> None:
 
 def test_what_auto_would_choose_is_not_said() -> None:
     text = render_plan(repairs.plan(to="auto"), WIDE)
-    assert "6 of 9 normalization layers would become whatever does best (--to auto);" in text
+    assert "6 of 9 normalization layers would become whatever scores best (--to auto)," in text
     assert "BatchRenorm2d" not in text
 
 
 def test_a_large_plan_is_folded_without_all() -> None:
     made = repairs.PLANS["large"]()
-    assert "\n  and 35 more layers; --all shows every one.\n" in render_plan(made, WIDE)
+    assert "\n  and 35 more layers; --all shows all.\n" in render_plan(made, WIDE)
     assert render_plan(made, WIDE).count("denselayer") == 25
     assert render_plan(made, replace(WIDE, show_all=True)).count("denselayer") == 60
 
 
 def test_as_json_it_is_the_record() -> None:
-    document = json.loads(plan_json(repairs.mixed_plan()))
+    document = json.loads(renderer("json", Plan)(repairs.mixed_plan(), WIDE))
     assert list(document) == ["schema_version", "to", "source", "changes", "refused", "untouched", "deploys"]
     assert document["changes"][0]["aliases"] == ["critic.bn"]
     assert (document["schema_version"], document["deploys"], len(document["refused"])) == (1, True, 9)

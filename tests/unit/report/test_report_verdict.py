@@ -10,8 +10,9 @@ import pytest
 from fabricated_parts import SCAN, report
 
 from bnprobe.records import Report
-from bnprobe.reports.command import broken, with_options
-from bnprobe.reports.verdict import verdict
+from bnprobe.report.diagnoses import closing as verdict
+from bnprobe.report.next_step import with_options
+from bnprobe.report.page import broken
 
 COMMAND = "bnprobe scan model.py --batch-size 2"
 
@@ -73,12 +74,12 @@ def test_headline_and_next_command(report: Report, headline: str, command: str |
         ("lag", "6 of 9 layers are flagged: training and inference normalize differently.", "bnprobe explain BN203"),
         (
             "training",
-            "No layer is flagged for its mismatch, but 1 thing is not right.",
+            "No layer is flagged for its mismatch, but 1 problem was found.",
             "bnprobe explain BN301",
         ),
         (
             "data_shift",
-            "No layer is flagged for its mismatch, but 2 things are not right.",
+            "No layer is flagged for its mismatch, but 2 problems were found.",
             "bnprobe explain BN206",
         ),
     ],
@@ -127,7 +128,7 @@ def test_undecided_layers_come_with_the_path_and_interval_that_straddle_the_limi
 
 def test_a_mismatch_that_no_batch_size_explains_is_not_put_as_a_batch_size() -> None:
     (sentence,) = verdict(fabricated.no_batch_size_helps(), COMMAND).sentences
-    assert sentence == "Worst is bn2: it is further off than any batch size explains, D = 2.25 (train path)."
+    assert sentence == "Worst is bn2: it differs by more than any batch size explains, D = 2.25 (train path)."
 
 
 def test_an_overflowed_path_is_the_worst() -> None:
@@ -141,7 +142,7 @@ def test_what_weakens_the_result_is_said() -> None:
     assert verdict(report, COMMAND).sentences == (
         "1 layer could not be measured on both paths.",
         "10 layers skipped.",
-        "The inputs were made up: this shows the noise of small batches, not your data.",
+        "The inputs were generated: this shows the noise of small batches, not your data.",
     )
 
 

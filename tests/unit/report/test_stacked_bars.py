@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnprobe.records import Shares
-from bnprobe.reports.causes import SOURCES
-from bnprobe.reports.layout import Page
-from bnprobe.reports.stacked import Scale, bar, full_length, length, limit, segments
+from bnprobe.report.charts import SOURCES, Scale, bar, full_length, length, segments
+from bnprobe.report.page import Page
+from bnprobe.stats.theory import mismatch_iid
 
 SHARE = st.floats(-0.05, 2.0)
 SHARES = st.builds(
@@ -101,17 +101,19 @@ def test_a_bar_beyond_the_scale_is_cut_with_a_mark_and_keeps_its_proportions() -
         ([0.2, 0.3, 38.9, 37.0], 38.9),
         ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 38.9, 37.0], 0.6),
         ([38.9], 38.9),
-        ([0.001, 0.002], 1.5 * limit(32)),
-        ([], 1.5 * limit(32)),
+        ([0.001, 0.002], 1.5 * mismatch_iid(32)),
+        ([], 1.5 * mismatch_iid(32)),
     ],
 )
 def test_the_scale_is_the_longest_bar_unless_that_would_squash_the_others(lengths: list[float], full: float) -> None:
-    assert full_length(lengths, [limit(32)]) == pytest.approx(full)
+    assert full_length(lengths, [mismatch_iid(32)]) == pytest.approx(full)
 
 
-@pytest.mark.parametrize(("n", "mismatch"), [(2, 0.8716), (4, 0.4042), (8, 0.1946), (32, 0.0473)])
-def test_the_limit_is_that_of_the_theory(n: int, mismatch: float) -> None:
-    assert limit(n) == pytest.approx(mismatch, abs=6e-5)
+@pytest.mark.parametrize("threshold", [1.0, 1.5, 2.0, 32.0, 1e4, 1e9])
+def test_the_mark_stands_at_the_mismatch_of_the_threshold(threshold: float) -> None:
+    full = 2.5 * mismatch_iid(threshold)
+    line = bar(shares(), Scale(full, 50), threshold, Page(80, unicode=True)).plain
+    assert line.index("│") == 20
 
 
 def test_the_sources_are_the_shares_and_their_letters_differ() -> None:

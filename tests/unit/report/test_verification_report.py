@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from bnprobe.records import LayerComparison, Verification
-from bnprobe.reports import RenderOptions
-from bnprobe.reports.verification import FORMATS, one_line
+from bnprobe.report import RenderOptions, renderer
+from bnprobe.report.verify import one_line
 from support import repairs
 
 WIDE = RenderOptions(width=400)
-render = FORMATS["terminal"]
+render = renderer("terminal", Verification)
 
 
 def test_what_has_become_of_every_flag() -> None:
@@ -47,7 +47,9 @@ def test_why_a_repair_does_not_hold() -> None:
 
 
 def test_outputs_that_were_not_measured_are_not_claimed_to_agree() -> None:
-    both = "✓ The repair holds: no layer is flagged, and the outputs disagree no more than before.\n"
+    both = (
+        "✓ The repair holds: no layer is flagged, and the outputs of the two paths are no farther apart than before.\n"
+    )
     assert both in render(repairs.verified(), WIDE)
     assert "✓ The repair holds: no layer is flagged.\n" in render(replace(repairs.verified(), output_after=None), WIDE)
     assert "  38% → –\n" in render(replace(repairs.verified(), output_after=None), WIDE)
@@ -66,7 +68,7 @@ def test_reports_without_a_common_layer_have_no_table() -> None:
 
 
 def test_as_json_it_is_the_record() -> None:
-    document = json.loads(FORMATS["json"](repairs.not_verified(), RenderOptions()))
+    document = json.loads(renderer("json", Verification)(repairs.not_verified(), RenderOptions()))
     assert document["schema_version"] == 1
     assert document["layers"][0] == {
         "name": "bn1",
