@@ -17,6 +17,7 @@ from bnprobe.errors import NonFiniteError, NothingToProbeError, RepairError, Usa
 from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import unwrapped
 from bnprobe.loading.spread import spread
+from bnprobe.numbers import listed
 from bnprobe.probing.drive import Progress, no_progress
 from bnprobe.probing.forward import forward_all
 from bnprobe.probing.interrupts import deferred_interrupts
@@ -29,7 +30,6 @@ from bnprobe.randomness import seed_everything
 from bnprobe.spec import ScanSettings, matches_any
 from bnprobe.specfile import settings_from
 from bnprobe.usercode import BatchFunction
-from bnprobe.wording import listed
 
 StatisticsPath = Literal["train", "eval"]
 """With what the layers before one normalize while its statistics are taken: their batch, or their new statistics."""
@@ -282,9 +282,9 @@ def _notes(
 ) -> Iterator[str]:
     kept = [layer.name for layer in layers if layer.selected and layer not in wanted]
     if kept:
-        yield (f"Left alone, since training does not update running statistics there: {listed(kept, 10)}.")
+        yield (f"Left alone, since training does not update running statistics there: {listed(kept)}.")
     uncalled = [layer.name for layer in wanted if layer not in renewed]
     if uncalled:
-        yield f"Left alone, since no image reached them: {listed(uncalled, 10)}."
+        yield f"Left alone, since no image reached them: {listed(uncalled)}."
     if settings.batches is not None and batches.batches < settings.batches:
         yield f"The data ended after {batches.batches} of {settings.batches} batches."

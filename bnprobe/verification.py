@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnprobe.errors import UsageError
+from bnprobe.numbers import listed
 from bnprobe.records import Layer, LayerComparison, Report, Verification
-from bnprobe.wording import listed
 
 OUTPUT_SLACK = 1.1
 """A distance of the outputs up to so many times the one before counts as no more: both are of a sample of batches."""
@@ -124,18 +124,18 @@ def _flagged(layers: tuple[LayerComparison, ...], after: dict[str, Layer]) -> It
         if layer.flagged_before and not layer.flagged_after and layer.after is None and layer.name in after
     ]
     if still:
-        yield f"Still flagged: {listed(still, 10)}."
+        yield f"Still flagged: {listed(still)}."
     if newly:
-        yield f"Newly flagged: {listed(newly, 10)}."
+        yield f"Newly flagged: {listed(newly)}."
     if lost:
-        yield f"Flagged before, and not to be measured again: {listed(lost, 10)}."
+        yield f"Flagged before, and not to be measured again: {listed(lost)}."
 
 
 def _left_out(layers: tuple[LayerComparison, ...], after: Report) -> Iterator[str]:
     unselected = set(after.scan.unselected)
     missed = [layer.name for layer in layers if layer.flagged_before and layer.name in unselected]
     if missed:
-        yield f"Flagged before, and left out of the second scan by --include/--exclude: {listed(missed, 10)}."
+        yield f"Flagged before, and left out of the second scan by --include/--exclude: {listed(missed)}."
 
 
 def _outputs(before: float | None, after: float | None) -> Iterator[str]:
@@ -171,7 +171,7 @@ def _notes(before: Report, after: Report) -> Iterator[str]:
     yield from _unproved(before, after)
     undecided = [layer.name for layer in after.layers if layer.undecided]
     if undecided:
-        yield f"Undecided after the repair, more batches would tell: {listed(undecided, 10)}."
+        yield f"Undecided after the repair, more batches would tell: {listed(undecided)}."
 
 
 def _thresholds(before: Report, after: Report) -> Iterator[str]:
@@ -189,7 +189,7 @@ def _unproved(before: Report, after: Report) -> Iterator[str]:
     unselected = set(after.scan.unselected)
     names = [layer.name for layer in before.layers if layer.name in unselected and not layer.flagged]
     if names:
-        yield f"Not flagged before, and left out of the second scan by --include/--exclude: {listed(names, 10)}."
+        yield f"Not flagged before, and left out of the second scan by --include/--exclude: {listed(names)}."
 
 
 def _value(value: object) -> str:

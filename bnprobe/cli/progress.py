@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from bnprobe.records import TrainingStep
-from bnprobe.report import numbers
+from bnprobe.report import figures
 from bnprobe.report.page import clean
 
 _SMOOTHING = 0.1
@@ -140,7 +140,7 @@ class _TrainingBar:
         self._loss = _smoothed(self._loss, step.loss)
         now = {"score": _score(step), "clipped": _clipped(step, "clip", digits=0)}
         self._seen |= {name: text for name, text in now.items() if text}
-        parts = [f"loss {numbers.score(self._loss)}", *(self._seen.get(name, "") for name in ("score", "clipped"))]
+        parts = [f"loss {figures.score(self._loss)}", *(self._seen.get(name, "") for name in ("score", "clipped"))]
         room = self._bar.console.width - self._fixed(step)
         self._bar.update(self._task, completed=step.step, figures=_fitting(parts, room))
 
@@ -159,7 +159,7 @@ def _print_evaluation(step: TrainingStep) -> None:
     if step.score is None:
         return
     held_out = f"held-out {_score(step)}"
-    parts = filter(None, [f"loss {numbers.score(step.loss)}", held_out, _clipped(step, "clipped", digits=1)])
+    parts = filter(None, [f"loss {figures.score(step.loss)}", held_out, _clipped(step, "clipped", digits=1)])
     text = f"{step.arm}, seed {step.seed}: step {step.step}/{step.steps}, {', '.join(parts)}"
     print(clean(text, unicode=False), file=sys.stderr, flush=True)
 
@@ -176,8 +176,8 @@ def _score(step: TrainingStep) -> str:
     if step.score is None:
         return ""
     if step.score.metric is not None:
-        return f"metric {numbers.score(step.score.metric)}"
-    return f"loss {'-' if step.score.loss is None else numbers.score(step.score.loss)}"
+        return f"metric {figures.score(step.score.metric)}"
+    return f"loss {'-' if step.score.loss is None else figures.score(step.score.loss)}"
 
 
 def _clipped(step: TrainingStep, word: str, digits: int) -> str:

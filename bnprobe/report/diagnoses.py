@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from bnprobe.numbers import count
 from bnprobe.records import EXEMPT, Cause, Diagnosis, Interval, Layer, Report, Severity, Verdict
-from bnprobe.report import next_step, numbers
+from bnprobe.report import figures, next_step
 from bnprobe.report.layers import with_sign, worse_path, worst_first
 from bnprobe.report.next_step import Step
 from bnprobe.report.page import FINE, FLAGGED, SEVERITY_SIGNS, SEVERITY_STYLES, UNDECIDED, UNMEASURED, Page
 from bnprobe.rules import RULES
-from bnprobe.wording import count
 
 MOST_DIAGNOSES = 5
 """So many diagnoses are shown, the first, unless all are asked for."""
@@ -130,7 +130,7 @@ def _clean(report: Report, command: str) -> Closing:
         return _other_problems(report, serious, command)
     fine = with_sign(report.layers, FINE)
     limits = {layer.threshold for layer in fine}
-    limit = f"{numbers.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
+    limit = f"{figures.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
     every = len(fine) == len(report.layers)
     which = "every layer" if every else f"{len(fine)} of {len(report.layers)} layers"
     verb = "behaves" if every or len(fine) == 1 else "behave"
@@ -196,20 +196,20 @@ def _worst(flagged: list[Layer]) -> str:
 def _behaviour(layer: Layer) -> str:
     path = worse_path(layer.train, layer.eval)
     if path is not None and path.mismatch >= 2:
-        return f"differs by more than any batch size explains, D = {numbers.mismatch(path.mismatch)}"
-    limit = numbers.plain(layer.threshold)
-    return f"behaves as if the batch were {numbers.path_equivalent(path)} values, and the limit is {limit}"
+        return f"differs by more than any batch size explains, D = {figures.mismatch(path.mismatch)}"
+    limit = figures.plain(layer.threshold)
+    return f"behaves as if the batch were {figures.path_equivalent(path)} values, and the limit is {limit}"
 
 
 def _with_figure(layer: Layer) -> str:
-    return f"{layer.name} (n_eq {numbers.path_equivalent(worse_path(layer.train, layer.eval))})"
+    return f"{layer.name} (n_eq {figures.path_equivalent(worse_path(layer.train, layer.eval))})"
 
 
 def _straddling(layer: Layer) -> str:
     for name, path in (("train", layer.train), ("eval", layer.eval)):
         if path is not None and _contains(path.equivalent_batch_size_interval, layer.threshold):
-            span = numbers.equivalent_interval(path.equivalent_batch_size_interval)
-            limit = numbers.plain(layer.threshold)
+            span = figures.equivalent_interval(path.equivalent_batch_size_interval)
+            limit = figures.plain(layer.threshold)
             return f"{layer.name}: n_eq is {span} (95%, {name} path), and the limit is {limit}."
     return f"{layer.name} is undecided."
 
@@ -308,7 +308,7 @@ def _recalibrating(diagnosis: Diagnosis, report: Report) -> str:
         ("metric", tried.before.metric, tried.after.metric),
     ):
         if before is not None and after is not None:
-            end = f"{numbers.score(before)} to {numbers.score(after)}"
+            end = f"{figures.score(before)} to {figures.score(after)}"
             return f"Measured on held-out data: recalibrating takes the {name} from {end}."
     return ""
 
@@ -316,7 +316,7 @@ def _recalibrating(diagnosis: Diagnosis, report: Report) -> str:
 def _title(diagnosis: Diagnosis, extent: str) -> str:
     parts = [f"{_capitalized(cause_heading(diagnosis.cause))} ({diagnosis.rule}): {extent}"]
     if diagnosis.impact is not None:
-        parts.append(f"moves the outputs by {numbers.relative(diagnosis.impact)}")
+        parts.append(f"moves the outputs by {figures.relative(diagnosis.impact)}")
     return ", ".join(parts)
 
 
@@ -415,5 +415,5 @@ def _measured(verdict: Verdict) -> str:
     if verdict.value is None:
         return ""
     unit = f" {verdict.unit}" if verdict.unit else ""
-    against = f", limit {numbers.plain(verdict.limit)}" if verdict.limit is not None else ""
-    return f" ({numbers.plain(verdict.value)}{unit}{against})"
+    against = f", limit {figures.plain(verdict.limit)}" if verdict.limit is not None else ""
+    return f" ({figures.plain(verdict.value)}{unit}{against})"

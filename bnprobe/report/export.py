@@ -8,10 +8,10 @@ from dataclasses import asdict
 
 from rich.text import Text
 
+from bnprobe.numbers import count
 from bnprobe.records import Difference, ExportReport
 from bnprobe.report.json import to_text
 from bnprobe.report.page import FINE, FLAGGED, UNMEASURED, Page, RenderOptions, to_string
-from bnprobe.wording import count
 
 
 def render(report: ExportReport, options: RenderOptions) -> str:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from rich.cells import cell_len
 from rich.text import Text
 
+from bnprobe.numbers import count
 from bnprobe.records import Backward, Gap, GradientAngle, Layer, Remedy, Report, Score, Updates
-from bnprobe.report import numbers
+from bnprobe.report import figures
 from bnprobe.report.page import ARROW, DEGREE, UNMEASURED, Page
 from bnprobe.report.table import Column, Layout, Mark, Names, arrows, dropping, table
-from bnprobe.wording import count
 
 # --- Gaps -------------------------------------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ def _gap_cell(gap: Gap, field: str) -> str:
     value: float | None = getattr(gap, field)
     if value is None:
         return ""
-    return numbers.signed(value) if field in _STEPS else numbers.score(value)
+    return figures.signed(value) if field in _STEPS else figures.score(value)
 
 
 def _largest_steps(found: Sequence[Gap]) -> list[str]:
@@ -128,8 +128,8 @@ def best_in_words(ordered: Sequence[Remedy]) -> str:
         return "None of them could be scored."
     if (end - start) * (1 if measure == "loss" else -1) >= 0:
         what = "lowers the loss" if measure == "loss" else "raises the metric"
-        return f"None of them {what}, which is {numbers.score(start)} now."
-    return f"{_doing(best.name)} takes the {measure} from {numbers.score(start)} to {numbers.score(end)}."
+        return f"None of them {what}, which is {figures.score(start)} now."
+    return f"{_doing(best.name)} takes the {measure} from {figures.score(start)} to {figures.score(end)}."
 
 
 def _doing(name: str) -> str:
@@ -149,7 +149,7 @@ def _how(remedy: Remedy) -> str:
     baseline = ""
     if remedy.control is not None:
         values = [("loss", remedy.control.loss), ("metric", remedy.control.metric)]
-        given = [f"{measure} {numbers.score(value)}" for measure, value in values if value is not None]
+        given = [f"{measure} {figures.score(value)}" for measure, value in values if value is not None]
         baseline = f"baseline: {', '.join(given)}" if given else ""
     return "; ".join(filter(None, (remedy.detail, baseline)))
 
@@ -178,7 +178,7 @@ def _score_columns(ordered: Sequence[Remedy], page: Page) -> list[Column]:
 
 
 def _score(value: float | None) -> str:
-    return UNMEASURED if value is None else numbers.score(value)
+    return UNMEASURED if value is None else figures.score(value)
 
 
 # --- Backward pass and training steps ---------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def backward(report: Report, page: Page, show_all: bool) -> list[Text]:
     lines = page.heading("Backward pass: noise of the batch statistics of the gradient")
     if shown:
         columns = [
-            Column("n_eq backward", [numbers.equivalent_batch_size(noise.equivalent_batch_size) for _, noise in shown]),
+            Column("n_eq backward", [figures.equivalent_batch_size(noise.equivalent_batch_size) for _, noise in shown]),
             Column("95%", [_noise_interval(noise) for _, noise in shown]),
         ]
         lines += _layer_table([layer for layer, _ in shown], columns, page)
@@ -225,8 +225,8 @@ def updates(report: Report, page: Page, show_all: bool) -> list[Text]:
     if shown:
         moves = [moved for _, moved in shown]
         columns = [
-            Column("updates per step", [numbers.plain(moved.per_step) for moved in moves]),
-            Column("repeated", [numbers.plain(moved.repeated) for moved in moves]),
+            Column("updates per step", [figures.plain(moved.per_step) for moved in moves]),
+            Column("repeated", [figures.plain(moved.repeated) for moved in moves]),
             Column("rate", [_rate(moved.rate) for moved in moves]),
             Column("configured", [_rate(moved.configured) for moved in moves]),
             Column("drift", [f"{moved.drift:.2g}" for moved in moves]),
@@ -234,7 +234,7 @@ def updates(report: Report, page: Page, show_all: bool) -> list[Text]:
         lines += _layer_table([layer for layer, _ in shown], columns, page)
         lines += _more(0 if show_all else len(odd) - len(shown), "not as configured", page)
     worst, moved = max(found, key=lambda pair: pair[1].drift)
-    drift = f"{numbers.plain(float(f'{moved.drift:.2g}'))} running standard deviations, in {worst.name}"
+    drift = f"{figures.plain(float(f'{moved.drift:.2g}'))} running standard deviations, in {worst.name}"
     sentences = [f"Largest drift in one step: {drift}."]
     if any(moved.repeated > _ONCE for _, moved in odd):
         sentences.insert(0, "Repeated: updates with a batch already used in that step, as gradient checkpointing does.")
@@ -246,7 +246,7 @@ def _noise_interval(noise: Backward) -> str:
         return ""
     low, high = noise.interval
     # Noise and n_eq run in opposite directions: n_eq = 2 / noise.
-    return numbers.equivalent_interval((0.0 if high is None else 2 / max(high, 1e-12), 2 / max(low, 1e-12)))
+    return figures.equivalent_interval((0.0 if high is None else 2 / max(high, 1e-12), 2 / max(low, 1e-12)))
 
 
 def _angle(angle: GradientAngle) -> str:
@@ -278,7 +278,7 @@ def _as_configured(layer: Layer, moved: Updates) -> bool:
 
 
 def _rate(rate: float | None) -> str:
-    return UNMEASURED if rate is None else numbers.plain(rate)
+    return UNMEASURED if rate is None else figures.plain(rate)
 
 
 def _layer_table(layers: Sequence[Layer], columns: Sequence[Column], page: Page) -> list[Text]:

@@ -9,8 +9,9 @@ from typing import Literal
 
 from rich.text import Text
 
+from bnprobe.numbers import percent
 from bnprobe.records import Distribution, Layer, PathMeasurement
-from bnprobe.report import charts, numbers
+from bnprobe.report import charts, figures
 from bnprobe.report.page import CENTRE, FINE, FLAGGED, STYLES, UNDECIDED, UNMEASURED, Page
 from bnprobe.report.table import Column, Layout, Mark, Names, table
 
@@ -128,7 +129,7 @@ def layer_table(layers: Sequence[Layer], network: Sequence[Layer], page: Page) -
 def legend(layers: Sequence[Layer], page: Page) -> list[Text]:
     """How to read the table."""
     limits = {layer.threshold for layer in layers}
-    limit = numbers.plain(limits.pop()) if len(limits) == 1 else "its limit"
+    limit = figures.plain(limits.pop()) if len(limits) == 1 else "its limit"
     entries = (
         ("n_eq", f"behaves as if the batch were n_eq values; flagged when below {limit} (95%)"),
         ("D", "mean squared difference of batch and running normalization, worse path"),
@@ -155,8 +156,8 @@ def _columns(rows: Sequence[Row], richness: _Richness, layers: Sequence[Layer]) 
             yield column("values in\na batch", lambda row: row.values)
         if several_limits:
             yield column("limit", lambda row: row.limit)
-        yield column("n_eq\ntrain", lambda row: numbers.path_equivalent(row.train), "point")
-        yield column("n_eq\neval", lambda row: numbers.path_equivalent(row.eval), "point")
+        yield column("n_eq\ntrain", lambda row: figures.path_equivalent(row.train), "point")
+        yield column("n_eq\neval", lambda row: figures.path_equivalent(row.eval), "point")
         if "interval" in extras:
             yield column("n_eq 95%\nworse path", _interval)
         yield column("D\nworse", _mismatch, "point")
@@ -185,17 +186,17 @@ def _distribution(row: Row, name: Literal["r", "d"]) -> Distribution | None:
 
 def _clipped(row: Row, name: Literal["r", "d"]) -> str:
     values = _distribution(row, name)
-    return UNMEASURED if values is None else numbers.percent(values.clipped)
+    return UNMEASURED if values is None else percent(values.clipped)
 
 
 def _interval(row: Row) -> str:
     path = worse_path(row.train, row.eval)
-    return UNMEASURED if path is None else numbers.equivalent_interval(path.equivalent_batch_size_interval)
+    return UNMEASURED if path is None else figures.equivalent_interval(path.equivalent_batch_size_interval)
 
 
 def _mismatch(row: Row) -> str:
     path = worse_path(row.train, row.eval)
-    return UNMEASURED if path is None else numbers.mismatch(path.mismatch)
+    return UNMEASURED if path is None else figures.mismatch(path.mismatch)
 
 
 def _ranks(layers: Sequence[Layer]) -> dict[str, str]:
@@ -214,7 +215,7 @@ def _rows(layer: Layer, ranks: dict[str, str]) -> list[Row]:
         kind=layer.kind.replace("BatchNorm", "BN"),
         channels=str(layer.channels),
         values=str(layer.values_per_channel),
-        limit=numbers.plain(layer.threshold),
+        limit=figures.plain(layer.threshold),
         train=layer.train,
         eval=layer.eval,
     )

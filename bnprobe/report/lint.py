@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
+from bnprobe.numbers import count
 from bnprobe.records import Diagnosis, LintReport, Severity
 from bnprobe.report.page import SEVERITY_STYLES, RenderOptions, clean, to_string
-from bnprobe.wording import count
 
 MOST_LAYERS = 8
 """So many layers of one finding are listed, unless all are asked for."""

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from rich.cells import cell_len
 from rich.text import Text
 
+from bnprobe.numbers import count, percent
 from bnprobe.records import Interval, Layer, Report, ShareIntervals, Shares
-from bnprobe.report import charts, numbers
+from bnprobe.report import charts, figures
 from bnprobe.report.charts import SOURCES, Source
 from bnprobe.report.layers import sign_of
 from bnprobe.report.page import CENTRE, CUT, STYLES, UNMEASURED, Page, pad
 from bnprobe.report.table import Column, Layout, Mark, Names, fit, table
 from bnprobe.stats.theory import mismatch_iid
-from bnprobe.wording import count
 
 _CLEARLY = 0.1
 """A share below 0 by this part of the bar is clearly so where it has no interval."""
@@ -85,10 +85,10 @@ def _row(layer: Layer) -> Row:
         name=layer.name,
         shares=layer.shares,
         intervals=layer.share_intervals,
-        mismatch=UNMEASURED if layer.eval is None else numbers.mismatch(layer.eval.mismatch),
+        mismatch=UNMEASURED if layer.eval is None else figures.mismatch(layer.eval.mismatch),
         threshold=layer.threshold,
-        estimate="" if impact is None or impact.estimate is None else numbers.relative(impact.estimate),
-        exact="" if impact is None or impact.exact is None else numbers.relative(impact.exact),
+        estimate="" if impact is None or impact.estimate is None else figures.relative(impact.estimate),
+        exact="" if impact is None or impact.exact is None else figures.relative(impact.exact),
         why_not=_why_not(layer),
     )
 
@@ -103,7 +103,7 @@ def _model_row(report: Report) -> list[Row]:
     limits = {layer.threshold for layer in report.layers}
     threshold = limits.pop() if len(limits) == 1 else None
     mean = f"mean of {number} layers"
-    return [Row(Mark(style="bold"), mean, total, None, numbers.mismatch(max(mismatch, 0)), threshold)]
+    return [Row(Mark(style="bold"), mean, total, None, figures.mismatch(max(mismatch, 0)), threshold)]
 
 
 def _why_not(layer: Layer) -> str:
@@ -127,7 +127,7 @@ def _table(rows: Sequence[Row], network: Sequence[Layer], page: Page) -> list[Te
     fitted = Names(names, marks=marks, among=among, most=min(longest, max(rest - _SHORTEST_BAR, rest // 2)))
     taken = max(map(cell_len, ["layer", *fitted.fitted(rest, page)]))
     scale = bar_scale(rows, min(rest - taken, _LONGEST_BAR))
-    axis = "0" + pad(numbers.mismatch(scale.full), scale.width - 1, right=True)
+    axis = "0" + pad(figures.mismatch(scale.full), scale.width - 1, right=True)
     bars = Column(axis, [_bar(row, scale, page) for row in rows], "left")
     return table(fitted, [Layout([bars, *columns])], page)
 
@@ -178,7 +178,7 @@ def _largest(row: Row, words: bool) -> str:
     if not total:
         return ""
     source, share = max(held, key=lambda pair: pair[1])
-    part = numbers.percent(share / total)
+    part = percent(share / total)
     return (
         f"{source.words} {part}{_around(source.interval(row.intervals), total)}"
         if words
@@ -190,7 +190,7 @@ def _around(interval: Interval | None, total: float) -> str:
     """The interval of a share, as a part of the bar."""
     if interval is None:
         return ""
-    low, high = (None if end is None else numbers.percent(min(max(end / total, 0), 1)) for end in interval)
+    low, high = (None if end is None else percent(min(max(end / total, 0), 1)) for end in interval)
     return f" (over {low})" if high is None else f" ({str(low).removesuffix('%')} to {high})"
 
 
@@ -216,7 +216,7 @@ def _limits(shown: Sequence[Layer]) -> str:
     if len(limits) > 1:
         return "the layer's limit"
     threshold = limits.pop()
-    return f"the limit: D {numbers.mismatch(mismatch_iid(threshold))} is n_eq {numbers.plain(threshold)}"
+    return f"the limit: D {figures.mismatch(mismatch_iid(threshold))} is n_eq {figures.plain(threshold)}"
 
 
 def _remarks(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -9,11 +9,11 @@ from dataclasses import replace
 from rich.cells import cell_len
 from rich.text import Text
 
+from bnprobe.numbers import count
 from bnprobe.records import LayerChange, Plan
-from bnprobe.report.numbers import listed_in_line
+from bnprobe.report.figures import listed_in_line
 from bnprobe.report.page import ARROW, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Layout, Names, table
-from bnprobe.wording import count
 
 MOST_LAYERS = 25
 """A plan with more layers shows the first, unless all are asked for."""

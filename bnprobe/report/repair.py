@@ -12,10 +12,11 @@ from typing import Any
 from rich.text import Text
 
 from bnprobe.errors import UsageError
+from bnprobe.numbers import count, percent
 from bnprobe.records import Arm, Conclusion, Ending, Plan, Proof, RepairRecord, Report, RequirementResult, Run
-from bnprobe.report import numbers
+from bnprobe.report import figures
+from bnprobe.report.figures import listed_in_line
 from bnprobe.report.json import dump
-from bnprobe.report.numbers import listed_in_line
 from bnprobe.report.page import (
     ARROW,
     FINE,
@@ -33,7 +34,6 @@ from bnprobe.report.plan import deployment, kinds, refused
 from bnprobe.report.table import Column, Mark, Names, dropping, table
 from bnprobe.report.verify import before_and_after
 from bnprobe.requirement import parse_requirement
-from bnprobe.wording import count
 
 _MOST_DIGITS = 12
 
@@ -67,12 +67,12 @@ class RepairReport:
 def render(report: RepairReport, options: RenderOptions) -> str:
     """The repair as text in lines of at most ``options.width`` cells; what is to be pasted may be longer."""
     page, show_all, record = Page.of(options), options.show_all, report.record
-    both = (report.before, report.after)
+    before, after = report.before, report.after
     parts = [
         _header(record, page),
         _changed(record, page, show_all),
         refused(record.plan, page, show_all) if record.plan else [],
-        before_and_after(*both, page, show_all) if both[0] and both[1] else [],
+        before_and_after(before, after, page, show_all) if before and after else [],
         _proof(record.proof, page, show_all) if record.proof else [],
         page.section("Notes", record.notes),
         _closing(record, page),
@@ -106,7 +106,7 @@ def _training(record: RepairRecord) -> str:
     optimizer = _call(train["optimizer"]) if train.get("optimizer") else "optimizer not recorded"
     schedule = f", {_call(train['schedule'])}" if train.get("schedule") else ""
     steps = f"up to {count(max(run.steps for run in runs), 'step')}"
-    time = f"{count(len(runs), 'run')} in {numbers.duration(sum(run.seconds for run in runs))}"
+    time = f"{count(len(runs), 'run')} in {figures.duration(sum(run.seconds for run in runs))}"
     return f"{optimizer}{schedule}; {steps}{_samples(record)}; {time}"
 
 
@@ -208,7 +208,7 @@ def _telling(text: str, value: float, held: bool) -> str:
     try:
         holds = parse_requirement(text).holds
     except UsageError:  # a record written by hand
-        return numbers.plain(value)
+        return figures.plain(value)
     digits = 4
     while holds(float(f"{value:.{digits}g}")) != held and digits < _MOST_DIGITS and math.isfinite(value):
         digits += 1
@@ -273,7 +273,7 @@ def _gain(found: Proof) -> list[str]:
     arm = next(arm for arm in found.arms if arm.name == found.repaired)
     paired = f"95%, paired over {len(arm.runs)} seeds" if arm.trained else "95%, paired over the held-out batches"
     how = paired if found.gain.interval is not None else "one run, so no interval"
-    value = numbers.estimate(found.gain, with_sign=True)
+    value = figures.estimate(found.gain, with_sign=True)
     return [f"Gain over {found.control} in the {found.measure}: {value} (positive: better; {how})."]
 
 
@@ -295,7 +295,7 @@ def _measures(arms: Sequence[Arm], page: Page) -> list[Column]:
     """Loss and metric, where any arm has it."""
     columns = (("loss", [arm.loss for arm in arms]), ("metric", [arm.metric for arm in arms]))
     shown = [(heading, values) for heading, values in columns if any(value is not None for value in values)]
-    return [Column(heading, numbers.estimates(values, page)) for heading, values in shown]
+    return [Column(heading, figures.estimates(values, page)) for heading, values in shown]
 
 
 def _mark(arm: Arm, found: Proof) -> Mark:
@@ -338,7 +338,7 @@ def _clipping(found: Proof, page: Page) -> list[Text]:
         r = [run.clipped_r for run in arm.runs if run.clipped_r is not None]
         d = [run.clipped_d for run in arm.runs if run.clipped_d is not None]
         if r and d:
-            means = numbers.percent(sum(r) / len(r)), numbers.percent(sum(d) / len(d))
+            means = percent(sum(r) / len(r)), percent(sum(d) / len(d))
             sentences.append(f"{arm.name} clipped {means[0]} of r and {means[1]} of d in the last tenth of its steps.")
     return page.paragraphs(sentences)
 

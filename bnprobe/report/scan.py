@@ -7,6 +7,7 @@ from statistics import median
 
 from rich.text import Text
 
+from bnprobe.numbers import count, listed, percent
 from bnprobe.records import (
     Composition,
     Distribution,
@@ -21,7 +22,7 @@ from bnprobe.records import (
     Scan,
     SelfCheck,
 )
-from bnprobe.report import further, numbers
+from bnprobe.report import figures, further
 from bnprobe.report.diagnoses import closing_lines
 from bnprobe.report.layers import MEANINGS, layer_table, legend, select, with_sign
 from bnprobe.report.mismatch import shares
@@ -29,7 +30,6 @@ from bnprobe.report.next_step import under_limit
 from bnprobe.report.page import TIMES, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Layout, Names, table
 from bnprobe.stats.theory import mismatch_iid
-from bnprobe.wording import count, listed
 
 MOST_LAYERS = 25
 """A network with more layers shows its worst, unless all are asked for."""
@@ -140,7 +140,7 @@ def _pass(extra: ExtraPass) -> str:
 
 def _pool(pool: Pool) -> str:
     return (
-        f"pool: {count(pool.images, 'sample')}, {numbers.size(pool.bytes)}, for the share of composition:"
+        f"pool: {count(pool.images, 'sample')}, {figures.size(pool.bytes)}, for the share of composition:"
         f" regrouped at random into {count(pool.regrouped, 'micro-batch')}"
     )
 
@@ -223,7 +223,7 @@ def _batch_sizes(layers: tuple[Layer, ...], page: Page) -> list[Text]:
 def _at_size(layers: tuple[Layer, ...], size: int) -> tuple[str, str, str]:
     points = [(layer, point) for layer in layers for point in layer.batch_sizes if point.batch_size == size]
     worst, point = max(points, key=lambda pair: pair[1].mismatch)
-    value = numbers.equivalent_batch_size(point.equivalent_batch_size)
+    value = figures.equivalent_batch_size(point.equivalent_batch_size)
     return worst.name, value, f"{len(under_limit(layers, size))} of {len(points)}"
 
 
@@ -290,9 +290,9 @@ def _domains(layers: Sequence[Layer], show_all: bool) -> list[str]:
 
 
 def _distance(layer: Layer, domains: Domains) -> str:
-    span = numbers.span(domains.interval)
+    span = figures.span(domains.interval)
     around = f"; 95%: {span}" if span else ""
-    return f"{layer.name} ({layer.calls_per_forward} calls, D = {numbers.mismatch(domains.mismatch)}{around})"
+    return f"{layer.name} ({layer.calls_per_forward} calls, D = {figures.mismatch(domains.mismatch)}{around})"
 
 
 # --- What Batch Renorm's usual limits would clip ----------------------------------------------------------------------
@@ -322,10 +322,10 @@ def clipping(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Text]:
     found.sort(key=_most_clipped, reverse=True)
     shown = found if show_all else found[:MOST_CLIPPED]
     columns = [
-        Column("r", [numbers.percent(path.r.clipped) for _, path in shown]),
-        Column("iid", [numbers.percent(path.r.clipped_iid) for _, path in shown]),
-        Column("d", [numbers.percent(path.d.clipped) for _, path in shown]),
-        Column("iid", [numbers.percent(path.d.clipped_iid) for _, path in shown]),
+        Column("r", [percent(path.r.clipped) for _, path in shown]),
+        Column("iid", [percent(path.r.clipped_iid) for _, path in shown]),
+        Column("d", [percent(path.d.clipped) for _, path in shown]),
+        Column("iid", [percent(path.d.clipped_iid) for _, path in shown]),
     ]
     more = f"; --all shows {count(len(found) - len(shown), 'more layer')}" if len(shown) < len(found) else ""
     return [
@@ -363,9 +363,9 @@ def _output(found: Output, page: Page, scores: bool) -> list[Text]:
 def _output_figures(found: Output) -> list[str]:
     sentences = []
     if found.relative_l2 is not None:
-        sentences.append(f"The outputs are {numbers.relative(found.relative_l2)} apart (relative L2).")
+        sentences.append(f"The outputs are {figures.relative(found.relative_l2)} apart (relative L2).")
     if found.argmax_changed is not None:
-        changed = numbers.percent(found.argmax_changed)
+        changed = percent(found.argmax_changed)
         sentences.append(f"The predicted class changes for {changed} of the samples.")
     if found.kl_divergence is not None:
         sentences.append(f"KL divergence of the class distributions: {found.kl_divergence:.3g} nats.")
@@ -375,5 +375,5 @@ def _output_figures(found: Output) -> list[str]:
 def _both_paths(name: str, values: PathValues | None) -> list[str]:
     if values is None:
         return []
-    train, evaluated = numbers.plain(values.train), numbers.plain(values.eval)
+    train, evaluated = figures.plain(values.train), figures.plain(values.eval)
     return [f"{name}: {train} on the train path, {evaluated} on the eval path."]

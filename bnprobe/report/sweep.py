@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from bnprobe.numbers import count
 from bnprobe.records import MomentumCurve, MomentumPoint, MomentumSweep, SweepLayer, SweepPoint, SweepReport
-from bnprobe.report import numbers
+from bnprobe.report import figures
 from bnprobe.report.page import (
     CENTRE,
     FINE,
@@ -24,7 +25,6 @@ from bnprobe.report.page import (
 )
 from bnprobe.report.table import Column, Names, dropping, table
 from bnprobe.stats.theory import mismatch_iid
-from bnprobe.wording import count
 
 MOST_LAYERS = 25
 
@@ -165,7 +165,7 @@ def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, show_all: 
     largest = max(point.batch_size for layer in shown for point in layer.eval)
     columns = [
         Column(f"n_eq at {scanned}", [_equivalent(_at(layer, scanned)) for layer in shown]),
-        Column("limit", [numbers.plain(layer.threshold) for layer in shown]),
+        Column("limit", [figures.plain(layer.threshold) for layer in shown]),
         Column("passes", [_size(layer.smallest.likely, largest) for layer in shown]),
         Column("at 95%", [_size(layer.smallest.surely, largest) for layer in shown]),
     ]
@@ -184,7 +184,7 @@ def _size(size: int | None, largest: int) -> str:
 
 
 def _equivalent(point: SweepPoint) -> str:
-    return numbers.equivalent_batch_size(point.equivalent_batch_size)
+    return figures.equivalent_batch_size(point.equivalent_batch_size)
 
 
 def _conclusion(report: SweepReport) -> tuple[str, ...]:
@@ -214,7 +214,7 @@ def _none_passes(report: SweepReport, largest: int) -> tuple[str, ...]:
     first = (
         f"No batch size up to {largest} lets every layer pass (eval path): {len(failing)} of"
         f" {count(len(report.layers), 'layer')} still {'measures' if len(failing) == 1 else 'measure'} below"
-        f" the limit, worst {worst.name} (n_eq {numbers.equivalent_batch_size(last.equivalent_batch_size)})."
+        f" the limit, worst {worst.name} (n_eq {figures.equivalent_batch_size(last.equivalent_batch_size)})."
     )
     if not any(layer.eval[-1].standing == "fails" for layer in failing):
         only = count(last.batches, "micro-batch")
@@ -223,8 +223,8 @@ def _none_passes(report: SweepReport, largest: int) -> tuple[str, ...]:
         return (first,)
     return (
         first,
-        f"At {largest}, i.i.d. samples would give it D = {numbers.mismatch(last.theory)}, and it has"
-        f" {numbers.mismatch(last.mismatch)}: the batch size does not explain that. bnprobe scan says what does.",
+        f"At {largest}, i.i.d. samples would give it D = {figures.mismatch(last.theory)}, and it has"
+        f" {figures.mismatch(last.mismatch)}: the batch size does not explain that. bnprobe scan says what does.",
     )
 
 
@@ -261,7 +261,7 @@ def _bar(point: SweepPoint, scale: _Scale, page: Page) -> str:
     length = scale.place(point.mismatch) + 1 if point.mismatch > 0 else 0
     cells = list(_FULL * length + " " * (scale.cells - length))
     cells[scale.place(point.theory)] = CENTRE
-    value = pad(numbers.mismatch(point.mismatch), 6, right=True)
+    value = pad(figures.mismatch(point.mismatch), 6, right=True)
     return page.clean(f"{_SIGNS[point.standing]} {''.join(cells)} {value}")
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from rich.cells import cell_len
 from rich.text import Text
 
-from bnprobe.report.numbers import points_in_line
+from bnprobe.report.figures import points_in_line
 from bnprobe.report.page import Page, pad
 
 MARK_WIDTH = 3

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from bnprobe.numbers import count
 from bnprobe.records import Layer, LayerComparison, Report, Verification
-from bnprobe.report import numbers
+from bnprobe.report import figures
+from bnprobe.report.figures import listed_in_line
 from bnprobe.report.layers import worse_path
-from bnprobe.report.numbers import listed_in_line
 from bnprobe.report.page import ARROW, FINE, FLAGGED, STYLES, UNMEASURED, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Mark, Names, arrows, dropping, table
-from bnprobe.wording import count
 
 MOST_LAYERS = 12
 """So many layers are shown, those that were or are worst, unless all are asked for."""
@@ -61,7 +61,7 @@ def _output(found: Verification) -> list[str]:
     if found.output_before is None and found.output_after is None:
         return []
     before, after = (
-        UNMEASURED if value is None else numbers.relative(value) for value in (found.output_before, found.output_after)
+        UNMEASURED if value is None else figures.relative(value) for value in (found.output_before, found.output_after)
     )
     return [f"{before} {ARROW} {after}"]
 
@@ -94,7 +94,7 @@ class _Row:
 def _row(before: Layer, after: Layer) -> _Row:
     paths = [worse_path(layer.train, layer.eval) for layer in (before, after)]
     mismatches = [None if path is None else path.mismatch for path in paths]
-    first, last = (numbers.path_equivalent(path) for path in paths)
+    first, last = (figures.path_equivalent(path) for path in paths)
     layer = LayerComparison(before.name, mismatches[0], mismatches[1], before.flagged, after.flagged)
     return _Row(layer, (first, last))
 
@@ -118,7 +118,7 @@ def _table(rows: Sequence[_Row], page: Page, show_all: bool) -> list[Text]:
 
 
 def _mismatch(value: float | None) -> str:
-    return UNMEASURED if value is None else numbers.mismatch(value)
+    return UNMEASURED if value is None else figures.mismatch(value)
 
 
 def _mark(layer: LayerComparison) -> Mark:

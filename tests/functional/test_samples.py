@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 import jsonschema
 import pytest
 
+from bnprobe.report import render
+from bnprobe.report.json import load_report
 from functional.command import CLEAN, FINDINGS, REPOSITORY, Workspace
 
 SAMPLES = sorted((REPOSITORY / "sample_configs").glob("*/*.yaml"))

@@ -7,7 +7,7 @@ import pytest
 from fabricated_parts import R_EDGES, histogram
 
 from bnprobe.records import Histogram
-from bnprobe.report import numbers
+from bnprobe.report import figures
 from bnprobe.report.charts import D_AXIS, R_AXIS, ruler
 from bnprobe.report.charts import histogram as draw
 from bnprobe.report.page import INFINITE, LEVELS, UNMEASURED
@@ -74,7 +74,7 @@ def test_heights_are_shares_of_the_largest_cell() -> None:
     ],
 )
 def test_equivalent_batch_sizes(value: float | None, text: str) -> None:
-    assert numbers.equivalent_batch_size(value) == text
+    assert figures.equivalent_batch_size(value) == text
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def test_equivalent_batch_sizes(value: float | None, text: str) -> None:
     ],
 )
 def test_mismatches(value: float, text: str) -> None:
-    assert numbers.mismatch(value) == text
+    assert figures.mismatch(value) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(0, "0%"), (2e-4, "<0.1%"), (0.034, "3.4%"), (0.363, "36%"), (1, "100%")])
 def test_percentages(value: float, text: str) -> None:
-    assert numbers.percent(value) == text
+    assert figures.percent(value) == text
 
 
 def test_decimal_points_stand_in_line_and_signs_stand_flush_right() -> None:
-    found = numbers.points_in_line(["2.0", "128", ">10k", INFINITE, UNMEASURED])
+    found = figures.points_in_line(["2.0", "128", ">10k", INFINITE, UNMEASURED])
     assert found == ["2.0", "128  ", ">10k  ", INFINITE, UNMEASURED]

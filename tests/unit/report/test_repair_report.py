@@ -18,7 +18,7 @@ from torch import nn
 import bnprobe
 from bnprobe.records import Estimate, LayerChange, RepairRecord, RequirementResult
 from bnprobe.report import RenderOptions, render
-from bnprobe.report.numbers import estimate, estimates
+from bnprobe.report.figures import estimate, estimates
 from bnprobe.report.page import Page
 from bnprobe.report.repair import Files, RepairReport
 from support import repairs

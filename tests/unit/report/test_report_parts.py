@@ -10,7 +10,7 @@ import pytest
 from rendered import said, section
 
 from bnprobe.records import ExtraPass, Gap, GradientAngle, Pool, Remedy, Report, Score, Updates
-from bnprobe.report import numbers
+from bnprobe.report import figures
 
 LOSS = Gap("loss", 0.071, 0.052, 1.88, 1.92, -0.019, 1.828, 0.04)
 
@@ -159,7 +159,7 @@ def test_extra_passes_and_the_pool_have_their_cost() -> None:
 
 @pytest.mark.parametrize(("number", "size"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 40, "5120.0 GiB")])
 def test_sizes(number: int, size: str) -> None:
-    assert numbers.size(number) == size
+    assert figures.size(number) == size
 
 
 def test_parts_without_anything_are_left_out() -> None:

@@ -8,12 +8,10 @@ import pkgutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 import bnprobe.rules
-from bnprobe.records import Cause
 from bnprobe.rules import RULES, Rule
 from bnprobe.rules.docs import manual, pages
 from bnprobe.rules.interface import SECTIONS
@@ -37,7 +35,7 @@ def test_every_rule_that_is_written_is_listed() -> None:
 def test_codes_are_sorted_and_every_cause_has_one_rule() -> None:
     codes = [rule.code for rule in RULES]
     assert codes == sorted(set(codes))
-    assert sorted(rule.cause for rule in RULES) == sorted(get_args(Cause))
+    assert len({rule.cause for rule in RULES}) == len(RULES)
 
 
 @every_rule

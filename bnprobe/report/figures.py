@@ -1,4 +1,4 @@
-"""How the figures of a report are written; see ``bnprobe.wording`` for those of messages too."""
+"""How the figures of a report are written; see ``bnprobe.numbers`` for those of messages too."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from itertools import accumulate
 
 from rich.cells import cell_len
 
+from bnprobe.numbers import listed, percent
 from bnprobe.records import Estimate, Interval, PathMeasurement
 from bnprobe.report.page import INFINITE, UNMEASURED, Page, pad
-from bnprobe.wording import listed, percent
 
 _MOST_LISTED = 120
 _PLUS_MINUS = "±"

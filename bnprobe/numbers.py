@@ -1,4 +1,4 @@
-"""Numbers and names as messages and reports show them."""
+"""Numbers and names as sentences show them: few digits, and words where a digit would mislead."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
 
 
-def percent(part: float) -> str:
-    """A part of one, e.g. "0%", "<0.1%", "3.4%", "36%"."""
-    if 0 < part < 0.001:
+def percent(fraction: float) -> str:
+    """A fraction, e.g. "0%", "<0.1%", "3.4%", "36%"."""
+    if 0 < fraction < 0.001:
         return "<0.1%"
-    return f"{part:.1%}" if 0 < part < 0.1 else f"{part:.0%}"
+    if 0.1 > fraction > 0:
+        return f"{fraction:.1%}"
+    return f"{fraction:.0%}"
 
 
 def count(amount: int, noun: str) -> str:
@@ -27,7 +29,6 @@ def count(amount: int, noun: str) -> str:
     return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}{ending}"
 
 
-def listed(names: Sequence[str], most: int = 3) -> str:
-    """The first names, and how many more there are, e.g. "bn1, bn2, bn3 and 7 more"."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Names in a sentence, e.g. "bn1, bn2", and how many more there are beyond the first ``most``."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
