@@ -14,7 +14,7 @@ from bnprobe.report.json import load_report
 from functional.command import CLEAN, FINDINGS, REPOSITORY, Workspace
 
 SAMPLES = sorted((REPOSITORY / "sample_configs").glob("*/*.yaml"))
-SCHEMA = json.loads((REPOSITORY / "bnprobe" / "reports" / "report.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((REPOSITORY / "bnprobe" / "report" / "report.schema.json").read_text(encoding="utf-8"))
 OUTPUT = "report.json"
 WEIGHTS = "out.safetensors"
 
