@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from bnprobe.errors import BnprobeError, UsageError
-from bnprobe.facts import Anatomy
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.loading.workload import Workload
 from bnprobe.probing.batches import to_device
@@ -23,6 +22,7 @@ from bnprobe.probing.runner import Runner
 from bnprobe.probing.trainsteps import OptimizerFactory, train_steps
 from bnprobe.probing.whatif import what_if
 from bnprobe.records import Backward, ExtraPass, GradientAngle, Impact, Layer, Remedy, Updates
+from bnprobe.rules.evidence import Anatomy
 from bnprobe.spec import OptimizerSpec, ScanSettings
 from bnprobe.usercode import user_code
 
@@ -163,11 +163,13 @@ def _try_remedies(found: Further, runner: Runner, evidence: Evidence, evaluation
         found.remedies = what_if(runner, training, held_out, size, evidence.at_once, evidence.trust)
 
 
-def impact_of(runner: Runner, evidence: Evidence, further: Further) -> Callable[[tuple[str, ...]], float | None]:
-    """A function from names of layers to the change of the outputs if all of them normalize with their batches.
+def joint_impacts(
+    runner: Runner, evidence: Evidence, further: Further, groups: Sequence[tuple[str, ...]]
+) -> dict[tuple[str, ...], float | None]:
+    """For groups of layers, the change of the outputs if all layers of a group normalize with their batches.
 
-    It gives None instead of raising, Ctrl-C included: the report that it is for is worth more. After a scan that was
-    ended nothing more is run.
+    None where it cannot be measured. Errors and Ctrl-C are not raised: the report that this is for is worth more. After
+    a scan that ended early nothing more is run.
     """
     positions = {layer.name: layer.index for layer in runner.layers.layers}
     known: dict[frozenset[int], float | None] = {}
@@ -188,7 +190,7 @@ def impact_of(runner: Runner, evidence: Evidence, further: Further) -> Callable[
                 )
         return known[layers]
 
-    return measured
+    return {names: measured(names) for names in groups}
 
 
 def _guarded(make_optimizer: OptimizerFactory) -> OptimizerFactory:

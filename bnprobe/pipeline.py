@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 import bnprobe
-from bnprobe.assemble import Findings, assemble
+from bnprobe.analysis.diagnosis import diagnose, groups_of, judge
+from bnprobe.analysis.findings import Findings, assemble
 from bnprobe.describe import describe, device_named, environment
-from bnprobe.diagnosis import diagnose, judge
 from bnprobe.distributed import ALONE, Share, World
 from bnprobe.errors import BnprobeError
-from bnprobe.facts import Facts
-from bnprobe.further import Further, check_wishes, impact_of, measure_further, wanted_batches, with_further
+from bnprobe.further import Further, check_wishes, joint_impacts, measure_further, wanted_batches, with_further
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.model import unwrapped
 from bnprobe.loading.shard import deal
@@ -37,6 +36,7 @@ from bnprobe.probing.runner import Runner, UserFunctions
 from bnprobe.probing.trainsteps import OptimizerFactory
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records import SCHEMA_VERSION, LintReport, Report, Tool
+from bnprobe.rules.evidence import Facts
 from bnprobe.rules.selection import model_rules
 from bnprobe.spec import ScanSettings, Spec
 from bnprobe.specfile import settings_from
@@ -154,7 +154,7 @@ def _report(
     layers = with_further(findings.layers, facts.anatomy, further, runner.layers)
     facts = replace(facts, layers={layer.name: layer for layer in layers}, scan=scan)
     verdicts = judge(facts, settings.rules)
-    diagnoses = diagnose(verdicts, facts, impact_of(runner, evidence, further))
+    impacts = joint_impacts(runner, evidence, further, groups_of(verdicts, facts))
     report = Report(
         schema_version=SCHEMA_VERSION,
         tool=Tool("bnprobe", bnprobe.__version__),
@@ -164,7 +164,7 @@ def _report(
         layers=layers,
         skipped=findings.skipped,
         verdicts=verdicts,
-        diagnoses=diagnoses,
+        diagnoses=diagnose(verdicts, facts, impacts),
         remedies=further.remedies,
     )
     if evidence.failure is not None:
@@ -258,6 +258,6 @@ def lint_spec(spec: Spec) -> LintReport:
         model=loaded.name,
         layers=len(found.selected),
         verdicts=verdicts,
-        diagnoses=diagnose(verdicts, facts, lambda layers: None),
+        diagnoses=diagnose(verdicts, facts),
         skipped=found.skipped,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnprobe.conclusion import (
+from bnprobe.analysis.comparison import (
     AS_IS,
     CONTROL,
     CONTROL_RECALIBRATED,

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 import bnprobe
-from bnprobe.conclusion import AS_IS, RECALIBRATED, estimate
+from bnprobe.analysis.comparison import AS_IS, RECALIBRATED, estimate
 from bnprobe.describe import device_named, environment
 from bnprobe.errors import NonFiniteError, UsageError
 from bnprobe.heldout import HeldOut

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bnprobe
-from bnprobe.conclusion import remarks
+from bnprobe.analysis.comparison import remarks
 from bnprobe.describe import environment
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, SpecError, UsageError

@@ -12,12 +12,12 @@ from benchmarks.faults.faults import FAULTS, NotApplicableError
 from benchmarks.faults.networks import NETWORKS
 from benchmarks.faults.proofs import shown
 from benchmarks.faults.surgery import set_momentum
-from bnprobe.diagnosis import diagnose, judge
+from bnprobe.analysis.diagnosis import diagnose, judge
 from bnprobe.errors import BnprobeError
-from bnprobe.facts import Facts
 from bnprobe.probing.anatomy import anatomy
 from bnprobe.probing.layers import find_layers
 from bnprobe.records import Diagnosis, Verdict
+from bnprobe.rules.evidence import Facts
 from bnprobe.spec import RulesSpec
 
 SEEDS = (0, 3, 4, 5)
@@ -190,7 +190,7 @@ def _linted(case: Case) -> tuple[Sequence[Verdict], Sequence[Diagnosis]]:
     """What the rules say of the model alone."""
     facts = Facts(anatomy(find_layers(case.model, lambda *names: True), case.model))
     verdicts = judge(facts, RulesSpec())
-    return verdicts, diagnose(verdicts, facts, lambda layers: None)
+    return verdicts, diagnose(verdicts, facts)
 
 
 def _outcome(trial: Trial, verdicts: Sequence[Verdict], diagnoses: Sequence[Diagnosis]) -> Outcome:

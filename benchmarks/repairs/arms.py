@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bnprobe.conclusion import estimate
+from bnprobe.analysis.comparison import estimate
 from bnprobe.records import Arm, Estimate, Plan, Run, Score
 from bnprobe.repairs import plan, wanted_by_globs
 

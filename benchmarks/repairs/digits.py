@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.repairs.arms import GROUPS, Table, choose, plan_for_all
 from benchmarks.repairs.finetuned import at_rate, control_score
-from bnprobe.conclusion import CONTROL, CONTROL_RECALIBRATED
+from bnprobe.analysis.comparison import CONTROL, CONTROL_RECALIBRATED
 from bnprobe.loading.workload import load_workload
 from bnprobe.proof import prove
 from bnprobe.spec import OptimizerSpec, RepairSpec, ScheduleSpec, Spec, TrainSpec

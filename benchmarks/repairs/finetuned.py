@@ -12,7 +12,7 @@ from benchmarks.faults.samples import Samples
 from benchmarks.repairs import scratch, task
 from benchmarks.repairs.arms import GROUPS, Table, choose, joined, plan_for_all
 from benchmarks.repairs.task import REGIMES, Regime
-from bnprobe.conclusion import CONTROL, CONTROL_RECALIBRATED, control_of
+from bnprobe.analysis.comparison import CONTROL, CONTROL_RECALIBRATED, control_of
 from bnprobe.heldout import HeldOut
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.optimizer import load_optimizer

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 def explain(
     code: Annotated[
-        str | None, typer.Argument(help="A rule's code (BN201) or cause (small_batch); none: the list of all rules.")
+        str | None,
+        typer.Argument(help="A rule's code (BN201) or cause (small_batch). Default: a list of all rules."),
     ] = None,
 ) -> None:
-    """Print the manual of a rule: what it checks, why it matters, an example, the remedy, where it is from."""
+    """Print the manual of a rule: what it checks, why it matters, an example, the remedy, references."""
     from bnprobe.cli.write import deliver
     from bnprobe.report import RenderOptions
     from bnprobe.report.page import Page, to_string

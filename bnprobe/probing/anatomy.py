@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from bnprobe.facts import Anatomy
 from bnprobe.probing.layers import ROOT, LayerSet, ProbedLayer
 from bnprobe.probing.origins import origin
+from bnprobe.rules.evidence import Anatomy
 from bnprobe.usercode import user_code
 
 _RANDOM_KIND = re.compile(r"drop_?path|stochastic_?depth|drop_?block", re.IGNORECASE)

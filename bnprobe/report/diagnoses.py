@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from bnprobe.numbers import count
-from bnprobe.records import EXEMPT, Cause, Diagnosis, Interval, Layer, Report, Severity, Verdict
+from bnprobe.records import EXEMPT, Diagnosis, Interval, Layer, Report, Severity, Verdict
 from bnprobe.report import figures, next_step
+from bnprobe.report.further import doing
 from bnprobe.report.layers import with_sign, worse_path, worst_first
 from bnprobe.report.next_step import Step
 from bnprobe.report.page import FINE, FLAGGED, SEVERITY_SIGNS, SEVERITY_STYLES, UNDECIDED, UNMEASURED, Page
-from bnprobe.rules import RULES
+from bnprobe.rules import rule_of, title_of
 
 MOST_DIAGNOSES = 5
 """So many diagnoses are shown, the first, unless all are asked for."""
@@ -26,41 +27,9 @@ _CAUSE = re.compile(r"^(\w+)(?= in )")
 """How a consequence begins."""
 
 _REMEDY = "Remedy:"
-_WRONG_STATISTICS = ("lag", "dropout", "propagation", "never_trained", "composition", "momentum_convention")
 _MOST_NAMES = 4
 _NAME_WIDTH = 32
 _MOST_REASONS = 3
-
-WORDS: dict[Cause, str] = {
-    "small_batch": "batches too small",
-    "composition": "non-i.i.d. batches",
-    "lag": "stale running statistics",
-    "dropout": "dropout shifts the statistics",
-    "propagation": "mismatch passed on by earlier layers",
-    "data_shift": "held-out data differ from the training data",
-    "shared_domains": "one layer serves several domains",
-    "double_update": "statistics updated more than once per step",
-    "rank_divergence": "processes disagree",
-    "backward_noise": "noisy statistics of the backward pass",
-    "momentum_convention": "momentum looks like 1 - momentum",
-    "never_trained": "statistics never trained",
-    "non_finite": "statistics that are not finite",
-    "no_running_stats": "no running statistics",
-    "frozen_mismatch": "statistics and weights not frozen alike",
-    "single_value": "one value per channel",
-    "single_image": "one sample per batch",
-    "last_batch": "a last batch of one sample",
-    "dead_channels": "dead channels",
-    "dropout_before_norm": "dropout feeds BatchNorm",
-}
-"""Headings of causes whose rule has none."""
-
-
-def cause_heading(cause: Cause) -> str:
-    """A cause in words, as its rule has it; a cause without a rule by its own name, e.g. "my cause" for "my_cause"."""
-    own = next((getattr(rule, "heading", "") for rule in RULES if rule.cause == cause), "")
-    return own or WORDS.get(cause) or cause.replace("_", " ")
-
 
 # --- The verdict ------------------------------------------------------------------------------------------------------
 
@@ -293,28 +262,29 @@ def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, sh
     remedy = page.paragraph(f"{_REMEDY} {diagnosis.remedy}", first=indent) if diagnosis.remedy else []
     for line in remedy[:1]:
         line.stylize("bold", len(indent), len(indent) + len(_REMEDY))
-    measured = page.paragraph(_recalibrating(diagnosis, report), first=indent)
+    measured = page.paragraph(_free_remedy(diagnosis, report), first=indent)
     consequences = page.paragraph(_consequences(diagnosis), first=indent)
     return [*title, *(line for line in [*where, *said, *remedy, *measured, *consequences] if line.plain.strip())]
 
 
-def _recalibrating(diagnosis: Diagnosis, report: Report) -> str:
-    """The measured effect of recalibrating, where it is the obvious thing to try."""
-    tried = next((remedy for remedy in report.remedies if remedy.name == "recalibrated"), None)
-    if tried is None or diagnosis.cause not in _WRONG_STATISTICS:
+def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
+    """What the remedy without training gave that fits the cause."""
+    rule = rule_of(diagnosis.rule)
+    tried = next((remedy for remedy in report.remedies if rule is not None and remedy.name == rule.free_remedy), None)
+    if tried is None:
         return ""
     for name, before, after in (
         ("loss", tried.before.loss, tried.after.loss),
         ("metric", tried.before.metric, tried.after.metric),
     ):
         if before is not None and after is not None:
-            end = f"{figures.score(before)} to {figures.score(after)}"
-            return f"Measured on held-out data: recalibrating takes the {name} from {end}."
+            change = f"takes the {name} from {figures.score(before)} to {figures.score(after)}"
+            return f"Measured on held-out data: {doing(tried.name).lower()} {change}."
     return ""
 
 
 def _title(diagnosis: Diagnosis, extent: str) -> str:
-    parts = [f"{_capitalized(cause_heading(diagnosis.cause))} ({diagnosis.rule}): {extent}"]
+    parts = [f"{_capitalized(title_of(diagnosis.rule, diagnosis.cause))} ({diagnosis.rule}): {extent}"]
     if diagnosis.impact is not None:
         parts.append(f"moves the outputs by {figures.relative(diagnosis.impact)}")
     return ", ".join(parts)

@@ -129,10 +129,10 @@ def best_in_words(ordered: Sequence[Remedy]) -> str:
     if (end - start) * (1 if measure == "loss" else -1) >= 0:
         what = "lowers the loss" if measure == "loss" else "raises the metric"
         return f"None of them {what}, which is {figures.score(start)} now."
-    return f"{_doing(best.name)} takes the {measure} from {figures.score(start)} to {figures.score(end)}."
+    return f"{doing(best.name)} takes the {measure} from {figures.score(start)} to {figures.score(end)}."
 
 
-def _doing(name: str) -> str:
+def doing(name: str) -> str:
     """A remedy as the subject of a sentence."""
     for known, words in _DOING.items():
         if name.startswith(known):

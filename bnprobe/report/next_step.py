@@ -5,17 +5,13 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from bnprobe.records import Cause, Layer, Report, Scan
+from bnprobe.records import Layer, Report, Scan
+from bnprobe.rules import rule_of
 
 SAVE = {"--format": "json", "--output": "report.json"}
 
 _LARGEST_SUGGESTED = 64
 _BATCHES_OF_LARGEST = 4
-
-_FREE_REMEDIES: frozenset[Cause] = frozenset(
-    {"lag", "dropout", "propagation", "composition", "data_shift", "never_trained"}
-)
-"""Causes for which other running statistics may be all that is needed."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +24,15 @@ class Step:
 
 def diagnosed_step(report: Report, command: str) -> Step:
     """What follows from the first diagnosis."""
-    first = report.diagnoses[0]
-    if first.cause == "small_batch" and (
-        step := _measured_sizes_step(report, command) or _try_sizes_step(report, command)
-    ):
+    rule = rule_of(report.diagnoses[0].rule)
+    if rule is None:
+        return keep_step(command)
+    if rule.larger_batches and (step := _measured_sizes_step(report, command) or _try_sizes_step(report, command)):
         return step
-    if first.cause in _FREE_REMEDIES and not report.remedies and _evaluated(report):
+    if rule.free_remedy and not report.remedies and _evaluated(report):
         text = "To measure what other statistics would give on the held-out data:"
         return Step(text, with_options(command, {"--what-if": ""}))
-    return Step(f"To read about {first.rule}, with an example:", f"bnprobe explain {first.rule}")
+    return Step(f"To read about {rule.code}, with an example:", f"bnprobe explain {rule.code}")
 
 
 def keep_step(command: str) -> Step:

@@ -1,57 +1,67 @@
-"""BN202: batches that are not drawn at random."""
+"""BN202: batches that are not i.i.d."""
 
 from __future__ import annotations
 
-from bnprobe.facts import Facts
+from bnprobe.numbers import number
 from bnprobe.records import Layer
-from bnprobe.rules.shares import ShareRule
-from bnprobe.rules.wording import number
+from bnprobe.rules.evidence import Facts
+from bnprobe.rules.interface import Link
+from bnprobe.rules.shares import ShareRule, share_limit
+
+
+def _is_of_domains(layer: Layer) -> bool:
+    """Batches of one domain each add the distance between the domains to the mismatch; more has another cause."""
+    shares, domains = layer.shares, layer.domains
+    return shares is None or domains is None or (shares.composition or 0.0) - domains.mismatch <= share_limit(layer)
 
 
 class BatchComposition(ShareRule):
-    """Images of a batch are more alike than images drawn at random.
+    """Samples of a batch are more alike than samples drawn at random.
 
     What:
-        How much of the layer's mismatch D goes away when the same images are regrouped at random. It fails on a flagged
-        layer where it is the largest share, or from half of the layer's limit on unless the layer would be within its
-        limit without its larger causes; and only if batches differ more than chance allows (analysis of variance of the
-        images' means; p below 0.01 after correction for all channels and layers).
+        The part of the layer's mismatch D that disappears when the same samples are regrouped at random. It fails on a
+        flagged layer where it is the largest share, or from half of the layer's limit on, unless the layer would be
+        within its limit without its larger causes; and only if batches differ significantly (analysis of variance of
+        the samples' means, p below 0.01 after correction for all channels and layers).
 
     Why:
-        The statistics of a batch of like images are those of its kind: the network learns them from the company an
-        image is in, which tells it the answer. At inference there is no such company. Sorted files, one patient or
-        video per batch, and samplers that draw by class all do this.
+        The statistics of a batch of similar samples are those of their kind, and tell the network what kind that is. In
+        training it learns to rely on them; at inference they are not there. Sorted files, batches of one patient or one
+        video, and samplers that draw by class all have this effect.
 
     Example:
-        A data set is read in the order of its folders, one per class, without shuffle=True: training accuracy is 100%
-        within an epoch, evaluation is at chance.
+        A dataset is read in the order of its folders, one per class, without shuffle=True. Training accuracy is 100%
+        within an epoch, and validation accuracy is at chance level.
 
     Remedy:
         Shuffle: shuffle=True, or a sampler that mixes classes, patients or clips within a batch. For streams, use a
-        shuffle buffer that is larger than a run of like images. Then train on, since the weights have adapted. Where
-        the order is given, `bnprobe convert --finetune` measures what frozen statistics, Batch Renorm and others gain.
+        shuffle buffer that is larger than a run of similar samples. Then continue training, since the weights have
+        adapted. Where the order is fixed, `bnprobe convert --finetune` measures what frozen statistics, Batch Renorm
+        and others gain.
 
     Reference:
         Wu and Johnson 2021, arXiv 2105.07576, sections 5 and 6 (domains, leakage). Ioffe 2017, arXiv 1702.03275,
-        section 4.3 (batches that are not i.i.d.). Kish 1965, Survey Sampling (design effect).
+        section 4.3 (non-i.i.d. batches). Kish 1965, Survey Sampling (design effect).
     """
 
     code = "BN202"
-    title = "batches not drawn at random"
+    title = "non-i.i.d. batches"
     cause = "composition"
     real_data = True
-    finding = "images in a batch are more alike than images drawn at random (sorted, or one source per batch?)"
-    remedy = "Shuffle the loader, so that each batch mixes classes and sources; then train on with it."
+    finding = "samples of a batch are more alike than samples drawn at random (sorted data, or one source per batch?)"
+    remedy = "Shuffle the training data so that each batch mixes classes and sources; then continue training."
+    follows_from = (Link("shared_domains", _is_of_domains),)
+    upstream_order = 70
+    free_remedy = "recalibrated"
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         composition = layer.composition
         if composition is None or facts.scan is None:
-            return "Regrouped at random, the same images would give steadier batches."
+            return "The statistics of batches vary more than those of the same samples regrouped at random."
         size = facts.scan.batch_size
         worth = size / max(composition.design_effect, 1.0)
-        chance = "less than 1 in 10,000" if composition.p_value < 1e-4 else f"{composition.p_value:.2g}"
+        p_value = "p < 0.0001" if composition.p_value < 1e-4 else f"p = {composition.p_value:.2g}"
         return (
-            f"Two images of a batch correlate {composition.intraclass_correlation:.2f}"
-            f" (0 if drawn at random, 1 if the same), so that a batch of {size} stands for {number(worth)} independent"
-            f" images; the chance of that with shuffled batches is {chance}."
+            f"Two samples of a batch have a correlation of {composition.intraclass_correlation:.2f} (0: i.i.d.,"
+            f" 1: identical; {p_value}), so a batch of {size} is worth {number(worth)} independent samples."
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ _HEADING = re.compile(r"^(\w+):\n((?:(?:    .*)?\n)*)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Manual:
-    """A rule's docstring, taken apart.
+    """A rule's docstring by its parts.
 
     Attributes:
         summary: The first line.
@@ -34,7 +34,7 @@ def manual(rule: Rule) -> Manual:
     """The manual of a rule."""
     summary, _, rest = (inspect.cleandoc(type(rule).__doc__ or "") + "\n").partition("\n\n")
     sections = tuple((found[1], " ".join(found[2].split())) for found in _HEADING.finditer(rest))
-    return Manual(summary, sections)
+    return Manual(" ".join(summary.split()), sections)
 
 
 def page(rule: Rule) -> str:
@@ -47,8 +47,8 @@ def page(rule: Rule) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def index(rules: Sequence[Rule]) -> str:
-    """The list of all rules as a page of Markdown."""
+def index(rules: Iterable[Rule]) -> str:
+    """The list of rules as a page of Markdown."""
     rows = [
         f"| [{rule.code}]({rule.code}.md) | {rule.title} | `{rule.cause}` | {rule.severity} | {needs_in_words(rule)} |"
         for rule in rules
@@ -56,7 +56,7 @@ def index(rules: Sequence[Rule]) -> str:
     head = [
         "# Rules",
         "",
-        "`bnprobe explain CODE` prints the same pages. Rules that need the model alone run in `bnprobe lint` too.",
+        "`bnprobe explain CODE` prints the same pages. Rules that need the model alone also run in `bnprobe lint`.",
         "",
         "| Code | Finds | Cause | Severity | Needs |",
         "|---|---|---|---|---|",
@@ -65,12 +65,12 @@ def index(rules: Sequence[Rule]) -> str:
 
 
 def pages() -> dict[str, str]:
-    """Every page by its file name."""
+    """Every page by its file name; ``README.md`` is the list of all rules."""
     return {"README.md": index(RULES)} | {f"{rule.code}.md": page(rule) for rule in RULES}
 
 
 def needs_in_words(rule: Rule) -> str:
-    """What must be there for the rule to judge."""
+    """What must be available for the rule to judge."""
     need = "the model alone" if rule.needs == "model" else rule.needs
     return f"real {need}" if rule.real_data else need
 

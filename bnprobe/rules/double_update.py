@@ -1,47 +1,48 @@
-"""BN301: statistics updated more than once per step."""
+"""BN301: running statistics updated more than once per step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.facts import Facts
+from bnprobe.numbers import number
 from bnprobe.records import Layer, Updates, Verdict
+from bnprobe.rules.evidence import Facts
 from bnprobe.rules.interface import Rule
-from bnprobe.rules.wording import number
 
 ROUNDING = 0.05
-"""Updates are counted, so that anything above a few percent too many is no rounding."""
+"""Updates are counted, so more than a few percent too many is not rounding."""
 
 RATE_FACTOR = 1.3
-"""A rate is estimated from how far the statistics moved; within 30% it may be the estimate that is off."""
+"""A rate is estimated from how far the statistics moved; within 30% the estimate itself may be off."""
 
 
 class DoubleUpdate(Rule):
     """The running statistics are updated more often than once per training step.
 
     What:
-        In real training steps: updates of the running statistics per step, against the number of calls in one forward
-        pass; and the weight that a step gave to its batch, against what momentum asks for.
+        In real training steps: the number of updates of the running statistics per step, against the number of calls
+        in one forward pass; and the weight that a step gave to its batch, against the weight that momentum implies.
 
     Why:
-        Activation checkpointing runs the forward pass a second time in backward, and each run in training mode updates
-        the running statistics. The effective rate is then 1 - (1 - momentum)^2, nearly double: the average is noisier
-        than was asked for, and differs between runs with and without checkpointing. A second forward pass in the step
-        (a penalty term, a teacher, logging) does the same, perhaps with other data.
+        Activation checkpointing repeats the forward pass in backward, and each pass in train mode updates the running
+        statistics. The effective rate is then 1 - (1 - momentum)^2, nearly double: the average is noisier than
+        intended, and differs between runs with and without checkpointing. A second forward pass in the step (a penalty
+        term, a teacher, logging) does the same, perhaps with other data.
 
     Example:
         num_batches_tracked is twice the number of steps; evaluation results change when checkpointing is switched on.
 
     Remedy:
         With checkpointing, use 1 - sqrt(1 - momentum) as momentum, or exclude BN layers from the checkpointed segment.
-        Run other forward passes in eval mode, or with the statistics frozen. Gradient accumulation may be meant.
+        Run other forward passes in eval mode or with frozen statistics. With gradient accumulation, several updates per
+        step are expected.
 
     Reference:
         Chen et al. 2016, arXiv 1604.06174 (recomputation). PyTorch documentation of torch.utils.checkpoint.
     """
 
     code = "BN301"
-    title = "statistics updated twice"
+    title = "extra updates per training step"
     cause = "double_update"
     severity = "warning"
     unit = "updates per step"
@@ -53,6 +54,7 @@ class DoubleUpdate(Rule):
         "Exclude BN layers from checkpointed segments or use 1 - sqrt(1 - momentum); run other forward passes of the"
         " step in eval mode."
     )
+    upstream_order = 40
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.layers.values():
@@ -65,16 +67,13 @@ class DoubleUpdate(Rule):
         rate = _expected_rate(updates, expected)
         often = updates.per_step > expected * (1 + ROUNDING)
         fast = rate is not None and updates.rate is not None and updates.rate > RATE_FACTOR * rate
-        told = (
-            f"A training step updates the statistics {number(updates.per_step)} times,"
-            f" where a forward pass calls the layer {number(expected)} times"
-        )
+        message = f"Updates per training step: {number(updates.per_step)}, expected {number(expected)}"
         if rate is not None and updates.rate is not None:
-            told += f"; a step weighs {number(updates.rate)}, where momentum asks for {number(rate)}"
+            message += f"; weight of a step: {number(updates.rate)}, expected from momentum {number(rate)}"
         if not (often or fast):
-            return self.passed(layer.name, f"{told}.", updates.per_step, expected)
+            return self.passed(layer.name, f"{message}.", updates.per_step, expected)
         severity = "error" if layer.flagged else self.severity
-        return self.failed(layer.name, f"{told}.", updates.per_step, expected, severity)
+        return self.failed(layer.name, f"{message}.", updates.per_step, expected, severity)
 
 
 def _expected_rate(updates: Updates, calls: float) -> float | None:

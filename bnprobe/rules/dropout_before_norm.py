@@ -1,48 +1,50 @@
-"""BN107: a random layer in front of a norm."""
+"""BN107: a random layer before a BN layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.facts import Anatomy, Facts
+from bnprobe.numbers import listed, number
 from bnprobe.records import Layer, Verdict
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.evidence import Anatomy, Facts
+from bnprobe.rules.interface import Link, Rule
 from bnprobe.rules.shares import share_limit
-from bnprobe.rules.wording import listed, number
 
 
 class DropoutBeforeNorm(Rule):
-    """Dropout, or another random layer, in front of a BN layer: variances differ in training and at inference.
+    """Dropout or another random layer comes before a BN layer, so variances differ between training and inference.
 
     What:
         Random layers (dropout, drop path, stochastic depth, drop block) with a positive probability that are active in
-        training and defined before the layer. Definition order stands for call order, and calls of F.dropout are not
-        seen. Where a scan has measured that dropout hardly changes the layer's statistics, the rule passes.
+        training and defined before the layer. The order of definition stands for the order of calls, and calls of
+        F.dropout are not seen. The rule passes where a scan has measured that dropout hardly changes the layer's
+        statistics.
 
     Why:
-        Dropout scales what it keeps by 1 / (1 - p), which keeps the mean and not the variance. The running variance is
-        that of activations with dropout; at inference there is none, and each activation is scaled wrongly by the same
-        factor in every image.
+        Dropout scales what it keeps by 1 / (1 - p), which preserves the mean but not the variance. The running variance
+        is that of activations with dropout. At inference dropout is off, and every activation is scaled wrongly by the
+        same factor.
 
     Example:
         Validation accuracy is below that of the same network without dropout, and recovers when the running statistics
-        are taken anew with dropout off.
+        are recalibrated with dropout off.
 
     Remedy:
-        Move dropout behind the last BN layer (in front of the classifier), or take the running statistics anew with
-        dropout off (`bnprobe recalibrate`); dropout of whole channels hurts more than of single values.
+        Move dropout behind the last BN layer (before the classifier), or recalibrate the running statistics with
+        dropout off (`bnprobe recalibrate`). Dropout of whole channels does more harm than dropout of single values.
 
     Reference:
         Li, Chen, Hu and Yang 2018, arXiv 1801.05134, sections 3 and 5.
     """
 
     code = "BN107"
-    title = "dropout before a norm"
+    title = "dropout before BatchNorm"
     cause = "dropout_before_norm"
     severity = "warning"
     unit = "random layers"
-    finding = "dropout or another random layer comes first, so that variances differ at inference"
-    remedy = "Move dropout behind the last BN layer, or take the running statistics anew with dropout off."
+    finding = "dropout or another random layer comes before them, so variances differ at inference"
+    remedy = "Move dropout behind the last BN layer, or recalibrate the running statistics with dropout off."
+    follows_from = (Link("dropout"),)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:
@@ -52,16 +54,17 @@ class DropoutBeforeNorm(Rule):
         before = float(len(layer.dropouts_before))
         if not before or not (layer.has_running_statistics and layer.trains_statistics):
             return self.passed(layer.name, "No random layer shifts its running statistics.", before, 0.0)
-        names = listed(layer.dropouts_before[::-1])
+        names = listed(layer.dropouts_before[::-1], 3)
         share = _harmless(measured)
         if share is not None:
-            message = f"Random layers come before it ({names}), but hardly change its statistics: D = {number(share)}."
+            message = f"Random layers before it ({names}) hardly change its statistics: D = {number(share)}."
             return self.passed(layer.name, message, before, 0.0)
-        return self.failed(layer.name, f"Random layers that act in training only come before it: {names}.", before, 0.0)
+        message = f"Random layers that are active in training only come before it: {names}."
+        return self.failed(layer.name, message, before, 0.0)
 
 
 def _harmless(layer: Layer | None) -> float | None:
-    """The measured share of dropout, where it is surely small."""
+    """The measured share of dropout, where it is significantly below the limit."""
     if layer is None or layer.shares is None:
         return None
     interval = None if layer.share_intervals is None else layer.share_intervals.dropout

@@ -1,50 +1,51 @@
-"""BN105: one half of a layer frozen, the other not."""
+"""BN105: a layer of which one half is frozen and the other is not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.facts import Anatomy, Facts
 from bnprobe.records import Verdict
+from bnprobe.rules.evidence import Anatomy, Facts
 from bnprobe.rules.interface import Rule
 
 
 class FrozenMismatch(Rule):
-    """Scale and shift frozen while the running statistics move, or the reverse.
+    """Weight and bias are frozen while the running statistics are still updated, or the reverse.
 
     What:
-        Whether, after model.train(), the layer's weight and bias (requires_grad) and its running statistics (training
-        mode) are both trained or both frozen.
+        Whether, after model.train(), the layer's weight and bias (requires_grad) and its running statistics (train
+        mode) are either both trained or both frozen.
 
     Why:
-        requires_grad=False stops the optimizer and nothing else: in training mode the layer still normalizes with the
-        batch and still updates its running statistics. A backbone frozen that way drifts with every batch, under
-        weights that stay. The reverse, training weight and bias over statistics in eval mode, is at times meant; then
-        earlier weights must not move much, for the statistics cannot follow.
+        requires_grad=False only stops the optimizer. In train mode the layer still normalizes with batch statistics and
+        still updates its running statistics, so a backbone that is frozen this way drifts with every batch, while its
+        weights stay the same. The reverse, training weight and bias with the statistics in eval mode, is sometimes
+        intended; then earlier weights must not move much, since the statistics cannot follow.
 
     Example:
-        A frozen backbone is fine-tuned with a new head; its features at inference get worse with every epoch although
+        A frozen backbone is fine-tuned with a new head. Its features at inference get worse with every epoch, although
         "nothing in it is trained".
 
     Remedy:
         To freeze a layer, also call eval() on it after every model.train() (override train() of the model). To train
-        it, set requires_grad=True and leave it in training mode.
+        it, set requires_grad=True and leave it in train mode.
 
     Reference:
-        PyTorch documentation, "Autograd mechanics", section on evaluation mode against requires_grad. Wu and Johnson
-        2021, arXiv 2105.07576, section 4 (freezing the statistics).
+        PyTorch documentation, "Autograd mechanics", section on evaluation mode and requires_grad. Wu and Johnson 2021,
+        arXiv 2105.07576, section 4 (freezing the statistics).
     """
 
     code = "BN105"
-    title = "half frozen"
+    title = "layer only half frozen"
     cause = "frozen_mismatch"
     severity = "warning"
     unit = ""
-    finding = "one half is frozen and the other is trained: running statistics against scale and shift"
+    finding = "of running statistics on the one hand, weight and bias on the other, only one is frozen"
     remedy = (
-        "To freeze the layer, set requires_grad=False and call eval() on it after every model.train(); to train it, do"
+        "To freeze the layer, set requires_grad=False and call eval() on it after every model.train(). To train it, do"
         " neither."
     )
+    upstream_order = 50
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:
@@ -54,15 +55,16 @@ class FrozenMismatch(Rule):
         if layer.trains_affine is None:
             return self.skipped(layer.name, "the layer has no weight and bias (affine=False)")
         if not layer.has_running_statistics:
-            return self.skipped(layer.name, "the layer keeps no running statistics")
+            return self.skipped(layer.name, "the layer has no running statistics")
         if layer.trains_affine == layer.trains_statistics:
             state = "trained" if layer.trains_affine else "frozen"
             return self.passed(layer.name, f"Running statistics, weight and bias are all {state}.")
         if layer.trains_statistics:
             return self.failed(
                 layer.name,
-                "Weight and bias are frozen (requires_grad=False), but training moves the running statistics.",
+                "Weight and bias are frozen (requires_grad=False), but training updates the running statistics.",
             )
         return self.failed(
-            layer.name, "The running statistics are frozen (eval mode in training), but weight and bias are trained."
+            layer.name,
+            "The running statistics are frozen (eval mode during training), but weight and bias are trained.",
         )

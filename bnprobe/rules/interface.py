@@ -1,33 +1,64 @@
-"""The seam of the rules: what a rule declares, what it is given, and what it returns."""
+"""What a rule declares, what it is given, and what it returns."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from bnprobe.facts import Anatomy, Facts, Need
-from bnprobe.records import Cause, Outcome, Severity, Verdict
+from bnprobe.records import Cause, Layer, Outcome, Severity, Verdict
+from bnprobe.rules.evidence import Anatomy, Facts, Need
 
 SECTIONS = ("What", "Why", "Example", "Remedy", "Reference")
 """The headings of every rule's docstring, which is its manual, in order."""
 
+FreeRemedy = Literal["recalibrated", "evaluation statistics"]
+"""What ``--what-if`` tries without training: running statistics of the training data, or of the held-out data."""
 
-class Rule(ABC):
-    """One cause: when it is present, and what to do about it.
 
-    A rule is one file with one class, and one line in ``bnprobe.rules.RULES``. Its docstring is its manual.
+@dataclass(frozen=True)
+class Link:
+    """A finding of one cause that explains a finding of another on the same layer.
 
     Attributes:
-        code: Stable, e.g. "BN201"; the first digit says what it looks at: 1 the model, 2 the data, 3 training.
-        title: A few words.
-        cause: What it finds.
+        cause: The other cause.
+        holds: Whether the link exists on a layer; not asked where the layer was not measured.
+    """
+
+    cause: Cause
+    holds: Callable[[Layer], bool] = lambda layer: True
+
+
+class Rule(ABC):
+    """One cause: when it is present, what to do about it, and how it relates to other causes.
+
+    A rule is one class in one file, and its docstring is its manual. Everything that bnprobe says about a cause is read
+    from the class: by the command line, the ranking, the reports and the documentation. Rules of bnprobe are listed in
+    ``bnprobe.rules``; other packages add theirs through the entry-point group ``bnprobe.rules``.
+
+    Attributes:
+        code: Stable and unique, e.g. "BN201". Of bnprobe's own codes the first digit says what the rule looks at: 1 the
+            model, 2 the data, 3 training.
+        title: A few words in lower case: the heading of its findings and of its manual.
+        cause: What it finds, a stable identifier, e.g. "small_batch".
         severity: Of a finding, unless the finding says otherwise.
-        unit: Of the value measured.
-        needs: What must be there for it to judge; without it there is one verdict, skipped, with the reason.
-        real_data: Made-up images tell it nothing.
-        finding: What layers that fail have in common, a clause that follows "3 of 5 layers: ".
+        unit: Of the measured value.
+        needs: What must be available for the rule to judge; otherwise it returns one skipped verdict with the reason.
+        real_data: The rule judges real data only, not synthetic inputs.
+        finding: What failing layers have in common, a clause that follows "3 of 5 layers: ".
         remedy: What to do first, a sentence.
+        stops_training: Training raises an error, or no comparison is possible: findings come first in their severity.
+        reports_impact: The measured effect on the output, which ranks a diagnosis, is also reported as the effect of
+            this cause. False for causes that are not about batch statistics against running statistics.
+        follows_from: Causes that explain a finding of this rule on the same layer; of several, the first one counts.
+        explains: Causes whose findings on the same layer a finding of this rule explains, where these have no
+            explanation in their own ``follows_from``.
+        follows_upstream: A finding follows from causes with an ``upstream_order`` in earlier layers.
+        upstream_order: Set for causes that change a layer's own output, and so explain mismatch in later layers. Of
+            several the one with the largest measured share counts, and then the one with the lowest number.
+        free_remedy: The remedy without training that may be all that is needed; reports suggest to measure it.
+        larger_batches: Larger batches would help; reports suggest to measure how large.
     """
 
     code: ClassVar[str]
@@ -40,9 +71,19 @@ class Rule(ABC):
     finding: ClassVar[str]
     remedy: ClassVar[str]
 
+    stops_training: ClassVar[bool] = False
+    reports_impact: ClassVar[bool] = True
+    follows_from: ClassVar[tuple[Link, ...]] = ()
+    explains: ClassVar[tuple[Link, ...]] = ()
+    follows_upstream: ClassVar[bool] = False
+    upstream_order: ClassVar[int | None] = None
+
+    free_remedy: ClassVar[FreeRemedy | None] = None
+    larger_batches: ClassVar[bool] = False
+
     def judge(self, facts: Facts) -> Iterator[Verdict]:
-        """One verdict for each layer, or for the model; one that is skipped if what the rule needs is missing."""
-        reason = _missing(self.needs, facts) or (_made_up(facts) if self.real_data else None)
+        """One verdict for each layer, or for the model; one skipped verdict if what the rule needs is missing."""
+        reason = _missing(self.needs, facts) or (_synthetic(facts) if self.real_data else None)
         if reason is None:
             yield from self.check(facts)
         else:
@@ -50,12 +91,12 @@ class Rule(ABC):
 
     @abstractmethod
     def check(self, facts: Facts) -> Iterator[Verdict]:
-        """The verdicts, where all that the rule needs is there."""
+        """The verdicts, where everything that the rule needs is available."""
 
     def passed(
         self, layer: str | None, message: str, value: float | None = None, limit: float | None = None
     ) -> Verdict:
-        """The cause is not there."""
+        """The cause was not found."""
         return self._verdict(layer, "passed", message, value, limit)
 
     def failed(
@@ -67,11 +108,11 @@ class Rule(ABC):
         severity: Severity | None = None,
         remedy: str | None = None,
     ) -> Verdict:
-        """The cause is there."""
+        """The cause was found."""
         return self._verdict(layer, "failed", message, value, limit, severity, remedy or self.remedy)
 
     def skipped(self, layer: str | None, reason: str) -> Verdict:
-        """The rule could not judge; the reason is a clause, without a full stop."""
+        """The rule could not judge; the reason is a clause without a full stop."""
         return self._verdict(layer, "skipped", f"Not judged: {reason}.", None, None, reason=reason)
 
     def _verdict(
@@ -100,8 +141,22 @@ class Rule(ABC):
         )
 
 
+_REQUIRED = ("code", "title", "cause", "severity", "unit", "finding", "remedy")
+
+
+def check_complete(rule: Rule) -> None:
+    """Refuse a rule that does not declare all that is said about it.
+
+    Raises:
+        TypeError: Names what is missing.
+    """
+    missing = [name for name in _REQUIRED if not isinstance(getattr(rule, name, None), str)]
+    if missing:
+        raise TypeError(f"The rule {type(rule).__qualname__} does not declare {', '.join(missing)}.")
+
+
 def anatomy_of(facts: Facts, name: str) -> Anatomy | None:
-    """What a layer is set to, where known."""
+    """The settings and contents of a layer, where known."""
     return next((anatomy for anatomy in facts.anatomy if anatomy.name == name), None)
 
 
@@ -113,8 +168,8 @@ def _missing(need: Need, facts: Facts) -> str | None:
         return "one process: nothing to compare" if facts.processes < 2 else None
     if facts.scan is None:
         return "needs data: run bnprobe scan"
-    if need == "evaluation data" and not facts.evaluation:
-        return "needs evaluation data: give eval_data in the spec or load_eval_data in the model file"
+    if need == "held-out data" and not facts.evaluation:
+        return "needs held-out data: give eval_data in the spec or load_eval_data in the model file"
     if need == "training steps" and all(layer.updates is None for layer in facts.layers.values()):
         return "needs training steps: scan with --train-steps and a loss"
     if need == "gradients" and all(layer.backward is None for layer in facts.layers.values()):
@@ -122,6 +177,6 @@ def _missing(need: Need, facts: Facts) -> str | None:
     return None
 
 
-def _made_up(facts: Facts) -> str | None:
+def _synthetic(facts: Facts) -> str | None:
     synthetic = facts.scan is not None and facts.scan.synthetic
-    return "synthetic images: only real data can show it" if synthetic else None
+    return "needs real data: the inputs of this scan are synthetic" if synthetic else None

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.facts import Anatomy, Facts
 from bnprobe.records import Severity, Verdict
+from bnprobe.rules.evidence import Anatomy, Facts
 from bnprobe.rules.interface import Rule
-from bnprobe.rules.wording import count
 
 
 class NeverTrained(Rule):
-    """Running statistics of a new layer: mean 0 and variance 1 in every channel.
+    """The running statistics are those of a new layer: mean 0 and variance 1 in every channel.
 
     What:
-        Whether all running means are exactly 0 and all running variances exactly 1, as when the layer was made. An
-        error where other layers were trained, or where a scan flags the layer; a warning where a scan finds that they
-        fit; merely information where the whole model is new and there is no data: then it may not have been trained
-        yet.
+        Whether all running means are exactly 0 and all running variances exactly 1, as in a new layer. It is an error
+        where other layers were trained, or where a scan flags the layer; a warning where a scan finds that the values
+        fit the data; and only information where the whole model is new and there is no data, since it may not have
+        been trained yet.
 
     Why:
-        At inference the layer normalizes with these numbers. Unless the data happens to have them, every activation
-        is shifted and scaled wrongly, although training (which uses the batch) went well.
+        At inference the layer normalizes with these values. Unless the data happens to have mean 0 and variance 1,
+        every activation is shifted and scaled wrongly, although training, which uses batch statistics, went well.
 
     Example:
-        A checkpoint was loaded with strict=False and its buffers were dropped without a word; or it was saved from
-        named_parameters(), which has no buffers. Training loss 0.1, evaluation at chance.
+        A checkpoint was loaded with strict=False, which ignored that its buffers were missing; or it was saved from
+        named_parameters(), which does not include buffers. The training loss is 0.1, and validation is at chance level.
 
     Remedy:
-        Load a checkpoint that holds running_mean and running_var, or take the running statistics anew from training
-        images (`bnprobe recalibrate`).
+        Load a checkpoint that contains running_mean and running_var, or recalibrate the running statistics on training
+        data (`bnprobe recalibrate`).
 
     Reference:
         PyTorch documentation of torch.nn.BatchNorm2d, running_mean and running_var. Ioffe and Szegedy 2015, arXiv
@@ -37,15 +36,17 @@ class NeverTrained(Rule):
     """
 
     code = "BN102"
-    title = "statistics never updated"
+    title = "running statistics never updated"
     cause = "never_trained"
     severity = "error"
     unit = "updates"
     finding = "the running statistics are those of a new layer (mean 0, variance 1)"
     remedy = (
-        "Load a checkpoint that holds running_mean and running_var, or take the running statistics anew over training"
-        " batches."
+        "Load a checkpoint that contains running_mean and running_var, or recalibrate the running statistics on"
+        " training data."
     )
+    upstream_order = 20
+    free_remedy = "recalibrated"
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:
@@ -53,18 +54,18 @@ class NeverTrained(Rule):
 
     def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
         if not layer.has_running_statistics:
-            return self.skipped(layer.name, "the layer keeps no running statistics")
+            return self.skipped(layer.name, "the layer has no running statistics")
         updates = None if layer.batches_tracked is None else float(layer.batches_tracked)
         if not layer.untouched:
-            return self.passed(layer.name, "The running statistics have moved from 0 and 1.", updates)
+            return self.passed(layer.name, "The running statistics differ from mean 0 and variance 1.", updates)
         return self.failed(layer.name, _message(layer), updates, None, _severity(layer, facts))
 
 
 def _message(layer: Anatomy) -> str:
-    start = "Its running means are all 0 and its running variances all 1, as in a new layer"
+    start = "All running means are 0 and all running variances 1, as in a new layer"
     if layer.batches_tracked:
-        return f"{start}, although the layer counts {count(layer.batches_tracked, 'update')} (is momentum 0?)."
-    return f"{start}: no update is counted. Was a checkpoint forgotten, or loaded without its buffers?"
+        return f"{start}, although num_batches_tracked is {layer.batches_tracked:,}. Is momentum 0?"
+    return f"{start}, and no update is counted. Was the checkpoint not loaded, or loaded without buffers?"
 
 
 def _severity(layer: Anatomy, facts: Facts) -> Severity:

@@ -1,30 +1,31 @@
-"""BN104: no running statistics at all."""
+"""BN104: a layer without running statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.facts import Anatomy, Facts
 from bnprobe.records import Verdict
+from bnprobe.rules.evidence import Anatomy, Facts
 from bnprobe.rules.interface import Rule
 
 
 class NoRunningStats(Rule):
-    """No running statistics: the layer normalizes with the batch at inference too.
+    """The layer has no running statistics, so it uses batch statistics at inference too.
 
     What:
-        Whether the layer keeps running_mean and running_var (track_running_stats=True, the default).
+        Whether the layer has running_mean and running_var (track_running_stats=True, the default).
 
     Why:
-        Without them the answer to one image depends on the images that it is served with, and a batch of one image is
-        normalized with itself. There is no difference between training and inference that a scan could measure.
+        Without them, the prediction for a sample depends on the other samples of its batch, and a batch of one sample
+        is normalized with its own statistics. Training and inference compute the same thing, so a scan finds no
+        mismatch.
 
     Example:
-        A service gives different scores for the same picture; alone it is classified differently than in a batch.
+        A service gives different scores for the same picture: alone it is classified differently than in a batch.
 
     Remedy:
-        Set track_running_stats=True and take the running statistics from training images (`bnprobe.recalibrate`); or
-        use group norm, which does not look at other images, if the batch was never meant to matter.
+        Set track_running_stats=True and recalibrate on training data (`bnprobe.recalibrate`); or use group norm, which
+        does not look at other samples, if the batch was never meant to matter.
 
     Reference:
         PyTorch documentation of torch.nn.BatchNorm2d, track_running_stats. Wu and He 2018, arXiv 1803.08494, section 3
@@ -36,8 +37,8 @@ class NoRunningStats(Rule):
     cause = "no_running_stats"
     severity = "warning"
     unit = ""
-    finding = "there are no running statistics: at inference too an answer depends on the other images of its batch"
-    remedy = "Set track_running_stats=True and take the running statistics over training batches, or use group norm."
+    finding = "there are no running statistics: a prediction depends on the other samples of its batch"
+    remedy = "Set track_running_stats=True and recalibrate on training data, or use group norm."
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:
@@ -45,6 +46,6 @@ class NoRunningStats(Rule):
 
     def _judge(self, layer: Anatomy) -> Verdict:
         if layer.has_running_statistics:
-            return self.passed(layer.name, "The layer keeps running statistics.")
-        message = "track_running_stats is False: the batch's own statistics are used at inference too."
+            return self.passed(layer.name, "The layer has running statistics.")
+        message = "track_running_stats is False: the layer uses batch statistics at inference too."
         return self.failed(layer.name, message)

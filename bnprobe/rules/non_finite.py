@@ -1,32 +1,32 @@
-"""BN103: running statistics that are no statistics."""
+"""BN103: running statistics that are not finite."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.facts import Anatomy, Facts
+from bnprobe.numbers import count
 from bnprobe.records import Verdict
+from bnprobe.rules.evidence import Anatomy, Facts
 from bnprobe.rules.interface import Rule
-from bnprobe.rules.wording import count
 
 
 class NonFinite(Rule):
-    """Running statistics that hold NaN, Inf or a negative variance.
+    """The running statistics contain NaN, Inf or a negative variance.
 
     What:
         The number of values of running_mean and running_var that are NaN or Inf, or variances below 0; the limit is 0.
 
     Why:
-        One overflowing activation in training makes a running average NaN or Inf, and no later batch takes that back:
-        the average of anything with NaN is NaN. Training goes on, since it normalizes with the batch; inference gives
-        NaN from this layer on.
+        One overflowing activation in training makes the running average NaN or Inf, and it stays so: no later batch can
+        correct it. Training continues, since it normalizes with batch statistics; at inference the outputs are NaN from
+        this layer on.
 
     Example:
-        Loss in float16 is skipped once by the gradient scaler and recovers, but the evaluation loss is NaN from that
-        epoch on.
+        In float16 training, the gradient scaler skips one step with an overflow and the training loss recovers. The
+        validation loss is NaN from that epoch on.
 
     Remedy:
-        Take the running statistics anew (`bnprobe recalibrate`), or load an earlier checkpoint. Then find what
+        Recalibrate the running statistics (`bnprobe recalibrate`), or load an earlier checkpoint. Then find what
         overflowed.
 
     Reference:
@@ -35,12 +35,17 @@ class NonFinite(Rule):
     """
 
     code = "BN103"
-    title = "statistics not finite"
+    title = "non-finite running statistics"
     cause = "non_finite"
     severity = "error"
     unit = "values"
-    finding = "the running statistics hold NaN, Inf or negative variances"
-    remedy = "Reset the running statistics (reset_running_stats()) and take them anew, or load an earlier checkpoint."
+    finding = "the running statistics contain NaN, Inf or negative variances"
+    remedy = (
+        "Reset the running statistics (reset_running_stats()) and recalibrate them on training data, or load an earlier"
+        " checkpoint."
+    )
+    stops_training = True
+    upstream_order = 10
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:
@@ -48,17 +53,17 @@ class NonFinite(Rule):
 
     def _judge(self, layer: Anatomy) -> Verdict:
         if not layer.has_running_statistics:
-            return self.skipped(layer.name, "the layer keeps no running statistics")
+            return self.skipped(layer.name, "the layer has no running statistics")
         bad = layer.non_finite + layer.negative
         if not bad:
             return self.passed(layer.name, "All running statistics are finite.", 0.0, 0.0)
-        return self.failed(layer.name, f"{_message(layer)}, of {count(layer.channels, 'channel')}.", float(bad), 0.0)
+        return self.failed(layer.name, _message(layer), float(bad), 0.0)
 
 
 def _message(layer: Anatomy) -> str:
     parts = []
     if layer.non_finite:
-        parts.append(f"{count(layer.non_finite, 'value')} of NaN or Inf")
+        parts.append(f"{count(layer.non_finite, 'NaN or Inf value')}")
     if layer.negative:
-        parts.append(f"{count(layer.negative, 'variance')} below 0")
-    return f"Its running statistics hold {' and '.join(parts)}"
+        parts.append(f"{count(layer.negative, 'negative variance')}")
+    return f"The running statistics of its {count(layer.channels, 'channel')} contain {' and '.join(parts)}."

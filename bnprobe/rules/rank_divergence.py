@@ -1,30 +1,30 @@
-"""BN302: processes that disagree."""
+"""BN302: processes with different running statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.facts import Facts
+from bnprobe.numbers import number
 from bnprobe.records import Layer, Verdict
+from bnprobe.rules.evidence import Facts
 from bnprobe.rules.interface import Rule
 from bnprobe.rules.shares import share_limit
-from bnprobe.rules.wording import number
 
 
 class RankDivergence(Rule):
     """The running statistics of the processes of a distributed run differ.
 
     What:
-        The mismatch D between the running statistics of the two processes that differ most, against half of the
-        layer's limit.
+        The mismatch D between the running statistics of the two processes that differ most; more than half of the
+        layer's limit fails.
 
     Why:
-        Without synchronized BN, each process normalizes with its own part of the batch and keeps its own running
-        statistics. Checkpoints are usually written by process 0: the model that is deployed has seen one process's
-        data. Where the data is split by source, that is another distribution.
+        Without synchronized BN, each process normalizes with its own part of the batch and has its own running
+        statistics. Checkpoints are usually written by process 0, so the deployed model has the statistics of one
+        process's data. Where the data is split by source, that is another distribution.
 
     Example:
-        Evaluation on process 0 is worse than on the others, or results change with the process that saves.
+        Evaluation on process 0 is worse than on the others, or results depend on which process saves the checkpoint.
 
     Remedy:
         Synchronize the buffers (broadcast_buffers=True), or pool the statistics of all processes before saving, or use
@@ -41,9 +41,10 @@ class RankDivergence(Rule):
     severity = "error"
     unit = "D"
     needs = "several processes"
-    finding = "the running statistics differ from process to process"
+    finding = "the running statistics differ between processes"
     remedy = (
-        "Pool the running statistics of all processes before saving, or use SyncBatchNorm; shuffle before splitting."
+        "Pool the running statistics of all processes before saving, or use SyncBatchNorm; shuffle the data before"
+        " splitting it."
     )
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
@@ -54,6 +55,6 @@ class RankDivergence(Rule):
         if apart is None:
             return self.skipped(layer.name, "the statistics of the processes were not compared")
         limit = share_limit(layer)
-        message = f"The processes' running statistics are up to D = {number(apart)} apart."
+        message = f"The running statistics of two processes differ by up to D = {number(apart)}."
         judged = self.failed if apart > limit else self.passed
         return judged(layer.name, message, apart, limit)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from bnprobe.errors import UsageError
 from bnprobe.rules import RULES, Rule
 from bnprobe.spec import RulesSpec
 
 
-def selected(spec: RulesSpec, among: Sequence[Rule] = RULES) -> tuple[Rule, ...]:
-    """The rules that are to judge: those selected (all, where nothing is) without those ignored.
+def selected(spec: RulesSpec, among: Iterable[Rule] = RULES) -> tuple[Rule, ...]:
+    """The rules that are to judge: the selected ones (all, where none is) without the ignored ones.
 
     Raises:
         UsageError: A code or prefix fits no rule; names the nearest code.
@@ -24,10 +24,10 @@ def selected(spec: RulesSpec, among: Sequence[Rule] = RULES) -> tuple[Rule, ...]
 
 
 def model_rules(spec: RulesSpec) -> tuple[Rule, ...]:
-    """Those selected that need the model alone.
+    """The selected rules that need the model alone.
 
     Raises:
-        UsageError: None of the rules selected does; or a code or prefix fits no rule.
+        UsageError: There are none; or a code or prefix fits no rule.
     """
     alone = selected(spec, [rule for rule in RULES if rule.needs == "model"])
     if not alone:
@@ -48,7 +48,7 @@ def find_rule(name: str) -> Rule:
     for rule in RULES:
         if wanted in (rule.code.lower(), rule.cause):
             return rule
-    if wanted.startswith("bn"):
+    if any(character.isdigit() for character in wanted):
         nearest = _nearest_code(wanted)
     else:
         nearest = difflib.get_close_matches(wanted, [rule.cause for rule in RULES], 1, cutoff=0.0)[0]
@@ -65,18 +65,18 @@ def check_code(code: str) -> None:
     """
     if not any(fits(rule.code, (code,)) for rule in RULES):
         raise UsageError(
-            f'There is no rule "{code}", nor one that begins so; the nearest code is {_nearest_code(code)}.'
+            f'There is no rule "{code}", and no code begins with it; the nearest code is {_nearest_code(code)}.'
             " `bnprobe explain` lists all rules."
         )
 
 
 def fits(code: str, prefixes: Iterable[str]) -> bool:
     """Whether a code begins with one of the prefixes."""
-    return any(prefix and code.startswith(prefix.upper()) for prefix in prefixes)
+    return any(prefix and code.upper().startswith(prefix.upper()) for prefix in prefixes)
 
 
 def _nearest_code(given: str) -> str:
-    """The family first, which the beginning says."""
+    """The code with the longest common beginning; of several the one most alike."""
     return max((rule.code for rule in RULES), key=lambda code: (_common(code, given.upper()), _likeness(code, given)))
 
 

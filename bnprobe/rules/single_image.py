@@ -1,31 +1,30 @@
-"""BN209: one image per batch."""
+"""BN209: batches of one sample."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.facts import Facts
 from bnprobe.records import Layer, Verdict
+from bnprobe.rules.evidence import Facts
 from bnprobe.rules.interface import Rule, anatomy_of
 
 
 class SingleImage(Rule):
-    """Batches of one image: in training the layer is an instance norm, at inference it is not.
+    """With batches of one sample, the layer is an instance norm in training, but not at inference.
 
     What:
-        Images per micro-batch, for layers that get several values of each; the limit is 1. An error where the layer is
-        flagged, else a warning. A layer that stays in eval mode during training passes.
+        The number of samples per micro-batch, for layers that get several values of each sample; 1 fails. It is an
+        error where the layer is flagged, otherwise a warning. A layer that stays in eval mode during training passes.
 
     Why:
-        With one image, batch statistics are the image's own: training removes each image's brightness and contrast,
-        channel by channel, and inference with running statistics does not. It raises no error, which makes it hard to
-        find.
+        With one sample, batch statistics are those of the sample itself: training removes its mean and scale in every
+        channel, and inference with running statistics does not. Nothing raises an error, so this is hard to find.
 
     Example:
-        Segmentation of volumes with one volume per GPU: fine in training mode, useless in evaluation mode.
+        Segmentation of volumes with one volume per GPU is fine in train mode and useless in eval mode.
 
     Remedy:
-        Larger batches or synchronized BN; or use instance or group norm in both modes, which is what was trained:
+        Use larger batches or synchronized BN; or instance or group norm in both modes, which is what was trained:
         `bnprobe convert --to instance-renorm` with `blend: 1` in the spec's repair section, or `--to group-norm`.
 
     Reference:
@@ -34,13 +33,14 @@ class SingleImage(Rule):
     """
 
     code = "BN209"
-    title = "one image per batch"
+    title = "batches of one sample"
     cause = "single_image"
     severity = "warning"
     unit = "images per batch"
     needs = "data"
-    finding = "batches of one image make it an instance norm in training, but not at inference"
+    finding = "with batches of one sample they are instance norms in training, but not at inference"
     remedy = "Use larger batches or synchronized BN, or instance or group norm, which is what was trained."
+    upstream_order = 110
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         size = 0 if facts.scan is None else facts.scan.batch_size
@@ -51,6 +51,6 @@ class SingleImage(Rule):
         anatomy = anatomy_of(facts, layer.name)
         trained = anatomy is None or anatomy.trains_statistics
         if size > 1 or layer.values_per_channel == 1 or not trained:
-            return self.passed(layer.name, "In training it is no instance norm.", float(size), 1.0)
-        message = "Each batch is one image, which in training is normalized with its own mean and variance."
+            return self.passed(layer.name, "The layer is not an instance norm in training.", float(size), 1.0)
+        message = "A batch is one sample, which is normalized with its own mean and variance in training."
         return self.failed(layer.name, message, float(size), 1.0, "error" if layer.flagged else self.severity)

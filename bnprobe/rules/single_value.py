@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.facts import Facts
 from bnprobe.records import Layer, Verdict
+from bnprobe.rules.evidence import Facts
 from bnprobe.rules.interface import Rule, anatomy_of
 
 
 class SingleValue(Rule):
-    """A batch gives the layer one value per channel: training stops with an error.
+    """A batch gives the layer one value per channel, with which training raises an error.
 
     What:
-        Images times spatial positions that one micro-batch brings to the layer, per channel; the limit is 1. A layer
-        that stays in eval mode during training passes.
+        The number of values per channel (samples times spatial positions) that one micro-batch gives the layer; 1
+        fails. A layer that stays in eval mode during training passes.
 
     Why:
-        The mean of one value is the value: normalized, everything is 0 whatever the input. PyTorch refuses such a
-        batch in training ("Expected more than 1 value per channel when training").
+        The mean of one value is the value itself, so the normalized value is always 0. PyTorch refuses such a batch in
+        training ("Expected more than 1 value per channel when training").
 
     Example:
-        Training with batches of one image stops at the BN layer behind global pooling; or it stops once per epoch, at
-        a last batch of one image.
+        Training with batch size 1 stops at the BN layer behind global pooling; or it stops once per epoch, at a last
+        batch of one sample.
 
     Remedy:
-        Larger batches; or group or layer norm at this place; or no BN behind global pooling.
+        Use larger batches, or group or layer norm in this place, or no BN behind global pooling.
 
     Reference:
         PyTorch, torch.nn.functional.batch_norm (_verify_batch_size). Ioffe and Szegedy 2015, arXiv 1502.03167,
@@ -38,8 +38,10 @@ class SingleValue(Rule):
     severity = "error"
     unit = "values per channel"
     needs = "data"
-    finding = "a batch brings one value per channel, with which training stops"
-    remedy = "Use larger batches, or group or layer norm at this place."
+    finding = "a batch gives one value per channel, with which training raises an error"
+    remedy = "Use larger batches, or group or layer norm in this place."
+    stops_training = True
+    upstream_order = 100
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.layers.values():
@@ -49,8 +51,8 @@ class SingleValue(Rule):
         fewest = min([layer.values_per_channel, *(call.values_per_channel for call in layer.calls)])
         anatomy = anatomy_of(facts, layer.name)
         if anatomy is not None and not anatomy.trains_statistics:
-            return self.passed(layer.name, "In training the layer uses its running statistics.", float(fewest), 1.0)
+            return self.passed(layer.name, "The layer uses its running statistics in training.", float(fewest), 1.0)
         if fewest > 1:
-            return self.passed(layer.name, f"A batch brings {fewest} values per channel.", float(fewest), 1.0)
-        message = "A batch brings one value per channel; normalized it is 0 whatever it was, and PyTorch refuses it."
+            return self.passed(layer.name, f"A batch gives {fewest} values per channel.", float(fewest), 1.0)
+        message = "A batch gives one value per channel, which is always normalized to 0: PyTorch raises an error."
         return self.failed(layer.name, message, float(fewest), 1.0)

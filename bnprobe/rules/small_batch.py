@@ -1,37 +1,43 @@
-"""BN201: batches too small."""
+"""BN201: batches that are too small."""
 
 from __future__ import annotations
 
-from bnprobe.facts import Facts
+from bnprobe.numbers import number
 from bnprobe.records import Layer, Verdict
-from bnprobe.rules.shares import ShareRule, is_off_at_inference, why_not_apart
-from bnprobe.rules.wording import number
+from bnprobe.rules.evidence import Facts
+from bnprobe.rules.interface import Link
+from bnprobe.rules.shares import ShareRule, is_off_at_inference, why_no_shares
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
 
 
+def _is_mostly_composition(layer: Layer) -> bool:
+    """Batches of one domain each differ between domains; within a domain they may well be i.i.d."""
+    shares = layer.shares
+    return shares is not None and shares.composition is not None and shares.small_batch <= shares.composition
+
+
 class SmallBatch(ShareRule):
-    """Batches hold too few values for their mean and variance to be stable.
+    """Batches have too few values for a stable mean and variance.
 
     What:
-        What is left of the layer's mismatch D when batches are made of images drawn at random and the running
-        statistics have settled on them: the chance in the statistics of a batch. It fails on a flagged layer where it
-        is the largest share, or from half of the layer's limit on unless the layer would be within its limit without
-        its larger causes; a layer that is off in training only is off for this reason unless the composition of batches
-        is.
+        What remains of the layer's mismatch D with i.i.d. batches and settled running statistics: the sampling noise
+        of batch statistics. It fails on a flagged layer where it is the largest share, or from half of the layer's
+        limit on, unless the layer would be within its limit without its larger causes. A layer that is flagged in
+        training only has this cause, unless the batches are not i.i.d.
 
     Why:
-        In training each image is normalized with the mean and variance of its batch. Of few values these are noise,
-        which the network learns to live with; at inference the noise is gone, and so is the relation between an image
-        and its own statistics.
+        In training each sample is normalized with the mean and variance of its batch. With few values these are noisy,
+        and the network learns to live with the noise. At inference the noise is gone, and so is the relation between a
+        sample and the statistics that it is normalized with.
 
     Example:
-        A detector or a volume network that only fits 2 images per GPU trains well and evaluates badly; with batches of
+        A detector or a volume network that only fits 2 images per GPU trains well and evaluates badly. With batches of
         32 the gap is gone.
 
     Remedy:
-        Larger batches; or synchronized BN across processes; or fine-tune with frozen statistics, with Batch Renorm or
-        with group norm: `bnprobe convert --finetune --to auto` tries them beside plain BN. Gradient accumulation does
-        not help: it leaves the normalization batch as it is.
+        Use larger batches, or synchronized BN across processes, or fine-tune with frozen statistics, Batch Renorm or
+        group norm: `bnprobe convert --finetune --to auto` tries them next to plain BN. Gradient accumulation does not
+        help: it leaves the normalization batch as it is.
 
     Reference:
         Ioffe 2017, arXiv 1702.03275, sections 2 and 3. Wu and He 2018, arXiv 1803.08494, section 4.1 (error against
@@ -41,29 +47,34 @@ class SmallBatch(ShareRule):
     code = "BN201"
     title = "batches too small"
     cause = "small_batch"
-    finding = "batches hold too few values, so that their mean and variance are noise"
+    finding = "batches have too few values, so their mean and variance are noisy"
     remedy = (
         "Train with larger normalization batches (or synchronized BN), or fine-tune with frozen statistics, Batch"
         " Renorm or group norm."
     )
+    follows_from = (Link("single_value"), Link("single_image"), Link("shared_domains", _is_mostly_composition))
+    upstream_order = 120
+    larger_batches = True
 
     def explain(self, layer: Layer, facts: Facts) -> str:
-        images = "" if facts.scan is None else f" from a batch of {facts.scan.batch_size}"
+        samples = "" if facts.scan is None else f" from a batch of {facts.scan.batch_size}"
+        values = f"The layer gets {layer.values_per_channel} values per channel{samples}"
         size = _equivalent(layer)
-        worth = "" if size is None else f" These count as {number(size)} independent values"
-        healthy = f", where {number(layer.threshold)} would do." if size is not None and size < layer.threshold else "."
-        return f"The layer gets {layer.values_per_channel} values per channel{images}.{worth}{healthy if worth else ''}"
+        if size is None:
+            return f"{values}."
+        enough = f", and {number(layer.threshold)} would be enough" if size < layer.threshold else ""
+        return f"{values}. They are as noisy as {number(size)} independent values{enough}."
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
-        """So few values that not even ideal data would do."""
+        """Where there are so few values that not even i.i.d. data would be within the limit, this is the cause."""
         ideal, limit = mismatch_iid(layer.values_per_channel), mismatch_iid(layer.threshold)
         if not layer.flagged or ideal <= limit or layer.eval is None:
-            return self.skipped(layer.name, why_not_apart(layer))
+            return self.skipped(layer.name, why_no_shares(layer))
         return self.failed(layer.name, self.explain(layer, facts), ideal, limit)
 
 
 def _equivalent(layer: Layer) -> float | None:
-    """Independent values that give the noise of batches drawn at random, or in training all that was measured there."""
+    """The number of independent values with the noise of i.i.d. batches, or with all of the mismatch in training."""
     if layer.shares is not None and is_off_at_inference(layer):
         return equivalent_batch_size(layer.shares.small_batch)
     return None if layer.train is None else layer.train.equivalent_batch_size

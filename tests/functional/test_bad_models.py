@@ -117,7 +117,7 @@ UNUSABLE = [
     ),
     pytest.param(
         f"FACTOR = float('inf')\n{DEEP}",
-        ["The input of late (BatchNorm1d) holds NaN or Inf in training mode", "first of 2 such layers"],
+        ["The input of late (BatchNorm1d) contains NaN or Inf in train mode", "first of 2 such layers"],
         id="inf-in-activations",
     ),
 ]

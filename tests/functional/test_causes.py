@@ -101,7 +101,8 @@ def test_rules_are_selected_and_ignored(workspace: Workspace) -> None:
     assert "shared_domains" not in _causes(report)
     wrong = workspace.run("scan", sample, "--select", "BN27")
     assert wrong.error() == (
-        'There is no rule "BN27", nor one that begins so; the nearest code is BN207. `bnprobe explain` lists all rules.'
+        'There is no rule "BN27", and no code begins with it; the nearest code is BN207. `bnprobe explain` lists all'
+        " rules."
     )
 
 

@@ -28,7 +28,7 @@ def test_the_starter_scans_at_once(workspace: Workspace) -> None:
     scanned = workspace.run(*command)
     assert (scanned.code, scanned.stderr) == (FINDINGS, "")
     assert "From training to held-out data, step by step" in scanned.stdout  # loss, metric and evaluation data
-    assert "Statistics never trained (BN102): 2 of 2 layers" in scanned.stdout
+    assert "Running statistics never updated (BN102): 2 of 2 layers" in scanned.stdout
 
 
 def test_nothing_is_overwritten_unasked(workspace: Workspace) -> None:

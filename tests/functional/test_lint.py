@@ -35,17 +35,18 @@ def load_data(batch_size):
 """
 
 REPORT = """\
-model.py:10: BN103 error bn2: Its running statistics hold 1 value of NaN or Inf, of 4 channels.
-    fix: Reset the running statistics (reset_running_stats()) and take them anew, or load an earlier checkpoint.
-model.py:8: BN101 warning 2 of 2 layers: momentum looks like 1 - momentum: the running statistics keep little but the \
-last batch. Worst is bn1: momentum=0.99 is the weight of the newest batch, so the running statistics average over \
-about 1.02 batches; 0.01 was probably meant.
+model.py:10: BN103 error bn2: The running statistics of its 4 channels contain 1 NaN or Inf value.
+    fix: Reset the running statistics (reset_running_stats()) and recalibrate them on training data, or load an \
+earlier checkpoint.
+model.py:8: BN101 warning 2 of 2 layers: momentum is close to 1, so the running statistics are little more than those \
+of the last batch. Worst is bn1: momentum=0.99 is the weight of the newest batch, so the running statistics average \
+over about 1.02 batches. Did you mean 0.01?
     model.py:8: bn1
     model.py:10: bn2
-    fix: Use 1 - momentum: in PyTorch it is the weight of the new batch. Then take the running statistics anew over \
-training batches.
-model.py:10: BN107 warning bn2: Random layers that act in training only come before it: drop.
-    fix: Move dropout behind the last BN layer, or take the running statistics anew with dropout off.
+    fix: Use 1 - momentum: in PyTorch, momentum is the weight of the new batch. Then recalibrate the running \
+statistics on training data.
+model.py:10: BN107 warning bn2: Random layers that are active in training only come before it: drop.
+    fix: Move dropout behind the last BN layer, or recalibrate the running statistics with dropout off.
 1 error and 2 warnings in 2 layers of model.py:load_model (7 rules).
 """
 
@@ -128,7 +129,8 @@ def test_a_checkpoint_is_loaded_first(workspace: Workspace) -> None:
 def test_a_wrong_code_is_said_before_anything_is_loaded(workspace: Workspace) -> None:
     workspace.write("model.py", "raise RuntimeError('loaded')")
     assert workspace.run("lint", "model.py", "--select", "BN21,BN8").error() == (
-        'There is no rule "BN8", nor one that begins so; the nearest code is BN208. `bnprobe explain` lists all rules.'
+        'There is no rule "BN8", and no code begins with it; the nearest code is BN208. `bnprobe explain` lists all'
+        " rules."
     )
     assert "can judge a model without data" in workspace.run("lint", "model.py", "--select", "BN2").error()
 

@@ -90,6 +90,6 @@ def test_a_large_network_shows_its_worst_layers_and_a_count(workspace: Workspace
     assert any(line.split()[1] == "137" for line in rows if line.startswith("✗1"))
     assert "175 layers with less mismatch not shown (✗ 175 flagged); --all shows every one." in report
     assert "mean of 200 layers" in report
-    assert "Lagging running statistics (BN203): 1 of 200 layers" in report
+    assert "Stale running statistics (BN203): 1 of 200 layers" in report
     assert "propagation in" in report  # said once, as what follows from layer 137
     assert [len(rows) for rows in _flagged_rows(workspace.run(*SCAN, "--all").stdout)] == [200, 200]

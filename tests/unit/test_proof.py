@@ -9,18 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
-from bnprobe.conclusion import (
+from bnprobe.analysis.comparison import (
     AS_IS,
     CONTROL,
     CONTROL_RECALIBRATED,
     RECALIBRATED,
-    conclude,
-    estimate,
-    gain_over,
-    make_arm,
 )
 from bnprobe.errors import UsageError
 from bnprobe.heldout import HeldOut
@@ -28,7 +23,7 @@ from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.nn import BatchRenorm1d
 from bnprobe.proof import best_candidate, prove
-from bnprobe.records import Arm, Plan, Proof, Run, Score, TrainingStep
+from bnprobe.records import Plan, Proof, Run, Score, TrainingStep
 from bnprobe.repairs import plan
 from bnprobe.spec import OptimizerSpec, RepairSpec, TrainSpec
 from bnprobe.subject import Subject
@@ -221,25 +216,6 @@ def test_one_batch_cannot_choose() -> None:
         best_candidate(replace(given, choosing=replace(given.choosing, batches=())), [planned(given)])
 
 
-@pytest.mark.parametrize("values", [[0.9, 0.95, 0.93], [1.0, 3.0]])
-def test_an_estimate_is_students_interval(values: list[float]) -> None:
-    found = estimate(values)
-    assert found is not None
-    assert found.interval is not None
-    spread = stats.sem(values)
-    expected = stats.t.interval(0.95, len(values) - 1, loc=sum(values) / len(values), scale=spread)
-    assert found.interval == pytest.approx(expected)
-
-
-def test_a_missing_value_is_no_estimate() -> None:
-    assert estimate([0.5, None]) is None
-    assert estimate([]) is None
-    for same in ([0.5], [0.5] * 4):  # counts of few images are often alike: that is no certainty
-        one = estimate(same)
-        assert one is not None
-        assert (one.mean, one.interval) == (0.5, None)
-
-
 @pytest.mark.parametrize(
     ("ours", "control", "goal", "conclusion", "gain"),
     [
@@ -275,31 +251,6 @@ def test_what_is_concluded(
     assert proof.conclusion == conclusion
     assert (proof.gain.mean if proof.gain else None) == pytest.approx(gain)
     assert "batch-renorm" in proof.message or gain is None
-
-
-@pytest.mark.parametrize(
-    ("gain", "said"), [([0.1, 0.2], "More runs (--seeds) would tell"), ([-0.1, -0.2], "BN fine-tuned does as well")]
-)
-def test_a_wide_interval_is_no_proof_that_the_control_does_as_well(gain: list[float], said: str) -> None:
-    def arm(name: str, scores: list[float]) -> Arm:
-        return make_arm(name, [Run(0, 6, 6, Score(None, score), "finished", "", 0.0) for score in scores], True)
-
-    ours, control = arm("batch-renorm", [0.5 + each for each in gain]), arm(CONTROL, [0.5, 0.5])
-    found = gain_over(ours, control, "metric", "max")
-    conclusion, message = conclude({CONTROL: control, ours.name: ours}, ours, control, found, "metric")
-    assert conclusion == "same"
-    assert said in message
-
-
-@pytest.mark.parametrize("diverged", ["batch-renorm", CONTROL])
-def test_a_diverged_arm_is_not_compared(diverged: str) -> None:
-    def arm(name: str) -> Arm:
-        ending, note = ("diverged", "NaN at step 3.") if name == diverged else ("finished", "")
-        return make_arm(name, [Run(0, 6, 6, Score(None, 0.5), ending, note, 0.0)], True)
-
-    ours, control = arm("batch-renorm"), arm(CONTROL)
-    found = conclude({CONTROL: control, ours.name: ours}, ours, control, estimate([0.0]), "metric")
-    assert found == ("not_compared", f"Training of {diverged} diverged: NaN at step 3.")
 
 
 def _scores(proof: Proof) -> list[list[Score]]:

@@ -13,7 +13,7 @@ from benchmarks.repairs import digits, finetuned, scratch, task
 from benchmarks.repairs.__main__ import render
 from benchmarks.repairs.arms import Table, arm_of, choose, difference, joined, rows, verdict
 from benchmarks.repairs.task import REGIMES, Regime
-from bnprobe.conclusion import CONTROL, estimate
+from bnprobe.analysis.comparison import CONTROL, estimate
 from bnprobe.nn import BatchRenorm2d
 from bnprobe.records import Arm, Run, Score
 

@@ -74,7 +74,7 @@ def test_a_layer_that_is_never_called() -> None:
 def test_no_layer_is_called() -> None:
     model = nn.Linear(3, 3)
     model.unused = nn.BatchNorm1d(4)
-    with pytest.raises(NothingToProbeError, match=r"None of the model's BN layers \(1\) was called"):
+    with pytest.raises(NothingToProbeError, match=r"called none of the BN layers \(found: 1\)"):
         scan(model, images(4, 2, 3), 2)
 
 

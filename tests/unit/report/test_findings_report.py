@@ -13,9 +13,7 @@ import pytest
 from rendered import said, section, text_of
 
 from bnprobe.records import Composition, Diagnosis, Domains, Report
-from bnprobe.report.diagnoses import cause_heading
 from bnprobe.report.scan import effective_samples
-from bnprobe.rules import RULES
 
 BARS = "Where the mismatch comes from"
 
@@ -153,15 +151,10 @@ def test_rules_skipped_for_one_reason_are_named_together() -> None:
     assert " rules 3 skipped: BN201, BN202 and BN203 need data." in found
 
 
-def test_every_cause_has_a_heading_of_its_own() -> None:
-    headings = {rule.cause: cause_heading(rule.cause) for rule in RULES}
-    assert len(set(headings.values())) == len(headings)
-    assert not [heading for heading in headings.values() if "_" in heading]
-
-
-def test_a_cause_that_no_rule_knows_is_named_by_its_own_name() -> None:
-    made = Diagnosis("my_cause", "XY101", "error", ("bn1",), None, "It is off.", "", ())
-    assert "✗ My cause (XY101): 1 of 9 layers" in said(replace(fabricated.healthy(), diagnoses=(made,)))
+def test_a_rule_that_is_not_installed_is_headed_by_its_cause() -> None:
+    strange = Diagnosis("cold_start", "ACME1", "error", ("bn1",), None, "It is cold.", "", ())
+    found = said(replace(fabricated.healthy(), diagnoses=(strange,)))
+    assert "✗ Cold start (ACME1): 1 of 9 layers bn1 It is cold." in found
 
 
 def test_a_diagnosis_of_layers_that_are_not_in_the_report_still_prints() -> None:

@@ -7,10 +7,10 @@ from bnprobe.rules import RULES, Rule
 from bnprobe.stats.theory import mismatch_iid
 
 LIMIT = mismatch_iid(32.0)
-"""D from which on a layer is flagged."""
+"""The mismatch D above which a layer is flagged."""
 
 HALF = LIMIT / 2
-"""D from which on a share is blamed."""
+"""The share of D above which its cause is named."""
 
 
 def passed(
@@ -40,4 +40,4 @@ def skipped(code: str, layer: str | None, reason: str) -> Verdict:
 
 
 def _rule(code: str) -> Rule:
-    return next(rule for rule in RULES if rule.code == code)
+    return RULES[code]

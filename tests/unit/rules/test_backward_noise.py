@@ -14,18 +14,18 @@ def test_only_noise_that_is_surely_too_much_fails() -> None:
         make_layer("silent", backward=Backward(0.0, None, None)),
         make_layer("unreached"),
     ]
-    start = "In the backward pass a batch counts as"
+    start = "In the backward pass, the statistics of a batch are as noisy as those of"
     assert run_rule("BN303", make_evidence(*layers)) == [
         failed(
             "BN303",
             "noisy",
-            f"{start} 4 independent values (at most 5, 95%): 50% of the gradient's energy is noise of these averages.",
+            f"{start} 4 independent values (95%: at most 5); this noise is 50% of the gradient's mean square.",
             4.0,
             32.0,
         ),
         passed("BN303", "unsure", f"{start} 20 independent values.", 20.0, 32.0),
         passed("BN303", "silent", f"{start} any number of independent values.", None, 32.0),
-        skipped("BN303", "unreached", "no gradient reaches it"),
+        skipped("BN303", "unreached", "no gradient reaches the layer"),
     ]
 
 

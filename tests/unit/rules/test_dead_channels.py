@@ -16,9 +16,9 @@ def test_more_than_half_of_the_channels_is_an_error() -> None:
     ]
     below = "channels have a running variance below eps = 1e-05"
     assert run_rule("BN106", make_evidence(anatomy=layers)) == [
-        passed("BN106", "alive", "Every running variance is above eps.", 0.0, 0.0),
-        failed("BN106", "half", f"8 of 16 {below} (the median channel has 0.5).", 8.0, 0.0),
-        failed("BN106", "most", f"9 of 16 {below} (the median channel has 1e-07).", 9.0, 0.0, "error"),
+        passed("BN106", "alive", "Every running variance is at least eps.", 0.0, 0.0),
+        failed("BN106", "half", f"8 of 16 {below} (the median over channels is 0.5).", 8.0, 0.0),
+        failed("BN106", "most", f"9 of 16 {below} (the median over channels is 1e-07).", 9.0, 0.0, "error"),
         failed("BN106", "poisoned", f"1 of 16 {below}.", 1.0, 0.0),
-        skipped("BN106", "none kept", "the layer keeps no running statistics"),
+        skipped("BN106", "none kept", "the layer has no running statistics"),
     ]

@@ -20,24 +20,21 @@ def test_more_updates_than_calls_fail() -> None:
         passed(
             "BN301",
             "once",
-            "A training step updates the statistics 1 times,"
-            " where a forward pass calls the layer 1 times; a step weighs 0.1, where momentum asks for 0.1.",
+            "Updates per training step: 1, expected 1; weight of a step: 0.1, expected from momentum 0.1.",
             1.0,
             1.0,
         ),
         failed(
             "BN301",
             "twice",
-            "A training step updates the statistics 2 times,"
-            " where a forward pass calls the layer 1 times; a step weighs 0.19, where momentum asks for"
-            " 0.1.",
+            "Updates per training step: 2, expected 1; weight of a step: 0.19, expected from momentum 0.1.",
             2.0,
             1.0,
         ),
         failed(
             "BN301",
             "off",
-            "A training step updates the statistics 2 times, where a forward pass calls the layer 1 times.",
+            "Updates per training step: 2, expected 1.",
             2.0,
             1.0,
             "error",
@@ -45,17 +42,14 @@ def test_more_updates_than_calls_fail() -> None:
         passed(
             "BN301",
             "called twice",
-            "A training step updates the statistics 2 times,"
-            " where a forward pass calls the layer 2 times; a step weighs 0.19, where momentum asks for 0.19.",
+            "Updates per training step: 2, expected 2; weight of a step: 0.19, expected from momentum 0.19.",
             2.0,
             2.0,
         ),
         failed(
             "BN301",
             "fast",
-            "A training step updates the statistics 1 times,"
-            " where a forward pass calls the layer 1 times; a step weighs 0.19, where momentum asks for"
-            " 0.1.",
+            "Updates per training step: 1, expected 1; weight of a step: 0.19, expected from momentum 0.1.",
             1.0,
             1.0,
         ),

@@ -14,9 +14,9 @@ def test_the_random_layers_are_named() -> None:
             "BN204",
             "behind",
             "Random layers before it (drop2, drop1) change its mean and variance in training, and are off at inference."
-            " (D = 0.2 of 0.21, 98%; a layer may have 0.047 in all.)",
+            " (It accounts for D = 0.2 of 0.21, 98%; the limit is 0.047.)",
             0.2,
             HALF,
         ),
-        passed("BN204", "before", "It makes up D = 0 of this layer's mismatch.", 0.0, HALF),
+        passed("BN204", "before", "This cause accounts for D = 0 of the layer's mismatch.", 0.0, HALF),
     ]

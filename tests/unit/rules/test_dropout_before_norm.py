@@ -15,7 +15,7 @@ def test_random_layers_before_a_norm_are_named_nearest_first() -> None:
         make_anatomy("behind", dropouts_before=before),
         make_anatomy("frozen", dropouts_before=before, trains_statistics=False),
     ]
-    message = "Random layers that act in training only come before it: d.drop, c.drop, b.drop and 1 more."
+    message = "Random layers that are active in training only come before it: d.drop, c.drop, b.drop and 1 more."
     assert run_rule("BN107", make_evidence(anatomy=layers)) == [
         passed("BN107", "first", NONE, 0.0, 0.0),
         failed("BN107", "behind", message, 4.0, 0.0),
@@ -26,8 +26,8 @@ def test_random_layers_before_a_norm_are_named_nearest_first() -> None:
 def test_what_was_measured_to_be_harmless_passes() -> None:
     layers = [make_layer("harmless", make_shares(dropout=0.01)), make_layer("harmful", make_shares(dropout=0.1))]
     anatomy = [make_anatomy(layer.name, dropouts_before=("drop",)) for layer in layers]
-    calm = "Random layers come before it (drop), but hardly change its statistics: D = 0.01."
+    calm = "Random layers before it (drop) hardly change its statistics: D = 0.01."
     assert run_rule("BN107", make_evidence(*layers, anatomy=anatomy)) == [
         passed("BN107", "harmless", calm, 1.0, 0.0),
-        failed("BN107", "harmful", "Random layers that act in training only come before it: drop.", 1.0, 0.0),
+        failed("BN107", "harmful", "Random layers that are active in training only come before it: drop.", 1.0, 0.0),
     ]

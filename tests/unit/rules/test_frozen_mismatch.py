@@ -21,13 +21,13 @@ def test_both_halves_must_be_trained_or_frozen() -> None:
         failed(
             "BN105",
             "drifting",
-            "Weight and bias are frozen (requires_grad=False), but training moves the running statistics.",
+            "Weight and bias are frozen (requires_grad=False), but training updates the running statistics.",
         ),
         failed(
             "BN105",
             "standing",
-            "The running statistics are frozen (eval mode in training), but weight and bias are trained.",
+            "The running statistics are frozen (eval mode during training), but weight and bias are trained.",
         ),
         skipped("BN105", "plain", "the layer has no weight and bias (affine=False)"),
-        skipped("BN105", "none kept", "the layer keeps no running statistics"),
+        skipped("BN105", "none kept", "the layer has no running statistics"),
     ]

@@ -18,10 +18,10 @@ def test_the_message_says_which_way_and_why() -> None:
         failed(
             "BN203",
             "bn",
-            "The running statistics are not those of the training batches: at inference a typical batch spreads 2 times"
-            " as much as they say, and its mean lies 1.5 of their standard deviations away. Likeliest reason: too few"
-            " updates: after 100 with momentum=0.001, 90% of their weight is still on the initial mean 0 and variance"
-            " 1. (D = 0.6 of 0.6, 99%; a layer may have 0.047 in all.)",
+            "The running statistics are not those of the training data: at inference the standard deviation of a"
+            " typical batch is 2 times theirs, and its mean is 1.5 of their standard deviations away. Most likely"
+            " reason: too few updates: after 100 with momentum=0.001, 90% of their weight is still on the initial mean"
+            " 0 and variance 1. (It accounts for D = 0.6 of 0.6, 99%; the limit is 0.047.)",
             0.6,
             HALF,
         )
@@ -38,7 +38,10 @@ def test_a_share_that_another_offsets_means_that_nothing_is_wrong() -> None:
 def test_an_unsure_share_passes_unless_it_is_the_largest() -> None:
     unsure = make_layer("bn", make_shares(small_batch=0.03, lag=0.025))
     largest = make_layer("bn", make_shares(small_batch=0.025, lag=0.03))
-    message = "It makes up D = 0.025, but is not sure to matter, or would not without the larger causes."
+    message = (
+        "This cause accounts for D = 0.025, which is not significant (95%), or would not flag the layer without its"
+        " larger causes."
+    )
     told = passed("BN203", "bn", message, 0.025, HALF)
     assert run_rule("BN203", make_evidence(unsure)) == [told]
     assert [verdict.outcome for verdict in run_rule("BN203", make_evidence(largest))] == ["failed"]
@@ -47,8 +50,8 @@ def test_an_unsure_share_passes_unless_it_is_the_largest() -> None:
 def test_values_that_overflow_at_inference_only() -> None:
     layer = replace(make_layer("bn", train=make_path(0.01), eval=None, flagged=True), shares=None)
     message = (
-        "At inference the layer's values overflow, and in training they do not: its running statistics, or those of a"
-        " layer before it, are far from what the training batches give."
+        "The layer's values overflow at inference but not in training: its running statistics, or those of an earlier"
+        " layer, are far from those of the training data."
     )
     assert run_rule("BN203", make_evidence(layer)) == [failed("BN203", "bn", message)]
 
@@ -56,15 +59,15 @@ def test_values_that_overflow_at_inference_only() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"trains_statistics": False}, "training leaves them as they are"),
-        ({"momentum": 0.0}, "momentum=0, with which they never move"),
-        ({"batches_tracked": 0}, "no update is counted"),
+        ({"trains_statistics": False}, "training does not update them (eval mode)"),
+        ({"momentum": 0.0}, "momentum=0, with which they are never updated"),
+        ({"batches_tracked": 0}, "num_batches_tracked is 0"),
         ({"batches_tracked": 20}, "too few updates: after 20 with momentum=0.1, 12% of their weight"),
-        ({"momentum": 1e-3, "batches_tracked": 9000}, "momentum=0.001 averages over the last 1,000 or so batches"),
-        ({"momentum": 0.9}, "momentum=0.9 keeps only the last few batches"),
-        ({}, "the weights moved on faster than the average follows"),
-        ({"momentum": None}, "the weights moved on faster than the average follows"),
-        ({"batches_tracked": None}, "the weights moved on faster than the average follows"),
+        ({"momentum": 1e-3, "batches_tracked": 9000}, "momentum=0.001 averages over about the last 1,000 batches"),
+        ({"momentum": 0.9}, "momentum=0.9 averages over the last few batches only"),
+        ({}, "the weights changed faster than the average follows"),
+        ({"momentum": None}, "the weights changed faster than the average follows"),
+        ({"batches_tracked": None}, "the weights changed faster than the average follows"),
     ],
 )
 def test_the_likeliest_reason(changes: dict[str, object], reason: str) -> None:

@@ -6,8 +6,8 @@ from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares
 from unit.rules.expect import failed, passed, skipped
 
 PORTED = (
-    "momentum=0.99 is the weight of the newest batch, so the running statistics average over about 1.02 batches; 0.01"
-    " was probably meant."
+    "momentum=0.99 is the weight of the newest batch, so the running statistics average over about 1.02 batches. Did"
+    " you mean 0.01?"
 )
 
 
@@ -23,18 +23,18 @@ def test_only_a_weight_of_the_new_batch_near_one_fails() -> None:
     ]
     assert run_rule("BN101", make_evidence(anatomy=layers)) == [
         passed("BN101", "usual", "Momentum is 0.1.", 0.1, 0.9),
-        passed("BN101", "cumulative", "momentum=None: all batches count alike.", None, 0.9),
+        passed("BN101", "cumulative", "momentum=None gives every batch the same weight.", None, 0.9),
         passed("BN101", "just below", "Momentum is 0.899.", 0.899, 0.9),
         failed("BN101", "ported", PORTED, 0.99, 0.9),
         failed(
             "BN101",
             "last batch",
-            "momentum=1 keeps the statistics of the last training batch only, whichever that was.",
+            "momentum=1 keeps the statistics of the last training batch and nothing else.",
             1.0,
             0.9,
         ),
-        passed("BN101", "frozen", "Momentum is 0.99, and training does not move the running statistics.", 0.99, 0.9),
-        skipped("BN101", "none kept", "the layer keeps no running statistics"),
+        passed("BN101", "frozen", "Momentum is 0.99, and training does not update the running statistics.", 0.99, 0.9),
+        skipped("BN101", "none kept", "the layer has no running statistics"),
     ]
 
 

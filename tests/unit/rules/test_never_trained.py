@@ -5,8 +5,8 @@ from __future__ import annotations
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares, run_rule
 from unit.rules.expect import failed, passed, skipped
 
-START = "Its running means are all 0 and its running variances all 1, as in a new layer"
-NEW = f"{START}: no update is counted. Was a checkpoint forgotten, or loaded without its buffers?"
+START = "All running means are 0 and all running variances 1, as in a new layer"
+NEW = f"{START}, and no update is counted. Was the checkpoint not loaded, or loaded without buffers?"
 
 
 def test_a_new_layer_among_trained_ones_is_an_error() -> None:
@@ -18,11 +18,11 @@ def test_a_new_layer_among_trained_ones_is_an_error() -> None:
         make_anatomy("none kept", has_running_statistics=False),
     ]
     assert run_rule("BN102", make_evidence(anatomy=layers)) == [
-        passed("BN102", "trained", "The running statistics have moved from 0 and 1.", 1200.0),
+        passed("BN102", "trained", "The running statistics differ from mean 0 and variance 1.", 1200.0),
         failed("BN102", "new", NEW, 0.0),
         failed("BN102", "uncounted", NEW),
-        failed("BN102", "counted", f"{START}, although the layer counts 1 update (is momentum 0?).", 1.0),
-        skipped("BN102", "none kept", "the layer keeps no running statistics"),
+        failed("BN102", "counted", f"{START}, although num_batches_tracked is 1. Is momentum 0?", 1.0),
+        skipped("BN102", "none kept", "the layer has no running statistics"),
     ]
 
 

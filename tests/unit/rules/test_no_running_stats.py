@@ -9,6 +9,6 @@ from unit.rules.expect import failed, passed
 def test_a_layer_without_running_statistics_fails() -> None:
     layers = [make_anatomy("kept"), make_anatomy("none", has_running_statistics=False)]
     assert run_rule("BN104", make_evidence(anatomy=layers)) == [
-        passed("BN104", "kept", "The layer keeps running statistics."),
-        failed("BN104", "none", "track_running_stats is False: the batch's own statistics are used at inference too."),
+        passed("BN104", "kept", "The layer has running statistics."),
+        failed("BN104", "none", "track_running_stats is False: the layer uses batch statistics at inference too."),
     ]

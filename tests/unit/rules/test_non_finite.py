@@ -15,13 +15,13 @@ def test_values_that_are_no_statistics_are_counted() -> None:
     ]
     assert run_rule("BN103", make_evidence(anatomy=layers)) == [
         passed("BN103", "fine", "All running statistics are finite.", 0.0, 0.0),
-        failed("BN103", "nan", "Its running statistics hold 2 values of NaN or Inf, of 16 channels.", 2.0, 0.0),
+        failed("BN103", "nan", "The running statistics of its 16 channels contain 2 NaN or Inf values.", 2.0, 0.0),
         failed(
             "BN103",
             "both",
-            "Its running statistics hold 1 value of NaN or Inf and 3 variances below 0, of 16 channels.",
+            "The running statistics of its 16 channels contain 1 NaN or Inf value and 3 negative variances.",
             4.0,
             0.0,
         ),
-        skipped("BN103", "none kept", "the layer keeps no running statistics"),
+        skipped("BN103", "none kept", "the layer has no running statistics"),
     ]

@@ -10,8 +10,8 @@ def test_processes_must_agree() -> None:
     layers = [make_layer(name) for name in ("alike", "apart", "unknown")]
     facts = make_evidence(*layers, processes=2, rank_mismatch={"alike": 0.01, "apart": 0.5})
     assert run_rule("BN302", facts) == [
-        passed("BN302", "alike", "The processes' running statistics are up to D = 0.01 apart.", 0.01, HALF),
-        failed("BN302", "apart", "The processes' running statistics are up to D = 0.5 apart.", 0.5, HALF),
+        passed("BN302", "alike", "The running statistics of two processes differ by up to D = 0.01.", 0.01, HALF),
+        failed("BN302", "apart", "The running statistics of two processes differ by up to D = 0.5.", 0.5, HALF),
         skipped("BN302", "unknown", "the statistics of the processes were not compared"),
     ]
 

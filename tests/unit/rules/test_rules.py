@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 import bnprobe.rules
-from bnprobe.rules import RULES, Rule
+from bnprobe.rules import BUILT_IN, RULES, Rule
 from bnprobe.rules.docs import manual, pages
 from bnprobe.rules.interface import SECTIONS
 
 REPOSITORY = Path(__file__).parents[3]
 DOCS = REPOSITORY / "docs" / "rules"
-FAMILY = {"1": {"model"}, "2": {"data", "evaluation data"}, "3": {"training steps", "gradients", "several processes"}}
+FAMILY = {"1": {"model"}, "2": {"data", "held-out data"}, "3": {"training steps", "gradients", "several processes"}}
 
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.code)
 
@@ -29,13 +29,20 @@ def test_every_rule_that_is_written_is_listed() -> None:
     ]
     classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
     written = {kind for kind in classes if issubclass(kind, Rule) and not inspect.isabstract(kind)}
-    assert written == {type(rule) for rule in RULES}
+    assert written == set(BUILT_IN)
 
 
 def test_codes_are_sorted_and_every_cause_has_one_rule() -> None:
     codes = [rule.code for rule in RULES]
     assert codes == sorted(set(codes))
-    assert len({rule.cause for rule in RULES}) == len(RULES)
+    assert len({rule.cause for rule in RULES}) == len({rule.title for rule in RULES}) == len(RULES)
+
+
+def test_rules_refer_to_causes_that_exist() -> None:
+    causes = {rule.cause for rule in RULES}
+    assert {link.cause for rule in RULES for link in (*rule.follows_from, *rule.explains)} <= causes
+    places = [rule.upstream_order for rule in RULES if rule.upstream_order is not None]
+    assert len(set(places)) == len(places)
 
 
 @every_rule

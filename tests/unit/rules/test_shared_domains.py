@@ -16,11 +16,15 @@ def test_calls_on_different_data_fail() -> None:
         make_layer("flagged", make_shares(lag=0.3), calls_per_forward=3, domains=apart),
         make_layer("unknown", calls_per_forward=2),
     ]
-    far = "times, on data that lies D = 0.3 from what all calls have in common (the limit is 0.024)."
+    start, end = (
+        "The layer is called",
+        "times per forward pass, and the data of a call differs from that of all calls by",
+    )
+    far = f"{end} D = 0.3 on average; the limit is 0.024."
     assert run_rule("BN207", make_evidence(*layers)) == [
-        passed("BN207", "once", "The layer is called once.", None, HALF),
-        passed("BN207", "alike", "Its calls are D = 0.03 apart.", 0.03, HALF),
-        failed("BN207", "apart", f"One forward pass calls the layer 2 {far}", 0.3, HALF, "warning"),
-        failed("BN207", "flagged", f"One forward pass calls the layer 3 {far}", 0.3, HALF, "error"),
-        skipped("BN207", "unknown", "the populations of its calls were not measured"),
+        passed("BN207", "once", "The layer is called once per forward pass.", None, HALF),
+        passed("BN207", "alike", f"{start} 2 {end} D = 0.03 on average; the limit is 0.024.", 0.03, HALF),
+        failed("BN207", "apart", f"{start} 2 {far}", 0.3, HALF, "warning"),
+        failed("BN207", "flagged", f"{start} 3 {far}", 0.3, HALF, "error"),
+        skipped("BN207", "unknown", "the statistics of its separate calls were not measured"),
     ]

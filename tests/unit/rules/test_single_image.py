@@ -5,11 +5,11 @@ from __future__ import annotations
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares, run_rule
 from unit.rules.expect import failed, passed
 
-MESSAGE = "Each batch is one image, which in training is normalized with its own mean and variance."
-FINE = "In training it is no instance norm."
+MESSAGE = "A batch is one sample, which is normalized with its own mean and variance in training."
+FINE = "The layer is not an instance norm in training."
 
 
-def test_batches_of_one_image_are_an_instance_norm() -> None:
+def test_batches_of_one_sample_are_an_instance_norm() -> None:
     layers = [
         make_layer("steady"),
         make_layer("flagged", make_shares(small_batch=0.3)),
@@ -25,5 +25,5 @@ def test_batches_of_one_image_are_an_instance_norm() -> None:
     ]
 
 
-def test_two_images_are_not() -> None:
+def test_batches_of_two_are_not() -> None:
     assert run_rule("BN209", make_evidence(make_layer(), batch_size=2)) == [passed("BN209", "bn", FINE, 2.0, 1.0)]

@@ -16,10 +16,10 @@ def test_one_value_stops_training_unless_the_layer_is_frozen() -> None:
         make_layer("frozen", values_per_channel=1),
     ]
     anatomy = [make_anatomy(layer.name, trains_statistics=layer.name != "frozen") for layer in layers]
-    message = "A batch brings one value per channel; normalized it is 0 whatever it was, and PyTorch refuses it."
+    message = "A batch gives one value per channel, which is always normalized to 0: PyTorch raises an error."
     assert run_rule("BN208", make_evidence(*layers, anatomy=anatomy)) == [
-        passed("BN208", "two", "A batch brings 2 values per channel.", 2.0, 1.0),
+        passed("BN208", "two", "A batch gives 2 values per channel.", 2.0, 1.0),
         failed("BN208", "one", message, 1.0, 1.0),
         failed("BN208", "second call", message, 1.0, 1.0),
-        passed("BN208", "frozen", "In training the layer uses its running statistics.", 1.0, 1.0),
+        passed("BN208", "frozen", "The layer uses its running statistics in training.", 1.0, 1.0),
     ]

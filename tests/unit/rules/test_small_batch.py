@@ -17,12 +17,12 @@ def test_noise_of_few_values_is_blamed_on_flagged_layers_only() -> None:
         failed(
             "BN201",
             "few",
-            "The layer gets 8 values per channel from a batch of 2. These count as 7.79 independent values, where 32"
-            " would do. (D = 0.2 of 0.2, 100%; a layer may have 0.047 in all.)",
+            "The layer gets 8 values per channel from a batch of 2. They are as noisy as 7.79 independent values, and"
+            " 32 would be enough. (It accounts for D = 0.2 of 0.2, 100%; the limit is 0.047.)",
             0.2,
             HALF,
         ),
-        passed("BN201", "many", "It makes up D = 0.004 of this layer's mismatch.", 0.004, HALF),
+        passed("BN201", "many", "This cause accounts for D = 0.004 of the layer's mismatch.", 0.004, HALF),
     ]
 
 
@@ -30,7 +30,9 @@ def test_a_layer_that_is_off_in_training_only_has_small_batches() -> None:
     layer = make_layer("bn", train=make_path(0.1), eval=make_path(0.005), values_per_channel=20)
     [verdict] = run_rule("BN201", make_evidence(layer))
     assert verdict.outcome == "failed"
-    assert verdict.message.endswith("(D = 0.004 at inference; the layer is flagged in training, its limit is 0.047.)")
+    assert verdict.message.endswith(
+        "(D = 0.004 at inference; the layer is flagged in training, where its limit is 0.047.)"
+    )
 
 
 def test_unless_another_share_is_surely_large() -> None:
@@ -46,7 +48,7 @@ def test_without_shares_it_is_blamed_only_where_no_data_would_do() -> None:
     few = replace(make_layer("few", train=off, eval=off, values_per_channel=16), shares=None)
     many = replace(make_layer("many", train=off, eval=off, values_per_channel=64), shares=None)
     found = run_rule("BN201", make_evidence(few, many))
-    reason = "the layer's mismatch could not be taken apart (it was not measured on the eval path)"
+    reason = "the layer's mismatch could not be decomposed (it was not measured at inference)"
     assert [verdict.outcome for verdict in found] == ["failed", "skipped"]
     assert (found[0].value, found[0].limit) == (mismatch_iid(16), LIMIT)
     assert found[1] == skipped("BN201", "many", reason)
@@ -70,4 +72,4 @@ def test_a_share_that_would_not_flag_the_layer_by_itself_is_not_blamed() -> None
     healthy = make_layer("bn", make_shares(small_batch=0.035))
     found = [run_rule("BN201", make_evidence(layer))[0] for layer in (within, beyond, healthy)]
     assert [verdict.outcome for verdict in found] == ["passed", "failed", "passed"]
-    assert found[2].message == "It makes up D = 0.035, and the layer is within its limit."
+    assert found[2].message == "This cause accounts for D = 0.035, and the layer is within its limit."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from bnprobe.diagnosis import EXPLAINS, ROOTS, diagnose, judge
+from bnprobe.analysis.diagnosis import diagnose, groups_of, judge
 from bnprobe.errors import UsageError
-from bnprobe.facts import Facts
 from bnprobe.records import Composition, Diagnosis, Domains, Layer, Shares
 from bnprobe.rules import RULES
+from bnprobe.rules.evidence import Facts
 from bnprobe.rules.selection import find_rule, model_rules, selected
 from bnprobe.spec import RuleExemption, RulesSpec
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares
@@ -17,12 +17,12 @@ ALIKE = Composition(0.4, 3.8, 1e-9)
 
 
 def diagnosed(facts: Facts, impacts: dict[str, float] | None = None, **rules: object) -> list[Diagnosis]:
-    """The diagnoses; the effect of several layers is the largest of theirs."""
+    """The diagnoses; the impact of a group is the largest of its layers'."""
     verdicts = judge(facts, RulesSpec(**rules))
     known = impacts or {}
-    return list(
-        diagnose(verdicts, facts, lambda layers: max((known[name] for name in layers if name in known), default=None))
-    )
+    groups = groups_of(verdicts, facts)
+    measured = {group: max((known[name] for name in group if name in known), default=None) for group in groups}
+    return list(diagnose(verdicts, facts, measured))
 
 
 def causes(diagnoses: list[Diagnosis]) -> list[tuple[str, tuple[str, ...]]]:
@@ -61,7 +61,7 @@ def test_rules_are_selected_by_code_or_prefix(
     ],
 )
 def test_an_unknown_code_names_the_nearest(rules: RulesSpec, nearest: str) -> None:
-    with pytest.raises(UsageError, match=f"nor one that begins so; the nearest code is {nearest}"):
+    with pytest.raises(UsageError, match=f"and no code begins with it; the nearest code is {nearest}"):
         judge(make_evidence(), rules)
 
 
@@ -141,10 +141,10 @@ def test_one_cause_is_said_once_and_the_worst_layer_named() -> None:
         layers=("a", "c"),
         impact=0.3,
         message=(
-            "2 of 3 layers: images in a batch are more alike than images drawn at random (sorted, or one source per"
-            " batch?). Worst is c: Two images of a batch correlate 0.40 (0 if drawn at random, 1 if the same), so that"
-            " a batch of 8 stands for 2.11 independent images; the chance of that with shuffled batches is less than 1"
-            " in 10,000. (D = 0.5 of 0.51, 99%; a layer may have 0.047 in all.)"
+            "2 of 3 layers: samples of a batch are more alike than samples drawn at random (sorted data, or one source"
+            " per batch?). Worst is c: Two samples of a batch have a correlation of 0.40 (0: i.i.d., 1: identical;"
+            " p < 0.0001), so a batch of 8 is worth 2.11 independent samples. (It accounts for D = 0.5 of 0.51, 99%;"
+            " the limit is 0.047.)"
         ),
         remedy=find_rule("BN202").remedy,
     )
@@ -153,7 +153,7 @@ def test_one_cause_is_said_once_and_the_worst_layer_named() -> None:
 def test_a_finding_about_the_model_has_no_layers() -> None:
     [found] = diagnosed(make_evidence(make_layer(), images=9, batch_size=8))
     assert (found.cause, found.layers, found.impact) == ("last_batch", (), None)
-    assert found.message.startswith("9 images in batches of 8 leave a last batch of one image")
+    assert found.message.startswith("9 samples in batches of 8 leave a last batch of one sample")
 
 
 # Folding
@@ -270,15 +270,24 @@ def test_what_is_exempted_explains_nothing() -> None:
     assert causes(diagnosed(lagging(momentum=0.99), exempt=(exempt,))) == [("lag", ("bn",))]
 
 
-def test_the_tables_have_no_circle() -> None:
+def test_rules_do_not_explain_each_other_in_a_circle() -> None:
     def reaches(cause: str, seen: tuple[str, ...] = ()) -> None:
         assert cause not in seen
-        for entry in EXPLAINS.get(cause, ()):
-            reaches(entry.by, (*seen, cause))
+        for link in find_rule(cause).follows_from:
+            reaches(link.cause, (*seen, cause))
 
     for rule in RULES:
         reaches(rule.cause)
-    assert "propagation" not in ROOTS
+        assert not (rule.follows_upstream and rule.upstream_order is not None)
+
+
+def test_the_groups_to_measure_are_those_of_the_diagnoses() -> None:
+    layers = [make_layer(name, make_shares(lag=0.5)) for name in "ab"]
+    facts = make_evidence(*layers, anatomy=[make_anatomy("a", dead=1), make_anatomy("b")], images=9, batch_size=8)
+    verdicts = judge(facts, RulesSpec())
+    assert groups_of(verdicts, facts) == (("a", "b"),)
+    assert {found.layers for found in diagnose(verdicts, facts)} == {("a", "b"), ()}
+    assert [found.impact for found in diagnose(verdicts, facts, {("a", "b"): 0.25, ("a",): 9.0})] == [0.25, None]
 
 
 # Ranking

@@ -1,4 +1,4 @@
-"""Where the mismatch of each layer comes from: evidence through the ladder of ``stats.ladder``."""
+"""Where the mismatch of each layer comes from, by the ladder of reference statistics in ``stats.ladder``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from bnprobe.stats.jackknife import jackknife
 from bnprobe.stats.ladder import BatchSums, Means
 
 FEWEST_GROUPS = 4
-"""Micro-batches that the pool must be able to make, for images drawn from it to say anything about composition."""
+"""The pool of samples must suffice for so many micro-batches, for random regrouping to say something."""
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """What is known of the causes of one layer's mismatch."""
+    """The decomposition of one layer's mismatch, as far as it is known."""
 
     shares: Shares | None = None
     intervals: ShareIntervals | None = None
@@ -34,9 +34,10 @@ class Attribution:
 
 
 def attribute(evidence: Evidence) -> dict[int, Attribution]:
-    """Take the eval-path mismatch of every layer apart that was measured on both paths.
+    """Decompose the eval-path mismatch of every layer that was measured on both paths.
 
-    Not of layers that correct themselves: what their limits leave is no quadratic form in the running statistics.
+    Layers that correct their mismatch themselves are left out: what remains after their limits is not a quadratic form
+    in the running statistics.
     """
     calls: dict[int, list[Slot]] = {}
     for slot in evidence.eval.moments:
@@ -52,7 +53,7 @@ def attribute(evidence: Evidence) -> dict[int, Attribution]:
 
 
 def model_shares(layers: Sequence[Shares]) -> Shares | None:
-    """Mean over layers; None for what some layer lacks."""
+    """Mean over layers; None for a share that is None in some layer."""
     if not layers:
         return None
     return Shares(
@@ -76,7 +77,7 @@ def _first_bad(evidence: Evidence, slot: Slot) -> list[int]:
 
 
 def _shares(evidence: Evidence, slots: list[Slot]) -> tuple[Shares | None, ShareIntervals | None]:
-    """None where figures grew beyond float64, on the eval path of a network whose running statistics let it."""
+    """The shares and their intervals; None where figures overflowed float64 on the eval path."""
     sums = _together(evidence.eval, slots)
     values = evidence.values[slots[0]]
     means, counts = sums.means(), sums.counts
@@ -84,7 +85,7 @@ def _shares(evidence: Evidence, slots: list[Slot]) -> tuple[Shares | None, Share
     steady = train if evidence.steady is None else _together(evidence.steady, slots).means()
     way, references, nearest = _references([train, steady, means], values)
     rungs = [ladder.mismatch(means, reference) for reference in (ladder.running(means), *references)]
-    alone = evidence.batch_size == 1  # one image per batch: there is nothing to compose
+    alone = evidence.batch_size == 1  # one sample per batch has no composition
     drawn = None if alone else _drawn(evidence, slots, means, counts)
     noise = 0.0 if drawn is None else drawn.chance
     floor = rungs[-1] if drawn is None else ladder.mismatch_drawn(means, drawn, values, way)
@@ -115,7 +116,7 @@ def _shares(evidence: Evidence, slots: list[Slot]) -> tuple[Shares | None, Share
 
 
 def _references(paths: list[Means], values: int) -> tuple[Tensor, list[ladder.Reference], int]:
-    """Settled statistics of each path, from the one on that explains the running statistics best.
+    """Settled statistics of each path, starting with the one that is nearest to the running statistics.
 
     Returns:
         The blend, the statistics, and the position of that path.
@@ -128,12 +129,12 @@ def _references(paths: list[Means], values: int) -> tuple[Tensor, list[ladder.Re
 
 
 def _together(path: PathEvidence, slots: list[Slot]) -> BatchSums:
-    """All calls of a layer: its running statistics see every one of them."""
+    """The sums of all calls of a layer, which share its running statistics."""
     return reduce(add, (path.moments[slot] for slot in slots if slot in path.moments))
 
 
 def _drawn(evidence: Evidence, slots: list[Slot], means: Means, counts: Tensor) -> ladder.Regrouped | None:
-    """Micro-batches drawn at random from the images of all calls; None where images are not known."""
+    """Micro-batches drawn at random from the samples of all calls; None where these are not known."""
     pools = [evidence.pool[slot] for slot in slots if slot in evidence.pool]
     if len(pools) < len(slots):
         return None
@@ -145,7 +146,7 @@ def _drawn(evidence: Evidence, slots: list[Slot], means: Means, counts: Tensor) 
 
 
 def _data_shift(evidence: Evidence, slots: list[Slot]) -> tuple[float | None, Interval | None]:
-    """The evaluation data as one batch against the training data, on the eval path."""
+    """The held-out data as one batch against the training data, on the eval path."""
     if evidence.evaluation is None or any(slot not in evidence.evaluation.path.moments for slot in slots):
         return None, None
     evaluation, training = _together(evidence.evaluation.path, slots), _together(evidence.eval, slots)
@@ -154,7 +155,7 @@ def _data_shift(evidence: Evidence, slots: list[Slot]) -> tuple[float | None, In
 
 
 def _compositions(evidence: Evidence, calls: dict[int, list[Slot]]) -> dict[int, Composition]:
-    """Per layer, from an analysis of variance of every call; p-values corrected over all channels of all layers."""
+    """By layer, from an analysis of variance of each call; p-values are corrected for all channels of all layers."""
     if evidence.batch_size < 2 or evidence.eval.batches < 2 or not evidence.pool:
         return {}
     from scipy.stats import false_discovery_control
@@ -179,7 +180,7 @@ def _compositions(evidence: Evidence, calls: dict[int, list[Slot]]) -> dict[int,
 
 
 def _domains(evidence: Evidence, slots: list[Slot]) -> Domains | None:
-    """How far the populations of a layer's calls are from that of all calls together."""
+    """How far the data of a layer's separate calls differs from that of all calls together."""
     if len(slots) < 2:
         return None
     sums = [evidence.eval.moments[slot] for slot in slots]

@@ -1,4 +1,4 @@
-"""From evidence to report: plain floats and strings, thresholds applied, nothing measured any more."""
+"""From what was measured to the layers and the summary of a report: thresholds, flags, notes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from bnprobe.attribution import Attribution, attribute, model_shares
+from bnprobe.analysis.decomposition import Attribution, attribute, model_shares
 from bnprobe.errors import NonFiniteError, NothingToProbeError
 from bnprobe.probing.evidence import CallSums, Evidence, PathEvidence, Sums, Values, merge_values
 from bnprobe.probing.intercept import Slot
@@ -32,7 +32,7 @@ from bnprobe.stats.uncertainty import mean_interval, standing
 
 @dataclass(frozen=True)
 class Findings:
-    """The part of a report that comes from the evidence."""
+    """The part of a report that follows from the evidence alone."""
 
     summary: Summary
     layers: tuple[Layer, ...]
@@ -40,10 +40,10 @@ class Findings:
 
 
 def assemble(evidence: Evidence, settings: ScanSettings) -> Findings:
-    """Judge every layer.
+    """The figures and flags of every layer, and the summary.
 
     Raises:
-        NonFiniteError: Activations on the train path were NaN or Inf; names the first layer.
+        NonFiniteError: The input of a layer was NaN or Inf in training; names the first layer.
         NothingToProbeError: No BN layer was called.
     """
     _require_finite(evidence)
@@ -51,8 +51,8 @@ def assemble(evidence: Evidence, settings: ScanSettings) -> Findings:
     selected = evidence.layers.selected
     if not called & {layer.index for layer in selected}:
         raise NothingToProbeError(
-            f"None of the model's BN layers ({len(selected)}) was called by the forward pass. If its parts are called"
-            " otherwise, add a function forward(model, batch) to the model file."
+            f"The forward pass called none of the BN layers (found: {len(selected)}). If the model is not called as"
+            " model(inputs), add a function forward(model, batch) to the model file."
         )
     found = attribute(evidence)
     layers = tuple(
@@ -78,7 +78,7 @@ def _summary(evidence: Evidence, layers: tuple[Layer, ...], skipped: tuple[Skipp
 
 
 def _gaps(evidence: Evidence) -> Iterator[Gap]:
-    """Loss and metric from training to held-out data, in steps."""
+    """The steps in loss and metric from training to held-out data."""
     scores = evidence.scores
     measures: tuple[Literal["loss", "metric"], ...] = ("loss", "metric")
     for measure in measures:
@@ -141,7 +141,7 @@ def _path(path: PathEvidence, index: int, slots: list[Slot], single: bool) -> Pa
 
 
 def _measurement(sums: Sums, calls: list[CallSums], single: bool) -> PathMeasurement:
-    """``single``: one value per channel, normalized to 0 whatever it is. No larger batch does that: n_eq is 1."""
+    """``single``: one value per channel, which is always normalized to 0; n_eq is then 1."""
     interval = mean_interval(sums.count, sums.total, sums.square)
     size = 1.0 if single else equivalent_batch_size(sums.mean)
     return PathMeasurement(
@@ -204,32 +204,32 @@ def _points(evidence: Evidence, first: Slot) -> Iterable[BatchSizePoint]:
 
 
 def _is_frozen(evidence: Evidence, layer: ProbedLayer) -> bool:
-    """Whether the model's own train() leaves the layer in eval mode: then both paths use the running statistics."""
+    """Whether model.train() leaves the layer in eval mode, so that both paths use the running statistics."""
     return layer.index not in evidence.by_batch["train"]
 
 
 def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | None:
     if layer.info.running_mean is None:
-        return "no running statistics (track_running_stats=False): the batch's are used at inference too"
+        return "no running statistics (track_running_stats=False): uses batch statistics at inference too"
     if layer.index in evidence.by_batch["eval"]:
-        return "normalizes with the statistics of the batch at inference too, although it keeps running ones"
+        return "uses batch statistics at inference too, although it has running statistics"
     if _is_frozen(evidence, layer):
         return "frozen: model.train() leaves it in eval mode, so both paths use the running statistics"
     if _overflows(evidence, slots):
-        return "NaN or Inf arrives here on the eval path: the running statistics of earlier layers let it grow"
+        return "its input is NaN or Inf on the eval path: values overflow with the running statistics of earlier layers"
     if layer.info.gate is not None:
         gate = float(layer.info.gate.mean())
-        return f"gated (mean gate {gate:.2f}): D is what its gates leave; r and d are unclipped"
+        return f"gated (mean gate {gate:.2f}): D is the mismatch that remains after the gates; r and d are not clipped"
     if layer.info.corrects:
         limits = f"r_max {layer.info.r_max:g}, d_max {layer.info.d_max:g}"
-        return f"Batch Renorm ({limits}): D is what its correction leaves; r and d are unclipped"
+        return f"Batch Renorm ({limits}): D is the mismatch that remains after its correction; r and d are not clipped"
     if evidence.values[slots[0]] == 1:
         return "one value per channel in a micro-batch: training raises an error at this batch size"
     return None
 
 
 def _silent(layer: ProbedLayer, evidence: Evidence) -> SkippedLayer:
-    """A layer of which nothing was recorded."""
+    """A layer for which nothing was recorded."""
     kind = type(layer.module).__name__
     if layer.index in evidence.entered:
         return SkippedLayer(layer.name, kind, "its forward does not call torch.nn.functional.batch_norm")
@@ -242,12 +242,12 @@ def _overflows(evidence: Evidence, slots: list[Slot]) -> bool:
 
 
 def _functional(evidence: Evidence) -> list[SkippedLayer]:
-    reason = "functional batch_norm outside any BN layer: its statistics belong to no layer that could be probed"
+    reason = "call of functional batch_norm outside of any BN layer: it has no layer to which its statistics belong"
     return [SkippedLayer(place, "batch_norm", reason) for place in sorted(evidence.functional)]
 
 
 def _require_finite(evidence: Evidence) -> None:
-    """The train path must be finite; on the eval path an overflow is a symptom, and a note says where it starts."""
+    """The train path must be finite; an overflow on the eval path is a symptom, and a note says where it starts."""
     bad = [(call.first_bad, slot) for slot, call in evidence.train.calls.items() if call.first_bad >= 0]
     if not bad:
         return
@@ -255,7 +255,7 @@ def _require_finite(evidence: Evidence) -> None:
     slot = next(slot for step, slot in bad if step == first_step)
     layer = evidence.layers.layers[slot[0]]
     raise NonFiniteError(
-        f"The input of {layer.name} ({type(layer.module).__name__}) holds NaN or Inf in training mode: it is the first"
-        f" of {len(bad)} such layers in network order. Look at what feeds it (weights that are not finite, an overflow"
-        " in half precision, a division by zero)."
+        f"The input of {layer.name} ({type(layer.module).__name__}) contains NaN or Inf in train mode. It is the first"
+        f" of {len(bad)} such layers in network order. Check what computes its input: weights that are not finite, an"
+        " overflow in half precision, a division by zero."
     )

@@ -1,4 +1,4 @@
-"""From the scores of the arms to a verdict: which control counts, what was gained, and what may be said of it."""
+"""Compare a repair with its control: which control counts, what was gained, and whether the gain is significant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bnprobe.records import Arm, Conclusion, Estimate, Proof, Run
 
 AS_IS, RECALIBRATED = "as is", "recalibrated"
 CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN recalibrated after"
-"""Names of the arms that are no repair. The last two are controls: plain BN, trained as the repair is."""
+"""Names of the arms without a repair. The last two are controls: plain BN, trained like the repair."""
 
 Measure = Literal["loss", "metric"]
 Goal = Literal["max", "min"]
@@ -21,7 +21,7 @@ Goal = Literal["max", "min"]
 def estimate(values: Sequence[float | None]) -> Estimate | None:
     """Mean and 95% interval by Student's t over independent values; None if a value is missing.
 
-    Values that are all the same give no interval: counts of a few images often are, which tells nothing of chance.
+    Values that are all the same give no interval: scores on few samples often are, and then say nothing about chance.
     """
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
@@ -41,7 +41,7 @@ def make_arm(name: str, runs: Sequence[Run], trained: bool) -> Arm:
 
 
 def control_of(arms: Mapping[str, Arm], measure: Measure, goal: Goal) -> Arm | None:
-    """The better of the controls: what a repair must be better than. None if nothing was trained."""
+    """The better one of the controls, which a repair must beat. None if nothing was trained."""
     controls = [arms[name] for name in (CONTROL, CONTROL_RECALIBRATED) if name in arms]
     scored = [arm for arm in controls if getattr(arm, measure) is not None]
     sign = 1.0 if goal == "max" else -1.0
@@ -49,7 +49,7 @@ def control_of(arms: Mapping[str, Arm], measure: Measure, goal: Goal) -> Arm | N
 
 
 def gain_over(repaired: Arm, control: Arm, measure: Measure, goal: Goal) -> Estimate | None:
-    """Repaired minus control, run by run of the same seed, signed so that more is better."""
+    """Repaired minus control, for pairs of runs with the same seed; positive is better."""
     sign = 1.0 if goal == "max" else -1.0
     pairs = zip(repaired.runs, control.runs, strict=True)
     scores = [(getattr(one.score, measure), getattr(other.score, measure)) for one, other in pairs]
@@ -59,9 +59,12 @@ def gain_over(repaired: Arm, control: Arm, measure: Measure, goal: Goal) -> Esti
 def conclude(
     arms: Mapping[str, Arm], repaired: Arm, control: Arm | None, gain: Estimate | None, measure: Measure
 ) -> tuple[Conclusion, str]:
-    """The verdict, and a sentence or two."""
+    """The conclusion, and a sentence or two that explain it."""
     if control is None:
-        return "not_compared", "Nothing was trained, so there is no control: add --finetune to prove a gain."
+        return (
+            "not_compared",
+            "Nothing was trained, so there is no control. Add --finetune to measure a gain.",
+        )
     for arm in (repaired, control):
         note = next((run.note for run in arm.runs if run.ending == "diverged"), None)
         if note is not None:
@@ -71,48 +74,47 @@ def conclude(
     listed = ", ".join(f"{name} {value.mean:.3g}" for name, value in means.items() if value is not None)
     conclusion, sentence = _judge(gain, control, len(repaired.runs))
     start = [arm.name for arm in (repaired, control) if all(run.best_step == 0 for run in arm.runs)]
-    stood = f" No step of {' or '.join(start)} was better than the start." if start else ""
+    stood = f" {' and '.join(start)}: no training step improved on the start." if start else ""
     return conclusion, f"Held-out {measure}: {listed}. {sentence}{stood}"
 
 
 def _judge(gain: Estimate | None, control: Arm, runs: int) -> tuple[Conclusion, str]:
     if gain is None:
-        return "not_compared", "A score is not finite, so that they cannot be compared."
+        return "not_compared", "A score is not finite, so the arms cannot be compared."
     if gain.interval is None:
         return _single(gain.mean, control, runs)
     low, high = gain.interval
     interval = f"95% interval {low:+.2g} to {gain.mean if high is None else high:+.2g}"
     if high is None or low <= 0 <= high:
-        more = "More runs (--seeds) would tell whether there is one."
-        alone = f"{control.name} does as well." if gain.mean <= 0 else more
-        return "same", f"No gain over {control.name} is shown ({gain.mean:+.2g}, {interval}). {alone}"
+        more = "" if gain.mean <= 0 else " More runs (--seeds) could show whether there is one."
+        return "same", f"The gain over {control.name} is not significant ({gain.mean:+.2g}, {interval}).{more}"
     word: Conclusion = "better" if gain.mean > 0 else "worse"
-    return word, f"The repair is {word} than {control.name}, by {abs(gain.mean):.2g} ({interval})."
+    return word, f"The repair is significantly {word} than {control.name}, by {abs(gain.mean):.2g} ({interval})."
 
 
 def _single(gain: float, control: Arm, runs: int) -> tuple[Conclusion, str]:
-    """Without an interval: one run, or runs that all differ alike."""
+    """The conclusion without an interval: from one run, or runs that all differ by the same."""
     if gain == 0:
-        return "same", f"{control.name} does as well; more runs (--seeds) would say how sure that is."
+        return "same", f"{control.name} scores the same. More runs (--seeds) would show how certain that is."
     if runs > 1:
         return "undecided", (
-            f"All runs differ from {control.name} by the same {gain:+.2g}: the held-out images, or the runs, are too"
-            " few to tell chance by."
+            f"All runs differ from {control.name} by the same {gain:+.2g}: there are too few held-out samples, or runs,"
+            " to estimate the influence of chance."
         )
     direction = "ahead of" if gain > 0 else "behind"
     return "undecided", (
-        f"The repair is {direction} {control.name}, but one run of each does not tell a gain from chance:"
-        " add --seeds 5."
+        f"The repair is {direction} {control.name}, but one run of each cannot distinguish a gain from chance. Add"
+        " --seeds 5."
     )
 
 
 def remarks(to: str, flagged: int | None, proof: Proof) -> Iterator[str]:
-    """What the reader of a proof should know beside it, a sentence each."""
+    """What else the reader of a comparison should know, a sentence each."""
     arm = next(arm for arm in proof.arms if arm.name == proof.repaired)
     if arm.trained and arm.runs[0].best_step == 0:
-        yield "No step was better than the start: the weights written are those that training began with."
+        yield "No training step improved on the start: the weights written are those that training began with."
     if to == "batch-renorm" and flagged == 0:
         yield (
-            "Within its limits Batch Renorm agrees with inference by construction: that nothing is flagged any more"
-            " says that r and d are within them, and the arms say what it is worth."
+            "Within its limits Batch Renorm has no mismatch by construction. That no layer is flagged any more only"
+            " shows that r and d are within the limits; the comparison shows what it is worth."
         )

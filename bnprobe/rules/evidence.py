@@ -8,13 +8,13 @@ from typing import Literal
 
 from bnprobe.records import Layer, Scan
 
-Need = Literal["model", "data", "evaluation data", "training steps", "gradients", "several processes"]
-"""What a rule needs beyond the model file; a rule whose need is not met is skipped with a reason."""
+Need = Literal["model", "data", "held-out data", "training steps", "gradients", "several processes"]
+"""What a rule needs; a rule whose need is not met is skipped with a reason."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a layer is set to and holds, from the model alone.
+    """The settings and contents of a layer, from the model alone.
 
     Attributes:
         name: As in ``records.Layer``.
@@ -23,13 +23,13 @@ class Anatomy:
         momentum: Weight of the new batch; None: cumulative average.
         batches_tracked: None if not counted.
         has_running_statistics: False for track_running_stats=False.
-        trains_statistics: After ``model.train()`` the layer is in train mode: its running statistics move.
+        trains_statistics: After ``model.train()`` the layer is in train mode: its running statistics are updated.
         trains_affine: Weight or bias has requires_grad; None if the layer has neither.
         untouched: The running statistics are those of a new layer: mean 0 and variance 1 everywhere.
-        non_finite: Values of the running statistics that are NaN or Inf.
-        negative: Values of the running variance below 0.
-        dead: Channels whose running variance is below eps: eps decides what they give.
-        median_variance: Median of the running variance over channels; None without, or where not finite.
+        non_finite: Number of values of the running statistics that are NaN or Inf.
+        negative: Number of values of the running variance below 0.
+        dead: Number of channels whose running variance is below eps.
+        median_variance: Median of the running variance over channels; None without one, or where it is not finite.
         dropouts_before: Names of random layers that are active in training and defined before this one.
     """
 
@@ -53,16 +53,16 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that rules may look at.
+    """Everything that rules may look at.
 
     Attributes:
         anatomy: Of every probed layer, in network order.
         layers: What was measured, by name; empty without data (``bnprobe lint``).
         scan: None without data.
-        images: Images in the data, where known.
+        images: Number of samples in the training data, where known.
         drop_last: Whether the loader drops a partial last batch; None: not known.
-        evaluation: Whether evaluation data was measured.
-        processes: Processes that took part.
+        evaluation: Whether held-out data was measured.
+        processes: Number of processes that took part.
         rank_mismatch: Mismatch D between the running statistics of the two processes that differ most, by layer; empty
             where they were not compared.
     """

@@ -1,0 +1,1 @@
+"""From numbers to findings: thresholds, causes, ranking. Nothing here runs the model."""

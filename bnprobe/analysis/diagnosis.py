@@ -1,0 +1,234 @@
+"""Select and run the rules, join their verdicts into diagnoses, and rank these.
+
+A cause that follows from another one, on the same layer or in an earlier layer, is not a diagnosis of its own. Which
+causes follow from which is declared by the rules.
+
+Ranking: errors before warnings before information; within these, first what stops training; then by the effect on the
+output, not by the number of layers. Where a layer has several causes, the effect measured for it belongs to all of
+them: a diagnosis gets the fraction that its causes have in the layers' mismatch D, as a square root, since the effect
+on the output grows with the root of D. The effects are measured by the caller, for the groups of layers that
+``groups_of`` names: nothing here runs the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from bnprobe.records import EXEMPT, Cause, Diagnosis, Layer, Severity, Verdict
+from bnprobe.rules import RULES, Rule
+from bnprobe.rules.evidence import Facts
+from bnprobe.rules.interface import Link
+from bnprobe.rules.selection import fits, selected
+from bnprobe.rules.shares import SHARES
+from bnprobe.spec import RuleExemption, RulesSpec, matches_any
+
+Group = tuple[str, ...]
+"""Names of the layers of one diagnosis, in network order."""
+
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
+
+_ADDING = (*SHARES, "data_shift")
+"""The shares that measured causes have in a layer's mismatch."""
+
+_Key = tuple[str, str | None]
+"""Rule and layer."""
+
+
+def judge(facts: Facts, rules: RulesSpec, among: Iterable[Rule] = RULES) -> tuple[Verdict, ...]:
+    """Every verdict of the selected rules, in the order of the rules, with the layers' places in the code.
+
+    Raises:
+        UsageError: A code or prefix fits no rule.
+    """
+    places = {anatomy.name: anatomy.location for anatomy in facts.anatomy}
+    verdicts = (verdict for rule in selected(rules, among) for verdict in rule.judge(facts))
+    placed = (replace(verdict, location=places.get(verdict.layer or "")) for verdict in verdicts)
+    return tuple(_exempted(verdict, rules.exempt, facts) for verdict in placed)
+
+
+def groups_of(verdicts: Iterable[Verdict], facts: Facts) -> tuple[Group, ...]:
+    """The groups of layers whose joint effect on the output ``diagnose`` ranks by.
+
+    Args:
+        verdicts: Of any rules.
+        facts: What they were judged on.
+    """
+    return tuple(dict.fromkeys(finding.layers for finding in _joined(verdicts, facts) if finding.layers))
+
+
+def diagnose(
+    verdicts: Iterable[Verdict], facts: Facts, impacts: Mapping[Group, float | None] | None = None
+) -> tuple[Diagnosis, ...]:
+    """Join the failed verdicts of each rule, fold what follows from other causes into these, and rank.
+
+    Args:
+        verdicts: Of any rules.
+        facts: What they were judged on.
+        impacts: Relative change of the outputs if the layers of a group use batch statistics, for the groups of
+            ``groups_of``; a group that is missing or None was not measured.
+
+    Returns:
+        The worst first. A cause that follows from others on every layer is only named among their consequences; where
+        it stands on its own on some layers, its diagnosis is about these.
+    """
+    known = impacts or {}
+    made = [finding.ranked(known.get(finding.layers)) for finding in _joined(verdicts, facts)]
+    return tuple(diagnosis for _, diagnosis in sorted(made, key=lambda pair: pair[0]))
+
+
+def _exempted(verdict: Verdict, exemptions: Sequence[RuleExemption], facts: Facts) -> Verdict:
+    """The verdict, skipped with the user's reason where one is given for its layer."""
+    layer = facts.layers.get(verdict.layer or "")
+    names = (verdict.layer or "", *(layer.aliases if layer else ()))
+    for exemption in exemptions:
+        if matches_any(exemption.layers, names) and fits(verdict.rule, exemption.rules):
+            message = f"{EXEMPT}{exemption.reason.rstrip('.')}."
+            return replace(verdict, outcome="skipped", message=message, remedy="", reason=exemption.reason)
+    return verdict
+
+
+def _joined(verdicts: Iterable[Verdict], facts: Facts) -> list[_Finding]:
+    """For each rule its failed verdicts that nothing explains, and those that follow from them."""
+    order = {anatomy.name: position for position, anatomy in enumerate(facts.anatomy)}
+    for name in facts.layers:
+        order.setdefault(name, len(order))
+    failed = [verdict for verdict in verdicts if verdict.outcome == "failed"]
+    reasons = {_key(verdict): _reason(verdict, failed, facts, order) for verdict in failed}
+    own: dict[str, list[Verdict]] = defaultdict(list)
+    folded: dict[str, list[Verdict]] = defaultdict(list)
+    for verdict in failed:
+        key = _key(verdict)
+        root = _root(key, reasons)
+        (own if root == key else folded)[root[0]].append(verdict)
+    return [_Finding(own[rule], folded[rule], facts, order) for rule in own]
+
+
+def _root(key: _Key, reasons: Mapping[_Key, Verdict | None]) -> _Key:
+    """The verdict at the end of the chain of reasons; where rules explain each other in a circle, each stands alone."""
+    current, seen = key, {key}
+    while (reason := reasons[current]) is not None:
+        current = _key(reason)
+        if current in seen:
+            return key
+        seen.add(current)
+    return current
+
+
+def _reason(verdict: Verdict, failed: Sequence[Verdict], facts: Facts, order: Mapping[str, int]) -> Verdict | None:
+    """The failed verdict that explains another; None if it stands on its own."""
+    if verdict.layer is None:
+        return None
+    rule = RULES[verdict.rule]
+    if rule.follows_upstream:
+        return _upstream(verdict, failed, order)
+    layer = facts.layers.get(verdict.layer)
+    causes = [link.cause for link in _explanations(rule) if layer is None or link.holds(layer)]
+    here = [other for other in failed if other.layer == verdict.layer and other.cause in causes]
+    return min(here, key=lambda other: causes.index(other.cause), default=None)
+
+
+def _explanations(rule: Rule) -> list[Link]:
+    """What may explain a finding of a rule on the same layer, the first to count first."""
+    others = [(other.cause, link) for other in RULES for link in other.explains]
+    return [*rule.follows_from, *(replace(link, cause=cause) for cause, link in others if link.cause == rule.cause)]
+
+
+def _upstream(verdict: Verdict, failed: Sequence[Verdict], order: Mapping[str, int]) -> Verdict | None:
+    """The root cause in an earlier layer with the largest share of that layer's mismatch; else the first one."""
+    here = order.get(verdict.layer or "", 0)
+    roots = [
+        (-_share(other), place, other)
+        for other in failed
+        if (place := RULES[other.rule].upstream_order) is not None
+        and other.layer is not None
+        and order.get(other.layer, here) < here
+    ]
+    return min(roots, key=lambda root: root[:2], default=(0.0, 0, None))[2]
+
+
+def _share(verdict: Verdict) -> float:
+    """The share that a verdict is about; 0 for those that are about something else."""
+    return verdict.value or 0.0 if verdict.cause in SHARES else 0.0
+
+
+def _key(verdict: Verdict) -> _Key:
+    return verdict.rule, verdict.layer
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """Failed verdicts of one rule, and those of others that follow from them."""
+
+    own: Sequence[Verdict]
+    folded: Sequence[Verdict]
+    facts: Facts
+    order: Mapping[str, int]
+
+    @property
+    def layers(self) -> Group:
+        return tuple(sorted({verdict.layer for verdict in self.own if verdict.layer}, key=self._position))
+
+    def ranked(self, impact: float | None) -> tuple[tuple[float, ...], Diagnosis]:
+        """The diagnosis, and what to sort it by."""
+        severity = min((verdict.severity for verdict in (*self.own, *self.folded)), key=SEVERITIES.index)
+        worst = min(self.own, key=self._mildness)
+        rule, fraction = RULES[worst.rule], self._fraction()
+        effect = math.inf if impact is None else -impact * fraction
+        diagnosis = Diagnosis(
+            cause=worst.cause,
+            rule=worst.rule,
+            severity=severity,
+            layers=self.layers,
+            impact=impact if rule.reports_impact else None,
+            message=self._message(rule, worst),
+            remedy=worst.remedy,
+            consequences=self._consequences(),
+        )
+        blocking = 0.0 if rule.stops_training else 1.0
+        place = float(RULES.names().index(rule.code))
+        return (SEVERITIES.index(severity), blocking, effect, -fraction, place), diagnosis
+
+    def _position(self, layer: str) -> int:
+        return self.order.get(layer, len(self.order))
+
+    def _mildness(self, verdict: Verdict) -> tuple[int, float, int]:
+        """Smallest for the verdict that is furthest beyond its limit, on whichever side that is."""
+        beyond = 0.0
+        if verdict.value and verdict.limit and verdict.value / verdict.limit > 0:
+            beyond = abs(math.log(verdict.value / verdict.limit))
+        elif verdict.value is not None and not verdict.limit:
+            beyond = verdict.value
+        return SEVERITIES.index(verdict.severity), -beyond, self._position(verdict.layer or "")
+
+    def _message(self, rule: Rule, worst: Verdict) -> str:
+        layers = self.layers
+        if len(layers) < 2:
+            return f"{layers[0]}: {worst.message}" if layers else worst.message
+        every = max(len(self.facts.anatomy), len(self.facts.layers), len(layers))
+        return f"{len(layers)} of {every} layers: {rule.finding}. Worst is {worst.layer}: {worst.message}"
+
+    def _consequences(self) -> tuple[str, ...]:
+        counts: dict[Cause, int] = defaultdict(int)
+        for verdict in self.folded:
+            counts[verdict.cause] += 1
+        return tuple(f"{cause} in {number} layer{'' if number == 1 else 's'}" for cause, number in counts.items())
+
+    def _fraction(self) -> float:
+        """Root of the fraction of these causes in the layers' mismatch, mean over layers; 1 where it is not known."""
+        layers = self.layers
+        causes = {verdict.cause for verdict in (*self.own, *self.folded) if verdict.layer in layers}
+        known = [self.facts.layers[name] for name in layers if name in self.facts.layers]
+        fractions = [part for layer in known if (part := _fraction_of(layer, causes)) is not None]
+        return sum(map(math.sqrt, fractions)) / len(fractions) if fractions else 1.0
+
+
+def _fraction_of(layer: Layer, causes: set[Cause]) -> float | None:
+    """The fraction of causes in what adds to the mismatch of a layer; None without shares, or for other causes."""
+    if layer.shares is None or not causes & set(_ADDING):
+        return None
+    shares = {cause: max(getattr(layer.shares, cause) or 0.0, 0.0) for cause in _ADDING}
+    total = sum(shares.values())
+    return sum(value for cause, value in shares.items() if cause in causes) / total if total > 0 else None
