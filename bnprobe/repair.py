@@ -23,13 +23,12 @@ from bnprobe.probing.drive import Progress
 from bnprobe.proof import OnStep, best_candidate, prove
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
+from bnprobe.repair_targets import AUTO, TARGETS
 from bnprobe.repairs import (
-    REPAIRS,
     deployable_state,
     left_out,
     on_host,
     plan,
-    repair_named,
     wanted_by_globs,
     wanted_from_report,
 )
@@ -93,7 +92,7 @@ def plan_spec(spec: Spec, progress: Progress = no_progress) -> Plan:
             workload = load_workload(spec)
             require_unwrapped(workload.notes)
             plans = _plans(spec, workload.model, whole(scan_workload(workload, spec.settings(), progress)))
-    return plans[0] if spec.repair.to != "auto" else replace(plans[0], to="auto")
+    return plans[0] if spec.repair.to != AUTO else replace(plans[0], to=AUTO)
 
 
 def repair_spec(
@@ -113,8 +112,8 @@ def repair_spec(
     """
     for text in spec.repair.require:
         parse_requirement(text)
-    if spec.repair.to == "auto" and not wish.finetune:
-        raise UsageError("--to auto chooses by training every candidate for a while: add --finetune, or name a repair.")
+    if spec.repair.to == AUTO and not wish.finetune:
+        raise UsageError("--to auto chooses by training every target for a while: add --finetune, or name a target.")
     with preserved_random_state():
         seed_everything(spec.data.seed)
         workload = load_workload(spec)
@@ -168,12 +167,12 @@ def _require_nothing_refused(made: Plan) -> None:
 
 
 def _plans(spec: Spec, model: nn.Module, before: Report | None) -> list[Plan]:
-    """What would be changed; for "auto" a plan for each repair that changes something."""
+    """What would be changed; for "auto" a plan for each target that changes something."""
     wanted, source = _wanted(spec, model, before)
-    if spec.repair.to != "auto":
+    if spec.repair.to != AUTO:
         return [plan(model, wanted, spec.repair.to, source)]
     several = launched().size > 1
-    plans = [plan(model, wanted, repair.name, source) for repair in REPAIRS if several or repair.name != "sync"]
+    plans = [plan(model, wanted, target.name, source) for target in TARGETS if several or not target.needs_processes]
     return [each for each in plans if each.changes] or plans[:1]
 
 
@@ -248,7 +247,7 @@ def _second_scan(
 
     A converted layer that a scan skips counts as fine only if its training and inference agree by construction.
     """
-    agrees = repair_named(made.to).agrees
+    agrees = TARGETS[made.to].agrees
     free = spec.scan.model_copy(update={"what_if": False, "train_steps": None, "gradients": False})
     settings = spec.model_copy(update={"scan": free}).settings()
     seed_everything(spec.data.seed)

@@ -8,6 +8,9 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from bnprobe.repair_targets import AUTO, DEFAULT_TARGET, TARGETS, nearest_target
 
 DEFAULT_THRESHOLD = 32.0
 """Equivalent batch size under which a layer is flagged (DESIGN section 1)."""
@@ -224,28 +227,39 @@ class RenormSpec(_Section):
     momentum: Annotated[float, Field(gt=0, le=1)] | None = 0.01
 
 
-RepairName = Literal["batch-renorm", "frozen", "group-norm", "sync", "instance-renorm", "gated", "auto"]
-"""What a layer can be converted to; "auto": what does best."""
+def _known_target(name: str) -> str:
+    """Check the name of a repair target: one of ``TARGETS``, or "auto"."""
+    if name == AUTO or name in TARGETS:
+        return name
+    known = ", ".join((*TARGETS.names(), AUTO))
+    raise PydanticCustomError(
+        "unknown_target", "one of {known} (the nearest is {nearest})", {"known": known, "nearest": nearest_target(name)}
+    )
+
+
+RepairName = Annotated[str, AfterValidator(_known_target)]
 
 
 class RepairSpec(_Section):
     """What ``bnprobe convert`` changes, and what it must prove.
 
     Attributes:
-        to: What the layers become; "auto": the candidate that does best on a small budget.
+        to: What the layers become, a name of ``bnprobe.repair_targets.TARGETS``; "auto": the target that does best in
+            a short training run.
         layers: Globs of layer names; none: the layers that the scan or ``report`` flags.
         report: A saved JSON report that says which layers are flagged, in place of a scan.
         recalibrate: Begin with recalibrated running statistics.
-        groups: Most groups of group norm; a layer gets the largest divisor of its channels up to that which leaves two
-            channels in a group.
-        blend: Weight of the batch statistics at the start, for gated and instance-renorm layers.
+        groups: Group norm: the largest number of groups. A layer gets the largest divisor of its channels up to this
+            that leaves two channels in a group.
+        blend: Gated layers: initial weight of the batch statistics. Instance renorm: weight of the sample's own
+            statistics.
         renorm: Limits of Batch Renorm.
         seeds: Runs of every arm, with seeds that count up from the spec's.
         require: What must hold of the repaired model, e.g. "metric>=0.97"; see ``bnprobe.requirement``.
         goal: Whether a larger or a smaller metric is better.
     """
 
-    to: RepairName = "batch-renorm"
+    to: RepairName = DEFAULT_TARGET
     layers: Globs = ()
     report: str | None = None
     recalibrate: bool = True

@@ -9,6 +9,7 @@ from typing import Literal
 from scipy import stats
 
 from bnprobe.records import Arm, Conclusion, Estimate, Proof, Run
+from bnprobe.repair_targets import TARGETS
 
 AS_IS, RECALIBRATED = "as is", "recalibrated"
 CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN recalibrated after"
@@ -113,8 +114,6 @@ def remarks(to: str, flagged: int | None, proof: Proof) -> Iterator[str]:
     arm = next(arm for arm in proof.arms if arm.name == proof.repaired)
     if arm.trained and arm.runs[0].best_step == 0:
         yield "No training step improved on the start: the weights written are those that training began with."
-    if to == "batch-renorm" and flagged == 0:
-        yield (
-            "Within its limits Batch Renorm has no mismatch by construction. That no layer is flagged any more only"
-            " shows that r and d are within the limits; the comparison shows what it is worth."
-        )
+    remark = TARGETS[to].unflagged_remark
+    if remark and flagged == 0:
+        yield remark

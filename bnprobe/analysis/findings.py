@@ -217,12 +217,9 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
         return "frozen: model.train() leaves it in eval mode, so both paths use the running statistics"
     if _overflows(evidence, slots):
         return "its input is NaN or Inf on the eval path: values overflow with the running statistics of earlier layers"
-    if layer.info.gate is not None:
-        gate = float(layer.info.gate.mean())
-        return f"gated (mean gate {gate:.2f}): D is the mismatch that remains after the gates; r and d are not clipped"
-    if layer.info.corrects:
-        limits = f"r_max {layer.info.r_max:g}, d_max {layer.info.d_max:g}"
-        return f"Batch Renorm ({limits}): D is the mismatch that remains after its correction; r and d are not clipped"
+    note = layer.family.note(layer.info)
+    if note is not None:
+        return note
     if evidence.values[slots[0]] == 1:
         return "one value per channel in a micro-batch: training raises an error at this batch size"
     return None
@@ -232,7 +229,8 @@ def _silent(layer: ProbedLayer, evidence: Evidence) -> SkippedLayer:
     """A layer for which nothing was recorded."""
     kind = type(layer.module).__name__
     if layer.index in evidence.entered:
-        return SkippedLayer(layer.name, kind, "its forward does not call torch.nn.functional.batch_norm")
+        functions = " or ".join(f"{each.__module__}.{each.__qualname__}" for each in layer.family.functionals)
+        return SkippedLayer(layer.name, kind, f"its forward does not call {functions}")
     return SkippedLayer(layer.name, kind, "never called by the forward pass")
 
 

@@ -10,7 +10,7 @@ import typer
 import typer.core
 
 import bnprobe
-from bnprobe.cli.convert import convert
+from bnprobe.cli.convert import ConvertCommand, convert
 from bnprobe.cli.explain import explain
 from bnprobe.cli.export import export
 from bnprobe.cli.init import init
@@ -54,7 +54,7 @@ app = typer.Typer(
 app.command()(scan)
 app.command(cls=SweepCommand)(sweep)
 app.command()(lint)
-app.command()(convert)
+app.command(cls=ConvertCommand)(convert)
 app.command()(recalibrate)
 app.command()(verify)
 app.command()(export)

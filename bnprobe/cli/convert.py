@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from bnprobe.cli import options
 from bnprobe.cli.processes import is_main
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
+from bnprobe.repair_targets import AUTO, DEFAULT_TARGET, TARGETS
 
 if TYPE_CHECKING:
     from bnprobe.cli.artifacts import Artifacts
@@ -24,16 +26,17 @@ if TYPE_CHECKING:
 REPAIR, TRAINING, PROOF = "Repair", "Fine-tuning", "Proof"
 
 
-class RepairName(str, enum.Enum):
-    """What layers can become."""
+class ConvertCommand(typer.core.TyperCommand):
+    """Lists the repair targets in its help, those that other packages add included."""
 
-    batch_renorm = "batch-renorm"
-    frozen = "frozen"
-    group_norm = "group-norm"
-    sync = "sync"
-    instance_renorm = "instance-renorm"
-    gated = "gated"
-    auto = "auto"
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        names = [f"{name} (default)" if name == DEFAULT_TARGET else name for name in TARGETS.names()]
+        option = next(each for each in self.params if isinstance(each, typer.core.TyperOption) and each.name == "to")
+        option.help = f"{', '.join(names)}; {AUTO}: the one that does best in a short training run."
+        super().format_help(ctx, formatter)  # prints
+        typer.echo(" In training, converted layers normalize with (*: does not deploy as plain BN):\n")
+        for each in TARGETS:
+            typer.echo(f"   {each.name:<16} {each.summary}{'' if each.deploys else ' *'}")
 
 
 class Goal(str, enum.Enum):
@@ -50,13 +53,8 @@ def convert(
     batch_size: options.BatchSize = None,
     seed: options.Seed = None,
     to: Annotated[
-        RepairName | None,
-        options.option(
-            REPAIR,
-            "--to",
-            "batch-renorm (default), frozen, group-norm, sync, instance-renorm, gated; auto: what does best.",
-            "NAME",
-        ),
+        str | None,
+        options.option(REPAIR, "--to", "What the layers become.", "NAME"),  # the help lists the targets, see above
     ] = None,
     layers: Annotated[
         list[str] | None,

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.errors import NonFiniteError, NothingToProbeError
-from bnprobe.norms import NORMS, NormFamily, NormInfo
-from bnprobe.norms.lookalikes import lookalike_reason
+from bnprobe.norms import NormFamily, NormInfo, family_of, lookalike_reason
 from bnprobe.records import SkippedLayer
 from bnprobe.spec import ScanSettings, matches_any
 
@@ -63,7 +62,7 @@ def find_layers(model: nn.Module, is_selected: Callable[..., bool]) -> LayerSet:
     layers: list[ProbedLayer] = []
     skipped: list[SkippedLayer] = []
     for names, module in _named_once(model):
-        family = next((family for family in NORMS if family.matches(module)), None)
+        family = family_of(module)
         reason = family.obstacle(module) if family else lookalike_reason(module)
         if reason:
             skipped.append(SkippedLayer(names[0], type(module).__name__, reason))

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from bnprobe.numbers import count
 from bnprobe.records import LayerChange, Plan
+from bnprobe.repair_targets import AUTO
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.page import ARROW, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Layout, Names, table
@@ -21,7 +22,6 @@ MOST_LAYERS = 25
 _LEAST_NAME, _LEAST_REASON = 20, 28
 _ONLY_PLANNED = ("--dry-run", "--check")
 _OUTPUT = ("--output", "-o")
-_AUTO = "auto"
 
 
 def render(plan: Plan, options: RenderOptions) -> str:
@@ -66,7 +66,7 @@ def _headline(plan: Plan, page: Page) -> list[Text]:
         return page.heading(f"No layer can be converted to {plan.to}; the layers were chosen by {plan.source}.")
     if not number:
         return page.heading(f"Nothing to convert: {plan.source} chose no layer.")
-    to = "whatever scores best (--to auto)" if plan.to == _AUTO else plan.to
+    to = "whatever scores best (--to auto)" if plan.to == AUTO else plan.to
     return page.heading(
         f"{number} of {count(total, 'normalization layer')} would become {to}, chosen by {plan.source}."
     )
@@ -79,8 +79,8 @@ def _changes(plan: Plan, page: Page, show_all: bool) -> list[Text]:
         return []
     shown = changes if show_all else changes[:MOST_LAYERS]
     found, reasons = kinds(changes), {change.reason for change in changes}
-    classes = [_class(change) if len(found) > 1 and plan.to != _AUTO else "" for change in shown]
-    lines = [] if len(found) > 1 or plan.to == _AUTO else page.paragraph(f"Class: {found[0][0]}", first="  ")
+    classes = [_class(change) if len(found) > 1 and plan.to != AUTO else "" for change in shown]
+    lines = [] if len(found) > 1 or plan.to == AUTO else page.paragraph(f"Class: {found[0][0]}", first="  ")
     lines += [] if len(reasons) > 1 else page.paragraph(f"Why: {changes[0].reason}", first="  ")
     lines += _rows(shown, classes, [change.reason if len(reasons) > 1 else "" for change in shown], page)
     if len(shown) < len(changes):

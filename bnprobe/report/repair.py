@@ -14,6 +14,7 @@ from rich.text import Text
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, percent
 from bnprobe.records import Arm, Conclusion, Ending, Plan, Proof, RepairRecord, Report, RequirementResult, Run
+from bnprobe.repair_targets import TARGETS
 from bnprobe.report import figures
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.json import dump
@@ -362,7 +363,6 @@ def _capitalized(text: str) -> str:
 _DIGEST_SHOWN = 16
 _INDENT = "  "
 _NAMES_WRITTEN_OUT = 3
-_SETTINGS = {"group-norm": "groups", "instance-renorm": "blend"}
 
 
 def _usage(record: RepairRecord, files: Files, page: Page) -> list[Text]:
@@ -408,14 +408,20 @@ def _python(record: RepairRecord, weights: str, files: Files) -> list[str]:
     else:
         imports = ["import bnprobe", *imports]
         names = [f"layers = [{', '.join(_quoted(change.name) for change in plan.changes)}]"]
-    return [*imports, *names, f"model = bnprobe.convert(model, layers, to={_quoted(plan.to)}{_option(record)})", *load]
+    return [
+        *imports,
+        *names,
+        f"model = bnprobe.convert(model, layers, to={_quoted(plan.to)}{_settings(record)})",
+        *load,
+    ]
 
 
-def _option(record: RepairRecord) -> str:
-    """The setting of the converted layers that their weights do not hold."""
+def _settings(record: RepairRecord) -> str:
+    """The settings of the converted layers, which their weights do not hold."""
     given: dict[str, Any] = record.settings.get("repair") or {}
-    name = _SETTINGS.get(record.plan.to if record.plan else "")
-    return f", {name}={given[name]}" if name in given else ""
+    to = record.plan.to if record.plan else ""
+    names = TARGETS[to].settings if to in TARGETS else ()  # of a package that is not installed here
+    return "".join(f", {name}={given[name]}" for name in names if name in given)
 
 
 def _quoted(text: str) -> str:

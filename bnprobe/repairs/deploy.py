@@ -9,34 +9,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.errors import RepairError
-from bnprobe.nn.gated import plain_state
-from bnprobe.nn.instance_renorm import InstanceRenorm
-
-
-def on_host(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state with memory of their own on the CPU, as weights files want them."""
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def left_out(model: nn.Module) -> list[str]:
-    """A sentence where a model's state holds what a weights file cannot."""
-    names = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
-    if not names:
-        return []
-    return [
-        f"The weights lack what is no tensor in the model's state ({', '.join(names)}): load them with strict=False,"
-        " and that from your own checkpoint."
-    ]
 
 
 def deployable_state(converted: nn.Module, original: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of a converted model as the original, with plain BN, loads it strictly.
+    """The state_dict of a converted model for the original model with plain BN, which loads it strictly.
 
-    With it, the original gives at inference what the converted model gives.
+    The original with these weights gives the same output at inference as the converted model.
 
     Args:
-        converted: Made of ``original``, and perhaps trained.
+        converted: Made from ``original`` by ``bnprobe.convert``, perhaps trained since.
         original: The model before; it is not changed.
 
     Raises:
@@ -46,22 +27,48 @@ def deployable_state(converted: nn.Module, original: nn.Module) -> dict[str, Ten
     for name, layer in original.named_modules(remove_duplicate=False):
         if isinstance(layer, _BatchNorm) and name in here:
             _require_same_inference(name or "The model", here[name], layer)
-    state, expected = plain_state(converted), original.state_dict()
+    state, expected = _without_training_only(converted), original.state_dict()
     _require_same_keys(state, expected)
+    return state
+
+
+def on_host(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Copies of a state's tensors on the CPU, each with memory of its own, as weights files need them."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """A sentence if a model's state holds something that a weights file cannot."""
+    names = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if not names:
+        return []
+    return [
+        f"The weights file lacks the entries of the model's state that are not tensors ({', '.join(names)}): load it"
+        " with strict=False, and take these entries from your own checkpoint."
+    ]
+
+
+def _without_training_only(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict without what layers name in ``training_only``, such as the gates of gated BN."""
+    state = dict(model.state_dict())
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key in getattr(module, "training_only", ()):
+            state.pop(f"{name}.{key}".removeprefix("."), None)
     return state
 
 
 def _require_same_inference(name: str, converted: nn.Module, original: _BatchNorm) -> None:
     kind = type(converted).__name__
+    reason: str | None
     if not isinstance(converted, _BatchNorm):
         reason = f"is {kind}, which normalizes otherwise than BN at inference"
-    elif isinstance(converted, InstanceRenorm) and converted.blend > 0:
-        reason = f"is {kind} with blend {converted.blend:g}: only at 0 is it BN at inference"
     elif converted.eps != original.eps:
         reason = f"has eps {converted.eps:g}, and {original.eps:g} in the original"
     else:
-        return
-    raise RepairError(f"{name} {reason}. These weights are for the converted model alone, not for the original.")
+        reason = getattr(converted, "deployment_obstacle", None)
+    if reason:
+        raise RepairError(f"{name} {reason}. These weights are for the converted model alone, not for the original.")
 
 
 def _require_same_keys(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
