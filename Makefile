@@ -44,9 +44,8 @@ bench: $(READY) ## run the benchmarks (minutes; see benchmarks/README.md)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group bench
 	$(BIN)/python -m benchmarks
 
-schema: $(READY) ## rewrite the JSON schemas of the report and of the record of a repair
-	$(BIN)/python -m bnprobe.reports.schema report > bnprobe/reports/report.schema.json
-	$(BIN)/python -m bnprobe.reports.schema record > bnprobe/reports/record.schema.json
+schema: $(READY) ## rewrite the JSON schemas of reports, records of repairs and sweeps
+	$(BIN)/python -c "from bnprobe.report.json import write_schemas; write_schemas()"
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,8 +35,7 @@ from bnprobe.probing.preserve import untouched
 from bnprobe.probing.runner import Runner, UserFunctions
 from bnprobe.probing.trainsteps import OptimizerFactory
 from bnprobe.randomness import preserved_random_state, seed_everything
-from bnprobe.records import SCHEMA_VERSION, Report, Tool
-from bnprobe.reports.lint import LintReport
+from bnprobe.records import SCHEMA_VERSION, LintReport, Report, Tool
 from bnprobe.rules.evidence import Facts
 from bnprobe.rules.selection import model_rules
 from bnprobe.spec import ScanSettings, Spec
@@ -73,7 +72,7 @@ def scan(
         **settings: Any field of ``bnprobe.spec.ScanSettings`` but ``batches``: max_batches, seed, device, ...
 
     Returns:
-        The report; ``bnprobe.reports.FORMATS`` renders it.
+        The report; ``bnprobe.report.render`` writes it as text.
 
     Raises:
         BnprobeError: See ``bnprobe.errors`` for the tree; its ``report`` holds what was measured before.

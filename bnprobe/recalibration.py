@@ -17,6 +17,7 @@ from bnprobe.errors import NonFiniteError, NothingToProbeError, RepairError, Usa
 from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import unwrapped
 from bnprobe.loading.spread import spread
+from bnprobe.numbers import listed
 from bnprobe.probing.drive import Progress, no_progress
 from bnprobe.probing.forward import forward_all
 from bnprobe.probing.interrupts import deferred_interrupts
@@ -26,7 +27,6 @@ from bnprobe.probing.reread import Reread
 from bnprobe.probing.runner import Runner, UserFunctions
 from bnprobe.probing.settle import Settled, settle_by_batch, settle_by_layer
 from bnprobe.randomness import seed_everything
-from bnprobe.reports.figures import listed
 from bnprobe.spec import ScanSettings, matches_any
 from bnprobe.specfile import settings_from
 from bnprobe.usercode import BatchFunction

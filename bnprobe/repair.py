@@ -32,7 +32,7 @@ from bnprobe.repairs import (
     wanted_by_globs,
     wanted_from_report,
 )
-from bnprobe.reports.json import load as load_report
+from bnprobe.report.json import load_report
 from bnprobe.requirement import check, parse_requirement
 from bnprobe.spec import Spec
 from bnprobe.subject import Subject, make_subject, require_measurable, require_trainable, require_unwrapped

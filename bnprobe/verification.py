@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnprobe.errors import UsageError
+from bnprobe.numbers import listed
 from bnprobe.records import Layer, LayerComparison, Report, Verification
-from bnprobe.reports.figures import listed
 
 OUTPUT_SLACK = 1.1
 """A distance of the outputs up to so many times the one before counts as no more: both are of a sample of batches."""

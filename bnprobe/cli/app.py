@@ -15,6 +15,7 @@ from bnprobe.cli.explain import explain
 from bnprobe.cli.export import export
 from bnprobe.cli.init import init
 from bnprobe.cli.lint import lint
+from bnprobe.cli.options import name_formats
 from bnprobe.cli.processes import Ends, refuse_together, run_together, several_processes
 from bnprobe.cli.recalibrate import recalibrate
 from bnprobe.cli.scan import scan
@@ -29,6 +30,7 @@ class _Commands(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
         refuse_together(name)
+        name_formats(command)
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:

@@ -15,9 +15,8 @@ from bnprobe.errors import OutputError, UsageError
 from bnprobe.files import has_mark, not_own, require_new, require_writable, write_all
 from bnprobe.loading.keys import CONVERTED
 from bnprobe.records import RepairRecord, Report
-from bnprobe.reports.json import render as report_json
-from bnprobe.reports.repair import record_json
-from bnprobe.reports.usage import Files
+from bnprobe.report.json import dump
+from bnprobe.report.repair import Files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,9 +92,9 @@ class Artifacts:
         self.check(resume=True)
         content = save(weights, _mark(record))
         record = replace(record, weights=str(self.weights), weights_sha256=hashlib.sha256(content).hexdigest())
-        contents: dict[Path, bytes | str] = {self.weights: content, self.record: record_json(record)}
+        contents: dict[Path, bytes | str] = {self.weights: content, self.record: dump(record)}
         reports = {self.before: before, self.after: after}
-        contents |= {path: report_json(report) for path, report in reports.items() if report is not None}
+        contents |= {path: dump(report) for path, report in reports.items() if report is not None}
         state = StateFolder(self.state)
         if self._trains and state.log.exists():
             contents[self.log] = state.log.read_bytes()

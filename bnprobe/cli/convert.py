@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bnprobe.cli.artifacts import Artifacts
     from bnprobe.records import RepairRecord
     from bnprobe.repair import Repaired
-    from bnprobe.reports import RenderOptions
+    from bnprobe.report import Renderer
     from bnprobe.spec import Spec
 
 REPAIR, TRAINING, PROOF = "Repair", "Fine-tuning", "Proof"
@@ -119,7 +119,7 @@ def convert(
         ),
     ] = None,
     force: Annotated[bool, options.option(options.REPORT, "--force", "Replace outputs that exist.")] = False,
-    format_: options.ReportFormat = options.Format.terminal,
+    format_: options.ReportFormat = options.TERMINAL,
     show_all: options.ShowAll = False,
 ) -> None:
     """Convert the layers that a scan flags, fine-tune, prove the gain against plain BN, and write weights that deploy.
@@ -127,6 +127,9 @@ def convert(
     Exit codes: 0 repaired, or nothing to repair; 1 --check found layers, a requirement does not hold, or training
     diverged; 2 error in usage, spec or your code; 3 nothing could be probed, or training was stopped.
     """
+    from bnprobe.records import Plan
+    from bnprobe.report import renderer
+    from bnprobe.report.repair import RepairReport
     from bnprobe.specfile import build_spec
 
     given = options.overrides(context)
@@ -136,13 +139,14 @@ def convert(
         _refuse_untrained(steps=steps, epochs=epochs, lr=rate, seeds=seeds, goal=goal, resume=resume)
     spec = _with_rate(_with_length(build_spec(target, given), steps, epochs), rate)
     if check or dry_run:
+        render = renderer(format_, Plan)
         option = "--check" if check else "--dry-run"
         _refuse_beside(option, finetune=finetune, output=output, resume=resume, require=require, force=force)
-        raise typer.Exit(_show_plan(spec, check, format_.value, show_all))
+        raise typer.Exit(_show_plan(spec, check, render, show_all))
     if output is None:
         raise UsageError("convert writes weights: give -o FILE.safetensors, or --dry-run or --check to see the plan.")
     wanted = _Wanted(output, finetune, resume, force)
-    raise typer.Exit(_repair(spec, wanted, format_.value, show_all))
+    raise typer.Exit(_repair(spec, wanted, renderer(format_, RepairReport), show_all))
 
 
 def _refuse_untrained(**options: Any) -> None:
@@ -183,28 +187,27 @@ def _refuse_beside(option: str, **others: Any) -> None:
             raise UsageError(f"{option} only says what would change, so --{name} has no use beside it: leave one out.")
 
 
-def _show_plan(spec: Spec, check: bool, format_: str, show_all: bool) -> int:
+def _show_plan(spec: Spec, check: bool, render: Renderer, show_all: bool) -> int:
     """Print the plan; the exit code."""
     from bnprobe.cli.progress import progress_bar
     from bnprobe.cli.scan import share_processors
     from bnprobe.cli.write import deliver
-    from bnprobe.reports.plan import plan_json, render_plan
 
     share_processors()
     with progress_bar() as show:
         from bnprobe.repair import plan_spec  # seconds of torch: only once the options are known to be right
 
         plan = plan_spec(spec, show)
-    deliver(lambda given: plan_json(plan) if format_ == "json" else render_plan(plan, given), None, show_all, "")
+    deliver(plan, render, show_all=show_all)
     return EXIT_FINDINGS if check and (plan.changes or plan.refused) else EXIT_CLEAN
 
 
-def _repair(spec: Spec, wanted: _Wanted, format_: str, show_all: bool) -> int:
+def _repair(spec: Spec, wanted: _Wanted, render: Renderer, show_all: bool) -> int:
     """Repair, write and print; the exit code."""
     from bnprobe.cli.artifacts import Artifacts
     from bnprobe.cli.scan import share_processors
     from bnprobe.cli.write import deliver
-    from bnprobe.reports.repair import record_json, render_record
+    from bnprobe.report.repair import RepairReport
     from bnprobe.requirement import parse_requirement
 
     for text in spec.repair.require:
@@ -219,13 +222,7 @@ def _repair(spec: Spec, wanted: _Wanted, format_: str, show_all: bool) -> int:
         return EXIT_CLEAN
     record = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
     files = artifacts.files(repaired.before, repaired.after)
-
-    def render(given: RenderOptions) -> str:
-        if format_ == "json":
-            return record_json(record)
-        return render_record(record, repaired.before, repaired.after, given, files)
-
-    deliver(render, None, show_all, "")
+    deliver(RepairReport(record, repaired.before, repaired.after, files), render, show_all=show_all)
     return EXIT_CLEAN if is_proven(record) else EXIT_FINDINGS
 
 

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from bnprobe.reports.layout import Page
+    from bnprobe.report.page import Page
     from bnprobe.rules import Rule
 
 
@@ -22,17 +22,17 @@ def explain(
 ) -> None:
     """Print the manual of a rule: what it checks, why it matters, an example, the remedy, references."""
     from bnprobe.cli.write import deliver
-    from bnprobe.reports import RenderOptions
-    from bnprobe.reports.layout import MINIMUM_WIDTH, Page, to_string
+    from bnprobe.report import RenderOptions
+    from bnprobe.report.page import Page, to_string
     from bnprobe.rules.selection import find_rule
 
     rule = None if code is None else find_rule(code)
 
-    def render(options: RenderOptions) -> str:
-        page = Page(max(options.width, MINIMUM_WIDTH), options.unicode)
-        return to_string(_table(page) if rule is None else _manual(rule, page), options.color)
+    def render(rule: Rule | None, options: RenderOptions) -> str:
+        page = Page.of(options)
+        return to_string([list(_table(page) if rule is None else _manual(rule, page))], options.color)
 
-    deliver(render, None, False, "")
+    deliver(rule, render)
 
 
 def _table(page: Page) -> Iterator[Text]:

@@ -58,6 +58,7 @@ def export(
         ),
     ] = None,
     force: Annotated[bool, options.option(options.REPORT, "--force", "Replace an output that exists.")] = False,
+    format_: options.ReportFormat = options.TERMINAL,
 ) -> None:
     """Export a model for inference, and check that the file gives the model's outputs, at other batch sizes too.
 
@@ -66,8 +67,11 @@ def export(
     """
     from bnprobe.cli.write import deliver
     from bnprobe.files import require_new, write_all
+    from bnprobe.records import ExportReport
+    from bnprobe.report import renderer
     from bnprobe.specfile import build_spec
 
+    render = renderer(format_, ExportReport)
     given = options.overrides(context)
     spec = build_spec(target, given)
     path = output or _default(spec, to)
@@ -76,9 +80,17 @@ def export(
     agrees = exported.relative <= tolerance
     if agrees:
         write_all({path: exported.content}, force)
-    from bnprobe.exporting.render import render
-
-    deliver(lambda given: render(exported, tolerance, str(path) if agrees else None, given), None, False, "")
+    report = ExportReport(
+        format=exported.format,
+        model=exported.model,
+        checkpoint=exported.checkpoint,
+        output=str(path) if agrees else None,
+        tolerance=tolerance,
+        differences=exported.differences,
+        quantization=exported.quantization,
+        notes=exported.notes,
+    )
+    deliver(report, render)
     raise typer.Exit(EXIT_CLEAN if agrees else EXIT_FINDINGS)
 
 

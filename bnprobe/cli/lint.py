@@ -17,7 +17,7 @@ def lint(
     unsafe_load: options.UnsafeLoad = False,
     select: options.Select = None,
     ignore: options.Ignore = None,
-    format_: options.ReportFormat = options.Format.terminal,
+    format_: options.ReportFormat = options.TERMINAL,
     output: options.Output = None,
     show_all: Annotated[bool, options.option(options.REPORT, "--all", "List every layer of a finding.")] = False,
     exit_zero: options.ExitZero = False,
@@ -27,10 +27,13 @@ def lint(
     Exit codes: 0 clean, 1 findings, 2 error in usage, spec or your code, 3 no BN layer.
     """
     from bnprobe.cli.write import check_writable, deliver
-    from bnprobe.reports.lint import FORMATS, summary
+    from bnprobe.records import LintReport
+    from bnprobe.report import renderer
+    from bnprobe.report.lint import one_line
     from bnprobe.rules.selection import model_rules
     from bnprobe.specfile import build_spec
 
+    render = renderer(format_, LintReport)
     check_writable(output)
     given = options.overrides(context)
     spec = build_spec(target, given)
@@ -38,5 +41,5 @@ def lint(
     from bnprobe.pipeline import lint_spec
 
     report = lint_spec(spec)
-    deliver(lambda given: FORMATS[format_.value](report, given), output, show_all, summary(report))
+    deliver(report, render, output, show_all, one_line(report))
     raise typer.Exit(EXIT_FINDINGS if report.has_findings and not exit_zero else EXIT_CLEAN)

@@ -5,7 +5,6 @@ An option that sets a field of the spec says which beside its declaration (``Set
 
 from __future__ import annotations
 
-import enum
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +13,30 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from bnprobe.errors import UsageError
 
-class Format(str, enum.Enum):
-    """Names of the report formats."""
 
-    terminal = "terminal"
-    json = "json"
+def format_name(name: str) -> str:
+    """The name of a report format, as ``--format`` takes it.
+
+    Raises:
+        typer.BadParameter: There is no such format.
+    """
+    from bnprobe.report import FORMATS
+
+    try:
+        return FORMATS[name].name
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def name_formats(command: Any) -> None:
+    """Name the report formats in the help of a command; the table is read when the command is known, not before."""
+    for parameter in command.params:
+        if parameter.name == "format_":
+            from bnprobe.report import FORMATS
+
+            parameter.metavar = "|".join(FORMATS.names())
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,9 @@ def codes(given: list[str]) -> list[str]:
     """Codes of rules: ``BN101,BN2`` is as good as the option given twice."""
     return [code.strip() for item in given for code in item.split(",") if code.strip()]
 
+
+TERMINAL = "terminal"
+"""The format of a report unless another is asked for."""
 
 MODEL, DATA, RUN, JUDGE, REPORT = "Model", "Data", "Measurement", "Judgement", "Report"
 
@@ -133,7 +153,10 @@ Ignore = Annotated[
     option(JUDGE, "--ignore", "No rule of this code or prefix; repeatable.", "CODE"),
     Sets("rules.ignore", codes),
 ]
-ReportFormat = Annotated[Format, option(REPORT, "--format", "terminal or json.", "NAME")]
+ReportFormat = Annotated[
+    str,
+    typer.Option("--format", help="Format of the report.", rich_help_panel=REPORT, parser=format_name),
+]
 Output = Annotated[Path | None, option(REPORT, "--output", "Write the report to FILE, whole or not at all.", "FILE")]
 ShowAll = Annotated[bool, option(REPORT, "--all", "Show every layer of a large network.")]
 ExitZero = Annotated[bool, option(REPORT, "--exit-zero", "Exit 0 where findings would exit 1.")]

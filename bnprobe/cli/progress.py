@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from bnprobe.records import TrainingStep
-from bnprobe.reports import figures
-from bnprobe.reports.glyphs import clean
+from bnprobe.report import figures
+from bnprobe.report.page import clean
 
 _SMOOTHING = 0.1
 """Weight of the newest loss in the one that is shown."""

@@ -12,7 +12,6 @@ from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS
 
 if TYPE_CHECKING:
     from bnprobe.renewal import Renewed
-    from bnprobe.reports import RenderOptions
     from bnprobe.spec import Spec
 
 RECALIBRATION = "Recalibration"
@@ -67,7 +66,7 @@ def recalibrate(
     select: options.Select = None,
     ignore: options.Ignore = None,
     force: Annotated[bool, options.option(options.REPORT, "--force", "Replace outputs that exist.")] = False,
-    format_: options.ReportFormat = options.Format.terminal,
+    format_: options.ReportFormat = options.TERMINAL,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
@@ -79,11 +78,12 @@ def recalibrate(
     from bnprobe.cli.artifacts import Artifacts
     from bnprobe.cli.scan import has_findings
     from bnprobe.cli.write import deliver
-    from bnprobe.reports.repair import record_json, render_record
-    from bnprobe.reports.usage import Files
+    from bnprobe.report import renderer
+    from bnprobe.report.repair import RepairReport
     from bnprobe.rules.selection import selected
     from bnprobe.specfile import build_spec
 
+    render = renderer(format_, RepairReport)
     artifacts = Artifacts(output, force)
     artifacts.check()
     given = options.overrides(context)
@@ -91,15 +91,8 @@ def recalibrate(
     selected(spec.rules)  # a code that is wrong is said before torch is imported
     renewed = _recalibrate(spec, path, tuple(layers or ()), batches)
     record = artifacts.write(renewed.record, renewed.weights, renewed.before, renewed.after)
-
-    def render(given: RenderOptions) -> str:
-        if format_ is options.Format.json:
-            return record_json(record)
-        before = None if renewed.before is None else str(artifacts.before)
-        files = Files(str(artifacts.record), before, str(artifacts.after))
-        return render_record(record, renewed.before, renewed.after, given, files)
-
-    deliver(render, None, show_all, "")
+    files = artifacts.files(renewed.before, renewed.after)
+    deliver(RepairReport(record, renewed.before, renewed.after, files), render, show_all=show_all)
     flagged = has_findings(renewed.after, spec.rules)
     raise typer.Exit(EXIT_FINDINGS if flagged and not exit_zero else EXIT_CLEAN)
 

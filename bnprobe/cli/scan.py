@@ -58,7 +58,7 @@ def scan(
     exclude: options.Exclude = None,
     select: options.Select = None,
     ignore: options.Ignore = None,
-    format_: options.ReportFormat = options.Format.terminal,
+    format_: options.ReportFormat = options.TERMINAL,
     output: options.Output = None,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
@@ -67,10 +67,14 @@ def scan(
 
     Exit codes: 0 clean, 1 findings, 2 error in usage, spec or your code, 3 nothing could be probed.
     """
-    from bnprobe.cli.write import check_writable, write_report
+    from bnprobe.cli.write import check_writable, deliver
+    from bnprobe.records import Report
+    from bnprobe.report import renderer
+    from bnprobe.report.scan import one_line
     from bnprobe.rules.selection import selected
     from bnprobe.specfile import build_spec
 
+    render = renderer(format_, Report)
     if is_main():
         check_writable(output)
     given = options.overrides(context)
@@ -80,10 +84,10 @@ def scan(
         report = _measure(spec)
     except BnprobeError as error:
         if error.report is not None and is_main():
-            write_report(error.report, format_.value, output, show_all)
+            deliver(error.report, render, output, show_all, one_line(error.report))
         raise
     if is_main():
-        write_report(report, format_.value, output, show_all)
+        deliver(report, render, output, show_all, one_line(report))
     raise typer.Exit(EXIT_FINDINGS if has_findings(report, spec.rules) and not exit_zero else EXIT_CLEAN)
 
 

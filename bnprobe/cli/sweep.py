@@ -78,7 +78,7 @@ def sweep(
     threshold: options.Threshold = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
-    format_: options.ReportFormat = options.Format.terminal,
+    format_: options.ReportFormat = options.TERMINAL,
     output: options.Output = None,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
@@ -88,13 +88,16 @@ def sweep(
     Exit codes: 0 clean at the scanned batch size, 1 findings, 2 error in usage, spec or your code, 3 nothing to probe.
     """
     from bnprobe.cli.write import check_writable, deliver
-    from bnprobe.reports.sweep import SWEEP_FORMATS, one_line
+    from bnprobe.records import SweepReport
+    from bnprobe.report import renderer
+    from bnprobe.report.sweep import one_line
     from bnprobe.specfile import build_spec
 
     sizes = _sizes("--train-sizes", train_sizes)
     rates = _rates(momentum)
     if momentum is None and (shift is not None or scale is not None):
         raise UsageError("--shift and --scale change what --momentum replays: give --momentum too.")
+    render = renderer(format_, SweepReport)
     check_writable(output)
     spec = build_spec(
         target,
@@ -102,8 +105,7 @@ def sweep(
     )
     replayed = {"rates": rates, "shift": shift, "scale": scale}
     report = _measure(spec, sizes, None if momentum is None else replayed)
-    render = SWEEP_FORMATS[format_.value]
-    deliver(lambda given: render(report, given), output, show_all, one_line(report))
+    deliver(report, render, output, show_all, one_line(report))
     findings = any(layer.flagged for layer in report.layers) and not exit_zero
     raise typer.Exit(EXIT_FINDINGS if findings else EXIT_CLEAN)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def verify(
     before: Annotated[Path, typer.Argument(help="JSON report of a scan of the model as it was.", metavar="BEFORE")],
     after: Annotated[Path, typer.Argument(help="JSON report of a scan of the repaired model.", metavar="AFTER")],
-    format_: options.ReportFormat = options.Format.terminal,
+    format_: options.ReportFormat = options.TERMINAL,
     output: options.Output = None,
     show_all: options.ShowAll = False,
 ) -> None:
@@ -27,12 +27,15 @@ def verify(
     report, or the reports are of different models.
     """
     from bnprobe.cli.write import check_writable, deliver
-    from bnprobe.reports.verification import FORMATS, one_line
+    from bnprobe.records import Verification
+    from bnprobe.report import renderer
+    from bnprobe.report.verify import one_line
     from bnprobe.verification import verify as compare
 
+    render = renderer(format_, Verification)
     check_writable(output)
     found = compare(_read(before), _read(after))
-    deliver(lambda given: FORMATS[format_.value](found, given), output, show_all, one_line(found))
+    deliver(found, render, output, show_all, one_line(found))
     raise typer.Exit(EXIT_CLEAN if found.passed else EXIT_FINDINGS)
 
 
@@ -42,7 +45,7 @@ def _read(path: Path) -> Report:
     Raises:
         UsageError: It cannot be read, or is none; says which file.
     """
-    from bnprobe.reports.json import load
+    from bnprobe.report.json import load_report
     from bnprobe.targets import nearest_file
 
     try:
@@ -54,6 +57,6 @@ def _read(path: Path) -> Report:
     except OSError as error:
         raise UsageError(f"The report {path} could not be read: {error.strerror}.") from None
     try:
-        return load(text)
+        return load_report(text)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None

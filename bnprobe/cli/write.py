@@ -6,14 +6,11 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from bnprobe.errors import OutputError
 from bnprobe.files import require_writable, write_whole
-from bnprobe.records import Report
-from bnprobe.reports import FORMATS, RenderOptions
-from bnprobe.reports.figures import count
+from bnprobe.report import Renderer, RenderOptions
 
 
 def check_writable(output: Path | None) -> None:
@@ -26,21 +23,14 @@ def check_writable(output: Path | None) -> None:
         require_writable(output)
 
 
-def write_report(report: Report, format_: str, output: Path | None, show_all: bool) -> None:
-    """Render the report; to ``output`` if given, else to stdout."""
-    partial = f"PARTIAL, {report.scan.stopped}: " if report.scan.partial else ""
-    layers = count(report.summary.layers, "layer")
-    cause = f" ({report.diagnoses[0].cause.replace('_', ' ')} first)" if report.diagnoses else ""
-    summary = f"{partial}{report.summary.flagged} of {layers} flagged{cause}"
-    deliver(lambda options: FORMATS[format_](report, options), output, show_all, summary)
-
-
-def deliver(render: Callable[[RenderOptions], str], output: Path | None, show_all: bool, summary: str) -> None:
-    """Write what is rendered to ``output`` if given, and the summary to stderr; else to stdout."""
+def deliver(
+    document: object, render: Renderer, output: Path | None = None, show_all: bool = False, summary: str = ""
+) -> None:
+    """Write a document, as it is rendered, to ``output`` if given, and the summary to stderr; else to stdout."""
     if output is None:
-        _print(render(_terminal_options(show_all)))
+        _print(render(document, _terminal_options(show_all)))
         return
-    write_whole(output, render(RenderOptions(show_all=show_all, command=typed_command())))
+    write_whole(output, render(document, RenderOptions(show_all=show_all, command=typed_command())))
     print(f"{summary}; report written to {output}", file=sys.stderr)
 
 

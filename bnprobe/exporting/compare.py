@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnprobe.probing.batches import tensors_of
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of outputs of one batch.
-
-    Attributes:
-        images: In the batch.
-        absolute: Largest absolute difference; infinite where shapes differ, or one is NaN and the other is not.
-        relative: Of each tensor the largest absolute difference over its own largest value; the largest of these.
-    """
-
-    images: int
-    absolute: float
-    relative: float
+from bnprobe.records import Difference
 
 
 def difference(expected: Any, found: Any, images: int) -> Difference:

@@ -16,7 +16,7 @@ from torch import nn
 
 from bnprobe.errors import RepairError, UsageError, UserCodeError
 from bnprobe.exporting.arguments import arguments_of, shapes_of
-from bnprobe.exporting.compare import Difference, difference
+from bnprobe.exporting.compare import difference
 from bnprobe.exporting.exporters import EXPORTERS
 from bnprobe.exporting.interface import Arguments, Exporter, Run, Written, is_installed, root_cause
 from bnprobe.exporting.quantize import quantized
@@ -25,6 +25,7 @@ from bnprobe.probing.batches import CannotEmulateError, check_finite, count_imag
 from bnprobe.probing.forward import default_forward, forward_all
 from bnprobe.probing.population import pick
 from bnprobe.randomness import preserved_random_state, seed_everything
+from bnprobe.records import Difference
 from bnprobe.spec import Spec
 
 BATCHES = 3

@@ -1,49 +1,18 @@
-"""What a scan and a sweep return: frozen records, no logic.
+"""What the commands return: frozen records without logic, one module for each kind of document.
 
-The field names are those of the JSON report (``schema_version`` 1). A figure that does not exist (an
-unbounded interval end, an eval path that overflowed) is None, never NaN.
+The field names are those of the JSON documents (``schema_version`` 1). A figure that does not exist (an interval
+without an upper end, an eval path that overflowed) is None, never NaN.
 """
 
 from __future__ import annotations
 
-from bnprobe.records.basics import (
-    EXEMPT,
-    SCHEMA_VERSION,
-    Cause,
-    Interval,
-    Outcome,
-    Severity,
-    StopReason,
-)
-from bnprobe.records.findings import (
-    Diagnosis,
-    Remedy,
-    Score,
-    Verdict,
-)
-from bnprobe.records.layers import (
-    Backward,
-    Composition,
-    Domains,
-    Impact,
-    Layer,
-    ShareIntervals,
-    Shares,
-    SkippedLayer,
-    Updates,
-)
-from bnprobe.records.measurements import (
-    BatchSizePoint,
-    CallMeasurement,
-    Distribution,
-    Histogram,
-    PathMeasurement,
-)
-from bnprobe.records.repairs import (
+from bnprobe.records.repair import (
     Arm,
     Conclusion,
+    Difference,
     Ending,
     Estimate,
+    ExportReport,
     LayerChange,
     LayerComparison,
     Plan,
@@ -55,23 +24,48 @@ from bnprobe.records.repairs import (
     TrainingStep,
     Verification,
 )
-from bnprobe.records.report import (
-    Report,
-)
-from bnprobe.records.scans import (
+from bnprobe.records.scan import (
+    EXEMPT,
+    SCHEMA_VERSION,
+    Backward,
+    BatchSizePoint,
+    CallMeasurement,
+    Cause,
+    Composition,
+    Diagnosis,
+    Distribution,
+    Domains,
     Environment,
     ExtraPass,
     Gap,
     GradientAngle,
+    Histogram,
+    Impact,
+    Interval,
+    Layer,
+    LintReport,
+    Outcome,
     Output,
+    PathMeasurement,
     PathValues,
     Pool,
+    Record,
+    Remedy,
+    Report,
     Scan,
+    Score,
     SelfCheck,
+    Severity,
+    ShareIntervals,
+    Shares,
+    SkippedLayer,
+    StopReason,
     Summary,
     Tool,
+    Updates,
+    Verdict,
 )
-from bnprobe.records.sweeps import (
+from bnprobe.records.sweep import (
     BestRates,
     MomentumCurve,
     MomentumPoint,
@@ -95,11 +89,13 @@ __all__ = [
     "Composition",
     "Conclusion",
     "Diagnosis",
+    "Difference",
     "Distribution",
     "Domains",
     "Ending",
     "Environment",
     "Estimate",
+    "ExportReport",
     "ExtraPass",
     "Gap",
     "GradientAngle",
@@ -109,6 +105,7 @@ __all__ = [
     "Layer",
     "LayerChange",
     "LayerComparison",
+    "LintReport",
     "MomentumCurve",
     "MomentumPoint",
     "MomentumSweep",
@@ -119,6 +116,7 @@ __all__ = [
     "Plan",
     "Pool",
     "Proof",
+    "Record",
     "Refusal",
     "Remedy",
     "RepairRecord",

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from bnprobe.errors import OutputError, StateError, UsageError
 from bnprobe.files import OwnFolder, has_mark, not_own, write_whole
-from bnprobe.records import Score
-from bnprobe.records.repairs import Run
+from bnprobe.records import Run, Score
 from bnprobe.training.log import event_folder
 
 _FINGERPRINT, _LOG = "fingerprint.json", "log.csv"

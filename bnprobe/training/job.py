@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from bnprobe.distributed import World
 from bnprobe.errors import UsageError
 from bnprobe.loading.data import BatchSource
-from bnprobe.records import Score
-from bnprobe.records.repairs import Ending
+from bnprobe.records import Ending, Score
 from bnprobe.spec import RenormSpec, TrainSpec
 from bnprobe.training.feed import steps_per_epoch
 from bnprobe.usercode import BatchFunction

@@ -11,7 +11,7 @@ from typing import Any
 
 from bnprobe.errors import OutputError
 from bnprobe.files import OwnFolder, write_whole
-from bnprobe.records.repairs import TrainingStep
+from bnprobe.records import TrainingStep
 
 COLUMNS: dict[str, Callable[[TrainingStep], Any]] = {
     "arm": lambda step: step.arm,

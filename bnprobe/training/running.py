@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from bnprobe.distributed import World
 from bnprobe.errors import StateError
 from bnprobe.nn.batch_renorm import BatchRenormBase, RenormSchedule
-from bnprobe.records import Score
-from bnprobe.records.repairs import Ending, TrainingStep
+from bnprobe.records import Ending, Score, TrainingStep
 from bnprobe.spec import RenormSpec
 from bnprobe.training.clipped import ClippedAtEnd, Fractions
 from bnprobe.training.divergence import DivergenceGuard, first_non_finite

@@ -15,7 +15,7 @@ from bnprobe.nn.batch_renorm import watch_clipping
 from bnprobe.probing.forward import model_code
 from bnprobe.probing.losses import held_in_eval
 from bnprobe.randomness import preserved_random_state, seed_everything
-from bnprobe.records.repairs import TrainingStep
+from bnprobe.records import TrainingStep
 from bnprobe.training.evaluate import preserved_training_flags
 from bnprobe.training.job import Job, Outcome, check, length_of
 from bnprobe.training.running import Running

@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 import jsonschema
 import pytest
 
-from bnprobe.reports import FORMATS, RenderOptions
-from bnprobe.reports.json import load
+from bnprobe.report import render
+from bnprobe.report.json import load_report
 from functional.command import CLEAN, FINDINGS, REPOSITORY, Workspace
 
 SAMPLES = sorted((REPOSITORY / "sample_configs").glob("*/*.yaml"))
-SCHEMA = json.loads((REPOSITORY / "bnprobe" / "reports" / "report.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((REPOSITORY / "bnprobe" / "report" / "report.schema.json").read_text(encoding="utf-8"))
 OUTPUT = "report.json"
 WEIGHTS = "out.safetensors"
 
@@ -40,7 +40,7 @@ def test_a_sample_gives_a_report_that_fits_the_schema(workspace: Workspace, samp
     assert found.stderr == f"{counted}; report written to {OUTPUT}\n"
     assert report["layers"]
     assert all(layer["train"] and layer["eval"] for layer in report["layers"])
-    printed = FORMATS["terminal"](load(text), RenderOptions(width=80))
+    printed = render(load_report(text))
     assert max(map(len, printed.splitlines())) <= 80
 
 

@@ -19,8 +19,7 @@ from bnprobe.probing.preserve import untouched
 from bnprobe.probing.runner import Runner, UserFunctions
 from bnprobe.probing.series import Recording, record, storage
 from bnprobe.records import SweepReport
-from bnprobe.reports.interface import RenderOptions
-from bnprobe.reports.sweep import render_json, render_terminal
+from bnprobe.report import RenderOptions, render
 from bnprobe.spec import ScanSettings
 from bnprobe.stats.ema import replay, weights
 from bnprobe.sweep import sweep
@@ -321,14 +320,14 @@ def test_reports_fit_their_page_and_json_has_no_nan() -> None:
     )
     for report in (found, long):
         for width in (40, 60, 80, 120):
-            text = render_terminal(report, RenderOptions(width=width, unicode=False))
+            text = render(report, "terminal", RenderOptions(width=width, unicode=False))
             assert text.isascii()
             assert max(map(len, text.splitlines())) <= width
-    written = json.loads(render_json(found), parse_constant=pytest.fail)
+    written = json.loads(render(found, "json"), parse_constant=pytest.fail)
     assert written["schema_version"] == 1
     assert [point["rate"] for point in written["momentum"]["model"]["points"]] == [0.3, 0.1, 0.01, None]
 
 
 def _printed(report: SweepReport) -> str:
     """The terminal report in one line."""
-    return " ".join(render_terminal(report, RenderOptions()).split())
+    return " ".join(render(report).split())

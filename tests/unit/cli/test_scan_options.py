@@ -15,7 +15,7 @@ from bnprobe.cli.scan import has_findings
 from bnprobe.errors import BnprobeError
 from bnprobe.spec import RuleExemption, RulesSpec, Spec
 from bnprobe.testing import make_evidence, make_layer, make_shares
-from unit.reports.fabricated_parts import report
+from unit.report.fabricated_parts import report
 
 FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--checkpoint": (["weights.pt"], "checkpoint.path", "weights.pt"),

@@ -18,7 +18,8 @@ from bnprobe.analysis.diagnosis import diagnose, judge
 from bnprobe.cli.app import app
 from bnprobe.errors import UsageError
 from bnprobe.records import Diagnosis, Report, Verdict
-from bnprobe.reports import FORMATS, RenderOptions, json
+from bnprobe.report import render
+from bnprobe.report.json import load_report
 from bnprobe.rules import RULES, Rule
 from bnprobe.rules.docs import pages
 from bnprobe.rules.evidence import Facts
@@ -113,17 +114,17 @@ def test_it_is_selected_and_ignored(model: nn.Module) -> None:
 
 def test_the_terminal_report_has_its_title_and_the_json_report_reads_back(model: nn.Module) -> None:
     report = scanned(model, select=("ACME7",))
-    printed = FORMATS["terminal"](report, RenderOptions())
+    printed = render(report)
     assert "Eps out of proportion (ACME7): 1 of 2 layers" in printed
     assert "Use the default eps." in printed
     assert "bnprobe explain ACME7" in printed
-    assert json.load(FORMATS["json"](report, RenderOptions())) == report
+    assert load_report(render(report, "json")) == report
 
 
 def test_a_report_names_its_cause_where_the_rule_is_not_installed(model: nn.Module) -> None:
     report = scanned(model, select=("ACME7",))
     other = replace(found(report), rule="ACME6")
-    printed = FORMATS["terminal"](replace(report, diagnoses=(other,)), RenderOptions())
+    printed = render(replace(report, diagnoses=(other,)))
     assert "Large eps (ACME6): 1 of 2 layers" in printed
     assert "bnprobe explain" not in printed
 

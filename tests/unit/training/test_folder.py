@@ -12,8 +12,7 @@ import torch
 
 import bnprobe.files
 from bnprobe.errors import OutputError, StateError, UsageError
-from bnprobe.records import Score
-from bnprobe.records.repairs import Run
+from bnprobe.records import Run, Score
 from bnprobe.training import StateFolder, StepLog
 from support.finetuning import network, same_bits
 

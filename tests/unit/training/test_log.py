@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from bnprobe.errors import OutputError
-from bnprobe.records import Score
-from bnprobe.records.repairs import TrainingStep
+from bnprobe.records import Score, TrainingStep
 from bnprobe.training import StepLog
 
 

@@ -23,8 +23,7 @@ from torch import nn
 from bnprobe.errors import OutputError, StateError, StoppedError, UsageError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.nn.batch_renorm import BatchRenorm1d
-from bnprobe.records import Score
-from bnprobe.records.repairs import TrainingStep
+from bnprobe.records import Score, TrainingStep
 from bnprobe.spec import RenormSpec
 from bnprobe.training import Job, train
 from bnprobe.training.stopping import stop_signals

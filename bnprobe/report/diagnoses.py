@@ -1,0 +1,389 @@
+"""The end of a scan's report: the verdict, the diagnoses, the rules that found nothing, and the next command."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from bnprobe.numbers import count
+from bnprobe.records import EXEMPT, Diagnosis, Interval, Layer, Report, Severity, Verdict
+from bnprobe.report import figures, next_step
+from bnprobe.report.further import doing
+from bnprobe.report.layers import with_sign, worse_path, worst_first
+from bnprobe.report.next_step import Step
+from bnprobe.report.page import FINE, FLAGGED, SEVERITY_SIGNS, SEVERITY_STYLES, UNDECIDED, UNMEASURED, Page
+from bnprobe.rules import rule_of, title_of
+
+MOST_DIAGNOSES = 5
+"""So many diagnoses are shown, the first, unless all are asked for."""
+
+_EXTENT = re.compile(r"(?P<extent>\d+ of \d+ layers?): ")
+"""How the message of a diagnosis begins that concerns several layers."""
+
+_CAUSE = re.compile(r"^(\w+)(?= in )")
+"""How a consequence begins."""
+
+_REMEDY = "Remedy:"
+_MOST_NAMES = 4
+_NAME_WIDTH = 32
+_MOST_REASONS = 3
+
+# --- The verdict ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What to tell the reader at the end.
+
+    Attributes:
+        headline: The result in a sentence.
+        sign: What stands before it.
+        sentences: What qualifies it.
+        step: What to do next.
+    """
+
+    headline: str
+    sign: str
+    sentences: tuple[str, ...]
+    step: Step
+
+
+def closing_lines(report: Report, page: Page, command: str, show_all: bool) -> list[Text]:
+    """The verdict, the diagnoses, the rules that found nothing, and the next command."""
+    end = closing(report, command)
+    lines = page.verdict(end.sign, end.headline, end.sentences)
+    lines += findings(report, page, show_all)
+    lines += rules(report.verdicts, page, show_all)
+    lines += page.paragraph(end.step.why, first="  ")
+    return lines + (page.command(end.step.command) if end.step.command is not None else [])
+
+
+def closing(report: Report, command: str) -> Closing:
+    """What to tell the reader at the end."""
+    flagged = worst_first(with_sign(report.layers, FLAGGED))
+    undecided = worst_first(with_sign(report.layers, UNDECIDED))
+    fine = with_sign(report.layers, FINE)
+    if flagged:
+        return _flagged(report, flagged, command)
+    if undecided:
+        return _undecided(report, undecided, command)
+    return _clean(report, command) if fine else _nothing(report, command)
+
+
+def _flagged(report: Report, flagged: list[Layer], command: str) -> Closing:
+    worst = "" if report.diagnoses else _worst(flagged)
+    sentences = (worst, _also_undecided(report), *_caveats(report))
+    return Closing(
+        headline=f"{_share(len(flagged), report)} flagged: training and inference normalize differently.",
+        sign=FLAGGED,
+        sentences=tuple(filter(None, sentences)),
+        step=_step(report, command, next_step.batch_size_step(report, command)),
+    )
+
+
+def _undecided(report: Report, undecided: list[Layer], command: str) -> Closing:
+    return Closing(
+        headline=f"No layer is flagged, but {_share(len(undecided), report)} undecided.",
+        sign=UNDECIDED,
+        sentences=(*(_straddling(layer) for layer in undecided[:3]), *_caveats(report)),
+        step=_step(report, command, next_step.more_batches_step(report.scan, command), only_errors=True),
+    )
+
+
+def _clean(report: Report, command: str) -> Closing:
+    serious = _worst_severity(report)
+    if serious is not None:
+        return _other_problems(report, serious, command)
+    fine = with_sign(report.layers, FINE)
+    limits = {layer.threshold for layer in fine}
+    limit = f"{figures.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
+    every = len(fine) == len(report.layers)
+    which = "every layer" if every else f"{len(fine)} of {len(report.layers)} layers"
+    verb = "behaves" if every or len(fine) == 1 else "behave"
+    text = f"{which} {verb} as if the batch were at least {limit}, in training and at inference."
+    return Closing(
+        headline=f"So far {text}" if report.scan.partial else text[0].upper() + text[1:],
+        sign=FINE,
+        sentences=_caveats(report),
+        step=_step(report, command, next_step.keep_step(command)),
+    )
+
+
+def _other_problems(report: Report, serious: Severity, command: str) -> Closing:
+    number = count(sum(diagnosis.severity != "info" for diagnosis in report.diagnoses), "problem")
+    verb = "was" if number == "1 problem" else "were"
+    so_far = "So far no" if report.scan.partial else "No"
+    return Closing(
+        headline=f"{so_far} layer is flagged for its mismatch, but {number} {verb} found.",
+        sign=SEVERITY_SIGNS[serious],
+        sentences=_caveats(report),
+        step=_step(report, command, next_step.keep_step(command)),
+    )
+
+
+def _step(report: Report, command: str, otherwise: Step, only_errors: bool = False) -> Step:
+    """Finish what was cut short, then follow the diagnosis, unless it is a remark only."""
+    serious = _worst_severity(report)
+    followed = serious == "error" or (serious == "warning" and not only_errors)
+    return next_step.interrupted_step(report, command) or (
+        next_step.diagnosed_step(report, command) if followed else otherwise
+    )
+
+
+def _worst_severity(report: Report) -> Severity | None:
+    """The worst severity of the diagnoses; None if there are none, or remarks only."""
+    found = {diagnosis.severity for diagnosis in report.diagnoses}
+    return "error" if "error" in found else "warning" if "warning" in found else None
+
+
+def _nothing(report: Report, command: str) -> Closing:
+    return Closing(
+        headline="No layer could be judged.",
+        sign=UNMEASURED,
+        sentences=_caveats(report),
+        step=_step(report, command, Step("The notes above say why.")),
+    )
+
+
+def _share(number: int, report: Report) -> str:
+    return f"{number} of {count(len(report.layers), 'layer')} {'is' if number == 1 else 'are'}"
+
+
+def _worst(flagged: list[Layer]) -> str:
+    first, others = flagged[0], flagged[1:3]
+    tail = f" Next worst: {', '.join(_with_figure(layer) for layer in others)}." if others else ""
+    if first.train is None or first.eval is None:
+        path = "train" if first.train is None else "eval"
+        return f"Worst is {first.name}, which could not be measured on the {path} path.{tail}"
+    path = "train" if first.train.mismatch >= first.eval.mismatch else "eval"
+    return f"Worst is {first.name}: it {_behaviour(first)} ({path} path).{tail}"
+
+
+def _behaviour(layer: Layer) -> str:
+    path = worse_path(layer.train, layer.eval)
+    if path is not None and path.mismatch >= 2:
+        return f"differs by more than any batch size explains, D = {figures.mismatch(path.mismatch)}"
+    limit = figures.plain(layer.threshold)
+    return f"behaves as if the batch were {figures.path_equivalent(path)} values, and the limit is {limit}"
+
+
+def _with_figure(layer: Layer) -> str:
+    return f"{layer.name} (n_eq {figures.path_equivalent(worse_path(layer.train, layer.eval))})"
+
+
+def _straddling(layer: Layer) -> str:
+    for name, path in (("train", layer.train), ("eval", layer.eval)):
+        if path is not None and _contains(path.equivalent_batch_size_interval, layer.threshold):
+            span = figures.equivalent_interval(path.equivalent_batch_size_interval)
+            limit = figures.plain(layer.threshold)
+            return f"{layer.name}: n_eq is {span} (95%, {name} path), and the limit is {limit}."
+    return f"{layer.name} is undecided."
+
+
+def _contains(interval: Interval, value: float) -> bool:
+    low, high = interval
+    return low <= value and (high is None or value <= high)
+
+
+def _also_undecided(report: Report) -> str:
+    number = len(with_sign(report.layers, UNDECIDED))
+    return f"{count(number, 'more layer')} undecided." if number else ""
+
+
+def _caveats(report: Report) -> tuple[str, ...]:
+    unmeasured = len(with_sign(report.layers, UNMEASURED))
+    scan = report.scan
+    caveats = (
+        (scan.partial, f"{scan.stopped.capitalize()}: only {count(scan.batches, 'micro-batch')} measured."),
+        (unmeasured > 0, f"{count(unmeasured, 'layer')} could not be measured on both paths."),
+        (bool(report.skipped), f"{count(len(report.skipped), 'layer')} skipped."),
+        (scan.synthetic, "The inputs were generated: this shows the noise of small batches, not your data."),
+    )
+    return tuple(text for applies, text in caveats if applies)
+
+
+# --- The diagnoses ----------------------------------------------------------------------------------------------------
+
+
+def findings(report: Report, page: Page, show_all: bool) -> list[Text]:
+    """The diagnoses in their order, each with its evidence, remedy and consequences."""
+    shown = report.diagnoses if show_all else report.diagnoses[:MOST_DIAGNOSES]
+    numbered = len(report.diagnoses) > 1
+    lines: list[Text] = []
+    for number, diagnosis in enumerate(shown, start=1):
+        lines += [Text(), *_diagnosis(diagnosis, f"{number} " if numbered else "", report, page, show_all)]
+    left_out = len(report.diagnoses) - len(shown)
+    if left_out:
+        lines += [Text(), *page.paragraph(f"and {left_out} more; --all shows all.", first="  ")]
+    return [*lines, Text()] if lines else []
+
+
+def rules(verdicts: Sequence[Verdict], page: Page, show_all: bool) -> list[Text]:
+    """How many rules passed, and which were skipped and why."""
+    failed, passed, skipped = _by_outcome(verdicts)
+    parts = []
+    if passed:
+        parts.append(count(len(passed), "rule") + " passed" + (f" ({', '.join(passed)})" if show_all else ""))
+    if skipped:
+        parts.append(f"{len(skipped)} skipped: {_reasons(skipped, show_all)}")
+    text = ", ".join(parts)
+    noun = "" if passed else "rules "
+    lines = page.paragraph(noun + text + ".", first="  ", style="dim") if text else []
+    lines += [line for text in _exempted(verdicts) for line in page.paragraph(text, first="  ", style="dim")]
+    return [*_failed(verdicts, page), *lines] if show_all and failed else lines
+
+
+def _exempted(verdicts: Sequence[Verdict]) -> list[str]:
+    """Which layers the user exempts from which rules, by reason."""
+    groups: dict[str, tuple[set[str], set[str]]] = {}
+    for verdict in verdicts:
+        if verdict.message.startswith(EXEMPT) and verdict.reason is not None:
+            layers, codes = groups.setdefault(verdict.reason, (set(), set()))
+            layers.add(verdict.layer or "the model")
+            codes.add(verdict.rule)
+    return [
+        f"Exempt: {', '.join(sorted(layers)[:_MOST_NAMES])}{' and more' if len(layers) > _MOST_NAMES else ''} from"
+        f" {', '.join(sorted(codes)[:_MOST_NAMES])}{' and more' if len(codes) > _MOST_NAMES else ''} ({reason})."
+        for reason, (layers, codes) in groups.items()
+    ]
+
+
+def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, show_all: bool) -> list[Text]:
+    start = f"  {page.clean(SEVERITY_SIGNS[diagnosis.severity])} {number}"
+    extent, message = _apart(diagnosis, len(report.layers))
+    title = page.paragraph(_title(diagnosis, extent), style="bold", first=start)
+    title[0].stylize(SEVERITY_STYLES[diagnosis.severity], 2, len(start))
+    indent = " " * len(start)
+    where = page.paragraph(_where(diagnosis, report, page, show_all), "dim", first=indent)
+    said = page.paragraph(message, first=indent)
+    remedy = page.paragraph(f"{_REMEDY} {diagnosis.remedy}", first=indent) if diagnosis.remedy else []
+    for line in remedy[:1]:
+        line.stylize("bold", len(indent), len(indent) + len(_REMEDY))
+    measured = page.paragraph(_free_remedy(diagnosis, report), first=indent)
+    consequences = page.paragraph(_consequences(diagnosis), first=indent)
+    return [*title, *(line for line in [*where, *said, *remedy, *measured, *consequences] if line.plain.strip())]
+
+
+def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
+    """What the remedy without training gave that fits the cause."""
+    rule = rule_of(diagnosis.rule)
+    tried = next((remedy for remedy in report.remedies if rule is not None and remedy.name == rule.free_remedy), None)
+    if tried is None:
+        return ""
+    for name, before, after in (
+        ("loss", tried.before.loss, tried.after.loss),
+        ("metric", tried.before.metric, tried.after.metric),
+    ):
+        if before is not None and after is not None:
+            change = f"takes the {name} from {figures.score(before)} to {figures.score(after)}"
+            return f"Measured on held-out data: {doing(tried.name).lower()} {change}."
+    return ""
+
+
+def _title(diagnosis: Diagnosis, extent: str) -> str:
+    parts = [f"{_capitalized(title_of(diagnosis.rule, diagnosis.cause))} ({diagnosis.rule}): {extent}"]
+    if diagnosis.impact is not None:
+        parts.append(f"moves the outputs by {figures.relative(diagnosis.impact)}")
+    return ", ".join(parts)
+
+
+def _apart(diagnosis: Diagnosis, layers: int) -> tuple[str, str]:
+    """How many layers it concerns, for the title; and the message without that and without a single layer's name."""
+    message = diagnosis.message
+    if said := _EXTENT.match(message):
+        return said["extent"], _capitalized(message[said.end() :])
+    if len(diagnosis.layers) == 1:
+        message = _capitalized(message.removeprefix(f"{diagnosis.layers[0]}: "))
+    return _extent(diagnosis, layers), message
+
+
+def _consequences(diagnosis: Diagnosis) -> str:
+    """What follows from it, with the names of causes in words."""
+    listed = "; ".join(_CAUSE.sub(lambda said: said[0].replace("_", " "), text) for text in diagnosis.consequences)
+    return f"Follows from it: {listed}." if listed else ""
+
+
+def _capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _extent(diagnosis: Diagnosis, layers: int) -> str:
+    number = len(diagnosis.layers)
+    if not number:
+        return "the whole model"
+    return f"all {count(layers, 'layer')}" if number == layers > 1 else f"{number} of {count(layers, 'layer')}"
+
+
+def _where(diagnosis: Diagnosis, report: Report, page: Page, show_all: bool) -> str:
+    names = diagnosis.layers if show_all else diagnosis.layers[:_MOST_NAMES]
+    listed = ", ".join(names if show_all else page.shorten(names, _NAME_WIDTH)) if names else ""
+    more = f" and {len(diagnosis.layers) - len(names)} more" if len(names) < len(diagnosis.layers) else ""
+    places = _places(diagnosis, report)
+    others = f" and {count(len(places) - 1, 'more line')}" if len(places) > 1 else ""
+    place = f"{'; ' if listed else ''}{', '.join(places) if show_all else places[0] + others}" if places else ""
+    return listed + more + place
+
+
+def _places(diagnosis: Diagnosis, report: Report) -> list[str]:
+    """Where the layers were made, each place once, in the layers' order."""
+    layers: dict[str, Layer] = {layer.name: layer for layer in report.layers}
+    found = [layers[name].location for name in diagnosis.layers if name in layers]
+    said = [
+        verdict.location
+        for verdict in report.verdicts
+        if verdict.rule == diagnosis.rule and verdict.outcome == "failed"
+    ]
+    return list(dict.fromkeys(place for place in [*said, *found] if place))
+
+
+def _by_outcome(verdicts: Sequence[Verdict]) -> tuple[list[str], list[str], dict[str, str]]:
+    """Codes of the rules that failed, of those that passed and never failed, and of the skipped with the reason."""
+    failed = sorted({verdict.rule for verdict in verdicts if verdict.outcome == "failed"})
+    passed = sorted({verdict.rule for verdict in verdicts if verdict.outcome == "passed"} - set(failed))
+    skipped = {
+        verdict.rule: verdict.reason or ""
+        for verdict in sorted(verdicts, key=lambda verdict: verdict.rule)
+        if verdict.outcome == "skipped" and verdict.rule not in {*failed, *passed}
+    }
+    return failed, passed, skipped
+
+
+def _reasons(skipped: dict[str, str], show_all: bool) -> str:
+    """The skipped rules, those of one reason together."""
+    groups: dict[str, list[str]] = {}
+    for rule, reason in skipped.items():
+        # What to do about it, after a colon, is for those who ask.
+        why = reason if show_all else reason.partition(":")[0]
+        groups.setdefault(why.removesuffix("."), []).append(rule)
+    texts = [_because(codes, reason) for reason, codes in groups.items()]
+    shown = texts if show_all else texts[:_MOST_REASONS]
+    more = "; and more (--all)" if len(shown) < len(texts) else ""
+    return "; ".join(shown) + more
+
+
+def _because(codes: Sequence[str], reason: str) -> str:
+    listed = " and ".join(filter(None, [", ".join(codes[:-1]), codes[-1]]))
+    if reason.startswith("needs "):
+        return f"{listed} {reason if len(codes) == 1 else 'need ' + reason.removeprefix('needs ')}"
+    return f"{listed}: {reason}" if reason else listed
+
+
+def _failed(verdicts: Sequence[Verdict], page: Page) -> list[Text]:
+    """Every verdict that failed, and every layer that a rule left out, for those who want it layer by layer."""
+    lines = page.heading("Every finding")
+    for verdict in verdicts:
+        if verdict.outcome == "failed" or (verdict.outcome == "skipped" and verdict.layer is not None):
+            text = f"{verdict.rule} {verdict.layer or 'the model'}: {verdict.message}{_measured(verdict)}"
+            lines += page.paragraph(text, first="  ", rest="    ")
+    return lines
+
+
+def _measured(verdict: Verdict) -> str:
+    if verdict.value is None:
+        return ""
+    unit = f" {verdict.unit}" if verdict.unit else ""
+    against = f", limit {figures.plain(verdict.limit)}" if verdict.limit is not None else ""
+    return f" ({figures.plain(verdict.value)}{unit}{against})"

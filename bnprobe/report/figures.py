@@ -1,0 +1,165 @@
+"""How the figures of a report are written; see ``bnprobe.numbers`` for those of messages too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+
+from rich.cells import cell_len
+
+from bnprobe.numbers import listed, percent
+from bnprobe.records import Estimate, Interval, PathMeasurement
+from bnprobe.report.page import INFINITE, UNMEASURED, Page, pad
+
+_MOST_LISTED = 120
+_PLUS_MINUS = "±"
+_MOST_DECIMALS = 5
+_LARGE = 1e5
+
+
+def equivalent_batch_size(value: float | None) -> str:
+    """n_eq, e.g. "2.0", "31.7", "128", ">10k"; None (no mismatch at all) is infinite."""
+    if value is None:
+        return INFINITE
+    if value >= 10_000:
+        return ">10k"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def equivalent_interval(interval: Interval) -> str:
+    """The interval of n_eq, e.g. "1.9 to 2.1"."""
+    low, high = interval
+    return f"{equivalent_batch_size(low)} to {equivalent_batch_size(high)}"
+
+
+def path_equivalent(path: PathMeasurement | None) -> str:
+    """n_eq of a path, or the sign for a path that could not be measured."""
+    return UNMEASURED if path is None else equivalent_batch_size(path.equivalent_batch_size)
+
+
+def mismatch(value: float) -> str:
+    """D, e.g. "0.871", "12.4", "2e+06", "<0.001"."""
+    if value == 0:
+        return "0"
+    if value < 0.001:
+        return "<0.001"
+    if value >= 1000:
+        return f"{value:.0e}"
+    return f"{value:.3f}" if value < 1 else f"{value:#.3g}".rstrip(".")
+
+
+def span(interval: Interval | None) -> str:
+    """An interval of D in words, e.g. "0.80 to 0.91", "over 0.80"; empty for None."""
+    if interval is None:
+        return ""
+    low, high = interval
+    return f"over {mismatch(max(low, 0))}" if high is None else f"{mismatch(max(low, 0))} to {mismatch(max(high, 0))}"
+
+
+def relative(ratio: float) -> str:
+    """A relative difference, e.g. "38%"; far beyond 100% as a multiple, e.g. "25 times"."""
+    return percent(ratio) if ratio < 10 else f"{ratio:.2g} times"
+
+
+def plain(value: float) -> str:
+    """A limit or a value of the user's, e.g. "32", "0.3127", without needless zeros."""
+    return f"{value:.4g}"
+
+
+def score(value: float) -> str:
+    """A loss or metric, e.g. "1.92", "0.0077"."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference with its sign, e.g. "+1.67", "-0.045", "0"."""
+    text = f"{value:+.{digits}g}"
+    return "0" if float(text) == 0 else text
+
+
+def size(number: int) -> str:
+    """A number of bytes, e.g. "812 B", "1.2 MiB"."""
+    value, units = float(number), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def duration(seconds: float) -> str:
+    """A time, e.g. "4.2 s", "12 min", "3.4 h"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def points_in_line(texts: Sequence[str]) -> list[str]:
+    """Numbers filled on the right so that, set flush right, their decimal points stand in line."""
+    after = [len(text.partition(".")[2]) + ("." in text) for text in texts]
+    blanks = [max(after) - own for own in after]
+    return [
+        text + " " * (blank if any(char.isdigit() for char in text) else 0)
+        for text, blank in zip(texts, blanks, strict=True)
+    ]
+
+
+def listed_in_line(names: Sequence[str], show_all: bool) -> str:
+    """Names, the first few of many, e.g. "bn1, bn2 and 7 more"; at least two, and about a line and a half of them."""
+    ends = accumulate(len(name) + 2 for name in names)
+    fitting = max(2, sum(end <= _MOST_LISTED for end in ends))
+    return listed(names, len(names) if show_all or len(names) <= fitting + 1 else fitting)
+
+
+# --- Means with their intervals ---------------------------------------------------------------------------------------
+
+
+def estimate(value: Estimate, with_sign: bool = False) -> str:
+    """A mean and half its 95% interval, e.g. "0.971 ± 0.004"; without an interval the mean alone."""
+    return " ".join(part for part in _parts(value, with_sign) if part)
+
+
+def estimates(values: Sequence[Estimate | None], page: Page) -> list[str]:
+    """Estimates one below the other: decimal points in line, then the intervals; None: not measured."""
+    parts = [(UNMEASURED, "") if value is None else _parts(value, False) for value in values]
+    means = points_in_line([page.clean(mean) for mean, _ in parts])
+    halves = [page.clean(half) for _, half in parts]
+    width, after = max(map(cell_len, means)), max(map(cell_len, halves))
+    return [
+        f"{pad(mean, width, right=True)} {pad(half, after)}" if after else pad(mean, width, right=True)
+        for mean, half in zip(means, halves, strict=True)
+    ]
+
+
+def _parts(value: Estimate, with_sign: bool) -> tuple[str, str]:
+    """The mean, and half the interval after its sign."""
+    half = _half_width(value)
+    if half is None:
+        return _score(value.mean, with_sign), ""
+    decimals = _decimals(half)
+    if decimals is None or abs(value.mean) >= _LARGE:
+        return _score(value.mean, with_sign), f"{_PLUS_MINUS} {score(half)}"
+    mean = f"{value.mean:{'+' if with_sign else ''}.{decimals}f}"
+    return _without_sign_of_zero(mean), f"{_PLUS_MINUS} {half:.{decimals}f}"
+
+
+def _half_width(value: Estimate) -> float | None:
+    low, high = value.interval or (0.0, None)
+    return None if high is None else (high - low) / 2
+
+
+def _decimals(half: float) -> int | None:
+    """Decimals that an uncertainty leaves: two of its digits up to 35, one above; None where that is no help."""
+    if half <= 0:
+        return None
+    exponent = math.floor(math.log10(half))
+    leading = half / 10**exponent
+    decimals = -exponent + (1 if leading < 3.55 else 0)
+    return max(decimals, 0) if decimals <= _MOST_DECIMALS else None
+
+
+def _score(value: float, with_sign: bool) -> str:
+    return signed(value) if with_sign else score(value)
+
+
+def _without_sign_of_zero(text: str) -> str:
+    return text.lstrip("+-") if float(text) == 0 else text

@@ -1,0 +1,293 @@
+"""The parts of a scan's report that need a loss, held-out data or training steps: gaps, remedies, backward, updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.cells import cell_len
+from rich.text import Text
+
+from bnprobe.numbers import count
+from bnprobe.records import Backward, Gap, GradientAngle, Layer, Remedy, Report, Score, Updates
+from bnprobe.report import figures
+from bnprobe.report.page import ARROW, DEGREE, UNMEASURED, Page
+from bnprobe.report.table import Column, Layout, Mark, Names, arrows, dropping, table
+
+# --- Gaps -------------------------------------------------------------------------------------------------------------
+
+_LEVELS_AND_STEPS = (
+    ("training", "training batches, as in training", "training"),
+    ("training_noise", "training noise: dropout and the like", "noise"),
+    ("without_noise", "training batches, dropout and the like off", "noise off"),
+    ("inconsistency", "train/test inconsistency: running statistics", "inconsistency"),
+    ("inference", "training batches, as at inference", "inference"),
+    ("generalization", "generalization gap: samples not trained on", "generalization"),
+    ("held_out", "held-out batches, as at inference", "held out"),
+)
+"""From training down to held-out data, each level followed by the step to the next; labels for wide and narrow."""
+
+_STEPS = {
+    "training_noise": "training noise, which is present in training only",
+    "inconsistency": "the train/test inconsistency: the change from batch to running statistics",
+    "generalization": "the generalization gap, between training and held-out data with the same running statistics",
+}
+
+_MOSTLY = 0.5
+
+_NOTABLE = 0.05
+"""A step smaller than this part of the values themselves is not worth a sentence."""
+
+
+def gaps(found: Sequence[Gap], page: Page) -> list[Text]:
+    """The levels and steps, a column for each measure, and which step is the largest."""
+    if not found:
+        return []
+    held_out = any(gap.held_out is not None for gap in found)
+    rows = [row for row in _LEVELS_AND_STEPS if held_out or row[0] not in ("generalization", "held_out")]
+    columns = [Column(gap.measure, [_gap_cell(gap, field) for field, *_ in rows], "point") for gap in found]
+    marks = [Mark(style="dim" if field in _STEPS else "") for field, *_ in rows]
+    wide, narrow = (
+        Names([f"{'  ' if row[0] in _STEPS else ''}{row[form]}" for row in rows], heading="", marks=marks)
+        for form in (1, 2)
+    )
+    room = page.width - wide.indent - sum(2 + column.width(page) for column in columns)
+    return [
+        *page.heading(f"From training to {'held-out data' if held_out else 'inference'}, step by step"),
+        *table(wide if wide.longest(page) <= room else narrow, [Layout(columns)], page),
+        *page.paragraphs(_largest_steps(found)),
+    ]
+
+
+def _gap_cell(gap: Gap, field: str) -> str:
+    value: float | None = getattr(gap, field)
+    if value is None:
+        return ""
+    return figures.signed(value) if field in _STEPS else figures.score(value)
+
+
+def _largest_steps(found: Sequence[Gap]) -> list[str]:
+    """Which step is the largest, where one makes up more than half of all, the measures that agree together."""
+    measures: dict[str, list[str]] = {}
+    for gap in found:
+        step = _largest_step(gap)
+        if step is not None:
+            measures.setdefault(step, []).append(f"the {gap.measure}")
+    return [f"The largest step in {' and '.join(names)} is {_STEPS[step]}." for step, names in measures.items()]
+
+
+def _largest_step(gap: Gap) -> str | None:
+    sizes = {field: abs(getattr(gap, field) or 0.0) for field in _STEPS}
+    largest = max(sizes, key=lambda field: sizes[field])
+    level = max(abs(value) for value in (gap.training, gap.inference, gap.held_out or 0.0))
+    notable = sizes[largest] > _NOTABLE * level
+    return largest if notable and sizes[largest] > _MOSTLY * sum(sizes.values()) else None
+
+
+# --- Remedies that need no training -----------------------------------------------------------------------------------
+
+_DOING = {
+    "recalibrated": "Recalibrating",
+    "evaluation statistics": "Using the statistics of the evaluation data",
+    "batch statistics": "Normalizing at inference with batch statistics",
+}
+
+_MEASURES = ("loss", "metric")
+
+
+def remedies(found: Sequence[Remedy], page: Page) -> list[Text]:
+    """The remedies, best first, and the best in words."""
+    if not found:
+        return []
+    ordered = best_first(found)
+    sizes = [f"{number:,}" for number in sorted({remedy.images for remedy in found})]
+    samples = " or ".join(", ".join(sizes).rsplit(", ", 1))
+    return [
+        *page.heading(f"What remedies without training would give, on {samples} held-out samples"),
+        *page.paragraph(best_in_words(ordered), first="  "),
+        *_remedy_table(ordered, page),
+    ]
+
+
+def best_first(found: Sequence[Remedy]) -> list[Remedy]:
+    """By the loss; without one by the metric, of which more is taken to be better; those without either last."""
+    return sorted(found, key=_rank)
+
+
+def _rank(remedy: Remedy) -> tuple[float, float]:
+    loss, metric = remedy.after.loss, remedy.after.metric
+    return math.inf if loss is None else loss, math.inf if metric is None else -metric
+
+
+def best_in_words(ordered: Sequence[Remedy]) -> str:
+    """What the best remedy does, e.g. "Recalibrating takes the loss from 1.92 to 0.08."."""
+    best = ordered[0]
+    measure = "loss" if best.after.loss is not None else "metric"
+    start, end = _value(best.before, measure), _value(best.after, measure)
+    if start is None or end is None:
+        return "None of them could be scored."
+    if (end - start) * (1 if measure == "loss" else -1) >= 0:
+        what = "lowers the loss" if measure == "loss" else "raises the metric"
+        return f"None of them {what}, which is {figures.score(start)} now."
+    return f"{doing(best.name)} takes the {measure} from {figures.score(start)} to {figures.score(end)}."
+
+
+def doing(name: str) -> str:
+    """A remedy as the subject of a sentence."""
+    for known, words in _DOING.items():
+        if name.startswith(known):
+            return words + name.removeprefix(known).replace(", batches", " of batches")
+    return name[:1].upper() + name[1:]
+
+
+def _value(score: Score | None, measure: str) -> float | None:
+    return None if score is None else score.loss if measure == "loss" else score.metric
+
+
+def _how(remedy: Remedy) -> str:
+    """How it was done, in how many layers, and its baseline."""
+    baseline = ""
+    if remedy.control is not None:
+        values = [("loss", remedy.control.loss), ("metric", remedy.control.metric)]
+        given = [f"{measure} {figures.score(value)}" for measure, value in values if value is not None]
+        baseline = f"baseline: {', '.join(given)}" if given else ""
+    return "; ".join(filter(None, (remedy.detail, baseline)))
+
+
+def _remedy_table(ordered: Sequence[Remedy], page: Page) -> list[Text]:
+    """The scores; how it was done stands beside them where there is room, else below."""
+    changed = [str(len(remedy.layers)) for remedy in ordered]
+    columns = [*([Column("layers", changed)] if len(set(changed)) > 1 else []), *_score_columns(ordered, page)]
+    lines = table(Names([remedy.name for remedy in ordered], heading="remedy"), [Layout(columns)], page)
+    how = [page.clean(_how(remedy)) for remedy in ordered]
+    if max(map(cell_len, how)) + 2 <= page.width - cell_len(lines[0].plain):
+        beside = [line + Text(f"  {text}", "dim") for line, text in zip(lines[1:], how, strict=True)]
+        return [lines[0], *beside]
+    told = [f"{remedy.name}: {text}" for remedy, text in zip(ordered, how, strict=True) if text]
+    return [*lines, *page.paragraphs(told, "dim", rest="    ")]
+
+
+def _score_columns(ordered: Sequence[Remedy], page: Page) -> list[Column]:
+    """Before and after, for loss and metric; none where there is nothing to show."""
+    columns = []
+    for measure in _MEASURES:
+        pairs = [(_value(remedy.before, measure), _value(remedy.after, measure)) for remedy in ordered]
+        if any(value is not None for pair in pairs for value in pair):
+            columns.append(Column(measure, arrows([(_score(start), _score(end)) for start, end in pairs], page, ARROW)))
+    return columns
+
+
+def _score(value: float | None) -> str:
+    return UNMEASURED if value is None else figures.score(value)
+
+
+# --- Backward pass and training steps ---------------------------------------------------------------------------------
+
+MOST_LAYERS = 5
+"""So many layers are listed, the worst, unless all are asked for."""
+
+_ONCE = 0.01
+"""Updates per step, and rates relative to the configured one, within this are as they should be."""
+
+_ALIGNED = 0.99
+
+
+def backward(report: Report, page: Page, show_all: bool) -> list[Text]:
+    """The layers whose backward statistics are noisiest, and what that does to the gradient."""
+    found = [(layer, layer.backward) for layer in report.layers if layer.backward is not None]
+    angle = report.summary.gradient_angle
+    if not found and angle is None:
+        return []
+    found.sort(key=lambda pair: pair[1].noise, reverse=True)
+    shown = found if show_all else found[:MOST_LAYERS]
+    lines = page.heading("Backward pass: noise of the batch statistics of the gradient")
+    if shown:
+        columns = [
+            Column("n_eq backward", [figures.equivalent_batch_size(noise.equivalent_batch_size) for _, noise in shown]),
+            Column("95%", [_noise_interval(noise) for _, noise in shown]),
+        ]
+        lines += _layer_table([layer for layer, _ in shown], columns, page)
+        lines += _more(len(found) - len(shown), "with less noise", page)
+    return [*lines, *(page.paragraph(_angle(angle), first="  ") if angle is not None else [])]
+
+
+def updates(report: Report, page: Page, show_all: bool) -> list[Text]:
+    """How real training steps moved the running statistics: the layers where that is not as configured."""
+    found = [(layer, layer.updates) for layer in report.layers if layer.updates is not None]
+    if not found:
+        return []
+    odd = [pair for pair in found if not _as_configured(*pair)]
+    shown = found if show_all else odd[:MOST_LAYERS]
+    lines = page.heading("Running statistics over real training steps")
+    if not odd:
+        text = f"Updated once per step and call, at the configured rate, in all {count(len(found), 'layer')}."
+        lines += page.paragraph(text, first="  ")
+    if shown:
+        moves = [moved for _, moved in shown]
+        columns = [
+            Column("updates per step", [figures.plain(moved.per_step) for moved in moves]),
+            Column("repeated", [figures.plain(moved.repeated) for moved in moves]),
+            Column("rate", [_rate(moved.rate) for moved in moves]),
+            Column("configured", [_rate(moved.configured) for moved in moves]),
+            Column("drift", [f"{moved.drift:.2g}" for moved in moves]),
+        ]
+        lines += _layer_table([layer for layer, _ in shown], columns, page)
+        lines += _more(0 if show_all else len(odd) - len(shown), "not as configured", page)
+    worst, moved = max(found, key=lambda pair: pair[1].drift)
+    drift = f"{figures.plain(float(f'{moved.drift:.2g}'))} running standard deviations, in {worst.name}"
+    sentences = [f"Largest drift in one step: {drift}."]
+    if any(moved.repeated > _ONCE for _, moved in odd):
+        sentences.insert(0, "Repeated: updates with a batch already used in that step, as gradient checkpointing does.")
+    return [*lines, *page.paragraphs(sentences)]
+
+
+def _noise_interval(noise: Backward) -> str:
+    if noise.interval is None:
+        return ""
+    low, high = noise.interval
+    # Noise and n_eq run in opposite directions: n_eq = 2 / noise.
+    return figures.equivalent_interval((0.0 if high is None else 2 / max(high, 1e-12), 2 / max(low, 1e-12)))
+
+
+def _angle(angle: GradientAngle) -> str:
+    single, averaged = _degrees(angle.cosine), _degrees(angle.mean_cosine)
+    batches = count(angle.batches, "micro-batch")
+    meaning = (
+        "batch noise, which averages out"
+        if angle.mean_cosine >= _ALIGNED
+        else "a bias, if it stays with more micro-batches; averaging over steps does not remove a bias"
+    )
+    return (
+        f"The angle between the gradient with batch statistics and the one with population statistics is {single}"
+        f" (cosine {angle.cosine:.3f}, mean over {batches}), and {averaged} (cosine {angle.mean_cosine:.3f}) between"
+        f" their averages over all of these: {meaning}."
+    )
+
+
+def _degrees(cosine: float) -> str:
+    return f"{math.degrees(math.acos(min(max(cosine, -1.0), 1.0))):.0f}{DEGREE}"
+
+
+def _as_configured(layer: Layer, moved: Updates) -> bool:
+    """Once per step and call, at the configured rate; calls on different data add up to a larger one."""
+    once = abs(moved.per_step - layer.calls_per_forward) <= _ONCE and moved.repeated <= _ONCE
+    if moved.rate is None or moved.configured is None:
+        return once
+    expected = 1 - (1 - moved.configured) ** layer.calls_per_forward
+    return once and abs(moved.rate - expected) <= _ONCE * max(expected, 1e-12)
+
+
+def _rate(rate: float | None) -> str:
+    return UNMEASURED if rate is None else figures.plain(rate)
+
+
+def _layer_table(layers: Sequence[Layer], columns: Sequence[Column], page: Page) -> list[Text]:
+    """Columns are dropped where the page is too narrow, the last first; points stand in line."""
+    aligned = [Column(column.heading, column.cells, "point") for column in columns]
+    expendable = [column.heading for column in aligned[:0:-1]]
+    return table(Names([layer.name for layer in layers]), dropping(aligned, expendable), page)
+
+
+def _more(number: int, what: str, page: Page) -> list[Text]:
+    text = f"{count(number, 'more layer')} {what}; --all shows all."
+    return page.paragraph(text, first="  ", style="dim") if number > 0 else []

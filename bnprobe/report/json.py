@@ -1,0 +1,190 @@
+"""Records as JSON documents and back, and their JSON Schemas, made from the records and their docstrings.
+
+The files ``NAME.schema.json`` beside this one are committed copies, one for each name in ``SCHEMAS``; ``make schema``
+rewrites them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+
+from bnprobe.errors import UsageError
+from bnprobe.records import SCHEMA_VERSION, Record, RepairRecord, Report, SweepReport
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from pydantic import ValidationError
+
+T = TypeVar("T", bound=Record)
+
+
+def dump(record: DataclassInstance) -> str:
+    """The record as JSON: the version of the schema first, then the fields in their order; a newline at the end.
+
+    Raises:
+        ValueError: A figure is NaN or infinite, which the records do not allow.
+    """
+    return to_text(asdict(record))
+
+
+def to_text(content: dict[str, Any]) -> str:
+    """The content of a record as JSON; see `dump`."""
+    document = {"schema_version": SCHEMA_VERSION} | content
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DocumentKind(Generic[T]):
+    """A kind of document that bnprobe reads.
+
+    Attributes:
+        record: The record that it holds.
+        noun: What it is called, e.g. "JSON report".
+        again: What to do about one of another version, e.g. "Scan again".
+    """
+
+    record: type[T]
+    noun: str
+    again: str
+
+    def load(self, text: str) -> T:
+        """Read a document.
+
+        A field with a default may be missing: documents written before the field was added can still be read.
+
+        Raises:
+            UsageError: The text is no such document of this schema version: a key is unknown, a key without a
+                default is missing, or a value is of another type. The message names the key.
+        """
+        self._check_version(self._parse(text))
+        # Imported here: pydantic takes longer to import than `bnprobe --help` has to spare.
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            return TypeAdapter(self.record).validate_json(text, strict=True)
+        except ValidationError as error:
+            raise UsageError(self._explain(error)) from error
+
+    def _parse(self, text: str) -> dict[str, Any]:
+        try:
+            document = json.loads(text, parse_float=_finite, parse_constant=_reject_constant)
+        except ValueError as error:
+            raise UsageError(f"This is not a {self.noun} of bnprobe: {error}.") from error
+        if not isinstance(document, dict):
+            raise UsageError(f"This is not a {self.noun} of bnprobe: the top level is not an object.")
+        return document
+
+    def _check_version(self, document: dict[str, Any]) -> None:
+        version = document.get("schema_version")
+        if version != SCHEMA_VERSION:
+            found = "no schema_version" if version is None else f"schema_version {version!r}"
+            raise UsageError(
+                f"The {self.noun} has {found}, and this bnprobe reads schema_version {SCHEMA_VERSION}. "
+                f"{self.again} with this version, or use the version that wrote it."
+            )
+
+    def _explain(self, error: ValidationError) -> str:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the top level"
+        problem = {
+            "missing": f"{place} is missing",
+            "unexpected_keyword_argument": f"{place} is unknown",
+        }.get(first["type"], f"{place}: {first['msg']}")
+        more = error.error_count() - 1
+        others = f" ({more} more of this kind)" if more else ""
+        return f"The {self.noun} does not fit its schema: {problem}{others}."
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    return _reject_constant(number) if abs(value) == float("inf") else value
+
+
+def _reject_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a finite number")
+
+
+_REPORT = DocumentKind(Report, "JSON report", "Scan again")
+_REPAIR = DocumentKind(RepairRecord, "repair record", "Repair again")
+
+
+def load_report(text: str) -> Report:
+    """Read the report of a scan; see `DocumentKind.load`."""
+    return _REPORT.load(text)
+
+
+def load_record(text: str) -> RepairRecord:
+    """Read the record of a repair; see `DocumentKind.load`."""
+    return _REPAIR.load(text)
+
+
+# --- Schemas ----------------------------------------------------------------------------------------------------------
+
+SCHEMAS: dict[str, tuple[type[Record], str]] = {
+    "report": (Report, "bnprobe report"),
+    "record": (RepairRecord, "bnprobe repair record"),
+    "sweep": (SweepReport, "bnprobe sweep"),
+}
+"""What there is a schema of: the record and the title."""
+
+_ATTRIBUTE = re.compile(r"^    (?P<names>\w+(?:, \w+)*): (?P<text>.+)$")
+
+
+def schema(document: str = "report") -> dict[str, Any]:
+    """The JSON Schema (2020-12) of one of ``SCHEMAS``, as a plain dictionary: what bnprobe writes.
+
+    Every key is required, as bnprobe writes every key; no other key is allowed.
+    """
+    from pydantic import TypeAdapter
+    from pydantic.json_schema import GenerateJsonSchema
+
+    class Described(GenerateJsonSchema):
+        """Objects with the descriptions of the docstring, without defaults."""
+
+        def dataclass_schema(self, schema: Any) -> dict[str, Any]:
+            body = super().dataclass_schema(schema)
+            summary, attributes = _docstring(schema["cls"])
+            for name, text in attributes.items():
+                body["properties"][name]["description"] = text
+            for field in body["properties"].values():
+                field.pop("default", None)
+            return {**body, "description": summary, "required": list(body["properties"])}
+
+    record, title = SCHEMAS[document]
+    generated = TypeAdapter(record).json_schema(mode="serialization", schema_generator=Described)
+    generated["properties"]["schema_version"]["const"] = SCHEMA_VERSION
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **generated, "title": title}
+
+
+def schema_text(document: str = "report") -> str:
+    """The schema as it is committed."""
+    return json.dumps(schema(document), indent=2, ensure_ascii=False) + "\n"
+
+
+def write_schemas() -> None:
+    """Rewrite the committed copies."""
+    for name in SCHEMAS:
+        Path(__file__).with_name(f"{name}.schema.json").write_text(schema_text(name), encoding="utf-8")
+
+
+def _docstring(record: type) -> tuple[str, dict[str, str]]:
+    """The summary of a record's docstring, and the text of each of its attributes."""
+    summary, _, listed = (inspect.getdoc(record) or "").partition("\n\nAttributes:\n")
+    attributes: dict[str, str] = {}
+    names: list[str] = []
+    for line in listed.splitlines():
+        match = _ATTRIBUTE.match(line)
+        if match:
+            names = match["names"].split(", ")
+            attributes |= dict.fromkeys(names, match["text"])
+        else:
+            attributes |= {name: f"{attributes[name]} {line.strip()}" for name in names}
+    return " ".join(summary.split()), attributes

@@ -1,0 +1,263 @@
+"""Where the mismatch comes from: a stacked bar of shares for each layer and for the model, and how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.text import Text
+
+from bnprobe.numbers import count, percent
+from bnprobe.records import Interval, Layer, Report, ShareIntervals, Shares
+from bnprobe.report import charts, figures
+from bnprobe.report.charts import SOURCES, Source
+from bnprobe.report.layers import sign_of
+from bnprobe.report.page import CENTRE, CUT, STYLES, UNMEASURED, Page, pad
+from bnprobe.report.table import Column, Layout, Mark, Names, fit, table
+from bnprobe.stats.theory import mismatch_iid
+
+_CLEARLY = 0.1
+"""A share below 0 by this part of the bar is clearly so where it has no interval."""
+
+_ANY_WIDTH = 16
+_SHORTEST_BAR, _LONGEST_BAR = 20, 56
+_ROOMY_BAR = 32
+_UNEXPLAINED = "could not be decomposed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line: a layer, or the model.
+
+    Attributes:
+        mark: Sign and style.
+        name: What stands before the bar.
+        shares, intervals: What the bar shows; None: ``why_not`` says why there is none.
+        mismatch: D of the row, as printed.
+        threshold: Where its limit lies; None: no mark.
+        estimate, exact: Change of the output if only this layer uses batch statistics, as printed.
+        why_not: Why there is no bar.
+    """
+
+    mark: Mark
+    name: str
+    shares: Shares | None
+    intervals: ShareIntervals | None
+    mismatch: str
+    threshold: float | None
+    estimate: str = ""
+    exact: str = ""
+    why_not: str = ""
+
+
+def shares(report: Report, shown: Sequence[Layer], page: Page) -> list[Text]:
+    """The bars, and how to read them.
+
+    Args:
+        report: The whole report.
+        shown: The layers to show, in network order.
+        page: What the lines are written on.
+    """
+    if not report.layers:
+        return []
+    heading = page.heading("Where the mismatch comes from, eval path")
+    if not any(layer.shares for layer in report.layers):
+        return [*heading, *page.paragraph(_no_bars(report.layers), first="  ")]
+    rows = [*(_row(layer) for layer in shown), *_model_row(report)]
+    return [*heading, *_table(rows, report.layers, page), *_legend(rows, shown, page)]
+
+
+# --- Rows -------------------------------------------------------------------------------------------------------------
+
+
+def _no_bars(layers: Sequence[Layer]) -> str:
+    reasons = [reason for reason in dict.fromkeys(map(_why_not, layers)) if reason != _UNEXPLAINED]
+    why = f": {', '.join(reasons)}" if reasons else ""
+    return f"The mismatch of no layer could be decomposed{why}."
+
+
+def _row(layer: Layer) -> Row:
+    sign = sign_of(layer)
+    impact = layer.impact
+    return Row(
+        mark=Mark(sign, STYLES[sign]),
+        name=layer.name,
+        shares=layer.shares,
+        intervals=layer.share_intervals,
+        mismatch=UNMEASURED if layer.eval is None else figures.mismatch(layer.eval.mismatch),
+        threshold=layer.threshold,
+        estimate="" if impact is None or impact.estimate is None else figures.relative(impact.estimate),
+        exact="" if impact is None or impact.exact is None else figures.relative(impact.exact),
+        why_not=_why_not(layer),
+    )
+
+
+def _model_row(report: Report) -> list[Row]:
+    total = report.summary.shares
+    number = sum(layer.shares is not None for layer in report.layers)
+    if total is None or number < 2:
+        return []
+    # Without the data shift, which comes on top of D.
+    mismatch = sum(source.of(total) or 0.0 for source in SOURCES if source.field != "data_shift")
+    limits = {layer.threshold for layer in report.layers}
+    threshold = limits.pop() if len(limits) == 1 else None
+    mean = f"mean of {number} layers"
+    return [Row(Mark(style="bold"), mean, total, None, figures.mismatch(max(mismatch, 0)), threshold)]
+
+
+def _why_not(layer: Layer) -> str:
+    if not layer.running_statistics:
+        return "no running statistics"
+    if layer.eval is None:
+        return "not measured at inference"
+    return _UNEXPLAINED
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+def _table(rows: Sequence[Row], network: Sequence[Layer], page: Page) -> list[Text]:
+    """Names, bars in what room is left, and the columns right of them that fit."""
+    names = [row.name for row in rows]
+    marks, among = [row.mark for row in rows], [layer.name for layer in network]
+    (shortest, *columns), room = fit(_layouts(rows), Names(names, marks=marks), page)
+    rest = room + shortest.width(page)
+    longest = max(Names(names).longest(page), len("layer"))
+    fitted = Names(names, marks=marks, among=among, most=min(longest, max(rest - _SHORTEST_BAR, rest // 2)))
+    taken = max(map(cell_len, ["layer", *fitted.fitted(rest, page)]))
+    scale = bar_scale(rows, min(rest - taken, _LONGEST_BAR))
+    axis = "0" + pad(figures.mismatch(scale.full), scale.width - 1, right=True)
+    bars = Column(axis, [_bar(row, scale, page) for row in rows], "left")
+    return table(fitted, [Layout([bars, *columns])], page)
+
+
+def bar_scale(rows: Sequence[Row], width: int) -> charts.Scale:
+    """The scale of all bars of the table."""
+    lengths = [charts.length(row.shares) for row in rows if row.shares is not None]
+    limits = [mismatch_iid(row.threshold) for row in rows if row.threshold is not None]
+    return charts.Scale(charts.full_length(lengths, limits), width)
+
+
+def _bar(row: Row, scale: charts.Scale, page: Page) -> Text:
+    if row.shares is not None:
+        return charts.bar(row.shares, scale, row.threshold, page)
+    (text,) = page.shorten([f"({row.why_not})"], scale.width)
+    return Text(pad(text, scale.width), "dim")
+
+
+def _layouts(rows: Sequence[Row]) -> Iterator[Layout]:
+    """Columns from rich to poor, the bars first in the least width that they may have."""
+    total = _column("D", rows, lambda row: row.mismatch)
+    short = _column("most", rows, lambda row: _largest(row, words=False))
+    words = _column("most of it\n(95% interval)", rows, lambda row: _largest(row, words=True))
+    single = _column("moves\noutput", rows, lambda row: row.exact or (f"~{row.estimate}" if row.estimate else ""))
+    exact = _column("moves\noutput", rows, lambda row: row.exact)
+    estimate = _column("esti-\nmate", rows, lambda row: row.estimate)
+    with_impact = any(row.estimate or row.exact for row in rows)
+    roomy, narrow = (Column("", [" " * cells] * len(rows)) for cells in (_ROOMY_BAR, _SHORTEST_BAR))
+    yield Layout([roomy, total, words, *([exact, estimate] if with_impact else [])], 34)
+    yield Layout([narrow, total, short, *([single] if with_impact else [])], 20)
+    yield Layout([narrow, total, short], 16)
+    yield Layout([narrow, total], 10)
+    yield Layout([narrow], 0)
+
+
+def _column(heading: str, rows: Sequence[Row], cell: Callable[[Row], str]) -> Column:
+    """Figures have their points in line, words stand flush left."""
+    cells = [cell(row) for row in rows]
+    worded = any(char.isalpha() for text in cells for char in text)
+    return Column(heading, cells, "left" if worded else "point")
+
+
+def _largest(row: Row, words: bool) -> str:
+    """The largest share, as a part of the bar."""
+    drawn = [] if row.shares is None else charts.drawn(row.shares)
+    held = [(source, share) for source, share in drawn if source.field != "data_shift"]  # which comes on top
+    total = sum(share for _, share in held)
+    if not total:
+        return ""
+    source, share = max(held, key=lambda pair: pair[1])
+    part = percent(share / total)
+    return (
+        f"{source.words} {part}{_around(source.interval(row.intervals), total)}"
+        if words
+        else f"{source.letter} {part:>4}"
+    )
+
+
+def _around(interval: Interval | None, total: float) -> str:
+    """The interval of a share, as a part of the bar."""
+    if interval is None:
+        return ""
+    low, high = (None if end is None else percent(min(max(end / total, 0), 1)) for end in interval)
+    return f" (over {low})" if high is None else f" ({str(low).removesuffix('%')} to {high})"
+
+
+# --- How to read it ---------------------------------------------------------------------------------------------------
+
+
+def _legend(rows: Sequence[Row], shown: Sequence[Layer], page: Page) -> list[Text]:
+    decomposed = [row for row in rows if row.shares is not None]
+    return page.labelled(
+        [("bar", _letters(decomposed)), (CENTRE, _limits(shown)), *_remarks(decomposed)],
+        "dim",
+    )
+
+
+def _letters(rows: Sequence[Row]) -> str:
+    # The data shift has a line of its own.
+    there = [source for source in SOURCES[:-1] if any(row.shares and source.of(row.shares) is not None for row in rows)]
+    return ", ".join(f"{source.letter} {source.words}" for source in there)
+
+
+def _limits(shown: Sequence[Layer]) -> str:
+    limits = {layer.threshold for layer in shown}
+    if len(limits) > 1:
+        return "the layer's limit"
+    threshold = limits.pop()
+    return f"the limit: D {figures.mismatch(mismatch_iid(threshold))} is n_eq {figures.plain(threshold)}"
+
+
+def _remarks(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    scale = bar_scale(rows, _ANY_WIDTH)
+    found = [row.shares for row in rows if row.shares is not None]
+    remarks = []
+    if any(scale.cuts(charts.length(one)) for one in found):
+        remarks.append((CUT, "longer than the scale; its parts are in proportion"))
+    if any(row.estimate or row.exact for row in rows):
+        text = "relative L2 change if only this layer uses batch statistics (~ estimate)"
+        remarks.append(("output", text))
+    if any(one.data_shift is not None for one in found):
+        remarks.append(("x", "data shift, held-out against training data; added to D"))
+    if any(one.composition is None for one in found):
+        remarks.append(("s", "includes composition where samples could not be regrouped"))
+    if below := _below([row for row in rows if row.mark.sign]):
+        remarks.append(("not drawn", f"clearly below 0, offsetting other shares: {below}"))
+    return remarks
+
+
+def _below(rows: Sequence[Row]) -> str:
+    """Each source that is clearly below 0 somewhere, with the layer where it is furthest."""
+    texts = []
+    for source in SOURCES:
+        found = [(_share(row, source), row.name) for row in rows if _clearly_below(row, source)]
+        if found:
+            lowest, name = min(found)
+            where = f"{count(len(found), 'layer')}, down to " if len(found) > 1 else ""
+            texts.append(f"{source.words} ({where}{lowest:.2g} in {name})")
+    return ", ".join(texts)
+
+
+def _share(row: Row, source: Source) -> float:
+    return 0.0 if row.shares is None else source.of(row.shares) or 0.0
+
+
+def _clearly_below(row: Row, source: Source) -> bool:
+    share = _share(row, source)
+    if row.shares is None or share >= 0:
+        return False
+    interval = source.interval(row.intervals)
+    if interval is not None:
+        return interval[1] is not None and interval[1] < 0
+    return -share > _CLEARLY * charts.length(row.shares)

@@ -1,0 +1,448 @@
+"""The report of a repair: what was changed, how it compares with its baselines, and how to use the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.text import Text
+
+from bnprobe.errors import UsageError
+from bnprobe.numbers import count, percent
+from bnprobe.records import Arm, Conclusion, Ending, Plan, Proof, RepairRecord, Report, RequirementResult, Run
+from bnprobe.repair_targets import TARGETS
+from bnprobe.report import figures
+from bnprobe.report.figures import listed_in_line
+from bnprobe.report.json import dump
+from bnprobe.report.page import (
+    ARROW,
+    FINE,
+    FLAGGED,
+    STYLES,
+    TIMES,
+    UNDECIDED,
+    UNMEASURED,
+    WARNING,
+    Page,
+    RenderOptions,
+    to_string,
+)
+from bnprobe.report.plan import deployment, kinds, refused
+from bnprobe.report.table import Column, Mark, Names, dropping, table
+from bnprobe.report.verify import before_and_after
+from bnprobe.requirement import parse_requirement
+
+_MOST_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Files:
+    """Paths of the files written with the weights; None: not written."""
+
+    record: str | None = None
+    before: str | None = None
+    after: str | None = None
+    log: str | None = None
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """The result of a repair.
+
+    Attributes:
+        record: The record.
+        before, after: The scans of the model as it was and as it is now; None where there was none.
+        files: What was written with the weights.
+    """
+
+    record: RepairRecord
+    before: Report | None = None
+    after: Report | None = None
+    files: Files = Files()
+
+
+def render(report: RepairReport, options: RenderOptions) -> str:
+    """The repair as text in lines of at most ``options.width`` cells; what is to be pasted may be longer."""
+    page, show_all, record = Page.of(options), options.show_all, report.record
+    before, after = report.before, report.after
+    parts = [
+        _header(record, page),
+        _changed(record, page, show_all),
+        refused(record.plan, page, show_all) if record.plan else [],
+        before_and_after(before, after, page, show_all) if before and after else [],
+        _proof(record.proof, page, show_all) if record.proof else [],
+        page.section("Notes", record.notes),
+        _closing(record, page),
+        _usage(record, report.files, page),
+    ]
+    return to_string(parts, options.color)
+
+
+def render_json(report: RepairReport, options: RenderOptions) -> str:
+    """The record as JSON; ``record.schema.json`` describes it."""
+    return dump(report.record)
+
+
+def _header(record: RepairRecord, page: Page) -> list[Text]:
+    title = page.heading(f"{record.tool.name} {record.tool.version}: {record.action} of {record.model}")
+    environment = record.environment
+    rows = [
+        *([("checkpoint", record.checkpoint)] if record.checkpoint else []),
+        *([("training", text)] if (text := _training(record)) else []),
+        ("device", f"{environment.device_name}, torch {environment.torch}, {_seeds(record.seeds)}"),
+    ]
+    return [*title, *page.labelled(rows)]
+
+
+def _training(record: RepairRecord) -> str:
+    """The optimizer, the length of the runs and the time that all of them took; empty where nothing was trained."""
+    runs = [run for arm in record.proof.arms if arm.trained for run in arm.runs] if record.proof else []
+    if not runs:
+        return ""
+    train: dict[str, Any] = record.settings.get("train") or {}
+    optimizer = _call(train["optimizer"]) if train.get("optimizer") else "optimizer not recorded"
+    schedule = f", {_call(train['schedule'])}" if train.get("schedule") else ""
+    steps = f"up to {count(max(run.steps for run in runs), 'step')}"
+    time = f"{count(len(runs), 'run')} in {figures.duration(sum(run.seconds for run in runs))}"
+    return f"{optimizer}{schedule}; {steps}{_samples(record)}; {time}"
+
+
+def _samples(record: RepairRecord) -> str:
+    """Samples of a step, where they are recorded."""
+    train: dict[str, Any] = record.settings.get("train") or {}
+    data: dict[str, Any] = record.settings.get("data") or {}
+    size = train.get("batch_size") or data.get("batch_size")
+    accumulated = train.get("accumulate") or 1
+    if not size:
+        return ""
+    times = f"{accumulated} {TIMES} " if accumulated > 1 else ""
+    return f" of {times}{count(size, 'sample')}"
+
+
+def _call(target: dict[str, Any]) -> str:
+    """A class of the spec with its arguments, e.g. "SGD(lr=0.01)"."""
+    arguments = ", ".join(f"{name}={value}" for name, value in (target.get("args") or {}).items())
+    return f"{target.get('target', '?')}({arguments})"
+
+
+def _seeds(seeds: tuple[int, ...]) -> str:
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    counted = seeds == tuple(range(seeds[0], seeds[0] + len(seeds))) if seeds else False
+    return f"seeds {seeds[0]} to {seeds[-1]}" if counted else f"seeds {', '.join(map(str, seeds))}"
+
+
+def _changed(record: RepairRecord, page: Page, show_all: bool) -> list[Text]:
+    """Which layers were converted or recalibrated."""
+    lines: list[Text] = []
+    if record.plan is not None and record.plan.changes:
+        plan = record.plan
+        total = len(plan.changes) + len(plan.refused) + plan.untouched
+        lines += page.heading(
+            f"Converted to {plan.to}: {len(plan.changes)} of {count(total, 'normalization layer')},"
+            f" chosen by {plan.source}"
+        )
+        for words, number in kinds(plan.changes):
+            names = [change.name for change in plan.changes if f"{change.kind} {ARROW} {change.to}" == words]
+            lines += page.paragraph(
+                f"{number} {TIMES} {words}: {listed_in_line(names, show_all)}", first="  ", rest="    "
+            )
+        for note in dict.fromkeys(change.note for change in plan.changes if change.note):
+            lines += page.paragraph(f"Note: {note.removesuffix('.')}.", first="  ", rest="    ")
+    return [*lines, *_recalibrated(record, page, show_all)]
+
+
+def _recalibrated(record: RepairRecord, page: Page, show_all: bool) -> list[Text]:
+    """Layers whose running statistics were recalibrated; they are listed unless they are those converted."""
+    if not record.recalibrated:
+        return []
+    number = count(len(record.recalibrated), "layer")
+    if record.plan is not None and {change.name for change in record.plan.changes} == set(record.recalibrated):
+        return page.paragraph("Their running statistics were recalibrated first.", first="  ")
+    lines = page.heading(f"Running statistics recalibrated: {number}")
+    return [*lines, *page.paragraph(listed_in_line(record.recalibrated, show_all), first="  ")]
+
+
+def _closing(record: RepairRecord, page: Page) -> list[Text]:
+    """The verdict, the flags, and what was required."""
+    sign, headline = _verdict(record)
+    lines = page.verdict(sign, headline, [record.proof.message if record.proof else "", *_flagged(record)])
+    for requirement in record.requirements:
+        mark = FINE if requirement.held else FLAGGED
+        line = page.paragraph(_requirement(requirement), first=f"  {page.clean(mark)} ")
+        line[0].stylize(STYLES[mark], 2, 3)
+        lines += line
+    return lines
+
+
+def _verdict(record: RepairRecord) -> tuple[str, str]:
+    failed = sum(not requirement.held for requirement in record.requirements)
+    if failed:
+        number, verb = count(len(record.requirements), "requirement"), "do" if failed > 1 else "does"
+        verdict = f" {_conclusion(record.proof)}" if record.proof else ""
+        return FLAGGED, f"{failed} of {number} {verb} not hold.{verdict}"
+    if record.proof is not None:
+        return _SIGNS[record.proof.conclusion], _conclusion(record.proof)
+    done = "Converted" if record.action == "convert" else "Recalibrated"
+    return UNMEASURED, f"{done}. Nothing was scored, so the gain is not known."
+
+
+def _flagged(record: RepairRecord) -> list[str]:
+    before, after = record.flagged_before, record.flagged_after
+    if after is None:
+        return [] if before is None else [f"Flagged layers: {before} before; the repaired model was not scanned."]
+    return [f"Flagged layers: {after}."] if before is None else [f"Flagged layers: {before} {ARROW} {after}."]
+
+
+def _requirement(requirement: RequirementResult) -> str:
+    if requirement.value is None:
+        return f"{requirement.text}: not measured"
+    return f"{requirement.text}: {_telling(requirement.text, requirement.value, requirement.held)}"
+
+
+def _telling(text: str, value: float, held: bool) -> str:
+    """The fewest digits, from four on, that show on which side of the limit the value is."""
+    try:
+        holds = parse_requirement(text).holds
+    except UsageError:  # a record written by hand
+        return figures.plain(value)
+    digits = 4
+    while holds(float(f"{value:.{digits}g}")) != held and digits < _MOST_DIGITS and math.isfinite(value):
+        digits += 1
+    return f"{value:.{digits}g}"
+
+
+# --- The repaired model and its baselines -----------------------------------------------------------------------------
+
+WRITTEN, BASELINE = ARROW, "b"
+"""What marks the arm whose weights are written, and the one that it is compared with."""
+
+_SIGNS: dict[Conclusion, str] = {
+    "better": FINE,
+    "same": WARNING,
+    "worse": FLAGGED,
+    "undecided": UNDECIDED,
+    "not_compared": UNMEASURED,
+}
+
+_ENDINGS: dict[Ending, str] = {"finished": "finished", "early_stop": "early stop", "diverged": "diverged"}
+_MOST_NOTES = 3
+
+_TRAINED_BASELINE = "plain BN fine-tuned the same way"
+_UNTRAINED = {"as is": "the model as it is", "recalibrated": "the recalibrated model"}
+"""Arms that are no repairs of their own, in a sentence."""
+
+
+def _proof(found: Proof, page: Page, show_all: bool) -> list[Text]:
+    """The table of arms, how to read it, and what is to be known of single runs."""
+    seeds = max(len(arm.runs) for arm in found.arms)
+    interval = f": mean and 95% interval of {seeds} seeds" if seeds > 1 else ""
+    return [
+        *page.heading(f"Comparison on {count(found.images_proving, 'held-out sample')}{interval}"),
+        *_table(found, page),
+        *_legend(found, page),
+        *_clipping(found, page),
+        *_diverged(found.arms, page, show_all),
+        *page.paragraphs(_gain(found)),
+    ]
+
+
+def _conclusion(found: Proof) -> str:
+    """The verdict in a sentence."""
+    repaired = _UNTRAINED.get(found.repaired, found.repaired)
+    if found.control is None:
+        return f"{_capitalized(repaired)}: scored, but not compared with a baseline."
+    trained = any(arm.name == found.control and arm.trained for arm in found.arms)
+    baseline = _TRAINED_BASELINE if trained else _UNTRAINED.get(found.control, found.control)
+    return {
+        "better": f"{_capitalized(repaired)} is better than {baseline}.",
+        "same": f"No significant gain (95%) of {repaired} over {baseline}.",
+        "worse": f"{_capitalized(repaired)} is worse than {baseline}.",
+        "undecided": f"Whether {repaired} is better than {baseline} is not decided.",
+        "not_compared": f"{_capitalized(repaired)} could not be compared with {baseline}.",
+    }[found.conclusion]
+
+
+def _gain(found: Proof) -> list[str]:
+    """What the repair gained over its baseline, a sentence; nothing where that is not known."""
+    if found.gain is None or found.control is None:
+        return []
+    arm = next(arm for arm in found.arms if arm.name == found.repaired)
+    paired = f"95%, paired over {len(arm.runs)} seeds" if arm.trained else "95%, paired over the held-out batches"
+    how = paired if found.gain.interval is not None else "one run, so no interval"
+    value = figures.estimate(found.gain, with_sign=True)
+    return [f"Gain over {found.control} in the {found.measure}: {value} (positive: better; {how})."]
+
+
+def _table(found: Proof, page: Page) -> list[Text]:
+    arms = found.arms
+    columns = [
+        *_measures(arms, page),
+        Column("best step", [_span([run.best_step for run in arm.runs]) if arm.trained else "" for arm in arms]),
+        Column("steps", [_span([run.steps for run in arm.runs]) if arm.trained else "" for arm in arms]),
+        Column("ended", [_ended(arm.runs) if arm.trained else "" for arm in arms], "left"),
+    ]
+    names = Names([arm.name for arm in arms], heading="arm", marks=[_mark(arm, found) for arm in arms])
+    other = "loss" if found.measure == "metric" else "metric"
+    kept = [column for column in columns if any(column.cells)]
+    return table(names, dropping(kept, ("steps", "best step", "ended", other)), page)
+
+
+def _measures(arms: Sequence[Arm], page: Page) -> list[Column]:
+    """Loss and metric, where any arm has it."""
+    columns = (("loss", [arm.loss for arm in arms]), ("metric", [arm.metric for arm in arms]))
+    shown = [(heading, values) for heading, values in columns if any(value is not None for value in values)]
+    return [Column(heading, figures.estimates(values, page)) for heading, values in shown]
+
+
+def _mark(arm: Arm, found: Proof) -> Mark:
+    if arm.name == found.repaired:
+        return Mark(WRITTEN, "bold green" if found.conclusion == "better" else "bold")
+    return Mark(BASELINE, "cyan") if arm.name == found.control else Mark()
+
+
+def _span(values: Sequence[int]) -> str:
+    """The least and the greatest, e.g. "400–500"."""
+    least, greatest = min(values), max(values)
+    return f"{least}" if least == greatest else f"{least}{UNMEASURED}{greatest}"
+
+
+def _ended(runs: Sequence[Run]) -> str:
+    """How the runs ended; only the odd ones are counted, as in "1 of 5 diverged"."""
+    numbers: dict[Ending, int] = {}
+    for run in runs:
+        numbers[run.ending] = numbers.get(run.ending, 0) + 1
+    if len(numbers) == 1:
+        return _ENDINGS[runs[0].ending]
+    odd = [f"{number} {_ENDINGS[ending]}" for ending, number in numbers.items() if ending != "finished"]
+    return ", ".join(odd)
+
+
+def _legend(found: Proof, page: Page) -> list[Text]:
+    control = next((arm for arm in found.arms if arm.name == found.control), None)
+    trained = control is not None and control.trained
+    compared = "the baseline: plain BN, same data, same steps, same seeds" if trained else "the baseline"
+    best = f"the step whose weights were kept, chosen on {count(found.images_choosing, 'other sample')}"
+    entries = [(WRITTEN, "the repair"), *([(BASELINE, compared)] if control else [])]
+    entries += [("best step", best)] if any(arm.trained for arm in found.arms) and found.images_choosing else []
+    return page.labelled(entries, "dim")
+
+
+def _clipping(found: Proof, page: Page) -> list[Text]:
+    """How much Batch Renorm clipped in the end."""
+    sentences = []
+    for arm in found.arms:
+        r = [run.clipped_r for run in arm.runs if run.clipped_r is not None]
+        d = [run.clipped_d for run in arm.runs if run.clipped_d is not None]
+        if r and d:
+            means = percent(sum(r) / len(r)), percent(sum(d) / len(d))
+            sentences.append(f"{arm.name} clipped {means[0]} of r and {means[1]} of d in the last tenth of its steps.")
+    return page.paragraphs(sentences)
+
+
+def _diverged(arms: Sequence[Arm], page: Page, show_all: bool) -> list[Text]:
+    """Where and why runs diverged, the first few."""
+    notes = [f"{arm.name}, seed {run.seed}: {run.note}" for arm in arms for run in arm.runs if run.note]
+    shown = notes if show_all or len(notes) <= _MOST_NOTES + 1 else notes[:_MOST_NOTES]
+    lines = page.paragraphs(shown, rest="    ")
+    more = count(len(notes) - len(shown), "more run")
+    return lines + (page.paragraph(f"and {more}; --all shows all.", first="  ") if len(shown) < len(notes) else [])
+
+
+def _capitalized(text: str) -> str:
+    """The first letter of a sentence; a repair's name stays as it is."""
+    return text[:1].upper() + text[1:] if text in (_TRAINED_BASELINE, *_UNTRAINED.values()) else text
+
+
+# --- Using the weights ------------------------------------------------------------------------------------------------
+
+_DIGEST_SHOWN = 16
+_INDENT = "  "
+_NAMES_WRITTEN_OUT = 3
+
+
+def _usage(record: RepairRecord, files: Files, page: Page) -> list[Text]:
+    """What was written, and what to do with it; nothing if nothing was written."""
+    if record.weights is None:
+        return page.paragraph("No weights were written.")
+    lines = [*_written(record, record.weights, files, page)]
+    lines += page.paragraph(_loading(record.plan))
+    lines += [Text(f"    {page.clean(line)}", "bold") for line in _python(record, record.weights, files)]
+    for why, command in _commands(record, record.weights, files):
+        lines += [*page.paragraph(why), *page.command(command)]
+    return lines
+
+
+def _written(record: RepairRecord, weights: str, files: Files, page: Page) -> list[Text]:
+    digest = f" (SHA-256 {record.weights_sha256[:_DIGEST_SHOWN]}...)" if record.weights_sha256 else ""
+    rows = [
+        ("weights", f"{weights}{digest}"),
+        *([("record", files.record)] if files.record else []),
+        *([("scan before", files.before)] if files.before else []),
+        *([("scan after", files.after)] if files.after else []),
+        *([("log", files.log)] if files.log else []),
+    ]
+    inner = Page(page.width - len(_INDENT), page.unicode)
+    return [*page.heading("Written"), *(Text(_INDENT) + line for line in inner.labelled(rows)), Text()]
+
+
+def _loading(plan: Plan | None) -> str:
+    return f"{'The weights load strictly into your own model.' if plan is None else deployment(plan)} In Python:"
+
+
+def _python(record: RepairRecord, weights: str, files: Files) -> list[str]:
+    """Lines that load the weights; a model that does not deploy as it is is converted first."""
+    imports = ["from safetensors.torch import load_file"]
+    load = [f"weights = load_file({_quoted(weights)})", "model.load_state_dict(weights)"]
+    plan = record.plan
+    if plan is None or plan.deploys:
+        return [*imports, *load]
+    if len(plan.changes) > _NAMES_WRITTEN_OUT and files.record is not None:
+        imports = ["import json", "from pathlib import Path", "import bnprobe", *imports]
+        opened = f"record = json.loads(Path({_quoted(files.record)}).read_bytes())"
+        names = [opened, 'layers = [layer["name"] for layer in record["plan"]["changes"]]']
+    else:
+        imports = ["import bnprobe", *imports]
+        names = [f"layers = [{', '.join(_quoted(change.name) for change in plan.changes)}]"]
+    return [
+        *imports,
+        *names,
+        f"model = bnprobe.convert(model, layers, to={_quoted(plan.to)}{_settings(record)})",
+        *load,
+    ]
+
+
+def _settings(record: RepairRecord) -> str:
+    """The settings of the converted layers, which their weights do not hold."""
+    given: dict[str, Any] = record.settings.get("repair") or {}
+    to = record.plan.to if record.plan else ""
+    names = TARGETS[to].settings if to in TARGETS else ()  # of a package that is not installed here
+    return "".join(f", {name}={given[name]}" for name in names if name in given)
+
+
+def _quoted(text: str) -> str:
+    """A string of Python."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _commands(record: RepairRecord, weights: str, files: Files) -> list[tuple[str, str]]:
+    """Why, and the command."""
+    commands = []
+    if files.before and files.after:
+        verify = shlex.join(["bnprobe", "verify", files.before, files.after])
+        commands.append(("To compare the two scans, as in CI:", verify))
+    export = shlex.join(["bnprobe", "export", _target(record), "--checkpoint", weights])
+    if record.plan is None or record.plan.deploys:
+        commands.append(("To export the repaired model, its outputs checked:", export))
+    return commands
+
+
+def _target(record: RepairRecord) -> str:
+    """What the user's command named, e.g. a spec file; else the model."""
+    words = shlex.split(record.command) if record.command else []
+    after = words[words.index(record.action) + 1 :] if record.action in words else []
+    return after[0] if after and not after[0].startswith("-") else record.model

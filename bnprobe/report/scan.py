@@ -1,0 +1,379 @@
+"""The report of ``bnprobe scan``: what was run, the layers, the output, and whatever else was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+
+from rich.text import Text
+
+from bnprobe.numbers import count, listed, percent
+from bnprobe.records import (
+    Composition,
+    Distribution,
+    Domains,
+    ExtraPass,
+    Layer,
+    Output,
+    PathMeasurement,
+    PathValues,
+    Pool,
+    Report,
+    Scan,
+    SelfCheck,
+)
+from bnprobe.report import figures, further
+from bnprobe.report.diagnoses import closing_lines
+from bnprobe.report.layers import MEANINGS, layer_table, legend, select, with_sign
+from bnprobe.report.mismatch import shares
+from bnprobe.report.next_step import under_limit
+from bnprobe.report.page import TIMES, Page, RenderOptions, to_string
+from bnprobe.report.table import Column, Layout, Names, table
+from bnprobe.stats.theory import mismatch_iid
+
+MOST_LAYERS = 25
+"""A network with more layers shows its worst, unless all are asked for."""
+
+_NAMES_LISTED = 6
+_MOST_NOTES = 10
+
+
+def render(report: Report, options: RenderOptions) -> str:
+    """The report as text in lines of at most ``options.width`` cells."""
+    page, show_all = Page.of(options), options.show_all
+    shown = list(report.layers) if show_all else select(report.layers, MOST_LAYERS)
+    parts = [
+        _header(report, page),
+        _layers(report.layers, shown, page),
+        shares(report, shown, page),
+        likeness(report, page, show_all),
+        clipping(report.layers, page, show_all),
+        _skipped(report, page, show_all),
+        _layer_notes(report.layers, page, show_all),
+        _batch_sizes(report.layers, page),
+        _output(report.summary.output, page, scores=not report.summary.gaps),
+        further.gaps(report.summary.gaps, page),
+        further.backward(report, page, show_all),
+        further.updates(report, page, show_all),
+        page.section("Notes on the scan", report.scan.notes),
+        cost(report.scan, page),
+        further.remedies(report.remedies, page),
+        closing_lines(report, page, options.command, show_all),
+    ]
+    return to_string(parts, options.color)
+
+
+def one_line(report: Report) -> str:
+    """The result in one line, e.g. "6 of 9 layers flagged (small batch first)"."""
+    partial = f"PARTIAL, {report.scan.stopped}: " if report.scan.partial else ""
+    cause = f" ({report.diagnoses[0].cause.replace('_', ' ')} first)" if report.diagnoses else ""
+    return f"{partial}{report.summary.flagged} of {count(report.summary.layers, 'layer')} flagged{cause}"
+
+
+# --- What was scanned, and how ----------------------------------------------------------------------------------------
+
+
+def _header(report: Report, page: Page) -> list[Text]:
+    scan = report.scan
+    partial = " (PARTIAL)" if scan.partial else ""
+    title = page.heading(f"{report.tool.name} {report.tool.version}: scan of {scan.model}{partial}")
+    rows = [
+        ("data", f"{scan.data} (synthetic)" if scan.synthetic else scan.data),
+        *([("checkpoint", scan.checkpoint)] if scan.checkpoint else []),
+        ("device", _device(report)),
+        ("measured", _measured(scan)),
+        ("emulation", _emulation(scan)),
+    ]
+    return [*title, *page.labelled(rows)]
+
+
+def _device(report: Report) -> str:
+    scan, environment = report.scan, report.environment
+    kind = scan.dtype if scan.autocast is None else f"{scan.dtype}, autocast to {scan.autocast}"
+    return f"{scan.device} ({environment.device_name}), {kind}, torch {environment.torch}, seed {scan.seed}"
+
+
+def _measured(scan: Scan) -> str:
+    batches, samples = count(scan.batches, "micro-batch"), count(scan.images, "sample")
+    text = f"{batches} {TIMES} {scan.batch_size} = {samples} in {scan.seconds:.1f} s; {_stopped(scan)}"
+    return f"{text}; {count(scan.left_out, 'sample')} left over" if scan.left_out else text
+
+
+def _stopped(scan: Scan) -> str:
+    if scan.partial:
+        return f"PARTIAL, {scan.stopped}"
+    if scan.stopped == "data_exhausted" and scan.batches_requested:
+        return f"all the data, {scan.batches_requested} micro-batches were requested"
+    return {
+        "requested": "as requested",
+        "decided": "every layer decided",
+        "max_batches": "stopped at --max-batches",
+        "data_exhausted": "all the data",
+    }[scan.stopped]
+
+
+def _emulation(scan: Scan) -> str:
+    used = f"{scan.physical_batch} samples at once" if scan.emulated else "none, micro-batches run one by one"
+    checked = "" if scan.self_check is None else f" Self-check {_self_check(scan.self_check)}"
+    return f"{used}. {scan.emulation}{checked}"
+
+
+def _self_check(check: SelfCheck) -> str:
+    error = max(check.output_error, check.statistic_error)
+    if check.passed:
+        return f"passed: micro-batches run one by one agree {f'to {error:.0e}' if error else 'exactly'}."
+    where = f", first in {check.first_layer}" if check.first_layer else ""
+    return f"failed: micro-batches run one by one differ by {error:.0e}{where}."
+
+
+def cost(scan: Scan, page: Page) -> list[Text]:
+    """Measurements beyond the two paths with their reason and cost, and the pool of samples that were regrouped."""
+    sentences = [*map(_pass, scan.passes), *([_pool(scan.pool)] if scan.pool is not None else [])]
+    return page.section("Measured beyond the two paths", sentences, rest="    ")
+
+
+def _pass(extra: ExtraPass) -> str:
+    reason = extra.reason.removesuffix(".")
+    why = f" ({reason})" if reason else ""
+    return f"{extra.name}: {count(extra.images, 'sample')}, {extra.seconds:.1f} s{why}"
+
+
+def _pool(pool: Pool) -> str:
+    return (
+        f"pool: {count(pool.images, 'sample')}, {figures.size(pool.bytes)}, for the share of composition:"
+        f" regrouped at random into {count(pool.regrouped, 'micro-batch')}"
+    )
+
+
+# --- Layers -----------------------------------------------------------------------------------------------------------
+
+
+def _layers(layers: Sequence[Layer], shown: Sequence[Layer], page: Page) -> list[Text]:
+    """How many layers there are and how many carry each sign, the table, what it leaves out, and how to read it."""
+    if not layers:
+        return []
+    kinds = {layer.kind for layer in layers}
+    noun = f"{kinds.pop()} layer" if len(kinds) == 1 else "layer"
+    names = {layer.name for layer in shown}
+    hidden = [layer for layer in layers if layer.name not in names]
+    left_out = f"{count(len(hidden), 'layer')} with less mismatch not shown ({_by_sign(hidden)}); --all shows all."
+    return [
+        *page.heading(f"{count(len(layers), noun)}: {_by_sign(layers)}"),
+        *layer_table(shown, layers, page),
+        *(page.paragraph(left_out) if hidden else []),
+        *legend(layers, page),
+    ]
+
+
+def _by_sign(layers: Iterable[Layer]) -> str:
+    found = ((sign, len(with_sign(layers, sign)), meaning) for sign, meaning in MEANINGS.items())
+    return ", ".join(f"{sign} {number} {meaning}" for sign, number, meaning in found if number)
+
+
+def _skipped(report: Report, page: Page, show_all: bool) -> list[Text]:
+    """Layers that could not be judged, by reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for layer in report.skipped:
+        groups.setdefault((layer.kind, layer.reason), []).append(layer.name)
+    lines = page.heading("Skipped") if groups else []
+    for (kind, reason), names in groups.items():
+        what = f"{names[0]} ({kind})" if len(names) == 1 else f"{len(names)} {TIMES} {kind}"
+        lines += page.paragraph(f"{what}: {reason}", first="  ", rest="    ")
+        lines += page.paragraph(_listed(names, show_all), first="    ") if len(names) > 1 else []
+    return lines
+
+
+def _layer_notes(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Text]:
+    """What else is to be known of layers, and the other names of shared ones."""
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.note:
+            groups.setdefault(layer.note, []).append(layer.name)
+        if layer.aliases:
+            groups[f"The same layer as {', '.join(layer.aliases)}."] = [layer.name]
+    shown = list(groups.items()) if show_all else list(groups.items())[:_MOST_NOTES]
+    lines = page.section(
+        "Notes on layers", (f"{_listed(names, show_all)}: {note}" for note, names in shown), rest="    "
+    )
+    if len(shown) < len(groups):
+        left_out = count(len(groups) - len(shown), "more note")
+        lines += page.paragraph(f"{left_out}; --all shows all.", first="  ")
+    return lines
+
+
+def _listed(names: Sequence[str], show_all: bool) -> str:
+    return listed(names, len(names) if show_all else _NAMES_LISTED)
+
+
+def _batch_sizes(layers: tuple[Layer, ...], page: Page) -> list[Text]:
+    """The worst layer at each batch size asked for."""
+    sizes = sorted({point.batch_size for layer in layers for point in layer.batch_sizes})
+    if not sizes:
+        return []
+    worst, values, under = zip(*(_at_size(layers, size) for size in sizes), strict=True)
+    columns = [
+        Column("size", [str(size) for size in sizes]),
+        Column("worst n_eq", values, "point"),
+        Column("below limit", under),
+    ]
+    lines = table(Names(worst, last=True), [Layout(columns)], page)
+    return [*page.heading("Other batch sizes, eval path, same samples"), *lines]
+
+
+def _at_size(layers: tuple[Layer, ...], size: int) -> tuple[str, str, str]:
+    points = [(layer, point) for layer in layers for point in layer.batch_sizes if point.batch_size == size]
+    worst, point = max(points, key=lambda pair: pair[1].mismatch)
+    value = figures.equivalent_batch_size(point.equivalent_batch_size)
+    return worst.name, value, f"{len(under_limit(layers, size))} of {len(points)}"
+
+
+# --- How alike the samples of a batch are, and the calls of a shared layer --------------------------------------------
+
+_SIGNIFICANT = 0.01
+"""Corrected p-values below this are significant."""
+
+_SLIGHT = 0.05
+"""A larger intraclass correlation would matter if it were significant."""
+
+_MOST_SHARED = 5
+
+
+def likeness(report: Report, page: Page, show_all: bool) -> list[Text]:
+    """What the composition of batches and shared layers mean, a sentence each."""
+    return page.paragraphs([*_composition(report), *_domains(report.layers, show_all)], first="")
+
+
+def effective_samples(composition: Composition, batch_size: int) -> float:
+    """Samples drawn at random that determine the mean as well as one batch does."""
+    return batch_size / max(composition.design_effect, 1e-9)
+
+
+def _composition(report: Report) -> list[str]:
+    measured = [(layer, layer.composition) for layer in report.layers if layer.composition is not None]
+    if not measured:
+        return []
+    size = report.scan.batch_size
+    alike = [(layer, found) for layer, found in measured if found.p_value < _SIGNIFICANT]
+    if not alike:
+        most = max(0.0, *(found.intraclass_correlation for _, found in measured))
+        more = "no more" if most < _SLIGHT else "not significantly more"
+        return [
+            f"The samples of a batch of {size} are {more} alike than samples drawn at random"
+            f" (intraclass correlation at most {most:.2f}, {count(len(measured), 'layer')})."
+        ]
+    worst, found = max(alike, key=lambda pair: pair[1].intraclass_correlation)
+    effective = effective_samples(found, size)
+    typical = f"{median(effective_samples(other, size) for _, other in alike):.2g}"
+    middle = f" (median of these layers: {typical})" if typical != f"{effective:.2g}" else ""
+    return [
+        f"The samples of a batch of {size} are alike in {len(alike)} of {count(len(measured), 'layer')}:"
+        f" their intraclass correlation (0: drawn at random, 1: all the same) is up to"
+        f" {found.intraclass_correlation:.2f}, in {worst.name}. There, a batch is worth only {effective:.2g} samples"
+        f" drawn at random{middle}."
+    ]
+
+
+def _domains(layers: Sequence[Layer], show_all: bool) -> list[str]:
+    found = [(layer, layer.domains) for layer in layers if layer.domains is not None]
+    apart = [(layer, domains) for layer, domains in found if domains.mismatch > mismatch_iid(layer.threshold)]
+    if not apart:
+        return []
+    apart.sort(key=lambda pair: pair[1].mismatch, reverse=True)
+    shown = apart if show_all else apart[:_MOST_SHARED]
+    more = f" and {len(apart) - len(shown)} more (--all)" if len(shown) < len(apart) else ""
+    distances = ", ".join(_distance(layer, domains) for layer, domains in shown)
+    return [
+        f"Called several times per forward pass, on different data: {distances}{more}. D is the distance of each call's"
+        " statistics from those of all calls together, which the running statistics hold. The bars count it as"
+        " composition: a batch of one call is no random sample of all calls."
+    ]
+
+
+def _distance(layer: Layer, domains: Domains) -> str:
+    span = figures.span(domains.interval)
+    around = f"; 95%: {span}" if span else ""
+    return f"{layer.name} ({layer.calls_per_forward} calls, D = {figures.mismatch(domains.mismatch)}{around})"
+
+
+# --- What Batch Renorm's usual limits would clip ----------------------------------------------------------------------
+
+MOST_CLIPPED = 5
+"""So many layers are listed, those of which most would be clipped, unless all are asked for."""
+
+_NOTABLE = 0.01
+"""Fraction of values from which clipping is worth a line, however much of it i.i.d. data explain."""
+
+_EXCESS, _SLACK = 2.0, 0.005
+"""Below that, clipping is worth a line if it is so many times what i.i.d. data explain, and this fraction more."""
+
+
+def clipping(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Text]:
+    """The flagged layers of which Batch Renorm would clip much on the train path; nothing if there are none.
+
+    Args:
+        layers: All layers.
+        page: What the lines are written on.
+        show_all: Every such layer, not only the worst.
+    """
+    flagged = [(layer.name, layer.train) for layer in layers if layer.flagged and layer.train is not None]
+    found = [(name, path) for name, path in flagged if _notable(path.r) or _notable(path.d)]
+    if not found:
+        return []
+    found.sort(key=_most_clipped, reverse=True)
+    shown = found if show_all else found[:MOST_CLIPPED]
+    columns = [
+        Column("r", [percent(path.r.clipped) for _, path in shown]),
+        Column("iid", [percent(path.r.clipped_iid) for _, path in shown]),
+        Column("d", [percent(path.d.clipped) for _, path in shown]),
+        Column("iid", [percent(path.d.clipped_iid) for _, path in shown]),
+    ]
+    more = f"; --all shows {count(len(found) - len(shown), 'more layer')}" if len(shown) < len(found) else ""
+    return [
+        *page.heading("Batch Renorm (r_max 3, d_max 5) would clip, train path"),
+        *table(Names([name for name, _ in shown]), [Layout(columns)], page),
+        *page.paragraph(f"iid: the same for i.i.d. data in batches of n_eq values{more}", style="dim", first="  "),
+    ]
+
+
+def _most_clipped(layer: tuple[str, PathMeasurement]) -> float:
+    _, path = layer
+    return max(path.r.clipped, path.d.clipped)
+
+
+def _notable(values: Distribution) -> bool:
+    return values.clipped > _NOTABLE or values.clipped > _EXCESS * values.clipped_iid + _SLACK
+
+
+# --- The output -------------------------------------------------------------------------------------------------------
+
+
+def _output(found: Output, page: Page, scores: bool) -> list[Text]:
+    """How far the two paths are apart at the model's output.
+
+    Args:
+        found: The figures.
+        page: What the lines are written on.
+        scores: With loss and metric; without, where another part shows them in more detail.
+    """
+    both = [*_both_paths("Loss", found.loss), *_both_paths("Metric", found.metric)] if scores else []
+    sentences = [*_output_figures(found), *both, found.note or ""]
+    return page.section("Output, train path against eval path on the same samples", sentences)
+
+
+def _output_figures(found: Output) -> list[str]:
+    sentences = []
+    if found.relative_l2 is not None:
+        sentences.append(f"The outputs are {figures.relative(found.relative_l2)} apart (relative L2).")
+    if found.argmax_changed is not None:
+        changed = percent(found.argmax_changed)
+        sentences.append(f"The predicted class changes for {changed} of the samples.")
+    if found.kl_divergence is not None:
+        sentences.append(f"KL divergence of the class distributions: {found.kl_divergence:.3g} nats.")
+    return sentences
+
+
+def _both_paths(name: str, values: PathValues | None) -> list[str]:
+    if values is None:
+        return []
+    train, evaluated = figures.plain(values.train), figures.plain(values.eval)
+    return [f"{name}: {train} on the train path, {evaluated} on the eval path."]

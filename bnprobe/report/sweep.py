@@ -1,0 +1,430 @@
+"""The report of ``bnprobe sweep``: mismatch against batch size, and which rate of the running average tracks best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from bnprobe.numbers import count
+from bnprobe.records import MomentumCurve, MomentumPoint, MomentumSweep, SweepLayer, SweepPoint, SweepReport
+from bnprobe.report import figures
+from bnprobe.report.page import (
+    CENTRE,
+    FINE,
+    FLAGGED,
+    TIMES,
+    UNDECIDED,
+    UNMEASURED,
+    Page,
+    RenderOptions,
+    pad,
+    to_string,
+)
+from bnprobe.report.table import Column, Names, dropping, table
+from bnprobe.stats.theory import mismatch_iid
+
+MOST_LAYERS = 25
+
+
+def render(report: SweepReport, options: RenderOptions) -> str:
+    """The report as text in lines of at most ``options.width`` cells."""
+    page, show_all = Page.of(options), options.show_all
+    scanned, momentum = report.scan.batch_size, report.momentum
+    parts = [
+        _header(report, page),
+        _chart(report.layers, scanned, page),
+        _by_size(report.layers, page),
+        _by_layer(report.layers, scanned, page, show_all),
+        _by_train_size(report.layers, page),
+        *([_rates(momentum, page), _rates_by_layer(momentum, page, show_all)] if momentum else []),
+        page.section("Notes", [*report.scan.notes, *report.notes]),
+        _closing(report, page),
+    ]
+    return to_string(parts, options.color)
+
+
+def one_line(report: SweepReport) -> str:
+    """The result in one line."""
+    partial = "PARTIAL: " if report.partial else ""
+    flagged = sum(layer.flagged for layer in report.layers)
+    layers = count(len(report.layers), "layer")
+    return f"{partial}{flagged} of {layers} flagged at batch size {report.scan.batch_size}"
+
+
+def _header(report: SweepReport, page: Page) -> list[Text]:
+    scan = report.scan
+    partial = " (PARTIAL)" if report.partial else ""
+    title = page.heading(f"{report.tool.name} {report.tool.version}: sweep of {scan.model}{partial}")
+    batches = count(scan.batches, "micro-batch")
+    regrouped = ", regrouped for every size" if any(len(layer.eval) > 1 for layer in report.layers) else ""
+    rows = [
+        ("data", f"{scan.data} (synthetic)" if scan.synthetic else scan.data),
+        *([("checkpoint", scan.checkpoint)] if scan.checkpoint else []),
+        ("device", f"{scan.device} ({report.environment.device_name}), {scan.dtype}, seed {scan.seed}"),
+        ("measured", f"{batches} {TIMES} {scan.batch_size} = {count(scan.images, 'sample')}{regrouped}"),
+    ]
+    return [*title, *page.labelled(rows)]
+
+
+def _closing(report: SweepReport, page: Page) -> list[Text]:
+    headline, *sentences = _conclusion(report)
+    flagged = any(layer.flagged for layer in report.layers)
+    undecided = any(layer.undecided for layer in report.layers)
+    sign = FLAGGED if flagged else UNDECIDED if undecided else FINE
+    tracking = _tracking(report.momentum) if report.momentum else ()
+    return page.verdict(sign, headline, [*sentences, f"{one_line(report)}.", *tracking])
+
+
+# --- Batch sizes ------------------------------------------------------------------------------------------------------
+
+_SIGNS = {"fails": FLAGGED, "undecided": UNDECIDED, "passes": FINE}
+_FLAT = 3.0
+"""A mismatch so many times that of i.i.d. samples is not explained by the batch size."""
+
+_NARROW = 64
+"""Below so many cells there is a chart of one layer only."""
+
+_FULL = "█"
+_DECADES = 3.0
+_BESIDE_BAR = 9
+"""Cells of a sign and a value with their blanks."""
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """A logarithmic axis of D."""
+
+    low: float
+    high: float
+    cells: int
+
+    def place(self, value: float) -> int:
+        """The cell in which a value lies, from 0."""
+        share = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
+        return min(max(math.ceil(share * self.cells) - 1, 0), self.cells - 1)
+
+
+def _chart(layers: Sequence[SweepLayer], scanned: int, page: Page) -> list[Text]:
+    """D of the worst and the median layer at each size as bars, with a mark where i.i.d. samples would be."""
+    drawn = _worst_and_median(layers, scanned)[: 1 if page.width < _NARROW else 2]
+    if not drawn:
+        return []
+    sizes = sorted({point.batch_size for _, layer in drawn for point in layer.eval})
+    labels = ["size", *map(str, sizes)]
+    width = max(map(len, labels))
+    room = (page.width - 2 - width - 2 * len(drawn)) // len(drawn)
+    blocks = [_block(title, layer, sizes, _scale(drawn, room - _BESIDE_BAR), page) for title, layer in drawn]
+    rows = zip([pad(label, width, right=True) for label in labels], *blocks, strict=True)
+    lines = [Text("  " + "  ".join(row)) for row in rows]
+    lines[0].stylize("dim")
+    legend = (
+        f"{_FULL} measured, on a log scale; {CENTRE} i.i.d. samples, from n_eq at size {scanned}",
+        f"{FINE} passes, {UNDECIDED} undecided, {FLAGGED} fails (95%)",
+    )
+    return [
+        *page.heading("Mismatch D against batch size, eval path, same samples"),
+        *lines,
+        *(line for text in legend for line in page.paragraph(text, style="dim", first="  ")),
+    ]
+
+
+def _by_size(layers: Sequence[SweepLayer], page: Page) -> list[Text]:
+    """The worst layer at each size of the eval path, and how many layers pass."""
+    points = [(layer, point) for layer in layers for point in layer.eval]
+    if not points:
+        return []
+    return [*page.heading(f"{count(len(layers), 'layer')}, eval path, by batch size"), *_size_table(points, page)]
+
+
+def _by_train_size(layers: Sequence[SweepLayer], page: Page) -> list[Text]:
+    """The same for the train path, where it was measured at more than one size."""
+    points = [(layer, point) for layer in layers for point in layer.train]
+    if len({point.batch_size for _, point in points}) < 2:
+        return []
+    return [*page.heading("Train path, one measurement for each size"), *_size_table(points, page)]
+
+
+def _size_table(points: Sequence[tuple[SweepLayer, SweepPoint]], page: Page) -> list[Text]:
+    header = ("size", "batches", "worst n_eq", "fail", "undecided")
+    *columns, worst = zip(*_size_rows(points), strict=True)
+    made = [Column(heading, cells) for heading, cells in zip(header, columns, strict=True)]
+    return table(Names(worst, heading="worst layer", last=True), dropping(made, ("undecided", "batches")), page)
+
+
+def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, show_all: bool) -> list[Text]:
+    """The smallest batch size of each layer."""
+    measured = [layer for layer in layers if layer.eval]
+    worst = sorted(measured, key=lambda layer: _at(layer, scanned).mismatch, reverse=True)
+    kept = {layer.name for layer in (worst if show_all else worst[:MOST_LAYERS])}
+    shown = [layer for layer in measured if layer.name in kept]
+    if not shown:
+        return []
+    largest = max(point.batch_size for layer in shown for point in layer.eval)
+    columns = [
+        Column(f"n_eq at {scanned}", [_equivalent(_at(layer, scanned)) for layer in shown]),
+        Column("limit", [figures.plain(layer.threshold) for layer in shown]),
+        Column("passes", [_size(layer.smallest.likely, largest) for layer in shown]),
+        Column("at 95%", [_size(layer.smallest.surely, largest) for layer in shown]),
+    ]
+    names = Names([layer.name for layer in shown], last=True)
+    left_out = len(measured) - len(shown)
+    more = page.paragraph(f"{count(left_out, 'layer')} with less mismatch not shown; --all shows all.")
+    return [
+        *page.heading("Batch size from which on a layer passes, eval path (95%: significantly)"),
+        *table(names, dropping(columns, ("limit", columns[0].heading)), page),
+        *(more if left_out else []),
+    ]
+
+
+def _size(size: int | None, largest: int) -> str:
+    return str(size) if size else f"> {largest}"
+
+
+def _equivalent(point: SweepPoint) -> str:
+    return figures.equivalent_batch_size(point.equivalent_batch_size)
+
+
+def _conclusion(report: SweepReport) -> tuple[str, ...]:
+    """The smallest batch size at which every layer passes, in words."""
+    sizes = sorted({point.batch_size for layer in report.layers for point in layer.eval})
+    if not sizes:
+        return ("No layer could be measured on the eval path.",)
+    found = report.smallest
+    if found.likely is None:
+        return _none_passes(report, sizes[-1])
+    if found.surely == found.likely:
+        least = ", the smallest measured" if found.likely == sizes[0] else ""
+        return (f"The smallest batch size at which every layer passes is {found.likely}{least} (eval path).",)
+    significant = f"from {found.surely} on" if found.surely else f"at no size up to {sizes[-1]}"
+    return (f"Every layer passes from batch size {found.likely} on, significantly (95%) {significant} (eval path).",)
+
+
+def _none_passes(report: SweepReport, largest: int) -> tuple[str, ...]:
+    missing = [layer for layer in report.layers if layer.flagged and not layer.eval]
+    if missing:
+        return (f"No batch size lets every layer pass: {missing[0].name} could not be measured on the eval path.",)
+    failing = [layer for layer in report.layers if layer.eval and layer.smallest.likely is None]
+    worst = max(failing, key=lambda layer: layer.eval[-1].mismatch, default=None)
+    if worst is None:
+        return ("No layer has running statistics that could differ from the batch's.",)
+    last = worst.eval[-1]
+    first = (
+        f"No batch size up to {largest} lets every layer pass (eval path): {len(failing)} of"
+        f" {count(len(report.layers), 'layer')} still {'measures' if len(failing) == 1 else 'measure'} below"
+        f" the limit, worst {worst.name} (n_eq {figures.equivalent_batch_size(last.equivalent_batch_size)})."
+    )
+    if not any(layer.eval[-1].standing == "fails" for layer in failing):
+        only = count(last.batches, "micro-batch")
+        first += f" None of them does so significantly (95%): only {only} of {last.batch_size} were measured."
+    if last.mismatch <= _FLAT * last.theory:
+        return (first,)
+    return (
+        first,
+        f"At {largest}, i.i.d. samples would give it D = {figures.mismatch(last.theory)}, and it has"
+        f" {figures.mismatch(last.mismatch)}: the batch size does not explain that. bnprobe scan says what does.",
+    )
+
+
+def _worst_and_median(layers: Sequence[SweepLayer], scanned: int) -> list[tuple[str, SweepLayer]]:
+    ranked = sorted((layer for layer in layers if layer.eval), key=lambda layer: _at(layer, scanned).mismatch)
+    if not ranked:
+        return []
+    if len(ranked) < 3:
+        return [("worst", ranked[-1])]
+    return [("worst", ranked[-1]), ("median", ranked[(len(ranked) - 1) // 2])]
+
+
+def _at(layer: SweepLayer, size: int) -> SweepPoint:
+    return next((point for point in layer.eval if point.batch_size == size), layer.eval[0])
+
+
+def _scale(drawn: Sequence[tuple[str, SweepLayer]], cells: int) -> _Scale:
+    """From the smallest measured value to the largest, at most three decades, the same for all."""
+    values = [point.mismatch for _, layer in drawn for point in layer.eval if point.mismatch > 0] or [1.0]
+    high = max(values)
+    return _Scale(max(min(values), high / 10**_DECADES) / 1.5, high, cells)
+
+
+def _block(title: str, layer: SweepLayer, sizes: Sequence[int], scale: _Scale, page: Page) -> list[str]:
+    """Lines of one layer, all of the same width: sign, bar, value; a blank one for a size that was not measured."""
+    points = {point.batch_size: point for point in layer.eval}
+    room = scale.cells + _BESIDE_BAR
+    name = page.shorten([layer.name], room - len(title) - 2)[0]
+    bars = [_bar(points[size], scale, page) if size in points else "" for size in sizes]
+    return [pad(line, room) for line in (f"{title}: {name}", *bars)]
+
+
+def _bar(point: SweepPoint, scale: _Scale, page: Page) -> str:
+    length = scale.place(point.mismatch) + 1 if point.mismatch > 0 else 0
+    cells = list(_FULL * length + " " * (scale.cells - length))
+    cells[scale.place(point.theory)] = CENTRE
+    value = pad(figures.mismatch(point.mismatch), 6, right=True)
+    return page.clean(f"{_SIGNS[point.standing]} {''.join(cells)} {value}")
+
+
+def _size_rows(points: Sequence[tuple[SweepLayer, SweepPoint]]) -> Iterable[tuple[str, ...]]:
+    for size in sorted({point.batch_size for _, point in points}):
+        here = [(layer, point) for layer, point in points if point.batch_size == size]
+        worst, point = max(here, key=lambda pair: pair[1].mismatch / mismatch_iid(pair[0].threshold))
+        failing, undecided = (sum(p.standing == name for _, p in here) for name in ("fails", "undecided"))
+        yield str(size), str(point.batches), _equivalent(point), f"{failing} of {len(here)}", str(undecided), worst.name
+
+
+# --- Rates of the running average -------------------------------------------------------------------------------------
+
+_BEST, _TIE = "*", "="
+_Rates = tuple[float | None, ...]
+
+
+def _rates(sweep: MomentumSweep, page: Page) -> list[Text]:
+    """Mean mismatch over the layers at each rate."""
+    points, best = sweep.model.points, sweep.model.best
+    errors = [point.converged.standard_error for point in points]
+    columns = [
+        Column("", ["own" if _is_own(point, sweep) else "" for point in points]),
+        Column("rate", [_rate(point.rate) for point in points], "point"),
+        Column("averages", ["" if p.effective_batches is None else f"{p.effective_batches:,.1f}" for p in points]),
+        Column("loaded", [_marked(point.loaded.mismatch, point, best.loaded) for point in points]),
+        Column("settled", [_marked(point.converged.mismatch, point, best.converged) for point in points]),
+        Column("±", [UNMEASURED if error is None else _figure(error) for error in errors]),
+    ]
+    shifted = [(point, point.shifted.mismatch) for point in points if point.shifted is not None]
+    if shifted:
+        columns += [
+            Column("shifted", [_marked(mismatch, point, best.shifted) for point, mismatch in shifted]),
+            Column("back after", [_back(point, sweep) for point in points]),
+        ]
+    replayed = f"{count(sweep.batches, 'micro-batch')} of {sweep.batch_size}"
+    return [
+        *page.heading(f"Running average replayed on {replayed}, train path"),
+        *table(Names([]), dropping(columns, ("averages", "±", "back after", "", "loaded")), page),
+        *page.paragraphs(_legend(sweep), "dim"),
+    ]
+
+
+def _rates_by_layer(sweep: MomentumSweep, page: Page, show_all: bool) -> list[Text]:
+    """The best rate of each layer, where layers differ in it."""
+    if len(sweep.layers) < 2:
+        return []
+    worst = sorted(sweep.layers, key=_own_mismatch, reverse=True)
+    kept = {curve.layer for curve in (worst if show_all else worst[:MOST_LAYERS])}
+    shown = [curve for curve in sweep.layers if curve.layer in kept]
+    columns = [
+        Column("own", [_rate(curve.momentum) for curve in shown]),
+        Column("D loaded", [_figure(_own_mismatch(curve)) for curve in shown]),
+        Column("best loaded", [_with_ties(curve.best.loaded) for curve in shown]),
+        Column("best settled", [_with_ties(curve.best.converged) for curve in shown]),
+        *([Column("best shifted", [_with_ties(curve.best.shifted) for curve in shown])] if _shifts(sweep) else []),
+    ]
+    names = Names([curve.layer or "" for curve in shown], last=True)
+    left_out = f"{count(len(sweep.layers) - len(shown), 'layer')} with less mismatch not shown; --all shows all."
+    omitted = (f"{layer.name} ({layer.kind}) not replayed: {layer.reason}" for layer in sweep.omitted)
+    return [
+        *page.heading("Best rate by layer; (+n): n more rates are not significantly worse"),
+        *table(names, dropping(columns, ("D loaded", "own", "best loaded")), page),
+        *(page.paragraph(left_out, first="  ") if len(shown) < len(sweep.layers) else []),
+        *page.paragraphs(omitted),
+    ]
+
+
+def _tracking(sweep: MomentumSweep) -> tuple[str, ...]:
+    """Which rate tracks best, in words."""
+    best, rates_ = sweep.model.best, len(sweep.model.points)
+    sentences = [
+        f"Starting from the loaded statistics, {_verdict(best.loaded, rates_)}.",
+        f"Starting from settled ones, {_verdict(best.converged, rates_)}.",
+    ]
+    if _shifts(sweep):
+        verdict = _verdict(best.shifted, rates_)
+        sentences.append(f"When the data changes ({_change(sweep)}), {verdict}.{_recovered(sweep)}")
+    return tuple(sentences)
+
+
+def _verdict(best: _Rates, replayed: int) -> str:
+    first, *ties = ("the cumulative average" if rate is None else _rate(rate) for rate in best)
+    if len(best) == replayed > 1:
+        return "no rate tracks significantly (95%) better than another"
+    tied = f"; {_listed(ties)} {'is' if len(ties) == 1 else 'are'} not significantly worse (95%)" if ties else ""
+    return f"{first} tracks best{tied}"
+
+
+def _recovered(sweep: MomentumSweep) -> str:
+    own = _own_point(sweep.model)
+    if own is None:
+        return ""
+    name = f" {_rate(own.rate)}, the layers' own momentum,"
+    if own.recovery is None:
+        return f"{name} has not recovered after {sweep.batches - sweep.batches // 2} micro-batches."
+    return f"{name} takes {count(own.recovery, 'micro-batch')} to recover."
+
+
+def _legend(sweep: MomentumSweep) -> Iterable[str]:
+    yield (
+        "D of each micro-batch against the running statistics before it, mean over layers and the second half; ±:"
+        f" standard error; {_BEST} best, {_TIE} not significantly worse (95%)"
+    )
+    yield "own: the layers' own momentum; averages: (2 - rate) / rate micro-batches"
+    yield "loaded: starts from the model's statistics; settled: from the first half's"
+    if not _shifts(sweep):
+        yield "The weights are fixed here, which favours slow rates: --shift shows their cost."
+        return
+    yield f"shifted: from the middle on {_change(sweep)} of each channel"
+    yield "back after: micro-batches until D is within twice that without the shift"
+    yield "The weights are fixed here; in training their changes have to be tracked too."
+
+
+def _back(point: MomentumPoint, sweep: MomentumSweep) -> str:
+    return f"> {sweep.batches - sweep.batches // 2}" if point.recovery is None else str(point.recovery)
+
+
+def _with_ties(best: _Rates) -> str:
+    return _rate(best[0]) + (f" (+{len(best) - 1})" if len(best) > 1 else "")
+
+
+def _own_point(curve: MomentumCurve) -> MomentumPoint | None:
+    if not curve.one_momentum:
+        return None
+    return next((point for point in curve.points if point.rate == curve.momentum), None)
+
+
+def _own_mismatch(curve: MomentumCurve) -> float:
+    point = _own_point(curve)
+    return point.loaded.mismatch if point else 0.0
+
+
+def _is_own(point: MomentumPoint, sweep: MomentumSweep) -> bool:
+    return any(curve.momentum == point.rate for curve in sweep.layers)
+
+
+def _shifts(sweep: MomentumSweep) -> bool:
+    return sweep.model.points[0].shifted is not None
+
+
+def _change(sweep: MomentumSweep) -> str:
+    parts = []
+    if sweep.shift:
+        parts.append(f"means {sweep.shift:+g} std")
+    if sweep.scale != 1.0:
+        parts.append(f"std {TIMES} {sweep.scale:g}")
+    return " and ".join(parts) or "no change at all"
+
+
+def _rate(rate: float | None) -> str:
+    return "cumulative" if rate is None else f"{rate:g}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _marked(value: float, point: MomentumPoint, best: _Rates) -> str:
+    mark = _BEST if point.rate == best[0] else _TIE if point.rate in best else " "
+    return _figure(value) + mark
+
+
+def _figure(value: float) -> str:
+    """Four decimals: rates differ in the third."""
+    return f"{value:.4f}" if 0.0001 <= value < 10 else f"{value:.2g}"

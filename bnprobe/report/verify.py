@@ -1,0 +1,151 @@
+"""The report of ``bnprobe verify``, and the table of layers before and after that a repair's report shows too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from bnprobe.numbers import count
+from bnprobe.records import Layer, LayerComparison, Report, Verification
+from bnprobe.report import figures
+from bnprobe.report.figures import listed_in_line
+from bnprobe.report.layers import worse_path
+from bnprobe.report.page import ARROW, FINE, FLAGGED, STYLES, UNMEASURED, Page, RenderOptions, to_string
+from bnprobe.report.table import Column, Mark, Names, arrows, dropping, table
+
+MOST_LAYERS = 12
+"""So many layers are shown, those that were or are worst, unless all are asked for."""
+
+
+def render(found: Verification, options: RenderOptions) -> str:
+    """The comparison as text in lines of at most ``options.width`` cells."""
+    page = Page.of(options)
+    rows = _table([_Row(layer) for layer in found.layers], page, options.show_all) if found.layers else []
+    parts = [
+        [*page.heading(f"{_flagged(found)} (D of the worse path)"), *rows] if rows else [],
+        page.section("Only in one of the reports", _alone(found, options.show_all)),
+        page.section("Output, train path against eval path (relative L2)", _output(found)),
+        page.section("What weakens the comparison", found.notes),
+        _closing(found, page),
+    ]
+    return to_string(parts, options.color)
+
+
+def one_line(found: Verification) -> str:
+    """The result in one line, e.g. "passed: 6 of 9 layers flagged before, none after"."""
+    return f"{'passed' if found.passed else 'failed'}: {_flagged(found)}"
+
+
+def before_and_after(before: Report, after: Report, page: Page, show_all: bool) -> list[Text]:
+    """The layers of two reports, by name, with n_eq and D of their worse paths; nothing if they share none."""
+    later = {layer.name: layer for layer in after.layers}
+    rows = [_row(layer, later[layer.name]) for layer in before.layers if layer.name in later]
+    return [*page.heading("Mismatch before and after, worse path"), *_table(rows, page, show_all)] if rows else []
+
+
+def _flagged(found: Verification) -> str:
+    before = sum(layer.flagged_before for layer in found.layers)
+    after = sum(layer.flagged_after for layer in found.layers)
+    return f"{before or 'none'} of {count(len(found.layers), 'layer')} flagged before, {after or 'none'} after"
+
+
+def _alone(found: Verification, show_all: bool) -> list[str]:
+    sides = (("before", found.only_before), ("after", found.only_after))
+    return [f"only {when}: {listed_in_line(names, show_all)}" for when, names in sides if names]
+
+
+def _output(found: Verification) -> list[str]:
+    if found.output_before is None and found.output_after is None:
+        return []
+    before, after = (
+        UNMEASURED if value is None else figures.relative(value) for value in (found.output_before, found.output_after)
+    )
+    return [f"{before} {ARROW} {after}"]
+
+
+def _closing(found: Verification, page: Page) -> list[Text]:
+    compared = found.output_before is not None and found.output_after is not None
+    outputs = ", and the outputs of the two paths are no farther apart than before" if compared else ""
+    text = f"The repair holds: no layer is flagged{outputs}." if found.passed else "The repair does not hold."
+    return page.verdict(FINE if found.passed else FLAGGED, text, found.problems)
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A layer, and its n_eq where the reports are at hand."""
+
+    layer: LayerComparison
+    equivalent: tuple[str, str] = ("", "")
+
+    @property
+    def badness(self) -> tuple[bool, bool, float]:
+        """Flagged after, flagged before, the larger mismatch."""
+        layer = self.layer
+        values = [value for value in (layer.before, layer.after) if value is not None]
+        return layer.flagged_after, layer.flagged_before, max(values, default=-math.inf)
+
+
+def _row(before: Layer, after: Layer) -> _Row:
+    paths = [worse_path(layer.train, layer.eval) for layer in (before, after)]
+    mismatches = [None if path is None else path.mismatch for path in paths]
+    first, last = (figures.path_equivalent(path) for path in paths)
+    layer = LayerComparison(before.name, mismatches[0], mismatches[1], before.flagged, after.flagged)
+    return _Row(layer, (first, last))
+
+
+def _table(rows: Sequence[_Row], page: Page, show_all: bool) -> list[Text]:
+    worst = sorted(rows, key=lambda row: row.badness, reverse=True)[:MOST_LAYERS]
+    kept = {row.layer.name for row in worst}
+    shown = rows if show_all else [row for row in rows if row.layer.name in kept]
+    equivalents = [row.equivalent for row in shown]
+    mismatches = [(_mismatch(row.layer.before), _mismatch(row.layer.after)) for row in shown]
+    flags = [_flags(row.layer) for row in shown]
+    columns = [
+        *([Column("n_eq", arrows(equivalents, page, ARROW))] if any(map(any, equivalents)) else []),
+        Column("D", arrows(mismatches, page, ARROW)),
+        *([Column("", flags, "left")] if any(flags) else []),
+    ]
+    names = Names([row.layer.name for row in shown], marks=[_mark(row.layer) for row in shown])
+    # With n_eq beside it, D can be dropped too.
+    lines = table(names, dropping(columns, ("", "D") if any(map(any, equivalents)) else ("",)), page)
+    return [*lines, *_hidden(rows, shown, page)]
+
+
+def _mismatch(value: float | None) -> str:
+    return UNMEASURED if value is None else figures.mismatch(value)
+
+
+def _mark(layer: LayerComparison) -> Mark:
+    sign = FLAGGED if layer.flagged_after else UNMEASURED if layer.after is None else FINE
+    return Mark(sign, STYLES[sign])
+
+
+def _flags(layer: LayerComparison) -> str:
+    if layer.after is None and not layer.flagged_after:
+        return "not measured"
+    return {
+        (True, True): "still flagged",
+        (True, False): "no longer flagged",
+        (False, True): "newly flagged",
+        (False, False): "",
+    }[layer.flagged_before, layer.flagged_after]
+
+
+def _hidden(rows: Sequence[_Row], shown: Sequence[_Row], page: Page) -> list[Text]:
+    """What the table leaves out, by what has become of the flags."""
+    if len(shown) == len(rows):
+        return []
+    left_out = [row.layer for row in rows if row not in shown]
+    numbers: dict[str, int] = {}
+    for layer in left_out:
+        words = _flags(layer) or "not flagged"
+        numbers[words] = numbers.get(words, 0) + 1
+    parts = ", ".join(f"{number} {words}" for words, number in numbers.items())
+    text = f"{count(len(left_out), 'more layer')} ({parts}); --all shows all."
+    return page.paragraph(text, "dim", first="   ")

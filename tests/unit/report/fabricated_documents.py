@@ -1,0 +1,185 @@
+"""Every kind of document, made up: by kind, then by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import fabricated_reports as fabricated
+from fabricated_parts import SCAN, equivalent, theory
+from fabricated_scans import files, scans
+
+from bnprobe.records import (
+    BestRates,
+    Diagnosis,
+    Difference,
+    Environment,
+    ExportReport,
+    LintReport,
+    MomentumCurve,
+    MomentumPoint,
+    MomentumSweep,
+    SkippedLayer,
+    Smallest,
+    SweepLayer,
+    SweepPoint,
+    SweepReport,
+    Tool,
+    Tracking,
+    Verdict,
+)
+from bnprobe.report.repair import RepairReport
+from support import repairs
+
+TOOL = Tool("bnprobe", "0.1.0")
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+RATES = (0.3, 0.1, 0.03, 0.01, None)
+
+
+def repair(name: str) -> RepairReport:
+    """The repair of this name with its scans and files."""
+    record, (before, after) = repairs.RECORDS[name](), scans(name)
+    return RepairReport(record, before, after, files(record, after))
+
+
+# --- Lint -------------------------------------------------------------------------------------------------------------
+
+
+def lint_clean() -> LintReport:
+    """No finding."""
+    passed = tuple(_verdict(code, None, "passed", "info") for code in ("BN101", "BN102", "BN103"))
+    return LintReport(TOOL, "model.py:load_model", 9, passed, ())
+
+
+def lint_findings() -> LintReport:
+    """An error in many layers, a warning in one, and a layer that could not be judged."""
+    names = tuple(f"blocks.{index}.bn" for index in range(12))
+    verdicts = (
+        *(_verdict("BN101", name, "failed", "error", "model.py:31") for name in names),
+        _verdict("BN106", "head.bn", "failed", "warning"),
+    )
+    diagnoses = (
+        Diagnosis(
+            "momentum_convention",
+            "BN101",
+            "error",
+            names,
+            None,
+            "12 of 13 layers: momentum is 0.99, so one batch replaces the running statistics.",
+            "Set momentum=0.01.",
+            ("lag in 12 layers",),
+        ),
+        Diagnosis("dead_channels", "BN106", "warning", ("head.bn",), None, "head.bn: 3 channels are dead.", "Prune."),
+    )
+    skipped = (SkippedLayer("decoder.norm", "FancyNorm", "its class is not known to bnprobe"),)
+    return LintReport(TOOL, "model.py:load_model", 13, verdicts, diagnoses, skipped)
+
+
+def _verdict(code: str, layer: str | None, outcome: str, severity: str, location: str | None = None) -> Verdict:
+    return Verdict(code, "lag", layer, outcome, severity, "", None, None, "", "", None, location)  # type: ignore[arg-type]
+
+
+# --- Sweep ------------------------------------------------------------------------------------------------------------
+
+
+def sweep_sizes() -> SweepReport:
+    """Three layers, of which the worst needs a batch of 32 and one cannot be measured at inference."""
+    layers = (
+        _sweep_layer("stem.bn", 400.0, 2),
+        _sweep_layer("layer1.0.bn1", 16.0, 4),
+        _sweep_layer("layer2.0.downsample.1", 1.2, 64),
+    )
+    lost = replace(layers[0], name="head.bn", eval=(), note="On the eval path its input is not finite.")
+    return _sweep((*layers, lost), Smallest(surely=None, likely=32))
+
+
+def sweep_momentum() -> SweepReport:
+    """The same, with rates replayed and a shift."""
+    curves = tuple(_curve(name, scale) for name, scale in (("stem.bn", 1.0), ("layer1.0.bn1", 2.5)))
+    omitted = (SkippedLayer("head.bn", "BatchNorm2d", "it keeps no running statistics"),)
+    momentum = MomentumSweep(256, 2, 1.0, 2.0, "float32", 81_920, omitted, _curve(None, 1.8), curves)
+    return replace(sweep_sizes(), momentum=momentum, notes=("The data was read twice.",))
+
+
+def sweep_partial() -> SweepReport:
+    """Ctrl-C before the rates."""
+    return replace(sweep_sizes(), partial=True, scan=replace(SCAN, partial=True, stopped="interrupted"))
+
+
+def _sweep(layers: tuple[SweepLayer, ...], smallest: Smallest) -> SweepReport:
+    environment = Environment("3.12.4", "2.6.0", "Linux-x86_64", "8-core CPU", 4)
+    return SweepReport(1, TOOL, environment, SCAN, layers, (), smallest, None, (), False)
+
+
+def _sweep_layer(name: str, values_per_sample: float, surely: int) -> SweepLayer:
+    points = tuple(_point(size, values_per_sample) for size in SIZES)
+    flagged = points[1].standing == "fails"
+    smallest = Smallest(surely, max(surely // 2, 1))
+    train = (points[1], replace(points[3], batches=32))
+    return SweepLayer(name, "BatchNorm2d", 64, 32.0, flagged, False, None, points, train, smallest)
+
+
+def _point(size: int, values_per_sample: float) -> SweepPoint:
+    mismatch = theory(max(values_per_sample * size, 1.1))
+    interval = (0.9 * mismatch, 1.1 * mismatch)
+    limit = theory(32.0)
+    standing = "passes" if interval[1] < limit else "fails" if interval[0] > limit else "undecided"
+    return SweepPoint(size, 256 // size, mismatch, interval, equivalent(mismatch), 1.05 * mismatch, standing)  # type: ignore[arg-type]
+
+
+def _curve(layer: str | None, scale: float) -> MomentumCurve:
+    points = tuple(
+        MomentumPoint(
+            rate,
+            None if rate is None else (2 - rate) / rate,
+            Tracking(scale * (0.2 + index / 50), 0.003),
+            Tracking(scale * (0.3 - index / 20), None if rate is None else 0.002),
+            Tracking(scale * (0.4 + index / 10), 0.004),
+            None if rate is None else 2 * 4**index,
+        )
+        for index, rate in enumerate(RATES)
+    )
+    best = BestRates(loaded=(0.3, 0.1), converged=(None, 0.01), shifted=(0.3,))
+    return MomentumCurve(layer, 0.1, True, points, best)
+
+
+# --- Export -----------------------------------------------------------------------------------------------------------
+
+
+def exported() -> ExportReport:
+    """Written, the outputs agree."""
+    differences = (Difference(4, 2.4e-7, 1.9e-7), Difference(8, 2.4e-7, 2.1e-7), Difference(1, 1.2e-7, 1.1e-7))
+    return ExportReport("onnx", "model.py:load_model", "w.safetensors", "w.onnx", 1e-5, differences, (), ())
+
+
+def export_refused() -> ExportReport:
+    """Quantized, and one output has another shape."""
+    differences = (Difference(4, 0.03, 0.02), Difference(8, float("inf"), float("inf")))
+    note = "The file takes batches of 4 samples only: the model fixes the size of its batch."
+    return replace(exported(), output=None, differences=differences, quantization=differences[:1], notes=(note,))
+
+
+def export_unchecked() -> ExportReport:
+    """Nothing that runs the file is installed."""
+    return replace(exported(), differences=(), notes=("The outputs were not checked.",))
+
+
+DOCUMENTS: dict[str, dict[str, Callable[[], object]]] = {
+    "scan": {**fabricated.REPORTS},
+    "lint": {"clean": lint_clean, "findings": lint_findings},
+    "sweep": {"sizes": sweep_sizes, "momentum": sweep_momentum, "partial": sweep_partial},
+    "plan": {**repairs.PLANS},
+    "repair": {name: lambda name=name: repair(name) for name in repairs.RECORDS},
+    "verify": {**repairs.VERIFICATIONS},
+    "export": {"agrees": exported, "refused": export_refused, "unchecked": export_unchecked},
+}
+"""Documents by kind and name."""
+
+CASES = [(kind, name) for kind, made in DOCUMENTS.items() for name in made]
+
+
+@cache
+def document(kind: str, name: str) -> object:
+    """The document of a case."""
+    return DOCUMENTS[kind][name]()

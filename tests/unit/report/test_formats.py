@@ -1,0 +1,138 @@
+"""A report format is one row of one table: rows from outside the package, and pairs that are not supported."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fabricated_documents import CASES, document
+from typer.testing import CliRunner
+
+from bnprobe.cli.app import app
+from bnprobe.errors import UsageError
+from bnprobe.records import LintReport, Report
+from bnprobe.report import DOCUMENTS, FORMATS, Format, RenderOptions, render, renderer
+
+MODEL = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+def load_model():
+    return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+def load_data(batch_size):
+    images = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(images), batch_size=batch_size)
+"""
+
+
+def scanned(report: Report, options: RenderOptions) -> str:
+    """A row for each layer."""
+    return "".join(f"{layer.name},{layer.flagged}\n" for layer in report.layers)
+
+
+def linted(report: LintReport, options: RenderOptions) -> str:
+    """A row for each diagnosis."""
+    return "".join(f"{diagnosis.rule},{diagnosis.severity}\n" for diagnosis in report.diagnoses)
+
+
+CSV = Format("csv", {Report: scanned, LintReport: linted})
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model file with data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.py").write_text(MODEL, encoding="utf-8")
+    return "model.py"
+
+
+def run(*arguments: str) -> tuple[int, str, BaseException | None]:
+    """Exit code, stdout and what was raised."""
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.stdout, result.exception
+
+
+def test_a_format_from_outside_works_for_scan_and_lint(model: str) -> None:
+    with FORMATS.including(CSV):
+        code, text, _ = run("scan", model, "--batch-size", "8", "--format", "csv", "--exit-zero")
+        assert (code, text) == (0, "0,True\n") or (code, text) == (0, "0,False\n")
+        code, text, _ = run("lint", model, "--format", "csv", "--output", "found.csv")
+        assert (code, text) == (0, "")
+        assert Path("found.csv").read_text(encoding="utf-8") == "BN102,info\n"
+
+
+@pytest.mark.parametrize("command", ["scan", "lint", "sweep", "convert", "verify", "export"])
+def test_help_names_every_format(command: str) -> None:
+    with FORMATS.including(CSV):
+        assert "terminal|json|csv" in run(command, "--help")[1]
+    assert "csv" not in run(command, "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "document"),
+    [
+        (["sweep", "model.py"], "the report of a sweep"),
+        (["convert", "model.py", "--check"], "the plan of a conversion"),
+        (["convert", "model.py", "-o", "out.safetensors"], "the record of a repair"),
+        (["recalibrate", "model.py", "-o", "out.safetensors"], "the record of a repair"),
+        (["verify", "no.json", "no.json"], "the report of a verification"),
+        (["export", "model.py", "-o", "out.pt2"], "the report of an export"),
+    ],
+)
+def test_a_document_that_a_format_does_not_support_is_refused_before_anything_runs(
+    arguments: list[str], document: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("model.py").write_text("raise RuntimeError('the model was loaded')", encoding="utf-8")
+    with FORMATS.including(CSV):
+        _, text, error = run(*arguments, "--format", "csv")
+    assert isinstance(error, UsageError)
+    assert str(error) == f"--format csv does not support {document}; these formats do: terminal, json."
+    assert text == ""
+    assert not Path("out.safetensors").exists()
+
+
+def test_an_unknown_format_is_a_usage_error_that_lists_the_formats(model: str) -> None:
+    result = CliRunner().invoke(app, ["scan", model, "--format", "xml"], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert 'There is no report format named "xml" (known: terminal, json)' in result.stderr
+
+
+def test_another_package_adds_a_format_by_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "tables-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tables\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[bnprobe.formats]\ncsv = tables_module:CSV\n")
+    (tmp_path / "tables_module.py").write_text(
+        "from bnprobe.records import Report\n"
+        "from bnprobe.report import Format\n"
+        "CSV = Format('csv', {Report: lambda report, options: report.scan.model})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(FORMATS, "_rows", dict(FORMATS._rows))
+    monkeypatch.setattr(FORMATS, "_entry_points_read", False)
+    assert FORMATS.names() == ("terminal", "json", "csv")
+    assert render(document("scan", "healthy"), "csv") == "sample_configs/digits/model.py:load_model"
+    sys.modules.pop("tables_module")
+
+
+def test_bnprobes_own_formats_support_every_document() -> None:
+    for row in FORMATS:
+        assert row.renderers.keys() == DOCUMENTS.keys(), row.name
+
+
+def test_what_is_no_document_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--format json does not support Tensor; these formats do: none\."):
+        renderer("json", torch.Tensor)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_every_document_is_json_of_finite_numbers_that_begins_with_its_version(case: tuple[str, str]) -> None:
+    text = render(document(*case), "json")
+    parsed = json.loads(text, parse_constant=pytest.fail)
+    assert next(iter(parsed.items())) == ("schema_version", 1)
+    assert text == json.dumps(parsed, indent=2, ensure_ascii=False) + "\n"

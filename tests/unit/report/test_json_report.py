@@ -1,0 +1,133 @@
+"""The JSON report: against its schema, and back again."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.resources import files
+from typing import Any
+
+import fabricated_reports as fabricated
+import jsonschema
+import pytest
+
+from bnprobe.errors import UsageError
+from bnprobe.records import Report
+from bnprobe.report import render
+from bnprobe.report.json import SCHEMAS, schema, schema_text
+from bnprobe.report.json import dump as as_json
+from bnprobe.report.json import load_report as load
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_committed_schemas_are_the_generated_ones(name: str) -> None:
+    committed = files("bnprobe.report").joinpath(f"{name}.schema.json").read_text(encoding="utf-8")
+    assert committed == schema_text(name), "write it again: make schema"
+    jsonschema.Draft202012Validator.check_schema(schema(name))
+
+
+def test_every_field_of_every_record_is_described() -> None:
+    """Fields of a lone figure whose name and unit say all are left out, as are those explained by their record."""
+    documents = [schema(name) for name in SCHEMAS]
+    bodies = {body["title"]: body for document in documents for body in document["$defs"].values()}
+    assert [title for title, body in bodies.items() if "Attributes" in body["description"]] == []
+    text = json.dumps(documents)
+    assert "DESIGN" not in text
+    explained = re.findall(r"docs/explanation/[a-z-]+\.md", text)
+    assert set(explained) >= {"docs/explanation/equations.md", "docs/explanation/ladder.md"}
+
+
+@pytest.mark.parametrize("name", fabricated.REPORTS)
+def test_every_report_fits_the_schema_and_comes_back_equal(name: str) -> None:
+    report = fabricated.REPORTS[name]()
+    text = render(report, "json")
+    jsonschema.Draft202012Validator(schema()).validate(json.loads(text))
+    assert load(text) == report
+    assert as_json(load(text)) == text
+    assert text.endswith("\n}\n")
+
+
+def test_the_schema_closes_every_object_and_describes_its_fields() -> None:
+    document = schema()
+    objects = [document, *document["$defs"].values()]
+    assert [body["title"] for body in objects if body["additionalProperties"] is not False] == []
+    assert [body["title"] for body in objects if set(body["required"]) != set(body["properties"])] == []
+    path = document["$defs"]["PathMeasurement"]["properties"]
+    assert path["interval"]["description"] == "95% interval of ``mismatch``, over micro-batches."
+    assert path["r"]["description"] == path["d"]["description"] == "The Batch Renorm correction factors."
+    note = document["$defs"]["Layer"]["properties"]["undecided"]["description"]
+    assert note == "Not flagged, but an interval contains the threshold."
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_figure_that_is_not_finite_is_refused(value: float) -> None:
+    report = fabricated.healthy()
+    broken = replace(report, scan=replace(report.scan, seconds=value))
+    with pytest.raises(ValueError, match="JSON compliant"):
+        as_json(broken)
+
+
+def _set(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(document: dict[str, Any]) -> None:
+        inner: Any = document
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            _set("schema_version", value=2),
+            r"has schema_version 2, and this bnprobe reads schema_version 1\. Scan",
+        ),
+        (_set("schema_version", value="1"), "has schema_version '1'"),
+        (lambda document: document.pop("schema_version"), "has no schema_version"),
+        (_set("scan", "batches", value="12"), r"schema: scan\.batches: Input should be a valid integer"),
+        (_set("scan", "stopped", value="bored"), r"schema: scan\.stopped: Input should be 'requested'"),
+        (_set("layers", 0, "colour", value="red"), r"schema: layers\.0\.colour is unknown\."),
+        (lambda document: document["layers"][1].pop("eps"), r"schema: layers\.1\.eps is missing"),
+        (_set("scan", "seconds", value=float("nan")), "NaN is not a finite number"),
+    ],
+)
+def test_another_document_is_refused_with_the_place(change: Callable[[dict[str, Any]], object], message: str) -> None:
+    document = json.loads(as_json(fabricated.healthy()))
+    change(document)
+    with pytest.raises(UsageError, match=message):
+        load(json.dumps(document))
+
+
+def test_a_report_older_than_a_field_with_a_default_is_read() -> None:
+    report = fabricated.healthy()
+    document = json.loads(as_json(report))
+    del document["scan"]["unselected"], document["layers"][1]["calls"]
+    assert load(json.dumps(document)) == report
+    document["layers"][1]["colour"] = "red"
+    with pytest.raises(UsageError, match=r"layers\.1\.colour is unknown\."):
+        load(json.dumps(document))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "3", '{"schema_version": 1e999}'])
+def test_what_is_no_report_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="not a JSON report of bnprobe"):
+        load(text)
+
+
+def test_importing_the_formats_loads_neither_torch_nor_pydantic() -> None:
+    code = "import sys, bnprobe.report; print([name for name in ('torch', 'pydantic') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_names_keep_their_characters() -> None:
+    report = fabricated.healthy()
+    odd = replace(report.layers[0], name='"[red]\n\u7d22')
+    changed: Report = replace(report, layers=(odd, *report.layers[1:]))
+    assert load(as_json(changed)).layers[0].name == '"[red]\n\u7d22'

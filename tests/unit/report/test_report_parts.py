@@ -1,0 +1,168 @@
+"""The parts that are there only if something was measured: gaps, remedies, backward, updates, cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import fabricated_causes as causes
+import fabricated_parts as parts
+import pytest
+from rendered import said, section
+
+from bnprobe.records import ExtraPass, Gap, GradientAngle, Pool, Remedy, Report, Score, Updates
+from bnprobe.report import figures
+
+LOSS = Gap("loss", 0.071, 0.052, 1.88, 1.92, -0.019, 1.828, 0.04)
+
+
+REMEDIES, BACKWARD, UPDATES = "What remedies without training", "Backward pass", "Running statistics over real"
+
+
+def with_gaps(*found: Gap) -> Report:
+    """A report with these gaps."""
+    report = causes.lag()
+    return replace(report, summary=replace(report.summary, gaps=found))
+
+
+def with_remedies(*found: Remedy) -> Report:
+    """A report with these remedies."""
+    return replace(causes.lag(), remedies=found)
+
+
+def test_gaps_lead_from_training_to_held_out_data() -> None:
+    lines = section(with_gaps(LOSS), "From training")
+    assert [line.split()[-1] for line in lines[2:9]] == ["0.071", "-0.019", "0.052", "+1.83", "1.88", "+0.04", "1.92"]
+    assert "The largest step in the loss is the train/test inconsistency" in said(with_gaps(LOSS))
+
+
+def test_without_held_out_data_the_steps_end_at_inference() -> None:
+    lines = section(with_gaps(replace(LOSS, held_out=None, generalization=None)), "From training")
+    assert "held-out" not in " ".join(lines)
+    assert lines[0].startswith("From training to inference")
+
+
+@pytest.mark.parametrize("step", ["training_noise", "inconsistency", "generalization"])
+def test_the_largest_step_is_named_and_only_if_it_is_most_of_it(step: str) -> None:
+    none = Gap("metric", 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
+    words = {"training_noise": "training noise", "inconsistency": "inconsistency", "generalization": "generalization"}
+    assert f"{words[step]}" in said(with_gaps(replace(none, **{step: -0.4}))).partition("The largest step")[2]
+    assert "The largest step" not in said(with_gaps(none))
+    assert "The largest step" not in said(with_gaps(replace(none, **{step: 0.01})))
+
+
+def test_the_output_part_leaves_loss_and_metric_to_the_gaps() -> None:
+    report = causes.lag()
+    assert "Loss: " not in said(report)
+    without = replace(report, summary=replace(report.summary, gaps=()))
+    assert "Loss: 0.312 on the train path" in said(without)
+
+
+def remedy(name: str, after: Score, before: Score | None = None) -> Remedy:
+    """A remedy that was scored on 360 images."""
+    return Remedy(name, ("bn1",), before or Score(1.92, 0.41), after, None, 360, "")
+
+
+def test_the_best_remedy_comes_first_and_is_put_in_words() -> None:
+    lines = section(causes.lag(), REMEDIES)
+    assert lines[1] == "  Recalibrating takes the loss from 1.92 to 0.08."
+    assert lines[3].split() == ["recalibrated", "1.92", "→", "0.08", "0.41", "→", "0.98"]
+    assert [line[2:].partition("  ")[0] for line in lines[3:7]] == [
+        "recalibrated", "evaluation statistics", "batch statistics", "batch statistics, batches of 16",
+    ]  # fmt: skip
+    assert "normalized with its own statistics; baseline: loss 1.64" in said(causes.lag())
+
+
+@pytest.mark.parametrize(
+    ("remedies", "words"),
+    [
+        ([remedy("batch statistics", Score(2.5, None))], "None of them lowers the loss, which is 1.92 now."),
+        (
+            [remedy("recalibrated", Score(None, 0.98), Score(None, 0.41))],
+            "Recalibrating takes the metric from 0.41 to 0.98.",
+        ),
+        ([remedy("recalibrated", Score(None, None))], "None of them could be scored."),
+        (
+            [remedy("batch statistics, batches of 32", Score(0.5, None))],
+            "Normalizing at inference with batch statistics of batches of 32 takes the loss from 1.92 to 0.5.",
+        ),
+        ([remedy("something new", Score(0.5, None))], "Something new takes the loss from 1.92 to 0.5."),
+    ],
+)
+def test_what_a_remedy_does_not_do_is_said_too(remedies: list[Remedy], words: str) -> None:
+    assert " ".join(" ".join(section(with_remedies(*remedies), REMEDIES)[1:3]).split()).startswith(words)
+
+
+def test_a_remedy_without_scores_comes_last() -> None:
+    unscored, scored = remedy("a", Score(None, None)), remedy("b", Score(3.0, None))
+    lines = section(with_remedies(unscored, scored), REMEDIES)
+    assert [line.split()[0] for line in lines[3:5]] == ["b", "a"]
+
+
+def test_the_noisiest_backward_statistics_are_listed() -> None:
+    lines = section(causes.training(), BACKWARD)
+    assert [line.split()[1] for line in lines[2:7]] == ["8.0", "12.0", "16.0", "20.0", "24.0"]
+    assert "4 more layers with less noise" in lines[7]
+    assert len(section(causes.training(), BACKWARD, show_all=True)) > len(lines)
+
+
+@pytest.mark.parametrize(
+    ("angle", "words"),
+    [
+        (GradientAngle(0.857, 0.998, 12), "population statistics is 31° (cosine 0.857, mean over 12 micro-batches)"),
+        (
+            GradientAngle(0.857, 0.998, 12),
+            "4° (cosine 0.998) between their averages over all of these: batch noise, which averages out.",
+        ),
+        (
+            GradientAngle(0.5, 0.6, 12),
+            "53° (cosine 0.600) between their averages over all of these: a bias, if it stays with more micro-batches;"
+            " averaging over steps does not remove a bias.",
+        ),
+    ],
+)
+def test_the_gradient_angle_is_put_in_words(angle: GradientAngle, words: str) -> None:
+    report = causes.training()
+    report = replace(report, summary=replace(report.summary, gradient_angle=angle))
+    assert words in said(report)
+
+
+def moved(*updates: Updates) -> Report:
+    """A report of layers with these updates."""
+    return parts.report([parts.layer(f"bn{index}", None, None, updates=one) for index, one in enumerate(updates)])
+
+
+def test_updates_as_configured_are_one_sentence_and_others_a_table() -> None:
+    fine, twice, fast = Updates(1.0, 0.1, 0.1, 0.02), Updates(2.0, 0.19, 0.1, 0.06, 1.0), Updates(1.0, 0.3, 0.1, 0.04)
+    assert "Updated once per step and call, at the configured rate, in all 2 layers." in said(moved(fine, fine))
+    lines = section(moved(fine, twice, fast, Updates(1.0, None, None, 0.0)), UPDATES)
+    assert [line.split()[:4] for line in lines[2:4]] == [["bn1", "2", "1", "0.19"], ["bn2", "1", "0", "0.3"]]
+    assert lines[-1] == "  Largest drift in one step: 0.06 running standard deviations, in bn1."
+
+
+def test_a_layer_that_is_called_twice_may_be_updated_twice_with_different_batches() -> None:
+    report = moved(Updates(2.0, 0.19, 0.1, 0.06))
+    called_twice = replace(report, layers=(replace(report.layers[0], calls_per_forward=2),))
+    assert "Updated once per step and call" in said(called_twice)
+    assert "Updated once" not in said(report)
+
+
+def test_extra_passes_and_the_pool_have_their_cost() -> None:
+    scan = replace(
+        parts.SCAN,
+        passes=(ExtraPass("evaluation data", "eval_data is given.", 128, 0.41),),
+        pool=Pool(512, 1_258_291, 256),
+    )
+    found = said(replace(parts.report([]), scan=scan))
+    assert "evaluation data: 128 samples, 0.4 s (eval_data is given) pool: 512 samples, 1.2 MiB" in found
+    assert "regrouped at random into 256 micro-batches" in found
+
+
+@pytest.mark.parametrize(("number", "size"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 40, "5120.0 GiB")])
+def test_sizes(number: int, size: str) -> None:
+    assert figures.size(number) == size
+
+
+def test_parts_without_anything_are_left_out() -> None:
+    bare = parts.report([parts.layer("bn", None, None)])
+    titles = ("From training", REMEDIES, BACKWARD, UPDATES, "Measured beyond the two paths")
+    assert [section(bare, title) for title in titles] == [[]] * 5

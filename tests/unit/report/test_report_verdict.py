@@ -1,0 +1,168 @@
+"""The closing words, and above all: the suggested command exists and does what the words say."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+import fabricated_reports as fabricated
+import pytest
+from fabricated_parts import SCAN, report
+
+from bnprobe.records import Report
+from bnprobe.report.diagnoses import closing as verdict
+from bnprobe.report.next_step import with_options
+from bnprobe.report.page import broken
+
+COMMAND = "bnprobe scan model.py --batch-size 2"
+
+
+@pytest.mark.parametrize(
+    ("report", "headline", "command"),
+    [
+        (
+            fabricated.healthy(),
+            "Every layer behaves as if the batch were at least 32 values, in training and at inference.",
+            f"{COMMAND} --format json --output report.json",
+        ),
+        (
+            fabricated.flagged(),
+            "6 of 9 layers are flagged: training and inference normalize differently.",
+            f"{COMMAND} --batch-sizes 2,4,8,16,32,64",
+        ),
+        (
+            fabricated.batch_sizes(),
+            "5 of 8 layers are flagged: training and inference normalize differently.",
+            "bnprobe scan model.py --batch-size 16",
+        ),
+        (
+            fabricated.no_batch_size_helps(),
+            "1 of 2 layers is flagged: training and inference normalize differently.",
+            f"{COMMAND} --format json --output report.json",
+        ),
+        (
+            fabricated.undecided(),
+            "No layer is flagged, but 2 of 3 layers are undecided.",
+            f"{COMMAND} --max-batches 512",
+        ),
+        (
+            replace(fabricated.undecided(), scan=replace(SCAN, stopped="requested")),
+            "No layer is flagged, but 2 of 3 layers are undecided.",
+            f"{COMMAND} --batches 512",
+        ),
+        (
+            replace(fabricated.undecided(), scan=replace(SCAN, stopped="data_exhausted")),
+            "No layer is flagged, but 2 of 3 layers are undecided.",
+            f"{COMMAND} --format json --output report.json",
+        ),
+        (
+            fabricated.partial(),
+            "1 of 2 layers is flagged: training and inference normalize differently.",
+            COMMAND,
+        ),
+        (report([]), "No layer could be judged.", None),
+    ],
+)
+def test_headline_and_next_command(report: Report, headline: str, command: str | None) -> None:
+    end = verdict(report, COMMAND)
+    assert (end.headline, end.step.command) == (headline, command)
+
+
+@pytest.mark.parametrize(
+    ("name", "headline", "command"),
+    [
+        ("lag", "6 of 9 layers are flagged: training and inference normalize differently.", "bnprobe explain BN203"),
+        (
+            "training",
+            "No layer is flagged for its mismatch, but 1 problem was found.",
+            "bnprobe explain BN301",
+        ),
+        (
+            "data_shift",
+            "No layer is flagged for its mismatch, but 2 problems were found.",
+            "bnprobe explain BN206",
+        ),
+    ],
+)
+def test_a_diagnosis_says_what_is_next(name: str, headline: str, command: str) -> None:
+    end = verdict(fabricated.REPORTS[name](), COMMAND)
+    assert (end.headline, end.step.command) == (headline, command)
+
+
+def test_statistics_that_other_batches_may_mend_are_to_be_measured_where_evaluation_data_is_given() -> None:
+    unmeasured = replace(fabricated.REPORTS["lag"](), remedies=())
+    assert verdict(unmeasured, COMMAND).step.command == f"{COMMAND} --what-if"
+    without = replace(unmeasured, summary=replace(unmeasured.summary, gaps=()))
+    assert verdict(without, COMMAND).step.command == "bnprobe explain BN203"
+
+
+def test_a_hint_leaves_a_clean_verdict_clean_and_an_interrupted_scan_is_finished_first() -> None:
+    healthy, hint = fabricated.healthy(), fabricated.REPORTS["lag"]().diagnoses[1]
+    assert hint.severity == "info"
+    assert verdict(replace(healthy, diagnoses=(hint,)), COMMAND) == verdict(healthy, COMMAND)
+    error = replace(hint, severity="error")
+    partial = replace(healthy, diagnoses=(error,), scan=replace(healthy.scan, partial=True, stopped="interrupted"))
+    assert verdict(partial, COMMAND).step.command == COMMAND
+
+
+def test_the_diagnoses_replace_the_sentence_on_the_worst_layer() -> None:
+    flagged = fabricated.flagged()
+    assert not [text for text in verdict(flagged, COMMAND).sentences if "Worst" in text]
+    assert "Worst is" in verdict(replace(flagged, diagnoses=()), COMMAND).sentences[0]
+
+
+def test_the_worst_layers_are_named_worst_first() -> None:
+    sentences = verdict(fabricated.batch_sizes(), COMMAND).sentences
+    assert sentences == (
+        "Worst is layer3.0.downsample.1: it behaves as if the batch were 2.0 values, and the limit is 32 "
+        "(train path). Next worst: layer3.0.bn2 (n_eq 2.4), layer3.0.bn1 (n_eq 3.0).",
+    )
+
+
+def test_undecided_layers_come_with_the_path_and_interval_that_straddle_the_limit() -> None:
+    assert verdict(fabricated.undecided(), COMMAND).sentences == (
+        "block.1.bn: n_eq is 25.4 to 58.9 (95%, train path), and the limit is 32.",
+        "block.0.bn: n_eq is 26.5 to 49.0 (95%, train path), and the limit is 32.",
+    )
+
+
+def test_a_mismatch_that_no_batch_size_explains_is_not_put_as_a_batch_size() -> None:
+    (sentence,) = verdict(fabricated.no_batch_size_helps(), COMMAND).sentences
+    assert sentence == "Worst is bn2: it differs by more than any batch size explains, D = 2.25 (train path)."
+
+
+def test_an_overflowed_path_is_the_worst() -> None:
+    sentences = verdict(fabricated.overflow(), COMMAND).sentences
+    assert sentences[0].startswith("Worst is bn2, which could not be measured on the eval path.")
+
+
+def test_what_weakens_the_result_is_said() -> None:
+    report = fabricated.skipped()
+    report = replace(report, scan=replace(report.scan, synthetic=True))
+    assert verdict(report, COMMAND).sentences == (
+        "1 layer could not be measured on both paths.",
+        "10 layers skipped.",
+        "The inputs were generated: this shows the noise of small batches, not your data.",
+    )
+
+
+def test_batch_sizes_beyond_the_images_measured_come_with_more_batches() -> None:
+    report = fabricated.flagged()
+    few = replace(report, scan=replace(report.scan, batches=16, images=32))
+    assert verdict(few, COMMAND).step.command == f"{COMMAND} --batch-sizes 2,4,8,16,32,64 --batches 128"
+    exhausted = replace(few, scan=replace(few.scan, stopped="data_exhausted"))
+    assert verdict(exhausted, COMMAND).step.command == f"{COMMAND} --batch-sizes 2,4,8,16,32"
+
+
+def test_an_option_that_is_there_is_replaced_in_either_spelling() -> None:
+    command = "bnprobe scan 'my model.py' --batch-size=2 --batches 8 --seed 1"
+    changed = with_options(command, {"--batch-size": "16", "--batches": "32"})
+    assert changed == "bnprobe scan 'my model.py' --seed 1 --batch-size 16 --batches 32"
+
+
+@pytest.mark.parametrize("width", [20, 40, 76])
+def test_a_broken_command_is_the_same_command_to_a_shell(width: int) -> None:
+    command = "bnprobe scan 'my model.py' --batch-size 16 --batch-sizes 2,4,8,16 --exclude 'head.*' --all"
+    lines = broken(command, width)
+    assert shlex.split("\n".join(lines).replace("\\\n", "")) == shlex.split(command)
+    assert max(map(len, lines)) <= max(width, len("--batch-sizes 2,4,8,16 \\"))

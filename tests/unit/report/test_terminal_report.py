@@ -1,0 +1,111 @@
+"""What holds for every terminal report, whatever the layers are called and however wide the page is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import fabricated_parts as parts
+import fabricated_reports as fabricated
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from bnprobe.records import Output, Report, SkippedLayer
+from bnprobe.report import RenderOptions, renderer
+from bnprobe.report.page import FINE, FLAGGED, UNMEASURED
+
+render = renderer("terminal", Report)
+
+AWKWARD = (
+    "[red]",
+    "[/]",
+    "[bold]x[/bold]",
+    "a" * 300,
+    ":smile:",
+    "\x1b[2J",
+    "two\nlines",
+    "\u7d22\u5f15" * 30,
+    "\\",
+)
+NAMES = st.lists(st.one_of(st.text(min_size=1), st.sampled_from(AWKWARD)), min_size=3, max_size=3, unique=True)
+BASE = fabricated.undecided()
+
+
+def named(names: list[str]) -> Report:
+    """A report in which layers, aliases, notes and skipped layers carry these names."""
+    pairs = zip(BASE.layers, names, strict=True)
+    layers = [replace(layer, name=name, aliases=tuple(names), note=f"Like {name}.") for layer, name in pairs]
+    skipped = tuple(SkippedLayer(name, "Norm", "unknown") for name in names)
+    return replace(BASE, layers=tuple(layers), skipped=skipped)
+
+
+@settings(max_examples=60, deadline=None)
+@given(names=NAMES, width=st.integers(30, 160), unicode=st.booleans())
+def test_no_line_is_wider_than_the_page_or_ends_in_a_blank(names: list[str], width: int, unicode: bool) -> None:
+    text = render(named(names), RenderOptions(width=width, unicode=unicode))
+    lines = text.removesuffix("\n").split("\n")
+    assert max(map(cell_len, lines)) <= max(width, 40)
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert unicode or text.isascii()
+
+
+@settings(max_examples=40, deadline=None)
+@given(names=NAMES)
+def test_different_layers_stay_different_in_the_table(names: list[str]) -> None:
+    lines = render(named(names), RenderOptions(width=60)).split("\n")
+    start = next(index for index, line in enumerate(lines) if line.startswith("   layer")) + 1
+    assert len({line[3:20] for line in lines[start : start + 3]}) == 3
+
+
+def test_markup_and_control_sequences_in_names_are_shown_and_not_obeyed() -> None:
+    text = render(named(["[red]", "\x1b[2J", "two\nlines"]), RenderOptions(color=True))
+    assert "[red]" in text
+    assert "\\x1b[2J" in text
+    assert "\x1b[2J" not in text
+    assert "two lines" in text
+
+
+def test_the_environment_does_not_change_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = fabricated.flagged()
+    before = render(report, RenderOptions(color=True))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("TERM", "dumb")
+    assert render(report, RenderOptions(color=True)) == before
+
+
+def test_a_large_network_shows_its_worst_layers_in_network_order_and_counts_the_rest() -> None:
+    report = fabricated.many()
+    text = render(report, RenderOptions())
+    assert table_signs(text) == ["✓"] * 16 + ["✗"] * 6 + ["✗3", "✗2", "✗1"]
+    assert "35 layers with less mismatch not shown (✓ 35 fine); --all shows all." in text
+    assert len(table_signs(render(report, RenderOptions(show_all=True)))) == 60
+
+
+def test_flagged_layers_are_kept_before_worse_looking_ones_that_are_not() -> None:
+    many = fabricated.many()
+    first = replace(many.layers[0], flagged=True)
+    text = render(replace(many, layers=(first, *many.layers[1:])), RenderOptions())
+    assert first.name[-20:] in text
+    assert len(table_signs(text)) == 25
+
+
+def test_a_layer_measured_on_one_path_only_is_not_called_fine() -> None:
+    signs = table_signs(render(fabricated.overflow(), RenderOptions()))
+    assert signs == [FINE, f"{FLAGGED}1", UNMEASURED, f"{FLAGGED}2"]
+
+
+def test_a_report_without_layers_says_so() -> None:
+    report = parts.report([], output=Output(None, None, None, None, None))
+    text = render(report, RenderOptions())
+    assert "No layer could be judged." in text
+    assert "n_eq" not in text
+
+
+def table_signs(text: str) -> list[str]:
+    """The signs of the layers, from the heading of the table to its axes."""
+    lines = text.split("\n")
+    start = next(index for index, line in enumerate(lines) if line.startswith("   layer")) + 1
+    end = next(index for index, line in enumerate(lines) if line.startswith(" ") and "1/4" in line)
+    return [line[:3].strip() for line in lines[start:end]]

@@ -1,0 +1,106 @@
+"""What the comparison of two reports says."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from bnprobe.records import LayerComparison, Verification
+from bnprobe.report import RenderOptions, renderer
+from bnprobe.report.verify import one_line
+from support import repairs
+
+WIDE = RenderOptions(width=400)
+render = renderer("terminal", Verification)
+
+
+def test_what_has_become_of_every_flag() -> None:
+    rows = re.findall(r"(?m)^(.)  (\S+) +(\S+) +→ (\S+) *(.*)$", render(repairs.not_verified(), WIDE))
+    assert rows == [
+        ("✗", "bn1", "0.017", "0.081", "newly flagged"),
+        ("✓", "layer1.0.bn1", "0.025", "0.025", ""),
+        ("✓", "layer2.0.bn1", "0.127", "0.033", "no longer flagged"),
+        ("✗", "layer3.0.bn1", "38.9", "0.412", "still flagged"),
+        ("✓", "layer3.0.bn2", "–", "0.011", "no longer flagged"),
+    ]
+
+
+def test_a_layer_that_was_not_measured_is_not_called_fine() -> None:
+    found = repairs.verified()
+    lost = replace(found.layers[1], after=None)
+    text = render(replace(found, layers=(found.layers[0], lost)), WIDE)
+    assert re.search(r"\n–  layer2.0.bn1 +0.300 → +–  not measured\n", text)
+
+
+def test_why_a_repair_does_not_hold() -> None:
+    text = render(repairs.not_verified(), WIDE)
+    end = text.partition("✗ The repair does not hold.\n")[2]
+    assert [line.strip() for line in end.splitlines()] == list(repairs.not_verified().problems)
+    assert "  only before: head.bn\n  only after: head.gn\n" in text
+    assert "  38% → 41%\n" in text
+    assert "  The batch sizes differ: 2 before, 4 after.\n" in text
+
+
+def test_outputs_that_were_not_measured_are_not_claimed_to_agree() -> None:
+    both = (
+        "✓ The repair holds: no layer is flagged, and the outputs of the two paths are no farther apart than before.\n"
+    )
+    assert both in render(repairs.verified(), WIDE)
+    assert "✓ The repair holds: no layer is flagged.\n" in render(replace(repairs.verified(), output_after=None), WIDE)
+    assert "  38% → –\n" in render(replace(repairs.verified(), output_after=None), WIDE)
+
+
+def test_a_large_network_is_folded_without_all() -> None:
+    found = repairs.many_verified()
+    assert render(found, WIDE).count("\n✓  features") == 12
+    assert render(found, WIDE).count("no longer flagged\n") == 9
+    assert render(found, replace(WIDE, show_all=True)).count("\n✓  features") == 60
+
+
+def test_reports_without_a_common_layer_have_no_table() -> None:
+    found = replace(repairs.not_verified(), layers=())
+    assert "D of the worse path" not in render(found, WIDE)
+
+
+def test_as_json_it_is_the_record() -> None:
+    document = json.loads(renderer("json", Verification)(repairs.not_verified(), RenderOptions()))
+    assert document["schema_version"] == 1
+    assert document["layers"][0] == {
+        "name": "bn1",
+        "before": 0.0173,
+        "after": 0.0812,
+        "flagged_before": False,
+        "flagged_after": True,
+    }
+    assert (document["passed"], document["only_after"]) == (False, ["head.gn"])
+
+
+def test_the_result_in_one_line() -> None:
+    assert one_line(repairs.verified()) == "passed: 6 of 7 layers flagged before, none after"
+    assert one_line(repairs.not_verified()) == "failed: 3 of 5 layers flagged before, 2 after"
+
+
+ODD = st.one_of(
+    st.text(min_size=1), st.sampled_from(["[red]", "a" * 300, "\x1b[2J", "two\nlines", "\u7d22\u5f15" * 30])
+)
+
+
+@settings(max_examples=30)
+@given(
+    names=st.lists(ODD, min_size=1, max_size=4, unique=True),
+    figures=st.lists(st.one_of(st.none(), st.floats(0, 1e9)), min_size=2, max_size=2),
+    width=st.integers(40, 120),
+    unicode=st.booleans(),
+)
+def test_layers_of_any_name_fit(names: list[str], figures: list[float | None], width: int, unicode: bool) -> None:
+    layers = tuple(LayerComparison(name, figures[0], figures[1], True, False) for name in names)
+    found = Verification(False, tuple(names), layers, tuple(names), (), *figures, tuple(names))
+    text = render(found, RenderOptions(width=width, unicode=unicode))
+    assert "\x1b" not in text
+    assert unicode or text.isascii()
+    assert max(map(cell_len, text.splitlines())) <= width
