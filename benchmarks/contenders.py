@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from benchmarks.setting import BATCH_SIZE
 from bnprobe.pipeline import scan
-from bnprobe.probing.accumulate import Path
-from bnprobe.probing.batches import join
-from bnprobe.probing.emulation import self_check
-from bnprobe.probing.intercept import Pass
+from bnprobe.probing.accumulators import ImagePool, Path, ReplicateSums
+from bnprobe.probing.batch import join
+from bnprobe.probing.hooks import Pass
 from bnprobe.probing.layers import LayerSet, find_layers
-from bnprobe.probing.replicates import ImagePool, ReplicateSums
-from bnprobe.probing.runner import PathName, Runner, UserFunctions
+from bnprobe.probing.physical_batch import self_check
+from bnprobe.probing.session import PathName, Runner, UserFunctions
 from bnprobe.records import Report
 
 

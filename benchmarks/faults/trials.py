@@ -15,8 +15,7 @@ from benchmarks.faults.surgery import set_momentum
 from bnprobe.diagnosis import diagnose, judge
 from bnprobe.errors import BnprobeError
 from bnprobe.facts import Facts
-from bnprobe.probing.anatomy import anatomy
-from bnprobe.probing.layers import find_layers
+from bnprobe.probing.layers import anatomy, find_layers
 from bnprobe.records import Diagnosis, Verdict
 from bnprobe.spec import RulesSpec
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnprobe.probing.emulation import Emulation, self_check
 from bnprobe.probing.layers import find_layers
-from bnprobe.probing.runner import Runner, UserFunctions
+from bnprobe.probing.physical_batch import Emulation, self_check
+from bnprobe.probing.session import Runner, UserFunctions
 
 REAL = Emulation(trusted=False, reason="As asked for.", check=None, layouts={})
 

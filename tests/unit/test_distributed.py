@@ -20,9 +20,9 @@ from bnprobe.errors import DataError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.shard import deal
 from bnprobe.loading.spread import spread
-from bnprobe.probing.feed import Feed
-from bnprobe.probing.merge import merge_pools
-from bnprobe.probing.replicates import ImagePool
+from bnprobe.probing.accumulators import ImagePool
+from bnprobe.probing.evidence import merge_pools
+from bnprobe.probing.reader import Feed
 from functional.processes import free_port
 
 SIZES = st.integers(1, 5)
@@ -102,7 +102,7 @@ def test_a_loader_that_deals_itself_is_refused() -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_keep_the_images_that_one_would(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a pool of 16 places, that 60 images pass; origins differ, since every process sees other images first."""
-    monkeypatch.setattr("bnprobe.probing.replicates.POOL_IMAGES", 16)
+    monkeypatch.setattr("bnprobe.probing.accumulators.POOL_IMAGES", 16)
     d = torch.randn(60, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 100
     one, several = ImagePool(0), [ImagePool(0) for _ in range(size)]
     for batch in range(20):
@@ -145,7 +145,7 @@ import torch
 from torch import nn
 from bnprobe.distributed import connected
 from bnprobe.errors import ModelError
-from bnprobe.probing.agreement import agree
+from bnprobe.probing.rank_agreement import agree
 from bnprobe.probing.layers import find_layers
 
 with connected() as world:

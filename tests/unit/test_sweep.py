@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from bnprobe.errors import UsageError
 from bnprobe.pipeline import no_progress, scan
 from bnprobe.probing.layers import find_layers
-from bnprobe.probing.preserve import untouched
-from bnprobe.probing.runner import Runner, UserFunctions
-from bnprobe.probing.series import Recording, record, storage
+from bnprobe.probing.momentum_series import Recording, record, storage
+from bnprobe.probing.restore import untouched
+from bnprobe.probing.session import Runner, UserFunctions
 from bnprobe.records import SweepReport
 from bnprobe.reports.interface import RenderOptions
 from bnprobe.reports.sweep import render_json, render_terminal

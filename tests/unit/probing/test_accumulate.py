@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bnprobe.probing.accumulate import Path
+from bnprobe.probing.accumulators import Path
 from bnprobe.probing.evidence import layer_sums, path_evidence
-from bnprobe.probing.intercept import Recorded, Slot
+from bnprobe.probing.hooks import Recorded, Slot
 from bnprobe.probing.layers import ProbedLayer, find_layers
 from bnprobe.stats.mismatch import corrections
 from bnprobe.stats.moments import pool_moments

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from bnprobe.errors import UserCodeError
 from bnprobe.facts import Anatomy
-from bnprobe.probing.anatomy import anatomy
-from bnprobe.probing.layers import find_layers
+from bnprobe.probing.layers import anatomy, find_layers
 from support.fingerprint import fingerprint
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bnprobe.errors import DataError
-from bnprobe.probing.batches import (
+from bnprobe.probing.batch import (
     CannotEmulateError,
     check_finite,
     count_images,

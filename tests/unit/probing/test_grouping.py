@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bnprobe.norms import NormCall
-from bnprobe.probing.grouping import Grouping, Layout, normalize
+from bnprobe.probing.hooks import Grouping, Layout, normalize
 from bnprobe.stats.moments import pool_moments
 
 counts = st.integers(1, 3)

@@ -114,7 +114,7 @@ class Hungry(nn.Module):
 
 def test_no_memory_for_comparing_outputs_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real comparison, made to fail as a full GPU would; there is no other way to fill one here."""
-    from bnprobe.probing.output import OutputSums
+    from bnprobe.probing.outputs import OutputSums
 
     measure = OutputSums.measure
 

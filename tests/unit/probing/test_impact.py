@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bnprobe.probing import firstorder
-from bnprobe.probing.batches import join, tensors_of
+from bnprobe.probing.batch import join, tensors_of
+from bnprobe.probing.hooks import Pass
 from bnprobe.probing.impact import joint_impact, measure_impact
-from bnprobe.probing.intercept import Pass
-from bnprobe.probing.runner import UserFunctions
+from bnprobe.probing.session import UserFunctions
 from support.fingerprint import fingerprint
 from support.networks import (
     Dense,
@@ -115,13 +114,13 @@ class Linear(nn.Module):
 
 def test_without_nonlinearities_only_the_random_vectors_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = unsettled(Linear()), images(8, 8, 3, 6, 6)
-    monkeypatch.setattr(firstorder, "_SAMPLES", 64 * 5)
+    monkeypatch.setattr(impact_module, "_SAMPLES", 64 * 5)
     with running(model, batches, 8) as (runner, emulation):
         found = measure_impact(runner, batches, 8, emulation, 8)
         for impact in found.values():  # as many vectors as outputs: the whole of the output
             assert impact.estimate == pytest.approx(impact.exact, rel=1e-4)
-        monkeypatch.setattr(firstorder, "_SAMPLES", 8 * 400)
-        monkeypatch.setattr(firstorder, "_MOST_DRAWS", 400)
+        monkeypatch.setattr(impact_module, "_SAMPLES", 8 * 400)
+        monkeypatch.setattr(impact_module, "_MOST_DRAWS", 400)
         apart = measure_impact(runner, batches, 8, REAL, 8)
     for impact in apart.values():
         assert impact.estimate == pytest.approx(impact.exact, rel=0.05)
@@ -130,7 +129,7 @@ def test_without_nonlinearities_only_the_random_vectors_are_left(monkeypatch: py
 @pytest.mark.parametrize("size", [(), (7,), (7, 1), (7, 3), (7, 2, 5)])
 def test_random_vectors_have_the_identity_as_covariance(size: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
-    stream = firstorder._directions(torch.zeros(size, dtype=torch.float64), 4, generator)
+    stream = impact_module._directions(torch.zeros(size, dtype=torch.float64), 4, generator)
     drawn = torch.stack([next(stream).flatten() for _ in range(8000)])
     torch.testing.assert_close(drawn.T @ drawn / 8000, torch.eye(drawn.shape[1]).double(), rtol=0, atol=0.06)
 

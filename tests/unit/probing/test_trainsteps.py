@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bnprobe.errors import DataError, DeviceError, ModelError, NonFiniteError, UsageError, UserCodeError
 from bnprobe.probing.layers import find_layers
-from bnprobe.probing.trainsteps import TrainSteps, train_steps
+from bnprobe.probing.train_steps import TrainSteps, train_steps
 from bnprobe.records import Updates
 from support.fingerprint import fingerprint
 from support.networks import Residual, Siamese, images, unsettled

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.errors import UsageError
-from bnprobe.probing.batches import join
-from bnprobe.probing.intercept import Pass, Recorded
+from bnprobe.probing.batch import join
+from bnprobe.probing.hooks import Pass, Recorded
 from bnprobe.probing.population import Population, pick, steady_population
-from bnprobe.probing.preserve import untouched
-from bnprobe.probing.runner import UserFunctions
-from bnprobe.probing.whatif import what_if
+from bnprobe.probing.restore import untouched
+from bnprobe.probing.session import UserFunctions
+from bnprobe.probing.what_if import what_if
 from bnprobe.records import Remedy, Score
 from support.fingerprint import fingerprint
 from support.networks import Dense, Flat, MinibatchStd, Residual, Siamese, images, unsettled

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from bnprobe.probing.accumulate import Path
-from bnprobe.probing.intercept import Recorded
+from bnprobe.probing.accumulators import Path
+from bnprobe.probing.hooks import Recorded
 from bnprobe.probing.layers import find_layers
 from bnprobe.stats.theory import mismatch_iid
 from bnprobe.stats.uncertainty import mean_interval, standing

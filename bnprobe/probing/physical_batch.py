@@ -1,26 +1,30 @@
-"""May micro-batches run together as one physical batch? One emulated step against the same real micro-batches.
+"""Several micro-batches as one physical batch: may they run together, and how many?
 
-What may differ is rounding, which a network amplifies from layer to layer. How much this network does is measured too:
-one micro-batch runs again with its inputs changed in the last digits. A model that mixes images shows a jump far above
-that; a model that draws random numbers in eval mode cannot be told from one, and is not emulated.
+They may if one emulated step gives what the same real micro-batches give. What may differ is rounding, which a network
+amplifies from layer to layer. How much this network does is measured too: one micro-batch runs again with its inputs
+changed in the last digits. A model that mixes the samples of a batch shows a jump far above that; a model that draws
+random numbers in eval mode cannot be told from one that mixes, and is not emulated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnprobe.probing.batches import CannotEmulateError, join, map_leaves, tensors_of
-from bnprobe.probing.grouping import Layout
-from bnprobe.probing.intercept import Pass, Recorded, Slot
-from bnprobe.probing.memory import Footprint
-from bnprobe.probing.runner import PathName, Runner
+from bnprobe.distributed import OPENING
+from bnprobe.errors import UsageError, UserCodeError
+from bnprobe.probing.batch import CannotEmulateError, join, map_leaves, tensors_of, to_device
+from bnprobe.probing.hooks import Layout, Pass, Recorded, Slot
+from bnprobe.probing.memory import Chunks, Footprint, is_out_of_memory, plan_images
+from bnprobe.probing.reader import Reader
+from bnprobe.probing.session import PathName, Session
 from bnprobe.randomness import random_state
 from bnprobe.records import SelfCheck
+from bnprobe.spec import ScanSettings
 from bnprobe.stats.mismatch import distance
 
 _AMPLIFICATION = 50.0
@@ -54,26 +58,54 @@ class Emulation:
         return dict(self.layouts.get("train" if path == "steady" else path, {}))
 
 
-def self_check(runner: Runner, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
+@dataclass(frozen=True)
+class Batching:
+    """How micro-batches run.
+
+    Attributes:
+        batch_size: Samples in a micro-batch.
+        emulation: Whether micro-batches may run together.
+        at_once: How many do, where they may.
+    """
+
+    batch_size: int
+    emulation: Emulation
+    at_once: int = 1
+
+    def pass_over(self, micro_batches: int, path: PathName, **options: Any) -> Pass:
+        """A pass over so many micro-batches; ``options`` are fields of ``Pass``."""
+        images = micro_batches * self.batch_size
+        return Pass(images, self.batch_size, layouts=self.emulation.layouts_of(path), **options)
+
+    def chunks(self, device: torch.device) -> Chunks:
+        """Runs as many micro-batches at once as there may be."""
+        return Chunks(device, self.batch_size, self.at_once if self.emulation.trusted else 1)
+
+
+Check = Callable[[Session, list[Any], int], tuple[Emulation, Footprint]]
+"""``self_check`` or ``check_images``."""
+
+
+def self_check(session: Session, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
     """Compare one emulated step of the given micro-batches (on the device) with real ones.
 
     Returns:
         The verdict, and what one image takes in memory.
     """
     before = random_state()
-    verdict, image = _check(runner, "check train", micro_batches, batch_size)
+    verdict, image = _check(session, "check train", micro_batches, batch_size)
     if random_state() != before:
         # What was drawn differs from run to run: without dropout and the like there is something to compare.
-        verdict, image = _check(runner, "check", micro_batches, batch_size)
+        verdict, image = _check(session, "check", micro_batches, batch_size)
     if verdict.trusted:
         # Batch statistics can hide a mixing of images that shows with running ones, e.g. of batch_norm by hand.
-        verdict = _worse(verdict, _check(runner, "check eval", micro_batches, batch_size)[0])
+        verdict = _worse(verdict, _check(session, "check eval", micro_batches, batch_size)[0])
     return verdict, image
 
 
-def check_images(runner: Runner, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
+def check_images(session: Session, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
     """As ``self_check``, on the eval path alone: whether images are independent of each other there."""
-    return _check(runner, "check eval", micro_batches, batch_size)
+    return _check(session, "check eval", micro_batches, batch_size)
 
 
 def _worse(verdict: Emulation, inference: Emulation) -> Emulation:
@@ -91,22 +123,22 @@ def _worse(verdict: Emulation, inference: Emulation) -> Emulation:
     return replace(verdict, check=worst, layouts={**verdict.layouts, **inference.layouts})
 
 
-def _check(runner: Runner, path: PathName, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
+def _check(session: Session, path: PathName, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
     reals = [Pass(batch_size, batch_size) for _ in micro_batches]
-    outputs = [runner.forward(path, batch, real)[0] for batch, real in zip(micro_batches, reals, strict=True)]
+    outputs = [session.forward(path, batch, real)[0] for batch, real in zip(micro_batches, reals, strict=True)]
     sizes = [record.bytes // batch_size for record in reals[0].records.values()]
     image = Footprint(total=sum(sizes), largest=max(sizes, default=0))
     shaken = Pass(batch_size, batch_size)
-    shaken_output, _ = runner.forward(path, _shake(micro_batches[0]), shaken)
+    shaken_output, _ = session.forward(path, _shake(micro_batches[0]), shaken)
     try:
         emulated = Pass(batch_size * len(micro_batches), batch_size, references=_references(reals))
-        output, _ = runner.forward(path, join(micro_batches), emulated)
+        output, _ = session.forward(path, join(micro_batches), emulated)
         if emulated.records.keys() != reals[0].records.keys():
             raise CannotEmulateError("the layers are called differently in a larger batch")
     except CannotEmulateError as error:
         return Emulation(False, as_sentence(error), None, {}), image
-    unit = _unit(runner)
-    check, blind = _judge(runner, reals, shaken, emulated, unit)
+    unit = _unit(session)
+    check, blind = _judge(session, reals, shaken, emulated, unit)
     images = batch_size * len(micro_batches)
     output_error = _output_error(outputs, output, images)
     output_tolerance = unit * _FLOOR + _AMPLIFICATION * _output_error(outputs[:1], shaken_output, batch_size)
@@ -117,12 +149,12 @@ def _check(runner: Runner, path: PathName, micro_batches: list[Any], batch_size:
     return Emulation(passed, reason, check, layouts), image
 
 
-def _judge(runner: Runner, reals: list[Pass], shaken: Pass, emulated: Pass, unit: float) -> tuple[SelfCheck, bool]:
+def _judge(session: Session, reals: list[Pass], shaken: Pass, emulated: Pass, unit: float) -> tuple[SelfCheck, bool]:
     """Walk through the calls in order; the tolerance grows with the amplification seen so far."""
     tolerance = unit * _FLOOR
     worst = 0.0
     for slot, real in _references(reals).items():
-        eps = runner.layers.layers[slot[0]].info.eps
+        eps = session.layers.layers[slot[0]].info.eps
         first = reals[0].records[slot]
         moved = _difference(shaken.records.get(slot), first.mean, first.variance, eps)
         tolerance = max(tolerance, unit * _FLOOR + _AMPLIFICATION * moved)
@@ -130,7 +162,7 @@ def _judge(runner: Runner, reals: list[Pass], shaken: Pass, emulated: Pass, unit
         worst = max(worst, error)
         blind = not tolerance <= _BLIND
         if blind or not error <= tolerance:
-            name = runner.layers.layers[slot[0]].name
+            name = session.layers.layers[slot[0]].name
             return SelfCheck(0.0, worst, tolerance, False, name), blind
     return SelfCheck(0.0, worst, tolerance, True, None), False
 
@@ -165,9 +197,9 @@ def _shake(batch: Any) -> Any:
     return map_leaves(batch, change)
 
 
-def _unit(runner: Runner) -> float:
+def _unit(session: Session) -> float:
     """Unit in the last place of the dtype that the model computes in."""
-    dtypes = [parameter.dtype for parameter in runner.model.parameters() if parameter.is_floating_point()]
+    dtypes = [parameter.dtype for parameter in session.model.parameters() if parameter.is_floating_point()]
     widest = torch.float64 if dtypes and all(dtype == torch.float64 for dtype in dtypes) else torch.float32
     coarsest = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(widest).eps)
     # Of half-precision models a thousand units would be everything: take what a statistic of many values loses.
@@ -219,3 +251,60 @@ def _reason(check: SelfCheck, blind: bool, batch_size: int) -> str:
     if blind:
         return "The forward pass is random, or too sensitive to rounding to be checked."
     return "The model mixes the images of a batch."
+
+
+def plan(session: Session, reader: Reader, settings: ScanSettings) -> Batching:
+    """Whether micro-batches may run together, and how many do.
+
+    Raises:
+        UsageError: The physical batch asked for does not hold one micro-batch.
+    """
+    size = reader.batch_size
+    if settings.physical_batch and settings.physical_batch < size:
+        raise UsageError(
+            f"--physical-batch {settings.physical_batch} does not hold one micro-batch of {size} images."
+            " Statistics need the whole micro-batch at once: give at least so many, or a smaller --batch-size."
+        )
+    if not settings.emulate:
+        return Batching(size, not_emulated("As asked for."))
+    opening = reader.look_ahead(OPENING)
+    most = settings.physical_batch or plan_images(Footprint(0, 0), session.device)
+    if most // size < OPENING and not settings.batch_sizes:
+        # The train path runs as it is; that samples are independent on the eval path is still to be known.
+        emulation, _ = checked(session, opening, size, check_images)
+        reason = "One micro-batch fills a physical batch." if emulation.trusted else emulation.reason
+        return Batching(size, replace(emulation, reason=reason))
+    emulation, image = checked(session, opening, size, self_check)
+    if not emulation.trusted:
+        return Batching(size, emulation)
+    images = settings.physical_batch or plan_images(image, session.device)
+    return Batching(size, emulation, max(1, images // size))
+
+
+def checked(session: Session, opening: list[Any], size: int, check: Check) -> tuple[Emulation, Footprint]:
+    """Run a check on the first micro-batches, which are measured afterwards; also what a sample takes in memory.
+
+    Args:
+        opening: Two micro-batches of ``size`` samples, on the host; fewer cannot be compared.
+
+    Raises:
+        UserCodeError: The model raised, and not for want of autocast.
+    """
+    unknown = Footprint(0, 0)
+    if len(opening) < OPENING:
+        return not_emulated("The data gives only one micro-batch."), unknown
+    try:
+        return check(session, [to_device(batch, session.device) for batch in opening], size)
+    except UserCodeError:
+        if session.autocast is None:
+            raise
+        return not_emulated("The self-check runs without autocast, and the model does not."), unknown
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return not_emulated("There is no memory for two micro-batches at once."), unknown
+
+
+def not_emulated(reason: str) -> Emulation:
+    """Micro-batches run one by one; ``reason`` is one sentence for the report."""
+    return Emulation(trusted=False, reason=reason, check=None, layouts={})

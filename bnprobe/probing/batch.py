@@ -1,4 +1,4 @@
-"""Micro-batches as the user's loader collates them: count, join, slice and move them."""
+"""Batches as the user's loader collates them: count, join, slice, copy and move nested tensors."""
 
 from __future__ import annotations
 
