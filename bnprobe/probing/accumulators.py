@@ -244,9 +244,12 @@ class _State:
             shape[self.axis] = missing
             self.values = torch.cat([self.values, self.values.new_full(shape, self.fill)], self.axis)
 
-    def add(self, index: Tensor, values: Tensor) -> None:
-        """Reduce ``values`` into the entries at ``index``, which may hold an entry several times."""
+    def add(self, index: Tensor | None, values: Tensor) -> None:
+        """Reduce ``values`` into the entries at ``index``, which may hold an entry several times; None: all entries."""
         values = values.to(self.values)
+        if index is None:
+            self.values = _COMBINE[self.reduction](self.values, values)
+            return
         if self.reduction == "sum":
             self.values.index_add_(self.axis, index, values)
             return
@@ -306,8 +309,13 @@ class Statistic:
         """A state."""
         return self._states[name].values
 
-    def accumulate(self, name: str, index: Tensor, values: Tensor) -> None:
-        """Reduce values into the entries of a state at ``index``: ``step.columns.call``, for example."""
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the states."""
+        return tuple(self._states)
+
+    def accumulate(self, name: str, index: Tensor | None, values: Tensor) -> None:
+        """Reduce values into the entries of a state at ``index``: ``call``, ``layer`` or ``channel`` of the columns."""
         self._states[name].add(index, values)
 
     def update(self, step: Step) -> None:

@@ -70,7 +70,7 @@ class PathEvidence:
 
     def __init__(self, scope: Scope, batch_size: int, share: Share = EVERYTHING, seed: int = 0) -> None:
         self.batch_size, self.batches = batch_size, 0
-        self._share, self._steps = share, 0
+        self._scope, self._share, self._steps = scope, share, 0
         self._table = CallTable()
         self._statistics = {row.name: row(seed) for row in STATISTICS if scope in row.scopes}
         self._columns: tuple[Calls, Columns] | None = None
@@ -99,7 +99,7 @@ class PathEvidence:
         variance = torch.cat([record.variance for record in records.values()], 1)
         columns = self._columns_of(records, layers, mean)
         if groups is None:
-            if first.unit == 1:
+            if first.unit == 1 and self._scope != "other sizes":  # a step may not fill micro-batches of these
                 self._add_samples(columns, mean, variance)
             if first.unit != self.batch_size:
                 mean, variance = self._whole_batches(slots, mean, variance)

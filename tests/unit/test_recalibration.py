@@ -17,6 +17,7 @@ import bnprobe
 from bnprobe.errors import DataError, NonFiniteError, NothingToProbeError, RepairError, UsageError, UserCodeError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.nn import BatchRenorm2d
+from bnprobe.probing import population, reader
 from bnprobe.recalibration import recalibrate_workload
 from support.fingerprint import fingerprint
 from support.networks import Dense, Flat, InvertedBottleneck, Residual, Siamese, UNet, Video, images, unsettled
