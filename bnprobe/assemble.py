@@ -151,6 +151,7 @@ def _measurement(sums: Sums, path: PathEvidence, slots: list[Slot], single: bool
         equivalent_batch_size_interval=(1.0, 1.0) if single else _size_interval(interval),
         r=_distribution(path.r(slots), R_AXIS, clipped_r_iid(size or math.inf)),
         d=_distribution(path.d(slots), D_AXIS, clipped_d_iid(size or math.inf)),
+        statistics=path.reported(slots),
     )
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bnprobe.errors import is_library_file
+from bnprobe.errors import ModelError, is_library_file
 from bnprobe.norms import NORMS, NormCall, NormFamily
 from bnprobe.probing.batch import CannotEmulateError
 from bnprobe.probing.layers import ProbedLayer
@@ -328,6 +328,7 @@ class Pass:
 
         Raises:
             CannotEmulateError: Its rows cannot be divided into micro-batches.
+            ModelError: The family's groups do not divide a micro-batch.
         """
         layer, call = found.layer, found.call
         slot = (layer.index, sum(index == layer.index for index, _ in self.records))
@@ -383,7 +384,7 @@ def _own_group(found: Intercepted, rows: int) -> int | None:
         return None
     own = found.family.rows_per_group(found.layer.module, found.call, rows)
     if own < 1 or rows % own:
-        raise ValueError(f"{type(found.family).__name__}.rows_per_group gave {own}, which does not divide {rows} rows.")
+        raise ModelError(f"{type(found.family).__name__}.rows_per_group gave {own}, which does not divide {rows} rows.")
     return None if own == rows else own
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from bnprobe.records.basics import Interval
+
+OMITTED_WHEN_EMPTY = frozenset({"statistics"})
+"""Fields that a document leaves out where they are empty."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class PathMeasurement:
         equivalent_batch_size: n_eq, in values per channel; None if D is 0 (no mismatch at all).
         equivalent_batch_size_interval: 95% interval of n_eq.
         r, d: The Batch Renorm correction factors.
+        statistics: Results of statistics that other packages add, by name; left out where there are none.
     """
 
     mismatch: float
@@ -55,6 +60,7 @@ class PathMeasurement:
     equivalent_batch_size_interval: Interval
     r: Distribution
     d: Distribution
+    statistics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

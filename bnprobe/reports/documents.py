@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from bnprobe.errors import UsageError
 from bnprobe.records import SCHEMA_VERSION
+from bnprobe.records.measurements import OMITTED_WHEN_EMPTY
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -22,7 +23,11 @@ def dump(record: DataclassInstance) -> str:
     Raises:
         ValueError: If a figure is NaN or infinite, which the records do not allow.
     """
-    return to_text(asdict(record))
+    return to_text(asdict(record, dict_factory=_without_empty))
+
+
+def _without_empty(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if value or key not in OMITTED_WHEN_EMPTY}
 
 
 def to_text(document: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 from bnprobe import records
+from bnprobe.records.measurements import OMITTED_WHEN_EMPTY
 
 _ATTRIBUTE = re.compile(r"^    (?P<names>\w+(?:, \w+)*): (?P<text>.+)$")
 
@@ -48,7 +49,7 @@ def schema_text(document: str = "report") -> str:
 
 
 def _closed(name: str, body: dict[str, Any]) -> dict[str, Any]:
-    """One object of the schema: every key required, no other allowed, described by the record's docstring."""
+    """One object of the schema: no other keys allowed, described by the record's docstring."""
     record = getattr(records, name)
     summary, attributes = _docstring(record)
     properties = {field.name: body["properties"][field.name] for field in dataclasses.fields(record)}
@@ -59,7 +60,7 @@ def _closed(name: str, body: dict[str, Any]) -> dict[str, Any]:
         "description": summary,
         "type": "object",
         "properties": {key: _without_default(value) for key, value in properties.items()},
-        "required": list(properties),
+        "required": [key for key in properties if key not in OMITTED_WHEN_EMPTY],
         "additionalProperties": False,
     }
 
