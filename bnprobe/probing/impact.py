@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import DeviceError, UserCodeError
-from bnprobe.probing.batch import CannotEmulateError, join, tensors_of
+from bnprobe.probing.batch import CannotEmulateError, join
 from bnprobe.probing.hooks import Leaves, Pass, Recorded, Slot
 from bnprobe.probing.layers import ProbedLayer
-from bnprobe.probing.outputs import Contributions, score_of, user_values
+from bnprobe.probing.outputs import Contributions, floating, score_of, square_norm, user_values
 from bnprobe.probing.physical_batch import Batching
 from bnprobe.probing.session import Outputs, Session
 from bnprobe.records import Impact
@@ -71,16 +71,6 @@ class Sample:
         eps, r_max, d_max = (mean.new_full((info.channels,), value) for value in (info.eps, info.r_max, info.d_max))
         gate = None if info.gate is None else info.gate.to(mean)
         return corrections(mean, variance, running[0].to(mean), running[1].to(mean), eps, r_max, d_max, gate)
-
-
-def floating(output: Any) -> list[Tensor]:
-    """The tensors that are compared."""
-    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
-
-
-def square_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Sum of the squares of all values, float64."""
-    return total(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).square() for tensor in tensors)
 
 
 def total(values: Iterable[Tensor]) -> Tensor:
@@ -170,7 +160,7 @@ def _backward(
         gradients = _gradients(differentiable, vectors, [leaves[slot] for slot in slots], keep=draw + 1 < draws)
         for index, product in _products(slots, changes, gradients).items():
             squares.setdefault(index, []).append((product if apart else product.sum()).square().sum())
-    return square_norm(outputs), {index: total(values) / draws for index, values in squares.items()}
+    return total(map(square_norm, outputs)), {index: total(values) / draws for index, values in squares.items()}
 
 
 def _gradients(
@@ -342,7 +332,8 @@ def _measure(
     for layers in (frozenset[int](), *swaps):
         output, recorded, _ = sample.forward(joined, len(chunk), by_batch=layers)
         tensors = floating(output)
-        squares.append(square_norm(tensors if reference is None else _differences(tensors, reference)))
+        changes = tensors if reference is None else _differences(tensors, reference)
+        squares.append(total(map(square_norm, changes)))
         reference = tensors if reference is None else reference
         size = sample.batching.batch_size
         values.append(user_values(sample.session, "eval", chunk, recorded, size) if with_loss else {})

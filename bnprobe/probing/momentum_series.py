@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bnprobe.errors import UsageError
 from bnprobe.probing.batch import CannotEmulateError, join, to_device
-from bnprobe.probing.hooks import Pass, Recorded, Slot
+from bnprobe.probing.hooks import Recorded
 from bnprobe.probing.layers import ProbedLayer
 from bnprobe.probing.memory import Chunks
-from bnprobe.probing.physical_batch import plan
+from bnprobe.probing.physical_batch import Batching, as_sentence, not_emulated, plan
 from bnprobe.probing.reader import Reader
 from bnprobe.probing.session import Session
 from bnprobe.spec import ScanSettings
@@ -101,11 +101,10 @@ def record(
     with session.installed():
         wanted = settings.batches or settings.max_batches
         batching = plan(session, reader, settings)
-        layouts = batching.emulation.layouts_of("train")
-        recorder = _Recorder(session, reader.batch_size, layouts, batching.at_once, cap, most=wanted)
+        recorder = _Recorder(session, batching, cap, most=wanted)
         while recorder.batches < recorder.most:
             progress(recorder.batches, recorder.most)
-            taken = reader.take(min(recorder.at_once, recorder.most - recorder.batches))
+            taken = reader.take(min(recorder.batching.at_once, recorder.most - recorder.batches))
             if not taken:
                 break
             recorder.step(taken)
@@ -129,9 +128,7 @@ class _Recorder:
     """
 
     session: Session
-    batch_size: int
-    layouts: dict[Slot, Any]
-    at_once: int
+    batching: Batching
     cap: int
     most: int
     batches: int = 0
@@ -142,19 +139,18 @@ class _Recorder:
 
     def step(self, micro_batches: list[Any]) -> None:
         """Record micro-batches, as one physical batch where that works."""
-        chunks = Chunks(self.session.device, self.batch_size, len(micro_batches))
+        chunks = Chunks(self.session.device, self.batching.batch_size, len(micro_batches))
         chunks.run(micro_batches, lambda chunk: self._add(self._measure(chunk), len(chunk)), self._refused)
         if chunks.at_once < len(micro_batches):
-            self.at_once = chunks.at_once
+            self.batching = replace(self.batching, at_once=chunks.at_once)
 
     def _refused(self, error: CannotEmulateError) -> None:
-        self.layouts = {}
+        self.batching = replace(self.batching, emulation=not_emulated(as_sentence(error)))
 
     def _measure(self, micro_batches: list[Any]) -> dict[int, list[Recorded]]:
         """The calls that normalized with batch statistics, by layer, in call order."""
         joined = to_device(join(micro_batches), self.session.device)
-        images = len(micro_batches) * self.batch_size
-        pass_ = Pass(images, self.batch_size, layouts=dict(self.layouts))
+        pass_ = self.batching.pass_over(len(micro_batches), "train")
         self.session.forward("train", joined, pass_)
         found: dict[int, list[Recorded]] = {}
         for (index, _), recorded in pass_.records.items():

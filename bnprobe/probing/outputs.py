@@ -110,14 +110,14 @@ class OutputSums:
             inputs: Positions of the tensors of the batch that the model was called on: these are no labels.
             train, eval_: The outputs.
         """
-        pairs = list(zip(_floating(train), _floating(eval_), strict=False))
+        pairs = list(zip(floating(train), floating(eval_), strict=False))
         if any(one.shape != other.shape for one, other in pairs):
             self._different_shapes = True
             return {}
         found: Contributions = {}
         if pairs:
-            found["difference"] = sum((_square_norm(one - other) for one, other in pairs), start=_zero(pairs))
-            found["norm"] = sum((_square_norm(other) for _, other in pairs), start=_zero(pairs))
+            found["difference"] = sum((square_norm(one - other) for one, other in pairs), start=_zero(pairs))
+            found["norm"] = sum((square_norm(other) for _, other in pairs), start=_zero(pairs))
         if not self._looked_for_scores:
             self._scores = find_class_scores(batch, inputs, [other for _, other in pairs])
             self._looked_for_scores = True
@@ -211,12 +211,14 @@ def _zero(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device=pairs[0][0].device)
 
 
-def _floating(output: Any) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors_of(output) if tensor.is_floating_point()]
+def floating(output: Any) -> list[Tensor]:
+    """The tensors of an output that are compared."""
+    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
 
 
-def _square_norm(values: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+def square_norm(values: Tensor) -> Tensor:
+    """Sum of the squares of all values, float64, without a graph."""
+    norm: Tensor = torch.linalg.vector_norm(values.detach(), dtype=torch.float64)
     return norm.square()
 
 
