@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench schema clean
+.PHONY: help demo test lint format docs picture bench schema clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,13 @@ format: $(READY) ## rewrite the code in the house format
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
+docs: $(READY) ## build the documentation as a site, strictly: site/index.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+picture: $(READY) ## rewrite the picture of a report in README.md
+	$(BIN)/python docs/picture.py
+
 bench: $(READY) ## run the benchmarks (minutes; see benchmarks/README.md)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group bench
 	$(BIN)/python -m benchmarks
@@ -42,4 +49,4 @@ schema: $(READY) ## rewrite the JSON schemas of the report and of the record of 
 	$(BIN)/python -m bnprobe.reports.schema record > bnprobe/reports/record.schema.json
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -217,12 +217,9 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
         return "frozen: model.train() leaves it in eval mode, so both paths use the running statistics"
     if _overflows(evidence, slots):
         return "NaN or Inf arrives here on the eval path: the running statistics of earlier layers let it grow"
-    if layer.info.gate is not None:
-        gate = float(layer.info.gate.mean())
-        return f"gated (mean gate {gate:.2f}): D is what its gates leave; r and d are unclipped"
-    if layer.info.corrects:
-        limits = f"r_max {layer.info.r_max:g}, d_max {layer.info.d_max:g}"
-        return f"Batch Renorm ({limits}): D is what its correction leaves; r and d are unclipped"
+    note = layer.family.note(layer.info)
+    if note is not None:
+        return note
     if evidence.values[slots[0]] == 1:
         return "one value per channel in a micro-batch: training raises an error at this batch size"
     return None
@@ -232,7 +229,8 @@ def _silent(layer: ProbedLayer, evidence: Evidence) -> SkippedLayer:
     """A layer of which nothing was recorded."""
     kind = type(layer.module).__name__
     if layer.index in evidence.entered:
-        return SkippedLayer(layer.name, kind, "its forward does not call torch.nn.functional.batch_norm")
+        functions = " or ".join(f"{each.__module__}.{each.__qualname__}" for each in layer.family.functionals)
+        return SkippedLayer(layer.name, kind, f"its forward does not call {functions}")
     return SkippedLayer(layer.name, kind, "never called by the forward pass")
 
 

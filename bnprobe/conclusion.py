@@ -9,6 +9,7 @@ from typing import Literal
 from scipy import stats
 
 from bnprobe.records import Arm, Conclusion, Estimate, Proof, Run
+from bnprobe.repair_targets import TARGETS
 
 AS_IS, RECALIBRATED = "as is", "recalibrated"
 CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN recalibrated after"
@@ -111,8 +112,6 @@ def remarks(to: str, flagged: int | None, proof: Proof) -> Iterator[str]:
     arm = next(arm for arm in proof.arms if arm.name == proof.repaired)
     if arm.trained and arm.runs[0].best_step == 0:
         yield "No step was better than the start: the weights written are those that training began with."
-    if to == "batch-renorm" and flagged == 0:
-        yield (
-            "Within its limits Batch Renorm agrees with inference by construction: that nothing is flagged any more"
-            " says that r and d are within them, and the arms say what it is worth."
-        )
+    remark = TARGETS[to].unflagged_remark
+    if remark and flagged == 0:
+        yield remark

@@ -1,14 +1,21 @@
-"""Write files whole or not at all, and several together or none."""
+"""Write files whole or not at all, several together or none; and folders from which nobody else's files are removed."""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bnprobe.errors import OutputError
+
+_MARK = "made-by-bnprobe.txt"
+_SIGNATURE = "This folder was made by bnprobe"
+_MARK_TEXT = f"{_SIGNATURE}, which removes only the files that it wrote here. Files of your own stay.\n"
+_NEIGHBOUR = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(?:new|old)")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -97,9 +104,129 @@ def write_all(contents: Mapping[Path, bytes | str], force: bool = False) -> None
             temporary.unlink(missing_ok=True)
 
 
+class OwnFolder:
+    """A folder that bnprobe makes. Only with bnprobe's mark in it is anything removed, and only what bnprobe wrote.
+
+    Args:
+        path: Where it is, or is to be.
+        written: Regular expression of the files that bnprobe writes: their paths in the folder, with forward slashes.
+
+    Attributes:
+        path: Where it is.
+    """
+
+    def __init__(self, path: Path, written: str) -> None:
+        self.path = path
+        self._written = re.compile(written)
+
+    def make(self) -> None:
+        """Make the folder, its mark before anything else; one with the mark is left as it is.
+
+        Raises:
+            OutputError: Something else has this name, or the folder could not be written.
+        """
+        if os.path.lexists(self.path):
+            self._require_mark()
+            return
+        with _writing(self.path):
+            self.path.mkdir()
+        try:
+            write_whole(self.path / _MARK, _MARK_TEXT)
+        except OutputError:
+            self.path.rmdir()
+            raise
+
+    def clear(self) -> None:
+        """Remove the files that bnprobe wrote, and folders in it that are empty then; the mark stays.
+
+        Raises:
+            OutputError: The folder has no mark, or a file could not be removed.
+        """
+        self._require_mark()
+        files = self._files()
+        with _writing(self.path):
+            for file in files:
+                file.unlink()
+        self._remove_emptied(files)
+
+    def remove(self) -> None:
+        """Remove what bnprobe wrote, and the folder too unless something else is in it.
+
+        Raises:
+            OutputError: The folder has no mark, or a file could not be removed.
+        """
+        self.clear()
+        with _writing(self.path):
+            (self.path / _MARK).unlink()
+        _remove_empty(self.path)
+
+    def move_to(self, other: OwnFolder) -> None:
+        """Move the files that bnprobe wrote to another such folder, in place of those that it wrote there.
+
+        Raises:
+            OutputError: A folder has no mark, or could not be written.
+        """
+        self._require_mark()
+        other.make()
+        other.clear()
+        files = self._files()
+        with _writing(other.path):
+            for file in files:
+                place = other.path / file.relative_to(self.path)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(file, place)
+        self._remove_emptied(files)
+        self.remove()
+
+    def _require_mark(self) -> None:
+        if not has_mark(self.path):
+            raise not_own(self.path)
+
+    def _remove_emptied(self, gone: list[Path]) -> None:
+        """Remove the folders within this one that held these files and now hold nothing."""
+        folders = {folder for file in gone for folder in file.parents if self.path in folder.parents}
+        for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+            _remove_empty(folder)
+
+    def _files(self) -> list[Path]:
+        """What bnprobe wrote, and what a killed process left of it half written."""
+        return [path for path in self.path.rglob("*") if not path.is_dir() and self._is_written(path)]
+
+    def _is_written(self, path: Path) -> bool:
+        neighbour = _NEIGHBOUR.fullmatch(path.name)
+        path = path.with_name(neighbour[1]) if neighbour else path
+        return bool(self._written.fullmatch(path.relative_to(self.path).as_posix()))
+
+
+def has_mark(folder: Path) -> bool:
+    """Whether this is a folder that bnprobe made, and has not removed."""
+    try:
+        return (folder / _MARK).read_text(encoding="utf-8").startswith(_SIGNATURE)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def not_own(path: Path) -> OutputError:
+    """The error for a file or folder that bnprobe must not touch, though its name is needed."""
+    return OutputError(f"{path} was not made by bnprobe: move it away, or give another -o.")
+
+
 def is_special(path: Path) -> bool:
     """A pipe or device, such as /dev/null, which must be written to and never be replaced."""
     return path.exists() and not path.is_file()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from None
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # something else is in it, or it is a link
+        folder.rmdir()
 
 
 def _encoded(content: str | bytes) -> bytes:

@@ -25,6 +25,7 @@ from bnprobe.errors import RepairError, UsageError
 from bnprobe.probing.layers import ROOT
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records import Arm, Plan, Proof, Run, TrainingStep
+from bnprobe.repair_targets import TARGETS
 from bnprobe.repairs import apply
 from bnprobe.subject import Subject
 from bnprobe.training import Job, StateFolder, length_of, train
@@ -122,7 +123,7 @@ def _controls(
     start = copy.deepcopy(subject.start)
     momentum = subject.repair.renorm.momentum
     for plan in plans:
-        for change in plan.changes if plan.to == "batch-renorm" and momentum is not None else ():
+        for change in plan.changes if _is_renorm(plan) and momentum is not None else ():
             layer: Any = start.get_submodule("" if change.name == ROOT else change.name)
             layer.momentum = momentum
     arm, models = _trained(replace(subject, start=start), CONTROL, None, folder, on_step, world)
@@ -181,13 +182,18 @@ def _run(
     return run, model
 
 
+def _is_renorm(plan: Plan) -> bool:
+    """Whether the converted layers have the limits and the momentum of the spec's Batch Renorm."""
+    return "renorm" in TARGETS[plan.to].settings
+
+
 def _job(subject: Subject, name: str, plan: Plan | None, seed: int) -> tuple[Job, nn.Module]:
     """What one run trains, on a copy."""
     assert subject.training is not None  # else nothing is trained
     with preserved_random_state():
         seed_everything(seed)
         model = copy.deepcopy(subject.start) if plan is None else apply(subject.start, plan, subject.repair)
-    renorm = subject.repair.renorm if plan is not None and plan.to == "batch-renorm" else None
+    renorm = subject.repair.renorm if plan is not None and _is_renorm(plan) else None
     assert subject.loss is not None  # the caller refuses to train without
     assert subject.make_optimizer is not None
     job = Job(

@@ -23,13 +23,12 @@ from bnprobe.probing.scan_loop import Progress
 from bnprobe.proof import OnStep, best_candidate, prove
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
+from bnprobe.repair_targets import AUTO, TARGETS
 from bnprobe.repairs import (
-    REPAIRS,
     deployable_state,
     left_out,
     on_host,
     plan,
-    repair_named,
     wanted_by_globs,
     wanted_from_report,
 )
@@ -65,6 +64,7 @@ class Wish:
         state: Folder of the state to resume from; None: nothing is saved.
         resume: Go on from it.
         force: Drop a state that is there.
+        tensorboard: Write the steps for TensorBoard too, in the state's folder.
         command: As typed.
     """
 
@@ -72,6 +72,7 @@ class Wish:
     state: Path | None = None
     resume: bool = False
     force: bool = False
+    tensorboard: bool = False
     command: str | None = None
 
 
@@ -93,7 +94,7 @@ def plan_spec(spec: Spec, progress: Progress = no_progress) -> Plan:
             workload = load_workload(spec)
             require_unwrapped(workload.notes)
             plans = _plans(spec, workload.model, whole(scan_workload(workload, spec.settings(), progress)))
-    return plans[0] if spec.repair.to != "auto" else replace(plans[0], to="auto")
+    return plans[0] if spec.repair.to != AUTO else replace(plans[0], to=AUTO)
 
 
 def repair_spec(
@@ -113,8 +114,8 @@ def repair_spec(
     """
     for text in spec.repair.require:
         parse_requirement(text)
-    if spec.repair.to == "auto" and not wish.finetune:
-        raise UsageError("--to auto chooses by training every candidate for a while: add --finetune, or name a repair.")
+    if spec.repair.to == AUTO and not wish.finetune:
+        raise UsageError("--to auto chooses by training every target for a while: add --finetune, or name a target.")
     with preserved_random_state():
         seed_everything(spec.data.seed)
         workload = load_workload(spec)
@@ -131,7 +132,7 @@ def repair_spec(
         workload = read_anew(spec, workload)
         subject, notes = make_subject(spec, workload, wish.finetune)
         folder = _folder(spec, wish, workload, plans, subject, world)
-        with _logged(folder, on_step, world) as log:
+        with _logged(folder, wish.tensorboard, on_step, world) as log:
             made = plans[0]
             if len(plans) > 1:
                 made, sentence = best_candidate(subject, plans, on_step=log, world=world)
@@ -147,12 +148,12 @@ def repair_spec(
 
 
 @contextmanager
-def _logged(folder: StateFolder | None, on_step: OnStep, world: World) -> Iterator[OnStep]:
+def _logged(folder: StateFolder | None, tensorboard: bool, on_step: OnStep, world: World) -> Iterator[OnStep]:
     """``on_step``, and a row in the log."""
     if folder is None or not world.is_main:
         yield on_step
         return
-    with closing(StepLog(folder.log)) as log:
+    with closing(StepLog(folder.log, tensorboard)) as log:
 
         def both(step: TrainingStep) -> None:
             log.write(step)
@@ -168,12 +169,12 @@ def _require_nothing_refused(made: Plan) -> None:
 
 
 def _plans(spec: Spec, model: nn.Module, before: Report | None) -> list[Plan]:
-    """What would be changed; for "auto" a plan for each repair that changes something."""
+    """What would be changed; for "auto" a plan for each target that changes something."""
     wanted, source = _wanted(spec, model, before)
-    if spec.repair.to != "auto":
+    if spec.repair.to != AUTO:
         return [plan(model, wanted, spec.repair.to, source)]
     several = launched().size > 1
-    plans = [plan(model, wanted, repair.name, source) for repair in REPAIRS if several or repair.name != "sync"]
+    plans = [plan(model, wanted, target.name, source) for target in TARGETS if several or not target.needs_processes]
     return [each for each in plans if each.changes] or plans[:1]
 
 
@@ -202,9 +203,7 @@ def _folder(
     if wish.state is None or not wish.finetune:
         return None
     marks = _marks(spec, workload, plans, subject, world)
-    if world.is_main and wish.force and not wish.resume and wish.state.exists():
-        StateFolder(wish.state).remove()
-    folder = StateFolder.open(wish.state, marks, wish.resume) if world.is_main else None
+    folder = StateFolder.open(wish.state, marks, wish.resume, wish.force) if world.is_main else None
     world.wait()
     return folder or StateFolder.open(wish.state, marks, resume=True)
 
@@ -248,7 +247,7 @@ def _second_scan(
 
     A converted layer that a scan skips counts as fine only if its training and inference agree by construction.
     """
-    agrees = repair_named(made.to).agrees
+    agrees = TARGETS[made.to].agrees
     free = spec.scan.model_copy(update={"what_if": False, "train_steps": None, "gradients": False})
     settings = spec.model_copy(update={"scan": free}).settings()
     seed_everything(spec.data.seed)

@@ -8,9 +8,12 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from bnprobe.repair_targets import AUTO, DEFAULT_TARGET, TARGETS, nearest_target
 
 DEFAULT_THRESHOLD = 32.0
-"""Equivalent batch size under which a layer is flagged (DESIGN section 1)."""
+"""Equivalent batch size under which a layer is flagged (docs/explanation/equations.md)."""
 
 
 def _numbers(value: object) -> object:
@@ -88,7 +91,13 @@ class ScanSpec(_Section):
 
 
 class RuleExemption(_Section):
-    """Rules that are not to judge some layers, and why."""
+    """Rules that are not to judge some layers, and why.
+
+    Attributes:
+        layers: Glob of layer names.
+        rules: Codes, or their beginnings.
+        reason: Why; the JSON report keeps it.
+    """
 
     layers: str
     rules: Globs
@@ -96,7 +105,13 @@ class RuleExemption(_Section):
 
 
 class RulesSpec(_Section):
-    """Which rules judge, by code or prefix of a code."""
+    """Which rules judge, by code or prefix of a code.
+
+    Attributes:
+        select: Only these; none: all.
+        ignore: Not these.
+        exempt: Layers that some rules leave out.
+    """
 
     select: Globs = ()
     ignore: Globs = ()
@@ -134,14 +149,27 @@ class ScanSettings(ScanSpec):
 
 
 class ModelSpec(_Section):
-    """Where the model comes from."""
+    """Where the model comes from.
+
+    Attributes:
+        target: ``FILE.py:SYMBOL``, ``package.module:SYMBOL``, ``timm:NAME`` or ``torchvision:NAME``.
+        args: Keyword arguments of the class or function.
+    """
 
     target: str
     args: dict[str, Any] = Field(default_factory=dict)
 
 
 class CheckpointSpec(_Section):
-    """Which weights go into it."""
+    """Which weights go into it.
+
+    Attributes:
+        path: A safetensors file, or a state dict for ``torch.load``; None: the model as it is built.
+        key: Where the state dict is inside the file, if not at the top.
+        strip_prefix: A prefix to remove from all keys; None: ``module.`` and ``_orig_mod.`` where they stand.
+        strict: Whether every key must fit. Running statistics must be there in any case.
+        unsafe_load: Let the file run pickled code, with your rights.
+    """
 
     path: str | None = None
     key: str | None = None
@@ -151,7 +179,15 @@ class CheckpointSpec(_Section):
 
 
 class EvalDataSpec(_Section):
-    """Where evaluation batches come from."""
+    """Where evaluation batches come from.
+
+    Attributes:
+        target: A function of the batch size, a loader or a dataset; None: that of the model file.
+        args: Further keyword arguments of the function.
+        batch_size: Samples in a micro-batch; None: that of the training data, or the loader's own.
+        batches: Micro-batches to measure exactly; None: as many as the scan needs.
+        seed: Seed of torch, numpy and random.
+    """
 
     target: str | None = None
     args: dict[str, Any] = Field(default_factory=dict)
@@ -161,20 +197,34 @@ class EvalDataSpec(_Section):
 
 
 class DataSpec(EvalDataSpec):
-    """Where the batches come from; ``input_shape`` are shapes of one image for synthetic ones."""
+    """Where the training batches come from.
+
+    Attributes:
+        input_shape: Shape of one synthetic sample, instead of data; a list of shapes for several inputs.
+    """
 
     input_shape: Shapes = ()
 
 
 class OptimizerSpec(_Section):
-    """Any class of torch.optim (``SGD`` or ``torch.optim.SGD``), with its arguments."""
+    """Which optimizer trains.
+
+    Attributes:
+        target: A class of torch.optim (``SGD`` or ``torch.optim.SGD``), or ``FILE.py:FUNCTION``.
+        args: Its keyword arguments.
+    """
 
     target: str = "SGD"
     args: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.01})
 
 
 class ScheduleSpec(_Section):
-    """Any class of torch.optim.lr_scheduler, with its arguments; it advances once per optimizer step."""
+    """Which learning rate schedule; it advances once per optimizer step.
+
+    Attributes:
+        target: A class of torch.optim.lr_scheduler, or ``FILE.py:FUNCTION``.
+        args: Its keyword arguments.
+    """
 
     target: str
     args: dict[str, Any] = Field(default_factory=dict)
@@ -224,28 +274,39 @@ class RenormSpec(_Section):
     momentum: Annotated[float, Field(gt=0, le=1)] | None = 0.01
 
 
-RepairName = Literal["batch-renorm", "frozen", "group-norm", "sync", "instance-renorm", "gated", "auto"]
-"""What a layer can be converted to; "auto": what does best."""
+def _known_target(name: str) -> str:
+    """Check the name of a repair target: one of ``TARGETS``, or "auto"."""
+    if name == AUTO or name in TARGETS:
+        return name
+    known = ", ".join((*TARGETS.names(), AUTO))
+    raise PydanticCustomError(
+        "unknown_target", "one of {known} (the nearest is {nearest})", {"known": known, "nearest": nearest_target(name)}
+    )
+
+
+RepairName = Annotated[str, AfterValidator(_known_target)]
 
 
 class RepairSpec(_Section):
     """What ``bnprobe convert`` changes, and what it must prove.
 
     Attributes:
-        to: What the layers become; "auto": the candidate that does best on a small budget.
+        to: What the layers become, a name of ``bnprobe.repair_targets.TARGETS``; "auto": the target that does best in
+            a short training run.
         layers: Globs of layer names; none: the layers that the scan or ``report`` flags.
         report: A saved JSON report that says which layers are flagged, in place of a scan.
         recalibrate: Begin with recalibrated running statistics.
-        groups: Most groups of group norm; a layer gets the largest divisor of its channels up to that which leaves two
-            channels in a group.
-        blend: Weight of the batch statistics at the start, for gated and instance-renorm layers.
+        groups: Group norm: the largest number of groups. A layer gets the largest divisor of its channels up to this
+            that leaves two channels in a group.
+        blend: Gated layers: initial weight of the batch statistics. Instance renorm: weight of the sample's own
+            statistics.
         renorm: Limits of Batch Renorm.
         seeds: Runs of every arm, with seeds that count up from the spec's.
         require: What must hold of the repaired model, e.g. "metric>=0.97"; see ``bnprobe.requirement``.
         goal: Whether a larger or a smaller metric is better.
     """
 
-    to: RepairName = "batch-renorm"
+    to: RepairName = DEFAULT_TARGET
     layers: Globs = ()
     report: str | None = None
     recalibrate: bool = True
@@ -258,14 +319,27 @@ class RepairSpec(_Section):
 
 
 class LayersSpec(_Section):
-    """Which layers are measured, by globs of their names."""
+    """Which layers are measured, by globs of their names.
+
+    Attributes:
+        include: Only layers that match one of these; none: all layers.
+        exclude: No layer that matches one of these.
+    """
 
     include: Globs = ()
     exclude: Globs = ()
 
 
 class Spec(_Section):
-    """Everything a user can say about a scan (DESIGN section 7)."""
+    """Everything a user can say about a scan or a repair.
+
+    Attributes:
+        forward: ``FILE.py:FUNCTION`` of (model, batch): how a batch goes through the model; None: that of the model
+            file, else the first element of the batch is the input.
+        loss: ``FILE.py:FUNCTION`` of (model, batch); None: that of the model file, if there is one.
+        metric: ``FILE.py:FUNCTION`` of (model, batch); None: that of the model file, if there is one.
+        thresholds: Layer-name glob to the equivalent batch size below which a layer is flagged; the last match wins.
+    """
 
     model: ModelSpec
     checkpoint: CheckpointSpec = CheckpointSpec()

@@ -27,7 +27,7 @@ class BatchStatistics:
         return mean, (self.variance + self.mean.square()).mean(0) - mean.square()
 
     def mismatch(self, mean: Tensor, variance: Tensor, eps: float) -> float:
-        """D against the given reference (DESIGN section 1), mean over channels and batches."""
+        """D against the given reference (docs/explanation/equations.md), mean over channels and batches."""
         own, scale = (self.variance + eps).sqrt(), (variance + eps).sqrt()
         rho = self.variance / (self.variance + eps)
         return float((((self.mean - mean) / scale).square() + rho * (own / scale - 1).square()).mean())

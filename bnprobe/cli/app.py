@@ -10,7 +10,7 @@ import typer
 import typer.core
 
 import bnprobe
-from bnprobe.cli.convert import convert
+from bnprobe.cli.convert import ConvertCommand, convert
 from bnprobe.cli.explain import explain
 from bnprobe.cli.export import export
 from bnprobe.cli.init import init
@@ -52,7 +52,7 @@ app = typer.Typer(
 app.command()(scan)
 app.command(cls=SweepCommand)(sweep)
 app.command()(lint)
-app.command()(convert)
+app.command(cls=ConvertCommand)(convert)
 app.command()(recalibrate)
 app.command()(verify)
 app.command()(export)
@@ -76,7 +76,7 @@ def _run(ends: Ends) -> None:
         ends: Told of the exit code of an error before its message is printed; see ``processes.run_together``.
     """
     try:
-        app()
+        app(prog_name="bnprobe")
     except BnprobeError as error:
         frames = error.frames if isinstance(error, UserCodeError | ProcessError) else ""
         _fail(error.exit_code, f"bnprobe: error: {error}\n{frames}", ends)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import enum
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+import typer.core
 
 from bnprobe.cli import options
 from bnprobe.cli.processes import is_main
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
+from bnprobe.repair_targets import AUTO, DEFAULT_TARGET, TARGETS
 
 if TYPE_CHECKING:
     from bnprobe.cli.artifacts import Artifacts
@@ -24,46 +25,40 @@ if TYPE_CHECKING:
 REPAIR, TRAINING, PROOF = "Repair", "Fine-tuning", "Proof"
 
 
-class RepairName(str, enum.Enum):
-    """What layers can become."""
+class ConvertCommand(typer.core.TyperCommand):
+    """Lists the repair targets in its help, those that other packages add included."""
 
-    batch_renorm = "batch-renorm"
-    frozen = "frozen"
-    group_norm = "group-norm"
-    sync = "sync"
-    instance_renorm = "instance-renorm"
-    gated = "gated"
-    auto = "auto"
-
-
-class Goal(str, enum.Enum):
-    """Which metric is better."""
-
-    max = "max"
-    min = "min"
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        names = [f"{name} (default)" if name == DEFAULT_TARGET else name for name in TARGETS.names()]
+        option = next(each for each in self.params if isinstance(each, typer.core.TyperOption) and each.name == "to")
+        option.help = f"{', '.join(names)}; {AUTO}: the one that does best in a short training run."
+        super().format_help(ctx, formatter)  # prints
+        typer.echo(" In training, converted layers normalize with (*: does not deploy as plain BN):\n")
+        for each in TARGETS:
+            typer.echo(f"   {each.name:<16} {each.summary}{'' if each.deploys else ' *'}")
 
 
 def convert(
+    context: typer.Context,
     target: options.Target,
     checkpoint: options.Checkpoint = None,
     unsafe_load: options.UnsafeLoad = False,
     batch_size: options.BatchSize = None,
     seed: options.Seed = None,
     to: Annotated[
-        RepairName | None,
-        options.option(
-            REPAIR,
-            "--to",
-            "batch-renorm (default), frozen, group-norm, sync, instance-renorm, gated; auto: what does best.",
-            "NAME",
-        ),
+        str | None,
+        options.option(REPAIR, "--to", "What the layers become.", "NAME"),  # the help lists the targets, see above
+        options.Sets("repair.to"),
     ] = None,
     layers: Annotated[
         list[str] | None,
         options.option(REPAIR, "--layers", 'Convert layers whose name matches ("*": all), not those flagged.', "GLOB"),
+        options.Sets("repair.layers"),
     ] = None,
     report: Annotated[
-        Path | None, options.option(REPAIR, "--report", "Convert the layers that this JSON report flags.", "FILE")
+        Path | None,
+        options.option(REPAIR, "--report", "Convert the layers that this JSON report flags.", "FILE"),
+        options.Sets("repair.report"),
     ] = None,
     dry_run: Annotated[bool, options.option(REPAIR, "--dry-run", "Print what would change, and why.")] = False,
     check: Annotated[
@@ -73,9 +68,15 @@ def convert(
         bool, options.option(TRAINING, "--finetune", "Train the repaired model, and plain BN beside it.")
     ] = False,
     steps: Annotated[
-        int | None, options.option(TRAINING, "--steps", "Optimizer steps of a run (default 500).", "N")
+        int | None,
+        options.option(TRAINING, "--steps", "Optimizer steps of a run (default 500).", "N"),
+        options.Sets("train.steps"),
     ] = None,
-    epochs: Annotated[int | None, options.option(TRAINING, "--epochs", "Passes over the data, instead.", "N")] = None,
+    epochs: Annotated[
+        int | None,
+        options.option(TRAINING, "--epochs", "Passes over the data, instead.", "N"),
+        options.Sets("train.epochs"),
+    ] = None,
     rate: Annotated[
         float | None, options.option(TRAINING, "--lr", "Learning rate of the spec's optimizer (default 0.01).", "X")
     ] = None,
@@ -83,16 +84,22 @@ def convert(
         bool,
         options.option(TRAINING, "--resume", "Go on where an earlier run was stopped, if one was."),
     ] = False,
-    seeds: Annotated[int | None, options.option(PROOF, "--seeds", "Runs of every arm (default 1).", "N")] = None,
+    seeds: Annotated[
+        int | None,
+        options.option(PROOF, "--seeds", "Runs of every arm (default 1).", "N"),
+        options.Sets("repair.seeds"),
+    ] = None,
     require: Annotated[
         list[str] | None,
         options.option(
             PROOF, "--require", 'Exit 1 unless it holds, e.g. "metric>=0.97", "gain>0", "flagged==0".', "EXPR"
         ),
+        options.Sets("repair.require"),
     ] = None,
     goal: Annotated[
-        Goal | None,
+        Literal["max", "min"] | None,
         options.option(PROOF, "--goal", "Whether a larger or a smaller metric is better: max (default), min.", "NAME"),
+        options.Sets("repair.goal"),
     ] = None,
     batches: options.Batches = None,
     max_batches: options.MaxBatches = None,
@@ -122,27 +129,7 @@ def convert(
     """
     from bnprobe.specfile import build_spec
 
-    given = options.overrides(
-        checkpoint=checkpoint,
-        unsafe_load=unsafe_load,
-        batch_size=batch_size,
-        seed=seed,
-        to=to,
-        layers=layers,
-        report=report,
-        steps=steps,
-        epochs=epochs,
-        seeds=seeds,
-        require=require,
-        goal=goal,
-        batches=batches,
-        max_batches=max_batches,
-        device=device,
-        autocast=autocast,
-        threshold=threshold,
-        include=include,
-        exclude=exclude,
-    )
+    given = options.overrides(context)
     if layers and report:
         raise UsageError("--layers and --report both say which layers to convert: give one.")
     if not finetune:
@@ -222,16 +209,15 @@ def _repair(spec: Spec, wanted: _Wanted, format_: str, show_all: bool) -> int:
 
     for text in spec.repair.require:
         parse_requirement(text)
-    artifacts = Artifacts(wanted.output)
+    artifacts = Artifacts(wanted.output, wanted.force, trains=wanted.finetune)
     wanted = replace(wanted, resume=wanted.resume and artifacts.state.is_dir())
     if is_main():
-        artifacts.check(wanted.force, wanted.resume)
+        artifacts.check(wanted.resume)
     share_processors()
     repaired = _run(spec, artifacts, wanted)
     if repaired is None or not is_main():
         return EXIT_CLEAN
     record = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
-    artifacts.forget_state()
     files = artifacts.files(repaired.before, repaired.after)
 
     def render(given: RenderOptions) -> str:
@@ -254,7 +240,7 @@ def _run(spec: Spec, artifacts: Artifacts, wanted: _Wanted) -> Repaired | None:
         from bnprobe.repair import Wish, repair_spec
 
         state = artifacts.state if wanted.finetune else None
-        wish = Wish(wanted.finetune, state, wanted.resume, wanted.force, typed_command())
+        wish = Wish(wanted.finetune, state, wanted.resume, wanted.force, artifacts.tensorboard, typed_command())
         with connected() as world:
             repaired = repair_spec(spec, wish, show, show_step, world)
     if repaired is None and is_main():

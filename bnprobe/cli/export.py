@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,18 +17,14 @@ if TYPE_CHECKING:
 EXPORT = "Export"
 
 
-class ExportFormat(str, enum.Enum):
-    """Names of the export formats; the values of ``SUFFIXES`` are their file names' suffixes."""
+ExportFormat = Literal["torch-export", "torchscript", "onnx"]
 
-    torch_export = "torch-export"
-    torchscript = "torchscript"
-    onnx = "onnx"
-
-
-SUFFIXES = {ExportFormat.torch_export: ".pt2", ExportFormat.torchscript: ".pt", ExportFormat.onnx: ".onnx"}
+SUFFIXES: dict[ExportFormat, str] = {"torch-export": ".pt2", "torchscript": ".pt", "onnx": ".onnx"}
+"""Of the file that a format writes."""
 
 
 def export(
+    context: typer.Context,
     target: options.Target,
     checkpoint: options.Checkpoint = None,
     unsafe_load: options.UnsafeLoad = False,
@@ -38,7 +33,7 @@ def export(
     seed: options.Seed = None,
     to: Annotated[
         ExportFormat, options.option(EXPORT, "--to", "torch-export, torchscript or onnx.", "NAME")
-    ] = ExportFormat.torch_export,
+    ] = "torch-export",
     quantize: Annotated[
         bool, options.option(EXPORT, "--quantize", "Quantize to 8 bits by torch.ao, calibrated on the data.")
     ] = False,
@@ -73,17 +68,11 @@ def export(
     from bnprobe.files import require_new, write_all
     from bnprobe.specfile import build_spec
 
-    given = options.overrides(
-        checkpoint=checkpoint,
-        unsafe_load=unsafe_load,
-        batch_size=batch_size,
-        input_shape=input_shape,
-        seed=seed,
-    )
+    given = options.overrides(context)
     spec = build_spec(target, given)
     path = output or _default(spec, to)
     require_new([path], force)
-    exported = _export(spec, to.value, quantize)
+    exported = _export(spec, to, quantize)
     agrees = exported.relative <= tolerance
     if agrees:
         write_all({path: exported.content}, force)

@@ -11,6 +11,7 @@ from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS
 
 
 def lint(
+    context: typer.Context,
     target: options.Target,
     checkpoint: options.Checkpoint = None,
     unsafe_load: options.UnsafeLoad = False,
@@ -31,7 +32,7 @@ def lint(
     from bnprobe.specfile import build_spec
 
     check_writable(output)
-    given = options.overrides(checkpoint=checkpoint, unsafe_load=unsafe_load, select=select, ignore=ignore)
+    given = options.overrides(context)
     spec = build_spec(target, given)
     model_rules(spec.rules)  # a code that is wrong is said before torch is imported
     from bnprobe.pipeline import lint_spec

@@ -1,13 +1,16 @@
 """Options that several commands share: where the model and the data come from, how they run, where the report goes.
 
-A command names them in its signature and passes what it got to ``overrides``.
+An option that sets a field of the spec says which beside its declaration (``Sets``); ``overrides`` reads them all.
 """
 
 from __future__ import annotations
 
 import enum
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,17 +22,28 @@ class Format(str, enum.Enum):
     json = "json"
 
 
-class AutocastType(str, enum.Enum):
-    """Autocast dtypes."""
+@dataclass(frozen=True)
+class Sets:
+    """Where the value of an option goes.
 
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+    Attributes:
+        key: Field of the spec, e.g. "scan.device".
+        convert: From the option's value to the field's.
+    """
+
+    key: str
+    convert: Callable[[Any], Any] = lambda value: value
 
 
 def option(panel: str, name: str, help_: str, metavar: str = "") -> typer.models.OptionInfo:
     """An option; flags have no metavar."""
     info: typer.models.OptionInfo = typer.Option(name, help=help_, rich_help_panel=panel, metavar=metavar)
     return info
+
+
+def codes(given: list[str]) -> list[str]:
+    """Codes of rules: ``BN101,BN2`` is as good as the option given twice."""
+    return [code.strip() for item in given for code in item.split(",") if code.strip()]
 
 
 MODEL, DATA, RUN, JUDGE, REPORT = "Model", "Data", "Measurement", "Judgement", "Report"
@@ -42,110 +56,106 @@ Target = Annotated[
     ),
 ]
 Checkpoint = Annotated[
-    str | None, option(MODEL, "--checkpoint", "Weights: safetensors, or a state dict for torch.load.", "FILE")
+    str | None,
+    option(MODEL, "--checkpoint", "Weights: safetensors, or a state dict for torch.load.", "FILE"),
+    Sets("checkpoint.path"),
 ]
-UnsafeLoad = Annotated[bool, option(MODEL, "--unsafe-load", "Let --checkpoint run pickled code, with your rights.")]
+UnsafeLoad = Annotated[
+    bool,
+    option(MODEL, "--unsafe-load", "Let --checkpoint run pickled code, with your rights."),
+    Sets("checkpoint.unsafe_load"),
+]
 BatchSize = Annotated[
-    int | None, option(DATA, "--batch-size", "Images in a micro-batch; the loader is rebuilt with it.", "N")
+    int | None,
+    option(DATA, "--batch-size", "Samples in a micro-batch; the loader is rebuilt with it.", "N"),
+    Sets("data.batch_size"),
 ]
 InputShape = Annotated[
     list[str] | None,
-    option(DATA, "--input-shape", "Made-up images, e.g. 3,224,224; once for each input of the model.", "SHAPE"),
+    option(DATA, "--input-shape", "Synthetic inputs, e.g. 3,224,224; once for each input of the model.", "SHAPE"),
+    Sets("data.input_shape"),
 ]
-Seed = Annotated[int | None, option(DATA, "--seed", "Seed of torch, numpy and random (default 0).", "N")]
+Seed = Annotated[
+    int | None, option(DATA, "--seed", "Seed of torch, numpy and random (default 0).", "N"), Sets("data.seed")
+]
 Batches = Annotated[
-    int | None, option(RUN, "--batches", "Measure exactly N micro-batches (default: until all is decided).", "N")
+    int | None,
+    option(RUN, "--batches", "Measure exactly N micro-batches (default: until every layer is decided).", "N"),
+    Sets("data.batches"),
 ]
-MaxBatches = Annotated[int | None, option(RUN, "--max-batches", "At most N without --batches (default 256).", "N")]
+MaxBatches = Annotated[
+    int | None,
+    option(RUN, "--max-batches", "At most N without --batches (default 256).", "N"),
+    Sets("scan.max_batches"),
+]
 Device = Annotated[
-    str | None, option(RUN, "--device", "cpu, cuda, cuda:1 (default: the model's own, else CUDA if any).", "NAME")
+    str | None,
+    option(RUN, "--device", "cpu, cuda, cuda:1 (default: the model's own, else CUDA if any).", "NAME"),
+    Sets("scan.device"),
 ]
 Autocast = Annotated[
-    AutocastType | None, option(RUN, "--autocast", "bfloat16 or float16: run under autocast.", "DTYPE")
+    Literal["bfloat16", "float16"] | None,
+    option(RUN, "--autocast", "bfloat16 or float16: run under autocast.", "DTYPE"),
+    Sets("scan.autocast"),
 ]
 PhysicalBatch = Annotated[
-    int | None, option(RUN, "--physical-batch", "Images that run at once (default: from memory).", "N")
+    int | None,
+    option(RUN, "--physical-batch", "Samples that run at once (default: from memory).", "N"),
+    Sets("scan.physical_batch"),
 ]
-NoEmulate = Annotated[bool, option(RUN, "--no-emulate", "Run real micro-batches, one by one.")]
+NoEmulate = Annotated[
+    bool,
+    option(RUN, "--no-emulate", "Run real micro-batches, one by one."),
+    Sets("scan.emulate", lambda given: False),
+]
 Threshold = Annotated[
     float | None,
     option(JUDGE, "--threshold", "Flag layers whose equivalent batch size is below N (default 32).", "N"),
+    Sets("thresholds", lambda limit: {"*": limit}),
 ]
-Include = Annotated[list[str] | None, option(JUDGE, "--include", "Only layers whose name matches; repeatable.", "GLOB")]
-Exclude = Annotated[list[str] | None, option(JUDGE, "--exclude", "No layer whose name matches; repeatable.", "GLOB")]
+Include = Annotated[
+    list[str] | None,
+    option(JUDGE, "--include", "Only layers whose name matches; repeatable.", "GLOB"),
+    Sets("layers.include"),
+]
+Exclude = Annotated[
+    list[str] | None,
+    option(JUDGE, "--exclude", "No layer whose name matches; repeatable.", "GLOB"),
+    Sets("layers.exclude"),
+]
 Select = Annotated[
-    list[str] | None, option(JUDGE, "--select", "Only rules of this code or prefix, e.g. BN2; repeatable.", "CODE")
+    list[str] | None,
+    option(JUDGE, "--select", "Only rules of this code or prefix, e.g. BN2; repeatable.", "CODE"),
+    Sets("rules.select", codes),
 ]
-Ignore = Annotated[list[str] | None, option(JUDGE, "--ignore", "No rule of this code or prefix; repeatable.", "CODE")]
+Ignore = Annotated[
+    list[str] | None,
+    option(JUDGE, "--ignore", "No rule of this code or prefix; repeatable.", "CODE"),
+    Sets("rules.ignore", codes),
+]
 ReportFormat = Annotated[Format, option(REPORT, "--format", "terminal or json.", "NAME")]
 Output = Annotated[Path | None, option(REPORT, "--output", "Write the report to FILE, whole or not at all.", "FILE")]
 ShowAll = Annotated[bool, option(REPORT, "--all", "Show every layer of a large network.")]
 ExitZero = Annotated[bool, option(REPORT, "--exit-zero", "Exit 0 where findings would exit 1.")]
 
-_KEYS = {
-    "checkpoint": "checkpoint.path",
-    "unsafe_load": "checkpoint.unsafe_load",
-    "batch_size": "data.batch_size",
-    "input_shape": "data.input_shape",
-    "seed": "data.seed",
-    "batches": "data.batches",
-    "max_batches": "scan.max_batches",
-    "batch_sizes": "scan.batch_sizes",
-    "device": "scan.device",
-    "autocast": "scan.autocast",
-    "physical_batch": "scan.physical_batch",
-    "threshold": "thresholds",
-    "include": "layers.include",
-    "exclude": "layers.exclude",
-    "select": "rules.select",
-    "ignore": "rules.ignore",
-    "what_if": "scan.what_if",
-    "train_steps": "scan.train_steps",
-    "gradients": "scan.gradients",
-    "to": "repair.to",
-    "layers": "repair.layers",
-    "report": "repair.report",
-    "seeds": "repair.seeds",
-    "require": "repair.require",
-    "goal": "repair.goal",
-    "steps": "train.steps",
-    "epochs": "train.epochs",
-}
-"""Where in the spec an option goes."""
 
-
-def overrides(
-    *,
-    unsafe_load: bool = False,
-    no_emulate: bool = False,
-    threshold: float | None = None,
-    select: list[str] | None = None,
-    ignore: list[str] | None = None,
-    **given: Any,
-) -> dict[str, Any]:
-    """Values of options, by key of the spec; None: not given.
+def overrides(context: typer.Context) -> dict[str, Any]:
+    """What the options of a command say, by field of the spec; None: not given.
 
     Args:
-        unsafe_load, no_emulate: Flags.
-        threshold: Of every layer.
-        select, ignore: Codes of rules; ``BN101,BN2`` will do as well as the option given twice.
-        **given: Any other option, by the name of its parameter.
+        context: Of the command that runs.
     """
-    values = given | {
-        "unsafe_load": unsafe_load or None,
-        "threshold": None if threshold is None else {"*": threshold},
-        "select": _codes(select),
-        "ignore": _codes(ignore),
-    }
-    found = {_KEYS[name]: _plain(value) for name, value in values.items()}
-    return {**found, "scan.emulate": False if no_emulate else None}
+    callback = context.command.callback
+    assert callback is not None  # every command of bnprobe is a function
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(inspect.unwrap(callback), eval_str=True).parameters.items():
+        for note in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(note, Sets):
+                found[note.key] = _given(context.params[name], note)
+    return found
 
 
-def _codes(given: list[str] | None) -> list[str]:
-    return [code.strip() for item in given or () for code in item.split(",") if code.strip()]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.value
-    return None if value is False or value == [] else value
+def _given(value: Any, sets: Sets) -> Any:
+    """The value for the spec; None where the option was not given."""
+    empty = value is None or value is False or (isinstance(value, list | tuple) and not value)
+    return None if empty else sets.convert(value)

@@ -44,21 +44,18 @@ def progress_bar(shown: bool = True) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def training_bar(shown: bool = True) -> Iterator[Callable[[TrainingStep], None]]:
-    """Shows every step of training, run after run, while the block runs; nothing if not ``shown``.
-
-    On a terminal one bar: run, steps, smoothed loss, last score, what Batch Renorm clips, time left of the run; what
-    does not fit is left out, the last first. Elsewhere, as in the log of a CI job, one line for each evaluation.
-    """
-    with _training_bar(shown) as bar:
-        yield _training_updates(bar, shown)
-
-
-@contextmanager
 def repair_bars(shown: bool = True) -> Iterator[tuple[Callable[[int, int], None], Callable[[TrainingStep], None]]]:
-    """``progress_bar`` and ``training_bar`` in turns: only the one called last is on the terminal.
+    """A bar for scans and one for training, in turns: only the one updated last is on the terminal.
 
-    Two bars at once would draw over each other.
+    Two bars at once would draw over each other. The bar of training shows run, steps, smoothed loss, last score, the
+    share of clipped r and d, and the time left of the run; what does not fit the width is left out, the last first.
+    Where stderr is not a terminal, as in the log of a CI job, it prints one line for each evaluation instead.
+
+    Args:
+        shown: Whether to show anything.
+
+    Yields:
+        Functions to call with the micro-batches done and planned, and with each step of training.
     """
     scan, training = _scan_bar(shown), _training_bar(shown)
     show_scan, show_step = _scan_updates(scan), _training_updates(training, shown)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,14 +18,12 @@ if TYPE_CHECKING:
 RECALIBRATION = "Recalibration"
 
 
-class StatisticsPath(str, enum.Enum):
-    """With what the layers before one normalize while its statistics are taken."""
-
-    train = "train"
-    eval = "eval"
+StatisticsPath = Literal["train", "eval"]
+"""With what the earlier layers normalize while the statistics of a layer are computed."""
 
 
 def recalibrate(
+    context: typer.Context,
     target: options.Target,
     output: Annotated[
         Path,
@@ -50,7 +47,7 @@ def recalibrate(
             "train: one pass, large batches; eval: one pass per layer, each on the new statistics before it.",
             "NAME",
         ),
-    ] = StatisticsPath.train,
+    ] = "train",
     batches: Annotated[
         int | None,
         typer.Option(
@@ -87,22 +84,9 @@ def recalibrate(
     from bnprobe.rules.selection import selected
     from bnprobe.specfile import build_spec
 
-    artifacts = Artifacts(output)
-    artifacts.check(force)
-    given = options.overrides(
-        checkpoint=checkpoint,
-        unsafe_load=unsafe_load,
-        batch_size=batch_size,
-        seed=seed,
-        max_batches=max_batches,
-        device=device,
-        autocast=autocast,
-        threshold=threshold,
-        include=include,
-        exclude=exclude,
-        select=select,
-        ignore=ignore,
-    )
+    artifacts = Artifacts(output, force)
+    artifacts.check()
+    given = options.overrides(context)
     spec = build_spec(target, given)
     selected(spec.rules)  # a code that is wrong is said before torch is imported
     renewed = _recalibrate(spec, path, tuple(layers or ()), batches)
@@ -130,5 +114,5 @@ def _recalibrate(spec: Spec, path: StatisticsPath, layers: tuple[str, ...], batc
         from bnprobe.renewal import recalibrate_spec  # seconds of torch: only once the options are known to be right
 
         return recalibrate_spec(
-            spec, path=path.value, layers=layers, num_batches=batches, command=typed_command(), progress=show
+            spec, path=path, layers=layers, num_batches=batches, command=typed_command(), progress=show
         )

@@ -20,6 +20,7 @@ FURTHER = "Further measurements"
 
 
 def scan(
+    context: typer.Context,
     target: options.Target,
     checkpoint: options.Checkpoint = None,
     unsafe_load: options.UnsafeLoad = False,
@@ -29,23 +30,28 @@ def scan(
     batches: options.Batches = None,
     max_batches: options.MaxBatches = None,
     batch_sizes: Annotated[
-        str | None, options.option(options.RUN, "--batch-sizes", "Eval path at these sizes too, e.g. 1,2,4,8.", "N,N")
+        str | None,
+        options.option(options.RUN, "--batch-sizes", "Eval path at these sizes too, e.g. 1,2,4,8.", "N,N"),
+        options.Sets("scan.batch_sizes"),
     ] = None,
     device: options.Device = None,
     autocast: options.Autocast = None,
     physical_batch: options.PhysicalBatch = None,
-    no_emulate: Annotated[
-        bool, options.option(options.RUN, "--no-emulate", "Run real micro-batches, one by one.")
-    ] = False,
+    no_emulate: options.NoEmulate = False,
     what_if: Annotated[
-        bool, options.option(FURTHER, "--what-if", "What each free remedy gives on the evaluation data.")
+        bool,
+        options.option(FURTHER, "--what-if", "What each free remedy gives on the evaluation data."),
+        options.Sets("scan.what_if"),
     ] = False,
     train_steps: Annotated[
         int | None,
         options.option(FURTHER, "--train-steps", "Train a copy for N steps and watch its running statistics.", "N"),
+        options.Sets("scan.train_steps"),
     ] = None,
     gradients: Annotated[
-        bool, options.option(FURTHER, "--gradients", "Noise of the backward pass, by the loss.")
+        bool,
+        options.option(FURTHER, "--gradients", "Noise of the backward pass, by the loss."),
+        options.Sets("scan.gradients"),
     ] = False,
     threshold: options.Threshold = None,
     include: options.Include = None,
@@ -67,28 +73,7 @@ def scan(
 
     if is_main():
         check_writable(output)
-    given = options.overrides(
-        checkpoint=checkpoint,
-        unsafe_load=unsafe_load,
-        batch_size=batch_size,
-        input_shape=input_shape,
-        seed=seed,
-        batches=batches,
-        max_batches=max_batches,
-        batch_sizes=batch_sizes,
-        device=device,
-        autocast=autocast,
-        physical_batch=physical_batch,
-        no_emulate=no_emulate,
-        what_if=what_if,
-        train_steps=train_steps,
-        gradients=gradients,
-        threshold=threshold,
-        include=include,
-        exclude=exclude,
-        select=select,
-        ignore=ignore,
-    )
+    given = options.overrides(context)
     spec = build_spec(target, given)
     selected(spec.rules)  # a code that is wrong is said before torch is imported
     try:

@@ -35,6 +35,7 @@ class SweepCommand(typer.core.TyperCommand):
 
 
 def sweep(
+    context: typer.Context,
     target: options.Target,
     checkpoint: options.Checkpoint = None,
     unsafe_load: options.UnsafeLoad = False,
@@ -44,6 +45,7 @@ def sweep(
     batch_sizes: Annotated[
         str | None,
         options.option(_SWEEP, "--batch-sizes", "Sizes of the eval path (default 1,2,4,8,16,32,64).", "N,N"),
+        options.Sets("scan.batch_sizes"),
     ] = None,
     train_sizes: Annotated[
         str | None, options.option(_SWEEP, "--train-sizes", "Measure the train path at these sizes too.", "N,N")
@@ -96,23 +98,7 @@ def sweep(
     check_writable(output)
     spec = build_spec(
         target,
-        options.overrides(
-            checkpoint=checkpoint,
-            unsafe_load=unsafe_load,
-            batch_size=batch_size,
-            input_shape=input_shape,
-            seed=seed,
-            batches=batches,
-            max_batches=max_batches,
-            batch_sizes=batch_sizes,
-            device=device,
-            autocast=autocast,
-            physical_batch=physical_batch,
-            no_emulate=no_emulate,
-            threshold=threshold,
-            include=include,
-            exclude=exclude,
-        ),
+        options.overrides(context),
     )
     replayed = {"rates": rates, "shift": shift, "scale": scale}
     report = _measure(spec, sizes, None if momentum is None else replayed)

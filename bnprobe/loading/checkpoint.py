@@ -15,7 +15,6 @@ from bnprobe.loading.fit import check_fit
 from bnprobe.loading.inspection import kind_of
 from bnprobe.loading.keys import without_prefix, without_wrappers
 from bnprobe.loading.weights import read_conversion, read_weights
-from bnprobe.nn.instance_renorm import InstanceRenorm
 from bnprobe.spec import CheckpointSpec
 from bnprobe.usercode import user_code
 
@@ -59,7 +58,7 @@ def _refuse_converted(path: Path, model: nn.Module) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in conversion[1] if conversion else ():
         module = modules.get("" if name == ROOT else name)
-        if conversion and isinstance(module, _BatchNorm) and not isinstance(module, InstanceRenorm):
+        if conversion and isinstance(module, _BatchNorm) and not hasattr(module, "deployment_obstacle"):
             raise CheckpointError(
                 f"{path} holds the weights of a model whose layers were converted to {conversion[0]}, but {name} is"
                 f" {type(module).__name__} here: at inference that would be another model. Let load_model() convert it:"

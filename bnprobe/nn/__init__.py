@@ -1,15 +1,26 @@
-"""Batch Renorm and its relatives, as layers that deploy as plain BN."""
+"""Batch Renorm and related layers, which train where BN struggles and deploy as plain BN.
+
+The names in ``__all__`` are public, as are the functions of ``bnprobe.nn.functional``. Everything else in these modules
+is internal and may change.
+"""
 
 from __future__ import annotations
 
 from bnprobe.nn import functional
-from bnprobe.nn.affine import AffineMap, Statistics
-from bnprobe.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, BatchRenormBase, SyncBatchRenorm
-from bnprobe.nn.clipping import ClippingWatch, watch_clipping
-from bnprobe.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
-from bnprobe.nn.gated import GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
-from bnprobe.nn.instance_renorm import InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
-from bnprobe.nn.schedule import RenormSchedule
+from bnprobe.nn.batch_renorm import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    BatchRenormBase,
+    ClippingWatch,
+    RenormSchedule,
+    SyncBatchRenorm,
+    watch_clipping,
+)
+from bnprobe.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
+from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
+from bnprobe.nn.kernels import AffineMap, Statistics
 
 __all__ = [
     "AffineMap",
@@ -18,12 +29,15 @@ __all__ = [
     "BatchRenorm3d",
     "BatchRenormBase",
     "ClippingWatch",
+    "FrozenBatchNorm",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
+    "GatedBatchNorm",
     "GatedBatchNorm1d",
     "GatedBatchNorm2d",
     "GatedBatchNorm3d",
+    "InstanceRenorm",
     "InstanceRenorm1d",
     "InstanceRenorm2d",
     "InstanceRenorm3d",

@@ -1,4 +1,4 @@
-"""What instance renorm and gated BN share: a normalization part of the way to that by running statistics."""
+"""Normalizing with running statistics, wholly or in part: what frozen, gated and instance renorm share (internal)."""
 
 from __future__ import annotations
 
@@ -6,50 +6,50 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnprobe.nn.affine import AffineMap, Statistics
-from bnprobe.nn.snapshot import snapshot
+from bnprobe.nn.kernels import AffineMap, Statistics, snapshot, wide
 
 
 def widened(input: Tensor) -> Tensor:
-    """In float32 at least: statistics of half-precision values are not taken in half precision."""
-    return input.to(torch.promote_types(input.dtype, torch.float32))
+    """The input in at least float32: half precision is too coarse for statistics."""
+    return input.to(wide(input.dtype))
 
 
 def normalize_blended(
     x: Tensor, own: Statistics, towards_running: AffineMap, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """weight * map(z) + bias, with z = (x - own.mean) / own.deviation; one pass after centring.
+    """Compute weight * map(z) + bias, with z = (x - own.mean) / own.deviation, in one pass after centring.
 
     Args:
-        x: Shape (images, channels, *space).
-        own: Statistics of x, of shape (channels,) or (images, channels).
-        towards_running: Applied to z; of the same shape as ``own``.
-        weight, bias: Shape (channels,).
+        x: Shape (samples, channels, *space).
+        own: Statistics of x, of shape (channels,) or (samples, channels); the variance is biased.
+        towards_running: The map, of the same shape as ``own``.
+        weight, bias: Shape (channels,); None stands for 1 and 0.
     """
     scaling = AffineMap(own.deviation.reciprocal(), torch.zeros_like(own.mean))
     space = (1,) * (x.dim() - 2)
-    # Centred first: folding the mean into the shift would cancel where the mean is large against the deviation.
+    # Centre first: folding the mean into the shift would lose digits where the mean is large against the deviation.
     return scaling.then(towards_running).fold(weight, bias)(x - own.mean.unflatten(-1, (-1, *space)))
 
 
 def running_statistics(layer: _BatchNorm) -> Statistics:
-    """Those in the layer's buffers, in float32 at least; the variance there is the unbiased one, as in BN."""
+    """The layer's running mean and (unbiased) running variance, in at least float32."""
     assert layer.running_mean is not None  # these layers always track
     assert layer.running_var is not None
     return Statistics(widened(snapshot(layer.running_mean)), widened(snapshot(layer.running_var)), layer.eps)
 
 
 def normalize_running(layer: _BatchNorm, input: Tensor, updated_before_backward: bool = False) -> Tensor:
-    """What BN computes at inference.
+    """Normalize as BN does at inference.
 
     Args:
         layer: Has running statistics.
         input: Shape (N, C, *space).
-        updated_before_backward: The running statistics will move; the gradient is that of the values used here.
+        updated_before_backward: The running statistics will be updated before the backward pass, which needs the
+            values used here: copy them.
     """
     statistics = layer.running_mean, layer.running_var
     mean, variance = (each.clone() if updated_before_backward and each is not None else each for each in statistics)
-    # Not F.batch_norm, which a scan takes for BN to be measured.
+    # Not F.batch_norm: a scan intercepts that to measure BN.
     cudnn = torch.backends.cudnn.enabled
     return torch.batch_norm(input, layer.weight, layer.bias, mean, variance, False, 0.0, layer.eps, cudnn)
 

@@ -1,4 +1,4 @@
-"""BN that always normalizes with its running statistics, in training too."""
+"""Frozen BN: always normalizes with its running statistics, in training too."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from bnprobe.nn.blended import normalize_running
 
 
 class FrozenBatchNorm(_BatchNorm):
-    """What the frozen layers share: BN as at inference, in training and at inference alike.
+    """Base class of the frozen layers: BN that normalizes with its running statistics in training too.
 
-    The running statistics are constants that nothing updates; weight and bias train as usual. No batch is ever looked
-    at, so any batch size does, one value per channel included. Keys of the state_dict are those of ``nn.BatchNorm``.
+    The running statistics are never updated; weight and bias train as usual. Any batch size works, even one value per
+    channel. The keys of the state_dict are those of ``nn.BatchNorm``. The input has at least 2 dimensions.
 
     Args:
-        num_features: Channels.
-        eps: Added to the variance inside the root.
-        momentum: Has no effect; kept for whoever turns the layer back into BN.
-        affine: Have a weight and a bias per channel.
+        num_features: Number of channels.
+        eps: Added to the variance before the square root.
+        momentum: Unused; kept so that the layer can be turned back into BN.
+        affine: Whether there is a weight and a bias per channel.
         device, dtype: Of parameters and buffers.
     """
 
@@ -36,7 +36,11 @@ class FrozenBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, True, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, C, *space) with the running statistics."""
+        """Normalize an input of shape (N, C, *space) with the running statistics.
+
+        Raises:
+            ValueError: The input has the wrong number of dimensions.
+        """
         self._check_input_dim(input)
         return normalize_running(self, input)
 
@@ -46,12 +50,12 @@ class FrozenBatchNorm(_BatchNorm):
 
 
 class FrozenBatchNorm1d(nn.BatchNorm1d, FrozenBatchNorm):
-    """Frozen BN of (N, C) or (N, C, L); arguments as for ``FrozenBatchNorm``."""
+    """Frozen BN for (N, C) or (N, C, L); arguments as for ``FrozenBatchNorm``."""
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d, FrozenBatchNorm):
-    """Frozen BN of (N, C, H, W); arguments as for ``FrozenBatchNorm``."""
+    """Frozen BN for (N, C, H, W); arguments as for ``FrozenBatchNorm``."""
 
 
 class FrozenBatchNorm3d(nn.BatchNorm3d, FrozenBatchNorm):
-    """Frozen BN of (N, C, D, H, W); arguments as for ``FrozenBatchNorm``."""
+    """Frozen BN for (N, C, D, H, W); arguments as for ``FrozenBatchNorm``."""

@@ -1,6 +1,6 @@
-"""Batch Renormalization as a function, the counterpart of ``torch.nn.functional.batch_norm``.
+"""Batch Renormalization as functions, like ``torch.nn.functional.batch_norm``.
 
-Both functions can be intercepted by a ``TorchFunctionMode`` just as PyTorch's own; the layers call nothing else.
+The layers call only these. A ``TorchFunctionMode`` can intercept them, as it can PyTorch's own functions.
 """
 
 from __future__ import annotations
@@ -28,30 +28,33 @@ def batch_renorm(
     d_max: float | Tensor = 5.0,
     clipped: Tensor | None = None,
 ) -> Tensor:
-    """Normalize by the batch, corrected towards the running statistics within limits (Ioffe 2017, algorithm 1).
+    """Normalize with the batch statistics, corrected towards the running statistics (Ioffe 2017, algorithm 1).
 
-    In training, ``y = weight * (r * (x - mean_B) / s_B + d) + bias`` with biased batch statistics, s = sqrt(var + eps),
-    r = s_B / s and d = (mean_B - mean) / s from the running statistics as they are before this call; r and d are
-    clipped, and constants for the gradient. At inference it is ``F.batch_norm`` with the running statistics.
+    In training, with the biased batch variance, the running statistics before this call, and s = sqrt(var + eps):
+
+        y = weight * (r * (x - mean_batch) / s_batch + d) + bias
+        r = s_batch / s_running                              clipped to [1 / r_max, r_max]
+        d = (mean_batch - mean_running) / s_running          clipped to [-d_max, d_max]
+
+    r and d are constants for the gradient. At inference this is ``F.batch_norm`` with the running statistics.
 
     Args:
         input: Shape (N, C, *space).
-        running_mean, running_var: Shape (C,); updated in place in training, the variance by the unbiased one of the
-            batch. A batch of one value per channel has none, and leaves ``running_var`` as it is.
-        weight, bias: Shape (C,); None: 1 and 0.
-        training: Normalize by the batch, and update the running statistics.
+        running_mean, running_var: Shape (C,). In training they are updated in place, the variance with the unbiased
+            variance of the batch; with one value per channel there is none, and ``running_var`` stays as it is.
+        weight, bias: Shape (C,); None stands for 1 and 0.
+        training: Normalize with the batch statistics, and update the running statistics.
         momentum: Weight of the batch in the running statistics.
-        eps: Added to the variances inside the root; positive in training.
-        r_max: r is clipped to [1 / r_max, r_max]; a tensor of shape () will do.
-        d_max: d is clipped to [-d_max, d_max].
-        clipped: In training, int64 tensor of shape (3,) to which are added: channels whose r was clipped, channels
-            whose d was, and channels.
+        eps: Added to the variances before the square root; must be positive in training.
+        r_max, d_max: Limits of r and d; numbers, or tensors of shape ().
+        clipped: An int64 tensor of shape (3,). In training, the numbers of channels with clipped r, of channels with
+            clipped d, and of all channels are added to it.
 
     Returns:
-        Shape, dtype and memory format of ``input``.
+        The normalized input, with its shape, dtype and memory format.
 
     Raises:
-        ValueError: eps is not positive, in training.
+        ValueError: eps is not positive in training.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return _overridden(
@@ -80,13 +83,14 @@ def sync_batch_renorm(
     clipped: Tensor | None = None,
     process_group: Any = None,
 ) -> Tensor:
-    """``batch_renorm`` by the batch of all processes together; every process must call it, a batch may be empty.
+    """``batch_renorm`` with batch statistics over all processes.
+
+    In training every process must call it; its batch may be empty. In a single process this is ``batch_renorm``.
 
     Args:
-        process_group: Processes that share their statistics; None: all. Where there is one process, or none is
-            connected, this is ``batch_renorm``.
+        process_group: Processes that share their statistics; None: all.
 
-    The other arguments are those of ``batch_renorm``.
+    The other arguments, the result and the errors are those of ``batch_renorm``.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return _overridden(

@@ -1,10 +1,9 @@
-"""Gated BN: a gate per channel learns how far to trust the statistics of the batch."""
+"""Gated BN: a learned gate per channel mixes batch and running statistics."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,40 +11,44 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.affine import AffineMap, Statistics
 from bnprobe.nn.blended import normalize_blended, normalize_running, running_statistics, update_running, widened
+from bnprobe.nn.kernels import AffineMap, Statistics
 
 _EDGE = 1e-3
-"""Nearest that a gate may start to 0 or 1: at the ends themselves a sigmoid has no gradient left."""
+"""Gates start at least this far from 0 and 1, where the sigmoid has almost no gradient."""
 
 
 class GatedBatchNorm(_BatchNorm):
-    """What the gated layers share.
+    """Base class of the gated layers.
 
-    In training, with the running statistics before their update, and a gate in (0, 1) for every channel:
+    In training, with the running statistics before their update and a gate in (0, 1) per channel:
 
         z = gate * z_batch + (1 - gate) * z_running
 
-    Gradients are those of this formula: through the batch statistics and into the gate; the running statistics are
-    constants. At inference, z = z_running: what gates near 1 leave as mismatch between training and inference, gates
-    near 0 have not. One value per channel has no batch statistics to trust, so the running ones normalize, whatever the
-    gate (whose gradient is then 0).
+    The gradient is that of this formula: through the batch statistics and into the gate; the running statistics are
+    constants. At inference z = z_running, so the mismatch between training and inference shrinks as the gate goes to 0.
+    With one value per channel there is no batch variance: then the running statistics normalize, whatever the gate,
+    and its gradient is 0.
 
-    The gate is the sigmoid of a parameter, ``gate_logit``, of shape (channels,): one key more in the state_dict than
-    ``nn.BatchNorm`` has. Inference has no use for it; ``plain_state`` leaves it out, and the rest loads strictly into
-    plain BN. Weight decay draws gates to 1/2: keep it off ``gate_logit``.
+    The gate is the sigmoid of the parameter ``gate_logit``, of shape (channels,), which ``nn.BatchNorm`` does not have.
+    Inference does not use it: ``bnprobe.deployable_state`` leaves it out, and the rest loads strictly into plain BN.
+    Weight decay pulls gates to 1/2: exclude ``gate_logit`` from it. The input has at least 2 dimensions.
 
     Args:
-        num_features: Channels.
-        eps: Added to the variance inside the root.
+        num_features: Number of channels.
+        eps: Added to the variance before the square root.
         momentum: Weight of the new batch in the running statistics; None: cumulative average.
-        affine: Have a weight and a bias per channel.
-        blend: All gates at the start, in [0, 1]; kept 0.001 away from the ends, where a gate could not learn.
+        affine: Whether there is a weight and a bias per channel.
+        blend: Initial value of all gates, in [0, 1]; moved to at least 0.001 from the ends, where a gate could not
+            learn.
         device, dtype: Of parameters and buffers.
 
     Raises:
         UsageError: ``blend`` is out of range.
     """
+
+    training_only: ClassVar[tuple[str, ...]] = ("gate_logit",)
+    """Tensors of the state_dict that inference does not use."""
 
     def __init__(
         self,
@@ -66,11 +69,15 @@ class GatedBatchNorm(_BatchNorm):
 
     @property
     def gate(self) -> Tensor:
-        """How far each channel trusts the batch, in (0, 1), shape (channels,)."""
+        """Weight of the batch statistics in training, in (0, 1), shape (channels,)."""
         return widened(self.gate_logit).sigmoid()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, C, *space); updates the running statistics in training."""
+        """Normalize an input of shape (N, C, *space); in training, also update the running statistics.
+
+        Raises:
+            ValueError: The input has the wrong number of dimensions.
+        """
         self._check_input_dim(input)
         return gated_batch_norm(input, self)
 
@@ -80,7 +87,7 @@ class GatedBatchNorm(_BatchNorm):
 
 
 def gated_batch_norm(input: Tensor, layer: GatedBatchNorm) -> Tensor:
-    """What a gated layer computes; a ``TorchFunctionMode`` can stand in for it, as for ``F.batch_norm``."""
+    """The forward pass of a gated layer (internal); a ``TorchFunctionMode`` can intercept it like ``F.batch_norm``."""
     if has_torch_function_unary(input):
         output: Tensor = handle_torch_function(gated_batch_norm, (input,), input, layer)
         return output
@@ -90,7 +97,7 @@ def gated_batch_norm(input: Tensor, layer: GatedBatchNorm) -> Tensor:
     variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
     count = x.numel() // x.shape[1]
     batch, running = Statistics(mean, variance, layer.eps), running_statistics(layer)
-    # The gate stays in the graph: DDP waits for the gradient of every parameter.
+    # Multiplied, so that the gate stays in the graph: DDP waits for the gradient of every parameter.
     gate = layer.gate * (count > 1)
     towards_running = AffineMap.between(batch, running).blend(1 - gate)
     output = normalize_blended(x, batch, towards_running, layer.weight, layer.bias)
@@ -99,26 +106,12 @@ def gated_batch_norm(input: Tensor, layer: GatedBatchNorm) -> Tensor:
 
 
 class GatedBatchNorm1d(nn.BatchNorm1d, GatedBatchNorm):
-    """Gated BN of (N, C) or (N, C, L); arguments as for ``GatedBatchNorm``."""
+    """Gated BN for (N, C) or (N, C, L); arguments as for ``GatedBatchNorm``."""
 
 
 class GatedBatchNorm2d(nn.BatchNorm2d, GatedBatchNorm):
-    """Gated BN of (N, C, H, W); arguments as for ``GatedBatchNorm``."""
+    """Gated BN for (N, C, H, W); arguments as for ``GatedBatchNorm``."""
 
 
 class GatedBatchNorm3d(nn.BatchNorm3d, GatedBatchNorm):
-    """Gated BN of (N, C, D, H, W); arguments as for ``GatedBatchNorm``."""
-
-
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of a model without what gated layers add to it: that of the same model with plain BN."""
-    state = model.state_dict()
-    for key in _gate_keys(model):
-        state.pop(key, None)
-    return dict(state)
-
-
-def _gate_keys(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, GatedBatchNorm):
-            yield f"{name}.gate_logit".removeprefix(".")
+    """Gated BN for (N, C, D, H, W); arguments as for ``GatedBatchNorm``."""

@@ -1,4 +1,4 @@
-"""Instance renorm: every image by its own statistics, mapped towards the running statistics of the batches."""
+"""Instance renorm: every sample normalized with its own statistics, corrected towards the running statistics."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.affine import AffineMap, Statistics
 from bnprobe.nn.blended import normalize_blended, normalize_running, running_statistics, update_running, widened
+from bnprobe.nn.kernels import AffineMap, Statistics
 
 
 class InstanceRenorm(_BatchNorm):
-    """What the instance renorm layers share: Batch Renorm's idea (Ioffe 2017, section 3), with images for batches.
+    """Base class of the instance renorm layers: Batch Renorm (Ioffe 2017, section 3) with one sample as the batch.
 
-    With the mean mu_i and biased variance v_i of image i over its positions, the running m and v, s_i = sqrt(v_i + eps)
-    and s = sqrt(v + eps), per channel:
+    Per channel, with the mean mu_i and the biased variance v_i of sample i over its positions, the running mean m and
+    variance v, s_i = sqrt(v_i + eps) and s = sqrt(v + eps):
 
         z_instance = (x - mu_i) / s_i        r_i = s_i / s        d_i = (mu_i - m) / s
         z = blend * z_instance + (1 - blend) * (r_i * z_instance + d_i)
 
-    The bracket is BN with running statistics, (x - m) / s. So ``blend`` 1 is instance norm, 0 is BN at inference, and
-    no image depends on the others of its batch: training and inference give the same output, exactly, as long as the
-    running statistics are the same. Two things are particular to training. First, the statistics of the whole batch
-    move the running ones as in BN, after these were used. Second, r_i and d_i are constants for the gradient, as in
-    Batch Renorm: the gradient goes through the image's own statistics, and its sum over the positions of an image is 0
-    whatever ``blend`` is. (At inference gradients are those of the function as it is.)
+    The bracket is (x - m) / s, BN with running statistics. So ``blend`` 1 is instance norm and 0 is BN at inference. No
+    sample depends on the others of its batch: training and inference give exactly the same output for the same running
+    statistics. Training differs in two ways. The statistics of the whole batch update the running ones as in BN, after
+    these were used. And r_i and d_i are constants for the gradient, as in Batch Renorm: the gradient goes through the
+    sample's own statistics, and sums to 0 over the positions of a sample for any ``blend``. (At inference the gradient
+    is that of the whole formula.)
 
-    One position per image has no instance statistics: then the running ones normalize, in training and at inference.
+    A sample with one position has no instance variance: then the running statistics normalize, in training and at
+    inference.
 
-    Keys of the state_dict are those of ``nn.BatchNorm``. ``blend`` is a setting, like eps, and not among them: only
-    with ``blend`` at 0 does plain BN with these weights give the same output.
+    The keys of the state_dict are those of ``nn.BatchNorm``. ``blend`` is a setting, like eps, and not among them:
+    plain BN with the same weights gives the same output only for ``blend`` 0. The input has at least 2 dimensions.
 
     Args:
-        num_features: Channels.
-        eps: Added to the variance inside the root.
+        num_features: Number of channels.
+        eps: Added to the variance before the square root.
         momentum: Weight of the new batch in the running statistics; None: cumulative average.
-        affine: Have a weight and a bias per channel.
-        blend: Weight of the image's own statistics, in [0, 1]; may be set later.
+        affine: Whether there is a weight and a bias per channel.
+        blend: Weight of the sample's own statistics, in [0, 1]; may be set later.
         device, dtype: Of parameters and buffers.
 
     Raises:
@@ -62,7 +63,7 @@ class InstanceRenorm(_BatchNorm):
 
     @property
     def blend(self) -> float:
-        """Weight of the image's own statistics."""
+        """Weight of the sample's own statistics."""
         return self._blend
 
     @blend.setter
@@ -71,8 +72,19 @@ class InstanceRenorm(_BatchNorm):
             raise UsageError(f"blend is {value}, but must be from 0 (running statistics) to 1 (instance norm).")
         self._blend = float(value)
 
+    @property
+    def deployment_obstacle(self) -> str | None:
+        """Why plain BN with the same weights gives another output at inference, a clause; None if it does not."""
+        if self.blend == 0:
+            return None
+        return f"is {type(self).__name__} with blend {self.blend:g}: only at 0 is it BN at inference"
+
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, C, *space); updates the running statistics in training."""
+        """Normalize an input of shape (N, C, *space); in training, also update the running statistics.
+
+        Raises:
+            ValueError: The input has the wrong number of dimensions.
+        """
         self._check_input_dim(input)
         if input.numel() == 0:
             return normalize_running(self, input)
@@ -101,19 +113,19 @@ class InstanceRenorm(_BatchNorm):
 
 
 class InstanceRenorm1d(nn.BatchNorm1d, InstanceRenorm):
-    """Instance renorm of (N, C, L), and BN by running statistics of (N, C); arguments as for ``InstanceRenorm``."""
+    """Instance renorm for (N, C, L), and frozen BN for (N, C); arguments as for ``InstanceRenorm``."""
 
 
 class InstanceRenorm2d(nn.BatchNorm2d, InstanceRenorm):
-    """Instance renorm of (N, C, H, W); arguments as for ``InstanceRenorm``."""
+    """Instance renorm for (N, C, H, W); arguments as for ``InstanceRenorm``."""
 
 
 class InstanceRenorm3d(nn.BatchNorm3d, InstanceRenorm):
-    """Instance renorm of (N, C, D, H, W); arguments as for ``InstanceRenorm``."""
+    """Instance renorm for (N, C, D, H, W); arguments as for ``InstanceRenorm``."""
 
 
 def _instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Biased variance and mean of each image, of shape (images, channels)."""
+    """Biased variance and mean of each sample, each of shape (samples, channels)."""
     if x.dim() == 2:
         return torch.zeros_like(x), x
     return torch.var_mean(x, tuple(range(2, x.dim())), correction=0)

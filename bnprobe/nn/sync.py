@@ -1,7 +1,7 @@
-"""Batch Renorm by the batch of all processes together.
+"""Batch Renorm with the statistics of all processes (internal; users call ``bnprobe.nn.functional``).
 
-Statistics are merged by count (Chan et al. 1983), so uneven batches weigh right, and the backward adds up over the
-processes what the gradient of the common statistics needs.
+Moments are merged by count (Chan et al. 1983), so batches of different sizes get the right weights. The backward pass
+sums over the processes what the gradient through the common statistics needs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from bnprobe.nn.kernels import Renorm, normalize
-from bnprobe.nn.moments import BatchMoments, batch_moments, wide
+from bnprobe.nn.kernels import BatchMoments, Renorm, batch_moments, normalize, wide
 
 
 def processes(group: Any) -> int:
-    """How many processes share a group; 1 where none are connected."""
+    """Number of processes in a group; 1 without ``torch.distributed``."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 1
     return distributed.get_world_size(group)
@@ -26,15 +25,19 @@ def processes(group: Any) -> int:
 def synchronized_renorm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, renorm: Renorm, group: Any
 ) -> Tensor:
-    """A training step of ``functional.sync_batch_renorm``."""
+    """``functional.sync_batch_renorm`` in training, in several processes."""
     return _differentiably(input, weight, bias, renorm, group)
 
 
 def merge(moments: Tensor) -> BatchMoments:
-    """Moments of all processes together.
+    """Merge the moments of the processes.
 
     Args:
-        moments: Shape (processes, 2 * channels + 1), float64: mean and biased variance by channel, then the count.
+        moments: Shape (processes, 2 * channels + 1), float64. Each row holds the mean and the biased variance of every
+            channel, then the count.
+
+    Returns:
+        Mean, biased variance and count over all processes, float64.
     """
     channels = (moments.shape[1] - 1) // 2
     means, variances, counts = moments.split((channels, channels, 1), dim=1)
@@ -61,7 +64,7 @@ class _SyncRenormalize(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of weight and bias are those of this process alone, as of any other parameter."""
+        """Gradients of weight and bias are local: DDP averages them, as for any other parameter."""
         x, weight, mean, invstd, r, d, count = ctx.saved_tensors
         shape = (1, -1, *[1] * (x.dim() - 2))
         axes = (0, *range(2, x.dim()))
@@ -83,7 +86,7 @@ _differentiably: Callable[..., Tensor] = _SyncRenormalize.apply
 
 
 def _own_moments(input: Tensor, eps: float) -> Tensor:
-    """Mean, biased variance and count of this process, float64 of shape (2 * channels + 1,)."""
+    """Mean, biased variance and count of this process, in float64, shape (2 * channels + 1,)."""
     if input.numel() == 0:
         return torch.zeros(2 * input.shape[1] + 1, dtype=torch.float64, device=input.device)
     own = batch_moments(input, eps)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bnprobe.errors import ModelError, is_library_file
-from bnprobe.norms import NORMS, NormCall, NormFamily
+from bnprobe.norms import NORMS, GroupsRows, NormCall, NormFamily
 from bnprobe.probing.batch import CannotEmulateError
 from bnprobe.probing.layers import ProbedLayer
 from bnprobe.stats.mismatch import distance
@@ -148,23 +148,6 @@ class Layout(enum.Enum):
 
     CONSECUTIVE = "k consecutive rows belong to one sample"
     INTERLEAVED = "k blocks, each with one row of every sample"
-
-
-@runtime_checkable
-class GroupsRows(Protocol):
-    """A norm family that divides a micro-batch itself (ghost batches, frames of a video, ...)."""
-
-    def rows_per_group(self, module: nn.Module, call: NormCall, rows: int) -> int:
-        """How many consecutive rows of a micro-batch are normalized together in this call.
-
-        Args:
-            module: The layer.
-            call: Its call, on one micro-batch or on several.
-            rows: Rows of one micro-batch in this call.
-
-        Returns:
-            A divisor of ``rows``; ``rows`` itself for the whole micro-batch.
-        """
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from bnprobe.errors import NonFiniteError, NothingToProbeError, is_library_file
 from bnprobe.facts import Anatomy
-from bnprobe.norms import NORMS, NormFamily, NormInfo
-from bnprobe.norms.lookalikes import lookalike_reason
+from bnprobe.norms import NormFamily, NormInfo, family_of, lookalike_reason
 from bnprobe.records import SkippedLayer
 from bnprobe.spec import ScanSettings, matches_any
 from bnprobe.usercode import user_code
@@ -72,7 +71,7 @@ def find_layers(model: nn.Module, is_selected: Callable[..., bool]) -> LayerSet:
     layers: list[ProbedLayer] = []
     skipped: list[SkippedLayer] = []
     for names, module in _named_once(model):
-        family = next((family for family in NORMS if family.matches(module)), None)
+        family = family_of(module)
         reason = family.obstacle(module) if family else lookalike_reason(module)
         if reason:
             skipped.append(SkippedLayer(names[0], type(module).__name__, reason))

@@ -1,23 +1,35 @@
-"""Put a layer in another's place, wherever that stands, and leave nothing behind."""
+"""Put a layer in the place of another one, everywhere in a model, and lose nothing of what it did.
+
+A subclass of BN may do more than normalize. What it does is found out by running it: child modules that it applies
+after normalizing are carried over, anything else is refused (docs/decisions/0015-subclasses-are-tried.md).
+"""
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from bnprobe.norms.lookalikes import lookalike_reason
-from bnprobe.repairs.beyond import HOOKS, apply_children, further_work
+from bnprobe.nn.batch_renorm import BatchRenormBase
+from bnprobe.nn.frozen import FrozenBatchNorm
+from bnprobe.nn.gated import GatedBatchNorm
+from bnprobe.nn.instance_renorm import InstanceRenorm
+from bnprobe.norms import lookalike_reason
+from bnprobe.randomness import preserved_random_state
+from bnprobe.repairs.conversions import space_dimensions
 
 Replacements = Mapping[nn.Module, nn.Module]
 
 _MACHINERY = frozenset(vars(nn.Module()))
-"""What every module keeps in its ``__dict__``: none of it holds other modules but ``_modules``."""
+"""The attributes of every module; of these only ``_modules`` holds other modules."""
 
 _TENSORS = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
 _STATE_HOOKS = (
@@ -27,47 +39,65 @@ _STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+"""The attributes in which a module keeps its hooks."""
+
+_OURS = (BatchRenormBase, FrozenBatchNorm, GatedBatchNorm, InstanceRenorm)
+_PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, *(ours.forward for ours in _OURS))
+_PLAIN = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_SIDE = {1: 16, 2: 8, 3: 4}
+_TOLERANCE = 1e-5
+"""Relative to the largest output: float32 rounding stays below it, and any activation is far above."""
+
 
 def obstacle(module: nn.Module) -> str | None:
-    """Why no repair can take this module's place, a clause; None if nothing speaks against it."""
+    """Why nothing can replace this module, whatever the repair target, a clause; None if something can."""
     if any(is_lazy(tensor) for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]):
         return "is lazy and has not seen a batch yet: run the model once before converting it"
     if parametrize.is_parametrized(module):
         return "is parametrized (torch.nn.utils.parametrize): remove the parametrizations before converting it"
     if not isinstance(module, _BatchNorm):
         likeness = lookalike_reason(module)
-        return f"is no Batch Normalization layer{f' ({likeness})' if likeness else ''}"
-    return _own_state(module) or further_work(module)[1]
+        return f"is not a Batch Normalization layer{f' ({likeness})' if likeness else ''}"
+    return _own_state(module) or _further_work(module)[1]
 
 
-def succeed(replacement: nn.Module, module: _BatchNorm, applies_children: bool) -> nn.Module:
-    """Give a replacement what its predecessor has beside the normalization: children, hooks, attributes, mode.
+def succeed(replacement: nn.Module, module: _BatchNorm, with_children: bool) -> nn.Module:
+    """Give a replacement what its predecessor has besides the normalization: children, hooks, attributes, mode.
 
-    Hooks are the same objects in the same dictionaries, so that handles which the user holds still remove them.
+    Hooks stay the same objects in the same dictionaries, so that the user's handles still remove them.
 
     Args:
-        replacement: Made by a repair.
-        module: What it replaces.
-        applies_children: The module applies its children after normalizing (see ``further_work``).
+        replacement: The new layer.
+        module: The layer that it replaces.
+        with_children: The module applies its children after normalizing, see ``applies_children``.
     """
     for name, child in module._modules.items():
         replacement.add_module(name, child)
     for name in vars(module).keys() - vars(replacement).keys() - _settings_of_its_class(module):
         vars(replacement)[name] = vars(module)[name]
-    for name in HOOKS:
+    for name in _HOOKS:
         vars(replacement)[name] = vars(module)[name]
-    if applies_children:
-        replacement.register_forward_hook(apply_children, prepend=True)  # the user's hooks see what they used to see
+    if with_children:
+        replacement.register_forward_hook(_apply_children, prepend=True)  # the user's hooks see what they used to see
     replacement.training = module.training
     return replacement
 
 
 def replace_everywhere(root: nn.Module, replacements: Replacements) -> nn.Module:
-    """Put every replacement in all places where its predecessor is registered or referred to.
+    """Put every replacement in all places of a model where its predecessor is registered or referred to.
 
-    Places are those of registered submodules, all of them where a module is shared or stands under two names, and
-    attributes of modules (a bound method too), also within lists, tuples and dictionaries. What other objects hold on
-    to is not found.
+    These are registered submodules, under all their names, and attributes of modules (also bound methods), even within
+    lists, tuples and dictionaries. References held by other objects are not found.
 
     Returns:
         The root, or its replacement.
@@ -82,7 +112,7 @@ def replace_everywhere(root: nn.Module, replacements: Replacements) -> nn.Module
 
 
 def _replaced(value: Any, replacements: Replacements, seen: set[int]) -> Any:
-    """The value, or what stands for it; lists and dictionaries are changed in place."""
+    """The value, or its replacement; lists and dictionaries are changed in place."""
     if isinstance(value, nn.Module):
         return replacements.get(value, value)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module) and value.__self__ in replacements:
@@ -107,10 +137,10 @@ def _replaced_tuple(value: tuple[Any, ...], replacements: Replacements, seen: se
 
 
 def _own_state(module: _BatchNorm) -> str | None:
-    """What a layer has that a replacement would not: further tensors, methods of its own, hooks on its state."""
-    tensors = {*module._parameters, *module._buffers} - _TENSORS - {"gate_logit"}
+    """What tensors, methods or hooks on its state a replacement would lose, a clause; None if nothing is lost."""
+    tensors = {*module._parameters, *module._buffers} - _TENSORS - {*getattr(module, "training_only", ())}
     if tensors:
-        return f"has parameters or buffers that BN has not ({', '.join(sorted(tensors))})"
+        return f"has parameters or buffers that BN does not have ({', '.join(sorted(tensors))})"
     missing = [name for name in ("weight", "bias") if name not in module._parameters]
     if missing:
         return f"has no parameter {missing[0]}: something (weight or spectral norm) computes it; remove that first"
@@ -123,6 +153,109 @@ def _own_state(module: _BatchNorm) -> str | None:
 
 
 def _settings_of_its_class(module: _BatchNorm) -> frozenset[str]:
-    """Attributes of any layer of its class in torch or bnprobe: a replacement has its own, or no use for them."""
+    """Attributes of every layer of its class in torch or bnprobe: a replacement has its own, or does not need them."""
     base = next(kind for kind in type(module).__mro__ if kind.__module__.startswith(("torch.nn.", "bnprobe.nn.")))
     return frozenset(vars(base(1))) | {"_compiled_call_impl"}
+
+
+def _apply_children(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Forward hook of a replacement: applies its child modules to the output, in the order of their registration."""
+    for child in module.children():
+        output = child(output)
+    return output
+
+
+def _normalizes_only(module: _BatchNorm) -> bool:
+    """Whether the layer's forward is known to normalize and nothing else, and its train() and eval() are torch's."""
+    kind = type(module)
+    known = kind.forward in _PLAIN_FORWARDS
+    return (
+        known and kind.__call__ is nn.Module.__call__ and kind.train is nn.Module.train and kind.eval is nn.Module.eval
+    )
+
+
+def applies_children(module: _BatchNorm) -> bool:
+    """Whether a layer applies its child modules to the normalized values."""
+    return _further_work(module)[0]
+
+
+def _further_work(module: _BatchNorm) -> tuple[bool, str | None]:
+    """Whether a layer applies its children after normalizing; and why it cannot be replaced, or None.
+
+    A subclass with a forward (or train, eval) of its own is run on random values, in eval and in train mode, and
+    compared with BN alone and with BN followed by its children. Copies are run on the CPU, and the random state is
+    restored.
+    """
+    if _normalizes_only(module):
+        return False, None
+    try:
+        for children in (True, False):
+            if _is_bn_with_children(module, children):
+                return children, None
+    except Exception as error:  # the user's own code, which need not like random values
+        return (
+            False,
+            f"has a forward of its own, which failed on a random input ({type(error).__name__}: {error})",
+        )
+    return False, "does something else than normalize and then apply its child modules, which would be lost"
+
+
+@torch.no_grad()
+def _is_bn_with_children(module: _BatchNorm, children: bool) -> bool:
+    values = _random_input(module)
+    modes = (False,) if isinstance(module, nn.SyncBatchNorm) else (False, True)  # which trains on CUDA alone
+    for training in modes:
+        own, plain = _bare_copy(module), _plain_twin(module, children)
+        outputs = [_run(layer.train(training), values) for layer in (own, plain)]
+        if not all(map(_alike, [outputs[0], *own.buffers(False)], [outputs[1], *plain.buffers(False)])):
+            return False
+    return True
+
+
+def _bare_copy(module: _BatchNorm) -> _BatchNorm:
+    """A copy on the CPU in float32, without hooks, which may refer to the whole model."""
+    kept = [vars(module).get(name) for name in _HOOKS]
+    memo: dict[int, Any] = {id(hooks): OrderedDict() for hooks in kept if isinstance(hooks, dict)}
+    return copy.deepcopy(module, memo).to("cpu", torch.float32)
+
+
+def _plain_twin(module: _BatchNorm, children: bool) -> nn.Module:
+    """nn.BatchNorm in the same state, followed by copies of the layer's children."""
+    own = _bare_copy(module)
+    twin = _PLAIN[space_dimensions(module) or 2](own.num_features, own.eps, own.momentum, affine=False)
+    twin.track_running_stats = own.track_running_stats
+    for name, value in (*own._parameters.items(), *own._buffers.items()):
+        setattr(twin, name, value)
+    for name, child in own.named_children() if children else ():
+        twin.add_module(name, child)
+    twin.register_forward_hook(_apply_children)
+    return twin
+
+
+def _random_input(module: _BatchNorm) -> Tensor:
+    """Values with twice the spread that the layer is used to, so that an activation shows."""
+    space = space_dimensions(module) or 2
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, module.num_features, *[_SIDE[space]] * space)
+    values = 2 * torch.randn(shape, generator=generator)
+    if module.running_mean is None or module.running_var is None:
+        return values
+    mean, variance = (
+        torch.nan_to_num(buffer.detach().float().cpu()).view(-1, *[1] * space)
+        for buffer in (module.running_mean, module.running_var)
+    )
+    return values * variance.clamp(min=0).sqrt() + mean
+
+
+def _run(layer: nn.Module, values: Tensor) -> Tensor:
+    with preserved_random_state():
+        torch.manual_seed(0)
+        output: Tensor = layer(values.clone())
+    return output
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    scale = float(torch.nan_to_num(b.float()).abs().max()) if b.numel() else 0.0
+    return torch.allclose(a.float(), b.float(), rtol=0, atol=_TOLERANCE * scale + 1e-30, equal_nan=True)

@@ -10,13 +10,13 @@ from typing import Any
 from rich.text import Text
 
 from bnprobe.records import Plan, RepairRecord
+from bnprobe.repair_targets import TARGETS
 from bnprobe.reports.layout import Page
 from bnprobe.reports.plan import command_lines, deployment
 
 _DIGEST_SHOWN = 16
 _INDENT = "  "
 _NAMES_WRITTEN_OUT = 3
-_SETTINGS = {"group-norm": "groups", "instance-renorm": "blend"}
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,11 @@ def _python(record: RepairRecord, weights: str, files: Files) -> list[str]:
 
 
 def _option(record: RepairRecord) -> str:
-    """The setting of the converted layers that their weights do not hold."""
+    """The settings of the converted layers, which their weights do not hold."""
     given: dict[str, Any] = record.settings.get("repair") or {}
-    name = _SETTINGS.get(record.plan.to if record.plan else "")
-    return f", {name}={given[name]}" if name in given else ""
+    to = record.plan.to if record.plan else ""
+    settings = TARGETS[to].settings if to in TARGETS else ()  # of a package that is not installed here
+    return "".join(f", {name}={given[name]}" for name in settings if name in given)
 
 
 def _quoted(text: str) -> str:

@@ -17,15 +17,6 @@ from bnprobe.specfile.sources import Source, option_source, read_pyproject, read
 from bnprobe.targets import is_file_target, split_target
 
 
-def load_spec(path: Path) -> Spec:
-    """Reads a spec file.
-
-    Raises:
-        SpecError: It is not there, not YAML, or says something that bnprobe does not understand.
-    """
-    return validated([read_yaml(path)])
-
-
 def build_spec(target: str, overrides: Mapping[str, Any]) -> Spec:
     """The spec of one command: target, spec file, pyproject.toml and options together.
 

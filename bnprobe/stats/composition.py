@@ -57,7 +57,7 @@ def analyse(batches: BatchSums, image_squares: Float[Tensor, "replicates channel
     """F = N Var(batch means) / E[Var(image means within a batch)] ~ F(K - 1, K (N - 1)), eval path.
 
     Image means, never pixels: those of one image resemble each other. On the train path upstream normalization couples
-    the images, and F reads far below 1 on a healthy network (DESIGN sections 2 and 3).
+    the images, and F reads far below 1 on a healthy network (docs/explanation/ladder.md).
 
     Args:
         batches: Sums over K micro-batches; K > 1.

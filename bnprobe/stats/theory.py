@@ -17,11 +17,6 @@ D_MAX = 5.0
 """Final clipping limits of Batch Renorm (Ioffe 2017, section 4.1)."""
 
 
-def expected_r(n: float) -> float:
-    """E[r] for n i.i.d. Gaussian values: below 1, because the biased standard deviation is."""
-    return 1.0 - mismatch_iid(n) / 2.0
-
-
 def mismatch_iid(n: float) -> float:
     """D for n i.i.d. Gaussian values (no unit); tends to 2 as n tends to 1."""
     if n >= _SERIES_FROM:

@@ -6,9 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,13 @@ import safetensors.torch
 from torch import Tensor
 
 from bnprobe.errors import OutputError, StateError, UsageError
-from bnprobe.files import write_whole
+from bnprobe.files import OwnFolder, has_mark, not_own, write_whole
 from bnprobe.records import Score
 from bnprobe.records.repairs import Run
+from bnprobe.training.log import event_folder
 
-_FINGERPRINT = "fingerprint.json"
+_FINGERPRINT, _LOG = "fingerprint.json", "log.csv"
+_WRITTEN = rf"{re.escape(_FINGERPRINT)}|{re.escape(_LOG)}|[A-Za-z0-9-]+-[0-9a-f]{{8}}-seed-?\d+\.(running|safetensors)"
 _RUN = "run"
 """Key of the record in the metadata of the weights, so that both are written in one file, whole."""
 
@@ -29,8 +29,9 @@ _RUN = "run"
 class StateFolder:
     """A folder to resume a repair from. ``open`` makes it.
 
-    It holds ``fingerprint.json``, ``log.csv``, and for each run ``ARM-SEED-....running`` (the state of the run in
-    progress) or ``ARM-SEED-....safetensors`` (the weights of a finished run, with its record as metadata).
+    It holds bnprobe's mark, ``fingerprint.json``, ``log.csv``, TensorBoard's files in ``log/``, and for each run
+    ``ARM-....running`` (the state of the run in progress) or ``ARM-....safetensors`` (the weights of a finished run,
+    with its record as metadata).
 
     Attributes:
         path: Where it is.
@@ -38,32 +39,35 @@ class StateFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._own = OwnFolder(path, _WRITTEN)
+        self._events = event_folder(self.log)
 
     @classmethod
-    def open(cls, path: Path, fingerprint: Mapping[str, Any], resume: bool) -> StateFolder:
+    def open(cls, path: Path, fingerprint: Mapping[str, Any], resume: bool, force: bool = False) -> StateFolder:
         """Begin a folder, or go on with one of the same repair.
 
         Args:
             path: Where it is to be; its parent must exist.
             fingerprint: What must be the same to go on: JSON types, by name.
-            resume: Go on; else the folder must not be there.
+            resume: Go on; else there must be no state.
+            force: Drop a state that is there, unless it is to be resumed.
 
         Raises:
             UsageError: It is there and is not to be resumed, or the reverse.
             StateError: It is of another repair, or damaged; names what differs.
-            OutputError: It cannot be written.
+            OutputError: It cannot be written, or something that bnprobe did not make has its name.
         """
         folder, wanted = cls(path), json.loads(json.dumps(dict(fingerprint)))
         if resume:
             folder._require_same(wanted)
         else:
-            folder._begin(wanted)
+            folder._begin(wanted, force)
         return folder
 
     @property
     def log(self) -> Path:
         """The CSV log of all steps."""
-        return self.path / "log.csv"
+        return self.path / _LOG
 
     def running(self, arm: str, seed: int) -> Path:
         """Where the state of a run in progress belongs."""
@@ -94,35 +98,59 @@ class StateFolder:
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
         data = safetensors.torch.save(tensors, {_RUN: json.dumps(dataclasses.asdict(run))})
         write_whole(self._file(arm, seed, "safetensors"), data)
-        with _writing(self.path):
+        try:
             self.running(arm, seed).unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.path} could not be written: {error.strerror or error}.") from None
 
-    def remove(self) -> None:
-        """Delete the folder: the repair is done.
+    def keep_events(self, log: Path) -> None:
+        """Move TensorBoard's files, where there are any, to a folder that outlives this one.
+
+        Args:
+            log: The CSV log that they belong to; what bnprobe wrote to its folder before is replaced.
 
         Raises:
-            OutputError: It could not be deleted.
+            OutputError: They could not be moved, or something that bnprobe did not make has this name.
         """
-        with _writing(self.path):
-            shutil.rmtree(self.path)
+        if has_mark(self._events.path):
+            self._events.move_to(event_folder(log))
 
-    def _begin(self, fingerprint: dict[str, Any]) -> None:
-        if self.path.exists():
-            raise UsageError(
-                f"{self.path} holds the state of a repair that is not done. Go on with --resume, or drop it and start"
-                " anew with --force."
-            )
-        with _writing(self.path):
-            self.path.mkdir()
+    def remove(self) -> None:
+        """Remove the state: the repair is done. Files that bnprobe did not write stay, and the folder with them.
+
+        Raises:
+            OutputError: It could not be removed.
+        """
+        if has_mark(self._events.path):
+            self._events.remove()
+        self._own.remove()
+
+    def _begin(self, fingerprint: dict[str, Any], force: bool) -> None:
+        if has_mark(self.path):
+            if not force:
+                raise UsageError(
+                    f"{self.path} holds the state of a repair that is not done. Go on with --resume, or drop it and"
+                    " start anew with --force."
+                )
+            self._clear()
+        self._own.make()
         try:
             write_whole(self.path / _FINGERPRINT, json.dumps(fingerprint, indent=2) + "\n")
         except OutputError:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._own.remove()
             raise
+
+    def _clear(self) -> None:
+        """Drop what a folder holds that is to be used again: the marks stay."""
+        if has_mark(self._events.path):
+            self._events.clear()
+        self._own.clear()
 
     def _require_same(self, wanted: dict[str, Any]) -> None:
         if not self.path.is_dir():
             raise UsageError(f"--resume: there is no state at {self.path}. Start without --resume.")
+        if not has_mark(self.path):
+            raise not_own(self.path)
         path = self.path / _FINGERPRINT
         try:
             saved = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -156,11 +184,3 @@ def _run_of(fields: dict[str, Any]) -> Run:
 
 def _damaged(path: Path, error: Exception) -> StateError:
     return StateError(f"{path} is damaged ({type(error).__name__}: {error}). Start anew with --force.")
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from None

@@ -1,16 +1,16 @@
-"""A log of training that other tools read: CSV always, TensorBoard where it is installed."""
+"""A log of training that other tools read: CSV always, TensorBoard where that is wanted."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bnprobe.errors import OutputError
-from bnprobe.files import write_whole
+from bnprobe.files import OwnFolder, write_whole
 from bnprobe.records.repairs import TrainingStep
 
 COLUMNS: dict[str, Callable[[TrainingStep], Any]] = {
@@ -31,25 +31,28 @@ COLUMNS: dict[str, Callable[[TrainingStep], Any]] = {
 """Columns of the CSV file. Numbers are written so that they read back exactly; what was not measured is empty."""
 
 _NOT_VALUES = ("arm", "seed", "step", "steps")
+_EVENTS = ".bnprobe"
+"""Ends the names of TensorBoard's files, to tell them from those that others wrote."""
 
 
 class StepLog:
-    """Appends a row to a CSV file for every optimizer step, and the same to TensorBoard where it is installed.
+    """Appends a row to a CSV file for every optimizer step, and writes the same for TensorBoard if asked to.
 
     A run that is resumed takes some steps again: rows of the same run from its first step on are replaced, and so is a
     row that was cut off. The file of a run that was killed and resumed is that of one that was not.
 
     Args:
-        path: The CSV file; what it holds is kept. TensorBoard's files go to a folder of the same name.
+        path: The CSV file; what it holds is kept.
+        tensorboard: Write TensorBoard's files too, to a folder of the same name; it must be installed.
 
     Raises:
-        OutputError: The file cannot be written, or is no such log.
+        OutputError: The file or folder cannot be written, or is no such log.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tensorboard: bool = False) -> None:
         self._path = path
         self._begun: set[tuple[str, int]] = set()
-        self._board = _Board(path.with_suffix("")) if _has_tensorboard() else None
+        self._board = _Board(event_folder(path)) if tensorboard else None
         self._cut(lambda row: True)
         self._file = _opened(path)
 
@@ -91,11 +94,17 @@ class StepLog:
             write_whole(self._path, header + "".join(rows))
 
 
+def event_folder(log: Path) -> OwnFolder:
+    """The folder of TensorBoard's files that belongs to a CSV log ``out.log.csv``: ``out.log``."""
+    return OwnFolder(log.with_suffix(""), rf"[^/]+-seed-[^/]+/events\.out\.tfevents\.[^/]+{re.escape(_EVENTS)}")
+
+
 class _Board:
     """TensorBoard's files, one folder for each run."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: OwnFolder) -> None:
+        folder.make()
+        self._folder = folder.path
         self._writers: dict[tuple[str, int], Any] = {}
 
     def write(self, step: TrainingStep) -> None:
@@ -114,13 +123,9 @@ class _Board:
         from torch.utils.tensorboard import SummaryWriter  # only where it is installed
 
         name = f"{step.arm} seed {step.seed}".replace(" ", "-")
-        writer = SummaryWriter(str(self._folder / name), purge_step=step.step)
+        writer = SummaryWriter(str(self._folder / name), purge_step=step.step, filename_suffix=_EVENTS)
         self._writers[step.arm, step.seed] = writer
         return writer
-
-
-def _has_tensorboard() -> bool:
-    return importlib.util.find_spec("tensorboard") is not None
 
 
 def _opened(path: Path) -> io.TextIOWrapper:

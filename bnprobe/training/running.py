@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from bnprobe.distributed import World
 from bnprobe.errors import StateError
-from bnprobe.nn.batch_renorm import BatchRenormBase
-from bnprobe.nn.schedule import RenormSchedule
+from bnprobe.nn.batch_renorm import BatchRenormBase, RenormSchedule
 from bnprobe.records import Score
 from bnprobe.records.repairs import Ending, TrainingStep
 from bnprobe.spec import RenormSpec

@@ -11,7 +11,7 @@ from torch import nn
 
 from bnprobe.distributed import ALONE, World
 from bnprobe.errors import StoppedError
-from bnprobe.nn.clipping import watch_clipping
+from bnprobe.nn.batch_renorm import watch_clipping
 from bnprobe.probing.session import held_in_eval, model_code
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records.repairs import TrainingStep

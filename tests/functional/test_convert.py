@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from functional.command import CLEAN, COMMAND, ERROR, FINDINGS, NOTHING, REPOSITORY, SHIFTED, Workspace
+from functional.command import CLEAN, COMMAND, ERROR, FINDINGS, NOTHING, REPOSITORY, SHIFTED, Result, Workspace
 from functional.processes import launch
 
 DIGITS = REPOSITORY / "sample_configs" / "digits"
@@ -207,6 +208,112 @@ def test_outputs_are_not_replaced_without_force(repairable: Workspace) -> None:
     assert before.read_text() == "mine"
     assert repairable.run("convert", *TARGET, "-o", "out.safetensors", "--force").code == CLEAN
     assert read(repairable, "out.record.json")["action"] == "convert"
+
+
+# ---- what is the user's
+
+
+BOARD = """
+import pathlib, sys, types
+
+
+class SummaryWriter:
+    def __init__(self, folder, purge_step=None, filename_suffix=""):
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        self.file = pathlib.Path(folder, "events.out.tfevents.1.host" + filename_suffix).open("a")
+
+    def add_scalar(self, name, value, step):
+        print(name, value, step, file=self.file)
+
+    def close(self):
+        self.file.close()
+
+
+sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+pathlib.Path("loaded").touch()
+"""
+"""Stands for TensorBoard in a model file, and tells that the model was loaded."""
+WITHOUT = "import runpy, sys; sys.modules['tensorboard'] = None; runpy.run_module('bnprobe', run_name='__main__')"
+"""Runs the command as if TensorBoard were not installed."""
+FORCED = ("-o", "out.safetensors", "--force")
+FINETUNED = ("convert", *TARGET, *SHORT, *FORCED)
+
+
+@pytest.fixture
+def boarded(repairable: Workspace) -> Workspace:
+    """A workspace in which TensorBoard seems to be installed."""
+    repairable.write("model.py", REPAIRABLE + BOARD)
+    repairable.write("installed/tensorboard.py", "")
+    return repairable
+
+
+def run_boarded(workspace: Workspace, *arguments: str) -> Result:
+    """Run the command with TensorBoard."""
+    path = os.pathsep.join([str(workspace.folder / "installed"), os.environ.get("PYTHONPATH", "")])
+    return workspace.run(*arguments, PYTHONPATH=path)
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+@pytest.mark.parametrize("name", ["out.log/mine.txt", "out.log", "out.state/mine.txt", "out.state"])
+def test_files_of_the_user_are_refused_before_anything_runs(
+    boarded: Workspace, name: str, resume: tuple[str, ...], force: tuple[str, ...]
+) -> None:
+    mine = boarded.write(name, "mine")
+    message = run_boarded(boarded, "convert", *TARGET, *SHORT, "-o", "out.safetensors", *resume, *force).error()
+    assert message == f"{name.split('/')[0]} was not made by bnprobe: move it away, or give another -o."
+    assert mine.read_text() == "mine"
+    assert not (boarded.folder / "loaded").exists()
+
+
+@pytest.mark.parametrize("command", ["convert", "recalibrate"])
+def test_without_training_the_names_of_training_are_nobodys_business(boarded: Workspace, command: str) -> None:
+    mine = [boarded.write(name, "mine") for name in ("out.log/mine.txt", "out.log.csv", "out.state/mine.txt")]
+    assert run_boarded(boarded, command, *TARGET, *FORCED).code == CLEAN
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+
+
+def test_without_tensorboard_its_name_is_free(repairable: Workspace) -> None:
+    mine = repairable.write("out.log", "bnprobe convert > out.log")
+    result = repairable.call(sys.executable, "-c", WITHOUT, *FINETUNED)
+    assert result.code == CLEAN
+    assert mine.read_text() == "bnprobe convert > out.log"
+
+
+def test_what_the_user_adds_to_the_folders_survives(boarded: Workspace) -> None:
+    assert run_boarded(boarded, *FINETUNED).code == CLEAN
+    log, state = boarded.folder / "out.log", boarded.folder / "out.state"
+    events = sorted(log.glob("*/events*"))
+    assert [path.parent.name for path in events] == ["BN-fine-tuned-seed-0", "batch-renorm-seed-0"]
+    assert not state.exists()
+    whole = events[0].read_text()
+    message = run_boarded(boarded, "convert", *TARGET, *SHORT, "-o", "out.safetensors").error()
+    assert message.startswith("out.log exists already")
+
+    notes = boarded.write("out.log/notes.txt", "mine")
+    theirs = boarded.write("out.log/batch-renorm-seed-0/events.out.tfevents.9.host", "mine")
+    adds = "    pathlib.Path('out.state').exists() and pathlib.Path('out.state/notes.txt').write_text('mine')\n"
+    boarded.write("model.py", REPAIRABLE.replace("    return (model", f"{adds}    return (model") + BOARD)
+    found = run_boarded(boarded, *FINETUNED)
+    assert found.code == CLEAN
+    assert "out.state stays: it holds files that bnprobe did not write." in found.stderr
+    assert notes.read_text() == theirs.read_text() == "mine"
+    assert [path.name for path in state.iterdir()] == ["notes.txt"]
+    assert events[0].read_text() == whole
+
+
+def test_what_appears_during_training_is_not_replaced(repairable: Workspace) -> None:
+    adds = "    pathlib.Path('out.state').exists() and pathlib.Path('out.safetensors').write_text('mine')\n"
+    repairable.write(
+        "model.py", REPAIRABLE.replace("    return (model", f"{adds}    return (model") + "\nimport pathlib\n"
+    )
+    found = repairable.run("convert", *TARGET, *SHORT, "-o", "out.safetensors")
+    assert found.code == ERROR
+    assert "out.safetensors exists already" in found.stderr
+    assert (repairable.folder / "out.safetensors").read_text() == "mine"
+    assert "out.safetensors exists already" in repairable.run(*FINETUNED[:-1], "--resume").error()
+    assert repairable.run(*FINETUNED, "--resume").code == CLEAN
+    assert not (repairable.folder / "out.state").exists()
 
 
 @pytest.mark.parametrize(

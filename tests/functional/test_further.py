@@ -89,7 +89,7 @@ def test_what_is_missing_is_said_before_anything_is_measured(
 
 
 def test_the_python_call_takes_the_same(workspace: Workspace) -> None:
-    """As in README.md."""
+    """As in docs/python.md."""
     import torch
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset

@@ -8,7 +8,7 @@ import shlex
 from pydantic import BaseModel
 
 from bnprobe.spec import Spec
-from bnprobe.specfile import load_spec
+from bnprobe.specfile import build_spec
 from functional.command import CLEAN, FINDINGS, REPOSITORY, Workspace
 
 STARTER = REPOSITORY / "bnprobe" / "starter"
@@ -51,7 +51,7 @@ def test_a_folder_that_cannot_be_made_is_explained(workspace: Workspace) -> None
 def test_every_commented_key_of_the_spec_is_valid(workspace: Workspace) -> None:
     text = (STARTER / "spec.yaml").read_text(encoding="utf-8")
     path = workspace.write("spec.yaml", COMMENTED_KEY.sub(r"\1\2", text))
-    spec = load_spec(path)
+    spec = build_spec(str(path), {})
     plain = Spec.model_validate({"model": {"target": spec.model.target}})
     said = ("loss", "metric", "forward", "checkpoint", "data", "eval_data", "thresholds", "layers", "rules", "scan")
     for section in said:

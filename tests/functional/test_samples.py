@@ -52,7 +52,7 @@ def test_the_demo_prints_its_report(workspace: Workspace) -> None:
 
 
 def test_a_sample_is_repaired_and_exported(workspace: Workspace) -> None:
-    """The way that the README goes, in few steps; its own commands are run by test_help."""
+    """The way that the tutorial goes, in few steps; its own commands are run by test_documentation."""
     sample = REPOSITORY / "sample_configs" / "digits" / "sorted.yaml"
     repaired = workspace.run("convert", sample, "--finetune", "--steps", "10", "--require", "flagged==0", "-o", WEIGHTS)
     assert (repaired.code, "Flagged layers: 3 → 0." in repaired.stdout) == (CLEAN, True)

@@ -47,7 +47,7 @@ def test_a_pipe_gets_plain_text(workspace: Workspace) -> None:
 
 def test_an_ascii_pipe_gets_ascii(workspace: Workspace) -> None:
     workspace.write("model.py", SHIFTED)
-    found = workspace.run(*SCAN, PYTHONIOENCODING="ascii")
+    found = workspace.run_installed(*SCAN, PYTHONIOENCODING="ascii")
     assert (found.code, found.stderr) == (FINDINGS, "")
     assert found.stdout.isascii()
     assert "1 of 1 layer is flagged" in found.stdout

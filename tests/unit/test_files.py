@@ -6,12 +6,13 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from bnprobe.errors import OutputError
-from bnprobe.files import require_new, write_all, write_whole
+from bnprobe.files import OwnFolder, has_mark, require_new, write_all, write_whole
 
 
 def test_a_new_file_gets_the_usual_rights(tmp_path: Path) -> None:
@@ -138,3 +139,76 @@ def test_what_fails_between_renames_is_undone(
     with pytest.raises((OutputError, KeyboardInterrupt)):
         write_all({tmp_path / name: "new" for name in "abc"}, force=True)
     assert contents(tmp_path) == {"a": "old"}
+
+
+def own_folder(path: Path) -> OwnFolder:
+    """A folder in which bnprobe wrote three files, and somebody else another three."""
+    folder = OwnFolder(path, r"a\.txt|run-\d/.*\.own")
+    folder.make()
+    for name in ("a.txt", "run-1/x.own", "run-2/y.own", "b.txt", "run-1/mine", "other/z.own"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text(name)
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    """All files of a folder but its mark, and the empty folders in it."""
+    found = [path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())]
+    return {path.relative_to(folder).as_posix() for path in found} - {"made-by-bnprobe.txt"}
+
+
+def test_only_what_was_written_is_removed_from_an_own_folder(tmp_path: Path) -> None:
+    folder = own_folder(tmp_path / "own")
+    folder.clear()
+    assert names(folder.path) == {"b.txt", "run-1/mine", "other/z.own"}
+    assert has_mark(folder.path)
+    folder.remove()
+    assert names(folder.path) == {"b.txt", "run-1/mine", "other/z.own"}
+    assert not has_mark(folder.path)
+
+
+def test_an_own_folder_with_nothing_else_in_it_is_removed(tmp_path: Path) -> None:
+    folder = own_folder(tmp_path / "own")
+    for name in ("b.txt", "run-1/mine", "other/z.own"):
+        (folder.path / name).unlink()
+    (folder.path / "other").rmdir()
+    folder.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_the_mark_is_left_alone(tmp_path: Path) -> None:
+    folder = own_folder(tmp_path / "own")
+    (folder.path / "made-by-bnprobe.txt").write_text("mine too\n")
+    before = names(folder.path)
+    for action in (folder.make, folder.clear, folder.remove, lambda: folder.move_to(folder)):
+        with pytest.raises(OutputError, match=r"own was not made by bnprobe: move it away, or give another -o\.$"):
+            action()
+    assert names(folder.path) == before
+
+
+def test_only_what_was_written_moves_to_another_own_folder(tmp_path: Path) -> None:
+    source, target = own_folder(tmp_path / "source"), own_folder(tmp_path / "target")
+    (source.path / "run-2" / "y.own").rename(source.path / "run-2" / "new.own")
+    source.move_to(target)
+    assert names(source.path) == {"b.txt", "run-1/mine", "other/z.own"}
+    assert names(target.path) == {"a.txt", "run-1/x.own", "run-2/new.own", "b.txt", "run-1/mine", "other/z.own"}
+    assert has_mark(target.path)
+    assert not has_mark(source.path)
+
+
+def test_a_link_to_files_of_others_leads_nowhere(tmp_path: Path) -> None:
+    folder = own_folder(tmp_path / "own")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "x.own").write_text("mine")
+    (folder.path / "run-3").symlink_to(mine)
+    folder.remove()
+    assert (mine / "x.own").read_text() == "mine"
+    assert (folder.path / "run-3").is_symlink()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_a_name_that_is_taken_is_no_own_folder(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "own")
+    with pytest.raises(OutputError, match="not made by bnprobe"):
+        OwnFolder(tmp_path / "own", "a").make()

@@ -10,7 +10,7 @@ import pytest
 
 from bnprobe.errors import SpecError, UsageError
 from bnprobe.spec import ScanSettings
-from bnprobe.specfile import build_spec, load_spec, settings_from
+from bnprobe.specfile import build_spec, settings_from
 from bnprobe.targets import is_file_target, split_target
 
 
@@ -22,15 +22,16 @@ def write(folder: Path, text: str, name: str = "spec.yaml") -> Path:
 
 def spec_error(folder: Path, text: str) -> str:
     with pytest.raises(SpecError) as caught:
-        load_spec(write(folder, text))
+        build_spec(str(write(folder, text)), {})
     return str(caught.value)
 
 
 def test_full_spec_is_read_with_paths_relative_to_the_file(tmp_path: Path) -> None:
-    spec = load_spec(
-        write(
-            tmp_path,
-            """
+    spec = build_spec(
+        str(
+            write(
+                tmp_path,
+                """
 model: {target: model.py:Net, args: {depth: 18}}
 checkpoint: {path: weights.pt, key: ema, strip_prefix: net, strict: false, unsafe_load: true}
 data: {target: "package.data:load", args: {root: x}, batch_size: 2, batches: 50, seed: 7,
@@ -43,7 +44,9 @@ layers: {include: ["layer*"], exclude: ["*.bn3"]}
 scan: {max_batches: 10, device: cpu, autocast: bfloat16, physical_batch: 64, batch_sizes: [4, 1, 4],
   emulate: false}
 """,
-        )
+            )
+        ),
+        {},
     )
     assert spec.model.target == f"{tmp_path / 'model.py'}:Net"
     assert spec.model.args == {"depth": 18}
@@ -72,12 +75,15 @@ scan: {max_batches: 10, device: cpu, autocast: bfloat16, physical_batch: 64, bat
 
 
 def test_short_forms_and_aliases(tmp_path: Path) -> None:
-    spec = load_spec(
-        write(
-            tmp_path,
-            "model: {class_path: nets.Net, init_args: {width: 2}}\n"
-            "checkpoint: w.pt\ndata: load_small\nthresholds: 12\nlayers:\n",
-        )
+    spec = build_spec(
+        str(
+            write(
+                tmp_path,
+                "model: {class_path: nets.Net, init_args: {width: 2}}\n"
+                "checkpoint: w.pt\ndata: load_small\nthresholds: 12\nlayers:\n",
+            )
+        ),
+        {},
     )
     assert (spec.model.target, spec.model.args) == ("nets.Net", {"width": 2})
     assert spec.checkpoint.path == str(tmp_path / "w.pt")
@@ -213,7 +219,7 @@ def test_wrong_keys(tmp_path: Path, text: str, expected: str) -> None:
 
 def test_arguments_of_the_users_functions_are_free(tmp_path: Path) -> None:
     text = "model: m.py\ndata:\n  target: load\n  args: {target: 1, class_path: 2, nested: {a: [1]}}\n"
-    assert load_spec(write(tmp_path, text)).data.args == {"target": 1, "class_path": 2, "nested": {"a": [1]}}
+    assert build_spec(str(write(tmp_path, text)), {}).data.args == {"target": 1, "class_path": 2, "nested": {"a": [1]}}
 
 
 # ---- errors: values
@@ -324,7 +330,7 @@ def test_bad_yaml(tmp_path: Path, text: str, expected: str) -> None:
 
 def test_yaml_that_holds_itself_ends(tmp_path: Path) -> None:
     path = write(tmp_path, "model: m.py\ndata:\n  args: &a\n    self: *a\n")
-    args = load_spec(path).data.args
+    args = build_spec(str(path), {}).data.args
     assert list(args) == ["self"]
     bomb = "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 12))
     assert '"x0"' in spec_error(tmp_path, f"model: m.py\nx0: &x0 [a]\n{bomb}")
@@ -335,12 +341,13 @@ def test_missing_and_unreadable_spec_files(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=rf"There is no file .*spce\.yaml\. Did you mean .*{'spec.yaml'}"):
         build_spec(str(tmp_path / "spce.yaml"), {})
     with pytest.raises(SpecError, match="There is no folder"):
-        load_spec(tmp_path / "none" / "spec.yaml")
+        build_spec(str(tmp_path / "none" / "spec.yaml"), {})
+    (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(SpecError, match="could not be read"):
-        load_spec(tmp_path)
+        build_spec(str(tmp_path / "folder.yaml"), {})
     (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9.py\n")
     with pytest.raises(SpecError, match="could not be read as UTF-8"):
-        load_spec(tmp_path / "latin.yaml")
+        build_spec(str(tmp_path / "latin.yaml"), {})
 
 
 # ---- targets

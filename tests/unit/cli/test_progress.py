@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from bnprobe.cli.progress import repair_bars, training_bar
+from bnprobe.cli.progress import repair_bars
 from bnprobe.records import Score, TrainingStep
 
 
@@ -43,7 +43,7 @@ def step(number: int, arm: str = "batch-renorm", seed: int = 1, loss: float = 0.
 
 def shown(stream: io.StringIO, *steps: TrainingStep) -> None:
     """Run the bar with these steps; stderr is the stream."""
-    with redirect_stderr(stream), training_bar() as show:
+    with redirect_stderr(stream), repair_bars() as (_, show):
         for each in steps:
             show(each)
 
@@ -132,6 +132,6 @@ def test_both_bars_are_silent_in_a_log_but_for_evaluations() -> None:
 
 
 def test_other_processes_show_nothing(terminal: Terminal) -> None:
-    with redirect_stderr(terminal), training_bar(shown=False) as show:
+    with redirect_stderr(terminal), repair_bars(shown=False) as (_, show):
         show(step(50, score=Score(None, 0.958)))
     assert terminal.getvalue() == ""

@@ -10,7 +10,7 @@ from torch import nn
 
 from bnprobe.errors import BnprobeError, CheckpointError, ModelError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload
-from bnprobe.specfile import build_spec, load_spec
+from bnprobe.specfile import build_spec
 
 MODEL = """
 import torch
@@ -63,7 +63,7 @@ def test_everything_from_a_spec_file(tmp_path: Path) -> None:
         "loss: losses.py:mean\n",
         "spec.yaml",
     )
-    workload = load_workload(load_spec(Path(path)))
+    workload = load_workload(build_spec(str(path), {}))
     assert workload.checkpoint == str(tmp_path / "w.pt")
     assert torch.equal(weights(workload), state["0.weight"])
     assert [note.split(" ")[0] for note in workload.notes] == ["The", "The"]

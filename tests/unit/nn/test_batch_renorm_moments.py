@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from bnprobe.nn import moments
-from bnprobe.nn.moments import batch_moments
+from bnprobe.nn import kernels
+from bnprobe.nn.kernels import batch_moments
 
 
 def _exact(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def _exact(x: Tensor) -> tuple[Tensor, Tensor]:
 def test_any_mean_and_spread(n: int, c: int, s: int, mean: float, spread: float, fast: bool) -> None:
     x = (mean + spread * torch.randn(n, c, s, generator=torch.Generator().manual_seed(n * 100 + s))).float()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moments, "_LARGE", 1 if fast else 2**40)
+        patch.setattr(kernels, "_LARGE", 1 if fast else 2**40)
         found = batch_moments(x, 1e-5)
     means, variances = _exact(x)
     assert_close(found.mean.double(), means, rtol=1e-6, atol=1e-6 * spread)

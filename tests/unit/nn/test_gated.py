@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d, plain_state
+from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
+from bnprobe.repairs import deployable_state
 from support.networks import unsettled
 
 SHAPES = [
@@ -86,7 +87,7 @@ def test_an_open_gate_is_bn_and_a_closed_one_inference() -> None:
 def test_inference_is_that_of_bn_whatever_the_gate() -> None:
     layer = made(GatedBatchNorm2d).eval()
     bn = nn.BatchNorm2d(3, dtype=torch.float64).eval()
-    bn.load_state_dict(plain_state(layer), strict=True)
+    bn.load_state_dict(deployable_state(layer, bn), strict=True)
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
     assert torch.equal(layer(x), bn(x))
 
@@ -152,8 +153,7 @@ def test_the_gate_is_the_only_key_beyond_bn() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(GatedBatchNorm2d(3)))
     plain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(nn.BatchNorm2d(3)))
     assert model.state_dict().keys() - plain.state_dict().keys() == {"1.0.gate_logit"}
-    assert list(plain_state(model)) == list(plain.state_dict())
-    assert "gate_logit" not in plain_state(model[1][0])
+    assert list(deployable_state(model, plain)) == list(plain.state_dict())
 
 
 def test_memory_format_and_dtype_are_those_of_the_input() -> None:

@@ -54,16 +54,16 @@ def test_without_warm_up_and_ramps_the_limits_are_the_ends() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "A schedule of 0 steps"),
+        ({"steps": 0}, "steps is 0, but"),
         ({"steps": 9, "r_max": 0.5}, r"r_max is 0\.5"),
         ({"steps": 9, "d_max": -1}, "d_max is -1"),
-        ({"steps": 9, "warmup": 0.5, "r_ramp": 0.4}, r"warmup is 0\.5 and r_ramp 0\.4"),
+        ({"steps": 9, "warmup": 0.5, "r_ramp": 0.4}, r"warmup is 0\.5 and r_ramp is 0\.4"),
         ({"steps": 9, "warmup": 0.5, "r_ramp": 0.6, "d_ramp": 0.4}, r"0 <= warmup <= d_ramp <= 1"),
         ({"steps": 9, "warmup": -0.1}, "warmup is -0.1"),
-        ({"steps": 9, "r_ramp": 1.1}, "r_ramp 1.1"),
+        ({"steps": 9, "r_ramp": 1.1}, "r_ramp is 1.1"),
     ],
 )
-def test_what_has_no_shape_is_refused(arguments: dict[str, float], message: str) -> None:
+def test_impossible_settings_are_refused(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RenormSchedule(**arguments)
 

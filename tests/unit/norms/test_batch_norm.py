@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bnprobe.norms import NORMS
-from bnprobe.norms.batch_norm import BatchNormFamily
-from bnprobe.norms.batch_renorm import BatchRenormFamily
-from bnprobe.norms.gated import GatedFamily
+from bnprobe.nn import BatchRenorm2d, GatedBatchNorm2d
+from bnprobe.norms import NORMS, BatchNormFamily, family_of
 
 FAMILY = BatchNormFamily()
 
@@ -33,12 +31,11 @@ def test_strangers(module: nn.Module) -> None:
     assert not FAMILY.matches(module)
 
 
-def test_the_family_is_listed() -> None:
-    assert [type(family) for family in NORMS] == [
-        BatchRenormFamily,
-        GatedFamily,
-        BatchNormFamily,
-    ]
+def test_a_layer_belongs_to_the_most_special_family() -> None:
+    assert NORMS.names() == ("batch-norm", "batch-renorm", "gated")
+    layers = [nn.BatchNorm2d(2), BatchRenorm2d(2), GatedBatchNorm2d(2)]
+    assert [family.name for layer in layers if (family := family_of(layer))] == list(NORMS.names())
+    assert family_of(nn.GroupNorm(1, 2)) is None
 
 
 def test_description() -> None:

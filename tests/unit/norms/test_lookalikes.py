@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from bnprobe.norms.lookalikes import lookalike_reason
+from bnprobe.norms import lookalike_reason
 
 
 class FrozenBatchNorm2d(nn.Module):

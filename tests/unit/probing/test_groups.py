@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.errors import ModelError
-from bnprobe.norms import NORMS, NormCall
-from bnprobe.norms.batch_norm import BatchNormFamily
+from bnprobe.norms import NORMS, BatchNormFamily, NormCall
 from bnprobe.pipeline import scan
 from bnprobe.probing.hooks import Grouping, Layout
 from support.networks import images
@@ -46,6 +46,7 @@ class Functional:
 
 
 class GhostFamily(BatchNormFamily):
+    name = "ghost"
     functionals = (Functional.ghost_norm,)
 
     def matches(self, module: nn.Module) -> bool:
@@ -73,10 +74,9 @@ class Net(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _ghosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    families = (GhostFamily(), *NORMS)
-    monkeypatch.setattr("bnprobe.probing.hooks.NORMS", families)
-    monkeypatch.setattr("bnprobe.probing.layers.NORMS", families)
+def _ghosts() -> Iterator[None]:
+    with NORMS.including(GhostFamily()):
+        yield
 
 
 def mismatch(x: list[Tensor], eps: float) -> Tensor:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnprobe.repairs import REPAIRS
+from bnprobe.repair_targets import TARGETS
 from support.networks import unsettled
 
-EVERY = [repair.name for repair in REPAIRS]
-DEPLOYING = [repair.name for repair in REPAIRS if repair.deploys]
+EVERY = TARGETS.names()
+DEPLOYING = [target.name for target in TARGETS if target.deploys]
 
 
 class BatchNormAct(nn.BatchNorm2d):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import get_args
 
 import pytest
 import torch
@@ -11,15 +10,9 @@ from torch import nn
 import bnprobe
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.nn.batch_renorm import BatchRenorm2d
-from bnprobe.repairs import REPAIRS
-from bnprobe.repairs.group_norm import groups_for
-from bnprobe.spec import RepairName
+from bnprobe.repairs.conversions import groups_for
 from support.networks import Residual
 from unit.repairs.models import BatchNormRelu
-
-
-def test_there_is_a_repair_for_every_name_of_the_spec() -> None:
-    assert (*(repair.name for repair in REPAIRS), "auto") == get_args(RepairName)
 
 
 def test_public_names_are_imported_on_first_use() -> None:
@@ -99,11 +92,11 @@ def test_a_model_without_bn_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "renorm"}, "for to, but got the text 'renorm'"),
+        ({"to": "renorm"}, r"the nearest is batch-renorm\) for to, but got the text 'renorm'"),
         ({"blend": 2.0}, "for blend, but got 2.0"),
         ({"group": 4}, 'no option "group".*the nearest is "groups"'),
         ({"seeds": 5}, 'no option "seeds"'),
-        ({"to": "auto"}, "needs training to choose by"),
+        ({"to": "auto"}, "trains every target to choose one"),
         ({"renorm": {"r_max": 0.5}}, "for renorm.r_max, but got 0.5"),
     ],
 )

@@ -8,11 +8,9 @@ from torch import nn
 
 import bnprobe
 from bnprobe.errors import RepairError
-from bnprobe.repairs import REPAIRS, deployable_state
+from bnprobe.repairs import deployable_state
 from support.networks import Residual
-from unit.repairs.models import Activated, Branches, prepared
-
-DEPLOYING = [repair.name for repair in REPAIRS if repair.deploys]
+from unit.repairs.models import DEPLOYING, Activated, Branches, prepared
 
 
 def trained(model: nn.Module) -> nn.Module:

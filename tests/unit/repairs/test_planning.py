@@ -9,7 +9,8 @@ from torch import nn
 from bnprobe.errors import RepairError
 from bnprobe.nn.gated import GatedBatchNorm2d
 from bnprobe.records import LayerChange, Plan, Refusal
-from bnprobe.repairs import REPAIRS, apply, plan
+from bnprobe.repair_targets import TARGETS, Target
+from bnprobe.repairs import apply, plan
 from bnprobe.spec import RepairSpec
 from support.fingerprint import fingerprint
 from support.networks import Residual
@@ -37,21 +38,21 @@ def test_a_plan_says_what_changes_and_what_stays() -> None:
         ),
         refused=(
             Refusal("odd", "BatchNormRelu", relu),
-            Refusal("norm", "GroupNorm", "is no Batch Normalization layer"),
+            Refusal("norm", "GroupNorm", "is not a Batch Normalization layer"),
         ),
         untouched=2,
         deploys=True,
     )
 
 
-@pytest.mark.parametrize("repair", REPAIRS, ids=lambda repair: repair.name)
-def test_a_plan_changes_nothing_and_names_what_apply_makes(repair: object) -> None:
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_a_plan_changes_nothing_and_names_what_apply_makes(target: Target) -> None:
     model = prepared(Activated(0.5)).train()
     before = fingerprint(model)
-    made = plan(model, {"bn": "a", "last": "b"}, repair.name, "test")
+    made = plan(model, {"bn": "a", "last": "b"}, target.name, "test")
     assert fingerprint(model) == before
     assert [change.name for change in made.changes] == ["bn", "last"]
-    assert made.deploys == repair.deploys
+    assert made.deploys == target.deploys
     converted = apply(model, made, RepairSpec())
     assert [type(layer).__name__ for layer in (converted.bn, converted.last)] == [c.to for c in made.changes]
     assert fingerprint(model) == before
@@ -73,7 +74,7 @@ def test_only_the_layers_of_the_plan_are_converted() -> None:
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(RepairError, match=r'No layer is called or matches "bn3"; the nearest name is "bn[12]"\.'):
         plan(Residual(), {"bn3": "flagged"}, "frozen", "test")
-    with pytest.raises(RepairError, match=r'cannot be converted to "gate" .*the nearest is gated\.'):
+    with pytest.raises(RepairError, match=r'no repair target named "gate" .*did you mean gated\?'):
         plan(Residual(), {"bn1": "flagged"}, "gate", "test")
 
 

@@ -61,9 +61,9 @@ def _with_state_hook() -> nn.Module:
 REFUSED = [
     (_lazy, "is lazy"),
     (_parametrized, "is parametrized"),
-    (_weight_normed, "has parameters or buffers that BN has not"),
+    (_weight_normed, "has parameters or buffers that BN does not have"),
     (_patched, "has its method forward replaced"),
-    (_with_buffer, r"has parameters or buffers that BN has not \(calibration\)"),
+    (_with_buffer, r"has parameters or buffers that BN does not have \(calibration\)"),
     (_without_parameter, "has no parameter weight"),
     (_with_state_hook, "has state_dict hooks"),
 ]

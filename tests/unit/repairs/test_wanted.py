@@ -78,5 +78,5 @@ def test_a_glob_that_matches_nothing_is_refused_with_the_nearest() -> None:
 
 def test_a_module_named_that_is_no_norm_is_left_to_the_plan() -> None:
     assert wanted_by_globs(Residual(), ["conv"]) == {"conv": "named"}
-    with pytest.raises(RepairError, match=r"conv \(Conv2d\) is no Batch Normalization layer\."):
+    with pytest.raises(RepairError, match=r"conv \(Conv2d\) is not a Batch Normalization layer\."):
         bnprobe.convert(Residual(), ["conv"])

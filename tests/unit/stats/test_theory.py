@@ -15,7 +15,6 @@ from bnprobe.stats.theory import (
     clipped_d_iid,
     clipped_r_iid,
     equivalent_batch_size,
-    expected_r,
     mismatch_iid,
 )
 
@@ -33,7 +32,7 @@ TABLE = {
 @pytest.mark.parametrize("n", TABLE)
 def test_the_table(n: int) -> None:
     r, mismatch, clipped = TABLE[n]
-    assert expected_r(n) == pytest.approx(r, abs=6e-5)
+    assert 1 - mismatch_iid(n) / 2 == pytest.approx(r, abs=6e-5)
     assert mismatch_iid(n) == pytest.approx(mismatch, abs=6e-5)
     assert clipped_r_iid(n) == pytest.approx(clipped, rel=0.4 if n >= 16 else 0.02)
     assert equivalent_batch_size(mismatch) == pytest.approx(n, rel=2e-3)
@@ -81,7 +80,7 @@ def test_a_real_layer_recovers_theory(n: int, batches: int) -> None:
     (layer,) = scan(model, data, n, num_batches=batches).layers
     for path in (layer.train, layer.eval):
         count = batches * channels
-        assert path.r.mean == pytest.approx(expected_r(n), abs=4 * path.r.std / math.sqrt(count))
+        assert path.r.mean == pytest.approx(1 - mismatch_iid(n) / 2, abs=4 * path.r.std / math.sqrt(count))
         assert path.d.mean == pytest.approx(0.0, abs=4 / math.sqrt(n * count))
         assert path.d.std == pytest.approx(1 / math.sqrt(n), rel=4 / math.sqrt(2 * count))
         low, high = path.interval

@@ -14,7 +14,7 @@ import bnprobe.files
 from bnprobe.errors import OutputError, StateError, UsageError
 from bnprobe.records import Score
 from bnprobe.records.repairs import Run
-from bnprobe.training import StateFolder
+from bnprobe.training import StateFolder, StepLog
 from support.finetuning import network, same_bits
 
 MARKS = {"model": "model.py", "weights": "ab12", "train": {"steps": 10, "optimizer": "SGD"}, "processes": 1}
@@ -53,8 +53,54 @@ def test_remove(tmp_path: Path) -> None:
     folder.log.write_text("log")
     folder.remove()
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(OutputError, match="could not be written"):
+    with pytest.raises(OutputError, match="was not made by bnprobe"):
         folder.remove()
+
+
+@pytest.mark.parametrize("inside", [".", "log"])
+def test_files_of_others_survive_the_end(tmp_path: Path, inside: str) -> None:
+    folder = begun(tmp_path / "state")
+    folder.finish("BN", 0, RUN, network().state_dict())
+    StepLog(folder.log, tensorboard=True).close()
+    mine = [folder.path / inside / name for name in ("notes.txt", "best.safetensors", "log.csv.bak")]
+    for path in mine:
+        path.write_text("mine")
+    folder.remove()
+    assert sorted(path for path in folder.path.rglob("*") if path.is_file()) == sorted(mine)
+    with pytest.raises(OutputError, match=r"state was not made by bnprobe"):  # it is the user's now
+        StateFolder.open(folder.path, MARKS, resume=False, force=True)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "state")
+    running = folder.running("BN", 0)
+    running.with_name(f".{running.name}.0123abcd.new").write_bytes(b"half")
+    folder.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_is_dropped_by_force(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "state")
+    folder.finish("BN", 0, RUN, network().state_dict())
+    (folder.path / "notes.txt").write_text("mine")
+    other = {**MARKS, "processes": 2}
+    again = StateFolder.open(folder.path, other, resume=False, force=True)
+    assert again.finished("BN", 0) is None
+    assert (folder.path / "notes.txt").read_text() == "mine"
+    StateFolder.open(folder.path, other, resume=True)
+
+
+@pytest.mark.parametrize("options", [{"resume": False}, {"resume": False, "force": True}, {"resume": True}])
+def test_a_folder_of_others_is_no_state(tmp_path: Path, options: dict[str, bool]) -> None:
+    mine = tmp_path / "state"
+    mine.mkdir()
+    for name in ("fingerprint.json", "log.csv"):
+        (mine / name).write_text(json.dumps(MARKS))
+    with pytest.raises(OutputError, match=r"state was not made by bnprobe: move it away, or give another -o"):
+        StateFolder.open(mine, MARKS, **options)
+    with pytest.raises(OutputError, match="not made by bnprobe"):
+        StateFolder(mine).remove()
+    assert sorted(path.name for path in mine.iterdir()) == ["fingerprint.json", "log.csv"]
 
 
 def test_a_folder_that_is_there_already(tmp_path: Path) -> None:
@@ -115,7 +161,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
         folder.finish("BN", 0, RUN, network().state_dict())
     assert folder.finished("BN", 0) is None
     assert folder.running("BN", 0).exists()
-    assert sorted(path.suffix for path in folder.path.iterdir()) == [".json", ".running"]
+    assert sorted(path.suffix for path in folder.path.iterdir()) == [".json", ".running", ".txt"]
     with pytest.raises(OutputError, match="No space left on device"):
         begun(tmp_path / "other")
     assert not (tmp_path / "other").exists()

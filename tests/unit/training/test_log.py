@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ def step(number: int, arm: str = "batch-renorm", seed: int = 0, loss: float = 0.
     return TrainingStep(arm, seed, number, 9, loss, 1 / 3, None, 1.5, 0.5, 0.125, 0.0, score)
 
 
-def written(path: Path, *steps: TrainingStep) -> list[dict[str, str]]:
-    log = StepLog(path)
+def written(path: Path, *steps: TrainingStep, tensorboard: bool = False) -> list[dict[str, str]]:
+    log = StepLog(path, tensorboard)
     for each in steps:
         log.write(each)
     log.close()
@@ -95,12 +96,20 @@ def test_a_folder_that_is_missing(tmp_path: Path) -> None:
         StepLog(tmp_path / "missing" / "log.csv")
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_what_others_have_at_the_place_of_the_events(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "log")
+    with pytest.raises(OutputError, match=r"log was not made by bnprobe: move it away"):
+        StepLog(tmp_path / "log.csv", tensorboard=True)
+    written(tmp_path / "log.csv", step(1))  # it is in nobody's way
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="TensorBoard is not installed")
 def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    written(tmp_path / "log.csv", step(1), step(2), step(3))
-    written(tmp_path / "log.csv", step(3, loss=7.0))
+    written(tmp_path / "log.csv", step(1), step(2), step(3), tensorboard=True)
+    written(tmp_path / "log.csv", step(3, loss=7.0), tensorboard=True)
     events = EventAccumulator(str(tmp_path / "log" / "batch-renorm-seed-0"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [

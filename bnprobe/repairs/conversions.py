@@ -1,0 +1,232 @@
+"""How the layers of each repair target are made from BN layers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnprobe.errors import RepairError
+from bnprobe.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, SyncBatchRenorm
+from bnprobe.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
+from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
+from bnprobe.repair_targets import Target
+from bnprobe.spec import RepairSpec
+
+Variants = dict[int | None, type[nn.Module]]
+"""Layer class by the number of spatial dimensions, where (N, C) counts as 1; None: for BN layers that take several."""
+
+_SPACE_BY_DIMENSIONS = {(2, 3): 1, (4,): 2, (5,): 3}
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class Conversion(Protocol):
+    """Makes the layers of one repair target.
+
+    It only replaces the normalization. What a subclass does beyond it, hooks, and the places in the model where the
+    layer stands are the business of ``bnprobe.repairs.surgery``. Two optional attributes of a layer class matter for
+    deployment:
+
+    - ``training_only``: names of parameters and buffers that BN does not have and inference does not use. They are left
+      out of the deployed weights.
+    - ``deployment_obstacle``: on layers that derive from torch's ``_BatchNorm`` but may differ from BN at inference,
+      why this layer does, a clause; None if it does not.
+    """
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        """Why this layer cannot be converted, a clause; None if it can."""
+
+    def note(self, module: _BatchNorm) -> str:
+        """What changes besides the class, a clause; empty if nothing does."""
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        """The new layer, with the Parameter and buffer objects of ``module``, which stays unchanged."""
+
+
+def conversion_of(target: Target) -> Conversion:
+    """Import the conversion of a target.
+
+    Raises:
+        RepairError: It cannot be imported.
+    """
+    location, _, attribute = target.conversion.partition(":")
+    try:
+        return cast(Conversion, getattr(import_module(location), attribute)())
+    except Exception as error:  # the code of another package
+        raise RepairError(
+            f'The conversion of the repair target "{target.name}" ({target.conversion}) cannot be loaded:'
+            f" {type(error).__name__}: {error}"
+        ) from error
+
+
+class ToBatchRenorm:
+    """Batch Renorm with the final limits of its schedule; synchronized where the layer was.
+
+    The momentum is that of the spec, or the layer's own where the spec has none.
+    """
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        return no_statistics(module) or _eps_obstacle(module, "Batch Renorm")
+
+    def note(self, module: _BatchNorm) -> str:
+        return "statistics stay synchronized between processes" if _is_synchronized(module) else ""
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        limits = spec.renorm
+        settings = {
+            **arguments(module),
+            "momentum": module.momentum if limits.momentum is None else limits.momentum,
+            "r_max": limits.r_max,
+            "d_max": limits.d_max,
+        }
+        if _is_synchronized(module):
+            return adopt(SyncBatchRenorm(**settings, process_group=_process_group(module)), module)
+        # SyncBatchRenorm is the only variant that takes any number of dimensions; in one process it is Batch Renorm.
+        variants: Variants = {1: BatchRenorm1d, 2: BatchRenorm2d, 3: BatchRenorm3d, None: SyncBatchRenorm}
+        return adopt(variants[space_dimensions(module)](**settings), module)
+
+
+class ToFrozen:
+    """BN that uses its running statistics in training too; they should be right, so recalibrate first."""
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        return no_statistics(module)
+
+    def note(self, module: _BatchNorm) -> str:
+        return "its running statistics no longer change"
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        variants: Variants = {None: FrozenBatchNorm, 1: FrozenBatchNorm1d, 2: FrozenBatchNorm2d, 3: FrozenBatchNorm3d}
+        return adopt(variants[space_dimensions(module)](**arguments(module), momentum=module.momentum), module)
+
+
+class ToGroupNorm:
+    """Group norm (Wu and He 2018), without batch and running statistics; weight and bias are kept."""
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        may_lack_space = space_dimensions(module) in (None, 1)  # (N, C) has one value per channel and sample
+        if module.num_features == 1 and may_lack_space:
+            return "has one channel, whose only value per sample group norm would make 0"
+        return None
+
+    def note(self, module: _BatchNorm) -> str:
+        return "running statistics are dropped, and outputs change: fine-tune it"
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        given = arguments(module)
+        channels = given.pop("num_features")
+        return adopt(nn.GroupNorm(groups_for(channels, spec.groups), channels, **given), module, buffers=False)
+
+
+class ToSync:
+    """BN with the statistics of all processes, on any device: Batch Renorm limited to r = 1 and d = 0."""
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        return _eps_obstacle(module, "the synchronized layer") or no_statistics(module)
+
+    def note(self, module: _BatchNorm) -> str:
+        return "changes something only where several processes train"
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        settings = {**arguments(module), "momentum": module.momentum, "r_max": 1.0, "d_max": 0.0}
+        return adopt(SyncBatchRenorm(**settings, process_group=_process_group(module)), module)
+
+
+class ToInstanceRenorm:
+    """Every sample with its own statistics, corrected towards the running ones, with the blend of the spec."""
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        return no_statistics(module)
+
+    def note(self, module: _BatchNorm) -> str:
+        return "at inference too, samples are normalized in part by their own statistics: fine-tune it"
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        variants: Variants = {None: InstanceRenorm, 1: InstanceRenorm1d, 2: InstanceRenorm2d, 3: InstanceRenorm3d}
+        variant = variants[space_dimensions(module)]
+        return adopt(variant(**arguments(module), momentum=module.momentum, blend=spec.blend), module)
+
+
+class ToGated:
+    """A learned gate per channel between batch and running statistics, which starts at the blend of the spec."""
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        return no_statistics(module)
+
+    def note(self, module: _BatchNorm) -> str:
+        return "has a new parameter, gate_logit, which an optimizer made before does not hold"
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        variants: Variants = {None: GatedBatchNorm, 1: GatedBatchNorm1d, 2: GatedBatchNorm2d, 3: GatedBatchNorm3d}
+        variant = variants[space_dimensions(module)]
+        return adopt(variant(**arguments(module), momentum=module.momentum, blend=spec.blend), module)
+
+
+def space_dimensions(module: _BatchNorm) -> int | None:
+    """Number of spatial dimensions that the layer's own input check allows: 1, 2 or 3; None if several."""
+    return _SPACE_BY_DIMENSIONS.get(tuple(n for n in range(2, 6) if _takes(module, n)))
+
+
+def arguments(module: _BatchNorm) -> dict[str, Any]:
+    """The arguments with which a BN-like replacement is made, except momentum."""
+    weight = module.weight if module.weight is not None else module.running_mean
+    return {
+        "num_features": module.num_features,
+        "eps": module.eps,
+        "affine": module.weight is not None or module.bias is not None,
+        "device": None if weight is None else weight.device,
+        "dtype": None if weight is None else weight.dtype,
+    }
+
+
+def adopt(replacement: nn.Module, module: _BatchNorm, buffers: bool = True) -> nn.Module:
+    """Give a replacement the Parameter and buffer objects of a layer, so that its optimizer keeps working."""
+    replacement.register_parameter("weight", module.weight)
+    replacement.register_parameter("bias", module.bias)
+    for name in _STATISTICS if buffers else ():
+        setattr(replacement, name, getattr(module, name))
+    return replacement
+
+
+def no_statistics(module: _BatchNorm) -> str | None:
+    """The obstacle of targets that normalize with running statistics."""
+    if module.running_mean is None or module.running_var is None or module.num_batches_tracked is None:
+        return (
+            "keeps no running statistics (track_running_stats=False): make it with track_running_stats=True and"
+            " recalibrate first"
+        )
+    return None
+
+
+def groups_for(channels: int, most: int) -> int:
+    """The largest divisor of ``channels`` that is at most ``most`` and leaves two channels in a group.
+
+    With one channel in a group, group norm would be instance norm, and without space it would make everything 0.
+    """
+    least = min(2, channels)
+    return max(groups for groups in range(1, most + 1) if channels % groups == 0 and channels >= groups * least)
+
+
+def _takes(module: _BatchNorm, dimensions: int) -> bool:
+    try:
+        module._check_input_dim(torch.empty((1,) * dimensions, device="meta"))
+    except (ValueError, NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def _eps_obstacle(module: _BatchNorm, who: str) -> str | None:
+    return None if module.eps > 0 else f"has eps {module.eps:g}, and {who} needs a positive one"
+
+
+def _is_synchronized(module: _BatchNorm) -> bool:
+    return isinstance(module, nn.SyncBatchNorm | SyncBatchRenorm)
+
+
+def _process_group(module: _BatchNorm) -> object:
+    """The processes that a synchronized layer shares its statistics with; None: all of them."""
+    return getattr(module, "process_group", None)

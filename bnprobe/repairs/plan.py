@@ -1,0 +1,359 @@
+"""Which layers to convert, and why: ``plan`` only looks, ``apply`` changes the model, ``convert`` does both."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnprobe.errors import RepairError, UsageError
+from bnprobe.loading.model import unwrapped
+from bnprobe.probing.layers import ROOT
+from bnprobe.records import Layer, LayerChange, PathMeasurement, Plan, Refusal, Report
+from bnprobe.repair_targets import AUTO, DEFAULT_TARGET, TARGETS
+from bnprobe.repairs.conversions import Conversion, conversion_of
+from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed
+from bnprobe.spec import RepairSpec, matches_any
+from bnprobe.specfile.merge import sentence
+from bnprobe.specfile.sources import Source
+
+
+def convert(
+    model: nn.Module,
+    layers: Iterable[str] | Report | None = None,
+    *,
+    to: str = DEFAULT_TARGET,
+    inplace: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Convert BN layers of a model; what stays as it is, ``bnprobe.repairs.apply`` says.
+
+    Args:
+        model: Any module; not wrapped in DataParallel, DDP or torch.compile.
+        layers: Names or globs of layers; or a report of this model, for the layers that it flags; None: every BN layer.
+        to: A repair target: "batch-renorm", "frozen", "group-norm", "sync", "instance-renorm", "gated", or one that
+            another package adds.
+        inplace: Change ``model`` itself; an optimizer that holds its parameters keeps working.
+        **options: Settings of the layers, fields of ``bnprobe.spec.RepairSpec``: groups, blend, renorm.
+
+    Returns:
+        The converted model, a copy unless ``inplace``. If the model itself is the layer, its replacement either way.
+
+    Raises:
+        RepairError: A layer cannot be converted (then none is), or the report is from another model.
+        UsageError: An option is unknown or has a wrong value.
+    """
+    spec = _spec({"to": to, **options})
+    refuse_wrapped(model)
+    made = plan(model, _wanted(model, layers), spec.to, "bnprobe.convert")
+    _require_all(made)
+    return apply(model, made, spec, inplace=inplace)
+
+
+def plan(model: nn.Module, wanted: Mapping[str, str], to: str, source: str) -> Plan:
+    """Say what converting some layers would change; the model stays as it is.
+
+    Args:
+        model: Not wrapped.
+        wanted: Names of layers, by any of their names, and why each is wanted, a clause.
+        to: Name of a repair target.
+        source: What chose the layers, a phrase.
+
+    Raises:
+        RepairError: The model is wrapped; there is no such target or no such layer.
+    """
+    refuse_wrapped(model)
+    target = TARGETS[to]
+    conversion = conversion_of(target)
+    reasons = _by_first_name(model, wanted)
+    considered = [
+        _considered(found, conversion, reasons[found.name]) for found in named_once(model) if found.name in reasons
+    ]
+    return Plan(
+        to=target.name,
+        source=source,
+        changes=tuple(each for each in considered if isinstance(each, LayerChange)),
+        refused=tuple(each for each in considered if isinstance(each, Refusal)),
+        untouched=sum(found.name not in reasons for found in batch_norms(model)),
+        deploys=target.deploys,
+    )
+
+
+def apply(model: nn.Module, plan: Plan, spec: RepairSpec, *, inplace: bool = False) -> nn.Module:
+    """Convert the layers of a plan.
+
+    Parameters and buffers of the layers stay the same objects (those of the copy, unless ``inplace``), with their
+    requires_grad, device and dtype; so do hooks, training flags, and the modules that a subclass applies after
+    normalizing. Shared layers stay shared.
+
+    Args:
+        model: The model of the plan, or a copy of it.
+        plan: The layers under ``refused`` stay as they are.
+        spec: Settings of the new layers.
+        inplace: Change ``model`` itself: all of the plan, or nothing if this raises.
+
+    Returns:
+        The converted model: a copy, or with ``inplace`` the model itself. If the model itself is the layer, its
+        replacement.
+
+    Raises:
+        RepairError: The model is wrapped, cannot be copied, or is not that of the plan.
+    """
+    refuse_wrapped(model)
+    target = model if inplace else _copy(model)
+    conversion = conversion_of(TARGETS[plan.to])
+    modules = {found.name: found for found in named_once(target)}
+    chosen = [_chosen(modules, change, plan.to, conversion) for change in plan.changes]
+    # Make every replacement before the model is changed: if one fails, nothing is changed.
+    made = [(layer, conversion.replacement(layer, spec), applies_children(layer)) for layer in chosen]
+    return replace_everywhere(target, {layer: succeed(new, layer, further) for layer, new, further in made})
+
+
+def wanted_by_globs(model: nn.Module, globs: Iterable[str]) -> dict[str, str]:
+    """The BN layers with a name that a glob matches; the reason is the first such glob.
+
+    The exact name of another module counts too: the plan then says why it cannot be converted.
+
+    Raises:
+        RepairError: A glob matches nothing; names the nearest layer.
+    """
+    layers = batch_norms(model)
+    modules = {name: found for found in named_once(model) for name in found.names}
+    wanted: dict[str, str] = {}
+    for glob in globs:
+        matched = [layer for layer in layers if matches_any(glob, layer.names)]
+        if not matched and glob in modules:
+            matched = [modules[glob]]
+        if not matched:
+            raise _unknown_name(glob, [name for layer in layers for name in layer.names], "BN layer")
+        for layer in matched:
+            wanted.setdefault(layer.name, f"matches {glob}" if glob not in layer.names else "named")
+    return wanted
+
+
+def wanted_from_report(report: Report, model: nn.Module) -> dict[str, str]:
+    """The layers that a report flags; the reason is the figure and the cause.
+
+    The model may have layers that the report lacks: a scan can be told to leave some out.
+
+    Raises:
+        RepairError: The report is from another model; names the first layers that differ.
+    """
+    _require_same_model(report, model)
+    return {layer.name: _reason(layer, report) for layer in report.layers if layer.flagged}
+
+
+@dataclass(frozen=True)
+class NamedModule:
+    """A module and all its names; ``name`` is the first, as in reports."""
+
+    name: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__
+
+
+def named_once(model: nn.Module) -> list[NamedModule]:
+    """Every module once, in network order."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name or ROOT)
+    return [NamedModule(found[0], tuple(found[1:]), module) for module, found in names.items()]
+
+
+def batch_norms(model: nn.Module) -> list[NamedModule]:
+    """The layers that derive from torch's BN, in network order."""
+    return [found for found in named_once(model) if isinstance(found.module, _BatchNorm)]
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a model that is a wrapper, or has one around BN layers, since a wrapper would not see them change.
+
+    Raises:
+        RepairError: Names the wrapper and what to do instead.
+    """
+    for found in named_once(model):
+        advice = _unwrapping_advice(found.module)
+        if advice and (found.name == ROOT or _holds_norm(found.module)):
+            place = "The model is" if found.name == ROOT else f"{found.name} is"
+            raise RepairError(f"{place} wrapped in {found.kind}, which would not see its layers change: {advice}.")
+
+
+def _wanted(model: nn.Module, layers: Iterable[str] | Report | None) -> Mapping[str, str]:
+    if isinstance(layers, Report):
+        wanted = wanted_from_report(layers, model)
+    elif layers is None:
+        wanted = {layer.name: "all layers" for layer in batch_norms(model)}
+    else:
+        wanted = wanted_by_globs(model, [layers] if isinstance(layers, str) else layers)
+    if not wanted:
+        what = "The report flags no layer" if isinstance(layers, Report) else "No BN layer was named"
+        what = f"{type(model).__name__} has no Batch Normalization layer" if layers is None else what
+        raise RepairError(f"{what}: there is nothing to convert.")
+    return wanted
+
+
+def _require_all(made: Plan) -> None:
+    if made.refused:
+        reasons = "\n".join(f"{layer.name} ({layer.kind}) {layer.reason}." for layer in made.refused)
+        advice = (
+            f"\nName the others ({len(made.changes)}) in layers=[...] to convert them alone." if made.changes else ""
+        )
+        raise RepairError(f"Cannot be converted to {made.to}:\n{reasons}{advice}")
+
+
+def _spec(options: Mapping[str, Any]) -> RepairSpec:
+    """The repair section that the arguments of ``convert`` make.
+
+    Raises:
+        UsageError: An argument is unknown or wrong.
+    """
+    known = tuple(dict.fromkeys(name for target in TARGETS for name in target.settings))
+    unknown = sorted(options.keys() - {"to", *known})
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], known, 1, cutoff=0.0)[0]
+        raise UsageError(
+            f'convert has no option "{unknown[0]}" (known: {", ".join(known)}); the nearest is "{nearest}".'
+        )
+    if options["to"] == AUTO:
+        raise UsageError(
+            'to="auto" trains every target to choose one: name a target, or run bnprobe convert --finetune.'
+        )
+    source = Source(dict(options), arguments=True)
+    try:
+        return RepairSpec.model_validate(source.values)
+    except ValidationError as error:
+        raise UsageError("\n".join(sentence(item, source, RepairSpec) for item in error.errors())) from None
+
+
+def _considered(found: NamedModule, conversion: Conversion, reason: str) -> LayerChange | Refusal:
+    layer = found.module
+    refusal = _obstacle(layer, conversion)
+    if refusal or not isinstance(layer, _BatchNorm):
+        return Refusal(found.name, found.kind, refusal or "is not a Batch Normalization layer")
+    kind = type(conversion.replacement(layer, RepairSpec())).__name__
+    return LayerChange(found.name, found.aliases, found.kind, kind, reason, conversion.note(layer))
+
+
+def _obstacle(module: nn.Module, conversion: Conversion) -> str | None:
+    """Why this module cannot be converted, a clause; None if it can."""
+    reason = obstacle(module)
+    return conversion.obstacle(module) if reason is None and isinstance(module, _BatchNorm) else reason
+
+
+def _chosen(modules: Mapping[str, NamedModule], change: LayerChange, to: str, conversion: Conversion) -> _BatchNorm:
+    """The layer of a change.
+
+    Raises:
+        RepairError: It is not there, is another kind of layer, or cannot be converted any more.
+    """
+    found = modules.get(change.name)
+    if found is None:
+        raise _unknown_name(change.name, modules)
+    if found.kind != change.kind:
+        raise RepairError(
+            f"The plan is for another model: {change.name} is {found.kind} here and {change.kind} there. Make a new"
+            " plan."
+        )
+    reason = _obstacle(found.module, conversion)
+    if reason or not isinstance(found.module, _BatchNorm):
+        raise RepairError(f"{found.name} ({found.kind}) cannot be converted to {to}: it {reason}.")
+    return found.module
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever the user's modules hold
+        raise RepairError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Convert it in place:"
+            " bnprobe.convert(..., inplace=True)."
+        ) from error
+
+
+def _by_first_name(model: nn.Module, wanted: Mapping[str, str]) -> dict[str, str]:
+    """The reasons by the first name of each layer.
+
+    Raises:
+        RepairError: No module has that name.
+    """
+    first = {name: found.name for found in named_once(model) for name in found.names}
+    for name in wanted:
+        if name not in first:
+            raise _unknown_name(name, first)
+    return {first[name]: reason for name, reason in wanted.items()}
+
+
+def _reason(layer: Layer, report: Report) -> str:
+    """E.g. "flagged: n_eq 2.8, below 32 (small batch)"."""
+    measured = [path for path in (layer.train, layer.eval) if path is not None]
+    worst = max(measured, key=lambda path: path.mismatch, default=None)
+    causes = [diagnosis.cause for diagnosis in report.diagnoses if layer.name in diagnosis.layers]
+    cause = f" ({causes[0].replace('_', ' ')})" if causes else ""
+    return f"flagged: {_figure(worst)}, below {layer.threshold:g}{cause}"
+
+
+def _figure(path: PathMeasurement | None) -> str:
+    if path is None or path.equivalent_batch_size is None:
+        return "n_eq beyond measure"
+    return f"n_eq {path.equivalent_batch_size:.3g}"
+
+
+def _require_same_model(report: Report, model: nn.Module) -> None:
+    modules = {name: found for found in named_once(model) for name in found.names}
+    differences = list(_differences(report, modules))
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise RepairError(
+            f"The report is from another model ({report.scan.model}): {'; '.join(differences[:3])}{more}."
+            " Scan this model, or give the one that was scanned."
+        )
+
+
+def _differences(report: Report, modules: dict[str, NamedModule]) -> Iterator[str]:
+    for layer in report.layers:
+        found = modules.get(layer.name)
+        if found is None:
+            yield f"it has {layer.name} ({layer.kind}), and this model has not"
+        elif found.kind != layer.kind:
+            yield f"{layer.name} is {layer.kind} there and {found.kind} here"
+        elif (channels := getattr(found.module, "num_features", None)) != layer.channels:
+            yield f"{layer.name} has {layer.channels} channels there and {channels} here"
+
+
+def _unknown_name(name: str, known: Iterable[str], what: str = "layer") -> RepairError:
+    nearest = difflib.get_close_matches(name, list(known), 1, cutoff=0.0)
+    hint = f'; the nearest name is "{nearest[0]}"' if nearest else ""
+    return RepairError(f'No {what} is called or matches "{name}"{hint}.')
+
+
+def _holds_norm(module: nn.Module) -> bool:
+    """Whether a BN layer is inside, even a scripted one."""
+    kinds = (getattr(inner, "original_name", "") for inner in module.modules())
+    return bool(batch_norms(module)) or any("BatchNorm" in str(kind) for kind in kinds)
+
+
+def _unwrapping_advice(module: nn.Module) -> str | None:
+    """What to do instead of converting inside this wrapper; None if it is none."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "convert the model before torch.jit.script or torch.jit.trace"
+    if unwrapped(module)[0] is not module:
+        inside = "module" if hasattr(module, "module") and isinstance(module.module, nn.Module) else "_orig_mod"
+        return f"convert the module inside (its attribute {inside}) before wrapping it"
+    if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+        return "convert the model before wrapping it"
+    return None
