@@ -75,7 +75,7 @@ class Probe:
             scope: Scope = "eval" if path == "eval" else "train"
             sums = [PathEvidence(scope, batch_sizes[0]), *(PathEvidence("other sizes", n) for n in batch_sizes[1:])]
             for step in self._steps:
-                pass_ = Pass(len(step) * BATCH_SIZE, BATCH_SIZE, per_image=path == "eval")
+                pass_ = Pass(len(step) * BATCH_SIZE, BATCH_SIZE, per_sample=path == "eval")
                 session.forward(path, join(step), pass_)
                 for one in sums:
                     one.add(pass_.records, layers.layers)

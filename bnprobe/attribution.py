@@ -145,7 +145,7 @@ def _drawn(
     images = Images(*(torch.cat([getattr(pool, name) for pool in pools]) for name in ("mean", "variance", "replicate")))
     if images.mean.shape[0] < FEWEST_GROUPS * evidence.batch_size:
         return None
-    squares = sum((evidence.eval.image_squares(slot) for slot in slots), start=torch.zeros(()))
+    squares = sum((evidence.eval.sample_squares(slot) for slot in slots), start=torch.zeros(()))
     return draw(means, counts, squares, images, evidence.batch_size, seed=0)
 
 
@@ -165,7 +165,7 @@ def _compositions(evidence: Evidence, calls: dict[int, list[Slot]]) -> dict[int,
 
     size, path = evidence.batch_size, evidence.eval
     found = {
-        slot: analyse(path.moments(slot), path.image_squares(slot), size) for slots in calls.values() for slot in slots
+        slot: analyse(path.moments(slot), path.sample_squares(slot), size) for slots in calls.values() for slot in slots
     }
     if not found:
         return {}

@@ -9,7 +9,7 @@ import torch
 
 from bnprobe.further import Further
 from bnprobe.loading.workload import Workload
-from bnprobe.probing.accumulators import ImagePool
+from bnprobe.probing.accumulators import SamplePool
 from bnprobe.probing.evidence import Evidence
 from bnprobe.probing.layers import unmatched_globs
 from bnprobe.records import Environment, Pool, Scan
@@ -43,7 +43,7 @@ def describe(
         batch_size=evidence.batch_size,
         batches=evidence.batches,
         batches_requested=settings.batches,
-        images=evidence.images,
+        images=evidence.samples,
         left_out=evidence.left_out,
         emulated=evidence.emulated,
         physical_batch=evidence.physical_batch,
@@ -67,7 +67,7 @@ def _pool(evidence: Evidence) -> Pool | None:
     images = max((pool.mean.shape[0] for pool in evidence.eval.pool().values()), default=0)
     if not images:
         return None
-    return Pool(images, evidence.eval[ImagePool].bytes, regrouped_batches(images, evidence.batch_size))
+    return Pool(images, evidence.eval[SamplePool].bytes, regrouped_batches(images, evidence.batch_size))
 
 
 def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
@@ -79,6 +79,6 @@ def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
             " Was a checkpoint forgotten?"
         )
     for size in evidence.batch_sizes:
-        if evidence.images < 2 * size:
+        if evidence.samples < 2 * size:
             needed = f"Batch size {size} needs at least {2 * size} images"
-            yield f"{needed}, and {evidence.images} were measured: raise --batches."
+            yield f"{needed}, and {evidence.samples} were measured: raise --batches."

@@ -17,7 +17,7 @@ from bnprobe.loading.workload import Workload
 from bnprobe.probing.batch import to_device
 from bnprobe.probing.evidence import Evidence
 from bnprobe.probing.gradients import measure_gradients
-from bnprobe.probing.impact import IMAGES, joint_impact, measure_impact
+from bnprobe.probing.impact import SAMPLES, joint_impact, measure_impact
 from bnprobe.probing.layers import LayerSet
 from bnprobe.probing.session import Session
 from bnprobe.probing.train_steps import OptimizerFactory, train_steps
@@ -53,7 +53,7 @@ class Further:
 
 def wanted_batches(settings: ScanSettings, batch_size: int) -> int:
     """How many micro-batches must be kept for what the settings ask for."""
-    images = max(IMAGES, WHAT_IF_IMAGES if settings.what_if else 0)
+    images = max(SAMPLES, WHAT_IF_IMAGES if settings.what_if else 0)
     trained = settings.train_steps or 0
     return max(2, images // batch_size, trained, GRADIENT_BATCHES if settings.gradients else 0)
 
@@ -146,7 +146,7 @@ def _first_images(session: Session, evidence: Evidence) -> list[Any]:
     layers = session.layers.layers
     numbers = sum(values * layers[index].info.channels for (index, _), values in evidence.values.items())
     memory = IMPACT_BYTES * evidence.batch_size // (4 * max(numbers, 1))
-    images = min(IMAGES, memory, evidence.images // IMPACT_PART)
+    images = min(SAMPLES, memory, evidence.samples // IMPACT_PART)
     number = max(2, images // evidence.batch_size)
     return [to_device(batch, session.device) for batch in evidence.micro_batches[:number]]
 
@@ -206,7 +206,7 @@ def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
     """What the two paths were joined by, with its reason."""
     if evidence.steady is not None:
         reason = "the model draws random numbers in training"
-        yield ExtraPass("train path without random layers", reason, evidence.images, evidence.steady_seconds)
+        yield ExtraPass("train path without random layers", reason, evidence.samples, evidence.steady_seconds)
     if evidence.held_out is not None:
         held_out = evidence.held_out
-        yield ExtraPass("evaluation data", "there is some to tell a data shift by", held_out.images, held_out.seconds)
+        yield ExtraPass("evaluation data", "to measure the data shift", held_out.samples, held_out.seconds)

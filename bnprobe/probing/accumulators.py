@@ -36,7 +36,7 @@ from bnprobe.stats.theory import D_MAX, R_MAX
 POOL_BYTES = 2**26
 """Most memory of the pool: 64 MiB hold 315 samples of ResNet-50's 26560 channels."""
 
-POOL_IMAGES = 1024
+POOL_SAMPLES = 1024
 """Most samples of the pool: with more, its own noise no longer shows beside that of the micro-batches."""
 
 S = TypeVar("S", bound="Statistic")
@@ -550,7 +550,7 @@ class BatchMoments(Statistic):
             self.accumulate(name, columns.channel, added)
 
 
-class ImagePool(Statistic):
+class SamplePool(Statistic):
     """Moments of samples drawn at random from all that pass, each with the same chance (Vitter 1985, algorithm R).
 
     Kept in float32, from an origin near the data, in units of the running statistics. Forward passes that make other
@@ -565,7 +565,7 @@ class ImagePool(Statistic):
         origin: Shape (columns,), float64.
     """
 
-    name = "image pool"
+    name = "sample pool"
     scopes = frozenset({"eval"})
     reported = False
 
@@ -598,7 +598,7 @@ class ImagePool(Statistic):
 
     def merge(self, other: Statistic, table: CallTable, other_table: CallTable) -> None:
         """Of two processes that fill the same place the later sample counts."""
-        assert isinstance(other, ImagePool)
+        assert isinstance(other, SamplePool)
         if not self.number:
             self.__dict__ |= other.__dict__
         if not other.number or other.slots != self.slots:
@@ -609,12 +609,12 @@ class ImagePool(Statistic):
                 self.mean[place] = (other.mean[place] + (other.origin - self.origin)).float()
                 self.variance[place] = other.variance[place]
 
-    def on_host(self) -> ImagePool:
+    def on_host(self) -> SamplePool:
         found = copy.copy(self)
         found.origin, found.mean, found.variance = self.origin.cpu(), self.mean.cpu(), self.variance.cpu()
         return found
 
-    def images(self, table: CallTable) -> dict[Slot, Images]:
+    def samples(self, table: CallTable) -> dict[Slot, Images]:
         """The samples of each call; none where samples could not be told apart."""
         if not self.slots:
             return {}
@@ -632,7 +632,7 @@ class ImagePool(Statistic):
 
     def _start(self, step: SampleStep) -> None:
         columns = step.mean.shape[1]
-        room = max(1, min(POOL_IMAGES, POOL_BYTES // (8 * columns)))
+        room = max(1, min(POOL_SAMPLES, POOL_BYTES // (8 * columns)))
         self.slots = step.columns.slots
         self.origin = step.mean.mean(0)
         self.mean = step.mean.new_zeros(room, columns, dtype=torch.float32)
@@ -656,7 +656,7 @@ class ImagePool(Statistic):
 
 STATISTICS: Registry[type[Statistic]] = Registry(
     "bnprobe.statistics",
-    (Mismatch, LayerMismatch, CorrectionR, CorrectionD, BatchMoments, ImagePool),
+    (Mismatch, LayerMismatch, CorrectionR, CorrectionD, BatchMoments, SamplePool),
     name_of=lambda row: row.name,
     noun="statistic",
 )

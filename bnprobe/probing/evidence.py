@@ -25,9 +25,9 @@ from bnprobe.probing.accumulators import (
     Columns,
     CorrectionD,
     CorrectionR,
-    ImagePool,
     LayerMismatch,
     Mismatch,
+    SamplePool,
     SampleStep,
     Scope,
     Statistic,
@@ -183,14 +183,14 @@ class PathEvidence:
         sums: BatchSums = self[BatchMoments].of(self._table, [slot])[0]
         return sums
 
-    def image_squares(self, slot: Slot) -> Tensor:
+    def sample_squares(self, slot: Slot) -> Tensor:
         """The squared means of samples (as d) of a call, summed, shape (replicates, channels)."""
         squares: Tensor = self[BatchMoments].of(self._table, [slot])[1]
         return squares
 
     def pool(self) -> dict[Slot, Images]:
         """Samples for regrouping, by call; none where samples could not be told apart."""
-        return self[ImagePool].images(self._table)
+        return self[SamplePool].samples(self._table)
 
     def reported(self, slots: list[Slot]) -> dict[str, Any]:
         """The results of the statistics that stand in the report under their own names, for calls of one layer."""
@@ -349,7 +349,7 @@ class Evidence:
         return self.batching.batch_size
 
     @property
-    def images(self) -> int:
+    def samples(self) -> int:
         """Samples measured."""
         return self.batches * self.batch_size
 

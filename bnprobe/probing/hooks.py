@@ -155,26 +155,26 @@ class Grouping:
     """How the rows of one call divide into samples, micro-batches and the groups that are normalized together.
 
     Attributes:
-        images: Samples in the physical batch.
-        batch_size: Samples per micro-batch; divides ``images``.
-        rows: Rows that the layer sees; a multiple of ``images``.
+        samples: Samples in the physical batch.
+        batch_size: Samples per micro-batch; divides ``samples``.
+        rows: Rows that the layer sees; a multiple of ``samples``.
         layout: Order of the rows.
         group_rows: Rows per group, consecutive in the micro-batch as it runs alone; None: the whole micro-batch.
     """
 
-    images: int
+    samples: int
     batch_size: int
     rows: int
     layout: Layout = Layout.CONSECUTIVE
     group_rows: int | None = None
 
     @property
-    def rows_per_image(self) -> int:
-        return self.rows // self.images
+    def rows_per_sample(self) -> int:
+        return self.rows // self.samples
 
     @property
     def micro_batches(self) -> int:
-        return self.images // self.batch_size
+        return self.samples // self.batch_size
 
     @property
     def groups_per_micro_batch(self) -> int:
@@ -184,19 +184,19 @@ class Grouping:
     def groups(self) -> int:
         return self.micro_batches * self.groups_per_micro_batch
 
-    def image_moments(self, x: Tensor, floor: float) -> Moments:
-        """(mean, biased variance) of each sample and channel, float64, shape (images, channels)."""
-        if self.rows_per_image == 1:
+    def sample_moments(self, x: Tensor, floor: float) -> Moments:
+        """(mean, biased variance) of each sample and channel, float64, shape (samples, channels)."""
+        if self.rows_per_sample == 1:
             return row_moments(x, floor)
         if x.dim() == 2:
             return row_moments(self._split(x).transpose(1, 2), floor)
         mean, variance = (self._split(moment).flatten(0, 1) for moment in row_moments(x, floor))
-        return pool_moments(mean, variance, self.rows_per_image)
+        return pool_moments(mean, variance, self.rows_per_sample)
 
     def group_moments(self, x: Tensor, floor: float) -> Moments:
         """(mean, biased variance) of each group and channel, float64, shape (groups, channels)."""
         if self.group_rows is None:
-            return pool_moments(*self.image_moments(x, floor), self.batch_size)
+            return pool_moments(*self.sample_moments(x, floor), self.batch_size)
         group = self.group_of_row(x.device)
         mean, variance = row_moments(x, floor)
         if group is not None:
@@ -210,22 +210,22 @@ class Grouping:
             return None
         row = torch.arange(self.rows, device=device)
         if self.layout is Layout.CONSECUTIVE:
-            image, block = row // self.rows_per_image, row % self.rows_per_image
-            within = image % self.batch_size * self.rows_per_image + block
+            sample, block = row // self.rows_per_sample, row % self.rows_per_sample
+            within = sample % self.batch_size * self.rows_per_sample + block
         else:
-            image, block = row % self.images, row // self.images
-            within = block * self.batch_size + image % self.batch_size
-        micro_batch = image // self.batch_size
+            sample, block = row % self.samples, row // self.samples
+            within = block * self.batch_size + sample % self.batch_size
+        micro_batch = sample // self.batch_size
         if self.group_rows is None:
             return micro_batch
         return micro_batch * self.groups_per_micro_batch + within // self.group_rows
 
     def _split(self, rows: Tensor) -> Tensor:
-        """View of shape (images, rows_per_image, channels), whatever the layout."""
-        k, channels = self.rows_per_image, rows.shape[1]
+        """View of shape (samples, rows_per_sample, channels), whatever the layout."""
+        k, channels = self.rows_per_sample, rows.shape[1]
         if self.layout is Layout.CONSECUTIVE:
-            return rows.reshape(self.images, k, channels)
-        return rows.reshape(k, self.images, channels).transpose(0, 1)
+            return rows.reshape(self.samples, k, channels)
+        return rows.reshape(k, self.samples, channels).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -276,9 +276,9 @@ class Pass:
     running statistics gets its own kernel. The fields may say otherwise for some layers.
 
     Attributes:
-        images: Samples in the physical batch.
+        samples: Samples in the physical batch.
         batch_size: Samples per micro-batch; statistics are taken per group of so many, unless the family groups rows.
-        per_image: Where a layer uses its running statistics, record samples rather than micro-batches.
+        per_sample: Where a layer uses its running statistics, record samples rather than micro-batches.
         layouts: Of the calls whose layout is known.
         references: Group moments that the right layout gives: where present, the layout is found by them.
         by_batch: Indices of layers that normalize with their group's statistics, whatever mode they are in.
@@ -293,9 +293,9 @@ class Pass:
         functional: Places in the user's code that call batch_norm outside any layer.
     """
 
-    images: int
+    samples: int
     batch_size: int
-    per_image: bool = False
+    per_sample: bool = False
     layouts: dict[Slot, Layout] = field(default_factory=dict)
     references: dict[Slot, Moments] = field(default_factory=dict)
     by_batch: frozenset[int] = frozenset()
@@ -320,12 +320,12 @@ class Pass:
         grouping = self._grouping(replace(found, call=seen), slot)
         by_batch = call.training or call.running_mean is None or layer.index in self.by_batch
         own = grouping.group_rows is not None
-        per_image = self.per_image and not by_batch and not own
-        mean, variance = (grouping.image_moments if per_image else grouping.group_moments)(seen.input, call.eps)
+        per_sample = self.per_sample and not by_batch and not own
+        mean, variance = (grouping.sample_moments if per_sample else grouping.group_moments)(seen.input, call.eps)
         self.records[slot] = Recorded(
             mean,
             variance,
-            unit=1 if per_image else self.batch_size,
+            unit=1 if per_sample else self.batch_size,
             values=call.input.numel() // call.input.shape[1] // grouping.groups,
             by_batch=by_batch,
             bytes=call.input.numel() * call.input.element_size(),
@@ -339,19 +339,19 @@ class Pass:
         call = _with_statistics(call, self.statistics.get(layer.index))
         if self.leaves is None:
             return found.family.evaluate(call)
-        output, self.leaves[slot] = affine(call, replace(grouping, batch_size=1) if per_image else grouping)
+        output, self.leaves[slot] = affine(call, replace(grouping, batch_size=1) if per_sample else grouping)
         return output
 
     def _grouping(self, found: Intercepted, slot: Slot) -> Grouping:
         rows = found.call.input.shape[0]
-        if rows % self.images:
-            if self.images != self.batch_size or self.per_image:
-                raise CannotEmulateError(f"{found.layer.name} sees {rows} rows for {self.images} images")
+        if rows % self.samples:
+            if self.samples != self.batch_size or self.per_sample:
+                raise CannotEmulateError(f"{found.layer.name} sees {rows} rows for {self.samples} samples")
             # A real micro-batch: all rows are normalized together, whatever they are.
-            return Grouping(images=1, batch_size=1, rows=rows, group_rows=_own_group(found, rows))
-        own = _own_group(found, rows // self.images * self.batch_size)
-        grouping = Grouping(self.images, self.batch_size, rows, self.layouts.get(slot, Layout.CONSECUTIVE), own)
-        if slot in self.references and grouping.rows_per_image > 1:
+            return Grouping(samples=1, batch_size=1, rows=rows, group_rows=_own_group(found, rows))
+        own = _own_group(found, rows // self.samples * self.batch_size)
+        grouping = Grouping(self.samples, self.batch_size, rows, self.layouts.get(slot, Layout.CONSECUTIVE), own)
+        if slot in self.references and grouping.rows_per_sample > 1:
             other = replace(grouping, layout=Layout.INTERLEAVED)
             x, eps = found.call.input, found.call.eps
             errors = [distance(*each.group_moments(x, eps), *self.references[slot], eps) for each in (grouping, other)]

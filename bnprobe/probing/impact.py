@@ -91,14 +91,14 @@ def relative(square: float, norm: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-_SAMPLES = 256
+_PRODUCTS = 256
 """Products u . dy behind an estimate: of equal |dy| they leave it a standard error below 1 / sqrt(2 * 256), 4%."""
 
 _MOST_DRAWS = 16
-"""Backward passes over the same images at most."""
+"""Backward passes over the same samples at most."""
 
 _ORTHOGONAL = 2**14
-"""Outputs of an image up to which its vectors are made orthogonal; beyond, random ones are so almost by themselves."""
+"""Outputs of a sample up to which its vectors are made orthogonal; beyond, random ones are so almost by themselves."""
 
 _Pair = tuple[Tensor, Tensor]
 """Of scale and shift, each of shape (units, channels)."""
@@ -110,18 +110,18 @@ def estimate_changes(sample: Sample, layers: AbstractSet[int], coupled: bool) ->
     Args:
         sample: Of one micro-batch at a time where ``coupled``.
         layers: Indices.
-        coupled: Other layers normalize with batch statistics on the eval path, so that images reach each other.
+        coupled: Other layers normalize with batch statistics on the eval path, so that samples reach each other.
 
     Returns:
         Without the layers that no gradient reaches, in all of their calls; empty if the model cannot be differentiated.
     """
-    per_image = sample.batching.emulation.trusted and not coupled
-    units = len(sample.micro_batches) * (sample.batching.batch_size if per_image else 1)
-    draws = min(_MOST_DRAWS, -(-_SAMPLES // max(units, 1)))
+    per_sample = sample.batching.emulation.trusted and not coupled
+    units = len(sample.micro_batches) * (sample.batching.batch_size if per_sample else 1)
+    draws = min(_MOST_DRAWS, -(-_PRODUCTS // max(units, 1)))
     generator = torch.Generator(sample.session.device).manual_seed(0)
 
     def run(joined: Any, chunk: list[Any]) -> tuple[Tensor, dict[int, Tensor]]:
-        return _backward(sample, joined, len(chunk), layers, per_image, draws, generator)
+        return _backward(sample, joined, len(chunk), layers, per_sample, draws, generator)
 
     try:
         parts = sample.in_chunks(run)
@@ -140,18 +140,18 @@ def _backward(
     joined: Any,
     micro_batches: int,
     layers: AbstractSet[int],
-    per_image: bool,
+    per_sample: bool,
     draws: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """|y|^2, and for each layer that gradients reach the mean of (u . dy)^2, summed over units."""
     leaves: dict[Slot, Leaves] = {}
     with torch.enable_grad():
-        output, _, pass_ = sample.forward(joined, micro_batches, per_image=per_image, leaves=leaves)
+        output, _, pass_ = sample.forward(joined, micro_batches, per_sample=per_sample, leaves=leaves)
     outputs = floating(output)
     slots = [slot for slot in leaves if slot[0] in layers]
     changes = [_change(sample, slot, leaves[slot], pass_.records[slot]) for slot in slots]
-    apart = all(tensor.dim() > 0 and tensor.shape[0] % pass_.images == 0 for tensor in outputs)
+    apart = all(tensor.dim() > 0 and tensor.shape[0] % pass_.samples == 0 for tensor in outputs)
     differentiable = [tensor for tensor in outputs if tensor.requires_grad and tensor.numel()]
     streams = [_directions(tensor, draws, generator) for tensor in differentiable]
     squares: dict[int, list[Tensor]] = {}
@@ -185,7 +185,7 @@ def _directions(tensor: Tensor, draws: int, generator: torch.Generator) -> Itera
         block = torch.randn(rows, size, columns, generator=generator, device=tensor.device, dtype=wide)
         if size <= _ORTHOGONAL:
             basis, triangle = torch.linalg.qr(block)
-            # Without the signs it would not be random: one output per image would always have the same one.
+            # Without the signs it would not be random: one output per sample would always have the same one.
             block = basis * triangle.diagonal(dim1=1, dim2=2).sign().unsqueeze(1) * size**0.5
         for column in block.unbind(2):
             yield column.reshape(tensor.shape).to(tensor.dtype)
@@ -213,7 +213,7 @@ def _change(sample: Sample, slot: Slot, leaves: Leaves, record: Recorded) -> _Pa
     return scale * (ratio - 1), scale * shift
 
 
-IMAGES = 64
+SAMPLES = 64
 """Images that an impact is measured on: a backward pass keeps every activation of these."""
 
 _FEWEST = 2
@@ -226,7 +226,7 @@ def measure_impact(
     batching: Batching,
     *,
     exact: int = 5,
-    images: int = IMAGES,
+    samples: int = SAMPLES,
     among: frozenset[int] | None = None,
 ) -> dict[int, Impact]:
     """Impact of each layer by itself: estimated for all, measured for the worst.
@@ -243,7 +243,7 @@ def measure_impact(
         batching: How they run.
         exact: Measure so many of the worst layers by the estimate, and as many, worst mismatch first, of those that
             have none.
-        images: How many are looked at, at least two micro-batches.
+        samples: How many are looked at, at least two micro-batches.
         among: Indices of the layers asked for; None: all selected ones.
 
     Returns:
@@ -252,7 +252,7 @@ def measure_impact(
     Raises:
         DeviceError, UserCodeError, DataError: As in any pass on the eval path; an estimate that fails is None.
     """
-    sample = _sample(session, micro_batches, batching, images)
+    sample = _sample(session, micro_batches, batching, samples)
     wanted = frozenset(layer.index for layer in session.layers.selected) if among is None else among
     mismatch, coupled = _mismatches(sample, wanted)
     # A graph keeps about three times what a pass without one is planned to take.
@@ -272,30 +272,30 @@ def joint_impact(
     batching: Batching,
     layers: frozenset[int],
     *,
-    images: int = IMAGES,
+    samples: int = SAMPLES,
 ) -> float | None:
     """Measured relative L2 change of the outputs if all of ``layers`` normalize with their batch's statistics.
 
     Args:
-        session, micro_batches, batching, images: As in ``measure_impact``.
+        session, micro_batches, batching, samples: As in ``measure_impact``.
         layers: Indices.
 
     Returns:
         None if there is no output to compare, or it is not finite, or zero everywhere.
     """
-    sample = _sample(session, micro_batches, batching, images)
+    sample = _sample(session, micro_batches, batching, samples)
     return _swapped(sample, [layers], with_loss=False)[0][0]
 
 
-def _sample(session: Session, micro_batches: Sequence[Any], batching: Batching, images: int) -> Sample:
-    most = max(_FEWEST, images // batching.batch_size)
+def _sample(session: Session, micro_batches: Sequence[Any], batching: Batching, samples: int) -> Sample:
+    most = max(_FEWEST, samples // batching.batch_size)
     return Sample(session, micro_batches[:most], batching)
 
 
 def _mismatches(sample: Sample, wanted: AbstractSet[int]) -> tuple[dict[int, float], bool]:
     """Mean D of the layers that use their running statistics on the eval path; infinite where it is not finite.
 
-    Also whether other layers normalize with batch statistics there, so that images reach each other's outputs.
+    Also whether other layers normalize with batch statistics there, so that samples reach each other's outputs.
     """
     layers = sample.session.layers.layers
     found: dict[int, list[Tensor]] = {}

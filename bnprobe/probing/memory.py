@@ -1,4 +1,4 @@
-"""How many images fit into memory at once, and running fewer when they do not."""
+"""How many samples fit into memory at once, and running fewer when they do not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from bnprobe.errors import DeviceError
 from bnprobe.probing.batch import CannotEmulateError
 
-CPU_IMAGES = 32
-CUDA_IMAGES = 256
+CPU_SAMPLES = 32
+CUDA_SAMPLES = 256
 """Above these a larger physical batch was not faster; a GPU wants more to be busy."""
 
 _SHARE = 0.25
@@ -22,12 +22,12 @@ _SHARE = 0.25
 
 _CPU_TENSOR_BYTES = 2**25
 """Largest tensor of a physical batch on CPU: glibc gives a larger one back to the system at once, and the page faults
-of having it anew in every layer cost up to half as much again as the forward pass (ResNet-50, 16 images or more)."""
+of having it anew in every layer cost up to half as much again as the forward pass (ResNet-50, 16 samples or more)."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that one image takes in the inputs of the norm layers.
+    """Bytes that one sample takes in the inputs of the norm layers.
 
     Attributes:
         total: Of all layers: an upper bound of what is alive at a time.
@@ -45,23 +45,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
 
 
-def plan_images(image: Footprint, device: torch.device) -> int:
-    """Images for one physical batch, from what one image takes.
+def plan_samples(footprint: Footprint, device: torch.device) -> int:
+    """Samples for one physical batch, from what one sample takes.
 
-    On CPU also a power of two at which the largest tensor stays below ``_CPU_TENSOR_BYTES``, but at least one image
+    On CPU also a power of two at which the largest tensor stays below ``_CPU_TENSOR_BYTES``, but at least one sample
     for every thread.
     """
-    most = CUDA_IMAGES if device.type == "cuda" else CPU_IMAGES
-    fitting = min(most, int(_SHARE * _free_bytes(device)) // max(image.total, 1))
+    most = CUDA_SAMPLES if device.type == "cuda" else CPU_SAMPLES
+    fitting = min(most, int(_SHARE * _free_bytes(device)) // max(footprint.total, 1))
     if device.type == "cpu":
-        images = max(1, _CPU_TENSOR_BYTES // max(image.largest, 1))
-        fitting = min(fitting, max(torch.get_num_threads(), 2 ** (images.bit_length() - 1)))
+        samples = max(1, _CPU_TENSOR_BYTES // max(footprint.largest, 1))
+        fitting = min(fitting, max(torch.get_num_threads(), 2 ** (samples.bit_length() - 1)))
     return max(1, fitting)
 
 
-def fits(image: Footprint, images: int, device: torch.device) -> bool:
-    """Whether so many images may be planned to run at once, however slow that is."""
-    return images * image.total <= int(_SHARE * _free_bytes(device))
+def fits(footprint: Footprint, samples: int, device: torch.device) -> bool:
+    """Whether so many samples may be planned to run at once, however slow that is."""
+    return samples * footprint.total <= int(_SHARE * _free_bytes(device))
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -129,7 +129,7 @@ class Chunks:
     def _halve(self, tried: int) -> None:
         if tried == 1:
             raise DeviceError(
-                f"Not even one micro-batch of {self.batch_size} images fits into the memory of {self.device}."
+                f"Not even one micro-batch of {self.batch_size} samples fits into the memory of {self.device}."
                 " Use a smaller --batch-size, --autocast, or another --device."
             )
         self.at_once = tried // 2

@@ -112,7 +112,7 @@ def record(
     if recorder.batches < FEWEST:
         raise UsageError(
             f"A sweep of momentum needs at least {FEWEST} micro-batches, and {recorder.batches} of"
-            f" {reader.batch_size} images could be recorded. Give more --batches, more data or a smaller --batch-size."
+            f" {reader.batch_size} samples could be recorded. Give more --batches, more data or a smaller --batch-size."
         )
     return recorder.result(wanted)
 

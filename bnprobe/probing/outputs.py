@@ -23,7 +23,7 @@ _CHUNK_VALUES = 2**22
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Which output holds class scores of shape (images, classes, *positions).
+    """Which output holds class scores of shape (samples, classes, *positions).
 
     Attributes:
         position: Among the floating-point tensors of the output.
@@ -55,7 +55,7 @@ class ClassScores:
 def find_class_scores(batch: Any, inputs: set[int], outputs: list[Tensor]) -> ClassScores | None:
     """The output that holds class scores, if one does.
 
-    It does if the batch holds a label for each of its images (and positions): an integer below the number of
+    It does if the batch holds a label for each of its samples (and positions): an integer below the number of
     classes, or a distribution over the classes. Of several such outputs it is the one with the fewest classes. It
     also does if the batch holds no targets at all and the one output is a plain table.
 
@@ -185,11 +185,11 @@ def user_values(
     functions = {"loss": session.functions.loss, "metric": session.functions.metric}
     found: Contributions = {}
     for position, batch in enumerate(micro_batches):
-        start, images = position * batch_size, batch_size * len(micro_batches)
+        start, samples = position * batch_size, batch_size * len(micro_batches)
         for name, function in functions.items():
             if function is None:
                 continue
-            rows = rows_of(outputs, start, start + batch_size, images)
+            rows = rows_of(outputs, start, start + batch_size, samples)
             value = session.call(path, name, function, batch, rows, Pass(batch_size, batch_size))
             number = _one_number(name, value, session.device)
             found[f"{name} {path}"] = found.get(f"{name} {path}", 0) + number

@@ -19,7 +19,7 @@ from bnprobe.distributed import OPENING
 from bnprobe.errors import UsageError, UserCodeError
 from bnprobe.probing.batch import CannotEmulateError, join, map_leaves, tensors_of, to_device
 from bnprobe.probing.hooks import Layout, Pass, Recorded, Slot
-from bnprobe.probing.memory import Chunks, Footprint, is_out_of_memory, plan_images
+from bnprobe.probing.memory import Chunks, Footprint, is_out_of_memory, plan_samples
 from bnprobe.probing.reader import Reader
 from bnprobe.probing.session import PathName, Session
 from bnprobe.randomness import random_state
@@ -45,7 +45,7 @@ class Emulation:
         trusted: Micro-batches may run together.
         reason: One sentence for the report.
         check: The comparison; None if it could not be made.
-        layouts: For each path, the row layout of the calls that see several rows per image.
+        layouts: For each path, the row layout of the calls that see several rows per sample.
     """
 
     trusted: bool
@@ -74,8 +74,8 @@ class Batching:
 
     def pass_over(self, micro_batches: int, path: PathName, **options: Any) -> Pass:
         """A pass over so many micro-batches; ``options`` are fields of ``Pass``."""
-        images = micro_batches * self.batch_size
-        return Pass(images, self.batch_size, layouts=self.emulation.layouts_of(path), **options)
+        samples = micro_batches * self.batch_size
+        return Pass(samples, self.batch_size, layouts=self.emulation.layouts_of(path), **options)
 
     def chunks(self, device: torch.device) -> Chunks:
         """Runs as many micro-batches at once as there may be."""
@@ -83,28 +83,28 @@ class Batching:
 
 
 Check = Callable[[Session, list[Any], int], tuple[Emulation, Footprint]]
-"""``self_check`` or ``check_images``."""
+"""``self_check`` or ``check_samples``."""
 
 
 def self_check(session: Session, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
     """Compare one emulated step of the given micro-batches (on the device) with real ones.
 
     Returns:
-        The verdict, and what one image takes in memory.
+        The verdict, and what one sample takes in memory.
     """
     before = random_state()
-    verdict, image = _check(session, "check train", micro_batches, batch_size)
+    verdict, footprint = _check(session, "check train", micro_batches, batch_size)
     if random_state() != before:
         # What was drawn differs from run to run: without dropout and the like there is something to compare.
-        verdict, image = _check(session, "check", micro_batches, batch_size)
+        verdict, footprint = _check(session, "check", micro_batches, batch_size)
     if verdict.trusted:
-        # Batch statistics can hide a mixing of images that shows with running ones, e.g. of batch_norm by hand.
+        # Batch statistics can hide a mixing of samples that shows with running ones, e.g. of batch_norm by hand.
         verdict = _worse(verdict, _check(session, "check eval", micro_batches, batch_size)[0])
-    return verdict, image
+    return verdict, footprint
 
 
-def check_images(session: Session, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
-    """As ``self_check``, on the eval path alone: whether images are independent of each other there."""
+def check_samples(session: Session, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
+    """As ``self_check``, on the eval path alone: whether samples are independent of each other there."""
     return _check(session, "check eval", micro_batches, batch_size)
 
 
@@ -127,7 +127,7 @@ def _check(session: Session, path: PathName, micro_batches: list[Any], batch_siz
     reals = [Pass(batch_size, batch_size) for _ in micro_batches]
     outputs = [session.forward(path, batch, real)[0] for batch, real in zip(micro_batches, reals, strict=True)]
     sizes = [record.bytes // batch_size for record in reals[0].records.values()]
-    image = Footprint(total=sum(sizes), largest=max(sizes, default=0))
+    footprint = Footprint(total=sum(sizes), largest=max(sizes, default=0))
     shaken = Pass(batch_size, batch_size)
     shaken_output, _ = session.forward(path, _shake(micro_batches[0]), shaken)
     try:
@@ -136,17 +136,17 @@ def _check(session: Session, path: PathName, micro_batches: list[Any], batch_siz
         if emulated.records.keys() != reals[0].records.keys():
             raise CannotEmulateError("the layers are called differently in a larger batch")
     except CannotEmulateError as error:
-        return Emulation(False, as_sentence(error), None, {}), image
+        return Emulation(False, as_sentence(error), None, {}), footprint
     unit = _unit(session)
     check, blind = _judge(session, reals, shaken, emulated, unit)
-    images = batch_size * len(micro_batches)
-    output_error = _output_error(outputs, output, images)
+    samples = batch_size * len(micro_batches)
+    output_error = _output_error(outputs, output, samples)
     output_tolerance = unit * _FLOOR + _AMPLIFICATION * _output_error(outputs[:1], shaken_output, batch_size)
     passed = check.passed and output_error <= output_tolerance <= _BLIND
     check = SelfCheck(output_error, check.statistic_error, check.tolerance, passed, check.first_layer)
     reason = _reason(check, blind or output_tolerance > _BLIND, batch_size)
     layouts = {"eval" if path == "check eval" else "train": emulated.layouts}
-    return Emulation(passed, reason, check, layouts), image
+    return Emulation(passed, reason, check, layouts), footprint
 
 
 def _judge(session: Session, reals: list[Pass], shaken: Pass, emulated: Pass, unit: float) -> tuple[SelfCheck, bool]:
@@ -206,26 +206,26 @@ def _unit(session: Session) -> float:
     return min(coarsest, 0.05 / _FLOOR)
 
 
-def _output_error(outputs: list[Any], joint: Any, images: int) -> float:
+def _output_error(outputs: list[Any], joint: Any, samples: int) -> float:
     """Relative L2 difference of the real outputs, put together, and the emulated one."""
     error = norm = 0.0
     for parts, whole in zip(zip(*map(tensors_of, outputs), strict=False), tensors_of(joint), strict=False):
         if any(part.dim() == 0 for part in parts):
             continue
-        per_image = whole.dim() > 0 and whole.shape[0] % images == 0
-        if not per_image or not whole.is_floating_point() or sum(part.shape[0] for part in parts) != whole.shape[0]:
+        per_sample = whole.dim() > 0 and whole.shape[0] % samples == 0
+        if not per_sample or not whole.is_floating_point() or sum(part.shape[0] for part in parts) != whole.shape[0]:
             continue
-        difference = min(_relative(part, whole) for part in _arrangements(parts, images))
+        difference = min(_relative(part, whole) for part in _arrangements(parts, samples))
         weight = float(_finite(whole.double()).square().sum())
         error += difference**2 * weight
         norm += weight
     return (error / norm) ** 0.5 if norm > 0 else error
 
 
-def _arrangements(parts: tuple[Tensor, ...], images: int) -> list[Tensor]:
+def _arrangements(parts: tuple[Tensor, ...], samples: int) -> list[Tensor]:
     """The rows of several outputs in the order of one: one after the other, or block by block."""
     plain = torch.cat(parts)
-    blocks = plain.shape[0] // images
+    blocks = plain.shape[0] // samples
     if blocks == 1:
         return [plain]
     return [plain, torch.cat([part.chunk(blocks)[block] for block in range(blocks) for part in parts])]
@@ -247,10 +247,10 @@ def as_sentence(error: CannotEmulateError) -> str:
 
 def _reason(check: SelfCheck, blind: bool, batch_size: int) -> str:
     if check.passed:
-        return f"Statistics are taken per group of {batch_size} image{'s' if batch_size > 1 else ''}."
+        return f"Statistics are taken per group of {batch_size} sample{'s' if batch_size > 1 else ''}."
     if blind:
         return "The forward pass is random, or too sensitive to rounding to be checked."
-    return "The model mixes the images of a batch."
+    return "The model mixes the samples of a batch."
 
 
 def plan(session: Session, reader: Reader, settings: ScanSettings) -> Batching:
@@ -262,23 +262,23 @@ def plan(session: Session, reader: Reader, settings: ScanSettings) -> Batching:
     size = reader.batch_size
     if settings.physical_batch and settings.physical_batch < size:
         raise UsageError(
-            f"--physical-batch {settings.physical_batch} does not hold one micro-batch of {size} images."
+            f"--physical-batch {settings.physical_batch} does not hold one micro-batch of {size} samples."
             " Statistics need the whole micro-batch at once: give at least so many, or a smaller --batch-size."
         )
     if not settings.emulate:
         return Batching(size, not_emulated("As asked for."))
     opening = reader.look_ahead(OPENING)
-    most = settings.physical_batch or plan_images(Footprint(0, 0), session.device)
+    most = settings.physical_batch or plan_samples(Footprint(0, 0), session.device)
     if most // size < OPENING and not settings.batch_sizes:
         # The train path runs as it is; that samples are independent on the eval path is still to be known.
-        emulation, _ = checked(session, opening, size, check_images)
+        emulation, _ = checked(session, opening, size, check_samples)
         reason = "One micro-batch fills a physical batch." if emulation.trusted else emulation.reason
         return Batching(size, replace(emulation, reason=reason))
-    emulation, image = checked(session, opening, size, self_check)
+    emulation, footprint = checked(session, opening, size, self_check)
     if not emulation.trusted:
         return Batching(size, emulation)
-    images = settings.physical_batch or plan_images(image, session.device)
-    return Batching(size, emulation, max(1, images // size))
+    samples = settings.physical_batch or plan_samples(footprint, session.device)
+    return Batching(size, emulation, max(1, samples // size))
 
 
 def checked(session: Session, opening: list[Any], size: int, check: Check) -> tuple[Emulation, Footprint]:

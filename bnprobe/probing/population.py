@@ -1,4 +1,4 @@
-"""Population statistics of each layer: those of many images taken as one batch."""
+"""Population statistics of each layer: those of many samples taken as one batch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from bnprobe.errors import RepairError
 from bnprobe.probing.batch import CannotEmulateError, count_images, join, map_leaves, tensors_of, to_device
 from bnprobe.probing.hooks import Pass, Recorded, Slot
-from bnprobe.probing.memory import Chunks, Footprint, fits, plan_images
+from bnprobe.probing.memory import Chunks, Footprint, fits, plan_samples
 from bnprobe.probing.physical_batch import (
     Batching,
     Check,
     Emulation,
-    check_images,
+    check_samples,
     checked,
     not_emulated,
     self_check,
@@ -31,7 +31,7 @@ from bnprobe.stats.moments import pool_moments
 
 
 class Population:
-    """Mean and variance per layer and channel, merged from passes over different images (Chan et al. 1983), float64.
+    """Mean and variance per layer and channel, merged from passes over different samples (Chan et al. 1983), float64.
 
     The calls of a layer count as one population, as they do for its running statistics.
     """
@@ -81,18 +81,18 @@ def steady_population(
     batching: Batching,
     population: Population | None = None,
 ) -> tuple[Population, Footprint]:
-    """Population statistics on the train path without dropout and the like, and what an image takes in memory.
+    """Population statistics on the train path without dropout and the like, and what a sample takes in memory.
 
-    Every physical batch normalizes with its own statistics, all its images together, and holds images drawn at random,
+    Every physical batch normalizes with its own statistics, all its samples together. Its samples are drawn at random,
     so that a sorted loader does no harm. What is merged is the mean of all values and their variance about that mean,
     as PreciseBN does (Wu & Johnson 2021, arXiv 2105.07576, section 3.2), not the mean of the batches' variances. Where
-    images of different micro-batches cannot be mixed, the micro-batches run as they are.
+    samples of different micro-batches cannot be mixed, the micro-batches run as they are.
 
     Args:
         session: Installed.
         micro_batches: On the host; the last one may be smaller.
         batching: How many fill a physical batch, and whether samples of different micro-batches may run together.
-        population: What other images gave, to be merged with; None: nothing.
+        population: What other samples gave, to be merged with; None: nothing.
 
     Returns:
         Of the selected layers that normalize with batch statistics in training and keep running ones.
@@ -100,63 +100,63 @@ def steady_population(
     Raises:
         DeviceError, UserCodeError, DataError: As in any pass.
     """
-    population, image, batch_size = population or Population(), Footprint(0, 0), batching.batch_size
+    population, footprint, batch_size = population or Population(), Footprint(0, 0), batching.batch_size
 
     def run(batch: Any) -> None:
-        nonlocal image
-        images = count_images(batch) or batch_size
-        pass_ = Pass(images, images, plain=True)
+        nonlocal footprint
+        samples = count_images(batch) or batch_size
+        pass_ = Pass(samples, samples, plain=True)
         session.forward("steady", to_device(batch, session.device), pass_)
-        population.add(own_records(session, pass_), images / batch_size)
-        sizes = [record.bytes // images for record in pass_.records.values()]
-        image = Footprint(max(image.total, sum(sizes)), max([image.largest, *sizes]))
+        population.add(own_records(session, pass_), samples / batch_size)
+        sizes = [record.bytes // samples for record in pass_.records.values()]
+        footprint = Footprint(max(footprint.total, sum(sizes)), max([footprint.largest, *sizes]))
 
     joined = _joined(micro_batches) if batching.emulation.trusted else None
     if joined is None:
         Chunks(session.device, batch_size, 1).run(micro_batches, lambda chunk: run(chunk[0]))
     else:
-        batch, images = joined
-        units, parts = _evenly(images, batch_size * batching.at_once)
+        batch, samples = joined
+        units, parts = _evenly(samples, batch_size * batching.at_once)
         Chunks(session.device, 1, len(units) // parts).run(
-            units, lambda chunk: run(pick(batch, [row for unit in chunk for row in unit], images))
+            units, lambda chunk: run(pick(batch, [row for unit in chunk for row in unit], samples))
         )
-    return population, image
+    return population, footprint
 
 
-def _evenly(images: int, most: int) -> tuple[list[list[int]], int]:
-    """Rows of images in random order, in units of one image or two, and how many parts the units divide into.
+def _evenly(samples: int, most: int) -> tuple[list[list[int]], int]:
+    """Rows of samples in random order, in units of one sample or two, and how many parts the units divide into.
 
-    The parts are physical batches of ``most`` images at most, whose sizes differ by one image at most: none is left
-    with an image or two, which would normalize with each other alone.
+    The parts are physical batches of ``most`` samples at most, whose sizes differ by one sample at most: none is left
+    with a sample or two, which would normalize with each other alone.
     """
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
-    parts = order.tensor_split(math.ceil(images / most))
-    return [unit.tolist() for part in parts for unit in part.tensor_split(images // len(parts))], len(parts)
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+    parts = order.tensor_split(math.ceil(samples / most))
+    return [unit.tolist() for part in parts for unit in part.tensor_split(samples // len(parts))], len(parts)
 
 
-def pick(batch: Any, rows: list[int], images: int) -> Any:
-    """Some images of a batch of so many: of tensors and of lists that count the images; all else is kept."""
+def pick(batch: Any, rows: list[int], samples: int) -> Any:
+    """Some samples of a batch of so many: of tensors and of lists that count the samples; all else is kept."""
     if isinstance(batch, Tensor):
-        return batch[rows] if batch.dim() > 0 and batch.shape[0] == images else batch
+        return batch[rows] if batch.dim() > 0 and batch.shape[0] == samples else batch
     if type(batch) is dict:
-        return {key: pick(value, rows, images) for key, value in batch.items()}
-    if type(batch) is list and len(batch) == images and not any(isinstance(i, Tensor | Mapping | list) for i in batch):
+        return {key: pick(value, rows, samples) for key, value in batch.items()}
+    if type(batch) is list and len(batch) == samples and not any(isinstance(i, Tensor | Mapping | list) for i in batch):
         return [batch[row] for row in rows]
     if type(batch) in (list, tuple):
-        return type(batch)(pick(item, rows, images) for item in batch)
+        return type(batch)(pick(item, rows, samples) for item in batch)
     if isinstance(batch, Mapping | list | tuple):
-        return map_leaves(batch, lambda leaf: pick(leaf, rows, images))
+        return map_leaves(batch, lambda leaf: pick(leaf, rows, samples))
     return batch
 
 
 def _joined(micro_batches: Sequence[Any]) -> tuple[Any, int] | None:
-    """All images in one batch, and their number; None if they cannot be."""
+    """All samples in one batch, and their number; None if they cannot be."""
     try:
         batch = join(list(micro_batches))
     except CannotEmulateError:
         return None
-    images = count_images(batch)
-    return None if images is None else (batch, images)
+    samples = count_images(batch)
+    return None if samples is None else (batch, samples)
 
 
 def own_records(session: Session, pass_: Pass) -> dict[Slot, Recorded]:
@@ -197,13 +197,13 @@ class Settled:
 def settle_by_batch(session: Session, batches: RepeatedReader, progress: Progress) -> Settled:
     """The train path without dropout and the like: every physical batch normalizes with its own statistics.
 
-    Physical batches hold up to ``LARGE`` images drawn at random from a part of the data, where images of different
+    Physical batches hold up to ``LARGE`` samples drawn at random from a part of the data, where samples of different
     batches may run together; see ``steady_population``. One pass over the data.
 
     Args:
         session: Installed.
         batches: On the host, of any sizes.
-        progress: Called with the batches done and the images' number of batches, as far as known.
+        progress: Called with the batches done and the samples' number of batches, as far as known.
 
     Raises:
         DeviceError, UserCodeError, DataError: As in any pass.
@@ -211,10 +211,10 @@ def settle_by_batch(session: Session, batches: RepeatedReader, progress: Progres
     population = Population()
     stream = iter(batches)
     opening = list(itertools.islice(stream, 2))
-    size = _images(opening[0]) if opening else 1
-    emulation, image = _checked(session, opening, self_check)
-    images = next((count for count in _halved(LARGE) if fits(image, count, session.device)), 1)
-    batching = Batching(size, emulation, max(1, images // size))
+    size = _samples(opening[0]) if opening else 1
+    emulation, footprint = _checked(session, opening, self_check)
+    samples = next((count for count in _halved(LARGE) if fits(footprint, count, session.device)), 1)
+    batching = Batching(size, emulation, max(1, samples // size))
     done = 0
     for part in _parts(itertools.chain(opening, stream)):
         steady_population(session, part, batching, population)
@@ -226,7 +226,7 @@ def settle_by_batch(session: Session, batches: RepeatedReader, progress: Progres
 def settle_by_layer(session: Session, batches: RepeatedReader, wanted: frozenset[int], progress: Progress) -> Settled:
     """The eval path: each layer's statistics with all layers before it on their new running statistics.
 
-    Layer after layer in the order of their calls: the exact fixed point, which does not depend on how the images are
+    Layer after layer in the order of their calls: the exact fixed point, which does not depend on how the samples are
     divided into batches. One pass over the data per layer, ended as soon as the layer was called. Where a layer is
     called several times per pass it may see what its own statistics changed: rounds over all layers are repeated until
     nothing moves.
@@ -297,8 +297,8 @@ class _Rounds:
             stream = itertools.chain(opening, stream)
 
         def run(chunk: list[Any]) -> None:
-            images = sum(map(_images, chunk))
-            pass_ = Pass(images, images, statistics=statistics)
+            samples = sum(map(_samples, chunk))
+            pass_ = Pass(samples, samples, statistics=statistics)
             self._forward(join(chunk), pass_, last)
             found = {slot: record for slot, record in pass_.records.items() if slot[0] in wanted}
             population.add(found, len(chunk))
@@ -311,9 +311,9 @@ class _Rounds:
         return population
 
     def _plan(self, opening: list[Any]) -> Chunks:
-        size = _images(opening[0]) if opening else 1
-        emulation, image = _checked(self._session, opening, check_images)
-        at_once = plan_images(image, self._session.device) // size if emulation.trusted else 1
+        size = _samples(opening[0]) if opening else 1
+        emulation, footprint = _checked(self._session, opening, check_samples)
+        at_once = plan_samples(footprint, self._session.device) // size if emulation.trusted else 1
         return Chunks(self._session.device, size, max(1, at_once))
 
     def _forward(self, batch: Any, pass_: Pass, last: int | None) -> None:
@@ -347,13 +347,13 @@ def _end(module: object, inputs: object, output: object) -> None:
 
 def _checked(session: Session, opening: list[Any], check: Check) -> tuple[Emulation, Footprint]:
     """Whether samples of different batches may run together, by the first two batches, and what one sample takes."""
-    sizes = {_images(batch) for batch in opening}
+    sizes = {_samples(batch) for batch in opening}
     if len(sizes) != 1:
         return not_emulated("The first batches have different sizes."), Footprint(0, 0)
     return checked(session, opening, sizes.pop(), check)
 
 
-def _images(batch: Any) -> int:
+def _samples(batch: Any) -> int:
     return count_images(batch) or 1
 
 

@@ -102,9 +102,9 @@ class Reader:
             self._end()
             return None
         position = self._next_position
-        images = count_images(batch)
-        if images is not None and images != self.batch_size:
-            self._odd_size(position, images)
+        samples = count_images(batch)
+        if samples is not None and samples != self.batch_size:
+            self._odd_size(position, samples)
             return None
         if self.share.reads(position):
             check_finite(batch, position + 1, self._indices)
@@ -128,20 +128,20 @@ class Reader:
         if self._next_position == 0 and self.left_out == 0:
             raise DataError("The data gave no batch at all: the loader or data set is empty.")
 
-    def _odd_size(self, position: int, images: int) -> None:
+    def _odd_size(self, position: int, samples: int) -> None:
         """A smaller batch is fine as the last one; everything else would falsify the diagnosis."""
-        if images > self.batch_size or self._next() is not _END:
+        if samples > self.batch_size or self._next() is not _END:
             raise DataError(
-                f"Micro-batch {position + 1} has {images} images, but the batch size is {self.batch_size}. All"
+                f"Micro-batch {position + 1} has {samples} samples, but the batch size is {self.batch_size}. All"
                 " batches but the last must have the same size: let load_data(batch_size) give such a loader, or pass"
-                f" --batch-size {images}."
+                f" --batch-size {samples}."
             )
         if position == 0:
             raise DataError(
-                f"The data gave a single batch, of size {images}, which is below the batch size of {self.batch_size}."
+                f"The data gave a single batch, of size {samples}, which is below the batch size of {self.batch_size}."
                 " Use a smaller --batch-size or more data."
             )
-        self.left_out = images
+        self.left_out = samples
         self._end()
 
 
@@ -185,11 +185,11 @@ class RepeatedReader:
             return
         seed_everything(self._seed)
         keeping: list[Any] | None = []
-        kept_bytes = batches = images = 0
+        kept_bytes = batches = samples = 0
         indices = getattr(self._source, "indices", None)
         for position, batch in itertools.islice(self._filled(), self._most):
             batches += 1
-            images += count_images(batch) or 1
+            samples += count_images(batch) or 1
             check_finite(batch, position, indices)
             kept_bytes += sum(tensor.nbytes for tensor in tensors_of(batch))
             if kept_bytes > KEPT_BYTES:
@@ -197,21 +197,21 @@ class RepeatedReader:
             elif keeping is not None:
                 keeping.append(batch)
             yield batch
-        self._finish(batches, images)
+        self._finish(batches, samples)
         self._kept = keeping
 
     def _filled(self) -> Iterator[tuple[int, Any]]:
         """Batches with their numbers from 1, without the empty ones: no layer sees anything of these."""
         return ((number, batch) for number, batch in enumerate(self._source, 1) if count_images(batch) != 0)
 
-    def _finish(self, batches: int, images: int) -> None:
+    def _finish(self, batches: int, samples: int) -> None:
         """A reading is complete: it must be like the one before."""
         if batches == 0 and not self.batches:
-            raise DataError("The data gave no batch with an image: the loader or data set is empty.")
-        if self.batches and (batches, images) != (self.batches, self.images):
+            raise DataError("The data gave no batch with a sample: the loader or data set is empty.")
+        if self.batches and (batches, samples) != (self.batches, self.images):
             raise DataError(
-                f"The data gave {self.images} images in {self.batches} batches, and when it was read again {images} in"
-                f" {batches}. The eval path reads it once for every layer: give a DataLoader or a list, fewer batches"
+                f"The data gave {self.images} samples in {self.batches} batches, and {samples} in {batches} when it was"
+                " read again. The eval path reads it once for every layer: give a DataLoader or a list, fewer batches"
                 " (they are then kept), or take the train path, which reads it once."
             )
-        self.batches, self.images = batches, images
+        self.batches, self.images = batches, samples

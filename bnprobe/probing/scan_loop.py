@@ -113,7 +113,7 @@ def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measur
     batching = plan(session, reader, settings)
     if settings.batch_sizes and not batching.emulation.trusted:
         raise UsageError(
-            f"--batch-sizes needs images that can be regrouped, and here they cannot. {batching.emulation.reason}"
+            f"--batch-sizes needs samples that can be regrouped, and here they cannot. {batching.emulation.reason}"
             " Scan each size by itself with --batch-size."
         )
     path = partial(PathEvidence, batch_size=size, share=share, seed=settings.seed)
@@ -309,8 +309,8 @@ class Measurement:
         """Run one path; whether it drew random numbers, as far as that is not known from an earlier step."""
         batching = self.evidence.batching
         before = random_state() if self.random is None else None
-        per_image = path == "eval" and batching.emulation.trusted
-        step.passes[path] = batching.pass_over(step.micro_batches, path, per_image=per_image)
+        per_sample = path == "eval" and batching.emulation.trusted
+        step.passes[path] = batching.pass_over(step.micro_batches, path, per_sample=per_sample)
         step.outputs[path], recorded = self.session.forward(path, step.joined, step.passes[path])
         drew = before is not None and random_state() != before
         step.inputs |= {position for key in recorded for position in key}

@@ -81,7 +81,7 @@ class Session:
         self.held = held_in_eval(model)
         self._interceptor = Interceptor(layers.layers)
         self._forward = functions.forward or default_forward
-        self._last = Pass(images=0, batch_size=0)
+        self._last = Pass(samples=0, batch_size=0)
         self._frozen: frozenset[int] = frozenset()
 
     @classmethod
@@ -307,16 +307,16 @@ def replaying(model: nn.Module, batch: Any, outputs: Outputs) -> Iterator[None]:
         yield
 
 
-def rows_of(outputs: Outputs, start: int, stop: int, images: int) -> Outputs:
-    """Copies of the outputs of some of the images; outputs that do not divide by image are left out.
+def rows_of(outputs: Outputs, start: int, stop: int, samples: int) -> Outputs:
+    """Copies of the outputs of some of the samples; outputs that do not divide by sample are left out.
 
     Copies, since a loss may write into what it gets, and the recorded outputs are still to be compared.
     """
-    whole = (start, stop) == (0, images)
+    whole = (start, stop) == (0, samples)
     return {
         key: map_leaves(output, lambda leaf: (leaf if whole else leaf[start:stop]).clone())
         for key, output in outputs.items()
-        if all(isinstance(leaf, Tensor) and (whole or _has_rows(leaf, images)) for leaf in leaves_of(output))
+        if all(isinstance(leaf, Tensor) and (whole or _has_rows(leaf, samples)) for leaf in leaves_of(output))
     }
 
 
@@ -325,8 +325,8 @@ def _versions(output: Any) -> list[int]:
     return [-1 if tensor.is_inference() else tensor._version for tensor in tensors_of(output)]
 
 
-def _has_rows(tensor: Tensor, images: int) -> bool:
-    return tensor.dim() > 0 and tensor.shape[0] == images
+def _has_rows(tensor: Tensor, samples: int) -> bool:
+    return tensor.dim() > 0 and tensor.shape[0] == samples
 
 
 @contextmanager

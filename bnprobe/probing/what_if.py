@@ -18,7 +18,7 @@ from bnprobe.probing.session import Session
 from bnprobe.records import Remedy, Score
 
 LARGER = (4, 16)
-"""Times as many images in a batch as are scanned."""
+"""Times as many samples in a batch as are scanned."""
 
 
 def what_if(
@@ -29,12 +29,12 @@ def what_if(
     * "recalibrated": the population statistics of the training data as running statistics.
     * "evaluation statistics": those of the held-out data.
     * "batch statistics": every held-out batch normalizes with its own statistics.
-    * "batch statistics, batches of N": the same in larger batches, as far as data and memory go and images of different
-      batches may be mixed. Loss and metric see these larger batches, and a metric may not be a mean over images: the
-      control is the model as loaded, scored in batches of the same size.
+    * "batch statistics, batches of N": the same in larger batches, as far as data and memory allow and samples of
+      different batches may be mixed. Loss and metric see these larger batches, and a metric may not be a mean over
+      samples: the control is the model as loaded, scored in batches of the same size.
 
     The layers concerned are those that are selected, keep running statistics and update them in training; the layers
-    that model.train() leaves in eval mode are left alone. Population statistics are pooled over all images, their
+    that model.train() leaves in eval mode are left alone. Population statistics are pooled over all samples, their
     variance is unbiased, like that of the buffers, and they are cast to the buffers' dtype; see ``steady_population``.
 
     Args:
@@ -52,7 +52,7 @@ def what_if(
     _require_a_measure(session, held_out)
     trial = _Trial(session, batching)
     before = trial.score(held_out)
-    own, image = steady_population(session, held_out, batching)
+    own, footprint = steady_population(session, held_out, batching)
     layers = frozenset(own.statistics())
     if not layers:
         return ()
@@ -62,7 +62,7 @@ def what_if(
         found.append(trial.with_statistics("recalibrated", population.statistics(), training, held_out, before))
     found.append(trial.with_statistics("evaluation statistics", own.statistics(), held_out, held_out, before))
     found.append(trial.by_batch("batch statistics", layers, held_out, before))
-    return *found, *trial.larger_batches(layers, held_out, before, image)
+    return *found, *trial.larger_batches(layers, held_out, before, footprint)
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class _Trial:
         self, name: str, statistics: LayerStatistics, source: Sequence[Any], held_out: Sequence[Any], before: Score
     ) -> Remedy:
         after = self.score(held_out, statistics=statistics)
-        images = len(source) * self.batching.batch_size
-        which = f"the same {images} evaluation" if source is held_out else f"{images} training"
-        detail = f"pooled mean and unbiased variance of {which} images"
+        samples = len(source) * self.batching.batch_size
+        which = f"the same {samples} held-out" if source is held_out else f"{samples} training"
+        detail = f"pooled mean and unbiased variance of {which} samples"
         return self._remedy(name, frozenset(statistics), held_out, before, after, None, detail)
 
     def by_batch(
@@ -96,15 +96,15 @@ class _Trial:
     ) -> Remedy:
         after = self.score(batches, by_batch=layers)
         size = self.batching.batch_size
-        detail = f"batches of {size} evaluation images, each normalized with its own statistics"
+        detail = f"batches of {size} held-out samples, each normalized with its own statistics"
         return self._remedy(name, layers, batches, before, after, control, detail)
 
     def larger_batches(
-        self, layers: frozenset[int], held_out: Sequence[Any], before: Score, image: Footprint
+        self, layers: frozenset[int], held_out: Sequence[Any], before: Score, footprint: Footprint
     ) -> Iterator[Remedy]:
         for factor in LARGER:
             size = factor * self.batching.batch_size
-            batches = self._regrouped(held_out, factor) if fits(image, size, self.session.device) else []
+            batches = self._regrouped(held_out, factor) if fits(footprint, size, self.session.device) else []
             if batches:
                 batching = Batching(size, self.batching.emulation, max(1, self.batching.at_once // factor))
                 trial = _Trial(self.session, batching)
@@ -149,6 +149,6 @@ def _require_a_measure(session: Session, held_out: Sequence[Any]) -> None:
         )
     if not held_out:
         raise UsageError(
-            "What-if measures remedies on evaluation data, and there is none. Add load_eval_data(batch_size) to the"
+            "What-if measures remedies on held-out data, and there is none. Add load_eval_data(batch_size) to the"
             " model file, or name eval_data in the spec."
         )

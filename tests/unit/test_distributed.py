@@ -20,7 +20,7 @@ from bnprobe.errors import DataError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.shard import deal
 from bnprobe.loading.spread import spread
-from bnprobe.probing.accumulators import CallTable, Columns, ImagePool, SampleStep
+from bnprobe.probing.accumulators import CallTable, Columns, SamplePool, SampleStep
 from bnprobe.probing.layers import find_layers
 from bnprobe.probing.reader import Reader
 from functional.processes import free_port
@@ -102,9 +102,9 @@ def test_a_loader_that_deals_itself_is_refused() -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_keep_the_images_that_one_would(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a pool of 16 places, that 60 images pass; origins differ, since every process sees other images first."""
-    monkeypatch.setattr("bnprobe.probing.accumulators.POOL_IMAGES", 16)
+    monkeypatch.setattr("bnprobe.probing.accumulators.POOL_SAMPLES", 16)
     d = torch.randn(60, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 100
-    one, several = ImagePool(0), [ImagePool(0) for _ in range(size)]
+    one, several = SamplePool(0), [SamplePool(0) for _ in range(size)]
     layers, table = find_layers(torch.nn.BatchNorm1d(4), lambda *names: True).layers, CallTable()
     table.add((0, 0), 4)
     columns = Columns.of(layers, {(0, 0): 1}, table, torch.device("cpu"))
@@ -120,7 +120,7 @@ def test_processes_keep_the_images_that_one_would(size: int, monkeypatch: pytest
     assert torch.equal(merged.variance, one.variance)
     assert torch.allclose(merged.mean + merged.origin, one.mean + one.origin, rtol=0, atol=1e-6)
     assert merged.bytes == one.bytes == 16 * 4 * 2 * 4
-    assert torch.equal(merged.images(table)[0, 0].replicate, one.images(table)[0, 0].replicate)
+    assert torch.equal(merged.samples(table)[0, 0].replicate, one.samples(table)[0, 0].replicate)
 
 
 def test_one_process_needs_no_other() -> None:

@@ -363,7 +363,7 @@ def test_large_data_that_can_be_read_only_once_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(reader, "KEPT_BYTES", 0)
     model = unsettled(Residual().double())
     before = fingerprint(model)
-    with pytest.raises(DataError, match="gave 20 images in 3 batches, and when it was read again 0 in 0"):
+    with pytest.raises(DataError, match="gave 20 samples in 3 batches, and 0 in 0 when it was read again"):
         bnprobe.recalibrate(model, iter(data(20, 3, 6, 6).split(8)), path="eval")
     assert fingerprint(model) == before
     bnprobe.recalibrate(model, iter(data(20, 3, 6, 6).split(8)))  # the train path reads once

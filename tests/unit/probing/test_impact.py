@@ -116,12 +116,12 @@ class Linear(nn.Module):
 
 def test_without_nonlinearities_only_the_random_vectors_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = unsettled(Linear()), images(8, 8, 3, 6, 6)
-    monkeypatch.setattr(impact_module, "_SAMPLES", 64 * 5)
+    monkeypatch.setattr(impact_module, "_PRODUCTS", 64 * 5)
     with running(model, batches, 8) as (session, emulation):
         found = measure_impact(session, batches, Batching(8, emulation, 8))
         for impact in found.values():  # as many vectors as outputs: the whole of the output
             assert impact.estimate == pytest.approx(impact.exact, rel=1e-4)
-        monkeypatch.setattr(impact_module, "_SAMPLES", 8 * 400)
+        monkeypatch.setattr(impact_module, "_PRODUCTS", 8 * 400)
         monkeypatch.setattr(impact_module, "_MOST_DRAWS", 400)
         apart = measure_impact(session, batches, Batching(8, REAL, 8))
     for impact in apart.values():
@@ -331,7 +331,7 @@ def test_few_images_are_enough() -> None:
         # Base, gradient, and base with one swap: 64 images each.
         assert sum(seen) == 4 * 64
         seen.clear()
-        joint_impact(session, batches, Batching(8, emulation, 4), frozenset({0}), images=8)
+        joint_impact(session, batches, Batching(8, emulation, 4), frozenset({0}), samples=8)
         assert sum(seen) == 2 * 16
 
 

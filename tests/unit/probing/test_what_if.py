@@ -120,7 +120,7 @@ def test_remedies_agree_with_really_doing_it(name: str) -> None:
         assert remedy.layers == names
         assert remedy.images == 32
     assert [remedy.control is None for remedy in found.values()] == [True, True, True, False]
-    assert found["recalibrated"].detail == "pooled mean and unbiased variance of 40 training images"
+    assert found["recalibrated"].detail == "pooled mean and unbiased variance of 40 training samples"
 
 
 def test_real_micro_batches_where_images_cannot_be_mixed() -> None:
@@ -287,10 +287,10 @@ def test_a_pass_says_whose_statistics_each_layer_uses() -> None:
         expected = torch.cat([twin(batch) for batch in batches])
     with running(model, batches, SIZE) as (session, _):
         by_batch = {"by_batch": frozenset({0}), "statistics": {0: other, 1: other}}
-        for per_image in (True, False):
-            pass_ = Pass(4 * SIZE, SIZE, per_image=per_image, **by_batch)
+        for per_sample in (True, False):
+            pass_ = Pass(4 * SIZE, SIZE, per_sample=per_sample, **by_batch)
             output, _ = session.forward("eval", torch.cat(batches), pass_)
             torch.testing.assert_close(output, expected)
             assert [record.by_batch for record in pass_.records.values()] == [True, False, False, False]
             rows = [record.mean.shape[0] for record in pass_.records.values()]
-            assert rows == [4, *[16 if per_image else 4] * 3]
+            assert rows == [4, *[16 if per_sample else 4] * 3]
