@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from benchmarks.setting import BATCH_SIZE
 from bnprobe.pipeline import scan
-from bnprobe.probing.accumulate import Path
-from bnprobe.probing.batches import join
-from bnprobe.probing.emulation import self_check
-from bnprobe.probing.intercept import Pass
+from bnprobe.probing.accumulators import Scope
+from bnprobe.probing.batch import join
+from bnprobe.probing.evidence import PathEvidence
+from bnprobe.probing.hooks import Pass
 from bnprobe.probing.layers import LayerSet, find_layers
-from bnprobe.probing.replicates import ImagePool, ReplicateSums
-from bnprobe.probing.runner import PathName, Runner, UserFunctions
+from bnprobe.probing.physical_batch import self_check
+from bnprobe.probing.session import PathName, Session, UserFunctions
 from bnprobe.records import Report
 
 
@@ -69,30 +69,29 @@ class Probe:
         self._steps = [list(micro_batches[i : i + at_once]) for i in range(0, len(micro_batches), at_once)]
         self._model, self._device = model, micro_batches[0].device
 
-    def run(self, path: PathName, batch_sizes: Sequence[int] = (BATCH_SIZE,)) -> list[Path]:
+    def run(self, path: PathName, batch_sizes: Sequence[int] = (BATCH_SIZE,)) -> list[PathEvidence]:
         """Forward passes, moments, normalization by micro-batch and accumulation, as a scan does them."""
-        with self._installed() as (runner, layers):
-            pool = ImagePool(seed=0) if path == "eval" else None
-            own = Path(layers.layers, batch_sizes[0], self._device, ReplicateSums(), pool)
-            sums = [own, *(Path(layers.layers, size, self._device) for size in batch_sizes[1:])]
+        with self._installed() as (session, layers):
+            scope: Scope = "eval" if path == "eval" else "train"
+            sums = [PathEvidence(scope, batch_sizes[0]), *(PathEvidence("other sizes", n) for n in batch_sizes[1:])]
             for step in self._steps:
-                pass_ = Pass(len(step) * BATCH_SIZE, BATCH_SIZE, per_image=path == "eval")
-                runner.forward(path, join(step), pass_)
+                pass_ = Pass(len(step) * BATCH_SIZE, BATCH_SIZE, per_sample=path == "eval")
+                session.forward(path, join(step), pass_)
                 for one in sums:
-                    one.add(pass_.records)
+                    one.add(pass_.records, layers.layers)
         return sums
 
     def check(self) -> None:
         """The self-check that a scan begins with, whatever the number of images."""
-        with self._installed() as (runner, _):
-            self_check(runner, [step[0] for step in self._steps[:2]], BATCH_SIZE)
+        with self._installed() as (session, _):
+            self_check(session, [step[0] for step in self._steps[:2]], BATCH_SIZE)
 
     @contextmanager
-    def _installed(self) -> Iterator[tuple[Runner, LayerSet]]:
+    def _installed(self) -> Iterator[tuple[Session, LayerSet]]:
         layers = find_layers(self._model, lambda name: True)
-        runner = Runner(self._model, layers, UserFunctions(), self._device)
-        with runner.installed():
-            yield runner, layers
+        session = Session(self._model, layers, UserFunctions(), self._device)
+        with session.installed():
+            yield session, layers
         self._model.eval()
 
 

@@ -6,37 +6,15 @@ import platform
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
-from bnprobe.errors import DeviceError
 from bnprobe.further import Further
 from bnprobe.loading.workload import Workload
+from bnprobe.probing.accumulators import SamplePool
 from bnprobe.probing.evidence import Evidence
 from bnprobe.probing.layers import unmatched_globs
 from bnprobe.records import Environment, Pool, Scan
 from bnprobe.spec import ScanSettings
 from bnprobe.stats.composition import regrouped_batches
-
-
-def device_named(name: str, model: nn.Module) -> torch.device:
-    """The device asked for; "auto" is the model's own, or CUDA where the model is on the CPU and CUDA is there.
-
-    Raises:
-        DeviceError: It is not there.
-    """
-    own = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    if name == "auto":
-        return torch.device("cuda") if own.type == "cpu" and torch.cuda.is_available() else own
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        have = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "no CUDA device"
-        raise DeviceError(
-            f"The device {name!r} cannot be used: {str(error).splitlines()[0]}. This machine has cpu and {have};"
-            " use --device cpu."
-        ) from None
-    return device
 
 
 def environment(device: torch.device) -> Environment:
@@ -65,18 +43,18 @@ def describe(
         batch_size=evidence.batch_size,
         batches=evidence.batches,
         batches_requested=settings.batches,
-        images=evidence.batches * evidence.batch_size,
+        images=evidence.samples,
         left_out=evidence.left_out,
         emulated=evidence.emulated,
         physical_batch=evidence.physical_batch,
-        emulation=evidence.emulation,
-        self_check=evidence.self_check,
+        emulation=evidence.batching.emulation.reason,
+        self_check=evidence.batching.emulation.check,
         seed=settings.seed,
         device=str(device),
         dtype="none" if parameter is None else str(parameter.dtype).removeprefix("torch."),
         autocast=settings.autocast,
         stopped=evidence.stopped,
-        partial=evidence.stopped in ("interrupted", "failed"),
+        partial=evidence.partial,
         seconds=evidence.seconds,
         notes=(*workload.notes, *source.notes, *_remarks(settings, evidence)),
         passes=tuple(further.passes),
@@ -86,10 +64,10 @@ def describe(
 
 
 def _pool(evidence: Evidence) -> Pool | None:
-    images = max((pool.mean.shape[0] for pool in evidence.pool.values()), default=0)
+    images = max((pool.mean.shape[0] for pool in evidence.eval.pool().values()), default=0)
     if not images:
         return None
-    return Pool(images, evidence.pool_bytes, regrouped_batches(images, evidence.batch_size))
+    return Pool(images, evidence.eval[SamplePool].bytes, regrouped_batches(images, evidence.batch_size))
 
 
 def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
@@ -100,7 +78,7 @@ def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
             "No layer's running statistics were ever updated (num_batches_tracked is 0): the model is untrained."
             " Was a checkpoint forgotten?"
         )
-    images = evidence.batches * evidence.batch_size
     for size in evidence.batch_sizes:
-        if images < 2 * size:
-            yield f"Batch size {size} needs at least {2 * size} images, and {images} were measured: raise --batches."
+        if evidence.samples < 2 * size:
+            needed = f"Batch size {size} needs at least {2 * size} images"
+            yield f"{needed}, and {evidence.samples} were measured: raise --batches."

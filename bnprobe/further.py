@@ -13,14 +13,14 @@ from torch import nn
 from bnprobe.errors import BnprobeError, UsageError
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.loading.workload import Workload
-from bnprobe.probing.batches import to_device
-from bnprobe.probing.evidence import Evaluation, Evidence
+from bnprobe.probing.batch import to_device
+from bnprobe.probing.evidence import Evidence
 from bnprobe.probing.gradients import measure_gradients
-from bnprobe.probing.impact import IMAGES, joint_impact, measure_impact
+from bnprobe.probing.impact import SAMPLES, joint_impact, measure_impact
 from bnprobe.probing.layers import LayerSet
-from bnprobe.probing.runner import Runner
-from bnprobe.probing.trainsteps import OptimizerFactory, train_steps
-from bnprobe.probing.whatif import what_if
+from bnprobe.probing.session import Session
+from bnprobe.probing.train_steps import OptimizerFactory, train_steps
+from bnprobe.probing.what_if import what_if
 from bnprobe.records import Backward, ExtraPass, GradientAngle, Impact, Layer, Remedy, Updates
 from bnprobe.rules.evidence import Anatomy
 from bnprobe.spec import OptimizerSpec, ScanSettings
@@ -53,7 +53,7 @@ class Further:
 
 def wanted_batches(settings: ScanSettings, batch_size: int) -> int:
     """How many micro-batches must be kept for what the settings ask for."""
-    images = max(IMAGES, WHAT_IF_IMAGES if settings.what_if else 0)
+    images = max(SAMPLES, WHAT_IF_IMAGES if settings.what_if else 0)
     trained = settings.train_steps or 0
     return max(2, images // batch_size, trained, GRADIENT_BATCHES if settings.gradients else 0)
 
@@ -84,7 +84,7 @@ def check_wishes(settings: ScanSettings, workload: Workload) -> None:
 
 def measure_further(
     found: Further,
-    runner: Runner,
+    session: Session,
     evidence: Evidence,
     settings: ScanSettings,
     make_optimizer: OptimizerFactory | None = None,
@@ -101,30 +101,26 @@ def measure_further(
         BnprobeError: See the single measurements; what was measured before is in ``found``.
     """
     found.passes += _passes_so_far(evidence)
-    size, loss = evidence.batch_size, runner.functions.loss
-    with runner.installed():
+    size = evidence.batch_size
+    with session.installed():
         if impact:
-            some = _first_images(runner, evidence)
+            some = _first_images(session, evidence)
             with _counted(found, "impact", "which layers move the output", len(some) * size):
-                found.impacts = measure_impact(runner, some, size, evidence.trust, evidence.at_once)
-        if settings.what_if and evidence.evaluation is not None:
-            _try_remedies(found, runner, evidence, evidence.evaluation)
-    layers, device = runner.layers.layers, runner.device
-    model, autocast, held = runner.model, runner.autocast, runner.held
+                found.impacts = measure_impact(session, some, evidence.batching)
+        if settings.what_if and evidence.held_out is not None:
+            _try_remedies(found, session, evidence, evidence.held_out)
     if settings.train_steps:
         steps, make = settings.train_steps, _guarded(make_optimizer or load_optimizer(OptimizerSpec()))
         with _counted(found, "training steps", "asked for", steps * size):
-            trained = train_steps(model, layers, evidence.kept, loss, make, device, steps, autocast=autocast, held=held)
+            trained = train_steps(session, evidence.micro_batches, make, steps)
             found.updates = {
                 index: replace(updates, repeated=trained.repeated.get(index, 0.0))
                 for index, updates in trained.updates.items()
             }
     if settings.gradients:
-        batches = evidence.kept[:GRADIENT_BATCHES]
+        batches = evidence.micro_batches[:GRADIENT_BATCHES]
         with _counted(found, "gradients", "asked for", len(batches) * size):
-            found.backward, found.angle = measure_gradients(
-                model, layers, batches, loss, device, autocast=autocast, held=held, seed=settings.seed
-            )
+            found.backward, found.angle = measure_gradients(session, batches, seed=settings.seed)
 
 
 def with_further(
@@ -145,49 +141,47 @@ def with_further(
     )
 
 
-def _first_images(runner: Runner, evidence: Evidence) -> list[Any]:
+def _first_images(session: Session, evidence: Evidence) -> list[Any]:
     """The micro-batches that impacts are measured on, on the device."""
-    layers = runner.layers.layers
+    layers = session.layers.layers
     numbers = sum(values * layers[index].info.channels for (index, _), values in evidence.values.items())
     memory = IMPACT_BYTES * evidence.batch_size // (4 * max(numbers, 1))
-    images = min(IMAGES, memory, evidence.batches * evidence.batch_size // IMPACT_PART)
+    images = min(SAMPLES, memory, evidence.samples // IMPACT_PART)
     number = max(2, images // evidence.batch_size)
-    return [to_device(batch, runner.device) for batch in evidence.kept[:number]]
+    return [to_device(batch, session.device) for batch in evidence.micro_batches[:number]]
 
 
-def _try_remedies(found: Further, runner: Runner, evidence: Evidence, evaluation: Evaluation) -> None:
+def _try_remedies(found: Further, session: Session, evidence: Evidence, held_out: Evidence) -> None:
     size = evidence.batch_size
     most = max(2, WHAT_IF_IMAGES // size)
-    training, held_out = evidence.kept[:most], evaluation.kept[:most]
-    with _counted(found, "what-if", "asked for", (len(training) + len(held_out)) * size):
-        found.remedies = what_if(runner, training, held_out, size, evidence.at_once, evidence.trust)
+    training, unseen = evidence.micro_batches[:most], held_out.micro_batches[:most]
+    with _counted(found, "what-if", "asked for", (len(training) + len(unseen)) * size):
+        found.remedies = what_if(session, training, unseen, evidence.batching)
 
 
 def joint_impacts(
-    runner: Runner, evidence: Evidence, further: Further, groups: Sequence[tuple[str, ...]]
+    session: Session, evidence: Evidence, further: Further, groups: Sequence[tuple[str, ...]]
 ) -> dict[tuple[str, ...], float | None]:
     """For groups of layers, the change of the outputs if all layers of a group normalize with their batches.
 
     None where it cannot be measured. Errors and Ctrl-C are not raised: the report that this is for is worth more. After
     a scan that ended early nothing more is run.
     """
-    positions = {layer.name: layer.index for layer in runner.layers.layers}
+    positions = {layer.name: layer.index for layer in session.layers.layers}
     known: dict[frozenset[int], float | None] = {}
 
     def measured(names: tuple[str, ...]) -> float | None:
         layers = frozenset(positions[name] for name in names if positions[name] in further.impacts)
-        if not layers or evidence.stopped in ("interrupted", "failed"):
+        if not layers or evidence.partial:
             return None
         alone = further.impacts[next(iter(layers))].exact if len(layers) == 1 else None
         if alone is not None:
             return alone
         if layers not in known:
             known[layers] = None
-            with suppress(BnprobeError, KeyboardInterrupt), runner.installed():
-                some = _first_images(runner, evidence)
-                known[layers] = joint_impact(
-                    runner, some, evidence.batch_size, evidence.trust, evidence.at_once, layers
-                )
+            with suppress(BnprobeError, KeyboardInterrupt), session.installed():
+                some = _first_images(session, evidence)
+                known[layers] = joint_impact(session, some, evidence.batching, layers)
         return known[layers]
 
     return {names: measured(names) for names in groups}
@@ -214,8 +208,7 @@ def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
     """What the two paths were joined by, with its reason."""
     if evidence.steady is not None:
         reason = "the model draws random numbers in training"
-        images = evidence.batches * evidence.batch_size
-        yield ExtraPass("train path without random layers", reason, images, evidence.steady_seconds)
-    if evidence.evaluation is not None:
-        held_out = evidence.evaluation
-        yield ExtraPass("evaluation data", "there is some to tell a data shift by", held_out.images, held_out.seconds)
+        yield ExtraPass("train path without random layers", reason, evidence.samples, evidence.steady_seconds)
+    if evidence.held_out is not None:
+        held_out = evidence.held_out
+        yield ExtraPass("evaluation data", "to measure the data shift", held_out.samples, held_out.seconds)

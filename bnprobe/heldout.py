@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnprobe.describe import device_named
 from bnprobe.errors import DataError, UsageError
 from bnprobe.loading.data import BatchSource, load_evaluation
 from bnprobe.loading.spread import spread
 from bnprobe.loading.workload import Workload
-from bnprobe.probing.batches import count_images, tensors_of
+from bnprobe.probing.batch import count_images, tensors_of
+from bnprobe.probing.session import autocast_dtype, device_named
 from bnprobe.records import Score
 from bnprobe.spec import Spec
 from bnprobe.training import evaluate
@@ -55,7 +55,7 @@ class HeldOut:
             DataError, UserCodeError: The loader raised, or gave nothing.
         """
         device = device_named(spec.scan.device, workload.model)
-        autocast = getattr(torch, spec.scan.autocast) if spec.scan.autocast else None
+        autocast = autocast_dtype(spec.scan.autocast)
         batches, notes = _read(spec, workload)
         return cls(batches, workload.loss, workload.metric, device, autocast, tuple(notes))
 

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,23 @@ class NormFamily(Protocol):
 
     def note(self, info: NormInfo) -> str | None:
         """What a reader of the report should know about a layer of this family, a clause; None if nothing."""
+
+
+@runtime_checkable
+class GroupsRows(Protocol):
+    """A norm family that divides a micro-batch itself (ghost batches, frames of a video, ...)."""
+
+    def rows_per_group(self, module: nn.Module, call: NormCall, rows: int) -> int:
+        """How many consecutive rows of a micro-batch are normalized together in this call.
+
+        Args:
+            module: The layer.
+            call: Its call, on one micro-batch or on several.
+            rows: Rows of one micro-batch in this call.
+
+        Returns:
+            A divisor of ``rows``; ``rows`` itself for the whole micro-batch.
+        """
 
 
 class BatchNormFamily:

@@ -8,13 +8,12 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 import bnprobe
 from bnprobe.analysis.diagnosis import diagnose, groups_of, judge
 from bnprobe.analysis.findings import Findings, assemble
-from bnprobe.describe import describe, device_named, environment
+from bnprobe.describe import describe, environment
 from bnprobe.distributed import ALONE, Share, World
 from bnprobe.errors import BnprobeError
 from bnprobe.further import Further, check_wishes, joint_impacts, measure_further, wanted_batches, with_further
@@ -23,17 +22,15 @@ from bnprobe.loading.model import unwrapped
 from bnprobe.loading.shard import deal
 from bnprobe.loading.spread import spread
 from bnprobe.loading.workload import Workload, load_model_only, load_workload
-from bnprobe.probing.agreement import Agreement, agree
-from bnprobe.probing.anatomy import anatomy
-from bnprobe.probing.drive import Progress, Source, probe
-from bnprobe.probing.drive import no_progress as no_progress  # those who scan take it from here
 from bnprobe.probing.evidence import Evidence
-from bnprobe.probing.forward import forward_all
-from bnprobe.probing.interrupts import deferred_interrupts
-from bnprobe.probing.layers import check_buffers, find_layers
-from bnprobe.probing.preserve import untouched
-from bnprobe.probing.runner import Runner, UserFunctions
-from bnprobe.probing.trainsteps import OptimizerFactory
+from bnprobe.probing.layers import anatomy, find_layers
+from bnprobe.probing.rank_agreement import Agreement, agree
+from bnprobe.probing.reader import Reader
+from bnprobe.probing.restore import deferred_interrupts, untouched
+from bnprobe.probing.scan_loop import Progress, probe
+from bnprobe.probing.scan_loop import no_progress as no_progress  # those who scan take it from here
+from bnprobe.probing.session import Session, UserFunctions
+from bnprobe.probing.train_steps import OptimizerFactory
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records import SCHEMA_VERSION, LintReport, Report, Tool
 from bnprobe.rules.evidence import Facts
@@ -118,13 +115,13 @@ def scan_workload(
     check_wishes(settings, workload)
     with untouched(workload.model):
         seed_everything(settings.seed)
-        runner = _runner(workload, settings)
-        agreement = agree(workload.model, runner.layers.selected, world)
-        facts = replace(_facts(workload, runner), processes=world.size, rank_mismatch=agreement.mismatch)
-        evidence = _probe(workload, runner, settings, progress, world)
+        session = session_of(workload, settings)
+        agreement = agree(workload.model, session.layers.selected, world)
+        facts = replace(_facts(workload, session), processes=world.size, rank_mismatch=agreement.mismatch)
+        evidence = _probe(workload, session, settings, progress, world)
         report = None
         if evidence is not None:
-            report = _report(workload, settings, runner, facts, evidence, tuple(_on_processes(world, agreement)))
+            report = _report(workload, settings, session, facts, evidence, tuple(_on_processes(world, agreement)))
     # A Ctrl-C that reaches the others while they wait has reached process 0 too, which answers it.
     with suppress(KeyboardInterrupt), deferred_interrupts():
         report = world.share(report)
@@ -144,21 +141,21 @@ def whole(report: Report) -> Report:
 
 
 def _report(
-    workload: Workload, settings: ScanSettings, runner: Runner, facts: Facts, evidence: Evidence, notes: Sequence[str]
+    workload: Workload, settings: ScanSettings, session: Session, facts: Facts, evidence: Evidence, notes: Sequence[str]
 ) -> Report:
     """From what was measured to what is said, with what is measured beyond the two paths."""
     findings = assemble(evidence, settings)
-    evidence, further = _beyond(workload, runner, settings, evidence, findings)
-    scan = describe(workload, settings, evidence, further, runner.device)
+    evidence, further = _beyond(workload, session, settings, evidence, findings)
+    scan = describe(workload, settings, evidence, further, session.device)
     scan = replace(scan, notes=(*scan.notes, *notes))
-    layers = with_further(findings.layers, facts.anatomy, further, runner.layers)
+    layers = with_further(findings.layers, facts.anatomy, further, session.layers)
     facts = replace(facts, layers={layer.name: layer for layer in layers}, scan=scan)
     verdicts = judge(facts, settings.rules)
-    impacts = joint_impacts(runner, evidence, further, groups_of(verdicts, facts))
+    impacts = joint_impacts(session, evidence, further, groups_of(verdicts, facts))
     report = Report(
         schema_version=SCHEMA_VERSION,
         tool=Tool("bnprobe", bnprobe.__version__),
-        environment=environment(runner.device),
+        environment=environment(session.device),
         scan=scan,
         summary=replace(findings.summary, gradient_angle=further.angle),
         layers=layers,
@@ -173,10 +170,10 @@ def _report(
     return report
 
 
-def _facts(workload: Workload, runner: Runner) -> Facts:
+def _facts(workload: Workload, session: Session) -> Facts:
     """What rules may know before anything is measured."""
     return Facts(
-        anatomy(runner.layers, workload.model),
+        anatomy(session.layers, workload.model),
         images=workload.source.images,
         drop_last=workload.source.drop_last,
         evaluation=workload.evaluation is not None,
@@ -192,34 +189,34 @@ def _on_processes(world: World, agreement: Agreement) -> Iterator[str]:
 
 
 def _probe(
-    workload: Workload, runner: Runner, settings: ScanSettings, progress: Progress, world: World
+    workload: Workload, session: Session, settings: ScanSettings, progress: Progress, world: World
 ) -> Evidence | None:
-    """The two paths on the training batches, and the eval path on the evaluation batches."""
+    """The two paths on the training data, and the eval path on the held-out data."""
     source, held_out = spread(workload.source, settings.seed, settings.batch_sizes), workload.evaluation
     size, keep = source.batch_size, wanted_batches(settings, source.batch_size)
     # Micro-batches that are regrouped to larger batches are measured by one process.
     share = Share(world.rank, world.size, math.lcm(size, *settings.batch_sizes) // size)
     source = deal(source, share)
-    data = Source(source.batches, size, keep=keep, share=share, dealt=source.dealt)
-    evaluation = None
+    reader, held_out_reader = Reader(source.batches, size, keep, share, source.dealt), None
     if held_out is not None:
         share = Share(world.rank, world.size)
         held_out = deal(spread(held_out, settings.seed, mixed=True), share)
-        evaluation = Source(held_out.batches, held_out.batch_size, held_out.most, keep, share, held_out.dealt)
-    with runner.installed():
-        return probe(runner, data, settings, progress, evaluation, world)
+        size, dealt, most = held_out.batch_size, held_out.dealt, held_out.most
+        held_out_reader = Reader(held_out.batches, size, keep, share, dealt, most)
+    with session.installed():
+        return probe(session, reader, settings, progress, held_out_reader, world)
 
 
 def _beyond(
-    workload: Workload, runner: Runner, settings: ScanSettings, evidence: Evidence, findings: Findings
+    workload: Workload, session: Session, settings: ScanSettings, evidence: Evidence, findings: Findings
 ) -> tuple[Evidence, Further]:
     """What is measured beyond the two paths; they are worth a report even if it fails or is interrupted."""
     further = Further()
-    if evidence.stopped in ("interrupted", "failed"):
+    if evidence.partial:
         return evidence, further
     off = any(layer.flagged or layer.undecided for layer in findings.layers)
     try:
-        measure_further(further, runner, evidence, settings, workload.make_optimizer, impact=off)
+        measure_further(further, session, evidence, settings, workload.make_optimizer, impact=off)
     except BnprobeError as error:
         evidence = replace(evidence, stopped="failed", failure=error)
     except KeyboardInterrupt:
@@ -227,17 +224,10 @@ def _beyond(
     return evidence, further
 
 
-def _runner(workload: Workload, settings: ScanSettings) -> Runner:
-    """The model on its device, with its layers found and the user's functions at hand."""
-    model = workload.model
-    device = device_named(settings.device, model)
-    model.to(device)
-    layers = find_layers(model, settings.is_selected)
-    check_buffers(layers.selected)
-    forward = workload.forward or (forward_all if workload.source.synthetic else None)
-    functions = UserFunctions(forward, workload.loss, workload.metric)
-    autocast = getattr(torch, settings.autocast) if settings.autocast else None
-    return Runner(model, layers, functions, device, autocast)
+def session_of(workload: Workload, settings: ScanSettings) -> Session:
+    """The workload's model on its device, with its layers found and the user's functions at hand."""
+    functions = UserFunctions(workload.forward, workload.loss, workload.metric)
+    return Session.open(workload.model, settings, functions, synthetic=workload.source.synthetic)
 
 
 def lint_spec(spec: Spec) -> LintReport:

@@ -12,20 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from bnprobe.describe import device_named
 from bnprobe.errors import NonFiniteError, NothingToProbeError, RepairError, UsageError
 from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import unwrapped
 from bnprobe.loading.spread import spread
 from bnprobe.numbers import listed
-from bnprobe.probing.drive import Progress, no_progress
-from bnprobe.probing.forward import forward_all
-from bnprobe.probing.interrupts import deferred_interrupts
 from bnprobe.probing.layers import ProbedLayer, find_layers
-from bnprobe.probing.preserve import untouched
-from bnprobe.probing.reread import Reread
-from bnprobe.probing.runner import Runner, UserFunctions
-from bnprobe.probing.settle import Settled, settle_by_batch, settle_by_layer
+from bnprobe.probing.population import Settled, settle_by_batch, settle_by_layer
+from bnprobe.probing.reader import RepeatedReader
+from bnprobe.probing.restore import deferred_interrupts, untouched
+from bnprobe.probing.scan_loop import Progress, no_progress
+from bnprobe.probing.session import Session, UserFunctions
 from bnprobe.randomness import seed_everything
 from bnprobe.spec import ScanSettings, matches_any
 from bnprobe.specfile import settings_from
@@ -144,12 +141,12 @@ def renew(
     _check_values(model)
     with untouched(model):
         scattered = spread(source, settings.seed, mixed=path == "eval")
-        batches = Reread(scattered.batches, _most(source, settings), settings.seed)
-        runner = _runner(model, source, forward, layers, settings)
-        with runner.installed():
+        batches = RepeatedReader(scattered.batches, _most(source, settings), settings.seed)
+        session = _session(model, source, forward, layers, settings)
+        with session.installed():
             seed_everything(settings.seed)
-            wanted = _updating(runner)
-            settled = _settle(runner, batches, path, wanted, progress)
+            wanted = _updating(session)
+            settled = _settle(session, batches, path, wanted, progress)
     renewed = [layer for layer in wanted if layer.index in settled.statistics]
     if not renewed:
         raise NothingToProbeError(
@@ -161,7 +158,7 @@ def renew(
         tuple(layer.name for layer in renewed),
         batches.images,
         batches.batches,
-        tuple(_notes(runner.layers.layers, wanted, renewed, batches, settings)),
+        tuple(_notes(session.layers.layers, wanted, renewed, batches, settings)),
     )
 
 
@@ -186,21 +183,18 @@ def _most(source: BatchSource, settings: ScanSettings) -> int | None:
     return settings.batches
 
 
-def _runner(
+def _session(
     model: nn.Module,
     source: BatchSource,
     forward: BatchFunction | None,
     layers: tuple[str, ...],
     settings: ScanSettings,
-) -> Runner:
-    device = device_named(settings.device, model)
-    model.to(device)
-    found = find_layers(model, lambda *names: True)
-    _check_globs(layers, found.layers)
-    found = find_layers(model, lambda *names: not layers or any(matches_any(glob, names) for glob in layers))
-    functions = UserFunctions(forward or (forward_all if source.synthetic else None))
-    autocast = getattr(torch, settings.autocast) if settings.autocast else None
-    return Runner(model, found, functions, device, autocast)
+) -> Session:
+    _check_globs(layers, find_layers(model, lambda *names: True).layers)
+    chosen = settings.model_copy(update={"include": layers, "exclude": ()})
+    # Running statistics may be NaN: they are what is replaced.
+    functions = UserFunctions(forward)
+    return Session.open(model, chosen, functions, synthetic=source.synthetic, need_statistics=False)
 
 
 def _check_globs(globs: tuple[str, ...], layers: Iterable[ProbedLayer]) -> None:
@@ -212,20 +206,20 @@ def _check_globs(globs: tuple[str, ...], layers: Iterable[ProbedLayer]) -> None:
 
 
 def _settle(
-    runner: Runner, batches: Reread, path: StatisticsPath, wanted: list[ProbedLayer], progress: Progress
+    session: Session, batches: RepeatedReader, path: StatisticsPath, wanted: list[ProbedLayer], progress: Progress
 ) -> Settled:
     if path == "train":
-        return settle_by_batch(runner, batches, progress)
-    return settle_by_layer(runner, batches, frozenset(layer.index for layer in wanted), progress)
+        return settle_by_batch(session, batches, progress)
+    return settle_by_layer(session, batches, frozenset(layer.index for layer in wanted), progress)
 
 
-def _updating(runner: Runner) -> list[ProbedLayer]:
-    """The layers asked for that update running statistics in training; ``runner`` has just been installed.
+def _updating(session: Session) -> list[ProbedLayer]:
+    """The layers asked for that update running statistics in training; ``session`` has just been installed.
 
     Raises:
         RepairError: There is none.
     """
-    selected = runner.layers.selected
+    selected = session.layers.selected
     found = [layer for layer in selected if layer.info.running_mean is not None and layer.module.training]
     if not found:
         first = selected[0]
@@ -277,7 +271,7 @@ def _notes(
     layers: Iterable[ProbedLayer],
     wanted: list[ProbedLayer],
     renewed: list[ProbedLayer],
-    batches: Reread,
+    batches: RepeatedReader,
     settings: ScanSettings,
 ) -> Iterator[str]:
     kept = [layer.name for layer in layers if layer.selected and layer not in wanted]

@@ -9,12 +9,13 @@ from torch import Tensor
 
 import bnprobe
 from bnprobe.analysis.comparison import AS_IS, RECALIBRATED, estimate
-from bnprobe.describe import device_named, environment
+from bnprobe.describe import environment
 from bnprobe.errors import NonFiniteError, UsageError
 from bnprobe.heldout import HeldOut
 from bnprobe.loading.workload import Workload, load_workload, read_anew
 from bnprobe.pipeline import no_progress, scan_workload, whole
-from bnprobe.probing.drive import Progress
+from bnprobe.probing.scan_loop import Progress
+from bnprobe.probing.session import device_named
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.recalibration import Recalibrated, StatisticsPath, renew
 from bnprobe.records import SCHEMA_VERSION, Arm, Conclusion, Estimate, Proof, RepairRecord, Report, Run, Score, Tool

@@ -19,7 +19,7 @@ from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, SpecError, UsageError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_anew
 from bnprobe.pipeline import no_progress, scan_workload, whole
-from bnprobe.probing.drive import Progress
+from bnprobe.probing.scan_loop import Progress
 from bnprobe.proof import OnStep, best_candidate, prove
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep

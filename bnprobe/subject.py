@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bnprobe.describe import device_named
 from bnprobe.distributed import launched
 from bnprobe.errors import NothingToProbeError, RepairError, UsageError
 from bnprobe.heldout import HeldOut
@@ -19,6 +18,7 @@ from bnprobe.loading.model import WRAPPED
 from bnprobe.loading.optimizer import OptimizerFactory, load_optimizer
 from bnprobe.loading.schedule import ScheduleFactory, load_schedule
 from bnprobe.loading.workload import Workload, read_anew
+from bnprobe.probing.session import device_named
 from bnprobe.recalibration import recalibrate_workload
 from bnprobe.requirement import parse_requirement
 from bnprobe.spec import RepairSpec, Spec, TrainSpec

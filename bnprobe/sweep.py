@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from bnprobe.errors import UsageError
@@ -19,12 +18,11 @@ from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import unwrapped
 from bnprobe.loading.workload import load_workload
 from bnprobe.pipeline import no_progress, scan, scan_spec
-from bnprobe.probing.drive import FEWEST, Progress
-from bnprobe.probing.forward import forward_all
-from bnprobe.probing.layers import find_layers
-from bnprobe.probing.preserve import untouched
-from bnprobe.probing.runner import Runner, UserFunctions
-from bnprobe.probing.series import MEMORY_CAP, Recording, record
+from bnprobe.probing.momentum_series import MEMORY_CAP, Recording, record
+from bnprobe.probing.reader import Reader
+from bnprobe.probing.restore import untouched
+from bnprobe.probing.scan_loop import FEWEST, Progress
+from bnprobe.probing.session import Session, UserFunctions
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records import (
     SCHEMA_VERSION,
@@ -270,14 +268,10 @@ def _momentum(
     return found
 
 
-def _record(material: _Material, settings: ScanSettings, device_name: str, progress: Progress) -> Recording:
+def _record(material: _Material, settings: ScanSettings, device: str, progress: Progress) -> Recording:
     model, source = material.model, material.source
-    device = torch.device(device_name)
     with untouched(model):
         seed_everything(settings.seed)
-        model.to(device)
-        forward = material.forward or (forward_all if source.synthetic else None)
-        autocast = getattr(torch, settings.autocast) if settings.autocast else None
-        layers = find_layers(model, settings.is_selected)
-        runner = Runner(model, layers, UserFunctions(forward), device, autocast)
-        return record(runner, source.batches, source.batch_size, settings, progress)
+        chosen = settings.model_copy(update={"device": device})
+        session = Session.open(model, chosen, UserFunctions(material.forward), synthetic=source.synthetic)
+        return record(session, Reader(source.batches, source.batch_size), settings, progress)

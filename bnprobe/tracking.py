@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import UsageError
-from bnprobe.probing.series import LayerSeries, Recording
+from bnprobe.probing.momentum_series import LayerSeries, Recording
 from bnprobe.records import BestRates, MomentumCurve, MomentumPoint, MomentumSweep, SkippedLayer, Tracking
 from bnprobe.stats.ema import (
     Rate,

@@ -14,8 +14,7 @@ from benchmarks.faults.proofs import shown
 from benchmarks.faults.surgery import set_momentum
 from bnprobe.analysis.diagnosis import diagnose, judge
 from bnprobe.errors import BnprobeError
-from bnprobe.probing.anatomy import anatomy
-from bnprobe.probing.layers import find_layers
+from bnprobe.probing.layers import anatomy, find_layers
 from bnprobe.records import Diagnosis, Verdict
 from bnprobe.rules.evidence import Facts
 from bnprobe.spec import RulesSpec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.probing.evidence import Evidence, PathEvidence
-from bnprobe.probing.intercept import Slot
+from bnprobe.probing.hooks import Slot
 from bnprobe.records import Composition, Domains, Interval, ShareIntervals, Shares
 from bnprobe.stats import ladder
 from bnprobe.stats.composition import Images, analyse, draw
@@ -40,14 +40,15 @@ def attribute(evidence: Evidence) -> dict[int, Attribution]:
     in the running statistics.
     """
     calls: dict[int, list[Slot]] = {}
-    for slot in evidence.eval.moments:
+    for slot in evidence.eval.calls:
         if evidence.layers.layers[slot[0]].info.corrects:
             continue
-        if all(bad < 0 for bad in _first_bad(evidence, slot)) and slot in evidence.train.moments:
+        if _is_finite(evidence, slot) and slot in evidence.train:
             calls.setdefault(slot[0], []).append(slot)
-    compositions = _compositions(evidence, calls)
+    pool = evidence.eval.pool()
+    compositions = _compositions(evidence, calls) if pool else {}
     return {
-        index: Attribution(*_shares(evidence, slots), compositions.get(index), _domains(evidence, slots))
+        index: Attribution(*_shares(evidence, slots, pool), compositions.get(index), _domains(evidence, slots))
         for index, slots in calls.items()
     }
 
@@ -71,12 +72,14 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def _first_bad(evidence: Evidence, slot: Slot) -> list[int]:
+def _is_finite(evidence: Evidence, slot: Slot) -> bool:
     paths = [evidence.train, evidence.eval, *([evidence.steady] if evidence.steady else [])]
-    return [path.calls[slot].first_bad for path in paths if slot in path.calls]
+    return all(path.first_bad(slot) is None for path in paths)
 
 
-def _shares(evidence: Evidence, slots: list[Slot]) -> tuple[Shares | None, ShareIntervals | None]:
+def _shares(
+    evidence: Evidence, slots: list[Slot], pool: Mapping[Slot, Images]
+) -> tuple[Shares | None, ShareIntervals | None]:
     """The shares and their intervals; None where figures overflowed float64 on the eval path."""
     sums = _together(evidence.eval, slots)
     values = evidence.values[slots[0]]
@@ -86,7 +89,7 @@ def _shares(evidence: Evidence, slots: list[Slot]) -> tuple[Shares | None, Share
     way, references, nearest = _references([train, steady, means], values)
     rungs = [ladder.mismatch(means, reference) for reference in (ladder.running(means), *references)]
     alone = evidence.batch_size == 1  # one sample per batch has no composition
-    drawn = None if alone else _drawn(evidence, slots, means, counts)
+    drawn = None if alone else _drawn(evidence, slots, pool, means, counts)
     noise = 0.0 if drawn is None else drawn.chance
     floor = rungs[-1] if drawn is None else ladder.mismatch_drawn(means, drawn, values, way)
     lag, dropout, propagation, composition = (
@@ -130,41 +133,40 @@ def _references(paths: list[Means], values: int) -> tuple[Tensor, list[ladder.Re
 
 def _together(path: PathEvidence, slots: list[Slot]) -> BatchSums:
     """The sums of all calls of a layer, which share its running statistics."""
-    return reduce(add, (path.moments[slot] for slot in slots if slot in path.moments))
+    return reduce(add, (path.moments(slot) for slot in slots if slot in path))
 
 
-def _drawn(evidence: Evidence, slots: list[Slot], means: Means, counts: Tensor) -> ladder.Regrouped | None:
+def _drawn(
+    evidence: Evidence, slots: list[Slot], pool: Mapping[Slot, Images], means: Means, counts: Tensor
+) -> ladder.Regrouped | None:
     """Micro-batches drawn at random from the samples of all calls; None where these are not known."""
-    pools = [evidence.pool[slot] for slot in slots if slot in evidence.pool]
+    pools = [pool[slot] for slot in slots if slot in pool]
     if len(pools) < len(slots):
         return None
     images = Images(*(torch.cat([getattr(pool, name) for pool in pools]) for name in ("mean", "variance", "replicate")))
     if images.mean.shape[0] < FEWEST_GROUPS * evidence.batch_size:
         return None
-    squares = sum((evidence.eval.image_squares[slot] for slot in slots), start=torch.zeros(()))
+    squares = sum((evidence.eval.sample_squares(slot) for slot in slots), start=torch.zeros(()))
     return draw(means, counts, squares, images, evidence.batch_size, seed=0)
 
 
 def _data_shift(evidence: Evidence, slots: list[Slot]) -> tuple[float | None, Interval | None]:
     """The held-out data as one batch against the training data, on the eval path."""
-    if evidence.evaluation is None or any(slot not in evidence.evaluation.path.moments for slot in slots):
+    if evidence.held_out is None or any(slot not in evidence.held_out.eval for slot in slots):
         return None, None
-    evaluation, training = _together(evidence.evaluation.path, slots), _together(evidence.eval, slots)
-    estimate = ladder.shift(evaluation, training)
+    estimate = ladder.shift(_together(evidence.held_out.eval, slots), _together(evidence.eval, slots))
     return max(estimate.value, 0.0), estimate.interval()
 
 
 def _compositions(evidence: Evidence, calls: dict[int, list[Slot]]) -> dict[int, Composition]:
     """By layer, from an analysis of variance of each call; p-values are corrected for all channels of all layers."""
-    if evidence.batch_size < 2 or evidence.eval.batches < 2 or not evidence.pool:
+    if evidence.batch_size < 2 or evidence.eval.batches < 2:
         return {}
     from scipy.stats import false_discovery_control
 
-    size, moments = evidence.batch_size, evidence.eval
+    size, path = evidence.batch_size, evidence.eval
     found = {
-        slot: analyse(moments.moments[slot], moments.image_squares[slot], size)
-        for slots in calls.values()
-        for slot in slots
+        slot: analyse(path.moments(slot), path.sample_squares(slot), size) for slots in calls.values() for slot in slots
     }
     if not found:
         return {}
@@ -183,7 +185,7 @@ def _domains(evidence: Evidence, slots: list[Slot]) -> Domains | None:
     """How far the data of a layer's separate calls differs from that of all calls together."""
     if len(slots) < 2:
         return None
-    sums = [evidence.eval.moments[slot] for slot in slots]
+    sums = [evidence.eval.moments(slot) for slot in slots]
     together = _together(evidence.eval, slots).means()
     distances = [ladder.shift_between(part.means(), together) for part in sums]
     estimate = jackknife(torch.stack(distances).mean(0), sums[0].counts)

@@ -9,8 +9,9 @@ from typing import Literal
 
 from bnprobe.analysis.decomposition import Attribution, attribute, model_shares
 from bnprobe.errors import NonFiniteError, NothingToProbeError
-from bnprobe.probing.evidence import CallSums, Evidence, PathEvidence, Sums, Values, merge_values
-from bnprobe.probing.intercept import Slot
+from bnprobe.probing.accumulators import Sums, Values
+from bnprobe.probing.evidence import Evidence, PathEvidence
+from bnprobe.probing.hooks import Slot
 from bnprobe.probing.layers import ProbedLayer
 from bnprobe.records import (
     BatchSizePoint,
@@ -79,12 +80,11 @@ def _summary(evidence: Evidence, layers: tuple[Layer, ...], skipped: tuple[Skipp
 
 def _gaps(evidence: Evidence) -> Iterator[Gap]:
     """The steps in loss and metric from training to held-out data."""
-    scores = evidence.scores
     measures: tuple[Literal["loss", "metric"], ...] = ("loss", "metric")
     for measure in measures:
-        training, inference = (getattr(scores[path], measure) for path in ("train", "eval"))
-        without_noise = training if evidence.steady is None else getattr(scores["steady"], measure)
-        held_out = getattr(evidence.evaluation.score, measure) if evidence.evaluation else None
+        training, inference = (getattr(evidence.score(path), measure) for path in ("train", "eval"))
+        without_noise = training if evidence.steady is None else getattr(evidence.score("steady"), measure)
+        held_out = getattr(evidence.held_out.score("eval"), measure) if evidence.held_out else None
         if training is None or without_noise is None or inference is None:
             continue
         yield Gap(
@@ -134,13 +134,13 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
 
 
 def _path(path: PathEvidence, index: int, slots: list[Slot], single: bool) -> PathMeasurement | None:
-    calls = [path.calls[slot] for slot in slots if slot in path.calls]
-    if index not in path.layers or any(call.first_bad >= 0 for call in calls):
+    sums = path.layer(index)
+    if sums is None or any(path.first_bad(slot) is not None for slot in slots):
         return None
-    return _measurement(path.layers[index], calls, single)
+    return _measurement(sums, path, slots, single)
 
 
-def _measurement(sums: Sums, calls: list[CallSums], single: bool) -> PathMeasurement:
+def _measurement(sums: Sums, path: PathEvidence, slots: list[Slot], single: bool) -> PathMeasurement:
     """``single``: one value per channel, which is always normalized to 0; n_eq is then 1."""
     interval = mean_interval(sums.count, sums.total, sums.square)
     size = 1.0 if single else equivalent_batch_size(sums.mean)
@@ -149,8 +149,9 @@ def _measurement(sums: Sums, calls: list[CallSums], single: bool) -> PathMeasure
         interval=interval,
         equivalent_batch_size=size,
         equivalent_batch_size_interval=(1.0, 1.0) if single else _size_interval(interval),
-        r=_distribution(merge_values([call.r for call in calls]), R_AXIS, clipped_r_iid(size or math.inf)),
-        d=_distribution(merge_values([call.d for call in calls]), D_AXIS, clipped_d_iid(size or math.inf)),
+        r=_distribution(path.r(slots), R_AXIS, clipped_r_iid(size or math.inf)),
+        d=_distribution(path.d(slots), D_AXIS, clipped_d_iid(size or math.inf)),
+        statistics=path.reported(slots),
     )
 
 
@@ -187,16 +188,15 @@ def _calls(evidence: Evidence, slots: list[Slot]) -> tuple[CallMeasurement, ...]
 
 
 def _call(evidence: Evidence, path: PathEvidence, slot: Slot) -> PathMeasurement | None:
-    call = path.calls.get(slot)
-    if call is None or call.first_bad >= 0:
+    if slot not in path or path.first_bad(slot) is not None:
         return None
-    return _measurement(call.mismatch, [call], evidence.values[slot] == 1)
+    return _measurement(path.mismatch(slot), path, [slot], evidence.values[slot] == 1)
 
 
 def _points(evidence: Evidence, first: Slot) -> Iterable[BatchSizePoint]:
     for size, path in evidence.batch_sizes.items():
-        sums = path.layers.get(first[0])
-        if sums and sums.count and math.isfinite(sums.total):
+        sums = path.layer(first[0])
+        if sums and math.isfinite(sums.total):
             interval = mean_interval(sums.count, sums.total, sums.square)
             single = evidence.values[first] * size == evidence.batch_size
             n_eq = 1.0 if single else equivalent_batch_size(sums.mean)
@@ -236,7 +236,7 @@ def _silent(layer: ProbedLayer, evidence: Evidence) -> SkippedLayer:
 
 def _overflows(evidence: Evidence, slots: list[Slot]) -> bool:
     """Whether NaN or Inf reached the layer on the eval path."""
-    return any(evidence.eval.calls[slot].first_bad >= 0 for slot in slots if slot in evidence.eval.calls)
+    return any(evidence.eval.first_bad(slot) is not None for slot in slots)
 
 
 def _functional(evidence: Evidence) -> list[SkippedLayer]:
@@ -246,7 +246,8 @@ def _functional(evidence: Evidence) -> list[SkippedLayer]:
 
 def _require_finite(evidence: Evidence) -> None:
     """The train path must be finite; an overflow on the eval path is a symptom, and a note says where it starts."""
-    bad = [(call.first_bad, slot) for slot, call in evidence.train.calls.items() if call.first_bad >= 0]
+    steps = {slot: evidence.train.first_bad(slot) for slot in evidence.train.calls}
+    bad = [(step, slot) for slot, step in steps.items() if step is not None]
     if not bad:
         return
     first_step = min(step for step, _ in bad)

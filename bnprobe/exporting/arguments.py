@@ -11,8 +11,8 @@ from torch.export import Dim
 
 from bnprobe.errors import RepairError
 from bnprobe.exporting.interface import Arguments
-from bnprobe.probing.batches import copy_tensors, map_leaves, tensors_of
-from bnprobe.probing.forward import describe_call, model_code
+from bnprobe.probing.batch import copy_tensors, map_leaves, tensors_of
+from bnprobe.probing.session import describe_call, model_code
 from bnprobe.usercode import BatchFunction
 
 

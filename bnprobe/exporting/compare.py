@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnprobe.probing.batches import tensors_of
+from bnprobe.probing.batch import tensors_of
 from bnprobe.records import Difference
 
 

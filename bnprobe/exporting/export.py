@@ -21,9 +21,9 @@ from bnprobe.exporting.exporters import EXPORTERS
 from bnprobe.exporting.interface import Arguments, Exporter, Run, Written, is_installed, root_cause
 from bnprobe.exporting.quantize import quantized
 from bnprobe.loading.workload import Workload, load_workload
-from bnprobe.probing.batches import CannotEmulateError, check_finite, count_images, join
-from bnprobe.probing.forward import default_forward, forward_all
+from bnprobe.probing.batch import CannotEmulateError, check_finite, count_images, join
 from bnprobe.probing.population import pick
+from bnprobe.probing.session import default_forward, forward_all
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records import Difference
 from bnprobe.spec import Spec

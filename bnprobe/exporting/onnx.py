@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bnprobe.errors import RepairError
 from bnprobe.exporting.interface import Arguments, Run, Written, is_installed
-from bnprobe.probing.batches import tensors_of
+from bnprobe.probing.batch import tensors_of
 
 
 class OnnxExporter:

@@ -11,25 +11,22 @@ does not contain, and which may be 0 in a new network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnprobe.errors import NonFiniteError
 from bnprobe.norms import NormCall
-from bnprobe.probing.layers import ProbedLayer
-from bnprobe.probing.rehearsal import Answer, Rehearsal, batch_moments, rehearsing
+from bnprobe.probing.hooks import Answer, Intercepted, LayerStatistics
+from bnprobe.probing.session import Session
+from bnprobe.probing.training_copy import TrainingCopy, batch_moments, training
 from bnprobe.randomness import seed_everything
 from bnprobe.records import Backward, GradientAngle
 from bnprobe.stats.backward import backward_noise
 from bnprobe.stats.moments import pool_moments
-from bnprobe.usercode import BatchFunction
-
-Population = Mapping[int, tuple[Tensor, Tensor]]
-"""Mean and variance, each of shape (channels,), by index of the layer."""
 
 _HALF_SCALE = 1024.0
 """Factor on the loss under float16 autocast, whose smallest value gradients would fall below; nothing here depends on
@@ -39,30 +36,16 @@ _REMEDY = "Gradients cannot be compared without a finite loss: look at the model
 
 
 def measure_gradients(
-    model: nn.Module,
-    layers: Sequence[ProbedLayer],
-    micro_batches: Iterable[Any],
-    loss: BatchFunction | None,
-    device: torch.device,
-    population: Population | None = None,
-    *,
-    autocast: torch.dtype | None = None,
-    held: Sequence[nn.Module] | None = None,
-    seed: int = 0,
+    session: Session, micro_batches: Iterable[Any], population: LayerStatistics | None = None, *, seed: int = 0
 ) -> tuple[dict[int, Backward], GradientAngle | None]:
     """Run the loss backwards on a copy, in training. Model and random state come back bit-identical.
 
     Args:
-        model: The user's model.
-        layers: All its norm layers.
+        session: The model, all its norm layers and the user's loss.
         micro_batches: The user's, on the host.
-        loss: ``loss(model, batch)``.
-        device: Where to run.
         population: Statistics for the other gradient, where the layers use them as constants; a layer that is not in
             it keeps the statistics of its batch. None: the pooled statistics of the same micro-batches in training,
             which takes a further forward pass.
-        autocast: Autocast dtype of the forward passes, or None.
-        held: As in ``Rehearsal``.
         seed: Dropout and the like draw the same numbers for both gradients of a micro-batch.
 
     Returns:
@@ -76,53 +59,53 @@ def measure_gradients(
         NonFiniteError: A loss or gradient is NaN or Inf; names the micro-batch and the layer.
         DeviceError: Out of memory.
     """
-    with rehearsing():
-        rehearsal = Rehearsal(model, layers, loss, "--gradients", device, autocast, held)
-        if not rehearsal.parameters:
+    with training():
+        trained = TrainingCopy(session, "--gradients")
+        if not trained.parameters:
             return {}, None
         if population is None:
             micro_batches = list(micro_batches)
-            population = _pooled(rehearsal, micro_batches, seed)
+            population = _pooled(trained, micro_batches, seed)
         records: dict[tuple[int, int], list[Tensor]] = {}
         comparison = _Comparison()
         for position, batch in enumerate(micro_batches):
             gradients = _Gradients()
-            by_batch = _gradient(rehearsal, batch, gradients.answer, seed, position)
+            by_batch = _gradient(trained, batch, gradients.answer, seed, position)
             gradients.require_finite(position)
-            by_population = _gradient(rehearsal, batch, _answer_with(population), seed, position)
+            by_population = _gradient(trained, batch, _answer_with(population), seed, position)
             comparison.add(by_batch, by_population)
             for slot, record in gradients.records.items():
                 records.setdefault(slot, []).append(record)
         return _noise(records), comparison.result()
 
 
-def _gradient(rehearsal: Rehearsal, batch: Any, answer: Answer, seed: int, position: int) -> list[Tensor | None]:
+def _gradient(trained: TrainingCopy, batch: Any, answer: Answer, seed: int, position: int) -> list[Tensor | None]:
     """The parameters' gradient of one micro-batch; None where a parameter has no part in the loss."""
     seed_everything((seed + position) % 2**32)
-    value = rehearsal.loss(batch, answer)
-    rehearsal.require_finite(value, batch, f"in micro-batch {position + 1} (the first is 1)", _REMEDY)
-    scale = _HALF_SCALE if rehearsal.autocast is torch.float16 else 1.0
-    rehearsal.backward(value * scale, answer)
-    return [parameter.grad for parameter in rehearsal.parameters]
+    value = trained.loss(batch, answer)
+    trained.require_finite(value, batch, f"in micro-batch {position + 1} (the first is 1)", _REMEDY)
+    scale = _HALF_SCALE if trained.autocast is torch.float16 else 1.0
+    trained.backward(value * scale, answer)
+    return [parameter.grad for parameter in trained.parameters]
 
 
 def _normalizes_by_batch(call: NormCall) -> bool:
     return call.training or call.running_mean is None
 
 
-def _pooled(rehearsal: Rehearsal, micro_batches: Sequence[Any], seed: int) -> Population:
+def _pooled(trained: TrainingCopy, micro_batches: Sequence[Any], seed: int) -> LayerStatistics:
     """Mean and total variance over all calls of all micro-batches, of the layers that normalize by batch."""
     moments: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def note(layer: ProbedLayer, call: NormCall, run: Callable[[], Tensor]) -> Tensor:
-        if _normalizes_by_batch(call):
-            moments.setdefault(layer.index, []).append(batch_moments(call))
-        return run()
+    def note(found: Intercepted) -> Tensor:
+        if _normalizes_by_batch(found.call):
+            moments.setdefault(found.layer.index, []).append(batch_moments(found.call))
+        return found.run()
 
     # With a graph that nobody needs: checkpoint(use_reentrant=True) warns where there is none.
     for position, batch in enumerate(micro_batches):
         seed_everything((seed + position) % 2**32)
-        rehearsal.loss(batch, note)
+        trained.loss(batch, note)
     return {index: _pool(seen) for index, seen in moments.items()}
 
 
@@ -132,12 +115,13 @@ def _pool(seen: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return mean[0], variance[0]
 
 
-def _answer_with(population: Population) -> Answer:
+def _answer_with(population: LayerStatistics) -> Answer:
     """Layers that would normalize by their batch use the population's statistics instead, as constants."""
 
-    def answer(layer: ProbedLayer, call: NormCall, run: Callable[[], Tensor]) -> Tensor:
+    def answer(found: Intercepted) -> Tensor:
+        layer, call = found.layer, found.call
         if not _normalizes_by_batch(call) or layer.index not in population:
-            return run()
+            return found.run()
         dtype = _dtype_of_statistics(call)
         mean, variance = (each.to(call.input.device, dtype) for each in population[layer.index])
         return layer.family.evaluate(replace(call, running_mean=mean, running_variance=variance, training=False))
@@ -166,9 +150,9 @@ class _Gradients:
     names: dict[int, str] = field(default_factory=dict)
     records: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def answer(self, layer: ProbedLayer, call: NormCall, run: Callable[[], Tensor]) -> Tensor:
+    def answer(self, found: Intercepted) -> Tensor:
         """Run the call, and look at the gradient of its output when there is one."""
-        output = run()
+        layer, call, output = found.layer, found.call, found.run()
         if not _normalizes_by_batch(call) or not output.requires_grad:
             return output
         slot = layer.index, self.calls.get(layer.index, 0)

@@ -26,6 +26,7 @@ from bnprobe.records.repair import (
 )
 from bnprobe.records.scan import (
     EXEMPT,
+    OMITTED_WHEN_EMPTY,
     SCHEMA_VERSION,
     Backward,
     BatchSizePoint,
@@ -79,6 +80,7 @@ from bnprobe.records.sweep import (
 
 __all__ = [
     "EXEMPT",
+    "OMITTED_WHEN_EMPTY",
     "SCHEMA_VERSION",
     "Arm",
     "Backward",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 SCHEMA_VERSION = 1
 
@@ -22,6 +22,10 @@ Outcome = Literal["passed", "failed", "skipped"]
 
 EXEMPT = "Exempt: "
 """The message of a verdict begins so if, and only if, it was skipped because the user exempts the layer."""
+
+
+OMITTED_WHEN_EMPTY = frozenset({"statistics"})
+"""Fields that a document leaves out where they are empty."""
 
 
 class Record:
@@ -71,6 +75,7 @@ class PathMeasurement(Record):
         equivalent_batch_size: n_eq, in values per channel; None if D is 0 (no mismatch at all).
         equivalent_batch_size_interval: 95% interval of n_eq.
         r, d: The Batch Renorm correction factors.
+        statistics: Results of statistics that other packages add, by name; left out where there are none.
     """
 
     mismatch: float
@@ -79,6 +84,7 @@ class PathMeasurement(Record):
     equivalent_batch_size_interval: Interval
     r: Distribution
     d: Distribution
+    statistics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

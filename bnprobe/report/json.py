@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from bnprobe.errors import UsageError
-from bnprobe.records import SCHEMA_VERSION, Record, RepairRecord, Report, SweepReport
+from bnprobe.records import OMITTED_WHEN_EMPTY, SCHEMA_VERSION, Record, RepairRecord, Report, SweepReport
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -29,7 +29,11 @@ def dump(record: DataclassInstance) -> str:
     Raises:
         ValueError: A figure is NaN or infinite, which the records do not allow.
     """
-    return to_text(asdict(record))
+    return to_text(asdict(record, dict_factory=_without_empty))
+
+
+def _without_empty(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if value or key not in OMITTED_WHEN_EMPTY}
 
 
 def to_text(content: dict[str, Any]) -> str:
@@ -141,7 +145,7 @@ _ATTRIBUTE = re.compile(r"^    (?P<names>\w+(?:, \w+)*): (?P<text>.+)$")
 def schema(document: str = "report") -> dict[str, Any]:
     """The JSON Schema (2020-12) of one of ``SCHEMAS``, as a plain dictionary: what bnprobe writes.
 
-    Every key is required, as bnprobe writes every key; no other key is allowed.
+    Every key is required but those that are left out where they are empty; no other key is allowed.
     """
     from pydantic import TypeAdapter
     from pydantic.json_schema import GenerateJsonSchema
@@ -156,7 +160,8 @@ def schema(document: str = "report") -> dict[str, Any]:
                 body["properties"][name]["description"] = text
             for field in body["properties"].values():
                 field.pop("default", None)
-            return {**body, "description": summary, "required": list(body["properties"])}
+            required = [name for name in body["properties"] if name not in OMITTED_WHEN_EMPTY]
+            return {**body, "description": summary, "required": required}
 
     record, title = SCHEMAS[document]
     generated = TypeAdapter(record).json_schema(mode="serialization", schema_generator=Described)

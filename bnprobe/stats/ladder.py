@@ -30,9 +30,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bnprobe.stats.jackknife import Estimate, jackknife, leave_one_out
+from bnprobe.stats.mismatch import Corrections
 
 SUMS = ("d", "d squared", "rho", "rho r", "variance", "unbiased variance")
-"""What is summed over micro-batches, per replicate and channel."""
+"""What is summed over micro-batches, per replicate and channel; sums and means hold it in this order."""
+
+
+def summands(values: Corrections, bessel: Float[Tensor, " channels"]) -> dict[str, Float[Tensor, "batches channels"]]:
+    """What each micro-batch adds to the sums, by the names of ``SUMS``.
+
+    Args:
+        bessel: n / (n - 1) for the n values per channel of a micro-batch.
+    """
+    rho_r = values.rho * values.r
+    variance = rho_r * values.r
+    found = (values.d, values.d.square(), values.rho, rho_r, variance, variance * bessel)
+    return dict(zip(SUMS, found, strict=True))
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,10 @@ class BatchSums:
     def __add__(self, other: BatchSums) -> BatchSums:
         return BatchSums(self.counts + other.counts, self.sums + other.sums, self.eps)
 
+    def total(self, name: str) -> Float[Tensor, " channels"]:
+        """One of ``SUMS``, over all replicates."""
+        return self.sums.sum(0)[SUMS.index(name)]
+
     def means(self) -> Means:
         """Means over all micro-batches, and over all but each replicate."""
         counts = leave_one_out(self.counts)
@@ -67,35 +84,38 @@ class Means:
     values: Float[Tensor, "estimates 6 channels"]
     eps: Float[Tensor, " channels"]
 
+    def _of(self, name: str) -> Float[Tensor, "estimates channels"]:
+        return self.values[:, SUMS.index(name)]
+
     @property
     def d(self) -> Float[Tensor, "estimates channels"]:
         """E[d]."""
-        return self.values[:, 0]
+        return self._of("d")
 
     @property
     def d_squared(self) -> Float[Tensor, "estimates channels"]:
         """E[d^2]."""
-        return self.values[:, 1]
+        return self._of("d squared")
 
     @property
     def rho(self) -> Float[Tensor, "estimates channels"]:
         """E[rho]."""
-        return self.values[:, 2]
+        return self._of("rho")
 
     @property
     def rho_r(self) -> Float[Tensor, "estimates channels"]:
         """E[rho s_B]."""
-        return self.values[:, 3]
+        return self._of("rho r")
 
     @property
     def variance(self) -> Float[Tensor, "estimates channels"]:
         """E[v_B], biased within the micro-batch."""
-        return self.values[:, 4]
+        return self._of("variance")
 
     @property
     def unbiased(self) -> Float[Tensor, "estimates channels"]:
         """E[v_B n / (n - 1)], which a running variance averages."""
-        return self.values[:, 5]
+        return self._of("unbiased variance")
 
     @property
     def pooled(self) -> Float[Tensor, "estimates channels"]:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from bnprobe.probing.batches import copy_tensors, tensors_of, to_device
-from bnprobe.probing.forward import model_code
+from bnprobe.probing.batch import copy_tensors, tensors_of, to_device
 from bnprobe.probing.layers import ROOT
-from bnprobe.probing.losses import casting
+from bnprobe.probing.session import casting, model_code
 from bnprobe.randomness import preserved_random_state
 from bnprobe.usercode import BatchFunction
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.errors import DataError
-from bnprobe.probing.batches import copy_tensors, count_images, to_device
-from bnprobe.probing.losses import casting, training_code
+from bnprobe.probing.batch import copy_tensors, count_images, to_device
+from bnprobe.probing.session import casting
+from bnprobe.probing.training_copy import training_code
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records import Score
 from bnprobe.training.streams import rewind

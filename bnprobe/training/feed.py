@@ -9,7 +9,7 @@ from typing import Any
 from bnprobe.distributed import ALONE, World
 from bnprobe.errors import DataError, UsageError
 from bnprobe.loading.data import BatchSource
-from bnprobe.probing.batches import count_images
+from bnprobe.probing.batch import count_images
 from bnprobe.training.streams import Stream, data_seed, dismiss_workers, rewind
 
 _END = object()

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnprobe.distributed import World
 from bnprobe.errors import UsageError
-from bnprobe.probing.batches import tensors_of
+from bnprobe.probing.batch import tensors_of
 
 _Pair = tuple[Tensor, Tensor]
 """Mean and variance of a layer."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnprobe.probing.batches import copy_tensors, to_device
-from bnprobe.probing.forward import model_code
-from bnprobe.probing.losses import casting, require_gradients, require_graph, require_scalar, training_code
+from bnprobe.probing.batch import copy_tensors, to_device
+from bnprobe.probing.session import casting, model_code
+from bnprobe.probing.training_copy import require_gradients, require_graph, require_scalar, training_code
 from bnprobe.training.divergence import bad_gradient
 from bnprobe.training.job import Job
 from bnprobe.training.parallel import Replicas

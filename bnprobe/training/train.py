@@ -12,8 +12,7 @@ from torch import nn
 from bnprobe.distributed import ALONE, World
 from bnprobe.errors import StoppedError
 from bnprobe.nn.batch_renorm import watch_clipping
-from bnprobe.probing.forward import model_code
-from bnprobe.probing.losses import held_in_eval
+from bnprobe.probing.session import held_in_eval, model_code
 from bnprobe.randomness import preserved_random_state, seed_everything
 from bnprobe.records import TrainingStep
 from bnprobe.training.evaluate import preserved_training_flags

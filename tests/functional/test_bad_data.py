@@ -39,7 +39,7 @@ UNUSABLE = [
     ),
     pytest.param(
         "def load_data(batch_size):\n    yield images()[:3]\n    yield images()[3:6]\n",
-        "Micro-batch 1 has 3 images, but the batch size is 2.",
+        "Micro-batch 1 has 3 samples, but the batch size is 2.",
         id="batches-of-another-size",
     ),
     pytest.param(
@@ -51,7 +51,7 @@ UNUSABLE = [
         "def load_data(batch_size):\n    rows = images()\n    rows[5, 1, 2, 3] = float('nan')\n"
         "    return DataLoader(TensorDataset(rows), batch_size=batch_size)\n",
         "Micro-batch 15 (the first is 1) holds NaN or Inf in its tensor [0] of shape (2, 2, 8, 8), "
-        "first in its image 1 (the first is 0), item 5 of the data set.",
+        "first in its sample 1 (the first is 0), item 5 of the data set.",
         id="nan-in-inputs",
     ),
     pytest.param(

@@ -1,4 +1,4 @@
-"""A runner with its hooks in place, for tests of what runs inside a scan; and networks that are only a little wrong."""
+"""A session with its hooks in place, for tests of what runs inside a scan; and networks only a little wrong."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnprobe.probing.emulation import Emulation, self_check
-from bnprobe.probing.layers import find_layers
-from bnprobe.probing.runner import Runner, UserFunctions
+from bnprobe.probing.physical_batch import Emulation, not_emulated, self_check
+from bnprobe.probing.session import Session, UserFunctions
+from bnprobe.spec import ScanSettings
 
-REAL = Emulation(trusted=False, reason="As asked for.", check=None, layouts={})
+REAL = not_emulated("As asked for.")
+
+
+def session_of(
+    model: nn.Module, functions: UserFunctions | None = None, autocast: str | None = None, device: str = "cpu"
+) -> Session:
+    """A session with all layers of a model."""
+    return Session.open(model, ScanSettings(device=device, autocast=autocast), functions)
 
 
 @contextmanager
@@ -24,13 +31,12 @@ def running(
     batches: Sequence[Any],
     batch_size: int,
     functions: UserFunctions | None = None,
-    autocast: torch.dtype | None = None,
-) -> Iterator[tuple[Runner, Emulation]]:
-    """The installed runner, and what the self-check says of the first two micro-batches."""
-    layers = find_layers(model, lambda *names: True)
-    runner = Runner(model, layers, functions or UserFunctions(), torch.device("cpu"), autocast)
-    with runner.installed():
-        yield runner, self_check(runner, list(batches[:2]), batch_size)[0]
+    autocast: str | None = None,
+) -> Iterator[tuple[Session, Emulation]]:
+    """The installed session, and what the self-check says of the first two micro-batches."""
+    session = session_of(model, functions, autocast)
+    with session.installed():
+        yield session, self_check(session, list(batches[:2]), batch_size)[0]
 
 
 def norms(model: nn.Module) -> list[_BatchNorm]:

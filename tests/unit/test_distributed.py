@@ -20,9 +20,9 @@ from bnprobe.errors import DataError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.shard import deal
 from bnprobe.loading.spread import spread
-from bnprobe.probing.feed import Feed
-from bnprobe.probing.merge import merge_pools
-from bnprobe.probing.replicates import ImagePool
+from bnprobe.probing.accumulators import CallTable, Columns, SamplePool, SampleStep
+from bnprobe.probing.layers import find_layers
+from bnprobe.probing.reader import Reader
 from functional.processes import free_port
 
 SIZES = st.integers(1, 5)
@@ -58,7 +58,7 @@ def test_processes_take_what_one_would(size: int, run: int, by_index: bool) -> N
     assert [taken[position].tolist() for position in range(7)] == IMAGES[:21].view(7, 3).tolist()
 
 
-def _feed(share: Share, by_index: bool, read: list[int]) -> Feed:
+def _feed(share: Share, by_index: bool, read: list[int]) -> Reader:
     class Images(torch.utils.data.Dataset[torch.Tensor]):
         def __len__(self) -> int:
             return 23
@@ -70,7 +70,7 @@ def _feed(share: Share, by_index: bool, read: list[int]) -> Feed:
     data = DataLoader(Images(), 3) if by_index else list(IMAGES.split(3))
     source = deal(as_batch_source(data, 3), share)
     assert source.dealt == (by_index and share.size > 1)
-    return Feed(source.batches, 3, share=share, dealt=source.dealt)
+    return Reader(source.batches, 3, share=share, dealt=source.dealt)
 
 
 def test_a_message_names_the_position_among_all() -> None:
@@ -83,7 +83,7 @@ def test_a_message_names_the_position_among_all() -> None:
             share = Share(rank, size)
             source = deal(spread(as_batch_source(DataLoader(TensorDataset(images), 3), 3), seed=0), share)
             try:
-                Feed(source.batches, 3, share=share, dealt=source.dealt).take(9)
+                Reader(source.batches, 3, share=share, dealt=source.dealt).take(9)
             except DataError as error:
                 said.append(str(error))
     assert len(said) > 1
@@ -102,20 +102,25 @@ def test_a_loader_that_deals_itself_is_refused() -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_keep_the_images_that_one_would(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a pool of 16 places, that 60 images pass; origins differ, since every process sees other images first."""
-    monkeypatch.setattr("bnprobe.probing.replicates.POOL_IMAGES", 16)
+    monkeypatch.setattr("bnprobe.probing.accumulators.POOL_SAMPLES", 16)
     d = torch.randn(60, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 100
-    one, several = ImagePool(0), [ImagePool(0) for _ in range(size)]
+    one, several = SamplePool(0), [SamplePool(0) for _ in range(size)]
+    layers, table = find_layers(torch.nn.BatchNorm1d(4), lambda *names: True).layers, CallTable()
+    table.add((0, 0), 4)
+    columns = Columns.of(layers, {(0, 0): 1}, table, torch.device("cpu"))
     for batch in range(20):
-        rows = range(3 * batch, 3 * batch + 3)
+        rows = d[3 * batch : 3 * batch + 3]
         for pool in (one, several[batch % size]):
-            pool.add(((0, 0),), d[rows], d[rows].square(), [batch % 16] * 3, rows)
-    whole, merged = one.sample(), several[0].sample()
+            pool.update_samples(SampleStep(columns, rows, rows.square(), 3, [batch % 16], [batch]))
+    merged = several[0]
     for pool in several[1:]:
-        merged = merge_pools(merged, pool.sample())
-    assert len(whole.numbers) == 16
-    for name in ("places", "numbers", "replicate", "variance"):
-        assert torch.equal(getattr(merged, name), getattr(whole, name))
-    assert torch.allclose(merged.mean + merged.origin, whole.mean + whole.origin, rtol=0, atol=1e-6)
+        merged.merge(pool, table, table)
+    assert sum(number >= 0 for number in one.number) == 16
+    assert (merged.number, merged.replicate) == (one.number, one.replicate)
+    assert torch.equal(merged.variance, one.variance)
+    assert torch.allclose(merged.mean + merged.origin, one.mean + one.origin, rtol=0, atol=1e-6)
+    assert merged.bytes == one.bytes == 16 * 4 * 2 * 4
+    assert torch.equal(merged.samples(table)[0, 0].replicate, one.samples(table)[0, 0].replicate)
 
 
 def test_one_process_needs_no_other() -> None:
@@ -145,7 +150,7 @@ import torch
 from torch import nn
 from bnprobe.distributed import connected
 from bnprobe.errors import ModelError
-from bnprobe.probing.agreement import agree
+from bnprobe.probing.rank_agreement import agree
 from bnprobe.probing.layers import find_layers
 
 with connected() as world:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import platform
+from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import nn
+from bnprobe.reports.json import load, render
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnprobe
 from bnprobe.errors import DataError, DeviceError, UsageError
 from bnprobe.pipeline import scan
+from bnprobe.probing.accumulators import STATISTICS, Statistic, Step
 from bnprobe.records import Report
 from support.networks import Flat, images, unsettled
 
@@ -45,6 +49,41 @@ def test_a_loader_at_its_own_size(batch_size: int | None) -> None:
     report = scan(model, DataLoader(SET, batch_size=4), batch_size, num_batches=5)
     assert report.scan.batch_size == 4
     assert_same_batches(report, scan(model, DATA, 4, num_batches=5))
+
+
+class Range(Statistic):
+    """From outside the package: the spread of the batch means of a layer's first channel, in running deviations."""
+
+    name = "range of means"
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.declare("low", "min", per="channel")
+        self.declare("high", "max", per="channel")
+
+    def update(self, step: Step) -> None:
+        self.accumulate("low", step.columns.channel, step.values.d.amin(0))
+        self.accumulate("high", step.columns.channel, step.values.d.amax(0))
+
+    def compute(self, states: Mapping[str, Tensor]) -> list[float]:
+        return [float(states["low"][0]), float(states["high"][0])]
+
+
+def test_a_statistic_from_outside_stands_in_the_report() -> None:
+    model = nn.BatchNorm1d(6)
+    with STATISTICS.including(Range):
+        report = scan(model, DATA, 4, num_batches=5)
+    (layer,) = report.layers
+    means = torch.stack([batch[:, 0].mean() for batch in DATA]) / (1 + model.eps) ** 0.5
+    for path in (layer.train, layer.eval):
+        assert path is not None
+        low, high = path.statistics["range of means"]
+        assert (low, high) == pytest.approx((float(means.min()), float(means.max())), abs=1e-6)
+    document = json.loads(render(report))
+    assert document["layers"][0]["train"]["statistics"].keys() == {"range of means"}
+    assert load(render(report)) == report
+    plain = render(scan(model, DATA, 4, num_batches=5))
+    assert "statistics" not in json.loads(plain)["layers"][0]["train"]
 
 
 def assert_same_batches(report: Report, expected: Report) -> None:

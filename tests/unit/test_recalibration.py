@@ -17,7 +17,7 @@ import bnprobe
 from bnprobe.errors import DataError, NonFiniteError, NothingToProbeError, RepairError, UsageError, UserCodeError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.nn import BatchRenorm2d
-from bnprobe.probing import reread, settle
+from bnprobe.probing import population, reader
 from bnprobe.recalibration import recalibrate_workload
 from support.fingerprint import fingerprint
 from support.networks import Dense, Flat, InvertedBottleneck, Residual, Siamese, UNet, Video, images, unsettled
@@ -350,7 +350,7 @@ class Counting(TensorDataset):
 def test_small_data_is_read_once_and_large_data_once_for_every_layer(
     kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reread, "KEPT_BYTES", kept)
+    monkeypatch.setattr(reader, "KEPT_BYTES", kept)
     whole = data(20, 3, 6, 6)
     dataset, model = Counting(whole), unsettled(Residual().double())
     expected = by_layer(model, whole)
@@ -360,10 +360,10 @@ def test_small_data_is_read_once_and_large_data_once_for_every_layer(
 
 
 def test_large_data_that_can_be_read_only_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reread, "KEPT_BYTES", 0)
+    monkeypatch.setattr(reader, "KEPT_BYTES", 0)
     model = unsettled(Residual().double())
     before = fingerprint(model)
-    with pytest.raises(DataError, match="gave 20 images in 3 batches, and when it was read again 0 in 0"):
+    with pytest.raises(DataError, match="gave 20 samples in 3 batches, and 0 in 0 when it was read again"):
         bnprobe.recalibrate(model, iter(data(20, 3, 6, 6).split(8)), path="eval")
     assert fingerprint(model) == before
     bnprobe.recalibrate(model, iter(data(20, 3, 6, 6).split(8)))  # the train path reads once
@@ -384,7 +384,7 @@ def test_no_physical_batch_is_left_with_an_image_or_two(
     count: int, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """These would normalize with each other alone: with one image a layer of (N, C) gives its bias."""
-    monkeypatch.setattr(settle, "LARGE", large)
+    monkeypatch.setattr(population, "LARGE", large)
     sizes: list[int] = []
 
     def forward(model: nn.Module, batch: Tensor) -> Tensor:

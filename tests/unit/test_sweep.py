@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from bnprobe.errors import UsageError
 from bnprobe.pipeline import no_progress, scan
 from bnprobe.probing.layers import find_layers
-from bnprobe.probing.preserve import untouched
-from bnprobe.probing.runner import Runner, UserFunctions
-from bnprobe.probing.series import Recording, record, storage
+from bnprobe.probing.momentum_series import Recording, record, storage
+from bnprobe.probing.reader import Reader
+from bnprobe.probing.restore import untouched
+from bnprobe.probing.session import Session, UserFunctions
 from bnprobe.records import SweepReport
 from bnprobe.report import RenderOptions, render
 from bnprobe.spec import ScanSettings
@@ -37,8 +38,8 @@ def _residual(**options: object) -> nn.Module:
 def _record(model: nn.Module, data: list[Tensor], cap: int = 2**28, **settings: object) -> Recording:
     with untouched(model):
         layers = find_layers(model, lambda *names: True)
-        runner = Runner(model, layers, UserFunctions(), torch.device("cpu"))
-        return record(runner, data, len(data[0]), ScanSettings(**settings), no_progress, cap)
+        session = Session(model, layers, UserFunctions(), torch.device("cpu"))
+        return record(session, Reader(data, len(data[0])), ScanSettings(**settings), no_progress, cap)
 
 
 def _settled_on(model: nn.Module, batches: list[Tensor]) -> nn.Module:

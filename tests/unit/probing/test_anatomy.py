@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.errors import UserCodeError
-from bnprobe.probing.anatomy import anatomy
-from bnprobe.probing.layers import find_layers
+from bnprobe.probing.layers import anatomy, find_layers
 from bnprobe.rules.evidence import Anatomy
 from support.fingerprint import fingerprint
 

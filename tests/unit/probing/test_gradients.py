@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from bnprobe.errors import NonFiniteError, UsageError
 from bnprobe.probing.gradients import measure_gradients
-from bnprobe.probing.layers import find_layers
+from bnprobe.probing.session import UserFunctions
 from bnprobe.records import Backward, GradientAngle
 from support.fingerprint import fingerprint
 from support.networks import Residual, Siamese, images, unsettled
+from support.running import session_of
 
 DATA = images(5, 6, 3, 5, 5)
 
@@ -39,8 +40,9 @@ def weighted(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def run(
     model: nn.Module, data: Any = DATA, function: Any = loss, population: Any = None, **options: Any
 ) -> tuple[dict[int, Backward], GradientAngle | None]:
-    layers = find_layers(model, lambda *names: True).layers
-    return measure_gradients(model, layers, data, function, torch.device("cpu"), population, **options)
+    session = session_of(model, UserFunctions(loss=function), options.pop("autocast", None))
+    session.held = options.pop("held", session.held)
+    return measure_gradients(session, data, population, **options)
 
 
 def angle_of(*args: Any, **kwargs: Any) -> GradientAngle:
@@ -249,7 +251,7 @@ def test_one_micro_batch_has_an_angle_but_no_noise() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     full, angle = run(net())
-    half, other = run(net(), autocast=dtype)
+    half, other = run(net(), autocast=str(dtype).removeprefix("torch."))
     assert half[1].noise == pytest.approx(full[1].noise, rel=0.1)
     assert angle is not None
     assert other is not None
@@ -281,10 +283,9 @@ def test_a_gradient_that_is_not_finite_names_the_layer() -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
 def test_cuda_equals_cpu(use_reentrant: bool | None) -> None:
-    model = Block(use_reentrant)
-    layers = find_layers(model, lambda *names: True).layers
     (here, angle), (there, other) = (
-        measure_gradients(model, layers, DATA, loss, torch.device(device)) for device in ("cpu", "cuda")
+        measure_gradients(session_of(Block(use_reentrant), UserFunctions(loss=loss), device=device), DATA)
+        for device in ("cpu", "cuda")
     )
     assert there[0].noise == pytest.approx(here[0].noise, rel=1e-2)
     assert angle is not None

@@ -114,7 +114,7 @@ class Hungry(nn.Module):
 
 def test_no_memory_for_comparing_outputs_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real comparison, made to fail as a full GPU would; there is no other way to fill one here."""
-    from bnprobe.probing.output import OutputSums
+    from bnprobe.probing.outputs import OutputSums
 
     measure = OutputSums.measure
 
@@ -252,7 +252,7 @@ def test_a_layer_with_a_kernel_of_its_own_is_skipped_for_that_reason() -> None:
 
 
 def test_a_physical_batch_below_the_batch_size_is_refused() -> None:
-    with pytest.raises(UsageError, match="--physical-batch 2 does not hold one micro-batch of 4 images"):
+    with pytest.raises(UsageError, match="--physical-batch 2 does not hold one micro-batch of 4 samples"):
         scan(Squeezing(), DATA, 4, physical_batch=2)
 
 

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bnprobe.probing import firstorder
-from bnprobe.probing.batches import join, tensors_of
+from bnprobe.probing import impact as impact_module
+from bnprobe.probing.batch import join, tensors_of
+from bnprobe.probing.hooks import Pass
 from bnprobe.probing.impact import joint_impact, measure_impact
-from bnprobe.probing.intercept import Pass
-from bnprobe.probing.runner import UserFunctions
+from bnprobe.probing.physical_batch import Batching
+from bnprobe.probing.session import UserFunctions
 from support.fingerprint import fingerprint
 from support.networks import (
     Dense,
@@ -76,10 +77,10 @@ def by_hand(model: nn.Module, batches: Sequence[Any], forward: Forward | None, *
 def test_the_exact_figure_is_that_of_a_copy_with_one_layer_in_train_mode(name: str) -> None:
     make, batches, forward = SHAPES[name]
     model = unsettled(make())
-    with running(model, batches, 8, UserFunctions(forward)) as (runner, emulation):
+    with running(model, batches, 8, UserFunctions(forward)) as (session, emulation):
         assert emulation.trusted == (name != "mixes images")
-        found = measure_impact(runner, batches, 8, emulation, 3, exact=99)
-        together = joint_impact(runner, batches, 8, emulation, 3, frozenset(found))
+        found = measure_impact(session, batches, Batching(8, emulation, 3), exact=99)
+        together = joint_impact(session, batches, Batching(8, emulation, 3), frozenset(found))
     for index, impact in found.items():
         assert impact.exact == pytest.approx(by_hand(model, batches, forward, index), rel=1e-4)
     assert together == pytest.approx(by_hand(model, batches, forward, *found), rel=1e-4)
@@ -91,8 +92,8 @@ def test_the_estimate_agrees_with_the_exact_figure(name: str) -> None:
     # Batches of 8 values, as of a norm behind global pooling, are no moderate mismatch: r is 1 give or take a quarter.
     batches = [join(list(pair)) for pair in zip(batches[::2], batches[1::2], strict=True)]
     model = moderately_off(unsettled(make()), batches, forward)
-    with running(model, batches, 16, UserFunctions(forward)) as (runner, emulation):
-        found = measure_impact(runner, batches, 16, emulation, 2, exact=99)
+    with running(model, batches, 16, UserFunctions(forward)) as (session, emulation):
+        found = measure_impact(session, batches, Batching(16, emulation, 2), exact=99)
     assert len(found) > 1
     for impact in found.values():
         assert impact.exact is not None
@@ -115,14 +116,14 @@ class Linear(nn.Module):
 
 def test_without_nonlinearities_only_the_random_vectors_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = unsettled(Linear()), images(8, 8, 3, 6, 6)
-    monkeypatch.setattr(firstorder, "_SAMPLES", 64 * 5)
-    with running(model, batches, 8) as (runner, emulation):
-        found = measure_impact(runner, batches, 8, emulation, 8)
+    monkeypatch.setattr(impact_module, "_PRODUCTS", 64 * 5)
+    with running(model, batches, 8) as (session, emulation):
+        found = measure_impact(session, batches, Batching(8, emulation, 8))
         for impact in found.values():  # as many vectors as outputs: the whole of the output
             assert impact.estimate == pytest.approx(impact.exact, rel=1e-4)
-        monkeypatch.setattr(firstorder, "_SAMPLES", 8 * 400)
-        monkeypatch.setattr(firstorder, "_MOST_DRAWS", 400)
-        apart = measure_impact(runner, batches, 8, REAL, 8)
+        monkeypatch.setattr(impact_module, "_PRODUCTS", 8 * 400)
+        monkeypatch.setattr(impact_module, "_MOST_DRAWS", 400)
+        apart = measure_impact(session, batches, Batching(8, REAL, 8))
     for impact in apart.values():
         assert impact.estimate == pytest.approx(impact.exact, rel=0.05)
 
@@ -130,7 +131,7 @@ def test_without_nonlinearities_only_the_random_vectors_are_left(monkeypatch: py
 @pytest.mark.parametrize("size", [(), (7,), (7, 1), (7, 3), (7, 2, 5)])
 def test_random_vectors_have_the_identity_as_covariance(size: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
-    stream = firstorder._directions(torch.zeros(size, dtype=torch.float64), 4, generator)
+    stream = impact_module._directions(torch.zeros(size, dtype=torch.float64), 4, generator)
     drawn = torch.stack([next(stream).flatten() for _ in range(8000)])
     torch.testing.assert_close(drawn.T @ drawn / 8000, torch.eye(drawn.shape[1]).double(), rtol=0, atol=0.06)
 
@@ -150,8 +151,8 @@ def test_the_loss_of_real_micro_batches(emulate: bool) -> None:
         with torch.no_grad():
             return sum(float(loss(twin, batch)) for batch in batches) / len(batches)
 
-    with running(model, batches, 8, UserFunctions(loss=loss)) as (runner, emulation):
-        found = measure_impact(runner, batches, 8, emulation if emulate else REAL, 4)
+    with running(model, batches, 8, UserFunctions(loss=loss)) as (session, emulation):
+        found = measure_impact(session, batches, Batching(8, emulation if emulate else REAL, 4))
     for index, impact in found.items():
         assert impact.loss == pytest.approx(mean(index) - mean(), rel=1e-4)
         assert abs(impact.loss) > 1e-3
@@ -159,9 +160,9 @@ def test_the_loss_of_real_micro_batches(emulate: bool) -> None:
 
 def test_only_the_worst_are_measured() -> None:
     model, batches = unsettled(Dense()), images(8, 8, 3, 6, 6)
-    with running(model, batches, 8) as (runner, emulation):
-        found = measure_impact(runner, batches, 8, emulation, 4, exact=2)
-        some = measure_impact(runner, batches, 8, emulation, 4, exact=1, among=frozenset({0, 2}))
+    with running(model, batches, 8) as (session, emulation):
+        found = measure_impact(session, batches, Batching(8, emulation, 4), exact=2)
+        some = measure_impact(session, batches, Batching(8, emulation, 4), exact=1, among=frozenset({0, 2}))
     estimates = sorted((impact.estimate for impact in found.values()), reverse=True)
     assert [impact.exact is not None for impact in found.values()] == [
         impact.estimate >= estimates[1] for impact in found.values()
@@ -206,8 +207,8 @@ UNREACHABLE: dict[str, Callable[[Tensor], Any]] = {
 def test_where_no_gradient_reaches_the_worst_mismatch_is_measured(name: str) -> None:
     model, batches = unsettled(Ending(UNREACHABLE[name])), images(8, 8, 3, 6, 6)
     model.body[3].running_mean += 3
-    with running(model, batches, 8) as (runner, emulation):
-        found = measure_impact(runner, batches, 8, emulation, 4, exact=1)
+    with running(model, batches, 8) as (session, emulation):
+        found = measure_impact(session, batches, Batching(8, emulation, 4), exact=1)
     assert [impact.estimate for impact in found.values()] == [None, None]
     assert found[0].exact is None
     assert found[1].exact == pytest.approx(by_hand(model, batches, None, 1), rel=1e-4)
@@ -225,8 +226,8 @@ def test_checkpointing_costs_the_estimate_at_worst(reentrant: bool) -> None:
     saving.load_state_dict(model.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own: no input requires grad
-        with running(saving, batches, 8) as (runner, emulation):
-            found = measure_impact(runner, batches, 8, emulation, 4)
+        with running(saving, batches, 8) as (session, emulation):
+            found = measure_impact(session, batches, Batching(8, emulation, 4))
     for index, impact in found.items():
         assert impact.exact == pytest.approx(by_hand(model, batches, None, index), rel=1e-4)
         assert impact.estimate is None or impact.estimate == pytest.approx(impact.exact, rel=0.25)
@@ -240,8 +241,8 @@ def test_a_nest_of_outputs_of_every_kind() -> None:
     nested = Ending(nest)
     nested.load_state_dict(plain.state_dict())
     for model in (plain, nested):
-        with running(model, batches, 8) as (runner, emulation):
-            found = measure_impact(runner, batches, 8, emulation, 4)
+        with running(model, batches, 8) as (session, emulation):
+            found = measure_impact(session, batches, Batching(8, emulation, 4))
         assert [impact.estimate for impact in found.values()] == [
             pytest.approx(impact.exact, rel=0.25) for impact in found.values()
         ]
@@ -250,9 +251,9 @@ def test_a_nest_of_outputs_of_every_kind() -> None:
 def test_one_number_for_the_whole_batch() -> None:
     """Images do not have outputs of their own: their changes add up before they are squared."""
     model, batches = unsettled(Linear()), images(8, 8, 3, 6, 6)
-    with running(model, batches, 8, UserFunctions(lambda model, batch: model(batch).mean())) as (runner, _):
-        found = measure_impact(runner, batches, 8, REAL, 1)
-        together = measure_impact(runner, batches, 8, replace(REAL, trusted=True), 8)
+    with running(model, batches, 8, UserFunctions(lambda model, batch: model(batch).mean())) as (session, _):
+        found = measure_impact(session, batches, Batching(8, REAL, 1))
+        together = measure_impact(session, batches, Batching(8, replace(REAL, trusted=True), 8))
     for impact in found.values():
         assert impact.estimate == pytest.approx(impact.exact, rel=0.25)
     for impact in together.values():
@@ -283,9 +284,9 @@ def test_a_layer_without_running_statistics_is_differentiated_through() -> None:
     for norm in (model.body[1], model.body[5]):
         norm.running_mean.fill_(0.1)
         norm.running_var.copy_(torch.linspace(0.3, 0.6, 4))
-    with running(model, batches, 4) as (runner, emulation):
+    with running(model, batches, 4) as (session, emulation):
         assert emulation.trusted
-        found = measure_impact(runner, batches, 4, emulation, 4, exact=9)
+        found = measure_impact(session, batches, Batching(4, emulation, 4), exact=9)
     assert found.keys() == {0, 2}
     for index, impact in found.items():
         assert impact.exact == pytest.approx(by_hand(model, batches, None, index), rel=1e-4)
@@ -295,8 +296,8 @@ def test_a_layer_without_running_statistics_is_differentiated_through() -> None:
 def test_autocast() -> None:
     batches = images(8, 8, 3, 6, 6)
     model = moderately_off(unsettled(Residual()), batches)
-    with running(model, batches, 8, autocast=torch.bfloat16) as (runner, emulation):
-        half = measure_impact(runner, batches, 8, emulation, 4)
+    with running(model, batches, 8, autocast="bfloat16") as (session, emulation):
+        half = measure_impact(session, batches, Batching(8, emulation, 4))
     for index, impact in half.items():
         assert impact.exact == pytest.approx(by_hand(model, batches, None, index), rel=0.1)
         assert impact.estimate == pytest.approx(impact.exact, rel=0.25)
@@ -306,12 +307,12 @@ def test_autocast() -> None:
 def test_nothing_is_left_behind(frozen: bool) -> None:
     model, batches = unsettled(Ending(lambda x: x)).requires_grad_(not frozen).eval(), images(8, 8, 3, 6, 6)
     model.body[0].weight.grad = torch.ones_like(model.body[0].weight)
-    with running(model, batches, 8) as (runner, emulation):
-        runner.forward("eval", batches[0], Pass(8, 8))
+    with running(model, batches, 8) as (session, emulation):
+        session.forward("eval", batches[0], Pass(8, 8))
         before = fingerprint(model)
         assert not torch.is_grad_enabled()
-        found = measure_impact(runner, batches, 8, emulation, 4)
-        joint_impact(runner, batches, 8, emulation, 4, frozenset({0}))
+        found = measure_impact(session, batches, Batching(8, emulation, 4))
+        joint_impact(session, batches, Batching(8, emulation, 4), frozenset({0}))
         assert fingerprint(model) == before
     assert found[0].estimate is not None
 
@@ -324,13 +325,13 @@ def test_few_images_are_enough() -> None:
         return model(batch)
 
     model, batches = unsettled(Flat()), images(40, 8, 6)
-    with running(model, batches, 8, UserFunctions(forward)) as (runner, emulation):
+    with running(model, batches, 8, UserFunctions(forward)) as (session, emulation):
         seen.clear()
-        measure_impact(runner, batches, 8, emulation, 4, exact=1)
+        measure_impact(session, batches, Batching(8, emulation, 4), exact=1)
         # Base, gradient, and base with one swap: 64 images each.
         assert sum(seen) == 4 * 64
         seen.clear()
-        joint_impact(runner, batches, 8, emulation, 4, frozenset({0}), images=8)
+        joint_impact(session, batches, Batching(8, emulation, 4), frozenset({0}), samples=8)
         assert sum(seen) == 2 * 16
 
 
@@ -342,29 +343,29 @@ def test_no_memory_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model, batches = unsettled(Flat()), images(8, 8, 6)
     monkeypatch.setattr(torch.autograd, "grad", full)
-    with running(model, batches, 8) as (runner, emulation):
-        found = measure_impact(runner, batches, 8, emulation, 4, exact=1)
+    with running(model, batches, 8) as (session, emulation):
+        found = measure_impact(session, batches, Batching(8, emulation, 4), exact=1)
     assert [impact.estimate for impact in found.values()] == [None, None]
     assert sum(impact.exact is not None for impact in found.values()) == 1
 
 
 def test_an_output_that_overflows_has_no_impact() -> None:
     model, batches = unsettled(Ending(lambda x: x / 0)), images(8, 8, 3, 6, 6)
-    with running(model, batches, 8) as (runner, emulation):
-        found = measure_impact(runner, batches, 8, emulation, 4)
-        assert joint_impact(runner, batches, 8, emulation, 4, frozenset({0})) is None
+    with running(model, batches, 8) as (session, emulation):
+        found = measure_impact(session, batches, Batching(8, emulation, 4))
+        assert joint_impact(session, batches, Batching(8, emulation, 4), frozenset({0})) is None
     assert {(impact.estimate, impact.exact) for impact in found.values()} == {(None, None)}
 
 
 def test_no_images() -> None:
-    with running(unsettled(Flat()), images(2, 8, 6), 8) as (runner, emulation):
-        assert measure_impact(runner, [], 8, emulation, 4) == {}
-        assert joint_impact(runner, [], 8, emulation, 4, frozenset({0})) is None
+    with running(unsettled(Flat()), images(2, 8, 6), 8) as (session, emulation):
+        assert measure_impact(session, [], Batching(8, emulation, 4)) == {}
+        assert joint_impact(session, [], Batching(8, emulation, 4), frozenset({0})) is None
 
 
 def test_no_output_to_compare() -> None:
     model, batches = unsettled(Ending(lambda x: None)), images(8, 8, 3, 6, 6)
-    with running(model, batches, 8) as (runner, emulation):
-        found = measure_impact(runner, batches, 8, emulation, 4)
-        assert joint_impact(runner, batches, 8, emulation, 4, frozenset({0})) is None
+    with running(model, batches, 8) as (session, emulation):
+        found = measure_impact(session, batches, Batching(8, emulation, 4))
+        assert joint_impact(session, batches, Batching(8, emulation, 4), frozenset({0})) is None
     assert {(impact.estimate, impact.exact) for impact in found.values()} == {(None, None)}

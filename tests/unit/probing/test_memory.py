@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bnprobe.errors import DeviceError
 from bnprobe.pipeline import scan
-from bnprobe.probing.memory import CPU_IMAGES, Footprint, is_out_of_memory, plan_images
+from bnprobe.probing.memory import CPU_SAMPLES, Footprint, is_out_of_memory, plan_samples
 from support.compare import assert_same_figures
 from support.networks import Residual, images, unsettled
 
@@ -66,7 +66,7 @@ def test_room_for_one_micro_batch_only(most: int) -> None:
 @pytest.mark.parametrize("emulate", [True, False])
 def test_not_even_one_micro_batch_fits(emulate: bool) -> None:
     model, data = unsettled(Big(1)), images(6, 2, 3, 5, 5)
-    with pytest.raises(DeviceError, match="Not even one micro-batch of 2 images fits into the memory of cpu"):
+    with pytest.raises(DeviceError, match="Not even one micro-batch of 2 samples fits into the memory of cpu"):
         scan(model, data, 2, num_batches=6, emulate=emulate)
 
 
@@ -77,11 +77,11 @@ def test_other_errors_are_not_taken_for_it() -> None:
 
 def test_the_plan_is_bounded() -> None:
     cpu = torch.device("cpu")
-    assert plan_images(Footprint(1, 1), cpu) == plan_images(Footprint(0, 0), cpu) == CPU_IMAGES
-    assert plan_images(Footprint(2**60, 1), cpu) == 1
+    assert plan_samples(Footprint(1, 1), cpu) == plan_samples(Footprint(0, 0), cpu) == CPU_SAMPLES
+    assert plan_samples(Footprint(2**60, 1), cpu) == 1
 
 
 def test_on_cpu_no_tensor_outgrows_the_heap() -> None:
     cpu, stem = torch.device("cpu"), 4 * 64 * 112 * 112  # ResNet's first layer, one image of 224x224
-    assert plan_images(Footprint(10 * stem, stem), cpu) == max(torch.get_num_threads(), 8)
-    assert plan_images(Footprint(2**26, 2**26), cpu) == min(CPU_IMAGES, torch.get_num_threads())
+    assert plan_samples(Footprint(10 * stem, stem), cpu) == max(torch.get_num_threads(), 8)
+    assert plan_samples(Footprint(2**26, 2**26), cpu) == min(CPU_SAMPLES, torch.get_num_threads())

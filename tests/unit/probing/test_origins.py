@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bnprobe.loading.modules import resolve
-from bnprobe.probing.origins import origin
+from bnprobe.probing.layers import origin
 
 SOURCE = """\
 import torch

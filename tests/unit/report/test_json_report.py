@@ -55,7 +55,8 @@ def test_the_schema_closes_every_object_and_describes_its_fields() -> None:
     document = schema()
     objects = [document, *document["$defs"].values()]
     assert [body["title"] for body in objects if body["additionalProperties"] is not False] == []
-    assert [body["title"] for body in objects if set(body["required"]) != set(body["properties"])] == []
+    optional = {body["title"]: set(body["properties"]) - set(body["required"]) for body in objects}
+    assert {title: names for title, names in optional.items() if names} == {"PathMeasurement": {"statistics"}}
     path = document["$defs"]["PathMeasurement"]["properties"]
     assert path["interval"]["description"] == "95% interval of ``mismatch``, over micro-batches."
     assert path["r"]["description"] == path["d"]["description"] == "The Batch Renorm correction factors."

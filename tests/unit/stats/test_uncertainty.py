@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from bnprobe.probing.accumulate import Path
-from bnprobe.probing.intercept import Recorded
+from bnprobe.probing.evidence import PathEvidence
+from bnprobe.probing.hooks import Recorded
 from bnprobe.probing.layers import find_layers
 from bnprobe.stats.theory import mismatch_iid
 from bnprobe.stats.uncertainty import mean_interval, standing
@@ -72,8 +72,9 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(channels: int, n: int
     layers = find_layers(nn.BatchNorm1d(channels, eps=1e-12), lambda name: True).layers
     truth, covered = mismatch_iid(n), 0
     for mean, variance in zip(means, variances, strict=True):
-        sums = Path(layers, 4, torch.device("cpu"))
-        sums.add({(0, 0): Recorded(mean, variance, unit=4, values=n, by_batch=True, bytes=0)})
-        low, high = mean_interval(int(sums.count), float(sums.total), float(sums.square))
+        path = PathEvidence("train", 4)
+        path.add({(0, 0): Recorded(mean, variance, unit=4, values=n, by_batch=True, bytes=0)}, layers)
+        sums = path.mismatch((0, 0))
+        low, high = mean_interval(sums.count, sums.total, sums.square)
         covered += low <= truth <= high
     assert 0.90 <= covered / repeats <= 0.98

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bnprobe.errors import DataError, DeviceError, ModelError, NonFiniteError, UsageError, UserCodeError
-from bnprobe.probing.layers import find_layers
-from bnprobe.probing.trainsteps import TrainSteps, train_steps
+from bnprobe.probing.restore import untouched
+from bnprobe.probing.session import UserFunctions
+from bnprobe.probing.train_steps import TrainSteps, train_steps
 from bnprobe.records import Updates
 from support.fingerprint import fingerprint
 from support.networks import Residual, Siamese, images, unsettled
+from support.running import session_of
 
 DATA = images(4, 6, 3, 5, 5)
 
@@ -35,9 +37,9 @@ def twice(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def run(model: nn.Module, data: Any = DATA, function: Any = loss, steps: int = 3, **options: Any) -> TrainSteps:
-    layers = find_layers(model, lambda *names: True).layers
-    make = options.pop("make", sgd)
-    return train_steps(model, layers, data, function, make, torch.device("cpu"), steps, **options)
+    session = session_of(model, UserFunctions(loss=function), options.pop("autocast", None))
+    session.held = options.pop("held", session.held)
+    return train_steps(session, data, options.pop("make", sgd), steps)
 
 
 class Checkpointed(nn.Module):
@@ -273,7 +275,7 @@ def test_data_that_end_are_begun_again() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
-    updates = run(unsettled(Residual()), autocast=dtype).updates[1]
+    updates = run(unsettled(Residual()), autocast=str(dtype).removeprefix("torch.")).updates[1]
     assert updates.rate == pytest.approx(0.1, rel=1e-2)
 
 
@@ -295,8 +297,8 @@ def test_ctrl_c_leaves_nothing_behind() -> None:
 def test_cuda(use_reentrant: bool) -> None:
     model = Checkpointed(use_reentrant)
     before = fingerprint(model)
-    layers = find_layers(model, lambda *names: True).layers
-    result = train_steps(model, layers, DATA, loss, sgd, torch.device("cuda"), 3)
+    with untouched(model):
+        result = train_steps(session_of(model, UserFunctions(loss=loss), device="cuda"), DATA, sgd, 3)
     assert fingerprint(model) == before
     assert result.repeated == {0: 0.0, 1: 1.0}
     assert [updates.per_step for updates in result.updates.values()] == [1.0, 2.0]

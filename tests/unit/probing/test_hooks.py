@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bnprobe.norms import NormCall
-from bnprobe.probing.grouping import Grouping, Layout, normalize
+from bnprobe.probing.hooks import Grouping, Layout, normalize
 from bnprobe.stats.moments import pool_moments
 
 counts = st.integers(1, 3)
@@ -28,8 +28,8 @@ def test_moments_are_each_images_own(
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(groups * size, k, 2, *space, generator=generator, dtype=torch.float64)
     grouping = Grouping(groups * size, size, groups * size * k, layout)
-    assert (grouping.rows_per_image, grouping.groups) == (k, groups)
-    mean, variance = grouping.image_moments(rows_of(images, layout), 1e-5)
+    assert (grouping.rows_per_sample, grouping.groups) == (k, groups)
+    mean, variance = grouping.sample_moments(rows_of(images, layout), 1e-5)
     values = images.transpose(1, 2).flatten(2)
     torch.testing.assert_close(mean, values.mean(2))
     torch.testing.assert_close(variance, values.var(2, correction=0))
@@ -62,7 +62,7 @@ def test_normalizing_equals_torchs_own_layer_per_micro_batch(
     if last and shape:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     grouping = Grouping(groups * size, size, groups * size * k, layout)
-    moments = pool_moments(*grouping.image_moments(x, 1e-5), size)
+    moments = pool_moments(*grouping.sample_moments(x, 1e-5), size)
     call = NormCall(x, None, None, weight, bias, True, 1e-5)
     found = normalize(call, *moments, grouping.group_of_row(x.device))
     expected = torch.cat(

@@ -1,22 +1,22 @@
-"""Record the batch statistics of the train path, micro-batch by micro-batch, within a stated memory."""
+"""Batch statistics of the train path, micro-batch by micro-batch, for the momentum sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnprobe.errors import UsageError
-from bnprobe.probing.batches import CannotEmulateError, join, to_device
-from bnprobe.probing.chunks import Chunks
-from bnprobe.probing.feed import Feed
-from bnprobe.probing.intercept import Pass, Recorded, Slot
+from bnprobe.probing.batch import CannotEmulateError, join, to_device
+from bnprobe.probing.hooks import Recorded
 from bnprobe.probing.layers import ProbedLayer
-from bnprobe.probing.plan import plan
-from bnprobe.probing.runner import Runner
+from bnprobe.probing.memory import Chunks
+from bnprobe.probing.physical_batch import Batching, as_sentence, not_emulated, plan
+from bnprobe.probing.reader import Reader
+from bnprobe.probing.session import Session
 from bnprobe.spec import ScanSettings
 from bnprobe.stats.ema import Statistics, Stream
 
@@ -84,9 +84,8 @@ def storage(values: int, batches: int, cap: int) -> tuple[bool, int]:
 
 
 def record(
-    runner: Runner,
-    batches: Iterable[Any],
-    batch_size: int,
+    session: Session,
+    reader: Reader,
     settings: ScanSettings,
     progress: Callable[[int, int], None],
     cap: int = MEMORY_CAP,
@@ -97,25 +96,23 @@ def record(
 
     Raises:
         UsageError: Fewer than ``FEWEST`` micro-batches could be recorded.
-        DataError, UserCodeError, DeviceError: See ``Feed`` and ``Runner``.
+        DataError, UserCodeError, DeviceError: See ``Reader`` and ``Session``.
     """
-    feed = Feed(batches, batch_size)
-    with runner.installed():
+    with session.installed():
         wanted = settings.batches or settings.max_batches
-        emulation, at_once = plan(runner, feed, settings)
-        layouts = dict(emulation.layouts.get("train", {}))
-        recorder = _Recorder(runner, batch_size, layouts, at_once, cap, most=wanted)
+        batching = plan(session, reader, settings)
+        recorder = _Recorder(session, batching, cap, most=wanted)
         while recorder.batches < recorder.most:
             progress(recorder.batches, recorder.most)
-            taken = feed.take(min(recorder.at_once, recorder.most - recorder.batches))
+            taken = reader.take(min(recorder.batching.at_once, recorder.most - recorder.batches))
             if not taken:
                 break
             recorder.step(taken)
         progress(recorder.batches, recorder.batches)
     if recorder.batches < FEWEST:
         raise UsageError(
-            f"A sweep of momentum needs at least {FEWEST} micro-batches, and {recorder.batches} of {batch_size} images"
-            " could be recorded. Give more --batches, more data or a smaller --batch-size."
+            f"A sweep of momentum needs at least {FEWEST} micro-batches, and {recorder.batches} of"
+            f" {reader.batch_size} samples could be recorded. Give more --batches, more data or a smaller --batch-size."
         )
     return recorder.result(wanted)
 
@@ -130,10 +127,8 @@ class _Recorder:
         calls: Per layer index: the numbers of updates per micro-batch that were seen.
     """
 
-    runner: Runner
-    batch_size: int
-    layouts: dict[Slot, Any]
-    at_once: int
+    session: Session
+    batching: Batching
     cap: int
     most: int
     batches: int = 0
@@ -144,45 +139,48 @@ class _Recorder:
 
     def step(self, micro_batches: list[Any]) -> None:
         """Record micro-batches, as one physical batch where that works."""
-        chunks = Chunks(self.runner.device, self.batch_size, len(micro_batches))
+        chunks = Chunks(self.session.device, self.batching.batch_size, len(micro_batches))
         chunks.run(micro_batches, lambda chunk: self._add(self._measure(chunk), len(chunk)), self._refused)
         if chunks.at_once < len(micro_batches):
-            self.at_once = chunks.at_once
+            self.batching = replace(self.batching, at_once=chunks.at_once)
 
     def _refused(self, error: CannotEmulateError) -> None:
-        self.layouts = {}
+        self.batching = replace(self.batching, emulation=not_emulated(as_sentence(error)))
 
     def _measure(self, micro_batches: list[Any]) -> dict[int, list[Recorded]]:
         """The calls that normalized with batch statistics, by layer, in call order."""
-        joined = to_device(join(micro_batches), self.runner.device)
-        images = len(micro_batches) * self.batch_size
-        pass_ = Pass(images, self.batch_size, layouts=dict(self.layouts))
-        self.runner.forward("train", joined, pass_)
+        joined = to_device(join(micro_batches), self.session.device)
+        pass_ = self.batching.pass_over(len(micro_batches), "train")
+        self.session.forward("train", joined, pass_)
         found: dict[int, list[Recorded]] = {}
         for (index, _), recorded in pass_.records.items():
-            if recorded.by_batch and self.runner.layers.layers[index].selected:
+            if recorded.by_batch and self.session.layers.layers[index].selected:
                 found.setdefault(index, []).append(recorded)
         return found
 
     def _add(self, found: dict[int, list[Recorded]], micro_batches: int) -> None:
         if self.dtype is None:
-            values = sum(2 * call.mean.shape[1] for calls in found.values() for call in calls)
-            single, self.most = storage(max(values, 1), self.most, self.cap)
+            numbers = sum(2 * call.mean.shape[1] * (call.groups or 1) for calls in found.values() for call in calls)
+            single, self.most = storage(max(numbers, 1), self.most, self.cap)
             self.dtype = torch.float32 if single else torch.float64
         for index, calls in found.items():
-            self.calls.setdefault(index, set()).add(len(calls))
+            self.calls.setdefault(index, set()).add(sum(call.groups or 1 for call in calls))
+            # By micro-batch: the groups of the first call, then those of the next.
             mean, variance = (
-                torch.stack([getattr(call, name) for call in calls], 1).flatten(0, 1).to("cpu", self.dtype, copy=True)
+                torch.cat([getattr(call, name).unflatten(0, (micro_batches, -1)) for call in calls], 1)
+                .flatten(0, 1)
+                .to("cpu", self.dtype, copy=True)
                 for name in ("mean", "variance")
             )
-            values_of_call = torch.tensor([float(call.values) for call in calls], dtype=torch.float64)
+            values = [float(call.values) for call in calls for _ in range(call.groups or 1)]
+            values_of_call = torch.tensor(values, dtype=torch.float64)
             self.updates.setdefault(index, []).append((mean, variance, values_of_call.repeat(micro_batches)))
             self.bytes += 2 * mean.numel() * mean.element_size()
         self.batches += micro_batches
 
     def result(self, wanted: int) -> Recording:
         """The whole recording."""
-        reasons = [(layer, self._reason(layer)) for layer in self.runner.layers.selected]
+        reasons = [(layer, self._reason(layer)) for layer in self.session.layers.selected]
         return Recording(
             series=tuple(self._series(layer) for layer, reason in reasons if reason is None),
             omitted=tuple((layer, reason) for layer, reason in reasons if reason is not None),

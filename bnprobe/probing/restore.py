@@ -1,18 +1,20 @@
-"""Give the user's model back as it was, whatever happens in between."""
+"""Give the user's model, the random state and Ctrl-C back as they were, whatever happens in between."""
 
 from __future__ import annotations
 
 import copy
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnprobe.probing.interrupts import deferred_interrupts
 from bnprobe.randomness import preserved_random_state
 
 Restore = Callable[[], None]
@@ -150,3 +152,23 @@ def _refill(container: Any, content: Any) -> None:
         container.extend(content)
     else:
         container.update(content)
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done, so that it is done wholly or not begun.
+
+    Signals reach the main thread only; elsewhere this does nothing, nor where the handler was not set from Python:
+    such a one could not be put back.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    pending: list[tuple[int, FrameType | None]] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if pending and callable(previous):
+            previous(*pending[0])

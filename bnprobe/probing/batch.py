@@ -1,4 +1,4 @@
-"""Micro-batches as the user's loader collates them: count, join, slice and move them."""
+"""Batches as the user's loader collates them: count, join, slice, copy and move nested tensors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def count_images(batch: Any) -> int | None:
 def join(batches: list[Any]) -> Any:
     """One physical batch from micro-batches of the same structure.
 
-    Tensors whose first axis counts the images are concatenated, strings and numbers per image likewise; what is the
+    Tensors whose first axis counts the samples are concatenated, strings and numbers per sample likewise; what is the
     same in all micro-batches is passed on once.
 
     Raises:
@@ -52,8 +52,8 @@ def join(batches: list[Any]) -> Any:
     """
     if len(batches) == 1:
         return batches[0]
-    images = [count_images(batch) for batch in batches]
-    return _join(batches, images)
+    samples = [count_images(batch) for batch in batches]
+    return _join(batches, samples)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -74,7 +74,7 @@ def check_finite(batch: Any, position: int, indices: Callable[[int], Sequence[An
         indices: For that number the items of the data set, where known.
 
     Raises:
-        DataError: Names the micro-batch, the tensor and the image.
+        DataError: Names the micro-batch, the tensor and the sample.
     """
     for path, tensor in _named_leaves(batch):
         if not isinstance(tensor, Tensor):
@@ -83,47 +83,47 @@ def check_finite(batch: Any, position: int, indices: Callable[[int], Sequence[An
         if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
             continue
         place = f"tensor {path} " if path else "tensor "
-        image = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else 0
-        item = "" if indices is None else f", item {indices(position)[image]} of the data set"
+        sample = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else 0
+        item = "" if indices is None else f", item {indices(position)[sample]} of the data set"
         raise DataError(
             f"Micro-batch {position} (the first is 1) holds NaN or Inf in its {place}of shape {tuple(tensor.shape)},"
-            f" first in its image {image} (the first is 0){item}. Clean the data set, or leave such images out."
+            f" first in its sample {sample} (the first is 0){item}. Clean the data set, or leave such samples out."
         )
 
 
-def _join(parts: list[Any], images: list[int | None]) -> Any:
+def _join(parts: list[Any], samples: list[int | None]) -> Any:
     first = parts[0]
     if isinstance(first, Tensor):
-        return _join_tensors(parts, images)
+        return _join_tensors(parts, samples)
     if isinstance(first, Mapping):
         if any(part.keys() != first.keys() for part in parts):
             raise CannotEmulateError("the micro-batches have different keys")
-        return _like_mapping(first, {key: _join([part[key] for part in parts], images) for key in first})
+        return _like_mapping(first, {key: _join([part[key] for part in parts], samples) for key in first})
     if isinstance(first, list | tuple):
-        return _join_sequences(parts, images)
+        return _join_sequences(parts, samples)
     if all(_equal(part, first) for part in parts):
         return first
     raise CannotEmulateError(f"batches hold objects of type {type(first).__name__}, which cannot be concatenated")
 
 
-def _join_tensors(parts: list[Tensor], images: list[int | None]) -> Tensor:
-    if all(part.dim() > 0 and part.shape[0] == count for part, count in zip(parts, images, strict=True)):
+def _join_tensors(parts: list[Tensor], samples: list[int | None]) -> Tensor:
+    if all(part.dim() > 0 and part.shape[0] == count for part, count in zip(parts, samples, strict=True)):
         if len({part.shape[1:] for part in parts}) > 1:
-            raise CannotEmulateError("the images of different micro-batches differ in size")
+            raise CannotEmulateError("the samples of different micro-batches differ in size")
         return torch.cat(parts)
     if all(part.shape == parts[0].shape and torch.equal(part, parts[0]) for part in parts):
         return parts[0]
-    raise CannotEmulateError("a tensor of the batch is not per image and differs between micro-batches")
+    raise CannotEmulateError("a tensor of the batch is not per sample and differs between micro-batches")
 
 
-def _join_sequences(parts: list[Any], images: list[int | None]) -> Any:
+def _join_sequences(parts: list[Any], samples: list[int | None]) -> Any:
     first = parts[0]
-    per_image = all(len(part) == count for part, count in zip(parts, images, strict=True))
-    if isinstance(first, list) and per_image and not any(isinstance(item, Tensor | Mapping | list) for item in first):
+    per_sample = all(len(part) == count for part, count in zip(parts, samples, strict=True))
+    if isinstance(first, list) and per_sample and not any(isinstance(item, Tensor | Mapping | list) for item in first):
         return [item for part in parts for item in part]
     if any(len(part) != len(first) for part in parts):
         raise CannotEmulateError("the micro-batches have different lengths")
-    return _like_sequence(first, [_join(list(items), images) for items in zip(*parts, strict=True)])
+    return _like_sequence(first, [_join(list(items), samples) for items in zip(*parts, strict=True)])
 
 
 def _equal(left: Any, right: Any) -> bool:

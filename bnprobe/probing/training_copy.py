@@ -1,67 +1,46 @@
-"""Train a copy of the user's model, and see what its layers are asked on the way."""
+"""A copy of the user's model in train mode, with the user's loss; and what a loss must return to be trained with."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from bnprobe.errors import ModelError, NonFiniteError, UsageError
-from bnprobe.norms import NORMS, NormCall
-from bnprobe.probing.batches import copy_tensors, to_device
-from bnprobe.probing.forward import model_code
+from bnprobe.errors import DeviceError, ModelError, NonFiniteError, UsageError
+from bnprobe.norms import NormCall
+from bnprobe.probing.batch import copy_tensors, to_device
+from bnprobe.probing.hooks import Answer, Intercepted, Interceptor
 from bnprobe.probing.layers import ROOT, ProbedLayer
-from bnprobe.probing.losses import (
-    casting,
-    held_in_eval,
-    require_gradients,
-    require_graph,
-    require_scalar,
-    too_large,
-    training_code,
-)
 from bnprobe.probing.memory import is_out_of_memory
+from bnprobe.probing.session import Session, casting, eagerly, model_code
 from bnprobe.randomness import preserved_random_state
 from bnprobe.stats.moments import pool_moments, row_moments
-from bnprobe.usercode import BatchFunction
-
-Answer = Callable[[ProbedLayer, NormCall, Callable[[], Tensor]], Tensor]
-"""Called with a layer of the copy, what it asked for, and the call itself; gives the layer's normalized output."""
 
 
 @contextmanager
-def rehearsing() -> Iterator[None]:
+def training() -> Iterator[None]:
     """Keep the random state, have gradients, and run as written what torch.compile compiled."""
-    with preserved_random_state(), torch.enable_grad(), _eagerly():
+    with preserved_random_state(), torch.enable_grad(), eagerly():
         yield
 
 
-class Rehearsal:
+class TrainingCopy:
     """A copy of the user's model in train mode, with the user's loss. The model itself is not touched.
 
     Args:
-        model: The user's model.
-        layers: Its norm layers.
-        loss: The user's ``loss(model, batch)``.
+        session: The model, and the user's ``loss(model, batch)``.
         option: The option that asks for this, for messages: ``"--train-steps"``.
-        device: Where to run.
-        autocast: Autocast dtype of the forward pass, or None.
-        held: Modules of ``model`` that the user keeps in eval mode while training; None: those in eval mode beside a
-            root in train mode.
 
     Attributes:
         model: The copy.
         layers: The same layers, with the modules of the copy.
         parameters: The copy's trainable parameters.
-        autocast: As given.
+        autocast: Autocast dtype of the forward pass, or None.
 
     Raises:
         UsageError: There is no loss.
@@ -69,30 +48,21 @@ class Rehearsal:
         DeviceError: There is not enough memory.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[ProbedLayer],
-        loss: BatchFunction | None,
-        option: str,
-        device: torch.device,
-        autocast: torch.dtype | None = None,
-        held: Sequence[nn.Module] | None = None,
-    ) -> None:
-        if loss is None:
+    def __init__(self, session: Session, option: str) -> None:
+        if session.functions.loss is None:
             raise UsageError(
                 f"{option} needs a loss to train with. Add a function loss(model, batch) to the model file that returns"
                 " the training loss as a tensor, or name one under loss in the spec."
             )
-        if held is None:
-            held = held_in_eval(model)
-        self._loss = loss
-        self._device = device
-        self.autocast = autocast
-        self.model = _copied(model, device)
-        self.layers = _matched(model, self.model, layers)
+        self._loss = session.functions.loss
+        self._device = session.device
+        self.autocast = session.autocast
+        self.model = _copied(session.model, session.device)
+        self.layers = _matched(session.model, self.model, session.layers.layers)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._set_flags({name for name, module in _named(model).items() if any(module is each for each in held)})
+        self._interceptor = Interceptor(self.layers)
+        held = {id(module) for module in session.held}
+        self._set_flags({name for name, module in _named(session.model).items() if id(module) in held})
 
     def loss(self, batch: Any, answer: Answer) -> Tensor:
         """The user's loss of a micro-batch on the host, a tensor of one number with its graph.
@@ -104,7 +74,7 @@ class Rehearsal:
         """
         batch = copy_tensors(to_device(batch, self._device))
         border = self._border("calling loss(model, batch) (training a copy)")
-        with border, casting(self._device, self.autocast), self._watching(answer):
+        with border, casting(self._device, self.autocast), self._answering(answer):
             value = self._loss(self.model, batch)
         return require_scalar(value)
 
@@ -123,7 +93,7 @@ class Rehearsal:
         for parameter in self.model.parameters():
             parameter.grad = None
         require_graph(value)
-        with self._border("running backward() from loss(model, batch)"), self._watching(answer):
+        with self._border("running backward() from loss(model, batch)"), self._answering(answer):
             value.backward()
         require_gradients(self.parameters)
 
@@ -147,10 +117,10 @@ class Rehearsal:
         """The forward pass once more, since looking at every input of every step would cost more."""
         found: list[str] = []
 
-        def look(layer: ProbedLayer, call: NormCall, run: Callable[[], Tensor]) -> Tensor:
-            if not found and not bool(torch.isfinite(call.input).all()):
-                found.append(layer.name)
-            return run()
+        def look(call: Intercepted) -> Tensor:
+            if not found and not bool(torch.isfinite(call.call.input).all()):
+                found.append(call.layer.name)
+            return call.run()
 
         self.loss(batch, look)
         return found[0] if found else None
@@ -163,12 +133,8 @@ class Rehearsal:
                 module.training = False
 
     @contextmanager
-    def _watching(self, answer: Answer) -> Iterator[None]:
-        watch = _Watch(answer)
-        with ExitStack() as stack:
-            stack.callback(watch.close)
-            for layer in self.layers:
-                stack.enter_context(watch.hooked(layer))
+    def _answering(self, answer: Answer) -> Iterator[None]:
+        with self._interceptor.installed(), self._interceptor.answering(answer):
             yield
 
     def _border(self, call: str) -> AbstractContextManager[None]:
@@ -186,57 +152,6 @@ def batch_moments(call: NormCall) -> tuple[Tensor, Tensor]:
         rows = call.input.detach()
         mean, variance = pool_moments(*row_moments(rows, call.eps), rows.shape[0])
     return mean[0], variance[0]
-
-
-class _Watch(TorchFunctionMode):
-    """Hands the layers' calls of their functional form over; forward hooks tell which layer is calling.
-
-    The mode is on only while a layer runs. Were it on for a whole step, it would be off where torch.utils.checkpoint
-    calls layers again: backward() is a function that a mode sees, and it runs without the mode, on another thread.
-    """
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__()
-        self._answer = answer
-        self._families = {function: family for family in NORMS for function in family.functionals}
-        self._callers: list[ProbedLayer] = []
-        self._on = ExitStack()
-
-    @contextmanager
-    def hooked(self, layer: ProbedLayer) -> Iterator[None]:
-        """Hook a layer while the block runs."""
-        entering = layer.module.register_forward_pre_hook(lambda module, inputs: self._enter(layer))
-        leaving = layer.module.register_forward_hook(lambda module, inputs, output: self._leave(), always_call=True)
-        try:
-            yield
-        finally:
-            entering.remove()
-            leaving.remove()
-
-    def close(self) -> None:
-        """Leave the layers that Ctrl-C ended: it skips their hooks."""
-        while self._callers:
-            self._leave()
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        family = self._families.get(func)
-        if family is None:
-            return func(*args, **kwargs)
-        return self._answer(self._callers[-1], family.parse(*args, **kwargs), lambda: func(*args, **kwargs))
-
-    def _enter(self, layer: ProbedLayer) -> None:
-        if not self._callers:  # a layer within a layer: twice on, it would see every call twice
-            self._on.enter_context(self)
-        self._callers.append(layer)
-
-    def _leave(self) -> None:
-        if self._callers:
-            self._callers.pop()
-            if not self._callers:
-                self._on.close()
 
 
 def _copied(model: nn.Module, device: torch.device) -> nn.Module:
@@ -270,8 +185,67 @@ def _named(model: nn.Module) -> dict[str, nn.Module]:
     return dict(model.named_modules(remove_duplicate=False))
 
 
-def _eagerly() -> AbstractContextManager[Any]:
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+def require_scalar(value: object) -> Tensor:
+    """What the user's loss returned, as a tensor without axes.
+
+    Raises:
+        UsageError: It is no tensor of one number.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(f"loss(model, batch) returned {what}; return a tensor of one number, e.g. with .mean().")
+    return value.reshape(())
+
+
+def require_graph(value: Tensor) -> None:
+    """Refuse a loss that depends on no parameter.
+
+    Raises:
+        UsageError: It has no gradient.
+    """
+    if not value.requires_grad:
+        raise UsageError(
+            "The loss has no gradient to train with. loss(model, batch) must return the loss itself, without"
+            " .item(), .detach() or torch.no_grad(), and the model must have trainable parameters."
+        )
+
+
+def require_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse a backward pass that reached none of the parameters.
+
+    Raises:
+        UsageError: No parameter got a gradient.
+    """
+    if all(parameter.grad is None for parameter in parameters):
+        raise UsageError(
+            "No parameter got a gradient: loss(model, batch) must call the model that it is given, not another one."
+        )
+
+
+@contextmanager
+def training_code(call: str, what: str, device: torch.device) -> Iterator[None]:
+    """The border to the user's code in training, where running out of memory is a finding of its own.
+
+    Args:
+        call: As in ``model_code``.
+        what: What does not fit, e.g. "Training a copy of the model".
+
+    Raises:
+        UserCodeError: The user's code raised.
+        DeviceError: There is not enough memory.
+    """
+    try:
+        with model_code(call):
+            yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise too_large(what, device) from error
+
+
+def too_large(what: str, device: torch.device) -> DeviceError:
+    """One micro-batch is too large for the memory of the device."""
+    return DeviceError(
+        f"{what} on one micro-batch does not fit into the memory of {device}."
+        " Use a smaller --batch-size, --autocast, or another --device."
+    )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bnprobe.errors import DataError
-from bnprobe.probing.batches import (
+from bnprobe.probing.batch import (
     CannotEmulateError,
     check_finite,
     count_images,
@@ -184,7 +184,7 @@ def test_objects_with_a_to_method_are_moved() -> None:
 def test_non_finite_inputs_are_named() -> None:
     bad = torch.ones(4, 3)
     bad[2, 1] = float("inf")
-    with pytest.raises(DataError, match=r"Micro-batch 7 .* \['x'\]\[0\] of shape \(4, 3\), first in its image 2"):
+    with pytest.raises(DataError, match=r"Micro-batch 7 .* \['x'\]\[0\] of shape \(4, 3\), first in its sample 2"):
         check_finite({"x": [bad]}, 7)
     with pytest.raises(DataError, match=r"its tensor of shape \(4, 3\)"):
         check_finite(bad, 1)

@@ -92,7 +92,7 @@ def test_a_model_that_mixes_images_runs_real_micro_batches(name: str) -> None:
     report, real = both(unsettled(make()), images(8, 4, *shape), 4)
     assert not report.scan.emulated
     assert report.scan.physical_batch == 4
-    assert "mixes the images" in report.scan.emulation
+    assert "mixes the samples" in report.scan.emulation
     assert not report.scan.self_check.passed
     assert max(report.scan.self_check.output_error, report.scan.self_check.statistic_error) > 0.01
     assert report.layers == real.layers

@@ -1,4 +1,4 @@
-"""Do the processes of a launch probe the same model? How far their running statistics differ, and one model for all."""
+"""Do all processes of a launch measure the same model? How far their statistics differ, and one model for all."""
 
 from __future__ import annotations
 

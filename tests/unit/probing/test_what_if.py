@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.errors import UsageError
-from bnprobe.probing.batches import join
-from bnprobe.probing.intercept import Pass, Recorded
+from bnprobe.probing.batch import join
+from bnprobe.probing.hooks import Pass, Recorded
+from bnprobe.probing.physical_batch import Batching
 from bnprobe.probing.population import Population, pick, steady_population
-from bnprobe.probing.preserve import untouched
-from bnprobe.probing.runner import UserFunctions
-from bnprobe.probing.whatif import what_if
+from bnprobe.probing.restore import untouched
+from bnprobe.probing.session import UserFunctions
+from bnprobe.probing.what_if import what_if
 from bnprobe.records import Remedy, Score
 from support.fingerprint import fingerprint
 from support.networks import Dense, Flat, MinibatchStd, Residual, Siamese, images, unsettled
@@ -80,8 +81,8 @@ def recalibrated(model: nn.Module, batches: Sequence[Any]) -> nn.Module:
 def remedies(
     model: nn.Module, training: Sequence[Any], evaluation: Sequence[Any], at_once: int = 99, emulate: bool = True
 ) -> dict[str, Remedy]:
-    with running(model, evaluation, SIZE, FUNCTIONS) as (runner, emulation):
-        found = what_if(runner, training, evaluation, SIZE, at_once, emulation if emulate else REAL)
+    with running(model, evaluation, SIZE, FUNCTIONS) as (session, emulation):
+        found = what_if(session, training, evaluation, Batching(SIZE, emulation if emulate else REAL, at_once))
     return {remedy.name: remedy for remedy in found}
 
 
@@ -119,7 +120,7 @@ def test_remedies_agree_with_really_doing_it(name: str) -> None:
         assert remedy.layers == names
         assert remedy.images == 32
     assert [remedy.control is None for remedy in found.values()] == [True, True, True, False]
-    assert found["recalibrated"].detail == "pooled mean and unbiased variance of 40 training images"
+    assert found["recalibrated"].detail == "pooled mean and unbiased variance of 40 training samples"
 
 
 def test_real_micro_batches_where_images_cannot_be_mixed() -> None:
@@ -158,8 +159,8 @@ def test_a_loss_that_asks_the_model_for_more_gets_the_remedy() -> None:
         return forward(model, batch).square().mean() + model(batch["x"] + 1).std()
 
     model, training, evaluation = unsettled(Flat()), labelled(10, 6), labelled(8, 6, seed=5)
-    with running(model, evaluation, SIZE, UserFunctions(forward, other)) as (runner, emulation):
-        found = what_if(runner, training, evaluation, SIZE, 4, emulation)
+    with running(model, evaluation, SIZE, UserFunctions(forward, other)) as (session, emulation):
+        found = what_if(session, training, evaluation, Batching(SIZE, emulation, 4))
     twin = twin_of(model, 0, 1)
     with torch.no_grad():
         expected = [sum(float(other(each, b)) for b in evaluation) / 8 for each in (twin_of(model), twin)]
@@ -185,8 +186,8 @@ def test_frozen_layers_and_those_without_running_statistics_are_left_alone() -> 
 
 def test_the_calls_of_a_shared_layer_are_one_population() -> None:
     model, pairs = unsettled(Siamese(False)), images(6, SIZE, 2, 3, 6, 6)
-    with running(model, pairs, SIZE) as (runner, emulation):
-        population, _ = steady_population(runner, pairs, SIZE, 99, emulation)
+    with running(model, pairs, SIZE) as (session, emulation):
+        population, _ = steady_population(session, pairs, Batching(SIZE, emulation, 99))
     twin, seen = copy.deepcopy(model).train(), []
     twin.body[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].double()))
     with torch.no_grad():
@@ -215,8 +216,8 @@ def test_the_model_and_the_random_state_stay_as_they_are() -> None:
     model, training, evaluation = unsettled(Residual()).train(), labelled(6, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
     before = fingerprint(model)
     statistics = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms(model)]
-    with untouched(model), running(model, evaluation, SIZE, FUNCTIONS) as (runner, emulation):
-        what_if(runner, training, evaluation, SIZE, 4, emulation)
+    with untouched(model), running(model, evaluation, SIZE, FUNCTIONS) as (session, emulation):
+        what_if(session, training, evaluation, Batching(SIZE, emulation, 4))
         for norm, (mean, variance) in zip(norms(model), statistics, strict=True):
             assert torch.equal(norm.running_mean, mean)
             assert torch.equal(norm.running_var, variance)
@@ -231,15 +232,15 @@ def test_without_training_batches() -> None:
 def test_nothing_to_compare_by() -> None:
     batches = labelled(2, 6)
     with (
-        running(unsettled(Flat()), batches, SIZE, UserFunctions(forward)) as (runner, emulation),
+        running(unsettled(Flat()), batches, SIZE, UserFunctions(forward)) as (session, emulation),
         pytest.raises(UsageError, match=r"Add loss\(model, batch\) or metric\(model, batch\)"),
     ):
-        what_if(runner, batches, batches, SIZE, 1, emulation)
+        what_if(session, batches, batches, Batching(SIZE, emulation, 1))
     with (
-        running(unsettled(Flat()), batches, SIZE, FUNCTIONS) as (runner, emulation),
+        running(unsettled(Flat()), batches, SIZE, FUNCTIONS) as (session, emulation),
         pytest.raises(UsageError, match=r"load_eval_data\(batch_size\)"),
     ):
-        what_if(runner, batches, [], SIZE, 1, emulation)
+        what_if(session, batches, [], Batching(SIZE, emulation, 1))
 
 
 def test_images_of_different_size_keep_their_batches() -> None:
@@ -247,9 +248,9 @@ def test_images_of_different_size_keep_their_batches() -> None:
         {"x": torch.randn(SIZE, 3, size, size), "y": torch.zeros(SIZE, dtype=torch.int64), "scale": 1.0}
         for size in (5, 6, 7, 5)
     ]
-    with running(unsettled(Residual()), batches[:1] * 2, SIZE, FUNCTIONS) as (runner, emulation):
+    with running(unsettled(Residual()), batches[:1] * 2, SIZE, FUNCTIONS) as (session, emulation):
         assert emulation.trusted
-        found = what_if(runner, batches, batches, SIZE, 4, emulation)
+        found = what_if(session, batches, batches, Batching(SIZE, emulation, 4))
     assert [remedy.name for remedy in found] == ["recalibrated", "evaluation statistics", "batch statistics"]
     assert all(remedy.after.loss is not None for remedy in found)
 
@@ -284,12 +285,12 @@ def test_a_pass_says_whose_statistics_each_layer_uses() -> None:
     norms(twin)[1].running_var.copy_(other[1])
     with torch.no_grad():
         expected = torch.cat([twin(batch) for batch in batches])
-    with running(model, batches, SIZE) as (runner, _):
+    with running(model, batches, SIZE) as (session, _):
         by_batch = {"by_batch": frozenset({0}), "statistics": {0: other, 1: other}}
-        for per_image in (True, False):
-            pass_ = Pass(4 * SIZE, SIZE, per_image=per_image, **by_batch)
-            output, _ = runner.forward("eval", torch.cat(batches), pass_)
+        for per_sample in (True, False):
+            pass_ = Pass(4 * SIZE, SIZE, per_sample=per_sample, **by_batch)
+            output, _ = session.forward("eval", torch.cat(batches), pass_)
             torch.testing.assert_close(output, expected)
             assert [record.by_batch for record in pass_.records.values()] == [True, False, False, False]
             rows = [record.mean.shape[0] for record in pass_.records.values()]
-            assert rows == [4, *[16 if per_image else 4] * 3]
+            assert rows == [4, *[16 if per_sample else 4] * 3]

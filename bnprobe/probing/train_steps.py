@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from bnprobe.errors import DataError, UsageError
 from bnprobe.norms import NormCall, NormInfo
-from bnprobe.probing.forward import model_code
+from bnprobe.probing.hooks import Intercepted
 from bnprobe.probing.layers import ProbedLayer
-from bnprobe.probing.rehearsal import Rehearsal, batch_moments, rehearsing
+from bnprobe.probing.session import Session, model_code
+from bnprobe.probing.training_copy import TrainingCopy, batch_moments, training
 from bnprobe.records import Updates
 from bnprobe.stats.mismatch import distance
-from bnprobe.usercode import BatchFunction
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Any]
 """Makes the optimizer of the parameters to train."""
@@ -48,29 +48,17 @@ class TrainSteps:
 
 
 def train_steps(
-    model: nn.Module,
-    layers: Sequence[ProbedLayer],
-    micro_batches: Iterable[Any],
-    loss: BatchFunction | None,
-    make_optimizer: OptimizerFactory,
-    device: torch.device,
-    steps: int,
-    *,
-    autocast: torch.dtype | None = None,
-    held: Sequence[nn.Module] | None = None,
+    session: Session, micro_batches: Iterable[Any], make_optimizer: OptimizerFactory, steps: int
 ) -> TrainSteps:
     """Train a copy of the model and watch its running statistics. Model and random state come back bit-identical.
 
+    Gradients are scaled where the session's autocast is float16.
+
     Args:
-        model: The user's model.
-        layers: Its norm layers.
+        session: The model, its layers and the user's loss.
         micro_batches: The user's, on the host; begun again when they end.
-        loss: ``loss(model, batch)``.
         make_optimizer: Of the copy's trainable parameters; its errors pass unchanged.
-        device: Where to run.
         steps: Optimizer steps.
-        autocast: Autocast dtype of the forward passes; gradients are scaled where it is float16.
-        held: As in ``Rehearsal``.
 
     Raises:
         UsageError: No loss, or a loss, model or optimizer that cannot be trained with.
@@ -80,16 +68,16 @@ def train_steps(
         DataError: There is no micro-batch.
         DeviceError: Out of memory.
     """
-    with rehearsing():
-        rehearsal = Rehearsal(model, layers, loss, "--train-steps", device, autocast, held)
-        if not rehearsal.parameters:
+    with training():
+        trained = TrainingCopy(session, "--train-steps")
+        if not trained.parameters:
             raise UsageError("--train-steps needs parameters to train, but every parameter has requires_grad=False.")
-        optimizer = make_optimizer(rehearsal.parameters)
-        tracks = {layer.index: _Track(layer) for layer in rehearsal.layers}
-        scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
+        optimizer = make_optimizer(trained.parameters)
+        tracks = {layer.index: _Track(layer) for layer in trained.layers}
+        scaler = torch.amp.GradScaler(session.device.type, enabled=session.autocast is torch.float16)
         done = 0
         for batch in _drawn(micro_batches, steps):
-            _step(rehearsal, tracks, optimizer, scaler, batch, done + 1)
+            _step(trained, tracks, optimizer, scaler, batch, done + 1)
             done += 1
     if not done:
         raise DataError("There is no micro-batch for --train-steps: the data are empty.")
@@ -111,22 +99,22 @@ def _drawn(micro_batches: Iterable[Any], steps: int) -> Iterator[Any]:
 
 
 def _step(
-    rehearsal: Rehearsal,
+    trained: TrainingCopy,
     tracks: Mapping[int, _Track],
     optimizer: Any,
     scaler: torch.amp.GradScaler,
     batch: Any,
     number: int,
 ) -> None:
-    def note(layer: ProbedLayer, call: NormCall, run: Callable[[], Tensor]) -> Tensor:
-        tracks[layer.index].note(call)
-        return run()
+    def note(found: Intercepted) -> Tensor:
+        tracks[found.layer.index].note(found.call)
+        return found.run()
 
     for track in tracks.values():
         track.begin()
-    value = rehearsal.loss(batch, note)
-    rehearsal.require_finite(value, batch, f"in training step {number} (the first is 1)", _remedy(number))
-    rehearsal.backward(scaler.scale(value), note)
+    value = trained.loss(batch, note)
+    trained.require_finite(value, batch, f"in training step {number} (the first is 1)", _remedy(number))
+    trained.backward(scaler.scale(value), note)
     with model_code(f"calling step() of {type(optimizer).__name__}"):
         scaler.step(optimizer)
     scaler.update()
