@@ -597,9 +597,9 @@ def _forks(environment: dict[str, str]) -> Run:
     start = _processes(environment)
 
     def run(command: str, folder: Path) -> Done:
-        module, *arguments = _arguments(command)[1:]
-        if module != "bnprobe":
+        if not command.startswith("bnprobe "):
             return start(command, folder)
+        module, *arguments = _arguments(command)[1:]
         with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
             process = os.fork()
             if process == 0:
