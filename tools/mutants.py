@@ -7,7 +7,7 @@ survives a move of its module. Faults are planted in a temporary copy of the che
     python tools/mutants.py run --json mutants.json        plant each and run the tests of its area, then wider ones
     python tools/mutants.py run --only 'ladder-*'          some of them; results of the others in the file are kept
     python tools/mutants.py run --quick                    with the tests of each area only, not the wider ones
-    python tools/mutants.py run --json FILE --rest         those that the file does not have as caught
+    python tools/mutants.py run --json FILE --rest         those on which the file has no failing test
     python tools/mutants.py run --tests tests/unit/stats   with these tests only
 """
 
@@ -92,8 +92,8 @@ class Result:
     """What became of a mutant.
 
     Attributes:
-        outcome: "caught"; "survived"; "not found" in the code; "timed out"; "unclear": the failing test fails without
-            the mutant too.
+        outcome: "caught"; "survived"; "not found" in the code; "timed out"; "to confirm": a test failed, and has not
+            been run without the mutant yet; "unclear": it fails without the mutant too.
         test: The first failing test.
         note: Why it was not found.
     """
@@ -288,7 +288,7 @@ class Checkout:
 
 
 def judge(mutant: Mutant, number: int, code: Code, checkout: Checkout, stages: Sequence[Sequence[str]]) -> Result:
-    """Plant a mutant and run tests, stage by stage, until one fails; see ``confirmed`` too."""
+    """Plant a mutant and run tests, stage by stage, until one fails."""
     started = time.monotonic()
     try:
         path, content = code.mutated(mutant)
@@ -303,7 +303,7 @@ def judge(mutant: Mutant, number: int, code: Code, checkout: Checkout, stages: S
                 if test:
                     break
                 done += tests
-        outcome = "caught" if test else outcome
+        outcome = "to confirm" if test else outcome
     except TimeoutError:
         outcome = "timed out"
     seconds = round(time.monotonic() - started, 1)
@@ -312,9 +312,14 @@ def judge(mutant: Mutant, number: int, code: Code, checkout: Checkout, stages: S
 
 
 def confirmed(results: Sequence[Result], checkout: Checkout) -> list[Result]:
-    """The results, unclear where the test that failed fails without the mutant too."""
-    unsound = checkout.failing(sorted({result.test for result in results if result.outcome == "caught"}))
-    return [replace(result, outcome="unclear") if result.test in unsound else result for result in results]
+    """The results, with every test that failed run without the mutants."""
+    failed = {result.test for result in results if result.outcome == "to confirm"}
+    unsound = checkout.failing(sorted(failed))
+    outcomes = {test: "unclear" if test in unsound else "caught" for test in failed}
+    return [
+        replace(result, outcome=outcomes[result.test]) if result.outcome == "to confirm" else result
+        for result in results
+    ]
 
 
 def stages_for(mutant: Mutant, table: Table, root: Path) -> list[list[str]]:
@@ -327,35 +332,27 @@ def stages_for(mutant: Mutant, table: Table, root: Path) -> list[list[str]]:
 
 def run(table: Table, mutants: Sequence[Mutant], tests: Sequence[str], timeout: float, record: Path | None) -> bool:
     """Judge mutants, print and record what becomes of them; whether all were caught."""
+    # Started in the background this process would ignore Ctrl-C, and so would the tests that are about it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     others = {mutant.name for mutant in table.mutants} - {mutant.name for mutant in mutants}
-    results = [result for result in _recorded(record) if result.name in others]
-    judged: list[Result] = []
+    results = [result for result in recorded(record) if result.name in others]
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
         folder = Path(temporary).resolve() / "checkout"
         shutil.copytree(ROOT, folder, symlinks=True, ignore=_NOT_COPIED)
         code, checkout = Code(folder / PACKAGE), Checkout(folder, timeout)
         for number, mutant in enumerate(mutants, start=1):
             stages = [list(tests)] if tests else stages_for(mutant, table, folder)
-            result = judge(mutant, number, code, checkout, stages)
-            judged.append(result)
-            print(f"{number}/{len(mutants)} {_line(result)}", flush=True)
-            if record is not None:
-                _write(record, [*results, *judged])
-        judged = confirmed(judged, checkout)
-    for result in judged:
-        if result.outcome == "unclear":
+            results.append(judge(mutant, number, code, checkout, stages))
+            print(f"{number}/{len(mutants)} {_line(results[-1])}", flush=True)
+            _write(record, results)
+        results = confirmed(results, checkout)
+    _write(record, results)
+    for result in results:
+        if result.outcome != "caught":
             print(_line(result))
-    if record is not None:
-        _write(record, [*results, *judged])
-    counts = Counter(result.outcome for result in judged)
-    print(f"{len(judged)} mutants: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()))
-    return counts["caught"] == len(judged)
-
-
-def to_judge(mutants: Sequence[Mutant], record: Path | None) -> list[Mutant]:
-    """The mutants that the record does not have as caught."""
-    caught = {result.name for result in _recorded(record) if result.outcome == "caught"}
-    return [mutant for mutant in mutants if mutant.name not in caught]
+    counts = Counter(result.outcome for result in results)
+    print(f"{len(results)} mutants: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()))
+    return counts["caught"] == len(results)
 
 
 def check(mutants: Sequence[Mutant]) -> bool:
@@ -377,13 +374,16 @@ def _line(result: Result) -> str:
     return f"{words}  {result.test or result.note}".rstrip()
 
 
-def _recorded(record: Path | None) -> list[Result]:
+def recorded(record: Path | None) -> list[Result]:
+    """The results in a file; none where there is no file yet."""
     if record is None or not record.exists():
         return []
     return [Result(**entry) for entry in json.loads(record.read_text(encoding="utf-8"))["mutants"]]
 
 
-def _write(record: Path, results: Sequence[Result]) -> None:
+def _write(record: Path | None, results: Sequence[Result]) -> None:
+    if record is None:
+        return
     counts = Counter(result.outcome for result in results)
     content = {"counts": dict(counts), "mutants": [asdict(result) for result in results]}
     record.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -395,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=("check", "run"))
     parser.add_argument("--only", action="append", metavar="GLOB", help="mutants of these names; may be repeated")
     parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="run these tests for every mutant")
-    parser.add_argument("--rest", action="store_true", help="only mutants that the JSON file does not have as caught")
+    parser.add_argument("--rest", action="store_true", help="only mutants on which the JSON file has no failing test")
     parser.add_argument("--quick", action="store_true", help="the tests of the areas only, not the wider ones")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that one run of tests may take")
     parser.add_argument("--json", type=Path, help="file to write the results to")
@@ -407,7 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not mutants:
         parser.error(f"no mutant is called {' or '.join(globs)}")
     if given.rest:
-        mutants = to_judge(mutants, given.json)
+        failed = {result.name for result in recorded(given.json) if result.outcome in ("caught", "to confirm")}
+        mutants = [mutant for mutant in mutants if mutant.name not in failed]
     if given.command == "check":
         return 0 if check(mutants) else 1
     return 0 if run(table, mutants, given.tests, given.timeout, given.json) else 1
