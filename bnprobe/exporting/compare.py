@@ -1,4 +1,4 @@
-"""How far two outputs are apart."""
+"""Differences between the outputs of two models."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from bnprobe.probing.batches import tensors_of
 
 @dataclass(frozen=True)
 class Difference:
-    """Of outputs of one batch.
+    """Difference between two outputs for one batch.
 
     Attributes:
-        images: In the batch.
-        absolute: Largest absolute difference; infinite where shapes differ, or one is NaN and the other is not.
-        relative: Of each tensor the largest absolute difference over its own largest value; the largest of these.
+        images: Samples in the batch.
+        absolute: Largest absolute difference; infinite if shapes differ, or if a value is NaN in only one of them.
+        relative: Largest absolute difference of a tensor divided by its largest value; the maximum over tensors.
     """
 
     images: int
@@ -28,7 +28,7 @@ class Difference:
 
 
 def difference(expected: Any, found: Any, images: int) -> Difference:
-    """Compare outputs tensor by tensor, whatever they are packed in."""
+    """Compare outputs tensor by tensor, in any nested structure."""
     one, other = tensors_of(expected), tensors_of(found)
     if not one or len(one) != len(other):
         return Difference(images, math.inf, math.inf)
@@ -42,7 +42,7 @@ def _apart(expected: Tensor, found: Tensor) -> tuple[float, float]:
     if expected.numel() == 0:
         return 0.0, 0.0
     one, other = expected.detach().double(), found.detach().double()
-    same = (one == other) | (one.isnan() & other.isnan())  # infinities that agree are no difference
+    same = (one == other) | (one.isnan() & other.isnan())  # equal infinities are no difference
     gap = torch.where(same, 0.0, (one - other).abs())
     if not bool(torch.isfinite(gap).all()):
         return math.inf, math.inf

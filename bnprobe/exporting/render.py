@@ -1,4 +1,4 @@
-"""What ``bnprobe export`` prints."""
+"""The output of ``bnprobe export``."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from bnprobe.reports.standing import STYLES
 
 
 def render(exported: Exported, tolerance: float, written: str | None, options: RenderOptions) -> str:
-    """The export as text in lines of at most ``options.width`` cells.
+    """Render an export as text, in lines of at most ``options.width`` cells.
 
     Args:
-        exported: What was exported.
-        tolerance: Largest relative difference of the outputs that is accepted.
-        written: The file; None: nothing was written, since the outputs differ.
-        options: How it is to be written.
+        exported: The exported file and its check.
+        tolerance: Largest accepted relative difference of the outputs.
+        written: Path of the file; None: nothing was written, because the outputs differ.
+        options: Width, colour and character set.
     """
     page = Page(max(options.width, MINIMUM_WIDTH), options.unicode)
     parts = [
         _header(exported, page),
-        _differences("Outputs of the file against those of the model", exported.differences, page),
-        _differences("Outputs quantized against those as loaded", exported.quantization, page),
+        _differences("Outputs of the file compared with the model", exported.differences, page),
+        _differences("Outputs of the quantized model compared with the model as loaded", exported.quantization, page),
         [line for note in exported.notes for line in page.paragraph(note)],
         _closing(exported, tolerance, written, page),
     ]
@@ -51,7 +51,7 @@ def _differences(heading: str, found: Sequence[Difference], page: Page) -> list[
     rows = [
         ("largest absolute difference", f"{max(each.absolute for each in found):.3g}"),
         ("largest relative difference", f"{worst.relative:.3g} (of the largest output)"),
-        ("checked on", f"{figures.count(len(found), 'batch')} of {sizes} images"),
+        ("checked on", f"{figures.count(len(found), 'batch')} of {sizes} samples"),
     ]
     return [*page.heading(heading), *page.labelled(rows)]
 
@@ -60,13 +60,13 @@ def _closing(exported: Exported, tolerance: float, written: str | None, page: Pa
     if written is None:
         sign = glyphs.FLAGGED
         text = (
-            f"The outputs differ by {exported.relative:.3g}, above the tolerance of {tolerance:g}: nothing was written."
-            " --tolerance accepts more."
+            f"The outputs differ by {exported.relative:.3g}, more than the tolerance of {tolerance:g}: nothing was"
+            " written. --tolerance sets another one."
         )
     elif exported.differences:
         sign, text = glyphs.FINE, f"The outputs agree within {tolerance:g}: written to {written}."
     else:
-        sign, text = glyphs.UNMEASURED, f"Written to {written}, its outputs unchecked."
+        sign, text = glyphs.UNMEASURED, f"Written to {written}; the outputs were not checked."
     lines = page.paragraph(text, style="bold", first=f"{page.clean(sign)} ")
     lines[0].stylize(STYLES[sign], 0, 1)
     return lines
