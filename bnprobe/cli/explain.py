@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 def explain(
     code: Annotated[
-        str | None, typer.Argument(help="A rule's code (BN201) or cause (small_batch); none: the list of all rules.")
+        str | None, typer.Argument(help="Code (BN201) or cause (small_batch) of a rule; without it, list all rules.")
     ] = None,
 ) -> None:
-    """Print the manual of a rule: what it checks, why it matters, an example, the remedy, where it is from."""
+    """Print the manual of a rule: what it checks, why it matters, an example, the remedy and references."""
     from bnprobe.cli.write import deliver
     from bnprobe.reports import RenderOptions
     from bnprobe.reports.layout import MINIMUM_WIDTH, Page, to_string
