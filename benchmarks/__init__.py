@@ -1,1 +1,1 @@
-"""What bnprobe costs, measured side by side with what it is compared to. ``python -m benchmarks --help``."""
+"""Benchmarks of bnprobe, interleaved with what it is compared to. See ``python -m benchmarks --help``."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: every section, on every device there is, as Markdown tables."""
+"""``python -m benchmarks``: all sections on all available devices, as Markdown tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Setting], list[Row]]]] = {
 
 
 def main() -> int:
-    """Print what was asked for; 0 whatever the figures are, since a busy machine is no bug."""
+    """Print the requested sections. Returns 0 whatever the figures are, since a busy machine is not a bug."""
     arguments = _arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -42,7 +42,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small ResNet-18 only, few rounds: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="small ResNet-18 only, few rounds: check that it runs")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="one section; may be repeated")
     parser.add_argument("--device", help="cpu, cuda, ...; without it the CPU, and CUDA where there is one")
     parser.add_argument("--network", action="append", choices=NETWORKS, help="one network; may be repeated")

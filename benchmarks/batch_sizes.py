@@ -1,4 +1,4 @@
-"""Every batch size from the one eval pass: images are measured one by one, so that larger batches are sums."""
+"""All batch sizes from one eval pass: images are measured one by one, and larger batches are sums of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GOAL = 1.1
 
 
 def rows(setting: Setting) -> list[Row]:
-    """Seven batch sizes against one: the eval path alone, and the whole scan."""
+    """Seven batch sizes compared with one: the eval path alone, and the whole scan."""
     return [row for name in setting.networks for row in _network(setting, name)]
 
 

@@ -1,4 +1,4 @@
-"""The forward passes that are timed: plain ones, the loop a user would write, and bnprobe's."""
+"""The forward passes that are timed: plain, the loop a user would write, and bnprobe's."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def plain(model: nn.Module, batches: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def hook_loop(model: nn.Module, batches: Sequence[Tensor], train: bool) -> list[list[tuple[Tensor, Tensor]]]:
-    """The obvious script: real batches one by one, and a hook on every BN that takes mean and variance.
+    """The obvious script: real batches one by one, with a hook on every BN layer that computes mean and variance.
 
-    In train mode PyTorch would also move the running statistics. Momentum 0 keeps them, at no cost.
+    In train mode PyTorch would also update the running statistics. Momentum 0 keeps them unchanged at no cost.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -59,8 +59,8 @@ class Probe:
     """bnprobe's measured passes over micro-batches of two, one path at a time.
 
     Args:
-        model: In eval mode; comes back so.
-        micro_batches: Of ``BATCH_SIZE`` images each, on the model's device.
+        model: A model in eval mode; it stays so.
+        micro_batches: Micro-batches of ``BATCH_SIZE`` images, on the model's device.
         physical: Images per physical batch.
     """
 
@@ -96,7 +96,7 @@ class Probe:
 
 
 def whole_scan(model: nn.Module, micro_batches: Sequence[Tensor], batch_sizes: tuple[int, ...] = ()) -> Report:
-    """What ``bnprobe scan`` does once model and data are loaded: both paths, self-check and report included."""
+    """Run what ``bnprobe scan`` does after loading: both paths, including self-check and report."""
     device = str(micro_batches[0].device)
     count = len(micro_batches)
     return scan(model, micro_batches, BATCH_SIZE, num_batches=count, device=device, batch_sizes=batch_sizes)

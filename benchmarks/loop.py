@@ -1,4 +1,4 @@
-"""bnprobe beside the script that it replaces: a loop over real batches of two, with hooks for mean and variance."""
+"""bnprobe compared with the script that it replaces: a loop over real batches of two, with hooks on BN layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GOAL = 2.5
 
 
 def rows(setting: Setting) -> list[Row]:
-    """The train path against the loop in train mode; the whole scan against the loops of both modes."""
+    """The train path compared with the loop in train mode, and the whole scan with the loops of both modes."""
     return [row for name in setting.networks for row in _network(setting, name)]
 
 

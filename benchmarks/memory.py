@@ -18,13 +18,13 @@ from bnprobe.pipeline import scan
 
 GOAL = 1.2
 COUNTS = (16, 128)
-"""Micro-batches of the short and the long run."""
+"""Number of micro-batches in the short and in the long run."""
 
 MIB = 2**20
 
 
 def rows(setting: Setting) -> list[Row]:
-    """Scan over plain forward for a short and a long run, and the long scan over the short one."""
+    """Ratios of scan to plain forward for a short and a long run, and of the long scan to the short one."""
     return [row for name in setting.networks for row in _network(setting, name)]
 
 
@@ -53,11 +53,11 @@ def measure(name: str, device: torch.device, image_size: int, count: int, physic
     """Peak memory of this process in MiB, and the physical batch.
 
     Args:
-        name: Of the network.
-        device: Its own memory is what counts on CUDA; that of the process on the CPU.
+        name: Name of the network.
+        device: Where to run: on CUDA the device's memory is measured, on the CPU that of the process.
         image_size: Height and width.
-        count: Micro-batches.
-        physical: Images per batch of a plain forward; 0: scan instead.
+        count: Number of micro-batches.
+        physical: Images per batch of a plain forward pass; 0: scan instead.
     """
     model = settled(name, image_size, device)
     batches = RandomBatches(count, image_size)
@@ -84,7 +84,7 @@ def _peak_mebibytes(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss is that of the parent process, where that was larger when it forked
+    if status.exists():  # ru_maxrss is that of the parent process if that was larger at the fork
         lines = status.read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

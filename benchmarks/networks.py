@@ -67,7 +67,7 @@ NETWORKS: dict[str, Callable[[], ResNet]] = {"resnet18": resnet18, "resnet50": r
 
 @torch.no_grad()
 def settled(name: str, image_size: int, device: torch.device) -> nn.Module:
-    """A network of that name in eval mode, its running statistics those of random images, so that nothing overflows."""
+    """A network in eval mode, with running statistics of random images so that nothing overflows."""
     torch.manual_seed(0)
     model = NETWORKS[name]().to(device)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -1,4 +1,4 @@
-"""What a scan costs, path by path and as a whole, beside the plain forward pass of the same images."""
+"""Cost of a scan, per path and as a whole, relative to the plain forward pass of the same images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GOAL = 1.3
 
 
 def rows(setting: Setting) -> list[Row]:
-    """Each path, and the whole scan, against the plain eval-mode forward at its best physical batch."""
+    """Each path, and the whole scan, compared with the plain eval-mode forward at its best physical batch."""
     return [row for name in setting.networks for row in _network(setting, name)]
 
 

@@ -1,13 +1,13 @@
-"""What Batch Renorm costs beside plain BN, forward and backward, and what other implementations of it cost.
+"""Cost of Batch Renorm relative to plain BN, forward and backward, also for other implementations.
 
 The shapes are those of the BN layers of ResNet-18 and ResNet-50 at 224x224. Every layer gets the same input and the
 same gradient; the others are:
 
 * naive: the paper's formula in plain operations, differentiated by autograd;
-* sb3-contrib: takes (rows, channels) only, so it is handed the positions as rows;
-* torchrl: takes any number of dimensions.
+* sb3-contrib: accepts only (rows, channels), so positions are passed as rows;
+* torchrl: accepts any number of dimensions.
 
-All renormalize from their first step. One that is not installed is listed as such.
+All of them renormalize from the first step. One that is not installed is listed as such.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _BATCH_SIZES = (2, 32)
 _RIVAL_CELLS = tuple(
     (size, shape) for size in _BATCH_SIZES for shape in _SHAPES if size * shape[0] * shape[1] ** 2 < 8e6
 )
-"""(batch size, shape) at which the others are timed too: they take seconds and gigabytes at the largest."""
+"""(batch size, shape) at which the others are timed too; at the largest shapes they need seconds and gigabytes."""
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _SECONDS = 0.01
-"""A timed run repeats its step until plain BN would take about so long."""
+"""Seconds that plain BN should take in a timed run, which repeats its step accordingly."""
 
 _PLAIN, _OURS = "nn.BatchNorm2d", "bnprobe"
 
 
 class NaiveRenorm(nn.BatchNorm2d):
-    """Algorithm 1 of Ioffe 2017 as it is written."""
+    """Algorithm 1 of Ioffe 2017, written out literally."""
 
     def forward(self, x: Tensor) -> Tensor:
         axes, shape = (0, 2, 3), (1, -1, 1, 1)
@@ -58,7 +58,7 @@ class NaiveRenorm(nn.BatchNorm2d):
 
 
 def rows(setting: Setting) -> list[Row]:
-    """Ratios over all shapes (geometric mean), with those of the cheapest and the dearest shape."""
+    """Geometric mean of the ratios over all shapes, with the smallest and the largest ratio."""
     found = []
     for layout in _FORMATS:
         cells = {size: [_Cell(setting, size, shape, layout) for shape in _SHAPES] for size in _BATCH_SIZES}
@@ -92,7 +92,7 @@ class _Cell:
     layout: str
 
     def measure(self, names: list[str]) -> Rounds:
-        """Forward and backward of these layers, interleaved."""
+        """Time forward and backward of these layers, interleaved."""
         channels, side = self.shape
         device = self.setting.device
         generator = torch.Generator().manual_seed(1)

@@ -1,12 +1,12 @@
-"""bnprobe's paths beside three tools that also look into a network's layers, each doing its own job.
+"""bnprobe's paths compared with three tools that also inspect a network's layers, each doing its own job.
 
-None of them measures what bnprobe does; each gets its job's cheapest setting, on the same images:
+None of them measures what bnprobe does. Each runs with its cheapest setting, on the same images:
 
 * fvcore ``update_bn_stats``: population statistics of every BN layer, from real batches of two in train mode.
 * delve ``SaturationTracker``: covariance of every convolution's output channels and its saturation, in eval mode.
 * torchlens ``trace``: the graph of the forward pass, with the outputs of the BN layers saved.
 
-A tool that is not installed, or fails here, is listed with the reason.
+A tool that is not installed or fails is listed with the reason.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from benchmarks.timing import interleave
 from bnprobe.probing.session import PathName
 
 _ROUNDS = 3
-"""At most so many: some of these run for a minute."""
+"""Limit on the rounds: some of these run for a minute."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a tool is asked to do.
+    """The job of a tool.
 
     Attributes:
-        tool: Its name, as installed.
+        tool: Name of the installed package.
         path: bnprobe's path in the same mode.
-        run: Does the job for a model of its own and the batches.
-        batches: The images, in the batches that the job needs.
+        run: Does the job for its own copy of the model and the batches.
+        batches: The images, in batches of the size that the job needs.
     """
 
     tool: str
@@ -55,12 +55,12 @@ class Job:
         return f"{self.tool}, {self.path} mode, batches of {len(self.batches[0])}"
 
     def __call__(self, model: nn.Module) -> None:
-        """Do it; hooks of the tools may stay behind, so every run has a copy of the model."""
+        """Run the job on a copy of the model, since hooks of the tools may remain."""
         self.run(copy.deepcopy(model), self.batches)
 
 
 def rows(setting: Setting) -> list[Row]:
-    """Each tool against bnprobe's path of the same mode; ahead means a ratio above 1."""
+    """Each tool compared with bnprobe's path in the same mode; a ratio above 1 means that bnprobe is faster."""
     return [row for name in setting.networks for row in _network(setting, name)]
 
 
@@ -125,7 +125,7 @@ def _torchlens(model: nn.Module, batches: Sequence[Tensor]) -> None:
         wanted = torchlens.func("batch_norm")
         for batch in batches[:-1]:
             torchlens.trace(model, batch, save=wanted)
-        # torch's functions stay wrapped from trace to trace, and must be themselves again for the next contender.
+        # trace leaves torch's functions wrapped, so they must be restored for the next contender.
         torchlens.trace(model, batches[-1], save=wanted, capture=CaptureOptions(unwrap_when_done=True))
 
 

@@ -1,4 +1,4 @@
-"""What all benchmarks share: the device, the images and the networks they run on, and the machine in words."""
+"""What all benchmarks share: device, images and networks, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ BATCH_SIZE = 2
 """Images per micro-batch, in every benchmark."""
 
 PHYSICAL = {"cpu": (2, 4, 8, 16, 32, 64), "cuda": (32, 64, 128, 256)}
-"""Physical batches among which the plain forward pass takes its best."""
+"""Physical batches from which the fastest one for the plain forward pass is chosen."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How to measure.
+    """Settings of a benchmark run.
 
     Attributes:
-        device: Where the networks run.
-        networks: Their names.
+        device: Device to run on.
+        networks: Names of the networks.
         images: Images per timed run; a multiple of every physical batch.
-        image_size: Their height and width.
+        image_size: Height and width of the images.
         rounds: Timed runs of each contender.
     """
 
@@ -49,7 +49,7 @@ class Setting:
         return torch.randn(shape, generator=generator).to(self.device)
 
     def micro_batches(self) -> list[Tensor]:
-        """The same images as a loader of batches of two gives them."""
+        """The same images in batches of two, as a loader would give them."""
         return [batch.clone() for batch in self.data().split(BATCH_SIZE)]
 
     @property
@@ -60,7 +60,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class RandomBatches:
-    """Batches of two made on the fly, so that holding them costs no memory."""
+    """Batches of two that are made on the fly, so that they need no memory."""
 
     count: int
     image_size: int
@@ -75,7 +75,7 @@ class RandomBatches:
 
 
 def devices(asked: str | None) -> list[torch.device]:
-    """The device asked for; else the CPU, and CUDA where there is one."""
+    """The requested device; else the CPU, and CUDA if available."""
     if asked is not None:
         return [torch.device(asked)]
     return [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
@@ -90,7 +90,7 @@ def machine(device: torch.device) -> str:
 
 
 def load() -> str:
-    """How busy the machine is, where it tells."""
+    """The load of the machine, if the system reports it."""
     return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
 
 

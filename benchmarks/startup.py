@@ -1,4 +1,4 @@
-"""How long ``bnprobe --help`` and ``--version`` take, each in a fresh process."""
+"""Time of ``bnprobe --help`` and ``--version``, each in a fresh process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COMMANDS = {
 
 
 def rows(setting: Setting) -> list[Row]:
-    """Median of ten runs of each, in turn; at least as many in a quick run, for these are short."""
+    """Median of at least ten interleaved runs of each, also with --quick, since they are short."""
     contenders = {name: _command(arguments) for name, arguments in _COMMANDS.items()}
     rounds = interleave(contenders, max(10, setting.rounds), torch.device("cpu"))
     found = [Row("python -c pass", f"{rounds.median('python -c pass'):.3f} s")]

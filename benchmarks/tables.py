@@ -1,4 +1,4 @@
-"""What a benchmark found, as a table that also reads as Markdown."""
+"""Results of a benchmark as a Markdown table."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Row:
 
     Attributes:
         what: What was measured.
-        figure: The figure in words: a ratio, and the absolute figures it comes from.
-        goal: What it should be; "" where there is no goal.
-        met: Whether it is; None where there is no goal, or nothing was measured.
+        figure: The figure as text: a ratio, and the absolute figures behind it.
+        goal: The goal as text; "" if there is none.
+        met: Whether the goal is met; None if there is no goal or nothing was measured.
     """
 
     what: str
@@ -23,7 +23,7 @@ class Row:
 
 
 def at_most(what: str, ratio: float, goal: float, detail: str) -> Row:
-    """A cost relative to something else, which should be small."""
+    """A relative cost, which should be small."""
     return Row(what, f"{ratio:.2f} x ({detail})", f"at most {goal:g} x", ratio <= goal)
 
 

@@ -1,6 +1,6 @@
 """Side-by-side timing: every round runs every contender once, and ratios are taken within a round.
 
-Whatever slows the machine for a while then slows both sides of a ratio.
+A temporary slowdown of the machine then affects both sides of a ratio.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Contender = Callable[[], object]
 
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds of each contender, one per round."""
+    """Seconds of each contender, one value per round."""
 
     seconds: Mapping[str, list[float]]
 
@@ -32,12 +32,12 @@ class Rounds:
 
 
 def interleave(contenders: Mapping[str, Contender], rounds: int, device: torch.device) -> Rounds:
-    """Run all contenders once untimed, then ``rounds`` times in turn; every second round runs backwards.
+    """Run all contenders once untimed, then ``rounds`` times in turn; every second round in reverse order.
 
     Args:
         contenders: By name; each does the same work at every call.
         rounds: Timed runs of each.
-        device: Waited for before and after every run where it is a CUDA device.
+        device: If it is a CUDA device, it is synchronized before and after every run.
     """
     for contender in contenders.values():
         contender()

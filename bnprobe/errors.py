@@ -1,4 +1,4 @@
-"""Everything bnprobe raises on purpose.
+"""All exceptions that bnprobe raises on purpose.
 
     BnprobeError                exit 2 unless said otherwise
     |- UsageError               an option or argument that cannot work
@@ -8,11 +8,11 @@
     |- DataError                the loader, the data set or a batch
     |- UserCodeError            an exception in the user's own code
     |- NonFiniteError           NaN or Inf in inputs, buffers or activations
-    |- DeviceError              a device that is not there, or out of memory at one micro-batch
+    |- DeviceError              a device that does not exist, or out of memory at one micro-batch
     |- OutputError              a report that could not be written
     |- RepairError              a layer or model that cannot be converted, recalibrated or exported
     |- StateError               a state to resume from that belongs to another run, or is damaged
-    |- ProcessError             another process of a torchrun launch failed, or is gone
+    |- ProcessError             another process of a torchrun launch failed or cannot be reached
     |- StoppedError             training that was told to stop, and saved its state: exit 3
     `- NothingToProbeError      no BN layer, or none was called: exit 3
 
@@ -58,7 +58,7 @@ class BnprobeError(Exception):
 
 
 class UsageError(BnprobeError):
-    """An option or argument that cannot work."""
+    """An option or argument that is wrong."""
 
 
 class SpecError(BnprobeError):
@@ -66,7 +66,7 @@ class SpecError(BnprobeError):
 
 
 class ModelError(BnprobeError):
-    """The model file, module or symbol could not give a model."""
+    """The model file, module or symbol does not give a model."""
 
 
 class CheckpointError(BnprobeError):
@@ -82,7 +82,7 @@ class UserCodeError(BnprobeError):
 
     Args:
         call: What bnprobe was doing, e.g. ``"calling load_model() of model.py"``.
-        error: The exception that came out of the user's code.
+        error: The exception that the user's code raised.
     """
 
     def __init__(self, call: str, error: BaseException) -> None:
@@ -101,7 +101,7 @@ class NonFiniteError(BnprobeError):
 
 
 class DeviceError(BnprobeError):
-    """A device that is not there, or that has no memory for one micro-batch."""
+    """A device that does not exist, or that has too little memory for one micro-batch."""
 
 
 class OutputError(BnprobeError):
@@ -109,7 +109,7 @@ class OutputError(BnprobeError):
 
 
 class RepairError(BnprobeError):
-    """A layer or model that cannot be converted, recalibrated or exported; says which one and why."""
+    """A layer or model that cannot be converted, recalibrated or exported; the message says which one and why."""
 
 
 class StateError(BnprobeError):
@@ -120,9 +120,9 @@ class ProcessError(BnprobeError):
     """Another process of a torchrun launch failed, or cannot be reached.
 
     Args:
-        message: What it said, or what is known.
-        exit_code: Of the launch: that of the process that failed.
-        frames: The user's own frames of the traceback there.
+        message: The message of that process, or what is known about the failure.
+        exit_code: Exit code of the launch: that of the process that failed.
+        frames: The user's frames of the traceback in that process.
     """
 
     def __init__(self, message: str, exit_code: int = EXIT_ERROR, frames: str = "") -> None:
@@ -132,7 +132,7 @@ class ProcessError(BnprobeError):
 
 
 class StoppedError(BnprobeError):
-    """Training that was told to stop (Ctrl-C, SIGTERM) and saved its state; there is no result yet."""
+    """Training was stopped by Ctrl-C or SIGTERM and saved its state; there is no result yet."""
 
     exit_code = EXIT_NOTHING
 

@@ -1,4 +1,4 @@
-"""Write files whole or not at all, several together or none; and folders from which nobody else's files are removed."""
+"""Write files atomically, one or several together, and manage folders without removing other people's files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _NEIGHBOUR = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(?:new|old)")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: a neighbour is written first, then renamed. Links are followed.
+    """Write a file atomically: a temporary file beside it is written first, then renamed. Symbolic links are followed.
 
     Raises:
-        OutputError: It could not be written; what was there before is still there.
+        OutputError: The file could not be written; a previous file is unchanged.
     """
     data = _encoded(content)
     try:
@@ -35,32 +35,32 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def require_writable(path: Path, option: str = "--output") -> None:
-    """Refuse an output file that could not be written, before anything is computed.
+    """Reject an output file that cannot be written, before anything is computed.
 
     Raises:
-        OutputError: The folder is missing or read-only, or the file is a folder.
+        OutputError: The folder is missing or read-only, or the path is a folder.
     """
     if path.is_dir():
-        raise OutputError(f"{option} {path} is a folder; give a file name in it.")
+        raise OutputError(f"{option} {path} is a folder; give a file in it.")
     if is_special(path):
         return
     folder = (path.resolve() if path.is_symlink() else path).parent
     if not folder.is_dir():
         raise OutputError(f"The folder {folder} of {option} does not exist; create it first.")
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"The folder {folder} of {option} cannot be written to.")
+        raise OutputError(f"The folder {folder} of {option} is not writable.")
 
 
 def require_new(paths: Iterable[Path], force: bool, option: str = "-o") -> None:
-    """Refuse outputs that could not be written or would overwrite a file, before anything is computed.
+    """Reject outputs that cannot be written or would overwrite a file, before anything is computed.
 
     Args:
         paths: All files that a command writes.
-        force: Existing files may be replaced.
-        option: What names them, for messages.
+        force: Whether existing files may be replaced.
+        option: The option that names them, for messages.
 
     Raises:
-        OutputError: Names the folder that is missing or read-only, or the files that exist.
+        OutputError: A folder is missing or read-only, or files exist; the message names them.
     """
     paths = list(paths)
     for path in paths:
@@ -68,20 +68,20 @@ def require_new(paths: Iterable[Path], force: bool, option: str = "-o") -> None:
     existing = [str(path) for path in paths if path.exists() and not is_special(path)]
     if existing and not force:
         exist = "exists" if len(existing) == 1 else "exist"
-        raise OutputError(f"{', '.join(existing)} {exist} already; give another {option}, or --force to overwrite.")
+        raise OutputError(f"{', '.join(existing)} already {exist}; give another {option}, or --force to overwrite.")
 
 
 def write_all(contents: Mapping[Path, bytes | str], force: bool = False) -> None:
-    """Write several files, all or none: a neighbour of each is written first, then all are renamed. Links are followed.
+    """Write several files, all or none: temporary files are written first, then all are renamed.
 
-    Where a rename fails, or Ctrl-C comes between two, those done before are undone.
+    If a rename fails, or Ctrl-C comes between two of them, the earlier ones are undone. Symbolic links are followed.
 
     Args:
-        contents: What goes into each file; text becomes UTF-8.
-        force: Existing files may be replaced.
+        contents: Content of each file; text is encoded as UTF-8.
+        force: Whether existing files may be replaced.
 
     Raises:
-        OutputError: A file could not be written, or exists; every file is as it was before.
+        OutputError: A file exists or could not be written; no file has changed.
     """
     require_new(contents, force)
     staged: dict[Path, Path] = {}
@@ -92,7 +92,7 @@ def write_all(contents: Mapping[Path, bytes | str], force: bool = False) -> None
                 staged[target] = _neighbour(target, "new")
                 _write_through(staged[target], _encoded(content))
         for path, content in contents.items():
-            if is_special(path):  # what is written to a device cannot be taken back: before anything is renamed
+            if is_special(path):  # cannot be undone, so it comes before any rename
                 path.write_bytes(_encoded(content))
         _rename_all(staged)
     except OSError as error:
@@ -105,14 +105,14 @@ def write_all(contents: Mapping[Path, bytes | str], force: bool = False) -> None
 
 
 class OwnFolder:
-    """A folder that bnprobe makes. Only with bnprobe's mark in it is anything removed, and only what bnprobe wrote.
+    """A folder made by bnprobe. Files are removed only if its marker file is there, and only files that bnprobe wrote.
 
     Args:
-        path: Where it is, or is to be.
-        written: Regular expression of the files that bnprobe writes: their paths in the folder, with forward slashes.
+        path: Path of the folder, which need not exist yet.
+        written: Regular expression for the files that bnprobe writes: paths in the folder, with forward slashes.
 
     Attributes:
-        path: Where it is.
+        path: Path of the folder.
     """
 
     def __init__(self, path: Path, written: str) -> None:
@@ -120,10 +120,10 @@ class OwnFolder:
         self._written = re.compile(written)
 
     def make(self) -> None:
-        """Make the folder, its mark before anything else; one with the mark is left as it is.
+        """Make the folder with its marker file; a folder that has the marker is left unchanged.
 
         Raises:
-            OutputError: Something else has this name, or the folder could not be written.
+            OutputError: Something else has this name, or the folder cannot be written.
         """
         if os.path.lexists(self.path):
             self._require_mark()
@@ -137,10 +137,10 @@ class OwnFolder:
             raise
 
     def clear(self) -> None:
-        """Remove the files that bnprobe wrote, and folders in it that are empty then; the mark stays.
+        """Remove the files that bnprobe wrote, and subfolders that are then empty; the marker file stays.
 
         Raises:
-            OutputError: The folder has no mark, or a file could not be removed.
+            OutputError: The folder has no marker file, or a file cannot be removed.
         """
         self._require_mark()
         files = self._files()
@@ -150,10 +150,10 @@ class OwnFolder:
         self._remove_emptied(files)
 
     def remove(self) -> None:
-        """Remove what bnprobe wrote, and the folder too unless something else is in it.
+        """Remove what bnprobe wrote, and the folder itself if nothing else is in it.
 
         Raises:
-            OutputError: The folder has no mark, or a file could not be removed.
+            OutputError: The folder has no marker file, or a file cannot be removed.
         """
         self.clear()
         with _writing(self.path):
@@ -161,10 +161,10 @@ class OwnFolder:
         _remove_empty(self.path)
 
     def move_to(self, other: OwnFolder) -> None:
-        """Move the files that bnprobe wrote to another such folder, in place of those that it wrote there.
+        """Move the files that bnprobe wrote to another such folder, replacing those that it wrote there.
 
         Raises:
-            OutputError: A folder has no mark, or could not be written.
+            OutputError: A folder has no marker file, or cannot be written.
         """
         self._require_mark()
         other.make()
@@ -183,13 +183,13 @@ class OwnFolder:
             raise not_own(self.path)
 
     def _remove_emptied(self, gone: list[Path]) -> None:
-        """Remove the folders within this one that held these files and now hold nothing."""
+        """Remove the subfolders that held these files and are now empty."""
         folders = {folder for file in gone for folder in file.parents if self.path in folder.parents}
         for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
             _remove_empty(folder)
 
     def _files(self) -> list[Path]:
-        """What bnprobe wrote, and what a killed process left of it half written."""
+        """The files that bnprobe wrote, including temporary ones that a killed process left."""
         return [path for path in self.path.rglob("*") if not path.is_dir() and self._is_written(path)]
 
     def _is_written(self, path: Path) -> bool:
@@ -199,7 +199,7 @@ class OwnFolder:
 
 
 def has_mark(folder: Path) -> bool:
-    """Whether this is a folder that bnprobe made, and has not removed."""
+    """Whether this is a folder with bnprobe's marker file."""
     try:
         return (folder / _MARK).read_text(encoding="utf-8").startswith(_SIGNATURE)
     except (OSError, UnicodeDecodeError):
@@ -207,12 +207,12 @@ def has_mark(folder: Path) -> bool:
 
 
 def not_own(path: Path) -> OutputError:
-    """The error for a file or folder that bnprobe must not touch, though its name is needed."""
-    return OutputError(f"{path} was not made by bnprobe: move it away, or give another -o.")
+    """The error for a file or folder that has a name bnprobe needs, but that bnprobe must not touch."""
+    return OutputError(f"{path} was not made by bnprobe: move it, or give another -o.")
 
 
 def is_special(path: Path) -> bool:
-    """A pipe or device, such as /dev/null, which must be written to and never be replaced."""
+    """Whether this is a pipe or device, such as /dev/null, which must be written to but never replaced."""
     return path.exists() and not path.is_file()
 
 
@@ -225,7 +225,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):  # something else is in it, or it is a link
+    with suppress(OSError):  # not empty, or a link
         folder.rmdir()
 
 
@@ -243,7 +243,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _rename_all(staged: Mapping[Path, Path]) -> None:
-    """Put every staged file in its place, or none."""
+    """Rename all staged files to their targets, or none."""
     old = {path: _neighbour(path, "old") for path in staged}
     begun: list[Path] = []
     try:
@@ -263,10 +263,10 @@ def _rename_all(staged: Mapping[Path, Path]) -> None:
 
 
 def _keep(path: Path, old: Path) -> None:
-    """The file under a second name."""
+    """Keep the file under a second name."""
     try:
         old.hardlink_to(path)
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         shutil.copy2(path, old)
 
 
@@ -278,7 +278,7 @@ def _undo(path: Path, old: Path) -> None:
 
 
 def _neighbour(path: Path, kind: str) -> Path:
-    """A name in the same folder that no other process takes."""
+    """A unique temporary name in the same folder."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
 
 

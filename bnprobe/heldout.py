@@ -1,4 +1,4 @@
-"""Held-out data: kept in memory, so that every score is of the same images."""
+"""Held-out data, kept in memory so that every score uses the same samples."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from bnprobe.training import evaluate
 from bnprobe.usercode import BatchFunction
 
 BATCH = 64
-"""Images at once where held-out data is scored: inference does not depend on it."""
+"""Samples scored at once; inference does not depend on this number."""
 
 FEWEST_BATCHES = 16
-"""Batches that held-out data should make at least: one half of them chooses weights, the other scores."""
+"""Batches that the held-out data should give at least: half of them choose the weights, the others score."""
 
 MOST_BYTES = 2**30
-"""No more than this of the data is kept."""
+"""Upper limit on the memory for held-out data, in bytes."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Batches that no training sees, and what scores a model on them.
+    """Held-out batches, and the functions that score a model on them.
 
     Attributes:
-        batches: On the host, in random order as far as the loader allows; none where there is nothing to score with.
+        batches: Batches on the host, in random order as far as the loader allows; empty if there is nothing to score.
         loss, metric: The user's functions.
-        notes: What was left out, a sentence each.
+        notes: What was left out, one sentence each.
     """
 
     batches: Sequence[Any]
@@ -49,10 +49,10 @@ class HeldOut:
 
     @classmethod
     def of(cls, spec: Spec, workload: Workload) -> HeldOut:
-        """Read a workload's evaluation data.
+        """Read the held-out data of a workload.
 
         Raises:
-            DataError, UserCodeError: The loader raised, or gave nothing.
+            DataError, UserCodeError: The loader raised or yielded nothing.
         """
         device = device_named(spec.scan.device, workload.model)
         autocast = autocast_dtype(spec.scan.autocast)
@@ -61,19 +61,19 @@ class HeldOut:
 
     @property
     def images(self) -> int:
-        """Images in the batches; a batch without tensors counts as one."""
+        """Number of samples; a batch without tensors counts as one."""
         return sum(count_images(batch) or 1 for batch in self.batches)
 
     def score(self, model: nn.Module) -> Score:
-        """Loss and metric at inference, weighted by images."""
+        """Loss and metric at inference, weighted by samples."""
         return evaluate(model, self.batches, self.loss, self.metric, self.device, self.autocast)
 
     def scores(self, model: nn.Module) -> list[Score]:
-        """``score`` of every batch by itself."""
+        """The score of each batch."""
         return [replace(self, batches=[batch]).score(model) for batch in self.batches]
 
     def mean(self, values: Sequence[float | None]) -> float | None:
-        """Mean of a value for each batch, weighted by images; None if one is missing."""
+        """Mean of per-batch values, weighted by samples; None if one is missing."""
         known = [value for value in values if value is not None]
         weights = [count_images(batch) or 1 for batch in self.batches]
         if len(known) < len(weights):
@@ -81,7 +81,7 @@ class HeldOut:
         return sum(weight * value for weight, value in zip(weights, known, strict=True)) / sum(weights)
 
     def halves(self) -> tuple[HeldOut, HeldOut]:
-        """Every other batch, and the rest; the second half is empty if there is but one."""
+        """Split into every other batch and the rest; the second half is empty if there is only one batch."""
         return replace(self, batches=self.batches[::2]), replace(self, batches=self.batches[1::2])
 
 
@@ -98,14 +98,14 @@ def _read(spec: Spec, workload: Workload) -> tuple[list[Any], list[str]]:
         if source.most is not None and len(batches) == source.most:
             break
         if held > MOST_BYTES:
-            return batches, [f"Held-out data beyond the first {len(batches)} batches (1 GiB) was not used."]
+            return batches, [f"Only the first {len(batches)} batches (1 GiB) of the held-out data was used."]
     if not batches:
-        raise DataError(f"{source.description} gave no held-out batch.")
+        raise DataError(f"{source.description} yielded no held-out batch.")
     return batches, []
 
 
 def _large_batches(spec: Spec, workload: Workload, evaluation: BatchSource) -> BatchSource:
-    """The same data in larger batches, where the user fixed neither size nor number and the loader can give them."""
+    """The same data in larger batches, if the user fixed neither size nor number and the loader can be rebuilt."""
     fixed = spec.eval_data.batch_size is not None or spec.eval_data.batches is not None
     size = min(BATCH, (evaluation.images or BATCH * FEWEST_BATCHES) // FEWEST_BATCHES)
     if fixed or evaluation.batch_size >= size:

@@ -1,4 +1,4 @@
-"""Train the arms, and hold the repaired model against its control."""
+"""Train the arms, and compare the repaired model with its baseline."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OnStep = Callable[[TrainingStep], None]
 
 @dataclass(frozen=True)
 class Proven:
-    """A proof, and the model that it speaks of.
+    """The result of a comparison, and the repaired model.
 
     Attributes:
         model: The repaired model of the first seed, with the weights that were kept.
@@ -53,13 +53,13 @@ def prove(
     on_step: OnStep = lambda step: None,
     world: World = ALONE,
 ) -> Proven:
-    """Score the model as it is, recalibrated, fine-tuned as plain BN and repaired; the first plan is the repair.
+    """Score the model as loaded, recalibrated, fine-tuned as plain BN, and repaired; the first plan is the repair.
 
-    Trained arms see the same data in the same order for the same number of steps, seed by seed, and begin with the same
-    weights and statistics; plain BN has the momentum of the layers that it is held against.
+    For each seed, trained arms see the same data in the same order for the same number of steps, and start from the
+    same weights and statistics. Plain BN has the momentum of the layers that it is compared with.
 
     Raises:
-        BnprobeError: A layer cannot be converted, the user's code raised, training was told to stop, ...
+        BnprobeError: A layer cannot be converted, the user's code raised, training was stopped, ...
     """
     arms = [*_untrained(subject)]
     models: list[nn.Module] = []
@@ -83,17 +83,19 @@ def best_candidate(
     on_step: OnStep = lambda step: None,
     world: World = ALONE,
 ) -> tuple[Plan, str]:
-    """Train every candidate for a fifth of the run, and pick by the batches set apart for choosing.
+    """Train every candidate for a fifth of the run, and choose the best on the held-out batches for model selection.
 
     Returns:
         The plan, and a sentence on how the candidates did.
 
     Raises:
         RepairError: No candidate gave a finite score.
-        UsageError: There is nothing to choose by.
+        UsageError: There is no held-out data to choose by.
     """
     if not subject.choosing.batches:
-        raise UsageError("--to auto chooses by held-out data, and there is but one batch: give more, or name a repair.")
+        raise UsageError(
+            "--to auto needs at least two held-out batches, but there is one: give more, or name a repair."
+        )
     found: dict[str, float] = {}
     for plan in plans:
         job, model = _job(subject, f"try {plan.to}", plan, subject.seed)
@@ -103,7 +105,7 @@ def best_candidate(
         if value is not None:
             found[plan.to] = value
     if not found:
-        raise RepairError("No candidate of --to auto gave a finite score after a fifth of the run: lower the rate.")
+        raise RepairError("No candidate of --to auto had a finite score after a fifth of the run: use a smaller --lr.")
     best = world.share((max if subject.goal == "max" else min)(found, key=lambda name: found[name]))
     listed = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
     sentence = f"--to auto chose {best} by the {subject.measure} after a fifth of the run: {listed}."
@@ -119,7 +121,7 @@ def _untrained(subject: Subject) -> Iterator[Arm]:
 def _controls(
     subject: Subject, plans: Sequence[Plan], folder: StateFolder | None, on_step: OnStep, world: World
 ) -> Iterator[Arm]:
-    """Plain BN fine-tuned, with the running statistics that training leaves, and with recalibrated ones."""
+    """The baselines: fine-tuned plain BN, with the running statistics from training and with recalibrated ones."""
     start = copy.deepcopy(subject.start)
     momentum = subject.repair.renorm.momentum
     for plan in plans:
@@ -139,7 +141,7 @@ def _controls(
 def _trained(
     subject: Subject, name: str, plan: Plan | None, folder: StateFolder | None, on_step: OnStep, world: World
 ) -> tuple[Arm, list[nn.Module]]:
-    """One run for each seed, and their models."""
+    """Train one run per seed; return the runs and their models."""
     runs, models = [], []
     for seed in subject.seeds:
         run, model = _run(subject, name, plan, seed, folder, on_step, world)
@@ -173,7 +175,7 @@ def _run(
         ending=outcome.ending,
         note=outcome.note,
         seconds=outcome.seconds,
-        clipped_r=outcome.clipped_r if job.renorm else None,  # else the limits are BN's, and nothing is corrected
+        clipped_r=outcome.clipped_r if job.renorm else None,  # otherwise nothing is corrected
         clipped_d=outcome.clipped_d if job.renorm else None,
     )
     if folder is not None and world.is_main:
@@ -188,7 +190,7 @@ def _is_renorm(plan: Plan) -> bool:
 
 
 def _job(subject: Subject, name: str, plan: Plan | None, seed: int) -> tuple[Job, nn.Module]:
-    """What one run trains, on a copy."""
+    """The job of one run, and the copy of the model that it trains."""
     assert subject.training is not None  # else nothing is trained
     with preserved_random_state():
         seed_everything(seed)
@@ -216,13 +218,13 @@ def _job(subject: Subject, name: str, plan: Plan | None, seed: int) -> tuple[Job
 
 
 def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put back the tensors of the model's own state; what it keeps beside them stays as it is."""
+    """Restore the tensors of the model's state dict; anything else that it stores is unchanged."""
     others = {name: value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}
     model.load_state_dict({**others, **weights})
 
 
 def _shortened(job: Job, world: World) -> Job:
-    """The job with a fifth of its length."""
+    """The same job with a fifth of its steps."""
     steps = max(1, length_of(job.spec, job.source, world).steps // 5)
     return replace(job, spec=job.spec.model_copy(update={"steps": steps, "epochs": None}))
 

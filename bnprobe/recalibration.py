@@ -1,4 +1,4 @@
-"""Running statistics taken anew from data: the weights stay as they are, and so does everything else of the model."""
+"""Recalibrate running statistics on data. Weights and everything else of the model are unchanged."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from bnprobe.specfile import settings_from
 from bnprobe.usercode import BatchFunction
 
 StatisticsPath = Literal["train", "eval"]
-"""With what the layers before one normalize while its statistics are taken: their batch, or their new statistics."""
+"""What earlier layers normalize with while a layer is recalibrated: batch statistics, or new running statistics."""
 
 
 @dataclass(frozen=True)
 class Recalibrated:
-    """What was taken anew.
+    """What was recalibrated.
 
     Attributes:
-        layers: Names, in network order.
-        images, batches: Of the data that was read.
-        notes: What the reader should know, a sentence each.
+        layers: Names of the layers, in network order.
+        images, batches: Samples and batches that were read.
+        notes: What the reader should know, one sentence each.
     """
 
     layers: tuple[str, ...]
@@ -61,27 +61,27 @@ def recalibrate(
     autocast: str | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Take the running statistics of BN layers anew, in place: population mean and variance of all images.
+    """Recalibrate the running statistics of BN layers in place: population mean and variance over all samples.
 
-    Only BN layers normalize with their batch, if at all; dropout and the like are off. Means and variances are pooled
-    over all values in float64 (Chan et al. 1983), so that a partial last batch weighs what it holds; the calls of a
-    shared layer count as one population. Buffers get the mean and the unbiased variance, and ``num_batches_tracked``
-    the batches pooled (times the calls of the layer): with momentum=None, training goes on as if these had been its
-    updates. Layers that ``train()`` leaves in eval mode, or that keep no running statistics, are left alone, and so is
-    everything else of the model: bit-identical, as is the random state. If anything fails, Ctrl-C included, the model
-    is as it was.
+    Dropout and other random layers are off; only BN layers may normalize with batch statistics. Means and variances
+    are pooled over all values in float64 (Chan et al. 1983), so that a partial last batch is weighted by its size. All
+    calls of a shared layer count as one population. The buffers get the mean and the unbiased variance, and
+    ``num_batches_tracked`` the number of pooled batches (times the calls of the layer), so that with momentum=None
+    training continues as if these had been its updates. Layers that ``train()`` leaves in eval mode, layers without
+    running statistics, and everything else of the model stay bit-identical, and so does the random state. If anything
+    fails, including Ctrl-C, the model is unchanged.
 
     Args:
         model: Any module, on any device.
         batches: A DataLoader or Dataset, or an iterable of batches of any sizes.
-        batch_size: Images per batch; a DataLoader is rebuilt with it. None: the loader's own.
-        num_batches: Use so many batches, drawn from all over the data where possible; None: all.
-        path: "train": layers before normalize with the batch, in large physical batches of images drawn at random
-            where images may be mixed (PreciseBN, Wu & Johnson 2021, arXiv 2105.07576, section 3.2); one pass over the
-            data. "eval": layers before normalize with their new running statistics: what inference sees, the same for
-            every batch size; one pass over the data per layer.
+        batch_size: Samples per batch; a DataLoader is rebuilt with it. None: the loader's own.
+        num_batches: Number of batches to use, drawn from the whole data set if possible; None: all.
+        path: "train": earlier layers normalize with batch statistics, in large physical batches of samples drawn at
+            random if samples may be mixed (PreciseBN, Wu & Johnson 2021, arXiv 2105.07576, section 3.2); one pass over
+            the data. "eval": earlier layers normalize with their new running statistics, as at inference, so that the
+            result does not depend on the batch size; one pass over the data per layer.
         forward: ``f(model, batch)``, as in a model file.
-        layers: Globs of the names of the layers; none: all.
+        layers: Globs of layer names; empty: all layers.
         device: "cpu", "cuda", ...; None: the model's own, else CUDA if any.
         autocast: "bfloat16" or "float16".
         seed: Seed of torch, numpy and random.
@@ -110,16 +110,16 @@ def recalibrate_workload(
     settings: ScanSettings | None = None,
     progress: Progress = no_progress,
 ) -> tuple[str, ...]:
-    """``recalibrate`` on a model and data that are loaded already.
+    """Like ``recalibrate``, for a model and data that are already loaded.
 
     Args:
         settings: Device, autocast, seed and number of batches.
 
     Returns:
-        Names of the layers, in network order.
+        Names of the recalibrated layers, in network order.
 
-    Raises:
-        BnprobeError: As ``recalibrate``.
+        Raises:
+            BnprobeError: As for ``recalibrate``.
     """
     return renew(model, source, forward, path=path, layers=layers, settings=settings, progress=progress).layers
 
@@ -134,9 +134,9 @@ def renew(
     settings: ScanSettings | None = None,
     progress: Progress = no_progress,
 ) -> Recalibrated:
-    """``recalibrate_workload``, and what was read for it."""
+    """Like ``recalibrate_workload``; also returns what was read."""
     if path not in ("train", "eval"):
-        raise UsageError(f'There is no path "{path}" to recalibrate on; give "train" or "eval".')
+        raise UsageError(f'Unknown path "{path}" for recalibration; give "train" or "eval".')
     settings = settings or ScanSettings()
     _check_values(model)
     with untouched(model):
@@ -150,8 +150,8 @@ def renew(
     renewed = [layer for layer in wanted if layer.index in settled.statistics]
     if not renewed:
         raise NothingToProbeError(
-            f"No layer was called while {batches.images} images ran through the model: the first of those to be"
-            f" recalibrated is {wanted[0].name}."
+            f"None of the layers to be recalibrated was called while {batches.images} samples ran through the model;"
+            f" the first of them is {wanted[0].name}."
         )
     _write([(layer, _checked(layer, settled)) for layer in renewed], settled.updates)
     return Recalibrated(
@@ -163,7 +163,7 @@ def renew(
 
 
 def _check_values(model: nn.Module) -> None:
-    """Refuse a model that was never filled.
+    """Reject a model whose tensors have no values.
 
     Raises:
         RepairError: A parameter or buffer is on the meta device.
@@ -171,13 +171,13 @@ def _check_values(model: nn.Module) -> None:
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
             raise RepairError(
-                f"{name} is on the meta device, where tensors hold no values: nothing can run through the model. Give"
-                " it memory with to_empty(), and load its weights."
+                f"{name} is on the meta device, where tensors have no values, so the model cannot run. Allocate it with"
+                " to_empty(), and load its weights."
             )
 
 
 def _most(source: BatchSource, settings: ScanSettings) -> int | None:
-    """Batches to read; made-up ones never end."""
+    """Number of batches to read; synthetic data never ends."""
     if settings.batches is None and source.synthetic:
         return settings.max_batches
     return settings.batches
@@ -223,10 +223,9 @@ def _updating(session: Session) -> list[ProbedLayer]:
     found = [layer for layer in selected if layer.info.running_mean is not None and layer.module.training]
     if not found:
         first = selected[0]
-        why = "keeps no running statistics" if first.info.running_mean is None else "is in eval mode in training, too"
+        why = "has no running statistics" if first.info.running_mean is None else "is in eval mode also in training"
         raise RepairError(
-            f"No layer can be recalibrated: {first.name} {why}"
-            f"{'' if len(selected) == 1 else ', and the others likewise'}."
+            f"No layer can be recalibrated: {first.name} {why}{'' if len(selected) == 1 else ', and so do the others'}."
         )
     return found
 
@@ -235,21 +234,21 @@ def _checked(layer: ProbedLayer, settled: Settled) -> tuple[Tensor, Tensor]:
     """Mean and variance of a layer in the dtype of its buffers.
 
     Raises:
-        RepairError: They are of one value.
-        NonFiniteError: They are not finite there.
+        RepairError: They come from a single value.
+        NonFiniteError: They are not finite in that dtype.
     """
     if settled.values[layer.index] < 2:
         raise RepairError(
-            f"A variance needs two values per channel at least, and {layer.name} was given one in all the data. Give"
-            " more images; nothing was changed."
+            f"A variance needs at least two values per channel, but {layer.name} received only one from all the data."
+            " Give more samples. Nothing was changed."
         )
-    assert layer.info.running_mean is not None  # only such layers were asked for
+    assert layer.info.running_mean is not None  # only layers with running statistics get here
     mean, variance = (value.to(layer.info.running_mean.dtype) for value in settled.statistics[layer.index])
     bad = int((~torch.isfinite(mean + variance)).sum())
     if bad:
         raise NonFiniteError(
-            f"The new statistics of {layer.name} are NaN or Inf in {bad} of {mean.numel()} channels: its input"
-            " overflows or is no number. Look at the layers before it with `bnprobe lint`; nothing was changed."
+            f"The new statistics of {layer.name} are NaN or Inf in {bad} of {mean.numel()} channels, because its input"
+            " overflows or is NaN. Check the layers before it with `bnprobe lint`. Nothing was changed."
         )
     return mean, variance
 
@@ -276,9 +275,9 @@ def _notes(
 ) -> Iterator[str]:
     kept = [layer.name for layer in layers if layer.selected and layer not in wanted]
     if kept:
-        yield (f"Left alone, since training does not update running statistics there: {listed(kept)}.")
+        yield (f"Not recalibrated, because training does not update their running statistics: {listed(kept)}.")
     uncalled = [layer.name for layer in wanted if layer not in renewed]
     if uncalled:
-        yield f"Left alone, since no image reached them: {listed(uncalled)}."
+        yield f"Not recalibrated, because they were never called: {listed(uncalled)}."
     if settings.batches is not None and batches.batches < settings.batches:
-        yield f"The data ended after {batches.batches} of {settings.batches} batches."
+        yield f"The data ended after {batches.batches} of the {settings.batches} requested batches."

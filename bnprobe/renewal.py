@@ -1,4 +1,4 @@
-"""``bnprobe recalibrate`` from end to end: scan, take the running statistics anew, score, scan again."""
+"""``bnprobe recalibrate`` from end to end: scan, recalibrate, score, scan again."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from bnprobe.spec import ScanSettings, Spec
 
 @dataclass(frozen=True)
 class Renewed:
-    """What recalibration gives.
+    """The result of a recalibration.
 
     Attributes:
-        record: Without the weights' file, which is not written yet.
-        weights: Of the recalibrated model, by the keys of its state dict, on the host.
-        before, after: Reports of the scans; ``before`` is None where the model as loaded cannot be scanned.
+        record: The record, without the weights file, which is not written yet.
+        weights: Weights of the recalibrated model, by the keys of its state dict, on the host.
+        before, after: Scan reports; ``before`` is None if the model as loaded cannot be scanned.
     """
 
     record: RepairRecord
@@ -48,16 +48,16 @@ def recalibrate_spec(
     command: str | None = None,
     progress: Progress = no_progress,
 ) -> Renewed:
-    """Load what a spec names, recalibrate it, and measure what that gave.
+    """Load what a spec names, recalibrate it, and measure the effect.
 
     Args:
         spec: Model, data and how to scan.
-        path, layers, num_batches: As ``bnprobe.recalibrate`` has them.
-        command: As typed.
-        progress: Called with the batches done and planned, stage after stage.
+        path, layers, num_batches: As in ``bnprobe.recalibrate``.
+        command: The command line as typed.
+        progress: Called with the batches done and planned, in each stage.
 
     Raises:
-        UsageError: The data is made up.
+        UsageError: The inputs are synthetic.
         BnprobeError: See ``bnprobe.errors`` for the tree.
     """
     with preserved_random_state():
@@ -91,15 +91,15 @@ def recalibrate_spec(
 def _require_real_data(workload: Workload) -> None:
     if workload.source.synthetic:
         raise UsageError(
-            "Recalibration needs real data: statistics of made-up images (--input-shape) are those of no data that the"
-            " model will see. Add load_data(batch_size) to the model file, or name data in the spec."
+            "Recalibration needs real data: the statistics of synthetic inputs (--input-shape) do not match any data"
+            " that the model will see. Add load_data(batch_size) to the model file, or name data in the spec."
         )
 
 
 def _first_scan(
     workload: Workload, settings: ScanSettings, progress: Progress
 ) -> tuple[Report | None, tuple[str, ...]]:
-    """The model as it is; running statistics that are NaN cannot be scanned, and are what recalibration is for."""
+    """Scan the model as loaded. NaN in running statistics prevents a scan, but recalibration can replace them."""
     try:
         return whole(scan_workload(workload, settings, progress)), ()
     except NonFiniteError as error:
@@ -108,14 +108,16 @@ def _first_scan(
 
 def _how(found: Recalibrated, path: StatisticsPath) -> tuple[str, ...]:
     way = (
-        "large batches normalized by themselves" if path == "train" else "layer by layer, on the new statistics before"
+        "large batches, normalized by their own statistics"
+        if path == "train"
+        else "layer by layer, using the new statistics of earlier layers"
     )
-    sentence = f"The statistics are those of {found.images} images in {found.batches} batches ({path} path: {way})."
+    sentence = f"The statistics are those of {found.images} samples in {found.batches} batches ({path} path: {way})."
     return (sentence, *found.notes)
 
 
 def _proof(spec: Spec, held_out: HeldOut, before: list[Score], after: list[Score]) -> Proof | None:
-    """The two models side by side, batch by batch: chance lies in which images there are. None: nothing was scored."""
+    """Compare both models batch by batch, so that chance lies only in the choice of samples; None: not scored."""
     if not held_out.batches:
         return None
     measure: Literal["loss", "metric"] = "loss" if held_out.metric is None else "metric"
@@ -125,7 +127,7 @@ def _proof(spec: Spec, held_out: HeldOut, before: list[Score], after: list[Score
     arms = tuple(
         _arm(name, spec.data.seed, held_out, scores) for name, scores in ((AS_IS, before), (RECALIBRATED, after))
     )
-    conclusion, message = _conclude(gain, len(pairs), f"The {measure} on the same {held_out.images} held-out images")
+    conclusion, message = _conclude(gain, len(pairs), f"The {measure} on the same {held_out.images} held-out samples")
     return Proof(measure, arms, RECALIBRATED, AS_IS, gain, conclusion, message, 0, held_out.images)
 
 
@@ -136,11 +138,11 @@ def _arm(name: str, seed: int, held_out: HeldOut, scores: list[Score]) -> Arm:
 
 
 def _conclude(gain: Estimate | None, batches: int, what: str) -> tuple[Conclusion, str]:
-    """The verdict, and a sentence."""
+    """The conclusion, and a sentence that explains it."""
     if gain is None:
-        return "not_compared", f"{what} is not finite before or after."
+        return "not_compared", f"{what} is not finite before or after the recalibration."
     if gain.interval is None:
-        return "undecided", f"{what}: there is one batch of them, so that chance is not known."
+        return "undecided", f"{what}: there is only one batch, so a difference cannot be told from chance."
     low, high = gain.interval
     sure = high is not None and (low > 0 or high < 0)
     verdict: Conclusion = "same" if not sure else "better" if gain.mean > 0 else "worse"

@@ -1,4 +1,4 @@
-"""Repair a model and prove the gain: a table of contents."""
+"""Repair a model and measure the gain, from loading to the final scan."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from bnprobe.training import StateFolder, StepLog
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair gives.
+    """The result of a repair.
 
     Attributes:
-        record: Without the weights' file, which is not written yet.
-        weights: Of the repaired model, in the order of its state dict.
-        before, after: Reports of the scans of the model as loaded and repaired; None where there was none.
+        record: The record, without the weights file, which is not written yet.
+        weights: Weights of the repaired model, in the order of its state dict.
+        before, after: Scan reports of the model as loaded and repaired; None if it was not scanned.
     """
 
     record: RepairRecord
@@ -57,15 +57,15 @@ class Repaired:
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked for beyond the spec.
+    """Options of a repair that are not part of the spec.
 
     Attributes:
-        finetune: Train, and prove the gain.
+        finetune: Whether to train and to measure the gain.
         state: Folder of the state to resume from; None: nothing is saved.
-        resume: Go on from it.
-        force: Drop a state that is there.
-        tensorboard: Write the steps for TensorBoard too, in the state's folder.
-        command: As typed.
+        resume: Whether to continue from it.
+        force: Whether to discard an existing state.
+        tensorboard: Whether to write the steps for TensorBoard too, in the state's folder.
+        command: The command line as typed.
     """
 
     finetune: bool = False
@@ -77,9 +77,9 @@ class Wish:
 
 
 def plan_spec(spec: Spec, progress: Progress = no_progress) -> Plan:
-    """What ``repair_spec`` would change; nothing is changed.
+    """Plan what ``repair_spec`` would change, without changing anything.
 
-    The data is needed only where a scan has to say which layers are flagged.
+    Data is needed only if a scan must find the flagged layers.
 
     Raises:
         BnprobeError: See ``bnprobe.errors`` for the tree.
@@ -104,7 +104,7 @@ def repair_spec(
     on_step: OnStep = lambda step: None,
     world: World = ALONE,
 ) -> Repaired | None:
-    """Load what a spec names, convert its layers, fine-tune if asked for, and scan again.
+    """Load what a spec names, convert its layers, fine-tune on request, and scan again.
 
     Returns:
         None if no layer needs repair.
@@ -142,14 +142,14 @@ def repair_spec(
         after, flagged = _second_scan(spec, workload, proven.model, made, progress, world)
         notes += [*left_out(proven.model), *remarks(made.to, flagged, proven.proof)]
         if after is None:
-            notes.append("There is no second scan, since no layer is left that a scan could measure.")
+            notes.append("The repaired model was not scanned, because it has no layer left that a scan could measure.")
     record = _record(spec, wish, workload, subject, made, proven.proof, (before.summary.flagged, flagged), notes)
     return Repaired(record, weights, before, after)
 
 
 @contextmanager
 def _logged(folder: StateFolder | None, tensorboard: bool, on_step: OnStep, world: World) -> Iterator[OnStep]:
-    """``on_step``, and a row in the log."""
+    """Extend ``on_step`` by a row in the log."""
     if folder is None or not world.is_main:
         yield on_step
         return
@@ -179,12 +179,12 @@ def _plans(spec: Spec, model: nn.Module, before: Report | None) -> list[Plan]:
 
 
 def _wanted(spec: Spec, model: nn.Module, before: Report | None) -> tuple[dict[str, str], str]:
-    """Layers to convert, with reasons; and what chose them."""
+    """Layers to convert, with reasons, and what selected them."""
     if spec.repair.layers:
         return wanted_by_globs(model, spec.repair.layers), "--layers " + " ".join(spec.repair.layers)
     if spec.repair.report:
         return wanted_from_report(_read_report(Path(spec.repair.report)), model), spec.repair.report
-    assert before is not None  # the caller scans where nothing else chooses
+    assert before is not None  # the caller scans if nothing else selects layers
     return wanted_from_report(before, model), f"a scan at batch size {before.scan.batch_size}"
 
 
@@ -199,7 +199,7 @@ def _read_report(path: Path) -> Report:
 def _folder(
     spec: Spec, wish: Wish, workload: Workload, plans: Sequence[Plan], subject: Subject, world: World
 ) -> StateFolder | None:
-    """Where finished runs and the one in progress are kept; process 0 makes it, before the others look."""
+    """The folder for finished runs and the current one; process 0 makes it before the others read it."""
     if wish.state is None or not wish.finetune:
         return None
     marks = _marks(spec, workload, plans, subject, world)
@@ -209,7 +209,7 @@ def _folder(
 
 
 def _marks(spec: Spec, workload: Workload, plans: Sequence[Plan], subject: Subject, world: World) -> dict[str, Any]:
-    """What must be the same for a state to be gone on from."""
+    """The fingerprint of a repair: what must be unchanged for its state to be resumed."""
     settings = spec.recorded()
     settings["train"].pop("save_every")
     settings["repair"].pop("require")
@@ -235,7 +235,7 @@ def _digest(model: nn.Module) -> str:
 
 
 def _weights(repaired: nn.Module, original: nn.Module, made: Plan) -> dict[str, Tensor]:
-    """Those that load into the original model where that can be, on the host."""
+    """Weights on the host, in the form that loads into the original model if possible."""
     state = deployable_state(repaired, original) if made.deploys else repaired.state_dict()
     return on_host(state)
 
@@ -243,9 +243,9 @@ def _weights(repaired: nn.Module, original: nn.Module, made: Plan) -> dict[str, 
 def _second_scan(
     spec: Spec, workload: Workload, model: nn.Module, made: Plan, progress: Progress, world: World
 ) -> tuple[Report | None, int | None]:
-    """The repaired model, as it trains, and its flagged layers; None: not measured.
+    """Scan the repaired model in its training configuration, and count its flagged layers; None: not measured.
 
-    A converted layer that a scan skips counts as fine only if its training and inference agree by construction.
+    A converted layer that a scan skips counts as not flagged only if its training and inference agree by construction.
     """
     agrees = TARGETS[made.to].agrees
     free = spec.scan.model_copy(update={"what_if": False, "train_steps": None, "gradients": False})
@@ -298,7 +298,7 @@ def _record(
 def _requirements(spec: Spec, proof: Proof, flagged: int | None) -> tuple[RequirementResult, ...]:
     written = next(arm for arm in proof.arms if arm.name == proof.repaired).runs[0].score
     gain = None
-    if proof.gain is not None:  # what is sure of it, where several runs say so
+    if proof.gain is not None:  # the lower end of its interval, if several runs give one
         gain = proof.gain.mean if proof.gain.interval is None else proof.gain.interval[0]
     values = {"metric": written.metric, "loss": written.loss, "gain": gain, "flagged": flagged}
     results = check(spec.repair.require, values)

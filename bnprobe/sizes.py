@@ -1,4 +1,4 @@
-"""From scans at several batch sizes to the curve of each layer, and the smallest size at which it passes."""
+"""Combine scans at several batch sizes into a curve per layer, and find the smallest size at which it passes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STANDINGS: dict[str, Literal["passes", "undecided", "fails"]] = {
 
 @dataclass(frozen=True)
 class _Measured:
-    """One path at one batch size."""
+    """Measurement of one path at one batch size."""
 
     batch_size: int
     batches: int
@@ -29,12 +29,12 @@ class _Measured:
 
 
 def sweep_layer(layer: Layer, batch_size: int, trains: Sequence[Report]) -> SweepLayer:
-    """The curves of one layer.
+    """Mismatch of one layer over the batch size.
 
     Args:
-        layer: As scanned at ``batch_size``, with the further sizes of the eval path.
-        batch_size: The scanned size.
-        trains: That scan, and one for each further size of the train path.
+        layer: The layer as scanned at ``batch_size``, with the further sizes of the eval path.
+        batch_size: The scanned batch size.
+        trains: That scan, and one scan for each further size of the train path.
     """
     limit = mismatch_iid(layer.threshold)
     found = [
@@ -61,9 +61,9 @@ def sweep_layer(layer: Layer, batch_size: int, trains: Sequence[Report]) -> Swee
 
 
 def smallest_of_all(scanned: Sequence[Layer], layers: Sequence[SweepLayer]) -> Smallest:
-    """The size at which every layer passes that can differ between training and inference.
+    """The smallest size at which every layer passes that can differ between training and inference.
 
-    One that overflowed passes nowhere; one that is frozen, or has no running statistics, does not count.
+    A layer that overflowed passes at no size. Frozen layers and layers without running statistics are ignored.
     """
     judged = [
         layer.smallest
@@ -84,7 +84,7 @@ def _named(report: Report, name: str) -> Layer | None:
 def _points(
     measured: Sequence[_Measured], scanned: PathMeasurement | None, batch_size: int, limit: float
 ) -> tuple[SweepPoint, ...]:
-    """By rising size, with what i.i.d. images would give."""
+    """Points of the curve by increasing size, with the value for i.i.d. samples."""
     n_eq = scanned.equivalent_batch_size if scanned else None
     return tuple(
         SweepPoint(

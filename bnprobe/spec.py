@@ -1,4 +1,4 @@
-"""The spec: every option of a scan, spelled and validated in one place. ``bnprobe.specfile`` reads it."""
+"""The spec: every option of bnprobe, defined and validated in one place. ``bnprobe.specfile`` reads it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pydantic_core import PydanticCustomError
 from bnprobe.repair_targets import AUTO, DEFAULT_TARGET, TARGETS, nearest_target
 
 DEFAULT_THRESHOLD = 32.0
-"""Equivalent batch size under which a layer is flagged (docs/explanation/equations.md)."""
+"""Layers with a smaller equivalent batch size are flagged (docs/explanation/equations.md)."""
 
 
 def _numbers(value: object) -> object:
-    """``"1,2,4"`` as (1, 2, 4); anything else is left to validation."""
+    """Turn ``"1,2,4"`` into (1, 2, 4); leave anything else to validation."""
     if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*,?\s*", value):
         return tuple(int(part) for part in value.split(",") if part.strip())
     return value
 
 
 def _shapes(value: object) -> object:
-    """One shape or several: ``"3,224,224"``, ``[3, 224, 224]`` and ``[[3, 224, 224], [10]]`` will do."""
+    """Accept one shape or several: ``"3,224,224"``, ``[3, 224, 224]`` or ``[[3, 224, 224], [10]]``."""
     value = _numbers(value)
     if isinstance(value, list | tuple) and value and all(isinstance(part, int) for part in value):
         return (tuple(value),)
@@ -32,7 +32,7 @@ def _shapes(value: object) -> object:
 
 
 def as_thresholds(value: object) -> object:
-    """A plain number is the threshold of every layer."""
+    """Turn a plain number into the threshold of every layer."""
     return value if isinstance(value, Mapping) else {"*": value}
 
 
@@ -42,7 +42,7 @@ def matches_any(glob: str, names: Iterable[str]) -> bool:
 
 
 Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that numpy accepts
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Globs = Annotated[tuple[str, ...], Field(strict=False)]
 Shape = Annotated[tuple[Count, ...], Field(strict=False, min_length=1), BeforeValidator(_numbers)]
@@ -55,7 +55,7 @@ BatchSizes = Annotated[
 ]
 Thresholds = Annotated[
     dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]],
-    AfterValidator(lambda given: {"*": DEFAULT_THRESHOLD} | given),  # "*" is weakest wherever it stands
+    AfterValidator(lambda given: {"*": DEFAULT_THRESHOLD} | given),  # "*" has the lowest priority wherever it stands
     BeforeValidator(as_thresholds),
 ]
 
@@ -65,18 +65,18 @@ class _Section(BaseModel):
 
 
 class ScanSpec(_Section):
-    """How a scan runs, whatever the data.
+    """How a scan runs, independent of the data.
 
     Attributes:
-        max_batches: Most micro-batches that are drawn when their number is not fixed.
+        max_batches: Upper limit on the micro-batches when their number is not fixed.
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        autocast: Run the forward passes under autocast of this dtype.
-        physical_batch: Images that run at once; None: chosen from memory.
-        batch_sizes: Batch sizes for which the eval path is evaluated as well; sorted, without repeats.
-        emulate: Whether micro-batches may run in groups.
-        what_if: Measure on the evaluation data what each free remedy would give.
-        train_steps: Real training steps to run on a copy.
-        gradients: Measure the noise of the backward pass.
+        autocast: Dtype for running the forward passes under autocast; None: no autocast.
+        physical_batch: Samples that run through the model at once; None: chosen by available memory.
+        batch_sizes: Further batch sizes at which the eval path is evaluated; sorted, without duplicates.
+        emulate: Whether several micro-batches may run as one batch, with statistics per micro-batch.
+        what_if: Whether to measure on the held-out data what each remedy that needs no training would gain.
+        train_steps: Training steps to run on a copy of the model; None: none.
+        gradients: Whether to measure the noise of the backward pass.
     """
 
     max_batches: Count = 256
@@ -119,15 +119,15 @@ class RulesSpec(_Section):
 
 
 class ScanSettings(ScanSpec):
-    """What the measurement needs to know, data and model apart.
+    """All settings of the measurement, apart from model and data.
 
     Attributes:
-        batch_size: Images of a micro-batch; None: the loader's own.
-        batches: Micro-batches to measure exactly; None: until every layer is decided.
+        batch_size: Samples in a micro-batch; None: the loader's own.
+        batches: Exact number of micro-batches to measure; None: until every layer is decided.
         seed: Seed of torch, numpy and random.
-        thresholds: Layer-name glob to the equivalent batch size under which a layer is flagged.
-        include, exclude: Layer-name globs; nothing included means all.
-        rules: Which rules judge which layers.
+        thresholds: Maps a glob of layer names to the equivalent batch size below which a layer is flagged.
+        include, exclude: Globs of layer names; an empty ``include`` means all.
+        rules: Which rules apply to which layers.
     """
 
     batch_size: Count | None = None
@@ -139,11 +139,11 @@ class ScanSettings(ScanSpec):
     rules: RulesSpec = RulesSpec()
 
     def threshold_of(self, *names: str) -> float:
-        """The threshold of the last glob, in the order given, that matches any name of a layer."""
+        """The threshold of a layer: that of the last glob that matches one of its names."""
         return [n_eq for glob, n_eq in self.thresholds.items() if matches_any(glob, names)][-1]
 
     def is_selected(self, *names: str) -> bool:
-        """Whether the layer of these names is to be measured: one of them is included, and none excluded."""
+        """Whether to measure the layer with these names: one of them is included, and none is excluded."""
         included = not self.include or any(matches_any(glob, names) for glob in self.include)
         return included and not any(matches_any(glob, names) for glob in self.exclude)
 
@@ -231,17 +231,17 @@ class ScheduleSpec(_Section):
 
 
 class TrainSpec(_Section):
-    """How training goes: that of ``--train-steps`` (the optimizer alone) and of ``--finetune``.
+    """How ``--finetune`` trains; ``--train-steps`` uses only the optimizer.
 
     Attributes:
         schedule: Learning rate schedule; None: constant.
-        steps, epochs: Length of a run in optimizer steps or passes over the data; neither: 500 steps.
-        batch_size: Images of a micro-batch, per process: what BN normalizes; None: that of the data.
+        steps, epochs: Length of a run in optimizer steps or in passes over the data; if neither is set, 500 steps.
+        batch_size: Samples in a micro-batch of one process, over which BN normalizes; None: that of the data.
         accumulate: Micro-batches per optimizer step.
-        clip_norm: Largest L2 norm of the gradient; None: not clipped.
+        clip_norm: Upper limit on the L2 norm of the gradient; None: not clipped.
         evaluate_every: Optimizer steps between evaluations; None: a tenth of the run.
-        patience: Stop after so many evaluations without a better one; None: run to the end.
-        save_every: Optimizer steps between states saved for ``--resume``.
+        patience: Stop after this many evaluations without improvement; None: run to the end.
+        save_every: Optimizer steps between saved states, from which ``--resume`` continues.
     """
 
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -257,13 +257,13 @@ class TrainSpec(_Section):
 
 
 class RenormSpec(_Section):
-    """Limits of Batch Renorm over a fine-tuning run, as fractions of it; the shape is the paper's (section 4).
+    """Limits of Batch Renorm during fine-tuning, scheduled as in Ioffe 2017, section 4. Times are fractions of the run.
 
     Attributes:
-        r_max, d_max: Limits at the end.
-        warmup: Until here the limits are 1 and 0: plain BN.
-        r_ramp, d_ramp: Where the limits reach their ends; linear in between.
-        momentum: Weight of the new batch in the running averages; None: that of the layer.
+        r_max, d_max: Final limits of r and d.
+        warmup: Until then the limits are 1 and 0, as in plain BN.
+        r_ramp, d_ramp: When r_max and d_max are reached; the limits grow linearly until then.
+        momentum: Weight of the new batch in the running statistics; None: the layer's own.
     """
 
     r_max: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
@@ -288,7 +288,7 @@ RepairName = Annotated[str, AfterValidator(_known_target)]
 
 
 class RepairSpec(_Section):
-    """What ``bnprobe convert`` changes, and what it must prove.
+    """What ``bnprobe convert`` changes, and which requirements must hold.
 
     Attributes:
         to: What the layers become, a name of ``bnprobe.repair_targets.TARGETS``; "auto": the target that does best in
@@ -301,8 +301,8 @@ class RepairSpec(_Section):
         blend: Gated layers: initial weight of the batch statistics. Instance renorm: weight of the sample's own
             statistics.
         renorm: Limits of Batch Renorm.
-        seeds: Runs of every arm, with seeds that count up from the spec's.
-        require: What must hold of the repaired model, e.g. "metric>=0.97"; see ``bnprobe.requirement``.
+        seeds: Runs of every arm, with consecutive seeds that begin with the spec's.
+        require: Requirements on the repaired model, e.g. "metric>=0.97"; see ``bnprobe.requirement``.
         goal: Whether a larger or a smaller metric is better.
     """
 
@@ -356,11 +356,11 @@ class Spec(_Section):
     repair: RepairSpec = RepairSpec()
 
     def recorded(self) -> dict[str, Any]:
-        """The sections that say what a repair was made of, as JSON types."""
+        """The sections that a repair depends on, as JSON types."""
         return self.model_dump(mode="json", exclude={"rules"})
 
     def settings(self) -> ScanSettings:
-        """The part of the spec that the measurement needs."""
+        """The settings of the measurement."""
         return ScanSettings(
             batch_size=self.data.batch_size,
             batches=self.data.batches,

@@ -1,4 +1,4 @@
-"""What the arms of a proof have in common: a model, where they begin, the data they train on and are scored by."""
+"""What all arms of a comparison share: the model, the starting point, and the data for training and scoring."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from bnprobe.training import length_of
 from bnprobe.usercode import BatchFunction
 
 FEWEST_IMAGES = 100
-"""Fewer held-out images than these are remarked upon."""
+"""With fewer held-out samples than this, a note is given."""
 
 RECALIBRATION_IMAGES = 2**14
-"""Most images that running statistics are taken from, so that a large data set is not read whole for every arm."""
+"""Limit on the samples for recalibration, so that a large data set is not read completely for every arm."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What all arms have in common.
+    """What all arms of a comparison share.
 
     Attributes:
-        model: As loaded, on its device. No arm touches it.
-        start: What is converted and trained: the model, or a copy with recalibrated statistics.
-        recalibrated: Names of the layers whose statistics ``start`` took anew.
-        renew: Takes a model's running statistics anew, in place; None: that is not wanted, or cannot be.
+        model: The model as loaded, on its device. No arm changes it.
+        start: The model that is converted and trained: ``model``, or a copy with recalibrated running statistics.
+        recalibrated: Names of the layers that were recalibrated in ``start``.
+        renew: Recalibrates a model in place; None: this is not wanted, or not possible.
         training: Micro-batches to train on; None: nothing is trained.
-        choosing: What chooses weights; without batches the last ones are kept.
-        proving: What scores.
-        loss: The user's function to train with.
-        seed: Of the first run.
-        make_optimizer, make_schedule: Of the spec's sections.
+        choosing: Held-out data for model selection; without batches the last weights are kept.
+        proving: Held-out data for scoring.
+        loss: The user's training loss.
+        seed: Seed of the first run.
+        make_optimizer, make_schedule: Make the optimizer and schedule that the spec names.
     """
 
     model: nn.Module
@@ -67,58 +67,56 @@ class Subject:
 
     @property
     def measure(self) -> Literal["loss", "metric"]:
-        """What decides."""
+        """The measure that arms are compared by."""
         return "loss" if self.proving.metric is None else "metric"
 
     @property
     def goal(self) -> Literal["max", "min"]:
-        """Whether more of it is better."""
+        """Whether a larger or a smaller value is better."""
         return "min" if self.measure == "loss" else self.repair.goal
 
     @property
     def seeds(self) -> range:
-        """One for each run of a trained arm."""
+        """The seeds of the runs of a trained arm."""
         return range(self.seed, self.seed + self.repair.seeds)
 
 
 def require_trainable(workload: Workload) -> None:
-    """Refuse to fine-tune without what it takes, before anything is measured.
+    """Reject fine-tuning if something that it needs is missing, before anything is measured.
 
     Raises:
-        UsageError: There is no loss, no real data, or no held-out data to prove a gain on.
+        UsageError: There is no loss, no real data, or no held-out data.
     """
     if workload.loss is None:
         raise UsageError(
-            "--finetune needs a loss to train with. Add a function loss(model, batch) to the model file that returns"
-            " the training loss as a tensor, or name one under loss in the spec."
+            "--finetune needs a training loss. Add a function loss(model, batch) to the model file that returns"
+            " the loss as a tensor, or name one under loss in the spec."
         )
     if workload.source.synthetic:
-        raise UsageError(
-            "--finetune needs real data: a model trained on made-up images (--input-shape) is worth nothing."
-        )
+        raise UsageError("--finetune needs real data: a model trained on synthetic inputs (--input-shape) is useless.")
     if workload.evaluation is None:
-        why = next((note for note in workload.notes if note.startswith("The evaluation data was not used")), "")
+        why = next((note for note in workload.notes if note.startswith("The held-out data was not used")), "")
         raise UsageError(
-            "--finetune proves its gain on held-out data, and there is none. Add load_eval_data(batch_size) to the"
+            "--finetune measures its gain on held-out data, but there is none. Add load_eval_data(batch_size) to the"
             f" model file, or name eval_data in the spec. {why}".rstrip()
         )
 
 
 def require_unwrapped(notes: Iterable[str]) -> None:
-    """Refuse a model whose repaired weights would not go back where they came from.
+    """Reject a wrapped model, because its repaired weights would not load into it.
 
     Args:
-        notes: Of the loaded model.
+        notes: Notes of the loaded model.
 
     Raises:
         RepairError: load_model() returned a wrapped model.
     """
     if any(note.startswith(WRAPPED) for note in notes):
-        raise RepairError("load_model() returns a wrapped model, whose keys differ: let it return the module inside.")
+        raise RepairError("load_model() returns a wrapped model, whose keys differ: return the module inside instead.")
 
 
 def require_measurable(spec: Spec, workload: Workload, finetune: bool) -> None:
-    """Refuse requirements that can only fail.
+    """Reject requirements that cannot be measured, so that they could only fail.
 
     Raises:
         UsageError: A requirement cannot be measured.
@@ -132,20 +130,20 @@ def require_measurable(spec: Spec, workload: Workload, finetune: bool) -> None:
                 " (load_eval_data) in the model file or the spec."
             )
         if name == "gain" and not finetune:
-            raise UsageError(f'--require "{requirement.text}" needs a control to gain over: add --finetune.')
+            raise UsageError(f'--require "{requirement.text}" compares with a fine-tuned baseline: add --finetune.')
 
 
 def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subject, list[str]]:
-    """Put the model on its device, recalibrate a copy, read the held-out data, and halve it where weights are chosen.
+    """Move the model to its device, recalibrate a copy, and read the held-out data, split in two for model selection.
 
     Returns:
-        The subject, and notes: what the reader should know, a sentence each.
+        The subject, and notes: what the reader should know, one sentence each.
 
     Raises:
-        BnprobeError: The user's code raised, the device is not there, ...
+        BnprobeError: The user's code raised, the device does not exist, ...
     """
     training = make_optimizer = make_schedule = None
-    if finetune:  # refuses what cannot work before anything takes time
+    if finetune:  # rejects a wrong optimizer or schedule before anything takes time
         training = _training(spec, workload)
         length_of(spec.train, training, launched())
         make_optimizer = load_optimizer(spec.train.optimizer, workload.module)
@@ -160,7 +158,7 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subjec
             recalibrated = renew(start)
         except NothingToProbeError as error:
             renew = None
-            notes.append(f"No running statistics were taken anew. {error}")
+            notes.append(f"No running statistics were recalibrated. {error}")
     held_out = HeldOut.of(spec, workload)
     notes += _few(held_out) if finetune else []
     proving, choosing = held_out.halves() if finetune else (held_out, replace(held_out, batches=()))
@@ -185,12 +183,14 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subjec
 
 
 def _few(held_out: HeldOut) -> list[str]:
-    """What so little held-out data cannot do, a sentence each."""
+    """What a small amount of held-out data cannot show, one sentence each."""
     notes = []
     if len(held_out.batches) < 2:
-        notes.append("There is one held-out batch: none is set apart for choosing, and the last weights are kept.")
+        notes.append("There is only one held-out batch and none for model selection, so the last weights are kept.")
     if held_out.images < FEWEST_IMAGES:
-        notes.append(f"{held_out.images} held-out images cannot tell a gain from chance: give some hundreds.")
+        notes.append(
+            f"{held_out.images} held-out samples are too few to tell a gain from chance: give at least a few hundred."
+        )
     return notes
 
 
@@ -201,7 +201,7 @@ def _schedule(spec: Spec, workload: Workload, make_optimizer: OptimizerFactory) 
 
 
 def _renewal(spec: Spec, workload: Workload) -> Callable[[nn.Module], tuple[str, ...]]:
-    """Takes statistics anew, of all data or a part that is large enough; gives the names of the layers."""
+    """A function that recalibrates a model on all data, or on a large enough part, and returns the layers' names."""
     most = -(-RECALIBRATION_IMAGES // workload.source.batch_size)
     settings = spec.settings().model_copy(update={"batches": most})
 
@@ -212,7 +212,7 @@ def _renewal(spec: Spec, workload: Workload) -> Callable[[nn.Module], tuple[str,
 
 
 def _training(spec: Spec, workload: Workload) -> BatchSource:
-    """The data at the batch size of training."""
+    """The training data at the batch size of training."""
     size = spec.train.batch_size
     if size is None or size == workload.source.batch_size:
         return workload.source

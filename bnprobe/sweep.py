@@ -1,6 +1,6 @@
-"""What ``bnprobe sweep`` does: the mismatch at other batch sizes, and running averages at other rates.
+"""``bnprobe sweep``: the mismatch at other batch sizes, and running averages with other rates.
 
-A sweep is made of scans: one, whose images are regrouped for every batch size of the eval path, and one for each
+A sweep consists of scans: one whose samples are regrouped for every batch size of the eval path, and one for each
 further size of the train path. The rates are replayed on recorded batch statistics (``bnprobe.stats.ema``).
 """
 
@@ -39,7 +39,7 @@ from bnprobe.usercode import BatchFunction
 DEFAULT_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 _PLAIN = {"what_if": False, "train_steps": None, "gradients": False}
-"""A sweep looks at mismatch alone."""
+"""Settings that switch off what a sweep does not need; it measures only the mismatch."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SweepPlan:
     """What to sweep.
 
     Attributes:
-        batch_sizes: Of the eval path; None: ``DEFAULT_SIZES``, as far as the data reaches.
+        batch_sizes: Sizes of the eval path; None: those of ``DEFAULT_SIZES`` for which there is enough data.
         train_sizes: Sizes at which the train path is measured too.
         momentum: Rates to replay; None: none.
     """
@@ -59,7 +59,7 @@ class SweepPlan:
 
 @dataclass(frozen=True)
 class _Material:
-    """What batch statistics are recorded from."""
+    """The model and batches from which batch statistics are recorded."""
 
     model: nn.Module
     source: BatchSource
@@ -68,13 +68,13 @@ class _Material:
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model and its data, however they are given.
+    """A model and its data, given either as objects or by a spec.
 
     Attributes:
-        scan: Scans with some fields of ``ScanSettings`` changed.
-        material: The model and its batches, to record from.
-        settings: As given.
-        may_extend: Nobody said how many micro-batches are the most: what the largest size needs may be measured.
+        scan: Runs a scan with some fields of ``ScanSettings`` changed.
+        material: Gives the model and its batches, to record from.
+        settings: The settings as given.
+        may_extend: Whether more micro-batches may be measured if the largest size needs them, since no limit was given.
     """
 
     scan: Callable[[dict[str, Any]], Report]
@@ -84,12 +84,12 @@ class _Subject:
 
     @property
     def batch_size(self) -> int:
-        """The size that is judged."""
+        """The scanned batch size, for which layers are flagged."""
         return self.material.source.batch_size
 
     @property
     def images(self) -> float:
-        """Number of images; infinite where it is not known."""
+        """Number of samples; infinite if unknown."""
         return math.inf if self.material.source.images is None else self.material.source.images
 
 
@@ -106,20 +106,20 @@ def sweep(
     progress: Progress = no_progress,
     **settings: Any,
 ) -> SweepReport:
-    """Measure ``model`` at several batch sizes, and what other rates of the running average would track.
+    """Measure ``model`` at several batch sizes, and how well other rates of the running average would track.
 
-    The model comes back bit-identical, also after an exception; so does the random state.
+    Model and random state are restored bit-identically, also after an exception.
 
     Args:
         model: Any module, on any device.
-        batches: As for ``bnprobe.scan``; read again for every train size and for the rates, so no generator.
-        batch_size: As for ``bnprobe.scan``: the size that is judged.
-        batch_sizes: Sizes of the eval path; None: 1, 2, 4, ..., 64, as far as the data reaches.
+        batches: As for ``bnprobe.scan``. Not a generator: it is read again for every train size and for the rates.
+        batch_size: As for ``bnprobe.scan``: the size for which layers are flagged.
+        batch_sizes: Sizes of the eval path; None: those of 1, 2, 4, ..., 64 for which there is enough data.
         train_sizes: Sizes at which the train path is measured too.
         momentum: Rates of the running average to replay; None: none.
-        num_batches: Measure exactly so many micro-batches; None: as many as the largest size needs, or more.
+        num_batches: Exact number of micro-batches; None: at least as many as the largest size needs.
         forward: ``f(model, batch)``, as in a model file.
-        progress: Called with the micro-batches done, and those planned so far, in every measurement.
+        progress: Called with the micro-batches done and planned so far, in every measurement.
         **settings: Any further field of ``bnprobe.spec.ScanSettings``.
 
     Raises:
@@ -140,7 +140,7 @@ def sweep(
 
 
 def sweep_spec(spec: Spec, plan: SweepPlan, progress: Progress = no_progress) -> SweepReport:
-    """Load what a spec names, and sweep it; the sizes of ``spec.scan.batch_sizes``, where the plan has none.
+    """Load what a spec names, and sweep it; sizes default to ``spec.scan.batch_sizes``.
 
     Raises:
         BnprobeError: See ``bnprobe.errors`` for the tree.
@@ -177,7 +177,7 @@ def _sweep(subject: _Subject, plan: SweepPlan, progress: Progress) -> SweepRepor
                 partial = trains[-1].scan.partial
         if plan.momentum is not None and not partial:
             momentum = _momentum(subject, plan.momentum, report.scan.device, progress, notes)
-    except KeyboardInterrupt:  # what there is by now is worth a report
+    except KeyboardInterrupt:  # report what was measured so far
         partial = True
     layers = tuple(sweep_layer(layer, subject.batch_size, trains) for layer in report.layers)
     return SweepReport(
@@ -195,10 +195,10 @@ def _sweep(subject: _Subject, plan: SweepPlan, progress: Progress) -> SweepRepor
 
 
 def _sizes(subject: _Subject, plan: SweepPlan) -> tuple[tuple[int, ...], list[str]]:
-    """The sizes of the eval path beside the scanned one, and what is to be said of those left out.
+    """The further sizes of the eval path, and notes on the sizes left out.
 
     Raises:
-        UsageError: A size that was asked for is more than half of the images.
+        UsageError: A requested size is more than half of the samples.
     """
     asked = DEFAULT_SIZES if plan.batch_sizes is None else plan.batch_sizes
     most = _most_images(subject)
@@ -208,7 +208,9 @@ def _sizes(subject: _Subject, plan: SweepPlan) -> tuple[tuple[int, ...], list[st
     notes = []
     if too_large:
         left_out = ", ".join(map(str, too_large))
-        notes.append(f"Left out: batch size {left_out}, since {most:.0f} images hold fewer than two such batches.")
+        notes.append(
+            f"Batch size {left_out} was left out, because {most:.0f} samples give fewer than two such batches."
+        )
     return tuple(size for size in asked if size not in (*too_large, subject.batch_size)), notes
 
 
@@ -219,7 +221,7 @@ def _check_train_sizes(subject: _Subject, sizes: Iterable[int]) -> None:
 
 
 def _most_images(subject: _Subject) -> float:
-    """Images that can be measured, as far as that is known beforehand."""
+    """Upper limit on the samples that can be measured, as far as it is known in advance."""
     settings = subject.settings
     given = settings.batches if settings.batches is not None else settings.max_batches
     return subject.images if subject.may_extend else min(subject.images, given * subject.batch_size)
@@ -227,18 +229,18 @@ def _most_images(subject: _Subject) -> float:
 
 def _too_large(option: str, size: int, images: float) -> str:
     if size < 1:
-        return f"{option} {size} is no batch size: give whole numbers of at least 1."
+        return f"{option} {size} is not a batch size: give whole numbers of at least 1."
     return (
-        f"{option} {size} is more than half of the {images:.0f} images that can be measured: a batch size needs at"
-        " least two batches. Leave it out, or give more --batches or more data."
+        f"{option} {size} is more than half of the {images:.0f} samples that can be measured, but a batch size needs"
+        " at least two batches. Leave it out, or give more --batches or more data."
     )
 
 
 def _scan_sizes(subject: _Subject, sizes: tuple[int, ...], required: bool, notes: list[str]) -> Report:
-    """The scan that gives the eval path at all sizes from the same images.
+    """The scan that measures the eval path at all sizes on the same samples.
 
     Raises:
-        UsageError: Sizes were asked for, and the images of this model cannot be regrouped.
+        UsageError: Sizes were requested, but the samples of this model cannot be regrouped.
     """
     changes: dict[str, Any] = {**_PLAIN, "batch_sizes": sizes}
     needed = math.ceil(FEWEST * max(sizes, default=0) / subject.batch_size)

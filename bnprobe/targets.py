@@ -1,4 +1,4 @@
-"""Targets: how the user names a model, a function or a file."""
+"""Targets: names that the user gives for models, functions and files."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 MODEL_LIBRARIES = ("timm:", "torchvision:")
-"""How targets begin that name a model of a library."""
+"""Prefixes of targets that name a model of a library."""
 
 
 def split_target(target: str) -> tuple[str, str | None]:
-    """``"dir/model.py:Net"`` as ("dir/model.py", "Net"); the colon of a Windows drive does not count."""
+    """Split ``"dir/model.py:Net"`` into ("dir/model.py", "Net"); ignore the colon of a Windows drive."""
     location, colon, symbol = target.rpartition(":")
     if not colon or not location or re.search(r"[/\\]", symbol):
         return target, None
@@ -27,9 +27,9 @@ def is_file_target(target: str) -> bool:
 
 
 def nearest_file(path: Path) -> str:
-    """A sentence on what to do about a missing file: the file of its folder whose name is nearest."""
+    """What to do about a missing file, as a sentence: suggests the file in its folder with the nearest name."""
     if not path.parent.is_dir():
-        return f"There is no folder {path.parent}."
+        return f"The folder {path.parent} does not exist."
     names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
     close = difflib.get_close_matches(path.name, names, 1)
     return f"Did you mean {path.with_name(close[0])}?" if close else "Check the path."

@@ -1,9 +1,9 @@
-"""Public helpers for authors of rules: records with sensible values, and a rule run on them.
+"""Helpers to test rules: make records with sensible values, and run a rule on them.
 
     facts = make_evidence(make_layer("bn1", shares=make_shares(lag=0.4)))
     verdicts = run_rule("BN203", facts)
 
-Nothing is measured: a test says what a scan would have found, and compares whole lists of verdicts.
+Nothing is measured: a test states what a scan would have found, and compares whole lists of verdicts.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
 _PROBABILITIES = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
 
 WIDTH = 0.1
-"""Half width of every interval that is not given, relative to its value."""
+"""Default half width of intervals, relative to the value."""
 
 
 def run_rule(code: str, facts: Facts) -> list[Verdict]:
-    """The verdicts of one rule.
+    """Run one rule and return its verdicts.
 
     Raises:
-        UsageError: There is no such rule; names the nearest.
+        UsageError: There is no such rule; the message suggests the nearest one.
     """
     check_code(code)
     return [verdict for rule in RULES if rule.code == code.upper() for verdict in rule.judge(facts)]
@@ -52,7 +52,7 @@ def make_evidence(
     synthetic: bool = False,
     **changes: Any,
 ) -> Facts:
-    """What rules look at: these layers as a scan measured them, or without layers the model alone.
+    """The input of rules: layers as measured by a scan, or only the model if no layers are given.
 
     Args:
         *layers: Measured layers, in network order.
@@ -91,12 +91,13 @@ def make_anatomy(name: str = "bn", **changes: Any) -> Anatomy:
 
 
 def make_layer(name: str = "bn", shares: Shares | None = None, **changes: Any) -> Layer:
-    """A measured layer. Its paths and flags follow from its shares, unless they are given.
+    """A measured layer. Its paths and flags follow from its shares unless they are given.
 
     Args:
-        name: Of the layer.
-        shares: None: a healthy layer's; ``changes`` may hold ``shares=None`` only through ``dataclasses.replace``.
-        **changes: Fields of ``bnprobe.records.Layer``; ``train`` is the eval path, where not given.
+        name: Name of the layer.
+        shares: Shares of the mismatch; None: those of a healthy layer. For a layer without shares, use
+            ``dataclasses.replace(layer, shares=None)``.
+        **changes: Fields of ``bnprobe.records.Layer``; ``train`` defaults to the eval path.
     """
     shares = shares or make_shares()
     threshold = float(changes.get("threshold", DEFAULT_THRESHOLD))
@@ -127,7 +128,7 @@ def make_layer(name: str = "bn", shares: Shares | None = None, **changes: Any) -
 
 
 def make_shares(**changes: float | None) -> Shares:
-    """Shares of the mismatch; those of a healthy layer where not given."""
+    """Shares of the mismatch; they default to those of a healthy layer."""
     usual: dict[str, Any] = {
         "small_batch": 0.004,
         "composition": 0.0,
@@ -140,17 +141,17 @@ def make_shares(**changes: float | None) -> Shares:
 
 
 def make_intervals(shares: Shares) -> ShareIntervals:
-    """Intervals of the usual width around shares."""
+    """Intervals of the default width around shares."""
     return ShareIntervals(**{field.name: _around(getattr(shares, field.name)) for field in fields(Shares)})
 
 
 def make_path(mismatch: float, r: float = 1.0, d: float = 0.0) -> PathMeasurement:
-    """A path of this mismatch.
+    """Measurements of one path with the given mismatch.
 
     Args:
-        mismatch: D.
-        r: Every value of r.
-        d: Every value of d.
+        mismatch: Mismatch D.
+        r: Value of r in all channels and batches.
+        d: Value of d in all channels and batches.
     """
     low, high = interval = (mismatch * (1 - WIDTH), mismatch * (1 + WIDTH))
     return PathMeasurement(
@@ -192,7 +193,7 @@ def make_scan(batch_size: int = 8, synthetic: bool = False, **changes: Any) -> S
 
 
 def total(shares: Shares) -> float:
-    """The mismatch at inference that the shares add up to."""
+    """The eval-path mismatch that the shares add up to."""
     parts = (shares.small_batch, shares.composition, shares.lag, shares.dropout, shares.propagation)
     return sum(part for part in parts if part is not None)
 

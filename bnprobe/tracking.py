@@ -1,4 +1,4 @@
-"""From recorded batch statistics to the rate of the running average that tracks them best."""
+"""Find the rate of the running average that tracks recorded batch statistics best."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ DEFAULT_RATES: tuple[Rate, ...] = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 @dataclass(frozen=True)
 class MomentumPlan:
-    """What to replay.
+    """Which rates to replay, on which change of the data.
 
     Attributes:
-        rates: Weights of the new batch; None: cumulative average. Those that the layers are set to come on top.
-        shift: Standard deviations added to every batch mean from the middle on; None with ``scale`` 1: no change.
-        scale: Factor on the batch standard deviations from the middle on.
+        rates: Weights of the new batch; None: cumulative average. The layers' own rates are added.
+        shift: Standard deviations added to every batch mean from halfway on; None and ``scale`` 1: no change.
+        scale: Factor on the batch standard deviations from halfway on.
     """
 
     rates: tuple[Rate, ...] = DEFAULT_RATES
@@ -44,7 +44,7 @@ class MomentumPlan:
 
     @property
     def shifts(self) -> bool:
-        """Whether other data is to be replayed too."""
+        """Whether the data is to change halfway."""
         return self.shift is not None or self.scale != 1.0
 
 
@@ -58,34 +58,36 @@ class _Paths:
 
 
 def check_plan(plan: MomentumPlan) -> None:
-    """Refuse rates and changes that mean nothing.
+    """Reject rates and changes of the data that are out of range.
 
     Raises:
-        UsageError: Names the value.
+        UsageError: A value is out of range; the message names it.
     """
     bad = [rate for rate in plan.rates if rate is not None and not 0 < rate <= 1]
     if bad:
         raise UsageError(
-            f"--momentum {bad[0]:g} is no weight of the new batch: give numbers above 0 and up to 1, as PyTorch's"
-            " momentum (TensorFlow's 0.99 is 0.01 here), or the word cumulative."
+            f"--momentum {bad[0]:g} is out of range. It is the weight of the new batch, as in PyTorch: give numbers"
+            " above 0 and up to 1 (TensorFlow's 0.99 is 0.01 here), or the word cumulative."
         )
     if not plan.rates:
         raise UsageError("--momentum needs at least one rate, e.g. 0.1,0.01.")
     if not 0 < plan.scale < float("inf"):
-        raise UsageError(f"--scale {plan.scale:g} is no factor on a standard deviation: give a number above 0.")
+        raise UsageError(
+            f"--scale {plan.scale:g} is out of range: it multiplies standard deviations; give a number above 0."
+        )
     if plan.shift is not None and not abs(plan.shift) < float("inf"):
-        raise UsageError(f"--shift {plan.shift:g} is no number of standard deviations.")
+        raise UsageError(f"--shift {plan.shift:g} is not a finite number: give a number of standard deviations.")
 
 
 def momentum_sweep(recording: Recording, plan: MomentumPlan, batch_size: int) -> MomentumSweep:
-    """Replay every rate on every layer, and say which tracks best.
+    """Replay every rate on every layer, and find the one that tracks best.
 
     Raises:
-        UsageError: No layer has running statistics that training would update.
+        UsageError: No layer has running statistics that training updates.
     """
     if not recording.series:
-        reason = recording.omitted[0][1] if recording.omitted else "none is selected"
-        raise UsageError(f"--momentum has no layer whose running statistics training updates: {reason}.")
+        reason = recording.omitted[0][1] if recording.omitted else "no layer is selected"
+        raise UsageError(f"--momentum needs a layer whose running statistics are updated in training: {reason}.")
     rates = _rates(recording, plan)
     paths = [_paths(series, recording.batches, rates, plan) for series in recording.series]
     own = [series.layer.info.momentum for series in recording.series]
@@ -108,7 +110,7 @@ def momentum_sweep(recording: Recording, plan: MomentumPlan, batch_size: int) ->
 
 
 def _rates(recording: Recording, plan: MomentumPlan) -> tuple[Rate, ...]:
-    """By falling rate, the cumulative average last; with those of the layers, where these are weights."""
+    """All rates in decreasing order, including the layers' own where valid, then the cumulative average."""
     own = {series.layer.info.momentum for series in recording.series}
     rates = {*plan.rates, *(rate for rate in own if rate is None or 0 <= rate <= 1)}
     numbers = sorted((rate for rate in rates if rate is not None), reverse=True)
@@ -133,7 +135,7 @@ def _paths(series: LayerSeries, batches: int, rates: Sequence[Rate], plan: Momen
 
 
 def _mean(paths: Sequence[_Paths]) -> _Paths:
-    """The mean over layers."""
+    """Mean over layers."""
     shifted = [path.shifted for path in paths if path.shifted is not None]
     return _Paths(
         loaded=torch.stack([path.loaded for path in paths]).mean(0),

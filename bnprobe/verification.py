@@ -1,4 +1,4 @@
-"""Two reports of one model, compared: did the repair hold?"""
+"""Compare two reports of one model to decide whether a repair holds."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from bnprobe.numbers import listed
 from bnprobe.records import Layer, LayerComparison, Report, Verification
 
 OUTPUT_SLACK = 1.1
-"""A distance of the outputs up to so many times the one before counts as no more: both are of a sample of batches."""
+"""Tolerated growth of the distance of the outputs, since both distances are measured on a sample of batches."""
 
 
 def verify(before: Report, after: Report) -> Verification:
-    """Hold the report of a repaired model against that of the model before.
+    """Compare the report of a repaired model with that of the original one.
 
-    It passes if no layer is newly flagged, none that was flagged is so still or was not measured again, the outputs of
-    the two paths are no farther apart than before, and the batch size is no larger. A flagged layer that is gone counts
-    as repaired, unless ``--include``/``--exclude`` left it out: it may have become a norm that does not depend on the
-    batch.
+    The repair passes if no layer is newly flagged, no flagged layer is still flagged or was not measured again, the
+    outputs of the two paths are not farther apart than before, and the batch size is not larger. A flagged layer that
+    no longer exists counts as repaired, because it may have become a norm that does not depend on the batch; not so if
+    ``--include``/``--exclude`` left it out.
 
     Args:
         before, after: Reports of scans of the same model.
 
     Raises:
-        UsageError: They have no layer in common.
+        UsageError: The reports have no layer in common.
     """
     first, last = ({layer.name: layer for layer in report.layers} for report in (before, after))
     if not first.keys() & last.keys():
@@ -54,8 +54,8 @@ def _nothing_to_compare(before: Report, after: Report) -> str:
     known = [{*report.scan.unselected, *(layer.name for layer in report.layers)} for report in (before, after)]
     if known[0] & known[1]:
         return (
-            "The reports have no layer in common: --include/--exclude chose different layers in the two scans."
-            " Scan both times with the same."
+            "The reports have no layer in common: --include/--exclude selected different layers in the two scans."
+            " Use the same options for both scans."
         )
     return _strangers(before, after)
 
@@ -70,7 +70,7 @@ def _strangers(before: Report, after: Report) -> str:
 
 
 def _in_order(before: list[str], after: list[str]) -> Iterator[str]:
-    """All names in network order: those that are new stand where the second report has them."""
+    """All names in network order; new names keep their place from the second report."""
     known = set(before)
     waiting = iter(after)
     shared = set(before) & set(after)
@@ -96,22 +96,22 @@ def _compared(name: str, before: Layer | None, after: Layer | None) -> LayerComp
 
 
 def _worse(layer: Layer) -> float | None:
-    """The mismatch on the worse path; None if neither could be measured."""
+    """The larger mismatch of both paths; None if neither could be measured."""
     return max((path.mismatch for path in (layer.train, layer.eval) if path is not None), default=None)
 
 
 def _partial(after: Report) -> Iterator[str]:
     if after.scan.partial:
-        yield f"The second scan was ended early ({after.scan.stopped}): it proves nothing. Scan again."
+        yield f"The second scan ended early ({after.scan.stopped}), so it proves nothing. Scan again."
 
 
 def _larger(before: Report, after: Report) -> Iterator[str]:
-    """A mismatch falls as the batch grows, so that a larger one hides what was flagged."""
+    """Report a larger batch size: the mismatch falls as the batch grows, which would hide flagged layers."""
     size, now = before.scan.batch_size, after.scan.batch_size
     if now > size:
         yield (
-            f"The batch size of the second scan is larger, and at a larger one every layer looks better: {size} before,"
-            f" {now} after. Scan again with --batch-size {size}."
+            f"The second scan used a larger batch size ({now}, before {size}), which makes every layer look better."
+            f" Scan again with --batch-size {size}."
         )
 
 
@@ -128,7 +128,7 @@ def _flagged(layers: tuple[LayerComparison, ...], after: dict[str, Layer]) -> It
     if newly:
         yield f"Newly flagged: {listed(newly)}."
     if lost:
-        yield f"Flagged before, and not to be measured again: {listed(lost)}."
+        yield f"Flagged before, and could not be measured again: {listed(lost)}."
 
 
 def _left_out(layers: tuple[LayerComparison, ...], after: Report) -> Iterator[str]:
@@ -141,11 +141,11 @@ def _left_out(layers: tuple[LayerComparison, ...], after: Report) -> Iterator[st
 def _outputs(before: float | None, after: float | None) -> Iterator[str]:
     if before is not None and after is not None and after > OUTPUT_SLACK * before:
         yield (
-            f"The outputs of training and inference are farther apart than before: {before:.3g} then, {after:.3g} now"
+            f"The outputs of training and inference are farther apart than before: {after:.3g}, before {before:.3g}"
             " (relative L2)."
         )
     if before is not None and after is None:
-        yield "The outputs of training and inference could not be compared after the repair, and before they could."
+        yield "The outputs of training and inference could be compared before the repair, but not after it."
 
 
 def _notes(before: Report, after: Report) -> Iterator[str]:
@@ -164,14 +164,14 @@ def _notes(before: Report, after: Report) -> Iterator[str]:
         if first != last:
             yield f"The {what} differs: {_value(first)} before, {_value(last)} after."
     if one.partial:
-        yield f"The first scan was ended early ({one.stopped})."
+        yield f"The first scan ended early ({one.stopped})."
     if other.synthetic:
-        yield "The second scan is of made-up images: what it says of real data is not known."
+        yield "The second scan used synthetic inputs: its results may not hold for real data."
     yield from _thresholds(before, after)
     yield from _unproved(before, after)
     undecided = [layer.name for layer in after.layers if layer.undecided]
     if undecided:
-        yield f"Undecided after the repair, more batches would tell: {listed(undecided)}."
+        yield f"Undecided after the repair (more batches would decide): {listed(undecided)}."
 
 
 def _thresholds(before: Report, after: Report) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""The command line: parse, call the pipeline, write, exit. Nothing here imports torch before a command runs."""
+"""The command line: parse, call the pipeline, write, exit. torch is not imported before a command runs."""

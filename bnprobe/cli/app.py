@@ -25,7 +25,7 @@ from bnprobe.errors import EXIT_ERROR, BnprobeError, NothingToProbeError, Proces
 
 
 class _Commands(typer.core.TyperGroup):
-    """The subcommands; typer itself would end a Ctrl-C with an exit code of its own and no word."""
+    """The group of subcommands; typer alone would end a Ctrl-C silently, with an exit code of its own."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
@@ -38,7 +38,7 @@ class _Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise NothingToProbeError("Interrupted.") from None
-        except EOFError as error:  # would be taken for the end of an answer that was asked for: nothing is
+        except EOFError as error:  # typer would take it for the end of input to a prompt, but there is none
             raise RuntimeError("the end of a file came too early") from error
 
 
@@ -70,12 +70,12 @@ def main() -> None:
 
 
 def _run(ends: Ends) -> None:
-    """Run the command line; errors that bnprobe raises on purpose become messages and exit codes.
+    """Run the command line. Errors that bnprobe raises on purpose become messages and exit codes.
 
-    Any other exception is a defect of bnprobe: it must not end in the exit code of findings, as Python would have it.
+    Any other exception is a bug in bnprobe. It must not exit with 1, Python's default, because 1 stands for findings.
 
     Args:
-        ends: Told of the exit code of an error before its message is printed; see ``processes.run_together``.
+        ends: Called with the exit code of an error before its message is printed; see ``processes.run_together``.
     """
     try:
         app(prog_name="bnprobe")
@@ -88,7 +88,7 @@ def _run(ends: Ends) -> None:
 
 
 def _fail(code: int, text: str, ends: Ends) -> None:
-    """Print why, unless another process did so before, and exit."""
+    """Print the reason, unless another process has done so, and exit."""
     earlier = ends(code)
     if earlier is None:
         print(text.rstrip(), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The files that a repair writes: weights, and what stands beside them."""
+"""The files that a repair writes: weights, record and reports."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 
 class Artifacts:
-    """The files and folders beside the weights ``out.safetensors``: ``out.record.json`` and so on.
+    """The weights ``out.safetensors``, and the files and folders beside them: ``out.record.json`` and so on.
 
-    Here is known all that a command writes there. Nothing else is looked at or removed.
+    This class knows everything that a command writes there. Nothing else is read or removed.
 
     Args:
-        output: File of the weights.
-        force: Replace files that exist, and what bnprobe wrote to folders that it made itself.
-        trains: The command fine-tunes: there are a log and a state to resume from.
+        output: Path of the weights.
+        force: Whether to replace existing files, and bnprobe's own files in folders that it made.
+        trains: Whether the command fine-tunes, so that there are a log and a state to resume from.
 
     Attributes:
-        tensorboard: Whether the steps are written for TensorBoard too: where it is installed.
+        tensorboard: Whether the steps are written for TensorBoard too, which is so if it is installed.
     """
 
     def __init__(self, output: Path, force: bool = False, trains: bool = False) -> None:
@@ -50,19 +50,19 @@ class Artifacts:
         self._events_until_the_end = self.state / "log"
 
     def check(self, resume: bool = False) -> None:
-        """Refuse, before anything is computed, what could not be written at the end, replaced or gone on with.
+        """Reject outputs that cannot be written, replaced or resumed, before anything is computed.
 
         Args:
-            resume: A state that is there is to be gone on with.
+            resume: Whether an existing state is to be resumed.
 
         Raises:
             OutputError: The folder is missing or read-only, a file exists and ``force`` was not given, or something
                 that bnprobe did not make has the name of a folder.
-            UsageError: There is a state to resume from, and it is not to be resumed.
+            UsageError: A state exists that is not to be resumed.
         """
         require_writable(self.weights, "-o")
         if self.weights.suffix != ".safetensors":
-            raise UsageError(f"-o {self.weights}: the weights are written as safetensors; give a name that ends so.")
+            raise UsageError(f"-o {self.weights}: the weights need a name that ends in .safetensors.")
         if self._trains:
             self._check_folders(resume)
         require_new(self._files, self._force)
@@ -74,16 +74,16 @@ class Artifacts:
         before: Report | None,
         after: Report | None,
     ) -> RepairRecord:
-        """Write all files or none, then remove the state to resume from.
+        """Write all files or none, then remove the saved state.
 
-        A file that an earlier run wrote and this one does not have is removed.
+        A file that an earlier run wrote but this one does not is removed.
 
         Returns:
             The record with the name and the digest of the weights.
 
         Raises:
-            OutputError: They could not be written, or something has come in their way since ``check``; what was there
-                before still is, and so is the state.
+            OutputError: The files could not be written, e.g. because something has appeared in their place since
+                ``check``; existing files and the state are unchanged.
         """
         from safetensors.torch import save
 
@@ -101,16 +101,16 @@ class Artifacts:
         write_all(contents, self._force)
         for path in set(self._files) - contents.keys():
             path.unlink(missing_ok=True)
-        print(f"Weights written to {self.weights}; the record and the scans stand beside them.", file=sys.stderr)
+        print(f"Weights written to {self.weights}, with the record and the scan reports beside them.", file=sys.stderr)
         if self._trains:
             state.keep_events(self.log)
             state.remove()
             if self.state.exists():
-                print(f"{self.state} stays: it holds files that bnprobe did not write.", file=sys.stderr)
+                print(f"{self.state} was kept because it contains files that bnprobe did not write.", file=sys.stderr)
         return record
 
     def files(self, before: Report | None, after: Report | None) -> Files:
-        """What stands beside the weights, for the report."""
+        """Names of the files beside the weights, for the report."""
         return Files(
             record=str(self.record),
             before=None if before is None else str(self.before),
@@ -119,7 +119,7 @@ class Artifacts:
         )
 
     def _check_folders(self, resume: bool) -> None:
-        """The state, and TensorBoard's files if there will be any; a run that is resumed may have some already."""
+        """Check the folder of the state and that of TensorBoard; a resumed run may already have the latter."""
         folders = [self.state]
         if self.tensorboard or has_mark(self._events_until_the_end):
             folders += [self.events, self._events_until_the_end]
@@ -129,12 +129,12 @@ class Artifacts:
                 raise not_own(folder)
         if self.state in existing and not (resume or self._force):
             raise UsageError(
-                f"{self.state} holds the state of a repair that is not done. Go on with --resume, or drop it and start"
-                " anew with --force."
+                f"{self.state} contains the state of an unfinished repair. Continue it with --resume, or discard it and"
+                " start over with --force."
             )
         if self.events in existing and not self._force:
             raise OutputError(
-                f"{self.events} exists already; give another -o, or --force to replace what bnprobe wrote there."
+                f"{self.events} already exists; give another -o, or --force to replace what bnprobe wrote there."
             )
 
     def _beside(self, suffix: str) -> Path:
@@ -142,7 +142,7 @@ class Artifacts:
 
 
 def _mark(record: RepairRecord) -> dict[str, str] | None:
-    """What says in the weights' file that plain BN with them would be another model."""
+    """Metadata of the weights file that says that plain BN must not load it; None if it may."""
     if record.plan is None or record.plan.deploys:
         return None
     layers = [change.name for change in record.plan.changes]

@@ -52,7 +52,7 @@ def convert(
     ] = None,
     layers: Annotated[
         list[str] | None,
-        options.option(REPAIR, "--layers", 'Convert layers whose name matches ("*": all), not those flagged.', "GLOB"),
+        options.option(REPAIR, "--layers", 'Convert layers whose name matches ("*": all).', "GLOB"),
         options.Sets("repair.layers"),
     ] = None,
     report: Annotated[
@@ -60,12 +60,12 @@ def convert(
         options.option(REPAIR, "--report", "Convert the layers that this JSON report flags.", "FILE"),
         options.Sets("repair.report"),
     ] = None,
-    dry_run: Annotated[bool, options.option(REPAIR, "--dry-run", "Print what would change, and why.")] = False,
+    dry_run: Annotated[bool, options.option(REPAIR, "--dry-run", "Only print what would change, and why.")] = False,
     check: Annotated[
         bool, options.option(REPAIR, "--check", "Like --dry-run; exit 1 if a layer needs repair.")
     ] = False,
     finetune: Annotated[
-        bool, options.option(TRAINING, "--finetune", "Train the repaired model, and plain BN beside it.")
+        bool, options.option(TRAINING, "--finetune", "Train the repaired model, and plain BN as the baseline.")
     ] = False,
     steps: Annotated[
         int | None,
@@ -74,7 +74,7 @@ def convert(
     ] = None,
     epochs: Annotated[
         int | None,
-        options.option(TRAINING, "--epochs", "Passes over the data, instead.", "N"),
+        options.option(TRAINING, "--epochs", "Length of a run in passes over the data, instead of --steps.", "N"),
         options.Sets("train.epochs"),
     ] = None,
     rate: Annotated[
@@ -82,7 +82,7 @@ def convert(
     ] = None,
     resume: Annotated[
         bool,
-        options.option(TRAINING, "--resume", "Go on where an earlier run was stopped, if one was."),
+        options.option(TRAINING, "--resume", "Continue an earlier run that was stopped."),
     ] = False,
     seeds: Annotated[
         int | None,
@@ -92,7 +92,7 @@ def convert(
     require: Annotated[
         list[str] | None,
         options.option(
-            PROOF, "--require", 'Exit 1 unless it holds, e.g. "metric>=0.97", "gain>0", "flagged==0".', "EXPR"
+            PROOF, "--require", 'Exit 1 unless this holds, e.g. "metric>=0.97", "gain>0", "flagged==0".', "EXPR"
         ),
         options.Sets("repair.require"),
     ] = None,
@@ -113,7 +113,7 @@ def convert(
         typer.Option(
             "-o",
             "--output",
-            help="Weights (.safetensors); FILE.record.json and others stand beside it.",
+            help="Weights (.safetensors); the record and reports are written beside them.",
             rich_help_panel=options.REPORT,
             metavar="FILE",
         ),
@@ -122,7 +122,7 @@ def convert(
     format_: options.ReportFormat = options.TERMINAL,
     show_all: options.ShowAll = False,
 ) -> None:
-    """Convert the layers that a scan flags, fine-tune, prove the gain against plain BN, and write weights that deploy.
+    """Convert the layers that a scan flags, fine-tune, measure the gain over plain BN, and write deployable weights.
 
     Exit codes: 0 repaired, or nothing to repair; 1 --check found layers, a requirement does not hold, or training
     diverged; 2 error in usage, spec or your code; 3 nothing could be probed, or training was stopped.
@@ -134,7 +134,7 @@ def convert(
 
     given = options.overrides(context)
     if layers and report:
-        raise UsageError("--layers and --report both say which layers to convert: give one.")
+        raise UsageError("--layers and --report both select the layers to convert: give one.")
     if not finetune:
         _refuse_untrained(steps=steps, epochs=epochs, lr=rate, seeds=seeds, goal=goal, resume=resume)
     spec = _with_rate(_with_length(build_spec(target, given), steps, epochs), rate)
@@ -144,7 +144,7 @@ def convert(
         _refuse_beside(option, finetune=finetune, output=output, resume=resume, require=require, force=force)
         raise typer.Exit(_show_plan(spec, check, render, show_all))
     if output is None:
-        raise UsageError("convert writes weights: give -o FILE.safetensors, or --dry-run or --check to see the plan.")
+        raise UsageError("convert writes weights: give -o FILE.safetensors, or --dry-run or --check for the plan only.")
     wanted = _Wanted(output, finetune, resume, force)
     raise typer.Exit(_repair(spec, wanted, renderer(format_, RepairReport), show_all))
 
@@ -152,12 +152,12 @@ def convert(
 def _refuse_untrained(**options: Any) -> None:
     for name, value in options.items():
         if value:
-            raise UsageError(f"--{name} is about fine-tuning: add --finetune, or leave it out.")
+            raise UsageError(f"--{name} has an effect only with --finetune: add --finetune, or leave it out.")
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is not the spec's business."""
+    """Options that are not part of the spec."""
 
     output: Path
     finetune: bool
@@ -166,7 +166,7 @@ class _Wanted:
 
 
 def _with_length(spec: Spec, steps: int | None, epochs: int | None) -> Spec:
-    """One of the two options replaces the other one of the spec file."""
+    """The spec with another length of training; steps replace epochs of the spec file, and the reverse."""
     if (steps is None) == (epochs is None):
         return spec
     return spec.model_copy(update={"train": spec.train.model_copy(update={"steps": steps, "epochs": epochs})})
@@ -184,7 +184,9 @@ def _with_rate(spec: Spec, rate: float | None) -> Spec:
 def _refuse_beside(option: str, **others: Any) -> None:
     for name, value in others.items():
         if value:
-            raise UsageError(f"{option} only says what would change, so --{name} has no use beside it: leave one out.")
+            raise UsageError(
+                f"{option} only prints what would change, and --{name} has no effect with it: leave one out."
+            )
 
 
 def _show_plan(spec: Spec, check: bool, render: Renderer, show_all: bool) -> int:
@@ -195,7 +197,7 @@ def _show_plan(spec: Spec, check: bool, render: Renderer, show_all: bool) -> int
 
     share_processors()
     with progress_bar() as show:
-        from bnprobe.repair import plan_spec  # seconds of torch: only once the options are known to be right
+        from bnprobe.repair import plan_spec  # importing torch takes seconds: check the options first
 
         plan = plan_spec(spec, show)
     deliver(plan, render, show_all=show_all)
@@ -227,12 +229,12 @@ def _repair(spec: Spec, wanted: _Wanted, render: Renderer, show_all: bool) -> in
 
 
 def _run(spec: Spec, artifacts: Artifacts, wanted: _Wanted) -> Repaired | None:
-    """Repair; None if there is nothing to repair."""
+    """Repair the model; None if there is nothing to repair."""
     from bnprobe.cli.progress import repair_bars
     from bnprobe.cli.write import typed_command
 
     with repair_bars(shown=is_main()) as (show, show_step):
-        # seconds of torch: only once the options are known to be right
+        # importing torch takes seconds: check the options first
         from bnprobe.distributed import connected
         from bnprobe.repair import Wish, repair_spec
 
@@ -241,7 +243,7 @@ def _run(spec: Spec, artifacts: Artifacts, wanted: _Wanted) -> Repaired | None:
         with connected() as world:
             repaired = repair_spec(spec, wish, show, show_step, world)
     if repaired is None and is_main():
-        print("No layer needs repair: nothing was changed, nothing written.", file=sys.stderr)
+        print("No layer needs repair: nothing was changed or written.", file=sys.stderr)
     return repaired
 
 

@@ -20,7 +20,7 @@ EXPORT = "Export"
 ExportFormat = Literal["torch-export", "torchscript", "onnx"]
 
 SUFFIXES: dict[ExportFormat, str] = {"torch-export": ".pt2", "torchscript": ".pt", "onnx": ".onnx"}
-"""Of the file that a format writes."""
+"""File name suffix of each format."""
 
 
 def export(
@@ -35,13 +35,13 @@ def export(
         ExportFormat, options.option(EXPORT, "--to", "torch-export, torchscript or onnx.", "NAME")
     ] = "torch-export",
     quantize: Annotated[
-        bool, options.option(EXPORT, "--quantize", "Quantize to 8 bits by torch.ao, calibrated on the data.")
+        bool, options.option(EXPORT, "--quantize", "Quantize to 8 bits with torch.ao, calibrated on the data.")
     ] = False,
     tolerance: Annotated[
         float,
         typer.Option(
             "--tolerance",
-            help="Largest difference of the outputs, as part of the largest output.",
+            help="Largest accepted difference of the outputs, relative to the largest output.",
             min=0.0,
             rich_help_panel=EXPORT,
             metavar="X",
@@ -60,7 +60,7 @@ def export(
     force: Annotated[bool, options.option(options.REPORT, "--force", "Replace an output that exists.")] = False,
     format_: options.ReportFormat = options.TERMINAL,
 ) -> None:
-    """Export a model for inference, and check that the file gives the model's outputs, at other batch sizes too.
+    """Export a model for inference, and check that the file gives the model's outputs, also at other batch sizes.
 
     Exit codes: 0 written, 1 the outputs differ by more than the tolerance (nothing is written), 2 error in usage, spec
     or your code.
@@ -96,7 +96,7 @@ def export(
 
 def _default(spec: Spec, to: ExportFormat) -> Path:
     if spec.checkpoint.path is None:
-        raise UsageError("export writes a file: give -o FILE, or a --checkpoint whose name it takes.")
+        raise UsageError("export writes a file: give -o FILE, or a --checkpoint to name the file after.")
     return Path(spec.checkpoint.path).with_suffix(SUFFIXES[to])
 
 
@@ -104,6 +104,6 @@ def _export(spec: Spec, to: str, quantize: bool) -> Exported:
     from bnprobe.cli.scan import share_processors
 
     share_processors()
-    from bnprobe.exporting import export_spec  # seconds of torch: only once the options are known to be right
+    from bnprobe.exporting import export_spec  # importing torch takes seconds: check the options first
 
     return export_spec(spec, to, quantize)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 STARTER = ("model.py", "spec.yaml")
-"""The files of a starter, shipped in ``bnprobe/starter``."""
+"""The starter files, shipped in ``bnprobe/starter``."""
 
 
 def init(
@@ -24,11 +24,11 @@ def init(
 
     existing = [folder / name for name in STARTER if (folder / name).exists()]
     if existing and not force:
-        raise OutputError(f"{existing[0]} exists already; choose another folder, or --force to overwrite it.")
+        raise OutputError(f"{existing[0]} already exists; choose another folder, or give --force to overwrite it.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"The folder {folder} could not be made: {error.strerror}.") from None
+        raise OutputError(f"The folder {folder} could not be created: {error.strerror}.") from None
     for name in STARTER:
         write_whole(folder / name, files("bnprobe").joinpath("starter", name).read_text(encoding="utf-8"))
         typer.echo(f"wrote {folder / name}")

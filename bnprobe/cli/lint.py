@@ -22,7 +22,7 @@ def lint(
     show_all: Annotated[bool, options.option(options.REPORT, "--all", "List every layer of a finding.")] = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
-    """Judge the BN layers of a model as it is written and saved: no data, no forward pass, in seconds.
+    """Check the BN layers of a model from its code and weights alone: no data, no forward pass, done in seconds.
 
     Exit codes: 0 clean, 1 findings, 2 error in usage, spec or your code, 3 no BN layer.
     """
@@ -37,7 +37,7 @@ def lint(
     check_writable(output)
     given = options.overrides(context)
     spec = build_spec(target, given)
-    model_rules(spec.rules)  # a code that is wrong is said before torch is imported
+    model_rules(spec.rules)  # report a wrong code before torch is imported
     from bnprobe.pipeline import lint_spec
 
     report = lint_spec(spec)

@@ -1,6 +1,6 @@
 """Options that several commands share: where the model and the data come from, how they run, where the report goes.
 
-An option that sets a field of the spec says which beside its declaration (``Sets``); ``overrides`` reads them all.
+An option that sets a field of the spec names it in its declaration (``Sets``); ``overrides`` reads them all.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def name_formats(command: Any) -> None:
 
 @dataclass(frozen=True)
 class Sets:
-    """Where the value of an option goes.
+    """The field of the spec that an option sets.
 
     Attributes:
         key: Field of the spec, e.g. "scan.device".
-        convert: From the option's value to the field's.
+        convert: Converts the option's value to that of the field.
     """
 
     key: str
@@ -53,13 +53,13 @@ class Sets:
 
 
 def option(panel: str, name: str, help_: str, metavar: str = "") -> typer.models.OptionInfo:
-    """An option; flags have no metavar."""
+    """Declare an option; flags have no metavar."""
     info: typer.models.OptionInfo = typer.Option(name, help=help_, rich_help_panel=panel, metavar=metavar)
     return info
 
 
 def codes(given: list[str]) -> list[str]:
-    """Codes of rules: ``BN101,BN2`` is as good as the option given twice."""
+    """Codes of rules: ``BN101,BN2`` means the same as the option given twice."""
     return [code.strip() for item in given for code in item.split(",") if code.strip()]
 
 
@@ -82,7 +82,7 @@ Checkpoint = Annotated[
 ]
 UnsafeLoad = Annotated[
     bool,
-    option(MODEL, "--unsafe-load", "Let --checkpoint run pickled code, with your rights."),
+    option(MODEL, "--unsafe-load", "Let --checkpoint run pickled code, with your permissions."),
     Sets("checkpoint.unsafe_load"),
 ]
 BatchSize = Annotated[
@@ -110,7 +110,7 @@ MaxBatches = Annotated[
 ]
 Device = Annotated[
     str | None,
-    option(RUN, "--device", "cpu, cuda, cuda:1 (default: the model's own, else CUDA if any).", "NAME"),
+    option(RUN, "--device", "cpu, cuda, cuda:1 (default: the model's own, else CUDA if available).", "NAME"),
     Sets("scan.device"),
 ]
 Autocast = Annotated[
@@ -120,7 +120,7 @@ Autocast = Annotated[
 ]
 PhysicalBatch = Annotated[
     int | None,
-    option(RUN, "--physical-batch", "Samples that run at once (default: from memory).", "N"),
+    option(RUN, "--physical-batch", "Samples that run at once (default: by available memory).", "N"),
     Sets("scan.physical_batch"),
 ]
 NoEmulate = Annotated[
@@ -157,16 +157,16 @@ ReportFormat = Annotated[
     str,
     typer.Option("--format", help="Format of the report.", rich_help_panel=REPORT, parser=format_name),
 ]
-Output = Annotated[Path | None, option(REPORT, "--output", "Write the report to FILE, whole or not at all.", "FILE")]
+Output = Annotated[Path | None, option(REPORT, "--output", "Write the report to FILE, atomically.", "FILE")]
 ShowAll = Annotated[bool, option(REPORT, "--all", "Show every layer of a large network.")]
-ExitZero = Annotated[bool, option(REPORT, "--exit-zero", "Exit 0 where findings would exit 1.")]
+ExitZero = Annotated[bool, option(REPORT, "--exit-zero", "Exit 0 even with findings.")]
 
 
 def overrides(context: typer.Context) -> dict[str, Any]:
-    """What the options of a command say, by field of the spec; None: not given.
+    """Values of a command's options by field of the spec; None: not given.
 
     Args:
-        context: Of the command that runs.
+        context: Context of the running command.
     """
     callback = context.command.callback
     assert callback is not None  # every command of bnprobe is a function
@@ -179,6 +179,6 @@ def overrides(context: typer.Context) -> dict[str, Any]:
 
 
 def _given(value: Any, sets: Sets) -> Any:
-    """The value for the spec; None where the option was not given."""
+    """The value for the spec; None if the option was not given."""
     empty = value is None or value is False or (isinstance(value, list | tuple) and not value)
     return None if empty else sets.convert(value)

@@ -1,4 +1,4 @@
-"""The command line in several processes of a torchrun launch: one voice, and one exit code."""
+"""The command line in several processes of a torchrun launch: one output and one exit code."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from bnprobe.distributed import World
 
 Ends = Callable[[int], int | None]
-"""Says that the command ends with an exit code; None, or the code of a process that said so before."""
+"""Announces the exit code of the command; returns None, or the code that another process announced before."""
 
 TOGETHER = ("scan", "convert")
-"""Commands that several processes run together."""
+"""Commands that can run in several processes."""
 
 
 def several_processes() -> bool:
-    """Whether this is one process of several, as ``distributed.launched`` says; without torch, which takes seconds."""
+    """Whether this is one of several processes, as in ``distributed.launched`` but without importing torch."""
     return "MASTER_ADDR" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
@@ -31,30 +31,30 @@ def is_main() -> bool:
 
 
 def refuse_together(command: str | None) -> None:
-    """Refuse a command that has nothing to share out.
+    """Reject a command that cannot run in several processes.
 
     Raises:
-        UsageError: It was started in several processes.
+        UsageError: The command was started in several processes.
     """
     if several_processes() and command is not None and command not in TOGETHER:
-        raise UsageError(f"bnprobe {command} works in one process: start it without torchrun.")
+        raise UsageError(f"bnprobe {command} runs in one process only: start it without torchrun.")
 
 
 def run_together(run: Callable[[Ends], None]) -> NoReturn:
     """Run the command line in every process of the launch, and end all with the same exit code.
 
-    The process that is first to fail says why; the others leave without a word as soon as they see it. Only process 0
-    writes to stdout. SIGTERM is taken for Ctrl-C: what was measured is reported.
+    The first process to fail prints the reason; the others exit silently as soon as they notice. Only process 0 writes
+    to stdout. SIGTERM acts like Ctrl-C: what was measured so far is reported.
 
     Args:
-        run: Raises SystemExit.
+        run: Runs the command and raises SystemExit.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings for authors of training loops, from every process
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides warnings meant for authors of training loops
     from bnprobe.distributed import connected
 
     if not is_main():
         _silence_stdout()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a launcher in the background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a launcher in the background ignores it
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         with connected() as world:
@@ -69,7 +69,7 @@ def run_together(run: Callable[[Ends], None]) -> NoReturn:
 
 
 def _run_as_one(run: Callable[[Ends], None], world: World) -> int:
-    """The exit code of all processes."""
+    """Run the command and return the exit code of all processes."""
     board = world.board
     if board is None:
         return _code_of(run, _alone)
@@ -82,7 +82,7 @@ def _run_as_one(run: Callable[[Ends], None], world: World) -> int:
 
     board.watch(_leave)
     code = _code_of(run, ends)
-    # A Ctrl-C is process 0's to answer, if it still works; and a launcher ends all as soon as one has ended in error.
+    # Process 0 answers Ctrl-C if it still runs; a launcher ends all processes as soon as one ends with an error.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if failed:
@@ -107,7 +107,7 @@ def _alone(code: int) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """End this process at once, from a thread: another one has failed, and there is nothing left to do here."""
+    """End this process at once, from a thread: another process has failed, and nothing is left to do."""
     sys.stderr.flush()
     os._exit(code)
 
@@ -117,6 +117,6 @@ def _as_interrupt(number: int, frame: Any) -> None:
 
 
 def _silence_stdout() -> None:
-    """Also for what the user's code prints, and what is not written by Python."""
+    """Discard all output to stdout, including that of the user's code and of libraries outside Python."""
     sys.stdout.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,7 +17,7 @@ from bnprobe.report import figures
 from bnprobe.report.page import clean
 
 _SMOOTHING = 0.1
-"""Weight of the newest loss in the one that is shown."""
+"""Weight of the newest loss in the smoothed one."""
 
 _BAR_WIDTH, _NARROW_BAR_WIDTH = 24, 5
 _NARROW = 100
@@ -38,31 +38,31 @@ class _RateColumn(TextColumn):
 
 @contextmanager
 def progress_bar(shown: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left while the block runs; nothing where stderr is not a terminal, or not ``shown``."""
+    """A progress bar with rate and remaining time; nothing if stderr is not a terminal, or not ``shown``."""
     with _scan_bar(shown) as bar:
         yield _scan_updates(bar)
 
 
 @contextmanager
 def repair_bars(shown: bool = True) -> Iterator[tuple[Callable[[int, int], None], Callable[[TrainingStep], None]]]:
-    """A bar for scans and one for training, in turns: only the one updated last is on the terminal.
+    """A progress bar for scans and one for training; only the one updated last is visible.
 
-    Two bars at once would draw over each other. The bar of training shows run, steps, smoothed loss, last score, the
-    share of clipped r and d, and the time left of the run; what does not fit the width is left out, the last first.
-    Where stderr is not a terminal, as in the log of a CI job, it prints one line for each evaluation instead.
+    Two bars at once would overwrite each other. The training bar shows the run, steps, smoothed loss, last score, the
+    fractions of clipped r and d, and the remaining time of the run; what does not fit the width is left out, starting
+    from the end. If stderr is not a terminal, as in a CI log, one line per evaluation is printed instead.
 
     Args:
         shown: Whether to show anything.
 
     Yields:
-        Functions to call with the micro-batches done and planned, and with each step of training.
+        A function to call with the micro-batches done and planned, and one to call with each training step.
     """
     scan, training = _scan_bar(shown), _training_bar(shown)
     show_scan, show_step = _scan_updates(scan), _training_updates(training, shown)
 
     def update_scan(done: int, planned: int) -> None:
         training.stop()
-        show_scan(done, planned)  # first, or the bar would come back as it was
+        show_scan(done, planned)  # first, or the old state of the bar would reappear
         scan.start()
 
     def update_training(step: TrainingStep) -> None:
@@ -94,7 +94,7 @@ def _scan_updates(bar: Progress) -> Callable[[int, int], None]:
     task = bar.add_task("loading", total=None)
 
     def update(done: int, planned: int) -> None:
-        if done < bar.tasks[0].completed:  # another scan, with a rate of its own
+        if done < bar.tasks[0].completed:  # another scan, with its own rate
             bar.reset(task)
         bar.update(task, description="micro-batches", completed=done, total=planned)
 
@@ -120,7 +120,7 @@ def _training_updates(bar: Progress, shown: bool) -> Callable[[TrainingStep], No
 
 
 class _TrainingBar:
-    """What the bar remembers from step to step of a run."""
+    """State of the training bar between the steps of a run."""
 
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task = bar, task
@@ -129,7 +129,7 @@ class _TrainingBar:
         self._seen: dict[str, str] = {}
 
     def update(self, step: TrainingStep) -> None:
-        """Show one step; the first of another run begins a new bar."""
+        """Show one step; the first step of another run starts a new bar."""
         run = f"{step.arm} #{step.seed}"
         if run != self._run:
             self._run, self._loss, self._seen = run, None, {}
@@ -142,7 +142,7 @@ class _TrainingBar:
         self._bar.update(self._task, completed=step.step, figures=_fitting(parts, room))
 
     def _fixed(self, step: TrainingStep) -> int:
-        """Cells that the other columns take, and the blanks between them."""
+        """Width in cells of the other columns and the blanks between them."""
         counted = 2 * len(str(step.steps)) + 1
         return cell_len(self._run) + _bar_width(self._bar.console) + counted + _TIME_WIDTH + 4
 
@@ -152,7 +152,7 @@ def _bar_width(console: Console) -> int:
 
 
 def _print_evaluation(step: TrainingStep) -> None:
-    """One line, where the step was evaluated."""
+    """Print one line if the step was evaluated."""
     if step.score is None:
         return
     held_out = f"held-out {_score(step)}"
@@ -162,14 +162,14 @@ def _print_evaluation(step: TrainingStep) -> None:
 
 
 def _smoothed(before: float | None, loss: float) -> float:
-    """An exponential mean; a loss that is not finite is shown as it is, and what follows begins anew."""
+    """Exponential moving average; it restarts after a loss that is not finite, which is shown unsmoothed."""
     if before is None or not (math.isfinite(before) and math.isfinite(loss)):
         return loss
     return before + _SMOOTHING * (loss - before)
 
 
 def _score(step: TrainingStep) -> str:
-    """The metric on held-out images, or the loss where there is none; empty where they were not looked at."""
+    """The metric on held-out data, or the loss if there is no metric; empty if the step was not evaluated."""
     if step.score is None:
         return ""
     if step.score.metric is not None:
@@ -178,14 +178,14 @@ def _score(step: TrainingStep) -> str:
 
 
 def _clipped(step: TrainingStep, word: str, digits: int) -> str:
-    """Which part of r and d is clipped; empty where that was not looked at."""
+    """The fractions of r and d that are clipped; empty if not measured."""
     parts = (("r", step.clipped_r), ("d", step.clipped_d))
     known = [f"{name} {value:.{digits}%}" for name, value in parts if value is not None]
     return f"{word} {' '.join(known)}" if known else ""
 
 
 def _fitting(parts: list[str], room: int) -> str:
-    """As many of the parts as there is room for, from the first on."""
+    """As many parts as fit, from the first on."""
     text = ""
     for part in filter(None, parts):
         longer = f"{text}{_GAP}{part}" if text else part

@@ -18,7 +18,7 @@ RECALIBRATION = "Recalibration"
 
 
 StatisticsPath = Literal["train", "eval"]
-"""With what the earlier layers normalize while the statistics of a layer are computed."""
+"""What earlier layers normalize with while the statistics of a layer are computed."""
 
 
 def recalibrate(
@@ -29,7 +29,7 @@ def recalibrate(
         typer.Option(
             "-o",
             "--output",
-            help="Weights (.safetensors); FILE's record.json, before.json and after.json stand beside it.",
+            help="Weights (.safetensors); record.json, before.json and after.json are written beside them.",
             rich_help_panel=options.REPORT,
             metavar="FILE",
         ),
@@ -43,14 +43,14 @@ def recalibrate(
         options.option(
             RECALIBRATION,
             "--path",
-            "train: one pass, large batches; eval: one pass per layer, each on the new statistics before it.",
+            "train: one pass, large batches; eval: one pass per layer, using the new statistics of earlier layers.",
             "NAME",
         ),
     ] = "train",
     batches: Annotated[
         int | None,
         typer.Option(
-            "--batches", help="Take N batches (default: all).", min=1, rich_help_panel=RECALIBRATION, metavar="N"
+            "--batches", help="Use N batches (default: all).", min=1, rich_help_panel=RECALIBRATION, metavar="N"
         ),
     ] = None,
     layers: Annotated[
@@ -70,7 +70,7 @@ def recalibrate(
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
-    """Take the running statistics of BN layers anew from training data, without training; scan before and after.
+    """Recalibrate the running statistics of BN layers on training data, without training; scan before and after.
 
     Exit codes: 0 clean, 1 findings in the recalibrated model, 2 error in usage, spec or your code, 3 nothing could be
     recalibrated.
@@ -88,7 +88,7 @@ def recalibrate(
     artifacts.check()
     given = options.overrides(context)
     spec = build_spec(target, given)
-    selected(spec.rules)  # a code that is wrong is said before torch is imported
+    selected(spec.rules)  # report a wrong code before torch is imported
     renewed = _recalibrate(spec, path, tuple(layers or ()), batches)
     record = artifacts.write(renewed.record, renewed.weights, renewed.before, renewed.after)
     files = artifacts.files(renewed.before, renewed.after)
@@ -104,7 +104,7 @@ def _recalibrate(spec: Spec, path: StatisticsPath, layers: tuple[str, ...], batc
 
     share_processors()
     with progress_bar() as show:
-        from bnprobe.renewal import recalibrate_spec  # seconds of torch: only once the options are known to be right
+        from bnprobe.renewal import recalibrate_spec  # importing torch takes seconds: check the options first
 
         return recalibrate_spec(
             spec, path=path, layers=layers, num_batches=batches, command=typed_command(), progress=show

@@ -31,7 +31,7 @@ def scan(
     max_batches: options.MaxBatches = None,
     batch_sizes: Annotated[
         str | None,
-        options.option(options.RUN, "--batch-sizes", "Eval path at these sizes too, e.g. 1,2,4,8.", "N,N"),
+        options.option(options.RUN, "--batch-sizes", "Measure the eval path at these sizes too, e.g. 1,2,4,8.", "N,N"),
         options.Sets("scan.batch_sizes"),
     ] = None,
     device: options.Device = None,
@@ -40,7 +40,7 @@ def scan(
     no_emulate: options.NoEmulate = False,
     what_if: Annotated[
         bool,
-        options.option(FURTHER, "--what-if", "What each free remedy gives on the evaluation data."),
+        options.option(FURTHER, "--what-if", "Measure on held-out data what remedies without training gain."),
         options.Sets("scan.what_if"),
     ] = False,
     train_steps: Annotated[
@@ -50,7 +50,7 @@ def scan(
     ] = None,
     gradients: Annotated[
         bool,
-        options.option(FURTHER, "--gradients", "Noise of the backward pass, by the loss."),
+        options.option(FURTHER, "--gradients", "Measure the noise of the backward pass; needs loss()."),
         options.Sets("scan.gradients"),
     ] = False,
     threshold: options.Threshold = None,
@@ -63,7 +63,7 @@ def scan(
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
-    """Measure every BN layer in training and at inference; say which ones disagree, why, and what to do.
+    """Measure every BN layer in training and at inference; report which ones disagree, why, and what to do.
 
     Exit codes: 0 clean, 1 findings, 2 error in usage, spec or your code, 3 nothing could be probed.
     """
@@ -79,7 +79,7 @@ def scan(
         check_writable(output)
     given = options.overrides(context)
     spec = build_spec(target, given)
-    selected(spec.rules)  # a code that is wrong is said before torch is imported
+    selected(spec.rules)  # report a wrong code before torch is imported
     try:
         report = _measure(spec)
     except BnprobeError as error:
@@ -92,8 +92,10 @@ def scan(
 
 
 def has_findings(report: Report, rules: RulesSpec) -> bool:
-    """Whether a cause is an error, or a layer is flagged and no rule says why: what only looks like a mistake was
-    measured to be none, and a layer whose rules the user ignores or exempts is accepted.
+    """Whether a cause is an error, or a layer is flagged without an explanation by any rule.
+
+    Warnings do not count: what only looks like a mistake was measured to be harmless. A flagged layer whose rules the
+    user ignores or exempts is accepted.
     """
     errors = any(verdict.outcome == "failed" and verdict.severity == "error" for verdict in report.verdicts)
     excused = {verdict.layer for verdict in report.verdicts if verdict.message.startswith(EXEMPT)}
@@ -106,7 +108,7 @@ def _measure(spec: Spec) -> Report:
     """Scan, and show progress.
 
     Raises:
-        NothingToProbeError: Ctrl-C before anything was measured; later ones pass.
+        NothingToProbeError: Ctrl-C before anything was measured.
     """
     from bnprobe.cli.progress import progress_bar
 
@@ -114,7 +116,7 @@ def _measure(spec: Spec) -> Report:
     share_processors()
     try:
         with progress_bar(shown=is_main()) as show:
-            # seconds of torch: only once the options are known to be right
+            # importing torch takes seconds: check the options first
             from bnprobe.distributed import connected
             from bnprobe.pipeline import scan_spec
 
@@ -132,10 +134,10 @@ def _measure(spec: Spec) -> Report:
 
 
 def share_processors() -> None:
-    """Let idle threads of OpenMP sleep soon, unless the user says otherwise; to be called before torch is imported.
+    """Let idle OpenMP threads sleep early, unless the user has set this. Call it before torch is imported.
 
-    By default they spin for milliseconds after every kernel. Where another process (a loader's worker, a neighbour
-    in CI) wants the same cores, a scan of a small network was 10 to 25 times slower for that; alone it is as fast.
+    By default they spin for milliseconds after every kernel. If another process (a loader's worker, another CI job)
+    used the same cores, this made a scan of a small network 10 to 25 times slower; alone it is equally fast.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -22,10 +22,10 @@ _USUAL = "usual"
 
 
 class SweepCommand(typer.core.TyperCommand):
-    """Takes ``--momentum`` with and without rates; typer knows no option with a value that may be missing."""
+    """Accepts ``--momentum`` with and without rates; typer does not support an optional value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give a bare ``--momentum`` the usual rates."""
+        """Give ``--momentum`` without a value the default rates."""
         filled: list[str] = []
         for position, word in enumerate(args):
             following = args[position + 1] if position + 1 < len(args) else ""
@@ -44,7 +44,7 @@ def sweep(
     seed: options.Seed = None,
     batch_sizes: Annotated[
         str | None,
-        options.option(_SWEEP, "--batch-sizes", "Sizes of the eval path (default 1,2,4,8,16,32,64).", "N,N"),
+        options.option(_SWEEP, "--batch-sizes", "Sizes for the eval path (default 1,2,4,8,16,32,64).", "N,N"),
         options.Sets("scan.batch_sizes"),
     ] = None,
     train_sizes: Annotated[
@@ -55,19 +55,21 @@ def sweep(
         options.option(
             _SWEEP,
             "--momentum",
-            "Replay the running average at these rates, e.g. 0.1,0.01,cumulative; without rates: from 0.3 to 0.001.",
+            "Replay the running average with these momentum values, e.g. 0.1,0.01,cumulative (default: 0.3 to 0.001).",
             "[A,A]",
         ),
     ] = None,
     shift: Annotated[
         float | None,
         options.option(
-            _SWEEP, "--shift", "With --momentum: add S standard deviations to the means from the middle on.", "S"
+            _SWEEP, "--shift", "With --momentum: add S standard deviations to the means from halfway on.", "S"
         ),
     ] = None,
     scale: Annotated[
         float | None,
-        options.option(_SWEEP, "--scale", "With --momentum: standard deviations times F from the middle on.", "F"),
+        options.option(
+            _SWEEP, "--scale", "With --momentum: multiply the standard deviations by F from halfway on.", "F"
+        ),
     ] = None,
     batches: options.Batches = None,
     max_batches: options.MaxBatches = None,
@@ -83,7 +85,7 @@ def sweep(
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
-    """Measure the mismatch at other batch sizes, and which rate of the running average would track best.
+    """Measure the mismatch at other batch sizes, and which momentum of the running average would track best.
 
     Exit codes: 0 clean at the scanned batch size, 1 findings, 2 error in usage, spec or your code, 3 nothing to probe.
     """
@@ -96,7 +98,7 @@ def sweep(
     sizes = _sizes("--train-sizes", train_sizes)
     rates = _rates(momentum)
     if momentum is None and (shift is not None or scale is not None):
-        raise UsageError("--shift and --scale change what --momentum replays: give --momentum too.")
+        raise UsageError("--shift and --scale change the data that --momentum replays: give --momentum too.")
     render = renderer(format_, SweepReport)
     check_writable(output)
     spec = build_spec(
@@ -114,9 +116,9 @@ def _measure(spec: Spec, train_sizes: tuple[int, ...], replayed: dict[str, Any] 
     """Sweep, and show progress.
 
     Args:
-        spec: What is swept.
+        spec: What to measure.
         train_sizes: Further sizes of the train path.
-        replayed: Fields of ``MomentumPlan``, None for the usual; None: nothing is replayed.
+        replayed: Fields of ``MomentumPlan``, with None for defaults; None: nothing is replayed.
 
     Raises:
         NothingToProbeError: Ctrl-C before anything was measured.
@@ -127,32 +129,32 @@ def _measure(spec: Spec, train_sizes: tuple[int, ...], replayed: dict[str, Any] 
     share_processors()
     try:
         with progress_bar() as show:
-            from bnprobe.sweep import SweepPlan, sweep_spec  # seconds of torch: once the options are known to be right
+            from bnprobe.sweep import SweepPlan, sweep_spec  # importing torch takes seconds: check the options first
             from bnprobe.tracking import MomentumPlan
 
             given = {name: value for name, value in (replayed or {}).items() if value is not None}
             momentum = None if replayed is None else MomentumPlan(**given)
             return sweep_spec(spec, SweepPlan(train_sizes=train_sizes, momentum=momentum), show)
     except KeyboardInterrupt:
-        raise NothingToProbeError("Interrupted before the first scan was done; there is no report.") from None
+        raise NothingToProbeError("Interrupted before the first scan was complete; there is no report.") from None
 
 
 def _sizes(name: str, text: str | None) -> tuple[int, ...]:
     if text is None:
         return ()
     if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise UsageError(f"{name} {text} is no list of batch sizes: give whole numbers and commas, as in 8,32.")
+        raise UsageError(f"{name} {text} is not a list of batch sizes: give whole numbers and commas, as in 8,32.")
     return tuple(sorted({int(part) for part in text.split(",")}))
 
 
 def _rates(text: str | None) -> tuple[float | None, ...] | None:
-    """Rates, None among them standing for the cumulative average; None for the usual ones."""
+    """Parse rates, where None stands for the cumulative average; None: the default rates."""
     if text is None or text == _USUAL:
         return None
     try:
         return tuple(None if part == _CUMULATIVE else float(part) for part in text.split(","))
     except ValueError:
         raise UsageError(
-            f"--momentum {text} is no list of rates: give numbers and commas, as in 0.1,0.01, or the word"
+            f"--momentum {text} is not a list of momentum values: give numbers and commas, as in 0.1,0.01, or the word"
             f" {_CUMULATIVE}."
         ) from None

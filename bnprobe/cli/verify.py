@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def verify(
-    before: Annotated[Path, typer.Argument(help="JSON report of a scan of the model as it was.", metavar="BEFORE")],
+    before: Annotated[Path, typer.Argument(help="JSON report of a scan of the original model.", metavar="BEFORE")],
     after: Annotated[Path, typer.Argument(help="JSON report of a scan of the repaired model.", metavar="AFTER")],
     format_: options.ReportFormat = options.TERMINAL,
     output: options.Output = None,
     show_all: options.ShowAll = False,
 ) -> None:
-    """Compare the reports of two scans of one model: whether a repair holds. Neither model nor data is needed.
+    """Compare the reports of two scans of one model to verify a repair. Neither model nor data is needed.
 
-    Exit codes: 0 no layer is flagged any more and the outputs are no farther apart; 1 it does not hold; 2 a file is no
-    report, or the reports are of different models.
+    Exit codes: 0 no layer is flagged any more and the outputs are not farther apart; 1 the repair does not hold; 2 a
+    file is not a report, or the reports are of different models.
     """
     from bnprobe.cli.write import check_writable, deliver
     from bnprobe.records import Verification
@@ -40,10 +40,10 @@ def verify(
 
 
 def _read(path: Path) -> Report:
-    """A saved JSON report.
+    """Read a saved JSON report.
 
     Raises:
-        UsageError: It cannot be read, or is none; says which file.
+        UsageError: The file cannot be read or is not a report; the message names it.
     """
     from bnprobe.report.json import load_report
     from bnprobe.targets import nearest_file
@@ -51,9 +51,9 @@ def _read(path: Path) -> Report:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UsageError(f"There is no report {path}. {nearest_file(path)}".rstrip()) from None
+        raise UsageError(f"The report {path} does not exist. {nearest_file(path)}".rstrip()) from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is no JSON report of bnprobe: it is no text.") from None
+        raise UsageError(f"{path} is not a JSON report of bnprobe: it is not text.") from None
     except OSError as error:
         raise UsageError(f"The report {path} could not be read: {error.strerror}.") from None
     try:

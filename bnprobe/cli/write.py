@@ -14,10 +14,10 @@ from bnprobe.report import Renderer, RenderOptions
 
 
 def check_writable(output: Path | None) -> None:
-    """Refuse an output that could not be written, before anything is measured.
+    """Reject an output that cannot be written, before anything is measured.
 
     Raises:
-        OutputError: The folder is missing or read-only, or the file is a folder.
+        OutputError: The folder is missing or read-only, or the path is a folder.
     """
     if output is not None:
         require_writable(output)
@@ -26,7 +26,7 @@ def check_writable(output: Path | None) -> None:
 def deliver(
     document: object, render: Renderer, output: Path | None = None, show_all: bool = False, summary: str = ""
 ) -> None:
-    """Write a document, as it is rendered, to ``output`` if given, and the summary to stderr; else to stdout."""
+    """Write the rendered document to ``output`` and the summary to stderr; without ``output``, to stdout."""
     if output is None:
         _print(render(document, _terminal_options(show_all)))
         return
@@ -35,16 +35,16 @@ def deliver(
 
 
 def _print(text: str) -> None:
-    """Write to stdout; a reader that has seen enough (``| head``) is no error.
+    """Write to stdout. A reader that closes the pipe early (``| head``) is not an error.
 
     Raises:
-        OutputError: It could not be written, e.g. to a full disk.
+        OutputError: The text could not be written, e.g. to a full disk.
     """
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
-        # What is left in the buffer must not fail again when Python closes stdout.
+        # The rest of the buffer must not fail again when Python closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             raise OutputError(f"The report could not be written to stdout: {error.strerror}.") from None
@@ -71,5 +71,5 @@ def _can_encode(text: str, encoding: str | None) -> bool:
 
 
 def typed_command() -> str:
-    """The command line, as it was typed."""
+    """The command line as typed."""
     return shlex.join(["bnprobe", *sys.argv[1:]])

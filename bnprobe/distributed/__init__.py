@@ -1,4 +1,4 @@
-"""The processes of a torchrun launch: who this one is, which micro-batches are its own, and what all of them say."""
+"""The processes of a torchrun launch: rank and size, each process's micro-batches, and exchange between processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notices for the other processes, which need no collective: how a launch ends when one of them fails."""
+"""Messages between processes without collectives: how a launch ends if one process fails."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ _FAREWELL_SECONDS = 5.0
 
 
 class Board:
-    """Notices that a process puts up at any time and the others read when they like: no collective.
+    """Messages that a process posts at any time and the others read at any time, without a collective.
 
     Args:
-        store: The launch's key-value store; this object makes connections of its own.
+        store: Key-value store of the launch; the board makes its own connections to it.
         size: Number of processes.
-        hosts: Whether the store goes with this process, which then leaves last.
+        hosts: Whether this process hosts the store, so that it must exit last.
     """
 
     def __init__(self, store: Any, size: int, hosts: bool) -> None:
         self._store, self._size, self._hosts = store.clone(), size, hosts
-        self._watched = store.clone()  # a connection is for one thread
+        self._watched = store.clone()  # a connection serves one thread only
         self._first = False
         self._done = threading.Event()
         self._watcher: threading.Thread | None = None
 
     def halt(self) -> None:
-        """Ask all processes to stop measuring and to come to the next exchange."""
+        """Ask all processes to stop measuring and to continue with the next exchange."""
         self._store.set("halt", "1")
 
     @property
     def halted(self) -> bool:
-        """Whether one of them asked for it. Costs a round trip to the store, about 0.1 ms on one machine."""
+        """Whether any process asked to stop. Costs one round trip to the store, about 0.1 ms on one machine."""
         return bool(self._store.check(["halt"]))
 
     def end(self, code: int) -> int | None:
-        """Say that the launch ends with this exit code; None if this process is the first to say so, else the code
-        that it ends with.
+        """Announce that the launch ends with this exit code. None if this process is the first to do so, else the exit
+        code that another process announced.
         """
-        self.close()  # this process leaves by itself
+        self.close()  # this process exits by itself
         self._first = self._store.add("ends", 1) == 1
         if not self._first:
             return int(self._store.get("code"))
@@ -49,20 +49,20 @@ class Board:
         return None
 
     def watch(self, leave: Callable[[int], None]) -> None:
-        """Call ``leave`` with the exit code, in a thread, as soon as another process ends the launch."""
+        """In a thread, call ``leave`` with the exit code as soon as another process announces the end of the launch."""
         self._watcher = threading.Thread(target=self._look_out, args=(leave,), daemon=True)
         self._watcher.start()
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._done.set()
         if self._watcher is not None:
             self._watcher.join()
             self._watcher = None
 
     def farewell(self) -> None:
-        """After ``end``: wait until the other processes know it too, at most a few seconds, since some may be dead."""
-        with suppress(RuntimeError):  # the store has gone with its process
+        """After ``end``, wait until the other processes know of it, but only a few seconds, since some may be dead."""
+        with suppress(RuntimeError):  # the store is gone with its process
             if self._first:
                 _wait_for(lambda: self._store.add("seen", 0) >= self._size - 1)
                 self._store.set("farewell", "1")
@@ -77,18 +77,18 @@ class Board:
                     self._has_seen(self._watched)
                     leave(code)
                     return
-        except RuntimeError:  # the store has gone with its process: collectives will say so
+        except RuntimeError:  # the store is gone with its process; collectives will report it
             return
 
     def _has_seen(self, store: Any) -> None:
-        """Say so; the store may be gone at once, so that this is the last word to it."""
+        """Confirm that this process has seen the end; the store may vanish at once, so nothing is sent after this."""
         store.add("seen", 1)
         if self._hosts:
             _wait_for(lambda: bool(store.check(["farewell"])))
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
-    """Until it holds, at most a few seconds."""
+    """Wait until the condition holds, but at most a few seconds."""
     deadline = time.monotonic() + _FAREWELL_SECONDS
     while not condition() and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)

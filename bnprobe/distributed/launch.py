@@ -1,4 +1,4 @@
-"""Find the processes of a torchrun launch and connect them."""
+"""Find and connect the processes of a torchrun launch."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from bnprobe.distributed.world import ALONE, World, first_sentence
 from bnprobe.errors import ProcessError
 
 JOINING = timedelta(minutes=5)
-"""How long the processes wait for each other at the start."""
+"""How long the processes wait for each other at start-up."""
 
 PATIENCE = timedelta(days=1)
-"""How long a collective waits. Process 0 may work alone for hours; one that fails says so on the board, and of one that
-dies the connections close: only one that hangs is waited for.
+"""Timeout of collectives. It is long because process 0 may work alone for hours. A process that fails posts this on
+the board, and the connections of one that dies are closed, so only a process that hangs is waited for.
 """
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _connections: list[World] = []
-"""The world that this module has connected, if it has; the last one counts."""
+"""The worlds that this module has connected; the last one is current."""
 
 
 def launched() -> World:
-    """The world that torchrun's environment describes, whether or not its processes are connected yet.
+    """The world described by torchrun's environment variables, whether or not its processes are connected yet.
 
-    A WORLD_SIZE without an address to meet at is no launch: some batch systems set it for single processes.
+    WORLD_SIZE without a master address is not a launch: some batch systems set it for single processes.
     """
     if not all(name in os.environ for name in _VARIABLES):
         return ALONE
@@ -42,12 +42,12 @@ def launched() -> World:
 def connected() -> Iterator[World]:
     """Connect the processes of a torchrun launch while the block runs.
 
-    By gloo, and by nccl for CUDA tensors where every process of the machine has a GPU of its own; the process's
-    current CUDA device is that of its LOCAL_RANK. Without torchrun, within another such block, or where the caller has
-    connected the processes already, nothing is set up nor taken down.
+    The backend is gloo, and nccl for CUDA tensors if every process of the machine has its own GPU; the current CUDA
+    device becomes that of LOCAL_RANK. Without torchrun, inside another such block, or if the caller has connected the
+    processes already, nothing is set up or torn down.
 
     Raises:
-        ProcessError: The processes did not find each other.
+        ProcessError: The processes could not be connected.
     """
     if _connections:
         yield _connections[-1]
@@ -69,8 +69,8 @@ def connected() -> Iterator[World]:
 
 def _connect(world: World) -> World:
     if not distributed.is_available():
-        raise ProcessError("This build of PyTorch has no torch.distributed: run bnprobe without torchrun.")
-    from torch.distributed.distributed_c10d import PrefixStore  # not in every build
+        raise ProcessError("This build of PyTorch does not include torch.distributed: run bnprobe without torchrun.")
+    from torch.distributed.distributed_c10d import PrefixStore  # not available in every build
     from torch.distributed.rendezvous import rendezvous
 
     try:
@@ -82,17 +82,17 @@ def _connect(world: World) -> World:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ProcessError(
-            f"Process {world.rank} of {world.size} could not join the others at {where}: {first_sentence(error)} Is"
-            " every process of the launch running, and can it reach this address?"
+            f"Process {world.rank} of {world.size} could not connect to the others at {where}: {first_sentence(error)}"
+            " Check that every process of the launch is running and can reach this address."
         ) from error
 
 
 def _bind_device() -> str:
-    """Take this process's GPU, if there are any; the backends to connect by."""
+    """Select this process's GPU, if there is one, and return the backends to use."""
     if not torch.cuda.is_available():
         return "gloo"
     local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     torch.cuda.set_device(local % devices)
-    # nccl refuses two processes on one GPU; gloo takes CUDA tensors as well.
+    # nccl refuses two processes on one GPU; gloo accepts CUDA tensors too.
     own = int(os.environ.get("LOCAL_WORLD_SIZE", str(local + 1))) <= devices
     return "cpu:gloo,cuda:nccl" if own and distributed.is_nccl_available() else "gloo"

@@ -1,21 +1,21 @@
-"""Which micro-batches a process measures."""
+"""Which micro-batches each process measures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 OPENING = 2
-"""Micro-batches that every process reads whose ever they are: all make the same self-check, and see the same errors."""
+"""Micro-batches that every process reads, so that all run the same self-check and see the same errors."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which micro-batches are this process's: runs of consecutive ones are dealt out in turn, without padding.
+    """The micro-batches of this process: runs of consecutive ones go to the processes in turn, without padding.
 
-    Positions count all micro-batches, numbers this process's own, both from 0.
+    A position counts all micro-batches; a number counts only those of this process. Both start at 0.
 
     Attributes:
-        rank, size: As in ``World``.
+        rank, size: Rank of this process and number of processes.
         run: Micro-batches that stay together.
     """
 
@@ -28,16 +28,16 @@ class Share:
         return position // self.run % self.size == self.rank
 
     def reads(self, position: int) -> bool:
-        """Whether this process reads it: its own, and the first few."""
+        """Whether this process reads the micro-batch at a position: its own, and the first few of all."""
         return position < OPENING or self.owns(position)
 
     def position(self, number: int) -> int:
-        """Position of one of this process's own micro-batches."""
+        """Position of this process's micro-batch of a given number."""
         turn, within = divmod(number, self.run)
         return (turn * self.size + self.rank) * self.run + within
 
     def count(self, total: int) -> int:
-        """How many of the first ``total`` micro-batches are this process's."""
+        """How many of the first ``total`` micro-batches belong to this process."""
         turns, rest = divmod(total, self.run * self.size)
         return turns * self.run + min(max(rest - self.rank * self.run, 0), self.run)
 

@@ -1,4 +1,4 @@
-"""What processes that work together can tell each other."""
+"""Communication between processes that work together."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class World:
     """The processes that work together.
 
     Attributes:
-        rank: Number of this process, from 0.
-        size: How many there are.
-        board: Where they put notices up; None for one process, or where the caller connected them.
+        rank: Rank of this process, from 0.
+        size: Number of processes.
+        board: Their message board; None for one process, or if the caller connected the processes.
     """
 
     rank: int = 0
@@ -32,24 +32,24 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process reports and writes."""
+        """Whether this process writes reports and files (rank 0)."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, in their order; every process must call this.
+        """The values of all processes, by rank; every process must call this.
 
         Raises:
-            ProcessError: One of them is gone, as in all of these methods.
+            ProcessError: A process is gone; all of these methods can raise this.
         """
         if self.size == 1:
             return [value]
-        values = [value] * self.size  # every place is replaced
+        values = [value] * self.size  # every entry is replaced
         with _peers():
             distributed.all_gather_object(values, value)
         return values
 
     def share(self, value: T) -> T:
-        """Process 0's value, in every process; every process must call this."""
+        """The value of process 0, in every process; every process must call this."""
         if self.size == 1:
             return value
         values = [value]
@@ -58,9 +58,10 @@ class World:
         return values[0]
 
     def to_main(self, value: T) -> Iterator[T]:
-        """In process 0 the values of all, in their order, one at a time: never more than two are in memory.
+        """In process 0, the values of all processes by rank, one at a time; at most two are in memory.
 
-        Elsewhere the value is sent and nothing is given. Every process must call this, and process 0 read to the end.
+        Other processes send their value and yield nothing. Every process must call this, and process 0 must read to the
+        end.
         """
         if self.is_main:
             return self._receive(value)
@@ -69,7 +70,7 @@ class World:
         return iter(())
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has called this."""
         if self.size > 1:
             with _peers():
                 distributed.barrier()
@@ -98,17 +99,17 @@ ALONE = World()
 
 @contextmanager
 def _peers() -> Iterator[None]:
-    """What torch raises where another process is gone, in words."""
+    """Turn torch's error about a lost process into a ProcessError."""
     try:
         yield
     except RuntimeError as error:
         raise ProcessError(
-            f"Another process of the launch is gone, or cannot be reached: {first_sentence(error)} Its own message, or"
-            " the launcher's, says why."
+            f"Another process of the launch has ended or cannot be reached: {first_sentence(error)} See the error"
+            " message of that process or of the launcher."
         ) from error
 
 
 def first_sentence(error: Exception) -> str:
-    """Without the place in PyTorch's source that gloo puts before it, and its advice."""
+    """The first sentence of an error, without gloo's source location in front and its advice at the end."""
     line = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip().partition("\n")[0])
     return f"{line.partition('. ')[0].rstrip('.') or type(error).__name__}."

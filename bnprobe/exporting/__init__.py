@@ -1,4 +1,4 @@
-"""Export a model to a file that other programs run, and prove that the file gives the model's outputs.
+"""Export a model to a file that other programs can run, and check that the file gives the model's outputs.
 
 A new format is one file with an ``Exporter`` and one line in `EXPORTERS`.
 """

@@ -1,4 +1,4 @@
-"""What the user's forward gives to the model: the arguments that an exported file will be called with."""
+"""The arguments that the user's forward passes to the model, with which an exported file will be called."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from bnprobe.usercode import BatchFunction
 
 
 def arguments_of(model: nn.Module, forward: BatchFunction, batch: Any) -> Arguments:
-    """Run the user's forward on a batch; the arguments of the first call of the model itself, all positional.
+    """Run the user's forward on a batch, and return the positional arguments of the first call of the model itself.
 
     Raises:
-        RepairError: The model itself is not called, or not with tensors in positional arguments alone.
+        RepairError: The model itself is not called, gets no tensor, or gets keyword-only arguments.
         UserCodeError: The user's code raised.
     """
     calls: list[Arguments] = []
@@ -36,11 +36,11 @@ def arguments_of(model: nn.Module, forward: BatchFunction, batch: Any) -> Argume
         handle.remove()
     if not calls:
         raise RepairError(
-            "forward(model, batch) never calls the model itself, only parts of it: there is no graph of the whole to"
-            " export. Let the module's own forward(...) do what is to be deployed."
+            "forward(model, batch) calls only parts of the model, never the model itself, so there is no complete graph"
+            " to export. Move what is to be deployed into the model's own forward()."
         )
     if not tensors_of(calls[0]):
-        raise RepairError("The model is called without a tensor: there is no input that an exported file could take.")
+        raise RepairError("The model is called without a tensor, so an exported file would have no input.")
     return calls[0]
 
 
@@ -50,14 +50,14 @@ def _positional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     if bound.kwargs:
         raise RepairError(
-            f"The model is called with arguments that can be given by name only ({', '.join(bound.kwargs)}). Exported"
-            " files take positional ones: take the * or ** out of its forward."
+            f"The model is called with keyword-only arguments ({', '.join(bound.kwargs)}), but exported files accept"
+            " only positional ones: remove the * or ** from its forward()."
         )
     return bound.args
 
 
 def shapes_of(arguments: Arguments, images: int) -> Arguments:
-    """Like the arguments: which axes count the images, as ``torch.export`` takes it."""
+    """The batch axes of the arguments, in the form that ``torch.export`` takes for dynamic shapes."""
     batch = Dim("batch")
 
     def shape(leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How far two outputs are apart."""
+"""Differences between the outputs of two models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bnprobe.records import Difference
 
 
 def difference(expected: Any, found: Any, images: int) -> Difference:
-    """Compare outputs tensor by tensor, whatever they are packed in."""
+    """Compare outputs tensor by tensor, in any nested structure."""
     one, other = tensors_of(expected), tensors_of(found)
     if not one or len(one) != len(other):
         return Difference(images, math.inf, math.inf)
@@ -27,7 +27,7 @@ def _apart(expected: Tensor, found: Tensor) -> tuple[float, float]:
     if expected.numel() == 0:
         return 0.0, 0.0
     one, other = expected.detach().double(), found.detach().double()
-    same = (one == other) | (one.isnan() & other.isnan())  # infinities that agree are no difference
+    same = (one == other) | (one.isnan() & other.isnan())  # equal infinities are no difference
     gap = torch.where(same, 0.0, (one - other).abs())
     if not bool(torch.isfinite(gap).all()):
         return math.inf, math.inf

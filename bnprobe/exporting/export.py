@@ -1,4 +1,4 @@
-"""Export what a spec names, load the file again, and hold its outputs against the model's."""
+"""Export what a spec names, load the file again, and compare its outputs with the model's."""
 
 from __future__ import annotations
 
@@ -29,22 +29,24 @@ from bnprobe.records import Difference
 from bnprobe.spec import Spec
 
 BATCHES = 3
-"""Batches of the user's data that the file is checked on, beside one of another size and one of a single image."""
+"""Batches of the user's data to check the file on, in addition to one of another size and one of a single sample."""
 
 _SYNTHETIC_BATCH = 4
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that is not written yet, and what it was found to give.
+    """An exported file that is not written yet, and the results of its check.
 
     Attributes:
-        format: As ``--to`` has it.
-        model, checkpoint: As in a scan's record.
-        content: Of the file.
-        differences: Of the file's outputs from those of the model in it, batch by batch; none: it could not be run.
-        quantization: Of the outputs of the quantized model from those of the model as loaded; none: not quantized.
-        notes: What the reader should know, a sentence each.
+        format: Name of the format, as for ``--to``.
+        model, checkpoint: As in the record of a scan.
+        content: Content of the file.
+        differences: Differences between the outputs of the file and of the exported model, per batch; empty: the file
+            could not be run.
+        quantization: Differences between the outputs of the quantized model and of the model as loaded; empty: not
+            quantized.
+        notes: What the reader should know, one sentence each.
     """
 
     format: str
@@ -62,20 +64,20 @@ class Exported:
 
 
 def exporter_named(name: str, quantize: bool) -> Exporter:
-    """The format of that name.
+    """Look up an export format.
 
     Raises:
-        UsageError: There is none, its packages are missing, or it cannot hold a quantized model.
+        UsageError: The format is unknown, its packages are missing, or it cannot store a quantized model.
     """
     found = next((exporter for exporter in EXPORTERS if exporter.name == name), None)
     if found is None:
-        raise UsageError(f"There is no format {name} to export to; known: {', '.join(e.name for e in EXPORTERS)}.")
+        raise UsageError(f"Unknown export format {name}; known: {', '.join(e.name for e in EXPORTERS)}.")
     missing = [package for package in found.packages if not is_installed(package)]
     if missing:
         raise UsageError(f"--to {name} needs {' and '.join(missing)}. Run: pip install {' '.join(missing)}.")
     if quantize and not found.takes_quantized:
         able = next(exporter.name for exporter in EXPORTERS if exporter.takes_quantized)
-        raise UsageError(f"--quantize has kernels that {name} cannot hold; give --to {able}, or leave it out.")
+        raise UsageError(f"--quantize uses kernels that {name} cannot store; give --to {able}, or leave it out.")
     return found
 
 
@@ -83,7 +85,7 @@ def export_spec(spec: Spec, to: str, quantize: bool = False) -> Exported:
     """Load what a spec names, export it in eval mode from the CPU, and check the file.
 
     Raises:
-        RepairError: The model cannot be exported, or the file not be run.
+        RepairError: The model cannot be exported, or the file cannot be run.
         BnprobeError: See ``bnprobe.errors`` for the tree.
     """
     exporter = exporter_named(to, quantize)
@@ -104,28 +106,28 @@ def export_spec(spec: Spec, to: str, quantize: bool = False) -> Exported:
         found = tuple(_checked(exporter, model, run, cases, fixed)) if run else ()
     notes = [*workload.notes, *written.notes]
     if run is None:
-        notes.append(f"The outputs were not checked: nothing that runs {to} files is installed (onnxruntime).")
+        notes.append(f"The outputs were not checked, because onnxruntime, which runs {to} files, is not installed.")
     return Exported(to, workload.model_name, workload.checkpoint, written.content, found, changes, tuple(notes))
 
 
 def _with_batch_size(spec: Spec) -> Spec:
-    """Made-up images need a number; any will do."""
+    """Synthetic inputs need a batch size; any size works."""
     if spec.data.batch_size is not None or not spec.data.input_shape:
         return spec
     return spec.model_copy(update={"data": spec.data.model_copy(update={"batch_size": _SYNTHETIC_BATCH})})
 
 
 def _cases(workload: Workload, model: nn.Module) -> tuple[list[tuple[int, Arguments]], bool]:
-    """Images and arguments of several batches; whether the model takes one size only.
+    """Sizes and arguments of several batches, and whether the model accepts only one batch size.
 
-    The first is the example, of two images at least where that can be.
+    The first batch is the example for tracing; it has at least two samples if possible.
     """
     forward = workload.forward or (forward_all if workload.source.synthetic else default_forward)
     batches = list(itertools.islice(workload.source.batches, BATCHES))
     for number, batch in enumerate(batches, 1):
         check_finite(batch, number)
     if not batches:
-        raise RepairError("The data gave no batch: an export needs one as an example of the model's input.")
+        raise RepairError("The data yielded no batch, but an export needs one as an example input.")
     found: list[tuple[int, Arguments]] = []
     fixed = False
     for batch in [*batches, *_other_sizes(batches)]:
@@ -135,15 +137,15 @@ def _cases(workload: Workload, model: nn.Module) -> tuple[list[tuple[int, Argume
         except UserCodeError:
             if not found or images == found[0][0]:
                 raise
-            fixed = True  # the model takes no other size than its loader gives
+            fixed = True  # the model accepts only the size that its loader gives
     if fixed:
         return [case for case in found if case[0] == found[0][0]], True
-    found.sort(key=lambda case: case[0] < 2)  # an example of one image would fix the size
+    found.sort(key=lambda case: case[0] < 2)  # an example of one sample would fix the size
     return found, False
 
 
 def _other_sizes(batches: Sequence[Any]) -> Iterator[Any]:
-    """Two batches in one, and a single image, where the batches can be joined and taken apart."""
+    """Two batches joined, and a single sample, if batches can be joined and split."""
     images = count_images(batches[0])
     try:
         if len(batches) > 1:
@@ -157,21 +159,21 @@ def _other_sizes(batches: Sequence[Any]) -> Iterator[Any]:
 def _export(
     exporter: Exporter, model: nn.Module, cases: Sequence[tuple[int, Arguments]], fixed: bool
 ) -> tuple[Written, Run | None, bool]:
-    """The file, what runs it, and whether it takes batches of the example's size only."""
+    """The file, a function that runs it, and whether it accepts only the batch size of the example."""
     images, example = cases[0]
     if not fixed:
-        # The graph may fix the size in any way, and torch says so in as many; what remains is that it takes one size.
+        # A graph can fix the size in many ways, with as many errors of torch; all mean that it accepts only one size.
         with suppress(Exception):
             return *_flexible(exporter, model, cases), False
     written = _fixed(exporter, model, example)
-    note = f"The file takes batches of {images} images only: the model fixes the size of its batch."
+    note = f"The file accepts only batches of {images} samples, because the model fixes its batch size."
     return replace(written, notes=(*written.notes, note)), exporter.read(written.content), True
 
 
 def _flexible(
     exporter: Exporter, model: nn.Module, cases: Sequence[tuple[int, Arguments]]
 ) -> tuple[Written, Run | None]:
-    """A file that takes batches of any size, and runs on those at hand."""
+    """A file that accepts batches of any size, tested on the given ones."""
     images, example = cases[0]
     written = _written(exporter, model, example, shapes_of(example, images))
     run = exporter.read(written.content)
@@ -193,13 +195,13 @@ def _fixed(exporter: Exporter, model: nn.Module, example: Arguments) -> Written:
 
 def _written(exporter: Exporter, model: nn.Module, example: Arguments, shapes: Arguments | None) -> Written:
     with warnings.catch_warnings(), _unlogged():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # of torch about its own insides
+        warnings.filterwarnings("ignore", category=FutureWarning)  # warnings of torch about its own internals
         return exporter.write(model, example, shapes)
 
 
 @contextmanager
 def _unlogged() -> Iterator[None]:
-    """Without torch's log of a graph that it gave up, pages of it: the error says what is to be said."""
+    """Silence torch's long log about a failed graph; the error says enough."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -212,12 +214,12 @@ def _unlogged() -> Iterator[None]:
 def _checked(
     exporter: Exporter, model: nn.Module, run: Run, cases: Sequence[tuple[int, Arguments]], fixed: bool
 ) -> Iterator[Difference]:
-    """The file against the model, on every batch that it takes."""
+    """Compare the file with the model on every batch that it accepts."""
     for images, arguments in cases:
         if fixed and images != cases[0][0]:
             continue
         try:
             found = run(arguments)
         except RuntimeError as error:
-            raise RepairError(f"The {exporter.name} file cannot be run on {images} images: {error}") from error
+            raise RepairError(f"The {exporter.name} file cannot be run on {images} samples: {error}") from error
         yield difference(model(*arguments), found, images)

@@ -8,4 +8,4 @@ from bnprobe.exporting.torch_export import TorchExporter
 from bnprobe.exporting.torchscript import TorchScriptExporter
 
 EXPORTERS: tuple[Exporter, ...] = (TorchExporter(), TorchScriptExporter(), OnnxExporter())
-"""Every format. A new one is one file and one line here."""
+"""All export formats. A new one takes one file and one line here."""

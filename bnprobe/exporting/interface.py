@@ -1,4 +1,4 @@
-"""The seam of the export formats."""
+"""The interface of export formats."""
 
 from __future__ import annotations
 
@@ -10,60 +10,60 @@ from typing import Any, Protocol
 from torch import nn
 
 Arguments = tuple[Any, ...]
-"""Positional arguments of the model's ``forward``: tensors, or nests of them."""
+"""Positional arguments of the model's ``forward``: tensors, or nested structures of them."""
 
 Run = Callable[[Arguments], Any]
-"""What a file does with such arguments: the outputs."""
+"""Runs a file on such arguments and returns its outputs."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """The content of a file, and what the reader should know, a sentence each."""
+    """The content of a file, and notes for the reader, one sentence each."""
 
     content: bytes
     notes: tuple[str, ...] = ()
 
 
 class Exporter(Protocol):
-    """One format."""
+    """One export format."""
 
     @property
     def name(self) -> str:
-        """As ``--to`` has it."""
+        """Name of the format, as for ``--to``."""
 
     @property
     def suffix(self) -> str:
-        """Of file names, with the dot."""
+        """Suffix of file names, with the dot."""
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """What must be installed beside torch."""
+        """Packages that must be installed in addition to torch."""
 
     @property
     def takes_quantized(self) -> bool:
         """Whether a model quantized by torch.ao can be written."""
 
     def write(self, model: nn.Module, arguments: Arguments, shapes: Arguments | None) -> Written:
-        """The content of the file for a model in eval mode and on the CPU.
+        """Return the content of the file for a model in eval mode on the CPU.
 
-        It is made in memory: torch's own writer ends the process where a disk is full.
+        It is made in memory, because torch's own writer kills the process if the disk is full.
 
         Args:
             model: The model.
-            arguments: An example of at least two images.
-            shapes: Like the arguments, with ``{0: Dim}`` where a tensor's first axis counts the images, else None;
-                None: the file need take batches of the example's size only.
+            arguments: Example arguments, for a batch of at least two samples.
+            shapes: Same structure as the arguments, with ``{0: Dim}`` for tensors whose first axis is the batch axis,
+                else None. None for the whole: the file need only accept the batch size of the example.
 
         Raises:
-            Exception: Whatever torch raises where the model cannot be exported.
+            Exception: Anything that torch raises if the model cannot be exported.
         """
 
     def read(self, content: bytes) -> Run | None:
-        """Load the file as a program would; None where what runs it is not installed."""
+        """Load the file as a program would; None if no package that can run it is installed."""
 
 
 def root_cause(error: BaseException) -> str:
-    """What began it, in a line: torch wraps such errors in pages of advice to its developers."""
+    """The root cause in one line; torch wraps such errors in pages of advice for developers."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

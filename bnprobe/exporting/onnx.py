@@ -1,4 +1,4 @@
-"""ONNX, for the runtimes that are not PyTorch."""
+"""ONNX, for runtimes other than PyTorch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bnprobe.probing.batch import tensors_of
 
 
 class OnnxExporter:
-    """``torch.onnx.export`` by way of torch.export; run by ONNX Runtime."""
+    """``torch.onnx.export`` based on torch.export; checked with ONNX Runtime."""
 
     name = "onnx"
     suffix = ".onnx"
@@ -30,8 +30,8 @@ class OnnxExporter:
             program = torch.onnx.export(
                 model, _unambiguous(arguments), dynamo=True, dynamic_shapes=shapes, verbose=False
             )
-            assert program is not None  # it is with dynamo=True
-            return Written(program.model_proto.SerializeToString())  # weights and all: one file
+            assert program is not None  # always so with dynamo=True
+            return Written(program.model_proto.SerializeToString())  # one file, including the weights
 
     def read(self, content: bytes) -> Run | None:
         if not is_installed("onnxruntime"):
@@ -45,8 +45,8 @@ class OnnxExporter:
             tensors = tensors_of(arguments)
             if len(tensors) != len(names):
                 raise RepairError(
-                    f"The ONNX file takes {len(names)} inputs ({', '.join(names)}), and the model {len(tensors)}: the"
-                    " model does not use all of them. Leave the others out of its forward."
+                    f"The ONNX file has {len(names)} inputs ({', '.join(names)}), but the model takes {len(tensors)}:"
+                    " it does not use all of them. Remove the unused ones from its forward()."
                 )
             feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
             return tuple(_as_tensor(value) for value in session.run(None, feed))
@@ -55,7 +55,7 @@ class OnnxExporter:
 
 
 def _unambiguous(arguments: Arguments) -> Arguments:
-    """A mapping in the last place would be taken for keyword arguments; after it these are empty."""
+    """Add an empty mapping after a mapping in the last place, which would be taken for keyword arguments."""
     return (*arguments, {}) if arguments and isinstance(arguments[-1], Mapping) else arguments
 
 
@@ -65,7 +65,7 @@ def _as_tensor(value: Any) -> Tensor:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporter's remarks on its own progress and insides."""
+    """Silence the exporter's messages about its progress and internals."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

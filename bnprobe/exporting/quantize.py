@@ -17,25 +17,25 @@ _MODULE = "torch.ao.quantization.quantize_fx"
 
 
 def quantized(model: nn.Module, batches: Sequence[Arguments]) -> nn.Module:
-    """A copy with 8-bit weights and activations where this torch and this machine have kernels for it.
+    """A copy with 8-bit weights and activations wherever torch has kernels for them on this machine.
 
-    BN layers are folded into the convolutions before them, with their running statistics.
+    BN layers are folded into the preceding convolutions, with their running statistics.
 
     Args:
-        model: In eval mode, on the CPU.
-        batches: What ranges of activations are taken from.
+        model: The model, in eval mode on the CPU.
+        batches: Batches to calibrate the ranges of activations on.
 
     Raises:
-        RepairError: This torch has no torch.ao quantization any more, or it cannot take the model.
+        RepairError: This version of torch has no torch.ao quantization, or it does not support the model.
     """
     if importlib.util.find_spec("torch.ao.quantization") is None or importlib.util.find_spec(_MODULE) is None:
         raise RepairError(
-            f"This torch ({torch.__version__}) has no {_MODULE}: --quantize cannot be done. Leave it out, or use an"
-            " earlier torch."
+            f"--quantize needs {_MODULE}, which this torch ({torch.__version__}) does not have. Leave it out, or use"
+            " an earlier torch."
         )
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that torch.ao moves to another package, and on its own observers
+            warnings.simplefilter("ignore")  # about torch.ao moving to another package, and about its observers
             return _converted(copy.deepcopy(model), batches)
     except Exception as error:
         raise RepairError(

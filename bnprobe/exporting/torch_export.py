@@ -1,4 +1,4 @@
-"""torch.export: the graph of PyTorch 2, as a .pt2 file."""
+"""torch.export: the graph format of PyTorch 2, as a .pt2 file."""
 
 from __future__ import annotations
 

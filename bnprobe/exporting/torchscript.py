@@ -1,4 +1,4 @@
-"""TorchScript: what PyTorch deployed before torch.export, and still does in C++ and on mobile devices."""
+"""TorchScript: PyTorch's format before torch.export, still used in C++ and on mobile devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bnprobe.exporting.interface import Arguments, Run, Written
 
 
 class TorchScriptExporter:
-    """``torch.jit.trace``, or ``torch.jit.script`` where a trace would freeze a decision that depends on the data."""
+    """``torch.jit.trace``, or ``torch.jit.script`` if a trace would freeze a branch that depends on the data."""
 
     name = "torchscript"
     suffix = ".pt"
@@ -54,14 +54,14 @@ def _traced(model: nn.Module, arguments: Arguments) -> tuple[Any, tuple[str, ...
         return program, ()
     try:
         return torch.jit.script(model), ()
-    except Exception:  # whatever TorchScript does not know of the user's Python; the trace is checked, too
+    except Exception:  # anything in the user's Python that TorchScript does not support; the trace is checked too
         first = str(frozen[0].message).split(". ")[0].split("! ")[0]
-        return program, (f"The trace may have frozen what depends on the data, and could not be scripted: {first}.",)
+        return program, (f"The trace may have frozen a branch that depends on the data; scripting failed: {first}.",)
 
 
 @contextmanager
 def _undeprecated() -> Iterator[None]:
-    """Without the warning that TorchScript is deprecated: whoever asks for it knows."""
+    """Silence the warning that TorchScript is deprecated, since the user asked for it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
         yield

@@ -1,4 +1,4 @@
-"""A ``target`` with ``args`` that names a class of torch's or a callable of the user's."""
+"""Resolve a ``target`` with ``args`` to a class of torch or to a callable of the user."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Catalogue:
     """The classes of one of torch's modules that a key of the spec may name.
 
     Attributes:
-        key: Of the spec, e.g. "train.optimizer".
-        noun: What is made, e.g. "optimizer".
-        module: Of torch, e.g. ``torch.optim``.
-        base: The classes are derived from it.
-        given: What they are made of, e.g. "parameters".
+        key: Key of the spec, e.g. "train.optimizer".
+        noun: What the classes make, e.g. "optimizer".
+        module: Module of torch, e.g. ``torch.optim``.
+        base: Base class of them all.
+        given: Their first argument in words, e.g. "parameters".
     """
 
     key: str
@@ -41,11 +41,11 @@ class Catalogue:
 
     @property
     def example(self) -> str:
-        """How a function of the user's could be called."""
+        """Example name for a function of the user's own."""
         return f"make_{self.noun}"
 
     def classes(self) -> dict[str, Callable[..., Any]]:
-        """The classes by name."""
+        """The public classes of the module that derive from ``base``, by name."""
         found = {name: value for name, value in vars(self.module).items() if isinstance(value, type)}
         return {
             name: value
@@ -56,12 +56,12 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Maker:
-    """What a target names.
+    """The class or function that a target names.
 
     Attributes:
         name: E.g. "torch.optim.SGD" or "model.py:make_optimizer".
-        make: Called with what it is made of, and ``args``.
-        of_torch: It is one of the catalogue's classes.
+        make: Called with the first argument and ``args``.
+        of_torch: Whether it is one of the catalogue's classes.
     """
 
     catalogue: Catalogue
@@ -71,10 +71,10 @@ class Maker:
     of_torch: bool
 
     def __call__(self, given: Any) -> Any:
-        """Make it.
+        """Call it with its first argument and ``args``.
 
         Raises:
-            UsageError: torch's class refuses the arguments.
+            UsageError: The class of torch rejects the arguments.
             UserCodeError: The user's own function raised.
         """
         with self.refusing():
@@ -82,37 +82,37 @@ class Maker:
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """Around what takes the arguments; raises as a call does."""
+        """Turn rejected arguments into a UsageError while the block runs, as ``__call__`` does."""
         call = f"calling {self.name}({', '.join([self.catalogue.given, *self.args])})"
         try:
             with user_code(call, self._refuses):
                 yield
         except _REFUSALS as error:
             raise UsageError(
-                f"{self.catalogue.key}.args: {self.name} refuses them: {error}{_hint(self.args)}"
+                f"{self.catalogue.key}.args: {self.name} rejects these arguments: {error}{_hint(self.args)}"
             ) from None
 
     def require_args(self) -> bool:
-        """Refuse arguments that the signature does not take, without calling it.
+        """Check the arguments against the signature, without calling it.
 
         Returns:
-            Whether Python could tell the signature.
+            False if Python cannot read the signature.
 
         Raises:
-            UsageError: It does not take them; names the key of the spec.
+            UsageError: The signature does not accept them; the message names the key of the spec.
         """
         try:
             inspect.signature(self.make).bind(None, **self.args)
         except TypeError as error:
             shown = "(" + ", ".join(name for name in signature_of(self.make) if name != "self") + ")"
-            message = f"{self.catalogue.key}.args: {self.name}{shown} cannot be called with them: {error}."
+            message = f"{self.catalogue.key}.args: {self.name}{shown} cannot be called with these arguments: {error}."
             raise UsageError(message) from None
         except ValueError:
             return False  # a built-in
         return True
 
     def _refuses(self, error: BaseException) -> bool:
-        """Whether an error is about the arguments: torch's own classes raise no other."""
+        """Whether an error is about the arguments; torch's own classes raise no other kind."""
         return self.of_torch and isinstance(error, _REFUSALS)
 
 
@@ -120,17 +120,17 @@ _REFUSALS = (TypeError, ValueError)
 
 
 def find_maker(catalogue: Catalogue, target: str, args: Mapping[str, Any], near: UserModule | None) -> Maker:
-    """Find what a target names.
+    """Find the class or function that a target names.
 
     Args:
         catalogue: Where a plain name is looked up first.
         target: ``SGD``, ``torch.optim.SGD``, ``model.py:make_optimizer`` or ``package.module:Class``.
-        args: For it.
-        near: The model's module, where a plain name that is not torch's is looked up.
+        args: Its keyword arguments.
+        near: The model's module, where a plain name that torch does not have is looked up.
 
     Raises:
-        UsageError: There is no such thing; gives the nearest of torch's.
-        ModelError: The user's file, module or symbol is not there.
+        UsageError: No such class or function exists; the message suggests the nearest class of torch.
+        ModelError: The user's file, module or symbol does not exist.
         UserCodeError: The user's module raised while it was loaded.
     """
     known = catalogue.classes()
@@ -143,7 +143,7 @@ def find_maker(catalogue: Catalogue, target: str, args: Mapping[str, Any], near:
     module, symbol = locate(target, near)
     key = f"{catalogue.key}.target"
     if symbol is None:
-        raise UsageError(f"{key}: name a class or function of {module.name}, as {module.name}:{catalogue.example}.")
+        raise UsageError(f"{key}: name a class or function of {module.name}, e.g. {module.name}:{catalogue.example}.")
     make = module.get(symbol)
     if not callable(make):
         raise UsageError(f"{key}: {symbol} of {module.name} is {kind_of(make)}, not a class or function.")
@@ -156,19 +156,19 @@ def _unknown(catalogue: Catalogue, target: str, known: list[str], near: UserModu
     close = difflib.get_close_matches(name, lower, 1, cutoff=0.0)
     where = catalogue.place if near is None else f"{catalogue.place} or {near.name}"
     return (
-        f'{catalogue.key}.target: there is no {catalogue.noun} "{target}" in {where}. The nearest of'
-        f" {catalogue.place} is {lower[close[0]]}; one of your own is named as model.py:{catalogue.example} or"
+        f'{catalogue.key}.target: there is no {catalogue.noun} "{target}" in {where}. The nearest name in'
+        f" {catalogue.place} is {lower[close[0]]}. To use your own, write model.py:{catalogue.example} or"
         " package.module:Class."
     )
 
 
 def _hint(args: Mapping[str, Any]) -> str:
-    """YAML reads 1e-3 as text: it wants a dot in the number."""
+    """Point out a number that YAML read as text: 1e-3 needs a dot, as in 1.0e-3."""
     for key, value in args.items():
         if isinstance(value, str) and _is_number(value):
             number = repr(float(value))
             written = number if "." in number else number.replace("e", ".0e")
-            return f". {key} is the text {value!r}, which YAML takes for no number: write {written}."
+            return f". YAML reads {key}: {value} as text, not as a number; write {written}."
     return "."
 
 

@@ -1,4 +1,4 @@
-"""Weights -> the model: find the state dict, match its keys, check everything, and only then copy."""
+"""Load weights into the model: find the state dict, match its keys, check everything, and only then copy."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 def load_checkpoint(model: nn.Module, spec: CheckpointSpec) -> tuple[str, ...]:
-    """Copies the weights of a file into the model; without a path, does nothing.
+    """Copy the weights of a file into the model. Without a path, do nothing.
 
     Args:
-        model: Gets the weights, in place; it is left as it was if anything is wrong.
+        model: Changed in place; left unchanged if anything is wrong.
         spec: Path, key, prefix, strictness.
 
     Returns:
-        What was done on the way, a sentence each.
+        Notes on what was done, one sentence each.
 
     Raises:
         CheckpointError: The file cannot be read, or does not fit the model.
@@ -53,7 +53,7 @@ def load_checkpoint(model: nn.Module, spec: CheckpointSpec) -> tuple[str, ...]:
 
 
 def _refuse_converted(path: Path, model: nn.Module) -> None:
-    """Refuse weights of converted layers for a model that has plain BN there, where inference would differ."""
+    """Reject weights of converted layers for a model with plain BN in their place: inference would differ."""
     conversion = read_conversion(path)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in conversion[1] if conversion else ():
@@ -61,7 +61,7 @@ def _refuse_converted(path: Path, model: nn.Module) -> None:
         if conversion and isinstance(module, _BatchNorm) and not hasattr(module, "deployment_obstacle"):
             raise CheckpointError(
                 f"{path} holds the weights of a model whose layers were converted to {conversion[0]}, but {name} is"
-                f" {type(module).__name__} here: at inference that would be another model. Let load_model() convert it:"
+                f" {type(module).__name__} in this model, so inference would differ. Convert it in load_model():"
                 f' bnprobe.convert(model, [...], to="{conversion[0]}").'
             )
 
@@ -90,31 +90,31 @@ def _unwrap(saved: Mapping[Any, Any], key: str | None, path: Path, notes: list[s
     if wrapper is None:
         inside = f" under the key {key}" if key else ""
         raise CheckpointError(
-            f"{path} holds no state dict{inside}, but the keys {_listed(saved)}. Name the right one "
-            "with key in the spec's checkpoint section."
+            f"{path} holds no state dict{inside}. Its keys are {_listed(saved)}. Set checkpoint.key in the spec to "
+            "the one that holds the weights."
         )
     notes.append(f'The weights were taken from the key "{wrapper}" of {path.name}.')
     return _find_state(saved[wrapper], None, path, notes)
 
 
 def _is_flat(saved: Mapping[Any, Any]) -> bool:
-    """All tensors, but for what modules save as their extra state."""
+    """Whether all values are tensors, apart from the extra state of modules."""
     values = [value for name, value in saved.items() if not str(name).endswith("_extra_state")]
     return bool(values) and all(isinstance(value, Tensor) for value in values)
 
 
 def _pick(saved: Any, key: str, path: Path) -> Any:
-    """``"ema.model"``: the key of that name, or the key "model" under the key "ema"."""
+    """Look up ``"ema.model"``: the key of that name, or else the key "model" under the key "ema"."""
     if isinstance(saved, Mapping) and key in saved:
         return saved[key]
     head, dot, rest = key.partition(".")
     if dot and isinstance(saved, Mapping) and head in saved:
         return _pick(saved[head], rest, path)
     if not isinstance(saved, Mapping):
-        raise CheckpointError(f'{path} has no key "{key}", since it holds {kind_of(saved)} there.')
+        raise CheckpointError(f'{path} has no key "{key}": it holds {kind_of(saved)} there, not a mapping.')
     close = difflib.get_close_matches(key, [str(name) for name in saved], 1)
     hint = f' Did you mean "{close[0]}"?' if close else ""
-    raise CheckpointError(f'{path} has no key "{key}".{hint} It has: {_listed(saved)}.')
+    raise CheckpointError(f'{path} has no key "{key}".{hint} Its keys are {_listed(saved)}.')
 
 
 def _listed(saved: Mapping[Any, Any]) -> str:

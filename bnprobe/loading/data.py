@@ -1,7 +1,7 @@
-"""The user's data -> micro-batches of the size asked for, in the order of the user's own loader.
+"""Turn the user's data into micro-batches of the requested size, in the order of the user's own loader.
 
-Batch size decides the diagnosis. So a DataLoader is rebuilt at the size asked for, with its own sampler and
-collate function, or refused where that cannot be done; never used at another size in silence.
+The diagnosis depends on the batch size. A DataLoader is therefore rebuilt at the requested size, with its own
+sampler and collate function. Where that is not possible it is rejected; it is never silently used at another size.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class BatchSource:
     """Micro-batches, as the user's loader collates them.
 
     Attributes:
-        batches: Yields batches of ``batch_size`` images; the last one may be partial.
-        batch_size: Images in a batch, as asked for; an iterable that is no loader may differ.
-        description: Where they come from, in words.
-        images: Number of images, where known.
-        synthetic: They are made up.
-        notes: What the reader should know, a sentence each.
-        drop_last: Whether the user's loader leaves a partial last batch out; None: not known.
-        most: Draw at most so many micro-batches; None: as many as it takes.
-        dealt: They are those that this process reads of all; see ``loading.shard``.
+        batches: Yields batches of ``batch_size`` samples; the last one may be partial.
+        batch_size: Samples in a batch, as requested; an iterable that is not a loader may give another number.
+        description: Where the batches come from, in words.
+        images: Number of samples; None: unknown.
+        synthetic: Whether the inputs are synthetic.
+        notes: What the reader should know, one sentence each.
+        drop_last: Whether the user's loader drops a partial last batch; None: unknown.
+        most: Upper limit on the micro-batches to draw; None: no limit.
+        dealt: Whether only this process's share is read; see ``loading.shard``.
     """
 
     batches: Iterable[Any]
@@ -50,12 +50,12 @@ class BatchSource:
 
 @dataclass(frozen=True)
 class _Request:
-    """What is wanted of the user's data.
+    """A request for the user's data.
 
     Attributes:
-        origin: What gave the data, e.g. "load_data(batch_size=2) of model.py".
-        batch_size: Asked for; None: the loader's own.
-        told: The size that the user's function was called with, or chose by default; None: it was not told.
+        origin: Where the data comes from, e.g. "load_data(batch_size=2) of model.py".
+        batch_size: Requested batch size; None: the loader's own.
+        told: Batch size that the user's function was called with, or its default; None: it takes none.
     """
 
     origin: str
@@ -64,11 +64,11 @@ class _Request:
 
 
 def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
-    """The data: the spec's target; else load_data, loader or dataset of the model's module; else synthetic.
+    """Load the data: the spec's target; else load_data, loader or dataset of the model's module; else synthetic.
 
     Raises:
-        DataError: There is no data, or it cannot be had at this batch size.
-        UsageError: No batch size is known.
+        DataError: There is no data, or it is not available at this batch size.
+        UsageError: The batch size is unknown.
         UserCodeError: The user's code raised.
     """
     found = _find(spec, module, _TRAINING)
@@ -76,23 +76,23 @@ def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
         source = _from_symbol(*found, spec)
         if not spec.input_shape:
             return source
-        note = f"The input shape was not used, since {source.description} gives real data."
+        note = f"The input shape was not used, because {source.description} gives real data."
         return replace(source, notes=(*source.notes, note))
     if not spec.input_shape:
         raise DataError(_no_data(module))
-    return synthetic_source(list(spec.input_shape), _known(spec.batch_size, "synthetic images"), spec.seed)
+    return synthetic_source(list(spec.input_shape), _known(spec.batch_size, "synthetic inputs"), spec.seed)
 
 
 def load_evaluation(spec: EvalDataSpec, module: UserModule | None, batch_size: int) -> BatchSource | None:
-    """The evaluation data: the spec's target; else load_eval_data of the model's module; else None.
+    """Load the held-out data: the spec's target; else load_eval_data of the model's module; else None.
 
     Args:
         spec: Where it comes from.
         module: The model's module.
-        batch_size: Images in a micro-batch where the spec does not say: those of the training data.
+        batch_size: Samples in a micro-batch if the spec does not say: the batch size of the training data.
 
     Raises:
-        DataError: The data cannot be had at this batch size.
+        DataError: The data is not available at this batch size.
         UserCodeError: The user's code raised.
     """
     found = _find(spec, module, _EVALUATION)
@@ -107,32 +107,32 @@ def load_evaluation(spec: EvalDataSpec, module: UserModule | None, batch_size: i
 
 
 def as_batch_source(batches: Any, batch_size: int | None = None, origin: str = "the data given") -> BatchSource:
-    """A DataLoader, Dataset or iterable of batches as micro-batches of ``batch_size``.
+    """Wrap a DataLoader, Dataset or iterable of batches as micro-batches of ``batch_size``.
 
-    A Dataset is read in its order. Another iterable is taken as it is: it yields batches of ``batch_size``.
+    A Dataset is read in its own order. Any other iterable is used unchanged and must yield batches of ``batch_size``.
 
     Args:
         batches: The data.
-        batch_size: Images in a micro-batch; None: the loader's own.
-        origin: How messages name the data.
+        batch_size: Samples in a micro-batch; None: the loader's own.
+        origin: Name of the data in messages.
 
     Raises:
-        DataError: The data cannot be had at this batch size, or is empty.
-        UsageError: No batch size is known.
+        DataError: The data is empty, or not available at this batch size.
+        UsageError: The batch size is unknown.
     """
     return _from_value(batches, _Request(origin, batch_size))
 
 
 def synthetic_source(shapes: list[tuple[int, ...]], batch_size: int, seed: int) -> BatchSource:
-    """Endless standard-normal float32 batches.
+    """Endless batches of standard-normal float32 inputs.
 
     Args:
-        shapes: Shape of one image for each input of the model, without the batch axis.
-        batch_size: Images in a micro-batch.
-        seed: Seed of the images; every iteration gives the same ones.
+        shapes: Shape of one sample for each input of the model, without the batch axis.
+        batch_size: Samples in a micro-batch.
+        seed: Seed of the inputs; every iteration gives the same ones.
     """
     words = " and ".join("x".join(map(str, shape)) for shape in shapes)
-    description = f"synthetic images of shape {words}"
+    description = f"synthetic inputs of shape {words}"
     return BatchSource(_Synthetic(shapes, batch_size, seed), batch_size, description, synthetic=True)
 
 
@@ -179,7 +179,7 @@ def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) ->
         return f"{where}. Add it, or name another function or loader in the spec (eval_data: target)."
     return (
         f"{where}. Add one of them, name one in the spec (data: target), or give --input-shape, "
-        "e.g. 3,224,224, to probe with synthetic images."
+        "e.g. 3,224,224, to use synthetic inputs."
     )
 
 
@@ -188,9 +188,9 @@ def _from_symbol(module: UserModule, symbol: str, spec: EvalDataSpec) -> BatchSo
     if _is_callable_data(value):
         return _from_call(value, name, spec)
     if spec.args:
-        raise DataError(f"{name} is {kind_of(value)}, which takes no data.args ({', '.join(spec.args)}).")
+        raise DataError(f"{name} is {kind_of(value)}, so it cannot take data.args ({', '.join(spec.args)}).")
     if symbol == "dataset" and hasattr(value, "__getitem__") and not isinstance(value, DataLoader):
-        return _from_dataset(value, _Request(name, spec.batch_size))  # a plain list of samples will do
+        return _from_dataset(value, _Request(name, spec.batch_size))  # a plain list of samples works too
     return _from_value(value, _Request(name, spec.batch_size))
 
 
@@ -214,18 +214,18 @@ def _from_call(function: Callable[..., Any], name: str, spec: EvalDataSpec) -> B
 
 
 def _told(function: Callable[..., Any], name: str, spec: EvalDataSpec) -> int | None:
-    """The batch size that the user's function will work with."""
+    """The batch size that the user's function will use."""
     if spec.batch_size is not None:
         return spec.batch_size
     parameter = signature_of(function).get("batch_size")
     default = parameter.default if parameter else None
     chosen = spec.args.get("batch_size", default)
     if parameter and chosen is parameter.empty:
-        raise UsageError(f"{name} asks for a batch size. Give one with --batch-size.")
+        raise UsageError(f"{name} needs a batch size. Give one with --batch-size.")
     return chosen if isinstance(chosen, int) else None
 
 
-# ---- making a source of it
+# ---- turning it into a source
 
 
 def _from_value(value: Any, request: _Request) -> BatchSource:
@@ -236,7 +236,7 @@ def _from_value(value: Any, request: _Request) -> BatchSource:
     _refuse_no_batches(value, request.origin)
     size = _known(request.batch_size or request.told, request.origin)
     if _length(value, request.origin) == 0:
-        raise DataError(f"{request.origin} is empty: it gives no batch.")
+        raise DataError(f"{request.origin} is empty: it yields no batch.")
     return BatchSource(GuardedBatches(value, request.origin), size, request.origin)
 
 
@@ -244,11 +244,11 @@ def _refuse_no_batches(value: Any, origin: str) -> None:
     advice = "Give a DataLoader, a Dataset or an iterable of batches."
     parts = list(value.values()) if isinstance(value, Mapping) else value
     if isinstance(parts, tuple | list) and any(isinstance(part, DataLoader | Dataset) for part in parts):
-        raise DataError(f"{origin} gives {kind_of(value)}, but one loader is needed. Return that one alone.")
+        raise DataError(f"{origin} gives {kind_of(value)}, but a single loader is needed. Return only that loader.")
     iterable = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
-    one_array = hasattr(value, "__array__")  # a tensor would be taken apart into images
+    one_array = hasattr(value, "__array__")  # a tensor would be split into samples
     if not iterable or one_array or isinstance(value, str | bytes | Mapping | type):
-        raise DataError(f"{origin} gives {kind_of(value)}, which is no source of batches. {advice}")
+        raise DataError(f"{origin} gives {kind_of(value)}, which is not a source of batches. {advice}")
 
 
 def _from_dataset(dataset: Any, request: _Request) -> BatchSource:
@@ -256,8 +256,8 @@ def _from_dataset(dataset: Any, request: _Request) -> BatchSource:
     images = _length(dataset, request.origin)
     _check_images(images, size, request.origin)
     source = _loader_source(DataLoader(dataset, batch_size=size), size, request.origin, images)
-    source = replace(source, drop_last=None)  # the loader is ours
-    return replace(source, notes=(f"{request.origin} is a data set and was read in its own order.",))
+    source = replace(source, drop_last=None)  # bnprobe made the loader
+    return replace(source, notes=(f"{request.origin} is a Dataset and was read in its own order.",))
 
 
 def _from_loader(loader: DataLoader[Any], request: _Request) -> BatchSource:
@@ -271,20 +271,20 @@ def _from_loader(loader: DataLoader[Any], request: _Request) -> BatchSource:
     with user_code(f"rebuilding {request.origin} at batch size {size}"):
         again = rebuilt(loader, size)
     source = _loader_source(again, size, request.origin, images)
-    note = f"The loader was rebuilt at batch size {size}, with its own sampler; it had {own}."
+    note = f"The loader was rebuilt at batch size {size}, with its own sampler; its batch size was {own}."
     return replace(source, notes=(note,), drop_last=loader.drop_last)
 
 
 def _loader_source(loader: DataLoader[Any], size: int, origin: str, images: int | None) -> BatchSource:
     if _length(loader, origin) == 0:
-        raise DataError(f"{origin} is empty: it gives no batch.")
+        raise DataError(f"{origin} is empty: it yields no batch.")
     words = origin if images is None else f"{origin} ({images} images)"
     return BatchSource(GuardedBatches(loader, origin), size, words, images, drop_last=loader.drop_last)
 
 
 def _images_of(loader: DataLoader[Any], origin: str) -> int | None:
     if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
-        return None  # an iterable data set may count batches or images; a batch sampler may repeat images
+        return None  # an iterable data set may count batches or samples; a batch sampler may repeat samples
     return _length(loader.sampler, origin)
 
 
@@ -296,17 +296,17 @@ class _TooFewImagesError(DataError):
 
 def _check_images(images: int | None, size: int, origin: str) -> None:
     if images == 0:
-        raise DataError(f"{origin} is empty: its data set has no images.")
+        raise DataError(f"{origin} is empty: its data set has no samples.")
     if images is not None and size > images:
         raise _TooFewImagesError(
-            f"Batch size {size} is larger than the data set of {images} images ({origin}). "
+            f"Batch size {size} is larger than the data set of {images} samples ({origin}). "
             f"Give a --batch-size of at most {images}.",
             images,
         )
 
 
 def _length(value: Any, origin: str) -> int | None:
-    """len(), or None where there is none: of an iterator, or of a loader over an iterable data set."""
+    """len(), or None where it is not defined: an iterator, or a loader over an iterable data set."""
     if not isinstance(value, Sized):
         return None
     try:
@@ -329,5 +329,5 @@ def _sized(value: Sized) -> int:
 
 def _known(batch_size: int | None, origin: str) -> int:
     if batch_size is None:
-        raise UsageError(f"The batch size of {origin} is not known. Give one, e.g. with --batch-size 2.")
+        raise UsageError(f"The batch size of {origin} is unknown. Give one, e.g. with --batch-size 2.")
     return batch_size

@@ -1,4 +1,4 @@
-"""Whether a state dict fits a model, and the likeliest explanation where it does not."""
+"""Check whether a state dict fits a model, and give the likeliest explanation if it does not."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _COUNTER = "num_batches_tracked"
 def check_fit(
     state: Mapping[str, Any], target: Mapping[str, Any], strict: bool, path: Path
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Compares names and shapes; nothing is copied.
+    """Compare names and shapes; nothing is copied.
 
     Args:
-        state: What the file gives.
+        state: State dict of the file.
         target: The model's state dict with its own tensors.
-        strict: Whether missing parameters and unexpected keys are errors. Missing BN buffers and other shapes
+        strict: Whether missing parameters and unexpected keys are errors. Missing BN buffers and mismatched shapes
             always are.
         path: The file, for messages.
 
@@ -31,7 +31,7 @@ def check_fit(
         The entries to load, and notes.
 
     Raises:
-        CheckpointError: It does not fit; the message lists what differs.
+        CheckpointError: The state dict does not fit; the message lists the differences.
     """
     missing = _missing(state, target)
     counters = _old_format(missing, state)
@@ -46,7 +46,7 @@ def check_fit(
 
 
 def _missing(state: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
-    """Names that the file lacks; a tensor with two names (tied weights) needs one of them."""
+    """Names that are missing in the file; of a tensor with two names (tied weights) one is enough."""
     given = {id(target[name]) for name in state if name in target}
     return [
         name
@@ -56,7 +56,7 @@ def _missing(state: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
 
 
 def _old_format(missing: list[str], state: Mapping[str, Any]) -> list[str]:
-    """Counters that a file from before PyTorch 0.4.1 never has, though it has the statistics."""
+    """Counters that files from before PyTorch 0.4.1 lack although they have the statistics."""
     if any(name.endswith(_COUNTER) for name in state):
         return []
     return [
@@ -90,7 +90,7 @@ def _message(
     target: Mapping[str, Any],
 ) -> str:
     lines = [f"The checkpoint {path} does not fit the model."]
-    for title, names in (("Missing", missing), ("Unexpected", unexpected), ("Of another shape", shapes)):
+    for title, names in (("Missing", missing), ("Unexpected", unexpected), ("Different shape", shapes)):
         if names:
             lines.append(f"{title} ({len(names)}): {_first(names)}.")
     return "\n".join([*lines, _explanation(missing, unexpected, shapes, state, target)])
@@ -110,9 +110,9 @@ def _explanation(
     matched = len(state.keys() & target.keys())
     prefix = _common_prefix(state, target, matched)
     if prefix:
-        return f'Its keys match without the prefix "{prefix}": set strip_prefix in the checkpoint section.'
+        return f'Its keys match without the prefix "{prefix}": set checkpoint.strip_prefix in the spec.'
     if matched < len(target) / 2:
-        return "This looks like the weights of another model."
+        return "These look like the weights of a different model."
     if missing and not unexpected and all(name.endswith((*_STATISTICS, _COUNTER)) for name in missing):
         return (
             "This looks like parameters saved without buffers. BatchNorm needs its running statistics: save "
@@ -120,18 +120,21 @@ def _explanation(
         )
     if shapes and not missing and not unexpected:
         return _shape_explanation(shapes)
-    return "This looks like another version of the model. strict: false loads what matches, BN buffers complete."
+    return (
+        "This looks like another version of the model. checkpoint.strict: false loads the keys that match; all BN"
+        " buffers must still be in the file."
+    )
 
 
 def _shape_explanation(shapes: list[str]) -> str:
     layers = {name.split(" ")[0].rpartition(".")[0] for name in shapes}
     if len(layers) == 1:
-        return f"Only {layers.pop()} differs: this looks like the same model with another number of classes."
-    return "This looks like the same model in another size: check model.args."
+        return f"Only {layers.pop()} differs: this looks like the same model with a different number of classes."
+    return "This looks like the same model with other sizes: check model.args."
 
 
 def _common_prefix(state: Mapping[str, Any], target: Mapping[str, Any], matched: int) -> str | None:
-    """A prefix such as "model." or "net.backbone." without which at least half of the model is matched."""
+    """A prefix such as "model." or "net.backbone." that must be stripped for half of the model's keys to match."""
     prefixes = {key[: end + 1] for key in state for end, char in enumerate(key) if char == "."}
     counts = {
         prefix: sum(key.startswith(prefix) and key.removeprefix(prefix) in target for key in state)
@@ -144,9 +147,9 @@ def _common_prefix(state: Mapping[str, Any], target: Mapping[str, Any], matched:
 def _notes(path: Path, missing: list[str], unexpected: list[str], counters: list[str]) -> tuple[str, ...]:
     notes = []
     if missing:
-        notes.append(f"{path.name} lacks {len(missing)} keys, which keep the model's values: {_first(missing)}.")
+        notes.append(f"{path.name} lacks {len(missing)} keys; they keep the values of the model: {_first(missing)}.")
     if unexpected:
         notes.append(f"{len(unexpected)} keys of {path.name} were not used: {_first(unexpected)}.")
     if counters:
-        notes.append(f"{path.name} does not count updates (num_batches_tracked), as in PyTorch before 0.4.1.")
+        notes.append(f"{path.name} has no update counters (num_batches_tracked), like files from before PyTorch 0.4.1.")
     return tuple(notes)

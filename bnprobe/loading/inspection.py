@@ -1,4 +1,4 @@
-"""Look at the user's functions and values before they are used, and name them in messages."""
+"""Inspect the user's functions and values before they are used, and name them in messages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from bnprobe.usercode import user_code
 
 
 class GuardedBatches:
-    """The user's batches; an exception while one is drawn becomes a UserCodeError.
+    """The user's batches. An exception while drawing one becomes a UserCodeError.
 
     Attributes:
         wrapped: The user's own iterable.
-        origin: How messages name it.
-        indices: For the number of a batch that was drawn, from 1, the items of the data set in it; None: not known.
+        origin: Name of the iterable in messages.
+        indices: Maps the number of a drawn batch, from 1, to the indices of its samples in the data set; None: unknown.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
 
 
 def signature_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of a function; none where Python cannot tell."""
+    """The parameters of a function; empty if Python cannot read its signature."""
     try:
         return dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):

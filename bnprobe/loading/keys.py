@@ -1,4 +1,4 @@
-"""Names in a state dict: the prefixes that DataParallel, DDP and torch.compile leave on them."""
+"""Key prefixes in a state dict: those that DataParallel, DDP and torch.compile add, and the user's own."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from bnprobe.errors import CheckpointError
 WRAPPERS = ("module.", "_orig_mod.")
 
 CONVERTED = "bnprobe.converted"
-"""Key in the metadata of a safetensors file that plain BN must not load: JSON with ``to`` and ``layers``."""
+"""Metadata key that marks a safetensors file as unfit for plain BN: JSON with ``to`` and ``layers``."""
 
 
 def without_prefix(state: Mapping[str, Any], prefix: str, path: Path) -> dict[str, Any]:
-    """The state dict with a prefix of the user's taken off where it stands.
+    """The state dict with the user's prefix removed from the keys that start with it.
 
     Raises:
-        CheckpointError: No key starts with it.
+        CheckpointError: No key starts with the prefix.
     """
     prefix = prefix if prefix.endswith(".") else f"{prefix}."
     if not any(key.startswith(prefix) for key in state):
         raise CheckpointError(
-            f'No key of {path} starts with the prefix "{prefix}" of strip_prefix; the first key is {next(iter(state))}.'
+            f'No key of {path} starts with "{prefix}" (checkpoint.strip_prefix); the first key is {next(iter(state))}.'
         )
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
 def without_wrappers(state: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The state dict under the names of the model, as far as wrappers' prefixes explain the difference.
+    """The state dict under the model's own names, as far as prefixes of wrappers explain the difference.
 
-    Of all ways to take prefixes off, the one that matches most keys is used; as they are, if none is better.
+    The way of removing prefixes that matches most keys is used; the keys stay unchanged if none matches more.
 
     Returns:
-        The renamed state dict, and the prefixes that were taken off.
+        The renamed state dict, and the prefixes that were removed.
     """
     best = dict(state)
     for rename in (*_leading(state), _everywhere(target)):
@@ -48,7 +48,7 @@ def without_wrappers(state: Mapping[str, Any], target: Mapping[str, Any]) -> tup
 
 
 def _leading(state: Mapping[str, Any]) -> list[Callable[[str], str]]:
-    """Take one leading prefix off each key, or two, ... as many as are stacked."""
+    """Renamings that remove one leading prefix from each key, or two, up to as many as are nested."""
     deepest = max((_depth(key) for key in state), default=0)
     return [partial(_strip, depth=depth) for depth in range(1, deepest + 1)]
 
@@ -67,7 +67,7 @@ def _strip(key: str, depth: int) -> str:
 
 
 def _everywhere(target: Mapping[str, Any]) -> Callable[[str], str]:
-    """Match names without any wrapper's part in them: only a submodule may be wrapped, on either side."""
+    """A renaming that ignores wrapper parts anywhere in a name, since a submodule alone may be wrapped."""
     names = {_bare(name): name for name in target}
     unique = len(names) == len(target)
     return lambda key: names.get(_bare(key), key) if unique else key

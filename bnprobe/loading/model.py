@@ -1,4 +1,4 @@
-"""A model target -> the user's nn.Module, unwrapped."""
+"""Load the nn.Module that a model target names, and unwrap it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ WRAPPED = "The model was wrapped in"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, and where it came from.
+    """A model and its origin.
 
     Attributes:
         model: The user's model, without wrappers.
-        name: How to name it, e.g. "model.py:load_model" or "timm:resnet18".
+        name: Its name in messages, e.g. "model.py:load_model" or "timm:resnet18".
         module: Where data, forward, loss and metric are looked up; None for a model library.
-        notes: What the reader should know, a sentence each.
+        notes: What the reader should know, one sentence each.
     """
 
     model: nn.Module
@@ -41,10 +41,10 @@ class LoadedModel:
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
-    """Loads the model that a target names.
+    """Load the model that a target names.
 
-    In order: the named symbol; ``load_model()``; ``model``. A symbol is an nn.Module, or a function or class
-    that is called with the spec's ``args`` and returns one.
+    The first of these that exists: the named symbol; ``load_model()``; ``model``. A symbol is an nn.Module, or a
+    function or class that is called with the spec's ``args`` and returns one.
 
     Raises:
         ModelError: The target does not lead to an nn.Module.
@@ -72,14 +72,14 @@ def _default_symbol(module: UserModule) -> str:
 def _build(value: object, name: str, args: dict[str, Any]) -> nn.Module:
     if isinstance(value, nn.Module):
         if args:
-            raise ModelError(f"{name} is a model already, so model.args ({', '.join(args)}) have no use.")
+            raise ModelError(f"{name} is already a model, so model.args ({', '.join(args)}) cannot be used.")
         return value
     if not callable(value):
-        raise ModelError(f"{name} is {kind_of(value)}, not an nn.Module, nor a function or class that makes one.")
+        raise ModelError(f"{name} is {kind_of(value)}, not an nn.Module or a function or class that returns one.")
     with user_code(f"calling {name}({', '.join(args)})"):
         made = value(**args)
     if not isinstance(made, nn.Module):
-        raise ModelError(f"{name} returned {kind_of(made)}, not an nn.Module. Return the model alone.")
+        raise ModelError(f"{name} returned {kind_of(made)}, not an nn.Module. Return only the model.")
     return made
 
 
@@ -108,7 +108,7 @@ def _library(module: str) -> Any:
 
 
 def _from_library(library: str, name: str, known: list[str], make: Callable[[], object]) -> nn.Module:
-    # timm names may carry a weights tag (resnet50.a1_in1k) or a hub address, which are not listed
+    # timm names may have a weights tag (resnet50.a1_in1k) or a hub address; neither is listed
     if ":" not in name and name.lower().split(".")[0] not in known:
         close = difflib.get_close_matches(name, known, 3)
         hint = f"The nearest names are {', '.join(close)}." if close else "See its list of models."
@@ -121,14 +121,14 @@ def _from_library(library: str, name: str, known: list[str], make: Callable[[], 
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:
-    """Without DataParallel, DistributedDataParallel and torch.compile's wrapper; and a sentence that says so."""
+    """Remove the wrappers of DataParallel, DistributedDataParallel and torch.compile; also a sentence that says so."""
     wrappers = []
     while (inner := _inner(model)) is not None:
         wrappers.append(type(model).__name__)
         model = inner
     if not wrappers:
         return model, None
-    return model, f"{WRAPPED} {' in '.join(reversed(wrappers))}; the module inside is probed."
+    return model, f"{WRAPPED} {' in '.join(reversed(wrappers))}; the module inside it is used."
 
 
 def _loaded(model: nn.Module, name: str, module: UserModule | None) -> LoadedModel:

@@ -1,4 +1,4 @@
-"""Targets -> Python modules and the symbols in them: ``model.py:Net``, ``package.module:Net``."""
+"""Resolve targets to Python modules and symbols in them: ``model.py:Net``, ``package.module:Net``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bnprobe.usercode import user_code
 
 @dataclass(frozen=True)
 class UserModule:
-    """A module of the user's, and how the user names it.
+    """A Python module of the user, and the user's name for it.
 
     Attributes:
         module: The executed module.
@@ -33,15 +33,15 @@ class UserModule:
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 of the file's text, where there is one: whether the code is still the same."""
+        """SHA-256 of the file, to tell whether the code has changed; None without a file."""
         path = Path(self.module.__file__ or "")
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
     def get(self, symbol: str) -> Any:
-        """The symbol (dotted names reach into classes and objects).
+        """Look up a symbol; dotted names reach into classes and objects.
 
         Raises:
-            ModelError: It is not there; the message lists the callables and modules that are.
+            ModelError: It does not exist; the message lists the functions, classes and models that do.
         """
         value: Any = self.module
         for part in symbol.split("."):
@@ -53,7 +53,7 @@ class UserModule:
         return value
 
     def find(self, symbol: str) -> Any | None:
-        """The symbol, or None; a submodule of that name does not count."""
+        """Look up a symbol; None if it does not exist or is a submodule."""
         value = getattr(self.module, symbol, None)
         return None if isinstance(value, types.ModuleType) else value
 
@@ -85,14 +85,14 @@ def describe_contents(module: UserModule) -> str:
 
 
 def resolve(target: str, near: UserModule | None = None) -> tuple[UserModule, str | None]:
-    """The module that a target names, executed, and the symbol in it, where one is named.
+    """Execute the module that a target names; return it and the symbol, if one is named.
 
     Args:
         target: ``file.py[:symbol]``, ``package.module[:symbol]`` or ``package.module.symbol``.
-        near: A module that is loaded already; its file is not run again.
+        near: A module that is already loaded; its file is not executed again.
 
     Raises:
-        ModelError: No such file or module, or a syntax error in it.
+        ModelError: The file or module does not exist, or has a syntax error.
         UserCodeError: The module raised while it was loaded.
     """
     location, symbol = split_target(target)
@@ -115,7 +115,7 @@ def _load_file(location: str, near: UserModule | None) -> UserModule:
     if path.is_dir():
         raise ModelError(f"{location} is a folder. Name a Python file in it, e.g. {path / 'model.py'}.")
     if not path.is_file():
-        raise ModelError(f"There is no file {location}. {nearest_file(path)}")
+        raise ModelError(f"The file {location} does not exist. {nearest_file(path)}")
     _refuse_other_files(path)
     path = path.resolve()
     if near is not None and getattr(near.module, "__file__", None) == str(path):
@@ -134,7 +134,7 @@ def _refuse_other_files(path: Path) -> None:
 
 
 def _put_first_on_path(folder: Path) -> None:
-    """As ``python model.py`` would: the file's neighbours can be imported, now and later by its functions."""
+    """As ``python model.py`` does: files beside it can be imported, now and later by its functions."""
     entry = str(folder)
     if entry in sys.path:
         sys.path.remove(entry)
@@ -142,7 +142,7 @@ def _put_first_on_path(folder: Path) -> None:
 
 
 def _execute(path: Path, shown: str) -> types.ModuleType:
-    """Runs a file as a module that is registered, so that its classes can be pickled."""
+    """Execute a file as a registered module, so that its classes can be pickled."""
     name = _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
@@ -160,7 +160,7 @@ def _execute(path: Path, shown: str) -> types.ModuleType:
 
 
 def _run(path: Path, module: types.ModuleType) -> None:
-    # compiled from the source itself: a cached .pyc may be that of an edit within the same second
+    # compiled from the source: a cached .pyc may be from another edit within the same second
     try:
         exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
     except SyntaxError as error:
@@ -188,10 +188,10 @@ def _restore(name: str, before: types.ModuleType | None) -> None:
 
 
 def _module_name(path: Path) -> str:
-    """The file's own stem where ``import stem`` would give this very file, else a unique name.
+    """The file's stem if ``import stem`` would load this very file, else a unique name.
 
-    Under the stem, loader processes that start afresh (spawn) can import the classes again, and a second
-    file that imports the first gets the same module. A stem that is taken must not be overwritten.
+    Under the stem, spawned loader processes can import the classes, and another file that imports this one gets the
+    same module. A module that already has this name must not be overwritten.
     """
     importlib.invalidate_caches()
     known = sys.modules.get(path.stem)
@@ -205,7 +205,7 @@ def _module_name(path: Path) -> str:
 
 
 def _import(location: str, symbol: str | None) -> tuple[UserModule, str | None]:
-    """Imports ``package.module``, or ``package`` with the last part as its symbol (as in class_path)."""
+    """Import ``package.module``, or ``package`` with the last part as the symbol (as in class_path)."""
     _put_cwd_on_path()
     try:
         return UserModule(_import_module(location), location), symbol
@@ -239,7 +239,7 @@ def _imported(location: str) -> types.ModuleType:
     except ModuleNotFoundError as error:
         if error.name and (location == error.name or location.startswith(f"{error.name}.")):
             raise _MissingModuleError(location, error.name) from None
-        raise  # the module is there; something that it imports is not
+        raise  # the module exists; something that it imports does not
     except SyntaxError as error:
         if error.filename and Path(error.filename).is_file():
             raise ModelError(_syntax_message(error)) from None

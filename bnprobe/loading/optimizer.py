@@ -1,4 +1,4 @@
-"""The spec's ``train.optimizer`` -> what makes an optimizer of some parameters."""
+"""Turn the spec's ``train.optimizer`` into a factory of optimizers."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _CATALOGUE = Catalogue("train.optimizer", "optimizer", torch.optim, torch.optim.
 
 @dataclass(frozen=True)
 class OptimizerFactory:
-    """Makes optimizers.
+    """Makes optimizers for given parameters.
 
     Attributes:
-        maker: What makes them.
+        maker: The class or function that is called.
     """
 
     maker: Maker
 
     @property
     def name(self) -> str:
-        """E.g. "torch.optim.SGD" or "model.py:make_optimizer"."""
+        """Full name, e.g. "torch.optim.SGD" or "model.py:make_optimizer"."""
         return self.maker.name
 
     def __call__(self, parameters: list[nn.Parameter]) -> Any:
-        """The optimizer of these parameters.
+        """Make an optimizer for these parameters.
 
         Raises:
-            UsageError: The optimizer refuses its arguments, or cannot be driven by zero_grad, backward and step.
+            UsageError: The optimizer rejects its arguments, or does not work with zero_grad(), backward() and step().
             UserCodeError: The user's own function raised.
         """
         optimizer = self.maker(parameters)
@@ -51,21 +51,21 @@ class OptimizerFactory:
         closure = signature_of(step).get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise UsageError(
-                f"{key}: {self.name} needs a closure that computes the loss anew, which is no plain training"
-                " step. Choose another optimizer, e.g. SGD."
+                f"{key}: step() of {self.name} needs a closure that recomputes the loss, which bnprobe does not"
+                " support. Choose another optimizer, e.g. SGD."
             )
 
 
 def load_optimizer(spec: OptimizerSpec, near: UserModule | None = None) -> OptimizerFactory:
-    """Find what a spec names, and see that it takes the arguments, before anything is measured.
+    """Find the optimizer that a spec names, and check that it accepts the arguments, before anything is measured.
 
     Args:
-        spec: ``SGD``, ``torch.optim.SGD``, or a class or function of the user's: ``callable(parameters, **args)``.
-        near: The model's module, where a plain name that is not of torch.optim is looked up.
+        spec: ``SGD``, ``torch.optim.SGD``, or a class or function of the user: ``callable(parameters, **args)``.
+        near: The model's module, where a plain name that torch.optim does not have is looked up.
 
     Raises:
-        UsageError: No such optimizer, or arguments that it refuses; names the key of the spec.
-        ModelError: The user's file, module or symbol is not there.
+        UsageError: No such optimizer, or it rejects the arguments; the message names the key of the spec.
+        ModelError: The user's file, module or symbol does not exist.
         UserCodeError: The user's module raised while it was loaded.
     """
     factory = OptimizerFactory(find_maker(_CATALOGUE, spec.target, spec.args, near))

@@ -1,4 +1,4 @@
-"""Whether a DataLoader can be had at another batch size, and that loader."""
+"""Rebuild a DataLoader at another batch size, where that is possible."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bnprobe.errors import DataError
 
 
 def own_batch_size(loader: DataLoader[Any]) -> int | None:
-    """A custom batch sampler leaves ``loader.batch_size`` None, but may say its own."""
+    """The loader's batch size; a custom batch sampler leaves ``loader.batch_size`` None but may state its own."""
     size = loader.batch_size
     if size is None:
         size = getattr(loader.batch_sampler, "batch_size", None)
@@ -19,29 +19,29 @@ def own_batch_size(loader: DataLoader[Any]) -> int | None:
 
 
 def refuse_rebuild(loader: DataLoader[Any], own: int | None, size: int, origin: str) -> None:
-    """Raises a DataError where the loader's batch size cannot be changed, and says what to do."""
+    """Raise a DataError if the loader's batch size cannot be changed, and say what to do."""
     reason = why_fixed(loader)
     if reason is None:
         return
-    has = f"its batch size is {own}" if own else "its batch size is not known"
+    has = f"its batch size is {own}" if own else "its batch size is unknown"
     keep = f"give --batch-size {own}, or " if own else ""
     raise DataError(
         f"{origin} cannot be rebuilt at batch size {size}, because {reason}; {has}. Measuring at another "
-        f"batch size would falsify the diagnosis. To go on, {keep}write load_data(batch_size), which makes "
-        "the loader at the size asked for."
+        f"batch size would give a wrong diagnosis. To go on, {keep}write a function load_data(batch_size) "
+        "that makes the loader at the requested size."
     )
 
 
 def why_fixed(loader: DataLoader[Any]) -> str | None:
-    """Why the batches of a loader cannot be composed anew, a clause; None if they can."""
+    """Why a loader cannot be rebuilt with other batches, as a clause; None if it can."""
     if isinstance(loader.dataset, IterableDataset):
         return "its data set is iterable (IterableDataset)"
     if type(loader).__iter__ is not DataLoader.__iter__:
-        return f"{type(loader).__name__} iterates in its own way"
+        return f"{type(loader).__name__} has its own __iter__"
     if loader.batch_sampler is None:
-        return "it has batch_size=None, so that its data set makes the batches"
+        return "it has batch_size=None, so its data set makes the batches"
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
-        return f"it has a batch sampler of its own ({type(loader.batch_sampler).__name__})"
+        return f"it has a custom batch sampler ({type(loader.batch_sampler).__name__})"
     return None
 
 

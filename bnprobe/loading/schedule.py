@@ -1,4 +1,4 @@
-"""The spec's ``train.schedule`` -> what makes a learning rate schedule of an optimizer."""
+"""Turn the spec's ``train.schedule`` into a factory of learning rate schedules."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ MakeOptimizer = Callable[[list[nn.Parameter]], Any]
 
 @dataclass(frozen=True)
 class ScheduleFactory:
-    """Makes learning rate schedules.
+    """Makes learning rate schedules for given optimizers.
 
     Attributes:
-        maker: What makes them.
+        maker: The class or function that is called.
     """
 
     maker: Maker
 
     @property
     def name(self) -> str:
-        """E.g. "torch.optim.lr_scheduler.CosineAnnealingLR" or "model.py:make_schedule"."""
+        """Full name, e.g. "torch.optim.lr_scheduler.CosineAnnealingLR" or "model.py:make_schedule"."""
         return self.maker.name
 
     def __call__(self, optimizer: Any) -> Any:
-        """The schedule of this optimizer; ``step()`` it after every optimizer step.
+        """Make a schedule for this optimizer; call its ``step()`` after every optimizer step.
 
         Raises:
-            UsageError: The schedule refuses its arguments or the optimizer, or has no ``step()`` without arguments.
+            UsageError: The schedule rejects its arguments or the optimizer, or its ``step()`` needs arguments.
             UserCodeError: The user's own function raised.
         """
         schedule = self.maker(optimizer)
@@ -57,27 +57,26 @@ class ScheduleFactory:
         needed = [name for name, each in signature_of(step).items() if _is_needed(each)]
         if needed:
             raise UsageError(
-                f"train.schedule.target: {self.name} needs {', '.join(needed)} at every step(), but a schedule here is"
-                " stepped after each optimizer step, when nothing is evaluated. Use CosineAnnealingLR with T_max = the"
-                " steps of the run, or keep the rate and stop early with --patience (train.patience)."
+                f"train.schedule.target: step() of {self.name} needs {', '.join(needed)}, but bnprobe calls step()"
+                " without arguments after every optimizer step. Use CosineAnnealingLR with T_max = the steps of the"
+                " run, or a constant learning rate with early stopping by --patience (train.patience)."
             )
 
 
 def load_schedule(
     spec: ScheduleSpec, near: UserModule | None = None, make_optimizer: MakeOptimizer | None = None
 ) -> ScheduleFactory:
-    """Find what a spec names, and see that it takes the arguments, before anything is trained.
+    """Find the schedule that a spec names, and check that it accepts the arguments, before anything is trained.
 
     Args:
         spec: ``CosineAnnealingLR``, ``torch.optim.lr_scheduler.CosineAnnealingLR``, or a class or function of the
-            user's: ``callable(optimizer, **args)``.
-        near: The model's module, where a plain name that is not of torch's is looked up.
-        make_optimizer: What will make the optimizer, for torch's classes that ask things of it; None: SGD with
-            momentum.
+            user: ``callable(optimizer, **args)``.
+        near: The model's module, where a plain name that torch does not have is looked up.
+        make_optimizer: Makes the optimizer, for schedules of torch that depend on its kind; None: SGD with momentum.
 
     Raises:
-        UsageError: No such schedule, or arguments that it refuses; names the key of the spec.
-        ModelError: The user's file, module or symbol is not there.
+        UsageError: No such schedule, or it rejects the arguments; the message names the key of the spec.
+        ModelError: The user's file, module or symbol does not exist.
         UserCodeError: The user's module raised while it was loaded.
     """
     target = spec.target.removeprefix("torch.optim.lr_scheduler.").removeprefix("lr_scheduler.")
@@ -88,7 +87,7 @@ def load_schedule(
 
 
 def _try(factory: ScheduleFactory, optimizer: Any) -> None:
-    """One step: some classes look at their arguments only then."""
+    """Take one step: some classes check their arguments only then."""
     schedule = factory(optimizer)
     optimizer.step()
     with factory.maker.refusing():

@@ -1,4 +1,4 @@
-"""Deal the micro-batches of a source out to the processes of a launch, where possible before images are loaded."""
+"""Distribute the micro-batches of a source over the processes of a launch, if possible before loading samples."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from bnprobe.loading.rebuild import rebuilt
 
 
 class DealtBatches:
-    """A batch sampler: those of another sampler's batches that a process reads, in their order.
+    """A batch sampler that keeps only the batches of another sampler that this process reads, in the same order.
 
     Args:
-        batches: Gives the indices of each batch, the same in all processes.
-        share: Of this process.
+        batches: Yields the sample indices of each batch, the same in all processes.
+        share: The share of this process.
     """
 
     def __init__(self, batches: Any, share: Share) -> None:
@@ -34,14 +34,14 @@ class DealtBatches:
 
 
 def deal(source: BatchSource, share: Share) -> BatchSource:
-    """The same source, which loads a process's own images only; others stay as they are, to be read and skipped.
+    """The same source, loading only this process's samples where the loader allows; else unchanged, read and skipped.
 
     Args:
-        source: The same in every process: one loader, shuffled alike since all have the same seed.
-        share: Of this process.
+        source: The same in every process: one loader, shuffled alike because all processes have the same seed.
+        share: The share of this process.
 
     Raises:
-        DataError: The loader deals its images out itself.
+        DataError: The loader has a DistributedSampler.
     """
     guarded = source.batches
     loader = guarded.wrapped if isinstance(guarded, GuardedBatches) else None
@@ -57,9 +57,9 @@ def deal(source: BatchSource, share: Share) -> BatchSource:
 
 
 def _refuse_dealt(loader: DataLoader[Any], origin: str) -> None:
-    """A DistributedSampler repeats images where they do not divide evenly, and would be dealt out a second time."""
+    """A DistributedSampler repeats samples that do not divide evenly, and its part would be divided a second time."""
     if isinstance(getattr(loader.batch_sampler, "sampler", loader.sampler), DistributedSampler):
         raise DataError(
-            f"{origin} has a DistributedSampler, but bnprobe deals the micro-batches out to the processes itself. Give"
-            " a loader without it, as for one process: shuffle=True or a sampler over all images."
+            f"{origin} has a DistributedSampler, but bnprobe itself distributes the micro-batches over the processes."
+            " Give a loader without it, as for one process: shuffle=True, or a sampler over all samples."
         )

@@ -1,9 +1,9 @@
-"""Take micro-batches from all over the data, not from its beginning.
+"""Draw micro-batches from the whole data set, not only from its beginning.
 
-A scan measures a part of the data. Of a loader that reads in a fixed order (folders one after the other, evaluation
-data by class) the first batches are no sample: all of one class, say. The batches stay as the loader composes them;
-only which of them come first is drawn at random. Evaluation data is drawn image by image: how its batches are composed
-means nothing, since inference uses running statistics.
+A scan measures only a part of the data. If a loader reads in a fixed order (one folder after another, held-out data
+sorted by class), its first batches are not representative; they may all be of one class. The batches stay as the
+loader composes them, but are read in random order. Held-out data is drawn sample by sample: inference uses running
+statistics, so the composition of held-out batches does not matter.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 class SpreadBatches:
-    """A batch sampler: runs of another sampler's batches in random order, what fills no run last.
+    """A batch sampler: runs of another sampler's batches in random order; an incomplete run comes last.
 
     Args:
-        sampler: Gives indices; has a length.
-        size: Images in a batch.
-        run: Consecutive images that stay together, a multiple of ``size``: they are regrouped to larger batches.
-        seed: Of the order.
-        mixed: Draw the images of a batch at random as well.
+        sampler: Yields indices; has a length.
+        size: Samples in a batch.
+        run: Consecutive samples that stay together, a multiple of ``size``, so that larger batches can be formed.
+        seed: Seed of the order.
+        mixed: Whether to draw the samples of a batch at random too.
     """
 
     def __init__(self, sampler: Any, size: int, run: int, seed: int, mixed: bool) -> None:
@@ -52,7 +52,7 @@ class SpreadBatches:
             yield self.drawn[-1]
 
     def indices(self, number: int) -> list[Any]:
-        """What the sampler gave for a batch of the last iteration, counted from 1."""
+        """The indices in a batch of the last iteration; batches are counted from 1."""
         return self.drawn[number - 1]
 
     def __len__(self) -> int:
@@ -60,13 +60,13 @@ class SpreadBatches:
 
 
 def spread(source: BatchSource, seed: int, batch_sizes: Sequence[int] = (), mixed: bool = False) -> BatchSource:
-    """The same source, read in random order where that can be done and is not so already.
+    """The same source, read in random order if that is possible and it is not shuffled already.
 
     Args:
-        source: A loader over an indexable data set, or for ``mixed`` a list of batches; others stay as they are.
-        seed: Of the order.
-        batch_sizes: Larger batches that consecutive images will be regrouped to.
-        mixed: The order of images means nothing: draw them one by one.
+        source: A loader over an indexable data set, or for ``mixed`` a list of batches; others are returned unchanged.
+        seed: Seed of the order.
+        batch_sizes: Larger batch sizes that consecutive samples will be regrouped to.
+        mixed: Whether the order of samples does not matter, so that they may be drawn one by one.
     """
     guarded = source.batches
     if not isinstance(guarded, GuardedBatches):

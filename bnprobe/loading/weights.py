@@ -1,4 +1,4 @@
-"""A weights file -> what was saved in it, without running code from it unless asked to."""
+"""Read a weights file, without running code from it unless the user allows it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _READ_ERRORS = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexErro
 
 
 def read_weights(path: Path, unsafe_load: bool) -> Any:
-    """Reads safetensors, or a torch.save file with weights_only=True, onto the CPU.
+    """Read a safetensors file, or a torch.save file with weights_only=True, onto the CPU.
 
     Args:
         path: The weights file.
-        unsafe_load: A file with unsafe globals may be unpickled, which runs code from it.
+        unsafe_load: Whether a file with unsafe globals may be unpickled, which runs code from it.
 
     Raises:
-        CheckpointError: There is no such file, it is damaged, or it was refused.
+        CheckpointError: The file does not exist, is damaged, or was refused.
         UserCodeError: Unpickling ran the user's code, which raised.
     """
     _check_file(path)
@@ -45,7 +45,7 @@ def read_weights(path: Path, unsafe_load: bool) -> Any:
 
 
 def read_conversion(path: Path) -> tuple[str, list[str]] | None:
-    """What the layers were converted to whose weights a file holds, and their names; None if plain BN may load it.
+    """What the layers in a file were converted to, and their names; None if plain BN may load it.
 
     Args:
         path: A file that ``read_weights`` has read.
@@ -62,7 +62,7 @@ def read_conversion(path: Path) -> tuple[str, list[str]] | None:
 
 def _read_safely(path: Path) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on pickle protocols: that it was read, or the error, says it all
+        warnings.simplefilter("ignore")  # about pickle protocols: success, or the error, says enough
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -70,13 +70,13 @@ def _check_file(path: Path) -> None:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder. Name the weights file in it.")
     if not path.exists():
-        raise CheckpointError(f"There is no checkpoint {path}. {nearest_file(path)}")
+        raise CheckpointError(f"The checkpoint {path} does not exist. {nearest_file(path)}")
     if path.stat().st_size == 0:
         raise CheckpointError(f"The checkpoint {path} is empty (0 bytes). Save or copy it again.")
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By name, or by the start of its header: eight bytes of length, then JSON."""
+    """Judge by the name, or by the start of the header: eight bytes of length, then JSON."""
     try:
         with path.open("rb") as file:
             return path.suffix == ".safetensors" or file.read(10)[8:] == b'{"'
@@ -97,7 +97,7 @@ def _read_unsafe(path: Path, unsafe_load: bool, error: pickle.UnpicklingError) -
         raise CheckpointError(_damaged(path, error)) from None
     if not unsafe_load:
         raise CheckpointError(
-            f"{path} was refused, since loading it runs code. It holds the unsafe globals "
+            f"{path} was refused because loading it would run code from it. It contains the unsafe globals "
             f"{', '.join(names)}. "
             "Save only the weights (torch.save(model.state_dict(), ...)), or, if you trust the file, "
             "give --unsafe-load."

@@ -1,4 +1,4 @@
-"""The user's files -> everything a scan needs: a table of contents of this package."""
+"""Load everything a scan needs from the user's files: model, weights, data and functions."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from bnprobe.usercode import BatchFunction
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and the batches to probe it with.
+    """A model and the batches to measure it with.
 
     Attributes:
-        model: The user's model, with its checkpoint, without wrappers.
-        model_name: How the model was named, e.g. "model.py:load_model".
-        checkpoint: The weights file, where one was given.
-        source: The micro-batches.
-        evaluation: Those of the evaluation data, if there is any.
-        forward, loss, metric: The user's functions of (model, batch), where given.
-        notes: What the reader should know, a sentence each; those of ``source`` are its own.
-        make_optimizer: Of the parameters, where training steps are asked for.
-        module: Where the user's functions were looked up, if there is such a module.
+        model: The user's model with its checkpoint loaded, without wrappers.
+        model_name: Name of the model, e.g. "model.py:load_model".
+        checkpoint: The weights file, if one was given.
+        source: Micro-batches of the training data.
+        evaluation: Micro-batches of the held-out data, if there are any.
+        forward, loss, metric: The user's functions of (model, batch), if given.
+        notes: What the reader should know, one sentence each; ``source`` has its own.
+        make_optimizer: Makes an optimizer for given parameters, if training steps are requested.
+        module: Module where the user's functions were looked up, if there is one.
     """
 
     model: nn.Module
@@ -51,12 +51,12 @@ class Workload:
 
 
 def load_workload(spec: Spec) -> Workload:
-    """Loads model, checkpoint, data and functions, in this order.
+    """Load model, checkpoint, data and functions, in this order.
 
-    The user's code may draw random weights: who wants them reproducible seeds before.
+    The user's code may draw random weights. Seed first to make them reproducible.
 
     Raises:
-        BnprobeError: Whatever is wrong with the user's files, in words.
+        BnprobeError: Something is wrong with the user's files; see ``bnprobe.errors``.
     """
     loaded = load_model_only(spec)
     source = load_source(spec.data, loaded.module)
@@ -80,9 +80,9 @@ def load_workload(spec: Spec) -> Workload:
 
 
 def read_anew(spec: Spec, workload: Workload) -> Workload:
-    """The same model with its data loaded again: a generator, once read, gives nothing more.
+    """The same model with its data loaded again, because a generator can be read only once.
 
-    Who wants the user's random choices reproducible seeds before.
+    The user's code may draw random numbers. Seed first to make them reproducible.
     """
     source, evaluation = load_source(spec.data, workload.module), workload.evaluation
     if evaluation is not None:
@@ -91,28 +91,28 @@ def read_anew(spec: Spec, workload: Workload) -> Workload:
 
 
 def _evaluation(spec: Spec, module: UserModule | None, source: BatchSource, notes: list[str]) -> BatchSource | None:
-    """Evaluation data that the spec names must work; what only lies in the model file may not fit this scan."""
+    """Held-out data that the spec names must load; a load_eval_data that is only in the model file may fail."""
     try:
         return load_evaluation(spec.eval_data, module, source.batch_size)
     except (DataError, UsageError) as error:
         if spec.eval_data.target is not None:
             raise
-        notes.append(f"The evaluation data was not used. {error}")
+        notes.append(f"The held-out data was not used. {error}")
         return None
 
 
 def load_model_only(spec: Spec) -> LoadedModel:
-    """The model with its checkpoint, without data."""
+    """Load the model with its checkpoint, without data."""
     checkpoint, folder = spec.checkpoint, Path.cwd()
     loaded = load_model(spec.model)
-    if checkpoint.path is not None and Path.cwd() != folder:  # the user's file went elsewhere
+    if checkpoint.path is not None and Path.cwd() != folder:  # the user's file changed the working directory
         checkpoint = checkpoint.model_copy(update={"path": str(folder / checkpoint.path)})
     notes = load_checkpoint(loaded.model, checkpoint)
     return replace(loaded, notes=(*loaded.notes, *notes))
 
 
 def _function(role: str, target: str | None, module: UserModule | None, notes: list[str]) -> BatchFunction | None:
-    """The function that the spec names; else the one of this name in the model's module."""
+    """The function that the spec names, or else the one with the name of its role in the model's module."""
     if target is not None:
         home, symbol = locate(target, module)
         value: BatchFunction = home.get(symbol or role)
@@ -131,7 +131,7 @@ def _function(role: str, target: str | None, module: UserModule | None, notes: l
 
 
 def _problem(value: Any) -> str | None:
-    """Why a value is no function of (model, batch)."""
+    """Why a value is not a function of (model, batch), as a clause; None if it is one."""
     if isinstance(value, nn.Module | type) or not callable(value):
         return f"it is {kind_of(value)}, not a function of (model, batch)"
     try:
@@ -139,5 +139,5 @@ def _problem(value: Any) -> str | None:
     except TypeError:
         return f"it takes {inspect.signature(value)}, not (model, batch)"
     except ValueError:
-        return None  # a built-in whose signature Python cannot tell
+        return None  # a built-in whose signature Python cannot read
     return None

@@ -1,5 +1,5 @@
-"""Read the spec. Three sources, the later one wins: ``[tool.bnprobe]`` of the nearest pyproject.toml, the spec
-file (YAML), the options of the command line.
+"""Read the spec from three sources; later ones override earlier ones: ``[tool.bnprobe]`` of the nearest
+pyproject.toml, the spec file (YAML), and the command-line options.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bnprobe.targets import is_file_target, split_target
 
 
 def build_spec(target: str, overrides: Mapping[str, Any]) -> Spec:
-    """The spec of one command: target, spec file, pyproject.toml and options together.
+    """Build the spec of one command from target, spec file, pyproject.toml and options.
 
     Args:
         target: A model target (``model.py:Net``, ``package.module``, ``timm:NAME``) or a spec file
@@ -26,8 +26,8 @@ def build_spec(target: str, overrides: Mapping[str, Any]) -> Spec:
         overrides: Dotted keys to values, e.g. ``{"data.batch_size": 2}``; None means not given.
 
     Raises:
-        SpecError: A file says something that bnprobe does not understand.
-        UsageError: An option does.
+        SpecError: A file contains something that bnprobe does not understand.
+        UsageError: An option has a wrong value.
     """
     options = option_source(overrides)
     if target.lower().endswith((".yaml", ".yml")):

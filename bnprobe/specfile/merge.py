@@ -1,4 +1,4 @@
-"""All sources together, validated; an error names the line or the option that is wrong."""
+"""Merge all sources and validate the result; an error names the line or the option that is wrong."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _EXPECTED = {
 
 @dataclass
 class Merged:
-    """Values of all sources, the later ones winning, and who gave each key."""
+    """Values of all sources, later ones overriding earlier ones, and the source of each key."""
 
     values: dict[str, Any] = field(default_factory=dict)
     owners: dict[KeyPath, Source] = field(default_factory=dict)
@@ -53,19 +53,19 @@ class Merged:
     def _add_section(self, section: str, given: dict[str, Any], source: Source) -> None:
         held = self.values.setdefault(section, {})
         if not isinstance(held, dict):
-            return  # a lower source is broken there: validation will say so
+            return  # an earlier source is wrong there: validation reports it
         self.owners[(section,)] = source
         if "target" in given and given["target"] != held.get("target", given["target"]):
-            held.pop("args", None)  # they were meant for the other target
+            held.pop("args", None)  # they belong to the other target
         for key, value in given.items():
             if value is None and key in known_keys((section,)):
                 continue
-            held.pop(key, None)  # a threshold glob given again moves to the end: the last one wins
+            held.pop(key, None)  # a glob of thresholds that is given again moves to the end, where it wins
             held[key] = value
             self.owners[(section, key)] = source
 
     def owner(self, path: KeyPath) -> Source:
-        """Who gave this key, or the nearest key above it."""
+        """The source of this key, or of its nearest parent key."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.owners:
                 return self.owners[path[:end]]
@@ -73,11 +73,11 @@ class Merged:
 
 
 def validated(sources: list[Source]) -> Spec:
-    """Merge and validate.
+    """Merge and validate all sources.
 
     Raises:
-        SpecError: A file says something that bnprobe does not understand.
-        UsageError: An option does.
+        SpecError: A file contains something that bnprobe does not understand.
+        UsageError: An option has a wrong value.
     """
     merged = Merged()
     for source in sources:
@@ -92,11 +92,11 @@ _MISSING = {
     "model": "say where the model comes from",
     "target": "say where the model comes from",
     "schedule": "name a class of torch.optim.lr_scheduler, e.g. StepLR",
-    "reason": "say why these rules are not to judge these layers",
+    "reason": "say why these rules should not apply to these layers",
     "rules": "give the codes, e.g. [BN107]",
     "layers": 'give a glob of layer names, e.g. "head.*"',
 }
-"""What to do about a key that must be given."""
+"""What to do about a required key that is missing."""
 
 
 def as_error(error: ValidationError, merged: Merged) -> BnprobeError:
@@ -122,7 +122,7 @@ def sentence(item: Any, source: Source, top: type[BaseModel]) -> str:
 
 
 def _kind(item: Any, source: Source) -> str:
-    """Which of ``_EXPECTED`` says best what was expected."""
+    """The key of ``_EXPECTED`` that describes best what was expected."""
     if item["type"] == "tuple_type" and not source.name:
         return "option_list"
     if item["type"] == "greater_than_equal" and isinstance(item["ctx"]["ge"], float):
@@ -144,7 +144,7 @@ def _unknown_key(path: KeyPath, source: Source, top: type[BaseModel]) -> str:
 
 
 def known_keys(path: KeyPath, top: type[BaseModel] = Spec) -> list[str]:
-    """The keys of a section; of the top level for an empty path; none for a free mapping."""
+    """The keys of a section; for an empty path those of the top level; empty for a free mapping."""
     if not path:
         return list(top.model_fields)
     info = top.model_fields.get(str(path[0]))

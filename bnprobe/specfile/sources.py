@@ -1,4 +1,4 @@
-"""Where values come from: the command line, a spec file, pyproject.toml. Each remembers how to name its keys."""
+"""Sources of values: the command line, a spec file, pyproject.toml. Each knows how to name its keys in messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OPTION_NAMES = {"path": "--checkpoint", "thresholds": "--threshold", "target": 
 
 @dataclass(frozen=True)
 class Source:
-    """Values of one origin, and how to name it; a file's ``lines`` are those of its keys, from 1."""
+    """Values from one source, with its name; ``lines`` are the line numbers of a file's keys, from 1."""
 
     values: dict[str, Any]
     name: str = ""
@@ -38,21 +38,21 @@ class Source:
     arguments: bool = False
 
     def key(self, path: KeyPath) -> str:
-        """How the user spelt the key."""
+        """The key as the user wrote it."""
         if self.name or self.arguments:
             return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(map(str, path)))
         last = path[0] if path[0] == "thresholds" else path[min(1, len(path) - 1)]
         return _OPTION_NAMES.get(str(last), "--" + str(last).replace("_", "-"))
 
     def place(self, path: KeyPath) -> str:
-        """Where the key stands, as a parenthesis; empty for options."""
+        """File and line of the key in parentheses; empty for options."""
         if not self.name:
             return ""
         line = self.line(path)
         return f" ({self.name}, line {line})" if line else f" ({self.name})"
 
     def line(self, path: KeyPath) -> int | None:
-        """Line of the key, or of the nearest key above it."""
+        """Line of the key, or of its nearest parent key."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return self.lines[path[:end]]
@@ -101,7 +101,7 @@ def read_yaml(path: Path) -> Source:
     except (yaml.YAMLError, ValueError) as error:
         raise SpecError(f"{path} is not valid YAML: {error}.") from None
     if not isinstance(values, dict):
-        raise SpecError(f"{path}, line 1: a spec file is a mapping (key: value), but got {shown(values)}.")
+        raise SpecError(f"{path}, line 1: a spec file must be a mapping (key: value), but is {shown(values)}.")
     return _normalised(Source(values, str(path), keys.lines), path.parent)
 
 
@@ -109,15 +109,15 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise SpecError(f"There is no file {path}. {nearest_file(path)}") from None
+        raise SpecError(f"The file {path} does not exist. {nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} could not be read as UTF-8 text: {error}.") from None
 
 
 class _KeyLines:
-    """The line of every key of a YAML document, from 1; a key given twice is an error.
+    """The line of every key in a YAML document, from 1. A duplicate key is an error.
 
-    Each node is walked once: an alias shares its anchor's node, which may even hold itself.
+    Each node is visited once: an alias shares the node of its anchor, which may even contain itself.
     """
 
     def __init__(self, file: Path) -> None:
@@ -161,7 +161,7 @@ def _yaml_message(error: yaml.MarkedYAMLError, text: str, path: Path) -> str:
 
 
 def _normalised(source: Source, folder: Path) -> Source:
-    """The same values with aliases and short forms written out, and paths relative to ``folder``."""
+    """The same values with aliases and short forms expanded, and paths resolved against ``folder``."""
     values = {key: _normal_section(key, value) for key, value in source.values.items()}
     _anchor(values, folder)
     return Source(values, source.name, source.lines)

@@ -1,4 +1,4 @@
-"""Values as messages show them."""
+"""How messages show values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def shown(value: object) -> str:
-    """A value as a reader of YAML knows it."""
+    """A value in words that fit YAML."""
     if isinstance(value, str):
         return f"the text {value!r}"
     if isinstance(value, Mapping):

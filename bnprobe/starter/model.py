@@ -1,6 +1,6 @@
-"""A starter for bnprobe: replace the model and the data by your own, then run ``bnprobe scan spec.yaml``.
+"""A starter for bnprobe: replace the model and the data with your own, then run ``bnprobe scan spec.yaml``.
 
-bnprobe looks for these names; only load_model and load_data are needed.
+bnprobe looks for these names; only load_model and load_data are required.
 """
 
 import torch
@@ -32,7 +32,7 @@ def load_data(batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
 
 
 def load_eval_data(batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
-    """Optional: images that no training saw. They show a data shift, and prove what a remedy gains."""
+    """Optional: return held-out data, which reveals a data shift and shows what a remedy gains."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(128, 3, 32, 32, generator=generator)
     labels = torch.randint(10, (128,), generator=generator)
@@ -40,18 +40,18 @@ def load_eval_data(batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
 
 
 def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Optional: compared on both paths; ``convert --finetune``, --train-steps and --gradients need it."""
+    """Optional: compared in train and eval mode; ``convert --finetune``, --train-steps and --gradients need it."""
     images, labels = batch
     return nn.functional.cross_entropy(model(images), labels)
 
 
 def metric(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Optional: any other number to compare, here the accuracy."""
+    """Optional: another number to compare, here the accuracy."""
     images, labels = batch
     accuracy: torch.Tensor = (model(images).argmax(dim=1) == labels).float().mean()
     return accuracy
 
 
-# Optional too:
-# def forward(model, batch): ...           how a batch goes through the model, if not model(batch[0])
-# def make_schedule(optimizer): ...        a learning rate schedule of your own, for train.schedule
+# Also optional:
+# def forward(model, batch): ...           how to run the model on a batch, if not model(batch[0])
+# def make_schedule(optimizer): ...        your own learning rate schedule, for train.schedule

@@ -1,4 +1,4 @@
-"""Noise of the batch statistics of the backward pass, with an interval."""
+"""Noise of the batch statistics in the backward pass, with a confidence interval."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ def backward_noise(
 ) -> Backward | None:
     """Noise of E[g] and E[g * xhat], the batch statistics of BN's backward pass (Yan et al. 2020, arXiv 2001.06838).
 
-    Per channel the unbiased variances over micro-batches of E[g] and of E[g * xhat], summed, over the mean of g^2; then
-    the mean over channels. Where the n values of a batch are independent, g has mean 0 and does not depend on xhat,
-    each variance is E[g^2] / n: the noise is 2 / n. The interval is Student's t with the standard error of a delete-one
-    jackknife over micro-batches (Efron 1982, chapter 3): it needs no assumption on how g is distributed.
+    For each channel, the unbiased variances of E[g] and of E[g * xhat] over micro-batches are added and divided by the
+    mean of g^2; the noise is the mean of this ratio over channels. If the n values of a batch are independent, g has
+    mean 0 and g does not depend on xhat, each variance is E[g^2] / n, so the noise is 2 / n. The 95% interval is
+    Student's t with the standard error of a delete-one jackknife over micro-batches (Efron 1982, chapter 3), which
+    makes no assumption about the distribution of g.
 
     Args:
         gradient: E[g] of each micro-batch.
         product: E[g * xhat].
-        square: E[g^2]. Channels where it is 0 throughout have no gradient and are left out.
+        square: E[g^2]. Channels where it is 0 in all micro-batches have no gradient and are left out.
 
     Returns:
-        None with fewer than two micro-batches, or without any gradient. Two give no interval.
+        The noise and its interval; None with fewer than two micro-batches, or without any gradient. With two
+        micro-batches there is no interval.
     """
     count = square.shape[0]
     live = (square > 0).any(0)
@@ -41,7 +43,7 @@ def backward_noise(
     interval = None
     if count > 2:
         left_out = _delete_one(deviations.sum(0), spread, squares)
-        # Pseudo-values about the noise itself: their mean is the noise, their standard error that of the jackknife.
+        # Pseudo-values centred on the noise: their mean is the noise, their standard error that of the jackknife.
         pseudo = noise - (count - 1) * (left_out - left_out.mean())
         interval = mean_interval(count, float(pseudo.sum()), float(pseudo.square().sum()))
     return Backward(noise, interval, 2.0 / noise if noise > 0.0 else None)
@@ -52,7 +54,7 @@ def _delete_one(
     spread: Float[Tensor, " channels"],
     squares: Float[Tensor, "batches channels"],
 ) -> Float[Tensor, " batches"]:
-    """The noise without each micro-batch in turn; 0 where only that one had a gradient."""
+    """The noise with each micro-batch left out in turn; 0 where only that one had a gradient."""
     count = squares.shape[0]
     without = (spread - deviations * count / (count - 1)).clamp_min(0.0) / (count - 2)
     mean_square = (squares.sum(0) - squares) / (count - 1)

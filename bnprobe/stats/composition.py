@@ -1,4 +1,4 @@
-"""Are micro-batches drawn at random? Analysis of variance of image means, and images regrouped at random."""
+"""Test whether micro-batches are i.i.d.: analysis of variance of sample means, and samples regrouped at random."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from bnprobe.stats.jackknife import leave_one_out
 from bnprobe.stats.ladder import BatchSums, Means, Regrouped
 
 REGROUPED = 512
-"""Micro-batches to make of the pool: their noise is then small beside that of the pool itself."""
+"""Micro-batches to form from the pool: their noise is then small compared with that of the pool itself."""
 
 _ORDERS = 4, 16
-"""Fewest and most random orders of the pool: an image's own part in D is known from the batches that it falls into; and
-every order costs as much as the pool is large.
+"""Lower and upper limit on random orders of the pool. A sample's contribution to D is estimated from the batches
+that contain it, and the cost of an order grows with the size of the pool.
 """
 
 
 _ROUNDING = 1e-12
-"""Of sums in float64: a channel that is constant (dead inputs) must not look like one that differs by batch."""
+"""Rounding error of float64 sums: a constant channel (dead inputs) must not look like one that differs by batch."""
 
 
 @dataclass(frozen=True)
 class Variance:
-    """One-way analysis of variance per channel, batches as groups and image means as values.
+    """One-way analysis of variance per channel, with batches as groups and sample means as values.
 
     Attributes:
-        p_value: P(F or more) if batches are drawn at random; 1 where all image means are the same.
+        p_value: P(F or more) if batches are drawn at random; 1 where all sample means are equal.
         intraclass_correlation: (MSB - MSW) / (MSB + (b - 1) MSW), from -1/(b - 1) to 1.
     """
 
@@ -40,12 +40,12 @@ class Variance:
 
 @dataclass(frozen=True)
 class Images:
-    """Moments of images drawn at random from those measured, in units of the running statistics.
+    """Moments of samples drawn at random from those measured, in units of the running statistics.
 
     Attributes:
-        mean: Per image, from any origin: only differences between images are used.
-        variance: Over the values of one image, biased.
-        replicate: Replicate that each image's micro-batch was dealt to.
+        mean: Mean of each sample, about any origin: only differences between samples are used.
+        variance: Variance over the values of one sample, biased.
+        replicate: Replicate to which the micro-batch of each sample belongs.
     """
 
     mean: Float[Tensor, "images channels"]
@@ -54,15 +54,16 @@ class Images:
 
 
 def analyse(batches: BatchSums, image_squares: Float[Tensor, "replicates channels"], size: int) -> Variance:
-    """F = N Var(batch means) / E[Var(image means within a batch)] ~ F(K - 1, K (N - 1)), eval path.
+    """F = N Var(batch means) / E[Var(sample means within a batch)] ~ F(K - 1, K (N - 1)), eval path.
 
-    Image means, never pixels: those of one image resemble each other. On the train path upstream normalization couples
-    the images, and F reads far below 1 on a healthy network (docs/explanation/ladder.md).
+    The values are sample means, never single positions, because the positions of one sample are correlated. On the
+    train path the normalization of earlier layers couples the samples, and F is far below 1 even in a healthy network
+    (docs/explanation/ladder.md).
 
     Args:
         batches: Sums over K micro-batches; K > 1.
-        image_squares: Sum of squares of the image means (as d) per replicate.
-        size: Images per micro-batch N > 1.
+        image_squares: Sum of squares of the sample means (in units of d) per replicate.
+        size: Samples per micro-batch, N > 1.
     """
     from scipy.special import fdtrc  # scipy.stats takes half a second to import
 
@@ -79,7 +80,7 @@ def analyse(batches: BatchSums, image_squares: Float[Tensor, "replicates channel
 
 
 def _above(value: Tensor, rounding: Tensor) -> Tensor:
-    """``value``, or 0 where it is no more than what subtracting equal sums leaves."""
+    """``value``, or 0 where it is not larger than the rounding error of subtracting equal sums."""
     return torch.where(value > rounding, value, 0.0)
 
 
@@ -91,17 +92,17 @@ def draw(
     size: int,
     seed: int,
 ) -> Regrouped:
-    """What micro-batches of ``size`` images drawn at random would give.
+    """What micro-batches of ``size`` samples drawn at random would give.
 
-    Means and variances over all images are exact, from sums. The pool is needed only for how far E[s_B] stays behind
-    the root of E[v_B]: a ratio close to 1 that hardly varies between pools.
+    Means and variances over all samples are exact, from sums. The pool is needed only for the ratio of E[s_B] to the
+    root of E[v_B], which is close to 1 and hardly varies between pools.
 
     Args:
-        means, counts: Of the micro-batches as loaded.
-        image_squares: Sum of squares of the image means (as d) per replicate.
-        pool: At least ``size`` images.
-        size: Images per micro-batch.
-        seed: Of the random orders.
+        means, counts: Means and counts of the micro-batches as loaded.
+        image_squares: Sum of squares of the sample means (in units of d) per replicate.
+        pool: At least ``size`` samples.
+        size: Samples per micro-batch.
+        seed: Seed of the random orders.
     """
     images = (leave_one_out(counts) * size)[:, None].clamp(min=2)
     squares = leave_one_out(image_squares) / images
@@ -114,7 +115,7 @@ def draw(
     pooled = torch.stack([found.mean(0) for found in drawn]).mean(0)
     root, rho = _expectations(drawn, means.eps)
     ratio = torch.where(pooled > 0, root / pooled.sqrt(), 0.0)
-    # 1 - ratio is the spread of v_B about its mean, here about the pool's, which takes size / images of it away.
+    # 1 - ratio is the spread of v_B about its mean; measured about the mean of the pool, it lacks size / images of it.
     ratio = 1 - (1 - ratio) / (1 - size / orders[0].numel())
     rho_r = ratio * variance.sqrt()
     std = (variance[0] + means.eps).sqrt()
@@ -127,7 +128,7 @@ def draw(
 
 
 def regrouped_batches(images: int, size: int) -> int:
-    """How many micro-batches ``draw`` makes of a pool."""
+    """How many micro-batches ``draw`` forms from a pool of ``images`` samples."""
     groups = images // size
     return groups * _number_of_orders(groups) if groups else 0
 
@@ -138,33 +139,33 @@ def _number_of_orders(groups: int) -> int:
 
 
 def _orders(images: int, size: int, seed: int) -> list[Tensor]:
-    """Random orders of the first images that fill whole micro-batches, each of shape (groups, size)."""
+    """Random orders of the first samples that fill whole micro-batches, each of shape (groups, size)."""
     groups = images // size
     generator = torch.Generator().manual_seed(seed)
-    number = _number_of_orders(groups) if size > 1 else 1  # of single images every order gives the same
+    number = _number_of_orders(groups) if size > 1 else 1  # for single samples every order gives the same
     return [torch.randperm(groups * size, generator=generator).view(groups, size) for _ in range(number)]
 
 
 def _expectations(drawn: list[Tensor], eps: Tensor) -> tuple[Tensor, Tensor]:
-    """E[rho s_B] and E[rho] over all regrouped micro-batches, of which the biased variances are given."""
+    """E[rho s_B] and E[rho] over all regrouped micro-batches, from their biased variances."""
     roots = [(found / (found + eps).sqrt()).mean(0) for found in drawn]
     rhos = [(found / (found + eps)).mean(0) for found in drawn]
     return torch.stack(roots).mean(0), torch.stack(rhos).mean(0)
 
 
 def _effect(found: Tensor, eps: Tensor, slope: Tensor, half: Tensor) -> Float[Tensor, " groups"]:
-    """D of each regrouped micro-batch, linearized in E[s_B] and E[rho] with E[v_B] held, up to a constant."""
+    """D of each regrouped micro-batch up to a constant, linearized in E[s_B] and E[rho] at fixed E[v_B]."""
     return (slope * (found / (found + eps).sqrt() - half * found) + found / (found + eps)).mean(1)
 
 
 def _without_replicates(
     effects: list[Tensor], orders: list[Tensor], replicate: Tensor, replicates: int
 ) -> tuple[Float[Tensor, " estimates"], float]:
-    """By how much the layer's D changes without the pool's images of each replicate; and variance of the orders.
+    """Change of the layer's D when the pool's samples of each replicate are left out, and the variance between orders.
 
-    Averaged over random orders D is a U-statistic of the images, in which each has ``size / images`` times its own part
-    (Hoeffding 1948). The parts are averages over a few orders: they vary a little more than they would over all, and
-    intervals are as much too wide.
+    Averaged over random orders, D is a U-statistic of the samples, to which each sample contributes ``size / images``
+    times its own part (Hoeffding 1948). The parts are averages over a few orders only. They vary a little more than
+    they would over all orders, so the intervals are slightly too wide.
     """
     images, size = orders[0].numel(), orders[0].shape[1]
     parts = torch.zeros(len(orders), images, dtype=torch.float64)

@@ -1,7 +1,8 @@
-"""Running statistics replayed at other rates: what each momentum would have made of the same batches.
+"""Replay running statistics with other momentum values on the same sequence of batches.
 
-The running average is m <- (1 - a) m + a mu_B, and the same with the Bessel-corrected variance n / (n - 1) v_B, as in
-``torch.nn.BatchNorm``; momentum=None gives the k-th update the weight a = 1/k (cumulative average).
+The running mean is updated by m <- (1 - a) m + a mu_B, and the running variance in the same way with the unbiased
+batch variance n / (n - 1) v_B, as in ``torch.nn.BatchNorm``. With momentum=None the k-th update has the weight
+a = 1/k (cumulative average).
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ Rate = float | None
 """Weight of the new batch; None: cumulative average."""
 
 BLOCKS = 10
-"""Blocks for batch means (fewer where there are not two values for each)."""
+"""Number of blocks for batch means; fewer if there are not two values for each."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and unbiased variance, float64."""
+    """Mean and unbiased variance per channel, float64."""
 
     mean: Float[Tensor, " channels"]
     variance: Float[Tensor, " channels"]
@@ -34,11 +35,11 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Stream:
-    """Batch statistics of one layer in the order of its updates.
+    """Batch statistics of one layer, in the order of its updates.
 
     Attributes:
-        mean, variance: Of each batch; the variance is biased.
-        values: Values per channel behind each; at least 2.
+        mean, variance: Mean and biased variance of each batch.
+        values: Values per channel in each batch; at least 2.
     """
 
     mean: Float[Tensor, "updates channels"]
@@ -46,18 +47,18 @@ class Stream:
     values: Float[Tensor, " updates"]
 
     def unbiased(self, update: int) -> Float[Tensor, " channels"]:
-        """The Bessel-corrected variance of one batch, float64."""
+        """The unbiased variance of one batch, float64."""
         values = self.values[update].double()
         return self.variance[update].double() * (values / (values - 1))
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What each rate makes of a stream.
+    """The running statistics that each rate gives for a stream.
 
     Attributes:
-        mean, variance: The running statistics at the end; the variance is unbiased.
-        mismatch: D of each batch against the running statistics of *before* its update, mean over channels.
+        mean, variance: Running statistics at the end; the variance is unbiased.
+        mismatch: D of each batch against the running statistics *before* its update, mean over channels.
     """
 
     mean: Float[Tensor, "rates channels"]
@@ -66,7 +67,7 @@ class Replay:
 
 
 def effective_batches(rate: Rate) -> float | None:
-    """(2 - a) / a: so many batches, weighed alike, would be as noisy; None for the cumulative average and for 0."""
+    """(2 - a) / a: the number of equally weighted batches with the same noise; None for a cumulative average or 0."""
     return (2.0 - rate) / rate if rate else None
 
 
@@ -74,9 +75,9 @@ def weights(rates: Sequence[Rate], updates: int, tracked: int) -> Float[Tensor, 
     """The weight of the new batch in every update.
 
     Args:
-        rates: Weights, or None for the cumulative average.
+        rates: Weights of the new batch; None: cumulative average.
         updates: Number of updates.
-        tracked: Updates before the first one (num_batches_tracked), which the cumulative average counts.
+        tracked: Earlier updates (num_batches_tracked), which the cumulative average counts.
     """
     counted = 1.0 / torch.arange(tracked + 1, tracked + updates + 1, dtype=torch.float64)
     columns = [counted if rate is None else torch.full_like(counted, rate) for rate in rates]
@@ -84,10 +85,10 @@ def weights(rates: Sequence[Rate], updates: int, tracked: int) -> Float[Tensor, 
 
 
 def settled(stream: Stream, updates: int) -> Statistics:
-    """What running statistics fluctuate around for ever on batches like the first ``updates``.
+    """The statistics around which running statistics fluctuate on batches like the first ``updates``.
 
-    The mean of the batch means and of the Bessel-corrected batch variances: the fixed point of the average in
-    expectation, not the population statistics (which hold the spread between batches too).
+    They are the mean of the batch means and the mean of the unbiased batch variances: the fixed point of the running
+    average in expectation. They are not the population statistics, which include the spread between batches too.
     """
     factor = (stream.values[:updates] / (stream.values[:updates] - 1)).double()
     variance = stream.variance[:updates].double() * factor.unsqueeze(1)
@@ -95,11 +96,11 @@ def settled(stream: Stream, updates: int) -> Statistics:
 
 
 def with_shift(stream: Stream, first: int, unit: Float[Tensor, " channels"], shift: float, scale: float) -> Stream:
-    """The stream with other data from update ``first`` on.
+    """The stream with shifted and scaled data from update ``first`` on.
 
     Args:
         stream: As recorded.
-        first: Index of the first update that sees the other data.
+        first: Index of the first update with changed data.
         unit: Standard deviation of each channel.
         shift: Standard deviations added to every batch mean.
         scale: Factor on the batch standard deviation, about the batch's own mean.
@@ -111,12 +112,12 @@ def with_shift(stream: Stream, first: int, unit: Float[Tensor, " channels"], shi
 
 
 def replay(stream: Stream, start: Statistics, weights: Float[Tensor, "updates rates"], eps: float) -> Replay:
-    """Run the averages over the stream, all rates side by side.
+    """Run the running averages over the stream, for all rates in parallel.
 
     Args:
         stream: Batch statistics in the order of the updates.
         start: The running statistics before the first update.
-        weights: As ``weights`` gives them.
+        weights: As returned by ``weights``.
         eps: The layer's eps.
     """
     updates, rates = weights.shape
@@ -136,24 +137,25 @@ def replay(stream: Stream, start: Statistics, weights: Float[Tensor, "updates ra
 
 
 def standard_error(values: Float[Tensor, " batches"]) -> float | None:
-    """Standard error of the mean of a correlated series, by the means of consecutive blocks; None for one block.
+    """Standard error of the mean of a correlated series, by the method of batch means; None if there is only one block.
 
-    Blocks shorter than the memory of an average (its effective batches) give an error that is too small.
+    Blocks shorter than the memory of a running average (its effective batches) give an error that is too small.
     """
     blocks = _block_means(values)
     return float(blocks.std()) / math.sqrt(blocks.numel()) if blocks.numel() > 1 else None
 
 
 def ranking(mismatch: Float[Tensor, "batches rates"], noise: Float[Tensor, "batches rates"]) -> tuple[int, ...]:
-    """The rate of smallest mean mismatch, then those that it does not surely beat, by rising mismatch.
+    """The rate with the smallest mean mismatch, then those not significantly (95%) worse, by increasing mismatch.
 
-    Each is compared with the best batch by batch, which takes out what all rates have in common. A tie is one whose
-    difference is within its 95% interval (Student's t over block means), widened by the mismatch over the number of
-    batches: by so much the mean of as many batches is itself off, which the blocks of slow rates all share.
+    Every rate is compared with the best one batch by batch, which removes what all rates have in common. A rate ties
+    with the best if its difference is within the half width of the 95% interval (Student's t over block means) plus
+    the mismatch divided by the number of batches. The second term is the error of a mean over that many batches, which
+    is common to all blocks of a slow rate.
 
     Args:
-        mismatch: What is ranked.
-        noise: The same without what is no chance (the way from a start or from a shift): errors come from here.
+        mismatch: Mismatch to rank by.
+        noise: The mismatch without systematic parts (the approach from the start or from a shift); gives the errors.
     """
     order = torch.argsort(mismatch.mean(0), stable=True).tolist()
     best = order[0]
@@ -164,15 +166,15 @@ def ranking(mismatch: Float[Tensor, "batches rates"], noise: Float[Tensor, "batc
 
 
 def recovery(plain: Float[Tensor, " batches"], shifted: Float[Tensor, " batches"]) -> int | None:
-    """Batches after which a shift adds no more than the mismatch that there was without it.
+    """Number of batches after which a shift no longer adds more than the mismatch without it.
 
     Args:
-        plain: Mismatch of the batches after the shift, had there been none.
-        shifted: The same with the shift.
+        plain: Mismatch of these batches without the shift.
+        shifted: Mismatch of these batches with the shift.
 
     Returns:
-        How many batches it takes until the mismatch is, and stays, within twice its settled value (the mean of
-        ``plain``); None if it never is.
+        Number of batches until the mismatch falls and stays below twice its settled value (the mean of ``plain``); None
+        if it never does.
     """
     late = (shifted - plain > plain.mean()).nonzero()
     batches = int(late[-1]) + 1 if late.numel() else 0
@@ -180,14 +182,14 @@ def recovery(plain: Float[Tensor, " batches"], shifted: Float[Tensor, " batches"
 
 
 def _half_width(difference: Float[Tensor, " batches"]) -> float:
-    """Of the interval of the mean; infinite where one block says nothing about the spread."""
+    """Half width of the interval of the mean; infinite for one block, which says nothing about the spread."""
     blocks = _block_means(difference)
     half = half_width(blocks.numel(), float(blocks.sum()), float(blocks.square().sum()))
     return math.inf if half is None else half
 
 
 def _block_means(values: Float[Tensor, " batches"]) -> Float[Tensor, " blocks"]:
-    """Means of equal consecutive blocks; what is left over is left out at the beginning."""
+    """Means of consecutive blocks of equal length; the remainder is left out at the beginning."""
     blocks = max(1, min(BLOCKS, values.numel() // 2))
     size = values.numel() // blocks
     return values[values.numel() - blocks * size :].view(blocks, size).mean(1)

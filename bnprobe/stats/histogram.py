@@ -1,7 +1,7 @@
-"""Histograms with fixed bins: they take any number of batches in constant memory and merge by addition.
+"""Histograms with fixed bins: any number of batches fits into constant memory, and histograms merge by addition.
 
-Each axis has coarse bins, which the report shows, each split into fine bins, from which quantiles are read.
-The outermost bins take everything beyond them.
+Each axis has coarse bins, which the report shows. Every coarse bin is split into fine bins, from which quantiles are
+read. The outermost bins include everything beyond them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Axis:
 
     @property
     def edges(self) -> tuple[float, ...]:
-        """Edges of the coarse bins, in the values' own unit."""
+        """Edges of the coarse bins, in the unit of the values."""
         return tuple(self.unscale(np.linspace(-self.half_width, self.half_width, self.coarse + 1)).tolist())
 
     def index(self, values: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -53,11 +53,11 @@ class Axis:
         return position.nan_to_num(0.0).clamp(0, self.bins - 1).long()
 
     def unscale(self, scaled: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Values at scaled positions."""
+        """Values at positions on the scaled axis."""
         return np.exp2(scaled) if self.scale == "log2" else D_UNIT * np.sinh(scaled)
 
     def coarsen(self, counts: NDArray[np.int64]) -> tuple[int, ...]:
-        """Counts of the coarse bins; what lies beyond goes to the outer ones."""
+        """Counts of the coarse bins; values beyond them are counted in the outermost ones."""
         inner = self.coarse * self.fine
         start = (self.bins - inner) // 2
         result = counts[start : start + inner].reshape(self.coarse, self.fine).sum(1)
@@ -70,7 +70,7 @@ class Axis:
 
         Args:
             counts: Counts of the fine bins.
-            low, high: The extremes, which are known exactly and bound every quantile.
+            low, high: The exact minimum and maximum, which bound every quantile.
         """
         width = 2 * self.half_width * self.reach / self.bins
         cumulative = np.cumsum(counts)
@@ -86,10 +86,10 @@ class Axis:
 
 
 D_UNIT = 0.1
-"""Below this |d| the axis of d is linear, above it logarithmic."""
+"""The axis of d is about linear below this |d|, and about logarithmic above it."""
 
 R_AXIS = Axis("log2", half_width=2.0, coarse=32, fine=8, reach=6)
-"""r from 1/4 to 4 in steps of 1/8 octave; quantiles to 1.1%."""
+"""r from 1/4 to 4 in steps of 1/8 octave; quantiles are accurate to 1.1%."""
 
 D_AXIS = Axis("asinh", half_width=math.asinh(10.0 / D_UNIT), coarse=32, fine=16, reach=3)
-"""d from -10 to 10; quantiles to 2%, or 0.002 near 0."""
+"""d from -10 to 10; quantiles are accurate to 2%, or to 0.002 near 0."""

@@ -1,8 +1,8 @@
-"""The jackknife over replicates: bias, variance and intervals of figures that are no plain means.
+"""The jackknife over replicates: bias, variance and intervals of figures that are not plain means.
 
-Micro-batches are dealt to a fixed number of replicates, and sums are kept per replicate. A figure computed from all
-sums and from the sums without one replicate each says what it owes to chance, also where the reference that
-micro-batches are compared with was estimated from these micro-batches.
+Micro-batches are assigned to a fixed number of replicates, and sums are kept per replicate. A figure is computed from
+all sums, and again without each replicate in turn. The differences show how much it varies by chance. This works also
+if the reference that micro-batches are compared with was estimated from the same micro-batches.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from bnprobe.records import Interval
 from bnprobe.stats.uncertainty import t_quantile
 
 REPLICATES = 16
-"""Few, since memory grows with them; enough for Student's t with 15 degrees of freedom, 9% wider than the normal."""
+"""Few, since memory grows with them, but enough: Student's t with 15 degrees of freedom is 9% wider than the normal."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its bias taken out.
+    """A bias-corrected figure.
 
     Attributes:
-        value: Bias-corrected.
-        bias: What was taken out of the figure computed from all data.
-        variance: Of ``value``; infinite if fewer than two replicates hold data.
+        value: The bias-corrected value.
+        bias: The bias that was subtracted from the figure computed from all data.
+        variance: Variance of ``value``; infinite if fewer than two replicates have data.
         degrees: Degrees of freedom of ``variance``.
     """
 
@@ -38,7 +38,7 @@ class Estimate:
     degrees: int
 
     def interval(self, extra_variance: float = 0.0) -> Interval | None:
-        """95% interval; ``extra_variance`` is independent of this one. None if nothing is known of the spread."""
+        """95% interval, with the ``extra_variance`` of an independent error added; None if the spread is unknown."""
         if self.degrees < 1:
             return None
         half = t_quantile(self.degrees, 0.95) * math.sqrt(self.variance + extra_variance)
@@ -46,20 +46,20 @@ class Estimate:
 
 
 def leave_one_out(sums: Float[Tensor, "replicates ..."]) -> Float[Tensor, "estimates ..."]:
-    """The sum of all replicates, and of all but each one."""
+    """The sum over all replicates, then the sums that leave out each one."""
     total = sums.sum(0, keepdim=True)
     return torch.cat([total, total - sums])
 
 
 def jackknife(estimates: Float[Tensor, " estimates"], counts: Float[Tensor, " replicates"]) -> Estimate:
-    """Combine a figure from all replicates, and from all but each one.
+    """Combine a figure from all replicates with those that leave out each one.
 
-    The delete-m jackknife for groups of unequal size (Busing, Meijer & van der Leeden 1999, Statistics and Computing 9,
-    section 2.3), which for equal groups is Quenouille's and Tukey's.
+    This is the delete-m jackknife for groups of unequal size (Busing, Meijer & van der Leeden 1999, Statistics and
+    Computing 9, section 2.3); for equal groups it is the jackknife of Quenouille and Tukey.
 
     Args:
-        estimates: As the sums of ``leave_one_out``: all data first.
-        counts: Micro-batches in each replicate; empty ones are left out.
+        estimates: In the order of ``leave_one_out``: all data first.
+        counts: Micro-batches in each replicate; empty replicates are left out.
     """
     held = counts > 0
     groups = int(held.sum())

@@ -1,24 +1,26 @@
-"""The ladder of counterfactuals: where the eval-path mismatch of a layer comes from (DESIGN section 3).
+"""The ladder of counterfactuals: where the eval-path mismatch of a layer comes from (docs/explanation/ladder.md).
 
-D is quadratic in the reference, so sums over micro-batches give it against any reference statistics. Each rung swaps
-one thing for its counterfactual, and the differences of neighbouring rungs are the shares:
+D is quadratic in the reference, so that sums over micro-batches give D against any reference statistics. Each rung
+replaces one thing by its counterfactual, and the differences between neighbouring rungs are the shares:
 
     D(batches as loaded, running statistics)
         - D(as loaded, settled statistics of the train path)        = lag
     ... - D(as loaded, settled, train path without random layers)   = dropout
     ... - D(as loaded, settled, eval path)                          = propagation
     ... - D(drawn at random, settled on batches drawn at random)    = composition
-    what is left                                                    = small batch
+    the remainder                                                   = small batch
 
-*Settled* statistics are what running statistics tend to if weights and data stay as they are: the mean of the batch
-means, and the mean of the unbiased batch variances. They are no population statistics: the mean of batch variances
-leaves out the variance between batches. That is what small or composed batches do to running statistics for good, so
-it belongs to these shares and not to lag. A scan does not know at which batch size the running statistics came about:
-any one from the scanned size (settled statistics) to all data at once (pooled statistics) counts as settled, and so do
-those of the later paths: rungs before the one that explains the running statistics best are no way that they took, and
-their shares are 0 (docs/decisions/0010).
+*Settled* statistics are those that running statistics converge to if weights and data do not change: the mean of the
+batch means, and the mean of the unbiased batch variances. They are not population statistics, because the mean of
+batch variances leaves out the variance between batches. Small or non-i.i.d. batches distort running statistics in this
+way permanently, so the effect belongs to these two shares and not to lag (stale running statistics).
 
-All figures are in units of the layer's running statistics: means as d, variances over (running variance + eps).
+A scan does not know at which batch size the running statistics were collected. Statistics of any size between the
+scanned one (settled statistics) and all data at once (pooled statistics) therefore count as settled, and so do those
+of the later paths. The running statistics did not come from the rungs before the one that explains them best: the
+shares of these rungs are 0 (docs/decisions/0010).
+
+All figures are in units of the layer's running statistics: means as d, variances divided by (running variance + eps).
 """
 
 from __future__ import annotations
@@ -70,16 +72,16 @@ class BatchSums:
         return self.sums.sum(0)[SUMS.index(name)]
 
     def means(self) -> Means:
-        """Means over all micro-batches, and over all but each replicate."""
+        """Means over all micro-batches, and with each replicate left out."""
         counts = leave_one_out(self.counts)
         means = leave_one_out(self.sums) / counts[:, None, None]
-        # With a single replicate nothing is left without it; it is never looked at, and NaN would be noise.
+        # Without its only replicate nothing is left. That row is never read; zeros avoid warnings about NaN.
         return Means(means.nan_to_num(0.0), self.eps)
 
 
 @dataclass(frozen=True)
 class Means:
-    """Means over micro-batches: of all in the first row, of all but one replicate in each further row."""
+    """Means over micro-batches: over all of them in the first row, without one replicate in each further row."""
 
     values: Float[Tensor, "estimates 6 channels"]
     eps: Float[Tensor, " channels"]
@@ -125,7 +127,7 @@ class Means:
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics that a layer might normalize with, in units of its running statistics."""
+    """Statistics that a layer could normalize with, in units of its running statistics."""
 
     mean: Float[Tensor, "estimates channels"]
     std: Float[Tensor, "estimates channels"]
@@ -133,14 +135,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Regrouped:
-    """What images drawn at random into micro-batches give, in units of the running statistics.
+    """What micro-batches of samples drawn at random give, in units of the running statistics.
 
     Attributes:
-        variance: E[v_B], from all images.
+        variance: E[v_B], from all samples.
         rho_r: E[rho s_B].
         rho: E[rho].
-        change: What leaving out each replicate's images in the pool adds to the layer's mean D; 0 for all.
-        chance: Variance of the layer's mean D that comes from the random orders.
+        change: Change of the layer's mean D when each replicate's samples are left out of the pool; 0 in the first row.
+        chance: Variance of the layer's mean D due to the random orders.
     """
 
     variance: Float[Tensor, "estimates channels"]
@@ -151,7 +153,7 @@ class Regrouped:
 
 
 def blend(means: Means, values: int) -> Float[Tensor, "estimates 1"]:
-    """How far the running variances lie on the way from settled (0) to pooled ones (1): least squares over channels."""
+    """Position of the running variances between settled (0) and pooled (1) ones, by least squares over channels."""
     low, high = _unbiased(means, values) + means.eps, means.pooled + means.eps
     way = high - low
     position = ((1 - low) * way / high.square()).sum(1) / (way / high).square().sum(1)
@@ -159,7 +161,7 @@ def blend(means: Means, values: int) -> Float[Tensor, "estimates 1"]:
 
 
 def settled(means: Means, values: int, way: Float[Tensor, "estimates 1"]) -> Reference:
-    """What running statistics tend to, ``way`` from those of this batch size to those of all data at once.
+    """Settled statistics, interpolated by ``way`` from those of this batch size to those of all data at once.
 
     Args:
         values: Values per channel in a micro-batch.
@@ -175,7 +177,7 @@ def distance(reference: Reference) -> float:
 
 
 def _unbiased(means: Means, values: int) -> Float[Tensor, "estimates channels"]:
-    """A single value has no variance: torch refuses to train on it, and the pooled variance stands in."""
+    """E of the unbiased variance; for a single value, on which torch refuses to train, the pooled variance instead."""
     return means.unbiased if values > 1 else means.pooled
 
 
@@ -194,9 +196,9 @@ def mismatch(means: Means, reference: Reference) -> Float[Tensor, " estimates"]:
 def mismatch_drawn(
     means: Means, drawn: Regrouped, values: int, way: Float[Tensor, "estimates 1"]
 ) -> Float[Tensor, " estimates"]:
-    """Mean of D for micro-batches drawn at random, against the statistics that settle on them.
+    """Mean of D for micro-batches drawn at random, against the settled statistics of such batches.
 
-    The means of such batches vary by what of the pooled variance is not within them.
+    The variance of the means of such batches is the pooled variance minus the variance within them.
     """
     unbiased = drawn.variance * values / (values - 1) if values > 1 else means.pooled
     std = (unbiased + way * (means.pooled - unbiased) + means.eps).sqrt()
@@ -204,9 +206,9 @@ def mismatch_drawn(
 
 
 def shift_between(here: Means, there: Means) -> Float[Tensor, " estimates"]:
-    """D of one endless batch with the population of ``here`` against the population of ``there``.
+    """D of an infinitely large batch from the population of ``here``, against the population of ``there``.
 
-    Either has one row for all of its replicates, or one row in all.
+    Each of them has either one row per estimate, or a single row.
     """
     std, reference = ((means.pooled + means.eps).sqrt() for means in (here, there))
     rho = here.pooled / std.square()
@@ -215,7 +217,7 @@ def shift_between(here: Means, there: Means) -> Float[Tensor, " estimates"]:
 
 
 def shift(here: BatchSums, there: BatchSums) -> Estimate:
-    """``shift_between`` two independent samples: biases and variances that the replicates of either show add up."""
+    """``shift_between`` two independent samples; the biases and variances found by each one's replicates add up."""
     first, second = here.means(), there.means()
     whole_first, whole_second = (Means(means.values[:1], means.eps) for means in (first, second))
     one = jackknife(shift_between(first, whole_second), here.counts)

@@ -13,7 +13,7 @@ from torch import Tensor
 class Corrections:
     """r, d, rho = v_B / (v_B + eps) and D per micro-batch and channel, float64.
 
-    ``r_clipped`` and ``d_clipped`` are what the layer itself corrects by in training: 1 and 0 for BN.
+    ``r_clipped`` and ``d_clipped`` are the corrections that the layer itself applies in training: 1 and 0 for BN.
     """
 
     r: Float[Tensor, "batches channels"]
@@ -34,20 +34,20 @@ def corrections(
     d_max: Float[Tensor, " channels"] | None = None,
     gate: Float[Tensor, " channels"] | None = None,
 ) -> Corrections:
-    """The correction factors of Batch Renorm (Ioffe 2017, arXiv 1702.03275, section 3), and what they leave.
+    """The correction factors of Batch Renorm (Ioffe 2017, arXiv 1702.03275, section 3), and the remaining mismatch D.
 
     With s_B = sqrt(v_B + eps) and s = sqrt(v + eps):  r = s_B / s,  d = (mu_B - m) / s, unclipped, so that
-    z_test = r * xhat + d with xhat the input normalized by its batch. A layer that trains on z_train = r' * xhat + d'
-    (BN: r' = 1, d' = 0; Batch Renorm: r and d clipped to its limits; gated BN: a part of the way to those) is off by
-    D = mean of (z_train - z_test)^2 = (d - d')^2 + rho * (r - r')^2 with rho = v_B / (v_B + eps), exactly, for any
-    data.
+    z_test = r * xhat + d, where xhat is the input normalized by its batch. In training a layer gives
+    z_train = r' * xhat + d' (BN: r' = 1, d' = 0; Batch Renorm: r and d clipped to its limits; gated BN: in between).
+    The mismatch is D = mean of (z_train - z_test)^2 = (d - d')^2 + rho * (r - r')^2 with rho = v_B / (v_B + eps). This
+    is exact for any data.
 
     Args:
         batch_mean, batch_variance: Statistics of each micro-batch; the variance is biased.
         running_mean, running_variance: The layer's buffers.
-        eps: The layer's eps, per channel because channels of several layers may lie side by side.
-        r_max, d_max: Limits of Batch Renorm; None: BN, as with 1 and 0.
-        gate: How far the batch statistics are left as they are, in [0, 1]; None: 0, corrected as far as the limits let.
+        eps: The layer's eps, per channel, because channels of several layers may be concatenated.
+        r_max, d_max: Limits of Batch Renorm; None: plain BN, as with 1 and 0.
+        gate: Weight of the uncorrected batch statistics, in [0, 1]; None: 0, i.e. corrected up to the limits.
     """
     running_std = (running_variance + eps).sqrt()
     r = (batch_variance + eps).sqrt() / running_std
@@ -70,7 +70,7 @@ def distance(
 ) -> float:
     """Root mean square difference of two sets of batch statistics, in units of the reference's standard deviation.
 
-    It is the square root of the mean over batches and channels of (mu - mu_ref)^2 / (v_ref + eps) + (s / s_ref - 1)^2.
+    The square root of the mean over batches and channels of (mu - mu_ref)^2 / (v_ref + eps) + (s / s_ref - 1)^2.
     """
     reference_std = (reference_variance + eps).sqrt()
     shift = (mean - reference_mean) / reference_std

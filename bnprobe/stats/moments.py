@@ -1,7 +1,7 @@
-"""Mean and biased variance per row, and their exact pooling to images, micro-batches and beyond.
+"""Mean and biased variance per row, and their exact pooling to samples, micro-batches and larger groups.
 
-A pair (mean, variance) is kept instead of (mean, mean square): pooling pairs adds non-negative terms only, so no
-step after the first can cancel.
+Pairs (mean, variance) are kept instead of (mean, mean square): pooling them adds only non-negative terms, so that no
+step after the first suffers from cancellation.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 RELATIVE_ERROR = 1e-5
-"""Relative error of a variance that is accepted before it is computed again from centred values."""
+"""Relative error of a variance above which it is computed again from centred values."""
 
 _CHUNK_VALUES = 2**20
-"""Values squared at a time where that needs a temporary: small enough to stay in a CPU's cache."""
+"""Values squared at a time if a temporary tensor is needed: small enough for a CPU's cache."""
 
 _CUDA_CHUNK_VALUES = 2**26
-"""Values of a half-precision tensor widened at a time on CUDA: bounds the extra memory to 256 MiB."""
+"""Values of a half-precision tensor widened at a time on CUDA, which limits the extra memory to 256 MiB."""
 
 _PIECE, _HALF_PIECE = 2**16, 2**12
-"""Positions whose squares ``vector_norm`` may sum in float32: it adds them one by one, so rounding grows with them.
+"""Positions whose squares ``vector_norm`` may sum in float32: it adds one by one, so rounding grows with their number.
 
-The few values that half precision has make squares that all round the same way, and cost no more in smaller pieces.
+The few distinct values of half precision have squares that may all round in the same direction; smaller pieces
+cost no more.
 """
 
 Moments = tuple[Float[Tensor, "rows channels"], Float[Tensor, "rows channels"]]
@@ -32,12 +33,12 @@ def row_moments(x: Float[Tensor, "rows channels *space"], floor: float = 0.0) ->
     """Mean and biased variance of each row and channel over the spatial positions.
 
     On CPU ``mean`` and ``vector_norm`` read x twice and are 10 to 40 times faster than ``var_mean``. Their difference
-    cancels where |mean| >> std; those channels are computed again from centred values.
+    suffers from cancellation where |mean| >> std; such channels are computed again from centred values.
 
     Args:
         x: Input of a normalization layer, any floating dtype, any memory format.
-        floor: Variance that does not matter beside this (the layer's eps): rows whose variance is far below it
-            are not worth a second computation.
+        floor: Variance below which precision does not matter (the layer's eps): rows with a far smaller variance are
+            not computed again.
 
     Returns:
         (mean, variance), each float64 of shape (rows, channels). The variance is over the spatial positions of
@@ -52,10 +53,10 @@ def row_moments(x: Float[Tensor, "rows channels *space"], floor: float = 0.0) ->
 
 
 def pool_moments(mean: Tensor, variance: Tensor, size: int) -> Moments:
-    """Pool each ``size`` consecutive rows into one (Chan et al. 1983, equal counts).
+    """Pool every ``size`` consecutive rows into one (Chan et al. 1983, equal counts).
 
     Args:
-        mean, variance: Shape (rows, channels); all rows stand for equally many values; variances biased.
+        mean, variance: Shape (rows, channels), biased variances; all rows represent the same number of values.
         size: Rows per group; must divide the number of rows.
 
     Returns:
@@ -71,7 +72,7 @@ def pool_moments(mean: Tensor, variance: Tensor, size: int) -> Moments:
 def _cpu_moments(x: Tensor, floor: float) -> Moments:
     mean, variance = _fast_moments(x)
     overflown = (~torch.isfinite(mean + variance)).any(0)
-    if overflown.any():  # or NaN or Inf in x, which stay what they are
+    if overflown.any():  # or NaN or Inf in x, which remain
         channels = overflown.nonzero().squeeze(1)
         exact = torch.var_mean(x.index_select(1, channels).double(), tuple(range(2, x.dim())), correction=0)
         variance[:, channels], mean[:, channels] = exact
@@ -101,14 +102,14 @@ def _mean_square(x: Tensor) -> Tensor:
         norms = [torch.linalg.vector_norm(piece, dim=2, dtype=_wide(x.dtype)) for piece in pieces]
         return torch.stack(norms).double().square_().sum(0).div_(x.shape[2:].numel())
     space = tuple(range(2, x.dim()))
-    # vector_norm is 10 to 20 times slower when channels are innermost; squares that stay in cache are not.
+    # vector_norm is 10 to 20 times slower when channels are innermost; squaring in cache-sized pieces is not.
     rows = max(1, _CHUNK_VALUES // x[0].numel())
     squares = [part.to(_wide(part.dtype)).square().mean(space) for part in x.split(rows)]
     return torch.cat(squares).double()
 
 
 def _cuda_moments(x: Tensor) -> Moments:
-    """One Welford pass: it cannot cancel, and deciding nothing on the host it never waits for the device."""
+    """One Welford pass: no cancellation, and no decision on the host that would wait for the device."""
     space = tuple(range(2, x.dim()))
     rows = x.shape[0] if _wide(x.dtype) == x.dtype else max(1, _CUDA_CHUNK_VALUES // x[0].numel())
     parts = [torch.var_mean(part.to(_wide(x.dtype)), space, correction=0) for part in x.split(rows)]

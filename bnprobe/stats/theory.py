@@ -1,8 +1,8 @@
-"""What i.i.d. Gaussian data of n values per channel gives: the yardstick for everything measured.
+"""What i.i.d. Gaussian data with n values per channel gives: the reference for all measurements.
 
-For n values the batch variance is chi-squared with n - 1 degrees of freedom, divided by n; so with exact
-running statistics E[r] = e_n = sqrt(2/n) Gamma(n/2) / Gamma((n-1)/2) and D = 2 (1 - e_n) = 3/(2n) + 7/(16n^2) + ...
-All functions take real n > 1.
+For n values of variance 1, n times the batch variance is chi-squared with n - 1 degrees of freedom. With exact
+running statistics, E[r] = e_n = sqrt(2/n) Gamma(n/2) / Gamma((n-1)/2) and D = 2 (1 - e_n) = 3/(2n) + 7/(16n^2) + ...
+All functions accept real n > 1.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 _SERIES_FROM = 1000.0
-"""Above this n the two-term series is exact to 1e-6 of D and the gamma functions start to cancel."""
+"""Above this n the two-term series has a relative error below 1e-6, and gamma functions would lose precision."""
 
 R_MAX = 3.0
 D_MAX = 5.0
@@ -18,7 +18,7 @@ D_MAX = 5.0
 
 
 def mismatch_iid(n: float) -> float:
-    """D for n i.i.d. Gaussian values (no unit); tends to 2 as n tends to 1."""
+    """D for n i.i.d. Gaussian values (dimensionless); tends to 2 as n tends to 1."""
     if n >= _SERIES_FROM:
         return 1.5 / n + 0.4375 / n**2
     if n <= 1.0:
@@ -28,10 +28,10 @@ def mismatch_iid(n: float) -> float:
 
 
 def equivalent_batch_size(mismatch: float) -> float | None:
-    """n_eq: the n whose i.i.d. D equals ``mismatch``.
+    """Equivalent batch size n_eq: the n for which i.i.d. Gaussian values give D = ``mismatch``.
 
     Returns:
-        A number of values, at least 1 (D of 2 and above gives 1); None for D = 0: no batch is large enough.
+        A number of values, at least 1 (any D of 2 or more gives 1); None for D = 0, which no finite batch gives.
     """
     if mismatch <= 0.0:
         return None

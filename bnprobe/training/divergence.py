@@ -1,4 +1,4 @@
-"""When training has diverged, and where the first value appears that is not finite."""
+"""Detect that training has diverged, and find the first value that is not finite."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from bnprobe.randomness import preserved_random_state
 from bnprobe.usercode import BatchFunction
 
 EXPLODED = 1000.0
-"""A loss so many times its usual size has exploded, if it stays there."""
+"""Multiple of the usual loss above which the loss has exploded, if it stays there."""
 
 USUAL_STEPS = 10
-"""Steps at the start whose median is the usual size of the loss."""
+"""Steps at the start whose median gives the usual loss."""
 
 LASTING = 5
-"""Steps in a row: one bad batch is no divergence."""
+"""Steps in a row that make a divergence: one bad batch does not."""
 
 MOST_SKIPPED = 50
-"""Steps in a row without finite gradients at which float16 gives up: the scale is then 2^-50 of what it was."""
+"""Steps in a row without finite gradients after which float16 gives up: the scale has then shrunk by 2^-50."""
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -36,9 +36,9 @@ _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 class DivergenceGuard:
     """Watches the losses of a run.
 
-    Diverged is a loss that is NaN or Inf, and one whose size stays for ``LASTING`` steps above ``EXPLODED`` times its
-    usual one. Usual is the median of the first ``USUAL_STEPS`` steps, or 1 if that is more: the loss of a model that
-    has learned its data is near 0, and a thousand times that is still no explosion.
+    Training has diverged if the loss is NaN or Inf, or if its absolute value stays above ``EXPLODED`` times the usual
+    one for ``LASTING`` steps. The usual value is the median of the first ``USUAL_STEPS`` steps, but at least 1: the
+    loss of a model that has learned its data is near 0, and a thousand times that is not an explosion.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class DivergenceGuard:
         self._skipped = 0
 
     def of_loss(self, loss: float) -> str | None:
-        """What is wrong with the loss of a step, a clause; None if nothing is."""
+        """What is wrong with the loss of a step, as a clause; None if it is fine."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if len(self._first) < USUAL_STEPS:
@@ -57,34 +57,34 @@ class DivergenceGuard:
         self._high = self._high + 1 if abs(loss) > EXPLODED * max(1.0, usual) else 0
         if self._high < LASTING:
             return None
-        return f"the loss has exploded: {loss:.3g}, where it was {usual:.3g} in the first {USUAL_STEPS} steps"
+        return f"the loss has exploded: {loss:.3g}, up from {usual:.3g} in the first {USUAL_STEPS} steps"
 
     def of_step(self, skipped: bool) -> str | None:
-        """What is wrong after a step, a clause; None if nothing is.
+        """What is wrong after a step, as a clause; None if nothing is.
 
         Args:
-            skipped: The gradients were not finite, and the scaler for float16 took no step.
+            skipped: Whether the float16 scaler skipped the step because the gradients were not finite.
         """
         self._skipped = self._skipped + 1 if skipped else 0
         if self._skipped < MOST_SKIPPED:
             return None
-        return f"the gradients are NaN or Inf for {MOST_SKIPPED} steps in a row, whatever the scale for float16"
+        return f"the gradients were NaN or Inf for {MOST_SKIPPED} steps in a row, at every float16 loss scale"
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers, as plain types."""
+        """The state, as plain types."""
         return {"first": list(self._first), "high": self._high, "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what another one remembered."""
+        """Continue from a saved state."""
         self._first, self._high, self._skipped = list(state["first"]), state["high"], state["skipped"]
 
 
 def first_non_finite(
     model: nn.Module, loss: BatchFunction, group: Sequence[Any], device: torch.device, autocast: torch.dtype | None
 ) -> str | None:
-    """Name of the first norm layer whose input is NaN or Inf, by running a step's forward passes again.
+    """Name of the first norm layer whose input is NaN or Inf, found by repeating the forward passes of a step.
 
-    All of them, whatever is found: a layer that waits for other processes must be called in every one.
+    All passes run, whatever is found: a layer that waits for other processes must be called in each of them.
     """
     found: list[str] = []
     with preserved_random_state(), _noting(model, found), casting(device, autocast):
@@ -95,7 +95,7 @@ def first_non_finite(
 
 
 def bad_gradient(model: nn.Module) -> str | None:
-    """Name of the last parameter whose gradient is NaN or Inf: the backward pass comes there first."""
+    """Name of the last parameter whose gradient is NaN or Inf, which the backward pass reaches first."""
     named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
     return next((name for name, gradient in reversed(named) if not bool(torch.isfinite(gradient).all())), None)
 

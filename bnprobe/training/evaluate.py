@@ -1,4 +1,4 @@
-"""Loss and metric at inference, on batches that no training sees."""
+"""Loss and metric at inference, on held-out batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bnprobe.training.streams import rewind
 from bnprobe.usercode import BatchFunction
 
 _SEED = 0
-"""Every evaluation draws alike, so that two of them differ by the model alone."""
+"""Random seed of every evaluation, so that two evaluations differ only by the model."""
 
 
 def evaluate(
@@ -31,17 +31,17 @@ def evaluate(
     device: torch.device,
     autocast: torch.dtype | None,
 ) -> Score:
-    """Means of loss and metric in eval mode, weighted by images; training flags and random state come back.
+    """Means of loss and metric in eval mode, weighted by samples. Training flags and random state are restored.
 
     Args:
-        model: On ``device``.
-        batches: On the host.
-        loss, metric: The user's functions of (model, batch), each a mean over the images of a batch; None: not there.
-        device: Where to run.
+        model: The model, on ``device``.
+        batches: Batches on the host.
+        loss, metric: The user's functions of (model, batch), each a mean over the samples of a batch; None: not given.
+        device: Device to run on.
         autocast: Dtype of the forward passes.
 
     Returns:
-        None for a function that is not there, and for a mean that is not finite or of no image.
+        Loss and metric; None for a function that was not given, and for a mean that is not finite or has no samples.
 
     Raises:
         UserCodeError: The user's code raised.
@@ -63,7 +63,7 @@ def evaluate(
 
 @contextmanager
 def preserved_training_flags(model: nn.Module) -> Iterator[None]:
-    """Give every module its training flag back at the end, whatever happens in between."""
+    """Restore the training flag of every module when the block ends, also after an exception."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -78,7 +78,7 @@ class _Mean:
         self._images = 0
 
     def add(self, value: Tensor, batch: Any) -> None:
-        """Sums stay on the device: the host waits once, at the end."""
+        """Add one batch; sums stay on the device, so that the host waits only once, at the end."""
         images = count_images(batch)
         weight = 1 if images is None else images
         if weight:
@@ -98,7 +98,7 @@ def _value(
     device: torch.device,
     autocast: torch.dtype | None,
 ) -> Tensor:
-    """What a function gives of a copy of a batch, float64 of shape ()."""
+    """The value of a function for a copy of a batch, float64 of shape ()."""
     batch = copy_tensors(to_device(batch, device))
     border = training_code(f"calling {name}(model, batch) (evaluation)", "Evaluating the model", device)
     with border, casting(device, autocast):
@@ -106,10 +106,10 @@ def _value(
     try:
         value = torch.as_tensor(returned, dtype=torch.float64, device=device)
     except (TypeError, ValueError, RuntimeError):
-        raise DataError(f"{name}(model, batch) must return one number, but gave {type(returned).__name__}.") from None
+        raise DataError(f"{name}(model, batch) must return one number, not {type(returned).__name__}.") from None
     if value.numel() != 1:
         raise DataError(
-            f"{name}(model, batch) must return one number, but gave a tensor of shape {tuple(value.shape)}."
+            f"{name}(model, batch) must return one number, not a tensor of shape {tuple(value.shape)}."
             " Reduce it, e.g. with .mean()."
         )
     return value.reshape(())

@@ -1,4 +1,4 @@
-"""Micro-batches for optimizer steps: the same in the same order for every arm, every process and every resumption."""
+"""Micro-batches for optimizer steps, identical and in the same order for every arm, process and resumed run."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ _END = object()
 
 
 class Feed:
-    """Deals out a source's micro-batches, epoch after epoch.
+    """Hands out the micro-batches of a source, epoch after epoch.
 
-    Each epoch begins with the random state of (seed, epoch), so that a position is two numbers: to go on from there,
-    the epoch is read anew and what was used is skipped. Several processes read the same order, and rank k takes the
-    micro-batches k, k + size, ... of it. A round that the epoch's end leaves incomplete is left out: nobody gets a
-    batch that others lack. Left out too are a partial batch where the user's loader drops it, and a batch of one image
-    where more were asked for: BN raises on one value per channel, and normalizes one image by itself in silence.
+    The random state at the start of an epoch depends only on (seed, epoch). A position is therefore two numbers: to
+    continue from it, the epoch is read again and the batches already used are skipped. All processes read the same
+    order, and rank k takes the micro-batches k, k + size, ... Three kinds of batches are left out: those of an
+    incomplete round at the end of an epoch, so that every process takes equally many; a partial batch, if the user's
+    loader drops it; and a batch of one sample where more were requested, because BN raises on one value per channel,
+    and otherwise silently normalizes the sample by itself.
 
     Args:
         source: Yields micro-batches on the host.
-        seed: Of the order, of augmentations and of loader processes.
-        accumulate: Micro-batches of a process per optimizer step; the last step of an epoch may have fewer.
-        world: The processes.
+        seed: Seed of the order, of augmentations and of loader processes.
+        accumulate: Micro-batches per process and optimizer step; the last step of an epoch may have fewer.
+        world: The processes that train together.
 
     Attributes:
-        epoch: The current one, from 0.
-        used: Batches read of it, those left out included.
+        epoch: Current epoch, from 0.
+        used: Batches read in this epoch, including those left out.
     """
 
     def __init__(self, source: BatchSource, seed: int, accumulate: int = 1, world: World = ALONE) -> None:
@@ -44,7 +45,7 @@ class Feed:
         """This process's micro-batches of the next optimizer step, at least one.
 
         Raises:
-            DataError: An epoch has no usable micro-batch: the data can be read only once, or hold too few images.
+            DataError: An epoch has no usable micro-batch: the data can be read only once, or hold too few samples.
             UserCodeError: The user's loader raised.
         """
         for _ in range(2):
@@ -57,7 +58,7 @@ class Feed:
         raise DataError(self._exhausted())
 
     def go_to(self, epoch: int, used: int) -> None:
-        """Stand where a feed of the same source stood, by reading the epoch up to there."""
+        """Move to a position of a feed of the same source, by reading the epoch up to there."""
         self.epoch, self.used = epoch, 0
         batches = self._batches()
         for _ in itertools.islice(batches, used):
@@ -65,9 +66,10 @@ class Feed:
         self._rounds = self._dealt(batches)
 
     def close(self) -> None:
-        """Let go of the data: their worker processes end.
+        """Release the data and end its worker processes.
 
-        Left to the garbage collector, which comes upon a cycle here, they would not hear of it and be waited for.
+        There is a reference cycle here; if it were left to the garbage collector, the workers would not be told to end,
+        and Python would wait for them.
         """
         if self._rounds is not None:
             self._rounds.close()
@@ -77,7 +79,7 @@ class Feed:
         return self._dealt(self._batches())
 
     def _batches(self) -> Iterator[Any]:
-        """The epoch's batches, all of them, each drawn from the stream of the data."""
+        """All batches of the epoch, drawn with the random stream of the data."""
         seed = data_seed(self._seed, self.epoch)
         stream = Stream(seed)
         rewind(self._source.batches, seed)
@@ -92,7 +94,7 @@ class Feed:
             yield batch
 
     def _dealt(self, batches: Iterator[Any]) -> Generator[Any, None, None]:
-        """One micro-batch of every complete round."""
+        """This process's micro-batch of every complete round."""
         usable = filter(self._is_usable, batches)
         while len(dealt := list(itertools.islice(usable, self._world.size))) == self._world.size:
             yield dealt[self._world.rank]
@@ -106,34 +108,34 @@ class Feed:
     def _exhausted(self) -> str:
         if self._source.images is None:
             return (
-                f"{self._source.description} gave no micro-batch when it was read from the beginning: training reads"
-                " the data again and again. Give a DataLoader, a Dataset or a list, or a function load_data that makes"
-                " one, rather than an iterator."
+                f"{self._source.description} yielded no micro-batch when it was read again from the beginning, but"
+                " training reads the data once per epoch. Give a DataLoader, a Dataset or a list, or a function"
+                " load_data that makes one, instead of an iterator."
             )
         shared = f" for each of {self._world.size} processes" if self._world.size > 1 else ""
         return (
-            f"{self._source.description} has no micro-batch of {self._source.batch_size} images{shared} to train on."
+            f"{self._source.description} has no micro-batch of {self._source.batch_size} samples{shared} to train on."
             " Use a smaller batch size, or more data."
         )
 
 
 def steps_per_epoch(source: BatchSource, accumulate: int, world: World = ALONE) -> int:
-    """Optimizer steps in one pass over the data, as ``Feed`` deals it out.
+    """Optimizer steps in one pass over the data, as ``Feed`` hands it out.
 
     Raises:
-        UsageError: The length of the data is not known, or holds no micro-batch for every process.
+        UsageError: The length of the data is unknown, or too small for one micro-batch per process.
     """
     batches = _micro_batches(source)
     if batches is None:
         raise UsageError(
-            f"--epochs (train.epochs) needs data whose length is known, and {source.description} does not tell its"
-            " own. Give --steps (train.steps)."
+            f"--epochs (train.epochs) needs data of known length, but the length of {source.description} is unknown."
+            " Give --steps (train.steps) instead."
         )
     rounds = (batches if source.most is None else min(batches, source.most)) // world.size
     if not rounds:
         raise UsageError(
-            f"{source.description} holds no micro-batch of {source.batch_size} images for every process"
-            f" ({world.size}). Use a smaller batch size, or fewer processes."
+            f"{source.description} has too few samples for a micro-batch of {source.batch_size} in each of"
+            f" {world.size} processes. Use a smaller batch size, or fewer processes."
         )
     return -(-rounds // accumulate)
 

@@ -1,4 +1,4 @@
-"""The folder of a repair in progress: runs that are finished, the one that is not, and which repair it all is of."""
+"""The folder of a repair in progress: its finished runs, the current one, and a fingerprint of the repair."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from bnprobe.training.log import event_folder
 _FINGERPRINT, _LOG = "fingerprint.json", "log.csv"
 _WRITTEN = rf"{re.escape(_FINGERPRINT)}|{re.escape(_LOG)}|[A-Za-z0-9-]+-[0-9a-f]{{8}}-seed-?\d+\.(running|safetensors)"
 _RUN = "run"
-"""Key of the record in the metadata of the weights, so that both are written in one file, whole."""
+"""Metadata key of the record in the weights file, so that weights and record are written together."""
 
 
 class StateFolder:
-    """A folder to resume a repair from. ``open`` makes it.
+    """A folder to resume a repair from, made by ``open``.
 
-    It holds bnprobe's mark, ``fingerprint.json``, ``log.csv``, TensorBoard's files in ``log/``, and for each run
-    ``ARM-....running`` (the state of the run in progress) or ``ARM-....safetensors`` (the weights of a finished run,
-    with its record as metadata).
+    It contains bnprobe's marker file, ``fingerprint.json``, ``log.csv``, TensorBoard's files in ``log/``, and for
+    each run ``ARM-....running`` (the state of the run in progress) or ``ARM-....safetensors`` (the weights of a
+    finished run, with its record as metadata).
 
     Attributes:
-        path: Where it is.
+        path: Path of the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,18 +43,18 @@ class StateFolder:
 
     @classmethod
     def open(cls, path: Path, fingerprint: Mapping[str, Any], resume: bool, force: bool = False) -> StateFolder:
-        """Begin a folder, or go on with one of the same repair.
+        """Create the folder, or continue with that of the same repair.
 
         Args:
-            path: Where it is to be; its parent must exist.
-            fingerprint: What must be the same to go on: JSON types, by name.
-            resume: Go on; else there must be no state.
-            force: Drop a state that is there, unless it is to be resumed.
+            path: Path of the folder; its parent must exist.
+            fingerprint: What must be unchanged for the repair to be resumed: JSON types, by name.
+            resume: Whether to resume; if not, no state may exist.
+            force: Whether to discard an existing state that is not to be resumed.
 
         Raises:
-            UsageError: It is there and is not to be resumed, or the reverse.
-            StateError: It is of another repair, or damaged; names what differs.
-            OutputError: It cannot be written, or something that bnprobe did not make has its name.
+            UsageError: A state exists and ``resume`` is False, or no state exists and it is True.
+            StateError: The state belongs to another repair, or is damaged; the message says what differs.
+            OutputError: The folder cannot be written, or bnprobe did not make what has its name.
         """
         folder, wanted = cls(path), json.loads(json.dumps(dict(fingerprint)))
         if resume:
@@ -69,14 +69,14 @@ class StateFolder:
         return self.path / _LOG
 
     def running(self, arm: str, seed: int) -> Path:
-        """Where the state of a run in progress belongs."""
+        """Path for the state of a run in progress."""
         return self._file(arm, seed, "running")
 
     def finished(self, arm: str, seed: int) -> tuple[Run, dict[str, Tensor]] | None:
-        """Record and weights of a run, if it is finished.
+        """Record and weights of a run; None if it is not finished.
 
         Raises:
-            StateError: Its file is damaged.
+            StateError: The file is damaged.
         """
         path = self._file(arm, seed, "safetensors")
         if not path.exists():
@@ -84,15 +84,15 @@ class StateFolder:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 run = _run_of(json.loads(file.metadata()[_RUN]))
-                return run, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+                return run, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise _damaged(path, error) from None
 
     def finish(self, arm: str, seed: int, run: Run, weights: Mapping[str, Tensor]) -> None:
-        """Write record and weights of a finished run, whole or not at all, and drop its state.
+        """Write record and weights of a finished run atomically, and remove its state.
 
         Raises:
-            OutputError: They could not be written; nothing has changed then.
+            OutputError: They could not be written; nothing has changed.
         """
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
         data = safetensors.torch.save(tensors, {_RUN: json.dumps(dataclasses.asdict(run))})
@@ -103,22 +103,22 @@ class StateFolder:
             raise OutputError(f"{self.path} could not be written: {error.strerror or error}.") from None
 
     def keep_events(self, log: Path) -> None:
-        """Move TensorBoard's files, where there are any, to a folder that outlives this one.
+        """Move TensorBoard's files, if there are any, to a folder that is kept.
 
         Args:
-            log: The CSV log that they belong to; what bnprobe wrote to its folder before is replaced.
+            log: The CSV log that they belong to; earlier files of bnprobe in its folder are replaced.
 
         Raises:
-            OutputError: They could not be moved, or something that bnprobe did not make has this name.
+            OutputError: They could not be moved, or bnprobe did not make what has this name.
         """
         if has_mark(self._events.path):
             self._events.move_to(event_folder(log))
 
     def remove(self) -> None:
-        """Remove the state: the repair is done. Files that bnprobe did not write stay, and the folder with them.
+        """Remove the state after the repair. The folder stays if it contains files that bnprobe did not write.
 
         Raises:
-            OutputError: It could not be removed.
+            OutputError: The state could not be removed.
         """
         if has_mark(self._events.path):
             self._events.remove()
@@ -128,8 +128,8 @@ class StateFolder:
         if has_mark(self.path):
             if not force:
                 raise UsageError(
-                    f"{self.path} holds the state of a repair that is not done. Go on with --resume, or drop it and"
-                    " start anew with --force."
+                    f"{self.path} contains the state of an unfinished repair. Continue it with --resume, or discard"
+                    " it and start over with --force."
                 )
             self._clear()
         self._own.make()
@@ -140,14 +140,14 @@ class StateFolder:
             raise
 
     def _clear(self) -> None:
-        """Drop what a folder holds that is to be used again: the marks stay."""
+        """Empty a folder for reuse; the marker files stay."""
         if has_mark(self._events.path):
             self._events.clear()
         self._own.clear()
 
     def _require_same(self, wanted: dict[str, Any]) -> None:
         if not self.path.is_dir():
-            raise UsageError(f"--resume: there is no state at {self.path}. Start without --resume.")
+            raise UsageError(f"--resume: there is no saved state at {self.path}. Start without --resume.")
         if not has_mark(self.path):
             raise not_own(self.path)
         path = self.path / _FINGERPRINT
@@ -159,22 +159,22 @@ class StateFolder:
         if differing:
             words = "; ".join(_difference(key, saved.get(key), wanted.get(key)) for key in differing)
             raise StateError(
-                f"{self.path} is of another repair: {words}. Resume with what it was begun with, or start anew with"
-                " --force."
+                f"{self.path} belongs to a different repair: {words}. Resume with the original settings, or start over"
+                " with --force."
             )
 
     def _file(self, arm: str, seed: int, kind: str) -> Path:
-        """Arms are named for people: their names are made fit for files, and told apart by a digest."""
+        """Path of a run's file: the name of the arm made fit for a file name, with a digest to keep it unique."""
         digest = hashlib.sha256(arm.encode()).hexdigest()[:8]
         return self.path / f"{re.sub(r'[^A-Za-z0-9]+', '-', arm)}-{digest}-seed{seed}.{kind}"
 
 
 def _difference(key: str, saved: Any, wanted: Any) -> str:
-    """Both values of a key; of two mappings only what differs in them."""
+    """Both values of a key; of two mappings only the entries that differ."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
         keys = [each for each in {**saved, **wanted} if saved.get(each) != wanted.get(each)]
         return "; ".join(_difference(f"{key}.{each}", saved.get(each), wanted.get(each)) for each in keys)
-    return f"{key} is {json.dumps(saved)} there and {json.dumps(wanted)} here"
+    return f"{key} was {json.dumps(saved)} and is now {json.dumps(wanted)}"
 
 
 def _run_of(fields: dict[str, Any]) -> Run:
@@ -182,4 +182,4 @@ def _run_of(fields: dict[str, Any]) -> Run:
 
 
 def _damaged(path: Path, error: Exception) -> StateError:
-    return StateError(f"{path} is damaged ({type(error).__name__}: {error}). Start anew with --force.")
+    return StateError(f"{path} is damaged ({type(error).__name__}: {error}). Start over with --force.")

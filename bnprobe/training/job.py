@@ -1,4 +1,4 @@
-"""What a training run is asked to do, and what comes of it."""
+"""A training run: its settings, length and outcome."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from bnprobe.training.feed import steps_per_epoch
 from bnprobe.usercode import BatchFunction
 
 DEFAULT_STEPS = 500
-"""Optimizer steps of a run where nobody says."""
+"""Default number of optimizer steps of a run."""
 
 EVALUATIONS = 10
-"""Evaluations of a run where nobody says, besides that of the start."""
+"""Default number of evaluations of a run, not counting the one at the start."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,21 @@ class Job:
     """One training run.
 
     Attributes:
-        model: Trained in place; its flags are those of training as the user sets them: what is in eval mode beside a
-            root in train mode stays so.
-        loss: ``loss(model, batch)``, a tensor of one number.
+        model: Trained in place, with the user's training flags: submodules in eval mode stay so if the root is in
+            train mode.
+        loss: ``loss(model, batch)``, which returns a tensor of one number.
         source: Micro-batches of the size to train with.
-        spec: How training goes.
-        seed: Of the data's order and of what the model draws.
-        device: Where to run.
-        autocast: Dtype of the forward passes; gradients are scaled where it is float16.
-        make_optimizer: Of the trainable parameters.
-        make_schedule: Of the optimizer; None: the learning rate stays as it is.
-        score: On evaluation batches set apart for choosing, by ``evaluate``: training flags and random state come back.
-            None: the last weights are kept.
-        measure, goal: Which weights are best; a loss is best small.
-        renorm: Limits of the Batch Renorm layers over the run; None: they are the layers' own.
-        arm: What the run is called in the log.
+        spec: Settings of the training.
+        seed: Seed of the data's order and of the model's random numbers.
+        device: Device to run on.
+        autocast: Dtype of the forward passes; gradients are scaled if it is float16.
+        make_optimizer: Makes the optimizer for the trainable parameters.
+        make_schedule: Makes the schedule for the optimizer; None: the learning rate is constant.
+        score: Scores the model with ``evaluate`` on the held-out batches for model selection, and restores training
+            flags and random state. None: the last weights are kept.
+        measure, goal: What decides which weights are best, and in which direction; a loss is always minimized.
+        renorm: Limits of the Batch Renorm layers over the run; None: the layers' own.
+        arm: Name of the run in the log.
     """
 
     model: nn.Module
@@ -64,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training gave; the fields up to ``clipped_d`` are those of ``records.Run``.
+    """The result of training; the fields up to ``clipped_d`` are those of ``records.Run``.
 
     Attributes:
         weights: The kept weights on the CPU, by their names in the model's state_dict.
@@ -82,25 +82,25 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Length:
-    """Optimizer steps of a run, and between its evaluations."""
+    """Optimizer steps of a run, and steps between its evaluations."""
 
     steps: int
     evaluate_every: int
 
     def evaluates(self, step: int) -> bool:
-        """Whether the weights after this step are evaluated: every so often, and at the end."""
+        """Whether the weights after this step are evaluated: at regular intervals, and at the end."""
         return step % self.evaluate_every == 0 or step == self.steps
 
 
 def length_of(spec: TrainSpec, source: BatchSource, world: World) -> Length:
-    """How long a run is.
+    """The length of a run.
 
     Raises:
-        UsageError: Steps and epochs are both given, or the length of an epoch is not known.
+        UsageError: Steps and epochs are both given, or the length of an epoch is unknown.
     """
     if spec.steps is not None and spec.epochs is not None:
         raise UsageError(
-            f"Both --steps {spec.steps} and --epochs {spec.epochs} are given (train.steps, train.epochs); give one."
+            f"--steps {spec.steps} and --epochs {spec.epochs} exclude each other (train.steps, train.epochs); give one."
         )
     steps = spec.steps or DEFAULT_STEPS
     if spec.epochs is not None:
@@ -109,15 +109,15 @@ def length_of(spec: TrainSpec, source: BatchSource, world: World) -> Length:
 
 
 def check(job: Job) -> None:
-    """Refuse what cannot work, before anything is trained.
+    """Reject a job that cannot work, before anything is trained.
 
     Raises:
-        UsageError: Nothing to train, or ``patience`` without evaluations.
+        UsageError: There is nothing to train, or ``patience`` is given without evaluations.
     """
     if not any(parameter.requires_grad for parameter in job.model.parameters()):
-        raise UsageError("There are no parameters to train: every parameter has requires_grad=False.")
+        raise UsageError("There is nothing to train: every parameter has requires_grad=False.")
     if job.spec.patience is not None and job.score is None:
         raise UsageError(
-            "--patience (train.patience) stops training when evaluations get no better, and there is nothing to"
-            " evaluate: give evaluation data (load_eval_data or eval_data) with a loss or metric."
+            "--patience (train.patience) stops training when the held-out score no longer improves, but there is no"
+            " such score: give held-out data (load_eval_data or eval_data) with a loss or metric."
         )

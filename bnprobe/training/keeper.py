@@ -1,4 +1,4 @@
-"""Which weights of a run are kept."""
+"""Decide which weights of a run are kept."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from bnprobe.training.divergence import is_finite
 
 
 class Keeper:
-    """Keeps the best weights by the evaluations; without these, the last ones that are finite.
+    """Keeps the weights with the best evaluation; without evaluations, the last weights that are finite.
 
-    The start counts as an evaluation of step 0, and of equals the earlier is better.
+    The start counts as the evaluation of step 0. Of equal evaluations the earlier one is kept.
 
     Args:
-        measure, goal: What decides: a loss is best small, a metric as the goal says.
-        patience: Evaluations without a better one after which training stops; None: it does not.
+        measure, goal: What decides. A loss is minimized; for a metric ``goal`` gives the direction.
+        patience: Evaluations without improvement after which training stops; None: never.
 
     Attributes:
-        step: Of the kept weights.
-        weights: On the CPU.
+        step: Step of the kept weights.
+        weights: The kept weights, on the CPU.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class Keeper:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the patience is at its end."""
+        """Whether there were ``patience`` evaluations without improvement."""
         return self._patience is not None and self._since >= self._patience
 
     @property
     def chose(self) -> bool:
-        """Whether an evaluation has chosen the weights."""
+        """Whether the weights were chosen by an evaluation."""
         return self._best is not None
 
     def note(self, step: int, model: nn.Module, score: Score | None) -> None:
-        """What the evaluation after a step gave; None where there is nothing to evaluate with."""
+        """Record the evaluation after a step; ``score`` is None if nothing can be evaluated."""
         value = getattr(score, self._measure, None)
         if value is None or not math.isfinite(value):
             self._since += int(score is not None)
@@ -60,17 +60,17 @@ class Keeper:
             self._since += 1
 
     def keep_last(self, step: int, model: nn.Module) -> None:
-        """Keep the weights if they are finite, or if there are none yet."""
+        """Keep the weights if they are finite, or if none are kept yet."""
         weights = weights_of(model)
         if not self.weights or is_finite(list(weights.values())):
             self._keep(step, weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """What it holds, as tensors and plain types."""
+        """The state, as tensors and plain types."""
         return {"best": self._best, "since": self._since, "step": self.step, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what another one held."""
+        """Continue from a saved state."""
         self._best, self._since = state["best"], state["since"]
         self._keep(state["step"], state["weights"])
 

@@ -1,4 +1,4 @@
-"""A log of training that other tools read: CSV always, TensorBoard where that is wanted."""
+"""A log of training that other tools can read: always CSV, on request also TensorBoard."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ COLUMNS: dict[str, Callable[[TrainingStep], Any]] = {
     "evaluation_loss": lambda step: None if step.score is None else step.score.loss,
     "evaluation_metric": lambda step: None if step.score is None else step.score.metric,
 }
-"""Columns of the CSV file. Numbers are written so that they read back exactly; what was not measured is empty."""
+"""Columns of the CSV file. Numbers are written with full precision; a value that was not measured is empty."""
 
 _NOT_VALUES = ("arm", "seed", "step", "steps")
 _EVENTS = ".bnprobe"
-"""Ends the names of TensorBoard's files, to tell them from those that others wrote."""
+"""Suffix of the TensorBoard files that bnprobe writes, to tell them from other files."""
 
 
 class StepLog:
-    """Appends a row to a CSV file for every optimizer step, and writes the same for TensorBoard if asked to.
+    """Appends a row to a CSV file for every optimizer step, and on request writes the same values for TensorBoard.
 
-    A run that is resumed takes some steps again: rows of the same run from its first step on are replaced, and so is a
-    row that was cut off. The file of a run that was killed and resumed is that of one that was not.
+    A resumed run repeats some steps: rows of the same run from its first step on are replaced, and so is a row that was
+    cut off. A run that was killed and resumed therefore has the same file as one that was not.
 
     Args:
-        path: The CSV file; what it holds is kept.
-        tensorboard: Write TensorBoard's files too, to a folder of the same name; it must be installed.
+        path: The CSV file; existing rows are kept.
+        tensorboard: Whether to write TensorBoard files too, to a folder of the same name; it must be installed.
 
     Raises:
-        OutputError: The file or folder cannot be written, or is no such log.
+        OutputError: The file or folder cannot be written, or is not such a log.
     """
 
     def __init__(self, path: Path, tensorboard: bool = False) -> None:
@@ -57,7 +57,7 @@ class StepLog:
         self._file = _opened(path)
 
     def write(self, step: TrainingStep) -> None:
-        """Append a step; it is with the system when this returns, so that a kill loses none."""
+        """Append a step and pass it to the operating system, so that no step is lost if the process is killed."""
         run = (step.arm, step.seed)
         if run not in self._begun:
             self._begun.add(run)
@@ -77,30 +77,30 @@ class StepLog:
             self._board.close()
 
     def _begin(self, step: TrainingStep) -> None:
-        """Take out what a killed process wrote of this run from this step on."""
+        """Remove rows of this run from this step on, which a killed process wrote."""
         run = [step.arm, str(step.seed)]
         self._file.close()
         self._cut(lambda row: row[:2] != run or int(row[2]) < step.step)
         self._file = _opened(self._path)
 
     def _cut(self, keep: Callable[[list[str]], bool]) -> None:
-        """Keep the rows for which ``keep`` holds, and the header."""
+        """Keep the header and the rows for which ``keep`` is true."""
         lines = _lines(self._path)
         header = _line(list(COLUMNS))
         if lines and lines[0] != header:
-            raise OutputError(f"{self._path} is no log of this version of bnprobe: move it away.")
+            raise OutputError(f"{self._path} is not a log of this version of bnprobe: move it away.")
         rows = [line for line in lines[1:] if _is_whole(line) and keep(_fields(line))]
         if lines != [header, *rows]:
             write_whole(self._path, header + "".join(rows))
 
 
 def event_folder(log: Path) -> OwnFolder:
-    """The folder of TensorBoard's files that belongs to a CSV log ``out.log.csv``: ``out.log``."""
+    """The folder of TensorBoard files that belongs to a CSV log: ``out.log`` for ``out.log.csv``."""
     return OwnFolder(log.with_suffix(""), rf"[^/]+-seed-[^/]+/events\.out\.tfevents\.[^/]+{re.escape(_EVENTS)}")
 
 
 class _Board:
-    """TensorBoard's files, one folder for each run."""
+    """Writes TensorBoard files, one folder per run."""
 
     def __init__(self, folder: OwnFolder) -> None:
         folder.make()
@@ -119,7 +119,7 @@ class _Board:
             writer.close()
 
     def _open(self, step: TrainingStep) -> Any:
-        """From this step on, what the folder holds is hidden: a resumed run takes the steps again."""
+        """Open a writer that hides older events from this step on, because a resumed run repeats these steps."""
         from torch.utils.tensorboard import SummaryWriter  # only where it is installed
 
         name = f"{step.arm} seed {step.seed}".replace(" ", "-")

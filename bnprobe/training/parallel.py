@@ -1,4 +1,4 @@
-"""Several processes train one model: joined gradients, and running statistics merged by count."""
+"""Train one model in several processes: gradients are averaged, running statistics are merged by count."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from bnprobe.errors import UsageError
 from bnprobe.probing.batch import tensors_of
 
 _Pair = tuple[Tensor, Tensor]
-"""Mean and variance of a layer."""
+"""Running mean and running variance of a layer."""
 
 
 class _Joined(DistributedDataParallel):
-    """The model as the user's loss sees it: attributes are those of the model itself.
+    """The model as the user's loss sees it: attributes are looked up in the model itself.
 
-    Buffers are not broadcast: ``BufferSync`` merges them. Parameters may be unused in a step, as in one process.
+    Buffers are not broadcast; ``_BufferSync`` merges them. As in one process, parameters may be unused in a step.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         places = [device] if device.type == "cuda" else None
         with warnings.catch_warnings():
-            # What replaces it in torch 2.13 sends buffers at the start all the same, and is not there in 2.6.
+            # Its replacement in torch 2.13 still sends buffers at the start, and does not exist in 2.6.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             super().__init__(model, device_ids=places, broadcast_buffers=False, find_unused_parameters=True)
         self.calls = 0
@@ -52,15 +52,15 @@ class _Joined(DistributedDataParallel):
 
 
 class Replicas:
-    """One model in every process, or in one alone.
+    """One model in every process, or in a single one.
 
     Args:
-        model: On its device, alike in every process.
+        model: The model on its device, identical in every process.
         device: That device.
-        world: The processes.
+        world: The processes that train together.
 
     Attributes:
-        callee: What to give to the user's loss.
+        callee: The model to pass to the user's loss.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, world: World) -> None:
@@ -71,40 +71,40 @@ class Replicas:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Count the values that the layers see, while the block runs."""
+        """Count the values that the layers receive while the block runs."""
         with ExitStack() as stack:
             if self._buffers is not None:
                 stack.enter_context(self._buffers.counting())
             yield
 
     def without_sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of a micro-batch: gradients are joined in the last one of a step."""
+        """Context for forward and backward of a micro-batch: gradients are averaged only in the last one of a step."""
         if self._joined is None or last:
             return contextlib.nullcontext()
         return self._joined.no_sync()
 
     def require_called(self) -> None:
-        """Refuse a loss that went past the model's own call, where the gradients of the processes are joined.
+        """Reject a loss that did not call the model itself, where gradients are averaged over processes.
 
         Raises:
-            UsageError: The model was not called since this was last asked.
+            UsageError: The model was not called since the last check.
         """
         if self._joined is None:
             return
         if not self._joined.calls:
             raise UsageError(
-                "With several processes loss(model, batch) must call the model itself, as model(x): gradients are"
-                " joined there. It called parts of the model; let the model's forward() call them."
+                "With several processes, loss(model, batch) must call the model itself, as in model(x), because"
+                " gradients are averaged there. It called only parts of the model: call them in the model's forward()."
             )
         self._joined.calls = 0
 
     def sync_buffers(self) -> None:
-        """Give every process the same buffers, merged from all."""
+        """Merge the buffers of all processes, and give every process the result."""
         if self._buffers is not None:
             self._buffers.sync()
 
     def mean(self, values: list[float]) -> list[float]:
-        """Means over the processes, of every value."""
+        """Mean of every value over the processes."""
         if self._world.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self._device)
@@ -114,23 +114,23 @@ class Replicas:
 
 
 class _BufferSync:
-    """Makes the buffers of all processes alike after a step.
+    """Makes the buffers of all processes identical after a step.
 
-    Running means and variances become those of one process for which the first calls of a layer, in all processes, are
-    one batch, then the second calls, and so on. With the weight a of a batch in the running statistics, n_i values of
-    process i, N of all, batch means mu_i and unbiased batch variances s_i^2, a call takes m, v to (1 - a) m + a mu_i
-    and (1 - a) v + a s_i^2: a mu_i and a s_i^2 are read off the buffers. The values of all are one population (Chan et
-    al. 1983) of the mean mu = sum n_i mu_i / N and the unbiased variance sum((n_i - 1) s_i^2 + n_i (mu_i - mu)^2) /
-    (N - 1), which enter with weight a in their turn.
+    The result is as if one process had run the k-th calls of a layer in all processes as a single batch. Let a be the
+    weight of a batch in the running statistics, n_i the number of values in process i, N their sum, mu_i the batch
+    means and s_i^2 the unbiased batch variances. A call updates m, v to (1 - a) m + a mu_i and (1 - a) v + a s_i^2, so
+    that a mu_i and a s_i^2 can be computed from the buffers. The values of all processes together have the mean
+    mu = sum n_i mu_i / N and the unbiased variance sum((n_i - 1) s_i^2 + n_i (mu_i - mu)^2) / (N - 1) (Chan et al.
+    1983), which then enter the running statistics with weight a.
 
-    Buffers that are alike, as those of sync layers and frozen ones are, stay as they are. Instance norms average the
-    variances of images, and so is theirs merged. A layer that is no BN tells no weight to rely on: its buffers are
-    taken for the statistics of all that it saw. Counts become the largest one. Other buffers become those of the first
-    process.
+    Buffers that are identical already, as in sync and frozen layers, do not change. Instance norms average the
+    variances of samples, so theirs are averaged. The update weight of layers other than BN is unknown: their buffers
+    are treated as statistics of all values they received. Counters become the largest one. All other buffers become
+    those of the first process.
 
     Args:
-        model: Whose buffers.
-        device: Where they are.
+        model: The model whose buffers are merged.
+        device: Device of the buffers.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -160,7 +160,7 @@ class _BufferSync:
             each.calls.clear()
 
     def _merge(self) -> None:
-        """Sums over the processes: of values and means, then of variances about the merged means."""
+        """Sum over the processes: first values and means, then variances about the merged means."""
         most = int(_largest(torch.tensor(max(len(each.calls) for each in self._layers), device=self._device)))
         found = [each.updates(most) for each in self._layers]
         values, means, variances, rates, joins = torch.cat(found, 2).to(self._device).unbind(0)
@@ -174,7 +174,7 @@ class _BufferSync:
         self._store(torch.where(count > 0, rates, 0), merged, spread)
 
     def _store(self, rates: Tensor, means: Tensor, variances: Tensor) -> None:
-        """Make the updates; shapes (calls, channels of all layers)."""
+        """Apply the merged updates; shapes (calls, channels of all layers)."""
         now, updated = (torch.cat([torch.stack(pair) for pair in pairs], 1) for pairs in self._now_and_before())
         for rate, mean, variance in zip(rates, means, variances, strict=True):
             updated = (1 - rate) * updated + torch.stack([mean, variance])
@@ -193,7 +193,7 @@ class _Statistics:
     """The running statistics of one layer, shape (channels,).
 
     Attributes:
-        calls: In training since the processes were alike: values per channel, and the statistics before the call.
+        calls: Calls in train mode since the last merge: values per channel, and the statistics before the call.
     """
 
     layer: nn.Module
@@ -202,24 +202,24 @@ class _Statistics:
     calls: list[tuple[int, _Pair]] = field(default_factory=list)
 
     def now(self) -> _Pair:
-        """Mean and variance, float64."""
+        """Current running mean and variance, float64."""
         return self.mean.to(torch.float64, copy=True), self.variance.to(torch.float64, copy=True)
 
     def before(self) -> _Pair:
-        """As they were before the first call."""
+        """Running mean and variance before the first call."""
         return self.calls[0][1] if self.calls else self.now()
 
     def note(self, module: nn.Module, inputs: Any) -> None:
-        """A forward pre-hook of the layer; an empty batch moves nothing."""
+        """Forward pre-hook of the layer; an empty batch is not recorded."""
         values = sum(tensor.numel() // tensor.shape[1] for tensor in tensors_of(list(inputs))[:1])
         if module.training and values:
             self.calls.append((values, self.now()))
 
     def updates(self, most: int) -> Tensor:
-        """What calls did, float64 of shape (5, most, channels), 0 for calls that were not.
+        """The updates of the calls, float64 of shape (5, most, channels); 0 for calls that did not happen.
 
-        Values; weight times batch mean; weight times batch variance; weight; and whether what lies between means is
-        part of the variance, as it is but for instance norms.
+        The five rows: number of values; weight times batch mean; weight times batch variance; weight; and whether the
+        variance includes the spread between the means, which is so for all but instance norms.
         """
         calls = self.calls
         if calls and not isinstance(self.layer, _BatchNorm):
@@ -234,7 +234,7 @@ class _Statistics:
         return found
 
     def _rates(self, most: int) -> list[float]:
-        """Weights of batches in the running statistics, in the order of the calls."""
+        """Weights of the batches in the running statistics, in the order of the calls."""
         if not isinstance(self.layer, _BatchNorm):
             return [1.0] * most
         if self.layer.momentum is not None:

@@ -1,4 +1,4 @@
-"""A training run in progress: its steps, and everything that must be saved to go on."""
+"""A training run in progress: its steps, and everything that must be saved to resume it."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from bnprobe.training.streams import restore, snapshot
 
 
 class Running:
-    """A run in progress; the model is in training already, and moves to the job's device.
+    """A run in progress. The model is already in train mode and is moved to the job's device.
 
     Args:
-        job: What to train.
-        length: How long.
-        world: The processes.
+        job: The run's settings.
+        length: The run's length.
+        world: The processes that train together.
 
     Attributes:
         replicas: The model, in this process and others.
         step: Optimizer steps taken.
-        ending: How the run ended; None: it goes on.
+        ending: How the run ended; None: it has not ended.
     """
 
     def __init__(self, job: Job, length: Length, world: World) -> None:
@@ -59,15 +59,15 @@ class Running:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Which run this is: a saved state must be of the same."""
+        """What identifies this run: a saved state must match it."""
         arm, seed, steps = self.job.arm, self.job.seed, self.length.steps
         return {"arm": arm, "seed": seed, "steps": steps, "processes": self.world.size}
 
     def evaluate_start(self, resumable: bool) -> None:
-        """Evaluate the weights as they are before the first step.
+        """Evaluate the weights before the first step.
 
         Args:
-            resumable: The run will be saved: see that it can be.
+            resumable: Whether the run will be saved, so that it must be checked that it can be.
 
         Raises:
             UsageError: The optimizer or the schedule cannot be saved.
@@ -78,10 +78,10 @@ class Running:
         self._keeper.note(0, self.job.model, self._score())
 
     def advance(self, read_clipped: Callable[[], Fractions | None], stop: StopFlag) -> tuple[TrainingStep, bool]:
-        """One optimizer step and what follows from it: the step, and whether a process was told to stop.
+        """Take one optimizer step, evaluate if due, and return the step and whether any process was told to stop.
 
         Args:
-            read_clipped: What Batch Renorm clipped since this was last called.
+            read_clipped: Returns the fractions that Batch Renorm clipped since the last call.
             stop: Whether this process was told to stop.
         """
         number, rate, limits = self.step + 1, self._stepper.rate, self._limits()
@@ -99,12 +99,12 @@ class Running:
         return TrainingStep(self.job.arm, self.job.seed, number, self.length.steps, *figures), stopped
 
     def close(self) -> None:
-        """Let go of the data."""
+        """Release the data."""
         self._feed.close()
 
     def outcome(self) -> Outcome:
-        """What came of it, once it has ended."""
-        assert self.ending is not None  # nobody asks before
+        """The result of the run, once it has ended."""
+        assert self.ending is not None  # called only after the end
         keeper = self._keeper
         if self.ending == "finished" and not keeper.chose:
             keeper.keep_last(self.step, self.job.model)
@@ -113,7 +113,7 @@ class Running:
         return Outcome(self.step, keeper.step, self.ending, self._note, seconds, r, d, keeper.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on, as tensors and plain types; every process must call this."""
+        """Everything needed to resume, as tensors and plain types; every process must call this."""
         model = self.job.model
         return {
             "step": self.step,
@@ -130,18 +130,18 @@ class Running:
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
-        """Go on from a state read from ``path``.
+        """Continue from a state read from ``path``.
 
         Raises:
-            StateError: It does not fit this run.
+            StateError: The state does not fit this run.
         """
         try:
             self._load(state)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             found = " ".join(str(error).split())
             raise StateError(
-                f"{path} does not fit this run ({type(error).__name__}: {found}). Resume with the settings that it was"
-                " begun with, or start anew with --force."
+                f"{path} does not fit this run ({type(error).__name__}: {found}). Resume with the original settings, or"
+                " start over with --force."
             ) from error
         self._feed.go_to(*state["position"])
         restore(state["random"][self.world.rank])
@@ -161,18 +161,18 @@ class Running:
         self.step, self._spent = state["step"], state["seconds"]
 
     def _joined(self, loss: float, clipped: Fractions | None, stop: StopFlag) -> tuple[float, Fractions | None, bool]:
-        """Means over the processes, and whether one is to stop: what all of them decide by."""
+        """Means over the processes, and whether any of them is to stop, so that all decide alike."""
         loss, r, d, stopping = self.replicas.mean([loss, *(clipped or (0.0, 0.0)), float(bool(stop.name))])
         return loss, (r, d) if clipped else None, stopping > 0
 
     def _apply(self, number: int) -> tuple[float | None, str | None]:
-        """The optimizer's step: norm of the gradient, and what is wrong."""
+        """Take the optimizer step; return the norm of the gradient, and what is wrong as a clause."""
         taken = self._stepper.apply(number)
         self.replicas.sync_buffers()
         return taken.gradient_norm, taken.problem or self._guard.of_step(taken.skipped)
 
     def _settle(self, number: int) -> Score | None:
-        """A step is taken: limits advance, weights are evaluated where it is time, and the run may end."""
+        """Finish a step: advance the limits, evaluate the weights if due, and decide whether the run ends."""
         self.step = number
         if self._renorm is not None:
             self._renorm.advance()
@@ -194,7 +194,7 @@ class Running:
         where = "" if finite else f" {self._where(group)}"
         self._note = (
             f"Diverged in step {number}: {problem}.{where} The weights of step {self._keeper.step} are kept."
-            " Choose a smaller learning rate, or clip the gradient (train.clip_norm)."
+            " Use a smaller learning rate, or clip the gradient (train.clip_norm)."
         )
 
     def _where(self, group: Sequence[Any]) -> str:
@@ -202,23 +202,23 @@ class Running:
         found = self.world.gather(first_non_finite(job.model, job.loss, group, job.device, job.autocast))
         layer = next((name for name in found if name is not None), None)
         if layer is None:
-            return "The inputs of all norm layers are finite: look at what follows the last of them, and at the loss."
+            return "The inputs of all norm layers are finite: check the layers after the last norm layer, and the loss."
         return f"The first norm layer with NaN or Inf in its input is {layer}."
 
     def _limits(self) -> tuple[float, float] | tuple[None, None]:
-        """Limits in force, those of the first Batch Renorm layer."""
+        """Current limits, read from the first Batch Renorm layer."""
         first = next(iter(self._batch_renorms), None)
         return (None, None) if first is None else (first.r_max, first.d_max)
 
     def _score(self) -> Score | None:
-        """The same in every process, as what is decided by it must be: that of the first."""
+        """The score of the first process, in every process, so that all decide alike."""
         if self.job.score is None:
             return None
         return self.world.gather(self.job.score(self.job.model))[0]
 
 
 def _attached(spec: RenormSpec | None, model: nn.Module, length: Length) -> RenormSchedule | None:
-    """The schedule of the limits, with the model's Batch Renorm layers reading it."""
+    """The schedule of the limits, attached to the model's Batch Renorm layers."""
     if spec is None:
         return None
     schedule = RenormSchedule(length.steps, **spec.model_dump(exclude={"momentum"}))
@@ -227,6 +227,6 @@ def _attached(spec: RenormSpec | None, model: nn.Module, length: Length) -> Reno
 
 
 def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that the state_dict leaves out."""
+    """Buffers that the state_dict does not include."""
     saved = model.state_dict()
     return {name: buffer for name, buffer in model.named_buffers() if name not in saved}

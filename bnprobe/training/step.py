@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward of its micro-batches, clipping, the step itself."""
+"""One optimizer step: forward and backward of its micro-batches, gradient clipping, and the step itself."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _FIRST = "in training step {} (the first is 1)"
 
 @dataclass(frozen=True)
 class Taken:
-    """What a step gave.
+    """The result of a step.
 
     Attributes:
-        gradient_norm: Before clipping; None if nothing is clipped.
-        skipped: The gradients were not finite, and the float16 scaler took no step.
-        problem: Why no step could be taken, a clause; None if one was.
+        gradient_norm: L2 norm of the gradient before clipping; None if nothing is clipped.
+        skipped: Whether the float16 scaler skipped the step because the gradients were not finite.
+        problem: Why no step could be taken, as a clause; None if one was taken.
     """
 
     gradient_norm: float | None = None
@@ -39,12 +39,12 @@ class Stepper:
     """Takes the optimizer steps of a job.
 
     Args:
-        job: What to train.
-        replicas: Its model, in this process and others.
+        job: The run's settings.
+        replicas: The job's model, in this process and others.
 
     Attributes:
-        optimizer, schedule: As the job makes them; the schedule may be None.
-        scaler: Of the gradients; does nothing but for float16.
+        optimizer, schedule: As made by the job; the schedule may be None.
+        scaler: Gradient scaler; active only for float16.
     """
 
     def __init__(self, job: Job, replicas: Replicas) -> None:
@@ -56,17 +56,17 @@ class Stepper:
 
     @property
     def rate(self) -> float:
-        """Learning rate of the first parameter group; NaN if the optimizer tells none."""
+        """Learning rate of the first parameter group; NaN if the optimizer does not tell."""
         groups = getattr(self.optimizer, "param_groups", None) or [{}]
         return float(groups[0].get("lr", math.nan))
 
     def losses(self, group: Sequence[Any], step: int) -> float:
-        """Forward and backward of a step's micro-batches; their mean loss.
+        """Run forward and backward of a step's micro-batches, and return their mean loss.
 
-        The gradient is that of the mean over the micro-batches of all processes, each of which counts as one.
+        The gradient is that of the mean over the micro-batches of all processes; each micro-batch has the same weight.
 
         Raises:
-            UserCodeError, UsageError, DeviceError: What the user's loss did; names the step.
+            UserCodeError, UsageError, DeviceError: The user's loss failed; the message names the step.
         """
         self.forget_gradients()
         values = [
@@ -77,7 +77,7 @@ class Stepper:
         return sum(value.item() for value in values) / len(values)
 
     def apply(self, step: int) -> Taken:
-        """Clip the gradients and take the step, if they are finite."""
+        """Clip the gradients and take the step, if the gradients are finite."""
         self.scaler.unscale_(self.optimizer)
         norm = self._gradient_norm()
         limit = self._job.spec.clip_norm
@@ -94,17 +94,17 @@ class Stepper:
         return Taken(None if limit is None else norm, skipped)
 
     def forget_gradients(self) -> None:
-        """Let no gradient be of an earlier step."""
+        """Clear the gradients of the previous step."""
         for parameter in self._job.model.parameters():
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Of optimizer, schedule and scaler."""
+        """State of optimizer, schedule and scaler."""
         schedule = None if self.schedule is None else self.schedule.state_dict()
         return {"optimizer": self.optimizer.state_dict(), "schedule": schedule, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a saved state."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
@@ -124,7 +124,7 @@ class Stepper:
         return value.detach()
 
     def _gradient_norm(self) -> float:
-        """L2 norm before clipping; clips."""
+        """Clip the gradient; return its L2 norm before clipping."""
         limit = self._job.spec.clip_norm
         if limit is not None:
             return float(nn.utils.clip_grad_norm_(self._parameters, limit))
@@ -140,4 +140,4 @@ def _not_finite(model: nn.Module) -> str:
     name = bad_gradient(model)
     if name is None:
         return "the norm of the gradient is too large for its dtype"
-    return f"the loss is finite, but not the gradient; going backward, the first that is NaN or Inf is that of {name}"
+    return f"the loss is finite, but the gradient is not; in the backward pass NaN or Inf first appears in {name}"

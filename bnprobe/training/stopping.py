@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end training after the step in progress."""
+"""Stop training on SIGTERM or Ctrl-C, after the current step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StopFlag:
     """Whether training was told to stop.
 
     Attributes:
-        name: Of the signal, e.g. "SIGTERM"; empty if there was none.
+        name: Name of the signal, e.g. "SIGTERM"; empty if there was none.
     """
 
     def __init__(self) -> None:
@@ -25,10 +25,10 @@ class StopFlag:
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """Note SIGTERM and Ctrl-C while the block runs; the second one acts at once, as it would have without this.
+    """Record SIGTERM and Ctrl-C while the block runs. A second signal acts at once, as it would outside this block.
 
-    Signals reach the main thread only; elsewhere, and where a handler was not set from Python and so could not be put
-    back, this does nothing.
+    Python handles signals only in the main thread. In other threads this does nothing, nor where a handler was not set
+    from Python and so could not be restored.
     """
     flag = StopFlag()
     previous: dict[signal.Signals, Any] = {}
@@ -58,7 +58,7 @@ def stop_signals() -> Iterator[StopFlag]:
 
 
 def _in_worker(number: int) -> None:
-    """A loader's process inherits the handlers. It outlives the Ctrl-C that reaches it too: the step is to end."""
+    """Handler in a loader process, which inherits it: ignore the Ctrl-C that it also receives, so the step can end."""
     if number == signal.SIGTERM:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,7 +1,7 @@
-"""Two random streams: what the data draw is a function of seed and epoch; what the model draws goes its own way.
+"""Two random streams: that of the data depends only on seed and epoch; that of the model is separate.
 
-Every arm of a repair must see the same images in the same order, whatever its model draws (dropout); and a run that is
-resumed must see those that it would have seen.
+Every arm of a repair must see the same samples in the same order, whatever random numbers its model draws (dropout),
+and a resumed run must see the samples that it would have seen without the interruption.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from bnprobe.randomness import preserved_random_state, seed_everything
 
 _MODEL, _DATA, _HELD = 0, 1, 2
 _DEPTH = 8
-"""How deep generators are looked for: a loader's data set's transform's transforms' own attributes."""
+"""Depth of the search for generators: loader, data set, transform, its transforms, their attributes."""
 
 _MOST_ITEMS = 64
-"""Longer lists are of images, not of transforms."""
+"""Longer lists hold samples, not transforms, and are not searched."""
 
 
 def model_seed(seed: int, rank: int = 0) -> int:
-    """Seed of what the model draws in one process."""
+    """Seed of the model's random numbers in one process."""
     return _derived(seed, _MODEL, rank)
 
 
 def data_seed(seed: int, epoch: int) -> int:
-    """Seed of what the data draw in one epoch, from 0: the same in every process."""
+    """Seed of the data's random numbers in one epoch, counted from 0: the same in every process."""
     return _derived(seed, _DATA, epoch)
 
 
@@ -42,7 +42,7 @@ def _derived(*parts: int) -> int:
 
 
 def snapshot() -> dict[str, Any]:
-    """The state of random, numpy and torch (CPU and CUDA) as tensors and plain types, which are safe to load."""
+    """The random state of random, numpy and torch (CPU and CUDA), as tensors and plain types that are safe to load."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = _numpy_state()
     return {
@@ -60,7 +60,7 @@ def _numpy_state() -> tuple[Any, ...]:
 
 
 def restore(state: Mapping[str, Any]) -> None:
-    """Set the state that ``snapshot`` gave."""
+    """Set a state that ``snapshot`` returned."""
     version, words, gauss = state["python"]
     kind, keys, position, has_gauss, cached = state["numpy"]
     random.setstate((version, tuple(words), gauss))
@@ -71,10 +71,10 @@ def restore(state: Mapping[str, Any]) -> None:
 
 
 class Stream:
-    """A random stream beside the one that is in force.
+    """A random stream that is separate from the global one.
 
     Args:
-        seed: Where it begins.
+        seed: Seed of the stream.
     """
 
     def __init__(self, seed: int) -> None:
@@ -84,7 +84,7 @@ class Stream:
 
     @contextmanager
     def flowing(self) -> Iterator[None]:
-        """Draw from this stream while the block runs."""
+        """Make this the global random stream while the block runs."""
         with preserved_random_state():
             restore(self._state)
             try:
@@ -94,11 +94,11 @@ class Stream:
 
 
 def rewind(data: Any, seed: int) -> None:
-    """Seed the generators that a source of batches holds itself, and have its worker processes begin anew.
+    """Seed the generators that a source of batches holds itself, and restart its worker processes.
 
-    Workers that persist would go on from the epoch before. Reached are generators of random, numpy and torch in
-    attributes, lists and mappings, a few levels deep, in the order of the attributes. A sampler that is told the epoch
-    (``set_epoch``) is left to its owner.
+    Persistent workers would otherwise continue from the previous epoch. Generators of random, numpy and torch are
+    found in attributes, lists and mappings, a few levels deep, in the order of the attributes. Samplers with
+    ``set_epoch`` are not touched.
     """
     dismiss_workers(data)
     for number, generator in enumerate(_held(data, _GENERATORS)):
@@ -106,7 +106,7 @@ def rewind(data: Any, seed: int) -> None:
 
 
 def dismiss_workers(data: Any) -> None:
-    """End the worker processes that a loader keeps between its epochs."""
+    """End the worker processes that a loader keeps between epochs."""
     for loader in _held(data, (DataLoader,)):
         loader._iterator = None
 
@@ -121,7 +121,7 @@ def _reseed(generator: Any, seed: int) -> None:
 
 
 def _held(root: Any, kinds: tuple[type, ...]) -> list[Any]:
-    """What there is of some types in an object and what it holds, once each, in a fixed order."""
+    """All objects of some types that an object holds, directly or indirectly, once each, in a fixed order."""
     found: list[Any] = []
     seen: set[int] = set()
     waiting = [(root, 0)]

@@ -1,4 +1,4 @@
-"""Train a model as a job says, and go on after an interruption as if there had been none."""
+"""Train a model as a job says; a resumed run gives the same result as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from bnprobe.training.streams import model_seed
 
 
 def train(job: Job, *, state: Path | None, on_step: Callable[[TrainingStep], None], world: World = ALONE) -> Outcome:
-    """Train the job's model in place; its training flags and the random state come back as they were.
+    """Train the job's model in place. Its training flags and the random state are restored.
 
     Args:
         job: What to train, and how.
-        state: File of the run in progress: read if it is there, written every ``save_every`` steps and when told to
-            stop; several processes must see the same file. None: nothing is saved.
+        state: State file of the run: read if it exists, written every ``save_every`` steps and when training is
+            stopped; all processes must see the same file. None: nothing is saved.
         on_step: Called after every step, in the first process.
         world: The processes that train together; all of them must call this.
 
     Raises:
         UsageError: The job cannot work.
-        StateError: ``state`` is damaged or of another run.
-        StoppedError: SIGTERM or Ctrl-C; the state is saved.
-        DataError, UserCodeError, DeviceError: What the data and the user's code did.
+        StateError: ``state`` is damaged or belongs to another run.
+        StoppedError: Training was stopped by SIGTERM or Ctrl-C; the state is saved.
+        DataError, UserCodeError, DeviceError: The data or the user's code failed.
         OutputError: The state could not be written.
     """
     check(job)
@@ -51,7 +51,7 @@ def train(job: Job, *, state: Path | None, on_step: Callable[[TrainingStep], Non
                 step, stopped = run.advance(watch.read, stop)
                 if world.is_main:
                     on_step(step)
-                stopped = stopped or (world.size == 1 and bool(stop.name))  # told so while the step was evaluated
+                stopped = stopped or (world.size == 1 and bool(stop.name))  # signalled while the step was evaluated
                 _keep_state(run, state, stopped)
                 if stopped:
                     raise StoppedError(_stopped(run, state, stop))
@@ -67,7 +67,7 @@ def _begin(run: Running, state: Path | None, world: World) -> None:
 
 
 def _keep_state(run: Running, path: Path | None, stopped: bool) -> None:
-    """A run that has diverged is not saved: its step was not taken."""
+    """Save the state; not of a run that has diverged, because its last step was not taken."""
     due = run.ending is None and run.step % run.job.spec.save_every == 0
     if path is None or run.ending == "diverged" or not (due or stopped):
         return
@@ -78,14 +78,16 @@ def _keep_state(run: Running, path: Path | None, stopped: bool) -> None:
 
 def _stopped(run: Running, state: Path | None, stop: StopFlag) -> str:
     by = f"by {stop.name}" if stop.name else "in another process"
-    kept = "Nothing was saved." if state is None else "Its state is saved: the same command with --resume goes on."
+    kept = (
+        "Nothing was saved." if state is None else "Its state is saved: run the same command with --resume to continue."
+    )
     job, steps = run.job, run.length.steps
     return f"Training of {job.arm} (seed {job.seed}) was stopped {by} after step {run.step} of {steps}. {kept}"
 
 
 @contextmanager
 def _in_training(model: nn.Module) -> Iterator[None]:
-    """Train mode, but for what the user keeps in eval mode; flags come back, and no gradient is left behind."""
+    """Train mode, except for modules that the user keeps in eval mode; restores the flags and clears the gradients."""
     held = held_in_eval(model)
     with preserved_training_flags(model):
         try:

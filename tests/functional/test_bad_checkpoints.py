@@ -49,7 +49,7 @@ def test_the_weights_of_another_model(workspace: Workspace, weights: Path) -> No
         "The checkpoint weights.pt does not fit the model.\n"
         "Missing (6): bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked, head.bias.\n"
         "Unexpected (1): features.0.weight.\n"
-        "This looks like the weights of another model."
+        "These look like the weights of a different model."
     )
 
 
@@ -63,14 +63,14 @@ def test_weights_without_running_statistics(workspace: Workspace, weights: Path)
 def test_unsafe_globals_are_refused_by_name(workspace: Workspace, weights: Path) -> None:
     torch.save(nn.Sequential(nn.BatchNorm2d(2)), weights)
     message = _error(workspace)
-    assert "weights.pt was refused, since loading it runs code." in message
+    assert "weights.pt was refused because loading it would run code from it." in message
     assert "torch.nn.modules.batchnorm.BatchNorm2d" in message
     assert "give --unsafe-load" in message
 
 
 def test_a_file_that_is_not_there(workspace: Workspace, weights: Path) -> None:
     torch.save(STATE, weights.with_name("weight.pt"))
-    assert _error(workspace) == "There is no checkpoint weights.pt. Did you mean weight.pt?"
+    assert _error(workspace) == "The checkpoint weights.pt does not exist. Did you mean weight.pt?"
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])

@@ -9,7 +9,7 @@ from functional.command import CLEAN, ERROR, MODEL, Workspace
 UNUSABLE = [
     pytest.param(
         "def load_data(batch_size):\n    return []\n",
-        "load_data of model.py is empty: it gives no batch.",
+        "load_data of model.py is empty: it yields no batch.",
         id="empty-list",
     ),
     pytest.param(
@@ -19,7 +19,7 @@ UNUSABLE = [
     ),
     pytest.param(
         "def load_data(batch_size):\n    return DataLoader(TensorDataset(images()[:0]), batch_size=batch_size)\n",
-        "load_data of model.py is empty: its data set has no images.",
+        "load_data of model.py is empty: its data set has no samples.",
         id="empty-data-set",
     ),
     pytest.param(
@@ -29,7 +29,7 @@ UNUSABLE = [
     ),
     pytest.param(
         "def load_data(batch_size):\n    return images()\n",
-        "load_data of model.py gives a Tensor, which is no source of batches.",
+        "load_data of model.py gives a Tensor, which is not a source of batches.",
         id="a-tensor",
     ),
     pytest.param(
@@ -130,7 +130,7 @@ def test_a_stream_at_its_own_batch_size_is_read(workspace: Workspace) -> None:
         ("-1", "Expected a whole number of at least 1 for --batch-size, but got -1."),
         (
             "65",
-            "Batch size 65 is larger than the data set of 64 images (load_data of model.py). Give a --batch-size of",
+            "Batch size 65 is larger than the data set of 64 samples (load_data of model.py). Give a --batch-size of",
         ),
     ],
 )
@@ -141,5 +141,5 @@ def test_a_batch_size_that_cannot_be_is_explained(workspace: Workspace, size: st
 
 def test_a_batch_size_that_is_not_known_is_asked_for(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL)
-    said = "load_data of model.py asks for a batch size. Give one with --batch-size."
+    said = "load_data of model.py needs a batch size. Give one with --batch-size."
     assert workspace.run("scan", "model.py").error() == said

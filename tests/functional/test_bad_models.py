@@ -69,12 +69,12 @@ UNUSABLE = [
     ),
     pytest.param(
         "def load_model():\n    return Net(), {'epoch': 3}\n",
-        ["model.py:load_model returned a tuple of Net and dict, not an nn.Module. Return the model alone."],
+        ["model.py:load_model returned a tuple of Net and dict, not an nn.Module. Return only the model."],
         id="not-a-module",
     ),
     pytest.param(
         "load_model = 3\n",
-        ["model.py:load_model is an int, not an nn.Module, nor a function or class that makes one."],
+        ["model.py:load_model is an int, not an nn.Module or a function or class that returns one."],
         id="not-callable",
     ),
     pytest.param(
@@ -134,12 +134,12 @@ def test_a_model_file_that_fails_is_explained(workspace: Workspace, change: str,
 
 
 NOT_FOUND = [
-    pytest.param("modle.py", "There is no file modle.py. Did you mean model.py?", id="no-such-file"),
-    pytest.param("no/model.py", "There is no file no/model.py. There is no folder no.", id="no-such-folder"),
+    pytest.param("modle.py", "The file modle.py does not exist. Did you mean model.py?", id="no-such-file"),
+    pytest.param("no/model.py", "no/model.py does not exist. The folder no does not exist.", id="no-such-folder"),
     pytest.param(
         "modle", 'There is no module "modle" (looked for "modle" in the working directory', id="no-such-module"
     ),
-    pytest.param("spce.yaml", "There is no file spce.yaml.", id="no-such-spec"),
+    pytest.param("spce.yaml", "The file spce.yaml does not exist.", id="no-such-spec"),
     pytest.param(".", ". is a folder. Name a Python file (model.py:symbol)", id="a-folder"),
     pytest.param(
         "model.py:Nte",

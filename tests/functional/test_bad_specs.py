@@ -29,7 +29,7 @@ UNUSABLE_SPECS = [
     pytest.param(SPEC + "\tloss: x\n", "spec.yaml, line 5 is not valid YAML", id="tab"),
     pytest.param(SPEC + SPEC, 'The key "model" is given twice in spec.yaml, lines 1 and 5.', id="key-given-twice"),
     pytest.param("data: {batch_size: 2}\n", "model is missing: say where the model comes from.", id="no-model"),
-    pytest.param("- model.py\n", "spec.yaml, line 1: a spec file is a mapping (key: value)", id="a-list"),
+    pytest.param("- model.py\n", "spec.yaml, line 1: a spec file must be a mapping (key: value)", id="a-list"),
     pytest.param(
         SPEC + "repair: {to: groupnorm}\n",
         "'gated' or 'auto' for repair.to, but got the text 'groupnorm' (spec.yaml, line 5).",

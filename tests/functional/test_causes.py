@@ -132,7 +132,7 @@ def test_an_exemption_needs_a_reason(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL)
     workspace.write("spec.yaml", "model: model.py\nrules: {exempt: [{layers: 'b*', rules: [BN1]}]}\n")
     assert "reason is missing" in workspace.run("scan", "spec.yaml").error()
-    assert "say why these rules are not to judge these layers" in workspace.run("scan", "spec.yaml").error()
+    assert "say why these rules should not apply to these layers" in workspace.run("scan", "spec.yaml").error()
 
 
 def test_evaluation_data_of_the_spec(workspace: Workspace) -> None:

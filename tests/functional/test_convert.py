@@ -204,7 +204,7 @@ def test_training_that_diverges_is_said_and_keeps_the_last_good_weights(repairab
 def test_outputs_are_not_replaced_without_force(repairable: Workspace) -> None:
     before = repairable.write("out.record.json", "mine")
     message = repairable.run("convert", *TARGET, "-o", "out.safetensors").error()
-    assert "out.record.json exists already" in message
+    assert "out.record.json already exists" in message
     assert before.read_text() == "mine"
     assert repairable.run("convert", *TARGET, "-o", "out.safetensors", "--force").code == CLEAN
     assert read(repairable, "out.record.json")["action"] == "convert"
@@ -261,7 +261,7 @@ def test_files_of_the_user_are_refused_before_anything_runs(
 ) -> None:
     mine = boarded.write(name, "mine")
     message = run_boarded(boarded, "convert", *TARGET, *SHORT, "-o", "out.safetensors", *resume, *force).error()
-    assert message == f"{name.split('/')[0]} was not made by bnprobe: move it away, or give another -o."
+    assert message == f"{name.split('/')[0]} was not made by bnprobe: move it, or give another -o."
     assert mine.read_text() == "mine"
     assert not (boarded.folder / "loaded").exists()
 
@@ -288,7 +288,7 @@ def test_what_the_user_adds_to_the_folders_survives(boarded: Workspace) -> None:
     assert not state.exists()
     whole = events[0].read_text()
     message = run_boarded(boarded, "convert", *TARGET, *SHORT, "-o", "out.safetensors").error()
-    assert message.startswith("out.log exists already")
+    assert message.startswith("out.log already exists")
 
     notes = boarded.write("out.log/notes.txt", "mine")
     theirs = boarded.write("out.log/batch-renorm-seed-0/events.out.tfevents.9.host", "mine")
@@ -296,7 +296,7 @@ def test_what_the_user_adds_to_the_folders_survives(boarded: Workspace) -> None:
     boarded.write("model.py", REPAIRABLE.replace("    return (model", f"{adds}    return (model") + BOARD)
     found = run_boarded(boarded, *FINETUNED)
     assert found.code == CLEAN
-    assert "out.state stays: it holds files that bnprobe did not write." in found.stderr
+    assert "out.state was kept because it contains files that bnprobe did not write." in found.stderr
     assert notes.read_text() == theirs.read_text() == "mine"
     assert [path.name for path in state.iterdir()] == ["notes.txt"]
     assert events[0].read_text() == whole
@@ -309,9 +309,9 @@ def test_what_appears_during_training_is_not_replaced(repairable: Workspace) -> 
     )
     found = repairable.run("convert", *TARGET, *SHORT, "-o", "out.safetensors")
     assert found.code == ERROR
-    assert "out.safetensors exists already" in found.stderr
+    assert "out.safetensors already exists" in found.stderr
     assert (repairable.folder / "out.safetensors").read_text() == "mine"
-    assert "out.safetensors exists already" in repairable.run(*FINETUNED[:-1], "--resume").error()
+    assert "out.safetensors already exists" in repairable.run(*FINETUNED[:-1], "--resume").error()
     assert repairable.run(*FINETUNED, "--resume").code == CLEAN
     assert not (repairable.folder / "out.state").exists()
 
@@ -321,17 +321,17 @@ def test_what_appears_during_training_is_not_replaced(repairable: Workspace) -> 
     [
         ([], "give -o FILE"),
         (["-o", "missing/out.safetensors"], "missing of -o does not exist"),
-        (["--check", "-o", "out.safetensors"], "--output has no use beside it"),
+        (["--check", "-o", "out.safetensors"], "--output has no effect with it"),
         (["-o", "out.safetensors", "--require", "metric"], 'as in "metric>=0.97"'),
         (["-o", "out.safetensors", "--require", "metrics>=1"], "the nearest is metric"),
         (["-o", "out.safetensors", "--layers", "bn", "--report", "none.json"], "give one"),
-        (["--check", "--force"], "--force has no use beside it"),
-        (["-o", "out.safetensors", "--goal", "min"], "--goal is about fine-tuning"),
+        (["--check", "--force"], "--force has no effect with it"),
+        (["-o", "out.safetensors", "--goal", "min"], "--goal has an effect only with --finetune"),
         (["-o", "out.safetensors", "--layers", "bm"], 'nearest name is "bn"'),
-        (["-o", "out.pt"], "give a name that ends so"),
+        (["-o", "out.pt"], "a name that ends in .safetensors"),
         (["-o", "out.safetensors", "--require", "gain>0"], "add --finetune"),
         (["-o", "out.safetensors", "--resume"], "add --finetune"),
-        (["-o", "out.safetensors", "--steps", "5"], "--steps is about fine-tuning"),
+        (["-o", "out.safetensors", "--steps", "5"], "--steps has an effect only with --finetune"),
         (["-o", "out.safetensors", "--to", "auto"], "add --finetune"),
         (["-o", "out.safetensors", "--seeds", "0"], "at least 1 for --seeds"),
         (["-o", "out.safetensors", *SHORT, "--epochs", "2"], "give one"),
@@ -347,7 +347,7 @@ def test_what_cannot_be_done_is_said(repairable: Workspace, arguments: list[str]
 @pytest.mark.parametrize(
     ("change", "spec", "expected"),
     [
-        (("def loss", "def other"), "", "needs a loss"),
+        (("def loss", "def other"), "", "needs a training loss"),
         (("def load_eval_data", "def other"), "", "held-out data"),
         (None, "train: {optimizer: {target: Addam}}", 'no optimizer "Addam"'),
         (None, "train: {optimizer: {target: SGD, args: {lr: 0.1, speed: 3}}}", "speed"),
@@ -389,13 +389,13 @@ def test_a_wrapped_model_has_no_plan(repairable: Workspace) -> None:
         assert "wrapped model" in repairable.run("convert", *TARGET, *which, "--check").error()
 
 
-def test_few_held_out_images_are_remarked_upon(repairable: Workspace) -> None:
+def test_few_held_out_samples_are_noted(repairable: Workspace) -> None:
     few = REPAIRABLE.replace("return load_data(batch_size)", "return list(load_data(batch_size))[:1]")
     repairable.write("model.py", few)
     assert repairable.run("convert", *TARGET, *SHORT, "-o", "out.safetensors").code == CLEAN
     notes = " ".join(read(repairable, "out.record.json")["notes"])
-    assert "one held-out batch" in notes
-    assert "4 held-out images cannot tell" in notes
+    assert "only one held-out batch" in notes
+    assert "4 held-out samples are too few to tell a gain from chance" in notes
 
 
 def test_a_full_disk_leaves_nothing_half_written(repairable: Workspace) -> None:
@@ -433,7 +433,7 @@ def test_sigterm_saves_and_another_run_cannot_take_the_state(workspace: Workspac
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == NOTHING
     assert re.search(r"stopped by SIGTERM after step \d+ of 100000", stderr)
-    assert "--resume goes on" in stderr
+    assert "run the same command with --resume" in stderr
     message = workspace.run(*arguments, "--steps", "100", "--resume").error()
     assert "train.steps is 100000 there and 100 here" in message
 

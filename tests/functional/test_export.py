@@ -71,7 +71,7 @@ def test_quantized(model: Workspace) -> None:
     found = export(model, "--to", "torchscript", "--quantize", "-o", "net.pt")
     assert (found.code, found.stderr) == (CLEAN, "")
     assert "torchscript, quantized to 8 bits" in found.stdout
-    assert "Outputs quantized against those as loaded" in found.stdout
+    assert "Outputs of the quantized model compared with the model as loaded" in found.stdout
 
 
 def test_outputs_that_differ_are_findings_and_nothing_is_written(model: Workspace) -> None:
@@ -79,7 +79,7 @@ def test_outputs_that_differ_are_findings_and_nothing_is_written(model: Workspac
     model.write("net.pt", "old")
     found = export(model, "--to", "torchscript", "-o", "net.pt", "--force")
     assert found.code == FINDINGS
-    assert "above the tolerance of 1e-05: nothing was written." in " ".join(found.stdout.split())
+    assert "more than the tolerance of 1e-05: nothing was written." in " ".join(found.stdout.split())
     assert (model.folder / "net.pt").read_text() == "old"
     again = export(model, "--to", "torchscript", "-o", "net.pt", "--force", "--tolerance", "1000000")
     assert again.code == CLEAN
@@ -89,7 +89,7 @@ def test_an_existing_file_is_kept_without_force(model: Workspace) -> None:
     model.write("model.py", "raise RuntimeError('loaded')")
     model.write("net.pt2", "old")
     assert export(model, "-o", "net.pt2").error() == (
-        "net.pt2 exists already; give another -o, or --force to overwrite."
+        "net.pt2 already exists; give another -o, or --force to overwrite."
     )
 
 
@@ -103,13 +103,13 @@ def test_a_disk_that_is_full(model: Workspace) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((), "export writes a file: give -o FILE, or a --checkpoint whose name it takes."),
+        ((), "export writes a file: give -o FILE, or a --checkpoint to name the file after."),
         (("-o", "no/net.pt2"), "The folder no of -o does not exist; create it first."),
         (
             ("-o", "net.pt2", "--quantize"),
-            "--quantize has kernels that torch-export cannot hold; give --to torchscript",
+            "--quantize uses kernels that torch-export cannot store; give --to torchscript",
         ),
-        (("-o", "net.pt2", "--checkpoint", "none.pt"), "There is no checkpoint none.pt."),
+        (("-o", "net.pt2", "--checkpoint", "none.pt"), "The checkpoint none.pt does not exist."),
         (("-o", "net.pt2", "--input-shape", "0"), "--input-shape"),
     ],
 )
@@ -121,12 +121,12 @@ def test_bad_options(model: Workspace, options: tuple[str, ...], said: str) -> N
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ("\ndef forward(model, batch):\n    return model.bn(batch[0])\n", "never calls the model itself, only parts"),
+        ("\ndef forward(model, batch):\n    return model.bn(batch[0])\n", "calls only parts of the model"),
         (
             "\ndef forward(model, batch):\n    raise ValueError('no')\n",
             "ValueError while calling forward(model, batch)",
         ),
-        ("\ndef load_data(batch_size):\n    yield from ()\n", "The data gave no batch"),
+        ("\ndef load_data(batch_size):\n    yield from ()\n", "The data yielded no batch"),
         ("\ndef images():\n    return torch.full((64, 2, 8, 8), torch.nan)\n", "holds NaN or Inf"),
     ],
 )

@@ -33,7 +33,7 @@ def test_the_starter_scans_at_once(workspace: Workspace) -> None:
 
 def test_nothing_is_overwritten_unasked(workspace: Workspace) -> None:
     workspace.write("spec.yaml", "mine")
-    said = "spec.yaml exists already; choose another folder, or --force to overwrite it."
+    said = "spec.yaml already exists; choose another folder, or give --force to overwrite it."
     assert workspace.run("init").error() == said
     assert not (workspace.folder / "model.py").exists()
     assert (workspace.folder / "spec.yaml").read_text() == "mine"

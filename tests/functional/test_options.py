@@ -89,7 +89,7 @@ def test_made_up_images_without_data(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL + "del load_data\n")
     scan = workspace.scan(*JSON, "--input-shape", "2,8,8").report(CLEAN)["scan"]
     assert scan["synthetic"] is True
-    assert scan["data"] == "synthetic images of shape 2x8x8"
+    assert scan["data"] == "synthetic inputs of shape 2x8x8"
 
 
 def test_pyproject_gives_defaults_that_options_override(workspace: Workspace) -> None:

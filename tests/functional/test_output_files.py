@@ -46,7 +46,7 @@ def test_a_terminal_report_in_a_file_is_plain_text(workspace: Workspace) -> None
     ("output", "said"),
     [
         ("no/report.json", "The folder no of --output does not exist; create it first."),
-        (".", "--output . is a folder; give a file name in it."),
+        (".", "--output . is a folder; give a file in it."),
         pytest.param(
             "locked/report.json",
             "The folder locked of --output cannot be written to.",

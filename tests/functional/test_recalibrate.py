@@ -138,7 +138,7 @@ def test_existing_files_are_kept_without_force(shifted: Workspace) -> None:
     shifted.write("model.py", SCORED + "\nimport pathlib\npathlib.Path('loaded').touch()\n")
     shifted.write("out.after.json", "old")
     message = recalibrate(shifted).error()
-    assert message == "out.after.json exists already; give another -o, or --force to overwrite."
+    assert message == "out.after.json already exists; give another -o, or --force to overwrite."
     assert not (shifted.folder / "loaded").exists()
     assert recalibrate(shifted, "--force").code == CLEAN
     assert json.loads((shifted.folder / "out.after.json").read_text())["summary"]["flagged"] == 0
@@ -148,7 +148,7 @@ def test_existing_files_are_kept_without_force(shifted: Workspace) -> None:
     ("output", "said"),
     [
         ("no/out.safetensors", "The folder no of -o does not exist; create it first."),
-        (".", "-o . is a folder; give a file name in it."),
+        (".", "-o . is a folder; give a file in it."),
         pytest.param(
             "locked/out.safetensors",
             "The folder locked of -o cannot be written to.",
@@ -182,7 +182,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(shifted: Workspace) -> None:
         ("", ("--batches", "0"), ERROR, "Invalid value for '--batches'"),
         ("", ("--path", "test"), ERROR, "'test' is not one of 'train', 'eval'"),
         ("", ("--select", "BN999"), ERROR, "BN999"),
-        ("", ("--checkpoint", "none.pt"), ERROR, "There is no checkpoint none.pt."),
+        ("", ("--checkpoint", "none.pt"), ERROR, "The checkpoint none.pt does not exist."),
         ("", ("--device", "cuda:99"), ERROR, "The device 'cuda:99' cannot be used"),
         (
             "\ndef load_data(batch_size):\n    yield images()[:2]\n    raise OSError('disk gone')\n",

@@ -70,7 +70,7 @@ def test_a_file_is_written_whole_and_told_of(model: Workspace) -> None:
     assert found.stderr == "0 of 1 layer flagged at batch size 4; report written to sweep.json\n"
     assert _strict((model.folder / "sweep.json").read_text(encoding="utf-8"))["layers"]
     failed = _sweep(model, "--batch-sizes", "40", "--output", "sweep.json")
-    assert "more than half of the 64 images" in failed.error(ERROR)
+    assert "more than half of the 64 samples" in failed.error(ERROR)
     assert _strict((model.folder / "sweep.json").read_text(encoding="utf-8"))["layers"]
 
 
@@ -94,13 +94,13 @@ def test_momentum_stands_with_and_without_rates(model: Workspace, arguments: tup
     ("arguments", "message"),
     [
         (("--batch-sizes", "2,x"), "--batch-sizes"),
-        (("--batch-sizes", "33"), "--batch-sizes 33 is more than half of the 64 images"),
-        (("--train-sizes", "8;16"), "--train-sizes 8;16 is no list of batch sizes"),
-        (("--train-sizes", "33"), "--train-sizes 33 is more than half of the 64 images"),
-        (("--momentum", "0.1,fast"), "--momentum 0.1,fast is no list of rates"),
+        (("--batch-sizes", "33"), "--batch-sizes 33 is more than half of the 64 samples"),
+        (("--train-sizes", "8;16"), "--train-sizes 8;16 is not a list of batch sizes"),
+        (("--train-sizes", "33"), "--train-sizes 33 is more than half of the 64 samples"),
+        (("--momentum", "0.1,fast"), "--momentum 0.1,fast is not a list of momentum values"),
         (("--momentum", "0.99,2"), "TensorFlow's 0.99 is 0.01 here"),
         (("--shift", "1"), "give --momentum too"),
-        (("--momentum", "--scale", "0"), "--scale 0 is no factor"),
+        (("--momentum", "--scale", "0"), "--scale 0 is out of range"),
         (("--momentum", "--batches", "8"), "needs at least 16 micro-batches"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

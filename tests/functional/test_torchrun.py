@@ -233,7 +233,7 @@ def test_one_that_is_killed_ends_all(workspace: Workspace) -> None:
     scan = ("scan", "model.py", "--batch-size", "2", "--batches", "32", "--no-emulate")
     first, second = launch(workspace, 2, *scan).results()
     assert second.code == -signal.SIGKILL
-    assert "Another process of the launch is gone" in first.error(ERROR)
+    assert "Another process of the launch has ended" in first.error(ERROR)
 
 
 def test_an_output_that_fails_ends_all(workspace: Workspace) -> None:
@@ -244,7 +244,7 @@ def test_an_output_that_fails_ends_all(workspace: Workspace) -> None:
 
 def test_other_commands_are_refused_and_it_is_said_once(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL)
-    assert "bnprobe lint works in one process" in said(launch(workspace, 2, "lint", "model.py").results())
+    assert "bnprobe lint runs in one process only" in said(launch(workspace, 2, "lint", "model.py").results())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

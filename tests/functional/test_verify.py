@@ -65,7 +65,7 @@ def test_a_bad_layer_left_out_of_the_second_scan_is_not_repaired(workspace: Work
         "Flagged before, and left out of the second scan by --include/--exclude: bn."
     ]
     refused = workspace.run("verify", "after.json", "other.json").error()
-    assert refused.startswith("The reports have no layer in common: --include/--exclude chose different layers")
+    assert refused.startswith("The reports have no layer in common: --include/--exclude selected different layers")
 
 
 def test_a_larger_batch_is_no_repair(reports: Workspace) -> None:
@@ -88,7 +88,7 @@ def test_reports_of_different_models(reports: Workspace) -> None:
         (b"[]", "after.json: This is not a JSON report of bnprobe: the top level is not an object."),
         (b'{"schema_version": 99}', "after.json: The JSON report has schema_version 99, and this bnprobe reads"),
         (b'{"schema_version": 1}', "after.json: The JSON report does not fit its schema"),
-        (b"\xff\xfe", "after.json is no JSON report of bnprobe: it is no text."),
+        (b"\xff\xfe", "after.json is not a JSON report of bnprobe: it is not text."),
     ],
 )
 def test_a_file_that_is_no_report(reports: Workspace, content: bytes, said: str) -> None:
@@ -100,7 +100,8 @@ def test_a_file_that_is_no_report(reports: Workspace, content: bytes, said: str)
 
 def test_a_file_that_is_not_there(reports: Workspace) -> None:
     assert (
-        reports.run("verify", "bda.json", "good.json").error() == "There is no report bda.json. Did you mean bad.json?"
+        reports.run("verify", "bda.json", "good.json").error()
+        == "The report bda.json does not exist. Did you mean bad.json?"
     )
     assert reports.run("verify", "good.json", ".").error() == "The report . could not be read: Is a directory."
 

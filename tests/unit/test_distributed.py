@@ -95,7 +95,7 @@ def test_a_loader_that_deals_itself_is_refused() -> None:
     data = TensorDataset(IMAGES)
     source = as_batch_source(DataLoader(data, 3, sampler=DistributedSampler(data, 2, 0)), 3)
     assert deal(source, Share()) is source
-    with pytest.raises(DataError, match="DistributedSampler, but bnprobe deals"):
+    with pytest.raises(DataError, match="DistributedSampler, but bnprobe itself distributes"):
         deal(spread(source, seed=0), Share(0, 2))
 
 

@@ -72,10 +72,10 @@ def test_several_files_are_written_together(tmp_path: Path) -> None:
 def test_existing_files_are_refused_by_name(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in "abc"]
     paths[0].write_text("old")
-    with pytest.raises(OutputError, match=r"^\S*a exists already; give another -o, or --force to overwrite\.$"):
+    with pytest.raises(OutputError, match=r"^\S*a already exists; give another -o, or --force to overwrite\.$"):
         require_new(paths, force=False)
     paths[2].write_text("old")
-    with pytest.raises(OutputError, match=r"^\S*a, \S*c exist already"):
+    with pytest.raises(OutputError, match=r"^\S*a, \S*c already exist"):
         write_all(dict.fromkeys(paths, "new"))
     assert contents(tmp_path) == {"a": "old", "c": "old"}
     require_new(paths, force=True)
@@ -181,7 +181,7 @@ def test_a_folder_without_the_mark_is_left_alone(tmp_path: Path) -> None:
     (folder.path / "made-by-bnprobe.txt").write_text("mine too\n")
     before = names(folder.path)
     for action in (folder.make, folder.clear, folder.remove, lambda: folder.move_to(folder)):
-        with pytest.raises(OutputError, match=r"own was not made by bnprobe: move it away, or give another -o\.$"):
+        with pytest.raises(OutputError, match=r"own was not made by bnprobe: move it, or give another -o\.$"):
             action()
     assert names(folder.path) == before
 

@@ -114,7 +114,7 @@ def test_data_that_cannot_be_used() -> None:
         scan(unsettled(Flat()), DATA)
     with pytest.raises(DataError, match="larger than the data set of 20"):
         scan(unsettled(Flat()), SET, 21)
-    with pytest.raises(DataError, match="no source of batches"):
+    with pytest.raises(DataError, match="not a source of batches"):
         scan(unsettled(Flat()), DATA[0], 4)
 
 

@@ -212,7 +212,7 @@ def test_the_best_candidate_is_chosen_on_a_fifth_of_the_run() -> None:
 
 def test_one_batch_cannot_choose() -> None:
     given = subject()
-    with pytest.raises(UsageError, match="one batch"):
+    with pytest.raises(UsageError, match="at least two held-out batches"):
         best_candidate(replace(given, choosing=replace(given.choosing, batches=())), [planned(given)])
 
 

@@ -29,12 +29,12 @@ def test_a_requirement_holds_or_not(text: str, value: float | None, held: bool) 
     "text", ["metric", "metric=1", "metric=>1", ">=1", "metric>=", "metric>=nan", "metric>=inf", ""]
 )
 def test_another_form_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no requirement"):
+    with pytest.raises(UsageError, match="is not a requirement"):
         parse_requirement(text)
 
 
 def test_an_unknown_quantity_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match=r'no quantity "metrics" \(known: metric, loss, gain, flagged\); .* is metric'):
+    with pytest.raises(UsageError, match=r'quantity "metrics" \(known: metric, loss, gain, flagged\); .* is metric'):
         parse_requirement("metrics>=1")
 
 

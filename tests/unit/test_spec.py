@@ -318,7 +318,7 @@ def test_errors_of_pyproject_name_it(tmp_path: Path) -> None:
         ),
         ("model: [\n", "the end of the file"),
         ("model: m.py\ndata: {args: {day: 2024-13-45}}\n", "is not valid YAML: month must be in 1..12"),
-        ("- a\n- b\n", "line 1: a spec file is a mapping (key: value), but got the list ['a', 'b']"),
+        ("- a\n- b\n", "line 1: a spec file must be a mapping (key: value), but is the list ['a', 'b']"),
         ("model: a\0\n", "is not valid YAML"),
     ],
 )
@@ -338,9 +338,9 @@ def test_yaml_that_holds_itself_ends(tmp_path: Path) -> None:
 
 def test_missing_and_unreadable_spec_files(tmp_path: Path) -> None:
     write(tmp_path, "model: m.py\n")
-    with pytest.raises(SpecError, match=rf"There is no file .*spce\.yaml\. Did you mean .*{'spec.yaml'}"):
+    with pytest.raises(SpecError, match=rf"The file .*spce\.yaml does not exist\. Did you mean .*{'spec.yaml'}"):
         build_spec(str(tmp_path / "spce.yaml"), {})
-    with pytest.raises(SpecError, match="There is no folder"):
+    with pytest.raises(SpecError, match=r"The folder .* does not exist"):
         build_spec(str(tmp_path / "none" / "spec.yaml"), {})
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(SpecError, match="could not be read"):

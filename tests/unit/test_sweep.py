@@ -123,15 +123,15 @@ def test_wrong_statistics_are_not_blamed_on_the_batch_size() -> None:
 
 def test_sizes_beyond_half_of_the_data() -> None:
     loader = DataLoader(TensorDataset(torch.cat(DATA[:8])), batch_size=4)  # 32 images
-    with pytest.raises(UsageError, match=r"--batch-sizes 32 is more than half of the 32 images"):
+    with pytest.raises(UsageError, match=r"--batch-sizes 32 is more than half of the 32 samples"):
         sweep(_residual(), loader, 4, batch_sizes=(2, 32))
-    with pytest.raises(UsageError, match=r"--train-sizes 17 is more than half of the 32 images"):
+    with pytest.raises(UsageError, match=r"--train-sizes 17 is more than half of the 32 samples"):
         sweep(_residual(), loader, 4, train_sizes=(17,))
-    with pytest.raises(UsageError, match=r"--batch-sizes 0 is no batch size"):
+    with pytest.raises(UsageError, match=r"--batch-sizes 0 is not a batch size"):
         sweep(_residual(), loader, 4, batch_sizes=(0, 2))
     found = sweep(_residual(), loader, 4)
     assert [point.batch_size for point in found.layers[0].eval] == [1, 2, 4, 8, 16]
-    assert any("Left out: batch size 32, 64, since 32 images" in note for note in found.notes)
+    assert any("Batch size 32, 64 was left out, because 32 samples" in note for note in found.notes)
     fewer = sweep(_residual(), loader, 4, num_batches=4)
     assert [point.batch_size for point in fewer.layers[0].eval] == [1, 2, 4, 8]
 
@@ -255,7 +255,7 @@ def test_layers_that_training_does_not_update_are_left_out_with_a_reason() -> No
     found = momentum_sweep(_record(model, DATA, batches=32), MomentumPlan(RATES), 4)
     assert [curve.layer for curve in found.layers] == ["bn1"]
     assert [(layer.name, "no running statistics" in layer.reason) for layer in found.omitted] == [("bn2", True)]
-    with pytest.raises(UsageError, match="no layer whose running statistics training updates: one value per channel"):
+    with pytest.raises(UsageError, match="statistics are updated in training: one value per channel"):
         momentum_sweep(_record(Flat(), images(32, 1, 6), batches=32), MomentumPlan(RATES), 1)
 
 
@@ -267,12 +267,12 @@ def test_too_few_batches_for_a_replay() -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (MomentumPlan((0.1, 1.5)), r"--momentum 1.5 is no weight"),
-        (MomentumPlan((0.0,)), r"--momentum 0 is no weight"),
-        (MomentumPlan((float("nan"),)), r"--momentum nan is no weight"),
+        (MomentumPlan((0.1, 1.5)), r"--momentum 1.5 is out of range"),
+        (MomentumPlan((0.0,)), r"--momentum 0 is out of range"),
+        (MomentumPlan((float("nan"),)), r"--momentum nan is out of range"),
         (MomentumPlan(()), "at least one rate"),
-        (MomentumPlan(scale=0.0), "--scale 0 is no factor"),
-        (MomentumPlan(shift=float("inf")), "--shift inf is no number"),
+        (MomentumPlan(scale=0.0), "--scale 0 is out of range"),
+        (MomentumPlan(shift=float("inf")), "--shift inf is not a finite number"),
     ],
 )
 def test_plans_that_mean_nothing_are_refused_before_anything_is_measured(plan: MomentumPlan, message: str) -> None:

@@ -55,22 +55,22 @@ def test_the_worse_path_is_compared() -> None:
         (
             report(layer("a", BAD), layer("b")),
             report(layer("a", None, flagged=False), layer("b")),
-            "Flagged before, and not to be measured again: a.",
+            "Flagged before, and could not be measured again: a.",
         ),
         (
             report(layer("a")),
             report(layer("a"), output=0.23),
-            "The outputs of training and inference are farther apart than before: 0.2 then, 0.23 now (relative L2).",
+            "The outputs of training and inference are farther apart than before: 0.23, before 0.2 (relative L2).",
         ),
         (
             report(layer("a")),
             report(layer("a"), output=None),
-            "The outputs of training and inference could not be compared after the repair, and before they could.",
+            "The outputs of training and inference could be compared before the repair, but not after it.",
         ),
         (
             report(layer("a")),
             report(layer("a"), partial=True, stopped="interrupted"),
-            "The second scan was ended early (interrupted): it proves nothing. Scan again.",
+            "The second scan ended early (interrupted), so it proves nothing. Scan again.",
         ),
         (
             report(layer("a", BAD), layer("b"), layer("c", BAD)),
@@ -80,8 +80,8 @@ def test_the_worse_path_is_compared() -> None:
         (
             report(layer("a")),
             report(layer("a"), batch_size=32),
-            "The batch size of the second scan is larger, and at a larger one every layer looks better: 8 before, 32"
-            " after. Scan again with --batch-size 8.",
+            "The second scan used a larger batch size (32, before 8), which makes every layer look better."
+            " Scan again with --batch-size 8.",
         ),
     ],
 )
@@ -136,7 +136,7 @@ def test_reports_of_different_models_are_refused() -> None:
 
 def test_scans_of_different_layers_of_one_model_are_refused() -> None:
     before, after = report(layer("a", BAD), unselected=("b",)), report(layer("b"), unselected=("a",))
-    with pytest.raises(UsageError, match=r"no layer in common: --include/--exclude chose different layers"):
+    with pytest.raises(UsageError, match=r"no layer in common: --include/--exclude selected different layers"):
         verify(before, after)
 
 
@@ -147,7 +147,7 @@ def test_scans_of_different_layers_of_one_model_are_refused() -> None:
         ({"seed": 7}, "The seed differs: 0 before, 7 after."),
         ({"data": "other"}, "The data differs: .+ before, other after."),
         ({"autocast": "bfloat16"}, "The autocast differs: none before, bfloat16 after."),
-        ({"synthetic": True}, "The second scan is of made-up images"),
+        ({"synthetic": True}, "The second scan used synthetic inputs"),
     ],
 )
 def test_what_weakens_the_comparison(changes: dict[str, Any], note: str) -> None:
@@ -167,7 +167,7 @@ def test_thresholds_that_were_moved_are_said() -> None:
 def test_what_is_undecided_is_said() -> None:
     found = verify(report(layer("a", BAD)), report(layer("a", undecided=True)))
     assert found.passed
-    assert found.notes == ("Undecided after the repair, more batches would tell: a.",)
+    assert found.notes == ("Undecided after the repair (more batches would decide): a.",)
 
 
 def test_other_versions_are_said() -> None:

@@ -185,7 +185,7 @@ def test_data_of_single_images_gives_an_example_of_two(tmp_path: Path, to: str) 
 @pytest.mark.parametrize("to", ["torch-export", "torchscript"])
 def test_a_model_that_fixes_its_batch_is_said_to(tmp_path: Path, to: str) -> None:
     found = exported(tmp_path, FIXED, to)
-    assert found.notes == ("The file takes batches of 4 images only: the model fixes the size of its batch.",)
+    assert found.notes == ("The file accepts only batches of 4 samples, because the model fixes its batch size.",)
     assert [each.images for each in found.differences] == [4, 4, 4]
     assert found.relative == 0
 
@@ -199,7 +199,7 @@ def test_a_branch_on_the_data_is_scripted(tmp_path: Path) -> None:
 def test_a_branch_that_was_frozen_is_found_out(tmp_path: Path) -> None:
     found = exported(tmp_path, BRANCH_NOT_TO_BE_SCRIPTED, "torchscript")
     assert found.relative > 0.01
-    assert found.notes[0].startswith("The trace may have frozen what depends on the data, and could not be scripted")
+    assert found.notes[0].startswith("The trace may have frozen a branch that depends on the data; scripting failed")
 
 
 def test_a_branch_that_a_graph_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
@@ -210,8 +210,8 @@ def test_a_branch_that_a_graph_cannot_hold_is_refused_by_name(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        (PARTS, RepairError, "never calls the model itself, only parts of it"),
-        (NAMED_ONLY, RepairError, r"by name only \(image\)"),
+        (PARTS, RepairError, "calls only parts of the model, never the model itself"),
+        (NAMED_ONLY, RepairError, r"keyword-only arguments \(image\)"),
         (RAISING, UserCodeError, "ValueError while calling forward"),
     ],
     ids=["parts", "named only", "raising"],
@@ -272,7 +272,7 @@ def test_what_cannot_hold_a_quantized_model_is_refused(to: str) -> None:
 
 
 def test_unknown_formats_and_missing_packages_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="no format tflite to export to; known: torch-export, torchscript, onnx"):
+    with pytest.raises(UsageError, match="Unknown export format tflite; known: torch-export, torchscript, onnx"):
         exporter_named("tflite", quantize=False)
     monkeypatch.setattr(exporting, "is_installed", lambda package: package != "onnxscript")
     with pytest.raises(UsageError, match=r"--to onnx needs onnxscript\. Run: pip install onnxscript\."):

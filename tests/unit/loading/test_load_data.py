@@ -83,7 +83,7 @@ def test_a_loader_is_rebuilt_at_the_size_asked_for_with_all_that_is_its_own() ->
     assert rebuilt.sampler is sampler
     assert (rebuilt.collate_fn, rebuilt.worker_init_fn, rebuilt.generator) == (collate, start, generator)
     assert (source.batch_size, source.images) == (2, 5)
-    assert source.notes == ("The loader was rebuilt at batch size 2, with its own sampler; it had 5.",)
+    assert source.notes == ("The loader was rebuilt at batch size 2, with its own sampler; its batch size was 5.",)
     batches = values(source)
     assert [len(batch) for batch in batches] == [2, 2, 1]  # the last partial batch is not dropped
     assert sorted(itertools.chain(*batches)) == [101, 103, 105, 107, 109]
@@ -140,8 +140,8 @@ def test_what_cannot_be_rebuilt_is_used_at_its_own_size_and_refused_at_another(l
     message = data_error(loader, 2)
     assert "the loader cannot be rebuilt at batch size 2, because" in message
     assert "its batch size is 5" in message
-    assert "would falsify the diagnosis" in message
-    assert "give --batch-size 5, or write load_data(batch_size)" in message
+    assert "would give a wrong diagnosis" in message
+    assert "give --batch-size 5, or write a function load_data(batch_size)" in message
 
 
 class Buckets:
@@ -167,14 +167,14 @@ class OwnSampler(BatchSampler):
         (DataLoader(Stream(), batch_size=None), "its data set is iterable (IterableDataset)"),
         (
             DataLoader(images(), batch_size=None),
-            "it has batch_size=None, so that its data set makes the batches",
+            "it has batch_size=None, so its data set makes the batches",
         ),
-        (DataLoader(images(), batch_sampler=Buckets()), "it has a batch sampler of its own (Buckets)"),
+        (DataLoader(images(), batch_sampler=Buckets()), "it has a custom batch sampler (Buckets)"),
         (
             DataLoader(images(), batch_sampler=OwnSampler(SequentialSampler(range(9)), 3, False)),
-            "it has a batch sampler of its own (OwnSampler)",
+            "it has a custom batch sampler (OwnSampler)",
         ),
-        (OwnWay(images(), batch_size=5), "OwnWay iterates in its own way"),
+        (OwnWay(images(), batch_size=5), "OwnWay has its own __iter__"),
     ],
 )
 def test_why_a_loader_is_refused(loader: Any, reason: str) -> None:
@@ -183,7 +183,7 @@ def test_why_a_loader_is_refused(loader: Any, reason: str) -> None:
 
 def test_no_batch_size_at_all() -> None:
     for data in (DataLoader(Stream(), batch_size=None), images(), [torch.ones(2, 1)]):
-        with pytest.raises(UsageError, match=r"The batch size of .* is not known. Give one, .* --batch-size"):
+        with pytest.raises(UsageError, match=r"The batch size of .* is unknown. Give one, .* --batch-size"):
             as_batch_source(data)
 
 
@@ -194,17 +194,17 @@ def test_batch_size_larger_than_the_data() -> None:
     sampler = SubsetRandomSampler([1, 2, 3])
     for data in (DataLoader(images(3), batch_size=2), images(3), DataLoader(images(), sampler=sampler)):
         message = data_error(data, 4)
-        assert "Batch size 4 is larger than the data set of 3 images (the loader)" in message
+        assert "Batch size 4 is larger than the data set of 3 samples (the loader)" in message
         assert "at most 3" in message
     assert values(as_batch_source(images(3), 3)) == [[0, 1, 2]]
 
 
 def test_empty_data() -> None:
     for data in (DataLoader(images(0), batch_size=2), images(0)):
-        assert "is empty: its data set has no images" in data_error(data, 2)
-    assert "is empty: it gives no batch" in data_error([], 2)
+        assert "is empty: its data set has no samples" in data_error(data, 2)
+    assert "is empty: it yields no batch" in data_error([], 2)
     buckets = BatchSampler(SequentialSampler(range(3)), 5, drop_last=True)
-    assert "is empty: it gives no batch" in data_error(DataLoader(images(3), batch_sampler=buckets), 5)
+    assert "is empty: it yields no batch" in data_error(DataLoader(images(3), batch_sampler=buckets), 5)
 
 
 # ---- data sets and iterables
@@ -214,7 +214,7 @@ def test_a_data_set_is_read_in_its_order() -> None:
     source = as_batch_source(images(5), 2, "dataset of model.py")
     assert values(source) == [[0, 1], [2, 3], [4]]
     assert source.images == 5
-    assert source.notes == ("dataset of model.py is a data set and was read in its own order.",)
+    assert source.notes == ("dataset of model.py is a Dataset and was read in its own order.",)
 
 
 def test_an_iterable_data_set_is_batched() -> None:
@@ -245,16 +245,16 @@ def test_a_generator_is_not_peeked_into() -> None:
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
-        (None, "gives None, which is no source of batches"),
-        (3, "gives an int, which is no source"),
-        ("train", "gives a str, which is no source"),
-        (torch.ones(4, 1), "gives a Tensor, which is no source"),
-        ({"x": 1}, "gives a dict, which is no source"),
+        (None, "gives None, which is not a source of batches"),
+        (3, "gives an int, which is not a source"),
+        ("train", "gives a str, which is not a source"),
+        (torch.ones(4, 1), "gives a Tensor, which is not a source"),
+        ({"x": 1}, "gives a dict, which is not a source"),
         (
             (DataLoader(images()), DataLoader(images())),
-            "gives a tuple of DataLoader and DataLoader, but one loader",
+            "gives a tuple of DataLoader and DataLoader, but a single loader",
         ),
-        ({"train": DataLoader(images())}, "gives a dict, but one loader is needed"),
+        ({"train": DataLoader(images())}, "gives a dict, but a single loader is needed"),
     ],
 )
 def test_what_is_no_data(data: Any, kind: str) -> None:
@@ -367,7 +367,7 @@ def test_load_data_is_trusted_where_the_loader_does_not_say_its_size(tmp_path: P
     )
     source = find(tmp_path, text, batch_size=2)
     assert (source.batch_size, len(values(source))) == (2, 5)
-    with pytest.raises(DataError, match="its batch size is not known"):
+    with pytest.raises(DataError, match="its batch size is unknown"):
         find(tmp_path, text.replace("(batch_size)", "()"), batch_size=2)
 
 
@@ -375,7 +375,7 @@ def test_the_batch_size_that_load_data_has_by_default(tmp_path: Path) -> None:
     assert find(tmp_path, "def load_data(batch_size=4): return images\n").batch_size == 4
     assert find(tmp_path, "def load_data(**options): return images\n", batch_size=3).batch_size == 3
     assert find(tmp_path, "def load_data(batch_size): return images\n", args={"batch_size": 3}).batch_size == 3
-    with pytest.raises(UsageError, match=r"load_data of .* asks for a batch size. Give one with --batch-size"):
+    with pytest.raises(UsageError, match=r"load_data of .* needs a batch size. Give one with --batch-size"):
         find(tmp_path, "def load_data(batch_size): return images\n")
 
 
@@ -383,16 +383,16 @@ def test_load_data_that_fails(tmp_path: Path) -> None:
     with pytest.raises(UserCodeError) as caught:
         find(tmp_path, "def load_data(batch_size):\n    raise OSError('no disk')\n", batch_size=2)
     assert caught.value.call == f"calling load_data(batch_size=2) of {tmp_path / 'model.py'}"
-    with pytest.raises(DataError, match=r"load_data of .* gives None, which is no source of batches"):
+    with pytest.raises(DataError, match=r"load_data of .* gives None, which is not a source of batches"):
         find(tmp_path, "def load_data(batch_size): pass\n", batch_size=2)
 
 
 def test_args_for_data_that_takes_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"loader of .* is a DataLoader, which takes no data.args \(root\)"):
+    with pytest.raises(DataError, match=r"loader of .* is a DataLoader, so it cannot take data.args \(root\)"):
         find(tmp_path, "loader = DataLoader(images)\n", args={"root": "x"}, batch_size=2)
 
 
-# ---- synthetic images
+# ---- synthetic inputs
 
 
 def test_no_data_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
@@ -411,12 +411,12 @@ def test_real_data_comes_before_synthetic(tmp_path: Path) -> None:
 def test_synthetic_images(tmp_path: Path) -> None:
     source = find(tmp_path, "", batch_size=2, input_shape=((3, 4, 4),), seed=1)
     assert (source.synthetic, source.batch_size) == (True, 2)
-    assert source.description == "synthetic images of shape 3x4x4"
+    assert source.description == "synthetic inputs of shape 3x4x4"
     first, second = itertools.islice(source.batches, 2)
     assert (first.shape, first.dtype) == ((2, 3, 4, 4), torch.float32)
     assert not torch.equal(first, second)
     assert torch.equal(next(iter(source.batches)), first)
-    with pytest.raises(UsageError, match="The batch size of synthetic images is not known"):
+    with pytest.raises(UsageError, match="The batch size of synthetic inputs is unknown"):
         find(tmp_path, "", input_shape=((3, 4, 4),))
 
 

@@ -130,7 +130,7 @@ def test_module_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_data_parallel_is_unwrapped(tmp_path: Path) -> None:
     loaded = load(write(tmp_path, "model = nn.DataParallel(nn.BatchNorm1d(2))\n"))
     assert type(loaded.model) is nn.BatchNorm1d
-    assert loaded.notes == ("The model was wrapped in DataParallel; the module inside is probed.",)
+    assert loaded.notes == ("The model was wrapped in DataParallel; the module inside it is used.",)
 
 
 def test_distributed_data_parallel_is_unwrapped(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_model_without_a_wrapper_is_itself() -> None:
     assert unwrapped(model) == (model, None)
     assert unwrapped(model[0]) == (
         model[0].module,
-        "The model was wrapped in DataParallel; the module inside is probed.",
+        "The model was wrapped in DataParallel; the module inside it is used.",
     )
 
 
@@ -167,7 +167,7 @@ def test_a_model_without_a_wrapper_is_itself() -> None:
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     write(tmp_path, "")
     assert f"Did you mean {tmp_path / 'model.py'}?" in model_error(str(tmp_path / "modle.py"))
-    assert "There is no folder" in model_error(str(tmp_path / "none" / "model.py"))
+    assert "none does not exist" in model_error(str(tmp_path / "none" / "model.py"))
     assert "is a folder" in model_error(str(tmp_path))
     (tmp_path / "weights.pt").write_bytes(b"x")
     assert "is not a Python file" in model_error(str(tmp_path / "weights.pt"))
@@ -246,7 +246,7 @@ def test_a_missing_symbol_lists_what_is_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "symbol", "expected"),
     [
-        ("config = {}\n", "config", "is a dict, not an nn.Module, nor a function"),
+        ("config = {}\n", "config", "is a dict, not an nn.Module or a function"),
         ("def load_model(): pass\n", "load_model", "returned None, not an nn.Module"),
         ("def make(): return nn.ReLU(), {}\n", "make", "returned a tuple of ReLU and dict, not an nn.Module"),
         ("def make(): return nn.ReLU\n", "make", "returned the class ReLU, not an nn.Module"),
@@ -259,7 +259,7 @@ def test_what_is_no_module(tmp_path: Path, text: str, symbol: str, expected: str
 
 def test_args_for_a_ready_model_are_refused(tmp_path: Path) -> None:
     target = write(tmp_path, "model = nn.ReLU()\n")
-    assert "model.args (depth) have no use" in model_error(target, depth=3)
+    assert "model.args (depth) cannot be used" in model_error(target, depth=3)
 
 
 # ---- model libraries

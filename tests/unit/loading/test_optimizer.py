@@ -81,7 +81,7 @@ def test_a_class_of_a_package() -> None:
 def test_an_unknown_name_gives_the_nearest(target: str) -> None:
     with pytest.raises(UsageError, match=r"train\.optimizer\.target: there is no optimizer") as caught:
         load_optimizer(spec(target))
-    assert target == "Optimizer" or "nearest of torch.optim is SGD;" in str(caught.value)
+    assert target == "Optimizer" or "nearest name in torch.optim is SGD." in str(caught.value)
 
 
 def test_an_unknown_name_beside_a_model_file(near: UserModule) -> None:
@@ -107,10 +107,10 @@ def test_a_file_without_a_symbol(near: UserModule) -> None:
             {"learning_rate": 0.1},
             r"torch\.optim\.SGD\(params, lr, .*unexpected keyword argument 'learning_rate'",
         ),
-        ("SGD", {"lr": -1.0}, r"torch\.optim\.SGD refuses them: Invalid learning rate: -1\.0"),
-        ("SGD", {"lr": "1e-3"}, r"lr is the text '1e-3', which YAML takes for no number: write 0\.001\.$"),
+        ("SGD", {"lr": -1.0}, r"torch\.optim\.SGD rejects these arguments: Invalid learning rate: -1\.0"),
+        ("SGD", {"lr": "1e-3"}, r"YAML reads lr: 1e-3 as text, not as a number; write 0\.001\.$"),
         ("SGD", {"lr": "1e-7"}, r"write 1\.0e-07\.$"),
-        ("SGD", {"lr": "fast"}, r"torch\.optim\.SGD refuses them: .*'str'.*\.$"),
+        ("SGD", {"lr": "fast"}, r"torch\.optim\.SGD rejects these arguments: .*'str'.*\.$"),
         ("LBFGS", {}, r"needs a closure"),
     ],
 )

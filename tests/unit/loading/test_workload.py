@@ -110,5 +110,5 @@ def test_the_model_alone_needs_no_data(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="There is no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"The checkpoint .* does not exist"):
         load(tmp_path, checkpoint__path=str(tmp_path / "none.pt"))

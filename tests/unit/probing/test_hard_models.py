@@ -265,7 +265,7 @@ def test_batch_sizes_that_need_more_images_are_named() -> None:
 def test_a_wrapped_model_is_unwrapped() -> None:
     report = scan(nn.DataParallel(Squeezing()), DATA, 4, num_batches=4)
     assert [layer.name for layer in report.layers] == ["bn"]
-    assert report.scan.notes[0] == "The model was wrapped in DataParallel; the module inside is probed."
+    assert report.scan.notes[0] == "The model was wrapped in DataParallel; the module inside it is used."
 
 
 def test_a_glob_that_matches_nothing_is_named() -> None:

@@ -79,7 +79,7 @@ def test_a_gradient_that_is_nan() -> None:
     model = network()
     outcome, _ = trained(job(model, loss=loss))
     assert outcome.ending == "diverged"
-    assert "going backward, the first that is NaN or Inf is that of 4.bias" in outcome.note
+    assert "in the backward pass NaN or Inf first appears in 4.bias" in outcome.note
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())  # no step was taken
 
 
@@ -106,7 +106,7 @@ def test_one_bad_batch_is_no_divergence() -> None:
     usual = [guard.of_loss(2.0) for _ in range(10)]
     spikes = [guard.of_loss(value) for value in [1e9] * 4 + [2.0] + [1e9] * 4]
     assert usual + spikes == [None] * 19
-    assert "exploded: 1e+09, where it was 2" in str(guard.of_loss(1e9))
+    assert "exploded: 1e+09, up from 2" in str(guard.of_loss(1e9))
 
 
 def test_a_loss_near_zero_may_rise() -> None:

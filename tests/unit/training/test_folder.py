@@ -95,7 +95,7 @@ def test_a_folder_of_others_is_no_state(tmp_path: Path, options: dict[str, bool]
     mine.mkdir()
     for name in ("fingerprint.json", "log.csv"):
         (mine / name).write_text(json.dumps(MARKS))
-    with pytest.raises(OutputError, match=r"state was not made by bnprobe: move it away, or give another -o"):
+    with pytest.raises(OutputError, match=r"state was not made by bnprobe: move it, or give another -o"):
         StateFolder.open(mine, MARKS, **options)
     with pytest.raises(OutputError, match="not made by bnprobe"):
         StateFolder(mine).remove()
@@ -104,12 +104,12 @@ def test_a_folder_of_others_is_no_state(tmp_path: Path, options: dict[str, bool]
 
 def test_a_folder_that_is_there_already(tmp_path: Path) -> None:
     begun(tmp_path / "state")
-    with pytest.raises(UsageError, match=r"Go on with --resume, or .* start anew with --force"):
+    with pytest.raises(UsageError, match=r"Continue it with --resume, or .* start over with --force"):
         begun(tmp_path / "state")
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--resume: there is no state at .*Start without --resume"):
+    with pytest.raises(UsageError, match=r"--resume: there is no saved state at .*Start without --resume"):
         StateFolder.open(tmp_path / "state", MARKS, resume=True)
 
 
@@ -119,8 +119,7 @@ def test_the_state_of_another_repair(tmp_path: Path) -> None:
     with pytest.raises(StateError) as caught:
         StateFolder.open(tmp_path / "state", other, resume=True)
     assert (
-        'weights is "ab12" there and "cd34" here; train.steps is 10 there and 20 here;'
-        ' device is null there and "cpu" here.'
+        'weights was "ab12" and is now "cd34"; train.steps was 10 and is now 20; device was null and is now "cpu".'
     ) in str(caught.value)
 
 

@@ -85,7 +85,7 @@ def test_names_with_commas(tmp_path: Path) -> None:
 def test_another_file_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("precious\n")
-    with pytest.raises(OutputError, match=r"is no log of this version of bnprobe: move it away"):
+    with pytest.raises(OutputError, match=r"is not a log of this version of bnprobe: move it away"):
         StepLog(path)
     assert path.read_text() == "precious\n"
 
@@ -98,7 +98,7 @@ def test_a_folder_that_is_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
 def test_what_others_have_at_the_place_of_the_events(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "log")
-    with pytest.raises(OutputError, match=r"log was not made by bnprobe: move it away"):
+    with pytest.raises(OutputError, match=r"log was not made by bnprobe: move it, or"):
         StepLog(tmp_path / "log.csv", tensorboard=True)
     written(tmp_path / "log.csv", step(1))  # it is in nobody's way
 

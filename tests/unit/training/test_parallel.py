@@ -98,7 +98,7 @@ def test_running_statistics_are_merged_by_the_formula(all_ranks: Ranks) -> None:
 
 def test_a_loss_that_goes_past_the_model(all_ranks: Ranks) -> None:
     for found in all_ranks["parts"]:
-        assert found.startswith("UsageError: With several processes loss(model, batch) must call the model itself")
+        assert found.startswith("UsageError: With several processes, loss(model, batch) must call the model itself")
 
 
 def test_told_to_stop_all_stop_at_one_step_and_go_on(all_ranks: Ranks) -> None:

@@ -135,7 +135,9 @@ def test_a_float16_scaler_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_and_saves(tmp_path: Path, number: signal.Signals) -> None:
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(StoppedError, match=rf"stopped by {number.name} after step 5 of 12\. .* --resume goes on"):
+    with pytest.raises(
+        StoppedError, match=rf"stopped by {number.name} after step 5 of 12\. .* with --resume to continue\."
+    ):
         interrupted_by(job(), tmp_path / "state", 5, number)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     found, steps = trained(job(), tmp_path / "state")
@@ -203,7 +205,7 @@ def test_another_thread_trains_without_signals() -> None:
 def test_the_state_of_another_run(tmp_path: Path) -> None:
     path = tmp_path / "state"
     interrupted(job(), path, after=4)
-    with pytest.raises(StateError, match=r"of another run: seed is 0 there and 1 here; steps is 12 there and 13 here"):
+    with pytest.raises(StateError, match=r"to a different run: seed was 0 and is now 1; steps was 12 and is now 13"):
         trained(job(seed=1, steps=13), path)
     with pytest.raises(StateError, match=r"does not fit this run \(RuntimeError: .*Unexpected key"):
         trained(job(network(nn.Identity)), path)
@@ -214,7 +216,7 @@ def test_a_damaged_state(tmp_path: Path, damage: Any) -> None:
     path = tmp_path / "state"
     interrupted(job(), path, after=4)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(StateError, match=r"is damaged, or no state .* Start anew with --force\."):
+    with pytest.raises(StateError, match=r"is damaged, or not the state .* Start over with --force\."):
         trained(job(), path)
 
 
@@ -239,7 +241,7 @@ def test_a_schedule_that_could_not_be_read_again(tmp_path: Path) -> None:
         def state_dict(self) -> dict[str, Any]:
             return {"me": Path("x")}
 
-    with pytest.raises(UsageError, match=r"train\.schedule\.target: the state_dict\(\) of Mine holds"):
+    with pytest.raises(UsageError, match=r"train\.schedule\.target: the state_dict\(\) of Mine contains"):
         trained(job(make_schedule=lambda made: Mine(made, 3)), tmp_path / "state")
     trained(job(make_schedule=lambda made: Mine(made, 3)))  # nothing is to be saved
 
@@ -254,7 +256,7 @@ def test_an_optimizer_without_a_state(tmp_path: Path) -> None:
                 for parameter in self.parameters:
                     parameter -= 0.1 * parameter.grad
 
-    with pytest.raises(UsageError, match=r"train\.optimizer\.target: Plain has no state to save"):
+    with pytest.raises(UsageError, match=r"train\.optimizer\.target: Plain has no state_dict\(\)"):
         trained(job(make_optimizer=Plain), tmp_path / "state")
     _, steps = trained(job(make_optimizer=Plain))
     assert all(math.isnan(step.rate) for step in steps)

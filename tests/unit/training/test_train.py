@@ -231,12 +231,12 @@ def test_500_steps_where_nobody_says() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 3, "epochs": 2}, r"Both --steps 3 and --epochs 2 .*give one"),
+        ({"steps": 3, "epochs": 2}, r"--steps 3 and --epochs 2 exclude each other .*give one"),
         (
             {"steps": None, "epochs": 2, "source": synthetic_source([(6,)], 4, 0)},
             r"--epochs .* length .*--steps",
         ),
-        ({"patience": 2}, r"--patience .* nothing to evaluate"),
+        ({"patience": 2}, r"--patience .* no such score"),
         ({"loss": lambda model, batch: 1.0}, r"loss\(model, batch\) returned float; return a tensor"),
         ({"loss": lambda model, batch: model(batch[0])}, r"returned a tensor of shape \(4, 3\)"),
         ({"loss": lambda model, batch: cross_entropy(model, batch).detach()}, r"has no gradient to train with"),
@@ -274,12 +274,12 @@ def test_a_schedule_that_ends_too_early() -> None:
 
 def test_data_that_can_be_read_only_once() -> None:
     once = iter(list(source().batches))
-    with pytest.raises(DataError, match=r"training reads the data again and again"):
+    with pytest.raises(DataError, match=r"training reads the data once per epoch"):
         trained(job(source=as_batch_source(once, 4), steps=11))
 
 
 def test_data_without_a_usable_batch() -> None:
-    with pytest.raises(DataError, match=r"no micro-batch of 4 images"):
+    with pytest.raises(DataError, match=r"no micro-batch of 4 samples"):
         trained(
             job(
                 source=source(4, 5, drop_last=True).__class__(
