@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.setting import BATCH_SIZE
-from bnprobe.pipeline import scan
-from bnprobe.probing.accumulators import Scope
-from bnprobe.probing.batch import join
-from bnprobe.probing.evidence import PathEvidence
-from bnprobe.probing.hooks import Pass
-from bnprobe.probing.layers import LayerSet, find_layers
-from bnprobe.probing.physical_batch import self_check
-from bnprobe.probing.session import PathName, Session, UserFunctions
+from bnprobe.commands.scan import scan
+from bnprobe.measure.accumulators import Scope
+from bnprobe.measure.batch import join
+from bnprobe.measure.evidence import PathEvidence
+from bnprobe.measure.hooks import Pass
+from bnprobe.measure.layers import LayerSet, find_layers
+from bnprobe.measure.physical_batch import self_check
+from bnprobe.measure.session import PathName, Session, UserFunctions
 from bnprobe.records import Report
 
 

@@ -14,7 +14,7 @@ from benchmarks.contenders import plain
 from benchmarks.networks import settled
 from benchmarks.setting import BATCH_SIZE, RandomBatches, Setting
 from benchmarks.tables import Row, at_most
-from bnprobe.pipeline import scan
+from bnprobe.commands.scan import scan
 
 GOAL = 1.2
 COUNTS = (16, 128)

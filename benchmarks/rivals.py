@@ -27,7 +27,7 @@ from benchmarks.contenders import Probe, whole_scan
 from benchmarks.setting import Setting
 from benchmarks.tables import Row, at_least
 from benchmarks.timing import interleave
-from bnprobe.probing.session import PathName
+from bnprobe.measure.session import PathName
 
 _ROUNDS = 3
 """Limit on the rounds: some of these run for a minute."""

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bnprobe._version import __version__
+
 if TYPE_CHECKING:
     from bnprobe import nn
-    from bnprobe.pipeline import scan
-    from bnprobe.recalibration import recalibrate
+    from bnprobe.commands.recalibrate import recalibrate
+    from bnprobe.commands.scan import scan
     from bnprobe.records import Report
     from bnprobe.repairs import convert
 
-__version__ = "0.1.0"
 __all__ = ["Report", "__version__", "convert", "nn", "recalibrate", "scan"]
 
 _HOMES = {
-    "scan": "bnprobe.pipeline",
+    "scan": "bnprobe.commands.scan",
     "convert": "bnprobe.repairs",
-    "recalibrate": "bnprobe.recalibration",
+    "recalibrate": "bnprobe.commands.recalibrate",
     "Report": "bnprobe.records",
 }
 _SUBMODULES = {"nn"}

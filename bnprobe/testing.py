@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from bnprobe.config.spec import DEFAULT_THRESHOLD
 from bnprobe.records import (
     Distribution,
     Histogram,
@@ -26,7 +27,6 @@ from bnprobe.records import (
 from bnprobe.rules import RULES
 from bnprobe.rules.evidence import Anatomy, Facts
 from bnprobe.rules.selection import check_code
-from bnprobe.spec import DEFAULT_THRESHOLD
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
 
 _PROBABILITIES = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")

@@ -18,9 +18,9 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from bnprobe.cli.app import app
+from bnprobe.config.spec import Spec
 from bnprobe.rules import RULES
 from bnprobe.rules.docs import pages as rule_pages
-from bnprobe.spec import Spec
 
 REPOSITORY = Path(__file__).parents[1]
 SCHEMAS = REPOSITORY / "bnprobe" / "reports"

@@ -13,11 +13,11 @@ from benchmarks.faults.networks import NETWORKS
 from benchmarks.faults.proofs import shown
 from benchmarks.faults.surgery import set_momentum
 from bnprobe.analysis.diagnosis import diagnose, judge
+from bnprobe.config.spec import RulesSpec
 from bnprobe.errors import BnprobeError
-from bnprobe.probing.layers import anatomy, find_layers
+from bnprobe.measure.layers import anatomy, find_layers
 from bnprobe.records import Diagnosis, Verdict
 from bnprobe.rules.evidence import Facts
-from bnprobe.spec import RulesSpec
 
 SEEDS = (0, 3, 4, 5)
 """Of the networks that faults are planted in. The first run, with seeds 0 to 2, was looked at to mend the rules."""

@@ -8,11 +8,10 @@ from pathlib import Path
 from benchmarks.repairs.arms import GROUPS, Table, choose, plan_for_all
 from benchmarks.repairs.finetuned import at_rate, control_score
 from bnprobe.analysis.comparison import CONTROL, CONTROL_RECALIBRATED
+from bnprobe.commands.experiment import Subject, make_subject, prove
+from bnprobe.config.load import build_spec
+from bnprobe.config.spec import OptimizerSpec, RepairSpec, ScheduleSpec, Spec, TrainSpec
 from bnprobe.loading.workload import load_workload
-from bnprobe.proof import prove
-from bnprobe.spec import OptimizerSpec, RepairSpec, ScheduleSpec, Spec, TrainSpec
-from bnprobe.specfile import build_spec
-from bnprobe.subject import Subject, make_subject
 
 FOLDER = Path(__file__).parents[2] / "sample_configs" / "digits"
 CHECKPOINTS = {"batch2": "trained at batch size 2", "sorted": "trained on batches of 8 of one class each"}

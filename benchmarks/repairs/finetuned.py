@@ -13,14 +13,13 @@ from benchmarks.repairs import scratch, task
 from benchmarks.repairs.arms import GROUPS, Table, choose, joined, plan_for_all
 from benchmarks.repairs.task import REGIMES, Regime
 from bnprobe.analysis.comparison import CONTROL, CONTROL_RECALIBRATED, control_of
-from bnprobe.heldout import HeldOut
+from bnprobe.commands.experiment import Subject, prove
+from bnprobe.commands.held_out import HeldOut
+from bnprobe.commands.recalibrate import recalibrate
+from bnprobe.config.spec import RepairSpec, TrainSpec
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.optimizer import load_optimizer
-from bnprobe.proof import prove
-from bnprobe.recalibration import recalibrate
 from bnprobe.records import Arm, Score
-from bnprobe.spec import RepairSpec, TrainSpec
-from bnprobe.subject import Subject
 from bnprobe.training import Job, train
 
 RATES = (0.001, 0.003, 0.01)

@@ -8,8 +8,8 @@ from typing import Literal
 
 from scipy import stats
 
+from bnprobe.config.targets import TARGETS
 from bnprobe.records import Arm, Conclusion, Estimate, Proof, Run
-from bnprobe.repair_targets import TARGETS
 
 AS_IS, RECALIBRATED = "as is", "recalibrated"
 CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN recalibrated after"

@@ -11,12 +11,12 @@ from operator import add
 import torch
 from torch import Tensor
 
-from bnprobe.probing.evidence import Evidence, PathEvidence
-from bnprobe.probing.hooks import Slot
+from bnprobe.measure.evidence import Evidence, PathEvidence
+from bnprobe.measure.hooks import Slot
 from bnprobe.records import Composition, Domains, Interval, ShareIntervals, Shares
 from bnprobe.stats import ladder
 from bnprobe.stats.composition import Images, analyse, draw
-from bnprobe.stats.jackknife import jackknife
+from bnprobe.stats.intervals import jackknife
 from bnprobe.stats.ladder import BatchSums, Means
 
 FEWEST_GROUPS = 4

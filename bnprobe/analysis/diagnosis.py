@@ -17,13 +17,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from bnprobe.config.spec import RuleExemption, RulesSpec, matches_any
 from bnprobe.records import EXEMPT, Cause, Diagnosis, Layer, Severity, Verdict
 from bnprobe.rules import RULES, Rule
 from bnprobe.rules.evidence import Facts
 from bnprobe.rules.interface import Link
 from bnprobe.rules.selection import fits, selected
 from bnprobe.rules.shares import SHARES
-from bnprobe.spec import RuleExemption, RulesSpec, matches_any
 
 Group = tuple[str, ...]
 """Names of the layers of one diagnosis, in network order."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bnprobe.analysis.decomposition import Attribution, attribute, model_shares
+from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import NonFiniteError, NothingToProbeError
-from bnprobe.probing.accumulators import Sums, Values
-from bnprobe.probing.evidence import Evidence, PathEvidence
-from bnprobe.probing.hooks import Slot
-from bnprobe.probing.layers import ProbedLayer
+from bnprobe.measure.accumulators import Sums, Values
+from bnprobe.measure.evidence import Evidence, PathEvidence
+from bnprobe.measure.hooks import Slot
+from bnprobe.measure.layers import ProbedLayer
 from bnprobe.records import (
     BatchSizePoint,
     CallMeasurement,
@@ -25,10 +26,9 @@ from bnprobe.records import (
     SkippedLayer,
     Summary,
 )
-from bnprobe.spec import ScanSettings
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
+from bnprobe.stats.intervals import mean_interval, standing
 from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size, mismatch_iid
-from bnprobe.stats.uncertainty import mean_interval, standing
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-import bnprobe
+from bnprobe._version import __version__
+from bnprobe.cli.console import Ends, refuse_together, run_together, several_processes
 from bnprobe.cli.convert import ConvertCommand, convert
 from bnprobe.cli.explain import explain
 from bnprobe.cli.export import export
 from bnprobe.cli.init import init
 from bnprobe.cli.lint import lint
 from bnprobe.cli.options import name_formats
-from bnprobe.cli.processes import Ends, refuse_together, run_together, several_processes
 from bnprobe.cli.recalibrate import recalibrate
 from bnprobe.cli.scan import scan
 from bnprobe.cli.sweep import SweepCommand, sweep
@@ -97,7 +97,7 @@ def _fail(code: int, text: str, ends: Ends) -> None:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"bnprobe {bnprobe.__version__}")
+        typer.echo(f"bnprobe {__version__}")
         raise typer.Exit
 
 

@@ -11,16 +11,16 @@ import typer
 import typer.core
 
 from bnprobe.cli import options
-from bnprobe.cli.processes import is_main
+from bnprobe.cli.console import is_main
+from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
-from bnprobe.repair_targets import AUTO, DEFAULT_TARGET, TARGETS
 
 if TYPE_CHECKING:
     from bnprobe.cli.artifacts import Artifacts
+    from bnprobe.commands.convert import Repaired
+    from bnprobe.config.spec import Spec
     from bnprobe.records import RepairRecord
-    from bnprobe.repair import Repaired
     from bnprobe.report import Renderer
-    from bnprobe.spec import Spec
 
 REPAIR, TRAINING, PROOF = "Repair", "Fine-tuning", "Proof"
 
@@ -127,10 +127,10 @@ def convert(
     Exit codes: 0 repaired, or nothing to repair; 1 --check found layers, a requirement does not hold, or training
     diverged; 2 error in usage, spec or your code; 3 nothing could be probed, or training was stopped.
     """
+    from bnprobe.config.load import build_spec
     from bnprobe.records import Plan
     from bnprobe.report import renderer
     from bnprobe.report.repair import RepairReport
-    from bnprobe.specfile import build_spec
 
     given = options.overrides(context)
     if layers and report:
@@ -191,13 +191,12 @@ def _refuse_beside(option: str, **others: Any) -> None:
 
 def _show_plan(spec: Spec, check: bool, render: Renderer, show_all: bool) -> int:
     """Print the plan; the exit code."""
-    from bnprobe.cli.progress import progress_bar
+    from bnprobe.cli.console import deliver, progress_bar
     from bnprobe.cli.scan import share_processors
-    from bnprobe.cli.write import deliver
 
     share_processors()
     with progress_bar() as show:
-        from bnprobe.repair import plan_spec  # importing torch takes seconds: check the options first
+        from bnprobe.commands.convert import plan_spec  # importing torch takes seconds: check the options first
 
         plan = plan_spec(spec, show)
     deliver(plan, render, show_all=show_all)
@@ -207,10 +206,10 @@ def _show_plan(spec: Spec, check: bool, render: Renderer, show_all: bool) -> int
 def _repair(spec: Spec, wanted: _Wanted, render: Renderer, show_all: bool) -> int:
     """Repair, write and print; the exit code."""
     from bnprobe.cli.artifacts import Artifacts
+    from bnprobe.cli.console import deliver
     from bnprobe.cli.scan import share_processors
-    from bnprobe.cli.write import deliver
+    from bnprobe.config.spec import parse_requirement
     from bnprobe.report.repair import RepairReport
-    from bnprobe.requirement import parse_requirement
 
     for text in spec.repair.require:
         parse_requirement(text)
@@ -230,13 +229,12 @@ def _repair(spec: Spec, wanted: _Wanted, render: Renderer, show_all: bool) -> in
 
 def _run(spec: Spec, artifacts: Artifacts, wanted: _Wanted) -> Repaired | None:
     """Repair the model; None if there is nothing to repair."""
-    from bnprobe.cli.progress import repair_bars
-    from bnprobe.cli.write import typed_command
+    from bnprobe.cli.console import repair_bars, typed_command
 
     with repair_bars(shown=is_main()) as (show, show_step):
         # importing torch takes seconds: check the options first
+        from bnprobe.commands.convert import Wish, repair_spec
         from bnprobe.distributed import connected
-        from bnprobe.repair import Wish, repair_spec
 
         state = artifacts.state if wanted.finetune else None
         wish = Wish(wanted.finetune, state, wanted.resume, wanted.force, artifacts.tensorboard, typed_command())

@@ -21,7 +21,7 @@ def explain(
     ] = None,
 ) -> None:
     """Print the manual of a rule: what it checks, why it matters, an example, the remedy, references."""
-    from bnprobe.cli.write import deliver
+    from bnprobe.cli.console import deliver
     from bnprobe.report import RenderOptions
     from bnprobe.report.page import Page, to_string
     from bnprobe.rules.selection import find_rule

@@ -11,8 +11,8 @@ from bnprobe.cli import options
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
 
 if TYPE_CHECKING:
-    from bnprobe.exporting import Exported
-    from bnprobe.spec import Spec
+    from bnprobe.commands.export import Exported
+    from bnprobe.config.spec import Spec
 
 EXPORT = "Export"
 
@@ -65,11 +65,11 @@ def export(
     Exit codes: 0 written, 1 the outputs differ by more than the tolerance (nothing is written), 2 error in usage, spec
     or your code.
     """
-    from bnprobe.cli.write import deliver
+    from bnprobe.cli.console import deliver
+    from bnprobe.config.load import build_spec
     from bnprobe.files import require_new, write_all
     from bnprobe.records import ExportReport
     from bnprobe.report import renderer
-    from bnprobe.specfile import build_spec
 
     render = renderer(format_, ExportReport)
     given = options.overrides(context)
@@ -104,6 +104,6 @@ def _export(spec: Spec, to: str, quantize: bool) -> Exported:
     from bnprobe.cli.scan import share_processors
 
     share_processors()
-    from bnprobe.exporting import export_spec  # importing torch takes seconds: check the options first
+    from bnprobe.commands.export import export_spec  # importing torch takes seconds: check the options first
 
     return export_spec(spec, to, quantize)

@@ -26,19 +26,19 @@ def lint(
 
     Exit codes: 0 clean, 1 findings, 2 error in usage, spec or your code, 3 no BN layer.
     """
-    from bnprobe.cli.write import check_writable, deliver
+    from bnprobe.cli.console import check_writable, deliver
+    from bnprobe.config.load import build_spec
     from bnprobe.records import LintReport
     from bnprobe.report import renderer
     from bnprobe.report.lint import one_line
     from bnprobe.rules.selection import model_rules
-    from bnprobe.specfile import build_spec
 
     render = renderer(format_, LintReport)
     check_writable(output)
     given = options.overrides(context)
     spec = build_spec(target, given)
     model_rules(spec.rules)  # report a wrong code before torch is imported
-    from bnprobe.pipeline import lint_spec
+    from bnprobe.commands.scan import lint_spec
 
     report = lint_spec(spec)
     deliver(report, render, output, show_all, one_line(report))

@@ -11,8 +11,8 @@ from bnprobe.cli import options
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS
 
 if TYPE_CHECKING:
-    from bnprobe.renewal import Renewed
-    from bnprobe.spec import Spec
+    from bnprobe.commands.recalibrate import Renewed
+    from bnprobe.config.spec import Spec
 
 RECALIBRATION = "Recalibration"
 
@@ -76,12 +76,12 @@ def recalibrate(
     recalibrated.
     """
     from bnprobe.cli.artifacts import Artifacts
+    from bnprobe.cli.console import deliver
     from bnprobe.cli.scan import has_findings
-    from bnprobe.cli.write import deliver
+    from bnprobe.config.load import build_spec
     from bnprobe.report import renderer
     from bnprobe.report.repair import RepairReport
     from bnprobe.rules.selection import selected
-    from bnprobe.specfile import build_spec
 
     render = renderer(format_, RepairReport)
     artifacts = Artifacts(output, force)
@@ -98,13 +98,14 @@ def recalibrate(
 
 
 def _recalibrate(spec: Spec, path: StatisticsPath, layers: tuple[str, ...], batches: int | None) -> Renewed:
-    from bnprobe.cli.progress import progress_bar
+    from bnprobe.cli.console import progress_bar, typed_command
     from bnprobe.cli.scan import share_processors
-    from bnprobe.cli.write import typed_command
 
     share_processors()
     with progress_bar() as show:
-        from bnprobe.renewal import recalibrate_spec  # importing torch takes seconds: check the options first
+        from bnprobe.commands.recalibrate import (
+            recalibrate_spec,  # importing torch takes seconds: check the options first
+        )
 
         return recalibrate_spec(
             spec, path=path, layers=layers, num_batches=batches, command=typed_command(), progress=show

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnprobe.cli import options
-from bnprobe.cli.processes import is_main
+from bnprobe.cli.console import is_main
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, BnprobeError, NothingToProbeError
 from bnprobe.records import EXEMPT
 
 if TYPE_CHECKING:
+    from bnprobe.config.spec import RulesSpec, Spec
     from bnprobe.records import Report
-    from bnprobe.spec import RulesSpec, Spec
 
 FURTHER = "Further measurements"
 
@@ -67,12 +67,12 @@ def scan(
 
     Exit codes: 0 clean, 1 findings, 2 error in usage, spec or your code, 3 nothing could be probed.
     """
-    from bnprobe.cli.write import check_writable, deliver
+    from bnprobe.cli.console import check_writable, deliver
+    from bnprobe.config.load import build_spec
     from bnprobe.records import Report
     from bnprobe.report import renderer
     from bnprobe.report.scan import one_line
     from bnprobe.rules.selection import selected
-    from bnprobe.specfile import build_spec
 
     render = renderer(format_, Report)
     if is_main():
@@ -110,15 +110,15 @@ def _measure(spec: Spec) -> Report:
     Raises:
         NothingToProbeError: Ctrl-C before anything was measured.
     """
-    from bnprobe.cli.progress import progress_bar
+    from bnprobe.cli.console import progress_bar
 
     measured = 0
     share_processors()
     try:
         with progress_bar(shown=is_main()) as show:
             # importing torch takes seconds: check the options first
+            from bnprobe.commands.scan import scan_spec
             from bnprobe.distributed import connected
-            from bnprobe.pipeline import scan_spec
 
             def progress(done: int, planned: int) -> None:
                 nonlocal measured

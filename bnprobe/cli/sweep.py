@@ -12,8 +12,8 @@ from bnprobe.cli import options
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, NothingToProbeError, UsageError
 
 if TYPE_CHECKING:
+    from bnprobe.config.spec import Spec
     from bnprobe.records import SweepReport
-    from bnprobe.spec import Spec
 
 _SWEEP = "Sweep"
 _CUMULATIVE = "cumulative"
@@ -89,11 +89,11 @@ def sweep(
 
     Exit codes: 0 clean at the scanned batch size, 1 findings, 2 error in usage, spec or your code, 3 nothing to probe.
     """
-    from bnprobe.cli.write import check_writable, deliver
+    from bnprobe.cli.console import check_writable, deliver
+    from bnprobe.config.load import build_spec
     from bnprobe.records import SweepReport
     from bnprobe.report import renderer
     from bnprobe.report.sweep import one_line
-    from bnprobe.specfile import build_spec
 
     sizes = _sizes("--train-sizes", train_sizes)
     rates = _rates(momentum)
@@ -123,14 +123,17 @@ def _measure(spec: Spec, train_sizes: tuple[int, ...], replayed: dict[str, Any] 
     Raises:
         NothingToProbeError: Ctrl-C before anything was measured.
     """
-    from bnprobe.cli.progress import progress_bar
+    from bnprobe.cli.console import progress_bar
     from bnprobe.cli.scan import share_processors
 
     share_processors()
     try:
         with progress_bar() as show:
-            from bnprobe.sweep import SweepPlan, sweep_spec  # importing torch takes seconds: check the options first
-            from bnprobe.tracking import MomentumPlan
+            from bnprobe.commands.sweep import (  # importing torch takes seconds: check the options first
+                MomentumPlan,
+                SweepPlan,
+                sweep_spec,
+            )
 
             given = {name: value for name, value in (replayed or {}).items() if value is not None}
             momentum = None if replayed is None else MomentumPlan(**given)

@@ -26,11 +26,11 @@ def verify(
     Exit codes: 0 no layer is flagged any more and the outputs are not farther apart; 1 the repair does not hold; 2 a
     file is not a report, or the reports are of different models.
     """
-    from bnprobe.cli.write import check_writable, deliver
+    from bnprobe.cli.console import check_writable, deliver
+    from bnprobe.commands.verify import verify as compare
     from bnprobe.records import Verification
     from bnprobe.report import renderer
     from bnprobe.report.verify import one_line
-    from bnprobe.verification import verify as compare
 
     render = renderer(format_, Verification)
     check_writable(output)
@@ -45,8 +45,8 @@ def _read(path: Path) -> Report:
     Raises:
         UsageError: The file cannot be read or is not a report; the message names it.
     """
+    from bnprobe.config.spec import nearest_file
     from bnprobe.report.json import load_report
-    from bnprobe.targets import nearest_file
 
     try:
         text = path.read_text(encoding="utf-8")

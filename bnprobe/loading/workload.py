@@ -10,15 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from bnprobe.config.spec import Spec
 from bnprobe.errors import DataError, ModelError, UsageError
 from bnprobe.loading.checkpoint import load_checkpoint
 from bnprobe.loading.data import BatchSource, load_evaluation, load_source
-from bnprobe.loading.inspection import kind_of
-from bnprobe.loading.model import LoadedModel, load_model
-from bnprobe.loading.modules import UserModule, locate
+from bnprobe.loading.model import BatchFunction, LoadedModel, UserModule, kind_of, load_model, locate
 from bnprobe.loading.optimizer import load_optimizer
-from bnprobe.spec import Spec
-from bnprobe.usercode import BatchFunction
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnprobe.config.spec import RepairSpec
+from bnprobe.config.targets import Target
 from bnprobe.errors import RepairError
 from bnprobe.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, SyncBatchRenorm
 from bnprobe.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
 from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
-from bnprobe.repair_targets import Target
-from bnprobe.spec import RepairSpec
 
 Variants = dict[int | None, type[nn.Module]]
 """Layer class by the number of spatial dimensions, where (N, C) counts as 1; None: for BN layers that take several."""

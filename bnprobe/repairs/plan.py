@@ -13,16 +13,15 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnprobe.config.load import Source, sentence
+from bnprobe.config.spec import RepairSpec, matches_any
+from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.loading.model import unwrapped
-from bnprobe.probing.layers import ROOT
+from bnprobe.measure.layers import ROOT
 from bnprobe.records import Layer, LayerChange, PathMeasurement, Plan, Refusal, Report
-from bnprobe.repair_targets import AUTO, DEFAULT_TARGET, TARGETS
 from bnprobe.repairs.conversions import Conversion, conversion_of
 from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed
-from bnprobe.spec import RepairSpec, matches_any
-from bnprobe.specfile.merge import sentence
-from bnprobe.specfile.sources import Source
 
 
 def convert(
@@ -41,7 +40,7 @@ def convert(
         to: A repair target: "batch-renorm", "frozen", "group-norm", "sync", "instance-renorm", "gated", or one that
             another package adds.
         inplace: Change ``model`` itself; an optimizer that holds its parameters keeps working.
-        **options: Settings of the layers, fields of ``bnprobe.spec.RepairSpec``: groups, blend, renorm.
+        **options: Settings of the layers, fields of ``bnprobe.config.spec.RepairSpec``: groups, blend, renorm.
 
     Returns:
         The converted model, a copy unless ``inplace``. If the model itself is the layer, its replacement either way.

@@ -18,12 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from bnprobe.measure.norms import lookalike_reason
+from bnprobe.measure.restore import preserved_random_state
 from bnprobe.nn.batch_renorm import BatchRenormBase
 from bnprobe.nn.frozen import FrozenBatchNorm
 from bnprobe.nn.gated import GatedBatchNorm
 from bnprobe.nn.instance_renorm import InstanceRenorm
-from bnprobe.norms import lookalike_reason
-from bnprobe.randomness import preserved_random_state
 from bnprobe.repairs.conversions import space_dimensions
 
 Replacements = Mapping[nn.Module, nn.Module]

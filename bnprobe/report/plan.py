@@ -9,9 +9,9 @@ from dataclasses import replace
 from rich.cells import cell_len
 from rich.text import Text
 
+from bnprobe.config.targets import AUTO
 from bnprobe.numbers import count
 from bnprobe.records import LayerChange, Plan
-from bnprobe.repair_targets import AUTO
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.page import ARROW, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Layout, Names, table

@@ -11,10 +11,11 @@ from typing import Any
 
 from rich.text import Text
 
+from bnprobe.config.spec import parse_requirement
+from bnprobe.config.targets import TARGETS
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, percent
 from bnprobe.records import Arm, Conclusion, Ending, Plan, Proof, RepairRecord, Report, RequirementResult, Run
-from bnprobe.repair_targets import TARGETS
 from bnprobe.report import figures
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.json import dump
@@ -34,7 +35,6 @@ from bnprobe.report.page import (
 from bnprobe.report.plan import deployment, kinds, refused
 from bnprobe.report.table import Column, Mark, Names, dropping, table
 from bnprobe.report.verify import before_and_after
-from bnprobe.requirement import parse_requirement
 
 _MOST_DIGITS = 12
 

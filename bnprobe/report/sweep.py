@@ -11,18 +11,7 @@ from rich.text import Text
 from bnprobe.numbers import count
 from bnprobe.records import MomentumCurve, MomentumPoint, MomentumSweep, SweepLayer, SweepPoint, SweepReport
 from bnprobe.report import figures
-from bnprobe.report.page import (
-    CENTRE,
-    FINE,
-    FLAGGED,
-    TIMES,
-    UNDECIDED,
-    UNMEASURED,
-    Page,
-    RenderOptions,
-    pad,
-    to_string,
-)
+from bnprobe.report.page import CENTRE, FINE, FLAGGED, TIMES, UNDECIDED, UNMEASURED, Page, RenderOptions, pad, to_string
 from bnprobe.report.table import Column, Names, dropping, table
 from bnprobe.stats.theory import mismatch_iid
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from bnprobe.config.spec import RulesSpec
 from bnprobe.errors import UsageError
 from bnprobe.rules import RULES, Rule
-from bnprobe.spec import RulesSpec
 
 
 def selected(spec: RulesSpec, among: Iterable[Rule] = RULES) -> tuple[Rule, ...]:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bnprobe.records import Backward
-from bnprobe.stats.uncertainty import mean_interval
+from bnprobe.stats.intervals import mean_interval
 
 
 def backward_noise(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bnprobe.stats.jackknife import leave_one_out
+from bnprobe.stats.intervals import leave_one_out
 from bnprobe.stats.ladder import BatchSums, Means, Regrouped
 
 REGROUPED = 512

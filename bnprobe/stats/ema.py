@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bnprobe.stats.mismatch import corrections
-from bnprobe.stats.uncertainty import half_width
+from bnprobe.stats.intervals import half_width
+from bnprobe.stats.moments import corrections
 
 Rate = float | None
 """Weight of the new batch; None: cumulative average."""

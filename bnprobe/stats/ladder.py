@@ -31,8 +31,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bnprobe.stats.jackknife import Estimate, jackknife, leave_one_out
-from bnprobe.stats.mismatch import Corrections
+from bnprobe.stats.intervals import Estimate, jackknife, leave_one_out
+from bnprobe.stats.moments import Corrections
 
 SUMS = ("d", "d squared", "rho", "rho r", "variance", "unbiased variance")
 """What is summed over micro-batches, per replicate and channel; sums and means hold it in this order."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bnprobe.training.evaluate import evaluate
-from bnprobe.training.folder import StateFolder
 from bnprobe.training.job import Job, Outcome, length_of
 from bnprobe.training.log import StepLog
-from bnprobe.training.train import train
+from bnprobe.training.run import train
+from bnprobe.training.state import StateFolder
 
 __all__ = ["Job", "Outcome", "StateFolder", "StepLog", "evaluate", "length_of", "train"]

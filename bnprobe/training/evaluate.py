@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.errors import DataError
-from bnprobe.probing.batch import copy_tensors, count_images, to_device
-from bnprobe.probing.session import casting
-from bnprobe.probing.training_copy import training_code
-from bnprobe.randomness import preserved_random_state, seed_everything
+from bnprobe.loading.model import BatchFunction
+from bnprobe.measure.batch import copy_tensors, count_images, to_device
+from bnprobe.measure.restore import preserved_random_state, seed_everything
+from bnprobe.measure.session import casting
+from bnprobe.measure.training_copy import training_code
 from bnprobe.records import Score
-from bnprobe.training.streams import rewind
-from bnprobe.usercode import BatchFunction
+from bnprobe.training.data import rewind
 
 _SEED = 0
 """Random seed of every evaluation, so that two evaluations differ only by the model."""

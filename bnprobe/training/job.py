@@ -1,21 +1,176 @@
-"""A training run: its settings, length and outcome."""
+"""What a run trains and how, and what is watched meanwhile: clipping, the best weights so far, divergence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from bnprobe.config.spec import RenormSpec, TrainSpec
 from bnprobe.distributed import World
 from bnprobe.errors import UsageError
 from bnprobe.loading.data import BatchSource
+from bnprobe.loading.model import BatchFunction
+from bnprobe.measure.batch import copy_tensors, tensors_of, to_device
+from bnprobe.measure.layers import ROOT
+from bnprobe.measure.restore import preserved_random_state
+from bnprobe.measure.session import casting, model_code
 from bnprobe.records import Ending, Score
-from bnprobe.spec import RenormSpec, TrainSpec
-from bnprobe.training.feed import steps_per_epoch
-from bnprobe.usercode import BatchFunction
+from bnprobe.training.data import steps_per_epoch
+
+Fractions = tuple[float, float]
+"""Fractions of r and of d that were clipped in a step."""
+
+_PART = 10
+
+
+class ClippedAtEnd:
+    """Means over the last tenth of the steps taken.
+
+    Args:
+        steps: Upper limit on the number of steps.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._last: deque[Fractions] = deque(maxlen=_tenth(steps))
+
+    def add(self, fractions: Fractions | None) -> None:
+        """Add the fractions of one step; None if there is nothing to clip."""
+        if fractions is not None:
+            self._last.append(fractions)
+
+    def mean(self, steps: int) -> Fractions | None:
+        """Mean over the last tenth of ``steps`` steps; None if nothing was added."""
+        last = list(self._last)[-_tenth(steps) :]
+        if not last:
+            return None
+        r, d = zip(*last, strict=True)
+        return sum(r) / len(r), sum(d) / len(d)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as plain types."""
+        return {"last": list(self._last)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._last.clear()
+        self._last.extend((r, d) for r, d in state["last"])
+
+
+def _tenth(steps: int) -> int:
+    return max(1, steps // _PART)
+
+
+EXPLODED = 1000.0
+"""Multiple of the usual loss above which the loss has exploded, if it stays there."""
+
+USUAL_STEPS = 10
+"""Steps at the start whose median gives the usual loss."""
+
+LASTING = 5
+"""Steps in a row that make a divergence: one bad batch does not."""
+
+MOST_SKIPPED = 50
+"""Steps in a row without finite gradients after which float16 gives up: the scale has then shrunk by 2^-50."""
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+class DivergenceGuard:
+    """Watches the losses of a run.
+
+    Training has diverged if the loss is NaN or Inf, or if its absolute value stays above ``EXPLODED`` times the usual
+    one for ``LASTING`` steps. The usual value is the median of the first ``USUAL_STEPS`` steps, but at least 1: the
+    loss of a model that has learned its data is near 0, and a thousand times that is not an explosion.
+    """
+
+    def __init__(self) -> None:
+        self._first: list[float] = []
+        self._high = 0
+        self._skipped = 0
+
+    def of_loss(self, loss: float) -> str | None:
+        """What is wrong with the loss of a step, as a clause; None if it is fine."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if len(self._first) < USUAL_STEPS:
+            self._first.append(abs(loss))
+            return None
+        usual = statistics.median(self._first)
+        self._high = self._high + 1 if abs(loss) > EXPLODED * max(1.0, usual) else 0
+        if self._high < LASTING:
+            return None
+        return f"the loss has exploded: {loss:.3g}, up from {usual:.3g} in the first {USUAL_STEPS} steps"
+
+    def of_step(self, skipped: bool) -> str | None:
+        """What is wrong after a step, as a clause; None if nothing is.
+
+        Args:
+            skipped: Whether the float16 scaler skipped the step because the gradients were not finite.
+        """
+        self._skipped = self._skipped + 1 if skipped else 0
+        if self._skipped < MOST_SKIPPED:
+            return None
+        return f"the gradients were NaN or Inf for {MOST_SKIPPED} steps in a row, at every float16 loss scale"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as plain types."""
+        return {"first": list(self._first), "high": self._high, "skipped": self._skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._first, self._high, self._skipped = list(state["first"]), state["high"], state["skipped"]
+
+
+def first_non_finite(
+    model: nn.Module, loss: BatchFunction, group: Sequence[Any], device: torch.device, autocast: torch.dtype | None
+) -> str | None:
+    """Name of the first norm layer whose input is NaN or Inf, found by repeating the forward passes of a step.
+
+    All passes run, whatever is found: a layer that waits for other processes must be called in each of them.
+    """
+    found: list[str] = []
+    with preserved_random_state(), _noting(model, found), casting(device, autocast):
+        for batch in group:
+            with model_code("calling loss(model, batch) once more, to find where it is NaN or Inf"):
+                loss(model, copy_tensors(to_device(batch, device)))
+    return found[0] if found else None
+
+
+def bad_gradient(model: nn.Module) -> str | None:
+    """Name of the last parameter whose gradient is NaN or Inf, which the backward pass reaches first."""
+    named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
+    return next((name for name, gradient in reversed(named) if not bool(torch.isfinite(gradient).all())), None)
+
+
+def is_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all values of all floating-point tensors are finite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
+
+
+@contextmanager
+def _noting(model: nn.Module, found: list[str]) -> Iterator[None]:
+    def hook(name: str) -> Any:
+        def look(module: nn.Module, inputs: Any) -> None:
+            if not found and not is_finite(tensors_of(list(inputs))):
+                found.append(name)
+
+        return look
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, _NORMS):
+                stack.callback(module.register_forward_pre_hook(hook(name or ROOT)).remove)
+        yield
+
 
 DEFAULT_STEPS = 500
 """Default number of optimizer steps of a run."""
@@ -121,3 +276,76 @@ def check(job: Job) -> None:
             "--patience (train.patience) stops training when the held-out score no longer improves, but there is no"
             " such score: give held-out data (load_eval_data or eval_data) with a loss or metric."
         )
+
+
+class Keeper:
+    """Keeps the weights with the best evaluation; without evaluations, the last weights that are finite.
+
+    The start counts as the evaluation of step 0. Of equal evaluations the earlier one is kept.
+
+    Args:
+        measure, goal: What decides. A loss is minimized; for a metric ``goal`` gives the direction.
+        patience: Evaluations without improvement after which training stops; None: never.
+
+    Attributes:
+        step: Step of the kept weights.
+        weights: The kept weights, on the CPU.
+    """
+
+    def __init__(
+        self, measure: Literal["metric", "loss"], goal: Literal["max", "min"], patience: int | None = None
+    ) -> None:
+        self._measure = measure
+        self._sign = 1.0 if measure == "metric" and goal == "max" else -1.0
+        self._patience = patience
+        self._best: float | None = None
+        self._since = 0
+        self.step = 0
+        self.weights: dict[str, Tensor] = {}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether there were ``patience`` evaluations without improvement."""
+        return self._patience is not None and self._since >= self._patience
+
+    @property
+    def chose(self) -> bool:
+        """Whether the weights were chosen by an evaluation."""
+        return self._best is not None
+
+    def note(self, step: int, model: nn.Module, score: Score | None) -> None:
+        """Record the evaluation after a step; ``score`` is None if nothing can be evaluated."""
+        value = getattr(score, self._measure, None)
+        if value is None or not math.isfinite(value):
+            self._since += int(score is not None)
+            if self._best is None:
+                self.keep_last(step, model)
+        elif self._best is None or self._sign * value > self._sign * self._best:
+            self._best, self._since = value, 0
+            self._keep(step, weights_of(model))
+        else:
+            self._since += 1
+
+    def keep_last(self, step: int, model: nn.Module) -> None:
+        """Keep the weights if they are finite, or if none are kept yet."""
+        weights = weights_of(model)
+        if not self.weights or is_finite(list(weights.values())):
+            self._keep(step, weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as tensors and plain types."""
+        return {"best": self._best, "since": self._since, "step": self.step, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._best, self._since = state["best"], state["since"]
+        self._keep(state["step"], state["weights"])
+
+    def _keep(self, step: int, weights: dict[str, Tensor]) -> None:
+        self.step, self.weights = step, weights
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the tensors of a model's state_dict, on the CPU."""
+    state = model.state_dict()
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items() if isinstance(value, Tensor)}

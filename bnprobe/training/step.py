@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnprobe.probing.batch import copy_tensors, to_device
-from bnprobe.probing.session import casting, model_code
-from bnprobe.probing.training_copy import require_gradients, require_graph, require_scalar, training_code
-from bnprobe.training.divergence import bad_gradient
-from bnprobe.training.job import Job
-from bnprobe.training.parallel import Replicas
+from bnprobe.measure.batch import copy_tensors, to_device
+from bnprobe.measure.session import casting, model_code
+from bnprobe.measure.training_copy import require_gradients, require_graph, require_scalar, training_code
+from bnprobe.training.job import Job, bad_gradient
+from bnprobe.training.replicas import Replicas
 
 _FIRST = "in training step {} (the first is 1)"
 

@@ -18,8 +18,8 @@ import typer.main
 import yaml
 
 from bnprobe.cli.app import app
+from bnprobe.config.spec import RenormSpec, RepairSpec, Spec, TrainSpec
 from bnprobe.rules import RULES
-from bnprobe.spec import RenormSpec, RepairSpec, Spec, TrainSpec
 from functional import documentation
 from functional.command import CLEAN, FINDINGS, REPOSITORY
 from functional.documentation import PAGES, README, Reader

@@ -7,8 +7,8 @@ import shlex
 
 from pydantic import BaseModel
 
-from bnprobe.spec import Spec
-from bnprobe.specfile import build_spec
+from bnprobe.config.load import build_spec
+from bnprobe.config.spec import Spec
 from functional.command import CLEAN, FINDINGS, REPOSITORY, Workspace
 
 STARTER = REPOSITORY / "bnprobe" / "starter"

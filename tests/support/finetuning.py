@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import bnprobe.files
+from bnprobe.config.spec import RenormSpec, TrainSpec
 from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.nn.batch_renorm import BatchRenorm1d
 from bnprobe.records import Score, TrainingStep
-from bnprobe.spec import RenormSpec, TrainSpec
 from bnprobe.training import Job, Outcome, StepLog, evaluate, train
 from bnprobe.training.log import COLUMNS
 

@@ -21,7 +21,7 @@ from bnprobe.loading.data import as_batch_source
 from bnprobe.nn.batch_renorm import BatchRenorm1d, SyncBatchRenorm
 from bnprobe.nn.frozen import FrozenBatchNorm1d
 from bnprobe.training import Job, train
-from bnprobe.training.keeper import weights_of
+from bnprobe.training.job import weights_of
 from support.finetuning import Noisy, Steps, cross_entropy, held_out_score, job, network, source
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnprobe.probing.physical_batch import Emulation, not_emulated, self_check
-from bnprobe.probing.session import Session, UserFunctions
-from bnprobe.spec import ScanSettings
+from bnprobe.config.spec import ScanSettings
+from bnprobe.measure.physical_batch import Emulation, not_emulated, self_check
+from bnprobe.measure.session import Session, UserFunctions
 
 REAL = not_emulated("As asked for.")
 

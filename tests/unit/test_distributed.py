@@ -18,11 +18,10 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from bnprobe.distributed import ALONE, OPENING, Share, World, connected, launched
 from bnprobe.errors import DataError
 from bnprobe.loading.data import as_batch_source
-from bnprobe.loading.shard import deal
-from bnprobe.loading.spread import spread
-from bnprobe.probing.accumulators import CallTable, Columns, SamplePool, SampleStep
-from bnprobe.probing.layers import find_layers
-from bnprobe.probing.reader import Reader
+from bnprobe.loading.order import deal, spread
+from bnprobe.measure.accumulators import CallTable, Columns, SamplePool, SampleStep
+from bnprobe.measure.layers import find_layers
+from bnprobe.measure.reader import Reader
 from functional.processes import free_port
 
 SIZES = st.integers(1, 5)
@@ -102,7 +101,7 @@ def test_a_loader_that_deals_itself_is_refused() -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_keep_the_images_that_one_would(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a pool of 16 places, that 60 images pass; origins differ, since every process sees other images first."""
-    monkeypatch.setattr("bnprobe.probing.accumulators.POOL_SAMPLES", 16)
+    monkeypatch.setattr("bnprobe.measure.accumulators.POOL_SAMPLES", 16)
     d = torch.randn(60, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 100
     one, several = SamplePool(0), [SamplePool(0) for _ in range(size)]
     layers, table = find_layers(torch.nn.BatchNorm1d(4), lambda *names: True).layers, CallTable()
@@ -150,8 +149,8 @@ import torch
 from torch import nn
 from bnprobe.distributed import connected
 from bnprobe.errors import ModelError
-from bnprobe.probing.rank_agreement import agree
-from bnprobe.probing.layers import find_layers
+from bnprobe.measure.rank_agreement import agree
+from bnprobe.measure.layers import find_layers
 
 with connected() as world:
     found = {"rank": world.rank, "gathered": world.gather(world.rank), "shared": world.share(f"of {world.rank}")}

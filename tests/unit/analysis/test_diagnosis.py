@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from bnprobe.analysis.diagnosis import diagnose, groups_of, judge
+from bnprobe.config.spec import RuleExemption, RulesSpec
 from bnprobe.errors import UsageError
 from bnprobe.records import Composition, Diagnosis, Domains, Layer, Shares
 from bnprobe.rules import RULES
 from bnprobe.rules.evidence import Facts
 from bnprobe.rules.selection import find_rule, model_rules, selected
-from bnprobe.spec import RuleExemption, RulesSpec
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares
 
 ALIKE = Composition(0.4, 3.8, 1e-9)

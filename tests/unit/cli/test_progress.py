@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from bnprobe.cli.progress import repair_bars
+from bnprobe.cli.console import repair_bars
 from bnprobe.records import Score, TrainingStep
 
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from bnprobe.analysis.diagnosis import judge
 from bnprobe.cli.app import app
 from bnprobe.cli.scan import has_findings
+from bnprobe.config.spec import RuleExemption, RulesSpec, Spec
 from bnprobe.errors import BnprobeError
-from bnprobe.spec import RuleExemption, RulesSpec, Spec
 from bnprobe.testing import make_evidence, make_layer, make_shares
 from unit.report.fabricated_parts import report
 
@@ -56,7 +56,7 @@ def specs(monkeypatch: pytest.MonkeyPatch) -> list[Spec]:
         seen.append(spec)
         raise SeenEnoughError
 
-    monkeypatch.setattr("bnprobe.pipeline.scan_spec", stop)
+    monkeypatch.setattr("bnprobe.commands.scan.scan_spec", stop)
     return seen
 
 

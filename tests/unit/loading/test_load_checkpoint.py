@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError, UserCodeError
 from bnprobe.loading.checkpoint import load_checkpoint
-from bnprobe.spec import CheckpointSpec
 
 State = dict[str, Any]
 

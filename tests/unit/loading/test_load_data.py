@@ -22,11 +22,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from bnprobe.config.spec import DataSpec
 from bnprobe.errors import DataError, ModelError, UsageError, UserCodeError
 from bnprobe.loading.data import BatchSource, as_batch_source, load_source, synthetic_source
-from bnprobe.loading.inspection import GuardedBatches
-from bnprobe.loading.modules import UserModule, resolve
-from bnprobe.spec import DataSpec
+from bnprobe.loading.model import GuardedBatches, UserModule, resolve
 
 HEAD = "import torch\nfrom torch.utils.data import *\nimages = TensorDataset(torch.arange(10.0)[:, None])\n"
 

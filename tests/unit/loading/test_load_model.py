@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from bnprobe.config.spec import ModelSpec
 from bnprobe.errors import BnprobeError, ModelError, UserCodeError
 from bnprobe.loading.model import LoadedModel, load_model, unwrapped
-from bnprobe.spec import ModelSpec
 
 HEAD = "from torch import nn\n"
 

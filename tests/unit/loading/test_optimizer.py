@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from bnprobe.config.spec import OptimizerSpec
 from bnprobe.errors import ModelError, UsageError, UserCodeError
-from bnprobe.loading.modules import UserModule, resolve
+from bnprobe.loading.model import UserModule, resolve
 from bnprobe.loading.optimizer import load_optimizer
-from bnprobe.spec import OptimizerSpec
 
 SOURCE = """
 import torch

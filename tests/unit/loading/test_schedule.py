@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from bnprobe.config.spec import OptimizerSpec, ScheduleSpec
 from bnprobe.errors import ModelError, UsageError, UserCodeError
-from bnprobe.loading.modules import UserModule, resolve
-from bnprobe.loading.optimizer import load_optimizer
-from bnprobe.loading.schedule import load_schedule
-from bnprobe.spec import OptimizerSpec, ScheduleSpec
+from bnprobe.loading.model import UserModule, resolve
+from bnprobe.loading.optimizer import load_optimizer, load_schedule
 
 SOURCE = """
 import torch

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from bnprobe.loading.data import as_batch_source
-from bnprobe.loading.spread import spread
+from bnprobe.loading.order import spread
 
 SET = TensorDataset(torch.arange(42.0)[:, None])
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from bnprobe.config.load import build_spec
 from bnprobe.errors import BnprobeError, CheckpointError, ModelError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload
-from bnprobe.specfile import build_spec
 
 MODEL = """
 import torch

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnprobe.repair_targets import TARGETS
+from bnprobe.config.targets import TARGETS
 from support.networks import unsettled
 
 EVERY = TARGETS.names()

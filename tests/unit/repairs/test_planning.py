@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from bnprobe.config.spec import RepairSpec
+from bnprobe.config.targets import TARGETS, Target
 from bnprobe.errors import RepairError
 from bnprobe.nn.gated import GatedBatchNorm2d
 from bnprobe.records import LayerChange, Plan, Refusal
-from bnprobe.repair_targets import TARGETS, Target
 from bnprobe.repairs import apply, plan
-from bnprobe.spec import RepairSpec
 from support.fingerprint import fingerprint
 from support.networks import Residual
 from unit.repairs.models import Activated, BatchNormRelu, Branches, prepared

@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 
 import bnprobe
 from bnprobe.cli.app import app
+from bnprobe.config.targets import TARGETS, Target
 from bnprobe.errors import RepairError, UsageError
-from bnprobe.repair_targets import TARGETS, Target
 from bnprobe.repairs import deployable_state
 
 ROW = """
-from bnprobe.repair_targets import Target
+from bnprobe.config.targets import Target
 
 COUNTING = Target(
     name="counting",

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import bnprobe
 from bnprobe.analysis.diagnosis import diagnose, judge
 from bnprobe.cli.app import app
+from bnprobe.config.spec import RulesSpec
 from bnprobe.errors import UsageError
 from bnprobe.records import Diagnosis, Report, Verdict
 from bnprobe.report import render
@@ -24,7 +25,6 @@ from bnprobe.rules import RULES, Rule
 from bnprobe.rules.docs import pages
 from bnprobe.rules.evidence import Facts
 from bnprobe.rules.interface import Link
-from bnprobe.spec import RulesSpec
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares, run_rule
 from support.networks import Residual, images, unsettled
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bnprobe.stats.jackknife import jackknife, leave_one_out
+from bnprobe.stats.intervals import jackknife, leave_one_out
 
 
 def squared_mean(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 from bnprobe.stats import ladder
 from bnprobe.stats.composition import Images, analyse, draw, regrouped_batches
-from bnprobe.stats.jackknife import REPLICATES, jackknife
+from bnprobe.stats.intervals import REPLICATES, jackknife
 from bnprobe.stats.ladder import BatchSums
 from bnprobe.stats.moments import pool_moments
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnprobe.stats.mismatch import corrections, distance
+from bnprobe.stats.moments import corrections, distance
 
 
 @given(

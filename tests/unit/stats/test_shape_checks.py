@@ -6,7 +6,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from bnprobe.stats.mismatch import corrections
+from bnprobe.stats.moments import corrections
 
 
 def test_a_wrong_shape_is_refused() -> None:

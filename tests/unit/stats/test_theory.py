@@ -10,13 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bnprobe.pipeline import scan
-from bnprobe.stats.theory import (
-    clipped_d_iid,
-    clipped_r_iid,
-    equivalent_batch_size,
-    mismatch_iid,
-)
+from bnprobe.commands.scan import scan
+from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size, mismatch_iid
 
 TABLE = {
     2: (0.5642, 0.8716, 0.363),

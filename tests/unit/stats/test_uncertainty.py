@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from bnprobe.probing.evidence import PathEvidence
-from bnprobe.probing.hooks import Recorded
-from bnprobe.probing.layers import find_layers
+from bnprobe.measure.evidence import PathEvidence
+from bnprobe.measure.hooks import Recorded
+from bnprobe.measure.layers import find_layers
+from bnprobe.stats.intervals import mean_interval, standing
 from bnprobe.stats.theory import mismatch_iid
-from bnprobe.stats.uncertainty import mean_interval, standing
 
 
 @given(st.lists(st.floats(0.01, 100.0), min_size=2, max_size=40))

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.records import Score
-from bnprobe.training.divergence import DivergenceGuard
-from bnprobe.training.keeper import weights_of
+from bnprobe.training.job import DivergenceGuard, weights_of
 from support.finetuning import cross_entropy, held_out_score, job, network, same_bits, trained
 
 

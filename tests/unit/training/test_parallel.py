@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from bnprobe.distributed import World
 from bnprobe.training import Job
-from bnprobe.training.feed import Feed, steps_per_epoch
-from bnprobe.training.keeper import weights_of
+from bnprobe.training.data import Feed, steps_per_epoch
+from bnprobe.training.job import weights_of
 from support.finetuning import Noisy, job, network, same_bits, source, trained
 from support.ranks import NORMS, frozen, launch, ordered, renorm, still, synced
 

@@ -20,13 +20,13 @@ import pytest
 import torch
 from torch import nn
 
+from bnprobe.config.spec import RenormSpec
 from bnprobe.errors import OutputError, StateError, StoppedError, UsageError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.nn.batch_renorm import BatchRenorm1d
 from bnprobe.records import Score, TrainingStep
-from bnprobe.spec import RenormSpec
 from bnprobe.training import Job, train
-from bnprobe.training.stopping import stop_signals
+from bnprobe.training.state import stop_signals
 from support.finetuning import cross_entropy, eventful_job, job, network, same_bits, source, trained
 
 KILLED = -signal.SIGKILL

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from bnprobe.randomness import preserved_random_state, random_state, seed_everything
-from bnprobe.training.feed import Feed
-from bnprobe.training.streams import Stream, data_seed, model_seed, restore, rewind, snapshot
+from bnprobe.measure.restore import preserved_random_state, random_state, seed_everything
+from bnprobe.training.data import Feed, Stream, data_seed, model_seed, restore, rewind, snapshot
 from support.finetuning import Noisy, job, source, trained
 
 

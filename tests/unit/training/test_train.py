@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnprobe.config.spec import RenormSpec
 from bnprobe.errors import DataError, UsageError, UserCodeError
 from bnprobe.loading.data import as_batch_source, synthetic_source
+from bnprobe.measure.restore import random_state, seed_everything
 from bnprobe.nn.batch_renorm import BatchRenorm1d
-from bnprobe.randomness import random_state, seed_everything
 from bnprobe.records import Score
-from bnprobe.spec import RenormSpec
-from bnprobe.training.keeper import weights_of
-from bnprobe.training.streams import data_seed, model_seed
+from bnprobe.training.data import data_seed, model_seed
+from bnprobe.training.job import weights_of
 from support.finetuning import cross_entropy, held_out_score, job, network, same_bits, sgd, source, trained
 
 

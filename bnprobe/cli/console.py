@@ -1,0 +1,378 @@
+"""What commands write: reports to stdout or a file, progress to stderr, and from one process of several only."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from bnprobe.errors import EXIT_ERROR, EXIT_NOTHING, OutputError, ProcessError, UsageError
+from bnprobe.files import require_writable, write_whole
+from bnprobe.records import TrainingStep
+from bnprobe.report import Renderer, RenderOptions, figures
+from bnprobe.report.page import clean
+
+if TYPE_CHECKING:
+    from bnprobe.distributed import World
+
+
+Ends = Callable[[int], int | None]
+"""Announces the exit code of the command; returns None, or the code that another process announced before."""
+
+TOGETHER = ("scan", "convert")
+"""Commands that can run in several processes."""
+
+
+def several_processes() -> bool:
+    """Whether this is one of several processes, as in ``distributed.launched`` but without importing torch."""
+    return "MASTER_ADDR" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def is_main() -> bool:
+    """Whether this process writes the output."""
+    return not several_processes() or os.environ.get("RANK", "0") == "0"
+
+
+def refuse_together(command: str | None) -> None:
+    """Reject a command that cannot run in several processes.
+
+    Raises:
+        UsageError: The command was started in several processes.
+    """
+    if several_processes() and command is not None and command not in TOGETHER:
+        raise UsageError(f"bnprobe {command} runs in one process only: start it without torchrun.")
+
+
+def run_together(run: Callable[[Ends], None]) -> NoReturn:
+    """Run the command line in every process of the launch, and end all with the same exit code.
+
+    The first process to fail prints the reason; the others exit silently as soon as they notice. Only process 0 writes
+    to stdout. SIGTERM acts like Ctrl-C: what was measured so far is reported.
+
+    Args:
+        run: Runs the command and raises SystemExit.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides warnings meant for authors of training loops
+    from bnprobe.distributed import connected
+
+    if not is_main():
+        _silence_stdout()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a launcher in the background ignores it
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        with connected() as world:
+            code = _run_as_one(run, world)
+    except ProcessError as error:
+        print(f"bnprobe: error: {error}", file=sys.stderr)
+        code = EXIT_ERROR
+    except KeyboardInterrupt:
+        print("bnprobe: error: Interrupted.", file=sys.stderr)
+        code = EXIT_NOTHING
+    sys.exit(code)
+
+
+def _run_as_one(run: Callable[[Ends], None], world: World) -> int:
+    """Run the command and return the exit code of all processes."""
+    board = world.board
+    if board is None:
+        return _code_of(run, _alone)
+    failed: list[int] = []
+
+    def ends(code: int) -> int | None:
+        earlier = board.end(code)
+        failed.append(code if earlier is None else earlier)
+        return earlier
+
+    board.watch(_leave)
+    code = _code_of(run, ends)
+    # Process 0 answers Ctrl-C if it still runs; a launcher ends all processes as soon as one ends with an error.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if failed:
+        board.farewell()
+        return failed[0]
+    code = world.share(code)
+    board.close()
+    world.wait()
+    return code
+
+
+def _code_of(run: Callable[[Ends], None], ends: Ends) -> int:
+    try:
+        run(ends)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _alone(code: int) -> None:
+    return None
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process at once, from a thread: another process has failed, and nothing is left to do."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _as_interrupt(number: int, frame: Any) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def _silence_stdout() -> None:
+    """Discard all output to stdout, including that of the user's code and of libraries outside Python."""
+    sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def check_writable(output: Path | None) -> None:
+    """Reject an output that cannot be written, before anything is measured.
+
+    Raises:
+        OutputError: The folder is missing or read-only, or the path is a folder.
+    """
+    if output is not None:
+        require_writable(output)
+
+
+def deliver(
+    document: object, render: Renderer, output: Path | None = None, show_all: bool = False, summary: str = ""
+) -> None:
+    """Write the rendered document to ``output`` and the summary to stderr; without ``output``, to stdout."""
+    if output is None:
+        _print(render(document, _terminal_options(show_all)))
+        return
+    write_whole(output, render(document, RenderOptions(show_all=show_all, command=typed_command())))
+    print(f"{summary}; report written to {output}", file=sys.stderr)
+
+
+def _print(text: str) -> None:
+    """Write to stdout. A reader that closes the pipe early (``| head``) is not an error.
+
+    Raises:
+        OutputError: The text could not be written, e.g. to a full disk.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # The rest of the buffer must not fail again when Python closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OutputError(f"The report could not be written to stdout: {error.strerror}.") from None
+
+
+def _terminal_options(show_all: bool) -> RenderOptions:
+    stdout = sys.stdout
+    colored = stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    return RenderOptions(
+        width=shutil.get_terminal_size(fallback=(80, 24)).columns,
+        color=colored,
+        show_all=show_all,
+        unicode=_can_encode("✗▁█│×", stdout.encoding),
+        command=typed_command(),
+    )
+
+
+def _can_encode(text: str, encoding: str | None) -> bool:
+    try:
+        text.encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def typed_command() -> str:
+    """The command line as typed."""
+    return shlex.join(["bnprobe", *sys.argv[1:]])
+
+
+_SMOOTHING = 0.1
+"""Weight of the newest loss in the smoothed one."""
+
+_BAR_WIDTH, _NARROW_BAR_WIDTH = 24, 5
+_NARROW = 100
+_TIME_WIDTH = 7
+_GAP = "  "
+
+
+class _RateColumn(TextColumn):
+    """Micro-batches per second."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: object) -> Text:
+        speed = getattr(task, "speed", None)
+        return Text(f"{speed:.1f}/s" if speed else "", style="progress.data.speed")
+
+
+@contextmanager
+def progress_bar(shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with rate and remaining time; nothing if stderr is not a terminal, or not ``shown``."""
+    with _scan_bar(shown) as bar:
+        yield _scan_updates(bar)
+
+
+@contextmanager
+def repair_bars(shown: bool = True) -> Iterator[tuple[Callable[[int, int], None], Callable[[TrainingStep], None]]]:
+    """A progress bar for scans and one for training; only the one updated last is visible.
+
+    Two bars at once would overwrite each other. The training bar shows the run, steps, smoothed loss, last score, the
+    fractions of clipped r and d, and the remaining time of the run; what does not fit the width is left out, starting
+    from the end. If stderr is not a terminal, as in a CI log, one line per evaluation is printed instead.
+
+    Args:
+        shown: Whether to show anything.
+
+    Yields:
+        A function to call with the micro-batches done and planned, and one to call with each training step.
+    """
+    scan, training = _scan_bar(shown), _training_bar(shown)
+    show_scan, show_step = _scan_updates(scan), _training_updates(training, shown)
+
+    def update_scan(done: int, planned: int) -> None:
+        training.stop()
+        show_scan(done, planned)  # first, or the old state of the bar would reappear
+        scan.start()
+
+    def update_training(step: TrainingStep) -> None:
+        scan.stop()
+        show_step(step)
+        training.start()
+
+    scan.start()
+    try:
+        yield update_scan, update_training
+    finally:
+        scan.stop()
+        training.stop()
+
+
+def _scan_bar(shown: bool) -> Progress:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=_BAR_WIDTH),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
+
+
+def _scan_updates(bar: Progress) -> Callable[[int, int], None]:
+    task = bar.add_task("loading", total=None)
+
+    def update(done: int, planned: int) -> None:
+        if done < bar.tasks[0].completed:  # another scan, with its own rate
+            bar.reset(task)
+        bar.update(task, description="micro-batches", completed=done, total=planned)
+
+    return update
+
+
+def _training_bar(shown: bool) -> Progress:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=_bar_width(console)),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
+
+
+def _training_updates(bar: Progress, shown: bool) -> Callable[[TrainingStep], None]:
+    if bar.disable:
+        return _print_evaluation if shown else lambda step: None
+    return _TrainingBar(bar, bar.add_task("training", total=None, figures="", visible=False)).update
+
+
+class _TrainingBar:
+    """State of the training bar between the steps of a run."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+        self._run = ""
+        self._loss: float | None = None
+        self._seen: dict[str, str] = {}
+
+    def update(self, step: TrainingStep) -> None:
+        """Show one step; the first step of another run starts a new bar."""
+        run = f"{step.arm} #{step.seed}"
+        if run != self._run:
+            self._run, self._loss, self._seen = run, None, {}
+            self._bar.reset(self._task, total=step.steps, description=self._run, visible=True)
+        self._loss = _smoothed(self._loss, step.loss)
+        now = {"score": _score(step), "clipped": _clipped(step, "clip", digits=0)}
+        self._seen |= {name: text for name, text in now.items() if text}
+        parts = [f"loss {figures.score(self._loss)}", *(self._seen.get(name, "") for name in ("score", "clipped"))]
+        room = self._bar.console.width - self._fixed(step)
+        self._bar.update(self._task, completed=step.step, figures=_fitting(parts, room))
+
+    def _fixed(self, step: TrainingStep) -> int:
+        """Width in cells of the other columns and the blanks between them."""
+        counted = 2 * len(str(step.steps)) + 1
+        return cell_len(self._run) + _bar_width(self._bar.console) + counted + _TIME_WIDTH + 4
+
+
+def _bar_width(console: Console) -> int:
+    return _BAR_WIDTH if console.width >= _NARROW else _NARROW_BAR_WIDTH
+
+
+def _print_evaluation(step: TrainingStep) -> None:
+    """Print one line if the step was evaluated."""
+    if step.score is None:
+        return
+    held_out = f"held-out {_score(step)}"
+    parts = filter(None, [f"loss {figures.score(step.loss)}", held_out, _clipped(step, "clipped", digits=1)])
+    text = f"{step.arm}, seed {step.seed}: step {step.step}/{step.steps}, {', '.join(parts)}"
+    print(clean(text, unicode=False), file=sys.stderr, flush=True)
+
+
+def _smoothed(before: float | None, loss: float) -> float:
+    """Exponential moving average; it restarts after a loss that is not finite, which is shown unsmoothed."""
+    if before is None or not (math.isfinite(before) and math.isfinite(loss)):
+        return loss
+    return before + _SMOOTHING * (loss - before)
+
+
+def _score(step: TrainingStep) -> str:
+    """The metric on held-out data, or the loss if there is no metric; empty if the step was not evaluated."""
+    if step.score is None:
+        return ""
+    if step.score.metric is not None:
+        return f"metric {figures.score(step.score.metric)}"
+    return f"loss {'-' if step.score.loss is None else figures.score(step.score.loss)}"
+
+
+def _clipped(step: TrainingStep, word: str, digits: int) -> str:
+    """The fractions of r and d that are clipped; empty if not measured."""
+    parts = (("r", step.clipped_r), ("d", step.clipped_d))
+    known = [f"{name} {value:.{digits}%}" for name, value in parts if value is not None]
+    return f"{word} {' '.join(known)}" if known else ""
+
+
+def _fitting(parts: list[str], room: int) -> str:
+    """As many parts as fit, from the first on."""
+    text = ""
+    for part in filter(None, parts):
+        longer = f"{text}{_GAP}{part}" if text else part
+        if cell_len(longer) > room:
+            break
+        text = longer
+    return text

@@ -1,0 +1,304 @@
+"""``bnprobe convert``: scan, plan, convert, fine-tune, compare with the baseline, scan again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnprobe._version import __version__
+from bnprobe.analysis.comparison import remarks
+from bnprobe.commands.experiment import (
+    OnStep,
+    Subject,
+    best_candidate,
+    make_subject,
+    prove,
+    require_measurable,
+    require_trainable,
+    require_unwrapped,
+)
+from bnprobe.commands.scan import environment, scan_workload, whole
+from bnprobe.config.spec import Spec, check, parse_requirement
+from bnprobe.config.targets import AUTO, TARGETS
+from bnprobe.distributed import ALONE, World, launched
+from bnprobe.errors import NothingToProbeError, RepairError, SpecError, UsageError
+from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_anew
+from bnprobe.measure.restore import preserved_random_state, seed_everything
+from bnprobe.measure.scan_loop import Progress, no_progress
+from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
+from bnprobe.repairs import deployable_state, left_out, on_host, plan, wanted_by_globs, wanted_from_report
+from bnprobe.report.json import load_report
+from bnprobe.training import StateFolder, StepLog
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """The result of a repair.
+
+    Attributes:
+        record: The record, without the weights file, which is not written yet.
+        weights: Weights of the repaired model, in the order of its state dict.
+        before, after: Scan reports of the model as loaded and repaired; None if it was not scanned.
+    """
+
+    record: RepairRecord
+    weights: dict[str, Tensor]
+    before: Report | None
+    after: Report | None
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Options of a repair that are not part of the spec.
+
+    Attributes:
+        finetune: Whether to train and to measure the gain.
+        state: Folder of the state to resume from; None: nothing is saved.
+        resume: Whether to continue from it.
+        force: Whether to discard an existing state.
+        tensorboard: Whether to write the steps for TensorBoard too, in the state's folder.
+        command: The command line as typed.
+    """
+
+    finetune: bool = False
+    state: Path | None = None
+    resume: bool = False
+    force: bool = False
+    tensorboard: bool = False
+    command: str | None = None
+
+
+def plan_spec(spec: Spec, progress: Progress = no_progress) -> Plan:
+    """Plan what ``repair_spec`` would change, without changing anything.
+
+    Data is needed only if a scan must find the flagged layers.
+
+    Raises:
+        BnprobeError: See ``bnprobe.errors`` for the tree.
+    """
+    with preserved_random_state():
+        seed_everything(spec.data.seed)
+        if spec.repair.layers or spec.repair.report:
+            loaded = load_model_only(spec)
+            require_unwrapped(loaded.notes)
+            plans = _plans(spec, loaded.model, None)
+        else:
+            workload = load_workload(spec)
+            require_unwrapped(workload.notes)
+            plans = _plans(spec, workload.model, whole(scan_workload(workload, spec.settings(), progress)))
+    return plans[0] if spec.repair.to != AUTO else replace(plans[0], to=AUTO)
+
+
+def repair_spec(
+    spec: Spec,
+    wish: Wish,
+    progress: Progress = no_progress,
+    on_step: OnStep = lambda step: None,
+    world: World = ALONE,
+) -> Repaired | None:
+    """Load what a spec names, convert its layers, fine-tune on request, and scan again.
+
+    Returns:
+        None if no layer needs repair.
+
+    Raises:
+        BnprobeError: See ``bnprobe.errors`` for the tree.
+    """
+    for text in spec.repair.require:
+        parse_requirement(text)
+    if spec.repair.to == AUTO and not wish.finetune:
+        raise UsageError("--to auto chooses by training every target for a while: add --finetune, or name a target.")
+    with preserved_random_state():
+        seed_everything(spec.data.seed)
+        workload = load_workload(spec)
+        if wish.finetune:
+            require_trainable(workload)
+        require_unwrapped(workload.notes)
+        require_measurable(spec, workload, wish.finetune)
+        before = whole(scan_workload(workload, spec.settings(), progress, world))
+        plans = _plans(spec, workload.model, before)
+        if not plans[0].changes:
+            _require_nothing_refused(plans[0])
+            return None
+        seed_everything(spec.data.seed)
+        workload = read_anew(spec, workload)
+        subject, notes = make_subject(spec, workload, wish.finetune)
+        folder = _folder(spec, wish, workload, plans, subject, world)
+        with _logged(folder, wish.tensorboard, on_step, world) as log:
+            made = plans[0]
+            if len(plans) > 1:
+                made, sentence = best_candidate(subject, plans, on_step=log, world=world)
+                notes.append(sentence)
+            proven = prove(subject, [made], folder=folder, on_step=log, world=world)
+        weights = _weights(proven.model, subject.model, made)
+        after, flagged = _second_scan(spec, workload, proven.model, made, progress, world)
+        notes += [*left_out(proven.model), *remarks(made.to, flagged, proven.proof)]
+        if after is None:
+            notes.append("The repaired model was not scanned, because it has no layer left that a scan could measure.")
+    record = _record(spec, wish, workload, subject, made, proven.proof, (before.summary.flagged, flagged), notes)
+    return Repaired(record, weights, before, after)
+
+
+@contextmanager
+def _logged(folder: StateFolder | None, tensorboard: bool, on_step: OnStep, world: World) -> Iterator[OnStep]:
+    """Extend ``on_step`` by a row in the log."""
+    if folder is None or not world.is_main:
+        yield on_step
+        return
+    with closing(StepLog(folder.log, tensorboard)) as log:
+
+        def both(step: TrainingStep) -> None:
+            log.write(step)
+            on_step(step)
+
+        yield both
+
+
+def _require_nothing_refused(made: Plan) -> None:
+    if made.refused:
+        reasons = "; ".join(f"{layer.name} ({layer.kind}) {layer.reason}" for layer in made.refused)
+        raise RepairError(f"No layer can be converted to {made.to}: {reasons}.")
+
+
+def _plans(spec: Spec, model: nn.Module, before: Report | None) -> list[Plan]:
+    """What would be changed; for "auto" a plan for each target that changes something."""
+    wanted, source = _wanted(spec, model, before)
+    if spec.repair.to != AUTO:
+        return [plan(model, wanted, spec.repair.to, source)]
+    several = launched().size > 1
+    plans = [plan(model, wanted, target.name, source) for target in TARGETS if several or not target.needs_processes]
+    return [each for each in plans if each.changes] or plans[:1]
+
+
+def _wanted(spec: Spec, model: nn.Module, before: Report | None) -> tuple[dict[str, str], str]:
+    """Layers to convert, with reasons, and what selected them."""
+    if spec.repair.layers:
+        return wanted_by_globs(model, spec.repair.layers), "--layers " + " ".join(spec.repair.layers)
+    if spec.repair.report:
+        return wanted_from_report(_read_report(Path(spec.repair.report)), model), spec.repair.report
+    assert before is not None  # the caller scans if nothing else selects layers
+    return wanted_from_report(before, model), f"a scan at batch size {before.scan.batch_size}"
+
+
+def _read_report(path: Path) -> Report:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"The report {path} could not be read: {error}.") from None
+    return load_report(text)
+
+
+def _folder(
+    spec: Spec, wish: Wish, workload: Workload, plans: Sequence[Plan], subject: Subject, world: World
+) -> StateFolder | None:
+    """The folder for finished runs and the current one; process 0 makes it before the others read it."""
+    if wish.state is None or not wish.finetune:
+        return None
+    marks = _marks(spec, workload, plans, subject, world)
+    folder = StateFolder.open(wish.state, marks, wish.resume, wish.force) if world.is_main else None
+    world.wait()
+    return folder or StateFolder.open(wish.state, marks, resume=True)
+
+
+def _marks(spec: Spec, workload: Workload, plans: Sequence[Plan], subject: Subject, world: World) -> dict[str, Any]:
+    """The fingerprint of a repair: what must be unchanged for its state to be resumed."""
+    settings = spec.recorded()
+    settings["train"].pop("save_every")
+    settings["repair"].pop("require")
+    return {
+        "bnprobe": __version__,
+        "torch": torch.__version__,
+        "model": type(subject.model).__name__,
+        "weights": _digest(subject.model),
+        "code": workload.module.digest if workload.module else None,
+        "layers": [change.name for change in plans[0].changes],
+        "processes": world.size,
+        **settings,
+    }
+
+
+def _digest(model: nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        if isinstance(tensor, Tensor):
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _weights(repaired: nn.Module, original: nn.Module, made: Plan) -> dict[str, Tensor]:
+    """Weights on the host, in the form that loads into the original model if possible."""
+    state = deployable_state(repaired, original) if made.deploys else repaired.state_dict()
+    return on_host(state)
+
+
+def _second_scan(
+    spec: Spec, workload: Workload, model: nn.Module, made: Plan, progress: Progress, world: World
+) -> tuple[Report | None, int | None]:
+    """Scan the repaired model in its training configuration, and count its flagged layers; None: not measured.
+
+    A converted layer that a scan skips counts as not flagged only if its training and inference agree by construction.
+    """
+    agrees = TARGETS[made.to].agrees
+    free = spec.scan.model_copy(update={"what_if": False, "train_steps": None, "gradients": False})
+    settings = spec.model_copy(update={"scan": free}).settings()
+    seed_everything(spec.data.seed)
+    try:
+        report = scan_workload(
+            replace(read_anew(spec, workload), model=model, checkpoint=None), settings, progress, world
+        )
+    except NothingToProbeError:
+        return None, 0 if agrees else None
+    report = whole(report)
+    measured = {layer.name for layer in report.layers}
+    known = agrees or all(change.name in measured for change in made.changes)
+    return report, report.summary.flagged if known else None
+
+
+def _record(
+    spec: Spec,
+    wish: Wish,
+    workload: Workload,
+    subject: Subject,
+    made: Plan,
+    proof: Proof,
+    flagged: tuple[int, int | None],
+    notes: Sequence[str],
+) -> RepairRecord:
+    return RepairRecord(
+        schema_version=SCHEMA_VERSION,
+        tool=Tool("bnprobe", __version__),
+        environment=environment(subject.device),
+        action="convert",
+        command=wish.command,
+        model=workload.model_name,
+        checkpoint=workload.checkpoint,
+        weights=None,
+        weights_sha256=None,
+        settings=spec.recorded(),
+        seeds=tuple(subject.seeds) if wish.finetune else (subject.seed,),
+        plan=made,
+        recalibrated=subject.recalibrated,
+        proof=proof if subject.proving.batches else None,
+        flagged_before=flagged[0],
+        flagged_after=flagged[1],
+        requirements=_requirements(spec, proof, flagged[1]),
+        notes=(*workload.notes, *notes),
+    )
+
+
+def _requirements(spec: Spec, proof: Proof, flagged: int | None) -> tuple[RequirementResult, ...]:
+    written = next(arm for arm in proof.arms if arm.name == proof.repaired).runs[0].score
+    gain = None
+    if proof.gain is not None:  # the lower end of its interval, if several runs give one
+        gain = proof.gain.mean if proof.gain.interval is None else proof.gain.interval[0]
+    values = {"metric": written.metric, "loss": written.loss, "gain": gain, "flagged": flagged}
+    results = check(spec.repair.require, values)
+    return tuple(RequirementResult(requirement.text, value, held) for requirement, value, held in results)

@@ -1,0 +1,455 @@
+"""Train the arms of a repair beside their controls, all on the same data, and score them on held-out data."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bnprobe.analysis.comparison import (
+    AS_IS,
+    CONTROL,
+    CONTROL_RECALIBRATED,
+    RECALIBRATED,
+    conclude,
+    control_of,
+    gain_over,
+    make_arm,
+)
+from bnprobe.commands.held_out import HeldOut
+from bnprobe.commands.recalibrate import recalibrate_workload
+from bnprobe.config.spec import RepairSpec, Spec, TrainSpec, parse_requirement
+from bnprobe.config.targets import TARGETS
+from bnprobe.distributed import ALONE, World, launched
+from bnprobe.errors import NothingToProbeError, RepairError, UsageError
+from bnprobe.loading.data import BatchSource, load_source
+from bnprobe.loading.model import WRAPPED, BatchFunction
+from bnprobe.loading.optimizer import OptimizerFactory, ScheduleFactory, load_optimizer, load_schedule
+from bnprobe.loading.workload import Workload, read_anew
+from bnprobe.measure.layers import ROOT
+from bnprobe.measure.restore import preserved_random_state, seed_everything
+from bnprobe.measure.session import device_named
+from bnprobe.records import Arm, Plan, Proof, Run, TrainingStep
+from bnprobe.repairs import apply
+from bnprobe.training import Job, StateFolder, length_of, train
+
+FEWEST_IMAGES = 100
+"""With fewer held-out samples than this, a note is given."""
+
+RECALIBRATION_IMAGES = 2**14
+"""Limit on the samples for recalibration, so that a large data set is not read completely for every arm."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What all arms of a comparison share.
+
+    Attributes:
+        model: The model as loaded, on its device. No arm changes it.
+        start: The model that is converted and trained: ``model``, or a copy with recalibrated running statistics.
+        recalibrated: Names of the layers that were recalibrated in ``start``.
+        renew: Recalibrates a model in place; None: this is not wanted, or not possible.
+        training: Micro-batches to train on; None: nothing is trained.
+        choosing: Held-out data for model selection; without batches the last weights are kept.
+        proving: Held-out data for scoring.
+        loss: The user's training loss.
+        seed: Seed of the first run.
+        make_optimizer, make_schedule: Make the optimizer and schedule that the spec names.
+    """
+
+    model: nn.Module
+    start: nn.Module
+    recalibrated: tuple[str, ...]
+    renew: Callable[[nn.Module], Any] | None
+    training: BatchSource | None
+    choosing: HeldOut
+    proving: HeldOut
+    loss: BatchFunction | None
+    device: torch.device
+    autocast: torch.dtype | None
+    seed: int
+    train: TrainSpec
+    repair: RepairSpec
+    make_optimizer: Callable[[list[nn.Parameter]], Any] | None
+    make_schedule: Callable[[Any], Any] | None
+
+    @property
+    def measure(self) -> Literal["loss", "metric"]:
+        """The measure that arms are compared by."""
+        return "loss" if self.proving.metric is None else "metric"
+
+    @property
+    def goal(self) -> Literal["max", "min"]:
+        """Whether a larger or a smaller value is better."""
+        return "min" if self.measure == "loss" else self.repair.goal
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of the runs of a trained arm."""
+        return range(self.seed, self.seed + self.repair.seeds)
+
+
+def require_trainable(workload: Workload) -> None:
+    """Reject fine-tuning if something that it needs is missing, before anything is measured.
+
+    Raises:
+        UsageError: There is no loss, no real data, or no held-out data.
+    """
+    if workload.loss is None:
+        raise UsageError(
+            "--finetune needs a training loss. Add a function loss(model, batch) to the model file that returns"
+            " the loss as a tensor, or name one under loss in the spec."
+        )
+    if workload.source.synthetic:
+        raise UsageError("--finetune needs real data: a model trained on synthetic inputs (--input-shape) is useless.")
+    if workload.evaluation is None:
+        why = next((note for note in workload.notes if note.startswith("The held-out data was not used")), "")
+        raise UsageError(
+            "--finetune measures its gain on held-out data, but there is none. Add load_eval_data(batch_size) to the"
+            f" model file, or name eval_data in the spec. {why}".rstrip()
+        )
+
+
+def require_unwrapped(notes: Iterable[str]) -> None:
+    """Reject a wrapped model, because its repaired weights would not load into it.
+
+    Args:
+        notes: Notes of the loaded model.
+
+    Raises:
+        RepairError: load_model() returned a wrapped model.
+    """
+    if any(note.startswith(WRAPPED) for note in notes):
+        raise RepairError("load_model() returns a wrapped model, whose keys differ: return the module inside instead.")
+
+
+def require_measurable(spec: Spec, workload: Workload, finetune: bool) -> None:
+    """Reject requirements that cannot be measured, so that they could only fail.
+
+    Raises:
+        UsageError: A requirement cannot be measured.
+    """
+    functions = {"metric": workload.metric, "loss": workload.loss}
+    for requirement in map(parse_requirement, spec.repair.require):
+        name = requirement.quantity
+        if name in functions and (functions[name] is None or workload.evaluation is None):
+            raise UsageError(
+                f'--require "{requirement.text}" cannot be measured: it needs {name}(model, batch) and held-out data'
+                " (load_eval_data) in the model file or the spec."
+            )
+        if name == "gain" and not finetune:
+            raise UsageError(f'--require "{requirement.text}" compares with a fine-tuned baseline: add --finetune.')
+
+
+def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subject, list[str]]:
+    """Move the model to its device, recalibrate a copy, and read the held-out data, split in two for model selection.
+
+    Returns:
+        The subject, and notes: what the reader should know, one sentence each.
+
+    Raises:
+        BnprobeError: The user's code raised, the device does not exist, ...
+    """
+    training = make_optimizer = make_schedule = None
+    if finetune:  # rejects a wrong optimizer or schedule before anything takes time
+        training = _training(spec, workload)
+        length_of(spec.train, training, launched())
+        make_optimizer = load_optimizer(spec.train.optimizer, workload.module)
+        make_schedule = _schedule(spec, workload, make_optimizer)
+    device = device_named(spec.scan.device, workload.model)
+    model = workload.model.to(device)
+    start, recalibrated, notes = model, tuple[str, ...](), list[str]()
+    renew = _renewal(spec, workload) if spec.repair.recalibrate and not workload.source.synthetic else None
+    if renew is not None:
+        start = copy.deepcopy(model)
+        try:
+            recalibrated = renew(start)
+        except NothingToProbeError as error:
+            renew = None
+            notes.append(f"No running statistics were recalibrated. {error}")
+    held_out = HeldOut.of(spec, workload)
+    notes += _few(held_out) if finetune else []
+    proving, choosing = held_out.halves() if finetune else (held_out, replace(held_out, batches=()))
+    subject = Subject(
+        model=model,
+        start=start,
+        recalibrated=recalibrated,
+        renew=renew,
+        training=training,
+        choosing=choosing,
+        proving=proving,
+        loss=workload.loss,
+        device=device,
+        autocast=getattr(torch, spec.scan.autocast) if spec.scan.autocast else None,
+        seed=spec.data.seed,
+        train=spec.train,
+        repair=spec.repair,
+        make_optimizer=make_optimizer,
+        make_schedule=make_schedule,
+    )
+    return subject, [*notes, *held_out.notes]
+
+
+def _few(held_out: HeldOut) -> list[str]:
+    """What a small amount of held-out data cannot show, one sentence each."""
+    notes = []
+    if len(held_out.batches) < 2:
+        notes.append("There is only one held-out batch and none for model selection, so the last weights are kept.")
+    if held_out.images < FEWEST_IMAGES:
+        notes.append(
+            f"{held_out.images} held-out samples are too few to tell a gain from chance: give at least a few hundred."
+        )
+    return notes
+
+
+def _schedule(spec: Spec, workload: Workload, make_optimizer: OptimizerFactory) -> ScheduleFactory | None:
+    if spec.train.schedule is None:
+        return None
+    return load_schedule(spec.train.schedule, workload.module, make_optimizer)
+
+
+def _renewal(spec: Spec, workload: Workload) -> Callable[[nn.Module], tuple[str, ...]]:
+    """A function that recalibrates a model on all data, or on a large enough part, and returns the layers' names."""
+    most = -(-RECALIBRATION_IMAGES // workload.source.batch_size)
+    settings = spec.settings().model_copy(update={"batches": most})
+
+    def renew(model: nn.Module) -> tuple[str, ...]:
+        return recalibrate_workload(model, read_anew(spec, workload).source, workload.forward, settings=settings)
+
+    return renew
+
+
+def _training(spec: Spec, workload: Workload) -> BatchSource:
+    """The training data at the batch size of training."""
+    size = spec.train.batch_size
+    if size is None or size == workload.source.batch_size:
+        return workload.source
+    return load_source(spec.data.model_copy(update={"batch_size": size}), workload.module)
+
+
+OnStep = Callable[[TrainingStep], None]
+
+
+@dataclass(frozen=True)
+class Proven:
+    """The result of a comparison, and the repaired model.
+
+    Attributes:
+        model: The repaired model of the first seed, with the weights that were kept.
+    """
+
+    proof: Proof
+    model: nn.Module
+
+
+def prove(
+    subject: Subject,
+    plans: Sequence[Plan],
+    *,
+    folder: StateFolder | None = None,
+    on_step: OnStep = lambda step: None,
+    world: World = ALONE,
+) -> Proven:
+    """Score the model as loaded, recalibrated, fine-tuned as plain BN, and repaired; the first plan is the repair.
+
+    For each seed, trained arms see the same data in the same order for the same number of steps, and start from the
+    same weights and statistics. Plain BN has the momentum of the layers that it is compared with.
+
+    Raises:
+        BnprobeError: A layer cannot be converted, the user's code raised, training was stopped, ...
+    """
+    arms = [*_untrained(subject)]
+    models: list[nn.Module] = []
+    if subject.training is not None:
+        arms += _controls(subject, plans, folder, on_step, world)
+    for plan in plans:
+        if subject.training is None:
+            model = apply(subject.start, plan, subject.repair)
+            arm = make_arm(plan.to, [_scored(subject, model)], trained=False)
+        else:
+            arm, (model, *_) = _trained(subject, plan.to, plan, folder, on_step, world)
+        arms.append(arm)
+        models.append(model)
+    return Proven(_proof(subject, arms, plans[0].to), models[0])
+
+
+def best_candidate(
+    subject: Subject,
+    plans: Sequence[Plan],
+    *,
+    on_step: OnStep = lambda step: None,
+    world: World = ALONE,
+) -> tuple[Plan, str]:
+    """Train every candidate for a fifth of the run, and choose the best on the held-out batches for model selection.
+
+    Returns:
+        The plan, and a sentence on how the candidates did.
+
+    Raises:
+        RepairError: No candidate gave a finite score.
+        UsageError: There is no held-out data to choose by.
+    """
+    if not subject.choosing.batches:
+        raise UsageError(
+            "--to auto needs at least two held-out batches, but there is one: give more, or name a repair."
+        )
+    found: dict[str, float] = {}
+    for plan in plans:
+        job, model = _job(subject, f"try {plan.to}", plan, subject.seed)
+        outcome = train(_shortened(job, world), state=None, on_step=on_step, world=world)
+        _load(model, outcome.weights)
+        value = getattr(subject.choosing.score(model), subject.measure)
+        if value is not None:
+            found[plan.to] = value
+    if not found:
+        raise RepairError("No candidate of --to auto had a finite score after a fifth of the run: use a smaller --lr.")
+    best = world.share((max if subject.goal == "max" else min)(found, key=lambda name: found[name]))
+    listed = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
+    sentence = f"--to auto chose {best} by the {subject.measure} after a fifth of the run: {listed}."
+    return next(plan for plan in plans if plan.to == best), sentence
+
+
+def _untrained(subject: Subject) -> Iterator[Arm]:
+    yield make_arm(AS_IS, [_scored(subject, subject.model)], trained=False)
+    if subject.recalibrated:
+        yield make_arm(RECALIBRATED, [_scored(subject, subject.start)], trained=False)
+
+
+def _controls(
+    subject: Subject, plans: Sequence[Plan], folder: StateFolder | None, on_step: OnStep, world: World
+) -> Iterator[Arm]:
+    """The baselines: fine-tuned plain BN, with the running statistics from training and with recalibrated ones."""
+    start = copy.deepcopy(subject.start)
+    momentum = subject.repair.renorm.momentum
+    for plan in plans:
+        for change in plan.changes if _is_renorm(plan) and momentum is not None else ():
+            layer: Any = start.get_submodule("" if change.name == ROOT else change.name)
+            layer.momentum = momentum
+    arm, models = _trained(replace(subject, start=start), CONTROL, None, folder, on_step, world)
+    yield arm
+    if subject.renew is not None and all(run.ending != "diverged" for run in arm.runs):
+        for model in models:
+            subject.renew(model)
+        scores = [subject.proving.score(model) for model in models]
+        runs = [replace(run, score=score) for run, score in zip(arm.runs, scores, strict=True)]
+        yield make_arm(CONTROL_RECALIBRATED, runs, trained=True)
+
+
+def _trained(
+    subject: Subject, name: str, plan: Plan | None, folder: StateFolder | None, on_step: OnStep, world: World
+) -> tuple[Arm, list[nn.Module]]:
+    """Train one run per seed; return the runs and their models."""
+    runs, models = [], []
+    for seed in subject.seeds:
+        run, model = _run(subject, name, plan, seed, folder, on_step, world)
+        runs.append(run)
+        models.append(model)
+    return make_arm(name, runs, trained=True), models
+
+
+def _run(
+    subject: Subject,
+    name: str,
+    plan: Plan | None,
+    seed: int,
+    folder: StateFolder | None,
+    on_step: OnStep,
+    world: World,
+) -> tuple[Run, nn.Module]:
+    job, model = _job(subject, name, plan, seed)
+    finished = None if folder is None else folder.finished(name, seed)
+    if finished is not None:
+        run, weights = finished
+        _load(model, weights)
+        return run, model
+    outcome = train(job, state=None if folder is None else folder.running(name, seed), on_step=on_step, world=world)
+    _load(model, outcome.weights)
+    run = Run(
+        seed=seed,
+        steps=outcome.steps,
+        best_step=outcome.best_step,
+        score=subject.proving.score(model),
+        ending=outcome.ending,
+        note=outcome.note,
+        seconds=outcome.seconds,
+        clipped_r=outcome.clipped_r if job.renorm else None,  # otherwise nothing is corrected
+        clipped_d=outcome.clipped_d if job.renorm else None,
+    )
+    if folder is not None and world.is_main:
+        folder.finish(name, seed, run, outcome.weights)
+    world.wait()
+    return run, model
+
+
+def _is_renorm(plan: Plan) -> bool:
+    """Whether the converted layers have the limits and the momentum of the spec's Batch Renorm."""
+    return "renorm" in TARGETS[plan.to].settings
+
+
+def _job(subject: Subject, name: str, plan: Plan | None, seed: int) -> tuple[Job, nn.Module]:
+    """The job of one run, and the copy of the model that it trains."""
+    assert subject.training is not None  # else nothing is trained
+    with preserved_random_state():
+        seed_everything(seed)
+        model = copy.deepcopy(subject.start) if plan is None else apply(subject.start, plan, subject.repair)
+    renorm = subject.repair.renorm if plan is not None and _is_renorm(plan) else None
+    assert subject.loss is not None  # the caller refuses to train without
+    assert subject.make_optimizer is not None
+    job = Job(
+        model=model,
+        loss=subject.loss,
+        source=subject.training,
+        spec=subject.train,
+        seed=seed,
+        device=subject.device,
+        autocast=subject.autocast,
+        make_optimizer=subject.make_optimizer,
+        make_schedule=subject.make_schedule,
+        score=subject.choosing.score if subject.choosing.batches else None,
+        measure=subject.measure,
+        goal=subject.goal,
+        renorm=renorm,
+        arm=name,
+    )
+    return job, model
+
+
+def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Restore the tensors of the model's state dict; anything else that it stores is unchanged."""
+    others = {name: value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}
+    model.load_state_dict({**others, **weights})
+
+
+def _shortened(job: Job, world: World) -> Job:
+    """The same job with a fifth of its steps."""
+    steps = max(1, length_of(job.spec, job.source, world).steps // 5)
+    return replace(job, spec=job.spec.model_copy(update={"steps": steps, "epochs": None}))
+
+
+def _scored(subject: Subject, model: nn.Module) -> Run:
+    started = time.perf_counter()
+    score = subject.proving.score(model)
+    return Run(subject.seed, 0, 0, score, "finished", "", time.perf_counter() - started)
+
+
+def _proof(subject: Subject, arms: Sequence[Arm], to: str) -> Proof:
+    named = {arm.name: arm for arm in arms}
+    repaired, control = named[to], control_of(named, subject.measure, subject.goal)
+    gain = None if control is None else gain_over(repaired, control, subject.measure, subject.goal)
+    conclusion, message = conclude(named, repaired, control, gain, subject.measure)
+    return Proof(
+        measure=subject.measure,
+        arms=tuple(arms),
+        repaired=to,
+        control=None if control is None else control.name,
+        gain=gain,
+        conclusion=conclusion,
+        message=message,
+        images_choosing=subject.choosing.images,
+        images_proving=subject.proving.images,
+    )

@@ -1,0 +1,196 @@
+"""``bnprobe verify``: compare the reports of two scans of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bnprobe.errors import UsageError
+from bnprobe.numbers import listed
+from bnprobe.records import Layer, LayerComparison, Report, Verification
+
+OUTPUT_SLACK = 1.1
+"""Tolerated growth of the distance of the outputs, since both distances are measured on a sample of batches."""
+
+
+def verify(before: Report, after: Report) -> Verification:
+    """Compare the report of a repaired model with that of the original one.
+
+    The repair passes if no layer is newly flagged, no flagged layer is still flagged or was not measured again, the
+    outputs of the two paths are not farther apart than before, and the batch size is not larger. A flagged layer that
+    no longer exists counts as repaired, because it may have become a norm that does not depend on the batch; not so if
+    ``--include``/``--exclude`` left it out.
+
+    Args:
+        before, after: Reports of scans of the same model.
+
+    Raises:
+        UsageError: The reports have no layer in common.
+    """
+    first, last = ({layer.name: layer for layer in report.layers} for report in (before, after))
+    if not first.keys() & last.keys():
+        raise UsageError(_nothing_to_compare(before, after))
+    layers = tuple(_compared(name, first.get(name), last.get(name)) for name in _in_order(list(first), list(last)))
+    outputs = before.summary.output.relative_l2, after.summary.output.relative_l2
+    problems = (
+        *_partial(after),
+        *_larger(before, after),
+        *_flagged(layers, last),
+        *_left_out(layers, after),
+        *_outputs(*outputs),
+    )
+    return Verification(
+        passed=not problems,
+        problems=problems,
+        layers=layers,
+        only_before=tuple(name for name in first if name not in last),
+        only_after=tuple(name for name in last if name not in first),
+        output_before=outputs[0],
+        output_after=outputs[1],
+        notes=tuple(_notes(before, after)),
+    )
+
+
+def _nothing_to_compare(before: Report, after: Report) -> str:
+    known = [{*report.scan.unselected, *(layer.name for layer in report.layers)} for report in (before, after)]
+    if known[0] & known[1]:
+        return (
+            "The reports have no layer in common: --include/--exclude selected different layers in the two scans."
+            " Use the same options for both scans."
+        )
+    return _strangers(before, after)
+
+
+def _strangers(before: Report, after: Report) -> str:
+    names = [report.layers[0].name if report.layers else "none" for report in (before, after)]
+    return (
+        "The reports are of different models: they have no layer in common. The first layers are"
+        f" {names[0]} ({before.scan.model}) and {names[1]} ({after.scan.model}). Give two reports of one model, before"
+        " and after its repair."
+    )
+
+
+def _in_order(before: list[str], after: list[str]) -> Iterator[str]:
+    """All names in network order; new names keep their place from the second report."""
+    known = set(before)
+    waiting = iter(after)
+    shared = set(before) & set(after)
+    for name in before:
+        if name in shared:
+            for other in waiting:
+                if other == name:
+                    break
+                if other not in known:
+                    yield other
+        yield name
+    yield from (other for other in waiting if other not in known)
+
+
+def _compared(name: str, before: Layer | None, after: Layer | None) -> LayerComparison:
+    return LayerComparison(
+        name=name,
+        before=None if before is None else _worse(before),
+        after=None if after is None else _worse(after),
+        flagged_before=before is not None and before.flagged,
+        flagged_after=after is not None and after.flagged,
+    )
+
+
+def _worse(layer: Layer) -> float | None:
+    """The larger mismatch of both paths; None if neither could be measured."""
+    return max((path.mismatch for path in (layer.train, layer.eval) if path is not None), default=None)
+
+
+def _partial(after: Report) -> Iterator[str]:
+    if after.scan.partial:
+        yield f"The second scan ended early ({after.scan.stopped}), so it proves nothing. Scan again."
+
+
+def _larger(before: Report, after: Report) -> Iterator[str]:
+    """Report a larger batch size: the mismatch falls as the batch grows, which would hide flagged layers."""
+    size, now = before.scan.batch_size, after.scan.batch_size
+    if now > size:
+        yield (
+            f"The second scan used a larger batch size ({now}, before {size}), which makes every layer look better."
+            f" Scan again with --batch-size {size}."
+        )
+
+
+def _flagged(layers: tuple[LayerComparison, ...], after: dict[str, Layer]) -> Iterator[str]:
+    still = [layer.name for layer in layers if layer.flagged_before and layer.flagged_after]
+    newly = [layer.name for layer in layers if layer.flagged_after and not layer.flagged_before]
+    lost = [
+        layer.name
+        for layer in layers
+        if layer.flagged_before and not layer.flagged_after and layer.after is None and layer.name in after
+    ]
+    if still:
+        yield f"Still flagged: {listed(still)}."
+    if newly:
+        yield f"Newly flagged: {listed(newly)}."
+    if lost:
+        yield f"Flagged before, and could not be measured again: {listed(lost)}."
+
+
+def _left_out(layers: tuple[LayerComparison, ...], after: Report) -> Iterator[str]:
+    unselected = set(after.scan.unselected)
+    missed = [layer.name for layer in layers if layer.flagged_before and layer.name in unselected]
+    if missed:
+        yield f"Flagged before, and left out of the second scan by --include/--exclude: {listed(missed)}."
+
+
+def _outputs(before: float | None, after: float | None) -> Iterator[str]:
+    if before is not None and after is not None and after > OUTPUT_SLACK * before:
+        yield (
+            f"The outputs of training and inference are farther apart than before: {after:.3g}, before {before:.3g}"
+            " (relative L2)."
+        )
+    if before is not None and after is None:
+        yield "The outputs of training and inference could be compared before the repair, but not after it."
+
+
+def _notes(before: Report, after: Report) -> Iterator[str]:
+    one, other = before.scan, after.scan
+    compared = (
+        ("model", one.model, other.model),
+        ("batch size", one.batch_size, min(one.batch_size, other.batch_size)),  # a larger one is a problem
+        ("data", one.data, other.data),
+        ("seed", one.seed, other.seed),
+        ("autocast", one.autocast, other.autocast),
+        ("dtype", one.dtype, other.dtype),
+        ("version of bnprobe", before.tool.version, after.tool.version),
+        ("version of torch", before.environment.torch, after.environment.torch),
+    )
+    for what, first, last in compared:
+        if first != last:
+            yield f"The {what} differs: {_value(first)} before, {_value(last)} after."
+    if one.partial:
+        yield f"The first scan ended early ({one.stopped})."
+    if other.synthetic:
+        yield "The second scan used synthetic inputs: its results may not hold for real data."
+    yield from _thresholds(before, after)
+    yield from _unproved(before, after)
+    undecided = [layer.name for layer in after.layers if layer.undecided]
+    if undecided:
+        yield f"Undecided after the repair (more batches would decide): {listed(undecided)}."
+
+
+def _thresholds(before: Report, after: Report) -> Iterator[str]:
+    limits = {layer.name: layer.threshold for layer in before.layers}
+    moved = [layer for layer in after.layers if limits.get(layer.name, layer.threshold) != layer.threshold]
+    if moved:
+        first = moved[0]
+        yield (
+            f"The threshold differs in {len(moved)} of {len(after.layers)} layers, first in {first.name}:"
+            f" {limits[first.name]:g} before, {first.threshold:g} after."
+        )
+
+
+def _unproved(before: Report, after: Report) -> Iterator[str]:
+    unselected = set(after.scan.unselected)
+    names = [layer.name for layer in before.layers if layer.name in unselected and not layer.flagged]
+    if names:
+        yield f"Not flagged before, and left out of the second scan by --include/--exclude: {listed(names)}."
+
+
+def _value(value: object) -> str:
+    return "none" if value is None else str(value)

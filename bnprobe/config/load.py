@@ -1,0 +1,393 @@
+"""Read the spec from its sources. The later one wins: ``[tool.bnprobe]`` of the nearest pyproject.toml, the spec file
+(YAML), the options of the command line. Errors name the file and line, or the option, that is wrong.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from bnprobe.config.spec import ScanSettings, Spec, as_thresholds, is_file_target, nearest_file, split_target
+from bnprobe.errors import BnprobeError, SpecError, UsageError
+
+
+def shown(value: object) -> str:
+    """A value in words that fit YAML."""
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    if isinstance(value, Mapping):
+        return "a mapping (key: value)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value)[:60] if not isinstance(value, list | tuple) else f"the list {list(value)!r}"[:60]
+
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+KeyPath = tuple[str | int, ...]
+_TARGETS = ("model", "data", "eval_data")
+_ALIASES = {"class_path": "target", "init_args": "args"}
+_SHORT_FORMS = {**dict.fromkeys(_TARGETS, "target"), "checkpoint": "path"}
+_OPTION_NAMES = {"path": "--checkpoint", "thresholds": "--threshold", "target": "TARGET"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Values from one source, with its name; ``lines`` are the line numbers of a file's keys, from 1."""
+
+    values: dict[str, Any]
+    name: str = ""
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    arguments: bool = False
+
+    def key(self, path: KeyPath) -> str:
+        """The key as the user wrote it."""
+        if self.name or self.arguments:
+            return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(map(str, path)))
+        last = path[0] if path[0] == "thresholds" else path[min(1, len(path) - 1)]
+        return _OPTION_NAMES.get(str(last), "--" + str(last).replace("_", "-"))
+
+    def place(self, path: KeyPath) -> str:
+        """File and line of the key in parentheses; empty for options."""
+        if not self.name:
+            return ""
+        line = self.line(path)
+        return f" ({self.name}, line {line})" if line else f" ({self.name})"
+
+    def line(self, path: KeyPath) -> int | None:
+        """Line of the key, or of its nearest parent key."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.lines:
+                return self.lines[path[:end]]
+        return None
+
+
+def option_source(overrides: Mapping[str, Any]) -> Source:
+    values: dict[str, Any] = {}
+    for dotted, value in overrides.items():
+        section, _, key = dotted.partition(".")
+        if value is None:
+            continue
+        value = str(value) if isinstance(value, Path) else value
+        if key:
+            values.setdefault(section, {})[key] = value
+        else:
+            values[section] = value
+    return Source(values)
+
+
+def read_pyproject(folder: Path) -> Source:
+    folder = folder.absolute()
+    found = (parent / "pyproject.toml" for parent in (folder, *folder.parents))
+    path = next((candidate for candidate in found if candidate.is_file()), None)
+    if path is None:
+        return Source({})
+    try:
+        table = tomllib.loads(_read_text(path)).get("tool", {}).get("bnprobe", {})
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{path} is not valid TOML: {error}.") from None
+    if not isinstance(table, dict):
+        raise SpecError(f"tool.bnprobe of {path} must be a table, but is {shown(table)}.")
+    return _normalised(Source(table, f"[tool.bnprobe] of {path}"), path.parent)
+
+
+def read_yaml(path: Path) -> Source:
+    text = _read_text(path)
+    keys = _KeyLines(path)
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        keys.walk(node)
+        values = {} if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        raise SpecError(_yaml_message(error, text, path)) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise SpecError(f"{path} is not valid YAML: {error}.") from None
+    if not isinstance(values, dict):
+        raise SpecError(f"{path}, line 1: a spec file must be a mapping (key: value), but is {shown(values)}.")
+    return _normalised(Source(values, str(path), keys.lines), path.parent)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError(f"The file {path} does not exist. {nearest_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} could not be read as UTF-8 text: {error}.") from None
+
+
+class _KeyLines:
+    """The line of every key in a YAML document, from 1. A duplicate key is an error.
+
+    Each node is visited once: an alias shares the node of its anchor, which may even contain itself.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.lines: dict[KeyPath, int] = {}
+        self._file = file
+        self._seen: set[int] = set()
+
+    def walk(self, node: yaml.Node | None, path: KeyPath = ()) -> None:
+        if node is None or id(node) in self._seen:
+            return
+        self._seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                self.walk(item, (*path, index))
+        elif isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                self._note(key, path)
+                self.walk(value, (*path, _key_name(key, path)))
+
+    def _note(self, key: yaml.Node, path: KeyPath) -> None:
+        full, line = (*path, _key_name(key, path)), key.start_mark.line + 1
+        if key.value != "<<" and full in self.lines:
+            lines = f"lines {self.lines[full]} and {line}"
+            raise SpecError(f'The key "{full[-1]}" is given twice in {self._file}, {lines}.')
+        self.lines[full] = line
+
+
+def _key_name(key: yaml.Node, path: KeyPath) -> str:
+    name = str(key.value)
+    return _ALIASES.get(name, name) if len(path) == 1 and path[0] in _TARGETS else name
+
+
+def _yaml_message(error: yaml.MarkedYAMLError, text: str, path: Path) -> str:
+    mark = error.problem_mark or error.context_mark
+    if mark is None:
+        return f"{path} is not valid YAML: {error}."
+    lines = text.splitlines()
+    quoted = f": {lines[mark.line].strip()!r}" if mark.line < len(lines) else ", the end of the file"
+    hint = " Put names that start with * in quotes." if "alias" in (error.context or "") else ""
+    return f"{path}, line {mark.line + 1} is not valid YAML ({error.problem}){quoted}.{hint}"
+
+
+def _normalised(source: Source, folder: Path) -> Source:
+    """The same values with aliases and short forms expanded, and paths resolved against ``folder``."""
+    values = {key: _normal_section(key, value) for key, value in source.values.items()}
+    _anchor(values, folder)
+    return Source(values, source.name, source.lines)
+
+
+def _normal_section(section: str, value: Any) -> Any:
+    if isinstance(value, str) and section in _SHORT_FORMS:
+        return {_SHORT_FORMS[section]: value}
+    if section == "thresholds" and value is not None:
+        return as_thresholds(value)
+    if section in _TARGETS and isinstance(value, dict):
+        return {_ALIASES.get(key, key): item for key, item in value.items()}
+    return value
+
+
+def _anchor(values: dict[str, Any], folder: Path) -> None:
+    for section in _TARGETS:
+        part = values.get(section)
+        if isinstance(part, dict) and isinstance(part.get("target"), str):
+            part["target"] = _anchored_target(part["target"], folder)
+    for key in ("forward", "loss", "metric"):
+        if isinstance(values.get(key), str):
+            values[key] = _anchored_target(values[key], folder)
+    training = values.get("train")
+    for key in ("optimizer", "schedule"):
+        part = training.get(key) if isinstance(training, dict) else None
+        if isinstance(part, dict) and isinstance(part.get("target"), str):
+            part["target"] = _anchored_target(part["target"], folder)
+    for section, key in (("checkpoint", "path"), ("repair", "report")):
+        part = values.get(section)
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            part[key] = str(folder / Path(part[key]).expanduser())
+
+
+def _anchored_target(target: str, folder: Path) -> str:
+    if not is_file_target(target):
+        return target
+    location, symbol = split_target(target)
+    return str(folder / Path(location).expanduser()) + (f":{symbol}" if symbol else "")
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "option_list": "whole numbers and commas (as in 1,2,4)",
+    "dict_type": "a mapping (key: value)",
+    "model_type": "a mapping (key: value)",
+    "too_short": "at least one size",
+    "greater_than_equal": "a whole number of at least {ge}",
+    "at_least": "a number of at least {ge}",
+    "greater_than": "a number above {gt}",
+    "less_than_equal": "a number of at most {le}",
+    "less_than": "a number below {lt}",
+    "literal_error": "{expected}",
+    "invalid_key": "text as key",
+}
+
+
+@dataclass
+class Merged:
+    """Values of all sources, later ones overriding earlier ones, and the source of each key."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    owners: dict[KeyPath, Source] = field(default_factory=dict)
+
+    def add(self, source: Source) -> None:
+        for section, value in source.values.items():
+            if isinstance(value, dict):
+                self._add_section(section, value, source)
+            elif value is not None or section not in Spec.model_fields:
+                self.values[section] = value
+                self.owners[(section,)] = source
+
+    def _add_section(self, section: str, given: dict[str, Any], source: Source) -> None:
+        held = self.values.setdefault(section, {})
+        if not isinstance(held, dict):
+            return  # an earlier source is wrong there: validation reports it
+        self.owners[(section,)] = source
+        if "target" in given and given["target"] != held.get("target", given["target"]):
+            held.pop("args", None)  # they belong to the other target
+        for key, value in given.items():
+            if value is None and key in known_keys((section,)):
+                continue
+            held.pop(key, None)  # a glob of thresholds that is given again moves to the end, where it wins
+            held[key] = value
+            self.owners[(section, key)] = source
+
+    def owner(self, path: KeyPath) -> Source:
+        """The source of this key, or of its nearest parent key."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.owners:
+                return self.owners[path[:end]]
+        return Source({}, arguments=True)
+
+
+def validated(sources: list[Source]) -> Spec:
+    """Merge and validate all sources.
+
+    Raises:
+        SpecError: A file contains something that bnprobe does not understand.
+        UsageError: An option has a wrong value.
+    """
+    merged = Merged()
+    for source in sources:
+        merged.add(source)
+    try:
+        return Spec.model_validate(merged.values)
+    except ValidationError as error:
+        raise as_error(error, merged) from None
+
+
+_MISSING = {
+    "model": "say where the model comes from",
+    "target": "say where the model comes from",
+    "schedule": "name a class of torch.optim.lr_scheduler, e.g. StepLR",
+    "reason": "say why these rules should not apply to these layers",
+    "rules": "give the codes, e.g. [BN107]",
+    "layers": 'give a glob of layer names, e.g. "head.*"',
+}
+"""What to do about a required key that is missing."""
+
+
+def as_error(error: ValidationError, merged: Merged) -> BnprobeError:
+    sentences, from_files = [], False
+    for item in error.errors():
+        source = merged.owner(item["loc"])
+        from_files |= bool(source.name) or item["type"] == "missing"
+        sentences.append(sentence(item, source, Spec))
+    return (SpecError if from_files else UsageError)("\n".join(sentences))
+
+
+def sentence(item: Any, source: Source, top: type[BaseModel]) -> str:
+    path: KeyPath = tuple(part for part in item["loc"] if part != "[key]")
+    if item["type"] == "extra_forbidden":
+        return _unknown_key(path, source, top)
+    if item["type"] == "missing":
+        advice = _MISSING.get(str(path[-1] if path[0] != "train" else path[-2]), "add it")
+        return f"{'.'.join(map(str, path))} is missing{source.place(path)}: {advice}."
+    kind = _kind(item, source)
+    expected = _EXPECTED.get(kind, item["msg"]).format(**item.get("ctx", {}))
+    found = f"Expected {expected} for {source.key(path)}, but got {shown(item['input'])}"
+    return f"{found}{source.place(path)}."
+
+
+def _kind(item: Any, source: Source) -> str:
+    """The key of ``_EXPECTED`` that describes best what was expected."""
+    if item["type"] == "tuple_type" and not source.name:
+        return "option_list"
+    if item["type"] == "greater_than_equal" and isinstance(item["ctx"]["ge"], float):
+        return "at_least"
+    return str(item["type"])
+
+
+def _unknown_key(path: KeyPath, source: Source, top: type[BaseModel]) -> str:
+    key, section = str(path[-1]), ".".join(map(str, path[:-1]))
+    known = known_keys(path[:-1], top)
+    close = difflib.get_close_matches(key, known, 1)
+    elsewhere = [f"{name}.{key}" for name in Spec.model_fields if key in known_keys((name,))]
+    if close or (elsewhere and top is Spec):
+        hint = f'the nearest known key is "{[*close, *elsewhere][0]}"'
+    else:
+        hint = f"the known keys are {', '.join(known)}"
+    inside = f" in {section}" if section else ""
+    return f'Unknown key "{key}"{inside}{source.place(path)}; {hint}.'
+
+
+def known_keys(path: KeyPath, top: type[BaseModel] = Spec) -> list[str]:
+    """The keys of a section; for an empty path those of the top level; empty for a free mapping."""
+    if not path:
+        return list(top.model_fields)
+    info = top.model_fields.get(str(path[0]))
+    sections = [info.annotation, *get_args(info.annotation)] if info else []
+    section = next((each for each in sections if isinstance(each, type) and issubclass(each, BaseModel)), None)
+    return known_keys(path[1:], section) if section else []
+
+
+def build_spec(target: str, overrides: Mapping[str, Any]) -> Spec:
+    """Build the spec of one command from target, spec file, pyproject.toml and options.
+
+    Args:
+        target: A model target (``model.py:Net``, ``package.module``, ``timm:NAME``) or a spec file
+            (.yaml, .yml).
+        overrides: Dotted keys to values, e.g. ``{"data.batch_size": 2}``; None means not given.
+
+    Raises:
+        SpecError: A file contains something that bnprobe does not understand.
+        UsageError: An option has a wrong value.
+    """
+    options = option_source(overrides)
+    if target.lower().endswith((".yaml", ".yml")):
+        path = Path(target)
+        return validated([read_pyproject(path.parent), read_yaml(path), options])
+    options.values["model"] = {**options.values.get("model", {}), "target": target}
+    location, _ = split_target(target)
+    folder = Path(location).parent if is_file_target(target) else Path()
+    return validated([read_pyproject(folder), options])
+
+
+def settings_from(options: Mapping[str, Any]) -> ScanSettings:
+    """Scan settings from keyword arguments of the Python API; None means not given.
+
+    Raises:
+        UsageError: An option is unknown or has a wrong value.
+    """
+    source = Source({key: value for key, value in options.items() if value is not None}, arguments=True)
+    try:
+        return ScanSettings.model_validate(source.values)
+    except ValidationError as error:
+        sentences = [sentence(item, source, ScanSettings) for item in error.errors()]
+        raise UsageError("\n".join(sentences)) from None

@@ -1,0 +1,477 @@
+"""The spec: everything that a user can set, as validated sections; and the syntax of targets and requirements."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, nearest_target
+from bnprobe.errors import UsageError
+
+MODEL_LIBRARIES = ("timm:", "torchvision:")
+"""Prefixes of targets that name a model of a library."""
+
+
+def split_target(target: str) -> tuple[str, str | None]:
+    """Split ``"dir/model.py:Net"`` into ("dir/model.py", "Net"); ignore the colon of a Windows drive."""
+    location, colon, symbol = target.rpartition(":")
+    if not colon or not location or re.search(r"[/\\]", symbol):
+        return target, None
+    return location, symbol or None
+
+
+def is_file_target(target: str) -> bool:
+    """Whether a target names a file rather than a module or a model library."""
+    if target.startswith(MODEL_LIBRARIES):
+        return False
+    location, _ = split_target(target)
+    return location.endswith(".py") or bool(re.search(r"[/\\]", location))
+
+
+def nearest_file(path: Path) -> str:
+    """What to do about a missing file, as a sentence: suggests the file in its folder with the nearest name."""
+    if not path.parent.is_dir():
+        return f"The folder {path.parent} does not exist."
+    names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    close = difflib.get_close_matches(path.name, names, 1)
+    return f"Did you mean {path.with_name(close[0])}?" if close else "Check the path."
+
+
+QUANTITIES = {
+    "metric": "metric on the held-out data, for the weights that are written (those of the first seed)",
+    "loss": "loss on the held-out data, for the same weights",
+    "gain": "gain over the baseline in the metric (in the loss without a metric): lower end of the 95% interval",
+    "flagged": "number of layers that the scan of the repaired model flags",
+}
+"""The quantities that a requirement can name, and their meaning."""
+
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "==": operator.eq,
+}
+_FORM = re.compile(r"\s*([A-Za-z_]+)\s*(>=|<=|==|>|<)\s*(\S+)\s*")
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A quantity, a comparison and a number."""
+
+    text: str
+    quantity: str
+    comparison: str
+    limit: float
+
+    def holds(self, value: float | None) -> bool:
+        """Whether a value meets the requirement; a value that was not measured never does."""
+        return value is not None and _COMPARISONS[self.comparison](value, self.limit)
+
+
+def parse_requirement(text: str) -> Requirement:
+    """Parse one requirement.
+
+    Raises:
+        UsageError: The form is wrong or the quantity is unknown; the message says what is accepted.
+    """
+    match = _FORM.fullmatch(text)
+    number = _number(match.group(3)) if match else None
+    if match is None or number is None:
+        raise UsageError(
+            f'--require "{text}" is not a requirement: give a quantity, a comparison and a number, as in'
+            ' "metric>=0.97". Keep the quotes, because > has a meaning of its own in the shell.'
+        )
+    quantity = match.group(1)
+    if quantity not in QUANTITIES:
+        nearest = difflib.get_close_matches(quantity, QUANTITIES, 1, cutoff=0.0)[0]
+        known = ", ".join(QUANTITIES)
+        raise UsageError(
+            f'--require "{text}": unknown quantity "{quantity}" (known: {known}); the nearest is {nearest}.'
+        )
+    return Requirement(text.strip(), quantity, match.group(2), number)
+
+
+def check(texts: tuple[str, ...], values: Mapping[str, float | None]) -> list[tuple[Requirement, float | None, bool]]:
+    """Every requirement with the value that was measured, and whether it holds."""
+    found = [(requirement, values.get(requirement.quantity)) for requirement in map(parse_requirement, texts)]
+    return [(requirement, value, requirement.holds(value)) for requirement, value in found]
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+DEFAULT_THRESHOLD = 32.0
+"""Layers with a smaller equivalent batch size are flagged (docs/explanation/equations.md)."""
+
+
+def _numbers(value: object) -> object:
+    """Turn ``"1,2,4"`` into (1, 2, 4); leave anything else to validation."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*,?\s*", value):
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    return value
+
+
+def _shapes(value: object) -> object:
+    """Accept one shape or several: ``"3,224,224"``, ``[3, 224, 224]`` or ``[[3, 224, 224], [10]]``."""
+    value = _numbers(value)
+    if isinstance(value, list | tuple) and value and all(isinstance(part, int) for part in value):
+        return (tuple(value),)
+    return value
+
+
+def as_thresholds(value: object) -> object:
+    """Turn a plain number into the threshold of every layer."""
+    return value if isinstance(value, Mapping) else {"*": value}
+
+
+def matches_any(glob: str, names: Iterable[str]) -> bool:
+    """Whether a layer-name glob matches one of the names; case counts."""
+    return any(fnmatchcase(name, glob) for name in names)
+
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that numpy accepts
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Globs = Annotated[tuple[str, ...], Field(strict=False)]
+Shape = Annotated[tuple[Count, ...], Field(strict=False, min_length=1), BeforeValidator(_numbers)]
+Shapes = Annotated[tuple[Shape, ...], Field(strict=False), BeforeValidator(_shapes)]
+BatchSizes = Annotated[
+    tuple[Count, ...],
+    Field(strict=False),
+    AfterValidator(lambda sizes: tuple(sorted(set(sizes)))),
+    BeforeValidator(_numbers),
+]
+Thresholds = Annotated[
+    dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]],
+    AfterValidator(lambda given: {"*": DEFAULT_THRESHOLD} | given),  # "*" has the lowest priority wherever it stands
+    BeforeValidator(as_thresholds),
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ScanSpec(_Section):
+    """How a scan runs, independent of the data.
+
+    Attributes:
+        max_batches: Upper limit on the micro-batches when their number is not fixed.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        autocast: Dtype for running the forward passes under autocast; None: no autocast.
+        physical_batch: Samples that run through the model at once; None: chosen by available memory.
+        batch_sizes: Further batch sizes at which the eval path is evaluated; sorted, without duplicates.
+        emulate: Whether several micro-batches may run as one batch, with statistics per micro-batch.
+        what_if: Whether to measure on the held-out data what each remedy that needs no training would gain.
+        train_steps: Training steps to run on a copy of the model; None: none.
+        gradients: Whether to measure the noise of the backward pass.
+    """
+
+    max_batches: Count = 256
+    device: str = "auto"
+    autocast: Literal["bfloat16", "float16"] | None = None
+    physical_batch: Count | None = None
+    batch_sizes: BatchSizes = ()
+    emulate: bool = True
+    what_if: bool = False
+    train_steps: Count | None = None
+    gradients: bool = False
+
+
+class RuleExemption(_Section):
+    """Rules that are not to judge some layers, and why.
+
+    Attributes:
+        layers: Glob of layer names.
+        rules: Codes, or their beginnings.
+        reason: Why; the JSON report keeps it.
+    """
+
+    layers: str
+    rules: Globs
+    reason: Annotated[str, Field(min_length=1)]
+
+
+class RulesSpec(_Section):
+    """Which rules judge, by code or prefix of a code.
+
+    Attributes:
+        select: Only these; none: all.
+        ignore: Not these.
+        exempt: Layers that some rules leave out.
+    """
+
+    select: Globs = ()
+    ignore: Globs = ()
+    exempt: Annotated[tuple[RuleExemption, ...], Field(strict=False)] = ()
+
+
+class ScanSettings(ScanSpec):
+    """All settings of the measurement, apart from model and data.
+
+    Attributes:
+        batch_size: Samples in a micro-batch; None: the loader's own.
+        batches: Exact number of micro-batches to measure; None: until every layer is decided.
+        seed: Seed of torch, numpy and random.
+        thresholds: Maps a glob of layer names to the equivalent batch size below which a layer is flagged.
+        include, exclude: Globs of layer names; an empty ``include`` means all.
+        rules: Which rules apply to which layers.
+    """
+
+    batch_size: Count | None = None
+    batches: Count | None = None
+    seed: Seed = 0
+    thresholds: Thresholds = Field(default_factory=lambda: {"*": DEFAULT_THRESHOLD})
+    include: Globs = ()
+    exclude: Globs = ()
+    rules: RulesSpec = RulesSpec()
+
+    def threshold_of(self, *names: str) -> float:
+        """The threshold of a layer: that of the last glob that matches one of its names."""
+        return [n_eq for glob, n_eq in self.thresholds.items() if matches_any(glob, names)][-1]
+
+    def is_selected(self, *names: str) -> bool:
+        """Whether to measure the layer with these names: one of them is included, and none is excluded."""
+        included = not self.include or any(matches_any(glob, names) for glob in self.include)
+        return included and not any(matches_any(glob, names) for glob in self.exclude)
+
+
+class ModelSpec(_Section):
+    """Where the model comes from.
+
+    Attributes:
+        target: ``FILE.py:SYMBOL``, ``package.module:SYMBOL``, ``timm:NAME`` or ``torchvision:NAME``.
+        args: Keyword arguments of the class or function.
+    """
+
+    target: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class CheckpointSpec(_Section):
+    """Which weights go into it.
+
+    Attributes:
+        path: A safetensors file, or a state dict for ``torch.load``; None: the model as it is built.
+        key: Where the state dict is inside the file, if not at the top.
+        strip_prefix: A prefix to remove from all keys; None: ``module.`` and ``_orig_mod.`` where they stand.
+        strict: Whether every key must fit. Running statistics must be there in any case.
+        unsafe_load: Let the file run pickled code, with your rights.
+    """
+
+    path: str | None = None
+    key: str | None = None
+    strip_prefix: str | None = None
+    strict: bool = True
+    unsafe_load: bool = False
+
+
+class EvalDataSpec(_Section):
+    """Where evaluation batches come from.
+
+    Attributes:
+        target: A function of the batch size, a loader or a dataset; None: that of the model file.
+        args: Further keyword arguments of the function.
+        batch_size: Samples in a micro-batch; None: that of the training data, or the loader's own.
+        batches: Micro-batches to measure exactly; None: as many as the scan needs.
+        seed: Seed of torch, numpy and random.
+    """
+
+    target: str | None = None
+    args: dict[str, Any] = Field(default_factory=dict)
+    batch_size: Count | None = None
+    batches: Count | None = None
+    seed: Seed = 0
+
+
+class DataSpec(EvalDataSpec):
+    """Where the training batches come from.
+
+    Attributes:
+        input_shape: Shape of one synthetic sample, instead of data; a list of shapes for several inputs.
+    """
+
+    input_shape: Shapes = ()
+
+
+class OptimizerSpec(_Section):
+    """Which optimizer trains.
+
+    Attributes:
+        target: A class of torch.optim (``SGD`` or ``torch.optim.SGD``), or ``FILE.py:FUNCTION``.
+        args: Its keyword arguments.
+    """
+
+    target: str = "SGD"
+    args: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.01})
+
+
+class ScheduleSpec(_Section):
+    """Which learning rate schedule; it advances once per optimizer step.
+
+    Attributes:
+        target: A class of torch.optim.lr_scheduler, or ``FILE.py:FUNCTION``.
+        args: Its keyword arguments.
+    """
+
+    target: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class TrainSpec(_Section):
+    """How ``--finetune`` trains; ``--train-steps`` uses only the optimizer.
+
+    Attributes:
+        schedule: Learning rate schedule; None: constant.
+        steps, epochs: Length of a run in optimizer steps or in passes over the data; if neither is set, 500 steps.
+        batch_size: Samples in a micro-batch of one process, over which BN normalizes; None: that of the data.
+        accumulate: Micro-batches per optimizer step.
+        clip_norm: Upper limit on the L2 norm of the gradient; None: not clipped.
+        evaluate_every: Optimizer steps between evaluations; None: a tenth of the run.
+        patience: Stop after this many evaluations without improvement; None: run to the end.
+        save_every: Optimizer steps between saved states, from which ``--resume`` continues.
+    """
+
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec | None = None
+    steps: Count | None = None
+    epochs: Count | None = None
+    batch_size: Count | None = None
+    accumulate: Count = 1
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    evaluate_every: Count | None = None
+    patience: Count | None = None
+    save_every: Count = 100
+
+
+class RenormSpec(_Section):
+    """Limits of Batch Renorm during fine-tuning, scheduled as in Ioffe 2017, section 4. Times are fractions of the run.
+
+    Attributes:
+        r_max, d_max: Final limits of r and d.
+        warmup: Until then the limits are 1 and 0, as in plain BN.
+        r_ramp, d_ramp: When r_max and d_max are reached; the limits grow linearly until then.
+        momentum: Weight of the new batch in the running statistics; None: the layer's own.
+    """
+
+    r_max: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
+    d_max: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    warmup: Fraction = 5 / 130
+    r_ramp: Fraction = 40 / 130
+    d_ramp: Fraction = 25 / 130
+    momentum: Annotated[float, Field(gt=0, le=1)] | None = 0.01
+
+
+def _known_target(name: str) -> str:
+    """Check the name of a repair target: one of ``TARGETS``, or "auto"."""
+    if name == AUTO or name in TARGETS:
+        return name
+    known = ", ".join((*TARGETS.names(), AUTO))
+    raise PydanticCustomError(
+        "unknown_target", "one of {known} (the nearest is {nearest})", {"known": known, "nearest": nearest_target(name)}
+    )
+
+
+RepairName = Annotated[str, AfterValidator(_known_target)]
+
+
+class RepairSpec(_Section):
+    """What ``bnprobe convert`` changes, and which requirements must hold.
+
+    Attributes:
+        to: What the layers become, a name of ``bnprobe.config.targets.TARGETS``; "auto": the target that does best in
+            a short training run.
+        layers: Globs of layer names; none: the layers that the scan or ``report`` flags.
+        report: A saved JSON report that says which layers are flagged, in place of a scan.
+        recalibrate: Begin with recalibrated running statistics.
+        groups: Group norm: the largest number of groups. A layer gets the largest divisor of its channels up to this
+            that leaves two channels in a group.
+        blend: Gated layers: initial weight of the batch statistics. Instance renorm: weight of the sample's own
+            statistics.
+        renorm: Limits of Batch Renorm.
+        seeds: Runs of every arm, with consecutive seeds that begin with the spec's.
+        require: Requirements on the repaired model, e.g. "metric>=0.97"; see ``bnprobe.config.spec``.
+        goal: Whether a larger or a smaller metric is better.
+    """
+
+    to: RepairName = DEFAULT_TARGET
+    layers: Globs = ()
+    report: str | None = None
+    recalibrate: bool = True
+    groups: Count = 32
+    blend: Fraction = 0.5
+    renorm: RenormSpec = RenormSpec()
+    seeds: Count = 1
+    require: Globs = ()
+    goal: Literal["max", "min"] = "max"
+
+
+class LayersSpec(_Section):
+    """Which layers are measured, by globs of their names.
+
+    Attributes:
+        include: Only layers that match one of these; none: all layers.
+        exclude: No layer that matches one of these.
+    """
+
+    include: Globs = ()
+    exclude: Globs = ()
+
+
+class Spec(_Section):
+    """Everything a user can say about a scan or a repair.
+
+    Attributes:
+        forward: ``FILE.py:FUNCTION`` of (model, batch): how a batch goes through the model; None: that of the model
+            file, else the first element of the batch is the input.
+        loss: ``FILE.py:FUNCTION`` of (model, batch); None: that of the model file, if there is one.
+        metric: ``FILE.py:FUNCTION`` of (model, batch); None: that of the model file, if there is one.
+        thresholds: Layer-name glob to the equivalent batch size below which a layer is flagged; the last match wins.
+    """
+
+    model: ModelSpec
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    data: DataSpec = DataSpec()
+    eval_data: EvalDataSpec = EvalDataSpec()
+    forward: str | None = None
+    loss: str | None = None
+    metric: str | None = None
+    thresholds: Thresholds = Field(default_factory=lambda: {"*": DEFAULT_THRESHOLD})
+    layers: LayersSpec = LayersSpec()
+    scan: ScanSpec = ScanSpec()
+    rules: RulesSpec = RulesSpec()
+    train: TrainSpec = TrainSpec()
+    repair: RepairSpec = RepairSpec()
+
+    def recorded(self) -> dict[str, Any]:
+        """The sections that a repair depends on, as JSON types."""
+        return self.model_dump(mode="json", exclude={"rules"})
+
+    def settings(self) -> ScanSettings:
+        """The settings of the measurement."""
+        return ScanSettings(
+            batch_size=self.data.batch_size,
+            batches=self.data.batches,
+            seed=self.data.seed,
+            thresholds=self.thresholds,
+            include=self.layers.include,
+            exclude=self.layers.exclude,
+            rules=self.rules,
+            **self.scan.model_dump(),
+        )

@@ -1,0 +1,105 @@
+"""What a layer can be converted to: the registry of repair targets.
+
+A row imports no torch, so that the command line can list and validate the targets at once. It names its code as
+``"package.module:CLASS"``, which is imported when a layer is converted (``bnprobe.repairs.conversions``).
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from bnprobe.errors import RepairError
+from bnprobe.registry import Registry
+
+DEFAULT_TARGET, AUTO = "batch-renorm", "auto"
+"""The target if none is named, and the name that stands for whichever does best in a short training run."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of layer that can replace BN.
+
+    Attributes:
+        name: The name after ``--to``.
+        summary: What its layers normalize with in training, a phrase for help and documentation.
+        conversion: Where its ``bnprobe.repairs.conversions.Conversion`` is, as "package.module:CLASS".
+        deploys: Whether plain BN with the converted layer's weights gives the same output at inference.
+        agrees: Whether training and inference give the same output by construction.
+        settings: The keys of the spec's ``repair`` section that its layers use: "renorm", "groups", "blend". With
+            "renorm", training raises the limits of its Batch Renorm layers by the schedule in that section.
+        needs_processes: Whether it only changes something where several processes train.
+        unflagged_remark: What a reader should know if the repaired model has no flagged layer, a sentence.
+    """
+
+    name: str
+    summary: str
+    conversion: str
+    deploys: bool = False
+    agrees: bool = False
+    settings: tuple[str, ...] = ()
+    needs_processes: bool = False
+    unflagged_remark: str = ""
+
+
+_HERE = "bnprobe.repairs.conversions:"
+
+TARGETS: Registry[Target] = Registry(
+    "bnprobe.targets",
+    (
+        Target(
+            name="batch-renorm",
+            summary="batch statistics, corrected towards the running ones",
+            conversion=_HERE + "ToBatchRenorm",
+            deploys=True,
+            settings=("renorm",),
+            unflagged_remark="Within its limits, Batch Renorm gives the same output in training and at inference by"
+            " construction. That no layer is flagged only says that r and d stay within the limits; the scores say what"
+            " the repair gains.",
+        ),
+        Target(
+            name="frozen",
+            summary="the running statistics, as at inference",
+            conversion=_HERE + "ToFrozen",
+            deploys=True,
+            agrees=True,
+        ),
+        Target(
+            name="group-norm",
+            summary="groups of channels of one sample",
+            conversion=_HERE + "ToGroupNorm",
+            agrees=True,
+            settings=("groups",),
+        ),
+        Target(
+            name="sync",
+            summary="batch statistics of all processes together",
+            conversion=_HERE + "ToSync",
+            deploys=True,
+            needs_processes=True,
+        ),
+        Target(
+            name="instance-renorm",
+            summary="statistics of one sample, mixed with the running ones",
+            conversion=_HERE + "ToInstanceRenorm",
+            agrees=True,
+            settings=("blend",),  # BN at inference only at blend 0: deployable_state looks at the layers themselves
+        ),
+        Target(
+            name="gated",
+            summary="a learned mix of batch and running statistics",
+            conversion=_HERE + "ToGated",
+            deploys=True,
+            settings=("blend",),
+        ),
+    ),
+    lambda target: target.name,
+    "repair target",
+    RepairError,
+)
+
+
+def nearest_target(name: str) -> str:
+    """The target name, or "auto", that is spelled most like ``name``."""
+    known = (*TARGETS.names(), AUTO)
+    return difflib.get_close_matches(name, known, 1, cutoff=0.0)[0]

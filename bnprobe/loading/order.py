@@ -1,0 +1,138 @@
+"""Which batches are read, in which order, and by which process."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import replace
+from typing import Any
+
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from bnprobe.distributed import Share
+from bnprobe.errors import DataError
+from bnprobe.loading.data import BatchSource, rebuilt, why_fixed
+from bnprobe.loading.model import GuardedBatches
+
+_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+class SpreadBatches:
+    """A batch sampler: runs of another sampler's batches in random order; an incomplete run comes last.
+
+    Args:
+        sampler: Yields indices; has a length.
+        size: Samples in a batch.
+        run: Consecutive samples that stay together, a multiple of ``size``, so that larger batches can be formed.
+        seed: Seed of the order.
+        mixed: Whether to draw the samples of a batch at random too.
+    """
+
+    def __init__(self, sampler: Any, size: int, run: int, seed: int, mixed: bool) -> None:
+        self.sampler, self.size, self.run, self.seed, self.mixed = sampler, size, run, seed, mixed
+        self.drawn: list[list[Any]] = []
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        chance, indices = random.Random(self.seed), list(self.sampler)
+        if self.mixed:
+            chance.shuffle(indices)
+        whole = len(indices) // self.run * self.run
+        runs = [indices[start : start + self.run] for start in range(0, whole, self.run)]
+        chance.shuffle(runs)
+        ordered = [index for run in [*runs, indices[whole:]] for index in run]
+        self.drawn = []
+        for start in range(0, len(ordered), self.size):
+            self.drawn.append(ordered[start : start + self.size])
+            yield self.drawn[-1]
+
+    def indices(self, number: int) -> list[Any]:
+        """The indices in a batch of the last iteration; batches are counted from 1."""
+        return self.drawn[number - 1]
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.size)
+
+
+def spread(source: BatchSource, seed: int, batch_sizes: Sequence[int] = (), mixed: bool = False) -> BatchSource:
+    """The same source, read in random order if that is possible and it is not shuffled already.
+
+    Args:
+        source: A loader over an indexable data set, or for ``mixed`` a list of batches; others are returned unchanged.
+        seed: Seed of the order.
+        batch_sizes: Larger batch sizes that consecutive samples will be regrouped to.
+        mixed: Whether the order of samples does not matter, so that they may be drawn one by one.
+    """
+    guarded = source.batches
+    if not isinstance(guarded, GuardedBatches):
+        return source
+    batches, size = guarded.wrapped, source.batch_size
+    if isinstance(batches, DataLoader):
+        if why_fixed(batches) or isinstance(batches.sampler, _RANDOM) or not isinstance(batches.sampler, Sized):
+            return source
+        run = math.lcm(size, *batch_sizes)
+        order = SpreadBatches(batches.sampler, size, run, seed, mixed)
+        again: Any = GuardedBatches(rebuilt(batches, size, order), guarded.origin, order.indices)
+    elif mixed and isinstance(batches, Sequence) and batches:
+        drawn = [*random.Random(seed).sample(batches[:-1], len(batches) - 1), batches[-1]]
+        again = GuardedBatches(drawn, guarded.origin)
+    else:
+        return source
+    return replace(source, batches=again)
+
+
+class DealtBatches:
+    """A batch sampler that keeps only the batches of another sampler that this process reads, in the same order.
+
+    Args:
+        batches: Yields the sample indices of each batch, the same in all processes.
+        share: The share of this process.
+    """
+
+    def __init__(self, batches: Any, share: Share) -> None:
+        self.batches, self.share = batches, share
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return (batch for position, batch in enumerate(self.batches) if self.share.reads(position))
+
+    def __len__(self) -> int:
+        return sum(map(self.share.reads, range(len(self.batches))))
+
+
+def deal(source: BatchSource, share: Share) -> BatchSource:
+    """The same source, loading only this process's samples where the loader allows; else unchanged, read and skipped.
+
+    Args:
+        source: The same in every process: one loader, shuffled alike because all processes have the same seed.
+        share: The share of this process.
+
+    Raises:
+        DataError: The loader has a DistributedSampler.
+    """
+    guarded = source.batches
+    loader = guarded.wrapped if isinstance(guarded, GuardedBatches) else None
+    if share.size == 1 or not isinstance(guarded, GuardedBatches) or not isinstance(loader, DataLoader):
+        return source
+    _refuse_dealt(loader, guarded.origin)
+    by_index = loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
+    if not by_index or type(loader).__iter__ is not DataLoader.__iter__:
+        return source
+    order = DealtBatches(loader.batch_sampler, share)
+    again = GuardedBatches(rebuilt(loader, source.batch_size, order), guarded.origin, guarded.indices)
+    return replace(source, batches=again, dealt=True)
+
+
+def _refuse_dealt(loader: DataLoader[Any], origin: str) -> None:
+    """A DistributedSampler repeats samples that do not divide evenly, and its part would be divided a second time."""
+    if isinstance(getattr(loader.batch_sampler, "sampler", loader.sampler), DistributedSampler):
+        raise DataError(
+            f"{origin} has a DistributedSampler, but bnprobe itself distributes the micro-batches over the processes."
+            " Give a loader without it, as for one process: shuffle=True, or a sampler over all samples."
+        )

@@ -1,0 +1,1 @@
+"""Run the model with hooks on its norm layers, and collect statistics."""

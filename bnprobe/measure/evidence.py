@@ -1,0 +1,400 @@
+"""What a scan measures: one record, filled step by step, merged where the processes of a launch meet, read at the end.
+
+Sums are added, extremes compared, histograms added: float64 sums over micro-batches, each of which one process
+measured whole. No mean and no variance is averaged, so that the result is that of one process to rounding. What
+depends on order (replicates, the pool of samples) is numbered as in one process.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bnprobe.distributed import EVERYTHING, Share
+from bnprobe.errors import BnprobeError
+from bnprobe.measure.accumulators import (
+    STATISTICS,
+    BatchMoments,
+    Calls,
+    CallTable,
+    Columns,
+    CorrectionD,
+    CorrectionR,
+    LayerMismatch,
+    Mismatch,
+    SamplePool,
+    SampleStep,
+    Scope,
+    Statistic,
+    Step,
+    Sums,
+    Values,
+)
+from bnprobe.measure.hooks import Pass, Recorded, Slot
+from bnprobe.measure.layers import LayerSet, ProbedLayer
+from bnprobe.measure.outputs import Contributions, OutputSums
+from bnprobe.measure.physical_batch import Batching
+from bnprobe.measure.session import PathName
+from bnprobe.records import Output, Score, StopReason
+from bnprobe.stats.composition import Images
+from bnprobe.stats.intervals import REPLICATES
+from bnprobe.stats.ladder import BatchSums
+from bnprobe.stats.moments import corrections, pool_moments
+
+_CHUNK_VALUES = 2**19
+"""Values per temporary: bounds the memory of a step whatever the number of channels and samples."""
+
+S = TypeVar("S", bound=Statistic)
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class PathEvidence:
+    """The statistics of one path at one batch size, of whatever calls the forward passes make.
+
+    Args:
+        scope: Which statistics are gathered.
+        batch_size: Samples per micro-batch.
+        share: Which micro-batches these are: each goes to the replicate that it would go to in one process.
+        seed: For statistics that draw at random.
+
+    Attributes:
+        batches: Micro-batches added.
+    """
+
+    def __init__(self, scope: Scope, batch_size: int, share: Share = EVERYTHING, seed: int = 0) -> None:
+        self.batch_size, self.batches = batch_size, 0
+        self._scope, self._share, self._steps = scope, share, 0
+        self._table = CallTable()
+        self._statistics = {row.name: row(seed) for row in STATISTICS if scope in row.scopes}
+        self._columns: tuple[Calls, Columns] | None = None
+        self._remainder: tuple[Calls, Tensor, Tensor] | None = None
+
+    def add(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...]) -> None:
+        """Add one physical batch.
+
+        Args:
+            records: Of calls of layers with running statistics. All whose groups are micro-batches have the same unit:
+                samples, or micro-batches of ``batch_size``.
+            layers: All probed layers.
+        """
+        batches = 0
+        for groups in dict.fromkeys(record.groups for record in records.values()):
+            chosen = {slot: record for slot, record in records.items() if record.groups == groups}
+            batches = self._add(chosen, layers, groups)
+        if records:
+            self.batches += batches
+            self._steps += 1
+
+    def _add(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], groups: int | None) -> int:
+        """Add calls whose micro-batches divide alike; how many micro-batches that were."""
+        slots, first = tuple(records), next(iter(records.values()))
+        mean = torch.cat([record.mean for record in records.values()], 1)
+        variance = torch.cat([record.variance for record in records.values()], 1)
+        columns = self._columns_of(records, layers, mean)
+        if groups is None:
+            if first.unit == 1 and self._scope != "other sizes":  # a step may not fill micro-batches of these
+                self._add_samples(columns, mean, variance)
+            if first.unit != self.batch_size:
+                mean, variance = self._whole_batches(slots, mean, variance)
+        divided = groups or 1
+        positions = [self._share.position(self.batches + row) for row in range(mean.shape[0] // divided)]
+        rows = max(1, _CHUNK_VALUES // mean.shape[1] // divided) * divided
+        reference = (columns.mean, columns.variance, columns.eps, columns.r_max, columns.d_max, columns.gate)
+        for start in range(0, mean.shape[0], rows):
+            values = corrections(mean[start : start + rows], variance[start : start + rows], *reference)
+            here = positions[start // divided : (start + rows) // divided]
+            step = Step(columns, values, divided, self._steps, [position % REPLICATES for position in here])
+            for statistic in self._statistics.values():
+                statistic.update(step)
+        return len(positions)
+
+    def merge(self, other: PathEvidence) -> None:
+        """Add what another process measured. Both are on the host."""
+        for slot, (start, stop) in other._table.channels.items():
+            self._table.add(slot, stop - start)
+        for name, statistic in self._statistics.items():
+            statistic.grow(self._table)
+            statistic.merge(other._statistics[name], self._table, other._table)
+        self.batches += other.batches
+
+    def on_host(self) -> PathEvidence:
+        """The same in host memory, without the samples that wait for the next step."""
+        found = copy.copy(self)
+        found._statistics = {name: statistic.on_host() for name, statistic in self._statistics.items()}
+        found._columns = found._remainder = None
+        return found
+
+    def __getitem__(self, kind: type[S]) -> S:
+        """One of the statistics."""
+        found = self._statistics[kind.name]
+        assert isinstance(found, kind)
+        return found
+
+    def __contains__(self, slot: Slot) -> bool:
+        """Whether a call was measured."""
+        return slot in self._table.calls
+
+    @property
+    def calls(self) -> Calls:
+        """The calls that were measured, in the order in which they were first seen."""
+        return tuple(self._table.calls)
+
+    def mismatch(self, slot: Slot) -> Sums:
+        """D of a call that was measured."""
+        sums: Sums = self[Mismatch].of(self._table, [slot])[0]
+        return sums
+
+    def first_bad(self, slot: Slot) -> int | None:
+        """The step in which a non-finite value of a call was first seen; None if there was none."""
+        found = self[Mismatch].of(self._table, [slot])
+        return None if found is None else found[1]
+
+    def layer_sums(self) -> dict[int, Sums]:
+        """D of each layer by its index, calls of one micro-batch averaged: cheap enough to look at now and then."""
+        statistic = self[LayerMismatch].on_host()
+        found = {slot[0]: statistic.of(self._table, [slot]) for slot in self._table.calls}
+        return {index: sums for index, sums in found.items() if sums.count}
+
+    def layer(self, index: int) -> Sums | None:
+        """D of a layer, calls of one micro-batch averaged; None if it was not measured."""
+        slot = next((slot for slot in self._table.calls if slot[0] == index), None)
+        sums: Sums | None = None if slot is None else self[LayerMismatch].of(self._table, [slot])
+        return sums if sums and sums.count else None
+
+    def r(self, slots: list[Slot]) -> Values:
+        """r over calls that were measured."""
+        values: Values = self[CorrectionR].of(self._table, slots)
+        return values
+
+    def d(self, slots: list[Slot]) -> Values:
+        """d over calls that were measured."""
+        values: Values = self[CorrectionD].of(self._table, slots)
+        return values
+
+    def moments(self, slot: Slot) -> BatchSums:
+        """Sums per channel of a call that was measured."""
+        sums: BatchSums = self[BatchMoments].of(self._table, [slot])[0]
+        return sums
+
+    def sample_squares(self, slot: Slot) -> Tensor:
+        """The squared means of samples (as d) of a call, summed, shape (replicates, channels)."""
+        squares: Tensor = self[BatchMoments].of(self._table, [slot])[1]
+        return squares
+
+    def pool(self) -> dict[Slot, Images]:
+        """Samples for regrouping, by call; none where samples could not be told apart."""
+        return self[SamplePool].samples(self._table)
+
+    def reported(self, slots: list[Slot]) -> dict[str, Any]:
+        """The results of the statistics that stand in the report under their own names, for calls of one layer."""
+        rows = [statistic for statistic in self._statistics.values() if statistic.reported]
+        found = {statistic.name: statistic.of(self._table, slots) for statistic in rows}
+        return {name: result for name, result in found.items() if result is not None}
+
+    def _columns_of(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], like: Tensor) -> Columns:
+        """Most models make the same calls in every pass: those of the last one are kept."""
+        slots = tuple(records)
+        if self._columns is None or self._columns[0] != slots:
+            for slot in slots:
+                self._table.add(slot, layers[slot[0]].info.channels)
+            for statistic in self._statistics.values():
+                statistic.grow(self._table, like.device)
+            values = {slot: record.values for slot, record in records.items()}
+            self._columns = slots, Columns.of(layers, values, self._table, like.device)
+        return self._columns[1]
+
+    def _add_samples(self, columns: Columns, mean: Tensor, variance: Tensor) -> None:
+        """Samples that fill whole micro-batches, before these are added."""
+        wanted = [statistic for statistic in self._statistics.values() if statistic.takes_samples]
+        if not wanted:
+            return
+        scale = columns.variance + columns.eps
+        d, ratio = (mean - columns.mean) / scale.sqrt(), variance / scale
+        positions = [self._share.position(self.batches + row) for row in range(d.shape[0] // self.batch_size)]
+        replicates = [position % REPLICATES for position in positions]
+        step = SampleStep(columns, d, ratio, self.batch_size, replicates, positions)
+        for statistic in wanted:
+            statistic.update_samples(step)
+
+    def _whole_batches(self, slots: Calls, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Pool consecutive samples; what does not fill a micro-batch waits for the next step with the same calls."""
+        if self._remainder is not None and self._remainder[0] == slots:
+            mean = torch.cat([self._remainder[1], mean])
+            variance = torch.cat([self._remainder[2], variance])
+        whole = mean.shape[0] // self.batch_size * self.batch_size
+        self._remainder = (slots, mean[whole:].clone(), variance[whole:].clone())
+        return pool_moments(mean[:whole], variance[:whole], self.batch_size)
+
+
+@dataclass
+class Evidence:
+    """All that a scan measured, on the training data or on the held-out data.
+
+    Attributes:
+        layers: Of the model; left out where evidence is sent to another process.
+        batching: How micro-batches ran in the end.
+        paths: "train" and "eval", and "steady" once the model is known to have random layers: without any, it is the
+            train path. On held-out data "eval" alone.
+        batch_sizes: The eval path at further batch sizes.
+        outputs: The distance of the two paths at the model's outputs; loss and metric.
+        batches: Micro-batches measured.
+        physical_batch: Samples of the largest physical batch that ran.
+        values: Values per channel in one group, by call.
+        by_batch: For each path, the layers that normalized with batch statistics there.
+        entered: Indices of the layers whose forward was called.
+        functional: Places in the user's code that call batch_norm outside any layer.
+        steady_seconds: What measuring the path without random layers took.
+        seconds: What all took.
+        left_out: Samples of a partial last batch.
+        kept: Micro-batches by position, on the host, for what is measured afterwards.
+        held_out: The same on held-out data; None without.
+        stopped: Why the scan ended.
+        failure: The error that ended it after something was measured.
+    """
+
+    layers: LayerSet
+    batching: Batching
+    paths: dict[PathName, PathEvidence]
+    batch_sizes: dict[int, PathEvidence] = field(default_factory=dict)
+    outputs: OutputSums = field(default_factory=OutputSums)
+    batches: int = 0
+    physical_batch: int = 0
+    values: dict[Slot, int] = field(default_factory=dict)
+    by_batch: dict[PathName, set[int]] = field(default_factory=lambda: {"train": set(), "steady": set(), "eval": set()})
+    entered: set[int] = field(default_factory=set)
+    functional: set[str] = field(default_factory=set)
+    steady_seconds: float = 0.0
+    seconds: float = 0.0
+    left_out: int = 0
+    kept: dict[int, Any] = field(default_factory=dict)
+    held_out: Evidence | None = None
+    stopped: StopReason = "requested"
+    failure: BnprobeError | None = None
+
+    def add(self, passes: Mapping[PathName, Pass], contributions: Contributions, micro_batches: int) -> None:
+        """Add what one physical batch gave on each path."""
+        for pass_ in reversed(list(passes.values())):
+            for slot, record in pass_.records.items():
+                self.values.setdefault(slot, record.values)
+            self.entered |= pass_.entered
+            self.functional |= pass_.functional
+        for name in ("train", "steady"):
+            if name in passes:
+                self.paths[name].add(self._comparable(name, passes[name], by_batch=True), self.layers.layers)
+        records = self._comparable("eval", passes["eval"], by_batch=False)
+        # Real micro-batches say nothing about batches of another size.
+        others = self.batch_sizes.values() if self.batching.emulation.trusted else ()
+        for path in (self.eval, *others):
+            path.add(records, self.layers.layers)
+        self.outputs.add(contributions)
+        self.batches += micro_batches
+        self.physical_batch = max(self.physical_batch, micro_batches * self.batch_size)
+
+    def merge(self, other: Evidence) -> None:
+        """Add what another process measured, whose micro-batches come after these. Both are on the host."""
+        _join(self.paths, other.paths, _merged)
+        _join(self.batch_sizes, other.batch_sizes, _merged)
+        self.outputs.merge(other.outputs)
+        self.batches += other.batches
+        self.physical_batch = max(self.physical_batch, other.physical_batch)
+        self.values = {**other.values, **self.values}
+        _join(self.by_batch, other.by_batch, set.union)
+        self.entered |= other.entered
+        self.functional |= other.functional
+        self.steady_seconds = max(self.steady_seconds, other.steady_seconds)
+        self.seconds = max(self.seconds, other.seconds)
+        self.left_out = max(self.left_out, other.left_out)  # a process that only skips it counts it too
+        self.kept |= other.kept
+        emulation = self.batching.emulation if other.batching.emulation.trusted else other.batching.emulation
+        at_once = min(self.batching.at_once, other.batching.at_once)
+        self.batching = replace(self.batching, emulation=emulation, at_once=at_once)
+        if self.held_out is not None and other.held_out is not None:
+            self.held_out.merge(other.held_out)
+        self.held_out = self.held_out or other.held_out
+
+    def on_host(self) -> Evidence:
+        """The same in host memory and without the model's layers: it can be sent to another process."""
+        return replace(
+            self,
+            layers=LayerSet((), ()),
+            paths={name: path.on_host() for name, path in self.paths.items()},
+            batch_sizes={size: path.on_host() for size, path in self.batch_sizes.items()},
+            outputs=self.outputs.on_host(),
+            held_out=None if self.held_out is None else self.held_out.on_host(),
+            failure=None,
+        )
+
+    @property
+    def train(self) -> PathEvidence:
+        return self.paths["train"]
+
+    @property
+    def eval(self) -> PathEvidence:
+        return self.paths["eval"]
+
+    @property
+    def steady(self) -> PathEvidence | None:
+        """The train path without random layers; None where there are none, and it is the train path."""
+        return self.paths.get("steady")
+
+    @property
+    def batch_size(self) -> int:
+        return self.batching.batch_size
+
+    @property
+    def samples(self) -> int:
+        """Samples measured."""
+        return self.batches * self.batch_size
+
+    @property
+    def emulated(self) -> bool:
+        """Whether micro-batches ran together."""
+        return self.physical_batch > self.batch_size
+
+    @property
+    def partial(self) -> bool:
+        """Whether the scan was interrupted or failed."""
+        return self.stopped in ("interrupted", "failed")
+
+    @property
+    def micro_batches(self) -> list[Any]:
+        """The micro-batches that were kept, in their order."""
+        return [self.kept[position] for position in sorted(self.kept)]
+
+    @property
+    def output(self) -> Output:
+        """How far the outputs of the two paths are apart."""
+        return self.outputs.compute()
+
+    def score(self, path: PathName) -> Score:
+        """Loss and metric on one path."""
+        return self.outputs.score(path)
+
+    def _comparable(self, path: PathName, pass_: Pass, by_batch: bool) -> dict[Slot, Recorded]:
+        """The calls that normalize as this path should, of selected layers with running statistics."""
+        layers = self.layers.layers
+        self.by_batch[path] |= {index for (index, _), record in pass_.records.items() if record.by_batch}
+        return {
+            slot: record
+            for slot, record in pass_.records.items()
+            if record.by_batch == by_batch
+            and layers[slot[0]].selected
+            and layers[slot[0]].info.running_mean is not None
+        }
+
+
+def _merged(one: PathEvidence, other: PathEvidence) -> PathEvidence:
+    one.merge(other)
+    return one
+
+
+def _join(one: dict[K, V], other: Mapping[K, V], merge: Callable[[V, V], V]) -> None:
+    """Take over what only ``other`` holds, and merge what both do."""
+    for key, value in other.items():
+        one[key] = merge(one[key], value) if key in one else value

@@ -1,0 +1,394 @@
+"""Find the norm layers of a model, describe their settings, and say where the user's code assigns them."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from bnprobe.config.spec import ScanSettings, matches_any
+from bnprobe.errors import NonFiniteError, NothingToProbeError, is_library_file
+from bnprobe.loading.model import user_code
+from bnprobe.measure.norms import NormFamily, NormInfo, family_of, lookalike_reason
+from bnprobe.records import SkippedLayer
+from bnprobe.rules.evidence import Anatomy
+
+ROOT = "(root)"
+"""What the root module is called where it is itself a layer: its qualified name is empty."""
+
+
+@dataclass(frozen=True)
+class ProbedLayer:
+    """A layer of a known family.
+
+    Attributes:
+        index: Position among the probed layers, in the order of ``named_modules``.
+        name: First qualified name; ``aliases`` holds the others of a shared module.
+        selected: False if --include/--exclude leave it out of the report; it still normalizes per micro-batch.
+    """
+
+    index: int
+    name: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+    family: NormFamily
+    info: NormInfo
+    selected: bool
+
+
+@dataclass(frozen=True)
+class LayerSet:
+    """All layers of a model."""
+
+    layers: tuple[ProbedLayer, ...]
+    skipped: tuple[SkippedLayer, ...]
+
+    @property
+    def selected(self) -> tuple[ProbedLayer, ...]:
+        return tuple(layer for layer in self.layers if layer.selected)
+
+
+def find_layers(model: nn.Module, is_selected: Callable[..., bool]) -> LayerSet:
+    """List the model's norm layers in network order, each shared module once.
+
+    Args:
+        model: Any module.
+        is_selected: Called with all names of a layer: whether it is in the report.
+
+    Raises:
+        NothingToProbeError: No layer can be probed, or none is selected.
+    """
+    layers: list[ProbedLayer] = []
+    skipped: list[SkippedLayer] = []
+    for names, module in _named_once(model):
+        family = family_of(module)
+        reason = family.obstacle(module) if family else lookalike_reason(module)
+        if reason:
+            skipped.append(SkippedLayer(names[0], type(module).__name__, reason))
+        elif family:
+            selected = is_selected(*names)
+            info = family.describe(module)
+            layers.append(ProbedLayer(len(layers), names[0], names[1:], module, family, info, selected))
+    found = LayerSet(tuple(layers), tuple(skipped))
+    _require_layers(model, found)
+    return found
+
+
+def unmatched_globs(settings: ScanSettings, found: LayerSet) -> tuple[str, ...]:
+    """A sentence for each glob of the settings that matches no layer, probed or skipped: likely a misspelt name."""
+    names = [name for layer in found.layers for name in (layer.name, *layer.aliases)]
+    names += [layer.name for layer in found.skipped]
+    globs = [("--include", glob) for glob in settings.include]
+    globs += [("--exclude", glob) for glob in settings.exclude]
+    globs += [("rules.exempt", exemption.layers) for exemption in settings.rules.exempt]
+    globs += [("thresholds", glob) for glob in settings.thresholds if glob != "*"]
+    return tuple(_unmatched(glob, origin, names) for origin, glob in globs if not matches_any(glob, names))
+
+
+def _unmatched(glob: str, origin: str, names: list[str]) -> str:
+    nearest = difflib.get_close_matches(glob, names, 1, cutoff=0.0)
+    hint = f'; the nearest name is "{nearest[0]}"' if nearest else ""
+    return f'The glob "{glob}" of {origin} matches no layer{hint}.'
+
+
+def check_buffers(layers: tuple[ProbedLayer, ...]) -> None:
+    """Refuse layers whose running statistics are no statistics.
+
+    Raises:
+        NonFiniteError: Names the first layer and what is in its buffers.
+    """
+    for layer in layers:
+        for name, buffer in layer.module.named_buffers(recurse=False):
+            if not isinstance(buffer, Tensor) or not buffer.is_floating_point():
+                continue
+            _check_buffer(f"{layer.name}.{name}", buffer)
+
+
+def _check_buffer(name: str, buffer: Tensor) -> None:
+    bad = int((~torch.isfinite(buffer)).sum())
+    if bad:
+        raise NonFiniteError(
+            f"{bad} of {buffer.numel()} values of the buffer {name} are NaN or Inf: one such activation in training"
+            " poisons running statistics for ever. Reset them (reset_running_stats()) or load an earlier checkpoint."
+            " `bnprobe lint` lists all such layers (BN103)."
+        )
+    negative = int((buffer < 0).sum())
+    if name.endswith("running_var") and negative:
+        raise NonFiniteError(
+            f"{negative} of {buffer.numel()} values of the buffer {name} are negative; a variance cannot be."
+            " Reset the running statistics (reset_running_stats()) or load an earlier checkpoint."
+        )
+
+
+def _named_once(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name or ROOT)
+    return [(tuple(aliases), module) for module, aliases in names.items()]
+
+
+def _require_layers(model: nn.Module, found: LayerSet) -> None:
+    if found.selected:
+        return
+    kind = type(model).__name__
+    if found.layers:
+        raise NothingToProbeError(
+            f"--include/--exclude leave none of the BN layers of {kind} ({len(found.layers)})."
+            f" The first is called {found.layers[0].name!r}."
+        )
+    if found.skipped:
+        first = found.skipped[0]
+        raise NothingToProbeError(
+            f"No layer of {kind} can be probed. Of those skipped ({len(found.skipped)})"
+            f" the first is {first.name} ({first.kind}): {first.reason}."
+        )
+    raise NothingToProbeError(f"{kind} has no Batch Normalization layer: there is nothing to probe.")
+
+
+_RANDOM_KIND = re.compile(r"drop_?path|stochastic_?depth|drop_?block", re.IGNORECASE)
+"""Random layers that torch does not have; every library has its own."""
+
+_PROBABILITIES = ("drop_prob", "p", "prob", "drop_path", "drop_rate")
+"""What they call their probability."""
+
+
+def anatomy(layers: LayerSet | Sequence[ProbedLayer], model: nn.Module) -> tuple[Anatomy, ...]:
+    """Describe the layers (of a set: those selected), in network order. The model's flags come back as they were.
+
+    Args:
+        layers: Found in ``model``.
+        model: Its flags are read as they are after ``model.train()``.
+
+    Raises:
+        UserCodeError: The model's own train() raised.
+    """
+    chosen = layers.selected if isinstance(layers, LayerSet) else layers
+    with _as_in_training(model):
+        before = _random_layers_before(model)
+        return tuple(_describe(layer, model, before.get(id(layer.module), ())) for layer in chosen)
+
+
+@contextmanager
+def _as_in_training(model: nn.Module) -> Iterator[None]:
+    """Set the flags as training does; what the user keeps in eval mode beside a root in train mode stays so."""
+    flags = [(module, module.training) for module in model.modules()]
+    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    kept = [module for module, training in flags if model.training and not training]
+    try:
+        with user_code("calling train() of the model"):
+            model.train()
+        for module in kept:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        for parameter, requires_grad in frozen:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad = requires_grad
+
+
+def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> Anatomy:
+    mean, variance = layer.info.running_mean, layer.info.running_variance
+    affine = [parameter.requires_grad for parameter in layer.module.parameters(recurse=False)]
+    buffers = [buffer for buffer in (mean, variance) if buffer is not None]
+    return Anatomy(
+        name=layer.name,
+        location=origin(model, "" if layer.name == ROOT else layer.name),
+        kind=type(layer.module).__name__,
+        channels=layer.info.channels,
+        eps=layer.info.eps,
+        momentum=layer.info.momentum,
+        batches_tracked=layer.info.batches_tracked,
+        has_running_statistics=mean is not None,
+        trains_statistics=layer.module.training and mean is not None,
+        trains_affine=any(affine) if affine else None,
+        untouched=_is_untouched(mean, variance),
+        non_finite=sum(int((~torch.isfinite(buffer)).sum()) for buffer in buffers),
+        negative=0 if variance is None else int((variance < 0).sum()),
+        dead=0 if variance is None else int(((variance >= 0) & (variance < layer.info.eps)).sum()),
+        median_variance=_median(variance),
+        dropouts_before=before,
+    )
+
+
+def _is_untouched(mean: Tensor | None, variance: Tensor | None) -> bool:
+    return mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all())
+
+
+def _median(variance: Tensor | None) -> float | None:
+    if variance is None or not bool(torch.isfinite(variance).all()):
+        return None
+    return float(variance.detach().double().median())
+
+
+def has_random_layers(model: nn.Module) -> bool:
+    """Whether a layer that is known to be random is active in training, whatever else draws random numbers."""
+    with _as_in_training(model):
+        return any(module.training and _probability(module) > 0 for module in model.modules())
+
+
+def _random_layers_before(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """For each module, the names of the random layers that are defined before it and active."""
+    found: dict[int, tuple[str, ...]] = {}
+    names: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        found[id(module)] = names
+        if module.training and _probability(module) > 0:
+            names = (*names, name or ROOT)
+    return found
+
+
+def _probability(module: nn.Module) -> float:
+    """How likely a random layer drops something; 0 for any other module."""
+    if isinstance(module, _DropoutNd):
+        return float(module.p)
+    if not _RANDOM_KIND.search(type(module).__name__):
+        return 0.0
+    given = (getattr(module, name, None) for name in _PROBABILITIES)
+    return next((float(value) for value in given if isinstance(value, int | float)), 0.0)
+
+
+_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def origin(model: nn.Module, name: str) -> str | None:
+    """File and line where the module of this name was assigned, e.g. "model.py:28"; None if Python cannot tell.
+
+    Args:
+        model: The root module.
+        name: Qualified name; empty for the root, which is assigned nowhere.
+    """
+    parts = name.split(".") if name else []
+    for depth in range(len(parts) - 1, -1, -1):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        child = parent.get_submodule(parts[depth])
+        found = _assignment(type(parent), parts[depth], type(child).__name__)
+        if found is not None:
+            path, value = found
+            return f"{_shown(path)}:{_entry(value, parts[depth + 1 :]).lineno}"
+    return None
+
+
+def _assignment(owner: type, attribute: str, kind: str) -> tuple[Path, ast.expr] | None:
+    """The value that ``self.attribute`` is given in a class of the user's, and the file."""
+    for base in owner.__mro__:
+        path = _source(base)
+        if path is None:
+            continue
+        given = _assignments(path, path.stat().st_mtime_ns, base.__qualname__)
+        values = [value for name, value in given if name == attribute]
+        if values:
+            fitting = [value for value in values if isinstance(value, ast.Call) and _called(value) == kind]
+            return path, (fitting or values)[0]
+    return None
+
+
+def _source(kind: type) -> Path | None:
+    """The user's file that defines a class."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file is None or is_library_file(file) or not Path(file).is_file():
+        return None
+    return Path(file)
+
+
+@lru_cache(maxsize=256)
+def _assignments(path: Path, modified_ns: int, qualname: str) -> tuple[tuple[str, ast.expr], ...]:
+    """Attribute and value of every assignment to ``self`` in a class; ``modified_ns`` renews the cache."""
+    tree = _parsed(path, modified_ns)
+    definition = None if tree is None else _find(tree, [part for part in qualname.split(".") if part != "<locals>"])
+    return () if definition is None else tuple(_self_assignments(definition))
+
+
+@lru_cache(maxsize=64)
+def _parsed(path: Path, modified_ns: int) -> ast.Module | None:
+    try:
+        return ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return None  # edited since it was loaded
+
+
+def _find(tree: ast.AST, names: Sequence[str]) -> ast.AST | None:
+    """The definition of a dotted name, in whatever blocks it stands."""
+    if not names:
+        return tree
+    for node in ast.walk(tree):
+        if node is not tree and isinstance(node, _Definition) and node.name == names[0]:
+            found = _find(node, names[1:])
+            if found is not None:
+                return found
+    return None
+
+
+def _self_assignments(definition: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    for node in ast.walk(definition):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                yield from _targets(target, node.value)
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            yield from _targets(node.target, node.value)
+        elif isinstance(node, ast.Call) and _called(node) in ("add_module", "register_module"):
+            yield from _added(node)
+
+
+def _targets(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+    if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self":
+        yield target.attr, value
+    elif isinstance(target, ast.Tuple | ast.List):
+        values = value.elts if isinstance(value, ast.Tuple | ast.List) else [value] * len(target.elts)
+        for one, its_value in zip(target.elts, values, strict=False):
+            yield from _targets(one, its_value)
+
+
+def _added(call: ast.Call) -> Iterator[tuple[str, ast.expr]]:
+    """``self.add_module("name", module)``."""
+    if len(call.args) == 2 and isinstance(call.args[0], ast.Constant) and isinstance(call.args[0].value, str):
+        yield call.args[0].value, call.args[1]
+
+
+def _entry(value: ast.expr, path: Sequence[str]) -> ast.expr:
+    """The entry of a container that is written out in ``value``; the container where it is not."""
+    for part in path:
+        inner = _item(value, part)
+        if inner is None:
+            return value
+        value = inner
+    return value
+
+
+def _item(value: ast.expr, name: str) -> ast.expr | None:
+    """Item ``name`` of ``nn.Sequential(a, b)``, ``nn.ModuleList([a, b])``, or a dictionary of modules."""
+    if not isinstance(value, ast.Call) or not value.args:
+        return None
+    first = value.args[0]
+    if isinstance(first, ast.Dict):
+        named = zip(first.keys, first.values, strict=True)
+        return next((item for key, item in named if isinstance(key, ast.Constant) and key.value == name), None)
+    items = first.elts if isinstance(first, ast.List | ast.Tuple) else value.args
+    if _called(value) not in ("Sequential", "ModuleList") or not name.isdecimal():
+        return None
+    before = items[: int(name) + 1]
+    return before[-1] if len(before) > int(name) and not any(isinstance(one, ast.Starred) for one in before) else None
+
+
+def _called(call: ast.Call) -> str | None:
+    """The last name of what is called: "Sequential" for ``nn.Sequential(...)``."""
+    if isinstance(call.func, ast.Attribute):
+        return call.func.attr
+    return call.func.id if isinstance(call.func, ast.Name) else None
+
+
+def _shown(path: Path) -> str:
+    """Relative to the current folder, if it is below it."""
+    here, path = Path.cwd().resolve(), path.resolve()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,0 +1,311 @@
+"""The families of normalization layers that can be measured: one class and one row of ``NORMS`` each.
+
+A family knows how its layers call their functional form. A scan intercepts that function, not the layer's ``forward``,
+so a subclass that does more than normalize (an activation, a drop block) keeps doing it.
+
+Other packages add a family through the entry-point group ``bnprobe.norms``, see ``bnprobe.registry``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from bnprobe.nn.batch_renorm import BatchRenormBase
+from bnprobe.nn.frozen import FrozenBatchNorm
+from bnprobe.nn.functional import batch_renorm, sync_batch_renorm
+from bnprobe.nn.gated import GatedBatchNorm, gated_batch_norm
+from bnprobe.nn.instance_renorm import InstanceRenorm
+from bnprobe.registry import Registry
+from bnprobe.stats.moments import Corrections, corrections
+
+
+@dataclass(frozen=True)
+class NormCall:
+    """The arguments of one call of a functional form.
+
+    Attributes:
+        input: Shape (rows, channels, *space).
+        running_mean, running_variance: Shape (channels,), the variance unbiased; None where the layer keeps none.
+        weight, bias: Shape (channels,); None without affine parameters.
+        training: Normalize with the statistics of the batch.
+        eps: Added to the variance before the square root.
+        r_max, d_max: Limits of Batch Renorm's correction in training; 1 and 0: plain BN.
+        gate: Weight of the batch statistics in gated BN, shape (channels,); None: 0.
+    """
+
+    input: Tensor
+    running_mean: Tensor | None
+    running_variance: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    training: bool
+    eps: float
+    r_max: float = 1.0
+    d_max: float = 0.0
+    gate: Tensor | None = None
+
+    def corrections(self, mean: Tensor, variance: Tensor) -> Corrections | None:
+        """The layer's correction of batch statistics, without gradient; None for plain BN.
+
+        Args:
+            mean, variance: Shape (batches, channels), float64; the variance is biased.
+        """
+        if (self.r_max, self.d_max) == (1, 0) or self.running_mean is None or self.running_variance is None:
+            return None
+        running = self.running_mean.to(mean), self.running_variance.to(mean)
+        eps, r_max, d_max = (torch.full_like(running[0], limit) for limit in (self.eps, self.r_max, self.d_max))
+        gate = None if self.gate is None else self.gate.to(mean)
+        return corrections(mean.detach(), variance.detach(), *running, eps, r_max, d_max, gate)
+
+
+@dataclass(frozen=True)
+class NormInfo:
+    """The settings of a layer.
+
+    Attributes:
+        channels: Number of channels.
+        eps: Added to the variance before the square root.
+        momentum: Weight of the new batch in the running average; None: cumulative average.
+        batches_tracked: Updates of the running statistics so far; None if the layer does not count.
+        running_mean, running_variance: Shape (channels,), the variance unbiased; None where none are kept.
+        r_max, d_max: Limits of Batch Renorm's correction in training; 1 and 0: plain BN.
+        gate: As in ``NormCall``.
+    """
+
+    channels: int
+    eps: float
+    momentum: float | None
+    batches_tracked: int | None
+    running_mean: Tensor | None
+    running_variance: Tensor | None
+    r_max: float = 1.0
+    d_max: float = 0.0
+    gate: Tensor | None = None
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the layer corrects its batch statistics in training, as Batch Renorm and gated BN do."""
+        return (self.r_max, self.d_max) != (1, 0)
+
+
+class NormFamily(Protocol):
+    """A family of layers that call the same functional form."""
+
+    @property
+    def name(self) -> str:
+        """Unique, e.g. "batch-norm"."""
+
+    @property
+    def functionals(self) -> tuple[Callable[..., Tensor], ...]:
+        """The functions that are intercepted.
+
+        A ``TorchFunctionMode`` must see their calls. PyTorch's own functions do that by themselves; others begin with
+        ``torch.overrides.handle_torch_function``, as ``bnprobe.nn.functional.batch_renorm`` does.
+        """
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the module is a layer of this family, subclasses included."""
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """Why this layer cannot be measured as it is, or None."""
+
+    def describe(self, module: nn.Module) -> NormInfo:
+        """The settings of a layer that has no obstacle."""
+
+    def parse(self, *args: Any, **kwargs: Any) -> NormCall:
+        """Read the arguments of a call of one of ``functionals``."""
+
+    def evaluate(self, call: NormCall) -> Tensor:
+        """The layer's own output with its running statistics, in the dtype of the input."""
+
+    def note(self, info: NormInfo) -> str | None:
+        """What a reader of the report should know about a layer of this family, a clause; None if nothing."""
+
+
+@runtime_checkable
+class GroupsRows(Protocol):
+    """A norm family that divides a micro-batch itself (ghost batches, frames of a video, ...)."""
+
+    def rows_per_group(self, module: nn.Module, call: NormCall, rows: int) -> int:
+        """How many consecutive rows of a micro-batch are normalized together in this call.
+
+        Args:
+            module: The layer.
+            call: Its call, on one micro-batch or on several.
+            rows: Rows of one micro-batch in this call.
+
+        Returns:
+            A divisor of ``rows``; ``rows`` itself for the whole micro-batch.
+        """
+
+
+class BatchNormFamily:
+    """torch.nn's BatchNorm1d/2d/3d, SyncBatchNorm and LazyBatchNorm, and their subclasses."""
+
+    name = "batch-norm"
+    functionals: tuple[Callable[..., Tensor], ...] = (F.batch_norm,)
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, _BatchNorm)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(is_lazy(tensor) for tensor in tensors):
+            return "lazy layer that has not seen a batch yet: run the model once before scanning it"
+        return next((reason for kind, reason in _NOTHING_TO_MEASURE if isinstance(module, kind)), None)
+
+    def describe(self, module: nn.Module) -> NormInfo:
+        assert isinstance(module, _BatchNorm)  # matches() said so
+        tracked = module.num_batches_tracked
+        return NormInfo(
+            channels=module.num_features,
+            eps=module.eps,
+            momentum=module.momentum,
+            batches_tracked=None if tracked is None else int(tracked),
+            running_mean=module.running_mean,
+            running_variance=module.running_var,
+        )
+
+    def parse(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> NormCall:
+        return NormCall(input, running_mean, running_var, weight, bias, training, eps)
+
+    def evaluate(self, call: NormCall) -> Tensor:
+        return F.batch_norm(
+            call.input,
+            call.running_mean,
+            call.running_variance,
+            call.weight,
+            call.bias,
+            training=False,
+            eps=call.eps,
+        )
+
+    def note(self, info: NormInfo) -> str | None:
+        return None
+
+
+class BatchRenormFamily(BatchNormFamily):
+    """bnprobe.nn's BatchRenorm1d/2d/3d and SyncBatchRenorm, which correct their batch statistics in training."""
+
+    name = "batch-renorm"
+    functionals: tuple[Callable[..., Tensor], ...] = (batch_renorm, sync_batch_renorm)
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, BatchRenormBase)
+
+    def describe(self, module: nn.Module) -> NormInfo:
+        assert isinstance(module, BatchRenormBase)  # matches() said so
+        return replace(super().describe(module), r_max=module.r_max, d_max=module.d_max)
+
+    def parse(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.01,
+        eps: float = 1e-5,
+        r_max: float | Tensor = 3.0,
+        d_max: float | Tensor = 5.0,
+        **others: Any,
+    ) -> NormCall:
+        call = super().parse(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return replace(call, r_max=float(r_max), d_max=float(d_max))
+
+    def note(self, info: NormInfo) -> str | None:
+        if not info.corrects:
+            return None
+        limits = f"r_max {info.r_max:g}, d_max {info.d_max:g}"
+        return f"Batch Renorm ({limits}): D is the mismatch that remains after its correction; r and d are not clipped"
+
+
+class GatedFamily(BatchNormFamily):
+    """bnprobe.nn's gated BN: in training, a correction without limits, of which the gate leaves a part."""
+
+    name = "gated"
+    functionals: tuple[Callable[..., Tensor], ...] = (gated_batch_norm,)
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, GatedBatchNorm)
+
+    def describe(self, module: nn.Module) -> NormInfo:
+        assert isinstance(module, GatedBatchNorm)  # matches() said so
+        return replace(super().describe(module), r_max=math.inf, d_max=math.inf, gate=module.gate.detach())
+
+    def parse(self, *args: Any, **kwargs: Any) -> NormCall:
+        x, layer = args
+        own = (layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.training, layer.eps)
+        return NormCall(x, *own, r_max=math.inf, d_max=math.inf, gate=layer.gate.detach())
+
+    def note(self, info: NormInfo) -> str | None:
+        gate = math.nan if info.gate is None else float(info.gate.mean())
+        return f"gated (mean gate {gate:.2f}): D is the mismatch that remains after the gates; r and d are not clipped"
+
+
+NORMS: Registry[NormFamily] = Registry(
+    "bnprobe.norms",
+    (BatchNormFamily(), BatchRenormFamily(), GatedFamily()),
+    lambda family: family.name,
+    "norm family",
+)
+"""Every family that can be measured; where several match a layer, the last one is its family."""
+
+
+def family_of(module: nn.Module) -> NormFamily | None:
+    """The family of a layer: the last one that matches, so that a new row may claim a special case of an older one."""
+    return next((family for family in reversed(tuple(NORMS)) if family.matches(module)), None)
+
+
+def lookalike_reason(module: nn.Module) -> str | None:
+    """Why a norm-like module without a family is skipped; None if it is no norm, or always behaves the same."""
+    if isinstance(module, _INSTANCE_NORMS):
+        return "instance norm with running statistics: not a batch norm" if module.track_running_stats else None
+    if isinstance(module, _BATCH_INDEPENDENT):
+        return None
+    if type(module).__module__.startswith("torch.nn.utils."):  # weight and spectral norm normalize weights
+        return None
+    kind = type(module).__name__
+    own_buffers = {name for name, _ in module.named_buffers(recurse=False)}
+    if "frozen" in kind.lower() and own_buffers & _BUFFERS:
+        return "frozen batch norm: the same constants in training and at inference"
+    if own_buffers & _BUFFERS:
+        return f"unknown norm {kind}: it keeps running statistics but does not derive from torch's BatchNorm"
+    if _NAME.search(kind) and not any(module.children()):
+        return f"unknown norm-like module {kind}"
+    return None
+
+
+_NOTHING_TO_MEASURE: tuple[tuple[type[nn.Module], str], ...] = (
+    (FrozenBatchNorm, "frozen batch norm: the same constants in training and at inference"),
+    (InstanceRenorm, "instance renorm: the same output in training and at inference"),
+)
+"""Layers of bnprobe.nn that derive from BN, but agree in training and at inference by construction."""
+
+_BATCH_INDEPENDENT = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
+"""Norms that treat every sample by itself and keep no statistics: training and inference cannot differ."""
+
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_BUFFERS = {"running_mean", "running_var", "moving_mean", "moving_variance", "moving_var"}
+_NAME = re.compile(r"(batch|sync|instance|frozen|group|layer|re)_?norm|norm([123]d)?$|^a?bn([123]d)?$", re.IGNORECASE)

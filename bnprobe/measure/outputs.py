@@ -1,0 +1,278 @@
+"""What the model's outputs say: the distance of the two paths, class changes, loss and metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnprobe.errors import DataError
+from bnprobe.measure.batch import join, tensors_of, to_device
+from bnprobe.measure.hooks import LayerStatistics, Pass
+from bnprobe.measure.physical_batch import Batching
+from bnprobe.measure.session import Outputs, PathName, Session, rows_of
+from bnprobe.records import Output, PathValues, Score
+
+_CHUNK_VALUES = 2**22
+"""Scores turned into float64 probabilities at a time."""
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Which output holds class scores of shape (samples, classes, *positions).
+
+    Attributes:
+        position: Among the floating-point tensors of the output.
+        probabilities: They are probabilities, not logits or log probabilities.
+    """
+
+    position: int
+    probabilities: bool
+
+    def measure(self, train: Tensor, eval_: Tensor) -> dict[str, Tensor]:
+        """Sums over predictions: changed arg-max, KL(eval || train) in nats, and their number."""
+        rows = max(1, _CHUNK_VALUES // max(eval_[:1].numel(), 1))
+        parts = list(zip(train.split(rows), eval_.split(rows), strict=True))
+        changed = torch.stack([(one.argmax(1) != other.argmax(1)).sum() for one, other in parts]).sum()
+        divergence = torch.stack([self._divergence(one, other) for one, other in parts]).sum()
+        predictions = torch.full_like(divergence, eval_.numel() // eval_.shape[1])
+        return {"changed": changed.double(), "kl": divergence, "predictions": predictions}
+
+    def _divergence(self, train: Tensor, eval_: Tensor) -> Tensor:
+        train, eval_ = self._log(train), self._log(eval_)
+        return (eval_.exp() * (eval_ - train)).sum()
+
+    def _log(self, scores: Tensor) -> Tensor:
+        if self.probabilities:
+            return scores.double().clamp_min(torch.finfo(torch.float32).tiny).log()
+        return torch.log_softmax(scores.double(), 1)
+
+
+def find_class_scores(batch: Any, inputs: set[int], outputs: list[Tensor]) -> ClassScores | None:
+    """The output that holds class scores, if one does.
+
+    It does if the batch holds a label for each of its samples (and positions): an integer below the number of
+    classes, or a distribution over the classes. Of several such outputs it is the one with the fewest classes. It
+    also does if the batch holds no targets at all and the one output is a plain table.
+
+    Args:
+        batch: The physical batch.
+        inputs: Positions of the tensors of the batch that the model was called on; the first tensor if empty.
+        outputs: The floating-point outputs.
+    """
+    others = [tensor for position, tensor in enumerate(tensors_of(batch)) if position not in (inputs or {0})]
+    tables = [
+        (position, scores) for position, scores in enumerate(outputs) if scores.dim() >= 2 and scores.shape[1] > 1
+    ]
+    fitting = [(scores.shape[1], position) for position, scores in tables if any(_labels(t, scores) for t in others)]
+    if not fitting and not others and len(outputs) == 1:
+        fitting = [(scores.shape[1], position) for position, scores in tables if scores.dim() == 2]
+    if not fitting:
+        return None
+    position = min(fitting)[1]
+    return ClassScores(position, _are_probabilities(outputs[position]))
+
+
+def _labels(target: Tensor, scores: Tensor) -> bool:
+    if target.is_floating_point():
+        return target.shape == scores.shape and _are_probabilities(target)
+    same_places = target.shape == (scores.shape[0], *scores.shape[2:])
+    return same_places and target.numel() > 0 and int(target.max()) < scores.shape[1]
+
+
+def _are_probabilities(scores: Tensor) -> bool:
+    sums = scores.double().sum(1)
+    return bool((scores >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+
+
+Contributions = dict[str, Tensor]
+"""Float64 sums of one step, by name."""
+
+
+class OutputSums:
+    """Sums behind ``records.Output``. ``measure`` may fail for want of memory and changes nothing; ``add`` adds."""
+
+    def __init__(self) -> None:
+        self._totals: Contributions = {}
+        self._different_shapes = False
+        self._scores: ClassScores | None = None
+        self._looked_for_scores = False
+
+    def measure(self, batch: Any, inputs: set[int], train: Any, eval_: Any) -> Contributions:
+        """What the outputs of both paths for one physical batch contribute.
+
+        Args:
+            batch: The physical batch.
+            inputs: Positions of the tensors of the batch that the model was called on: these are no labels.
+            train, eval_: The outputs.
+        """
+        pairs = list(zip(floating(train), floating(eval_), strict=False))
+        if any(one.shape != other.shape for one, other in pairs):
+            self._different_shapes = True
+            return {}
+        found: Contributions = {}
+        if pairs:
+            found["difference"] = sum((square_norm(one - other) for one, other in pairs), start=_zero(pairs))
+            found["norm"] = sum((square_norm(other) for _, other in pairs), start=_zero(pairs))
+        if not self._looked_for_scores:
+            self._scores = find_class_scores(batch, inputs, [other for _, other in pairs])
+            self._looked_for_scores = True
+        if self._scores is not None:
+            found |= self._scores.measure(*pairs[self._scores.position])
+        return found
+
+    def add(self, contributions: Contributions) -> None:
+        """Add what one step contributes."""
+        for name, value in contributions.items():
+            self._totals[name] = self._totals[name] + value if name in self._totals else value
+
+    def merge(self, other: OutputSums) -> None:
+        """Add what was measured on other micro-batches."""
+        self.add(other._totals)
+        self._different_shapes |= other._different_shapes
+
+    def on_host(self) -> OutputSums:
+        """The same sums on the host: they can be sent to another process."""
+        copy = OutputSums()
+        copy._totals = {name: total.cpu() for name, total in self._totals.items()}
+        copy._different_shapes = self._different_shapes
+        return copy
+
+    def compute(self) -> Output:
+        """Transfer the sums and divide."""
+        totals = {name: float(total) for name, total in self._totals.items()}
+        divergence = _ratio(totals, "kl", "predictions")
+        return Output(
+            relative_l2=_root(_ratio(totals, "difference", "norm")),
+            argmax_changed=None if divergence is None else _ratio(totals, "changed", "predictions"),
+            kl_divergence=divergence,
+            loss=_path_values(totals, "loss"),
+            metric=_path_values(totals, "metric"),
+            note=" ".join(self._notes(totals)) or None,
+        )
+
+    def score(self, path: PathName) -> Score:
+        """Mean of loss and metric over micro-batches on one path; None where not given, or not finite."""
+        totals = {name: float(total) for name, total in self._totals.items()}
+        loss, metric = (_ratio(totals, f"{name} {path}", f"{name} {path} count") for name in ("loss", "metric"))
+        return Score(loss, metric)
+
+    def _notes(self, totals: dict[str, float]) -> Iterator[str]:
+        if self._different_shapes:
+            yield "The outputs of the two paths have different shapes and cannot be compared."
+        elif "norm" not in totals:
+            yield "The forward pass returned no floating-point tensor to compare."
+        elif _ratio(totals, "difference", "norm") is None:
+            yield "The output of a path is NaN or Inf, or zero everywhere."
+        for name in ("loss", "metric"):
+            bad = [path for path in ("train", "eval") if not math.isfinite(totals.get(f"{name} {path}", 0.0))]
+            if bad:
+                yield f"The {name} is NaN or Inf on the {' and the '.join(bad)} path."
+
+
+def user_values(
+    session: Session, path: PathName, micro_batches: Sequence[Any], outputs: Outputs, batch_size: int
+) -> Contributions:
+    """Sum and count of loss and metric over micro-batches on one path.
+
+    They see real micro-batches, as in training, also where these ran together. Where they call the model on the
+    batch's own tensors they get the output that is there already.
+    """
+    functions = {"loss": session.functions.loss, "metric": session.functions.metric}
+    found: Contributions = {}
+    for position, batch in enumerate(micro_batches):
+        start, samples = position * batch_size, batch_size * len(micro_batches)
+        for name, function in functions.items():
+            if function is None:
+                continue
+            rows = rows_of(outputs, start, start + batch_size, samples)
+            value = session.call(path, name, function, batch, rows, Pass(batch_size, batch_size))
+            number = _one_number(name, value, session.device)
+            found[f"{name} {path}"] = found.get(f"{name} {path}", 0) + number
+            found[f"{name} {path} count"] = found.get(f"{name} {path} count", 0) + torch.ones_like(number)
+    return found
+
+
+def _one_number(name: str, value: Any, device: torch.device) -> Tensor:
+    number = torch.as_tensor(value, dtype=torch.float64, device=device)
+    if number.numel() != 1:
+        raise DataError(
+            f"{name}(model, batch) must return one number, but gave a tensor of shape {tuple(number.shape)}."
+            " Reduce it, e.g. with .mean()."
+        )
+    return number.detach().reshape(())
+
+
+def _zero(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=pairs[0][0].device)
+
+
+def floating(output: Any) -> list[Tensor]:
+    """The tensors of an output that are compared."""
+    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
+
+
+def square_norm(values: Tensor) -> Tensor:
+    """Sum of the squares of all values, float64, without a graph."""
+    norm: Tensor = torch.linalg.vector_norm(values.detach(), dtype=torch.float64)
+    return norm.square()
+
+
+def _ratio(totals: dict[str, float], numerator: str, denominator: str) -> float | None:
+    below = totals.get(denominator, 0.0)
+    value = totals.get(numerator, 0.0) / below if below else torch.inf
+    return value if math.isfinite(value) else None
+
+
+def _root(value: float | None) -> float | None:
+    return None if value is None else value**0.5
+
+
+def _path_values(totals: dict[str, float], name: str) -> PathValues | None:
+    train, eval_ = (_ratio(totals, f"{name} {path}", f"{name} {path} count") for path in ("train", "eval"))
+    return None if train is None or eval_ is None else PathValues(train, eval_)
+
+
+def evaluate(
+    session: Session,
+    path: PathName,
+    micro_batches: Sequence[Any],
+    batching: Batching,
+    *,
+    by_batch: frozenset[int] = frozenset(),
+    statistics: LayerStatistics | None = None,
+) -> Score:
+    """Means of loss and metric over micro-batches, each of which the functions see by itself.
+
+    Args:
+        session: Installed.
+        micro_batches: On any device.
+        batching: How they run.
+        by_batch, statistics: As in ``Pass``.
+
+    Returns:
+        None for a function that is not there, and for a mean that is not finite.
+
+    Raises:
+        DeviceError, UserCodeError, DataError: See ``Chunks`` and ``Session``.
+    """
+
+    def run(chunk: list[Any]) -> Contributions:
+        pass_ = batching.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {})
+        _, outputs = session.forward(path, to_device(join(chunk), session.device), pass_)
+        apart = [to_device(batch, session.device) for batch in chunk]
+        return user_values(session, path, apart, outputs, batching.batch_size)
+
+    return score_of(batching.chunks(session.device).run(micro_batches, run), path)
+
+
+def score_of(found: Iterable[Contributions], path: PathName) -> Score:
+    """Means of what ``user_values`` gave."""
+    sums = OutputSums()
+    for contributions in found:
+        sums.add(contributions)
+    return sums.score(path)

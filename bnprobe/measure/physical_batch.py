@@ -1,0 +1,310 @@
+"""Several micro-batches as one physical batch: may they run together, and how many?
+
+They may if one emulated step gives what the same real micro-batches give. What may differ is rounding, which a network
+amplifies from layer to layer. How much this network does is measured too: one micro-batch runs again with its inputs
+changed in the last digits. A model that mixes the samples of a batch shows a jump far above that; a model that draws
+random numbers in eval mode cannot be told from one that mixes, and is not emulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnprobe.config.spec import ScanSettings
+from bnprobe.distributed import OPENING
+from bnprobe.errors import UsageError, UserCodeError
+from bnprobe.measure.batch import CannotEmulateError, join, map_leaves, tensors_of, to_device
+from bnprobe.measure.hooks import Layout, Pass, Recorded, Slot
+from bnprobe.measure.memory import Chunks, Footprint, is_out_of_memory, plan_samples
+from bnprobe.measure.reader import Reader
+from bnprobe.measure.restore import random_state
+from bnprobe.measure.session import PathName, Session
+from bnprobe.records import SelfCheck
+from bnprobe.stats.moments import distance
+
+_AMPLIFICATION = 50.0
+"""An error counts once it is this many times the effect of the changed last digits."""
+
+_FLOOR = 1000.0
+"""Errors below this many units in the last place are rounding, whatever the network."""
+
+_BLIND = 0.3
+"""A tolerance above this, in standard deviations, would let real mixing pass: the check cannot decide."""
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """Whether micro-batches run together, and what the check learned on the way.
+
+    Attributes:
+        trusted: Micro-batches may run together.
+        reason: One sentence for the report.
+        check: The comparison; None if it could not be made.
+        layouts: For each path, the row layout of the calls that see several rows per sample.
+    """
+
+    trusted: bool
+    reason: str
+    check: SelfCheck | None
+    layouts: Mapping[str, Mapping[Slot, Layout]]
+
+    def layouts_of(self, path: PathName) -> dict[Slot, Layout]:
+        """The row layouts on one path; without random layers the train path's are the same."""
+        return dict(self.layouts.get("train" if path == "steady" else path, {}))
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How micro-batches run.
+
+    Attributes:
+        batch_size: Samples in a micro-batch.
+        emulation: Whether micro-batches may run together.
+        at_once: How many do, where they may.
+    """
+
+    batch_size: int
+    emulation: Emulation
+    at_once: int = 1
+
+    def pass_over(self, micro_batches: int, path: PathName, **options: Any) -> Pass:
+        """A pass over so many micro-batches; ``options`` are fields of ``Pass``."""
+        samples = micro_batches * self.batch_size
+        return Pass(samples, self.batch_size, layouts=self.emulation.layouts_of(path), **options)
+
+    def chunks(self, device: torch.device) -> Chunks:
+        """Runs as many micro-batches at once as there may be."""
+        return Chunks(device, self.batch_size, self.at_once if self.emulation.trusted else 1)
+
+
+Check = Callable[[Session, list[Any], int], tuple[Emulation, Footprint]]
+"""``self_check`` or ``check_samples``."""
+
+
+def self_check(session: Session, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
+    """Compare one emulated step of the given micro-batches (on the device) with real ones.
+
+    Returns:
+        The verdict, and what one sample takes in memory.
+    """
+    before = random_state()
+    verdict, footprint = _check(session, "check train", micro_batches, batch_size)
+    if random_state() != before:
+        # What was drawn differs from run to run: without dropout and the like there is something to compare.
+        verdict, footprint = _check(session, "check", micro_batches, batch_size)
+    if verdict.trusted:
+        # Batch statistics can hide a mixing of samples that shows with running ones, e.g. of batch_norm by hand.
+        verdict = _worse(verdict, _check(session, "check eval", micro_batches, batch_size)[0])
+    return verdict, footprint
+
+
+def check_samples(session: Session, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
+    """As ``self_check``, on the eval path alone: whether samples are independent of each other there."""
+    return _check(session, "check eval", micro_batches, batch_size)
+
+
+def _worse(verdict: Emulation, inference: Emulation) -> Emulation:
+    """What both checks say together; the first one is trusted."""
+    if not inference.trusted or verdict.check is None or inference.check is None:
+        return inference
+    one, other = verdict.check, inference.check
+    worst = SelfCheck(
+        output_error=max(one.output_error, other.output_error),
+        statistic_error=max(one.statistic_error, other.statistic_error),
+        tolerance=max(one.tolerance, other.tolerance),
+        passed=True,
+        first_layer=None,
+    )
+    return replace(verdict, check=worst, layouts={**verdict.layouts, **inference.layouts})
+
+
+def _check(session: Session, path: PathName, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
+    reals = [Pass(batch_size, batch_size) for _ in micro_batches]
+    outputs = [session.forward(path, batch, real)[0] for batch, real in zip(micro_batches, reals, strict=True)]
+    sizes = [record.bytes // batch_size for record in reals[0].records.values()]
+    footprint = Footprint(total=sum(sizes), largest=max(sizes, default=0))
+    shaken = Pass(batch_size, batch_size)
+    shaken_output, _ = session.forward(path, _shake(micro_batches[0]), shaken)
+    try:
+        emulated = Pass(batch_size * len(micro_batches), batch_size, references=_references(reals))
+        output, _ = session.forward(path, join(micro_batches), emulated)
+        if emulated.records.keys() != reals[0].records.keys():
+            raise CannotEmulateError("the layers are called differently in a larger batch")
+    except CannotEmulateError as error:
+        return Emulation(False, as_sentence(error), None, {}), footprint
+    unit = _unit(session)
+    check, blind = _judge(session, reals, shaken, emulated, unit)
+    samples = batch_size * len(micro_batches)
+    output_error = _output_error(outputs, output, samples)
+    output_tolerance = unit * _FLOOR + _AMPLIFICATION * _output_error(outputs[:1], shaken_output, batch_size)
+    passed = check.passed and output_error <= output_tolerance <= _BLIND
+    check = SelfCheck(output_error, check.statistic_error, check.tolerance, passed, check.first_layer)
+    reason = _reason(check, blind or output_tolerance > _BLIND, batch_size)
+    layouts = {"eval" if path == "check eval" else "train": emulated.layouts}
+    return Emulation(passed, reason, check, layouts), footprint
+
+
+def _judge(session: Session, reals: list[Pass], shaken: Pass, emulated: Pass, unit: float) -> tuple[SelfCheck, bool]:
+    """Walk through the calls in order; the tolerance grows with the amplification seen so far."""
+    tolerance = unit * _FLOOR
+    worst = 0.0
+    for slot, real in _references(reals).items():
+        eps = session.layers.layers[slot[0]].info.eps
+        first = reals[0].records[slot]
+        moved = _difference(shaken.records.get(slot), first.mean, first.variance, eps)
+        tolerance = max(tolerance, unit * _FLOOR + _AMPLIFICATION * moved)
+        error = _difference(emulated.records[slot], *real, eps)
+        worst = max(worst, error)
+        blind = not tolerance <= _BLIND
+        if blind or not error <= tolerance:
+            name = session.layers.layers[slot[0]].name
+            return SelfCheck(0.0, worst, tolerance, False, name), blind
+    return SelfCheck(0.0, worst, tolerance, True, None), False
+
+
+def _references(reals: list[Pass]) -> dict[Slot, tuple[Tensor, Tensor]]:
+    """Statistics of all real micro-batches, per call."""
+    slots = [slot for slot in reals[0].records if all(slot in real.records for real in reals)]
+    return {slot: _stack([real.records[slot] for real in reals]) for slot in slots}
+
+
+def _stack(records: list[Recorded]) -> tuple[Tensor, Tensor]:
+    return torch.cat([record.mean for record in records]), torch.cat([record.variance for record in records])
+
+
+def _difference(record: Recorded | None, mean: Tensor, variance: Tensor, eps: float) -> float:
+    if record is None or record.mean.shape != mean.shape:
+        return torch.inf
+    # What overflows does so in both: on the eval path that is a symptom to report, no sign of mixing.
+    return distance(_finite(record.mean), _finite(record.variance), _finite(mean), _finite(variance), eps)
+
+
+def _shake(batch: Any) -> Any:
+    """The same batch with its floating values changed by about four units in the last place."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        noise = torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)
+        return leaf + leaf * noise * (4 * torch.finfo(leaf.dtype).eps)
+
+    return map_leaves(batch, change)
+
+
+def _unit(session: Session) -> float:
+    """Unit in the last place of the dtype that the model computes in."""
+    dtypes = [parameter.dtype for parameter in session.model.parameters() if parameter.is_floating_point()]
+    widest = torch.float64 if dtypes and all(dtype == torch.float64 for dtype in dtypes) else torch.float32
+    coarsest = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(widest).eps)
+    # Of half-precision models a thousand units would be everything: take what a statistic of many values loses.
+    return min(coarsest, 0.05 / _FLOOR)
+
+
+def _output_error(outputs: list[Any], joint: Any, samples: int) -> float:
+    """Relative L2 difference of the real outputs, put together, and the emulated one."""
+    error = norm = 0.0
+    for parts, whole in zip(zip(*map(tensors_of, outputs), strict=False), tensors_of(joint), strict=False):
+        if any(part.dim() == 0 for part in parts):
+            continue
+        per_sample = whole.dim() > 0 and whole.shape[0] % samples == 0
+        if not per_sample or not whole.is_floating_point() or sum(part.shape[0] for part in parts) != whole.shape[0]:
+            continue
+        difference = min(_relative(part, whole) for part in _arrangements(parts, samples))
+        weight = float(_finite(whole.double()).square().sum())
+        error += difference**2 * weight
+        norm += weight
+    return (error / norm) ** 0.5 if norm > 0 else error
+
+
+def _arrangements(parts: tuple[Tensor, ...], samples: int) -> list[Tensor]:
+    """The rows of several outputs in the order of one: one after the other, or block by block."""
+    plain = torch.cat(parts)
+    blocks = plain.shape[0] // samples
+    if blocks == 1:
+        return [plain]
+    return [plain, torch.cat([part.chunk(blocks)[block] for block in range(blocks) for part in parts])]
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    value, reference = _finite(value.double()), _finite(reference.double())
+    return float((value - reference).norm()) / (float(reference.norm()) or 1.0)
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def as_sentence(error: CannotEmulateError) -> str:
+    text = str(error)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _reason(check: SelfCheck, blind: bool, batch_size: int) -> str:
+    if check.passed:
+        return f"Statistics are taken per group of {batch_size} sample{'s' if batch_size > 1 else ''}."
+    if blind:
+        return "The forward pass is random, or too sensitive to rounding to be checked."
+    return "The model mixes the samples of a batch."
+
+
+def plan(session: Session, reader: Reader, settings: ScanSettings) -> Batching:
+    """Whether micro-batches may run together, and how many do.
+
+    Raises:
+        UsageError: The physical batch asked for does not hold one micro-batch.
+    """
+    size = reader.batch_size
+    if settings.physical_batch and settings.physical_batch < size:
+        raise UsageError(
+            f"--physical-batch {settings.physical_batch} does not hold one micro-batch of {size} samples."
+            " Statistics need the whole micro-batch at once: give at least so many, or a smaller --batch-size."
+        )
+    if not settings.emulate:
+        return Batching(size, not_emulated("As asked for."))
+    opening = reader.look_ahead(OPENING)
+    most = settings.physical_batch or plan_samples(Footprint(0, 0), session.device)
+    if most // size < OPENING and not settings.batch_sizes:
+        # The train path runs as it is; that samples are independent on the eval path is still to be known.
+        emulation, _ = checked(session, opening, size, check_samples)
+        reason = "One micro-batch fills a physical batch." if emulation.trusted else emulation.reason
+        return Batching(size, replace(emulation, reason=reason))
+    emulation, footprint = checked(session, opening, size, self_check)
+    if not emulation.trusted:
+        return Batching(size, emulation)
+    samples = settings.physical_batch or plan_samples(footprint, session.device)
+    return Batching(size, emulation, max(1, samples // size))
+
+
+def checked(session: Session, opening: list[Any], size: int, check: Check) -> tuple[Emulation, Footprint]:
+    """Run a check on the first micro-batches, which are measured afterwards; also what a sample takes in memory.
+
+    Args:
+        opening: Two micro-batches of ``size`` samples, on the host; fewer cannot be compared.
+
+    Raises:
+        UserCodeError: The model raised, and not for want of autocast.
+    """
+    unknown = Footprint(0, 0)
+    if len(opening) < OPENING:
+        return not_emulated("The data gives only one micro-batch."), unknown
+    try:
+        return check(session, [to_device(batch, session.device) for batch in opening], size)
+    except UserCodeError:
+        if session.autocast is None:
+            raise
+        return not_emulated("The self-check runs without autocast, and the model does not."), unknown
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return not_emulated("There is no memory for two micro-batches at once."), unknown
+
+
+def not_emulated(reason: str) -> Emulation:
+    """Micro-batches run one by one; ``reason`` is one sentence for the report."""
+    return Emulation(trusted=False, reason=reason, check=None, layouts={})

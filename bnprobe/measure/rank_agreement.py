@@ -1,0 +1,118 @@
+"""Do all processes of a launch measure the same model? How far their statistics differ, and one model for all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from bnprobe.distributed import World
+from bnprobe.errors import ModelError
+from bnprobe.measure.layers import ProbedLayer
+from bnprobe.stats.moments import corrections
+
+Statistics = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What comparing the processes' models gave.
+
+    Attributes:
+        mismatch: D between the running statistics of the two processes that differ most, by name of the layer; in
+            process 0 only, and empty in one process.
+        note: What the reader should know; None where all loaded the same.
+    """
+
+    mismatch: Mapping[str, float] = field(default_factory=dict)
+    note: str | None = None
+
+
+def agree(model: nn.Module, layers: Sequence[ProbedLayer], world: World) -> Agreement:
+    """Compare the models that the processes loaded, then give process 0's parameters and buffers to all.
+
+    What is merged must be of one model: sums are kept in units of the running statistics. The caller restores the
+    model.
+
+    Args:
+        model: On its device; its tensors are overwritten where the processes differ.
+        layers: Those that are compared.
+        world: Every process must call this.
+
+    Raises:
+        ModelError: The models have other parameters or buffers, or such of another shape.
+    """
+    if world.size == 1:
+        return Agreement()
+    tensors = dict(_tensors(model))
+    marks = world.gather((_structure(tensors), _digest(tensors)))
+    _require_same([structure for structure, _ in marks])
+    if len({digest for _, digest in marks}) == 1:
+        return Agreement(dict.fromkeys(_statistics(layers), 0.0))
+    mismatch = _largest(list(world.to_main(_statistics(layers))), {layer.name: layer.info.eps for layer in layers})
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.copy_(world.share(tensor.detach().cpu()))
+    return Agreement(mismatch, "The processes loaded models that differ: that of process 0 was measured by all.")
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, each once."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not is_lazy(tensor):
+            yield name, tensor
+
+
+def _structure(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _require_same(structures: Sequence[Mapping[str, tuple[tuple[int, ...], str]]]) -> None:
+    first = structures[0]
+    for rank, other in enumerate(structures):
+        odd = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if odd:
+            raise ModelError(
+                f"Process {rank} loaded another model than process 0: {odd[0]} is {_described(other.get(odd[0]))} there"
+                f" and {_described(first.get(odd[0]))} here. All processes of a launch must probe the same model: it"
+                " must not depend on RANK."
+            )
+
+
+def _described(entry: tuple[tuple[int, ...], str] | None) -> str:
+    return "missing" if entry is None else f"a {entry[1].removeprefix('torch.')} tensor of shape {entry[0]}"
+
+
+def _statistics(layers: Sequence[ProbedLayer]) -> Statistics:
+    """Running statistics on the host, float64, of the layers that keep some."""
+    found: Statistics = {}
+    for layer in layers:
+        mean, variance = layer.info.running_mean, layer.info.running_variance
+        if mean is not None and variance is not None:
+            found[layer.name] = mean.detach().cpu().double(), variance.detach().cpu().double()
+    return found
+
+
+def _largest(statistics: Sequence[Statistics], eps: Mapping[str, float]) -> dict[str, float]:
+    """D of one process's running statistics against another's, of the worst ordered pair; mean over channels."""
+    if not statistics:
+        return {}
+    pairs = [(one, other) for one in statistics for other in statistics if one is not other]
+    return {name: max(_mismatch(one[name], other[name], eps[name]) for one, other in pairs) for name in statistics[0]}
+
+
+def _mismatch(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], eps: float) -> float:
+    """As if ``one`` were a batch's statistics, in a layer that runs on ``other``."""
+    wide = torch.full_like(other[0], eps)
+    return float(corrections(one[0][None], one[1][None], *other, wide).mismatch.mean())

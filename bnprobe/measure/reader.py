@@ -1,0 +1,217 @@
+"""Read batches from the user's loader, and say clearly what is wrong with them.
+
+``Reader`` gives micro-batches of one size, once; ``RepeatedReader`` gives batches of any size, again and again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from bnprobe.distributed import EVERYTHING, Share
+from bnprobe.errors import DataError
+from bnprobe.measure.batch import check_finite, count_images, tensors_of
+from bnprobe.measure.restore import seed_everything
+
+_END = object()
+
+
+class Reader:
+    """Micro-batches of exactly ``batch_size`` samples, in the loader's order; of several processes, those of this one.
+
+    Args:
+        batches: The same in all processes, or where ``dealt`` only those that this one reads.
+        batch_size: Samples in a micro-batch.
+        keep: Keep this process's own among the first so many.
+        share: Which micro-batches are its own.
+        dealt: The loader gives only those that this process reads.
+        most: Take at most so many, of all processes; None: as the scan decides.
+
+    Attributes:
+        left_out: Samples of a partial last batch, which is not given out.
+        exhausted: The loader has no more.
+        kept: By position, for what is measured after the two paths.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        batch_size: int,
+        keep: int = 0,
+        share: Share = EVERYTHING,
+        dealt: bool = False,
+        most: int | None = None,
+    ) -> None:
+        self.batch_size, self.share, self.most = batch_size, share, most
+        self.kept: dict[int, Any] = {}
+        self.left_out = 0
+        self.exhausted = False
+        self._keep, self._dealt = keep, dealt
+        self._next_position = 0
+        self._indices = getattr(batches, "indices", None)
+        self._batches = batches
+        self._iterator: Iterator[Any] | None = None  # a loader starts its workers when it is first asked
+        self._ahead: list[tuple[int, Any]] = []
+
+    def take(self, count: int) -> list[Any]:
+        """Up to ``count`` micro-batches of this process; fewer only at the end of the data.
+
+        Raises:
+            DataError: The loader is empty, its batches have another size, or hold NaN or Inf.
+            UserCodeError: The loader raised.
+        """
+        taken: list[Any] = []
+        while len(taken) < count:
+            batch = self._own()
+            if batch is _END:
+                break
+            taken.append(batch)
+        return taken
+
+    def look_ahead(self, count: int) -> list[Any]:
+        """The first micro-batches of the data, whose ever they are; ``take`` gives those of this process again."""
+        while len(self._ahead) < count:
+            read = self._read()
+            if read is None:
+                break
+            self._ahead.append(read)
+        return [batch for _, batch in self._ahead[:count]]
+
+    def fill(self) -> None:
+        """Draw until as many micro-batches are kept as were asked for, or the data ends."""
+        while len(self.kept) < self.share.count(self._keep) and self._own() is not _END:
+            pass
+
+    def _own(self) -> Any:
+        """The next micro-batch of this process, or the end."""
+        while (read := self._ahead.pop(0) if self._ahead else self._read()) is not None:
+            position, batch = read
+            if self.share.owns(position):
+                if position < self._keep:
+                    self.kept[position] = batch
+                return batch
+        return _END
+
+    def _read(self) -> tuple[int, Any] | None:
+        """The next micro-batch that there is, and its position; None at the end."""
+        if self.exhausted:
+            return None
+        batch = self._next()
+        if batch is _END:
+            self._end()
+            return None
+        position = self._next_position
+        samples = count_images(batch)
+        if samples is not None and samples != self.batch_size:
+            self._odd_size(position, samples)
+            return None
+        if self.share.reads(position):
+            check_finite(batch, position + 1, self._indices)
+        self._next_position = self._after(position)
+        return position, batch
+
+    def _next(self) -> Any:
+        if self._iterator is None:
+            self._iterator = iter(self._batches)
+        return next(self._iterator, _END)
+
+    def _after(self, position: int) -> int:
+        """Position of the batch that the loader gives next."""
+        position += 1
+        while self._dealt and not self.share.reads(position):
+            position += 1
+        return position
+
+    def _end(self) -> None:
+        self.exhausted = True
+        if self._next_position == 0 and self.left_out == 0:
+            raise DataError("The data gave no batch at all: the loader or data set is empty.")
+
+    def _odd_size(self, position: int, samples: int) -> None:
+        """A smaller batch is fine as the last one; everything else would falsify the diagnosis."""
+        if samples > self.batch_size or self._next() is not _END:
+            raise DataError(
+                f"Micro-batch {position + 1} has {samples} samples, but the batch size is {self.batch_size}. All"
+                " batches but the last must have the same size: let load_data(batch_size) give such a loader, or pass"
+                f" --batch-size {samples}."
+            )
+        if position == 0:
+            raise DataError(
+                f"The data gave a single batch, of size {samples}, which is below the batch size of {self.batch_size}."
+                " Use a smaller --batch-size or more data."
+            )
+        self.left_out = samples
+        self._end()
+
+
+KEPT_BYTES = 2**30
+"""Data up to this size stays in host memory from one pass to the next; larger data is read again."""
+
+
+class RepeatedReader:
+    """Batches of any size that can be read several times; empty ones are left out.
+
+    Data that is not kept is read again from the same seed: a loader that shuffles or augments by the global random
+    state gives the same batches again. The random state is the caller's to preserve.
+
+    Args:
+        batches: The user's, on the host.
+        most: Draw at most so many; None: all.
+        seed: Seed of torch, numpy and random at the start of every reading.
+
+    Attributes:
+        batches: Drawn in the last complete reading.
+        images: Samples in them; a batch without tensors counts as one.
+    """
+
+    def __init__(self, batches: Iterable[Any], most: int | None, seed: int) -> None:
+        self._source = batches
+        self._most = most
+        self._seed = seed
+        self._kept: list[Any] | None = None
+        self.batches = 0
+        self.images = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches, in their order.
+
+        Raises:
+            DataError: There are none, they hold NaN or Inf, or another reading gave others.
+            UserCodeError: The loader raised.
+        """
+        if self._kept is not None:
+            yield from self._kept
+            return
+        seed_everything(self._seed)
+        keeping: list[Any] | None = []
+        kept_bytes = batches = samples = 0
+        indices = getattr(self._source, "indices", None)
+        for position, batch in itertools.islice(self._filled(), self._most):
+            batches += 1
+            samples += count_images(batch) or 1
+            check_finite(batch, position, indices)
+            kept_bytes += sum(tensor.nbytes for tensor in tensors_of(batch))
+            if kept_bytes > KEPT_BYTES:
+                keeping = None
+            elif keeping is not None:
+                keeping.append(batch)
+            yield batch
+        self._finish(batches, samples)
+        self._kept = keeping
+
+    def _filled(self) -> Iterator[tuple[int, Any]]:
+        """Batches with their numbers from 1, without the empty ones: no layer sees anything of these."""
+        return ((number, batch) for number, batch in enumerate(self._source, 1) if count_images(batch) != 0)
+
+    def _finish(self, batches: int, samples: int) -> None:
+        """A reading is complete: it must be like the one before."""
+        if batches == 0 and not self.batches:
+            raise DataError("The data gave no batch with a sample: the loader or data set is empty.")
+        if self.batches and (batches, samples) != (self.batches, self.images):
+            raise DataError(
+                f"The data gave {self.images} samples in {self.batches} batches, and {samples} in {batches} when it was"
+                " read again. The eval path reads it once for every layer: give a DataLoader or a list, fewer batches"
+                " (they are then kept), or take the train path, which reads it once."
+            )
+        self.batches, self.images = batches, samples

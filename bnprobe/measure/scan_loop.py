@@ -1,0 +1,394 @@
+"""Measure the paths over the user's batches until every layer is decided."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from operator import add
+from typing import Any
+
+from bnprobe.config.spec import ScanSettings
+from bnprobe.distributed import ALONE, World
+from bnprobe.errors import BnprobeError, DataError, DeviceError, ProcessError, UsageError, UserCodeError
+from bnprobe.measure.accumulators import Sums
+from bnprobe.measure.batch import CannotEmulateError, join, to_device
+from bnprobe.measure.evidence import Evidence, PathEvidence
+from bnprobe.measure.hooks import Pass
+from bnprobe.measure.layers import has_random_layers
+from bnprobe.measure.memory import Chunks
+from bnprobe.measure.outputs import Contributions, user_values
+from bnprobe.measure.physical_batch import Batching, Emulation, as_sentence, plan
+from bnprobe.measure.reader import Reader
+from bnprobe.measure.restore import deferred_interrupts, random_state
+from bnprobe.measure.session import PathName, Session
+from bnprobe.records import StopReason
+from bnprobe.stats.intervals import mean_interval, standing
+from bnprobe.stats.theory import mismatch_iid
+
+Progress = Callable[[int, int], None]
+"""Called with the micro-batches measured, and the number after which the scan looks again."""
+
+
+def no_progress(done: int, planned: int) -> None:
+    """Report progress to nobody."""
+
+
+FIRST_LOOK = 16
+"""Micro-batches before the first look at what is decided; the number doubles from look to look."""
+
+FEWEST = 8
+"""Micro-batches wanted of every size in --batch-sizes before the scan may stop by itself."""
+
+STOPPING_CONFIDENCE = 0.99
+"""Of the intervals by which a scan stops: it looks up to five times, and every look may be wrong by chance."""
+
+CAUGHT = (KeyboardInterrupt, UserCodeError, DataError, DeviceError)
+"""What ends a measurement and keeps what there is, if there is anything."""
+
+
+def probe(
+    session: Session,
+    reader: Reader,
+    settings: ScanSettings,
+    progress: Progress,
+    held_out: Reader | None = None,
+    world: World = ALONE,
+) -> Evidence | None:
+    """Measure both paths on the same micro-batches, and the eval path on held-out data; ``session`` is installed.
+
+    Ctrl-C and errors of the user's code end the measurement and keep what there is, if there is anything. In several
+    processes each measures its share; they meet when the scan looks at what is decided and at the end.
+
+    Returns:
+        What all processes measured, in process 0; None in the others.
+
+    Raises:
+        KeyboardInterrupt, DataError, UserCodeError, DeviceError: Before the first micro-batch was measured; see
+            ``Reader``, ``Session`` and ``Measurement``. Later errors are in ``Evidence.failure``.
+        ProcessError: Another process is gone.
+    """
+    started = time.perf_counter()
+    measurement = _prepare(session, reader, settings)
+    evidence = measurement.evidence
+    ending, total = _measure_until_done(measurement, reader, settings, progress, world)
+    if not ending.early:
+        try:
+            reader.fill()
+            if held_out is not None:
+                evidence.held_out = _measure_held_out(measurement, held_out, total, progress, world)
+        except CAUGHT as error:
+            ending = ended_by(error, world)
+    evidence.kept, evidence.left_out = reader.kept, reader.left_out
+    whole, ending = _put_together(evidence.on_host(), ending, world)
+    if whole is None:
+        return None
+    seconds = time.perf_counter() - started
+    return replace(
+        whole, layers=session.layers, stopped=ending.stopped or "requested", failure=ending.error, seconds=seconds
+    )
+
+
+def _put_together(evidence: Evidence, ending: Ending, world: World) -> tuple[Evidence | None, Ending]:
+    """In process 0 what all measured, and how it ended for all; what a process sent is dropped once it is added."""
+    whole, endings = None, [ending]
+    try:
+        with deferred_interrupts():
+            for position, (received, other) in enumerate(world.to_main((evidence, ending.portable()))):
+                if whole is None:
+                    whole = received
+                else:
+                    whole.merge(received)
+                if position:
+                    endings.append(other)
+    except KeyboardInterrupt:
+        endings.append(Ending("interrupted"))
+    return whole, together(endings)
+
+
+def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measurement:
+    size, share = reader.batch_size, reader.share
+    batching = plan(session, reader, settings)
+    if settings.batch_sizes and not batching.emulation.trusted:
+        raise UsageError(
+            f"--batch-sizes needs samples that can be regrouped, and here they cannot. {batching.emulation.reason}"
+            " Scan each size by itself with --batch-size."
+        )
+    path = partial(PathEvidence, batch_size=size, share=share, seed=settings.seed)
+    evidence = Evidence(
+        session.layers,
+        batching,
+        {"train": path("train"), "eval": path("eval")},
+        {other: PathEvidence("other sizes", other) for other in settings.batch_sizes},
+    )
+    return Measurement(session, evidence, steady=path("steady"))
+
+
+def _measure_held_out(
+    measured: Measurement, reader: Reader, batches: int, progress: Progress, world: World
+) -> Evidence:
+    """The eval path on as many micro-batches of held-out data as were measured, or on all that there are."""
+    started = time.perf_counter()
+    size, emulation = reader.batch_size, measured.evidence.batching.emulation
+    at_once = max(1, measured.evidence.physical_batch // size) if emulation.trusted else 1
+    path = PathEvidence("held-out", size, reader.share)
+    evidence = Evidence(measured.session.layers, Batching(size, emulation, at_once), {"eval": path})
+    planned = batches if reader.most is None else reader.most
+    _measure(planned, Measurement(measured.session, evidence, random=False), reader, progress, world)
+    reader.fill()
+    evidence.kept, evidence.seconds = reader.kept, time.perf_counter() - started
+    return evidence
+
+
+def _measure_until_done(
+    measurement: Measurement, reader: Reader, settings: ScanSettings, progress: Progress, world: World
+) -> tuple[Ending, int]:
+    """Measure from look to look; how that ended, and the micro-batches of all processes.
+
+    Every process is at the same look: one that was stopped goes to the next one without measuring.
+    """
+    evidence = measurement.evidence
+    own, seen, stopped = Ending(), Look(Ending(), 0, ()), None
+    for look in _looks(settings):
+        own = own if own.early else _measure_to(look, measurement, reader, progress, world)
+        try:
+            with deferred_interrupts():
+                sums = evidence.train.layer_sums(), evidence.eval.layer_sums()
+                seen = meet(Look(own, evidence.batches, sums), world)
+                stopped = seen.ending.stopped or _decided(measurement, seen, settings)
+        except KeyboardInterrupt as error:
+            own = ended_by(error, world)
+        if stopped:
+            break
+    ending = own if own.early else replace(seen.ending, stopped=stopped or _planned_end(settings))
+    if ending.early and seen.batches == 0:
+        raise ending.error or KeyboardInterrupt
+    return ending, seen.batches
+
+
+def _planned_end(settings: ScanSettings) -> StopReason:
+    return "requested" if settings.batches else "max_batches"
+
+
+def _measure_to(total: int, measurement: Measurement, reader: Reader, progress: Progress, world: World) -> Ending:
+    """As ``_measure``; what went wrong is how it ended."""
+    try:
+        return _measure(total, measurement, reader, progress, world)
+    except CAUGHT as error:
+        return ended_by(error, world)
+
+
+def _measure(total: int, measurement: Measurement, reader: Reader, progress: Progress, world: World) -> Ending:
+    """Measure this process's micro-batches among the first ``total`` of all.
+
+    Raises:
+        KeyboardInterrupt: Here, or another process asked all to stop.
+    """
+    evidence, share = measurement.evidence, reader.share
+    mine = share.count(total)
+    while evidence.batches < mine:
+        if world.halted:
+            raise KeyboardInterrupt
+        progress(share.position(evidence.batches), total)
+        micro_batches = reader.take(min(evidence.batching.at_once, mine - evidence.batches))
+        if not micro_batches:
+            return Ending("data_exhausted")
+        measurement.step(micro_batches)
+    progress(total, total)
+    return Ending()
+
+
+def _looks(settings: ScanSettings) -> Iterator[int]:
+    if settings.batches:
+        yield settings.batches
+        return
+    look = FIRST_LOOK
+    while look < settings.max_batches:
+        yield look
+        look *= 2
+    yield settings.max_batches
+
+
+def _decided(measurement: Measurement, seen: Look, settings: ScanSettings) -> StopReason | None:
+    """Whether no layer's interval straddles its threshold: more batches would change no verdict."""
+    few = seen.batches * measurement.evidence.batch_size < FEWEST * max(settings.batch_sizes, default=0)
+    if settings.batches is not None or few:
+        return None
+    for layer in measurement.session.layers.selected:
+        limit = mismatch_iid(settings.threshold_of(layer.name, *layer.aliases))
+        found = [path[layer.index] for path in seen.paths if layer.index in path]
+        intervals = [mean_interval(sums.count, sums.total, sums.square, STOPPING_CONFIDENCE) for sums in found]
+        if standing(intervals, limit) == "undecided":
+            return None
+    return "decided"
+
+
+@dataclass
+class _Step:
+    """One physical batch on its way through the paths.
+
+    Attributes:
+        joined: The physical batch, on the device.
+        apart: The same samples as real micro-batches, for loss and metric.
+        micro_batches: How many there are.
+        inputs: Positions of the tensors of the batch that the model was called on.
+    """
+
+    joined: Any
+    apart: list[Any]
+    micro_batches: int
+    passes: dict[PathName, Pass] = field(default_factory=dict)
+    outputs: dict[PathName, Any] = field(default_factory=dict)
+    inputs: set[int] = field(default_factory=set)
+    contributions: Contributions = field(default_factory=dict)
+
+
+@dataclass
+class Measurement:
+    """Runs physical batches through the paths of ``evidence``, to which each is added wholly or not at all.
+
+    Attributes:
+        steady: What becomes evidence once the model is known to have random layers.
+        random: Whether it has; None before the first step.
+    """
+
+    session: Session
+    evidence: Evidence
+    steady: PathEvidence | None = None
+    random: bool | None = None
+
+    def step(self, micro_batches: list[Any]) -> None:
+        """Measure micro-batches that are not on the device yet, as one physical batch where that works.
+
+        Raises:
+            DeviceError: Not even one micro-batch fits into memory.
+        """
+        chunks = Chunks(self.session.device, self.evidence.batch_size, len(micro_batches))
+        chunks.run(micro_batches, self._measure, self._refused)
+        if chunks.at_once < len(micro_batches):
+            self.evidence.batching = replace(self.evidence.batching, at_once=chunks.at_once)
+
+    def _refused(self, error: CannotEmulateError) -> None:
+        batching = self.evidence.batching
+        emulation = Emulation(False, as_sentence(error), batching.emulation.check, {})
+        self.evidence.batching = replace(batching, emulation=emulation)
+
+    def _measure(self, micro_batches: list[Any]) -> None:
+        session, evidence = self.session, self.evidence
+        step = _Step(to_device(join(micro_batches), session.device), self._apart(micro_batches), len(micro_batches))
+        draws: dict[PathName, bool] = {path: self._forward(path, step) for path in evidence.paths if path != "steady"}
+        random = self._is_random(draws) if self.random is None else self.random
+        started = time.perf_counter()
+        if random:
+            self._forward("steady", step)
+        seconds = time.perf_counter() - started
+        if "train" in draws:
+            found = evidence.outputs.measure(step.joined, step.inputs, step.outputs["train"], step.outputs["eval"])
+            step.contributions |= found
+        with deferred_interrupts():
+            self.random = random
+            if random and self.steady is not None:
+                evidence.paths["steady"] = self.steady
+            evidence.steady_seconds += seconds
+            evidence.add(step.passes, step.contributions, len(micro_batches))
+
+    def _is_random(self, draws: Mapping[PathName, bool]) -> bool:
+        """Whether training draws random numbers that inference does not, as far as can be told if both draw some."""
+        if not draws.get("train", False):
+            return False
+        return not draws["eval"] or has_random_layers(self.session.model)
+
+    def _apart(self, micro_batches: list[Any]) -> list[Any]:
+        """The micro-batches one by one, where loss or metric want them."""
+        wanted = self.session.functions.loss or self.session.functions.metric
+        return [to_device(batch, self.session.device) for batch in micro_batches] if wanted else []
+
+    def _forward(self, path: PathName, step: _Step) -> bool:
+        """Run one path; whether it drew random numbers, as far as that is not known from an earlier step."""
+        batching = self.evidence.batching
+        before = random_state() if self.random is None else None
+        per_sample = path == "eval" and batching.emulation.trusted
+        step.passes[path] = batching.pass_over(step.micro_batches, path, per_sample=per_sample)
+        step.outputs[path], recorded = self.session.forward(path, step.joined, step.passes[path])
+        drew = before is not None and random_state() != before
+        step.inputs |= {position for key in recorded for position in key}
+        step.contributions |= user_values(self.session, path, step.apart, recorded, batching.batch_size)
+        return drew
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the measurement ended, as far as a process knows.
+
+    Attributes:
+        stopped: None: it has not.
+        failure: The error that ended it, where that was this process's own.
+        said: What the failing process says of it: message, exit code, and the user's frames.
+    """
+
+    stopped: StopReason | None = None
+    failure: BnprobeError | None = None
+    said: tuple[str, int, str] | None = None
+
+    @property
+    def early(self) -> bool:
+        """Whether something went wrong."""
+        return self.stopped in ("interrupted", "failed")
+
+    @property
+    def error(self) -> BnprobeError | None:
+        """The failure, wherever it was."""
+        return self.failure or (ProcessError(*self.said) if self.said else None)
+
+    def portable(self) -> Ending:
+        """What another process can be sent: the exception of a user's code may not be."""
+        return replace(self, failure=None)
+
+
+def ended_by(error: BaseException, world: World) -> Ending:
+    """The end by one of ``CAUGHT``, of which the other processes are told: they stop measuring too."""
+    world.halt()
+    if not isinstance(error, BnprobeError):
+        return Ending("interrupted")
+    return Ending("failed", error, (str(error), error.exit_code, getattr(error, "frames", "")))
+
+
+def together(endings: Sequence[Ending]) -> Ending:
+    """How the measurement ended for all: by a failure, else by Ctrl-C, else with the data."""
+    for stopped in ("failed", "interrupted", "data_exhausted"):
+        for ending in endings:
+            if ending.stopped == stopped:
+                return ending
+    return endings[0]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was measured so far, to see what is decided.
+
+    Attributes:
+        batches: Micro-batches.
+        paths: Of the train and the eval path, the mismatch of each layer by its index.
+    """
+
+    ending: Ending
+    batches: int
+    paths: tuple[dict[int, Sums], ...]
+
+    def __add__(self, other: Look) -> Look:
+        paths = tuple(_added(one, two) for one, two in zip(self.paths, other.paths, strict=True))
+        return Look(self.ending, self.batches + other.batches, paths)
+
+
+def meet(look: Look, world: World) -> Look:
+    """What all processes know; every process must call this, and all get the same."""
+    looks = world.gather(replace(look, ending=look.ending.portable()))
+    return replace(reduce(add, looks), ending=together([each.ending for each in looks]))
+
+
+def _added(one: Mapping[int, Sums], other: Mapping[int, Sums]) -> dict[int, Sums]:
+    added = dict(one)
+    for index, sums in other.items():
+        added[index] = added[index] + sums if index in added else sums
+    return added

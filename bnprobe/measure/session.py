@@ -1,0 +1,351 @@
+"""A session: the user's model on its device with hooks on its norm layers, and the functions that the user gave.
+
+Every command that runs the model opens one with ``Session.open`` and hands it on whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bnprobe.config.spec import ScanSettings
+from bnprobe.errors import DataError, DeviceError
+from bnprobe.loading.model import BatchFunction, user_code
+from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, map_leaves, tensors_of
+from bnprobe.measure.hooks import Interceptor, Pass
+from bnprobe.measure.layers import LayerSet, check_buffers, find_layers
+from bnprobe.measure.memory import is_out_of_memory
+
+Outputs = dict[tuple[int, ...], Any]
+"""Outputs of the model, by the positions in the batch of the tensors that it was called on."""
+
+PathName = Literal["train", "steady", "eval", "check", "check train", "check eval"]
+"""The two paths; "steady", the train path without dropout and other random layers (batch statistics, all else in eval
+mode); and the same three as the self-check runs them, always without autocast."""
+
+_IN_WORDS: dict[PathName, str] = {
+    "train": "train path",
+    "steady": "train path without dropout and the like",
+    "eval": "eval path",
+    "check": "self-check",
+    "check train": "self-check",
+    "check eval": "self-check",
+}
+
+
+@dataclass(frozen=True)
+class UserFunctions:
+    """The optional functions of a model file, ``f(model, batch)``."""
+
+    forward: BatchFunction | None = None
+    loss: BatchFunction | None = None
+    metric: BatchFunction | None = None
+
+
+class Session:
+    """The user's model with the interceptor in place.
+
+    Args:
+        model: Already on ``device``.
+        layers: Its norm layers.
+        functions: The user's own forward, loss and metric.
+        device: Where to run.
+        autocast: Autocast dtype, or None.
+
+    Attributes:
+        held: Modules that the user keeps in eval mode while training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: LayerSet,
+        functions: UserFunctions,
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.functions = functions
+        self.device = device
+        self.autocast = autocast
+        self.held = held_in_eval(model)
+        self._interceptor = Interceptor(layers.layers)
+        self._forward = functions.forward or default_forward
+        self._last = Pass(samples=0, batch_size=0)
+        self._frozen: frozenset[int] = frozenset()
+
+    @classmethod
+    def open(
+        cls,
+        model: nn.Module,
+        settings: ScanSettings,
+        functions: UserFunctions | None = None,
+        *,
+        synthetic: bool = False,
+        need_statistics: bool = True,
+    ) -> Session:
+        """Put the model on its device and find its layers; the model is the caller's to restore.
+
+        Args:
+            model: The user's model, without wrappers.
+            settings: Device, autocast, and which layers are selected.
+            functions: The user's own, where given.
+            synthetic: The inputs are made up: all of a batch's items are inputs.
+            need_statistics: Refuse running statistics that are none; False where they are about to be replaced.
+
+        Raises:
+            DeviceError: The device is not there.
+            NothingToProbeError: No layer can be measured, or none is selected.
+            NonFiniteError: Running statistics are NaN, Inf or negative.
+        """
+        functions = functions or UserFunctions()
+        if synthetic and functions.forward is None:
+            functions = replace(functions, forward=forward_all)
+        device = device_named(settings.device, model)
+        model.to(device)
+        layers = find_layers(model, settings.is_selected)
+        if need_statistics:
+            check_buffers(layers.selected)
+        return cls(model, layers, functions, device, autocast_dtype(settings.autocast))
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Keep the hooks in place while the block runs."""
+        with self._interceptor.installed(), torch.no_grad(), eagerly():
+            self._set_flags("train")
+            # A model whose own train() keeps layers in eval mode trains with them frozen, too.
+            self._frozen = frozenset(layer.index for layer in self.layers.layers if not layer.module.training)
+            yield
+
+    def forward(self, path: PathName, batch: Any, pass_: Pass) -> tuple[Any, Outputs]:
+        """Run the model on a copy of a batch that is on the device, as ``pass_`` says; the moments go there.
+
+        A copy, since a model may write into its input, and every pass is to see the same values.
+
+        Returns:
+            What forward returned, and what the model itself returned on the way, for ``call`` to use again.
+
+        Raises:
+            UserCodeError: The model or the user's forward raised.
+        """
+        self._set_flags(path)
+        self._last = pass_
+        batch = copy_tensors(batch)
+        border = model_code(f"calling {describe_call(self._forward, batch)} ({_IN_WORDS[path]})")
+        with self._running(path, pass_), recording(self.model, batch) as outputs, border:
+            return self._forward(self.model, batch), outputs
+
+    def call(
+        self, path: PathName, name: str, function: BatchFunction, batch: Any, outputs: Outputs, pass_: Pass
+    ) -> Any:
+        """Call the user's loss or metric, right after ``forward`` on the same path.
+
+        The flags are still set, and layers whose statistics that pass chose use the same if the model is called again.
+        """
+        batch = copy_tensors(batch)
+        pass_ = replace(pass_, by_batch=self._last.by_batch, statistics=self._last.statistics)
+        border = model_code(f"calling {name}(model, batch) ({_IN_WORDS[path]})")
+        with self._running(path, pass_), replaying(self.model, batch, outputs), border:
+            return function(self.model, batch)
+
+    @contextmanager
+    def _running(self, path: PathName, pass_: Pass) -> Iterator[None]:
+        autocast = None if path.startswith("check") else self.autocast
+        entered, outside = (lambda layer: pass_.entered.add(layer.index)), pass_.functional.add
+        with casting(self.device, autocast), self._interceptor.answering(pass_.answer, entered, outside):
+            yield
+
+    def _set_flags(self, path: PathName) -> None:
+        self.model.train(path in ("train", "check train"))
+        for module in self.held:
+            module.training = False
+        if path in ("steady", "check"):
+            for layer in self.layers.layers:
+                layer.module.training = layer.index not in self._frozen
+
+
+def device_named(name: str, model: nn.Module) -> torch.device:
+    """The device asked for; "auto" is the model's own, or CUDA where the model is on the CPU and CUDA is there.
+
+    Raises:
+        DeviceError: It is not there.
+    """
+    own = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    if name == "auto":
+        return torch.device("cuda") if own.type == "cpu" and torch.cuda.is_available() else own
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        have = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "no CUDA device"
+        raise DeviceError(
+            f"The device {name!r} cannot be used: {str(error).splitlines()[0]}. This machine has cpu and {have};"
+            " use --device cpu."
+        ) from None
+    return device
+
+
+def autocast_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype that a setting names; None: no autocast."""
+    dtype: torch.dtype | None = getattr(torch, name) if name else None
+    return dtype
+
+
+def held_in_eval(model: nn.Module) -> list[nn.Module]:
+    """Modules that the user keeps in eval mode while training: those in eval mode beside a root in train mode."""
+    return [module for module in model.modules() if model.training and not module.training]
+
+
+def casting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast of the forward pass, or none."""
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Run what torch.compile compiled as written: compiled code calls no functional form that could be intercepted."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+_INPUT_KEYS = ("image", "images", "input", "inputs", "pixel_values", "x", "data")
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Call the model on the inputs of a batch, for model files without ``forward(model, batch)``.
+
+    A tensor is the input; of a tuple or list the first item is; of a mapping those items are whose keys are parameters
+    of the model's ``forward``, else the item under a usual key (image, input, pixel_values, ...).
+
+    Raises:
+        DataError: The batch is something else; says to write ``forward(model, batch)``.
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, list | tuple) and batch:
+        return model(batch[0])
+    if isinstance(batch, Mapping):
+        return _forward_mapping(model, batch)
+    raise DataError(
+        f"bnprobe does not know how to give a batch of type {type(batch).__name__} to the model."
+        " Add a function forward(model, batch) to the model file."
+    )
+
+
+def forward_all(model: nn.Module, batch: Any) -> Any:
+    """Call the model on every item of a batch: made-up inputs are inputs, all of them."""
+    return model(*batch) if isinstance(batch, list | tuple) else model(batch)
+
+
+def describe_call(forward: BatchFunction, batch: Any) -> str:
+    """What is called on what, for messages: ``"the model on a batch of shape (2, 3, 8, 8)"``."""
+    first = next(iter(tensors_of(batch)), None)
+    shape = "" if first is None else f" of shape {tuple(first.shape)}"
+    if forward is default_forward and isinstance(batch, list | tuple) and len(batch) > 1:
+        return f"the model on batch[0]{shape} alone, for want of a forward(model, batch)"
+    name = "the model" if forward in (default_forward, forward_all) else "forward(model, batch)"
+    return f"{name} on a batch{shape}"
+
+
+def model_code(call: str) -> AbstractContextManager[None]:
+    """The border to the user's forward, loss and metric; what bnprobe itself handles passes unchanged."""
+    return user_code(call, lambda error: isinstance(error, CannotEmulateError) or is_out_of_memory(error))
+
+
+def _forward_mapping(model: nn.Module, batch: Mapping[Any, Any]) -> Any:
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    matching = {key: value for key, value in batch.items() if key in names}
+    if matching:
+        return model(**matching)
+    key = next((key for key in _INPUT_KEYS if key in batch), None)
+    if key is None:
+        raise DataError(
+            f"None of the batch's keys ({', '.join(map(str, batch))}) is a parameter of the model's forward."
+            " Add a function forward(model, batch) to the model file."
+        )
+    return model(batch[key])
+
+
+@contextmanager
+def recording(model: nn.Module, batch: Any) -> Iterator[Outputs]:
+    """Keep what the model returns while the block runs, where it is called on tensors of the batch themselves."""
+    outputs: Outputs = {}
+    versions: dict[tuple[int, ...], list[int]] = {}
+
+    def answer(original: Callable[..., Any], key: tuple[int, ...] | None, args: Any, kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if key is not None:
+            outputs[key], versions[key] = output, _versions(output)
+        return output
+
+    with _intercepted(model, batch, answer):
+        yield outputs
+    for key in [key for key in outputs if _versions(outputs[key]) != versions[key]]:
+        del outputs[key]  # changed in place since: no longer what the model returned
+
+
+@contextmanager
+def replaying(model: nn.Module, batch: Any, outputs: Outputs) -> Iterator[None]:
+    """Answer calls of the model on the same tensors of ``batch`` with ``outputs``; all other calls run."""
+
+    def answer(original: Callable[..., Any], key: tuple[int, ...] | None, args: Any, kwargs: Any) -> Any:
+        return outputs[key] if key in outputs else original(*args, **kwargs)
+
+    with _intercepted(model, batch, answer):
+        yield
+
+
+def rows_of(outputs: Outputs, start: int, stop: int, samples: int) -> Outputs:
+    """Copies of the outputs of some of the samples; outputs that do not divide by sample are left out.
+
+    Copies, since a loss may write into what it gets, and the recorded outputs are still to be compared.
+    """
+    whole = (start, stop) == (0, samples)
+    return {
+        key: map_leaves(output, lambda leaf: (leaf if whole else leaf[start:stop]).clone())
+        for key, output in outputs.items()
+        if all(isinstance(leaf, Tensor) and (whole or _has_rows(leaf, samples)) for leaf in leaves_of(output))
+    }
+
+
+def _versions(output: Any) -> list[int]:
+    """How often each tensor was changed in place; inference tensors do not count, and cannot be compared."""
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors_of(output)]
+
+
+def _has_rows(tensor: Tensor, samples: int) -> bool:
+    return tensor.dim() > 0 and tensor.shape[0] == samples
+
+
+@contextmanager
+def _intercepted(model: nn.Module, batch: Any, answer: Callable[..., Any]) -> Iterator[None]:
+    positions = {id(tensor): position for position, tensor in enumerate(tensors_of(batch))}
+    original = model.forward
+    had_own = "forward" in model.__dict__
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = [positions.get(id(leaf)) if isinstance(leaf, Tensor) else None for leaf in leaves_of((args, kwargs))]
+        known = tuple(position for position in given if position is not None)
+        return answer(original, known if given and len(known) == len(given) else None, args, kwargs)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            model.forward = original
+        else:
+            del model.forward

@@ -1,0 +1,251 @@
+"""A copy of the user's model in train mode, with the user's loss; and what a loss must return to be trained with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnprobe.errors import DeviceError, ModelError, NonFiniteError, UsageError
+from bnprobe.measure.batch import copy_tensors, to_device
+from bnprobe.measure.hooks import Answer, Intercepted, Interceptor
+from bnprobe.measure.layers import ROOT, ProbedLayer
+from bnprobe.measure.memory import is_out_of_memory
+from bnprobe.measure.norms import NormCall
+from bnprobe.measure.restore import preserved_random_state
+from bnprobe.measure.session import Session, casting, eagerly, model_code
+from bnprobe.stats.moments import pool_moments, row_moments
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Keep the random state, have gradients, and run as written what torch.compile compiled."""
+    with preserved_random_state(), torch.enable_grad(), eagerly():
+        yield
+
+
+class TrainingCopy:
+    """A copy of the user's model in train mode, with the user's loss. The model itself is not touched.
+
+    Args:
+        session: The model, and the user's ``loss(model, batch)``.
+        option: The option that asks for this, for messages: ``"--train-steps"``.
+
+    Attributes:
+        model: The copy.
+        layers: The same layers, with the modules of the copy.
+        parameters: The copy's trainable parameters.
+        autocast: Autocast dtype of the forward pass, or None.
+
+    Raises:
+        UsageError: There is no loss.
+        ModelError: The model cannot be copied.
+        DeviceError: There is not enough memory.
+    """
+
+    def __init__(self, session: Session, option: str) -> None:
+        if session.functions.loss is None:
+            raise UsageError(
+                f"{option} needs a loss to train with. Add a function loss(model, batch) to the model file that returns"
+                " the training loss as a tensor, or name one under loss in the spec."
+            )
+        self._loss = session.functions.loss
+        self._device = session.device
+        self.autocast = session.autocast
+        self.model = _copied(session.model, session.device)
+        self.layers = _matched(session.model, self.model, session.layers.layers)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._interceptor = Interceptor(self.layers)
+        held = {id(module) for module in session.held}
+        self._set_flags({name for name, module in _named(session.model).items() if id(module) in held})
+
+    def loss(self, batch: Any, answer: Answer) -> Tensor:
+        """The user's loss of a micro-batch on the host, a tensor of one number with its graph.
+
+        Raises:
+            UserCodeError: The user's loss or model raised.
+            UsageError: What the loss returned cannot be trained with.
+            DeviceError: There is not enough memory.
+        """
+        batch = copy_tensors(to_device(batch, self._device))
+        border = self._border("calling loss(model, batch) (training a copy)")
+        with border, casting(self._device, self.autocast), self._answering(answer):
+            value = self._loss(self.model, batch)
+        return require_scalar(value)
+
+    def backward(self, value: Tensor, answer: Answer) -> None:
+        """The gradients of a loss, in place of those that the parameters have.
+
+        Args:
+            value: From ``loss``.
+            answer: As for ``loss``: layers inside torch.utils.checkpoint are called again here.
+
+        Raises:
+            UserCodeError: A backward function of the user's raised.
+            UsageError: The loss does not depend on the copy's parameters.
+            DeviceError: There is not enough memory.
+        """
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        require_graph(value)
+        with self._border("running backward() from loss(model, batch)"), self._answering(answer):
+            value.backward()
+        require_gradients(self.parameters)
+
+    def require_finite(self, value: Tensor, batch: Any, place: str, remedy: str) -> None:
+        """Refuse a loss that is NaN or Inf.
+
+        Args:
+            place: Where, for the message: ``"in training step 3 (the first is 1)"``.
+            remedy: What to do, a sentence.
+
+        Raises:
+            NonFiniteError: Names the first layer whose input is not finite.
+        """
+        if bool(torch.isfinite(value)):
+            return
+        bad = self._first_non_finite(batch)
+        where = f"The first BN layer with NaN or Inf in its input is {bad}." if bad else _ALL_FINITE
+        raise NonFiniteError(f"The loss is {value.item()} {place}. {where} {remedy}")
+
+    def _first_non_finite(self, batch: Any) -> str | None:
+        """The forward pass once more, since looking at every input of every step would cost more."""
+        found: list[str] = []
+
+        def look(call: Intercepted) -> Tensor:
+            if not found and not bool(torch.isfinite(call.call.input).all()):
+                found.append(call.layer.name)
+            return call.run()
+
+        self.loss(batch, look)
+        return found[0] if found else None
+
+    def _set_flags(self, held: set[str]) -> None:
+        with model_code("calling model.train()"):
+            self.model.train()
+        for name, module in _named(self.model).items():
+            if name in held:
+                module.training = False
+
+    @contextmanager
+    def _answering(self, answer: Answer) -> Iterator[None]:
+        with self._interceptor.installed(), self._interceptor.answering(answer):
+            yield
+
+    def _border(self, call: str) -> AbstractContextManager[None]:
+        return training_code(call, _TRAINING, self._device)
+
+
+_TRAINING = "Training a copy of the model"
+
+_ALL_FINITE = "The inputs of all BN layers are finite: look at what follows the last of them, and at the loss itself."
+
+
+def batch_moments(call: NormCall) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a call's input over all its values, float64 of shape (channels,)."""
+    with torch.no_grad():
+        rows = call.input.detach()
+        mean, variance = pool_moments(*row_moments(rows, call.eps), rows.shape[0])
+    return mean[0], variance[0]
+
+
+def _copied(model: nn.Module, device: torch.device) -> nn.Module:
+    try:
+        return copy.deepcopy(model).to(device)
+    except Exception as error:  # whatever the user's classes raise
+        if is_out_of_memory(error):
+            raise too_large(_TRAINING, device) from error
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and only a copy of it may be"
+            " trained. Keep open files, locks and tensors that are no parameters out of its attributes, or give the"
+            " class that holds them a __deepcopy__."
+        ) from error
+
+
+def _matched(model: nn.Module, duplicate: nn.Module, layers: Sequence[ProbedLayer]) -> tuple[ProbedLayer, ...]:
+    modules = _named(duplicate)
+    matched = []
+    for layer in layers:
+        module = modules.get("" if layer.name == ROOT else layer.name)
+        if type(module) is not type(layer.module) or module is None or module is layer.module:
+            raise ModelError(
+                f"copy.deepcopy of {type(model).__name__} gave no copy of its layer {layer.name}, and only a copy of"
+                " the model may be trained. Look at the __deepcopy__ of the model's classes."
+            )
+        matched.append(replace(layer, module=module, info=layer.family.describe(module)))
+    return tuple(matched)
+
+
+def _named(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def require_scalar(value: object) -> Tensor:
+    """What the user's loss returned, as a tensor without axes.
+
+    Raises:
+        UsageError: It is no tensor of one number.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(f"loss(model, batch) returned {what}; return a tensor of one number, e.g. with .mean().")
+    return value.reshape(())
+
+
+def require_graph(value: Tensor) -> None:
+    """Refuse a loss that depends on no parameter.
+
+    Raises:
+        UsageError: It has no gradient.
+    """
+    if not value.requires_grad:
+        raise UsageError(
+            "The loss has no gradient to train with. loss(model, batch) must return the loss itself, without"
+            " .item(), .detach() or torch.no_grad(), and the model must have trainable parameters."
+        )
+
+
+def require_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse a backward pass that reached none of the parameters.
+
+    Raises:
+        UsageError: No parameter got a gradient.
+    """
+    if all(parameter.grad is None for parameter in parameters):
+        raise UsageError(
+            "No parameter got a gradient: loss(model, batch) must call the model that it is given, not another one."
+        )
+
+
+@contextmanager
+def training_code(call: str, what: str, device: torch.device) -> Iterator[None]:
+    """The border to the user's code in training, where running out of memory is a finding of its own.
+
+    Args:
+        call: As in ``model_code``.
+        what: What does not fit, e.g. "Training a copy of the model".
+
+    Raises:
+        UserCodeError: The user's code raised.
+        DeviceError: There is not enough memory.
+    """
+    try:
+        with model_code(call):
+            yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise too_large(what, device) from error
+
+
+def too_large(what: str, device: torch.device) -> DeviceError:
+    """One micro-batch is too large for the memory of the device."""
+    return DeviceError(
+        f"{what} on one micro-batch does not fit into the memory of {device}."
+        " Use a smaller --batch-size, --autocast, or another --device."
+    )

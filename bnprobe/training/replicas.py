@@ -1,0 +1,270 @@
+"""Fine-tuning on several processes: DistributedDataParallel, with running statistics merged by their counts."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from bnprobe.distributed import World
+from bnprobe.errors import UsageError
+from bnprobe.measure.batch import tensors_of
+
+_Pair = tuple[Tensor, Tensor]
+"""Running mean and running variance of a layer."""
+
+
+class _Joined(DistributedDataParallel):
+    """The model as the user's loss sees it: attributes are looked up in the model itself.
+
+    Buffers are not broadcast; ``_BufferSync`` merges them. As in one process, parameters may be unused in a step.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        places = [device] if device.type == "cuda" else None
+        with warnings.catch_warnings():
+            # Its replacement in torch 2.13 still sends buffers at the start, and does not exist in 2.6.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            super().__init__(model, device_ids=places, broadcast_buffers=False, find_unused_parameters=True)
+        self.calls = 0
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "find_unused_parameters=True", UserWarning)
+            forward: Callable[..., Any] = super().forward
+            return forward(*inputs, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+class Replicas:
+    """One model in every process, or in a single one.
+
+    Args:
+        model: The model on its device, identical in every process.
+        device: That device.
+        world: The processes that train together.
+
+    Attributes:
+        callee: The model to pass to the user's loss.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, world: World) -> None:
+        self._world, self._device = world, device
+        self._joined = _Joined(model, device) if world.size > 1 else None
+        self._buffers = _BufferSync(model, device) if world.size > 1 else None
+        self.callee: nn.Module = self._joined or model
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count the values that the layers receive while the block runs."""
+        with ExitStack() as stack:
+            if self._buffers is not None:
+                stack.enter_context(self._buffers.counting())
+            yield
+
+    def without_sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Context for forward and backward of a micro-batch: gradients are averaged only in the last one of a step."""
+        if self._joined is None or last:
+            return contextlib.nullcontext()
+        return self._joined.no_sync()
+
+    def require_called(self) -> None:
+        """Reject a loss that did not call the model itself, where gradients are averaged over processes.
+
+        Raises:
+            UsageError: The model was not called since the last check.
+        """
+        if self._joined is None:
+            return
+        if not self._joined.calls:
+            raise UsageError(
+                "With several processes, loss(model, batch) must call the model itself, as in model(x), because"
+                " gradients are averaged there. It called only parts of the model: call them in the model's forward()."
+            )
+        self._joined.calls = 0
+
+    def sync_buffers(self) -> None:
+        """Merge the buffers of all processes, and give every process the result."""
+        if self._buffers is not None:
+            self._buffers.sync()
+
+    def mean(self, values: list[float]) -> list[float]:
+        """Mean of every value over the processes."""
+        if self._world.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self._device)
+        distributed.all_reduce(total)
+        means: list[float] = (total / self._world.size).tolist()
+        return means
+
+
+class _BufferSync:
+    """Makes the buffers of all processes identical after a step.
+
+    The result is as if one process had run the k-th calls of a layer in all processes as a single batch. Let a be the
+    weight of a batch in the running statistics, n_i the number of values in process i, N their sum, mu_i the batch
+    means and s_i^2 the unbiased batch variances. A call updates m, v to (1 - a) m + a mu_i and (1 - a) v + a s_i^2, so
+    that a mu_i and a s_i^2 can be computed from the buffers. The values of all processes together have the mean
+    mu = sum n_i mu_i / N and the unbiased variance sum((n_i - 1) s_i^2 + n_i (mu_i - mu)^2) / (N - 1) (Chan et al.
+    1983), which then enter the running statistics with weight a.
+
+    Buffers that are identical already, as in sync and frozen layers, do not change. Instance norms average the
+    variances of samples, so theirs are averaged. The update weight of layers other than BN is unknown: their buffers
+    are treated as statistics of all values they received. Counters become the largest one. All other buffers become
+    those of the first process.
+
+    Args:
+        model: The model whose buffers are merged.
+        device: Device of the buffers.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._layers = _statistics_of(model)
+        self._counters = _counters_of(model)
+        ours = [*(each.mean for each in self._layers), *(each.variance for each in self._layers), *self._counters]
+        known = {id(buffer) for buffer in ours}
+        self._others = [buffer for buffer in model.buffers() if id(buffer) not in known]
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for each in self._layers:
+                stack.callback(each.layer.register_forward_pre_hook(each.note).remove)
+            yield
+
+    def sync(self) -> None:
+        with torch.no_grad():
+            if self._layers:
+                self._merge()
+            for counter in self._counters:
+                distributed.all_reduce(counter, op=distributed.ReduceOp.MAX)
+            for buffer in self._others:
+                distributed.broadcast(buffer, src=0)
+        for each in self._layers:
+            each.calls.clear()
+
+    def _merge(self) -> None:
+        """Sum over the processes: first values and means, then variances about the merged means."""
+        most = int(_largest(torch.tensor(max(len(each.calls) for each in self._layers), device=self._device)))
+        found = [each.updates(most) for each in self._layers]
+        values, means, variances, rates, joins = torch.cat(found, 2).to(self._device).unbind(0)
+        count = _sum(values)
+        share = values / count.clamp_min(1)
+        merged = _sum(share * means)
+        between = values * (means - merged).square() / torch.where(rates > 0, rates, 1)
+        pooled = ((values - 1).clamp_min(0) * variances + between) / (count - 1).clamp_min(1)
+        pooled, averaged = _sum(torch.stack([pooled, share * variances]))
+        spread = torch.where((joins > 0) & (count > 1), pooled, averaged)
+        self._store(torch.where(count > 0, rates, 0), merged, spread)
+
+    def _store(self, rates: Tensor, means: Tensor, variances: Tensor) -> None:
+        """Apply the merged updates; shapes (calls, channels of all layers)."""
+        now, updated = (torch.cat([torch.stack(pair) for pair in pairs], 1) for pairs in self._now_and_before())
+        for rate, mean, variance in zip(rates, means, variances, strict=True):
+            updated = (1 - rate) * updated + torch.stack([mean, variance])
+        alike = (_largest(now) == -_largest(-now)).all(0)
+        merged = torch.where(alike, now, updated)
+        for each, part in zip(self._layers, merged.split([each.mean.numel() for each in self._layers], 1), strict=True):
+            each.mean.copy_(part[0])
+            each.variance.copy_(part[1])
+
+    def _now_and_before(self) -> tuple[list[_Pair], list[_Pair]]:
+        return [each.now() for each in self._layers], [each.before() for each in self._layers]
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """The running statistics of one layer, shape (channels,).
+
+    Attributes:
+        calls: Calls in train mode since the last merge: values per channel, and the statistics before the call.
+    """
+
+    layer: nn.Module
+    mean: Tensor
+    variance: Tensor
+    calls: list[tuple[int, _Pair]] = field(default_factory=list)
+
+    def now(self) -> _Pair:
+        """Current running mean and variance, float64."""
+        return self.mean.to(torch.float64, copy=True), self.variance.to(torch.float64, copy=True)
+
+    def before(self) -> _Pair:
+        """Running mean and variance before the first call."""
+        return self.calls[0][1] if self.calls else self.now()
+
+    def note(self, module: nn.Module, inputs: Any) -> None:
+        """Forward pre-hook of the layer; an empty batch is not recorded."""
+        values = sum(tensor.numel() // tensor.shape[1] for tensor in tensors_of(list(inputs))[:1])
+        if module.training and values:
+            self.calls.append((values, self.now()))
+
+    def updates(self, most: int) -> Tensor:
+        """The updates of the calls, float64 of shape (5, most, channels); 0 for calls that did not happen.
+
+        The five rows: number of values; weight times batch mean; weight times batch variance; weight; and whether the
+        variance includes the spread between the means, which is so for all but instance norms.
+        """
+        calls = self.calls
+        if calls and not isinstance(self.layer, _BatchNorm):
+            calls = [(sum(values for values, _ in calls), calls[0][1])]
+        found = torch.zeros(5, most, self.mean.numel(), dtype=torch.float64, device=self.mean.device)
+        found[3] = torch.tensor(self._rates(most), dtype=torch.float64, device=self.mean.device).unsqueeze(1)
+        found[4] = not isinstance(self.layer, _InstanceNorm)
+        after = [*(before for _, before in calls[1:]), self.now()]
+        for number, (values, before) in enumerate(calls):
+            found[0, number] = values
+            found[1:3, number] = torch.stack(after[number]) - (1 - found[3, number]) * torch.stack(before)
+        return found
+
+    def _rates(self, most: int) -> list[float]:
+        """Weights of the batches in the running statistics, in the order of the calls."""
+        if not isinstance(self.layer, _BatchNorm):
+            return [1.0] * most
+        if self.layer.momentum is not None:
+            return [float(self.layer.momentum)] * most
+        counted = 0 if self.layer.num_batches_tracked is None else int(self.layer.num_batches_tracked)
+        first = counted - len(self.calls) + 1
+        return [1 / max(1, first + number) for number in range(most)]
+
+
+def _statistics_of(model: nn.Module) -> list[_Statistics]:
+    found = []
+    for layer in model.modules():
+        mean, variance = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
+        if isinstance(mean, Tensor) and isinstance(variance, Tensor):
+            found.append(_Statistics(layer, mean, variance))
+    return found
+
+
+def _counters_of(model: nn.Module) -> list[Tensor]:
+    found = [getattr(layer, "num_batches_tracked", None) for layer in model.modules()]
+    return [counter for counter in found if isinstance(counter, Tensor)]
+
+
+def _sum(values: Tensor) -> Tensor:
+    total = values.clone()
+    distributed.all_reduce(total)
+    return total
+
+
+def _largest(values: Tensor) -> Tensor:
+    largest = values.clone()
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    return largest

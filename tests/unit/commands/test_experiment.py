@@ -1,0 +1,251 @@
+"""A proof: which arms there are, what they see, and what is concluded."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bnprobe.analysis.comparison import AS_IS, CONTROL, CONTROL_RECALIBRATED, RECALIBRATED
+from bnprobe.commands.experiment import Subject, best_candidate, prove
+from bnprobe.commands.held_out import HeldOut
+from bnprobe.config.spec import OptimizerSpec, RepairSpec, TrainSpec
+from bnprobe.errors import UsageError
+from bnprobe.loading.data import as_batch_source
+from bnprobe.loading.optimizer import load_optimizer
+from bnprobe.nn import BatchRenorm1d
+from bnprobe.records import Plan, Proof, Run, Score, TrainingStep
+from bnprobe.repairs import plan
+from bnprobe.training import StateFolder
+
+CPU = torch.device("cpu")
+Batch = tuple[Tensor, Tensor]
+
+
+class Net(nn.Module):
+    """One BN layer; remembers the images that it was trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.bn, self.drop, self.head = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.drop(self.bn(self.hidden(x))).relu())
+        return out
+
+
+def batches(seed: int, count: int, size: int = 4) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.randn(size, 4, generator=generator) for _ in range(count)]
+    return [(x, (x[:, 0] > 0).long()) for x in images]
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def metric(model: nn.Module, batch: Batch) -> Tensor:
+    return (model(batch[0]).argmax(1) == batch[1]).float().mean()
+
+
+def renew(model: nn.Module) -> None:
+    model.bn.running_mean.fill_(0.25)
+
+
+def subject(steps: int = 6, seeds: int = 2, **changes: Any) -> Subject:
+    torch.manual_seed(0)
+    model = Net()
+    start = copy.deepcopy(model)
+    start.bn.running_mean.fill_(0.25)
+    held_out = HeldOut(batches(1, 8), loss, changes.pop("metric", metric), CPU, None)
+    proving, choosing = held_out.halves()
+    spec = OptimizerSpec(target="SGD", args={"lr": 0.1})
+    found = Subject(
+        model=model,
+        start=start,
+        recalibrated=("bn",),
+        renew=renew,
+        training=as_batch_source(batches(2, 12), 4),
+        choosing=choosing,
+        proving=proving,
+        loss=loss,
+        device=CPU,
+        autocast=None,
+        seed=3,
+        train=TrainSpec(steps=steps),
+        repair=RepairSpec(seeds=seeds),
+        make_optimizer=load_optimizer(spec),
+        make_schedule=None,
+    )
+    return replace(found, **changes)
+
+
+def planned(given: Subject, to: str = "batch-renorm") -> Plan:
+    return plan(given.model, {"bn": "flagged"}, to, "a test")
+
+
+def test_the_arms_are_the_model_its_controls_and_the_repair() -> None:
+    given = subject()
+    proof = prove(given, [planned(given)]).proof
+    assert [(arm.name, arm.trained, len(arm.runs)) for arm in proof.arms] == [
+        (AS_IS, False, 1),
+        (RECALIBRATED, False, 1),
+        (CONTROL, True, 2),
+        (CONTROL_RECALIBRATED, True, 2),
+        ("batch-renorm", True, 2),
+    ]
+    assert proof.repaired == "batch-renorm"
+    assert (proof.images_choosing, proof.images_proving) == (16, 16)
+    assert [run.seed for run in proof.arms[2].runs] == [3, 4]
+    scores = {arm.name: arm.metric.mean for arm in proof.arms if arm.metric}
+    assert scores[proof.control] == max(scores[CONTROL], scores[CONTROL_RECALIBRATED])
+
+
+def test_plain_bn_has_the_momentum_that_it_is_held_against() -> None:
+    momenta: dict[str, set[float]] = {}
+
+    def watched(model: nn.Module, batch: Batch) -> Tensor:
+        if torch.is_grad_enabled():
+            kind = type(model.bn).__name__
+            momenta.setdefault(kind, set()).add(model.bn.momentum)
+        return loss(model, batch)
+
+    given = subject(loss=watched, seeds=1)
+    prove(given, [planned(given)])
+    assert momenta == {"BatchNorm1d": {0.01}, "BatchRenorm1d": {0.01}}
+    assert given.start.bn.momentum == 0.1
+
+
+def test_a_recalibrated_control_is_the_trained_one_with_other_statistics() -> None:
+    given = subject(seeds=1)
+    seen: list[dict[str, Tensor]] = []
+    given = replace(given, renew=lambda model: seen.append(copy.deepcopy(model.state_dict())))
+    proof = prove(given, [planned(given)]).proof
+    assert len(seen) == 1
+    assert not torch.equal(seen[0]["hidden.weight"], given.start.hidden.weight)
+    scores = [arm.runs[0].score for arm in proof.arms if arm.name in (CONTROL, CONTROL_RECALIBRATED)]
+    assert scores[0] == scores[1]  # nothing was changed here
+
+
+def test_every_trained_arm_sees_the_same_images_in_the_same_order() -> None:
+    seen: dict[tuple[str, int], list[Tensor]] = {}
+    running: list[tuple[str, int]] = []
+
+    def watched(model: nn.Module, batch: Batch) -> Tensor:
+        if torch.is_grad_enabled():
+            current.append(batch[0])
+        return loss(model, batch)
+
+    current: list[Tensor] = []
+
+    def on_step(step: TrainingStep) -> None:
+        seen.setdefault((step.arm, step.seed), []).extend(current)
+        current.clear()
+        running.append((step.arm, step.seed))
+
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(*map(torch.cat, zip(*batches(2, 12), strict=True))), batch_size=4, shuffle=True
+    )
+    given = subject(loss=watched, training=as_batch_source(loader, 4))
+    prove(given, [planned(given)], on_step=on_step)
+    for seed in (3, 4):
+        ours, control = (torch.cat(seen[name, seed]) for name in ("batch-renorm", CONTROL))
+        assert torch.equal(ours, control)
+    assert not torch.equal(torch.cat(seen[CONTROL, 3]), torch.cat(seen[CONTROL, 4]))
+
+
+def test_the_model_and_the_start_are_left_alone() -> None:
+    given = subject()
+    before = [copy.deepcopy(model.state_dict()) for model in (given.model, given.start)]
+    prove(given, [planned(given)])
+    for model, state in zip((given.model, given.start), before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert type(model.bn) is nn.BatchNorm1d
+
+
+def test_the_repaired_model_is_that_of_the_first_seed_with_the_weights_that_were_scored() -> None:
+    given = subject()
+    proven = prove(given, [planned(given)])
+    assert isinstance(proven.model.bn, BatchRenorm1d)
+    run = proven.proof.arms[-1].runs[0]
+    assert given.proving.score(proven.model) == run.score
+
+
+def test_without_training_nothing_is_compared() -> None:
+    given = subject(training=None)
+    proof = prove(given, [planned(given)]).proof
+    assert [arm.name for arm in proof.arms] == [AS_IS, RECALIBRATED, "batch-renorm"]
+    assert (proof.control, proof.gain, proof.conclusion) == (None, None, "not_compared")
+
+
+def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
+    given = subject()
+    folder = StateFolder.open(tmp_path / "state", {}, resume=False)
+    first = prove(given, [planned(given)], folder=folder)
+    steps: list[TrainingStep] = []
+    again = prove(given, [planned(given)], folder=folder, on_step=steps.append)
+    assert steps == []
+    assert _scores(again.proof) == _scores(first.proof)
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
+
+
+def test_the_best_candidate_is_chosen_on_a_fifth_of_the_run() -> None:
+    given = subject(steps=20)
+    steps: list[TrainingStep] = []
+    plans = [planned(given, to) for to in ("batch-renorm", "frozen")]
+    chosen, sentence = best_candidate(given, plans, on_step=steps.append)
+    assert {(step.arm, step.steps) for step in steps} == {("try batch-renorm", 4), ("try frozen", 4)}
+    assert sentence.startswith(f"--to auto chose {chosen.to} by the metric after a fifth of the run: batch-renorm ")
+
+
+def test_one_batch_cannot_choose() -> None:
+    given = subject()
+    with pytest.raises(UsageError, match="at least two held-out batches"):
+        best_candidate(replace(given, choosing=replace(given.choosing, batches=())), [planned(given)])
+
+
+@pytest.mark.parametrize(
+    ("ours", "control", "goal", "conclusion", "gain"),
+    [
+        ([0.9, 0.92, 0.88], [0.8, 0.81, 0.79], "max", "better", 0.1),
+        ([0.8, 0.81, 0.79], [0.9, 0.92, 0.88], "max", "worse", -0.1),
+        ([0.8, 0.81, 0.79], [0.9, 0.92, 0.88], "min", "better", 0.1),
+        ([0.9, 0.8, 0.85], [0.8, 0.9, 0.85], "max", "same", 0.0),
+        ([0.9], [0.8], "max", "undecided", 0.1),
+        ([0.9, 0.8], [0.8, 0.7], "max", "undecided", 0.1),  # the same difference twice is no certainty
+        ([0.9], [0.9], "max", "same", 0.0),
+        ([0.9, None], [0.8, 0.8], "max", "not_compared", None),
+    ],
+)
+def test_what_is_concluded(
+    monkeypatch: pytest.MonkeyPatch,
+    ours: list[float | None],
+    control: list[float],
+    goal: str,
+    conclusion: str,
+    gain: float | None,
+) -> None:
+    """Training itself stands aside: its scores are given."""
+    scores = {"batch-renorm": list(ours), CONTROL: list(control)}
+
+    def run(given: Subject, name: str, made: Plan | None, seed: int, *others: Any) -> tuple[Run, nn.Module]:
+        score = Score(None, scores[name][seed - given.seed])
+        return Run(seed, 6, 6, score, "finished", "", 0.0), given.start
+
+    monkeypatch.setattr("bnprobe.commands.experiment._run", run)
+    given = subject(seeds=len(ours))
+    given = replace(given, renew=None, repair=given.repair.model_copy(update={"goal": goal}))
+    proof = prove(given, [planned(given)]).proof
+    assert proof.conclusion == conclusion
+    assert (proof.gain.mean if proof.gain else None) == pytest.approx(gain)
+    assert "batch-renorm" in proof.message or gain is None
+
+
+def _scores(proof: Proof) -> list[list[Score]]:
+    return [[run.score for run in arm.runs] for arm in proof.arms]

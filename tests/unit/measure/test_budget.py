@@ -1,0 +1,200 @@
+"""How many micro-batches are measured, and what is said about those that are not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from bnprobe.commands.scan import scan
+from bnprobe.errors import DataError
+from bnprobe.records import Report
+from support.networks import Flat, Residual, images, unsettled
+
+
+def settled(n: int) -> nn.Module:
+    """A layer whose running statistics are exact for standard-normal data."""
+    return nn.BatchNorm1d(n)
+
+
+def endless(size: int, features: int, seed: int = 0) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randn(size, features, generator=generator)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 5, 37])
+@pytest.mark.parametrize("emulate", [True, False])
+def test_exactly_as_many_as_asked_for(batches: int, emulate: bool) -> None:
+    report = scan(unsettled(Flat()), endless(4, 6), 4, num_batches=batches, emulate=emulate)
+    described = report.scan
+    assert (described.batches, described.batches_requested, described.images) == (batches, batches, 4 * batches)
+    assert (described.stopped, described.partial, described.left_out) == ("requested", False, 0)
+    assert sum(report.layers[0].train.r.histogram.counts) == 8 * batches
+    assert sum(report.layers[0].eval.r.histogram.counts) == 8 * batches
+
+
+def test_no_batch_more_is_drawn_than_asked_for() -> None:
+    drawn: list[int] = []
+
+    def counting() -> Iterator[Tensor]:
+        for index, batch in enumerate(endless(4, 6)):
+            drawn.append(index)
+            yield batch
+
+    scan(unsettled(Flat()), counting(), 4, num_batches=37)
+    assert len(drawn) == 37
+
+
+@pytest.mark.parametrize("there", [2, 3, 20])
+def test_data_that_ends_early(there: int) -> None:
+    report = scan(unsettled(Flat()), images(there, 4, 6), 4, num_batches=40)
+    assert (report.scan.stopped, report.scan.batches, report.scan.batches_requested) == ("data_exhausted", there, 40)
+
+
+def test_a_single_batch_leaves_everything_undecided() -> None:
+    report = scan(unsettled(Flat()), images(1, 4, 6), 4)
+    assert (report.scan.stopped, report.scan.batches) == ("data_exhausted", 1)
+    for layer in report.layers:
+        assert layer.train.interval == layer.eval.interval == (0.0, None)
+        assert layer.train.equivalent_batch_size_interval == (1.0, None)
+        assert (layer.flagged, layer.undecided) == (False, True)
+    assert report.summary.undecided == 2
+
+
+def test_clear_cases_are_decided_at_the_first_look() -> None:
+    report = scan(unsettled(Flat()), endless(2, 6), 2)
+    assert (report.scan.stopped, report.scan.batches) == ("decided", 16)
+    assert all(layer.flagged for layer in report.layers)
+    clean = scan(settled(6), endless(256, 6), 256)
+    assert (clean.scan.stopped, clean.scan.batches) == ("decided", 16)
+    assert (clean.summary.flagged, clean.summary.undecided) == (0, 0)
+
+
+def test_a_layer_on_the_threshold_draws_up_to_the_budget() -> None:
+    report = scan(settled(6), endless(32, 6), 32, max_batches=50, thresholds={"*": 32.0})
+    assert (report.scan.stopped, report.scan.batches, report.scan.batches_requested) == ("max_batches", 50, None)
+    assert report.layers[0].undecided
+    low, high = report.layers[0].eval.interval
+    assert low < 0.0473 < high
+
+
+def test_a_layer_near_the_threshold_draws_until_it_is_decided() -> None:
+    report = scan(settled(6), endless(28, 6), 28, max_batches=4096)
+    assert report.scan.stopped == "decided"
+    assert report.scan.batches in {32, 64, 128, 256, 512, 1024}
+    assert report.layers[0].flagged
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+def test_a_partial_last_batch_is_left_out_and_counted(emulate: bool) -> None:
+    model, data = unsettled(Flat()), [*images(5, 4, 6), torch.randn(3, 6)]
+    report = scan(model, data, 4, num_batches=10, emulate=emulate)
+    assert (report.scan.batches, report.scan.left_out, report.scan.stopped) == (5, 3, "data_exhausted")
+    assert report.layers == scan(model, data[:5], 4, num_batches=5, emulate=emulate).layers
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 8], [4, 3, 4], [8], [3, 4], [4, 2, 2]], ids=str)
+def test_batches_of_another_size_are_refused(sizes: list[int]) -> None:
+    data = [torch.randn(size, 6) for size in sizes]
+    odd = next(index for index, size in enumerate(sizes) if size != 4)
+    with pytest.raises(DataError, match=rf"Micro-batch {odd + 1} has {sizes[odd]} images, but the batch size is 4"):
+        scan(unsettled(Flat()), data, 4)
+
+
+def test_a_single_batch_that_is_too_small() -> None:
+    with pytest.raises(DataError, match="a single batch, of size 3, which is below the batch size of 4"):
+        scan(unsettled(Flat()), [torch.randn(3, 6)], 4)
+
+
+@pytest.mark.parametrize("data", [[], iter([]), (x for x in ())], ids=["list", "iterator", "generator"])
+def test_no_batch_at_all(data: Any) -> None:
+    with pytest.raises(DataError, match="empty"):
+        scan(unsettled(Flat()), data, 4)
+
+
+def test_an_infinite_loader_of_equal_batches_ends() -> None:
+    report = scan(unsettled(Flat()), itertools.repeat(torch.randn(4, 6)), 4)
+    assert report.scan.stopped in {"decided", "max_batches"}
+
+
+def test_progress_is_told() -> None:
+    told: list[tuple[int, int]] = []
+    scan(unsettled(Flat()), endless(4, 6), 4, num_batches=40, physical_batch=40, progress=lambda *at: told.append(at))
+    assert told == [(0, 40), (10, 40), (20, 40), (30, 40), (40, 40)]
+
+
+# ---- reproducible
+
+
+def without_time(report: Report) -> Report:
+    passes = tuple(replace(extra, seconds=0.0) for extra in report.scan.passes)
+    return replace(report, scan=replace(report.scan, seconds=0.0, passes=passes))
+
+
+class Noisy(Residual):
+    """Dropout, so that the train path draws random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(x, 0.3, self.training))
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+def test_the_same_seed_gives_the_same_report(emulate: bool) -> None:
+    model = unsettled(Noisy())
+    data = TensorDataset(torch.randn(50, 3, 5, 5), torch.randint(0, 3, (50,)))
+
+    def run(seed: int) -> Report:
+        loader = DataLoader(data, batch_size=8, shuffle=True)
+        return without_time(scan(model, loader, 2, num_batches=20, seed=seed, emulate=emulate))
+
+    first = run(5)
+    torch.rand(7)  # what was drawn before does not matter
+    assert run(5) == first
+    assert run(6).layers != first.layers
+
+
+# ---- every batch size from one pass
+
+
+@pytest.mark.parametrize("physical", [None, 4, 6])
+def test_all_batch_sizes_on_the_eval_path(physical: int | None) -> None:
+    """Also where a physical batch holds fewer images than the largest size."""
+    model = unsettled(Residual())
+    data = TensorDataset(torch.randn(56, 3, 5, 5))
+    sizes = (1, 2, 4, 8)
+    together = scan(model, DataLoader(data), 2, num_batches=28, batch_sizes=sizes, physical_batch=physical)
+    assert together.scan.physical_batch == (physical or 32)
+    for size in sizes:
+        alone = scan(model, DataLoader(data), size, num_batches=56 // size)
+        for layer, expected in zip(together.layers, alone.layers, strict=True):
+            (point,) = [point for point in layer.batch_sizes if point.batch_size == size]
+            assert point.batches == 56 // size
+            assert point.mismatch == pytest.approx(expected.eval.mismatch, rel=1e-4)
+            assert point.interval == pytest.approx(expected.eval.interval, rel=1e-3)
+            assert point.equivalent_batch_size == pytest.approx(expected.eval.equivalent_batch_size, rel=1e-3)
+
+
+def test_the_largest_size_gets_enough_batches_before_the_scan_stops() -> None:
+    report = scan(unsettled(Flat()), endless(2, 6), 2, batch_sizes=(1, 16))
+    assert report.scan.stopped == "decided"
+    assert report.layers[0].batch_sizes[-1].batches >= 8
+
+
+def test_figures_of_other_sizes_do_not_mix_in_what_ran_for_real() -> None:
+    """Data that turns out in mid-scan to be impossible to join: later micro-batches say nothing of other sizes."""
+    data = [*images(16, 2, 3, 5, 5), *(torch.randn(2, 3, side, side) for side in (6, 7) * 4)]
+    model = unsettled(Residual())
+    report = scan(model, data, 2, num_batches=24, batch_sizes=(1, 4), physical_batch=16)
+    assert report.scan.batches == 24
+    expected = scan(model, [torch.cat(data[i : i + 2]) for i in range(0, 16, 2)], 4, num_batches=8)
+    for layer, other in zip(report.layers, expected.layers, strict=True):
+        assert [point.batch_size for point in layer.batch_sizes] == [1, 4]
+        assert layer.batch_sizes[1].batches == 8
+        assert layer.batch_sizes[1].mismatch == pytest.approx(other.eval.mismatch, rel=1e-4)

@@ -1,0 +1,218 @@
+"""Micro-batches that run together give what real ones give, or are not run together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bnprobe.commands.scan import scan
+from bnprobe.records import Report
+from support.compare import assert_same_figures
+from support.networks import (
+    BatchAttention,
+    Dense,
+    Flat,
+    FunctionalNorm,
+    Gan,
+    InvertedBottleneck,
+    MinibatchStd,
+    Residual,
+    Shuffle,
+    Siamese,
+    UNet,
+    Video,
+    images,
+    unsettled,
+)
+from support.reference import measure
+
+
+def gan_batches(count: int, size: int) -> list[dict[str, Tensor]]:
+    pairs = zip(images(count, size, 3, 3, 3), images(count, size, 5, seed=3), strict=True)
+    return [{"real": real, "noise": noise} for real, noise in pairs]
+
+
+SHAPES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], list[Any]], dict[str, Any]]] = {
+    "flat": (Flat, lambda k, n: images(k, n, 6), {}),
+    "residual": (Residual, lambda k, n: images(k, n, 3, 6, 6), {}),
+    "dense": (Dense, lambda k, n: images(k, n, 3, 6, 6), {}),
+    "inverted bottleneck": (InvertedBottleneck, lambda k, n: images(k, n, 3, 6, 6), {}),
+    "u-net": (UNet, lambda k, n: images(k, n, 3, 8, 8), {}),
+    "video, clip by clip": (lambda: Video(False), lambda k, n: images(k, n, 5, 3, 4, 4), {}),
+    "video, frame by frame": (lambda: Video(True), lambda k, n: images(k, n, 5, 3, 4, 4), {}),
+    "siamese, two calls": (lambda: Siamese(False), lambda k, n: images(k, n, 2, 3, 6, 6), {}),
+    "siamese, one batch": (lambda: Siamese(True), lambda k, n: images(k, n, 2, 3, 6, 6), {}),
+    "gan": (Gan, gan_batches, {"forward": Gan.step}),
+}
+
+
+def both(model: nn.Module, data: list[Any], size: int, **options: Any) -> tuple[Report, Report]:
+    options.setdefault("num_batches", len(data))
+    together = scan(model, data, size, **options)
+    return together, scan(model, data, size, emulate=False, **options)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_emulation_equals_the_real_loop(shape: str, size: int) -> None:
+    make, batches, options = SHAPES[shape]
+    together, real = both(unsettled(make()), batches(9, size), size, **options)
+    assert together.scan.emulated, together.scan.emulation
+    assert together.scan.physical_batch == 9 * size
+    assert together.scan.self_check.passed
+    assert not real.scan.emulated
+    assert real.scan.physical_batch == size
+    assert_same_figures(together, real, rel=1e-4)
+
+
+@pytest.mark.parametrize("physical", [2, 4, 6, 100])
+def test_any_physical_batch_gives_the_same(physical: int) -> None:
+    model, data = unsettled(Residual()), images(7, 2, 3, 6, 6)
+    report = scan(model, data, 2, num_batches=7, physical_batch=physical)
+    assert report.scan.physical_batch == min(physical, 14)
+    assert report.scan.emulated == (physical > 2)
+    assert_same_figures(report, scan(model, data, 2, num_batches=7, emulate=False), rel=1e-4)
+
+
+MIXING: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "spread over the batch": (MinibatchStd, (3, 5, 5)),
+    "attention over the batch": (BatchAttention, (6,)),
+    "batch norm outside a layer": (FunctionalNorm, (6,)),
+    "shuffled batch": (Shuffle, (6,)),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_model_that_mixes_images_runs_real_micro_batches(name: str) -> None:
+    make, shape = MIXING[name]
+    report, real = both(unsettled(make()), images(8, 4, *shape), 4)
+    assert not report.scan.emulated
+    assert report.scan.physical_batch == 4
+    assert "mixes the samples" in report.scan.emulation
+    assert not report.scan.self_check.passed
+    assert max(report.scan.self_check.output_error, report.scan.self_check.statistic_error) > 0.01
+    assert report.layers == real.layers
+    assert report.summary == real.summary
+
+
+class MixesOnOnePath(nn.Module):
+    """Subtracts the mean over the batch in one of the two modes only."""
+
+    def __init__(self, training: bool) -> None:
+        super().__init__()
+        self.when = training
+        self.first, self.second = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.second(x - x.mean(0) if self.training == self.when else x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mixing_in_one_mode_only_is_caught(training: bool) -> None:
+    report, real = both(unsettled(MixesOnOnePath(training)), images(8, 4, 6), 4)
+    assert not report.scan.emulated
+    assert report.layers == real.layers
+
+
+def test_dropout_is_no_mixing() -> None:
+    model = nn.Sequential(unsettled(nn.BatchNorm1d(6)), nn.Dropout(0.5), nn.BatchNorm1d(6))
+    report = scan(model, images(8, 4, 6), 4, num_batches=8)
+    assert report.scan.emulated
+    assert report.scan.self_check.passed
+
+
+def test_the_check_names_the_first_layer_behind_the_mixing() -> None:
+    report = scan(unsettled(MinibatchStd()), images(8, 4, 3, 5, 5), 4, num_batches=8)
+    assert report.scan.self_check.first_layer == "second.1"
+
+
+def test_a_random_forward_pass_cannot_be_checked() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x + torch.randn_like(x))
+
+    report = scan(Noisy(), images(8, 4, 6), 4, num_batches=8)
+    assert not report.scan.emulated
+    assert "random" in report.scan.emulation
+    assert report.scan.batches == 8
+
+
+def test_images_of_different_size() -> None:
+    data = [torch.randn(2, 3, size, size) for size in (5, 6, 5, 7)]
+    report, real = both(unsettled(Residual()), data, 2)
+    assert not report.scan.emulated
+    assert "differ in size" in report.scan.emulation
+    assert report.layers == real.layers
+
+
+def test_images_of_different_size_later_in_the_data() -> None:
+    data = [torch.randn(2, 3, size, size) for size in (5, 5, 5, 5, 6, 7)]
+    report, real = both(unsettled(Residual()), data, 2, physical_batch=4)
+    assert "differ in size" in report.scan.emulation
+    assert report.scan.batches == 6
+    assert_same_figures(report, real, rel=1e-4)
+
+
+class Boxes:
+    """A batch object that only its own library can take apart."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def to(self, device: torch.device) -> Boxes:
+        return Boxes(self.x.to(device))
+
+
+def test_batch_objects_that_cannot_be_joined() -> None:
+    data = [Boxes(x) for x in images(5, 2, 3, 6, 6)]
+    model = unsettled(Residual())
+    report = scan(model, data, 2, num_batches=5, forward=lambda model, batch: model(batch.x))
+    plain = scan(model, images(5, 2, 3, 6, 6), 2, num_batches=5, emulate=False)
+    assert not report.scan.emulated
+    assert "Boxes" in report.scan.emulation
+    assert report.layers == plain.layers
+
+
+class Regions(nn.Module):
+    """A head whose rows are not images: as many as there are positive pixels."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.rows, self.image = nn.BatchNorm1d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        picked = x.permute(0, 2, 3, 1).flatten(0, 2)[:-1]
+        parts = [lambda: self.rows(picked).mean(), lambda: self.image(x).mean()]
+        return sum(part() for part in (parts if self.first else parts[::-1]))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rows_that_are_no_images(first: bool) -> None:
+    model, data = unsettled(Regions(first)), images(6, 2, 3, 4, 4)
+    report = scan(model, data, 2, num_batches=6)
+    assert not report.scan.emulated
+    assert "31 rows" in report.scan.emulation or "63 rows" in report.scan.emulation
+    reference = measure(model, data, "train")
+    for layer in report.layers:
+        (figures,) = reference.layer(layer.name)
+        expected = torch.tensor([row.mean() for row in figures.mismatch]).mean()
+        assert layer.values_per_channel == figures.values_per_channel
+        assert layer.train.mismatch == pytest.approx(float(expected), rel=1e-4)
+        assert layer.eval.mismatch == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_one_micro_batch_of_data_is_not_emulated() -> None:
+    report = scan(unsettled(Flat()), images(1, 4, 6), 4)
+    assert not report.scan.emulated
+    assert report.scan.self_check is None
+    assert "only one" in report.scan.emulation

@@ -1,0 +1,281 @@
+"""The model and the process come back bit-identical, whatever happened in between."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bnprobe.commands.scan import scan
+from bnprobe.errors import BnprobeError, DataError, NonFiniteError, UserCodeError
+from support.fingerprint import fingerprint
+from support.networks import Residual, images, unsettled
+
+DATA = images(6, 2, 3, 5, 5)
+
+
+def tricky() -> nn.Module:
+    """Signs of zero, NaN payloads, gradients, mixed flags, a hook, and attributes of every kind."""
+    model = unsettled(Residual())
+    model.bn1.running_mean[0] = -0.0
+    model.bn2.momentum = 0.07
+    model.register_buffer("spare", torch.tensor([float("nan"), -0.0, float("inf")]))
+    model.plain = torch.tensor([1.0, -0.0])
+    model.notes, model.table, model.names = ["a"], {"b": 1}, {"c"}
+    model.stem.weight.requires_grad_(False)
+    model.head.weight.grad = torch.full_like(model.head.weight, -0.0)
+    model.conv.register_forward_hook(lambda module, inputs, output: None)
+    model.eval()
+    model.bn2.train()
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _random_state() -> None:
+    random.seed(3)
+    np.random.seed(3)
+    torch.manual_seed(3)
+
+
+def assert_untouched(model: nn.Module, run: Callable[[], Any], error: type[BaseException] | None = None) -> Any:
+    before = fingerprint(model)
+    if error is None:
+        result = run()
+    else:
+        with pytest.raises(error) as caught:
+            run()
+        result = caught.value
+    after = fingerprint(model)
+    assert after.keys() == before.keys()
+    for name in before:
+        assert after[name] == before[name], name
+    return result
+
+
+def test_the_fingerprint_sees_what_it_should() -> None:
+    """Else the tests below could not fail."""
+    changes: list[Callable[[nn.Module], Any]] = [
+        lambda model: model.bn1.running_mean.abs_(),
+        lambda model: model.head.weight.data.add_(1e-7),
+        lambda model: setattr(model.head.weight, "grad", None),
+        lambda model: model.head.weight.grad.abs_(),
+        lambda model: model.stem.weight.requires_grad_(True),
+        lambda model: model.train(),
+        lambda model: setattr(model.bn2, "momentum", None),
+        lambda model: model.bn2.num_batches_tracked.add_(1),
+        lambda model: model.conv._forward_hooks.clear(),
+        lambda model: setattr(model, "more", 1),
+        lambda model: model.notes.append("x"),
+        lambda model: model.table.update(b=2),
+        lambda model: model.plain.abs_(),
+        lambda model: random.random(),
+        lambda model: np.random.rand(),
+        lambda model: torch.rand(1),
+    ]
+    for change in changes:
+        model = tricky()
+        before = fingerprint(model)
+        change(model)
+        assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"emulate": False}, {"autocast": "bfloat16"}, {"batch_sizes": (1, 4)}], ids=str
+)
+def test_after_a_scan(options: dict[str, Any]) -> None:
+    model = tricky()
+    report = assert_untouched(model, lambda: scan(model, DATA, 2, num_batches=6, **options))
+    assert report.scan.batches == 6
+
+
+def test_grad_mode_off_beforehand() -> None:
+    model = tricky()
+    with torch.no_grad():
+        assert_untouched(model, lambda: scan(model, DATA, 2, num_batches=6))
+
+
+def test_with_loss_and_metric_and_forward() -> None:
+    model = tricky()
+    functions = {
+        "forward": lambda model, batch: model(batch),
+        "loss": lambda model, batch: model(batch).square().mean(),
+        "metric": lambda model, batch: model(batch).mean(),
+    }
+    assert_untouched(model, lambda: scan(model, DATA, 2, num_batches=6, **functions))
+
+
+def loader(after: int, error: BaseException | None = None) -> Iterator[Tensor]:
+    yield from DATA[:after]
+    if error:
+        raise error
+    yield torch.full((2, 3, 5, 5), float("nan"))
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("emulate", [True, False])
+def test_an_exception_in_the_loader(after: int, emulate: bool) -> None:
+    model = tricky()
+    data = loader(after, ZeroDivisionError("oops"))
+    run = partial(scan, model, data, 2, num_batches=6, emulate=emulate)
+    error = assert_untouched(model, run, UserCodeError)
+    assert "oops" in str(error)
+    assert isinstance(error.error, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_bad_batch(after: int) -> None:
+    model = tricky()
+    error = assert_untouched(model, lambda: scan(model, loader(after), 2, num_batches=6, emulate=False), DataError)
+    assert f"Micro-batch {after + 1} " in str(error)
+
+
+class Failing(Residual):
+    """Raises in its n-th forward pass, halfway through."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        super().__init__()
+        self.at, self.error, self.passes = at, error, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        x = self.bn1(self.stem(x)).relu()
+        if self.passes == self.at:
+            raise self.error
+        return self.head(self.bn2(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("at", [1, 2, 6, 9])
+@pytest.mark.parametrize("emulate", [True, False])
+def test_an_exception_in_forward(at: int, emulate: bool) -> None:
+    model = unsettled(Failing(at, RuntimeError("my layer")))
+    run = partial(scan, model, DATA, 2, num_batches=6, emulate=emulate, physical_batch=4)
+    error = assert_untouched(model, run, UserCodeError)
+    assert "my layer" in str(error)
+    assert "test_preserve.py" in error.frames
+
+
+def test_ctrl_c_in_the_loader_gives_what_was_measured() -> None:
+    model = tricky()
+    data = loader(4, KeyboardInterrupt())
+    report = assert_untouched(model, lambda: scan(model, data, 2, num_batches=6, emulate=False))
+    assert (report.scan.stopped, report.scan.partial, report.scan.batches) == ("interrupted", True, 4)
+    expected = scan(model, DATA[:4], 2, num_batches=4, emulate=False)
+    assert report.layers == tuple(replace(layer, impact=None) for layer in expected.layers)
+    assert report.summary == expected.summary
+
+
+def test_ctrl_c_in_forward_counts_whole_micro_batches_only() -> None:
+    model = unsettled(Failing(8, KeyboardInterrupt()))  # the fourth micro-batch's eval path
+    report = assert_untouched(model, lambda: scan(model, DATA, 2, num_batches=6, emulate=False))
+    assert (report.scan.stopped, report.scan.partial, report.scan.batches) == ("interrupted", True, 3)
+    expected = scan(unsettled(_same_weights(model)), DATA[:3], 2, num_batches=3, emulate=False)
+    assert report.layers == tuple(replace(layer, impact=None) for layer in expected.layers)
+    assert report.summary == expected.summary
+
+
+def _same_weights(model: nn.Module) -> nn.Module:
+    twin = Failing(-1, KeyboardInterrupt())
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+def test_ctrl_c_before_anything_was_measured_passes_on(emulate: bool) -> None:
+    model = tricky()
+    data = loader(0, KeyboardInterrupt())
+    assert_untouched(model, lambda: scan(model, data, 2, emulate=emulate), KeyboardInterrupt)
+    failing = unsettled(Failing(2, KeyboardInterrupt()))
+    assert_untouched(failing, lambda: scan(failing, DATA, 2, emulate=emulate), KeyboardInterrupt)
+
+
+def test_refused_before_it_starts() -> None:
+    model = tricky()
+    model.bn1.running_var[0] = float("nan")
+    assert_untouched(model, lambda: scan(model, DATA, 2), NonFiniteError)
+    assert_untouched(model, lambda: scan(model, DATA, 2, device="nowhere"), BnprobeError)
+
+
+class Restless(Residual):
+    """Changes itself in every way in every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("signed", torch.tensor([-0.0, 0.0]))
+        self.head.weight.grad = torch.ones_like(self.head.weight)
+        self.head.bias.grad = torch.ones_like(self.head.bias)
+        self.plain = torch.zeros(3)
+        self.log: list[float] = []
+        self.table: dict[str, int] = {}
+        self.seen: set[int] = set()
+        self.nested: dict[str, list[int]] = {"a": []}
+        self.bank = ([torch.zeros(2)], deque([1], maxlen=3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        self.replaced = self.replaced + 1
+        self.signed.abs_()
+        self.head.weight.grad = None
+        self.head.bias.grad.zero_()
+        self.plain.add_(1)
+        self.log.append(float(self.steps))
+        self.table["steps"] = len(self.log)
+        self.seen.add(len(self.log))
+        self.nested["a"].append(1)
+        self.bank[0][0].add_(1)
+        self.bank[1].append(2)
+        self.brand_new = x
+        self.head.weight.data.mul_(1.0001)
+        self.head.bias.data = self.head.bias.data + 0.001
+        self.bn1.momentum = 0.5
+        self.bn1.running_var.mul_(1.01)
+        self.conv.weight.requires_grad_(False)
+        self.conv.added = nn.Identity()
+        self.stem.register_forward_hook(lambda module, inputs, output: None)
+        self.stem.weight = nn.Parameter(self.stem.weight.detach().clone())
+        return super().forward(x)
+
+
+def test_a_model_that_changes_itself() -> None:
+    model = unsettled(Restless())
+    assert_untouched(model, lambda: scan(model, DATA, 2, num_batches=6))
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["parametrization", "hook"])
+def test_spectral_norm(new: bool) -> None:
+    model = unsettled(Residual())
+    wrap = torch.nn.utils.parametrizations.spectral_norm if new else torch.nn.utils.spectral_norm
+    wrap(model.conv)
+    model(DATA[0])
+    assert_untouched(model, lambda: scan(model, DATA, 2, num_batches=6))
+
+
+def test_lazy_layers_stay_lazy() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.LazyConv2d(2, 1), nn.LazyBatchNorm2d())
+    assert_untouched(model, lambda: scan(model, DATA, 2, num_batches=6))
+    assert type(model[2]) is nn.LazyBatchNorm2d
+
+
+def test_tied_and_shared_parameters_stay_tied() -> None:
+    model = unsettled(Residual())
+    model.second = model.head
+    model.bn2.weight = model.bn1.weight
+    assert_untouched(model, lambda: scan(model, DATA, 2, num_batches=6))
+    assert model.bn2.weight is model.bn1.weight
+
+
+def test_cumulative_statistics_and_their_counter() -> None:
+    model = unsettled(Residual(momentum=None))
+    model.train()
+    model(DATA[0])
+    assert_untouched(model, lambda: scan(model, DATA, 2, num_batches=6))
+    assert int(model.bn1.num_batches_tracked) == 1

@@ -1,0 +1,296 @@
+"""Every remedy gives what really doing it to a copy of the model gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnprobe.errors import UsageError
+from bnprobe.measure.batch import join
+from bnprobe.measure.hooks import Pass, Recorded
+from bnprobe.measure.physical_batch import Batching
+from bnprobe.measure.population import Population, pick, steady_population
+from bnprobe.measure.restore import untouched
+from bnprobe.measure.session import UserFunctions
+from bnprobe.measure.what_if import what_if
+from bnprobe.records import Remedy, Score
+from support.fingerprint import fingerprint
+from support.networks import Dense, Flat, MinibatchStd, Residual, Siamese, images, unsettled
+from support.running import REAL, norms, running, twin_of
+
+SIZE = 4
+
+
+def labelled(count: int, *shape: int, seed: int = 2, shift: float = 0.0) -> list[Any]:
+    """Micro-batches whose images are sorted by brightness, with labels that follow from it, file names and a number."""
+    flat = torch.cat(images(count, SIZE, *shape, seed=seed)) + shift
+    flat = flat + torch.linspace(-1, 1, count * SIZE).reshape(-1, *[1] * len(shape))
+    labels = (flat.flatten(1).mean(1) > shift).long()
+    parts = zip(flat.split(SIZE), labels.split(SIZE), strict=True)
+    return [
+        {"x": x, "y": y, "names": [f"{k}-{i}" for i in range(SIZE)], "scale": 2.0} for k, (x, y) in enumerate(parts)
+    ]
+
+
+def forward(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch["x"] * batch["scale"])
+
+
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(forward(model, batch), batch["y"])
+
+
+def metric(model: nn.Module, batch: Any) -> float:
+    """No mean over images: that of a larger batch is another number."""
+    return float(forward(model, batch).max())
+
+
+FUNCTIONS = UserFunctions(forward, loss, metric)
+
+
+def scored(model: nn.Module, batches: Sequence[Any]) -> Score:
+    with torch.no_grad():
+        values = [(float(loss(model, batch)), metric(model, batch)) for batch in batches]
+    return Score(*(sum(column) / len(values) for column in zip(*values, strict=True)))
+
+
+def close(score: Score | None, rel: float = 1e-4) -> Score:
+    assert score is not None
+    return Score(pytest.approx(score.loss, rel=rel), pytest.approx(score.metric, rel=rel))
+
+
+def recalibrated(model: nn.Module, batches: Sequence[Any]) -> nn.Module:
+    """All images as one batch, torch's own update with momentum 1: mean and unbiased variance of everything."""
+    twin = copy.deepcopy(model).train()
+    for module in twin.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    for norm in norms(twin):
+        norm.momentum = 1.0
+    with torch.no_grad():
+        forward(twin, join(list(batches)))
+    return twin.eval()
+
+
+def remedies(
+    model: nn.Module, training: Sequence[Any], evaluation: Sequence[Any], at_once: int = 99, emulate: bool = True
+) -> dict[str, Remedy]:
+    with running(model, evaluation, SIZE, FUNCTIONS) as (session, emulation):
+        found = what_if(session, training, evaluation, Batching(SIZE, emulation if emulate else REAL, at_once))
+    return {remedy.name: remedy for remedy in found}
+
+
+SHAPES: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    "flat": (Flat, (6,)),
+    "residual": (Residual, (3, 6, 6)),
+    "dense": (Dense, (3, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_remedies_agree_with_really_doing_it(name: str) -> None:
+    make, shape = SHAPES[name]
+    model, training, evaluation = unsettled(make()), labelled(10, *shape), labelled(8, *shape, seed=5, shift=1)
+    found = remedies(model, training, evaluation)
+    assert list(found) == [
+        "recalibrated",
+        "evaluation statistics",
+        "batch statistics",
+        "batch statistics, batches of 16",
+    ]
+    before = scored(twin_of(model), evaluation)
+    everything = range(len(norms(model)))
+    names = tuple(name for name, module in model.named_modules() if module in norms(model))
+    assert {remedy.before for remedy in found.values()} == {found["recalibrated"].before}
+    assert found["recalibrated"].before == close(before)
+    assert found["recalibrated"].after == close(scored(recalibrated(model, training), evaluation))
+    assert found["evaluation statistics"].after == close(scored(recalibrated(model, evaluation), evaluation))
+    assert found["batch statistics"].after == close(scored(twin_of(model, *everything), evaluation))
+    larger = [join(evaluation[:4]), join(evaluation[4:])]
+    assert found["batch statistics, batches of 16"].after == close(scored(twin_of(model, *everything), larger))
+    assert found["batch statistics, batches of 16"].control == close(scored(twin_of(model), larger))
+    for remedy in found.values():
+        assert remedy.after.loss != pytest.approx(before.loss, rel=1e-3)
+        assert remedy.layers == names
+        assert remedy.images == 32
+    assert [remedy.control is None for remedy in found.values()] == [True, True, True, False]
+    assert found["recalibrated"].detail == "pooled mean and unbiased variance of 40 training samples"
+
+
+def test_real_micro_batches_where_images_cannot_be_mixed() -> None:
+    model, training, evaluation = unsettled(MinibatchStd()), labelled(10, 3, 5, 5), labelled(8, 3, 5, 5, seed=5)
+    found = remedies(model, training, evaluation)
+    assert list(found) == ["recalibrated", "evaluation statistics", "batch statistics"]
+    everything = range(len(norms(model)))
+    assert found["batch statistics"].after == close(scored(twin_of(model, *everything), evaluation))
+    twin = copy.deepcopy(model).train()
+    seen: dict[int, list[Tensor]] = {index: [] for index in everything}
+    for index, norm in enumerate(norms(twin)):
+        norm.register_forward_pre_hook(lambda module, inputs, index=index: seen[index].append(inputs[0].double()))
+    with torch.no_grad():
+        for batch in training:
+            forward(twin, batch)
+        for index, norm in enumerate(norms(twin)):
+            values = torch.cat(seen[index]).transpose(0, 1).flatten(1)
+            norm.running_mean.copy_(values.mean(1))
+            norm.running_var.copy_(values.var(1))
+    assert found["recalibrated"].after == close(scored(twin.eval(), evaluation))
+
+
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_a_sorted_loader_does_not_spoil_the_statistics(at_once: int) -> None:
+    """Images are drawn at random for each physical batch: with several of these it is nearly one batch of all."""
+    model, training, evaluation = unsettled(Residual()), labelled(64, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
+    found = remedies(model, training, evaluation, at_once)["recalibrated"].after
+    expected = scored(recalibrated(model, training), evaluation)
+    assert found == close(expected, 0.02)
+    sorted_ = remedies(model, training, evaluation, emulate=False)["recalibrated"].after
+    assert abs(sorted_.loss - expected.loss) > 3 * abs(found.loss - expected.loss)
+
+
+def test_a_loss_that_asks_the_model_for_more_gets_the_remedy() -> None:
+    def other(model: nn.Module, batch: Any) -> Tensor:
+        return forward(model, batch).square().mean() + model(batch["x"] + 1).std()
+
+    model, training, evaluation = unsettled(Flat()), labelled(10, 6), labelled(8, 6, seed=5)
+    with running(model, evaluation, SIZE, UserFunctions(forward, other)) as (session, emulation):
+        found = what_if(session, training, evaluation, Batching(SIZE, emulation, 4))
+    twin = twin_of(model, 0, 1)
+    with torch.no_grad():
+        expected = [sum(float(other(each, b)) for b in evaluation) / 8 for each in (twin_of(model), twin)]
+    by_batch = next(remedy for remedy in found if remedy.name == "batch statistics")
+    assert [by_batch.before.loss, by_batch.after.loss] == [pytest.approx(value, rel=1e-4) for value in expected]
+    assert by_batch.after.metric is None
+
+
+class Frozen(Residual):
+    """Its own train() keeps the first layer in eval mode."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.bn1.eval()
+        return self
+
+
+def test_frozen_layers_and_those_without_running_statistics_are_left_alone() -> None:
+    training, evaluation = labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
+    assert remedies(unsettled(Frozen()), training, evaluation)["recalibrated"].layers == ("bn2",)
+    assert remedies(unsettled(Residual(track_running_stats=False)), training, evaluation) == {}
+
+
+def test_the_calls_of_a_shared_layer_are_one_population() -> None:
+    model, pairs = unsettled(Siamese(False)), images(6, SIZE, 2, 3, 6, 6)
+    with running(model, pairs, SIZE) as (session, emulation):
+        population, _ = steady_population(session, pairs, Batching(SIZE, emulation, 99))
+    twin, seen = copy.deepcopy(model).train(), []
+    twin.body[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].double()))
+    with torch.no_grad():
+        twin(torch.cat(pairs))
+    values = torch.cat(seen).transpose(0, 1).flatten(1)
+    mean, variance = population.statistics()[0]
+    torch.testing.assert_close(mean, values.mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(variance, values.var(1), rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_off_while_statistics_are_taken() -> None:
+    class Dropping(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.drop(x))
+
+    model, training, evaluation = unsettled(Dropping()), labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
+    found = remedies(model, training, evaluation)["recalibrated"].after
+    assert found == close(scored(recalibrated(model, training), evaluation))
+
+
+def test_the_model_and_the_random_state_stay_as_they_are() -> None:
+    model, training, evaluation = unsettled(Residual()).train(), labelled(6, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
+    before = fingerprint(model)
+    statistics = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms(model)]
+    with untouched(model), running(model, evaluation, SIZE, FUNCTIONS) as (session, emulation):
+        what_if(session, training, evaluation, Batching(SIZE, emulation, 4))
+        for norm, (mean, variance) in zip(norms(model), statistics, strict=True):
+            assert torch.equal(norm.running_mean, mean)
+            assert torch.equal(norm.running_var, variance)
+    assert fingerprint(model) == before
+
+
+def test_without_training_batches() -> None:
+    found = remedies(unsettled(Flat()), [], labelled(2, 6))
+    assert list(found) == ["evaluation statistics", "batch statistics"]
+
+
+def test_nothing_to_compare_by() -> None:
+    batches = labelled(2, 6)
+    with (
+        running(unsettled(Flat()), batches, SIZE, UserFunctions(forward)) as (session, emulation),
+        pytest.raises(UsageError, match=r"Add loss\(model, batch\) or metric\(model, batch\)"),
+    ):
+        what_if(session, batches, batches, Batching(SIZE, emulation, 1))
+    with (
+        running(unsettled(Flat()), batches, SIZE, FUNCTIONS) as (session, emulation),
+        pytest.raises(UsageError, match=r"load_eval_data\(batch_size\)"),
+    ):
+        what_if(session, batches, [], Batching(SIZE, emulation, 1))
+
+
+def test_images_of_different_size_keep_their_batches() -> None:
+    batches = [
+        {"x": torch.randn(SIZE, 3, size, size), "y": torch.zeros(SIZE, dtype=torch.int64), "scale": 1.0}
+        for size in (5, 6, 7, 5)
+    ]
+    with running(unsettled(Residual()), batches[:1] * 2, SIZE, FUNCTIONS) as (session, emulation):
+        assert emulation.trusted
+        found = what_if(session, batches, batches, Batching(SIZE, emulation, 4))
+    assert [remedy.name for remedy in found] == ["recalibrated", "evaluation statistics", "batch statistics"]
+    assert all(remedy.after.loss is not None for remedy in found)
+
+
+def test_pick_takes_whatever_counts_the_images() -> None:
+    batch = {"x": torch.arange(3), "names": ["a", "b", "c"], "pair": (torch.eye(3), 7), "weights": [torch.ones(3)]}
+    found = pick(batch, [2, 0], 3)
+    assert found["x"].tolist() == [2, 0]
+    assert found["names"] == ["c", "a"]
+    assert found["pair"][0].tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert found["pair"][1] == 7
+    assert found["weights"][0].tolist() == [1, 1]
+
+
+def test_populations_of_unequal_size_merge_exactly() -> None:
+    values = torch.randn(10, 3, dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.1]) + 100
+    population = Population()
+    for part in values.split([1, 6, 3]):
+        variance, mean = torch.var_mean(part, 0, correction=0, keepdim=True)
+        population.add({(0, 0): Recorded(mean, variance, len(part), len(part), True, 0)})
+    mean, variance = population.statistics()[0]
+    torch.testing.assert_close(mean, values.mean(0))
+    torch.testing.assert_close(variance, values.var(0))
+
+
+def test_a_pass_says_whose_statistics_each_layer_uses() -> None:
+    """Layer by layer: its micro-batch's, other ones, its own; what is recorded says which."""
+    model, batches = unsettled(Dense()), images(4, SIZE, 3, 6, 6)
+    twin = twin_of(model, 0)
+    other = torch.full((8,), 0.3, dtype=torch.float64), torch.full((8,), 2.0, dtype=torch.float64)
+    norms(twin)[1].running_mean.copy_(other[0])
+    norms(twin)[1].running_var.copy_(other[1])
+    with torch.no_grad():
+        expected = torch.cat([twin(batch) for batch in batches])
+    with running(model, batches, SIZE) as (session, _):
+        by_batch = {"by_batch": frozenset({0}), "statistics": {0: other, 1: other}}
+        for per_sample in (True, False):
+            pass_ = Pass(4 * SIZE, SIZE, per_sample=per_sample, **by_batch)
+            output, _ = session.forward("eval", torch.cat(batches), pass_)
+            torch.testing.assert_close(output, expected)
+            assert [record.by_batch for record in pass_.records.values()] == [True, False, False, False]
+            rows = [record.mean.shape[0] for record in pass_.records.values()]
+            assert rows == [4, *[16 if per_sample else 4] * 3]
