@@ -1,8 +1,8 @@
 """bnprobe: find the Batch Normalization layers that behave differently in training and at inference.
 
-``bnprobe.scan(model, batches, batch_size=2)`` measures; ``print(report)`` shows what it found. Everything that users may
-rely on is listed in ``__all__``, in ``bnprobe.nn`` and in ``bnprobe.errors``. Other packages extend bnprobe by the
-registries of ``docs/extending.md``. All else is internal.
+``bnprobe.scan(model, batches, batch_size=2)`` measures; ``bnprobe.report.render(report)`` gives its report as text.
+Everything that users may rely on is listed in ``__all__``, in ``bnprobe.nn`` and in ``bnprobe.errors``. Other packages
+extend bnprobe through the registries of ``docs/extending.md``. All else is internal.
 """
 
 from __future__ import annotations
