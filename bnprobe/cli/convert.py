@@ -181,7 +181,7 @@ def _repair(
     from bnprobe.cli.artifacts import Artifacts
     from bnprobe.cli.console import deliver, repair_bars, typed_command
     from bnprobe.cli.processes import share_processors
-    from bnprobe.config.spec import parse_requirement
+    from bnprobe.config.requirements import parse_requirement
     from bnprobe.report.repair import RepairReport
 
     for text in spec.repair.require:

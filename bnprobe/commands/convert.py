@@ -26,7 +26,8 @@ from bnprobe.commands.experiment import (
 )
 from bnprobe.commands.recalibrate import Repaired
 from bnprobe.commands.scan import environment, scan_workload, whole
-from bnprobe.config.spec import Spec, check, parse_requirement
+from bnprobe.config.requirements import check_requirements, parse_requirement
+from bnprobe.config.spec import Spec
 from bnprobe.config.targets import AUTO, TARGETS
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, SpecError, UsageError
@@ -285,5 +286,5 @@ def _requirements(spec: Spec, proof: Proof, flagged: int | None) -> tuple[Requir
     if proof.gain is not None:  # the lower end of its interval, if several runs give one
         gain = proof.gain.mean if proof.gain.interval is None else proof.gain.interval[0]
     values = {"metric": written.metric, "loss": written.loss, "gain": gain, "flagged": flagged}
-    results = check(spec.repair.require, values)
+    results = check_requirements(spec.repair.require, values)
     return tuple(RequirementResult(requirement.text, value, held) for requirement, value, held in results)

@@ -23,7 +23,8 @@ from bnprobe.analysis.comparison import (
 )
 from bnprobe.commands.held_out import HeldOut
 from bnprobe.commands.recalibrate import recalibrate_workload
-from bnprobe.config.spec import RepairSpec, Spec, TrainSpec, parse_requirement
+from bnprobe.config.requirements import parse_requirement
+from bnprobe.config.spec import RepairSpec, Spec, TrainSpec
 from bnprobe.config.targets import TARGETS
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, UsageError
