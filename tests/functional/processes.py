@@ -48,8 +48,9 @@ class Forked:
         terminals: dict[str, int] | None = None,
         largest_file: int | None = None,
     ) -> None:
+        # Closed when they are read.
         self._seen: dict[str, IO[bytes]] = {
-            name: tempfile.TemporaryFile()  # noqa: SIM115; closed when it is read
+            name: tempfile.TemporaryFile()  # noqa: SIM115
             for name in ("stdout", "stderr")
         }
         files = {name: file.fileno() for name, file in self._seen.items()} | (terminals or {})
