@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from bnprobe.errors import BnprobeError, UsageError
@@ -96,6 +95,8 @@ class Registry(Generic[Row]):
 
     def _all(self) -> dict[str, Row]:
         if not self._entry_points_read:
+            from importlib.metadata import entry_points  # a tenth of a second: only once a registry is used
+
             self._entry_points_read = True
             for entry_point in entry_points(group=self.group):
                 try:

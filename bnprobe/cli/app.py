@@ -10,13 +10,13 @@ import typer
 import typer.core
 
 from bnprobe._version import __version__
-from bnprobe.cli.console import Ends, refuse_together, run_together, several_processes
 from bnprobe.cli.convert import ConvertCommand, convert
 from bnprobe.cli.explain import explain
 from bnprobe.cli.export import export
 from bnprobe.cli.init import init
 from bnprobe.cli.lint import lint
 from bnprobe.cli.options import name_formats
+from bnprobe.cli.processes import Ends, refuse_together, run_together, several_processes
 from bnprobe.cli.recalibrate import recalibrate
 from bnprobe.cli.scan import scan
 from bnprobe.cli.sweep import SweepCommand, sweep

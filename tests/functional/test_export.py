@@ -50,7 +50,7 @@ def test_each_format(model: Workspace, to: str, name: str) -> None:
     assert (found.code, found.stderr) == (CLEAN, "")
     assert "largest absolute difference" in found.stdout
     assert "largest relative difference" in found.stdout
-    assert "5 batches of 4, 8, 1 images" in found.stdout
+    assert "5 batches of 4, 8, 1 samples" in found.stdout
     assert f"The outputs agree within 1e-05: written to {name}." in found.stdout
     assert exported(model) == {name}
 

@@ -62,7 +62,7 @@ def test_what_was_measured_is_printed(workspace: Workspace, model: str, code: in
     found = _interrupted(workspace)
     assert (found.code, found.stderr) == (code, "")
     assert found.stdout.startswith("bnprobe 0.1.0: scan of model.py:load_model (PARTIAL)\n")
-    assert "40 micro-batches × 2 = 80 images" in found.stdout
+    assert "40 micro-batches × 2 = 80 samples" in found.stdout
     assert "Interrupted: only 40 micro-batches measured." in found.stdout
     assert "To measure to the end:\n    bnprobe scan model.py" in found.stdout
 

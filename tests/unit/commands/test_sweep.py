@@ -118,7 +118,7 @@ def test_the_slowest_layer_decides_for_the_model() -> None:
 def test_wrong_statistics_are_not_blamed_on_the_batch_size() -> None:
     found = sweep(_residual(), DATA, 4, batch_sizes=(64,), num_batches=64)
     assert found.smallest.likely is None
-    assert "a larger batch is not what it lacks" in _printed(found)
+    assert "the batch size does not explain that" in _printed(found)
 
 
 def test_sizes_beyond_half_of_the_data() -> None:
