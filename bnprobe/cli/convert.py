@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-import typer.core
 
 from bnprobe.cli import options
 from bnprobe.cli.processes import is_main
-from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
 
 if TYPE_CHECKING:
@@ -19,19 +17,6 @@ if TYPE_CHECKING:
     from bnprobe.report import Renderer
 
 REPAIR, TRAINING, PROOF = "Repair", "Fine-tuning", "Proof"
-
-
-class ConvertCommand(typer.core.TyperCommand):
-    """Lists the repair targets in its help, those that other packages add included."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        names = [f"{name} (default)" if name == DEFAULT_TARGET else name for name in TARGETS.names()]
-        option = next(each for each in self.params if isinstance(each, typer.core.TyperOption) and each.name == "to")
-        option.help = f"{', '.join(names)}; {AUTO}: the one that does best in a short training run."
-        super().format_help(ctx, formatter)  # prints
-        typer.echo(" In training, converted layers normalize with (*: does not deploy as plain BN):\n")
-        for each in TARGETS:
-            typer.echo(f"   {each.name:<16} {each.summary}{'' if each.deploys else ' *'}")
 
 
 def convert(
@@ -43,7 +28,7 @@ def convert(
     seed: options.Seed = None,
     to: Annotated[
         str | None,
-        options.option(REPAIR, "--to", "What the layers become.", "NAME"),  # the help lists the targets, see above
+        options.option(REPAIR, "--to", "What the layers become.", "NAME"),
         options.Sets("repair.to"),
     ] = None,
     layers: Annotated[

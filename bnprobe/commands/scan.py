@@ -61,16 +61,16 @@ from bnprobe.rules.evidence import Anatomy, Facts
 from bnprobe.stats.composition import regrouped_batches
 
 IMPACT_BYTES = 2**27
-"""Norm-layer inputs of the images that impacts are measured on: backward passes keep these and as much again."""
+"""Upper limit on the norm-layer inputs of the samples that impacts are measured on; backward passes take twice that."""
 
 IMPACT_PART = 8
-"""Impacts are measured on one image in so many: an image costs a dozen forward passes there, and two on the paths."""
+"""Impacts are measured on one in this many samples, since each takes a dozen forward passes instead of two."""
 
 WHAT_IF_IMAGES = 512
-"""Images of training and of evaluation data that remedies are tried on; kept in host memory for it."""
+"""Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""
 
 GRADIENT_BATCHES = 32
-"""Micro-batches whose gradients are measured: the noise is then known to a quarter."""
+"""Micro-batches whose gradients are measured; the noise is then known to about 25%."""
 
 
 def scan(
@@ -199,7 +199,7 @@ def _probe(
 
 
 def wanted_batches(settings: ScanSettings, batch_size: int) -> int:
-    """How many micro-batches must be kept for what the settings ask for."""
+    """Micro-batches to keep for the measurements that the settings request."""
     images = max(SAMPLES, WHAT_IF_IMAGES if settings.what_if else 0)
     trained = settings.train_steps or 0
     return max(2, images // batch_size, trained, GRADIENT_BATCHES if settings.gradients else 0)
@@ -208,7 +208,7 @@ def wanted_batches(settings: ScanSettings, batch_size: int) -> int:
 def _report(
     workload: Workload, settings: ScanSettings, session: Session, facts: Facts, evidence: Evidence, notes: Sequence[str]
 ) -> Report:
-    """From what was measured to what is said, with what is measured beyond the two paths."""
+    """Measure what goes beyond the two paths, apply the rules, and write the report."""
     findings = assemble(evidence, settings)
     evidence, further = _beyond(workload, session, settings, evidence, findings)
     scan = describe(workload, settings, evidence, further, session.device)
@@ -238,7 +238,7 @@ def _report(
 def _beyond(
     workload: Workload, session: Session, settings: ScanSettings, evidence: Evidence, findings: Findings
 ) -> tuple[Evidence, Further]:
-    """What is measured beyond the two paths; they are worth a report even if it fails or is interrupted."""
+    """Measure what goes beyond the two paths; if it fails or is interrupted, the report has the paths alone."""
     further = Further()
     if evidence.partial:
         return evidence, further
@@ -254,7 +254,7 @@ def _beyond(
 
 @dataclass
 class Further:
-    """Results by index of the layer, and what they cost."""
+    """Results by layer index, and their cost."""
 
     impacts: dict[int, Impact] = field(default_factory=dict)
     backward: dict[int, Backward] = field(default_factory=dict)
@@ -306,7 +306,7 @@ def measure_further(
 
 
 def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
-    """What the two paths were joined by, with its reason."""
+    """Passes that were measured beside the two paths, with their reasons."""
     if evidence.steady is not None:
         reason = "the model draws random numbers in training"
         yield ExtraPass("train path without random layers", reason, evidence.samples, evidence.steady_seconds)
@@ -334,7 +334,7 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, held_out
 
 
 def _guarded(make_optimizer: OptimizerFactory) -> OptimizerFactory:
-    """An optimizer of the user's own making may raise anything."""
+    """Turn errors of the user's optimizer factory into UserCodeError."""
 
     def make(parameters: list[nn.Parameter]) -> Any:
         with user_code("making the optimizer of the training steps"):
@@ -353,7 +353,7 @@ def _counted(found: Further, name: str, reason: str, images: int) -> Iterator[No
 def with_further(
     layers: Sequence[Layer], anatomy: Sequence[Anatomy], found: Further, among: LayerSet
 ) -> tuple[Layer, ...]:
-    """The layers with what was measured of them, and their places in the user's code."""
+    """Add the further results to the layers, and their places in the user's code."""
     positions = {layer.name: layer.index for layer in among.layers}
     places = {layer.name: layer.location for layer in anatomy}
     return tuple(
@@ -452,7 +452,7 @@ def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
 
 
 def _on_processes(world: World, agreement: Agreement) -> Iterator[str]:
-    """What the reader should know of a scan on several processes."""
+    """Notes on a scan in several processes."""
     if world.size > 1:
         yield f"{world.size} processes measured a share of the micro-batches each; their sums were put together."
     if agreement.note:

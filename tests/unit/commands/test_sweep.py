@@ -260,7 +260,7 @@ def test_layers_that_training_does_not_update_are_left_out_with_a_reason() -> No
 
 
 def test_too_few_batches_for_a_replay() -> None:
-    with pytest.raises(UsageError, match=r"at least 16 micro-batches, and 8 of 4 images"):
+    with pytest.raises(UsageError, match=r"at least 16 micro-batches, and 8 of 4 samples"):
         _record(_residual(), DATA[:8])
 
 
