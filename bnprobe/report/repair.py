@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.text import Text
 
-from bnprobe.config.spec import parse_requirement
 from bnprobe.config.targets import TARGETS
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, percent
@@ -206,6 +205,8 @@ def _requirement(requirement: RequirementResult) -> str:
 
 def _telling(text: str, value: float, held: bool) -> str:
     """The fewest digits, from four on, that show on which side of the limit the value is."""
+    from bnprobe.config.spec import parse_requirement  # it imports pydantic, and reports do without
+
     try:
         holds = parse_requirement(text).holds
     except UsageError:  # a record written by hand
