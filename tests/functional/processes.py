@@ -1,16 +1,14 @@
 """Processes of their own for ``bnprobe``, alone or several as a launcher starts them.
 
-They are forked from one process that has imported torch already, which takes two seconds each time otherwise. All else
-is as in any process: files, terminals, signals, limits, exit codes.
+They are forked from one that has imported torch already; all else is as in any process: files, terminals, signals,
+limits, exit codes.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,9 +22,7 @@ import torch
 
 from bnprobe.cli.app import main
 from functional.command import TIMEOUT, Result, Workspace
-
-_FORKING = multiprocessing.get_context("forkserver")
-_FORKING.set_forkserver_preload(["bnprobe.commands.convert", "bnprobe.commands.sweep", "bnprobe.commands.verify"])
+from support.processes import FORKING, rank_environments
 
 
 class Forked:
@@ -56,7 +52,7 @@ class Forked:
         files = {name: file.fileno() for name, file in self._seen.items()} | (terminals or {})
         streams = [Connection(os.dup(files[name]), readable=False) for name in ("stdout", "stderr")]
         started = (workspace.folder, [str(word) for word in arguments], workspace.environment(**environment))
-        self._process = _FORKING.Process(target=_run, args=(*started, largest_file, *streams))
+        self._process = FORKING.Process(target=_run, args=(*started, largest_file, *streams))
         self._process.start()
         for stream in streams:
             stream.close()
@@ -127,17 +123,7 @@ class Launch:
 
 def launch(workspace: Workspace, size: int, *arguments: str | Path) -> Launch:
     """Start ``bnprobe`` with these arguments ``size`` times, with the environment of torchrun."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-    ranks = [{**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-    return Launch([Forked(workspace, arguments, rank) for rank in ranks])
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return Launch([Forked(workspace, arguments, rank) for rank in rank_environments(size)])
 
 
 def _run(
