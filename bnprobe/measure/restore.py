@@ -29,7 +29,8 @@ def random_state() -> object:
     """The state of random, numpy and torch (CPU and CUDA), to be compared: equal if nothing was drawn in between."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     tensors = [torch.get_rng_state(), *cuda]
-    return random.getstate(), str(np.random.get_state()), [state.numpy().tobytes() for state in tensors]
+    name, keys, *places = np.random.get_state()
+    return random.getstate(), (name, keys.tobytes(), *places), [state.numpy().tobytes() for state in tensors]
 
 
 @contextmanager

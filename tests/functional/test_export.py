@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from functional.command import CLEAN, COMMAND, FINDINGS, MODEL, Result, Workspace
+from functional.command import CLEAN, FINDINGS, MODEL, Result, Workspace
+from functional.processes import run_on_a_full_disk
 
 BRANCH = MODEL.replace(
     "        return self.head",
@@ -94,8 +95,8 @@ def test_an_existing_file_is_kept_without_force(model: Workspace) -> None:
 
 
 def test_a_disk_that_is_full(model: Workspace) -> None:
-    limited = ["sh", "-c", 'ulimit -f 1 && exec "$0" "$@"', COMMAND]
-    found = model.call(*limited, "export", "model.py", "--batch-size", "4", "-o", "net.pt2")
+    arguments = ("export", "model.py", "--batch-size", "4", "-o", "net.pt2")
+    found = run_on_a_full_disk(model, *arguments, largest_file=512)
     assert "File too large" in found.error()
     assert exported(model) == set()
 
