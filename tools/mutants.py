@@ -6,7 +6,7 @@ survives a move of its module. Faults are planted in a temporary copy of the che
     python tools/mutants.py check                          is every mutant found in today's code? (seconds)
     python tools/mutants.py run --json mutants.json        plant each and run the tests of its area, then wider ones
     python tools/mutants.py run --only 'ladder-*'          some of them; results of the others in the file are kept
-    python tools/mutants.py run --quick                    with the tests named first (else those of the area) and no more
+    python tools/mutants.py run --quick                    with the tests named first, else those of the area
     python tools/mutants.py run --json FILE --rest         those on which the file has no failing test
     python tools/mutants.py run --tests tests/unit/stats   with these tests only
 """
@@ -18,11 +18,11 @@ import ast
 import contextlib
 import fnmatch
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +37,12 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".yaml")
 PACKAGE = "bnprobe"
+
+# Most of the time of a short run goes into the import of torch: the server has imported it, and forks.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["torch.testing", "torch.utils.data", "scipy.stats", "scipy.optimize", "pydantic", "typer"]
+)
 
 _NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "build", "dist")
 
@@ -227,6 +233,22 @@ def read_table(path: Path = TABLE) -> Table:
     return Table(mutants, content["areas"], content["wider"])
 
 
+def _pytest(arguments: Sequence[str], folder: Path, output: str) -> None:
+    """Run tests in this process, which has a session of its own: all that they start can be ended with it."""
+    import pytest
+
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(PYTHONPATH=str(folder), OMP_NUM_THREADS="1")
+    sys.path.insert(0, str(folder))
+    with Path(output).open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    code = pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *arguments])
+    sys.stdout.flush()
+    os._exit(int(code))
+
+
 class Checkout:
     """A copy of a checkout in which tests are run."""
 
@@ -250,28 +272,23 @@ class Checkout:
         return set(self._failures(list(tests))) if tests else set()
 
     def _failures(self, arguments: Sequence[str]) -> list[str]:
-        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
-        with tempfile.TemporaryFile() as output:
-            # Tests start processes of their own: with a session of their own, all of them can be ended.
-            process = subprocess.Popen(
-                command, cwd=self.folder, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
-            try:
-                code = process.wait(self._timeout)
-            except subprocess.TimeoutExpired:
-                raise TimeoutError from None
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            output.seek(0)
+        with tempfile.NamedTemporaryFile() as output:
+            process = _SERVER.Process(target=_pytest, args=(arguments, self.folder, output.name))
+            process.start()
+            process.join(self._timeout)
+            timed_out = process.is_alive()
+            assert process.pid is not None  # it was started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what tests started, too
+            process.join()
+            if timed_out:
+                raise TimeoutError
             text = output.read().decode(errors="replace")
-        if code in (0, 5):  # 5: no tests there
+        if process.exitcode in (0, 5):  # 5: no tests there
             return []
         failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
         if not failed:
-            raise RuntimeError(f"pytest ended with {code} and names no test:\n{text[-2000:]}")
+            raise RuntimeError(f"pytest ended with {process.exitcode} and names no test:\n{text[-2000:]}")
         return failed
 
     @contextlib.contextmanager
@@ -343,6 +360,7 @@ def run(
     """Judge mutants, print and record what becomes of them; whether all were caught."""
     # Started in the background this process would ignore Ctrl-C, and so would the tests that are about it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["OMP_NUM_THREADS"] = "1"
     others = {mutant.name for mutant in table.mutants} - {mutant.name for mutant in mutants}
     results = [result for result in recorded(record) if result.name in others]
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
