@@ -23,7 +23,7 @@ from bnprobe.rules import RULES
 from bnprobe.rules.docs import pages as rule_pages
 
 REPOSITORY = Path(__file__).parents[1]
-SCHEMAS = REPOSITORY / "bnprobe" / "reports"
+SCHEMAS = REPOSITORY / "bnprobe" / "report"
 BENCHMARKS = ("README.md", "faults/README.md", "faults/RESULTS.md", "repairs/README.md", "repairs/RESULTS.md")
 
 
