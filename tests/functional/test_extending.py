@@ -95,6 +95,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder on the path that holds the page's files, not yet installed."""
     folder = tmp_path_factory.mktemp("site")
     write_modules(folder)
+    forget_modules()  # other tests have a model.py too
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         yield folder
@@ -172,7 +173,8 @@ def test_without_the_package_the_rows_are_not_there(site: Path) -> None:
 
 def test_a_rule_is_explained_exempted_and_decides_the_exit_code(installed: Path, workspace: Workspace) -> None:
     write_modules(workspace.folder)
-    assert workspace.run("explain", "house-momentum").stdout.startswith("ACME1: momentum above the limit of the house\n")
+    explained = workspace.run("explain", "house-momentum").stdout
+    assert explained.startswith("ACME1: momentum above the limit of the house\n")
     lint = ("lint", "model.py", "--select", "ACME1")
     assert workspace.run(*lint).code == 1
     exempt = '[[tool.bnprobe.rules.exempt]]\nlayers = "*"\nrules = ["ACME1"]\nreason = "tried"\n'
