@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Two processes, each with whole modules, whose fixtures are made once; in the order of testpaths, slow ones first.
+TWO := -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs picture bench schema clean
+.PHONY: help demo test test-benchmarks lint format docs picture bench schema clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -20,8 +22,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## install, scan the digits sample and print its report
 	$(BIN)/bnprobe scan sample_configs/digits/sorted.yaml || [ $$? -eq 1 ]  # 1: findings, which it is to show
 
-test: $(READY) ## install, run the whole test suite
-	$(BIN)/python -m pytest -n 2
+test: $(READY) ## install, run the test suite: the package, and the command as users run it
+	$(BIN)/python -m pytest $(TWO)
+
+test-benchmarks: $(READY) ## test the benchmarks: their networks, faults and scores
+	$(BIN)/python -m pytest $(TWO) tests/benchmarks
 
 lint: $(READY) ## ruff, mypy and the import contracts
 	$(BIN)/python -m ruff check .

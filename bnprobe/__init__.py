@@ -1,7 +1,8 @@
 """bnprobe: find the Batch Normalization layers that behave differently in training and at inference.
 
-``bnprobe.scan(model, batches, batch_size=2)`` measures; ``bnprobe.errors`` and ``bnprobe.records`` hold what it raises
-and returns.
+``bnprobe.scan(model, batches, batch_size=2)`` measures; ``bnprobe.report.render(report)`` gives its report as text.
+Everything that users may rely on is listed in ``__all__``, in ``bnprobe.nn`` and in ``bnprobe.errors``. Other packages
+extend bnprobe through the registries of ``docs/extending.md``. All else is internal.
 """
 
 from __future__ import annotations
@@ -11,21 +12,40 @@ from typing import TYPE_CHECKING
 from bnprobe._version import __version__
 
 if TYPE_CHECKING:
-    from bnprobe import nn
+    from bnprobe import errors, nn
+    from bnprobe.commands.lint import lint
     from bnprobe.commands.recalibrate import recalibrate
     from bnprobe.commands.scan import scan
+    from bnprobe.commands.sweep import sweep
+    from bnprobe.commands.verify import verify
     from bnprobe.records import Report
-    from bnprobe.repairs import convert
+    from bnprobe.repairs import convert, deployable_state
 
-__all__ = ["Report", "__version__", "convert", "nn", "recalibrate", "scan"]
+__all__ = [
+    "Report",
+    "__version__",
+    "convert",
+    "deployable_state",
+    "errors",
+    "lint",
+    "nn",
+    "recalibrate",
+    "scan",
+    "sweep",
+    "verify",
+]
 
 _HOMES = {
-    "scan": "bnprobe.commands.scan",
-    "convert": "bnprobe.repairs",
-    "recalibrate": "bnprobe.commands.recalibrate",
     "Report": "bnprobe.records",
+    "convert": "bnprobe.repairs",
+    "deployable_state": "bnprobe.repairs",
+    "lint": "bnprobe.commands.lint",
+    "recalibrate": "bnprobe.commands.recalibrate",
+    "scan": "bnprobe.commands.scan",
+    "sweep": "bnprobe.commands.sweep",
+    "verify": "bnprobe.commands.verify",
 }
-_SUBMODULES = {"nn"}
+_SUBMODULES = {"errors", "nn"}
 
 
 def __getattr__(name: str) -> object:
@@ -42,3 +62,7 @@ def __getattr__(name: str) -> object:
         return getattr(importlib.import_module(_HOMES[name]), name)
     finally:
         random.setstate(state)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

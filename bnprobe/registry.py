@@ -14,10 +14,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from bnprobe.errors import BnprobeError, UsageError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Row = TypeVar("Row")
 
@@ -103,6 +105,8 @@ class Registry(Generic[Row]):
 
     def _all(self) -> dict[str, Row]:
         if not self._read:
+            from importlib.metadata import entry_points  # a tenth of a second: only once a registry is used
+
             self._read = True  # first: a module that is loaded may look into the registry
             for entry_point in entry_points(group=self.group):
                 self._load(entry_point)

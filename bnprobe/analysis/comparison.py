@@ -9,7 +9,7 @@ from typing import Literal
 from scipy import stats
 
 from bnprobe.config.targets import TARGETS
-from bnprobe.records import Arm, Conclusion, Estimate, Proof, Run
+from bnprobe.records import Arm, Conclusion, Estimate, Proof, RepairRecord, Run
 
 AS_IS, RECALIBRATED = "as is", "recalibrated"
 CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN recalibrated after"
@@ -117,3 +117,10 @@ def remarks(to: str, flagged: int | None, proof: Proof) -> Iterator[str]:
     remark = TARGETS[to].unflagged_remark
     if remark and flagged == 0:
         yield remark
+
+
+def is_proven(record: RepairRecord) -> bool:
+    """Whether all requirements hold and the training of the repaired model did not diverge."""
+    arms = record.proof.arms if record.proof else ()
+    repaired = [run for arm in arms for run in arm.runs if record.proof and arm.name == record.proof.repaired]
+    return all(result.held for result in record.requirements) and all(run.ending != "diverged" for run in repaired)

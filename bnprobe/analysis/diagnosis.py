@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bnprobe.config.spec import RuleExemption, RulesSpec, matches_any
-from bnprobe.records import EXEMPT, Cause, Diagnosis, Layer, Severity, Verdict
+from bnprobe.records import EXEMPT, Cause, Diagnosis, Layer, Report, Severity, Verdict
 from bnprobe.rules import RULES, Rule
 from bnprobe.rules.evidence import Facts
 from bnprobe.rules.interface import Link
@@ -232,3 +232,16 @@ def _fraction_of(layer: Layer, causes: set[Cause]) -> float | None:
     shares = {cause: max(getattr(layer.shares, cause) or 0.0, 0.0) for cause in _ADDING}
     total = sum(shares.values())
     return sum(value for cause, value in shares.items() if cause in causes) / total if total > 0 else None
+
+
+def has_findings(report: Report, rules: RulesSpec) -> bool:
+    """Whether a cause is an error, or a layer is flagged without an explanation by any rule.
+
+    Warnings do not count: what only looks like a mistake was measured to be harmless. A flagged layer whose rules the
+    user ignores or exempts is accepted.
+    """
+    errors = any(verdict.outcome == "failed" and verdict.severity == "error" for verdict in report.verdicts)
+    excused = {verdict.layer for verdict in report.verdicts if verdict.message.startswith(EXEMPT)}
+    explained = {verdict.layer for verdict in report.verdicts if verdict.outcome == "failed"} | excused
+    narrowed = bool(rules.select or rules.ignore)
+    return errors or any(layer.flagged and layer.name not in explained and not narrowed for layer in report.layers)

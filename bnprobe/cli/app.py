@@ -10,13 +10,13 @@ import typer
 import typer.core
 
 from bnprobe._version import __version__
-from bnprobe.cli.console import Ends, refuse_together, run_together, several_processes
-from bnprobe.cli.convert import ConvertCommand, convert
+from bnprobe.cli.convert import convert
 from bnprobe.cli.explain import explain
 from bnprobe.cli.export import export
 from bnprobe.cli.init import init
 from bnprobe.cli.lint import lint
-from bnprobe.cli.options import name_formats
+from bnprobe.cli.options import complete_help
+from bnprobe.cli.processes import Ends, refuse_together, run_together, several_processes
 from bnprobe.cli.recalibrate import recalibrate
 from bnprobe.cli.scan import scan
 from bnprobe.cli.sweep import SweepCommand, sweep
@@ -30,7 +30,7 @@ class _Commands(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
         refuse_together(name)
-        name_formats(command)
+        complete_help(command)
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -54,7 +54,7 @@ app = typer.Typer(
 app.command()(scan)
 app.command(cls=SweepCommand)(sweep)
 app.command()(lint)
-app.command(cls=ConvertCommand)(convert)
+app.command()(convert)
 app.command()(recalibrate)
 app.command()(verify)
 app.command()(export)

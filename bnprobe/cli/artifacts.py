@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bnprobe.config.targets import CONVERTED
 from bnprobe.errors import OutputError, UsageError
 from bnprobe.files import has_mark, not_own, require_new, require_writable, write_all
-from bnprobe.loading.checkpoint import CONVERTED
 from bnprobe.records import RepairRecord, Report
 from bnprobe.report.json import dump
 from bnprobe.report.repair import Files

@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-import typer.core
 
 from bnprobe.cli import options
-from bnprobe.cli.console import is_main
-from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
+from bnprobe.cli.processes import is_main
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
 
 if TYPE_CHECKING:
-    from bnprobe.cli.artifacts import Artifacts
-    from bnprobe.commands.convert import Repaired
     from bnprobe.config.spec import Spec
-    from bnprobe.records import RepairRecord
     from bnprobe.report import Renderer
 
 REPAIR, TRAINING, PROOF = "Repair", "Fine-tuning", "Proof"
-
-
-class ConvertCommand(typer.core.TyperCommand):
-    """Lists the repair targets in its help, those that other packages add included."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        names = [f"{name} (default)" if name == DEFAULT_TARGET else name for name in TARGETS.names()]
-        option = next(each for each in self.params if isinstance(each, typer.core.TyperOption) and each.name == "to")
-        option.help = f"{', '.join(names)}; {AUTO}: the one that does best in a short training run."
-        super().format_help(ctx, formatter)  # prints
-        typer.echo(" In training, converted layers normalize with (*: does not deploy as plain BN):\n")
-        for each in TARGETS:
-            typer.echo(f"   {each.name:<16} {each.summary}{'' if each.deploys else ' *'}")
 
 
 def convert(
@@ -47,7 +28,7 @@ def convert(
     seed: options.Seed = None,
     to: Annotated[
         str | None,
-        options.option(REPAIR, "--to", "What the layers become.", "NAME"),  # the help lists the targets, see above
+        options.option(REPAIR, "--to", "What the layers become.", "NAME"),
         options.Sets("repair.to"),
     ] = None,
     layers: Annotated[
@@ -145,24 +126,14 @@ def convert(
         raise typer.Exit(_show_plan(spec, check, render, show_all))
     if output is None:
         raise UsageError("convert writes weights: give -o FILE.safetensors, or --dry-run or --check for the plan only.")
-    wanted = _Wanted(output, finetune, resume, force)
-    raise typer.Exit(_repair(spec, wanted, renderer(format_, RepairReport), show_all))
+    render = renderer(format_, RepairReport)
+    raise typer.Exit(_repair(spec, output, render, finetune=finetune, resume=resume, force=force, show_all=show_all))
 
 
 def _refuse_untrained(**options: Any) -> None:
     for name, value in options.items():
         if value:
             raise UsageError(f"--{name} has an effect only with --finetune: add --finetune, or leave it out.")
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Options that are not part of the spec."""
-
-    output: Path
-    finetune: bool
-    resume: bool
-    force: bool
 
 
 def _with_length(spec: Spec, steps: int | None, epochs: int | None) -> Spec:
@@ -192,7 +163,7 @@ def _refuse_beside(option: str, **others: Any) -> None:
 def _show_plan(spec: Spec, check: bool, render: Renderer, show_all: bool) -> int:
     """Print the plan; the exit code."""
     from bnprobe.cli.console import deliver, progress_bar
-    from bnprobe.cli.scan import share_processors
+    from bnprobe.cli.processes import share_processors
 
     share_processors()
     with progress_bar() as show:
@@ -203,50 +174,40 @@ def _show_plan(spec: Spec, check: bool, render: Renderer, show_all: bool) -> int
     return EXIT_FINDINGS if check and (plan.changes or plan.refused) else EXIT_CLEAN
 
 
-def _repair(spec: Spec, wanted: _Wanted, render: Renderer, show_all: bool) -> int:
+def _repair(
+    spec: Spec, output: Path, render: Renderer, *, finetune: bool, resume: bool, force: bool, show_all: bool
+) -> int:
     """Repair, write and print; the exit code."""
     from bnprobe.cli.artifacts import Artifacts
-    from bnprobe.cli.console import deliver
-    from bnprobe.cli.scan import share_processors
-    from bnprobe.config.spec import parse_requirement
+    from bnprobe.cli.console import deliver, repair_bars, typed_command
+    from bnprobe.cli.processes import share_processors
+    from bnprobe.config.requirements import parse_requirement
     from bnprobe.report.repair import RepairReport
 
     for text in spec.repair.require:
         parse_requirement(text)
-    artifacts = Artifacts(wanted.output, wanted.force, trains=wanted.finetune)
-    wanted = replace(wanted, resume=wanted.resume and artifacts.state.is_dir())
+    artifacts = Artifacts(output, force, trains=finetune)
+    resume = resume and artifacts.state.is_dir()
     if is_main():
-        artifacts.check(wanted.resume)
+        artifacts.check(resume)
     share_processors()
-    repaired = _run(spec, artifacts, wanted)
-    if repaired is None or not is_main():
+    with repair_bars(shown=is_main()) as (show, show_step):
+        # importing torch takes seconds: check the options first
+        from bnprobe.commands.convert import ConvertOptions, repair_spec
+        from bnprobe.distributed import connected
+
+        state = artifacts.state if finetune else None
+        options = ConvertOptions(finetune, state, resume, force, artifacts.tensorboard, typed_command())
+        with connected() as world:
+            repaired = repair_spec(spec, options, show, show_step, world)
+    if not is_main():
+        return EXIT_CLEAN
+    if repaired is None:
+        print("No layer needs repair: nothing was changed or written.", file=sys.stderr)
         return EXIT_CLEAN
     record = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
     files = artifacts.files(repaired.before, repaired.after)
     deliver(RepairReport(record, repaired.before, repaired.after, files), render, show_all=show_all)
+    from bnprobe.analysis.comparison import is_proven
+
     return EXIT_CLEAN if is_proven(record) else EXIT_FINDINGS
-
-
-def _run(spec: Spec, artifacts: Artifacts, wanted: _Wanted) -> Repaired | None:
-    """Repair the model; None if there is nothing to repair."""
-    from bnprobe.cli.console import repair_bars, typed_command
-
-    with repair_bars(shown=is_main()) as (show, show_step):
-        # importing torch takes seconds: check the options first
-        from bnprobe.commands.convert import Wish, repair_spec
-        from bnprobe.distributed import connected
-
-        state = artifacts.state if wanted.finetune else None
-        wish = Wish(wanted.finetune, state, wanted.resume, wanted.force, artifacts.tensorboard, typed_command())
-        with connected() as world:
-            repaired = repair_spec(spec, wish, show, show_step, world)
-    if repaired is None and is_main():
-        print("No layer needs repair: nothing was changed or written.", file=sys.stderr)
-    return repaired
-
-
-def is_proven(record: RepairRecord) -> bool:
-    """Whether all requirements hold and the training of the repaired model did not diverge."""
-    arms = record.proof.arms if record.proof else ()
-    repaired = [run for arm in arms for run in arm.runs if record.proof and arm.name == record.proof.repaired]
-    return all(result.held for result in record.requirements) and all(run.ending != "diverged" for run in repaired)

@@ -101,7 +101,7 @@ def _default(spec: Spec, to: ExportFormat) -> Path:
 
 
 def _export(spec: Spec, to: str, quantize: bool) -> Exported:
-    from bnprobe.cli.scan import share_processors
+    from bnprobe.cli.processes import share_processors
 
     share_processors()
     from bnprobe.commands.export import export_spec  # importing torch takes seconds: check the options first

@@ -38,7 +38,7 @@ def lint(
     given = options.overrides(context)
     spec = build_spec(target, given)
     model_rules(spec.rules)  # report a wrong code before torch is imported
-    from bnprobe.commands.scan import lint_spec
+    from bnprobe.commands.lint import lint_spec
 
     report = lint_spec(spec)
     deliver(report, render, output, show_all, one_line(report))

@@ -30,13 +30,23 @@ def format_name(name: str) -> str:
         raise typer.BadParameter(str(error)) from None
 
 
-def name_formats(command: Any) -> None:
-    """Name the report formats in the help of a command; the table is read when the command is known, not before."""
-    for parameter in command.params:
-        if parameter.name == "format_":
-            from bnprobe.report import FORMATS
+def complete_help(command: Any) -> None:
+    """Fill in the help of a command what the registries hold, rows of other packages included.
 
-            parameter.metavar = "|".join(FORMATS.names())
+    The registries are read once it is known which command runs, and not when bnprobe is imported.
+    """
+    options = {parameter.name: parameter for parameter in command.params}
+    if "format_" in options:
+        from bnprobe.report import FORMATS
+
+        options["format_"].metavar = "|".join(FORMATS.names())
+    if command.name == "convert":
+        from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
+
+        names = [f"{name} (default)" if name == DEFAULT_TARGET else name for name in TARGETS.names()]
+        options["to"].help = f"{', '.join(names)}; {AUTO}: the one that does best in a short training run."
+        rows = [f"{each.name}{'' if each.deploys else '*'}: {each.summary}" for each in TARGETS]
+        command.epilog = "\n\n".join(["What layers normalize with in training (* does not deploy as plain BN):", *rows])
 
 
 @dataclass(frozen=True)

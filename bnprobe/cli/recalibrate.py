@@ -11,7 +11,7 @@ from bnprobe.cli import options
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS
 
 if TYPE_CHECKING:
-    from bnprobe.commands.recalibrate import Renewed
+    from bnprobe.commands.recalibrate import Repaired
     from bnprobe.config.spec import Spec
 
 RECALIBRATION = "Recalibration"
@@ -75,9 +75,9 @@ def recalibrate(
     Exit codes: 0 clean, 1 findings in the recalibrated model, 2 error in usage, spec or your code, 3 nothing could be
     recalibrated.
     """
+    from bnprobe.analysis.diagnosis import has_findings
     from bnprobe.cli.artifacts import Artifacts
     from bnprobe.cli.console import deliver
-    from bnprobe.cli.scan import has_findings
     from bnprobe.config.load import build_spec
     from bnprobe.report import renderer
     from bnprobe.report.repair import RepairReport
@@ -89,17 +89,17 @@ def recalibrate(
     given = options.overrides(context)
     spec = build_spec(target, given)
     selected(spec.rules)  # report a wrong code before torch is imported
-    renewed = _recalibrate(spec, path, tuple(layers or ()), batches)
-    record = artifacts.write(renewed.record, renewed.weights, renewed.before, renewed.after)
-    files = artifacts.files(renewed.before, renewed.after)
-    deliver(RepairReport(record, renewed.before, renewed.after, files), render, show_all=show_all)
-    flagged = has_findings(renewed.after, spec.rules)
+    repaired = _recalibrate(spec, path, tuple(layers or ()), batches)
+    record = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
+    files = artifacts.files(repaired.before, repaired.after)
+    deliver(RepairReport(record, repaired.before, repaired.after, files), render, show_all=show_all)
+    flagged = repaired.after is not None and has_findings(repaired.after, spec.rules)
     raise typer.Exit(EXIT_FINDINGS if flagged and not exit_zero else EXIT_CLEAN)
 
 
-def _recalibrate(spec: Spec, path: StatisticsPath, layers: tuple[str, ...], batches: int | None) -> Renewed:
+def _recalibrate(spec: Spec, path: StatisticsPath, layers: tuple[str, ...], batches: int | None) -> Repaired:
     from bnprobe.cli.console import progress_bar, typed_command
-    from bnprobe.cli.scan import share_processors
+    from bnprobe.cli.processes import share_processors
 
     share_processors()
     with progress_bar() as show:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bnprobe.cli import options
-from bnprobe.cli.console import is_main
+from bnprobe.cli.processes import is_main, share_processors
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, BnprobeError, NothingToProbeError
-from bnprobe.records import EXEMPT
 
 if TYPE_CHECKING:
-    from bnprobe.config.spec import RulesSpec, Spec
+    from bnprobe.config.spec import Spec
     from bnprobe.records import Report
 
 FURTHER = "Further measurements"
@@ -88,20 +86,9 @@ def scan(
         raise
     if is_main():
         deliver(report, render, output, show_all, one_line(report))
+    from bnprobe.analysis.diagnosis import has_findings
+
     raise typer.Exit(EXIT_FINDINGS if has_findings(report, spec.rules) and not exit_zero else EXIT_CLEAN)
-
-
-def has_findings(report: Report, rules: RulesSpec) -> bool:
-    """Whether a cause is an error, or a layer is flagged without an explanation by any rule.
-
-    Warnings do not count: what only looks like a mistake was measured to be harmless. A flagged layer whose rules the
-    user ignores or exempts is accepted.
-    """
-    errors = any(verdict.outcome == "failed" and verdict.severity == "error" for verdict in report.verdicts)
-    excused = {verdict.layer for verdict in report.verdicts if verdict.message.startswith(EXEMPT)}
-    explained = {verdict.layer for verdict in report.verdicts if verdict.outcome == "failed"} | excused
-    narrowed = bool(rules.select or rules.ignore)
-    return errors or any(layer.flagged and layer.name not in explained and not narrowed for layer in report.layers)
 
 
 def _measure(spec: Spec) -> Report:
@@ -131,13 +118,3 @@ def _measure(spec: Spec) -> Report:
         if measured:
             raise
         raise NothingToProbeError("Interrupted before anything was measured; there is no report.") from None
-
-
-def share_processors() -> None:
-    """Let idle OpenMP threads sleep early, unless the user has set this. Call it before torch is imported.
-
-    By default they spin for milliseconds after every kernel. If another process (a loader's worker, another CI job)
-    used the same cores, this made a scan of a small network 10 to 25 times slower; alone it is equally fast.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -124,7 +124,7 @@ def _measure(spec: Spec, train_sizes: tuple[int, ...], replayed: dict[str, Any] 
         NothingToProbeError: Ctrl-C before anything was measured.
     """
     from bnprobe.cli.console import progress_bar
-    from bnprobe.cli.scan import share_processors
+    from bnprobe.cli.processes import share_processors
 
     share_processors()
     try:

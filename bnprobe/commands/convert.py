@@ -24,8 +24,10 @@ from bnprobe.commands.experiment import (
     require_trainable,
     require_unwrapped,
 )
+from bnprobe.commands.recalibrate import Repaired
 from bnprobe.commands.scan import environment, scan_workload, whole
-from bnprobe.config.spec import Spec, check, parse_requirement
+from bnprobe.config.requirements import check_requirements, parse_requirement
+from bnprobe.config.spec import Spec
 from bnprobe.config.targets import AUTO, TARGETS
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, SpecError, UsageError
@@ -39,23 +41,7 @@ from bnprobe.training import StateFolder, StepLog
 
 
 @dataclass(frozen=True)
-class Repaired:
-    """The result of a repair.
-
-    Attributes:
-        record: The record, without the weights file, which is not written yet.
-        weights: Weights of the repaired model, in the order of its state dict.
-        before, after: Scan reports of the model as loaded and repaired; None if it was not scanned.
-    """
-
-    record: RepairRecord
-    weights: dict[str, Tensor]
-    before: Report | None
-    after: Report | None
-
-
-@dataclass(frozen=True)
-class Wish:
+class ConvertOptions:
     """Options of a repair that are not part of the spec.
 
     Attributes:
@@ -98,7 +84,7 @@ def plan_spec(spec: Spec, progress: Progress = no_progress) -> Plan:
 
 def repair_spec(
     spec: Spec,
-    wish: Wish,
+    options: ConvertOptions,
     progress: Progress = no_progress,
     on_step: OnStep = lambda step: None,
     world: World = ALONE,
@@ -113,15 +99,15 @@ def repair_spec(
     """
     for text in spec.repair.require:
         parse_requirement(text)
-    if spec.repair.to == AUTO and not wish.finetune:
+    if spec.repair.to == AUTO and not options.finetune:
         raise UsageError("--to auto chooses by training every target for a while: add --finetune, or name a target.")
     with preserved_random_state():
         seed_everything(spec.data.seed)
         workload = load_workload(spec)
-        if wish.finetune:
+        if options.finetune:
             require_trainable(workload)
         require_unwrapped(workload.notes)
-        require_measurable(spec, workload, wish.finetune)
+        require_measurable(spec, workload, options.finetune)
         before = whole(scan_workload(workload, spec.settings(), progress, world))
         plans = _plans(spec, workload.model, before)
         if not plans[0].changes:
@@ -129,9 +115,9 @@ def repair_spec(
             return None
         seed_everything(spec.data.seed)
         workload = read_anew(spec, workload)
-        subject, notes = make_subject(spec, workload, wish.finetune)
-        folder = _folder(spec, wish, workload, plans, subject, world)
-        with _logged(folder, wish.tensorboard, on_step, world) as log:
+        subject, notes = make_subject(spec, workload, options.finetune)
+        folder = _folder(spec, options, workload, plans, subject, world)
+        with _logged(folder, options.tensorboard, on_step, world) as log:
             made = plans[0]
             if len(plans) > 1:
                 made, sentence = best_candidate(subject, plans, on_step=log, world=world)
@@ -142,7 +128,7 @@ def repair_spec(
         notes += [*left_out(proven.model), *remarks(made.to, flagged, proven.proof)]
         if after is None:
             notes.append("The repaired model was not scanned, because it has no layer left that a scan could measure.")
-    record = _record(spec, wish, workload, subject, made, proven.proof, (before.summary.flagged, flagged), notes)
+    record = _record(spec, options, workload, subject, made, proven.proof, (before.summary.flagged, flagged), notes)
     return Repaired(record, weights, before, after)
 
 
@@ -196,15 +182,15 @@ def _read_report(path: Path) -> Report:
 
 
 def _folder(
-    spec: Spec, wish: Wish, workload: Workload, plans: Sequence[Plan], subject: Subject, world: World
+    spec: Spec, options: ConvertOptions, workload: Workload, plans: Sequence[Plan], subject: Subject, world: World
 ) -> StateFolder | None:
     """The folder for finished runs and the current one; process 0 makes it before the others read it."""
-    if wish.state is None or not wish.finetune:
+    if options.state is None or not options.finetune:
         return None
     marks = _marks(spec, workload, plans, subject, world)
-    folder = StateFolder.open(wish.state, marks, wish.resume, wish.force) if world.is_main else None
+    folder = StateFolder.open(options.state, marks, options.resume, options.force) if world.is_main else None
     world.wait()
-    return folder or StateFolder.open(wish.state, marks, resume=True)
+    return folder or StateFolder.open(options.state, marks, resume=True)
 
 
 def _marks(spec: Spec, workload: Workload, plans: Sequence[Plan], subject: Subject, world: World) -> dict[str, Any]:
@@ -264,7 +250,7 @@ def _second_scan(
 
 def _record(
     spec: Spec,
-    wish: Wish,
+    options: ConvertOptions,
     workload: Workload,
     subject: Subject,
     made: Plan,
@@ -277,13 +263,13 @@ def _record(
         tool=Tool("bnprobe", __version__),
         environment=environment(subject.device),
         action="convert",
-        command=wish.command,
+        command=options.command,
         model=workload.model_name,
         checkpoint=workload.checkpoint,
         weights=None,
         weights_sha256=None,
         settings=spec.recorded(),
-        seeds=tuple(subject.seeds) if wish.finetune else (subject.seed,),
+        seeds=tuple(subject.seeds) if options.finetune else (subject.seed,),
         plan=made,
         recalibrated=subject.recalibrated,
         proof=proof if subject.proving.batches else None,
@@ -300,5 +286,5 @@ def _requirements(spec: Spec, proof: Proof, flagged: int | None) -> tuple[Requir
     if proof.gain is not None:  # the lower end of its interval, if several runs give one
         gain = proof.gain.mean if proof.gain.interval is None else proof.gain.interval[0]
     values = {"metric": written.metric, "loss": written.loss, "gain": gain, "flagged": flagged}
-    results = check(spec.repair.require, values)
+    results = check_requirements(spec.repair.require, values)
     return tuple(RequirementResult(requirement.text, value, held) for requirement, value, held in results)

@@ -23,7 +23,8 @@ from bnprobe.analysis.comparison import (
 )
 from bnprobe.commands.held_out import HeldOut
 from bnprobe.commands.recalibrate import recalibrate_workload
-from bnprobe.config.spec import RepairSpec, Spec, TrainSpec, parse_requirement
+from bnprobe.config.requirements import parse_requirement
+from bnprobe.config.spec import RepairSpec, Spec, TrainSpec
 from bnprobe.config.targets import TARGETS
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, UsageError
@@ -107,7 +108,7 @@ def require_trainable(workload: Workload) -> None:
         )
     if workload.source.synthetic:
         raise UsageError("--finetune needs real data: a model trained on synthetic inputs (--input-shape) is useless.")
-    if workload.evaluation is None:
+    if workload.held_out is None:
         why = next((note for note in workload.notes if note.startswith("The held-out data was not used")), "")
         raise UsageError(
             "--finetune measures its gain on held-out data, but there is none. Add load_eval_data(batch_size) to the"
@@ -137,7 +138,7 @@ def require_measurable(spec: Spec, workload: Workload, finetune: bool) -> None:
     functions = {"metric": workload.metric, "loss": workload.loss}
     for requirement in map(parse_requirement, spec.repair.require):
         name = requirement.quantity
-        if name in functions and (functions[name] is None or workload.evaluation is None):
+        if name in functions and (functions[name] is None or workload.held_out is None):
             raise UsageError(
                 f'--require "{requirement.text}" cannot be measured: it needs {name}(model, batch) and held-out data'
                 " (load_eval_data) in the model file or the spec."

@@ -11,7 +11,7 @@ from torch import nn
 
 from bnprobe.config.spec import Spec
 from bnprobe.errors import DataError, UsageError
-from bnprobe.loading.data import BatchSource, load_evaluation
+from bnprobe.loading.data import BatchSource, load_held_out
 from bnprobe.loading.model import BatchFunction
 from bnprobe.loading.order import spread
 from bnprobe.loading.workload import Workload
@@ -87,9 +87,9 @@ class HeldOut:
 
 def _read(spec: Spec, workload: Workload) -> tuple[list[Any], list[str]]:
     """The batches, and what was left out."""
-    if workload.evaluation is None or (workload.loss is None and workload.metric is None):
+    if workload.held_out is None or (workload.loss is None and workload.metric is None):
         return [], []
-    source = spread(_large_batches(spec, workload, workload.evaluation), spec.data.seed, mixed=True)
+    source = spread(_large_batches(spec, workload, workload.held_out), spec.data.seed, mixed=True)
     batches: list[Any] = []
     held = 0
     for batch in source.batches:
@@ -104,13 +104,13 @@ def _read(spec: Spec, workload: Workload) -> tuple[list[Any], list[str]]:
     return batches, []
 
 
-def _large_batches(spec: Spec, workload: Workload, evaluation: BatchSource) -> BatchSource:
+def _large_batches(spec: Spec, workload: Workload, held_out: BatchSource) -> BatchSource:
     """The same data in larger batches, if the user fixed neither size nor number and the loader can be rebuilt."""
     fixed = spec.eval_data.batch_size is not None or spec.eval_data.batches is not None
-    size = min(BATCH, (evaluation.images or BATCH * FEWEST_BATCHES) // FEWEST_BATCHES)
-    if fixed or evaluation.batch_size >= size:
-        return evaluation
+    size = min(BATCH, (held_out.images or BATCH * FEWEST_BATCHES) // FEWEST_BATCHES)
+    if fixed or held_out.batch_size >= size:
+        return held_out
     try:
-        return load_evaluation(spec.eval_data, workload.module, size) or evaluation
+        return load_held_out(spec.eval_data, workload.module, size) or held_out
     except (DataError, UsageError):
-        return evaluation
+        return held_out

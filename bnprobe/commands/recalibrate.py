@@ -292,19 +292,19 @@ def _notes(
 
 
 @dataclass(frozen=True)
-class Renewed:
-    """The result of a recalibration.
+class Repaired:
+    """The result of a recalibration or conversion.
 
     Attributes:
         record: The record, without the weights file, which is not written yet.
-        weights: Weights of the recalibrated model, by the keys of its state dict, on the host.
-        before, after: Scan reports; ``before`` is None if the model as loaded cannot be scanned.
+        weights: Weights of the repaired model by the keys of its state dict, in their order, on the host.
+        before, after: Scan reports of the model as loaded and repaired; None if it could not be scanned.
     """
 
     record: RepairRecord
     weights: dict[str, Tensor]
     before: Report | None
-    after: Report
+    after: Report | None
 
 
 def recalibrate_spec(
@@ -315,7 +315,7 @@ def recalibrate_spec(
     num_batches: int | None = None,
     command: str | None = None,
     progress: Progress = no_progress,
-) -> Renewed:
+) -> Repaired:
     """Load what a spec names, recalibrate it, and measure the effect.
 
     Args:
@@ -353,7 +353,7 @@ def recalibrate_spec(
     proof = _proof(spec, held_out, *scores)
     notes = (*notes, *_how(found, path), *held_out.notes, *left_out(workload.model))
     record = _record(spec, workload, found, proof, (before, after), notes, command)
-    return Renewed(record, on_host(workload.model.state_dict()), before, after)
+    return Repaired(record, on_host(workload.model.state_dict()), before, after)
 
 
 def _require_real_data(workload: Workload) -> None:

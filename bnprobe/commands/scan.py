@@ -28,13 +28,13 @@ from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.model import unwrapped, user_code
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.loading.order import deal, spread
-from bnprobe.loading.workload import Workload, load_model_only, load_workload
+from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.accumulators import SamplePool
 from bnprobe.measure.batch import to_device
 from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.gradients import measure_gradients
 from bnprobe.measure.impact import SAMPLES, joint_impact, measure_impact
-from bnprobe.measure.layers import LayerSet, anatomy, find_layers, unmatched_globs
+from bnprobe.measure.layers import LayerSet, anatomy, unmatched_globs
 from bnprobe.measure.rank_agreement import Agreement, agree
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, seed_everything, untouched
@@ -50,7 +50,6 @@ from bnprobe.records import (
     GradientAngle,
     Impact,
     Layer,
-    LintReport,
     Pool,
     Remedy,
     Report,
@@ -59,262 +58,19 @@ from bnprobe.records import (
     Updates,
 )
 from bnprobe.rules.evidence import Anatomy, Facts
-from bnprobe.rules.selection import model_rules
 from bnprobe.stats.composition import regrouped_batches
 
 IMPACT_BYTES = 2**27
-"""Norm-layer inputs of the images that impacts are measured on: backward passes keep these and as much again."""
+"""Upper limit on the norm-layer inputs of the samples that impacts are measured on; backward passes take twice that."""
 
 IMPACT_PART = 8
-"""Impacts are measured on one image in so many: an image costs a dozen forward passes there, and two on the paths."""
+"""Impacts are measured on one in this many samples, since each takes a dozen forward passes instead of two."""
 
 WHAT_IF_IMAGES = 512
-"""Images of training and of evaluation data that remedies are tried on; kept in host memory for it."""
+"""Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""
 
 GRADIENT_BATCHES = 32
-"""Micro-batches whose gradients are measured: the noise is then known to a quarter."""
-
-
-@dataclass
-class Further:
-    """Results by index of the layer, and what they cost."""
-
-    impacts: dict[int, Impact] = field(default_factory=dict)
-    backward: dict[int, Backward] = field(default_factory=dict)
-    updates: dict[int, Updates] = field(default_factory=dict)
-    angle: GradientAngle | None = None
-    remedies: tuple[Remedy, ...] = ()
-    passes: list[ExtraPass] = field(default_factory=list)
-
-
-def wanted_batches(settings: ScanSettings, batch_size: int) -> int:
-    """How many micro-batches must be kept for what the settings ask for."""
-    images = max(SAMPLES, WHAT_IF_IMAGES if settings.what_if else 0)
-    trained = settings.train_steps or 0
-    return max(2, images // batch_size, trained, GRADIENT_BATCHES if settings.gradients else 0)
-
-
-def check_wishes(settings: ScanSettings, workload: Workload) -> None:
-    """Refuse before anything is measured what could not be measured in the end.
-
-    Raises:
-        UsageError: Names the option and what it lacks.
-    """
-    for option, wanted in (("--train-steps", settings.train_steps), ("--gradients", settings.gradients)):
-        if wanted and workload.loss is None:
-            raise UsageError(f"{option} needs loss(model, batch) in the model file, or a loss that the spec names.")
-    if settings.what_if and workload.loss is None and workload.metric is None:
-        raise UsageError("--what-if needs loss(model, batch) or metric(model, batch), in the model file or the spec.")
-    source, held_out = workload.source, workload.evaluation
-    if settings.what_if and held_out is not None and held_out.batch_size != source.batch_size:
-        raise UsageError(
-            f"--what-if needs evaluation batches of the size that is scanned, {source.batch_size}, and"
-            f" eval_data.batch_size is {held_out.batch_size}. Leave it out of the spec."
-        )
-    if settings.what_if and held_out is None:
-        raise UsageError(
-            "--what-if needs evaluation data: add load_eval_data(batch_size) to the model file, or eval_data to the"
-            " spec."
-        )
-
-
-def measure_further(
-    found: Further,
-    session: Session,
-    evidence: Evidence,
-    settings: ScanSettings,
-    make_optimizer: OptimizerFactory | None = None,
-    *,
-    impact: bool = True,
-) -> None:
-    """Everything that the settings ask for, into ``found``.
-
-    Args:
-        impact: Measure what layers do to the output: of no use where every layer is fine.
-        make_optimizer: For training steps; None: SGD at a learning rate of 0.01.
-
-    Raises:
-        BnprobeError: See the single measurements; what was measured before is in ``found``.
-    """
-    found.passes += _passes_so_far(evidence)
-    size = evidence.batch_size
-    with session.installed():
-        if impact:
-            some = _first_images(session, evidence)
-            with _counted(found, "impact", "which layers move the output", len(some) * size):
-                found.impacts = measure_impact(session, some, evidence.batching)
-        if settings.what_if and evidence.held_out is not None:
-            _try_remedies(found, session, evidence, evidence.held_out)
-    if settings.train_steps:
-        steps, make = settings.train_steps, _guarded(make_optimizer or load_optimizer(OptimizerSpec()))
-        with _counted(found, "training steps", "asked for", steps * size):
-            trained = train_steps(session, evidence.micro_batches, make, steps)
-            found.updates = {
-                index: replace(updates, repeated=trained.repeated.get(index, 0.0))
-                for index, updates in trained.updates.items()
-            }
-    if settings.gradients:
-        batches = evidence.micro_batches[:GRADIENT_BATCHES]
-        with _counted(found, "gradients", "asked for", len(batches) * size):
-            found.backward, found.angle = measure_gradients(session, batches, seed=settings.seed)
-
-
-def with_further(
-    layers: Sequence[Layer], anatomy: Sequence[Anatomy], found: Further, among: LayerSet
-) -> tuple[Layer, ...]:
-    """The layers with what was measured of them, and their places in the user's code."""
-    positions = {layer.name: layer.index for layer in among.layers}
-    places = {layer.name: layer.location for layer in anatomy}
-    return tuple(
-        replace(
-            layer,
-            location=places.get(layer.name),
-            impact=found.impacts.get(positions[layer.name]),
-            backward=found.backward.get(positions[layer.name]),
-            updates=found.updates.get(positions[layer.name]),
-        )
-        for layer in layers
-    )
-
-
-def _first_images(session: Session, evidence: Evidence) -> list[Any]:
-    """The micro-batches that impacts are measured on, on the device."""
-    layers = session.layers.layers
-    numbers = sum(values * layers[index].info.channels for (index, _), values in evidence.values.items())
-    memory = IMPACT_BYTES * evidence.batch_size // (4 * max(numbers, 1))
-    images = min(SAMPLES, memory, evidence.samples // IMPACT_PART)
-    number = max(2, images // evidence.batch_size)
-    return [to_device(batch, session.device) for batch in evidence.micro_batches[:number]]
-
-
-def _try_remedies(found: Further, session: Session, evidence: Evidence, held_out: Evidence) -> None:
-    size = evidence.batch_size
-    most = max(2, WHAT_IF_IMAGES // size)
-    training, unseen = evidence.micro_batches[:most], held_out.micro_batches[:most]
-    with _counted(found, "what-if", "asked for", (len(training) + len(unseen)) * size):
-        found.remedies = what_if(session, training, unseen, evidence.batching)
-
-
-def joint_impacts(
-    session: Session, evidence: Evidence, further: Further, groups: Sequence[tuple[str, ...]]
-) -> dict[tuple[str, ...], float | None]:
-    """For groups of layers, the change of the outputs if all layers of a group normalize with their batches.
-
-    None where it cannot be measured. Errors and Ctrl-C are not raised: the report that this is for is worth more. After
-    a scan that ended early nothing more is run.
-    """
-    positions = {layer.name: layer.index for layer in session.layers.layers}
-    known: dict[frozenset[int], float | None] = {}
-
-    def measured(names: tuple[str, ...]) -> float | None:
-        layers = frozenset(positions[name] for name in names if positions[name] in further.impacts)
-        if not layers or evidence.partial:
-            return None
-        alone = further.impacts[next(iter(layers))].exact if len(layers) == 1 else None
-        if alone is not None:
-            return alone
-        if layers not in known:
-            known[layers] = None
-            with suppress(BnprobeError, KeyboardInterrupt), session.installed():
-                some = _first_images(session, evidence)
-                known[layers] = joint_impact(session, some, evidence.batching, layers)
-        return known[layers]
-
-    return {names: measured(names) for names in groups}
-
-
-def _guarded(make_optimizer: OptimizerFactory) -> OptimizerFactory:
-    """An optimizer of the user's own making may raise anything."""
-
-    def make(parameters: list[nn.Parameter]) -> Any:
-        with user_code("making the optimizer of the training steps"):
-            return make_optimizer(parameters)
-
-    return make
-
-
-@contextmanager
-def _counted(found: Further, name: str, reason: str, images: int) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    found.passes.append(ExtraPass(name, reason, images, time.perf_counter() - started))
-
-
-def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
-    """What the two paths were joined by, with its reason."""
-    if evidence.steady is not None:
-        reason = "the model draws random numbers in training"
-        yield ExtraPass("train path without random layers", reason, evidence.samples, evidence.steady_seconds)
-    if evidence.held_out is not None:
-        held_out = evidence.held_out
-        yield ExtraPass("evaluation data", "to measure the data shift", held_out.samples, held_out.seconds)
-
-
-def environment(device: torch.device) -> Environment:
-    """Where it ran."""
-    on_cuda = device.type == "cuda"
-    return Environment(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        platform=platform.platform(terse=True),
-        device_name=torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
-        threads=torch.get_num_threads(),
-    )
-
-
-def describe(
-    workload: Workload, settings: ScanSettings, evidence: Evidence, further: Further, device: torch.device
-) -> Scan:
-    """What was run, for the report."""
-    source = workload.source
-    parameter = next(workload.model.parameters(), None)
-    return Scan(
-        model=workload.model_name,
-        data=source.description,
-        synthetic=source.synthetic,
-        checkpoint=workload.checkpoint,
-        batch_size=evidence.batch_size,
-        batches=evidence.batches,
-        batches_requested=settings.batches,
-        images=evidence.samples,
-        left_out=evidence.left_out,
-        emulated=evidence.emulated,
-        physical_batch=evidence.physical_batch,
-        emulation=evidence.batching.emulation.reason,
-        self_check=evidence.batching.emulation.check,
-        seed=settings.seed,
-        device=str(device),
-        dtype="none" if parameter is None else str(parameter.dtype).removeprefix("torch."),
-        autocast=settings.autocast,
-        stopped=evidence.stopped,
-        partial=evidence.partial,
-        seconds=evidence.seconds,
-        notes=(*workload.notes, *source.notes, *_remarks(settings, evidence)),
-        passes=tuple(further.passes),
-        pool=_pool(evidence),
-        unselected=tuple(layer.name for layer in evidence.layers.layers if not layer.selected),
-    )
-
-
-def _pool(evidence: Evidence) -> Pool | None:
-    images = max((pool.mean.shape[0] for pool in evidence.eval.pool().values()), default=0)
-    if not images:
-        return None
-    return Pool(images, evidence.eval[SamplePool].bytes, regrouped_batches(images, evidence.batch_size))
-
-
-def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
-    """What the reader should know about the scan as a whole."""
-    yield from unmatched_globs(settings, evidence.layers)
-    if all(layer.info.batches_tracked == 0 for layer in evidence.layers.selected):
-        yield (
-            "No layer's running statistics were ever updated (num_batches_tracked is 0): the model is untrained."
-            " Was a checkpoint forgotten?"
-        )
-    for size in evidence.batch_sizes:
-        if evidence.samples < 2 * size:
-            needed = f"Batch size {size} needs at least {2 * size} images"
-            yield f"{needed}, and {evidence.samples} were measured: raise --batches."
+"""Micro-batches whose gradients are measured; the noise is then known to about 25%."""
 
 
 def scan(
@@ -390,7 +146,7 @@ def scan_workload(
     Raises:
         BnprobeError: See ``bnprobe.errors`` for the tree.
     """
-    check_wishes(settings, workload)
+    check_requested(settings, workload)
     with untouched(workload.model):
         seed_everything(settings.seed)
         session = session_of(workload, settings)
@@ -407,21 +163,52 @@ def scan_workload(
     return report
 
 
-def whole(report: Report) -> Report:
-    """A scan that ran to its end: what was interrupted is nothing to repair by.
+def session_of(workload: Workload, settings: ScanSettings) -> Session:
+    """The workload's model on its device, with its layers found and the user's functions at hand."""
+    functions = UserFunctions(workload.forward, workload.loss, workload.metric)
+    return Session.open(workload.model, settings, functions, synthetic=workload.source.synthetic)
 
-    Raises:
-        KeyboardInterrupt: The scan was interrupted, and took that for a wish to see what there is.
-    """
-    if report.scan.stopped == "interrupted":
-        raise KeyboardInterrupt
-    return report
+
+def _facts(workload: Workload, session: Session) -> Facts:
+    """What rules may know before anything is measured."""
+    return Facts(
+        anatomy(session.layers, workload.model),
+        images=workload.source.images,
+        drop_last=workload.source.drop_last,
+        held_out=workload.held_out is not None,
+    )
+
+
+def _probe(
+    workload: Workload, session: Session, settings: ScanSettings, progress: Progress, world: World
+) -> Evidence | None:
+    """The two paths on the training data, and the eval path on the held-out data."""
+    source, held_out = spread(workload.source, settings.seed, settings.batch_sizes), workload.held_out
+    size, keep = source.batch_size, wanted_batches(settings, source.batch_size)
+    # Micro-batches that are regrouped to larger batches are measured by one process.
+    share = Share(world.rank, world.size, math.lcm(size, *settings.batch_sizes) // size)
+    source = deal(source, share)
+    reader, held_out_reader = Reader(source.batches, size, keep, share, source.dealt), None
+    if held_out is not None:
+        share = Share(world.rank, world.size)
+        held_out = deal(spread(held_out, settings.seed, mixed=True), share)
+        size, dealt, most = held_out.batch_size, held_out.dealt, held_out.most
+        held_out_reader = Reader(held_out.batches, size, keep, share, dealt, most)
+    with session.installed():
+        return probe(session, reader, settings, progress, held_out_reader, world)
+
+
+def wanted_batches(settings: ScanSettings, batch_size: int) -> int:
+    """Micro-batches to keep for the measurements that the settings request."""
+    images = max(SAMPLES, WHAT_IF_IMAGES if settings.what_if else 0)
+    trained = settings.train_steps or 0
+    return max(2, images // batch_size, trained, GRADIENT_BATCHES if settings.gradients else 0)
 
 
 def _report(
     workload: Workload, settings: ScanSettings, session: Session, facts: Facts, evidence: Evidence, notes: Sequence[str]
 ) -> Report:
-    """From what was measured to what is said, with what is measured beyond the two paths."""
+    """Measure what goes beyond the two paths, apply the rules, and write the report."""
     findings = assemble(evidence, settings)
     evidence, further = _beyond(workload, session, settings, evidence, findings)
     scan = describe(workload, settings, evidence, further, session.device)
@@ -448,47 +235,10 @@ def _report(
     return report
 
 
-def _facts(workload: Workload, session: Session) -> Facts:
-    """What rules may know before anything is measured."""
-    return Facts(
-        anatomy(session.layers, workload.model),
-        images=workload.source.images,
-        drop_last=workload.source.drop_last,
-        evaluation=workload.evaluation is not None,
-    )
-
-
-def _on_processes(world: World, agreement: Agreement) -> Iterator[str]:
-    """What the reader should know of a scan on several processes."""
-    if world.size > 1:
-        yield f"{world.size} processes measured a share of the micro-batches each; their sums were put together."
-    if agreement.note:
-        yield agreement.note
-
-
-def _probe(
-    workload: Workload, session: Session, settings: ScanSettings, progress: Progress, world: World
-) -> Evidence | None:
-    """The two paths on the training data, and the eval path on the held-out data."""
-    source, held_out = spread(workload.source, settings.seed, settings.batch_sizes), workload.evaluation
-    size, keep = source.batch_size, wanted_batches(settings, source.batch_size)
-    # Micro-batches that are regrouped to larger batches are measured by one process.
-    share = Share(world.rank, world.size, math.lcm(size, *settings.batch_sizes) // size)
-    source = deal(source, share)
-    reader, held_out_reader = Reader(source.batches, size, keep, share, source.dealt), None
-    if held_out is not None:
-        share = Share(world.rank, world.size)
-        held_out = deal(spread(held_out, settings.seed, mixed=True), share)
-        size, dealt, most = held_out.batch_size, held_out.dealt, held_out.most
-        held_out_reader = Reader(held_out.batches, size, keep, share, dealt, most)
-    with session.installed():
-        return probe(session, reader, settings, progress, held_out_reader, world)
-
-
 def _beyond(
     workload: Workload, session: Session, settings: ScanSettings, evidence: Evidence, findings: Findings
 ) -> tuple[Evidence, Further]:
-    """What is measured beyond the two paths; they are worth a report even if it fails or is interrupted."""
+    """Measure what goes beyond the two paths; if it fails or is interrupted, the report has the paths alone."""
     further = Further()
     if evidence.partial:
         return evidence, further
@@ -502,30 +252,255 @@ def _beyond(
     return evidence, further
 
 
-def session_of(workload: Workload, settings: ScanSettings) -> Session:
-    """The workload's model on its device, with its layers found and the user's functions at hand."""
-    functions = UserFunctions(workload.forward, workload.loss, workload.metric)
-    return Session.open(workload.model, settings, functions, synthetic=workload.source.synthetic)
+@dataclass
+class Further:
+    """Results by layer index, and their cost."""
+
+    impacts: dict[int, Impact] = field(default_factory=dict)
+    backward: dict[int, Backward] = field(default_factory=dict)
+    updates: dict[int, Updates] = field(default_factory=dict)
+    angle: GradientAngle | None = None
+    remedies: tuple[Remedy, ...] = ()
+    passes: list[ExtraPass] = field(default_factory=list)
 
 
-def lint_spec(spec: Spec) -> LintReport:
-    """Judge the model that a spec names, as it is written and saved: no data, no forward pass.
+def measure_further(
+    found: Further,
+    session: Session,
+    evidence: Evidence,
+    settings: ScanSettings,
+    make_optimizer: OptimizerFactory | None = None,
+    *,
+    impact: bool = True,
+) -> None:
+    """Everything that the settings ask for, into ``found``.
+
+    Args:
+        impact: Measure what layers do to the output: of no use where every layer is fine.
+        make_optimizer: For training steps; None: SGD at a learning rate of 0.01.
 
     Raises:
-        BnprobeError: See ``bnprobe.errors`` for the tree.
+        BnprobeError: See the single measurements; what was measured before is in ``found``.
     """
-    rules, settings = model_rules(spec.rules), spec.settings()
-    with preserved_random_state():
-        seed_everything(spec.data.seed)
-        loaded = load_model_only(spec)
-        found = find_layers(loaded.model, settings.is_selected)
-        facts = Facts(anatomy(found, loaded.model))
-    verdicts = judge(facts, spec.rules, rules)
-    return LintReport(
-        tool=Tool("bnprobe", __version__),
-        model=loaded.name,
-        layers=len(found.selected),
-        verdicts=verdicts,
-        diagnoses=diagnose(verdicts, facts),
-        skipped=found.skipped,
+    found.passes += _passes_so_far(evidence)
+    size = evidence.batch_size
+    with session.installed():
+        if impact:
+            some = _first_images(session, evidence)
+            with _counted(found, "impact", "which layers move the output", len(some) * size):
+                found.impacts = measure_impact(session, some, evidence.batching)
+        if settings.what_if and evidence.held_out is not None:
+            _try_remedies(found, session, evidence, evidence.held_out)
+    if settings.train_steps:
+        steps, make = settings.train_steps, _guarded(make_optimizer or load_optimizer(OptimizerSpec()))
+        with _counted(found, "training steps", "asked for", steps * size):
+            trained = train_steps(session, evidence.micro_batches, make, steps)
+            found.updates = {
+                index: replace(updates, repeated=trained.repeated.get(index, 0.0))
+                for index, updates in trained.updates.items()
+            }
+    if settings.gradients:
+        batches = evidence.micro_batches[:GRADIENT_BATCHES]
+        with _counted(found, "gradients", "asked for", len(batches) * size):
+            found.backward, found.angle = measure_gradients(session, batches, seed=settings.seed)
+
+
+def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
+    """Passes that were measured beside the two paths, with their reasons."""
+    if evidence.steady is not None:
+        reason = "the model draws random numbers in training"
+        yield ExtraPass("train path without random layers", reason, evidence.samples, evidence.steady_seconds)
+    if evidence.held_out is not None:
+        held_out = evidence.held_out
+        yield ExtraPass("evaluation data", "to measure the data shift", held_out.samples, held_out.seconds)
+
+
+def _first_images(session: Session, evidence: Evidence) -> list[Any]:
+    """The micro-batches that impacts are measured on, on the device."""
+    layers = session.layers.layers
+    numbers = sum(values * layers[index].info.channels for (index, _), values in evidence.values.items())
+    memory = IMPACT_BYTES * evidence.batch_size // (4 * max(numbers, 1))
+    images = min(SAMPLES, memory, evidence.samples // IMPACT_PART)
+    number = max(2, images // evidence.batch_size)
+    return [to_device(batch, session.device) for batch in evidence.micro_batches[:number]]
+
+
+def _try_remedies(found: Further, session: Session, evidence: Evidence, held_out: Evidence) -> None:
+    size = evidence.batch_size
+    most = max(2, WHAT_IF_IMAGES // size)
+    training, unseen = evidence.micro_batches[:most], held_out.micro_batches[:most]
+    with _counted(found, "what-if", "asked for", (len(training) + len(unseen)) * size):
+        found.remedies = what_if(session, training, unseen, evidence.batching)
+
+
+def _guarded(make_optimizer: OptimizerFactory) -> OptimizerFactory:
+    """Turn errors of the user's optimizer factory into UserCodeError."""
+
+    def make(parameters: list[nn.Parameter]) -> Any:
+        with user_code("making the optimizer of the training steps"):
+            return make_optimizer(parameters)
+
+    return make
+
+
+@contextmanager
+def _counted(found: Further, name: str, reason: str, images: int) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    found.passes.append(ExtraPass(name, reason, images, time.perf_counter() - started))
+
+
+def with_further(
+    layers: Sequence[Layer], anatomy: Sequence[Anatomy], found: Further, among: LayerSet
+) -> tuple[Layer, ...]:
+    """Add the further results to the layers, and their places in the user's code."""
+    positions = {layer.name: layer.index for layer in among.layers}
+    places = {layer.name: layer.location for layer in anatomy}
+    return tuple(
+        replace(
+            layer,
+            location=places.get(layer.name),
+            impact=found.impacts.get(positions[layer.name]),
+            backward=found.backward.get(positions[layer.name]),
+            updates=found.updates.get(positions[layer.name]),
+        )
+        for layer in layers
     )
+
+
+def joint_impacts(
+    session: Session, evidence: Evidence, further: Further, groups: Sequence[tuple[str, ...]]
+) -> dict[tuple[str, ...], float | None]:
+    """For groups of layers, the change of the outputs if all layers of a group normalize with their batches.
+
+    None where it cannot be measured. Errors and Ctrl-C are not raised: the report that this is for is worth more. After
+    a scan that ended early nothing more is run.
+    """
+    positions = {layer.name: layer.index for layer in session.layers.layers}
+    known: dict[frozenset[int], float | None] = {}
+
+    def measured(names: tuple[str, ...]) -> float | None:
+        layers = frozenset(positions[name] for name in names if positions[name] in further.impacts)
+        if not layers or evidence.partial:
+            return None
+        alone = further.impacts[next(iter(layers))].exact if len(layers) == 1 else None
+        if alone is not None:
+            return alone
+        if layers not in known:
+            known[layers] = None
+            with suppress(BnprobeError, KeyboardInterrupt), session.installed():
+                some = _first_images(session, evidence)
+                known[layers] = joint_impact(session, some, evidence.batching, layers)
+        return known[layers]
+
+    return {names: measured(names) for names in groups}
+
+
+def describe(
+    workload: Workload, settings: ScanSettings, evidence: Evidence, further: Further, device: torch.device
+) -> Scan:
+    """What was run, for the report."""
+    source = workload.source
+    parameter = next(workload.model.parameters(), None)
+    return Scan(
+        model=workload.model_name,
+        data=source.description,
+        synthetic=source.synthetic,
+        checkpoint=workload.checkpoint,
+        batch_size=evidence.batch_size,
+        batches=evidence.batches,
+        batches_requested=settings.batches,
+        images=evidence.samples,
+        left_out=evidence.left_out,
+        emulated=evidence.emulated,
+        physical_batch=evidence.physical_batch,
+        emulation=evidence.batching.emulation.reason,
+        self_check=evidence.batching.emulation.check,
+        seed=settings.seed,
+        device=str(device),
+        dtype="none" if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        autocast=settings.autocast,
+        stopped=evidence.stopped,
+        partial=evidence.partial,
+        seconds=evidence.seconds,
+        notes=(*workload.notes, *source.notes, *_remarks(settings, evidence)),
+        passes=tuple(further.passes),
+        pool=_pool(evidence),
+        unselected=tuple(layer.name for layer in evidence.layers.layers if not layer.selected),
+    )
+
+
+def _pool(evidence: Evidence) -> Pool | None:
+    images = max((pool.mean.shape[0] for pool in evidence.eval.pool().values()), default=0)
+    if not images:
+        return None
+    return Pool(images, evidence.eval[SamplePool].bytes, regrouped_batches(images, evidence.batch_size))
+
+
+def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
+    """What the reader should know about the scan as a whole."""
+    yield from unmatched_globs(settings, evidence.layers)
+    if all(layer.info.batches_tracked == 0 for layer in evidence.layers.selected):
+        yield (
+            "No layer's running statistics were ever updated (num_batches_tracked is 0): the model is untrained."
+            " Was a checkpoint forgotten?"
+        )
+    for size in evidence.batch_sizes:
+        if evidence.samples < 2 * size:
+            needed = f"Batch size {size} needs at least {2 * size} images"
+            yield f"{needed}, and {evidence.samples} were measured: raise --batches."
+
+
+def _on_processes(world: World, agreement: Agreement) -> Iterator[str]:
+    """Notes on a scan in several processes."""
+    if world.size > 1:
+        yield f"{world.size} processes measured a share of the micro-batches each; their sums were put together."
+    if agreement.note:
+        yield agreement.note
+
+
+def environment(device: torch.device) -> Environment:
+    """Where it ran."""
+    on_cuda = device.type == "cuda"
+    return Environment(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        platform=platform.platform(terse=True),
+        device_name=torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def check_requested(settings: ScanSettings, workload: Workload) -> None:
+    """Refuse before anything is measured what could not be measured in the end.
+
+    Raises:
+        UsageError: Names the option and what it lacks.
+    """
+    for option, wanted in (("--train-steps", settings.train_steps), ("--gradients", settings.gradients)):
+        if wanted and workload.loss is None:
+            raise UsageError(f"{option} needs loss(model, batch) in the model file, or a loss that the spec names.")
+    if settings.what_if and workload.loss is None and workload.metric is None:
+        raise UsageError("--what-if needs loss(model, batch) or metric(model, batch), in the model file or the spec.")
+    source, held_out = workload.source, workload.held_out
+    if settings.what_if and held_out is not None and held_out.batch_size != source.batch_size:
+        raise UsageError(
+            f"--what-if needs evaluation batches of the size that is scanned, {source.batch_size}, and"
+            f" eval_data.batch_size is {held_out.batch_size}. Leave it out of the spec."
+        )
+    if settings.what_if and held_out is None:
+        raise UsageError(
+            "--what-if needs evaluation data: add load_eval_data(batch_size) to the model file, or eval_data to the"
+            " spec."
+        )
+
+
+def whole(report: Report) -> Report:
+    """A scan that ran to its end: what was interrupted is nothing to repair by.
+
+    Raises:
+        KeyboardInterrupt: The scan was interrupted, and printed what it had measured.
+    """
+    if report.scan.stopped == "interrupted":
+        raise KeyboardInterrupt
+    return report

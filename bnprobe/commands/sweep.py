@@ -28,8 +28,8 @@ from bnprobe.measure.scan_loop import FEWEST, Progress, no_progress
 from bnprobe.measure.session import Session, UserFunctions
 from bnprobe.records import (
     SCHEMA_VERSION,
+    BatchSizePoint,
     BestRates,
-    Interval,
     Layer,
     MomentumCurve,
     MomentumPoint,
@@ -66,17 +66,6 @@ _STANDINGS: dict[str, Literal["passes", "undecided", "fails"]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Measurement of one path at one batch size."""
-
-    batch_size: int
-    batches: int
-    mismatch: float
-    interval: Interval
-    equivalent_batch_size: float | None
-
-
 def sweep_layer(layer: Layer, batch_size: int, trains: Sequence[Report]) -> SweepLayer:
     """Mismatch of one layer over the batch size.
 
@@ -86,10 +75,7 @@ def sweep_layer(layer: Layer, batch_size: int, trains: Sequence[Report]) -> Swee
         trains: That scan, and one scan for each further size of the train path.
     """
     limit = mismatch_iid(layer.threshold)
-    found = [
-        _Measured(point.batch_size, point.batches, point.mismatch, point.interval, point.equivalent_batch_size)
-        for point in layer.batch_sizes
-    ]
+    found = list(layer.batch_sizes)
     if layer.eval is not None:
         found.append(_measured(layer.eval, batch_size, trains[0].scan.batches))
     others = [(report.scan, _named(report, layer.name)) for report in trains]
@@ -122,8 +108,8 @@ def smallest_of_all(scanned: Sequence[Layer], layers: Sequence[SweepLayer]) -> S
     return Smallest(_largest([one.surely for one in judged]), _largest([one.likely for one in judged]))
 
 
-def _measured(path: PathMeasurement, batch_size: int, batches: int) -> _Measured:
-    return _Measured(batch_size, batches, path.mismatch, path.interval, path.equivalent_batch_size)
+def _measured(path: PathMeasurement, batch_size: int, batches: int) -> BatchSizePoint:
+    return BatchSizePoint(batch_size, batches, path.mismatch, path.interval, path.equivalent_batch_size)
 
 
 def _named(report: Report, name: str) -> Layer | None:
@@ -131,7 +117,7 @@ def _named(report: Report, name: str) -> Layer | None:
 
 
 def _points(
-    measured: Sequence[_Measured], scanned: PathMeasurement | None, batch_size: int, limit: float
+    measured: Sequence[BatchSizePoint], scanned: PathMeasurement | None, batch_size: int, limit: float
 ) -> tuple[SweepPoint, ...]:
     """Points of the curve by increasing size, with the value for i.i.d. samples."""
     n_eq = scanned.equivalent_batch_size if scanned else None

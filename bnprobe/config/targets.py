@@ -103,3 +103,7 @@ def nearest_target(name: str) -> str:
     """The target name, or "auto", that is spelled most like ``name``."""
     known = (*TARGETS.names(), AUTO)
     return difflib.get_close_matches(name, known, 1, cutoff=0.0)[0]
+
+
+CONVERTED = "bnprobe.converted"
+"""Metadata key that marks a safetensors file as unfit for plain BN: JSON with ``to`` and ``layers``."""

@@ -24,13 +24,11 @@ from torch.nn.parameter import is_lazy
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from bnprobe.config.spec import CheckpointSpec, nearest_file
+from bnprobe.config.targets import CONVERTED
 from bnprobe.errors import CheckpointError
 from bnprobe.loading.model import kind_of, user_code
 
 WRAPPERS = ("module.", "_orig_mod.")
-
-CONVERTED = "bnprobe.converted"
-"""Metadata key that marks a safetensors file as unfit for plain BN: JSON with ``to`` and ``layers``."""
 
 
 def without_prefix(state: Mapping[str, Any], prefix: str, path: Path) -> dict[str, Any]:

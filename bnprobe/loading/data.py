@@ -128,7 +128,7 @@ def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
     return synthetic_source(list(spec.input_shape), _known(spec.batch_size, "synthetic inputs"), spec.seed)
 
 
-def load_evaluation(spec: EvalDataSpec, module: UserModule | None, batch_size: int) -> BatchSource | None:
+def load_held_out(spec: EvalDataSpec, module: UserModule | None, batch_size: int) -> BatchSource | None:
     """Load the held-out data: the spec's target; else load_eval_data of the model's module; else None.
 
     Args:

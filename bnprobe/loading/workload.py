@@ -13,7 +13,7 @@ from torch import nn
 from bnprobe.config.spec import Spec
 from bnprobe.errors import DataError, ModelError, UsageError
 from bnprobe.loading.checkpoint import load_checkpoint
-from bnprobe.loading.data import BatchSource, load_evaluation, load_source
+from bnprobe.loading.data import BatchSource, load_held_out, load_source
 from bnprobe.loading.model import BatchFunction, LoadedModel, UserModule, kind_of, load_model, locate
 from bnprobe.loading.optimizer import load_optimizer
 
@@ -27,7 +27,7 @@ class Workload:
         model_name: Name of the model, e.g. "model.py:load_model".
         checkpoint: The weights file, if one was given.
         source: Micro-batches of the training data.
-        evaluation: Micro-batches of the held-out data, if there are any.
+        held_out: Micro-batches of the held-out data, if there are any.
         forward, loss, metric: The user's functions of (model, batch), if given.
         notes: What the reader should know, one sentence each; ``source`` has its own.
         make_optimizer: Makes an optimizer for given parameters, if training steps are requested.
@@ -38,7 +38,7 @@ class Workload:
     model_name: str
     checkpoint: str | None
     source: BatchSource
-    evaluation: BatchSource | None
+    held_out: BatchSource | None
     forward: BatchFunction | None
     loss: BatchFunction | None
     metric: BatchFunction | None
@@ -58,7 +58,7 @@ def load_workload(spec: Spec) -> Workload:
     loaded = load_model_only(spec)
     source = load_source(spec.data, loaded.module)
     notes = list(loaded.notes)
-    evaluation = _evaluation(spec, loaded.module, source, notes)
+    held_out = _held_out(spec, loaded.module, source, notes)
     functions = {
         role: _function(role, target, loaded.module, notes)
         for role, target in (("forward", spec.forward), ("loss", spec.loss), ("metric", spec.metric))
@@ -68,7 +68,7 @@ def load_workload(spec: Spec) -> Workload:
         loaded.name,
         spec.checkpoint.path,
         source,
-        evaluation,
+        held_out,
         notes=tuple(notes),
         make_optimizer=load_optimizer(spec.train.optimizer, loaded.module) if spec.scan.train_steps else None,
         module=loaded.module,
@@ -81,16 +81,16 @@ def read_anew(spec: Spec, workload: Workload) -> Workload:
 
     The user's code may draw random numbers. Seed first to make them reproducible.
     """
-    source, evaluation = load_source(spec.data, workload.module), workload.evaluation
-    if evaluation is not None:
-        evaluation = load_evaluation(spec.eval_data, workload.module, source.batch_size)
-    return replace(workload, source=source, evaluation=evaluation)
+    source, held_out = load_source(spec.data, workload.module), workload.held_out
+    if held_out is not None:
+        held_out = load_held_out(spec.eval_data, workload.module, source.batch_size)
+    return replace(workload, source=source, held_out=held_out)
 
 
-def _evaluation(spec: Spec, module: UserModule | None, source: BatchSource, notes: list[str]) -> BatchSource | None:
+def _held_out(spec: Spec, module: UserModule | None, source: BatchSource, notes: list[str]) -> BatchSource | None:
     """Held-out data that the spec names must load; a load_eval_data that is only in the model file may fail."""
     try:
-        return load_evaluation(spec.eval_data, module, source.batch_size)
+        return load_held_out(spec.eval_data, module, source.batch_size)
     except (DataError, UsageError) as error:
         if spec.eval_data.target is not None:
             raise

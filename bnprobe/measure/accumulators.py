@@ -34,10 +34,10 @@ from bnprobe.stats.moments import Corrections
 from bnprobe.stats.theory import D_MAX, R_MAX
 
 POOL_BYTES = 2**26
-"""Most memory of the pool: 64 MiB hold 315 samples of ResNet-50's 26560 channels."""
+"""Upper limit on the memory of the pool: 64 MiB hold 315 samples of ResNet-50's 26560 channels."""
 
 POOL_SAMPLES = 1024
-"""Most samples of the pool: with more, its own noise no longer shows beside that of the micro-batches."""
+"""Upper limit on the samples in the pool; with more, its noise is negligible beside that of the micro-batches."""
 
 S = TypeVar("S", bound="Statistic")
 
@@ -66,7 +66,7 @@ class CallTable:
     channels: dict[Slot, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, slot: Slot, channels: int) -> None:
-        """Make room for a call; nothing changes if it has been seen."""
+        """Make room for a call, unless it has been seen."""
         if slot not in self.calls:
             start = self.sizes()["channel"]
             self.calls[slot] = len(self.calls)
@@ -326,7 +326,7 @@ class Statistic:
 
     @property
     def takes_samples(self) -> bool:
-        """Whether ``update_samples`` does anything."""
+        """Whether the statistic overrides ``update_samples``."""
         return type(self).update_samples is not Statistic.update_samples
 
     def compute(self, states: Mapping[str, Tensor]) -> Any:
@@ -601,7 +601,7 @@ class SamplePool(Statistic):
         self.variance[places] = step.variance[rows].float()
 
     def merge(self, other: Statistic, table: CallTable, other_table: CallTable) -> None:
-        """Of two processes that fill the same place the later sample counts."""
+        """Where two processes fill the same place, keep the later sample."""
         assert isinstance(other, SamplePool)
         if not self.number:
             self.__dict__ |= other.__dict__
@@ -619,7 +619,7 @@ class SamplePool(Statistic):
         return found
 
     def samples(self, table: CallTable) -> dict[Slot, Images]:
-        """The samples of each call; none where samples could not be told apart."""
+        """The samples of each call; empty if samples could not be told apart."""
         if not self.slots:
             return {}
         held = torch.tensor([place for place, number in enumerate(self.number) if number >= 0], dtype=torch.int64)

@@ -18,7 +18,7 @@ class CannotEmulateError(Exception):
 
 
 def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """The same nest of tuples, lists and mappings, with ``function`` applied to everything that is none of these."""
+    """Apply ``function`` to every leaf of nested tuples, lists and mappings."""
     if isinstance(tree, Mapping):
         return _like_mapping(tree, {key: map_leaves(value, function) for key, value in tree.items()})
     if isinstance(tree, list | tuple):
@@ -27,17 +27,17 @@ def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """All tensors of a nest, in order."""
+    """All tensors among the leaves, in order."""
     return [leaf for leaf in leaves_of(tree) if isinstance(leaf, Tensor)]
 
 
 def leaves_of(tree: Any) -> list[Any]:
-    """Everything in a nest of tuples, lists and mappings that is none of these, in order."""
+    """The leaves of nested tuples, lists and mappings, in order."""
     return [leaf for _, leaf in _named_leaves(tree)]
 
 
 def count_images(batch: Any) -> int | None:
-    """Images in a micro-batch: the first axis of its first tensor with axes; None if there is none."""
+    """Samples in a micro-batch: the first axis of its first tensor with axes; None if there is none."""
     return next((tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim() > 0), None)
 
 
@@ -57,12 +57,12 @@ def join(batches: list[Any]) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor to the device, and batch objects of other libraries, which know how to move themselves."""
+    """Move tensors to the device, and batch objects of other libraries that have a ``to`` method."""
     return map_leaves(batch, lambda leaf: leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf)
 
 
 def copy_tensors(batch: Any) -> Any:
-    """The same batch with tensors of its own, and of batch objects that know how to copy themselves."""
+    """Copy the tensors of a batch, and batch objects of other libraries that have a ``clone`` method."""
     return map_leaves(batch, lambda leaf: leaf.clone() if callable(getattr(leaf, "clone", None)) else leaf)
 
 
@@ -134,7 +134,7 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def _like_mapping(tree: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A mapping of the same class with other values, or else a dict: no class need know how to be made anew."""
+    """A mapping of the same class with other values, or a dict if the class cannot be rebuilt."""
     if type(tree) is dict:
         return items
     return _first_holding(items, (lambda: _updated(tree, items), lambda: type(tree)(items)))  # type: ignore[call-arg]
@@ -147,7 +147,7 @@ def _updated(tree: Any, items: dict[Any, Any]) -> Any:
 
 
 def _like_sequence(tree: Any, items: list[Any]) -> Any:
-    """A list or tuple of the same class with other items, or else a plain one."""
+    """A list or tuple of the same class with other items, or a plain one if the class cannot be rebuilt."""
     plain = items if isinstance(tree, list) else tuple(items)
     if type(tree) is type(plain):
         return plain

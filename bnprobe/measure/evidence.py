@@ -1,4 +1,4 @@
-"""What a scan measures: one record, filled step by step, merged where the processes of a launch meet, read at the end.
+"""What a scan measures: one record, filled step by step, merged over the processes of a launch, and read at the end.
 
 Sums are added, extremes compared, histograms added: float64 sums over micro-batches, each of which one process
 measured whole. No mean and no variance is averaged, so that the result is that of one process to rounding. What
@@ -48,7 +48,7 @@ from bnprobe.stats.ladder import BatchSums
 from bnprobe.stats.moments import corrections, pool_moments
 
 _CHUNK_VALUES = 2**19
-"""Values per temporary: bounds the memory of a step whatever the number of channels and samples."""
+"""Values per temporary tensor, which bounds the memory of a step for any number of channels and samples."""
 
 S = TypeVar("S", bound=Statistic)
 K = TypeVar("K")
@@ -93,7 +93,7 @@ class PathEvidence:
             self._steps += 1
 
     def _add(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], groups: int | None) -> int:
-        """Add calls whose micro-batches divide alike; how many micro-batches that were."""
+        """Add calls with the same number of groups per micro-batch; return the number of micro-batches."""
         slots, first = tuple(records), next(iter(records.values()))
         mean = torch.cat([record.mean for record in records.values()], 1)
         variance = torch.cat([record.variance for record in records.values()], 1)
@@ -157,13 +157,13 @@ class PathEvidence:
         return None if found is None else found[1]
 
     def layer_sums(self) -> dict[int, Sums]:
-        """D of each layer by its index, calls of one micro-batch averaged: cheap enough to look at now and then."""
+        """D of each layer by its index, averaged over the calls of a micro-batch; cheap to read during a scan."""
         statistic = self[LayerMismatch].on_host()
         found = {slot[0]: statistic.of(self._table, [slot]) for slot in self._table.calls}
         return {index: sums for index, sums in found.items() if sums.count}
 
     def layer(self, index: int) -> Sums | None:
-        """D of a layer, calls of one micro-batch averaged; None if it was not measured."""
+        """D of a layer, averaged over the calls of a micro-batch; None if it was not measured."""
         slot = next((slot for slot in self._table.calls if slot[0] == index), None)
         sums: Sums | None = None if slot is None else self[LayerMismatch].of(self._table, [slot])
         return sums if sums and sums.count else None
@@ -189,11 +189,11 @@ class PathEvidence:
         return squares
 
     def pool(self) -> dict[Slot, Images]:
-        """Samples for regrouping, by call; none where samples could not be told apart."""
+        """Samples for regrouping, by call; empty if samples could not be told apart."""
         return self[SamplePool].samples(self._table)
 
     def reported(self, slots: list[Slot]) -> dict[str, Any]:
-        """The results of the statistics that stand in the report under their own names, for calls of one layer.
+        """Results of statistics that are reported under their own names, for calls of one layer.
 
         Raises:
             UsageError: A result is nothing that JSON can hold.
@@ -203,7 +203,7 @@ class PathEvidence:
         return {name: _as_json(name, result) for name, result in found.items() if result is not None}
 
     def _columns_of(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], like: Tensor) -> Columns:
-        """Most models make the same calls in every pass: those of the last one are kept."""
+        """The columns of a step; the last ones are cached, since most models make the same calls in every pass."""
         slots = tuple(records)
         if self._columns is None or self._columns[0] != slots:
             for slot in slots:
@@ -215,7 +215,7 @@ class PathEvidence:
         return self._columns[1]
 
     def _add_samples(self, columns: Columns, mean: Tensor, variance: Tensor) -> None:
-        """Samples that fill whole micro-batches, before these are added."""
+        """Add the samples of whole micro-batches, before the micro-batches are added."""
         wanted = [statistic for statistic in self._statistics.values() if statistic.takes_samples]
         if not wanted:
             return
@@ -283,7 +283,7 @@ class Evidence:
     failure: BnprobeError | None = None
 
     def add(self, passes: Mapping[PathName, Pass], contributions: Contributions, micro_batches: int) -> None:
-        """Add what one physical batch gave on each path."""
+        """Add one physical batch, measured on each path."""
         for pass_ in reversed(list(passes.values())):
             for slot, record in pass_.records.items():
                 self.values.setdefault(slot, record.values)
@@ -302,7 +302,7 @@ class Evidence:
         self.physical_batch = max(self.physical_batch, micro_batches * self.batch_size)
 
     def merge(self, other: Evidence) -> None:
-        """Add what another process measured, whose micro-batches come after these. Both are on the host."""
+        """Add what another process measured. Its micro-batches come after these, and both are on the host."""
         _join(self.paths, other.paths, _merged)
         _join(self.batch_sizes, other.batch_sizes, _merged)
         self.outputs.merge(other.outputs)
@@ -324,7 +324,7 @@ class Evidence:
         self.held_out = self.held_out or other.held_out
 
     def on_host(self) -> Evidence:
-        """The same in host memory and without the model's layers: it can be sent to another process."""
+        """A copy in host memory and without the model's layers, which can be sent to another process."""
         return replace(
             self,
             layers=LayerSet((), ()),
@@ -359,7 +359,7 @@ class Evidence:
 
     @property
     def emulated(self) -> bool:
-        """Whether micro-batches ran together."""
+        """Whether several micro-batches ran in one physical batch."""
         return self.physical_batch > self.batch_size
 
     @property
@@ -400,7 +400,7 @@ def _merged(one: PathEvidence, other: PathEvidence) -> PathEvidence:
 
 
 def _join(one: dict[K, V], other: Mapping[K, V], merge: Callable[[V, V], V]) -> None:
-    """Take over what only ``other`` holds, and merge what both do."""
+    """Merge ``other`` into ``one``, key by key."""
     for key, value in other.items():
         one[key] = merge(one[key], value) if key in one else value
 

@@ -86,7 +86,7 @@ def to_host(values: Sequence[Tensor]) -> list[float]:
 
 
 def relative(square: float, norm: float) -> float | None:
-    """Root of a ratio; None if it is no finite number."""
+    """Square root of a ratio; None if it is not finite."""
     value = math.sqrt(square / norm) if norm > 0 and square >= 0 else math.nan
     return value if math.isfinite(value) else None
 
@@ -214,10 +214,10 @@ def _change(sample: Sample, slot: Slot, leaves: Leaves, record: Recorded) -> _Pa
 
 
 SAMPLES = 64
-"""Images that an impact is measured on: a backward pass keeps every activation of these."""
+"""Samples that impacts are measured on; a backward pass keeps all of their activations."""
 
 _FEWEST = 2
-"""Micro-batches, however large: one alone says little of the next."""
+"""Lower limit on the micro-batches, however large they are: one says little about the next."""
 
 
 def measure_impact(
@@ -341,7 +341,7 @@ def _measure(
 
 
 def _differences(tensors: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
-    """What changed; NaN where outputs have other shapes."""
+    """Differences of outputs; NaN if the shapes differ."""
     if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in reference]:
         return [tensor.new_full((), math.nan) for tensor in reference]
     return [one - other for one, other in zip(tensors, reference, strict=True)]

@@ -24,7 +24,7 @@ from bnprobe.records import SkippedLayer
 from bnprobe.rules.evidence import Anatomy
 
 ROOT = "(root)"
-"""What the root module is called where it is itself a layer: its qualified name is empty."""
+"""Name of the root module if it is itself a norm layer; its qualified name is empty."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def find_layers(model: nn.Module, is_selected: Callable[..., bool]) -> LayerSet:
 
 
 def unmatched_globs(settings: ScanSettings, found: LayerSet) -> tuple[str, ...]:
-    """A sentence for each glob of the settings that matches no layer, probed or skipped: likely a misspelt name."""
+    """One sentence for each glob of the settings that matches no layer, probably because of a typo."""
     names = [name for layer in found.layers for name in (layer.name, *layer.aliases)]
     names += [layer.name for layer in found.skipped]
     globs = [("--include", glob) for glob in settings.include]

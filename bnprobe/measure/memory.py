@@ -60,7 +60,7 @@ def plan_samples(footprint: Footprint, device: torch.device) -> int:
 
 
 def fits(footprint: Footprint, samples: int, device: torch.device) -> bool:
-    """Whether so many samples may be planned to run at once, however slow that is."""
+    """Whether this many samples fit into the memory planned for one forward pass."""
     return samples * footprint.total <= int(_SHARE * _free_bytes(device))
 
 
@@ -79,7 +79,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class Chunks:
-    """How many micro-batches run at once, less after every failure.
+    """Runs micro-batches at once, fewer after every failure.
 
     Attributes:
         device: Whose memory it is.
@@ -97,7 +97,7 @@ class Chunks:
         function: Callable[[list[Any]], Result],
         refused: Callable[[CannotEmulateError], None] = lambda error: None,
     ) -> list[Result]:
-        """Call ``function`` on so many consecutive micro-batches at a time, on fewer where these cannot run at once.
+        """Call ``function`` on ``at_once`` consecutive micro-batches at a time, on fewer if these cannot run at once.
 
         Args:
             micro_batches: All of them.

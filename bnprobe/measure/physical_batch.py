@@ -54,7 +54,7 @@ class Emulation:
     layouts: Mapping[str, Mapping[Slot, Layout]]
 
     def layouts_of(self, path: PathName) -> dict[Slot, Layout]:
-        """The row layouts on one path; without random layers the train path's are the same."""
+        """The row layouts on one path; those of the train path also hold without random layers."""
         return dict(self.layouts.get("train" if path == "steady" else path, {}))
 
 
@@ -78,7 +78,7 @@ class Batching:
         return Pass(samples, self.batch_size, layouts=self.emulation.layouts_of(path), **options)
 
     def chunks(self, device: torch.device) -> Chunks:
-        """Runs as many micro-batches at once as there may be."""
+        """Runs micro-batches at once, as many as allowed."""
         return Chunks(device, self.batch_size, self.at_once if self.emulation.trusted else 1)
 
 
@@ -109,7 +109,7 @@ def check_samples(session: Session, micro_batches: list[Any], batch_size: int) -
 
 
 def _worse(verdict: Emulation, inference: Emulation) -> Emulation:
-    """What both checks say together; the first one is trusted."""
+    """Combine two checks, the first of which passed."""
     if not inference.trusted or verdict.check is None or inference.check is None:
         return inference
     one, other = verdict.check, inference.check
@@ -185,7 +185,7 @@ def _difference(record: Recorded | None, mean: Tensor, variance: Tensor, eps: fl
 
 
 def _shake(batch: Any) -> Any:
-    """The same batch with its floating values changed by about four units in the last place."""
+    """The same batch with floating-point values changed by about four units in the last place."""
     generator = torch.Generator().manual_seed(0)
 
     def change(leaf: Any) -> Any:
@@ -207,7 +207,7 @@ def _unit(session: Session) -> float:
 
 
 def _output_error(outputs: list[Any], joint: Any, samples: int) -> float:
-    """Relative L2 difference of the real outputs, put together, and the emulated one."""
+    """Relative L2 difference between the concatenated real outputs and the emulated output."""
     error = norm = 0.0
     for parts, whole in zip(zip(*map(tensors_of, outputs), strict=False), tensors_of(joint), strict=False):
         if any(part.dim() == 0 for part in parts):

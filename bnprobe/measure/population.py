@@ -1,4 +1,4 @@
-"""Population statistics of each layer: those of many samples taken as one batch."""
+"""Population statistics of each layer, over many samples as if they were one batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Population:
         self._squares: dict[int, Tensor] = {}
 
     def add(self, records: Mapping[Slot, Recorded], batches: float = 1.0) -> None:
-        """Add what a pass recorded, which stands for so many micro-batches."""
+        """Add the records of a pass over ``batches`` micro-batches."""
         for (index, _), record in records.items():
             self._batches[index] = self._batches.get(index, 0.0) + batches
             units = record.mean.shape[0]
@@ -73,7 +73,7 @@ def steady_population(
     batching: Batching,
     population: Population | None = None,
 ) -> tuple[Population, Footprint]:
-    """Population statistics on the train path without dropout and the like, and what a sample takes in memory.
+    """Population statistics on the train path without random layers, and the memory that a sample takes.
 
     Every physical batch normalizes with its own statistics, all its samples together. Its samples are drawn at random,
     so that a sorted loader does no harm. What is merged is the mean of all values and their variance about that mean,
@@ -127,7 +127,7 @@ def _evenly(samples: int, most: int) -> tuple[list[list[int]], int]:
 
 
 def pick(batch: Any, rows: list[int], samples: int) -> Any:
-    """Some samples of a batch of so many: of tensors and of lists that count the samples; all else is kept."""
+    """Select samples of a batch: rows of tensors and items of lists with one entry per sample; the rest is kept."""
     if isinstance(batch, Tensor):
         return batch[rows] if batch.dim() > 0 and batch.shape[0] == samples else batch
     if type(batch) is dict:
@@ -142,7 +142,7 @@ def pick(batch: Any, rows: list[int], samples: int) -> Any:
 
 
 def _joined(micro_batches: Sequence[Any]) -> tuple[Any, int] | None:
-    """All samples in one batch, and their number; None if they cannot be."""
+    """All samples in one batch, and their number; None if they cannot be joined."""
     try:
         batch = join(list(micro_batches))
     except CannotEmulateError:
@@ -162,10 +162,10 @@ def own_records(session: Session, pass_: Pass) -> dict[Slot, Recorded]:
 
 
 LARGE = 256
-"""Images of a physical batch on the train path, memory allowing: its statistics are near the population's."""
+"""Samples of a physical batch on the train path if memory allows; its statistics are near those of the population."""
 
 ROUNDS = 50
-"""Rounds over the layers after which statistics that still move are given up."""
+"""Rounds over the layers after which statistics that still change count as not converging."""
 
 _CLOSE = 16
 """Units in the last place of a buffer within which statistics have settled."""
@@ -187,7 +187,7 @@ class Settled:
 
 
 def settle_by_batch(session: Session, batches: RepeatedReader, progress: Progress) -> Settled:
-    """The train path without dropout and the like: every physical batch normalizes with its own statistics.
+    """Statistics on the train path without random layers: every physical batch normalizes with its own statistics.
 
     Physical batches hold up to ``LARGE`` samples drawn at random from a part of the data, where samples of different
     batches may run together; see ``steady_population``. One pass over the data.
@@ -330,7 +330,7 @@ class _Rounds:
 
 
 class _EndOfPass(BaseException):
-    """What was to be seen of a forward pass was seen; no error that the user's model might catch."""
+    """Ends a forward pass early. It is not an Exception, so that the user's model does not catch it."""
 
 
 def _end(module: object, inputs: object, output: object) -> None:
@@ -338,7 +338,7 @@ def _end(module: object, inputs: object, output: object) -> None:
 
 
 def _checked(session: Session, opening: list[Any], check: Check) -> tuple[Emulation, Footprint]:
-    """Whether samples of different batches may run together, by the first two batches, and what one sample takes."""
+    """Check on the first two batches whether batches may run together; also the memory of a sample."""
     sizes = {_samples(batch) for batch in opening}
     if len(sizes) != 1:
         return not_emulated("The first batches have different sizes."), Footprint(0, 0)

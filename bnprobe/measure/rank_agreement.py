@@ -1,4 +1,4 @@
-"""Do all processes of a launch measure the same model? How far their statistics differ, and one model for all."""
+"""Check that all processes of a launch measure the same model, and give all of them that of process 0."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _statistics(layers: Sequence[ProbedLayer]) -> Statistics:
 
 
 def _largest(statistics: Sequence[Statistics], eps: Mapping[str, float]) -> dict[str, float]:
-    """D of one process's running statistics against another's, of the worst ordered pair; mean over channels."""
+    """The largest D between the running statistics of two processes, by layer."""
     if not statistics:
         return {}
     pairs = [(one, other) for one in statistics for other in statistics if one is not other]
@@ -113,6 +113,6 @@ def _largest(statistics: Sequence[Statistics], eps: Mapping[str, float]) -> dict
 
 
 def _mismatch(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], eps: float) -> float:
-    """As if ``one`` were a batch's statistics, in a layer that runs on ``other``."""
+    """D of ``one`` as batch statistics against ``other`` as running statistics, mean over channels."""
     wide = torch.full_like(other[0], eps)
     return float(corrections(one[0][None], one[1][None], *other, wide).mismatch.mean())

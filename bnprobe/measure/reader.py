@@ -70,7 +70,7 @@ class Reader:
         return taken
 
     def look_ahead(self, count: int) -> list[Any]:
-        """The first micro-batches of the data, whose ever they are; ``take`` gives those of this process again."""
+        """The first micro-batches of the data, of all processes; ``take`` still yields those of this process."""
         while len(self._ahead) < count:
             read = self._read()
             if read is None:
@@ -79,7 +79,7 @@ class Reader:
         return [batch for _, batch in self._ahead[:count]]
 
     def fill(self) -> None:
-        """Draw until as many micro-batches are kept as were asked for, or the data ends."""
+        """Read on until the requested number of micro-batches is kept, or the data ends."""
         while len(self.kept) < self.share.count(self._keep) and self._own() is not _END:
             pass
 
@@ -129,7 +129,7 @@ class Reader:
             raise DataError("The data gave no batch at all: the loader or data set is empty.")
 
     def _odd_size(self, position: int, samples: int) -> None:
-        """A smaller batch is fine as the last one; everything else would falsify the diagnosis."""
+        """Only the last batch may be smaller; other sizes would falsify the diagnosis."""
         if samples > self.batch_size or self._next() is not _END:
             raise DataError(
                 f"Micro-batch {position + 1} has {samples} samples, but the batch size is {self.batch_size}. All"
@@ -201,11 +201,11 @@ class RepeatedReader:
         self._kept = keeping
 
     def _filled(self) -> Iterator[tuple[int, Any]]:
-        """Batches with their numbers from 1, without the empty ones: no layer sees anything of these."""
+        """Non-empty batches with their numbers from 1."""
         return ((number, batch) for number, batch in enumerate(self._source, 1) if count_images(batch) != 0)
 
     def _finish(self, batches: int, samples: int) -> None:
-        """A reading is complete: it must be like the one before."""
+        """Check that a complete reading matches the one before."""
         if batches == 0 and not self.batches:
             raise DataError("The data gave no batch with a sample: the loader or data set is empty.")
         if self.batches and (batches, samples) != (self.batches, self.images):

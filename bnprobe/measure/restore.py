@@ -29,7 +29,8 @@ def random_state() -> object:
     """The state of random, numpy and torch (CPU and CUDA), to be compared: equal if nothing was drawn in between."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     tensors = [torch.get_rng_state(), *cuda]
-    return random.getstate(), str(np.random.get_state()), [state.numpy().tobytes() for state in tensors]
+    name, keys, *places = np.random.get_state()
+    return random.getstate(), (name, keys.tobytes(), *places), [state.numpy().tobytes() for state in tensors]
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def preserved_random_state() -> Iterator[None]:
 Restore = Callable[[], None]
 
 _CONTAINERS = (dict, list, set, deque, tuple)
-"""What is saved by its items."""
+"""Types that are saved item by item."""
 
 
 @contextmanager
@@ -188,7 +189,7 @@ def _refill(container: Any, content: Any) -> None:
 
 @contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block is done, so that it is done wholly or not begun.
+    """Defer Ctrl-C until the block is done, so that the block runs completely or not at all.
 
     Signals reach the main thread only; elsewhere this does nothing, nor where the handler was not set from Python:
     such a one could not be put back.

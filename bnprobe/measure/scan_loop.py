@@ -42,10 +42,10 @@ FEWEST = 8
 """Micro-batches wanted of every size in --batch-sizes before the scan may stop by itself."""
 
 STOPPING_CONFIDENCE = 0.99
-"""Of the intervals by which a scan stops: it looks up to five times, and every look may be wrong by chance."""
+"""Confidence of the intervals by which a scan stops. It is above 95% because a scan looks up to five times."""
 
 CAUGHT = (KeyboardInterrupt, UserCodeError, DataError, DeviceError)
-"""What ends a measurement and keeps what there is, if there is anything."""
+"""Errors that end a measurement but keep what was measured so far."""
 
 
 def probe(
@@ -91,7 +91,7 @@ def probe(
 
 
 def _put_together(evidence: Evidence, ending: Ending, world: World) -> tuple[Evidence | None, Ending]:
-    """In process 0 what all measured, and how it ended for all; what a process sent is dropped once it is added."""
+    """Merge the evidence of all processes in process 0, and decide how the scan ended for all."""
     whole, endings = None, [ending]
     try:
         with deferred_interrupts():
@@ -172,7 +172,7 @@ def _planned_end(settings: ScanSettings) -> StopReason:
 
 
 def _measure_to(total: int, measurement: Measurement, reader: Reader, progress: Progress, world: World) -> Ending:
-    """As ``_measure``; what went wrong is how it ended."""
+    """Like ``_measure``, but return errors as an ending."""
     try:
         return _measure(total, measurement, reader, progress, world)
     except CAUGHT as error:
@@ -294,18 +294,18 @@ class Measurement:
             evidence.add(step.passes, step.contributions, len(micro_batches))
 
     def _is_random(self, draws: Mapping[PathName, bool]) -> bool:
-        """Whether training draws random numbers that inference does not, as far as can be told if both draw some."""
+        """Whether training draws random numbers that inference does not; if both do, decided by the kinds of layers."""
         if not draws.get("train", False):
             return False
         return not draws["eval"] or has_random_layers(self.session.model)
 
     def _apart(self, micro_batches: list[Any]) -> list[Any]:
-        """The micro-batches one by one, where loss or metric want them."""
+        """The separate micro-batches, if there is a loss or metric."""
         wanted = self.session.functions.loss or self.session.functions.metric
         return [to_device(batch, self.session.device) for batch in micro_batches] if wanted else []
 
     def _forward(self, path: PathName, step: _Step) -> bool:
-        """Run one path; whether it drew random numbers, as far as that is not known from an earlier step."""
+        """Run one path; return whether it drew random numbers, which is checked in the first step only."""
         batching = self.evidence.batching
         before = random_state() if self.random is None else None
         per_sample = path == "eval" and batching.emulation.trusted
@@ -338,16 +338,16 @@ class Ending:
 
     @property
     def error(self) -> BnprobeError | None:
-        """The failure, wherever it was."""
+        """The failure, in whichever process it occurred."""
         return self.failure or (ProcessError(*self.said) if self.said else None)
 
     def portable(self) -> Ending:
-        """What another process can be sent: the exception of a user's code may not be."""
+        """A copy without the exception of the user's code, which may not be picklable."""
         return replace(self, failure=None)
 
 
 def ended_by(error: BaseException, world: World) -> Ending:
-    """The end by one of ``CAUGHT``, of which the other processes are told: they stop measuring too."""
+    """The ending for one of ``CAUGHT``; also asks the other processes to stop."""
     world.halt()
     if not isinstance(error, BnprobeError):
         return Ending("interrupted")
@@ -355,7 +355,7 @@ def ended_by(error: BaseException, world: World) -> Ending:
 
 
 def together(endings: Sequence[Ending]) -> Ending:
-    """How the measurement ended for all: by a failure, else by Ctrl-C, else with the data."""
+    """The ending for all processes: a failure if there was one, else Ctrl-C, else the end of the data."""
     for stopped in ("failed", "interrupted", "data_exhausted"):
         for ending in endings:
             if ending.stopped == stopped:
@@ -382,7 +382,7 @@ class Look:
 
 
 def meet(look: Look, world: World) -> Look:
-    """What all processes know; every process must call this, and all get the same."""
+    """Merge the looks of all processes; every process must call this, and all get the same result."""
     looks = world.gather(replace(look, ending=look.ending.portable()))
     return replace(reduce(add, looks), ending=together([each.ending for each in looks]))
 

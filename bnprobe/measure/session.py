@@ -212,7 +212,7 @@ def casting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextM
 
 
 def eagerly() -> AbstractContextManager[Any]:
-    """Run what torch.compile compiled as written: compiled code calls no functional form that could be intercepted."""
+    """Run compiled modules eagerly: compiled code calls no functional form that could be intercepted."""
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -244,12 +244,12 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
 
 
 def forward_all(model: nn.Module, batch: Any) -> Any:
-    """Call the model on every item of a batch: made-up inputs are inputs, all of them."""
+    """Call the model with every item of a batch as an argument, for synthetic inputs."""
     return model(*batch) if isinstance(batch, list | tuple) else model(batch)
 
 
 def describe_call(forward: BatchFunction, batch: Any) -> str:
-    """What is called on what, for messages: ``"the model on a batch of shape (2, 3, 8, 8)"``."""
+    """The call, for messages: ``"the model on a batch of shape (2, 3, 8, 8)"``."""
     first = next(iter(tensors_of(batch)), None)
     shape = "" if first is None else f" of shape {tuple(first.shape)}"
     if forward is default_forward and isinstance(batch, list | tuple) and len(batch) > 1:
@@ -259,7 +259,7 @@ def describe_call(forward: BatchFunction, batch: Any) -> str:
 
 
 def model_code(call: str) -> AbstractContextManager[None]:
-    """The border to the user's forward, loss and metric; what bnprobe itself handles passes unchanged."""
+    """Turn errors of the user's forward, loss and metric into UserCodeError, except those that bnprobe handles."""
     return user_code(call, lambda error: isinstance(error, CannotEmulateError) or is_out_of_memory(error))
 
 

@@ -19,14 +19,14 @@ from bnprobe.records import Updates
 from bnprobe.stats.moments import distance
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Any]
-"""Makes the optimizer of the parameters to train."""
+"""Makes an optimizer for the parameters to train."""
 
 SAME_BATCH = 1e-4
 """Distance of two calls' batch statistics, in standard deviations, below which they are of the same values: rounding
 is far below it, the chance between batches of even 10^6 values above."""
 
 _ROUNDINGS = 64.0
-"""Roundings of a running mean that its distance from the batch mean must exceed for a rate to be read off."""
+"""The batch mean must differ from the running mean by more than this many rounding errors to estimate a rate."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TrainSteps:
         updates: Of the layers that keep running statistics and were called.
         repeated: Those of ``Updates.per_step`` with batch statistics that the same step had used before: of a
             forward pass that ran again, not of other data.
-        left_out: Why there is nothing to say of the other layers, a phrase.
+        left_out: Why the other layers have no result, a phrase each.
     """
 
     steps: int
@@ -85,7 +85,7 @@ def train_steps(
 
 
 def _drawn(micro_batches: Iterable[Any], steps: int) -> Iterator[Any]:
-    """``steps`` micro-batches, from the beginning again where the data end before."""
+    """``steps`` micro-batches, starting again from the beginning if the data ends."""
     drawn = 0
     while drawn < steps:
         before = drawn
@@ -200,7 +200,7 @@ class _Track:
         )
 
     def obstacle(self) -> str | None:
-        """Why there is nothing to say of the layer."""
+        """Why nothing can be reported for the layer; None if something can."""
         if self.before is None:
             return "it keeps no running statistics (track_running_stats=False)"
         return None if self.called or self.updates else "no training step called it"

@@ -24,7 +24,7 @@ from bnprobe.stats.moments import pool_moments, row_moments
 
 @contextmanager
 def training() -> Iterator[None]:
-    """Keep the random state, have gradients, and run as written what torch.compile compiled."""
+    """Preserve the random state, enable gradients, and run compiled modules eagerly."""
     with preserved_random_state(), torch.enable_grad(), eagerly():
         yield
 
@@ -79,7 +79,7 @@ class TrainingCopy:
         return require_scalar(value)
 
     def backward(self, value: Tensor, answer: Answer) -> None:
-        """The gradients of a loss, in place of those that the parameters have.
+        """Compute the gradients of a loss; gradients from before are dropped.
 
         Args:
             value: From ``loss``.
@@ -114,7 +114,7 @@ class TrainingCopy:
         raise NonFiniteError(f"The loss is {value.item()} {place}. {where} {remedy}")
 
     def _first_non_finite(self, batch: Any) -> str | None:
-        """The forward pass once more, since looking at every input of every step would cost more."""
+        """Repeat the forward pass to find the first layer; checking every input of every step would cost more."""
         found: list[str] = []
 
         def look(call: Intercepted) -> Tensor:
@@ -186,7 +186,7 @@ def _named(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def require_scalar(value: object) -> Tensor:
-    """What the user's loss returned, as a tensor without axes.
+    """Check that the loss is one number, and return it as a tensor without axes.
 
     Raises:
         UsageError: It is no tensor of one number.
@@ -224,7 +224,7 @@ def require_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 @contextmanager
 def training_code(call: str, what: str, device: torch.device) -> Iterator[None]:
-    """The border to the user's code in training, where running out of memory is a finding of its own.
+    """Turn errors of the user's code in training into bnprobe's own; running out of memory is a DeviceError.
 
     Args:
         call: As in ``model_code``.

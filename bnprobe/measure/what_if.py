@@ -1,4 +1,4 @@
-"""What each free remedy would give, measured on held-out data; the model's own statistics stay as they are."""
+"""What each free remedy would give, measured on held-out data. The model's own statistics do not change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bnprobe.measure.session import Session
 from bnprobe.records import Remedy, Score
 
 LARGER = (4, 16)
-"""Times as many samples in a batch as are scanned."""
+"""Factors by which batches are made larger than those scanned."""
 
 
 def what_if(
@@ -114,7 +114,7 @@ class _Trial:
                 yield trial.by_batch(name, layers, batches, before, None if same else control)
 
     def _regrouped(self, held_out: Sequence[Any], factor: int) -> list[Any]:
-        """Larger batches of consecutive samples; none if these cannot be made, or samples cannot be mixed."""
+        """Larger batches of consecutive samples; empty if samples cannot be joined or mixed."""
         if not self.batching.emulation.trusted:
             return []
         whole = len(held_out) // factor * factor

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.text import Text
 
-from bnprobe.config.spec import parse_requirement
+from bnprobe.config.requirements import parse_requirement
 from bnprobe.config.targets import TARGETS
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, percent

@@ -61,7 +61,7 @@ class Facts:
         scan: None without data.
         images: Number of samples in the training data, where known.
         drop_last: Whether the loader drops a partial last batch; None: not known.
-        evaluation: Whether held-out data was measured.
+        held_out: Whether held-out data was measured.
         processes: Number of processes that took part.
         rank_mismatch: Mismatch D between the running statistics of the two processes that differ most, by layer; empty
             where they were not compared.
@@ -72,6 +72,6 @@ class Facts:
     scan: Scan | None = None
     images: int | None = None
     drop_last: bool | None = None
-    evaluation: bool = False
+    held_out: bool = False
     processes: int = 1
     rank_mismatch: Mapping[str, float] = field(default_factory=dict)

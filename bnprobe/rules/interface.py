@@ -168,7 +168,7 @@ def _missing(need: Need, facts: Facts) -> str | None:
         return "one process: nothing to compare" if facts.processes < 2 else None
     if facts.scan is None:
         return "needs data: run bnprobe scan"
-    if need == "held-out data" and not facts.evaluation:
+    if need == "held-out data" and not facts.held_out:
         return "needs held-out data: give eval_data in the spec or load_eval_data in the model file"
     if need == "training steps" and all(layer.updates is None for layer in facts.layers.values()):
         return "needs training steps: scan with --train-steps and a loss"

@@ -2,7 +2,7 @@
 
 ``Workspace.run`` runs it in this process, where torch is imported already: a scan takes 0.1 seconds of processor time
 and not 3. ``Workspace.run_installed`` runs the installed script in a process of its own, for what needs one: start-up,
-encodings, signals, limits.
+encodings, pipes. ``functional.processes`` forks processes for signals, terminals, full disks and launches of several.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ class Workspace:
         print(f"$ {' '.join(map(str, command[1:]))}\n{done.stdout}{done.stderr}[exit {done.returncode}]")
         return Result(done.returncode, done.stdout, done.stderr)
 
-    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
-        """Start ``bnprobe`` and go on; it can be interrupted even where this process ignores Ctrl-C."""
+    def start_installed(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        """Start the installed script and go on; it can be interrupted even where this process ignores Ctrl-C."""
         return subprocess.Popen(
             [sys.executable, "-c", _INTERRUPTIBLE, str(COMMAND), *map(str, arguments)],
             cwd=self.folder,

@@ -6,33 +6,25 @@ import fcntl
 import os
 import pty
 import struct
-import subprocess
 import termios
 from typing import Literal
 
-from functional.command import COMMAND, TIMEOUT, Result, Workspace
+from functional.command import Result, Workspace
+from functional.processes import Forked
 
 
 def run_in_terminal(
     workspace: Workspace, *arguments: str, stream: Literal["stdout", "stderr"], columns: int = 80, **environment: str
 ) -> Result:
-    """Run ``bnprobe`` with one stream on a terminal and the other in a pipe."""
+    """Run ``bnprobe`` with one stream on a terminal and the other in a file."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: slave}
-    command = subprocess.Popen(
-        [str(COMMAND), *arguments],
-        cwd=workspace.folder,
-        env=workspace.environment(**environment),
-        stdin=subprocess.DEVNULL,
-        encoding="utf-8",
-        **streams,
-    )
+    command = Forked(workspace, arguments, environment, terminals={stream: slave})
     os.close(slave)
     seen = _read(master)
-    piped = command.communicate(timeout=TIMEOUT)
-    stdout, stderr = (text if text is not None else seen for text in piped)
-    return Result(command.returncode, stdout, stderr)
+    written = dict(zip(("stdout", "stderr"), command.communicate(), strict=True)) | {stream: seen}
+    assert command.returncode is not None
+    return Result(command.returncode, **written)
 
 
 def _read(master: int) -> str:

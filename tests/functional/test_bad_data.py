@@ -102,7 +102,7 @@ def test_a_loader_that_fails_late_loses_nothing(workspace: Workspace) -> None:
     found = workspace.scan("--batches", "30", "--physical-batch", "8")
     assert found.code == ERROR
     assert "PARTIAL, failed" in found.stdout
-    assert "20 micro-batches × 2 = 40 images" in found.stdout
+    assert "20 micro-batches × 2 = 40 samples" in found.stdout
     assert "OSError while drawing batch 21 from load_data of model.py: the disk is gone" in found.stderr
 
 

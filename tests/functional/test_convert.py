@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from functional.command import CLEAN, COMMAND, ERROR, FINDINGS, NOTHING, REPOSITORY, SHIFTED, Result, Workspace
-from functional.processes import launch
+from functional.command import CLEAN, ERROR, FINDINGS, NOTHING, REPOSITORY, SHIFTED, Result, Workspace
+from functional.processes import launch, run_on_a_full_disk, start
 
 DIGITS = REPOSITORY / "sample_configs" / "digits"
 SORTED = DIGITS / "sorted.yaml"
@@ -126,22 +126,17 @@ def test_a_repair_is_proved_beside_its_controls(repairable: Workspace) -> None:
 
 def test_repaired_weights_load_strictly_into_plain_bn_and_give_the_proved_outputs(repairable: Workspace) -> None:
     assert repairable.run("convert", *TARGET, *SHORT, "-o", "out.safetensors").code == CLEAN
-    check = """
-import json, torch, model
-from safetensors.torch import load_file
-net = model.load_model()
-net.load_state_dict(load_file("out.safetensors"), strict=True)
-images, labels = model.load_data(64).dataset.tensors
-record = json.load(open("out.record.json"))
-print(float((net.eval()(images).argmax(1) == labels).float().mean()))
-"""
-    result = repairable.call(sys.executable, "-c", check)
-    assert result.code == 0
+    users: dict[str, Any] = {}
+    exec(REPAIRABLE, users)
+    net = users["load_model"]()
+    net.load_state_dict(load_file(repairable.folder / "out.safetensors"), strict=True)
+    images, labels = users["load_data"](64).dataset.tensors
+    accuracy = float((net.eval()(images).argmax(1) == labels).float().mean())
     rescan = repairable.run("scan", *TARGET, "--checkpoint", "out.safetensors", *JSON)
     score = json.loads(rescan.stdout)["summary"]["output"]["metric"]["eval"]
     record = read(repairable, "out.record.json")
     assert score == pytest.approx(arms(record)["batch-renorm"]["runs"][0]["score"]["metric"], abs=0.2)
-    assert float(result.stdout) == pytest.approx(score, abs=1e-6)
+    assert accuracy == pytest.approx(score, abs=1e-6)
 
 
 def test_without_training_there_is_no_claim_of_gain(repairable: Workspace) -> None:
@@ -233,8 +228,6 @@ sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=Sum
 pathlib.Path("loaded").touch()
 """
 """Stands for TensorBoard in a model file, and tells that the model was loaded."""
-WITHOUT = "import runpy, sys; sys.modules['tensorboard'] = None; runpy.run_module('bnprobe', run_name='__main__')"
-"""Runs the command as if TensorBoard were not installed."""
 FORCED = ("-o", "out.safetensors", "--force")
 FINETUNED = ("convert", *TARGET, *SHORT, *FORCED)
 
@@ -273,10 +266,10 @@ def test_without_training_the_names_of_training_are_nobodys_business(boarded: Wo
     assert [path.read_text() for path in mine] == ["mine"] * 3
 
 
-def test_without_tensorboard_its_name_is_free(repairable: Workspace) -> None:
+def test_without_tensorboard_its_name_is_free(repairable: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
     mine = repairable.write("out.log", "bnprobe convert > out.log")
-    result = repairable.call(sys.executable, "-c", WITHOUT, *FINETUNED)
-    assert result.code == CLEAN
+    assert repairable.run(*FINETUNED).code == CLEAN
     assert mine.read_text() == "bnprobe convert > out.log"
 
 
@@ -400,8 +393,7 @@ def test_few_held_out_samples_are_noted(repairable: Workspace) -> None:
 
 def test_a_full_disk_leaves_nothing_half_written(repairable: Workspace) -> None:
     """No file may grow beyond a few kilobytes: the reports are larger."""
-    limited = ["sh", "-c", 'ulimit -f 8 && exec "$0" "$@"', COMMAND]
-    result = repairable.call(*limited, "convert", *TARGET, "-o", "out.safetensors")
+    result = run_on_a_full_disk(repairable, "convert", *TARGET, "-o", "out.safetensors", largest_file=4096)
     assert "could not be written" in result.error()
     assert files(repairable) == set()
 
@@ -410,7 +402,7 @@ def test_a_killed_run_goes_on_to_the_same_files(workspace: Workspace) -> None:
     arguments = ("convert", DIGITS / "batch2.yaml", "--finetune", "--steps", "60", "--layers", "blocks.2.*")
     assert workspace.run(*arguments, "-o", "whole.safetensors").code == CLEAN
     state = workspace.folder / "cut.state"
-    process = workspace.start(*arguments, "-o", "cut.safetensors")
+    process = start(workspace, *arguments, "-o", "cut.safetensors")
     wait_for(lambda: any(state.glob("batch-renorm*")) or process.poll() is not None)
     process.kill()
     process.communicate()
@@ -426,7 +418,7 @@ def test_a_killed_run_goes_on_to_the_same_files(workspace: Workspace) -> None:
 
 def test_sigterm_saves_and_another_run_cannot_take_the_state(workspace: Workspace) -> None:
     arguments = ("convert", DIGITS / "batch2.yaml", "--finetune", "--layers", "blocks.2.*", "-o", "out.safetensors")
-    process = workspace.start(*arguments, "--steps", "100000")
+    process = start(workspace, *arguments, "--steps", "100000")
     log = workspace.folder / "out.state" / "log.csv"
     wait_for(lambda: (log.exists() and log.stat().st_size > 500) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
@@ -482,7 +474,7 @@ def load_data(batch_size):
 """
     )
     repairable.write("model.py", stalling)
-    process = repairable.start("convert", *TARGET, "--batches", "100", "-o", "out.safetensors")
+    process = start(repairable, "convert", *TARGET, "--batches", "100", "-o", "out.safetensors")
     wait_for(lambda: (repairable.folder / "begun").exists() or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
@@ -511,7 +503,7 @@ def test_state_that_is_no_tensor_is_left_out_and_named(repairable: Workspace) ->
 
 def test_another_loss_cannot_go_on_with_a_state(repairable: Workspace) -> None:
     arguments = ("convert", *TARGET, "--finetune", "--steps", "100000", "--layers", "*", "-o", "out.safetensors")
-    process = repairable.start(*arguments)
+    process = start(repairable, *arguments)
     log = repairable.folder / "out.state" / "log.csv"
     wait_for(lambda: (log.exists() and log.stat().st_size > 500) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from functional.command import CLEAN, COMMAND, FINDINGS, MODEL, Result, Workspace
+from functional.command import CLEAN, FINDINGS, MODEL, Result, Workspace
+from functional.processes import run_on_a_full_disk
 
 BRANCH = MODEL.replace(
     "        return self.head",
@@ -49,7 +50,7 @@ def test_each_format(model: Workspace, to: str, name: str) -> None:
     assert (found.code, found.stderr) == (CLEAN, "")
     assert "largest absolute difference" in found.stdout
     assert "largest relative difference" in found.stdout
-    assert "5 batches of 4, 8, 1 images" in found.stdout
+    assert "5 batches of 4, 8, 1 samples" in found.stdout
     assert f"The outputs agree within 1e-05: written to {name}." in found.stdout
     assert exported(model) == {name}
 
@@ -94,8 +95,8 @@ def test_an_existing_file_is_kept_without_force(model: Workspace) -> None:
 
 
 def test_a_disk_that_is_full(model: Workspace) -> None:
-    limited = ["sh", "-c", 'ulimit -f 1 && exec "$0" "$@"', COMMAND]
-    found = model.call(*limited, "export", "model.py", "--batch-size", "4", "-o", "net.pt2")
+    arguments = ("export", "model.py", "--batch-size", "4", "-o", "net.pt2")
+    found = run_on_a_full_disk(model, *arguments, largest_file=512)
     assert "File too large" in found.error()
     assert exported(model) == set()
 

@@ -212,7 +212,7 @@ def test_the_help_knows_the_package_without_importing_torch(installed: Path, sit
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "json|github" in done.stdout
-    assert "filter-response  the mean square of each channel of one sample *\n" in done.stdout
+    assert "filter-response*: the mean square of each channel of one sample" in done.stdout
 
 
 def test_a_row_for_the_length_of_a_block(site: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from typing import IO
 import pytest
 
 from functional.command import CLEAN, FINDINGS, MODEL, NOTHING, SHIFTED, TIMEOUT, Result, Workspace
+from functional.processes import start
 
 STALL = """
 import pathlib
@@ -37,9 +38,8 @@ STALLS_IN_MODEL = f"{STALL}\ndef load_model():\n    stall()\n"
 
 def _interrupted(workspace: Workspace, *options: str) -> Result:
     """Scan, wait until the user's code stalls, press Ctrl-C."""
-    scan = workspace.start(
-        "scan", "model.py", "--batch-size", "2", "--batches", "100", "--physical-batch", "4", *options
-    )
+    stalling = ("--batches", "100", "--physical-batch", "4")
+    scan = start(workspace, "scan", "model.py", "--batch-size", "2", *stalling, *options)
     try:
         _wait_for(workspace.folder / "stalled")
         scan.send_signal(signal.SIGINT)
@@ -62,7 +62,7 @@ def test_what_was_measured_is_printed(workspace: Workspace, model: str, code: in
     found = _interrupted(workspace)
     assert (found.code, found.stderr) == (code, "")
     assert found.stdout.startswith("bnprobe 0.1.0: scan of model.py:load_model (PARTIAL)\n")
-    assert "40 micro-batches × 2 = 80 images" in found.stdout
+    assert "40 micro-batches × 2 = 80 samples" in found.stdout
     assert "Interrupted: only 40 micro-batches measured." in found.stdout
     assert "To measure to the end:\n    bnprobe scan model.py" in found.stdout
 
@@ -86,7 +86,7 @@ def test_before_anything_was_measured_there_is_no_report(workspace: Workspace, s
 
 def test_while_the_report_is_written_nothing_is_said_of_the_measurement(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL)
-    scan = workspace.start("scan", "model.py", "--batch-size", "2", "--batches", "4", "--format", "json")
+    scan = workspace.start_installed("scan", "model.py", "--batch-size", "2", "--batches", "4", "--format", "json")
     try:
         fcntl.fcntl(scan.stdout, fcntl.F_SETPIPE_SZ, 4096)  # less than the report: writing it waits for a reader
         _wait_for_output(scan.stdout)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
+from typing import Any
 
 import pytest
+import torch
 
 from bnprobe.rules import RULES
 from functional.command import CLEAN, ERROR, FINDINGS, MODEL, NOTHING, Workspace
@@ -123,8 +124,11 @@ def test_a_model_that_was_not_trained_yet_is_no_finding(workspace: Workspace) ->
 
 def test_a_checkpoint_is_loaded_first(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL)
-    saved = "import torch, model; net = model.Net(); net.bn.running_mean += 1; torch.save(net.state_dict(), 'w.pt')"
-    workspace.call(sys.executable, "-c", saved)
+    users: dict[str, Any] = {}
+    exec(MODEL, users)
+    net = users["load_model"]()
+    net.bn.running_mean += 1
+    torch.save(net.state_dict(), workspace.folder / "w.pt")
     found = workspace.run("lint", "model.py", "--checkpoint", "w.pt")
     assert (found.code, found.stdout) == (
         CLEAN,

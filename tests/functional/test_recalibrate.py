@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from functional.command import CLEAN, COMMAND, ERROR, FINDINGS, MODEL, NOTHING, SHIFTED, TIMEOUT, Result, Workspace
+from functional.command import CLEAN, ERROR, FINDINGS, MODEL, NOTHING, SHIFTED, TIMEOUT, Result, Workspace
+from functional.processes import run_on_a_full_disk, start
 
 SCORED = (
     SHIFTED
@@ -165,8 +166,8 @@ def test_a_bad_output_is_known_before_anything_runs(shifted: Workspace, output: 
 
 def test_a_disk_that_is_full_leaves_what_was_there(shifted: Workspace) -> None:
     shifted.write("out.record.json", "old")
-    limited = ["sh", "-c", 'ulimit -f 8 && exec "$0" "$@"', COMMAND]  # the reports are larger, the weights are not
-    found = shifted.call(*limited, "recalibrate", "model.py", "--batch-size", "2", "-o", "out.safetensors", "--force")
+    arguments = ("recalibrate", "model.py", "--batch-size", "2", "-o", "out.safetensors", "--force")
+    found = run_on_a_full_disk(shifted, *arguments, largest_file=4096)  # the reports are larger, the weights are not
     assert "could not be written: File too large. No file was changed." in found.error()
     assert written(shifted) == {"out.record.json"}
     assert (shifted.folder / "out.record.json").read_text() == "old"
@@ -252,7 +253,7 @@ def test_data_that_can_be_read_only_once_is_loaded_anew(shifted: Workspace) -> N
 def test_ctrl_c_while_recalibrating_writes_nothing(shifted: Workspace) -> None:
     """The data is loaded for the first scan, and then for the statistics."""
     shifted.write("model.py", SCORED + READ_ONCE + "STALLING = 2\n")
-    run = shifted.start("recalibrate", "model.py", "--batch-size", "2", "-o", "out.safetensors")
+    run = start(shifted, "recalibrate", "model.py", "--batch-size", "2", "-o", "out.safetensors")
     try:
         end = time.monotonic() + TIMEOUT
         while not (shifted.folder / "stalled").exists():

@@ -88,7 +88,7 @@ def test_a_large_network_shows_its_worst_layers_and_a_count(workspace: Workspace
     rows, shares = _flagged_rows(report)
     assert len(rows) == len(shares) == 25
     assert any(line.split()[1] == "137" for line in rows if line.startswith("✗1"))
-    assert "175 layers with less mismatch not shown (✗ 175 flagged); --all shows every one." in report
+    assert "175 layers with less mismatch not shown (✗ 175 flagged); --all shows all." in report
     assert "mean of 200 layers" in report
     assert "Stale running statistics (BN203): 1 of 200 layers" in report
     assert "propagation in" in report  # said once, as what follows from layer 137

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from functional.command import CLEAN, ERROR, FINDINGS, MODEL, NOTHING, REPOSITORY, SHIFTED, Result, Workspace
-from functional.processes import free_port, launch
+from functional.processes import launch
+from support.processes import free_port
 
 DIGITS = REPOSITORY / "sample_configs" / "digits"
 

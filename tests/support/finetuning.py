@@ -1,11 +1,11 @@
-"""Training jobs for tests, and the same as a program that can be killed: python -m support.finetuning."""
+"""Training jobs for tests, also in processes that are killed."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -26,6 +26,7 @@ from bnprobe.nn.batch_renorm import BatchRenorm1d
 from bnprobe.records import Score, TrainingStep
 from bnprobe.training import Job, Outcome, StepLog, evaluate, train
 from bnprobe.training.log import COLUMNS
+from support.processes import FORKING
 
 CPU = torch.device("cpu")
 FEATURES, CLASSES = 6, 3
@@ -210,21 +211,31 @@ def _in_a_process(folder: Path, optimizer: str, moment: str, number: int) -> int
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(folder: str, optimizer: str, *attempts: str) -> None:
-    """Train in a folder until an attempt succeeds: "step:6", "write:2" or "time:9" says when it is killed.
+def attempts(folder: Path, optimizer: str, *moments: str) -> list[int]:
+    """Train in a folder in processes that are killed at these moments; their exit statuses.
 
-    Attempts are forked, so that torch is loaded once.
+    Args:
+        folder: Where the states, the log and the result are; it is made.
+        optimizer: "SGD" or "AdamW".
+        moments: "step:6", "write:2", "time:9" (milliseconds after the first step) or "never:0".
     """
+    folder.mkdir(exist_ok=True)
+    process = FORKING.Process(target=_attempt_all, args=(folder, optimizer, moments))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    statuses: list[int] = json.loads((folder / "statuses.json").read_text())
+    return statuses
+
+
+def _attempt_all(folder: Path, optimizer: str, moments: tuple[str, ...]) -> None:
+    """In a process without threads, from which each attempt is forked."""
     torch.set_num_threads(1)
     sgd(list(network().parameters()))  # loads what torch loads late
-    statuses = [_in_a_process(Path(folder), optimizer, *_moment(attempt)) for attempt in attempts]
-    print(statuses)
+    statuses = [_in_a_process(folder, optimizer, *_moment(moment)) for moment in moments]
+    (folder / "statuses.json").write_text(json.dumps(statuses))
 
 
-def _moment(attempt: str) -> tuple[str, int]:
-    moment, _, number = attempt.partition(":")
+def _moment(text: str) -> tuple[str, int]:
+    moment, _, number = text.partition(":")
     return moment, int(number)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -18,7 +18,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     return {
         **{f"module {name}": content for name, content in modules.items()},
         "python": random.getstate(),
-        "numpy": str(np.random.get_state()),
+        "numpy": np.random.get_state()[1].tobytes(),
         "torch": torch.get_rng_state().numpy().tobytes(),
         "cuda": [s.numpy().tobytes() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
         "grad mode": torch.is_grad_enabled(),

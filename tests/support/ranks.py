@@ -1,12 +1,9 @@
-"""One of several processes that train together: python -m support.ranks FOLDER, in torchrun's environment."""
+"""Cases for several processes that train together, and what each of them finds."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,22 +20,12 @@ from bnprobe.nn.frozen import FrozenBatchNorm1d
 from bnprobe.training import Job, train
 from bnprobe.training.job import weights_of
 from support.finetuning import Noisy, Steps, cross_entropy, held_out_score, job, network, source
+from support.processes import run_together
 
 
 def launch(folder: Path, size: int = 2) -> dict[str, list[Any]]:
     """Run all cases in so many processes: by case what each process saved, or the text of its error."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-    common |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "support.ranks", str(folder)]
-    processes = [subprocess.Popen(command, env={**common, "RANK": str(rank)}) for rank in range(size)]
-    try:
-        assert [process.wait(120) for process in processes] == [0] * size
-    finally:
-        for process in processes:
-            process.kill()
+    run_together(size, _work, folder)
     saved = [torch.load(folder / str(rank), weights_only=True) for rank in range(size)]
     return {case: [found[case] for found in saved] for case in CASES}
 
@@ -158,13 +145,8 @@ def outcome_of(case: str, folder: Path, world: World) -> Any:
     }
 
 
-def main(folder: str) -> None:
+def _work(folder: Path) -> None:
     """Run all cases, one after the other."""
-    torch.set_num_threads(1)
     with connected() as world:
-        found = {case: outcome_of(case, Path(folder), world) for case in CASES}
-        torch.save(found, Path(folder) / str(world.rank))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        found = {case: outcome_of(case, folder, world) for case in CASES}
+        torch.save(found, folder / str(world.rank))

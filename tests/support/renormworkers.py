@@ -51,16 +51,17 @@ def seeds(case: str) -> list[Tensor]:
     return [batch.roll(1, 0).cos() for batch in images(case)]
 
 
-def work(rank: int, folder: str) -> None:
+def work(folder: Path) -> None:
     """All that is run over two processes; the findings are saved by rank."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
     found: dict[str, Any] = {}
     for case in SIZES:
         mine = [[batch.split(SIZES[case])[rank] for batch in part] for part in (images(case), seeds(case))]
         found[case] = steps(layer(sync=True), *mine)
         found[f"{case} plain"] = steps(layer(sync=True, limits=(1.0, 0.0)), *mine)
     found["ddp"] = _ddp(rank)
-    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +18,8 @@ from bnprobe.loading.order import deal, spread
 from bnprobe.measure.accumulators import CallTable, Columns, SamplePool, SampleStep
 from bnprobe.measure.layers import find_layers
 from bnprobe.measure.reader import Reader
-from functional.processes import free_port
+from support import conversation
+from support.processes import run_together
 
 SIZES = st.integers(1, 5)
 IMAGES = torch.arange(23.0)
@@ -143,62 +140,12 @@ def test_a_size_without_an_address_is_no_launch(monkeypatch: pytest.MonkeyPatch)
     assert launched() == World(3, 4)
 
 
-PROCESS = """
-import json, sys
-import torch
-from torch import nn
-from bnprobe.distributed import connected
-from bnprobe.errors import ModelError
-from bnprobe.measure.rank_agreement import agree
-from bnprobe.measure.layers import find_layers
-
-with connected() as world:
-    found = {"rank": world.rank, "gathered": world.gather(world.rank), "shared": world.share(f"of {world.rank}")}
-    found["to_main"] = list(world.to_main(world.rank))
-    with connected() as inner:
-        found["same"] = inner is world
-    world.wait()
-    found["halted before"] = world.halted
-    world.wait()
-    if world.rank == 2:
-        world.halt()
-    world.wait()
-    found["halted"] = world.halted
-
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2))
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data.zero_().add_(1)
-    model[1].running_mean += world.rank
-    model[1].running_var += 3 * world.rank
-    agreement = agree(model, find_layers(model, lambda *names: True).selected, world)
-    found["mismatch"], found["note"] = dict(agreement.mismatch), agreement.note
-    found["mean"] = model[1].running_mean.tolist()
-    again = agree(model, find_layers(model, lambda *names: True).selected, world)
-    found["again"] = [dict(again.mismatch), again.note]
-    try:
-        agree(nn.Linear(2, 2 + world.rank // 2), (), world)
-    except ModelError as error:
-        found["refused"] = str(error)
-print(json.dumps(found))
-"""
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What three processes saw."""
-    script = tmp_path_factory.mktemp("processes") / "process.py"
-    script.write_text(PROCESS, encoding="utf-8")
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
-    running = [_start(script, {**os.environ, **address, "RANK": str(rank)}) for rank in range(3)]
-    try:
-        return [json.loads(process.communicate(timeout=120)[0]) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-
-
-def _start(script: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, encoding="utf-8")
+    folder = tmp_path_factory.mktemp("processes")
+    run_together(3, conversation.work, folder)
+    return [json.loads((folder / str(rank)).read_text(encoding="utf-8")) for rank in range(3)]
 
 
 def test_what_processes_tell_each_other(found: list[dict[str, Any]]) -> None:

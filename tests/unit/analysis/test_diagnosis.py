@@ -126,7 +126,7 @@ def test_every_flagged_layer_has_a_cause(cause: str, size: float, p_value: float
 
 
 def test_a_healthy_layer_has_none() -> None:
-    facts = make_evidence(*(make_layer(name) for name in "abc"), evaluation=True, images=64, drop_last=False)
+    facts = make_evidence(*(make_layer(name) for name in "abc"), held_out=True, images=64, drop_last=False)
     assert diagnosed(facts) == []
 
 

@@ -488,7 +488,7 @@ ENORMOUS = [torch.full((5, 6), 3e38), *BATCHES]
         (lambda: NOT_A_NUMBER, None, DataError, "Micro-batch 4"),
         (lambda: ENORMOUS, None, NonFiniteError, r"new statistics of body\.1 are NaN or Inf"),
         (lambda: iter(()), None, DataError, "gave no batch"),
-        (lambda: [BATCHES[0][:0]] * 2, None, DataError, "gave no batch with an image"),
+        (lambda: [BATCHES[0][:0]] * 2, None, DataError, "gave no batch with a sample"),
         (lambda: [BATCHES[0][:1]], None, RepairError, r"two values per channel, but body\.1 received only one"),
     ],
     ids=["loader", "model", "Ctrl-C", "NaN", "overflow", "empty", "no image", "one value"],

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from bnprobe.reports.json import load, render
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,6 +16,7 @@ from bnprobe.commands.scan import scan
 from bnprobe.errors import DataError, DeviceError, UsageError
 from bnprobe.measure.accumulators import STATISTICS, Statistic, Step
 from bnprobe.records import Report
+from bnprobe.report.json import dump, load_report
 from support.networks import Flat, images, unsettled
 
 DATA = images(5, 4, 6)
@@ -79,10 +79,10 @@ def test_a_statistic_from_outside_stands_in_the_report() -> None:
         assert path is not None
         low, high = path.statistics["range of means"]
         assert (low, high) == pytest.approx((float(means.min()), float(means.max())), abs=1e-6)
-    document = json.loads(render(report))
+    document = json.loads(dump(report))
     assert document["layers"][0]["train"]["statistics"].keys() == {"range of means"}
-    assert load(render(report)) == report
-    plain = render(scan(model, DATA, 4, num_batches=5))
+    assert load_report(dump(report)) == report
+    plain = dump(scan(model, DATA, 4, num_batches=5))
     assert "statistics" not in json.loads(plain)["layers"][0]["train"]
 
 
@@ -99,7 +99,7 @@ def test_a_statistic_gives_what_json_can_hold(result: object, shown: object, mon
         report = scan(nn.BatchNorm1d(6), DATA, 4, num_batches=5)
     assert report.layers[0].train is not None
     assert report.layers[0].train.statistics == {"range of means": shown}
-    assert load(render(report)) == report
+    assert load_report(dump(report)) == report
 
 
 def assert_same_batches(report: Report, expected: Report) -> None:

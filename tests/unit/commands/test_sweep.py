@@ -118,7 +118,7 @@ def test_the_slowest_layer_decides_for_the_model() -> None:
 def test_wrong_statistics_are_not_blamed_on_the_batch_size() -> None:
     found = sweep(_residual(), DATA, 4, batch_sizes=(64,), num_batches=64)
     assert found.smallest.likely is None
-    assert "a larger batch is not what it lacks" in _printed(found)
+    assert "the batch size does not explain that" in _printed(found)
 
 
 def test_sizes_beyond_half_of_the_data() -> None:
@@ -260,7 +260,7 @@ def test_layers_that_training_does_not_update_are_left_out_with_a_reason() -> No
 
 
 def test_too_few_batches_for_a_replay() -> None:
-    with pytest.raises(UsageError, match=r"at least 16 micro-batches, and 8 of 4 images"):
+    with pytest.raises(UsageError, match=r"at least 16 micro-batches, and 8 of 4 samples"):
         _record(_residual(), DATA[:8])
 
 

@@ -71,7 +71,7 @@ def test_a_single_batch_is_passed_on_as_it_is() -> None:
     ("parts", "words"),
     [
         ([tensor(2, 3), tensor(2, 4)], "differ in size"),
-        ([(tensor(2), tensor(3)), (tensor(2), tensor(3, start=1))], "not per image"),
+        ([(tensor(2), tensor(3)), (tensor(2), tensor(3, start=1))], "not per sample"),
         ([{"x": tensor(2)}, {"y": tensor(2)}], "different keys"),
         ([(tensor(2),), (tensor(2), tensor(2))], "different lengths"),
         ([(tensor(2), "a"), (tensor(2), "b")], "type str"),

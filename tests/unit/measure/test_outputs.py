@@ -126,7 +126,7 @@ def test_an_exception_in_the_loss() -> None:
 
     with pytest.raises(UserCodeError, match=r"calling loss\(model, batch\) \(train path\)") as caught:
         scan(unsettled(Flat()), DATA, 4, num_batches=6, loss=broken)
-    assert "test_output.py" in caught.value.frames
+    assert "test_outputs.py" in caught.value.frames
 
 
 def test_a_gradient_is_not_needed_of_a_loss() -> None:

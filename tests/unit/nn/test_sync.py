@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +13,15 @@ from bnprobe.nn import BatchRenorm2d, SyncBatchRenorm
 from bnprobe.nn.functional import sync_batch_renorm
 from bnprobe.nn.sync import merge
 from support import renormworkers as workers
+from support.processes import run_together
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """By rank."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(workers.work, args=(str(folder),), nprocs=2)
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+    run_together(2, workers.work, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("case", workers.SIZES)

@@ -8,7 +8,7 @@ from unit.rules.expect import LIMIT, failed, passed, skipped
 
 def test_held_out_data_must_differ_significantly() -> None:
     layers = [make_layer(name, make_shares(data_shift=shift)) for name, shift in [("far", 0.2), ("near", 0.05)]]
-    assert run_rule("BN206", make_evidence(*layers, evaluation=True)) == [
+    assert run_rule("BN206", make_evidence(*layers, held_out=True)) == [
         failed(
             "BN206",
             "far",

@@ -25,7 +25,7 @@ def text_of(kind: str, name: str, **options: object) -> str:
     return render(document(kind, name), "terminal", RenderOptions(**options))  # type: ignore[arg-type]
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(
     case=st.sampled_from(CASES),
     width=st.integers(40, 160),

@@ -104,7 +104,7 @@ def test_a_partial_last_batch_is_left_out_and_counted(emulate: bool) -> None:
 def test_batches_of_another_size_are_refused(sizes: list[int]) -> None:
     data = [torch.randn(size, 6) for size in sizes]
     odd = next(index for index, size in enumerate(sizes) if size != 4)
-    with pytest.raises(DataError, match=rf"Micro-batch {odd + 1} has {sizes[odd]} images, but the batch size is 4"):
+    with pytest.raises(DataError, match=rf"Micro-batch {odd + 1} has {sizes[odd]} samples, but the batch size is 4"):
         scan(unsettled(Flat()), data, 4)
 
 

@@ -9,9 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from bnprobe.analysis.diagnosis import judge
+from bnprobe.analysis.diagnosis import has_findings, judge
 from bnprobe.cli.app import app
-from bnprobe.cli.scan import has_findings
 from bnprobe.config.spec import RuleExemption, RulesSpec, Spec
 from bnprobe.errors import BnprobeError
 from bnprobe.testing import make_evidence, make_layer, make_shares

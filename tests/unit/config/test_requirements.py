@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bnprobe.config.spec import check, parse_requirement
+from bnprobe.config.requirements import check_requirements, parse_requirement
 from bnprobe.errors import UsageError
 
 
@@ -39,7 +39,7 @@ def test_an_unknown_quantity_names_the_nearest() -> None:
 
 
 def test_every_requirement_is_checked() -> None:
-    found = check(("metric>=0.9", "gain>0"), {"metric": 0.95, "gain": None})
+    found = check_requirements(("metric>=0.9", "gain>0"), {"metric": 0.95, "gain": None})
     assert [(requirement.text, value, held) for requirement, value, held in found] == [
         ("metric>=0.9", 0.95, True),
         ("gain>0", None, False),

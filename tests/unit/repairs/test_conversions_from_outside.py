@@ -121,7 +121,7 @@ def convert(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
 
 def test_the_help_lists_it(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     help_ = run(monkeypatch, "convert", "--help")
-    assert "counting         batch statistics, and counts samples\n" in help_
+    assert "counting: batch statistics, and counts samples" in help_
     assert f"{TARGETS.names()[-2]}, counting; auto:" in " ".join(help_.replace("│", " ").split())
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -27,19 +24,9 @@ from bnprobe.nn.batch_renorm import BatchRenorm1d
 from bnprobe.records import Score, TrainingStep
 from bnprobe.training import Job, train
 from bnprobe.training.state import stop_signals
-from support.finetuning import cross_entropy, eventful_job, job, network, same_bits, source, trained
+from support.finetuning import attempts, cross_entropy, eventful_job, job, network, same_bits, source, trained
 
 KILLED = -signal.SIGKILL
-
-
-def attempts(folder: Path, optimizer: str, *moments: str) -> list[int]:
-    """Train in processes that are killed at these moments; their exit statuses."""
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "support.finetuning", str(folder), optimizer, *moments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    statuses: list[int] = json.loads(printed)
-    return statuses
 
 
 def assert_the_same(killed: Path, whole: Path) -> None:
@@ -49,22 +36,29 @@ def assert_the_same(killed: Path, whole: Path) -> None:
     assert (killed / "log.csv").read_bytes() == (whole / "log.csv").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of runs that were not killed, by optimizer."""
+    folders = {optimizer: tmp_path_factory.mktemp(optimizer) for optimizer in ("SGD", "AdamW")}
+    for optimizer, folder in folders.items():
+        assert attempts(folder, optimizer, "never:0") == [0]
+    return folders
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_killed_at_any_moment(tmp_path: Path, optimizer: str) -> None:
+def test_killed_at_any_moment(tmp_path: Path, whole: dict[str, Path], optimizer: str) -> None:
     """Between steps, and in the middle of writing: the first file that a run writes is the log, the next are states."""
-    assert attempts(tmp_path / "whole", optimizer, "never:0") == [0]
     moments = ["step:1", "write:2", "step:6", "write:1", "step:3", "write:3"]
     assert attempts(tmp_path / "killed", optimizer, *moments, "never:0") == [*[KILLED] * 6, 0]
-    assert_the_same(tmp_path / "killed", tmp_path / "whole")
+    assert_the_same(tmp_path / "killed", whole[optimizer])
 
 
-def test_killed_at_random_moments(tmp_path: Path) -> None:
+def test_killed_at_random_moments(tmp_path: Path, whole: dict[str, Path]) -> None:
     chance = random.Random(1)
     moments = [f"time:{chance.randrange(20)}" for _ in range(6)]
-    assert attempts(tmp_path / "whole", "SGD", "never:0") == [0]
     statuses = attempts(tmp_path / "killed", "SGD", *moments, "never:0")
     assert statuses[0] == KILLED
-    assert_the_same(tmp_path / "killed", tmp_path / "whole")
+    assert_the_same(tmp_path / "killed", whole["SGD"])
 
 
 def test_a_state_can_be_resumed_more_than_once(tmp_path: Path) -> None:

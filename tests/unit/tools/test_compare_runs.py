@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "compare_runs.py"
+SCRIPT = Path(__file__).parents[3] / "tools" / "compare_runs.py"
 
 RECORDED: dict[str, Any] = {
     "steps": [

@@ -159,7 +159,7 @@ def test_an_exception_in_forward(at: int, emulate: bool) -> None:
     run = partial(scan, model, DATA, 2, num_batches=6, emulate=emulate, physical_batch=4)
     error = assert_untouched(model, run, UserCodeError)
     assert "my layer" in str(error)
-    assert "test_preserve.py" in error.frames
+    assert "test_restore.py" in error.frames
 
 
 def test_ctrl_c_in_the_loader_gives_what_was_measured() -> None:

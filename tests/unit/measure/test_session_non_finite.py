@@ -16,7 +16,7 @@ from support.networks import Flat, Residual, images, unsettled
 def test_inputs(value: float, position: int) -> None:
     data = [(x, torch.zeros(4)) for x in images(5, 4, 6)]
     data[position][0][2, 1] = value
-    words = rf"Micro-batch {position + 1} \(the first is 1\) holds NaN or Inf in its tensor \[0\] .* image 2"
+    words = rf"Micro-batch {position + 1} \(the first is 1\) holds NaN or Inf in its tensor \[0\] .* sample 2"
     with pytest.raises(DataError, match=words):
         scan(unsettled(Flat()), data, 4, emulate=False)
 

@@ -1,0 +1,63 @@
+"""``bnprobe lint``: judge the norm layers of a model as it is written and saved, without data or a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from bnprobe._version import __version__
+from bnprobe.analysis.diagnosis import diagnose, judge
+from bnprobe.config.load import settings_from
+from bnprobe.config.spec import RulesSpec, ScanSettings, Spec
+from bnprobe.loading.model import unwrapped
+from bnprobe.loading.workload import load_model_only
+from bnprobe.measure.layers import anatomy, find_layers
+from bnprobe.measure.restore import preserved_random_state, seed_everything
+from bnprobe.records import LintReport, Tool
+from bnprobe.rules.evidence import Facts
+from bnprobe.rules.selection import model_rules
+
+
+def lint(model: nn.Module, *, select: Sequence[str] = (), ignore: Sequence[str] = ()) -> LintReport:
+    """Judge the BN layers of ``model`` as they are now; nothing is run and nothing is changed.
+
+    Args:
+        model: Any module.
+        select: Only rules of these codes or prefixes, e.g. "BN1"; none: all rules that need the model alone.
+        ignore: No rules of these codes or prefixes.
+
+    Raises:
+        NothingToProbeError: The model has no BN layer.
+        UsageError: No rule of a code exists, or no rule selected can judge a model alone.
+    """
+    inner, _ = unwrapped(model)
+    rules = RulesSpec(select=tuple(select), ignore=tuple(ignore))
+    return _judged(inner, type(inner).__name__, rules, settings_from({}))
+
+
+def lint_spec(spec: Spec) -> LintReport:
+    """Load the model that a spec names, and judge it.
+
+    Raises:
+        BnprobeError: See ``bnprobe.errors`` for the tree.
+    """
+    model_rules(spec.rules)  # a code that does not exist is said before anything is loaded
+    with preserved_random_state():
+        seed_everything(spec.data.seed)
+        loaded = load_model_only(spec)
+        return _judged(loaded.model, loaded.name, spec.rules, spec.settings())
+
+
+def _judged(model: nn.Module, name: str, rules: RulesSpec, settings: ScanSettings) -> LintReport:
+    found = find_layers(model, settings.is_selected)
+    facts = Facts(anatomy(found, model))
+    verdicts = judge(facts, rules, model_rules(rules))
+    return LintReport(
+        tool=Tool("bnprobe", __version__),
+        model=name,
+        layers=len(found.selected),
+        verdicts=verdicts,
+        diagnoses=diagnose(verdicts, facts),
+        skipped=found.skipped,
+    )
