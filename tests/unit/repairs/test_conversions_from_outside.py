@@ -99,6 +99,7 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
     for name, text in (("counting_targets", ROW), ("counting_layers", LAYERS), ("model", MODEL)):
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "model", raising=False)  # that of another test
     monkeypatch.chdir(tmp_path)
     with TARGETS.including(import_module("counting_targets").COUNTING) as row:
         assert "counting_layers" not in sys.modules  # imported when a layer is converted
