@@ -54,6 +54,11 @@ class BatchComposition(ShareRule):
     upstream_order = 70
     free_remedy = "recalibrated"
 
+    def without_share(self, layer: Layer, facts: Facts) -> Verdict:
+        if layer.shares is None:
+            return super().without_share(layer, facts)
+        return self.skipped(layer.name, "the samples of its batches could not be regrouped at random")
+
     def explain(self, layer: Layer, facts: Facts) -> str:
         composition = layer.composition
         if composition is None or facts.scan is None:
