@@ -6,7 +6,7 @@ survives a move of its module. Faults are planted in a temporary copy of the che
     python tools/mutants.py check                          is every mutant found in today's code? (seconds)
     python tools/mutants.py run --json mutants.json        plant each and run the tests of its area, then wider ones
     python tools/mutants.py run --only 'ladder-*'          some of them; results of the others in the file are kept
-    python tools/mutants.py run --quick                    with the tests of each area only, not the wider ones
+    python tools/mutants.py run --quick                    with the tests named first, else those of the area
     python tools/mutants.py run --json FILE --rest         those on which the file has no failing test
     python tools/mutants.py run --tests tests/unit/stats   with these tests only
 """
@@ -18,11 +18,11 @@ import ast
 import contextlib
 import fnmatch
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +37,12 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".yaml")
 PACKAGE = "bnprobe"
+
+# Most of the time of a short run goes into the import of torch: the server has imported it, and forks.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["torch.testing", "torch.utils.data", "scipy.stats", "scipy.optimize", "pydantic", "typer"]
+)
 
 _NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "build", "dist")
 
@@ -227,6 +233,22 @@ def read_table(path: Path = TABLE) -> Table:
     return Table(mutants, content["areas"], content["wider"])
 
 
+def _pytest(arguments: Sequence[str], folder: Path, output: str) -> None:
+    """Run tests in this process, which has a session of its own: all that they start can be ended with it."""
+    import pytest
+
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(PYTHONPATH=str(folder), OMP_NUM_THREADS="1")
+    sys.path.insert(0, str(folder))
+    with Path(output).open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    code = pytest.main(["-q", "-n0", "-p", "no:cacheprovider", *arguments])
+    sys.stdout.flush()
+    os._exit(int(code))
+
+
 class Checkout:
     """A copy of a checkout in which tests are run."""
 
@@ -250,28 +272,23 @@ class Checkout:
         return set(self._failures(list(tests))) if tests else set()
 
     def _failures(self, arguments: Sequence[str]) -> list[str]:
-        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
-        with tempfile.TemporaryFile() as output:
-            # Tests start processes of their own: with a session of their own, all of them can be ended.
-            process = subprocess.Popen(
-                command, cwd=self.folder, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
-            try:
-                code = process.wait(self._timeout)
-            except subprocess.TimeoutExpired:
-                raise TimeoutError from None
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            output.seek(0)
+        with tempfile.NamedTemporaryFile() as output:
+            process = _SERVER.Process(target=_pytest, args=(arguments, self.folder, output.name))
+            process.start()
+            process.join(self._timeout)
+            timed_out = process.is_alive()
+            assert process.pid is not None  # it was started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what tests started, too
+            process.join()
+            if timed_out:
+                raise TimeoutError
             text = output.read().decode(errors="replace")
-        if code in (0, 5):  # 5: no tests there
+        if process.exitcode in (0, 5):  # 5: no tests there
             return []
         failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
         if not failed:
-            raise RuntimeError(f"pytest ended with {code} and names no test:\n{text[-2000:]}")
+            raise RuntimeError(f"pytest ended with {process.exitcode} and names no test:\n{text[-2000:]}")
         return failed
 
     @contextlib.contextmanager
@@ -322,18 +339,28 @@ def confirmed(results: Sequence[Result], checkout: Checkout) -> list[Result]:
     ]
 
 
-def stages_for(mutant: Mutant, table: Table, root: Path) -> list[list[str]]:
-    """Tests to run, the likeliest first, of those that are there."""
+def stages_for(mutant: Mutant, table: Table, root: Path, quick: bool = False) -> list[list[str]]:
+    """Tests to run, the likeliest first, of those that are there; the first lot alone if ``quick``."""
     first = [str(path.relative_to(root)) for name in mutant.first for path in (root / "tests").rglob(name)]
     stages = [sorted(first), table.areas[mutant.area], *([path] for path in table.wider)]
     there = [[path for path in stage if (root / path).exists()] for stage in stages]
-    return [stage for stage in there if stage]
+    stages = [stage for stage in there if stage]
+    return stages[:1] if quick else stages
 
 
-def run(table: Table, mutants: Sequence[Mutant], tests: Sequence[str], timeout: float, record: Path | None) -> bool:
+def run(
+    table: Table,
+    mutants: Sequence[Mutant],
+    *,
+    tests: Sequence[str] = (),
+    quick: bool = False,
+    timeout: float = 1800.0,
+    record: Path | None = None,
+) -> bool:
     """Judge mutants, print and record what becomes of them; whether all were caught."""
     # Started in the background this process would ignore Ctrl-C, and so would the tests that are about it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["OMP_NUM_THREADS"] = "1"
     others = {mutant.name for mutant in table.mutants} - {mutant.name for mutant in mutants}
     results = [result for result in recorded(record) if result.name in others]
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
@@ -341,7 +368,7 @@ def run(table: Table, mutants: Sequence[Mutant], tests: Sequence[str], timeout: 
         shutil.copytree(ROOT, folder, symlinks=True, ignore=_NOT_COPIED)
         code, checkout = Code(folder / PACKAGE), Checkout(folder, timeout)
         for number, mutant in enumerate(mutants, start=1):
-            stages = [list(tests)] if tests else stages_for(mutant, table, folder)
+            stages = [list(tests)] if tests else stages_for(mutant, table, folder, quick)
             results.append(judge(mutant, number, code, checkout, stages))
             print(f"{number}/{len(mutants)} {_line(results[-1])}", flush=True)
             _write(record, results)
@@ -396,12 +423,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="GLOB", help="mutants of these names; may be repeated")
     parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="run these tests for every mutant")
     parser.add_argument("--rest", action="store_true", help="only mutants on which the JSON file has no failing test")
-    parser.add_argument("--quick", action="store_true", help="the tests of the areas only, not the wider ones")
+    parser.add_argument("--quick", action="store_true", help="the tests named first only, else those of the area")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that one run of tests may take")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     given = parser.parse_args(arguments)
     table = read_table()
-    table = replace(table, wider=[]) if given.quick else table
     globs = given.only or ["*"]
     mutants = [mutant for mutant in table.mutants if any(fnmatch.fnmatch(mutant.name, glob) for glob in globs)]
     if not mutants:
@@ -409,9 +435,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.rest:
         failed = {result.name for result in recorded(given.json) if result.outcome in ("caught", "to confirm")}
         mutants = [mutant for mutant in mutants if mutant.name not in failed]
+    options = {"tests": given.tests, "quick": given.quick, "timeout": given.timeout, "record": given.json}
     if given.command == "check":
         return 0 if check(mutants) else 1
-    return 0 if run(table, mutants, given.tests, given.timeout, given.json) else 1
+    return 0 if run(table, mutants, **options) else 1
 
 
 if __name__ == "__main__":

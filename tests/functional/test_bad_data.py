@@ -85,7 +85,7 @@ def test_data_that_ends_early_is_used_and_counted(
     said = " ".join(found.stdout.split())
     assert found.code == CLEAN
     assert used in said
-    assert "all the data, 16 were asked for" in said
+    assert "all the data, 16 micro-batches were requested" in said
     assert (left_over in said) if left_over else ("left over" not in said)
 
 
