@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bnprobe.config.targets import CONVERTED
 from bnprobe.errors import OutputError, UsageError
-from bnprobe.files import has_mark, not_own, require_new, require_writable, write_all
+from bnprobe.files import has_mark, not_own, require_new, require_writable, unfinished, write_all
 from bnprobe.records import RepairRecord, Report
 from bnprobe.report.json import dump
 from bnprobe.report.repair import Files
@@ -136,10 +136,7 @@ class Artifacts:
             if not has_mark(folder):
                 raise not_own(folder)
         if self.state in existing and not (resume or self._force):
-            raise UsageError(
-                f"{self.state} contains the state of an unfinished repair. Continue it with --resume, or discard it and"
-                " start over with --force."
-            )
+            raise unfinished(self.state)
         if self.events in existing and not self._force:
             raise OutputError(
                 f"{self.events} already exists; give another -o, or --force to replace what bnprobe wrote there."

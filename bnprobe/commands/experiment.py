@@ -34,7 +34,7 @@ from bnprobe.loading.optimizer import OptimizerFactory, ScheduleFactory, load_op
 from bnprobe.loading.workload import Workload, read_anew
 from bnprobe.measure.layers import ROOT
 from bnprobe.measure.restore import preserved_random_state, seed_everything
-from bnprobe.measure.session import device_named
+from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.records import Arm, Plan, Proof, Run, TrainingStep
 from bnprobe.repairs import apply
 from bnprobe.training import Job, StateFolder, length_of, train
@@ -186,7 +186,7 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subjec
         proving=proving,
         loss=workload.loss,
         device=device,
-        autocast=getattr(torch, spec.scan.autocast) if spec.scan.autocast else None,
+        autocast=autocast_dtype(spec.scan.autocast),
         seed=spec.data.seed,
         train=spec.train,
         repair=spec.repair,

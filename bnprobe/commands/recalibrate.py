@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bnprobe._version import __version__
-from bnprobe.analysis.comparison import AS_IS, RECALIBRATED, estimate
+from bnprobe.analysis.comparison import AS_IS, RECALIBRATED, estimate, make_arm, verdict
 from bnprobe.commands.held_out import HeldOut
 from bnprobe.commands.scan import environment, scan_workload, whole
 from bnprobe.config.load import settings_from
@@ -401,8 +401,7 @@ def _proof(spec: Spec, held_out: HeldOut, before: list[Score], after: list[Score
 
 def _arm(name: str, seed: int, held_out: HeldOut, scores: list[Score]) -> Arm:
     means = {measure: held_out.mean([getattr(score, measure) for score in scores]) for measure in ("loss", "metric")}
-    loss, metric = (None if value is None else Estimate(value, None) for value in means.values())
-    return Arm(name, False, (Run(seed, 0, 0, Score(**means), "finished", "", 0.0),), loss, metric)
+    return make_arm(name, [Run(seed, 0, 0, Score(**means), "finished", "", 0.0)], trained=False)
 
 
 def _conclude(gain: Estimate | None, batches: int, what: str) -> tuple[Conclusion, str]:
@@ -411,10 +410,7 @@ def _conclude(gain: Estimate | None, batches: int, what: str) -> tuple[Conclusio
         return "not_compared", f"{what} is not finite before or after the recalibration."
     if gain.interval is None:
         return "undecided", f"{what}: there is only one batch, so a difference cannot be told from chance."
-    low, high = gain.interval
-    sure = high is not None and (low > 0 or high < 0)
-    verdict: Conclusion = "same" if not sure else "better" if gain.mean > 0 else "worse"
-    return verdict, f"{what}, compared over {batches} batches."
+    return verdict(gain.mean, gain.interval), f"{what}, compared over {batches} batches."
 
 
 def _record(
