@@ -30,10 +30,10 @@ from bnprobe.config.spec import PLAIN, Spec
 from bnprobe.config.targets import AUTO, TARGETS
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, SpecError, UsageError
-from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_anew
+from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_again
 from bnprobe.measure.rank_agreement import digest_of
 from bnprobe.measure.restore import preserved_random_state, seed_everything
-from bnprobe.measure.scan_loop import Progress, no_progress
+from bnprobe.measure.session import Progress, no_progress
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
 from bnprobe.repairs import deployable_state, left_out, on_host, plan, wanted_by_globs, wanted_from_report
 from bnprobe.report.json import load_report
@@ -114,7 +114,7 @@ def repair_spec(
             _require_nothing_refused(plans[0])
             return None
         seed_everything(spec.data.seed)
-        workload = read_anew(spec, workload)
+        workload = read_again(spec, workload)
         subject, notes = make_subject(spec, workload, options.finetune)
         folder = _folder(spec, options, workload, plans, subject, world)
         with _logged(folder, options.tensorboard, on_step, world) as log:
@@ -228,7 +228,7 @@ def _second_scan(
     seed_everything(spec.data.seed)
     try:
         report = scan_workload(
-            replace(read_anew(spec, workload), model=model, checkpoint=None), settings, progress, world
+            replace(read_again(spec, workload), model=model, checkpoint=None), settings, progress, world
         )
     except NothingToProbeError:
         return None, 0 if agrees else None

@@ -24,8 +24,8 @@ from bnprobe.loading.workload import load_workload
 from bnprobe.measure.momentum_series import MEMORY_CAP, LayerSeries, Recording, record
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import preserved_random_state, seed_everything, untouched
-from bnprobe.measure.scan_loop import FEWEST, Progress, no_progress
-from bnprobe.measure.session import Session, UserFunctions
+from bnprobe.measure.scan_loop import FEWEST
+from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.records import (
     SCHEMA_VERSION,
     BatchSizePoint,

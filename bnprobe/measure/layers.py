@@ -319,7 +319,7 @@ def _source(kind: type) -> Path | None:
 
 @lru_cache(maxsize=256)
 def _assignments(path: Path, modified_ns: int, qualname: str) -> tuple[tuple[str, ast.expr], ...]:
-    """Attribute and value of every assignment to ``self`` in a class; ``modified_ns`` renews the cache."""
+    """Attribute and value of every assignment to ``self`` in a class; a new ``modified_ns`` reads it again."""
     tree = _parsed(path, modified_ns)
     definition = None if tree is None else _find(tree, [part for part in qualname.split(".") if part != "<locals>"])
     return () if definition is None else tuple(_self_assignments(definition))

@@ -33,6 +33,14 @@ PathName = Literal["train", "steady", "eval", "check", "check train", "check eva
 """The two paths; "steady", the train path without dropout and other random layers (batch statistics, all else in eval
 mode); and the same three as the self-check runs them, always without autocast."""
 
+Progress = Callable[[int, int], None]
+"""Called with the micro-batches done and planned, or of a scan, the number after which it looks again."""
+
+
+def no_progress(done: int, planned: int) -> None:
+    """Report progress to nobody."""
+
+
 _IN_WORDS: dict[PathName, str] = {
     "train": "train path",
     "steady": "train path without dropout and the like",

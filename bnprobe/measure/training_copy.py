@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bnprobe.errors import DeviceError, ModelError, NonFiniteError, UsageError
 from bnprobe.measure.batch import copy_tensors, to_device
-from bnprobe.measure.hooks import Answer, Intercepted, Interceptor
+from bnprobe.measure.hooks import Answer, Interceptor, noting_non_finite
 from bnprobe.measure.layers import ROOT, ProbedLayer
 from bnprobe.measure.memory import is_out_of_memory
 from bnprobe.measure.norms import NormCall
@@ -117,14 +117,8 @@ class TrainingCopy:
 
     def _first_non_finite(self, batch: Any) -> str | None:
         """Repeat the forward pass to find the first layer; checking every input of every step would cost more."""
-        found: list[str] = []
-
-        def look(call: Intercepted) -> Tensor:
-            if not found and not bool(torch.isfinite(call.call.input).all()):
-                found.append(call.layer.name)
-            return call.run()
-
-        self.loss(batch, look)
+        with noting_non_finite((layer.name, layer.module) for layer in self.layers) as found:
+            self.loss(batch, lambda call: call.run())
         return found[0] if found else None
 
     @contextmanager
