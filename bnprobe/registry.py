@@ -14,9 +14,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from bnprobe.errors import BnprobeError, UsageError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Row = TypeVar("Row")
 
@@ -43,7 +46,8 @@ class Registry(Generic[Row]):
         self.group, self.noun = group, noun
         self._name_of, self._error = name_of, error
         self._rows: dict[str, Row] = {}
-        self._entry_points_read = False
+        self._from_packages: set[str] = set()
+        self._read = False
         for row in rows:
             self.add(row)
 
@@ -60,12 +64,18 @@ class Registry(Generic[Row]):
 
     @contextmanager
     def including(self, row: Row) -> Iterator[Row]:
-        """Have a row while the block runs; for tests of extensions."""
+        """Have a row while the block runs: for tests of extensions, and for notebooks."""
         self.add(row)
         try:
             yield row
         finally:
             del self._rows[self._name_of(row)]
+
+    def reload(self) -> None:
+        """Read the entry points again when the registry is next used: packages were installed or removed meanwhile."""
+        for name in self._from_packages:
+            del self._rows[name]
+        self._from_packages, self._read = set(), False
 
     def names(self) -> tuple[str, ...]:
         """Names of all rows, in order."""
@@ -94,16 +104,22 @@ class Registry(Generic[Row]):
         raise self._error(f'There is no {self.noun} named "{name}" (known: {", ".join(rows)}){hint}')
 
     def _all(self) -> dict[str, Row]:
-        if not self._entry_points_read:
+        if not self._read:
             from importlib.metadata import entry_points  # a tenth of a second: only once a registry is used
 
-            self._entry_points_read = True
+            self._read = True  # first: a module that is loaded may look into the registry
             for entry_point in entry_points(group=self.group):
-                try:
-                    self.add(entry_point.load())
-                except Exception as error:
-                    raise UsageError(
-                        f'The {self.noun} "{entry_point.name}" of the entry-point group {self.group}'
-                        f" ({entry_point.value}) cannot be loaded: {type(error).__name__}: {error}"
-                    ) from error
+                self._load(entry_point)
         return self._rows
+
+    def _load(self, entry_point: EntryPoint) -> None:
+        known = set(self._rows)
+        try:
+            self.add(entry_point.load())
+            self._from_packages |= self._rows.keys() - known
+        except Exception as error:
+            self.reload()  # the next use fails for the same reason
+            raise UsageError(
+                f'The {self.noun} "{entry_point.name}" of the entry-point group {self.group}'
+                f" ({entry_point.value}) cannot be loaded: {type(error).__name__}: {error}"
+            ) from error

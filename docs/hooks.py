@@ -18,12 +18,13 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from bnprobe.cli.app import app
+from bnprobe.cli.options import complete_help
 from bnprobe.config.spec import Spec
 from bnprobe.rules import RULES
 from bnprobe.rules.docs import pages as rule_pages
 
 REPOSITORY = Path(__file__).parents[1]
-SCHEMAS = REPOSITORY / "bnprobe" / "reports"
+SCHEMAS = REPOSITORY / "bnprobe" / "report"
 BENCHMARKS = ("README.md", "faults/README.md", "faults/RESULTS.md", "repairs/README.md", "repairs/RESULTS.md")
 
 
@@ -92,6 +93,11 @@ def generated_pages() -> dict[str, str]:
             "JSON record of a repair",
             "What `bnprobe convert` and `bnprobe recalibrate` write beside the weights, `out.record.json`.",
         ),
+        "reference/json-sweep.md": schema(
+            "sweep.schema.json",
+            "JSON report of a sweep",
+            "`bnprobe sweep --format json` and `bnprobe.sweep` in Python give the same tree.",
+        ),
         **{f"rules/{name}": text for name, text in rule_pages().items()},
         **{f"benchmarks/{name}": (REPOSITORY / "benchmarks" / name).read_text(encoding="utf-8") for name in BENCHMARKS},
     }
@@ -106,6 +112,8 @@ def home() -> str:
 def command_line() -> str:
     """Every command with its arguments and options, from the command line itself."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for command in commands.values():
+        complete_help(command)
     parts = ["# Command line", "Made from the commands themselves; `bnprobe COMMAND --help` prints the same."]
     rows = [f"| [`{name}`](#bnprobe-{name}) | {_first(command.help)} |" for name, command in commands.items()]
     parts.append("\n".join(["| command | |", "|---|---|", *rows]))
@@ -128,6 +136,8 @@ def _command(name: str, command: Any) -> Iterator[str]:
     for panel, options in panels.items():
         rows = [f"| {_flags(option)} | {_cell(option.help)}{_default(option)} |" for option in options]
         yield "\n".join([f"| {panel} | |", "|---|---|", *rows])
+    if command.epilog:
+        yield command.epilog
 
 
 def _argument(argument: Any) -> str:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from bnprobe.report.page import Page
     from bnprobe.rules import Rule
 
+_LEAST_NEEDS = 9
+"""Narrower than this, the last column of the list is a line of its own."""
+
 
 def explain(
     code: Annotated[
@@ -36,6 +39,8 @@ def explain(
 
 
 def _table(page: Page) -> Iterator[Text]:
+    from rich.text import Text
+
     from bnprobe.rules import RULES
     from bnprobe.rules.docs import needs_in_words
 
@@ -43,8 +48,11 @@ def _table(page: Page) -> Iterator[Text]:
     rows += [(rule.code, rule.title, rule.cause, needs_in_words(rule)) for rule in RULES]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
-        first = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
-        yield from page.paragraph(f"{first}  {row[3]}", style="bold" if row is rows[0] else "")
+        first = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  "
+        beside = page.width - len(first) >= _LEAST_NEEDS
+        lines = page.paragraph(row[3], first=first) if beside else page.paragraphs([first.rstrip(), row[3]], first="")
+        for line in lines:
+            yield Text(line.plain, "bold") if row is rows[0] else line
     yield from page.paragraph("bnprobe explain CODE prints the manual of a rule.")
 
 

@@ -330,7 +330,11 @@ class Statistic:
         return type(self).update_samples is not Statistic.update_samples
 
     def compute(self, states: Mapping[str, Tensor]) -> Any:
-        """The result, from the entries of the states of one call, or of several taken together."""
+        """The result, from the entries of the states of one call, or of several taken together.
+
+        Where it stands in the report, it is what JSON can hold: finite numbers, strings, lists or dictionaries of them;
+        None for what does not exist.
+        """
         raise NotImplementedError
 
     def of(self, table: CallTable, slots: Sequence[Slot]) -> Any:

@@ -8,6 +8,7 @@ depends on order (replicates, the pool of samples) is numbered as in one process
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.distributed import EVERYTHING, Share
-from bnprobe.errors import BnprobeError
+from bnprobe.errors import BnprobeError, UsageError
 from bnprobe.measure.accumulators import (
     STATISTICS,
     BatchMoments,
@@ -192,10 +193,14 @@ class PathEvidence:
         return self[SamplePool].samples(self._table)
 
     def reported(self, slots: list[Slot]) -> dict[str, Any]:
-        """Results of the statistics that are reported under their own names, for calls of one layer."""
+        """Results of statistics that are reported under their own names, for calls of one layer.
+
+        Raises:
+            UsageError: A result is nothing that JSON can hold.
+        """
         rows = [statistic for statistic in self._statistics.values() if statistic.reported]
         found = {statistic.name: statistic.of(self._table, slots) for statistic in rows}
-        return {name: result for name, result in found.items() if result is not None}
+        return {name: _as_json(name, result) for name, result in found.items() if result is not None}
 
     def _columns_of(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], like: Tensor) -> Columns:
         """The columns of a step; the last ones are cached, since most models make the same calls in every pass."""
@@ -398,3 +403,14 @@ def _join(one: dict[K, V], other: Mapping[K, V], merge: Callable[[V, V], V]) -> 
     """Merge ``other`` into ``one``, key by key."""
     for key, value in other.items():
         one[key] = merge(one[key], value) if key in one else value
+
+
+def _as_json(name: str, result: Any) -> Any:
+    """The result of a statistic as it is read back from a report: tuples are lists there."""
+    try:
+        return json.loads(json.dumps(result, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f'The statistic "{name}" gave {result!r}, which JSON cannot hold ({error}): its compute() returns finite'
+            " numbers, strings, lists or dictionaries of them, and None for what does not exist."
+        ) from error

@@ -21,10 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from bnprobe.nn.batch_renorm import BatchRenormBase
-from bnprobe.nn.frozen import FrozenBatchNorm
 from bnprobe.nn.functional import batch_renorm, sync_batch_renorm
 from bnprobe.nn.gated import GatedBatchNorm, gated_batch_norm
-from bnprobe.nn.instance_renorm import InstanceRenorm
 from bnprobe.registry import Registry
 from bnprobe.stats.moments import Corrections, corrections
 
@@ -162,7 +160,8 @@ class BatchNormFamily:
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if any(is_lazy(tensor) for tensor in tensors):
             return "lazy layer that has not seen a batch yet: run the model once before scanning it"
-        return next((reason for kind, reason in _NOTHING_TO_MEASURE if isinstance(module, kind)), None)
+        agrees: str | None = getattr(module, "nothing_to_measure", None)
+        return agrees
 
     def describe(self, module: nn.Module) -> NormInfo:
         assert isinstance(module, _BatchNorm)  # matches() said so
@@ -296,12 +295,6 @@ def lookalike_reason(module: nn.Module) -> str | None:
         return f"unknown norm-like module {kind}"
     return None
 
-
-_NOTHING_TO_MEASURE: tuple[tuple[type[nn.Module], str], ...] = (
-    (FrozenBatchNorm, "frozen batch norm: the same constants in training and at inference"),
-    (InstanceRenorm, "instance renorm: the same output in training and at inference"),
-)
-"""Layers of bnprobe.nn that derive from BN, but agree in training and at inference by construction."""
 
 _BATCH_INDEPENDENT = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
 """Norms that treat every sample by itself and keep no statistics: training and inference cannot differ."""

@@ -29,8 +29,9 @@ def random_state() -> object:
     """The state of random, numpy and torch (CPU and CUDA), to be compared: equal if nothing was drawn in between."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     tensors = [torch.get_rng_state(), *cuda]
-    name, keys, *places = np.random.get_state()
-    return random.getstate(), (name, keys.tobytes(), *places), [state.numpy().tobytes() for state in tensors]
+    numpy = np.random.get_state(legacy=False)
+    drawn = numpy["state"]["key"].tobytes(), numpy["state"]["pos"], numpy["has_gauss"], numpy["gauss"]
+    return random.getstate(), drawn, [state.numpy().tobytes() for state in tensors]
 
 
 @contextmanager

@@ -203,6 +203,7 @@ class BatchRenormBase(_BatchNorm):
         UsageError: A limit is out of range.
     """
 
+    normalizes_only: ClassVar[bool] = True
     dimensions: ClassVar[tuple[int, int]] = (2, 5)
     """Smallest and largest number of dimensions of an input."""
 

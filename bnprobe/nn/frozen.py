@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,6 +23,9 @@ class FrozenBatchNorm(_BatchNorm):
         affine: Whether there is a weight and a bias per channel.
         device, dtype: Of parameters and buffers.
     """
+
+    normalizes_only: ClassVar[bool] = True
+    nothing_to_measure: ClassVar[str] = "frozen batch norm: the same constants in training and at inference"
 
     def __init__(
         self,

@@ -47,6 +47,7 @@ class GatedBatchNorm(_BatchNorm):
         UsageError: ``blend`` is out of range.
     """
 
+    normalizes_only: ClassVar[bool] = True
     training_only: ClassVar[tuple[str, ...]] = ("gate_logit",)
     """Tensors of the state_dict that inference does not use."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ class InstanceRenorm(_BatchNorm):
     Raises:
         UsageError: ``blend`` is out of range.
     """
+
+    normalizes_only: ClassVar[bool] = True
+    nothing_to_measure: ClassVar[str] = "instance renorm: the same output in training and at inference"
 
     def __init__(
         self,

@@ -28,13 +28,16 @@ class Conversion(Protocol):
     """Makes the layers of one repair target.
 
     It only replaces the normalization. What a subclass does beyond it, hooks, and the places in the model where the
-    layer stands are the business of ``bnprobe.repairs.surgery``. Two optional attributes of a layer class matter for
-    deployment:
+    layer stands are the business of ``bnprobe.repairs.surgery``. A layer class may say more by these attributes:
 
     - ``training_only``: names of parameters and buffers that BN does not have and inference does not use. They are left
       out of the deployed weights.
     - ``deployment_obstacle``: on layers that derive from torch's ``_BatchNorm`` but may differ from BN at inference,
       why this layer does, a clause; None if it does not.
+    - ``nothing_to_measure``: on layers that derive from ``_BatchNorm`` but give the same output in training and at
+      inference, why they do, a clause: a scan skips them for this reason.
+    - ``normalizes_only = True``: on the class that defines a forward, that it does nothing besides the normalization,
+      so that the layer can be converted again. Other layers with a forward of their own are tried out before.
     """
 
     def obstacle(self, module: _BatchNorm) -> str | None:

@@ -37,8 +37,8 @@ def convert(
     Args:
         model: Any module; not wrapped in DataParallel, DDP or torch.compile.
         layers: Names or globs of layers; or a report of this model, for the layers that it flags; None: every BN layer.
-        to: A repair target: "batch-renorm", "frozen", "group-norm", "sync", "instance-renorm", "gated", or one that
-            another package adds.
+        to: A repair target, e.g. "frozen": a name of ``bnprobe.config.targets.TARGETS``, as in
+            ``bnprobe convert --help``.
         inplace: Change ``model`` itself; an optimizer that holds its parameters keeps working.
         **options: Settings of the layers, fields of ``bnprobe.config.spec.RepairSpec``: groups, blend, renorm.
 

@@ -20,10 +20,6 @@ from torch.nn.utils import parametrize
 
 from bnprobe.measure.norms import lookalike_reason
 from bnprobe.measure.restore import preserved_random_state
-from bnprobe.nn.batch_renorm import BatchRenormBase
-from bnprobe.nn.frozen import FrozenBatchNorm
-from bnprobe.nn.gated import GatedBatchNorm
-from bnprobe.nn.instance_renorm import InstanceRenorm
 from bnprobe.repairs.conversions import space_dimensions
 
 Replacements = Mapping[nn.Module, nn.Module]
@@ -51,8 +47,6 @@ _HOOKS = (
 )
 """The attributes in which a module keeps its hooks."""
 
-_OURS = (BatchRenormBase, FrozenBatchNorm, GatedBatchNorm, InstanceRenorm)
-_PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, *(ours.forward for ours in _OURS))
 _PLAIN = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _SIDE = {1: 16, 2: 8, 3: 4}
 _TOLERANCE = 1e-5
@@ -168,7 +162,8 @@ def _apply_children(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 def _normalizes_only(module: _BatchNorm) -> bool:
     """Whether the layer's forward is known to normalize and nothing else, and its train() and eval() are torch's."""
     kind = type(module)
-    known = kind.forward in _PLAIN_FORWARDS
+    author = next(each for each in kind.__mro__ if "forward" in vars(each))
+    known = author in (_BatchNorm, nn.SyncBatchNorm) or vars(author).get("normalizes_only", False)
     return (
         known and kind.__call__ is nn.Module.__call__ and kind.train is nn.Module.train and kind.eval is nn.Module.eval
     )

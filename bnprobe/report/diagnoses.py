@@ -355,8 +355,8 @@ def _reasons(skipped: dict[str, str], show_all: bool) -> str:
     """The skipped rules, those of one reason together."""
     groups: dict[str, list[str]] = {}
     for rule, reason in skipped.items():
-        # What to do about it, after a colon, is for those who ask.
-        why = reason if show_all else reason.partition(":")[0]
+        # What to do about it, after a colon, and details in parentheses are for those who ask.
+        why = reason if show_all else reason.partition(":")[0].partition(" (")[0]
         groups.setdefault(why.removesuffix("."), []).append(rule)
     texts = [_because(codes, reason) for reason, codes in groups.items()]
     shown = texts if show_all else texts[:_MOST_REASONS]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bnprobe.numbers import number
-from bnprobe.records import Layer
+from bnprobe.records import Layer, Verdict
 from bnprobe.rules.evidence import Facts
 from bnprobe.rules.interface import Link
 from bnprobe.rules.shares import ShareRule, share_limit
@@ -53,6 +53,11 @@ class BatchComposition(ShareRule):
     follows_from = (Link("shared_domains", _is_of_domains),)
     upstream_order = 70
     free_remedy = "recalibrated"
+
+    def without_share(self, layer: Layer, facts: Facts) -> Verdict:
+        if layer.shares is None:
+            return super().without_share(layer, facts)
+        return self.skipped(layer.name, "the samples of its batches could not be regrouped at random")
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         composition = layer.composition

@@ -1,16 +1,11 @@
-"""The manuals of the rules, from their docstrings: for ``bnprobe explain`` and as the pages of ``docs/rules``.
-
-``python -m bnprobe.rules.docs FOLDER`` writes the pages.
-"""
+"""The manuals of the rules, from their docstrings: for ``bnprobe explain`` and as pages of the documentation."""
 
 from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from bnprobe.rules import RULES, Rule
 
@@ -73,13 +68,3 @@ def needs_in_words(rule: Rule) -> str:
     """What must be available for the rule to judge."""
     need = "the model alone" if rule.needs == "model" else rule.needs
     return f"real {need}" if rule.real_data else need
-
-
-def write(folder: Path) -> None:
-    """Write all pages into a folder."""
-    for name, text in pages().items():
-        (folder / name).write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]))

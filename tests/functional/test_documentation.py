@@ -19,6 +19,7 @@ import yaml
 
 from bnprobe.cli.app import app
 from bnprobe.config.spec import RenormSpec, RepairSpec, Spec, TrainSpec
+from bnprobe.config.targets import AUTO, TARGETS
 from bnprobe.rules import RULES
 from functional import documentation
 from functional.command import CLEAN, FINDINGS, REPOSITORY
@@ -147,6 +148,13 @@ def test_the_figures_of_the_benchmark_of_repairs_are_those_it_found() -> None:
         column = arms[0].index("held-out accuracy")
         found = [f"{float(arm[column].split()[0]):.2f}" for arm in arms[2:]]
         assert [cell.strip() for cell in row.split("|")] == found
+
+
+def test_the_guide_to_repairs_names_every_target() -> None:
+    section = REPAIRS.read_text(encoding="utf-8").partition("## What a layer can become")[2].partition("\n## ")[0]
+    heading, *named = re.findall(r"^\| `([\w-]+)`.*?\|", section, re.MULTILINE)
+    assert heading == "--to"
+    assert set(named) == {*TARGETS.names(), AUTO}
 
 
 def test_generated_pages_are_complete() -> None:

@@ -63,5 +63,22 @@ def test_another_package_adds_a_row_by_an_entry_point(package: Path) -> None:
 
 def test_an_entry_point_that_cannot_be_loaded_is_named(package: Path) -> None:
     (package / "paint_module.py").write_text("raise RuntimeError('no paint left')\n")
-    with pytest.raises(UsageError, match=r'"purple" of the entry-point group bnprobe\.colours .*no paint left'):
-        colours("bnprobe.colours").names()
+    registry = colours("bnprobe.colours")
+    for _ in range(2):  # it does not go unnoticed the second time
+        with pytest.raises(UsageError, match=r'"purple" of the entry-point group bnprobe\.colours .*no paint left'):
+            registry.names()
+
+
+def test_a_package_that_was_installed_or_removed_meanwhile(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = colours("bnprobe.colours")
+    (package / "paint_module.py").write_text('PURPLE = "purple"\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [place for place in sys.path if place != str(package)])
+        assert registry.names() == ("red", "green")
+    assert registry.names() == ("red", "green")
+    registry.reload()
+    assert registry.names() == ("red", "green", "purple")
+    registry.add("blue")
+    (package / "paint-1.0.dist-info" / "entry_points.txt").unlink()
+    registry.reload()
+    assert registry.names() == ("red", "green", "blue")

@@ -86,6 +86,22 @@ def test_a_statistic_from_outside_stands_in_the_report() -> None:
     assert "statistics" not in json.loads(plain)["layers"][0]["train"]
 
 
+@pytest.mark.parametrize(
+    ("result", "shown"), [((1, 2.5), [1, 2.5]), ({"a": True}, {"a": True}), ("text", "text"), (float("nan"), None)]
+)
+def test_a_statistic_gives_what_json_can_hold(result: object, shown: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Range, "compute", lambda self, states: result)
+    with STATISTICS.including(Range):
+        if shown is None:
+            with pytest.raises(UsageError, match=r'The statistic "range of means" gave nan, which JSON cannot hold'):
+                scan(nn.BatchNorm1d(6), DATA, 4, num_batches=5)
+            return
+        report = scan(nn.BatchNorm1d(6), DATA, 4, num_batches=5)
+    assert report.layers[0].train is not None
+    assert report.layers[0].train.statistics == {"range of means": shown}
+    assert load_report(dump(report)) == report
+
+
 def assert_same_batches(report: Report, expected: Report) -> None:
     """In whatever order: of data that is read in a fixed order, batches are taken from all over it."""
     for layer, other in zip(report.layers, expected.layers, strict=True):

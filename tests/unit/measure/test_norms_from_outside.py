@@ -182,7 +182,7 @@ def test_a_layer_that_does_not_call_it_is_named(family: NormFamily) -> None:
 
     (skipped,) = bnprobe.scan(nn.Sequential(Standardize(1), Silent(1)), batches(), SIZE, num_batches=2).skipped
     assert skipped.reason.startswith("its forward does not call ")
-    assert skipped.reason.endswith("test_family_from_outside.standardize")
+    assert skipped.reason.endswith("test_norms_from_outside.standardize")
 
 
 def test_without_the_family_its_layers_are_skipped() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, weight_norm
 
 import bnprobe
@@ -82,10 +83,10 @@ def test_what_would_be_lost_is_refused_by_name(make: Callable[[], nn.Module], re
 
 
 @pytest.mark.parametrize("to", EVERY)
-def test_without_running_statistics_only_group_norm_is_possible(to: str) -> None:
+def test_without_running_statistics_only_layers_that_keep_none_are_possible(to: str) -> None:
     model = nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False, affine=False))
-    if to == "group-norm":
-        assert isinstance(bnprobe.convert(model, to=to)[0], nn.GroupNorm)
+    if not isinstance(bnprobe.convert(nn.BatchNorm2d(4), to=to), _BatchNorm):
+        assert not list(bnprobe.convert(model, to=to)[0].buffers())
     else:
         with pytest.raises(RepairError, match=r"0 \(BatchNorm2d\) keeps no running statistics"):
             bnprobe.convert(model, to=to)

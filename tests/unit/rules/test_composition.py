@@ -36,8 +36,8 @@ def test_what_chance_explains_passes_and_small_batches_are_blamed() -> None:
 
 
 def test_samples_that_could_not_be_regrouped_are_skipped() -> None:
-    layer = make_layer("bn", make_shares(composition=None), note="One image per batch.")
-    reason = "the layer's mismatch could not be decomposed (One image per batch)"
+    layer = make_layer("bn", make_shares(composition=None), note="what its family says of it")
+    reason = "the samples of its batches could not be regrouped at random"
     assert run_rule("BN202", make_evidence(layer)) == [skipped("BN202", "bn", reason)]
 
 
