@@ -219,7 +219,7 @@ def hashes(state):
 
 
 def as_json(report):
-    """The report as JSON has it, which leaves out what is empty where no package adds statistics."""
+    # JSON leaves out the results of other packages' statistics where there are none.
     return dataclasses.asdict(
         report, dict_factory=lambda items: {key: value for key, value in items if key != "statistics" or value})
 
