@@ -24,7 +24,7 @@ LEFT_OUT = "  ⋮"
 PARTS = (  # first and last line of each part
     (r"\d+ BatchNorm2d layers", r" +1/4 +1 "),
     (r"Where the mismatch comes from", r"│ "),
-    (r" +✗ Batches not drawn at random", r" +then train on"),
+    (r" +✗ Non-i.i.d. batches", r" +sources; then continue training"),
 )
 
 

@@ -20,7 +20,7 @@ def render(report: ExportReport, options: RenderOptions) -> str:
     parts = [
         _header(report, page),
         _differences("Outputs of the file against those of the model", report.differences, page),
-        _differences("Outputs quantized against those as loaded", report.quantization, page),
+        _differences("Outputs of the quantized model against those of the model as loaded", report.quantization, page),
         page.paragraphs(report.notes, first=""),
         _closing(report, page),
     ]

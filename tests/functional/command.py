@@ -142,12 +142,12 @@ class Workspace:
         print(f"$ {' '.join(map(str, command[1:]))}\n{done.stdout}{done.stderr}[exit {done.returncode}]")
         return Result(done.returncode, done.stdout, done.stderr)
 
-    def start_installed(self, *arguments: str | Path) -> subprocess.Popen[str]:
+    def start_installed(self, *arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
         """Start the installed script and go on; it can be interrupted even where this process ignores Ctrl-C."""
         return subprocess.Popen(
             [sys.executable, "-c", _INTERRUPTIBLE, str(COMMAND), *map(str, arguments)],
             cwd=self.folder,
-            env=self.environment(),
+            env=self.environment(**environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

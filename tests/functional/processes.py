@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.connection import Connection
@@ -104,7 +105,7 @@ def run_on_a_full_disk(workspace: Workspace, *arguments: str | Path, largest_fil
 class Launch:
     """Processes under way, in the order of their ranks."""
 
-    processes: list[Forked]
+    processes: Sequence[Forked | subprocess.Popen[str]]
 
     def results(self) -> list[Result]:
         """What each left behind; a process that hangs fails the test, and none outlives it."""
@@ -124,6 +125,11 @@ class Launch:
 def launch(workspace: Workspace, size: int, *arguments: str | Path) -> Launch:
     """Start ``bnprobe`` with these arguments ``size`` times, with the environment of torchrun."""
     return Launch([Forked(workspace, arguments, rank) for rank in rank_environments(size)])
+
+
+def launch_installed(workspace: Workspace, size: int, *arguments: str | Path) -> Launch:
+    """The same with the installed script: torch shows some warnings only in processes that were forked."""
+    return Launch([workspace.start_installed(*arguments, **rank) for rank in rank_environments(size)])
 
 
 def _run(

@@ -72,9 +72,9 @@ def test_data_that_cannot_be_used_is_explained(workspace: Workspace, change: str
 @pytest.mark.parametrize(
     ("images", "used", "left_over"),
     [
-        pytest.param(10, "5 micro-batches × 2 = 10 images", None, id="early"),
-        pytest.param(11, "5 micro-batches × 2 = 10 images", "1 image left over", id="partial-last-batch"),
-        pytest.param(2, "1 micro-batch × 2 = 2 images", None, id="of-length-1"),
+        pytest.param(10, "5 micro-batches × 2 = 10 samples", None, id="early"),
+        pytest.param(11, "5 micro-batches × 2 = 10 samples", "1 sample left over", id="partial-last-batch"),
+        pytest.param(2, "1 micro-batch × 2 = 2 samples", None, id="of-length-1"),
     ],
 )
 def test_data_that_ends_early_is_used_and_counted(
@@ -85,7 +85,7 @@ def test_data_that_ends_early_is_used_and_counted(
     said = " ".join(found.stdout.split())
     assert found.code == CLEAN
     assert used in said
-    assert "all the data, 16 were asked for" in said
+    assert "all the data, 16 micro-batches were requested" in said
     assert (left_over in said) if left_over else ("left over" not in said)
 
 
@@ -93,7 +93,7 @@ def test_one_micro_batch_decides_nothing(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL.replace("IMAGES = 64", "IMAGES = 2"))
     found = workspace.scan()
     assert "1 of 1 layer is undecided" in found.stdout
-    assert "The data is used up: more of it, or another --threshold, would decide." in found.stdout
+    assert "All data were used: more data, or another --threshold, would decide." in found.stdout
 
 
 def test_a_loader_that_fails_late_loses_nothing(workspace: Workspace) -> None:

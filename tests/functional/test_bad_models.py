@@ -166,7 +166,7 @@ UNPROBED = [
     ),
     pytest.param(
         "def forward(model, batch):\n    return model.head(batch[0].mean((2, 3)))\n",
-        "was called by the forward pass",
+        "The forward pass called none of the BN layers (found: 1).",
         id="bn-never-called",
     ),
 ]

@@ -72,7 +72,7 @@ def test_quantized(model: Workspace) -> None:
     found = export(model, "--to", "torchscript", "--quantize", "-o", "net.pt")
     assert (found.code, found.stderr) == (CLEAN, "")
     assert "torchscript, quantized to 8 bits" in found.stdout
-    assert "Outputs of the quantized model compared with the model as loaded" in found.stdout
+    assert "Outputs of the quantized model against those of the model as loaded" in found.stdout
 
 
 def test_outputs_that_differ_are_findings_and_nothing_is_written(model: Workspace) -> None:
@@ -80,7 +80,7 @@ def test_outputs_that_differ_are_findings_and_nothing_is_written(model: Workspac
     model.write("net.pt", "old")
     found = export(model, "--to", "torchscript", "-o", "net.pt", "--force")
     assert found.code == FINDINGS
-    assert "more than the tolerance of 1e-05: nothing was written." in " ".join(found.stdout.split())
+    assert "above the tolerance of 1e-05: nothing was written." in " ".join(found.stdout.split())
     assert (model.folder / "net.pt").read_text() == "old"
     again = export(model, "--to", "torchscript", "-o", "net.pt", "--force", "--tolerance", "1000000")
     assert again.code == CLEAN

@@ -44,7 +44,8 @@ def test_nothing_is_overwritten_unasked(workspace: Workspace) -> None:
 def test_a_folder_that_cannot_be_made_is_explained(workspace: Workspace) -> None:
     workspace.write("taken", "a file")
     assert (
-        workspace.run("init", "taken/deeper").error() == "The folder taken/deeper could not be made: Not a directory."
+        workspace.run("init", "taken/deeper").error()
+        == "The folder taken/deeper could not be created: Not a directory."
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from functional.command import CLEAN, COMMAND, ERROR, FINDINGS, MODEL, SHIFTED, TIMEOUT, Workspace
+from functional.processes import run_on_a_full_disk
 
 LEAVES_A_TRACE = "import pathlib\n\npathlib.Path('loaded').touch()\n"
 
@@ -64,10 +65,8 @@ def test_a_bad_output_is_known_before_the_scan(workspace: Workspace, output: str
 def test_a_write_that_fails_leaves_the_old_file(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL)
     workspace.write("report.json", "old")
-    limited = ["sh", "-c", 'ulimit -f 1 && exec "$0" "$@"', COMMAND]  # no file above a kilobyte
-    found = workspace.call(
-        *limited, "scan", "model.py", "--batch-size", "2", "--format", "json", "--output", "report.json"
-    )
+    arguments = ("scan", "model.py", "--batch-size", "2", "--format", "json", "--output", "report.json")
+    found = run_on_a_full_disk(workspace, *arguments, largest_file=512)
     assert found.error() == "report.json could not be written: File too large."
     assert (workspace.folder / "report.json").read_text() == "old"
     assert _names(workspace.folder) == {"model.py", "report.json"}

@@ -65,7 +65,7 @@ def test_a_model_with_statistics_of_other_data_is_mended(shifted: Workspace, pat
     torch.testing.assert_close(weights["bn.running_var"].double(), values.var(1), rtol=1e-6, atol=1e-6)
     assert int(weights["bn.num_batches_tracked"]) == 32
     assert "Flagged layers: 1 → 0." in found.stdout
-    assert "The statistics are those of 64 images in 32 batches" in " ".join(found.stdout.split())
+    assert "The statistics are those of 64 samples in 32 batches" in " ".join(found.stdout.split())
 
 
 def test_the_weights_load_strictly_into_the_users_model(shifted: Workspace) -> None:
