@@ -376,7 +376,7 @@ def _first_scan(
 
 def _how(found: Recalibrated, path: StatisticsPath) -> tuple[str, ...]:
     way = (
-        "large batches, normalized by their own statistics"
+        "in large batches that use batch statistics"
         if path == "train"
         else "layer by layer, using the new statistics of earlier layers"
     )
@@ -410,7 +410,7 @@ def _conclude(gain: Estimate | None, batches: int, what: str) -> tuple[Conclusio
     if gain is None:
         return "not_compared", f"{what} is not finite before or after the recalibration."
     if gain.interval is None:
-        return "undecided", f"{what}: there is only one batch, so a difference cannot be told from chance."
+        return "undecided", f"{what}: there is only one batch, so no interval can be given."
     low, high = gain.interval
     sure = high is not None and (low > 0 or high < 0)
     verdict: Conclusion = "same" if not sure else "better" if gain.mean > 0 else "worse"

@@ -101,7 +101,7 @@ def test_a_diagnosis_names_cause_rule_extent_impact_place_remedy_and_consequence
         " The running statistics are not those that training now settles on."
     ) in found
     assert "Remedy: Recalibrate the running statistics: bnprobe.recalibrate(model, batches)." in found
-    assert "Follows from it: propagation in 5 layers: layer2.0.bn2, layer2.0.downsample.1" in found
+    assert "Also explains: propagation in 5 layers: layer2.0.bn2, layer2.0.downsample.1" in found
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_extent_is_said_once(message: str, shown: str) -> None:
         "small_batch", "BN201", "error", ("a", "b"), None, message, "", ("dropout_before_norm in 2 layers",)
     )
     found = said(replace(fabricated.healthy(), diagnoses=(made,)))
-    assert f"✗ Batches too small (BN201): {shown} Follows from it: dropout before norm in 2 layers." in found
+    assert f"✗ Batches too small (BN201): {shown} Also explains: dropout before norm in 2 layers." in found
 
 
 def test_a_lone_layer_is_not_named_twice() -> None:
