@@ -202,7 +202,7 @@ class Overshooting(nn.Module):
 def test_statistics_that_never_settle_are_given_up() -> None:
     model = unsettled(Overshooting().double())
     before = fingerprint(model)
-    with pytest.raises(RepairError, match="did not converge in 50 rounds with --path eval, because norm is called several times"):
+    with pytest.raises(RepairError, match="did not converge in 50 rounds with --path eval, because norm is called"):
         bnprobe.recalibrate(model, [data(20, 2)], path="eval")
     assert fingerprint(model) == before
 

@@ -252,7 +252,7 @@ def test_a_layer_with_a_kernel_of_its_own_is_skipped_for_that_reason() -> None:
 
 
 def test_a_physical_batch_below_the_batch_size_is_refused() -> None:
-    with pytest.raises(UsageError, match="--physical-batch 2 is smaller than the batch size, 4. Give at least 4"):
+    with pytest.raises(UsageError, match=r"--physical-batch 2 is smaller than the batch size, 4\. Give at least 4"):
         scan(Squeezing(), DATA, 4, physical_batch=2)
 
 

@@ -34,7 +34,7 @@ def test_a_row_ends_in_d_the_largest_share_and_what_the_layer_moves() -> None:
 
 def test_a_wide_page_has_intervals_and_both_impacts() -> None:
     rows = share_rows(causes.lag(), width=120)
-    assert re.search(r"lag 100% \(98 to 100%\) +41% +38%$", rows["layer2.0.bn1"])
+    assert re.search(r"stale statistics 100% \(98 to 100%\) +41% +38%$", rows["layer2.0.bn1"])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_network_without_shares_says_so_in_a_sentence() -> None:
 
 def test_shares_clearly_below_zero_are_named_in_the_legend_only() -> None:
     bars = " ".join(" ".join(section(causes.pair(), BARS)).split())
-    assert "not drawn clearly below 0, offsetting other shares: propagation (8 layers, down to -0.081 in" in bars
+    assert "not drawn clearly below 0, offsetting other shares: earlier layers (8 layers, down to -0.081 in" in bars
     assert "not drawn" not in said(causes.lag())
 
 
