@@ -487,7 +487,7 @@ ENORMOUS = [torch.full((5, 6), 3e38), *BATCHES]
         (lambda: BATCHES, interrupting, KeyboardInterrupt, "^$"),
         (lambda: NOT_A_NUMBER, None, DataError, "Micro-batch 4"),
         (lambda: ENORMOUS, None, NonFiniteError, r"new statistics of body\.1 are NaN or Inf"),
-        (lambda: iter(()), None, DataError, "gave no batch"),
+        (lambda: iter(()), None, DataError, "contains no non-empty batch"),
         (lambda: [BATCHES[0][:0]] * 2, None, DataError, "contains no non-empty batch"),
         (lambda: [BATCHES[0][:1]], None, RepairError, r"two values per channel, but body\.1 received only one"),
     ],

@@ -258,7 +258,7 @@ def test_a_physical_batch_below_the_batch_size_is_refused() -> None:
 
 def test_batch_sizes_that_need_more_images_are_named() -> None:
     report = scan(Squeezing(), DATA, 4, num_batches=4, batch_sizes=(2, 64))
-    assert "Batch size 64 needs at least 128 images, and 16 were measured: raise --batches." in report.scan.notes
+    assert "Batch size 64 needs at least 128 samples, and 16 were measured: raise --batches." in report.scan.notes
     assert [point.batch_size for point in report.layers[0].batch_sizes] == [2]
 
 

@@ -269,7 +269,7 @@ def test_data_that_end_are_begun_again() -> None:
 
     run(unsettled(Residual()), counting(), steps=2)
     assert drawn == [0, 1]
-    with pytest.raises(DataError, match=r"no micro-batch"):
+    with pytest.raises(DataError, match=r"nothing to train on"):
         run(unsettled(Residual()), [])
 
 
