@@ -1,4 +1,4 @@
-"""Registries: the one table each of rules, repair targets, norm families and report formats.
+"""Registries: the one table each of rules, repair targets, norm families, statistics and report formats.
 
 Whatever needs to know which rows there are (the command line, its help, the schema, reports, the documentation) reads
 the registry. Other packages add rows through an entry point, which is read when the registry is first used:

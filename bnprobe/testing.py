@@ -57,8 +57,8 @@ def make_evidence(
     Args:
         *layers: Measured layers, in network order.
         anatomy: What the layers are set to; None: an ordinary trained layer for each of ``layers``.
-        batch_size: Images in a micro-batch.
-        synthetic: Whether the images were made up.
+        batch_size: Samples in a micro-batch.
+        synthetic: Whether the samples are synthetic.
         **changes: Other fields of ``bnprobe.rules.evidence.Facts``.
     """
     if anatomy is None:
@@ -178,7 +178,7 @@ def make_scan(batch_size: int = 8, synthetic: bool = False, **changes: Any) -> S
         "left_out": 0,
         "emulated": True,
         "physical_batch": 64,
-        "emulation": "Statistics are taken per group of images.",
+        "emulation": "Statistics are taken per group of samples.",
         "self_check": None,
         "seed": 0,
         "device": "cpu",

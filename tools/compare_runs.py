@@ -1,6 +1,6 @@
 """Record what bnprobe measures on the samples, and compare two recordings: does a change of the code change a figure?
 
-    python tools/compare_runs.py record before --checkout ../main
+    python tools/compare_runs.py record before --checkout ../before
     python tools/compare_runs.py record after
     python tools/compare_runs.py compare before after
 

@@ -2,7 +2,7 @@
 
     python tools/measure_structure.py
     python tools/measure_structure.py --trace
-    python tools/measure_structure.py --checkout ../main
+    python tools/measure_structure.py --checkout ../before
 
 Counted in the package ``bnprobe`` of a checkout, by reading its source:
 

@@ -36,7 +36,7 @@ class Case:
         sampling: How its training batches are drawn.
         loss: Mean over the batch.
         crop: What is done to all samples, in training and at evaluation.
-        shift: What is done to the evaluation data alone; None: the case has no evaluation data.
+        shift: What is done to the held-out data alone; None: the case has no held-out data.
         alone: The model is judged without data, as ``bnprobe lint`` does.
         options: Further arguments of ``bnprobe.scan``.
     """

@@ -172,11 +172,11 @@ class CommonPull:
         return self.loss(model, batch) + self.strength * sign * forward(model, batch).mean()
 
 
-# ---- evaluation data
+# ---- held-out data
 
 
 def data_shift(case: Case) -> Case:
-    """The evaluation data is brighter, has less contrast, or both."""
+    """The held-out data is brighter, has less contrast, or both."""
     return replace(case, shift=(_brightened, _faded, _bright_and_faded)[case.seed % 3])
 
 

@@ -12,7 +12,7 @@ from bnprobe.stats.intervals import CONFIDENCE, t_quantile
 
 AS_IS, RECALIBRATED = "as is", "recalibrated"
 CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN recalibrated after"
-"""Names of the arms without a repair. The last two are controls: plain BN, trained like the repair."""
+"""Names of the arms without a repair. The last two are baselines: plain BN, trained like the repair."""
 
 Measure = Literal["loss", "metric"]
 Goal = Literal["max", "min"]
@@ -41,7 +41,7 @@ def make_arm(name: str, runs: Sequence[Run], trained: bool) -> Arm:
 
 
 def control_of(arms: Mapping[str, Arm], measure: Measure, goal: Goal) -> Arm | None:
-    """The better one of the controls, which a repair must beat. None if nothing was trained."""
+    """The better one of the baselines, which a repair must beat. None if nothing was trained."""
     controls = [arms[name] for name in (CONTROL, CONTROL_RECALIBRATED) if name in arms]
     scored = [arm for arm in controls if getattr(arm, measure) is not None]
     sign = 1.0 if goal == "max" else -1.0
@@ -49,7 +49,7 @@ def control_of(arms: Mapping[str, Arm], measure: Measure, goal: Goal) -> Arm | N
 
 
 def gain_over(repaired: Arm, control: Arm, measure: Measure, goal: Goal) -> Estimate | None:
-    """Repaired minus control, for pairs of runs with the same seed; positive is better."""
+    """Repaired minus baseline, for pairs of runs with the same seed; positive is better."""
     sign = 1.0 if goal == "max" else -1.0
     pairs = zip(repaired.runs, control.runs, strict=True)
     scores = [(getattr(one.score, measure), getattr(other.score, measure)) for one, other in pairs]
@@ -63,7 +63,7 @@ def conclude(
     if control is None:
         return (
             "not_compared",
-            "Nothing was trained, so there is no control. Add --finetune to measure a gain.",
+            "Nothing was trained, so there is no baseline. Add --finetune to measure a gain.",
         )
     for arm in (repaired, control):
         note = next((run.note for run in arm.runs if run.ending == "diverged"), None)
@@ -74,7 +74,7 @@ def conclude(
     listed = ", ".join(f"{name} {value.mean:.3g}" for name, value in means.items() if value is not None)
     conclusion, sentence = _judge(gain, control, len(repaired.runs))
     start = [arm.name for arm in (repaired, control) if all(run.best_step == 0 for run in arm.runs)]
-    stood = f" {' and '.join(start)}: no training step improved on the start." if start else ""
+    stood = f" {' and '.join(start)}: training did not improve the held-out score." if start else ""
     return conclusion, f"Held-out {measure}: {listed}. {sentence}{stood}"
 
 
@@ -95,8 +95,8 @@ def _judge(gain: Estimate | None, control: Arm, runs: int) -> tuple[Conclusion, 
     interval = f"95% interval {low:+.2g} to {gain.mean if high is None else high:+.2g}"
     word = verdict(gain.mean, gain.interval)
     if word == "same":
-        more = "" if gain.mean <= 0 else " More runs (--seeds) could show whether there is one."
-        return word, f"The gain over {control.name} is not significant ({gain.mean:+.2g}, {interval}).{more}"
+        more = "" if gain.mean <= 0 else " More runs (--seeds) would narrow the interval."
+        return word, f"No significant gain over {control.name} ({gain.mean:+.2g}, {interval}).{more}"
     return word, f"The repair is significantly {word} than {control.name}, by {abs(gain.mean):.2g} ({interval})."
 
 
@@ -106,8 +106,8 @@ def _single(gain: float, control: Arm, runs: int) -> tuple[Conclusion, str]:
         return "same", f"{control.name} scores the same. More runs (--seeds) would show how certain that is."
     if runs > 1:
         return "undecided", (
-            f"All runs differ from {control.name} by the same {gain:+.2g}: there are too few held-out samples, or runs,"
-            " to estimate the influence of chance."
+            f"All runs differ from {control.name} by exactly {gain:+.2g}, so no interval can be computed. Use more"
+            " held-out samples or more --seeds."
         )
     direction = "ahead of" if gain > 0 else "behind"
     return "undecided", (
@@ -120,7 +120,7 @@ def remarks(to: str, flagged: int | None, proof: Proof) -> Iterator[str]:
     """What else the reader of a comparison should know, a sentence each."""
     arm = next(arm for arm in proof.arms if arm.name == proof.repaired)
     if arm.trained and arm.runs[0].best_step == 0:
-        yield "No training step improved on the start: the weights written are those that training began with."
+        yield "Training did not improve the held-out score: the weights written are those that training began with."
     remark = TARGETS[to].unflagged_remark
     if remark and flagged == 0:
         yield remark

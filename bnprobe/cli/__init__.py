@@ -1,1 +1,1 @@
-"""The command line: parse, call the pipeline, write, exit. torch is not imported before a command runs."""
+"""The command line: parse, call a command, write, exit. torch is not imported before a command runs."""

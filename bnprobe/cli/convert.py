@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bnprobe.config.spec import Spec
     from bnprobe.report import Renderer
 
-REPAIR, TRAINING, PROOF = "Repair", "Fine-tuning", "Proof"
+REPAIR, TRAINING, PROOF = "Repair", "Fine-tuning", "Comparison"
 
 
 def convert(
@@ -105,7 +105,7 @@ def convert(
 ) -> None:
     """Convert the layers that a scan flags, fine-tune, measure the gain over plain BN, and write deployable weights.
 
-    Exit codes: 0 repaired, or nothing to repair; 1 --check found layers, a requirement does not hold, or training
+    Exit codes: 0 repaired, or nothing to repair; 1 --check found layers, a requirement is not met, or training
     diverged; 2 error in usage, spec or your code; 3 nothing could be probed, or training was stopped.
     """
     from bnprobe.config.load import build_spec

@@ -76,7 +76,7 @@ def codes(given: list[str]) -> list[str]:
 TERMINAL = "terminal"
 """The format of a report unless another is asked for."""
 
-MODEL, DATA, RUN, JUDGE, REPORT = "Model", "Data", "Measurement", "Judgement", "Report"
+MODEL, DATA, RUN, JUDGE, REPORT = "Model", "Data", "Measurement", "Thresholds and rules", "Report"
 
 Target = Annotated[
     str,
@@ -115,7 +115,7 @@ Batches = Annotated[
 ]
 MaxBatches = Annotated[
     int | None,
-    option(RUN, "--max-batches", "At most N without --batches (default 256).", "N"),
+    option(RUN, "--max-batches", "Upper limit on micro-batches if --batches is not given (default 256).", "N"),
     Sets("scan.max_batches"),
 ]
 Device = Annotated[
@@ -130,12 +130,12 @@ Autocast = Annotated[
 ]
 PhysicalBatch = Annotated[
     int | None,
-    option(RUN, "--physical-batch", "Samples that run at once (default: by available memory).", "N"),
+    option(RUN, "--physical-batch", "Samples per forward pass (default: from memory).", "N"),
     Sets("scan.physical_batch"),
 ]
 NoEmulate = Annotated[
     bool,
-    option(RUN, "--no-emulate", "Run real micro-batches, one by one."),
+    option(RUN, "--no-emulate", "Run every micro-batch separately (slower)."),
     Sets("scan.emulate", lambda given: False),
 ]
 Threshold = Annotated[

@@ -1,4 +1,4 @@
-"""Train the arms of a repair beside their controls, all on the same data, and score them on held-out data."""
+"""Train the arms of a repair beside their baselines, all on the same data, and score them on held-out data."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def _read(spec: Spec, workload: Workload) -> tuple[list[Any], list[str]]:
         if source.most is not None and len(batches) == source.most:
             break
         if held > MOST_BYTES:
-            return batches, [f"Only the first {len(batches)} batches (1 GiB) of the held-out data was used."]
+            return batches, [f"Only the first {len(batches)} batches (1 GiB) of the held-out data were used."]
     if not batches:
         raise DataError(f"{source.description} yielded no held-out batch.")
     return batches, []

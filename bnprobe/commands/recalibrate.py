@@ -366,7 +366,7 @@ def _first_scan(
 
 def _how(found: Recalibrated, path: StatisticsPath) -> tuple[str, ...]:
     way = (
-        "large batches, normalized by their own statistics"
+        "in large batches that use batch statistics"
         if path == "train"
         else "layer by layer, using the new statistics of earlier layers"
     )
@@ -399,7 +399,7 @@ def _conclude(gain: Estimate | None, batches: int, what: str) -> tuple[Conclusio
     if gain is None:
         return "not_compared", f"{what} is not finite before or after the recalibration."
     if gain.interval is None:
-        return "undecided", f"{what}: there is only one batch, so a difference cannot be told from chance."
+        return "undecided", f"{what}: there is only one batch, so no interval can be given."
     return verdict(gain.mean, gain.interval), f"{what}, compared over {batches} batches."
 
 

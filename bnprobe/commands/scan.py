@@ -93,10 +93,10 @@ def scan(
 
     Args:
         model: Any module, on any device.
-        batches: A DataLoader or Dataset, or an iterable of micro-batches of ``batch_size`` images.
-        batch_size: Images per micro-batch; a DataLoader is rebuilt with it. None: the loader's own.
-        num_batches: Measure exactly so many micro-batches; None: until every layer is decided.
-        evaluation: Evaluation data, as ``batches``; read at the same batch size.
+        batches: A DataLoader or Dataset, or an iterable of micro-batches of ``batch_size`` samples.
+        batch_size: Samples per micro-batch; a DataLoader is rebuilt with it. None: the loader's own.
+        num_batches: Measure exactly this many micro-batches; None: until every layer is decided.
+        evaluation: Held-out data, in the form of ``batches``; read at the same batch size.
         forward, loss, metric: ``f(model, batch)``, as in a model file.
         optimizer: ``f(parameters)`` that gives the optimizer of ``train_steps``; None: SGD with lr 0.01.
         progress: Called with the micro-batches done, and those planned so far.
@@ -114,7 +114,7 @@ def scan(
         source = as_batch_source(batches, batch_size)
         held_out = None
         if evaluation is not None:
-            held_out = as_batch_source(evaluation, source.batch_size, "the evaluation data given")
+            held_out = as_batch_source(evaluation, source.batch_size, "the held-out data")
         inner, note = unwrapped(model)
         notes = (note,) if note else ()
         workload = Workload(
@@ -141,7 +141,7 @@ def scan_workload(
 
     Args:
         world: Processes that all call this with the same model, data and settings: each measures its share of the
-            micro-batches, process 0 puts them together, and all return its report.
+            micro-batches, process 0 merges the results, and all return its report.
 
     Raises:
         BnprobeError: See ``bnprobe.errors`` for the tree.
@@ -287,7 +287,7 @@ def measure_further(
     with session.installed():
         if impact:
             some = _first_images(session, evidence)
-            with _counted(found, "impact", "which layers move the output", len(some) * size):
+            with _counted(found, "impact", "how much each layer changes the output", len(some) * size):
                 found.impacts = measure_impact(session, some, evidence.batching)
         if settings.what_if and evidence.held_out is not None:
             _try_remedies(found, session, evidence, evidence.held_out)
@@ -312,7 +312,7 @@ def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
         yield ExtraPass("train path without random layers", reason, evidence.samples, evidence.steady_seconds)
     if evidence.held_out is not None:
         held_out = evidence.held_out
-        yield ExtraPass("evaluation data", "to measure the data shift", held_out.samples, held_out.seconds)
+        yield ExtraPass("held-out data", "to measure the data shift", held_out.samples, held_out.seconds)
 
 
 def _first_images(session: Session, evidence: Evidence) -> list[Any]:
@@ -447,14 +447,14 @@ def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
         )
     for size in evidence.batch_sizes:
         if evidence.samples < 2 * size:
-            needed = f"Batch size {size} needs at least {2 * size} images"
+            needed = f"Batch size {size} needs at least {2 * size} samples"
             yield f"{needed}, and {evidence.samples} were measured: raise --batches."
 
 
 def _on_processes(world: World, agreement: Agreement) -> Iterator[str]:
     """Notes on a scan in several processes."""
     if world.size > 1:
-        yield f"{world.size} processes measured a share of the micro-batches each; their sums were put together."
+        yield f"{world.size} processes each measured part of the micro-batches; the results were merged."
     if agreement.note:
         yield agreement.note
 
@@ -485,13 +485,12 @@ def check_requested(settings: ScanSettings, workload: Workload) -> None:
     source, held_out = workload.source, workload.held_out
     if settings.what_if and held_out is not None and held_out.batch_size != source.batch_size:
         raise UsageError(
-            f"--what-if needs evaluation batches of the size that is scanned, {source.batch_size}, and"
-            f" eval_data.batch_size is {held_out.batch_size}. Leave it out of the spec."
+            f"--what-if needs held-out batches of the scanned size, {source.batch_size}, but"
+            f" eval_data.batch_size is {held_out.batch_size}. Remove eval_data.batch_size from the spec."
         )
     if settings.what_if and held_out is None:
         raise UsageError(
-            "--what-if needs evaluation data: add load_eval_data(batch_size) to the model file, or eval_data to the"
-            " spec."
+            "--what-if needs held-out data: add load_eval_data(batch_size) to the model file, or eval_data to the spec."
         )
 
 

@@ -211,8 +211,8 @@ def momentum_sweep(recording: Recording, plan: MomentumPlan, batch_size: int) ->
         UsageError: No layer has running statistics that training updates.
     """
     if not recording.series:
-        reason = recording.omitted[0][1] if recording.omitted else "no layer is selected"
-        raise UsageError(f"--momentum needs a layer whose running statistics are updated in training: {reason}.")
+        reason = f": {recording.omitted[0][1]}" if recording.omitted else ", but no layer is selected"
+        raise UsageError(f"--momentum needs a layer whose running statistics are updated in training{reason}.")
     rates = _rates(recording, plan)
     paths = [_paths(series, recording.batches, rates, plan) for series in recording.series]
     own = [series.layer.info.momentum for series in recording.series]

@@ -102,7 +102,7 @@ def _worse(layer: Layer) -> float | None:
 
 def _partial(after: Report) -> Iterator[str]:
     if after.scan.partial:
-        yield f"The second scan ended early ({after.scan.stopped}), so it proves nothing. Scan again."
+        yield f"The second scan ended early ({after.scan.stopped}), so the repair cannot be verified. Scan again."
 
 
 def _larger(before: Report, after: Report) -> Iterator[str]:

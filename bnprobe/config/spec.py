@@ -214,7 +214,7 @@ class CheckpointSpec(_Section):
 
 
 class EvalDataSpec(_Section):
-    """Where evaluation batches come from.
+    """The held-out data.
 
     Attributes:
         target: A function of the batch size, a loader or a dataset; None: that of the model file.

@@ -79,7 +79,7 @@ class BatchSource:
         notes: What the reader should know, one sentence each.
         drop_last: Whether the user's loader drops a partial last batch; None: unknown.
         most: Upper limit on the micro-batches to draw; None: no limit.
-        dealt: Whether only this process's share is read; see ``loading.shard``.
+        dealt: Whether only this process's share is read; see ``loading.order``.
     """
 
     batches: Iterable[Any]
@@ -323,7 +323,7 @@ def _from_loader(loader: DataLoader[Any], request: _Request) -> BatchSource:
 def _loader_source(loader: DataLoader[Any], size: int, origin: str, images: int | None) -> BatchSource:
     if _length(loader, origin) == 0:
         raise DataError(f"{origin} is empty: it yields no batch.")
-    words = origin if images is None else f"{origin} ({images} images)"
+    words = origin if images is None else f"{origin} ({images} samples)"
     return BatchSource(GuardedBatches(loader, origin), size, words, images, drop_last=loader.drop_last)
 
 

@@ -175,7 +175,7 @@ class Step:
         values: r, d, D and the like of each group, shape (micro-batches * groups, columns).
         groups: Groups of rows that a micro-batch divides into: 1 but for norm families that group rows themselves.
         number: Of the physical batch, from 0.
-        replicates: The replicate of each micro-batch (see ``stats.jackknife``).
+        replicates: The replicate of each micro-batch (see ``stats.intervals``).
     """
 
     columns: Columns
@@ -514,7 +514,7 @@ class CorrectionD(CorrectionValues):
 class BatchMoments(Statistic):
     """Sums per replicate and channel, from which the mismatch is known against any other statistics.
 
-    Micro-batches are added in turn to the replicates (see ``stats.jackknife``).
+    Micro-batches are added in turn to the replicates (see ``stats.intervals``).
     """
 
     name = "batch moments"

@@ -367,7 +367,10 @@ class Pass:
         rows = found.call.input.shape[0]
         if rows % self.samples:
             if self.samples != self.batch_size or self.per_sample:
-                raise CannotEmulateError(f"{found.layer.name} sees {rows} rows for {self.samples} samples")
+                raise CannotEmulateError(
+                    f"{found.layer.name} receives {rows} rows from {self.samples} samples, so rows cannot be assigned"
+                    " to micro-batches"
+                )
             # A real micro-batch: all rows are normalized together, whatever they are.
             return Grouping(samples=1, batch_size=1, rows=rows, group_rows=_own_group(found, rows))
         own = _own_group(found, rows // self.samples * self.batch_size)

@@ -145,15 +145,15 @@ def _check_buffer(name: str, buffer: Tensor) -> None:
     bad = int((~torch.isfinite(buffer)).sum())
     if bad:
         raise NonFiniteError(
-            f"{bad} of {buffer.numel()} values of the buffer {name} are NaN or Inf: one such activation in training"
-            " poisons running statistics for ever. Reset them (reset_running_stats()) or load an earlier checkpoint."
-            " `bnprobe lint` lists all such layers (BN103)."
+            f"{bad} of {buffer.numel()} values of the buffer {name} are NaN or Inf: a single NaN or Inf activation"
+            " in training makes the running statistics NaN or Inf permanently. Reset them"
+            " (reset_running_stats()) or load an earlier checkpoint. `bnprobe lint` lists all such layers (BN103)."
         )
     negative = int((buffer < 0).sum())
     if name.endswith("running_var") and negative:
         raise NonFiniteError(
-            f"{negative} of {buffer.numel()} values of the buffer {name} are negative; a variance cannot be."
-            " Reset the running statistics (reset_running_stats()) or load an earlier checkpoint."
+            f"{negative} of {buffer.numel()} values of the buffer {name} are negative, but a variance cannot be"
+            " negative. Reset the running statistics (reset_running_stats()) or load an earlier checkpoint."
         )
 
 
@@ -163,14 +163,14 @@ def _require_layers(model: nn.Module, found: LayerSet) -> None:
     kind = type(model).__name__
     if found.layers:
         raise NothingToProbeError(
-            f"--include/--exclude leave none of the BN layers of {kind} ({len(found.layers)})."
-            f" The first is called {found.layers[0].name!r}."
+            f"--include/--exclude exclude every BN layer of {kind} ({len(found.layers)} in all);"
+            f" the first is named {found.layers[0].name!r}."
         )
     if found.skipped:
         first = found.skipped[0]
         raise NothingToProbeError(
-            f"No layer of {kind} can be probed. Of those skipped ({len(found.skipped)})"
-            f" the first is {first.name} ({first.kind}): {first.reason}."
+            f"No layer of {kind} can be measured: every layer was skipped ({len(found.skipped)} in all)."
+            f" The first is {first.name} ({first.kind}): {first.reason}."
         )
     raise NothingToProbeError(f"{kind} has no Batch Normalization layer: there is nothing to probe.")
 

@@ -83,7 +83,7 @@ class Chunks:
 
     Attributes:
         device: Whose memory it is.
-        batch_size: Images in a micro-batch.
+        batch_size: Samples in a micro-batch.
         at_once: Micro-batches in a chunk.
     """
 

@@ -249,7 +249,7 @@ def _reason(check: SelfCheck, blind: bool, batch_size: int) -> str:
     if check.passed:
         return f"Statistics are taken per group of {batch_size} sample{'s' if batch_size > 1 else ''}."
     if blind:
-        return "The forward pass is random, or too sensitive to rounding to be checked."
+        return "The forward pass is random, or amplifies rounding errors too much to verify emulation."
     return "The model mixes the samples of a batch."
 
 
@@ -257,22 +257,22 @@ def plan(session: Session, reader: Reader, settings: ScanSettings) -> Batching:
     """Whether micro-batches may run together, and how many do.
 
     Raises:
-        UsageError: The physical batch asked for does not hold one micro-batch.
+        UsageError: The physical batch asked for is smaller than a micro-batch.
     """
     size = reader.batch_size
     if settings.physical_batch and settings.physical_batch < size:
         raise UsageError(
-            f"--physical-batch {settings.physical_batch} does not hold one micro-batch of {size} samples."
-            " Statistics need the whole micro-batch at once: give at least so many, or a smaller --batch-size."
+            f"--physical-batch {settings.physical_batch} is smaller than the batch size, {size}."
+            f" Give at least {size}, or a smaller --batch-size."
         )
     if not settings.emulate:
-        return Batching(size, not_emulated("As asked for."))
+        return Batching(size, not_emulated("Switched off (--no-emulate; in Python emulate=False)."))
     opening = reader.look_ahead(OPENING)
     most = settings.physical_batch or plan_samples(Footprint(0, 0), session.device)
     if most // size < OPENING and not settings.batch_sizes:
         # The train path runs as it is; that samples are independent on the eval path is still to be known.
         emulation, _ = checked(session, opening, size, check_samples)
-        reason = "One micro-batch fills a physical batch." if emulation.trusted else emulation.reason
+        reason = "One micro-batch already fills a physical batch." if emulation.trusted else emulation.reason
         return Batching(size, replace(emulation, reason=reason))
     emulation, footprint = checked(session, opening, size, self_check)
     if not emulation.trusted:
@@ -298,11 +298,11 @@ def checked(session: Session, opening: list[Any], size: int, check: Check) -> tu
     except UserCodeError:
         if session.autocast is None:
             raise
-        return not_emulated("The self-check runs without autocast, and the model does not."), unknown
+        return not_emulated("The self-check runs without autocast, which this model does not support."), unknown
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return not_emulated("There is no memory for two micro-batches at once."), unknown
+        return not_emulated("Two micro-batches do not fit into memory together."), unknown
 
 
 def not_emulated(reason: str) -> Emulation:

@@ -152,7 +152,7 @@ ROUNDS = 50
 """Rounds over the layers after which statistics that still change count as not converging."""
 
 _CLOSE = 16
-"""Units in the last place of a buffer within which statistics have settled."""
+"""Units in the last place of a buffer within which statistics have converged."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def settle_by_layer(session: Session, batches: RepeatedReader, wanted: frozenset
         progress: Called with the batches done, and those of one round over the layers.
 
     Raises:
-        RepairError: A layer's statistics do not settle.
+        RepairError: A layer's statistics do not converge.
         DeviceError, UserCodeError, DataError: As in any pass.
     """
     return _Rounds(session, batches, wanted, progress).run()
@@ -308,8 +308,8 @@ class _Rounds:
     def _unsettled(self) -> str:
         names = ", ".join(self._session.layers.layers[index].name for index in sorted(self._again))
         return (
-            f"The running statistics did not settle in {ROUNDS} rounds on the eval path: {names} is called several"
-            " times per pass, and what it sees depends on its own statistics. Use the train path."
+            f"The running statistics did not converge in {ROUNDS} rounds with --path eval, because {names} is called"
+            " several times per forward pass and its input depends on its own output. Use --path train."
         )
 
 

@@ -58,7 +58,7 @@ def agree(model: nn.Module, layers: Sequence[ProbedLayer], world: World) -> Agre
     with torch.no_grad():
         for tensor in tensors.values():
             tensor.copy_(world.share(tensor.detach().cpu()))
-    return Agreement(mismatch, "The processes loaded models that differ: that of process 0 was measured by all.")
+    return Agreement(mismatch, "The processes loaded different models; all of them measured the model of process 0.")
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -126,7 +126,7 @@ class Reader:
     def _end(self) -> None:
         self.exhausted = True
         if self._next_position == 0 and self.left_out == 0:
-            raise DataError("The data gave no batch at all: the loader or data set is empty.")
+            raise DataError("The data contains no batch: the loader or data set is empty.")
 
     def _odd_size(self, position: int, samples: int) -> None:
         """Only the last batch may be smaller; other sizes would falsify the diagnosis."""
@@ -207,11 +207,11 @@ class RepeatedReader:
     def _finish(self, batches: int, samples: int) -> None:
         """Check that a complete reading matches the one before."""
         if batches == 0 and not self.batches:
-            raise DataError("The data gave no batch with a sample: the loader or data set is empty.")
+            raise DataError("The data contains no non-empty batch: the loader or data set is empty.")
         if self.batches and (batches, samples) != (self.batches, self.images):
             raise DataError(
                 f"The data gave {self.images} samples in {self.batches} batches, and {samples} in {batches} when it was"
-                " read again. The eval path reads it once for every layer: give a DataLoader or a list, fewer batches"
-                " (they are then kept), or take the train path, which reads it once."
+                " read again. With --path eval the data is read once per layer and must be the same every time. Give a"
+                " DataLoader or a list, use fewer batches (which are then kept in memory), or use --path train."
             )
         self.batches, self.images = batches, samples

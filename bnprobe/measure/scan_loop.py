@@ -104,8 +104,8 @@ def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measur
     batching = plan(session, reader, settings)
     if settings.batch_sizes and not batching.emulation.trusted:
         raise UsageError(
-            f"--batch-sizes needs samples that can be regrouped, and here they cannot. {batching.emulation.reason}"
-            " Scan each size by itself with --batch-size."
+            f"--batch-sizes regroups samples, which is not possible for this model. {batching.emulation.reason}"
+            " Run one scan per size with --batch-size."
         )
     path = partial(PathEvidence, batch_size=size, share=share, seed=settings.seed)
     evidence = Evidence(

@@ -255,7 +255,7 @@ def describe_call(forward: BatchFunction, batch: Any) -> str:
     first = next(iter(tensors_of(batch)), None)
     shape = "" if first is None else f" of shape {tuple(first.shape)}"
     if forward is default_forward and isinstance(batch, list | tuple) and len(batch) > 1:
-        return f"the model on batch[0]{shape} alone, for want of a forward(model, batch)"
+        return f"the model on batch[0]{shape} only, because there is no forward(model, batch)"
     name = "the model" if forward in (default_forward, forward_all) else "forward(model, batch)"
     return f"{name} on a batch{shape}"
 

@@ -76,7 +76,7 @@ def train_steps(
             _step(trained, tracks, optimizer, scaler, batch, done + 1)
             done += 1
     if not done:
-        raise DataError("There is no micro-batch for --train-steps: the data are empty.")
+        raise DataError("The data is empty, so --train-steps has nothing to train on.")
     watched = {index: track for index, track in tracks.items() if track.has_result}
     return TrainSteps(
         updates={index: track.result() for index, track in watched.items()},
@@ -124,7 +124,7 @@ def _step(
 
 def _remedy(number: int) -> str:
     if number == 1:
-        return "No step was taken yet: look for what makes it so in the model, its weights and the loss."
+        return "This is before the first step, so check the model, its weights and the loss."
     return "Choose a smaller learning rate (lr in train.optimizer.args of the spec), or the optimizer of your training."
 
 

@@ -150,8 +150,8 @@ def _copied(model: nn.Module, device: torch.device) -> nn.Module:
         if is_out_of_memory(error):
             raise too_large(_TRAINING, device) from error
         raise ModelError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and only a copy of it may be"
-            " trained. Keep open files, locks and tensors that are no parameters out of its attributes, or give the"
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and bnprobe only trains"
+            " copies. Keep open files, locks and tensors that are no parameters out of its attributes, or give the"
             " class that holds them a __deepcopy__."
         ) from error
 
@@ -163,8 +163,8 @@ def _matched(model: nn.Module, duplicate: nn.Module, layers: Sequence[ProbedLaye
         module = modules.get("" if layer.name == ROOT else layer.name)
         if type(module) is not type(layer.module) or module is None or module is layer.module:
             raise ModelError(
-                f"copy.deepcopy of {type(model).__name__} gave no copy of its layer {layer.name}, and only a copy of"
-                " the model may be trained. Look at the __deepcopy__ of the model's classes."
+                f"copy.deepcopy of {type(model).__name__} did not copy layer {layer.name}, and bnprobe only trains"
+                " copies of the model. Look at the __deepcopy__ of the model's classes."
             )
         matched.append(replace(layer, module=module, info=layer.family.describe(module)))
     return tuple(matched)
@@ -203,11 +203,12 @@ def require_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Refuse a backward pass that reached none of the parameters.
 
     Raises:
-        UsageError: No parameter got a gradient.
+        UsageError: No parameter received a gradient.
     """
     if all(parameter.grad is None for parameter in parameters):
         raise UsageError(
-            "No parameter got a gradient: loss(model, batch) must call the model that it is given, not another one."
+            "No parameter received a gradient: loss(model, batch) must call the model that it is given, not"
+            " another one."
         )
 
 

@@ -144,11 +144,11 @@ def _close(one: float | None, other: float | None) -> bool:
 def _require_a_measure(session: Session, held_out: Sequence[Any]) -> None:
     if session.functions.loss is None and session.functions.metric is None:
         raise UsageError(
-            "What-if compares remedies by a loss or metric, and neither was given. Add loss(model, batch) or"
+            "What-if compares remedies by a loss or metric, but there is neither. Add loss(model, batch) or"
             " metric(model, batch) to the model file, or name one in the spec."
         )
     if not held_out:
         raise UsageError(
-            "What-if measures remedies on held-out data, and there is none. Add load_eval_data(batch_size) to the"
+            "What-if measures remedies on held-out data, but there is none. Add load_eval_data(batch_size) to the"
             " model file, or name eval_data in the spec."
         )

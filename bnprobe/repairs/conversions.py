@@ -113,7 +113,7 @@ class ToGroupNorm:
     def obstacle(self, module: _BatchNorm) -> str | None:
         may_lack_space = space_dimensions(module) in (None, 1)  # (N, C) has one value per channel and sample
         if module.num_features == 1 and may_lack_space:
-            return "has one channel, whose only value per sample group norm would make 0"
+            return "has one channel and may get one value per sample, where group norm would always give 0"
         return None
 
     def note(self, module: _BatchNorm) -> str:
@@ -132,7 +132,7 @@ class ToSync:
         return _eps_obstacle(module, "the synchronized layer") or no_statistics(module)
 
     def note(self, module: _BatchNorm) -> str:
-        return "changes something only where several processes train"
+        return "has an effect only in multi-process training"
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
         settings = {**arguments(module), "momentum": module.momentum, "r_max": 1.0, "d_max": 0.0}
@@ -161,7 +161,7 @@ class ToGated:
         return no_statistics(module)
 
     def note(self, module: _BatchNorm) -> str:
-        return "has a new parameter, gate_logit, which an optimizer made before does not hold"
+        return "has a new parameter, gate_logit, which existing optimizers do not know: add it"
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
         variants: Variants = {None: GatedBatchNorm, 1: GatedBatchNorm1d, 2: GatedBatchNorm2d, 3: GatedBatchNorm3d}

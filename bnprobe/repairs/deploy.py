@@ -62,7 +62,7 @@ def _require_same_inference(name: str, converted: nn.Module, original: _BatchNor
     kind = type(converted).__name__
     reason: str | None
     if not isinstance(converted, _BatchNorm):
-        reason = f"is {kind}, which normalizes otherwise than BN at inference"
+        reason = f"is {kind}, which does not normalize like BN at inference"
     elif converted.eps != original.eps:
         reason = f"has eps {converted.eps:g}, and {original.eps:g} in the original"
     else:
@@ -75,10 +75,10 @@ def _require_same_keys(state: dict[str, Tensor], expected: dict[str, Tensor]) ->
     for key in [*expected, *state]:
         if key not in state or key not in expected:
             where = "the original" if key not in state else "the converted model"
-            raise RepairError(f"The converted model is not of this original: only {where} has {key}.")
+            raise RepairError(f"The converted model was not made from this original model: only {where} has {key}.")
         shapes = [getattr(held[key], "shape", None) for held in (state, expected)]
         if shapes[0] != shapes[1]:
             raise RepairError(
-                f"The converted model is not of this original: {key} has the shape {tuple(shapes[0] or ())} there and"
-                f" {tuple(shapes[1] or ())} in the original."
+                f"The converted model was not made from this original model: {key} has the shape"
+                f" {tuple(shapes[0] or ())} there and {tuple(shapes[1] or ())} in the original."
             )

@@ -21,6 +21,7 @@ from bnprobe.measure.layers import ROOT, NamedModule, named_once
 from bnprobe.records import Layer, LayerChange, PathMeasurement, Plan, Refusal, Report
 from bnprobe.repairs.conversions import Conversion, conversion_of
 from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed
+from bnprobe.rules import title_of
 
 
 def convert(
@@ -272,18 +273,18 @@ def _by_first_name(model: nn.Module, wanted: Mapping[str, str]) -> dict[str, str
 
 
 def _reason(layer: Layer, report: Report) -> str:
-    """E.g. "flagged: n_eq 2.8, below 32 (small batch)"."""
+    """E.g. "flagged: n_eq 2.8, below 32 (batches too small)"."""
     measured = [path for path in (layer.train, layer.eval) if path is not None]
     worst = max(measured, key=lambda path: path.mismatch, default=None)
-    causes = [diagnosis.cause for diagnosis in report.diagnoses if layer.name in diagnosis.layers]
-    cause = f" ({causes[0].replace('_', ' ')})" if causes else ""
-    return f"flagged: {_figure(worst)}, below {layer.threshold:g}{cause}"
+    causes = [title_of(found.rule, found.cause) for found in report.diagnoses if layer.name in found.layers]
+    cause = f" ({causes[0]})" if causes else ""
+    return f"flagged: {_figure(worst, layer.threshold)}{cause}"
 
 
-def _figure(path: PathMeasurement | None) -> str:
+def _figure(path: PathMeasurement | None, threshold: float) -> str:
     if path is None or path.equivalent_batch_size is None:
-        return "n_eq beyond measure"
-    return f"n_eq {path.equivalent_batch_size:.3g}"
+        return "n_eq not measurable (values overflow)"
+    return f"n_eq {path.equivalent_batch_size:.3g}, below {threshold:g}"
 
 
 def _require_same_model(report: Report, model: nn.Module) -> None:
@@ -301,7 +302,7 @@ def _differences(report: Report, modules: dict[str, NamedModule]) -> Iterator[st
     for layer in report.layers:
         found = modules.get(layer.name)
         if found is None:
-            yield f"it has {layer.name} ({layer.kind}), and this model has not"
+            yield f"layer {layer.name} ({layer.kind}) is not in this model"
         elif found.kind != layer.kind:
             yield f"{layer.name} is {layer.kind} there and {found.kind} here"
         elif (channels := getattr(found.module, "num_features", None)) != layer.channels:

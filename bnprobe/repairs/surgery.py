@@ -192,7 +192,7 @@ def _further_work(module: _BatchNorm) -> tuple[bool, str | None]:
             False,
             f"has a forward of its own, which failed on a random input ({type(error).__name__}: {error})",
         )
-    return False, "does something else than normalize and then apply its child modules, which would be lost"
+    return False, "does more than normalize and apply its child modules; that would be lost"
 
 
 @torch.no_grad()

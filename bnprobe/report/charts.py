@@ -123,11 +123,11 @@ class Source:
 
 
 SOURCES = (
-    Source("s", "small_batch", "small batch", "blue"),
-    Source("c", "composition", "composition", "magenta"),
-    Source("l", "lag", "lag", "yellow"),
+    Source("s", "small_batch", "small batches", "blue"),
+    Source("c", "composition", "non-i.i.d. batches", "magenta"),
+    Source("l", "lag", "stale statistics", "yellow"),
     Source("d", "dropout", "dropout", "cyan"),
-    Source("p", "propagation", "propagation", "green"),
+    Source("p", "propagation", "earlier layers", "green"),
     Source("x", "data_shift", "data shift", "red"),
 )
 """In the order in which a bar shows them."""

@@ -165,7 +165,7 @@ def _worst(flagged: list[Layer]) -> str:
 def _behaviour(layer: Layer) -> str:
     path = worse_path(layer.train, layer.eval)
     if path is not None and path.mismatch >= 2:
-        return f"differs by more than any batch size explains, D = {figures.mismatch(path.mismatch)}"
+        return f"differs more than small batches can explain, D = {figures.mismatch(path.mismatch)}"
     limit = figures.plain(layer.threshold)
     return f"behaves as if the batch were {figures.path_equivalent(path)} values, and the limit is {limit}"
 
@@ -303,7 +303,7 @@ def _apart(diagnosis: Diagnosis, layers: int) -> tuple[str, str]:
 def _consequences(diagnosis: Diagnosis) -> str:
     """What follows from it, with the names of causes in words."""
     listed = "; ".join(_CAUSE.sub(lambda said: said[0].replace("_", " "), text) for text in diagnosis.consequences)
-    return f"Follows from it: {listed}." if listed else ""
+    return f"Also explains: {listed}." if listed else ""
 
 
 def _capitalized(text: str) -> str:

@@ -18,11 +18,11 @@ from bnprobe.report.table import Column, Layout, Mark, Names, arrows, dropping, 
 
 _LEVELS_AND_STEPS = (
     ("training", "training batches, as in training", "training"),
-    ("training_noise", "training noise: dropout and the like", "noise"),
-    ("without_noise", "training batches, dropout and the like off", "noise off"),
-    ("inconsistency", "train/test inconsistency: running statistics", "inconsistency"),
+    ("training_noise", "training noise: dropout and other random layers", "noise"),
+    ("without_noise", "training batches, random layers off", "noise off"),
+    ("inconsistency", "train/test inconsistency: from batch to running statistics", "inconsistency"),
     ("inference", "training batches, as at inference", "inference"),
-    ("generalization", "generalization gap: samples not trained on", "generalization"),
+    ("generalization", "generalization gap: held-out instead of training data", "generalization"),
     ("held_out", "held-out batches, as at inference", "held out"),
 )
 """From training down to held-out data, each level followed by the step to the next; labels for wide and narrow."""
@@ -88,7 +88,7 @@ def _largest_step(gap: Gap) -> str | None:
 
 _DOING = {
     "recalibrated": "Recalibrating",
-    "evaluation statistics": "Using the statistics of the evaluation data",
+    "evaluation statistics": "Using the statistics of the held-out data",
     "batch statistics": "Normalizing at inference with batch statistics",
 }
 
@@ -234,10 +234,12 @@ def updates(report: Report, page: Page, show_all: bool) -> list[Text]:
         lines += _layer_table([layer for layer, _ in shown], columns, page)
         lines += _more(0 if show_all else len(odd) - len(shown), "not as configured", page)
     worst, moved = max(found, key=lambda pair: pair[1].drift)
-    drift = f"{figures.plain(float(f'{moved.drift:.2g}'))} running standard deviations, in {worst.name}"
-    sentences = [f"Largest drift in one step: {drift}."]
+    drift = f"{figures.plain(float(f'{moved.drift:.2g}'))} standard deviations per step (root mean square)"
+    sentences = [f"Largest drift: the running mean of {worst.name} moved by {drift}."]
+    if shown:
+        sentences.insert(0, "rate: measured weight of the batch of a step; configured: that of the layer's momentum")
     if any(moved.repeated > _ONCE for _, moved in odd):
-        sentences.insert(0, "Repeated: updates with a batch already used in that step, as gradient checkpointing does.")
+        sentences.insert(0, "repeated: updates from a batch that was already used in the same step")
     return [*lines, *page.paragraphs(sentences)]
 
 

@@ -132,7 +132,11 @@ def legend(layers: Sequence[Layer], page: Page) -> list[Text]:
     limit = figures.plain(limits.pop()) if len(limits) == 1 else "its limit"
     entries = (
         ("n_eq", f"behaves as if the batch were n_eq values; flagged when below {limit} (95%)"),
-        ("D", "mean squared difference of batch and running normalization, worse path"),
+        (
+            "D",
+            "mean squared difference between activations normalized by batch and by running statistics; larger of the"
+            " two paths",
+        ),
         ("r, d", "batch std / running std, and (batch mean - running mean) / running std"),
         ("train", "the network runs on batch statistics; eval: on running statistics"),
     )

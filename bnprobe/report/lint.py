@@ -49,7 +49,7 @@ def _finding(diagnosis: Diagnosis, report: LintReport, options: RenderOptions) -
         yield from (_plain(f"    {_place(verdict.location, report)} {verdict.layer}", options) for verdict in shown)
         if len(shown) < len(own):
             yield Text(f"    and {len(own) - len(shown)} more (--all lists them)", "dim")
-    yield from (_plain(f"    hence: {consequence}", options) for consequence in diagnosis.consequences)
+    yield from (_plain(f"    also explains: {consequence}", options) for consequence in diagnosis.consequences)
     yield _plain(f"    fix: {diagnosis.remedy}", options)
 
 

@@ -224,14 +224,14 @@ def _remarks(rows: Sequence[Row]) -> list[tuple[str, str]]:
     found = [row.shares for row in rows if row.shares is not None]
     remarks = []
     if any(scale.cuts(charts.length(one)) for one in found):
-        remarks.append((CUT, "longer than the scale; its parts are in proportion"))
+        remarks.append((CUT, "bar cut off; segments keep their proportions"))
     if any(row.estimate or row.exact for row in rows):
         text = "relative L2 change if only this layer uses batch statistics (~ estimate)"
         remarks.append(("output", text))
     if any(one.data_shift is not None for one in found):
         remarks.append(("x", "data shift, held-out against training data; added to D"))
     if any(one.composition is None for one in found):
-        remarks.append(("s", "includes composition where samples could not be regrouped"))
+        remarks.append(("s", "includes non-i.i.d. batches where samples could not be regrouped"))
     if below := _below([row for row in rows if row.mark.sign]):
         remarks.append(("not drawn", f"clearly below 0, offsetting other shares: {below}"))
     return remarks

@@ -53,7 +53,7 @@ def more_batches_step(scan: Scan, command: str) -> Step:
     # Four times the batches halve the intervals.
     more = str(4 * max(scan.batches, 1))
     if scan.stopped == "data_exhausted":
-        text = "All data were used: more data, or another --threshold, would decide. To save the report:"
+        text = "All data was used. More data or another --threshold is needed to decide. To save the report:"
         return Step(text, with_options(command, SAVE))
     if scan.stopped == "requested":
         return Step("To decide, measure more batches:", with_options(command, {"--batches": more}))
@@ -76,7 +76,7 @@ def _measured_sizes_step(report: Report, command: str) -> Step | None:
         )
     if larger:
         return Step(
-            f"No batch size up to {larger[-1]} lifts every layer over its limit. To save the report:",
+            f"At no batch size up to {larger[-1]} do all layers pass. To save the report:",
             with_options(command, SAVE),
         )
     return None
@@ -94,7 +94,7 @@ def _try_sizes_step(report: Report, command: str) -> Step | None:
 
 
 def _evaluated(report: Report) -> bool:
-    """Whether evaluation data was given."""
+    """Whether held-out data was given."""
     shares = [layer.shares for layer in report.layers if layer.shares is not None]
     held_out = [gap.held_out for gap in report.summary.gaps]
     return any(value is not None for value in [*held_out, *(share.data_shift for share in shares)])

@@ -65,8 +65,8 @@ def _headline(plan: Plan, page: Page) -> list[Text]:
     if plan.refused and not number:
         return page.heading(f"No layer can be converted to {plan.to}; the layers were chosen by {plan.source}.")
     if not number:
-        return page.heading(f"Nothing to convert: {plan.source} chose no layer.")
-    to = "whatever scores best (--to auto)" if plan.to == AUTO else plan.to
+        return page.heading(f"Nothing to convert: {plan.source} selects no layer.")
+    to = "the target with the best score (--to auto)" if plan.to == AUTO else plan.to
     return page.heading(
         f"{number} of {count(total, 'normalization layer')} would become {to}, chosen by {plan.source}."
     )

@@ -182,9 +182,9 @@ def _closing(record: RepairRecord, page: Page) -> list[Text]:
 def _verdict(record: RepairRecord) -> tuple[str, str]:
     failed = sum(not requirement.held for requirement in record.requirements)
     if failed:
-        number, verb = count(len(record.requirements), "requirement"), "do" if failed > 1 else "does"
+        number, verb = count(len(record.requirements), "requirement"), "are" if failed > 1 else "is"
         verdict = f" {_conclusion(record.proof)}" if record.proof else ""
-        return FLAGGED, f"{failed} of {number} {verb} not hold.{verdict}"
+        return FLAGGED, f"{failed} of {number} {verb} not met.{verdict}"
     if record.proof is not None:
         return _SIGNS[record.proof.conclusion], _conclusion(record.proof)
     done = "Converted" if record.action == "convert" else "Recalibrated"
@@ -437,7 +437,7 @@ def _commands(record: RepairRecord, weights: str, files: Files) -> list[tuple[st
         commands.append(("To compare the two scans, as in CI:", verify))
     export = shlex.join(["bnprobe", "export", _target(record), "--checkpoint", weights])
     if record.plan is None or record.plan.deploys:
-        commands.append(("To export the repaired model, its outputs checked:", export))
+        commands.append(("To export the repaired model and check its outputs:", export))
     return commands
 
 

@@ -29,6 +29,7 @@ from bnprobe.report.mismatch import shares
 from bnprobe.report.next_step import under_limit
 from bnprobe.report.page import TIMES, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Layout, Names, table
+from bnprobe.rules import title_of
 from bnprobe.stats.theory import mismatch_iid
 
 MOST_LAYERS = 25
@@ -66,7 +67,8 @@ def render(report: Report, options: RenderOptions) -> str:
 def one_line(report: Report) -> str:
     """The result in one line, e.g. "6 of 9 layers flagged (small batch first)"."""
     partial = f"PARTIAL, {report.scan.stopped}: " if report.scan.partial else ""
-    cause = f" ({report.diagnoses[0].cause.replace('_', ' ')} first)" if report.diagnoses else ""
+    first = report.diagnoses[0] if report.diagnoses else None
+    cause = f" ({title_of(first.rule, first.cause)} first)" if first else ""
     return f"{partial}{report.summary.flagged} of {count(report.summary.layers, 'layer')} flagged{cause}"
 
 
@@ -140,7 +142,7 @@ def _pass(extra: ExtraPass) -> str:
 
 def _pool(pool: Pool) -> str:
     return (
-        f"pool: {count(pool.images, 'sample')}, {figures.size(pool.bytes)}, for the share of composition:"
+        f"pool: {count(pool.images, 'sample')}, {figures.size(pool.bytes)}, used to measure non-i.i.d. batches:"
         f" regrouped at random into {count(pool.regrouped, 'micro-batch')}"
     )
 
@@ -284,8 +286,8 @@ def _domains(layers: Sequence[Layer], show_all: bool) -> list[str]:
     distances = ", ".join(_distance(layer, domains) for layer, domains in shown)
     return [
         f"Called several times per forward pass, on different data: {distances}{more}. D is the distance of each call's"
-        " statistics from those of all calls together, which the running statistics hold. The bars count it as"
-        " composition: a batch of one call is no random sample of all calls."
+        " statistics from those of all calls together, which the running statistics hold. In the bars this is part of"
+        " the share of non-i.i.d. batches."
     ]
 
 
@@ -329,7 +331,7 @@ def clipping(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Text]:
     ]
     more = f"; --all shows {count(len(found) - len(shown), 'more layer')}" if len(shown) < len(found) else ""
     return [
-        *page.heading("Batch Renorm (r_max 3, d_max 5) would clip, train path"),
+        *page.heading("Values that Batch Renorm (r_max 3, d_max 5) would clip, train path"),
         *table(Names([name for name, _ in shown]), [Layout(columns)], page),
         *page.paragraph(f"iid: the same for i.i.d. data in batches of n_eq values{more}", style="dim", first="  "),
     ]

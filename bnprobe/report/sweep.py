@@ -275,21 +275,21 @@ def _rates(sweep: MomentumSweep, page: Page) -> list[Text]:
     columns = [
         Column("", ["own" if _is_own(point, sweep) else "" for point in points]),
         Column("rate", [_rate(point.rate) for point in points], "point"),
-        Column("averages", ["" if p.effective_batches is None else f"{p.effective_batches:,.1f}" for p in points]),
+        Column("eff. batches", ["" if p.effective_batches is None else f"{p.effective_batches:,.1f}" for p in points]),
         Column("loaded", [_marked(point.loaded.mismatch, point, best.loaded) for point in points]),
-        Column("settled", [_marked(point.converged.mismatch, point, best.converged) for point in points]),
+        Column("converged", [_marked(point.converged.mismatch, point, best.converged) for point in points]),
         Column("±", [UNMEASURED if error is None else _figure(error) for error in errors]),
     ]
     shifted = [(point, point.shifted.mismatch) for point in points if point.shifted is not None]
     if shifted:
         columns += [
             Column("shifted", [_marked(mismatch, point, best.shifted) for point, mismatch in shifted]),
-            Column("back after", [_back(point, sweep) for point in points]),
+            Column("recovery", [_back(point, sweep) for point in points]),
         ]
     replayed = f"{count(sweep.batches, 'micro-batch')} of {sweep.batch_size}"
     return [
         *page.heading(f"Running average replayed on {replayed}, train path"),
-        *table(Names([]), dropping(columns, ("averages", "±", "back after", "", "loaded")), page),
+        *table(Names([]), dropping(columns, ("eff. batches", "±", "recovery", "", "loaded")), page),
         *page.paragraphs(_legend(sweep), "dim"),
     ]
 
@@ -305,7 +305,7 @@ def _rates_by_layer(sweep: MomentumSweep, page: Page, show_all: bool) -> list[Te
         Column("own", [_rate(curve.momentum) for curve in shown]),
         Column("D loaded", [_figure(_own_mismatch(curve)) for curve in shown]),
         Column("best loaded", [_with_ties(curve.best.loaded) for curve in shown]),
-        Column("best settled", [_with_ties(curve.best.converged) for curve in shown]),
+        Column("best converged", [_with_ties(curve.best.converged) for curve in shown]),
         *([Column("best shifted", [_with_ties(curve.best.shifted) for curve in shown])] if _shifts(sweep) else []),
     ]
     names = Names([curve.layer or "" for curve in shown], last=True)
@@ -324,7 +324,7 @@ def _tracking(sweep: MomentumSweep) -> tuple[str, ...]:
     best, rates_ = sweep.model.best, len(sweep.model.points)
     sentences = [
         f"Starting from the loaded statistics, {_verdict(best.loaded, rates_)}.",
-        f"Starting from settled ones, {_verdict(best.converged, rates_)}.",
+        f"Starting from converged statistics, {_verdict(best.converged, rates_)}.",
     ]
     if _shifts(sweep):
         verdict = _verdict(best.shifted, rates_)
@@ -355,13 +355,13 @@ def _legend(sweep: MomentumSweep) -> Iterable[str]:
         "D of each micro-batch against the running statistics before it, mean over layers and the second half; ±:"
         f" standard error; {_BEST} best, {_TIE} not significantly worse (95%)"
     )
-    yield "own: the layers' own momentum; averages: (2 - rate) / rate micro-batches"
-    yield "loaded: starts from the model's statistics; settled: from the first half's"
+    yield "own: the layers' own momentum; eff. batches: (2 - rate) / rate"
+    yield "loaded: starts from the model's statistics; converged: from the mean statistics of the first half"
     if not _shifts(sweep):
         yield "The weights are fixed here, which favours slow rates: --shift shows their cost."
         return
     yield f"shifted: from the middle on {_change(sweep)} of each channel"
-    yield "back after: micro-batches until D is within twice that without the shift"
+    yield "recovery: micro-batches until D is within twice that without the shift"
     yield "The weights are fixed here; in training their changes have to be tracked too."
 
 

@@ -28,7 +28,7 @@ def render(found: Verification, options: RenderOptions) -> str:
         [*page.heading(f"{_flagged(found)} (D of the worse path)"), *rows] if rows else [],
         page.section("Only in one of the reports", _alone(found, options.show_all)),
         page.section("Output, train path against eval path (relative L2)", _output(found)),
-        page.section("What weakens the comparison", found.notes),
+        page.section("Notes on the comparison", found.notes),
         _closing(found, page),
     ]
     return to_string(parts, options.color)

@@ -40,7 +40,7 @@ class FrozenMismatch(Rule):
     cause = "frozen_mismatch"
     severity = "warning"
     unit = ""
-    finding = "of running statistics on the one hand, weight and bias on the other, only one is frozen"
+    finding = "only the running statistics, or only weight and bias, are frozen"
     remedy = (
         "To freeze the layer, set requires_grad=False and call eval() on it after every model.train(). To train it, do"
         " neither."

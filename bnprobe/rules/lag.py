@@ -129,7 +129,7 @@ def _reasons(layer: Anatomy) -> Iterator[str]:
         yield from _reasons_of_average(weight, updates, scale)
     if weight is not None and weight >= NOISY:
         yield f"momentum={weight:g} averages over the last few batches only, so they are noisy"
-    known = "" if updates is None else f"; the {updates:,} updates counted are enough to settle"
+    known = "" if updates is None else f"; the {updates:,} updates counted are enough to converge"
     yield (
         "the weights changed faster than the average follows (a high learning rate until the end), or the statistics"
         f" belong to other data or weights (a copy, averaged weights, a fine-tuned model){known}"

@@ -135,7 +135,7 @@ class ShareRule(Rule):
         if share is None:
             return self.without_share(layer, facts)
         if not is_cause(layer, self.cause):
-            message = f"This cause accounts for D = {number(share)}{_although(layer, share)}."
+            message = f"This cause accounts for D = {number(share)}{_although(layer, self.cause, share)}."
             return self.passed(layer.name, message, share, limit)
         message = f"{self.explain(layer, facts)} {in_words(layer, share)}"
         return self.failed(layer.name, message, share, limit, remedy=self.advise(layer, facts))
@@ -147,13 +147,17 @@ def why_no_shares(layer: Layer) -> str:
     return f"the layer's mismatch could not be decomposed ({known})"
 
 
-def _although(layer: Layer, share: float) -> str:
+def _although(layer: Layer, cause: Cause, share: float) -> str:
     """Why a share is not named as a cause, a clause."""
     if share <= share_limit(layer):
         return " of the layer's mismatch"
     if not layer.flagged:
         return ", and the layer is within its limit"
-    return ", which is not significant (95%), or would not flag the layer without its larger causes"
+    if not _is_possible(layer, cause):
+        return ", but batches do not differ significantly from i.i.d. ones"
+    if not _is_large(layer, cause):
+        return ", which is not significantly above the limit (95%)"
+    return ", which is too small to flag the layer by itself"
 
 
 def in_words(layer: Layer, share: float) -> str:

@@ -24,8 +24,9 @@ class SingleImage(Rule):
         Segmentation of volumes with one volume per GPU is fine in train mode and useless in eval mode.
 
     Remedy:
-        Use larger batches or synchronized BN; or instance or group norm in both modes, which is what was trained:
-        `bnprobe convert --to instance-renorm` with `blend: 1` in the spec's repair section, or `--to group-norm`.
+        Use larger batches or synchronized BN; or instance norm in both modes (the model was in effect trained with it),
+        or group norm: `bnprobe convert --to instance-renorm` with `blend: 1` in the spec's repair section, or
+        `--to group-norm`.
 
     Reference:
         Ulyanov, Vedaldi and Lempitsky 2016, arXiv 1607.08022 (instance norm). Wu and He 2018, arXiv 1803.08494,
@@ -38,8 +39,11 @@ class SingleImage(Rule):
     severity = "warning"
     unit = "images per batch"
     needs = "data"
-    finding = "with batches of one sample they are instance norms in training, but not at inference"
-    remedy = "Use larger batches or synchronized BN, or instance or group norm, which is what was trained."
+    finding = "with batches of one sample the layers act as instance norms in training, but not at inference"
+    remedy = (
+        "Use larger batches or synchronized BN, or instance norm (the model was in effect trained with it), or group"
+        " norm."
+    )
     upstream_order = 110
 
     def check(self, facts: Facts) -> Iterator[Verdict]:

@@ -38,7 +38,7 @@ class SingleValue(Rule):
     severity = "error"
     unit = "values per channel"
     needs = "data"
-    finding = "a batch gives one value per channel, with which training raises an error"
+    finding = "a batch gives one value per channel, for which PyTorch raises an error in training"
     remedy = "Use larger batches, or group or layer norm in this place."
     stops_training = True
     upstream_order = 100

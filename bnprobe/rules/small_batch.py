@@ -20,7 +20,7 @@ class SmallBatch(ShareRule):
     """Batches have too few values for a stable mean and variance.
 
     What:
-        What remains of the layer's mismatch D with i.i.d. batches and settled running statistics: the sampling noise
+        What remains of the layer's mismatch D with i.i.d. batches and converged running statistics: the sampling noise
         of batch statistics. It fails on a flagged layer where it is the largest share, or from half of the layer's
         limit on, unless the layer would be within its limit without its larger causes. A layer that is flagged in
         training only has this cause, unless the batches are not i.i.d.

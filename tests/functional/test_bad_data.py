@@ -14,7 +14,7 @@ UNUSABLE = [
     ),
     pytest.param(
         "def load_data(batch_size):\n    yield from ()\n",
-        "The data gave no batch at all: the loader or data set is empty.",
+        "The data contains no batch: the loader or data set is empty.",
         id="empty-generator",
     ),
     pytest.param(
@@ -93,7 +93,7 @@ def test_one_micro_batch_decides_nothing(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL.replace("IMAGES = 64", "IMAGES = 2"))
     found = workspace.scan()
     assert "1 of 1 layer is undecided" in found.stdout
-    assert "All data were used: more data, or another --threshold, would decide." in found.stdout
+    assert "All data was used. More data or another --threshold is needed to decide." in found.stdout
 
 
 def test_a_loader_that_fails_late_loses_nothing(workspace: Workspace) -> None:

@@ -112,7 +112,7 @@ UNUSABLE = [
     ),
     pytest.param(
         "def load_model():\n    net = Net()\n    net.bn.running_var[0] = -1.0\n    return net\n",
-        ["1 of 2 values of the buffer bn.running_var are negative; a variance cannot be."],
+        ["1 of 2 values of the buffer bn.running_var are negative, but a variance cannot be negative."],
         id="negative-variance",
     ),
     pytest.param(

@@ -147,4 +147,4 @@ def test_evaluation_data_of_the_spec(workspace: Workspace) -> None:
     assert _causes(report) == ["data_shift"]
     assert report["layers"][0]["shares"]["data_shift"] > 1
     passes = {found["name"]: found["images"] for found in report["scan"]["passes"]}
-    assert passes["evaluation data"] == 16
+    assert passes["held-out data"] == 16

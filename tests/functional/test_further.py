@@ -77,7 +77,7 @@ def test_the_optimizer_of_the_spec_trains(workspace: Workspace) -> None:
         (["--train-steps", "2"], MODEL, "--train-steps needs loss(model, batch)"),
         (["--gradients"], MODEL, "--gradients needs loss(model, batch)"),
         (["--what-if"], MODEL, "--what-if needs loss(model, batch) or metric(model, batch)"),
-        (["--what-if"], MODEL + LOSS, "--what-if needs evaluation data"),
+        (["--what-if"], MODEL + LOSS, "--what-if needs held-out data"),
     ],
     ids=["train-steps", "gradients", "what-if", "what-if-data"],
 )

@@ -58,7 +58,7 @@ def test_layers_are_selected_by_name(workspace: Workspace, options: list[str], n
 def test_a_selection_that_leaves_nothing_is_explained(workspace: Workspace) -> None:
     workspace.write("model.py", TWO)
     message = workspace.scan("--include", "head*").error(3)
-    assert "--include/--exclude leave none of the BN layers of Sequential (2). The first is called '0'." in message
+    assert "--include/--exclude exclude every BN layer of Sequential (2 in all); the first is named '0'." in message
 
 
 def test_batches_and_batch_sizes_are_exact(workspace: Workspace) -> None:

@@ -173,7 +173,7 @@ def test_processes_that_disagree_are_a_finding(workspace: Workspace) -> None:
     assert (verdict["outcome"], verdict["layer"]) == ("failed", "bn")
     assert verdict["value"] == pytest.approx(1 / (1 + 1e-5))  # means 1 apart, variance 1
     assert "rank_divergence" in [diagnosis["cause"] for diagnosis in report["diagnoses"]]
-    assert "that of process 0 was measured" in " ".join(report["scan"]["notes"])
+    assert "measured the model of process 0" in " ".join(report["scan"]["notes"])
 
 
 def test_dropout_draws_other_numbers_but_the_eval_path_is_the_same(workspace: Workspace) -> None:

@@ -282,7 +282,7 @@ def group_norm() -> RepairRecord:
 
 
 def failed() -> RepairRecord:
-    """Requirements that do not hold, one by a hair and one for want of a figure; worse than the control."""
+    """Requirements that do not hold, one by a hair and one for want of a figure; worse than the baseline."""
     frozen = trained("frozen", (0.231, 0.242, 0.237), (0.934, 0.939, 0.935))
     control = trained("BN fine-tuned", (0.212, 0.198, 0.205), (0.944, 0.950, 0.947))
     proof = Proof(

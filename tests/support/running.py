@@ -15,7 +15,7 @@ from bnprobe.config.spec import ScanSettings
 from bnprobe.measure.physical_batch import Emulation, not_emulated, self_check
 from bnprobe.measure.session import Session, UserFunctions
 
-REAL = not_emulated("As asked for.")
+REAL = not_emulated("Switched off.")
 
 
 def session_of(

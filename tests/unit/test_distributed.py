@@ -163,7 +163,7 @@ def test_models_that_differ_become_that_of_process_0(found: list[dict[str, Any]]
     assert found[0]["mismatch"] == pytest.approx({"1": 4 / (1 + 1e-5) + rho * (r - 1) ** 2, "2": 0.0})
     assert [each["mismatch"] for each in found[1:]] == [{}, {}]
     assert [each["mean"] for each in found] == [[1.0, 1.0]] * 3
-    assert all("that of process 0 was measured by all" in each["note"] for each in found)
+    assert all("all of them measured the model of process 0" in each["note"] for each in found)
     assert [each["again"] for each in found] == [[{"1": 0.0, "2": 0.0}, None]] * 3
 
 

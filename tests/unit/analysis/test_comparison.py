@@ -63,7 +63,7 @@ def test_a_gain_whose_interval_contains_zero_is_not_significant(gain: list[float
     found = gain_over(ours, control, "metric", "max")
     conclusion, message = conclude({CONTROL: control, ours.name: ours}, ours, control, found, "metric")
     assert conclusion == "same"
-    assert "The gain over BN fine-tuned is not significant" in message
+    assert "No significant gain over BN fine-tuned" in message
     assert said in message
 
 

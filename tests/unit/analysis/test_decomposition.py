@@ -145,7 +145,7 @@ def test_evaluation_data_of_another_kind_is_a_data_shift() -> None:
         assert none.data_shift < 0.015 < 0.03 < some.data_shift
         assert layer.share_intervals.data_shift[0] < 0.01
         assert total(some) == pytest.approx(total(none))  # it comes on top
-    assert [extra.name for extra in same.scan.passes] == ["evaluation data", "impact"]
+    assert [extra.name for extra in same.scan.passes] == ["held-out data", "impact"]
 
 
 def test_the_order_of_evaluation_data_says_nothing() -> None:

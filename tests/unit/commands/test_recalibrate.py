@@ -202,7 +202,7 @@ class Overshooting(nn.Module):
 def test_statistics_that_never_settle_are_given_up() -> None:
     model = unsettled(Overshooting().double())
     before = fingerprint(model)
-    with pytest.raises(RepairError, match="did not settle in 50 rounds on the eval path: norm is called several times"):
+    with pytest.raises(RepairError, match="did not converge in 50 rounds with --path eval, because norm is called"):
         bnprobe.recalibrate(model, [data(20, 2)], path="eval")
     assert fingerprint(model) == before
 
@@ -487,8 +487,8 @@ ENORMOUS = [torch.full((5, 6), 3e38), *BATCHES]
         (lambda: BATCHES, interrupting, KeyboardInterrupt, "^$"),
         (lambda: NOT_A_NUMBER, None, DataError, "Micro-batch 4"),
         (lambda: ENORMOUS, None, NonFiniteError, r"new statistics of body\.1 are NaN or Inf"),
-        (lambda: iter(()), None, DataError, "gave no batch"),
-        (lambda: [BATCHES[0][:0]] * 2, None, DataError, "gave no batch with a sample"),
+        (lambda: iter(()), None, DataError, "contains no non-empty batch"),
+        (lambda: [BATCHES[0][:0]] * 2, None, DataError, "contains no non-empty batch"),
         (lambda: [BATCHES[0][:1]], None, RepairError, r"two values per channel, but body\.1 received only one"),
     ],
     ids=["loader", "model", "Ctrl-C", "NaN", "overflow", "empty", "no image", "one value"],

@@ -146,11 +146,11 @@ def test_enough_images_are_measured_for_the_largest_size_unless_someone_said_how
 
 def test_images_that_cannot_be_regrouped_are_swept_at_their_own_size_only() -> None:
     model, data = unsettled(BatchAttention()), images(64, 4, 6)
-    with pytest.raises(UsageError, match="regrouped"):
+    with pytest.raises(UsageError, match="regroups samples"):
         sweep(model, data, 4, batch_sizes=(8,), num_batches=16)
     found = sweep(model, data, 4, num_batches=32, momentum=MomentumPlan(RATES))
     assert [point.batch_size for point in found.layers[0].eval] == [4]
-    assert any("regrouped" in note for note in found.notes)
+    assert any("regroups samples" in note for note in found.notes)
     assert found.momentum is not None
 
 

@@ -70,7 +70,7 @@ def test_the_worse_path_is_compared() -> None:
         (
             report(layer("a")),
             report(layer("a"), partial=True, stopped="interrupted"),
-            "The second scan ended early (interrupted), so it proves nothing. Scan again.",
+            "The second scan ended early (interrupted), so the repair cannot be verified. Scan again.",
         ),
         (
             report(layer("a", BAD), layer("b"), layer("c", BAD)),

@@ -122,7 +122,7 @@ def test_a_loader_of_the_size_asked_for_is_used_as_it_is(asked: int | None) -> N
     loader = DataLoader(images(), batch_size=5)
     source = as_batch_source(loader, asked, "the loader")
     assert wrapped(source) is loader
-    assert source == BatchSource(source.batches, 5, "the loader (10 images)", 10, drop_last=False)
+    assert source == BatchSource(source.batches, 5, "the loader (10 samples)", 10, drop_last=False)
 
 
 @pytest.mark.parametrize(
@@ -310,9 +310,9 @@ def test_order_load_data_loader_dataset(tmp_path: Path) -> None:
     loader = dataset + "loader = DataLoader(images, batch_size=5)\n"
     load_data = loader + "def load_data(batch_size): return DataLoader(images, batch_size=batch_size)\n"
     path = tmp_path / "model.py"
-    assert find(tmp_path, dataset, batch_size=2).description == f"dataset of {path} (10 images)"
-    assert find(tmp_path, loader, batch_size=2).description == f"loader of {path} (10 images)"
-    assert find(tmp_path, load_data, batch_size=2).description == f"load_data of {path} (10 images)"
+    assert find(tmp_path, dataset, batch_size=2).description == f"dataset of {path} (10 samples)"
+    assert find(tmp_path, loader, batch_size=2).description == f"loader of {path} (10 samples)"
+    assert find(tmp_path, load_data, batch_size=2).description == f"load_data of {path} (10 samples)"
     assert find(tmp_path, load_data, target="loader").batch_size == 5
 
 

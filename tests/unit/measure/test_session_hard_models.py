@@ -235,7 +235,7 @@ def test_a_model_that_only_runs_under_autocast_runs_real_micro_batches() -> None
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     report = scan(model, data, 4, num_batches=4, autocast="bfloat16")
     assert not report.scan.emulated
-    assert report.scan.emulation == "The self-check runs without autocast, and the model does not."
+    assert report.scan.emulation == "The self-check runs without autocast, which this model does not support."
 
 
 class OwnKernel(nn.BatchNorm2d):
@@ -252,13 +252,13 @@ def test_a_layer_with_a_kernel_of_its_own_is_skipped_for_that_reason() -> None:
 
 
 def test_a_physical_batch_below_the_batch_size_is_refused() -> None:
-    with pytest.raises(UsageError, match="--physical-batch 2 does not hold one micro-batch of 4 samples"):
+    with pytest.raises(UsageError, match=r"--physical-batch 2 is smaller than the batch size, 4\. Give at least 4"):
         scan(Squeezing(), DATA, 4, physical_batch=2)
 
 
 def test_batch_sizes_that_need_more_images_are_named() -> None:
     report = scan(Squeezing(), DATA, 4, num_batches=4, batch_sizes=(2, 64))
-    assert "Batch size 64 needs at least 128 images, and 16 were measured: raise --batches." in report.scan.notes
+    assert "Batch size 64 needs at least 128 samples, and 16 were measured: raise --batches." in report.scan.notes
     assert [point.batch_size for point in report.layers[0].batch_sizes] == [2]
 
 
@@ -320,7 +320,7 @@ class TwoInputs(nn.Module):
 def test_a_model_of_several_inputs_needs_a_forward_and_is_told() -> None:
     data = [(x, torch.zeros(4, 3)) for x, _ in DATA]
     with pytest.raises(
-        UserCodeError, match=r"calling the model on batch\[0\] of shape .* alone, for want of a forward"
+        UserCodeError, match=r"calling the model on batch\[0\] of shape .* only, because there is no forward"
     ):
         scan(TwoInputs(), data, 4)
     assert scan(TwoInputs(), data, 4, forward=lambda model, batch: model(*batch)).layers

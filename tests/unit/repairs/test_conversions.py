@@ -73,7 +73,7 @@ def test_one_refusal_converts_nothing_and_names_all_of_them() -> None:
         bnprobe.convert(model, inplace=True)
     assert str(caught.value).splitlines() == [
         "Cannot be converted to batch-renorm:",
-        "0 (BatchNormRelu) does something else than normalize and then apply its child modules, which would be lost.",
+        "0 (BatchNormRelu) does more than normalize and apply its child modules; that would be lost.",
         "2 (BatchNorm2d) keeps no running statistics (track_running_stats=False): make it with"
         " track_running_stats=True and recalibrate first.",
         "Name the others (1) in layers=[...] to convert them alone.",

@@ -53,7 +53,7 @@ def test_instance_renorm_deploys_at_blend_0_alone() -> None:
 
 def test_group_norm_does_not_deploy() -> None:
     original = Residual()
-    with pytest.raises(RepairError, match="bn1 is GroupNorm, which normalizes otherwise than BN"):
+    with pytest.raises(RepairError, match="bn1 is GroupNorm, which does not normalize like BN"):
         deployable_state(bnprobe.convert(original, to="group-norm"), original)
 
 

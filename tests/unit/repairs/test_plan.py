@@ -22,7 +22,7 @@ def test_a_plan_says_what_changes_and_what_stays() -> None:
     model.odd = BatchNormRelu(4)
     model.norm = nn.GroupNorm(2, 4)
     wanted = {"again": "the reason", "odd": "wanted too", "norm": "and this"}
-    relu = "does something else than normalize and then apply its child modules, which would be lost"
+    relu = "does more than normalize and apply its child modules; that would be lost"
     assert plan(model, wanted, "frozen", "--layers") == Plan(
         to="frozen",
         source="--layers",

@@ -69,7 +69,7 @@ def test_a_subclass_by_name_alone_is_converted_and_keeps_its_children_unused() -
 @pytest.mark.parametrize("kind", [BatchNormRelu, Swapped, OtherwiseInTraining, NeverTraining, Pooling])
 def test_a_subclass_that_cannot_be_taken_apart_is_refused(to: str, kind: type[nn.BatchNorm2d]) -> None:
     model = prepared(nn.Sequential(nn.Conv2d(3, 4, 1), kind(4)))
-    with pytest.raises(RepairError, match=rf"1 \({kind.__name__}\) does something else than normalize"):
+    with pytest.raises(RepairError, match=rf"1 \({kind.__name__}\) does more than normalize"):
         bnprobe.convert(model, to=to)
     assert type(model[1]) is kind
 

@@ -32,7 +32,7 @@ from bnprobe.records import (
 POOL = Pool(images=512, bytes=1_258_291, regrouped=256)
 PASSES = (
     ExtraPass("dropout off", "the model has 3 Dropout layers", 256, 0.7),
-    ExtraPass("evaluation data", "eval_data is given", 128, 0.4),
+    ExtraPass("held-out data", "eval_data is given", 128, 0.4),
 )
 RULES: dict[str, Cause] = {
     "BN101": "momentum_convention",
@@ -56,7 +56,7 @@ RULES: dict[str, Cause] = {
     "BN302": "rank_divergence",
     "BN303": "backward_noise",
 }
-EVALUATION = "needs evaluation data: give eval_data in the spec or load_eval_data in the model file"
+EVALUATION = "needs held-out data: give eval_data in the spec or load_eval_data in the model file"
 SKIPPED = {
     "BN206": EVALUATION,
     "BN301": "needs training steps: scan with --train-steps and a loss",
@@ -216,7 +216,7 @@ def data_shift() -> Report:
         replace(one, flagged=False, undecided=False)
         for one in _network(0.1, {"lag": 0.1, "composition": 0.02, "data_shift": 30.0})
     ]
-    message = "9 of 9 layers: the evaluation data have other statistics than the training data, D = 0.31 on average."
+    message = "9 of 9 layers: the held-out data has other statistics than the training data, D = 0.31 on average."
     found = diagnosis("BN206", layers, 0.22, message, "Look at how evaluation images are loaded and normalized.")
     dead = diagnosis("BN106", layers[:1], None, "3 of 16 channels are dead: their variance is below eps.",
                      "Prune them, or lower the learning rate.", severity="warning")  # fmt: skip

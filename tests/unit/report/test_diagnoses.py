@@ -34,7 +34,7 @@ def test_a_row_ends_in_d_the_largest_share_and_what_the_layer_moves() -> None:
 
 def test_a_wide_page_has_intervals_and_both_impacts() -> None:
     rows = share_rows(causes.lag(), width=120)
-    assert re.search(r"lag 100% \(98 to 100%\) +41% +38%$", rows["layer2.0.bn1"])
+    assert re.search(r"stale statistics 100% \(98 to 100%\) +41% +38%$", rows["layer2.0.bn1"])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_network_without_shares_says_so_in_a_sentence() -> None:
 
 def test_shares_clearly_below_zero_are_named_in_the_legend_only() -> None:
     bars = " ".join(" ".join(section(causes.pair(), BARS)).split())
-    assert "not drawn clearly below 0, offsetting other shares: propagation (8 layers, down to -0.081 in" in bars
+    assert "not drawn clearly below 0, offsetting other shares: earlier layers (8 layers, down to -0.081 in" in bars
     assert "not drawn" not in said(causes.lag())
 
 
@@ -101,7 +101,7 @@ def test_a_diagnosis_names_cause_rule_extent_impact_place_remedy_and_consequence
         " The running statistics are not those that training now settles on."
     ) in found
     assert "Remedy: Recalibrate the running statistics: bnprobe.recalibrate(model, batches)." in found
-    assert "Follows from it: propagation in 5 layers: layer2.0.bn2, layer2.0.downsample.1" in found
+    assert "Also explains: propagation in 5 layers: layer2.0.bn2, layer2.0.downsample.1" in found
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_extent_is_said_once(message: str, shown: str) -> None:
         "small_batch", "BN201", "error", ("a", "b"), None, message, "", ("dropout_before_norm in 2 layers",)
     )
     found = said(replace(fabricated.healthy(), diagnoses=(made,)))
-    assert f"✗ Batches too small (BN201): {shown} Follows from it: dropout before norm in 2 layers." in found
+    assert f"✗ Batches too small (BN201): {shown} Also explains: dropout before norm in 2 layers." in found
 
 
 def test_a_lone_layer_is_not_named_twice() -> None:

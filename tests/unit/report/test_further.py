@@ -136,7 +136,8 @@ def test_updates_as_configured_are_one_sentence_and_others_a_table() -> None:
     assert "Updated once per step and call, at the configured rate, in all 2 layers." in said(moved(fine, fine))
     lines = section(moved(fine, twice, fast, Updates(1.0, None, None, 0.0)), UPDATES)
     assert [line.split()[:4] for line in lines[2:4]] == [["bn1", "2", "1", "0.19"], ["bn2", "1", "0", "0.3"]]
-    assert lines[-1] == "  Largest drift in one step: 0.06 running standard deviations, in bn1."
+    drift = "Largest drift: the running mean of bn1 moved by 0.06 standard deviations per step (root mean square)."
+    assert " ".join(line.strip() for line in lines[-2:]) == drift
 
 
 def test_a_layer_that_is_called_twice_may_be_updated_twice_with_different_batches() -> None:
@@ -149,11 +150,11 @@ def test_a_layer_that_is_called_twice_may_be_updated_twice_with_different_batche
 def test_extra_passes_and_the_pool_have_their_cost() -> None:
     scan = replace(
         parts.SCAN,
-        passes=(ExtraPass("evaluation data", "eval_data is given.", 128, 0.41),),
+        passes=(ExtraPass("held-out data", "eval_data is given.", 128, 0.41),),
         pool=Pool(512, 1_258_291, 256),
     )
     found = said(replace(parts.report([]), scan=scan))
-    assert "evaluation data: 128 samples, 0.4 s (eval_data is given) pool: 512 samples, 1.2 MiB" in found
+    assert "held-out data: 128 samples, 0.4 s (eval_data is given) pool: 512 samples, 1.2 MiB" in found
     assert "regrouped at random into 256 micro-batches" in found
 
 

@@ -128,7 +128,7 @@ def test_undecided_layers_come_with_the_path_and_interval_that_straddle_the_limi
 
 def test_a_mismatch_that_no_batch_size_explains_is_not_put_as_a_batch_size() -> None:
     (sentence,) = verdict(fabricated.no_batch_size_helps(), COMMAND).sentences
-    assert sentence == "Worst is bn2: it differs by more than any batch size explains, D = 2.25 (train path)."
+    assert sentence == "Worst is bn2: it differs more than small batches can explain, D = 2.25 (train path)."
 
 
 def test_an_overflowed_path_is_the_worst() -> None:

@@ -85,7 +85,7 @@ def test_a_plan_without_changes_suggests_none(name: str) -> None:
 
 def test_what_auto_would_choose_is_not_said() -> None:
     text = render_plan(repairs.plan(to="auto"), WIDE)
-    assert "6 of 9 normalization layers would become whatever scores best (--to auto)," in text
+    assert "6 of 9 normalization layers would become the target with the best score (--to auto)," in text
     assert "BatchRenorm2d" not in text
 
 

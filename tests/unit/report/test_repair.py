@@ -63,7 +63,7 @@ def test_a_gain_that_is_not_shown_is_said_plainly() -> None:
         ("diverged", "– batch-renorm could not be compared with plain BN fine-tuned the same way."),
         ("recalibrated", "✓ The recalibrated model is better than the model as it is."),
         ("group_norm", "? Whether group-norm is better than plain BN fine-tuned the same way is not decided."),
-        ("failed", "✗ 2 of 3 requirements do not hold. frozen is worse than plain BN fine-tuned the same way."),
+        ("failed", "✗ 2 of 3 requirements are not met. frozen is worse than plain BN fine-tuned the same way."),
         ("unscored", "– Converted. Nothing was scored, so the gain is not known."),
     ],
 )

@@ -26,10 +26,7 @@ def test_similar_samples_are_expressed_as_a_number_of_samples() -> None:
 def test_what_chance_explains_passes_and_small_batches_are_blamed() -> None:
     layer = make_layer("bn", SORTED, composition=Composition(0.02, 1.1, 0.01))
     facts = make_evidence(layer)
-    unsure = (
-        "This cause accounts for D = 0.3, which is not significant (95%), or would not flag the layer without its"
-        " larger causes."
-    )
+    unsure = "This cause accounts for D = 0.3, but batches do not differ significantly from i.i.d. ones."
     told = passed("BN202", "bn", unsure, 0.3, HALF)
     assert run_rule("BN202", facts) == [told]
     assert [verdict.outcome for verdict in run_rule("BN201", facts)] == ["failed"]

@@ -27,7 +27,7 @@ RECORDED: dict[str, Any] = {
                 "tool": {"name": "bnprobe", "version": "0.1.0"},
                 "environment": {"torch": "2.6.0", "threads": 1},
                 "scan": {
-                    "data": "load_data (1408 images)",
+                    "data": "load_data (1408 samples)",
                     "notes": ["One."],
                     "passes": [{"name": "impact", "images": 16}],
                 },

@@ -240,7 +240,7 @@ def test_500_steps_where_nobody_says() -> None:
         ({"loss": lambda model, batch: 1.0}, r"loss\(model, batch\) returned float; return a tensor"),
         ({"loss": lambda model, batch: model(batch[0])}, r"returned a tensor of shape \(4, 3\)"),
         ({"loss": lambda model, batch: cross_entropy(model, batch).detach()}, r"has no gradient to train with"),
-        ({"loss": lambda model, batch: torch.zeros((), requires_grad=True)}, r"No parameter got a gradient"),
+        ({"loss": lambda model, batch: torch.zeros((), requires_grad=True)}, r"No parameter received a gradient"),
     ],
 )
 def test_jobs_that_cannot_work(changes: dict[str, Any], message: str) -> None:
