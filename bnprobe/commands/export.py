@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.commands.exporters import (
-    EXPORTERS,
     Arguments,
     Exporter,
     Run,
     Written,
     arguments_of,
+    exporter_of,
     is_installed,
     quantized,
     root_cause,
     shapes_of,
 )
+from bnprobe.config.exporters import EXPORTERS, ExportFormat
 from bnprobe.config.spec import Spec
 from bnprobe.errors import RepairError, UsageError, UserCodeError
 from bnprobe.loading.workload import Workload, load_workload
@@ -35,8 +36,6 @@ from bnprobe.measure.population import pick
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.session import default_forward, forward_all
 from bnprobe.records import Difference
-
-__all__ = ["EXPORTERS", "Exported", "Exporter", "export_spec"]
 
 
 def difference(expected: Any, found: Any, images: int) -> Difference:
@@ -98,20 +97,18 @@ class Exported:
         return max((each.relative for each in self.differences), default=0.0)
 
 
-def exporter_named(name: str, quantize: bool) -> Exporter:
+def format_named(name: str, quantize: bool) -> ExportFormat:
     """Look up an export format.
 
     Raises:
         UsageError: The format is unknown, its packages are missing, or it cannot store a quantized model.
     """
-    found = next((exporter for exporter in EXPORTERS if exporter.name == name), None)
-    if found is None:
-        raise UsageError(f"Unknown export format {name}; known: {', '.join(e.name for e in EXPORTERS)}.")
+    found = EXPORTERS[name]
     missing = [package for package in found.packages if not is_installed(package)]
     if missing:
         raise UsageError(f"--to {name} needs {' and '.join(missing)}. Run: pip install {' '.join(missing)}.")
     if quantize and not found.takes_quantized:
-        able = next(exporter.name for exporter in EXPORTERS if exporter.takes_quantized)
+        able = next(each.name for each in EXPORTERS if each.takes_quantized)
         raise UsageError(f"--quantize uses kernels that {name} cannot store; give --to {able}, or leave it out.")
     return found
 
@@ -123,7 +120,7 @@ def export_spec(spec: Spec, to: str, quantize: bool = False) -> Exported:
         RepairError: The model cannot be exported, or the file cannot be run.
         BnprobeError: See ``bnprobe.errors`` for the tree.
     """
-    exporter = exporter_named(to, quantize)
+    format_ = format_named(to, quantize)
     with preserved_random_state(), torch.no_grad():
         seed_everything(spec.data.seed)
         workload = load_workload(_with_batch_size(spec))
@@ -137,11 +134,13 @@ def export_spec(spec: Spec, to: str, quantize: bool = False) -> Exported:
                 difference(output, model(*arguments), images)
                 for (images, output), (_, arguments) in zip(before, cases, strict=True)
             )
-        written, run, fixed = _export(exporter, model, cases, fixed)
-        found = tuple(_checked(exporter, model, run, cases, fixed)) if run else ()
+        written, run, fixed = _export(format_, model, cases, fixed)
+        found = tuple(_checked(to, model, run, cases, fixed)) if run else ()
     notes = [*workload.notes, *written.notes]
     if run is None:
-        notes.append(f"The outputs were not checked, because onnxruntime, which runs {to} files, is not installed.")
+        notes.append(
+            f"The outputs were not checked, because {format_.runtime}, which runs {to} files, is not installed."
+        )
     return Exported(to, workload.model_name, workload.checkpoint, written.content, found, changes, tuple(notes))
 
 
@@ -192,39 +191,40 @@ def _other_sizes(batches: Sequence[Any]) -> Iterator[Any]:
 
 
 def _export(
-    exporter: Exporter, model: nn.Module, cases: Sequence[tuple[int, Arguments]], fixed: bool
+    format_: ExportFormat, model: nn.Module, cases: Sequence[tuple[int, Arguments]], fixed: bool
 ) -> tuple[Written, Run | None, bool]:
     """The file, a function that runs it, and whether it accepts only the batch size of the example."""
     images, example = cases[0]
+    exporter = exporter_of(format_)
+    runs = not format_.runtime or is_installed(format_.runtime)
     if not fixed:
         # A graph can fix the size in many ways, with as many errors of torch; all mean that it accepts only one size.
         with suppress(Exception):
-            return *_flexible(exporter, model, cases), False
-    written = _fixed(exporter, model, example)
+            return *_flexible(exporter, runs, model, cases), False
+    written = _fixed(exporter, format_.name, model, example)
     note = f"The file accepts only batches of {images} samples, because the model fixes its batch size."
-    return replace(written, notes=(*written.notes, note)), exporter.read(written.content), True
+    return replace(written, notes=(*written.notes, note)), exporter.read(written.content) if runs else None, True
 
 
 def _flexible(
-    exporter: Exporter, model: nn.Module, cases: Sequence[tuple[int, Arguments]]
+    exporter: Exporter, runs: bool, model: nn.Module, cases: Sequence[tuple[int, Arguments]]
 ) -> tuple[Written, Run | None]:
     """A file that accepts batches of any size, tested on the given ones."""
     images, example = cases[0]
     written = _written(exporter, model, example, shapes_of(example, images))
-    run = exporter.read(written.content)
+    run = exporter.read(written.content) if runs else None
     if run is not None:
         for _, arguments in cases:
             run(arguments)
     return written, run
 
 
-def _fixed(exporter: Exporter, model: nn.Module, example: Arguments) -> Written:
+def _fixed(exporter: Exporter, to: str, model: nn.Module, example: Arguments) -> Written:
     try:
         return _written(exporter, model, example, None)
     except Exception as error:
         raise RepairError(
-            f"{type(model).__name__} could not be exported as {exporter.name} ({root_cause(error)})."
-            " Another format may do (--to)."
+            f"{type(model).__name__} could not be exported as {to} ({root_cause(error)}). Another format may do (--to)."
         ) from error
 
 
@@ -247,7 +247,7 @@ def _unlogged() -> Iterator[None]:
 
 
 def _checked(
-    exporter: Exporter, model: nn.Module, run: Run, cases: Sequence[tuple[int, Arguments]], fixed: bool
+    to: str, model: nn.Module, run: Run, cases: Sequence[tuple[int, Arguments]], fixed: bool
 ) -> Iterator[Difference]:
     """Compare the file with the model on every batch that it accepts."""
     for images, arguments in cases:
@@ -256,5 +256,5 @@ def _checked(
         try:
             found = run(arguments)
         except RuntimeError as error:
-            raise RepairError(f"The {exporter.name} file cannot be run on {images} samples: {error}") from error
+            raise RepairError(f"The {to} file cannot be run on {images} samples: {error}") from error
         yield difference(model(*arguments), found, images)
