@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from bnprobe.config.spec import RuleExemption, RulesSpec, matches_any
 from bnprobe.records import EXEMPT, SOURCES, Cause, Diagnosis, Layer, Report, Severity, Verdict
 from bnprobe.rules import RULES, Rule
-from bnprobe.rules.evidence import Facts
+from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link
 from bnprobe.rules.selection import fits, selected
 from bnprobe.rules.shares import SHARES

@@ -21,7 +21,7 @@ from bnprobe.errors import NonFiniteError, NothingToProbeError, is_library_file
 from bnprobe.loading.model import user_code
 from bnprobe.measure.norms import NormFamily, NormInfo, family_of, lookalike_reason
 from bnprobe.records import SkippedLayer
-from bnprobe.rules.evidence import Anatomy
+from bnprobe.rules.facts import Anatomy
 
 ROOT = "(root)"
 """Name of the root module if it is itself a norm layer; its qualified name is empty."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bnprobe.records import Cause, FreeRemedy, Layer, Outcome, Severity, Verdict
-from bnprobe.rules.evidence import Anatomy, Facts, Need
+from bnprobe.rules.facts import Anatomy, Facts, Need
 
 SECTIONS = ("What", "Why", "Example", "Remedy", "Reference")
 """The headings of every rule's docstring, which is its manual, in order."""

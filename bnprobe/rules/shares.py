@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from bnprobe.numbers import number, percent
 from bnprobe.records import SOURCES, Cause, Interval, Layer, Verdict
-from bnprobe.rules.evidence import Facts, Need
+from bnprobe.rules.facts import Facts, Need
 from bnprobe.rules.interface import Rule
 from bnprobe.stats.theory import mismatch_iid
 
