@@ -218,6 +218,12 @@ def hashes(state):
             for name, value in sorted(state.items())}
 
 
+def as_json(report):
+    # JSON leaves out the results of other packages' statistics where there are none.
+    return dataclasses.asdict(
+        report, dict_factory=lambda items: {key: value for key, value in items if key != "statistics" or value})
+
+
 def trained():
     network = digits.load_model()
     network.load_state_dict(load_file("digits/batch2.safetensors"))
@@ -231,9 +237,9 @@ def batches(size=2):
 found = {}
 network = trained()
 report = bnprobe.scan(network, batches(), batch_size=2)
-found["report"] = dataclasses.asdict(report)
+found["report"] = as_json(report)
 found["untouched"] = hashes(network.state_dict())
-found["further"] = dataclasses.asdict(bnprobe.scan(
+found["further"] = as_json(bnprobe.scan(
     network, batches(), batch_size=2, num_batches=24, device="cpu", thresholds={"*": 16},
     evaluation=digits.load_eval_data(2), loss=digits.loss, metric=digits.metric, what_if=True, train_steps=4,
     optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), gradients=True))

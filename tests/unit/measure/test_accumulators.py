@@ -17,6 +17,7 @@ from bnprobe.measure.accumulators import (
     CorrectionR,
     LayerMismatch,
     Mismatch,
+    SamplePool,
     Statistic,
     Step,
 )
@@ -157,6 +158,23 @@ def test_images_left_over_wait_for_the_next_step(size: int, steps: list[int], se
     assert path.layer_sums()[0].count == whole // size
     assert path.layer_sums()[0].total == pytest.approx(expected.mismatch((0, 0)).total, rel=1e-12)
     assert path.layer_sums()[0].square == pytest.approx(expected.mismatch((0, 0)).square, rel=1e-12)
+
+
+def test_every_sample_has_the_same_chance_to_stay_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 of 32 samples, of micro-batches of 4; the number of pools that hold a sample is binomial."""
+    monkeypatch.setattr("bnprobe.measure.accumulators.POOL_SAMPLES", 8)
+    (layer,) = layers(1)
+    mean, variance = statistics(32, 1)
+    pools, held = 80, np.zeros(32, dtype=int)
+    for seed in range(pools):
+        path = new(seed=seed)
+        for means, variances in zip(mean.split(16), variance.split(16), strict=True):
+            path.add({(0, 0): record(means, variances, unit=1)}, (layer,))
+        numbers = path[SamplePool].number
+        assert len(set(numbers)) == 8
+        held[numbers] += 1
+    expected, deviation = pools / 4, (pools * 1 / 4 * 3 / 4) ** 0.5
+    assert np.abs(held - expected).max() < 4 * deviation
 
 
 def test_steps_that_make_other_calls_are_merged() -> None:
