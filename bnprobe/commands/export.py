@@ -37,31 +37,6 @@ from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.session import default_forward, forward_all
 from bnprobe.records import Difference
 
-
-def difference(expected: Any, found: Any, images: int) -> Difference:
-    """Compare outputs tensor by tensor, in any nested structure."""
-    one, other = tensors_of(expected), tensors_of(found)
-    if not one or len(one) != len(other):
-        return Difference(images, math.inf, math.inf)
-    parts = [_apart(left, right) for left, right in zip(one, other, strict=True)]
-    return Difference(images, max(part[0] for part in parts), max(part[1] for part in parts))
-
-
-def _apart(expected: Tensor, found: Tensor) -> tuple[float, float]:
-    if expected.shape != found.shape:
-        return math.inf, math.inf
-    if expected.numel() == 0:
-        return 0.0, 0.0
-    one, other = expected.detach().double(), found.detach().double()
-    same = (one == other) | (one.isnan() & other.isnan())  # equal infinities are no difference
-    gap = torch.where(same, 0.0, (one - other).abs())
-    if not bool(torch.isfinite(gap).all()):
-        return math.inf, math.inf
-    absolute = float(gap.max())
-    largest = float(one.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max())
-    return absolute, absolute / largest if largest else (math.inf if absolute else 0.0)
-
-
 BATCHES = 3
 """Batches of the user's data to check the file on, in addition to one of another size and one of a single sample."""
 
@@ -97,22 +72,6 @@ class Exported:
         return max((each.relative for each in self.differences), default=0.0)
 
 
-def format_named(name: str, quantize: bool) -> ExportFormat:
-    """Look up an export format.
-
-    Raises:
-        UsageError: The format is unknown, its packages are missing, or it cannot store a quantized model.
-    """
-    found = EXPORTERS[name]
-    missing = [package for package in found.packages if not is_installed(package)]
-    if missing:
-        raise UsageError(f"--to {name} needs {' and '.join(missing)}. Run: pip install {' '.join(missing)}.")
-    if quantize and not found.takes_quantized:
-        able = next(each.name for each in EXPORTERS if each.takes_quantized)
-        raise UsageError(f"--quantize uses kernels that {name} cannot store; give --to {able}, or leave it out.")
-    return found
-
-
 def export_spec(spec: Spec, to: str, quantize: bool = False) -> Exported:
     """Load what a spec names, export it in eval mode from the CPU, and check the file.
 
@@ -142,6 +101,22 @@ def export_spec(spec: Spec, to: str, quantize: bool = False) -> Exported:
             f"The outputs were not checked, because {format_.runtime}, which runs {to} files, is not installed."
         )
     return Exported(to, workload.model_name, workload.checkpoint, written.content, found, changes, tuple(notes))
+
+
+def format_named(name: str, quantize: bool) -> ExportFormat:
+    """Look up an export format.
+
+    Raises:
+        UsageError: The format is unknown, its packages are missing, or it cannot store a quantized model.
+    """
+    found = EXPORTERS[name]
+    missing = [package for package in found.packages if not is_installed(package)]
+    if missing:
+        raise UsageError(f"--to {name} needs {' and '.join(missing)}. Run: pip install {' '.join(missing)}.")
+    if quantize and not found.takes_quantized:
+        able = next(each.name for each in EXPORTERS if each.takes_quantized)
+        raise UsageError(f"--quantize uses kernels that {name} cannot store; give --to {able}, or leave it out.")
+    return found
 
 
 def _with_batch_size(spec: Spec) -> Spec:
@@ -258,3 +233,27 @@ def _checked(
         except RuntimeError as error:
             raise RepairError(f"The {to} file cannot be run on {images} samples: {error}") from error
         yield difference(model(*arguments), found, images)
+
+
+def difference(expected: Any, found: Any, images: int) -> Difference:
+    """Compare outputs tensor by tensor, in any nested structure."""
+    one, other = tensors_of(expected), tensors_of(found)
+    if not one or len(one) != len(other):
+        return Difference(images, math.inf, math.inf)
+    parts = [_apart(left, right) for left, right in zip(one, other, strict=True)]
+    return Difference(images, max(part[0] for part in parts), max(part[1] for part in parts))
+
+
+def _apart(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    if expected.shape != found.shape:
+        return math.inf, math.inf
+    if expected.numel() == 0:
+        return 0.0, 0.0
+    one, other = expected.detach().double(), found.detach().double()
+    same = (one == other) | (one.isnan() & other.isnan())  # equal infinities are no difference
+    gap = torch.where(same, 0.0, (one - other).abs())
+    if not bool(torch.isfinite(gap).all()):
+        return math.inf, math.inf
+    absolute = float(gap.max())
+    largest = float(one.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max())
+    return absolute, absolute / largest if largest else (math.inf if absolute else 0.0)
