@@ -197,7 +197,7 @@ def test_the_help_knows_the_package_without_importing_torch(installed: Path, sit
     path = os.pathsep.join([str(installed), *sys.path])
     code = (
         "import sys; from bnprobe.cli.app import app; app(['convert', '--help'], standalone_mode=False);"
-        "sys.exit('torch' in sys.modules)"
+        "app(['export', '--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(
@@ -210,6 +210,7 @@ def test_the_help_knows_the_package_without_importing_torch(installed: Path, sit
     assert (done.returncode, done.stderr) == (0, "")
     assert "json|github" in done.stdout
     assert "filter-response*: the mean square of each channel of one sample" in done.stdout
+    assert "core-aten (.core.pt2): torch.export, with the core ATen operators only" in done.stdout
 
 
 def test_a_row_for_the_length_of_a_block(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
