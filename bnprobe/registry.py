@@ -1,4 +1,4 @@
-"""Registries: the one table each of rules, repair targets, norm families, statistics and report formats.
+"""Registries: one table each of rules, report formats, repair targets, export formats, norm families and statistics.
 
 Whatever needs to know which rows there are (the command line, its help, the schema, reports, the documentation) reads
 the registry. Other packages add rows through an entry point, which is read when the registry is first used:
@@ -14,7 +14,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Generic, TypeVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from bnprobe.errors import BnprobeError, UsageError
 
@@ -123,3 +124,18 @@ class Registry(Generic[Row]):
                 f'The {self.noun} "{entry_point.name}" of the entry-point group {self.group}'
                 f" ({entry_point.value}) cannot be loaded: {type(error).__name__}: {error}"
             ) from error
+
+
+def load_code(location: str, what: str, error: type[BnprobeError]) -> Any:
+    """Make the object that does the work of a row, for rows that are read without importing torch.
+
+    Args:
+        location: Its class, as ``"package.module:CLASS"``.
+        what: What is loaded, for the message: ``'The conversion of the repair target "frozen"'``.
+        error: What is raised if it cannot be loaded.
+    """
+    module, _, attribute = location.partition(":")
+    try:
+        return getattr(import_module(module), attribute)()
+    except Exception as cause:  # the code of another package
+        raise error(f"{what} ({location}) cannot be loaded: {type(cause).__name__}: {cause}") from cause

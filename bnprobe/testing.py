@@ -25,7 +25,7 @@ from bnprobe.records import (
     Verdict,
 )
 from bnprobe.rules import RULES
-from bnprobe.rules.evidence import Anatomy, Facts
+from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.selection import check_code
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
 
@@ -59,7 +59,7 @@ def make_evidence(
         anatomy: What the layers are set to; None: an ordinary trained layer for each of ``layers``.
         batch_size: Samples in a micro-batch.
         synthetic: Whether the samples are synthetic.
-        **changes: Other fields of ``bnprobe.rules.evidence.Facts``.
+        **changes: Other fields of ``bnprobe.rules.facts.Facts``.
     """
     if anatomy is None:
         anatomy = [make_anatomy(layer.name, channels=layer.channels) for layer in layers]
@@ -69,7 +69,7 @@ def make_evidence(
 
 
 def make_anatomy(name: str = "bn", **changes: Any) -> Anatomy:
-    """An ordinary trained layer; ``changes`` are fields of ``bnprobe.rules.evidence.Anatomy``."""
+    """An ordinary trained layer; ``changes`` are fields of ``bnprobe.rules.facts.Anatomy``."""
     usual = {
         "name": name,
         "location": None,

@@ -20,11 +20,13 @@ from pydantic_core import PydanticUndefined
 from bnprobe.cli.app import app
 from bnprobe.cli.options import complete_help
 from bnprobe.config.spec import Spec
+from bnprobe.config.targets import DEFAULT_TARGET, TARGETS
 from bnprobe.rules import RULES
 from bnprobe.rules.docs import pages as rule_pages
 
 REPOSITORY = Path(__file__).parents[1]
 SCHEMAS = REPOSITORY / "bnprobe" / "report"
+TARGETS_HERE = "<!-- made from bnprobe.config.targets: the table of repair targets -->"
 BENCHMARKS = ("README.md", "faults/README.md", "faults/RESULTS.md", "repairs/README.md", "repairs/RESULTS.md")
 
 
@@ -48,6 +50,11 @@ def on_files(files: Any, config: Any) -> Any:
             files.remove(files.src_uris[path])
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the table of repair targets where a page asks for it."""
+    return markdown.replace(TARGETS_HERE, targets())
 
 
 def on_post_build(config: Any) -> None:
@@ -107,6 +114,17 @@ def home() -> str:
     """README.md, with links as they are from inside docs/."""
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     return text.replace("](docs/", "](").replace('src="docs/', 'src="')
+
+
+def targets() -> str:
+    """What a layer can be converted to, from the registry."""
+    rows = [
+        f"| `{each.name}`{' (default)' if each.name == DEFAULT_TARGET else ''} | {each.summary} "
+        f"| {'the same' if each.agrees else 'running statistics'} | {'yes' if each.deploys else 'no'} | {each.advice} |"
+        for each in TARGETS
+    ]
+    head = ["| `--to` | in training | at inference | deploys as plain BN | when |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows])
 
 
 def command_line() -> str:

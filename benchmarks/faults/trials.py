@@ -17,7 +17,7 @@ from bnprobe.config.spec import RulesSpec
 from bnprobe.errors import BnprobeError
 from bnprobe.measure.layers import anatomy, find_layers
 from bnprobe.records import Diagnosis, Verdict
-from bnprobe.rules.evidence import Facts
+from bnprobe.rules.facts import Facts
 
 SEEDS = (0, 3, 4, 5)
 """Of the networks that faults are planted in. The first run, with seeds 0 to 2, was looked at to mend the rules."""

@@ -18,9 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bnprobe.config.spec import RuleExemption, RulesSpec, matches_any
-from bnprobe.records import EXEMPT, Cause, Diagnosis, Layer, LintReport, Report, Severity, Verdict
+from bnprobe.records import EXEMPT, SOURCES, Cause, Diagnosis, Layer, LintReport, Report, Severity, Verdict
 from bnprobe.rules import RULES, Rule
-from bnprobe.rules.evidence import Facts
+from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link
 from bnprobe.rules.selection import fits, selected
 from bnprobe.rules.shares import SHARES
@@ -29,9 +29,6 @@ Group = tuple[str, ...]
 """Names of the layers of one diagnosis, in network order."""
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
-
-_ADDING = (*SHARES, "data_shift")
-"""The shares that measured causes have in a layer's mismatch."""
 
 _Key = tuple[str, str | None]
 """Rule and layer."""
@@ -227,9 +224,9 @@ class _Finding:
 
 def _fraction_of(layer: Layer, causes: set[Cause]) -> float | None:
     """The fraction of causes in what adds to the mismatch of a layer; None without shares, or for other causes."""
-    if layer.shares is None or not causes & set(_ADDING):
+    if layer.shares is None or not causes & {source.field for source in SOURCES}:
         return None
-    shares = {cause: max(getattr(layer.shares, cause) or 0.0, 0.0) for cause in _ADDING}
+    shares = {source.field: max(source.of(layer.shares) or 0.0, 0.0) for source in SOURCES}
     total = sum(shares.values())
     return sum(value for cause, value in shares.items() if cause in causes) / total if total > 0 else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 EXPORT = "Export"
 
 
-ExportFormat = Literal["torch-export", "torchscript", "onnx"]
+def _export_format(name: str) -> str:
+    from bnprobe.config.exporters import EXPORTERS
 
-SUFFIXES: dict[ExportFormat, str] = {"torch-export": ".pt2", "torchscript": ".pt", "onnx": ".onnx"}
-"""File name suffix of each format."""
+    return options.row_name(EXPORTERS, name)
 
 
 def export(
@@ -32,7 +32,8 @@ def export(
     input_shape: options.InputShape = None,
     seed: options.Seed = None,
     to: Annotated[
-        ExportFormat, options.option(EXPORT, "--to", "torch-export, torchscript or onnx.", "NAME")
+        str,
+        typer.Option("--to", help="Format of the file.", rich_help_panel=EXPORT, metavar="NAME", parser=_export_format),
     ] = "torch-export",
     quantize: Annotated[
         bool, options.option(EXPORT, "--quantize", "Quantize to 8 bits with torch.ao, calibrated on the data.")
@@ -94,10 +95,12 @@ def export(
     raise typer.Exit(EXIT_CLEAN if agrees else EXIT_FINDINGS)
 
 
-def _default(spec: Spec, to: ExportFormat) -> Path:
+def _default(spec: Spec, to: str) -> Path:
+    from bnprobe.config.exporters import EXPORTERS
+
     if spec.checkpoint.path is None:
         raise UsageError("export writes a file: give -o FILE, or a --checkpoint to name the file after.")
-    return Path(spec.checkpoint.path).with_suffix(SUFFIXES[to])
+    return Path(spec.checkpoint.path).with_suffix(EXPORTERS[to].suffix)
 
 
 def _export(spec: Spec, to: str, quantize: bool) -> Exported:

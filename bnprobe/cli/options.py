@@ -9,11 +9,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from bnprobe.errors import UsageError
+
+if TYPE_CHECKING:
+    from bnprobe.registry import Registry
 
 
 def format_name(name: str) -> str:
@@ -24,10 +27,20 @@ def format_name(name: str) -> str:
     """
     from bnprobe.report import FORMATS
 
+    return row_name(FORMATS, name)
+
+
+def row_name(registry: Registry[Any], name: str) -> str:
+    """The name of a row, as an option takes it.
+
+    Raises:
+        typer.BadParameter: There is no such row.
+    """
     try:
-        return FORMATS[name].name
+        registry[name]
     except UsageError as error:
         raise typer.BadParameter(str(error)) from None
+    return name
 
 
 def complete_help(command: Any) -> None:
@@ -47,6 +60,12 @@ def complete_help(command: Any) -> None:
         options["to"].help = f"{', '.join(names)}; {AUTO}: the one that does best in a short training run."
         rows = [f"{each.name}{'' if each.deploys else '*'}: {each.summary}" for each in TARGETS]
         command.epilog = "\n\n".join(["What layers normalize with in training (* does not deploy as plain BN):", *rows])
+    if command.name == "export":
+        from bnprobe.config.exporters import EXPORTERS
+
+        options["to"].help = f"{', '.join(EXPORTERS.names())}."
+        files = [f"{each.name} ({each.suffix}): {each.summary}" for each in EXPORTERS]
+        command.epilog = "\n\n".join(["How the file is made:", *files])
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bnprobe.cli import options
+from bnprobe.config import StatisticsPath
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS
 
 if TYPE_CHECKING:
@@ -15,10 +16,6 @@ if TYPE_CHECKING:
     from bnprobe.config.spec import Spec
 
 RECALIBRATION = "Recalibration"
-
-
-StatisticsPath = Literal["train", "eval"]
-"""What earlier layers normalize with while the statistics of a layer are computed."""
 
 
 def recalibrate(

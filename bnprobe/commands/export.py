@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.commands.exporters import (
-    EXPORTERS,
     Arguments,
     Exporter,
     Run,
     Written,
     arguments_of,
+    exporter_of,
     is_installed,
     quantized,
     root_cause,
     shapes_of,
 )
+from bnprobe.config.exporters import EXPORTERS, ExportFormat
 from bnprobe.config.spec import Spec
 from bnprobe.errors import RepairError, UsageError, UserCodeError
 from bnprobe.loading.workload import Workload, load_workload
@@ -34,33 +35,6 @@ from bnprobe.measure.batch import CannotEmulateError, check_finite, count_images
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.session import default_forward, forward_all
 from bnprobe.records import Difference
-
-__all__ = ["EXPORTERS", "Exported", "Exporter", "export_spec"]
-
-
-def difference(expected: Any, found: Any, images: int) -> Difference:
-    """Compare outputs tensor by tensor, in any nested structure."""
-    one, other = tensors_of(expected), tensors_of(found)
-    if not one or len(one) != len(other):
-        return Difference(images, math.inf, math.inf)
-    parts = [_apart(left, right) for left, right in zip(one, other, strict=True)]
-    return Difference(images, max(part[0] for part in parts), max(part[1] for part in parts))
-
-
-def _apart(expected: Tensor, found: Tensor) -> tuple[float, float]:
-    if expected.shape != found.shape:
-        return math.inf, math.inf
-    if expected.numel() == 0:
-        return 0.0, 0.0
-    one, other = expected.detach().double(), found.detach().double()
-    same = (one == other) | (one.isnan() & other.isnan())  # equal infinities are no difference
-    gap = torch.where(same, 0.0, (one - other).abs())
-    if not bool(torch.isfinite(gap).all()):
-        return math.inf, math.inf
-    absolute = float(gap.max())
-    largest = float(one.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max())
-    return absolute, absolute / largest if largest else (math.inf if absolute else 0.0)
-
 
 BATCHES = 3
 """Batches of the user's data to check the file on, in addition to one of another size and one of a single sample."""
@@ -97,24 +71,6 @@ class Exported:
         return max((each.relative for each in self.differences), default=0.0)
 
 
-def exporter_named(name: str, quantize: bool) -> Exporter:
-    """Look up an export format.
-
-    Raises:
-        UsageError: The format is unknown, its packages are missing, or it cannot store a quantized model.
-    """
-    found = next((exporter for exporter in EXPORTERS if exporter.name == name), None)
-    if found is None:
-        raise UsageError(f"Unknown export format {name}; known: {', '.join(e.name for e in EXPORTERS)}.")
-    missing = [package for package in found.packages if not is_installed(package)]
-    if missing:
-        raise UsageError(f"--to {name} needs {' and '.join(missing)}. Run: pip install {' '.join(missing)}.")
-    if quantize and not found.takes_quantized:
-        able = next(exporter.name for exporter in EXPORTERS if exporter.takes_quantized)
-        raise UsageError(f"--quantize uses kernels that {name} cannot store; give --to {able}, or leave it out.")
-    return found
-
-
 def export_spec(spec: Spec, to: str, quantize: bool = False) -> Exported:
     """Load what a spec names, export it in eval mode from the CPU, and check the file.
 
@@ -122,7 +78,7 @@ def export_spec(spec: Spec, to: str, quantize: bool = False) -> Exported:
         RepairError: The model cannot be exported, or the file cannot be run.
         BnprobeError: See ``bnprobe.errors`` for the tree.
     """
-    exporter = exporter_named(to, quantize)
+    format_ = format_named(to, quantize)
     with preserved_random_state(), torch.no_grad():
         seed_everything(spec.data.seed)
         workload = load_workload(_with_batch_size(spec))
@@ -136,12 +92,30 @@ def export_spec(spec: Spec, to: str, quantize: bool = False) -> Exported:
                 difference(output, model(*arguments), images)
                 for (images, output), (_, arguments) in zip(before, cases, strict=True)
             )
-        written, run, fixed = _export(exporter, model, cases, fixed)
-        found = tuple(_checked(exporter, model, run, cases, fixed)) if run else ()
+        written, run, fixed = _export(format_, model, cases, fixed)
+        found = tuple(_checked(to, model, run, cases, fixed)) if run else ()
     notes = [*workload.notes, *written.notes]
     if run is None:
-        notes.append(f"The outputs were not checked, because onnxruntime, which runs {to} files, is not installed.")
+        notes.append(
+            f"The outputs were not checked, because {format_.runtime}, which runs {to} files, is not installed."
+        )
     return Exported(to, workload.model_name, workload.checkpoint, written.content, found, changes, tuple(notes))
+
+
+def format_named(name: str, quantize: bool) -> ExportFormat:
+    """Look up an export format.
+
+    Raises:
+        UsageError: The format is unknown, its packages are missing, or it cannot store a quantized model.
+    """
+    found = EXPORTERS[name]
+    missing = [package for package in found.packages if not is_installed(package)]
+    if missing:
+        raise UsageError(f"--to {name} needs {' and '.join(missing)}. Run: pip install {' '.join(missing)}.")
+    if quantize and not found.takes_quantized:
+        able = next(each.name for each in EXPORTERS if each.takes_quantized)
+        raise UsageError(f"--quantize uses kernels that {name} cannot store; give --to {able}, or leave it out.")
+    return found
 
 
 def _with_batch_size(spec: Spec) -> Spec:
@@ -191,39 +165,40 @@ def _other_sizes(batches: Sequence[Any]) -> Iterator[Any]:
 
 
 def _export(
-    exporter: Exporter, model: nn.Module, cases: Sequence[tuple[int, Arguments]], fixed: bool
+    format_: ExportFormat, model: nn.Module, cases: Sequence[tuple[int, Arguments]], fixed: bool
 ) -> tuple[Written, Run | None, bool]:
     """The file, a function that runs it, and whether it accepts only the batch size of the example."""
     images, example = cases[0]
+    exporter = exporter_of(format_)
+    runs = not format_.runtime or is_installed(format_.runtime)
     if not fixed:
         # A graph can fix the size in many ways, with as many errors of torch; all mean that it accepts only one size.
         with suppress(Exception):
-            return *_flexible(exporter, model, cases), False
-    written = _fixed(exporter, model, example)
+            return *_flexible(exporter, runs, model, cases), False
+    written = _fixed(exporter, format_.name, model, example)
     note = f"The file accepts only batches of {images} samples, because the model fixes its batch size."
-    return replace(written, notes=(*written.notes, note)), exporter.read(written.content), True
+    return replace(written, notes=(*written.notes, note)), exporter.read(written.content) if runs else None, True
 
 
 def _flexible(
-    exporter: Exporter, model: nn.Module, cases: Sequence[tuple[int, Arguments]]
+    exporter: Exporter, runs: bool, model: nn.Module, cases: Sequence[tuple[int, Arguments]]
 ) -> tuple[Written, Run | None]:
     """A file that accepts batches of any size, tested on the given ones."""
     images, example = cases[0]
     written = _written(exporter, model, example, shapes_of(example, images))
-    run = exporter.read(written.content)
+    run = exporter.read(written.content) if runs else None
     if run is not None:
         for _, arguments in cases:
             run(arguments)
     return written, run
 
 
-def _fixed(exporter: Exporter, model: nn.Module, example: Arguments) -> Written:
+def _fixed(exporter: Exporter, to: str, model: nn.Module, example: Arguments) -> Written:
     try:
         return _written(exporter, model, example, None)
     except Exception as error:
         raise RepairError(
-            f"{type(model).__name__} could not be exported as {exporter.name} ({root_cause(error)})."
-            " Another format may do (--to)."
+            f"{type(model).__name__} could not be exported as {to} ({root_cause(error)}). Another format may do (--to)."
         ) from error
 
 
@@ -246,7 +221,7 @@ def _unlogged() -> Iterator[None]:
 
 
 def _checked(
-    exporter: Exporter, model: nn.Module, run: Run, cases: Sequence[tuple[int, Arguments]], fixed: bool
+    to: str, model: nn.Module, run: Run, cases: Sequence[tuple[int, Arguments]], fixed: bool
 ) -> Iterator[Difference]:
     """Compare the file with the model on every batch that it accepts."""
     for images, arguments in cases:
@@ -255,5 +230,29 @@ def _checked(
         try:
             found = run(arguments)
         except RuntimeError as error:
-            raise RepairError(f"The {exporter.name} file cannot be run on {images} samples: {error}") from error
+            raise RepairError(f"The {to} file cannot be run on {images} samples: {error}") from error
         yield difference(model(*arguments), found, images)
+
+
+def difference(expected: Any, found: Any, images: int) -> Difference:
+    """Compare outputs tensor by tensor, in any nested structure."""
+    one, other = tensors_of(expected), tensors_of(found)
+    if not one or len(one) != len(other):
+        return Difference(images, math.inf, math.inf)
+    parts = [_apart(left, right) for left, right in zip(one, other, strict=True)]
+    return Difference(images, max(part[0] for part in parts), max(part[1] for part in parts))
+
+
+def _apart(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    if expected.shape != found.shape:
+        return math.inf, math.inf
+    if expected.numel() == 0:
+        return 0.0, 0.0
+    one, other = expected.detach().double(), found.detach().double()
+    same = (one == other) | (one.isnan() & other.isnan())  # equal infinities are no difference
+    gap = torch.where(same, 0.0, (one - other).abs())
+    if not bool(torch.isfinite(gap).all()):
+        return math.inf, math.inf
+    absolute = float(gap.max())
+    largest = float(one.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max())
+    return absolute, absolute / largest if largest else (math.inf if absolute else 0.0)

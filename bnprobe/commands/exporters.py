@@ -1,4 +1,4 @@
-"""The formats that a model can be exported to, one class each, and the quantization to 8 bits."""
+"""How files of each export format are written and read, one class each, and the quantization to 8 bits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.jit._trace import TracerWarning
 
-from bnprobe.errors import RepairError, is_library_file
+from bnprobe.config.exporters import ExportFormat
+from bnprobe.errors import RepairError, UsageError, is_library_file
 from bnprobe.loading.model import BatchFunction
 from bnprobe.measure.batch import copy_tensors, map_leaves, tensors_of
 from bnprobe.measure.session import describe_call, model_code
+from bnprobe.registry import load_code
 
 Arguments = tuple[Any, ...]
 """Positional arguments of the model's ``forward``: tensors, or nested structures of them."""
@@ -39,23 +41,7 @@ class Written:
 
 
 class Exporter(Protocol):
-    """One export format."""
-
-    @property
-    def name(self) -> str:
-        """Name of the format, as for ``--to``."""
-
-    @property
-    def suffix(self) -> str:
-        """Suffix of file names, with the dot."""
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """Packages that must be installed in addition to torch."""
-
-    @property
-    def takes_quantized(self) -> bool:
-        """Whether a model quantized by torch.ao can be written."""
+    """Writes and reads the files of one export format."""
 
     def write(self, model: nn.Module, arguments: Arguments, shapes: Arguments | None) -> Written:
         """Return the content of the file for a model in eval mode on the CPU.
@@ -72,8 +58,18 @@ class Exporter(Protocol):
             Exception: Anything that torch raises if the model cannot be exported.
         """
 
-    def read(self, content: bytes) -> Run | None:
-        """Load the file as a program would; None if no package that can run it is installed."""
+    def read(self, content: bytes) -> Run:
+        """Load the file as a program would."""
+
+
+def exporter_of(format_: ExportFormat) -> Exporter:
+    """Import the exporter of a format.
+
+    Raises:
+        UsageError: It cannot be imported.
+    """
+    exporter: Exporter = load_code(format_.exporter, f'The exporter of the export format "{format_.name}"', UsageError)
+    return exporter
 
 
 def root_cause(error: BaseException) -> str:
@@ -144,11 +140,6 @@ def shapes_of(arguments: Arguments, images: int) -> Arguments:
 class OnnxExporter:
     """``torch.onnx.export`` based on torch.export; checked with ONNX Runtime."""
 
-    name = "onnx"
-    suffix = ".onnx"
-    packages = ("onnx", "onnxscript")
-    takes_quantized = False
-
     def write(self, model: nn.Module, arguments: Arguments, shapes: Arguments | None) -> Written:
         with _quietly():
             program = torch.onnx.export(
@@ -157,9 +148,7 @@ class OnnxExporter:
             assert program is not None  # always so with dynamo=True
             return Written(program.model_proto.SerializeToString())  # one file, including the weights
 
-    def read(self, content: bytes) -> Run | None:
-        if not is_installed("onnxruntime"):
-            return None
+    def read(self, content: bytes) -> Run:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -240,11 +229,6 @@ def _converted(model: nn.Module, batches: Sequence[Arguments]) -> nn.Module:
 class TorchExporter:
     """``torch.export.export`` and ``torch.export.save``."""
 
-    name = "torch-export"
-    suffix = ".pt2"
-    packages: tuple[str, ...] = ()
-    takes_quantized = False
-
     def write(self, model: nn.Module, arguments: Arguments, shapes: Arguments | None) -> Written:
         buffer = io.BytesIO()
         torch.export.save(torch.export.export(model, arguments, dynamic_shapes=shapes), buffer)
@@ -261,11 +245,6 @@ class TorchExporter:
 
 class TorchScriptExporter:
     """``torch.jit.trace``, or ``torch.jit.script`` if a trace would freeze a branch that depends on the data."""
-
-    name = "torchscript"
-    suffix = ".pt"
-    packages: tuple[str, ...] = ()
-    takes_quantized = True
 
     def write(self, model: nn.Module, arguments: Arguments, shapes: Arguments | None) -> Written:
         buffer = io.BytesIO()
@@ -308,7 +287,3 @@ def _undeprecated() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
         yield
-
-
-EXPORTERS: tuple[Exporter, ...] = (TorchExporter(), TorchScriptExporter(), OnnxExporter())
-"""All export formats. A new one takes one file and one line here."""

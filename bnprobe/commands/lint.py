@@ -15,7 +15,7 @@ from bnprobe.loading.workload import load_model_only
 from bnprobe.measure.layers import anatomy, find_layers
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.records import LintReport, Tool
-from bnprobe.rules.evidence import Facts
+from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import model_rules
 
 

@@ -19,6 +19,7 @@ from bnprobe._version import __version__
 from bnprobe.analysis.comparison import AS_IS, RECALIBRATED, estimate, make_arm, verdict
 from bnprobe.commands.held_out import HeldOut
 from bnprobe.commands.scan import environment, scan_workload, whole
+from bnprobe.config import StatisticsPath
 from bnprobe.config.load import settings_from
 from bnprobe.config.spec import ScanSettings, Spec, matches_any
 from bnprobe.errors import NonFiniteError, NothingToProbeError, RepairError, UsageError
@@ -34,9 +35,6 @@ from bnprobe.measure.session import Progress, Session, UserFunctions, device_nam
 from bnprobe.numbers import listed
 from bnprobe.records import SCHEMA_VERSION, Arm, Conclusion, Estimate, Proof, RepairRecord, Report, Run, Score, Tool
 from bnprobe.repairs import left_out, on_host
-
-StatisticsPath = Literal["train", "eval"]
-"""What earlier layers normalize with while a layer is recalibrated: batch statistics, or new running statistics."""
 
 
 @dataclass(frozen=True)

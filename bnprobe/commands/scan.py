@@ -57,7 +57,7 @@ from bnprobe.records import (
     Tool,
     Updates,
 )
-from bnprobe.rules.evidence import Anatomy, Facts
+from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.stats.composition import regrouped_batches
 
 IMPACT_BYTES = 2**27

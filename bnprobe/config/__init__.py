@@ -1,1 +1,9 @@
 """What the user asked for: the spec, and where its values come from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# Here and not in the spec, which takes longer to import than `bnprobe --help` has to spare.
+StatisticsPath = Literal["train", "eval"]
+"""What earlier layers normalize with while a layer is recalibrated: batch statistics, or new running statistics."""

@@ -24,6 +24,7 @@ class Target:
         name: The name after ``--to``.
         summary: What its layers normalize with in training, a phrase for help and documentation.
         conversion: Where its ``bnprobe.repairs.conversions.Conversion`` is, as "package.module:CLASS".
+        advice: When to choose it, a phrase for documentation.
         deploys: Whether plain BN with the converted layer's weights gives the same output at inference.
         agrees: Whether training and inference give the same output by construction.
         settings: The keys of the spec's ``repair`` section that its layers use: "renorm", "groups", "blend". With
@@ -35,6 +36,7 @@ class Target:
     name: str
     summary: str
     conversion: str
+    advice: str = ""
     deploys: bool = False
     agrees: bool = False
     settings: tuple[str, ...] = ()
@@ -51,6 +53,7 @@ TARGETS: Registry[Target] = Registry(
             name="batch-renorm",
             summary="batch statistics, corrected towards the running ones",
             conversion=_HERE + "ToBatchRenorm",
+            advice="small or non-i.i.d. batches",
             deploys=True,
             settings=("renorm",),
             unflagged_remark="Within its limits, Batch Renorm gives the same output in training and at inference by"
@@ -61,6 +64,7 @@ TARGETS: Registry[Target] = Registry(
             name="frozen",
             summary="the running statistics, as at inference",
             conversion=_HERE + "ToFrozen",
+            advice="short fine-tuning with good statistics; any batch size",
             deploys=True,
             agrees=True,
         ),
@@ -68,6 +72,7 @@ TARGETS: Registry[Target] = Registry(
             name="group-norm",
             summary="groups of channels of one sample",
             conversion=_HERE + "ToGroupNorm",
+            advice="when there is time to train the weights for long, and BN need not be kept",
             agrees=True,
             settings=("groups",),
         ),
@@ -75,6 +80,7 @@ TARGETS: Registry[Target] = Registry(
             name="sync",
             summary="batch statistics of all processes together",
             conversion=_HERE + "ToSync",
+            advice="several processes; in one process it is plain BN",
             deploys=True,
             needs_processes=True,
         ),
@@ -82,6 +88,7 @@ TARGETS: Registry[Target] = Registry(
             name="instance-renorm",
             summary="statistics of one sample, mixed with the running ones",
             conversion=_HERE + "ToInstanceRenorm",
+            advice="batch size 1; samples that differ in gain and offset; plain BN only at `blend: 0`",
             agrees=True,
             settings=("blend",),  # BN at inference only at blend 0: deployable_state looks at the layers themselves
         ),
@@ -89,6 +96,7 @@ TARGETS: Registry[Target] = Registry(
             name="gated",
             summary="a learned mix of batch and running statistics",
             conversion=_HERE + "ToGated",
+            advice="batches that can partly be trusted; usable at batch size 1",
             deploys=True,
             settings=("blend",),
         ),

@@ -22,7 +22,7 @@ from bnprobe.loading.model import user_code
 from bnprobe.measure.norms import NormFamily, NormInfo, family_of, lookalike_reason
 from bnprobe.measure.restore import held_in_eval, preserved_training_flags, set_mode
 from bnprobe.records import SkippedLayer
-from bnprobe.rules.evidence import Anatomy
+from bnprobe.rules.facts import Anatomy
 
 ROOT = "(root)"
 """Name of the root module if it is itself a norm layer; its qualified name is empty."""

@@ -15,7 +15,9 @@ from bnprobe.measure.outputs import evaluate
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.population import steady_population
 from bnprobe.measure.session import Session
-from bnprobe.records import Remedy, Score
+from bnprobe.records import FREE_REMEDIES, Remedy, Score
+
+_RECALIBRATED, _EVALUATION_STATISTICS, _BATCH_STATISTICS = FREE_REMEDIES
 
 LARGER = (4, 16)
 """Factors by which batches are made larger than those scanned."""
@@ -59,9 +61,9 @@ def what_if(
     found: list[Remedy] = []
     if training:
         population, _ = steady_population(session, training, batching)
-        found.append(trial.with_statistics("recalibrated", population.statistics(), training, held_out, before))
-    found.append(trial.with_statistics("evaluation statistics", own.statistics(), held_out, held_out, before))
-    found.append(trial.by_batch("batch statistics", layers, held_out, before))
+        found.append(trial.with_statistics(_RECALIBRATED, population.statistics(), training, held_out, before))
+    found.append(trial.with_statistics(_EVALUATION_STATISTICS, own.statistics(), held_out, held_out, before))
+    found.append(trial.by_batch(_BATCH_STATISTICS, layers, held_out, before))
     return *found, *trial.larger_batches(layers, held_out, before, footprint)
 
 
@@ -110,7 +112,7 @@ class _Trial:
                 trial = _Trial(self.session, batching)
                 control = trial.score(batches)
                 same = _close(control.loss, before.loss) and _close(control.metric, before.metric)
-                name = f"batch statistics, batches of {size}"
+                name = f"{_BATCH_STATISTICS}, batches of {size}"
                 yield trial.by_batch(name, layers, batches, before, None if same else control)
 
     def _regrouped(self, held_out: Sequence[Any], factor: int) -> list[Any]:

@@ -26,8 +26,10 @@ from bnprobe.records.repair import (
 )
 from bnprobe.records.scan import (
     EXEMPT,
+    FREE_REMEDIES,
     OMITTED_WHEN_EMPTY,
     SCHEMA_VERSION,
+    SOURCES,
     Backward,
     BatchSizePoint,
     CallMeasurement,
@@ -38,6 +40,7 @@ from bnprobe.records.scan import (
     Domains,
     Environment,
     ExtraPass,
+    FreeRemedy,
     Gap,
     GradientAngle,
     Histogram,
@@ -60,6 +63,7 @@ from bnprobe.records.scan import (
     ShareIntervals,
     Shares,
     SkippedLayer,
+    Source,
     StopReason,
     Summary,
     Tool,
@@ -80,8 +84,10 @@ from bnprobe.records.sweep import (
 
 __all__ = [
     "EXEMPT",
+    "FREE_REMEDIES",
     "OMITTED_WHEN_EMPTY",
     "SCHEMA_VERSION",
+    "SOURCES",
     "Arm",
     "Backward",
     "BatchSizePoint",
@@ -99,6 +105,7 @@ __all__ = [
     "Estimate",
     "ExportReport",
     "ExtraPass",
+    "FreeRemedy",
     "Gap",
     "GradientAngle",
     "Histogram",
@@ -133,6 +140,7 @@ __all__ = [
     "Shares",
     "SkippedLayer",
     "Smallest",
+    "Source",
     "StopReason",
     "Summary",
     "SweepLayer",

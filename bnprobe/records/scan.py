@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 SCHEMA_VERSION = 1
 
@@ -131,6 +131,44 @@ class Shares(Record):
     dropout: float
     propagation: float
     data_shift: float | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of mismatch.
+
+    Attributes:
+        field: The field of ``Shares`` that holds its share.
+        letter: Stands for it in charts.
+        words: Its name in text.
+        adds_up: Whether its share is a part of D, and not on top of it.
+    """
+
+    field: str
+    letter: str
+    words: str
+    adds_up: bool = True
+
+    def of(self, shares: Shares) -> float | None:
+        """This source's share, in units of D."""
+        value: float | None = getattr(shares, self.field)
+        return value
+
+    def interval(self, intervals: ShareIntervals | None) -> Interval | None:
+        """The interval of this source's share."""
+        found: Interval | None = None if intervals is None else getattr(intervals, self.field)
+        return found
+
+
+SOURCES = (
+    Source("small_batch", "s", "small batches"),
+    Source("composition", "c", "non-i.i.d. batches"),
+    Source("lag", "l", "stale statistics"),
+    Source("dropout", "d", "dropout"),
+    Source("propagation", "p", "earlier layers"),
+    Source("data_shift", "x", "data shift", adds_up=False),
+)
+"""All sources, in the order of the fields of ``Shares``."""
 
 
 @dataclass(frozen=True)
@@ -353,6 +391,13 @@ class Score(Record):
 
     loss: float | None
     metric: float | None
+
+
+FreeRemedy = Literal["recalibrated", "evaluation statistics", "batch statistics"]
+"""What ``--what-if`` tries without training: running statistics of the training data, or of the held-out data; the
+statistics of every batch."""
+
+FREE_REMEDIES: tuple[FreeRemedy, ...] = get_args(FreeRemedy)
 
 
 @dataclass(frozen=True)

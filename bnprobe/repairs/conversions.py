@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from bnprobe.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d,
 from bnprobe.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
 from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
+from bnprobe.registry import load_code
 
 Variants = dict[int | None, type[nn.Module]]
 """Layer class by the number of spatial dimensions, where (N, C) counts as 1; None: for BN layers that take several."""
@@ -56,14 +56,10 @@ def conversion_of(target: Target) -> Conversion:
     Raises:
         RepairError: It cannot be imported.
     """
-    location, _, attribute = target.conversion.partition(":")
-    try:
-        return cast(Conversion, getattr(import_module(location), attribute)())
-    except Exception as error:  # the code of another package
-        raise RepairError(
-            f'The conversion of the repair target "{target.name}" ({target.conversion}) cannot be loaded:'
-            f" {type(error).__name__}: {error}"
-        ) from error
+    conversion: Conversion = load_code(
+        target.conversion, f'The conversion of the repair target "{target.name}"', RepairError
+    )
+    return conversion
 
 
 class ToBatchRenorm:

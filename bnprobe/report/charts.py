@@ -9,7 +9,7 @@ from itertools import groupby
 
 from rich.text import Text
 
-from bnprobe.records import Histogram, Interval, ShareIntervals, Shares
+from bnprobe.records import SOURCES, Histogram, Shares, Source
 from bnprobe.report.page import BAR, CENTRE, CROSSED, CUT, LEVELS, Page
 from bnprobe.stats.theory import mismatch_iid
 
@@ -102,35 +102,14 @@ def _share(low: float, high: float, index: int, first: int, last: int) -> float:
 # Every segment begins with its source's letter, so that a bar reads without colour.
 
 
-@dataclass(frozen=True)
-class Source:
-    """A source of mismatch: its letter and colour in a bar, and the field of `records.Shares` that holds it."""
-
-    letter: str
-    field: str
-    words: str
-    style: str
-
-    def of(self, shares: Shares) -> float | None:
-        """This source's share, in units of D."""
-        value: float | None = getattr(shares, self.field)
-        return value
-
-    def interval(self, intervals: ShareIntervals | None) -> Interval | None:
-        """The interval of this source's share."""
-        found: Interval | None = None if intervals is None else getattr(intervals, self.field)
-        return found
-
-
-SOURCES = (
-    Source("s", "small_batch", "small batches", "blue"),
-    Source("c", "composition", "non-i.i.d. batches", "magenta"),
-    Source("l", "lag", "stale statistics", "yellow"),
-    Source("d", "dropout", "dropout", "cyan"),
-    Source("p", "propagation", "earlier layers", "green"),
-    Source("x", "data_shift", "data shift", "red"),
-)
-"""In the order in which a bar shows them."""
+_COLOURS = {
+    "small_batch": "blue",
+    "composition": "magenta",
+    "lag": "yellow",
+    "dropout": "cyan",
+    "propagation": "green",
+    "data_shift": "red",
+}
 
 _FAR_BEYOND = 5.0
 """A bar so many times longer than the next one is cut; at most a quarter of the bars, and at least one."""
@@ -199,7 +178,9 @@ def segments(shares: Shares, scale: Scale) -> list[tuple[Source, int]]:
 
 def bar(shares: Shares, scale: Scale, threshold: float | None, page: Page) -> Text:
     """One bar of ``scale.width`` cells, with a mark at the limit; ``threshold`` None: without."""
-    cells = [(char, source.style) for source, width in segments(shares, scale) for char in _segment(source, width)]
+    cells = [
+        (char, _COLOURS[source.field]) for source, width in segments(shares, scale) for char in _segment(source, width)
+    ]
     if scale.cuts(length(shares)):
         cells.append((CUT, "bold"))
     cells += [(" ", "")] * (scale.width - len(cells))

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from bnprobe.numbers import count
-from bnprobe.records import Backward, Gap, GradientAngle, Layer, Remedy, Report, Score, Updates
+from bnprobe.records import Backward, FreeRemedy, Gap, GradientAngle, Layer, Remedy, Report, Score, Updates
 from bnprobe.report import figures
 from bnprobe.report.page import ARROW, DEGREE, UNMEASURED, Page
 from bnprobe.report.table import Column, Layout, Mark, Names, arrows, dropping, table
@@ -86,7 +86,7 @@ def _largest_step(gap: Gap) -> str | None:
 
 # --- Remedies that need no training -----------------------------------------------------------------------------------
 
-_DOING = {
+_DOING: dict[FreeRemedy, str] = {
     "recalibrated": "Recalibrating",
     "evaluation statistics": "Using the statistics of the held-out data",
     "batch statistics": "Normalizing at inference with batch statistics",

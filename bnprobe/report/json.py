@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bnprobe.errors import UsageError
 from bnprobe.records import OMITTED_WHEN_EMPTY, SCHEMA_VERSION, Record, RepairRecord, Report, SweepReport
@@ -19,8 +19,6 @@ from bnprobe.records import OMITTED_WHEN_EMPTY, SCHEMA_VERSION, Record, RepairRe
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from pydantic import ValidationError
-
-T = TypeVar("T", bound=Record)
 
 
 def dump(record: DataclassInstance) -> str:
@@ -45,66 +43,33 @@ def to_text(content: dict[str, Any]) -> str:
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class DocumentKind(Generic[T]):
-    """A kind of document that bnprobe reads.
+def load_report(text: str) -> Report:
+    """Read the report of a scan.
 
-    Attributes:
-        record: The record that it holds.
-        noun: What it is called, e.g. "JSON report".
-        again: What to do about one of another version, e.g. "Scan again".
+    A field with a default may be missing: reports written before the field was added can still be read.
+
+    Raises:
+        UsageError: The text is no report of this schema version: a key is unknown, a key without a default is missing,
+            or a value is of another type. The message names the key.
     """
+    _check_version(_parse(text))
+    # Imported here: pydantic takes longer to import than `bnprobe --help` has to spare.
+    from pydantic import TypeAdapter, ValidationError
 
-    record: type[T]
-    noun: str
-    again: str
+    try:
+        return TypeAdapter(Report).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise UsageError(_explain(error)) from error
 
-    def load(self, text: str) -> T:
-        """Read a document.
 
-        A field with a default may be missing: documents written before the field was added can still be read.
-
-        Raises:
-            UsageError: The text is no such document of this schema version: a key is unknown, a key without a
-                default is missing, or a value is of another type. The message names the key.
-        """
-        self._check_version(self._parse(text))
-        # Imported here: pydantic takes longer to import than `bnprobe --help` has to spare.
-        from pydantic import TypeAdapter, ValidationError
-
-        try:
-            return TypeAdapter(self.record).validate_json(text, strict=True)
-        except ValidationError as error:
-            raise UsageError(self._explain(error)) from error
-
-    def _parse(self, text: str) -> dict[str, Any]:
-        try:
-            document = json.loads(text, parse_float=_finite, parse_constant=_reject_constant)
-        except ValueError as error:
-            raise UsageError(f"This is not a {self.noun} of bnprobe: {error}.") from error
-        if not isinstance(document, dict):
-            raise UsageError(f"This is not a {self.noun} of bnprobe: the top level is not an object.")
-        return document
-
-    def _check_version(self, document: dict[str, Any]) -> None:
-        version = document.get("schema_version")
-        if version != SCHEMA_VERSION:
-            found = "no schema_version" if version is None else f"schema_version {version!r}"
-            raise UsageError(
-                f"The {self.noun} has {found}, and this bnprobe reads schema_version {SCHEMA_VERSION}. "
-                f"{self.again} with this version, or use the version that wrote it."
-            )
-
-    def _explain(self, error: ValidationError) -> str:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the top level"
-        problem = {
-            "missing": f"{place} is missing",
-            "unexpected_keyword_argument": f"{place} is unknown",
-        }.get(first["type"], f"{place}: {first['msg']}")
-        more = error.error_count() - 1
-        others = f" ({more} more of this kind)" if more else ""
-        return f"The {self.noun} does not fit its schema: {problem}{others}."
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text, parse_float=_finite, parse_constant=_reject_constant)
+    except ValueError as error:
+        raise UsageError(f"This is not a JSON report of bnprobe: {error}.") from error
+    if not isinstance(document, dict):
+        raise UsageError("This is not a JSON report of bnprobe: the top level is not an object.")
+    return document
 
 
 def _finite(number: str) -> float:
@@ -116,18 +81,26 @@ def _reject_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a finite number")
 
 
-_REPORT = DocumentKind(Report, "JSON report", "Scan again")
-_REPAIR = DocumentKind(RepairRecord, "repair record", "Repair again")
+def _check_version(document: dict[str, Any]) -> None:
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION:
+        found = "no schema_version" if version is None else f"schema_version {version!r}"
+        raise UsageError(
+            f"The JSON report has {found}, and this bnprobe reads schema_version {SCHEMA_VERSION}. "
+            "Scan again with this version, or use the version that wrote it."
+        )
 
 
-def load_report(text: str) -> Report:
-    """Read the report of a scan; see `DocumentKind.load`."""
-    return _REPORT.load(text)
-
-
-def load_record(text: str) -> RepairRecord:
-    """Read the record of a repair; see `DocumentKind.load`."""
-    return _REPAIR.load(text)
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the top level"
+    problem = {
+        "missing": f"{place} is missing",
+        "unexpected_keyword_argument": f"{place} is unknown",
+    }.get(first["type"], f"{place}: {first['msg']}")
+    more = error.error_count() - 1
+    others = f" ({more} more of this kind)" if more else ""
+    return f"The JSON report does not fit its schema: {problem}{others}."
 
 
 # --- Schemas ----------------------------------------------------------------------------------------------------------

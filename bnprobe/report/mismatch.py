@@ -9,9 +9,8 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from bnprobe.numbers import count, percent
-from bnprobe.records import Interval, Layer, Report, ShareIntervals, Shares
+from bnprobe.records import SOURCES, Interval, Layer, Report, ShareIntervals, Shares, Source
 from bnprobe.report import charts, figures
-from bnprobe.report.charts import SOURCES, Source
 from bnprobe.report.layers import sign_of
 from bnprobe.report.page import CENTRE, CUT, STYLES, UNMEASURED, Page, pad
 from bnprobe.report.table import Column, Layout, Mark, Names, fit, table
@@ -99,7 +98,7 @@ def _model_row(report: Report) -> list[Row]:
     if total is None or number < 2:
         return []
     # Without the data shift, which comes on top of D.
-    mismatch = sum(source.of(total) or 0.0 for source in SOURCES if source.field != "data_shift")
+    mismatch = sum(source.of(total) or 0.0 for source in SOURCES if source.adds_up)
     limits = {layer.threshold for layer in report.layers}
     threshold = limits.pop() if len(limits) == 1 else None
     mean = f"mean of {number} layers"
@@ -207,7 +206,11 @@ def _legend(rows: Sequence[Row], shown: Sequence[Layer], page: Page) -> list[Tex
 
 def _letters(rows: Sequence[Row]) -> str:
     # The data shift has a line of its own.
-    there = [source for source in SOURCES[:-1] if any(row.shares and source.of(row.shares) is not None for row in rows)]
+    there = [
+        source
+        for source in SOURCES
+        if source.adds_up and any(row.shares and source.of(row.shares) is not None for row in rows)
+    ]
     return ", ".join(f"{source.letter} {source.words}" for source in there)
 
 

@@ -130,19 +130,20 @@ def with_options(command: str, options: dict[str, str]) -> str:
         command: A command quoted for a POSIX shell, e.g. ``"bnprobe scan model.py --batch-size 2"``.
         options: Values by option; "" for an option without a value.
     """
-    words = _without_options(shlex.split(command), tuple(options))
+    words = _without_options(shlex.split(command), options)
     for option, value in options.items():
         words += [option, value] if value else [option]
     return shlex.join(words)
 
 
-def _without_options(words: list[str], options: tuple[str, ...]) -> list[str]:
-    """The words of a command without some options that take a value, in both spellings."""
+def _without_options(words: list[str], options: dict[str, str]) -> list[str]:
+    """The words of a command without some options and their values, in both spellings."""
     kept: list[str] = []
     remaining = iter(words)
     for word in remaining:
         if word in options:
-            next(remaining, None)
+            if options[word]:
+                next(remaining, None)
         elif not word.startswith(tuple(f"{option}=" for option in options)):
             kept.append(word)
     return kept

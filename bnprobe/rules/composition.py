@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bnprobe.numbers import number
 from bnprobe.records import Layer, Verdict
-from bnprobe.rules.evidence import Facts
+from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link
 from bnprobe.rules.shares import ShareRule, share_limit
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bnprobe.rules import RULES, Rule
+from bnprobe.rules.interface import SECTIONS
 
-_HEADING = re.compile(r"^(\w+):\n((?:(?:    .*)?\n)*)", re.MULTILINE)
+_HEADING = re.compile(rf"^({'|'.join(SECTIONS)}):\n((?:(?:    .*)?\n)*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bnprobe.numbers import number
 from bnprobe.records import Layer, Updates, Verdict
-from bnprobe.rules.evidence import Facts
+from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
 
 ROUNDING = 0.05

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bnprobe.numbers import listed
 from bnprobe.records import Layer
-from bnprobe.rules.evidence import Facts
+from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import anatomy_of
 from bnprobe.rules.shares import ShareRule
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bnprobe.numbers import listed, number
 from bnprobe.records import Layer, Verdict
-from bnprobe.rules.evidence import Anatomy, Facts
+from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.interface import Link, Rule
 from bnprobe.rules.shares import share_limit
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnprobe.records import Verdict
-from bnprobe.rules.evidence import Anatomy, Facts
+from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.interface import Rule
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from bnprobe.records import Cause, Layer, Outcome, Severity, Verdict
-from bnprobe.rules.evidence import Anatomy, Facts, Need
+from bnprobe.records import Cause, FreeRemedy, Layer, Outcome, Severity, Verdict
+from bnprobe.rules.facts import Anatomy, Facts, Need
 
 SECTIONS = ("What", "Why", "Example", "Remedy", "Reference")
 """The headings of every rule's docstring, which is its manual, in order."""
-
-FreeRemedy = Literal["recalibrated", "evaluation statistics"]
-"""What ``--what-if`` tries without training: running statistics of the training data, or of the held-out data."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from bnprobe.numbers import number, percent
 from bnprobe.records import Layer, Verdict
-from bnprobe.rules.evidence import Anatomy, Facts
+from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.interface import Link, anatomy_of
 from bnprobe.rules.shares import ShareRule, share_limit
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bnprobe.numbers import listed
 from bnprobe.records import Scan, Severity, Verdict
-from bnprobe.rules.evidence import Facts
+from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule, anatomy_of
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bnprobe.numbers import number
 from bnprobe.records import Verdict
-from bnprobe.rules.evidence import Anatomy, Facts
+from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.interface import Rule
 
 SUSPECT = 0.9

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bnprobe.records import Layer
-from bnprobe.rules.evidence import Facts
+from bnprobe.rules.facts import Facts
 from bnprobe.rules.shares import ShareRule
 
 

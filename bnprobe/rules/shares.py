@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from bnprobe.numbers import number, percent
-from bnprobe.records import Cause, Interval, Layer, Verdict
-from bnprobe.rules.evidence import Facts, Need
+from bnprobe.records import SOURCES, Cause, Interval, Layer, Verdict
+from bnprobe.rules.facts import Facts, Need
 from bnprobe.rules.interface import Rule
 from bnprobe.stats.theory import mismatch_iid
 
-SHARES: tuple[Cause, ...] = ("small_batch", "composition", "lag", "dropout", "propagation")
+SHARES: tuple[Cause, ...] = tuple(source.field for source in SOURCES if source.adds_up)
 """The measured shares that add up to the mismatch at inference."""
 
 STATISTICS: tuple[Cause, ...] = ("lag", "dropout", "propagation")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnprobe.records import Layer, Verdict
-from bnprobe.rules.evidence import Facts
+from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule, anatomy_of
 
 

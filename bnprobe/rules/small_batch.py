@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bnprobe.numbers import number
 from bnprobe.records import Layer, Verdict
-from bnprobe.rules.evidence import Facts
+from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link
 from bnprobe.rules.shares import ShareRule, is_off_at_inference, why_no_shares
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid

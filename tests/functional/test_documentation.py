@@ -151,10 +151,14 @@ def test_the_figures_of_the_benchmark_of_repairs_are_those_it_found() -> None:
 
 
 def test_the_guide_to_repairs_names_every_target() -> None:
-    section = REPAIRS.read_text(encoding="utf-8").partition("## What a layer can become")[2].partition("\n## ")[0]
+    page = _module("hooks").on_page_markdown(REPAIRS.read_text(encoding="utf-8"))
+    section = page.partition("## What a layer can become")[2].partition("\n## ")[0]
     heading, *named = re.findall(r"^\| `([\w-]+)`.*?\|", section, re.MULTILINE)
     assert heading == "--to"
-    assert set(named) == {*TARGETS.names(), AUTO}
+    assert tuple(named) == TARGETS.names()
+    assert all(f"| {target.summary} |" in section and f"| {target.advice} |" in section for target in TARGETS)
+    assert all(target.advice for target in TARGETS)
+    assert f"`--to {AUTO}`" in section
 
 
 def test_generated_pages_are_complete() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from bnprobe.config.exporters import EXPORTERS
 from bnprobe.config.targets import TARGETS
 from bnprobe.measure.accumulators import STATISTICS
 from bnprobe.measure.norms import NORMS
@@ -36,7 +37,9 @@ else:
 
 PAGE = REPOSITORY / "docs" / "extending.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-REGISTRIES: tuple[Registry[Any], ...] = (RULES, FORMATS, TARGETS, NORMS, STATISTICS)
+REGISTRIES: tuple[Registry[Any], ...] = (RULES, FORMATS, TARGETS, EXPORTERS, NORMS, STATISTICS)
+ADDED = ["ACME1", "github", "filter-response", "core-aten", "ghost", "flat channels"]
+"""The row that the page adds to each."""
 FENCED = re.compile(r'^```(?P<language>\w+)(?: title="(?P<title>.+?)")?\n(?P<text>.*?)^```$', re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 FILES = {block["title"]: block["text"] for block in FENCED.finditer(TEXT) if block["title"]}
@@ -157,18 +160,12 @@ def update(example: Example, printed: str) -> str:
 
 
 def test_every_kind_of_row_is_installed_and_gone_again(installed: Path) -> None:
-    assert [registry.names()[-1] for registry in REGISTRIES] == [
-        "ACME1",
-        "github",
-        "filter-response",
-        "ghost",
-        "flat channels",
-    ]
+    assert [registry.names()[-1] for registry in REGISTRIES] == ADDED
     assert tuple(heading for heading, _ in manual(RULES["ACME1"]).sections) == SECTIONS
 
 
 def test_without_the_package_the_rows_are_not_there(site: Path) -> None:
-    assert not any({"ACME1", "github", "filter-response", "ghost", "flat channels"} & {*r.names()} for r in REGISTRIES)
+    assert not any({*ADDED} & {*registry.names()} for registry in REGISTRIES)
 
 
 def test_a_rule_is_explained_exempted_and_decides_the_exit_code(installed: Path, workspace: Workspace) -> None:
@@ -200,7 +197,7 @@ def test_the_help_knows_the_package_without_importing_torch(installed: Path, sit
     path = os.pathsep.join([str(installed), *sys.path])
     code = (
         "import sys; from bnprobe.cli.app import app; app(['convert', '--help'], standalone_mode=False);"
-        "sys.exit('torch' in sys.modules)"
+        "app(['export', '--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(
@@ -213,6 +210,7 @@ def test_the_help_knows_the_package_without_importing_torch(installed: Path, sit
     assert (done.returncode, done.stderr) == (0, "")
     assert "json|github" in done.stdout
     assert "filter-response*: the mean square of each channel of one sample" in done.stdout
+    assert "core-aten (.core.pt2): torch.export, with the core ATen operators only" in done.stdout
 
 
 def test_a_row_for_the_length_of_a_block(site: Path, capsys: pytest.CaptureFixture[str]) -> None:

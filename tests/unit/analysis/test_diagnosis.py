@@ -9,7 +9,7 @@ from bnprobe.config.spec import RuleExemption, RulesSpec
 from bnprobe.errors import UsageError
 from bnprobe.records import Composition, Diagnosis, Domains, Layer, Shares
 from bnprobe.rules import RULES
-from bnprobe.rules.evidence import Facts
+from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import find_rule, model_rules, selected
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from bnprobe.commands import export as exporting
-from bnprobe.commands.export import EXPORTERS, Exported, difference, export_spec, exporter_named
+from bnprobe.commands.export import Exported, difference, export_spec, format_named
+from bnprobe.commands.exporters import exporter_of
+from bnprobe.config.exporters import EXPORTERS, ExportFormat
 from bnprobe.config.load import build_spec
 from bnprobe.errors import RepairError, UsageError, UserCodeError
 from bnprobe.measure.restore import random_state
@@ -138,7 +140,7 @@ def test_a_file_runs_without_bnprobe(tmp_path: Path, to: str) -> None:
     names: dict[str, object] = {}
     exec(MODEL, names)
     model, images = names["load_model"]().eval(), torch.randn(7, 3, 8, 8)  # type: ignore[operator]
-    run = exporter_named(to, quantize=False).read(found.content)
+    run = exporter_of(format_named(to, quantize=False)).read(found.content)
     assert run is not None
     output = run((images,))
     output = output[0] if isinstance(output, tuple) else output
@@ -235,7 +237,7 @@ def test_the_weights_of_the_checkpoint_are_exported(tmp_path: Path) -> None:
     path = tmp_path / "model.py"
     path.write_text(MODEL)
     found = export_spec(build_spec(str(path), {"checkpoint.path": str(tmp_path / "w.pt")}), "torchscript")
-    run = exporter_named("torchscript", quantize=False).read(found.content)
+    run = exporter_of(format_named("torchscript", quantize=False)).read(found.content)
     assert run is not None
     assert float(run((torch.zeros(1, 3, 8, 8),)).detach().min()) > 90
     assert found.checkpoint == str(tmp_path / "w.pt")
@@ -263,23 +265,41 @@ def test_a_model_that_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["torch-export", "onnx"])
 def test_what_cannot_hold_a_quantized_model_is_refused(to: str) -> None:
     with pytest.raises(UsageError, match="give --to torchscript, or leave it out"):
-        exporter_named(to, quantize=True)
+        format_named(to, quantize=True)
 
 
 # ---- formats
 
 
 def test_unknown_formats_and_missing_packages_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="Unknown export format tflite; known: torch-export, torchscript, onnx"):
-        exporter_named("tflite", quantize=False)
+    with pytest.raises(UsageError, match=r'"tflite" \(known: torch-export, torchscript, onnx\)'):
+        format_named("tflite", quantize=False)
     monkeypatch.setattr(exporting, "is_installed", lambda package: package != "onnxscript")
     with pytest.raises(UsageError, match=r"--to onnx needs onnxscript\. Run: pip install onnxscript\."):
-        exporter_named("onnx", quantize=False)
+        format_named("onnx", quantize=False)
 
 
 def test_formats_have_names_and_suffixes_of_their_own() -> None:
-    assert [exporter.name for exporter in EXPORTERS] == ["torch-export", "torchscript", "onnx"]
-    assert len({exporter.suffix for exporter in EXPORTERS}) == len(EXPORTERS)
+    assert EXPORTERS.names() == ("torch-export", "torchscript", "onnx")
+    assert len({format_.suffix for format_ in EXPORTERS}) == len(EXPORTERS)
+
+
+def test_a_file_that_no_installed_package_runs_is_written_unchecked(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(MODEL, encoding="utf-8")
+    where = "bnprobe.commands.exporters:TorchScriptExporter"
+    with EXPORTERS.including(
+        ExportFormat("elsewhere", ".else", "for another machine", where, runtime="no_such_package")
+    ):
+        found = export_spec(build_spec(str(tmp_path / "net.py"), {}), "elsewhere")
+    assert (found.differences, found.relative) == ((), 0.0)
+    assert found.notes[-1] == (
+        "The outputs were not checked, because no_such_package, which runs elsewhere files, is not installed."
+    )
+
+
+def test_an_exporter_that_cannot_be_imported_is_said_with_its_format() -> None:
+    with pytest.raises(UsageError, match=r'exporter of the export format "odd" \(nowhere:Odd\) cannot be loaded: Mod'):
+        exporter_of(ExportFormat("odd", ".odd", "oddly", "nowhere:Odd"))
 
 
 # ---- comparing

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bnprobe.errors import UserCodeError
 from bnprobe.measure.layers import anatomy, find_layers
-from bnprobe.rules.evidence import Anatomy
+from bnprobe.rules.facts import Anatomy
 from support.fingerprint import fingerprint
 
 

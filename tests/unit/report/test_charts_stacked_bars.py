@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnprobe.records import Shares
-from bnprobe.report.charts import SOURCES, Scale, bar, full_length, length, segments
+from bnprobe.records import SOURCES, Shares
+from bnprobe.report.charts import Scale, bar, full_length, length, segments
 from bnprobe.report.page import Page
 from bnprobe.stats.theory import mismatch_iid
 

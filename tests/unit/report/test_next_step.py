@@ -8,6 +8,8 @@ from dataclasses import replace
 import fabricated_reports as fabricated
 import pytest
 from fabricated_parts import SCAN, report
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bnprobe.records import Report
 from bnprobe.report.diagnoses import closing as verdict
@@ -158,6 +160,22 @@ def test_an_option_that_is_there_is_replaced_in_either_spelling() -> None:
     command = "bnprobe scan 'my model.py' --batch-size=2 --batches 8 --seed 1"
     changed = with_options(command, {"--batch-size": "16", "--batches": "32"})
     assert changed == "bnprobe scan 'my model.py' --seed 1 --batch-size 16 --batches 32"
+
+
+@given(
+    before=st.permutations([("spec.yaml",), ("--what-if",), ("--batch-size", "2"), ("--batches=8",), ("--all",)]),
+    options=st.dictionaries(st.sampled_from(["--batch-size", "--batches"]), st.sampled_from(["4", "16"])),
+    what_if=st.booleans(),
+)
+def test_options_are_replaced_wherever_they_stand_and_the_other_words_stay(
+    before: list[tuple[str, ...]], options: dict[str, str], what_if: bool
+) -> None:
+    if what_if:
+        options = {**options, "--what-if": ""}
+    others = [word for words in before if words[0].split("=")[0] not in options for word in words]
+    added = [word for option, value in options.items() for word in ([option, value] if value else [option])]
+    command = shlex.join(["bnprobe", "scan", *(word for words in before for word in words)])
+    assert shlex.split(with_options(command, options)) == ["bnprobe", "scan", *others, *added]
 
 
 @pytest.mark.parametrize("width", [20, 40, 76])

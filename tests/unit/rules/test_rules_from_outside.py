@@ -23,7 +23,7 @@ from bnprobe.report import render
 from bnprobe.report.json import load_report
 from bnprobe.rules import RULES, Rule
 from bnprobe.rules.docs import pages
-from bnprobe.rules.evidence import Facts
+from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares, run_rule
 from support.networks import Residual, images, unsettled
