@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bnprobe.errors import OutputError
+from bnprobe.errors import OutputError, UsageError
 
 _MARK = "made-by-bnprobe.txt"
 _SIGNATURE = "This folder was made by bnprobe"
@@ -209,6 +209,14 @@ def has_mark(folder: Path) -> bool:
 def not_own(path: Path) -> OutputError:
     """The error for a file or folder that has a name bnprobe needs, but that bnprobe must not touch."""
     return OutputError(f"{path} was not made by bnprobe: move it, or give another -o.")
+
+
+def unfinished(path: Path) -> UsageError:
+    """The error for the state of an unfinished repair that is neither to be resumed nor to be discarded."""
+    return UsageError(
+        f"{path} contains the state of an unfinished repair. Continue it with --resume, or discard it and start over"
+        " with --force."
+    )
 
 
 def is_special(path: Path) -> bool:

@@ -32,3 +32,8 @@ def count(amount: int, noun: str) -> str:
 def listed(names: Sequence[str], most: int = 10) -> str:
     """Names in a sentence, e.g. "bn1, bn2", and how many more there are beyond the first ``most``."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def joined(names: Sequence[str]) -> str:
+    """All of one or more names in a sentence, e.g. "bn1, bn2 and bn3"."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

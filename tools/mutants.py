@@ -62,7 +62,7 @@ class Mutant:
         find: Source inside the definition, outside docstrings; white space does not matter.
         replace: What stands there instead.
         within: Part of the file's path, where name and source alone would fit in two files.
-        first: Test files to run before those of the area, by name, wherever they are.
+        first: Test files to run before those of the area, by name or by the end of their path.
     """
 
     name: str

@@ -89,7 +89,7 @@ def subject_of(regime: Regime, seed: int, rate: float, steps: int, from_scratch:
         model=model,
         start=start,
         recalibrated=tuple(change.name for change in plan_for_all(model, "frozen").changes),
-        renew=lambda trained: recalibrate(trained, task.loader(regime)),
+        recalibrate=lambda trained: recalibrate(trained, task.loader(regime)),
         training=as_batch_source(task.loader(regime)),
         choosing=_held_out(task.parts().choosing),
         proving=_held_out(task.parts().proving),

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-from scipy import stats
-
 from bnprobe.config.targets import TARGETS
-from bnprobe.records import Arm, Conclusion, Estimate, Proof, RepairRecord, Run
+from bnprobe.records import Arm, Conclusion, Estimate, Interval, Proof, RepairRecord, Run
+from bnprobe.stats.intervals import CONFIDENCE, t_quantile
 
 AS_IS, RECALIBRATED = "as is", "recalibrated"
 CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN recalibrated after"
@@ -31,7 +30,7 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
     if max(known) - min(known) <= 1e-9 * max(map(abs, known)):
         return Estimate(known[0], None)
     variance = sum((value - mean) ** 2 for value in known) / (len(known) - 1)
-    half = float(stats.t.ppf(0.975, len(known) - 1)) * math.sqrt(variance / len(known))
+    half = t_quantile(len(known) - 1, CONFIDENCE) * math.sqrt(variance / len(known))
     return Estimate(mean, (mean - half, mean + half))
 
 
@@ -79,6 +78,14 @@ def conclude(
     return conclusion, f"Held-out {measure}: {listed}. {sentence}{stood}"
 
 
+def verdict(gain: float, interval: Interval) -> Literal["better", "same", "worse"]:
+    """Whether a gain is significant (95%), and in which direction."""
+    low, high = interval
+    if high is None or low <= 0 <= high:
+        return "same"
+    return "better" if gain > 0 else "worse"
+
+
 def _judge(gain: Estimate | None, control: Arm, runs: int) -> tuple[Conclusion, str]:
     if gain is None:
         return "not_compared", "A score is not finite, so the arms cannot be compared."
@@ -86,10 +93,10 @@ def _judge(gain: Estimate | None, control: Arm, runs: int) -> tuple[Conclusion, 
         return _single(gain.mean, control, runs)
     low, high = gain.interval
     interval = f"95% interval {low:+.2g} to {gain.mean if high is None else high:+.2g}"
-    if high is None or low <= 0 <= high:
+    word = verdict(gain.mean, gain.interval)
+    if word == "same":
         more = "" if gain.mean <= 0 else " More runs (--seeds) would narrow the interval."
-        return "same", f"No significant gain over {control.name} ({gain.mean:+.2g}, {interval}).{more}"
-    word: Conclusion = "better" if gain.mean > 0 else "worse"
+        return word, f"No significant gain over {control.name} ({gain.mean:+.2g}, {interval}).{more}"
     return word, f"The repair is significantly {word} than {control.name}, by {abs(gain.mean):.2g} ({interval})."
 
 

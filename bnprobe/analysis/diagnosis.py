@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bnprobe.config.spec import RuleExemption, RulesSpec, matches_any
-from bnprobe.records import EXEMPT, Cause, Diagnosis, Layer, Report, Severity, Verdict
+from bnprobe.records import EXEMPT, Cause, Diagnosis, Layer, LintReport, Report, Severity, Verdict
 from bnprobe.rules import RULES, Rule
 from bnprobe.rules.evidence import Facts
 from bnprobe.rules.interface import Link
@@ -232,6 +232,11 @@ def _fraction_of(layer: Layer, causes: set[Cause]) -> float | None:
     shares = {cause: max(getattr(layer.shares, cause) or 0.0, 0.0) for cause in _ADDING}
     total = sum(shares.values())
     return sum(value for cause, value in shares.items() if cause in causes) / total if total > 0 else None
+
+
+def lint_has_findings(report: LintReport) -> bool:
+    """Whether a rule failed with more than a remark. Warnings count, unlike in a scan: nothing was measured."""
+    return any(verdict.outcome == "failed" and verdict.severity != "info" for verdict in report.verdicts)
 
 
 def has_findings(report: Report, rules: RulesSpec) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bnprobe.config.targets import CONVERTED
 from bnprobe.errors import OutputError, UsageError
-from bnprobe.files import has_mark, not_own, require_new, require_writable, write_all
+from bnprobe.files import has_mark, not_own, require_new, require_writable, unfinished, write_all
 from bnprobe.records import RepairRecord, Report
 from bnprobe.report.json import dump
 from bnprobe.report.repair import Files
@@ -76,7 +76,7 @@ class Artifacts:
     ) -> RepairRecord:
         """Write all files or none, then remove the saved state.
 
-        A file that an earlier run wrote but this one does not is removed.
+        A report or log that an earlier run wrote but this one does not is removed. A file of the user's stays.
 
         Returns:
             The record with the name and the digest of the weights.
@@ -99,8 +99,7 @@ class Artifacts:
         if self._trains and state.log.exists():
             contents[self.log] = state.log.read_bytes()
         write_all(contents, self._force)
-        for path in set(self._files) - contents.keys():
-            path.unlink(missing_ok=True)
+        self._remove_outdated([path for path in self._files if path not in contents])
         print(f"Weights written to {self.weights}, with the record and the scan reports beside them.", file=sys.stderr)
         if self._trains:
             state.keep_events(self.log)
@@ -115,8 +114,17 @@ class Artifacts:
             record=str(self.record),
             before=None if before is None else str(self.before),
             after=None if after is None else str(self.after),
-            log=str(self.log) if self._trains and self.log.exists() else None,
+            log=str(self.log) if self._trains and _is_log(self.log) else None,
         )
+
+    def _remove_outdated(self, paths: list[Path]) -> None:
+        """Remove what an earlier run wrote to these paths; keep, and name, what bnprobe did not write."""
+        for path in paths:
+            is_own = _is_log if path == self.log else _is_report
+            if not path.is_symlink() and is_own(path):
+                path.unlink()
+            elif os.path.lexists(path):
+                print(f"{path} was kept because bnprobe did not write it.", file=sys.stderr)
 
     def _check_folders(self, resume: bool) -> None:
         """Check the folder of the state and that of TensorBoard; a resumed run may already have the latter."""
@@ -128,10 +136,7 @@ class Artifacts:
             if not has_mark(folder):
                 raise not_own(folder)
         if self.state in existing and not (resume or self._force):
-            raise UsageError(
-                f"{self.state} contains the state of an unfinished repair. Continue it with --resume, or discard it and"
-                " start over with --force."
-            )
+            raise unfinished(self.state)
         if self.events in existing and not self._force:
             raise OutputError(
                 f"{self.events} already exists; give another -o, or --force to replace what bnprobe wrote there."
@@ -139,6 +144,23 @@ class Artifacts:
 
     def _beside(self, suffix: str) -> Path:
         return self.weights.parent / f"{self.weights.stem}.{suffix}"
+
+
+def _is_log(path: Path) -> bool:
+    from bnprobe.training.log import is_step_log  # imports torch, which is not needed to check the options
+
+    return is_step_log(path)
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a JSON document that bnprobe wrote, of any version."""
+    try:
+        if not path.is_file():  # reading a pipe would wait
+            return False
+        document = json.loads(path.read_bytes())
+        return bool(document["tool"]["name"] == "bnprobe")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def _mark(record: RepairRecord) -> dict[str, str] | None:

@@ -26,6 +26,7 @@ def lint(
 
     Exit codes: 0 clean, 1 findings, 2 error in usage, spec or your code, 3 no BN layer.
     """
+    from bnprobe.analysis.diagnosis import lint_has_findings
     from bnprobe.cli.console import check_writable, deliver
     from bnprobe.config.load import build_spec
     from bnprobe.records import LintReport
@@ -42,4 +43,4 @@ def lint(
 
     report = lint_spec(spec)
     deliver(report, render, output, show_all, one_line(report))
-    raise typer.Exit(EXIT_FINDINGS if report.has_findings and not exit_zero else EXIT_CLEAN)
+    raise typer.Exit(EXIT_FINDINGS if lint_has_findings(report) and not exit_zero else EXIT_CLEAN)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -27,13 +26,14 @@ from bnprobe.commands.experiment import (
 from bnprobe.commands.recalibrate import Repaired
 from bnprobe.commands.scan import environment, scan_workload, whole
 from bnprobe.config.requirements import check_requirements, parse_requirement
-from bnprobe.config.spec import Spec
+from bnprobe.config.spec import PLAIN, Spec
 from bnprobe.config.targets import AUTO, TARGETS
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, SpecError, UsageError
-from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_anew
+from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_again
+from bnprobe.measure.rank_agreement import digest_of
 from bnprobe.measure.restore import preserved_random_state, seed_everything
-from bnprobe.measure.scan_loop import Progress, no_progress
+from bnprobe.measure.session import Progress, no_progress
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
 from bnprobe.repairs import deployable_state, left_out, on_host, plan, wanted_by_globs, wanted_from_report
 from bnprobe.report.json import load_report
@@ -114,7 +114,7 @@ def repair_spec(
             _require_nothing_refused(plans[0])
             return None
         seed_everything(spec.data.seed)
-        workload = read_anew(spec, workload)
+        workload = read_again(spec, workload)
         subject, notes = make_subject(spec, workload, options.finetune)
         folder = _folder(spec, options, workload, plans, subject, world)
         with _logged(folder, options.tensorboard, on_step, world) as log:
@@ -202,21 +202,12 @@ def _marks(spec: Spec, workload: Workload, plans: Sequence[Plan], subject: Subje
         "bnprobe": __version__,
         "torch": torch.__version__,
         "model": type(subject.model).__name__,
-        "weights": _digest(subject.model),
+        "weights": digest_of(subject.model.state_dict()),
         "code": workload.module.digest if workload.module else None,
         "layers": [change.name for change in plans[0].changes],
         "processes": world.size,
         **settings,
     }
-
-
-def _digest(model: nn.Module) -> str:
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(name.encode())
-        if isinstance(tensor, Tensor):
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def _weights(repaired: nn.Module, original: nn.Module, made: Plan) -> dict[str, Tensor]:
@@ -233,12 +224,11 @@ def _second_scan(
     A converted layer that a scan skips counts as not flagged only if its training and inference agree by construction.
     """
     agrees = TARGETS[made.to].agrees
-    free = spec.scan.model_copy(update={"what_if": False, "train_steps": None, "gradients": False})
-    settings = spec.model_copy(update={"scan": free}).settings()
+    settings = spec.settings().model_copy(update=PLAIN)
     seed_everything(spec.data.seed)
     try:
         report = scan_workload(
-            replace(read_anew(spec, workload), model=model, checkpoint=None), settings, progress, world
+            replace(read_again(spec, workload), model=model, checkpoint=None), settings, progress, world
         )
     except NothingToProbeError:
         return None, 0 if agrees else None

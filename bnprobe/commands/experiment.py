@@ -22,7 +22,7 @@ from bnprobe.analysis.comparison import (
     make_arm,
 )
 from bnprobe.commands.held_out import HeldOut
-from bnprobe.commands.recalibrate import recalibrate_workload
+from bnprobe.commands.recalibrate import recalibrate_loaded
 from bnprobe.config.requirements import parse_requirement
 from bnprobe.config.spec import RepairSpec, Spec, TrainSpec
 from bnprobe.config.targets import TARGETS
@@ -31,10 +31,10 @@ from bnprobe.errors import NothingToProbeError, RepairError, UsageError
 from bnprobe.loading.data import BatchSource, load_source
 from bnprobe.loading.model import WRAPPED, BatchFunction
 from bnprobe.loading.optimizer import OptimizerFactory, ScheduleFactory, load_optimizer, load_schedule
-from bnprobe.loading.workload import Workload, read_anew
+from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.layers import ROOT
 from bnprobe.measure.restore import preserved_random_state, seed_everything
-from bnprobe.measure.session import device_named
+from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.records import Arm, Plan, Proof, Run, TrainingStep
 from bnprobe.repairs import apply
 from bnprobe.training import Job, StateFolder, length_of, train
@@ -54,7 +54,7 @@ class Subject:
         model: The model as loaded, on its device. No arm changes it.
         start: The model that is converted and trained: ``model``, or a copy with recalibrated running statistics.
         recalibrated: Names of the layers that were recalibrated in ``start``.
-        renew: Recalibrates a model in place; None: this is not wanted, or not possible.
+        recalibrate: Recalibrates a model in place; None: this is not wanted, or not possible.
         training: Micro-batches to train on; None: nothing is trained.
         choosing: Held-out data for model selection; without batches the last weights are kept.
         proving: Held-out data for scoring.
@@ -66,7 +66,7 @@ class Subject:
     model: nn.Module
     start: nn.Module
     recalibrated: tuple[str, ...]
-    renew: Callable[[nn.Module], Any] | None
+    recalibrate: Callable[[nn.Module], Any] | None
     training: BatchSource | None
     choosing: HeldOut
     proving: HeldOut
@@ -165,13 +165,13 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subjec
     device = device_named(spec.scan.device, workload.model)
     model = workload.model.to(device)
     start, recalibrated, notes = model, tuple[str, ...](), list[str]()
-    renew = _renewal(spec, workload) if spec.repair.recalibrate and not workload.source.synthetic else None
-    if renew is not None:
+    recalibrate = _recalibration(spec, workload) if spec.repair.recalibrate and not workload.source.synthetic else None
+    if recalibrate is not None:
         start = copy.deepcopy(model)
         try:
-            recalibrated = renew(start)
+            recalibrated = recalibrate(start)
         except NothingToProbeError as error:
-            renew = None
+            recalibrate = None
             notes.append(f"No running statistics were recalibrated. {error}")
     held_out = HeldOut.of(spec, workload)
     notes += _few(held_out) if finetune else []
@@ -180,13 +180,13 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subjec
         model=model,
         start=start,
         recalibrated=recalibrated,
-        renew=renew,
+        recalibrate=recalibrate,
         training=training,
         choosing=choosing,
         proving=proving,
         loss=workload.loss,
         device=device,
-        autocast=getattr(torch, spec.scan.autocast) if spec.scan.autocast else None,
+        autocast=autocast_dtype(spec.scan.autocast),
         seed=spec.data.seed,
         train=spec.train,
         repair=spec.repair,
@@ -214,15 +214,16 @@ def _schedule(spec: Spec, workload: Workload, make_optimizer: OptimizerFactory) 
     return load_schedule(spec.train.schedule, workload.module, make_optimizer)
 
 
-def _renewal(spec: Spec, workload: Workload) -> Callable[[nn.Module], tuple[str, ...]]:
+def _recalibration(spec: Spec, workload: Workload) -> Callable[[nn.Module], tuple[str, ...]]:
     """A function that recalibrates a model on all data, or on a large enough part, and returns the layers' names."""
     most = -(-RECALIBRATION_IMAGES // workload.source.batch_size)
     settings = spec.settings().model_copy(update={"batches": most})
 
-    def renew(model: nn.Module) -> tuple[str, ...]:
-        return recalibrate_workload(model, read_anew(spec, workload).source, workload.forward, settings=settings)
+    def recalibrate(model: nn.Module) -> tuple[str, ...]:
+        source = read_again(spec, workload).source
+        return recalibrate_loaded(model, source, workload.forward, settings=settings).layers
 
-    return renew
+    return recalibrate
 
 
 def _training(spec: Spec, workload: Workload) -> BatchSource:
@@ -333,9 +334,9 @@ def _controls(
             layer.momentum = momentum
     arm, models = _trained(replace(subject, start=start), CONTROL, None, folder, on_step, world)
     yield arm
-    if subject.renew is not None and all(run.ending != "diverged" for run in arm.runs):
+    if subject.recalibrate is not None and all(run.ending != "diverged" for run in arm.runs):
         for model in models:
-            subject.renew(model)
+            subject.recalibrate(model)
         scores = [subject.proving.score(model) for model in models]
         runs = [replace(run, score=score) for run, score in zip(arm.runs, scores, strict=True)]
         yield make_arm(CONTROL_RECALIBRATED, runs, trained=True)

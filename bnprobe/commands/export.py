@@ -30,8 +30,7 @@ from bnprobe.commands.exporters import (
 from bnprobe.config.spec import Spec
 from bnprobe.errors import RepairError, UsageError, UserCodeError
 from bnprobe.loading.workload import Workload, load_workload
-from bnprobe.measure.batch import CannotEmulateError, check_finite, count_images, join, tensors_of
-from bnprobe.measure.population import pick
+from bnprobe.measure.batch import CannotEmulateError, check_finite, count_images, join, pick, tensors_of
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.session import default_forward, forward_all
 from bnprobe.records import Difference

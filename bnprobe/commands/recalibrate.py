@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bnprobe._version import __version__
-from bnprobe.analysis.comparison import AS_IS, RECALIBRATED, estimate
+from bnprobe.analysis.comparison import AS_IS, RECALIBRATED, estimate, make_arm, verdict
 from bnprobe.commands.held_out import HeldOut
 from bnprobe.commands.scan import environment, scan_workload, whole
 from bnprobe.config.load import settings_from
@@ -25,13 +25,12 @@ from bnprobe.errors import NonFiniteError, NothingToProbeError, RepairError, Usa
 from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import BatchFunction, unwrapped
 from bnprobe.loading.order import spread
-from bnprobe.loading.workload import Workload, load_workload, read_anew
+from bnprobe.loading.workload import Workload, load_workload, read_again
 from bnprobe.measure.layers import ProbedLayer, find_layers
 from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer
 from bnprobe.measure.reader import RepeatedReader
 from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, seed_everything, untouched
-from bnprobe.measure.scan_loop import Progress, no_progress
-from bnprobe.measure.session import Session, UserFunctions, device_named
+from bnprobe.measure.session import Progress, Session, UserFunctions, device_named, no_progress
 from bnprobe.numbers import listed
 from bnprobe.records import SCHEMA_VERSION, Arm, Conclusion, Estimate, Proof, RepairRecord, Report, Run, Score, Tool
 from bnprobe.repairs import left_out, on_host
@@ -104,35 +103,11 @@ def recalibrate(
     inner, _ = unwrapped(model)
     listed = not isinstance(batches, DataLoader | Dataset)
     source = as_batch_source(batches, batch_size or (1 if listed else None))
-    renew(inner, source, forward, path=path, layers=tuple(layers), settings=given)
+    recalibrate_loaded(inner, source, forward, path=path, layers=tuple(layers), settings=given)
     return model
 
 
-def recalibrate_workload(
-    model: nn.Module,
-    source: BatchSource,
-    forward: BatchFunction | None = None,
-    *,
-    path: StatisticsPath = "train",
-    layers: tuple[str, ...] = (),
-    settings: ScanSettings | None = None,
-    progress: Progress = no_progress,
-) -> tuple[str, ...]:
-    """Like ``recalibrate``, for a model and data that are already loaded.
-
-    Args:
-        settings: Device, autocast, seed and number of batches.
-
-    Returns:
-        Names of the recalibrated layers, in network order.
-
-        Raises:
-            BnprobeError: As for ``recalibrate``.
-    """
-    return renew(model, source, forward, path=path, layers=layers, settings=settings, progress=progress).layers
-
-
-def renew(
+def recalibrate_loaded(
     model: nn.Module,
     source: BatchSource,
     forward: BatchFunction | None = None,
@@ -142,7 +117,22 @@ def renew(
     settings: ScanSettings | None = None,
     progress: Progress = no_progress,
 ) -> Recalibrated:
-    """Like ``recalibrate_workload``; also returns what was read."""
+    """Like ``recalibrate``, for a model and data that are already loaded.
+
+    Args:
+        model: Recalibrated in place, without wrappers.
+        source: The micro-batches to read.
+        forward: The user's function of (model, batch), if given.
+        path, layers: As for ``recalibrate``.
+        settings: Device, autocast, seed and number of batches.
+        progress: Called with the batches done and planned.
+
+    Returns:
+        The recalibrated layers, and what was read.
+
+    Raises:
+        BnprobeError: As for ``recalibrate``.
+    """
     if path not in ("train", "eval"):
         raise UsageError(f'Unknown path "{path}" for recalibration; give "train" or "eval".')
     settings = settings or ScanSettings()
@@ -155,18 +145,18 @@ def renew(
             seed_everything(settings.seed)
             wanted = _updating(session)
             settled = _settle(session, batches, path, wanted, progress)
-    renewed = [layer for layer in wanted if layer.index in settled.statistics]
-    if not renewed:
+    recalibrated = [layer for layer in wanted if layer.index in settled.statistics]
+    if not recalibrated:
         raise NothingToProbeError(
             f"None of the layers to be recalibrated was called while {batches.images} samples ran through the model;"
             f" the first of them is {wanted[0].name}."
         )
-    _write([(layer, _checked(layer, settled)) for layer in renewed], settled.updates)
+    _write([(layer, _checked(layer, settled)) for layer in recalibrated], settled.updates)
     return Recalibrated(
-        tuple(layer.name for layer in renewed),
+        tuple(layer.name for layer in recalibrated),
         batches.images,
         batches.batches,
-        tuple(_notes(session.layers.layers, wanted, renewed, batches, settings)),
+        tuple(_notes(session.layers.layers, wanted, recalibrated, batches, settings)),
     )
 
 
@@ -277,14 +267,14 @@ def _write(values: list[tuple[ProbedLayer, tuple[Tensor, Tensor]]], updates: dic
 def _notes(
     layers: Iterable[ProbedLayer],
     wanted: list[ProbedLayer],
-    renewed: list[ProbedLayer],
+    recalibrated: list[ProbedLayer],
     batches: RepeatedReader,
     settings: ScanSettings,
 ) -> Iterator[str]:
     kept = [layer.name for layer in layers if layer.selected and layer not in wanted]
     if kept:
         yield (f"Not recalibrated, because training does not update their running statistics: {listed(kept)}.")
-    uncalled = [layer.name for layer in wanted if layer not in renewed]
+    uncalled = [layer.name for layer in wanted if layer not in recalibrated]
     if uncalled:
         yield f"Not recalibrated, because they were never called: {listed(uncalled)}."
     if settings.batches is not None and batches.batches < settings.batches:
@@ -335,10 +325,10 @@ def recalibrate_spec(
         settings = spec.settings()
         before, notes = _first_scan(workload, settings, progress)
         seed_everything(spec.data.seed)
-        workload = read_anew(spec, workload)
+        workload = read_again(spec, workload)
         held_out = HeldOut.of(spec, workload)
         scores = [held_out.scores(workload.model)]
-        found = renew(
+        found = recalibrate_loaded(
             workload.model,
             workload.source,
             workload.forward,
@@ -349,7 +339,7 @@ def recalibrate_spec(
         )
         scores.append(held_out.scores(workload.model))
         seed_everything(spec.data.seed)
-        after = whole(scan_workload(replace(read_anew(spec, workload), checkpoint=None), settings, progress))
+        after = whole(scan_workload(replace(read_again(spec, workload), checkpoint=None), settings, progress))
     proof = _proof(spec, held_out, *scores)
     notes = (*notes, *_how(found, path), *held_out.notes, *left_out(workload.model))
     record = _record(spec, workload, found, proof, (before, after), notes, command)
@@ -401,8 +391,7 @@ def _proof(spec: Spec, held_out: HeldOut, before: list[Score], after: list[Score
 
 def _arm(name: str, seed: int, held_out: HeldOut, scores: list[Score]) -> Arm:
     means = {measure: held_out.mean([getattr(score, measure) for score in scores]) for measure in ("loss", "metric")}
-    loss, metric = (None if value is None else Estimate(value, None) for value in means.values())
-    return Arm(name, False, (Run(seed, 0, 0, Score(**means), "finished", "", 0.0),), loss, metric)
+    return make_arm(name, [Run(seed, 0, 0, Score(**means), "finished", "", 0.0)], trained=False)
 
 
 def _conclude(gain: Estimate | None, batches: int, what: str) -> tuple[Conclusion, str]:
@@ -411,10 +400,7 @@ def _conclude(gain: Estimate | None, batches: int, what: str) -> tuple[Conclusio
         return "not_compared", f"{what} is not finite before or after the recalibration."
     if gain.interval is None:
         return "undecided", f"{what}: there is only one batch, so no interval can be given."
-    low, high = gain.interval
-    sure = high is not None and (low > 0 or high < 0)
-    verdict: Conclusion = "same" if not sure else "better" if gain.mean > 0 else "worse"
-    return verdict, f"{what}, compared over {batches} batches."
+    return verdict(gain.mean, gain.interval), f"{what}, compared over {batches} batches."
 
 
 def _record(

@@ -38,8 +38,8 @@ from bnprobe.measure.layers import LayerSet, anatomy, unmatched_globs
 from bnprobe.measure.rank_agreement import Agreement, agree
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, seed_everything, untouched
-from bnprobe.measure.scan_loop import Progress, no_progress, probe
-from bnprobe.measure.session import Session, UserFunctions
+from bnprobe.measure.scan_loop import probe
+from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.measure.train_steps import OptimizerFactory, train_steps
 from bnprobe.measure.what_if import what_if
 from bnprobe.records import (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bnprobe.commands.scan import scan, scan_spec
 from bnprobe.config.load import settings_from
-from bnprobe.config.spec import ScanSettings, Spec
+from bnprobe.config.spec import PLAIN, ScanSettings, Spec
 from bnprobe.errors import UsageError
 from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import BatchFunction, unwrapped
@@ -24,8 +24,8 @@ from bnprobe.loading.workload import load_workload
 from bnprobe.measure.momentum_series import MEMORY_CAP, LayerSeries, Recording, record
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import preserved_random_state, seed_everything, untouched
-from bnprobe.measure.scan_loop import FEWEST, Progress, no_progress
-from bnprobe.measure.session import Session, UserFunctions
+from bnprobe.measure.scan_loop import FEWEST
+from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.records import (
     SCHEMA_VERSION,
     BatchSizePoint,
@@ -299,9 +299,6 @@ def _point(index: int, rate: Rate, paths: _Paths) -> MomentumPoint:
 
 DEFAULT_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
-_PLAIN = {"what_if": False, "train_steps": None, "gradients": False}
-"""Settings that switch off what a sweep does not need; it measures only the mismatch."""
-
 
 @dataclass(frozen=True)
 class SweepPlan:
@@ -434,7 +431,7 @@ def _sweep(subject: _Subject, plan: SweepPlan, progress: Progress) -> SweepRepor
     try:
         for size in plan.train_sizes:
             if size != subject.batch_size and not partial:
-                trains.append(subject.scan({**_PLAIN, "batch_size": size}))
+                trains.append(subject.scan({**PLAIN, "batch_size": size}))
                 partial = trains[-1].scan.partial
         if plan.momentum is not None and not partial:
             momentum = _momentum(subject, plan.momentum, report.scan.device, progress, notes)
@@ -503,7 +500,7 @@ def _scan_sizes(subject: _Subject, sizes: tuple[int, ...], required: bool, notes
     Raises:
         UsageError: Sizes were requested, but the samples of this model cannot be regrouped.
     """
-    changes: dict[str, Any] = {**_PLAIN, "batch_sizes": sizes}
+    changes: dict[str, Any] = {**PLAIN, "batch_sizes": sizes}
     needed = math.ceil(FEWEST * max(sizes, default=0) / subject.batch_size)
     if subject.may_extend:
         changes["max_batches"] = max(subject.settings.max_batches, needed)

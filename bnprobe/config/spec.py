@@ -149,6 +149,10 @@ class RulesSpec(_Section):
     exempt: Annotated[tuple[RuleExemption, ...], Field(strict=False)] = ()
 
 
+PLAIN: dict[str, Any] = {"what_if": False, "train_steps": None, "gradients": False}
+"""Settings of a scan that measures only the mismatch: what else can be asked for is switched off."""
+
+
 class ScanSettings(ScanSpec):
     """All settings of the measurement, apart from model and data.
 

@@ -27,6 +27,7 @@ from bnprobe.config.spec import CheckpointSpec, nearest_file
 from bnprobe.config.targets import CONVERTED
 from bnprobe.errors import CheckpointError
 from bnprobe.loading.model import kind_of, user_code
+from bnprobe.numbers import listed
 
 WRAPPERS = ("module.", "_orig_mod.")
 
@@ -415,8 +416,8 @@ def _unwrap(saved: Mapping[Any, Any], key: str | None, path: Path, notes: list[s
     if wrapper is None:
         inside = f" under the key {key}" if key else ""
         raise CheckpointError(
-            f"{path} holds no state dict{inside}. Its keys are {_listed(saved)}. Set checkpoint.key in the spec to "
-            "the one that holds the weights."
+            f"{path} holds no state dict{inside}. Its keys are {listed([*map(str, saved)])}. Set checkpoint.key in the"
+            " spec to the one that holds the weights."
         )
     notes.append(f'The weights were taken from the key "{wrapper}" of {path.name}.')
     return _find_state(saved[wrapper], None, path, notes)
@@ -439,9 +440,4 @@ def _pick(saved: Any, key: str, path: Path) -> Any:
         raise CheckpointError(f'{path} has no key "{key}": it holds {kind_of(saved)} there, not a mapping.')
     close = difflib.get_close_matches(key, [str(name) for name in saved], 1)
     hint = f' Did you mean "{close[0]}"?' if close else ""
-    raise CheckpointError(f'{path} has no key "{key}".{hint} Its keys are {_listed(saved)}.')
-
-
-def _listed(saved: Mapping[Any, Any]) -> str:
-    names = [str(name) for name in saved]
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    raise CheckpointError(f'{path} has no key "{key}".{hint} Its keys are {listed([*map(str, saved)])}.')

@@ -76,7 +76,7 @@ def load_workload(spec: Spec) -> Workload:
     )
 
 
-def read_anew(spec: Spec, workload: Workload) -> Workload:
+def read_again(spec: Spec, workload: Workload) -> Workload:
     """The same model with its data loaded again, because a generator can be read only once.
 
     The user's code may draw random numbers. Seed first to make them reproducible.

@@ -531,8 +531,7 @@ class BatchMoments(Statistic):
         columns, replicate = step.columns, step.replicate_of_row
         counts = step.groups * torch.bincount(torch.tensor(step.replicates), minlength=REPLICATES)
         self.accumulate("counts", columns.call, counts.expand(columns.call.numel(), -1))
-        eps = columns.eps / (columns.variance + columns.eps)
-        self["eps"][slice(None) if columns.channel is None else columns.channel] = eps
+        self.accumulate("eps", columns.channel, columns.eps / (columns.variance + columns.eps))
         for name, summand in summands(step.values, columns.bessel).items():
             self._add_rows(name, columns, replicate, summand)
 
@@ -543,8 +542,8 @@ class BatchMoments(Statistic):
 
     def compute(self, states: Mapping[str, Tensor]) -> tuple[BatchSums, Tensor]:
         """The sums, and the squared means of samples (as d) summed, shape (replicates, channels)."""
-        sums = torch.stack([states[name] for name in SUMS], 1)
-        return BatchSums(states["counts"], sums, states["eps"]), states["sample squares"]
+        sums = {name: states[name] for name in SUMS}
+        return BatchSums(counts=states["counts"], eps=states["eps"], **sums), states["sample squares"]
 
     def _add_rows(self, name: str, columns: Columns, replicate: Tensor, rows: Tensor) -> None:
         if columns.channel is None:

@@ -36,6 +36,11 @@ def leaves_of(tree: Any) -> list[Any]:
     return [leaf for _, leaf in _named_leaves(tree)]
 
 
+def is_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values of all floating-point tensors are finite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
+
+
 def count_images(batch: Any) -> int | None:
     """Samples in a micro-batch: the first axis of its first tensor with axes; None if there is none."""
     return next((tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim() > 0), None)
@@ -183,3 +188,18 @@ def _named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from itertools.chain(*(_named_leaves(item, f"{path}[{index}]") for index, item in enumerate(tree)))
     else:
         yield path, tree
+
+
+def pick(batch: Any, rows: list[int], samples: int) -> Any:
+    """Select samples of a batch: rows of tensors and items of lists with one entry per sample; the rest is kept."""
+    if isinstance(batch, Tensor):
+        return batch[rows] if batch.dim() > 0 and batch.shape[0] == samples else batch
+    if type(batch) is dict:
+        return {key: pick(value, rows, samples) for key, value in batch.items()}
+    if type(batch) is list and len(batch) == samples and not any(isinstance(i, Tensor | Mapping | list) for i in batch):
+        return [batch[row] for row in rows]
+    if type(batch) in (list, tuple):
+        return type(batch)(pick(item, rows, samples) for item in batch)
+    if isinstance(batch, Mapping | list | tuple):
+        return map_leaves(batch, lambda leaf: pick(leaf, rows, samples))
+    return batch

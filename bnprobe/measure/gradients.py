@@ -36,21 +36,19 @@ _REMEDY = "Gradients cannot be compared without a finite loss: look at the model
 
 
 def measure_gradients(
-    session: Session, micro_batches: Iterable[Any], population: LayerStatistics | None = None, *, seed: int = 0
+    session: Session, micro_batches: Iterable[Any], *, seed: int = 0
 ) -> tuple[dict[int, Backward], GradientAngle | None]:
     """Run the loss backwards on a copy, in training. Model and random state come back bit-identical.
 
     Args:
         session: The model, all its norm layers and the user's loss.
         micro_batches: The user's, on the host.
-        population: Statistics for the other gradient, where the layers use them as constants; a layer that is not in
-            it keeps the statistics of its batch. None: the pooled statistics of the same micro-batches in training,
-            which takes a further forward pass.
         seed: Dropout and the like draw the same numbers for both gradients of a micro-batch.
 
     Returns:
         The noise of each layer, by its index, where a gradient reached the layer in two micro-batches at least; and
-        the angle between the gradients, None if no gradient is finite and not 0.
+        the angle between the gradients with batch statistics and with the pooled statistics of all these micro-batches
+        as constants, None if no gradient is finite and not 0.
 
     Raises:
         UsageError: No loss, or one that cannot be trained with.
@@ -63,9 +61,8 @@ def measure_gradients(
         trained = TrainingCopy(session, "--gradients")
         if not trained.parameters:
             return {}, None
-        if population is None:
-            micro_batches = list(micro_batches)
-            population = _pooled(trained, micro_batches, seed)
+        micro_batches = list(micro_batches)
+        population = _pooled(trained, micro_batches, seed)
         records: dict[tuple[int, int], list[Tensor]] = {}
         comparison = _Comparison()
         for position, batch in enumerate(micro_batches):

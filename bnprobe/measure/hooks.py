@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bnprobe.errors import ModelError, is_library_file
-from bnprobe.measure.batch import CannotEmulateError
+from bnprobe.measure.batch import CannotEmulateError, is_finite, tensors_of
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.norms import NORMS, GroupsRows, NormCall, NormFamily
 from bnprobe.stats.moments import Moments, distance, pool_moments, row_moments
@@ -133,6 +133,28 @@ class Interceptor(TorchFunctionMode):
             self._callers.pop()
             if not self._callers:
                 self._on.close()
+
+
+@contextmanager
+def noting_non_finite(layers: Iterable[tuple[str, nn.Module]]) -> Iterator[list[str]]:
+    """Watch the inputs of layers, given with their names, while the block runs.
+
+    Yields:
+        A list that gets the name of the first layer that is called on NaN or Inf.
+    """
+    found: list[str] = []
+
+    def watching(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            if not found and not is_finite(tensors_of(list(inputs))):
+                found.append(name)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in layers:
+            stack.callback(module.register_forward_pre_hook(watching(name)).remove)
+        yield found
 
 
 def _calling_line() -> str:

@@ -216,6 +216,9 @@ def _change(sample: Sample, slot: Slot, leaves: Leaves, record: Recorded) -> _Pa
 SAMPLES = 64
 """Samples that impacts are measured on; a backward pass keeps all of their activations."""
 
+WORST = 5
+"""Layers that are measured, worst first by the estimate; and as many of those that have no estimate."""
+
 _FEWEST = 2
 """Lower limit on the micro-batches, however large they are: one says little about the next."""
 
@@ -224,10 +227,6 @@ def measure_impact(
     session: Session,
     micro_batches: Sequence[Any],
     batching: Batching,
-    *,
-    exact: int = 5,
-    samples: int = SAMPLES,
-    among: frozenset[int] | None = None,
 ) -> dict[int, Impact]:
     """Impact of each layer by itself: estimated for all, measured for the worst.
 
@@ -241,26 +240,23 @@ def measure_impact(
         session: Installed.
         micro_batches: On the device.
         batching: How they run.
-        exact: Measure so many of the worst layers by the estimate, and as many, worst mismatch first, of those that
-            have none.
-        samples: How many are looked at, at least two micro-batches.
-        among: Indices of the layers asked for; None: all selected ones.
 
     Returns:
-        For each layer that uses its running statistics on the eval path. ``loss`` is the mean over micro-batches.
+        For each selected layer that uses its running statistics on the eval path. ``loss`` is the mean over
+        micro-batches.
 
     Raises:
         DeviceError, UserCodeError, DataError: As in any pass on the eval path; an estimate that fails is None.
     """
-    sample = _sample(session, micro_batches, batching, samples)
-    wanted = frozenset(layer.index for layer in session.layers.selected) if among is None else among
+    sample = _sample(session, micro_batches, batching)
+    wanted = frozenset(layer.index for layer in session.layers.selected)
     mismatch, coupled = _mismatches(sample, wanted)
     # A graph keeps about three times what a pass without one is planned to take.
     smaller = replace(sample, batching=replace(batching, at_once=1 if coupled else max(1, batching.at_once // 2)))
     estimates = estimate_changes(smaller, mismatch.keys(), coupled)
     known = sorted(estimates, key=lambda index: -estimates[index])
     unknown = sorted(mismatch.keys() - estimates.keys(), key=lambda index: (-mismatch[index], index))
-    worst = [*known[:exact], *unknown[:exact]]
+    worst = [*known[:WORST], *unknown[:WORST]]
     swapped = _swapped(sample, [frozenset({index}) for index in worst], with_loss=session.functions.loss is not None)
     measured = dict(zip(worst, swapped, strict=True))
     return {index: Impact(estimates.get(index), *measured.get(index, (None, None))) for index in sorted(mismatch)}
@@ -271,24 +267,22 @@ def joint_impact(
     micro_batches: Sequence[Any],
     batching: Batching,
     layers: frozenset[int],
-    *,
-    samples: int = SAMPLES,
 ) -> float | None:
     """Measured relative L2 change of the outputs if all of ``layers`` normalize with their batch's statistics.
 
     Args:
-        session, micro_batches, batching, samples: As in ``measure_impact``.
+        session, micro_batches, batching: As in ``measure_impact``.
         layers: Indices.
 
     Returns:
         None if there is no output to compare, or it is not finite, or zero everywhere.
     """
-    sample = _sample(session, micro_batches, batching, samples)
+    sample = _sample(session, micro_batches, batching)
     return _swapped(sample, [layers], with_loss=False)[0][0]
 
 
-def _sample(session: Session, micro_batches: Sequence[Any], batching: Batching, samples: int) -> Sample:
-    most = max(_FEWEST, samples // batching.batch_size)
+def _sample(session: Session, micro_batches: Sequence[Any], batching: Batching) -> Sample:
+    most = max(_FEWEST, SAMPLES // batching.batch_size)
     return Sample(session, micro_batches[:most], batching)
 
 

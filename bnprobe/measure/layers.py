@@ -20,11 +20,37 @@ from bnprobe.config.spec import ScanSettings, matches_any
 from bnprobe.errors import NonFiniteError, NothingToProbeError, is_library_file
 from bnprobe.loading.model import user_code
 from bnprobe.measure.norms import NormFamily, NormInfo, family_of, lookalike_reason
+from bnprobe.measure.restore import held_in_eval, preserved_training_flags, set_mode
 from bnprobe.records import SkippedLayer
 from bnprobe.rules.evidence import Anatomy
 
 ROOT = "(root)"
 """Name of the root module if it is itself a norm layer; its qualified name is empty."""
+
+
+@dataclass(frozen=True)
+class NamedModule:
+    """A module and all its names; ``name`` is the first, as in reports."""
+
+    name: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__
+
+
+def named_once(model: nn.Module) -> list[NamedModule]:
+    """Every module once, in network order."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name or ROOT)
+    return [NamedModule(found[0], tuple(found[1:]), module) for module, found in names.items()]
 
 
 @dataclass(frozen=True)
@@ -70,15 +96,16 @@ def find_layers(model: nn.Module, is_selected: Callable[..., bool]) -> LayerSet:
     """
     layers: list[ProbedLayer] = []
     skipped: list[SkippedLayer] = []
-    for names, module in _named_once(model):
+    for named in named_once(model):
+        module = named.module
         family = family_of(module)
         reason = family.obstacle(module) if family else lookalike_reason(module)
         if reason:
-            skipped.append(SkippedLayer(names[0], type(module).__name__, reason))
+            skipped.append(SkippedLayer(named.name, named.kind, reason))
         elif family:
-            selected = is_selected(*names)
+            selected = is_selected(*named.names)
             info = family.describe(module)
-            layers.append(ProbedLayer(len(layers), names[0], names[1:], module, family, info, selected))
+            layers.append(ProbedLayer(len(layers), named.name, named.aliases, module, family, info, selected))
     found = LayerSet(tuple(layers), tuple(skipped))
     _require_layers(model, found)
     return found
@@ -130,13 +157,6 @@ def _check_buffer(name: str, buffer: Tensor) -> None:
         )
 
 
-def _named_once(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name or ROOT)
-    return [(tuple(aliases), module) for module, aliases in names.items()]
-
-
 def _require_layers(model: nn.Module, found: LayerSet) -> None:
     if found.selected:
         return
@@ -181,21 +201,16 @@ def anatomy(layers: LayerSet | Sequence[ProbedLayer], model: nn.Module) -> tuple
 @contextmanager
 def _as_in_training(model: nn.Module) -> Iterator[None]:
     """Set the flags as training does; what the user keeps in eval mode beside a root in train mode stays so."""
-    flags = [(module, module.training) for module in model.modules()]
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    kept = [module for module, training in flags if model.training and not training]
-    try:
-        with user_code("calling train() of the model"):
-            model.train()
-        for module in kept:
-            module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-        for parameter, requires_grad in frozen:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad = requires_grad
+    with preserved_training_flags(model):
+        try:
+            with user_code("calling train() of the model"):
+                set_mode(model, True, held_in_eval(model))
+            yield
+        finally:
+            for parameter, requires_grad in frozen:
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad = requires_grad
 
 
 def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> Anatomy:
@@ -304,7 +319,7 @@ def _source(kind: type) -> Path | None:
 
 @lru_cache(maxsize=256)
 def _assignments(path: Path, modified_ns: int, qualname: str) -> tuple[tuple[str, ast.expr], ...]:
-    """Attribute and value of every assignment to ``self`` in a class; ``modified_ns`` renews the cache."""
+    """Attribute and value of every assignment to ``self`` in a class; a new ``modified_ns`` reads it again."""
     tree = _parsed(path, modified_ns)
     definition = None if tree is None else _find(tree, [part for part in qualname.split(".") if part != "<locals>"])
     return () if definition is None else tuple(_self_assignments(definition))

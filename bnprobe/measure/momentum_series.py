@@ -88,7 +88,6 @@ def record(
     reader: Reader,
     settings: ScanSettings,
     progress: Callable[[int, int], None],
-    cap: int = MEMORY_CAP,
 ) -> Recording:
     """Run the train path over micro-batches and keep their statistics.
 
@@ -101,7 +100,7 @@ def record(
     with session.installed():
         wanted = settings.batches or settings.max_batches
         batching = plan(session, reader, settings)
-        recorder = _Recorder(session, batching, cap, most=wanted)
+        recorder = _Recorder(session, batching, most=wanted)
         while recorder.batches < recorder.most:
             progress(recorder.batches, recorder.most)
             taken = reader.take(min(recorder.batching.at_once, recorder.most - recorder.batches))
@@ -129,7 +128,6 @@ class _Recorder:
 
     session: Session
     batching: Batching
-    cap: int
     most: int
     batches: int = 0
     bytes: int = 0
@@ -161,7 +159,7 @@ class _Recorder:
     def _add(self, found: dict[int, list[Recorded]], micro_batches: int) -> None:
         if self.dtype is None:
             numbers = sum(2 * call.mean.shape[1] * (call.groups or 1) for calls in found.values() for call in calls)
-            single, self.most = storage(max(numbers, 1), self.most, self.cap)
+            single, self.most = storage(max(numbers, 1), self.most, MEMORY_CAP)
             self.dtype = torch.float32 if single else torch.float64
         for index, calls in found.items():
             self.calls.setdefault(index, set()).add(sum(call.groups or 1 for call in calls))

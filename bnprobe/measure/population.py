@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import RepairError
-from bnprobe.measure.batch import CannotEmulateError, count_images, join, map_leaves, tensors_of, to_device
+from bnprobe.measure.batch import CannotEmulateError, count_images, join, pick, tensors_of, to_device
 from bnprobe.measure.hooks import Pass, Recorded, Slot
 from bnprobe.measure.memory import Chunks, Footprint, fits, plan_samples
 from bnprobe.measure.physical_batch import Batching, Check, Emulation, check_samples, checked, not_emulated, self_check
 from bnprobe.measure.reader import KEPT_BYTES, RepeatedReader
-from bnprobe.measure.scan_loop import Progress
-from bnprobe.measure.session import Session
+from bnprobe.measure.session import Progress, Session
 from bnprobe.stats.moments import pool_moments
 
 
@@ -124,21 +123,6 @@ def _evenly(samples: int, most: int) -> tuple[list[list[int]], int]:
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
     parts = order.tensor_split(math.ceil(samples / most))
     return [unit.tolist() for part in parts for unit in part.tensor_split(samples // len(parts))], len(parts)
-
-
-def pick(batch: Any, rows: list[int], samples: int) -> Any:
-    """Select samples of a batch: rows of tensors and items of lists with one entry per sample; the rest is kept."""
-    if isinstance(batch, Tensor):
-        return batch[rows] if batch.dim() > 0 and batch.shape[0] == samples else batch
-    if type(batch) is dict:
-        return {key: pick(value, rows, samples) for key, value in batch.items()}
-    if type(batch) is list and len(batch) == samples and not any(isinstance(i, Tensor | Mapping | list) for i in batch):
-        return [batch[row] for row in rows]
-    if type(batch) in (list, tuple):
-        return type(batch)(pick(item, rows, samples) for item in batch)
-    if isinstance(batch, Mapping | list | tuple):
-        return map_leaves(batch, lambda leaf: pick(leaf, rows, samples))
-    return batch
 
 
 def _joined(micro_batches: Sequence[Any]) -> tuple[Any, int] | None:

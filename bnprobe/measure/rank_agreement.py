@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def agree(model: nn.Module, layers: Sequence[ProbedLayer], world: World) -> Agre
     if world.size == 1:
         return Agreement()
     tensors = dict(_tensors(model))
-    marks = world.gather((_structure(tensors), _digest(tensors)))
+    marks = world.gather((_structure(tensors), digest_of(tensors)))
     _require_same([structure for structure, _ in marks])
     if len({digest for _, digest in marks}) == 1:
         return Agreement(dict.fromkeys(_statistics(layers), 0.0))
@@ -71,10 +72,13 @@ def _structure(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...]
     return {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_of(state: Mapping[str, Any]) -> str:
+    """SHA-256 of the names and the bits of tensors, e.g. of a state dict; of what is no tensor, of the name alone."""
     digest = hashlib.sha256()
-    for tensor in tensors.values():
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, value in state.items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -51,6 +51,29 @@ def preserved_random_state() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
+@contextmanager
+def preserved_training_flags(model: nn.Module) -> Iterator[None]:
+    """Restore the training flag of every module when the block ends, also after an exception."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def held_in_eval(model: nn.Module) -> list[nn.Module]:
+    """Modules that the user keeps in eval mode while training: those in eval mode beside a root in train mode."""
+    return [module for module in model.modules() if model.training and not module.training]
+
+
+def set_mode(model: nn.Module, training: bool, held: Iterable[nn.Module]) -> None:
+    """Put a model into train or eval mode, as the user does: modules that are held in eval mode stay there."""
+    model.train(training)
+    for module in held:
+        module.training = False
+
+
 Restore = Callable[[], None]
 
 _CONTAINERS = (dict, list, set, deque, tuple)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import add
@@ -22,18 +22,10 @@ from bnprobe.measure.outputs import Contributions, user_values
 from bnprobe.measure.physical_batch import Batching, Emulation, as_sentence, plan
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, random_state
-from bnprobe.measure.session import PathName, Session
+from bnprobe.measure.session import PathName, Progress, Session
 from bnprobe.records import StopReason
 from bnprobe.stats.intervals import mean_interval, standing
 from bnprobe.stats.theory import mismatch_iid
-
-Progress = Callable[[int, int], None]
-"""Called with the micro-batches measured, and the number after which the scan looks again."""
-
-
-def no_progress(done: int, planned: int) -> None:
-    """Report progress to nobody."""
-
 
 FIRST_LOOK = 16
 """Micro-batches before the first look at what is decided; the number doubles from look to look."""

@@ -24,6 +24,7 @@ from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, m
 from bnprobe.measure.hooks import Interceptor, Pass
 from bnprobe.measure.layers import LayerSet, check_buffers, find_layers
 from bnprobe.measure.memory import is_out_of_memory
+from bnprobe.measure.restore import held_in_eval, set_mode
 
 Outputs = dict[tuple[int, ...], Any]
 """Outputs of the model, by the positions in the batch of the tensors that it was called on."""
@@ -31,6 +32,14 @@ Outputs = dict[tuple[int, ...], Any]
 PathName = Literal["train", "steady", "eval", "check", "check train", "check eval"]
 """The two paths; "steady", the train path without dropout and other random layers (batch statistics, all else in eval
 mode); and the same three as the self-check runs them, always without autocast."""
+
+Progress = Callable[[int, int], None]
+"""Called with the micro-batches done and planned, or of a scan, the number after which it looks again."""
+
+
+def no_progress(done: int, planned: int) -> None:
+    """Report progress to nobody."""
+
 
 _IN_WORDS: dict[PathName, str] = {
     "train": "train path",
@@ -166,9 +175,7 @@ class Session:
             yield
 
     def _set_flags(self, path: PathName) -> None:
-        self.model.train(path in ("train", "check train"))
-        for module in self.held:
-            module.training = False
+        set_mode(self.model, path in ("train", "check train"), self.held)
         if path in ("steady", "check"):
             for layer in self.layers.layers:
                 layer.module.training = layer.index not in self._frozen
@@ -199,11 +206,6 @@ def autocast_dtype(name: str | None) -> torch.dtype | None:
     """The dtype that a setting names; None: no autocast."""
     dtype: torch.dtype | None = getattr(torch, name) if name else None
     return dtype
-
-
-def held_in_eval(model: nn.Module) -> list[nn.Module]:
-    """Modules that the user keeps in eval mode while training: those in eval mode beside a root in train mode."""
-    return [module for module in model.modules() if model.training and not module.training]
 
 
 def casting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -34,17 +34,13 @@ class TrainSteps:
     """What training steps showed, by index of the layer.
 
     Attributes:
-        steps: Steps that were run; fewer than asked for if the data can be read only once and ended.
         updates: Of the layers that keep running statistics and were called.
         repeated: Those of ``Updates.per_step`` with batch statistics that the same step had used before: of a
             forward pass that ran again, not of other data.
-        left_out: Why the other layers have no result, a phrase each.
     """
 
-    steps: int
     updates: Mapping[int, Updates]
     repeated: Mapping[int, float]
-    left_out: Mapping[int, str]
 
 
 def train_steps(
@@ -56,7 +52,7 @@ def train_steps(
 
     Args:
         session: The model, its layers and the user's loss.
-        micro_batches: The user's, on the host; begun again when they end.
+        micro_batches: The user's, on the host; begun again when they end, if they can be.
         make_optimizer: Of the copy's trainable parameters; its errors pass unchanged.
         steps: Optimizer steps.
 
@@ -81,7 +77,11 @@ def train_steps(
             done += 1
     if not done:
         raise DataError("The data is empty, so --train-steps has nothing to train on.")
-    return _result(tracks, done)
+    watched = {index: track for index, track in tracks.items() if track.has_result}
+    return TrainSteps(
+        updates={index: track.result() for index, track in watched.items()},
+        repeated={index: track.repeated / track.steps for index, track in watched.items()},
+    )
 
 
 def _drawn(micro_batches: Iterable[Any], steps: int) -> Iterator[Any]:
@@ -199,11 +199,10 @@ class _Track:
             drift=(self.moved / (self.steps * self.layer.info.channels)) ** 0.5,
         )
 
-    def obstacle(self) -> str | None:
-        """Why nothing can be reported for the layer; None if something can."""
-        if self.before is None:
-            return "it keeps no running statistics (track_running_stats=False)"
-        return None if self.called or self.updates else "no training step called it"
+    @property
+    def has_result(self) -> bool:
+        """Whether the layer keeps running statistics, and a step called it."""
+        return self.before is not None and (self.called or self.updates > 0)
 
     def _info(self) -> NormInfo:
         return self.layer.family.describe(self.layer.module)
@@ -215,15 +214,4 @@ def _repeats(seen: Sequence[tuple[Tensor, Tensor]], eps: float) -> int:
     return sum(
         any(distance(*rows[number], *earlier, eps) < SAME_BATCH for earlier in rows[:number])
         for number in range(len(rows))
-    )
-
-
-def _result(tracks: Mapping[int, _Track], steps: int) -> TrainSteps:
-    obstacles = {index: track.obstacle() for index, track in tracks.items()}
-    watched = {index: track for index, track in tracks.items() if obstacles[index] is None}
-    return TrainSteps(
-        steps=steps,
-        updates={index: track.result() for index, track in watched.items()},
-        repeated={index: track.repeated / track.steps for index, track in watched.items()},
-        left_out={index: reason for index, reason in obstacles.items() if reason is not None},
     )

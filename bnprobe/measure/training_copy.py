@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from bnprobe.errors import DeviceError, ModelError, NonFiniteError, UsageError
 from bnprobe.measure.batch import copy_tensors, to_device
-from bnprobe.measure.hooks import Answer, Intercepted, Interceptor
+from bnprobe.measure.hooks import Answer, Interceptor, noting_non_finite
 from bnprobe.measure.layers import ROOT, ProbedLayer
 from bnprobe.measure.memory import is_out_of_memory
 from bnprobe.measure.norms import NormCall
-from bnprobe.measure.restore import preserved_random_state
+from bnprobe.measure.restore import preserved_random_state, set_mode
 from bnprobe.measure.session import Session, casting, eagerly, model_code
 from bnprobe.stats.moments import pool_moments, row_moments
 
@@ -62,7 +62,9 @@ class TrainingCopy:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._interceptor = Interceptor(self.layers)
         held = {id(module) for module in session.held}
-        self._set_flags({name for name, module in _named(session.model).items() if id(module) in held})
+        names = {name for name, module in _named(session.model).items() if id(module) in held}
+        with model_code("calling model.train()"):
+            set_mode(self.model, True, [module for name, module in _named(self.model).items() if name in names])
 
     def loss(self, batch: Any, answer: Answer) -> Tensor:
         """The user's loss of a micro-batch on the host, a tensor of one number with its graph.
@@ -115,22 +117,9 @@ class TrainingCopy:
 
     def _first_non_finite(self, batch: Any) -> str | None:
         """Repeat the forward pass to find the first layer; checking every input of every step would cost more."""
-        found: list[str] = []
-
-        def look(call: Intercepted) -> Tensor:
-            if not found and not bool(torch.isfinite(call.call.input).all()):
-                found.append(call.layer.name)
-            return call.run()
-
-        self.loss(batch, look)
+        with noting_non_finite((layer.name, layer.module) for layer in self.layers) as found:
+            self.loss(batch, lambda call: call.run())
         return found[0] if found else None
-
-    def _set_flags(self, held: set[str]) -> None:
-        with model_code("calling model.train()"):
-            self.model.train()
-        for name, module in _named(self.model).items():
-            if name in held:
-                module.training = False
 
     @contextmanager
     def _answering(self, answer: Answer) -> Iterator[None]:

@@ -624,8 +624,3 @@ class LintReport(Record):
     diagnoses: tuple[Diagnosis, ...]
     skipped: tuple[SkippedLayer, ...] = ()
     schema_version: int = SCHEMA_VERSION
-
-    @property
-    def has_findings(self) -> bool:
-        """Whether a rule failed with more than a remark."""
-        return any(verdict.outcome == "failed" and verdict.severity != "info" for verdict in self.verdicts)

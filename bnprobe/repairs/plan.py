@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from bnprobe.config.spec import RepairSpec, matches_any
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.loading.model import unwrapped
-from bnprobe.measure.layers import ROOT
+from bnprobe.measure.layers import ROOT, NamedModule, named_once
 from bnprobe.records import Layer, LayerChange, PathMeasurement, Plan, Refusal, Report
 from bnprobe.repairs.conversions import Conversion, conversion_of
 from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed
@@ -148,31 +147,6 @@ def wanted_from_report(report: Report, model: nn.Module) -> dict[str, str]:
     """
     _require_same_model(report, model)
     return {layer.name: _reason(layer, report) for layer in report.layers if layer.flagged}
-
-
-@dataclass(frozen=True)
-class NamedModule:
-    """A module and all its names; ``name`` is the first, as in reports."""
-
-    name: str
-    aliases: tuple[str, ...]
-    module: nn.Module
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name, *self.aliases)
-
-    @property
-    def kind(self) -> str:
-        return type(self.module).__name__
-
-
-def named_once(model: nn.Module) -> list[NamedModule]:
-    """Every module once, in network order."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name or ROOT)
-    return [NamedModule(found[0], tuple(found[1:]), module) for module, found in names.items()]
 
 
 def batch_norms(model: nn.Module) -> list[NamedModule]:

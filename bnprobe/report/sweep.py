@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from bnprobe.numbers import count
+from bnprobe.numbers import count, joined
 from bnprobe.records import MomentumCurve, MomentumPoint, MomentumSweep, SweepLayer, SweepPoint, SweepReport
 from bnprobe.report import figures
 from bnprobe.report.page import CENTRE, FINE, FLAGGED, TIMES, UNDECIDED, UNMEASURED, Page, RenderOptions, pad, to_string
@@ -336,7 +336,7 @@ def _verdict(best: _Rates, replayed: int) -> str:
     first, *ties = ("the cumulative average" if rate is None else _rate(rate) for rate in best)
     if len(best) == replayed > 1:
         return "no rate tracks significantly (95%) better than another"
-    tied = f"; {_listed(ties)} {'is' if len(ties) == 1 else 'are'} not significantly worse (95%)" if ties else ""
+    tied = f"; {joined(ties)} {'is' if len(ties) == 1 else 'are'} not significantly worse (95%)" if ties else ""
     return f"{first} tracks best{tied}"
 
 
@@ -403,10 +403,6 @@ def _change(sweep: MomentumSweep) -> str:
 
 def _rate(rate: float | None) -> str:
     return "cumulative" if rate is None else f"{rate:g}"
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _marked(value: float, point: MomentumPoint, best: _Rates) -> str:

@@ -68,7 +68,8 @@ def analyse(batches: BatchSums, image_squares: Float[Tensor, "replicates channel
     from scipy.special import fdtrc  # scipy.stats takes half a second to import
 
     count = float(batches.counts.sum())
-    d, d_squared = batches.total("d"), batches.total("d squared")
+    totals = batches.totals()
+    d, d_squared = totals["d"], totals["d_squared"]
     rounding = _ROUNDING * image_squares.sum(0)
     between = size * _above(d_squared - d.square() / count, rounding / size) / (count - 1)
     within = _above(image_squares.sum(0) - size * d_squared, rounding) / (count * (size - 1))

@@ -34,8 +34,8 @@ from torch import Tensor
 from bnprobe.stats.intervals import Estimate, jackknife, leave_one_out
 from bnprobe.stats.moments import Corrections
 
-SUMS = ("d", "d squared", "rho", "rho r", "variance", "unbiased variance")
-"""What is summed over micro-batches, per replicate and channel; sums and means hold it in this order."""
+SUMS = ("d", "d_squared", "rho", "rho_r", "variance", "unbiased")
+"""What is summed over micro-batches, per replicate and channel: fields of ``BatchSums`` and ``Means``."""
 
 
 def summands(values: Corrections, bessel: Float[Tensor, " channels"]) -> dict[str, Float[Tensor, "batches channels"]]:
@@ -46,8 +46,14 @@ def summands(values: Corrections, bessel: Float[Tensor, " channels"]) -> dict[st
     """
     rho_r = values.rho * values.r
     variance = rho_r * values.r
-    found = (values.d, values.d.square(), values.rho, rho_r, variance, variance * bessel)
-    return dict(zip(SUMS, found, strict=True))
+    return {
+        "d": values.d,
+        "d_squared": values.d.square(),
+        "rho": values.rho,
+        "rho_r": rho_r,
+        "variance": variance,
+        "unbiased": variance * bessel,
+    }
 
 
 @dataclass(frozen=True)
@@ -56,68 +62,62 @@ class BatchSums:
 
     Attributes:
         counts: Micro-batches per replicate.
-        sums: In the order of ``SUMS``.
+        d, d_squared, rho, rho_r, variance, unbiased: Sums of what ``Means`` has the means of.
         eps: The layer's eps in the same units, eps / (running variance + eps).
     """
 
     counts: Float[Tensor, " replicates"]
-    sums: Float[Tensor, "replicates 6 channels"]
+    d: Float[Tensor, "replicates channels"]
+    d_squared: Float[Tensor, "replicates channels"]
+    rho: Float[Tensor, "replicates channels"]
+    rho_r: Float[Tensor, "replicates channels"]
+    variance: Float[Tensor, "replicates channels"]
+    unbiased: Float[Tensor, "replicates channels"]
     eps: Float[Tensor, " channels"]
 
     def __add__(self, other: BatchSums) -> BatchSums:
-        return BatchSums(self.counts + other.counts, self.sums + other.sums, self.eps)
+        sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
+        return BatchSums(counts=self.counts + other.counts, eps=self.eps, **sums)
 
-    def total(self, name: str) -> Float[Tensor, " channels"]:
-        """One of ``SUMS``, over all replicates."""
-        return self.sums.sum(0)[SUMS.index(name)]
+    def totals(self) -> dict[str, Float[Tensor, " channels"]]:
+        """Sums over all replicates, by the names of ``SUMS``."""
+        return dict(zip(SUMS, self._stacked().sum(0), strict=True))
 
     def means(self) -> Means:
         """Means over all micro-batches, and with each replicate left out."""
-        counts = leave_one_out(self.counts)
-        means = leave_one_out(self.sums) / counts[:, None, None]
+        means = leave_one_out(self._stacked()) / leave_one_out(self.counts)[:, None, None]
         # Without its only replicate nothing is left. That row is never read; zeros avoid warnings about NaN.
-        return Means(means.nan_to_num(0.0), self.eps)
+        found = dict(zip(SUMS, means.nan_to_num(0.0).unbind(1), strict=True))
+        return Means(eps=self.eps, **found)
+
+    def _stacked(self) -> Float[Tensor, "replicates sums channels"]:
+        """All sums in one tensor, to be reduced at once."""
+        return torch.stack([getattr(self, name) for name in SUMS], 1)
 
 
 @dataclass(frozen=True)
 class Means:
-    """Means over micro-batches: over all of them in the first row, without one replicate in each further row."""
+    """Means over micro-batches: over all of them in the first row, without one replicate in each further row.
 
-    values: Float[Tensor, "estimates 6 channels"]
+    Attributes:
+        d, d_squared: E[d] and E[d^2].
+        rho, rho_r: E[rho] and E[rho s_B].
+        variance: E[v_B], biased within the micro-batch.
+        unbiased: E[v_B n / (n - 1)], which a running variance averages.
+        eps: As in ``BatchSums``.
+    """
+
+    d: Float[Tensor, "estimates channels"]
+    d_squared: Float[Tensor, "estimates channels"]
+    rho: Float[Tensor, "estimates channels"]
+    rho_r: Float[Tensor, "estimates channels"]
+    variance: Float[Tensor, "estimates channels"]
+    unbiased: Float[Tensor, "estimates channels"]
     eps: Float[Tensor, " channels"]
 
-    def _of(self, name: str) -> Float[Tensor, "estimates channels"]:
-        return self.values[:, SUMS.index(name)]
-
-    @property
-    def d(self) -> Float[Tensor, "estimates channels"]:
-        """E[d]."""
-        return self._of("d")
-
-    @property
-    def d_squared(self) -> Float[Tensor, "estimates channels"]:
-        """E[d^2]."""
-        return self._of("d squared")
-
-    @property
-    def rho(self) -> Float[Tensor, "estimates channels"]:
-        """E[rho]."""
-        return self._of("rho")
-
-    @property
-    def rho_r(self) -> Float[Tensor, "estimates channels"]:
-        """E[rho s_B]."""
-        return self._of("rho r")
-
-    @property
-    def variance(self) -> Float[Tensor, "estimates channels"]:
-        """E[v_B], biased within the micro-batch."""
-        return self._of("variance")
-
-    @property
-    def unbiased(self) -> Float[Tensor, "estimates channels"]:
-        """E[v_B n / (n - 1)], which a running variance averages."""
-        return self._of("unbiased variance")
+    def whole(self) -> Means:
+        """The first row alone."""
+        return Means(eps=self.eps, **{name: getattr(self, name)[:1] for name in SUMS})
 
     @property
     def pooled(self) -> Float[Tensor, "estimates channels"]:
@@ -219,9 +219,8 @@ def shift_between(here: Means, there: Means) -> Float[Tensor, " estimates"]:
 def shift(here: BatchSums, there: BatchSums) -> Estimate:
     """``shift_between`` two independent samples; the biases and variances found by each one's replicates add up."""
     first, second = here.means(), there.means()
-    whole_first, whole_second = (Means(means.values[:1], means.eps) for means in (first, second))
-    one = jackknife(shift_between(first, whole_second), here.counts)
-    other = jackknife(shift_between(whole_first, second), there.counts)
+    one = jackknife(shift_between(first, second.whole()), here.counts)
+    other = jackknife(shift_between(first.whole(), second), there.counts)
     return Estimate(
         value=one.value - other.bias,
         bias=one.bias + other.bias,

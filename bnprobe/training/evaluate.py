@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from bnprobe.errors import DataError
 from bnprobe.loading.model import BatchFunction
 from bnprobe.measure.batch import copy_tensors, count_images, to_device
-from bnprobe.measure.restore import preserved_random_state, seed_everything
+from bnprobe.measure.restore import preserved_random_state, preserved_training_flags, seed_everything
 from bnprobe.measure.session import casting
 from bnprobe.measure.training_copy import training_code
 from bnprobe.records import Score
@@ -59,17 +58,6 @@ def evaluate(
                 if function is not None:
                     means[name].add(_value(name, function, model, batch, device, autocast), batch)
     return Score(means["loss"].value(), means["metric"].value())
-
-
-@contextmanager
-def preserved_training_flags(model: nn.Module) -> Iterator[None]:
-    """Restore the training flag of every module when the block ends, also after an exception."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 class _Mean:

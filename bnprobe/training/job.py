@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +18,8 @@ from bnprobe.distributed import World
 from bnprobe.errors import UsageError
 from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction
-from bnprobe.measure.batch import copy_tensors, tensors_of, to_device
+from bnprobe.measure.batch import copy_tensors, is_finite, to_device
+from bnprobe.measure.hooks import noting_non_finite
 from bnprobe.measure.layers import ROOT
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.session import casting, model_code
@@ -137,8 +137,8 @@ def first_non_finite(
 
     All passes run, whatever is found: a layer that waits for other processes must be called in each of them.
     """
-    found: list[str] = []
-    with preserved_random_state(), _noting(model, found), casting(device, autocast):
+    norms = [(name or ROOT, module) for name, module in model.named_modules() if isinstance(module, _NORMS)]
+    with preserved_random_state(), noting_non_finite(norms) as found, casting(device, autocast):
         for batch in group:
             with model_code("calling loss(model, batch) once more, to find where it is NaN or Inf"):
                 loss(model, copy_tensors(to_device(batch, device)))
@@ -149,27 +149,6 @@ def bad_gradient(model: nn.Module) -> str | None:
     """Name of the last parameter whose gradient is NaN or Inf, which the backward pass reaches first."""
     named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
     return next((name for name, gradient in reversed(named) if not bool(torch.isfinite(gradient).all())), None)
-
-
-def is_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all values of all floating-point tensors are finite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
-
-
-@contextmanager
-def _noting(model: nn.Module, found: list[str]) -> Iterator[None]:
-    def hook(name: str) -> Any:
-        def look(module: nn.Module, inputs: Any) -> None:
-            if not found and not is_finite(tensors_of(list(inputs))):
-                found.append(name)
-
-        return look
-
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, _NORMS):
-                stack.callback(module.register_forward_pre_hook(hook(name or ROOT)).remove)
-        yield
 
 
 DEFAULT_STEPS = 500
@@ -329,7 +308,7 @@ class Keeper:
     def keep_last(self, step: int, model: nn.Module) -> None:
         """Keep the weights if they are finite, or if none are kept yet."""
         weights = weights_of(model)
-        if not self.weights or is_finite(list(weights.values())):
+        if not self.weights or is_finite(weights.values()):
             self._keep(step, weights)
 
     def state_dict(self) -> dict[str, Any]:

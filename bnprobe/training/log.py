@@ -94,6 +94,18 @@ class StepLog:
             write_whole(self._path, header + "".join(rows))
 
 
+def is_step_log(path: Path) -> bool:
+    """Whether a file is such a CSV log, by its header."""
+    header = _line(list(COLUMNS)).encode()
+    try:
+        if not path.is_file():  # reading a pipe would wait
+            return False
+        with path.open("rb") as file:
+            return file.read(len(header)) == header
+    except OSError:
+        return False
+
+
 def event_folder(log: Path) -> OwnFolder:
     """The folder of TensorBoard files that belongs to a CSV log: ``out.log`` for ``out.log.csv``."""
     return OwnFolder(log.with_suffix(""), rf"[^/]+-seed-[^/]+/events\.out\.tfevents\.[^/]+{re.escape(_EVENTS)}")

@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from bnprobe.config.spec import RenormSpec
 from bnprobe.distributed import ALONE, World
 from bnprobe.errors import StateError, StoppedError
-from bnprobe.measure.restore import preserved_random_state, seed_everything
-from bnprobe.measure.session import held_in_eval, model_code
+from bnprobe.measure.restore import (
+    held_in_eval,
+    preserved_random_state,
+    preserved_training_flags,
+    seed_everything,
+    set_mode,
+)
+from bnprobe.measure.session import model_code
 from bnprobe.nn.batch_renorm import BatchRenormBase, RenormSchedule, watch_clipping
 from bnprobe.records import Ending, Score, TrainingStep
 from bnprobe.training.data import Feed, model_seed, restore, snapshot
-from bnprobe.training.evaluate import preserved_training_flags
 from bnprobe.training.job import (
     ClippedAtEnd,
     DivergenceGuard,
@@ -107,9 +112,7 @@ def _in_training(model: nn.Module) -> Iterator[None]:
     with preserved_training_flags(model):
         try:
             with model_code("calling model.train()"):
-                model.train()
-            for module in held:
-                module.training = False
+                set_mode(model, True, held)
             yield
         finally:
             for parameter in model.parameters():

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import OutputError, StateError, UsageError
-from bnprobe.files import OwnFolder, has_mark, not_own, write_whole
+from bnprobe.files import OwnFolder, has_mark, not_own, unfinished, write_whole
 from bnprobe.records import Run, Score
 from bnprobe.training.log import event_folder
 
@@ -274,10 +274,7 @@ class StateFolder:
     def _begin(self, fingerprint: dict[str, Any], force: bool) -> None:
         if has_mark(self.path):
             if not force:
-                raise UsageError(
-                    f"{self.path} contains the state of an unfinished repair. Continue it with --resume, or discard"
-                    " it and start over with --force."
-                )
+                raise unfinished(self.path)
             self._clear()
         self._own.make()
         try:

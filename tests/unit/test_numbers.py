@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bnprobe.numbers import count, listed, number, percent
+from bnprobe.numbers import count, joined, listed, number, percent
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,7 @@ def test_things_are_counted(amount: int, noun: str, text: str) -> None:
 def test_many_names_are_counted_rather_than_listed() -> None:
     assert listed(["a", "b"], 2) == "a, b"
     assert listed(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+
+
+def test_few_names_are_joined() -> None:
+    assert [joined(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 from scipy import stats
 
-from bnprobe.analysis.comparison import CONTROL, conclude, estimate, gain_over, make_arm
+from bnprobe.analysis.comparison import (
+    CONTROL,
+    CONTROL_RECALIBRATED,
+    Goal,
+    conclude,
+    control_of,
+    estimate,
+    gain_over,
+    make_arm,
+)
 from bnprobe.records import Arm, Run, Score
 
 
@@ -26,6 +35,21 @@ def test_a_missing_value_is_no_estimate() -> None:
         one = estimate(same)
         assert one is not None
         assert (one.mean, one.interval) == (0.5, None)
+
+
+@pytest.mark.parametrize(("goal", "better"), [("max", 0.6), ("min", 0.5)])
+@pytest.mark.parametrize("scores", [(0.5, 0.6), (0.6, 0.5)])
+def test_a_repair_must_beat_the_better_control(goal: Goal, better: float, scores: tuple[float, float]) -> None:
+    trained = zip((CONTROL, CONTROL_RECALIBRATED, "batch-renorm"), (*scores, 0.55), strict=True)
+    arms = {
+        name: make_arm(name, [Run(0, 6, 6, Score(None, score), "finished", "", 0.0)], True) for name, score in trained
+    }
+    control = control_of(arms, "metric", goal)
+    assert control is not None
+    assert control.name == (CONTROL, CONTROL_RECALIBRATED)[scores.index(better)]
+    gain = gain_over(arms["batch-renorm"], control, "metric", goal)
+    assert gain is not None
+    assert gain.mean == pytest.approx(-0.05)  # over the other control it would be a gain
 
 
 @pytest.mark.parametrize(

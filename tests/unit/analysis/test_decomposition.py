@@ -102,6 +102,16 @@ def test_statistics_of_other_weights_are_lag() -> None:
     assert abs(first.lag) < 0.1 * total(first)
 
 
+def test_the_ladder_starts_at_the_path_that_the_running_statistics_fit() -> None:
+    """Those of a network trained at batch size 60 fit the eval path, not the noisy train path at batch size 2."""
+    model = trained(Residual(), list(torch.cat(pictures(300, seed=1)).split(60)))
+    data = list(torch.cat(pictures(64)).split(2))
+    _, (layer, shares) = shares_of(scan(model, data, 2, num_batches=256))
+    assert shares.propagation == 0
+    assert layer.share_intervals.propagation is None
+    assert abs(shares.lag) < 0.02 * total(shares)
+
+
 def test_dropout_before_a_layer_is_dropout() -> None:
     class Dropped(nn.Module):
         def __init__(self) -> None:

@@ -53,7 +53,7 @@ def metric(model: nn.Module, batch: Batch) -> Tensor:
     return (model(batch[0]).argmax(1) == batch[1]).float().mean()
 
 
-def renew(model: nn.Module) -> None:
+def recalibrated(model: nn.Module) -> None:
     model.bn.running_mean.fill_(0.25)
 
 
@@ -69,7 +69,7 @@ def subject(steps: int = 6, seeds: int = 2, **changes: Any) -> Subject:
         model=model,
         start=start,
         recalibrated=("bn",),
-        renew=renew,
+        recalibrate=recalibrated,
         training=as_batch_source(batches(2, 12), 4),
         choosing=choosing,
         proving=proving,
@@ -124,7 +124,7 @@ def test_plain_bn_has_the_momentum_that_it_is_held_against() -> None:
 def test_a_recalibrated_control_is_the_trained_one_with_other_statistics() -> None:
     given = subject(seeds=1)
     seen: list[dict[str, Tensor]] = []
-    given = replace(given, renew=lambda model: seen.append(copy.deepcopy(model.state_dict())))
+    given = replace(given, recalibrate=lambda model: seen.append(copy.deepcopy(model.state_dict())))
     proof = prove(given, [planned(given)]).proof
     assert len(seen) == 1
     assert not torch.equal(seen[0]["hidden.weight"], given.start.hidden.weight)
@@ -240,7 +240,7 @@ def test_what_is_concluded(
 
     monkeypatch.setattr("bnprobe.commands.experiment._run", run)
     given = subject(seeds=len(ours))
-    given = replace(given, renew=None, repair=given.repair.model_copy(update={"goal": goal}))
+    given = replace(given, recalibrate=None, repair=given.repair.model_copy(update={"goal": goal}))
     proof = prove(given, [planned(given)]).proof
     assert proof.conclusion == conclusion
     assert (proof.gain.mean if proof.gain else None) == pytest.approx(gain)

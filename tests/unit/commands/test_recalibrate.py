@@ -14,7 +14,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnprobe
-from bnprobe.commands.recalibrate import recalibrate_workload
+from bnprobe.commands.recalibrate import recalibrate_loaded
 from bnprobe.errors import DataError, NonFiniteError, NothingToProbeError, RepairError, UsageError, UserCodeError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.measure import population, reader
@@ -409,11 +409,11 @@ def test_data_that_ends_early_is_enough() -> None:
     torch.testing.assert_close(model.running_mean, whole.mean(0))
 
 
-def test_a_workload_gives_the_names_of_its_layers() -> None:
+def test_a_loaded_model_gives_the_names_of_its_layers() -> None:
     source = as_batch_source(list(data(20, 3, 6, 6, dtype=torch.float32).split(4)), 4)
     seen: list[tuple[int, int]] = []
-    names = recalibrate_workload(Residual(), source, path="eval", progress=lambda done, of: seen.append((done, of)))
-    assert names == ("bn1", "bn2")
+    found = recalibrate_loaded(Residual(), source, path="eval", progress=lambda done, of: seen.append((done, of)))
+    assert found.layers == ("bn1", "bn2")
     assert seen[-1] == (10, 10)
 
 

@@ -16,12 +16,12 @@ from bnprobe.commands.scan import scan
 from bnprobe.commands.sweep import MomentumPlan, momentum_sweep, sweep
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import UsageError
+from bnprobe.measure import momentum_series
 from bnprobe.measure.layers import find_layers
 from bnprobe.measure.momentum_series import Recording, record, storage
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import untouched
-from bnprobe.measure.scan_loop import no_progress
-from bnprobe.measure.session import Session, UserFunctions
+from bnprobe.measure.session import Session, UserFunctions, no_progress
 from bnprobe.records import SweepReport
 from bnprobe.report import RenderOptions, render
 from bnprobe.stats.ema import replay, weights
@@ -35,11 +35,11 @@ def _residual(**options: object) -> nn.Module:
     return unsettled(Residual(**options))
 
 
-def _record(model: nn.Module, data: list[Tensor], cap: int = 2**28, **settings: object) -> Recording:
+def _record(model: nn.Module, data: list[Tensor], **settings: object) -> Recording:
     with untouched(model):
         layers = find_layers(model, lambda *names: True)
         session = Session(model, layers, UserFunctions(), torch.device("cpu"))
-        return record(session, Reader(data, len(data[0])), ScanSettings(**settings), no_progress, cap)
+        return record(session, Reader(data, len(data[0])), ScanSettings(**settings), no_progress)
 
 
 def _settled_on(model: nn.Module, batches: list[Tensor]) -> nn.Module:
@@ -180,16 +180,18 @@ def test_the_replay_gives_the_statistics_of_a_network_that_really_trains(network
             torch.testing.assert_close(found.variance[0], expected.running_var, rtol=1e-12, atol=1e-12)
 
 
-def test_recording_keeps_within_its_memory() -> None:
+def test_recording_keeps_within_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert storage(100, 50, 100 * 50 * 8) == (False, 50)
     assert storage(100, 50, 100 * 50 * 8 - 1) == (True, 50)
     assert storage(100, 50, 100 * 30 * 4) == (True, 30)
     model, values = _residual(), 16  # mean and variance of two layers of four channels
     whole = _record(model, DATA, batches=40)
     assert (whole.batches, whole.bytes, whole.single, whole.cut) == (40, 40 * values * 8, False, False)
-    single = _record(model, DATA, cap=40 * values * 4, batches=40)
+    monkeypatch.setattr(momentum_series, "MEMORY_CAP", 40 * values * 4)
+    single = _record(model, DATA, batches=40)
     assert (single.batches, single.bytes, single.single, single.cut) == (40, 40 * values * 4, True, False)
-    fewer = _record(model, DATA, cap=24 * values * 4, batches=40)
+    monkeypatch.setattr(momentum_series, "MEMORY_CAP", 24 * values * 4)
+    fewer = _record(model, DATA, batches=40)
     assert (fewer.batches, fewer.bytes, fewer.single, fewer.cut) == (24, 24 * values * 4, True, True)
     for one, other in zip(single.series, whole.series, strict=True):
         torch.testing.assert_close(one.stream.mean.double(), other.stream.mean, rtol=1e-6, atol=1e-7)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from bnprobe.measure.accumulators import (
     CorrectionR,
     LayerMismatch,
     Mismatch,
+    SamplePool,
     Statistic,
     Step,
 )
@@ -103,7 +106,7 @@ def test_merging_takes_over_calls_that_only_one_process_saw() -> None:
     assert one.calls == ((0, 0), (1, 0))
     alone = add(new(), both, ((1, 0),), mean[2:, 3:], variance[2:, 3:])
     assert one.mismatch((1, 0)) == pytest.approx(alone.mismatch((1, 0)))
-    torch.testing.assert_close(one.moments((1, 0)).sums, alone.moments((1, 0)).sums, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(asdict(one.moments((1, 0))), asdict(alone.moments((1, 0))), rtol=1e-12, atol=1e-12)
     assert one.moments((0, 0)).counts.sum() == 6
     empty = new()
     empty.merge(one)
@@ -159,6 +162,23 @@ def test_images_left_over_wait_for_the_next_step(size: int, steps: list[int], se
     assert path.layer_sums()[0].square == pytest.approx(expected.mismatch((0, 0)).square, rel=1e-12)
 
 
+def test_every_sample_has_the_same_chance_to_stay_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 of 32 samples, of micro-batches of 4; the number of pools that hold a sample is binomial."""
+    monkeypatch.setattr("bnprobe.measure.accumulators.POOL_SAMPLES", 8)
+    (layer,) = layers(1)
+    mean, variance = statistics(32, 1)
+    pools, held = 80, np.zeros(32, dtype=int)
+    for seed in range(pools):
+        path = new(seed=seed)
+        for means, variances in zip(mean.split(16), variance.split(16), strict=True):
+            path.add({(0, 0): record(means, variances, unit=1)}, (layer,))
+        numbers = path[SamplePool].number
+        assert len(set(numbers)) == 8
+        held[numbers] += 1
+    expected, deviation = pools / 4, (pools * 1 / 4 * 3 / 4) ** 0.5
+    assert np.abs(held - expected).max() < 4 * deviation
+
+
 def test_steps_that_make_other_calls_are_merged() -> None:
     both = layers(3, 2)
     mean, variance = statistics(6, 5)
@@ -175,7 +195,7 @@ def test_steps_that_make_other_calls_are_merged() -> None:
     merged, expected = path.r([(0, 0)]), alone.r([(0, 0)])
     np.testing.assert_array_equal(merged.histogram, expected.histogram)
     assert (merged.low, merged.high, merged.clipped) == (expected.low, expected.high, expected.clipped)
-    torch.testing.assert_close(path.moments((0, 0)).sums.sum(0), alone.moments((0, 0)).sums.sum(0))
+    torch.testing.assert_close(path.moments((0, 0)).totals(), alone.moments((0, 0)).totals())
 
 
 def test_the_step_of_the_first_bad_value_is_kept() -> None:
@@ -238,7 +258,7 @@ def test_a_call_that_first_comes_later_finds_room() -> None:
     assert path.mismatch((0, 0)).total == pytest.approx(whole.mismatch((0, 0)).total, rel=1e-12)
     np.testing.assert_array_equal(path.d([(0, 0)]).histogram, whole.d([(0, 0)]).histogram)
     assert path.mismatch((1, 0)).count == 4
-    torch.testing.assert_close(path.moments((0, 0)).sums, whole.moments((0, 0)).sums, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(asdict(path.moments((0, 0))), asdict(whole.moments((0, 0))), rtol=1e-12, atol=1e-12)
 
 
 class LargestMean(Statistic):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from bnprobe.commands.scan import scan
 from bnprobe.errors import BnprobeError, DataError, NonFiniteError, UserCodeError
+from bnprobe.measure.restore import untouched
 from support.fingerprint import fingerprint
 from support.networks import Residual, images, unsettled
 
@@ -100,6 +102,21 @@ def test_grad_mode_off_beforehand() -> None:
     model = tricky()
     with torch.no_grad():
         assert_untouched(model, lambda: scan(model, DATA, 2, num_batches=6))
+
+
+@pytest.mark.parametrize("error", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_user_code_that_switches_grad_mode(before: bool, error: bool) -> None:
+    def switch() -> None:
+        with untouched(nn.BatchNorm1d(2)):
+            torch.set_grad_enabled(not before)
+            if error:
+                raise ZeroDivisionError
+
+    with torch.set_grad_enabled(before):
+        with pytest.raises(ZeroDivisionError) if error else nullcontext():
+            switch()
+        assert torch.is_grad_enabled() is before
 
 
 def test_with_loss_and_metric_and_forward() -> None:

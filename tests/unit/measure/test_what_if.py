@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.errors import UsageError
-from bnprobe.measure.batch import join
+from bnprobe.measure.batch import join, pick
 from bnprobe.measure.hooks import Pass, Recorded
 from bnprobe.measure.physical_batch import Batching
-from bnprobe.measure.population import Population, pick, steady_population
+from bnprobe.measure.population import Population, steady_population
 from bnprobe.measure.restore import untouched
 from bnprobe.measure.session import UserFunctions
 from bnprobe.measure.what_if import what_if

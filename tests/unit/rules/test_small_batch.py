@@ -6,7 +6,15 @@ from dataclasses import replace
 
 from bnprobe.records import Composition
 from bnprobe.stats.theory import mismatch_iid
-from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_path, make_shares, run_rule
+from bnprobe.testing import (
+    make_anatomy,
+    make_evidence,
+    make_intervals,
+    make_layer,
+    make_path,
+    make_shares,
+    run_rule,
+)
 from unit.rules.expect import HALF, LIMIT, failed, passed, skipped
 
 
@@ -73,3 +81,12 @@ def test_a_share_that_would_not_flag_the_layer_by_itself_is_not_blamed() -> None
     found = [run_rule("BN201", make_evidence(layer))[0] for layer in (within, beyond, healthy)]
     assert [verdict.outcome for verdict in found] == ["passed", "failed", "passed"]
     assert found[2].message == "This cause accounts for D = 0.035, and the layer is within its limit."
+
+
+def test_a_share_that_may_be_small_is_not_blamed_beside_a_larger_one() -> None:
+    shares = make_shares(small_batch=0.06, lag=0.3)
+    outcomes = []
+    for low in (HALF * 0.9, HALF * 1.1):
+        layer = make_layer("bn", shares, share_intervals=replace(make_intervals(shares), small_batch=(low, 0.1)))
+        outcomes += [verdict.outcome for verdict in run_rule("BN201", make_evidence(layer))]
+    assert outcomes == ["passed", "failed"]

@@ -41,14 +41,25 @@ class Data:
         rho_r = rho * (batch_v + eps).sqrt()
         n = self.size * self.positions
         unbiased = batch_v * n / (n - 1) if n > 1 else batch_v
-        stacked = torch.stack([batch_d, batch_d.square(), rho, rho_r, batch_v, unbiased], 1)
-        index = torch.arange(len(stacked)) % REPLICATES
+        index = torch.arange(len(batch_d)) % REPLICATES
         counts = torch.bincount(index, minlength=REPLICATES).double()
-        sums = torch.zeros(REPLICATES, 6, CHANNELS, dtype=torch.float64).index_add_(0, index, stacked)
-        squares = d.square().unflatten(0, (-1, self.size)).sum(1)
-        squares = torch.zeros(REPLICATES, CHANNELS, dtype=torch.float64).index_add_(0, index, squares)
+
+        def summed(values: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(REPLICATES, CHANNELS, dtype=torch.float64).index_add_(0, index, values)
+
+        sums = BatchSums(
+            counts=counts,
+            d=summed(batch_d),
+            d_squared=summed(batch_d.square()),
+            rho=summed(rho),
+            rho_r=summed(rho_r),
+            variance=summed(batch_v),
+            unbiased=summed(unbiased),
+            eps=eps,
+        )
+        squares = summed(d.square().unflatten(0, (-1, self.size)).sum(1))
         replicate = index.repeat_interleave(self.size)
-        return BatchSums(counts, sums, eps), squares, Images((d - d.mean(0)).float(), variance.float(), replicate)
+        return sums, squares, Images((d - d.mean(0)).float(), variance.float(), replicate)
 
 
 def mismatch_by_loop(batches: np.ndarray, mean: np.ndarray, std: np.ndarray) -> float:

@@ -1,0 +1,107 @@
+"""The files beside repaired weights: which of an earlier run are removed, and that nothing of the user's is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bnprobe.cli.artifacts import Artifacts
+from bnprobe.report.json import dump
+from bnprobe.training import StateFolder, StepLog
+from support import repairs
+from unit.report.fabricated_parts import report
+
+REPORT = report([])
+WEIGHTS = {"weight": torch.zeros(1)}
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out.safetensors"
+
+
+def write(output: Path, trains: bool = False, before: bool = False, after: bool = False) -> Artifacts:
+    """Write what a repair with these reports writes, with ``--force``."""
+    artifacts = Artifacts(output, force=True, trains=trains)
+    if trains:
+        StateFolder.open(artifacts.state, {}, resume=False)
+    artifacts.write(repairs.record(), WEIGHTS, REPORT if before else None, REPORT if after else None)
+    return artifacts
+
+
+@pytest.mark.parametrize("missing", ["before", "after"])
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_report_of_an_earlier_run_is_removed(output: Path, missing: str, trains: bool) -> None:
+    write(output, before=True, after=True)
+    artifacts = write(output, trains, before=missing == "after", after=missing == "before")
+    assert not getattr(artifacts, missing).exists()
+    assert getattr(artifacts, "after" if missing == "before" else "before").exists()
+    assert artifacts.record.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"my notes",
+        b"",
+        b"{}",
+        b"[1, 2]",
+        b'"bnprobe"',
+        b"\xff\xfe",
+        b'{"tool": "bnprobe"}',
+        b'{"tool": null}',
+        b'{"tool": {"name": "another"}}',
+        b"[" * 100_000,
+        dump(REPORT).encode()[:-20],
+    ],
+    ids=range(11),
+)
+@pytest.mark.parametrize("name", ["out.before.json", "out.after.json"])
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_file_of_the_user_is_kept_and_named(
+    output: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, trains: bool
+) -> None:
+    foreign = output.with_name(name)
+    foreign.write_bytes(content)
+    write(output, trains, before=name != "out.before.json", after=name != "out.after.json")
+    assert foreign.read_bytes() == content
+    assert f"{foreign} was kept because bnprobe did not write it.\n" in capsys.readouterr().err
+
+
+def test_a_link_of_the_user_is_kept(output: Path) -> None:
+    elsewhere, link = output.with_name("elsewhere.json"), output.with_name("out.before.json")
+    elsewhere.write_text(dump(REPORT))
+    link.symlink_to(elsewhere)
+    write(output, after=True)
+    assert link.is_symlink()
+    assert elsewhere.exists()
+
+
+def test_a_log_of_an_earlier_run_is_removed(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = output.with_name("out.log.csv")
+    StepLog(log).close()
+    artifacts = write(output, trains=True)
+    assert not log.exists()
+    assert artifacts.files(None, None).log is None
+    assert "kept" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "time,loss\n0,1\n", "arm,seed\n"])
+def test_a_table_of_the_user_is_kept_and_is_not_shown_as_the_log(
+    output: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    log = output.with_name("out.log.csv")
+    log.write_text(content)
+    artifacts = write(output, trains=True)
+    assert log.read_text() == content
+    assert artifacts.files(None, None).log is None
+    assert f"{log} was kept" in capsys.readouterr().err
+
+
+def test_a_command_that_does_not_train_leaves_the_log_alone(output: Path) -> None:
+    log = output.with_name("out.log.csv")
+    StepLog(log).close()
+    write(output)
+    assert log.exists()
