@@ -85,7 +85,7 @@ def together(workspace: Workspace, size: int, *arguments: str | Path, code: int 
     first, *others = launch(workspace, size, *arguments, "--format", "json", "--output", file).results()
     assert (first.code, first.stdout) == (code, "")
     assert others == [Result(code, "", "")] * (size - 1)
-    assert f"{size} processes measured" in " ".join(json.loads(file.read_text(encoding="utf-8"))["scan"]["notes"])
+    assert f"{size} processes each measured" in " ".join(json.loads(file.read_text(encoding="utf-8"))["scan"]["notes"])
     return read(file)
 
 
