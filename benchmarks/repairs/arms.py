@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bnprobe.analysis.comparison import estimate
+from bnprobe.analysis.comparison import mean_estimate
 from bnprobe.records import Arm, Estimate, Plan, Run, Score
 from bnprobe.repairs import plan, wanted_by_globs
 
@@ -66,7 +66,7 @@ def plan_for_all(model: nn.Module, to: str) -> Plan:
 def arm_of(name: str, runs: Sequence[Run], trained: bool = True) -> Arm:
     """Mean and interval over the runs."""
     losses, accuracies = [run.score.loss for run in runs], [run.score.metric for run in runs]
-    return Arm(name, trained, tuple(runs), estimate(losses), estimate(accuracies))
+    return Arm(name, trained, tuple(runs), mean_estimate(losses), mean_estimate(accuracies))
 
 
 def joined(parts: Sequence[Sequence[Arm]]) -> tuple[Arm, ...]:
@@ -81,7 +81,7 @@ def difference(arm: Arm, control: Arm) -> Estimate | None:
     """Accuracy minus that of the control, run by run of the same seed; an arm without training has one run for all."""
     runs = arm.runs if len(arm.runs) == len(control.runs) else arm.runs * len(control.runs)
     pairs = zip((run.score.metric for run in runs), (run.score.metric for run in control.runs), strict=True)
-    return estimate([None if one is None or other is None else one - other for one, other in pairs])
+    return mean_estimate([None if one is None or other is None else one - other for one, other in pairs])
 
 
 def verdict(gain: Estimate | None) -> str:

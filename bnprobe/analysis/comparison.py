@@ -18,7 +18,7 @@ Measure = Literal["loss", "metric"]
 Goal = Literal["max", "min"]
 
 
-def estimate(values: Sequence[float | None]) -> Estimate | None:
+def mean_estimate(values: Sequence[float | None]) -> Estimate | None:
     """Mean and 95% interval by Student's t over independent values; None if a value is missing.
 
     Values that are all the same give no interval: scores on few samples often are, and then say nothing about chance.
@@ -36,7 +36,7 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
 
 def make_arm(name: str, runs: Sequence[Run], trained: bool) -> Arm:
     """An arm of these runs."""
-    loss, metric = (estimate([getattr(run.score, measure) for run in runs]) for measure in ("loss", "metric"))
+    loss, metric = (mean_estimate([getattr(run.score, measure) for run in runs]) for measure in ("loss", "metric"))
     return Arm(name, trained, tuple(runs), loss, metric)
 
 
@@ -53,7 +53,7 @@ def gain_over(repaired: Arm, control: Arm, measure: Measure, goal: Goal) -> Esti
     sign = 1.0 if goal == "max" else -1.0
     pairs = zip(repaired.runs, control.runs, strict=True)
     scores = [(getattr(one.score, measure), getattr(other.score, measure)) for one, other in pairs]
-    return estimate([None if one is None or other is None else sign * (one - other) for one, other in scores])
+    return mean_estimate([None if one is None or other is None else sign * (one - other) for one, other in scores])
 
 
 def conclude(

@@ -22,7 +22,7 @@ from bnprobe.records import EXEMPT, SOURCES, Cause, Diagnosis, Layer, LintReport
 from bnprobe.rules import RULES, Rule
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link
-from bnprobe.rules.selection import fits, selected
+from bnprobe.rules.selection import matches_code, selected
 from bnprobe.rules.shares import SHARES
 
 Group = tuple[str, ...]
@@ -81,7 +81,7 @@ def _exempted(verdict: Verdict, exemptions: Sequence[RuleExemption], facts: Fact
     layer = facts.layers.get(verdict.layer or "")
     names = (verdict.layer or "", *(layer.aliases if layer else ()))
     for exemption in exemptions:
-        if matches_any(exemption.layers, names) and fits(verdict.rule, exemption.rules):
+        if matches_any(exemption.layers, names) and matches_code(verdict.rule, exemption.rules):
             message = f"{EXEMPT}{exemption.reason.rstrip('.')}."
             return replace(verdict, outcome="skipped", message=message, remedy="", reason=exemption.reason)
     return verdict

@@ -100,9 +100,7 @@ def _recalibrate(spec: Spec, path: StatisticsPath, layers: tuple[str, ...], batc
 
     share_processors()
     with progress_bar() as show:
-        from bnprobe.commands.recalibrate import (
-            recalibrate_spec,  # importing torch takes seconds: check the options first
-        )
+        from bnprobe.commands.recalibrate import recalibrate_spec
 
         return recalibrate_spec(
             spec, path=path, layers=layers, num_batches=batches, command=typed_command(), progress=show

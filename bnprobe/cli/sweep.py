@@ -129,11 +129,7 @@ def _measure(spec: Spec, train_sizes: tuple[int, ...], replayed: dict[str, Any] 
     share_processors()
     try:
         with progress_bar() as show:
-            from bnprobe.commands.sweep import (  # importing torch takes seconds: check the options first
-                MomentumPlan,
-                SweepPlan,
-                sweep_spec,
-            )
+            from bnprobe.commands.sweep import MomentumPlan, SweepPlan, sweep_spec
 
             given = {name: value for name, value in (replayed or {}).items() if value is not None}
             momentum = None if replayed is None else MomentumPlan(**given)

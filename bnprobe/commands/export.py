@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bnprobe.commands.exporters import (
     Arguments,
     Exporter,
-    Run,
+    RunExported,
     Written,
     arguments_of,
     exporter_of,
@@ -166,7 +166,7 @@ def _other_sizes(batches: Sequence[Any]) -> Iterator[Any]:
 
 def _export(
     format_: ExportFormat, model: nn.Module, cases: Sequence[tuple[int, Arguments]], fixed: bool
-) -> tuple[Written, Run | None, bool]:
+) -> tuple[Written, RunExported | None, bool]:
     """The file, a function that runs it, and whether it accepts only the batch size of the example."""
     images, example = cases[0]
     exporter = exporter_of(format_)
@@ -182,7 +182,7 @@ def _export(
 
 def _flexible(
     exporter: Exporter, runs: bool, model: nn.Module, cases: Sequence[tuple[int, Arguments]]
-) -> tuple[Written, Run | None]:
+) -> tuple[Written, RunExported | None]:
     """A file that accepts batches of any size, tested on the given ones."""
     images, example = cases[0]
     written = _written(exporter, model, example, shapes_of(example, images))
@@ -221,7 +221,7 @@ def _unlogged() -> Iterator[None]:
 
 
 def _checked(
-    to: str, model: nn.Module, run: Run, cases: Sequence[tuple[int, Arguments]], fixed: bool
+    to: str, model: nn.Module, run: RunExported, cases: Sequence[tuple[int, Arguments]], fixed: bool
 ) -> Iterator[Difference]:
     """Compare the file with the model on every batch that it accepts."""
     for images, arguments in cases:

@@ -28,7 +28,7 @@ from bnprobe.registry import load_code
 Arguments = tuple[Any, ...]
 """Positional arguments of the model's ``forward``: tensors, or nested structures of them."""
 
-Run = Callable[[Arguments], Any]
+RunExported = Callable[[Arguments], Any]
 """Runs a file on such arguments and returns its outputs."""
 
 
@@ -58,7 +58,7 @@ class Exporter(Protocol):
             Exception: Anything that torch raises if the model cannot be exported.
         """
 
-    def read(self, content: bytes) -> Run:
+    def read(self, content: bytes) -> RunExported:
         """Load the file as a program would."""
 
 
@@ -148,7 +148,7 @@ class OnnxExporter:
             assert program is not None  # always so with dynamo=True
             return Written(program.model_proto.SerializeToString())  # one file, including the weights
 
-    def read(self, content: bytes) -> Run:
+    def read(self, content: bytes) -> RunExported:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -234,7 +234,7 @@ class TorchExporter:
         torch.export.save(torch.export.export(model, arguments, dynamic_shapes=shapes), buffer)
         return Written(buffer.getvalue())
 
-    def read(self, content: bytes) -> Run:
+    def read(self, content: bytes) -> RunExported:
         module = torch.export.load(io.BytesIO(content)).module()
 
         def run(arguments: Arguments) -> Any:
@@ -253,7 +253,7 @@ class TorchScriptExporter:
             torch.jit.save(program, buffer)
         return Written(buffer.getvalue(), notes)
 
-    def read(self, content: bytes) -> Run:
+    def read(self, content: bytes) -> RunExported:
         with _undeprecated():
             module = torch.jit.load(io.BytesIO(content))
 

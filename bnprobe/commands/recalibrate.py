@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bnprobe._version import __version__
-from bnprobe.analysis.comparison import AS_IS, RECALIBRATED, estimate, make_arm, verdict
+from bnprobe.analysis.comparison import AS_IS, RECALIBRATED, make_arm, mean_estimate, verdict
 from bnprobe.commands.held_out import HeldOut
 from bnprobe.commands.scan import environment, scan_workload, whole
 from bnprobe.config import StatisticsPath
@@ -379,7 +379,7 @@ def _proof(spec: Spec, held_out: HeldOut, before: list[Score], after: list[Score
     measure: Literal["loss", "metric"] = "loss" if held_out.metric is None else "metric"
     sign = 1.0 if measure == "metric" and spec.repair.goal == "max" else -1.0
     pairs = [(getattr(one, measure), getattr(two, measure)) for one, two in zip(before, after, strict=True)]
-    gain = estimate([None if one is None or two is None else sign * (two - one) for one, two in pairs])
+    gain = mean_estimate([None if one is None or two is None else sign * (two - one) for one, two in pairs])
     arms = tuple(
         _arm(name, spec.data.seed, held_out, scores) for name, scores in ((AS_IS, before), (RECALIBRATED, after))
     )

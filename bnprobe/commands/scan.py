@@ -40,7 +40,7 @@ from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, seed_everything, untouched
 from bnprobe.measure.scan_loop import probe
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
-from bnprobe.measure.train_steps import OptimizerFactory, train_steps
+from bnprobe.measure.train_steps import MakeOptimizer, train_steps
 from bnprobe.measure.what_if import what_if
 from bnprobe.records import (
     SCHEMA_VERSION,
@@ -83,7 +83,7 @@ def scan(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     loss: Callable[[nn.Module, Any], Any] | None = None,
     metric: Callable[[nn.Module, Any], Any] | None = None,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: MakeOptimizer | None = None,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> Report:
@@ -269,7 +269,7 @@ def measure_further(
     session: Session,
     evidence: Evidence,
     settings: ScanSettings,
-    make_optimizer: OptimizerFactory | None = None,
+    make_optimizer: MakeOptimizer | None = None,
     *,
     impact: bool = True,
 ) -> None:
@@ -333,7 +333,7 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, held_out
         found.remedies = what_if(session, training, unseen, evidence.batching)
 
 
-def _guarded(make_optimizer: OptimizerFactory) -> OptimizerFactory:
+def _guarded(make_optimizer: MakeOptimizer) -> MakeOptimizer:
     """Turn errors of the user's optimizer factory into UserCodeError."""
 
     def make(parameters: list[nn.Parameter]) -> Any:

@@ -24,7 +24,7 @@ from bnprobe.loading.workload import load_workload
 from bnprobe.measure.momentum_series import MEMORY_CAP, LayerSeries, Recording, record
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import preserved_random_state, seed_everything, untouched
-from bnprobe.measure.scan_loop import FEWEST
+from bnprobe.measure.scan_loop import FEWEST_PER_SIZE
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.records import (
     SCHEMA_VERSION,
@@ -313,7 +313,7 @@ def _scan_sizes(subject: _Subject, sizes: tuple[int, ...], required: bool, notes
         UsageError: Sizes were requested, but the samples of this model cannot be regrouped.
     """
     changes: dict[str, Any] = {**PLAIN, "batch_sizes": sizes}
-    needed = math.ceil(FEWEST * max(sizes, default=0) / subject.batch_size)
+    needed = math.ceil(FEWEST_PER_SIZE * max(sizes, default=0) / subject.batch_size)
     if subject.may_extend:
         changes["max_batches"] = max(subject.settings.max_batches, needed)
     try:

@@ -511,7 +511,7 @@ class CorrectionD(CorrectionValues):
         self.add(step.columns, d, d.abs() > D_MAX)
 
 
-class BatchMoments(Statistic):
+class MismatchSums(Statistic):
     """Sums per replicate and channel, from which the mismatch is known against any other statistics.
 
     Micro-batches are added in turn to the replicates (see ``stats.intervals``).
@@ -659,7 +659,7 @@ class SamplePool(Statistic):
 
 STATISTICS: Registry[type[Statistic]] = Registry(
     "bnprobe.statistics",
-    (Mismatch, LayerMismatch, CorrectionR, CorrectionD, BatchMoments, SamplePool),
+    (Mismatch, LayerMismatch, CorrectionR, CorrectionD, MismatchSums, SamplePool),
     name_of=lambda row: row.name,
     noun="statistic",
 )

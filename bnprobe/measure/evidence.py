@@ -20,7 +20,6 @@ from bnprobe.distributed import EVERYTHING, Share
 from bnprobe.errors import BnprobeError, UsageError
 from bnprobe.measure.accumulators import (
     STATISTICS,
-    BatchMoments,
     Calls,
     CallTable,
     Columns,
@@ -28,6 +27,7 @@ from bnprobe.measure.accumulators import (
     CorrectionR,
     LayerMismatch,
     Mismatch,
+    MismatchSums,
     SamplePool,
     SampleStep,
     Scope,
@@ -180,12 +180,12 @@ class PathEvidence:
 
     def moments(self, slot: Slot) -> BatchSums:
         """Sums per channel of a call that was measured."""
-        sums: BatchSums = self[BatchMoments].of(self._table, [slot])[0]
+        sums: BatchSums = self[MismatchSums].of(self._table, [slot])[0]
         return sums
 
     def sample_squares(self, slot: Slot) -> Tensor:
         """The squared means of samples (as d) of a call, summed, shape (replicates, channels)."""
-        squares: Tensor = self[BatchMoments].of(self._table, [slot])[1]
+        squares: Tensor = self[MismatchSums].of(self._table, [slot])[1]
         return squares
 
     def pool(self) -> dict[Slot, Images]:

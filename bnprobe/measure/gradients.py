@@ -23,7 +23,7 @@ from bnprobe.measure.hooks import Answer, Intercepted, LayerStatistics
 from bnprobe.measure.norms import NormCall
 from bnprobe.measure.restore import seed_everything
 from bnprobe.measure.session import Session
-from bnprobe.measure.training_copy import TrainingCopy, batch_moments, training
+from bnprobe.measure.training_copy import TrainingCopy, call_moments, training
 from bnprobe.records import Backward, GradientAngle
 from bnprobe.stats.backward import backward_noise
 from bnprobe.stats.moments import pool_moments
@@ -96,7 +96,7 @@ def _pooled(trained: TrainingCopy, micro_batches: Sequence[Any], seed: int) -> L
 
     def note(found: Intercepted) -> Tensor:
         if _normalizes_by_batch(found.call):
-            moments.setdefault(found.layer.index, []).append(batch_moments(found.call))
+            moments.setdefault(found.layer.index, []).append(call_moments(found.call))
         return found.run()
 
     # With a graph that nobody needs: checkpoint(use_reentrant=True) warns where there is none.
@@ -155,7 +155,7 @@ class _Gradients:
         slot = layer.index, self.calls.get(layer.index, 0)
         self.calls[layer.index] = slot[1] + 1
         self.names[layer.index] = layer.name
-        moments, inputs = batch_moments(call), call.input.detach()
+        moments, inputs = call_moments(call), call.input.detach()
 
         def record(gradient: Tensor) -> None:
             self.records[slot] = _backward_statistics(gradient.detach(), inputs, *moments, call.eps)

@@ -23,7 +23,7 @@ from bnprobe.errors import ModelError, is_library_file
 from bnprobe.measure.batch import CannotEmulateError, is_finite, tensors_of
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.norms import NORMS, GroupsRows, NormCall, NormFamily
-from bnprobe.stats.moments import Moments, distance, pool_moments, row_moments
+from bnprobe.stats.moments import Moments, pool_moments, row_moments, statistics_distance
 
 Slot = tuple[int, int]
 """(index of the layer, index of its call within one forward pass)."""
@@ -164,7 +164,7 @@ def _calling_line() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "unknown place"
 
 
-class Layout(enum.Enum):
+class RowLayout(enum.Enum):
     """Where the k rows of a sample lie, in a layer that sees more rows than samples."""
 
     CONSECUTIVE = "k consecutive rows belong to one sample"
@@ -186,7 +186,7 @@ class Grouping:
     samples: int
     batch_size: int
     rows: int
-    layout: Layout = Layout.CONSECUTIVE
+    layout: RowLayout = RowLayout.CONSECUTIVE
     group_rows: int | None = None
 
     @property
@@ -230,7 +230,7 @@ class Grouping:
         if self.groups == 1:
             return None
         row = torch.arange(self.rows, device=device)
-        if self.layout is Layout.CONSECUTIVE:
+        if self.layout is RowLayout.CONSECUTIVE:
             sample, block = row // self.rows_per_sample, row % self.rows_per_sample
             within = sample % self.batch_size * self.rows_per_sample + block
         else:
@@ -244,7 +244,7 @@ class Grouping:
     def _split(self, rows: Tensor) -> Tensor:
         """View of shape (samples, rows_per_sample, channels), whatever the layout."""
         k, channels = self.rows_per_sample, rows.shape[1]
-        if self.layout is Layout.CONSECUTIVE:
+        if self.layout is RowLayout.CONSECUTIVE:
             return rows.reshape(self.samples, k, channels)
         return rows.reshape(k, self.samples, channels).transpose(0, 1)
 
@@ -317,7 +317,7 @@ class Pass:
     samples: int
     batch_size: int
     per_sample: bool = False
-    layouts: dict[Slot, Layout] = field(default_factory=dict)
+    layouts: dict[Slot, RowLayout] = field(default_factory=dict)
     references: dict[Slot, Moments] = field(default_factory=dict)
     by_batch: frozenset[int] = frozenset()
     statistics: LayerStatistics = field(default_factory=dict)
@@ -356,7 +356,7 @@ class Pass:
             call = replace(call, r_max=1.0, d_max=0.0, gate=None) if self.plain else call
             if gradient:
                 return _by_group(call, grouping.group_of_row(call.input.device))
-            return normalize(call, mean, variance, grouping.group_of_row(call.input.device))
+            return normalize_groups(call, mean, variance, grouping.group_of_row(call.input.device))
         call = _with_statistics(call, self.statistics.get(layer.index))
         if self.leaves is None:
             return found.family.evaluate(call)
@@ -374,13 +374,16 @@ class Pass:
             # A real micro-batch: all rows are normalized together, whatever they are.
             return Grouping(samples=1, batch_size=1, rows=rows, group_rows=_own_group(found, rows))
         own = _own_group(found, rows // self.samples * self.batch_size)
-        grouping = Grouping(self.samples, self.batch_size, rows, self.layouts.get(slot, Layout.CONSECUTIVE), own)
+        grouping = Grouping(self.samples, self.batch_size, rows, self.layouts.get(slot, RowLayout.CONSECUTIVE), own)
         if slot in self.references and grouping.rows_per_sample > 1:
-            other = replace(grouping, layout=Layout.INTERLEAVED)
+            other = replace(grouping, layout=RowLayout.INTERLEAVED)
             x, eps = found.call.input, found.call.eps
-            errors = [distance(*each.group_moments(x, eps), *self.references[slot], eps) for each in (grouping, other)]
+            errors = [
+                statistics_distance(*each.group_moments(x, eps), *self.references[slot], eps)
+                for each in (grouping, other)
+            ]
             if errors[1] < errors[0]:
-                self.layouts[slot] = Layout.INTERLEAVED
+                self.layouts[slot] = RowLayout.INTERLEAVED
                 return other
         return grouping
 
@@ -403,7 +406,7 @@ def _with_statistics(call: NormCall, statistics: tuple[Tensor, Tensor] | None) -
     return replace(call, running_mean=mean.to(call.running_mean), running_variance=variance.to(call.running_variance))
 
 
-def normalize(call: NormCall, mean: Tensor, variance: Tensor, group_of_row: Tensor | None) -> Tensor:
+def normalize_groups(call: NormCall, mean: Tensor, variance: Tensor, group_of_row: Tensor | None) -> Tensor:
     """Normalize each row with the statistics of its micro-batch, corrected where the layer does so; weight and bias.
 
     Args:

@@ -73,7 +73,7 @@ class Sample:
         return corrections(mean, variance, running[0].to(mean), running[1].to(mean), eps, r_max, d_max, gate)
 
 
-def total(values: Iterable[Tensor]) -> Tensor:
+def summed(values: Iterable[Tensor]) -> Tensor:
     """Sum of scalars on one device; 0 on the CPU if there is none."""
     parts = list(values)
     return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
@@ -85,7 +85,7 @@ def to_host(values: Sequence[Tensor]) -> list[float]:
     return found
 
 
-def relative(square: float, norm: float) -> float | None:
+def relative_change(square: float, norm: float) -> float | None:
     """Square root of a ratio; None if it is not finite."""
     value = math.sqrt(square / norm) if norm > 0 and square >= 0 else math.nan
     return value if math.isfinite(value) else None
@@ -129,9 +129,9 @@ def estimate_changes(sample: Sample, layers: AbstractSet[int], coupled: bool) ->
         # It ran without a graph before: what fails is differentiating it (numpy, no derivative, no memory).
         return {}
     reached = [index for index in layers if all(index in squares for _, squares in parts)]
-    sums = [total(squares[index] for _, squares in parts) for index in reached]
-    norm, *host = to_host([total(norm for norm, _ in parts), *sums])
-    found = {index: relative(square, norm) for index, square in zip(reached, host, strict=True)}
+    sums = [summed(squares[index] for _, squares in parts) for index in reached]
+    norm, *host = to_host([summed(norm for norm, _ in parts), *sums])
+    found = {index: relative_change(square, norm) for index, square in zip(reached, host, strict=True)}
     return {index: value for index, value in found.items() if value is not None}
 
 
@@ -160,7 +160,7 @@ def _backward(
         gradients = _gradients(differentiable, vectors, [leaves[slot] for slot in slots], keep=draw + 1 < draws)
         for index, product in _products(slots, changes, gradients).items():
             squares.setdefault(index, []).append((product if apart else product.sum()).square().sum())
-    return total(map(square_norm, outputs)), {index: total(values) / draws for index, values in squares.items()}
+    return summed(map(square_norm, outputs)), {index: summed(values) / draws for index, values in squares.items()}
 
 
 def _gradients(
@@ -299,7 +299,7 @@ def _mismatches(sample: Sample, wanted: AbstractSet[int]) -> tuple[dict[int, flo
         for (index, _), record in records.items():
             if index in wanted and not record.by_batch:
                 found.setdefault(index, []).append(sample.corrections(record, layers[index]).mismatch.mean())
-    host = to_host([total(values) / len(values) for values in found.values()])
+    host = to_host([summed(values) / len(values) for values in found.values()])
     return {i: value if math.isfinite(value) else math.inf for i, value in zip(found, host, strict=True)}, coupled
 
 
@@ -310,10 +310,10 @@ def _swapped(
     if not swaps or not sample.micro_batches:
         return [(None, None)] * len(swaps)
     parts = sample.in_chunks(lambda joined, chunk: _measure(sample, joined, chunk, swaps, with_loss))
-    norm, *squares = to_host([total(column) for column in zip(*(squares for squares, _ in parts), strict=True)])
+    norm, *squares = to_host([summed(column) for column in zip(*(squares for squares, _ in parts), strict=True)])
     before, *after = (score_of(column, "eval").loss for column in zip(*(values for _, values in parts), strict=True))
     losses = [None if loss is None or before is None else loss - before for loss in after]
-    return [(relative(square, norm), loss) for square, loss in zip(squares, losses, strict=True)]
+    return [(relative_change(square, norm), loss) for square, loss in zip(squares, losses, strict=True)]
 
 
 def _measure(
@@ -327,7 +327,7 @@ def _measure(
         output, recorded, _ = sample.forward(joined, len(chunk), by_batch=layers)
         tensors = floating(output)
         changes = tensors if reference is None else _differences(tensors, reference)
-        squares.append(total(map(square_norm, changes)))
+        squares.append(summed(map(square_norm, changes)))
         reference = tensors if reference is None else reference
         size = sample.batching.batch_size
         values.append(user_values(sample.session, "eval", chunk, recorded, size) if with_loss else {})

@@ -59,7 +59,7 @@ def plan_samples(footprint: Footprint, device: torch.device) -> int:
     return max(1, fitting)
 
 
-def fits(footprint: Footprint, samples: int, device: torch.device) -> bool:
+def fits_in_memory(footprint: Footprint, samples: int, device: torch.device) -> bool:
     """Whether this many samples fit into the memory planned for one forward pass."""
     return samples * footprint.total <= int(_SHARE * _free_bytes(device))
 

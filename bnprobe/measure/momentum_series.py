@@ -15,7 +15,7 @@ from bnprobe.measure.batch import CannotEmulateError, join, to_device
 from bnprobe.measure.hooks import Recorded
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.memory import Chunks
-from bnprobe.measure.physical_batch import Batching, as_sentence, not_emulated, plan
+from bnprobe.measure.physical_batch import Batching, as_sentence, not_emulated, plan_batching
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.session import Session
 from bnprobe.stats.ema import Statistics, Stream
@@ -23,7 +23,7 @@ from bnprobe.stats.ema import Statistics, Stream
 MEMORY_CAP = 2**28
 """Bytes that a recording may take: 256 MiB."""
 
-FEWEST = 16
+FEWEST_RECORDED = 16
 """Micro-batches that a replay needs to say anything."""
 
 _DOUBLE, _SINGLE = 8, 4
@@ -99,7 +99,7 @@ def record(
     """
     with session.installed():
         wanted = settings.batches or settings.max_batches
-        batching = plan(session, reader, settings)
+        batching = plan_batching(session, reader, settings)
         recorder = _Recorder(session, batching, most=wanted)
         while recorder.batches < recorder.most:
             progress(recorder.batches, recorder.most)
@@ -108,9 +108,9 @@ def record(
                 break
             recorder.step(taken)
         progress(recorder.batches, recorder.batches)
-    if recorder.batches < FEWEST:
+    if recorder.batches < FEWEST_RECORDED:
         raise UsageError(
-            f"A sweep of momentum needs at least {FEWEST} micro-batches, and {recorder.batches} of"
+            f"A sweep of momentum needs at least {FEWEST_RECORDED} micro-batches, and {recorder.batches} of"
             f" {reader.batch_size} samples could be recorded. Give more --batches, more data or a smaller --batch-size."
         )
     return recorder.result(wanted)

@@ -237,7 +237,7 @@ def _path_values(totals: dict[str, float], name: str) -> PathValues | None:
     return None if train is None or eval_ is None else PathValues(train, eval_)
 
 
-def evaluate(
+def score_batches(
     session: Session,
     path: PathName,
     micro_batches: Sequence[Any],

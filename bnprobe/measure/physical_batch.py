@@ -19,13 +19,13 @@ from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import OPENING
 from bnprobe.errors import UsageError, UserCodeError
 from bnprobe.measure.batch import CannotEmulateError, join, map_leaves, tensors_of, to_device
-from bnprobe.measure.hooks import Layout, Pass, Recorded, Slot
+from bnprobe.measure.hooks import Pass, Recorded, RowLayout, Slot
 from bnprobe.measure.memory import Chunks, Footprint, is_out_of_memory, plan_samples
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import random_state
 from bnprobe.measure.session import PathName, Session
 from bnprobe.records import SelfCheck
-from bnprobe.stats.moments import distance
+from bnprobe.stats.moments import statistics_distance
 
 _AMPLIFICATION = 50.0
 """An error counts once it is this many times the effect of the changed last digits."""
@@ -51,9 +51,9 @@ class Emulation:
     trusted: bool
     reason: str
     check: SelfCheck | None
-    layouts: Mapping[str, Mapping[Slot, Layout]]
+    layouts: Mapping[str, Mapping[Slot, RowLayout]]
 
-    def layouts_of(self, path: PathName) -> dict[Slot, Layout]:
+    def layouts_of(self, path: PathName) -> dict[Slot, RowLayout]:
         """The row layouts on one path; those of the train path also hold without random layers."""
         return dict(self.layouts.get("train" if path == "steady" else path, {}))
 
@@ -181,7 +181,7 @@ def _difference(record: Recorded | None, mean: Tensor, variance: Tensor, eps: fl
     if record is None or record.mean.shape != mean.shape:
         return torch.inf
     # What overflows does so in both: on the eval path that is a symptom to report, no sign of mixing.
-    return distance(_finite(record.mean), _finite(record.variance), _finite(mean), _finite(variance), eps)
+    return statistics_distance(_finite(record.mean), _finite(record.variance), _finite(mean), _finite(variance), eps)
 
 
 def _shake(batch: Any) -> Any:
@@ -253,7 +253,7 @@ def _reason(check: SelfCheck, blind: bool, batch_size: int) -> str:
     return "The model mixes the samples of a batch."
 
 
-def plan(session: Session, reader: Reader, settings: ScanSettings) -> Batching:
+def plan_batching(session: Session, reader: Reader, settings: ScanSettings) -> Batching:
     """Whether micro-batches may run together, and how many do.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor
 from bnprobe.errors import RepairError
 from bnprobe.measure.batch import CannotEmulateError, count_images, join, pick, tensors_of, to_device
 from bnprobe.measure.hooks import Pass, Recorded, Slot
-from bnprobe.measure.memory import Chunks, Footprint, fits, plan_samples
+from bnprobe.measure.memory import Chunks, Footprint, fits_in_memory, plan_samples
 from bnprobe.measure.physical_batch import Batching, Check, Emulation, check_samples, checked, not_emulated, self_check
 from bnprobe.measure.reader import KEPT_BYTES, RepeatedReader
 from bnprobe.measure.session import Progress, Session
@@ -189,7 +189,7 @@ def settle_by_batch(session: Session, batches: RepeatedReader, progress: Progres
     opening = list(itertools.islice(stream, 2))
     size = _samples(opening[0]) if opening else 1
     emulation, footprint = _checked(session, opening, self_check)
-    samples = next((count for count in _halved(LARGE) if fits(footprint, count, session.device)), 1)
+    samples = next((count for count in _halved(LARGE) if fits_in_memory(footprint, count, session.device)), 1)
     batching = Batching(size, emulation, max(1, samples // size))
     done = 0
     for part in _parts(itertools.chain(opening, stream)):

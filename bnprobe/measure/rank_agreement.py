@@ -16,7 +16,7 @@ from bnprobe.errors import ModelError
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.stats.moments import corrections
 
-Statistics = dict[str, tuple[Tensor, Tensor]]
+RankStatistics = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ def _described(entry: tuple[tuple[int, ...], str] | None) -> str:
     return "missing" if entry is None else f"a {entry[1].removeprefix('torch.')} tensor of shape {entry[0]}"
 
 
-def _statistics(layers: Sequence[ProbedLayer]) -> Statistics:
+def _statistics(layers: Sequence[ProbedLayer]) -> RankStatistics:
     """Running statistics on the host, float64, of the layers that keep some."""
-    found: Statistics = {}
+    found: RankStatistics = {}
     for layer in layers:
         mean, variance = layer.info.running_mean, layer.info.running_variance
         if mean is not None and variance is not None:
@@ -108,7 +108,7 @@ def _statistics(layers: Sequence[ProbedLayer]) -> Statistics:
     return found
 
 
-def _largest(statistics: Sequence[Statistics], eps: Mapping[str, float]) -> dict[str, float]:
+def _largest(statistics: Sequence[RankStatistics], eps: Mapping[str, float]) -> dict[str, float]:
     """The largest D between the running statistics of two processes, by layer."""
     if not statistics:
         return {}

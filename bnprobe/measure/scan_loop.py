@@ -19,7 +19,7 @@ from bnprobe.measure.hooks import Pass
 from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks
 from bnprobe.measure.outputs import Contributions, user_values
-from bnprobe.measure.physical_batch import Batching, Emulation, as_sentence, plan
+from bnprobe.measure.physical_batch import Batching, Emulation, as_sentence, plan_batching
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, random_state
 from bnprobe.measure.session import PathName, Progress, Session
@@ -30,7 +30,7 @@ from bnprobe.stats.theory import mismatch_iid
 FIRST_LOOK = 16
 """Micro-batches before the first look at what is decided; the number doubles from look to look."""
 
-FEWEST = 8
+FEWEST_PER_SIZE = 8
 """Micro-batches wanted of every size in --batch-sizes before the scan may stop by itself."""
 
 STOPPING_CONFIDENCE = 0.99
@@ -82,7 +82,7 @@ def probe(
     )
 
 
-def _put_together(evidence: Evidence, ending: Ending, world: World) -> tuple[Evidence | None, Ending]:
+def _put_together(evidence: Evidence, ending: ScanEnding, world: World) -> tuple[Evidence | None, ScanEnding]:
     """Merge the evidence of all processes in process 0, and decide how the scan ended for all."""
     whole, endings = None, [ending]
     try:
@@ -95,13 +95,13 @@ def _put_together(evidence: Evidence, ending: Ending, world: World) -> tuple[Evi
                 if position:
                     endings.append(other)
     except KeyboardInterrupt:
-        endings.append(Ending("interrupted"))
+        endings.append(ScanEnding("interrupted"))
     return whole, together(endings)
 
 
 def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measurement:
     size, share = reader.batch_size, reader.share
-    batching = plan(session, reader, settings)
+    batching = plan_batching(session, reader, settings)
     if settings.batch_sizes and not batching.emulation.trusted:
         raise UsageError(
             f"--batch-sizes regroups samples, which is not possible for this model. {batching.emulation.reason}"
@@ -135,13 +135,13 @@ def _measure_held_out(
 
 def _measure_until_done(
     measurement: Measurement, reader: Reader, settings: ScanSettings, progress: Progress, world: World
-) -> tuple[Ending, int]:
+) -> tuple[ScanEnding, int]:
     """Measure from look to look; how that ended, and the micro-batches of all processes.
 
     Every process is at the same look: one that was stopped goes to the next one without measuring.
     """
     evidence = measurement.evidence
-    own, seen, stopped = Ending(), Look(Ending(), 0, ()), None
+    own, seen, stopped = ScanEnding(), Look(ScanEnding(), 0, ()), None
     for look in _looks(settings):
         own = own if own.early else _measure_to(look, measurement, reader, progress, world)
         try:
@@ -163,7 +163,7 @@ def _planned_end(settings: ScanSettings) -> StopReason:
     return "requested" if settings.batches else "max_batches"
 
 
-def _measure_to(total: int, measurement: Measurement, reader: Reader, progress: Progress, world: World) -> Ending:
+def _measure_to(total: int, measurement: Measurement, reader: Reader, progress: Progress, world: World) -> ScanEnding:
     """Like ``_measure``, but return errors as an ending."""
     try:
         return _measure(total, measurement, reader, progress, world)
@@ -171,7 +171,7 @@ def _measure_to(total: int, measurement: Measurement, reader: Reader, progress: 
         return ended_by(error, world)
 
 
-def _measure(total: int, measurement: Measurement, reader: Reader, progress: Progress, world: World) -> Ending:
+def _measure(total: int, measurement: Measurement, reader: Reader, progress: Progress, world: World) -> ScanEnding:
     """Measure this process's micro-batches among the first ``total`` of all.
 
     Raises:
@@ -185,10 +185,10 @@ def _measure(total: int, measurement: Measurement, reader: Reader, progress: Pro
         progress(share.position(evidence.batches), total)
         micro_batches = reader.take(min(evidence.batching.at_once, mine - evidence.batches))
         if not micro_batches:
-            return Ending("data_exhausted")
+            return ScanEnding("data_exhausted")
         measurement.step(micro_batches)
     progress(total, total)
-    return Ending()
+    return ScanEnding()
 
 
 def _looks(settings: ScanSettings) -> Iterator[int]:
@@ -204,7 +204,7 @@ def _looks(settings: ScanSettings) -> Iterator[int]:
 
 def _decided(measurement: Measurement, seen: Look, settings: ScanSettings) -> StopReason | None:
     """Whether no layer's interval straddles its threshold: more batches would change no verdict."""
-    few = seen.batches * measurement.evidence.batch_size < FEWEST * max(settings.batch_sizes, default=0)
+    few = seen.batches * measurement.evidence.batch_size < FEWEST_PER_SIZE * max(settings.batch_sizes, default=0)
     if settings.batches is not None or few:
         return None
     for layer in measurement.session.layers.selected:
@@ -310,7 +310,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Ending:
+class ScanEnding:
     """How the measurement ended, as far as a process knows.
 
     Attributes:
@@ -333,20 +333,20 @@ class Ending:
         """The failure, in whichever process it occurred."""
         return self.failure or (ProcessError(*self.said) if self.said else None)
 
-    def portable(self) -> Ending:
+    def portable(self) -> ScanEnding:
         """A copy without the exception of the user's code, which may not be picklable."""
         return replace(self, failure=None)
 
 
-def ended_by(error: BaseException, world: World) -> Ending:
+def ended_by(error: BaseException, world: World) -> ScanEnding:
     """The ending for one of ``CAUGHT``; also asks the other processes to stop."""
     world.halt()
     if not isinstance(error, BnprobeError):
-        return Ending("interrupted")
-    return Ending("failed", error, (str(error), error.exit_code, getattr(error, "frames", "")))
+        return ScanEnding("interrupted")
+    return ScanEnding("failed", error, (str(error), error.exit_code, getattr(error, "frames", "")))
 
 
-def together(endings: Sequence[Ending]) -> Ending:
+def together(endings: Sequence[ScanEnding]) -> ScanEnding:
     """The ending for all processes: a failure if there was one, else Ctrl-C, else the end of the data."""
     for stopped in ("failed", "interrupted", "data_exhausted"):
         for ending in endings:
@@ -364,7 +364,7 @@ class Look:
         paths: Of the train and the eval path, the mismatch of each layer by its index.
     """
 
-    ending: Ending
+    ending: ScanEnding
     batches: int
     paths: tuple[dict[int, Sums], ...]
 

@@ -14,11 +14,11 @@ from bnprobe.measure.hooks import Intercepted
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.norms import NormCall, NormInfo
 from bnprobe.measure.session import Session, model_code
-from bnprobe.measure.training_copy import TrainingCopy, batch_moments, training
+from bnprobe.measure.training_copy import TrainingCopy, call_moments, training
 from bnprobe.records import Updates
-from bnprobe.stats.moments import distance
+from bnprobe.stats.moments import statistics_distance
 
-OptimizerFactory = Callable[[list[nn.Parameter]], Any]
+MakeOptimizer = Callable[[list[nn.Parameter]], Any]
 """Makes an optimizer for the parameters to train."""
 
 SAME_BATCH = 1e-4
@@ -44,7 +44,7 @@ class TrainSteps:
 
 
 def train_steps(
-    session: Session, micro_batches: Iterable[Any], make_optimizer: OptimizerFactory, steps: int
+    session: Session, micro_batches: Iterable[Any], make_optimizer: MakeOptimizer, steps: int
 ) -> TrainSteps:
     """Train a copy of the model and watch its running statistics. Model and random state come back bit-identical.
 
@@ -166,7 +166,7 @@ class _Track:
         """See one call of the layer."""
         self.called = True
         if call.training and call.running_mean is not None:
-            self.seen.append(batch_moments(call))
+            self.seen.append(call_moments(call))
 
     def end(self) -> None:
         """Add what a step did."""
@@ -212,6 +212,6 @@ def _repeats(seen: Sequence[tuple[Tensor, Tensor]], eps: float) -> int:
     """Calls whose batch statistics are those of an earlier call."""
     rows = [(mean[None], variance[None]) for mean, variance in seen]
     return sum(
-        any(distance(*rows[number], *earlier, eps) < SAME_BATCH for earlier in rows[:number])
+        any(statistics_distance(*rows[number], *earlier, eps) < SAME_BATCH for earlier in rows[:number])
         for number in range(len(rows))
     )

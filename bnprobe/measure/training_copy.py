@@ -135,7 +135,7 @@ _TRAINING = "Training a copy of the model"
 _ALL_FINITE = "The inputs of all BN layers are finite: look at what follows the last of them, and at the loss itself."
 
 
-def batch_moments(call: NormCall) -> tuple[Tensor, Tensor]:
+def call_moments(call: NormCall) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of a call's input over all its values, float64 of shape (channels,)."""
     with torch.no_grad():
         rows = call.input.detach()

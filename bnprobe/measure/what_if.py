@@ -10,8 +10,8 @@ from typing import Any
 from bnprobe.errors import UsageError
 from bnprobe.measure.batch import CannotEmulateError, join
 from bnprobe.measure.hooks import LayerStatistics
-from bnprobe.measure.memory import Footprint, fits
-from bnprobe.measure.outputs import evaluate
+from bnprobe.measure.memory import Footprint, fits_in_memory
+from bnprobe.measure.outputs import score_batches
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.population import steady_population
 from bnprobe.measure.session import Session
@@ -77,7 +77,7 @@ class _Trial:
     def score(
         self, batches: Sequence[Any], by_batch: frozenset[int] = frozenset(), statistics: LayerStatistics | None = None
     ) -> Score:
-        return evaluate(self.session, "eval", batches, self.batching, by_batch=by_batch, statistics=statistics)
+        return score_batches(self.session, "eval", batches, self.batching, by_batch=by_batch, statistics=statistics)
 
     def with_statistics(
         self, name: str, statistics: LayerStatistics, source: Sequence[Any], held_out: Sequence[Any], before: Score
@@ -106,7 +106,7 @@ class _Trial:
     ) -> Iterator[Remedy]:
         for factor in LARGER:
             size = factor * self.batching.batch_size
-            batches = self._regrouped(held_out, factor) if fits(footprint, size, self.session.device) else []
+            batches = self._regrouped(held_out, factor) if fits_in_memory(footprint, size, self.session.device) else []
             if batches:
                 batching = Batching(size, self.batching.emulation, max(1, self.batching.at_once // factor))
                 trial = _Trial(self.session, batching)

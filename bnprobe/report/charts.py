@@ -24,7 +24,7 @@ _SMALLEST_SHARE = 0.001
 
 
 @dataclass(frozen=True)
-class Axis:
+class ChartAxis:
     """Where a value lies between -1 (left end), 0 (centre) and 1 (right end).
 
     Attributes:
@@ -44,14 +44,14 @@ def _place_d(value: float) -> float:
     return math.asinh(value / 0.5) / math.asinh(5 / 0.5)
 
 
-R_AXIS = Axis(_place_r, ("1/4", "1", "4"))
+R_CHART = ChartAxis(_place_r, ("1/4", "1", "4"))
 """Logarithmic: r = 1/2 and r = 2 are equally far from 1."""
 
-D_AXIS = Axis(_place_d, ("-5", "0", "5"))
+D_CHART = ChartAxis(_place_d, ("-5", "0", "5"))
 """asinh(2 d): linear near 0, logarithmic far out; the ends are the paper's d_max = 5."""
 
 
-def histogram(found: Histogram, axis: Axis, half: int) -> str:
+def histogram(found: Histogram, axis: ChartAxis, half: int) -> str:
     """One line of ``2 * half + 1`` characters."""
     cells = _rebin(found, axis, half)
     total, largest = sum(cells), max(cells)
@@ -59,7 +59,7 @@ def histogram(found: Histogram, axis: Axis, half: int) -> str:
     return bars[:half] + CENTRE + bars[half:]
 
 
-def ruler(axis: Axis, half: int) -> str:
+def ruler(axis: ChartAxis, half: int) -> str:
     """The labels of the axis, to stand under histograms of the same ``half``."""
     left, centre, right = axis.ticks
     return left + centre.rjust(half + 1 - len(left)) + right.rjust(half)
@@ -71,7 +71,7 @@ def _bar(cell: float, total: float, largest: float) -> str:
     return LEVELS[math.ceil((len(LEVELS) - 1) * cell / largest)]
 
 
-def _rebin(histogram: Histogram, axis: Axis, half: int) -> list[float]:
+def _rebin(histogram: Histogram, axis: ChartAxis, half: int) -> list[float]:
     """Counts in ``2 * half`` cells of equal width on the axis, each bin spread evenly over its place."""
     size = 2 * half
     cells = [0.0] * size

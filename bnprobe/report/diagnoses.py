@@ -13,7 +13,7 @@ from bnprobe.records import EXEMPT, Diagnosis, Interval, Layer, Report, Severity
 from bnprobe.report import figures, next_step
 from bnprobe.report.further import doing
 from bnprobe.report.layers import with_sign, worse_path, worst_first
-from bnprobe.report.next_step import Step
+from bnprobe.report.next_step import NextStep
 from bnprobe.report.page import FINE, FLAGGED, SEVERITY_SIGNS, SEVERITY_STYLES, UNDECIDED, UNMEASURED, Page
 from bnprobe.rules import rule_of, title_of
 
@@ -48,7 +48,7 @@ class Closing:
     headline: str
     sign: str
     sentences: tuple[str, ...]
-    step: Step
+    step: NextStep
 
 
 def closing_lines(report: Report, page: Page, command: str, show_all: bool) -> list[Text]:
@@ -124,7 +124,7 @@ def _other_problems(report: Report, serious: Severity, command: str) -> Closing:
     )
 
 
-def _step(report: Report, command: str, otherwise: Step, only_errors: bool = False) -> Step:
+def _step(report: Report, command: str, otherwise: NextStep, only_errors: bool = False) -> NextStep:
     """Finish what was cut short, then follow the diagnosis, unless it is a remark only."""
     serious = _worst_severity(report)
     followed = serious == "error" or (serious == "warning" and not only_errors)
@@ -144,7 +144,7 @@ def _nothing(report: Report, command: str) -> Closing:
         headline="No layer could be judged.",
         sign=UNMEASURED,
         sentences=_caveats(report),
-        step=_step(report, command, Step("The notes above say why.")),
+        step=_step(report, command, NextStep("The notes above say why.")),
     )
 
 

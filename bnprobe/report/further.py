@@ -12,7 +12,7 @@ from bnprobe.numbers import count
 from bnprobe.records import Backward, FreeRemedy, Gap, GradientAngle, Layer, Remedy, Report, Score, Updates
 from bnprobe.report import figures
 from bnprobe.report.page import ARROW, DEGREE, UNMEASURED, Page
-from bnprobe.report.table import Column, Layout, Mark, Names, arrows, dropping, table
+from bnprobe.report.table import Column, Mark, Names, TableLayout, arrows, dropping, table
 
 # --- Gaps -------------------------------------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ def gaps(found: Sequence[Gap], page: Page) -> list[Text]:
     room = page.width - wide.indent - sum(2 + column.width(page) for column in columns)
     return [
         *page.heading(f"From training to {'held-out data' if held_out else 'inference'}, step by step"),
-        *table(wide if wide.longest(page) <= room else narrow, [Layout(columns)], page),
+        *table(wide if wide.longest(page) <= room else narrow, [TableLayout(columns)], page),
         *page.paragraphs(_largest_steps(found)),
     ]
 
@@ -158,7 +158,7 @@ def _remedy_table(ordered: Sequence[Remedy], page: Page) -> list[Text]:
     """The scores; how it was done stands beside them where there is room, else below."""
     changed = [str(len(remedy.layers)) for remedy in ordered]
     columns = [*([Column("layers", changed)] if len(set(changed)) > 1 else []), *_score_columns(ordered, page)]
-    lines = table(Names([remedy.name for remedy in ordered], heading="remedy"), [Layout(columns)], page)
+    lines = table(Names([remedy.name for remedy in ordered], heading="remedy"), [TableLayout(columns)], page)
     how = [page.clean(_how(remedy)) for remedy in ordered]
     if max(map(cell_len, how)) + 2 <= page.width - cell_len(lines[0].plain):
         beside = [line + Text(f"  {text}", "dim") for line, text in zip(lines[1:], how, strict=True)]

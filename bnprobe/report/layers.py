@@ -13,7 +13,7 @@ from bnprobe.numbers import percent
 from bnprobe.records import Distribution, Layer, PathMeasurement
 from bnprobe.report import charts, figures
 from bnprobe.report.page import CENTRE, FINE, FLAGGED, STYLES, UNDECIDED, UNMEASURED, Page
-from bnprobe.report.table import Column, Layout, Mark, Names, table
+from bnprobe.report.table import Column, Mark, Names, TableLayout, table
 
 MEANINGS = {
     FLAGGED: "flagged",
@@ -69,7 +69,7 @@ MARKED_WORST = 3
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerRow:
     """A line of the table: a layer, or one call of it."""
 
     mark: Mark
@@ -122,7 +122,7 @@ def layer_table(layers: Sequence[Layer], network: Sequence[Layer], page: Page) -
     ranks = _ranks(layers)
     rows = [row for layer in layers for row in _rows(layer, ranks)]
     names = Names([row.name for row in rows], marks=[row.mark for row in rows], among=[layer.name for layer in network])
-    layouts = (Layout(_columns(rows, richness, layers), richness.names) for richness in _RICH_TO_POOR)
+    layouts = (TableLayout(_columns(rows, richness, layers), richness.names) for richness in _RICH_TO_POOR)
     return table(names, layouts, page)
 
 
@@ -143,12 +143,14 @@ def legend(layers: Sequence[Layer], page: Page) -> list[Text]:
     return page.labelled(entries, "dim")
 
 
-def _columns(rows: Sequence[Row], richness: _Richness, layers: Sequence[Layer]) -> list[Column]:
+def _columns(rows: Sequence[LayerRow], richness: _Richness, layers: Sequence[Layer]) -> list[Column]:
     several_kinds = len({layer.kind for layer in layers}) > 1
     several_limits = len({layer.threshold for layer in layers}) > 1
     half, extras = richness.half, richness.extras
 
-    def column(heading: str, cell: Callable[[Row], str], align: Literal["left", "right", "point"] = "right") -> Column:
+    def column(
+        heading: str, cell: Callable[[LayerRow], str], align: Literal["left", "right", "point"] = "right"
+    ) -> Column:
         return Column(heading, [cell(row) for row in rows], align)
 
     def columns() -> Iterator[Column]:
@@ -166,8 +168,8 @@ def _columns(rows: Sequence[Row], richness: _Richness, layers: Sequence[Layer]) 
             yield column("n_eq 95%\nworse path", _interval)
         yield column("D\nworse", _mismatch, "point")
         if half:
-            yield _histograms(rows, "r", charts.R_AXIS, half)
-            yield _histograms(rows, "d", charts.D_AXIS, half)
+            yield _histograms(rows, "r", charts.R_CHART, half)
+            yield _histograms(rows, "d", charts.D_CHART, half)
         if "clipped" in extras:
             yield column("r out of\n1/3..3", lambda row: _clipped(row, "r"))
             yield column("d out of\n-5..5", lambda row: _clipped(row, "d"))
@@ -175,7 +177,7 @@ def _columns(rows: Sequence[Row], richness: _Richness, layers: Sequence[Layer]) 
     return list(columns())
 
 
-def _histograms(rows: Sequence[Row], name: Literal["r", "d"], axis: charts.Axis, half: int) -> Column:
+def _histograms(rows: Sequence[LayerRow], name: Literal["r", "d"], axis: charts.ChartAxis, half: int) -> Column:
     found = [_distribution(row, name) for row in rows]
     cells = [
         " " * half + CENTRE if values is None else charts.histogram(values.histogram, axis, half) for values in found
@@ -184,21 +186,21 @@ def _histograms(rows: Sequence[Row], name: Literal["r", "d"], axis: charts.Axis,
     return Column(heading, cells, "left", charts.ruler(axis, half))
 
 
-def _distribution(row: Row, name: Literal["r", "d"]) -> Distribution | None:
+def _distribution(row: LayerRow, name: Literal["r", "d"]) -> Distribution | None:
     return None if row.train is None else row.train.r if name == "r" else row.train.d
 
 
-def _clipped(row: Row, name: Literal["r", "d"]) -> str:
+def _clipped(row: LayerRow, name: Literal["r", "d"]) -> str:
     values = _distribution(row, name)
     return UNMEASURED if values is None else percent(values.clipped)
 
 
-def _interval(row: Row) -> str:
+def _interval(row: LayerRow) -> str:
     path = worse_path(row.train, row.eval)
     return UNMEASURED if path is None else figures.equivalent_interval(path.equivalent_batch_size_interval)
 
 
-def _mismatch(row: Row) -> str:
+def _mismatch(row: LayerRow) -> str:
     path = worse_path(row.train, row.eval)
     return UNMEASURED if path is None else figures.mismatch(path.mismatch)
 
@@ -211,9 +213,9 @@ def _ranks(layers: Sequence[Layer]) -> dict[str, str]:
     return {layer.name: str(rank) for rank, layer in enumerate(flagged[:MARKED_WORST], start=1)}
 
 
-def _rows(layer: Layer, ranks: dict[str, str]) -> list[Row]:
+def _rows(layer: Layer, ranks: dict[str, str]) -> list[LayerRow]:
     sign = sign_of(layer)
-    row = Row(
+    row = LayerRow(
         mark=Mark(sign + ranks.get(layer.name, ""), STYLES[sign]),
         name=layer.name,
         kind=layer.kind.replace("BatchNorm", "BN"),
@@ -224,7 +226,7 @@ def _rows(layer: Layer, ranks: dict[str, str]) -> list[Row]:
         eval=layer.eval,
     )
     calls = [
-        Row(
+        LayerRow(
             mark=Mark(),
             name=f"  call {call.index + 1} of {layer.calls_per_forward}",
             kind="",

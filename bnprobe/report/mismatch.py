@@ -13,7 +13,7 @@ from bnprobe.records import SOURCES, Interval, Layer, Report, ShareIntervals, Sh
 from bnprobe.report import charts, figures
 from bnprobe.report.layers import sign_of
 from bnprobe.report.page import CENTRE, CUT, STYLES, UNMEASURED, Page, pad
-from bnprobe.report.table import Column, Layout, Mark, Names, fit, table
+from bnprobe.report.table import Column, Mark, Names, TableLayout, fit, table
 from bnprobe.stats.theory import mismatch_iid
 
 _CLEARLY = 0.1
@@ -26,7 +26,7 @@ _UNEXPLAINED = "could not be decomposed"
 
 
 @dataclass(frozen=True)
-class Row:
+class ShareRow:
     """A line: a layer, or the model.
 
     Attributes:
@@ -76,10 +76,10 @@ def _no_bars(layers: Sequence[Layer]) -> str:
     return f"The mismatch of no layer could be decomposed{why}."
 
 
-def _row(layer: Layer) -> Row:
+def _row(layer: Layer) -> ShareRow:
     sign = sign_of(layer)
     impact = layer.impact
-    return Row(
+    return ShareRow(
         mark=Mark(sign, STYLES[sign]),
         name=layer.name,
         shares=layer.shares,
@@ -92,7 +92,7 @@ def _row(layer: Layer) -> Row:
     )
 
 
-def _model_row(report: Report) -> list[Row]:
+def _model_row(report: Report) -> list[ShareRow]:
     total = report.summary.shares
     number = sum(layer.shares is not None for layer in report.layers)
     if total is None or number < 2:
@@ -102,7 +102,7 @@ def _model_row(report: Report) -> list[Row]:
     limits = {layer.threshold for layer in report.layers}
     threshold = limits.pop() if len(limits) == 1 else None
     mean = f"mean of {number} layers"
-    return [Row(Mark(style="bold"), mean, total, None, figures.mismatch(max(mismatch, 0)), threshold)]
+    return [ShareRow(Mark(style="bold"), mean, total, None, figures.mismatch(max(mismatch, 0)), threshold)]
 
 
 def _why_not(layer: Layer) -> str:
@@ -116,7 +116,7 @@ def _why_not(layer: Layer) -> str:
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
-def _table(rows: Sequence[Row], network: Sequence[Layer], page: Page) -> list[Text]:
+def _table(rows: Sequence[ShareRow], network: Sequence[Layer], page: Page) -> list[Text]:
     """Names, bars in what room is left, and the columns right of them that fit."""
     names = [row.name for row in rows]
     marks, among = [row.mark for row in rows], [layer.name for layer in network]
@@ -128,24 +128,24 @@ def _table(rows: Sequence[Row], network: Sequence[Layer], page: Page) -> list[Te
     scale = bar_scale(rows, min(rest - taken, _LONGEST_BAR))
     axis = "0" + pad(figures.mismatch(scale.full), scale.width - 1, right=True)
     bars = Column(axis, [_bar(row, scale, page) for row in rows], "left")
-    return table(fitted, [Layout([bars, *columns])], page)
+    return table(fitted, [TableLayout([bars, *columns])], page)
 
 
-def bar_scale(rows: Sequence[Row], width: int) -> charts.Scale:
+def bar_scale(rows: Sequence[ShareRow], width: int) -> charts.Scale:
     """The scale of all bars of the table."""
     lengths = [charts.length(row.shares) for row in rows if row.shares is not None]
     limits = [mismatch_iid(row.threshold) for row in rows if row.threshold is not None]
     return charts.Scale(charts.full_length(lengths, limits), width)
 
 
-def _bar(row: Row, scale: charts.Scale, page: Page) -> Text:
+def _bar(row: ShareRow, scale: charts.Scale, page: Page) -> Text:
     if row.shares is not None:
         return charts.bar(row.shares, scale, row.threshold, page)
     (text,) = page.shorten([f"({row.why_not})"], scale.width)
     return Text(pad(text, scale.width), "dim")
 
 
-def _layouts(rows: Sequence[Row]) -> Iterator[Layout]:
+def _layouts(rows: Sequence[ShareRow]) -> Iterator[TableLayout]:
     """Columns from rich to poor, the bars first in the least width that they may have."""
     total = _column("D", rows, lambda row: row.mismatch)
     short = _column("most", rows, lambda row: _largest(row, words=False))
@@ -155,21 +155,21 @@ def _layouts(rows: Sequence[Row]) -> Iterator[Layout]:
     estimate = _column("esti-\nmate", rows, lambda row: row.estimate)
     with_impact = any(row.estimate or row.exact for row in rows)
     roomy, narrow = (Column("", [" " * cells] * len(rows)) for cells in (_ROOMY_BAR, _SHORTEST_BAR))
-    yield Layout([roomy, total, words, *([exact, estimate] if with_impact else [])], 34)
-    yield Layout([narrow, total, short, *([single] if with_impact else [])], 20)
-    yield Layout([narrow, total, short], 16)
-    yield Layout([narrow, total], 10)
-    yield Layout([narrow], 0)
+    yield TableLayout([roomy, total, words, *([exact, estimate] if with_impact else [])], 34)
+    yield TableLayout([narrow, total, short, *([single] if with_impact else [])], 20)
+    yield TableLayout([narrow, total, short], 16)
+    yield TableLayout([narrow, total], 10)
+    yield TableLayout([narrow], 0)
 
 
-def _column(heading: str, rows: Sequence[Row], cell: Callable[[Row], str]) -> Column:
+def _column(heading: str, rows: Sequence[ShareRow], cell: Callable[[ShareRow], str]) -> Column:
     """Figures have their points in line, words stand flush left."""
     cells = [cell(row) for row in rows]
     worded = any(char.isalpha() for text in cells for char in text)
     return Column(heading, cells, "left" if worded else "point")
 
 
-def _largest(row: Row, words: bool) -> str:
+def _largest(row: ShareRow, words: bool) -> str:
     """The largest share, as a part of the bar."""
     drawn = [] if row.shares is None else charts.drawn(row.shares)
     held = [(source, share) for source, share in drawn if source.field != "data_shift"]  # which comes on top
@@ -196,7 +196,7 @@ def _around(interval: Interval | None, total: float) -> str:
 # --- How to read it ---------------------------------------------------------------------------------------------------
 
 
-def _legend(rows: Sequence[Row], shown: Sequence[Layer], page: Page) -> list[Text]:
+def _legend(rows: Sequence[ShareRow], shown: Sequence[Layer], page: Page) -> list[Text]:
     decomposed = [row for row in rows if row.shares is not None]
     return page.labelled(
         [("bar", _letters(decomposed)), (CENTRE, _limits(shown)), *_remarks(decomposed)],
@@ -204,7 +204,7 @@ def _legend(rows: Sequence[Row], shown: Sequence[Layer], page: Page) -> list[Tex
     )
 
 
-def _letters(rows: Sequence[Row]) -> str:
+def _letters(rows: Sequence[ShareRow]) -> str:
     # The data shift has a line of its own.
     there = [
         source
@@ -222,7 +222,7 @@ def _limits(shown: Sequence[Layer]) -> str:
     return f"the limit: D {figures.mismatch(mismatch_iid(threshold))} is n_eq {figures.plain(threshold)}"
 
 
-def _remarks(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def _remarks(rows: Sequence[ShareRow]) -> list[tuple[str, str]]:
     scale = bar_scale(rows, _ANY_WIDTH)
     found = [row.shares for row in rows if row.shares is not None]
     remarks = []
@@ -240,7 +240,7 @@ def _remarks(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return remarks
 
 
-def _below(rows: Sequence[Row]) -> str:
+def _below(rows: Sequence[ShareRow]) -> str:
     """Each source that is clearly below 0 somewhere, with the layer where it is furthest."""
     texts = []
     for source in SOURCES:
@@ -252,11 +252,11 @@ def _below(rows: Sequence[Row]) -> str:
     return ", ".join(texts)
 
 
-def _share(row: Row, source: Source) -> float:
+def _share(row: ShareRow, source: Source) -> float:
     return 0.0 if row.shares is None else source.of(row.shares) or 0.0
 
 
-def _clearly_below(row: Row, source: Source) -> bool:
+def _clearly_below(row: ShareRow, source: Source) -> bool:
     share = _share(row, source)
     if row.shares is None or share >= 0:
         return False

@@ -15,14 +15,14 @@ _BATCHES_OF_LARGEST = 4
 
 
 @dataclass(frozen=True)
-class Step:
+class NextStep:
     """Something to do next: why, and the command (None: nothing that a command could do)."""
 
     why: str
     command: str | None = None
 
 
-def diagnosed_step(report: Report, command: str) -> Step:
+def diagnosed_step(report: Report, command: str) -> NextStep:
     """What follows from the first diagnosis."""
     rule = rule_of(report.diagnoses[0].rule)
     if rule is None:
@@ -31,58 +31,60 @@ def diagnosed_step(report: Report, command: str) -> Step:
         return step
     if rule.free_remedy and not report.remedies and _evaluated(report):
         text = "To measure what other statistics would give on the held-out data:"
-        return Step(text, with_options(command, {"--what-if": ""}))
-    return Step(f"To read about {rule.code}, with an example:", f"bnprobe explain {rule.code}")
+        return NextStep(text, with_options(command, {"--what-if": ""}))
+    return NextStep(f"To read about {rule.code}, with an example:", f"bnprobe explain {rule.code}")
 
 
-def keep_step(command: str) -> Step:
+def keep_step(command: str) -> NextStep:
     """There is nothing to find out: save the report."""
-    return Step("To save the report:", with_options(command, SAVE))
+    return NextStep("To save the report:", with_options(command, SAVE))
 
 
-def interrupted_step(report: Report, command: str) -> Step | None:
+def interrupted_step(report: Report, command: str) -> NextStep | None:
     """Measure to the end, where something cut the scan short."""
     if not report.scan.partial:
         return None
     failed = report.scan.stopped == "failed"
-    return Step("Fix what the error names, then measure to the end:" if failed else "To measure to the end:", command)
+    return NextStep(
+        "Fix what the error names, then measure to the end:" if failed else "To measure to the end:", command
+    )
 
 
-def more_batches_step(scan: Scan, command: str) -> Step:
+def more_batches_step(scan: Scan, command: str) -> NextStep:
     """More batches, to decide what is undecided."""
     # Four times the batches halve the intervals.
     more = str(4 * max(scan.batches, 1))
     if scan.stopped == "data_exhausted":
         text = "All data was used. More data or another --threshold is needed to decide. To save the report:"
-        return Step(text, with_options(command, SAVE))
+        return NextStep(text, with_options(command, SAVE))
     if scan.stopped == "requested":
-        return Step("To decide, measure more batches:", with_options(command, {"--batches": more}))
-    return Step("To decide, allow more batches:", with_options(command, {"--max-batches": more}))
+        return NextStep("To decide, measure more batches:", with_options(command, {"--batches": more}))
+    return NextStep("To decide, allow more batches:", with_options(command, {"--max-batches": more}))
 
 
-def batch_size_step(report: Report, command: str) -> Step:
+def batch_size_step(report: Report, command: str) -> NextStep:
     """What is known of larger batches, or how to find out."""
     return _measured_sizes_step(report, command) or _try_sizes_step(report, command) or keep_step(command)
 
 
-def _measured_sizes_step(report: Report, command: str) -> Step | None:
+def _measured_sizes_step(report: Report, command: str) -> NextStep | None:
     sizes = sorted({point.batch_size for layer in report.layers for point in layer.batch_sizes})
     larger = [size for size in sizes if size > report.scan.batch_size]
     enough = [size for size in larger if not under_limit(report.layers, size)]
     if enough:
-        return Step(
+        return NextStep(
             f"At batch size {enough[0]} no layer is under its limit on the eval path. To check both paths:",
             with_options(command, {"--batch-size": str(enough[0])}),
         )
     if larger:
-        return Step(
+        return NextStep(
             f"At no batch size up to {larger[-1]} do all layers pass. To save the report:",
             with_options(command, SAVE),
         )
     return None
 
 
-def _try_sizes_step(report: Report, command: str) -> Step | None:
+def _try_sizes_step(report: Report, command: str) -> NextStep | None:
     to_try = _sizes_to_try(report.scan)
     if len(to_try) < 2:
         return None
@@ -90,7 +92,7 @@ def _try_sizes_step(report: Report, command: str) -> Step | None:
     needed = _BATCHES_OF_LARGEST * to_try[-1] // report.scan.batch_size
     if report.scan.batches < needed and report.scan.stopped != "data_exhausted":
         options["--batches"] = str(needed)
-    return Step("To see what a larger batch would change:", with_options(command, options))
+    return NextStep("To see what a larger batch would change:", with_options(command, options))
 
 
 def _evaluated(report: Report) -> bool:

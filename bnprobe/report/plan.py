@@ -14,7 +14,7 @@ from bnprobe.numbers import count
 from bnprobe.records import LayerChange, Plan
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.page import ARROW, Page, RenderOptions, to_string
-from bnprobe.report.table import Column, Layout, Names, table
+from bnprobe.report.table import Column, Names, TableLayout, table
 
 MOST_LAYERS = 25
 """A plan with more layers shows the first, unless all are asked for."""
@@ -100,7 +100,7 @@ def _rows(shown: Sequence[LayerChange], classes: Sequence[str], reasons: Sequenc
         longest = min(longest, room - said - 2)
     beside = not said or room - longest - 2 >= min(_LEAST_REASON, said)
     lines: list[Text] = []
-    for row, reason in zip(table(replace(names, most=longest), [Layout(columns)], page), reasons, strict=True):
+    for row, reason in zip(table(replace(names, most=longest), [TableLayout(columns)], page), reasons, strict=True):
         if not reason:
             lines.append(row)
         elif beside:

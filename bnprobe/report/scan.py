@@ -28,7 +28,7 @@ from bnprobe.report.layers import MEANINGS, layer_table, legend, select, with_si
 from bnprobe.report.mismatch import shares
 from bnprobe.report.next_step import under_limit
 from bnprobe.report.page import TIMES, Page, RenderOptions, to_string
-from bnprobe.report.table import Column, Layout, Names, table
+from bnprobe.report.table import Column, Names, TableLayout, table
 from bnprobe.rules import title_of
 from bnprobe.stats.theory import mismatch_iid
 
@@ -218,7 +218,7 @@ def _batch_sizes(layers: tuple[Layer, ...], page: Page) -> list[Text]:
         Column("worst n_eq", values, "point"),
         Column("below limit", under),
     ]
-    lines = table(Names(worst, last=True), [Layout(columns)], page)
+    lines = table(Names(worst, last=True), [TableLayout(columns)], page)
     return [*page.heading("Other batch sizes, eval path, same samples"), *lines]
 
 
@@ -332,7 +332,7 @@ def clipping(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Text]:
     more = f"; --all shows {count(len(found) - len(shown), 'more layer')}" if len(shown) < len(found) else ""
     return [
         *page.heading("Values that Batch Renorm (r_max 3, d_max 5) would clip, train path"),
-        *table(Names([name for name, _ in shown]), [Layout(columns)], page),
+        *table(Names([name for name, _ in shown]), [TableLayout(columns)], page),
         *page.paragraph(f"iid: the same for i.i.d. data in batches of n_eq values{more}", style="dim", first="  "),
     ]
 

@@ -105,22 +105,24 @@ class Names:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TableLayout:
     """Columns to show if ``least`` cells are left for the names, or as many as the longest name needs."""
 
     columns: Sequence[Column]
     least: int = LEAST_NAME
 
 
-def dropping(columns: Sequence[Column], expendable: Sequence[str]) -> Iterator[Layout]:
+def dropping(columns: Sequence[Column], expendable: Sequence[str]) -> Iterator[TableLayout]:
     """Layouts that drop columns one by one, those with these headings, in this order."""
-    yield Layout(columns)
+    yield TableLayout(columns)
     for heading in expendable:
         columns = [column for column in columns if column.heading != heading]
-        yield Layout(columns)
+        yield TableLayout(columns)
 
 
-def fit(layouts: Iterator[Layout] | Sequence[Layout], names: Names, page: Page) -> tuple[Sequence[Column], int]:
+def fit(
+    layouts: Iterator[TableLayout] | Sequence[TableLayout], names: Names, page: Page
+) -> tuple[Sequence[Column], int]:
     """The columns of the first layout that fits, else of the last one, and the room that they leave for the names."""
     longest = max(names.longest(page), len(names.heading)) if names.names else 0
     columns: Sequence[Column] = ()
@@ -133,7 +135,7 @@ def fit(layouts: Iterator[Layout] | Sequence[Layout], names: Names, page: Page) 
     return columns, room
 
 
-def table(names: Names, layouts: Iterator[Layout] | Sequence[Layout], page: Page) -> list[Text]:
+def table(names: Names, layouts: Iterator[TableLayout] | Sequence[TableLayout], page: Page) -> list[Text]:
     """Lines of a table in the first layout that fits; lines of headings and a foot only where there are any.
 
     Args:

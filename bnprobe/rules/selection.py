@@ -19,7 +19,9 @@ def selected(spec: RulesSpec, among: Iterable[Rule] = RULES) -> tuple[Rule, ...]
     for code in (*spec.select, *spec.ignore, *(code for item in spec.exempt for code in item.rules)):
         check_code(code)
     return tuple(
-        rule for rule in among if (not spec.select or fits(rule.code, spec.select)) and not fits(rule.code, spec.ignore)
+        rule
+        for rule in among
+        if (not spec.select or matches_code(rule.code, spec.select)) and not matches_code(rule.code, spec.ignore)
     )
 
 
@@ -63,14 +65,14 @@ def check_code(code: str) -> None:
     Raises:
         UsageError: Names the nearest code.
     """
-    if not any(fits(rule.code, (code,)) for rule in RULES):
+    if not any(matches_code(rule.code, (code,)) for rule in RULES):
         raise UsageError(
             f'There is no rule "{code}", and no code begins with it; the nearest code is {_nearest_code(code)}.'
             " `bnprobe explain` lists all rules."
         )
 
 
-def fits(code: str, prefixes: Iterable[str]) -> bool:
+def matches_code(code: str, prefixes: Iterable[str]) -> bool:
     """Whether a code begins with one of the prefixes."""
     return any(prefix and code.upper().startswith(prefix.upper()) for prefix in prefixes)
 

@@ -19,7 +19,7 @@ from bnprobe.stats.theory import mismatch_iid
 SHARES: tuple[Cause, ...] = tuple(source.field for source in SOURCES if source.adds_up)
 """The measured shares that add up to the mismatch at inference."""
 
-STATISTICS: tuple[Cause, ...] = ("lag", "dropout", "propagation")
+STATISTICS_CAUSES: tuple[Cause, ...] = ("lag", "dropout", "propagation")
 """The shares of wrong running statistics; they can offset each other."""
 
 PART_OF_LIMIT = 0.5
@@ -52,7 +52,7 @@ def share_of(layer: Layer, cause: Cause) -> float | None:
     mean that the running statistics are right.
     """
     share: float | None = None if layer.shares is None else getattr(layer.shares, cause)
-    return share if share is None or cause not in STATISTICS else min(share, _wrong_statistics(layer))
+    return share if share is None or cause not in STATISTICS_CAUSES else min(share, _wrong_statistics(layer))
 
 
 def is_cause(layer: Layer, cause: Cause) -> bool:

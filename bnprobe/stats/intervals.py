@@ -84,7 +84,7 @@ REPLICATES = 16
 
 
 @dataclass(frozen=True)
-class Estimate:
+class JackknifeEstimate:
     """A bias-corrected figure.
 
     Attributes:
@@ -113,7 +113,7 @@ def leave_one_out(sums: Float[Tensor, "replicates ..."]) -> Float[Tensor, "estim
     return torch.cat([total, total - sums])
 
 
-def jackknife(estimates: Float[Tensor, " estimates"], counts: Float[Tensor, " replicates"]) -> Estimate:
+def jackknife(estimates: Float[Tensor, " estimates"], counts: Float[Tensor, " replicates"]) -> JackknifeEstimate:
     """Combine a figure from all replicates with those that leave out each one.
 
     This is the delete-m jackknife for groups of unequal size (Busing, Meijer & van der Leeden 1999, Statistics and
@@ -127,10 +127,10 @@ def jackknife(estimates: Float[Tensor, " estimates"], counts: Float[Tensor, " re
     groups = int(held.sum())
     total = estimates[0]
     if groups < 2:
-        return Estimate(float(total), 0.0, math.inf, 0)
+        return JackknifeEstimate(float(total), 0.0, math.inf, 0)
     deleted, sizes = estimates[1:][held], counts[held]
     ratio = sizes.sum() / sizes
     value = groups * total - ((1 - 1 / ratio) * deleted).sum()
     pseudo = ratio * total - (ratio - 1) * deleted
     variance = ((pseudo - value).square() / (ratio - 1)).mean()
-    return Estimate(float(value), float(total - value), float(variance), groups - 1)
+    return JackknifeEstimate(float(value), float(total - value), float(variance), groups - 1)

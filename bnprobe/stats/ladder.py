@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bnprobe.stats.intervals import Estimate, jackknife, leave_one_out
+from bnprobe.stats.intervals import JackknifeEstimate, jackknife, leave_one_out
 from bnprobe.stats.moments import Corrections
 
 SUMS = ("d", "d_squared", "rho", "rho_r", "variance", "unbiased")
@@ -216,12 +216,12 @@ def shift_between(here: Means, there: Means) -> Float[Tensor, " estimates"]:
     return (shift / reference.square()).mean(1)
 
 
-def shift(here: BatchSums, there: BatchSums) -> Estimate:
+def shift(here: BatchSums, there: BatchSums) -> JackknifeEstimate:
     """``shift_between`` two independent samples; the biases and variances found by each one's replicates add up."""
     first, second = here.means(), there.means()
     one = jackknife(shift_between(first, second.whole()), here.counts)
     other = jackknife(shift_between(first.whole(), second), there.counts)
-    return Estimate(
+    return JackknifeEstimate(
         value=one.value - other.bias,
         bias=one.bias + other.bias,
         variance=one.variance + other.variance,

@@ -170,7 +170,7 @@ def corrections(
     return Corrections(r, d, rho, mismatch, r_clipped, d_clipped)
 
 
-def distance(
+def statistics_distance(
     mean: Float[Tensor, "batches channels"],
     variance: Float[Tensor, "batches channels"],
     reference_mean: Float[Tensor, "batches channels"],

@@ -89,7 +89,7 @@ class Feed:
     def _batches(self) -> Iterator[Any]:
         """All batches of the epoch, drawn with the random stream of the data."""
         seed = data_seed(self._seed, self.epoch)
-        stream = Stream(seed)
+        stream = BatchStream(seed)
         rewind(self._source.batches, seed)
         with stream.flowing():
             iterator = iter(self._source.batches)
@@ -183,7 +183,7 @@ def _derived(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def snapshot() -> dict[str, Any]:
+def random_snapshot() -> dict[str, Any]:
     """The random state of random, numpy and torch (CPU and CUDA), as tensors and plain types that are safe to load."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = _numpy_state()
@@ -212,7 +212,7 @@ def restore(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-class Stream:
+class BatchStream:
     """A random stream that is separate from the global one.
 
     Args:
@@ -222,7 +222,7 @@ class Stream:
     def __init__(self, seed: int) -> None:
         with preserved_random_state():
             seed_everything(seed)
-            self._state = snapshot()
+            self._state = random_snapshot()
 
     @contextmanager
     def flowing(self) -> Iterator[None]:
@@ -232,7 +232,7 @@ class Stream:
             try:
                 yield
             finally:
-                self._state = snapshot()
+                self._state = random_snapshot()
 
 
 def rewind(data: Any, seed: int) -> None:

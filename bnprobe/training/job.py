@@ -197,7 +197,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """The result of training; the fields up to ``clipped_d`` are those of ``records.Run``.
 
     Attributes:
@@ -242,7 +242,7 @@ def length_of(spec: TrainSpec, source: BatchSource, world: World) -> Length:
     return Length(steps, spec.evaluate_every or max(1, steps // EVALUATIONS))
 
 
-def check(job: Job) -> None:
+def check_job(job: Job) -> None:
     """Reject a job that cannot work, before anything is trained.
 
     Raises:

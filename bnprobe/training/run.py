@@ -25,7 +25,7 @@ from bnprobe.measure.restore import (
 from bnprobe.measure.session import model_code
 from bnprobe.nn.batch_renorm import BatchRenormBase, RenormSchedule, watch_clipping
 from bnprobe.records import Ending, Score, TrainingStep
-from bnprobe.training.data import Feed, model_seed, restore, snapshot
+from bnprobe.training.data import Feed, model_seed, random_snapshot, restore
 from bnprobe.training.job import (
     ClippedAtEnd,
     DivergenceGuard,
@@ -33,8 +33,8 @@ from bnprobe.training.job import (
     Job,
     Keeper,
     Length,
-    Outcome,
-    check,
+    TrainingOutcome,
+    check_job,
     first_non_finite,
     length_of,
 )
@@ -43,7 +43,9 @@ from bnprobe.training.state import StopFlag, load_state, require_resumable, save
 from bnprobe.training.step import Stepper
 
 
-def train(job: Job, *, state: Path | None, on_step: Callable[[TrainingStep], None], world: World = ALONE) -> Outcome:
+def train(
+    job: Job, *, state: Path | None, on_step: Callable[[TrainingStep], None], world: World = ALONE
+) -> TrainingOutcome:
     """Train the job's model in place. Its training flags and the random state are restored.
 
     Args:
@@ -60,7 +62,7 @@ def train(job: Job, *, state: Path | None, on_step: Callable[[TrainingStep], Non
         DataError, UserCodeError, DeviceError: The data or the user's code failed.
         OutputError: The state could not be written.
     """
-    check(job)
+    check_job(job)
     length = length_of(job.spec, job.source, world)
     with preserved_random_state(), torch.enable_grad(), _in_training(job.model), stop_signals() as stop:
         seed_everything(model_seed(job.seed, world.rank))
@@ -194,7 +196,7 @@ class Running:
         """Release the data."""
         self._feed.close()
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> TrainingOutcome:
         """The result of the run, once it has ended."""
         assert self.ending is not None  # called only after the end
         keeper = self._keeper
@@ -202,7 +204,7 @@ class Running:
             keeper.keep_last(self.step, self.job.model)
         r, d = self._clipped.mean(self.step) or (None, None)
         seconds = self._spent + time.monotonic() - self._began
-        return Outcome(self.step, keeper.step, self.ending, self._note, seconds, r, d, keeper.weights)
+        return TrainingOutcome(self.step, keeper.step, self.ending, self._note, seconds, r, d, keeper.weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume, as tensors and plain types; every process must call this."""
@@ -218,7 +220,7 @@ class Running:
             "guard": self._guard.state_dict(),
             "clipped": self._clipped.state_dict(),
             "seconds": self._spent + time.monotonic() - self._began,
-            "random": self.world.gather(snapshot()),
+            "random": self.world.gather(random_snapshot()),
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:

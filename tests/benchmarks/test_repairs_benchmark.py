@@ -13,7 +13,7 @@ from benchmarks.repairs import digits, finetuned, scratch, task
 from benchmarks.repairs.__main__ import render
 from benchmarks.repairs.arms import Table, arm_of, choose, difference, joined, rows, verdict
 from benchmarks.repairs.task import REGIMES, Regime
-from bnprobe.analysis.comparison import CONTROL, estimate
+from bnprobe.analysis.comparison import CONTROL, mean_estimate
 from bnprobe.nn import BatchRenorm2d
 from bnprobe.records import Arm, Run, Score
 
@@ -163,7 +163,7 @@ def test_an_arm_of_one_run_is_held_against_every_run_of_the_control() -> None:
     ("gains", "word"), [((0.1, 0.2, 0.15), "better"), ((-0.1, -0.2), "same"), ((-0.1, -0.11), "worse"), ((0.1,), "")]
 )
 def test_verdicts_need_an_interval_that_leaves_out_zero(gains: tuple[float, ...], word: str) -> None:
-    assert verdict(estimate(gains)) == word
+    assert verdict(mean_estimate(gains)) == word
 
 
 def test_proofs_of_several_seeds_join_arm_by_arm() -> None:

@@ -11,16 +11,16 @@ from bnprobe.analysis.comparison import (
     Goal,
     conclude,
     control_of,
-    estimate,
     gain_over,
     make_arm,
+    mean_estimate,
 )
 from bnprobe.records import Arm, Run, Score
 
 
 @pytest.mark.parametrize("values", [[0.9, 0.95, 0.93], [1.0, 3.0]])
 def test_an_estimate_is_students_interval(values: list[float]) -> None:
-    found = estimate(values)
+    found = mean_estimate(values)
     assert found is not None
     assert found.interval is not None
     spread = stats.sem(values)
@@ -29,10 +29,10 @@ def test_an_estimate_is_students_interval(values: list[float]) -> None:
 
 
 def test_a_missing_value_is_no_estimate() -> None:
-    assert estimate([0.5, None]) is None
-    assert estimate([]) is None
+    assert mean_estimate([0.5, None]) is None
+    assert mean_estimate([]) is None
     for same in ([0.5], [0.5] * 4):  # counts of few images are often alike: that is no certainty
-        one = estimate(same)
+        one = mean_estimate(same)
         assert one is not None
         assert (one.mean, one.interval) == (0.5, None)
 
@@ -74,5 +74,5 @@ def test_a_diverged_arm_is_not_compared(diverged: str) -> None:
         return make_arm(name, [Run(0, 6, 6, Score(None, 0.5), ending, note, 0.0)], True)
 
     ours, control = arm("batch-renorm"), arm(CONTROL)
-    found = conclude({CONTROL: control, ours.name: ours}, ours, control, estimate([0.0]), "metric")
+    found = conclude({CONTROL: control, ours.name: ours}, ours, control, mean_estimate([0.0]), "metric")
     assert found == ("not_compared", f"Training of {diverged} diverged: NaN at step 3.")

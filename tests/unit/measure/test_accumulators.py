@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from bnprobe.distributed import Share
 from bnprobe.measure.accumulators import (
     STATISTICS,
-    BatchMoments,
     CorrectionD,
     CorrectionR,
     LayerMismatch,
     Mismatch,
+    MismatchSums,
     SamplePool,
     Statistic,
     Step,
@@ -28,7 +28,7 @@ from bnprobe.measure.hooks import Recorded, Slot
 from bnprobe.measure.layers import ProbedLayer, find_layers
 from bnprobe.stats.moments import corrections, pool_moments
 
-KINDS = (Mismatch, LayerMismatch, CorrectionR, CorrectionD, BatchMoments)
+KINDS = (Mismatch, LayerMismatch, CorrectionR, CorrectionD, MismatchSums)
 
 
 def layers(*channels: int) -> tuple[ProbedLayer, ...]:

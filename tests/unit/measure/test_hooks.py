@@ -9,21 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bnprobe.measure.hooks import Grouping, Layout, normalize
+from bnprobe.measure.hooks import Grouping, RowLayout, normalize_groups
 from bnprobe.measure.norms import NormCall
 from bnprobe.stats.moments import pool_moments
 
 counts = st.integers(1, 3)
 
 
-def rows_of(images: Tensor, layout: Layout) -> Tensor:
+def rows_of(images: Tensor, layout: RowLayout) -> Tensor:
     """(images, k, channels, *space) as a layer sees it."""
-    return (images if layout is Layout.CONSECUTIVE else images.transpose(0, 1)).flatten(0, 1)
+    return (images if layout is RowLayout.CONSECUTIVE else images.transpose(0, 1)).flatten(0, 1)
 
 
-@given(counts, counts, counts, st.lists(st.integers(1, 3), max_size=2), st.sampled_from(Layout), st.integers(0, 999))
+@given(counts, counts, counts, st.lists(st.integers(1, 3), max_size=2), st.sampled_from(RowLayout), st.integers(0, 999))
 def test_moments_are_each_images_own(
-    groups: int, size: int, k: int, space: list[int], layout: Layout, seed: int
+    groups: int, size: int, k: int, space: list[int], layout: RowLayout, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(groups * size, k, 2, *space, generator=generator, dtype=torch.float64)
@@ -35,8 +35,8 @@ def test_moments_are_each_images_own(
     torch.testing.assert_close(variance, values.var(2, correction=0))
 
 
-@given(st.integers(2, 3), counts, counts, st.sampled_from(Layout))
-def test_every_row_knows_its_micro_batch(groups: int, size: int, k: int, layout: Layout) -> None:
+@given(st.integers(2, 3), counts, counts, st.sampled_from(RowLayout))
+def test_every_row_knows_its_micro_batch(groups: int, size: int, k: int, layout: RowLayout) -> None:
     grouping = Grouping(groups * size, size, groups * size * k, layout)
     owner = torch.arange(groups).repeat_interleave(size)[:, None, None].expand(-1, k, 1)
     found = grouping.group_of_row(torch.device("cpu"))
@@ -47,13 +47,13 @@ def test_one_micro_batch_needs_no_index() -> None:
     assert Grouping(4, 4, 8).group_of_row(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("layout", RowLayout)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 2)], ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_normalizing_equals_torchs_own_layer_per_micro_batch(
-    layout: Layout, affine: bool, shape: tuple[int, ...], last: bool, dtype: torch.dtype
+    layout: RowLayout, affine: bool, shape: tuple[int, ...], last: bool, dtype: torch.dtype
 ) -> None:
     groups, size, k = 3, 2, 2
     images = (2 + 3 * torch.randn(groups * size, k, 4, *shape)).to(dtype)
@@ -64,7 +64,7 @@ def test_normalizing_equals_torchs_own_layer_per_micro_batch(
     grouping = Grouping(groups * size, size, groups * size * k, layout)
     moments = pool_moments(*grouping.sample_moments(x, 1e-5), size)
     call = NormCall(x, None, None, weight, bias, True, 1e-5)
-    found = normalize(call, *moments, grouping.group_of_row(x.device))
+    found = normalize_groups(call, *moments, grouping.group_of_row(x.device))
     expected = torch.cat(
         [
             F.batch_norm(part.flatten(0, 1), None, None, weight, bias, True, 0.0, 1e-5).unflatten(0, (size, k))

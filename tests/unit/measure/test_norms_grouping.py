@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnprobe.commands.scan import scan
 from bnprobe.errors import ModelError
-from bnprobe.measure.hooks import Grouping, Layout
+from bnprobe.measure.hooks import Grouping, RowLayout
 from bnprobe.measure.norms import NORMS, BatchNormFamily, NormCall
 from support.networks import images
 
@@ -115,14 +115,14 @@ def test_ghost_batches_beside_plain_ones(emulate: bool) -> None:
     assert train.mismatch == pytest.approx(float(mismatch(normalized, 1e-5).mean()), rel=1e-3)
 
 
-@pytest.mark.parametrize("layout", Layout)
-def test_groups_are_consecutive_in_the_micro_batch_as_it_runs_alone(layout: Layout) -> None:
+@pytest.mark.parametrize("layout", RowLayout)
+def test_groups_are_consecutive_in_the_micro_batch_as_it_runs_alone(layout: RowLayout) -> None:
     """Two micro-batches of two samples with three rows each, in groups of two rows."""
     samples = torch.arange(2)[:, None, None, None].expand(2, 2, 3, 1).double()
     alone = torch.arange(6).double() // 2
     group = samples.reshape(2, 6) * 3 + alone  # as each micro-batch sees it, consecutive or interleaved
     blocks = group.reshape(2, 3, 2).transpose(0, 1)
-    rows = (group if layout is Layout.CONSECUTIVE else blocks).reshape(-1)
+    rows = (group if layout is RowLayout.CONSECUTIVE else blocks).reshape(-1)
     grouping = Grouping(4, 2, 12, layout, group_rows=2)
     assert (grouping.groups, grouping.groups_per_micro_batch) == (6, 3)
     found = grouping.group_of_row(torch.device("cpu"))

@@ -8,7 +8,7 @@ from fabricated_parts import R_EDGES, histogram
 
 from bnprobe.records import Histogram
 from bnprobe.report import figures
-from bnprobe.report.charts import D_AXIS, R_AXIS, ruler
+from bnprobe.report.charts import D_CHART, R_CHART, ruler
 from bnprobe.report.charts import histogram as draw
 from bnprobe.report.page import INFINITE, LEVELS, UNMEASURED
 
@@ -18,25 +18,25 @@ def heights(text: str, half: int) -> list[int]:
 
 
 def test_values_stand_where_the_ruler_says() -> None:
-    assert draw(Histogram((0.24, 0.26), (9,)), R_AXIS, 5) == "█    │     "
-    assert draw(Histogram((3.9, 4.1), (9,)), R_AXIS, 5) == "     │    █"
-    assert draw(Histogram((0.9, 1 / 0.9), (9,)), R_AXIS, 5) == "    █│█    "
-    assert ruler(R_AXIS, 5) == "1/4  1    4"
-    assert ruler(D_AXIS, 5) == "-5   0    5"
+    assert draw(Histogram((0.24, 0.26), (9,)), R_CHART, 5) == "█    │     "
+    assert draw(Histogram((3.9, 4.1), (9,)), R_CHART, 5) == "     │    █"
+    assert draw(Histogram((0.9, 1 / 0.9), (9,)), R_CHART, 5) == "    █│█    "
+    assert ruler(R_CHART, 5) == "1/4  1    4"
+    assert ruler(D_CHART, 5) == "-5   0    5"
 
 
 def test_values_beyond_the_axis_are_in_its_outermost_cells() -> None:
-    assert draw(Histogram((-100.0, -50.0), (3,)), D_AXIS, 4) == "█   │    "
-    assert draw(Histogram((50.0, 1e30), (3,)), D_AXIS, 4) == "    │   █"
-    assert draw(Histogram((0.0, 1e-9), (3,)), R_AXIS, 4) == "█   │    "
+    assert draw(Histogram((-100.0, -50.0), (3,)), D_CHART, 4) == "█   │    "
+    assert draw(Histogram((50.0, 1e30), (3,)), D_CHART, 4) == "    │   █"
+    assert draw(Histogram((0.0, 1e-9), (3,)), R_CHART, 4) == "█   │    "
 
 
 def test_a_bin_of_no_width_counts() -> None:
-    assert draw(Histogram((2.0, 2.0), (4,)), R_AXIS, 5) == "     │  █  "
+    assert draw(Histogram((2.0, 2.0), (4,)), R_CHART, 5) == "     │  █  "
 
 
 def test_an_empty_histogram_draws_only_the_centre() -> None:
-    assert draw(Histogram((0.5, 1.0, 2.0), (0, 0)), R_AXIS, 3) == "   │   "
+    assert draw(Histogram((0.5, 1.0, 2.0), (0, 0)), R_CHART, 3) == "   │   "
 
 
 @pytest.mark.parametrize("half", [4, 5, 8])
@@ -45,7 +45,7 @@ def test_the_picture_does_not_depend_on_the_bins(half: int) -> None:
     coarse, fine = (
         histogram(values, tuple(np.sinh(np.linspace(-4.2, 4.2, number)).tolist())) for number in (121, 1001)
     )
-    pairs = zip(heights(draw(coarse, D_AXIS, half), half), heights(draw(fine, D_AXIS, half), half), strict=True)
+    pairs = zip(heights(draw(coarse, D_CHART, half), half), heights(draw(fine, D_CHART, half), half), strict=True)
     assert max(abs(one - other) for one, other in pairs) <= 1
 
 
@@ -57,7 +57,7 @@ def test_heights_are_shares_of_the_largest_cell() -> None:
     edges[0], edges[-1] = 0, np.inf
     counts, _ = np.histogram(r, edges)
     expected = np.where(counts > 0.001 * counts.sum(), np.ceil(8 * counts / counts.max()), 0)
-    drawn = heights(draw(histogram(r, R_EDGES), R_AXIS, half), half)
+    drawn = heights(draw(histogram(r, R_EDGES), R_CHART, half), half)
     assert np.abs(expected - drawn).max() <= 1
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from bnprobe.report.page import Page
-from bnprobe.report.table import LEAST_NAME, Column, Layout, Mark, Names, arrows, dropping, table
+from bnprobe.report.table import LEAST_NAME, Column, Mark, Names, TableLayout, arrows, dropping, table
 
 CELLS = st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=6)
 
@@ -63,7 +63,7 @@ def test_a_shortened_name_differs_from_all_names_of_the_network() -> None:
 def test_a_bold_mark_makes_its_name_bold_and_a_dim_one_the_line_dim() -> None:
     made = table(
         Names(["bn1", "bn2", "bn3"], marks=[Mark("✗", "bold red"), Mark("✓", "green"), Mark("–", "dim")]),
-        [Layout([Column("D", ["1", "2", "3"])])],
+        [TableLayout([Column("D", ["1", "2", "3"])])],
         Page(80, unicode=True),
     )
     assert [(span.start, span.end) for line in made[1:] for span in line.spans] == [(0, 8), (0, 3), (0, len(made[3]))]

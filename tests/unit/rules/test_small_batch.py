@@ -6,15 +6,7 @@ from dataclasses import replace
 
 from bnprobe.records import Composition
 from bnprobe.stats.theory import mismatch_iid
-from bnprobe.testing import (
-    make_anatomy,
-    make_evidence,
-    make_intervals,
-    make_layer,
-    make_path,
-    make_shares,
-    run_rule,
-)
+from bnprobe.testing import make_anatomy, make_evidence, make_intervals, make_layer, make_path, make_shares, run_rule
 from unit.rules.expect import HALF, LIMIT, failed, passed, skipped
 
 

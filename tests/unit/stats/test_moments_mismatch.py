@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnprobe.stats.moments import corrections, distance
+from bnprobe.stats.moments import corrections, statistics_distance
 
 
 @given(
@@ -51,6 +51,6 @@ def test_a_constant_channel_has_a_mismatch_of_its_shift_alone() -> None:
 
 def test_distance_is_in_standard_deviations_of_the_reference() -> None:
     mean, variance = torch.zeros(2, 3).double(), torch.full((2, 3), 4.0).double()
-    assert distance(mean, variance, mean, variance, 0.0) == 0
-    assert abs(distance(mean + 1, variance, mean, variance, 0.0) - 0.5) < 1e-12
-    assert abs(distance(mean, variance * 4, mean, variance, 0.0) - 1.0) < 1e-12
+    assert statistics_distance(mean, variance, mean, variance, 0.0) == 0
+    assert abs(statistics_distance(mean + 1, variance, mean, variance, 0.0) - 0.5) < 1e-12
+    assert abs(statistics_distance(mean, variance * 4, mean, variance, 0.0) - 1.0) < 1e-12

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bnprobe.measure.restore import preserved_random_state, random_state, seed_everything
-from bnprobe.training.data import Feed, Stream, data_seed, model_seed, restore, rewind, snapshot
+from bnprobe.training.data import BatchStream, Feed, data_seed, model_seed, random_snapshot, restore, rewind
 from support.finetuning import Noisy, job, source, trained
 
 
@@ -23,7 +23,7 @@ def test_a_state_survives_a_file_that_is_safe_to_load() -> None:
     seed_everything(3)
     draw()  # leaves half of a pair of normal numbers behind in random and numpy
     buffer = io.BytesIO()
-    torch.save(snapshot(), buffer)
+    torch.save(random_snapshot(), buffer)
     expected = [draw() for _ in range(3)]
     buffer.seek(0)
     restore(torch.load(buffer, weights_only=True))
@@ -34,7 +34,7 @@ def test_a_stream_flows_beside_the_one_in_force() -> None:
     with preserved_random_state():
         seed_everything(7)
         expected = [draw() for _ in range(4)]
-    before, stream, found = random_state(), Stream(7), []
+    before, stream, found = random_state(), BatchStream(7), []
     for _ in range(4):
         with stream.flowing():
             found.append(draw())
