@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-benchmarks lint format docs picture bench schema clean
+.PHONY: help demo test test-benchmarks lint format docs picture bench rules schema clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ picture: $(READY) ## rewrite the picture of a report in README.md
 bench: $(READY) ## run the benchmarks (minutes; see benchmarks/README.md)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group bench
 	$(BIN)/python -m benchmarks
+
+rules: $(READY) ## rewrite the pages of the rules in docs/rules, from their docstrings
+	$(BIN)/python -m bnprobe.rules.docs docs/rules
 
 schema: $(READY) ## rewrite the JSON schemas of reports, records of repairs and sweeps
 	$(BIN)/python -c "from bnprobe.report.json import write_schemas; write_schemas()"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from bnprobe._version import __version__
 
 if TYPE_CHECKING:
-    from bnprobe import errors, nn
+    from bnprobe import errors, nn, report
     from bnprobe.commands.lint import lint
     from bnprobe.commands.recalibrate import recalibrate
     from bnprobe.commands.scan import scan
@@ -30,6 +30,7 @@ __all__ = [
     "lint",
     "nn",
     "recalibrate",
+    "report",
     "scan",
     "sweep",
     "verify",
@@ -45,7 +46,7 @@ _HOMES = {
     "sweep": "bnprobe.commands.sweep",
     "verify": "bnprobe.commands.verify",
 }
-_SUBMODULES = {"errors", "nn"}
+_SUBMODULES = {"errors", "nn", "report"}
 
 
 def __getattr__(name: str) -> object:

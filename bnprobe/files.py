@@ -51,6 +51,17 @@ def require_writable(path: Path, option: str = "--output") -> None:
         raise OutputError(f"The folder {folder} of {option} is not writable.")
 
 
+def refuse_input(output: Path, inputs: Iterable[str | Path], option: str = "--output") -> None:
+    """Reject an output that is one of the files that the command reads, whatever else may be overwritten.
+
+    Raises:
+        OutputError: It is; nothing was written.
+    """
+    for path in map(Path, inputs):
+        if output.exists() and path.exists() and output.samefile(path):
+            raise OutputError(f"{option} {output} is a file that this command reads; give another name.")
+
+
 def require_new(paths: Iterable[Path], force: bool, option: str = "-o") -> None:
     """Reject outputs that cannot be written or would overwrite a file, before anything is computed.
 

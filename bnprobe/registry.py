@@ -65,12 +65,17 @@ class Registry(Generic[Row]):
 
     @contextmanager
     def including(self, row: Row) -> Iterator[Row]:
-        """Have a row while the block runs: for tests of extensions, and for notebooks."""
-        self.add(row)
+        """Have a row while the block runs: for tests of extensions, and for notebooks.
+
+        It stands in for a row of the same name, e.g. one that an installed package brought.
+        """
+        before = dict(self._all())
+        self._rows.pop(self._name_of(row), None)
         try:
+            self.add(row)
             yield row
         finally:
-            del self._rows[self._name_of(row)]
+            self._rows = before
 
     def reload(self) -> None:
         """Read the entry points again when the registry is next used: packages were installed or removed meanwhile."""

@@ -53,8 +53,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the table of repair targets where a page asks for it."""
-    return markdown.replace(TARGETS_HERE, targets())
+    """Put the table of repair targets where a page asks for it, and let links into benchmarks/ stay within the site.
+
+    In a clone that folder stands beside docs/; the site has copies of its pages in it.
+    """
+    return markdown.replace(TARGETS_HERE, targets()).replace("../benchmarks/", "benchmarks/")
 
 
 def on_post_build(config: Any) -> None:

@@ -68,7 +68,7 @@ def export(
     """
     from bnprobe.cli.console import deliver
     from bnprobe.config.load import build_spec
-    from bnprobe.files import require_new, write_all
+    from bnprobe.files import refuse_input, require_new, write_all
     from bnprobe.records import ExportReport
     from bnprobe.report import renderer
 
@@ -76,6 +76,7 @@ def export(
     given = options.overrides(context)
     spec = build_spec(target, given)
     path = output or _default(spec, to)
+    refuse_input(path, [target, *spec.files()], "-o")
     require_new([path], force)
     exported = _export(spec, to, quantize)
     agrees = exported.relative <= tolerance

@@ -29,6 +29,7 @@ def lint(
     from bnprobe.analysis.diagnosis import lint_has_findings
     from bnprobe.cli.console import check_writable, deliver
     from bnprobe.config.load import build_spec
+    from bnprobe.files import refuse_input
     from bnprobe.records import LintReport
     from bnprobe.report import renderer
     from bnprobe.report.lint import one_line
@@ -38,6 +39,8 @@ def lint(
     check_writable(output)
     given = options.overrides(context)
     spec = build_spec(target, given)
+    if output is not None:
+        refuse_input(output, [target, *spec.files()])
     model_rules(spec.rules)  # report a wrong code before torch is imported
     from bnprobe.commands.lint import lint_spec
 

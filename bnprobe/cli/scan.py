@@ -67,6 +67,7 @@ def scan(
     """
     from bnprobe.cli.console import check_writable, deliver
     from bnprobe.config.load import build_spec
+    from bnprobe.files import refuse_input
     from bnprobe.records import Report
     from bnprobe.report import renderer
     from bnprobe.report.scan import one_line
@@ -77,6 +78,8 @@ def scan(
         check_writable(output)
     given = options.overrides(context)
     spec = build_spec(target, given)
+    if output is not None:
+        refuse_input(output, [target, *spec.files()])
     selected(spec.rules)  # report a wrong code before torch is imported
     try:
         report = _measure(spec)

@@ -91,6 +91,7 @@ def sweep(
     """
     from bnprobe.cli.console import check_writable, deliver
     from bnprobe.config.load import build_spec
+    from bnprobe.files import refuse_input
     from bnprobe.records import SweepReport
     from bnprobe.report import renderer
     from bnprobe.report.sweep import one_line
@@ -105,6 +106,8 @@ def sweep(
         target,
         options.overrides(context),
     )
+    if output is not None:
+        refuse_input(output, [target, *spec.files()])
     replayed = {"rates": rates, "shift": shift, "scale": scale}
     report = _measure(spec, sizes, None if momentum is None else replayed)
     deliver(report, render, output, show_all, one_line(report))

@@ -394,6 +394,12 @@ class Spec(_Section):
         """The sections that a repair depends on, as JSON types."""
         return self.model_dump(mode="json", exclude={"rules"})
 
+    def files(self) -> list[str]:
+        """Names of the user's files that the spec reads: code, weights, a report."""
+        targets = [self.model.target, self.data.target, self.eval_data.target, self.forward, self.loss, self.metric]
+        code = [split_target(target)[0] for target in targets if target and is_file_target(target)]
+        return [*code, *(path for path in (self.checkpoint.path, self.repair.report) if path)]
+
     def settings(self) -> ScanSettings:
         """The settings of the measurement."""
         return ScanSettings(

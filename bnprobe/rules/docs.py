@@ -1,4 +1,7 @@
-"""The manuals of the rules, from their docstrings: for ``bnprobe explain`` and as pages of the documentation."""
+"""The manuals of the rules, from their docstrings: for ``bnprobe explain`` and as pages of the documentation.
+
+``python -m bnprobe.rules.docs FOLDER`` writes the pages.
+"""
 
 from __future__ import annotations
 
@@ -69,3 +72,11 @@ def needs_in_words(rule: Rule) -> str:
     """What must be available for the rule to judge."""
     need = "the model alone" if rule.needs == "model" else rule.needs
     return f"real {need}" if rule.real_data else need
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    for name, text in pages().items():
+        (Path(sys.argv[1]) / name).write_text(text, encoding="utf-8")

@@ -24,7 +24,7 @@ def test_a_report_is_written_whole(workspace: Workspace) -> None:
     workspace.write("report.json", "old")
     found = workspace.scan("--format", "json", "--output", "report.json")
     assert (found.code, found.stdout) == (FINDINGS, "")
-    assert found.stderr == "1 of 1 layer flagged (never trained first); report written to report.json\n"
+    assert found.stderr == "1 of 1 layer flagged (running statistics never updated first); report written to report.json\n"
     assert json.loads((workspace.folder / "report.json").read_text())["summary"]["flagged"] == 1
     assert _names(workspace.folder) == {"model.py", "report.json"}
 
@@ -77,6 +77,16 @@ def test_a_device_is_written_to_and_not_replaced(workspace: Workspace) -> None:
     message = workspace.scan("--output", "/dev/full").error()
     assert message == "/dev/full could not be written: No space left on device."
     assert Path("/dev/full").is_char_device()
+
+
+def test_an_output_never_replaces_what_the_command_reads(workspace: Workspace) -> None:
+    model = workspace.write("model.py", MODEL)
+    spec = workspace.write("spec.yaml", "model: model.py\ndata: {batch_size: 2}\n")
+    for command in ("scan", "lint", "sweep"):
+        for path in (model, spec):
+            found = workspace.run(command, "spec.yaml", "--output", path.name)
+            assert found.error() == f"--output {path.name} is a file that this command reads; give another name."
+    assert model.read_text(encoding="utf-8") == MODEL
 
 
 def test_stdout_on_a_full_disk_is_an_error(workspace: Workspace) -> None:

@@ -62,6 +62,12 @@ def test_a_manual_is_complete(rule: Rule) -> None:
     assert "section" in dict(text.sections)["Reference"] or "PyTorch" in dict(text.sections)["Reference"]
 
 
+def test_the_committed_pages_are_those_of_the_docstrings() -> None:
+    """``make rules`` writes them again; they are committed so that links work in a clone."""
+    folder = REPOSITORY / "docs" / "rules"
+    assert {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()} == pages()
+
+
 def test_every_rule_has_a_page_that_the_list_links() -> None:
     found = pages()
     assert found.keys() == {"README.md", *(f"{rule.code}.md" for rule in RULES)}
