@@ -125,7 +125,7 @@ def test_the_python_of_the_guide_runs() -> None:
         "train": lambda model: model.train(),
     }
     shown = list(_fenced("python", REPOSITORY / "docs" / "python.md"))
-    assert len(shown) == 4
+    assert len(shown) == 5
     for text in shown:
         exec(compile(text.replace('device="cuda"', 'device="cpu"'), "python.md", "exec"), names)
     assert names["report"].scan.batches == 32
