@@ -20,7 +20,7 @@ from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.measure.restore import seed_everything
 from bnprobe.records import Run, Score
 from bnprobe.repairs import apply
-from bnprobe.training import Job, Outcome, evaluate, train
+from bnprobe.training import Job, TrainingOutcome, evaluate, train
 
 RATES = (0.00125, 0.0025, 0.005, 0.01)
 TRAINED = ("BN", "batch-renorm", "group-norm")
@@ -60,7 +60,7 @@ def start(regime: Regime, rate: float, seed: int, steps: int) -> nn.Module:
 
 
 @functools.cache
-def trained(name: str, regime: Regime, rate: float, seed: int, steps: int) -> tuple[nn.Module, Outcome]:
+def trained(name: str, regime: Regime, rate: float, seed: int, steps: int) -> tuple[nn.Module, TrainingOutcome]:
     """One arm from scratch; every arm begins with the same weights and sees the same images in the same order."""
     seed_everything(seed)
     model: nn.Module = task.DeepNet()
@@ -112,7 +112,7 @@ def scored(model: nn.Module, samples: Samples) -> Score:
     return evaluate(model, task.held_out(samples), task.loss, task.accuracy, torch.device("cpu"), None)
 
 
-def _choosing(model: nn.Module, outcome: Outcome) -> Score:
+def _choosing(model: nn.Module, outcome: TrainingOutcome) -> Score:
     """A run that diverged gives no rate."""
     return Score(None, None) if outcome.ending == "diverged" else scored(model, task.parts().choosing)
 
@@ -151,7 +151,7 @@ def recalibrated(model: nn.Module, regime: Regime) -> nn.Module:
     return recalibrate(copy.deepcopy(model), task.loader(regime))
 
 
-def _run(seed: int, model: nn.Module, outcome: Outcome) -> Run:
+def _run(seed: int, model: nn.Module, outcome: TrainingOutcome) -> Run:
     score = scored(model, task.parts().proving)
     return Run(
         seed=seed,

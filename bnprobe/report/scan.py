@@ -65,10 +65,10 @@ def render(report: Report, options: RenderOptions) -> str:
 
 
 def one_line(report: Report) -> str:
-    """The result in one line, e.g. "6 of 9 layers flagged (small batch first)"."""
+    """The result in one line, e.g. "6 of 9 layers flagged (first: batches too small)"."""
     partial = f"PARTIAL, {report.scan.stopped}: " if report.scan.partial else ""
     first = report.diagnoses[0] if report.diagnoses else None
-    cause = f" ({title_of(first.rule, first.cause)} first)" if first else ""
+    cause = f" (first: {title_of(first.rule, first.cause)})" if first else ""
     return f"{partial}{report.summary.flagged} of {count(report.summary.layers, 'layer')} flagged{cause}"
 
 

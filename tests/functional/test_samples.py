@@ -11,6 +11,7 @@ import pytest
 
 from bnprobe.report import render
 from bnprobe.report.json import load_report
+from bnprobe.rules import RULES
 from functional.command import CLEAN, FINDINGS, REPOSITORY, Workspace
 
 SAMPLES = sorted((REPOSITORY / "sample_configs").glob("*/*.yaml"))
@@ -35,8 +36,8 @@ def test_a_sample_gives_a_report_that_fits_the_schema(workspace: Workspace, samp
     jsonschema.validate(report, SCHEMA)
     summary = report["summary"]
     assert (found.code, found.stdout) == (FINDINGS if summary["flagged"] else CLEAN, "")
-    cause = report["diagnoses"][0]["cause"].replace("_", " ")
-    counted = f"{summary['flagged']} of {summary['layers']} layers flagged ({cause} first)"
+    title = RULES[report["diagnoses"][0]["rule"]].title
+    counted = f"{summary['flagged']} of {summary['layers']} layers flagged (first: {title})"
     assert found.stderr == f"{counted}; report written to {OUTPUT}\n"
     assert report["layers"]
     assert all(layer["train"] and layer["eval"] for layer in report["layers"])

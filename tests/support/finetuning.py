@@ -24,7 +24,7 @@ from bnprobe.config.spec import RenormSpec, TrainSpec
 from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.nn.batch_renorm import BatchRenorm1d
 from bnprobe.records import Score, TrainingStep
-from bnprobe.training import Job, Outcome, StepLog, evaluate, train
+from bnprobe.training import Job, StepLog, TrainingOutcome, evaluate, train
 from bnprobe.training.log import COLUMNS
 from support.processes import FORKING
 
@@ -124,7 +124,7 @@ class Steps:
         self.steps.append(step)
 
 
-def trained(job: Job, state: Path | None = None) -> tuple[Outcome, list[TrainingStep]]:
+def trained(job: Job, state: Path | None = None) -> tuple[TrainingOutcome, list[TrainingStep]]:
     """What training gives, and its steps."""
     steps = Steps([])
     return train(job, state=state, on_step=steps), steps.steps
