@@ -75,6 +75,10 @@ def require_new(paths: Iterable[Path], force: bool, option: str = "-o") -> None:
     """
     paths = list(paths)
     for path in paths:
+        if path != paths[0] and path.is_dir():
+            raise OutputError(
+                f"{path}, which is written beside {option}, is a folder: move it or give another {option}."
+            )
         require_writable(path, option)
     existing = [str(path) for path in paths if path.exists() and not is_special(path)]
     if existing and not force:

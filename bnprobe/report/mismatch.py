@@ -232,11 +232,11 @@ def _remarks(rows: Sequence[ShareRow]) -> list[tuple[str, str]]:
         text = "relative L2 change if only this layer uses batch statistics (~ estimate)"
         remarks.append(("output", text))
     if any(one.data_shift is not None for one in found):
-        remarks.append(("x", "data shift, held-out against training data; added to D"))
+        remarks.append(("x", "data shift of the held-out data, which comes on top of D"))
     if any(one.composition is None for one in found):
         remarks.append(("s", "includes non-i.i.d. batches where samples could not be regrouped"))
     if below := _below([row for row in rows if row.mark.sign]):
-        remarks.append(("not drawn", f"clearly below 0, offsetting other shares: {below}"))
+        remarks.append(("not drawn", f"negative shares, which offset others: {below}"))
     return remarks
 
 

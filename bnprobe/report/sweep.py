@@ -59,12 +59,11 @@ def _header(report: SweepReport, page: Page) -> list[Text]:
 
 
 def _closing(report: SweepReport, page: Page) -> list[Text]:
-    headline, *sentences = _conclusion(report)
     flagged = any(layer.flagged for layer in report.layers)
     undecided = any(layer.undecided for layer in report.layers)
     sign = FLAGGED if flagged else UNDECIDED if undecided else FINE
     tracking = _tracking(report.momentum) if report.momentum else ()
-    return page.verdict(sign, headline, [*sentences, f"{one_line(report)}.", *tracking])
+    return page.verdict(sign, f"{one_line(report)}.", [*_conclusion(report), *tracking])
 
 
 # --- Batch sizes ------------------------------------------------------------------------------------------------------

@@ -69,5 +69,6 @@ def _stopped_by(facts: Facts, scan: Scan) -> list[str]:
 
 def _effect(stopped: list[str]) -> str:
     if stopped:
-        return f"training raises an error there in {listed(stopped, 3)}, which then gets one value per channel"
+        layers = f"{'layer' if len(stopped) == 1 else 'layers'} {listed(stopped, 3)}"
+        return f"training raises an error there, because it gives {layers} one value per channel"
     return "it is normalized with its own statistics, and updates the running statistics like a whole batch"

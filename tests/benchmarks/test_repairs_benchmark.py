@@ -85,8 +85,8 @@ def test_arms_from_scratch_begin_alike_and_differ_in_their_layers(monkeypatch: p
 KINDS = (nn.BatchNorm2d, BatchRenorm2d, nn.GroupNorm)
 
 
-def _untrained(model: nn.Module) -> scratch.Outcome:
-    return scratch.Outcome(0, 0, "finished", "", 0.0, None, None, model.state_dict())
+def _untrained(model: nn.Module) -> scratch.TrainingOutcome:
+    return scratch.TrainingOutcome(0, 0, "finished", "", 0.0, None, None, model.state_dict())
 
 
 def test_recalibration_leaves_the_network_alone() -> None:

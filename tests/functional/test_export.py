@@ -94,6 +94,15 @@ def test_an_existing_file_is_kept_without_force(model: Workspace) -> None:
     )
 
 
+def test_the_checkpoint_is_never_replaced(model: Workspace) -> None:
+    """Its own name is what the exported file would get by default."""
+    torch.save({}, model.folder / "net.pt")
+    before = (model.folder / "net.pt").read_bytes()
+    found = export(model, "--checkpoint", "net.pt", "--to", "torchscript", "--force")
+    assert found.error() == "-o net.pt is a file that this command reads; give another name."
+    assert (model.folder / "net.pt").read_bytes() == before
+
+
 def test_a_disk_that_is_full(model: Workspace) -> None:
     arguments = ("export", "model.py", "--batch-size", "4", "-o", "net.pt2")
     found = run_on_a_full_disk(model, *arguments, largest_file=512)

@@ -44,6 +44,13 @@ def test_a_row_for_the_length_of_a_block() -> None:
     assert registry.names() == ("red", "green")
 
 
+def test_a_row_for_a_block_stands_in_for_one_of_its_name() -> None:
+    registry = colours()
+    with registry.including("RED"):
+        assert registry["red"] == "RED"
+    assert list(registry) == ["red", "green"]
+
+
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Another package that brings a row: metadata and a module, as pip would install them."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bnprobe.cli.artifacts import Artifacts
+from bnprobe.errors import OutputError
 from bnprobe.report.json import dump
 from bnprobe.training import StateFolder, StepLog
 from support import repairs
@@ -105,3 +106,10 @@ def test_a_command_that_does_not_train_leaves_the_log_alone(output: Path) -> Non
     StepLog(log).close()
     write(output)
     assert log.exists()
+
+
+def test_a_folder_in_the_way_is_named_and_not_the_option(output: Path) -> None:
+    folder = output.with_name("out.before.json")
+    folder.mkdir()
+    with pytest.raises(OutputError, match=r"out\.before\.json, which is written beside -o, is a folder: move it"):
+        Artifacts(output, force=True).check()

@@ -62,7 +62,7 @@ def test_a_network_without_shares_says_so_in_a_sentence() -> None:
 
 def test_shares_clearly_below_zero_are_named_in_the_legend_only() -> None:
     bars = " ".join(" ".join(section(causes.pair(), BARS)).split())
-    assert "not drawn clearly below 0, offsetting other shares: earlier layers (8 layers, down to -0.081 in" in bars
+    assert "not drawn negative shares, which offset others: earlier layers (8 layers, down to -0.081 in" in bars
     assert "not drawn" not in said(causes.lag())
 
 

@@ -8,7 +8,7 @@ from unit.rules.expect import failed, passed, skipped
 
 LEFT = "1,001 samples in batches of 8 leave a last batch of one sample"
 SILENT = "it is normalized with its own statistics, and updates the running statistics like a whole batch."
-STOPS = "training raises an error there in bn, which then gets one value per channel."
+STOPS = "training raises an error there, because it gives layer bn one value per channel."
 
 
 def last_batch(values_per_channel: int = 512, **changes: object) -> list[Verdict]:
