@@ -207,13 +207,11 @@ class _TrainingBar:
         now = {"score": _score(step), "clipped": _clipped(step, "clip", digits=0)}
         self._seen |= {name: text for name, text in now.items() if text}
         parts = [f"loss {figures.score(self._loss)}", *(self._seen.get(name, "") for name in ("score", "clipped"))]
-        room = self._bar.console.width - self._fixed(step)
-        self._bar.update(self._task, completed=step.step, figures=_fitting(parts, room))
-
-    def _fixed(self, step: TrainingStep) -> int:
-        """Width in cells of the other columns and the blanks between them."""
+        # The other columns, and the blanks between them.
         counted = 2 * len(str(step.steps)) + 1
-        return cell_len(self._run) + _bar_width(self._bar.console) + counted + _TIME_WIDTH + 4
+        fixed = cell_len(self._run) + _bar_width(self._bar.console) + counted + _TIME_WIDTH + 4
+        room = self._bar.console.width - fixed
+        self._bar.update(self._task, completed=step.step, figures=_fitting(parts, room))
 
 
 def _bar_width(console: Console) -> int:

@@ -179,7 +179,9 @@ def segments(shares: Shares, scale: Scale) -> list[tuple[Source, int]]:
 def bar(shares: Shares, scale: Scale, threshold: float | None, page: Page) -> Text:
     """One bar of ``scale.width`` cells, with a mark at the limit; ``threshold`` None: without."""
     cells = [
-        (char, _COLOURS[source.field]) for source, width in segments(shares, scale) for char in _segment(source, width)
+        (char, _COLOURS[source.field])
+        for source, width in segments(shares, scale)
+        for char in source.letter + BAR * (width - 1)
     ]
     if scale.cuts(length(shares)):
         cells.append((CUT, "bold"))
@@ -188,10 +190,6 @@ def bar(shares: Shares, scale: Scale, threshold: float | None, page: Page) -> Te
         _mark(cells, min(scale.cells(mismatch_iid(threshold)), scale.width - 1))
     runs = groupby(cells, key=lambda cell: cell[1])
     return Text.assemble(*((page.clean("".join(char for char, _ in run)), style) for style, run in runs))
-
-
-def _segment(source: Source, width: int) -> str:
-    return source.letter + BAR * (width - 1)
 
 
 def _mark(cells: list[tuple[str, str]], place: int) -> None:

@@ -75,7 +75,9 @@ def closing(report: Report, command: str) -> Closing:
 
 def _flagged(report: Report, flagged: list[Layer], command: str) -> Closing:
     worst = "" if report.diagnoses else _worst(flagged)
-    sentences = (worst, _also_undecided(report), *_caveats(report))
+    undecided = len(with_sign(report.layers, UNDECIDED))
+    also = f"{count(undecided, 'more layer')} undecided." if undecided else ""
+    sentences = (worst, also, *_caveats(report))
     return Closing(
         headline=f"{_share(len(flagged), report)} flagged: training and inference normalize differently.",
         sign=FLAGGED,
@@ -153,8 +155,11 @@ def _share(number: int, report: Report) -> str:
 
 
 def _worst(flagged: list[Layer]) -> str:
-    first, others = flagged[0], flagged[1:3]
-    tail = f" Next worst: {', '.join(_with_figure(layer) for layer in others)}." if others else ""
+    first = flagged[0]
+    others = [
+        f"{layer.name} (n_eq {figures.path_equivalent(worse_path(layer.train, layer.eval))})" for layer in flagged[1:3]
+    ]
+    tail = f" Next worst: {', '.join(others)}." if others else ""
     if first.train is None or first.eval is None:
         path = "train" if first.train is None else "eval"
         return f"Worst is {first.name}, which could not be measured on the {path} path.{tail}"
@@ -170,10 +175,6 @@ def _behaviour(layer: Layer) -> str:
     return f"behaves as if the batch were {figures.path_equivalent(path)} values, and the limit is {limit}"
 
 
-def _with_figure(layer: Layer) -> str:
-    return f"{layer.name} (n_eq {figures.path_equivalent(worse_path(layer.train, layer.eval))})"
-
-
 def _straddling(layer: Layer) -> str:
     for name, path in (("train", layer.train), ("eval", layer.eval)):
         if path is not None and _contains(path.equivalent_batch_size_interval, layer.threshold):
@@ -186,11 +187,6 @@ def _straddling(layer: Layer) -> str:
 def _contains(interval: Interval, value: float) -> bool:
     low, high = interval
     return low <= value and (high is None or value <= high)
-
-
-def _also_undecided(report: Report) -> str:
-    number = len(with_sign(report.layers, UNDECIDED))
-    return f"{count(number, 'more layer')} undecided." if number else ""
 
 
 def _caveats(report: Report) -> tuple[str, ...]:

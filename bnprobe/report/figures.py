@@ -132,19 +132,16 @@ def estimates(values: Sequence[Estimate | None], page: Page) -> list[str]:
 
 def _parts(value: Estimate, with_sign: bool) -> tuple[str, str]:
     """The mean, and half the interval after its sign."""
-    half = _half_width(value)
-    if half is None:
+    low, high = value.interval or (0.0, None)
+    if high is None:
         return _score(value.mean, with_sign), ""
+    half = (high - low) / 2
     decimals = _decimals(half)
     if decimals is None or abs(value.mean) >= _LARGE:
         return _score(value.mean, with_sign), f"{_PLUS_MINUS} {score(half)}"
     mean = f"{value.mean:{'+' if with_sign else ''}.{decimals}f}"
-    return _without_sign_of_zero(mean), f"{_PLUS_MINUS} {half:.{decimals}f}"
-
-
-def _half_width(value: Estimate) -> float | None:
-    low, high = value.interval or (0.0, None)
-    return None if high is None else (high - low) / 2
+    mean = mean.lstrip("+-") if float(mean) == 0 else mean  # no sign of zero
+    return mean, f"{_PLUS_MINUS} {half:.{decimals}f}"
 
 
 def _decimals(half: float) -> int | None:
@@ -159,7 +156,3 @@ def _decimals(half: float) -> int | None:
 
 def _score(value: float, with_sign: bool) -> str:
     return signed(value) if with_sign else score(value)
-
-
-def _without_sign_of_zero(text: str) -> str:
-    return text.lstrip("+-") if float(text) == 0 else text

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from bnprobe.numbers import count
-from bnprobe.records import Diagnosis, LintReport, Severity
+from bnprobe.records import Diagnosis, LintReport
 from bnprobe.report.page import SEVERITY_STYLES, RenderOptions, clean, to_string
 
 MOST_LAYERS = 8
@@ -26,16 +26,14 @@ def render(report: LintReport, options: RenderOptions) -> str:
 
 def one_line(report: LintReport) -> str:
     """The counts, e.g. "2 errors and 1 warning in 5 layers of model.py:load_model (7 rules)"."""
-    found = {severity: _number(report, severity) for severity in SEVERITY_STYLES}
+    found = {
+        severity: sum(diagnosis.severity == severity for diagnosis in report.diagnoses) for severity in SEVERITY_STYLES
+    }
     words = {"error": "error", "warning": "warning", "info": "remark"}
     parts = [count(number, words[severity]) for severity, number in found.items() if number]
     rules = len({verdict.rule for verdict in report.verdicts})
     where = f"in {count(report.layers, 'layer')} of {report.model}"
     return f"{' and '.join(parts) or 'Nothing found'} {where} ({count(rules, 'rule')})"
-
-
-def _number(report: LintReport, severity: Severity) -> int:
-    return sum(diagnosis.severity == severity for diagnosis in report.diagnoses)
 
 
 def _finding(diagnosis: Diagnosis, report: LintReport, options: RenderOptions) -> Iterator[Text]:

@@ -62,18 +62,14 @@ def shares(report: Report, shown: Sequence[Layer], page: Page) -> list[Text]:
         return []
     heading = page.heading("Where the mismatch comes from, eval path")
     if not any(layer.shares for layer in report.layers):
-        return [*heading, *page.paragraph(_no_bars(report.layers), first="  ")]
+        reasons = [reason for reason in dict.fromkeys(map(_why_not, report.layers)) if reason != _UNEXPLAINED]
+        why = f": {', '.join(reasons)}" if reasons else ""
+        return [*heading, *page.paragraph(f"The mismatch of no layer could be decomposed{why}.", first="  ")]
     rows = [*(_row(layer) for layer in shown), *_model_row(report)]
     return [*heading, *_table(rows, report.layers, page), *_legend(rows, shown, page)]
 
 
 # --- Rows -------------------------------------------------------------------------------------------------------------
-
-
-def _no_bars(layers: Sequence[Layer]) -> str:
-    reasons = [reason for reason in dict.fromkeys(map(_why_not, layers)) if reason != _UNEXPLAINED]
-    why = f": {', '.join(reasons)}" if reasons else ""
-    return f"The mismatch of no layer could be decomposed{why}."
 
 
 def _row(layer: Layer) -> ShareRow:

@@ -84,11 +84,10 @@ def clean(text: str, unicode: bool) -> str:
     line = " ".join(text.splitlines())
     if not unicode:
         line = line.translate(_ASCII).encode("ascii", "backslashreplace").decode("ascii")
-    return "".join(char if char.isprintable() else _escape(char) for char in line)
-
-
-def _escape(char: str) -> str:
-    return char.encode("unicode_escape", "backslashreplace").decode("ascii")
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode("ascii")
+        for char in line
+    )
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------

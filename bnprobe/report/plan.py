@@ -79,7 +79,11 @@ def _changes(plan: Plan, page: Page, show_all: bool) -> list[Text]:
         return []
     shown = changes if show_all else changes[:MOST_LAYERS]
     found, reasons = kinds(changes), {change.reason for change in changes}
-    classes = [_class(change) if len(found) > 1 and plan.to != AUTO else "" for change in shown]
+    # Both class names, the former shortened as in the table of layers.
+    classes = [
+        f"{change.kind.replace('BatchNorm', 'BN')} {ARROW} {change.to}" if len(found) > 1 and plan.to != AUTO else ""
+        for change in shown
+    ]
     lines = [] if len(found) > 1 or plan.to == AUTO else page.paragraph(f"Class: {found[0][0]}", first="  ")
     lines += [] if len(reasons) > 1 else page.paragraph(f"Why: {changes[0].reason}", first="  ")
     lines += _rows(shown, classes, [change.reason if len(reasons) > 1 else "" for change in shown], page)
@@ -108,11 +112,6 @@ def _rows(shown: Sequence[LayerChange], classes: Sequence[str], reasons: Sequenc
         else:
             lines += [row, *page.paragraph(reason, "dim", first="      ")]
     return lines
-
-
-def _class(change: LayerChange) -> str:
-    """Both class names, the former shortened as in the table of layers."""
-    return f"{change.kind.replace('BatchNorm', 'BN')} {ARROW} {change.to}"
 
 
 def _notes(changes: Sequence[LayerChange], page: Page, show_all: bool) -> list[Text]:

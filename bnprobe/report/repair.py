@@ -15,7 +15,7 @@ from bnprobe.config.requirements import parse_requirement
 from bnprobe.config.targets import TARGETS
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, percent
-from bnprobe.records import Arm, Conclusion, Ending, Plan, Proof, RepairRecord, Report, RequirementResult, Run
+from bnprobe.records import Arm, Conclusion, Ending, Proof, RepairRecord, Report, Run
 from bnprobe.report import figures
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.json import dump
@@ -173,7 +173,9 @@ def _closing(record: RepairRecord, page: Page) -> list[Text]:
     lines = page.verdict(sign, headline, [record.proof.message if record.proof else "", *_flagged(record)])
     for requirement in record.requirements:
         mark = FINE if requirement.held else FLAGGED
-        line = page.paragraph(_requirement(requirement), first=f"  {page.clean(mark)} ")
+        value = requirement.value
+        told = "not measured" if value is None else _telling(requirement.text, value, requirement.held)
+        line = page.paragraph(f"{requirement.text}: {told}", first=f"  {page.clean(mark)} ")
         line[0].stylize(STYLES[mark], 2, 3)
         lines += line
     return lines
@@ -196,12 +198,6 @@ def _flagged(record: RepairRecord) -> list[str]:
     if after is None:
         return [] if before is None else [f"Flagged layers: {before} before; the repaired model was not scanned."]
     return [f"Flagged layers: {after}."] if before is None else [f"Flagged layers: {before} {ARROW} {after}."]
-
-
-def _requirement(requirement: RequirementResult) -> str:
-    if requirement.value is None:
-        return f"{requirement.text}: not measured"
-    return f"{requirement.text}: {_telling(requirement.text, requirement.value, requirement.held)}"
 
 
 def _telling(text: str, value: float, held: bool) -> str:
@@ -370,7 +366,8 @@ def _usage(record: RepairRecord, files: Files, page: Page) -> list[Text]:
     if record.weights is None:
         return page.paragraph("No weights were written.")
     lines = [*_written(record, record.weights, files, page)]
-    lines += page.paragraph(_loading(record.plan))
+    loading = "The weights load strictly into your own model." if record.plan is None else deployment(record.plan)
+    lines += page.paragraph(f"{loading} In Python:")
     lines += [Text(f"    {page.clean(line)}", "bold") for line in _python(record, record.weights, files)]
     for why, command in _commands(record, record.weights, files):
         lines += [*page.paragraph(why), *page.command(command)]
@@ -388,10 +385,6 @@ def _written(record: RepairRecord, weights: str, files: Files, page: Page) -> li
     ]
     inner = Page(page.width - len(_INDENT), page.unicode)
     return [*page.heading("Written"), *(Text(_INDENT) + line for line in inner.labelled(rows)), Text()]
-
-
-def _loading(plan: Plan | None) -> str:
-    return f"{'The weights load strictly into your own model.' if plan is None else deployment(plan)} In Python:"
 
 
 def _python(record: RepairRecord, weights: str, files: Files) -> list[str]:

@@ -17,7 +17,6 @@ from bnprobe.records import (
     Output,
     PathMeasurement,
     PathValues,
-    Pool,
     Report,
     Scan,
     SelfCheck,
@@ -130,7 +129,12 @@ def _self_check(check: SelfCheck) -> str:
 
 def cost(scan: Scan, page: Page) -> list[Text]:
     """Measurements beyond the two paths with their reason and cost, and the pool of samples that were regrouped."""
-    sentences = [*map(_pass, scan.passes), *([_pool(scan.pool)] if scan.pool is not None else [])]
+    sentences = [*map(_pass, scan.passes)]
+    if (pool := scan.pool) is not None:
+        sentences.append(
+            f"pool: {count(pool.images, 'sample')}, {figures.size(pool.bytes)}, used to measure non-i.i.d. batches:"
+            f" regrouped at random into {count(pool.regrouped, 'micro-batch')}"
+        )
     return page.section("Measured beyond the two paths", sentences, rest="    ")
 
 
@@ -138,13 +142,6 @@ def _pass(extra: ExtraPass) -> str:
     reason = extra.reason.removesuffix(".")
     why = f" ({reason})" if reason else ""
     return f"{extra.name}: {count(extra.images, 'sample')}, {extra.seconds:.1f} s{why}"
-
-
-def _pool(pool: Pool) -> str:
-    return (
-        f"pool: {count(pool.images, 'sample')}, {figures.size(pool.bytes)}, used to measure non-i.i.d. batches:"
-        f" regrouped at random into {count(pool.regrouped, 'micro-batch')}"
-    )
 
 
 # --- Layers -----------------------------------------------------------------------------------------------------------

@@ -271,8 +271,9 @@ def _rates(sweep: MomentumSweep, page: Page) -> list[Text]:
     """Mean mismatch over the layers at each rate."""
     points, best = sweep.model.points, sweep.model.best
     errors = [point.converged.standard_error for point in points]
+    own = {curve.momentum for curve in sweep.layers}
     columns = [
-        Column("", ["own" if _is_own(point, sweep) else "" for point in points]),
+        Column("", ["own" if point.rate in own else "" for point in points]),
         Column("rate", [_rate(point.rate) for point in points], "point"),
         Column("eff. batches", ["" if p.effective_batches is None else f"{p.effective_batches:,.1f}" for p in points]),
         Column("loaded", [_marked(point.loaded.mismatch, point, best.loaded) for point in points]),
@@ -281,9 +282,10 @@ def _rates(sweep: MomentumSweep, page: Page) -> list[Text]:
     ]
     shifted = [(point, point.shifted.mismatch) for point in points if point.shifted is not None]
     if shifted:
+        late = f"> {sweep.batches - sweep.batches // 2}"
         columns += [
             Column("shifted", [_marked(mismatch, point, best.shifted) for point, mismatch in shifted]),
-            Column("recovery", [_back(point, sweep) for point in points]),
+            Column("recovery", [late if point.recovery is None else str(point.recovery) for point in points]),
         ]
     replayed = f"{count(sweep.batches, 'micro-batch')} of {sweep.batch_size}"
     return [
@@ -364,10 +366,6 @@ def _legend(sweep: MomentumSweep) -> Iterable[str]:
     yield "The weights are fixed here; in training their changes have to be tracked too."
 
 
-def _back(point: MomentumPoint, sweep: MomentumSweep) -> str:
-    return f"> {sweep.batches - sweep.batches // 2}" if point.recovery is None else str(point.recovery)
-
-
 def _with_ties(best: _Rates) -> str:
     return _rate(best[0]) + (f" (+{len(best) - 1})" if len(best) > 1 else "")
 
@@ -381,10 +379,6 @@ def _own_point(curve: MomentumCurve) -> MomentumPoint | None:
 def _own_mismatch(curve: MomentumCurve) -> float:
     point = _own_point(curve)
     return point.loaded.mismatch if point else 0.0
-
-
-def _is_own(point: MomentumPoint, sweep: MomentumSweep) -> bool:
-    return any(curve.momentum == point.rate for curve in sweep.layers)
 
 
 def _shifts(sweep: MomentumSweep) -> bool:

@@ -24,9 +24,11 @@ def render(found: Verification, options: RenderOptions) -> str:
     """The comparison as text in lines of at most ``options.width`` cells."""
     page = Page.of(options)
     rows = _table([_Row(layer) for layer in found.layers], page, options.show_all) if found.layers else []
+    sides = (("before", found.only_before), ("after", found.only_after))
+    alone = [f"only {when}: {listed_in_line(names, options.show_all)}" for when, names in sides if names]
     parts = [
         [*page.heading(f"{_flagged(found)} (D of the worse path)"), *rows] if rows else [],
-        page.section("Only in one of the reports", _alone(found, options.show_all)),
+        page.section("Only in one of the reports", alone),
         page.section("Output, train path against eval path (relative L2)", _output(found)),
         page.section("Notes on the comparison", found.notes),
         _closing(found, page),
@@ -50,11 +52,6 @@ def _flagged(found: Verification) -> str:
     before = sum(layer.flagged_before for layer in found.layers)
     after = sum(layer.flagged_after for layer in found.layers)
     return f"{before or 'none'} of {count(len(found.layers), 'layer')} flagged before, {after or 'none'} after"
-
-
-def _alone(found: Verification, show_all: bool) -> list[str]:
-    sides = (("before", found.only_before), ("after", found.only_after))
-    return [f"only {when}: {listed_in_line(names, show_all)}" for when, names in sides if names]
 
 
 def _output(found: Verification) -> list[str]:
