@@ -24,7 +24,6 @@ from torch import Tensor
 
 from bnprobe.measure.hooks import Slot
 from bnprobe.measure.layers import ProbedLayer
-from bnprobe.measure.norms import NormInfo
 from bnprobe.registry import Registry
 from bnprobe.stats.composition import Images
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
@@ -161,7 +160,9 @@ class Columns:
             eps=eps.to(device),
             r_max=r_max.to(device),
             d_max=d_max.to(device),
-            gate=_side_by_side([_gate(info) for info in infos], device),
+            gate=_side_by_side(
+                [torch.zeros(info.channels) if info.gate is None else info.gate for info in infos], device
+            ),
             bessel=bessel.repeat_interleave(sizes).to(device),
         )
 
@@ -668,10 +669,6 @@ STATISTICS: Registry[type[Statistic]] = Registry(
 
 def _sums(states: Mapping[str, Tensor]) -> Sums:
     return Sums(int(states["count"]), float(states["total"]), float(states["square"]))
-
-
-def _gate(info: NormInfo) -> Tensor:
-    return torch.zeros(info.channels) if info.gate is None else info.gate
 
 
 def _side_by_side(buffers: Sequence[Tensor | None], device: torch.device) -> Tensor:

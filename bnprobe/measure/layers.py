@@ -217,6 +217,7 @@ def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> 
     mean, variance = layer.info.running_mean, layer.info.running_variance
     affine = [parameter.requires_grad for parameter in layer.module.parameters(recurse=False)]
     buffers = [buffer for buffer in (mean, variance) if buffer is not None]
+    untouched = mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all())
     return Anatomy(
         name=layer.name,
         location=origin(model, "" if layer.name == ROOT else layer.name),
@@ -228,17 +229,13 @@ def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> 
         has_running_statistics=mean is not None,
         trains_statistics=layer.module.training and mean is not None,
         trains_affine=any(affine) if affine else None,
-        untouched=_is_untouched(mean, variance),
+        untouched=untouched,
         non_finite=sum(int((~torch.isfinite(buffer)).sum()) for buffer in buffers),
         negative=0 if variance is None else int((variance < 0).sum()),
         dead=0 if variance is None else int(((variance >= 0) & (variance < layer.info.eps)).sum()),
         median_variance=_median(variance),
         dropouts_before=before,
     )
-
-
-def _is_untouched(mean: Tensor | None, variance: Tensor | None) -> bool:
-    return mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all())
 
 
 def _median(variance: Tensor | None) -> float | None:

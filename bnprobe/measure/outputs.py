@@ -145,9 +145,10 @@ class OutputSums:
     def compute(self) -> Output:
         """Transfer the sums and divide."""
         totals = {name: float(total) for name, total in self._totals.items()}
+        squared = _ratio(totals, "difference", "norm")
         divergence = _ratio(totals, "kl", "predictions")
         return Output(
-            relative_l2=_root(_ratio(totals, "difference", "norm")),
+            relative_l2=None if squared is None else squared**0.5,
             argmax_changed=None if divergence is None else _ratio(totals, "changed", "predictions"),
             kl_divergence=divergence,
             loss=_path_values(totals, "loss"),
@@ -226,10 +227,6 @@ def _ratio(totals: dict[str, float], numerator: str, denominator: str) -> float 
     below = totals.get(denominator, 0.0)
     value = totals.get(numerator, 0.0) / below if below else torch.inf
     return value if math.isfinite(value) else None
-
-
-def _root(value: float | None) -> float | None:
-    return None if value is None else value**0.5
 
 
 def _path_values(totals: dict[str, float], name: str) -> PathValues | None:

@@ -170,11 +170,11 @@ def _judge(session: Session, reals: list[Pass], shaken: Pass, emulated: Pass, un
 def _references(reals: list[Pass]) -> dict[Slot, tuple[Tensor, Tensor]]:
     """Statistics of all real micro-batches, per call."""
     slots = [slot for slot in reals[0].records if all(slot in real.records for real in reals)]
-    return {slot: _stack([real.records[slot] for real in reals]) for slot in slots}
-
-
-def _stack(records: list[Recorded]) -> tuple[Tensor, Tensor]:
-    return torch.cat([record.mean for record in records]), torch.cat([record.variance for record in records])
+    found = {slot: [real.records[slot] for real in reals] for slot in slots}
+    return {
+        slot: (torch.cat([record.mean for record in records]), torch.cat([record.variance for record in records]))
+        for slot, records in found.items()
+    }
 
 
 def _difference(record: Recorded | None, mean: Tensor, variance: Tensor, eps: float) -> float:
@@ -215,8 +215,11 @@ def _output_error(outputs: list[Any], joint: Any, samples: int) -> float:
         per_sample = whole.dim() > 0 and whole.shape[0] % samples == 0
         if not per_sample or not whole.is_floating_point() or sum(part.shape[0] for part in parts) != whole.shape[0]:
             continue
-        difference = min(_relative(part, whole) for part in _arrangements(parts, samples))
-        weight = float(_finite(whole.double()).square().sum())
+        reference = _finite(whole.double())
+        size = float(reference.norm()) or 1.0
+        rows = (_finite(part.double()) for part in _arrangements(parts, samples))
+        difference = min(float((each - reference).norm()) / size for each in rows)
+        weight = float(reference.square().sum())
         error += difference**2 * weight
         norm += weight
     return (error / norm) ** 0.5 if norm > 0 else error
@@ -229,11 +232,6 @@ def _arrangements(parts: tuple[Tensor, ...], samples: int) -> list[Tensor]:
     if blocks == 1:
         return [plain]
     return [plain, torch.cat([part.chunk(blocks)[block] for block in range(blocks) for part in parts])]
-
-
-def _relative(value: Tensor, reference: Tensor) -> float:
-    value, reference = _finite(value.double()), _finite(reference.double())
-    return float((value - reference).norm()) / (float(reference.norm()) or 1.0)
 
 
 def _finite(values: Tensor) -> Tensor:

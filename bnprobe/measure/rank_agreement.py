@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,8 +49,10 @@ def agree(model: nn.Module, layers: Sequence[ProbedLayer], world: World) -> Agre
     """
     if world.size == 1:
         return Agreement()
-    tensors = dict(_tensors(model))
-    marks = world.gather((_structure(tensors), digest_of(tensors)))
+    named = (*model.named_parameters(), *model.named_buffers())  # each tensor once
+    tensors = {name: tensor for name, tensor in named if not is_lazy(tensor)}
+    own = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}
+    marks = world.gather((own, digest_of(tensors)))
     _require_same([structure for structure, _ in marks])
     if len({digest for _, digest in marks}) == 1:
         return Agreement(dict.fromkeys(_statistics(layers), 0.0))
@@ -59,17 +61,6 @@ def agree(model: nn.Module, layers: Sequence[ProbedLayer], world: World) -> Agre
         for tensor in tensors.values():
             tensor.copy_(world.share(tensor.detach().cpu()))
     return Agreement(mismatch, "The processes loaded different models; all of them measured the model of process 0.")
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name, each once."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not is_lazy(tensor):
-            yield name, tensor
-
-
-def _structure(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}
 
 
 def digest_of(state: Mapping[str, Any]) -> str:

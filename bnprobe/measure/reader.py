@@ -108,20 +108,15 @@ class Reader:
             return None
         if self.share.reads(position):
             check_finite(batch, position + 1, self._indices)
-        self._next_position = self._after(position)
+        self._next_position = position + 1
+        while self._dealt and not self.share.reads(self._next_position):
+            self._next_position += 1  # the loader gives only the batches of this share
         return position, batch
 
     def _next(self) -> Any:
         if self._iterator is None:
             self._iterator = iter(self._batches)
         return next(self._iterator, _END)
-
-    def _after(self, position: int) -> int:
-        """Position of the batch that the loader gives next."""
-        position += 1
-        while self._dealt and not self.share.reads(position):
-            position += 1
-        return position
 
     def _end(self) -> None:
         self.exhausted = True
@@ -187,7 +182,8 @@ class RepeatedReader:
         keeping: list[Any] | None = []
         kept_bytes = batches = samples = 0
         indices = getattr(self._source, "indices", None)
-        for position, batch in itertools.islice(self._filled(), self._most):
+        filled = ((number, batch) for number, batch in enumerate(self._source, 1) if count_images(batch) != 0)
+        for position, batch in itertools.islice(filled, self._most):
             batches += 1
             samples += count_images(batch) or 1
             check_finite(batch, position, indices)
@@ -199,10 +195,6 @@ class RepeatedReader:
             yield batch
         self._finish(batches, samples)
         self._kept = keeping
-
-    def _filled(self) -> Iterator[tuple[int, Any]]:
-        """Non-empty batches with their numbers from 1."""
-        return ((number, batch) for number, batch in enumerate(self._source, 1) if count_images(batch) != 0)
 
     def _finish(self, batches: int, samples: int) -> None:
         """Check that a complete reading matches the one before."""

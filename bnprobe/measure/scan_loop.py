@@ -153,14 +153,11 @@ def _measure_until_done(
             own = ended_by(error, world)
         if stopped:
             break
-    ending = own if own.early else replace(seen.ending, stopped=stopped or _planned_end(settings))
+    planned: StopReason = "requested" if settings.batches else "max_batches"
+    ending = own if own.early else replace(seen.ending, stopped=stopped or planned)
     if ending.early and seen.batches == 0:
         raise ending.error or KeyboardInterrupt
     return ending, seen.batches
-
-
-def _planned_end(settings: ScanSettings) -> StopReason:
-    return "requested" if settings.batches else "max_batches"
 
 
 def _measure_to(total: int, measurement: Measurement, reader: Reader, progress: Progress, world: World) -> ScanEnding:

@@ -318,17 +318,13 @@ def rows_of(outputs: Outputs, start: int, stop: int, samples: int) -> Outputs:
     return {
         key: map_leaves(output, lambda leaf: (leaf if whole else leaf[start:stop]).clone())
         for key, output in outputs.items()
-        if all(isinstance(leaf, Tensor) and (whole or _has_rows(leaf, samples)) for leaf in leaves_of(output))
+        if all(isinstance(leaf, Tensor) and (whole or leaf.shape[:1] == (samples,)) for leaf in leaves_of(output))
     }
 
 
 def _versions(output: Any) -> list[int]:
     """How often each tensor was changed in place; inference tensors do not count, and cannot be compared."""
     return [-1 if tensor.is_inference() else tensor._version for tensor in tensors_of(output)]
-
-
-def _has_rows(tensor: Tensor, samples: int) -> bool:
-    return tensor.dim() > 0 and tensor.shape[0] == samples
 
 
 @contextmanager

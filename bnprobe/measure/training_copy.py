@@ -111,15 +111,11 @@ class TrainingCopy:
         """
         if bool(torch.isfinite(value)):
             return
-        bad = self._first_non_finite(batch)
-        where = f"The first BN layer with NaN or Inf in its input is {bad}." if bad else _ALL_FINITE
-        raise NonFiniteError(f"The loss is {value.item()} {place}. {where} {remedy}")
-
-    def _first_non_finite(self, batch: Any) -> str | None:
-        """Repeat the forward pass to find the first layer; checking every input of every step would cost more."""
+        # Repeat the forward pass to find the first layer; checking every input of every step would cost more.
         with noting_non_finite((layer.name, layer.module) for layer in self.layers) as found:
             self.loss(batch, lambda call: call.run())
-        return found[0] if found else None
+        where = f"The first BN layer with NaN or Inf in its input is {found[0]}." if found else _ALL_FINITE
+        raise NonFiniteError(f"The loss is {value.item()} {place}. {where} {remedy}")
 
     @contextmanager
     def _answering(self, answer: Answer) -> Iterator[None]:

@@ -218,7 +218,9 @@ class Renorm:
         exact = AffineMap.between(own, running)
         limited = exact.clamp(self.r_max, self.d_max)
         if self.clipped is not None:
-            _count_clipped(self.clipped, exact, limited)
+            # Channels with clipped r and d, and all channels; NaN counts as clipped.
+            r, d = (exact.scale != limited.scale).sum(), (exact.shift != limited.shift).sum()
+            self.clipped.add_(torch.stack([r, d, torch.full_like(r, exact.scale.numel())]))
         _average(self.running_mean, batch.mean, self.momentum)
         _average(self.running_var, batch.unbiased_variance(otherwise=self.running_var), self.momentum)
         return limited
@@ -296,12 +298,6 @@ def _traceable(input: Tensor, weight: Tensor | None, bias: Tensor | None, renorm
 
 def _average(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:
     running.lerp_(new.to(running.dtype), momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum)
-
-
-def _count_clipped(counts: Tensor, exact: AffineMap, limited: AffineMap) -> None:
-    """Add the numbers of channels with clipped r and d, and of all channels; NaN counts as clipped."""
-    r, d = (exact.scale != limited.scale).sum(), (exact.shift != limited.shift).sum()
-    counts.add_(torch.stack([r, d, torch.full_like(r, exact.scale.numel())]))
 
 
 def snapshot(tensor: Tensor) -> Tensor:

@@ -114,7 +114,9 @@ def draw(
     mean, within_images = pool.mean.double(), pool.variance.double()
     drawn = [within_images[order].mean(1) + mean[order].var(1, correction=0) for order in orders]
     pooled = torch.stack([found.mean(0) for found in drawn]).mean(0)
-    root, rho = _expectations(drawn, means.eps)
+    # E[rho s_B] and E[rho] over all regrouped micro-batches.
+    root = torch.stack([(found / (found + means.eps).sqrt()).mean(0) for found in drawn]).mean(0)
+    rho = torch.stack([(found / (found + means.eps)).mean(0) for found in drawn]).mean(0)
     ratio = torch.where(pooled > 0, root / pooled.sqrt(), 0.0)
     # 1 - ratio is the spread of v_B about its mean; measured about the mean of the pool, it lacks size / images of it.
     ratio = 1 - (1 - ratio) / (1 - size / orders[0].numel())
@@ -145,13 +147,6 @@ def _orders(images: int, size: int, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     number = _number_of_orders(groups) if size > 1 else 1  # for single samples every order gives the same
     return [torch.randperm(groups * size, generator=generator).view(groups, size) for _ in range(number)]
-
-
-def _expectations(drawn: list[Tensor], eps: Tensor) -> tuple[Tensor, Tensor]:
-    """E[rho s_B] and E[rho] over all regrouped micro-batches, from their biased variances."""
-    roots = [(found / (found + eps).sqrt()).mean(0) for found in drawn]
-    rhos = [(found / (found + eps)).mean(0) for found in drawn]
-    return torch.stack(roots).mean(0), torch.stack(rhos).mean(0)
 
 
 def _effect(found: Tensor, eps: Tensor, slope: Tensor, half: Tensor) -> Float[Tensor, " groups"]:

@@ -186,19 +186,15 @@ def _derived(*parts: int) -> int:
 def random_snapshot() -> dict[str, Any]:
     """The random state of random, numpy and torch (CPU and CUDA), as tensors and plain types that are safe to load."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = _numpy_state()
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)  # as asked for
+    kind, keys, position, has_gauss, cached = state
     return {
         "python": (version, words, gauss),
         "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
-
-
-def _numpy_state() -> tuple[Any, ...]:
-    state = np.random.get_state(legacy=True)
-    assert isinstance(state, tuple)  # as asked for
-    return state
 
 
 def restore(state: Mapping[str, Any]) -> None:

@@ -136,7 +136,8 @@ class _BufferSync:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._device = device
         self._layers = _statistics_of(model)
-        self._counters = _counters_of(model)
+        counters = [getattr(layer, "num_batches_tracked", None) for layer in model.modules()]
+        self._counters = [counter for counter in counters if isinstance(counter, Tensor)]
         ours = [*(each.mean for each in self._layers), *(each.variance for each in self._layers), *self._counters]
         known = {id(buffer) for buffer in ours}
         self._others = [buffer for buffer in model.buffers() if id(buffer) not in known]
@@ -175,7 +176,8 @@ class _BufferSync:
 
     def _store(self, rates: Tensor, means: Tensor, variances: Tensor) -> None:
         """Apply the merged updates; shapes (calls, channels of all layers)."""
-        now, updated = (torch.cat([torch.stack(pair) for pair in pairs], 1) for pairs in self._now_and_before())
+        now = torch.cat([torch.stack(each.now()) for each in self._layers], 1)
+        updated = torch.cat([torch.stack(each.before()) for each in self._layers], 1)
         for rate, mean, variance in zip(rates, means, variances, strict=True):
             updated = (1 - rate) * updated + torch.stack([mean, variance])
         alike = (_largest(now) == -_largest(-now)).all(0)
@@ -183,9 +185,6 @@ class _BufferSync:
         for each, part in zip(self._layers, merged.split([each.mean.numel() for each in self._layers], 1), strict=True):
             each.mean.copy_(part[0])
             each.variance.copy_(part[1])
-
-    def _now_and_before(self) -> tuple[list[_Pair], list[_Pair]]:
-        return [each.now() for each in self._layers], [each.before() for each in self._layers]
 
 
 @dataclass(frozen=True)
@@ -251,11 +250,6 @@ def _statistics_of(model: nn.Module) -> list[_Statistics]:
         if isinstance(mean, Tensor) and isinstance(variance, Tensor):
             found.append(_Statistics(layer, mean, variance))
     return found
-
-
-def _counters_of(model: nn.Module) -> list[Tensor]:
-    found = [getattr(layer, "num_batches_tracked", None) for layer in model.modules()]
-    return [counter for counter in found if isinstance(counter, Tensor)]
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -184,7 +184,9 @@ class Running:
         self._clipped.add(clipped)
         norm, score, problem = None, None, self._guard.of_loss(loss)
         if problem is None:
-            norm, problem = self._apply(number)
+            taken = self._stepper.apply(number)
+            self.replicas.sync_buffers()
+            norm, problem = taken.gradient_norm, taken.problem or self._guard.of_step(taken.skipped)
         if problem is None:
             score = self._settle(number)
         else:
@@ -258,12 +260,6 @@ class Running:
         """Means over the processes, and whether any of them is to stop, so that all decide alike."""
         loss, r, d, stopping = self.replicas.mean([loss, *(clipped or (0.0, 0.0)), float(bool(stop.name))])
         return loss, (r, d) if clipped else None, stopping > 0
-
-    def _apply(self, number: int) -> tuple[float | None, str | None]:
-        """Take the optimizer step; return the norm of the gradient, and what is wrong as a clause."""
-        taken = self._stepper.apply(number)
-        self.replicas.sync_buffers()
-        return taken.gradient_norm, taken.problem or self._guard.of_step(taken.skipped)
 
     def _settle(self, number: int) -> Score | None:
         """Finish a step: advance the limits, evaluate the weights if due, and decide whether the run ends."""

@@ -230,7 +230,8 @@ class StateFolder:
             return None
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                run = _run_of(json.loads(file.metadata()[_RUN]))
+                fields = json.loads(file.metadata()[_RUN])
+                run = Run(**{**fields, "score": Score(**fields["score"])})
                 return run, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise _damaged(path, error) from None
@@ -275,19 +276,16 @@ class StateFolder:
         if has_mark(self.path):
             if not force:
                 raise unfinished(self.path)
-            self._clear()
+            # Empty the folder for reuse; the marker files stay.
+            if has_mark(self._events.path):
+                self._events.clear()
+            self._own.clear()
         self._own.make()
         try:
             write_whole(self.path / _FINGERPRINT, json.dumps(fingerprint, indent=2) + "\n")
         except OutputError:
             self._own.remove()
             raise
-
-    def _clear(self) -> None:
-        """Empty a folder for reuse; the marker files stay."""
-        if has_mark(self._events.path):
-            self._events.clear()
-        self._own.clear()
 
     def _require_same(self, wanted: dict[str, Any]) -> None:
         if not self.path.is_dir():
@@ -319,10 +317,6 @@ def _difference(key: str, saved: Any, wanted: Any) -> str:
         keys = [each for each in {**saved, **wanted} if saved.get(each) != wanted.get(each)]
         return "; ".join(_difference(f"{key}.{each}", saved.get(each), wanted.get(each)) for each in keys)
     return f"{key} was {json.dumps(saved)} and is now {json.dumps(wanted)}"
-
-
-def _run_of(fields: dict[str, Any]) -> Run:
-    return Run(**{**fields, "score": Score(**fields["score"])})
 
 
 def _damaged(path: Path, error: Exception) -> StateError:
