@@ -40,10 +40,11 @@ def attribute(evidence: Evidence) -> dict[int, Attribution]:
     in the running statistics.
     """
     calls: dict[int, list[Slot]] = {}
+    paths = [evidence.train, evidence.eval, *([evidence.steady] if evidence.steady else [])]
     for slot in evidence.eval.calls:
         if evidence.layers.layers[slot[0]].info.corrects:
             continue
-        if _is_finite(evidence, slot) and slot in evidence.train:
+        if all(path.first_bad(slot) is None for path in paths) and slot in evidence.train:
             calls.setdefault(slot[0], []).append(slot)
     pool = evidence.eval.pool()
     compositions = _compositions(evidence, calls) if pool else {}
@@ -70,11 +71,6 @@ def model_shares(layers: Sequence[Shares]) -> Shares | None:
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
-
-
-def _is_finite(evidence: Evidence, slot: Slot) -> bool:
-    paths = [evidence.train, evidence.eval, *([evidence.steady] if evidence.steady else [])]
-    return all(path.first_bad(slot) is None for path in paths)
 
 
 def _shares(

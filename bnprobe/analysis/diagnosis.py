@@ -21,7 +21,6 @@ from bnprobe.config.spec import RuleExemption, RulesSpec, matches_any
 from bnprobe.records import EXEMPT, SOURCES, Cause, Diagnosis, Layer, LintReport, Report, Severity, Verdict
 from bnprobe.rules import RULES, Rule
 from bnprobe.rules.facts import Facts
-from bnprobe.rules.interface import Link
 from bnprobe.rules.selection import matches_code, selected
 from bnprobe.rules.shares import SHARES
 
@@ -122,15 +121,13 @@ def _reason(verdict: Verdict, failed: Sequence[Verdict], facts: Facts, order: Ma
     if rule.follows_upstream:
         return _upstream(verdict, failed, order)
     layer = facts.layers.get(verdict.layer)
-    causes = [link.cause for link in _explanations(rule) if layer is None or link.holds(layer)]
+    # What may explain a finding of this rule on the same layer, the first to count first.
+    others = [
+        replace(link, cause=other.cause) for other in RULES for link in other.explains if link.cause == rule.cause
+    ]
+    causes = [link.cause for link in (*rule.follows_from, *others) if layer is None or link.holds(layer)]
     here = [other for other in failed if other.layer == verdict.layer and other.cause in causes]
     return min(here, key=lambda other: causes.index(other.cause), default=None)
-
-
-def _explanations(rule: Rule) -> list[Link]:
-    """What may explain a finding of a rule on the same layer, the first to count first."""
-    others = [(other.cause, link) for other in RULES for link in other.explains]
-    return [*rule.follows_from, *(replace(link, cause=cause) for cause, link in others if link.cause == rule.cause)]
 
 
 def _upstream(verdict: Verdict, failed: Sequence[Verdict], order: Mapping[str, int]) -> Verdict | None:

@@ -62,7 +62,9 @@ def assemble(evidence: Evidence, settings: ScanSettings) -> Findings:
         if layer.index in called
     )
     silent = [_silent(layer, evidence) for layer in selected if layer.index not in called]
-    skipped = (*evidence.layers.skipped, *silent, *_functional(evidence))
+    reason = "call of functional batch_norm outside of any BN layer: it has no layer to which its statistics belong"
+    functional = [SkippedLayer(place, "batch_norm", reason) for place in sorted(evidence.functional)]
+    skipped = (*evidence.layers.skipped, *silent, *functional)
     return Findings(_summary(evidence, layers, skipped), layers, skipped)
 
 
@@ -237,11 +239,6 @@ def _silent(layer: ProbedLayer, evidence: Evidence) -> SkippedLayer:
 def _overflows(evidence: Evidence, slots: list[Slot]) -> bool:
     """Whether NaN or Inf reached the layer on the eval path."""
     return any(evidence.eval.first_bad(slot) is not None for slot in slots)
-
-
-def _functional(evidence: Evidence) -> list[SkippedLayer]:
-    reason = "call of functional batch_norm outside of any BN layer: it has no layer to which its statistics belong"
-    return [SkippedLayer(place, "batch_norm", reason) for place in sorted(evidence.functional)]
 
 
 def _require_finite(evidence: Evidence) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bnprobe._version import __version__
 from bnprobe.analysis.comparison import remarks
@@ -123,7 +123,9 @@ def repair_spec(
                 made, sentence = best_candidate(subject, plans, on_step=log, world=world)
                 notes.append(sentence)
             proven = prove(subject, [made], folder=folder, on_step=log, world=world)
-        weights = _weights(proven.model, subject.model, made)
+        # in the form that loads into the original model if possible
+        state = deployable_state(proven.model, subject.model) if made.deploys else proven.model.state_dict()
+        weights = on_host(state)
         after, flagged = _second_scan(spec, workload, proven.model, made, progress, world)
         notes += [*left_out(proven.model), *remarks(made.to, flagged, proven.proof)]
         if after is None:
@@ -208,12 +210,6 @@ def _marks(spec: Spec, workload: Workload, plans: Sequence[Plan], subject: Subje
         "processes": world.size,
         **settings,
     }
-
-
-def _weights(repaired: nn.Module, original: nn.Module, made: Plan) -> dict[str, Tensor]:
-    """Weights on the host, in the form that loads into the original model if possible."""
-    state = deployable_state(repaired, original) if made.deploys else repaired.state_dict()
-    return on_host(state)
 
 
 def _second_scan(

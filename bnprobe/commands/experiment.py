@@ -30,7 +30,7 @@ from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, UsageError
 from bnprobe.loading.data import BatchSource, load_source
 from bnprobe.loading.model import WRAPPED, BatchFunction
-from bnprobe.loading.optimizer import OptimizerFactory, ScheduleFactory, load_optimizer, load_schedule
+from bnprobe.loading.optimizer import load_optimizer, load_schedule
 from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.layers import ROOT
 from bnprobe.measure.restore import preserved_random_state, seed_everything
@@ -161,7 +161,8 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subjec
         training = _training(spec, workload)
         length_of(spec.train, training, launched())
         make_optimizer = load_optimizer(spec.train.optimizer, workload.module)
-        make_schedule = _schedule(spec, workload, make_optimizer)
+        if spec.train.schedule is not None:
+            make_schedule = load_schedule(spec.train.schedule, workload.module, make_optimizer)
     device = device_named(spec.scan.device, workload.model)
     model = workload.model.to(device)
     start, recalibrated, notes = model, tuple[str, ...](), list[str]()
@@ -206,12 +207,6 @@ def _few(held_out: HeldOut) -> list[str]:
             f"{held_out.images} held-out samples are too few to tell a gain from chance: give at least a few hundred."
         )
     return notes
-
-
-def _schedule(spec: Spec, workload: Workload, make_optimizer: OptimizerFactory) -> ScheduleFactory | None:
-    if spec.train.schedule is None:
-        return None
-    return load_schedule(spec.train.schedule, workload.module, make_optimizer)
 
 
 def _recalibration(spec: Spec, workload: Workload) -> Callable[[nn.Module], tuple[str, ...]]:
@@ -265,7 +260,9 @@ def prove(
     Raises:
         BnprobeError: A layer cannot be converted, the user's code raised, training was stopped, ...
     """
-    arms = [*_untrained(subject)]
+    arms = [make_arm(AS_IS, [_scored(subject, subject.model)], trained=False)]
+    if subject.recalibrated:
+        arms.append(make_arm(RECALIBRATED, [_scored(subject, subject.start)], trained=False))
     models: list[nn.Module] = []
     if subject.training is not None:
         arms += _controls(subject, plans, folder, on_step, world)
@@ -314,12 +311,6 @@ def best_candidate(
     listed = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
     sentence = f"--to auto chose {best} by the {subject.measure} after a fifth of the run: {listed}."
     return next(plan for plan in plans if plan.to == best), sentence
-
-
-def _untrained(subject: Subject) -> Iterator[Arm]:
-    yield make_arm(AS_IS, [_scored(subject, subject.model)], trained=False)
-    if subject.recalibrated:
-        yield make_arm(RECALIBRATED, [_scored(subject, subject.start)], trained=False)
 
 
 def _controls(

@@ -141,10 +141,12 @@ class OnnxExporter:
     """``torch.onnx.export`` based on torch.export; checked with ONNX Runtime."""
 
     def write(self, model: nn.Module, arguments: Arguments, shapes: Arguments | None) -> Written:
-        with _quietly():
-            program = torch.onnx.export(
-                model, _unambiguous(arguments), dynamo=True, dynamic_shapes=shapes, verbose=False
-            )
+        if arguments and isinstance(arguments[-1], Mapping):
+            arguments = (*arguments, {})  # a mapping in the last place would be taken for keyword arguments
+        # The exporter tells of its progress and internals.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(model, arguments, dynamo=True, dynamic_shapes=shapes, verbose=False)
             assert program is not None  # always so with dynamo=True
             return Written(program.model_proto.SerializeToString())  # one file, including the weights
 
@@ -162,26 +164,9 @@ class OnnxExporter:
                     " it does not use all of them. Remove the unused ones from its forward()."
                 )
             feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-            return tuple(_as_tensor(value) for value in session.run(None, feed))
+            return tuple(torch.as_tensor(value) for value in session.run(None, feed))
 
         return run
-
-
-def _unambiguous(arguments: Arguments) -> Arguments:
-    """Add an empty mapping after a mapping in the last place, which would be taken for keyword arguments."""
-    return (*arguments, {}) if arguments and isinstance(arguments[-1], Mapping) else arguments
-
-
-def _as_tensor(value: Any) -> Tensor:
-    return torch.as_tensor(value)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Silence the exporter's messages about its progress and internals."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 _MODULE = "torch.ao.quantization.quantize_fx"

@@ -7,7 +7,7 @@ further size of the train path. The rates are replayed on recorded batch statist
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -213,7 +213,9 @@ class _Material:
 
 def _sweep(subject: _Subject, plan: SweepPlan, progress: Progress) -> SweepReport:
     sizes, notes = _sizes(subject, plan)
-    _check_train_sizes(subject, plan.train_sizes)
+    for size in plan.train_sizes:
+        if size < 1 or 2 * size > subject.images:
+            raise UsageError(_too_large("--train-sizes", size, subject.images))
     if plan.momentum is not None:
         check_plan(plan.momentum)
     report = _scan_sizes(subject, sizes, plan.batch_sizes is not None, notes)
@@ -249,7 +251,10 @@ def _sizes(subject: _Subject, plan: SweepPlan) -> tuple[tuple[int, ...], list[st
         UsageError: A requested size is more than half of the samples.
     """
     asked = DEFAULT_SIZES if plan.batch_sizes is None else plan.batch_sizes
-    most = _most_images(subject)
+    # Upper limit on the samples that can be measured, as far as it is known in advance.
+    settings = subject.settings
+    given = settings.batches if settings.batches is not None else settings.max_batches
+    most = subject.images if subject.may_extend else min(subject.images, given * subject.batch_size)
     too_large = [size for size in asked if (size != subject.batch_size and size < 1) or 2 * size > most]
     if too_large and plan.batch_sizes is not None:
         raise UsageError(_too_large("--batch-sizes", too_large[0], most))
@@ -262,13 +267,6 @@ def _sizes(subject: _Subject, plan: SweepPlan) -> tuple[tuple[int, ...], list[st
     return tuple(size for size in asked if size not in (*too_large, subject.batch_size)), notes
 
 
-def _most_images(subject: _Subject) -> float:
-    """Upper limit on the samples that can be measured, as far as it is known in advance."""
-    settings = subject.settings
-    given = settings.batches if settings.batches is not None else settings.max_batches
-    return subject.images if subject.may_extend else min(subject.images, given * subject.batch_size)
-
-
 def _too_large(option: str, size: int, images: float) -> str:
     if size < 1:
         return f"{option} {size} is not a batch size: give whole numbers of at least 1."
@@ -276,12 +274,6 @@ def _too_large(option: str, size: int, images: float) -> str:
         f"{option} {size} is more than half of the {images:.0f} samples that can be measured, but a batch size needs"
         " at least two batches. Leave it out, or give more --batches or more data."
     )
-
-
-def _check_train_sizes(subject: _Subject, sizes: Iterable[int]) -> None:
-    for size in sizes:
-        if size < 1 or 2 * size > subject.images:
-            raise UsageError(_too_large("--train-sizes", size, subject.images))
 
 
 def check_plan(plan: MomentumPlan) -> None:

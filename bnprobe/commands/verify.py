@@ -168,7 +168,10 @@ def _notes(before: Report, after: Report) -> Iterator[str]:
     if other.synthetic:
         yield "The second scan used synthetic inputs: its results may not hold for real data."
     yield from _thresholds(before, after)
-    yield from _unproved(before, after)
+    unselected = set(other.unselected)
+    unproved = [layer.name for layer in before.layers if layer.name in unselected and not layer.flagged]
+    if unproved:
+        yield f"Not flagged before, and left out of the second scan by --include/--exclude: {listed(unproved)}."
     undecided = [layer.name for layer in after.layers if layer.undecided]
     if undecided:
         yield f"Undecided after the repair (more batches would decide): {listed(undecided)}."
@@ -183,13 +186,6 @@ def _thresholds(before: Report, after: Report) -> Iterator[str]:
             f"The threshold differs in {len(moved)} of {len(after.layers)} layers, first in {first.name}:"
             f" {limits[first.name]:g} before, {first.threshold:g} after."
         )
-
-
-def _unproved(before: Report, after: Report) -> Iterator[str]:
-    unselected = set(after.scan.unselected)
-    names = [layer.name for layer in before.layers if layer.name in unselected and not layer.flagged]
-    if names:
-        yield f"Not flagged before, and left out of the second scan by --include/--exclude: {listed(names)}."
 
 
 def _value(value: object) -> str:

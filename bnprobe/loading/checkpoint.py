@@ -202,18 +202,14 @@ def _explanation(
             "model.state_dict()."
         )
     if shapes and not missing and not unexpected:
-        return _shape_explanation(shapes)
+        layers = {name.split(" ")[0].rpartition(".")[0] for name in shapes}
+        if len(layers) == 1:
+            return f"Only {layers.pop()} differs: this looks like the same model with a different number of classes."
+        return "This looks like the same model with other sizes: check model.args."
     return (
         "This looks like another version of the model. checkpoint.strict: false loads the keys that match; all BN"
         " buffers must still be in the file."
     )
-
-
-def _shape_explanation(shapes: list[str]) -> str:
-    layers = {name.split(" ")[0].rpartition(".")[0] for name in shapes}
-    if len(layers) == 1:
-        return f"Only {layers.pop()} differs: this looks like the same model with a different number of classes."
-    return "This looks like the same model with other sizes: check model.args."
 
 
 def _common_prefix(state: Mapping[str, Any], target: Mapping[str, Any], matched: int) -> str | None:
@@ -256,7 +252,9 @@ def read_weights(path: Path, unsafe_load: bool) -> Any:
     if _is_safetensors(path):
         return _read_safetensors(path)
     try:
-        return _read_safely(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: success, or the error, says enough
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         return _read_unsafe(path, unsafe_load, error)
     except _READ_ERRORS as error:
@@ -277,12 +275,6 @@ def read_conversion(path: Path) -> tuple[str, list[str]] | None:
         return None
     found = json.loads(mark)
     return found["to"], found["layers"]
-
-
-def _read_safely(path: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickle protocols: success, or the error, says enough
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _check_file(path: Path) -> None:
@@ -311,7 +303,10 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_unsafe(path: Path, unsafe_load: bool, error: pickle.UnpicklingError) -> Any:
-    names = _unsafe_globals(path, error)
+    try:
+        names = sorted(get_unsafe_globals_in_checkpoint(path))
+    except (ValueError, RuntimeError):  # not a zip archive: the message names the first one
+        names = re.findall(r"GLOBAL (\S+)", str(error))[:1]
     if not names:
         raise CheckpointError(_damaged(path, error)) from None
     if not unsafe_load:
@@ -326,13 +321,6 @@ def _read_unsafe(path: Path, unsafe_load: bool, error: pickle.UnpicklingError) -
             return torch.load(path, map_location="cpu", weights_only=False)
     except (pickle.UnpicklingError, EOFError) as damage:
         raise CheckpointError(_damaged(path, damage)) from None
-
-
-def _unsafe_globals(path: Path, error: pickle.UnpicklingError) -> list[str]:
-    try:
-        return sorted(get_unsafe_globals_in_checkpoint(path))
-    except (ValueError, RuntimeError):  # not a zip archive: the message names the first one
-        return re.findall(r"GLOBAL (\S+)", str(error))[:1]
 
 
 def _damaged(path: Path, error: Exception) -> str:
@@ -368,7 +356,8 @@ def load_checkpoint(model: nn.Module, spec: CheckpointSpec) -> tuple[str, ...]:
     _refuse_converted(path, model)
     if spec.strip_prefix:
         state = without_prefix(state, spec.strip_prefix, path)
-    target = _own_state(model)
+    with user_code("calling state_dict() of the model"):
+        target = dict(model.state_dict(keep_vars=True))
     state, stripped = without_wrappers(state, target)
     if stripped:
         notes.append(f"The prefixes {' and '.join(stripped)} were stripped from the keys of {path.name}.")
@@ -392,11 +381,6 @@ def _refuse_converted(path: Path, model: nn.Module) -> None:
             )
 
 
-def _own_state(model: nn.Module) -> dict[str, Any]:
-    with user_code("calling state_dict() of the model"):
-        return dict(model.state_dict(keep_vars=True))
-
-
 def _find_state(saved: Any, key: str | None, path: Path, notes: list[str]) -> dict[str, Any]:
     if key is not None:
         saved = _pick(saved, key, path)
@@ -406,7 +390,8 @@ def _find_state(saved: Any, key: str | None, path: Path, notes: list[str]) -> di
     if not isinstance(saved, Mapping) or not saved:
         inside = f" under the key {key}" if key else ""
         raise CheckpointError(f"{path} holds {kind_of(saved)}{inside}, not a state dict (name to tensor).")
-    if _is_flat(saved):
+    values = [value for name, value in saved.items() if not str(name).endswith("_extra_state")]
+    if values and all(isinstance(value, Tensor) for value in values):
         return dict(saved)
     return _unwrap(saved, key, path, notes)
 
@@ -421,12 +406,6 @@ def _unwrap(saved: Mapping[Any, Any], key: str | None, path: Path, notes: list[s
         )
     notes.append(f'The weights were taken from the key "{wrapper}" of {path.name}.')
     return _find_state(saved[wrapper], None, path, notes)
-
-
-def _is_flat(saved: Mapping[Any, Any]) -> bool:
-    """Whether all values are tensors, apart from the extra state of modules."""
-    values = [value for name, value in saved.items() if not str(name).endswith("_extra_state")]
-    return bool(values) and all(isinstance(value, Tensor) for value in values)
 
 
 def _pick(saved: Any, key: str, path: Path) -> Any:

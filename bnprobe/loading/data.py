@@ -308,7 +308,9 @@ def _from_dataset(dataset: Any, request: _Request) -> BatchSource:
 def _from_loader(loader: DataLoader[Any], request: _Request) -> BatchSource:
     own = own_batch_size(loader)
     size = _known(request.batch_size or own or request.told, request.origin)
-    images = _images_of(loader, request.origin)
+    images = None  # an iterable data set may count batches or samples; a batch sampler may repeat samples
+    if not isinstance(loader.dataset, IterableDataset) and loader.batch_size is not None:
+        images = _length(loader.sampler, request.origin)
     _check_images(images, size, request.origin)
     if own == size or (own is None and request.told == size):
         return _loader_source(loader, size, request.origin, images)
@@ -325,12 +327,6 @@ def _loader_source(loader: DataLoader[Any], size: int, origin: str, images: int 
         raise DataError(f"{origin} is empty: it yields no batch.")
     words = origin if images is None else f"{origin} ({images} samples)"
     return BatchSource(GuardedBatches(loader, origin), size, words, images, drop_last=loader.drop_last)
-
-
-def _images_of(loader: DataLoader[Any], origin: str) -> int | None:
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
-        return None  # an iterable data set may count batches or samples; a batch sampler may repeat samples
-    return _length(loader.sampler, origin)
 
 
 class _TooFewImagesError(DataError):

@@ -203,7 +203,11 @@ def _load_file(location: str, near: UserModule | None) -> UserModule:
     path = path.resolve()
     if near is not None and getattr(near.module, "__file__", None) == str(path):
         return near
-    _put_first_on_path(path.parent)
+    # As `python model.py` does: files beside it can be imported, now and later by its functions.
+    folder = str(path.parent)
+    if folder in sys.path:
+        sys.path.remove(folder)
+    sys.path.insert(0, folder)
     return UserModule(_execute(path, location), location)
 
 
@@ -214,14 +218,6 @@ def _refuse_other_files(path: Path) -> None:
         return  # a package of the working directory
     kind = "a folder" if path.is_dir() else "not a Python file"
     raise ModelError(f"{path} is {kind}. Name a Python file (model.py:symbol) or a module (package.module).")
-
-
-def _put_first_on_path(folder: Path) -> None:
-    """As ``python model.py`` does: files beside it can be imported, now and later by its functions."""
-    entry = str(folder)
-    if entry in sys.path:
-        sys.path.remove(entry)
-    sys.path.insert(0, entry)
 
 
 def _execute(path: Path, shown: str) -> types.ModuleType:
@@ -237,7 +233,10 @@ def _execute(path: Path, shown: str) -> types.ModuleType:
         with user_code(f"loading {shown}"):
             _run(path, module)
     except BaseException:
-        _restore(name, before)
+        if before is None:
+            sys.modules.pop(name, None)
+        else:
+            sys.modules[name] = before
         raise
     return module
 
@@ -263,13 +262,6 @@ def _short(filename: str | None) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _restore(name: str, before: types.ModuleType | None) -> None:
-    if before is None:
-        sys.modules.pop(name, None)
-    else:
-        sys.modules[name] = before
-
-
 def _module_name(path: Path) -> str:
     """The file's stem if ``import stem`` would load this very file, else a unique name.
 
@@ -289,7 +281,9 @@ def _module_name(path: Path) -> str:
 
 def _import(location: str, symbol: str | None) -> tuple[UserModule, str | None]:
     """Import ``package.module``, or ``package`` with the last part as the symbol (as in class_path)."""
-    _put_cwd_on_path()
+    folder = str(Path.cwd())
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)
     try:
         return UserModule(_import_module(location), location), symbol
     except _MissingModuleError as error:
@@ -327,12 +321,6 @@ def _imported(location: str) -> types.ModuleType:
         if error.filename and Path(error.filename).is_file():
             raise ModelError(_syntax_message(error)) from None
         raise
-
-
-def _put_cwd_on_path() -> None:
-    entry = str(Path.cwd())
-    if entry not in sys.path and "" not in sys.path:
-        sys.path.insert(0, entry)
 
 
 def _kind(value: object) -> str:

@@ -307,16 +307,13 @@ def load_schedule(
     target = spec.target.removeprefix("torch.optim.lr_scheduler.").removeprefix("lr_scheduler.")
     factory = ScheduleFactory(find_maker(_SCHEDULERS, target, spec.args, near))
     if factory.maker.require_args() and factory.maker.of_torch:
-        _try(factory, (make_optimizer or _throw_away)([nn.Parameter(torch.zeros(1, 1))]))
+        # Take one step: some classes check their arguments only then.
+        optimizer = (make_optimizer or _throw_away)([nn.Parameter(torch.zeros(1, 1))])
+        schedule = factory(optimizer)
+        optimizer.step()
+        with factory.maker.refusing():
+            schedule.step()
     return factory
-
-
-def _try(factory: ScheduleFactory, optimizer: Any) -> None:
-    """Take one step: some classes check their arguments only then."""
-    schedule = factory(optimizer)
-    optimizer.step()
-    with factory.maker.refusing():
-        schedule.step()
 
 
 def _throw_away(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -18,7 +18,7 @@ from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.loading.model import unwrapped
 from bnprobe.measure.layers import ROOT, NamedModule, named_once
-from bnprobe.records import Layer, LayerChange, PathMeasurement, Plan, Refusal, Report
+from bnprobe.records import Layer, LayerChange, Plan, Refusal, Report
 from bnprobe.repairs.conversions import Conversion, conversion_of
 from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed
 from bnprobe.rules import title_of
@@ -278,13 +278,9 @@ def _reason(layer: Layer, report: Report) -> str:
     worst = max(measured, key=lambda path: path.mismatch, default=None)
     causes = [title_of(found.rule, found.cause) for found in report.diagnoses if layer.name in found.layers]
     cause = f" ({causes[0]})" if causes else ""
-    return f"flagged: {_figure(worst, layer.threshold)}{cause}"
-
-
-def _figure(path: PathMeasurement | None, threshold: float) -> str:
-    if path is None or path.equivalent_batch_size is None:
-        return "n_eq not measurable (values overflow)"
-    return f"n_eq {path.equivalent_batch_size:.3g}, below {threshold:g}"
+    if worst is None or worst.equivalent_batch_size is None:
+        return f"flagged: n_eq not measurable (values overflow){cause}"
+    return f"flagged: n_eq {worst.equivalent_batch_size:.3g}, below {layer.threshold:g}{cause}"
 
 
 def _require_same_model(report: Report, model: nn.Module) -> None:

@@ -77,7 +77,10 @@ def succeed(replacement: nn.Module, module: _BatchNorm, with_children: bool) -> 
     """
     for name, child in module._modules.items():
         replacement.add_module(name, child)
-    for name in vars(module).keys() - vars(replacement).keys() - _settings_of_its_class(module):
+    # Attributes of every layer of its class in torch or bnprobe: the replacement has its own, or does not need them.
+    base = next(kind for kind in type(module).__mro__ if kind.__module__.startswith(("torch.nn.", "bnprobe.nn.")))
+    common = {*vars(base(1)), "_compiled_call_impl"}
+    for name in vars(module).keys() - vars(replacement).keys() - common:
         vars(replacement)[name] = vars(module)[name]
     for name in _HOOKS:
         vars(replacement)[name] = vars(module)[name]
@@ -144,12 +147,6 @@ def _own_state(module: _BatchNorm) -> str | None:
     if any(vars(module).get(name) for name in _STATE_HOOKS):
         return "has state_dict hooks, which are bound to it: remove them before converting it"
     return None
-
-
-def _settings_of_its_class(module: _BatchNorm) -> frozenset[str]:
-    """Attributes of every layer of its class in torch or bnprobe: a replacement has its own, or does not need them."""
-    base = next(kind for kind in type(module).__mro__ if kind.__module__.startswith(("torch.nn.", "bnprobe.nn.")))
-    return frozenset(vars(base(1))) | {"_compiled_call_impl"}
 
 
 def _apply_children(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

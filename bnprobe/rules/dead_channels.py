@@ -56,9 +56,7 @@ class DeadChannels(Rule):
         if not layer.dead:
             return self.passed(layer.name, "Every running variance is at least eps.", 0.0, 0.0)
         severity = "error" if layer.dead > MOSTLY * layer.channels else self.severity
-        return self.failed(layer.name, _message(layer), float(layer.dead), 0.0, severity)
-
-
-def _message(layer: Anatomy) -> str:
-    usual = "" if layer.median_variance is None else f" (the median over channels is {number(layer.median_variance)})"
-    return f"{layer.dead} of {layer.channels} channels have a running variance below eps = {layer.eps:g}{usual}."
+        median = layer.median_variance
+        usual = "" if median is None else f" (the median over channels is {number(median)})"
+        message = f"{layer.dead} of {layer.channels} channels have a running variance below eps = {layer.eps:g}{usual}."
+        return self.failed(layer.name, message, float(layer.dead), 0.0, severity)

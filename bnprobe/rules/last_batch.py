@@ -54,17 +54,13 @@ class LastBatch(Rule):
             dropped = " The loader drops a partial last batch." if facts.drop_last else ""
             return self.passed(None, f"{batches} leave {left} over.{dropped}", float(left), 1.0)
         unless = "" if facts.drop_last is False else ", unless the training loader drops it"
-        stopped = _stopped_by(facts, scan)
+        # Layers in training to which one sample gives one value per channel.
+        single = [layer.name for layer in facts.layers.values() if layer.values_per_channel <= scan.batch_size]
+        anatomies = {name: anatomy_of(facts, name) for name in single}
+        stopped = [name for name, anatomy in anatomies.items() if anatomy is None or anatomy.trains_statistics]
         message = f"{batches} leave a last batch of one sample{unless}; {_effect(stopped)}."
         severity: Severity = "error" if stopped and facts.drop_last is False else self.severity
         return self.failed(None, message, float(left), 1.0, severity)
-
-
-def _stopped_by(facts: Facts, scan: Scan) -> list[str]:
-    """Layers in training to which one sample gives one value per channel."""
-    single = [layer.name for layer in facts.layers.values() if layer.values_per_channel <= scan.batch_size]
-    anatomies = {name: anatomy_of(facts, name) for name in single}
-    return [name for name, anatomy in anatomies.items() if anatomy is None or anatomy.trains_statistics]
 
 
 def _effect(stopped: list[str]) -> str:
