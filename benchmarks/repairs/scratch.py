@@ -1,4 +1,4 @@
-"""The harder task from scratch: BN, BN with statistics taken anew, Batch Renorm and group norm in three regimes."""
+"""The harder task from scratch: BN, BN with recalibrated statistics, Batch Renorm and group norm in three regimes."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def _few(held_out: HeldOut) -> list[str]:
         notes.append("There is only one held-out batch and none for model selection, so the last weights are kept.")
     if held_out.images < FEWEST_IMAGES:
         notes.append(
-            f"{held_out.images} held-out samples are too few to tell a gain from chance: give at least a few hundred."
+            f"{held_out.images} held-out samples are too few for a reliable comparison: give at least a few hundred."
         )
     return notes
 

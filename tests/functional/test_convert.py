@@ -391,7 +391,7 @@ def test_few_held_out_samples_are_noted(repairable: Workspace) -> None:
     assert repairable.run("convert", *TARGET, *SHORT, "-o", "out.safetensors").code == CLEAN
     notes = " ".join(read(repairable, "out.record.json")["notes"])
     assert "only one held-out batch" in notes
-    assert "4 held-out samples are too few to tell a gain from chance" in notes
+    assert "4 held-out samples are too few for a reliable comparison" in notes
 
 
 def test_a_full_disk_leaves_nothing_half_written(repairable: Workspace) -> None:

@@ -224,7 +224,7 @@ def diverged() -> RepairRecord:
 
 
 def recalibrated() -> RepairRecord:
-    """Statistics taken anew, nothing trained."""
+    """Recalibrated statistics, nothing trained."""
     proof = Proof(
         measure="metric",
         arms=(AS_IS, RECALIBRATED),
