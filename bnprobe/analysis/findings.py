@@ -65,10 +65,12 @@ def assemble(evidence: Evidence, settings: ScanSettings) -> Findings:
     reason = "call of functional batch_norm outside of any BN layer: it has no layer to which its statistics belong"
     functional = [SkippedLayer(place, "batch_norm", reason) for place in sorted(evidence.functional)]
     skipped = (*evidence.layers.skipped, *silent, *functional)
-    return Findings(_summary(evidence, layers, skipped), layers, skipped)
+    return Findings(_summary(evidence, settings, layers, skipped), layers, skipped)
 
 
-def _summary(evidence: Evidence, layers: tuple[Layer, ...], skipped: tuple[SkippedLayer, ...]) -> Summary:
+def _summary(
+    evidence: Evidence, settings: ScanSettings, layers: tuple[Layer, ...], skipped: tuple[SkippedLayer, ...]
+) -> Summary:
     return Summary(
         layers=len(layers),
         flagged=sum(layer.flagged for layer in layers),
@@ -76,11 +78,11 @@ def _summary(evidence: Evidence, layers: tuple[Layer, ...], skipped: tuple[Skipp
         skipped=len(skipped),
         output=evidence.output,
         shares=model_shares([layer.shares for layer in layers if layer.shares]),
-        gaps=tuple(_gaps(evidence)),
+        gaps=tuple(_gaps(evidence, settings.goal)),
     )
 
 
-def _gaps(evidence: Evidence) -> Iterator[Gap]:
+def _gaps(evidence: Evidence, goal: Literal["max", "min"]) -> Iterator[Gap]:
     """The steps in loss and metric from training to held-out data."""
     measures: tuple[Literal["loss", "metric"], ...] = ("loss", "metric")
     for measure in measures:
@@ -98,6 +100,7 @@ def _gaps(evidence: Evidence) -> Iterator[Gap]:
             training_noise=without_noise - training,
             inconsistency=inference - without_noise,
             generalization=None if held_out is None else held_out - inference,
+            goal="min" if measure == "loss" else goal,
         )
 
 

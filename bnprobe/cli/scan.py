@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -51,6 +51,13 @@ def scan(
         options.option(FURTHER, "--gradients", "Measure the noise of the backward pass; needs loss()."),
         options.Sets("scan.gradients"),
     ] = False,
+    goal: Annotated[
+        Literal["max", "min"] | None,
+        options.option(
+            options.RUN, "--goal", "Whether a larger or a smaller metric is better: max (default), min.", "NAME"
+        ),
+        options.Sets("repair.goal"),
+    ] = None,
     threshold: options.Threshold = None,
     include: options.Include = None,
     exclude: options.Exclude = None,

@@ -214,7 +214,14 @@ def _report(
     scan = describe(workload, settings, evidence, further, session.device)
     scan = replace(scan, notes=(*scan.notes, *notes))
     layers = with_further(findings.layers, facts.anatomy, further, session.layers)
-    facts = replace(facts, layers={layer.name: layer for layer in layers}, scan=scan)
+    facts = replace(
+        facts,
+        layers={layer.name: layer for layer in layers},
+        scan=scan,
+        output=findings.summary.output,
+        gaps=findings.summary.gaps,
+        remedies=further.remedies,
+    )
     verdicts = judge(facts, settings.rules)
     impacts = joint_impacts(session, evidence, further, groups_of(verdicts, facts))
     report = Report(

@@ -163,11 +163,13 @@ class ScanSettings(ScanSpec):
         thresholds: Maps a glob of layer names to the equivalent batch size below which a layer is flagged.
         include, exclude: Globs of layer names; an empty ``include`` means all.
         rules: Which rules apply to which layers.
+        goal: Whether a larger or a smaller metric is better.
     """
 
     batch_size: Count | None = None
     batches: Count | None = None
     seed: Seed = 0
+    goal: Literal["max", "min"] = "max"
     thresholds: Thresholds = Field(default_factory=lambda: {"*": DEFAULT_THRESHOLD})
     include: Globs = ()
     exclude: Globs = ()
@@ -406,6 +408,7 @@ class Spec(_Section):
             batch_size=self.data.batch_size,
             batches=self.data.batches,
             seed=self.data.seed,
+            goal=self.repair.goal,
             thresholds=self.thresholds,
             include=self.layers.include,
             exclude=self.layers.exclude,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bnprobe.records.scan import Environment, Interval, Record, Score, Tool
+from bnprobe.records.scan import Environment, Estimate, Interval, Record, Score, Tool
 
 Ending = Literal["finished", "early_stop", "diverged"]
 """How a training run ended."""
@@ -116,14 +116,6 @@ class Run(Record):
     seconds: float
     clipped_r: float | None = None
     clipped_d: float | None = None
-
-
-@dataclass(frozen=True)
-class Estimate(Record):
-    """A mean over runs and its 95% interval (Student's t); None with one run, or where all runs gave the same value."""
-
-    mean: float
-    interval: Interval | None
 
 
 @dataclass(frozen=True)

@@ -386,6 +386,14 @@ class Diagnosis(Record):
 
 
 @dataclass(frozen=True)
+class Estimate(Record):
+    """A mean and its 95% interval; None where there is none, e.g. with one value, or where all values are the same."""
+
+    mean: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
 class Score(Record):
     """Loss and metric; None where not given."""
 
@@ -411,6 +419,8 @@ class Remedy(Record):
         control: The baseline that the gain is to be compared with; None: ``before``.
         images: Number of held-out samples scored.
         detail: How it was done, a phrase, e.g. "statistics of 512 training samples".
+        loss_change, metric_change: ``after`` minus the baseline, paired by sample where the user's function is a mean
+            over samples, otherwise by batch.
     """
 
     name: str
@@ -420,6 +430,8 @@ class Remedy(Record):
     control: Score | None
     images: int
     detail: str
+    loss_change: Estimate | None = None
+    metric_change: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -440,6 +452,8 @@ class Output(Record):
         kl_divergence: Mean KL(eval || train) of the class distributions, in nats; None likewise.
         loss, metric: Values of the user's functions; None where not given.
         note: Why a figure is missing, where that is not obvious.
+        repeat: Relative L2 distance of two eval-path passes over the same samples: 0 unless the model is random at
+            inference. None if not measured.
     """
 
     relative_l2: float | None
@@ -448,6 +462,7 @@ class Output(Record):
     loss: PathValues | None
     metric: PathValues | None
     note: str | None = None
+    repeat: float | None = None
 
 
 @dataclass(frozen=True)
@@ -465,6 +480,10 @@ class Gap(Record):
         training_noise: ``without_noise - training``.
         inconsistency: ``inference - without_noise``: the change from batch to running statistics.
         generalization: ``held_out - inference``.
+        goal: "min" if smaller values are better, "max" if larger ones are.
+        training_noise_interval, inconsistency_interval, generalization_interval: 95% intervals; None where none can be
+            given.
+        samples, held_out_samples: Samples that the figures are means over.
     """
 
     measure: Literal["loss", "metric"]
@@ -475,6 +494,12 @@ class Gap(Record):
     training_noise: float
     inconsistency: float
     generalization: float | None
+    goal: Literal["max", "min"] = "min"
+    training_noise_interval: Interval | None = None
+    inconsistency_interval: Interval | None = None
+    generalization_interval: Interval | None = None
+    samples: int = 0
+    held_out_samples: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bnprobe.records import Layer, Scan
+from bnprobe.records import Gap, Layer, Output, Remedy, Scan
 
 Need = Literal["model", "data", "held-out data", "training steps", "gradients", "several processes"]
 """What a rule needs; a rule whose need is not met is skipped with a reason."""
@@ -65,6 +65,9 @@ class Facts:
         processes: Number of processes that took part.
         rank_mismatch: Mismatch D between the running statistics of the two processes that differ most, by layer; empty
             where they were not compared.
+        output: The distance of the two paths at the model's output.
+        gaps: Loss and metric in training, at inference and on held-out data, where given.
+        remedies: What remedies without training gave on held-out data, where they were tried.
     """
 
     anatomy: tuple[Anatomy, ...]
@@ -75,3 +78,6 @@ class Facts:
     held_out: bool = False
     processes: int = 1
     rank_mismatch: Mapping[str, float] = field(default_factory=dict)
+    output: Output | None = None
+    gaps: tuple[Gap, ...] = ()
+    remedies: tuple[Remedy, ...] = ()
