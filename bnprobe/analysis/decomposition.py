@@ -34,17 +34,19 @@ class Attribution:
 
 
 def attribute(evidence: Evidence) -> dict[int, Attribution]:
-    """Decompose the eval-path mismatch of every layer that was measured on both paths.
+    """Decompose the eval-path mismatch of every layer; of one that runs in training only, that of the train path.
 
     Layers that correct their mismatch themselves are left out: what remains after their limits is not a quadratic form
     in the running statistics.
     """
     calls: dict[int, list[Slot]] = {}
     paths = [evidence.train, evidence.eval, *([evidence.steady] if evidence.steady else [])]
-    for slot in evidence.eval.calls:
+    in_both = evidence.called["train"] & evidence.called["eval"]
+    for slot in dict.fromkeys((*evidence.eval.calls, *evidence.train.calls)):
         if evidence.layers.layers[slot[0]].info.corrects:
             continue
-        if all(path.first_bad(slot) is None for path in paths) and slot in evidence.train:
+        comparable = slot[0] not in in_both or (slot in evidence.train and slot in evidence.eval)
+        if comparable and all(path.first_bad(slot) is None for path in paths):
             calls.setdefault(slot[0], []).append(slot)
     pool = evidence.eval.pool()
     compositions = _compositions(evidence, calls) if pool else {}
@@ -77,11 +79,13 @@ def _shares(
     evidence: Evidence, slots: list[Slot], pool: Mapping[Slot, Images]
 ) -> tuple[Shares | None, ShareIntervals | None]:
     """The shares and their intervals; None where figures overflowed float64 on the eval path."""
-    sums = _together(evidence.eval, slots)
+    sums = _together(_decomposed(evidence, slots), slots)
     values = evidence.values[slots[0]]
     means, counts = sums.means(), sums.counts
-    train = _together(evidence.train, slots).means()
-    steady = train if evidence.steady is None else _together(evidence.steady, slots).means()
+    train = _together(evidence.train, slots).means() if slots[0] in evidence.train else means
+    steady = train
+    if evidence.steady is not None and slots[0] in evidence.steady:
+        steady = _together(evidence.steady, slots).means()
     way, references, nearest = _references([train, steady, means], values)
     rungs = [ladder.mismatch(means, reference) for reference in (ladder.running(means), *references)]
     alone = evidence.batch_size == 1  # one sample per batch has no composition
@@ -127,6 +131,11 @@ def _references(paths: list[Means], values: int) -> tuple[Tensor, list[ladder.Re
     return ways[nearest], [ladder.settled(path, values, ways[nearest]) for path in taken], nearest
 
 
+def _decomposed(evidence: Evidence, slots: list[Slot]) -> PathEvidence:
+    """The path whose mismatch is decomposed: the eval path, where the layer runs there."""
+    return evidence.eval if slots[0] in evidence.eval else evidence.train
+
+
 def _together(path: PathEvidence, slots: list[Slot]) -> BatchSums:
     """The sums of all calls of a layer, which share its running statistics."""
     return reduce(add, (path.moments(slot) for slot in slots if slot in path))
@@ -161,6 +170,7 @@ def _compositions(evidence: Evidence, calls: dict[int, list[Slot]]) -> dict[int,
     from scipy.stats import false_discovery_control
 
     size, path = evidence.batch_size, evidence.eval
+    calls = {index: slots for index, slots in calls.items() if slots[0] in path}
     found = {
         slot: analyse(path.moments(slot), path.sample_squares(slot), size) for slots in calls.values() for slot in slots
     }
@@ -181,8 +191,9 @@ def _domains(evidence: Evidence, slots: list[Slot]) -> Domains | None:
     """How far the data of a layer's separate calls differs from that of all calls together."""
     if len(slots) < 2:
         return None
-    sums = [evidence.eval.moments(slot) for slot in slots]
-    together = _together(evidence.eval, slots).means()
+    path = _decomposed(evidence, slots)
+    sums = [path.moments(slot) for slot in slots]
+    together = _together(path, slots).means()
     distances = [ladder.shift_between(part.means(), together) for part in sums]
     estimate = jackknife(torch.stack(distances).mean(0), sums[0].counts)
     return Domains(max(estimate.value, 0.0), estimate.interval())

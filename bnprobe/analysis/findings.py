@@ -77,7 +77,7 @@ def _summary(
         undecided=sum(layer.undecided for layer in layers),
         skipped=len(skipped),
         output=evidence.output,
-        shares=model_shares([layer.shares for layer in layers if layer.shares]),
+        shares=model_shares([layer.shares for layer in layers if layer.shares and layer.only_in != "train"]),
         gaps=tuple(_gaps(evidence, settings.goal)),
     )
 
@@ -109,8 +109,11 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
     single = evidence.values[slots[0]] == 1
     train, eval_ = (_path(path, layer.index, slots, single) for path in (evidence.train, evidence.eval))
     threshold = settings.threshold_of(layer.name, *layer.aliases)
-    paths = [path for path in (train, eval_) if path is not None]
-    status = standing([path.interval for path in paths], mismatch_iid(threshold))
+    only_in = _only_in(evidence, layer)
+    intervals = [path.interval for path in (train, eval_) if path is not None]
+    if only_in == "train" and found.intervals is not None and found.intervals.small_batch is not None:
+        intervals = [found.intervals.small_batch]  # nothing uses its running statistics
+    status = standing(intervals, mismatch_iid(threshold))
     frozen, overflows = _is_frozen(evidence, layer), _overflows(evidence, slots)
     return Layer(
         name=layer.name,
@@ -135,6 +138,7 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
         share_intervals=found.intervals,
         composition=found.composition,
         domains=found.domains,
+        only_in=only_in,
     )
 
 
@@ -210,7 +214,19 @@ def _points(evidence: Evidence, first: Slot) -> Iterable[BatchSizePoint]:
 
 def _is_frozen(evidence: Evidence, layer: ProbedLayer) -> bool:
     """Whether model.train() leaves the layer in eval mode, so that both paths use the running statistics."""
-    return layer.index not in evidence.by_batch["train"]
+    return layer.index in evidence.called["train"] - evidence.by_batch["train"]
+
+
+def _only_in(evidence: Evidence, layer: ProbedLayer) -> Literal["train", "eval"] | None:
+    """The mode in which the model runs a layer that it runs in one mode only."""
+    in_training, at_inference = (layer.index in evidence.called[path] for path in ("train", "eval"))
+    return None if in_training == at_inference else "train" if in_training else "eval"
+
+
+_ONE_MODE = {
+    "train": "runs in training only: nothing uses its running statistics, and it is judged by the noise of its batches",
+    "eval": "runs at inference only: training does not update its running statistics",
+}
 
 
 def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | None:
@@ -220,6 +236,8 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
         return "uses batch statistics at inference too, although it has running statistics"
     if _is_frozen(evidence, layer):
         return "frozen: model.train() leaves it in eval mode, so both paths use the running statistics"
+    if (mode := _only_in(evidence, layer)) is not None:
+        return _ONE_MODE[mode]
     if _overflows(evidence, slots):
         return "its input is NaN or Inf on the eval path: values overflow with the running statistics of earlier layers"
     note = layer.family.note(layer.info)

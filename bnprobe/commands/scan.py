@@ -221,6 +221,7 @@ def _report(
         output=findings.summary.output,
         gaps=findings.summary.gaps,
         remedies=further.remedies,
+        called=frozenset(layer.name for layer in session.layers.layers if layer.index in evidence.entered),
     )
     verdicts = judge(facts, settings.rules)
     impacts = joint_impacts(session, evidence, further, groups_of(verdicts, facts))

@@ -237,6 +237,10 @@ class PathEvidence:
         return pool_moments(mean[:whole], variance[:whole], self.batch_size)
 
 
+def _no_layers() -> dict[PathName, set[int]]:
+    return {"train": set(), "steady": set(), "eval": set()}
+
+
 @dataclass
 class Evidence:
     """All that a scan measured, on the training data or on the held-out data.
@@ -252,6 +256,7 @@ class Evidence:
         physical_batch: Samples of the largest physical batch that ran.
         values: Values per channel in one group, by call.
         by_batch: For each path, the layers that normalized with batch statistics there.
+        called: For each path, the layers whose normalization was called there.
         entered: Indices of the layers whose forward was called.
         functional: Places in the user's code that call batch_norm outside any layer.
         steady_seconds: What measuring the path without random layers took.
@@ -271,7 +276,8 @@ class Evidence:
     batches: int = 0
     physical_batch: int = 0
     values: dict[Slot, int] = field(default_factory=dict)
-    by_batch: dict[PathName, set[int]] = field(default_factory=lambda: {"train": set(), "steady": set(), "eval": set()})
+    by_batch: dict[PathName, set[int]] = field(default_factory=_no_layers)
+    called: dict[PathName, set[int]] = field(default_factory=_no_layers)
     entered: set[int] = field(default_factory=set)
     functional: set[str] = field(default_factory=set)
     steady_seconds: float = 0.0
@@ -284,9 +290,10 @@ class Evidence:
 
     def add(self, passes: Mapping[PathName, Pass], contributions: Contributions, micro_batches: int) -> None:
         """Add one physical batch, measured on each path."""
-        for pass_ in reversed(list(passes.values())):
+        for name, pass_ in passes.items():
             for slot, record in pass_.records.items():
                 self.values.setdefault(slot, record.values)
+                self.called[name].add(slot[0])
             self.entered |= pass_.entered
             self.functional |= pass_.functional
         for name in ("train", "steady"):
@@ -310,6 +317,7 @@ class Evidence:
         self.physical_batch = max(self.physical_batch, other.physical_batch)
         self.values = {**other.values, **self.values}
         _join(self.by_batch, other.by_batch, set.union)
+        _join(self.called, other.called, set.union)
         self.entered |= other.entered
         self.functional |= other.functional
         self.steady_seconds = max(self.steady_seconds, other.steady_seconds)

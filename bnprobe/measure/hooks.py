@@ -66,6 +66,10 @@ class Interceptor(TorchFunctionMode):
         self._outside: Callable[[str], None] | None = None
         self._on = ExitStack()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Interceptor:
+        """Copying a model copies its hooks; those that are ours do nothing on the copy."""
+        return self
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Hook the layers, and remove the hooks afterwards."""

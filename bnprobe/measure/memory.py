@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bnprobe.errors import DeviceError
+from bnprobe.errors import DeviceError, UserCodeError
 from bnprobe.measure.batch import CannotEmulateError
 
 CPU_SAMPLES = 32
@@ -76,6 +76,9 @@ def _free_bytes(device: torch.device) -> int:
 
 Result = TypeVar("Result")
 
+Refusal = CannotEmulateError | UserCodeError
+"""What shows that micro-batches cannot run together."""
+
 
 @dataclass
 class Chunks:
@@ -95,20 +98,24 @@ class Chunks:
         self,
         micro_batches: Sequence[Any],
         function: Callable[[list[Any]], Result],
-        refused: Callable[[CannotEmulateError], None] = lambda error: None,
+        refused: Callable[[Refusal], None] = lambda error: None,
     ) -> list[Result]:
         """Call ``function`` on ``at_once`` consecutive micro-batches at a time, on fewer if these cannot run at once.
 
         Args:
             micro_batches: All of them.
             function: Changes nothing when it raises.
-            refused: Told when micro-batches cannot run together at all, before they run one by one.
+            refused: Told when micro-batches cannot run together at all, before they run one by one; if the user's code
+                raised, afterwards: none of them raises by itself.
 
         Raises:
             DeviceError: Not even one micro-batch fits into memory.
+            UserCodeError: A micro-batch raised by itself.
         """
         results: list[Result] = []
         done = 0
+        raised: UserCodeError | None = None
+        alone = 0  # micro-batches up to this one run one by one to see whether they raise
         while done < len(micro_batches):
             chunk = list(micro_batches[done : done + self.at_once])
             try:
@@ -119,10 +126,17 @@ class Chunks:
                     raise
                 refused(error)
                 self.at_once = 1
+            except UserCodeError as error:
+                if len(chunk) == 1:
+                    raise
+                raised, alone, self.at_once = error, done + len(chunk), 1
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 self._halve(len(chunk))
+            if raised is not None and done == alone:
+                refused(raised)
+                raised = None
             # Outside the handlers the failed step's tensors are no longer referenced by the traceback.
         return results
 

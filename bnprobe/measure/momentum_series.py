@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import UsageError
-from bnprobe.measure.batch import CannotEmulateError, join, to_device
+from bnprobe.measure.batch import join, to_device
 from bnprobe.measure.hooks import Recorded
 from bnprobe.measure.layers import ProbedLayer
-from bnprobe.measure.memory import Chunks
+from bnprobe.measure.memory import Chunks, Refusal
 from bnprobe.measure.physical_batch import Batching, as_sentence, not_emulated, plan_batching
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.session import Session
@@ -142,7 +142,7 @@ class _Recorder:
         if chunks.at_once < len(micro_batches):
             self.batching = replace(self.batching, at_once=chunks.at_once)
 
-    def _refused(self, error: CannotEmulateError) -> None:
+    def _refused(self, error: Refusal) -> None:
         self.batching = replace(self.batching, emulation=not_emulated(as_sentence(error)))
 
     def _measure(self, micro_batches: list[Any]) -> dict[int, list[Recorded]]:

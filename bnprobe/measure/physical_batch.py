@@ -2,15 +2,22 @@
 
 They may if one emulated step gives what the same real micro-batches give. What may differ is rounding, which a network
 amplifies from layer to layer. How much this network does is measured too: one micro-batch runs again with its inputs
-changed in the last digits. A model that mixes the samples of a batch shows a jump far above that; a model that draws
-random numbers in eval mode cannot be told from one that mixes, and is not emulated.
+changed in the last digits. A model that mixes the samples of a batch shows a jump far above that. Where rounding would
+hide the jump, a copy of the model is compared in float64.
+
+Random layers draw other numbers in every run, so with them the question is put otherwise: with the same random draws,
+does a micro-batch stay as it is when another one takes the place of its neighbour? A model that draws random numbers in
+eval mode as well cannot be told from one that mixes, and is not emulated. Nor is one that raises on joined
+micro-batches.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from textwrap import shorten
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +27,10 @@ from bnprobe.distributed import OPENING
 from bnprobe.errors import UsageError, UserCodeError
 from bnprobe.measure.batch import CannotEmulateError, join, map_leaves, tensors_of, to_device
 from bnprobe.measure.hooks import Pass, Recorded, RowLayout, Slot
-from bnprobe.measure.memory import Chunks, Footprint, is_out_of_memory, plan_samples
+from bnprobe.measure.layers import named_once
+from bnprobe.measure.memory import Chunks, Footprint, Refusal, fits_in_memory, is_out_of_memory, plan_samples
 from bnprobe.measure.reader import Reader
-from bnprobe.measure.restore import random_state
+from bnprobe.measure.restore import preserved_random_state, random_state, set_mode
 from bnprobe.measure.session import PathName, Session
 from bnprobe.records import SelfCheck
 from bnprobe.stats.moments import statistics_distance
@@ -31,10 +39,15 @@ _AMPLIFICATION = 50.0
 """An error counts once it is this many times the effect of the changed last digits."""
 
 _FLOOR = 1000.0
-"""Errors below this many units in the last place are rounding, whatever the network."""
+"""Errors below this many units in the last place are rounding, whatever the network, and agreement, whatever the
+tolerance."""
 
 _BLIND = 0.3
 """A tolerance above this, in standard deviations, would let real mixing pass: the check cannot decide."""
+
+
+_SAID = 120
+"""Characters of the message of an exception that a report quotes."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +107,15 @@ def self_check(session: Session, micro_batches: list[Any], batch_size: int) -> t
     """
     before = random_state()
     verdict, footprint = _check(session, "check train", micro_batches, batch_size)
-    if random_state() != before:
+    random = random_state() != before
+    if random:
         # What was drawn differs from run to run: without dropout and the like there is something to compare.
         verdict, footprint = _check(session, "check", micro_batches, batch_size)
     if verdict.trusted:
         # Batch statistics can hide a mixing of samples that shows with running ones, e.g. of batch_norm by hand.
         verdict = _worse(verdict, _check(session, "check eval", micro_batches, batch_size)[0])
+    if verdict.trusted and random:
+        verdict = _unless_mixed_at_random(session, micro_batches, batch_size, verdict)
     return verdict, footprint
 
 
@@ -119,34 +135,166 @@ def _worse(verdict: Emulation, inference: Emulation) -> Emulation:
         tolerance=max(one.tolerance, other.tolerance),
         passed=True,
         first_layer=None,
+        paths=(*one.paths, *other.paths),
+        float64=one.float64 or other.float64,
     )
     return replace(verdict, check=worst, layouts={**verdict.layouts, **inference.layouts})
 
 
+@dataclass(frozen=True)
+class _Comparison:
+    """One emulated step against the same micro-batches for real, on one path.
+
+    Attributes:
+        emulation: The verdict.
+        footprint: What one sample takes in memory.
+        blind: The micro-batches differ, by no more than rounding might: the comparison decides nothing.
+        calls: The calls that were compared.
+    """
+
+    emulation: Emulation
+    footprint: Footprint
+    blind: bool = False
+    calls: frozenset[Slot] = frozenset()
+
+
 def _check(session: Session, path: PathName, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
+    """Compare on one path; in float64 where rounding hides the answer, unless random numbers do."""
+    before = random_state()
+    found = _compare(session, path, micro_batches, batch_size)
+    verdict = found.emulation
+    if found.blind and random_state() == before:
+        verdict = _in_float64(session, path, micro_batches, batch_size, found) or verdict
+    return verdict, found.footprint
+
+
+def _compare(session: Session, path: PathName, micro_batches: list[Any], batch_size: int) -> _Comparison:
     reals = [Pass(batch_size, batch_size) for _ in micro_batches]
     outputs = [session.forward(path, batch, real)[0] for batch, real in zip(micro_batches, reals, strict=True)]
     sizes = [record.bytes // batch_size for record in reals[0].records.values()]
     footprint = Footprint(total=sum(sizes), largest=max(sizes, default=0))
     shaken = Pass(batch_size, batch_size)
-    shaken_output, _ = session.forward(path, _shake(micro_batches[0]), shaken)
+    try:
+        shaken_output, _ = session.forward(path, _shake(micro_batches[0]), shaken)
+    except UserCodeError:  # a model that refuses the changed inputs has to agree to rounding
+        shaken, shaken_output = reals[0], outputs[0]
     try:
         emulated = Pass(batch_size * len(micro_batches), batch_size, references=_references(reals))
         output, _ = session.forward(path, join(micro_batches), emulated)
         if emulated.records.keys() != reals[0].records.keys():
             raise CannotEmulateError("the layers are called differently in a larger batch")
-    except CannotEmulateError as error:
-        return Emulation(False, as_sentence(error), None, {}), footprint
+    except (CannotEmulateError, UserCodeError) as error:
+        return _Comparison(not_emulated(as_sentence(error)), footprint)
     unit = _unit(session)
     check, blind = _judge(session, reals, shaken, emulated, unit)
     samples = batch_size * len(micro_batches)
     output_error = _output_error(outputs, output, samples)
     output_tolerance = unit * _FLOOR + _AMPLIFICATION * _output_error(outputs[:1], shaken_output, batch_size)
-    passed = check.passed and output_error <= output_tolerance <= _BLIND
-    check = SelfCheck(output_error, check.statistic_error, check.tolerance, passed, check.first_layer)
-    reason = _reason(check, blind or output_tolerance > _BLIND, batch_size)
-    layouts = {"eval" if path == "check eval" else "train": emulated.layouts}
-    return Emulation(passed, reason, check, layouts), footprint
+    agrees = output_error <= unit * _FLOOR or output_error <= output_tolerance <= _BLIND
+    blind = blind or (not agrees and not output_tolerance <= _BLIND)
+    passed = check.passed and agrees
+    name: Literal["train", "steady", "eval"] = {"check train": "train", "check": "steady"}.get(path, "eval")
+    check = replace(check, output_error=output_error, passed=passed, paths=(name,))
+    layouts = {"eval" if name == "eval" else "train": emulated.layouts}
+    emulation = Emulation(passed, _reason(check, blind, batch_size), check, layouts)
+    return _Comparison(emulation, footprint, blind, frozenset(emulated.records))
+
+
+def _in_float64(
+    session: Session, path: PathName, micro_batches: list[Any], batch_size: int, blind: _Comparison
+) -> Emulation | None:
+    """The verdict on a copy of the model in float64; None where none can be made or run, or that is blind too."""
+    tensors = [*session.model.parameters(), *session.model.buffers()]
+    samples = 2 * batch_size * len(micro_batches)
+    needed = samples * blind.footprint.total + sum(2 * tensor.nbytes for tensor in tensors)
+    if not fits_in_memory(Footprint(needed, needed), 1, session.device):
+        return None
+    try:
+        twin = _twin_in_float64(session)
+        with twin.installed():
+            found = _compare(twin, path, [map_leaves(batch, _widened) for batch in micro_batches], batch_size)
+    except Exception:  # the user's modules may refuse to be copied, or compute in float32 whatever they get
+        return None
+    if found.blind or found.calls != blind.calls:
+        return None
+    verdict = found.emulation
+    return replace(verdict, check=verdict.check and replace(verdict.check, float64=True))
+
+
+def _twin_in_float64(session: Session) -> Session:
+    set_mode(session.model, True, session.held)  # so that the copy shows which modules are held in eval mode
+    model = copy.deepcopy(session.model).double()
+    modules = {found.name: found.module for found in named_once(model)}
+    layers = tuple(replace(layer, module=modules[layer.name]) for layer in session.layers.layers)
+    return Session(model, replace(session.layers, layers=layers), session.functions, session.device)
+
+
+def _widened(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _unless_mixed_at_random(
+    session: Session, micro_batches: list[Any], batch_size: int, verdict: Emulation
+) -> Emulation:
+    """The verdict, refused if in training a micro-batch changes with its neighbour although the random draws are the
+    same: how many numbers a model draws depends on shapes, not on values.
+    """
+
+    def run(one: Any, other: Any) -> _Run:
+        pass_ = Pass(2 * batch_size, batch_size, layouts=verdict.layouts_of("train"))
+        with preserved_random_state():
+            return pass_.records, session.forward("check train", join([one, other]), pass_)[0]
+
+    first, second = micro_batches[:2]
+    try:
+        together, again = run(first, second), run(first, second)
+        replaced = [run(first, first), run(second, second)]
+    except (CannotEmulateError, UserCodeError) as error:
+        return not_emulated(as_sentence(error))
+    # Kernels that add up in any order differ from run to run by themselves.
+    noise = [_moved(session, together, again, position, batch_size) for position in (0, 1)]
+    moved = [_moved(session, together, other, position, batch_size) for position, other in enumerate(replaced)]
+    tolerance = _unit(session) * _FLOOR + _AMPLIFICATION * max(error for found in noise for error, _ in found)
+    beyond = [(error, layer) for found in moved for error, layer in found if error > tolerance]
+    check = verdict.check and replace(verdict.check, paths=(*verdict.check.paths, "train"))
+    if not beyond:
+        return replace(verdict, check=check)
+    error, layer = beyond[0]
+    check = check and replace(check, statistic_error=error, tolerance=tolerance, passed=False, first_layer=layer)
+    return Emulation(False, "In training, the model mixes the samples of a batch at random.", check, {})
+
+
+_Run = tuple[Mapping[Slot, Recorded], Any]
+"""What was recorded of a forward pass, and its output."""
+
+
+def _moved(session: Session, run: _Run, other: _Run, position: int, batch_size: int) -> list[tuple[float, str | None]]:
+    """How far two runs of two micro-batches differ in the one at a position: call by call, with the layer's name, and
+    in each tensor of the output, without one.
+    """
+    found: list[tuple[float, str | None]] = []
+    (records, output), (other_records, other_output) = run, other
+    for slot, record in records.items():
+        layer = session.layers.layers[slot[0]]
+        compared = other_records.get(slot)
+        groups = slice(position * (record.groups or 1), (position + 1) * (record.groups or 1))
+        here = replace(record, mean=record.mean[groups], variance=record.variance[groups])
+        there = None if compared is None else (compared.mean[groups], compared.variance[groups])
+        found.append((torch.inf if there is None else _difference(here, *there, layer.info.eps), layer.name))
+    for one, two in zip(tensors_of(output), tensors_of(other_output), strict=False):
+        same = one.is_floating_point() and one.shape == two.shape
+        if same and one.dim() > 0 and one.shape[0] % (2 * batch_size) == 0:
+            # Rows of one sample are consecutive, or in blocks of all samples.
+            layouts = [tensor.unflatten(0, shape) for shape in ((2, -1), (-1, 2, batch_size)) for tensor in (one, two)]
+            errors = [_relative(*layouts[:2], 0, position), _relative(*layouts[2:], 1, position)]
+            found.append((min(errors), None))
+    return found
+
+
+def _relative(one: Tensor, other: Tensor, axis: int, position: int) -> float:
+    """Relative L2 difference of what lies at a position of an axis."""
+    one, other = (_finite(tensor.select(axis, position).double()) for tensor in (one, other))
+    return float((one - other).norm()) / (float(one.norm()) or 1.0)
 
 
 def _judge(session: Session, reals: list[Pass], shaken: Pass, emulated: Pass, unit: float) -> tuple[SelfCheck, bool]:
@@ -161,7 +309,7 @@ def _judge(session: Session, reals: list[Pass], shaken: Pass, emulated: Pass, un
         error = _difference(emulated.records[slot], *real, eps)
         worst = max(worst, error)
         blind = not tolerance <= _BLIND
-        if blind or not error <= tolerance:
+        if error > unit * _FLOOR and (blind or error > tolerance):
             name = session.layers.layers[slot[0]].name
             return SelfCheck(0.0, worst, tolerance, False, name), blind
     return SelfCheck(0.0, worst, tolerance, True, None), False
@@ -192,7 +340,8 @@ def _shake(batch: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
         noise = torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)
-        return leaf + leaf * noise * (4 * torch.finfo(leaf.dtype).eps)
+        changed = leaf + leaf * noise * (4 * torch.finfo(leaf.dtype).eps)
+        return changed.clamp(leaf.min(), leaf.max()) if leaf.numel() else changed  # e.g. probabilities stay below 1
 
     return map_leaves(batch, change)
 
@@ -238,7 +387,12 @@ def _finite(values: Tensor) -> Tensor:
     return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def as_sentence(error: CannotEmulateError) -> str:
+def as_sentence(error: Refusal) -> str:
+    """Why micro-batches cannot run together, for the report."""
+    if isinstance(error, UserCodeError):
+        said = shorten(str(error.error).strip().partition("\n")[0], _SAID, placeholder=" ...")
+        text = f"Joined micro-batches raise {type(error.error).__name__}{f': {said}' if said else ''}"
+        return text if text.endswith((".", "!", "?")) else f"{text}."
     text = str(error)
     return f"{text[0].upper()}{text[1:]}."
 

@@ -13,11 +13,11 @@ from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import ALONE, World
 from bnprobe.errors import BnprobeError, DataError, DeviceError, ProcessError, UsageError, UserCodeError
 from bnprobe.measure.accumulators import Sums
-from bnprobe.measure.batch import CannotEmulateError, join, to_device
+from bnprobe.measure.batch import join, to_device
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.hooks import Pass
 from bnprobe.measure.layers import has_random_layers
-from bnprobe.measure.memory import Chunks
+from bnprobe.measure.memory import Chunks, Refusal
 from bnprobe.measure.outputs import Contributions, user_values
 from bnprobe.measure.physical_batch import Batching, Emulation, as_sentence, plan_batching
 from bnprobe.measure.reader import Reader
@@ -258,9 +258,10 @@ class Measurement:
         if chunks.at_once < len(micro_batches):
             self.evidence.batching = replace(self.evidence.batching, at_once=chunks.at_once)
 
-    def _refused(self, error: CannotEmulateError) -> None:
+    def _refused(self, error: Refusal) -> None:
         batching = self.evidence.batching
-        emulation = Emulation(False, as_sentence(error), batching.emulation.check, {})
+        later = "Later micro-batches run one by one. " if self.evidence.emulated else ""
+        emulation = Emulation(False, later + as_sentence(error), batching.emulation.check, {})
         self.evidence.batching = replace(batching, emulation=emulation)
 
     def _measure(self, micro_batches: list[Any]) -> None:

@@ -278,19 +278,22 @@ class Layer(Record):
         values_per_channel: Values per channel that one micro-batch normalizes (N * S), first call.
         running_statistics: False with ``track_running_stats=False``: there is nothing to compare with.
         threshold: The equivalent batch size below which this layer is flagged.
-        flagged: The whole 95% interval lies below the threshold, on either path.
+        flagged: The whole 95% interval lies below the threshold, on either path. Nothing uses the running statistics of
+            a layer that runs in training only: it is flagged for the noise of its batches, ``shares.small_batch``.
         undecided: Not flagged, but an interval contains the threshold.
         note: What else the reader should know about the layer, one sentence.
         train, eval: The two paths; None where the path could not be measured (see ``note``).
         calls: One entry for each call, where ``calls_per_forward`` > 1.
         batch_sizes: Eval-path mismatch at the batch sizes asked for.
         location: File and line in the user's code where the layer was assigned, where Python can tell.
-        shares, share_intervals: Where the eval-path mismatch comes from; None where it could not be decomposed.
+        shares, share_intervals: Where the eval-path mismatch comes from, or of a layer that runs in training only the
+            train-path mismatch; None where it could not be decomposed.
         composition: None with one sample per batch, or where the samples of a batch could not be told apart.
         domains: Where ``calls_per_forward`` > 1.
         impact: None where no layer is flagged, or the outputs could not be compared.
         backward: With ``--gradients``.
         updates: With ``--train-steps``.
+        only_in: The mode in which the model runs the layer, where that is one only: an auxiliary head runs in training.
     """
 
     name: str
@@ -319,6 +322,7 @@ class Layer(Record):
     impact: Impact | None = None
     backward: Backward | None = None
     updates: Updates | None = None
+    only_in: Literal["train", "eval"] | None = None
 
 
 @dataclass(frozen=True)
@@ -548,6 +552,9 @@ class SelfCheck(Record):
         tolerance: The largest difference that rounding explains for this model; above it emulation is not used.
         passed: Whether emulation can be trusted.
         first_layer: The first layer, in call order, that differs; None where the check passed.
+        paths: The paths that were compared. With "steady" among them, training draws random numbers: the step was
+            compared without random layers, and on "train" it was whether a micro-batch depends on the others.
+        float64: A copy of the model was compared in float64, since rounding hides differences in its own dtype.
     """
 
     output_error: float
@@ -555,6 +562,8 @@ class SelfCheck(Record):
     tolerance: float
     passed: bool
     first_layer: str | None
+    paths: tuple[Literal["train", "steady", "eval"], ...] = ("train", "eval")
+    float64: bool = False
 
 
 @dataclass(frozen=True)

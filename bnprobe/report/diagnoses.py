@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.text import Text
@@ -160,10 +160,10 @@ def _worst(flagged: list[Layer]) -> str:
         f"{layer.name} (n_eq {figures.path_equivalent(worse_path(layer.train, layer.eval))})" for layer in flagged[1:3]
     ]
     tail = f" Next worst: {', '.join(others)}." if others else ""
-    if first.train is None or first.eval is None:
+    if first.only_in is None and (first.train is None or first.eval is None):
         path = "train" if first.train is None else "eval"
         return f"Worst is {first.name}, which could not be measured on the {path} path.{tail}"
-    path = "train" if first.train.mismatch >= first.eval.mismatch else "eval"
+    path = "train" if worse_path(first.train, first.eval) is first.train else "eval"
     return f"Worst is {first.name}: it {_behaviour(first)} ({path} path).{tail}"
 
 
@@ -195,10 +195,18 @@ def _caveats(report: Report) -> tuple[str, ...]:
     caveats = (
         (scan.partial, f"{scan.stopped.capitalize()}: only {count(scan.batches, 'micro-batch')} measured."),
         (unmeasured > 0, f"{count(unmeasured, 'layer')} could not be measured on both paths."),
+        *_in_one_mode(report),
         (bool(report.skipped), f"{count(len(report.skipped), 'layer')} skipped."),
         (scan.synthetic, "The inputs were generated: this shows the noise of small batches, not your data."),
     )
     return tuple(text for applies, text in caveats if applies)
+
+
+def _in_one_mode(report: Report) -> Iterator[tuple[bool, str]]:
+    """How many layers the model runs in one mode only."""
+    for mode, where in (("train", "in training"), ("eval", "at inference")):
+        number = sum(layer.only_in == mode for layer in report.layers)
+        yield number > 0, f"{count(number, 'layer')} {'runs' if number == 1 else 'run'} {where} only."
 
 
 # --- The diagnoses ----------------------------------------------------------------------------------------------------

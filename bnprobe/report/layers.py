@@ -24,12 +24,14 @@ MEANINGS = {
 
 
 def sign_of(layer: Layer) -> str:
-    """The sign of a layer; one that was measured on one path only is not called fine."""
+    """The sign of a layer; one that was not measured on every path on which it runs is not called fine."""
     if layer.flagged:
         return FLAGGED
     if layer.undecided:
         return UNDECIDED
-    return UNMEASURED if layer.train is None or layer.eval is None else FINE
+    one = worse_path(layer.train, layer.eval)
+    measured = one is not None and (layer.only_in is not None or None not in (layer.train, layer.eval))
+    return FINE if measured else UNMEASURED
 
 
 def with_sign(layers: Iterable[Layer], wanted: str) -> list[Layer]:
@@ -58,7 +60,7 @@ def _badness(layer: Layer) -> tuple[bool, bool, float]:
     path = worse_path(layer.train, layer.eval)
     mismatch = -math.inf if path is None else path.mismatch
     # A flagged layer without a figure overflowed: no figure of another layer is worse.
-    overflowed = layer.flagged and layer.running_statistics and None in (layer.train, layer.eval)
+    overflowed = layer.flagged and layer.running_statistics and None in (layer.train, layer.eval) and not layer.only_in
     return layer.flagged, layer.undecided, math.inf if overflowed else mismatch
 
 

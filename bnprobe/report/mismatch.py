@@ -78,7 +78,7 @@ def _row(layer: Layer) -> ShareRow:
     return ShareRow(
         mark=Mark(sign, STYLES[sign]),
         name=layer.name,
-        shares=layer.shares,
+        shares=None if layer.only_in == "train" else layer.shares,
         intervals=layer.share_intervals,
         mismatch=UNMEASURED if layer.eval is None else figures.mismatch(layer.eval.mismatch),
         threshold=layer.threshold,
@@ -90,7 +90,7 @@ def _row(layer: Layer) -> ShareRow:
 
 def _model_row(report: Report) -> list[ShareRow]:
     total = report.summary.shares
-    number = sum(layer.shares is not None for layer in report.layers)
+    number = sum(layer.shares is not None and layer.only_in != "train" for layer in report.layers)
     if total is None or number < 2:
         return []
     # Without the data shift, which comes on top of D.
@@ -104,6 +104,8 @@ def _model_row(report: Report) -> list[ShareRow]:
 def _why_not(layer: Layer) -> str:
     if not layer.running_statistics:
         return "no running statistics"
+    if layer.only_in == "train":
+        return "runs in training only"
     if layer.eval is None:
         return "not measured at inference"
     return _UNEXPLAINED

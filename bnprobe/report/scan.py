@@ -121,10 +121,21 @@ def _emulation(scan: Scan) -> str:
 
 def _self_check(check: SelfCheck) -> str:
     error = max(check.output_error, check.statistic_error)
-    if check.passed:
-        return f"passed: micro-batches run one by one agree {f'to {error:.0e}' if error else 'exactly'}."
-    where = f", first in {check.first_layer}" if check.first_layer else ""
-    return f"failed: micro-batches run one by one differ by {error:.0e}{where}."
+    compared = f"in float64, {_COMPARED}" if check.float64 else _COMPARED
+    random = "steady" in check.paths
+    if not check.passed:
+        if random and "train" in check.paths:
+            compared = "with random layers, replacing a micro-batch changes the others; they"
+        where = f", first in {check.first_layer}" if check.first_layer else ""
+        return f"failed: {compared} differ by {error:.0e}{where}."
+    agree = f"agree {f'to {error:.0e}' if error else 'exactly'}"
+    if random:
+        return f"passed: without random layers, {compared} {agree}; with them, none changes another."
+    only = "" if "train" in check.paths else " on the eval path"
+    return f"passed: {compared} {agree}{only}."
+
+
+_COMPARED = "micro-batches run one by one"
 
 
 def cost(scan: Scan, page: Page) -> list[Text]:

@@ -68,6 +68,7 @@ class Facts:
         output: The distance of the two paths at the model's output.
         gaps: Loss and metric in training, at inference and on held-out data, where given.
         remedies: What remedies without training gave on held-out data, where they were tried.
+        called: Names of the layers that the forward pass called; None without data.
     """
 
     anatomy: tuple[Anatomy, ...]
@@ -81,3 +82,8 @@ class Facts:
     output: Output | None = None
     gaps: tuple[Gap, ...] = ()
     remedies: tuple[Remedy, ...] = ()
+    called: frozenset[str] | None = None
+
+    def unused(self, layer: str) -> bool:
+        """Whether the forward pass is known not to call a layer."""
+        return self.called is not None and layer not in self.called

@@ -58,19 +58,24 @@ class NeverTrained(Rule):
         updates = None if layer.batches_tracked is None else float(layer.batches_tracked)
         if not layer.untouched:
             return self.passed(layer.name, "The running statistics differ from mean 0 and variance 1.", updates)
-        return self.failed(layer.name, _message(layer), updates, None, _severity(layer, facts))
+        remedy = "None is needed, unless the model was meant to use the layer." if facts.unused(layer.name) else None
+        return self.failed(layer.name, _message(layer, facts), updates, None, _severity(layer, facts), remedy)
 
 
-def _message(layer: Anatomy) -> str:
+def _message(layer: Anatomy, facts: Facts) -> str:
     start = "All running means are 0 and all running variances 1, as in a new layer"
+    if facts.unused(layer.name):
+        return f"{start}, and the forward pass never calls the layer."
     if layer.batches_tracked:
         return f"{start}, although num_batches_tracked is {layer.batches_tracked:,}. Is momentum 0?"
     return f"{start}, and no update is counted. Was the checkpoint not loaded, or loaded without buffers?"
 
 
 def _severity(layer: Anatomy, facts: Facts) -> Severity:
+    if facts.unused(layer.name):
+        return "info"
     measured = facts.layers.get(layer.name)
     if measured is not None:
-        return "error" if measured.flagged else "warning"
+        return "info" if measured.only_in == "train" else "error" if measured.flagged else "warning"
     is_new = all(other.untouched and not other.batches_tracked for other in facts.anatomy)
     return "info" if is_new and facts.scan is None else "error"

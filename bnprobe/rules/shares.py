@@ -57,6 +57,8 @@ def share_of(layer: Layer, cause: Cause) -> float | None:
 
 def is_cause(layer: Layer, cause: Cause) -> bool:
     """Whether a cause explains, alone or together with others, why the layer is flagged."""
+    if layer.only_in == "train" and cause in STATISTICS_CAUSES:
+        return False  # nothing uses its running statistics
     if not layer.flagged or share_of(layer, cause) is None or not _is_possible(layer, cause):
         return False
     return _main_cause(layer) == cause or (_is_large(layer, cause) and _is_needed(layer, cause))
@@ -163,6 +165,8 @@ def _although(layer: Layer, cause: Cause, share: float) -> str:
 def in_words(layer: Layer, share: float) -> str:
     """How much of the mismatch a share is, a sentence."""
     total, limit = None if layer.eval is None else layer.eval.mismatch, number(mismatch_limit(layer))
+    if layer.only_in == "train":
+        return f"(D = {number(share)}; the layer runs in training only, and its limit is {limit}.)"
     if total is None or not is_off_at_inference(layer):
         return f"(D = {number(share)} at inference; the layer is flagged in training, where its limit is {limit}.)"
     if share > total:
