@@ -62,8 +62,7 @@ def assemble(evidence: Evidence, settings: ScanSettings) -> Findings:
         if layer.index in called
     )
     silent = [_silent(layer, evidence) for layer in selected if layer.index not in called]
-    reason = "call of functional batch_norm outside of any BN layer: it has no layer to which its statistics belong"
-    functional = [SkippedLayer(place, "batch_norm", reason) for place in sorted(evidence.functional)]
+    functional = [SkippedLayer(place, "batch_norm", reason) for place, reason in sorted(evidence.functional)]
     skipped = (*evidence.layers.skipped, *silent, *functional)
     return Findings(_summary(evidence, settings, layers, skipped), layers, skipped)
 

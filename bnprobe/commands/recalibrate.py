@@ -27,7 +27,8 @@ from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import BatchFunction, unwrapped
 from bnprobe.loading.order import spread
 from bnprobe.loading.workload import Workload, load_workload, read_again
-from bnprobe.measure.layers import ProbedLayer, find_layers
+from bnprobe.measure.layers import ProbedLayer
+from bnprobe.measure.norms import write_statistics
 from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer
 from bnprobe.measure.reader import RepeatedReader
 from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, seed_everything, untouched
@@ -140,6 +141,8 @@ def recalibrate_loaded(
         batches = RepeatedReader(scattered.batches, _most(source, settings), settings.seed)
         session = _session(model, source, forward, layers, settings)
         with session.installed():
+            session.explore(batches)
+            _check_globs(layers, session.layers.layers)
             seed_everything(settings.seed)
             wanted = _updating(session)
             settled = _settle(session, batches, path, wanted, progress)
@@ -186,11 +189,8 @@ def _session(
     layers: tuple[str, ...],
     settings: ScanSettings,
 ) -> Session:
-    _check_globs(layers, find_layers(model, lambda *names: True).layers)
     chosen = settings.model_copy(update={"include": layers, "exclude": ()})
-    # Running statistics may be NaN: they are what is replaced.
-    functions = UserFunctions(forward)
-    return Session.open(model, chosen, functions, synthetic=source.synthetic, need_statistics=False)
+    return Session.open(model, chosen, UserFunctions(forward), synthetic=source.synthetic)
 
 
 def _check_globs(globs: tuple[str, ...], layers: Iterable[ProbedLayer]) -> None:
@@ -252,11 +252,7 @@ def _checked(layer: ProbedLayer, settled: Settled) -> tuple[Tensor, Tensor]:
 def _write(values: list[tuple[ProbedLayer, tuple[Tensor, Tensor]]], updates: dict[int, int]) -> None:
     with deferred_interrupts(), torch.no_grad():
         for layer, (mean, variance) in values:
-            info = layer.family.describe(layer.module)
-            assert info.running_mean is not None  # as above
-            assert info.running_variance is not None
-            info.running_mean.copy_(mean)
-            info.running_variance.copy_(variance)
+            write_statistics(layer.family, layer.module, mean, variance)
             counter = getattr(layer.module, "num_batches_tracked", None)
             if counter is not None:
                 counter.fill_(updates[layer.index])

@@ -151,10 +151,10 @@ def scan_workload(
         seed_everything(settings.seed)
         session = session_of(workload, settings)
         agreement = agree(workload.model, session.layers.selected, world)
-        facts = replace(_facts(workload, session), processes=world.size, rank_mismatch=agreement.mismatch)
         evidence = _probe(workload, session, settings, progress, world)
         report = None
         if evidence is not None:
+            facts = replace(_facts(workload, session), processes=world.size, rank_mismatch=agreement.mismatch)
             report = _report(workload, settings, session, facts, evidence, tuple(_on_processes(world, agreement)))
     # A Ctrl-C that reaches the others while they wait has reached process 0 too, which answers it.
     with suppress(KeyboardInterrupt), deferred_interrupts():
@@ -170,7 +170,7 @@ def session_of(workload: Workload, settings: ScanSettings) -> Session:
 
 
 def _facts(workload: Workload, session: Session) -> Facts:
-    """What rules may know before anything is measured."""
+    """What rules may know of the model and the data alone."""
     return Facts(
         anatomy(session.layers, workload.model),
         images=workload.source.images,

@@ -106,7 +106,7 @@ class PathEvidence:
         divided = groups or 1
         positions = [self._share.position(self.batches + row) for row in range(mean.shape[0] // divided)]
         rows = max(1, _CHUNK_VALUES // mean.shape[1] // divided) * divided
-        reference = (columns.mean, columns.variance, columns.eps, columns.r_max, columns.d_max, columns.gate)
+        reference = (columns.mean, columns.variance, columns.eps, columns.r_max, columns.d_max, columns.gate, columns.factor)
         for start in range(0, mean.shape[0], rows):
             values = corrections(mean[start : start + rows], variance[start : start + rows], *reference)
             here = positions[start // divided : (start + rows) // divided]
@@ -258,7 +258,7 @@ class Evidence:
         by_batch: For each path, the layers that normalized with batch statistics there.
         called: For each path, the layers whose normalization was called there.
         entered: Indices of the layers whose forward was called.
-        functional: Places in the user's code that call batch_norm outside any layer.
+        functional: Calls of batch_norm outside any layer: the place in the user's code, and why it is no layer.
         steady_seconds: What measuring the path without random layers took.
         seconds: What all took.
         left_out: Samples of a partial last batch.
@@ -279,7 +279,7 @@ class Evidence:
     by_batch: dict[PathName, set[int]] = field(default_factory=_no_layers)
     called: dict[PathName, set[int]] = field(default_factory=_no_layers)
     entered: set[int] = field(default_factory=set)
-    functional: set[str] = field(default_factory=set)
+    functional: set[tuple[str, str]] = field(default_factory=set)
     steady_seconds: float = 0.0
     seconds: float = 0.0
     left_out: int = 0

@@ -98,6 +98,7 @@ def record(
         DataError, UserCodeError, DeviceError: See ``Reader`` and ``Session``.
     """
     with session.installed():
+        session.explore(reader.look_ahead(1))
         wanted = settings.batches or settings.max_batches
         batching = plan_batching(session, reader, settings)
         recorder = _Recorder(session, batching, most=wanted)

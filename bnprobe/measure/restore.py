@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from types import FrameType
 from typing import Any
 
@@ -16,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from bnprobe.errors import ModelError
 
 
 def seed_everything(seed: int) -> None:
@@ -85,12 +89,21 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Restore everything about ``model`` and the process that a forward pass may change.
 
     Parameters, buffers and other tensors of a module, their grad and requires_grad, every attribute of every module
-    (training flags, momentum, hooks, containers in containers), the class of what was lazy, the random state of torch
-    (CPU, CUDA), numpy and random, and the grad mode. Bit-identical, also after an exception or Ctrl-C. Costs a copy of
-    the model's tensors in host memory.
+    (training flags, momentum, hooks, containers in containers, generators of random numbers), the class of what was
+    lazy, the random state of torch (CPU, CUDA), numpy and random, and the grad mode. Modules that plain containers hold
+    are modules of the model here. Bit-identical, also after an exception or Ctrl-C. Costs a copy of the model's tensors
+    in host memory.
+
+    Raises:
+        ModelError: A tensor cannot be saved; before anything runs.
     """
-    restores = [_save_tensor(tensor) for tensor in _tensors(model)]
-    restores += [_save_attributes(module) for module in model.modules()]
+    modules = every_module(model)
+    held = _tensors(modules)
+    # Moving a model to a device moves what is in its gradients too.
+    held += [(name, tensor.grad) for name, tensor in held if tensor.is_leaf and tensor.grad is not None]
+    restores = [_saved(name, tensor) for name, tensor in held]
+    restores += [_save_attributes(module) for module in modules.values()]
+    restores += [restore for module in modules.values() for restore in _save_generators(module.__dict__)]
     with preserved_random_state():
         grad_mode = torch.is_grad_enabled()
         try:
@@ -100,6 +113,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 torch.set_grad_enabled(grad_mode)
                 # Attributes first: they hold which tensors there are; then gradients, and what is in the tensors.
                 _run_all(reversed(restores))
+
+
+@contextmanager
+def preserved_generators(*holders: Any) -> Iterator[None]:
+    """Put back the generators of random numbers that objects hold as attributes, e.g. a loader and its samplers."""
+    restores = [restore for holder in holders for restore in _save_generators(getattr(holder, "__dict__", {}))]
+    try:
+        yield
+    finally:
+        _run_all(restores)
 
 
 def _run_all(restores: Iterable[Restore]) -> None:
@@ -114,16 +137,58 @@ def _run_all(restores: Iterable[Restore]) -> None:
         raise failures[0]
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    """Every tensor that hangs on a module, once each: parameters, buffers, plain attributes; their gradients last."""
-    found: dict[int, Tensor] = {}
-    for module in model.modules():
-        for content in _containers(module.__dict__):
+def every_module(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its first name: those registered, then those that plain containers of theirs hold.
+
+    The latter, e.g. ``blocks[0]`` of a list, are reached by no ``train()``, ``state_dict()`` or ``to()``.
+    """
+    found = dict(model.named_modules())
+    known = {id(module) for module in found.values()}
+    waiting = list(found.items())
+    while waiting:
+        name, module = waiting.pop(0)
+        prefix = f"{name}." if name else ""
+        for attribute, value in module.__dict__.items():
+            if attribute in _INTERNAL or not isinstance(value, _CONTAINERS):
+                continue
+            for path, held in _held(value, f"{prefix}{attribute}"):
+                inner = [(f"{path}.{below}" if below else path, each) for below, each in held.named_modules()]
+                new = [(path, each) for path, each in inner if id(each) not in known]
+                known.update(id(each) for _, each in new)
+                found.update(new)
+                waiting += new
+    return found
+
+
+_INTERNAL = frozenset(nn.Module().__dict__)
+"""Attributes that every module has."""
+
+
+def _held(container: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in a container and in those within it, with the way to each."""
+    seen: set[int] = set()
+    waiting = [(path, container)]
+    while waiting:
+        path, content = waiting.pop(0)
+        if id(content) in seen:
+            continue
+        seen.add(id(content))
+        for key, item in content.items() if isinstance(content, dict) else enumerate(content):
+            place = f"{path}[{key!r}]"
+            if isinstance(item, nn.Module):
+                yield place, item
+            elif isinstance(item, _CONTAINERS):
+                waiting.append((place, item))
+
+
+def _tensors(modules: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
+    """Every tensor that hangs on a module, once each, with the module's name: parameters, buffers, plain attributes."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, module in modules.items():
+        kept = [*module.parameters(recurse=False), *module.buffers(recurse=False)]  # of scripts no dictionary holds them
+        for content in (*_containers(module.__dict__), kept):
             items = content.values() if isinstance(content, dict) else content
-            found.update((id(item), item) for item in items if isinstance(item, Tensor))
-    # Moving a model to a device moves what is in its gradients too.
-    gradients = [tensor.grad for tensor in found.values() if tensor.is_leaf and tensor.grad is not None]
-    found.update((id(gradient), gradient) for gradient in gradients)
+            found.update((id(item), (name, item)) for item in items if isinstance(item, Tensor))
     return list(found.values())
 
 
@@ -140,25 +205,88 @@ def _containers(root: Any) -> list[Any]:
     return list(found.values())
 
 
-def _save_tensor(tensor: Tensor) -> Restore:
+def _save_generators(content: dict[str, Any]) -> list[Restore]:
+    """For each generator of random numbers in containers, what puts its state back."""
+    items = (item for box in _containers(content) for item in (box.values() if isinstance(box, dict) else box))
+    found: list[Restore] = []
+    for item in items:
+        if isinstance(item, torch.Generator):
+            found.append(functools.partial(item.set_state, item.get_state()))
+        elif isinstance(item, random.Random):
+            found.append(functools.partial(item.setstate, item.getstate()))
+        elif isinstance(item, np.random.RandomState):
+            found.append(functools.partial(item.set_state, item.get_state()))
+        elif isinstance(item, np.random.Generator):
+            found.append(functools.partial(setattr, item.bit_generator, "state", copy.deepcopy(item.bit_generator.state)))
+    return found
+
+
+def _saved(name: str, tensor: Tensor) -> Restore:
+    """What restores a tensor of the module of this name.
+
+    Raises:
+        ModelError: It cannot be saved.
+    """
     if is_lazy(tensor):
         return _save_lazy(tensor)
-    values = tensor.detach().to("cpu", copy=True)
+    try:
+        return _save_tensor(tensor)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        kind = f"of layout {str(tensor.layout).removeprefix('torch.')} on {tensor.device}"
+        raise ModelError(
+            f"{name or 'The model'} holds a {type(tensor).__name__} {kind}, of which bnprobe cannot keep a copy, so it"
+            f" could not give the model back unchanged ({str(error).splitlines()[0]}). Nothing was run."
+        ) from error
+
+
+def _save_tensor(tensor: Tensor) -> Restore:
     storage = tensor.data
+    parts = [(part, part.to("cpu", copy=True)) for part in _parts(storage)]
+    form = _form(tensor)
     grad, requires_grad = tensor.grad if tensor.is_leaf else None, tensor.requires_grad
 
     def restore() -> None:
-        if tensor.data_ptr() != storage.data_ptr() or tensor.dtype != storage.dtype:
+        if _form(tensor) != form:
             tensor.data = storage
-        if not _same_bits(tensor, values):
-            with torch.no_grad():
-                tensor.copy_(values)
+        with torch.no_grad():
+            for here, values in zip(_parts(tensor.data), (values for _, values in parts), strict=True):
+                if not _same_bits(here, values):
+                    here.copy_(values)
         if tensor.is_leaf and tensor.requires_grad != requires_grad:
             tensor.requires_grad_(requires_grad)
         if tensor.is_leaf and tensor.grad is not grad:
             tensor.grad = grad
 
     return restore
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """Flat views of all memory that a tensor without a graph uses: of a sparse one, its indices and values."""
+    if tensor.is_nested:
+        return [_flat(tensor.values())]
+    if tensor.layout is torch.sparse_coo:
+        return [_flat(tensor._indices()), _flat(tensor._values())]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [_flat(part) for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values())]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [_flat(part) for part in (tensor.ccol_indices(), tensor.row_indices(), tensor.values())]
+    return [_flat(tensor)]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A view of one axis; of an expanded tensor, or one with gaps, all memory from its first value to its last."""
+    if tensor.numel() == 0 or tensor.is_contiguous():
+        return tensor.reshape(-1)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((span,), (1,))
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor in its own memory from one that was moved, resized or replaced."""
+    parts = [(part.data_ptr(), part.numel()) for part in _parts(tensor.data)]
+    strides = tensor.stride() if tensor.layout is torch.strided and not tensor.is_nested else None
+    shape = None if tensor.is_nested else tensor.shape
+    return tensor.device, tensor.dtype, tensor.layout, shape, strides, parts
 
 
 def _save_lazy(tensor: Tensor) -> Restore:
@@ -172,16 +300,21 @@ def _save_lazy(tensor: Tensor) -> Restore:
     return restore
 
 
-def _same_bits(tensor: Tensor, values: Tensor) -> bool:
+def _same_bits(flat: Tensor, values: Tensor) -> bool:
     """Equality of the bits themselves: -0.0 is not 0.0, and a NaN is itself."""
-    here = tensor.detach().cpu()
-    if here.dtype.is_complex or not (here.is_contiguous() and values.is_contiguous()):
-        return False  # restoring costs no more than looking closely
+    if flat.shape != values.shape:
+        return False
+    if flat.numel() == 0:
+        return True
+    here = flat.cpu()
+    if here.is_quantized:
+        here, values = here.int_repr(), values.int_repr()
+    if here.dtype.is_complex:
+        here, values = torch.view_as_real(here).reshape(-1), torch.view_as_real(values).reshape(-1)
     return torch.equal(_bits(here), _bits(values))
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    flat = tensor.reshape(-1)
+def _bits(flat: Tensor) -> Tensor:
     wide = flat.numel() * flat.element_size() % 8 == 0 and flat.data_ptr() % 8 == 0
     return flat.view(torch.int64 if wide else torch.uint8)
 
@@ -209,6 +342,107 @@ def _refill(container: Any, content: Any) -> None:
         container.extend(content)
     else:
         container.update(content)
+
+
+_SMALL = 2**20
+"""Values up to which a buffer is put back after every pass, whether it was seen to move or not."""
+
+
+class ModelState:
+    """The state that a model is deployed with, put back after every pass that moved it.
+
+    A pass in train mode may write into buffers (running statistics of the model's own code, the vectors of spectral
+    norm, codebooks, counters), replace them, or set attributes. Small buffers are always put back, since not every
+    write can be seen: neither ``.data`` nor the kernel of batch norm raises a tensor's version. Parameters and large
+    buffers are, once ``watching`` has seen them move: a copy is kept of these only.
+
+    Args:
+        model: As loaded, on its device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = every_module(model)
+        self._tensors = [tensor for _, tensor in _tensors(modules) if _can_be_copied(tensor)]
+        trained = {id(tensor) for module in modules.values() for tensor in module.parameters(recurse=False)}
+        self._kept = {
+            id(tensor): (tensor, tensor.detach().clone())
+            for tensor in self._tensors
+            if id(tensor) not in trained and tensor.numel() <= _SMALL
+        }
+        # The attributes of a lazy module are those of another class once it has run.
+        self._attributes = [
+            _Attributes(module)
+            for module in modules.values()
+            if not any(is_lazy(tensor) for tensor in [*module._parameters.values(), *module._buffers.values()])
+        ]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Find out which of the other tensors move while the block runs, and keep their values from before."""
+        others = [tensor for tensor in self._tensors if id(tensor) not in self._kept]
+        before = [tensor.detach().to("cpu", copy=True) for tensor in others]
+        try:
+            yield
+        finally:
+            for tensor, values in zip(others, before, strict=True):
+                same = tensor.shape == values.shape and tensor.dtype == values.dtype
+                if not same or not _same_bits(_flat(tensor.data), _flat(values)):
+                    self._kept[id(tensor)] = (tensor, values.to(tensor.device))
+
+    def put_back(self) -> None:
+        """Put back the attributes, and what is in tensors that were kept."""
+        for attributes in self._attributes:
+            attributes.put_back()
+        self.put_back_tensors()
+
+    def put_back_tensors(self) -> None:
+        """Put back what is in the tensors that were kept; their versions stay, for graphs that hold them."""
+        # The data of a tensor has a version counter of its own.
+        moved = [(tensor.data, values) for tensor, values in self._kept.values() if tensor.shape == values.shape]
+        if moved:
+            torch._foreach_copy_([here for here, _ in moved], [values for _, values in moved])
+        for tensor, values in self._kept.values():
+            if tensor.shape != values.shape:
+                tensor.data = values.clone()
+
+
+def _can_be_copied(tensor: Tensor) -> bool:
+    """Whether a tensor is plain memory, each value in its own place."""
+    plain = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized or is_lazy(tensor))
+    return plain and tensor.numel() > 0 and not any(stride == 0 for stride in tensor.stride())
+
+
+class _Attributes:
+    """The plain attributes of a module and what its containers hold; not its modules, hooks and training flag."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._values = {name: value for name, value in module.__dict__.items() if name not in _NOT_PLAIN}
+        own = [value for name, value in self._values.items() if isinstance(value, _CONTAINERS)]
+        boxes = {id(box): box for value in own for box in _containers(value) if not isinstance(box, tuple)}
+        boxes.update((id(box), box) for box in (module._buffers, module._parameters) if isinstance(box, dict))
+        self._boxes = [(box, copy.copy(box)) for box in boxes.values()]
+
+    def put_back(self) -> None:
+        attributes = self._module.__dict__
+        for name in [name for name in attributes if name not in self._values and name not in _NOT_PLAIN]:
+            del attributes[name]
+        attributes.update(self._values)
+        for box, content in self._boxes:
+            if not _same_items(box, content):
+                _refill(box, content)
+
+
+_NOT_PLAIN = _INTERNAL | {"forward"}
+"""Attributes that a module has of its class, and the one that a session sets."""
+
+
+def _same_items(one: Any, other: Any) -> bool:
+    if len(one) != len(other):
+        return False
+    if isinstance(one, dict):
+        return all(map(is_, one, other)) and all(map(is_, one.values(), other.values()))
+    return one == other if isinstance(one, set) else all(map(is_, one, other))
 
 
 @contextmanager
