@@ -224,8 +224,12 @@ def _in_float64(
 def _twin_in_float64(session: Session) -> Session:
     set_mode(session.model, True, session.held)  # so that the copy shows which modules are held in eval mode
     model = copy.deepcopy(session.model).double()
-    modules = {found.name: found.module for found in named_once(model)}
-    layers = tuple(replace(layer, module=modules[layer.name]) for layer in session.layers.layers)
+    originals, copies = ([found.module for found in named_once(each)] for each in (session.model, model))
+    twins = dict(zip(originals, copies, strict=True))
+    layers = tuple(
+        replace(layer, module=twins[layer.module], info=layer.family.describe(twins[layer.module]))
+        for layer in session.layers.layers
+    )
     return Session(model, replace(session.layers, layers=layers), session.functions, session.device)
 
 
