@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from bnprobe.commands.scan import scan
+from bnprobe.errors import UserCodeError
 from bnprobe.records import Report
 from support.compare import assert_same_figures
 from support.networks import (
@@ -216,3 +218,158 @@ def test_one_micro_batch_of_data_is_not_emulated() -> None:
     assert not report.scan.emulated
     assert report.scan.self_check is None
     assert "only one" in report.scan.emulation
+
+
+class Refuses(nn.Module):
+    """Raises on batches of another size than it was written for, from a marked micro-batch on."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.norm = size, nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.max() > 50 and len(x) != self.size:
+            raise ValueError(f"made for {self.size} rows, got {len(x)}\nand a second line")
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("marked", [0, 5])
+def test_an_exception_on_joined_micro_batches_means_that_they_run_one_by_one(marked: int) -> None:
+    data = images(8, 4, 6)
+    data[marked][0, 0] = 99.0
+    report, real = both(unsettled(Refuses(4)), data, 4, physical_batch=8)
+    assert report.scan.batches == 8
+    joined = "Joined micro-batches raise ValueError: made for 4 rows, got 8."
+    assert report.scan.emulation == (f"Later micro-batches run one by one. {joined}" if marked else joined)
+    assert_same_figures(report, real, rel=1e-5)
+
+
+def test_an_exception_on_a_real_micro_batch_is_the_users_error() -> None:
+    data = images(8, 4, 6)
+    data[5][0, 0] = 99.0
+    with pytest.raises(UserCodeError, match="made for 3 rows, got 4") as raised:
+        scan(unsettled(Refuses(3)), data, 4, num_batches=8, physical_batch=8)
+    assert raised.value.report is not None
+    assert raised.value.report.scan.batches == 5
+    assert "Joined" not in raised.value.report.scan.emulation
+
+
+class RandomPartner(nn.Module):
+    """Mixes two samples of a batch, or one with its own copies only, at random and in training only."""
+
+    def __init__(self, partner: str) -> None:
+        super().__init__()
+        self.partner, self.lift, self.norm = partner, nn.Linear(6, 5), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lift(x)
+        if self.training:
+            mask = torch.rand(len(x), 1) < 0.7
+            whole = torch.rand(()) < 0.7
+            order = torch.randperm(len(x))
+            x = {
+                "another sample": lambda: 0.6 * x + 0.4 * x[order],
+                "the mean": lambda: x + mask * x.mean(),
+                "dropped rows": lambda: x * mask / 0.7,
+                "dropped batch": lambda: x * whole + x,
+                "noise": lambda: x + torch.randn_like(x),
+                "numpy": lambda: x * float(np.random.default_rng().random() > 2) + x * float(np.random.rand() > 2) + x,
+            }[self.partner]()
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("partner", ["another sample", "the mean"])
+def test_mixing_at_random_in_training_only_is_caught(partner: str) -> None:
+    report = scan(unsettled(RandomPartner(partner)), images(8, 4, 6), 4, num_batches=8)
+    assert not report.scan.emulated
+    assert report.scan.emulation == "In training, the model mixes the samples of a batch at random."
+    assert report.scan.self_check.first_layer == "norm"
+    assert report.scan.self_check.statistic_error > 0.1
+
+
+@pytest.mark.parametrize("partner", ["dropped rows", "dropped batch", "noise", "numpy"])
+def test_random_layers_that_treat_samples_by_themselves_are_not_accused(partner: str) -> None:
+    report = scan(unsettled(RandomPartner(partner)), images(8, 4, 6), 4, num_batches=8)
+    assert report.scan.emulated, report.scan.emulation
+    assert report.scan.self_check.paths == ("steady", "eval", "train")
+
+
+class RandomHead(nn.Module):
+    """An auxiliary head with dropout, whose rows lie in blocks: no pass without random layers shows how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop, self.aux = nn.BatchNorm1d(6), nn.Dropout(), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        if self.training:
+            return x.sum(1) + self.aux(self.drop(torch.cat([x[:, :3], 2 * x[:, 3:] + 1]))).sum(1).view(2, -1).sum(0)
+        return x.sum(1)
+
+
+def test_rows_of_a_head_that_only_training_runs_are_not_given_to_the_wrong_sample() -> None:
+    report = scan(unsettled(RandomHead()), images(8, 4, 6), 4, num_batches=8)
+    assert not report.scan.emulated
+
+
+class Chaotic(nn.Module):
+    """The samples of a batch differ in their last digits only, which the first norm divides by almost nothing."""
+
+    def __init__(self, dtype: torch.dtype | None = None, mixes: bool = False) -> None:
+        super().__init__()
+        self.dtype, self.mixes = dtype, mixes
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.one, self.other = nn.BatchNorm1d(64, eps=1e-14), nn.BatchNorm1d(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(self.first(x.to(self.dtype)))
+        return self.other(self.second(x - 0.01 * x[:1] if self.mixes else x))
+
+
+def chaotic(**options: Any) -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    model, data = Chaotic(**options), [1 + 1e-5 * x for x in images(16, 2, 64)]
+    for _ in range(30):
+        model(torch.cat(data))
+    return model, data
+
+
+def test_where_rounding_hides_the_answer_it_is_found_in_float64() -> None:
+    model, data = chaotic()
+    report, real = both(model, data, 2)
+    assert report.scan.emulated, report.scan.emulation
+    assert report.scan.self_check.float64
+    for layer, alone in zip(report.layers, real.layers, strict=True):  # rounding is amplified in both
+        assert layer.train.mismatch == pytest.approx(alone.train.mismatch, rel=0.02)
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_mixing_is_found_in_float64_where_rounding_hides_it() -> None:
+    model, data = chaotic(mixes=True)
+    report = scan(model, data, 2, num_batches=16)
+    assert "mixes the samples" in report.scan.emulation
+
+
+def test_a_model_that_cannot_run_in_float64_stays_refused() -> None:
+    model, data = chaotic(dtype=torch.float32)
+    report = scan(model, data, 2, num_batches=16)
+    assert not report.scan.emulated
+    assert "amplifies rounding errors" in report.scan.emulation
+
+
+class Bounded(nn.Module):
+    """Refuses values that are no probabilities, as a loss within the forward pass does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert 0 <= x.min() <= x.max() <= 1
+        return self.norm(x)
+
+
+def test_changed_inputs_stay_within_their_range() -> None:
+    report = scan(unsettled(Bounded()), [(x > 0).float() for x in images(8, 4, 6)], 4, num_batches=8)
+    assert report.scan.emulated, report.scan.emulation
