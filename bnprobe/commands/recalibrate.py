@@ -31,7 +31,13 @@ from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.norms import write_statistics
 from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer
 from bnprobe.measure.reader import RepeatedReader
-from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, seed_everything, untouched
+from bnprobe.measure.restore import (
+    deferred_interrupts,
+    preserved_generators,
+    preserved_random_state,
+    seed_everything,
+    untouched,
+)
 from bnprobe.measure.session import Progress, Session, UserFunctions, device_named, no_progress
 from bnprobe.numbers import listed
 from bnprobe.records import SCHEMA_VERSION, Arm, Conclusion, Estimate, Proof, RepairRecord, Report, Run, Score, Tool
@@ -102,7 +108,8 @@ def recalibrate(
     inner, _ = unwrapped(model)
     listed = not isinstance(batches, DataLoader | Dataset)
     source = as_batch_source(batches, batch_size or (1 if listed else None))
-    recalibrate_loaded(inner, source, forward, path=path, layers=tuple(layers), settings=given)
+    with preserved_generators(batches):
+        recalibrate_loaded(inner, source, forward, path=path, layers=tuple(layers), settings=given)
     return model
 
 
@@ -316,7 +323,7 @@ def recalibrate_spec(
         seed_everything(spec.data.seed)
         workload = load_workload(spec)
         _require_real_data(workload)
-        settings = spec.settings()
+        settings = workload.settings(spec.settings())
         before, notes = _first_scan(workload, settings, progress)
         seed_everything(spec.data.seed)
         workload = read_again(spec, workload)

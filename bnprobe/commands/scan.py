@@ -37,7 +37,13 @@ from bnprobe.measure.impact import SAMPLES, joint_impact, measure_impact
 from bnprobe.measure.layers import LayerSet, anatomy, unmatched_globs
 from bnprobe.measure.rank_agreement import Agreement, agree
 from bnprobe.measure.reader import Reader
-from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, seed_everything, untouched
+from bnprobe.measure.restore import (
+    deferred_interrupts,
+    preserved_generators,
+    preserved_random_state,
+    seed_everything,
+    untouched,
+)
 from bnprobe.measure.scan_loop import probe
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.measure.train_steps import MakeOptimizer, train_steps
@@ -109,7 +115,7 @@ def scan(
         BnprobeError: See ``bnprobe.errors`` for the tree; its ``report`` holds what was measured before.
     """
     given = settings_from({"batch_size": batch_size, "batches": num_batches, **settings})
-    with preserved_random_state():
+    with preserved_random_state(), preserved_generators(batches, evaluation):
         seed_everything(given.seed)
         source = as_batch_source(batches, batch_size)
         held_out = None
@@ -166,7 +172,7 @@ def scan_workload(
 def session_of(workload: Workload, settings: ScanSettings) -> Session:
     """The workload's model on its device, with its layers found and the user's functions at hand."""
     functions = UserFunctions(workload.forward, workload.loss, workload.metric)
-    return Session.open(workload.model, settings, functions, synthetic=workload.source.synthetic)
+    return Session.open(workload.model, workload.settings(settings), functions, synthetic=workload.source.synthetic)
 
 
 def _facts(workload: Workload, session: Session) -> Facts:

@@ -399,6 +399,7 @@ class Evidence:
             if record.by_batch == by_batch
             and layers[slot[0]].selected
             and layers[slot[0]].info.running_mean is not None
+            and layers[slot[0]].unusable is None
         }
 
 

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from bnprobe.config.spec import NormClass
 from bnprobe.measure.batch import leaves_of, map_leaves
 from bnprobe.measure.layers import LayerSet, ProbedLayer, named_once
-from bnprobe.measure.norms import FORMS, BatchNormFamily, FunctionFamily, NormCall, NormFamily, Place, WholeModule, place_of
+from bnprobe.measure.norms import FORMS, BatchNormFamily, FunctionFamily, NormCall, NormFamily, Place, WholeModule, family_of, place_of
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.records import SkippedLayer
 from bnprobe.stats.moments import bessel
@@ -58,10 +58,12 @@ def explore(
             # What a pass raises is raised again, and said, when the model is measured.
             with watch.running(training), suppress(Exception):
                 run(training)
-    found = [*_functions(model, watch.calls, watch.counters)]
-    taken = {id(layer.module) for layer in (*known.layers, *found)}
     skipped = {layer.name: layer for layer in known.skipped}
-    for named in named_once(model):
+    modules = named_once(model)
+    refused = {id(named.module) for named in modules if named.name in skipped and family_of(named.module) is not None}
+    found = [each for each in _functions(model, watch.calls, watch.counters) if id(each.module) not in refused]
+    taken = {id(layer.module) for layer in (*known.layers, *found)} | refused
+    for named in modules:
         if id(named.module) in taken or named.module not in watch.inputs:
             continue
         outcome = _recognised(named.module, watch.inputs[named.module], watch.written[named.module], classes or {})
@@ -72,7 +74,7 @@ def explore(
             skipped[named.name] = SkippedLayer(named.name, named.kind, outcome)
     for layer in found:
         skipped.pop(layer.name, None)
-    order = {id(named.module): position for position, named in enumerate(named_once(model))}
+    order = {id(named.module): position for position, named in enumerate(modules)}
     every = [
         *known.layers,
         *(

@@ -158,6 +158,18 @@ class Interceptor(TorchFunctionMode):
             self._entered(layer)
         return self._answer(Intercepted(layer, family, call, lambda: func(*args, **kwargs)))
 
+    def answered(self, found: Intercepted) -> Tensor:
+        """The answer to a call that is no function; its input where nothing answers."""
+        if self._answer is None:
+            return found.call.input
+        if self._entered is not None:
+            self._entered(found.layer)
+        answer, self._answer = self._answer, None  # it may call batch_norm itself
+        try:
+            return answer(found)
+        finally:
+            self._answer = answer
+
     def _layer_of(self, call: NormCall) -> ProbedLayer | None:
         running = self._callers[-1] if self._callers else None
         place = place_of(call.running_mean)
@@ -212,15 +224,12 @@ class _Around:
         self._training: bool | None = None
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        answer, entered = self._interceptor._answer, self._interceptor._entered
         self._training = module.training
         found = self._family.input_of(args, kwargs)
-        if answer is None or found is None:
+        if found is None:
             return None
-        if entered is not None:
-            entered(self._layer)
         call = self._family.call(module, found)
-        output = answer(Intercepted(self._layer, self._family, call, lambda: call.input))
+        output = self._interceptor.answered(Intercepted(self._layer, self._family, call, lambda: call.input))
         if output is call.input:  # to run as it stands
             return None
         module.training = False

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from bnprobe.errors import NothingToProbeError, is_library_file
 from bnprobe.loading.model import user_code
 from bnprobe.measure.norms import NormFamily, NormInfo, family_of, lookalike_reason
 from bnprobe.measure.restore import every_module, held_in_eval, preserved_training_flags, set_mode
+from bnprobe.numbers import count
 from bnprobe.records import SkippedLayer
 from bnprobe.rules.facts import Anatomy
 
@@ -72,6 +73,21 @@ class ProbedLayer:
     family: NormFamily
     info: NormInfo
     selected: bool
+
+    @cached_property
+    def unusable(self) -> str | None:
+        """Why nothing can be compared with its running statistics, a clause; None where it can, or it keeps none."""
+        bad, negative = bad_statistics(self.info)
+        words = [count(bad, "NaN or Inf value")] if bad else []
+        words += [count(negative, "negative variance")] if negative else []
+        return f"its running statistics hold {' and '.join(words)}" if words else None
+
+
+def bad_statistics(info: NormInfo) -> tuple[int, int]:
+    """How many values of the running statistics are NaN or Inf, and how many variances are negative."""
+    mean, variance = info.running_mean, info.running_variance
+    bad = sum(int((~torch.isfinite(each)).sum()) for each in (mean, variance) if each is not None)
+    return bad, 0 if variance is None else int((variance < 0).sum())
 
 
 @dataclass(frozen=True)
@@ -196,7 +212,7 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
 def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> Anatomy:
     mean, variance = layer.info.running_mean, layer.info.running_variance
     affine = [parameter.requires_grad for parameter in layer.module.parameters(recurse=False)]
-    buffers = [buffer for buffer in (mean, variance) if buffer is not None]
+    bad, negative = bad_statistics(layer.info)
     untouched = mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all())
     return Anatomy(
         name=layer.name,
@@ -210,8 +226,8 @@ def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> 
         trains_statistics=layer.module.training and mean is not None,
         trains_affine=any(affine) if affine else None,
         untouched=untouched,
-        non_finite=sum(int((~torch.isfinite(buffer)).sum()) for buffer in buffers),
-        negative=0 if variance is None else int((variance < 0).sum()),
+        non_finite=bad,
+        negative=negative,
         dead=0 if variance is None else int(((variance >= 0) & (variance < layer.info.eps)).sum()),
         median_variance=_median(variance),
         dropouts_before=before,

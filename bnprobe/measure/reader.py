@@ -11,7 +11,7 @@ from typing import Any
 
 from bnprobe.distributed import EVERYTHING, Share
 from bnprobe.errors import DataError
-from bnprobe.measure.batch import check_finite, count_images, tensors_of
+from bnprobe.measure.batch import check_finite, copy_tensors, count_images, tensors_of
 from bnprobe.measure.restore import seed_everything
 
 _END = object()
@@ -115,7 +115,7 @@ class Reader:
 
     def _next(self) -> Any:
         if self._iterator is None:
-            self._iterator = iter(self._batches)
+            self._iterator = lasting(self._batches)
         return next(self._iterator, _END)
 
     def _end(self) -> None:
@@ -138,6 +138,29 @@ class Reader:
             )
         self.left_out = samples
         self._end()
+
+
+_WATCHED = 4
+"""Batches by which a loader is recognised that fills the same memory again, with up to as many buffers in turn."""
+
+
+def lasting(batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches that stay as they are when the next one is read: copies, where a loader fills the same memory again."""
+    held: list[Any] = []  # as they were given, so that their memory is not given to others
+    places: set[int] = set()
+    reused = False
+    for batch in batches:
+        here = {tensor.data_ptr() for tensor in tensors_of(batch) if tensor.numel()}
+        reused = reused or not places.isdisjoint(here)
+        watching = len(held) < _WATCHED
+        yield copy_tensors(batch) if reused or watching else batch
+        if reused:
+            held = []
+        elif watching:
+            held.append(batch)
+            places |= here
+        else:
+            held, places = [None] * _WATCHED, set()
 
 
 KEPT_BYTES = 2**30
@@ -182,7 +205,7 @@ class RepeatedReader:
         keeping: list[Any] | None = []
         kept_bytes = batches = samples = 0
         indices = getattr(self._source, "indices", None)
-        filled = ((number, batch) for number, batch in enumerate(self._source, 1) if count_images(batch) != 0)
+        filled = ((number, batch) for number, batch in enumerate(lasting(self._source), 1) if count_images(batch) != 0)
         for position, batch in itertools.islice(filled, self._most):
             batches += 1
             samples += count_images(batch) or 1

@@ -117,8 +117,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserved_generators(*holders: Any) -> Iterator[None]:
-    """Put back the generators of random numbers that objects hold as attributes, e.g. a loader and its samplers."""
-    restores = [restore for holder in holders for restore in _save_generators(getattr(holder, "__dict__", {}))]
+    """Put back the generators of random numbers that objects hold as attributes; of a loader, its samplers' too."""
+    parts = [getattr(holder, name, None) for holder in holders for name in ("sampler", "batch_sampler", "dataset")]
+    inner = [getattr(part, "sampler", None) for part in parts]
+    every = {id(each): each for each in (*holders, *parts, *inner)}.values()
+    restores = [restore for each in every for restore in _save_generators(getattr(each, "__dict__", {}))]
     try:
         yield
     finally:
@@ -408,8 +411,10 @@ class ModelState:
 
 def _can_be_copied(tensor: Tensor) -> bool:
     """Whether a tensor is plain memory, each value in its own place."""
-    plain = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized or is_lazy(tensor))
-    return plain and tensor.numel() > 0 and not any(stride == 0 for stride in tensor.stride())
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    overlaps = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return not (overlaps and tensor.numel())
 
 
 class _Attributes:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.commands.scan import scan
-from bnprobe.errors import BnprobeError, DataError, NonFiniteError, UserCodeError
+from bnprobe.errors import BnprobeError, DataError, UserCodeError
 from bnprobe.measure.restore import untouched
 from support.fingerprint import fingerprint
 from support.networks import Residual, images, unsettled
@@ -155,21 +155,23 @@ def test_a_bad_batch(after: int) -> None:
 
 
 class Failing(Residual):
-    """Raises in its n-th forward pass, halfway through."""
+    """Raises in its n-th forward pass, halfway through. Counts in its class: attributes come back after every pass."""
+
+    passes = 0
 
     def __init__(self, at: int, error: BaseException) -> None:
         super().__init__()
-        self.at, self.error, self.passes = at, error, 0
+        Failing.passes, self.at, self.error = 0, at, error
 
     def forward(self, x: Tensor) -> Tensor:
-        self.passes += 1
+        Failing.passes += 1
         x = self.bn1(self.stem(x)).relu()
-        if self.passes == self.at:
+        if Failing.passes == self.at:
             raise self.error
         return self.head(self.bn2(self.conv(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("at", [1, 2, 6, 9])
+@pytest.mark.parametrize("at", [3, 4, 8, 11])  # two passes look for layers and moving state
 @pytest.mark.parametrize("emulate", [True, False])
 def test_an_exception_in_forward(at: int, emulate: bool) -> None:
     model = unsettled(Failing(at, RuntimeError("my layer")))
@@ -190,7 +192,7 @@ def test_ctrl_c_in_the_loader_gives_what_was_measured() -> None:
 
 
 def test_ctrl_c_in_forward_counts_whole_micro_batches_only() -> None:
-    model = unsettled(Failing(8, KeyboardInterrupt()))  # the fourth micro-batch's eval path
+    model = unsettled(Failing(10, KeyboardInterrupt()))  # the fourth micro-batch's eval path
     report = assert_untouched(model, lambda: scan(model, DATA, 2, num_batches=6, emulate=False))
     assert (report.scan.stopped, report.scan.partial, report.scan.batches) == ("interrupted", True, 3)
     expected = scan(unsettled(_same_weights(model)), DATA[:3], 2, num_batches=3, emulate=False)
@@ -215,8 +217,6 @@ def test_ctrl_c_before_anything_was_measured_passes_on(emulate: bool) -> None:
 
 def test_refused_before_it_starts() -> None:
     model = tricky()
-    model.bn1.running_var[0] = float("nan")
-    assert_untouched(model, lambda: scan(model, DATA, 2), NonFiniteError)
     assert_untouched(model, lambda: scan(model, DATA, 2, device="nowhere"), BnprobeError)
 
 
