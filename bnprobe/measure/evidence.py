@@ -257,6 +257,7 @@ class Evidence:
         entered: Indices of the layers whose forward was called.
         functional: Places in the user's code that call batch_norm outside any layer.
         steady_seconds: What measuring the path without random layers took.
+        scoring_seconds: What loss and metric of further micro-batches took.
         seconds: What all took.
         left_out: Samples of a partial last batch.
         kept: Micro-batches by position, on the host, for what is measured afterwards.
@@ -278,6 +279,7 @@ class Evidence:
     entered: set[int] = field(default_factory=set)
     functional: set[str] = field(default_factory=set)
     steady_seconds: float = 0.0
+    scoring_seconds: float = 0.0
     seconds: float = 0.0
     left_out: int = 0
     kept: dict[int, Any] = field(default_factory=dict)
@@ -320,6 +322,7 @@ class Evidence:
         self.entered |= other.entered
         self.functional |= other.functional
         self.steady_seconds = max(self.steady_seconds, other.steady_seconds)
+        self.scoring_seconds = max(self.scoring_seconds, other.scoring_seconds)
         self.seconds = max(self.seconds, other.seconds)
         self.left_out = max(self.left_out, other.left_out)  # a process that only skips it counts it too
         self.kept |= other.kept

@@ -24,8 +24,9 @@ Measure = Literal["loss", "metric"]
 
 MEASURES: tuple[Measure, ...] = ("loss", "metric")
 
-MOST_SAMPLES = 1024
-"""Samples per path that loss and metric are called on one by one."""
+MOST_SAMPLES = 512
+"""Samples per path that loss and metric are called on one by one; a call takes some 0.2 ms beside the function's own
+time."""
 
 _SAME = 1e-4
 """Relative difference of the mean over samples from the value of their micro-batch that rounding explains."""
@@ -94,6 +95,11 @@ class ScoreTable:
         sizes = torch.tensor([float(row.size) for row in rows], dtype=torch.float64)
         known = [row.samples.cpu() for row in rows if row.samples is not None]
         return Scores(batches, sizes, torch.cat(known) if known and self._by_sample(measure) else None)
+
+    @property
+    def count(self) -> int:
+        """Samples of which there is a figure, on one path."""
+        return max((sum(row.size for row in rows) for rows in self.rows.values()), default=0)
 
     def finite(self, measure: Measure, path: PathName) -> bool:
         """Whether the figures of a path have a finite mean, or there are none."""
