@@ -250,6 +250,7 @@ class Evidence:
         batch_sizes: The eval path at further batch sizes.
         outputs: The distance of the two paths at the model's outputs.
         scores: Loss and metric on each path; of more micro-batches than the rest, where few decided every layer.
+        repeat: Relative L2 distance of two eval-path passes over the same samples; None if not measured.
         batches: Micro-batches measured.
         physical_batch: Samples of the largest physical batch that ran.
         values: Values per channel in one group, by call.
@@ -272,6 +273,7 @@ class Evidence:
     batch_sizes: dict[int, PathEvidence] = field(default_factory=dict)
     outputs: OutputSums = field(default_factory=OutputSums)
     scores: ScoreTable = field(default_factory=ScoreTable)
+    repeat: float | None = None
     batches: int = 0
     physical_batch: int = 0
     values: dict[Slot, int] = field(default_factory=dict)
@@ -315,6 +317,7 @@ class Evidence:
         _join(self.batch_sizes, other.batch_sizes, _merged)
         self.outputs.merge(other.outputs)
         self.scores.merge(other.scores)
+        self.repeat = max((each for each in (self.repeat, other.repeat) if each is not None), default=None)
         self.batches += other.batches
         self.physical_batch = max(self.physical_batch, other.physical_batch)
         self.values = {**other.values, **self.values}
@@ -386,7 +389,7 @@ class Evidence:
     @property
     def output(self) -> Output:
         """How far the outputs of the two paths are apart."""
-        return self.outputs.compute(self.scores)
+        return replace(self.outputs.compute(self.scores), repeat=self.repeat)
 
     def _comparable(self, path: PathName, pass_: Pass, by_batch: bool) -> dict[Slot, Recorded]:
         """The calls that normalize as this path should, of selected layers with running statistics."""

@@ -89,18 +89,23 @@ def paired_difference(after: Scores, before: Scores, *, shared: bool) -> Estimat
     return Estimate(mean, _student(samples, rounding, mean, number))
 
 
-def independent_difference(one: Scores, other: Scores) -> Estimate:
+def independent_difference(one: Scores, other: Scores, *, shared: bool = False) -> Estimate:
     """Mean of ``one`` minus mean of ``other``, on different data, with its 95% interval: Welch's.
 
     Over samples where they are known, which must be independent, otherwise over micro-batches. For 0/1 figures one
     success and one failure are added on each side (Agresti & Caffo 2000, The American Statistician 54), so that few
     samples that all agree do not give certainty.
 
+    Args:
+        one, other: On different data.
+        shared: Whether the samples of a micro-batch depend on each other: where the model is random at inference, it
+            may draw once for all of them. The unit is then as in ``paired_difference``.
+
     Returns:
         No interval where a side has one value, or where all values are the same and not 0 or 1.
     """
     difference = one.mean - other.mean
-    sides = [_side(one), _side(other)]
+    sides = [_side(one, shared), _side(other, shared)]
     known = [side for side in sides if side is not None]
     if len(known) < len(sides):
         return Estimate(difference, None)
@@ -121,9 +126,9 @@ class _Side:
     degrees: int
 
 
-def _side(scores: Scores) -> _Side | None:
+def _side(scores: Scores, shared: bool) -> _Side | None:
     """None: no spread is known."""
-    if scores.samples is None:
+    if scores.samples is None or (shared and len(scores.batches) >= FEWEST_BATCHES):
         if len(scores.batches) < 2:
             return None
         return _Side(scores.mean, float(scores.batches.var()) / len(scores.batches), len(scores.batches) - 1)
