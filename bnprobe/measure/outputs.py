@@ -260,7 +260,7 @@ def score_batches(
 
     def run(chunk: list[Any]) -> Contributions:
         pass_ = batching.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {})
-        _, outputs = session.forward(path, to_device(join(chunk), session.device), pass_)
+        _, outputs = session.forward(path, to_device(join(chunk, batching.batch_size), session.device), pass_)
         apart = [to_device(batch, session.device) for batch in chunk]
         return user_values(session, path, apart, outputs, batching.batch_size)
 

@@ -19,7 +19,7 @@ from bnprobe.measure.hooks import Pass
 from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks
 from bnprobe.measure.outputs import Contributions, user_values
-from bnprobe.measure.physical_batch import Batching, Emulation, as_sentence, plan_batching
+from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching, Emulation, as_sentence, plan_batching
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, random_state
 from bnprobe.measure.session import PathName, Progress, Session
@@ -72,7 +72,7 @@ def probe(
                 evidence.held_out = _measure_held_out(measurement, held_out, total, progress, world)
         except CAUGHT as error:
             ending = ended_by(error, world)
-    evidence.kept, evidence.left_out = reader.kept, reader.left_out
+    evidence.kept, evidence.left_out, evidence.sizes = reader.kept, reader.left_out, reader.own_sizes(evidence.batches)
     whole, ending = _put_together(evidence.on_host(), ending, world)
     if whole is None:
         return None
@@ -130,6 +130,7 @@ def _measure_held_out(
     _measure(planned, Measurement(measured.session, evidence, random=False), reader, progress, world)
     reader.fill()
     evidence.kept, evidence.seconds = reader.kept, time.perf_counter() - started
+    evidence.sizes = reader.own_sizes(evidence.batches)
     return evidence
 
 
@@ -183,6 +184,8 @@ def _measure(total: int, measurement: Measurement, reader: Reader, progress: Pro
         micro_batches = reader.take(min(evidence.batching.at_once, mine - evidence.batches))
         if not micro_batches:
             return ScanEnding("data_exhausted")
+        if reader.varies and evidence.batching.emulation.trusted:
+            measurement.refuse(CannotEmulateError(DIFFERENT_SIZES))
         measurement.step(micro_batches)
     progress(total, total)
     return ScanEnding()
@@ -253,19 +256,22 @@ class Measurement:
         Raises:
             DeviceError: Not even one micro-batch fits into memory.
         """
-        chunks = Chunks(self.session.device, self.evidence.batch_size, len(micro_batches))
-        chunks.run(micro_batches, self._measure, self._refused)
+        at_once = len(micro_batches) if self.evidence.batching.emulation.trusted else 1
+        chunks = Chunks(self.session.device, self.evidence.batch_size, at_once)
+        chunks.run(micro_batches, self._measure, self.refuse)
         if chunks.at_once < len(micro_batches):
             self.evidence.batching = replace(self.evidence.batching, at_once=chunks.at_once)
 
-    def _refused(self, error: CannotEmulateError) -> None:
+    def refuse(self, error: CannotEmulateError) -> None:
+        """Go on with real micro-batches, which cannot run together for this reason."""
         batching = self.evidence.batching
         emulation = Emulation(False, as_sentence(error), batching.emulation.check, {})
         self.evidence.batching = replace(batching, emulation=emulation)
 
     def _measure(self, micro_batches: list[Any]) -> None:
         session, evidence = self.session, self.evidence
-        step = _Step(to_device(join(micro_batches), session.device), self._apart(micro_batches), len(micro_batches))
+        joined = to_device(join(micro_batches, evidence.batch_size), session.device)
+        step = _Step(joined, self._apart(micro_batches), len(micro_batches))
         draws: dict[PathName, bool] = {path: self._forward(path, step) for path in evidence.paths if path != "steady"}
         random = self._is_random(draws) if self.random is None else self.random
         started = time.perf_counter()
