@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from bnprobe.config.spec import Spec
-from bnprobe.errors import DataError, UsageError
-from bnprobe.loading.data import BatchSource, load_held_out
+from bnprobe.errors import DataError
+from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction
 from bnprobe.loading.order import spread
 from bnprobe.loading.samples import count_samples
 from bnprobe.loading.workload import Workload
-from bnprobe.measure.batch import tensors_of
+from bnprobe.measure.batch import CannotEmulateError, join, tensors_of
 from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.records import Score
 from bnprobe.training import evaluate
@@ -93,7 +93,7 @@ def _read(spec: Spec, workload: Workload) -> tuple[list[Any], list[str]]:
     """The batches, and what was left out."""
     if workload.held_out is None or (workload.loss is None and workload.metric is None):
         return [], []
-    source = spread(_large_batches(spec, workload, workload.held_out), spec.data.seed, mixed=True)
+    source = spread(workload.held_out, spec.data.seed, mixed=True)
     batches: list[Any] = []
     held = 0
     for batch in source.batches:
@@ -105,16 +105,19 @@ def _read(spec: Spec, workload: Workload) -> tuple[list[Any], list[str]]:
             return batches, [f"Only the first {len(batches)} batches (1 GiB) of the held-out data were used."]
     if not batches:
         raise DataError(f"{source.description} yielded no held-out batch.")
-    return batches, []
-
-
-def _large_batches(spec: Spec, workload: Workload, held_out: BatchSource) -> BatchSource:
-    """The same data in larger batches, if the user fixed neither size nor number and the loader can be rebuilt."""
     fixed = spec.eval_data.batch_size is not None or spec.eval_data.batches is not None
-    size = min(BATCH, (held_out.images or BATCH * FEWEST_BATCHES) // FEWEST_BATCHES)
-    if fixed or held_out.batch_size >= size:
-        return held_out
+    return batches if fixed else _larger(batches, source), []
+
+
+def _larger(batches: list[Any], source: BatchSource) -> list[Any]:
+    """The same samples in larger batches, where all batches can be joined: a few large ones are scored faster."""
+    sizes = [getattr(source.batches, "samples_in", count_samples)(batch) for batch in batches]
+    wanted = min(BATCH, sum(size or 0 for size in sizes) // FEWEST_BATCHES)
+    factor = wanted // max(source.batch_size, 1)
+    if factor < 2:
+        return batches
+    starts = range(0, len(batches), factor)
     try:
-        return load_held_out(spec.eval_data, workload.module, size) or held_out
-    except (DataError, UsageError):
-        return held_out
+        return [join(batches[start : start + factor], sizes[start : start + factor]) for start in starts]
+    except CannotEmulateError:
+        return batches
