@@ -19,7 +19,7 @@ from bnprobe.measure.hooks import Pass
 from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks
 from bnprobe.measure.outputs import Contributions, relative_distance
-from bnprobe.measure.physical_batch import Batching, Emulation, as_sentence, plan_batching
+from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching, Emulation, as_sentence, plan_batching
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, random_state
 from bnprobe.measure.scores import MEASURES, Found, score_outputs
@@ -88,7 +88,7 @@ def probe(
                 evidence.held_out = _measure_held_out(measurement, held_out, max(total, wanted), progress, world)
         except CAUGHT as error:
             ending = ended_by(error, world)
-    evidence.kept, evidence.left_out = reader.kept, reader.left_out
+    evidence.kept, evidence.left_out, evidence.sizes = reader.kept, reader.left_out, reader.own_sizes(evidence.batches)
     whole, ending = _put_together(evidence.on_host(), ending, world)
     if whole is None:
         return None
@@ -146,6 +146,7 @@ def _measure_held_out(
     _measure(planned, Measurement(measured.session, evidence, random=False), reader, progress, world)
     reader.fill()
     evidence.kept, evidence.seconds = reader.kept, time.perf_counter() - started
+    evidence.sizes = reader.own_sizes(evidence.batches)
     return evidence
 
 
@@ -199,6 +200,8 @@ def _measure(total: int, measurement: Measurement, reader: Reader, progress: Pro
         micro_batches = reader.take(min(evidence.batching.at_once, mine - evidence.batches))
         if not micro_batches:
             return ScanEnding("data_exhausted")
+        if reader.varies and evidence.batching.emulation.trusted:
+            measurement.refuse(CannotEmulateError(DIFFERENT_SIZES))
         measurement.step(micro_batches)
     progress(total, total)
     return ScanEnding()
@@ -304,12 +307,14 @@ class Measurement:
         self._in_chunks(micro_batches, self._score)
 
     def _in_chunks(self, micro_batches: list[Any], run: Callable[[list[Any]], None]) -> None:
-        chunks = Chunks(self.session.device, self.evidence.batch_size, len(micro_batches))
-        chunks.run(micro_batches, run, self._refused)
+        at_once = len(micro_batches) if self.evidence.batching.emulation.trusted else 1
+        chunks = Chunks(self.session.device, self.evidence.batch_size, at_once)
+        chunks.run(micro_batches, run, self.refuse)
         if chunks.at_once < len(micro_batches):
             self.evidence.batching = replace(self.evidence.batching, at_once=chunks.at_once)
 
-    def _refused(self, error: CannotEmulateError) -> None:
+    def refuse(self, error: CannotEmulateError) -> None:
+        """Go on with real micro-batches, which cannot run together for this reason."""
         batching = self.evidence.batching
         emulation = Emulation(False, as_sentence(error), batching.emulation.check, {})
         self.evidence.batching = replace(batching, emulation=emulation)
@@ -370,7 +375,8 @@ class Measurement:
     def _step_of(self, micro_batches: list[Any]) -> _Step:
         device, scored = self.session.device, self.session.functions.scores
         apart = [to_device(batch, device) for batch in micro_batches] if scored else []
-        return _Step(to_device(join(micro_batches), device), apart, len(micro_batches))
+        joined = to_device(join(micro_batches, self.evidence.batch_size), device)
+        return _Step(joined, apart, len(micro_batches))
 
     def _forward(self, path: PathName, step: _Step) -> bool:
         """Run one path; return whether it drew random numbers, which is checked in the first step only."""

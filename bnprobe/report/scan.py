@@ -96,7 +96,8 @@ def _device(report: Report) -> str:
 
 def _measured(scan: Scan) -> str:
     batches, samples = count(scan.batches, "micro-batch"), count(scan.images, "sample")
-    text = f"{batches} {TIMES} {scan.batch_size} = {samples} in {scan.seconds:.1f} s; {_stopped(scan)}"
+    sizes = f"{TIMES} {scan.batch_size}" if scan.size_range is None else "of {} to {}".format(*scan.size_range)
+    text = f"{batches} {sizes} = {samples} in {scan.seconds:.1f} s; {_stopped(scan)}"
     return f"{text}; {count(scan.left_out, 'sample')} left over" if scan.left_out else text
 
 
