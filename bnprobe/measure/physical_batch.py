@@ -49,6 +49,9 @@ _BLIND = 0.3
 _SAID = 120
 """Characters of the message of an exception that a report quotes."""
 
+DIFFERENT_SIZES = "the micro-batches differ in size"
+"""Why they run one by one."""
+
 
 @dataclass(frozen=True)
 class Emulation:
@@ -180,7 +183,7 @@ def _compare(session: Session, path: PathName, micro_batches: list[Any], batch_s
         shaken, shaken_output = reals[0], outputs[0]
     try:
         emulated = Pass(batch_size * len(micro_batches), batch_size, references=_references(reals))
-        output, _ = session.forward(path, join(micro_batches), emulated)
+        output, _ = session.forward(path, join(micro_batches, batch_size), emulated)
         if emulated.records.keys() != reals[0].records.keys():
             raise CannotEmulateError("the layers are called differently in a larger batch")
     except (CannotEmulateError, UserCodeError) as error:
@@ -247,7 +250,7 @@ def _unless_mixed_at_random(
     def run(one: Any, other: Any) -> _Run:
         pass_ = Pass(2 * batch_size, batch_size, layouts=verdict.layouts_of("train"))
         with preserved_random_state():
-            return pass_.records, session.forward("check train", join([one, other]), pass_)[0]
+            return pass_.records, session.forward("check train", join([one, other], batch_size), pass_)[0]
 
     first, second = micro_batches[:2]
     try:
@@ -424,6 +427,8 @@ def plan_batching(session: Session, reader: Reader, settings: ScanSettings) -> B
     if not settings.emulate:
         return Batching(size, not_emulated("Switched off (--no-emulate; in Python emulate=False)."))
     opening = reader.look_ahead(OPENING)
+    if reader.varies:
+        return Batching(size, not_emulated(as_sentence(CannotEmulateError(DIFFERENT_SIZES))))
     most = settings.physical_batch or plan_samples(Footprint(0, 0), session.device)
     if most // size < OPENING and not settings.batch_sizes:
         # The train path runs as it is; that samples are independent on the eval path is still to be known.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import add
@@ -13,15 +13,16 @@ from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import ALONE, World
 from bnprobe.errors import BnprobeError, DataError, DeviceError, ProcessError, UsageError, UserCodeError
 from bnprobe.measure.accumulators import Sums
-from bnprobe.measure.batch import join, to_device
+from bnprobe.measure.batch import CannotEmulateError, join, to_device
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.hooks import Pass
 from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks, Refusal
-from bnprobe.measure.outputs import Contributions, user_values
-from bnprobe.measure.physical_batch import Batching, Emulation, as_sentence, plan_batching
+from bnprobe.measure.outputs import Contributions, relative_distance
+from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching, Emulation, as_sentence, plan_batching
 from bnprobe.measure.reader import Reader
-from bnprobe.measure.restore import deferred_interrupts, random_state
+from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, random_state
+from bnprobe.measure.scores import MEASURES, Found, score_outputs
 from bnprobe.measure.session import PathName, Progress, Session
 from bnprobe.records import StopReason
 from bnprobe.stats.intervals import mean_interval, standing
@@ -35,6 +36,19 @@ FEWEST_PER_SIZE = 8
 
 STOPPING_CONFIDENCE = 0.99
 """Confidence of the intervals by which a scan stops. It is above 95% because a scan looks up to five times."""
+
+SCORED_SAMPLES = 256
+"""Samples that loss and metric are taken on at least, where data and --max-batches allow: a few batches decide a layer
+that is far off, but not what that does to an accuracy."""
+
+SCORING_SECONDS = 60.0
+"""No micro-batch is scored, after the layers are decided, once this time has passed."""
+
+_DEVICE = 10.0
+"""Two passes differ by chance if they do so by more than this many times what the device's rounding does."""
+
+_BEYOND_ROUNDING = 1e-2
+"""No device's rounding changes outputs by so much, in half precision either."""
 
 CAUGHT = (KeyboardInterrupt, UserCodeError, DataError, DeviceError)
 """Errors that end a measurement but keep what was measured so far."""
@@ -67,12 +81,14 @@ def probe(
     ending, total = _measure_until_done(measurement, reader, settings, progress, world)
     if not ending.early:
         try:
+            wanted = _to_score(measurement, total, settings)
+            _score_more(wanted, measurement, reader, progress, world)
             reader.fill()
             if held_out is not None:
-                evidence.held_out = _measure_held_out(measurement, held_out, total, progress, world)
+                evidence.held_out = _measure_held_out(measurement, held_out, max(total, wanted), progress, world)
         except CAUGHT as error:
             ending = ended_by(error, world)
-    evidence.kept, evidence.left_out = reader.kept, reader.left_out
+    evidence.kept, evidence.left_out, evidence.sizes = reader.kept, reader.left_out, reader.own_sizes(evidence.batches)
     whole, ending = _put_together(evidence.on_host(), ending, world)
     if whole is None:
         return None
@@ -131,6 +147,7 @@ def _measure_held_out(
     _measure(planned, Measurement(measured.session, evidence, random=False), reader, progress, world)
     reader.fill()
     evidence.kept, evidence.seconds = reader.kept, time.perf_counter() - started
+    evidence.sizes = reader.own_sizes(evidence.batches)
     return evidence
 
 
@@ -184,9 +201,38 @@ def _measure(total: int, measurement: Measurement, reader: Reader, progress: Pro
         micro_batches = reader.take(min(evidence.batching.at_once, mine - evidence.batches))
         if not micro_batches:
             return ScanEnding("data_exhausted")
+        if reader.varies and evidence.batching.emulation.trusted:
+            measurement.refuse(CannotEmulateError(DIFFERENT_SIZES))
         measurement.step(micro_batches)
     progress(total, total)
     return ScanEnding()
+
+
+def _to_score(measurement: Measurement, measured: int, settings: ScanSettings) -> int:
+    """Micro-batches of all processes that loss and metric are wanted of, where they are given."""
+    if settings.batches is not None or not measurement.session.functions.scores:
+        return measured
+    return max(measured, min(-(-SCORED_SAMPLES // measurement.evidence.batch_size), settings.max_batches))
+
+
+def _score_more(total: int, measurement: Measurement, reader: Reader, progress: Progress, world: World) -> None:
+    """Loss and metric of further micro-batches of this process, up to the first ``total`` of all.
+
+    Raises:
+        KeyboardInterrupt: Here, or another process asked all to stop.
+    """
+    done, share, started = measurement.evidence.batches, reader.share, time.perf_counter()
+    mine = share.count(total)
+    while done < mine and measurement.evidence.scoring_seconds < SCORING_SECONDS:
+        if world.halted:
+            raise KeyboardInterrupt
+        progress(share.position(done), total)
+        micro_batches = reader.take(min(measurement.evidence.batching.at_once, mine - done))
+        if not micro_batches:
+            return
+        measurement.score(micro_batches)
+        done += len(micro_batches)
+        measurement.evidence.scoring_seconds = time.perf_counter() - started
 
 
 def _looks(settings: ScanSettings) -> Iterator[int]:
@@ -220,7 +266,7 @@ class _Step:
 
     Attributes:
         joined: The physical batch, on the device.
-        apart: The same samples as real micro-batches, for loss and metric.
+        apart: The same samples as real micro-batches, for loss and metric; none where neither is given.
         micro_batches: How many there are.
         inputs: Positions of the tensors of the batch that the model was called on.
     """
@@ -232,6 +278,7 @@ class _Step:
     outputs: dict[PathName, Any] = field(default_factory=dict)
     inputs: set[int] = field(default_factory=set)
     contributions: Contributions = field(default_factory=dict)
+    scores: Found = field(default_factory=dict)
 
 
 @dataclass
@@ -254,22 +301,38 @@ class Measurement:
         Raises:
             DeviceError: Not even one micro-batch fits into memory.
         """
-        chunks = Chunks(self.session.device, self.evidence.batch_size, len(micro_batches))
-        chunks.run(micro_batches, self._measure, self._refused)
+        self._in_chunks(micro_batches, self._measure)
+
+    def score(self, micro_batches: list[Any]) -> None:
+        """Add the loss and metric of further micro-batches, and nothing else; as ``step``."""
+        self._in_chunks(micro_batches, self._score)
+
+    def _in_chunks(self, micro_batches: list[Any], run: Callable[[list[Any]], None]) -> None:
+        at_once = len(micro_batches) if self.evidence.batching.emulation.trusted else 1
+        chunks = Chunks(self.session.device, self.evidence.batch_size, at_once)
+        chunks.run(micro_batches, run, self.refuse)
         if chunks.at_once < len(micro_batches):
             self.evidence.batching = replace(self.evidence.batching, at_once=chunks.at_once)
 
-    def _refused(self, error: Refusal) -> None:
+    def refuse(self, error: Refusal) -> None:
+        """Go on with real micro-batches, which cannot run together for this reason."""
         batching = self.evidence.batching
         later = "Later micro-batches run one by one. " if self.evidence.emulated else ""
         emulation = Emulation(False, later + as_sentence(error), batching.emulation.check, {})
         self.evidence.batching = replace(batching, emulation=emulation)
 
+    def _score(self, micro_batches: list[Any]) -> None:
+        step = self._step_of(micro_batches)
+        for path in self.evidence.paths:
+            self._forward(path, step)
+        with deferred_interrupts():
+            self.evidence.scores.add(step.scores)
+
     def _measure(self, micro_batches: list[Any]) -> None:
-        session, evidence = self.session, self.evidence
-        step = _Step(to_device(join(micro_batches), session.device), self._apart(micro_batches), len(micro_batches))
+        evidence, step = self.evidence, self._step_of(micro_batches)
         draws: dict[PathName, bool] = {path: self._forward(path, step) for path in evidence.paths if path != "steady"}
         random = self._is_random(draws) if self.random is None else self.random
+        repeat = self._repeat(step) if self.random is None else evidence.repeat
         started = time.perf_counter()
         if random:
             self._forward("steady", step)
@@ -282,7 +345,8 @@ class Measurement:
             if random and self.steady is not None:
                 evidence.paths["steady"] = self.steady
             evidence.steady_seconds += seconds
-            evidence.add(step.passes, step.contributions, len(micro_batches))
+            evidence.repeat = repeat
+            evidence.add(step.passes, step.contributions, step.scores, len(micro_batches))
 
     def _is_random(self, draws: Mapping[PathName, bool]) -> bool:
         """Whether training draws random numbers that inference does not; if both do, decided by the kinds of layers."""
@@ -290,10 +354,31 @@ class Measurement:
             return False
         return not draws["eval"] or has_random_layers(self.session.model)
 
-    def _apart(self, micro_batches: list[Any]) -> list[Any]:
-        """The separate micro-batches, if there is a loss or metric."""
-        wanted = self.session.functions.loss or self.session.functions.metric
-        return [to_device(batch, self.session.device) for batch in micro_batches] if wanted else []
+    def _repeat(self, step: _Step) -> float | None:
+        """Relative L2 distance of two eval-path passes over the same samples: 0 unless the model is random there.
+
+        Where they differ, two passes with the same random state say what the device's own rounding does. A model with
+        a generator of its own differs there as well, but by more than rounding.
+        """
+        with preserved_random_state():
+            repeat = relative_distance(self._eval_again(step), step.outputs["eval"])
+        if not repeat:
+            return repeat
+        with preserved_random_state():
+            first = self._eval_again(step)
+        with preserved_random_state():
+            device = relative_distance(self._eval_again(step), first) or 0.0
+        return repeat if repeat > _DEVICE * device or repeat > _BEYOND_ROUNDING else 0.0
+
+    def _eval_again(self, step: _Step) -> Any:
+        pass_ = self.evidence.batching.pass_over(step.micro_batches, "eval")
+        return self.session.forward("eval", step.joined, pass_)[0]
+
+    def _step_of(self, micro_batches: list[Any]) -> _Step:
+        device, scored = self.session.device, self.session.functions.scores
+        apart = [to_device(batch, device) for batch in micro_batches] if scored else []
+        joined = to_device(join(micro_batches, self.evidence.batch_size), device)
+        return _Step(joined, apart, len(micro_batches))
 
     def _forward(self, path: PathName, step: _Step) -> bool:
         """Run one path; return whether it drew random numbers, which is checked in the first step only."""
@@ -304,7 +389,8 @@ class Measurement:
         step.outputs[path], recorded = self.session.forward(path, step.joined, step.passes[path])
         drew = before is not None and random_state() != before
         step.inputs |= {position for key in recorded for position in key}
-        step.contributions |= user_values(self.session, path, step.apart, recorded, batching.batch_size)
+        room = {measure: self.evidence.scores.room(measure, path) for measure in MEASURES}
+        step.scores |= score_outputs(self.session, path, step.apart, recorded, batching.batch_size, room)
         return drew
 
 
