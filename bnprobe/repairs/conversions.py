@@ -187,13 +187,14 @@ def adopt(replacement: nn.Module, module: _BatchNorm, buffers: bool = True) -> n
     replacement.register_parameter("weight", module.weight)
     replacement.register_parameter("bias", module.bias)
     for name in _STATISTICS if buffers else ():
-        setattr(replacement, name, getattr(module, name))
+        if getattr(module, name, None) is not None:  # a layer may keep statistics and not count their updates
+            setattr(replacement, name, getattr(module, name))
     return replacement
 
 
 def no_statistics(module: _BatchNorm) -> str | None:
     """The obstacle of targets that normalize with running statistics."""
-    if module.running_mean is None or module.running_var is None or module.num_batches_tracked is None:
+    if module.running_mean is None or module.running_var is None:
         return (
             "keeps no running statistics (track_running_stats=False): make it with track_running_stats=True and"
             " recalibrate first"

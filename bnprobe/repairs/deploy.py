@@ -28,6 +28,9 @@ def deployable_state(converted: nn.Module, original: nn.Module) -> dict[str, Ten
         if isinstance(layer, _BatchNorm) and name in here:
             _require_same_inference(name or "The model", here[name], layer)
     state, expected = _without_training_only(converted), original.state_dict()
+    # A layer that did not count its updates does so once it is converted.
+    counted = {key for key in state if key.rpartition(".")[2] == "num_batches_tracked"}
+    state = {key: value for key, value in state.items() if key in expected or key not in counted}
     _require_same_keys(state, expected)
     return state
 

@@ -199,9 +199,14 @@ def _is_bn_with_children(module: _BatchNorm, children: bool) -> bool:
     for training in modes:
         own, plain = _bare_copy(module), _plain_twin(module, children)
         outputs = [_run(layer.train(training), values) for layer in (own, plain)]
-        if not all(map(_alike, [outputs[0], *own.buffers(False)], [outputs[1], *plain.buffers(False)])):
+        if not all(map(_alike, [outputs[0], *_statistics(own)], [outputs[1], *_statistics(plain)])):
             return False
     return True
+
+
+def _statistics(module: nn.Module) -> list[Tensor]:
+    """The running statistics. Whether a layer counts its updates changes nothing that it computes."""
+    return [buffer for name, buffer in module.named_buffers(recurse=False) if name != "num_batches_tracked"]
 
 
 def _bare_copy(module: _BatchNorm) -> _BatchNorm:

@@ -104,3 +104,25 @@ def test_trying_a_subclass_draws_nothing_and_changes_nothing() -> None:
     bnprobe.convert(model)
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Uncounted(nn.BatchNorm2d):
+    """Normalizes and averages as BN does, and counts nothing, as synchronized norms of the user's own do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+
+@pytest.mark.parametrize("to", EVERY)
+@pytest.mark.parametrize("without", [False, True])
+def test_updates_that_are_not_counted_are_nothing_that_a_layer_computes(to: str, without: bool) -> None:
+    model = unsettled(nn.Sequential(nn.Conv2d(3, 4, 3), Uncounted(4)))
+    if without:
+        model[1].num_batches_tracked = None
+    converted = bnprobe.convert(model, to=to)
+    assert not isinstance(converted[1], Uncounted)
+    if to in ("frozen", "batch-renorm", "sync"):
+        torch.testing.assert_close(converted.eval()(images()), model.eval()(images()))
+        copy.deepcopy(model).load_state_dict(bnprobe.deployable_state(converted, model))
