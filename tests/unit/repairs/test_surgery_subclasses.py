@@ -125,4 +125,4 @@ def test_updates_that_are_not_counted_are_nothing_that_a_layer_computes(to: str,
     assert not isinstance(converted[1], Uncounted)
     if to in ("frozen", "batch-renorm", "sync"):
         torch.testing.assert_close(converted.eval()(images()), model.eval()(images()))
-        copy.deepcopy(model).load_state_dict(bnprobe.deployable_state(converted, model))
+        assert bnprobe.deployable_state(converted, model).keys() == model.state_dict().keys()
