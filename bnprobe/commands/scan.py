@@ -505,19 +505,11 @@ def _pool(evidence: Evidence) -> Pool | None:
 def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
     """What the reader should know about the scan as a whole."""
     yield from unmatched_globs(settings, evidence.layers)
-<<<<<<< HEAD
-=======
-    if all(layer.info.batches_tracked == 0 for layer in evidence.layers.selected):
-        yield (
-            "No layer's running statistics were ever updated (num_batches_tracked is 0): the model is untrained."
-            " Was a checkpoint forgotten?"
-        )
     if evidence.sizes and len(set(evidence.sizes.values())) == 1:
         yield (
             f"The batches have {round(evidence.samples / evidence.batches)} samples, not {evidence.batch_size} as asked"
             " for: all figures are for batches as they are."
         )
->>>>>>> wt-effect
     for size in evidence.batch_sizes:
         if evidence.samples < 2 * size:
             needed = f"Batch size {size} needs at least {2 * size} samples"
