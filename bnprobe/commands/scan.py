@@ -348,21 +348,22 @@ def tell_apart(found: Further, session: Session, evidence: Evidence, findings: F
     Args:
         off: Something is wrong at all.
     """
-    batches, size = evidence.micro_batches, evidence.batch_size
+    batches = evidence.micro_batches
+    sizes = [evidence.sizes.get(position, evidence.batch_size) for position in sorted(evidence.kept)]
     with session.installed():
-        found.random_before = random_layers_before(session, batches[0]) if batches else None
+        found.random_before = random_layers_before(session, batches[0], sizes[0]) if batches else None
         if any(layer.info.running_mean is None for layer in session.layers.selected):
-            found.batch_dependence = batch_dependence(session, batches, size)
+            found.batch_dependence = batch_dependence(session, batches, sizes)
         if not off:
             return
-        samples = len(batches) * size
+        samples = sum(sizes)
         if session.functions.loss is not None or session.functions.metric is not None:
             with _counted(found, "chance", "what outputs of other samples score", samples):
-                found.chance = chance_levels(session, batches, size)
+                found.chance = chance_levels(session, batches, sizes)
         stale = [layer.name for layer in findings.layers if layer.flagged and layer.shares and layer.shares.lag > 0]
         if stale:
             with _counted(found, "eps", "whether the statistics fit another eps", min(samples, SAMPLES_OF_EPS)):
-                found.other_eps = fitting_eps(session, batches, size, stale)
+                found.other_eps = fitting_eps(session, batches, sizes, stale)
             found.padding = padding_in(batches, [] if evidence.held_out is None else evidence.held_out.micro_batches)
 
 

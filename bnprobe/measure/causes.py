@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.errors import BnprobeError
-from bnprobe.measure.batch import CannotEmulateError, count_images, join, pick, tensors_of, to_device
+from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of, to_device
 from bnprobe.measure.hooks import Pass
 from bnprobe.measure.layers import ProbedLayer, named_once, probability_of_dropping
 from bnprobe.measure.outputs import floating, square_norm
@@ -35,7 +35,7 @@ _SAME = 1e-6
 """A loss that changes by no more than this, relative, does not depend on which sample an output belongs to."""
 
 
-def chance_levels(session: Session, micro_batches: Sequence[Any], batch_size: int) -> tuple[Chance, ...]:
+def chance_levels(session: Session, micro_batches: Sequence[Any], sizes: Sequence[int]) -> tuple[Chance, ...]:
     """Loss and metric with every sample's own output, and with the output of a sample of another micro-batch.
 
     Outputs that say nothing about their sample score the same in both. On the path without random layers, and on the eval
@@ -43,7 +43,7 @@ def chance_levels(session: Session, micro_batches: Sequence[Any], batch_size: in
 
     Args:
         session: Installed.
-        micro_batches: Of ``batch_size`` samples each.
+        micro_batches, sizes: On the host, and their samples.
 
     Returns:
         One for each function; a mode is None where an output cannot be given to another sample (the function runs the
@@ -54,7 +54,7 @@ def chance_levels(session: Session, micro_batches: Sequence[Any], batch_size: in
     if len(micro_batches) > 1:
         for path in found:
             with suppress(BnprobeError, CannotEmulateError):
-                found[path] = dict(_chance(session, path, micro_batches, batch_size))
+                found[path] = dict(_chance(session, path, micro_batches, sizes))
     return tuple(
         Chance(measure, found["steady"].get(measure), found["eval"].get(measure))
         for measure in MEASURES
@@ -63,17 +63,17 @@ def chance_levels(session: Session, micro_batches: Sequence[Any], batch_size: in
 
 
 def _chance(
-    session: Session, path: PathName, micro_batches: Sequence[Any], size: int
+    session: Session, path: PathName, micro_batches: Sequence[Any], sizes: Sequence[int]
 ) -> Iterator[tuple[str, ChanceValues]]:
     own, other = ScoreTable(), {measure: [] for measure in MEASURES}  # type: ignore[var-annotated]
     recorded: list[Outputs] = []
     batches = [to_device(batch, session.device) for batch in micro_batches]
-    for batch in batches:
+    for batch, size in zip(batches, sizes, strict=True):
         _, outputs = session.forward(path, batch, Pass(size, size))
         recorded.append(outputs)
         own.add(score_outputs(session, path, [batch], outputs, size))
     functions = {"loss": session.functions.loss, "metric": session.functions.metric}
-    for position, batch in enumerate(batches):
+    for position, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
         outputs = recorded[(position + len(batches) // 2) % len(batches)]
         for measure in MEASURES:
             if functions[measure] is None:
@@ -94,7 +94,7 @@ def _chance(
             yield measure, ChanceValues(mine.mean, theirs.mean, change)
 
 
-def batch_dependence(session: Session, micro_batches: Sequence[Any], batch_size: int) -> float | None:
+def batch_dependence(session: Session, micro_batches: Sequence[Any], sizes: Sequence[int]) -> float | None:
     """Relative L2 distance, on the eval path, of the outputs for the same samples in other batches.
 
     Pairs of micro-batches exchange half of their samples; batches of one sample are compared with batches of two.
@@ -104,16 +104,17 @@ def batch_dependence(session: Session, micro_batches: Sequence[Any], batch_size:
     """
     difference = norm = 0.0
     with suppress(BnprobeError, CannotEmulateError):
-        for first, second in zip(micro_batches[::2], micro_batches[1::2], strict=False):
-            half = (batch_size + 1) // 2
-            parts = [pick(first, list(range(half)), batch_size), pick(second, list(range(half)), batch_size)]
-            mixed = _rows(session, join(parts), 2 * half)
-            alone = [_rows(session, batch, batch_size) for batch in (first, second)]
+        pairs = list(zip(micro_batches, sizes, strict=True))
+        for one, other in zip(pairs[::2], pairs[1::2], strict=False):
+            half = (min(one[1], other[1]) + 1) // 2
+            parts = [pick(batch, list(range(half)), size) for batch, size in (one, other)]
+            mixed = _rows(session, join(parts, half), 2 * half)
+            alone = [_rows(session, *each) for each in (one, other)]
             for position, rows in enumerate(alone):
                 for here, there in zip(rows, mixed, strict=True):
-                    one, other = here[:half], there[position * half : (position + 1) * half]
-                    difference += float(square_norm(one - other))
-                    norm += float(square_norm(one))
+                    again = there[position * half : (position + 1) * half]
+                    difference += float(square_norm(here[:half] - again))
+                    norm += float(square_norm(here[:half]))
     return math.sqrt(difference / norm) if norm and math.isfinite(difference / norm) else None
 
 
@@ -123,7 +124,7 @@ def _rows(session: Session, batch: Any, size: int) -> list[Tensor]:
 
 
 def fitting_eps(
-    session: Session, micro_batches: Sequence[Any], batch_size: int, stale: Sequence[str]
+    session: Session, micro_batches: Sequence[Any], sizes: Sequence[int], stale: Sequence[str]
 ) -> OtherEps | None:
     """The eps, in all layers, with which the statistics of some layers fit best; None if none fits better.
 
@@ -136,15 +137,16 @@ def fitting_eps(
     """
     layers = [layer for layer in session.layers.layers if layer.info.running_mean is not None]
     known = [layer for layer in layers if layer.name in stale]
-    batches = micro_batches[: max(1, SAMPLES_OF_EPS // batch_size)]
+    number = max(1, SAMPLES_OF_EPS // max(sizes, default=1))
+    batches = list(zip(micro_batches, sizes, strict=True))[:number]
     if not known or (layers and known[0] is layers[0]):
         return None
     trials: dict[float, dict[str, float]] = {}
     with suppress(BnprobeError, CannotEmulateError):
-        own = _distances(session, batches, batch_size, known)
+        own = _distances(session, batches, known)
         for eps in EPS:
             with _eps(layers, eps):
-                trials[eps] = _distances(session, batches, batch_size, known)
+                trials[eps] = _distances(session, batches, known)
     if not trials:
         return None
     left = {eps: {name: found[name] / own[name] for name in found if own.get(name)} for eps, found in trials.items()}
@@ -152,10 +154,10 @@ def fitting_eps(
     return OtherEps(best, left[best])
 
 
-def _distances(session: Session, batches: Sequence[Any], size: int, layers: Sequence[ProbedLayer]) -> dict[str, float]:
+def _distances(session: Session, batches: Sequence[tuple[Any, int]], layers: Sequence[ProbedLayer]) -> dict[str, float]:
     """Mismatch D of the running statistics against those of all samples as one batch, eval path."""
     sums: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for batch in batches:
+    for batch, size in batches:
         pass_ = Pass(size, size)
         session.forward("eval", to_device(batch, session.device), pass_)
         for (index, _), record in pass_.records.items():
@@ -228,7 +230,7 @@ def _padded(micro_batches: Sequence[Any], axis: int) -> float | None:
     return float(torch.stack(parts).mean()) if parts else None
 
 
-def random_layers_before(session: Session, batch: Any) -> Mapping[str, tuple[str, ...]] | None:
+def random_layers_before(session: Session, batch: Any, size: int) -> Mapping[str, tuple[str, ...]] | None:
     """For each norm layer, the random layers whose output reaches it, as one forward pass in training shows.
 
     Returns:
@@ -238,7 +240,6 @@ def random_layers_before(session: Session, batch: Any) -> Mapping[str, tuple[str
     sources: dict[int, str] = {}
     kept: list[Tensor] = []
     reached: dict[str, set[str]] = {}
-    size = count_images(batch) or 1
 
     def mark(module: nn.Module, args: Any, output: Any) -> Any:
         if not (module.training and isinstance(output, Tensor) and output.is_floating_point()):
