@@ -28,10 +28,11 @@ from bnprobe.records import (
     SkippedLayer,
     Summary,
 )
+from bnprobe.rules.shares import noise_limit, screened
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
 from bnprobe.stats.intervals import mean_interval, standing
 from bnprobe.stats.scores import independent_difference, paired_difference
-from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size, mismatch_iid
+from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,12 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
     train, eval_ = (_path(path, layer.index, slots, single) for path in (evidence.train, evidence.eval))
     threshold = settings.threshold_of(layer.name, *layer.aliases)
     only_in = _only_in(evidence, layer)
-    intervals = [path.interval for path in (train, eval_) if path is not None]
-    if only_in == "train" and found.intervals is not None and found.intervals.small_batch is not None:
-        intervals = [found.intervals.small_batch]  # nothing uses its running statistics
-    status = standing(intervals, mismatch_iid(threshold))
+    noise = found.intervals.small_batch if found.intervals is not None else None
+    if only_in == "train" and noise is not None:  # nothing uses its running statistics
+        status = standing([noise], noise_limit(threshold))
+    else:
+        intervals = [path.interval for path in (train, eval_) if path is not None]
+        status = screened(intervals, found.shares, threshold)
     frozen, overflows = _is_frozen(evidence, layer), _overflows(evidence, slots)
     # What is behind a layer whose statistics are not finite is not at fault for being so, too.
     overflows = overflows and not _unusable(evidence)

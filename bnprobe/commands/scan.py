@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +31,14 @@ from bnprobe.loading.order import deal, spread
 from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.accumulators import SamplePool
 from bnprobe.measure.batch import to_device
+from bnprobe.measure.causes import (
+    SAMPLES_OF_EPS,
+    batch_dependence,
+    chance_levels,
+    fitting_eps,
+    padding_in,
+    random_layers_before,
+)
 from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.gradients import measure_gradients
 from bnprobe.measure.impact import SAMPLES, joint_impact, measure_impact
@@ -51,6 +59,7 @@ from bnprobe.measure.what_if import what_if
 from bnprobe.records import (
     SCHEMA_VERSION,
     Backward,
+    Chance,
     Environment,
     ExtraPass,
     GradientAngle,
@@ -63,7 +72,8 @@ from bnprobe.records import (
     Tool,
     Updates,
 )
-from bnprobe.rules.facts import Anatomy, Facts
+from bnprobe.rules.effect import inconsistency
+from bnprobe.rules.facts import Anatomy, Facts, OtherEps, Padding
 from bnprobe.stats.composition import regrouped_batches
 
 IMPACT_BYTES = 2**27
@@ -74,6 +84,9 @@ IMPACT_PART = 8
 
 WHAT_IF_IMAGES = 512
 """Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""
+
+CHANCE_IMAGES = 256
+"""Samples whose outputs are given to other samples; kept in host memory."""
 
 GRADIENT_BATCHES = 32
 """Micro-batches whose gradients are measured; the noise is then known to about 25%."""
@@ -210,7 +223,7 @@ def _probe(
 
 def wanted_batches(settings: ScanSettings, batch_size: int) -> int:
     """Micro-batches to keep for the measurements that the settings request."""
-    images = max(SAMPLES, WHAT_IF_IMAGES if settings.what_if else 0)
+    images = max(SAMPLES, WHAT_IF_IMAGES if settings.what_if else CHANCE_IMAGES)
     trained = settings.train_steps or 0
     return max(2, images // batch_size, trained, GRADIENT_BATCHES if settings.gradients else 0)
 
@@ -221,17 +234,23 @@ def _report(
     """Measure what goes beyond the two paths, apply the rules, and write the report."""
     findings = assemble(evidence, settings)
     evidence, further = _beyond(workload, session, settings, evidence, findings)
+    output = replace(findings.summary.output, batch_dependence=further.batch_dependence)
+    summary = replace(findings.summary, output=output, gradient_angle=further.angle, chance=further.chance)
     scan = describe(workload, settings, evidence, further, session.device)
-    scan = replace(scan, notes=(*scan.notes, *notes))
+    scan = replace(scan, notes=(*scan.notes, *notes, *_on_new_models(facts)))
     layers = with_further(findings.layers, facts.anatomy, further, session.layers)
     facts = replace(
         facts,
+        anatomy=_with_traced(facts.anatomy, further.random_before),
         layers={layer.name: layer for layer in layers},
         scan=scan,
-        output=findings.summary.output,
-        gaps=findings.summary.gaps,
+        output=summary.output,
+        gaps=summary.gaps,
         remedies=further.remedies,
         called=frozenset(layer.name for layer in session.layers.layers if layer.index in evidence.entered),
+        chance=summary.chance,
+        other_eps=further.other_eps,
+        padding=further.padding,
     )
     verdicts = judge(facts, settings.rules)
     impacts = joint_impacts(session, evidence, further, groups_of(verdicts, facts))
@@ -240,7 +259,7 @@ def _report(
         tool=Tool("bnprobe", __version__),
         environment=environment(session.device),
         scan=scan,
-        summary=replace(findings.summary, gradient_angle=further.angle),
+        summary=summary,
         layers=layers,
         skipped=findings.skipped,
         verdicts=verdicts,
@@ -260,9 +279,11 @@ def _beyond(
     further = Further()
     if evidence.partial:
         return evidence, further
-    off = any(layer.flagged or layer.undecided for layer in findings.layers)
+    worse = inconsistency(findings.summary.gaps).is_worse
+    off = worse or any(layer.flagged or layer.undecided or layer.domains for layer in findings.layers)
     try:
         measure_further(further, session, evidence, settings, workload.make_optimizer, impact=off)
+        tell_apart(further, session, evidence, findings, off=off)
     except BnprobeError as error:
         evidence = replace(evidence, stopped="failed", failure=error)
     except KeyboardInterrupt:
@@ -272,13 +293,18 @@ def _beyond(
 
 @dataclass
 class Further:
-    """Results by layer index, and their cost."""
+    """Results by layer index, or by name where rules read them so, and their cost."""
 
     impacts: dict[int, Impact] = field(default_factory=dict)
     backward: dict[int, Backward] = field(default_factory=dict)
     updates: dict[int, Updates] = field(default_factory=dict)
     angle: GradientAngle | None = None
     remedies: tuple[Remedy, ...] = ()
+    chance: tuple[Chance, ...] = ()
+    batch_dependence: float | None = None
+    other_eps: OtherEps | None = None
+    padding: Padding | None = None
+    random_before: Mapping[str, tuple[str, ...]] | None = None
     passes: list[ExtraPass] = field(default_factory=list)
 
 
@@ -321,6 +347,31 @@ def measure_further(
         batches = evidence.micro_batches[:GRADIENT_BATCHES]
         with _counted(found, "gradients", "asked for", len(batches) * size):
             found.backward, found.angle = measure_gradients(session, batches, seed=settings.seed)
+
+
+def tell_apart(found: Further, session: Session, evidence: Evidence, findings: Findings, *, off: bool) -> None:
+    """Measure what tells one cause from another, where the findings so far leave it open, into ``found``.
+
+    Args:
+        off: Something is wrong at all.
+    """
+    batches = evidence.micro_batches
+    sizes = [evidence.sizes.get(position, evidence.batch_size) for position in sorted(evidence.kept)]
+    with session.installed():
+        found.random_before = random_layers_before(session, batches[0], sizes[0]) if batches else None
+        if any(layer.info.running_mean is None for layer in session.layers.selected):
+            found.batch_dependence = batch_dependence(session, batches, sizes)
+        if not off:
+            return
+        samples = sum(sizes)
+        if session.functions.loss is not None or session.functions.metric is not None:
+            with _counted(found, "chance", "what outputs of other samples score", samples):
+                found.chance = chance_levels(session, batches, sizes)
+        stale = [layer.name for layer in findings.layers if layer.flagged and layer.shares and layer.shares.lag > 0]
+        if stale:
+            with _counted(found, "eps", "whether the statistics fit another eps", min(samples, SAMPLES_OF_EPS)):
+                found.other_eps = fitting_eps(session, batches, sizes, stale)
+            found.padding = padding_in(batches, [] if evidence.held_out is None else evidence.held_out.micro_batches)
 
 
 def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
@@ -462,11 +513,6 @@ def _pool(evidence: Evidence) -> Pool | None:
 def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
     """What the reader should know about the scan as a whole."""
     yield from unmatched_globs(settings, evidence.layers)
-    if all(layer.info.batches_tracked == 0 for layer in evidence.layers.selected):
-        yield (
-            "No layer's running statistics were ever updated (num_batches_tracked is 0): the model is untrained."
-            " Was a checkpoint forgotten?"
-        )
     if evidence.sizes and len(set(evidence.sizes.values())) == 1:
         yield (
             f"The batches have {round(evidence.samples / evidence.batches)} samples, not {evidence.batch_size} as asked"
@@ -476,6 +522,20 @@ def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
         if evidence.samples < 2 * size:
             needed = f"Batch size {size} needs at least {2 * size} samples"
             yield f"{needed}, and {evidence.samples} were measured: raise --batches."
+
+
+def _on_new_models(facts: Facts) -> Iterator[str]:
+    """A note where nothing was trained."""
+    if facts.is_new:
+        yield "Running statistics, weights and biases of all BN layers are those of a new model. Was a checkpoint forgotten?"
+
+
+def _with_traced(
+    anatomy: Sequence[Anatomy], random_before: Mapping[str, tuple[str, ...]] | None
+) -> tuple[Anatomy, ...]:
+    """The layers with the random layers that feed them, where a forward pass could be followed."""
+    known = random_before or {}
+    return tuple(replace(one, dropouts_before=known.get(one.name, one.dropouts_before)) for one in anatomy)
 
 
 def _on_processes(world: World, agreement: Agreement) -> Iterator[str]:
