@@ -15,7 +15,7 @@ from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.hooks import Slot
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.scores import MEASURES
-from bnprobe.numbers import listed
+from bnprobe.numbers import listed, number
 from bnprobe.records import (
     BatchSizePoint,
     CallMeasurement,
@@ -289,15 +289,28 @@ def _unusable(evidence: Evidence) -> list[str]:
 
 def _require_finite(evidence: Evidence) -> None:
     """The train path must be finite; an overflow on the eval path is a symptom, and a note says where it starts."""
-    steps = {slot: evidence.train.first_bad(slot) for slot in evidence.train.calls}
-    bad = [(step, slot) for slot, step in steps.items() if step is not None]
-    if not bad:
+    order = [slot for slot in evidence.values if slot in evidence.train]
+    steps = {slot: step for slot in order if (step := evidence.train.first_bad(slot)) is not None}
+    if not steps:
         return
-    first_step = min(step for step, _ in bad)
-    slot = next(slot for step, slot in bad if step == first_step)
+    slot = next(slot for slot in steps if steps[slot] == min(steps.values()))
     layer = evidence.layers.layers[slot[0]]
+    others = len({index for index, _ in steps} - {slot[0]})
     raise NonFiniteError(
         f"The input of {layer.name} ({type(layer.module).__name__}) contains NaN or Inf in train mode. It is the first"
-        f" of {len(bad)} such layers in network order. Check what computes its input: weights that are not finite, an"
-        " overflow in half precision, a division by zero."
+        f" such layer in the order of the forward pass{f', of {others + 1}' if others else ''}."
+        f" {_measured_before(evidence, order[: order.index(slot)])} Check what computes its input: weights that are not"
+        " finite, an overflow in half precision, a division by zero."
     )
+
+
+def _measured_before(evidence: Evidence, slots: list[Slot]) -> str:
+    """What was measured in training of the layers before one whose input is not finite, a sentence."""
+    found = {}
+    for index in dict.fromkeys(index for index, _ in slots):
+        sums = evidence.train.layer(index)
+        if sums is not None and math.isfinite(sums.mean):
+            found[evidence.layers.layers[index].name] = sums.mean
+    if not found:
+        return "No layer before it was measured."
+    return f"Before it, in training: {listed([f'{name} (D = {number(mean)})' for name, mean in found.items()])}."
