@@ -277,7 +277,7 @@ def _notes(
         yield (f"Not recalibrated, because training does not update their running statistics: {listed(kept)}.")
     uncalled = [layer.name for layer in wanted if layer not in recalibrated]
     if uncalled:
-        yield f"Not recalibrated, because they were never called: {listed(uncalled)}."
+        yield f"Not recalibrated, because inference does not call them: {listed(uncalled)}."
     if settings.batches is not None and batches.batches < settings.batches:
         yield f"The data ended after {batches.batches} of the {settings.batches} requested batches."
 
