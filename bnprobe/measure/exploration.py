@@ -32,6 +32,9 @@ from bnprobe.stats.moments import bessel
 _ROWS = 32
 """Rows of its input that a module is tried on."""
 
+_LARGEST_LIMIT = 100.0
+"""A correction beyond this counts as one without limits."""
+
 _CLOSE = 1e-5
 """Largest relative difference at which two outputs count as the same; a copy runs in float64 unless it casts."""
 
@@ -70,13 +73,13 @@ def explore(
         if isinstance(outcome, WholeModule):
             found.append(_Found(named.name, named.aliases, named.module, outcome))
             skipped.pop(named.name, None)
-        elif named.name not in skipped or named.kind in (classes or {}):
+        elif named.name not in skipped or skipped[named.name].reason.startswith("unknown norm"):
             skipped[named.name] = SkippedLayer(named.name, named.kind, outcome)
     for layer in found:
         skipped.pop(layer.name, None)
     order = {id(named.module): position for position, named in enumerate(modules)}
     every = [
-        *known.layers,
+        *(_as_called(layer, watch) for layer in known.layers),
         *(
             ProbedLayer(0, each.name, each.aliases, each.module, each.family, each.family.describe(each.module), True)
             for each in found
@@ -90,6 +93,20 @@ def explore(
         ),
         tuple(skipped.values()),
     )
+
+
+def _as_called(layer: ProbedLayer, watch: _Watch) -> ProbedLayer:
+    """A layer with what its calls say, where that differs from its attributes."""
+    calls = watch.known.get(place_of(layer.info.running_mean) or (0, 0, 0), [])
+    info = layer.info
+    if calls:
+        info = replace(info, eps=calls[0].eps)
+    training = next((call for call in calls if call.training), None)
+    if training is not None and training.momentum is not None and info.momentum is not None:
+        info = replace(info, momentum=training.momentum)
+    if training is not None and "num_batches_tracked" not in watch.counters.get(layer.module, ()):
+        info = replace(info, batches_tracked=None)
+    return replace(layer, info=info)
 
 
 @dataclass(frozen=True)
@@ -115,6 +132,7 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         calls: Those calls.
+        known: The calls on statistics of known layers, by their place.
         inputs: Of modules that may be norms of their own, in train mode.
         written: For these, the names of the tensors that the pass in train mode changed.
         counters: For every module, the names of its numbers that the pass raised by 1.
@@ -123,12 +141,14 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module, known: LayerSet) -> None:
         super().__init__()
         self.calls: list[NormCall] = []
+        self.known: dict[tuple[int, int, int], list[NormCall]] = {}
         self.inputs: dict[nn.Module, _Inputs] = {}
         self.written: dict[nn.Module, tuple[str, ...]] = {}
         self.counters: dict[nn.Module, tuple[str, ...]] = {}
         self._places = {place_of(layer.info.running_mean) for layer in known.layers}
         layers = {layer.module for layer in known.layers}
-        self._modules = [named.module for named in named_once(model) if named.module not in layers]
+        self._every = [named.module for named in named_once(model)]
+        self._modules = [module for module in self._every if module not in layers]
         self._family = BatchNormFamily()
 
     def __torch_function__(
@@ -138,8 +158,9 @@ class _Watch(TorchFunctionMode):
         if func is F.batch_norm:
             call = self._family.parse(*args, **kwargs)
             place = place_of(call.running_mean)
-            if place is not None and place not in self._places:
-                self.calls.append(replace(call, input=call.input[:0].detach()))
+            if place is not None:
+                into = self.known.setdefault(place, []) if place in self._places else self.calls
+                into.append(replace(call, input=call.input[:0].detach()))
         return func(*args, **kwargs)
 
     @contextmanager
@@ -150,7 +171,7 @@ class _Watch(TorchFunctionMode):
                 yield
             return
         candidates = [module for module in self._modules if len(_statistics_like(module)) > 1]
-        before = {module: _copies(module) for module in self._modules}
+        before = {module: _copies(module) for module in self._every}
         with ExitStack() as stack:
             for module in candidates:
                 stack.callback(module.register_forward_pre_hook(self._note, with_kwargs=True).remove)
@@ -402,14 +423,14 @@ class _Trial:
                 return replace(family, unbiased=unbiased)
         zero, unit = evaluated(0 * x), evaluated(0 * x + 1)
         for unbiased in (False, True):
-            far, _, _, far_normalized, _ = trained(1e3, 1e3)
+            far, _, _, far_normalized, _ = trained(1e4, 1e6)  # so far off that limits are reached
             z = far_normalized(unbiased)
             r_max, d_max = _least_squares(far - zero, evaluated(z) - zero, unit - zero)
             limited = replace(
                 family,
                 unbiased=unbiased,
-                r_max=torch.inf if r_max > 900 else float(f"{r_max:.4g}"),
-                d_max=torch.inf if d_max > 900 else float(f"{d_max:.4g}"),
+                r_max=torch.inf if r_max > _LARGEST_LIMIT else float(f"{r_max:.4g}"),
+                d_max=torch.inf if d_max > _LARGEST_LIMIT else float(f"{d_max:.4g}"),
             )
             if r_max >= 1 - _CLOSE and d_max >= -_CLOSE and all(
                 self._corrects_as(limited, trained(scale, offset), mean, std, evaluated)

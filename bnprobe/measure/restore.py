@@ -392,14 +392,15 @@ class ModelState:
                 if not same or not _same_bits(_flat(tensor.data), _flat(values)):
                     self._kept[id(tensor)] = (tensor, values.to(tensor.device))
 
+    def accept_attributes(self) -> None:
+        """Take the attributes as they are: a model's own ``train()`` may set some."""
+        for attributes in self._attributes:
+            attributes.accept()
+
     def put_back(self) -> None:
-        """Put back the attributes, and what is in tensors that were kept."""
+        """Put back attributes, and what is in tensors that were kept; their versions stay, for graphs that hold them."""
         for attributes in self._attributes:
             attributes.put_back()
-        self.put_back_tensors()
-
-    def put_back_tensors(self) -> None:
-        """Put back what is in the tensors that were kept; their versions stay, for graphs that hold them."""
         # The data of a tensor has a version counter of its own.
         moved = [(tensor.data, values) for tensor, values in self._kept.values() if tensor.shape == values.shape]
         if moved:
@@ -422,11 +423,17 @@ class _Attributes:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._values = {name: value for name, value in module.__dict__.items() if name not in _NOT_PLAIN}
+        self._values = self._plain()
         own = [value for name, value in self._values.items() if isinstance(value, _CONTAINERS)]
         boxes = {id(box): box for value in own for box in _containers(value) if not isinstance(box, tuple)}
         boxes.update((id(box), box) for box in (module._buffers, module._parameters) if isinstance(box, dict))
         self._boxes = [(box, copy.copy(box)) for box in boxes.values()]
+
+    def _plain(self) -> dict[str, Any]:
+        return {name: value for name, value in self._module.__dict__.items() if name not in _NOT_PLAIN}
+
+    def accept(self) -> None:
+        self._values = self._plain()
 
     def put_back(self) -> None:
         attributes = self._module.__dict__
