@@ -24,7 +24,17 @@ from torch.overrides import TorchFunctionMode
 from bnprobe.config.spec import NormClass
 from bnprobe.measure.batch import leaves_of, map_leaves
 from bnprobe.measure.layers import LayerSet, ProbedLayer, named_once
-from bnprobe.measure.norms import FORMS, BatchNormFamily, FunctionFamily, NormCall, NormFamily, Place, WholeModule, family_of, place_of
+from bnprobe.measure.norms import (
+    FORMS,
+    BatchNormFamily,
+    FunctionFamily,
+    NormCall,
+    NormFamily,
+    Place,
+    WholeModule,
+    family_of,
+    place_of,
+)
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.records import SkippedLayer
 from bnprobe.stats.moments import bessel
@@ -77,22 +87,18 @@ def explore(
             skipped[named.name] = SkippedLayer(named.name, named.kind, outcome)
     for layer in found:
         skipped.pop(layer.name, None)
-    order = {id(named.module): position for position, named in enumerate(modules)}
-    every = [
-        *(_as_called(layer, watch) for layer in known.layers),
-        *(
-            ProbedLayer(0, each.name, each.aliases, each.module, each.family, each.family.describe(each.module), True)
-            for each in found
-        ),
+    layers = [_as_called(layer, watch) for layer in known.layers]
+    layers += [
+        ProbedLayer(0, each.name, each.aliases, each.module, each.family, each.family.describe(each.module), True)
+        for each in found
     ]
-    every.sort(key=lambda layer: order[id(layer.module)])
-    return LayerSet(
-        tuple(
-            replace(layer, index=index, selected=is_selected(layer.name, *layer.aliases))
-            for index, layer in enumerate(every)
-        ),
-        tuple(skipped.values()),
-    )
+    order = {id(named.module): position for position, named in enumerate(modules)}
+    layers.sort(key=lambda layer: order[id(layer.module)])
+    layers = [
+        replace(layer, index=index, selected=is_selected(layer.name, *layer.aliases))
+        for index, layer in enumerate(layers)
+    ]
+    return LayerSet(tuple(layers), tuple(skipped.values()))
 
 
 def _as_called(layer: ProbedLayer, watch: _Watch) -> ProbedLayer:
@@ -135,7 +141,7 @@ class _Watch(TorchFunctionMode):
         known: The calls on statistics of known layers, by their place.
         inputs: Of modules that may be norms of their own, in train mode.
         written: For these, the names of the tensors that the pass in train mode changed.
-        counters: For every module, the names of its numbers that the pass raised by 1.
+        counters: For every module, the names of its numbers that the pass counted up.
     """
 
     def __init__(self, model: nn.Module, known: LayerSet) -> None:
@@ -182,7 +188,9 @@ class _Watch(TorchFunctionMode):
             self.counters[module] = tuple(
                 name
                 for name, value in kept.items()
-                if value.numel() == 1 and name in after and bool((after[name] - value == 1).all())
+                if name in after
+                and value.numel() == after[name].numel() == 1
+                and float(after[name]) - float(value) in range(1, 2**16)
             )
         for module in candidates:
             after, kept = _statistics_like(module), before[module]
@@ -245,7 +253,9 @@ def _functions(
                 key = (named.name, mean.attribute, start)
                 row = f"[{start // mean.channels}]" if len(starts) > 1 else ""
                 if key not in found:
-                    found[key] = _Found(f"{named.name}{row}", tuple(f"{each}{row}" for each in named.aliases), named.module, family)
+                    found[key] = _Found(
+                        f"{named.name}{row}", tuple(f"{each}{row}" for each in named.aliases), named.module, family
+                    )
             break
     return _told_apart(list(found.values()))
 
@@ -272,7 +282,7 @@ def _within(module: nn.Module, part: Tensor | None) -> Place | None:
         if whole is None or whole[0] != storage or not tensor.is_contiguous():
             continue
         start = offset - whole[1]
-        if 0 <= start and start + channels <= whole[2]:
+        if start >= 0 and start + channels <= whole[2]:
             return Place(name, channels, start)
     return None
 
@@ -295,7 +305,9 @@ def _recognised(
     except _NoNormError as error:
         reason = str(error)
     except Exception as error:  # the user's module on made-up inputs
-        reason = f"a copy of it cannot be tried ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        reason = (
+            f"a copy of it cannot be tried ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        )
     names = " and ".join(written[:4])
     line = f'norm_classes = {{"{kind}": {{"mean": "...", "variance": "...", "eps": 1e-5}}}}'
     advice = "" if said is not None else f". If it is a norm, the line {line} in the model file names its buffers"
@@ -333,7 +345,7 @@ class _Trial:
             missing = next(name for name in (self.mean, self.variance) if name not in kept)
             raise _NoNormError(f"it has no buffer {missing} (it has {', '.join(kept) or 'none'})")
         channels = kept[self.mean].numel()
-        places = [*enumerate(self.inputs.args), *self.inputs.kwargs.items()]
+        places: list[tuple[int | str, Any]] = [*enumerate(self.inputs.args), *self.inputs.kwargs.items()]
         for argument, value in places:
             axis = _channel_axis(value, channels)
             if axis is not None:
@@ -384,7 +396,9 @@ class _Trial:
                 raise _NoNormError(f"{self.variance} does not scale its input in eval mode")
             squares[kept] = 1 / ratio**2
         for name, form in FORMS.items() if said is None else ((said, FORMS[said]),):
-            variance = {kept: float(form.variance_of(torch.tensor(kept, dtype=torch.float64))) for kept in (0.5, 1.0, 2.0, 3.0)}
+            variance = {
+                kept: float(form.variance_of(torch.tensor(kept, dtype=torch.float64))) for kept in (0.5, 1.0, 2.0, 3.0)
+            }
             if abs(squares[2.0] - 1) < _CLOSE:
                 continue
             eps = (variance[2.0] - squares[2.0] * variance[1.0]) / (squares[2.0] - 1)
@@ -416,7 +430,9 @@ class _Trial:
             return output, batch_mean, batch_variance * factor, normalized, after
 
         output, batch_mean, _, normalized, after = trained(1.2, 0.3)
-        rate = float(((after - mean) * (batch_mean.reshape(-1) - mean)).sum() / (batch_mean.reshape(-1) - mean).square().sum())
+        rate = float(
+            ((after - mean) * (batch_mean.reshape(-1) - mean)).sum() / (batch_mean.reshape(-1) - mean).square().sum()
+        )
         family = replace(family, momentum=float(f"{rate:.4g}"))
         for unbiased in (False, True):
             if _close(output, evaluated(normalized(unbiased))):
@@ -432,9 +448,13 @@ class _Trial:
                 r_max=torch.inf if r_max > _LARGEST_LIMIT else float(f"{r_max:.4g}"),
                 d_max=torch.inf if d_max > _LARGEST_LIMIT else float(f"{d_max:.4g}"),
             )
-            if r_max >= 1 - _CLOSE and d_max >= -_CLOSE and all(
-                self._corrects_as(limited, trained(scale, offset), mean, std, evaluated)
-                for scale, offset in ((1.2, 0.3), (1e-2, -50.0), (40.0, 20.0))
+            if (
+                r_max >= 1 - _CLOSE
+                and d_max >= -_CLOSE
+                and all(
+                    self._corrects_as(limited, trained(scale, offset), mean, std, evaluated)
+                    for scale, offset in ((1.2, 0.3), (1e-2, -50.0), (40.0, 20.0))
+                )
             ):
                 return limited
         raise _NoNormError("in train mode it does not normalize with the statistics of its batch", uses_both=True)
@@ -454,7 +474,7 @@ class _Trial:
         return self._run_and_look(x, mean, kept, training=False)[0]
 
     def _run_and_look(self, x: Tensor, mean: Tensor, kept: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        """The output on such an input and with such statistics, channels first, and the mean that is kept afterwards."""
+        """The output on an input and with statistics, channels first, and the mean that is kept afterwards."""
         device = _own_tensors(self.module)[self.mean].device
         twin = copy.deepcopy(self.module).double()
         for name, tensor in twin.__dict__.items():

@@ -78,7 +78,7 @@ def set_mode(model: nn.Module, training: bool, held: Iterable[nn.Module]) -> Non
         module.training = False
 
 
-Restore = Callable[[], None]
+Restore = Callable[[], object]
 
 _CONTAINERS = (dict, list, set, deque, tuple)
 """Types that are saved item by item."""
@@ -188,7 +188,10 @@ def _tensors(modules: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
     """Every tensor that hangs on a module, once each, with the module's name: parameters, buffers, plain attributes."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, module in modules.items():
-        kept = [*module.parameters(recurse=False), *module.buffers(recurse=False)]  # of scripts no dictionary holds them
+        kept = [
+            *module.parameters(recurse=False),
+            *module.buffers(recurse=False),
+        ]  # of scripts no dictionary holds them
         for content in (*_containers(module.__dict__), kept):
             items = content.values() if isinstance(content, dict) else content
             found.update((id(item), (name, item)) for item in items if isinstance(item, Tensor))
@@ -220,7 +223,9 @@ def _save_generators(content: dict[str, Any]) -> list[Restore]:
         elif isinstance(item, np.random.RandomState):
             found.append(functools.partial(item.set_state, item.get_state()))
         elif isinstance(item, np.random.Generator):
-            found.append(functools.partial(setattr, item.bit_generator, "state", copy.deepcopy(item.bit_generator.state)))
+            found.append(
+                functools.partial(setattr, item.bit_generator, "state", copy.deepcopy(item.bit_generator.state))
+            )
     return found
 
 
@@ -376,7 +381,7 @@ class ModelState:
         self._attributes = [
             _Attributes(module)
             for module in modules.values()
-            if not any(is_lazy(tensor) for tensor in [*module._parameters.values(), *module._buffers.values()])
+            if not any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)]))
         ]
 
     @contextmanager
@@ -398,7 +403,7 @@ class ModelState:
             attributes.accept()
 
     def put_back(self) -> None:
-        """Put back attributes, and what is in tensors that were kept; their versions stay, for graphs that hold them."""
+        """Put back attributes and kept tensors; the versions of these stay, for graphs that hold them."""
         for attributes in self._attributes:
             attributes.put_back()
         # The data of a tensor has a version counter of its own.

@@ -112,7 +112,11 @@ def test_rows_of_one_buffer_are_layers_of_their_own() -> None:
     model = trained(Domains(), rows())
     norms = {
         f"norm[{row}]": OwnNorm(
-            "norm", model.norm.mean[row].double(), model.norm.var[row].double(), 1e-5, counts=lambda call, n=number: call == n
+            "norm",
+            model.norm.mean[row].double(),
+            model.norm.var[row].double(),
+            1e-5,
+            counts=lambda call, n=number: call == n,
         )
         for number, row in ((0, 0), (1, 2))
     }
@@ -292,7 +296,7 @@ def test_the_user_may_name_the_buffers() -> None:
     wrong = {"ThreeBuffers": {"mean": "ra_mean", "variance": "ra_vra"}}
     (skipped,) = scan(model, rows(), SIZE, num_batches=4, norms=wrong).skipped
     assert "it has no buffer ra_vra (it has ra_mean, ra_var, steps, copy)" in skipped.reason
-    with pytest.raises(bnprobe.errors.UsageError, match='Unknown key "varianc" in norms.ThreeBuffers; the nearest'):
+    with pytest.raises(bnprobe.errors.UsageError, match='the nearest known key is "variance"'):
         scan(model, rows(), SIZE, norms={"ThreeBuffers": {"mean": "ra_mean", "varianc": "ra_var"}})
 
 
@@ -311,7 +315,8 @@ def test_calls_without_buffers_are_listed_as_what_they_are() -> None:
     report = scan(Loose(), rows(), SIZE, num_batches=4)
     reasons = sorted(layer.reason.split(":")[0] for layer in report.skipped)
     assert reasons == [
-        "batch_norm called as a function with running statistics that are no buffers of a module, but copies or computed",
+        "batch_norm called as a function with running statistics that are no buffers of a module, but copies or"
+        " computed",
         "batch_norm called as a function without running statistics",
         "instance norm by batch_norm called as a function",
     ]
@@ -342,7 +347,9 @@ def test_recalibration_reaches_them() -> None:
     bnprobe.recalibrate(model, batches, path="eval")
     torch.testing.assert_close(model[0].rm, whole.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model[0].rv, whole.var(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model[1].norm.log_var.exp().view(-1), model[0].eval()(whole).var(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model[1].norm.log_var.exp().view(-1), model[0].eval()(whole).var(0), rtol=1e-4, atol=1e-5
+    )
     output = model.eval()(whole)
     torch.testing.assert_close(output.mean(0), torch.zeros(6), rtol=0, atol=1e-4)
 
