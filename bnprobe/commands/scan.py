@@ -56,6 +56,7 @@ from bnprobe.measure.scan_loop import probe
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.measure.train_steps import MakeOptimizer, train_steps
 from bnprobe.measure.what_if import what_if
+from bnprobe.numbers import listed
 from bnprobe.records import (
     SCHEMA_VERSION,
     Backward,
@@ -178,7 +179,8 @@ def scan_workload(
         report = None
         if evidence is not None:
             facts = replace(_facts(workload, session), processes=world.size, rank_mismatch=agreement.mismatch)
-            report = _report(workload, settings, session, facts, evidence, tuple(_on_processes(world, agreement)))
+            notes = (*_on_processes(world, agreement), *_on_hidden(workload.model, session.layers))
+            report = _report(workload, settings, session, facts, evidence, notes)
     # A Ctrl-C that reaches the others while they wait has reached process 0 too, which answers it.
     with suppress(KeyboardInterrupt), deferred_interrupts():
         report = world.share(report)
@@ -544,6 +546,17 @@ def _on_processes(world: World, agreement: Agreement) -> Iterator[str]:
         yield f"{world.size} processes each measured part of the micro-batches; the results were merged."
     if agreement.note:
         yield agreement.note
+
+
+def _on_hidden(model: nn.Module, found: LayerSet) -> Iterator[str]:
+    """A note on layers that torch does not know of."""
+    registered = set(model.modules())
+    hidden = [layer.name for layer in found.layers if layer.module not in registered]
+    if hidden:
+        yield (
+            f"A plain list or dictionary holds {listed(hidden)}: train(), eval(), to() and state_dict() do not reach"
+            " them. Use nn.ModuleList or nn.ModuleDict."
+        )
 
 
 def environment(device: torch.device) -> Environment:

@@ -107,7 +107,15 @@ class PathEvidence:
         divided = groups or 1
         positions = [self._share.position(self.batches + row) for row in range(mean.shape[0] // divided)]
         rows = max(1, _CHUNK_VALUES // mean.shape[1] // divided) * divided
-        reference = (columns.mean, columns.variance, columns.eps, columns.r_max, columns.d_max, columns.gate, columns.factor)
+        reference = (
+            columns.mean,
+            columns.variance,
+            columns.eps,
+            columns.r_max,
+            columns.d_max,
+            columns.gate,
+            columns.factor,
+        )
         for start in range(0, mean.shape[0], rows):
             values = corrections(mean[start : start + rows], variance[start : start + rows], *reference)
             here = positions[start // divided : (start + rows) // divided]

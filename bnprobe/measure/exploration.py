@@ -24,13 +24,26 @@ from torch.overrides import TorchFunctionMode
 from bnprobe.config.spec import NormClass
 from bnprobe.measure.batch import leaves_of, map_leaves
 from bnprobe.measure.layers import LayerSet, ProbedLayer, named_once
-from bnprobe.measure.norms import FORMS, BatchNormFamily, FunctionFamily, NormCall, NormFamily, Place, WholeModule, family_of, place_of
+from bnprobe.measure.norms import (
+    FORMS,
+    BatchNormFamily,
+    FunctionFamily,
+    NormCall,
+    NormFamily,
+    Place,
+    WholeModule,
+    family_of,
+    place_of,
+)
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.records import SkippedLayer
 from bnprobe.stats.moments import bessel
 
 _ROWS = 32
 """Rows of its input that a module is tried on."""
+
+_LARGEST_LIMIT = 100.0
+"""A correction beyond this counts as one without limits."""
 
 _CLOSE = 1e-5
 """Largest relative difference at which two outputs count as the same; a copy runs in float64 unless it casts."""
@@ -70,26 +83,36 @@ def explore(
         if isinstance(outcome, WholeModule):
             found.append(_Found(named.name, named.aliases, named.module, outcome))
             skipped.pop(named.name, None)
-        elif named.name not in skipped or named.kind in (classes or {}):
+        elif named.name not in skipped or skipped[named.name].reason.startswith("unknown norm"):
             skipped[named.name] = SkippedLayer(named.name, named.kind, outcome)
     for layer in found:
         skipped.pop(layer.name, None)
-    order = {id(named.module): position for position, named in enumerate(modules)}
-    every = [
-        *known.layers,
-        *(
-            ProbedLayer(0, each.name, each.aliases, each.module, each.family, each.family.describe(each.module), True)
-            for each in found
-        ),
+    layers = [_as_called(layer, watch) for layer in known.layers]
+    layers += [
+        ProbedLayer(0, each.name, each.aliases, each.module, each.family, each.family.describe(each.module), True)
+        for each in found
     ]
-    every.sort(key=lambda layer: order[id(layer.module)])
-    return LayerSet(
-        tuple(
-            replace(layer, index=index, selected=is_selected(layer.name, *layer.aliases))
-            for index, layer in enumerate(every)
-        ),
-        tuple(skipped.values()),
-    )
+    order = {id(named.module): position for position, named in enumerate(modules)}
+    layers.sort(key=lambda layer: order[id(layer.module)])
+    layers = [
+        replace(layer, index=index, selected=is_selected(layer.name, *layer.aliases))
+        for index, layer in enumerate(layers)
+    ]
+    return LayerSet(tuple(layers), tuple(skipped.values()))
+
+
+def _as_called(layer: ProbedLayer, watch: _Watch) -> ProbedLayer:
+    """A layer with what its calls say, where that differs from its attributes."""
+    calls = watch.known.get(place_of(layer.info.running_mean) or (0, 0, 0), [])
+    info = layer.info
+    if calls:
+        info = replace(info, eps=calls[0].eps)
+    training = next((call for call in calls if call.training), None)
+    if training is not None and training.momentum is not None and info.momentum is not None:
+        info = replace(info, momentum=training.momentum)
+    if training is not None and "num_batches_tracked" not in watch.counters.get(layer.module, ()):
+        info = replace(info, batches_tracked=None)
+    return replace(layer, info=info)
 
 
 @dataclass(frozen=True)
@@ -115,20 +138,23 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         calls: Those calls.
+        known: The calls on statistics of known layers, by their place.
         inputs: Of modules that may be norms of their own, in train mode.
         written: For these, the names of the tensors that the pass in train mode changed.
-        counters: For every module, the names of its numbers that the pass raised by 1.
+        counters: For every module, the names of its numbers that the pass counted up.
     """
 
     def __init__(self, model: nn.Module, known: LayerSet) -> None:
         super().__init__()
         self.calls: list[NormCall] = []
+        self.known: dict[tuple[int, int, int], list[NormCall]] = {}
         self.inputs: dict[nn.Module, _Inputs] = {}
         self.written: dict[nn.Module, tuple[str, ...]] = {}
         self.counters: dict[nn.Module, tuple[str, ...]] = {}
         self._places = {place_of(layer.info.running_mean) for layer in known.layers}
         layers = {layer.module for layer in known.layers}
-        self._modules = [named.module for named in named_once(model) if named.module not in layers]
+        self._every = [named.module for named in named_once(model)]
+        self._modules = [module for module in self._every if module not in layers]
         self._family = BatchNormFamily()
 
     def __torch_function__(
@@ -138,8 +164,9 @@ class _Watch(TorchFunctionMode):
         if func is F.batch_norm:
             call = self._family.parse(*args, **kwargs)
             place = place_of(call.running_mean)
-            if place is not None and place not in self._places:
-                self.calls.append(replace(call, input=call.input[:0].detach()))
+            if place is not None:
+                into = self.known.setdefault(place, []) if place in self._places else self.calls
+                into.append(replace(call, input=call.input[:0].detach()))
         return func(*args, **kwargs)
 
     @contextmanager
@@ -150,7 +177,7 @@ class _Watch(TorchFunctionMode):
                 yield
             return
         candidates = [module for module in self._modules if len(_statistics_like(module)) > 1]
-        before = {module: _copies(module) for module in self._modules}
+        before = {module: _copies(module) for module in self._every}
         with ExitStack() as stack:
             for module in candidates:
                 stack.callback(module.register_forward_pre_hook(self._note, with_kwargs=True).remove)
@@ -161,7 +188,9 @@ class _Watch(TorchFunctionMode):
             self.counters[module] = tuple(
                 name
                 for name, value in kept.items()
-                if value.numel() == 1 and name in after and bool((after[name] - value == 1).all())
+                if name in after
+                and value.numel() == after[name].numel() == 1
+                and float(after[name]) - float(value) in range(1, 2**16)
             )
         for module in candidates:
             after, kept = _statistics_like(module), before[module]
@@ -226,7 +255,9 @@ def _functions(
                 key = (named.name, mean.attribute, start)
                 row = f"[{start // mean.channels}]" if len(starts) > 1 else ""
                 if key not in found:
-                    found[key] = _Found(f"{named.name}{row}", tuple(f"{each}{row}" for each in named.aliases), named.module, family)
+                    found[key] = _Found(
+                        f"{named.name}{row}", tuple(f"{each}{row}" for each in named.aliases), named.module, family
+                    )
             break
     return _told_apart(list(found.values()))
 
@@ -253,7 +284,7 @@ def _within(module: nn.Module, part: Tensor | None) -> Place | None:
         if whole is None or whole[0] != storage or not tensor.is_contiguous():
             continue
         start = offset - whole[1]
-        if 0 <= start and start + channels <= whole[2]:
+        if start >= 0 and start + channels <= whole[2]:
             return Place(name, channels, start)
     return None
 
@@ -276,7 +307,9 @@ def _recognised(
     except _NoNormError as error:
         reason = str(error)
     except Exception as error:  # the user's module on made-up inputs
-        reason = f"a copy of it cannot be tried ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        reason = (
+            f"a copy of it cannot be tried ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        )
     names = " and ".join(written[:4])
     line = f'norm_classes = {{"{kind}": {{"mean": "...", "variance": "...", "eps": 1e-5}}}}'
     advice = "" if said is not None else f". If it is a norm, the line {line} in the model file names its buffers"
@@ -314,7 +347,7 @@ class _Trial:
             missing = next(name for name in (self.mean, self.variance) if name not in kept)
             raise _NoNormError(f"it has no buffer {missing} (it has {', '.join(kept) or 'none'})")
         channels = kept[self.mean].numel()
-        places = [*enumerate(self.inputs.args), *self.inputs.kwargs.items()]
+        places: list[tuple[int | str, Any]] = [*enumerate(self.inputs.args), *self.inputs.kwargs.items()]
         for argument, value in places:
             axis = _channel_axis(value, channels)
             if axis is not None:
@@ -365,7 +398,9 @@ class _Trial:
                 raise _NoNormError(f"{self.variance} does not scale its input in eval mode")
             squares[kept] = 1 / ratio**2
         for name, form in FORMS.items() if said is None else ((said, FORMS[said]),):
-            variance = {kept: float(form.variance_of(torch.tensor(kept, dtype=torch.float64))) for kept in (0.5, 1.0, 2.0, 3.0)}
+            variance = {
+                kept: float(form.variance_of(torch.tensor(kept, dtype=torch.float64))) for kept in (0.5, 1.0, 2.0, 3.0)
+            }
             if abs(squares[2.0] - 1) < _CLOSE:
                 continue
             eps = (variance[2.0] - squares[2.0] * variance[1.0]) / (squares[2.0] - 1)
@@ -397,25 +432,31 @@ class _Trial:
             return output, batch_mean, batch_variance * factor, normalized, after
 
         output, batch_mean, _, normalized, after = trained(1.2, 0.3)
-        rate = float(((after - mean) * (batch_mean.reshape(-1) - mean)).sum() / (batch_mean.reshape(-1) - mean).square().sum())
+        rate = float(
+            ((after - mean) * (batch_mean.reshape(-1) - mean)).sum() / (batch_mean.reshape(-1) - mean).square().sum()
+        )
         family = replace(family, momentum=float(f"{rate:.4g}"))
         for unbiased in (False, True):
             if _close(output, evaluated(normalized(unbiased))):
                 return replace(family, unbiased=unbiased)
         zero, unit = evaluated(0 * x), evaluated(0 * x + 1)
         for unbiased in (False, True):
-            far, _, _, far_normalized, _ = trained(1e3, 1e3)
+            far, _, _, far_normalized, _ = trained(1e4, 1e6)  # so far off that limits are reached
             z = far_normalized(unbiased)
             r_max, d_max = _least_squares(far - zero, evaluated(z) - zero, unit - zero)
             limited = replace(
                 family,
                 unbiased=unbiased,
-                r_max=torch.inf if r_max > 900 else float(f"{r_max:.4g}"),
-                d_max=torch.inf if d_max > 900 else float(f"{d_max:.4g}"),
+                r_max=torch.inf if r_max > _LARGEST_LIMIT else float(f"{r_max:.4g}"),
+                d_max=torch.inf if d_max > _LARGEST_LIMIT else float(f"{d_max:.4g}"),
             )
-            if r_max >= 1 - _CLOSE and d_max >= -_CLOSE and all(
-                self._corrects_as(limited, trained(scale, offset), mean, std, evaluated)
-                for scale, offset in ((1.2, 0.3), (1e-2, -50.0), (40.0, 20.0))
+            if (
+                r_max >= 1 - _CLOSE
+                and d_max >= -_CLOSE
+                and all(
+                    self._corrects_as(limited, trained(scale, offset), mean, std, evaluated)
+                    for scale, offset in ((1.2, 0.3), (1e-2, -50.0), (40.0, 20.0))
+                )
             ):
                 return limited
         raise _NoNormError("in train mode it does not normalize with the statistics of its batch", uses_both=True)
@@ -435,7 +476,7 @@ class _Trial:
         return self._run_and_look(x, mean, kept, training=False)[0]
 
     def _run_and_look(self, x: Tensor, mean: Tensor, kept: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        """The output on such an input and with such statistics, channels first, and the mean that is kept afterwards."""
+        """The output on an input and with statistics, channels first, and the mean that is kept afterwards."""
         device = _own_tensors(self.module)[self.mean].device
         twin = copy.deepcopy(self.module).double()
         for name, tensor in twin.__dict__.items():

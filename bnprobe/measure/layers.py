@@ -6,7 +6,7 @@ import ast
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -147,6 +147,12 @@ def _unmatched(glob: str, origin: str, names: list[str]) -> str:
     nearest = difflib.get_close_matches(glob, names, 1, cutoff=0.0)
     hint = f'; the nearest name is "{nearest[0]}"' if nearest else ""
     return f'The glob "{glob}" of {origin} matches no layer{hint}.'
+
+
+def owner_of(name: str, modules: Collection[str]) -> str:
+    """The module of a layer: of a layer ``norm[1]``, one row of the statistics of a module, that is ``norm``."""
+    owner = name.rpartition("[")[0]
+    return owner if name not in modules and owner in modules else name
 
 
 def require_layers(model: nn.Module, found: LayerSet) -> None:
@@ -354,9 +360,9 @@ def origin(model: nn.Module, name: str) -> str | None:
         model: The root module.
         name: Qualified name; ``ROOT`` is assigned nowhere.
     """
-    parts = [] if name == ROOT else name.split(".")
-    if parts and name not in dict(model.named_modules(remove_duplicate=False)):
-        return None  # held by a plain container, or one row of a module's statistics
+    names = dict(model.named_modules(remove_duplicate=False))
+    name = "" if name == ROOT else owner_of(name, names)
+    parts = name.split(".") if name in names and name else []  # those that plain containers hold have no assignment
     for depth in range(len(parts) - 1, -1, -1):
         parent = model.get_submodule(".".join(parts[:depth]))
         child = parent.get_submodule(parts[depth])

@@ -464,7 +464,7 @@ def place_of(tensor: Tensor | None) -> tuple[int, int, int] | None:
     """What tells the memory of a tensor from that of others; None without any."""
     if tensor is None or tensor.layout is not torch.strided or tensor.numel() == 0:
         return None
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel()
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
 
 
 NORMS: Registry[NormFamily] = Registry(

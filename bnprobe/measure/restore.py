@@ -78,7 +78,7 @@ def set_mode(model: nn.Module, training: bool, held: Iterable[nn.Module]) -> Non
         module.training = False
 
 
-Restore = Callable[[], None]
+Restore = Callable[[], object]
 
 _CONTAINERS = (dict, list, set, deque, tuple)
 """Types that are saved item by item."""
@@ -188,7 +188,10 @@ def _tensors(modules: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
     """Every tensor that hangs on a module, once each, with the module's name: parameters, buffers, plain attributes."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, module in modules.items():
-        kept = [*module.parameters(recurse=False), *module.buffers(recurse=False)]  # of scripts no dictionary holds them
+        kept = [
+            *module.parameters(recurse=False),
+            *module.buffers(recurse=False),
+        ]  # of scripts no dictionary holds them
         for content in (*_containers(module.__dict__), kept):
             items = content.values() if isinstance(content, dict) else content
             found.update((id(item), (name, item)) for item in items if isinstance(item, Tensor))
@@ -220,7 +223,9 @@ def _save_generators(content: dict[str, Any]) -> list[Restore]:
         elif isinstance(item, np.random.RandomState):
             found.append(functools.partial(item.set_state, item.get_state()))
         elif isinstance(item, np.random.Generator):
-            found.append(functools.partial(setattr, item.bit_generator, "state", copy.deepcopy(item.bit_generator.state)))
+            found.append(
+                functools.partial(setattr, item.bit_generator, "state", copy.deepcopy(item.bit_generator.state))
+            )
     return found
 
 
@@ -376,7 +381,7 @@ class ModelState:
         self._attributes = [
             _Attributes(module)
             for module in modules.values()
-            if not any(is_lazy(tensor) for tensor in [*module._parameters.values(), *module._buffers.values()])
+            if not any(map(is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)]))
         ]
 
     @contextmanager
@@ -392,14 +397,15 @@ class ModelState:
                 if not same or not _same_bits(_flat(tensor.data), _flat(values)):
                     self._kept[id(tensor)] = (tensor, values.to(tensor.device))
 
+    def accept_attributes(self) -> None:
+        """Take the attributes as they are: a model's own ``train()`` may set some."""
+        for attributes in self._attributes:
+            attributes.accept()
+
     def put_back(self) -> None:
-        """Put back the attributes, and what is in tensors that were kept."""
+        """Put back attributes and kept tensors; the versions of these stay, for graphs that hold them."""
         for attributes in self._attributes:
             attributes.put_back()
-        self.put_back_tensors()
-
-    def put_back_tensors(self) -> None:
-        """Put back what is in the tensors that were kept; their versions stay, for graphs that hold them."""
         # The data of a tensor has a version counter of its own.
         moved = [(tensor.data, values) for tensor, values in self._kept.values() if tensor.shape == values.shape]
         if moved:
@@ -422,11 +428,17 @@ class _Attributes:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._values = {name: value for name, value in module.__dict__.items() if name not in _NOT_PLAIN}
+        self._values = self._plain()
         own = [value for name, value in self._values.items() if isinstance(value, _CONTAINERS)]
         boxes = {id(box): box for value in own for box in _containers(value) if not isinstance(box, tuple)}
         boxes.update((id(box), box) for box in (module._buffers, module._parameters) if isinstance(box, dict))
         self._boxes = [(box, copy.copy(box)) for box in boxes.values()]
+
+    def _plain(self) -> dict[str, Any]:
+        return {name: value for name, value in self._module.__dict__.items() if name not in _NOT_PLAIN}
+
+    def accept(self) -> None:
+        self._values = self._plain()
 
     def put_back(self) -> None:
         attributes = self._module.__dict__

@@ -198,6 +198,7 @@ class Session:
         """
         self._state.put_back()
         self._set_flags(path)
+        self._state.accept_attributes()
         self._last = pass_
         if path in ("steady", "check"):
             pass_.by_batch |= self._functions
@@ -216,7 +217,7 @@ class Session:
         batch = copy_tensors(batch)
         pass_ = replace(pass_, by_batch=self._last.by_batch, statistics=self._last.statistics)
         border = model_code(f"calling {name}(model, batch) ({_IN_WORDS[path]})")
-        with self._running(path, pass_), replaying(self.model, batch, outputs, self._state.put_back_tensors), border:
+        with self._running(path, pass_), replaying(self.model, batch, outputs, self._state.put_back), border:
             return function(self.model, batch)
 
     @contextmanager
