@@ -14,9 +14,18 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
-from bnprobe.config.spec import DEFAULT_THRESHOLD
 from bnprobe.numbers import number, percent
-from bnprobe.records import SOURCES, Cause, Interval, Layer, Severity, Shares, Verdict
+from bnprobe.records import (
+    DEFAULT_THRESHOLD,
+    SOURCES,
+    Cause,
+    Composition,
+    Interval,
+    Layer,
+    Severity,
+    Shares,
+    Verdict,
+)
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts, Need
 from bnprobe.rules.interface import Rule
@@ -63,20 +72,24 @@ def share_limit(layer: Layer, cause: Cause | None = None) -> float:
     return noise_limit(layer.threshold) if cause == "small_batch" else PART_OF_LIMIT * mismatch_limit(layer)
 
 
-def screened(intervals: Sequence[Interval], shares: Shares | None, threshold: float) -> Screened:
+def screened(
+    intervals: Sequence[Interval], shares: Shares | None, composition: Composition | None, threshold: float
+) -> Screened:
     """Whether a layer is flagged, by the intervals of its mismatch on the measured paths.
 
     Args:
         intervals: Of D, one for each path.
         shares: Of D at inference, where known: what is noise of batches, but for a rest within half of the limit, has the
             limit of noise.
+        composition: What batches that do not differ significantly from i.i.d. ones add is noise, too.
         threshold: The equivalent batch size below which the layer is flagged.
     """
     from bnprobe.stats.intervals import standing  # needs torch, which rules do without
 
     limit = mismatch_iid(threshold)
     if shares is not None:
-        others = (shares.composition or 0.0) + shares.lag + shares.dropout + shares.propagation
+        composed = shares.composition if composition is None or composition.p_value < COMPOSITION_P else None
+        others = (composed or 0.0) + shares.lag + shares.dropout + shares.propagation
         limit = noise_limit(threshold) if others <= PART_OF_LIMIT * limit else limit
     return standing(intervals, limit)
 
