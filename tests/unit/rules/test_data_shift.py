@@ -8,7 +8,6 @@ from bnprobe.records import Estimate, Gap, Remedy, Score, Verdict
 from bnprobe.testing import make_evidence, make_intervals, make_layer, make_shares, run_rule
 from unit.rules.expect import LIMIT, failed, passed, skipped
 
-
 NEAR = "The mismatch of held-out against training data is D = 0.05 (95%: at least 0.045)."
 
 TRAINING, FALLEN = Gap("metric", 0.95, 0.95, 0.95, 0.95, 0.0, 0.0, 0.0, "max", None, (-0.01, 0.01), (-0.01, 0.01)), -0.3
