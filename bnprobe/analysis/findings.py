@@ -126,7 +126,7 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
         status = standing([noise], noise_limit(threshold))
     else:
         intervals = [path.interval for path in (train, eval_) if path is not None]
-        status = screened(intervals, found.shares, threshold)
+        status = screened(intervals, found.shares, found.composition, threshold)
     frozen, overflows = _is_frozen(evidence, layer), _overflows(evidence, slots)
     # What is behind a layer whose statistics are not finite is not at fault for being so, too.
     overflows = overflows and not _unusable(evidence)

@@ -7,6 +7,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 SCHEMA_VERSION = 1
 
+DEFAULT_THRESHOLD = 32.0
+"""Layers with a smaller equivalent batch size are flagged (docs/explanation/equations.md)."""
+
 Interval = tuple[float, float | None]
 """Lower and upper end of a 95% interval; None: no upper end can be given."""
 
