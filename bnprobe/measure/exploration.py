@@ -208,7 +208,9 @@ class _Watch(TorchFunctionMode):
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Buffers and other tensors of a module that are not trained."""
-    frozen = {name: value for name, value in module._parameters.items() if value is not None and not value.requires_grad}
+    frozen = {
+        name: value for name, value in module._parameters.items() if value is not None and not value.requires_grad
+    }
     plain = {name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}
     found = {**frozen, **module._buffers, **plain}
     return {name: value for name, value in found.items() if value is not None and _is_plain(value)}

@@ -117,7 +117,10 @@ UNUSABLE = [
     ),
     pytest.param(
         f"FACTOR = float('inf')\n{DEEP}",
-        ["The input of late (BatchNorm1d) contains NaN or Inf in train mode", "It is the first such layer in the order of the forward pass, of 2."],
+        [
+            "The input of late (BatchNorm1d) contains NaN or Inf in train mode",
+            "It is the first such layer in the order of the forward pass, of 2.",
+        ],
         id="inf-in-activations",
     ),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares, run_rule
 from unit.rules.expect import failed, passed, skipped
 
@@ -39,10 +41,12 @@ def test_a_scan_tells_whether_it_does_harm() -> None:
     names = [*(layer.name for layer in layers), "uncalled"]
     anatomy = [make_anatomy(name, untouched=True, batches_tracked=0, affine_moved=True) for name in names]
     told = f"{START}, but weight or bias were trained. Was the checkpoint loaded, or averaged, without buffers?"
-    assert run_rule("BN102", make_evidence(*layers, anatomy=anatomy)) == [
+    uncalled = failed("BN102", "uncalled", f"{START}, and the forward pass never calls it.", 0.0, None, "info")
+    facts = make_evidence(*layers, anatomy=anatomy, called=frozenset(["off", "fits"]))
+    assert run_rule("BN102", facts) == [
         failed("BN102", "off", told, 0.0, None, "error"),
         failed("BN102", "fits", told, 0.0, None, "warning"),
-        failed("BN102", "uncalled", f"{START}, and the forward pass never calls it.", 0.0, None, "info"),
+        replace(uncalled, remedy="None is needed, unless the model was meant to use the layer."),
     ]
     new = [make_anatomy(layer.name, untouched=True, batches_tracked=0, affine_moved=False) for layer in layers]
     assert {verdict.severity for verdict in run_rule("BN102", make_evidence(*layers, anatomy=new))} == {"info"}
