@@ -20,7 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from bnprobe.config.spec import ScanSettings, matches_any
 from bnprobe.errors import NothingToProbeError, is_library_file
 from bnprobe.loading.model import user_code
-from bnprobe.measure.norms import NormFamily, NormInfo, family_of, lookalike_reason
+from bnprobe.measure.norms import NormFamily, NormInfo, family_of, lookalike_reason, place_of
 from bnprobe.measure.restore import every_module, held_in_eval, preserved_training_flags, set_mode
 from bnprobe.numbers import count
 from bnprobe.records import SkippedLayer
@@ -232,7 +232,9 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
 
 def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> Anatomy:
     mean, variance = layer.info.running_mean, layer.info.running_variance
-    affine = [parameter.requires_grad for parameter in layer.module.parameters(recurse=False)]
+    statistics = {place_of(mean), place_of(variance)}  # which may be kept as parameters
+    parameters = [each for each in layer.module.parameters(recurse=False) if place_of(each) not in statistics]
+    affine = [parameter.requires_grad for parameter in parameters]
     buffers = [buffer for buffer in (mean, variance) if buffer is not None]
     bad, negative = bad_statistics(layer.info)
     untouched = mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all())

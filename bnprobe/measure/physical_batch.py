@@ -171,6 +171,10 @@ def _check(session: Session, path: PathName, micro_batches: list[Any], batch_siz
     return verdict, found.footprint
 
 
+_COMPARED: dict[PathName, Literal["train", "steady", "eval"]] = {"check train": "train", "check": "steady"}
+"""The path that a check is about; any other is about the eval path."""
+
+
 def _compare(session: Session, path: PathName, micro_batches: list[Any], batch_size: int) -> _Comparison:
     reals = [Pass(batch_size, batch_size) for _ in micro_batches]
     outputs = [session.forward(path, batch, real)[0] for batch, real in zip(micro_batches, reals, strict=True)]
@@ -196,7 +200,7 @@ def _compare(session: Session, path: PathName, micro_batches: list[Any], batch_s
     agrees = output_error <= unit * _FLOOR or output_error <= output_tolerance <= _BLIND
     blind = blind or (not agrees and not output_tolerance <= _BLIND)
     passed = check.passed and agrees
-    name: Literal["train", "steady", "eval"] = {"check train": "train", "check": "steady"}.get(path, "eval")
+    name = _COMPARED.get(path, "eval")
     check = replace(check, output_error=output_error, passed=passed, paths=(name,))
     layouts = {"eval" if name == "eval" else "train": emulated.layouts}
     emulation = Emulation(passed, _reason(check, blind, batch_size), check, layouts)
@@ -261,14 +265,17 @@ def _unless_mixed_at_random(
     # Kernels that add up in any order differ from run to run by themselves.
     noise = [_moved(session, together, again, position, batch_size) for position in (0, 1)]
     moved = [_moved(session, together, other, position, batch_size) for position, other in enumerate(replaced)]
-    tolerance = _unit(session) * _FLOOR + _AMPLIFICATION * max(error for found in noise for error, _ in found)
-    beyond = [(error, layer) for found in moved for error, layer in found if error > tolerance]
-    check = verdict.check and replace(verdict.check, paths=(*verdict.check.paths, "train"))
-    if not beyond:
+    largest = max((difference for found in noise for difference, _ in found), default=0.0)
+    tolerance = _unit(session) * _FLOOR + _AMPLIFICATION * largest
+    beyond = [(difference, layer) for found in moved for difference, layer in found if difference > tolerance]
+    assert verdict.check is not None  # it passed
+    check = replace(verdict.check, paths=(*verdict.check.paths, "train"))
+    if not beyond and tolerance <= _BLIND:
         return replace(verdict, check=check)
-    error, layer = beyond[0]
-    check = check and replace(check, statistic_error=error, tolerance=tolerance, passed=False, first_layer=layer)
-    return Emulation(False, "In training, the model mixes the samples of a batch at random.", check, {})
+    furthest, layer = beyond[0] if beyond else (largest, None)
+    check = replace(check, statistic_error=furthest, tolerance=tolerance, passed=False, first_layer=layer)
+    mixes = "In training, the model mixes the samples of a batch at random."
+    return Emulation(False, mixes if beyond else _reason(check, True, batch_size), check, {})
 
 
 _Run = tuple[Mapping[Slot, Recorded], Any]
@@ -292,15 +299,15 @@ def _moved(session: Session, run: _Run, other: _Run, position: int, batch_size: 
         same = one.is_floating_point() and one.shape == two.shape
         if same and one.dim() > 0 and one.shape[0] % (2 * batch_size) == 0:
             # Rows of one sample are consecutive, or in blocks of all samples.
-            layouts = [tensor.unflatten(0, shape) for shape in ((2, -1), (-1, 2, batch_size)) for tensor in (one, two)]
-            errors = [_relative(*layouts[:2], 0, position), _relative(*layouts[2:], 1, position)]
-            found.append((min(errors), None))
+            layouts: list[tuple[tuple[int, ...], int]] = [((2, -1), 0), ((-1, 2, batch_size), 1)]
+            rows = [[each.unflatten(0, shape).select(axis, position) for each in (one, two)] for shape, axis in layouts]
+            found.append((min(_relative(*pair) for pair in rows), None))
     return found
 
 
-def _relative(one: Tensor, other: Tensor, axis: int, position: int) -> float:
-    """Relative L2 difference of what lies at a position of an axis."""
-    one, other = (_finite(tensor.select(axis, position).double()) for tensor in (one, other))
+def _relative(one: Tensor, other: Tensor) -> float:
+    """Relative L2 difference."""
+    one, other = _finite(one.double()), _finite(other.double())
     return float((one - other).norm()) / (float(one.norm()) or 1.0)
 
 
