@@ -85,7 +85,8 @@ def probe(
             _score_more(_to_score(session, total, size, settings), measurement, reader, progress, world)
             reader.fill()
             if held_out is not None:
-                wanted = _to_score(session, total, held_out.batch_size, settings)
+                as_many = max(total, -(-total * size // held_out.batch_size))
+                wanted = _to_score(session, as_many, held_out.batch_size, settings)
                 evidence.held_out = _measure_held_out(measurement, held_out, wanted, progress, world)
         except CAUGHT as error:
             ending = ended_by(error, world)
@@ -137,7 +138,7 @@ def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measur
 def _measure_held_out(
     measured: Measurement, reader: Reader, batches: int, progress: Progress, world: World
 ) -> Evidence:
-    """The eval path on at least so many micro-batches of held-out data, or on all that there are.
+    """The eval path on so many micro-batches of held-out data, or on all that there are.
 
     Samples are counted one by one where they are told apart: it does not matter in which batches they come.
     """
