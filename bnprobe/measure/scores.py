@@ -141,7 +141,8 @@ def score_outputs(
     """
     found: Found = {}
     total = size * len(micro_batches)
-    for measure, function in (("loss", session.functions.loss), ("metric", session.functions.metric)):
+    for measure in MEASURES:
+        function: BatchFunction | None = getattr(session.functions, measure)
         if function is None:
             continue
         left = (room or {}).get(measure, 0)
