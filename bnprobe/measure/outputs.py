@@ -29,8 +29,7 @@ class ClassScores:
     Attributes:
         position: Among the floating-point tensors of the output.
         probabilities: They are probabilities, not logits or log probabilities.
-        labels: Position of the labels among the tensors of the batch; None where the scores are probabilities, which
-            needs no labels to be known.
+        labels: Position of the labels among the tensors of the batch; None without labels.
     """
 
     position: int
@@ -46,10 +45,10 @@ class ClassScores:
         predictions = torch.full_like(divergence, eval_.numel() // eval_.shape[1])
         found = {"changed": changed.double(), "kl": divergence, "predictions": predictions}
         if target is not None:
-            classes = eval_.shape[1]
             labels = target.argmax(1) if target.is_floating_point() else target
             hits = torch.stack([(scores.argmax(1) == labels).sum() for scores in (train, eval_)]).max()
-            found |= {"hits": hits.double(), "labels": torch.bincount(labels.flatten(), minlength=classes).double()}
+            known = labels[labels >= 0].long()  # negative: to be ignored
+            found |= {"hits": hits.double(), "labels": torch.bincount(known, minlength=eval_.shape[1]).double()}
         return found
 
     def _divergence(self, train: Tensor, eval_: Tensor) -> Tensor:
@@ -67,7 +66,8 @@ def find_class_scores(batch: Any, inputs: set[int], outputs: list[Tensor]) -> Cl
 
     It may if the batch holds a label for each of its samples (and positions): an integer below the number of classes,
     or a distribution over the classes; whether these are what it predicts, ``OutputSums`` finds out. Of several such
-    outputs it is the one with the fewest classes. A table of probabilities needs no labels.
+    outputs it is the one with the fewest classes. It also may if the batch holds no targets at all and the one output
+    is a plain table.
 
     Args:
         batch: The physical batch.
@@ -89,8 +89,9 @@ def find_class_scores(batch: Any, inputs: set[int], outputs: list[Tensor]) -> Cl
     if fitting:
         _, position, label = min(fitting)
         return ClassScores(position, _are_probabilities(outputs[position]), label)
-    certain = [position for position, scores in tables if scores.dim() == 2 and _are_probabilities(scores)]
-    return ClassScores(certain[0], True) if certain and not others else None
+    if others or len(outputs) != 1 or not tables or outputs[0].dim() != 2:
+        return None
+    return ClassScores(0, _are_probabilities(outputs[0]))
 
 
 def _labels(target: Tensor, scores: Tensor) -> bool:
@@ -167,7 +168,7 @@ class OutputSums:
         """Transfer the sums and divide; loss and metric are taken from ``scores``."""
         totals = {name: float(total) for name, total in self._totals.items() if name != "labels"}
         squared = _ratio(totals, "difference", "norm")
-        divergence = _ratio(totals, "kl", "predictions") if self._predicts_labels(totals) else None
+        divergence = _ratio(totals, "kl", "predictions")
         return Output(
             relative_l2=None if squared is None else squared**0.5,
             argmax_changed=None if divergence is None else _ratio(totals, "changed", "predictions"),
@@ -175,17 +176,18 @@ class OutputSums:
             loss=_path_values(scores, "loss"),
             metric=_path_values(scores, "metric"),
             note=" ".join(self._notes(totals, scores)) or None,
+            predicts_labels=None if divergence is None else self._predicts_labels(totals),
         )
 
-    def _predicts_labels(self, totals: dict[str, float]) -> bool:
-        """Whether a path hits the labels surely more often than always naming the commonest one; True without labels.
+    def _predicts_labels(self, totals: dict[str, float]) -> bool | None:
+        """Whether a path hits the labels surely more often than always naming the commonest one; None without labels.
 
-        Whole numbers beside an embedding may look like labels of its columns. Two classes at the least are needed.
+        Whole numbers beside an embedding may look like labels of its columns.
         """
         labels = self._totals.get("labels")
         if labels is None:
-            return True
-        number = float(labels.sum())
+            return None
+        number = max(float(labels.sum()), 1.0)
         commonest = float(labels.max()) / number
         margin = CONFIDENT * math.sqrt(commonest * (1 - commonest) / number)
         return totals["hits"] / number > commonest + margin

@@ -19,8 +19,8 @@ SAID = {
     "passed: in float64, micro-batches run one by one agree to 1e-11.": replace(
         EXACT, statistic_error=1e-11, float64=True
     ),
-    "passed: without random layers, micro-batches run one by one agree exactly; with them, none changes another.": replace(
-        EXACT, paths=("steady", "eval", "train")
+    "passed: without random layers, micro-batches run one by one agree exactly; with them, none changes another.": (
+        replace(EXACT, paths=("steady", "eval", "train"))
     ),
     "failed: micro-batches run one by one differ by 5e-01, first in body.bn.": replace(
         EXACT, statistic_error=0.5, passed=False, first_layer="body.bn"
