@@ -207,9 +207,15 @@ class _Watch(TorchFunctionMode):
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers and other tensors of a module that are no parameters."""
+    """Buffers and other tensors of a module that are not trained."""
     found = {**module._buffers, **{name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}}
+    found.update((name, value) for name, value in module._parameters.items() if value is not None and _is_kept(value))
     return {name: value for name, value in found.items() if value is not None and _is_plain(value)}
+
+
+def _is_kept(parameter: Tensor) -> bool:
+    """Whether a parameter is a buffer by another name."""
+    return not parameter.requires_grad
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -297,9 +303,9 @@ def _recognised(
         if said is not None:
             return _Trial(module, inputs, said.mean, said.kept).judged(said.form, said.eps)
         reason = "it does not give (x - mean) / sqrt(variance + eps) in eval mode with two of them"
-        for mean, variance in itertools.permutations(written, 2):
+        for (mean, variance), last in itertools.product(itertools.permutations(written, 2), (False, True)):
             try:
-                return _Trial(module, inputs, mean, variance).judged()
+                return _Trial(module, inputs, mean, variance, last).judged()
             except _NoNormError as error:
                 reason = str(error) if error.uses_both else reason
     except _NoNormError as error:
@@ -330,12 +336,14 @@ class _Trial:
         module: The user's; copies run.
         inputs: Of its first call.
         mean, variance: Names of the tensors that are taken for the statistics.
+        last: The channels are on the last axis, also where the second one has as many.
     """
 
     module: nn.Module
     inputs: _Inputs
     mean: str
     variance: str
+    last: bool = False
     family: WholeModule = field(init=False)
     shape: tuple[int, ...] = field(init=False)
 
@@ -347,7 +355,7 @@ class _Trial:
         channels = kept[self.mean].numel()
         places: list[tuple[int | str, Any]] = [*enumerate(self.inputs.args), *self.inputs.kwargs.items()]
         for argument, value in places:
-            axis = _channel_axis(value, channels)
+            axis = _channel_axis(value, channels, self.last)
             if axis is not None:
                 self.family = WholeModule(self.mean, self.variance, "variance", 0.0, argument=argument, axis=axis)
                 given = value.movedim(axis, 1)
@@ -496,10 +504,11 @@ class _Trial:
         return found.movedim(self.family.axis, 1).double().cpu(), after.double().cpu()
 
 
-def _channel_axis(value: Any, channels: int) -> int | None:
+def _channel_axis(value: Any, channels: int, last: bool) -> int | None:
     if not isinstance(value, Tensor) or value.dim() < 2 or not value.is_floating_point():
         return None
-    return 1 if value.shape[1] == channels else -1 if value.shape[-1] == channels else None
+    fitting = [axis for axis in (1, -1) if value.shape[axis] == channels]
+    return fitting[-1 if last else 0] if fitting else None
 
 
 def _first_rows(tree: Any, rows: int) -> Any:
