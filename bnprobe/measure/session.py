@@ -150,11 +150,12 @@ class Session:
                 with deferred_interrupts():
                     self._state.put_back()
 
-    def explore(self, opening: Iterable[Any]) -> None:
+    def explore(self, opening: Iterable[Any], *, required: bool = True) -> None:
         """Find the layers that no class gives away, and what state a pass moves, by one micro-batch; once.
 
         Args:
             opening: Micro-batches on the host, of which the first is used.
+            required: Refuse a model without layers.
 
         Raises:
             NothingToProbeError: No layer can be measured, or none is selected.
@@ -177,7 +178,8 @@ class Session:
             self._interceptor.layers = self.layers.layers
             self._state.put_back()
             self._find_frozen()
-        require_layers(self.model, self.layers)
+        if required:
+            require_layers(self.model, self.layers)
         self._explored = True
 
     def forward(self, path: PathName, batch: Any, pass_: Pass) -> tuple[Any, Outputs]:
