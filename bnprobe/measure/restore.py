@@ -232,7 +232,9 @@ def _attributes_of(item: Any) -> dict[str, Any] | None:
     return attributes if type(attributes) is dict else None
 
 
-_NO_STATE = frozenset({"builtins", "torch", "numpy", "functools", "collections", "logging", "threading", "types", "weakref"})
+_NO_STATE = frozenset(
+    {"builtins", "torch", "numpy", "functools", "collections", "logging", "threading", "types", "weakref"}
+)
 """Packages whose objects hold no state of a model, or are saved in another way."""
 
 
@@ -454,8 +456,8 @@ class _Attributes:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._values = self._plain()
-        own = [value for name, value in self._values.items() if isinstance(value, _CONTAINERS)]
-        boxes = {id(box): box for value in own for box in _containers(value) if not isinstance(box, tuple)}
+        within = _containers(self._values)[1:]
+        boxes = {id(box): box for box in within if not isinstance(box, tuple)}
         boxes.update((id(box), box) for box in (module._buffers, module._parameters) if isinstance(box, dict))
         self._boxes = [(box, copy.copy(box)) for box in boxes.values()]
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -100,7 +101,6 @@ class Session:
         self.autocast = autocast
         self.held = held_in_eval(model)
         self._settings = settings or ScanSettings()
-        self._state = ModelState(model)
         self._explored = False
         self._interceptor = Interceptor(layers.layers)
         self._forward = functions.forward or default_forward
@@ -138,9 +138,15 @@ class Session:
         layers = find_layers(model, settings.is_selected, required=False)
         return cls(model, layers, functions, device, autocast_dtype(settings.autocast), settings)
 
+    @cached_property
+    def _state(self) -> ModelState:
+        """The state when the session is first installed: until then the caller may change the model."""
+        return ModelState(self.model)
+
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Keep the hooks in place while the block runs."""
+        """Keep the hooks in place while the block runs, and put back what it moved."""
+        self._state.put_back()
         with self._interceptor.installed(), torch.no_grad(), eagerly():
             with user_code("calling train() of the model"):
                 self._find_frozen()
