@@ -75,18 +75,19 @@ def explore(
     modules = named_once(model)
     refused = {id(named.module) for named in modules if named.name in skipped and family_of(named.module) is not None}
     found = [each for each in _functions(model, watch.calls, watch.counters) if id(each.module) not in refused]
-    taken = {id(layer.module) for layer in (*known.layers, *found)} | refused
+    taken = {*(id(layer.module) for layer in known.layers), *(id(each.module) for each in found), *refused}
     for named in modules:
         if id(named.module) in taken or named.module not in watch.inputs:
             continue
         outcome = _recognised(named.module, watch.inputs[named.module], watch.written[named.module], classes or {})
         if isinstance(outcome, WholeModule):
             found.append(_Found(named.name, named.aliases, named.module, outcome))
-            skipped.pop(named.name, None)
         elif named.name not in skipped or skipped[named.name].reason.startswith("unknown norm"):
             skipped[named.name] = SkippedLayer(named.name, named.kind, outcome)
-    for layer in found:
-        skipped.pop(layer.name, None)
+    recognised = {id(each.module) for each in found}
+    for named in modules:
+        if id(named.module) in recognised:
+            skipped.pop(named.name, None)
     layers = [_as_called(layer, watch) for layer in known.layers]
     layers += [
         ProbedLayer(0, each.name, each.aliases, each.module, each.family, each.family.describe(each.module), True)
@@ -239,11 +240,10 @@ def _statistics_like(module: nn.Module) -> dict[str, Tensor]:
 def _functions(
     model: nn.Module, calls: Sequence[NormCall], counters: Mapping[nn.Module, tuple[str, ...]]
 ) -> list[_Found]:
-    """The modules whose buffers calls were given; of a buffer with several rows, each row is a layer."""
+    """The modules whose buffers calls were given that normalize with their batch; a buffer's rows are layers each."""
     found: dict[tuple[str, str, int], _Found] = {}
     modules = named_once(model)
-    # A call in train mode says what updates the statistics, so it comes first.
-    for call in sorted(calls, key=lambda call: not call.training):
+    for call in (call for call in calls if call.training):
         for named in modules:
             mean, variance = (_within(named.module, each) for each in (call.running_mean, call.running_variance))
             if mean is None or variance is None:

@@ -322,6 +322,36 @@ def test_calls_without_buffers_are_listed_as_what_they_are() -> None:
     ]
 
 
+class FrozenBatchNorm(FunctionalBN):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.rm, self.rv, training=False)
+
+
+def test_constants_in_both_modes_are_no_layer() -> None:
+    report = scan(nn.Sequential(FrozenBatchNorm(6), nn.BatchNorm1d(6)), rows(), SIZE, num_batches=4)
+    assert [layer.name for layer in report.layers] == ["1"]
+    assert report.skipped == ()
+
+
+class HalfManual(FunctionalBN):
+    """The function at inference only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.rm, self.rv, eps=1e-3)
+        mean, var = x.mean(0), x.var(0, unbiased=False)
+        self.rm.lerp_(mean, 0.1)
+        self.rv.lerp_(var, 0.1)
+        return (x - mean) / (var + 1e-3).sqrt()
+
+
+def test_the_function_at_inference_only() -> None:
+    model = trained(nn.Sequential(HalfManual(6), nn.BatchNorm1d(6)), rows()[:3])
+    report = assert_exact(model, rows(), {"0": OwnNorm("0", model[0].rm.double(), model[0].rv.double(), 1e-3)})
+    assert report.layers[0].note.startswith("normalizes by its own arithmetic")
+    assert report.skipped == ()
+
+
 class Subclass(nn.BatchNorm1d):
     """Its calls say otherwise than its attributes, and nothing counts them."""
 
@@ -439,8 +469,8 @@ def test_state_of_a_plain_object_is_put_back() -> None:
         twin = copy.deepcopy(model).double().train()
         twin.holder.bn.double()
         outer, mean, var = twin.bn, twin.bn.running_mean.clone(), twin.bn.running_var.clone()
-        outer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
         seen: list[Tensor] = []
+        outer.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0].detach()))
         twin(x.double())
         z = (seen[0] - seen[0].mean(0)) / (seen[0].var(0, unbiased=False) + outer.eps).sqrt()
         expected.append(float((z - (seen[0] - mean) / (var + outer.eps).sqrt()).square().mean()))
