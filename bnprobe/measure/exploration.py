@@ -26,6 +26,7 @@ from bnprobe.measure.batch import leaves_of, map_leaves
 from bnprobe.measure.layers import LayerSet, ProbedLayer, named_once
 from bnprobe.measure.norms import (
     FORMS,
+    FROZEN,
     BatchNormFamily,
     FunctionFamily,
     NormCall,
@@ -88,6 +89,8 @@ def explore(
     for named in modules:
         if id(named.module) in recognised:
             skipped.pop(named.name, None)
+        elif named.name in skipped and any(_within(named.module, call.running_mean) for call in watch.calls):
+            skipped[named.name] = SkippedLayer(named.name, named.kind, FROZEN)
     layers = [_as_called(layer, watch) for layer in known.layers]
     layers += [
         ProbedLayer(0, each.name, each.aliases, each.module, each.family, each.family.describe(each.module), True)

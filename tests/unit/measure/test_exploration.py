@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import bnprobe
 from bnprobe.commands.scan import scan
+from bnprobe.measure.norms import FROZEN
 from bnprobe.records import Report
 from support import reference
 from support.fingerprint import fingerprint
@@ -330,7 +331,8 @@ class FrozenBatchNorm(FunctionalBN):
 def test_constants_in_both_modes_are_no_layer() -> None:
     report = scan(nn.Sequential(FrozenBatchNorm(6), nn.BatchNorm1d(6)), rows(), SIZE, num_batches=4)
     assert [layer.name for layer in report.layers] == ["1"]
-    assert report.skipped == ()
+    (skipped,) = report.skipped
+    assert (skipped.name, skipped.reason) == ("0", FROZEN)
 
 
 class HalfManual(FunctionalBN):
