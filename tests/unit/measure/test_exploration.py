@@ -439,6 +439,20 @@ def test_loss_and_metric_see_the_model_as_it_is() -> None:
         assert getattr(report.summary.output.loss, path) == pytest.approx(np.mean(values), rel=1e-5)
 
 
+def test_gradients_see_the_model_as_it_is() -> None:
+    seen = []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        seen.append((model.scale, float(model.centres.detach().sum()), float(model.queue[-6:].sum()), len(model.log)))
+        return model(batch).square().mean()
+
+    torch.manual_seed(0)
+    model = unsettled(Codebook())
+    scan(model, rows(), SIZE, num_batches=BATCHES, loss=loss, gradients=True)
+    last = seen[-2 * BATCHES :]
+    assert set(last) == {(1.0, float(model.centres.detach().sum()), 0.0, 0)}
+
+
 class Holder:
     """A plain object, which torch does not look into."""
 
