@@ -165,13 +165,17 @@ class _Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm:
-            call = self._family.parse(*args, **kwargs)
-            place = place_of(call.running_mean)
-            if place is not None:
-                into = self.known.setdefault(place, []) if place in self._places else self.calls
-                into.append(replace(call, input=call.input[:0].detach()))
-        return func(*args, **kwargs)
+        if func is not F.batch_norm:
+            return func(*args, **kwargs)
+        call = self._family.parse(*args, **kwargs)
+        place = place_of(call.running_mean)
+        if place is not None:
+            into = self.known.setdefault(place, []) if place in self._places else self.calls
+            into.append(replace(call, input=call.input[:0].detach()))
+        try:
+            return func(*args, **kwargs)
+        except ValueError:  # one value per channel, which training refuses and a scan takes for 0
+            return torch.zeros_like(call.input)
 
     @contextmanager
     def running(self, training: bool) -> Iterator[None]:

@@ -354,6 +354,12 @@ def test_the_function_at_inference_only() -> None:
     assert report.skipped == ()
 
 
+def test_one_value_per_channel_does_not_end_the_search() -> None:
+    model = trained(nn.Sequential(nn.BatchNorm1d(6), FunctionalBN(6)), rows())
+    layers = scan(model, list(torch.cat(rows()).split(1)), 1, num_batches=8).layers
+    assert [layer.name for layer in layers] == ["0", "1"]
+
+
 class Subclass(nn.BatchNorm1d):
     """Its calls say otherwise than its attributes, and nothing counts them."""
 
