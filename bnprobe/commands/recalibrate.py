@@ -27,7 +27,7 @@ from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import BatchFunction, unwrapped
 from bnprobe.loading.order import spread
 from bnprobe.loading.workload import Workload, load_workload, read_again
-from bnprobe.measure.layers import ProbedLayer
+from bnprobe.measure.layers import ProbedLayer, require_layers
 from bnprobe.measure.norms import write_statistics
 from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer
 from bnprobe.measure.reader import RepeatedReader
@@ -148,9 +148,10 @@ def recalibrate_loaded(
         batches = RepeatedReader(scattered.batches, _most(source, settings), settings.seed)
         session = _session(model, source, forward, layers, settings)
         with session.installed():
-            session.explore(batches)
-            _check_globs(layers, session.layers.layers)
             seed_everything(settings.seed)
+            session.explore(batches.look_ahead(), required=False)
+            _check_globs(layers, session.layers.layers)
+            require_layers(model, session.layers)
             wanted = _updating(session)
             settled = _settle(session, batches, path, wanted, progress)
     recalibrated = [layer for layer in wanted if layer.index in settled.statistics]
@@ -203,7 +204,7 @@ def _session(
 def _check_globs(globs: tuple[str, ...], layers: Iterable[ProbedLayer]) -> None:
     names = [name for layer in layers for name in (layer.name, *layer.aliases)]
     for glob in globs:
-        if not matches_any(glob, names):
+        if names and not matches_any(glob, names):
             nearest = difflib.get_close_matches(glob, names, 1, cutoff=0.0)[0]
             raise UsageError(f'The glob "{glob}" matches no BN layer of the model; the nearest name is "{nearest}".')
 

@@ -179,7 +179,7 @@ def scan_workload(
         report = None
         if evidence is not None:
             facts = replace(_facts(workload, session), processes=world.size, rank_mismatch=agreement.mismatch)
-            notes = (*_on_processes(world, agreement), *_on_hidden(workload.model, session.layers))
+            notes = (*_on_processes(world, agreement), *_on_hidden(workload.model, evidence))
             report = _report(workload, settings, session, facts, evidence, notes)
     # A Ctrl-C that reaches the others while they wait has reached process 0 too, which answers it.
     with suppress(KeyboardInterrupt), deferred_interrupts():
@@ -548,10 +548,11 @@ def _on_processes(world: World, agreement: Agreement) -> Iterator[str]:
         yield agreement.note
 
 
-def _on_hidden(model: nn.Module, found: LayerSet) -> Iterator[str]:
-    """A note on layers that torch does not know of."""
+def _on_hidden(model: nn.Module, evidence: Evidence) -> Iterator[str]:
+    """A note on layers in train mode that torch does not know of; one in eval mode may be hidden on purpose."""
     registered = set(model.modules())
-    hidden = [layer.name for layer in found.layers if layer.module not in registered]
+    called = [layer for layer in evidence.layers.layers if layer.index in evidence.entered and layer.module.training]
+    hidden = [layer.name for layer in called if layer.module not in registered]
     if hidden:
         yield (
             f"A plain list or dictionary holds {listed(hidden)}: train(), eval(), to() and state_dict() do not reach"

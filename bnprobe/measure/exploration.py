@@ -26,6 +26,7 @@ from bnprobe.measure.batch import leaves_of, map_leaves
 from bnprobe.measure.layers import LayerSet, ProbedLayer, named_once
 from bnprobe.measure.norms import (
     FORMS,
+    FROZEN,
     BatchNormFamily,
     FunctionFamily,
     NormCall,
@@ -75,18 +76,21 @@ def explore(
     modules = named_once(model)
     refused = {id(named.module) for named in modules if named.name in skipped and family_of(named.module) is not None}
     found = [each for each in _functions(model, watch.calls, watch.counters) if id(each.module) not in refused]
-    taken = {id(layer.module) for layer in (*known.layers, *found)} | refused
+    taken = {*(id(layer.module) for layer in known.layers), *(id(each.module) for each in found), *refused}
     for named in modules:
         if id(named.module) in taken or named.module not in watch.inputs:
             continue
         outcome = _recognised(named.module, watch.inputs[named.module], watch.written[named.module], classes or {})
         if isinstance(outcome, WholeModule):
             found.append(_Found(named.name, named.aliases, named.module, outcome))
-            skipped.pop(named.name, None)
         elif named.name not in skipped or skipped[named.name].reason.startswith("unknown norm"):
             skipped[named.name] = SkippedLayer(named.name, named.kind, outcome)
-    for layer in found:
-        skipped.pop(layer.name, None)
+    recognised = {id(each.module) for each in found}
+    for named in modules:
+        if id(named.module) in recognised:
+            skipped.pop(named.name, None)
+        elif named.name in skipped and any(_within(named.module, call.running_mean) for call in watch.calls):
+            skipped[named.name] = SkippedLayer(named.name, named.kind, FROZEN)
     layers = [_as_called(layer, watch) for layer in known.layers]
     layers += [
         ProbedLayer(0, each.name, each.aliases, each.module, each.family, each.family.describe(each.module), True)
@@ -161,13 +165,17 @@ class _Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm:
-            call = self._family.parse(*args, **kwargs)
-            place = place_of(call.running_mean)
-            if place is not None:
-                into = self.known.setdefault(place, []) if place in self._places else self.calls
-                into.append(replace(call, input=call.input[:0].detach()))
-        return func(*args, **kwargs)
+        if func is not F.batch_norm:
+            return func(*args, **kwargs)
+        call = self._family.parse(*args, **kwargs)
+        place = place_of(call.running_mean)
+        if place is not None:
+            into = self.known.setdefault(place, []) if place in self._places else self.calls
+            into.append(replace(call, input=call.input[:0].detach()))
+        try:
+            return func(*args, **kwargs)
+        except ValueError:  # one value per channel, which training refuses and a scan takes for 0
+            return torch.zeros_like(call.input)
 
     @contextmanager
     def running(self, training: bool) -> Iterator[None]:
@@ -208,12 +216,14 @@ class _Watch(TorchFunctionMode):
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Buffers and other tensors of a module that are not trained."""
-    frozen = {
-        name: value for name, value in module._parameters.items() if value is not None and not value.requires_grad
-    }
-    plain = {name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}
-    found = {**frozen, **module._buffers, **plain}
+    found = {**module._buffers, **{name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}}
+    found.update((name, value) for name, value in module._parameters.items() if value is not None and _is_kept(value))
     return {name: value for name, value in found.items() if value is not None and _is_plain(value)}
+
+
+def _is_kept(parameter: Tensor) -> bool:
+    """Whether a parameter is a buffer by another name."""
+    return not parameter.requires_grad
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -237,11 +247,10 @@ def _statistics_like(module: nn.Module) -> dict[str, Tensor]:
 def _functions(
     model: nn.Module, calls: Sequence[NormCall], counters: Mapping[nn.Module, tuple[str, ...]]
 ) -> list[_Found]:
-    """The modules whose buffers calls were given; of a buffer with several rows, each row is a layer."""
+    """The modules whose buffers calls were given that normalize with their batch; a buffer's rows are layers each."""
     found: dict[tuple[str, str, int], _Found] = {}
     modules = named_once(model)
-    # A call in train mode says what updates the statistics, so it comes first.
-    for call in sorted(calls, key=lambda call: not call.training):
+    for call in (call for call in calls if call.training):
         for named in modules:
             mean, variance = (_within(named.module, each) for each in (call.running_mean, call.running_variance))
             if mean is None or variance is None:
@@ -301,9 +310,9 @@ def _recognised(
         if said is not None:
             return _Trial(module, inputs, said.mean, said.kept).judged(said.form, said.eps)
         reason = "it does not give (x - mean) / sqrt(variance + eps) in eval mode with two of them"
-        for mean, variance in itertools.permutations(written, 2):
+        for (mean, variance), last in itertools.product(itertools.permutations(written, 2), (False, True)):
             try:
-                return _Trial(module, inputs, mean, variance).judged()
+                return _Trial(module, inputs, mean, variance, last).judged()
             except _NoNormError as error:
                 reason = str(error) if error.uses_both else reason
     except _NoNormError as error:
@@ -334,12 +343,14 @@ class _Trial:
         module: The user's; copies run.
         inputs: Of its first call.
         mean, variance: Names of the tensors that are taken for the statistics.
+        last: The channels are on the last axis, also where the second one has as many.
     """
 
     module: nn.Module
     inputs: _Inputs
     mean: str
     variance: str
+    last: bool = False
     family: WholeModule = field(init=False)
     shape: tuple[int, ...] = field(init=False)
 
@@ -351,7 +362,7 @@ class _Trial:
         channels = kept[self.mean].numel()
         places: list[tuple[int | str, Any]] = [*enumerate(self.inputs.args), *self.inputs.kwargs.items()]
         for argument, value in places:
-            axis = _channel_axis(value, channels)
+            axis = _channel_axis(value, channels, self.last)
             if axis is not None:
                 self.family = WholeModule(self.mean, self.variance, "variance", 0.0, argument=argument, axis=axis)
                 given = value.movedim(axis, 1)
@@ -500,10 +511,11 @@ class _Trial:
         return found.movedim(self.family.axis, 1).double().cpu(), after.double().cpu()
 
 
-def _channel_axis(value: Any, channels: int) -> int | None:
+def _channel_axis(value: Any, channels: int, last: bool) -> int | None:
     if not isinstance(value, Tensor) or value.dim() < 2 or not value.is_floating_point():
         return None
-    return 1 if value.shape[1] == channels else -1 if value.shape[-1] == channels else None
+    fitting = [axis for axis in (1, -1) if value.shape[axis] == channels]
+    return fitting[-1 if last else 0] if fitting else None
 
 
 def _first_rows(tree: Any, rows: int) -> Any:

@@ -12,6 +12,7 @@ does not contain, and which may be 0 in a new network.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,6 +79,7 @@ def measure_gradients(
 
 def _gradient(trained: TrainingCopy, batch: Any, answer: Answer, seed: int, position: int) -> list[Tensor | None]:
     """The parameters' gradient of one micro-batch; None where a parameter has no part in the loss."""
+    trained.put_back()
     seed_everything((seed + position) % 2**32)
     value = trained.loss(batch, answer)
     trained.require_finite(value, batch, f"in micro-batch {position + 1} (the first is 1)", _REMEDY)
@@ -102,7 +104,9 @@ def _pooled(trained: TrainingCopy, micro_batches: Sequence[Any], seed: int) -> L
     # With a graph that nobody needs: checkpoint(use_reentrant=True) warns where there is none.
     for position, batch in enumerate(micro_batches):
         seed_everything((seed + position) % 2**32)
-        trained.loss(batch, note)
+        with trained.watching() if position == 0 else nullcontext():
+            trained.loss(batch, note)
+        trained.put_back()
     return {index: _pool(seen) for index, seen in moments.items()}
 
 

@@ -128,8 +128,8 @@ class Interceptor(TorchFunctionMode):
         Args:
             answer: Called with every call of a layer.
             entered: Called with every layer whose forward begins.
-            outside: Called with the line of user code that calls a functional form outside any layer, and with why this
-                is the call of none.
+            outside: Called with the line of user code that calls a functional form outside any layer on the statistics
+                of its batch, and with why this is the call of none.
         """
         self._answer, self._entered, self._outside = answer, entered, outside
         self._callers.clear()
@@ -151,7 +151,7 @@ class Interceptor(TorchFunctionMode):
         call = family.parse(*args, **kwargs)
         layer = self._layer_of(call)
         if layer is None:
-            if self._outside is not None:
+            if self._outside is not None and call.training:
                 self._outside((calling_line(), _why_outside(call)))
             return func(*args, **kwargs)
         if self._entered is not None and isinstance(layer.family, FunctionFamily):

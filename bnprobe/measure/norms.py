@@ -481,6 +481,10 @@ def family_of(module: nn.Module) -> NormFamily | None:
     return next((family for family in reversed(tuple(NORMS)) if family.matches(module)), None)
 
 
+FROZEN = "frozen batch norm: the same constants in training and at inference"
+"""Why a norm without batch statistics is skipped."""
+
+
 def lookalike_reason(module: nn.Module) -> str | None:
     """Why a norm-like module without a family is skipped; None if it is no norm, or always behaves the same."""
     if isinstance(module, _INSTANCE_NORMS):
@@ -492,7 +496,7 @@ def lookalike_reason(module: nn.Module) -> str | None:
     kind = type(module).__name__
     own_buffers = {name for name, _ in module.named_buffers(recurse=False)}
     if "frozen" in kind.lower() and own_buffers & _BUFFERS:
-        return "frozen batch norm: the same constants in training and at inference"
+        return FROZEN
     if own_buffers & _BUFFERS:
         return f"unknown norm {kind}: it keeps running statistics but does not derive from torch's BatchNorm"
     if _NAME.search(kind) and not any(module.children()):

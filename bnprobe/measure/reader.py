@@ -214,8 +214,16 @@ class RepeatedReader:
         self._seed = seed
         self._kept: list[Any] | None = None
         self.samples_in: Callable[[Any], int | None] = getattr(batches, "samples_in", count_samples)
+        self._opened: Iterator[Any] | None = None
         self.batches = 0
         self.images = 0
+
+    def look_ahead(self) -> list[Any]:
+        """The first batch; the next reading goes on from there. The random state is not to change in between."""
+        reading = self._read()
+        first = list(itertools.islice(reading, 1))
+        self._opened = itertools.chain(first, reading)
+        return first
 
     def __iter__(self) -> Iterator[Any]:
         """The batches, in their order.
@@ -225,8 +233,11 @@ class RepeatedReader:
             UserCodeError: The loader raised.
         """
         if self._kept is not None:
-            yield from self._kept
-            return
+            return iter(self._kept)
+        opened, self._opened = self._opened, None
+        return self._read() if opened is None else opened
+
+    def _read(self) -> Iterator[Any]:
         seed_everything(self._seed)
         keeping: list[Any] | None = []
         kept_bytes = batches = samples = 0

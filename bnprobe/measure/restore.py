@@ -152,7 +152,7 @@ def every_module(model: nn.Module) -> dict[str, nn.Module]:
         name, module = waiting.pop(0)
         prefix = f"{name}." if name else ""
         for attribute, value in module.__dict__.items():
-            if attribute in _INTERNAL or not isinstance(value, _CONTAINERS):
+            if attribute in _INTERNAL:
                 continue
             for path, held in _held(value, f"{prefix}{attribute}"):
                 inner = [(f"{path}.{below}" if below else path, each) for below, each in held.named_modules()]
@@ -167,21 +167,29 @@ _INTERNAL = frozenset(nn.Module().__dict__)
 """Attributes that every module has."""
 
 
-def _held(container: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in a container and in those within it, with the way to each."""
+def _held(value: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in a container or plain object and in those within it, with the way to each."""
     seen: set[int] = set()
-    waiting = [(path, container)]
+    waiting = deque([(path, value, True)])
     while waiting:
-        path, content = waiting.pop(0)
-        if id(content) in seen:
+        path, content, outer = waiting.popleft()
+        attributes = None if isinstance(content, _CONTAINERS) or not outer else _attributes_of(content)
+        if id(content) in seen or (attributes is None and not isinstance(content, _CONTAINERS)):
             continue
         seen.add(id(content))
-        for key, item in content.items() if isinstance(content, dict) else enumerate(content):
-            place = f"{path}[{key!r}]"
+        inside = content if attributes is None else attributes
+        for key, item in inside.items() if isinstance(inside, dict) else enumerate(inside):
+            if isinstance(item, _PLAIN):
+                continue
+            place = f"{path}[{key!r}]" if attributes is None else f"{path}.{key}"
             if isinstance(item, nn.Module):
                 yield place, item
-            elif isinstance(item, _CONTAINERS):
-                waiting.append((place, item))
+            else:
+                waiting.append((place, item, outer and attributes is None))
+
+
+_PLAIN = (int, float, str, bytes, Tensor, type(None))
+"""Types that hold nothing."""
 
 
 def _tensors(modules: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
@@ -199,16 +207,35 @@ def _tensors(modules: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
 
 
 def _containers(root: Any) -> list[Any]:
-    """A container and those in it, at any depth, once each; modules in it are not entered."""
+    """A container and those in it, at any depth, once each; modules in it are not entered.
+
+    The attributes of a plain object that it holds are a container too, but not those of further objects behind it.
+    """
     found: dict[int, Any] = {id(root): root}
-    waiting = [root]
+    waiting = [(root, True)]
     while waiting:
-        content = waiting.pop()
+        content, outer = waiting.pop()
         for item in content.values() if isinstance(content, dict) else content:
-            if isinstance(item, _CONTAINERS) and id(item) not in found:
-                found[id(item)] = item
-                waiting.append(item)
+            inside = item if isinstance(item, _CONTAINERS) else _attributes_of(item) if outer else None
+            if inside is not None and id(inside) not in found:
+                found[id(inside)] = inside
+                waiting.append((inside, outer and inside is item))
     return list(found.values())
+
+
+def _attributes_of(item: Any) -> dict[str, Any] | None:
+    """The attributes of an object of a class of the user's; None for anything else."""
+    kind = type(item)
+    if isinstance(item, nn.Module | type) or kind.__module__.partition(".")[0] in _NO_STATE:
+        return None
+    attributes = getattr(item, "__dict__", None)
+    return attributes if type(attributes) is dict else None
+
+
+_NO_STATE = frozenset(
+    {"builtins", "torch", "numpy", "functools", "collections", "logging", "threading", "types", "weakref"}
+)
+"""Packages whose objects hold no state of a model, or are saved in another way."""
 
 
 def _save_generators(content: dict[str, Any]) -> list[Restore]:
@@ -429,8 +456,8 @@ class _Attributes:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._values = self._plain()
-        own = [value for name, value in self._values.items() if isinstance(value, _CONTAINERS)]
-        boxes = {id(box): box for value in own for box in _containers(value) if not isinstance(box, tuple)}
+        within = _containers(self._values)[1:]
+        boxes = {id(box): box for box in within if not isinstance(box, tuple)}
         boxes.update((id(box), box) for box in (module._buffers, module._parameters) if isinstance(box, dict))
         self._boxes = [(box, copy.copy(box)) for box in boxes.values()]
 

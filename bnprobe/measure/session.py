@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -105,7 +106,6 @@ class Session:
         self.autocast = autocast
         self.held = held_in_eval(model)
         self._settings = settings or ScanSettings()
-        self._state = ModelState(model)
         self._explored = False
         self._interceptor = Interceptor(layers.layers)
         self._forward = functions.forward or default_forward
@@ -143,9 +143,15 @@ class Session:
         layers = find_layers(model, settings.is_selected, required=False)
         return cls(model, layers, functions, device, autocast_dtype(settings.autocast), settings)
 
+    @cached_property
+    def _state(self) -> ModelState:
+        """The state when the session is first installed: until then the caller may change the model."""
+        return ModelState(self.model)
+
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Keep the hooks in place while the block runs."""
+        """Keep the hooks in place while the block runs, and put back what it moved."""
+        self._state.put_back()
         with self._interceptor.installed(), torch.no_grad(), eagerly():
             with user_code("calling train() of the model"):
                 self._find_frozen()
@@ -155,11 +161,12 @@ class Session:
                 with deferred_interrupts():
                     self._state.put_back()
 
-    def explore(self, opening: Iterable[Any]) -> None:
+    def explore(self, opening: Iterable[Any], *, required: bool = True) -> None:
         """Find the layers that no class gives away, and what state a pass moves, by one micro-batch; once.
 
         Args:
             opening: Micro-batches on the host, of which the first is used.
+            required: Refuse a model without layers.
 
         Raises:
             NothingToProbeError: No layer can be measured, or none is selected.
@@ -182,7 +189,8 @@ class Session:
             self._interceptor.layers = self.layers.layers
             self._state.put_back()
             self._find_frozen()
-        require_layers(self.model, self.layers)
+        if required:
+            require_layers(self.model, self.layers)
         self._explored = True
 
     def forward(self, path: PathName, batch: Any, pass_: Pass) -> tuple[Any, Outputs]:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from bnprobe.measure.hooks import Answer, Interceptor, noting_non_finite
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.memory import is_out_of_memory
 from bnprobe.measure.norms import NormCall
-from bnprobe.measure.restore import every_module, preserved_random_state, set_mode
+from bnprobe.measure.restore import ModelState, every_module, preserved_random_state, set_mode
 from bnprobe.measure.session import Session, casting, eagerly, model_code
 from bnprobe.stats.moments import pool_moments, row_moments
 
@@ -79,6 +80,18 @@ class TrainingCopy:
         with border, casting(self._device, self.autocast), self._answering(answer):
             value = self._loss(self.model, batch)
         return require_scalar(value)
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Find out what a pass moves, besides what is small; see ``ModelState``."""
+        return self._state.watching()
+
+    def put_back(self) -> None:
+        """Put the copy's state back to what it was at first, where micro-batches are to meet the same model."""
+        self._state.put_back()
+
+    @cached_property
+    def _state(self) -> ModelState:
+        return ModelState(self.model)
 
     def backward(self, value: Tensor, answer: Answer) -> None:
         """Compute the gradients of a loss; gradients from before are dropped.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from functional.command import CLEAN, ERROR, MODEL, NOTHING, Workspace
+from functional.command import CLEAN, ERROR, FINDINGS, MODEL, NOTHING, Workspace
 
 DEEP = """
 class Deep(nn.Module):
@@ -106,16 +106,6 @@ UNUSABLE = [
         id="exception-in-loss",
     ),
     pytest.param(
-        "def load_model():\n    net = Net()\n    net.bn.running_var[1] = float('inf')\n    return net\n",
-        ["1 of 2 values of the buffer bn.running_var are NaN or Inf", "reset_running_stats()"],
-        id="inf-in-a-buffer",
-    ),
-    pytest.param(
-        "def load_model():\n    net = Net()\n    net.bn.running_var[0] = -1.0\n    return net\n",
-        ["1 of 2 values of the buffer bn.running_var are negative, but a variance cannot be negative."],
-        id="negative-variance",
-    ),
-    pytest.param(
         f"FACTOR = float('inf')\n{DEEP}",
         [
             "The input of late (BatchNorm1d) contains NaN or Inf in train mode",
@@ -134,6 +124,22 @@ def test_a_model_file_that_fails_is_explained(workspace: Workspace, change: str,
         assert words in message
     assert "torch/" not in message
     assert "bnprobe/" not in message
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("float('inf')", "1 NaN or Inf value"), ("-1.0", "1 negative variance")],
+    ids=["inf", "negative"],
+)
+def test_statistics_that_are_none_are_a_finding(workspace: Workspace, value: str, words: str) -> None:
+    change = f"def load_model():\n    net = Net()\n    net.bn.running_var[1] = {value}\n    return net\n"
+    workspace.write("model.py", MODEL + change)
+    found = workspace.scan()
+    assert found.code == FINDINGS
+    assert f"bn: its running statistics hold {words}: there is nothing to compare batches" in " ".join(
+        found.stdout.split()
+    )
+    assert "Non-finite running statistics (BN103)" in found.stdout
 
 
 NOT_FOUND = [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import bnprobe
 from bnprobe.commands.scan import scan
+from bnprobe.measure.norms import FROZEN
 from bnprobe.records import Report
 from support import reference
 from support.fingerprint import fingerprint
@@ -322,6 +323,43 @@ def test_calls_without_buffers_are_listed_as_what_they_are() -> None:
     ]
 
 
+class FrozenBatchNorm(FunctionalBN):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.rm, self.rv, training=False)
+
+
+def test_constants_in_both_modes_are_no_layer() -> None:
+    report = scan(nn.Sequential(FrozenBatchNorm(6), nn.BatchNorm1d(6)), rows(), SIZE, num_batches=4)
+    assert [layer.name for layer in report.layers] == ["1"]
+    (skipped,) = report.skipped
+    assert (skipped.name, skipped.reason) == ("0", FROZEN)
+
+
+class HalfManual(FunctionalBN):
+    """The function at inference only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.rm, self.rv, eps=1e-3)
+        mean, var = x.mean(0), x.var(0, unbiased=False)
+        self.rm.lerp_(mean, 0.1)
+        self.rv.lerp_(var, 0.1)
+        return (x - mean) / (var + 1e-3).sqrt()
+
+
+def test_the_function_at_inference_only() -> None:
+    model = trained(nn.Sequential(HalfManual(6), nn.BatchNorm1d(6)), rows()[:3])
+    report = assert_exact(model, rows(), {"0": OwnNorm("0", model[0].rm.double(), model[0].rv.double(), 1e-3)})
+    assert report.layers[0].note.startswith("normalizes by its own arithmetic")
+    assert report.skipped == ()
+
+
+def test_one_value_per_channel_does_not_end_the_search() -> None:
+    model = trained(nn.Sequential(nn.BatchNorm1d(6), FunctionalBN(6)), rows())
+    layers = scan(model, list(torch.cat(rows()).split(1)), 1, num_batches=8).layers
+    assert [layer.name for layer in layers] == ["0", "1"]
+
+
 class Subclass(nn.BatchNorm1d):
     """Its calls say otherwise than its attributes, and nothing counts them."""
 
@@ -405,3 +443,86 @@ def test_loss_and_metric_see_the_model_as_it_is() -> None:
     for path in ("train", "eval"):
         values = [float(loss(copy.deepcopy(model).train(path == "train"), batch).detach()) for batch in rows()]
         assert getattr(report.summary.output.loss, path) == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_gradients_see_the_model_as_it_is() -> None:
+    seen = []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        seen.append((model.scale, float(model.centres.detach().sum()), float(model.queue[-6:].sum()), len(model.log)))
+        return model(batch).square().mean()
+
+    torch.manual_seed(0)
+    model = unsettled(Codebook())
+    scan(model, rows(), SIZE, num_batches=BATCHES, loss=loss, gradients=True)
+    last = seen[-2 * BATCHES :]
+    assert set(last) == {(1.0, float(model.centres.detach().sum()), 0.0, 0)}
+
+
+class Holder:
+    """A plain object, which torch does not look into."""
+
+    def __init__(self) -> None:
+        self.bn = nn.BatchNorm1d(6)
+        self.average = torch.zeros(6)
+
+
+class Outside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.holder, self.bn = Holder(), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.holder.average = 0.9 * self.holder.average + 0.1 * x.mean(0)
+        return self.bn(self.holder.bn(x) - self.holder.average)
+
+
+def test_state_of_a_plain_object_is_put_back() -> None:
+    model = unsettled(Outside())
+    model.holder.average = torch.ones(6)
+    before = [model.holder.average, *(tensor.clone() for tensor in model.holder.bn.buffers())]
+    report = scan(model, rows(), SIZE, num_batches=BATCHES)
+    after = [model.holder.average, *model.holder.bn.buffers()]
+    assert after[0] is before[0]
+    assert all(map(torch.equal, before, after))
+    assert [layer.name for layer in report.layers] == ["bn", "holder.bn"]
+    expected = []
+    for x in rows():
+        twin = copy.deepcopy(model).double().train()
+        twin.holder.bn.double()
+        outer, mean, var = twin.bn, twin.bn.running_mean.clone(), twin.bn.running_var.clone()
+        seen: list[Tensor] = []
+        outer.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0].detach()))
+        twin(x.double())
+        z = (seen[0] - seen[0].mean(0)) / (seen[0].var(0, unbiased=False) + outer.eps).sqrt()
+        expected.append(float((z - (seen[0] - mean) / (var + outer.eps).sqrt()).square().mean()))
+    assert report.layers[0].train.mismatch == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+class Functional(nn.Module):
+    """As in meta-learning code: weights and statistics in lists of parameters, everything called as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vars = nn.ParameterList([nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.ones(6))])
+        statistics = (torch.zeros(6), torch.ones(6), torch.zeros(6), torch.ones(6))
+        self.vars_bn = nn.ParameterList([nn.Parameter(value, requires_grad=False) for value in statistics])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x @ self.vars[0], self.vars_bn[0], self.vars_bn[1], self.vars[1], training=self.training)
+        return F.batch_norm(x.relu(), self.vars_bn[2], self.vars_bn[3], training=self.training)
+
+
+def test_statistics_in_a_list_of_parameters() -> None:
+    model = trained(Functional(), rows())
+    before = fingerprint(model)
+    report = scan(model, rows(), SIZE, num_batches=BATCHES)
+    assert fingerprint(model) == before
+    assert [layer.name for layer in report.layers] == ["vars_bn.0", "vars_bn.2"]
+    mean, var = (model.vars_bn[index].double() for index in (0, 1))
+    total = []
+    for x in (batch.double() @ model.vars[0].detach().double() for batch in rows()):
+        z = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+        total.append(float((z - (x - mean) / (var + 1e-5).sqrt()).square().mean()))
+    assert report.layers[0].train.mismatch == pytest.approx(np.mean(total), rel=1e-4)
+    assert report.skipped == ()

@@ -351,7 +351,11 @@ def flat(tensor: Tensor) -> list[Tensor]:
 def test_tensors_of_odd_kinds(kind: str, write: Callable[[nn.Module], Any]) -> None:
     model = held(kind)
     tensor, before, shape = model.odd, flat(model.odd), model.odd.shape
-    model.bn1.register_forward_hook(lambda module, inputs, output: [write(model)] and None)
+
+    def hook(module: nn.Module, inputs: Any) -> None:
+        write(model)
+
+    model.bn1.register_forward_pre_hook(hook)
     assert scan(model, DATA, 2, num_batches=6).scan.batches == 6
     assert model.odd is tensor
     assert kind == "nested" or tensor.shape == shape
