@@ -105,15 +105,15 @@ class Chunks:
         Args:
             micro_batches: All of them.
             function: Changes nothing when it raises.
-            refused: Told when micro-batches cannot run together at all, before they run one by one; if the user's code
-                raised, afterwards: none of them raises by itself.
+            refused: Told once when micro-batches cannot run together at all, before they run one by one; if the user's
+                code raised, afterwards: none of them raises by itself.
 
         Raises:
             DeviceError: Not even one micro-batch fits into memory.
             UserCodeError: A micro-batch raised by itself.
         """
         results: list[Result] = []
-        done = 0
+        done, told = 0, False
         raised: UserCodeError | None = None
         alone = 0  # micro-batches up to this one run one by one to see whether they raise
         while done < len(micro_batches):
@@ -122,10 +122,10 @@ class Chunks:
                 results.append(function(chunk))
                 done += len(chunk)
             except CannotEmulateError as error:
-                if len(chunk) == 1:
+                if told:
                     raise
                 refused(error)
-                self.at_once = 1
+                self.at_once, told = 1, True
             except UserCodeError as error:
                 if len(chunk) == 1:
                     raise
