@@ -38,7 +38,7 @@ def scan(
     no_emulate: options.NoEmulate = False,
     what_if: Annotated[
         bool,
-        options.option(FURTHER, "--what-if", "Measure on held-out data what remedies without training gain."),
+        options.option(FURTHER, "--what-if", "Try remedies without training, in larger batches too."),
         options.Sets("scan.what_if"),
     ] = False,
     train_steps: Annotated[

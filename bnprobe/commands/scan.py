@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -49,6 +49,7 @@ from bnprobe.records import (
     ExtraPass,
     GradientAngle,
     Impact,
+    Interval,
     Layer,
     Pool,
     Remedy,
@@ -68,6 +69,9 @@ IMPACT_PART = 8
 
 WHAT_IF_IMAGES = 512
 """Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""
+
+SCORED_PART = 4
+"""Without held-out data one in this many training batches is left out of the statistics, and scores them."""
 
 GRADIENT_BATCHES = 32
 """Micro-batches whose gradients are measured; the noise is then known to about 25%."""
@@ -184,7 +188,7 @@ def _probe(
 ) -> Evidence | None:
     """The two paths on the training data, and the eval path on the held-out data."""
     source, held_out = spread(workload.source, settings.seed, settings.batch_sizes), workload.held_out
-    size, keep = source.batch_size, wanted_batches(settings, source.batch_size)
+    size, keep = source.batch_size, wanted_batches(settings, source.batch_size, can_try_remedies(workload, settings))
     # Micro-batches that are regrouped to larger batches are measured by one process.
     share = Share(world.rank, world.size, math.lcm(size, *settings.batch_sizes) // size)
     source = deal(source, share)
@@ -193,14 +197,21 @@ def _probe(
         share = Share(world.rank, world.size)
         held_out = deal(spread(held_out, settings.seed, mixed=True), share)
         size, dealt, most = held_out.batch_size, held_out.dealt, held_out.most
+        keep = wanted_batches(settings, size, can_try_remedies(workload, settings))
         held_out_reader = Reader(held_out.batches, size, keep, share, dealt, most)
     with session.installed():
         return probe(session, reader, settings, progress, held_out_reader, world)
 
 
-def wanted_batches(settings: ScanSettings, batch_size: int) -> int:
-    """Micro-batches to keep for the measurements that the settings request."""
-    images = max(SAMPLES, WHAT_IF_IMAGES if settings.what_if else 0)
+def can_try_remedies(workload: Workload, settings: ScanSettings) -> bool:
+    """Whether remedies can be compared, and may be: there is something to score by, and real data to score on."""
+    scored = workload.loss is not None or workload.metric is not None
+    return scored and not workload.source.synthetic and settings.what_if is not False
+
+
+def wanted_batches(settings: ScanSettings, batch_size: int, remedies: bool = False) -> int:
+    """Micro-batches to keep for the measurements that the settings request, and for trying remedies."""
+    images = WHAT_IF_IMAGES if remedies else SAMPLES
     trained = settings.train_steps or 0
     return max(2, images // batch_size, trained, GRADIENT_BATCHES if settings.gradients else 0)
 
@@ -210,7 +221,7 @@ def _report(
 ) -> Report:
     """Measure what goes beyond the two paths, apply the rules, and write the report."""
     findings = assemble(evidence, settings)
-    evidence, further = _beyond(workload, session, settings, evidence, findings)
+    evidence, further = _beyond(workload, session, settings, evidence, findings, facts)
     scan = describe(workload, settings, evidence, further, session.device)
     scan = replace(scan, notes=(*scan.notes, *notes))
     layers = with_further(findings.layers, facts.anatomy, further, session.layers)
@@ -243,20 +254,48 @@ def _report(
 
 
 def _beyond(
-    workload: Workload, session: Session, settings: ScanSettings, evidence: Evidence, findings: Findings
+    workload: Workload,
+    session: Session,
+    settings: ScanSettings,
+    evidence: Evidence,
+    findings: Findings,
+    facts: Facts,
 ) -> tuple[Evidence, Further]:
     """Measure what goes beyond the two paths; if it fails or is interrupted, the report has the paths alone."""
     further = Further()
     if evidence.partial:
         return evidence, further
     off = any(layer.flagged or layer.undecided for layer in findings.layers)
+    tried = can_try_remedies(workload, settings) and (off or _is_doubtful(findings, facts, settings))
     try:
-        measure_further(further, session, evidence, settings, workload.make_optimizer, impact=off)
+        measure_further(further, session, evidence, settings, workload.make_optimizer, impact=off, remedies=tried)
     except BnprobeError as error:
         evidence = replace(evidence, stopped="failed", failure=error)
     except KeyboardInterrupt:
         evidence = replace(evidence, stopped="interrupted")
     return evidence, further
+
+
+def _is_doubtful(findings: Findings, facts: Facts, settings: ScanSettings) -> bool:
+    """Whether something may be wrong although no layer is flagged: a rule fails, or a step of the gap is surely bad."""
+    layers = {layer.name: layer for layer in findings.layers}
+    output, gaps = findings.summary.output, findings.summary.gaps
+    known = replace(facts, layers=layers, output=output, gaps=gaps)
+    if any(verdict.outcome == "failed" for verdict in judge(known, settings.rules)):
+        return True
+    return any(
+        _is_worse(interval, gap.goal)
+        for gap in gaps
+        for interval in (gap.inconsistency_interval, gap.generalization_interval)
+    )
+
+
+def _is_worse(interval: Interval | None, goal: Literal["max", "min"]) -> bool:
+    """Whether a change is surely to the worse."""
+    if interval is None:
+        return False
+    low, high = interval
+    return low > 0 if goal == "min" else high is not None and high < 0
 
 
 @dataclass
@@ -279,11 +318,13 @@ def measure_further(
     make_optimizer: MakeOptimizer | None = None,
     *,
     impact: bool = True,
+    remedies: bool = False,
 ) -> None:
     """Everything that the settings ask for, into ``found``.
 
     Args:
         impact: Measure what layers do to the output: of no use where every layer is fine.
+        remedies: Try the free remedies, whether or not that was asked for.
         make_optimizer: For training steps; None: SGD at a learning rate of 0.01.
 
     Raises:
@@ -296,8 +337,8 @@ def measure_further(
             some = _first_images(session, evidence)
             with _counted(found, "impact", "how much each layer changes the output", len(some) * size):
                 found.impacts = measure_impact(session, some, evidence.batching)
-        if settings.what_if and evidence.held_out is not None:
-            _try_remedies(found, session, evidence, evidence.held_out)
+        if remedies or settings.what_if:
+            _try_remedies(found, session, evidence, asked_for=bool(settings.what_if))
     if settings.train_steps:
         steps, make = settings.train_steps, _guarded(make_optimizer or load_optimizer(OptimizerSpec()))
         with _counted(found, "training steps", "asked for", steps * size):
@@ -332,12 +373,28 @@ def _first_images(session: Session, evidence: Evidence) -> list[Any]:
     return [to_device(batch, session.device) for batch in evidence.micro_batches[:number]]
 
 
-def _try_remedies(found: Further, session: Session, evidence: Evidence, held_out: Evidence) -> None:
-    size = evidence.batch_size
-    most = max(2, WHAT_IF_IMAGES // size)
-    training, unseen = evidence.micro_batches[:most], held_out.micro_batches[:most]
-    with _counted(found, "what-if", "asked for", (len(training) + len(unseen)) * size):
-        found.remedies = what_if(session, training, unseen, evidence.batching)
+def _try_remedies(found: Further, session: Session, evidence: Evidence, asked_for: bool) -> None:
+    """Try the free remedies on held-out data; without any, on training batches that the statistics do not see."""
+    training, held_out = _some(evidence), evidence.held_out
+    data: Literal["held-out", "training"] = "training" if held_out is None else "held-out"
+    if held_out is None:
+        scored, scoring = training[::SCORED_PART], evidence.batching
+        training = [batch for position, batch in enumerate(training) if position % SCORED_PART]
+    else:
+        scored, scoring = _some(held_out), held_out.batching
+    if not training or not scored:
+        return
+    images = len(training) * evidence.batch_size + len(scored) * scoring.batch_size
+    reason = "asked for" if asked_for else "to try remedies before they are advised"
+    with _counted(found, "what-if", reason, images):
+        found.remedies = what_if(
+            session, training, scored, evidence.batching, scoring, scored_on=data, larger=asked_for
+        )
+
+
+def _some(evidence: Evidence) -> list[Any]:
+    """The micro-batches that remedies are tried on."""
+    return evidence.micro_batches[: max(2, WHAT_IF_IMAGES // evidence.batch_size)]
 
 
 def _guarded(make_optimizer: MakeOptimizer) -> MakeOptimizer:
@@ -489,13 +546,7 @@ def check_requested(settings: ScanSettings, workload: Workload) -> None:
             raise UsageError(f"{option} needs loss(model, batch) in the model file, or a loss that the spec names.")
     if settings.what_if and workload.loss is None and workload.metric is None:
         raise UsageError("--what-if needs loss(model, batch) or metric(model, batch), in the model file or the spec.")
-    source, held_out = workload.source, workload.held_out
-    if settings.what_if and held_out is not None and held_out.batch_size != source.batch_size:
-        raise UsageError(
-            f"--what-if needs held-out batches of the scanned size, {source.batch_size}, but"
-            f" eval_data.batch_size is {held_out.batch_size}. Remove eval_data.batch_size from the spec."
-        )
-    if settings.what_if and held_out is None:
+    if settings.what_if and workload.held_out is None:
         raise UsageError(
             "--what-if needs held-out data: add load_eval_data(batch_size) to the model file, or eval_data to the spec."
         )

@@ -242,6 +242,7 @@ def score_batches(
     *,
     by_batch: frozenset[int] = frozenset(),
     statistics: LayerStatistics | None = None,
+    group: int | None = None,
 ) -> Score:
     """Means of loss and metric over micro-batches, each of which the functions see by itself.
 
@@ -250,6 +251,7 @@ def score_batches(
         micro_batches: On any device.
         batching: How they run.
         by_batch, statistics: As in ``Pass``.
+        group: Samples that batch statistics are taken of; None: the micro-batch.
 
     Returns:
         None for a function that is not there, and for a mean that is not finite.
@@ -260,6 +262,7 @@ def score_batches(
 
     def run(chunk: list[Any]) -> Contributions:
         pass_ = batching.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {})
+        pass_.batch_size = group or pass_.batch_size
         _, outputs = session.forward(path, to_device(join(chunk), session.device), pass_)
         apart = [to_device(batch, session.device) for batch in chunk]
         return user_values(session, path, apart, outputs, batching.batch_size)

@@ -159,10 +159,12 @@ class Session:
     ) -> Any:
         """Call the user's loss or metric, right after ``forward`` on the same path.
 
-        The flags are still set, and layers whose statistics that pass chose use the same if the model is called again.
+        The flags are still set, and layers whose statistics that pass chose use the same, of groups of the same size,
+        if the model is called again.
         """
-        batch = copy_tensors(batch)
-        pass_ = replace(pass_, by_batch=self._last.by_batch, statistics=self._last.statistics)
+        batch, last = copy_tensors(batch), self._last
+        chosen: dict[str, Any] = {"by_batch": last.by_batch, "statistics": last.statistics, "layouts": last.layouts}
+        pass_ = replace(pass_, batch_size=min(last.batch_size, pass_.batch_size), **chosen)
         border = model_code(f"calling {name}(model, batch) ({_IN_WORDS[path]})")
         with self._running(path, pass_), replaying(self.model, batch, outputs), border:
             return function(self.model, batch)

@@ -4,33 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from bnprobe.errors import UsageError
+from bnprobe.errors import RepairError, UsageError
 from bnprobe.measure.batch import CannotEmulateError, join
 from bnprobe.measure.hooks import LayerStatistics
 from bnprobe.measure.memory import Footprint, fits_in_memory
 from bnprobe.measure.outputs import score_batches
 from bnprobe.measure.physical_batch import Batching
-from bnprobe.measure.population import steady_population
-from bnprobe.measure.session import Session
+from bnprobe.measure.population import LARGE, Population, settle_by_layer, steady_population
+from bnprobe.measure.reader import RepeatedReader
+from bnprobe.measure.session import Session, no_progress
 from bnprobe.records import FREE_REMEDIES, Remedy, Score
 
-_RECALIBRATED, _EVALUATION_STATISTICS, _BATCH_STATISTICS = FREE_REMEDIES
+_RECALIBRATED, _EVALUATION_STATISTICS, _BATCH_STATISTICS, _INSTANCE_STATISTICS = FREE_REMEDIES
 
 LARGER = (4, 16)
 """Factors by which batches are made larger than those scanned."""
 
+_LAYER_PASSES = 4096
+"""Samples times layers for the statistics that are taken layer by layer, each in a pass of its own."""
+
 
 def what_if(
-    session: Session, training: Sequence[Any], held_out: Sequence[Any], batching: Batching
+    session: Session,
+    training: Sequence[Any],
+    held_out: Sequence[Any],
+    batching: Batching,
+    scoring: Batching | None = None,
+    *,
+    scored_on: Literal["held-out", "training"] = "held-out",
+    larger: bool = True,
 ) -> tuple[Remedy, ...]:
     """Loss and metric on the held-out batches, eval path, as loaded and with each remedy.
 
-    * "recalibrated": the population statistics of the training data as running statistics.
+    * "recalibrated": the population statistics of the training data as running statistics. Where samples cannot be
+      mixed, they are taken on the train path and on the eval path, and the better ones count, as in
+      ``bnprobe recalibrate``.
     * "evaluation statistics": those of the held-out data.
-    * "batch statistics": every held-out batch normalizes with its own statistics.
+    * "batch statistics": every held-out batch normalizes with its own statistics, in batches of the scanned size
+      where the held-out batches divide into such.
+    * "instance statistics": every sample with its own, where it gives every layer more than one value per channel.
     * "batch statistics, batches of N": the same in larger batches, as far as data and memory allow and samples of
       different batches may be mixed. Loss and metric see these larger batches, and a metric may not be a mean over
       samples: the control is the model as loaded, scored in batches of the same size.
@@ -42,7 +57,10 @@ def what_if(
     Args:
         session: Installed.
         training, held_out: Micro-batches on the host. Both are bounded by the caller.
-        batching: How they run.
+        batching: How the training batches run.
+        scoring: How the held-out batches run; None: the same way.
+        scored_on: Where ``held_out`` comes from. Statistics of training data as evaluation data say nothing.
+        larger: Whether to try larger batches too.
 
     Returns:
         In the order above; none if no layer is concerned. "recalibrated" needs training batches.
@@ -52,19 +70,20 @@ def what_if(
         DeviceError, UserCodeError, DataError: As in any pass.
     """
     _require_a_measure(session, held_out)
-    trial = _Trial(session, batching)
-    before = trial.score(held_out)
-    own, footprint = steady_population(session, held_out, batching)
+    trial = _Trial(session, scoring or batching, scored_on, held_out)
+    before = trial.score()
+    own, footprint = steady_population(session, held_out, trial.batching)
     layers = frozenset(own.statistics())
     if not layers:
         return ()
     found: list[Remedy] = []
     if training:
-        population, _ = steady_population(session, training, batching)
-        found.append(trial.with_statistics(_RECALIBRATED, population.statistics(), training, held_out, before))
-    found.append(trial.with_statistics(_EVALUATION_STATISTICS, own.statistics(), held_out, held_out, before))
-    found.append(trial.by_batch(_BATCH_STATISTICS, layers, held_out, before))
-    return *found, *trial.larger_batches(layers, held_out, before, footprint)
+        found.append(trial.recalibrated(training, batching, layers, footprint, before))
+    if scored_on == "held-out":
+        detail = f"pooled mean and unbiased variance of the same {trial.samples} held-out samples"
+        found.append(trial.with_statistics(_EVALUATION_STATISTICS, own.statistics(), before, detail))
+    found += trial.by_batch(layers, batching.batch_size, own, before)
+    return *found, *(trial.larger_batches(layers, before, footprint) if larger else ())
 
 
 @dataclass(frozen=True)
@@ -73,70 +92,101 @@ class _Trial:
 
     session: Session
     batching: Batching
+    scored_on: Literal["held-out", "training"]
+    batches: Sequence[Any]
+
+    @property
+    def samples(self) -> int:
+        return len(self.batches) * self.batching.batch_size
 
     def score(
-        self, batches: Sequence[Any], by_batch: frozenset[int] = frozenset(), statistics: LayerStatistics | None = None
-    ) -> Score:
-        return score_batches(self.session, "eval", batches, self.batching, by_batch=by_batch, statistics=statistics)
-
-    def with_statistics(
-        self, name: str, statistics: LayerStatistics, source: Sequence[Any], held_out: Sequence[Any], before: Score
-    ) -> Remedy:
-        after = self.score(held_out, statistics=statistics)
-        samples = len(source) * self.batching.batch_size
-        which = f"the same {samples} held-out" if source is held_out else f"{samples} training"
-        detail = f"pooled mean and unbiased variance of {which} samples"
-        return self._remedy(name, frozenset(statistics), held_out, before, after, None, detail)
-
-    def by_batch(
         self,
-        name: str,
-        layers: frozenset[int],
-        batches: Sequence[Any],
-        before: Score,
-        control: Score | None = None,
-    ) -> Remedy:
-        after = self.score(batches, by_batch=layers)
-        size = self.batching.batch_size
-        detail = f"batches of {size} held-out samples, each normalized with its own statistics"
-        return self._remedy(name, layers, batches, before, after, control, detail)
+        by_batch: frozenset[int] = frozenset(),
+        statistics: LayerStatistics | None = None,
+        group: int | None = None,
+    ) -> Score:
+        return score_batches(
+            self.session, "eval", self.batches, self.batching, by_batch=by_batch, statistics=statistics, group=group
+        )
 
-    def larger_batches(
-        self, layers: frozenset[int], held_out: Sequence[Any], before: Score, footprint: Footprint
-    ) -> Iterator[Remedy]:
+    def recalibrated(
+        self,
+        training: Sequence[Any],
+        batching: Batching,
+        layers: frozenset[int],
+        footprint: Footprint,
+        before: Score,
+    ) -> Remedy:
+        size = batching.batch_size
+        if fits_in_memory(footprint, LARGE, self.session.device):
+            batching = replace(batching, at_once=max(batching.at_once, LARGE // size))
+        detail = "pooled mean and unbiased variance of {} training samples".format
+        population, _ = steady_population(self.session, training, batching)
+        one = self.with_statistics(_RECALIBRATED, population.statistics(), before, detail(len(training) * size))
+        if population.mixed:
+            return one
+        some = training[: max(2, _LAYER_PASSES // (len(layers) * size))]
+        try:
+            settled = settle_by_layer(self.session, RepeatedReader(some, None, 0), layers, no_progress)
+        except RepairError:  # they do not converge
+            return one
+        told = f"{detail(len(some) * size)}, layer by layer"
+        other = self.with_statistics(_RECALIBRATED, settled.statistics, before, told)
+        return min(one, other, key=_rank)
+
+    def with_statistics(self, name: str, statistics: LayerStatistics, before: Score, detail: str) -> Remedy:
+        return self._remedy(name, frozenset(statistics), before, self.score(statistics=statistics), None, detail)
+
+    def by_batch(self, layers: frozenset[int], size: int, own: Population, before: Score) -> Iterator[Remedy]:
+        """Batch statistics in batches of the scanned size, and those of single samples."""
+        whole = self.batching.batch_size
+        group = size if self.batching.emulation.trusted and whole % size == 0 else whole
+        if group > 1:
+            yield self.of_groups(_BATCH_STATISTICS, group, layers, before)
+        if (whole == 1 or self.batching.emulation.trusted) and own.fewest_values() / whole > 1:
+            yield self.of_groups(_INSTANCE_STATISTICS, 1, layers, before)
+
+    def of_groups(
+        self, name: str, group: int, layers: frozenset[int], before: Score, control: Score | None = None
+    ) -> Remedy:
+        after = self.score(by_batch=layers, group=group)
+        detail = f"batches of {group} {self.scored_on} samples, each normalized with its own statistics"
+        if group == 1:
+            detail = f"every {self.scored_on} sample normalized with its own statistics"
+        return self._remedy(name, layers, before, after, control, detail)
+
+    def larger_batches(self, layers: frozenset[int], before: Score, footprint: Footprint) -> Iterator[Remedy]:
         for factor in LARGER:
             size = factor * self.batching.batch_size
-            batches = self._regrouped(held_out, factor) if fits_in_memory(footprint, size, self.session.device) else []
+            batches = self._regrouped(factor) if fits_in_memory(footprint, size, self.session.device) else []
             if batches:
                 batching = Batching(size, self.batching.emulation, max(1, self.batching.at_once // factor))
-                trial = _Trial(self.session, batching)
-                control = trial.score(batches)
+                trial = replace(self, batching=batching, batches=batches)
+                control = trial.score()
                 same = _close(control.loss, before.loss) and _close(control.metric, before.metric)
                 name = f"{_BATCH_STATISTICS}, batches of {size}"
-                yield trial.by_batch(name, layers, batches, before, None if same else control)
+                yield trial.of_groups(name, size, layers, before, None if same else control)
 
-    def _regrouped(self, held_out: Sequence[Any], factor: int) -> list[Any]:
+    def _regrouped(self, factor: int) -> list[Any]:
         """Larger batches of consecutive samples; empty if samples cannot be joined or mixed."""
         if not self.batching.emulation.trusted:
             return []
-        whole = len(held_out) // factor * factor
+        whole = len(self.batches) // factor * factor
         try:
-            return [join(list(held_out[i : i + factor])) for i in range(0, whole, factor)]
+            return [join(list(self.batches[i : i + factor])) for i in range(0, whole, factor)]
         except CannotEmulateError:
             return []
 
     def _remedy(
-        self,
-        name: str,
-        layers: frozenset[int],
-        batches: Sequence[Any],
-        before: Score,
-        after: Score,
-        control: Score | None,
-        detail: str,
+        self, name: str, layers: frozenset[int], before: Score, after: Score, control: Score | None, detail: str
     ) -> Remedy:
         names = tuple(layer.name for layer in self.session.layers.layers if layer.index in layers)
-        return Remedy(name, names, before, after, control, len(batches) * self.batching.batch_size, detail)
+        return Remedy(name, names, before, after, control, self.samples, detail, scored_on=self.scored_on)
+
+
+def _rank(remedy: Remedy) -> float:
+    loss = remedy.after.loss
+    return math.inf if loss is None else loss
 
 
 def _close(one: float | None, other: float | None) -> bool:

@@ -90,6 +90,7 @@ _DOING: dict[FreeRemedy, str] = {
     "recalibrated": "Recalibrating",
     "evaluation statistics": "Using the statistics of the held-out data",
     "batch statistics": "Normalizing at inference with batch statistics",
+    "instance statistics": "Normalizing at inference with the statistics of each sample",
 }
 
 _MEASURES = ("loss", "metric")
@@ -102,8 +103,9 @@ def remedies(found: Sequence[Remedy], page: Page) -> list[Text]:
     ordered = best_first(found)
     sizes = [f"{number:,}" for number in sorted({remedy.images for remedy in found})]
     samples = " or ".join(", ".join(sizes).rsplit(", ", 1))
+    data = "held-out samples" if found[0].scored_on == "held-out" else "training samples that gave no statistics"
     return [
-        *page.heading(f"What remedies without training would give, on {samples} held-out samples"),
+        *page.heading(f"What remedies without training would give, on {samples} {data}"),
         *page.paragraph(best_in_words(ordered), first="  "),
         *_remedy_table(ordered, page),
     ]

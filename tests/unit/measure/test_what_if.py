@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bnprobe
 from bnprobe.errors import UsageError
 from bnprobe.measure.batch import join, pick
 from bnprobe.measure.hooks import Pass, Recorded
@@ -78,6 +79,17 @@ def recalibrated(model: nn.Module, batches: Sequence[Any]) -> nn.Module:
     return twin.eval()
 
 
+class OneByOne(nn.Module):
+    """A network that runs every sample by itself."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.network(sample) for sample in x.split(1)])
+
+
 def remedies(
     model: nn.Module, training: Sequence[Any], evaluation: Sequence[Any], at_once: int = 99, emulate: bool = True
 ) -> dict[str, Remedy]:
@@ -98,12 +110,9 @@ def test_remedies_agree_with_really_doing_it(name: str) -> None:
     make, shape = SHAPES[name]
     model, training, evaluation = unsettled(make()), labelled(10, *shape), labelled(8, *shape, seed=5, shift=1)
     found = remedies(model, training, evaluation)
-    assert list(found) == [
-        "recalibrated",
-        "evaluation statistics",
-        "batch statistics",
-        "batch statistics, batches of 16",
-    ]
+    several = ["instance statistics"] if len(shape) > 1 else []  # a flat sample gives one value per channel
+    larger = "batch statistics, batches of 16"
+    assert list(found) == ["recalibrated", "evaluation statistics", "batch statistics", *several, larger]
     before = scored(twin_of(model), evaluation)
     everything = range(len(norms(model)))
     names = tuple(name for name, module in model.named_modules() if module in norms(model))
@@ -112,14 +121,16 @@ def test_remedies_agree_with_really_doing_it(name: str) -> None:
     assert found["recalibrated"].after == close(scored(recalibrated(model, training), evaluation))
     assert found["evaluation statistics"].after == close(scored(recalibrated(model, evaluation), evaluation))
     assert found["batch statistics"].after == close(scored(twin_of(model, *everything), evaluation))
-    larger = [join(evaluation[:4]), join(evaluation[4:])]
-    assert found["batch statistics, batches of 16"].after == close(scored(twin_of(model, *everything), larger))
-    assert found["batch statistics, batches of 16"].control == close(scored(twin_of(model), larger))
+    joined = [join(evaluation[:4]), join(evaluation[4:])]
+    assert found[larger].after == close(scored(twin_of(model, *everything), joined))
+    assert found[larger].control == close(scored(twin_of(model), joined))
+    if several:
+        assert found["instance statistics"].after == close(scored(OneByOne(twin_of(model, *everything)), evaluation))
     for remedy in found.values():
         assert remedy.after.loss != pytest.approx(before.loss, rel=1e-3)
         assert remedy.layers == names
         assert remedy.images == 32
-    assert [remedy.control is None for remedy in found.values()] == [True, True, True, False]
+    assert [name for name, remedy in found.items() if remedy.control is not None] == [larger]
     assert found["recalibrated"].detail == "pooled mean and unbiased variance of 40 training samples"
 
 
@@ -140,7 +151,10 @@ def test_real_micro_batches_where_images_cannot_be_mixed() -> None:
             values = torch.cat(seen[index]).transpose(0, 1).flatten(1)
             norm.running_mean.copy_(values.mean(1))
             norm.running_var.copy_(values.var(1))
-    assert found["recalibrated"].after == close(scored(twin.eval(), evaluation))
+    by_batch = scored(twin.eval(), evaluation)
+    by_layer = scored(bnprobe.recalibrate(copy.deepcopy(model), training, path="eval", forward=forward), evaluation)
+    assert by_layer.loss != pytest.approx(by_batch.loss, rel=1e-3)
+    assert found["recalibrated"].after == close(min(by_batch, by_layer, key=lambda score: score.loss))
 
 
 @pytest.mark.parametrize("at_once", [2, 3])
@@ -251,7 +265,12 @@ def test_images_of_different_size_keep_their_batches() -> None:
     with running(unsettled(Residual()), batches[:1] * 2, SIZE, FUNCTIONS) as (session, emulation):
         assert emulation.trusted
         found = what_if(session, batches, batches, Batching(SIZE, emulation, 4))
-    assert [remedy.name for remedy in found] == ["recalibrated", "evaluation statistics", "batch statistics"]
+    assert [remedy.name for remedy in found] == [
+        "recalibrated",
+        "evaluation statistics",
+        "batch statistics",
+        "instance statistics",
+    ]
     assert all(remedy.after.loss is not None for remedy in found)
 
 
