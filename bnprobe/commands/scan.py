@@ -338,7 +338,7 @@ def measure_further(
             with _counted(found, "impact", "how much each layer changes the output", len(some) * size):
                 found.impacts = measure_impact(session, some, evidence.batching)
         if remedies or settings.what_if:
-            _try_remedies(found, session, evidence, asked_for=bool(settings.what_if))
+            _try_remedies(found, session, evidence, settings)
     if settings.train_steps:
         steps, make = settings.train_steps, _guarded(make_optimizer or load_optimizer(OptimizerSpec()))
         with _counted(found, "training steps", "asked for", steps * size):
@@ -373,7 +373,7 @@ def _first_images(session: Session, evidence: Evidence) -> list[Any]:
     return [to_device(batch, session.device) for batch in evidence.micro_batches[:number]]
 
 
-def _try_remedies(found: Further, session: Session, evidence: Evidence, asked_for: bool) -> None:
+def _try_remedies(found: Further, session: Session, evidence: Evidence, settings: ScanSettings) -> None:
     """Try the free remedies on held-out data; without any, on training batches that the statistics do not see."""
     training, held_out = _some(evidence), evidence.held_out
     data: Literal["held-out", "training"] = "training" if held_out is None else "held-out"
@@ -385,11 +385,10 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, asked_fo
     if not training or not scored:
         return
     images = len(training) * evidence.batch_size + len(scored) * scoring.batch_size
-    reason = "asked for" if asked_for else "to try remedies before they are advised"
+    reason, batching = "asked for" if settings.what_if else "to try remedies before they are advised", evidence.batching
+    options: dict[str, Any] = {"goal": settings.goal, "scored_on": data, "larger": bool(settings.what_if)}
     with _counted(found, "what-if", reason, images):
-        found.remedies = what_if(
-            session, training, scored, evidence.batching, scoring, scored_on=data, larger=asked_for
-        )
+        found.remedies = what_if(session, training, scored, batching, scoring, **options)
 
 
 def _some(evidence: Evidence) -> list[Any]:

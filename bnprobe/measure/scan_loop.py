@@ -18,10 +18,11 @@ from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.hooks import Pass
 from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks
-from bnprobe.measure.outputs import Contributions, user_values
+from bnprobe.measure.outputs import Contributions
 from bnprobe.measure.physical_batch import Batching, Emulation, as_sentence, plan_batching
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, random_state
+from bnprobe.measure.scores import MEASURES, Found, score_outputs
 from bnprobe.measure.session import PathName, Progress, Session
 from bnprobe.records import StopReason
 from bnprobe.stats.intervals import mean_interval, standing
@@ -231,6 +232,7 @@ class _Step:
     outputs: dict[PathName, Any] = field(default_factory=dict)
     inputs: set[int] = field(default_factory=set)
     contributions: Contributions = field(default_factory=dict)
+    scores: Found = field(default_factory=dict)
 
 
 @dataclass
@@ -280,7 +282,7 @@ class Measurement:
             if random and self.steady is not None:
                 evidence.paths["steady"] = self.steady
             evidence.steady_seconds += seconds
-            evidence.add(step.passes, step.contributions, len(micro_batches))
+            evidence.add(step.passes, step.contributions, step.scores, len(micro_batches))
 
     def _is_random(self, draws: Mapping[PathName, bool]) -> bool:
         """Whether training draws random numbers that inference does not; if both do, decided by the kinds of layers."""
@@ -302,7 +304,8 @@ class Measurement:
         step.outputs[path], recorded = self.session.forward(path, step.joined, step.passes[path])
         drew = before is not None and random_state() != before
         step.inputs |= {position for key in recorded for position in key}
-        step.contributions |= user_values(self.session, path, step.apart, recorded, batching.batch_size)
+        room = {measure: self.evidence.scores.room(measure, path) for measure in MEASURES}
+        step.scores |= score_outputs(self.session, path, step.apart, recorded, batching.batch_size, room)
         return drew
 
 

@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bnprobe.errors import RepairError, UsageError
-from bnprobe.measure.batch import CannotEmulateError, join
+from bnprobe.measure.batch import CannotEmulateError, count_images, join
 from bnprobe.measure.hooks import LayerStatistics
 from bnprobe.measure.memory import Footprint, fits_in_memory
-from bnprobe.measure.outputs import score_batches
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.population import LARGE, Population, settle_by_layer, steady_population
 from bnprobe.measure.reader import RepeatedReader
+from bnprobe.measure.scores import MEASURES, Measure, ScoreTable, score_batches
 from bnprobe.measure.session import Session, no_progress
-from bnprobe.records import FREE_REMEDIES, Remedy, Score
+from bnprobe.records import FREE_REMEDIES, Estimate, Remedy
+from bnprobe.stats.scores import paired_difference
 
 _RECALIBRATED, _EVALUATION_STATISTICS, _BATCH_STATISTICS, _INSTANCE_STATISTICS = FREE_REMEDIES
 
@@ -34,6 +35,7 @@ def what_if(
     batching: Batching,
     scoring: Batching | None = None,
     *,
+    goal: Literal["max", "min"] = "max",
     scored_on: Literal["held-out", "training"] = "held-out",
     larger: bool = True,
 ) -> tuple[Remedy, ...]:
@@ -59,6 +61,7 @@ def what_if(
         training, held_out: Micro-batches on the host. Both are bounded by the caller.
         batching: How the training batches run.
         scoring: How the held-out batches run; None: the same way.
+        goal: Whether a larger or a smaller metric is better.
         scored_on: Where ``held_out`` comes from. Statistics of training data as evaluation data say nothing.
         larger: Whether to try larger batches too.
 
@@ -70,7 +73,7 @@ def what_if(
         DeviceError, UserCodeError, DataError: As in any pass.
     """
     _require_a_measure(session, held_out)
-    trial = _Trial(session, scoring or batching, scored_on, held_out)
+    trial = _Trial(session, scoring or batching, goal, scored_on, held_out)
     before = trial.score()
     own, footprint = steady_population(session, held_out, trial.batching)
     layers = frozenset(own.statistics())
@@ -92,19 +95,20 @@ class _Trial:
 
     session: Session
     batching: Batching
+    goal: Literal["max", "min"]
     scored_on: Literal["held-out", "training"]
     batches: Sequence[Any]
 
     @property
     def samples(self) -> int:
-        return len(self.batches) * self.batching.batch_size
+        return sum(count_images(batch) or self.batching.batch_size for batch in self.batches)
 
     def score(
         self,
         by_batch: frozenset[int] = frozenset(),
         statistics: LayerStatistics | None = None,
         group: int | None = None,
-    ) -> Score:
+    ) -> ScoreTable:
         return score_batches(
             self.session, "eval", self.batches, self.batching, by_batch=by_batch, statistics=statistics, group=group
         )
@@ -115,7 +119,7 @@ class _Trial:
         batching: Batching,
         layers: frozenset[int],
         footprint: Footprint,
-        before: Score,
+        before: ScoreTable,
     ) -> Remedy:
         size = batching.batch_size
         if fits_in_memory(footprint, LARGE, self.session.device):
@@ -132,12 +136,12 @@ class _Trial:
             return one
         told = f"{detail(len(some) * size)}, layer by layer"
         other = self.with_statistics(_RECALIBRATED, settled.statistics, before, told)
-        return min(one, other, key=_rank)
+        return min(one, other, key=self._badness)
 
-    def with_statistics(self, name: str, statistics: LayerStatistics, before: Score, detail: str) -> Remedy:
+    def with_statistics(self, name: str, statistics: LayerStatistics, before: ScoreTable, detail: str) -> Remedy:
         return self._remedy(name, frozenset(statistics), before, self.score(statistics=statistics), None, detail)
 
-    def by_batch(self, layers: frozenset[int], size: int, own: Population, before: Score) -> Iterator[Remedy]:
+    def by_batch(self, layers: frozenset[int], size: int, own: Population, before: ScoreTable) -> Iterator[Remedy]:
         """Batch statistics in batches of the scanned size, and those of single samples."""
         whole = self.batching.batch_size
         group = size if self.batching.emulation.trusted and whole % size == 0 else whole
@@ -147,25 +151,23 @@ class _Trial:
             yield self.of_groups(_INSTANCE_STATISTICS, 1, layers, before)
 
     def of_groups(
-        self, name: str, group: int, layers: frozenset[int], before: Score, control: Score | None = None
+        self, name: str, group: int, layers: frozenset[int], before: ScoreTable, control: ScoreTable | None = None
     ) -> Remedy:
         after = self.score(by_batch=layers, group=group)
         detail = f"batches of {group} {self.scored_on} samples, each normalized with its own statistics"
         if group == 1:
             detail = f"every {self.scored_on} sample normalized with its own statistics"
-        return self._remedy(name, layers, before, after, control, detail)
+        return self._remedy(name, layers, before, after, control, detail, by_batch=group > 1)
 
-    def larger_batches(self, layers: frozenset[int], before: Score, footprint: Footprint) -> Iterator[Remedy]:
+    def larger_batches(self, layers: frozenset[int], before: ScoreTable, footprint: Footprint) -> Iterator[Remedy]:
         for factor in LARGER:
             size = factor * self.batching.batch_size
             batches = self._regrouped(factor) if fits_in_memory(footprint, size, self.session.device) else []
             if batches:
                 batching = Batching(size, self.batching.emulation, max(1, self.batching.at_once // factor))
                 trial = replace(self, batching=batching, batches=batches)
-                control = trial.score()
-                same = _close(control.loss, before.loss) and _close(control.metric, before.metric)
                 name = f"{_BATCH_STATISTICS}, batches of {size}"
-                yield trial.of_groups(name, size, layers, before, None if same else control)
+                yield trial.of_groups(name, size, layers, before, trial.score())
 
     def _regrouped(self, factor: int) -> list[Any]:
         """Larger batches of consecutive samples; empty if samples cannot be joined or mixed."""
@@ -177,16 +179,43 @@ class _Trial:
         except CannotEmulateError:
             return []
 
+    def _badness(self, remedy: Remedy) -> float:
+        """By the loss; without one, by the metric."""
+        after = remedy.after
+        if after.loss is not None or after.metric is None:
+            return math.inf if after.loss is None else after.loss
+        return -after.metric if self.goal == "max" else after.metric
+
     def _remedy(
-        self, name: str, layers: frozenset[int], before: Score, after: Score, control: Score | None, detail: str
+        self,
+        name: str,
+        layers: frozenset[int],
+        before: ScoreTable,
+        after: ScoreTable,
+        control: ScoreTable | None,
+        detail: str,
+        by_batch: bool = False,
     ) -> Remedy:
-        names = tuple(layer.name for layer in self.session.layers.layers if layer.index in layers)
-        return Remedy(name, names, before, after, control, self.samples, detail, scored_on=self.scored_on)
+        baseline = control or before
+        changes = {f"{measure}_change": _change(measure, after, baseline, by_batch) for measure in MEASURES}
+        score, other = before.score("eval"), baseline.score("eval")
+        same = _close(score.loss, other.loss) and _close(score.metric, other.metric)
+        return Remedy(
+            name=name,
+            layers=tuple(layer.name for layer in self.session.layers.layers if layer.index in layers),
+            before=score,
+            after=after.score("eval"),
+            control=None if same else other,
+            images=self.samples,
+            detail=detail,
+            scored_on=self.scored_on,
+            **changes,
+        )
 
 
-def _rank(remedy: Remedy) -> float:
-    loss = remedy.after.loss
-    return math.inf if loss is None else loss
+def _change(measure: Measure, after: ScoreTable, before: ScoreTable, by_batch: bool) -> Estimate | None:
+    one, other = after.scores(measure, "eval"), before.scores(measure, "eval")
+    return None if one is None or other is None else paired_difference(one, other, shared=by_batch)
 
 
 def _close(one: float | None, other: float | None) -> bool:
