@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -185,7 +186,8 @@ def score_samples(
     if size == 1:
         return value.reshape(1)
     try:
-        with preserved_random_state():
+        with preserved_random_state(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the function was not written for one sample
             values = [
                 one_number(measure, function, call(pick(batch, [row], size), rows_of(outputs, row, row + 1, size)))
                 for row in range(size)

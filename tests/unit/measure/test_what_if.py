@@ -130,8 +130,62 @@ def test_remedies_agree_with_really_doing_it(name: str) -> None:
         assert remedy.after.loss != pytest.approx(before.loss, rel=1e-3)
         assert remedy.layers == names
         assert remedy.images == 32
+        baseline = remedy.control or remedy.before
+        for measure, change in (("loss", remedy.loss_change), ("metric", remedy.metric_change)):
+            assert change is not None
+            assert change.mean == pytest.approx(getattr(remedy.after, measure) - getattr(baseline, measure), abs=1e-9)
+            assert change.interval is not None
     assert [name for name, remedy in found.items() if remedy.control is not None] == [larger]
     assert found["recalibrated"].detail == "pooled mean and unbiased variance of 40 training samples"
+
+
+def test_the_change_of_the_loss_is_paired_by_sample_with_its_interval() -> None:
+    def plain(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch["x"]), batch["y"])
+
+    model, training, evaluation = unsettled(Residual()), labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
+    with running(model, evaluation, SIZE, UserFunctions(forward, plain)) as (session, emulation):
+        found = what_if(session, training, evaluation, Batching(SIZE, emulation, 4))[0].loss_change
+    whole = join(evaluation)
+    with torch.no_grad():
+        one, other = (
+            F.cross_entropy(network(whole["x"]), whole["y"], reduction="none").double()
+            for network in (recalibrated(model, training), twin_of(model))
+        )
+    half = 2.0395 * (one - other).std() / 32**0.5  # Student's t of 31 degrees of freedom
+    assert found is not None
+    assert found.mean == pytest.approx(float((one - other).mean()), rel=1e-3)
+    assert found.interval == pytest.approx((found.mean - float(half), found.mean + float(half)), rel=1e-3)
+
+
+def test_held_out_batches_of_another_size_and_of_changing_sizes() -> None:
+    """Batch statistics are those of batches of the scanned size, where the held-out batches divide into such."""
+    model, training, evaluation = unsettled(Residual()), labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
+    usual = remedies(model, training, evaluation)
+    everything = join(evaluation)
+    for sizes in ((16, 16), (16, 12, 4)):
+        starts = [sum(sizes[:position]) for position in range(len(sizes))]
+        others = [
+            pick(everything, [*range(start, start + size)], 32) for start, size in zip(starts, sizes, strict=True)
+        ]
+        with running(model, evaluation, SIZE, FUNCTIONS) as (session, emulation):
+            scoring = Batching(16, emulation)
+            found = {
+                remedy.name: remedy
+                for remedy in what_if(session, training, others, Batching(SIZE, emulation, 99), scoring)
+            }
+        assert found["recalibrated"].images == 32
+        for name in ("recalibrated", "evaluation statistics", "batch statistics"):
+            assert found[name].after.loss == pytest.approx(usual[name].after.loss, rel=1e-4)
+
+
+def test_on_training_data_statistics_of_the_evaluation_data_say_nothing() -> None:
+    model, training = unsettled(Residual()), labelled(10, 3, 6, 6)
+    with running(model, training, SIZE, FUNCTIONS) as (session, emulation):
+        batching = Batching(SIZE, emulation, 99)
+        found = what_if(session, training[:6], training[6:], batching, scored_on="training", larger=False)
+    assert [remedy.name for remedy in found] == ["recalibrated", "batch statistics", "instance statistics"]
+    assert {remedy.scored_on for remedy in found} == {"training"}
 
 
 def test_real_micro_batches_where_images_cannot_be_mixed() -> None:
