@@ -55,6 +55,14 @@ def metric(model: nn.Module, batch: Any) -> float:
 FUNCTIONS = UserFunctions(forward, loss, metric)
 
 
+def plain_loss(model: nn.Module, batch: Any) -> Tensor:
+    """On the batch's own tensors: single samples need no forward pass of their own."""
+    return F.cross_entropy(model(batch["x"]), batch["y"])
+
+
+PLAIN = UserFunctions(None, plain_loss)
+
+
 def scored(model: nn.Module, batches: Sequence[Any]) -> Score:
     with torch.no_grad():
         values = [(float(loss(model, batch)), metric(model, batch)) for batch in batches]
@@ -140,11 +148,9 @@ def test_remedies_agree_with_really_doing_it(name: str) -> None:
 
 
 def test_the_change_of_the_loss_is_paired_by_sample_with_its_interval() -> None:
-    def plain(model: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch["x"]), batch["y"])
-
     model, training, evaluation = unsettled(Residual()), labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
-    with running(model, evaluation, SIZE, UserFunctions(forward, plain)) as (session, emulation):
+    training = [{**batch, "scale": 1.0} for batch in training]
+    with running(model, evaluation, SIZE, PLAIN) as (session, emulation):
         found = what_if(session, training, evaluation, Batching(SIZE, emulation, 4))[0].loss_change
     whole = join(evaluation)
     with torch.no_grad():
@@ -161,15 +167,16 @@ def test_the_change_of_the_loss_is_paired_by_sample_with_its_interval() -> None:
 def test_held_out_batches_of_another_size_and_of_changing_sizes() -> None:
     """Batch statistics are those of batches of the scanned size, where the held-out batches divide into such."""
     model, training, evaluation = unsettled(Residual()), labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
-    usual = remedies(model, training, evaluation)
+    with running(model, evaluation, SIZE, PLAIN) as (session, emulation):
+        usual = {each.name: each for each in what_if(session, training, evaluation, Batching(SIZE, emulation, 99))}
     everything = join(evaluation)
     for sizes in ((16, 16), (16, 12, 4)):
         starts = [sum(sizes[:position]) for position in range(len(sizes))]
         others = [
             pick(everything, [*range(start, start + size)], 32) for start, size in zip(starts, sizes, strict=True)
         ]
-        with running(model, evaluation, SIZE, FUNCTIONS) as (session, emulation):
-            scoring = Batching(16, emulation)
+        with running(model, evaluation, SIZE, PLAIN) as (session, emulation):
+            scoring = Batching(16, emulation, 99)
             found = {
                 remedy.name: remedy
                 for remedy in what_if(session, training, others, Batching(SIZE, emulation, 99), scoring)
