@@ -355,6 +355,11 @@ class RepairSpec(_Section):
     require: Globs = ()
     goal: Literal["max", "min"] = "max"
 
+    @property
+    def assumes_goal(self) -> bool:
+        """Whether the user did not say which metric is better."""
+        return "goal" not in self.model_fields_set
+
 
 class LayersSpec(_Section):
     """Which layers are measured, by globs of their names.

@@ -47,15 +47,19 @@ class Workload:
     module: UserModule | None = None
 
 
-def load_workload(spec: Spec) -> Workload:
+def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
     """Load model, checkpoint, data and functions, in this order.
 
     The user's code may draw random weights. Seed first to make them reproducible.
 
+    Args:
+        spec: What the user asked for.
+        need_statistics: Whether the checkpoint must hold the running statistics; False where they are about to be made.
+
     Raises:
         BnprobeError: Something is wrong with the user's files; see ``bnprobe.errors``.
     """
-    loaded = load_model_only(spec)
+    loaded = load_model_only(spec, need_statistics)
     source = load_source(spec.data, loaded.module)
     notes = list(loaded.notes)
     held_out = _held_out(spec, loaded.module, source, notes)
@@ -98,13 +102,13 @@ def _held_out(spec: Spec, module: UserModule | None, source: BatchSource, notes:
         return None
 
 
-def load_model_only(spec: Spec) -> LoadedModel:
-    """Load the model with its checkpoint, without data."""
+def load_model_only(spec: Spec, need_statistics: bool = True) -> LoadedModel:
+    """Load the model with its checkpoint, without data; ``need_statistics`` as for ``load_workload``."""
     checkpoint, folder = spec.checkpoint, Path.cwd()
     loaded = load_model(spec.model)
     if checkpoint.path is not None and Path.cwd() != folder:  # the user's file changed the working directory
         checkpoint = checkpoint.model_copy(update={"path": str(folder / checkpoint.path)})
-    notes = load_checkpoint(loaded.model, checkpoint)
+    notes = load_checkpoint(loaded.model, checkpoint, need_statistics)
     return replace(loaded, notes=(*loaded.notes, *notes))
 
 

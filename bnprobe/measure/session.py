@@ -301,10 +301,16 @@ def recording(model: nn.Module, batch: Any) -> Iterator[Outputs]:
 
 
 @contextmanager
-def replaying(model: nn.Module, batch: Any, outputs: Outputs) -> Iterator[None]:
-    """Answer calls of the model on the same tensors of ``batch`` with ``outputs``; all other calls run."""
+def replaying(model: nn.Module, batch: Any, outputs: Outputs, only: bool = False) -> Iterator[None]:
+    """Answer calls of the model on the same tensors of ``batch`` with ``outputs``; all other calls run.
+
+    Raises:
+        CannotEmulateError: Where ``only`` outputs may answer, on any other call.
+    """
 
     def answer(original: Callable[..., Any], key: tuple[int, ...] | None, args: Any, kwargs: Any) -> Any:
+        if only and key not in outputs:
+            raise CannotEmulateError("the model is called on something else than the batch's own tensors")
         return outputs[key] if key in outputs else original(*args, **kwargs)
 
     with _intercepted(model, batch, answer):
