@@ -274,11 +274,9 @@ def _updating(session: Session) -> list[ProbedLayer]:
     selected = session.layers.selected
     found = [layer for layer in selected if layer.info.running_mean is not None and layer.module.training]
     if not found:
-        first = selected[0]
-        why = "keeps no running statistics" if first.info.running_mean is None else "is in eval mode also in training"
-        raise RepairError(
-            f"No layer can be recalibrated: {first.name} {why}{'' if len(selected) == 1 else ', and so are the others'}."
-        )
+        first, others = selected[0], "" if len(selected) == 1 else ", and so are the others"
+        why = "is in eval mode also in training" if first.info.running_mean is not None else "keeps no statistics"
+        raise RepairError(f"No layer can be recalibrated: {first.name} {why}{others}.")
     return found
 
 
@@ -442,8 +440,8 @@ class _Trial:
         except UserCodeError:  # one value per channel
             return ScoreTable()
 
-    def _recalibrate(self, path: StatisticsPath) -> Recalibrated:
-        source = read_again(self.spec, self.workload).source
+    def _recalibrate(self, path: StatisticsPath, again: bool = False) -> Recalibrated:
+        source = read_again(self.spec, self.workload).source if again else self.workload.source
         return recalibrate_loaded(
             self.model,
             source,
@@ -459,7 +457,7 @@ class _Trial:
         why = "Samples cannot be mixed, so that statistics of the train path depend on the batches"
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         try:
-            again = self._recalibrate("eval")
+            again = self._recalibrate("eval", again=True)
         except RepairError as error:
             return found, by_batch, f"{why}; those of the eval path were not found. {error}"
         by_layer = self.held_out.table(self.model)

@@ -207,7 +207,7 @@ def one_number(name: str, function: BatchFunction, value: Any) -> Tensor:
     """
     wanted = "it must return one number (a float, or a tensor with one element)"
     try:
-        number = torch.as_tensor(value).detach().double()
+        number = torch.as_tensor(value, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError):
         hint = " Is there a return statement?" if value is None else ""
         raise DataError(

@@ -162,7 +162,7 @@ class Proof(Record):
         message: The verdict in a sentence or two.
         images_choosing, images_proving: Number of held-out samples that chose the weights, and that scored them.
         over_as_is: Difference of the weights to be written and those as loaded, like ``gain`` of one run.
-        surely_worse: The weights are significantly worse (95%) than as loaded: they are not written without ``--force``.
+        surely_worse: The weights are significantly worse (95%) than as loaded: written only with ``--force``.
         scored_on: "training" where there was no held-out data.
     """
 
@@ -198,8 +198,8 @@ class RepairRecord(Record):
             training and inference agree by construction count as not flagged.
         requirements: What was required with ``--require``.
         notes: What the reader should know, a sentence each.
-        tracked: Layers that kept no running statistics and do now, with the line of the user's code that makes them, where
-            Python can tell.
+        tracked: Layers that kept no running statistics and do now, with the line of the user's code that makes them,
+            where Python can tell.
     """
 
     schema_version: int

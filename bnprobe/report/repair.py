@@ -15,7 +15,7 @@ from bnprobe.config.requirements import parse_requirement
 from bnprobe.config.targets import TARGETS
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, percent
-from bnprobe.records import Arm, Conclusion, Ending, Proof, RepairRecord, Report, Run
+from bnprobe.records import Arm, Conclusion, Ending, Estimate, Proof, RepairRecord, Report, Run
 from bnprobe.report import figures
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.json import dump
@@ -412,8 +412,8 @@ def _loading(record: RepairRecord) -> str:
     return (
         f"The weights hold running statistics for {count(len(record.tracked), 'layer')} that keep none in your model:"
         f" remove track_running_stats=False{where} (or make it True), and they load. Until then load_state_dict() stops"
-        " at unexpected keys (running_mean, running_var, num_batches_tracked); bnprobe's own commands accept the file as"
-        " it is (--checkpoint)."
+        " at unexpected keys (running_mean, running_var, num_batches_tracked); bnprobe's own commands accept the file"
+        " as it is (--checkpoint)."
     )
 
 
