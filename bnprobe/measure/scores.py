@@ -135,7 +135,8 @@ def score_outputs(
     """
     found: Found = {}
     total = batch_size * len(micro_batches)
-    for measure, function in (("loss", session.functions.loss), ("metric", session.functions.metric)):
+    functions = (session.functions.loss, session.functions.metric)
+    for measure, function in zip(MEASURES, functions, strict=True):
         if function is None:
             continue
         left = (room or {}).get(measure, 0)

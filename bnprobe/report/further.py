@@ -140,10 +140,9 @@ def best_in_words(ordered: Sequence[Remedy], goal: Goal = "max") -> str:
     measure = "loss" if best.after.loss is not None else "metric"
     start, end = _value(best.control or best.before, measure), _value(best.after, measure)
     if start is None or end is None:
-        broken = _value(best.before, measure) is None and end is not None
-        if broken:
-            return f"{doing(best.name)} takes the {measure} from a value that is not finite to {figures.score(end)}."
-        return "None of them could be scored."
+        if end is None:
+            return "None of them could be scored."
+        return f"{doing(best.name)} takes the {measure} from a value that is not finite to {figures.score(end)}."
     lowers = measure == "loss" or goal == "min"
     change = best.loss_change if measure == "loss" else best.metric_change
     if not is_gain(change, end - start, lowers):

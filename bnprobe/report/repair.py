@@ -205,14 +205,15 @@ def worse_than_as_is(record: RepairRecord) -> str:
     """That the weights lose against those as loaded, by how much, and what to do; for records where they do."""
     proof = record.proof
     assert proof is not None  # else nothing was compared
-    scores = {arm.name: getattr(arm, proof.measure) for arm in proof.arms}
-    as_is, written = (_scored(scores[name]) for name in ("as is", proof.repaired))
+    as_is, written = (next(arm for arm in proof.arms if arm.name == name) for name in ("as is", proof.repaired))
+    pairs = [(name, getattr(as_is, name), getattr(written, name)) for name in ("metric", "loss")]
+    scores = [f"{name} {_scored(end)} against {_scored(start)}" for name, start, end in pairs if start or end]
     data = count(proof.images_proving, f"{proof.scored_on} sample")
-    trained = any(arm.name == proof.repaired and arm.trained for arm in proof.arms)
+    trained = written.trained
     advice = "--resume --force writes" if trained else "--force writes"
     training = "" if trained or record.action == "recalibrate" else " Training may help (--finetune)."
     return (
-        f"{_model(record)} scores worse than the model as loaded, {proof.measure} {written} against {as_is} on {data}."
+        f"{_model(record)} scores worse than the model as loaded, {' and '.join(scores)} on {data}."
         f" As loaded is best: keep those weights.{training} {advice} the others all the same."
     )
 
