@@ -94,7 +94,8 @@ def _gaps(evidence: Evidence, goal: Literal["max", "min"]) -> Iterator[Gap]:
             continue
         noise = paired_difference(without_noise, training, shared=True)
         inconsistency = paired_difference(inference, without_noise, shared=True)
-        generalization = None if held_out is None else independent_difference(held_out, inference)
+        random = bool(evidence.repeat)
+        generalization = None if held_out is None else independent_difference(held_out, inference, shared=random)
         yield Gap(
             measure=measure,
             training=training.mean,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,12 +10,13 @@ import torch
 from torch import nn
 
 from bnprobe.config.spec import Spec
-from bnprobe.errors import DataError, UsageError, UserCodeError
-from bnprobe.loading.data import BatchSource, load_held_out
+from bnprobe.errors import DataError
+from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction
 from bnprobe.loading.order import spread
+from bnprobe.loading.samples import count_samples
 from bnprobe.loading.workload import Workload, read_again
-from bnprobe.measure.batch import count_images, pick, tensors_of
+from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of
 from bnprobe.measure.scores import ScoreTable
 from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.numbers import count
@@ -45,6 +45,7 @@ class HeldOut:
         loss, metric: The user's functions.
         notes: What was left out, one sentence each.
         data: What the batches are.
+        samples_in: Tells how many samples a batch has.
     """
 
     batches: Sequence[Any]
@@ -54,6 +55,7 @@ class HeldOut:
     autocast: torch.dtype | None
     notes: tuple[str, ...] = ()
     data: Literal["held-out", "training"] = "held-out"
+    samples_in: Callable[[Any], int | None] = count_samples
 
     @classmethod
     def of(cls, spec: Spec, workload: Workload) -> HeldOut:
@@ -70,10 +72,13 @@ class HeldOut:
         if workload.held_out is None:
             source = read_again(spec, workload).source  # a generator can be read only once
             few = -(-TRAINING_SAMPLES // source.batch_size)
-            batches, notes = _read(replace(source, most=few), spec.data.seed)
-            return cls(batches, *functions, *how, tuple(notes), "training")
-        batches, notes = _held_out(spec, workload, workload.held_out)
-        return cls(batches, *functions, *how, tuple(notes))
+            data: Literal["held-out", "training"] = "training"
+            source = replace(source, most=few)
+        else:
+            source, data = workload.held_out, "held-out"
+        batches, notes = _read(spec, source)
+        samples_in = getattr(source.batches, "samples_in", count_samples)
+        return cls(batches, *functions, *how, tuple(notes), data, samples_in)
 
     @property
     def described(self) -> str:
@@ -83,21 +88,21 @@ class HeldOut:
     @property
     def images(self) -> int:
         """Number of samples; a batch without tensors counts as one."""
-        return sum(count_images(batch) or 1 for batch in self.batches)
+        return sum(self.samples_in(batch) or 1 for batch in self.batches)
 
     def score(self, model: nn.Module) -> Score:
         """Loss and metric at inference, weighted by samples."""
-        return evaluate(model, self.batches, self.loss, self.metric, self.device, self.autocast)
+        return evaluate(model, self.batches, self.loss, self.metric, self.device, self.autocast, self.samples_in)
 
     def table(self, model: nn.Module) -> ScoreTable:
         """Loss and metric at inference by batch, and by sample where they are means over samples: for pairs."""
-        return score_table(model, self.batches, self.loss, self.metric, self.device, self.autocast)
+        return score_table(model, self.batches, self.loss, self.metric, self.device, self.autocast, self.samples_in)
 
     def one_by_one(self) -> HeldOut:
         """The same samples in batches of one, as far as batches can be divided; at most ``TRAINING_SAMPLES``."""
         single: list[Any] = []
         for batch in self.batches:
-            samples = count_images(batch) or 1
+            samples = self.samples_in(batch) or 1
             single += [pick(batch, [row], samples) for row in range(samples)] if samples > 1 else [batch]
         return replace(self, batches=single[:TRAINING_SAMPLES])
 
@@ -106,18 +111,9 @@ class HeldOut:
         return replace(self, batches=self.batches[::2]), replace(self, batches=self.batches[1::2])
 
 
-def _held_out(spec: Spec, workload: Workload, given: BatchSource) -> tuple[list[Any], list[str]]:
-    """In larger batches if possible, or else as the loader gives them; and what was left out."""
-    larger = _large_batches(spec, workload, given)
-    if larger is not given:
-        with suppress(DataError, UsageError, UserCodeError):  # samples of different sizes, ...
-            return _read(larger, spec.data.seed)
-    return _read(given, spec.data.seed)
-
-
-def _read(source: BatchSource, seed: int) -> tuple[list[Any], list[str]]:
+def _read(spec: Spec, source: BatchSource) -> tuple[list[Any], list[str]]:
     """The batches, and what was left out."""
-    source = spread(source, seed, mixed=True)
+    source = spread(source, spec.data.seed, mixed=True)
     batches: list[Any] = []
     held = 0
     for batch in source.batches:
@@ -129,16 +125,19 @@ def _read(source: BatchSource, seed: int) -> tuple[list[Any], list[str]]:
             return batches, [f"Only the first {len(batches)} batches (1 GiB) of the data were scored."]
     if not batches:
         raise DataError(f"{source.description} yielded no held-out batch.")
-    return batches, []
-
-
-def _large_batches(spec: Spec, workload: Workload, held_out: BatchSource) -> BatchSource:
-    """The same data in larger batches, if the user fixed neither size nor number and the loader can be rebuilt."""
     fixed = spec.eval_data.batch_size is not None or spec.eval_data.batches is not None
-    size = min(BATCH, (held_out.images or BATCH * FEWEST_BATCHES) // FEWEST_BATCHES)
-    if fixed or held_out.batch_size >= size:
-        return held_out
+    return batches if fixed else _larger(batches, source), []
+
+
+def _larger(batches: list[Any], source: BatchSource) -> list[Any]:
+    """The same samples in larger batches, where all batches can be joined: a few large ones are scored faster."""
+    sizes = [getattr(source.batches, "samples_in", count_samples)(batch) for batch in batches]
+    wanted = min(BATCH, sum(size or 0 for size in sizes) // FEWEST_BATCHES)
+    factor = wanted // max(source.batch_size, 1)
+    if factor < 2:
+        return batches
+    starts = range(0, len(batches), factor)
     try:
-        return load_held_out(spec.eval_data, workload.module, size) or held_out
-    except (DataError, UsageError):
-        return held_out
+        return [join(batches[start : start + factor], sizes[start : start + factor]) for start in starts]
+    except CannotEmulateError:
+        return batches

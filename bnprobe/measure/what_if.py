@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bnprobe.errors import RepairError, UsageError
-from bnprobe.measure.batch import CannotEmulateError, count_images, join
+from bnprobe.measure.batch import CannotEmulateError, join
 from bnprobe.measure.hooks import LayerStatistics
 from bnprobe.measure.memory import Footprint, fits_in_memory
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.population import LARGE, Population, settle_by_layer, steady_population
 from bnprobe.measure.reader import RepeatedReader
-from bnprobe.measure.scores import MEASURES, Measure, ScoreTable, score_batches
+from bnprobe.measure.scores import MEASURES, Measure, ScoreTable, samples_of, score_batches
 from bnprobe.measure.session import Session, no_progress
 from bnprobe.records import FREE_REMEDIES, Estimate, Remedy
 from bnprobe.stats.scores import paired_difference
@@ -101,7 +101,7 @@ class _Trial:
 
     @property
     def samples(self) -> int:
-        return sum(count_images(batch) or self.batching.batch_size for batch in self.batches)
+        return sum(samples_of(batch, self.batching.batch_size) for batch in self.batches)
 
     def score(
         self,
@@ -175,7 +175,8 @@ class _Trial:
             return []
         whole = len(self.batches) // factor * factor
         try:
-            return [join(list(self.batches[i : i + factor])) for i in range(0, whole, factor)]
+            size = self.batching.batch_size
+            return [join(list(self.batches[i : i + factor]), size) for i in range(0, whole, factor)]
         except CannotEmulateError:
             return []
 

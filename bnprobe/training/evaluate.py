@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bnprobe.loading.model import BatchFunction
-from bnprobe.measure.batch import copy_tensors, count_images, to_device
+from bnprobe.loading.samples import count_samples
+from bnprobe.measure.batch import copy_tensors, to_device
 from bnprobe.measure.restore import preserved_random_state, preserved_training_flags, seed_everything
 from bnprobe.measure.scores import Measure, Scored, ScoreTable, one_number, score_samples
 from bnprobe.measure.session import Outputs, casting, recording, replaying
@@ -29,6 +30,7 @@ def evaluate(
     metric: BatchFunction | None,
     device: torch.device,
     autocast: torch.dtype | None,
+    samples_in: Callable[[Any], int | None] = count_samples,
 ) -> Score:
     """Means of loss and metric in eval mode, weighted by samples. Training flags and random state are restored.
 
@@ -38,6 +40,7 @@ def evaluate(
         loss, metric: The user's functions of (model, batch), each a mean over the samples of a batch; None: not given.
         device: Device to run on.
         autocast: Dtype of the forward passes.
+        samples_in: Tells how many samples a batch has.
 
     Returns:
         Loss and metric; None for a function that was not given, and for a mean that is not finite or has no samples.
@@ -57,7 +60,7 @@ def evaluate(
             for name, function in functions.items():
                 if function is not None:
                     given = copy_tensors(to_device(batch, device))
-                    means[name].add(_value(name, function, model, given, device, autocast), batch)
+                    means[name].add(_value(name, function, model, given, device, autocast), samples_in(batch))
     return Score(means["loss"].value(), means["metric"].value())
 
 
@@ -66,9 +69,8 @@ class _Mean:
         self._sum: Tensor | float = 0.0
         self._images = 0
 
-    def add(self, value: Tensor, batch: Any) -> None:
+    def add(self, value: Tensor, images: int | None) -> None:
         """Add one batch; sums stay on the device, so that the host waits only once, at the end."""
-        images = count_images(batch)
         weight = 1 if images is None else images
         if weight:
             self._sum = self._sum + weight * value
@@ -86,6 +88,7 @@ def score_table(
     metric: BatchFunction | None,
     device: torch.device,
     autocast: torch.dtype | None,
+    samples_in: Callable[[Any], int | None] = count_samples,
 ) -> ScoreTable:
     """Loss and metric of each batch in eval mode, path "eval", and of each sample where they are means over samples.
 
@@ -99,11 +102,11 @@ def score_table(
         rewind(batches, _SEED)
         model.eval()
         for batch in batches:
-            here = to_device(batch, device)
+            here, size = to_device(batch, device), samples_in(batch) or 1
             for measure, function in functions.items():
                 if function is not None:
                     room = table.room(measure, "eval")
-                    row = _scored(measure, function, model, here, room, device, autocast)
+                    row = _scored(measure, function, model, here, size, room, device, autocast)
                     table.add({(measure, "eval"): [row]})
     return table
 
@@ -113,12 +116,13 @@ def _scored(
     function: BatchFunction,
     model: nn.Module,
     batch: Any,
+    size: int,
     room: int,
     device: torch.device,
     autocast: torch.dtype | None,
 ) -> Scored:
     """One batch, and its samples where the outputs of the model for the batch do for them."""
-    size, batch = count_images(batch) or 1, copy_tensors(batch)
+    batch = copy_tensors(batch)
     with recording(model, batch) as outputs:
         value = _value(measure, function, model, batch, device, autocast)
     if size > room:
