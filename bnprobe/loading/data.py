@@ -442,14 +442,15 @@ def _at_own_size(value: Any, stated: int | None, request: _Request) -> BatchSour
     size = stated
     if size is None:
         value, size = _first_size(value, request)
-    size = _known(size or request.wanted, request.origin)
+    measured = size or None  # the first batch may be empty, and then says nothing
+    size = _known(measured or request.wanted, request.origin)
     asked = request.batch_size
     if asked not in (None, size) and request.told is None and not request.as_given:
         raise DataError(
             f"The first batch of {request.origin} has {size} samples, not {asked}, and only a loader or data set can be"
             " read at another size. Leave the batch size out, or write a function load_data(batch_size)."
         )
-    batches = GuardedBatches(value, request.origin, samples_in=request.count(size))
+    batches = GuardedBatches(value, request.origin, samples_in=request.count(measured))
     return BatchSource(batches, size, request.origin, notes=_notes_on_size(size, request))
 
 
