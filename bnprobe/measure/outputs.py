@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import DataError
-from bnprobe.measure.batch import join, tensors_of, to_device
+from bnprobe.measure.batch import as_plain, join, tensors_of, to_device
 from bnprobe.measure.hooks import LayerStatistics, Pass
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.session import Outputs, PathName, Session, rows_of
@@ -214,7 +214,7 @@ def _zero(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def floating(output: Any) -> list[Tensor]:
     """The tensors of an output that are compared."""
-    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
+    return [as_plain(tensor) for tensor in tensors_of(output) if tensor.is_floating_point()]
 
 
 def square_norm(values: Tensor) -> Tensor:
