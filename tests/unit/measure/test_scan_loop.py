@@ -102,15 +102,14 @@ def test_a_partial_last_batch_is_left_out_and_counted(emulate: bool) -> None:
 
 @pytest.mark.parametrize("sizes", [[4, 4, 8, 4], [4, 3, 4, 5], [4, 2, 2], [4, 4, 4, 4, 4, 9, 3]], ids=str)
 def test_batches_of_several_sizes_run_one_by_one_as_they_are(sizes: list[int]) -> None:
-    data, model = [torch.randn(size, 6, dtype=torch.float64) for size in sizes], unsettled(Flat()).double()
+    data, model = [torch.randn(size, 6, dtype=torch.float64) for size in sizes], unsettled(nn.BatchNorm1d(6)).double()
     report = scan(model, data, 4, num_batches=len(sizes))
     assert (report.scan.batches, report.scan.images, report.scan.left_out) == (len(sizes), sum(sizes), 0)
     assert report.scan.size_range == (min(sizes), max(sizes))
     assert report.scan.batch_size == round(sum(sizes) / len(sizes))
     assert not any(layer.composition for layer in report.layers)
-    first, norm = report.layers[0], model.get_submodule(report.layers[0].name)
-    expected = [mismatch_of(batch, norm) for batch in data]
-    for path in (first.train, first.eval):
+    expected = [mismatch_of(batch, model) for batch in data]
+    for path in (report.layers[0].train, report.layers[0].eval):
         assert path is not None
         assert path.mismatch == pytest.approx(sum(expected) / len(expected), rel=1e-9)
 
