@@ -38,13 +38,13 @@ UNUSABLE = [
         id="exception-in-the-loader",
     ),
     pytest.param(
-        "def load_data(batch_size):\n    yield {'x': images()[:9], 'edges': torch.zeros(2, 5)}\n",
-        "Add this line to the model file, with what has one entry per sample: def batch_size_of(batch): return len(batch",
+        "def load_data(batch_size):\n    yield {'x': images()[:9], 'edges': torch.zeros(4, 5)}\n",
+        "Add this line to the model file, with what has one entry per sample: def batch_size_of(batch): return",
         id="samples-that-cannot-be-counted",
     ),
     pytest.param(
         "del load_data\nloader = list(images().split(3))\n",
-        "The first batch of loader of model.py has 3 samples, not 2, and only a loader or data set can be read at another",
+        "The first batch of loader of model.py has 3 samples, not 2, and only a loader or data set can be read",
         id="a-list-of-batches-of-another-size",
     ),
     pytest.param(
