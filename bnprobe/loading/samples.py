@@ -37,14 +37,7 @@ def count_samples(batch: Any, stated: int | None = None) -> int | None:
     Returns:
         None if there is nothing to count.
     """
-    try:
-        return SampleCount(stated=stated)(batch)
-    except CannotCountError:
-        return next(iter(_lengths(batch).values()))
-
-
-class CannotCountError(DataError):
-    """The parts of a batch have different lengths, and nothing says which of them counts the samples."""
+    return SampleCount(stated=stated, strict=False)(batch)
 
 
 @dataclass
@@ -56,12 +49,15 @@ class SampleCount:
         asked: The batch size that was asked for, where the loader states none.
         told: The user's ``batch_size_of(batch)``.
         origin: Name of the data in messages.
+        strict: Refuse a batch whose parts have different lengths if nothing says which of them counts; else the first
+            part does, for what needs the number as a weight only.
     """
 
     stated: int | None = None
     asked: int | None = None
     told: Callable[[Any], int] | None = None
     origin: str = "the data"
+    strict: bool = True
     _place: str | None = field(default=None, init=False)
 
     def __call__(self, batch: Any) -> int | None:
@@ -94,7 +90,9 @@ class SampleCount:
         if self.stated is not None:
             return agreed if agreed is not None and agreed < self.stated else self.stated
         if agreed is None and lengths:
-            raise CannotCountError(self._advice(batch, lengths))
+            if self.strict:
+                raise DataError(self._advice(batch, lengths))
+            return next(iter(lengths.values()))
         return agreed
 
     def _advice(self, batch: Any, lengths: Mapping[str, int]) -> str:

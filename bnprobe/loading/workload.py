@@ -85,14 +85,16 @@ def read_again(spec: Spec, workload: Workload) -> Workload:
     """
     source, held_out = load_source(spec.data, workload.module), workload.held_out
     if held_out is not None:
-        held_out = load_held_out(spec.eval_data, workload.module, source.batch_size)
+        held_out = load_held_out(spec.eval_data, workload.module, source.batch_size) or source.beside
     return replace(workload, source=source, held_out=held_out)
 
 
 def _held_out(spec: Spec, module: UserModule | None, source: BatchSource, notes: list[str]) -> BatchSource | None:
     """Held-out data that the spec names must load; a load_eval_data that is only in the model file may fail."""
+    if source.synthetic and spec.eval_data.target is None:
+        return None  # there is nothing to compare it with
     try:
-        return load_held_out(spec.eval_data, module, source.batch_size)
+        return load_held_out(spec.eval_data, module, source.batch_size) or source.beside
     except (DataError, UsageError) as error:
         if spec.eval_data.target is not None:
             raise

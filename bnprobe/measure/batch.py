@@ -102,7 +102,8 @@ def check_finite(batch: Any, position: int, indices: Callable[[int], Sequence[An
             continue
         place = f"tensor {path} " if path else "tensor "
         sample = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else 0
-        item = "" if indices is None else f", item {indices(position)[sample]} of the data set"
+        items = [] if indices is None else indices(position)
+        item = f", item {items[sample]} of the data set" if tensor.shape[:1] == (len(items),) else ""
         raise DataError(
             f"Micro-batch {position} (the first is 1) holds NaN or Inf in its {place}of shape {tuple(tensor.shape)},"
             f" first in its sample {sample} (the first is 0){item}. Clean the data set, or leave such samples out."

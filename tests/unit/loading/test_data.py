@@ -241,6 +241,29 @@ def test_a_data_set_is_shuffled_and_its_order_is_not_the_users() -> None:
     assert as_batch_source(DataLoader(images(5), batch_size=2)).own_order  # also without shuffle=True
 
 
+class OfHuggingFace:
+    """A data set that is none of torch's, as datasets.Dataset is."""
+
+    column_names = ("x",)
+
+    def with_format(self, kind: str) -> OfHuggingFace:
+        return self
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": torch.tensor([float(index)])}
+
+
+def test_a_data_set_of_hugging_face_is_a_data_set(tmp_path: Path) -> None:
+    source = as_batch_source(OfHuggingFace(), 2)
+    assert sorted(value for batch in source.batches for value in batch["x"].flatten().tolist()) == [0, 1, 2, 3, 4, 5]
+    assert (source.images, source.own_order) == (6, False)
+    pair = as_batch_source({"train": OfHuggingFace(), "test": OfHuggingFace()}, 2)
+    assert (pair.images, pair.beside is None) == (6, False)
+
+
 def test_an_iterable_data_set_is_batched() -> None:
     source = as_batch_source(Stream(), 4)
     assert values(source) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
