@@ -118,7 +118,7 @@ def recalibrate(
     given = settings_from({"device": device, "autocast": autocast, "seed": seed, "batches": num_batches})
     inner, _ = unwrapped(model)
     listed = not isinstance(batches, DataLoader | Dataset)
-    source = as_batch_source(batches, batch_size or (1 if listed else None), as_given=listed)
+    source = as_batch_source(batches, 1 if listed else batch_size, as_given=listed)
     recalibrate_loaded(inner, source, forward, path=path, layers=tuple(layers), settings=given)
     return model
 

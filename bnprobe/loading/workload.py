@@ -67,6 +67,8 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
         role: _function(role, target, loaded.module, notes)
         for role, target in (("forward", spec.forward), ("loss", spec.loss), ("metric", spec.metric))
     }
+    if source.synthetic and not (spec.scan.train_steps or spec.scan.gradients):
+        functions |= {"loss": None, "metric": None}  # there are no labels, and the inputs are nothing to be right about
     return Workload(
         loaded.model,
         loaded.name,
@@ -87,14 +89,16 @@ def read_again(spec: Spec, workload: Workload) -> Workload:
     """
     source, held_out = load_source(spec.data, workload.module), workload.held_out
     if held_out is not None:
-        held_out = load_held_out(spec.eval_data, workload.module, source.batch_size)
+        held_out = load_held_out(spec.eval_data, workload.module, source.batch_size) or source.beside
     return replace(workload, source=source, held_out=held_out)
 
 
 def _held_out(spec: Spec, module: UserModule | None, source: BatchSource, notes: list[str]) -> BatchSource | None:
     """Held-out data that the spec names must load; a load_eval_data that is only in the model file may fail."""
+    if source.synthetic and spec.eval_data.target is None:
+        return None  # there is nothing to compare it with
     try:
-        return load_held_out(spec.eval_data, module, source.batch_size)
+        return load_held_out(spec.eval_data, module, source.batch_size) or source.beside
     except (DataError, UsageError) as error:
         if spec.eval_data.target is not None:
             raise
