@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnprobe.errors import DataError
 from bnprobe.loading.model import BatchFunction, kind_of
-from bnprobe.loading.samples import CannotCountError, SampleCount
+from bnprobe.loading.samples import SampleCount
 from bnprobe.measure.batch import CannotEmulateError, join, pick, to_device
 from bnprobe.measure.hooks import LayerStatistics, Pass
 from bnprobe.measure.physical_batch import Batching
@@ -239,7 +239,7 @@ def samples_of(batch: Any, usual: int) -> int:
     """Samples of a batch as its structure says; where it does not, the usual number."""
     try:
         return SampleCount()(batch) or usual
-    except CannotCountError:
+    except DataError:  # its parts have different lengths
         return usual
 
 
