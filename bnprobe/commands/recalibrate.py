@@ -549,7 +549,7 @@ def _how(found: Recalibrated, path: StatisticsPath) -> str:
 
 def _placed(tracked: dict[str, str | None], workload: Workload) -> dict[str, str | None]:
     """Where Python cannot tell which line makes a layer, the lines of the model file that switch tracking off."""
-    lines = workload.module.lines_with("track_running_stats") if workload.module else []
+    lines = workload.module.lines_giving("track_running_stats") if workload.module else []
     return {name: place or (", ".join(lines) or None) for name, place in tracked.items()}
 
 

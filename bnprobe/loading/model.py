@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import importlib
@@ -131,11 +132,12 @@ class UserModule:
         path = Path(self.module.__file__ or "")
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
-    def lines_with(self, text: str) -> list[str]:
-        """The lines of the file that hold a text, e.g. ["model.py:17"]."""
+    def lines_giving(self, keyword: str) -> list[str]:
+        """The lines of the file that give an argument of this name, e.g. ["model.py:17"]."""
         path = Path(self.module.__file__ or "")
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        return [f"{self.name}:{number}" for number, line in enumerate(lines, 1) if text in line]
+        tree = ast.parse(path.read_bytes()) if path.suffix == ".py" and path.is_file() else ast.Module([], [])
+        given = [node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == keyword]
+        return [f"{self.name}:{number}" for number in sorted({node.value.lineno for node in given})]
 
     def get(self, symbol: str) -> Any:
         """Look up a symbol; dotted names reach into classes and objects.
