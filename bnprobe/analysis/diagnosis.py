@@ -321,12 +321,14 @@ def lint_has_findings(report: LintReport) -> bool:
 def has_findings(report: Report, rules: RulesSpec) -> bool:
     """Whether a cause is an error, or a layer is flagged without an explanation by any rule.
 
-    Warnings do not count: what only looks like a mistake was measured to be harmless. A flagged layer whose rules the
-    user ignores or exempts is accepted, and so is one where loss and metric are known to be no worse at inference.
+    Warnings do not count: what only looks like a mistake was measured to be harmless. Remarks explain nothing. A
+    flagged layer whose rules the user ignores or exempts is accepted, and so is one where loss and metric are known to
+    be no worse at inference.
     """
     errors = any(verdict.outcome == "failed" and verdict.severity == "error" for verdict in report.verdicts)
     excused = {verdict.layer for verdict in report.verdicts if verdict.message.startswith(EXEMPT)}
-    explained = {verdict.layer for verdict in report.verdicts if verdict.outcome == "failed"} | excused
+    told = [verdict for verdict in report.verdicts if verdict.outcome == "failed" and verdict.severity != "info"]
+    explained = {verdict.layer for verdict in told} | excused
     narrowed = bool(rules.select or rules.ignore)
     if errors or narrowed or effect.inconsistency(report.summary.gaps, report.summary.chance).is_no_worse:
         return errors
