@@ -325,11 +325,13 @@ def has_findings(report: Report, rules: RulesSpec) -> bool:
     flagged layer whose rules the user ignores or exempts is accepted, and so is one where loss and metric are known to
     be no worse at inference.
     """
-    errors = any(verdict.outcome == "failed" and verdict.severity == "error" for verdict in report.verdicts)
+    failed = [verdict for verdict in report.verdicts if verdict.outcome == "failed"]
+    if any(verdict.severity == "error" for verdict in failed):
+        return True
+    if effect.inconsistency(report.summary.gaps, report.summary.chance).is_no_worse:
+        return False
     excused = {verdict.layer for verdict in report.verdicts if verdict.message.startswith(EXEMPT)}
-    told = [verdict for verdict in report.verdicts if verdict.outcome == "failed" and verdict.severity != "info"]
-    explained = {verdict.layer for verdict in told} | excused
+    explained = {verdict.layer for verdict in failed if verdict.severity != "info"} | excused
+    left = {layer.name for layer in report.layers if layer.flagged and layer.name not in explained}
     narrowed = bool(rules.select or rules.ignore)
-    if errors or narrowed or effect.inconsistency(report.summary.gaps, report.summary.chance).is_no_worse:
-        return errors
-    return any(layer.flagged and layer.name not in explained for layer in report.layers)
+    return bool(left & {verdict.layer for verdict in failed} if narrowed else left)

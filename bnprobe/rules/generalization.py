@@ -57,8 +57,8 @@ class Generalization(Rule):
             return
         words = f"With the same running statistics, {change.words('on training data', 'on held-out data')}"
         moved = [is_moved(layer, facts) for layer in facts.layers.values()]
-        if not found.is_worse or change.weight < MUCH or any(layer is not False for layer in moved) or
-        _is_worse_at_inference(facts):
+        unsure = not found.is_worse or change.weight < MUCH or any(layer is not False for layer in moved)
+        if unsure or _is_worse_at_inference(facts):
             yield self.passed(None, f"{words}.", change.harm, change.floor)
             return
         message = f"{words}. The statistics of the held-out data are those of the training data: BN is not the reason."
