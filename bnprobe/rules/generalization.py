@@ -10,7 +10,6 @@ from bnprobe.rules.data_shift import is_moved
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
 
-
 MUCH = 5.0
 """Floors (2 points of a metric between 0 and 1) by which held-out data must be worse: every network has some gap."""
 
