@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -31,6 +31,14 @@ from bnprobe.loading.order import deal, drawn_at_random, is_random, spread
 from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.accumulators import SamplePool
 from bnprobe.measure.batch import to_device
+from bnprobe.measure.causes import (
+    SAMPLES_OF_EPS,
+    batch_dependence,
+    chance_levels,
+    fitting_eps,
+    padding_in,
+    random_layers_before,
+)
 from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.gradients import measure_gradients
 from bnprobe.measure.impact import SAMPLES, joint_impact, measure_impact
@@ -45,6 +53,7 @@ from bnprobe.measure.what_if import what_if
 from bnprobe.records import (
     SCHEMA_VERSION,
     Backward,
+    Chance,
     Environment,
     ExtraPass,
     GradientAngle,
@@ -58,7 +67,8 @@ from bnprobe.records import (
     Tool,
     Updates,
 )
-from bnprobe.rules.facts import Anatomy, Facts
+from bnprobe.rules.effect import inconsistency
+from bnprobe.rules.facts import Anatomy, Facts, OtherEps, Padding
 from bnprobe.stats.composition import regrouped_batches
 
 IMPACT_BYTES = 2**27
@@ -69,6 +79,9 @@ IMPACT_PART = 8
 
 WHAT_IF_IMAGES = 512
 """Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""
+
+CHANCE_IMAGES = 256
+"""Samples whose outputs are given to other samples."""
 
 SCORED_PART = 4
 """Without held-out data one in this many training batches is left out of the statistics, and scores them."""
@@ -227,16 +240,22 @@ def _report(
     """Measure what goes beyond the two paths, apply the rules, and write the report."""
     findings = _with_mixed_batches(workload, session, settings, evidence, assemble(evidence, settings))
     evidence, further = _beyond(workload, session, settings, evidence, findings, facts)
+    output = replace(findings.summary.output, batch_dependence=further.batch_dependence)
+    summary = replace(findings.summary, output=output, gradient_angle=further.angle, chance=further.chance)
     scan = describe(workload, settings, evidence, further, session.device)
-    scan = replace(scan, notes=(*scan.notes, *notes))
+    scan = replace(scan, notes=(*scan.notes, *notes, *_on_new_models(facts)))
     layers = with_further(findings.layers, facts.anatomy, further, session.layers)
     facts = replace(
         facts,
+        anatomy=_with_traced(facts.anatomy, further.random_before),
         layers={layer.name: layer for layer in layers},
         scan=scan,
-        output=findings.summary.output,
-        gaps=findings.summary.gaps,
+        output=summary.output,
+        gaps=summary.gaps,
         remedies=further.remedies,
+        chance=summary.chance,
+        other_eps=further.other_eps,
+        padding=further.padding,
     )
     verdicts = judge(facts, settings.rules)
     impacts = joint_impacts(session, evidence, further, groups_of(verdicts, facts))
@@ -245,7 +264,7 @@ def _report(
         tool=Tool("bnprobe", __version__),
         environment=environment(session.device),
         scan=scan,
-        summary=replace(findings.summary, gradient_angle=further.angle),
+        summary=summary,
         layers=layers,
         skipped=findings.skipped,
         verdicts=verdicts,
@@ -289,10 +308,13 @@ def _beyond(
     further = Further()
     if evidence.partial:
         return evidence, further
-    off = any(layer.flagged or layer.undecided for layer in findings.layers)
+    off = inconsistency(findings.summary.gaps).is_worse or any(
+        layer.flagged or layer.undecided or layer.domains for layer in findings.layers
+    )
     tried = can_try_remedies(workload, settings) and (off or _is_doubtful(findings, facts, settings))
     try:
         measure_further(further, session, evidence, settings, workload.make_optimizer, impact=off, remedies=tried)
+        tell_apart(further, session, evidence, findings, off=off, scored=can_try_remedies(workload, settings))
     except BnprobeError as error:
         evidence = replace(evidence, stopped="failed", failure=error)
     except KeyboardInterrupt:
@@ -324,13 +346,18 @@ def _is_worse(interval: Interval | None, goal: Literal["max", "min"]) -> bool:
 
 @dataclass
 class Further:
-    """Results by layer index, and their cost."""
+    """Results by layer index, or by name where rules read them so, and their cost."""
 
     impacts: dict[int, Impact] = field(default_factory=dict)
     backward: dict[int, Backward] = field(default_factory=dict)
     updates: dict[int, Updates] = field(default_factory=dict)
     angle: GradientAngle | None = None
     remedies: tuple[Remedy, ...] = ()
+    chance: tuple[Chance, ...] = ()
+    batch_dependence: float | None = None
+    other_eps: OtherEps | None = None
+    padding: Padding | None = None
+    random_before: Mapping[str, tuple[str, ...]] | None = None
     passes: list[ExtraPass] = field(default_factory=list)
 
 
@@ -375,6 +402,35 @@ def measure_further(
         batches = evidence.micro_batches[:GRADIENT_BATCHES]
         with _counted(found, "gradients", "asked for", len(batches) * size):
             found.backward, found.angle = measure_gradients(session, batches, seed=settings.seed)
+
+
+def tell_apart(
+    found: Further, session: Session, evidence: Evidence, findings: Findings, *, off: bool, scored: bool
+) -> None:
+    """Measure what tells one cause from another, where the findings so far leave it open, into ``found``.
+
+    Args:
+        off: Something is wrong at all.
+        scored: There is a loss or metric, and it may be called on further passes.
+    """
+    batches = evidence.micro_batches
+    sizes = [evidence.sizes.get(position, evidence.batch_size) for position in sorted(evidence.kept)]
+    with session.installed():
+        found.random_before = random_layers_before(session, batches[0], sizes[0]) if batches else None
+        if any(layer.info.running_mean is None for layer in session.layers.selected):
+            found.batch_dependence = batch_dependence(session, batches, sizes)
+        if not off:
+            return
+        samples = sum(sizes)
+        if scored:
+            most = max(2, CHANCE_IMAGES // max(sizes))
+            with _counted(found, "chance", "what outputs of other samples score", sum(sizes[:most])):
+                found.chance = chance_levels(session, batches[:most], sizes[:most])
+        stale = [layer.name for layer in findings.layers if layer.flagged and layer.shares and layer.shares.lag > 0]
+        if stale:
+            with _counted(found, "eps", "whether the statistics fit another eps", min(samples, SAMPLES_OF_EPS)):
+                found.other_eps = fitting_eps(session, batches, sizes, stale)
+            found.padding = padding_in(batches, [] if evidence.held_out is None else evidence.held_out.micro_batches)
 
 
 def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
@@ -536,11 +592,6 @@ def _pool(evidence: Evidence) -> Pool | None:
 def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
     """What the reader should know about the scan as a whole."""
     yield from unmatched_globs(settings, evidence.layers)
-    if all(layer.info.batches_tracked == 0 for layer in evidence.layers.selected):
-        yield (
-            "No layer's running statistics were ever updated (num_batches_tracked is 0): the model is untrained."
-            " Was a checkpoint forgotten?"
-        )
     if evidence.sizes and len(set(evidence.sizes.values())) == 1:
         yield (
             f"The batches have {round(evidence.samples / evidence.batches)} samples, not {evidence.batch_size} as asked"
@@ -550,6 +601,20 @@ def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
         if evidence.samples < 2 * size:
             needed = f"Batch size {size} needs at least {2 * size} samples"
             yield f"{needed}, and {evidence.samples} were measured: raise --batches."
+
+
+def _on_new_models(facts: Facts) -> Iterator[str]:
+    """A note where nothing was trained."""
+    if facts.is_new:
+        yield "All BN layers are as in a new model: statistics, weights and biases. Was a checkpoint forgotten?"
+
+
+def _with_traced(
+    anatomy: Sequence[Anatomy], random_before: Mapping[str, tuple[str, ...]] | None
+) -> tuple[Anatomy, ...]:
+    """The layers with the random layers that feed them, where a forward pass could be followed."""
+    known = random_before or {}
+    return tuple(replace(one, dropouts_before=known.get(one.name, one.dropouts_before)) for one in anatomy)
 
 
 def _on_processes(world: World, agreement: Agreement) -> Iterator[str]:

@@ -142,8 +142,8 @@ def score_outputs(
     """
     found: Found = {}
     total = size * len(micro_batches)
-    functions = (session.functions.loss, session.functions.metric)
-    for measure, function in zip(MEASURES, functions, strict=True):
+    for measure in MEASURES:
+        function: BatchFunction | None = getattr(session.functions, measure)
         if function is None:
             continue
         left = (room or {}).get(measure, 0)

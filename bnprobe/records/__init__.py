@@ -24,6 +24,7 @@ from bnprobe.records.repair import (
     Verification,
 )
 from bnprobe.records.scan import (
+    DEFAULT_THRESHOLD,
     EXEMPT,
     FREE_REMEDIES,
     OMITTED_WHEN_EMPTY,
@@ -33,6 +34,8 @@ from bnprobe.records.scan import (
     BatchSizePoint,
     CallMeasurement,
     Cause,
+    Chance,
+    ChanceValues,
     Composition,
     Diagnosis,
     Distribution,
@@ -83,6 +86,7 @@ from bnprobe.records.sweep import (
 )
 
 __all__ = [
+    "DEFAULT_THRESHOLD",
     "EXEMPT",
     "FREE_REMEDIES",
     "OMITTED_WHEN_EMPTY",
@@ -94,6 +98,8 @@ __all__ = [
     "BestRates",
     "CallMeasurement",
     "Cause",
+    "Chance",
+    "ChanceValues",
     "Composition",
     "Conclusion",
     "Diagnosis",

@@ -15,7 +15,7 @@ from bnprobe.report.further import doing
 from bnprobe.report.layers import with_sign, worse_path, worst_first
 from bnprobe.report.next_step import NextStep
 from bnprobe.report.page import FINE, FLAGGED, SEVERITY_SIGNS, SEVERITY_STYLES, UNDECIDED, UNMEASURED, Page
-from bnprobe.rules import rule_of, title_of
+from bnprobe.rules import effect, rule_of, title_of
 
 MOST_DIAGNOSES = 5
 """So many diagnoses are shown, the first, unless all are asked for."""
@@ -66,6 +66,9 @@ def closing(report: Report, command: str) -> Closing:
     flagged = worst_first(with_sign(report.layers, FLAGGED))
     undecided = worst_first(with_sign(report.layers, UNDECIDED))
     fine = with_sign(report.layers, FINE)
+    known = effect.inconsistency(report.summary.gaps, report.summary.chance)
+    if flagged and known.main is not None and known.is_no_worse and _worst_severity(report) != "error":
+        return _harmless(report, flagged, known.main, command)
     if flagged:
         return _flagged(report, flagged, command)
     if undecided:
@@ -83,6 +86,16 @@ def _flagged(report: Report, flagged: list[Layer], command: str) -> Closing:
         sign=FLAGGED,
         sentences=tuple(filter(None, sentences)),
         step=_step(report, command, next_step.batch_size_step(report, command)),
+    )
+
+
+def _harmless(report: Report, flagged: list[Layer], change: effect.Change, command: str) -> Closing:
+    """Layers beyond their limit that cost neither loss nor metric."""
+    return Closing(
+        headline=f"{_share(len(flagged), report)} flagged, but {change.words('in training', 'at inference')}.",
+        sign=UNDECIDED,
+        sentences=tuple(filter(None, ("" if report.diagnoses else _worst(flagged), *_caveats(report)))),
+        step=_step(report, command, next_step.keep_step(command)),
     )
 
 
@@ -118,8 +131,11 @@ def _other_problems(report: Report, serious: Severity, command: str) -> Closing:
     number = count(sum(diagnosis.severity != "info" for diagnosis in report.diagnoses), "problem")
     verb = "was" if number == "1 problem" else "were"
     so_far = "So far no" if report.scan.partial else "No"
+    change = effect.inconsistency(report.summary.gaps, report.summary.chance)
+    worse = change.main if change.is_worse else None
+    found = f"{number} {verb} found" if worse is None else worse.words("in training", "at inference")
     return Closing(
-        headline=f"{so_far} layer is flagged for its mismatch, but {number} {verb} found.",
+        headline=f"{so_far} layer is flagged for its mismatch, but {found}.",
         sign=SEVERITY_SIGNS[serious],
         sentences=_caveats(report),
         step=_step(report, command, next_step.keep_step(command)),
