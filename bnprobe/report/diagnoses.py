@@ -291,7 +291,7 @@ def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
     ):
         if before is not None and after is not None:
             change = f"takes the {name} from {figures.score(before)} to {figures.score(after)}"
-            return f"Measured on held-out data: {doing(tried.name).lower()} {change}."
+            return f"Measured on {tried.scored_on} data: {doing(tried.name).lower()} {change}."
     return ""
 
 

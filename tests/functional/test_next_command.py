@@ -52,4 +52,4 @@ def printed(text: str) -> list[str]:
     """The words of the command at the end of a report."""
     lines = text.rstrip().splitlines()
     start = max(number for number, line in enumerate(lines) if line.startswith("    bnprobe "))
-    return shlex.split("\n".join(lines[start:]))
+    return shlex.split("\n".join(lines[start:]).replace("\\\n", " "))
