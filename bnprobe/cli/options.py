@@ -218,6 +218,15 @@ Ignore = Annotated[
     option(JUDGE, "--ignore", "No rule of this code or prefix; repeatable.", "CODE"),
     Sets("rules.ignore", codes),
 ]
+Goal = Annotated[
+    Literal["max", "min"] | None,
+    option(RUN, "--goal", "Whether a larger or a smaller metric is better: max (default), min.", "NAME"),
+    Sets("repair.goal"),
+]
+Force = Annotated[
+    bool,
+    option(REPORT, "--force", "Replace outputs that exist; write weights even if they score worse than as loaded."),
+]
 ReportFormat = Annotated[
     str,
     typer.Option("--format", help="Format of the report.", rich_help_panel=REPORT, parser=format_name),

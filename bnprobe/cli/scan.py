@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -41,7 +41,7 @@ def scan(
     no_emulate: options.NoEmulate = False,
     what_if: Annotated[
         bool,
-        options.option(FURTHER, "--what-if", "Measure on held-out data what remedies without training gain."),
+        options.option(FURTHER, "--what-if", "Try remedies without training, in larger batches too."),
         options.Sets("scan.what_if"),
     ] = False,
     train_steps: Annotated[
@@ -54,13 +54,7 @@ def scan(
         options.option(FURTHER, "--gradients", "Measure the noise of the backward pass; needs loss()."),
         options.Sets("scan.gradients"),
     ] = False,
-    goal: Annotated[
-        Literal["max", "min"] | None,
-        options.option(
-            options.RUN, "--goal", "Whether a larger or a smaller metric is better: max (default), min.", "NAME"
-        ),
-        options.Sets("repair.goal"),
-    ] = None,
+    goal: options.Goal = None,
     threshold: options.Threshold = None,
     include: options.Include = None,
     exclude: options.Exclude = None,

@@ -20,8 +20,15 @@ from torch.nn.parameter import is_lazy
 from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError
 from bnprobe.loading.model import kind_of, user_code
+from bnprobe.loading.tracking import keeps_none, tracking
 from bnprobe.loading.weights import Stub, read_conversion, read_weights, state_of, weights_file
-from bnprobe.numbers import listed
+from bnprobe.numbers import count, listed
+
+PARAMETERS_ALONE = "holds parameters alone"
+"""Part of the note on a checkpoint that has no running statistics."""
+
+PARAMETERS_ALONE = "holds parameters alone"
+"""Part of the note on a checkpoint that has no running statistics."""
 
 WRAPPERS = ("module.", "_orig_mod.")
 
@@ -93,7 +100,7 @@ _COUNTER = "num_batches_tracked"
 
 
 def check_fit(
-    state: Mapping[str, Any], target: Mapping[str, Any], strict: bool, path: Path
+    state: Mapping[str, Any], target: Mapping[str, Any], strict: bool, path: Path, need_statistics: bool = True
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Compare names and shapes; nothing is copied.
 
@@ -103,6 +110,8 @@ def check_fit(
         strict: Whether missing parameters and unexpected keys are errors. Missing BN buffers and mismatched shapes
             always are.
         path: The file, for messages.
+        need_statistics: Whether the running statistics of every layer must be there; False where they are about to be
+            made. A layer that has one of the two must have the other in any case.
 
     Returns:
         The entries to load, and notes.
@@ -113,13 +122,26 @@ def check_fit(
     missing = _missing(state, target)
     counters = _old_format(missing, state)
     missing = [name for name in missing if name not in counters]
+    parameters_alone = [] if need_statistics else _without_statistics(missing)
+    buffers = [f"{layer}{end}" for layer in parameters_alone for end in (*_STATISTICS, _COUNTER)]
+    missing = [name for name in missing if name not in buffers]
     unexpected = [name for name in state if name not in target]
     shapes = _other_shapes(state, target)
     statistics = [name for name in missing if name.endswith((*_STATISTICS, _COUNTER))]
     if shapes or statistics or (strict and (missing or unexpected)):
         raise CheckpointError(_message(path, missing, unexpected, shapes, state, target))
     usable = {name: value for name, value in state.items() if name in target}
-    return usable, _notes(path, missing, unexpected, counters)
+    notes = _notes(path, missing, unexpected, counters)
+    if parameters_alone:
+        what = f"the running statistics of {count(len(parameters_alone), 'layer')}"
+        notes += (f"{path.name} {PARAMETERS_ALONE}: {what} are not in it and begin as in the model as built.",)
+    return usable, notes
+
+
+def _without_statistics(missing: Sequence[str]) -> list[str]:
+    """Prefixes of the layers whose running mean and variance are both missing."""
+    layers = [name.removesuffix(_STATISTICS[0]) for name in missing if name.endswith(_STATISTICS[0])]
+    return [layer for layer in layers if f"{layer}{_STATISTICS[1]}" in missing]
 
 
 def _missing(state: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
@@ -192,8 +214,9 @@ def _explanation(
         return "These look like the weights of a different model."
     if missing and not unexpected and all(name.endswith((*_STATISTICS, _COUNTER)) for name in missing):
         return (
-            "This looks like parameters saved without buffers. BatchNorm needs its running statistics: save "
-            "model.state_dict()."
+            "This looks like parameters saved without buffers. BatchNorm needs its running statistics: save"
+            " model.state_dict(), or compute them from training data with `bnprobe recalibrate`, which accepts this"
+            " file."
         )
     if shapes and not missing and not unexpected:
         layers = {name.split(" ")[0].rpartition(".")[0] for name in shapes}
@@ -238,12 +261,16 @@ _AVERAGED = re.compile(r"ema|swa|averag|shadow|teacher", re.IGNORECASE)
 _DEEPEST = 4
 
 
-def load_checkpoint(model: nn.Module, spec: CheckpointSpec) -> tuple[str, ...]:
+def load_checkpoint(model: nn.Module, spec: CheckpointSpec, need_statistics: bool = True) -> tuple[str, ...]:
     """Copy the weights of a file into the model. Without a path, do nothing.
+
+    A file with running statistics of layers that keep none in the model, as ``bnprobe recalibrate`` writes it, switches
+    these layers' tracking on.
 
     Args:
         model: Changed in place; left unchanged if anything is wrong.
         spec: Path, key, prefix, strictness.
+        need_statistics: As in ``check_fit``.
 
     Returns:
         Notes on what was done, one sentence each.
@@ -265,10 +292,28 @@ def load_checkpoint(model: nn.Module, spec: CheckpointSpec) -> tuple[str, ...]:
     state, stripped = without_wrappers(state, target)
     if stripped:
         notes.append(f"The prefixes {' and '.join(stripped)} were stripped from the keys of {path.name}.")
-    state, fit_notes = check_fit(state, target, spec.strict, path)
-    with user_code(f"loading the weights of {path} into the model"):
-        model.load_state_dict(state, strict=False)
+    switched = _untracked(model, state)
+    with tracking(switched.values()):
+        if switched:
+            target = dict(model.state_dict(keep_vars=True))
+            notes.append(
+                f"{path.name} holds running statistics of {count(len(switched), 'layer')} that keep none as the model"
+                f" is built ({listed(list(switched))}): they were switched on. To load the file yourself, build these"
+                " layers with track_running_stats=True."
+            )
+        state, fit_notes = check_fit(state, target, spec.strict, path, need_statistics)
+        with user_code(f"loading the weights of {path} into the model"):
+            model.load_state_dict(state, strict=False)
     return (*notes, *fit_notes)
+
+
+def _untracked(model: nn.Module, state: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The layers that keep no running statistics although the state dict has some for them, by name."""
+    return {
+        name or ROOT: module
+        for name, module in model.named_modules()
+        if keeps_none(module) and all(f"{name}.{end}".removeprefix(".") in state for end in _STATISTICS)
+    }
 
 
 def _refuse_converted(path: Path, model: nn.Module) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import importlib
@@ -130,6 +131,13 @@ class UserModule:
         """SHA-256 of the file, to tell whether the code has changed; None without a file."""
         path = Path(self.module.__file__ or "")
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+    def lines_giving(self, keyword: str) -> list[str]:
+        """The lines of the file that give an argument of this name, e.g. ["model.py:17"]."""
+        path = Path(self.module.__file__ or "")
+        tree = ast.parse(path.read_bytes()) if path.suffix == ".py" and path.is_file() else ast.Module([], [])
+        given = [node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == keyword]
+        return [f"{self.name}:{number}" for number in sorted({node.value.lineno for node in given})]
 
     def get(self, symbol: str) -> Any:
         """Look up a symbol; dotted names reach into classes and objects.

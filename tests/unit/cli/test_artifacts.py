@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from bnprobe.analysis.comparison import make_arm
 from bnprobe.cli.artifacts import Artifacts
 from bnprobe.errors import OutputError
+from bnprobe.records import Proof, Run, Score
 from bnprobe.report.json import dump
+from bnprobe.report.repair import Files
 from bnprobe.training import StateFolder, StepLog
 from support import repairs
 from unit.report.fabricated_parts import report
@@ -23,23 +26,22 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out.safetensors"
 
 
-def write(output: Path, trains: bool = False, before: bool = False, after: bool = False) -> Artifacts:
+def write(output: Path, trains: bool = False, before: bool = False, after: bool = False) -> Files:
     """Write what a repair with these reports writes, with ``--force``."""
     artifacts = Artifacts(output, force=True, trains=trains)
     if trains:
         StateFolder.open(artifacts.state, {}, resume=False)
-    artifacts.write(repairs.record(), WEIGHTS, REPORT if before else None, REPORT if after else None)
-    return artifacts
+    return artifacts.write(repairs.record(), WEIGHTS, REPORT if before else None, REPORT if after else None)[1]
 
 
 @pytest.mark.parametrize("missing", ["before", "after"])
 @pytest.mark.parametrize("trains", [False, True])
 def test_the_report_of_an_earlier_run_is_removed(output: Path, missing: str, trains: bool) -> None:
     write(output, before=True, after=True)
-    artifacts = write(output, trains, before=missing == "after", after=missing == "before")
-    assert not getattr(artifacts, missing).exists()
-    assert getattr(artifacts, "after" if missing == "before" else "before").exists()
-    assert artifacts.record.exists()
+    write(output, trains, before=missing == "after", after=missing == "before")
+    names = {path.name for path in output.parent.iterdir()}
+    assert f"out.{missing}.json" not in names
+    assert {"out.after.json" if missing == "before" else "out.before.json", "out.record.json"} <= names
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,19 @@ def test_a_file_of_the_user_is_kept_and_named(
     assert f"{foreign} was kept because bnprobe did not write it.\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_weights_that_score_worse_than_as_loaded_are_written_only_by_force(
+    output: Path, capsys: pytest.CaptureFixture[str], force: bool
+) -> None:
+    scores = [Run(0, 0, 0, Score(None, metric), "finished", "", 0.0) for metric in (0.9, 0.4)]
+    arms = [make_arm(name, [run], trained=False) for name, run in zip(("as is", "frozen"), scores, strict=True)]
+    proof = Proof("metric", tuple(arms), "frozen", "as is", None, "worse", "", 0, 60, surely_worse=True)
+    record = repairs.record(proof=proof, weights=None)
+    written, files = Artifacts(output, force).write(record, WEIGHTS, REPORT, REPORT)
+    assert (output.exists(), written.weights is not None, files.record is not None) == (force, force, force)
+    assert ("Nothing was written: the repaired model scores worse" in capsys.readouterr().err) is not force
+
+
 def test_a_link_of_the_user_is_kept(output: Path) -> None:
     elsewhere, link = output.with_name("elsewhere.json"), output.with_name("out.before.json")
     elsewhere.write_text(dump(REPORT))
@@ -83,9 +98,8 @@ def test_a_link_of_the_user_is_kept(output: Path) -> None:
 def test_a_log_of_an_earlier_run_is_removed(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = output.with_name("out.log.csv")
     StepLog(log).close()
-    artifacts = write(output, trains=True)
+    assert write(output, trains=True).log is None
     assert not log.exists()
-    assert artifacts.files(None, None).log is None
     assert "kept" not in capsys.readouterr().err
 
 
@@ -95,9 +109,8 @@ def test_a_table_of_the_user_is_kept_and_is_not_shown_as_the_log(
 ) -> None:
     log = output.with_name("out.log.csv")
     log.write_text(content)
-    artifacts = write(output, trains=True)
+    assert write(output, trains=True).log is None
     assert log.read_text() == content
-    assert artifacts.files(None, None).log is None
     assert f"{log} was kept" in capsys.readouterr().err
 
 
