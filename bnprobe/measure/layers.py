@@ -312,7 +312,7 @@ def _copies(model: nn.Module) -> dict[str, str]:
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:
-    return type(module), tuple((name, tuple(value.shape)) for name, value in module.state_dict().items())
+    return repr(module), tuple((name, tuple(value.shape)) for name, value in module.state_dict().items())
 
 
 def _is_part(layer: str, module: str) -> bool:

@@ -66,7 +66,7 @@ class TrainedInEval(Rule):
         words = f"On training batches {change.words('with batch statistics', 'with running statistics')}"
         new = {layer.name for layer in facts.anatomy if layer.untouched}
         layers = [name for name, layer in facts.layers.items() if name not in new and _has_other_statistics(layer)]
-        if found.standing != "better" or not layers or _recalibration_helps(facts):
+        if found.standing != "better" or not layers or _recalibration_helps(facts) or effect.is_at_chance(facts.chance):
             yield self.passed(None, f"{words}.", -change.harm, change.floor)
             return
         held = "all layers" if len(layers) == len(facts.layers) > 1 else listed(layers, 3)
