@@ -120,13 +120,14 @@ def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measur
 def _measure_held_out(
     measured: Measurement, reader: Reader, batches: int, progress: Progress, world: World
 ) -> Evidence:
-    """The eval path on as many micro-batches of held-out data as were measured, or on all that there are."""
+    """The eval path on as many samples of held-out data as were measured, or on all that there are."""
     started = time.perf_counter()
     size, emulation = reader.batch_size, measured.evidence.batching.emulation
     at_once = max(1, measured.evidence.physical_batch // size) if emulation.trusted else 1
     path = PathEvidence("held-out", size, reader.share)
     evidence = Evidence(measured.session.layers, Batching(size, emulation, at_once), {"eval": path})
-    planned = batches if reader.most is None else reader.most
+    samples = batches * measured.evidence.batch_size
+    planned = -(-samples // size) if reader.most is None else reader.most
     _measure(planned, Measurement(measured.session, evidence, random=False), reader, progress, world)
     reader.fill()
     evidence.kept, evidence.seconds = reader.kept, time.perf_counter() - started
