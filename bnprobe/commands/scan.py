@@ -84,6 +84,7 @@ def scan(
     loss: Callable[[nn.Module, Any], Any] | None = None,
     metric: Callable[[nn.Module, Any], Any] | None = None,
     optimizer: MakeOptimizer | None = None,
+    batch_size_of: Callable[[Any], int] | None = None,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> Report:
@@ -96,9 +97,10 @@ def scan(
         batches: A DataLoader or Dataset, or an iterable of micro-batches of ``batch_size`` samples.
         batch_size: Samples per micro-batch; a DataLoader is rebuilt with it. None: the loader's own.
         num_batches: Measure exactly this many micro-batches; None: until every layer is decided.
-        evaluation: Held-out data, in the form of ``batches``; read at the same batch size.
+        evaluation: Held-out data, in the form of ``batches``; a DataLoader is read at its own batch size.
         forward, loss, metric: ``f(model, batch)``, as in a model file.
         optimizer: ``f(parameters)`` that gives the optimizer of ``train_steps``; None: SGD with lr 0.01.
+        batch_size_of: ``f(batch)`` that gives the number of samples, where neither loader nor batch shows it.
         progress: Called with the micro-batches done, and those planned so far.
         **settings: Any field of ``bnprobe.config.spec.ScanSettings`` but ``batches``: max_batches, seed, device, ...
 
@@ -111,10 +113,12 @@ def scan(
     given = settings_from({"batch_size": batch_size, "batches": num_batches, **settings})
     with preserved_random_state():
         seed_everything(given.seed)
-        source = as_batch_source(batches, batch_size)
+        source = as_batch_source(batches, batch_size, batch_size_of=batch_size_of)
         held_out = None
         if evaluation is not None:
-            held_out = as_batch_source(evaluation, source.batch_size, "the held-out data")
+            held_out = as_batch_source(
+                evaluation, source.batch_size, "the held-out data", as_given=True, batch_size_of=batch_size_of
+            )
         inner, note = unwrapped(model)
         notes = (note,) if note else ()
         workload = Workload(
@@ -193,7 +197,7 @@ def _probe(
         share = Share(world.rank, world.size)
         held_out = deal(spread(held_out, settings.seed, mixed=True), share)
         size, dealt, most = held_out.batch_size, held_out.dealt, held_out.most
-        held_out_reader = Reader(held_out.batches, size, keep, share, dealt, most)
+        held_out_reader = Reader(held_out.batches, size, keep, share, dealt, most, any_size=True)
     with session.installed():
         return probe(session, reader, settings, progress, held_out_reader, world)
 
@@ -317,6 +321,9 @@ def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
     if evidence.steady is not None:
         reason = "the model draws random numbers in training"
         yield ExtraPass("train path without random layers", reason, evidence.samples, evidence.steady_seconds)
+    if evidence.scoring_seconds:
+        more = evidence.scores.count - evidence.samples
+        yield ExtraPass("loss and metric", "of further samples, for their intervals", more, evidence.scoring_seconds)
     if evidence.held_out is not None:
         held_out = evidence.held_out
         yield ExtraPass("held-out data", "to measure the data shift", held_out.samples, held_out.seconds)
@@ -407,14 +414,14 @@ def describe(
     workload: Workload, settings: ScanSettings, evidence: Evidence, further: Further, device: torch.device
 ) -> Scan:
     """What was run, for the report."""
-    source = workload.source
+    source, sizes = workload.source, evidence.sizes.values()
     parameter = next(workload.model.parameters(), None)
     return Scan(
         model=workload.model_name,
         data=source.description,
         synthetic=source.synthetic,
         checkpoint=workload.checkpoint,
-        batch_size=evidence.batch_size,
+        batch_size=round(evidence.samples / evidence.batches) if sizes else evidence.batch_size,
         batches=evidence.batches,
         batches_requested=settings.batches,
         images=evidence.samples,
@@ -434,12 +441,13 @@ def describe(
         passes=tuple(further.passes),
         pool=_pool(evidence),
         unselected=tuple(layer.name for layer in evidence.layers.layers if not layer.selected),
+        size_range=(min(sizes), max(sizes)) if len(set(sizes)) > 1 else None,
     )
 
 
 def _pool(evidence: Evidence) -> Pool | None:
     images = max((pool.mean.shape[0] for pool in evidence.eval.pool().values()), default=0)
-    if not images:
+    if not images or not evidence.batching.emulation.trusted:
         return None
     return Pool(images, evidence.eval[SamplePool].bytes, regrouped_batches(images, evidence.batch_size))
 
@@ -451,6 +459,11 @@ def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
         yield (
             "No layer's running statistics were ever updated (num_batches_tracked is 0): the model is untrained."
             " Was a checkpoint forgotten?"
+        )
+    if evidence.sizes and len(set(evidence.sizes.values())) == 1:
+        yield (
+            f"The batches have {round(evidence.samples / evidence.batches)} samples, not {evidence.batch_size} as asked"
+            " for: all figures are for batches as they are."
         )
     for size in evidence.batch_sizes:
         if evidence.samples < 2 * size:

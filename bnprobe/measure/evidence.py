@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -40,8 +40,9 @@ from bnprobe.measure.hooks import Pass, Recorded, Slot
 from bnprobe.measure.layers import LayerSet, ProbedLayer
 from bnprobe.measure.outputs import Contributions, OutputSums
 from bnprobe.measure.physical_batch import Batching
+from bnprobe.measure.scores import Found, ScoreTable
 from bnprobe.measure.session import PathName
-from bnprobe.records import Output, Score, StopReason
+from bnprobe.records import Output, StopReason
 from bnprobe.stats.composition import Images
 from bnprobe.stats.intervals import REPLICATES
 from bnprobe.stats.ladder import BatchSums
@@ -73,7 +74,7 @@ class PathEvidence:
         self._scope, self._share, self._steps = scope, share, 0
         self._table = CallTable()
         self._statistics = {row.name: row(seed) for row in STATISTICS if scope in row.scopes}
-        self._columns: tuple[Calls, Columns] | None = None
+        self._columns: tuple[dict[Slot, int], Columns] | None = None
         self._remainder: tuple[Calls, Tensor, Tensor] | None = None
 
     def add(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...]) -> None:
@@ -192,6 +193,15 @@ class PathEvidence:
         """Samples for regrouping, by call; empty if samples could not be told apart."""
         return self[SamplePool].samples(self._table)
 
+    def by_sample(self, slots: Sequence[Slot]) -> BatchSums | None:
+        """Sums over the samples in the pool, for calls of one layer; None if samples could not be told apart."""
+        pool, origins = self.pool(), self[SamplePool].origins(self._table)
+        if not all(slot in pool for slot in slots):
+            return None
+        mean = torch.cat([pool[slot].mean + origins[slot] for slot in slots])
+        variance = torch.cat([pool[slot].variance for slot in slots])
+        return BatchSums.of_samples(mean, variance, self.moments(slots[0]).eps)
+
     def reported(self, slots: list[Slot]) -> dict[str, Any]:
         """Results of statistics that are reported under their own names, for calls of one layer.
 
@@ -203,15 +213,14 @@ class PathEvidence:
         return {name: _as_json(name, result) for name, result in found.items() if result is not None}
 
     def _columns_of(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], like: Tensor) -> Columns:
-        """The columns of a step; the last ones are cached, since most models make the same calls in every pass."""
-        slots = tuple(records)
-        if self._columns is None or self._columns[0] != slots:
-            for slot in slots:
+        """The columns of a step; the last ones are cached, since most steps have the same calls on as many values."""
+        values = {slot: record.values for slot, record in records.items()}
+        if self._columns is None or self._columns[0] != values:
+            for slot in records:
                 self._table.add(slot, layers[slot[0]].info.channels)
             for statistic in self._statistics.values():
                 statistic.grow(self._table, like.device)
-            values = {slot: record.values for slot, record in records.items()}
-            self._columns = slots, Columns.of(layers, values, self._table, like.device)
+            self._columns = values, Columns.of(layers, values, self._table, like.device)
         return self._columns[1]
 
     def _add_samples(self, columns: Columns, mean: Tensor, variance: Tensor) -> None:
@@ -247,7 +256,9 @@ class Evidence:
         paths: "train" and "eval", and "steady" once the model is known to have random layers: without any, it is the
             train path. On held-out data "eval" alone.
         batch_sizes: The eval path at further batch sizes.
-        outputs: The distance of the two paths at the model's outputs; loss and metric.
+        outputs: The distance of the two paths at the model's outputs.
+        scores: Loss and metric on each path; of more micro-batches than the rest, where few decided every layer.
+        repeat: Relative L2 distance of two eval-path passes over the same samples; None if not measured.
         batches: Micro-batches measured.
         physical_batch: Samples of the largest physical batch that ran.
         values: Values per channel in one group, by call.
@@ -255,9 +266,11 @@ class Evidence:
         entered: Indices of the layers whose forward was called.
         functional: Places in the user's code that call batch_norm outside any layer.
         steady_seconds: What measuring the path without random layers took.
+        scoring_seconds: What loss and metric of further micro-batches took.
         seconds: What all took.
         left_out: Samples of a partial last batch.
         kept: Micro-batches by position, on the host, for what is measured afterwards.
+        sizes: Samples of the micro-batches by position, where they are not all of ``batch_size``.
         held_out: The same on held-out data; None without.
         stopped: Why the scan ended.
         failure: The error that ended it after something was measured.
@@ -268,6 +281,8 @@ class Evidence:
     paths: dict[PathName, PathEvidence]
     batch_sizes: dict[int, PathEvidence] = field(default_factory=dict)
     outputs: OutputSums = field(default_factory=OutputSums)
+    scores: ScoreTable = field(default_factory=ScoreTable)
+    repeat: float | None = None
     batches: int = 0
     physical_batch: int = 0
     values: dict[Slot, int] = field(default_factory=dict)
@@ -275,14 +290,18 @@ class Evidence:
     entered: set[int] = field(default_factory=set)
     functional: set[str] = field(default_factory=set)
     steady_seconds: float = 0.0
+    scoring_seconds: float = 0.0
     seconds: float = 0.0
     left_out: int = 0
     kept: dict[int, Any] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
     held_out: Evidence | None = None
     stopped: StopReason = "requested"
     failure: BnprobeError | None = None
 
-    def add(self, passes: Mapping[PathName, Pass], contributions: Contributions, micro_batches: int) -> None:
+    def add(
+        self, passes: Mapping[PathName, Pass], contributions: Contributions, scores: Found, micro_batches: int
+    ) -> None:
         """Add one physical batch, measured on each path."""
         for pass_ in reversed(list(passes.values())):
             for slot, record in pass_.records.items():
@@ -298,6 +317,7 @@ class Evidence:
         for path in (self.eval, *others):
             path.add(records, self.layers.layers)
         self.outputs.add(contributions)
+        self.scores.add(scores)
         self.batches += micro_batches
         self.physical_batch = max(self.physical_batch, micro_batches * self.batch_size)
 
@@ -306,6 +326,8 @@ class Evidence:
         _join(self.paths, other.paths, _merged)
         _join(self.batch_sizes, other.batch_sizes, _merged)
         self.outputs.merge(other.outputs)
+        self.scores.merge(other.scores)
+        self.repeat = max((each for each in (self.repeat, other.repeat) if each is not None), default=None)
         self.batches += other.batches
         self.physical_batch = max(self.physical_batch, other.physical_batch)
         self.values = {**other.values, **self.values}
@@ -313,9 +335,11 @@ class Evidence:
         self.entered |= other.entered
         self.functional |= other.functional
         self.steady_seconds = max(self.steady_seconds, other.steady_seconds)
+        self.scoring_seconds = max(self.scoring_seconds, other.scoring_seconds)
         self.seconds = max(self.seconds, other.seconds)
         self.left_out = max(self.left_out, other.left_out)  # a process that only skips it counts it too
         self.kept |= other.kept
+        self.sizes |= other.sizes
         emulation = self.batching.emulation if other.batching.emulation.trusted else other.batching.emulation
         at_once = min(self.batching.at_once, other.batching.at_once)
         self.batching = replace(self.batching, emulation=emulation, at_once=at_once)
@@ -331,6 +355,7 @@ class Evidence:
             paths={name: path.on_host() for name, path in self.paths.items()},
             batch_sizes={size: path.on_host() for size, path in self.batch_sizes.items()},
             outputs=self.outputs.on_host(),
+            scores=self.scores.on_host(),
             held_out=None if self.held_out is None else self.held_out.on_host(),
             failure=None,
         )
@@ -355,7 +380,7 @@ class Evidence:
     @property
     def samples(self) -> int:
         """Samples measured."""
-        return self.batches * self.batch_size
+        return sum(self.sizes.values()) if self.sizes else self.batches * self.batch_size
 
     @property
     def emulated(self) -> bool:
@@ -375,11 +400,7 @@ class Evidence:
     @property
     def output(self) -> Output:
         """How far the outputs of the two paths are apart."""
-        return self.outputs.compute()
-
-    def score(self, path: PathName) -> Score:
-        """Loss and metric on one path."""
-        return self.outputs.score(path)
+        return replace(self.outputs.compute(self.scores), repeat=self.repeat)
 
     def _comparable(self, path: PathName, pass_: Pass, by_batch: bool) -> dict[Slot, Recorded]:
         """The calls that normalize as this path should, of selected layers with running statistics."""

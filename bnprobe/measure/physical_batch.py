@@ -18,7 +18,7 @@ from torch import Tensor
 from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import OPENING
 from bnprobe.errors import UsageError, UserCodeError
-from bnprobe.measure.batch import CannotEmulateError, join, map_leaves, tensors_of, to_device
+from bnprobe.measure.batch import CannotEmulateError, join, map_leaves, pick, tensors_of, to_device
 from bnprobe.measure.hooks import Pass, Recorded, RowLayout, Slot
 from bnprobe.measure.memory import Chunks, Footprint, is_out_of_memory, plan_samples
 from bnprobe.measure.reader import Reader
@@ -35,6 +35,10 @@ _FLOOR = 1000.0
 
 _BLIND = 0.3
 """A tolerance above this, in standard deviations, would let real mixing pass: the check cannot decide."""
+
+
+DIFFERENT_SIZES = "the micro-batches differ in size"
+"""Why they run one by one."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def _check(session: Session, path: PathName, micro_batches: list[Any], batch_siz
     shaken_output, _ = session.forward(path, _shake(micro_batches[0]), shaken)
     try:
         emulated = Pass(batch_size * len(micro_batches), batch_size, references=_references(reals))
-        output, _ = session.forward(path, join(micro_batches), emulated)
+        output, _ = session.forward(path, join(micro_batches, batch_size), emulated)
         if emulated.records.keys() != reals[0].records.keys():
             raise CannotEmulateError("the layers are called differently in a larger batch")
     except CannotEmulateError as error:
@@ -266,6 +270,8 @@ def plan_batching(session: Session, reader: Reader, settings: ScanSettings) -> B
     if not settings.emulate:
         return Batching(size, not_emulated("Switched off (--no-emulate; in Python emulate=False)."))
     opening = reader.look_ahead(OPENING)
+    if reader.varies:
+        return Batching(size, not_emulated(as_sentence(CannotEmulateError(DIFFERENT_SIZES))))
     most = settings.physical_batch or plan_samples(Footprint(0, 0), session.device)
     if most // size < OPENING and not settings.batch_sizes:
         # The train path runs as it is; that samples are independent on the eval path is still to be known.
@@ -283,14 +289,15 @@ def checked(session: Session, opening: list[Any], size: int, check: Check) -> tu
     """Run a check on the first micro-batches, which are measured afterwards; also what a sample takes in memory.
 
     Args:
-        opening: Two micro-batches of ``size`` samples, on the host; fewer cannot be compared.
+        opening: Two micro-batches of ``size`` samples, on the host. A single one says by its halves whether samples
+            are independent on the eval path.
 
     Raises:
         UserCodeError: The model raised, and not for want of autocast.
     """
     unknown = Footprint(0, 0)
     if len(opening) < OPENING:
-        return not_emulated("The data gives only one micro-batch."), unknown
+        return _checked_in_halves(session, opening, size), unknown
     try:
         return check(session, [to_device(batch, session.device) for batch in opening], size)
     except UserCodeError:
@@ -301,6 +308,18 @@ def checked(session: Session, opening: list[Any], size: int, check: Check) -> tu
         if not is_out_of_memory(error):
             raise
         return not_emulated("Two micro-batches do not fit into memory together."), unknown
+
+
+def _checked_in_halves(session: Session, opening: list[Any], size: int) -> Emulation:
+    reason, half = "The data gives only one micro-batch.", size // 2
+    if not opening or not half:
+        return not_emulated(reason)
+    parts = [pick(opening[0], list(range(start, start + half)), size) for start in (0, half)]
+    try:
+        emulation, _ = check_samples(session, [to_device(part, session.device) for part in parts], half)
+    except Exception:  # the micro-batch itself may still run
+        return not_emulated(reason)
+    return replace(emulation, reason=reason, check=None) if emulation.trusted else not_emulated(reason)
 
 
 def not_emulated(reason: str) -> Emulation:
