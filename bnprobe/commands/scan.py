@@ -27,7 +27,7 @@ from bnprobe.errors import BnprobeError, UsageError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.model import unwrapped, user_code
 from bnprobe.loading.optimizer import load_optimizer
-from bnprobe.loading.order import deal, spread
+from bnprobe.loading.order import deal, drawn_at_random, is_random, spread
 from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.accumulators import SamplePool
 from bnprobe.measure.batch import to_device
@@ -38,7 +38,7 @@ from bnprobe.measure.layers import LayerSet, anatomy, unmatched_globs
 from bnprobe.measure.rank_agreement import Agreement, agree
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, seed_everything, untouched
-from bnprobe.measure.scan_loop import probe
+from bnprobe.measure.scan_loop import measure_mixed, probe
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.measure.train_steps import MakeOptimizer, train_steps
 from bnprobe.measure.what_if import what_if
@@ -180,6 +180,7 @@ def _facts(workload: Workload, session: Session) -> Facts:
         images=workload.source.images,
         drop_last=workload.source.drop_last,
         held_out=workload.held_out is not None,
+        own_order=workload.source.own_order,
     )
 
 
@@ -213,7 +214,7 @@ def _report(
     workload: Workload, settings: ScanSettings, session: Session, facts: Facts, evidence: Evidence, notes: Sequence[str]
 ) -> Report:
     """Measure what goes beyond the two paths, apply the rules, and write the report."""
-    findings = assemble(evidence, settings)
+    findings = _with_mixed_batches(workload, session, settings, evidence, assemble(evidence, settings))
     evidence, further = _beyond(workload, session, settings, evidence, findings)
     scan = describe(workload, settings, evidence, further, session.device)
     scan = replace(scan, notes=(*scan.notes, *notes))
@@ -244,6 +245,25 @@ def _report(
         evidence.failure.report = report
         raise evidence.failure
     return report
+
+
+def _with_mixed_batches(
+    workload: Workload, session: Session, settings: ScanSettings, evidence: Evidence, findings: Findings
+) -> Findings:
+    """The findings, with the share of non-i.i.d. batches of flagged layers whose samples could not be regrouped.
+
+    A loader that draws at random has i.i.d. batches; any other over an indexable data set is read once more, in batches
+    drawn at random. Batches that differ in size cannot be compared with others.
+    """
+    open_ = any(layer.flagged and layer.shares and layer.shares.composition is None for layer in findings.layers)
+    if not open_ or evidence.partial or evidence.sizes:
+        return findings
+    evidence.random_order = is_random(workload.source) or not workload.source.own_order
+    source = None if evidence.random_order else drawn_at_random(workload.source, settings.seed)
+    if source is not None:
+        with suppress(BnprobeError, KeyboardInterrupt), session.installed():
+            measure_mixed(session, evidence, Reader(source.batches, source.batch_size), no_progress)
+    return assemble(evidence, settings)
 
 
 def _beyond(
@@ -327,6 +347,11 @@ def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
     if evidence.held_out is not None:
         held_out = evidence.held_out
         yield ExtraPass("held-out data", "to measure the data shift", held_out.samples, held_out.seconds)
+    if evidence.mixed is not None:
+        mixed = evidence.mixed
+        yield ExtraPass(
+            "batches drawn at random", "to tell small from non-i.i.d. batches", mixed.samples, mixed.seconds
+        )
 
 
 def _first_images(session: Session, evidence: Evidence) -> list[Any]:

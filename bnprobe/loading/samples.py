@@ -184,6 +184,8 @@ def _first_axis(leaf: Any) -> int | None:
 
 def _agreed(batch: Any) -> int | None:
     """The first axis of all tensors where it is the same, else the length of all fields where that is."""
+    if isinstance(batch, list | tuple) and _are_records(batch):
+        return len(batch)
     leaves = [leaf for _, leaf in named_leaves(batch)]
     axes = {length for length in map(_first_axis, leaves) if length is not None}
     if len(axes) == 1 and not _is_ragged(batch):
@@ -191,10 +193,13 @@ def _agreed(batch: Any) -> int | None:
     fields = list(batch.values()) if isinstance(batch, Mapping) else batch
     if not isinstance(fields, list | tuple):
         return None
-    if fields and all(isinstance(item, Mapping) for item in fields):
-        return len(fields)
     lengths = {_field_length(item) for item in fields} - {None}
     return lengths.pop() if len(lengths) == 1 else None
+
+
+def _are_records(items: Any) -> bool:
+    """Whether items are mappings with the same keys: one for each sample."""
+    return bool(items) and all(isinstance(item, Mapping) and item.keys() == items[0].keys() for item in items)
 
 
 def _is_ragged(batch: Any) -> bool:

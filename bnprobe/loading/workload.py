@@ -63,6 +63,8 @@ def load_workload(spec: Spec) -> Workload:
         role: _function(role, target, loaded.module, notes)
         for role, target in (("forward", spec.forward), ("loss", spec.loss), ("metric", spec.metric))
     }
+    if source.synthetic and not (spec.scan.train_steps or spec.scan.gradients):
+        functions |= {"loss": None, "metric": None}  # there are no labels, and the inputs are nothing to be right about
     return Workload(
         loaded.model,
         loaded.name,

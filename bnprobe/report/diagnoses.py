@@ -196,7 +196,7 @@ def _caveats(report: Report) -> tuple[str, ...]:
         (scan.partial, f"{scan.stopped.capitalize()}: only {count(scan.batches, 'micro-batch')} measured."),
         (unmeasured > 0, f"{count(unmeasured, 'layer')} could not be measured on both paths."),
         (bool(report.skipped), f"{count(len(report.skipped), 'layer')} skipped."),
-        (scan.synthetic, "The inputs were generated: this shows the noise of small batches, not your data."),
+        (scan.synthetic, "The inputs were generated: this shows structure and batch noise, not your data (exit 0)."),
     )
     return tuple(text for applies, text in caveats if applies)
 

@@ -63,7 +63,9 @@ class SmallBatch(ShareRule):
         if size is None:
             return f"{values}."
         enough = f", and {number(layer.threshold)} would be enough" if size < layer.threshold else ""
-        return f"{values}. They are as noisy as {number(size)} independent values{enough}."
+        mixed = layer.shares is None or layer.shares.composition is not None or not is_off_at_inference(layer)
+        unmixed = "" if mixed else " The batches are too small or not mixed: which of the two was not judged."
+        return f"{values}. They are as noisy as {number(size)} independent values{enough}.{unmixed}"
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         """Where there are so few values that not even i.i.d. data would be within the limit, this is the cause."""
