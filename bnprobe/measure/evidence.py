@@ -107,7 +107,15 @@ class PathEvidence:
         divided = groups or 1
         positions = [self._share.position(self.batches + row) for row in range(mean.shape[0] // divided)]
         rows = max(1, _CHUNK_VALUES // mean.shape[1] // divided) * divided
-        reference = (columns.mean, columns.variance, columns.eps, columns.r_max, columns.d_max, columns.gate)
+        reference = (
+            columns.mean,
+            columns.variance,
+            columns.eps,
+            columns.r_max,
+            columns.d_max,
+            columns.gate,
+            columns.factor,
+        )
         for start in range(0, mean.shape[0], rows):
             values = corrections(mean[start : start + rows], variance[start : start + rows], *reference)
             here = positions[start // divided : (start + rows) // divided]
@@ -264,7 +272,7 @@ class Evidence:
         values: Values per channel in one group, by call.
         by_batch: For each path, the layers that normalized with batch statistics there.
         entered: Indices of the layers whose forward was called.
-        functional: Places in the user's code that call batch_norm outside any layer.
+        functional: Calls of batch_norm outside any layer: the place in the user's code, and why it is no layer.
         steady_seconds: What measuring the path without random layers took.
         scoring_seconds: What loss and metric of further micro-batches took.
         seconds: What all took.
@@ -291,7 +299,7 @@ class Evidence:
     values: dict[Slot, int] = field(default_factory=dict)
     by_batch: dict[PathName, set[int]] = field(default_factory=lambda: {"train": set(), "steady": set(), "eval": set()})
     entered: set[int] = field(default_factory=set)
-    functional: set[str] = field(default_factory=set)
+    functional: set[tuple[str, str]] = field(default_factory=set)
     steady_seconds: float = 0.0
     scoring_seconds: float = 0.0
     seconds: float = 0.0
@@ -417,6 +425,7 @@ class Evidence:
             if record.by_batch == by_batch
             and layers[slot[0]].selected
             and layers[slot[0]].info.running_mean is not None
+            and layers[slot[0]].unusable is None
         }
 
 

@@ -29,7 +29,7 @@ from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.scores import Found, ScoreTable, score_outputs
 from bnprobe.measure.session import Outputs, Session
 from bnprobe.records import Impact
-from bnprobe.stats.moments import Corrections, corrections
+from bnprobe.stats.moments import Corrections, bessel, corrections
 
 Result = TypeVar("Result")
 
@@ -71,7 +71,8 @@ class Sample:
         info = layer.info
         eps, r_max, d_max = (mean.new_full((info.channels,), value) for value in (info.eps, info.r_max, info.d_max))
         gate = None if info.gate is None else info.gate.to(mean)
-        return corrections(mean, variance, running[0].to(mean), running[1].to(mean), eps, r_max, d_max, gate)
+        factor = mean.new_full((info.channels,), bessel(record.values)) if info.unbiased else None
+        return corrections(mean, variance, running[0].to(mean), running[1].to(mean), eps, r_max, d_max, gate, factor)
 
 
 def summed(values: Iterable[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from bnprobe.distributed import EVERYTHING, Share
 from bnprobe.errors import DataError
 from bnprobe.loading.samples import SampleCount, count_samples
-from bnprobe.measure.batch import check_finite, tensors_of
+from bnprobe.measure.batch import check_finite, copy_tensors, tensors_of
 from bnprobe.measure.restore import seed_everything
 
 _END, _NONE = object(), object()
@@ -149,7 +149,7 @@ class Reader:
 
     def _next(self) -> Any:
         if self._iterator is None:
-            self._iterator = iter(self._batches)
+            self._iterator = lasting(self._batches)
         batch, self._drawn = self._drawn, _NONE
         return next(self._iterator, _END) if batch is _NONE else batch
 
@@ -162,6 +162,29 @@ class Reader:
         self.exhausted = True
         if self._next_position == 0 and self.left_out == 0:
             raise DataError("The data contains no batch: the loader or data set is empty.")
+
+
+_WATCHED = 4
+"""Batches by which a loader is recognised that fills the same memory again, with up to as many buffers in turn."""
+
+
+def lasting(batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches that stay as they are when the next one is read: copies, where a loader fills the same memory again."""
+    held: list[Any] = []  # as they were given, so that their memory is not given to others
+    places: set[int] = set()
+    reused = False
+    for batch in batches:
+        here = {tensor.data_ptr() for tensor in tensors_of(batch) if tensor.numel()}
+        reused = reused or not places.isdisjoint(here)
+        watching = len(held) < _WATCHED
+        yield copy_tensors(batch) if reused or watching else batch
+        if reused:
+            held = []
+        elif watching:
+            held.append(batch)
+            places |= here
+        else:
+            held, places = [None] * _WATCHED, set()
 
 
 KEPT_BYTES = 2**30
@@ -191,8 +214,16 @@ class RepeatedReader:
         self._seed = seed
         self._kept: list[Any] | None = None
         self.samples_in: Callable[[Any], int | None] = getattr(batches, "samples_in", count_samples)
+        self._opened: Iterator[Any] | None = None
         self.batches = 0
         self.images = 0
+
+    def look_ahead(self) -> list[Any]:
+        """The first batch; the next reading goes on from there. The random state is not to change in between."""
+        reading = self._read()
+        first = list(itertools.islice(reading, 1))
+        self._opened = itertools.chain(first, reading)
+        return first
 
     def __iter__(self) -> Iterator[Any]:
         """The batches, in their order.
@@ -202,13 +233,16 @@ class RepeatedReader:
             UserCodeError: The loader raised.
         """
         if self._kept is not None:
-            yield from self._kept
-            return
+            return iter(self._kept)
+        opened, self._opened = self._opened, None
+        return self._read() if opened is None else opened
+
+    def _read(self) -> Iterator[Any]:
         seed_everything(self._seed)
         keeping: list[Any] | None = []
         kept_bytes = batches = samples = 0
         indices = getattr(self._source, "indices", None)
-        filled = ((number, batch) for number, batch in enumerate(self._source, 1) if self.samples_in(batch) != 0)
+        filled = ((number, batch) for number, batch in enumerate(lasting(self._source), 1) if self.samples_in(batch) != 0)
         for position, batch in itertools.islice(filled, self._most):
             batches += 1
             samples += self.samples_in(batch) or 1

@@ -118,6 +118,7 @@ def _put_together(evidence: Evidence, ending: ScanEnding, world: World) -> tuple
 
 
 def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measurement:
+    session.explore(reader.look_ahead(1))
     size, share = reader.batch_size, reader.share
     batching = plan_batching(session, reader, settings)
     if settings.batch_sizes and not batching.emulation.trusted:
