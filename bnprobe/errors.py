@@ -45,6 +45,9 @@ _LIBRARY_ROOTS = tuple(
     }
 )
 
+_PACKAGE_FOLDERS = frozenset({"site-packages", "dist-packages"})
+"""Where packages are installed, also those of the user's home and of other environments on the path."""
+
 
 class BnprobeError(Exception):
     """Base of all errors that bnprobe raises on purpose.
@@ -153,4 +156,4 @@ def is_library_file(filename: str) -> bool:
     if filename.startswith("<"):
         return True
     path = Path(filename).resolve()
-    return any(path.is_relative_to(root) for root in _LIBRARY_ROOTS)
+    return not _PACKAGE_FOLDERS.isdisjoint(path.parts) or any(path.is_relative_to(root) for root in _LIBRARY_ROOTS)

@@ -14,6 +14,8 @@ from bnprobe.measure.accumulators import Sums, Values
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.hooks import Slot
 from bnprobe.measure.layers import ProbedLayer
+from bnprobe.measure.scores import MEASURES
+from bnprobe.numbers import listed
 from bnprobe.records import (
     BatchSizePoint,
     CallMeasurement,
@@ -28,6 +30,7 @@ from bnprobe.records import (
 )
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
 from bnprobe.stats.intervals import mean_interval, standing
+from bnprobe.stats.scores import independent_difference, paired_difference
 from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size, mismatch_iid
 
 
@@ -62,8 +65,7 @@ def assemble(evidence: Evidence, settings: ScanSettings) -> Findings:
         if layer.index in called
     )
     silent = [_silent(layer, evidence) for layer in selected if layer.index not in called]
-    reason = "call of functional batch_norm outside of any BN layer: it has no layer to which its statistics belong"
-    functional = [SkippedLayer(place, "batch_norm", reason) for place in sorted(evidence.functional)]
+    functional = [SkippedLayer(place, "batch_norm", reason) for place, reason in sorted(evidence.functional)]
     skipped = (*evidence.layers.skipped, *silent, *functional)
     return Findings(_summary(evidence, settings, layers, skipped), layers, skipped)
 
@@ -84,23 +86,31 @@ def _summary(
 
 def _gaps(evidence: Evidence, goal: Literal["max", "min"]) -> Iterator[Gap]:
     """The steps in loss and metric from training to held-out data."""
-    measures: tuple[Literal["loss", "metric"], ...] = ("loss", "metric")
-    for measure in measures:
-        training, inference = (getattr(evidence.score(path), measure) for path in ("train", "eval"))
-        without_noise = training if evidence.steady is None else getattr(evidence.score("steady"), measure)
-        held_out = getattr(evidence.held_out.score("eval"), measure) if evidence.held_out else None
+    for measure in MEASURES:
+        training, steady, inference = (evidence.scores.scores(measure, path) for path in ("train", "steady", "eval"))
+        without_noise = training if evidence.steady is None else steady
+        held_out = evidence.held_out.scores.scores(measure, "eval") if evidence.held_out else None
         if training is None or without_noise is None or inference is None:
             continue
+        noise = paired_difference(without_noise, training, shared=True)
+        inconsistency = paired_difference(inference, without_noise, shared=True)
+        random = bool(evidence.repeat)
+        generalization = None if held_out is None else independent_difference(held_out, inference, shared=random)
         yield Gap(
             measure=measure,
-            training=training,
-            without_noise=without_noise,
-            inference=inference,
-            held_out=held_out,
-            training_noise=without_noise - training,
-            inconsistency=inference - without_noise,
-            generalization=None if held_out is None else held_out - inference,
+            training=training.mean,
+            without_noise=without_noise.mean,
+            inference=inference.mean,
+            held_out=None if held_out is None else held_out.mean,
+            training_noise=noise.mean,
+            inconsistency=inconsistency.mean,
+            generalization=None if generalization is None else generalization.mean,
             goal="min" if measure == "loss" else goal,
+            training_noise_interval=noise.interval if evidence.steady is not None else None,
+            inconsistency_interval=inconsistency.interval,
+            generalization_interval=None if generalization is None else generalization.interval,
+            samples=inference.count,
+            held_out_samples=None if held_out is None else held_out.count,
         )
 
 
@@ -112,6 +122,8 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
     paths = [path for path in (train, eval_) if path is not None]
     status = standing([path.interval for path in paths], mismatch_iid(threshold))
     frozen, overflows = _is_frozen(evidence, layer), _overflows(evidence, slots)
+    # What is behind a layer whose statistics are not finite is not at fault for being so, too.
+    overflows = overflows and not _unusable(evidence)
     return Layer(
         name=layer.name,
         aliases=layer.aliases,
@@ -124,7 +136,7 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
         values_per_channel=evidence.values[slots[0]],
         running_statistics=layer.info.running_mean is not None,
         threshold=threshold,
-        flagged=(status == "flagged" or overflows) and not frozen,
+        flagged=(status == "flagged" or overflows or layer.unusable is not None) and not frozen,
         undecided=status == "undecided" and not overflows and not frozen,
         note=_note(evidence, layer, slots),
         train=train,
@@ -216,10 +228,15 @@ def _is_frozen(evidence: Evidence, layer: ProbedLayer) -> bool:
 def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | None:
     if layer.info.running_mean is None:
         return "no running statistics (track_running_stats=False): uses batch statistics at inference too"
+    if layer.unusable is not None:
+        return f"{layer.unusable}: there is nothing to compare batches with"
     if layer.index in evidence.by_batch["eval"]:
         return "uses batch statistics at inference too, although it has running statistics"
     if _is_frozen(evidence, layer):
         return "frozen: model.train() leaves it in eval mode, so both paths use the running statistics"
+    unusable = _unusable(evidence)
+    if _overflows(evidence, slots) and unusable:
+        return f"its input is not finite on the eval path, because of the running statistics of {listed(unusable)}"
     if _overflows(evidence, slots):
         return "its input is NaN or Inf on the eval path: values overflow with the running statistics of earlier layers"
     note = layer.family.note(layer.info)
@@ -242,6 +259,11 @@ def _silent(layer: ProbedLayer, evidence: Evidence) -> SkippedLayer:
 def _overflows(evidence: Evidence, slots: list[Slot]) -> bool:
     """Whether NaN or Inf reached the layer on the eval path."""
     return any(evidence.eval.first_bad(slot) is not None for slot in slots)
+
+
+def _unusable(evidence: Evidence) -> list[str]:
+    """The layers whose running statistics are NaN, Inf or negative."""
+    return [layer.name for layer in evidence.layers.layers if layer.unusable is not None]
 
 
 def _require_finite(evidence: Evidence) -> None:

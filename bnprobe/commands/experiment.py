@@ -212,7 +212,7 @@ def _few(held_out: HeldOut) -> list[str]:
 def _recalibration(spec: Spec, workload: Workload) -> Callable[[nn.Module], tuple[str, ...]]:
     """A function that recalibrates a model on all data, or on a large enough part, and returns the layers' names."""
     most = -(-RECALIBRATION_IMAGES // workload.source.batch_size)
-    settings = spec.settings().model_copy(update={"batches": most})
+    settings = workload.settings(spec.settings()).model_copy(update={"batches": most})
 
     def recalibrate(model: nn.Module) -> tuple[str, ...]:
         source = read_again(spec, workload).source

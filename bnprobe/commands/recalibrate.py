@@ -27,10 +27,17 @@ from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import BatchFunction, unwrapped
 from bnprobe.loading.order import spread
 from bnprobe.loading.workload import Workload, load_workload, read_again
-from bnprobe.measure.layers import ProbedLayer, find_layers
+from bnprobe.measure.layers import ProbedLayer, require_layers
+from bnprobe.measure.norms import write_statistics
 from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer
 from bnprobe.measure.reader import RepeatedReader
-from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, seed_everything, untouched
+from bnprobe.measure.restore import (
+    deferred_interrupts,
+    preserved_generators,
+    preserved_random_state,
+    seed_everything,
+    untouched,
+)
 from bnprobe.measure.session import Progress, Session, UserFunctions, device_named, no_progress
 from bnprobe.numbers import listed
 from bnprobe.records import SCHEMA_VERSION, Arm, Conclusion, Estimate, Proof, RepairRecord, Report, Run, Score, Tool
@@ -101,7 +108,8 @@ def recalibrate(
     inner, _ = unwrapped(model)
     listed = not isinstance(batches, DataLoader | Dataset)
     source = as_batch_source(batches, 1 if listed else batch_size, as_given=listed)
-    recalibrate_loaded(inner, source, forward, path=path, layers=tuple(layers), settings=given)
+    with preserved_generators(batches):
+        recalibrate_loaded(inner, source, forward, path=path, layers=tuple(layers), settings=given)
     return model
 
 
@@ -141,6 +149,9 @@ def recalibrate_loaded(
         session = _session(model, source, forward, layers, settings)
         with session.installed():
             seed_everything(settings.seed)
+            session.explore(batches.look_ahead(), required=False)
+            _check_globs(layers, session.layers.layers)
+            require_layers(model, session.layers)
             wanted = _updating(session)
             settled = _settle(session, batches, path, wanted, progress)
     recalibrated = [layer for layer in wanted if layer.index in settled.statistics]
@@ -186,17 +197,14 @@ def _session(
     layers: tuple[str, ...],
     settings: ScanSettings,
 ) -> Session:
-    _check_globs(layers, find_layers(model, lambda *names: True).layers)
     chosen = settings.model_copy(update={"include": layers, "exclude": ()})
-    # Running statistics may be NaN: they are what is replaced.
-    functions = UserFunctions(forward)
-    return Session.open(model, chosen, functions, synthetic=source.synthetic, need_statistics=False)
+    return Session.open(model, chosen, UserFunctions(forward), synthetic=source.synthetic)
 
 
 def _check_globs(globs: tuple[str, ...], layers: Iterable[ProbedLayer]) -> None:
     names = [name for layer in layers for name in (layer.name, *layer.aliases)]
     for glob in globs:
-        if not matches_any(glob, names):
+        if names and not matches_any(glob, names):
             nearest = difflib.get_close_matches(glob, names, 1, cutoff=0.0)[0]
             raise UsageError(f'The glob "{glob}" matches no BN layer of the model; the nearest name is "{nearest}".')
 
@@ -252,11 +260,7 @@ def _checked(layer: ProbedLayer, settled: Settled) -> tuple[Tensor, Tensor]:
 def _write(values: list[tuple[ProbedLayer, tuple[Tensor, Tensor]]], updates: dict[int, int]) -> None:
     with deferred_interrupts(), torch.no_grad():
         for layer, (mean, variance) in values:
-            info = layer.family.describe(layer.module)
-            assert info.running_mean is not None  # as above
-            assert info.running_variance is not None
-            info.running_mean.copy_(mean)
-            info.running_variance.copy_(variance)
+            write_statistics(layer.family, layer.module, mean, variance)
             counter = getattr(layer.module, "num_batches_tracked", None)
             if counter is not None:
                 counter.fill_(updates[layer.index])
@@ -320,7 +324,7 @@ def recalibrate_spec(
         seed_everything(spec.data.seed)
         workload = load_workload(spec)
         _require_real_data(workload)
-        settings = spec.settings()
+        settings = workload.settings(spec.settings())
         before, notes = _first_scan(workload, settings, progress)
         seed_everything(spec.data.seed)
         workload = read_again(spec, workload)

@@ -37,11 +37,18 @@ from bnprobe.measure.impact import SAMPLES, joint_impact, measure_impact
 from bnprobe.measure.layers import LayerSet, anatomy, unmatched_globs
 from bnprobe.measure.rank_agreement import Agreement, agree
 from bnprobe.measure.reader import Reader
-from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, seed_everything, untouched
+from bnprobe.measure.restore import (
+    deferred_interrupts,
+    preserved_generators,
+    preserved_random_state,
+    seed_everything,
+    untouched,
+)
 from bnprobe.measure.scan_loop import measure_mixed, probe
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.measure.train_steps import MakeOptimizer, train_steps
 from bnprobe.measure.what_if import what_if
+from bnprobe.numbers import listed
 from bnprobe.records import (
     SCHEMA_VERSION,
     Backward,
@@ -111,7 +118,7 @@ def scan(
         BnprobeError: See ``bnprobe.errors`` for the tree; its ``report`` holds what was measured before.
     """
     given = settings_from({"batch_size": batch_size, "batches": num_batches, **settings})
-    with preserved_random_state():
+    with preserved_random_state(), preserved_generators(batches, evaluation):
         seed_everything(given.seed)
         source = as_batch_source(batches, batch_size, batch_size_of=batch_size_of)
         held_out = None
@@ -155,11 +162,12 @@ def scan_workload(
         seed_everything(settings.seed)
         session = session_of(workload, settings)
         agreement = agree(workload.model, session.layers.selected, world)
-        facts = replace(_facts(workload, session), processes=world.size, rank_mismatch=agreement.mismatch)
         evidence = _probe(workload, session, settings, progress, world)
         report = None
         if evidence is not None:
-            report = _report(workload, settings, session, facts, evidence, tuple(_on_processes(world, agreement)))
+            facts = replace(_facts(workload, session), processes=world.size, rank_mismatch=agreement.mismatch)
+            notes = (*_on_processes(world, agreement), *_on_hidden(workload.model, session.layers))
+            report = _report(workload, settings, session, facts, evidence, notes)
     # A Ctrl-C that reaches the others while they wait has reached process 0 too, which answers it.
     with suppress(KeyboardInterrupt), deferred_interrupts():
         report = world.share(report)
@@ -170,11 +178,11 @@ def scan_workload(
 def session_of(workload: Workload, settings: ScanSettings) -> Session:
     """The workload's model on its device, with its layers found and the user's functions at hand."""
     functions = UserFunctions(workload.forward, workload.loss, workload.metric)
-    return Session.open(workload.model, settings, functions, synthetic=workload.source.synthetic)
+    return Session.open(workload.model, workload.settings(settings), functions, synthetic=workload.source.synthetic)
 
 
 def _facts(workload: Workload, session: Session) -> Facts:
-    """What rules may know before anything is measured."""
+    """What rules may know of the model and the data alone."""
     return Facts(
         anatomy(session.layers, workload.model),
         images=workload.source.images,
@@ -198,7 +206,7 @@ def _probe(
         share = Share(world.rank, world.size)
         held_out = deal(spread(held_out, settings.seed, mixed=True), share)
         size, dealt, most = held_out.batch_size, held_out.dealt, held_out.most
-        held_out_reader = Reader(held_out.batches, size, keep, share, dealt, most)
+        held_out_reader = Reader(held_out.batches, size, keep, share, dealt, most, any_size=True)
     with session.installed():
         return probe(session, reader, settings, progress, held_out_reader, world)
 
@@ -341,6 +349,9 @@ def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
     if evidence.steady is not None:
         reason = "the model draws random numbers in training"
         yield ExtraPass("train path without random layers", reason, evidence.samples, evidence.steady_seconds)
+    if evidence.scoring_seconds:
+        more = evidence.scores.count - evidence.samples
+        yield ExtraPass("loss and metric", "of further samples, for their intervals", more, evidence.scoring_seconds)
     if evidence.held_out is not None:
         held_out = evidence.held_out
         yield ExtraPass("held-out data", "to measure the data shift", held_out.samples, held_out.seconds)
@@ -499,6 +510,17 @@ def _on_processes(world: World, agreement: Agreement) -> Iterator[str]:
         yield f"{world.size} processes each measured part of the micro-batches; the results were merged."
     if agreement.note:
         yield agreement.note
+
+
+def _on_hidden(model: nn.Module, found: LayerSet) -> Iterator[str]:
+    """A note on layers that torch does not know of."""
+    registered = set(model.modules())
+    hidden = [layer.name for layer in found.layers if layer.module not in registered]
+    if hidden:
+        yield (
+            f"A plain list or dictionary holds {listed(hidden)}: train(), eval(), to() and state_dict() do not reach"
+            " them. Use nn.ModuleList or nn.ModuleDict."
+        )
 
 
 def environment(device: torch.device) -> Environment:

@@ -23,7 +23,7 @@ from bnprobe.loading.model import BatchFunction, unwrapped
 from bnprobe.loading.workload import load_workload
 from bnprobe.measure.momentum_series import MEMORY_CAP, LayerSeries, Recording, record
 from bnprobe.measure.reader import Reader
-from bnprobe.measure.restore import preserved_random_state, seed_everything, untouched
+from bnprobe.measure.restore import preserved_generators, preserved_random_state, seed_everything, untouched
 from bnprobe.measure.scan_loop import FEWEST_PER_SIZE
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.records import (
@@ -148,7 +148,8 @@ def sweep(
     may_extend = num_batches is None and "max_batches" not in settings
     subject = _Subject(scan_with, _Material(inner, source, forward), given, may_extend)
     sizes = None if batch_sizes is None else tuple(batch_sizes)
-    return _sweep(subject, SweepPlan(sizes, tuple(train_sizes), momentum), progress)
+    with preserved_generators(batches):
+        return _sweep(subject, SweepPlan(sizes, tuple(train_sizes), momentum), progress)
 
 
 def sweep_spec(spec: Spec, plan: SweepPlan, progress: Progress = no_progress) -> SweepReport:
@@ -171,7 +172,7 @@ def sweep_spec(spec: Spec, plan: SweepPlan, progress: Progress = no_progress) ->
         plan = replace(plan, batch_sizes=spec.scan.batch_sizes)
     may_extend = spec.data.batches is None and "max_batches" not in spec.scan.model_fields_set
     material = _Material(workload.model, workload.source, workload.forward)
-    subject = _Subject(scan_with, material, spec.settings(), may_extend)
+    subject = _Subject(scan_with, material, workload.settings(spec.settings()), may_extend)
     return _sweep(subject, plan, progress)
 
 

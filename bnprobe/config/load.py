@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -356,7 +356,11 @@ def known_keys(path: KeyPath, top: type[BaseModel] = Spec) -> list[str]:
     info = top.model_fields.get(str(path[0]))
     sections = [info.annotation, *get_args(info.annotation)] if info else []
     section = next((each for each in sections if isinstance(each, type) and issubclass(each, BaseModel)), None)
-    return known_keys(path[1:], section) if section else []
+    if section is None:
+        return []
+    if get_origin(info.annotation if info else None) is dict:  # whose keys are names of the user's
+        return known_keys(path[2:], section) if len(path) > 1 else []
+    return known_keys(path[1:], section)
 
 
 def build_spec(target: str, overrides: Mapping[str, Any]) -> Spec:

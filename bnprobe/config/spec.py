@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, nearest_target
@@ -95,6 +95,46 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class NormClass(_Section):
+    """A norm of the user's own: which buffers of the class hold its statistics.
+
+    Attributes:
+        mean: The buffer with the running mean.
+        variance, std, log_variance, log_std: The buffer with the running variance, in one of these forms.
+        eps: Added to the variance before the square root; None: found out by running the class.
+    """
+
+    mean: str
+    variance: str | None = None
+    std: str | None = None
+    log_variance: str | None = None
+    log_std: str | None = None
+    eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> NormClass:
+        if len(self._forms()) != 1:
+            raise PydanticCustomError("one_form", "a mean and one of {forms}", {"forms": ", ".join(_FORMS)})
+        return self
+
+    def _forms(self) -> list[str]:
+        return [form for form in _FORMS if getattr(self, form) is not None]
+
+    @property
+    def form(self) -> str:
+        """In which form the variance is kept."""
+        return self._forms()[0]
+
+    @property
+    def kept(self) -> str:
+        """The buffer that holds it."""
+        name: str = getattr(self, self.form)
+        return name
+
+
+_FORMS = ("variance", "std", "log_variance", "log_std")
+
+
 class ScanSpec(_Section):
     """How a scan runs, independent of the data.
 
@@ -164,6 +204,7 @@ class ScanSettings(ScanSpec):
         include, exclude: Globs of layer names; an empty ``include`` means all.
         rules: Which rules apply to which layers.
         goal: Whether a larger or a smaller metric is better.
+        norms: Norms of the user's own, by the name of their class.
     """
 
     batch_size: Count | None = None
@@ -174,6 +215,7 @@ class ScanSettings(ScanSpec):
     include: Globs = ()
     exclude: Globs = ()
     rules: RulesSpec = RulesSpec()
+    norms: dict[str, NormClass] = Field(default_factory=dict)
 
     def threshold_of(self, *names: str) -> float:
         """The threshold of a layer: that of the last glob that matches one of its names."""
@@ -363,10 +405,13 @@ class LayersSpec(_Section):
     Attributes:
         include: Only layers that match one of these; none: all layers.
         exclude: No layer that matches one of these.
+        norms: Norms of your own by the name of their class, with the buffers that hold their statistics; none: those
+            of ``norm_classes`` in the model file.
     """
 
     include: Globs = ()
     exclude: Globs = ()
+    norms: dict[str, NormClass] = Field(default_factory=dict)
 
 
 class Spec(_Section):
@@ -414,6 +459,7 @@ class Spec(_Section):
             thresholds=self.thresholds,
             include=self.layers.include,
             exclude=self.layers.exclude,
+            norms=self.layers.norms,
             rules=self.rules,
             **self.scan.model_dump(),
         )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from bnprobe.config.spec import Spec
+from bnprobe.config.load import settings_from
+from bnprobe.config.spec import NormClass, ScanSettings, Spec
 from bnprobe.errors import DataError, ModelError, UsageError
 from bnprobe.loading.checkpoint import load_checkpoint
 from bnprobe.loading.data import BatchSource, load_held_out, load_source
@@ -32,6 +33,7 @@ class Workload:
         notes: What the reader should know, one sentence each; ``source`` has its own.
         make_optimizer: Makes an optimizer for given parameters, if training steps are requested.
         module: Module where the user's functions were looked up, if there is one.
+        norms: Norms of the user's own by the name of their class, as the spec or the model file says.
     """
 
     model: nn.Module
@@ -45,6 +47,11 @@ class Workload:
     notes: tuple[str, ...]
     make_optimizer: Callable[[list[nn.Parameter]], Any] | None = None
     module: UserModule | None = None
+    norms: Mapping[str, NormClass] = field(default_factory=dict)
+
+    def settings(self, given: ScanSettings) -> ScanSettings:
+        """Settings with the norms that the model file names, where they name none."""
+        return given if given.norms else given.model_copy(update={"norms": dict(self.norms)})
 
 
 def load_workload(spec: Spec) -> Workload:
@@ -74,8 +81,24 @@ def load_workload(spec: Spec) -> Workload:
         notes=tuple(notes),
         make_optimizer=load_optimizer(spec.train.optimizer, loaded.module) if spec.scan.train_steps else None,
         module=loaded.module,
+        norms=spec.layers.norms or _norm_classes(loaded.module),
         **functions,
     )
+
+
+def _norm_classes(module: UserModule | None) -> Mapping[str, NormClass]:
+    """What ``norm_classes`` of the model's module says.
+
+    Raises:
+        UsageError: It is no dictionary of classes with their buffers.
+    """
+    given = None if module is None else module.find("norm_classes")
+    if given is None or module is None:
+        return {}
+    try:
+        return settings_from({"norms": given}).norms
+    except UsageError as error:
+        raise UsageError(f"norm_classes of {module.name}: {error}") from None
 
 
 def read_again(spec: Spec, workload: Workload) -> Workload:

@@ -29,7 +29,7 @@ from bnprobe.stats.composition import Images
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
 from bnprobe.stats.intervals import REPLICATES
 from bnprobe.stats.ladder import SUMS, BatchSums, summands
-from bnprobe.stats.moments import Corrections
+from bnprobe.stats.moments import Corrections, bessel
 from bnprobe.stats.theory import D_MAX, R_MAX
 
 POOL_BYTES = 2**26
@@ -106,6 +106,7 @@ class Columns:
         mean, variance, eps: The layers' running statistics and eps, float64, shape (columns,).
         r_max, d_max, gate: Of the layers' own correction, shape (columns,); 1, 0 and 0 for BN.
         bessel: n / (n - 1) for the n values per channel of a group, shape (columns,); 1 where n is 1.
+        factor: The same where the layer normalizes with the unbiased variance of its batch, else 1.
     """
 
     slots: Calls
@@ -123,6 +124,7 @@ class Columns:
     d_max: Tensor
     gate: Tensor
     bessel: Tensor
+    factor: Tensor
 
     @classmethod
     def of(
@@ -143,7 +145,8 @@ class Columns:
             torch.tensor([getattr(info, name) for info in infos], dtype=torch.float64).repeat_interleave(sizes)
             for name in ("eps", "r_max", "d_max")
         )
-        bessel = torch.tensor([n / (n - 1) if n > 1 else 1.0 for n in values.values()], dtype=torch.float64)
+        unbiased = torch.tensor([bessel(n) for n in values.values()], dtype=torch.float64)
+        factor = [n if info.unbiased else 1.0 for n, info in zip(unbiased.tolist(), infos, strict=True)]
         columns = table.columns(slots)
         whole = columns == list(range(table.sizes()["channel"]))
         return cls(
@@ -163,7 +166,8 @@ class Columns:
             gate=_side_by_side(
                 [torch.zeros(info.channels) if info.gate is None else info.gate for info in infos], device
             ),
-            bessel=bessel.repeat_interleave(sizes).to(device),
+            bessel=unbiased.repeat_interleave(sizes).to(device),
+            factor=torch.tensor(factor, dtype=torch.float64).repeat_interleave(sizes).to(device),
         )
 
 
@@ -627,6 +631,11 @@ class SamplePool(Statistic):
         widths = [stop - start for start, stop in (table.channels[slot] for slot in self.slots)]
         parts = zip(self.slots, self.mean[held].split(widths, 1), self.variance[held].split(widths, 1), strict=True)
         return {slot: Images(mean, variance, replicate) for slot, mean, variance in parts}
+
+    def origins(self, table: CallTable) -> dict[Slot, Tensor]:
+        """For each call the mean (as d) that ``Images.mean`` is counted from, float64."""
+        widths = [stop - start for start, stop in (table.channels[slot] for slot in self.slots)]
+        return dict(zip(self.slots, self.origin.split(widths), strict=True)) if self.slots else {}
 
     @property
     def bytes(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -40,8 +40,9 @@ from bnprobe.measure.hooks import Pass, Recorded, Slot
 from bnprobe.measure.layers import LayerSet, ProbedLayer
 from bnprobe.measure.outputs import Contributions, OutputSums
 from bnprobe.measure.physical_batch import Batching
+from bnprobe.measure.scores import Found, ScoreTable
 from bnprobe.measure.session import PathName
-from bnprobe.records import Output, Score, StopReason
+from bnprobe.records import Output, StopReason
 from bnprobe.stats.composition import Images
 from bnprobe.stats.intervals import REPLICATES
 from bnprobe.stats.ladder import BatchSums
@@ -106,7 +107,15 @@ class PathEvidence:
         divided = groups or 1
         positions = [self._share.position(self.batches + row) for row in range(mean.shape[0] // divided)]
         rows = max(1, _CHUNK_VALUES // mean.shape[1] // divided) * divided
-        reference = (columns.mean, columns.variance, columns.eps, columns.r_max, columns.d_max, columns.gate)
+        reference = (
+            columns.mean,
+            columns.variance,
+            columns.eps,
+            columns.r_max,
+            columns.d_max,
+            columns.gate,
+            columns.factor,
+        )
         for start in range(0, mean.shape[0], rows):
             values = corrections(mean[start : start + rows], variance[start : start + rows], *reference)
             here = positions[start // divided : (start + rows) // divided]
@@ -192,6 +201,15 @@ class PathEvidence:
         """Samples for regrouping, by call; empty if samples could not be told apart."""
         return self[SamplePool].samples(self._table)
 
+    def by_sample(self, slots: Sequence[Slot]) -> BatchSums | None:
+        """Sums over the samples in the pool, for calls of one layer; None if samples could not be told apart."""
+        pool, origins = self.pool(), self[SamplePool].origins(self._table)
+        if not all(slot in pool for slot in slots):
+            return None
+        mean = torch.cat([pool[slot].mean + origins[slot] for slot in slots])
+        variance = torch.cat([pool[slot].variance for slot in slots])
+        return BatchSums.of_samples(mean, variance, self.moments(slots[0]).eps)
+
     def reported(self, slots: list[Slot]) -> dict[str, Any]:
         """Results of statistics that are reported under their own names, for calls of one layer.
 
@@ -246,14 +264,17 @@ class Evidence:
         paths: "train" and "eval", and "steady" once the model is known to have random layers: without any, it is the
             train path. On held-out data "eval" alone.
         batch_sizes: The eval path at further batch sizes.
-        outputs: The distance of the two paths at the model's outputs; loss and metric.
+        outputs: The distance of the two paths at the model's outputs.
+        scores: Loss and metric on each path; of more micro-batches than the rest, where few decided every layer.
+        repeat: Relative L2 distance of two eval-path passes over the same samples; None if not measured.
         batches: Micro-batches measured.
         physical_batch: Samples of the largest physical batch that ran.
         values: Values per channel in one group, by call.
         by_batch: For each path, the layers that normalized with batch statistics there.
         entered: Indices of the layers whose forward was called.
-        functional: Places in the user's code that call batch_norm outside any layer.
+        functional: Calls of batch_norm outside any layer: the place in the user's code, and why it is no layer.
         steady_seconds: What measuring the path without random layers took.
+        scoring_seconds: What loss and metric of further micro-batches took.
         seconds: What all took.
         left_out: Samples of a partial last batch.
         kept: Micro-batches by position, on the host, for what is measured afterwards.
@@ -271,13 +292,16 @@ class Evidence:
     paths: dict[PathName, PathEvidence]
     batch_sizes: dict[int, PathEvidence] = field(default_factory=dict)
     outputs: OutputSums = field(default_factory=OutputSums)
+    scores: ScoreTable = field(default_factory=ScoreTable)
+    repeat: float | None = None
     batches: int = 0
     physical_batch: int = 0
     values: dict[Slot, int] = field(default_factory=dict)
     by_batch: dict[PathName, set[int]] = field(default_factory=lambda: {"train": set(), "steady": set(), "eval": set()})
     entered: set[int] = field(default_factory=set)
-    functional: set[str] = field(default_factory=set)
+    functional: set[tuple[str, str]] = field(default_factory=set)
     steady_seconds: float = 0.0
+    scoring_seconds: float = 0.0
     seconds: float = 0.0
     left_out: int = 0
     kept: dict[int, Any] = field(default_factory=dict)
@@ -288,7 +312,9 @@ class Evidence:
     stopped: StopReason = "requested"
     failure: BnprobeError | None = None
 
-    def add(self, passes: Mapping[PathName, Pass], contributions: Contributions, micro_batches: int) -> None:
+    def add(
+        self, passes: Mapping[PathName, Pass], contributions: Contributions, scores: Found, micro_batches: int
+    ) -> None:
         """Add one physical batch, measured on each path."""
         for pass_ in reversed(list(passes.values())):
             for slot, record in pass_.records.items():
@@ -304,6 +330,7 @@ class Evidence:
         for path in (self.eval, *others):
             path.add(records, self.layers.layers)
         self.outputs.add(contributions)
+        self.scores.add(scores)
         self.batches += micro_batches
         self.physical_batch = max(self.physical_batch, micro_batches * self.batch_size)
 
@@ -312,6 +339,8 @@ class Evidence:
         _join(self.paths, other.paths, _merged)
         _join(self.batch_sizes, other.batch_sizes, _merged)
         self.outputs.merge(other.outputs)
+        self.scores.merge(other.scores)
+        self.repeat = max((each for each in (self.repeat, other.repeat) if each is not None), default=None)
         self.batches += other.batches
         self.physical_batch = max(self.physical_batch, other.physical_batch)
         self.values = {**other.values, **self.values}
@@ -319,6 +348,7 @@ class Evidence:
         self.entered |= other.entered
         self.functional |= other.functional
         self.steady_seconds = max(self.steady_seconds, other.steady_seconds)
+        self.scoring_seconds = max(self.scoring_seconds, other.scoring_seconds)
         self.seconds = max(self.seconds, other.seconds)
         self.left_out = max(self.left_out, other.left_out)  # a process that only skips it counts it too
         self.kept |= other.kept
@@ -338,6 +368,7 @@ class Evidence:
             paths={name: path.on_host() for name, path in self.paths.items()},
             batch_sizes={size: path.on_host() for size, path in self.batch_sizes.items()},
             outputs=self.outputs.on_host(),
+            scores=self.scores.on_host(),
             held_out=None if self.held_out is None else self.held_out.on_host(),
             failure=None,
         )
@@ -382,11 +413,7 @@ class Evidence:
     @property
     def output(self) -> Output:
         """How far the outputs of the two paths are apart."""
-        return self.outputs.compute()
-
-    def score(self, path: PathName) -> Score:
-        """Loss and metric on one path."""
-        return self.outputs.score(path)
+        return replace(self.outputs.compute(self.scores), repeat=self.repeat)
 
     def _comparable(self, path: PathName, pass_: Pass, by_batch: bool) -> dict[Slot, Recorded]:
         """The calls that normalize as this path should, of selected layers with running statistics."""
@@ -398,6 +425,7 @@ class Evidence:
             if record.by_batch == by_batch
             and layers[slot[0]].selected
             and layers[slot[0]].info.running_mean is not None
+            and layers[slot[0]].unusable is None
         }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bnprobe.errors import NonFiniteError
 from bnprobe.measure.hooks import Answer, Intercepted, LayerStatistics
-from bnprobe.measure.norms import NormCall
+from bnprobe.measure.norms import NormCall, WholeModule
 from bnprobe.measure.restore import seed_everything
 from bnprobe.measure.session import Session
 from bnprobe.measure.training_copy import TrainingCopy, call_moments, training
@@ -150,7 +150,8 @@ class _Gradients:
     def answer(self, found: Intercepted) -> Tensor:
         """Run the call, and look at the gradient of its output when there is one."""
         layer, call, output = found.layer, found.call, found.run()
-        if not _normalizes_by_batch(call) or not output.requires_grad:
+        # The output of a module with arithmetic of its own is not seen here, its input is.
+        if not _normalizes_by_batch(call) or not output.requires_grad or isinstance(layer.family, WholeModule):
             return output
         slot = layer.index, self.calls.get(layer.index, 0)
         self.calls[layer.index] = slot[1] + 1

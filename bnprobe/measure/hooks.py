@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from bnprobe.errors import ModelError, is_library_file
 from bnprobe.measure.batch import CannotEmulateError, as_plain, is_finite, like_subclass, tensors_of
 from bnprobe.measure.layers import ProbedLayer
-from bnprobe.measure.norms import NORMS, GroupsRows, NormCall, NormFamily
-from bnprobe.stats.moments import Moments, pool_moments, row_moments, statistics_distance
+from bnprobe.measure.norms import NORMS, FunctionFamily, GroupsRows, NormCall, NormFamily, WholeModule, place_of
+from bnprobe.stats.moments import Moments, bessel, pool_moments, row_moments, statistics_distance
 
 Slot = tuple[int, int]
 """(index of the layer, index of its call within one forward pass)."""
@@ -54,33 +54,66 @@ Answer = Callable[[Intercepted], Tensor]
 
 
 class Interceptor(TorchFunctionMode):
-    """Hands the layers' calls of their functional form to an answer; forward hooks tell which layer is calling."""
+    """Hands the layers' calls of their functional form to an answer.
+
+    A call belongs to the layer whose running mean it is given, by its memory; where that says nothing, to the layer
+    that is running, which forward hooks tell.
+    """
 
     def __init__(self, layers: Sequence[ProbedLayer]) -> None:
         super().__init__()
-        self._layers = layers
         self._families = {function: family for family in NORMS for function in family.functionals}
         self._callers: list[ProbedLayer] = []
         self._answer: Answer | None = None
         self._entered: Callable[[ProbedLayer], None] | None = None
-        self._outside: Callable[[str], None] | None = None
+        self._outside: Callable[[tuple[str, str]], None] | None = None
         self._on = ExitStack()
+        self._hooks = ExitStack()
+        self._installed = False
+        self.layers = layers
+
+    @property
+    def layers(self) -> Sequence[ProbedLayer]:
+        """The layers; where hooks are installed, setting them moves the hooks."""
+        return self._layers
+
+    @layers.setter
+    def layers(self, layers: Sequence[ProbedLayer]) -> None:
+        self._layers = layers
+        means = [(place_of(layer.info.running_mean), layer) for layer in reversed(layers)]
+        self._owners = {place: layer for place, layer in means if place is not None}
+        if self._installed:
+            self._hook()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Hook the layers, and remove the hooks afterwards."""
-        with ExitStack() as stack:
-            for layer in self._layers:
-                stack.callback(layer.module.register_forward_pre_hook(self._entering(layer)).remove)
-                stack.callback(layer.module.register_forward_hook(self._left, always_call=True).remove)
+        self._installed = True
+        try:
+            self._hook()
             yield
+        finally:
+            self._installed = False
+            self._hooks.close()
+
+    def _hook(self) -> None:
+        self._hooks.close()
+        for layer in self._layers:
+            module, add = layer.module, self._hooks.callback
+            if isinstance(layer.family, WholeModule):
+                around = _Around(self, layer, layer.family)
+                add(module.register_forward_pre_hook(around.before, with_kwargs=True).remove)
+                add(module.register_forward_hook(around.after, always_call=True).remove)
+            else:
+                add(module.register_forward_pre_hook(self._entering(layer)).remove)
+                add(module.register_forward_hook(self._left, always_call=True).remove)
 
     @contextmanager
     def answering(
         self,
         answer: Answer,
         entered: Callable[[ProbedLayer], None] | None = None,
-        outside: Callable[[str], None] | None = None,
+        outside: Callable[[tuple[str, str]], None] | None = None,
     ) -> Iterator[None]:
         """Let ``answer`` give the outputs of the layers while the block runs; the hooks are installed.
 
@@ -91,7 +124,8 @@ class Interceptor(TorchFunctionMode):
         Args:
             answer: Called with every call of a layer.
             entered: Called with every layer whose forward begins.
-            outside: Called with the line of user code that calls a functional form outside any layer.
+            outside: Called with the line of user code that calls a functional form outside any layer, and with why this
+                is the call of none.
         """
         self._answer, self._entered, self._outside = answer, entered, outside
         self._callers.clear()
@@ -110,12 +144,37 @@ class Interceptor(TorchFunctionMode):
         family = self._families.get(func)
         if family is None or self._answer is None:
             return func(*args, **kwargs)
-        if not self._callers:
-            if self._outside is not None:
-                self._outside(_calling_line())
-            return func(*args, **kwargs)
         call = family.parse(*args, **kwargs)
-        return self._answer(Intercepted(self._callers[-1], family, call, lambda: func(*args, **kwargs)))
+        layer = self._layer_of(call)
+        if layer is None:
+            if self._outside is not None:
+                self._outside((calling_line(), _why_outside(call)))
+            return func(*args, **kwargs)
+        if self._entered is not None and isinstance(layer.family, FunctionFamily):
+            self._entered(layer)
+        return self._answer(Intercepted(layer, family, call, lambda: func(*args, **kwargs)))
+
+    def answered(self, found: Intercepted) -> Tensor:
+        """The answer to a call that is no function; its input where nothing answers."""
+        if self._answer is None:
+            return found.call.input
+        if self._entered is not None:
+            self._entered(found.layer)
+        answer, self._answer = self._answer, None  # it may call batch_norm itself
+        try:
+            return answer(found)
+        finally:
+            self._answer = answer
+
+    def _layer_of(self, call: NormCall) -> ProbedLayer | None:
+        running = self._callers[-1] if self._callers else None
+        place = place_of(call.running_mean)
+        if place is None or (running is not None and place_of(running.info.running_mean) == place):
+            found = running
+        else:
+            found = self._owners.get(place, running)
+        # A module around batch_norm functions owns the calls on its own buffers, and no others.
+        return None if found is running and found is not None and not _owns(found, place) else found
 
     def _entering(self, layer: ProbedLayer) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, inputs: Any) -> None:
@@ -123,7 +182,7 @@ class Interceptor(TorchFunctionMode):
             if self._answer is not None and self._outside is None and not self._callers:
                 self._on.enter_context(self)
             self._callers.append(layer)
-            if self._entered is not None:
+            if self._entered is not None and not isinstance(layer.family, FunctionFamily):
                 self._entered(layer)
 
         return hook
@@ -133,6 +192,48 @@ class Interceptor(TorchFunctionMode):
             self._callers.pop()
             if not self._callers:
                 self._on.close()
+
+
+def _why_outside(call: NormCall) -> str:
+    if call.running_mean is not None:
+        return (
+            "batch_norm called as a function with running statistics that are no buffers of a module, but copies or"
+            " computed: give it the buffers themselves"
+        )
+    if call.input.shape[0] == 1:
+        return "instance norm by batch_norm called as a function: every sample by itself, in both modes"
+    return "batch_norm called as a function without running statistics: those of its batch, in both modes"
+
+
+def _owns(layer: ProbedLayer, place: tuple[int, int, int] | None) -> bool:
+    return not isinstance(layer.family, FunctionFamily) or place_of(layer.info.running_mean) == place
+
+
+class _Around:
+    """Hooks of a layer that normalizes by arithmetic of its own: its input is answered, not a function that it calls.
+
+    The module runs in eval mode on an input that makes its output what the answer asks for, see ``WholeModule``.
+    """
+
+    def __init__(self, interceptor: Interceptor, layer: ProbedLayer, family: WholeModule) -> None:
+        self._interceptor, self._layer, self._family = interceptor, layer, family
+        self._training: bool | None = None
+
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        self._training = module.training
+        found = self._family.input_of(args, kwargs)
+        if found is None:
+            return None
+        call = self._family.call(module, found)
+        output = self._interceptor.answered(Intercepted(self._layer, self._family, call, lambda: call.input))
+        if output is call.input:  # to run as it stands
+            return None
+        module.training = False
+        return self._family.with_input(args, kwargs, output)
+
+    def after(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._training is not None:
+            module.training = self._training
 
 
 @contextmanager
@@ -157,7 +258,8 @@ def noting_non_finite(layers: Iterable[tuple[str, nn.Module]]) -> Iterator[list[
         yield found
 
 
-def _calling_line() -> str:
+def calling_line() -> str:
+    """File and line of the user's code that is running."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and is_library_file(frame.f_code.co_filename):
         frame = frame.f_back
@@ -311,7 +413,7 @@ class Pass:
             statistics are differentiated through these, of one micro-batch per pass.
         records: In call order.
         entered: Indices of the layers whose forward was called.
-        functional: Places in the user's code that call batch_norm outside any layer.
+        functional: Calls of batch_norm outside any layer: the place in the user's code, and why it is no layer.
     """
 
     samples: int
@@ -325,7 +427,7 @@ class Pass:
     leaves: dict[Slot, Leaves] | None = None
     records: dict[Slot, Recorded] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)
-    functional: set[str] = field(default_factory=set)
+    functional: set[tuple[str, str]] = field(default_factory=set)
 
     def answer(self, found: Intercepted) -> Tensor:
         """Answer a layer's call, and record its moments.
@@ -358,6 +460,8 @@ class Pass:
             groups=grouping.groups_per_micro_batch if own else None,
         )
         if by_batch:
+            if call.unbiased:
+                variance = variance * bessel(self.records[slot].values)
             call = replace(call, r_max=1.0, d_max=0.0, gate=None) if self.plain else call
             if gradient:
                 return _by_group(call, grouping.group_of_row(call.input.device))
@@ -504,7 +608,7 @@ def normalize_together(call: NormCall) -> Tensor:
     x = call.input
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     axes = [0, *range(2, x.dim())]
-    variance, mean = torch.var_mean(values, axes, correction=0, keepdim=True)
+    variance, mean = torch.var_mean(values, axes, correction=int(call.unbiased), keepdim=True)
     output = (values - mean) * (variance + call.eps).rsqrt()
     found = call.corrections(mean.reshape(1, -1).double(), variance.reshape(1, -1).double())
     if found is not None:

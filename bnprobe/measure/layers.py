@@ -6,10 +6,10 @@ import ast
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from bnprobe.config.spec import ScanSettings, matches_any
-from bnprobe.errors import NonFiniteError, NothingToProbeError, is_library_file
+from bnprobe.errors import NothingToProbeError, is_library_file
 from bnprobe.loading.model import user_code
 from bnprobe.measure.norms import NormFamily, NormInfo, family_of, lookalike_reason
-from bnprobe.measure.restore import held_in_eval, preserved_training_flags, set_mode
+from bnprobe.measure.restore import every_module, held_in_eval, preserved_training_flags, set_mode
+from bnprobe.numbers import count
 from bnprobe.records import SkippedLayer
 from bnprobe.rules.facts import Anatomy
 
@@ -46,10 +47,12 @@ class NamedModule:
 
 
 def named_once(model: nn.Module) -> list[NamedModule]:
-    """Every module once, in network order."""
+    """Every module once, in network order; those that plain containers hold come last."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name or ROOT)
+    for name, module in every_module(model).items():
+        names.setdefault(module, [name])
     return [NamedModule(found[0], tuple(found[1:]), module) for module, found in names.items()]
 
 
@@ -71,6 +74,21 @@ class ProbedLayer:
     info: NormInfo
     selected: bool
 
+    @cached_property
+    def unusable(self) -> str | None:
+        """Why nothing can be compared with its running statistics, a clause; None where it can, or it keeps none."""
+        bad, negative = bad_statistics(self.info)
+        words = [count(bad, "NaN or Inf value")] if bad else []
+        words += [count(negative, "negative variance")] if negative else []
+        return f"its running statistics hold {' and '.join(words)}" if words else None
+
+
+def bad_statistics(info: NormInfo) -> tuple[int, int]:
+    """How many values of the running statistics are NaN or Inf, and how many variances are negative."""
+    mean, variance = info.running_mean, info.running_variance
+    bad = sum(int((~torch.isfinite(each)).sum()) for each in (mean, variance) if each is not None)
+    return bad, 0 if variance is None else int((variance < 0).sum())
+
 
 @dataclass(frozen=True)
 class LayerSet:
@@ -84,12 +102,13 @@ class LayerSet:
         return tuple(layer for layer in self.layers if layer.selected)
 
 
-def find_layers(model: nn.Module, is_selected: Callable[..., bool]) -> LayerSet:
+def find_layers(model: nn.Module, is_selected: Callable[..., bool], *, required: bool = True) -> LayerSet:
     """List the model's norm layers in network order, each shared module once.
 
     Args:
         model: Any module.
         is_selected: Called with all names of a layer: whether it is in the report.
+        required: Refuse a model without any.
 
     Raises:
         NothingToProbeError: No layer can be probed, or none is selected.
@@ -107,7 +126,8 @@ def find_layers(model: nn.Module, is_selected: Callable[..., bool]) -> LayerSet:
             info = family.describe(module)
             layers.append(ProbedLayer(len(layers), named.name, named.aliases, module, family, info, selected))
     found = LayerSet(tuple(layers), tuple(skipped))
-    _require_layers(model, found)
+    if required:
+        require_layers(model, found)
     return found
 
 
@@ -128,36 +148,18 @@ def _unmatched(glob: str, origin: str, names: list[str]) -> str:
     return f'The glob "{glob}" of {origin} matches no layer{hint}.'
 
 
-def check_buffers(layers: tuple[ProbedLayer, ...]) -> None:
-    """Refuse layers whose running statistics are no statistics.
+def owner_of(name: str, modules: Collection[str]) -> str:
+    """The module of a layer: of a layer ``norm[1]``, one row of the statistics of a module, that is ``norm``."""
+    owner = name.rpartition("[")[0]
+    return owner if name not in modules and owner in modules else name
+
+
+def require_layers(model: nn.Module, found: LayerSet) -> None:
+    """Refuse a model in which there is nothing to measure.
 
     Raises:
-        NonFiniteError: Names the first layer and what is in its buffers.
+        NothingToProbeError: No layer can be probed, or none is selected.
     """
-    for layer in layers:
-        for name, buffer in layer.module.named_buffers(recurse=False):
-            if not isinstance(buffer, Tensor) or not buffer.is_floating_point():
-                continue
-            _check_buffer(f"{layer.name}.{name}", buffer)
-
-
-def _check_buffer(name: str, buffer: Tensor) -> None:
-    bad = int((~torch.isfinite(buffer)).sum())
-    if bad:
-        raise NonFiniteError(
-            f"{bad} of {buffer.numel()} values of the buffer {name} are NaN or Inf: a single NaN or Inf activation"
-            " in training makes the running statistics NaN or Inf permanently. Reset them"
-            " (reset_running_stats()) or load an earlier checkpoint. `bnprobe lint` lists all such layers (BN103)."
-        )
-    negative = int((buffer < 0).sum())
-    if name.endswith("running_var") and negative:
-        raise NonFiniteError(
-            f"{negative} of {buffer.numel()} values of the buffer {name} are negative, but a variance cannot be"
-            " negative. Reset the running statistics (reset_running_stats()) or load an earlier checkpoint."
-        )
-
-
-def _require_layers(model: nn.Module, found: LayerSet) -> None:
     if found.selected:
         return
     kind = type(model).__name__
@@ -216,11 +218,11 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
 def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> Anatomy:
     mean, variance = layer.info.running_mean, layer.info.running_variance
     affine = [parameter.requires_grad for parameter in layer.module.parameters(recurse=False)]
-    buffers = [buffer for buffer in (mean, variance) if buffer is not None]
+    bad, negative = bad_statistics(layer.info)
     untouched = mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all())
     return Anatomy(
         name=layer.name,
-        location=origin(model, "" if layer.name == ROOT else layer.name),
+        location=origin(model, layer.name),
         kind=type(layer.module).__name__,
         channels=layer.info.channels,
         eps=layer.info.eps,
@@ -230,8 +232,8 @@ def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> 
         trains_statistics=layer.module.training and mean is not None,
         trains_affine=any(affine) if affine else None,
         untouched=untouched,
-        non_finite=sum(int((~torch.isfinite(buffer)).sum()) for buffer in buffers),
-        negative=0 if variance is None else int((variance < 0).sum()),
+        non_finite=bad,
+        negative=negative,
         dead=0 if variance is None else int(((variance >= 0) & (variance < layer.info.eps)).sum()),
         median_variance=_median(variance),
         dropouts_before=before,
@@ -279,9 +281,11 @@ def origin(model: nn.Module, name: str) -> str | None:
 
     Args:
         model: The root module.
-        name: Qualified name; empty for the root, which is assigned nowhere.
+        name: Qualified name; ``ROOT`` is assigned nowhere.
     """
-    parts = name.split(".") if name else []
+    names = dict(model.named_modules(remove_duplicate=False))
+    name = "" if name == ROOT else owner_of(name, names)
+    parts = name.split(".") if name in names and name else []  # those that plain containers hold have no assignment
     for depth in range(len(parts) - 1, -1, -1):
         parent = model.get_submodule(".".join(parts[:depth]))
         child = parent.get_submodule(parts[depth])

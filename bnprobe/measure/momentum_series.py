@@ -98,6 +98,7 @@ def record(
         DataError, UserCodeError, DeviceError: See ``Reader`` and ``Session``.
     """
     with session.installed():
+        session.explore(reader.look_ahead(1))
         wanted = settings.batches or settings.max_batches
         batching = plan_batching(session, reader, settings)
         recorder = _Recorder(session, batching, most=wanted)
@@ -192,6 +193,8 @@ class _Recorder:
         """Why a layer has no series that could be replayed."""
         if layer.info.running_mean is None:
             return "no running statistics (track_running_stats=False)"
+        if layer.unusable is not None:
+            return layer.unusable
         if layer.index not in self.updates:
             return "training does not update its running statistics: frozen or never called"
         calls = self.calls[layer.index]

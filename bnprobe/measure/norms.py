@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,6 +39,8 @@ class NormCall:
         eps: Added to the variance before the square root.
         r_max, d_max: Limits of Batch Renorm's correction in training; 1 and 0: plain BN.
         gate: Weight of the batch statistics in gated BN, shape (channels,); None: 0.
+        momentum: Weight of the batch in the running statistics; None: not known.
+        unbiased: Batches are normalized with their unbiased variance.
     """
 
     input: Tensor
@@ -51,6 +53,8 @@ class NormCall:
     r_max: float = 1.0
     d_max: float = 0.0
     gate: Tensor | None = None
+    momentum: float | None = None
+    unbiased: bool = False
 
     def corrections(self, mean: Tensor, variance: Tensor) -> Corrections | None:
         """The layer's correction of batch statistics, without gradient; None for plain BN.
@@ -77,7 +81,7 @@ class NormInfo:
         batches_tracked: Updates of the running statistics so far; None if the layer does not count.
         running_mean, running_variance: Shape (channels,), the variance unbiased; None where none are kept.
         r_max, d_max: Limits of Batch Renorm's correction in training; 1 and 0: plain BN.
-        gate: As in ``NormCall``.
+        gate, unbiased: As in ``NormCall``.
     """
 
     channels: int
@@ -89,6 +93,7 @@ class NormInfo:
     r_max: float = 1.0
     d_max: float = 0.0
     gate: Tensor | None = None
+    unbiased: bool = False
 
     @property
     def corrects(self) -> bool:
@@ -186,7 +191,7 @@ class BatchNormFamily:
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> NormCall:
-        return NormCall(input, running_mean, running_var, weight, bias, training, eps)
+        return NormCall(input, running_mean, running_var, weight, bias, training, eps, momentum=momentum)
 
     def evaluate(self, call: NormCall) -> Tensor:
         return F.batch_norm(
@@ -261,6 +266,205 @@ class GatedFamily(BatchNormFamily):
     def note(self, info: NormInfo) -> str | None:
         gate = math.nan if info.gate is None else float(info.gate.mean())
         return f"gated (mean gate {gate:.2f}): D is the mismatch that remains after the gates; r and d are not clipped"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the statistics of one layer lie: consecutive values of a tensor that a module holds.
+
+    Attributes:
+        attribute: Name of the tensor.
+        channels: Number of values.
+        start: The first of them.
+    """
+
+    attribute: str
+    channels: int
+    start: int = 0
+
+    def of(self, module: nn.Module) -> Tensor:
+        """A view of them, shape (channels,)."""
+        values: Tensor = getattr(module, self.attribute).detach()
+        return values.reshape(-1)[self.start : self.start + self.channels]
+
+
+@dataclass(frozen=True)
+class FunctionFamily(BatchNormFamily):
+    """A module that gives buffers of its own to ``F.batch_norm``; what the calls say stands in for attributes.
+
+    Attributes:
+        mean, variance: Its running statistics.
+        eps, momentum: Of the calls.
+        counter: Name of the tensor that counts the updates; None: nothing does.
+    """
+
+    mean: Place
+    variance: Place
+    eps: float
+    momentum: float | None
+    counter: str | None = None
+
+    name = "function"
+
+    def matches(self, module: nn.Module) -> bool:
+        return False  # found by running the model
+
+    def describe(self, module: nn.Module) -> NormInfo:
+        return NormInfo(
+            channels=self.mean.channels,
+            eps=self.eps,
+            momentum=self.momentum,
+            batches_tracked=_count(module, self.counter),
+            running_mean=self.mean.of(module),
+            running_variance=self.variance.of(module),
+        )
+
+    def note(self, info: NormInfo) -> str | None:
+        return f"batch_norm called as a function, with {self.mean.attribute} and {self.variance.attribute}"
+
+
+def _count(module: nn.Module, counter: str | None) -> int | None:
+    return None if counter is None else int(getattr(module, counter))
+
+
+@dataclass(frozen=True)
+class StatisticsForm:
+    """How a module keeps a variance: ``variance_of`` what it keeps, and ``kept_as``, the inverse."""
+
+    variance_of: Callable[[Tensor], Tensor]
+    kept_as: Callable[[Tensor], Tensor]
+
+
+FORMS = {
+    "variance": StatisticsForm(lambda kept: kept, lambda variance: variance),
+    "std": StatisticsForm(torch.square, torch.sqrt),
+    "log_variance": StatisticsForm(torch.exp, torch.log),
+    "log_std": StatisticsForm(lambda kept: (2 * kept).exp(), lambda variance: variance.log() / 2),
+}
+"""The forms in which a variance may be kept, by their names in ``norm_classes``."""
+
+
+@dataclass(frozen=True)
+class WholeModule(BatchNormFamily):
+    """A module that normalizes by arithmetic of its own, with buffers that it keeps.
+
+    It calls no function that could be intercepted, so its input is answered instead. In eval mode it gives
+    f((x - m) / s) for some f that is affine in each channel; in training f((x - mu_B) / s_B). On the input m + s * z it
+    therefore gives f(z) in eval mode, for every z that a pass may ask for: a call has s for its weight and m for its
+    bias.
+
+    Attributes:
+        mean, variance: Names of the buffers.
+        form: One of ``FORMS``, for ``variance``.
+        eps: Added to the variance before the square root.
+        momentum: Weight of the batch in the buffers, as measured.
+        unbiased: In training, it normalizes with the unbiased variance of the batch.
+        r_max, d_max: Limits of Batch Renorm's correction in training; 1 and 0: none.
+        argument: Position or name of the argument that is normalized.
+        axis: That of the channels: 1 or -1.
+    """
+
+    mean: str
+    variance: str
+    form: str
+    eps: float
+    momentum: float | None = None
+    unbiased: bool = False
+    r_max: float = 1.0
+    d_max: float = 0.0
+    argument: int | str = 0
+    axis: int = 1
+
+    name = "own"
+    functionals = ()
+
+    def matches(self, module: nn.Module) -> bool:
+        return False  # found by running the model
+
+    def describe(self, module: nn.Module) -> NormInfo:
+        mean = getattr(module, self.mean).detach().reshape(-1)
+        return NormInfo(
+            channels=mean.numel(),
+            eps=self.eps,
+            momentum=self.momentum,
+            batches_tracked=None,
+            running_mean=mean,
+            running_variance=FORMS[self.form].variance_of(getattr(module, self.variance).detach().reshape(-1)),
+            r_max=self.r_max,
+            d_max=self.d_max,
+            unbiased=self.unbiased,
+        )
+
+    def input_of(self, args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The argument that is normalized; None if it is not there."""
+        if isinstance(self.argument, str):
+            return kwargs.get(self.argument)
+        return args[self.argument] if self.argument < len(args) else None
+
+    def with_input(self, args: Any, kwargs: dict[str, Any], channels_first: Tensor) -> tuple[Any, dict[str, Any]]:
+        """The arguments with another input."""
+        values = channels_first.movedim(1, self.axis)
+        if isinstance(self.argument, str):
+            return args, {**kwargs, self.argument: values}
+        return (*args[: self.argument], values, *args[self.argument + 1 :]), kwargs
+
+    def call(self, module: nn.Module, x: Tensor) -> NormCall:
+        """A call of the module, as if it were one of a function."""
+        info = self.describe(module)
+        assert info.running_mean is not None  # by construction
+        assert info.running_variance is not None
+        mean, std = info.running_mean, (info.running_variance + self.eps).sqrt()
+        return NormCall(
+            input=x.movedim(self.axis, 1),
+            running_mean=mean,
+            running_variance=info.running_variance,
+            weight=std,
+            bias=mean,
+            training=module.training,
+            eps=self.eps,
+            r_max=self.r_max,
+            d_max=self.d_max,
+            momentum=self.momentum,
+            unbiased=self.unbiased,
+        )
+
+    def evaluate(self, call: NormCall) -> Tensor:
+        return call.input if call.bias is call.running_mean else super().evaluate(call)
+
+    def write(self, module: nn.Module, mean: Tensor, variance: Tensor) -> None:
+        """Put other statistics into the buffers."""
+        kept = {self.mean: mean, self.variance: FORMS[self.form].kept_as(variance)}
+        for name, values in kept.items():
+            buffer = getattr(module, name)
+            buffer.copy_(values.reshape(buffer.shape))
+
+    def note(self, info: NormInfo) -> str | None:
+        kept = {"variance": ""}.get(self.form, f" ({self.form.replace('_', ' ')})")
+        told = f"normalizes by its own arithmetic, with {self.mean} and {self.variance}{kept}"
+        return f"{told}; Batch Renorm, so D is what its correction leaves" if info.corrects else told
+
+
+def write_statistics(family: NormFamily, module: nn.Module, mean: Tensor, variance: Tensor) -> None:
+    """Put other running statistics into a layer that keeps some.
+
+    Args:
+        mean, variance: Shape (channels,).
+    """
+    if isinstance(family, WholeModule):
+        family.write(module, mean, variance)
+        return
+    info = family.describe(module)
+    assert info.running_mean is not None  # the layer keeps some
+    assert info.running_variance is not None
+    info.running_mean.copy_(mean)
+    info.running_variance.copy_(variance)
+
+
+def place_of(tensor: Tensor | None) -> tuple[int, int, int] | None:
+    """What tells the memory of a tensor from that of others; None without any."""
+    if tensor is None or tensor.layout is not torch.strided or tensor.numel() == 0:
+        return None
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
 
 
 NORMS: Registry[NormFamily] = Registry(

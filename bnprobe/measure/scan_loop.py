@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import add
 from typing import Any
 
 from bnprobe.config.spec import ScanSettings
-from bnprobe.distributed import ALONE, World
+from bnprobe.distributed import ALONE, Share, World
 from bnprobe.errors import BnprobeError, DataError, DeviceError, ProcessError, UsageError, UserCodeError
+from bnprobe.loading.samples import count_samples
 from bnprobe.measure.accumulators import Sums
 from bnprobe.measure.batch import CannotEmulateError, join, to_device
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.hooks import Pass
 from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks
-from bnprobe.measure.outputs import Contributions, user_values
+from bnprobe.measure.outputs import Contributions, relative_distance
 from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching, Emulation, as_sentence, plan_batching
 from bnprobe.measure.reader import Reader
-from bnprobe.measure.restore import deferred_interrupts, random_state
+from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, random_state
+from bnprobe.measure.scores import MEASURES, Found, score_outputs
 from bnprobe.measure.session import PathName, Progress, Session
 from bnprobe.records import StopReason
 from bnprobe.stats.intervals import mean_interval, standing
@@ -35,6 +37,19 @@ FEWEST_PER_SIZE = 8
 
 STOPPING_CONFIDENCE = 0.99
 """Confidence of the intervals by which a scan stops. It is above 95% because a scan looks up to five times."""
+
+SCORED_SAMPLES = 256
+"""Samples that loss and metric are taken on at least, where data and --max-batches allow: a few batches decide a layer
+that is far off, but not what that does to an accuracy."""
+
+SCORING_SECONDS = 60.0
+"""No micro-batch is scored, after the layers are decided, once this time has passed."""
+
+_DEVICE = 10.0
+"""Two passes differ by chance if they do so by more than this many times what the device's rounding does."""
+
+_BEYOND_ROUNDING = 1e-2
+"""No device's rounding changes outputs by so much, in half precision either."""
 
 CAUGHT = (KeyboardInterrupt, UserCodeError, DataError, DeviceError)
 """Errors that end a measurement but keep what was measured so far."""
@@ -63,13 +78,16 @@ def probe(
     """
     started = time.perf_counter()
     measurement = _prepare(session, reader, settings)
-    evidence = measurement.evidence
+    evidence, size = measurement.evidence, reader.batch_size
     ending, total = _measure_until_done(measurement, reader, settings, progress, world)
     if not ending.early:
         try:
+            _score_more(_to_score(session, total, size, settings), measurement, reader, progress, world)
             reader.fill()
             if held_out is not None:
-                evidence.held_out = _measure_held_out(measurement, held_out, total, progress, world)
+                as_many = max(total, -(-total * size // held_out.batch_size))
+                wanted = _to_score(session, as_many, held_out.batch_size, settings)
+                evidence.held_out = _measure_held_out(measurement, held_out, wanted, progress, world)
         except CAUGHT as error:
             ending = ended_by(error, world)
     evidence.kept, evidence.left_out, evidence.sizes = reader.kept, reader.left_out, reader.own_sizes(evidence.batches)
@@ -100,6 +118,7 @@ def _put_together(evidence: Evidence, ending: ScanEnding, world: World) -> tuple
 
 
 def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measurement:
+    session.explore(reader.look_ahead(1))
     size, share = reader.batch_size, reader.share
     batching = plan_batching(session, reader, settings)
     if settings.batch_sizes and not batching.emulation.trusted:
@@ -114,21 +133,24 @@ def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measur
         {"train": path("train"), "eval": path("eval")},
         {other: PathEvidence("other sizes", other) for other in settings.batch_sizes},
     )
-    return Measurement(session, evidence, steady=path("steady"))
+    return Measurement(session, evidence, steady=path("steady"), samples_in=reader.samples_in)
 
 
 def _measure_held_out(
     measured: Measurement, reader: Reader, batches: int, progress: Progress, world: World
 ) -> Evidence:
-    """The eval path on as many samples of held-out data as were measured, or on all that there are."""
+    """The eval path on so many micro-batches of held-out data, or on all that there are.
+
+    Samples are counted one by one where they are told apart: it does not matter in which batches they come.
+    """
     started = time.perf_counter()
     size, emulation = reader.batch_size, measured.evidence.batching.emulation
     at_once = max(1, measured.evidence.physical_batch // size) if emulation.trusted else 1
-    path = PathEvidence("held-out", size, reader.share)
+    samples = Share(reader.share.rank, reader.share.size, reader.share.run * size)
+    path = PathEvidence("held-out", 1, samples)
     evidence = Evidence(measured.session.layers, Batching(size, emulation, at_once), {"eval": path})
-    samples = batches * measured.evidence.batch_size
-    planned = -(-samples // size) if reader.most is None else reader.most
-    _measure(planned, Measurement(measured.session, evidence, random=False), reader, progress, world)
+    measurement = Measurement(measured.session, evidence, random=False, samples_in=reader.samples_in)
+    _measure(batches if reader.most is None else reader.most, measurement, reader, progress, world)
     reader.fill()
     evidence.kept, evidence.seconds = reader.kept, time.perf_counter() - started
     evidence.sizes = reader.own_sizes(evidence.batches)
@@ -199,11 +221,45 @@ def _measure(total: int, measurement: Measurement, reader: Reader, progress: Pro
         micro_batches = reader.take(min(evidence.batching.at_once, mine - evidence.batches))
         if not micro_batches:
             return ScanEnding("data_exhausted")
-        if reader.varies and evidence.batching.emulation.trusted:
+        if reader.varies and not reader.any_size and evidence.batching.emulation.trusted:
             measurement.refuse(CannotEmulateError(DIFFERENT_SIZES))
         measurement.step(micro_batches)
     progress(total, total)
     return ScanEnding()
+
+
+def _require_equal(measurement: Measurement, reader: Reader) -> None:
+    """Go on with real micro-batches once some of them had another size."""
+    if reader.varies and measurement.evidence.batching.emulation.trusted:
+        measurement.refuse(CannotEmulateError(DIFFERENT_SIZES))
+
+
+def _to_score(session: Session, measured: int, size: int, settings: ScanSettings) -> int:
+    """Micro-batches of all processes that loss and metric are wanted of, where they are given."""
+    if settings.batches is not None or not session.functions.scores:
+        return measured
+    return max(measured, min(-(-SCORED_SAMPLES // size), settings.max_batches))
+
+
+def _score_more(total: int, measurement: Measurement, reader: Reader, progress: Progress, world: World) -> None:
+    """Loss and metric of further micro-batches of this process, up to the first ``total`` of all.
+
+    Raises:
+        KeyboardInterrupt: Here, or another process asked all to stop.
+    """
+    done, share, started = measurement.evidence.batches, reader.share, time.perf_counter()
+    mine = share.count(total)
+    while done < mine and measurement.evidence.scoring_seconds < SCORING_SECONDS:
+        if world.halted:
+            raise KeyboardInterrupt
+        progress(share.position(done), total)
+        micro_batches = reader.take(min(measurement.evidence.batching.at_once, mine - done))
+        if not micro_batches:
+            return
+        _require_equal(measurement, reader)
+        measurement.score(micro_batches)
+        done += len(micro_batches)
+        measurement.evidence.scoring_seconds = time.perf_counter() - started
 
 
 def _looks(settings: ScanSettings) -> Iterator[int]:
@@ -237,18 +293,21 @@ class _Step:
 
     Attributes:
         joined: The physical batch, on the device.
-        apart: The same samples as real micro-batches, for loss and metric.
+        apart: The same samples as real micro-batches, for loss and metric; none where neither is given.
         micro_batches: How many there are.
+        size: Samples in each of them.
         inputs: Positions of the tensors of the batch that the model was called on.
     """
 
     joined: Any
     apart: list[Any]
     micro_batches: int
+    size: int
     passes: dict[PathName, Pass] = field(default_factory=dict)
     outputs: dict[PathName, Any] = field(default_factory=dict)
     inputs: set[int] = field(default_factory=set)
     contributions: Contributions = field(default_factory=dict)
+    scores: Found = field(default_factory=dict)
 
 
 @dataclass
@@ -258,12 +317,14 @@ class Measurement:
     Attributes:
         steady: What becomes evidence once the model is known to have random layers.
         random: Whether it has; None before the first step.
+        samples_in: Tells how many samples a micro-batch has.
     """
 
     session: Session
     evidence: Evidence
     steady: PathEvidence | None = None
     random: bool | None = None
+    samples_in: Callable[[Any], int | None] = count_samples
 
     def step(self, micro_batches: list[Any]) -> None:
         """Measure micro-batches that are not on the device yet, as one physical batch where that works.
@@ -271,9 +332,16 @@ class Measurement:
         Raises:
             DeviceError: Not even one micro-batch fits into memory.
         """
+        self._in_chunks(micro_batches, self._measure)
+
+    def score(self, micro_batches: list[Any]) -> None:
+        """Add the loss and metric of further micro-batches, and nothing else; as ``step``."""
+        self._in_chunks(micro_batches, self._score)
+
+    def _in_chunks(self, micro_batches: list[Any], run: Callable[[list[Any]], None]) -> None:
         at_once = len(micro_batches) if self.evidence.batching.emulation.trusted else 1
         chunks = Chunks(self.session.device, self.evidence.batch_size, at_once)
-        chunks.run(micro_batches, self._measure, self.refuse)
+        chunks.run(micro_batches, run, self.refuse)
         if chunks.at_once < len(micro_batches):
             self.evidence.batching = replace(self.evidence.batching, at_once=chunks.at_once)
 
@@ -283,12 +351,18 @@ class Measurement:
         emulation = Emulation(False, as_sentence(error), batching.emulation.check, {})
         self.evidence.batching = replace(batching, emulation=emulation)
 
+    def _score(self, micro_batches: list[Any]) -> None:
+        step = self._step_of(micro_batches)
+        for path in self.evidence.paths:
+            self._forward(path, step)
+        with deferred_interrupts():
+            self.evidence.scores.add(step.scores)
+
     def _measure(self, micro_batches: list[Any]) -> None:
-        session, evidence = self.session, self.evidence
-        joined = to_device(join(micro_batches, evidence.batch_size), session.device)
-        step = _Step(joined, self._apart(micro_batches), len(micro_batches))
+        evidence, step = self.evidence, self._step_of(micro_batches)
         draws: dict[PathName, bool] = {path: self._forward(path, step) for path in evidence.paths if path != "steady"}
         random = self._is_random(draws) if self.random is None else self.random
+        repeat = self._repeat(step) if self.random is None else evidence.repeat
         started = time.perf_counter()
         if random:
             self._forward("steady", step)
@@ -301,7 +375,8 @@ class Measurement:
             if random and self.steady is not None:
                 evidence.paths["steady"] = self.steady
             evidence.steady_seconds += seconds
-            evidence.add(step.passes, step.contributions, len(micro_batches))
+            evidence.repeat = repeat
+            evidence.add(step.passes, step.contributions, step.scores, len(micro_batches))
 
     def _is_random(self, draws: Mapping[PathName, bool]) -> bool:
         """Whether training draws random numbers that inference does not; if both do, decided by the kinds of layers."""
@@ -309,21 +384,46 @@ class Measurement:
             return False
         return not draws["eval"] or has_random_layers(self.session.model)
 
-    def _apart(self, micro_batches: list[Any]) -> list[Any]:
-        """The separate micro-batches, if there is a loss or metric."""
-        wanted = self.session.functions.loss or self.session.functions.metric
-        return [to_device(batch, self.session.device) for batch in micro_batches] if wanted else []
+    def _repeat(self, step: _Step) -> float | None:
+        """Relative L2 distance of two eval-path passes over the same samples: 0 unless the model is random there.
+
+        Where they differ, two passes with the same random state say what the device's own rounding does. A model with
+        a generator of its own differs there as well, but by more than rounding.
+        """
+        with preserved_random_state():
+            repeat = relative_distance(self._eval_again(step), step.outputs["eval"])
+        if not repeat:
+            return repeat
+        with preserved_random_state():
+            first = self._eval_again(step)
+        with preserved_random_state():
+            device = relative_distance(self._eval_again(step), first) or 0.0
+        return repeat if repeat > _DEVICE * device or repeat > _BEYOND_ROUNDING else 0.0
+
+    def _eval_again(self, step: _Step) -> Any:
+        return self.session.forward("eval", step.joined, self._pass("eval", step))[0]
+
+    def _pass(self, path: PathName, step: _Step, per_sample: bool = False) -> Pass:
+        """Real batches of any size count as one of the usual size, unless their samples are told apart."""
+        batching = replace(self.evidence.batching, batch_size=step.size) if per_sample else self.evidence.batching
+        return batching.pass_over(step.micro_batches, path, per_sample=per_sample)
+
+    def _step_of(self, micro_batches: list[Any]) -> _Step:
+        device, scored = self.session.device, self.session.functions.scores
+        apart = [to_device(batch, device) for batch in micro_batches] if scored else []
+        size = self.samples_in(micro_batches[0]) or self.evidence.batch_size
+        return _Step(to_device(join(micro_batches, size), device), apart, len(micro_batches), size)
 
     def _forward(self, path: PathName, step: _Step) -> bool:
         """Run one path; return whether it drew random numbers, which is checked in the first step only."""
-        batching = self.evidence.batching
         before = random_state() if self.random is None else None
-        per_sample = path == "eval" and batching.emulation.trusted
-        step.passes[path] = batching.pass_over(step.micro_batches, path, per_sample=per_sample)
+        per_sample = path == "eval" and self.evidence.batching.emulation.trusted
+        step.passes[path] = self._pass(path, step, per_sample)
         step.outputs[path], recorded = self.session.forward(path, step.joined, step.passes[path])
         drew = before is not None and random_state() != before
         step.inputs |= {position for key in recorded for position in key}
-        step.contributions |= user_values(self.session, path, step.apart, recorded, batching.batch_size)
+        room = {measure: self.evidence.scores.room(measure, path) for measure in MEASURES}
+        step.scores |= score_outputs(self.session, path, step.apart, recorded, step.size, room)
         return drew
 
 

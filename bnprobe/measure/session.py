@@ -9,7 +9,7 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,11 +20,20 @@ from torch import Tensor, nn
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import DataError, DeviceError
 from bnprobe.loading.model import BatchFunction, user_code
-from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, map_leaves, tensors_of
+from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, map_leaves, tensors_of, to_device
+from bnprobe.measure.exploration import explore
 from bnprobe.measure.hooks import Interceptor, Pass
-from bnprobe.measure.layers import LayerSet, check_buffers, find_layers
+from bnprobe.measure.layers import LayerSet, find_layers, require_layers
 from bnprobe.measure.memory import is_out_of_memory
-from bnprobe.measure.restore import held_in_eval, set_mode
+from bnprobe.measure.norms import FunctionFamily
+from bnprobe.measure.restore import (
+    ModelState,
+    deferred_interrupts,
+    every_module,
+    held_in_eval,
+    preserved_generators,
+    set_mode,
+)
 
 Outputs = dict[tuple[int, ...], Any]
 """Outputs of the model, by the positions in the batch of the tensors that it was called on."""
@@ -59,6 +68,11 @@ class UserFunctions:
     loss: BatchFunction | None = None
     metric: BatchFunction | None = None
 
+    @property
+    def scores(self) -> bool:
+        """Whether there is a loss or a metric."""
+        return self.loss is not None or self.metric is not None
+
 
 class Session:
     """The user's model with the interceptor in place.
@@ -69,6 +83,7 @@ class Session:
         functions: The user's own forward, loss and metric.
         device: Where to run.
         autocast: Autocast dtype, or None.
+        settings: Which layers are selected, and what is said of norms of the user's own; None: all, and nothing.
 
     Attributes:
         held: Modules that the user keeps in eval mode while training.
@@ -81,6 +96,7 @@ class Session:
         functions: UserFunctions,
         device: torch.device,
         autocast: torch.dtype | None = None,
+        settings: ScanSettings | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
@@ -88,10 +104,14 @@ class Session:
         self.device = device
         self.autocast = autocast
         self.held = held_in_eval(model)
+        self._settings = settings or ScanSettings()
+        self._state = ModelState(model)
+        self._explored = False
         self._interceptor = Interceptor(layers.layers)
         self._forward = functions.forward or default_forward
         self._last = Pass(samples=0, batch_size=0)
         self._frozen: frozenset[int] = frozenset()
+        self._functions: frozenset[int] = frozenset()
 
     @classmethod
     def open(
@@ -101,40 +121,71 @@ class Session:
         functions: UserFunctions | None = None,
         *,
         synthetic: bool = False,
-        need_statistics: bool = True,
     ) -> Session:
         """Put the model on its device and find its layers; the model is the caller's to restore.
+
+        Layers that no class gives away are found by ``explore``.
 
         Args:
             model: The user's model, without wrappers.
             settings: Device, autocast, and which layers are selected.
             functions: The user's own, where given.
             synthetic: The inputs are made up: all of a batch's items are inputs.
-            need_statistics: Refuse running statistics that are none; False where they are about to be replaced.
 
         Raises:
             DeviceError: The device is not there.
-            NothingToProbeError: No layer can be measured, or none is selected.
-            NonFiniteError: Running statistics are NaN, Inf or negative.
         """
         functions = functions or UserFunctions()
         if synthetic and functions.forward is None:
             functions = replace(functions, forward=forward_all)
         device = device_named(settings.device, model)
         model.to(device)
-        layers = find_layers(model, settings.is_selected)
-        if need_statistics:
-            check_buffers(layers.selected)
-        return cls(model, layers, functions, device, autocast_dtype(settings.autocast))
+        layers = find_layers(model, settings.is_selected, required=False)
+        return cls(model, layers, functions, device, autocast_dtype(settings.autocast), settings)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Keep the hooks in place while the block runs."""
         with self._interceptor.installed(), torch.no_grad(), eagerly():
-            self._set_flags("train")
-            # A model whose own train() keeps layers in eval mode trains with them frozen, too.
-            self._frozen = frozenset(layer.index for layer in self.layers.layers if not layer.module.training)
-            yield
+            with user_code("calling train() of the model"):
+                self._find_frozen()
+            try:
+                yield
+            finally:
+                with deferred_interrupts():
+                    self._state.put_back()
+
+    def explore(self, opening: Iterable[Any], *, required: bool = True) -> None:
+        """Find the layers that no class gives away, and what state a pass moves, by one micro-batch; once.
+
+        Args:
+            opening: Micro-batches on the host, of which the first is used.
+            required: Refuse a model without layers.
+
+        Raises:
+            NothingToProbeError: No layer can be measured, or none is selected.
+        """
+        if self._explored:
+            return
+        batch = next(iter(opening), None)
+        if batch is not None:
+            batch = to_device(batch, self.device)
+
+            def run(training: bool) -> None:
+                self._state.put_back()
+                self._set_flags("train" if training else "eval")
+                with casting(self.device, self.autocast):
+                    self._forward(self.model, copy_tensors(batch))
+
+            with preserved_generators(*every_module(self.model).values()), self._state.watching():
+                settings = self._settings
+                self.layers = explore(self.model, self.layers, run, settings.is_selected, settings.norms)
+            self._interceptor.layers = self.layers.layers
+            self._state.put_back()
+            self._find_frozen()
+        if required:
+            require_layers(self.model, self.layers)
+        self._explored = True
 
     def forward(self, path: PathName, batch: Any, pass_: Pass) -> tuple[Any, Outputs]:
         """Run the model on a copy of a batch that is on the device, as ``pass_`` says; the moments go there.
@@ -147,8 +198,12 @@ class Session:
         Raises:
             UserCodeError: The model or the user's forward raised.
         """
+        self._state.put_back()
         self._set_flags(path)
+        self._state.accept_attributes()
         self._last = pass_
+        if path in ("steady", "check"):
+            pass_.by_batch |= self._functions
         batch = copy_tensors(batch)
         border = model_code(f"calling {describe_call(self._forward, batch)} ({_IN_WORDS[path]})")
         with self._running(path, pass_), recording(self.model, batch) as outputs, border:
@@ -164,7 +219,7 @@ class Session:
         batch = copy_tensors(batch)
         pass_ = replace(pass_, by_batch=self._last.by_batch, statistics=self._last.statistics)
         border = model_code(f"calling {name}(model, batch) ({_IN_WORDS[path]})")
-        with self._running(path, pass_), replaying(self.model, batch, outputs), border:
+        with self._running(path, pass_), replaying(self.model, batch, outputs, self._state.put_back), border:
             return function(self.model, batch)
 
     @contextmanager
@@ -178,7 +233,16 @@ class Session:
         set_mode(self.model, path in ("train", "check train"), self.held)
         if path in ("steady", "check"):
             for layer in self.layers.layers:
-                layer.module.training = layer.index not in self._frozen
+                # The flag of a module with others inside says more than how it normalizes.
+                if not isinstance(layer.family, FunctionFamily) or not any(layer.module.children()):
+                    layer.module.training = layer.index not in self._frozen
+
+    def _find_frozen(self) -> None:
+        self._set_flags("train")
+        # A model whose own train() keeps layers in eval mode trains with them frozen, too.
+        self._frozen = frozenset(layer.index for layer in self.layers.layers if not layer.module.training)
+        functions = [layer.index for layer in self.layers.layers if isinstance(layer.family, FunctionFamily)]
+        self._functions = frozenset(functions) - self._frozen
 
 
 def device_named(name: str, model: nn.Module) -> torch.device:
@@ -299,11 +363,14 @@ def recording(model: nn.Module, batch: Any) -> Iterator[Outputs]:
 
 
 @contextmanager
-def replaying(model: nn.Module, batch: Any, outputs: Outputs) -> Iterator[None]:
-    """Answer calls of the model on the same tensors of ``batch`` with ``outputs``; all other calls run."""
+def replaying(model: nn.Module, batch: Any, outputs: Outputs, before: Callable[[], None]) -> Iterator[None]:
+    """Answer calls of the model on the same tensors of ``batch`` with ``outputs``; all others run, after ``before``."""
 
     def answer(original: Callable[..., Any], key: tuple[int, ...] | None, args: Any, kwargs: Any) -> Any:
-        return outputs[key] if key in outputs else original(*args, **kwargs)
+        if key in outputs:
+            return outputs[key]
+        before()
+        return original(*args, **kwargs)
 
     with _intercepted(model, batch, answer):
         yield

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from bnprobe.errors import DeviceError, ModelError, NonFiniteError, UsageError
 from bnprobe.measure.batch import copy_tensors, to_device
 from bnprobe.measure.hooks import Answer, Interceptor, noting_non_finite
-from bnprobe.measure.layers import ROOT, ProbedLayer
+from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.memory import is_out_of_memory
 from bnprobe.measure.norms import NormCall
-from bnprobe.measure.restore import preserved_random_state, set_mode
+from bnprobe.measure.restore import every_module, preserved_random_state, set_mode
 from bnprobe.measure.session import Session, casting, eagerly, model_code
 from bnprobe.stats.moments import pool_moments, row_moments
 
@@ -153,16 +153,17 @@ def _copied(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _matched(model: nn.Module, duplicate: nn.Module, layers: Sequence[ProbedLayer]) -> tuple[ProbedLayer, ...]:
-    modules = _named(duplicate)
+    modules, names = every_module(duplicate), {id(module): name for name, module in every_module(model).items()}
     matched = []
     for layer in layers:
-        module = modules.get("" if layer.name == ROOT else layer.name)
+        module = modules.get(names.get(id(layer.module), ""))
         if type(module) is not type(layer.module) or module is None or module is layer.module:
             raise ModelError(
                 f"copy.deepcopy of {type(model).__name__} did not copy layer {layer.name}, and bnprobe only trains"
                 " copies of the model. Look at the __deepcopy__ of the model's classes."
             )
-        matched.append(replace(layer, module=module, info=layer.family.describe(module)))
+        info = replace(layer.family.describe(module), eps=layer.info.eps, momentum=layer.info.momentum)
+        matched.append(replace(layer, module=module, info=info))
     return tuple(matched)
 
 

@@ -17,7 +17,7 @@ from bnprobe.config.spec import RepairSpec, matches_any
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.loading.model import unwrapped
-from bnprobe.measure.layers import ROOT, NamedModule, named_once
+from bnprobe.measure.layers import ROOT, NamedModule, named_once, owner_of
 from bnprobe.records import Layer, LayerChange, Plan, Refusal, Report
 from bnprobe.repairs.conversions import Conversion, conversion_of
 from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed
@@ -146,7 +146,8 @@ def wanted_from_report(report: Report, model: nn.Module) -> dict[str, str]:
         RepairError: The report is from another model; names the first layers that differ.
     """
     _require_same_model(report, model)
-    return {layer.name: _reason(layer, report) for layer in report.layers if layer.flagged}
+    modules = {name for found in named_once(model) for name in found.names}
+    return {owner_of(layer.name, modules): _reason(layer, report) for layer in report.layers if layer.flagged}
 
 
 def batch_norms(model: nn.Module) -> list[NamedModule]:
@@ -296,12 +297,12 @@ def _require_same_model(report: Report, model: nn.Module) -> None:
 
 def _differences(report: Report, modules: dict[str, NamedModule]) -> Iterator[str]:
     for layer in report.layers:
-        found = modules.get(layer.name)
+        found = modules.get(owner_of(layer.name, modules))
         if found is None:
             yield f"layer {layer.name} ({layer.kind}) is not in this model"
         elif found.kind != layer.kind:
             yield f"{layer.name} is {layer.kind} there and {found.kind} here"
-        elif (channels := getattr(found.module, "num_features", None)) != layer.channels:
+        elif isinstance(found.module, _BatchNorm) and (channels := found.module.num_features) != layer.channels:
             yield f"{layer.name} has {layer.channels} channels there and {channels} here"
 
 

@@ -52,7 +52,7 @@ def render(report: Report, options: RenderOptions) -> str:
         _layer_notes(report.layers, page, show_all),
         _batch_sizes(report.layers, page),
         _output(report.summary.output, page, scores=not report.summary.gaps),
-        further.gaps(report.summary.gaps, page),
+        further.gaps(report.summary.gaps, page, random=bool(report.summary.output.repeat)),
         further.backward(report, page, show_all),
         further.updates(report, page, show_all),
         page.section("Notes on the scan", report.scan.notes),
@@ -369,6 +369,9 @@ def _output_figures(found: Output) -> list[str]:
         sentences.append(f"The predicted class changes for {changed} of the samples.")
     if found.kl_divergence is not None:
         sentences.append(f"KL divergence of the class distributions: {found.kl_divergence:.3g} nats.")
+    if found.repeat:
+        apart = figures.relative(found.repeat)
+        sentences.append(f"Two eval-mode passes over the same samples are {apart} apart: it is random at inference.")
     return sentences
 
 

@@ -118,6 +118,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def bessel(values: int) -> float:
+    """n / (n - 1), which makes the biased variance of n values unbiased; 1 for a single value."""
+    return values / (values - 1) if values > 1 else 1.0
+
+
 @dataclass(frozen=True)
 class Corrections:
     """r, d, rho = v_B / (v_B + eps) and D per micro-batch and channel, float64.
@@ -142,6 +147,7 @@ def corrections(
     r_max: Float[Tensor, " channels"] | None = None,
     d_max: Float[Tensor, " channels"] | None = None,
     gate: Float[Tensor, " channels"] | None = None,
+    factor: Float[Tensor, " channels"] | None = None,
 ) -> Corrections:
     """The correction factors of Batch Renorm (Ioffe 2017, arXiv 1702.03275, section 3), and the remaining mismatch D.
 
@@ -157,11 +163,13 @@ def corrections(
         eps: The layer's eps, per channel, because channels of several layers may be concatenated.
         r_max, d_max: Limits of Batch Renorm; None: plain BN, as with 1 and 0.
         gate: Weight of the uncorrected batch statistics, in [0, 1]; None: 0, i.e. corrected up to the limits.
+        factor: Of the batch variance in s_B: n / (n - 1) where a layer normalizes with the unbiased one; None: 1.
     """
     running_std = (running_variance + eps).sqrt()
-    r = (batch_variance + eps).sqrt() / running_std
+    squared = (batch_variance if factor is None else batch_variance * factor) + eps
+    r = squared.sqrt() / running_std
     d = (batch_mean - running_mean) / running_std
-    rho = batch_variance / (batch_variance + eps)
+    rho = batch_variance / squared
     r_clipped = torch.ones_like(r) if r_max is None else r.clamp(1 / r_max, r_max)
     d_clipped = torch.zeros_like(d) if d_max is None else d.clamp(-d_max, d_max)
     if gate is not None:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnprobe.errors import DataError
 from bnprobe.loading.model import BatchFunction
 from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import copy_tensors, to_device
 from bnprobe.measure.restore import preserved_random_state, preserved_training_flags, seed_everything
+from bnprobe.measure.scores import one_number
 from bnprobe.measure.session import casting
 from bnprobe.measure.training_copy import training_code
 from bnprobe.records import Score
@@ -93,13 +93,4 @@ def _value(
     border = training_code(f"calling {name}(model, batch) (evaluation)", "Evaluating the model", device)
     with border, casting(device, autocast):
         returned = function(model, batch)
-    try:
-        value = torch.as_tensor(returned, dtype=torch.float64, device=device)
-    except (TypeError, ValueError, RuntimeError):
-        raise DataError(f"{name}(model, batch) must return one number, not {type(returned).__name__}.") from None
-    if value.numel() != 1:
-        raise DataError(
-            f"{name}(model, batch) must return one number, not a tensor of shape {tuple(value.shape)}."
-            " Reduce it, e.g. with .mean()."
-        )
-    return value.reshape(())
+    return one_number(name, function, returned).to(device)

@@ -40,22 +40,50 @@ class ReferencePath:
         return [figures for (layer, _), figures in self.calls.items() if layer == name]
 
 
+@dataclass(frozen=True)
+class OwnNorm:
+    """What a norm of a test's own does; shapes (channels,), float64.
+
+    Attributes:
+        owner: Name of the module whose inputs it normalizes.
+        unbiased: With the unbiased variance of its batch, in training.
+        limits: r_max and d_max of Batch Renorm.
+        counts: Whether a call of the owner, by its number in the forward pass, is one of this norm.
+    """
+
+    owner: str
+    mean: Tensor
+    variance: Tensor
+    eps: float
+    unbiased: bool = False
+    limits: tuple[float, float] = (1.0, 0.0)
+    counts: Callable[[int], bool] = lambda call: True
+
+
 def measure(
     model: nn.Module,
     batches: Sequence[Any],
     path: str,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    norms: dict[str, OwnNorm] | None = None,
 ) -> ReferencePath:
-    """Run ``path`` ("train" or "eval") on a float64 copy of the model, one micro-batch at a time."""
-    twin = copy.deepcopy(model).double()
+    """Run ``path`` ("train" or "eval") on a float64 copy of the model, one micro-batch at a time.
+
+    Every micro-batch meets the model as it is: a fresh copy. ``norms`` are further layers, by name.
+    """
     statistics = {
-        name: (module.running_mean.clone(), module.running_var.clone(), module.eps)
-        for name, module in twin.named_modules()
+        name: (module.running_mean.double(), module.running_var.double(), module.eps)
+        for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
-    twin.train(path == "train")
     result = ReferencePath({}, [])
     for batch in batches:
+        twin = copy.deepcopy(model).double()
+        twin.train(path == "train")
+        own = [
+            twin.get_submodule(norm.owner).register_forward_pre_hook(_own_recorder(name, norm, result.calls))
+            for name, norm in (norms or {}).items()
+        ]
         seen: dict[str, int] = {}
         handles = [
             module.register_forward_pre_hook(_recorder(name, statistics[name], result.calls, seen))
@@ -64,9 +92,31 @@ def measure(
         ]
         with torch.no_grad():
             result.outputs.append((forward or _plain)(twin, _double(batch)))
-        for handle in handles:
+        for handle in (*handles, *own):
             handle.remove()
     return result
+
+
+def _own_recorder(name: str, norm: OwnNorm, calls: dict[Call, CallFigures]) -> Any:
+    numbers = iter(range(1000))
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not norm.counts(next(numbers)):
+            return
+        columns = inputs[0].detach().transpose(0, 1).reshape(inputs[0].shape[1], -1)
+        batch_mean, n = columns.mean(1, keepdim=True), columns.shape[1]
+        variance = ((columns - batch_mean) ** 2).sum(1, keepdim=True) / (n - 1 if norm.unbiased else n)
+        batch_std, std = (variance + norm.eps).sqrt(), (norm.variance + norm.eps).sqrt()[:, None]
+        r, d = batch_std / std, (batch_mean - norm.mean[:, None]) / std
+        r_max, d_max = norm.limits
+        z_train = (columns - batch_mean) / batch_std * r.clamp(1 / r_max, r_max) + d.clamp(-d_max, d_max)
+        z_test = (columns - norm.mean[:, None]) / std
+        figures = calls.setdefault((name, 0), CallFigures(values_per_channel=n))
+        figures.r.append(r[:, 0].numpy())
+        figures.d.append(d[:, 0].numpy())
+        figures.mismatch.append(((z_train - z_test) ** 2).mean(1).numpy())
+
+    return hook
 
 
 def _plain(model: nn.Module, batch: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from bnprobe.commands.scan import scan
 from bnprobe.config.spec import ScanSettings
-from bnprobe.errors import NonFiniteError, NothingToProbeError
+from bnprobe.errors import NothingToProbeError
 from bnprobe.measure.layers import find_layers, unmatched_globs
 from support.networks import Flat, FunctionalNorm, Residual, images, unsettled
 
@@ -148,9 +149,9 @@ def test_other_norms() -> None:
     )
     before = model[5].running_mean.clone()
     report = scan(model, DATA, 2, num_batches=4)
-    assert [layer.name for layer in report.layers] == ["0"]
-    assert [(layer.name, layer.kind) for layer in report.skipped[:2]] == [("1", "InstanceNorm2d"), ("5", "OwnNorm")]
-    assert report.skipped[2].kind == "batch_norm"
+    assert [layer.name for layer in report.layers] == ["0", "5"]
+    assert [(layer.name, layer.kind) for layer in report.skipped] == [("1", "InstanceNorm2d")]
+    assert report.layers[1].note == "batch_norm called as a function, with running_mean and running_var"
     assert torch.equal(model[5].running_mean, before)
 
 
@@ -215,16 +216,28 @@ def test_thresholds_by_glob() -> None:
 @pytest.mark.parametrize(
     ("buffer", "value", "words"),
     [
-        ("running_mean", float("nan"), r"1 of 4 values of the buffer bn2\.running_mean are NaN or Inf"),
-        ("running_var", float("inf"), r"1 of 4 values of the buffer bn2\.running_var are NaN or Inf"),
-        ("running_var", -1.0, r"1 of 4 values of the buffer bn2\.running_var are negative"),
+        ("running_mean", float("nan"), "1 NaN or Inf value"),
+        ("running_var", float("inf"), "1 NaN or Inf value"),
+        ("running_var", -1.0, "1 negative variance"),
     ],
 )
 def test_buffers_that_are_no_statistics(buffer: str, value: float, words: str) -> None:
-    model = unsettled(Residual())
-    getattr(model.bn2, buffer)[1] = value
-    with pytest.raises(NonFiniteError, match=words):
-        scan(model, DATA, 2)
+    """Everything else is measured, and the rule for them fires."""
+    sound = unsettled(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
+    broken = copy.deepcopy(sound)
+    getattr(broken[2], buffer)[1] = value
+    expected, found = (scan(model, DATA, 2) for model in (sound, broken))
+    first, second, third = found.layers
+    assert (first.train, first.eval) == (expected.layers[0].train, expected.layers[0].eval)
+    assert (second.train, second.eval, second.flagged) == (None, None, True)
+    assert second.note == f"its running statistics hold {words}: there is nothing to compare batches with"
+    assert third.train == expected.layers[2].train
+    assert found.diagnoses[0].rule == "BN103"
+    if value == float("inf"):  # by which a channel becomes 0
+        assert third.eval is not None
+        return
+    assert third.eval is None
+    assert third.note == "its input is not finite on the eval path, because of the running statistics of 2"
 
 
 def test_one_value_per_channel_is_noted() -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 import bnprobe
-from bnprobe.errors import NothingToProbeError
 from bnprobe.measure.norms import NORMS, NormCall, NormFamily, NormInfo, family_of
 
 SIZE, BATCHES = 2, 16
@@ -185,6 +184,13 @@ def test_a_layer_that_does_not_call_it_is_named(family: NormFamily) -> None:
     assert skipped.reason.endswith("test_norms_from_outside.standardize")
 
 
-def test_without_the_family_its_layers_are_skipped() -> None:
-    with pytest.raises(NothingToProbeError, match="unknown norm Standardize"):
-        bnprobe.scan(network(), batches(), SIZE, num_batches=2)
+def test_without_the_family_its_layers_are_recognised_by_what_they_do() -> None:
+    model = network()
+    report = bnprobe.scan(model, batches(), SIZE, num_batches=BATCHES)
+    assert [layer.note for layer in report.layers] == [
+        "normalizes by its own arithmetic, with moving_mean and moving_std (std)"
+    ] * 2
+    assert [layer.eps for layer in report.layers] == [1e-3] * 2
+    for path in ("train", "eval"):
+        measured = {layer.name: getattr(layer, path).mismatch for layer in report.layers}
+        assert measured == pytest.approx(real_mismatches(model, path), rel=1e-4)

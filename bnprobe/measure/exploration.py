@@ -1,0 +1,541 @@
+"""Find, by running one micro-batch, the norms that no class gives away.
+
+These are modules that give buffers of their own to ``F.batch_norm``, and modules that normalize by arithmetic of their
+own. The former are known by the memory of the statistics that a call is given. The latter are known by what they do: a
+copy runs on made-up inputs with made-up statistics in its buffers. A module that writes two buffers of one size in
+train mode, as a norm does, and is recognised by neither is listed with the line that would name its buffers.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+
+from bnprobe.config.spec import NormClass
+from bnprobe.measure.batch import leaves_of, map_leaves
+from bnprobe.measure.layers import LayerSet, ProbedLayer, named_once
+from bnprobe.measure.norms import (
+    FORMS,
+    BatchNormFamily,
+    FunctionFamily,
+    NormCall,
+    NormFamily,
+    Place,
+    WholeModule,
+    family_of,
+    place_of,
+)
+from bnprobe.measure.restore import preserved_random_state
+from bnprobe.records import SkippedLayer
+from bnprobe.stats.moments import bessel
+
+_ROWS = 32
+"""Rows of its input that a module is tried on."""
+
+_LARGEST_LIMIT = 100.0
+"""A correction beyond this counts as one without limits."""
+
+_CLOSE = 1e-5
+"""Largest relative difference at which two outputs count as the same; a copy runs in float64 unless it casts."""
+
+
+def explore(
+    model: nn.Module,
+    known: LayerSet,
+    run: Callable[[bool], Any],
+    is_selected: Callable[..., bool],
+    classes: Mapping[str, NormClass] | None = None,
+) -> LayerSet:
+    """The layers of a model, with those found by running it.
+
+    Args:
+        model: The caller puts its state back.
+        known: The layers of known families.
+        run: Runs the model on a micro-batch, in train mode if True; it may raise.
+        is_selected: Called with all names of a layer: whether it is in the report.
+        classes: What the user says of norms of their own, by the name of the class.
+    """
+    watch = _Watch(model, known)
+    with preserved_random_state(), torch.no_grad():
+        for training in (True, False):
+            # What a pass raises is raised again, and said, when the model is measured.
+            with watch.running(training), suppress(Exception):
+                run(training)
+    skipped = {layer.name: layer for layer in known.skipped}
+    modules = named_once(model)
+    refused = {id(named.module) for named in modules if named.name in skipped and family_of(named.module) is not None}
+    found = [each for each in _functions(model, watch.calls, watch.counters) if id(each.module) not in refused]
+    taken = {id(layer.module) for layer in (*known.layers, *found)} | refused
+    for named in modules:
+        if id(named.module) in taken or named.module not in watch.inputs:
+            continue
+        outcome = _recognised(named.module, watch.inputs[named.module], watch.written[named.module], classes or {})
+        if isinstance(outcome, WholeModule):
+            found.append(_Found(named.name, named.aliases, named.module, outcome))
+            skipped.pop(named.name, None)
+        elif named.name not in skipped or skipped[named.name].reason.startswith("unknown norm"):
+            skipped[named.name] = SkippedLayer(named.name, named.kind, outcome)
+    for layer in found:
+        skipped.pop(layer.name, None)
+    layers = [_as_called(layer, watch) for layer in known.layers]
+    layers += [
+        ProbedLayer(0, each.name, each.aliases, each.module, each.family, each.family.describe(each.module), True)
+        for each in found
+    ]
+    order = {id(named.module): position for position, named in enumerate(modules)}
+    layers.sort(key=lambda layer: order[id(layer.module)])
+    layers = [
+        replace(layer, index=index, selected=is_selected(layer.name, *layer.aliases))
+        for index, layer in enumerate(layers)
+    ]
+    return LayerSet(tuple(layers), tuple(skipped.values()))
+
+
+def _as_called(layer: ProbedLayer, watch: _Watch) -> ProbedLayer:
+    """A layer with what its calls say, where that differs from its attributes."""
+    calls = watch.known.get(place_of(layer.info.running_mean) or (0, 0, 0), [])
+    info = layer.info
+    if calls:
+        info = replace(info, eps=calls[0].eps)
+    training = next((call for call in calls if call.training), None)
+    if training is not None and training.momentum is not None and info.momentum is not None:
+        info = replace(info, momentum=training.momentum)
+    if training is not None and "num_batches_tracked" not in watch.counters.get(layer.module, ()):
+        info = replace(info, batches_tracked=None)
+    return replace(layer, info=info)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A norm that is no layer of a known family."""
+
+    name: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+    family: NormFamily
+
+
+@dataclass
+class _Inputs:
+    """The arguments of a module's first call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Watch(TorchFunctionMode):
+    """Sees calls of ``F.batch_norm`` on statistics of no known layer, and what is written into which module.
+
+    Attributes:
+        calls: Those calls.
+        known: The calls on statistics of known layers, by their place.
+        inputs: Of modules that may be norms of their own, in train mode.
+        written: For these, the names of the tensors that the pass in train mode changed.
+        counters: For every module, the names of its numbers that the pass counted up.
+    """
+
+    def __init__(self, model: nn.Module, known: LayerSet) -> None:
+        super().__init__()
+        self.calls: list[NormCall] = []
+        self.known: dict[tuple[int, int, int], list[NormCall]] = {}
+        self.inputs: dict[nn.Module, _Inputs] = {}
+        self.written: dict[nn.Module, tuple[str, ...]] = {}
+        self.counters: dict[nn.Module, tuple[str, ...]] = {}
+        self._places = {place_of(layer.info.running_mean) for layer in known.layers}
+        layers = {layer.module for layer in known.layers}
+        self._every = [named.module for named in named_once(model)]
+        self._modules = [module for module in self._every if module not in layers]
+        self._family = BatchNormFamily()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            call = self._family.parse(*args, **kwargs)
+            place = place_of(call.running_mean)
+            if place is not None:
+                into = self.known.setdefault(place, []) if place in self._places else self.calls
+                into.append(replace(call, input=call.input[:0].detach()))
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def running(self, training: bool) -> Iterator[None]:
+        """Watch one pass."""
+        if not training:
+            with self:
+                yield
+            return
+        candidates = [module for module in self._modules if len(_statistics_like(module)) > 1]
+        before = {module: _copies(module) for module in self._every}
+        with ExitStack() as stack:
+            for module in candidates:
+                stack.callback(module.register_forward_pre_hook(self._note, with_kwargs=True).remove)
+            with self:
+                yield
+        for module, kept in before.items():
+            after = _own_tensors(module)
+            self.counters[module] = tuple(
+                name
+                for name, value in kept.items()
+                if name in after
+                and value.numel() == after[name].numel() == 1
+                and float(after[name]) - float(value) in range(1, 2**16)
+            )
+        for module in candidates:
+            after, kept = _statistics_like(module), before[module]
+            changed = [name for name in after if name in kept and not torch.equal(after[name], kept[name])]
+            sizes = [after[name].numel() for name in changed]
+            self.written[module] = tuple(name for name in changed if sizes.count(after[name].numel()) > 1)
+            if not self.written[module]:
+                self.inputs.pop(module, None)
+
+    def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module not in self.inputs:
+            args, kwargs = map_leaves((args, kwargs), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+            self.inputs[module] = _Inputs(args, kwargs)
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers and other tensors of a module that are not trained."""
+    found = {**module._buffers, **{name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}}
+    found.update((name, value) for name, value in module._parameters.items() if value is not None and _is_kept(value))
+    return {name: value for name, value in found.items() if value is not None and _is_plain(value)}
+
+
+def _is_kept(parameter: Tensor) -> bool:
+    """Whether a parameter is a buffer by another name."""
+    return not parameter.requires_grad
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not (is_lazy(tensor) or tensor.is_nested or tensor.is_quantized)
+
+
+def _copies(module: nn.Module) -> dict[str, Tensor]:
+    small = {name: value for name, value in _own_tensors(module).items() if value.numel() <= 2**16}
+    return {name: value.detach().clone() for name, value in small.items()}
+
+
+def _statistics_like(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors that may be the statistics of channels."""
+    return {
+        name: value
+        for name, value in _own_tensors(module).items()
+        if value.is_floating_point() and 1 < value.numel() <= 2**16 and value.numel() == max(value.shape)
+    }
+
+
+def _functions(
+    model: nn.Module, calls: Sequence[NormCall], counters: Mapping[nn.Module, tuple[str, ...]]
+) -> list[_Found]:
+    """The modules whose buffers calls were given; of a buffer with several rows, each row is a layer."""
+    found: dict[tuple[str, str, int], _Found] = {}
+    modules = named_once(model)
+    # A call in train mode says what updates the statistics, so it comes first.
+    for call in sorted(calls, key=lambda call: not call.training):
+        for named in modules:
+            mean, variance = (_within(named.module, each) for each in (call.running_mean, call.running_variance))
+            if mean is None or variance is None:
+                continue
+            total = _own_tensors(named.module)[mean.attribute].numel()
+            starts = range(0, total, mean.channels) if mean.start % mean.channels == 0 == total % mean.channels else ()
+            counter = next(iter(counters.get(named.module, ())), None)
+            for start in starts if len(starts) > 1 and variance.start == mean.start else (mean.start,):
+                shifted = replace(variance, start=variance.start + start - mean.start)
+                family = FunctionFamily(
+                    replace(mean, start=start), shifted, call.eps, call.momentum, counter if len(starts) == 1 else None
+                )
+                key = (named.name, mean.attribute, start)
+                row = f"[{start // mean.channels}]" if len(starts) > 1 else ""
+                if key not in found:
+                    found[key] = _Found(
+                        f"{named.name}{row}", tuple(f"{each}{row}" for each in named.aliases), named.module, family
+                    )
+            break
+    return _told_apart(list(found.values()))
+
+
+def _told_apart(found: list[_Found]) -> list[_Found]:
+    """Where one module has several statistics of its own, their names say which."""
+    names = [each.name for each in found]
+    return [
+        each
+        if names.count(each.name) == 1 or not isinstance(each.family, FunctionFamily)
+        else replace(each, name=f"{each.name}.{each.family.mean.attribute}", aliases=())
+        for each in found
+    ]
+
+
+def _within(module: nn.Module, part: Tensor | None) -> Place | None:
+    """The tensor of a module that a part is a view of, and where in it."""
+    place = place_of(part)
+    if place is None or part is None or not part.is_contiguous():
+        return None
+    storage, offset, channels = place
+    for name, tensor in _own_tensors(module).items():
+        whole = place_of(tensor)
+        if whole is None or whole[0] != storage or not tensor.is_contiguous():
+            continue
+        start = offset - whole[1]
+        if start >= 0 and start + channels <= whole[2]:
+            return Place(name, channels, start)
+    return None
+
+
+def _recognised(
+    module: nn.Module, inputs: _Inputs, written: Sequence[str], classes: Mapping[str, NormClass]
+) -> WholeModule | str:
+    """How a module normalizes, or why it is not known."""
+    kind = type(module).__name__
+    said = classes.get(kind)
+    try:
+        if said is not None:
+            return _Trial(module, inputs, said.mean, said.kept).judged(said.form, said.eps)
+        reason = "it does not give (x - mean) / sqrt(variance + eps) in eval mode with two of them"
+        for (mean, variance), last in itertools.product(itertools.permutations(written, 2), (False, True)):
+            try:
+                return _Trial(module, inputs, mean, variance, last).judged()
+            except _NoNormError as error:
+                reason = str(error) if error.uses_both else reason
+    except _NoNormError as error:
+        reason = str(error)
+    except Exception as error:  # the user's module on made-up inputs
+        reason = (
+            f"a copy of it cannot be tried ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        )
+    names = " and ".join(written[:4])
+    line = f'norm_classes = {{"{kind}": {{"mean": "...", "variance": "...", "eps": 1e-5}}}}'
+    advice = "" if said is not None else f". If it is a norm, the line {line} in the model file names its buffers"
+    return f"it writes {names} in train mode as a norm does, but {reason}{advice}"
+
+
+class _NoNormError(Exception):
+    """A module does not do what a norm with these buffers does."""
+
+    def __init__(self, message: str, uses_both: bool = False) -> None:
+        super().__init__(message)
+        self.uses_both = uses_both
+
+
+@dataclass
+class _Trial:
+    """A module run on made-up inputs with made-up statistics.
+
+    Attributes:
+        module: The user's; copies run.
+        inputs: Of its first call.
+        mean, variance: Names of the tensors that are taken for the statistics.
+        last: The channels are on the last axis, also where the second one has as many.
+    """
+
+    module: nn.Module
+    inputs: _Inputs
+    mean: str
+    variance: str
+    last: bool = False
+    family: WholeModule = field(init=False)
+    shape: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        kept = _own_tensors(self.module)
+        if not {self.mean, self.variance} <= kept.keys():
+            missing = next(name for name in (self.mean, self.variance) if name not in kept)
+            raise _NoNormError(f"it has no buffer {missing} (it has {', '.join(kept) or 'none'})")
+        channels = kept[self.mean].numel()
+        places: list[tuple[int | str, Any]] = [*enumerate(self.inputs.args), *self.inputs.kwargs.items()]
+        for argument, value in places:
+            axis = _channel_axis(value, channels, self.last)
+            if axis is not None:
+                self.family = WholeModule(self.mean, self.variance, "variance", 0.0, argument=argument, axis=axis)
+                given = value.movedim(axis, 1)
+                rows = given.shape[0]
+                self.inputs = _Inputs(*_first_rows((self.inputs.args, self.inputs.kwargs), rows))
+                self.shape = (min(rows, _ROWS), *given.shape[1:])
+                return
+        raise _NoNormError(f"none of its arguments has {channels} channels")
+
+    def judged(self, form: str | None = None, eps: float | None = None) -> WholeModule:
+        """How the module normalizes.
+
+        Args:
+            form, eps: As the user says; None: found out.
+
+        Raises:
+            _NoNormError: Not as a norm does.
+        """
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        channels = self.shape[1]
+        shift = torch.randn(channels, generator=generator, dtype=torch.float64)
+        found_form, found_eps = self._eval_form(x, shift, form)
+        eps = found_eps if eps is None else eps
+        if abs(found_eps - eps) > 1e-3 * eps + 1e-9:
+            raise _NoNormError(f"its eps is {found_eps:.4g}, not {eps:.4g}", uses_both=True)
+        family = replace(self.family, form=found_form, eps=eps)
+        spread = 0.5 + torch.rand(channels, generator=generator, dtype=torch.float64)
+        return self._in_training(family, x, shift, spread)
+
+    def _eval_form(self, x: Tensor, shift: Tensor, said: str | None) -> tuple[str, float]:
+        """The form of the variance, and eps: from the slope of the output for several values in the buffer."""
+        nought, one = torch.zeros_like(shift), torch.ones_like(shift)
+        output = self._run(x, nought, one)
+        moved = self._run(x + _channels(shift, x), shift, one)
+        if not _close(moved, output) or _close(self._run(x, shift, one), output):
+            raise _NoNormError(f"{self.mean} does not shift its input in eval mode")
+        slope = output - self._run(0 * x, nought, one)
+        if not _close(self._run(2 * x, nought, one) - self._run(0 * x, nought, one), 2 * slope):
+            raise _NoNormError("it is not affine in its input in eval mode", uses_both=True)
+        squares = {}
+        for kept in (0.5, 2.0, 3.0):
+            other = self._run(x, nought, kept * one) - self._run(0 * x, nought, kept * one)
+            ratio = float((other * slope).sum() / slope.square().sum())
+            if ratio == 0 or not _close(other, ratio * slope):
+                raise _NoNormError(f"{self.variance} does not scale its input in eval mode")
+            squares[kept] = 1 / ratio**2
+        for name, form in FORMS.items() if said is None else ((said, FORMS[said]),):
+            variance = {
+                kept: float(form.variance_of(torch.tensor(kept, dtype=torch.float64))) for kept in (0.5, 1.0, 2.0, 3.0)
+            }
+            if abs(squares[2.0] - 1) < _CLOSE:
+                continue
+            eps = (variance[2.0] - squares[2.0] * variance[1.0]) / (squares[2.0] - 1)
+            expected = {kept: (variance[kept] + eps) / (variance[1.0] + eps) for kept in squares}
+            if eps > -_CLOSE and all(abs(squares[kept] / expected[kept] - 1) < _CLOSE for kept in squares):
+                return name, float(f"{max(eps, 0.0):.4g}")
+        raise _NoNormError(
+            f"its scale is no function 1 / sqrt(variance + eps) of {self.variance} in eval mode", uses_both=True
+        )
+
+    def _in_training(self, family: WholeModule, x: Tensor, mean: Tensor, variance: Tensor) -> WholeModule:
+        """Compare train mode with what eval mode gives for the input normalized by its batch."""
+        kept = FORMS[family.form].kept_as(variance)
+        std = _channels((variance + family.eps).sqrt(), x)
+
+        def evaluated(z: Tensor) -> Tensor:
+            return self._run(_channels(mean, x) + std * z, mean, kept)
+
+        def trained(scale: float, offset: float) -> tuple[Tensor, Tensor, Tensor, Callable[[bool], Tensor], Tensor]:
+            values = _channels(mean, x) + std * (scale * x + offset)
+            others = [axis for axis in range(x.dim()) if axis != 1]
+            batch_variance, batch_mean = torch.var_mean(values, others, correction=0, keepdim=True)
+            factor = bessel(values.numel() // values.shape[1])
+            output, after = self._run_and_look(values, mean, kept, training=True)
+
+            def normalized(unbiased: bool) -> Tensor:
+                return (values - batch_mean) / (batch_variance * (factor if unbiased else 1) + family.eps).sqrt()
+
+            return output, batch_mean, batch_variance * factor, normalized, after
+
+        output, batch_mean, _, normalized, after = trained(1.2, 0.3)
+        rate = float(
+            ((after - mean) * (batch_mean.reshape(-1) - mean)).sum() / (batch_mean.reshape(-1) - mean).square().sum()
+        )
+        family = replace(family, momentum=float(f"{rate:.4g}"))
+        for unbiased in (False, True):
+            if _close(output, evaluated(normalized(unbiased))):
+                return replace(family, unbiased=unbiased)
+        zero, unit = evaluated(0 * x), evaluated(0 * x + 1)
+        for unbiased in (False, True):
+            far, _, _, far_normalized, _ = trained(1e4, 1e6)  # so far off that limits are reached
+            z = far_normalized(unbiased)
+            r_max, d_max = _least_squares(far - zero, evaluated(z) - zero, unit - zero)
+            limited = replace(
+                family,
+                unbiased=unbiased,
+                r_max=torch.inf if r_max > _LARGEST_LIMIT else float(f"{r_max:.4g}"),
+                d_max=torch.inf if d_max > _LARGEST_LIMIT else float(f"{d_max:.4g}"),
+            )
+            if (
+                r_max >= 1 - _CLOSE
+                and d_max >= -_CLOSE
+                and all(
+                    self._corrects_as(limited, trained(scale, offset), mean, std, evaluated)
+                    for scale, offset in ((1.2, 0.3), (1e-2, -50.0), (40.0, 20.0))
+                )
+            ):
+                return limited
+        raise _NoNormError("in train mode it does not normalize with the statistics of its batch", uses_both=True)
+
+    def _corrects_as(
+        self, family: WholeModule, run: Any, mean: Tensor, std: Tensor, evaluated: Callable[[Tensor], Tensor]
+    ) -> bool:
+        """Whether a pass in train mode gave Batch Renorm with these limits."""
+        output, batch_mean, unbiased_variance, normalized, _ = run
+        n = output.numel() // output.shape[1]
+        variance = unbiased_variance if family.unbiased else unbiased_variance / bessel(n)
+        r = ((variance + family.eps).sqrt() / std).clamp(1 / family.r_max, family.r_max)
+        d = ((batch_mean - _channels(mean, output)) / std).clamp(-family.d_max, family.d_max)
+        return _close(output, evaluated(r * normalized(family.unbiased) + d))
+
+    def _run(self, x: Tensor, mean: Tensor, kept: Tensor) -> Tensor:
+        return self._run_and_look(x, mean, kept, training=False)[0]
+
+    def _run_and_look(self, x: Tensor, mean: Tensor, kept: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+        """The output on an input and with statistics, channels first, and the mean that is kept afterwards."""
+        device = _own_tensors(self.module)[self.mean].device
+        twin = copy.deepcopy(self.module).double()
+        for name, tensor in twin.__dict__.items():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                twin.__dict__[name] = tensor.double()
+        for name, values in ((self.mean, mean), (self.variance, kept)):
+            buffer = _own_tensors(twin)[name]
+            buffer.data.copy_(values.reshape(buffer.shape))
+        twin.train(training)
+        args, kwargs = map_leaves((self.inputs.args, self.inputs.kwargs), _double)
+        args, kwargs = self.family.with_input(args, kwargs, x.to(device))
+        with torch.no_grad():
+            output = twin.forward(*args, **kwargs)
+        wanted = x.movedim(1, self.family.axis).shape
+        found = next((leaf for leaf in leaves_of(output) if isinstance(leaf, Tensor) and leaf.shape == wanted), None)
+        if found is None:
+            raise _NoNormError("its output has another shape than its input")
+        after = _own_tensors(twin)[self.mean].detach().reshape(-1)
+        return found.movedim(self.family.axis, 1).double().cpu(), after.double().cpu()
+
+
+def _channel_axis(value: Any, channels: int, last: bool) -> int | None:
+    if not isinstance(value, Tensor) or value.dim() < 2 or not value.is_floating_point():
+        return None
+    fitting = [axis for axis in (1, -1) if value.shape[axis] == channels]
+    return fitting[-1 if last else 0] if fitting else None
+
+
+def _first_rows(tree: Any, rows: int) -> Any:
+    """The first rows of all tensors that have as many."""
+
+    def cut(leaf: Any) -> Any:
+        return leaf[:_ROWS] if isinstance(leaf, Tensor) and leaf.shape[:1] == (rows,) else leaf
+
+    return map_leaves(tree, cut)
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _channels(values: Tensor, x: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or not bool(torch.isfinite(one).all() & torch.isfinite(other).all()):
+        return False
+    return float((one - other).abs().max()) <= _CLOSE * float(other.abs().max()) + 1e-12
+
+
+def _least_squares(y: Tensor, one: Tensor, other: Tensor) -> tuple[float, float]:
+    """a and b of y = a * one + b * other."""
+    columns = torch.stack([one.reshape(-1), other.reshape(-1)], 1)
+    a, b = torch.linalg.lstsq(columns, y.reshape(-1, 1)).solution.reshape(-1).tolist()
+    return a, b

@@ -1,0 +1,407 @@
+"""Norms that no class gives away, and state that passes move: exact against a loop over real micro-batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bnprobe
+from bnprobe.commands.scan import scan
+from bnprobe.records import Report
+from support import reference
+from support.fingerprint import fingerprint
+from support.networks import images, unsettled
+from support.reference import OwnNorm
+
+SIZE, BATCHES = 4, 12
+
+
+def rows(channels: int = 6, count: int = BATCHES * SIZE) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return list((torch.randn(count, channels, generator=generator) * 2 + 1).split(SIZE))
+
+
+def trained(model: nn.Module, batches: list[Any], forward: Callable[[nn.Module, Any], Any] | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for batch in batches:
+            (forward or (lambda model, batch: model(batch)))(model.train(), batch)
+    return model.eval()
+
+
+def assert_exact(
+    model: nn.Module,
+    batches: list[Any],
+    norms: dict[str, OwnNorm],
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    **settings: Any,
+) -> Report:
+    """The model comes back as it was, and D, r and d of all layers and the outputs are those of the loop."""
+    before = fingerprint(model)
+    report = scan(model, batches, SIZE, num_batches=len(batches), forward=forward, **settings)
+    assert fingerprint(model) == before
+    for path in ("train", "eval"):
+        expected = reference.measure(model, batches, path, forward, norms)
+        measured = {layer.name: getattr(layer, path) for layer in report.layers}
+        names = {name for name, _ in expected.calls}
+        assert measured.keys() == names
+        for name in names:
+            (figures,) = expected.layer(name)
+            assert measured[name].mismatch == pytest.approx(np.mean(figures.mismatch), rel=1e-4, abs=1e-9), (name, path)
+            assert measured[name].r.mean == pytest.approx(np.mean(figures.r), rel=1e-4)
+            assert measured[name].d.mean == pytest.approx(np.mean(figures.d), rel=1e-4, abs=1e-5)
+    outputs = [torch.cat(reference.measure(model, batches, path, forward, norms).outputs) for path in ("train", "eval")]
+    distance = float((outputs[0] - outputs[1]).norm() / outputs[1].norm())
+    assert report.summary.output.relative_l2 == pytest.approx(distance, rel=1e-4)
+    return report
+
+
+class FunctionalBN(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("rm", torch.zeros(channels))
+        self.register_buffer("rv", torch.ones(channels))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+        return F.batch_norm(x, self.rm, self.rv, training=self.training, momentum=0.3, eps=1e-2)
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+def test_batch_norm_called_as_a_function(emulate: bool) -> None:
+    model = trained(nn.Sequential(FunctionalBN(6), nn.Linear(6, 5), nn.BatchNorm1d(5)), rows()[:3])
+    norm = OwnNorm("0", model[0].rm.double(), model[0].rv.double(), 1e-2)
+    report = assert_exact(model, rows(), {"0": norm}, emulate=emulate)
+    first = report.layers[0]
+    assert (first.kind, first.eps, first.momentum, first.batches_tracked) == ("FunctionalBN", 1e-2, 0.3, 3)
+    assert report.scan.emulated is emulate
+    assert report.skipped == ()
+
+
+class DomainBN(nn.Module):
+    """One row of statistics per domain, and gains from outside."""
+
+    def __init__(self, domains: int, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(domains, channels))
+        self.register_buffer("var", torch.ones(domains, channels))
+
+    def forward(self, x: Tensor, domain: int) -> Tensor:
+        return F.batch_norm(x, self.mean[domain], self.var[domain], training=self.training)
+
+
+class Domains(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = DomainBN(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x, 0)) + self.head(self.norm(x * 2, 2))
+
+
+def test_rows_of_one_buffer_are_layers_of_their_own() -> None:
+    model = trained(Domains(), rows())
+    norms = {
+        f"norm[{row}]": OwnNorm(
+            "norm",
+            model.norm.mean[row].double(),
+            model.norm.var[row].double(),
+            1e-5,
+            counts=lambda call, n=number: call == n,
+        )
+        for number, row in ((0, 0), (1, 2))
+    }
+    report = assert_exact(model, rows(), norms)
+    assert [(layer.name, layer.reason) for layer in report.skipped] == [("norm[1]", "never called by the forward pass")]
+
+
+class ConditionalBN(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("stored_mean", torch.zeros(channels))
+        self.register_buffer("stored_var", torch.ones(channels))
+        self.gain = nn.Linear(3, channels)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.stored_mean, self.stored_var, None, None, self.training, 0.1, 1e-4)
+        return x * (1 + self.gain(condition))
+
+
+class Conditional(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.head = norm, nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.head(self.norm(x, condition))
+
+
+def pairs() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(x, torch.randn(SIZE, 3, generator=generator)) for x in rows()]
+
+
+def both(model: nn.Module, batch: Any) -> Tensor:
+    return model(*batch)
+
+
+def test_gains_from_outside() -> None:
+    model = trained(Conditional(ConditionalBN(6)), pairs(), both)
+    norm = OwnNorm("norm", model.norm.stored_mean.double(), model.norm.stored_var.double(), 1e-4)
+    assert_exact(model, pairs(), {"norm": norm}, both)
+
+
+class Flow(nn.Module):
+    """A flow's batch norm: statistics for broadcasting, a log variance, the unbiased variance, a log determinant."""
+
+    def __init__(self, channels: int, unbiased: bool, assigns: bool, dims: tuple[int, ...] = (0,)) -> None:
+        super().__init__()
+        shape = [1, channels] + [1] * (len(dims) - 1)
+        self.unbiased, self.assigns, self.dims = unbiased, assigns, dims
+        self.register_buffer("average", torch.zeros(shape))
+        self.register_buffer("log_var", torch.zeros(shape))
+        self.log_gain = nn.Parameter(torch.full(shape, 0.1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.training:
+            mean = x.mean(self.dims, keepdim=True)
+            var = x.var(self.dims, keepdim=True, unbiased=self.unbiased)
+            kept = 0.8 * self.average + 0.2 * mean.detach(), 0.8 * self.log_var + 0.2 * (var + 1e-3).log().detach()
+            if self.assigns:
+                self.average, self.log_var = kept
+            else:
+                self.average.data.copy_(kept[0])
+                self.log_var.data.copy_(kept[1])
+        else:
+            mean, var = self.average, self.log_var.exp()
+        scale = self.log_gain.exp() / (var + 1e-3).sqrt()
+        return (x - mean) * scale, scale.log().sum()
+
+
+class First(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)[0]
+
+
+@pytest.mark.parametrize("assigns", [True, False])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_arithmetic_of_its_own(unbiased: bool, assigns: bool) -> None:
+    model = trained(nn.Sequential(First(Flow(6, unbiased, assigns)), nn.BatchNorm1d(6)), rows()[:5])
+    flow = model[0].norm
+    norm = OwnNorm("0.norm", flow.average.double().view(-1), flow.log_var.double().exp().view(-1), 1e-3, unbiased)
+    report = assert_exact(model, rows(), {"0.norm": norm})
+    assert report.layers[0].note == "normalizes by its own arithmetic, with average and log_var (log variance)"
+    assert (report.layers[0].eps, report.layers[0].momentum) == (1e-3, 0.2)
+    assert report.scan.emulated
+
+
+def test_arithmetic_of_its_own_on_images() -> None:
+    batches = images(BATCHES, SIZE, 3, 5, 5)
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), First(Flow(4, False, True, (0, 2, 3)))), batches[:5])
+    flow = model[1].norm
+    norm = OwnNorm("1.norm", flow.average.double().view(-1), flow.log_var.double().exp().view(-1), 1e-3)
+    assert_exact(model, batches, {"1.norm": norm})
+
+
+class Renorm(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("ra_mean", torch.zeros(channels))
+        self.register_buffer("ra_var", torch.ones(channels))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.ra_mean, self.ra_var
+        if self.training:
+            batch_mean, batch_var = x.mean(0), x.var(0, unbiased=False)
+            std, batch_std = (var + 1e-3).sqrt(), (batch_var + 1e-3).sqrt()
+            r = (batch_std / std).clamp(1 / 1.2, 1.2)
+            d = ((batch_mean - mean) / std).clamp(-0.1, 0.1)
+            y = (x - batch_mean) / batch_std * r + d
+            with torch.no_grad():
+                mean += 0.01 * (batch_mean - mean)
+                var += 0.01 * (batch_var - var)
+                self.steps += 1
+            return y
+        return (x - mean) / (var + 1e-3).sqrt()
+
+
+def test_batch_renorm_of_its_own() -> None:
+    model = trained(nn.Sequential(Renorm(6), nn.Linear(6, 4), nn.BatchNorm1d(4)), rows() * 5)
+    norm = OwnNorm("0", model[0].ra_mean.double(), model[0].ra_var.double(), 1e-3, limits=(1.2, 0.1))
+    report = assert_exact(model, rows(), {"0": norm})
+    assert report.layers[0].note.endswith("Batch Renorm, so D is what its correction leaves")
+    assert report.layers[0].momentum == 0.01
+
+
+class Deviation(nn.Module):
+    """Adds eps to the standard deviation: no formula that is known."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(channels))
+        self.register_buffer("spread", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            mean, var = x.mean(0), x.var(0, unbiased=False)
+            self.centre.lerp_(mean, 0.1)
+            self.spread.lerp_(var, 0.1)
+        else:
+            mean, var = self.centre, self.spread
+        return (x - mean) / (var.sqrt() + 0.1)
+
+
+def test_what_is_not_recognised_is_listed_and_its_state_put_back() -> None:
+    model = trained(nn.Sequential(Deviation(6), nn.BatchNorm1d(6)), rows()[:3])
+    report = assert_exact(model, rows(), {})
+    (skipped,) = report.skipped
+    assert (skipped.name, skipped.kind) == ("0", "Deviation")
+    assert skipped.reason.startswith("it writes centre and spread in train mode as a norm does, but its scale")
+    assert 'norm_classes = {"Deviation": {"mean": "...", "variance": "...", "eps": 1e-5}}' in skipped.reason
+
+
+class ThreeBuffers(Renorm):
+    """More buffers than a norm needs, of which any two might be meant."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("copy", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.copy.lerp_(x.detach().abs().mean(0), 0.1)
+        return super().forward(x)
+
+
+def test_the_user_may_name_the_buffers() -> None:
+    model = trained(nn.Sequential(ThreeBuffers(6), nn.BatchNorm1d(6)), rows())
+    free = scan(model, rows(), SIZE, num_batches=4)
+    said = {"ThreeBuffers": {"mean": "ra_mean", "variance": "ra_var", "eps": 1e-3}}
+    named = scan(model, rows(), SIZE, num_batches=4, norms=said)
+    assert named.layers == free.layers
+    wrong = {"ThreeBuffers": {"mean": "ra_mean", "variance": "ra_vra"}}
+    (skipped,) = scan(model, rows(), SIZE, num_batches=4, norms=wrong).skipped
+    assert "it has no buffer ra_vra (it has ra_mean, ra_var, steps, copy)" in skipped.reason
+    with pytest.raises(bnprobe.errors.UsageError, match='the nearest known key is "variance"'):
+        scan(model, rows(), SIZE, norms={"ThreeBuffers": {"mean": "ra_mean", "varianc": "ra_var"}})
+
+
+def test_calls_without_buffers_are_listed_as_what_they_are() -> None:
+    class Loose(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(6)
+            self.register_buffer("mean", torch.zeros(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.batch_norm(self.bn(x), self.mean + 0, self.mean + 1, training=self.training)
+            x = F.batch_norm(x, None, None, training=True)
+            return F.batch_norm(x.reshape(1, -1, 3), None, None, training=True).reshape(x.shape)
+
+    report = scan(Loose(), rows(), SIZE, num_batches=4)
+    reasons = sorted(layer.reason.split(":")[0] for layer in report.skipped)
+    assert reasons == [
+        "batch_norm called as a function with running statistics that are no buffers of a module, but copies or"
+        " computed",
+        "batch_norm called as a function without running statistics",
+        "instance norm by batch_norm called as a function",
+    ]
+
+
+class Subclass(nn.BatchNorm1d):
+    """Its calls say otherwise than its attributes, and nothing counts them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, None, None, self.training, 0.5, 0.1)
+
+
+def test_what_a_call_says_beats_attributes() -> None:
+    model = trained(nn.Sequential(Subclass(6)), rows()[:3])
+    (layer,) = scan(model, rows(), SIZE, num_batches=4).layers
+    assert (layer.eps, layer.momentum, layer.batches_tracked) == (0.1, 0.5, None)
+    mean, var, total = model[0].running_mean.double(), model[0].running_var.double(), []
+    for x in (batch.double() for batch in rows()[:4]):
+        z_train = (x - x.mean(0)) / (x.var(0, unbiased=False) + 0.1).sqrt()
+        total.append(float((z_train - (x - mean) / (var + 0.1).sqrt()).square().mean()))
+    assert layer.train.mismatch == pytest.approx(np.mean(total), rel=1e-5)
+
+
+def test_recalibration_reaches_them() -> None:
+    """The eval path then has the population's statistics."""
+    batches, whole = rows(), torch.cat(rows())
+    model = nn.Sequential(FunctionalBN(6), First(Flow(6, False, True)), Renorm(6))
+    bnprobe.recalibrate(model, batches, path="eval")
+    torch.testing.assert_close(model[0].rm, whole.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[0].rv, whole.var(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model[1].norm.log_var.exp().view(-1), model[0].eval()(whole).var(0), rtol=1e-4, atol=1e-5
+    )
+    output = model.eval()(whole)
+    torch.testing.assert_close(output.mean(0), torch.zeros(6), rtol=0, atol=1e-4)
+
+
+# ---- state that passes move
+
+
+class Spectral(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.utils.spectral_norm(nn.Linear(6, 6))
+        self.bn = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.linear(x))
+
+
+class Codebook(nn.Module):
+    """Moves a parameter by its data, a large buffer in place, an attribute, and a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(5, 6))
+        self.register_buffer("queue", torch.zeros(2**20 + 6))
+        self.scale, self.log, self.bn = 1.0, [], nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale + self.centres[torch.cdist(x, self.centres).argmin(1)] + self.queue[-6:]
+        if self.training:
+            self.centres.data += 0.1
+            self.queue[-6:] += x.detach().mean(0)
+            self.scale *= 1.1
+            self.log.append(x.detach())
+        return self.bn(x) * (1 + len(self.log))
+
+
+@pytest.mark.parametrize("make", [Spectral, Codebook])
+@pytest.mark.parametrize("emulate", [True, False])
+def test_state_that_train_mode_moves_is_put_back(make: type[nn.Module], emulate: bool) -> None:
+    torch.manual_seed(0)
+    assert_exact(unsettled(make()), rows(), {}, emulate=emulate)
+
+
+def test_loss_and_metric_see_the_model_as_it_is() -> None:
+    """Also where they call the model on inputs of their own, which nothing can be replayed for."""
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch + 0).square().mean()
+
+    torch.manual_seed(0)
+    model = unsettled(Codebook())
+    report = scan(model, rows(), SIZE, num_batches=BATCHES, loss=loss)
+    for path in ("train", "eval"):
+        values = [float(loss(copy.deepcopy(model).train(path == "train"), batch).detach()) for batch in rows()]
+        assert getattr(report.summary.output.loss, path) == pytest.approx(np.mean(values), rel=1e-5)
