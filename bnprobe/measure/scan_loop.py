@@ -221,8 +221,7 @@ def _measure(total: int, measurement: Measurement, reader: Reader, progress: Pro
         micro_batches = reader.take(min(evidence.batching.at_once, mine - evidence.batches))
         if not micro_batches:
             return ScanEnding("data_exhausted")
-        if reader.varies and not reader.any_size and evidence.batching.emulation.trusted:
-            measurement.refuse(CannotEmulateError(DIFFERENT_SIZES))
+        _require_equal(measurement, reader)
         measurement.step(micro_batches)
     progress(total, total)
     return ScanEnding()
@@ -230,7 +229,7 @@ def _measure(total: int, measurement: Measurement, reader: Reader, progress: Pro
 
 def _require_equal(measurement: Measurement, reader: Reader) -> None:
     """Go on with real micro-batches once some of them had another size."""
-    if reader.varies and measurement.evidence.batching.emulation.trusted:
+    if reader.varies and not reader.any_size and measurement.evidence.batching.emulation.trusted:
         measurement.refuse(CannotEmulateError(DIFFERENT_SIZES))
 
 
