@@ -127,9 +127,15 @@ class _Request:
         """The batch size that was asked for in one way or the other."""
         return self.batch_size or self.told
 
-    def count(self, stated: int | None = None) -> SampleCount:
-        """What counts the samples of its batches, for a loader that states this batch size."""
-        return SampleCount(stated, self.wanted, self.batch_size_of, self.origin, strict=not self.as_given)
+    def count(self, stated: int | None = None, usual: int | None = None) -> SampleCount:
+        """What counts the samples of its batches.
+
+        Args:
+            stated: The batch size that a loader states.
+            usual: That of the first batch, where nothing states one.
+        """
+        usual = usual or self.wanted
+        return SampleCount(stated, usual, self.batch_size_of, self.origin, strict=not self.as_given)
 
 
 def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
@@ -442,29 +448,29 @@ def _at_own_size(value: Any, stated: int | None, request: _Request) -> BatchSour
     size = stated
     if size is None:
         value, size = _first_size(value, request)
-    measured = size or None  # the first batch may be empty, and then says nothing
-    size = _known(measured or request.wanted, request.origin)
+    size = _known(size or request.wanted, request.origin)
     asked = request.batch_size
     if asked not in (None, size) and request.told is None and not request.as_given:
         raise DataError(
             f"The first batch of {request.origin} has {size} samples, not {asked}, and only a loader or data set can be"
             " read at another size. Leave the batch size out, or write a function load_data(batch_size)."
         )
-    batches = GuardedBatches(value, request.origin, samples_in=request.count(measured))
+    batches = GuardedBatches(value, request.origin, samples_in=request.count(stated, size))
     return BatchSource(batches, size, request.origin, notes=_notes_on_size(size, request))
 
 
 def _first_size(value: Any, request: _Request) -> tuple[Any, int | None]:
-    """The iterable, still with its first batch, and the samples in that; None if there is nothing to count."""
-    iterator = iter(GuardedBatches(value, request.origin))
-    first = next(iterator, _END)
-    if first is _END:
-        raise DataError(f"{request.origin} is empty: it yields no batch.")
-    size = request.count()(first)
-    return (itertools.chain([first], iterator) if isinstance(value, Iterator) else value), size
-
-
-_END = object()
+    """The iterable, still with all its batches, and the samples in the first that has any; None: nothing to count."""
+    iterator, drawn = iter(GuardedBatches(value, request.origin)), list[Any]()
+    count = request.count()
+    for batch in iterator:
+        drawn.append(batch)
+        size = count(batch)
+        if size != 0:
+            return (itertools.chain(drawn, iterator) if isinstance(value, Iterator) else value), size
+    if drawn:
+        raise DataError(f"{request.origin} contains no non-empty batch.")
+    raise DataError(f"{request.origin} is empty: it yields no batch.")
 
 
 def _notes_on_size(size: int, request: _Request) -> tuple[str, ...]:
@@ -541,7 +547,7 @@ def _from_dataset(dataset: Any, request: _Request) -> BatchSource:
     _check_images(images, size, request.origin)
     # A stream has the order that it has; every framework shuffles what can be indexed.
     stream = isinstance(dataset, IterableDataset)
-    source = _loader_source(DataLoader(dataset, batch_size=size, shuffle=not stream), size, request, images)
+    source = _loader_source(DataLoader(dataset, batch_size=size, shuffle=not stream), size, request, images, size)
     source = replace(source, drop_last=None, own_order=stream)  # bnprobe made the loader
     if stream:
         return source
@@ -550,7 +556,8 @@ def _from_dataset(dataset: Any, request: _Request) -> BatchSource:
 
 
 def _from_loader(loader: DataLoader[Any], request: _Request) -> BatchSource:
-    own, batches = own_batch_size(loader), loader
+    stated, batches = own_batch_size(loader), loader
+    own = stated
     if own is None:
         batches, own = _first_size(loader, request)
     fixed = request.as_given or request.told is not None
@@ -562,22 +569,24 @@ def _from_loader(loader: DataLoader[Any], request: _Request) -> BatchSource:
         size = images  # no other size can be asked for
     _check_images(images, size, request.origin)
     if own is None or fixed or own == size:
-        source = _loader_source(batches, size, request, images)
+        source = _loader_source(batches, size, request, images, None if stated is None else size)
         return replace(source, notes=_notes_on_size(size, request))
     refuse_rebuild(loader, own, size, request.origin)
     with user_code(f"rebuilding {request.origin} at batch size {size}"):
         again = rebuilt(loader, size)
-    source = _loader_source(again, size, request, images)
+    source = _loader_source(again, size, request, images, size)
     note = f"The loader was rebuilt at batch size {size}, with its own sampler; its batch size was {own}."
     return replace(source, notes=(note,), drop_last=loader.drop_last)
 
 
-def _loader_source(loader: DataLoader[Any], size: int, request: _Request, images: int | None) -> BatchSource:
+def _loader_source(
+    loader: DataLoader[Any], size: int, request: _Request, images: int | None, stated: int | None
+) -> BatchSource:
     origin = request.origin
     if _length(loader, origin) == 0:
         raise DataError(f"{origin} is empty: it yields no batch.")
     words = origin if images is None else f"{origin} ({images} samples)"
-    batches = GuardedBatches(loader, origin, samples_in=request.count(size))
+    batches = GuardedBatches(loader, origin, samples_in=request.count(stated, size))
     return BatchSource(batches, size, words, images, drop_last=loader.drop_last)
 
 

@@ -27,17 +27,17 @@ def named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-def count_samples(batch: Any, stated: int | None = None) -> int | None:
+def count_samples(batch: Any, usual: int | None = None) -> int | None:
     """Samples in a batch of which nothing else is known; where its parts disagree, as its first part says.
 
     Args:
         batch: As a loader collates it.
-        stated: How many it should have, where that is known; see ``SampleCount``.
+        usual: How many its like have, where that is known: believed where some part of the batch has this length.
 
     Returns:
         None if there is nothing to count.
     """
-    return SampleCount(stated=stated, strict=False)(batch)
+    return SampleCount(asked=usual, strict=False)(batch)
 
 
 @dataclass

@@ -221,11 +221,16 @@ def _measure(total: int, measurement: Measurement, reader: Reader, progress: Pro
         micro_batches = reader.take(min(evidence.batching.at_once, mine - evidence.batches))
         if not micro_batches:
             return ScanEnding("data_exhausted")
-        if reader.varies and not reader.any_size and evidence.batching.emulation.trusted:
-            measurement.refuse(CannotEmulateError(DIFFERENT_SIZES))
+        _require_equal(measurement, reader)
         measurement.step(micro_batches)
     progress(total, total)
     return ScanEnding()
+
+
+def _require_equal(measurement: Measurement, reader: Reader) -> None:
+    """Go on with real micro-batches once some of them had another size."""
+    if reader.varies and not reader.any_size and measurement.evidence.batching.emulation.trusted:
+        measurement.refuse(CannotEmulateError(DIFFERENT_SIZES))
 
 
 def _to_score(session: Session, measured: int, size: int, settings: ScanSettings) -> int:
@@ -250,6 +255,7 @@ def _score_more(total: int, measurement: Measurement, reader: Reader, progress: 
         micro_batches = reader.take(min(measurement.evidence.batching.at_once, mine - done))
         if not micro_batches:
             return
+        _require_equal(measurement, reader)
         measurement.score(micro_batches)
         done += len(micro_batches)
         measurement.evidence.scoring_seconds = time.perf_counter() - started
