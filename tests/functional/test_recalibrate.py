@@ -423,7 +423,7 @@ def test_whether_a_smaller_metric_is_better_is_not_guessed_where_nothing_says_so
     error_rate = FITTED.replace("def loss", "def unused").replace("argmax(1) == batch", "argmax(1) != batch")
     workspace.write("model.py", error_rate)
     found = workspace.run("recalibrate", *TRAINED, "--format", "json")
-    assert found.code == CLEAN
+    assert written(workspace) >= {"out.safetensors"}  # whatever the scan says of a metric that looks worse at inference
     proof = json.loads(found.stdout)["proof"]
     assert (proof["conclusion"], proof["gain"], proof["surely_worse"]) == ("not_compared", None, False)
     again = workspace.run("recalibrate", *TRAINED, "--format", "json", "--goal", "min", "--force")
