@@ -87,6 +87,8 @@ def explore(
             skipped[named.name] = SkippedLayer(named.name, named.kind, outcome)
     recognised = {id(each.module) for each in found}
     for named in modules:
+        if id(named.module) in refused:
+            continue
         if id(named.module) in recognised:
             skipped.pop(named.name, None)
         elif named.name in skipped and any(_within(named.module, call.running_mean) for call in watch.calls):
