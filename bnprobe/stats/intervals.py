@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -99,11 +99,29 @@ class JackknifeEstimate:
     variance: float
     degrees: int
 
-    def interval(self, extra_variance: float = 0.0) -> Interval | None:
-        """95% interval, with the ``extra_variance`` of an independent error added; None if the spread is unknown."""
+    def of_finite_data(self, sampled: float, kept: float = 0.0) -> JackknifeEstimate:
+        """The same where a part of a finite data set was measured, no sample twice, and the truth is that of the set.
+
+        Means over samples then vary by 1 - sampled of what they vary by with independent draws, and so do the bias and
+        the variance of what is computed from them (Cochran 1977, Sampling Techniques, section 2.6).
+
+        Args:
+            sampled: Samples measured over samples in the data set; 0: the data set is endless.
+            kept: The part of the variance that is no matter of which samples were drawn, so that it stays.
+        """
+        bias = (1 - sampled) * self.bias
+        variance = (1 - sampled * (1 - kept)) * self.variance
+        return replace(self, value=self.value + self.bias - bias, bias=bias, variance=variance)
+
+    def with_noise(self, added: float, excess: float = 0.0) -> JackknifeEstimate:
+        """The same with the variance ``added`` of an independent error, and less what the jackknife saw in ``excess``."""
+        return replace(self, variance=max(self.variance - excess, 0.0) + added)
+
+    def interval(self) -> Interval | None:
+        """95% interval; None if the spread is unknown."""
         if self.degrees < 1:
             return None
-        half = t_quantile(self.degrees, 0.95) * math.sqrt(self.variance + extra_variance)
+        half = t_quantile(self.degrees, CONFIDENCE) * math.sqrt(self.variance)
         return self.value - half, self.value + half
 
 
