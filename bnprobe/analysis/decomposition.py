@@ -141,7 +141,7 @@ def _estimates(
     if drawn is None:
         small_batch = small_batch.of_finite_data(sampled, 1.0)
     else:
-        composition = composition.with_noise(drawn.chance, drawn.excess)
+        composition = composition.with_noise(drawn.chance)
         small_batch = small_batch.with_noise(0.0, drawn.excess).of_finite_data(sampled, max(kept, 1 - drawn.pooled))
         small_batch = small_batch.with_noise(drawn.chance)
     return [lag, dropout, propagation.of_finite_data(sampled, kept), composition, small_batch]

@@ -147,7 +147,7 @@ def _path(path: PathEvidence, index: int, slots: list[Slot], single: bool) -> Pa
 
 def _measurement(sums: Sums, path: PathEvidence, slots: list[Slot], single: bool) -> PathMeasurement:
     """``single``: one value per channel, which is always normalized to 0; n_eq is then 1."""
-    interval = mean_interval(sums.count, sums.total, sums.square)
+    interval = mean_interval(sums)
     size = 1.0 if single else equivalent_batch_size(sums.mean)
     return PathMeasurement(
         mismatch=sums.mean,
@@ -202,7 +202,7 @@ def _points(evidence: Evidence, first: Slot) -> Iterable[BatchSizePoint]:
     for size, path in evidence.batch_sizes.items():
         sums = path.layer(first[0])
         if sums and math.isfinite(sums.total):
-            interval = mean_interval(sums.count, sums.total, sums.square)
+            interval = mean_interval(sums)
             single = evidence.values[first] * size == evidence.batch_size
             n_eq = 1.0 if single else equivalent_batch_size(sums.mean)
             yield BatchSizePoint(size, sums.count, sums.mean, interval, n_eq)
@@ -225,6 +225,11 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
     note = layer.family.note(layer.info)
     if note is not None:
         return note
+    if (sums := evidence.eval.layer(layer.index)) is not None and sums.heavy_tailed:
+        return (
+            "heavy tails: a few samples make up much of its mismatch, so how large that is at most cannot be told from"
+            f" {sums.count} micro-batches; it is not called fine"
+        )
     if evidence.values[slots[0]] == 1:
         return "one value per channel in a micro-batch: training raises an error at this batch size"
     return None

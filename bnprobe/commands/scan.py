@@ -35,6 +35,7 @@ from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.gradients import measure_gradients
 from bnprobe.measure.impact import SAMPLES, joint_impact, measure_impact
 from bnprobe.measure.layers import LayerSet, anatomy, unmatched_globs
+from bnprobe.measure.population import data_set_size
 from bnprobe.measure.rank_agreement import Agreement, agree
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, seed_everything, untouched
@@ -195,7 +196,10 @@ def _probe(
         size, dealt, most = held_out.batch_size, held_out.dealt, held_out.most
         held_out_reader = Reader(held_out.batches, size, keep, share, dealt, most)
     with session.installed():
-        return probe(session, reader, settings, progress, held_out_reader, world)
+        evidence = probe(session, reader, settings, progress, held_out_reader, world)
+    if evidence is not None:
+        evidence.population = data_set_size(source, evidence.batches * source.batch_size)
+    return evidence
 
 
 def wanted_batches(settings: ScanSettings, batch_size: int) -> int:

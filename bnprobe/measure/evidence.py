@@ -257,6 +257,8 @@ class Evidence:
         steady_seconds: What measuring the path without random layers took.
         seconds: What all took.
         left_out: Samples of a partial last batch.
+        population: Samples of the whole data set, where it always gives the same ones and each was read at most once;
+            None: endless or unknown.
         kept: Micro-batches by position, on the host, for what is measured afterwards.
         held_out: The same on held-out data; None without.
         stopped: Why the scan ended.
@@ -277,10 +279,16 @@ class Evidence:
     steady_seconds: float = 0.0
     seconds: float = 0.0
     left_out: int = 0
+    population: int | None = None
     kept: dict[int, Any] = field(default_factory=dict)
     held_out: Evidence | None = None
     stopped: StopReason = "requested"
     failure: BnprobeError | None = None
+
+    @property
+    def sampled(self) -> float:
+        """The part of a finite data set that was measured; 0 for endless data."""
+        return 0.0 if self.population is None else min(self.batches * self.batch_size / self.population, 1.0)
 
     def add(self, passes: Mapping[PathName, Pass], contributions: Contributions, micro_batches: int) -> None:
         """Add one physical batch, measured on each path."""

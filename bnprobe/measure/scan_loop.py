@@ -207,8 +207,8 @@ def _decided(measurement: Measurement, seen: Look, settings: ScanSettings) -> St
     for layer in measurement.session.layers.selected:
         limit = mismatch_iid(settings.threshold_of(layer.name, *layer.aliases))
         found = [path[layer.index] for path in seen.paths if layer.index in path]
-        intervals = [mean_interval(sums.count, sums.total, sums.square, STOPPING_CONFIDENCE) for sums in found]
-        if standing(intervals, limit) == "undecided":
+        intervals = [mean_interval(sums, STOPPING_CONFIDENCE) for sums in found]
+        if standing(intervals, limit) == "undecided" or any(sums.heavy_tailed for sums in found):
             return None
     return "decided"
 

@@ -165,7 +165,8 @@ def _without_replicates(
 
     Averaged over random orders, D is a U-statistic of the samples, to which each sample contributes ``size / images``
     times its own part (Hoeffding 1948). The parts are averages over a few orders only, so they vary more than they would
-    over all orders. By how much is known from how a sample's part varies between orders.
+    over all orders. By how much is known from how a sample's part varies between orders; half of that is called excess,
+    since single parts do not show that pairs of samples matter too (docs/decisions/0030).
 
     Returns:
         The change; the variance of D due to the orders; and what they add to the jackknife's variance of the changes.
@@ -183,5 +184,5 @@ def _without_replicates(
     change[1:] = -size * sums / (images - held).clamp(min=1)
     groups = int((held > 0).sum())
     noise = float(parts.var(0).mean()) / len(orders)  # of one sample's part
-    excess = size**2 * noise / images * groups / max(groups - 1, 1)
+    excess = 0.5 * size**2 * noise / images * groups / max(groups - 1, 1)
     return change, float(torch.cat(effects).var() / (len(orders) * orders[0].shape[0])), excess
