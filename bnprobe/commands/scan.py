@@ -32,10 +32,10 @@ from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.accumulators import SamplePool
 from bnprobe.measure.batch import to_device
 from bnprobe.measure.evidence import Evidence
+from bnprobe.measure.finite_data import data_set_size
 from bnprobe.measure.gradients import measure_gradients
 from bnprobe.measure.impact import SAMPLES, joint_impact, measure_impact
 from bnprobe.measure.layers import LayerSet, anatomy, unmatched_globs
-from bnprobe.measure.population import data_set_size
 from bnprobe.measure.rank_agreement import Agreement, agree
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, seed_everything, untouched

@@ -1,57 +1,353 @@
-"""Whether a scan can read all of the data there is: the number of samples of a data set that is always the same."""
+"""Population statistics of each layer, over many samples as if they were one batch."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
+from torch import Tensor
 
-from bnprobe.loading.data import BatchSource
-from bnprobe.loading.model import GuardedBatches
-from bnprobe.loading.order import DealtBatches, SpreadBatches
-from bnprobe.measure.batch import tensors_of
-from bnprobe.measure.restore import preserved_random_state
-
-PART_THAT_MATTERS = 0.05
-"""Below this part of the data, intervals are the same to 3% whether the data ends or not."""
-
-_COMPARED = 8
-"""Samples that are loaded twice, to see whether they are augmented at random."""
+from bnprobe.errors import RepairError
+from bnprobe.measure.batch import CannotEmulateError, count_images, join, pick, tensors_of, to_device
+from bnprobe.measure.hooks import Pass, Recorded, Slot
+from bnprobe.measure.memory import Chunks, Footprint, fits_in_memory, plan_samples
+from bnprobe.measure.physical_batch import Batching, Check, Emulation, check_samples, checked, not_emulated, self_check
+from bnprobe.measure.reader import KEPT_BYTES, RepeatedReader
+from bnprobe.measure.session import Progress, Session
+from bnprobe.stats.moments import pool_moments
 
 
-def data_set_size(source: BatchSource, measured: int) -> int | None:
-    """Samples of a finite data set of which ``measured`` were read, none of them twice; None: endless or unknown.
+class Population:
+    """Mean and variance per layer and channel, merged from passes over different samples (Chan et al. 1983), float64.
 
-    Augmented data is endless: another reading gives other samples. So is what a sampler draws with replacement.
+    The calls of a layer count as one population, as they do for its running statistics.
+    """
+
+    def __init__(self) -> None:
+        self._count: dict[int, float] = {}
+        self._batches: dict[int, float] = {}
+        self._mean: dict[int, Tensor] = {}
+        self._squares: dict[int, Tensor] = {}
+
+    def add(self, records: Mapping[Slot, Recorded], batches: float = 1.0) -> None:
+        """Add the records of a pass over ``batches`` micro-batches."""
+        for (index, _), record in records.items():
+            self._batches[index] = self._batches.get(index, 0.0) + batches
+            units = record.mean.shape[0]
+            mean, variance = (pooled[0] for pooled in pool_moments(record.mean, record.variance, units))
+            self._merge(index, float(record.values * units), mean, variance)
+
+    def statistics(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """By index of the layer: mean and unbiased variance, shape (channels,), as the running buffers hold them."""
+        return {
+            index: (self._mean[index], self._squares[index] / max(count - 1, 1)) for index, count in self._count.items()
+        }
+
+    def values(self) -> dict[int, int]:
+        """By index of the layer: values per channel."""
+        return {index: round(count) for index, count in self._count.items()}
+
+    def updates(self) -> dict[int, int]:
+        """By index of the layer: micro-batches that it was called on, each call counted; a part of one counts fully."""
+        return {index: math.ceil(batches - 1e-6) for index, batches in self._batches.items()}
+
+    def _merge(self, index: int, count: float, mean: Tensor, variance: Tensor) -> None:
+        if index not in self._count:
+            self._count[index], self._mean[index], self._squares[index] = 0.0, torch.zeros_like(mean), 0 * variance
+        before = self._count[index]
+        total = before + count
+        difference = mean - self._mean[index]
+        self._squares[index] += count * variance + difference.square() * (before * count / total)
+        self._mean[index] += difference * (count / total)
+        self._count[index] = total
+
+
+def steady_population(
+    session: Session,
+    micro_batches: Sequence[Any],
+    batching: Batching,
+    population: Population | None = None,
+) -> tuple[Population, Footprint]:
+    """Population statistics on the train path without random layers, and the memory that a sample takes.
+
+    Every physical batch normalizes with its own statistics, all its samples together. Its samples are drawn at random,
+    so that a sorted loader does no harm. What is merged is the mean of all values and their variance about that mean,
+    as PreciseBN does (Wu & Johnson 2021, arXiv 2105.07576, section 3.2), not the mean of the batches' variances. Where
+    samples of different micro-batches cannot be mixed, the micro-batches run as they are.
 
     Args:
-        source: After it was read.
-        measured: Samples of it that were measured.
+        session: Installed.
+        micro_batches: On the host; the last one may be smaller.
+        batching: How many fill a physical batch, and whether samples of different micro-batches may run together.
+        population: What other samples gave, to be merged with; None: nothing.
+
+    Returns:
+        Of the selected layers that normalize with batch statistics in training and keep running ones.
+
+    Raises:
+        DeviceError, UserCodeError, DataError: As in any pass.
     """
-    guarded = source.batches
-    loader = guarded.wrapped if isinstance(guarded, GuardedBatches) else None
-    if source.images is None or not isinstance(loader, DataLoader) or measured < PART_THAT_MATTERS * source.images:
+    population, footprint, batch_size = population or Population(), Footprint(0, 0), batching.batch_size
+
+    def run(batch: Any) -> None:
+        nonlocal footprint
+        samples = count_images(batch) or batch_size
+        pass_ = Pass(samples, samples, plain=True)
+        session.forward("steady", to_device(batch, session.device), pass_)
+        population.add(own_records(session, pass_), samples / batch_size)
+        sizes = [record.bytes // samples for record in pass_.records.values()]
+        footprint = Footprint(max(footprint.total, sum(sizes)), max([footprint.largest, *sizes]))
+
+    joined = _joined(micro_batches) if batching.emulation.trusted else None
+    if joined is None:
+        Chunks(session.device, batch_size, 1).run(micro_batches, lambda chunk: run(chunk[0]))
+    else:
+        batch, samples = joined
+        units, parts = _evenly(samples, batch_size * batching.at_once)
+        Chunks(session.device, 1, len(units) // parts).run(
+            units, lambda chunk: run(pick(batch, [row for unit in chunk for row in unit], samples))
+        )
+    return population, footprint
+
+
+def _evenly(samples: int, most: int) -> tuple[list[list[int]], int]:
+    """Rows of samples in random order, in units of one sample or two, and how many parts the units divide into.
+
+    The parts are physical batches of ``most`` samples at most, whose sizes differ by one sample at most: none is left
+    with a sample or two, which would normalize with each other alone.
+    """
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+    parts = order.tensor_split(math.ceil(samples / most))
+    return [unit.tolist() for part in parts for unit in part.tensor_split(samples // len(parts))], len(parts)
+
+
+def _joined(micro_batches: Sequence[Any]) -> tuple[Any, int] | None:
+    """All samples in one batch, and their number; None if they cannot be joined."""
+    try:
+        batch = join(list(micro_batches))
+    except CannotEmulateError:
         return None
-    fixed = False
-    with suppress(Exception), preserved_random_state():  # a data set may be readable in the loader's workers only
-        fixed = _draws_once(loader) and _is_fixed(loader)
-    return source.images if fixed else None
+    samples = count_images(batch)
+    return None if samples is None else (batch, samples)
 
 
-def _draws_once(loader: DataLoader[Any]) -> bool:
-    order = loader.batch_sampler
-    order = order.batches if isinstance(order, DealtBatches) else order
-    if isinstance(order, SpreadBatches):
-        indices = [index for batch in order.drawn for index in batch]
-        return len(set(indices)) == len(indices)
-    sampler = loader.sampler
-    return not (isinstance(sampler, RandomSampler | WeightedRandomSampler) and sampler.replacement)
+def own_records(session: Session, pass_: Pass) -> dict[Slot, Recorded]:
+    """What was recorded of layers that update running statistics in training."""
+    layers = session.layers.layers
+    return {
+        slot: record
+        for slot, record in pass_.records.items()
+        if record.by_batch and layers[slot[0]].selected and layers[slot[0]].info.running_mean is not None
+    }
 
 
-def _is_fixed(loader: DataLoader[Any]) -> bool:
-    """Whether the same samples, loaded and collated twice, are the same."""
-    indices = range(min(_COMPARED, len(loader.dataset)))  # type: ignore[arg-type]
-    one, other = (tensors_of(loader.collate_fn([loader.dataset[index] for index in indices])) for _ in range(2))
-    return bool(one) and len(one) == len(other) and all(map(torch.equal, one, other))
+LARGE = 256
+"""Samples of a physical batch on the train path if memory allows; its statistics are near those of the population."""
+
+ROUNDS = 50
+"""Rounds over the layers after which statistics that still change count as not converging."""
+
+_CLOSE = 16
+"""Units in the last place of a buffer within which statistics have converged."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Statistics by index of the layer.
+
+    Attributes:
+        statistics: Mean and unbiased variance, float64 of shape (channels,), as the running buffers hold them.
+        updates: Batches of the data that they stand for, each call of the layer counted.
+        values: Per channel; the variance of fewer than two is 0.
+    """
+
+    statistics: dict[int, tuple[Tensor, Tensor]]
+    updates: dict[int, int]
+    values: dict[int, int]
+
+
+def settle_by_batch(session: Session, batches: RepeatedReader, progress: Progress) -> Settled:
+    """Statistics on the train path without random layers: every physical batch normalizes with its own statistics.
+
+    Physical batches hold up to ``LARGE`` samples drawn at random from a part of the data, where samples of different
+    batches may run together; see ``steady_population``. One pass over the data.
+
+    Args:
+        session: Installed.
+        batches: On the host, of any sizes.
+        progress: Called with the batches done and the samples' number of batches, as far as known.
+
+    Raises:
+        DeviceError, UserCodeError, DataError: As in any pass.
+    """
+    population = Population()
+    stream = iter(batches)
+    opening = list(itertools.islice(stream, 2))
+    size = _samples(opening[0]) if opening else 1
+    emulation, footprint = _checked(session, opening, self_check)
+    samples = next((count for count in _halved(LARGE) if fits_in_memory(footprint, count, session.device)), 1)
+    batching = Batching(size, emulation, max(1, samples // size))
+    done = 0
+    for part in _parts(itertools.chain(opening, stream)):
+        steady_population(session, part, batching, population)
+        done += len(part)
+        progress(done, done)
+    return Settled(population.statistics(), population.updates(), population.values())
+
+
+def settle_by_layer(session: Session, batches: RepeatedReader, wanted: frozenset[int], progress: Progress) -> Settled:
+    """The eval path: each layer's statistics with all layers before it on their new running statistics.
+
+    Layer after layer in the order of their calls: the exact fixed point, which does not depend on how the samples are
+    divided into batches. One pass over the data per layer, ended as soon as the layer was called. Where a layer is
+    called several times per pass it may see what its own statistics changed: rounds over all layers are repeated until
+    nothing moves.
+
+    Args:
+        session: Installed.
+        batches: On the host, of any sizes; read once for every layer.
+        wanted: Indices of the layers whose statistics are taken; others normalize with the running ones they have.
+        progress: Called with the batches done, and those of one round over the layers.
+
+    Raises:
+        RepairError: A layer's statistics do not converge.
+        DeviceError, UserCodeError, DataError: As in any pass.
+    """
+    return _Rounds(session, batches, wanted, progress).run()
+
+
+class _Rounds:
+    def __init__(self, session: Session, batches: RepeatedReader, wanted: frozenset[int], progress: Progress) -> None:
+        self._session, self._batches, self._wanted, self._progress = session, batches, wanted, progress
+        self._chunks: Chunks | None = None
+        self._again: set[int] = set()  # layers called several times in a forward pass
+        self._done = 0
+        self._planned = 0
+
+    def run(self) -> Settled:
+        first = self._pass({}, self._wanted)
+        order = list(first.statistics())
+        self._planned = self._done * len(order)
+        settled = {index: first.statistics()[index] for index in order[:1]}
+        for index in order[1:]:
+            settled[index] = self._take(index, settled)
+        rounds = 1
+        while self._again and self._moved(order, settled):
+            rounds += 1
+            if rounds > ROUNDS:
+                raise RepairError(self._unsettled())
+        return Settled(settled, first.updates(), first.values())
+
+    def _take(self, index: int, settled: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        population = self._pass(settled, frozenset({index}), None if index in self._again else index)
+        return population.statistics()[index]
+
+    def _moved(self, order: list[int], settled: dict[int, tuple[Tensor, Tensor]]) -> bool:
+        """One more round; whether any statistics changed by more than rounding."""
+        moved = False
+        for index in order:
+            before, settled[index] = settled[index], self._take(index, settled)
+            moved = self._differ(index, before, settled[index]) or moved
+        return moved
+
+    def _differ(self, index: int, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> bool:
+        info = self._session.layers.layers[index].info
+        assert info.running_mean is not None  # only such layers are wanted
+        scale = after[1] + info.eps
+        change = torch.maximum((after[0] - before[0]).abs() / scale.sqrt(), (after[1] - before[1]).abs() / scale)
+        return not bool((change <= _CLOSE * torch.finfo(info.running_mean.dtype).eps).all())
+
+    def _pass(
+        self, statistics: Mapping[int, tuple[Tensor, Tensor]], wanted: frozenset[int], last: int | None = None
+    ) -> Population:
+        """One pass over the data; what the wanted layers saw. Every forward pass ends after the layer ``last``."""
+        population = Population()
+        stream = iter(self._batches)
+        if self._chunks is None:
+            opening = list(itertools.islice(stream, 2))
+            self._chunks = self._plan(opening)
+            stream = itertools.chain(opening, stream)
+
+        def run(chunk: list[Any]) -> None:
+            samples = sum(map(_samples, chunk))
+            pass_ = Pass(samples, samples, statistics=statistics)
+            self._forward(join(chunk), pass_, last)
+            found = {slot: record for slot, record in pass_.records.items() if slot[0] in wanted}
+            population.add(found, len(chunk))
+            self._again.update(index for index, call in found if call > 0)
+
+        while chunk := list(itertools.islice(stream, self._chunks.at_once)):
+            self._chunks.run(chunk, run)
+            self._done += len(chunk)
+            self._progress(self._done, max(self._done, self._planned))
+        return population
+
+    def _plan(self, opening: list[Any]) -> Chunks:
+        size = _samples(opening[0]) if opening else 1
+        emulation, footprint = _checked(self._session, opening, check_samples)
+        at_once = plan_samples(footprint, self._session.device) // size if emulation.trusted else 1
+        return Chunks(self._session.device, size, max(1, at_once))
+
+    def _forward(self, batch: Any, pass_: Pass, last: int | None) -> None:
+        batch = to_device(batch, self._session.device)
+        if last is None:
+            self._session.forward("eval", batch, pass_)
+            return
+        handle = self._session.layers.layers[last].module.register_forward_hook(_end)
+        try:
+            self._session.forward("eval", batch, pass_)
+        except _EndOfPass:
+            pass
+        finally:
+            handle.remove()
+
+    def _unsettled(self) -> str:
+        names = ", ".join(self._session.layers.layers[index].name for index in sorted(self._again))
+        return (
+            f"The running statistics did not converge in {ROUNDS} rounds with --path eval, because {names} is called"
+            " several times per forward pass and its input depends on its own output. Use --path train."
+        )
+
+
+class _EndOfPass(BaseException):
+    """Ends a forward pass early. It is not an Exception, so that the user's model does not catch it."""
+
+
+def _end(module: object, inputs: object, output: object) -> None:
+    raise _EndOfPass
+
+
+def _checked(session: Session, opening: list[Any], check: Check) -> tuple[Emulation, Footprint]:
+    """Check on the first two batches whether batches may run together; also the memory of a sample."""
+    sizes = {_samples(batch) for batch in opening}
+    if len(sizes) != 1:
+        return not_emulated("The first batches have different sizes."), Footprint(0, 0)
+    return checked(session, opening, sizes.pop(), check)
+
+
+def _samples(batch: Any) -> int:
+    return count_images(batch) or 1
+
+
+def _halved(count: int) -> Iterator[int]:
+    while count:
+        yield count
+        count //= 2
+
+
+def _parts(batches: Iterable[Any]) -> Iterator[list[Any]]:
+    """The batches in parts that fit into host memory."""
+    part: list[Any] = []
+    size = 0
+    for batch in batches:
+        part.append(batch)
+        size += sum(tensor.nbytes for tensor in tensors_of(batch))
+        if size > KEPT_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
