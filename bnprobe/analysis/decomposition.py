@@ -95,7 +95,10 @@ def _shares(
     drawn = None if alone else _drawn(evidence, slots, pool, means, counts)
     floor = rungs[-1] if drawn is None else ladder.mismatch_drawn(means, drawn, values, way)
     rungs.append(floor)
-    lag, dropout, propagation, composition, small_batch = _estimates(evidence, rungs, counts, drawn)
+    heavy = _heavy_tailed(evidence.eval, slots)
+    lag, dropout, propagation, composition, small_batch = (
+        replace(estimate, open=heavy) for estimate in _estimates(evidence, rungs, counts, drawn)
+    )
     shift, shift_interval = _data_shift(evidence, slots)
     known = alone or drawn is not None
     shares = Shares(
@@ -108,7 +111,7 @@ def _shares(
     )
     intervals = ShareIntervals(
         small_batch=small_batch.interval(),
-        composition=None if drawn is None else composition.interval(),
+        composition=None if drawn is None or heavy else composition.interval(),  # either end may be wrong
         lag=lag.interval(),
         dropout=None if evidence.steady is None or nearest > 0 else dropout.interval(),
         propagation=None if nearest > 1 else propagation.interval(),
@@ -165,6 +168,12 @@ def _together(path: PathEvidence, slots: list[Slot]) -> BatchSums:
     return reduce(add, (path.moments(slot) for slot in slots if slot in path))
 
 
+def _heavy_tailed(path: PathEvidence, slots: list[Slot]) -> bool:
+    """Whether a few samples make up much of the layer's mismatch, so that any figure may be far larger than it looks."""
+    sums = path.layer(slots[0][0])
+    return sums is not None and sums.heavy_tailed
+
+
 def _drawn(
     evidence: Evidence, slots: list[Slot], pool: Mapping[Slot, Images], means: Means, counts: Tensor
 ) -> ladder.Regrouped | None:
@@ -184,7 +193,8 @@ def _data_shift(evidence: Evidence, slots: list[Slot]) -> tuple[float | None, In
     if evidence.held_out is None or any(slot not in evidence.held_out.eval for slot in slots):
         return None, None
     estimate = ladder.shift(_together(evidence.held_out.eval, slots), _together(evidence.eval, slots))
-    return max(estimate.value, 0.0), estimate.interval()
+    heavy = _heavy_tailed(evidence.eval, slots) or _heavy_tailed(evidence.held_out.eval, slots)
+    return max(estimate.value, 0.0), replace(estimate, open=heavy).interval()
 
 
 def _compositions(evidence: Evidence, calls: dict[int, list[Slot]]) -> dict[int, Composition]:

@@ -106,8 +106,7 @@ def _gaps(evidence: Evidence, goal: Literal["max", "min"]) -> Iterator[Gap]:
 
 def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found: Attribution) -> Layer:
     slots = [slot for slot in evidence.values if slot[0] == layer.index]
-    single = evidence.values[slots[0]] == 1
-    train, eval_ = (_path(path, layer.index, slots, single) for path in (evidence.train, evidence.eval))
+    train, eval_ = (_path(evidence, path, layer.index, slots) for path in (evidence.train, evidence.eval))
     threshold = settings.threshold_of(layer.name, *layer.aliases)
     paths = [path for path in (train, eval_) if path is not None]
     status = standing([path.interval for path in paths], mismatch_iid(threshold))
@@ -138,11 +137,11 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
     )
 
 
-def _path(path: PathEvidence, index: int, slots: list[Slot], single: bool) -> PathMeasurement | None:
-    sums = path.layer(index)
+def _path(evidence: Evidence, path: PathEvidence, index: int, slots: list[Slot]) -> PathMeasurement | None:
+    sums = evidence.layer(path, index)
     if sums is None or any(path.first_bad(slot) is not None for slot in slots):
         return None
-    return _measurement(sums, path, slots, single)
+    return _measurement(sums, path, slots, evidence.values[slots[0]] == 1)
 
 
 def _measurement(sums: Sums, path: PathEvidence, slots: list[Slot], single: bool) -> PathMeasurement:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -289,6 +290,17 @@ class Evidence:
     def sampled(self) -> float:
         """The part of a finite data set that was measured; 0 for endless data."""
         return 0.0 if self.population is None else min(self.batches * self.batch_size / self.population, 1.0)
+
+    def layer(self, path: PathEvidence, index: int) -> Sums | None:
+        """D of a layer on a path; None if it was not measured.
+
+        On the train path a layer that no other normalization precedes has the same D: so the samples are known as well.
+        """
+        sums, inference = path.layer(index), self.eval.layer(index)
+        if sums is None or inference is None or sums.parts is not None or sums.count != inference.count:
+            return sums
+        same = math.isclose(sums.total, inference.total, rel_tol=1e-5)
+        return replace(sums, parts=inference.parts) if same else sums
 
     def add(self, passes: Mapping[PathName, Pass], contributions: Contributions, micro_batches: int) -> None:
         """Add one physical batch, measured on each path."""

@@ -173,12 +173,14 @@ class JackknifeEstimate:
         bias: The bias that was subtracted from the figure computed from all data.
         variance: Variance of ``value``; infinite if fewer than two replicates have data.
         degrees: Degrees of freedom of ``variance``.
+        open: The tails of what it was computed from are too heavy to say how large the figure may be.
     """
 
     value: float
     bias: float
     variance: float
     degrees: int
+    open: bool = False
 
     def of_finite_data(self, sampled: float, kept: float = 0.0) -> JackknifeEstimate:
         """The same where a part of a finite data set was measured, no sample twice, and the truth is that of the set.
@@ -206,7 +208,7 @@ class JackknifeEstimate:
         if self.degrees < 1:
             return None
         half = t_quantile(self.degrees, CONFIDENCE) * math.sqrt(self.variance)
-        return self.value - half, self.value + half
+        return self.value - half, None if self.open else self.value + half
 
 
 def leave_one_out(sums: Float[Tensor, "replicates ..."]) -> Float[Tensor, "estimates ..."]:
