@@ -228,4 +228,5 @@ def _domains(evidence: Evidence, slots: list[Slot]) -> Domains | None:
     together = _together(evidence.eval, slots).means()
     distances = [ladder.shift_between(part.means(), together) for part in sums]
     estimate = jackknife(torch.stack(distances).mean(0), sums[0].counts)
+    estimate = replace(estimate, open=_heavy_tailed(evidence.eval, slots))
     return Domains(max(estimate.value, 0.0), estimate.interval())

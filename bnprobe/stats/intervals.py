@@ -98,36 +98,56 @@ class Sums:
 
 
 def mean_interval(sums: Sums, confidence: float = CONFIDENCE) -> Interval:
-    """Student's t interval for the mean of a non-negative figure over independent micro-batches.
+    """Interval for the mean of a non-negative figure, such as D, over independent micro-batches.
+
+    It is ``log_interval``; where the skewness that was measured asks for more, the upper end is that of Hall (1992, J. R.
+    Stat. Soc. B 54, 221-228).
+
+    Returns:
+        As ``log_interval``; (lower, None) where tails are too heavy to say how large the mean may be.
+    """
+    low, high = log_interval(sums.count, sums.total, sums.square, confidence)
+    if high is None or high == low:
+        return low, high
+    if sums.heavy_tailed:
+        return low, None
+    return low, max(high, sums.mean + _reach(sums, confidence))
+
+
+def _reach(sums: Sums, confidence: float) -> float:
+    """How far up Hall's interval reaches from the mean, by his third transformation, which is a cubic polynomial."""
+    skewness, quantile = sums.skewness, t_quantile(sums.count - 1, confidence)
+    if skewness < _ROUNDING:
+        return 0.0
+    root = 1 - skewness * (quantile + skewness / 6)
+    stretched = 3 * (1 - math.copysign(abs(root) ** (1 / 3), root)) / skewness
+    return stretched * math.sqrt(sums.variance / sums.count)
+
+
+def log_interval(count: int, total: float, total_square: float, confidence: float = CONFIDENCE) -> Interval:
+    """Student's t interval for the mean of a non-negative figure over ``count`` independent micro-batches.
 
     The interval is computed on a logarithmic scale. Sums of squares are skewed to the right: with 16 micro-batches, the
-    true value lies above a symmetric interval four times as often as the confidence level says. Where the skewness that
-    was measured asks for more, the upper end is that of Hall (1992, J. R. Stat. Soc. B 54, 221-228).
+    true value lies above a symmetric interval four times as often as the confidence level says.
 
     Channels of one micro-batch are correlated; micro-batches are not, as far as the loader makes them independent.
     Therefore only the spread between micro-batches is used.
 
+    Args:
+        count: Number of micro-batches.
+        total, total_square: Sum and sum of squares of the per-batch figures.
+
     Returns:
-        (lower, upper); (0, 0) if all figures are 0; (0, None) for one micro-batch, which says nothing about the spread;
-        (lower, None) where tails are too heavy to say how large the mean may be.
+        (lower, upper); (0, 0) if all figures are 0; (0, None) for one micro-batch, which says nothing about the spread.
     """
-    half = half_width(sums.count, sums.total, sums.square, confidence)
+    half = half_width(count, total, total_square, confidence)
     if half is None:
         return 0.0, None
-    mean = sums.mean
+    mean = total / count
     if half == 0.0:
         return mean, mean
     factor = math.exp(min(half / mean, _LARGEST_EXPONENT))
-    upper = max(mean * factor, mean + half * _stretch(sums, confidence))
-    return mean / factor, None if sums.heavy_tailed else upper
-
-
-def _stretch(sums: Sums, confidence: float) -> float:
-    """How much further up than down the interval reaches for the skewness of the figures (Hall 1992, equation 3)."""
-    skewness, quantile = sums.skewness, t_quantile(sums.count - 1, confidence)
-    if skewness < 1e-3:
-        return 1.0
-    return 3 / skewness * (1 - math.cbrt(1 - skewness * (quantile + skewness / 6))) / quantile
+    return mean / factor, mean * factor
 
 
 def half_width(count: int, total: float, total_square: float, confidence: float = CONFIDENCE) -> float | None:
