@@ -115,7 +115,8 @@ def calibrate(network: str, seed: int, repeats: int = REPEATS) -> tuple[list[Che
                 continue
             case = case.settled()
         reports = [case.scanned(setting.batches, order=10_000 + repeat) for repeat in range(repeats)]
-        truths = true_figures(case, [layer.values_per_channel for layer in reports[0].layers]) if network in ORDINARY else []
+        values = [layer.values_per_channel for layer in reports[0].layers]
+        truths = true_figures(case, values) if network in ORDINARY else []
         for repeat, report in enumerate(reports):
             for truth, layer in zip(truths, report.layers, strict=False):
                 figures = _intervals(layer)
@@ -163,7 +164,7 @@ def _figures(norm: nn.Module, train: BatchStatistics, infer: BatchStatistics, va
 
 
 def _settled(batches: BatchStatistics, norm: nn.Module, values: int) -> tuple[Tensor, Tensor]:
-    """What running statistics converge to, at the batch size between that of the batches and all data that fits best."""
+    """What running statistics converge to, at the batch size (from that of the batches to all data) that fits best."""
     mean, high = batches.population()
     low, (_, variance) = batches.variance.mean(0) * values / (values - 1), running(norm)
     way = high - low

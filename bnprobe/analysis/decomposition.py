@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -124,16 +125,16 @@ def _shares(
 def _estimates(
     evidence: Evidence, rungs: list[Tensor], counts: Tensor, drawn: ladder.Regrouped | None
 ) -> list[JackknifeEstimate]:
-    """Each rung's difference to the next and the last one itself, bias-corrected and with the variances of their errors.
+    """Each rung's difference to the next, and the last rung itself: bias-corrected, with variances.
 
-    Where the data set is finite (docs/decisions/0030), the bias and the variance that come from which samples were drawn
-    shrink with the part that was measured. What comes from how samples fell into micro-batches, and from what random
-    layers drew, does not: it is all of the variance of composition and dropout, and a part of that of the others.
+    Where the data set is finite (docs/decisions/0030), the bias and the variance that come from which samples were
+    drawn shrink with the part that was measured. What comes from how samples fell into micro-batches, and from what
+    random layers drew, does not: all of the variance of composition and dropout, a part of that of the others.
     """
     sampled = evidence.sampled
     kept = min(NON_LINEAR / evidence.batch_size, 1.0)
     lag, dropout, propagation, composition = (
-        jackknife(one - other, counts) for one, other in zip(rungs[:-1], rungs[1:], strict=True)
+        jackknife(one - other, counts) for one, other in itertools.pairwise(rungs)
     )
     settled = jackknife(rungs[0] - rungs[2], counts).of_finite_data(sampled)
     bias = settled.bias - dropout.bias
@@ -169,7 +170,7 @@ def _together(path: PathEvidence, slots: list[Slot]) -> BatchSums:
 
 
 def _heavy_tailed(path: PathEvidence, slots: list[Slot]) -> bool:
-    """Whether a few samples make up much of the layer's mismatch, so that any figure may be far larger than it looks."""
+    """Whether a few samples make up much of the layer's mismatch: figures may be far larger than they look."""
     sums = path.layer(slots[0][0])
     return sums is not None and sums.heavy_tailed
 

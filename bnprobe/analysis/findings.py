@@ -10,7 +10,7 @@ from typing import Literal
 from bnprobe.analysis.decomposition import Attribution, attribute, model_shares
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import NonFiniteError, NothingToProbeError
-from bnprobe.measure.accumulators import Sums, Values
+from bnprobe.measure.accumulators import Values
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.hooks import Slot
 from bnprobe.measure.layers import ProbedLayer
@@ -27,7 +27,7 @@ from bnprobe.records import (
     Summary,
 )
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
-from bnprobe.stats.intervals import mean_interval, standing
+from bnprobe.stats.intervals import Sums, mean_interval, standing
 from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size, mismatch_iid
 
 

@@ -413,7 +413,7 @@ class LayerMismatch(Statistic):
     """D of each layer: the calls of a micro-batch are averaged before they are squared.
 
     Where samples are known one by one, so is what each adds to D by itself, to second order: for b samples,
-    (d^2 + rho w^2 / 4) / b^2 with the sample's mean d and the deviation w of its mean square, as they enter mu_B and v_B.
+    (d^2 + rho w^2 / 4) / b^2 with the sample's mean d and the deviation w of its mean square.
     """
 
     name = "layer mismatch"
@@ -439,7 +439,7 @@ class LayerMismatch(Statistic):
             self.accumulate(state, columns.layer, values)
 
     def compute(self, states: Mapping[str, Tensor]) -> Sums:
-        parts = Sums(int(states["samples"]), *(float(states[name]) for name in _PARTS[1:]))
+        parts = _sums(states, _PARTS)
         return replace(_sums(states), parts=parts if parts.count else None)
 
 
@@ -675,8 +675,9 @@ def _powers(rows: Tensor) -> tuple[Tensor, ...]:
     return torch.full_like(rows[0], rows.shape[0]), rows.sum(0), squares.sum(0), (squares * rows).sum(0)
 
 
-def _sums(states: Mapping[str, Tensor]) -> Sums:
-    return Sums(int(states["count"]), *(float(states[name]) for name in _POWERS[1:]))
+def _sums(states: Mapping[str, Tensor], names: Sequence[str] = _POWERS) -> Sums:
+    count, total, square, cube = (float(states[name]) for name in names)
+    return Sums(int(count), total, square, cube)
 
 
 def _side_by_side(buffers: Sequence[Tensor | None], device: torch.device) -> Tensor:

@@ -34,7 +34,6 @@ from bnprobe.measure.accumulators import (
     Scope,
     Statistic,
     Step,
-    Sums,
     Values,
 )
 from bnprobe.measure.hooks import Pass, Recorded, Slot
@@ -44,7 +43,7 @@ from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.session import PathName
 from bnprobe.records import Output, Score, StopReason
 from bnprobe.stats.composition import Images
-from bnprobe.stats.intervals import REPLICATES
+from bnprobe.stats.intervals import REPLICATES, Sums
 from bnprobe.stats.ladder import BatchSums
 from bnprobe.stats.moments import corrections, pool_moments
 

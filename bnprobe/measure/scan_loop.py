@@ -12,7 +12,6 @@ from typing import Any
 from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import ALONE, World
 from bnprobe.errors import BnprobeError, DataError, DeviceError, ProcessError, UsageError, UserCodeError
-from bnprobe.measure.accumulators import Sums
 from bnprobe.measure.batch import CannotEmulateError, join, to_device
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.hooks import Pass
@@ -24,7 +23,7 @@ from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, random_state
 from bnprobe.measure.session import PathName, Progress, Session
 from bnprobe.records import StopReason
-from bnprobe.stats.intervals import mean_interval, standing
+from bnprobe.stats.intervals import Sums, mean_interval, standing
 from bnprobe.stats.theory import mismatch_iid
 
 FIRST_LOOK = 16

@@ -130,8 +130,8 @@ def draw(
     effects = [_effect(found, means.eps, slope, half) for found in drawn]
     replicate = pool.replicate[: orders[0].numel()]
     change, chance, excess = _without_replicates(effects, orders, replicate, counts.numel())
-    pooled = min(orders[0].numel() / (float(counts.sum()) * size), 1.0)
-    return Regrouped(variance, rho_r, rho, change, chance, excess, pooled)
+    part = min(orders[0].numel() / (float(counts.sum()) * size), 1.0)
+    return Regrouped(variance, rho_r, rho, change, chance, excess, part)
 
 
 def regrouped_batches(images: int, size: int) -> int:
@@ -164,9 +164,9 @@ def _without_replicates(
     """Change of the layer's D when the pool's samples of each replicate are left out, and the noise of the orders.
 
     Averaged over random orders, D is a U-statistic of the samples, to which each sample contributes ``size / images``
-    times its own part (Hoeffding 1948). The parts are averages over a few orders only, so they vary more than they would
-    over all orders. By how much is known from how a sample's part varies between orders; half of that is called excess,
-    since single parts do not show that pairs of samples matter too (docs/decisions/0030).
+    times its own part (Hoeffding 1948). The parts are averages over a few orders only, so they vary more than they
+    would over all orders. By how much is known from how a sample's part varies between orders; half of that is called
+    excess, since single parts do not show that pairs of samples matter too (docs/decisions/0030).
 
     Returns:
         The change; the variance of D due to the orders; and what they add to the jackknife's variance of the changes.

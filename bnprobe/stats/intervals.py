@@ -29,8 +29,8 @@ _ROUNDING = 1e-12
 HEAVY = 0.45, 0.5, 0.3
 """Limit on ``Sums.tail`` at 128 samples; upper and lower end of the limit for fewer and for more.
 
-It falls with the fourth root of the number of samples, that is between tails that fade (with the root) and those that do
-not fade at all. Healthy networks at batch size 64 have 0.05 (docs/decisions/0030).
+It falls with the fourth root of the number of samples: between tails that fade, with the root, and those that do not
+fade at all. Healthy networks at batch size 64 have 0.05 (docs/decisions/0030).
 """
 
 HEAVY_BATCHES = 0.75
@@ -60,14 +60,17 @@ class Sums:
     @property
     def variance(self) -> float:
         """Unbiased."""
-        return max(self.square / self.count - self.mean**2, 0.0) * self.count / (self.count - 1)
+        return max(self.square / self.count - self.mean * self.mean, 0.0) * self.count / (self.count - 1)
 
     @property
     def skewness(self) -> float:
         """That of the sum of the figures: that of one figure over the root of their number; at most 1."""
-        mean, variance = self.mean, self.square / self.count - self.mean**2
-        third = self.cube / self.count - 3 * mean * self.square / self.count + 2 * mean**3
-        return third / (variance**1.5 * math.sqrt(self.count)) if variance > _ROUNDING * mean**2 else 0.0
+        mean, square = self.mean, self.square / self.count
+        variance = square - mean * mean  # products, since powers of large floats raise an OverflowError
+        if not variance > _ROUNDING * square:
+            return 0.0
+        third = self.cube / self.count - 3 * mean * square + 2 * mean * mean * mean
+        return third / (variance * math.sqrt(variance * self.count))
 
     @property
     def tail(self) -> float:
@@ -87,21 +90,26 @@ class Sums:
         if self.count < 2:
             return False
         if self.parts is None:
-            return self.tail > HEAVY_BATCHES * (16 / self.count) ** 0.25
+            return self.tail > HEAVY_BATCHES * math.sqrt(math.sqrt(16 / self.count))
         limit, most, least = HEAVY
-        return self.tail > min(max(limit * (128 / self.parts.count) ** 0.25, least), most)
+        return self.tail > min(max(limit * math.sqrt(math.sqrt(128 / self.parts.count)), least), most)
 
     def __add__(self, other: Sums) -> Sums:
         parts = self.parts if other.parts is None else other.parts if self.parts is None else self.parts + other.parts
-        summed = (getattr(self, name) + getattr(other, name) for name in ("count", "total", "square", "cube"))
-        return Sums(*summed, parts)
+        return Sums(
+            self.count + other.count,
+            self.total + other.total,
+            self.square + other.square,
+            self.cube + other.cube,
+            parts,
+        )
 
 
 def mean_interval(sums: Sums, confidence: float = CONFIDENCE) -> Interval:
     """Interval for the mean of a non-negative figure, such as D, over independent micro-batches.
 
-    It is ``log_interval``; where the skewness that was measured asks for more, the upper end is that of Hall (1992, J. R.
-    Stat. Soc. B 54, 221-228).
+    It is ``log_interval``; where the skewness that was measured asks for more, the upper end is that of Hall (1992,
+    J. R. Stat. Soc. B 54, 221-228).
 
     Returns:
         As ``log_interval``; (lower, None) where tails are too heavy to say how large the mean may be.
@@ -115,7 +123,7 @@ def mean_interval(sums: Sums, confidence: float = CONFIDENCE) -> Interval:
 
 
 def _reach(sums: Sums, confidence: float) -> float:
-    """How far up Hall's interval reaches from the mean, by his third transformation, which is a cubic polynomial."""
+    """How far up Hall's interval reaches from the mean, by his cubic transformation."""
     skewness, quantile = sums.skewness, t_quantile(sums.count - 1, confidence)
     if skewness < _ROUNDING:
         return 0.0

@@ -53,7 +53,7 @@ class Own(Sampler[int]):
     ],
     ids=["shuffled", "in order", "own", "own, repeating", "replacement", "weighted", "augmented", "mixed", "list"],
 )
-def test_the_data_set_is_finite_where_every_sample_is_read_once_and_is_always_the_same(data: Any, size: int | None) -> None:
+def test_a_data_set_is_finite_where_each_sample_is_read_once_and_always_the_same(data: Any, size: int | None) -> None:
     source = spread(as_batch_source(data, 8), seed=0)
     read = list(source.batches)
     state = torch.get_rng_state()

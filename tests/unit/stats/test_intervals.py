@@ -113,6 +113,15 @@ def test_a_heavy_tail_leaves_the_upper_end_open_and_the_layer_undecided_or_flagg
     assert standing([(low, high)], low / 2) == "flagged"
 
 
+@pytest.mark.parametrize("scale", [1e-160, 1e160, math.inf, math.nan])
+def test_figures_of_any_size_give_an_interval(scale: float) -> None:
+    with np.errstate(all="ignore"):
+        figures = np.array([1.0, 2.0, 4.0]) * scale
+        low, high = mean_interval(sums_of(figures, figures))
+    assert not low > figures.mean()
+    assert high is None or not high < figures.mean()
+
+
 @pytest.mark.parametrize(
     ("intervals", "expected"),
     [
