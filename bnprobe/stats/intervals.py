@@ -70,7 +70,8 @@ class Sums:
         if not variance > _ROUNDING * square:
             return 0.0
         third = self.cube / self.count - 3 * mean * square + 2 * mean * mean * mean
-        return third / (variance * math.sqrt(variance * self.count))
+        spread = variance * math.sqrt(variance * self.count)
+        return third / spread if spread > 0.0 else 0.0
 
     @property
     def tail(self) -> float:
