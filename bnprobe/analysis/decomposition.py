@@ -96,7 +96,7 @@ def _shares(
     drawn = None if alone else _drawn(evidence, slots, pool, means, counts)
     floor = rungs[-1] if drawn is None else ladder.mismatch_drawn(means, drawn, values, way)
     rungs.append(floor)
-    heavy = _heavy_tailed(evidence.eval, slots)
+    heavy = _heavy_tailed(evidence, slots)
     lag, dropout, propagation, composition, small_batch = (
         replace(estimate, open=heavy) for estimate in _estimates(evidence, rungs, counts, drawn)
     )
@@ -169,9 +169,9 @@ def _together(path: PathEvidence, slots: list[Slot]) -> BatchSums:
     return reduce(add, (path.moments(slot) for slot in slots if slot in path))
 
 
-def _heavy_tailed(path: PathEvidence, slots: list[Slot]) -> bool:
+def _heavy_tailed(evidence: Evidence, slots: list[Slot]) -> bool:
     """Whether a few samples make up much of the layer's mismatch: figures may be far larger than they look."""
-    sums = path.layer(slots[0][0])
+    sums = evidence.layer(evidence.eval, slots[0][0])
     return sums is not None and sums.heavy_tailed
 
 
@@ -194,7 +194,7 @@ def _data_shift(evidence: Evidence, slots: list[Slot]) -> tuple[float | None, In
     if evidence.held_out is None or any(slot not in evidence.held_out.eval for slot in slots):
         return None, None
     estimate = ladder.shift(_together(evidence.held_out.eval, slots), _together(evidence.eval, slots))
-    heavy = _heavy_tailed(evidence.eval, slots) or _heavy_tailed(evidence.held_out.eval, slots)
+    heavy = _heavy_tailed(evidence, slots) or _heavy_tailed(evidence.held_out, slots)
     return max(estimate.value, 0.0), replace(estimate, open=heavy).interval()
 
 
@@ -229,5 +229,5 @@ def _domains(evidence: Evidence, slots: list[Slot]) -> Domains | None:
     together = _together(evidence.eval, slots).means()
     distances = [ladder.shift_between(part.means(), together) for part in sums]
     estimate = jackknife(torch.stack(distances).mean(0), sums[0].counts)
-    estimate = replace(estimate, open=_heavy_tailed(evidence.eval, slots))
+    estimate = replace(estimate, open=_heavy_tailed(evidence, slots))
     return Domains(max(estimate.value, 0.0), estimate.interval())

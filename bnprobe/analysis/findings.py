@@ -224,7 +224,7 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
     note = layer.family.note(layer.info)
     if note is not None:
         return note
-    if (sums := evidence.eval.layer(layer.index)) is not None and sums.heavy_tailed:
+    if (sums := evidence.layer(evidence.eval, layer.index)) is not None and sums.heavy_tailed:
         return (
             "heavy tails: a few samples make up much of its mismatch, so how large that is at most cannot be told from"
             f" {sums.count} micro-batches; it is not called fine"

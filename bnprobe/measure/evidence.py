@@ -296,10 +296,11 @@ class Evidence:
         On the train path a layer that no other normalization precedes has the same D: so the samples are known as well.
         """
         sums, inference = path.layer(index), self.eval.layer(index)
-        if sums is None or inference is None or sums.parts is not None or sums.count != inference.count:
-            return sums
-        same = math.isclose(sums.total, inference.total, rel_tol=1e-5)
-        return replace(sums, parts=inference.parts) if same else sums
+        if sums is None:
+            return None
+        same = inference is not None and math.isclose(sums.total, inference.total, rel_tol=1e-5)
+        parts = inference.parts if inference is not None and same else sums.parts
+        return replace(sums, parts=parts, sampled=self.sampled)
 
     def add(self, passes: Mapping[PathName, Pass], contributions: Contributions, micro_batches: int) -> None:
         """Add one physical batch, measured on each path."""

@@ -45,6 +45,7 @@ class Sums:
         count: Micro-batches.
         total, square, cube: Sums of the figure, of its square and of its cube.
         parts: The same of what each single sample adds to ``total`` by itself; None: not known.
+        sampled: The part of a finite data set that was measured: where all was, no sample is left to be surprised by.
     """
 
     count: int
@@ -52,6 +53,7 @@ class Sums:
     square: float
     cube: float
     parts: Sums | None = None
+    sampled: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -80,10 +82,11 @@ class Sums:
         A Student's interval needs it to be small. It falls with the root of the number of samples, unless the tail is
         so heavy that the largest samples keep up with the sum of all others.
         """
+        left = 1 - self.sampled
         if self.parts is None or self.parts.count < 2:
-            return self.skewness
+            return left * self.skewness
         explained = self.parts.count * self.parts.variance / max(self.count * self.variance, 1e-300)
-        return self.parts.skewness * min(math.sqrt(explained), 1.0)
+        return left * self.parts.skewness * min(math.sqrt(explained), 1.0)
 
     @property
     def heavy_tailed(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,7 @@ def test_a_heavy_tail_leaves_the_upper_end_open_and_the_layer_undecided_or_flagg
     assert 0 < low < sums.mean
     assert standing([(low, high)], 0.05) == "undecided"
     assert standing([(low, high)], low / 2) == "flagged"
+    assert not replace(sums, sampled=0.9).heavy_tailed  # little of the data is left
 
 
 @pytest.mark.parametrize("scale", [1e-160, 1e160, math.inf, math.nan])
