@@ -78,7 +78,7 @@ def test_settled_statistics_and_shuffled_batches_leave_the_small_batch_alone() -
         assert shares.small_batch > 0.85 * layer.eval.mismatch
         assert layer.share_intervals is not None
         for name in ("composition", "lag", "propagation"):
-            low, high = getattr(layer.share_intervals, name)
+            low, high = _ends(getattr(layer.share_intervals, name))
             assert low - 0.002 <= 0 <= high + 0.002, (layer.name, name, low, high)
         assert layer.composition is not None
         assert layer.composition.p_value > 0.001
