@@ -135,11 +135,18 @@ def true_figures(case: Case, values: list[int], count: int = TRUTH_BATCHES) -> l
         count: Batches.
     """
     sampling, samples = replace(case.sampling, seed=case.sampling.seed + 77), case.training()
-    train = record(case.model, samples, sampling, count, training=True)
+    train, same = (record(case.model, samples, sampling, count, training=training) for training in (True, False))
     epoch = min(len(samples), sampling.images or len(samples)) // sampling.batch_size
     infer = [_reordered(images, sampling.batch_size) for images in record_images(case.model, samples, sampling, epoch)]
+    train = [_freed_of_chance(*paths) for paths in zip(train, same, infer, strict=True)]
     layers = zip(norms(case.model), train, infer, values, strict=True)
     return [_figures(norm, *paths, number) for norm, *paths, number in layers]
+
+
+def _freed_of_chance(train: BatchStatistics, same: BatchStatistics, exact: BatchStatistics) -> BatchStatistics:
+    """The train path, less the error that the eval path has on the same batches; the first layer is then exact."""
+    mean, variance = (getattr(exact, name).mean(0) - getattr(same, name).mean(0) for name in ("mean", "variance"))
+    return BatchStatistics(train.mean + mean, train.variance + variance)
 
 
 def _reordered(images: ImageStatistics, size: int) -> BatchStatistics:
