@@ -21,7 +21,7 @@ from bnprobe.records import Interval, Layer
 TRUTH_BATCHES = 600
 """Batches behind the truth of the train path: epoch after epoch of the same data set, each in a new order."""
 
-TRUTH_ORDERS = 40
+TRUTH_ORDERS = 100
 """Orders of the data set behind the truth of the eval path, where samples do not depend on each other."""
 
 SCAN_BATCHES = 16
@@ -136,8 +136,10 @@ def true_figures(case: Case, values: list[int], count: int = TRUTH_BATCHES) -> l
     """
     sampling, samples = replace(case.sampling, seed=case.sampling.seed + 77), case.training()
     train, same = (record(case.model, samples, sampling, count, training=training) for training in (True, False))
-    epoch = min(len(samples), sampling.images or len(samples)) // sampling.batch_size
-    infer = [_reordered(images, sampling.batch_size) for images in record_images(case.model, samples, sampling, epoch)]
+    number = min(len(samples), sampling.images or len(samples))
+    part = max(size for size in range(1, 129) if number % size == 0)  # no sample may be left over
+    images = record_images(case.model, samples, replace(sampling, batch_size=part), number // part)
+    infer = [_reordered(one, sampling.batch_size) for one in images]
     train = [_freed_of_chance(*paths) for paths in zip(train, same, infer, strict=True)]
     layers = zip(norms(case.model), train, infer, values, strict=True)
     return [_figures(norm, *paths, number) for norm, *paths, number in layers]
@@ -152,7 +154,8 @@ def _freed_of_chance(train: BatchStatistics, same: BatchStatistics, exact: Batch
 def _reordered(images: ImageStatistics, size: int) -> BatchStatistics:
     """Batches of all samples, in one random order after the other."""
     generator = torch.Generator().manual_seed(0)
-    orders = [torch.randperm(len(images.mean), generator=generator) for _ in range(TRUTH_ORDERS)]
+    number = len(images.mean)
+    orders = [torch.randperm(number, generator=generator)[: number // size * size] for _ in range(TRUTH_ORDERS)]
     found = [images.regrouped(order, size) for order in orders]
     return BatchStatistics(torch.cat([one.mean for one in found]), torch.cat([one.variance for one in found]))
 
