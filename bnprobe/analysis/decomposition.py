@@ -171,7 +171,7 @@ def _together(path: PathEvidence, slots: list[Slot]) -> BatchSums:
 
 def _heavy_tailed(evidence: Evidence, slots: list[Slot]) -> bool:
     """Whether a few samples make up much of the layer's mismatch: figures may be far larger than they look."""
-    sums = evidence.layer(evidence.eval, slots[0][0])
+    sums = evidence.eval.layer(slots[0][0])  # also where all was read: which samples met matters as much
     return sums is not None and sums.heavy_tailed
 
 
