@@ -6,7 +6,7 @@ own measurement is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -127,7 +127,7 @@ def calibrate(network: str, seed: int, repeats: int = REPEATS) -> tuple[list[Che
     return checks, p_values
 
 
-def true_figures(case: Case, values: list[int], count: int = TRUTH_BATCHES) -> list[dict[str, float]]:
+def true_figures(case: Case, values: Sequence[int], count: int = TRUTH_BATCHES) -> list[dict[str, float]]:
     """Mismatch of both paths and its shares, for each layer in network order.
 
     Args:
