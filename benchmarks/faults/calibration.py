@@ -6,18 +6,23 @@ own measurement is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from benchmarks.faults.cases import Case, healthy_case
+from benchmarks.faults.cases import Case, healthy_case, whole
 from benchmarks.faults.measures import BatchStatistics, ImageStatistics, record, record_images, running
+from benchmarks.faults.samples import Samples
 from benchmarks.faults.surgery import norms
 from bnprobe.records import Interval, Layer
 
-TRUTH_BATCHES = 300
-"""Batches behind the truth; those of the eval path are regrouped again and again."""
+TRUTH_BATCHES = 600
+"""Batches behind the truth of the train path: epoch after epoch of the same data set, each in a new order."""
+
+TRUTH_ORDERS = 100
+"""Orders of the data set behind the truth of the eval path, where samples do not depend on each other."""
 
 SCAN_BATCHES = 16
 """Micro-batches of each scan: its intervals are about four times as wide as the truth's own error."""
@@ -30,6 +35,47 @@ ROUNDING = 1e-9
 
 ORDINARY = ("plain", "residual", "dense", "unet3d", "mlp")
 """Networks that call each layer once, so that a layer has one truth."""
+
+
+def heavy_tailed(samples: Samples) -> Samples:
+    """Every sample times a factor of its own, lognormal with a standard deviation of 0.8: its fourth power has heavy
+    tails."""
+    return _scaled(samples, lambda count, generator: (0.8 * torch.randn(count, generator=generator)).exp())
+
+
+def with_outliers(samples: Samples) -> Samples:
+    """One sample in a hundred is 20 times as large."""
+    return _scaled(samples, lambda count, generator: 1 + 19 * (torch.rand(count, generator=generator) < 0.01).float())
+
+
+def _scaled(samples: Samples, factors: Callable[[int, torch.Generator], Tensor]) -> Samples:
+    factor = factors(len(samples), torch.Generator().manual_seed(0))
+    return replace(samples, inputs=samples.inputs * factor.view(-1, *[1] * (samples.inputs.dim() - 1)))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is scanned, and how far.
+
+    Attributes:
+        batches: Micro-batches of a scan; None: until it stops by itself.
+        images: Samples in the data set; None: all.
+        crop: What is done to the samples; the running statistics settle on them before the scan.
+    """
+
+    batches: int | None = SCAN_BATCHES
+    images: int | None = None
+    crop: Callable[[Samples], Samples] = whole
+
+
+SETTINGS = {
+    "": Setting(),
+    ", automatic stop": Setting(None),
+    ", all of 480 samples": Setting(None, images=480),
+    ", lognormal samples": Setting(None, crop=heavy_tailed),
+    ", outliers": Setting(None, crop=with_outliers),
+}
+"""By what is added to the names of the figures."""
 
 
 @dataclass(frozen=True)
@@ -59,32 +105,69 @@ class PValue:
 
 
 def calibrate(network: str, seed: int, repeats: int = REPEATS) -> tuple[list[Check], list[PValue]]:
-    """Scan one healthy network again and again, and compare every interval with the truth."""
-    case = healthy_case(network, seed)
-    truths = true_figures(case) if network in ORDINARY else []
+    """Scan one healthy network again and again, in every setting, and compare every interval with the truth."""
     checks: list[Check] = []
     p_values: list[PValue] = []
-    for repeat in range(repeats):
-        report = case.scanned(SCAN_BATCHES, order=10_000 + repeat)
-        for truth, layer in zip(truths, report.layers, strict=False):
-            checks += [_check(what, network, seed, truth[what], found) for what, found in _intervals(layer)]
-        found = [layer.composition.p_value for layer in report.layers if layer.composition]
-        p_values += [PValue(network, seed, repeat, value) for value in found]
+    for name, setting in SETTINGS.items():
+        case = replace(healthy_case(network, seed), crop=setting.crop).drawn(images=setting.images)
+        if setting != SETTINGS[""]:
+            if network not in ORDINARY:
+                continue
+            case = case.settled()
+        reports = [case.scanned(setting.batches, order=10_000 + repeat) for repeat in range(repeats)]
+        values = [layer.values_per_channel for layer in reports[0].layers]
+        truths = true_figures(case, values) if network in ORDINARY else []
+        for repeat, report in enumerate(reports):
+            for truth, layer in zip(truths, report.layers, strict=False):
+                figures = _intervals(layer)
+                checks += [_check(what + name, network, seed, truth[what], found) for what, found in figures]
+            if not name:
+                found = [layer.composition.p_value for layer in report.layers if layer.composition]
+                p_values += [PValue(network, seed, repeat, value) for value in found]
     return checks, p_values
 
 
-def true_figures(case: Case, count: int = TRUTH_BATCHES) -> list[dict[str, float]]:
-    """Mismatch of both paths and its shares, for each layer in network order; images are drawn independently."""
-    sampling = replace(case.sampling, seed=case.sampling.seed + 77)
-    train = record(case.model, case.training(), sampling, count, training=True)
-    infer = record_images(case.model, case.training(), sampling, count)
-    layers = zip(norms(case.model), train, infer, strict=True)
-    return [_figures(norm, batches, images, sampling.batch_size) for norm, batches, images in layers]
+def true_figures(case: Case, values: Sequence[int], count: int = TRUTH_BATCHES) -> list[dict[str, float]]:
+    """Mismatch of both paths and its shares, for each layer in network order.
+
+    Args:
+        values: Values per channel in a batch, of each layer.
+        count: Batches.
+    """
+    sampling, samples = replace(case.sampling, seed=case.sampling.seed + 77), case.training()
+    train, same = (record(case.model, samples, sampling, count, training=training) for training in (True, False))
+    number = min(len(samples), sampling.images or len(samples))
+    part = max(size for size in range(1, 129) if number % size == 0)  # no sample may be left over
+    images = record_images(case.model, samples, replace(sampling, batch_size=part), number // part)
+    infer = [_reordered(one, sampling.batch_size) for one in images]
+    train = [_freed_of_chance(*paths) for paths in zip(train, same, infer, strict=True)]
+    layers = zip(norms(case.model), train, infer, values, strict=True)
+    return [_figures(norm, *paths, number) for norm, *paths, number in layers]
 
 
-def _figures(norm: nn.Module, train: BatchStatistics, infer: ImageStatistics, size: int) -> dict[str, float]:
-    references = (running(norm), train.population(), infer.population())
-    total, up_to_date, settled = (infer.expected_mismatch(size, *reference, norm.eps) for reference in references)
+def _freed_of_chance(train: BatchStatistics, same: BatchStatistics, exact: BatchStatistics) -> BatchStatistics:
+    """The train path, less the error that the eval path has on the same batches; the first layer is then exact."""
+    mean, variance = (getattr(exact, name).mean(0) - getattr(same, name).mean(0) for name in ("mean", "variance"))
+    return BatchStatistics(train.mean + mean, train.variance + variance)
+
+
+def _reordered(images: ImageStatistics, size: int) -> BatchStatistics:
+    """Batches of all samples, in one random order after the other."""
+    generator = torch.Generator().manual_seed(0)
+    number = len(images.mean)
+    orders = [torch.randperm(number, generator=generator)[: number // size * size] for _ in range(TRUTH_ORDERS)]
+    found = [images.regrouped(order, size) for order in orders]
+    return BatchStatistics(torch.cat([one.mean for one in found]), torch.cat([one.variance for one in found]))
+
+
+def _figures(norm: nn.Module, train: BatchStatistics, infer: BatchStatistics, values: int) -> dict[str, float]:
+    """``values``: per channel in a batch."""
+    ways = [_way(path, norm, values) for path in (train, infer)]
+    distances = [_distance(_settled(path, way, values), norm) for path, way in zip((train, infer), ways, strict=True)]
+    first = distances.index(min(distances))  # the ladder starts at the path that explains the running statistics best
+    nearest, way = (train, infer)[first], ways[first]
+    references = (running(norm), _settled(nearest, way, values), _settled(infer, way, values))
+    total, up_to_date, settled = (infer.mismatch(*reference, norm.eps) for reference in references)
     return {
         "mismatch, train path": train.mismatch(*running(norm), norm.eps),
         "mismatch, eval path": total,
@@ -93,6 +176,28 @@ def _figures(norm: nn.Module, train: BatchStatistics, infer: ImageStatistics, si
         "share: composition": 0.0,
         "share: small_batch": settled,
     }
+
+
+def _settled(batches: BatchStatistics, way: Tensor, values: int) -> tuple[Tensor, Tensor]:
+    """What running statistics converge to, at a batch size between that of the batches (0) and all data (1)."""
+    mean, variance = batches.population()
+    unbiased = batches.variance.mean(0) * values / (values - 1)
+    return mean, unbiased + way * (variance - unbiased)
+
+
+def _way(batches: BatchStatistics, norm: nn.Module, values: int) -> Tensor:
+    """The batch size, from 0 to 1, that explains the running variances best: docs/decisions/0010."""
+    (_, low), (_, high) = (_settled(batches, torch.tensor(end), values) for end in (0.0, 1.0))
+    scale, (_, variance) = high + norm.eps, running(norm)
+    position = ((variance - low) * (high - low) / scale.square()).sum() / ((high - low) / scale).square().sum()
+    return position.nan_to_num(0.0).clamp(0, 1)
+
+
+def _distance(reference: tuple[Tensor, Tensor], norm: nn.Module) -> float:
+    """Mean square distance of the running statistics from ``reference``, in its standard deviations."""
+    (mean, variance), (own_mean, own_variance) = reference, running(norm)
+    scale, own = (variance + norm.eps).sqrt(), (own_variance + norm.eps).sqrt()
+    return float((((own_mean - mean) / scale).square() + (own / scale - 1).square()).mean())
 
 
 def _intervals(layer: Layer) -> Iterator[tuple[str, Interval]]:

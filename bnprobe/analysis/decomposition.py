@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import add
 
@@ -16,11 +17,18 @@ from bnprobe.measure.hooks import Slot
 from bnprobe.records import Composition, Domains, Interval, ShareIntervals, Shares
 from bnprobe.stats import ladder
 from bnprobe.stats.composition import Images, analyse, draw
-from bnprobe.stats.intervals import jackknife
+from bnprobe.stats.intervals import JackknifeEstimate, jackknife
 from bnprobe.stats.ladder import BatchSums, Means
 
 FEWEST_GROUPS = 4
 """The pool of samples must suffice for so many micro-batches, for random regrouping to say something."""
+
+NON_LINEAR = 2.0
+"""This over the batch size is the part of the variance of settled statistics that stays where all of the data was read.
+
+A batch statistic is a sum over its samples, which in the end is the same for every order of the data, and products of
+them, which are not; their variance is that of the sum over the batch size, times 0.1 to 3 in simulations.
+"""
 
 
 FEWEST_BATCHES = 8
@@ -95,16 +103,16 @@ def _shares(
     rungs = [ladder.mismatch(means, reference) for reference in (ladder.running(means), *references)]
     alone = evidence.batch_size == 1  # one sample per batch has no composition
     drawn = None if alone else _drawn(evidence, slots, pool, means, counts)
-    noise = 0.0 if drawn is None else drawn.chance
     mixed = None if drawn is not None else _mixed(evidence, slots)
     if drawn is not None:
         floor = ladder.mismatch_drawn(means, drawn, values, way)
     else:
         floor = rungs[-1] if mixed is None else ladder.mismatch(mixed, ladder.settled(mixed, values, way))
-    lag, dropout, propagation, composition = (
-        jackknife(one - other, counts) for one, other in zip(rungs, [*rungs[1:], floor], strict=True)
+    rungs.append(floor)
+    heavy = _heavy_tailed(evidence, slots)
+    lag, dropout, propagation, composition, small_batch = (
+        replace(estimate, open=heavy) for estimate in _estimates(evidence, rungs, counts, drawn)
     )
-    small_batch = jackknife(floor, counts)
     shift, shift_interval = _data_shift(evidence, slots)
     known = alone or drawn is not None or mixed is not None or evidence.random_order
     shares = Shares(
@@ -116,8 +124,9 @@ def _shares(
         data_shift=shift,
     )
     intervals = ShareIntervals(
-        small_batch=small_batch.interval(noise),
-        composition=None if drawn is None and mixed is None else composition.interval(noise),
+        small_batch=small_batch.interval(),
+        # with heavy tails either end may be wrong
+        composition=None if (drawn is None and mixed is None) or heavy else composition.interval(),
         lag=lag.interval(),
         dropout=None if evidence.steady is None or nearest > 0 else dropout.interval(),
         propagation=None if nearest > 1 else propagation.interval(),
@@ -125,6 +134,35 @@ def _shares(
     )
     finite = all(math.isfinite(value) for value in asdict(shares).values() if value is not None)
     return (shares, intervals) if finite else (None, None)
+
+
+def _estimates(
+    evidence: Evidence, rungs: list[Tensor], counts: Tensor, drawn: ladder.Regrouped | None
+) -> list[JackknifeEstimate]:
+    """Each rung's difference to the next, and the last rung itself: bias-corrected, with variances.
+
+    Where the data set is finite (docs/decisions/0030), the bias and the variance that come from which samples were
+    drawn shrink with the part that was measured. What comes from how samples fell into micro-batches, and from what
+    random layers drew, does not: all of the variance of composition and dropout, a part of that of the others.
+    """
+    sampled = evidence.sampled
+    kept = min(NON_LINEAR / evidence.batch_size, 1.0)
+    lag, dropout, propagation, composition = (
+        jackknife(one - other, counts) for one, other in itertools.pairwise(rungs)
+    )
+    settled = jackknife(rungs[0] - rungs[2], counts).of_finite_data(sampled)
+    bias = settled.bias - dropout.bias
+    lag = replace(lag.of_finite_data(sampled, kept), value=lag.value + lag.bias - bias, bias=bias)
+    lag = lag.with_noise(sampled * dropout.variance)
+    small_batch = jackknife(rungs[-1], counts)
+    composition = composition.of_finite_data(sampled, 1.0)
+    if drawn is None:
+        small_batch = small_batch.of_finite_data(sampled, 1.0)
+    else:
+        composition = composition.with_noise(drawn.chance)
+        small_batch = small_batch.with_noise(0.0, drawn.excess).of_finite_data(sampled, max(kept, 1 - drawn.pooled))
+        small_batch = small_batch.with_noise(drawn.chance)
+    return [lag, dropout, propagation.of_finite_data(sampled, kept), composition, small_batch]
 
 
 def _references(paths: list[Means], values: int) -> tuple[Tensor, list[ladder.Reference], int]:
@@ -150,6 +188,12 @@ def _together(path: PathEvidence, slots: list[Slot]) -> BatchSums:
     return reduce(add, (path.moments(slot) for slot in slots if slot in path))
 
 
+def _heavy_tailed(evidence: Evidence, slots: list[Slot]) -> bool:
+    """Whether a few samples make up much of the layer's mismatch: figures may be far larger than they look."""
+    sums = evidence.eval.layer(slots[0][0])  # also where all was read: which samples met matters as much
+    return sums is not None and sums.heavy_tailed
+
+
 def _drawn(
     evidence: Evidence, slots: list[Slot], pool: Mapping[Slot, Images], means: Means, counts: Tensor
 ) -> ladder.Regrouped | None:
@@ -161,7 +205,7 @@ def _drawn(
     if images.mean.shape[0] < FEWEST_GROUPS * evidence.batch_size:
         return None
     squares = sum((evidence.eval.sample_squares(slot) for slot in slots), start=torch.zeros(()))
-    return draw(means, counts, squares, images, evidence.batch_size, seed=0)
+    return draw(means, counts, squares, images, evidence.batch_size, 0, evidence.population or math.inf)
 
 
 def _mixed(evidence: Evidence, slots: list[Slot]) -> Means | None:
@@ -179,7 +223,8 @@ def _data_shift(evidence: Evidence, slots: list[Slot]) -> tuple[float | None, In
     if evidence.eval.batches < FEWEST_BATCHES:
         training = evidence.eval.by_sample(slots) or training
     estimate = ladder.shift(_together(evidence.held_out.eval, slots), training)
-    return max(estimate.value, 0.0), estimate.interval()
+    heavy = _heavy_tailed(evidence, slots) or _heavy_tailed(evidence.held_out, slots)
+    return max(estimate.value, 0.0), replace(estimate, open=heavy).interval()
 
 
 def _compositions(evidence: Evidence, calls: dict[int, list[Slot]]) -> dict[int, Composition]:
@@ -215,4 +260,5 @@ def _domains(evidence: Evidence, slots: list[Slot]) -> Domains | None:
     together = _together(path, slots).means()
     distances = [ladder.shift_between(part.means(), together) for part in sums]
     estimate = jackknife(torch.stack(distances).mean(0), sums[0].counts)
+    estimate = replace(estimate, open=_heavy_tailed(evidence, slots))
     return Domains(max(estimate.value, 0.0), estimate.interval())

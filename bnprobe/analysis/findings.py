@@ -10,7 +10,7 @@ from typing import Literal
 from bnprobe.analysis.decomposition import Attribution, attribute, model_shares
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import NonFiniteError, NothingToProbeError
-from bnprobe.measure.accumulators import Sums, Values
+from bnprobe.measure.accumulators import Values
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.hooks import Slot
 from bnprobe.measure.layers import ProbedLayer
@@ -30,7 +30,7 @@ from bnprobe.records import (
 )
 from bnprobe.rules.shares import noise_limit, screened
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
-from bnprobe.stats.intervals import mean_interval, standing
+from bnprobe.stats.intervals import Sums, mean_interval, standing
 from bnprobe.stats.scores import independent_difference, paired_difference
 from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size
 
@@ -117,8 +117,7 @@ def _gaps(evidence: Evidence, goal: Literal["max", "min"]) -> Iterator[Gap]:
 
 def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found: Attribution) -> Layer:
     slots = [slot for slot in evidence.values if slot[0] == layer.index]
-    single = evidence.values[slots[0]] == 1
-    train, eval_ = (_path(path, layer.index, slots, single) for path in (evidence.train, evidence.eval))
+    train, eval_ = (_path(evidence, path, layer.index, slots) for path in (evidence.train, evidence.eval))
     threshold = settings.threshold_of(layer.name, *layer.aliases)
     only_in = _only_in(evidence, layer)
     noise = found.intervals.small_batch if found.intervals is not None else None
@@ -157,16 +156,16 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
     )
 
 
-def _path(path: PathEvidence, index: int, slots: list[Slot], single: bool) -> PathMeasurement | None:
-    sums = path.layer(index)
+def _path(evidence: Evidence, path: PathEvidence, index: int, slots: list[Slot]) -> PathMeasurement | None:
+    sums = evidence.layer(path, index)
     if sums is None or any(path.first_bad(slot) is not None for slot in slots):
         return None
-    return _measurement(sums, path, slots, single)
+    return _measurement(sums, path, slots, evidence.values[slots[0]] == 1)
 
 
 def _measurement(sums: Sums, path: PathEvidence, slots: list[Slot], single: bool) -> PathMeasurement:
     """``single``: one value per channel, which is always normalized to 0; n_eq is then 1."""
-    interval = mean_interval(sums.count, sums.total, sums.square)
+    interval = mean_interval(sums)
     size = 1.0 if single else equivalent_batch_size(sums.mean)
     return PathMeasurement(
         mismatch=sums.mean,
@@ -221,7 +220,7 @@ def _points(evidence: Evidence, first: Slot) -> Iterable[BatchSizePoint]:
     for size, path in evidence.batch_sizes.items():
         sums = path.layer(first[0])
         if sums and math.isfinite(sums.total):
-            interval = mean_interval(sums.count, sums.total, sums.square)
+            interval = mean_interval(sums)
             single = evidence.values[first] * size == evidence.batch_size
             n_eq = 1.0 if single else equivalent_batch_size(sums.mean)
             yield BatchSizePoint(size, sums.count, sums.mean, interval, n_eq)
@@ -263,6 +262,11 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
     note = layer.family.note(layer.info)
     if note is not None:
         return note
+    if (sums := evidence.layer(evidence.eval, layer.index)) is not None and sums.heavy_tailed:
+        return (
+            "heavy tails: a few samples make up much of its mismatch, so how large that is at most cannot be told from"
+            f" {sums.count} micro-batches; it is not called fine"
+        )
     if evidence.values[slots[0]] == 1:
         return "one value per channel in a micro-batch: training raises an error at this batch size"
     return None

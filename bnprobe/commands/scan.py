@@ -40,6 +40,7 @@ from bnprobe.measure.causes import (
     random_layers_before,
 )
 from bnprobe.measure.evidence import Evidence
+from bnprobe.measure.finite_data import data_set_size
 from bnprobe.measure.gradients import measure_gradients
 from bnprobe.measure.impact import SAMPLES, joint_impact, measure_impact
 from bnprobe.measure.layers import LayerSet, anatomy, unmatched_globs
@@ -226,7 +227,10 @@ def _probe(
         keep = wanted_batches(settings, size, can_try_remedies(workload, settings))
         held_out_reader = Reader(held_out.batches, size, keep, share, dealt, most, any_size=True)
     with session.installed():
-        return probe(session, reader, settings, progress, held_out_reader, world)
+        evidence = probe(session, reader, settings, progress, held_out_reader, world)
+    if evidence is not None:
+        evidence.population = data_set_size(source, evidence.batches * source.batch_size)
+    return evidence
 
 
 def can_try_remedies(workload: Workload, settings: ScanSettings) -> bool:

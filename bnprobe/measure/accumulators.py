@@ -27,7 +27,7 @@ from bnprobe.measure.layers import ProbedLayer
 from bnprobe.registry import Registry
 from bnprobe.stats.composition import Images
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
-from bnprobe.stats.intervals import REPLICATES
+from bnprobe.stats.intervals import REPLICATES, Sums
 from bnprobe.stats.ladder import SUMS, BatchSums, summands
 from bnprobe.stats.moments import Corrections, bessel
 from bnprobe.stats.theory import D_MAX, R_MAX
@@ -170,6 +170,16 @@ class Columns:
             factor=torch.tensor(factor, dtype=torch.float64).repeat_interleave(sizes).to(device),
         )
 
+    def per_call(self, values: Tensor) -> Tensor:
+        """Mean over the channels of each call, shape (rows, calls)."""
+        total = values.new_zeros(values.shape[0], len(self.slots)).index_add_(1, self.call_of_column, values)
+        return total / self.channels
+
+    def per_layer(self, per_call: Tensor) -> Tensor:
+        """Mean over the calls of each layer, shape (rows, layers)."""
+        total = per_call.new_zeros(per_call.shape[0], self.layer.numel())
+        return total.index_add_(1, self.layer_of_call, per_call) / self.calls_of_layer
+
 
 @dataclass(frozen=True)
 class Step:
@@ -191,15 +201,8 @@ class Step:
 
     def per_call(self, values: Tensor) -> Tensor:
         """Mean over the channels of each call and the groups of each micro-batch, shape (micro-batches, calls)."""
-        calls = len(self.columns.slots)
-        total = values.new_zeros(values.shape[0], calls).index_add_(1, self.columns.call_of_column, values)
-        mean = total / self.columns.channels
+        mean = self.columns.per_call(values)
         return mean if self.groups == 1 else mean.unflatten(0, (-1, self.groups)).mean(1)
-
-    def per_layer(self, per_call: Tensor) -> Tensor:
-        """Mean over the calls of each layer, shape (micro-batches, layers)."""
-        total = per_call.new_zeros(per_call.shape[0], self.columns.layer.numel())
-        return total.index_add_(1, self.columns.layer_of_call, per_call) / self.columns.calls_of_layer
 
     @property
     def replicate_of_row(self) -> Tensor:
@@ -380,22 +383,6 @@ class Statistic:
         return found
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Micro-batches, and sum and sum of squares of their D (mean over channels)."""
-
-    count: int
-    total: float
-    square: float
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count
-
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(self.count + other.count, self.total + other.total, self.square + other.square)
-
-
 class Mismatch(Statistic):
     """D of each call: mean over channels, and over the groups of a micro-batch.
 
@@ -409,15 +396,14 @@ class Mismatch(Statistic):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
-        for state in ("count", "total", "square"):
+        for state in _POWERS:
             self.declare(state, "sum")
         self.declare("first_bad", "min", dtype=torch.int64, empty=self.never)
 
     def update(self, step: Step) -> None:
         per_call, call = step.per_call(step.values.mismatch), step.columns.call
-        self.accumulate("count", call, torch.full_like(per_call[0], per_call.shape[0]))
-        self.accumulate("total", call, per_call.sum(0))
-        self.accumulate("square", call, per_call.square().sum(0))
+        for state, values in zip(_POWERS, _powers(per_call), strict=True):
+            self.accumulate(state, call, values)
         good = torch.isfinite(per_call).all(0)
         self.accumulate("first_bad", call, torch.full_like(call, step.number).masked_fill(good, self.never))
 
@@ -428,7 +414,11 @@ class Mismatch(Statistic):
 
 
 class LayerMismatch(Statistic):
-    """D of each layer: the calls of a micro-batch are averaged before they are squared."""
+    """D of each layer: the calls of a micro-batch are averaged before they are squared.
+
+    Where samples are known one by one, so is what each adds to D by itself, to second order: for b samples,
+    (d^2 + rho w^2 / 4) / b^2 with the sample's mean d and the deviation w of its mean square.
+    """
 
     name = "layer mismatch"
     scopes = Mismatch.scopes
@@ -436,17 +426,25 @@ class LayerMismatch(Statistic):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
-        for state in ("count", "total", "square"):
+        for state in (*_POWERS, *_PARTS):
             self.declare(state, "sum", per="layer")
 
     def update(self, step: Step) -> None:
-        per_layer, layer = step.per_layer(step.per_call(step.values.mismatch)), step.columns.layer
-        self.accumulate("count", layer, torch.full_like(per_layer[0], per_layer.shape[0]))
-        self.accumulate("total", layer, per_layer.sum(0))
-        self.accumulate("square", layer, per_layer.square().sum(0))
+        per_layer = step.columns.per_layer(step.per_call(step.values.mismatch))
+        for state, values in zip(_POWERS, _powers(per_layer), strict=True):
+            self.accumulate(state, step.columns.layer, values)
+
+    def update_samples(self, step: SampleStep) -> None:
+        columns, squares = step.columns, step.mean.square()
+        rho = columns.variance / (columns.variance + columns.eps)
+        parts = squares + rho / 4 * (step.variance + squares - rho).square()
+        per_layer = columns.per_layer(columns.per_call(parts)) / step.batch_size**2
+        for state, values in zip(_PARTS, _powers(per_layer), strict=True):
+            self.accumulate(state, columns.layer, values)
 
     def compute(self, states: Mapping[str, Tensor]) -> Sums:
-        return _sums(states)
+        parts = _sums(states, _PARTS)
+        return replace(_sums(states), parts=parts if parts.count else None)
 
 
 @dataclass(frozen=True)
@@ -676,8 +674,19 @@ STATISTICS: Registry[type[Statistic]] = Registry(
 """Every statistic that a scan gathers."""
 
 
-def _sums(states: Mapping[str, Tensor]) -> Sums:
-    return Sums(int(states["count"]), float(states["total"]), float(states["square"]))
+_POWERS = ("count", "total", "square", "cube")
+_PARTS = ("samples", "sample total", "sample square", "sample cube")
+
+
+def _powers(rows: Tensor) -> tuple[Tensor, ...]:
+    """Sums over rows of the powers 0 to 3."""
+    squares = rows.square()
+    return torch.full_like(rows[0], rows.shape[0]), rows.sum(0), squares.sum(0), (squares * rows).sum(0)
+
+
+def _sums(states: Mapping[str, Tensor], names: Sequence[str] = _POWERS) -> Sums:
+    count, total, square, cube = (float(states[name]) for name in names)
+    return Sums(int(count), total, square, cube)
 
 
 def _side_by_side(buffers: Sequence[Tensor | None], device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -33,7 +34,6 @@ from bnprobe.measure.accumulators import (
     Scope,
     Statistic,
     Step,
-    Sums,
     Values,
 )
 from bnprobe.measure.hooks import Pass, Recorded, Slot
@@ -44,7 +44,7 @@ from bnprobe.measure.scores import Found, ScoreTable
 from bnprobe.measure.session import PathName
 from bnprobe.records import Output, StopReason
 from bnprobe.stats.composition import Images
-from bnprobe.stats.intervals import REPLICATES
+from bnprobe.stats.intervals import REPLICATES, Sums
 from bnprobe.stats.ladder import BatchSums
 from bnprobe.stats.moments import corrections, pool_moments
 
@@ -282,6 +282,8 @@ class Evidence:
         scoring_seconds: What loss and metric of further micro-batches took.
         seconds: What all took.
         left_out: Samples of a partial last batch.
+        population: Samples of the whole data set, where it always gives the same ones and each was read at most once;
+            None: endless or unknown.
         kept: Micro-batches by position, on the host, for what is measured afterwards.
         sizes: Samples of the micro-batches by position, where they are not all of ``batch_size``.
         held_out: The same on held-out data; None without.
@@ -310,6 +312,7 @@ class Evidence:
     scoring_seconds: float = 0.0
     seconds: float = 0.0
     left_out: int = 0
+    population: int | None = None
     kept: dict[int, Any] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     held_out: Evidence | None = None
@@ -317,6 +320,23 @@ class Evidence:
     random_order: bool = False
     stopped: StopReason = "requested"
     failure: BnprobeError | None = None
+
+    @property
+    def sampled(self) -> float:
+        """The part of a finite data set that was measured; 0 for endless data."""
+        return 0.0 if self.population is None else min(self.samples / self.population, 1.0)
+
+    def layer(self, path: PathEvidence, index: int) -> Sums | None:
+        """D of a layer on a path; None if it was not measured.
+
+        On the train path a layer that no other normalization precedes has the same D: so the samples are known as well.
+        """
+        sums, inference = path.layer(index), self.eval.layer(index)
+        if sums is None:
+            return None
+        same = inference is not None and math.isclose(sums.total, inference.total, rel_tol=1e-5)
+        parts = inference.parts if inference is not None and same else sums.parts
+        return replace(sums, parts=parts, sampled=self.sampled)
 
     def add(
         self, passes: Mapping[PathName, Pass], contributions: Contributions, scores: Found, micro_batches: int

@@ -13,7 +13,6 @@ from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import ALONE, Share, World
 from bnprobe.errors import BnprobeError, DataError, DeviceError, ProcessError, UsageError, UserCodeError
 from bnprobe.loading.samples import count_samples
-from bnprobe.measure.accumulators import Sums
 from bnprobe.measure.batch import CannotEmulateError, join, to_device
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.hooks import Pass
@@ -26,7 +25,7 @@ from bnprobe.measure.restore import deferred_interrupts, preserved_random_state,
 from bnprobe.measure.scores import MEASURES, Found, score_outputs
 from bnprobe.measure.session import PathName, Progress, Session
 from bnprobe.records import StopReason
-from bnprobe.stats.intervals import mean_interval, standing
+from bnprobe.stats.intervals import Sums, mean_interval, standing
 from bnprobe.stats.theory import mismatch_iid
 
 FIRST_LOOK = 16
@@ -280,8 +279,8 @@ def _decided(measurement: Measurement, seen: Look, settings: ScanSettings) -> St
     for layer in measurement.session.layers.selected:
         limit = mismatch_iid(settings.threshold_of(layer.name, *layer.aliases))
         found = [path[layer.index] for path in seen.paths if layer.index in path]
-        intervals = [mean_interval(sums.count, sums.total, sums.square, STOPPING_CONFIDENCE) for sums in found]
-        if standing(intervals, limit) == "undecided":
+        intervals = [mean_interval(sums, STOPPING_CONFIDENCE) for sums in found]
+        if standing(intervals, limit) == "undecided" or any(sums.heavy_tailed for sums in found):
             return None
     return "decided"
 

@@ -74,7 +74,8 @@ class PathMeasurement(Record):
     Attributes:
         mismatch: D, the mean squared difference between a value normalized by its batch and by the running
             statistics (no unit; docs/explanation/equations.md).
-        interval: 95% interval of ``mismatch``, over micro-batches.
+        interval: 95% interval of ``mismatch``, over micro-batches; the upper end is None where it cannot be told: after
+            one micro-batch, and where tails are heavy (see ``Layer.note``).
         equivalent_batch_size: n_eq, in values per channel; None if D is 0 (no mismatch at all).
         equivalent_batch_size_interval: 95% interval of n_eq.
         r, d: The Batch Renorm correction factors.
@@ -176,7 +177,10 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class ShareIntervals(Record):
-    """95% intervals of ``Shares``; None where the share is None, is known exactly, or has no interval."""
+    """95% intervals of ``Shares``; None where the share is None, is known exactly, or has no interval.
+
+    Where tails are heavy (see ``Layer.note``) they have no upper end, and composition has no interval.
+    """
 
     small_batch: Interval | None
     composition: Interval | None

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bnprobe.records import Backward
-from bnprobe.stats.intervals import mean_interval
+from bnprobe.stats.intervals import log_interval
 
 
 def backward_noise(
@@ -45,7 +45,7 @@ def backward_noise(
         left_out = _delete_one(deviations.sum(0), spread, squares)
         # Pseudo-values centred on the noise: their mean is the noise, their standard error that of the jackknife.
         pseudo = noise - (count - 1) * (left_out - left_out.mean())
-        interval = mean_interval(count, float(pseudo.sum()), float(pseudo.square().sum()))
+        interval = log_interval(count, float(pseudo.sum()), float(pseudo.square().sum()))
     return Backward(noise, interval, 2.0 / noise if noise > 0.0 else None)
 
 

@@ -92,6 +92,7 @@ def draw(
     pool: Images,
     size: int,
     seed: int,
+    population: float = math.inf,
 ) -> Regrouped:
     """What micro-batches of ``size`` samples drawn at random would give.
 
@@ -104,6 +105,7 @@ def draw(
         pool: At least ``size`` samples.
         size: Samples per micro-batch.
         seed: Seed of the random orders.
+        population: Samples of the whole data set, where it is finite and none is drawn twice.
     """
     images = (leave_one_out(counts) * size)[:, None].clamp(min=2)
     squares = leave_one_out(image_squares) / images
@@ -118,16 +120,18 @@ def draw(
     root = torch.stack([(found / (found + means.eps).sqrt()).mean(0) for found in drawn]).mean(0)
     rho = torch.stack([(found / (found + means.eps)).mean(0) for found in drawn]).mean(0)
     ratio = torch.where(pooled > 0, root / pooled.sqrt(), 0.0)
-    # 1 - ratio is the spread of v_B about its mean; measured about the mean of the pool, it lacks size / images of it.
-    ratio = 1 - (1 - ratio) / (1 - size / orders[0].numel())
+    # 1 - ratio is the spread of v_B. Batches drawn from n samples without repetition lack size / n of it: here n is
+    # that of the pool, and should be that of the data.
+    ratio = 1 - (1 - ratio) * (1 - size / population) / (1 - size / orders[0].numel())
     rho_r = ratio * variance.sqrt()
     std = (variance[0] + means.eps).sqrt()
     slope = torch.where(pooled > 0, -2 * (variance[0] / pooled).sqrt() / std, 0.0)
     half = torch.where(pooled > 0, root / (2 * pooled), 0.0)
     effects = [_effect(found, means.eps, slope, half) for found in drawn]
     replicate = pool.replicate[: orders[0].numel()]
-    change, chance = _without_replicates(effects, orders, replicate, counts.numel())
-    return Regrouped(variance, rho_r, rho, change, chance)
+    change, chance, excess = _without_replicates(effects, orders, replicate, counts.numel())
+    part = min(orders[0].numel() / (float(counts.sum()) * size), 1.0)
+    return Regrouped(variance, rho_r, rho, change, chance, excess, part)
 
 
 def regrouped_batches(images: int, size: int) -> int:
@@ -156,12 +160,16 @@ def _effect(found: Tensor, eps: Tensor, slope: Tensor, half: Tensor) -> Float[Te
 
 def _without_replicates(
     effects: list[Tensor], orders: list[Tensor], replicate: Tensor, replicates: int
-) -> tuple[Float[Tensor, " estimates"], float]:
-    """Change of the layer's D when the pool's samples of each replicate are left out, and the variance between orders.
+) -> tuple[Float[Tensor, " estimates"], float, float]:
+    """Change of the layer's D when the pool's samples of each replicate are left out, and the noise of the orders.
 
     Averaged over random orders, D is a U-statistic of the samples, to which each sample contributes ``size / images``
-    times its own part (Hoeffding 1948). The parts are averages over a few orders only. They vary a little more than
-    they would over all orders, so the intervals are slightly too wide.
+    times its own part (Hoeffding 1948). The parts are averages over a few orders only, so they vary more than they
+    would over all orders. By how much is known from how a sample's part varies between orders; half of that is called
+    excess, since single parts do not show that pairs of samples matter too (docs/decisions/0030).
+
+    Returns:
+        The change; the variance of D due to the orders; and what they add to the jackknife's variance of the changes.
     """
     images, size = orders[0].numel(), orders[0].shape[1]
     parts = torch.zeros(len(orders), images, dtype=torch.float64)
@@ -169,9 +177,12 @@ def _without_replicates(
         parts[row, order.flatten()] = effect.repeat_interleave(size)
     change = torch.zeros(1 + replicates, dtype=torch.float64)
     if len(orders) < 2:
-        return change, 0.0
+        return change, 0.0, 0.0
     own = parts.mean(0) - parts.mean()
     sums = torch.zeros(replicates, dtype=torch.float64).index_add_(0, replicate, own)
     held = torch.bincount(replicate, minlength=replicates)
     change[1:] = -size * sums / (images - held).clamp(min=1)
-    return change, float(torch.cat(effects).var() / (len(orders) * orders[0].shape[0]))
+    groups = int((held > 0).sum())
+    noise = float(parts.var(0).mean()) / len(orders)  # of one sample's part
+    excess = 0.5 * size**2 * noise / images * groups / max(groups - 1, 1)
+    return change, float(torch.cat(effects).var() / (len(orders) * orders[0].shape[0])), excess

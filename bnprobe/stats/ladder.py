@@ -172,6 +172,8 @@ class Regrouped:
         rho: E[rho].
         change: Change of the layer's mean D when each replicate's samples are left out of the pool; 0 in the first row.
         chance: Variance of the layer's mean D due to the random orders.
+        excess: What the random orders add to the jackknife's variance through ``change``, on average.
+        pooled: The part of the measured samples that was regrouped.
     """
 
     variance: Float[Tensor, "estimates channels"]
@@ -179,6 +181,8 @@ class Regrouped:
     rho: Float[Tensor, " channels"]
     change: Float[Tensor, " estimates"]
     chance: float
+    excess: float
+    pooled: float
 
 
 def blend(means: Means, values: int) -> Float[Tensor, "estimates 1"]:

@@ -38,6 +38,15 @@ def assert_layer_matches(layer: Layer, train: list[CallFigures], eval_: list[Cal
         assert_path_matches(call.eval, [eval_[call.index]], rel)
 
 
+def skewed_end(values: np.ndarray) -> float:
+    """Upper end of a 95% interval of the mean by Hall's transformation (1992), which is a third of a cube."""
+    skewness, half = stats.skew(values) / np.sqrt(len(values)), stats.t.ppf(0.975, len(values) - 1)
+    if not skewness > 1e-3:
+        return -np.inf
+    root = np.cbrt(1 - skewness * (half + skewness / 6))
+    return values.mean() + 3 * (1 - root) / skewness * stats.sem(values)
+
+
 def assert_path_matches(measured: PathMeasurement | None, calls: list[CallFigures], rel: float) -> None:
     assert measured is not None
     # Calls of one micro-batch are averaged first: they are not independent.
@@ -51,7 +60,11 @@ def assert_path_matches(measured: PathMeasurement | None, calls: list[CallFigure
         ends = (
             np.exp(stats.t.interval(0.95, len(per_batch) - 1, np.log(mean), relative_error)) if relative_error else mean
         )
-        assert measured.interval == pytest.approx(tuple(np.broadcast_to(ends, 2)), rel=2 * rel, abs=rel * mean)
+        low, high = np.broadcast_to(ends, 2)
+        high = max(high, skewed_end(per_batch))
+        assert measured.interval[0] == pytest.approx(low, rel=2 * rel, abs=rel * mean)
+        if measured.interval[1] is not None:  # None: tails too heavy, by what single samples add
+            assert measured.interval[1] == pytest.approx(high, rel=10 * rel, abs=rel * mean)
     assert_distribution_matches(measured.r, np.concatenate([np.array(call.r).ravel() for call in calls]), rel, "r")
     assert_distribution_matches(measured.d, np.concatenate([np.array(call.d).ravel() for call in calls]), rel, "d")
 

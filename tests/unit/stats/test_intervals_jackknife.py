@@ -67,8 +67,37 @@ def test_one_replicate_says_nothing_about_the_spread() -> None:
     assert (found.value, found.degrees, found.interval()) == (2.0, 0, None)
 
 
-def test_extra_variance_widens_the_interval() -> None:
+def test_an_independent_error_widens_the_interval_and_an_excess_narrows_it() -> None:
     values = torch.randn(16, dtype=torch.float64)
     found = jackknife(leave_one_out(values) / leave_one_out(torch.ones(16, dtype=torch.float64)), torch.ones(16))
-    (low, high), (wide_low, wide_high) = found.interval(), found.interval(found.variance)
+    (low, high), (wide_low, wide_high) = found.interval(), found.with_noise(found.variance).interval()
     assert wide_high - wide_low == pytest.approx(math.sqrt(2) * (high - low))
+    assert found.with_noise(0.0, found.variance / 2).variance == pytest.approx(found.variance / 2)
+    assert found.with_noise(0.0, 2 * found.variance).variance == pytest.approx(0.1 * found.variance)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.7, 1.0])
+def test_a_finite_data_set_of_which_a_part_was_read(part: float) -> None:
+    """The square of a mean of values drawn without replacement from 400, against the set's own mean."""
+    generator = torch.Generator().manual_seed(4)
+    data = torch.randn(400, generator=generator, dtype=torch.float64) + 1
+    truth, number = float(data.mean() ** 2), int(part * 400) or 64
+    errors, stated, hits = [], [], 0
+    for _ in range(400):
+        drawn = torch.randperm(400, generator=generator) if part else torch.randint(400, (400,), generator=generator)
+        values = data[drawn[:number]]
+        found = jackknife(*squared_mean(values, torch.arange(number) % 16)).of_finite_data(part)
+        low, high = found.interval()
+        hits += low - 1e-9 <= truth <= high + 1e-9
+        errors.append(found.value - truth)
+        stated.append(found.variance)
+    assert abs(np.mean(errors)) < 0.1 * np.sqrt(np.mean(stated)) + 1e-9
+    assert np.std(errors) == pytest.approx(np.sqrt(np.mean(stated)), rel=0.15, abs=1e-6)
+    assert hits / 400 >= 0.92
+
+
+def test_what_does_not_depend_on_the_samples_drawn_is_kept() -> None:
+    values = torch.randn(16, dtype=torch.float64)
+    found = jackknife(leave_one_out(values) / leave_one_out(torch.ones(16, dtype=torch.float64)), torch.ones(16))
+    assert found.of_finite_data(1.0, kept=0.25).variance == pytest.approx(found.variance / 4)
+    assert found.of_finite_data(0.5, kept=1.0).variance == pytest.approx(found.variance)
