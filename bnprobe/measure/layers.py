@@ -327,13 +327,43 @@ def has_random_layers(model: nn.Module) -> bool:
 
 
 def _random_layers_before(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """For each module, the names of the random layers that are defined before it and active."""
+    """For each module, the names of the active random layers that feed it, where torch.fx can follow its forward.
+
+    Otherwise of those that are defined before it.
+    """
     found: dict[int, tuple[str, ...]] = {}
     names: tuple[str, ...] = ()
     for name, module in model.named_modules():
         found[id(module)] = names
         if module.training and probability_of_dropping(module) > 0:
             names = (*names, name or ROOT)
+    # Symbolic execution runs the user's forward on placeholders; where nothing is random it is spared that.
+    return (_followed(model) if names else None) or found
+
+
+def _followed(model: nn.Module) -> dict[int, tuple[str, ...]] | None:
+    """The random layers that feed each module in the traced graph; None where forward cannot be traced."""
+    from torch import fx
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            known = family_of(module) is not None or probability_of_dropping(module) > 0
+            return known or super().is_leaf_module(module, name)
+
+    try:
+        graph = Tracer().trace(model)
+    except Exception:  # whatever the user's forward does that a placeholder cannot
+        return None
+    feeding: dict[fx.Node, tuple[str, ...]] = {}
+    found: dict[int, tuple[str, ...]] = {}
+    for node in graph.nodes:
+        before = tuple(dict.fromkeys(name for source in node.all_input_nodes for name in feeding[source]))
+        feeding[node] = before
+        if node.op == "call_module":
+            module = model.get_submodule(str(node.target))
+            found[id(module)] = tuple(dict.fromkeys((*found.get(id(module), ()), *before)))
+            if module.training and probability_of_dropping(module) > 0:
+                feeding[node] = (*before, str(node.target))
     return found
 
 
