@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from bnprobe.config.spec import ScanSettings, matches_any
 from bnprobe.errors import NonFiniteError, NothingToProbeError, is_library_file
@@ -258,7 +259,7 @@ def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> 
 def _has_moved(module: nn.Module) -> bool | None:
     """Whether weight or bias differ from 1 and 0; None without them."""
     affine = [(getattr(module, name, None), start) for name, start in (("weight", 1.0), ("bias", 0.0))]
-    known = [(value.detach(), start) for value, start in affine if isinstance(value, Tensor)]
+    known = [(value.detach(), start) for value, start in affine if isinstance(value, Tensor) and not is_lazy(value)]
     return any(bool((value != start).any()) for value, start in known) if known else None
 
 
@@ -277,7 +278,7 @@ def _weights_before(model: nn.Module) -> dict[int, Tensor]:
         if last is not None:
             found[id(module)] = last
         weight = module._parameters.get("weight", None)
-        if isinstance(weight, Tensor) and weight.dim() > 1:
+        if isinstance(weight, Tensor) and not is_lazy(weight) and weight.dim() > 1:
             last = weight.detach()
     return found
 
