@@ -95,6 +95,8 @@ def is_shifted(layer: Layer, facts: Facts) -> bool:
     if share is None:
         return False
     beyond, gap = _is_beyond(layer, facts), _gap(facts)
+    if not gap.is_worse and effect.inconsistency(facts.gaps, facts.chance).is_worse:
+        return False  # what is wrong at inference is wrong on training data already
     if _is_won_back(facts):
         suspected = share >= MOST * _largest(facts) and share > SUSPICIOUS * mismatch_limit(layer)
         return beyond or (suspected and not _any_beyond(facts))
