@@ -100,7 +100,9 @@ def is_shifted(layer: Layer, facts: Facts) -> bool:
     if _is_won_back(facts):
         suspected = share >= MOST * _largest(facts) and share > SUSPICIOUS * mismatch_limit(layer)
         return beyond or (suspected and not _any_beyond(facts))
-    if gap.is_no_worse or (_gain(facts).is_worse and not _is_much(gap)):
+    if all(change.harm <= change.floor for change in gap.changes) and gap.changes:
+        return False  # measured, and no worse
+    if _gain(facts).is_worse and not _is_much(gap):
         return False
     return beyond
 
