@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from bnprobe.config.spec import ScanSettings, matches_any
 from bnprobe.errors import NothingToProbeError, is_library_file
@@ -263,7 +264,7 @@ def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> 
 def _has_moved(module: nn.Module) -> bool | None:
     """Whether weight or bias differ from 1 and 0; None without them."""
     affine = [(getattr(module, name, None), start) for name, start in (("weight", 1.0), ("bias", 0.0))]
-    known = [(value.detach(), start) for value, start in affine if isinstance(value, Tensor)]
+    known = [(value.detach(), start) for value, start in affine if isinstance(value, Tensor) and not is_lazy(value)]
     return any(bool((value != start).any()) for value, start in known) if known else None
 
 
@@ -282,7 +283,7 @@ def _weights_before(model: nn.Module) -> dict[int, Tensor]:
         if last is not None:
             found[id(module)] = last
         weight = module._parameters.get("weight", None)
-        if isinstance(weight, Tensor) and weight.dim() > 1:
+        if isinstance(weight, Tensor) and not is_lazy(weight) and weight.dim() > 1:
             last = weight.detach()
     return found
 
@@ -332,13 +333,43 @@ def has_random_layers(model: nn.Module) -> bool:
 
 
 def _random_layers_before(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """For each module, the names of the random layers that are defined before it and active."""
+    """For each module, the names of the active random layers that feed it, where torch.fx can follow its forward.
+
+    Otherwise of those that are defined before it.
+    """
     found: dict[int, tuple[str, ...]] = {}
     names: tuple[str, ...] = ()
     for name, module in model.named_modules():
         found[id(module)] = names
         if module.training and probability_of_dropping(module) > 0:
             names = (*names, name or ROOT)
+    # Symbolic execution runs the user's forward on placeholders; where nothing is random it is spared that.
+    return (_followed(model) if names else None) or found
+
+
+def _followed(model: nn.Module) -> dict[int, tuple[str, ...]] | None:
+    """The random layers that feed each module in the traced graph; None where forward cannot be traced."""
+    from torch import fx
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            known = family_of(module) is not None or probability_of_dropping(module) > 0
+            return known or super().is_leaf_module(module, name)
+
+    try:
+        graph = Tracer().trace(model)
+    except Exception:  # whatever the user's forward does that a placeholder cannot
+        return None
+    feeding: dict[fx.Node, tuple[str, ...]] = {}
+    found: dict[int, tuple[str, ...]] = {}
+    for node in graph.nodes:
+        before = tuple(dict.fromkeys(name for source in node.all_input_nodes for name in feeding[source]))
+        feeding[node] = before
+        if node.op == "call_module":
+            module = model.get_submodule(str(node.target))
+            found[id(module)] = tuple(dict.fromkeys((*found.get(id(module), ()), *before)))
+            if module.training and probability_of_dropping(module) > 0:
+                feeding[node] = (*before, str(node.target))
     return found
 
 

@@ -10,10 +10,11 @@ from typing import Literal
 from rich.text import Text
 
 from bnprobe.numbers import percent
-from bnprobe.records import Distribution, Layer, PathMeasurement
+from bnprobe.records import DEFAULT_THRESHOLD, Distribution, Layer, PathMeasurement
 from bnprobe.report import charts, figures
 from bnprobe.report.page import CENTRE, FINE, FLAGGED, STYLES, UNDECIDED, UNMEASURED, Page
 from bnprobe.report.table import Column, Mark, Names, TableLayout, table
+from bnprobe.rules.shares import NOISE_THRESHOLD
 
 MEANINGS = {
     FLAGGED: "flagged",
@@ -131,9 +132,10 @@ def layer_table(layers: Sequence[Layer], network: Sequence[Layer], page: Page) -
 def legend(layers: Sequence[Layer], page: Page) -> list[Text]:
     """How to read the table."""
     limits = {layer.threshold for layer in layers}
+    noise = f", by noise alone below {figures.plain(NOISE_THRESHOLD)}" if DEFAULT_THRESHOLD in limits else ""
     limit = figures.plain(limits.pop()) if len(limits) == 1 else "its limit"
     entries = (
-        ("n_eq", f"behaves as if the batch were n_eq values; flagged when below {limit} (95%)"),
+        ("n_eq", f"behaves as if the batch were n_eq values; flagged when below {limit}{noise} (95%)"),
         (
             "D",
             "mean squared difference between activations normalized by batch and by running statistics; larger of the"

@@ -94,11 +94,15 @@ def is_shifted(layer: Layer, facts: Facts) -> bool:
     share = None if layer.shares is None else layer.shares.data_shift
     if share is None:
         return False
-    beyond, gap = _is_beyond(layer, facts), effect.generalization(facts.gaps, facts.chance)
+    beyond, gap = _is_beyond(layer, facts), _gap(facts)
+    if not gap.is_worse and effect.inconsistency(facts.gaps, facts.chance).is_worse:
+        return False  # what is wrong at inference is wrong on training data already
     if _is_won_back(facts):
         suspected = share >= MOST * _largest(facts) and share > SUSPICIOUS * mismatch_limit(layer)
         return beyond or (suspected and not _any_beyond(facts))
-    if gap.is_no_worse or (_gain(facts).is_worse and not gap.is_worse):
+    if all(change.harm <= change.floor for change in gap.changes) and gap.changes:
+        return False  # measured, and no worse
+    if _gain(facts).is_worse and not _is_much(gap):
         return False
     return beyond
 
@@ -119,9 +123,20 @@ def _is_beyond(layer: Layer, facts: Facts) -> bool:
     share = None if layer.shares is None else layer.shares.data_shift
     samples = max((gap.held_out_samples or 0 for gap in facts.gaps), default=0)
     # One micro-batch has no interval: as many values as samples is the least that a layer gets, and the noisiest.
-    if share is None or samples < FEWEST or not effect.generalization(facts.gaps, facts.chance).is_worse:
+    if share is None or samples < FEWEST or not _gap(facts).is_worse:
         return False
     return share - NOISE_FACTOR * mismatch_iid(samples) > mismatch_limit(layer)
+
+
+def _is_much(gap: Effect) -> bool:
+    """Whether held-out data is worse by more than what it always is: statistics of its own do not help it."""
+    return gap.is_worse and gap.main is not None and gap.main.weight >= effect.MUCH
+
+
+def _gap(facts: Facts) -> Effect:
+    """From training to held-out data, in the metric; without one, in the loss, which every overfit raises."""
+    metric = [gap for gap in facts.gaps if gap.measure == "metric"]
+    return effect.generalization(metric or facts.gaps, facts.chance)
 
 
 def _is_won_back(facts: Facts) -> bool:
@@ -161,7 +176,7 @@ def _gain(facts: Facts) -> Effect:
 
 def _at_the_output(facts: Facts) -> str:
     """What it does to loss and metric, and whether other statistics bring that back: sentences, or nothing."""
-    change, gain = effect.generalization(facts.gaps, facts.chance).main, _gain(facts)
+    change, gain = _gap(facts).main, _gain(facts)
     if change is None:
         return ""
     said = f" With the same running statistics {change.words('on training data', 'on held-out data')}"

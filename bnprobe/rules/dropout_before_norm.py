@@ -16,9 +16,9 @@ class DropoutBeforeNorm(Rule):
 
     What:
         Random layers (dropout, drop path, stochastic depth, drop block) with a positive probability that are active in
-        training and defined before the layer. The order of definition stands for the order of calls, and calls of
-        F.dropout are not seen. The rule passes where a scan has measured that dropout hardly changes the layer's
-        statistics.
+        training and whose output reaches the layer, as one forward pass of a scan shows, or the code where torch.fx can
+        follow it (otherwise the order of definition stands for it). Calls of F.dropout are not seen. The rule passes
+        where a scan has measured that dropout hardly changes the layer's statistics.
 
     Why:
         Dropout scales what it keeps by 1 / (1 - p), which preserves the mean but not the variance. The running variance

@@ -19,6 +19,9 @@ from bnprobe.records import Chance, ChanceValues, Estimate, Gap, Interval, Remed
 FLOOR = 0.02
 """The smallest change that matters, of a metric between 0 and 1; otherwise relative."""
 
+MUCH = 5.0
+"""Floors (2 points of a metric between 0 and 1) by which held-out data is worse than for every network."""
+
 LITTLE = 0.15
 """Weights that make less than this part of the possible difference have hardly been trained."""
 

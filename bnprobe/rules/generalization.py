@@ -10,9 +10,6 @@ from bnprobe.rules.data_shift import is_moved
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
 
-MUCH = 5.0
-"""Floors (2 points of a metric between 0 and 1) by which held-out data must be worse: every network has some gap."""
-
 
 class Generalization(Rule):
     """Held-out data is worse than training data, and its means and variances hardly differ: BN is not the reason.
@@ -56,7 +53,7 @@ class Generalization(Rule):
             return
         words = f"With the same running statistics, {change.words('on training data', 'on held-out data')}"
         moved = [is_moved(layer, facts) for layer in facts.layers.values()]
-        unsure = not found.is_worse or change.weight < MUCH or any(layer is not False for layer in moved)
+        unsure = not found.is_worse or change.weight < effect.MUCH or any(layer is not False for layer in moved)
         if unsure or _is_worse_at_inference(facts):
             yield self.passed(None, f"{words}.", change.harm, change.floor)
             return

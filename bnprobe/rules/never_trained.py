@@ -48,7 +48,6 @@ class NeverTrained(Rule):
     )
     upstream_order = 20
     free_remedy = "recalibrated"
-    other_remedy = "Load a checkpoint that contains running_mean and running_var."
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:

@@ -44,11 +44,10 @@ STATISTICS_CAUSES: tuple[Cause, ...] = ("lag", "dropout", "propagation")
 PART_OF_LIMIT = 0.5
 """A cause is named from half of the layer's limit on: two such causes flag a layer."""
 
-NOISE_THRESHOLD = 22.6
-"""The equivalent batch size below which noise alone flags a layer, where the threshold is the default of 32: the
-geometric mean of 16 and 32, so that none of the usual batch sizes sits on the limit. A batch of 32 rows in front of
-BatchNorm1d has n_eq 32 by definition; with 32 as the limit of noise, chance would decide. A threshold that the user
-sets is the limit of both."""
+NOISE_THRESHOLD = 14.0
+"""The equivalent batch size below which noise alone flags a layer, where the threshold is the default of 32. None of
+the usual batch sizes sits on it: batches of 16 and of 32 rows in front of BatchNorm1d have n_eq 16 and 32 by
+definition, and with that as the limit chance would decide. A threshold that the user sets is the limit of both."""
 
 LEAST_PART = 0.05
 """A cause that holds less of the mismatch of a layer is not named beside those that hold the rest."""

@@ -21,8 +21,8 @@ class SmallBatch(ShareRule):
 
     What:
         What remains of the layer's mismatch D with i.i.d. batches and converged running statistics: the sampling noise
-        of batch statistics. It has a limit of its own, D = 0.067 or n_eq 22.6 (a threshold that you set is the limit
-        itself), between the usual batch sizes of 16 and 32. It fails on a flagged layer where it exceeds that limit and
+        of batch statistics. It has a limit of its own, D = 0.11 or n_eq 14 (a threshold that you set is the limit
+        itself), which no usual batch size sits on. It fails on a flagged layer where it exceeds that limit and
         holds more than 5% of the mismatch, or where nothing else adds to it. A layer that is flagged in training only
         has this cause, unless the batches are not i.i.d.
 

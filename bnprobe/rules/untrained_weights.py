@@ -9,7 +9,7 @@ from bnprobe.records import Chance, Severity, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
-from bnprobe.rules.shares import STATISTICS_CAUSES
+from bnprobe.rules.shares import COMPOSITION_P, STATISTICS_CAUSES
 
 
 class UntrainedWeights(Rule):
@@ -19,7 +19,7 @@ class UntrainedWeights(Rule):
         Loss and metric with every sample's own output, against those with the output of another sample. It fails where
         in one mode the own output is not surely better, by 2 points of a metric between 0 and 1 or 2% of the value, and
         in the other by less than 15% of what is possible. A loss that does not depend on which sample an output belongs
-        to cannot be judged. For a network that is as it was made it is a remark.
+        to cannot be judged, nor can batches that are not i.i.d. For a network that is as it was made it is a remark.
 
     Why:
         No statistics can help weights that predict nothing: what a scan finds beside it is real, but it is not the
@@ -61,7 +61,7 @@ class UntrainedWeights(Rule):
             yield self.skipped(None, "needs a loss or metric that depends on which sample an output belongs to")
             return
         message = f"{_words(known)}."
-        if not effect.is_at_chance(facts.chance):
+        if _is_one_kind_per_batch(facts) or not effect.is_at_chance(facts.chance):
             yield self.passed(None, message)
             return
         severity: Severity = "info" if facts.is_new else "error"
@@ -71,6 +71,12 @@ class UntrainedWeights(Rule):
             else " That is chance level, or close to it, in both modes."
         )
         yield self.failed(None, message + new, severity=severity)
+
+
+def _is_one_kind_per_batch(facts: Facts) -> bool:
+    """Whether the samples of a batch are alike: then batch statistics tell of the batch, and hide what weights know."""
+    tested = [layer.composition for layer in facts.layers.values() if layer.composition is not None]
+    return any(found.p_value < COMPOSITION_P for found in tested)
 
 
 def _words(known: list[Chance]) -> str:

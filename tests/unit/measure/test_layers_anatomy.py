@@ -39,6 +39,7 @@ def test_a_new_layer() -> None:
         has_running_statistics=True,
         trains_statistics=True,
         trains_affine=True,
+        affine_moved=False,
         untouched=True,
         non_finite=0,
         negative=0,
