@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +27,23 @@ class Checkpointed(nn.Module):
 
 
 class TwoDomains(nn.Module):
-    """The model sees its inputs and, in a pass of its own, the same inputs from a second domain."""
+    """The model sees its inputs and, in a pass of its own, the same inputs from a second domain.
+
+    Attributes:
+        joined: Both domains go through the layers in one call.
+    """
 
     def __init__(self, model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.model = model
         self.change = change
+        self.joined = False
 
     def forward(self, x: Tensor) -> Tensor:
         """The mean of both scores, so that losses stay as they are."""
+        if self.joined:
+            scores: Tensor = self.model(torch.cat([x, self.change(x)])).unflatten(0, (2, -1)).mean(0)
+            return scores
         result: Tensor = (self.model(x) + self.model(self.change(x))) / 2
         return result
 
@@ -56,6 +66,45 @@ class HeldStatistics(nn.Module):
         return result
 
 
+class AlwaysDrop(nn.Module):
+    """Dropout as ``F.dropout`` does it where nobody says that training is over."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.probability)
+
+
+class WithCopy(nn.Module):
+    """A model beside a copy that is no longer trained by gradients, as momentum encoders have it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.copy = copy.deepcopy(model).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = (self.model(x) + self.copy(x)) / 2
+        return result
+
+
+class WithSideHead(nn.Module):
+    """A model with a head that runs in training only."""
+
+    def __init__(self, model: nn.Module, inputs: int) -> None:
+        super().__init__()
+        self.model = model
+        self.side = nn.Sequential(nn.Linear(inputs, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.model(x)
+        if self.training:
+            result = result + 0 * self.side(x.flatten(1)).mean()
+        return result
+
+
 def norms(model: nn.Module) -> list[_BatchNorm]:
     """All BN layers, in network order."""
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -70,6 +119,11 @@ def plant_dropout(model: nn.Module, probability: float) -> None:
     """Dropout in front of every unit but the first, which sees the data."""
     for unit in units(model)[1:]:
         unit.drop = nn.Dropout(probability)
+
+
+def always_drop(model: nn.Module, probability: float) -> None:
+    """Dropout that ``eval()`` does not stop, in the last unit."""
+    units(model)[-1].drop = AlwaysDrop(probability)
 
 
 def set_random_layers(model: nn.Module, active: bool) -> None:
@@ -99,6 +153,43 @@ def set_momentum(model: nn.Module, momentum: float) -> None:
     """The same weight of the new batch in all layers."""
     for norm in norms(model):
         norm.momentum = momentum
+
+
+def set_eps(model: nn.Module, eps: float) -> None:
+    """The same eps in all layers."""
+    for norm in norms(model):
+        norm.eps = eps
+
+
+@torch.no_grad()
+def prune(model: nn.Module, fraction: float) -> None:
+    """The smallest weights of every unit but the first are zero."""
+    for unit in units(model)[1:]:
+        weight = unit.operation.weight
+        weight[weight.abs() < weight.abs().flatten().quantile(fraction)] = 0
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, bits: int) -> None:
+    """The weights of every unit on 2 ** bits - 1 levels between plus and minus their largest."""
+    for unit in units(model):
+        weight = unit.operation.weight
+        step = weight.abs().max() / (2 ** (bits - 1) - 1 or 1)
+        weight.copy_((weight / step).round() * step)
+
+
+@contextmanager
+def rounded_buffers(model: nn.Module) -> Iterator[None]:
+    """Running statistics are rounded to bfloat16 after every update."""
+
+    def round_off(norm: nn.Module, inputs: object, outputs: object) -> None:
+        for buffer in (norm.running_mean, norm.running_var):
+            buffer.data.copy_(buffer.bfloat16())  # autograd has saved the buffer
+
+    handles = [norm.register_forward_hook(round_off) for norm in norms(model)]
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 def statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
