@@ -14,6 +14,7 @@ from bnprobe.measure.accumulators import Sums, Values
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.hooks import Slot
 from bnprobe.measure.layers import ProbedLayer
+from bnprobe.measure.scores import MEASURES
 from bnprobe.records import (
     BatchSizePoint,
     CallMeasurement,
@@ -28,6 +29,7 @@ from bnprobe.records import (
 )
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
 from bnprobe.stats.intervals import mean_interval, standing
+from bnprobe.stats.scores import independent_difference, paired_difference
 from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size, mismatch_iid
 
 
@@ -84,23 +86,30 @@ def _summary(
 
 def _gaps(evidence: Evidence, goal: Literal["max", "min"]) -> Iterator[Gap]:
     """The steps in loss and metric from training to held-out data."""
-    measures: tuple[Literal["loss", "metric"], ...] = ("loss", "metric")
-    for measure in measures:
-        training, inference = (getattr(evidence.score(path), measure) for path in ("train", "eval"))
-        without_noise = training if evidence.steady is None else getattr(evidence.score("steady"), measure)
-        held_out = getattr(evidence.held_out.score("eval"), measure) if evidence.held_out else None
+    for measure in MEASURES:
+        training, steady, inference = (evidence.scores.scores(measure, path) for path in ("train", "steady", "eval"))
+        without_noise = training if evidence.steady is None else steady
+        held_out = evidence.held_out.scores.scores(measure, "eval") if evidence.held_out else None
         if training is None or without_noise is None or inference is None:
             continue
+        noise = paired_difference(without_noise, training, shared=True)
+        inconsistency = paired_difference(inference, without_noise, shared=True)
+        generalization = None if held_out is None else independent_difference(held_out, inference)
         yield Gap(
             measure=measure,
-            training=training,
-            without_noise=without_noise,
-            inference=inference,
-            held_out=held_out,
-            training_noise=without_noise - training,
-            inconsistency=inference - without_noise,
-            generalization=None if held_out is None else held_out - inference,
+            training=training.mean,
+            without_noise=without_noise.mean,
+            inference=inference.mean,
+            held_out=None if held_out is None else held_out.mean,
+            training_noise=noise.mean,
+            inconsistency=inconsistency.mean,
+            generalization=None if generalization is None else generalization.mean,
             goal="min" if measure == "loss" else goal,
+            training_noise_interval=noise.interval if evidence.steady is not None else None,
+            inconsistency_interval=inconsistency.interval,
+            generalization_interval=None if generalization is None else generalization.interval,
+            samples=inference.count,
+            held_out_samples=None if held_out is None else held_out.count,
         )
 
 

@@ -317,6 +317,9 @@ def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
     if evidence.steady is not None:
         reason = "the model draws random numbers in training"
         yield ExtraPass("train path without random layers", reason, evidence.samples, evidence.steady_seconds)
+    if evidence.scoring_seconds:
+        more = evidence.scores.count - evidence.samples
+        yield ExtraPass("loss and metric", "of further samples, for their intervals", more, evidence.scoring_seconds)
     if evidence.held_out is not None:
         held_out = evidence.held_out
         yield ExtraPass("held-out data", "to measure the data shift", held_out.samples, held_out.seconds)

@@ -40,8 +40,9 @@ from bnprobe.measure.hooks import Pass, Recorded, Slot
 from bnprobe.measure.layers import LayerSet, ProbedLayer
 from bnprobe.measure.outputs import Contributions, OutputSums
 from bnprobe.measure.physical_batch import Batching
+from bnprobe.measure.scores import Found, ScoreTable
 from bnprobe.measure.session import PathName
-from bnprobe.records import Output, Score, StopReason
+from bnprobe.records import Output, StopReason
 from bnprobe.stats.composition import Images
 from bnprobe.stats.intervals import REPLICATES
 from bnprobe.stats.ladder import BatchSums
@@ -247,7 +248,8 @@ class Evidence:
         paths: "train" and "eval", and "steady" once the model is known to have random layers: without any, it is the
             train path. On held-out data "eval" alone.
         batch_sizes: The eval path at further batch sizes.
-        outputs: The distance of the two paths at the model's outputs; loss and metric.
+        outputs: The distance of the two paths at the model's outputs.
+        scores: Loss and metric on each path; of more micro-batches than the rest, where few decided every layer.
         batches: Micro-batches measured.
         physical_batch: Samples of the largest physical batch that ran.
         values: Values per channel in one group, by call.
@@ -255,6 +257,7 @@ class Evidence:
         entered: Indices of the layers whose forward was called.
         functional: Places in the user's code that call batch_norm outside any layer.
         steady_seconds: What measuring the path without random layers took.
+        scoring_seconds: What loss and metric of further micro-batches took.
         seconds: What all took.
         left_out: Samples of a partial last batch.
         kept: Micro-batches by position, on the host, for what is measured afterwards.
@@ -268,6 +271,7 @@ class Evidence:
     paths: dict[PathName, PathEvidence]
     batch_sizes: dict[int, PathEvidence] = field(default_factory=dict)
     outputs: OutputSums = field(default_factory=OutputSums)
+    scores: ScoreTable = field(default_factory=ScoreTable)
     batches: int = 0
     physical_batch: int = 0
     values: dict[Slot, int] = field(default_factory=dict)
@@ -275,6 +279,7 @@ class Evidence:
     entered: set[int] = field(default_factory=set)
     functional: set[str] = field(default_factory=set)
     steady_seconds: float = 0.0
+    scoring_seconds: float = 0.0
     seconds: float = 0.0
     left_out: int = 0
     kept: dict[int, Any] = field(default_factory=dict)
@@ -282,7 +287,9 @@ class Evidence:
     stopped: StopReason = "requested"
     failure: BnprobeError | None = None
 
-    def add(self, passes: Mapping[PathName, Pass], contributions: Contributions, micro_batches: int) -> None:
+    def add(
+        self, passes: Mapping[PathName, Pass], contributions: Contributions, scores: Found, micro_batches: int
+    ) -> None:
         """Add one physical batch, measured on each path."""
         for pass_ in reversed(list(passes.values())):
             for slot, record in pass_.records.items():
@@ -298,6 +305,7 @@ class Evidence:
         for path in (self.eval, *others):
             path.add(records, self.layers.layers)
         self.outputs.add(contributions)
+        self.scores.add(scores)
         self.batches += micro_batches
         self.physical_batch = max(self.physical_batch, micro_batches * self.batch_size)
 
@@ -306,6 +314,7 @@ class Evidence:
         _join(self.paths, other.paths, _merged)
         _join(self.batch_sizes, other.batch_sizes, _merged)
         self.outputs.merge(other.outputs)
+        self.scores.merge(other.scores)
         self.batches += other.batches
         self.physical_batch = max(self.physical_batch, other.physical_batch)
         self.values = {**other.values, **self.values}
@@ -313,6 +322,7 @@ class Evidence:
         self.entered |= other.entered
         self.functional |= other.functional
         self.steady_seconds = max(self.steady_seconds, other.steady_seconds)
+        self.scoring_seconds = max(self.scoring_seconds, other.scoring_seconds)
         self.seconds = max(self.seconds, other.seconds)
         self.left_out = max(self.left_out, other.left_out)  # a process that only skips it counts it too
         self.kept |= other.kept
@@ -331,6 +341,7 @@ class Evidence:
             paths={name: path.on_host() for name, path in self.paths.items()},
             batch_sizes={size: path.on_host() for size, path in self.batch_sizes.items()},
             outputs=self.outputs.on_host(),
+            scores=self.scores.on_host(),
             held_out=None if self.held_out is None else self.held_out.on_host(),
             failure=None,
         )
@@ -375,11 +386,7 @@ class Evidence:
     @property
     def output(self) -> Output:
         """How far the outputs of the two paths are apart."""
-        return self.outputs.compute()
-
-    def score(self, path: PathName) -> Score:
-        """Loss and metric on one path."""
-        return self.outputs.score(path)
+        return self.outputs.compute(self.scores)
 
     def _comparable(self, path: PathName, pass_: Pass, by_batch: bool) -> dict[Slot, Recorded]:
         """The calls that normalize as this path should, of selected layers with running statistics."""

@@ -24,8 +24,9 @@ from bnprobe.errors import DeviceError, UserCodeError
 from bnprobe.measure.batch import CannotEmulateError, join
 from bnprobe.measure.hooks import Leaves, Pass, Recorded, Slot
 from bnprobe.measure.layers import ProbedLayer
-from bnprobe.measure.outputs import Contributions, floating, score_of, square_norm, user_values
+from bnprobe.measure.outputs import floating, square_norm
 from bnprobe.measure.physical_batch import Batching
+from bnprobe.measure.scores import Found, ScoreTable, score_outputs
 from bnprobe.measure.session import Outputs, Session
 from bnprobe.records import Impact
 from bnprobe.stats.moments import Corrections, corrections
@@ -311,17 +312,17 @@ def _swapped(
         return [(None, None)] * len(swaps)
     parts = sample.in_chunks(lambda joined, chunk: _measure(sample, joined, chunk, swaps, with_loss))
     norm, *squares = to_host([summed(column) for column in zip(*(squares for squares, _ in parts), strict=True)])
-    before, *after = (score_of(column, "eval").loss for column in zip(*(values for _, values in parts), strict=True))
+    before, *after = (_loss(column) for column in zip(*(values for _, values in parts), strict=True))
     losses = [None if loss is None or before is None else loss - before for loss in after]
     return [(relative_change(square, norm), loss) for square, loss in zip(squares, losses, strict=True)]
 
 
 def _measure(
     sample: Sample, joined: Any, chunk: list[Any], swaps: Sequence[frozenset[int]], with_loss: bool
-) -> tuple[list[Tensor], list[Contributions]]:
+) -> tuple[list[Tensor], list[Found]]:
     """|y|^2 and |dy|^2 of each swap; the values of the loss without and with each."""
     squares: list[Tensor] = []
-    values: list[Contributions] = []
+    values: list[Found] = []
     reference: list[Tensor] | None = None
     for layers in (frozenset[int](), *swaps):
         output, recorded, _ = sample.forward(joined, len(chunk), by_batch=layers)
@@ -330,8 +331,15 @@ def _measure(
         squares.append(summed(map(square_norm, changes)))
         reference = tensors if reference is None else reference
         size = sample.batching.batch_size
-        values.append(user_values(sample.session, "eval", chunk, recorded, size) if with_loss else {})
+        values.append(score_outputs(sample.session, "eval", chunk, recorded, size) if with_loss else {})
     return squares, values
+
+
+def _loss(parts: Iterable[Found]) -> float | None:
+    table = ScoreTable()
+    for found in parts:
+        table.add(found)
+    return table.score("eval").loss
 
 
 def _differences(tensors: list[Tensor], reference: list[Tensor]) -> list[Tensor]:

@@ -1,21 +1,22 @@
-"""What the model's outputs say: the distance of the two paths, class changes, loss and metric."""
+"""What the model's outputs say: the distance of the two paths, and class changes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnprobe.errors import DataError
-from bnprobe.measure.batch import join, tensors_of, to_device
-from bnprobe.measure.hooks import LayerStatistics, Pass
-from bnprobe.measure.physical_batch import Batching
-from bnprobe.measure.session import Outputs, PathName, Session, rows_of
-from bnprobe.records import Output, PathValues, Score
+from bnprobe.measure.batch import tensors_of
+from bnprobe.measure.scores import MEASURES, Measure, ScoreTable
+from bnprobe.measure.session import PathName
+from bnprobe.records import Output, PathValues
+
+PATHS: tuple[PathName, PathName] = ("train", "eval")
+"""The paths whose outputs are compared."""
 
 _CHUNK_VALUES = 2**22
 """Scores turned into float64 probabilities at a time."""
@@ -142,8 +143,8 @@ class OutputSums:
         copy._different_shapes = self._different_shapes
         return copy
 
-    def compute(self) -> Output:
-        """Transfer the sums and divide."""
+    def compute(self, scores: ScoreTable) -> Output:
+        """Transfer the sums and divide; loss and metric are taken from ``scores``."""
         totals = {name: float(total) for name, total in self._totals.items()}
         squared = _ratio(totals, "difference", "norm")
         divergence = _ratio(totals, "kl", "predictions")
@@ -151,61 +152,22 @@ class OutputSums:
             relative_l2=None if squared is None else squared**0.5,
             argmax_changed=None if divergence is None else _ratio(totals, "changed", "predictions"),
             kl_divergence=divergence,
-            loss=_path_values(totals, "loss"),
-            metric=_path_values(totals, "metric"),
-            note=" ".join(self._notes(totals)) or None,
+            loss=_path_values(scores, "loss"),
+            metric=_path_values(scores, "metric"),
+            note=" ".join(self._notes(totals, scores)) or None,
         )
 
-    def score(self, path: PathName) -> Score:
-        """Mean of loss and metric over micro-batches on one path; None where not given, or not finite."""
-        totals = {name: float(total) for name, total in self._totals.items()}
-        loss, metric = (_ratio(totals, f"{name} {path}", f"{name} {path} count") for name in ("loss", "metric"))
-        return Score(loss, metric)
-
-    def _notes(self, totals: dict[str, float]) -> Iterator[str]:
+    def _notes(self, totals: dict[str, float], scores: ScoreTable) -> Iterator[str]:
         if self._different_shapes:
             yield "The outputs of the two paths have different shapes and cannot be compared."
         elif "norm" not in totals:
             yield "The forward pass returned no floating-point tensor to compare."
         elif _ratio(totals, "difference", "norm") is None:
             yield "The output of a path is NaN or Inf, or zero everywhere."
-        for name in ("loss", "metric"):
-            bad = [path for path in ("train", "eval") if not math.isfinite(totals.get(f"{name} {path}", 0.0))]
+        for measure in MEASURES:
+            bad = [path for path in PATHS if not scores.finite(measure, path)]
             if bad:
-                yield f"The {name} is NaN or Inf on the {' and the '.join(bad)} path."
-
-
-def user_values(
-    session: Session, path: PathName, micro_batches: Sequence[Any], outputs: Outputs, batch_size: int
-) -> Contributions:
-    """Sum and count of loss and metric over micro-batches on one path.
-
-    They see real micro-batches, as in training, also where these ran together. Where they call the model on the
-    batch's own tensors they get the output that is there already.
-    """
-    functions = {"loss": session.functions.loss, "metric": session.functions.metric}
-    found: Contributions = {}
-    for position, batch in enumerate(micro_batches):
-        start, samples = position * batch_size, batch_size * len(micro_batches)
-        for name, function in functions.items():
-            if function is None:
-                continue
-            rows = rows_of(outputs, start, start + batch_size, samples)
-            value = session.call(path, name, function, batch, rows, Pass(batch_size, batch_size))
-            number = _one_number(name, value, session.device)
-            found[f"{name} {path}"] = found.get(f"{name} {path}", 0) + number
-            found[f"{name} {path} count"] = found.get(f"{name} {path} count", 0) + torch.ones_like(number)
-    return found
-
-
-def _one_number(name: str, value: Any, device: torch.device) -> Tensor:
-    number = torch.as_tensor(value, dtype=torch.float64, device=device)
-    if number.numel() != 1:
-        raise DataError(
-            f"{name}(model, batch) must return one number, but gave a tensor of shape {tuple(number.shape)}."
-            " Reduce it, e.g. with .mean()."
-        )
-    return number.detach().reshape(())
+                yield f"The {measure} is NaN or Inf on the {' and the '.join(bad)} path."
 
 
 def _zero(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -229,47 +191,6 @@ def _ratio(totals: dict[str, float], numerator: str, denominator: str) -> float 
     return value if math.isfinite(value) else None
 
 
-def _path_values(totals: dict[str, float], name: str) -> PathValues | None:
-    train, eval_ = (_ratio(totals, f"{name} {path}", f"{name} {path} count") for path in ("train", "eval"))
-    return None if train is None or eval_ is None else PathValues(train, eval_)
-
-
-def score_batches(
-    session: Session,
-    path: PathName,
-    micro_batches: Sequence[Any],
-    batching: Batching,
-    *,
-    by_batch: frozenset[int] = frozenset(),
-    statistics: LayerStatistics | None = None,
-) -> Score:
-    """Means of loss and metric over micro-batches, each of which the functions see by itself.
-
-    Args:
-        session: Installed.
-        micro_batches: On any device.
-        batching: How they run.
-        by_batch, statistics: As in ``Pass``.
-
-    Returns:
-        None for a function that is not there, and for a mean that is not finite.
-
-    Raises:
-        DeviceError, UserCodeError, DataError: See ``Chunks`` and ``Session``.
-    """
-
-    def run(chunk: list[Any]) -> Contributions:
-        pass_ = batching.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {})
-        _, outputs = session.forward(path, to_device(join(chunk), session.device), pass_)
-        apart = [to_device(batch, session.device) for batch in chunk]
-        return user_values(session, path, apart, outputs, batching.batch_size)
-
-    return score_of(batching.chunks(session.device).run(micro_batches, run), path)
-
-
-def score_of(found: Iterable[Contributions], path: PathName) -> Score:
-    """Means of what ``user_values`` gave."""
-    sums = OutputSums()
-    for contributions in found:
-        sums.add(contributions)
-    return sums.score(path)
+def _path_values(scores: ScoreTable, measure: Measure) -> PathValues | None:
+    train, eval_ = (scores.scores(measure, path) for path in PATHS)
+    return None if train is None or eval_ is None else PathValues(train.mean, eval_.mean)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import add
@@ -18,10 +18,11 @@ from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.hooks import Pass
 from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks
-from bnprobe.measure.outputs import Contributions, user_values
+from bnprobe.measure.outputs import Contributions
 from bnprobe.measure.physical_batch import Batching, Emulation, as_sentence, plan_batching
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, random_state
+from bnprobe.measure.scores import MEASURES, Found, score_outputs
 from bnprobe.measure.session import PathName, Progress, Session
 from bnprobe.records import StopReason
 from bnprobe.stats.intervals import mean_interval, standing
@@ -35,6 +36,13 @@ FEWEST_PER_SIZE = 8
 
 STOPPING_CONFIDENCE = 0.99
 """Confidence of the intervals by which a scan stops. It is above 95% because a scan looks up to five times."""
+
+SCORED_SAMPLES = 256
+"""Samples that loss and metric are taken on at least, where data and --max-batches allow: a few batches decide a layer
+that is far off, but not what that does to an accuracy."""
+
+SCORING_SECONDS = 60.0
+"""No micro-batch is scored, after the layers are decided, once this time has passed."""
 
 CAUGHT = (KeyboardInterrupt, UserCodeError, DataError, DeviceError)
 """Errors that end a measurement but keep what was measured so far."""
@@ -67,9 +75,11 @@ def probe(
     ending, total = _measure_until_done(measurement, reader, settings, progress, world)
     if not ending.early:
         try:
+            wanted = _to_score(measurement, total, settings)
+            _score_more(wanted, measurement, reader, progress, world)
             reader.fill()
             if held_out is not None:
-                evidence.held_out = _measure_held_out(measurement, held_out, total, progress, world)
+                evidence.held_out = _measure_held_out(measurement, held_out, max(total, wanted), progress, world)
         except CAUGHT as error:
             ending = ended_by(error, world)
     evidence.kept, evidence.left_out = reader.kept, reader.left_out
@@ -188,6 +198,33 @@ def _measure(total: int, measurement: Measurement, reader: Reader, progress: Pro
     return ScanEnding()
 
 
+def _to_score(measurement: Measurement, measured: int, settings: ScanSettings) -> int:
+    """Micro-batches of all processes that loss and metric are wanted of, where they are given."""
+    if settings.batches is not None or not measurement.session.functions.scores:
+        return measured
+    return max(measured, min(-(-SCORED_SAMPLES // measurement.evidence.batch_size), settings.max_batches))
+
+
+def _score_more(total: int, measurement: Measurement, reader: Reader, progress: Progress, world: World) -> None:
+    """Loss and metric of further micro-batches of this process, up to the first ``total`` of all.
+
+    Raises:
+        KeyboardInterrupt: Here, or another process asked all to stop.
+    """
+    done, share, started = measurement.evidence.batches, reader.share, time.perf_counter()
+    mine = share.count(total)
+    while done < mine and measurement.evidence.scoring_seconds < SCORING_SECONDS:
+        if world.halted:
+            raise KeyboardInterrupt
+        progress(share.position(done), total)
+        micro_batches = reader.take(min(measurement.evidence.batching.at_once, mine - done))
+        if not micro_batches:
+            return
+        measurement.score(micro_batches)
+        done += len(micro_batches)
+        measurement.evidence.scoring_seconds = time.perf_counter() - started
+
+
 def _looks(settings: ScanSettings) -> Iterator[int]:
     if settings.batches:
         yield settings.batches
@@ -219,7 +256,7 @@ class _Step:
 
     Attributes:
         joined: The physical batch, on the device.
-        apart: The same samples as real micro-batches, for loss and metric.
+        apart: The same samples as real micro-batches, for loss and metric; none where neither is given.
         micro_batches: How many there are.
         inputs: Positions of the tensors of the batch that the model was called on.
     """
@@ -231,6 +268,7 @@ class _Step:
     outputs: dict[PathName, Any] = field(default_factory=dict)
     inputs: set[int] = field(default_factory=set)
     contributions: Contributions = field(default_factory=dict)
+    scores: Found = field(default_factory=dict)
 
 
 @dataclass
@@ -253,8 +291,15 @@ class Measurement:
         Raises:
             DeviceError: Not even one micro-batch fits into memory.
         """
+        self._in_chunks(micro_batches, self._measure)
+
+    def score(self, micro_batches: list[Any]) -> None:
+        """Add the loss and metric of further micro-batches, and nothing else; as ``step``."""
+        self._in_chunks(micro_batches, self._score)
+
+    def _in_chunks(self, micro_batches: list[Any], run: Callable[[list[Any]], None]) -> None:
         chunks = Chunks(self.session.device, self.evidence.batch_size, len(micro_batches))
-        chunks.run(micro_batches, self._measure, self._refused)
+        chunks.run(micro_batches, run, self._refused)
         if chunks.at_once < len(micro_batches):
             self.evidence.batching = replace(self.evidence.batching, at_once=chunks.at_once)
 
@@ -263,9 +308,15 @@ class Measurement:
         emulation = Emulation(False, as_sentence(error), batching.emulation.check, {})
         self.evidence.batching = replace(batching, emulation=emulation)
 
+    def _score(self, micro_batches: list[Any]) -> None:
+        step = self._step_of(micro_batches)
+        for path in self.evidence.paths:
+            self._forward(path, step)
+        with deferred_interrupts():
+            self.evidence.scores.add(step.scores)
+
     def _measure(self, micro_batches: list[Any]) -> None:
-        session, evidence = self.session, self.evidence
-        step = _Step(to_device(join(micro_batches), session.device), self._apart(micro_batches), len(micro_batches))
+        evidence, step = self.evidence, self._step_of(micro_batches)
         draws: dict[PathName, bool] = {path: self._forward(path, step) for path in evidence.paths if path != "steady"}
         random = self._is_random(draws) if self.random is None else self.random
         started = time.perf_counter()
@@ -280,7 +331,7 @@ class Measurement:
             if random and self.steady is not None:
                 evidence.paths["steady"] = self.steady
             evidence.steady_seconds += seconds
-            evidence.add(step.passes, step.contributions, len(micro_batches))
+            evidence.add(step.passes, step.contributions, step.scores, len(micro_batches))
 
     def _is_random(self, draws: Mapping[PathName, bool]) -> bool:
         """Whether training draws random numbers that inference does not; if both do, decided by the kinds of layers."""
@@ -288,10 +339,10 @@ class Measurement:
             return False
         return not draws["eval"] or has_random_layers(self.session.model)
 
-    def _apart(self, micro_batches: list[Any]) -> list[Any]:
-        """The separate micro-batches, if there is a loss or metric."""
-        wanted = self.session.functions.loss or self.session.functions.metric
-        return [to_device(batch, self.session.device) for batch in micro_batches] if wanted else []
+    def _step_of(self, micro_batches: list[Any]) -> _Step:
+        device, scored = self.session.device, self.session.functions.scores
+        apart = [to_device(batch, device) for batch in micro_batches] if scored else []
+        return _Step(to_device(join(micro_batches), device), apart, len(micro_batches))
 
     def _forward(self, path: PathName, step: _Step) -> bool:
         """Run one path; return whether it drew random numbers, which is checked in the first step only."""
@@ -302,7 +353,8 @@ class Measurement:
         step.outputs[path], recorded = self.session.forward(path, step.joined, step.passes[path])
         drew = before is not None and random_state() != before
         step.inputs |= {position for key in recorded for position in key}
-        step.contributions |= user_values(self.session, path, step.apart, recorded, batching.batch_size)
+        room = {measure: self.evidence.scores.room(measure, path) for measure in MEASURES}
+        step.scores |= score_outputs(self.session, path, step.apart, recorded, batching.batch_size, room)
         return drew
 
 

@@ -59,6 +59,11 @@ class UserFunctions:
     loss: BatchFunction | None = None
     metric: BatchFunction | None = None
 
+    @property
+    def scores(self) -> bool:
+        """Whether there is a loss or a metric."""
+        return self.loss is not None or self.metric is not None
+
 
 class Session:
     """The user's model with the interceptor in place.

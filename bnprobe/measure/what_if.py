@@ -11,9 +11,9 @@ from bnprobe.errors import UsageError
 from bnprobe.measure.batch import CannotEmulateError, join
 from bnprobe.measure.hooks import LayerStatistics
 from bnprobe.measure.memory import Footprint, fits_in_memory
-from bnprobe.measure.outputs import score_batches
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.population import steady_population
+from bnprobe.measure.scores import score_batches
 from bnprobe.measure.session import Session
 from bnprobe.records import FREE_REMEDIES, Remedy, Score
 
@@ -77,7 +77,8 @@ class _Trial:
     def score(
         self, batches: Sequence[Any], by_batch: frozenset[int] = frozenset(), statistics: LayerStatistics | None = None
     ) -> Score:
-        return score_batches(self.session, "eval", batches, self.batching, by_batch=by_batch, statistics=statistics)
+        table = score_batches(self.session, "eval", batches, self.batching, by_batch=by_batch, statistics=statistics)
+        return table.score("eval")
 
     def with_statistics(
         self, name: str, statistics: LayerStatistics, source: Sequence[Any], held_out: Sequence[Any], before: Score

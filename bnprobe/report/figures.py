@@ -118,9 +118,16 @@ def estimate(value: Estimate, with_sign: bool = False) -> str:
     return " ".join(part for part in _parts(value, with_sign) if part)
 
 
-def estimates(values: Sequence[Estimate | None], page: Page) -> list[str]:
-    """Estimates one below the other: decimal points in line, then the intervals; None: not measured."""
-    parts = [(UNMEASURED, "") if value is None else _parts(value, False) for value in values]
+def estimates(values: Sequence[Estimate | None], page: Page, signed: Sequence[bool] = ()) -> list[str]:
+    """Estimates one below the other: decimal points in line, then the intervals; None: not measured.
+
+    Args:
+        values: From top to bottom.
+        page: What they are written on.
+        signed: Which of them are differences; empty: none.
+    """
+    pairs = zip(values, signed or [False] * len(values), strict=True)
+    parts = [(UNMEASURED, "") if value is None else _parts(value, sign) for value, sign in pairs]
     means = points_in_line([page.clean(mean) for mean, _ in parts])
     halves = [page.clean(half) for _, half in parts]
     width, after = max(map(cell_len, means)), max(map(cell_len, halves))

@@ -9,7 +9,19 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from bnprobe.numbers import count
-from bnprobe.records import Backward, FreeRemedy, Gap, GradientAngle, Layer, Remedy, Report, Score, Updates
+from bnprobe.records import (
+    Backward,
+    Estimate,
+    FreeRemedy,
+    Gap,
+    GradientAngle,
+    Interval,
+    Layer,
+    Remedy,
+    Report,
+    Score,
+    Updates,
+)
 from bnprobe.report import figures
 from bnprobe.report.page import ARROW, DEGREE, UNMEASURED, Page
 from bnprobe.report.table import Column, Mark, Names, TableLayout, arrows, dropping, table
@@ -17,15 +29,18 @@ from bnprobe.report.table import Column, Mark, Names, TableLayout, arrows, dropp
 # --- Gaps -------------------------------------------------------------------------------------------------------------
 
 _LEVELS_AND_STEPS = (
-    ("training", "training batches, as in training", "training"),
-    ("training_noise", "training noise: dropout and other random layers", "noise"),
-    ("without_noise", "training batches, random layers off", "noise off"),
-    ("inconsistency", "train/test inconsistency: from batch to running statistics", "inconsistency"),
-    ("inference", "training batches, as at inference", "inference"),
-    ("generalization", "generalization gap: held-out instead of training data", "generalization"),
-    ("held_out", "held-out batches, as at inference", "held out"),
+    ("training", "training data, as in training", "training"),
+    ("training_noise", "dropout and other random layers off", "noise"),
+    ("without_noise", "training data, random layers off", "noise off"),
+    ("inconsistency", "from batch to running statistics", "inconsistency"),
+    ("inference", "training data, as at inference", "inference"),
+    ("generalization", "from training to held-out data", "generalization"),
+    ("held_out", "held-out data, as at inference", "held out"),
 )
 """From training down to held-out data, each level followed by the step to the next; labels for wide and narrow."""
+
+_NOISE = ("training_noise", "without_noise")
+_HELD_OUT = ("generalization", "held_out")
 
 _STEPS = {
     "training_noise": "training noise, which is present in training only",
@@ -35,18 +50,18 @@ _STEPS = {
 
 _MOSTLY = 0.5
 
-_NOTABLE = 0.05
-"""A step smaller than this part of the values themselves is not worth a sentence."""
-
 
 def gaps(found: Sequence[Gap], page: Page) -> list[Text]:
-    """The levels and steps, a column for each measure, and which step is the largest."""
+    """The levels and steps with their intervals, a column for each measure, and which step is the largest."""
     if not found:
         return []
     held_out = any(gap.held_out is not None for gap in found)
-    rows = [row for row in _LEVELS_AND_STEPS if held_out or row[0] not in ("generalization", "held_out")]
-    columns = [Column(gap.measure, [_gap_cell(gap, field) for field, *_ in rows], "point") for gap in found]
-    marks = [Mark(style="dim" if field in _STEPS else "") for field, *_ in rows]
+    noisy = any(gap.training_noise or gap.training_noise_interval for gap in found)
+    left_out = (*(() if noisy else _NOISE), *(() if held_out else _HELD_OUT))
+    rows = [row for row in _LEVELS_AND_STEPS if row[0] not in left_out]
+    fields = [field for field, *_ in rows]
+    columns = [Column(gap.measure, _gap_cells(gap, fields, page)) for gap in found]
+    marks = [Mark(style="dim" if field in _STEPS else "") for field in fields]
     wide, narrow = (
         Names([f"{'  ' if row[0] in _STEPS else ''}{row[form]}" for row in rows], heading="", marks=marks)
         for form in (1, 2)
@@ -55,19 +70,30 @@ def gaps(found: Sequence[Gap], page: Page) -> list[Text]:
     return [
         *page.heading(f"From training to {'held-out data' if held_out else 'inference'}, step by step"),
         *table(wide if wide.longest(page) <= room else narrow, [TableLayout(columns)], page),
+        *page.paragraphs(_number_of_samples(found[0]), "dim"),
         *page.paragraphs(_largest_steps(found)),
     ]
 
 
-def _gap_cell(gap: Gap, field: str) -> str:
-    value: float | None = getattr(gap, field)
-    if value is None:
-        return ""
-    return figures.signed(value) if field in _STEPS else figures.score(value)
+def _gap_cells(gap: Gap, fields: Sequence[str], page: Page) -> list[str]:
+    values: list[Estimate | None] = []
+    for field in fields:
+        value, interval = getattr(gap, field), getattr(gap, f"{field}_interval", None)
+        values.append(None if value is None else Estimate(value, interval))
+    return figures.estimates(values, page, signed=[field in _STEPS for field in fields])
+
+
+def _number_of_samples(gap: Gap) -> list[str]:
+    if not gap.samples:
+        return []
+    held_out = "" if gap.held_out_samples is None else f" and {gap.held_out_samples:,} held-out"
+    return [f"On {gap.samples:,} training{held_out} samples; ± is the 95% interval of a step."]
 
 
 def _largest_steps(found: Sequence[Gap]) -> list[str]:
-    """Which step is the largest, where one makes up more than half of all, the measures that agree together."""
+    """Which significant step makes up more than half of all, the measures that agree together."""
+    if not any(_is_significant(gap, step) for gap in found for step in _STEPS):
+        return ["No step is significant (95%) on these samples."] if found[0].samples else []
     measures: dict[str, list[str]] = {}
     for gap in found:
         step = _largest_step(gap)
@@ -79,9 +105,15 @@ def _largest_steps(found: Sequence[Gap]) -> list[str]:
 def _largest_step(gap: Gap) -> str | None:
     sizes = {field: abs(getattr(gap, field) or 0.0) for field in _STEPS}
     largest = max(sizes, key=lambda field: sizes[field])
-    level = max(abs(value) for value in (gap.training, gap.inference, gap.held_out or 0.0))
-    notable = sizes[largest] > _NOTABLE * level
-    return largest if notable and sizes[largest] > _MOSTLY * sum(sizes.values()) else None
+    return largest if _is_significant(gap, largest) and sizes[largest] > _MOSTLY * sum(sizes.values()) else None
+
+
+def _is_significant(gap: Gap, step: str) -> bool:
+    interval: Interval | None = getattr(gap, f"{step}_interval")
+    if interval is None:
+        return False
+    low, high = interval
+    return low > 0 or (high is not None and high < 0)
 
 
 # --- Remedies that need no training -----------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def standing(intervals: Sequence[Interval], limit: float) -> Literal["flagged", 
 
 
 @functools.cache
-def t_quantile(degrees: int, confidence: float) -> float:
+def t_quantile(degrees: float, confidence: float) -> float:
     """Half width of the central Student's t interval, in standard errors."""
     from scipy.special import stdtrit  # scipy.stats takes half a second to import
 

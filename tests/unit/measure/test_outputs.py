@@ -116,7 +116,7 @@ def test_a_loss_does_not_count_as_a_measurement() -> None:
 
 @pytest.mark.parametrize("name", ["loss", "metric"])
 def test_more_than_one_number_is_refused(name: str) -> None:
-    with pytest.raises(DataError, match=rf"{name}\(model, batch\) must return one number, .* shape \(4,\)"):
+    with pytest.raises(DataError, match=rf"{name}\(model, batch\) .*test_outputs.py:\d+\) returned a tensor of shape \(4,\), but it must return one number"):
         scan(unsettled(Flat()), DATA, 4, num_batches=6, **{name: lambda model, batch: torch.ones(4)})
 
 

@@ -1,0 +1,266 @@
+"""Loss and metric of micro-batches, and of their samples one by one where they are means over samples."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bnprobe.errors import DataError
+from bnprobe.loading.model import BatchFunction, kind_of
+from bnprobe.measure.batch import CannotEmulateError, join, pick, to_device
+from bnprobe.measure.hooks import LayerStatistics, Pass
+from bnprobe.measure.physical_batch import Batching
+from bnprobe.measure.restore import preserved_random_state
+from bnprobe.measure.session import Outputs, PathName, Session, rows_of
+from bnprobe.records import Score
+from bnprobe.stats.scores import Scores
+
+Measure = Literal["loss", "metric"]
+
+MEASURES: tuple[Measure, ...] = ("loss", "metric")
+
+MOST_SAMPLES = 512
+"""Samples per path that loss and metric are called on one by one; a call takes some 0.2 ms beside the function's own
+time."""
+
+_SAME = 1e-4
+"""Relative difference of the mean over samples from the value of their micro-batch that rounding explains."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a function of the user gave for one micro-batch.
+
+    Attributes:
+        value: For the micro-batch, float64.
+        size: Its samples.
+        samples: For each of its samples; None where that was not tried, or where ``value`` is not their mean.
+        tried: Whether the samples were tried.
+    """
+
+    value: Tensor
+    size: int
+    samples: Tensor | None = None
+    tried: bool = False
+
+
+Found = dict[tuple[Measure, PathName], list[Scored]]
+
+
+@dataclass
+class ScoreTable:
+    """Loss and metric of micro-batches, by path. Paths that are compared have the same micro-batches in the same order.
+
+    Attributes:
+        rows: What was added.
+        most: Samples of each path that may be scored one by one.
+    """
+
+    rows: Found = field(default_factory=dict)
+    most: int = MOST_SAMPLES
+
+    def add(self, found: Found) -> None:
+        """Add what one physical batch gave."""
+        for key, rows in found.items():
+            self.rows.setdefault(key, []).extend(rows)
+
+    def merge(self, other: ScoreTable) -> None:
+        """Add what was measured on other micro-batches."""
+        self.add(other.rows)
+
+    def on_host(self) -> ScoreTable:
+        """The same in host memory."""
+        return replace(self, rows={key: [_on_host(row) for row in rows] for key, rows in self.rows.items()})
+
+    def room(self, measure: Measure, path: PathName) -> int:
+        """How many more samples to score one by one; 0 where the figure is no mean over samples."""
+        if not self._by_sample(measure):
+            return 0
+        taken = sum(row.size for row in self.rows.get((measure, path), []) if row.samples is not None)
+        return max(self.most - taken, 0)
+
+    def scores(self, measure: Measure, path: PathName) -> Scores | None:
+        """The figures of a path; None without any, or where their mean is not finite."""
+        rows = self.rows.get((measure, path))
+        if not rows:
+            return None
+        batches = torch.stack([row.value for row in rows]).cpu()
+        if not bool(torch.isfinite(batches.mean())):
+            return None
+        sizes = torch.tensor([float(row.size) for row in rows], dtype=torch.float64)
+        known = [row.samples.cpu() for row in rows if row.samples is not None]
+        return Scores(batches, sizes, torch.cat(known) if known and self._by_sample(measure) else None)
+
+    @property
+    def count(self) -> int:
+        """Samples of which there is a figure, on one path."""
+        return max((sum(row.size for row in rows) for rows in self.rows.values()), default=0)
+
+    def finite(self, measure: Measure, path: PathName) -> bool:
+        """Whether the figures of a path have a finite mean, or there are none."""
+        return (measure, path) not in self.rows or self.scores(measure, path) is not None
+
+    def score(self, path: PathName) -> Score:
+        """Means of loss and metric on one path; None where not given, or not finite."""
+        loss, metric = (self.scores(measure, path) for measure in MEASURES)
+        return Score(None if loss is None else loss.mean, None if metric is None else metric.mean)
+
+    def _by_sample(self, measure: Measure) -> bool:
+        """Whether the figure was the mean over samples wherever that was tried, on every path."""
+        found = [row for (name, _), rows in self.rows.items() if name == measure for row in rows if row.tried]
+        return all(row.samples is not None for row in found)
+
+
+def _on_host(row: Scored) -> Scored:
+    return replace(row, value=row.value.cpu(), samples=None if row.samples is None else row.samples.cpu())
+
+
+def score_outputs(
+    session: Session,
+    path: PathName,
+    micro_batches: Sequence[Any],
+    outputs: Outputs,
+    batch_size: int,
+    room: Mapping[Measure, int] | None = None,
+) -> Found:
+    """Loss and metric of micro-batches that a path was run on just now.
+
+    They see real micro-batches, as in training, also where these ran together. Where they call the model on the
+    batch's own tensors they get the output that is there already. So do single samples: they cost no forward pass.
+
+    Args:
+        micro_batches: On the device, ``batch_size`` samples each.
+        outputs: Of the model, for all of them.
+        room: Samples to score one by one, by ``ScoreTable.room``; None: none.
+    """
+    found: Found = {}
+    total = batch_size * len(micro_batches)
+    for measure, function in (("loss", session.functions.loss), ("metric", session.functions.metric)):
+        if function is None:
+            continue
+        left = (room or {}).get(measure, 0)
+        rows = found[measure, path] = []
+        for position, batch in enumerate(micro_batches):
+            start = position * batch_size
+            own = rows_of(outputs, start, start + batch_size, total)
+            value = session.call(path, measure, function, batch, own, Pass(batch_size, batch_size))
+            number = one_number(measure, function, value).to(session.device)
+            row = Scored(number, batch_size)
+            if batch_size <= left:
+                call = _caller(session, path, measure, function)
+                samples = score_samples(call, measure, function, batch, own, batch_size, number)
+                row = replace(row, samples=samples, tried=True)
+                left = 0 if samples is None else left - batch_size
+            rows.append(row)
+    return found
+
+
+def _caller(session: Session, path: PathName, measure: Measure, function: BatchFunction) -> Callable[..., Any]:
+    def call(batch: Any, outputs: Outputs) -> Any:
+        pass_ = Pass(1, 1)
+        value = session.call(path, measure, function, batch, outputs, pass_)
+        if pass_.entered:
+            raise CannotEmulateError("it runs the model on something else than the batch's own tensors")
+        return value
+
+    return call
+
+
+def score_samples(
+    call: Callable[[Any, Outputs], Any],
+    measure: Measure,
+    function: BatchFunction,
+    batch: Any,
+    outputs: Outputs,
+    size: int,
+    value: Tensor,
+) -> Tensor | None:
+    """The values of single samples, if their mean is the value of their micro-batch; else None.
+
+    Args:
+        call: Calls ``function`` on a batch, answering calls of the model with outputs; raises where these do not do.
+        batch, outputs: Of the micro-batch.
+        size: Samples in it.
+        value: Of the micro-batch.
+    """
+    if size == 1:
+        return value.reshape(1)
+    try:
+        with preserved_random_state():
+            values = [
+                one_number(measure, function, call(pick(batch, [row], size), rows_of(outputs, row, row + 1, size)))
+                for row in range(size)
+            ]
+    except Exception:  # whatever it is that the user's function cannot do with one sample
+        return None
+    samples = torch.stack(values).to(value)
+    near = (samples.mean() - value).abs() <= _SAME * samples.abs().mean()
+    return samples if bool(near) else None
+
+
+def one_number(name: str, function: BatchFunction, value: Any) -> Tensor:
+    """The value of a loss or metric as a float64 scalar.
+
+    Raises:
+        DataError: It is not one number; names the function and its line.
+    """
+    wanted = "it must return one number (a float, or a tensor with one element)"
+    try:
+        number = torch.as_tensor(value).detach().double()
+    except (TypeError, ValueError, RuntimeError):
+        hint = " Is there a return statement?" if value is None else ""
+        raise DataError(
+            f"{name}(model, batch){_place(function)} returned {kind_of(value)}, but {wanted}.{hint}"
+        ) from None
+    if number.numel() != 1:
+        raise DataError(
+            f"{name}(model, batch){_place(function)} returned a tensor of shape {tuple(number.shape)}, but {wanted}."
+            " Reduce it, e.g. with .mean()."
+        )
+    return number.reshape(())
+
+
+def _place(function: BatchFunction) -> str:
+    """The function's file and line, e.g. " (model.py:12)"; empty where Python cannot tell."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
+
+
+def score_batches(
+    session: Session,
+    path: PathName,
+    micro_batches: Sequence[Any],
+    batching: Batching,
+    *,
+    by_batch: frozenset[int] = frozenset(),
+    statistics: LayerStatistics | None = None,
+) -> ScoreTable:
+    """Loss and metric of micro-batches, each of which the functions see by itself, and of samples where possible.
+
+    Two tables of the same micro-batches are compared with ``stats.scores.paired_difference``.
+
+    Args:
+        session: Installed.
+        micro_batches: On any device.
+        batching: How they run.
+        by_batch, statistics: As in ``Pass``.
+
+    Raises:
+        DeviceError, UserCodeError, DataError: See ``Chunks`` and ``Session``.
+    """
+    table = ScoreTable()
+
+    def run(chunk: list[Any]) -> None:
+        pass_ = batching.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {})
+        _, outputs = session.forward(path, to_device(join(chunk), session.device), pass_)
+        apart = [to_device(batch, session.device) for batch in chunk]
+        room = {measure: table.room(measure, path) for measure in MEASURES}
+        table.add(score_outputs(session, path, apart, outputs, batching.batch_size, room))
+
+    batching.chunks(session.device).run(micro_batches, run)
+    return table
