@@ -168,7 +168,10 @@ class Audio(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.units = nn.Sequential(
-            signal_convolution(8, 24), signal_convolution(24, 24), signal_convolution(24, 32), signal_convolution(32, 32)
+            signal_convolution(8, 24),
+            signal_convolution(24, 24),
+            signal_convolution(24, 32),
+            signal_convolution(32, 32),
         )
         self.head = nn.Linear(32, 10)
 
