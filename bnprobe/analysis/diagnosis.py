@@ -1,10 +1,11 @@
 """Select and run the rules, join their verdicts into diagnoses, and rank these.
 
-A cause that follows from another one, on the same layer or in an earlier layer, is not a diagnosis of its own. Which
-causes follow from which is declared by the rules.
+A cause that follows from another one, on the same layer, in an earlier layer or of the whole model, is not a diagnosis of its
+own. Which causes follow from which is declared by the rules. Mismatch from earlier layers of which none has a cause of its own
+is what their stale statistics add up to, and is called so. A remedy that was tried and makes things worse is not printed.
 
-Ranking: errors before warnings before information; within these, first what stops training; then by the effect on the
-output, not by the number of layers. Where a layer has several causes, the effect measured for it belongs to all of
+Ranking: errors before warnings before information; within these, first what stops training; then what a remedy without
+training is known to mend for the most part; then by the effect on the output, not by the number of layers. Where a layer has several causes, the effect measured for it belongs to all of
 them: a diagnosis gets the fraction that its causes have in the layers' mismatch D, as a square root, since the effect
 on the output grows with the root of D. The effects are measured by the caller, for the groups of layers that
 ``groups_of`` names: nothing here runs the model.
@@ -19,15 +20,18 @@ from dataclasses import dataclass, replace
 
 from bnprobe.config.spec import RuleExemption, RulesSpec, matches_any
 from bnprobe.records import EXEMPT, SOURCES, Cause, Diagnosis, Layer, LintReport, Report, Severity, Verdict
-from bnprobe.rules import RULES, Rule
+from bnprobe.rules import RULES, Rule, effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import matches_code, selected
-from bnprobe.rules.shares import SHARES
+from bnprobe.rules.shares import SHARES, STATISTICS_CAUSES
 
 Group = tuple[str, ...]
 """Names of the layers of one diagnosis, in network order."""
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
+
+MOSTLY = 0.5
+"""A remedy that wins back this part of what is lost mends the cause for the most part."""
 
 _Key = tuple[str, str | None]
 """Rule and layer."""
@@ -40,8 +44,9 @@ def judge(facts: Facts, rules: RulesSpec, among: Iterable[Rule] = RULES) -> tupl
         UsageError: A code or prefix fits no rule.
     """
     places = {anatomy.name: anatomy.location for anatomy in facts.anatomy}
-    verdicts = (verdict for rule in selected(rules, among) for verdict in rule.judge(facts))
-    placed = (replace(verdict, location=places.get(verdict.layer or "")) for verdict in verdicts)
+    verdicts = [verdict for rule in selected(rules, among) for verdict in rule.judge(facts)]
+    tried = [_not_contradicted(verdict, facts) for verdict in _rooted(verdicts, facts)]
+    placed = (replace(verdict, location=places.get(verdict.layer or "")) for verdict in tried)
     return tuple(_exempted(verdict, rules.exempt, facts) for verdict in placed)
 
 
@@ -86,12 +91,59 @@ def _exempted(verdict: Verdict, exemptions: Sequence[RuleExemption], facts: Fact
     return verdict
 
 
-def _joined(verdicts: Iterable[Verdict], facts: Facts) -> list[_Finding]:
-    """For each rule its failed verdicts that nothing explains, and those that follow from them."""
+def _rooted(verdicts: Sequence[Verdict], facts: Facts) -> list[Verdict]:
+    """The verdicts, with mismatch from earlier layers that has no root as the staleness that it is."""
+    order, failed = _order(facts), [verdict for verdict in verdicts if verdict.outcome == "failed"]
+    lost = {
+        verdict.layer: verdict
+        for verdict in failed
+        if RULES[verdict.rule].follows_upstream and _reason(verdict, failed, facts, order) is None
+    }
+    stale = {verdict.layer: verdict for verdict in verdicts if verdict.cause == "lag" and verdict.layer in lost}
+    return [_as_stale(verdict, lost, stale) for verdict in verdicts]
+
+
+def _as_stale(verdict: Verdict, lost: Mapping[str | None, Verdict], stale: Mapping[str | None, Verdict]) -> Verdict:
+    """The verdict itself, unless it is one of the two of a layer that change places: propagation and lag."""
+    layer = verdict.layer
+    if layer not in lost or layer not in stale:
+        return verdict
+    found, rule = lost[layer], RULES[stale[layer].rule]
+    if verdict is found:
+        message = "Its input differs between training and inference for no other reason than stale statistics."
+        return replace(found, outcome="passed", message=message, remedy="")
+    if verdict is stale[layer]:
+        message = (
+            "Earlier layers are each within their limit, but what their running statistics are off by adds up in its"
+            f" input. {found.message.partition('. ')[2]}"
+        )
+        return replace(
+            found, rule=rule.code, cause=rule.cause, message=message.strip(), remedy=rule.remedy, limit=found.limit
+        )
+    return verdict
+
+
+def _not_contradicted(verdict: Verdict, facts: Facts) -> Verdict:
+    """The verdict with another remedy, where its own was tried and makes loss or metric worse."""
+    rule = RULES[verdict.rule]
+    tried = effect.tried(facts.remedies, rule.free_remedy)
+    if tried is None or not rule.other_remedy or verdict.remedy != rule.remedy:
+        return verdict
+    worse = effect.of_remedy(tried, facts.gaps, facts.chance).is_worse
+    return replace(verdict, remedy=rule.other_remedy) if worse else verdict
+
+
+def _order(facts: Facts) -> dict[str, int]:
+    """Positions of the layers in the network."""
     order = {anatomy.name: position for position, anatomy in enumerate(facts.anatomy)}
     for name in facts.layers:
         order.setdefault(name, len(order))
-    failed = [verdict for verdict in verdicts if verdict.outcome == "failed"]
+    return order
+
+
+def _joined(verdicts: Iterable[Verdict], facts: Facts) -> list[_Finding]:
+    """For each rule its failed verdicts that nothing explains, and those that follow from them."""
+    order, failed = _order(facts), [verdict for verdict in verdicts if verdict.outcome == "failed"]
     reasons = {_key(verdict): _reason(verdict, failed, facts, order) for verdict in failed}
     own: dict[str, list[Verdict]] = defaultdict(list)
     folded: dict[str, list[Verdict]] = defaultdict(list)
@@ -115,11 +167,14 @@ def _root(key: _Key, reasons: Mapping[_Key, Verdict | None]) -> _Key:
 
 def _reason(verdict: Verdict, failed: Sequence[Verdict], facts: Facts, order: Mapping[str, int]) -> Verdict | None:
     """The failed verdict that explains another; None if it stands on its own."""
-    if verdict.layer is None:
-        return None
     rule = RULES[verdict.rule]
+    if verdict.layer is None:
+        return _largest_error(failed) if rule.follows_from_any else None
+    whole = [other for other in failed if other.layer is None and rule.cause in RULES[other.rule].explains_layers]
+    if whole:
+        return whole[0]
     if rule.follows_upstream:
-        return _upstream(verdict, failed, order)
+        return _upstream(verdict, failed, order) or _root_here(verdict, failed)
     layer = facts.layers.get(verdict.layer)
     # What may explain a finding of this rule on the same layer, the first to count first.
     others = [
@@ -128,6 +183,22 @@ def _reason(verdict: Verdict, failed: Sequence[Verdict], facts: Facts, order: Ma
     causes = [link.cause for link in (*rule.follows_from, *others) if layer is None or link.holds(layer)]
     here = [other for other in failed if other.layer == verdict.layer and other.cause in causes]
     return min(here, key=lambda other: causes.index(other.cause), default=None)
+
+
+def _largest_error(failed: Sequence[Verdict]) -> Verdict | None:
+    """The error with the largest share, of causes that change what a layer gives out; else the first such error."""
+    errors = [
+        other
+        for other in failed
+        if other.severity == "error" and other.layer is not None and RULES[other.rule].upstream_order is not None
+    ]
+    return max(errors, key=_share, default=None)
+
+
+def _root_here(verdict: Verdict, failed: Sequence[Verdict]) -> Verdict | None:
+    """What else is wrong with the statistics of the layer itself."""
+    here = [other for other in failed if other.layer == verdict.layer and other.cause in STATISTICS_CAUSES]
+    return max((other for other in here if other.rule != verdict.rule), key=_share, default=None)
 
 
 def _upstream(verdict: Verdict, failed: Sequence[Verdict], order: Mapping[str, int]) -> Verdict | None:
@@ -170,20 +241,21 @@ class _Finding:
         severity = min((verdict.severity for verdict in (*self.own, *self.folded)), key=SEVERITIES.index)
         worst = min(self.own, key=self._mildness)
         rule, fraction = RULES[worst.rule], self._fraction()
-        effect = math.inf if impact is None else -impact * fraction
+        moved = math.inf if impact is None else -impact * fraction
         diagnosis = Diagnosis(
             cause=worst.cause,
             rule=worst.rule,
             severity=severity,
             layers=self.layers,
-            impact=impact if rule.reports_impact else None,
+            impact=None if impact is None or not rule.reports_impact else impact * fraction,
             message=self._message(rule, worst),
             remedy=worst.remedy,
             consequences=self._consequences(),
         )
-        blocking = 0.0 if rule.stops_training else 1.0
+        blocking = 0.0 if rule.stops_training and severity == "error" else 1.0
         place = float(RULES.names().index(rule.code))
-        return (SEVERITIES.index(severity), blocking, effect, -fraction, place), diagnosis
+        unmended = 0.0 if _is_mended(rule, self.facts) else 1.0
+        return (SEVERITIES.index(severity), blocking, unmended, moved, -fraction, place), diagnosis
 
     def _position(self, layer: str) -> int:
         return self.order.get(layer, len(self.order))
@@ -219,6 +291,14 @@ class _Finding:
         return sum(map(math.sqrt, fractions)) / len(fractions) if fractions else 1.0
 
 
+def _is_mended(rule: Rule, facts: Facts) -> bool:
+    """Whether the remedy without training was tried, and surely wins back most of what is lost on held-out data."""
+    tried = effect.tried(facts.remedies, rule.free_remedy)
+    if tried is None or effect.of_remedy(tried, facts.gaps, facts.chance).standing != "better":
+        return False
+    return (effect.recovered(tried, facts.gaps) or 0.0) >= MOSTLY
+
+
 def _fraction_of(layer: Layer, causes: set[Cause]) -> float | None:
     """The fraction of causes in what adds to the mismatch of a layer; None without shares, or for other causes."""
     if layer.shares is None or not causes & {source.field for source in SOURCES}:
@@ -237,10 +317,12 @@ def has_findings(report: Report, rules: RulesSpec) -> bool:
     """Whether a cause is an error, or a layer is flagged without an explanation by any rule.
 
     Warnings do not count: what only looks like a mistake was measured to be harmless. A flagged layer whose rules the
-    user ignores or exempts is accepted.
+    user ignores or exempts is accepted, and so is one where loss and metric are known to be no worse at inference.
     """
     errors = any(verdict.outcome == "failed" and verdict.severity == "error" for verdict in report.verdicts)
     excused = {verdict.layer for verdict in report.verdicts if verdict.message.startswith(EXEMPT)}
     explained = {verdict.layer for verdict in report.verdicts if verdict.outcome == "failed"} | excused
     narrowed = bool(rules.select or rules.ignore)
-    return errors or any(layer.flagged and layer.name not in explained and not narrowed for layer in report.layers)
+    if errors or narrowed or effect.inconsistency(report.summary.gaps, report.summary.chance).is_no_worse:
+        return errors
+    return any(layer.flagged and layer.name not in explained for layer in report.layers)

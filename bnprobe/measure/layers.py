@@ -8,9 +8,10 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +176,12 @@ def _require_layers(model: nn.Module, found: LayerSet) -> None:
     raise NothingToProbeError(f"{kind} has no Batch Normalization layer: there is nothing to probe.")
 
 
+_ENOUGH_CHANNELS = 8
+"""Values of fewer channels may be round by chance."""
+
+_ENOUGH_WEIGHTS = 512
+"""Fewer weights may have few values by chance."""
+
 _RANDOM_KIND = re.compile(r"drop_?path|stochastic_?depth|drop_?block", re.IGNORECASE)
 """Random layers that torch does not have; every library has its own."""
 
@@ -194,8 +201,16 @@ def anatomy(layers: LayerSet | Sequence[ProbedLayer], model: nn.Module) -> tuple
     """
     chosen = layers.selected if isinstance(layers, LayerSet) else layers
     with _as_in_training(model):
-        before = _random_layers_before(model)
-        return tuple(_describe(layer, model, before.get(id(layer.module), ())) for layer in chosen)
+        before, weights, copies = _random_layers_before(model), _weights_before(model), _copies(model)
+        described = [_describe(layer, model, before.get(id(layer.module), ())) for layer in chosen]
+        return tuple(
+            replace(
+                one,
+                **_of_weights(weights.get(id(layer.module))),
+                copy_of=next((copies[name] for name in copies if _is_part(layer.name, name)), None),
+            )
+            for one, layer in zip(described, chosen, strict=True)
+        )
 
 
 @contextmanager
@@ -235,7 +250,68 @@ def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> 
         dead=0 if variance is None else int(((variance >= 0) & (variance < layer.info.eps)).sum()),
         median_variance=_median(variance),
         dropouts_before=before,
+        affine_moved=_has_moved(layer.module),
+        bfloat16=untouched is False and bool(buffers) and all(_is_bfloat16(buffer) for buffer in buffers),
     )
+
+
+def _has_moved(module: nn.Module) -> bool | None:
+    """Whether weight or bias differ from 1 and 0; None without them."""
+    affine = [(getattr(module, name, None), start) for name, start in (("weight", 1.0), ("bias", 0.0))]
+    known = [(value.detach(), start) for value, start in affine if isinstance(value, Tensor)]
+    return any(bool((value != start).any()) for value, start in known) if known else None
+
+
+def _is_bfloat16(buffer: Tensor) -> bool:
+    """Whether bfloat16 holds every value of a buffer that has more bits, and not only because they are round."""
+    values = buffer.detach().float()
+    exact = bool((values == values.bfloat16().float()).all())
+    return exact and bool((values != values.round()).any()) and values.numel() >= _ENOUGH_CHANNELS
+
+
+def _weights_before(model: nn.Module) -> dict[int, Tensor]:
+    """For each module, the weights of the last layer with a matrix or kernel that is defined before it."""
+    found: dict[int, Tensor] = {}
+    last: Tensor | None = None
+    for module in model.modules():
+        if last is not None:
+            found[id(module)] = last
+        weight = module._parameters.get("weight", None)
+        if isinstance(weight, Tensor) and weight.dim() > 1:
+            last = weight.detach()
+    return found
+
+
+def _of_weights(weight: Tensor | None) -> dict[str, Any]:
+    """The fraction of zeros and the number of values; of few weights they say nothing."""
+    if weight is None or weight.numel() < _ENOUGH_WEIGHTS:
+        return {}
+    return {"zeros": float((weight == 0).double().mean()), "levels": int(weight.unique().numel())}
+
+
+def _copies(model: nn.Module) -> dict[str, str]:
+    """Modules without gradients that are copies of a module beside them, by name, with the name of that module."""
+    found: dict[str, str] = {}
+    for parent_name, parent in model.named_modules():
+        if isinstance(parent, nn.Sequential | nn.ModuleList):
+            continue  # blocks in a row are alike, and some may be frozen
+        children = [
+            (name, child, [p.requires_grad for p in child.parameters()]) for name, child in parent.named_children()
+        ]
+        trained = {_signature(child): name for name, child, grads in children if any(grads)}
+        for name, child, grads in children:
+            if grads and not any(grads) and (other := trained.get(_signature(child))) is not None:
+                prefix = f"{parent_name}." if parent_name else ""
+                found[f"{prefix}{name}"] = f"{prefix}{other}"
+    return found
+
+
+def _signature(module: nn.Module) -> tuple[Any, ...]:
+    return type(module), tuple((name, tuple(value.shape)) for name, value in module.state_dict().items())
+
+
+def _is_part(layer: str, module: str) -> bool:
+    return layer == module or layer.startswith(f"{module}.")
 
 
 def _median(variance: Tensor | None) -> float | None:

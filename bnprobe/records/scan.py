@@ -454,6 +454,8 @@ class Output(Record):
         note: Why a figure is missing, where that is not obvious.
         repeat: Relative L2 distance of two eval-path passes over the same samples: 0 unless the model is random at
             inference. None if not measured.
+        batch_dependence: Relative L2 distance of the eval path's outputs for the same samples in other batches: 0 where
+            samples are independent. None if not measured: it is where a layer uses batch statistics at inference.
     """
 
     relative_l2: float | None
@@ -463,6 +465,7 @@ class Output(Record):
     metric: PathValues | None
     note: str | None = None
     repeat: float | None = None
+    batch_dependence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -503,6 +506,36 @@ class Gap(Record):
 
 
 @dataclass(frozen=True)
+class Chance(Record):
+    """What the outputs know about their own samples: a loss or metric against that of outputs of other samples.
+
+    Attributes:
+        measure: "loss" or "metric".
+        training, inference: The value with the outputs of other samples, and with the own ones, on batch statistics and
+            on running statistics; None where it could not be measured.
+    """
+
+    measure: Literal["loss", "metric"]
+    training: ChanceValues | None
+    inference: ChanceValues | None
+
+
+@dataclass(frozen=True)
+class ChanceValues(Record):
+    """One mode.
+
+    Attributes:
+        own: With every sample's own output.
+        other: With the output of another sample.
+        change: ``own`` minus ``other``, paired by micro-batch.
+    """
+
+    own: float
+    other: float
+    change: Estimate
+
+
+@dataclass(frozen=True)
 class GradientAngle(Record):
     """The parameters' gradient with batch statistics against the one with population statistics.
 
@@ -526,6 +559,7 @@ class Summary(Record):
         shares: Mean over the layers whose mismatch was decomposed; None if there is none.
         gaps: One for the loss and one for the metric, where given.
         gradient_angle: With ``--gradients``.
+        chance: One for the loss and one for the metric, where outputs of other samples could be scored.
     """
 
     layers: int
@@ -536,6 +570,7 @@ class Summary(Record):
     shares: Shares | None = None
     gaps: tuple[Gap, ...] = ()
     gradient_angle: GradientAngle | None = None
+    chance: tuple[Chance, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from bnprobe.rules.double_update import DoubleUpdate
 from bnprobe.rules.dropout import DropoutShift
 from bnprobe.rules.dropout_before_norm import DropoutBeforeNorm
 from bnprobe.rules.frozen_mismatch import FrozenMismatch
+from bnprobe.rules.generalization import Generalization
+from bnprobe.rules.inconsistency import Inconsistency
 from bnprobe.rules.interface import Rule, check_complete
 from bnprobe.rules.lag import Lag
 from bnprobe.rules.last_batch import LastBatch
@@ -20,11 +22,14 @@ from bnprobe.rules.never_trained import NeverTrained
 from bnprobe.rules.no_running_stats import NoRunningStats
 from bnprobe.rules.non_finite import NonFinite
 from bnprobe.rules.propagation import Propagation
+from bnprobe.rules.random_at_inference import RandomAtInference
 from bnprobe.rules.rank_divergence import RankDivergence
 from bnprobe.rules.shared_domains import SharedDomains
 from bnprobe.rules.single_image import SingleImage
 from bnprobe.rules.single_value import SingleValue
 from bnprobe.rules.small_batch import SmallBatch
+from bnprobe.rules.trained_in_eval import TrainedInEval
+from bnprobe.rules.untrained_weights import UntrainedWeights
 
 BUILT_IN: tuple[type[Rule], ...] = (
     MomentumConvention,
@@ -44,6 +49,11 @@ BUILT_IN: tuple[type[Rule], ...] = (
     SingleValue,
     SingleImage,
     LastBatch,
+    Inconsistency,
+    TrainedInEval,
+    RandomAtInference,
+    UntrainedWeights,
+    Generalization,
     DoubleUpdate,
     RankDivergence,
     BackwardNoise,

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnprobe.numbers import number
-from bnprobe.records import Layer, Verdict
+from bnprobe.records import Layer, Remedy, Verdict
+from bnprobe.rules import effect
+from bnprobe.rules.effect import FLOOR, Effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
 from bnprobe.rules.shares import lower_end, mismatch_limit, why_no_shares
+
+MOST = 0.5
+"""Where no layer is beyond its limit, those are named whose shift is at least this part of the largest."""
+
+_PREPROCESSING = "Make the preprocessing of both datasets the same."
 
 
 class DataShift(Rule):
@@ -16,7 +23,10 @@ class DataShift(Rule):
 
     What:
         The mismatch D of the held-out data, taken as one batch, against the statistics of the training data at
-        inference. It fails where the lower end of its 95% interval exceeds the layer's limit.
+        inference. Without a loss or metric it fails where the lower end of its 95% interval exceeds the layer's limit.
+        With one, the effect decides: it fails where the statistics of the held-out data make the network surely better
+        on it, whatever D is; and beyond the limit, where held-out data is surely worse than training data. Other classes
+        in other proportions also move the statistics; that costs nothing, and is no fault.
 
     Why:
         The layer standardizes data that is like the training data. Data from another camera, or scaled or augmented
@@ -29,7 +39,8 @@ class DataShift(Rule):
 
     Remedy:
         First make the preprocessing the same. If the new data is meant to differ, recalibrate the running statistics on
-        unlabelled samples of it (`bnprobe recalibrate` with these as the data), and compare on held-out samples.
+        unlabelled samples of it (`bnprobe recalibrate` with these as the data), and compare on held-out samples. The scan
+        tries that: where the statistics of the held-out data do not help, something else is hurt by the shift.
 
     Reference:
         Schneider et al. 2020, arXiv 2006.16971, section 2. Nado et al. 2020, arXiv 2006.10963. Touvron et al. 2019,
@@ -44,27 +55,88 @@ class DataShift(Rule):
     needs = "held-out data"
     real_data = True
     finding = "held-out data has other means and variances than training data"
-    remedy = (
-        "Make the preprocessing of both datasets the same. If the data is meant to differ, recalibrate the running"
-        " statistics on samples of the new kind."
-    )
+    remedy = f"{_PREPROCESSING} If the data is meant to differ, recalibrate the running statistics on samples of the new kind."
     reports_impact = False
     free_remedy = "evaluation statistics"
+    other_remedy = _PREPROCESSING
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.layers.values():
-            yield self._judge(layer)
+            yield self._judge(layer, facts)
 
-    def _judge(self, layer: Layer) -> Verdict:
+    def _judge(self, layer: Layer, facts: Facts) -> Verdict:
         share, limit = None if layer.shares is None else layer.shares.data_shift, mismatch_limit(layer)
         if share is None:
             return self.skipped(layer.name, why_no_shares(layer))
         low = lower_end(None if layer.share_intervals is None else layer.share_intervals.data_shift)
-        if low <= limit:
-            message = f"The mismatch of held-out against training data is D = {number(share)}."
-            return self.passed(layer.name, message, share, limit)
-        message = (
-            f"The mismatch of held-out against training data is D = {number(share)} (95%: at least {number(low)}); the"
-            f" limit is {number(limit)}."
-        )
-        return self.failed(layer.name, message, share, limit)
+        sure = f" (95%: at least {number(low)})" if low > 0 else ""
+        message = f"The mismatch of held-out against training data is D = {number(share)}{sure}"
+        if not is_shifted(layer, facts):
+            harmless = ", but held-out data is not worse for it" if low > limit else ""
+            return self.passed(layer.name, f"{message}{harmless}.", share, limit)
+        against = f"; the limit is {number(limit)}" if low > limit else ""
+        remedy = self.remedy if _gain(facts).standing != "same" else self.other_remedy
+        return self.failed(layer.name, f"{message}{against}.{_at_the_output(facts)}", share, limit, remedy=remedy)
+
+
+def is_shifted(layer: Layer, facts: Facts) -> bool:
+    """Whether the layer's statistics have moved on held-out data, and that does harm as far as is known."""
+    share = None if layer.shares is None else layer.shares.data_shift
+    if share is None:
+        return False
+    low = lower_end(None if layer.share_intervals is None else layer.share_intervals.data_shift)
+    beyond, gap = low > mismatch_limit(layer), effect.generalization(facts.gaps, facts.chance)
+    if _is_won_back(facts):
+        return beyond or (not _any_beyond(facts) and share >= MOST * _largest(facts))
+    if gap.is_no_worse or (_gain(facts).is_worse and not gap.is_worse):
+        return False
+    return beyond
+
+
+def _is_won_back(facts: Facts) -> bool:
+    """Whether statistics of the held-out data surely help on it, and more than those of the training data."""
+    if not _gain(facts).standing == "better":
+        return False
+    shifted, usual = _tried(facts), effect.tried(facts.remedies, "recalibrated")
+    return shifted is not None and (usual is None or _advantage(shifted, usual, facts) > FLOOR)
+
+
+def _advantage(shifted: Remedy, usual: Remedy, facts: Facts) -> float:
+    """By how much the one remedy is better than the other: of the metric, else relative, of the loss."""
+    goal = next((gap.goal for gap in facts.gaps if gap.measure == "metric"), "max")
+    if shifted.after.metric is not None and usual.after.metric is not None:
+        return (shifted.after.metric - usual.after.metric) * (1 if goal == "max" else -1)
+    if shifted.after.loss is not None and usual.after.loss is not None:
+        return (usual.after.loss - shifted.after.loss) / max(abs(usual.after.loss), effect.SMALLEST)
+    return 0.0
+
+
+def _any_beyond(facts: Facts) -> bool:
+    intervals = [(layer, layer.share_intervals) for layer in facts.layers.values()]
+    return any(known and lower_end(known.data_shift) > mismatch_limit(layer) for layer, known in intervals)
+
+
+def _largest(facts: Facts) -> float:
+    return max((layer.shares.data_shift or 0.0 for layer in facts.layers.values() if layer.shares), default=0.0)
+
+
+def _tried(facts: Facts) -> Remedy | None:
+    return effect.tried(facts.remedies, "evaluation statistics")
+
+
+def _gain(facts: Facts) -> Effect:
+    remedy = _tried(facts)
+    return Effect(()) if remedy is None else effect.of_remedy(remedy, facts.gaps, facts.chance)
+
+
+def _at_the_output(facts: Facts) -> str:
+    """What it does to loss and metric, and whether other statistics bring that back: sentences, or nothing."""
+    change, gain = effect.generalization(facts.gaps, facts.chance).main, _gain(facts)
+    if change is None:
+        return ""
+    said = f" With the same running statistics {change.words('on training data', 'on held-out data')}"
+    if gain.standing == "better" and gain.main is not None:
+        return f"{said}; with statistics of the held-out data the {gain.main.measure} is {number(gain.main.after)}."
+    if gain.standing in ("same", "worse"):
+        return f"{said}. Statistics of the held-out data do not bring it back: the shift hurts, but not through BN."
+    return f"{said}."

@@ -27,8 +27,9 @@ class DropoutShift(ShareRule):
         dropout, the network is better than in eval mode.
 
     Remedy:
-        Recalibrate the running statistics with dropout off (`bnprobe recalibrate`), and compare on held-out data; or
-        move dropout behind the last BN layer and continue training.
+        Move dropout behind the last BN layer and continue training; or recalibrate the running statistics with dropout
+        off (`bnprobe recalibrate`), and compare on held-out data. On networks with strong dropout the one won back 81% of
+        what was lost, the other 24%.
 
     Reference:
         Li, Chen, Hu and Yang 2018, arXiv 1801.05134, sections 3 and 5.
@@ -39,11 +40,12 @@ class DropoutShift(ShareRule):
     cause = "dropout"
     finding = "dropout was on when the running statistics were taken and is off when they are used"
     remedy = (
-        "Move dropout behind the last BN layer and continue training, or recalibrate the running statistics with"
-        " dropout off."
+        "Move dropout behind the last BN layer and continue training. Recalibrating the running statistics with dropout"
+        " off (bnprobe recalibrate) needs no training, but wins back less."
     )
     upstream_order = 90
     free_remedy = "recalibrated"
+    other_remedy = "Move dropout behind the last BN layer and continue training."
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         anatomy = anatomy_of(facts, layer.name)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bnprobe.records import Gap, Layer, Output, Remedy, Scan
+from bnprobe.records import Chance, Gap, Layer, Output, Remedy, Scan
 
 Need = Literal["model", "data", "held-out data", "training steps", "gradients", "several processes"]
 """What a rule needs; a rule whose need is not met is skipped with a reason."""
@@ -30,7 +30,15 @@ class Anatomy:
         negative: Number of values of the running variance below 0.
         dead: Number of channels whose running variance is below eps.
         median_variance: Median of the running variance over channels; None without one, or where it is not finite.
-        dropouts_before: Names of random layers that are active in training and defined before this one.
+        dropouts_before: Names of random layers that are active in training and feed this one, as traced where a batch or
+            the code could be followed, else as defined.
+        affine_moved: Weight or bias differ from those of a new layer (1 and 0); None if the layer has neither.
+        bfloat16: All running statistics are values that bfloat16 can hold, although they are stored in more bits.
+        zeros: Fraction of exact zeros among the weights of the last layer before this one that has weights; None if
+            there is none.
+        levels: Number of different values of these weights; None if there is none.
+        copy_of: Name of the module of the same kind that is trained, where the layer belongs to a copy of it without gradients,
+            as the momentum encoder of contrastive learning is; None otherwise.
     """
 
     name: str
@@ -49,6 +57,36 @@ class Anatomy:
     dead: int
     median_variance: float | None
     dropouts_before: tuple[str, ...] = ()
+    affine_moved: bool | None = None
+    bfloat16: bool = False
+    zeros: float | None = None
+    levels: int | None = None
+    copy_of: str | None = None
+
+
+@dataclass(frozen=True)
+class OtherEps:
+    """What another eps in all layers does to the mismatch at inference.
+
+    Attributes:
+        eps: The value that leaves least of it.
+        left: By layer, the fraction of the mismatch of its statistics that is left with it.
+    """
+
+    eps: float
+    left: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Parts of the inputs that are padding: the last positions of a sample that all hold the same value.
+
+    Attributes:
+        training, held_out: Fraction of the positions, mean over samples; None without held-out data.
+    """
+
+    training: float
+    held_out: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +106,9 @@ class Facts:
         output: The distance of the two paths at the model's output.
         gaps: Loss and metric in training, at inference and on held-out data, where given.
         remedies: What remedies without training gave on held-out data, where they were tried.
+        chance: Loss and metric against those of outputs that belong to other samples, where measured.
+        other_eps: Where another eps was tried, on layers that look stale.
+        padding: Where samples of different sizes were found to be padded.
     """
 
     anatomy: tuple[Anatomy, ...]
@@ -81,3 +122,18 @@ class Facts:
     output: Output | None = None
     gaps: tuple[Gap, ...] = ()
     remedies: tuple[Remedy, ...] = ()
+    chance: tuple[Chance, ...] = ()
+    other_eps: OtherEps | None = None
+    padding: Padding | None = None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the whole network is as it was made: nothing has trained a BN layer, nor its running statistics."""
+        return bool(self.anatomy) and all(_is_new(layer) for layer in self.anatomy)
+
+
+def _is_new(layer: Anatomy) -> bool:
+    """Whether nothing shows that the layer was trained. Updates that are counted do, updates that are not, do not."""
+    if layer.affine_moved or (layer.has_running_statistics and not layer.untouched):
+        return False
+    return not layer.batches_tracked

@@ -14,7 +14,8 @@ class FrozenMismatch(Rule):
 
     What:
         Whether, after model.train(), the layer's weight and bias (requires_grad) and its running statistics (train
-        mode) are either both trained or both frozen.
+        mode) are either both trained or both frozen. A copy of another part that is trained, as the momentum encoder of
+        contrastive learning is, passes: its weights follow the other's, and its statistics its own.
 
     Why:
         requires_grad=False only stops the optimizer. In train mode the layer still normalizes with batch statistics and
@@ -56,6 +57,8 @@ class FrozenMismatch(Rule):
             return self.skipped(layer.name, "the layer has no weight and bias (affine=False)")
         if not layer.has_running_statistics:
             return self.skipped(layer.name, "the layer has no running statistics")
+        if layer.copy_of is not None:
+            return self.passed(layer.name, f"It belongs to a copy of {layer.copy_of} that is not trained by gradients.")
         if layer.trains_affine == layer.trains_statistics:
             state = "trained" if layer.trains_affine else "frozen"
             return self.passed(layer.name, f"Running statistics, weight and bias are all {state}.")

@@ -54,7 +54,10 @@ class Rule(ABC):
         follows_upstream: A finding follows from causes with an ``upstream_order`` in earlier layers.
         upstream_order: Set for causes that change a layer's own output, and so explain mismatch in later layers. Of
             several the one with the largest measured share counts, and then the one with the lowest number.
+        explains_layers: Causes whose findings on any layer a finding about the whole model explains.
+        follows_from_any: A finding about the whole model follows from the largest error that changes a layer's output.
         free_remedy: The remedy without training that may be all that is needed; reports suggest to measure it.
+        other_remedy: What to do instead where that remedy was tried and makes things worse.
         larger_batches: Larger batches would help; reports suggest to measure how large.
     """
 
@@ -75,7 +78,11 @@ class Rule(ABC):
     follows_upstream: ClassVar[bool] = False
     upstream_order: ClassVar[int | None] = None
 
+    explains_layers: ClassVar[tuple[Cause, ...]] = ()
+    follows_from_any: ClassVar[bool] = False
+
     free_remedy: ClassVar[FreeRemedy | None] = None
+    other_remedy: ClassVar[str] = ""
     larger_batches: ClassVar[bool] = False
 
     def judge(self, facts: Facts) -> Iterator[Verdict]:

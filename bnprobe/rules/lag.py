@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from bnprobe.numbers import number, percent
+from bnprobe.numbers import joined, number, percent
 from bnprobe.records import Layer, Verdict
 from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.interface import Link, anatomy_of
@@ -25,6 +27,23 @@ USUAL_RATE = 0.1
 
 NOISE_FACTOR = 3.0
 """A running average is one random draw: three times its expected noise is still noise."""
+
+EXPLAINED = 0.2
+"""Another eps is the reason where it leaves no more of the mismatch than this."""
+
+PADDED = 0.05
+"""Less padding than this hardly moves a mean or variance."""
+
+EXTRA = 1.05
+"""Updates are counted, so more than a few percent too many is not rounding."""
+
+PRUNED = 0.2
+"""No training gives this many weights that are exactly 0."""
+
+QUANTIZED = 256
+"""The number of values of eight bits."""
+
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|average[d]?)(?![a-z])", re.IGNORECASE)
 
 
 def _is_no_more_than_domains(layer: Layer) -> bool:
@@ -60,8 +79,10 @@ class Lag(ShareRule):
     Why:
         Running statistics are an average over past batches, taken while the weights changed. They are stale if the
         average is slow (small momentum), young (few updates) or noisy (large momentum); and they are wrong if they
-        belong to other data or weights, or were reset. The weights are fine: only the statistics used at inference are
-        not.
+        belong to other data or weights, or were reset. A reason is named where the scan has evidence for it: the settings
+        and the updates counted, another eps with which the statistics fit, padding in the data, pruned or quantized
+        weights, statistics kept in bfloat16, processes that differ. It is a warning where loss and metric are known to
+        be no worse at inference.
 
     Example:
         A model is fine-tuned for 50 steps and evaluates worse than before, but evaluated in train mode it is good.
@@ -81,7 +102,7 @@ class Lag(ShareRule):
     cause = "lag"
     real_data = True
     finding = "the running statistics differ from those of the training data with these weights"
-    remedy = "Recalibrate the running statistics on training data (bnprobe recalibrate); the weights need no training."
+    remedy = "Recalibrate the running statistics on training data (bnprobe recalibrate)."
     follows_from = (
         Link("non_finite"),
         Link("never_trained"),
@@ -94,11 +115,16 @@ class Lag(ShareRule):
     )
     upstream_order = 80
     free_remedy = "recalibrated"
+    other_remedy = "Keep the running statistics, and find out which data or weights they belong to."
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         anatomy = anatomy_of(facts, layer.name)
-        reason = "" if anatomy is None else f" Most likely reason: {likeliest_reason(anatomy)}."
+        reason = "" if anatomy is None else f" {_in_words(anatomy, layer, facts)}"
         return f"The running statistics are not those of the training data{_direction(layer)}.{reason}"
+
+    def advise(self, layer: Layer, facts: Facts) -> str:
+        found = _first(anatomy_of(facts, layer.name), layer, facts)
+        return self.remedy if found is None or found.remedy is None else found.remedy
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         """A layer that overflows at inference and not in training has running statistics that are far off."""
@@ -111,43 +137,118 @@ class Lag(ShareRule):
         )
 
 
-def likeliest_reason(layer: Anatomy) -> str:
-    """Why running statistics may be stale, from the layer's settings and its number of updates; a clause."""
-    return next(_reasons(layer))
+@dataclass(frozen=True)
+class Reason:
+    """Why running statistics are stale, with the evidence, a clause; what to do where that is not to recalibrate."""
+
+    words: str
+    remedy: str | None = None
 
 
-def _reasons(layer: Anatomy) -> Iterator[str]:
+def reasons(layer: Anatomy, measured: Layer, facts: Facts) -> Iterator[Reason]:
+    """Reasons that there is evidence for, the strongest first."""
     weight, updates = layer.momentum, layer.batches_tracked
-    scale = min(1.0, layer.median_variance or 1.0)
     if not layer.trains_statistics:
-        yield "training does not update them (eval mode), while earlier weights may have changed"
+        yield Reason("training does not update them (eval mode), while earlier weights may have changed")
     if weight == 0:
-        yield "momentum=0, with which they are never updated"
-    if updates == 0:
-        yield "num_batches_tracked is 0, so they were reset or never updated"
-    if weight is not None and 0 < weight < 1:
-        yield from _reasons_of_average(weight, updates, scale)
-    if weight is not None and weight >= NOISY:
-        yield f"momentum={weight:g} averages over the last few batches only, so they are noisy"
-    known = "" if updates is None else f"; the {updates:,} updates counted are enough to converge"
-    yield (
-        "the weights changed faster than the average follows (a high learning rate until the end), or the statistics"
-        f" belong to other data or weights (a copy, averaged weights, a fine-tuned model){known}"
+        yield Reason("momentum=0, with which they are never updated")
+    if updates == 0 and layer.untouched:
+        yield Reason("num_batches_tracked is 0, so they were reset or never updated")
+    if weight is not None and 0 < weight < 1 and (found := _too_few(weight, updates, layer.median_variance)):
+        yield found
+    yield from _of_the_computation(layer, measured, facts)
+    yield from _of_the_weights(layer, facts)
+    if weight is not None and 0 < weight < 1 and -1 / math.log1p(-weight) > SLOW:
+        batches = number(float(f"{-1 / math.log1p(-weight):.2g}"))
+        yield Reason(f"momentum={weight:g} averages over about the last {batches} batches, slower than weights change")
+    if weight is not None and (weight >= NOISY or _is_noise(measured, weight)):
+        noise = ", each of them noisy" if _is_noise(measured, weight) else ""
+        yield Reason(f"momentum={weight:g} averages over the last few batches only{noise}, so they are noisy")
+
+
+def _of_the_computation(layer: Anatomy, measured: Layer, facts: Facts) -> Iterator[Reason]:
+    """The layer computes, or gets, something else than it did when the statistics were taken."""
+    other = facts.other_eps
+    if other is not None and (left := other.left.get(layer.name)) is not None and left <= EXPLAINED:
+        yield Reason(
+            f"eps is {layer.eps:g}, and was {other.eps:g} when the weights were trained: with eps={other.eps:g} in all"
+            f" layers, {percent(left)} of the mismatch is left",
+            f"Set eps={other.eps:g} in all BN layers; the running statistics and weights fit that.",
+        )
+    padding = facts.padding
+    if padding is not None and padding.training > PADDED:
+        held_out = "" if padding.held_out is None else f", and {percent(padding.held_out)} of the held-out data"
+        yield Reason(
+            f"padding counts as data: the ends of samples that hold one value are {percent(padding.training)} of a"
+            f" training batch{held_out}, and how much it is differs between batches",
+            "Keep padding out of the statistics (mask it, or batch samples of like size), or pad at inference as in"
+            " training; then recalibrate the running statistics (bnprobe recalibrate).",
+        )
+    apart = facts.rank_mismatch.get(layer.name)
+    if apart is not None and apart > share_limit(measured):
+        yield Reason(f"each process keeps its own statistics, which differ by up to D = {number(apart)}")
+    updates = measured.updates
+    if updates is not None and updates.per_step > EXTRA * measured.calls_per_forward:
+        yield Reason(f"a training step updates them {number(updates.per_step)} times, also on other data")
+
+
+def _of_the_weights(layer: Anatomy, facts: Facts) -> Iterator[Reason]:
+    """The weights are not those that the statistics were taken with."""
+    if layer.zeros is not None and layer.zeros >= PRUNED:
+        yield Reason(f"weights were pruned afterwards: {percent(layer.zeros)} of those before the layer are exactly 0")
+    if layer.levels is not None and layer.levels <= QUANTIZED:
+        yield Reason(f"weights were quantized afterwards: those before the layer have {layer.levels} different values")
+    if layer.bfloat16:
+        yield Reason("they were kept in bfloat16, whose 8 bits lose small updates")
+    named = None if facts.scan is None else facts.scan.checkpoint
+    if named is not None and _AVERAGED.search(named):
+        yield Reason(f"averaged weights, by the name of {named}: their statistics must be taken with the average")
+
+
+def _too_few(weight: float, updates: int | None, variance: float | None) -> Reason | None:
+    """``variance``: the median running variance, compared with which the remainder of the initial one must be small."""
+    left = 0.0 if updates is None else (1 - weight) ** updates
+    if not updates or left <= LEFT_ON_START * min(1.0, variance or 1.0):
+        return None
+    return Reason(
+        f"too few updates: after {updates:,} with momentum={weight:g}, {percent(left)} of their weight is still on the"
+        " initial mean 0 and variance 1"
     )
 
 
-def _reasons_of_average(weight: float, updates: int | None, scale: float) -> Iterator[str]:
-    """``scale``: of the running variance, compared with which the remainder of the initial one must be small."""
-    left = 0.0 if updates is None else (1 - weight) ** updates
-    settled = -1 / math.log1p(-weight)
-    if left > LEFT_ON_START * scale:
-        yield (
-            f"too few updates: after {updates:,} with momentum={weight:g}, {percent(left)} of their weight is still on"
-            " the initial mean 0 and variance 1"
-        )
-    if settled > SLOW:
-        batches = number(float(f"{settled:.2g}"))
-        yield f"momentum={weight:g} averages over about the last {batches} batches, slower than weights change"
+def _is_noise(layer: Layer, weight: float) -> bool:
+    """Whether a running average of this weight is expected to be this noisy."""
+    shares = layer.shares
+    if shares is None or not 0 < weight < 1 or weight <= USUAL_RATE:
+        return False
+    return shares.lag <= NOISE_FACTOR * (shares.small_batch + (shares.composition or 0.0)) * weight / (2 - weight)
+
+
+def _first(layer: Anatomy | None, measured: Layer, facts: Facts) -> Reason | None:
+    return None if layer is None else next(reasons(layer, measured, facts), None)
+
+
+def _in_words(layer: Anatomy, measured: Layer, facts: Facts) -> str:
+    found = _first(layer, measured, facts)
+    if found is not None:
+        return f"Most likely reason: {found.words}."
+    ruled_out = joined(list(_ruled_out(layer, measured, facts)))
+    return f"Why is not known (a high learning rate until the end, or statistics of other weights or data); not {ruled_out}."
+
+
+def _ruled_out(layer: Anatomy, measured: Layer, facts: Facts) -> Iterator[str]:
+    """Reasons that were tested and are not it."""
+    if layer.batches_tracked:
+        yield f"too few updates ({layer.batches_tracked:,} counted)"
+    if layer.momentum is not None:
+        yield f"the momentum ({layer.momentum:g})"
+    if facts.other_eps is not None:
+        yield "another eps"
+    if measured.updates is not None:
+        yield "extra updates per step"
+    if layer.zeros is not None and layer.levels is not None:
+        yield "pruned or quantized weights"
+    yield "statistics in bfloat16"
 
 
 def _direction(layer: Layer) -> str:

@@ -39,6 +39,7 @@ class LastBatch(Rule):
     unit = "images in the last batch"
     needs = "data"
     finding = "the last batch of an epoch has one sample"
+    stops_training = True
     remedy = "Set drop_last=True in the training loader, or choose another batch size."
 
     def check(self, facts: Facts) -> Iterator[Verdict]:

@@ -51,6 +51,7 @@ class MomentumConvention(Rule):
     )
     upstream_order = 30
     free_remedy = "recalibrated"
+    other_remedy = "Use 1 - momentum: in PyTorch, momentum is the weight of the new batch."
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:

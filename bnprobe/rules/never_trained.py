@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnprobe.records import Severity, Verdict
+from bnprobe.rules import effect
 from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.interface import Rule
 
@@ -14,9 +15,9 @@ class NeverTrained(Rule):
 
     What:
         Whether all running means are exactly 0 and all running variances exactly 1, as in a new layer. It is an error
-        where other layers were trained, or where a scan flags the layer; a warning where a scan finds that the values
-        fit the data; and only information where the whole model is new and there is no data, since it may not have
-        been trained yet.
+        where the layer's weight or bias, or other layers, were trained; a warning where a scan finds that the values fit
+        the data; and only a remark where the whole network is as it was made, or forward never calls the layer.
+        num_batches_tracked alone says nothing: not every layer counts its updates.
 
     Why:
         At inference the layer normalizes with these values. Unless the data happens to have mean 0 and variance 1,
@@ -47,6 +48,7 @@ class NeverTrained(Rule):
     )
     upstream_order = 20
     free_remedy = "recalibrated"
+    other_remedy = "Load a checkpoint that contains running_mean and running_var."
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:
@@ -65,12 +67,16 @@ def _message(layer: Anatomy) -> str:
     start = "All running means are 0 and all running variances 1, as in a new layer"
     if layer.batches_tracked:
         return f"{start}, although num_batches_tracked is {layer.batches_tracked:,}. Is momentum 0?"
+    if layer.affine_moved:
+        return f"{start}, but weight or bias were trained. Was the checkpoint loaded, or averaged, without buffers?"
     return f"{start}, and no update is counted. Was the checkpoint not loaded, or loaded without buffers?"
 
 
 def _severity(layer: Anatomy, facts: Facts) -> Severity:
     measured = facts.layers.get(layer.name)
-    if measured is not None:
-        return "error" if measured.flagged else "warning"
-    is_new = all(other.untouched and not other.batches_tracked for other in facts.anatomy)
-    return "info" if is_new and facts.scan is None else "error"
+    if facts.is_new or (facts.scan is not None and measured is None):
+        return "info"
+    if measured is None:
+        return "error"
+    harmless = not measured.flagged or effect.inconsistency(facts.gaps, facts.chance).is_no_worse
+    return "warning" if harmless else "error"

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bnprobe.numbers import percent
 from bnprobe.records import Verdict
 from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.interface import Rule
+
+
+MOVES = 0.02
+"""From here on the outputs really depend on the batch (relative L2)."""
 
 
 class NoRunningStats(Rule):
     """The layer has no running statistics, so it uses batch statistics at inference too.
 
     What:
-        Whether the layer has running_mean and running_var (track_running_stats=True, the default).
+        Whether the layer has running_mean and running_var (track_running_stats=True, the default). It is an error where
+        a scan finds that the outputs for the same samples in other batches differ by 2% or more (relative L2).
 
     Why:
         Without them, the prediction for a sample depends on the other samples of its batch, and a batch of one sample
@@ -24,8 +30,9 @@ class NoRunningStats(Rule):
         A service gives different scores for the same picture: alone it is classified differently than in a batch.
 
     Remedy:
-        Set track_running_stats=True and recalibrate on training data (`bnprobe.recalibrate`); or use group norm, which
-        does not look at other samples, if the batch was never meant to matter.
+        Create running statistics from training data with `bnprobe recalibrate`, and build the model with
+        track_running_stats=True to load them; or use group norm, which does not look at other samples, if the batch was never
+        meant to matter.
 
     Reference:
         PyTorch documentation of torch.nn.BatchNorm2d, track_running_stats. Wu and He 2018, arXiv 1803.08494, section 3
@@ -38,14 +45,21 @@ class NoRunningStats(Rule):
     severity = "warning"
     unit = ""
     finding = "there are no running statistics: a prediction depends on the other samples of its batch"
-    remedy = "Set track_running_stats=True and recalibrate on training data, or use group norm."
+    remedy = (
+        "Create the running statistics from training data (bnprobe recalibrate), and build the model with"
+        " track_running_stats=True to load them."
+    )
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:
-            yield self._judge(layer)
+            yield self._judge(layer, facts)
 
-    def _judge(self, layer: Anatomy) -> Verdict:
+    def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
         if layer.has_running_statistics:
             return self.passed(layer.name, "The layer has running statistics.")
         message = "track_running_stats is False: the layer uses batch statistics at inference too."
-        return self.failed(layer.name, message)
+        moved = None if facts.output is None else facts.output.batch_dependence
+        if moved is None:
+            return self.failed(layer.name, message)
+        message += f" In other batches, the outputs for the same samples are {percent(moved)} apart."
+        return self.failed(layer.name, message, severity="error" if moved >= MOVES else self.severity)

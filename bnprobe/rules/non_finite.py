@@ -41,8 +41,8 @@ class NonFinite(Rule):
     unit = "values"
     finding = "the running statistics contain NaN, Inf or negative variances"
     remedy = (
-        "Reset the running statistics (reset_running_stats()) and recalibrate them on training data, or load an earlier"
-        " checkpoint."
+        "Recalibrate the running statistics on training data (bnprobe recalibrate), or load an earlier checkpoint; then"
+        " find what overflowed."
     )
     stops_training = True
     upstream_order = 10

@@ -1,20 +1,29 @@
 """What the rules on the shares of a layer's mismatch have in common: when a share is large enough to name its cause.
 
-Only a flagged layer gets a cause, and a flagged layer always gets at least one.
+A flagged layer always gets at least one cause. A layer that is not flagged gets one only where loss or metric are surely worse
+at inference and no layer is flagged: then the cause that is largest, and significant, is the best that is known.
+
+How serious a finding is follows from the effect: wrong running statistics that are known to cost neither loss nor metric are a
+warning. That does not hold for small and non-i.i.d. batches, whose harm is done in training, in both modes alike.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
 
+from bnprobe.config.spec import DEFAULT_THRESHOLD
 from bnprobe.numbers import number, percent
-from bnprobe.records import SOURCES, Cause, Interval, Layer, Verdict
+from bnprobe.records import SOURCES, Cause, Interval, Layer, Severity, Shares, Verdict
+from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts, Need
 from bnprobe.rules.interface import Rule
+from bnprobe.stats.intervals import standing
 from bnprobe.stats.theory import mismatch_iid
+
+Screened = Literal["flagged", "undecided", "clean"]
 
 SHARES: tuple[Cause, ...] = tuple(source.field for source in SOURCES if source.adds_up)
 """The measured shares that add up to the mismatch at inference."""
@@ -25,6 +34,17 @@ STATISTICS_CAUSES: tuple[Cause, ...] = ("lag", "dropout", "propagation")
 PART_OF_LIMIT = 0.5
 """A cause is named from half of the layer's limit on: two such causes flag a layer."""
 
+NOISE_THRESHOLD = 22.6
+"""The equivalent batch size below which noise alone flags a layer, where the threshold is the default of 32: the geometric
+mean of 16 and 32, so that none of the usual batch sizes sits on the limit. A batch of 32 rows in front of BatchNorm1d has n_eq
+32 by definition; with 32 as the limit of noise, chance would decide. A threshold that the user sets is the limit of both."""
+
+LEAST_PART = 0.05
+"""A cause that holds less of the mismatch of a layer is not named beside those that hold the rest."""
+
+SUSPICIOUS = 0.1
+"""Where inference is surely worse and no layer is flagged, a share is suspected from this part of the limit on."""
+
 COMPOSITION_P = 0.01
 """Significance level for non-i.i.d. batches, after correction for all layers and channels of the model."""
 
@@ -34,9 +54,30 @@ def mismatch_limit(layer: Layer) -> float:
     return mismatch_iid(layer.threshold)
 
 
-def share_limit(layer: Layer) -> float:
+def noise_limit(threshold: float) -> float:
+    """The limit of the noise of i.i.d. batches, in D."""
+    return mismatch_iid(NOISE_THRESHOLD if threshold == DEFAULT_THRESHOLD else threshold)
+
+
+def share_limit(layer: Layer, cause: Cause | None = None) -> float:
     """The share of D above which its cause is named."""
-    return PART_OF_LIMIT * mismatch_limit(layer)
+    return noise_limit(layer.threshold) if cause == "small_batch" else PART_OF_LIMIT * mismatch_limit(layer)
+
+
+def screened(intervals: Sequence[Interval], shares: Shares | None, threshold: float) -> Screened:
+    """Whether a layer is flagged, by the intervals of its mismatch on the measured paths.
+
+    Args:
+        intervals: Of D, one for each path.
+        shares: Of D at inference, where known: what is noise of batches, but for a rest within half of the limit, has the
+            limit of noise.
+        threshold: The equivalent batch size below which the layer is flagged.
+    """
+    limit = mismatch_iid(threshold)
+    if shares is not None:
+        others = (shares.composition or 0.0) + shares.lag + shares.dropout + shares.propagation
+        limit = noise_limit(threshold) if others <= PART_OF_LIMIT * limit else limit
+    return standing(intervals, limit)
 
 
 def lower_end(interval: Interval | None) -> float:
@@ -62,13 +103,46 @@ def is_cause(layer: Layer, cause: Cause) -> bool:
     return _main_cause(layer) == cause or (_is_large(layer, cause) and _is_needed(layer, cause))
 
 
+def is_suspect(layer: Layer, cause: Cause, facts: Facts) -> bool:
+    """Whether a cause is the best that is known for a loss or metric that is surely worse at inference.
+
+    It is if no layer is flagged and no layer is shared by data that differs, it is the largest significant share of the layer,
+    and the remedy without training that would take it away does not contradict it.
+    """
+    if any(other.flagged for other in facts.layers.values()) or are_domains_apart(facts):
+        return False
+    if not effect.inconsistency(facts.gaps, facts.chance).is_worse or not _is_possible(layer, cause):
+        return False
+    remedy = effect.tried(facts.remedies, "recalibrated")
+    if cause in STATISTICS_CAUSES and remedy is not None:
+        return effect.of_remedy(remedy, facts.gaps, facts.chance).standing == "better" and _is_largest(layer, cause)
+    return cause != "small_batch" and _is_largest(layer, cause)
+
+
+def are_domains_apart(facts: Facts) -> bool:
+    """Whether some layer is called several times in a forward pass, on data that differs significantly."""
+    return any(layer.domains and lower_end(layer.domains.interval) > 0 for layer in facts.layers.values())
+
+
+def severity_of(layer: Layer, cause: Cause, facts: Facts) -> Severity:
+    """How serious a finding is, by what it does to loss and metric; an error where these do not say."""
+    if cause not in STATISTICS_CAUSES:
+        return "error"
+    if facts.is_new:
+        return "info"
+    return "warning" if effect.inconsistency(facts.gaps, facts.chance).is_no_worse else "error"
+
+
 def is_off_at_inference(layer: Layer) -> bool:
     """Whether the layer is flagged at inference, and not in training only."""
     return layer.eval is not None and layer.eval.interval[0] > mismatch_limit(layer)
 
 
 def _main_cause(layer: Layer) -> Cause | None:
-    """The cause to name even if its share is not significantly large; in training alone it is the noise of batches."""
+    """The cause to name even if its share is not significantly large; in training alone it is the noise of batches.
+
+    Noise within its limit is not named where anything else adds to the mismatch.
+    """
     held = {cause: share_of(layer, cause) or 0.0 for cause in SHARES if _is_possible(layer, cause)}
     if "composition" not in held:
         # For a layer with several domains it is the distance between them; otherwise it is noise of small batches.
@@ -77,16 +151,28 @@ def _main_cause(layer: Layer) -> Cause | None:
         held["small_batch"] += composed - apart
         if apart > max(held.values()):
             return None
-    largest = max(held, key=lambda cause: held[cause])
-    if is_off_at_inference(layer) or largest == "composition":
-        return largest
-    return None if any(_is_large(layer, cause) for cause in held) else "small_batch"
+    if not is_off_at_inference(layer) and not max(held, key=lambda cause: held[cause]) == "composition":
+        return None if any(_is_large(layer, cause) for cause in held) else "small_batch"
+    if held["small_batch"] <= noise_limit(layer.threshold):
+        others = {cause: share for cause, share in held.items() if cause != "small_batch" and share > 0}
+        held = others or held
+    return max(held, key=lambda cause: held[cause])
 
 
 def _is_large(layer: Layer, cause: Cause) -> bool:
-    interval: Interval | None = None if layer.share_intervals is None else getattr(layer.share_intervals, cause)
     share = share_of(layer, cause)
-    return share is not None and min(lower_end(interval), share) > share_limit(layer)
+    return share is not None and min(_lower_end(layer, cause), share) > share_limit(layer, cause)
+
+
+def _is_largest(layer: Layer, cause: Cause) -> bool:
+    """Whether it is the largest share of the layer, and large enough to suspect it."""
+    held = {other: share_of(layer, other) or 0.0 for other in SHARES}
+    low = _lower_end(layer, cause)
+    return held[cause] == max(held.values()) and min(low, held[cause]) > SUSPICIOUS * mismatch_limit(layer)
+
+
+def _lower_end(layer: Layer, cause: Cause) -> float:
+    return lower_end(None if layer.share_intervals is None else getattr(layer.share_intervals, cause))
 
 
 def _is_needed(layer: Layer, cause: Cause) -> bool:
@@ -94,7 +180,9 @@ def _is_needed(layer: Layer, cause: Cause) -> bool:
     held = [share_of(layer, other) or 0.0 for other in SHARES]
     own = share_of(layer, cause) or 0.0
     left = sum(share for share in held if 0 < share <= own)
-    return left > mismatch_limit(layer) or not is_off_at_inference(layer)
+    if not is_off_at_inference(layer):
+        return True
+    return left > mismatch_limit(layer) and own > LEAST_PART * sum(share for share in held if share > 0)
 
 
 def _is_possible(layer: Layer, cause: Cause) -> bool:
@@ -131,14 +219,18 @@ class ShareRule(Rule):
         return self.skipped(layer.name, why_no_shares(layer))
 
     def _judge(self, layer: Layer, facts: Facts) -> Verdict:
-        share, limit = share_of(layer, self.cause), share_limit(layer)
+        share, limit = share_of(layer, self.cause), share_limit(layer, self.cause)
         if share is None:
             return self.without_share(layer, facts)
-        if not is_cause(layer, self.cause):
+        if is_cause(layer, self.cause):
+            message, severity = in_words(layer, share), severity_of(layer, self.cause, facts)
+        elif is_suspect(layer, self.cause, facts):
+            message, severity = f"(It accounts for D = {number(share)}, the largest share of the layer.)", "error"
+        else:
             message = f"This cause accounts for D = {number(share)}{_although(layer, self.cause, share)}."
             return self.passed(layer.name, message, share, limit)
-        message = f"{self.explain(layer, facts)} {in_words(layer, share)}"
-        return self.failed(layer.name, message, share, limit, remedy=self.advise(layer, facts))
+        message = f"{self.explain(layer, facts)} {message}"
+        return self.failed(layer.name, message, share, limit, severity, self.advise(layer, facts))
 
 
 def why_no_shares(layer: Layer) -> str:
@@ -149,7 +241,7 @@ def why_no_shares(layer: Layer) -> str:
 
 def _although(layer: Layer, cause: Cause, share: float) -> str:
     """Why a share is not named as a cause, a clause."""
-    if share <= share_limit(layer):
+    if share <= share_limit(layer, cause):
         return " of the layer's mismatch"
     if not layer.flagged:
         return ", and the layer is within its limit"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.records import Layer, Verdict
+from bnprobe.records import Layer, Severity, Verdict
+from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule, anatomy_of
 
@@ -24,9 +25,11 @@ class SingleImage(Rule):
         Segmentation of volumes with one volume per GPU is fine in train mode and useless in eval mode.
 
     Remedy:
-        Use larger batches or synchronized BN; or instance norm in both modes (the model was in effect trained with it),
-        or group norm: `bnprobe convert --to instance-renorm` with `blend: 1` in the spec's repair section, or
-        `--to group-norm`.
+        Train with larger batches or synchronized BN, or fine-tune with frozen statistics (`bnprobe convert --to frozen
+        --finetune`). A model that was trained on batches of one sample from the start has weights for an instance norm:
+        `bnprobe convert --to instance-renorm` with `blend: 1` in the spec's repair section makes it one in both modes, which
+        `--what-if` tries ("batch statistics", in batches of one). If this is not training but inference one sample at a
+        time, call eval() first.
 
     Reference:
         Ulyanov, Vedaldi and Lempitsky 2016, arXiv 1607.08022 (instance norm). Wu and He 2018, arXiv 1803.08494,
@@ -41,8 +44,8 @@ class SingleImage(Rule):
     needs = "data"
     finding = "with batches of one sample the layers act as instance norms in training, but not at inference"
     remedy = (
-        "Use larger batches or synchronized BN, or instance norm (the model was in effect trained with it), or group"
-        " norm."
+        "Train with larger batches or synchronized BN, or fine-tune with frozen statistics (bnprobe convert --to frozen"
+        " --finetune)."
     )
     upstream_order = 110
 
@@ -57,4 +60,16 @@ class SingleImage(Rule):
         if size > 1 or layer.values_per_channel == 1 or not trained:
             return self.passed(layer.name, "The layer is not an instance norm in training.", float(size), 1.0)
         message = "A batch is one sample, which is normalized with its own mean and variance in training."
-        return self.failed(layer.name, message, float(size), 1.0, "error" if layer.flagged else self.severity)
+        severity: Severity = "error" if layer.flagged else self.severity
+        return self.failed(layer.name, message, float(size), 1.0, severity, _remedy(self.remedy, facts))
+
+
+def _remedy(usual: str, facts: Facts) -> str:
+    """Instance norm is only named where it was tried: statistics of every sample, on held-out data."""
+    tried = effect.tried(facts.remedies, "batch statistics")
+    if tried is None or effect.of_remedy(tried, facts.gaps, facts.chance).standing != "better":
+        return usual
+    return (
+        "Normalize every sample with its own statistics at inference too (instance norm: bnprobe convert --to"
+        " instance-renorm with blend: 1), which is better on held-out data; or train with larger batches."
+    )

@@ -9,6 +9,12 @@ from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule, anatomy_of
 
 
+_OF_ONE = (
+    "If this is not training (acting, serving or evaluating one sample at a time), call model.eval() first: the likeliest"
+    " mistake. For training use larger batches, or group or layer norm in this place."
+)
+
+
 class SingleValue(Rule):
     """A batch gives the layer one value per channel, with which training raises an error.
 
@@ -25,7 +31,9 @@ class SingleValue(Rule):
         batch of one sample.
 
     Remedy:
-        Use larger batches, or group or layer norm in this place, or no BN behind global pooling.
+        If this is not training (acting, serving, evaluating one sample at a time), call eval() first: that is the
+        likeliest mistake where a batch is one sample. In training use larger batches, or group or layer norm in this
+        place, or no BN behind global pooling.
 
     Reference:
         PyTorch, torch.nn.functional.batch_norm (_verify_batch_size). Ioffe and Szegedy 2015, arXiv 1502.03167,
@@ -55,4 +63,5 @@ class SingleValue(Rule):
         if fewest > 1:
             return self.passed(layer.name, f"A batch gives {fewest} values per channel.", float(fewest), 1.0)
         message = "A batch gives one value per channel, which is always normalized to 0: PyTorch raises an error."
-        return self.failed(layer.name, message, float(fewest), 1.0)
+        one = facts.scan is not None and facts.scan.batch_size == 1
+        return self.failed(layer.name, message, float(fewest), 1.0, remedy=_OF_ONE if one else None)

@@ -1,0 +1,222 @@
+"""What the measured loss and metric mean: is inference worse than training, is held-out data, does a remedy help?
+
+A change counts where its 95% interval excludes zero and it is larger than a floor: 2 points of a metric that lies between 0
+and 1, otherwise 2% of the value. Below that a change may be significant on enough samples, but it is no reason to act: two
+trainings of the same network differ by more. The floor of a loss is also 2% of what the network has learned, the distance
+to the loss of outputs that belong to other samples, since a loss close to 0 may double without any consequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bnprobe.numbers import number
+from bnprobe.records import Chance, ChanceValues, Estimate, Gap, Interval, Remedy, Score
+
+FLOOR = 0.02
+"""The smallest change that matters, of a metric between 0 and 1; otherwise relative."""
+
+TOLERANCE = 2.0
+"""A change is known to be no harm where its interval ends within this many floors."""
+
+SMALLEST = 1e-12
+"""Keeps the floor of a loss of 0 above 0."""
+
+Standing = Literal["worse", "better", "same", "unclear", "not measured"]
+"""Surely worse; surely better; surely not much worse; measured, but not precisely enough; not measured."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a loss or metric, in the direction of harm.
+
+    Attributes:
+        measure: "loss" or "metric".
+        before, after: The two values.
+        harm: By how much the second is worse; negative: better.
+        interval: 95% interval of ``harm``; None: not known.
+        floor: The smallest harm that matters.
+    """
+
+    measure: Literal["loss", "metric"]
+    before: float
+    after: float
+    harm: float
+    interval: Interval | None
+    floor: float
+
+    @property
+    def standing(self) -> Standing:
+        """Whether the second value is worse."""
+        if self.interval is None:
+            return "unclear"
+        low, high = self.interval
+        if low > 0 and self.harm > self.floor:
+            return "worse"
+        if high is None:
+            return "unclear"
+        if high < 0 and -self.harm > self.floor:
+            return "better"
+        return "same" if self.harm <= self.floor and high <= TOLERANCE * self.floor else "unclear"
+
+    @property
+    def weight(self) -> float:
+        """Harm in floors: what compares the loss and the metric."""
+        return self.harm / self.floor
+
+    def words(self, start: str, end: str) -> str:
+        """E.g. "the metric is 0.94 in training and 0.46 at inference"."""
+        return f"the {self.measure} is {number(self.before)} {start} and {number(self.after)} {end}"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """All changes of one kind, of the loss and the metric."""
+
+    changes: tuple[Change, ...]
+
+    @property
+    def standing(self) -> Standing:
+        """Worse if the loss or the metric is; of the others the one that says most."""
+        found = {change.standing for change in self.changes}
+        order: tuple[Standing, ...] = ("worse", "better", "same", "unclear")
+        return next((standing for standing in order if standing in found), "not measured")
+
+    @property
+    def is_worse(self) -> bool:
+        return self.standing == "worse"
+
+    @property
+    def is_no_worse(self) -> bool:
+        """Whether it was measured well enough to know that it does no harm."""
+        return self.standing in ("better", "same")
+
+    @property
+    def main(self) -> Change | None:
+        """The change that the standing rests on: of the metric, where it has one that counts as much."""
+        decisive = [change for change in self.changes if change.standing == self.standing]
+        return max(decisive, key=lambda change: (change.measure == "metric", abs(change.weight)), default=None)
+
+
+def inconsistency(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:
+    """From batch statistics to running statistics, on the training data with random layers off."""
+    return Effect(
+        tuple(
+            _change(
+                gap.measure,
+                gap.goal,
+                (gap.without_noise, gap.inference),
+                gap.inconsistency_interval,
+                gap.inconsistency,
+                learned(chance, gap.measure),
+            )
+            for gap in gaps
+        )
+    )
+
+
+def generalization(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:
+    """From training to held-out data, both with running statistics."""
+    return Effect(
+        tuple(
+            _change(
+                gap.measure,
+                gap.goal,
+                (gap.inference, gap.held_out),
+                gap.generalization_interval,
+                gap.generalization,
+                learned(chance, gap.measure),
+            )
+            for gap in gaps
+            if gap.held_out is not None and gap.generalization is not None
+        )
+    )
+
+
+def of_remedy(remedy: Remedy, gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:
+    """From the model as loaded to the model with a remedy, on held-out data."""
+    goals = {gap.measure: gap.goal for gap in gaps}
+    return Effect(tuple(_changes_of(remedy, goals.get("metric", "max"), chance)))
+
+
+def tried(remedies: Iterable[Remedy], name: str | None) -> Remedy | None:
+    """The remedy of that name, where it was tried."""
+    return next((remedy for remedy in remedies if name is not None and remedy.name == name), None)
+
+
+def recovered(remedy: Remedy, gaps: Sequence[Gap]) -> float | None:
+    """The part of what held-out data loses against training data that a remedy wins back; None where nothing is lost.
+
+    Of the metric, where there is one.
+    """
+    for measure in ("metric", "loss"):
+        gap = next((gap for gap in gaps if gap.measure == measure), None)
+        before, after = getattr(remedy.before, measure), getattr(remedy.after, measure)
+        if gap is not None and before is not None and after is not None:
+            lost = gap.without_noise - before
+            return (after - before) / lost if lost else None
+    return None
+
+
+def is_at_chance(chance: Sequence[Chance], mode: Literal["training", "inference"]) -> bool:
+    """Whether outputs say no more about their own sample than about another one, by every measure that can tell."""
+    values = [(each.measure, found) for each in chance if (found := getattr(each, mode)) is not None]
+    return bool(values) and not any(_is_above_chance(measure, found) for measure, found in values)
+
+
+def learned(chance: Sequence[Chance], measure: str) -> float | None:
+    """The distance of a loss or metric to that of outputs of other samples, in training; None where not measured."""
+    for each in chance:
+        if each.measure == measure and each.training is not None:
+            return abs(each.training.change.mean)
+    return None
+
+
+def _is_above_chance(measure: str, found: ChanceValues) -> bool:
+    """In either direction: a metric may be one of which smaller values are better."""
+    interval = found.change.interval
+    sure = interval is None or not interval[0] <= 0 <= (interval[1] or 0.0)
+    return sure and abs(found.change.mean) > _floor(measure, (found.own, found.other), None)
+
+
+def _change(
+    measure: Literal["loss", "metric"],
+    goal: str,
+    values: tuple[float, float],
+    interval: Interval | None,
+    difference: float,
+    known: float | None,
+) -> Change:
+    sign = 1.0 if goal == "min" else -1.0
+    floor = _floor(measure, values, known)
+    return Change(measure, *values, sign * difference, _signed(interval, sign), floor)
+
+
+def _changes_of(remedy: Remedy, goal: str, chance: Sequence[Chance]) -> Iterable[Change]:
+    baseline: Score = remedy.control or remedy.before
+    measures: tuple[tuple[Literal["loss", "metric"], str, Estimate | None], ...] = (
+        ("loss", "min", remedy.loss_change),
+        ("metric", goal, remedy.metric_change),
+    )
+    for measure, aim, change in measures:
+        before, after = getattr(baseline, measure), getattr(remedy.after, measure)
+        if before is None or after is None:
+            continue
+        interval = None if change is None else change.interval
+        yield _change(measure, aim, (before, after), interval, after - before, learned(chance, measure))
+
+
+def _signed(interval: Interval | None, sign: float) -> Interval | None:
+    if interval is None or sign > 0:
+        return interval
+    low, high = interval
+    return (float("-inf") if high is None else -high), -low
+
+
+def _floor(measure: str, values: Sequence[float], known: float | None) -> float:
+    largest = max(map(abs, values))
+    if measure == "metric":
+        return FLOOR if all(0 <= value <= 1 for value in values) else FLOOR * largest
+    return max(FLOOR * max(largest, known or 0.0), SMALLEST)

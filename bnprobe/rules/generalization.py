@@ -1,0 +1,57 @@
+"""BN215: held-out data that is worse for reasons other than its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bnprobe.records import Verdict
+from bnprobe.rules import effect
+from bnprobe.rules.data_shift import is_shifted
+from bnprobe.rules.facts import Facts
+from bnprobe.rules.interface import Rule
+
+
+class Generalization(Rule):
+    """Held-out data is worse than training data, and its means and variances hardly differ: BN is not the reason.
+
+    What:
+        The change of loss and metric from training to held-out data, both with running statistics. It is a remark where
+        the change is surely for the worse, and no layer's statistics have moved (BN206).
+
+    Why:
+        The same running statistics are used for both, and fit both. What is left is what every network has: it knows its
+        training data better, or the new data differs in a way that means and variances do not show.
+
+    Example:
+        Accuracy is 0.99 on training data and 0.71 on held-out data, with D of the data shift below 0.01 in every layer.
+
+    Remedy:
+        Nothing about BN: more data, augmentation, regularization, or a check of the labels.
+
+    Reference:
+        Wu and Johnson 2021, arXiv 2105.07576, section 3 (the gap to held-out data, step by step).
+    """
+
+    code = "BN215"
+    title = "generalization gap"
+    cause = "generalization"
+    severity = "info"
+    unit = ""
+    needs = "held-out data"
+    real_data = True
+    finding = "held-out data is worse, and not because of its statistics"
+    remedy = "Nothing about BN helps here: look at the amount of data, augmentation, regularization and labels."
+    reports_impact = False
+
+    def check(self, facts: Facts) -> Iterator[Verdict]:
+        found = effect.generalization(facts.gaps, facts.chance)
+        change = found.main
+        if change is None:
+            yield self.skipped(None, "needs a loss or metric")
+            return
+        words = f"With the same running statistics, {change.words('on training data', 'on held-out data')}"
+        if not found.is_worse or any(is_shifted(layer, facts) for layer in facts.layers.values()):
+            yield self.passed(None, f"{words}.", change.harm, change.floor)
+            return
+        message = f"{words}. The statistics of the held-out data do not explain it: BN is not the reason."
+        yield self.failed(None, message, change.harm, change.floor)

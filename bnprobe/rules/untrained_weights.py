@@ -1,0 +1,80 @@
+"""BN214: outputs that say nothing about their samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bnprobe.numbers import number
+from bnprobe.records import Chance, Severity, Verdict
+from bnprobe.rules import effect
+from bnprobe.rules.facts import Facts
+from bnprobe.rules.interface import Rule
+from bnprobe.rules.shares import STATISTICS_CAUSES
+
+
+class UntrainedWeights(Rule):
+    """With batch statistics and with running statistics alike, the outputs say nothing about their own samples.
+
+    What:
+        Loss and metric with every sample's own output, against those with the output of another sample. It fails where, in
+        both modes, the own output is not surely better by 2 points of a metric between 0 and 1, or 2% of the value.
+        Losses that are the same whichever sample an output belongs to cannot be judged. For a network that is as
+        it was made it is a remark.
+
+    Why:
+        No statistics can help weights that predict nothing: what a scan finds beside it is real, but it is not the reason.
+        Weights that were averaged for too short a time, a checkpoint that was not loaded, or one of another network
+        look like this.
+
+    Example:
+        An exponential moving average of the weights with decay 0.999 is evaluated after 200 steps: 82% of it are still the
+        initial weights. Accuracy is 0.10, with and without running statistics.
+
+    Remedy:
+        Look at the weights: evaluate those that were trained, not their average; or average with a smaller decay at the
+        start; check that the checkpoint was loaded.
+
+    Reference:
+        Kingma and Ba 2015, arXiv 1412.6980, section 3 (bias of an average that starts at an initial value). Ojala and
+        Garriga 2010, JMLR 11 (permutation tests of classifiers).
+    """
+
+    code = "BN214"
+    title = "weights at chance level"
+    cause = "untrained_weights"
+    severity = "error"
+    unit = ""
+    needs = "data"
+    real_data = True
+    finding = "the outputs say nothing about their samples"
+    remedy = (
+        "Look at the weights, not at BN: was the checkpoint loaded, are these averaged weights that are still close to"
+        " the initial ones, do the labels belong to the samples?"
+    )
+    reports_impact = False
+    explains_layers = STATISTICS_CAUSES
+
+    def check(self, facts: Facts) -> Iterator[Verdict]:
+        known = [each for each in facts.chance if each.training is not None and each.inference is not None]
+        if not known:
+            yield self.skipped(None, "needs a loss or metric that depends on which sample an output belongs to")
+            return
+        message = f"{_words(known)}."
+        if not all(effect.is_at_chance(facts.chance, mode) for mode in ("training", "inference")):  # type: ignore[arg-type]
+            yield self.passed(None, message)
+            return
+        severity: Severity = "info" if facts.is_new else "error"
+        new = " The network is as it was made." if facts.is_new else " In both modes that is chance level."
+        yield self.failed(None, message + new, severity=severity)
+
+
+def _words(known: list[Chance]) -> str:
+    """Own against other outputs, by the metric where there is one; a sentence without a full stop."""
+    best = max(known, key=lambda each: each.measure == "metric")
+    train, inference = best.training, best.inference
+    assert train is not None and inference is not None
+    return (
+        f"With their own outputs the samples have a {best.measure} of {number(train.own)} on batch statistics and"
+        f" {number(inference.own)} on running statistics; with the outputs of other samples, {number(train.other)} and"
+        f" {number(inference.other)}"
+    )
