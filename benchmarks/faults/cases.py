@@ -96,7 +96,7 @@ class Case:
         """
         options = dict(self.options)
         if self.held_out_given:
-            options |= {"evaluation": self.evaluation(), "what_if": True}
+            options |= {"evaluation": self.evaluation()}
         return scan(
             self.model,
             self.batches(order),

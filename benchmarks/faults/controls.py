@@ -178,7 +178,7 @@ CONTROLS: dict[str, Control] = {
         Control(slight_shift),
         Control(small_evaluation),
         Control(two_batches),
-        Control(other_class_mix, CLASSIFIERS),
+        Control(other_class_mix, ("plain", "residual", "dense", "audio", "points", "mixer")),
         Control(augmented_by_batch),
         Control(momentum_encoder, ("plain", "residual", "dense", "mlp", "audio", "mixer")),
         Control(side_head, ("plain", "residual", "mlp", "audio", "mixer")),

@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from benchmarks.faults.cases import Case, healthy_case
 from benchmarks.faults.networks import forward
-from benchmarks.faults.samples import Samples
 
 SCORED = 1200
 """Held-out samples that a case is scored on."""
 
 POINTS = 0.02
 """A metric that fell by more is damage, if it surely fell."""
+
+LOSS = 0.1
+"""A loss that rose by more than this part is no harm, but not as good as before either."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,14 @@ class Damage:
     Attributes:
         healthy, faulty: Means of the metric.
         error: Standard error of their difference.
+        healthy_loss, faulty_loss: Means of the loss.
     """
 
     healthy: float
     faulty: float
     error: float
+    healthy_loss: float = 0.0
+    faulty_loss: float = 0.0
 
     @property
     def lost(self) -> float:
@@ -44,39 +49,55 @@ class Damage:
         """The metric fell by more than two points and two standard errors; NaN is damage."""
         return not self.lost <= max(POINTS, 2 * self.error)
 
+    @property
+    def is_harmless(self) -> bool:
+        """Neither the metric nor the loss is worse."""
+        return not self.is_damaged and self.faulty_loss <= (1 + LOSS) * self.healthy_loss
+
 
 def damage_of(case: Case) -> Damage | None:
     """What the case lost against the healthy network on unchanged data; None: it sees inputs of another size."""
     if case.unseen().inputs.shape[1:] != case.network.data().held_out.inputs.shape[1:]:
         return None
-    good, bad = _healthy(case.network.name, case.seed), served_points(case)
-    if len(bad) != len(good):  # another choice of samples
-        return Damage(float(good.mean()), float(bad.mean()), _error(good) + _error(bad))
-    return Damage(float(good.mean()), float(bad.mean()), _error(good - bad))
+    good, bad = _healthy(case.network.name, case.seed), served(case)
+    losses = good.loss, bad.loss
+    if len(bad.points) != len(good.points):  # another choice of samples
+        error = _error(good.points) + _error(bad.points)
+        return Damage(float(good.points.mean()), float(bad.points.mean()), error, *losses)
+    return Damage(float(good.points.mean()), float(bad.points.mean()), _error(good.points - bad.points), *losses)
 
 
-def served_points(case: Case) -> Tensor:
-    """The metric of every sample, (N), as the model is used."""
-    return _points(case, case.unseen())
+@dataclass(frozen=True)
+class Served:
+    """How a model does where it is used.
 
+    Attributes:
+        points: The metric of every sample, (N).
+        loss: Mean over the samples.
+    """
 
-@functools.cache
-def _healthy(name: str, seed: int) -> Tensor:
-    return served_points(healthy_case(name, seed))
+    points: Tensor
+    loss: float
 
 
 @torch.no_grad()
-def _points(case: Case, samples: Samples) -> Tensor:
-    case = replace(case, model=copy.deepcopy(case.model))  # train mode moves running statistics
-    case.model.train(case.served_in_training)
+def served(case: Case) -> Served:
+    """Score a copy of the model as it is used, on samples that no scan sees."""
+    model = copy.deepcopy(case.model).train(case.served_in_training)  # train mode moves running statistics
     torch.manual_seed(case.seed)
+    samples = case.unseen()
     chosen = samples.take(torch.arange(min(SCORED, len(samples))))
     size = case.served_batch or 200
-    found = [
-        case.network.points(forward(case.model, (inputs, targets)), targets)
-        for inputs, targets in zip(chosen.inputs.split(size), chosen.targets.split(size), strict=True)
-    ]
-    return torch.cat(found)
+    points, loss = [], 0.0
+    for batch in zip(chosen.inputs.split(size), chosen.targets.split(size), strict=True):
+        points.append(case.network.points(forward(model, batch), batch[1]))
+        loss += float(case.network.loss(model, batch)) * len(batch[0]) / len(chosen)
+    return Served(torch.cat(points), loss)
+
+
+@functools.cache
+def _healthy(name: str, seed: int) -> Served:
+    return served(healthy_case(name, seed))
 
 
 def _error(values: Tensor) -> float:

@@ -238,8 +238,8 @@ def double_update(case: Case, strength: int) -> Case:
 
 def trained_in_eval(case: Case, strength: int) -> Case:
     """``train()`` was forgotten after a validation: the weights went on with fixed statistics."""
-    hold = HeldStatistics(case.model)
-    replace(case, model=hold).trained(100, rate=(1e-3, 2e-3, 4e-3)[strength])
+    replace(case, model=HeldStatistics(case.model)).trained(100, rate=(1e-3, 2e-3, 4e-3)[strength])
+    case.model.train()
     return case
 
 

@@ -88,10 +88,11 @@ def is_silent(outcome: Outcome) -> bool:
 
 
 def is_harmless(outcome: Outcome) -> bool:
-    """The metric did not fall, and no fault is there that a scan should see all the same."""
+    """At inference it is as good as the healthy network, and no fault is there that a scan should see all the same."""
     healthy = not outcome.trial.control or CONTROLS[outcome.trial.control].healthy
     structural = any(FAULTS[name].structural for name in outcome.trial.planted)
-    return healthy and not structural and not outcome.is_damaged
+    as_good = outcome.damage is not None and (bool(outcome.trial.control) or outcome.damage.is_harmless)
+    return healthy and not structural and as_good
 
 
 def is_false_error(outcome: Outcome) -> bool:

@@ -12,7 +12,7 @@ from benchmarks.faults import score
 from benchmarks.faults.calibration import Check, true_figures
 from benchmarks.faults.cases import Case, healthy_case
 from benchmarks.faults.controls import CONTROLS
-from benchmarks.faults.damage import Damage, damage_of, served_points
+from benchmarks.faults.damage import Damage, damage_of, served
 from benchmarks.faults.faults import FAULTS, STRENGTHS
 from benchmarks.faults.follow import ACTIONS, follow
 from benchmarks.faults.measures import ImageStatistics, record
@@ -43,7 +43,7 @@ def test_a_healthy_network_has_learnt_and_no_layer_is_below_the_threshold() -> N
     for figures in true_figures(case, count=60):
         assert figures["mismatch, train path"] < mismatch_iid(32)
         assert figures["mismatch, eval path"] < mismatch_iid(32)
-    assert float(served_points(case).mean()) > 0.9
+    assert float(served(case).points.mean()) > 0.9
 
 
 def test_training_is_reproducible_and_cases_share_no_weights() -> None:
@@ -78,6 +78,8 @@ def test_damage_is_more_than_two_points_and_more_than_chance() -> None:
     assert not Damage(0.9, 0.89, error=0.001).is_damaged
     assert not Damage(0.9, 0.87, error=0.02).is_damaged
     assert Damage(0.9, float("nan"), error=0.01).is_damaged
+    assert Damage(0.9, 0.9, 0.01, healthy_loss=0.3, faulty_loss=0.32).is_harmless
+    assert not Damage(0.9, 0.9, 0.01, healthy_loss=0.3, faulty_loss=0.4).is_harmless
 
 
 def test_scored_samples_are_none_that_a_scan_sees() -> None:
