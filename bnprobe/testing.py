@@ -27,7 +27,8 @@ from bnprobe.records import (
 from bnprobe.rules import RULES
 from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.selection import check_code
-from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
+from bnprobe.rules.shares import screened
+from bnprobe.stats.theory import equivalent_batch_size
 
 _PROBABILITIES = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
 
@@ -116,7 +117,7 @@ def make_layer(name: str = "bn", shares: Shares | None = None, **changes: Any) -
         "values_per_channel": 512,
         "running_statistics": True,
         "threshold": threshold,
-        "flagged": any(path.interval[0] > mismatch_iid(threshold) for path in paths),
+        "flagged": screened([path.interval for path in paths], shares, threshold) == "flagged",
         "undecided": False,
         "note": None,
         "train": train,

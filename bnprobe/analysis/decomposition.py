@@ -46,7 +46,8 @@ def attribute(evidence: Evidence) -> dict[int, Attribution]:
             continue
         if all(path.first_bad(slot) is None for path in paths) and slot in evidence.train:
             calls.setdefault(slot[0], []).append(slot)
-    pool = evidence.eval.pool()
+    # A scan that went over to real micro-batches midway knows the samples of the first ones only.
+    pool = evidence.eval.pool() if evidence.batching.emulation.trusted else {}
     compositions = _compositions(evidence, calls) if pool else {}
     return {
         index: Attribution(*_shares(evidence, slots, pool), compositions.get(index), _domains(evidence, slots))

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bnprobe.config.spec import RuleExemption, RulesSpec, matches_any
+from bnprobe.numbers import count
 from bnprobe.records import EXEMPT, SOURCES, Cause, Diagnosis, Layer, LintReport, Report, Severity, Verdict
 from bnprobe.rules import RULES, Rule, effect
 from bnprobe.rules.facts import Facts
@@ -279,8 +280,10 @@ class _Finding:
     def _consequences(self) -> tuple[str, ...]:
         counts: dict[Cause, int] = defaultdict(int)
         for verdict in self.folded:
-            counts[verdict.cause] += 1
-        return tuple(f"{cause} in {number} layer{'' if number == 1 else 's'}" for cause, number in counts.items())
+            counts[verdict.cause] += verdict.layer is not None
+        return tuple(
+            f"{cause} in {count(number, 'layer') if number else 'the outputs'}" for cause, number in counts.items()
+        )
 
     def _fraction(self) -> float:
         """Root of the fraction of these causes in the layers' mismatch, mean over layers; 1 where it is not known."""

@@ -27,10 +27,11 @@ from bnprobe.records import (
     SkippedLayer,
     Summary,
 )
+from bnprobe.rules.shares import screened
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
-from bnprobe.stats.intervals import mean_interval, standing
+from bnprobe.stats.intervals import mean_interval
 from bnprobe.stats.scores import independent_difference, paired_difference
-from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size, mismatch_iid
+from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def _gaps(evidence: Evidence, goal: Literal["max", "min"]) -> Iterator[Gap]:
             continue
         noise = paired_difference(without_noise, training, shared=True)
         inconsistency = paired_difference(inference, without_noise, shared=True)
-        generalization = None if held_out is None else independent_difference(held_out, inference)
+        random = bool(evidence.repeat)
+        generalization = None if held_out is None else independent_difference(held_out, inference, shared=random)
         yield Gap(
             measure=measure,
             training=training.mean,
@@ -119,7 +121,7 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
     train, eval_ = (_path(path, layer.index, slots, single) for path in (evidence.train, evidence.eval))
     threshold = settings.threshold_of(layer.name, *layer.aliases)
     paths = [path for path in (train, eval_) if path is not None]
-    status = standing([path.interval for path in paths], mismatch_iid(threshold))
+    status = screened([path.interval for path in paths], found.shares, threshold)
     frozen, overflows = _is_frozen(evidence, layer), _overflows(evidence, slots)
     return Layer(
         name=layer.name,

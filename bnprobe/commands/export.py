@@ -30,8 +30,9 @@ from bnprobe.commands.exporters import (
 from bnprobe.config.exporters import EXPORTERS, ExportFormat
 from bnprobe.config.spec import Spec
 from bnprobe.errors import RepairError, UsageError, UserCodeError
+from bnprobe.loading.samples import count_samples
 from bnprobe.loading.workload import Workload, load_workload
-from bnprobe.measure.batch import CannotEmulateError, check_finite, count_images, join, pick, tensors_of
+from bnprobe.measure.batch import CannotEmulateError, check_finite, join, pick, tensors_of
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.session import default_forward, forward_all
 from bnprobe.records import Difference
@@ -139,7 +140,7 @@ def _cases(workload: Workload, model: nn.Module) -> tuple[list[tuple[int, Argume
     found: list[tuple[int, Arguments]] = []
     fixed = False
     for batch in [*batches, *_other_sizes(batches)]:
-        images = count_images(batch) or 1
+        images = count_samples(batch) or 1
         try:
             found.append((images, arguments_of(model, forward, batch)))
         except UserCodeError:
@@ -154,7 +155,7 @@ def _cases(workload: Workload, model: nn.Module) -> tuple[list[tuple[int, Argume
 
 def _other_sizes(batches: Sequence[Any]) -> Iterator[Any]:
     """Two batches joined, and a single sample, if batches can be joined and split."""
-    images = count_images(batches[0])
+    images = count_samples(batches[0])
     try:
         if len(batches) > 1:
             yield join(list(batches[:2]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +31,14 @@ from bnprobe.loading.order import deal, spread
 from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.accumulators import SamplePool
 from bnprobe.measure.batch import to_device
+from bnprobe.measure.causes import (
+    SAMPLES_OF_EPS,
+    batch_dependence,
+    chance_levels,
+    fitting_eps,
+    padding_in,
+    random_layers_before,
+)
 from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.gradients import measure_gradients
 from bnprobe.measure.impact import SAMPLES, joint_impact, measure_impact
@@ -45,6 +53,7 @@ from bnprobe.measure.what_if import what_if
 from bnprobe.records import (
     SCHEMA_VERSION,
     Backward,
+    Chance,
     Environment,
     ExtraPass,
     GradientAngle,
@@ -57,7 +66,8 @@ from bnprobe.records import (
     Tool,
     Updates,
 )
-from bnprobe.rules.facts import Anatomy, Facts
+from bnprobe.rules.effect import inconsistency
+from bnprobe.rules.facts import Anatomy, Facts, OtherEps, Padding
 from bnprobe.stats.composition import regrouped_batches
 
 IMPACT_BYTES = 2**27
@@ -68,6 +78,9 @@ IMPACT_PART = 8
 
 WHAT_IF_IMAGES = 512
 """Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""
+
+CHANCE_IMAGES = 256
+"""Samples whose outputs are given to other samples; kept in host memory."""
 
 GRADIENT_BATCHES = 32
 """Micro-batches whose gradients are measured; the noise is then known to about 25%."""
@@ -84,6 +97,7 @@ def scan(
     loss: Callable[[nn.Module, Any], Any] | None = None,
     metric: Callable[[nn.Module, Any], Any] | None = None,
     optimizer: MakeOptimizer | None = None,
+    batch_size_of: Callable[[Any], int] | None = None,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> Report:
@@ -96,9 +110,10 @@ def scan(
         batches: A DataLoader or Dataset, or an iterable of micro-batches of ``batch_size`` samples.
         batch_size: Samples per micro-batch; a DataLoader is rebuilt with it. None: the loader's own.
         num_batches: Measure exactly this many micro-batches; None: until every layer is decided.
-        evaluation: Held-out data, in the form of ``batches``; read at the same batch size.
+        evaluation: Held-out data, in the form of ``batches``; a DataLoader is read at its own batch size.
         forward, loss, metric: ``f(model, batch)``, as in a model file.
         optimizer: ``f(parameters)`` that gives the optimizer of ``train_steps``; None: SGD with lr 0.01.
+        batch_size_of: ``f(batch)`` that gives the number of samples, where neither loader nor batch shows it.
         progress: Called with the micro-batches done, and those planned so far.
         **settings: Any field of ``bnprobe.config.spec.ScanSettings`` but ``batches``: max_batches, seed, device, ...
 
@@ -111,10 +126,12 @@ def scan(
     given = settings_from({"batch_size": batch_size, "batches": num_batches, **settings})
     with preserved_random_state():
         seed_everything(given.seed)
-        source = as_batch_source(batches, batch_size)
+        source = as_batch_source(batches, batch_size, batch_size_of=batch_size_of)
         held_out = None
         if evaluation is not None:
-            held_out = as_batch_source(evaluation, source.batch_size, "the held-out data")
+            held_out = as_batch_source(
+                evaluation, source.batch_size, "the held-out data", as_given=True, batch_size_of=batch_size_of
+            )
         inner, note = unwrapped(model)
         notes = (note,) if note else ()
         workload = Workload(
@@ -200,7 +217,7 @@ def _probe(
 
 def wanted_batches(settings: ScanSettings, batch_size: int) -> int:
     """Micro-batches to keep for the measurements that the settings request."""
-    images = max(SAMPLES, WHAT_IF_IMAGES if settings.what_if else 0)
+    images = max(SAMPLES, WHAT_IF_IMAGES if settings.what_if else CHANCE_IMAGES)
     trained = settings.train_steps or 0
     return max(2, images // batch_size, trained, GRADIENT_BATCHES if settings.gradients else 0)
 
@@ -211,16 +228,22 @@ def _report(
     """Measure what goes beyond the two paths, apply the rules, and write the report."""
     findings = assemble(evidence, settings)
     evidence, further = _beyond(workload, session, settings, evidence, findings)
+    output = replace(findings.summary.output, batch_dependence=further.batch_dependence)
+    summary = replace(findings.summary, output=output, gradient_angle=further.angle, chance=further.chance)
     scan = describe(workload, settings, evidence, further, session.device)
-    scan = replace(scan, notes=(*scan.notes, *notes))
+    scan = replace(scan, notes=(*scan.notes, *notes, *_on_new_models(facts)))
     layers = with_further(findings.layers, facts.anatomy, further, session.layers)
     facts = replace(
         facts,
+        anatomy=_with_traced(facts.anatomy, further.random_before),
         layers={layer.name: layer for layer in layers},
         scan=scan,
-        output=findings.summary.output,
-        gaps=findings.summary.gaps,
+        output=summary.output,
+        gaps=summary.gaps,
         remedies=further.remedies,
+        chance=summary.chance,
+        other_eps=further.other_eps,
+        padding=further.padding,
     )
     verdicts = judge(facts, settings.rules)
     impacts = joint_impacts(session, evidence, further, groups_of(verdicts, facts))
@@ -229,7 +252,7 @@ def _report(
         tool=Tool("bnprobe", __version__),
         environment=environment(session.device),
         scan=scan,
-        summary=replace(findings.summary, gradient_angle=further.angle),
+        summary=summary,
         layers=layers,
         skipped=findings.skipped,
         verdicts=verdicts,
@@ -249,9 +272,11 @@ def _beyond(
     further = Further()
     if evidence.partial:
         return evidence, further
-    off = any(layer.flagged or layer.undecided for layer in findings.layers)
+    worse = inconsistency(findings.summary.gaps).is_worse
+    off = worse or any(layer.flagged or layer.undecided or layer.domains for layer in findings.layers)
     try:
         measure_further(further, session, evidence, settings, workload.make_optimizer, impact=off)
+        tell_apart(further, session, evidence, findings, off=off)
     except BnprobeError as error:
         evidence = replace(evidence, stopped="failed", failure=error)
     except KeyboardInterrupt:
@@ -261,13 +286,18 @@ def _beyond(
 
 @dataclass
 class Further:
-    """Results by layer index, and their cost."""
+    """Results by layer index, or by name where rules read them so, and their cost."""
 
     impacts: dict[int, Impact] = field(default_factory=dict)
     backward: dict[int, Backward] = field(default_factory=dict)
     updates: dict[int, Updates] = field(default_factory=dict)
     angle: GradientAngle | None = None
     remedies: tuple[Remedy, ...] = ()
+    chance: tuple[Chance, ...] = ()
+    batch_dependence: float | None = None
+    other_eps: OtherEps | None = None
+    padding: Padding | None = None
+    random_before: Mapping[str, tuple[str, ...]] | None = None
     passes: list[ExtraPass] = field(default_factory=list)
 
 
@@ -310,6 +340,31 @@ def measure_further(
         batches = evidence.micro_batches[:GRADIENT_BATCHES]
         with _counted(found, "gradients", "asked for", len(batches) * size):
             found.backward, found.angle = measure_gradients(session, batches, seed=settings.seed)
+
+
+def tell_apart(found: Further, session: Session, evidence: Evidence, findings: Findings, *, off: bool) -> None:
+    """Measure what tells one cause from another, where the findings so far leave it open, into ``found``.
+
+    Args:
+        off: Something is wrong at all.
+    """
+    batches = evidence.micro_batches
+    sizes = [evidence.sizes.get(position, evidence.batch_size) for position in sorted(evidence.kept)]
+    with session.installed():
+        found.random_before = random_layers_before(session, batches[0], sizes[0]) if batches else None
+        if any(layer.info.running_mean is None for layer in session.layers.selected):
+            found.batch_dependence = batch_dependence(session, batches, sizes)
+        if not off:
+            return
+        samples = sum(sizes)
+        if session.functions.loss is not None or session.functions.metric is not None:
+            with _counted(found, "chance", "what outputs of other samples score", samples):
+                found.chance = chance_levels(session, batches, sizes)
+        stale = [layer.name for layer in findings.layers if layer.flagged and layer.shares and layer.shares.lag > 0]
+        if stale:
+            with _counted(found, "eps", "whether the statistics fit another eps", min(samples, SAMPLES_OF_EPS)):
+                found.other_eps = fitting_eps(session, batches, sizes, stale)
+            found.padding = padding_in(batches, [] if evidence.held_out is None else evidence.held_out.micro_batches)
 
 
 def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
@@ -410,14 +465,14 @@ def describe(
     workload: Workload, settings: ScanSettings, evidence: Evidence, further: Further, device: torch.device
 ) -> Scan:
     """What was run, for the report."""
-    source = workload.source
+    source, sizes = workload.source, evidence.sizes.values()
     parameter = next(workload.model.parameters(), None)
     return Scan(
         model=workload.model_name,
         data=source.description,
         synthetic=source.synthetic,
         checkpoint=workload.checkpoint,
-        batch_size=evidence.batch_size,
+        batch_size=round(evidence.samples / evidence.batches) if sizes else evidence.batch_size,
         batches=evidence.batches,
         batches_requested=settings.batches,
         images=evidence.samples,
@@ -437,12 +492,13 @@ def describe(
         passes=tuple(further.passes),
         pool=_pool(evidence),
         unselected=tuple(layer.name for layer in evidence.layers.layers if not layer.selected),
+        size_range=(min(sizes), max(sizes)) if len(set(sizes)) > 1 else None,
     )
 
 
 def _pool(evidence: Evidence) -> Pool | None:
     images = max((pool.mean.shape[0] for pool in evidence.eval.pool().values()), default=0)
-    if not images:
+    if not images or not evidence.batching.emulation.trusted:
         return None
     return Pool(images, evidence.eval[SamplePool].bytes, regrouped_batches(images, evidence.batch_size))
 
@@ -450,15 +506,29 @@ def _pool(evidence: Evidence) -> Pool | None:
 def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
     """What the reader should know about the scan as a whole."""
     yield from unmatched_globs(settings, evidence.layers)
-    if all(layer.info.batches_tracked == 0 for layer in evidence.layers.selected):
+    if evidence.sizes and len(set(evidence.sizes.values())) == 1:
         yield (
-            "No layer's running statistics were ever updated (num_batches_tracked is 0): the model is untrained."
-            " Was a checkpoint forgotten?"
+            f"The batches have {round(evidence.samples / evidence.batches)} samples, not {evidence.batch_size} as asked"
+            " for: all figures are for batches as they are."
         )
     for size in evidence.batch_sizes:
         if evidence.samples < 2 * size:
             needed = f"Batch size {size} needs at least {2 * size} samples"
             yield f"{needed}, and {evidence.samples} were measured: raise --batches."
+
+
+def _on_new_models(facts: Facts) -> Iterator[str]:
+    """A note where nothing was trained."""
+    if facts.is_new:
+        yield "Running statistics, weights and biases of all BN layers are those of a new model. Was a checkpoint forgotten?"
+
+
+def _with_traced(
+    anatomy: Sequence[Anatomy], random_before: Mapping[str, tuple[str, ...]] | None
+) -> tuple[Anatomy, ...]:
+    """The layers with the random layers that feed them, where a forward pass could be followed."""
+    known = random_before or {}
+    return tuple(replace(one, dropouts_before=known.get(one.name, one.dropouts_before)) for one in anatomy)
 
 
 def _on_processes(world: World, agreement: Agreement) -> Iterator[str]:

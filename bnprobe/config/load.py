@@ -196,6 +196,8 @@ def _anchor(values: dict[str, Any], folder: Path) -> None:
         part = values.get(section)
         if isinstance(part, dict) and isinstance(part.get("target"), str):
             part["target"] = _anchored_target(part["target"], folder)
+        if isinstance(part, dict) and isinstance(part.get("batch_size_of"), str):
+            part["batch_size_of"] = _anchored_target(part["batch_size_of"], folder)
     for key in ("forward", "loss", "metric"):
         if isinstance(values.get(key), str):
             values[key] = _anchored_target(values[key], folder)

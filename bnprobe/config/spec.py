@@ -221,8 +221,9 @@ class EvalDataSpec(_Section):
     Attributes:
         target: A function of the batch size, a loader or a dataset; None: that of the model file.
         args: Further keyword arguments of the function.
-        batch_size: Samples in a micro-batch; None: that of the training data, or the loader's own.
+        batch_size: Samples in a micro-batch; None: the loader's own, or for a function that of the training data.
         batches: Micro-batches to measure exactly; None: as many as the scan needs.
+        batch_size_of: A function of a batch that gives its number of samples; None: that of the model file, if any.
         seed: Seed of torch, numpy and random.
     """
 
@@ -230,6 +231,7 @@ class EvalDataSpec(_Section):
     args: dict[str, Any] = Field(default_factory=dict)
     batch_size: Count | None = None
     batches: Count | None = None
+    batch_size_of: str | None = None
     seed: Seed = 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +14,19 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from bnprobe.config.spec import DataSpec, EvalDataSpec
 from bnprobe.errors import DataError, UsageError
 from bnprobe.loading.model import GuardedBatches, UserModule, accepts, kind_of, locate, signature_of, user_code
+from bnprobe.loading.samples import SampleCount
+from bnprobe.numbers import listed
 
 
 def own_batch_size(loader: DataLoader[Any]) -> int | None:
-    """The loader's batch size; a custom batch sampler leaves ``loader.batch_size`` None but may state its own."""
+    """The loader's batch size: its own, else that of the first batch of its batch sampler; None: it states none."""
     size = loader.batch_size
-    if size is None:
-        size = getattr(loader.batch_sampler, "batch_size", None)
-    return size if isinstance(size, int) else None
+    if size is not None or loader.batch_sampler is None:
+        return size
+    once = isinstance(loader.batch_sampler, Iterator)
+    first = None if once else next(iter(loader.batch_sampler), None)
+    stated = len(first) if isinstance(first, Sized) else getattr(loader.batch_sampler, "batch_size", None)
+    return stated if isinstance(stated, int) else None
 
 
 def refuse_rebuild(loader: DataLoader[Any], own: int | None, size: int, origin: str) -> None:
@@ -71,8 +78,8 @@ class BatchSource:
     """Micro-batches, as the user's loader collates them.
 
     Attributes:
-        batches: Yields batches of ``batch_size`` samples; the last one may be partial.
-        batch_size: Samples in a batch, as requested; an iterable that is not a loader may give another number.
+        batches: Yields batches of ``batch_size`` samples; the last one may be partial, and some loaders vary in size.
+        batch_size: Samples in a batch: as requested where the data allows it, else the loader's own.
         description: Where the batches come from, in words.
         images: Number of samples; None: unknown.
         synthetic: Whether the inputs are synthetic.
@@ -80,6 +87,8 @@ class BatchSource:
         drop_last: Whether the user's loader drops a partial last batch; None: unknown.
         most: Upper limit on the micro-batches to draw; None: no limit.
         dealt: Whether only this process's share is read; see ``loading.order``.
+        own_order: The order of the samples is the user's; False: bnprobe shuffles a data set.
+        beside: Held-out data that came with it, from a function that returns both.
     """
 
     batches: Iterable[Any]
@@ -91,6 +100,8 @@ class BatchSource:
     drop_last: bool | None = None
     most: int | None = None
     dealt: bool = False
+    own_order: bool = True
+    beside: BatchSource | None = None
 
 
 @dataclass(frozen=True)
@@ -101,28 +112,43 @@ class _Request:
         origin: Where the data comes from, e.g. "load_data(batch_size=2) of model.py".
         batch_size: Requested batch size; None: the loader's own.
         told: Batch size that the user's function was called with, or its default; None: it takes none.
+        as_given: Take a loader as it is, whatever its batch size.
+        batch_size_of: The user's function.
     """
 
     origin: str
     batch_size: int | None
     told: int | None = None
+    as_given: bool = False
+    batch_size_of: Callable[[Any], int] | None = None
+
+    @property
+    def wanted(self) -> int | None:
+        """The batch size that was asked for in one way or the other."""
+        return self.batch_size or self.told
+
+    def count(self, stated: int | None = None) -> SampleCount:
+        """What counts the samples of its batches, for a loader that states this batch size."""
+        return SampleCount(stated, self.wanted, self.batch_size_of, self.origin)
 
 
 def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
     """Load the data: the spec's target; else load_data, loader or dataset of the model's module; else synthetic.
+
+    Further names that are common are found too (``TRAINING_NAMES``), unless synthetic inputs are asked for.
 
     Raises:
         DataError: There is no data, or it is not available at this batch size.
         UsageError: The batch size is unknown.
         UserCodeError: The user's code raised.
     """
-    found = _find(spec, module, _TRAINING)
+    found = _find(spec, module, _TRAINING, () if spec.input_shape else TRAINING_NAMES)
     if found is not None:
         source = _from_symbol(*found, spec)
         if not spec.input_shape:
             return source
-        note = f"The input shape was not used, because {source.description} gives real data."
-        return replace(source, notes=(*source.notes, note))
+        note = f"--input-shape was not used: {source.description} gives real data."
+        return replace(source, notes=(note, *source.notes))
     if not spec.input_shape:
         raise DataError(_no_data(module))
     return synthetic_source(list(spec.input_shape), _known(spec.batch_size, "synthetic inputs"), spec.seed)
@@ -131,41 +157,51 @@ def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
 def load_held_out(spec: EvalDataSpec, module: UserModule | None, batch_size: int) -> BatchSource | None:
     """Load the held-out data: the spec's target; else load_eval_data of the model's module; else None.
 
+    A loader is read at the size that it has, unless the spec asks for another. Further names that are common are found
+    too (``EVALUATION_NAMES``).
+
     Args:
         spec: Where it comes from.
         module: The model's module.
-        batch_size: Samples in a micro-batch if the spec does not say: the batch size of the training data.
+        batch_size: What load_eval_data is called with if the spec does not say: the batch size of the training data.
 
     Raises:
         DataError: The data is not available at this batch size.
         UserCodeError: The user's code raised.
     """
-    found = _find(spec, module, _EVALUATION)
+    found = _find(spec, module, _EVALUATION, EVALUATION_NAMES)
     if found is None:
         return None
     size = spec.batch_size or batch_size
-    try:
-        source = _from_symbol(*found, spec.model_copy(update={"batch_size": size}))
-    except _TooFewImagesError as error:  # the eval path does not depend on the batch size
-        source = _from_symbol(*found, spec.model_copy(update={"batch_size": error.images}))
-    return replace(source, most=spec.batches)
+    asked = spec.model_copy(update={"batch_size": size})
+    return replace(_from_symbol(*found, asked, as_given=spec.batch_size is None), most=spec.batches, beside=None)
 
 
-def as_batch_source(batches: Any, batch_size: int | None = None, origin: str = "the data given") -> BatchSource:
+def as_batch_source(
+    batches: Any,
+    batch_size: int | None = None,
+    origin: str = "the data given",
+    *,
+    as_given: bool = False,
+    batch_size_of: Callable[[Any], int] | None = None,
+) -> BatchSource:
     """Wrap a DataLoader, Dataset or iterable of batches as micro-batches of ``batch_size``.
 
-    A Dataset is read in its own order. Any other iterable is used unchanged and must yield batches of ``batch_size``.
+    A Dataset is shuffled. Any iterable that is not a DataLoader is used unchanged.
 
     Args:
         batches: The data.
         batch_size: Samples in a micro-batch; None: the loader's own.
         origin: Name of the data in messages.
+        as_given: Take a loader as it is, whatever its batch size.
+        batch_size_of: Tells how many samples a batch has; None: the loader or the batch does.
 
     Raises:
         DataError: The data is empty, or not available at this batch size.
         UsageError: The batch size is unknown.
     """
-    return _from_value(batches, _Request(origin, batch_size))
+    request = _Request(origin, batch_size, as_given=as_given)
+    return _from_value(batches, replace(request, batch_size_of=_guarded(batch_size_of)))
 
 
 def synthetic_source(shapes: list[tuple[int, ...]], batch_size: int, seed: int) -> BatchSource:
@@ -204,7 +240,41 @@ _TRAINING = {"load_data": "load_data(batch_size)", "loader": "loader", "dataset"
 _EVALUATION = {"load_eval_data": "load_eval_data(batch_size)"}
 
 
-def _find(spec: EvalDataSpec, module: UserModule | None, names: Mapping[str, str]) -> tuple[UserModule, str] | None:
+def _variants(parts: Iterable[str]) -> tuple[str, ...]:
+    """train_loader, train_dataloader, trainloader, get_train_loader, ..., train_dataset, train_set, trainset."""
+    parts = tuple(parts)
+    loaders = [
+        f"{part}{name}" for part in parts for name in ("_loader", "_dataloader", "_data_loader", "loader", "_dl")
+    ]
+    makers = [f"{verb}_{name}" for verb in ("get", "make", "build", "create") for name in loaders]
+    sets = [f"{part}{name}" for part in parts for name in ("_dataset", "_set", "set", "_ds")]
+    return (*loaders, *makers, *sets)
+
+
+_PAIRS = ("get_loaders", "get_dataloaders", "get_data_loaders", "make_loaders", "make_dataloaders", "build_dataloaders")
+TRAINING_NAMES = (
+    *_variants(("train", "training")),
+    *("dataloader", "data_loader", "get_loader", "get_dataloader", "make_loader", "make_dataloader", "build_loader"),
+    *_PAIRS,
+)
+"""Names beside the documented ones under which training data is found, in this order."""
+
+EVALUATION_NAMES = _variants(("eval", "val", "valid", "validation", "dev", "test"))
+"""The same for held-out data."""
+
+_BATCH_SIZE_NAMES = frozenset(
+    ("batchsize", "bs", "batch", "batchsz", "microbatchsize", "minibatchsize", "mbs", "samplespergpu")
+)
+_SHORT_NAMES = frozenset(("n", "b", "size", "k"))
+"""These are a batch size only where the function cannot be called without them."""
+
+_TRAIN_KEYS = frozenset(("train", "training"))
+_HELD_OUT_KEYS = ("val", "valid", "validation", "eval", "dev", "test")
+
+
+def _find(
+    spec: EvalDataSpec, module: UserModule | None, names: Mapping[str, str], more: Sequence[str]
+) -> tuple[UserModule, str] | None:
     if spec.target is not None:
         module, symbol = locate(spec.target, module)
         if symbol is not None:
@@ -212,9 +282,47 @@ def _find(spec: EvalDataSpec, module: UserModule | None, names: Mapping[str, str
     if module is None:
         return None
     named = next((name for name in names if module.find(name) is not None), None)
+    if named is None:
+        named = next((name for name in more if _is_data(module.find(name))), None)
     if named is None and spec.target is not None:
         raise DataError(_no_data(module, names))
     return (module, named) if named else None
+
+
+def _is_data(value: Any) -> bool:
+    """Whether what has a common name is data: a loader, a data set, or a function that needs at most a batch size."""
+    if isinstance(value, DataLoader | Dataset):
+        return True
+    if isinstance(value, type) or not callable(value) or not hasattr(value, "__code__"):
+        return False
+    return not set(_required(value)) - {batch_size_parameter(value)}
+
+
+def batch_size_parameter(function: Callable[..., Any]) -> str | None:
+    """The parameter of a user's function that takes the batch size: batch_size, bs, train_batch_size, n, ...; or None.
+
+    A name as short as n is the batch size only where it is the one argument that the function needs.
+    """
+    parameters = signature_of(function)
+    if "batch_size" in parameters:
+        return "batch_size"
+    for name in parameters:
+        plain = name.lower().replace("_", "")
+        if plain in _BATCH_SIZE_NAMES or plain.endswith("batchsize"):
+            return name
+    required = _required(function)
+    if len(required) == 1 and required[0].lower() in _SHORT_NAMES:
+        return required[0]
+    return "batch_size" if accepts(function, "batch_size") else None
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """The parameters without which a function cannot be called."""
+    return [
+        name
+        for name, each in signature_of(function).items()
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
 
 
 def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) -> str:
@@ -228,15 +336,40 @@ def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) ->
     )
 
 
-def _from_symbol(module: UserModule, symbol: str, spec: EvalDataSpec) -> BatchSource:
+def _from_symbol(module: UserModule, symbol: str, spec: EvalDataSpec, as_given: bool = False) -> BatchSource:
     value, name = module.get(symbol), f"{symbol} of {module.name}"
+    request = _Request(name, spec.batch_size, as_given=as_given, batch_size_of=_batch_size_of(spec, module))
     if _is_callable_data(value):
-        return _from_call(value, name, spec)
+        return _from_call(value, request, spec)
     if spec.args:
         raise DataError(f"{name} is {kind_of(value)}, so it cannot take data.args ({', '.join(spec.args)}).")
     if symbol == "dataset" and hasattr(value, "__getitem__") and not isinstance(value, DataLoader):
-        return _from_dataset(value, _Request(name, spec.batch_size))  # a plain list of samples works too
-    return _from_value(value, _Request(name, spec.batch_size))
+        return _from_dataset(value, request)  # a plain list of samples works too
+    return _from_value(value, request)
+
+
+def _batch_size_of(spec: EvalDataSpec, module: UserModule) -> Callable[[Any], int] | None:
+    """The user's function that counts the samples of a batch: the one that the spec names, or that of the module."""
+    if spec.batch_size_of is None:
+        return _guarded(module.find("batch_size_of"))
+    home, symbol = locate(spec.batch_size_of, module)
+    return _guarded(home.get(symbol or "batch_size_of"))
+
+
+def _guarded(function: Any) -> Callable[[Any], int] | None:
+    """Turn errors of the user's ``batch_size_of`` into UserCodeError, and anything but a count into a DataError."""
+    if not callable(function):
+        return None
+
+    def count(batch: Any) -> int:
+        with user_code("calling batch_size_of(batch)"):
+            size = function(batch)
+        try:
+            return operator.index(size)
+        except TypeError:
+            raise DataError(f"batch_size_of(batch) must return a whole number, but gave {kind_of(size)}.") from None
+
+    return count
 
 
 def _is_callable_data(value: Any) -> bool:
@@ -245,27 +378,34 @@ def _is_callable_data(value: Any) -> bool:
     return callable(value) and not hasattr(value, "__iter__") and not hasattr(value, "__getitem__")
 
 
-def _from_call(function: Callable[..., Any], name: str, spec: EvalDataSpec) -> BatchSource:
-    args, told = dict(spec.args), None
-    if accepts(function, "batch_size"):
-        told = _told(function, name, spec)
+def _from_call(function: Callable[..., Any], request: _Request, spec: EvalDataSpec) -> BatchSource:
+    args, told, parameter = dict(spec.args), None, batch_size_parameter(function)
+    if parameter is not None:
+        told = _told(function, parameter, request.origin, spec)
         if spec.batch_size is not None:
-            args["batch_size"] = spec.batch_size
-    symbol, _, where = name.partition(" of ")
+            args[parameter] = spec.batch_size
+    missing = [name for name in _required(function) if name not in args]
+    if missing:
+        raise DataError(
+            f"{request.origin} needs {listed(missing)}, but bnprobe calls it with the batch size alone, as"
+            " load_data(batch_size). Give the other arguments default values, or name their values in the spec"
+            " (data: args)."
+        )
+    symbol, _, where = request.origin.partition(" of ")
     call = f"{symbol}({', '.join(f'{key}={value!r}' for key, value in args.items())}) of {where}"
     with user_code(f"calling {call}"):
         value = function(**args)
-    return _from_value(value, _Request(name, spec.batch_size, told))
+    return _from_value(value, replace(request, told=told))
 
 
-def _told(function: Callable[..., Any], name: str, spec: EvalDataSpec) -> int | None:
+def _told(function: Callable[..., Any], parameter: str, name: str, spec: EvalDataSpec) -> int | None:
     """The batch size that the user's function will use."""
     if spec.batch_size is not None:
         return spec.batch_size
-    parameter = signature_of(function).get("batch_size")
-    default = parameter.default if parameter else None
-    chosen = spec.args.get("batch_size", default)
-    if parameter and chosen is parameter.empty:
+    found = signature_of(function).get(parameter)
+    default = found.default if found else None
+    chosen = spec.args.get(parameter, default)
+    if found and chosen is found.empty:
         raise UsageError(f"{name} needs a batch size. Give one with --batch-size.")
     return chosen if isinstance(chosen, int) else None
 
@@ -274,15 +414,101 @@ def _told(function: Callable[..., Any], name: str, spec: EvalDataSpec) -> int | 
 
 
 def _from_value(value: Any, request: _Request) -> BatchSource:
+    parts = _training_and_held_out(value)
+    if parts is not None:
+        return _from_parts(*parts, request)
     if isinstance(value, DataLoader):
         return _from_loader(value, request)
     if isinstance(value, Dataset):
         return _from_dataset(value, request)
     _refuse_no_batches(value, request.origin)
-    size = _known(request.batch_size or request.told, request.origin)
     if _length(value, request.origin) == 0:
         raise DataError(f"{request.origin} is empty: it yields no batch.")
-    return BatchSource(GuardedBatches(value, request.origin), size, request.origin)
+    attributes = getattr(value, "__dict__", {})
+    inner = next((attributes[name] for name in _WRAPPED if isinstance(attributes.get(name), DataLoader)), None)
+    stated = None if inner is None else own_batch_size(inner)
+    if stated is None and request.wanted is not None and isinstance(value, Iterator):  # its batches exist only once
+        batches = GuardedBatches(value, request.origin, samples_in=request.count())
+        return BatchSource(batches, request.wanted, request.origin)
+    return _at_own_size(value, stated, request)
+
+
+_WRAPPED = ("loader", "dataloader", "data_loader", "_loader", "_dataloader")
+"""Where wrappers of a loader, which prefetch or move batches, keep it."""
+
+
+def _at_own_size(value: Any, stated: int | None, request: _Request) -> BatchSource:
+    """An iterable whose batches have the size that it states, or that its first batch has."""
+    size = stated
+    if size is None:
+        value, size = _first_size(value, request)
+    size = _known(size or request.wanted, request.origin)
+    asked = request.batch_size
+    if asked not in (None, size) and request.told is None and not request.as_given:
+        raise DataError(
+            f"The first batch of {request.origin} has {size} samples, not {asked}, and only a loader or data set can be"
+            " read at another size. Leave the batch size out, or write a function load_data(batch_size)."
+        )
+    batches = GuardedBatches(value, request.origin, samples_in=request.count(size))
+    return BatchSource(batches, size, request.origin, notes=_notes_on_size(size, request))
+
+
+def _first_size(value: Any, request: _Request) -> tuple[Any, int | None]:
+    """The iterable, still with its first batch, and the samples in that; None if there is nothing to count."""
+    iterator = iter(GuardedBatches(value, request.origin))
+    first = next(iterator, _END)
+    if first is _END:
+        raise DataError(f"{request.origin} is empty: it yields no batch.")
+    size = request.count()(first)
+    return (itertools.chain([first], iterator) if isinstance(value, Iterator) else value), size
+
+
+_END = object()
+
+
+def _notes_on_size(size: int, request: _Request) -> tuple[str, ...]:
+    """A sentence where the user's function was told another size than its loader has."""
+    if request.told in (None, size) or request.as_given:
+        return ()
+    return (
+        f"{request.origin} was told batch size {request.told}, but gave a loader of batch size {size}. The loader was"
+        f" used as it is, so all figures are for batches of {size}.",
+    )
+
+
+def _training_and_held_out(value: Any) -> tuple[Any, Any, str] | None:
+    """Training data, held-out data if any, and words for where they stand, of a value that holds several sources.
+
+    A pair or triple of loaders is (training, validation[, test]); a mapping says by its keys; one loader among other
+    things is the training data.
+    """
+    if isinstance(value, Mapping):
+        plain = {str(key).lower().split("_")[0].removesuffix("loader"): part for key, part in value.items()}
+        training = [part for key, part in plain.items() if key in _TRAIN_KEYS and _is_source(part)]
+        if len(training) != 1:
+            return None
+        beside = next((plain[key] for key in _HELD_OUT_KEYS if _is_source(plain.get(key))), None)
+        return training[0], beside, "its entry for training"
+    if not isinstance(value, list | tuple) or isinstance(value, Dataset):
+        return None
+    sources = [part for part in value if _is_source(part)]
+    if len(sources) == 1 and len(value) <= 4:
+        return (sources[0], None, "the loader in it") if len(value) > 1 else (sources[0], None, "its only entry")
+    if len(sources) == len(value) and len(value) in (2, 3):
+        return sources[0], sources[1], "the first of them"
+    return None
+
+
+def _is_source(value: Any) -> bool:
+    return isinstance(value, DataLoader | Dataset)
+
+
+def _from_parts(training: Any, held_out: Any, words: str, request: _Request) -> BatchSource:
+    source = _from_value(training, request)
+    beside = None if held_out is None or request.as_given else _from_value(held_out, replace(request, as_given=True))
+    note = f"{request.origin} gives several values; {words} was used"
+    note += " for training, and the one for validation as held-out data." if beside else "."
+    return replace(source, notes=(*source.notes, note), beside=beside)
 
 
 def _refuse_no_batches(value: Any, origin: str) -> None:
@@ -297,52 +523,60 @@ def _refuse_no_batches(value: Any, origin: str) -> None:
 
 
 def _from_dataset(dataset: Any, request: _Request) -> BatchSource:
-    size = _known(request.batch_size or request.told, request.origin)
+    size = _known(request.wanted, request.origin)
     images = _length(dataset, request.origin)
+    if request.as_given and images:  # the eval path does not depend on the batch size
+        size = min(size, images)
     _check_images(images, size, request.origin)
-    source = _loader_source(DataLoader(dataset, batch_size=size), size, request.origin, images)
-    source = replace(source, drop_last=None)  # bnprobe made the loader
-    return replace(source, notes=(f"{request.origin} is a Dataset and was read in its own order.",))
+    # A stream has the order that it has; every framework shuffles what can be indexed.
+    stream = isinstance(dataset, IterableDataset)
+    source = _loader_source(DataLoader(dataset, batch_size=size, shuffle=not stream), size, request, images)
+    source = replace(source, drop_last=None, own_order=stream)  # bnprobe made the loader
+    if stream:
+        return source
+    note = f"{request.origin} is a Dataset: bnprobe shuffles it. Give a DataLoader to have your own order judged."
+    return replace(source, notes=(note,))
 
 
 def _from_loader(loader: DataLoader[Any], request: _Request) -> BatchSource:
-    own = own_batch_size(loader)
-    size = _known(request.batch_size or own or request.told, request.origin)
+    own, batches = own_batch_size(loader), loader
+    if own is None:
+        batches, own = _first_size(loader, request)
+    fixed = request.as_given or request.told is not None
+    size = _known((own if fixed else None) or request.batch_size or own or request.told, request.origin)
     images = None  # an iterable data set may count batches or samples; a batch sampler may repeat samples
     if not isinstance(loader.dataset, IterableDataset) and loader.batch_size is not None:
         images = _length(loader.sampler, request.origin)
+    if fixed and images and size > images and (request.as_given or request.told != size):
+        size = images  # no other size can be asked for
     _check_images(images, size, request.origin)
-    if own == size or (own is None and request.told == size):
-        return _loader_source(loader, size, request.origin, images)
+    if own is None or fixed or own == size:
+        source = _loader_source(batches, size, request, images)
+        return replace(source, notes=_notes_on_size(size, request))
     refuse_rebuild(loader, own, size, request.origin)
     with user_code(f"rebuilding {request.origin} at batch size {size}"):
         again = rebuilt(loader, size)
-    source = _loader_source(again, size, request.origin, images)
+    source = _loader_source(again, size, request, images)
     note = f"The loader was rebuilt at batch size {size}, with its own sampler; its batch size was {own}."
     return replace(source, notes=(note,), drop_last=loader.drop_last)
 
 
-def _loader_source(loader: DataLoader[Any], size: int, origin: str, images: int | None) -> BatchSource:
+def _loader_source(loader: DataLoader[Any], size: int, request: _Request, images: int | None) -> BatchSource:
+    origin = request.origin
     if _length(loader, origin) == 0:
         raise DataError(f"{origin} is empty: it yields no batch.")
     words = origin if images is None else f"{origin} ({images} samples)"
-    return BatchSource(GuardedBatches(loader, origin), size, words, images, drop_last=loader.drop_last)
-
-
-class _TooFewImagesError(DataError):
-    def __init__(self, message: str, images: int) -> None:
-        super().__init__(message)
-        self.images = images
+    batches = GuardedBatches(loader, origin, samples_in=request.count(size))
+    return BatchSource(batches, size, words, images, drop_last=loader.drop_last)
 
 
 def _check_images(images: int | None, size: int, origin: str) -> None:
     if images == 0:
         raise DataError(f"{origin} is empty: its data set has no samples.")
     if images is not None and size > images:
-        raise _TooFewImagesError(
+        raise DataError(
             f"Batch size {size} is larger than the data set of {images} samples ({origin}). "
-            f"Give a --batch-size of at most {images}.",
-            images,
+            f"Give a --batch-size of at most {images}."
         )
 
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from bnprobe.config.spec import ModelSpec, is_file_target, nearest_file, split_target
 from bnprobe.errors import BnprobeError, ModelError, UserCodeError
+from bnprobe.loading.samples import count_samples
 
 BatchFunction = Callable[[nn.Module, Any], Any]
 """A function of the user, called as f(model, batch)."""
@@ -53,14 +54,24 @@ class GuardedBatches:
         wrapped: The user's own iterable.
         origin: Name of the iterable in messages.
         indices: Maps the number of a drawn batch, from 1, to the indices of its samples in the data set; None: unknown.
+        samples_in: Tells how many samples a batch has.
     """
 
     def __init__(
-        self, wrapped: Iterable[Any], origin: str, indices: Callable[[int], Sequence[Any]] | None = None
+        self,
+        wrapped: Iterable[Any],
+        origin: str,
+        indices: Callable[[int], Sequence[Any]] | None = None,
+        samples_in: Callable[[Any], int | None] = count_samples,
     ) -> None:
         self.wrapped = wrapped
         self.indices = indices
         self.origin = origin
+        self.samples_in = samples_in
+
+    def over(self, wrapped: Iterable[Any], indices: Callable[[int], Sequence[Any]] | None = None) -> GuardedBatches:
+        """The same data from another iterable, e.g. in another order."""
+        return GuardedBatches(wrapped, self.origin, indices, self.samples_in)
 
     def __iter__(self) -> Iterator[Any]:
         with user_code(f"starting {self.origin}"):

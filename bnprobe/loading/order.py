@@ -15,6 +15,7 @@ from torch.utils.data import (
     RandomSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
 )
 
 from bnprobe.distributed import Share
@@ -77,12 +78,13 @@ def spread(source: BatchSource, seed: int, batch_sizes: Sequence[int] = (), mixe
     if isinstance(batches, DataLoader):
         if why_fixed(batches) or isinstance(batches.sampler, _RANDOM) or not isinstance(batches.sampler, Sized):
             return source
+        mixed = mixed and batches.collate_fn is default_collate  # another one may pad samples to the longest of a batch
         run = math.lcm(size, *batch_sizes)
         order = SpreadBatches(batches.sampler, size, run, seed, mixed)
-        again: Any = GuardedBatches(rebuilt(batches, size, order), guarded.origin, order.indices)
+        again: Any = guarded.over(rebuilt(batches, size, order), order.indices)
     elif mixed and isinstance(batches, Sequence) and batches:
         drawn = [*random.Random(seed).sample(batches[:-1], len(batches) - 1), batches[-1]]
-        again = GuardedBatches(drawn, guarded.origin)
+        again = guarded.over(drawn)
     else:
         return source
     return replace(source, batches=again)
@@ -125,7 +127,7 @@ def deal(source: BatchSource, share: Share) -> BatchSource:
     if not by_index or type(loader).__iter__ is not DataLoader.__iter__:
         return source
     order = DealtBatches(loader.batch_sampler, share)
-    again = GuardedBatches(rebuilt(loader, source.batch_size, order), guarded.origin, guarded.indices)
+    again = guarded.over(rebuilt(loader, source.batch_size, order), guarded.indices)
     return replace(source, batches=again, dealt=True)
 
 

@@ -1,16 +1,16 @@
-"""Batches as the user's loader collates them: count, join, slice, copy and move nested tensors."""
+"""Batches as the user's loader collates them: join, slice, copy and move nested tensors."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnprobe.errors import DataError
+from bnprobe.loading.samples import count_samples, is_per_sample, named_leaves
 
 
 class CannotEmulateError(Exception):
@@ -33,7 +33,12 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 def leaves_of(tree: Any) -> list[Any]:
     """The leaves of nested tuples, lists and mappings, in order."""
-    return [leaf for _, leaf in _named_leaves(tree)]
+    return [leaf for _, leaf in named_leaves(tree)]
+
+
+def as_plain(tensor: Tensor) -> Tensor:
+    """The tensor without its subclass, whose operations may do more than compute (MONAI's MetaTensor, tv_tensors)."""
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
@@ -41,24 +46,24 @@ def is_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
 
 
-def count_images(batch: Any) -> int | None:
-    """Samples in a micro-batch: the first axis of its first tensor with axes; None if there is none."""
-    return next((tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim() > 0), None)
-
-
-def join(batches: list[Any]) -> Any:
+def join(batches: list[Any], samples: int | Sequence[int | None] | None = None) -> Any:
     """One physical batch from micro-batches of the same structure.
 
     Tensors whose first axis counts the samples are concatenated, strings and numbers per sample likewise; what is the
-    same in all micro-batches is passed on once.
+    same in all micro-batches is passed on once. Tensors of a subclass are joined as plain ones.
+
+    Args:
+        batches: The micro-batches.
+        samples: In each of them: one number for all, or a list; None: as their structure says.
 
     Raises:
-        CannotEmulateError: Something is neither.
+        CannotEmulateError: Something is neither, or the micro-batches differ in size.
     """
     if len(batches) == 1:
         return batches[0]
-    samples = [count_images(batch) for batch in batches]
-    return _join(batches, samples)
+    if samples is None:
+        samples = [count_samples(batch) for batch in batches]
+    return _join(batches, [samples] * len(batches) if isinstance(samples, int) else list(samples))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -81,7 +86,7 @@ def check_finite(batch: Any, position: int, indices: Callable[[int], Sequence[An
     Raises:
         DataError: Names the micro-batch, the tensor and the sample.
     """
-    for path, tensor in _named_leaves(batch):
+    for path, tensor in named_leaves(batch):
         if not isinstance(tensor, Tensor):
             continue
         # A finite sum means finite values, and needs no temporary of the tensor's size.
@@ -115,17 +120,18 @@ def _join_tensors(parts: list[Tensor], samples: list[int | None]) -> Tensor:
     if all(part.dim() > 0 and part.shape[0] == count for part, count in zip(parts, samples, strict=True)):
         if len({part.shape[1:] for part in parts}) > 1:
             raise CannotEmulateError("the samples of different micro-batches differ in size")
-        return torch.cat(parts)
+        return torch.cat([as_plain(part) for part in parts])
     if all(part.shape == parts[0].shape and torch.equal(part, parts[0]) for part in parts):
         return parts[0]
+    if any(part.dim() > 0 and part.shape[0] == count for part, count in zip(parts, samples, strict=True)):
+        raise CannotEmulateError("the micro-batches differ in size")
     raise CannotEmulateError("a tensor of the batch is not per sample and differs between micro-batches")
 
 
 def _join_sequences(parts: list[Any], samples: list[int | None]) -> Any:
     first = parts[0]
-    per_sample = all(len(part) == count for part, count in zip(parts, samples, strict=True))
-    if isinstance(first, list) and per_sample and not any(isinstance(item, Tensor | Mapping | list) for item in first):
-        return [item for part in parts for item in part]
+    if all(is_per_sample(part, count) for part, count in zip(parts, samples, strict=True)):
+        return _like_sequence(first, [item for part in parts for item in part])
     if any(len(part) != len(first) for part in parts):
         raise CannotEmulateError("the micro-batches have different lengths")
     return _like_sequence(first, [_join(list(items), samples) for items in zip(*parts, strict=True)])
@@ -181,23 +187,14 @@ def _holds(made: Any, plain: Any) -> bool:
     return all(made[key] is value and attributes.get(key, value) is value for key, value in plain.items())
 
 
-def _named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping):
-        yield from itertools.chain(*(_named_leaves(value, f"{path}[{key!r}]") for key, value in tree.items()))
-    elif isinstance(tree, list | tuple):
-        yield from itertools.chain(*(_named_leaves(item, f"{path}[{index}]") for index, item in enumerate(tree)))
-    else:
-        yield path, tree
-
-
 def pick(batch: Any, rows: list[int], samples: int) -> Any:
     """Select samples of a batch: rows of tensors and items of lists with one entry per sample; the rest is kept."""
     if isinstance(batch, Tensor):
         return batch[rows] if batch.dim() > 0 and batch.shape[0] == samples else batch
     if type(batch) is dict:
         return {key: pick(value, rows, samples) for key, value in batch.items()}
-    if type(batch) is list and len(batch) == samples and not any(isinstance(i, Tensor | Mapping | list) for i in batch):
-        return [batch[row] for row in rows]
+    if type(batch) in (list, tuple) and is_per_sample(batch, samples):
+        return type(batch)(batch[row] for row in rows)
     if type(batch) in (list, tuple):
         return type(batch)(pick(item, rows, samples) for item in batch)
     if isinstance(batch, Mapping | list | tuple):

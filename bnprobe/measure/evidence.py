@@ -74,7 +74,7 @@ class PathEvidence:
         self._scope, self._share, self._steps = scope, share, 0
         self._table = CallTable()
         self._statistics = {row.name: row(seed) for row in STATISTICS if scope in row.scopes}
-        self._columns: tuple[Calls, Columns] | None = None
+        self._columns: tuple[dict[Slot, int], Columns] | None = None
         self._remainder: tuple[Calls, Tensor, Tensor] | None = None
 
     def add(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...]) -> None:
@@ -204,15 +204,14 @@ class PathEvidence:
         return {name: _as_json(name, result) for name, result in found.items() if result is not None}
 
     def _columns_of(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], like: Tensor) -> Columns:
-        """The columns of a step; the last ones are cached, since most models make the same calls in every pass."""
-        slots = tuple(records)
-        if self._columns is None or self._columns[0] != slots:
-            for slot in slots:
+        """The columns of a step; the last ones are cached, since most steps have the same calls on as many values."""
+        values = {slot: record.values for slot, record in records.items()}
+        if self._columns is None or self._columns[0] != values:
+            for slot in records:
                 self._table.add(slot, layers[slot[0]].info.channels)
             for statistic in self._statistics.values():
                 statistic.grow(self._table, like.device)
-            values = {slot: record.values for slot, record in records.items()}
-            self._columns = slots, Columns.of(layers, values, self._table, like.device)
+            self._columns = values, Columns.of(layers, values, self._table, like.device)
         return self._columns[1]
 
     def _add_samples(self, columns: Columns, mean: Tensor, variance: Tensor) -> None:
@@ -250,6 +249,7 @@ class Evidence:
         batch_sizes: The eval path at further batch sizes.
         outputs: The distance of the two paths at the model's outputs.
         scores: Loss and metric on each path; of more micro-batches than the rest, where few decided every layer.
+        repeat: Relative L2 distance of two eval-path passes over the same samples; None if not measured.
         batches: Micro-batches measured.
         physical_batch: Samples of the largest physical batch that ran.
         values: Values per channel in one group, by call.
@@ -261,6 +261,7 @@ class Evidence:
         seconds: What all took.
         left_out: Samples of a partial last batch.
         kept: Micro-batches by position, on the host, for what is measured afterwards.
+        sizes: Samples of the micro-batches by position, where they are not all of ``batch_size``.
         held_out: The same on held-out data; None without.
         stopped: Why the scan ended.
         failure: The error that ended it after something was measured.
@@ -272,6 +273,7 @@ class Evidence:
     batch_sizes: dict[int, PathEvidence] = field(default_factory=dict)
     outputs: OutputSums = field(default_factory=OutputSums)
     scores: ScoreTable = field(default_factory=ScoreTable)
+    repeat: float | None = None
     batches: int = 0
     physical_batch: int = 0
     values: dict[Slot, int] = field(default_factory=dict)
@@ -283,6 +285,7 @@ class Evidence:
     seconds: float = 0.0
     left_out: int = 0
     kept: dict[int, Any] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
     held_out: Evidence | None = None
     stopped: StopReason = "requested"
     failure: BnprobeError | None = None
@@ -315,6 +318,7 @@ class Evidence:
         _join(self.batch_sizes, other.batch_sizes, _merged)
         self.outputs.merge(other.outputs)
         self.scores.merge(other.scores)
+        self.repeat = max((each for each in (self.repeat, other.repeat) if each is not None), default=None)
         self.batches += other.batches
         self.physical_batch = max(self.physical_batch, other.physical_batch)
         self.values = {**other.values, **self.values}
@@ -326,6 +330,7 @@ class Evidence:
         self.seconds = max(self.seconds, other.seconds)
         self.left_out = max(self.left_out, other.left_out)  # a process that only skips it counts it too
         self.kept |= other.kept
+        self.sizes |= other.sizes
         emulation = self.batching.emulation if other.batching.emulation.trusted else other.batching.emulation
         at_once = min(self.batching.at_once, other.batching.at_once)
         self.batching = replace(self.batching, emulation=emulation, at_once=at_once)
@@ -366,7 +371,7 @@ class Evidence:
     @property
     def samples(self) -> int:
         """Samples measured."""
-        return self.batches * self.batch_size
+        return sum(self.sizes.values()) if self.sizes else self.batches * self.batch_size
 
     @property
     def emulated(self) -> bool:
@@ -386,7 +391,7 @@ class Evidence:
     @property
     def output(self) -> Output:
         """How far the outputs of the two paths are apart."""
-        return self.outputs.compute(self.scores)
+        return replace(self.outputs.compute(self.scores), repeat=self.repeat)
 
     def _comparable(self, path: PathName, pass_: Pass, by_batch: bool) -> dict[Slot, Recorded]:
         """The calls that normalize as this path should, of selected layers with running statistics."""

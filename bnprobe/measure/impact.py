@@ -52,7 +52,7 @@ class Sample:
         """Call ``run`` on physical batches, each with the micro-batches in it."""
 
         def joined(chunk: list[Any]) -> Result:
-            return run(join(chunk), chunk)
+            return run(join(chunk, self.batching.batch_size), chunk)
 
         return self.batching.chunks(self.session.device).run(self.micro_batches, joined)
 

@@ -323,7 +323,7 @@ def _median(variance: Tensor | None) -> float | None:
 def has_random_layers(model: nn.Module) -> bool:
     """Whether a layer that is known to be random is active in training, whatever else draws random numbers."""
     with _as_in_training(model):
-        return any(module.training and _probability(module) > 0 for module in model.modules())
+        return any(module.training and probability_of_dropping(module) > 0 for module in model.modules())
 
 
 def _random_layers_before(model: nn.Module) -> dict[int, tuple[str, ...]]:
@@ -332,12 +332,12 @@ def _random_layers_before(model: nn.Module) -> dict[int, tuple[str, ...]]:
     names: tuple[str, ...] = ()
     for name, module in model.named_modules():
         found[id(module)] = names
-        if module.training and _probability(module) > 0:
+        if module.training and probability_of_dropping(module) > 0:
             names = (*names, name or ROOT)
     return found
 
 
-def _probability(module: nn.Module) -> float:
+def probability_of_dropping(module: nn.Module) -> float:
     """How likely a random layer drops something; 0 for any other module."""
     if isinstance(module, _DropoutNd):
         return float(module.p)

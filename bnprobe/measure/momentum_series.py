@@ -147,7 +147,7 @@ class _Recorder:
 
     def _measure(self, micro_batches: list[Any]) -> dict[int, list[Recorded]]:
         """The calls that normalized with batch statistics, by layer, in call order."""
-        joined = to_device(join(micro_batches), self.session.device)
+        joined = to_device(join(micro_batches, self.batching.batch_size), self.session.device)
         pass_ = self.batching.pass_over(len(micro_batches), "train")
         self.session.forward("train", joined, pass_)
         found: dict[int, list[Recorded]] = {}

@@ -185,6 +185,19 @@ def square_norm(values: Tensor) -> Tensor:
     return norm.square()
 
 
+def relative_distance(one: Any, other: Any) -> float | None:
+    """||one - other|| / ||other|| over all floating-point outputs; None if not finite, or of different shapes."""
+    pairs = list(zip(floating(one), floating(other), strict=False))
+    if not pairs or any(left.shape != right.shape for left, right in pairs):
+        return None
+    totals = {
+        "difference": float(sum((square_norm(left - right) for left, right in pairs), start=_zero(pairs))),
+        "norm": float(sum((square_norm(right) for _, right in pairs), start=_zero(pairs))),
+    }
+    squared = _ratio(totals, "difference", "norm")
+    return None if squared is None else squared**0.5
+
+
 def _ratio(totals: dict[str, float], numerator: str, denominator: str) -> float | None:
     below = totals.get(denominator, 0.0)
     value = totals.get(numerator, 0.0) / below if below else torch.inf

@@ -37,6 +37,10 @@ _BLIND = 0.3
 """A tolerance above this, in standard deviations, would let real mixing pass: the check cannot decide."""
 
 
+DIFFERENT_SIZES = "the micro-batches differ in size"
+"""Why they run one by one."""
+
+
 @dataclass(frozen=True)
 class Emulation:
     """Whether micro-batches run together, and what the check learned on the way.
@@ -132,7 +136,7 @@ def _check(session: Session, path: PathName, micro_batches: list[Any], batch_siz
     shaken_output, _ = session.forward(path, _shake(micro_batches[0]), shaken)
     try:
         emulated = Pass(batch_size * len(micro_batches), batch_size, references=_references(reals))
-        output, _ = session.forward(path, join(micro_batches), emulated)
+        output, _ = session.forward(path, join(micro_batches, batch_size), emulated)
         if emulated.records.keys() != reals[0].records.keys():
             raise CannotEmulateError("the layers are called differently in a larger batch")
     except CannotEmulateError as error:
@@ -266,6 +270,8 @@ def plan_batching(session: Session, reader: Reader, settings: ScanSettings) -> B
     if not settings.emulate:
         return Batching(size, not_emulated("Switched off (--no-emulate; in Python emulate=False)."))
     opening = reader.look_ahead(OPENING)
+    if reader.varies:
+        return Batching(size, not_emulated(as_sentence(CannotEmulateError(DIFFERENT_SIZES))))
     most = settings.physical_batch or plan_samples(Footprint(0, 0), session.device)
     if most // size < OPENING and not settings.batch_sizes:
         # The train path runs as it is; that samples are independent on the eval path is still to be known.

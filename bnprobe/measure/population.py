@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import RepairError
-from bnprobe.measure.batch import CannotEmulateError, count_images, join, pick, tensors_of, to_device
+from bnprobe.loading.samples import count_samples
+from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of, to_device
 from bnprobe.measure.hooks import Pass, Recorded, Slot
 from bnprobe.measure.memory import Chunks, Footprint, fits_in_memory, plan_samples
 from bnprobe.measure.physical_batch import Batching, Check, Emulation, check_samples, checked, not_emulated, self_check
@@ -95,14 +96,14 @@ def steady_population(
 
     def run(batch: Any) -> None:
         nonlocal footprint
-        samples = count_images(batch) or batch_size
+        samples = count_samples(batch, batch_size) or batch_size
         pass_ = Pass(samples, samples, plain=True)
         session.forward("steady", to_device(batch, session.device), pass_)
         population.add(own_records(session, pass_), samples / batch_size)
         sizes = [record.bytes // samples for record in pass_.records.values()]
         footprint = Footprint(max(footprint.total, sum(sizes)), max([footprint.largest, *sizes]))
 
-    joined = _joined(micro_batches) if batching.emulation.trusted else None
+    joined = _joined(micro_batches, batch_size) if batching.emulation.trusted else None
     if joined is None:
         Chunks(session.device, batch_size, 1).run(micro_batches, lambda chunk: run(chunk[0]))
     else:
@@ -125,14 +126,13 @@ def _evenly(samples: int, most: int) -> tuple[list[list[int]], int]:
     return [unit.tolist() for part in parts for unit in part.tensor_split(samples // len(parts))], len(parts)
 
 
-def _joined(micro_batches: Sequence[Any]) -> tuple[Any, int] | None:
+def _joined(micro_batches: Sequence[Any], batch_size: int) -> tuple[Any, int] | None:
     """All samples in one batch, and their number; None if they cannot be joined."""
+    counts = [count_samples(batch, batch_size) or 0 for batch in micro_batches]
     try:
-        batch = join(list(micro_batches))
+        return (join(list(micro_batches), counts), sum(counts)) if sum(counts) else None
     except CannotEmulateError:
         return None
-    samples = count_images(batch)
-    return None if samples is None else (batch, samples)
 
 
 def own_records(session: Session, pass_: Pass) -> dict[Slot, Recorded]:
@@ -187,8 +187,9 @@ def settle_by_batch(session: Session, batches: RepeatedReader, progress: Progres
     population = Population()
     stream = iter(batches)
     opening = list(itertools.islice(stream, 2))
-    size = _samples(opening[0]) if opening else 1
-    emulation, footprint = _checked(session, opening, self_check)
+    sizes = [batches.samples_in(batch) or 1 for batch in opening] or [1]
+    size = sizes[0]
+    emulation, footprint = _checked(session, opening, sizes, self_check)
     samples = next((count for count in _halved(LARGE) if fits_in_memory(footprint, count, session.device)), 1)
     batching = Batching(size, emulation, max(1, samples // size))
     done = 0
@@ -273,9 +274,10 @@ class _Rounds:
             stream = itertools.chain(opening, stream)
 
         def run(chunk: list[Any]) -> None:
-            samples = sum(map(_samples, chunk))
+            sizes = [self._batches.samples_in(batch) or 1 for batch in chunk]
+            samples = sum(sizes)
             pass_ = Pass(samples, samples, statistics=statistics)
-            self._forward(join(chunk), pass_, last)
+            self._forward(join(chunk, sizes), pass_, last)
             found = {slot: record for slot, record in pass_.records.items() if slot[0] in wanted}
             population.add(found, len(chunk))
             self._again.update(index for index, call in found if call > 0)
@@ -287,8 +289,9 @@ class _Rounds:
         return population
 
     def _plan(self, opening: list[Any]) -> Chunks:
-        size = _samples(opening[0]) if opening else 1
-        emulation, footprint = _checked(self._session, opening, check_samples)
+        sizes = [self._batches.samples_in(batch) or 1 for batch in opening] or [1]
+        size = sizes[0]
+        emulation, footprint = _checked(self._session, opening, sizes, check_samples)
         at_once = plan_samples(footprint, self._session.device) // size if emulation.trusted else 1
         return Chunks(self._session.device, size, max(1, at_once))
 
@@ -321,16 +324,11 @@ def _end(module: object, inputs: object, output: object) -> None:
     raise _EndOfPass
 
 
-def _checked(session: Session, opening: list[Any], check: Check) -> tuple[Emulation, Footprint]:
+def _checked(session: Session, opening: list[Any], sizes: list[int], check: Check) -> tuple[Emulation, Footprint]:
     """Check on the first two batches whether batches may run together; also the memory of a sample."""
-    sizes = {_samples(batch) for batch in opening}
-    if len(sizes) != 1:
+    if not opening or len(set(sizes)) != 1:
         return not_emulated("The first batches have different sizes."), Footprint(0, 0)
-    return checked(session, opening, sizes.pop(), check)
-
-
-def _samples(batch: Any) -> int:
-    return count_images(batch) or 1
+    return checked(session, opening, sizes[0], check)
 
 
 def _halved(count: int) -> Iterator[int]:

@@ -1,28 +1,32 @@
 """Read batches from the user's loader, and say clearly what is wrong with them.
 
-``Reader`` gives micro-batches of one size, once; ``RepeatedReader`` gives batches of any size, again and again.
+``Reader`` gives micro-batches once, ``RepeatedReader`` again and again.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from bnprobe.distributed import EVERYTHING, Share
 from bnprobe.errors import DataError
-from bnprobe.measure.batch import check_finite, count_images, tensors_of
+from bnprobe.loading.samples import SampleCount, count_samples
+from bnprobe.measure.batch import check_finite, tensors_of
 from bnprobe.measure.restore import seed_everything
 
-_END = object()
+_END, _NONE = object(), object()
 
 
 class Reader:
-    """Micro-batches of exactly ``batch_size`` samples, in the loader's order; of several processes, those of this one.
+    """Micro-batches as the loader gives them, in its order; of several processes, those of this one.
+
+    Where all have ``batch_size`` samples, a last one that has fewer is left out, since a partial batch says nothing
+    about whole ones. Where a loader varies the size, all are given out.
 
     Args:
         batches: The same in all processes, or where ``dealt`` only those that this one reads.
-        batch_size: Samples in a micro-batch.
+        batch_size: Samples in a micro-batch; where they differ, of a usual one.
         keep: Keep this process's own among the first so many.
         share: Which micro-batches are its own.
         dealt: The loader gives only those that this process reads.
@@ -32,6 +36,7 @@ class Reader:
         left_out: Samples of a partial last batch, which is not given out.
         exhausted: The loader has no more.
         kept: By position, for what is measured after the two paths.
+        sizes: Samples of each micro-batch that was read, by position.
     """
 
     def __init__(
@@ -45,20 +50,23 @@ class Reader:
     ) -> None:
         self.batch_size, self.share, self.most = batch_size, share, most
         self.kept: dict[int, Any] = {}
+        self.sizes: dict[int, int] = {}
         self.left_out = 0
         self.exhausted = False
         self._keep, self._dealt = keep, dealt
         self._next_position = 0
         self._indices = getattr(batches, "indices", None)
+        self._samples_in = getattr(batches, "samples_in", None) or SampleCount(asked=batch_size)
         self._batches = batches
         self._iterator: Iterator[Any] | None = None  # a loader starts its workers when it is first asked
+        self._drawn: Any = _NONE
         self._ahead: list[tuple[int, Any]] = []
 
     def take(self, count: int) -> list[Any]:
         """Up to ``count`` micro-batches of this process; fewer only at the end of the data.
 
         Raises:
-            DataError: The loader is empty, its batches have another size, or hold NaN or Inf.
+            DataError: The loader is empty, or its batches hold NaN or Inf.
             UserCodeError: The loader raised.
         """
         taken: list[Any] = []
@@ -68,6 +76,16 @@ class Reader:
                 break
             taken.append(batch)
         return taken
+
+    @property
+    def varies(self) -> bool:
+        """Whether micro-batches of another size than ``batch_size`` were given out."""
+        return any(size != self.batch_size for size in self.sizes.values())
+
+    def own_sizes(self, batches: int) -> dict[int, int]:
+        """Samples of this process's first micro-batches, by position; empty if all have ``batch_size``."""
+        own = {position: self.sizes[position] for position in map(self.share.position, range(batches))}
+        return {} if set(own.values()) <= {self.batch_size} else own
 
     def look_ahead(self, count: int) -> list[Any]:
         """The first micro-batches of the data, of all processes; ``take`` still yields those of this process."""
@@ -97,15 +115,19 @@ class Reader:
         """The next micro-batch that there is, and its position; None at the end."""
         if self.exhausted:
             return None
-        batch = self._next()
-        if batch is _END:
+        position, samples = self._next_position, 0
+        while samples == 0:  # a collate function that leaves samples out may leave none
+            batch = self._next()
+            if batch is _END:
+                self._end()
+                return None
+            counted = self._samples_in(batch)
+            samples = self.batch_size if counted is None else counted
+        if samples < self.batch_size and position and not self.varies and self._is_last():
+            self.left_out = samples
             self._end()
             return None
-        position = self._next_position
-        samples = count_images(batch)
-        if samples is not None and samples != self.batch_size:
-            self._odd_size(position, samples)
-            return None
+        self.sizes[position] = samples
         if self.share.reads(position):
             check_finite(batch, position + 1, self._indices)
         self._next_position = position + 1
@@ -116,28 +138,18 @@ class Reader:
     def _next(self) -> Any:
         if self._iterator is None:
             self._iterator = iter(self._batches)
-        return next(self._iterator, _END)
+        batch, self._drawn = self._drawn, _NONE
+        return next(self._iterator, _END) if batch is _NONE else batch
+
+    def _is_last(self) -> bool:
+        """Whether the batch just read is the last one; draws the next one if it is not."""
+        self._drawn = self._next()
+        return self._drawn is _END
 
     def _end(self) -> None:
         self.exhausted = True
         if self._next_position == 0 and self.left_out == 0:
             raise DataError("The data contains no batch: the loader or data set is empty.")
-
-    def _odd_size(self, position: int, samples: int) -> None:
-        """Only the last batch may be smaller; other sizes would falsify the diagnosis."""
-        if samples > self.batch_size or self._next() is not _END:
-            raise DataError(
-                f"Micro-batch {position + 1} has {samples} samples, but the batch size is {self.batch_size}. All"
-                " batches but the last must have the same size: let load_data(batch_size) give such a loader, or pass"
-                f" --batch-size {samples}."
-            )
-        if position == 0:
-            raise DataError(
-                f"The data gave a single batch, of size {samples}, which is below the batch size of {self.batch_size}."
-                " Use a smaller --batch-size or more data."
-            )
-        self.left_out = samples
-        self._end()
 
 
 KEPT_BYTES = 2**30
@@ -158,6 +170,7 @@ class RepeatedReader:
     Attributes:
         batches: Drawn in the last complete reading.
         images: Samples in them; a batch without tensors counts as one.
+        samples_in: Tells how many samples a batch has.
     """
 
     def __init__(self, batches: Iterable[Any], most: int | None, seed: int) -> None:
@@ -165,6 +178,7 @@ class RepeatedReader:
         self._most = most
         self._seed = seed
         self._kept: list[Any] | None = None
+        self.samples_in: Callable[[Any], int | None] = getattr(batches, "samples_in", count_samples)
         self.batches = 0
         self.images = 0
 
@@ -182,10 +196,10 @@ class RepeatedReader:
         keeping: list[Any] | None = []
         kept_bytes = batches = samples = 0
         indices = getattr(self._source, "indices", None)
-        filled = ((number, batch) for number, batch in enumerate(self._source, 1) if count_images(batch) != 0)
+        filled = ((number, batch) for number, batch in enumerate(self._source, 1) if self.samples_in(batch) != 0)
         for position, batch in itertools.islice(filled, self._most):
             batches += 1
-            samples += count_images(batch) or 1
+            samples += self.samples_in(batch) or 1
             check_finite(batch, position, indices)
             kept_bytes += sum(tensor.nbytes for tensor in tensors_of(batch))
             if kept_bytes > KEPT_BYTES:

@@ -18,10 +18,10 @@ from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.hooks import Pass
 from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks
-from bnprobe.measure.outputs import Contributions
-from bnprobe.measure.physical_batch import Batching, Emulation, as_sentence, plan_batching
+from bnprobe.measure.outputs import Contributions, relative_distance
+from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching, Emulation, as_sentence, plan_batching
 from bnprobe.measure.reader import Reader
-from bnprobe.measure.restore import deferred_interrupts, random_state
+from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, random_state
 from bnprobe.measure.scores import MEASURES, Found, score_outputs
 from bnprobe.measure.session import PathName, Progress, Session
 from bnprobe.records import StopReason
@@ -43,6 +43,12 @@ that is far off, but not what that does to an accuracy."""
 
 SCORING_SECONDS = 60.0
 """No micro-batch is scored, after the layers are decided, once this time has passed."""
+
+_DEVICE = 10.0
+"""Two passes differ by chance if they do so by more than this many times what the device's rounding does."""
+
+_BEYOND_ROUNDING = 1e-2
+"""No device's rounding changes outputs by so much, in half precision either."""
 
 CAUGHT = (KeyboardInterrupt, UserCodeError, DataError, DeviceError)
 """Errors that end a measurement but keep what was measured so far."""
@@ -82,7 +88,7 @@ def probe(
                 evidence.held_out = _measure_held_out(measurement, held_out, max(total, wanted), progress, world)
         except CAUGHT as error:
             ending = ended_by(error, world)
-    evidence.kept, evidence.left_out = reader.kept, reader.left_out
+    evidence.kept, evidence.left_out, evidence.sizes = reader.kept, reader.left_out, reader.own_sizes(evidence.batches)
     whole, ending = _put_together(evidence.on_host(), ending, world)
     if whole is None:
         return None
@@ -140,6 +146,7 @@ def _measure_held_out(
     _measure(planned, Measurement(measured.session, evidence, random=False), reader, progress, world)
     reader.fill()
     evidence.kept, evidence.seconds = reader.kept, time.perf_counter() - started
+    evidence.sizes = reader.own_sizes(evidence.batches)
     return evidence
 
 
@@ -193,6 +200,8 @@ def _measure(total: int, measurement: Measurement, reader: Reader, progress: Pro
         micro_batches = reader.take(min(evidence.batching.at_once, mine - evidence.batches))
         if not micro_batches:
             return ScanEnding("data_exhausted")
+        if reader.varies and evidence.batching.emulation.trusted:
+            measurement.refuse(CannotEmulateError(DIFFERENT_SIZES))
         measurement.step(micro_batches)
     progress(total, total)
     return ScanEnding()
@@ -298,12 +307,14 @@ class Measurement:
         self._in_chunks(micro_batches, self._score)
 
     def _in_chunks(self, micro_batches: list[Any], run: Callable[[list[Any]], None]) -> None:
-        chunks = Chunks(self.session.device, self.evidence.batch_size, len(micro_batches))
-        chunks.run(micro_batches, run, self._refused)
+        at_once = len(micro_batches) if self.evidence.batching.emulation.trusted else 1
+        chunks = Chunks(self.session.device, self.evidence.batch_size, at_once)
+        chunks.run(micro_batches, run, self.refuse)
         if chunks.at_once < len(micro_batches):
             self.evidence.batching = replace(self.evidence.batching, at_once=chunks.at_once)
 
-    def _refused(self, error: CannotEmulateError) -> None:
+    def refuse(self, error: CannotEmulateError) -> None:
+        """Go on with real micro-batches, which cannot run together for this reason."""
         batching = self.evidence.batching
         emulation = Emulation(False, as_sentence(error), batching.emulation.check, {})
         self.evidence.batching = replace(batching, emulation=emulation)
@@ -319,6 +330,7 @@ class Measurement:
         evidence, step = self.evidence, self._step_of(micro_batches)
         draws: dict[PathName, bool] = {path: self._forward(path, step) for path in evidence.paths if path != "steady"}
         random = self._is_random(draws) if self.random is None else self.random
+        repeat = self._repeat(step) if self.random is None else evidence.repeat
         started = time.perf_counter()
         if random:
             self._forward("steady", step)
@@ -331,6 +343,7 @@ class Measurement:
             if random and self.steady is not None:
                 evidence.paths["steady"] = self.steady
             evidence.steady_seconds += seconds
+            evidence.repeat = repeat
             evidence.add(step.passes, step.contributions, step.scores, len(micro_batches))
 
     def _is_random(self, draws: Mapping[PathName, bool]) -> bool:
@@ -339,10 +352,31 @@ class Measurement:
             return False
         return not draws["eval"] or has_random_layers(self.session.model)
 
+    def _repeat(self, step: _Step) -> float | None:
+        """Relative L2 distance of two eval-path passes over the same samples: 0 unless the model is random there.
+
+        Where they differ, two passes with the same random state say what the device's own rounding does. A model with
+        a generator of its own differs there as well, but by more than rounding.
+        """
+        with preserved_random_state():
+            repeat = relative_distance(self._eval_again(step), step.outputs["eval"])
+        if not repeat:
+            return repeat
+        with preserved_random_state():
+            first = self._eval_again(step)
+        with preserved_random_state():
+            device = relative_distance(self._eval_again(step), first) or 0.0
+        return repeat if repeat > _DEVICE * device or repeat > _BEYOND_ROUNDING else 0.0
+
+    def _eval_again(self, step: _Step) -> Any:
+        pass_ = self.evidence.batching.pass_over(step.micro_batches, "eval")
+        return self.session.forward("eval", step.joined, pass_)[0]
+
     def _step_of(self, micro_batches: list[Any]) -> _Step:
         device, scored = self.session.device, self.session.functions.scores
         apart = [to_device(batch, device) for batch in micro_batches] if scored else []
-        return _Step(to_device(join(micro_batches), device), apart, len(micro_batches))
+        joined = to_device(join(micro_batches, self.evidence.batch_size), device)
+        return _Step(joined, apart, len(micro_batches))
 
     def _forward(self, path: PathName, step: _Step) -> bool:
         """Run one path; return whether it drew random numbers, which is checked in the first step only."""

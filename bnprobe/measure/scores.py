@@ -211,7 +211,7 @@ def one_number(name: str, function: BatchFunction, value: Any) -> Tensor:
     """
     wanted = "it must return one number (a float, or a tensor with one element)"
     try:
-        number = torch.as_tensor(value).detach().double()
+        number = torch.as_tensor(value, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError):
         hint = " Is there a return statement?" if value is None else ""
         raise DataError(
@@ -257,7 +257,7 @@ def score_batches(
 
     def run(chunk: list[Any]) -> None:
         pass_ = batching.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {})
-        _, outputs = session.forward(path, to_device(join(chunk), session.device), pass_)
+        _, outputs = session.forward(path, to_device(join(chunk, batching.batch_size), session.device), pass_)
         apart = [to_device(batch, session.device) for batch in chunk]
         room = {measure: table.room(measure, path) for measure in MEASURES}
         table.add(score_outputs(session, path, apart, outputs, batching.batch_size, room))

@@ -122,7 +122,7 @@ class _Trial:
             return []
         whole = len(held_out) // factor * factor
         try:
-            return [join(list(held_out[i : i + factor])) for i in range(0, whole, factor)]
+            return [join(list(held_out[i : i + factor]), self.batching.batch_size) for i in range(0, whole, factor)]
         except CannotEmulateError:
             return []
 

@@ -626,10 +626,10 @@ class Scan(Record):
         data: Where the micro-batches came from, in words.
         synthetic: Inputs were generated from ``--input-shape``.
         checkpoint: The weights file, where one was given.
-        batch_size: Samples in a micro-batch.
+        batch_size: Samples in a micro-batch; where they differ in size, their mean, rounded.
         batches: Micro-batches measured on both paths.
         batches_requested: ``--batches``, where given.
-        images: Samples measured, ``batches * batch_size``.
+        images: Samples measured.
         left_out: Samples of a partial last batch that was not measured.
         emulated: Several micro-batches ran together as one physical batch, with statistics per micro-batch
             (docs/explanation/emulation.md).
@@ -647,6 +647,7 @@ class Scan(Record):
         passes: Measurements beyond the two paths, with their cost.
         pool: What the composition share was measured with; None if the samples could not be regrouped.
         unselected: Layers that ``--include`` and ``--exclude`` leave out of the report, in network order.
+        size_range: Fewest and most samples of a micro-batch, where they differ.
     """
 
     model: str
@@ -673,6 +674,7 @@ class Scan(Record):
     passes: tuple[ExtraPass, ...] = ()
     pool: Pool | None = None
     unselected: tuple[str, ...] = ()
+    size_range: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

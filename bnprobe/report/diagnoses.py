@@ -15,7 +15,7 @@ from bnprobe.report.further import doing
 from bnprobe.report.layers import with_sign, worse_path, worst_first
 from bnprobe.report.next_step import NextStep
 from bnprobe.report.page import FINE, FLAGGED, SEVERITY_SIGNS, SEVERITY_STYLES, UNDECIDED, UNMEASURED, Page
-from bnprobe.rules import rule_of, title_of
+from bnprobe.rules import effect, rule_of, title_of
 
 MOST_DIAGNOSES = 5
 """So many diagnoses are shown, the first, unless all are asked for."""
@@ -66,8 +66,10 @@ def closing(report: Report, command: str) -> Closing:
     flagged = worst_first(with_sign(report.layers, FLAGGED))
     undecided = worst_first(with_sign(report.layers, UNDECIDED))
     fine = with_sign(report.layers, FINE)
-    if flagged:
+    if flagged and _worst_severity(report) == "error":
         return _flagged(report, flagged, command)
+    if flagged:
+        return _harmless(report, flagged, command)
     if undecided:
         return _undecided(report, undecided, command)
     return _clean(report, command) if fine else _nothing(report, command)
@@ -83,6 +85,19 @@ def _flagged(report: Report, flagged: list[Layer], command: str) -> Closing:
         sign=FLAGGED,
         sentences=tuple(filter(None, sentences)),
         step=_step(report, command, next_step.batch_size_step(report, command)),
+    )
+
+
+def _harmless(report: Report, flagged: list[Layer], command: str) -> Closing:
+    """Layers beyond their limit that do no harm as far as was measured, or that no rule explains."""
+    change = effect.inconsistency(report.summary.gaps, report.summary.chance)
+    known = change.main is not None and change.is_no_worse
+    what = f"but {change.main.words('in training', 'at inference')}" if known and change.main else "but no error was found"
+    return Closing(
+        headline=f"{_share(len(flagged), report)} flagged, {what}.",
+        sign=UNDECIDED if known else FLAGGED,
+        sentences=tuple(filter(None, ("" if report.diagnoses else _worst(flagged), *_caveats(report)))),
+        step=_step(report, command, next_step.keep_step(command)),
     )
 
 
@@ -118,8 +133,11 @@ def _other_problems(report: Report, serious: Severity, command: str) -> Closing:
     number = count(sum(diagnosis.severity != "info" for diagnosis in report.diagnoses), "problem")
     verb = "was" if number == "1 problem" else "were"
     so_far = "So far no" if report.scan.partial else "No"
+    change = effect.inconsistency(report.summary.gaps, report.summary.chance)
+    worse = change.main if change.is_worse else None
+    found = f"{number} {verb} found" if worse is None else worse.words("in training", "at inference")
     return Closing(
-        headline=f"{so_far} layer is flagged for its mismatch, but {number} {verb} found.",
+        headline=f"{so_far} layer is flagged for its mismatch, but {found}.",
         sign=SEVERITY_SIGNS[serious],
         sentences=_caveats(report),
         step=_step(report, command, next_step.keep_step(command)),

@@ -39,6 +39,12 @@ _LEVELS_AND_STEPS = (
 )
 """From training down to held-out data, each level followed by the step to the next; labels for wide and narrow."""
 
+_STILL_RANDOM = {
+    "training_noise": ("random layers in eval mode", "noise"),
+    "without_noise": ("training data, random layers in eval mode", "in eval mode"),
+}
+"""Labels for models that are random in eval mode too: what is random there is not off."""
+
 _NOISE = ("training_noise", "without_noise")
 _HELD_OUT = ("generalization", "held_out")
 
@@ -51,14 +57,22 @@ _STEPS = {
 _MOSTLY = 0.5
 
 
-def gaps(found: Sequence[Gap], page: Page) -> list[Text]:
-    """The levels and steps with their intervals, a column for each measure, and which step is the largest."""
+def gaps(found: Sequence[Gap], page: Page, random: bool = False) -> list[Text]:
+    """The levels and steps with their intervals, a column for each measure, and which step is the largest.
+
+    Args:
+        found: One for each measure.
+        page: What the lines are written on.
+        random: The model is random at inference.
+    """
     if not found:
         return []
     held_out = any(gap.held_out is not None for gap in found)
     noisy = any(gap.training_noise or gap.training_noise_interval for gap in found)
     left_out = (*(() if noisy else _NOISE), *(() if held_out else _HELD_OUT))
-    rows = [row for row in _LEVELS_AND_STEPS if row[0] not in left_out]
+    rows = [(field, *labels) for field, *labels in _LEVELS_AND_STEPS if field not in left_out]
+    if random:
+        rows = [(field, *_STILL_RANDOM.get(field, labels)) for field, *labels in rows]
     fields = [field for field, *_ in rows]
     columns = [Column(gap.measure, _gap_cells(gap, fields, page)) for gap in found]
     marks = [Mark(style="dim" if field in _STEPS else "") for field in fields]

@@ -52,7 +52,7 @@ def render(report: Report, options: RenderOptions) -> str:
         _layer_notes(report.layers, page, show_all),
         _batch_sizes(report.layers, page),
         _output(report.summary.output, page, scores=not report.summary.gaps),
-        further.gaps(report.summary.gaps, page),
+        further.gaps(report.summary.gaps, page, random=bool(report.summary.output.repeat)),
         further.backward(report, page, show_all),
         further.updates(report, page, show_all),
         page.section("Notes on the scan", report.scan.notes),
@@ -96,7 +96,8 @@ def _device(report: Report) -> str:
 
 def _measured(scan: Scan) -> str:
     batches, samples = count(scan.batches, "micro-batch"), count(scan.images, "sample")
-    text = f"{batches} {TIMES} {scan.batch_size} = {samples} in {scan.seconds:.1f} s; {_stopped(scan)}"
+    sizes = f"{TIMES} {scan.batch_size}" if scan.size_range is None else "of {} to {}".format(*scan.size_range)
+    text = f"{batches} {sizes} = {samples} in {scan.seconds:.1f} s; {_stopped(scan)}"
     return f"{text}; {count(scan.left_out, 'sample')} left over" if scan.left_out else text
 
 
@@ -368,6 +369,9 @@ def _output_figures(found: Output) -> list[str]:
         sentences.append(f"The predicted class changes for {changed} of the samples.")
     if found.kl_divergence is not None:
         sentences.append(f"KL divergence of the class distributions: {found.kl_divergence:.3g} nats.")
+    if found.repeat:
+        apart = figures.relative(found.repeat)
+        sentences.append(f"Two eval-mode passes over the same samples are {apart} apart: it is random at inference.")
     return sentences
 
 

@@ -11,9 +11,16 @@ from bnprobe.rules.effect import FLOOR, Effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
 from bnprobe.rules.shares import lower_end, mismatch_limit, why_no_shares
+from bnprobe.stats.theory import mismatch_iid
 
 MOST = 0.5
 """Where no layer is beyond its limit, those are named whose shift is at least this part of the largest."""
+
+FEWEST = 8
+"""Of fewer held-out samples, mean and variance say nothing."""
+
+NOISE_FACTOR = 3.0
+"""Without an interval, a mismatch is one random draw: three times its expected noise is still noise."""
 
 _PREPROCESSING = "Make the preprocessing of both datasets the same."
 
@@ -74,7 +81,7 @@ class DataShift(Rule):
         if not is_shifted(layer, facts):
             harmless = ", but held-out data is not worse for it" if low > limit else ""
             return self.passed(layer.name, f"{message}{harmless}.", share, limit)
-        against = f"; the limit is {number(limit)}" if low > limit else ""
+        against = f"; the limit is {number(limit)}" if _is_beyond(layer, facts) else ""
         remedy = self.remedy if _gain(facts).standing != "same" else self.other_remedy
         return self.failed(layer.name, f"{message}{against}.{_at_the_output(facts)}", share, limit, remedy=remedy)
 
@@ -84,13 +91,33 @@ def is_shifted(layer: Layer, facts: Facts) -> bool:
     share = None if layer.shares is None else layer.shares.data_shift
     if share is None:
         return False
-    low = lower_end(None if layer.share_intervals is None else layer.share_intervals.data_shift)
-    beyond, gap = low > mismatch_limit(layer), effect.generalization(facts.gaps, facts.chance)
+    beyond, gap = _is_beyond(layer, facts), effect.generalization(facts.gaps, facts.chance)
     if _is_won_back(facts):
         return beyond or (not _any_beyond(facts) and share >= MOST * _largest(facts))
     if gap.is_no_worse or (_gain(facts).is_worse and not gap.is_worse):
         return False
     return beyond
+
+
+def is_moved(layer: Layer, facts: Facts) -> bool | None:
+    """Whether the layer's statistics are surely beyond the limit on held-out data, or surely not; None: not known."""
+    if _is_beyond(layer, facts):
+        return True
+    interval = None if layer.share_intervals is None else layer.share_intervals.data_shift
+    high = None if interval is None else interval[1]
+    return False if high is not None and high <= mismatch_limit(layer) else None
+
+
+def _is_beyond(layer: Layer, facts: Facts) -> bool:
+    interval = None if layer.share_intervals is None else layer.share_intervals.data_shift
+    if interval is not None:
+        return interval[0] > mismatch_limit(layer)
+    share = None if layer.shares is None else layer.shares.data_shift
+    samples = max((gap.held_out_samples or 0 for gap in facts.gaps), default=0)
+    # One micro-batch has no interval: as many values as samples is the least that a layer gets, and the noisiest.
+    if share is None or samples < FEWEST or not effect.generalization(facts.gaps, facts.chance).is_worse:
+        return False
+    return share - NOISE_FACTOR * mismatch_iid(samples) > mismatch_limit(layer)
 
 
 def _is_won_back(facts: Facts) -> bool:
@@ -112,8 +139,7 @@ def _advantage(shifted: Remedy, usual: Remedy, facts: Facts) -> float:
 
 
 def _any_beyond(facts: Facts) -> bool:
-    intervals = [(layer, layer.share_intervals) for layer in facts.layers.values()]
-    return any(known and lower_end(known.data_shift) > mismatch_limit(layer) for layer, known in intervals)
+    return any(_is_beyond(layer, facts) for layer in facts.layers.values())
 
 
 def _largest(facts: Facts) -> float:

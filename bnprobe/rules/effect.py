@@ -18,6 +18,11 @@ from bnprobe.records import Chance, ChanceValues, Estimate, Gap, Interval, Remed
 FLOOR = 0.02
 """The smallest change that matters, of a metric between 0 and 1; otherwise relative."""
 
+LITTLE = 0.15
+"""Weights that make less than this part of the possible difference have hardly been trained."""
+
+MODES = ("training", "inference")
+
 TOLERANCE = 2.0
 """A change is known to be no harm where its interval ends within this many floors."""
 
@@ -160,10 +165,17 @@ def recovered(remedy: Remedy, gaps: Sequence[Gap]) -> float | None:
     return None
 
 
-def is_at_chance(chance: Sequence[Chance], mode: Literal["training", "inference"]) -> bool:
-    """Whether outputs say no more about their own sample than about another one, by every measure that can tell."""
-    values = [(each.measure, found) for each in chance if (found := getattr(each, mode)) is not None]
-    return bool(values) and not any(_is_above_chance(measure, found) for measure, found in values)
+def is_at_chance(chance: Sequence[Chance]) -> bool:
+    """Whether the weights predict nothing, by every measure that can tell.
+
+    In one mode outputs say no more about their own sample than about another one; in the other mode they say less than
+    ``LITTLE`` of what there is to say.
+    """
+    modes = [[(each.measure, found) for each in chance if (found := getattr(each, mode))] for mode in MODES]
+    if not all(modes):
+        return False
+    at_chance = [not any(_is_above_chance(*each) for each in values) for values in modes]
+    return any(at_chance) and all(_part_learned(*each) < LITTLE for values in modes for each in values)
 
 
 def learned(chance: Sequence[Chance], measure: str) -> float | None:
@@ -172,6 +184,14 @@ def learned(chance: Sequence[Chance], measure: str) -> float | None:
         if each.measure == measure and each.training is not None:
             return abs(each.training.change.mean)
     return None
+
+
+def _part_learned(measure: str, found: ChanceValues) -> float:
+    """The difference that the own sample makes, of the distance to the best value: 0, or of a metric up to 1 also 1."""
+    ends = [abs(found.other)]
+    if measure == "metric" and 0 <= found.other <= 1 and 0 <= found.own <= 1:
+        ends.append(abs(1 - found.other))
+    return abs(found.change.mean) / max(*ends, SMALLEST)
 
 
 def _is_above_chance(measure: str, found: ChanceValues) -> bool:

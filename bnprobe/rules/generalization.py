@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bnprobe.records import Verdict
 from bnprobe.rules import effect
-from bnprobe.rules.data_shift import is_shifted
+from bnprobe.rules.data_shift import is_moved
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
 
@@ -16,7 +16,8 @@ class Generalization(Rule):
 
     What:
         The change of loss and metric from training to held-out data, both with running statistics. It is a remark where
-        the change is surely for the worse, and no layer's statistics have moved (BN206).
+        the change is surely for the worse, the statistics of no layer have moved (BN206), and inference is not worse than
+        training in the first place.
 
     Why:
         The same running statistics are used for both, and fit both. What is left is what every network has: it knows its
@@ -50,8 +51,14 @@ class Generalization(Rule):
             yield self.skipped(None, "needs a loss or metric")
             return
         words = f"With the same running statistics, {change.words('on training data', 'on held-out data')}"
-        if not found.is_worse or any(is_shifted(layer, facts) for layer in facts.layers.values()):
+        moved = [is_moved(layer, facts) for layer in facts.layers.values()]
+        if not found.is_worse or any(layer is not False for layer in moved) or _is_worse_at_inference(facts):
             yield self.passed(None, f"{words}.", change.harm, change.floor)
             return
-        message = f"{words}. The statistics of the held-out data do not explain it: BN is not the reason."
+        message = f"{words}. The statistics of the held-out data are those of the training data: BN is not the reason."
         yield self.failed(None, message, change.harm, change.floor)
+
+
+def _is_worse_at_inference(facts: Facts) -> bool:
+    """Then there is something to mend before anything is said about the rest."""
+    return effect.inconsistency(facts.gaps, facts.chance).is_worse

@@ -60,16 +60,20 @@ class NeverTrained(Rule):
         updates = None if layer.batches_tracked is None else float(layer.batches_tracked)
         if not layer.untouched:
             return self.passed(layer.name, "The running statistics differ from mean 0 and variance 1.", updates)
-        return self.failed(layer.name, _message(layer), updates, None, _severity(layer, facts))
+        uncalled = facts.scan is not None and layer.name not in facts.layers
+        message = f"{_START}, and the forward pass never calls it." if uncalled else _message(layer)
+        return self.failed(layer.name, message, updates, None, _severity(layer, facts))
+
+
+_START = "All running means are 0 and all running variances 1, as in a new layer"
 
 
 def _message(layer: Anatomy) -> str:
-    start = "All running means are 0 and all running variances 1, as in a new layer"
     if layer.batches_tracked:
-        return f"{start}, although num_batches_tracked is {layer.batches_tracked:,}. Is momentum 0?"
+        return f"{_START}, although num_batches_tracked is {layer.batches_tracked:,}. Is momentum 0?"
     if layer.affine_moved:
-        return f"{start}, but weight or bias were trained. Was the checkpoint loaded, or averaged, without buffers?"
-    return f"{start}, and no update is counted. Was the checkpoint not loaded, or loaded without buffers?"
+        return f"{_START}, but weight or bias were trained. Was the checkpoint loaded, or averaged, without buffers?"
+    return f"{_START}, and no update is counted. Was the checkpoint not loaded, or loaded without buffers?"
 
 
 def _severity(layer: Anatomy, facts: Facts) -> Severity:
@@ -78,5 +82,7 @@ def _severity(layer: Anatomy, facts: Facts) -> Severity:
         return "info"
     if measured is None:
         return "error"
-    harmless = not measured.flagged or effect.inconsistency(facts.gaps, facts.chance).is_no_worse
+    # A metric may be one of which smaller values are better without its goal being set: only the loss excuses a layer.
+    losses = [gap for gap in facts.gaps if gap.measure == "loss"]
+    harmless = not measured.flagged or effect.inconsistency(losses, facts.chance).is_no_worse
     return "warning" if harmless else "error"

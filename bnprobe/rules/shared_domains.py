@@ -75,6 +75,11 @@ class SharedDomains(Rule):
         unexplained = found.is_worse and not any(other.flagged for other in facts.layers.values())
         if low <= (0 if unexplained else limit):
             return self.passed(layer.name, message, apart, limit)
+        if low <= limit and found.main is not None:
+            message = (
+                f"{calls} significantly from that of all calls (D = {number(apart)}). That is little, but a network can read"
+                f" from the statistics of a call what it holds: {found.main.words('in training', 'at inference')}."
+            )
         return self.failed(layer.name, message, apart, limit, _severity(layer, found))
 
 

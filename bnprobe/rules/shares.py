@@ -20,7 +20,6 @@ from bnprobe.records import SOURCES, Cause, Interval, Layer, Severity, Shares, V
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts, Need
 from bnprobe.rules.interface import Rule
-from bnprobe.stats.intervals import standing
 from bnprobe.stats.theory import mismatch_iid
 
 Screened = Literal["flagged", "undecided", "clean"]
@@ -73,6 +72,8 @@ def screened(intervals: Sequence[Interval], shares: Shares | None, threshold: fl
             limit of noise.
         threshold: The equivalent batch size below which the layer is flagged.
     """
+    from bnprobe.stats.intervals import standing  # needs torch, which rules do without
+
     limit = mismatch_iid(threshold)
     if shares is not None:
         others = (shares.composition or 0.0) + shares.lag + shares.dropout + shares.propagation

@@ -63,7 +63,8 @@ class TrainedInEval(Rule):
             yield self.skipped(None, "needs a loss or metric")
             return
         words = f"On training batches {change.words('with batch statistics', 'with running statistics')}"
-        layers = [layer.name for layer in facts.layers.values() if _has_other_statistics(layer)]
+        new = {layer.name for layer in facts.anatomy if layer.untouched}
+        layers = [name for name, layer in facts.layers.items() if name not in new and _has_other_statistics(layer)]
         if found.standing != "better" or not layers or _recalibration_helps(facts):
             yield self.passed(None, f"{words}.", -change.harm, change.floor)
             return

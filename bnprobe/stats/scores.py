@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,6 +23,9 @@ interval of Student's t that is wider than the samples warrant (twelve standard 
 
 FEWEST_CHANGES = 10
 """Of figures that are 0 or 1: samples that must differ before the spread of the differences is trusted."""
+
+_ROUNDING = 1e-6
+"""Relative differences up to this are rounding of float32, and no spread."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def paired_difference(after: Scores, before: Scores, *, shared: bool) -> Estimat
     statistics are from other batches': of the order of 1 / sqrt(samples in a batch) too, and small against the spread
     of samples, since few micro-batches are what large ones give.
 
-    Differences that are all -1, 0 or 1 (a 0/1 metric) have an interval also where none or few samples differ: that of
+    Figures that are 0 or 1 (is a prediction right?) have an interval also where none or few samples differ: that of
     Agresti and Min (2005, Statistics in Medicine 24, section 3), which adds half a sample to each of the four cells.
 
     Args:
@@ -67,33 +71,41 @@ def paired_difference(after: Scores, before: Scores, *, shared: bool) -> Estimat
         shared: Whether the samples of a micro-batch share its statistics on either side.
 
     Returns:
-        No interval where there is one value, or where all differences are the same and not those of a 0/1 metric.
+        No interval where there is one value, or where all differences are the same to rounding and the figures are not
+        0 or 1.
     """
     difference = after.batches - before.batches
+    rounding = _ROUNDING * float(torch.maximum(after.batches.abs(), before.batches.abs()).max())
     if after.samples is None or before.samples is None:
-        return Estimate(float(difference.mean()), _student(difference))
+        return Estimate(float(difference.mean()), _student(difference, rounding))
     mean = float(_weighted(difference, after.sizes, True))
     samples, number = after.samples - before.samples, after.count
     changes = int((samples != 0).sum())
-    if _are_signs(samples) and (not shared or len(difference) < FEWEST_BATCHES or changes < FEWEST_CHANGES):
+    hits = _are_hits(after.samples) and _are_hits(before.samples)
+    if hits and (not shared or len(difference) < FEWEST_BATCHES or changes < FEWEST_CHANGES):
         return Estimate(mean, _agresti_min(mean, changes / len(samples), number))
     if shared and len(difference) >= FEWEST_BATCHES:
-        return Estimate(mean, _student(difference))
-    return Estimate(mean, _student(samples, mean, number))
+        return Estimate(mean, _student(difference, rounding))
+    return Estimate(mean, _student(samples, rounding, mean, number))
 
 
-def independent_difference(one: Scores, other: Scores) -> Estimate:
+def independent_difference(one: Scores, other: Scores, *, shared: bool = False) -> Estimate:
     """Mean of ``one`` minus mean of ``other``, on different data, with its 95% interval: Welch's.
 
     Over samples where they are known, which must be independent, otherwise over micro-batches. For 0/1 figures one
     success and one failure are added on each side (Agresti & Caffo 2000, The American Statistician 54), so that few
     samples that all agree do not give certainty.
 
+    Args:
+        one, other: On different data.
+        shared: Whether the samples of a micro-batch depend on each other: where the model is random at inference, it
+            may draw once for all of them. The unit is then as in ``paired_difference``.
+
     Returns:
-        No interval where a side has one value, or all values are the same and not those of a 0/1 figure.
+        No interval where a side has one value, or where all values are the same and not 0 or 1.
     """
     difference = one.mean - other.mean
-    sides = [_side(one), _side(other)]
+    sides = [_side(one, shared), _side(other, shared)]
     known = [side for side in sides if side is not None]
     if len(known) < len(sides):
         return Estimate(difference, None)
@@ -114,16 +126,16 @@ class _Side:
     degrees: int
 
 
-def _side(scores: Scores) -> _Side | None:
+def _side(scores: Scores, shared: bool) -> _Side | None:
     """None: no spread is known."""
-    if scores.samples is None:
+    if scores.samples is None or (shared and len(scores.batches) >= FEWEST_BATCHES):
         if len(scores.batches) < 2:
             return None
         return _Side(scores.mean, float(scores.batches.var()) / len(scores.batches), len(scores.batches) - 1)
     if len(scores.samples) < 2:
         return None
     number = scores.count
-    if bool(((scores.samples == 0) | (scores.samples == 1)).all()):
+    if _are_hits(scores.samples):
         rate = (scores.mean * number + 1) / (number + 2)
         return _Side(rate, rate * (1 - rate) / (number + 2), number - 1)
     return _Side(scores.mean, float(scores.samples.var()) / number, len(scores.samples) - 1)
@@ -133,13 +145,13 @@ def _weighted(values: Tensor, sizes: Tensor, by_sample: bool) -> Tensor:
     return (values * sizes).sum() / sizes.sum() if by_sample else values.mean()
 
 
-def _are_signs(values: Tensor) -> bool:
-    return bool((values.abs() * (values.abs() - 1) == 0).all())
+def _are_hits(values: Tensor) -> bool:
+    return bool(((values == 0) | (values == 1)).all())
 
 
-def _student(values: Tensor, mean: float | None = None, number: int | None = None) -> Interval | None:
+def _student(values: Tensor, rounding: float, mean: float | None = None, number: int | None = None) -> Interval | None:
     """Student's t of independent values; of their mean over ``number`` values, where only these few are known."""
-    if len(values) < 2 or bool((values == values[0]).all()):
+    if len(values) < 2 or float(values.max() - values.min()) <= rounding:
         return None
     centre, number = float(values.mean()) if mean is None else mean, number or len(values)
     half = t_quantile(len(values) - 1, CONFIDENCE) * math.sqrt(float(values.var()) / number)

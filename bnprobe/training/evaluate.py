@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnprobe.errors import DataError
 from bnprobe.loading.model import BatchFunction
-from bnprobe.measure.batch import copy_tensors, count_images, to_device
+from bnprobe.loading.samples import count_samples
+from bnprobe.measure.batch import copy_tensors, to_device
 from bnprobe.measure.restore import preserved_random_state, preserved_training_flags, seed_everything
+from bnprobe.measure.scores import one_number
 from bnprobe.measure.session import casting
 from bnprobe.measure.training_copy import training_code
 from bnprobe.records import Score
@@ -29,6 +30,7 @@ def evaluate(
     metric: BatchFunction | None,
     device: torch.device,
     autocast: torch.dtype | None,
+    samples_in: Callable[[Any], int | None] = count_samples,
 ) -> Score:
     """Means of loss and metric in eval mode, weighted by samples. Training flags and random state are restored.
 
@@ -38,6 +40,7 @@ def evaluate(
         loss, metric: The user's functions of (model, batch), each a mean over the samples of a batch; None: not given.
         device: Device to run on.
         autocast: Dtype of the forward passes.
+        samples_in: Tells how many samples a batch has.
 
     Returns:
         Loss and metric; None for a function that was not given, and for a mean that is not finite or has no samples.
@@ -56,7 +59,7 @@ def evaluate(
         for batch in batches:
             for name, function in functions.items():
                 if function is not None:
-                    means[name].add(_value(name, function, model, batch, device, autocast), batch)
+                    means[name].add(_value(name, function, model, batch, device, autocast), samples_in(batch))
     return Score(means["loss"].value(), means["metric"].value())
 
 
@@ -65,9 +68,8 @@ class _Mean:
         self._sum: Tensor | float = 0.0
         self._images = 0
 
-    def add(self, value: Tensor, batch: Any) -> None:
+    def add(self, value: Tensor, images: int | None) -> None:
         """Add one batch; sums stay on the device, so that the host waits only once, at the end."""
-        images = count_images(batch)
         weight = 1 if images is None else images
         if weight:
             self._sum = self._sum + weight * value
@@ -91,13 +93,4 @@ def _value(
     border = training_code(f"calling {name}(model, batch) (evaluation)", "Evaluating the model", device)
     with border, casting(device, autocast):
         returned = function(model, batch)
-    try:
-        value = torch.as_tensor(returned, dtype=torch.float64, device=device)
-    except (TypeError, ValueError, RuntimeError):
-        raise DataError(f"{name}(model, batch) must return one number, not {type(returned).__name__}.") from None
-    if value.numel() != 1:
-        raise DataError(
-            f"{name}(model, batch) must return one number, not a tensor of shape {tuple(value.shape)}."
-            " Reduce it, e.g. with .mean()."
-        )
-    return value.reshape(())
+    return one_number(name, function, returned).to(device)

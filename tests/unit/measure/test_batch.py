@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from bnprobe.errors import DataError
+from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import (
     CannotEmulateError,
     check_finite,
-    count_images,
     join,
     map_leaves,
     tensors_of,
@@ -92,8 +92,8 @@ def test_what_cannot_be_joined(parts: list[Any], words: str) -> None:
         (("a", 1), None),
     ],
 )
-def test_count_images(batch: Any, images: int | None) -> None:
-    assert count_images(batch) == images
+def test_count_samples(batch: Any, images: int | None) -> None:
+    assert count_samples(batch) == images
 
 
 def test_map_keeps_the_nest() -> None:

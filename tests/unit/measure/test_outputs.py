@@ -7,13 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.commands.scan import scan
+from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import DataError, UserCodeError
+from bnprobe.measure.physical_batch import Batching, Emulation
+from bnprobe.measure.scores import ScoreTable, score_batches
+from bnprobe.measure.session import Session, UserFunctions
 from support.compare import kl
 from support.networks import Flat, Residual, UNet, images, unsettled
 
@@ -116,7 +121,8 @@ def test_a_loss_does_not_count_as_a_measurement() -> None:
 
 @pytest.mark.parametrize("name", ["loss", "metric"])
 def test_more_than_one_number_is_refused(name: str) -> None:
-    with pytest.raises(DataError, match=rf"{name}\(model, batch\) .*test_outputs.py:\d+\) returned a tensor of shape \(4,\), but it must return one number"):
+    where = rf"{name}\(model, batch\) .*test_outputs.py:\d+\)"
+    with pytest.raises(DataError, match=rf"{where} returned a tensor of shape \(4,\), but it must return one number"):
         scan(unsettled(Flat()), DATA, 4, num_batches=6, **{name: lambda model, batch: torch.ones(4)})
 
 
@@ -205,3 +211,120 @@ def test_outputs_of_other_shapes_cannot_be_compared() -> None:
     output = scan(unsettled(Auxiliary()), images(6, 4, 3, 5, 5), 4, num_batches=6).summary.output
     assert output.relative_l2 is None
     assert "different shapes" in output.note
+
+
+class AlwaysRandom(Flat):
+    """Dropout without ``training=``: active in eval mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.3))
+
+
+class OwnGenerator(Flat):
+    """Random at inference, from a generator that a seed does not reach."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn(x.shape, generator=GENERATOR))
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+class DropoutLayer(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Dropout(0.5), Flat())
+
+
+@pytest.mark.parametrize(
+    ("made", "random"), [(Flat, False), (DropoutLayer, False), (AlwaysRandom, True), (OwnGenerator, True)]
+)
+def test_two_eval_passes_tell_whether_inference_is_random(made: type[nn.Module], random: bool) -> None:
+    output = scan(unsettled(made()), DATA, 4, num_batches=6).summary.output
+    assert (output.repeat > 0.05) if random else (output.repeat == 0)
+
+
+def test_asking_whether_inference_is_random_draws_nothing() -> None:
+    """The figures are those of passes in their order."""
+    torch.manual_seed(0)
+    model = unsettled(AlwaysRandom())
+    once, again = (scan(model, DATA, 4, num_batches=6, loss=spread).summary for _ in range(2))
+    assert once == again
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def accuracy(model: nn.Module, batch: Any) -> float:
+    return float((model(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+def table_of(model: nn.Module, emulate: bool = True, **functions: Any) -> ScoreTable:
+    """The eval path on all the data."""
+    session = Session.open(model, ScanSettings(), UserFunctions(**functions))
+    emulation = Emulation(emulate, "", None, {})
+    with session.installed():
+        return score_batches(session, "eval", DATA, Batching(4, emulation, 3))
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+def test_means_over_samples_are_known_by_sample(emulate: bool) -> None:
+    model = unsettled(Flat())
+    table = table_of(model, emulate, loss=cross_entropy, metric=accuracy)
+    twin = copy.deepcopy(model).eval()
+    singles = [(x[row : row + 1], y[row : row + 1]) for x, y in DATA for row in range(4)]
+    with torch.no_grad():
+        for measure, function in (("loss", cross_entropy), ("metric", accuracy)):
+            slow = torch.tensor([float(function(twin, single)) for single in singles], dtype=torch.float64)
+            torch.testing.assert_close(table.scores(measure, "eval").samples, slow, rtol=1e-5, atol=1e-6)
+
+
+def raises(model: nn.Module, batch: Any) -> Tensor:
+    assert len(batch[1]) > 1
+    return cross_entropy(model, batch)
+
+
+def undefined(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch[0]).std(0).mean()
+
+
+def another_input(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0] * 2), batch[1])
+
+
+@pytest.mark.parametrize("function", [spread, raises, undefined, another_input])
+def test_other_functions_are_known_by_micro_batch(function: Callable[..., Any]) -> None:
+    scores = table_of(unsettled(Flat()), loss=function).scores("loss", "eval")
+    assert scores.samples is None
+    assert len(scores.batches) == len(DATA)
+
+
+def test_single_samples_draw_nothing_from_the_random_state() -> None:
+    def drawing(model: nn.Module, batch: Any) -> Tensor:
+        torch.rand(1)
+        return cross_entropy(model, batch)
+
+    table_of(unsettled(Flat()), loss=drawing)
+    torch.manual_seed(0)
+    session_draws = len(DATA)
+    table_of(unsettled(Flat()), loss=drawing)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    unsettled(Flat())
+    for _ in range(session_draws):
+        torch.rand(1)
+    assert torch.rand(1) == after
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(None, "None.*return statement"), ({"loss": 1.0}, "a dict"), ("good", "a str")]
+)
+def test_what_is_no_number_is_refused_with_the_line_of_the_function(value: Any, said: str) -> None:
+    with pytest.raises(DataError, match=rf"loss\(model, batch\) .*test_outputs.py:\d+\) returned {said}"):
+        scan(unsettled(Flat()), DATA, 4, num_batches=6, loss=lambda model, batch: value)
+
+
+@pytest.mark.parametrize("value", [[0.5], np.float32(0.5), torch.tensor([[0.5]]), True, 0.5])
+def test_what_is_one_number_is_taken(value: Any) -> None:
+    output = scan(unsettled(Flat()), DATA, 4, num_batches=6, loss=lambda model, batch: value).summary.output
+    assert output.loss.eval == pytest.approx(float(np.asarray(value).reshape(())))

@@ -174,8 +174,10 @@ def lag() -> Report:
             ),
         )
     )
-    gap = Gap("loss", 0.071, 0.052, 1.88, 1.92, -0.019, 1.828, 0.04)
-    accuracy = Gap("metric", 0.98, 0.991, 0.43, 0.41, 0.011, -0.561, -0.02)
+    loss = "min", (-0.028, -0.01), (1.71, 1.946), (-0.13, 0.21), 512, 256
+    gap = Gap("loss", 0.071, 0.052, 1.88, 1.92, -0.019, 1.828, 0.04, *loss)
+    metric = "max", (0.002, 0.02), (-0.604, -0.518), (-0.094, 0.054), 512, 256
+    accuracy = Gap("metric", 0.98, 0.991, 0.43, 0.41, 0.011, -0.561, -0.02, *metric)
     made = report(layers, passes=PASSES, pool=POOL)
     made = replace(made, remedies=remedies, summary=replace(made.summary, gaps=(gap, accuracy)))
     return diagnosed(made, [found, hint], _without("BN206"))
@@ -223,7 +225,8 @@ def data_shift() -> Report:
     names = tuple(one.name for one in layers)
     remedy = Remedy("recalibrated", names, Score(0.9, None), Score(0.95, None), None, 360, "512 training images")
     made = report(layers, passes=PASSES[1:], pool=POOL, output=Output(0.02, 0.01, None, PathValues(0.3, 0.31), None))
-    gap = Gap("loss", 0.3, 0.29, 0.31, 0.9, -0.01, 0.02, 0.59)
+    loss = "min", (-0.022, 0.002), (-0.004, 0.044), (0.47, 0.71), 512, 256
+    gap = Gap("loss", 0.3, 0.29, 0.31, 0.9, -0.01, 0.02, 0.59, *loss)
     made = replace(made, remedies=(remedy,), summary=replace(made.summary, gaps=(gap,)))
     return diagnosed(made, [found, dead], _without("BN206"))
 

@@ -12,7 +12,9 @@ from rendered import said, section
 from bnprobe.records import ExtraPass, Gap, GradientAngle, Pool, Remedy, Report, Score, Updates
 from bnprobe.report import figures
 
-LOSS = Gap("loss", 0.071, 0.052, 1.88, 1.92, -0.019, 1.828, 0.04)
+LOSS = Gap(
+    "loss", 0.071, 0.052, 1.88, 1.92, -0.019, 1.828, 0.04, "min", (-0.03, -0.008), (1.7, 1.956), (-0.1, 0.18), 256, 128
+)
 
 
 REMEDIES, BACKWARD, UPDATES = "What remedies without training", "Backward pass", "Running statistics over real"
@@ -31,23 +33,48 @@ def with_remedies(*found: Remedy) -> Report:
 
 def test_gaps_lead_from_training_to_held_out_data() -> None:
     lines = section(with_gaps(LOSS), "From training")
-    assert [line.split()[-1] for line in lines[2:9]] == ["0.071", "-0.019", "0.052", "+1.83", "1.88", "+0.04", "1.92"]
+    ends = ["0.071", "-0.019 ± 0.011", "0.052", "+1.83 ± 0.13", "1.88", "+0.04 ± 0.14", "1.92"]
+    assert [" ".join(line.split()).endswith(f" {end}") for line, end in zip(lines[2:9], ends, strict=True)] == [
+        True
+    ] * 7
+    assert "On 256 training and 128 held-out samples; ± is the 95% interval of a step." in said(with_gaps(LOSS))
     assert "The largest step in the loss is the train/test inconsistency" in said(with_gaps(LOSS))
 
 
+def test_the_steps_of_two_measures_fit_80_columns_in_words() -> None:
+    accuracy = Gap(
+        "metric", 0.98, 0.99, 0.43, 0.41, 0.01, -0.56, -0.02, "max", (0, 0.02), (-0.6, -0.5), (-0.1, 0.1), 256
+    )
+    lines = section(with_gaps(LOSS, accuracy), "From training")
+    assert max(map(len, lines)) <= 80
+    assert "dropout and other random layers off" in " ".join(lines)
+
+
+def test_without_random_layers_there_is_no_word_of_them() -> None:
+    calm = replace(LOSS, training=0.052, training_noise=0.0, training_noise_interval=None)
+    assert "random" not in " ".join(section(with_gaps(calm), "From training"))
+
+
 def test_without_held_out_data_the_steps_end_at_inference() -> None:
-    lines = section(with_gaps(replace(LOSS, held_out=None, generalization=None)), "From training")
+    lines = section(
+        with_gaps(replace(LOSS, held_out=None, generalization=None, held_out_samples=None)), "From training"
+    )
     assert "held-out" not in " ".join(lines)
     assert lines[0].startswith("From training to inference")
 
 
 @pytest.mark.parametrize("step", ["training_noise", "inconsistency", "generalization"])
-def test_the_largest_step_is_named_and_only_if_it_is_most_of_it(step: str) -> None:
-    none = Gap("metric", 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
+def test_the_largest_step_is_named_only_if_it_is_significant_and_most_of_it(step: str) -> None:
+    none = Gap("metric", 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, samples=256)
     words = {"training_noise": "training noise", "inconsistency": "inconsistency", "generalization": "generalization"}
-    assert f"{words[step]}" in said(with_gaps(replace(none, **{step: -0.4}))).partition("The largest step")[2]
-    assert "The largest step" not in said(with_gaps(none))
-    assert "The largest step" not in said(with_gaps(replace(none, **{step: 0.01})))
+    sure = replace(none, **{step: -0.4, f"{step}_interval": (-0.5, -0.3)})
+    assert f"{words[step]}" in said(with_gaps(sure)).partition("The largest step")[2]
+    unsure = replace(none, **{step: -0.4, f"{step}_interval": (-0.9, 0.1)})
+    for gap in (none, unsure, replace(none, **{step: -0.4})):
+        assert "The largest step" not in said(with_gaps(gap))
+        assert "No step is significant (95%) on these samples." in said(with_gaps(gap))
+    other = "inconsistency" if step == "generalization" else "generalization"
+    assert "The largest step" not in said(with_gaps(replace(sure, **{other: 0.41})))
 
 
 def test_the_output_part_leaves_loss_and_metric_to_the_gaps() -> None:

@@ -1,0 +1,213 @@
+"""How many samples a batch has: what the user's ``batch_size_of`` says, else the loader, else the batch itself."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from bnprobe.errors import DataError
+
+_PER_SAMPLE = (Tensor, Mapping, str, bytes, int, float)
+"""What a list with one entry per sample holds: images of different sizes, targets of a detector, file names."""
+
+
+def named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested tuples, lists and mappings in their order, each with its place, e.g. ``[1]['boxes']``."""
+    if isinstance(tree, Mapping):
+        yield from itertools.chain(*(named_leaves(value, f"{path}[{key!r}]") for key, value in tree.items()))
+    elif isinstance(tree, list | tuple):
+        yield from itertools.chain(*(named_leaves(item, f"{path}[{index}]") for index, item in enumerate(tree)))
+    else:
+        yield path, tree
+
+
+def count_samples(batch: Any, stated: int | None = None) -> int | None:
+    """Samples in a batch of which nothing else is known; where its parts disagree, as its first part says.
+
+    Args:
+        batch: As a loader collates it.
+        stated: How many it should have, where that is known; see ``SampleCount``.
+
+    Returns:
+        None if there is nothing to count.
+    """
+    try:
+        return SampleCount(stated=stated)(batch)
+    except CannotCountError:
+        return next(iter(_lengths(batch).values()))
+
+
+class CannotCountError(DataError):
+    """The parts of a batch have different lengths, and nothing says which of them counts the samples."""
+
+
+@dataclass
+class SampleCount:
+    """Counts the samples of one source's batches. What counted the samples of one batch counts those of the next.
+
+    Args:
+        stated: The batch size that the loader states.
+        asked: The batch size that was asked for, where the loader states none.
+        told: The user's ``batch_size_of(batch)``.
+        origin: Name of the data in messages.
+    """
+
+    stated: int | None = None
+    asked: int | None = None
+    told: Callable[[Any], int] | None = None
+    origin: str = "the data"
+    _place: str | None = field(default=None, init=False)
+
+    def __call__(self, batch: Any) -> int | None:
+        """Samples in a batch; None if there is nothing to count.
+
+        Raises:
+            DataError: It cannot be told; says which function to write.
+            UserCodeError: The user's function raised.
+        """
+        if self.told is not None:
+            return self.told(batch)
+        known = _known_kind(batch)
+        if known is not None:
+            return known
+        lengths = _lengths(batch)
+        if self._place is not None and self._place in lengths:
+            return lengths[self._place]
+        wanted = self.stated or self.asked
+        self._place = next((place for place, length in lengths.items() if length == wanted), None)
+        if self._place is not None:
+            return wanted
+        return self._undecided(batch, lengths)
+
+    def _undecided(self, batch: Any, lengths: Mapping[str, int]) -> int | None:
+        """No length is the expected one: a ragged batch, one that is not full, or one of another size."""
+        found = _graphs_in_vector(batch)
+        if found is not None and (self.stated is None or found <= self.stated):
+            return found
+        agreed = _agreed(batch)
+        if self.stated is not None:
+            return agreed if agreed is not None and agreed < self.stated else self.stated
+        if agreed is None and lengths:
+            raise CannotCountError(self._advice(batch, lengths))
+        return agreed
+
+    def _advice(self, batch: Any, lengths: Mapping[str, int]) -> str:
+        listed = ", ".join(f"batch{place}: {length}" for place, length in itertools.islice(lengths.items(), 6))
+        flat = [f"{place}" for place, leaf in named_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() == 1]
+        place = min(flat or lengths, key=lambda place: lengths[place])
+        return (
+            f"How many samples a batch of {self.origin} has cannot be told from the lengths of its parts"
+            f" ({listed}). Add this line to the model file, with what has one entry per sample:"
+            f" def batch_size_of(batch): return len(batch{place})"
+        )
+
+
+def _known_kind(tree: Any) -> int | None:
+    """Samples of a batch object of a library: graphs (num_graphs, or batch_size as in DGL), packed sequences."""
+    if isinstance(tree, PackedSequence):
+        return int(tree.batch_sizes[0])
+    if isinstance(tree, Mapping | list | tuple):
+        parts = tree.values() if isinstance(tree, Mapping) else tree
+        return next((found for found in map(_known_kind, parts) if found is not None), None)
+    for name in ("num_graphs", "batch_size"):
+        size = None if isinstance(tree, Tensor) else getattr(tree, name, None)
+        size = size[0] if isinstance(size, tuple) and size else size
+        if isinstance(size, int) and not isinstance(size, bool):
+            return size
+    return None
+
+
+def _graphs_in_vector(batch: Any) -> int | None:
+    """Graphs of a ragged batch that says to which graph each row belongs: ``ptr``, or a sorted vector ``batch``."""
+
+    def part(name: str) -> Any:
+        return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+
+    ptr, vector = part("ptr"), part("batch")
+    if isinstance(ptr, Tensor) and ptr.dim() == 1:
+        return len(ptr) - 1
+    if not isinstance(vector, Tensor) or vector.dim() != 1 or vector.is_floating_point() or not len(vector):
+        return None
+    return int(vector[-1]) + 1 if int(vector[0]) == 0 and bool((vector.diff() >= 0).all()) else None
+
+
+def _may_be_samples(items: Any, top: bool = False) -> bool:
+    """Whether items are of one kind that a list with one entry per sample holds."""
+    kinds = (Tensor, Mapping) if top else _PER_SAMPLE
+    return bool(items) and any(all(isinstance(item, kind) for item in items) for kind in kinds)
+
+
+def is_per_sample(items: list[Any] | tuple[Any, ...], samples: int | None) -> bool:
+    """Whether a list or tuple has one entry per sample, rather than one per field or view of the batch."""
+    return (
+        len(items) == samples
+        and _may_be_samples(items)
+        and not any(_first_axis(leaf) == samples for _, leaf in named_leaves(items))
+    )
+
+
+def _lengths(batch: Any) -> dict[str, int]:
+    """Length of the first axis of each tensor, and of each list with one entry per sample; likeliest places first."""
+    found: list[tuple[tuple[int, bool], str, int]] = []
+
+    def visit(tree: Any, path: str, depth: int) -> None:
+        length = _first_axis(tree)
+        if length is not None:
+            found.append(((depth, False), path, length))
+        elif isinstance(tree, Mapping):
+            for key, value in tree.items():
+                visit(value, f"{path}[{key!r}]", depth + 1)
+        elif isinstance(tree, list | tuple):
+            if _may_be_samples(tree, top=depth == 0):
+                # At the top, tensors are rather the fields of a batch: the last place to look at.
+                last = depth == 0 and isinstance(tree[0], Tensor)
+                found.append(((sys.maxsize if last else depth, True), path, len(tree)))
+            for index, item in enumerate(tree):
+                visit(item, f"{path}[{index}]", depth + 1)
+
+    visit(batch, "", 0)
+    return {path: length for _, path, length in sorted(found, key=lambda each: each[0])}
+
+
+def _first_axis(leaf: Any) -> int | None:
+    if isinstance(leaf, Tensor):
+        return leaf.size(0) if leaf.dim() > 0 else None
+    shape = getattr(leaf, "shape", None)  # arrays of other libraries
+    return int(shape[0]) if isinstance(shape, tuple) and shape else None
+
+
+def _agreed(batch: Any) -> int | None:
+    """The first axis of all tensors where it is the same, else the length of all fields where that is."""
+    leaves = [leaf for _, leaf in named_leaves(batch)]
+    axes = {length for length in map(_first_axis, leaves) if length is not None}
+    if len(axes) == 1 and not _is_ragged(batch):
+        return axes.pop()
+    fields = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(fields, list | tuple):
+        return None
+    if fields and all(isinstance(item, Mapping) for item in fields):
+        return len(fields)
+    lengths = {_field_length(item) for item in fields} - {None}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _is_ragged(batch: Any) -> bool:
+    """Whether a list among the fields holds tensors of different sizes, which are then those of single samples."""
+    fields = list(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else []
+    return any(
+        isinstance(item, list | tuple) and len({part.shape for part in item if isinstance(part, Tensor)}) > 1
+        for item in fields
+    )
+
+
+def _field_length(item: Any) -> int | None:
+    length = _first_axis(item)
+    if length is None and isinstance(item, list | tuple) and _may_be_samples(item):
+        return len(item)
+    return length

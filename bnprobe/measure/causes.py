@@ -1,0 +1,302 @@
+"""Small measurements that tell causes apart, each on a few micro-batches and only where it can change what is said.
+
+Do outputs know their own sample? Do they depend on who else is in the batch? Would another eps fit the statistics? Is part
+of the data padding? Which random layers feed a norm layer?
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnprobe.errors import BnprobeError
+from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of, to_device
+from bnprobe.measure.hooks import Pass
+from bnprobe.measure.layers import ProbedLayer, named_once, probability_of_dropping
+from bnprobe.measure.outputs import floating, square_norm
+from bnprobe.measure.scores import MEASURES, ScoreTable, one_number, score_outputs
+from bnprobe.measure.session import Outputs, PathName, Session
+from bnprobe.records import Chance, ChanceValues
+from bnprobe.rules.facts import OtherEps, Padding
+from bnprobe.stats.scores import Scores, paired_difference
+
+EPS = (1e-2, 1e-3, 1e-5, 1e-6, 1e-8)
+"""The defaults of the frameworks, and values seen in public code."""
+
+SAMPLES_OF_EPS = 128
+"""Population statistics of so many samples show a factor between variances."""
+
+_SAME = 1e-6
+"""A loss that changes by no more than this, relative, does not depend on which sample an output belongs to."""
+
+
+def chance_levels(session: Session, micro_batches: Sequence[Any], sizes: Sequence[int]) -> tuple[Chance, ...]:
+    """Loss and metric with every sample's own output, and with the output of a sample of another micro-batch.
+
+    Outputs that say nothing about their sample score the same in both. On the path without random layers, and on the eval
+    path. The other sample is from a micro-batch half the list away, since neighbours may be of one kind.
+
+    Args:
+        session: Installed.
+        micro_batches, sizes: On the host, and their samples.
+
+    Returns:
+        One for each function; a mode is None where an output cannot be given to another sample (the function runs the
+        model on something else, or samples differ in size), and where the value is one of the outputs alone, as where all
+        samples have the same target.
+    """
+    found: dict[PathName, dict[str, ChanceValues]] = {"steady": {}, "eval": {}}
+    if len(micro_batches) > 1:
+        for path in found:
+            with suppress(BnprobeError, CannotEmulateError):
+                found[path] = dict(_chance(session, path, micro_batches, sizes))
+    return tuple(
+        Chance(measure, found["steady"].get(measure), found["eval"].get(measure))
+        for measure in MEASURES
+        if any(measure in values for values in found.values())
+    )
+
+
+def _chance(
+    session: Session, path: PathName, micro_batches: Sequence[Any], sizes: Sequence[int]
+) -> Iterator[tuple[str, ChanceValues]]:
+    own, other = ScoreTable(), {measure: [] for measure in MEASURES}  # type: ignore[var-annotated]
+    recorded: list[Outputs] = []
+    batches = [to_device(batch, session.device) for batch in micro_batches]
+    for batch, size in zip(batches, sizes, strict=True):
+        _, outputs = session.forward(path, batch, Pass(size, size))
+        recorded.append(outputs)
+        own.add(score_outputs(session, path, [batch], outputs, size))
+    functions = {"loss": session.functions.loss, "metric": session.functions.metric}
+    for position, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
+        outputs = recorded[(position + len(batches) // 2) % len(batches)]
+        for measure in MEASURES:
+            if functions[measure] is None:
+                continue
+            pass_ = Pass(size, size)
+            value = session.call(path, measure, functions[measure], batch, outputs, pass_)  # type: ignore[arg-type]
+            if pass_.entered:
+                raise CannotEmulateError("it runs the model on something else than the batch's own tensors")
+            other[measure].append(one_number(measure, functions[measure], value).cpu())  # type: ignore[arg-type]
+    for measure in MEASURES:
+        mine = own.scores(measure, path)
+        if mine is None or not other[measure]:
+            continue
+        theirs = Scores(torch.stack(other[measure]), mine.sizes)
+        change = paired_difference(Scores(mine.batches, mine.sizes), theirs, shared=True)
+        # Every output is used once on both sides: a value of the outputs alone has the same mean.
+        if math.isfinite(theirs.mean) and abs(mine.mean - theirs.mean) > _SAME * abs(mine.mean):
+            yield measure, ChanceValues(mine.mean, theirs.mean, change)
+
+
+def batch_dependence(session: Session, micro_batches: Sequence[Any], sizes: Sequence[int]) -> float | None:
+    """Relative L2 distance, on the eval path, of the outputs for the same samples in other batches.
+
+    Pairs of micro-batches exchange half of their samples; batches of one sample are compared with batches of two.
+
+    Returns:
+        None where samples cannot be exchanged, or outputs have no row for each sample.
+    """
+    difference = norm = 0.0
+    with suppress(BnprobeError, CannotEmulateError):
+        pairs = list(zip(micro_batches, sizes, strict=True))
+        for one, other in zip(pairs[::2], pairs[1::2], strict=False):
+            half = (min(one[1], other[1]) + 1) // 2
+            parts = [pick(batch, list(range(half)), size) for batch, size in (one, other)]
+            mixed = _rows(session, join(parts, half), 2 * half)
+            alone = [_rows(session, *each) for each in (one, other)]
+            for position, rows in enumerate(alone):
+                for here, there in zip(rows, mixed, strict=True):
+                    again = there[position * half : (position + 1) * half]
+                    difference += float(square_norm(here[:half] - again))
+                    norm += float(square_norm(here[:half]))
+    return math.sqrt(difference / norm) if norm and math.isfinite(difference / norm) else None
+
+
+def _rows(session: Session, batch: Any, size: int) -> list[Tensor]:
+    output, _ = session.forward("eval", to_device(batch, session.device), Pass(size, size))
+    return [tensor for tensor in floating(output) if tensor.dim() and tensor.shape[0] == size]
+
+
+def fitting_eps(
+    session: Session, micro_batches: Sequence[Any], sizes: Sequence[int], stale: Sequence[str]
+) -> OtherEps | None:
+    """The eps, in all layers, with which the statistics of some layers fit best; None if none fits better.
+
+    A layer multiplies by 1 / sqrt(variance + eps), so weights that were trained with another eps get inputs that are off by
+    sqrt((v + e) / (v + eps)) in each channel, from the second layer on, and no statistics explain it.
+
+    Args:
+        session: Installed.
+        stale: Names of the layers that look stale; the first layer of the network is never one by this reason.
+    """
+    layers = [layer for layer in session.layers.layers if layer.info.running_mean is not None]
+    known = [layer for layer in layers if layer.name in stale]
+    number = max(1, SAMPLES_OF_EPS // max(sizes, default=1))
+    batches = list(zip(micro_batches, sizes, strict=True))[:number]
+    if not known or (layers and known[0] is layers[0]):
+        return None
+    trials: dict[float, dict[str, float]] = {}
+    with suppress(BnprobeError, CannotEmulateError):
+        own = _distances(session, batches, known)
+        for eps in EPS:
+            with _eps(layers, eps):
+                trials[eps] = _distances(session, batches, known)
+    if not trials:
+        return None
+    left = {eps: {name: found[name] / own[name] for name in found if own.get(name)} for eps, found in trials.items()}
+    best = min(left, key=lambda eps: sum(left[eps].values()))
+    return OtherEps(best, left[best])
+
+
+def _distances(session: Session, batches: Sequence[tuple[Any, int]], layers: Sequence[ProbedLayer]) -> dict[str, float]:
+    """Mismatch D of the running statistics against those of all samples as one batch, eval path."""
+    sums: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for batch, size in batches:
+        pass_ = Pass(size, size)
+        session.forward("eval", to_device(batch, session.device), pass_)
+        for (index, _), record in pass_.records.items():
+            sums.setdefault(index, []).append((record.mean.mean(0), (record.variance + record.mean.square()).mean(0)))
+    found = {}
+    for layer in layers:
+        if layer.index not in sums or layer.info.running_mean is None or layer.info.running_variance is None:
+            continue
+        mean = torch.stack([one for one, _ in sums[layer.index]]).mean(0)
+        variance = torch.stack([square for _, square in sums[layer.index]]).mean(0) - mean.square()
+        scale = (layer.info.running_variance.double() + _eps_of(layer)).sqrt()
+        shift = (mean - layer.info.running_mean.double()) / scale
+        ratio = (variance.clamp_min(0) + _eps_of(layer)).sqrt() / scale
+        found[layer.name] = float((shift.square() + (ratio - 1).square()).mean())
+    return found
+
+
+def _eps_of(layer: ProbedLayer) -> float:
+    return float(getattr(layer.module, "eps", layer.info.eps))
+
+
+@contextmanager
+def _eps(layers: Sequence[ProbedLayer], eps: float) -> Iterator[None]:
+    before = [(layer.module, layer.module.eps) for layer in layers if hasattr(layer.module, "eps")]
+    try:
+        for module, _ in before:
+            module.eps = eps  # type: ignore[assignment]
+        yield
+    finally:
+        for module, own in before:
+            module.eps = own
+
+
+def padding_in(micro_batches: Sequence[Any], held_out: Sequence[Any] = ()) -> Padding | None:
+    """The part of the inputs that is padding, where micro-batches are padded to different sizes.
+
+    Padding is the end of a sample, along an axis whose size differs between micro-batches, that holds one value.
+    """
+    axis = _ragged_axis(micro_batches)
+    if axis is None:
+        return None
+    found = _padded(micro_batches, axis)
+    return None if found is None else Padding(found, _padded(held_out, axis))
+
+
+def _ragged_axis(micro_batches: Sequence[Any]) -> int | None:
+    """The axis of the first tensor whose size differs between micro-batches, other than that of samples."""
+    shapes = [tensor.shape for batch in micro_batches if (tensor := _inputs(batch)) is not None]
+    if len(shapes) < 2 or len({len(shape) for shape in shapes}) > 1:
+        return None
+    axes = [axis for axis in range(1, len(shapes[0])) if len({shape[axis] for shape in shapes}) > 1]
+    return axes[-1] if axes else None
+
+
+def _inputs(batch: Any) -> Tensor | None:
+    return next((tensor for tensor in tensors_of(batch) if tensor.is_floating_point() and tensor.dim() > 2), None)
+
+
+def _padded(micro_batches: Sequence[Any], axis: int) -> float | None:
+    parts = []
+    for batch in micro_batches:
+        values = _inputs(batch)
+        if values is None or values.dim() <= axis:
+            continue
+        slices = values.movedim(axis, 1).flatten(2)  # samples, positions, rest
+        last = slices[:, -1:, :1]
+        same = (slices == last).all(2).flip(1).cumprod(1).sum(1)
+        # A last position that is not constant itself is data, and so is one alone.
+        parts.append((torch.where(same > 1, same, 0).double() / slices.shape[1]).mean())
+    return float(torch.stack(parts).mean()) if parts else None
+
+
+def random_layers_before(session: Session, batch: Any, size: int) -> Mapping[str, tuple[str, ...]] | None:
+    """For each norm layer, the random layers whose output reaches it, as one forward pass in training shows.
+
+    Returns:
+        None where the pass cannot be followed.
+    """
+    names = {named.module: named.name for named in named_once(session.model)}
+    sources: dict[int, str] = {}
+    kept: list[Tensor] = []
+    reached: dict[str, set[str]] = {}
+
+    def mark(module: nn.Module, args: Any, output: Any) -> Any:
+        if not (module.training and isinstance(output, Tensor) and output.is_floating_point()):
+            return output
+        before = _sources_of(output, sources)
+        leaf = output.detach().clone().requires_grad_()
+        sources[id(leaf)] = names[module]
+        kept.append(leaf)
+        behind[names[module]] = before
+        return leaf
+
+    behind: dict[str, set[str]] = {}
+
+    def note(module: nn.Module, args: Any) -> None:
+        for tensor in tensors_of(args):
+            reached.setdefault(names[module], set()).update(_sources_of(tensor, sources))
+
+    with ExitStack() as stack, torch.enable_grad():
+        for module in names:
+            if probability_of_dropping(module) > 0:
+                stack.callback(module.register_forward_hook(mark).remove)
+        for layer in session.layers.layers:
+            stack.callback(layer.module.register_forward_pre_hook(note).remove)
+        try:
+            session.forward("train", to_device(batch, session.device), Pass(size, size))
+        except (BnprobeError, CannotEmulateError):
+            return None
+    positions = {name: position for position, name in enumerate(names.values())}
+    return {
+        layer.name: tuple(sorted(_closure(reached.get(layer.name, set()), behind), key=lambda name: positions[name]))
+        for layer in session.layers.layers
+    }
+
+
+def _closure(first: set[str], behind: Mapping[str, set[str]]) -> set[str]:
+    found, left = set(first), list(first)
+    while left:
+        new = behind.get(left.pop(), set()) - found
+        found |= new
+        left += new
+    return found
+
+
+def _sources_of(tensor: Tensor, sources: Mapping[int, str]) -> set[str]:
+    """The marked tensors that a tensor was computed from."""
+    if id(tensor) in sources:
+        return {sources[id(tensor)]}
+    found: set[str] = set()
+    seen: set[Any] = set()
+    left = [tensor.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) in sources:
+            found.add(sources[id(leaf)])
+        left += [before for before, _ in node.next_functions]
+    return found
