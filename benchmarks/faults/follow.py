@@ -17,7 +17,7 @@ import bnprobe
 from benchmarks.faults.cases import Case
 from benchmarks.faults.networks import forward
 from benchmarks.faults.samples import Samples, loader
-from benchmarks.faults.surgery import TwoDomains, norms, set_eps, set_momentum, units
+from benchmarks.faults.surgery import TwoDomains, heed_eval, norms, set_eps, set_momentum, units
 from bnprobe import Report
 from bnprobe.errors import BnprobeError
 from bnprobe.records import FREE_REMEDIES
@@ -135,6 +135,11 @@ def _frozen(case: Case, text: str) -> Case:
     return case.trained(STEPS, RATE / 3)
 
 
+def _heeding_eval(case: Case, text: str) -> Case:
+    heed_eval(case.model)
+    return case
+
+
 def _eval(case: Case, text: str) -> Case:
     return replace(case, served_in_training=False)
 
@@ -158,6 +163,7 @@ ACTIONS: dict[str, tuple[str, Callable[[Case, str], Case]]] = {
     "eps": (r"(set|restore|raise|use) eps", _eps_restored),
     "one call and train on": (r"its own BN|in one call|own layers", _one_call),
     "freeze and train on": (r"frozen", _frozen),
+    "training=self.training": (r"training=self\.training", _heeding_eval),
     "eval()": (r"eval\(\)", _eval),
     "drop_last": (r"drop_last", _dropped),
 }

@@ -34,8 +34,8 @@ def goals(outcomes: Sequence[Outcome], checks: Sequence[Check]) -> list[Row]:
     faults = [one for one in outcomes if len(one.trial.planted) == 1]
     pairs = [one for one in outcomes if len(one.trial.planted) == 2]
     controls = [one for one in outcomes if not one.trial.planted]
-    damaged = [one for one in faults if one.is_damaged]
     structural = [one for one in faults if FAULTS[one.trial.planted[0]].structural]
+    damaged = [one for one in faults if one.is_damaged and one not in structural]
     harmless = [one for one in (*faults, *controls) if is_harmless(one)]
     healthy = [one for one in harmless if one.trial.control]
     troubled = [one for one in controls if not CONTROLS[one.trial.control].healthy]
@@ -140,7 +140,7 @@ def by_fault(outcomes: Iterable[Outcome]) -> Table:
             groups.setdefault((outcome.trial.planted[0], outcome.trial.strength), []).append(outcome)
     for (name, strength), found in groups.items():
         lost = [one.damage.lost for one in found if one.damage is not None]
-        damaged = [one for one in found if one.is_damaged]
+        damaged = [one for one in found if one.is_damaged and not FAULTS[name].structural]
         judged = found if FAULTS[name].structural else damaged
         returned = [share for one in damaged if (share := won_back(one)) is not None]
         harmless = [one for one in found if is_harmless(one)]
@@ -196,7 +196,7 @@ def confusion(outcomes: Iterable[Outcome]) -> Table:
     """Planted kind against the cause named first, where the metric fell or the fault is in the structure."""
     counts: Counter[tuple[str, str]] = Counter()
     for outcome in _scored(outcomes):
-        if len(outcome.trial.planted) == 1 and not is_harmless(outcome):
+        if len(outcome.trial.planted) == 1 and (outcome.is_damaged or FAULTS[outcome.trial.planted[0]].structural):
             counts[outcome.trial.planted[0], _first(outcome)] += 1
     rows = list(dict.fromkeys(planted for planted, _ in counts))
     table = [["planted", "named first"]]
@@ -227,11 +227,12 @@ def misses(outcomes: Iterable[Outcome]) -> Table:
 def _missed(outcome: Outcome) -> Iterator[str]:
     single = len(outcome.trial.planted) == 1
     structural = single and FAULTS[outcome.trial.planted[0]].structural
-    if single and (outcome.is_damaged or structural) and not named_first(outcome):
+    damaged = single and outcome.is_damaged and not structural
+    if (damaged or structural) and not named_first(outcome):
         yield "cause"
-    if single and outcome.is_damaged and is_silent(outcome):
+    if damaged and is_silent(outcome):
         yield "silent"
-    if single and outcome.is_damaged and not is_back_or_told(outcome):
+    if damaged and not is_back_or_told(outcome):
         yield "remedy"
     if len(outcome.trial.planted) == 2 and not all_named(outcome):
         yield "pair"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.faults.architectures import Unit
+from benchmarks.faults.architectures import PreUnit, Unit
 
 
 class Checkpointed(nn.Module):
@@ -126,6 +126,13 @@ def always_drop(model: nn.Module, probability: float) -> None:
     units(model)[-1].drop = AlwaysDrop(probability)
 
 
+def heed_eval(model: nn.Module) -> None:
+    """Dropout that ``eval()`` does not stop becomes one that it stops."""
+    for unit in units(model):
+        if isinstance(unit.drop, AlwaysDrop):
+            unit.drop = nn.Dropout(unit.drop.probability)
+
+
 def set_random_layers(model: nn.Module, active: bool) -> None:
     """Switch dropout alone."""
     for module in model.modules():
@@ -139,14 +146,22 @@ def checkpoint_units(model: nn.Module) -> None:
         setattr(parent, name, Checkpointed(unit))
 
 
-def kill_channels(model: nn.Module, fraction: float) -> None:
-    """In every second unit the first channels of the norm get a constant input: zero weights before it."""
+@torch.no_grad()
+def kill_channels(model: nn.Module, fraction: float) -> list[nn.Parameter]:
+    """In every second unit the first channels of the norm get a constant input: zero weights before it.
+
+    Returns:
+        The weights that were changed.
+    """
+    changed = []
     for unit in units(model)[::2]:
         weight = unit.operation.weight
-        if not isinstance(weight, Tensor) or len(weight) != unit.norm.num_features:
-            continue  # the norm comes first: what it sees is made elsewhere
-        with torch.no_grad():
-            weight[: max(1, round(fraction * len(weight)))] = 0
+        if isinstance(unit, PreUnit) or unit.operation.bias is not None:
+            continue  # the norm comes first, or sees a bias: its input is made elsewhere
+        outputs = weight.transpose(0, 1) if isinstance(unit.operation, nn.ConvTranspose2d) else weight
+        outputs[: max(1, round(fraction * len(outputs)))] = 0
+        changed.append(weight)
+    return changed
 
 
 def set_momentum(model: nn.Module, momentum: float) -> None:
