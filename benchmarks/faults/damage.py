@@ -90,7 +90,7 @@ def served(case: Case) -> Served:
     size = case.served_batch or 200
     points, loss = [], 0.0
     for batch in zip(chosen.inputs.split(size), chosen.targets.split(size), strict=True):
-        points.append(case.network.points(forward(model, batch), batch[1]))
+        points.append(case.network.points(forward(model, batch), batch[1]).nan_to_num(0.0))
         loss += float(case.network.loss(model, batch)) * len(batch[0]) / len(chosen)
     return Served(torch.cat(points), loss)
 

@@ -59,6 +59,7 @@ class Fault:
         networks: Where it can occur.
         strengths: In which strengths it is planted, of ``STRENGTHS``.
         structural: It does no harm to the metric here, but stops training or does harm elsewhere: a scan should see it.
+        wrong_anyway: An error is right even where the metric did not fall.
     """
 
     plant: Plant
@@ -66,6 +67,7 @@ class Fault:
     networks: tuple[str, ...] = EVERYWHERE
     strengths: tuple[str, ...] = STRENGTHS
     structural: bool = False
+    wrong_anyway: bool = False
 
     @property
     def name(self) -> str:
@@ -400,7 +402,7 @@ FAULTS: dict[str, Fault] = {
         Fault(trained_in_eval, ("trained_in_eval",)),
         Fault(dropout, ("dropout",)),
         Fault(dropout_before_norm, ("dropout_before_norm",), strengths=_ONE, structural=True),
-        Fault(random_at_inference, ("random_at_inference",), CLASSIFIERS),
+        Fault(random_at_inference, ("random_at_inference",), CLASSIFIERS, wrong_anyway=True),
         Fault(shared_domains, ("shared_domains",)),
         Fault(frozen_mismatch, ("frozen_mismatch",), strengths=_ONE, structural=True),
         Fault(dead_channels, ("dead_channels",), strengths=_ONE, structural=True),

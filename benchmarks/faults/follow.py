@@ -22,7 +22,7 @@ from bnprobe import Report
 from bnprobe.errors import BnprobeError
 from bnprobe.records import FREE_REMEDIES
 
-STEPS, RATE = 150, 3e-3
+STEPS, RATE = 250, 3e-3
 """Of further training, where a remedy asks for it: the rate falls to zero."""
 
 ON_TRAINING, ON_EVALUATION, _ = FREE_REMEDIES

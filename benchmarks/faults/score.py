@@ -90,9 +90,9 @@ def is_silent(outcome: Outcome) -> bool:
 def is_harmless(outcome: Outcome) -> bool:
     """At inference it is as good as the healthy network, and no fault is there that a scan should see all the same."""
     healthy = not outcome.trial.control or CONTROLS[outcome.trial.control].healthy
-    structural = any(FAULTS[name].structural for name in outcome.trial.planted)
+    seen = any(FAULTS[name].structural or FAULTS[name].wrong_anyway for name in outcome.trial.planted)
     as_good = outcome.damage is not None and (bool(outcome.trial.control) or outcome.damage.is_harmless)
-    return healthy and not structural and as_good
+    return healthy and not seen and as_good
 
 
 def is_false_error(outcome: Outcome) -> bool:
