@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from bnprobe.config.spec import DEFAULT_THRESHOLD
 from bnprobe.records import (
+    DEFAULT_THRESHOLD,
     Distribution,
     Histogram,
     Interval,
@@ -117,7 +117,8 @@ def make_layer(name: str = "bn", shares: Shares | None = None, **changes: Any) -
         "values_per_channel": 512,
         "running_statistics": True,
         "threshold": threshold,
-        "flagged": screened([path.interval for path in paths], shares, threshold) == "flagged",
+        "flagged": screened([path.interval for path in paths], shares, changes.get("composition"), threshold)
+        == "flagged",
         "undecided": False,
         "note": None,
         "train": train,

@@ -1,11 +1,13 @@
 """Select and run the rules, join their verdicts into diagnoses, and rank these.
 
-A cause that follows from another one, on the same layer, in an earlier layer or of the whole model, is not a diagnosis of its
-own. Which causes follow from which is declared by the rules. Mismatch from earlier layers of which none has a cause of its own
-is what their stale statistics add up to, and is called so. A remedy that was tried and makes things worse is not printed.
+A cause that follows from another one, on the same layer, in an earlier layer or of the whole model, is not a diagnosis
+of its own. Which causes follow from which is declared by the rules. Mismatch from earlier layers of which none has a
+cause of its own is what their stale statistics add up to, and is called so. A remedy that was tried and makes things
+worse is not printed.
 
 Ranking: errors before warnings before information; within these, first what stops training; then what a remedy without
-training is known to mend for the most part; then by the effect on the output, not by the number of layers. Where a layer has several causes, the effect measured for it belongs to all of
+training is known to mend for the most part; then by the effect on the output, not by the number of layers. Where a
+layer has several causes, the effect measured for it belongs to all of
 them: a diagnosis gets the fraction that its causes have in the layers' mismatch D, as a square root, since the effect
 on the output grows with the root of D. The effects are measured by the caller, for the groups of layers that
 ``groups_of`` names: nothing here runs the model.

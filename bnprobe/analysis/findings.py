@@ -121,7 +121,7 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
     train, eval_ = (_path(path, layer.index, slots, single) for path in (evidence.train, evidence.eval))
     threshold = settings.threshold_of(layer.name, *layer.aliases)
     paths = [path for path in (train, eval_) if path is not None]
-    status = screened([path.interval for path in paths], found.shares, threshold)
+    status = screened([path.interval for path in paths], found.shares, found.composition, threshold)
     frozen, overflows = _is_frozen(evidence, layer), _overflows(evidence, slots)
     return Layer(
         name=layer.name,

@@ -520,7 +520,7 @@ def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
 def _on_new_models(facts: Facts) -> Iterator[str]:
     """A note where nothing was trained."""
     if facts.is_new:
-        yield "Running statistics, weights and biases of all BN layers are those of a new model. Was a checkpoint forgotten?"
+        yield "All BN layers are as in a new model: statistics, weights and biases. Was a checkpoint forgotten?"
 
 
 def _with_traced(

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, nearest_target
+from bnprobe.records import DEFAULT_THRESHOLD
 
 MODEL_LIBRARIES = ("timm:", "torchvision:")
 """Prefixes of targets that name a model of a library."""
@@ -41,10 +42,6 @@ def nearest_file(path: Path) -> str:
     names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
     close = difflib.get_close_matches(path.name, names, 1)
     return f"Did you mean {path.with_name(close[0])}?" if close else "Check the path."
-
-
-DEFAULT_THRESHOLD = 32.0
-"""Layers with a smaller equivalent batch size are flagged (docs/explanation/equations.md)."""
 
 
 def _numbers(value: object) -> object:

@@ -1,7 +1,7 @@
 """Small measurements that tell causes apart, each on a few micro-batches and only where it can change what is said.
 
-Do outputs know their own sample? Do they depend on who else is in the batch? Would another eps fit the statistics? Is part
-of the data padding? Which random layers feed a norm layer?
+Do outputs know their own sample? Do they depend on who else is in the batch? Would another eps fit the statistics? Is
+part of the data padding? Which random layers feed a norm layer?
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _SAME = 1e-6
 def chance_levels(session: Session, micro_batches: Sequence[Any], sizes: Sequence[int]) -> tuple[Chance, ...]:
     """Loss and metric with every sample's own output, and with the output of a sample of another micro-batch.
 
-    Outputs that say nothing about their sample score the same in both. On the path without random layers, and on the eval
-    path. The other sample is from a micro-batch half the list away, since neighbours may be of one kind.
+    Outputs that say nothing about their sample score the same in both. On the path without random layers, and on the
+    eval path. The other sample is from a micro-batch half the list away, since neighbours may be of one kind.
 
     Args:
         session: Installed.
@@ -47,8 +47,8 @@ def chance_levels(session: Session, micro_batches: Sequence[Any], sizes: Sequenc
 
     Returns:
         One for each function; a mode is None where an output cannot be given to another sample (the function runs the
-        model on something else, or samples differ in size), and where the value is one of the outputs alone, as where all
-        samples have the same target.
+        model on something else, or samples differ in size), and where the value is one of the outputs alone, as where
+        all samples have the same target.
     """
     found: dict[PathName, dict[str, ChanceValues]] = {"steady": {}, "eval": {}}
     if len(micro_batches) > 1:
@@ -128,8 +128,8 @@ def fitting_eps(
 ) -> OtherEps | None:
     """The eps, in all layers, with which the statistics of some layers fit best; None if none fits better.
 
-    A layer multiplies by 1 / sqrt(variance + eps), so weights that were trained with another eps get inputs that are off by
-    sqrt((v + e) / (v + eps)) in each channel, from the second layer on, and no statistics explain it.
+    A layer multiplies by 1 / sqrt(variance + eps), so weights that were trained with another eps get inputs that are
+    off by sqrt((v + e) / (v + eps)) in each channel, from the second layer on, and no statistics explain it.
 
     Args:
         session: Installed.

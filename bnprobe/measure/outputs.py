@@ -29,19 +29,27 @@ class ClassScores:
     Attributes:
         position: Among the floating-point tensors of the output.
         probabilities: They are probabilities, not logits or log probabilities.
+        labels: Position of the labels among the tensors of the batch; None without labels.
     """
 
     position: int
     probabilities: bool
+    labels: int | None = None
 
-    def measure(self, train: Tensor, eval_: Tensor) -> dict[str, Tensor]:
-        """Sums over predictions: changed arg-max, KL(eval || train) in nats, and their number."""
+    def measure(self, train: Tensor, eval_: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """Sums over predictions: changed arg-max, KL(eval || train) in nats, their number, and labels that they hit."""
         rows = max(1, _CHUNK_VALUES // max(eval_[:1].numel(), 1))
         parts = list(zip(train.split(rows), eval_.split(rows), strict=True))
         changed = torch.stack([(one.argmax(1) != other.argmax(1)).sum() for one, other in parts]).sum()
         divergence = torch.stack([self._divergence(one, other) for one, other in parts]).sum()
         predictions = torch.full_like(divergence, eval_.numel() // eval_.shape[1])
-        return {"changed": changed.double(), "kl": divergence, "predictions": predictions}
+        found = {"changed": changed.double(), "kl": divergence, "predictions": predictions}
+        if target is not None:
+            labels = target.argmax(1) if target.is_floating_point() else target
+            hits = torch.stack([(scores.argmax(1) == labels).sum() for scores in (train, eval_)]).max()
+            known = labels[labels >= 0].long()  # negative: to be ignored
+            found |= {"hits": hits.double(), "labels": torch.bincount(known, minlength=eval_.shape[1]).double()}
+        return found
 
     def _divergence(self, train: Tensor, eval_: Tensor) -> Tensor:
         train, eval_ = self._log(train), self._log(eval_)
@@ -56,26 +64,34 @@ class ClassScores:
 def find_class_scores(batch: Any, inputs: set[int], outputs: list[Tensor]) -> ClassScores | None:
     """The output that holds class scores, if one does.
 
-    It does if the batch holds a label for each of its samples (and positions): an integer below the number of
-    classes, or a distribution over the classes. Of several such outputs it is the one with the fewest classes. It
-    also does if the batch holds no targets at all and the one output is a plain table.
+    It may if the batch holds a label for each of its samples (and positions): an integer below the number of classes,
+    or a distribution over the classes; whether these are what it predicts, ``OutputSums`` finds out. Of several such
+    outputs it is the one with the fewest classes. It also may if the batch holds no targets at all and the one output
+    is a plain table.
 
     Args:
         batch: The physical batch.
         inputs: Positions of the tensors of the batch that the model was called on; the first tensor if empty.
         outputs: The floating-point outputs.
     """
-    others = [tensor for position, tensor in enumerate(tensors_of(batch)) if position not in (inputs or {0})]
+    others = [
+        (position, tensor) for position, tensor in enumerate(tensors_of(batch)) if position not in (inputs or {0})
+    ]
     tables = [
         (position, scores) for position, scores in enumerate(outputs) if scores.dim() >= 2 and scores.shape[1] > 1
     ]
-    fitting = [(scores.shape[1], position) for position, scores in tables if any(_labels(t, scores) for t in others)]
-    if not fitting and not others and len(outputs) == 1:
-        fitting = [(scores.shape[1], position) for position, scores in tables if scores.dim() == 2]
-    if not fitting:
+    fitting = [
+        (scores.shape[1], position, label)
+        for position, scores in tables
+        for label, target in others
+        if _labels(target, scores)
+    ]
+    if fitting:
+        _, position, label = min(fitting)
+        return ClassScores(position, _are_probabilities(outputs[position]), label)
+    if others or len(outputs) != 1 or not tables or outputs[0].dim() != 2:
         return None
-    position = min(fitting)[1]
-    return ClassScores(position, _are_probabilities(outputs[position]))
+    return ClassScores(0, _are_probabilities(outputs[0]))
 
 
 def _labels(target: Tensor, scores: Tensor) -> bool:
@@ -89,6 +105,9 @@ def _are_probabilities(scores: Tensor) -> bool:
     sums = scores.double().sum(1)
     return bool((scores >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
 
+
+CONFIDENT = 2.0
+"""Standard errors by which the labels must be hit more often than chance does."""
 
 Contributions = dict[str, Tensor]
 """Float64 sums of one step, by name."""
@@ -123,7 +142,9 @@ class OutputSums:
             self._scores = find_class_scores(batch, inputs, [other for _, other in pairs])
             self._looked_for_scores = True
         if self._scores is not None:
-            found |= self._scores.measure(*pairs[self._scores.position])
+            label = self._scores.labels
+            target = None if label is None else tensors_of(batch)[label]
+            found |= self._scores.measure(*pairs[self._scores.position], target)
         return found
 
     def add(self, contributions: Contributions) -> None:
@@ -145,7 +166,7 @@ class OutputSums:
 
     def compute(self, scores: ScoreTable) -> Output:
         """Transfer the sums and divide; loss and metric are taken from ``scores``."""
-        totals = {name: float(total) for name, total in self._totals.items()}
+        totals = {name: float(total) for name, total in self._totals.items() if name != "labels"}
         squared = _ratio(totals, "difference", "norm")
         divergence = _ratio(totals, "kl", "predictions")
         return Output(
@@ -155,7 +176,21 @@ class OutputSums:
             loss=_path_values(scores, "loss"),
             metric=_path_values(scores, "metric"),
             note=" ".join(self._notes(totals, scores)) or None,
+            predicts_labels=None if divergence is None else self._predicts_labels(totals),
         )
+
+    def _predicts_labels(self, totals: dict[str, float]) -> bool | None:
+        """Whether a path hits the labels surely more often than always naming the commonest one; None without labels.
+
+        Whole numbers beside an embedding may look like labels of its columns.
+        """
+        labels = self._totals.get("labels")
+        if labels is None:
+            return None
+        number = max(float(labels.sum()), 1.0)
+        commonest = float(labels.max()) / number
+        margin = CONFIDENT * math.sqrt(commonest * (1 - commonest) / number)
+        return totals["hits"] / number > commonest + margin
 
     def _notes(self, totals: dict[str, float], scores: ScoreTable) -> Iterator[str]:
         if self._different_shapes:

@@ -24,6 +24,7 @@ from bnprobe.records.repair import (
     Verification,
 )
 from bnprobe.records.scan import (
+    DEFAULT_THRESHOLD,
     EXEMPT,
     FREE_REMEDIES,
     OMITTED_WHEN_EMPTY,
@@ -85,6 +86,7 @@ from bnprobe.records.sweep import (
 )
 
 __all__ = [
+    "DEFAULT_THRESHOLD",
     "EXEMPT",
     "FREE_REMEDIES",
     "OMITTED_WHEN_EMPTY",

@@ -7,6 +7,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 SCHEMA_VERSION = 1
 
+DEFAULT_THRESHOLD = 32.0
+"""Layers with a smaller equivalent batch size are flagged (docs/explanation/equations.md)."""
+
 Interval = tuple[float, float | None]
 """Lower and upper end of a 95% interval; None: no upper end can be given."""
 
@@ -448,12 +451,15 @@ class Output(Record):
 
     Attributes:
         relative_l2: ||y_train - y_eval|| / ||y_eval|| over all outputs; None if not finite or no tensors.
-        argmax_changed: Fraction of class predictions that differ; None if not class scores.
-        kl_divergence: Mean KL(eval || train) of the class distributions, in nats; None likewise.
+        argmax_changed: Fraction of samples (or positions) whose largest score is another one; None if no output is a
+            table of scores.
+        kl_divergence: Mean KL(eval || train) of the softmax of the scores, in nats; None likewise.
         loss, metric: Values of the user's functions; None where not given.
         note: Why a figure is missing, where that is not obvious.
         repeat: Relative L2 distance of two eval-path passes over the same samples: 0 unless the model is random at
             inference. None if not measured.
+        predicts_labels: Whether the largest scores are the labels of the batch surely more often than chance; without
+            that nothing says that they are scores of classes. None without labels.
         batch_dependence: Relative L2 distance of the eval path's outputs for the same samples in other batches: 0 where
             samples are independent. None if not measured: it is where a layer uses batch statistics at inference.
     """
@@ -466,6 +472,7 @@ class Output(Record):
     note: str | None = None
     repeat: float | None = None
     batch_dependence: float | None = None
+    predicts_labels: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,9 @@ def _harmless(report: Report, flagged: list[Layer], command: str) -> Closing:
     """Layers beyond their limit that do no harm as far as was measured, or that no rule explains."""
     change = effect.inconsistency(report.summary.gaps, report.summary.chance)
     known = change.main is not None and change.is_no_worse
-    what = f"but {change.main.words('in training', 'at inference')}" if known and change.main else "but no error was found"
+    what = (
+        f"but {change.main.words('in training', 'at inference')}" if known and change.main else "but no error was found"
+    )
     return Closing(
         headline=f"{_share(len(flagged), report)} flagged, {what}.",
         sign=UNDECIDED if known else FLAGGED,

@@ -366,8 +366,9 @@ def _output_figures(found: Output) -> list[str]:
         sentences.append(f"The outputs are {figures.relative(found.relative_l2)} apart (relative L2).")
     if found.argmax_changed is not None:
         changed = percent(found.argmax_changed)
-        sentences.append(f"The predicted class changes for {changed} of the samples.")
-    if found.kl_divergence is not None:
+        what = "The predicted class changes" if found.predicts_labels else "The largest of the outputs is another one"
+        sentences.append(f"{what} for {changed} of the samples.")
+    if found.kl_divergence is not None and found.predicts_labels:
         sentences.append(f"KL divergence of the class distributions: {found.kl_divergence:.3g} nats.")
     if found.repeat:
         apart = figures.relative(found.repeat)

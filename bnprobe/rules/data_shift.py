@@ -32,8 +32,8 @@ class DataShift(Rule):
         The mismatch D of the held-out data, taken as one batch, against the statistics of the training data at
         inference. Without a loss or metric it fails where the lower end of its 95% interval exceeds the layer's limit.
         With one, the effect decides: it fails where the statistics of the held-out data make the network surely better
-        on it, whatever D is; and beyond the limit, where held-out data is surely worse than training data. Other classes
-        in other proportions also move the statistics; that costs nothing, and is no fault.
+        on it, whatever D is; and beyond the limit, where held-out data is surely worse than training data. Other
+        classes in other proportions also move the statistics; that costs nothing, and is no fault.
 
     Why:
         The layer standardizes data that is like the training data. Data from another camera, or scaled or augmented
@@ -46,8 +46,8 @@ class DataShift(Rule):
 
     Remedy:
         First make the preprocessing the same. If the new data is meant to differ, recalibrate the running statistics on
-        unlabelled samples of it (`bnprobe recalibrate` with these as the data), and compare on held-out samples. The scan
-        tries that: where the statistics of the held-out data do not help, something else is hurt by the shift.
+        unlabelled samples of it (`bnprobe recalibrate` with these as the data), and compare on held-out samples. The
+        scan tries that: where the statistics of the held-out data do not help, something else is hurt by the shift.
 
     Reference:
         Schneider et al. 2020, arXiv 2006.16971, section 2. Nado et al. 2020, arXiv 2006.10963. Touvron et al. 2019,
@@ -62,7 +62,10 @@ class DataShift(Rule):
     needs = "held-out data"
     real_data = True
     finding = "held-out data has other means and variances than training data"
-    remedy = f"{_PREPROCESSING} If the data is meant to differ, recalibrate the running statistics on samples of the new kind."
+    remedy = (
+        f"{_PREPROCESSING} If the data is meant to differ, recalibrate the running statistics on samples of the new"
+        " kind."
+    )
     reports_impact = False
     free_remedy = "evaluation statistics"
     other_remedy = _PREPROCESSING
@@ -122,7 +125,7 @@ def _is_beyond(layer: Layer, facts: Facts) -> bool:
 
 def _is_won_back(facts: Facts) -> bool:
     """Whether statistics of the held-out data surely help on it, and more than those of the training data."""
-    if not _gain(facts).standing == "better":
+    if _gain(facts).standing != "better":
         return False
     shifted, usual = _tried(facts), effect.tried(facts.remedies, "recalibrated")
     return shifted is not None and (usual is None or _advantage(shifted, usual, facts) > FLOOR)

@@ -28,8 +28,8 @@ class DropoutShift(ShareRule):
 
     Remedy:
         Move dropout behind the last BN layer and continue training; or recalibrate the running statistics with dropout
-        off (`bnprobe recalibrate`), and compare on held-out data. On networks with strong dropout the one won back 81% of
-        what was lost, the other 24%.
+        off (`bnprobe recalibrate`), and compare on held-out data. On networks with strong dropout the one won back 81%
+        of what was lost, the other 24%.
 
     Reference:
         Li, Chen, Hu and Yang 2018, arXiv 1801.05134, sections 3 and 5.

@@ -1,9 +1,10 @@
 """What the measured loss and metric mean: is inference worse than training, is held-out data, does a remedy help?
 
-A change counts where its 95% interval excludes zero and it is larger than a floor: 2 points of a metric that lies between 0
-and 1, otherwise 2% of the value. Below that a change may be significant on enough samples, but it is no reason to act: two
-trainings of the same network differ by more. The floor of a loss is also 2% of what the network has learned, the distance
-to the loss of outputs that belong to other samples, since a loss close to 0 may double without any consequence.
+A change counts where its 95% interval excludes zero and it is larger than a floor: 2 points of a metric that lies
+between 0 and 1, otherwise 2% of the value. Below that a change may be significant on enough samples, but it is no
+reason to act: two trainings of the same network differ by more. The floor of a loss is also 2% of what the network has
+learned, the distance to the loss of outputs that belong to other samples, since a loss close to 0 may double without
+any consequence.
 """
 
 from __future__ import annotations

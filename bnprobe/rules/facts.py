@@ -30,15 +30,15 @@ class Anatomy:
         negative: Number of values of the running variance below 0.
         dead: Number of channels whose running variance is below eps.
         median_variance: Median of the running variance over channels; None without one, or where it is not finite.
-        dropouts_before: Names of random layers that are active in training and feed this one, as traced where a batch or
-            the code could be followed, else as defined.
+        dropouts_before: Names of random layers that are active in training and feed this one, as traced where a batch
+            or the code could be followed, else as defined.
         affine_moved: Weight or bias differ from those of a new layer (1 and 0); None if the layer has neither.
         bfloat16: All running statistics are values that bfloat16 can hold, although they are stored in more bits.
         zeros: Fraction of exact zeros among the weights of the last layer before this one that has weights; None if
             there is none.
         levels: Number of different values of these weights; None if there is none.
-        copy_of: Name of the module of the same kind that is trained, where the layer belongs to a copy of it without gradients,
-            as the momentum encoder of contrastive learning is; None otherwise.
+        copy_of: Name of the module of the same kind that is trained, where the layer belongs to a copy of it without
+            gradients, as the momentum encoder of contrastive learning is; None otherwise.
     """
 
     name: str

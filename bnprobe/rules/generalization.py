@@ -16,12 +16,12 @@ class Generalization(Rule):
 
     What:
         The change of loss and metric from training to held-out data, both with running statistics. It is a remark where
-        the change is surely for the worse, the statistics of no layer have moved (BN206), and inference is not worse than
-        training in the first place.
+        the change is surely for the worse, the statistics of no layer have moved (BN206), and inference is not worse
+        than training in the first place.
 
     Why:
-        The same running statistics are used for both, and fit both. What is left is what every network has: it knows its
-        training data better, or the new data differs in a way that means and variances do not show.
+        The same running statistics are used for both, and fit both. What is left is what every network has: it knows
+        its training data better, or the new data differs in a way that means and variances do not show.
 
     Example:
         Accuracy is 0.99 on training data and 0.71 on held-out data, with D of the data shift below 0.01 in every layer.

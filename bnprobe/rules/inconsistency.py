@@ -32,8 +32,8 @@ class Inconsistency(Rule):
 
     Remedy:
         Look at what the samples of a batch have in common in training but not at inference: pairs in separate calls,
-        samplers that sort, padding. Fine-tuning with frozen statistics (`bnprobe convert --to frozen --finetune`) trains the
-        weights on what they get at inference.
+        samplers that sort, padding. Fine-tuning with frozen statistics (`bnprobe convert --to frozen --finetune`)
+        trains the weights on what they get at inference.
 
     Reference:
         Wu and Johnson 2021, arXiv 2105.07576, sections 3 and 6 (inconsistency, leakage).

@@ -79,10 +79,10 @@ class Lag(ShareRule):
     Why:
         Running statistics are an average over past batches, taken while the weights changed. They are stale if the
         average is slow (small momentum), young (few updates) or noisy (large momentum); and they are wrong if they
-        belong to other data or weights, or were reset. A reason is named where the scan has evidence for it: the settings
-        and the updates counted, another eps with which the statistics fit, padding in the data, pruned or quantized
-        weights, statistics kept in bfloat16, processes that differ. It is a warning where loss and metric are known to
-        be no worse at inference.
+        belong to other data or weights, or were reset. A reason is named where the scan has evidence for it: the
+        settings and the updates counted, another eps with which the statistics fit, padding in the data, pruned or
+        quantized weights, statistics kept in bfloat16, processes that differ. It is a warning where loss and metric are
+        known to be no worse at inference.
 
     Example:
         A model is fine-tuned for 50 steps and evaluates worse than before, but evaluated in train mode it is good.
@@ -233,7 +233,8 @@ def _in_words(layer: Anatomy, measured: Layer, facts: Facts) -> str:
     if found is not None:
         return f"Most likely reason: {found.words}."
     ruled_out = joined(list(_ruled_out(layer, measured, facts)))
-    return f"Why is not known (a high learning rate until the end, or statistics of other weights or data); not {ruled_out}."
+    guesses = "a high learning rate until the end, or statistics of other weights or data"
+    return f"Why is not known ({guesses}); not {ruled_out}."
 
 
 def _ruled_out(layer: Anatomy, measured: Layer, facts: Facts) -> Iterator[str]:

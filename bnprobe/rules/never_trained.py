@@ -15,8 +15,8 @@ class NeverTrained(Rule):
 
     What:
         Whether all running means are exactly 0 and all running variances exactly 1, as in a new layer. It is an error
-        where the layer's weight or bias, or other layers, were trained; a warning where a scan finds that the values fit
-        the data; and only a remark where the whole network is as it was made, or forward never calls the layer.
+        where the layer's weight or bias, or other layers, were trained; a warning where a scan finds that the values
+        fit the data; and only a remark where the whole network is as it was made, or forward never calls the layer.
         num_batches_tracked alone says nothing: not every layer counts its updates.
 
     Why:

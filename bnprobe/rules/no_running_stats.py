@@ -9,7 +9,6 @@ from bnprobe.records import Verdict
 from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.interface import Rule
 
-
 MOVES = 0.02
 """From here on the outputs really depend on the batch (relative L2)."""
 
@@ -31,8 +30,8 @@ class NoRunningStats(Rule):
 
     Remedy:
         Create running statistics from training data with `bnprobe recalibrate`, and build the model with
-        track_running_stats=True to load them; or use group norm, which does not look at other samples, if the batch was never
-        meant to matter.
+        track_running_stats=True to load them; or use group norm, which does not look at other samples, if the batch was
+        never meant to matter.
 
     Reference:
         PyTorch documentation of torch.nn.BatchNorm2d, track_running_stats. Wu and He 2018, arXiv 1803.08494, section 3

@@ -20,16 +20,17 @@ class RandomAtInference(Rule):
     """Two passes in eval mode over the same samples give different outputs.
 
     What:
-        The relative L2 distance of the outputs of two passes in eval mode over the same batch. Above 0.1% it fails; it is
-        an error from 2% on.
+        The relative L2 distance of the outputs of two passes in eval mode over the same batch. Above 0.1% it fails; it
+        is an error from 2% on.
 
     Why:
-        F.dropout drops values unless it is told not to: its parameter `training` is True by default, and model.eval() does
-        not reach it. Noise that is added in forward without asking self.training is another reason. Predictions then
-        depend on chance, and everything that is measured at inference is noisier than it need be.
+        F.dropout drops values unless it is told not to: its parameter `training` is True by default, and model.eval()
+        does not reach it. Noise that is added in forward without asking self.training is another reason. Predictions
+        then depend on chance, and everything that is measured at inference is noisier than it need be.
 
     Example:
-        `x = F.dropout(x, 0.5)` in forward. Validation accuracy changes from run to run, although the model is in eval mode.
+        `x = F.dropout(x, 0.5)` in forward. Validation accuracy changes from run to run, although the model is in eval
+        mode.
 
     Remedy:
         Pass `training=self.training` to F.dropout, or use nn.Dropout; ask self.training before adding noise. Where the

@@ -11,7 +11,6 @@ from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
 from bnprobe.rules.shares import lower_end, share_limit
 
-
 MOVES = 0.5
 """From here on the layer moves the outputs so far (relative L2) that it is an error, whatever D is."""
 
@@ -77,8 +76,8 @@ class SharedDomains(Rule):
             return self.passed(layer.name, message, apart, limit)
         if low <= limit and found.main is not None:
             message = (
-                f"{calls} significantly from that of all calls (D = {number(apart)}). That is little, but a network can read"
-                f" from the statistics of a call what it holds: {found.main.words('in training', 'at inference')}."
+                f"{calls} significantly from that of all calls (D = {number(apart)}). That is little, but a network can"
+                f" read from the statistics of a call what it holds: {found.main.words('in training', 'at inference')}."
             )
         return self.failed(layer.name, message, apart, limit, _severity(layer, found))
 

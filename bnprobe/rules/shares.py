@@ -1,10 +1,12 @@
 """What the rules on the shares of a layer's mismatch have in common: when a share is large enough to name its cause.
 
-A flagged layer always gets at least one cause. A layer that is not flagged gets one only where loss or metric are surely worse
+A flagged layer always gets at least one cause. A layer that is not flagged gets one only where loss or metric are
+surely worse
 at inference and no layer is flagged: then the cause that is largest, and significant, is the best that is known.
 
-How serious a finding is follows from the effect: wrong running statistics that are known to cost neither loss nor metric are a
-warning. That does not hold for small and non-i.i.d. batches, whose harm is done in training, in both modes alike.
+How serious a finding is follows from the effect: wrong running statistics that are known to cost neither loss nor
+metric are a warning. That does not hold for small and non-i.i.d. batches, whose harm is done in training, in both modes
+alike.
 """
 
 from __future__ import annotations
@@ -14,9 +16,18 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
-from bnprobe.config.spec import DEFAULT_THRESHOLD
 from bnprobe.numbers import number, percent
-from bnprobe.records import SOURCES, Cause, Interval, Layer, Severity, Shares, Verdict
+from bnprobe.records import (
+    DEFAULT_THRESHOLD,
+    SOURCES,
+    Cause,
+    Composition,
+    Interval,
+    Layer,
+    Severity,
+    Shares,
+    Verdict,
+)
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts, Need
 from bnprobe.rules.interface import Rule
@@ -34,9 +45,10 @@ PART_OF_LIMIT = 0.5
 """A cause is named from half of the layer's limit on: two such causes flag a layer."""
 
 NOISE_THRESHOLD = 22.6
-"""The equivalent batch size below which noise alone flags a layer, where the threshold is the default of 32: the geometric
-mean of 16 and 32, so that none of the usual batch sizes sits on the limit. A batch of 32 rows in front of BatchNorm1d has n_eq
-32 by definition; with 32 as the limit of noise, chance would decide. A threshold that the user sets is the limit of both."""
+"""The equivalent batch size below which noise alone flags a layer, where the threshold is the default of 32: the
+geometric mean of 16 and 32, so that none of the usual batch sizes sits on the limit. A batch of 32 rows in front of
+BatchNorm1d has n_eq 32 by definition; with 32 as the limit of noise, chance would decide. A threshold that the user
+sets is the limit of both."""
 
 LEAST_PART = 0.05
 """A cause that holds less of the mismatch of a layer is not named beside those that hold the rest."""
@@ -63,20 +75,24 @@ def share_limit(layer: Layer, cause: Cause | None = None) -> float:
     return noise_limit(layer.threshold) if cause == "small_batch" else PART_OF_LIMIT * mismatch_limit(layer)
 
 
-def screened(intervals: Sequence[Interval], shares: Shares | None, threshold: float) -> Screened:
+def screened(
+    intervals: Sequence[Interval], shares: Shares | None, composition: Composition | None, threshold: float
+) -> Screened:
     """Whether a layer is flagged, by the intervals of its mismatch on the measured paths.
 
     Args:
         intervals: Of D, one for each path.
-        shares: Of D at inference, where known: what is noise of batches, but for a rest within half of the limit, has the
-            limit of noise.
+        shares: Of D at inference, where known: what is noise of batches, but for a rest within half of the limit, has
+            the limit of noise.
+        composition: What batches that do not differ significantly from i.i.d. ones add is noise, too.
         threshold: The equivalent batch size below which the layer is flagged.
     """
     from bnprobe.stats.intervals import standing  # needs torch, which rules do without
 
     limit = mismatch_iid(threshold)
     if shares is not None:
-        others = (shares.composition or 0.0) + shares.lag + shares.dropout + shares.propagation
+        composed = shares.composition if composition is None or composition.p_value < COMPOSITION_P else None
+        others = (composed or 0.0) + shares.lag + shares.dropout + shares.propagation
         limit = noise_limit(threshold) if others <= PART_OF_LIMIT * limit else limit
     return standing(intervals, limit)
 
@@ -107,8 +123,8 @@ def is_cause(layer: Layer, cause: Cause) -> bool:
 def is_suspect(layer: Layer, cause: Cause, facts: Facts) -> bool:
     """Whether a cause is the best that is known for a loss or metric that is surely worse at inference.
 
-    It is if no layer is flagged and no layer is shared by data that differs, it is the largest significant share of the layer,
-    and the remedy without training that would take it away does not contradict it.
+    It is if no layer is flagged and no layer is shared by data that differs, it is the largest significant share of the
+    layer, and the remedy without training that would take it away does not contradict it.
     """
     if any(other.flagged for other in facts.layers.values()) or are_domains_apart(facts):
         return False
@@ -152,7 +168,7 @@ def _main_cause(layer: Layer) -> Cause | None:
         held["small_batch"] += composed - apart
         if apart > max(held.values()):
             return None
-    if not is_off_at_inference(layer) and not max(held, key=lambda cause: held[cause]) == "composition":
+    if not is_off_at_inference(layer) and max(held, key=lambda cause: held[cause]) != "composition":
         return None if any(_is_large(layer, cause) for cause in held) else "small_batch"
     if held["small_batch"] <= noise_limit(layer.threshold):
         others = {cause: share for cause, share in held.items() if cause != "small_batch" and share > 0}

@@ -27,9 +27,9 @@ class SingleImage(Rule):
     Remedy:
         Train with larger batches or synchronized BN, or fine-tune with frozen statistics (`bnprobe convert --to frozen
         --finetune`). A model that was trained on batches of one sample from the start has weights for an instance norm:
-        `bnprobe convert --to instance-renorm` with `blend: 1` in the spec's repair section makes it one in both modes, which
-        `--what-if` tries ("batch statistics", in batches of one). If this is not training but inference one sample at a
-        time, call eval() first.
+        `bnprobe convert --to instance-renorm` with `blend: 1` in the spec's repair section makes it one in both modes,
+        which `--what-if` tries ("batch statistics", in batches of one). If this is not training but inference one
+        sample at a time, call eval() first.
 
     Reference:
         Ulyanov, Vedaldi and Lempitsky 2016, arXiv 1607.08022 (instance norm). Wu and He 2018, arXiv 1803.08494,

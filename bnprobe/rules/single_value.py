@@ -8,10 +8,9 @@ from bnprobe.records import Layer, Verdict
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule, anatomy_of
 
-
 _OF_ONE = (
-    "If this is not training (acting, serving or evaluating one sample at a time), call model.eval() first: the likeliest"
-    " mistake. For training use larger batches, or group or layer norm in this place."
+    "If this is not training (acting, serving or evaluating one sample at a time), call model.eval() first: the"
+    " likeliest mistake. For training use larger batches, or group or layer norm in this place."
 )
 
 

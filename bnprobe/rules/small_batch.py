@@ -21,10 +21,10 @@ class SmallBatch(ShareRule):
 
     What:
         What remains of the layer's mismatch D with i.i.d. batches and converged running statistics: the sampling noise
-        of batch statistics. It has a limit of its own, D = 0.067 or n_eq 22.6 (a threshold that you set is the limit itself),
-        between the usual batch sizes of 16 and 32. It fails on a flagged layer where it exceeds that limit and holds
-        more than 5% of the mismatch, or where nothing else adds to it. A layer that is flagged in training only has this
-        cause, unless the batches are not i.i.d.
+        of batch statistics. It has a limit of its own, D = 0.067 or n_eq 22.6 (a threshold that you set is the limit
+        itself), between the usual batch sizes of 16 and 32. It fails on a flagged layer where it exceeds that limit and holds
+        more than 5% of the mismatch, or where nothing else adds to it. A layer that is flagged in training only has
+        this cause, unless the batches are not i.i.d.
 
     Why:
         In training each sample is normalized with the mean and variance of its batch. With few values these are noisy,
@@ -37,10 +37,10 @@ class SmallBatch(ShareRule):
 
     Remedy:
         Use larger batches, or synchronized BN across processes. Where that is impossible, fine-tune with frozen
-        statistics (`bnprobe convert --finetune --to frozen`). On networks trained at batch size 2 on purpose, larger batches
-        won back 14 to 95% of what was lost, frozen statistics 50%, and Batch Renorm 25% at 40% of the training steps.
-        `--to auto` tries them next to plain BN. Gradient accumulation does not help: it leaves the normalization batch
-        as it is.
+        statistics (`bnprobe convert --finetune --to frozen`). On networks trained at batch size 2 on purpose, larger
+        batches won back 14 to 95% of what was lost, frozen statistics 50%, and Batch Renorm 25% at 40% of the training
+        steps. `--to auto` tries them next to plain BN. Gradient accumulation does not help: it leaves the normalization
+        batch as it is.
 
     Reference:
         Ioffe 2017, arXiv 1702.03275, sections 2 and 3. Wu and He 2018, arXiv 1803.08494, section 4.1 (error against

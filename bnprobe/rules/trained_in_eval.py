@@ -16,7 +16,8 @@ MOSTLY = 0.5
 
 
 class TrainedInEval(Rule):
-    """The running statistics are not those of the data, yet the network is better with them: the weights belong to them.
+    """The running statistics are not those of the data, yet the network is better with them: the weights belong to
+    them.
 
     What:
         It fails where loss or metric are surely better with running statistics than with batch statistics, although
@@ -29,8 +30,8 @@ class TrainedInEval(Rule):
         everything that takes them: train mode, and recalibration.
 
     Example:
-        `model.eval()` is called for a validation after the first steps, and `model.train()` is never called again. The loss
-        is 0.06 at inference and 1.46 in train mode; recalibration takes accuracy from 0.97 to 0.89.
+        `model.eval()` is called for a validation after the first steps, and `model.train()` is never called again. The
+        loss is 0.06 at inference and 1.46 in train mode; recalibration takes accuracy from 0.97 to 0.89.
 
     Remedy:
         Keep the running statistics: the network can be deployed as it is. Do not recalibrate it. To fine-tune it, hold
@@ -50,8 +51,8 @@ class TrainedInEval(Rule):
     real_data = True
     finding = "the weights belong to the running statistics, not to those of the data"
     remedy = (
-        "Keep the running statistics: deploy the network as it is, and fine-tune it only with frozen statistics (bnprobe"
-        " convert --to frozen). If this was not intended, call model.train() before every training epoch."
+        "Keep the running statistics: deploy the network as it is, and fine-tune it only with frozen statistics"
+        " (bnprobe convert --to frozen). If this was not intended, call model.train() before every training epoch."
     )
     reports_impact = False
     explains_layers = (*STATISTICS_CAUSES, "frozen_mismatch", "momentum_convention")
@@ -71,8 +72,8 @@ class TrainedInEval(Rule):
         held = "all layers" if len(layers) == len(facts.layers) > 1 else listed(layers, 3)
         yield self.failed(
             None,
-            f"{words}, although the running statistics of {held} are far from those of the data. Most likely reason: the"
-            f" network was trained in eval mode (model.train() was not called again, or layers were frozen).",
+            f"{words}, although the running statistics of {held} are far from those of the data. Most likely reason:"
+            f" the network was trained in eval mode (model.train() was not called again, or layers were frozen).",
             -change.harm,
             change.floor,
         )

@@ -16,19 +16,20 @@ class UntrainedWeights(Rule):
     """With batch statistics and with running statistics alike, the outputs say nothing about their own samples.
 
     What:
-        Loss and metric with every sample's own output, against those with the output of another sample. It fails where in
-        one mode the own output is not surely better, by 2 points of a metric between 0 and 1 or 2% of the value, and in
-        the other by less than 15% of what is possible. A loss that does not depend on which sample an output belongs to
-        cannot be judged. For a network that is as it was made it is a remark.
+        Loss and metric with every sample's own output, against those with the output of another sample. It fails where
+        in one mode the own output is not surely better, by 2 points of a metric between 0 and 1 or 2% of the value, and
+        in the other by less than 15% of what is possible. A loss that does not depend on which sample an output belongs
+        to cannot be judged. For a network that is as it was made it is a remark.
 
     Why:
-        No statistics can help weights that predict nothing: what a scan finds beside it is real, but it is not the reason.
+        No statistics can help weights that predict nothing: what a scan finds beside it is real, but it is not the
+            reason.
         Weights that were averaged for too short a time, a checkpoint that was not loaded, or one of another network
         look like this.
 
     Example:
-        An exponential moving average of the weights with decay 0.999 is evaluated after 200 steps: 82% of it are still the
-        initial weights. Accuracy is 0.10, with and without running statistics.
+        An exponential moving average of the weights with decay 0.999 is evaluated after 200 steps: 82% of it are still
+        the initial weights. Accuracy is 0.10, with and without running statistics.
 
     Remedy:
         Look at the weights: evaluate those that were trained, not their average; or average with a smaller decay at the

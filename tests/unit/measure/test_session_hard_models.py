@@ -302,7 +302,7 @@ def test_one_value_per_channel_is_as_if_the_batch_were_one() -> None:
 
 def test_an_untrained_model_is_said_to_be() -> None:
     notes = scan(Squeezing(), DATA, 4, num_batches=4).scan.notes
-    assert [note for note in notes if "untrained" in note]
+    assert [note for note in notes if "new model" in note]
     trained = Squeezing()
     trained(DATA[0][0])
     assert not scan(trained, DATA, 4, num_batches=4).scan.notes

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from bnprobe.rules.lag import likeliest_reason
-from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_path, make_shares, run_rule
+from bnprobe.records import Estimate, Gap, Layer, Remedy, Score, Updates
+from bnprobe.rules.facts import OtherEps, Padding
+from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_path, make_scan, make_shares, run_rule
 from unit.rules.expect import HALF, failed, passed
 
 
@@ -36,8 +37,9 @@ def test_a_share_that_another_offsets_means_that_nothing_is_wrong() -> None:
 
 
 def test_an_unsure_share_passes_unless_it_is_the_largest() -> None:
-    unsure = make_layer("bn", make_shares(small_batch=0.03, lag=0.025))
-    largest = make_layer("bn", make_shares(small_batch=0.025, lag=0.03))
+    unsure = make_layer("bn", make_shares(small_batch=0.1, lag=0.025))
+    # Noise within its own limit is no cause: whatever adds to it is.
+    largest = make_layer("bn", make_shares(small_batch=0.03, lag=0.025))
     message = "This cause accounts for D = 0.025, which is not significantly above the limit (95%)."
     told = passed("BN203", "bn", message, 0.025, HALF)
     assert run_rule("BN203", make_evidence(unsure)) == [told]
@@ -53,19 +55,82 @@ def test_values_that_overflow_at_inference_only() -> None:
     assert run_rule("BN203", make_evidence(layer)) == [failed("BN203", "bn", message)]
 
 
+STALE = make_layer("bn", make_shares(lag=0.6))
+
+
+def reason(anatomy: dict[str, object], layer: Layer = STALE, **facts: object) -> str:
+    """What the message says of the reason."""
+    known = make_evidence(layer, anatomy=[make_anatomy("bn", **anatomy)], **facts)
+    [verdict] = run_rule("BN203", known)
+    return verdict.message.partition("away. ")[2].partition(" (It accounts")[0]
+
+
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("changes", "start"),
     [
         ({"trains_statistics": False}, "training does not update them (eval mode)"),
         ({"momentum": 0.0}, "momentum=0, with which they are never updated"),
-        ({"batches_tracked": 0}, "num_batches_tracked is 0"),
+        ({"batches_tracked": 0, "untouched": True}, "num_batches_tracked is 0"),
         ({"batches_tracked": 20}, "too few updates: after 20 with momentum=0.1, 12% of their weight"),
         ({"momentum": 1e-3, "batches_tracked": 9000}, "momentum=0.001 averages over about the last 1,000 batches"),
         ({"momentum": 0.9}, "momentum=0.9 averages over the last few batches only"),
-        ({}, "the weights changed faster than the average follows"),
-        ({"momentum": None}, "the weights changed faster than the average follows"),
-        ({"batches_tracked": None}, "the weights changed faster than the average follows"),
+        ({"zeros": 0.6}, "weights were pruned afterwards: 60% of those before the layer are exactly 0"),
+        ({"levels": 16}, "weights were quantized afterwards: those before the layer have 16 different values"),
+        ({"bfloat16": True}, "they were kept in bfloat16"),
     ],
 )
-def test_the_likeliest_reason(changes: dict[str, object], reason: str) -> None:
-    assert likeliest_reason(make_anatomy(**changes)).startswith(reason)
+def test_reasons_that_the_layer_shows(changes: dict[str, object], start: str) -> None:
+    assert reason(changes).startswith(f"Most likely reason: {start}")
+
+
+def test_reasons_that_were_measured() -> None:
+    other = OtherEps(1e-3, {"bn": 0.01})
+    assert "eps is 1e-05, and was 0.001 when the weights were trained" in reason({}, other_eps=other)
+    assert "eps" in run_rule("BN203", make_evidence(STALE, other_eps=other))[0].remedy
+    assert "eps is" not in reason({}, other_eps=OtherEps(1e-3, {"bn": 0.6}))
+    padded = reason({}, padding=Padding(0.4, 0.0))
+    assert "padding counts as data: the ends of samples that hold one value are 40% of a training batch" in padded
+    assert "padding" not in reason({}, padding=Padding(0.01))
+    assert "each process keeps its own" in reason({}, rank_mismatch={"bn": 0.5})
+    twice = replace(STALE, updates=Updates(2.0, 0.19, 0.1, 0.1))
+    assert "a training step updates them 2 times" in reason({}, twice)
+    noisy = make_layer("bn", make_shares(small_batch=0.5, lag=0.3))
+    assert "momentum=0.4 averages over the last few batches only, each of them noisy" in reason(
+        {"momentum": 0.4}, noisy
+    )
+    averaged = make_scan(checkpoint="runs/model_ema.pt")
+    assert "averaged weights, by the name of runs/model_ema.pt" in reason({}, scan=averaged)
+    assert "averaged weights" not in reason({}, scan=make_scan(checkpoint="runs/schema.pt"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"momentum": None}, {"batches_tracked": None}])
+def test_a_reason_without_evidence_is_not_named(changes: dict[str, object]) -> None:
+    told = reason({**changes, "zeros": 0.0, "levels": 9000}, other_eps=OtherEps(1e-3, {"bn": 0.9}))
+    assert told.startswith("Why is not known")
+    assert told.endswith("another eps, pruned or quantized weights and statistics in bfloat16.")
+    assert ("too few updates (1,200 counted)" in told) == ("batches_tracked" not in changes)
+
+
+def test_what_costs_nothing_is_a_warning() -> None:
+    same = Gap("loss", 0.5, 0.5, 0.5, None, 0.0, 0.0, None, inconsistency_interval=(-0.005, 0.005))
+    worse = replace(same, inference=0.6, inconsistency=0.1, inconsistency_interval=(0.08, 0.12))
+    unsure = replace(worse, inconsistency_interval=(-0.2, 0.4))
+    for gap, severity in ((same, "warning"), (worse, "error"), (unsure, "error")):
+        assert run_rule("BN203", make_evidence(STALE, gaps=(gap,)))[0].severity == severity
+        noise = make_evidence(make_layer("bn", make_shares(small_batch=0.5)), gaps=(gap,))
+        assert run_rule("BN201", noise)[0].severity == "error"
+    new = make_anatomy("bn", untouched=True, affine_moved=False, batches_tracked=0)
+    assert run_rule("BN203", make_evidence(STALE, anatomy=[new]))[0].severity == "info"
+
+
+def test_an_unflagged_layer_is_suspected_where_inference_is_surely_worse() -> None:
+    worse = Gap("metric", 0.9, 0.9, 0.7, None, 0.0, -0.2, None, "max", inconsistency_interval=(-0.25, -0.15))
+    layers = [make_layer(name, make_shares(lag=0.02)) for name in "ab"]
+    told = run_rule("BN203", make_evidence(*layers, gaps=(worse,)))
+    assert [(verdict.outcome, verdict.severity) for verdict in told] == [("failed", "error")] * 2
+    helps = Remedy("recalibrated", (), Score(None, 0.7), Score(None, 0.9), None, 9, "", None, Estimate(0.2, (0.1, 0.3)))
+    no_use = replace(helps, after=Score(None, 0.7), metric_change=Estimate(0.0, (-0.01, 0.01)))
+    for remedy, outcome in ((helps, "failed"), (no_use, "passed")):
+        told = run_rule("BN203", make_evidence(*layers, gaps=(worse,), remedies=(remedy,)))
+        assert {verdict.outcome for verdict in told} == {outcome}
+    assert {verdict.outcome for verdict in run_rule("BN203", make_evidence(*layers))} == {"passed"}

@@ -36,8 +36,19 @@ def test_a_model_that_is_new_throughout_is_only_remarked_on() -> None:
 
 def test_a_scan_tells_whether_it_does_harm() -> None:
     layers = [make_layer("off", make_shares(lag=0.5)), make_layer("fits")]
-    anatomy = [make_anatomy(layer.name, untouched=True, batches_tracked=0) for layer in layers]
+    names = [*(layer.name for layer in layers), "uncalled"]
+    anatomy = [make_anatomy(name, untouched=True, batches_tracked=0, affine_moved=True) for name in names]
+    told = f"{START}, but weight or bias were trained. Was the checkpoint loaded, or averaged, without buffers?"
     assert run_rule("BN102", make_evidence(*layers, anatomy=anatomy)) == [
-        failed("BN102", "off", NEW, 0.0, None, "error"),
-        failed("BN102", "fits", NEW, 0.0, None, "warning"),
+        failed("BN102", "off", told, 0.0, None, "error"),
+        failed("BN102", "fits", told, 0.0, None, "warning"),
+        failed("BN102", "uncalled", f"{START}, and the forward pass never calls it.", 0.0, None, "info"),
     ]
+    new = [make_anatomy(layer.name, untouched=True, batches_tracked=0, affine_moved=False) for layer in layers]
+    assert {verdict.severity for verdict in run_rule("BN102", make_evidence(*layers, anatomy=new))} == {"info"}
+
+
+def test_updates_that_are_not_counted_do_not_make_a_layer_new() -> None:
+    uncounted = make_anatomy("bn", batches_tracked=0)
+    assert not make_evidence(anatomy=[uncounted]).is_new
+    assert [verdict.outcome for verdict in run_rule("BN102", make_evidence(anatomy=[uncounted]))] == ["passed"]
