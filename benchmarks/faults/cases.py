@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from benchmarks.faults.networks import NETWORKS, Loss, Network, forward, healthy, settle, train
@@ -42,6 +44,8 @@ class Case:
         held_out_given: Whether the scan gets held-out data.
         served_in_training: The model is used in train mode: ``eval()`` is not called.
         served_batch: Samples in the batches that it is used on; None: no matter.
+        twin: What it would be without the fault, where its weights were trained on under the fault: the same weights with
+            statistics of their own. None: the healthy network that it was made from.
         alone: The model is judged without data, as ``bnprobe lint`` does.
         options: Further arguments of ``bnprobe.scan``.
     """
@@ -56,6 +60,7 @@ class Case:
     held_out_given: bool = True
     served_in_training: bool = False
     served_batch: int | None = None
+    twin: nn.Module | None = None
     alone: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -78,6 +83,16 @@ class Case:
         torch.manual_seed(self.seed)
         settle(self.model, self.training(), self.sampling, steps)
         return self
+
+    def with_twin(self) -> Case:
+        """The same case, beside its weights with statistics of their own."""
+        twin = copy.deepcopy(self.model)
+        for module in twin.modules():
+            if isinstance(module, _BatchNorm):
+                module.momentum = None  # a cumulative average
+                module.reset_running_stats()
+        settle(twin, self.training(), self.sampling, 100)
+        return replace(self, twin=twin)
 
     def batches(self, order: int = 1000) -> DataLoader[Batch]:
         """The training batches that a scan sees; ``order`` makes them other ones than in training."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ LOSS = 0.1
 
 @dataclass(frozen=True)
 class Damage:
-    """A case beside the healthy network that it was made from, both scored on the same samples.
+    """A case beside the healthy network that it was made from, or its twin, both scored on the same samples.
 
     Attributes:
         healthy, faulty: Means of the metric.
@@ -56,10 +56,12 @@ class Damage:
 
 
 def damage_of(case: Case) -> Damage | None:
-    """What the case lost against the healthy network on unchanged data; None: it sees inputs of another size."""
+    """What the case lost against what it was made from on unchanged data; None: it sees inputs of another size."""
     if case.unseen().inputs.shape[1:] != case.network.data().held_out.inputs.shape[1:]:
         return None
     good, bad = _healthy(case.network.name, case.seed), served(case)
+    if case.twin is not None:
+        good = served(replace(healthy_case(case.network.name, case.seed), model=case.twin))
     losses = good.loss, bad.loss
     if len(bad.points) != len(good.points):  # another choice of samples
         error = _error(good.points) + _error(bad.points)

@@ -125,7 +125,7 @@ def eval_forgotten(case: Case, strength: int) -> Case:
 def slow_momentum(case: Case, strength: int) -> Case:
     """The weights moved on with a momentum at which the statistics hardly follow."""
     set_momentum(case.model, (0.01, 0.003, 0.001)[strength])
-    return case.trained(60, rate=1e-2, settling=0)
+    return case.trained(60, rate=1e-2, settling=0).with_twin()
 
 
 def earlier_statistics(case: Case, strength: int) -> Case:
@@ -133,7 +133,7 @@ def earlier_statistics(case: Case, strength: int) -> Case:
     earlier = statistics(case.model)
     case = case.trained(60, rate=(3e-3, 6e-3, 1e-2)[strength], settling=0)
     restore(case.model, earlier)
-    return case
+    return case.with_twin()
 
 
 def averaged_weights(case: Case, strength: int) -> Case:
@@ -152,7 +152,7 @@ def averaged_weights(case: Case, strength: int) -> Case:
     with torch.no_grad():
         for one, value in zip(parameters, mean, strict=True):
             one.copy_(value)
-    return case
+    return case.with_twin()
 
 
 def young_average(case: Case, strength: int) -> Case:
@@ -172,14 +172,15 @@ def bf16_buffers(case: Case, strength: int) -> Case:
     """Running statistics in bfloat16, which small updates do not move, while the weights move on."""
     set_momentum(case.model, (0.03, 0.01, 0.003)[strength])
     with rounded_buffers(case.model):
-        return case.trained(60, rate=1e-2)
+        case = case.trained(60, rate=1e-2)
+    return case.with_twin()
 
 
 def eps_port(case: Case, strength: int) -> Case:
     """Trained with a large eps, and deployed with the usual one."""
     usual = norms(case.model)[0].eps
     set_eps(case.model, (0.03, 0.1, 0.3)[strength])
-    case = case.trained(100, rate=3e-3)
+    case = case.trained(100, rate=3e-3).with_twin()
     set_eps(case.model, usual)
     return case
 
@@ -205,7 +206,7 @@ def padded_batches(case: Case, strength: int) -> Case:
 def momentum_convention(case: Case, strength: int) -> Case:
     """Momentum as other frameworks write it, in the last part of the training."""
     set_momentum(case.model, (0.9, 0.95, 0.99)[strength])
-    return case.trained(60, rate=3e-4)
+    return case.trained(60, rate=3e-4).with_twin()
 
 
 def never_trained(case: Case, strength: int) -> Case:

@@ -194,12 +194,10 @@ def run(trial: Trial) -> Outcome:
 
 def _diagnosed(outcome: Outcome, case: Case) -> Outcome:
     if case.alone:
-        verdicts, diagnoses = _linted(case)
-        return replace(outcome, **_said(verdicts, diagnoses))
+        return _said(outcome, *_linted(case))
     report = case.scanned()
     outcome = replace(
-        outcome,
-        **_said(report.verdicts, report.diagnoses),
+        _said(outcome, report.verdicts, report.diagnoses),
         flagged=report.summary.flagged,
         failed=has_findings(report, RulesSpec()),
         figures=_figures(report),
@@ -229,14 +227,15 @@ def _linted(case: Case) -> tuple[Sequence[Verdict], Sequence[Diagnosis]]:
     return verdicts, diagnose(verdicts, facts)
 
 
-def _said(verdicts: Sequence[Verdict], diagnoses: Sequence[Diagnosis]) -> dict[str, tuple[str, ...]]:
+def _said(outcome: Outcome, verdicts: Sequence[Verdict], diagnoses: Sequence[Diagnosis]) -> Outcome:
     errors = [one.cause for one in verdicts if one.outcome == "failed" and one.severity == "error"]
     consequences = [phrase.split(" in ")[0] for one in diagnoses for phrase in one.consequences]
-    return {
-        "named": tuple(dict.fromkeys(one.cause for one in diagnoses)),
-        "folded": tuple(dict.fromkeys(consequences)),
-        "errors": tuple(dict.fromkeys(errors)),
-    }
+    return replace(
+        outcome,
+        named=tuple(dict.fromkeys(one.cause for one in diagnoses)),
+        folded=tuple(dict.fromkeys(consequences)),
+        errors=tuple(dict.fromkeys(errors)),
+    )
 
 
 def _figures(report: Report) -> dict[str, float | None]:
