@@ -2,9 +2,9 @@
 
 A change counts where its 95% interval excludes zero and it is larger than a floor: 2 points of a metric that lies
 between 0 and 1, otherwise 2% of the value. Below that a change may be significant on enough samples, but it is no
-reason to act: two trainings of the same network differ by more. The floor of a loss is also 2% of what the network has
-learned, the distance to the loss of outputs that belong to other samples, since a loss close to 0 may double without
-any consequence.
+reason to act: two trainings of the same network differ by more. The floor of a loss is also 0.5% of what the network
+has learned, the distance to the loss of outputs that belong to other samples, since a loss close to 0 may double
+without any consequence.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ MODES = ("training", "inference")
 
 TOLERANCE = 2.0
 """A change is known to be no harm where its interval ends within this many floors."""
+
+PART_OF_LEARNED = 0.005
+"""The same for a loss, of the distance to the loss of other samples' outputs, which is large for a sure network."""
 
 SMALLEST = 1e-12
 """Keeps the floor of a loss of 0 above 0."""
@@ -240,4 +243,4 @@ def _floor(measure: str, values: Sequence[float], known: float | None) -> float:
     largest = max(map(abs, values))
     if measure == "metric":
         return FLOOR if all(0 <= value <= 1 for value in values) else FLOOR * largest
-    return max(FLOOR * max(largest, known or 0.0), SMALLEST)
+    return max(FLOOR * largest, PART_OF_LEARNED * (known or 0.0), SMALLEST)
