@@ -23,6 +23,10 @@ FEWEST_GROUPS = 4
 """The pool of samples must suffice for so many micro-batches, for random regrouping to say something."""
 
 
+FEWEST_BATCHES = 8
+"""With fewer micro-batches of training data, data shift is measured from their samples, where these are told apart."""
+
+
 @dataclass(frozen=True)
 class Attribution:
     """The decomposition of one layer's mismatch, as far as it is known."""
@@ -151,7 +155,10 @@ def _data_shift(evidence: Evidence, slots: list[Slot]) -> tuple[float | None, In
     """The held-out data as one batch against the training data, on the eval path."""
     if evidence.held_out is None or any(slot not in evidence.held_out.eval for slot in slots):
         return None, None
-    estimate = ladder.shift(_together(evidence.held_out.eval, slots), _together(evidence.eval, slots))
+    training = _together(evidence.eval, slots)
+    if evidence.eval.batches < FEWEST_BATCHES:
+        training = evidence.eval.by_sample(slots) or training
+    estimate = ladder.shift(_together(evidence.held_out.eval, slots), training)
     return max(estimate.value, 0.0), estimate.interval()
 
 

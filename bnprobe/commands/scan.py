@@ -210,7 +210,7 @@ def _probe(
         share = Share(world.rank, world.size)
         held_out = deal(spread(held_out, settings.seed, mixed=True), share)
         size, dealt, most = held_out.batch_size, held_out.dealt, held_out.most
-        held_out_reader = Reader(held_out.batches, size, keep, share, dealt, most)
+        held_out_reader = Reader(held_out.batches, size, keep, share, dealt, most, any_size=True)
     with session.installed():
         return probe(session, reader, settings, progress, held_out_reader, world)
 

@@ -628,6 +628,11 @@ class SamplePool(Statistic):
         parts = zip(self.slots, self.mean[held].split(widths, 1), self.variance[held].split(widths, 1), strict=True)
         return {slot: Images(mean, variance, replicate) for slot, mean, variance in parts}
 
+    def origins(self, table: CallTable) -> dict[Slot, Tensor]:
+        """For each call the mean (as d) that ``Images.mean`` is counted from, float64."""
+        widths = [stop - start for start, stop in (table.channels[slot] for slot in self.slots)]
+        return dict(zip(self.slots, self.origin.split(widths), strict=True)) if self.slots else {}
+
     @property
     def bytes(self) -> int:
         """Size of the moments of the samples that are held."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -192,6 +192,15 @@ class PathEvidence:
     def pool(self) -> dict[Slot, Images]:
         """Samples for regrouping, by call; empty if samples could not be told apart."""
         return self[SamplePool].samples(self._table)
+
+    def by_sample(self, slots: Sequence[Slot]) -> BatchSums | None:
+        """Sums over the samples in the pool, for calls of one layer; None if samples could not be told apart."""
+        pool, origins = self.pool(), self[SamplePool].origins(self._table)
+        if not all(slot in pool for slot in slots):
+            return None
+        mean = torch.cat([pool[slot].mean + origins[slot] for slot in slots])
+        variance = torch.cat([pool[slot].variance for slot in slots])
+        return BatchSums.of_samples(mean, variance, self.moments(slots[0]).eps)
 
     def reported(self, slots: list[Slot]) -> dict[str, Any]:
         """Results of statistics that are reported under their own names, for calls of one layer.

@@ -18,7 +18,7 @@ from torch import Tensor
 from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import OPENING
 from bnprobe.errors import UsageError, UserCodeError
-from bnprobe.measure.batch import CannotEmulateError, join, map_leaves, tensors_of, to_device
+from bnprobe.measure.batch import CannotEmulateError, join, map_leaves, pick, tensors_of, to_device
 from bnprobe.measure.hooks import Pass, Recorded, RowLayout, Slot
 from bnprobe.measure.memory import Chunks, Footprint, is_out_of_memory, plan_samples
 from bnprobe.measure.reader import Reader
@@ -289,14 +289,15 @@ def checked(session: Session, opening: list[Any], size: int, check: Check) -> tu
     """Run a check on the first micro-batches, which are measured afterwards; also what a sample takes in memory.
 
     Args:
-        opening: Two micro-batches of ``size`` samples, on the host; fewer cannot be compared.
+        opening: Two micro-batches of ``size`` samples, on the host. A single one says by its halves whether samples
+            are independent on the eval path.
 
     Raises:
         UserCodeError: The model raised, and not for want of autocast.
     """
     unknown = Footprint(0, 0)
     if len(opening) < OPENING:
-        return not_emulated("The data gives only one micro-batch."), unknown
+        return _checked_in_halves(session, opening, size), unknown
     try:
         return check(session, [to_device(batch, session.device) for batch in opening], size)
     except UserCodeError:
@@ -307,6 +308,18 @@ def checked(session: Session, opening: list[Any], size: int, check: Check) -> tu
         if not is_out_of_memory(error):
             raise
         return not_emulated("Two micro-batches do not fit into memory together."), unknown
+
+
+def _checked_in_halves(session: Session, opening: list[Any], size: int) -> Emulation:
+    reason, half = "The data gives only one micro-batch.", size // 2
+    if not opening or not half:
+        return not_emulated(reason)
+    parts = [pick(opening[0], list(range(start, start + half)), size) for start in (0, half)]
+    try:
+        emulation, _ = check_samples(session, [to_device(part, session.device) for part in parts], half)
+    except Exception:  # the micro-batch itself may still run
+        return not_emulated(reason)
+    return replace(emulation, reason=reason, check=None) if emulation.trusted else not_emulated(reason)
 
 
 def not_emulated(reason: str) -> Emulation:

@@ -22,7 +22,7 @@ class Reader:
     """Micro-batches as the loader gives them, in its order; of several processes, those of this one.
 
     Where all have ``batch_size`` samples, a last one that has fewer is left out, since a partial batch says nothing
-    about whole ones. Where a loader varies the size, all are given out.
+    about whole ones. Where a loader varies the size, or ``any_size`` may be measured, all are given out.
 
     Args:
         batches: The same in all processes, or where ``dealt`` only those that this one reads.
@@ -31,8 +31,10 @@ class Reader:
         share: Which micro-batches are its own.
         dealt: The loader gives only those that this process reads.
         most: Take at most so many, of all processes; None: as the scan decides.
+        any_size: Give out a partial last batch too, and micro-batches of one size at a time. It is not kept.
 
     Attributes:
+        samples_in: Tells how many samples a batch has; None: unknown.
         left_out: Samples of a partial last batch, which is not given out.
         exhausted: The loader has no more.
         kept: By position, for what is measured after the two paths.
@@ -47,8 +49,9 @@ class Reader:
         share: Share = EVERYTHING,
         dealt: bool = False,
         most: int | None = None,
+        any_size: bool = False,
     ) -> None:
-        self.batch_size, self.share, self.most = batch_size, share, most
+        self.batch_size, self.share, self.most, self.any_size = batch_size, share, most, any_size
         self.kept: dict[int, Any] = {}
         self.sizes: dict[int, int] = {}
         self.left_out = 0
@@ -56,11 +59,12 @@ class Reader:
         self._keep, self._dealt = keep, dealt
         self._next_position = 0
         self._indices = getattr(batches, "indices", None)
-        self._samples_in = getattr(batches, "samples_in", None) or SampleCount(asked=batch_size)
+        self.samples_in = getattr(batches, "samples_in", None) or SampleCount(asked=batch_size)
         self._batches = batches
         self._iterator: Iterator[Any] | None = None  # a loader starts its workers when it is first asked
         self._drawn: Any = _NONE
         self._ahead: list[tuple[int, Any]] = []
+        self._partial: int | None = None
 
     def take(self, count: int) -> list[Any]:
         """Up to ``count`` micro-batches of this process; fewer only at the end of the data.
@@ -70,10 +74,16 @@ class Reader:
             UserCodeError: The loader raised.
         """
         taken: list[Any] = []
+        size: int | None = None
         while len(taken) < count:
-            batch = self._own()
-            if batch is _END:
+            read = self._own()
+            if read is None:
                 break
+            position, batch = read
+            if self.any_size and size not in (None, self.sizes[position]):
+                self._ahead.insert(0, read)
+                break
+            size = self.sizes[position]
             taken.append(batch)
         return taken
 
@@ -98,18 +108,18 @@ class Reader:
 
     def fill(self) -> None:
         """Read on until the requested number of micro-batches is kept, or the data ends."""
-        while len(self.kept) < self.share.count(self._keep) and self._own() is not _END:
+        while len(self.kept) < self.share.count(self._keep) and self._own() is not None:
             pass
 
-    def _own(self) -> Any:
-        """The next micro-batch of this process, or the end."""
+    def _own(self) -> tuple[int, Any] | None:
+        """The next micro-batch of this process, and its position; None at the end."""
         while (read := self._ahead.pop(0) if self._ahead else self._read()) is not None:
             position, batch = read
             if self.share.owns(position):
-                if position < self._keep:
+                if position < self._keep and position != self._partial:
                     self.kept[position] = batch
-                return batch
-        return _END
+                return read
+        return None
 
     def _read(self) -> tuple[int, Any] | None:
         """The next micro-batch that there is, and its position; None at the end."""
@@ -121,12 +131,14 @@ class Reader:
             if batch is _END:
                 self._end()
                 return None
-            counted = self._samples_in(batch)
+            counted = self.samples_in(batch)
             samples = self.batch_size if counted is None else counted
         if samples < self.batch_size and position and not self.varies and self._is_last():
-            self.left_out = samples
-            self._end()
-            return None
+            if not self.any_size:
+                self.left_out = samples
+                self._end()
+                return None
+            self._partial = position
         self.sizes[position] = samples
         if self.share.reads(position):
             check_finite(batch, position + 1, self._indices)

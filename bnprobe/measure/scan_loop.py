@@ -10,8 +10,9 @@ from operator import add
 from typing import Any
 
 from bnprobe.config.spec import ScanSettings
-from bnprobe.distributed import ALONE, World
+from bnprobe.distributed import ALONE, Share, World
 from bnprobe.errors import BnprobeError, DataError, DeviceError, ProcessError, UsageError, UserCodeError
+from bnprobe.loading.samples import count_samples
 from bnprobe.measure.accumulators import Sums
 from bnprobe.measure.batch import CannotEmulateError, join, to_device
 from bnprobe.measure.evidence import Evidence, PathEvidence
@@ -77,15 +78,16 @@ def probe(
     """
     started = time.perf_counter()
     measurement = _prepare(session, reader, settings)
-    evidence = measurement.evidence
+    evidence, size = measurement.evidence, reader.batch_size
     ending, total = _measure_until_done(measurement, reader, settings, progress, world)
     if not ending.early:
         try:
-            wanted = _to_score(measurement, total, settings)
-            _score_more(wanted, measurement, reader, progress, world)
+            _score_more(_to_score(session, total, size, settings), measurement, reader, progress, world)
             reader.fill()
             if held_out is not None:
-                evidence.held_out = _measure_held_out(measurement, held_out, max(total, wanted), progress, world)
+                as_many = max(total, -(-total * size // held_out.batch_size))
+                wanted = _to_score(session, as_many, held_out.batch_size, settings)
+                evidence.held_out = _measure_held_out(measurement, held_out, wanted, progress, world)
         except CAUGHT as error:
             ending = ended_by(error, world)
     evidence.kept, evidence.left_out, evidence.sizes = reader.kept, reader.left_out, reader.own_sizes(evidence.batches)
@@ -130,20 +132,24 @@ def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measur
         {"train": path("train"), "eval": path("eval")},
         {other: PathEvidence("other sizes", other) for other in settings.batch_sizes},
     )
-    return Measurement(session, evidence, steady=path("steady"))
+    return Measurement(session, evidence, steady=path("steady"), samples_in=reader.samples_in)
 
 
 def _measure_held_out(
     measured: Measurement, reader: Reader, batches: int, progress: Progress, world: World
 ) -> Evidence:
-    """The eval path on as many micro-batches of held-out data as were measured, or on all that there are."""
+    """The eval path on so many micro-batches of held-out data, or on all that there are.
+
+    Samples are counted one by one where they are told apart: it does not matter in which batches they come.
+    """
     started = time.perf_counter()
     size, emulation = reader.batch_size, measured.evidence.batching.emulation
     at_once = max(1, measured.evidence.physical_batch // size) if emulation.trusted else 1
-    path = PathEvidence("held-out", size, reader.share)
+    samples = Share(reader.share.rank, reader.share.size, reader.share.run * size)
+    path = PathEvidence("held-out", 1, samples)
     evidence = Evidence(measured.session.layers, Batching(size, emulation, at_once), {"eval": path})
-    planned = batches if reader.most is None else reader.most
-    _measure(planned, Measurement(measured.session, evidence, random=False), reader, progress, world)
+    measurement = Measurement(measured.session, evidence, random=False, samples_in=reader.samples_in)
+    _measure(batches if reader.most is None else reader.most, measurement, reader, progress, world)
     reader.fill()
     evidence.kept, evidence.seconds = reader.kept, time.perf_counter() - started
     evidence.sizes = reader.own_sizes(evidence.batches)
@@ -200,18 +206,18 @@ def _measure(total: int, measurement: Measurement, reader: Reader, progress: Pro
         micro_batches = reader.take(min(evidence.batching.at_once, mine - evidence.batches))
         if not micro_batches:
             return ScanEnding("data_exhausted")
-        if reader.varies and evidence.batching.emulation.trusted:
+        if reader.varies and not reader.any_size and evidence.batching.emulation.trusted:
             measurement.refuse(CannotEmulateError(DIFFERENT_SIZES))
         measurement.step(micro_batches)
     progress(total, total)
     return ScanEnding()
 
 
-def _to_score(measurement: Measurement, measured: int, settings: ScanSettings) -> int:
+def _to_score(session: Session, measured: int, size: int, settings: ScanSettings) -> int:
     """Micro-batches of all processes that loss and metric are wanted of, where they are given."""
-    if settings.batches is not None or not measurement.session.functions.scores:
+    if settings.batches is not None or not session.functions.scores:
         return measured
-    return max(measured, min(-(-SCORED_SAMPLES // measurement.evidence.batch_size), settings.max_batches))
+    return max(measured, min(-(-SCORED_SAMPLES // size), settings.max_batches))
 
 
 def _score_more(total: int, measurement: Measurement, reader: Reader, progress: Progress, world: World) -> None:
@@ -267,12 +273,14 @@ class _Step:
         joined: The physical batch, on the device.
         apart: The same samples as real micro-batches, for loss and metric; none where neither is given.
         micro_batches: How many there are.
+        size: Samples in each of them.
         inputs: Positions of the tensors of the batch that the model was called on.
     """
 
     joined: Any
     apart: list[Any]
     micro_batches: int
+    size: int
     passes: dict[PathName, Pass] = field(default_factory=dict)
     outputs: dict[PathName, Any] = field(default_factory=dict)
     inputs: set[int] = field(default_factory=set)
@@ -287,12 +295,14 @@ class Measurement:
     Attributes:
         steady: What becomes evidence once the model is known to have random layers.
         random: Whether it has; None before the first step.
+        samples_in: Tells how many samples a micro-batch has.
     """
 
     session: Session
     evidence: Evidence
     steady: PathEvidence | None = None
     random: bool | None = None
+    samples_in: Callable[[Any], int | None] = count_samples
 
     def step(self, micro_batches: list[Any]) -> None:
         """Measure micro-batches that are not on the device yet, as one physical batch where that works.
@@ -369,26 +379,29 @@ class Measurement:
         return repeat if repeat > _DEVICE * device or repeat > _BEYOND_ROUNDING else 0.0
 
     def _eval_again(self, step: _Step) -> Any:
-        pass_ = self.evidence.batching.pass_over(step.micro_batches, "eval")
-        return self.session.forward("eval", step.joined, pass_)[0]
+        return self.session.forward("eval", step.joined, self._pass("eval", step))[0]
+
+    def _pass(self, path: PathName, step: _Step, per_sample: bool = False) -> Pass:
+        """Real batches of any size count as one of the usual size, unless their samples are told apart."""
+        batching = replace(self.evidence.batching, batch_size=step.size) if per_sample else self.evidence.batching
+        return batching.pass_over(step.micro_batches, path, per_sample=per_sample)
 
     def _step_of(self, micro_batches: list[Any]) -> _Step:
         device, scored = self.session.device, self.session.functions.scores
         apart = [to_device(batch, device) for batch in micro_batches] if scored else []
-        joined = to_device(join(micro_batches, self.evidence.batch_size), device)
-        return _Step(joined, apart, len(micro_batches))
+        size = self.samples_in(micro_batches[0]) or self.evidence.batch_size
+        return _Step(to_device(join(micro_batches, size), device), apart, len(micro_batches), size)
 
     def _forward(self, path: PathName, step: _Step) -> bool:
         """Run one path; return whether it drew random numbers, which is checked in the first step only."""
-        batching = self.evidence.batching
         before = random_state() if self.random is None else None
-        per_sample = path == "eval" and batching.emulation.trusted
-        step.passes[path] = batching.pass_over(step.micro_batches, path, per_sample=per_sample)
+        per_sample = path == "eval" and self.evidence.batching.emulation.trusted
+        step.passes[path] = self._pass(path, step, per_sample)
         step.outputs[path], recorded = self.session.forward(path, step.joined, step.passes[path])
         drew = before is not None and random_state() != before
         step.inputs |= {position for key in recorded for position in key}
         room = {measure: self.evidence.scores.room(measure, path) for measure in MEASURES}
-        step.scores |= score_outputs(self.session, path, step.apart, recorded, batching.batch_size, room)
+        step.scores |= score_outputs(self.session, path, step.apart, recorded, step.size, room)
         return drew
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bnprobe.errors import DataError
 from bnprobe.loading.model import BatchFunction, kind_of
+from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import CannotEmulateError, join, pick, to_device
 from bnprobe.measure.hooks import LayerStatistics, Pass
 from bnprobe.measure.physical_batch import Batching
@@ -125,7 +126,7 @@ def score_outputs(
     path: PathName,
     micro_batches: Sequence[Any],
     outputs: Outputs,
-    batch_size: int,
+    size: int,
     room: Mapping[Measure, int] | None = None,
 ) -> Found:
     """Loss and metric of micro-batches that a path was run on just now.
@@ -134,28 +135,29 @@ def score_outputs(
     batch's own tensors they get the output that is there already. So do single samples: they cost no forward pass.
 
     Args:
-        micro_batches: On the device, ``batch_size`` samples each.
+        micro_batches: On the device, ``size`` samples each.
         outputs: Of the model, for all of them.
         room: Samples to score one by one, by ``ScoreTable.room``; None: none.
     """
     found: Found = {}
-    total = batch_size * len(micro_batches)
-    for measure, function in (("loss", session.functions.loss), ("metric", session.functions.metric)):
+    total = size * len(micro_batches)
+    for measure in MEASURES:
+        function: BatchFunction | None = getattr(session.functions, measure)
         if function is None:
             continue
         left = (room or {}).get(measure, 0)
         rows = found[measure, path] = []
         for position, batch in enumerate(micro_batches):
-            start = position * batch_size
-            own = rows_of(outputs, start, start + batch_size, total)
-            value = session.call(path, measure, function, batch, own, Pass(batch_size, batch_size))
+            start = position * size
+            own = rows_of(outputs, start, start + size, total)
+            value = session.call(path, measure, function, batch, own, Pass(size, size))
             number = one_number(measure, function, value).to(session.device)
-            row = Scored(number, batch_size)
-            if batch_size <= left:
+            row = Scored(number, size)
+            if size <= left:
                 call = _caller(session, path, measure, function)
-                samples = score_samples(call, measure, function, batch, own, batch_size, number)
+                samples = score_samples(call, measure, function, batch, own, size, number)
                 row = replace(row, samples=samples, tried=True)
-                left = 0 if samples is None else left - batch_size
+                left = 0 if samples is None else left - size
             rows.append(row)
     return found
 
@@ -260,7 +262,8 @@ def score_batches(
         _, outputs = session.forward(path, to_device(join(chunk, batching.batch_size), session.device), pass_)
         apart = [to_device(batch, session.device) for batch in chunk]
         room = {measure: table.room(measure, path) for measure in MEASURES}
-        table.add(score_outputs(session, path, apart, outputs, batching.batch_size, room))
+        size = batching.batch_size if len(chunk) > 1 else count_samples(chunk[0]) or batching.batch_size
+        table.add(score_outputs(session, path, apart, outputs, size, room))
 
     batching.chunks(session.device).run(micro_batches, run)
     return table

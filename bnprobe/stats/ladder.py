@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bnprobe.stats.intervals import JackknifeEstimate, jackknife, leave_one_out
+from bnprobe.stats.intervals import REPLICATES, JackknifeEstimate, jackknife, leave_one_out
 from bnprobe.stats.moments import Corrections
 
 SUMS = ("d", "d_squared", "rho", "rho_r", "variance", "unbiased")
@@ -74,6 +74,35 @@ class BatchSums:
     variance: Float[Tensor, "replicates channels"]
     unbiased: Float[Tensor, "replicates channels"]
     eps: Float[Tensor, " channels"]
+
+    @classmethod
+    def of_samples(
+        cls, mean: Float[Tensor, "samples channels"], variance: Float[Tensor, "samples channels"], eps: Tensor
+    ) -> BatchSums:
+        """Sums over samples instead of micro-batches, which go to the replicates in turn.
+
+        For the eval path, where samples are independent: with few micro-batches their spread says little.
+
+        Args:
+            mean: As d.
+            variance: In units of the running variance, biased.
+            eps: As ``eps``.
+        """
+        mean, variance = mean.double(), variance.double()
+        scale = variance + eps
+        rho = variance / scale
+        rows = {
+            "d": mean,
+            "d_squared": mean.square(),
+            "rho": rho,
+            "rho_r": rho * scale.sqrt(),
+            "variance": variance,
+            "unbiased": variance,
+        }
+        replicate = torch.arange(mean.shape[0]) % REPLICATES
+        empty = mean.new_zeros(REPLICATES, mean.shape[1])
+        sums = {name: empty.index_add(0, replicate, values) for name, values in rows.items()}
+        return cls(counts=torch.bincount(replicate, minlength=REPLICATES).double(), eps=eps, **sums)
 
     def __add__(self, other: BatchSums) -> BatchSums:
         sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}

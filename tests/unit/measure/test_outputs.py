@@ -328,3 +328,38 @@ def test_what_is_no_number_is_refused_with_the_line_of_the_function(value: Any, 
 def test_what_is_one_number_is_taken(value: Any) -> None:
     output = scan(unsettled(Flat()), DATA, 4, num_batches=6, loss=lambda model, batch: value).summary.output
     assert output.loss.eval == pytest.approx(float(np.asarray(value).reshape(())))
+
+
+HELD_OUT = images(1, 22, 6)[0] * 2 + 1, torch.randint(0, 3, (22,), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("batches", [6, 1])
+@pytest.mark.parametrize("size", [4, 11, 30])
+def test_held_out_data_is_measured_whole_whatever_the_size_of_its_batches(size: int, batches: int) -> None:
+    """Also from one micro-batch of training data: the data shift has an interval over samples."""
+    model = unsettled(Flat())
+
+    def shifts(size: int) -> tuple[Any, list[Any]]:
+        parts = zip(*(part.split(size) for part in HELD_OUT), strict=True)  # an iterator keeps its order
+        report = scan(model, DATA[:batches], 4, evaluation=parts, loss=cross_entropy)
+        layers = [(layer.shares.data_shift, *layer.share_intervals.data_shift) for layer in report.layers]
+        return report.summary.gaps[0], layers
+
+    gap, layers = shifts(size)
+    assert (gap.samples, gap.held_out_samples) == (4 * batches, 22)
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        assert gap.held_out == pytest.approx(float(cross_entropy(twin, HELD_OUT)), rel=1e-5)
+    assert gap.generalization_interval is not None
+    np.testing.assert_allclose(layers, shifts(1)[1], rtol=1e-4)
+
+
+def test_loss_and_metric_go_on_after_the_layers_are_decided() -> None:
+    data = list(zip(images(80, 4, 6), torch.randint(0, 3, (80, 4)), strict=True))
+    model = unsettled(Flat())
+    gap = scan(model, data, 4, loss=cross_entropy, max_batches=70).summary.gaps[0]
+    assert gap.samples >= 256
+    exact = scan(model, data, 4, loss=cross_entropy, num_batches=gap.samples // 4).summary.gaps[0]
+    assert gap.inconsistency == pytest.approx(exact.inconsistency)
+    assert gap.inconsistency_interval == pytest.approx(exact.inconsistency_interval)
+    assert scan(model, data, 4, loss=cross_entropy, max_batches=20).summary.gaps[0].samples <= 80
