@@ -137,6 +137,12 @@ def overfitted(case: Case) -> Case:
     return case.drawn(images=2 * case.sampling.batch_size).trained(150, rate=1e-2)
 
 
+def padded_batches(case: Case) -> Case:
+    """Trained further on signals that are cut at random lengths and filled up with zeros, and served whole."""
+    ragged = functools.partial(shifts.ragged, shortest=2)
+    return replace(case, prepared=ragged, evaluated=on_inputs(shifts.lowered)).trained(100, rate=3e-3)
+
+
 def wrong_labels(case: Case) -> Case:
     """Held-out samples whose targets belong to others: worse, whatever batch normalization does."""
     return replace(case, evaluated=_with_other_targets)
@@ -184,6 +190,7 @@ CONTROLS: dict[str, Control] = {
         Control(side_head, ("plain", "residual", "mlp", "audio", "mixer")),
         Control(hardly_trained, CLASSIFIERS, healthy=False),
         Control(overfitted, CLASSIFIERS, healthy=False),
+        Control(padded_batches, ("audio",), healthy=False),
         Control(wrong_labels, CLASSIFIERS, healthy=False),
     )
 }

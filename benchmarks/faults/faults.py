@@ -197,12 +197,6 @@ def quantized(case: Case, strength: int) -> Case:
     return case
 
 
-def padded_batches(case: Case, strength: int) -> Case:
-    """Signals of other lengths are padded with zeros in training, and served whole."""
-    shortest = (6, 4, 2)[strength]
-    return replace(case, prepared=functools.partial(shifts.ragged, shortest=shortest)).trained(100, rate=3e-3)
-
-
 def momentum_convention(case: Case, strength: int) -> Case:
     """Momentum as other frameworks write it, in the last part of the training."""
     set_momentum(case.model, (0.9, 0.95, 0.99)[strength])
@@ -394,7 +388,6 @@ FAULTS: dict[str, Fault] = {
         Fault(eps_port, STALE),
         Fault(pruned, STALE),
         Fault(quantized, STALE),
-        Fault(padded_batches, ("lag", "data_shift"), ("audio",)),
         Fault(momentum_convention, ("momentum_convention",)),
         Fault(never_trained, ("never_trained",)),
         Fault(non_finite, ("non_finite",), strengths=_ONE),

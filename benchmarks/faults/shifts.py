@@ -67,9 +67,14 @@ def padded(side: int) -> Shift:
     return change
 
 
+def lowered(inputs: Tensor) -> Tensor:
+    """Values well below 0, like logarithms of energies."""
+    return inputs - 2
+
+
 def ragged(samples: Samples, shortest: int) -> Samples:
-    """Signals (N, C, T), cut at random lengths and filled up with zeros."""
+    """Signals (N, C, T) below 0, cut at random lengths and filled up with zeros."""
     generator = torch.Generator().manual_seed(4)
     steps = samples.inputs.shape[2]
     length = torch.randint(shortest, steps + 1, (len(samples), 1, 1), generator=generator)
-    return replace(samples, inputs=samples.inputs * (torch.arange(steps) < length))
+    return replace(samples, inputs=lowered(samples.inputs) * (torch.arange(steps) < length))

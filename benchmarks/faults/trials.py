@@ -167,8 +167,9 @@ def pair_trials() -> Iterator[Trial]:
 def control_trials() -> Iterator[Trial]:
     """Every control in a few networks of each kind of seeds, going round."""
     for turn, (seeds, control) in enumerate(itertools.product((LOOKED_AT, UNSEEN), CONTROLS.values())):
-        places = itertools.cycle(itertools.product(seeds, control.networks))
-        for seed, network in itertools.islice(places, 3 * turn, 3 * turn + CONTROL_PLACES):
+        places = list(itertools.product(seeds, control.networks))
+        for place in range(3 * turn, 3 * turn + min(CONTROL_PLACES, len(places))):
+            seed, network = places[place % len(places)]
             yield Trial((), network, seed, control=control.name)
 
 
