@@ -66,10 +66,10 @@ def closing(report: Report, command: str) -> Closing:
     flagged = worst_first(with_sign(report.layers, FLAGGED))
     undecided = worst_first(with_sign(report.layers, UNDECIDED))
     fine = with_sign(report.layers, FINE)
-    if flagged and _worst_severity(report) == "error":
-        return _flagged(report, flagged, command)
-    if flagged:
+    if flagged and report.verdicts and _worst_severity(report) != "error":
         return _harmless(report, flagged, command)
+    if flagged:
+        return _flagged(report, flagged, command)
     if undecided:
         return _undecided(report, undecided, command)
     return _clean(report, command) if fine else _nothing(report, command)

@@ -194,7 +194,7 @@ SCAN = Scan(
     seconds=1.84,
 )
 
-OUTPUT = Output(0.382, 0.125, 0.3127, PathValues(0.312, 1.94), PathValues(0.91, 0.64))
+OUTPUT = Output(0.382, 0.125, 0.3127, PathValues(0.312, 1.94), PathValues(0.91, 0.64), predicts_labels=True)
 
 
 def report(

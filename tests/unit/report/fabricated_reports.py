@@ -46,7 +46,7 @@ def healthy() -> Report:
     layers = [replace(made, composition=random, impact=Impact(0.001, None, None)) for made in layers]
     made = report(
         layers,
-        output=Output(0.014, 0.004, 0.00021, PathValues(0.0312, 0.0306), None),
+        output=Output(0.014, 0.004, 0.00021, PathValues(0.0312, 0.0306), None, predicts_labels=True),
         batch_size=32,
         batches=16,
         images=512,
