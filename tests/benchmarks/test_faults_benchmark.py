@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.faults import score
 from benchmarks.faults.calibration import Check, true_figures
-from benchmarks.faults.cases import Case, healthy_case
+from benchmarks.faults.cases import healthy_case
 from benchmarks.faults.controls import CONTROLS
 from benchmarks.faults.damage import Damage, damage_of, served
 from benchmarks.faults.faults import FAULTS, STRENGTHS
@@ -63,10 +63,14 @@ def test_a_planted_fault_shows_in_a_direct_measure_and_a_healthy_case_does_not(f
 
 def test_a_healthy_case_lost_nothing_and_a_stronger_fault_costs_more() -> None:
     healthy = damage_of(healthy_case(QUICK, seed=1))
-    assert healthy is not None and healthy.lost == 0 and not healthy.is_damaged
+    assert healthy is not None
+    assert healthy.lost == 0
+    assert not healthy.is_damaged
     mild, strong = (damage_of(build(Trial(("brightness",), QUICK, 1, strength))) for strength in (0, 2))
-    assert mild is not None and strong is not None
-    assert strong.is_damaged and strong.lost > mild.lost
+    assert mild is not None
+    assert strong is not None
+    assert strong.is_damaged
+    assert strong.lost > mild.lost
 
 
 def test_what_a_network_lost_to_other_data_is_not_counted() -> None:
@@ -92,10 +96,13 @@ def test_recalibration_is_carried_out_where_the_first_diagnosis_asks_for_it() ->
     case = build(Trial(("statistics_of_other_data",), QUICK, 1))
     before = damage_of(case)
     followed = follow(case, case.scanned(16))
-    assert followed.action == "recalibrate" and followed.case is not None
+    assert followed.action == "recalibrate"
+    assert followed.case is not None
     after = damage_of(followed.case)
-    assert before is not None and after is not None
-    assert before.is_damaged and not after.is_damaged
+    assert before is not None
+    assert after is not None
+    assert before.is_damaged
+    assert not after.is_damaged
     assert damage_of(case) == before  # a copy was repaired
 
 
@@ -170,7 +177,8 @@ def test_there_are_as_many_cases_as_asked_for() -> None:
     assert {trial.control for trial in controls} == CONTROLS.keys()
     assert {trial.planted for trial in pairs if trial.is_scored} == set(PAIRS)
     assert len({trial.network for trial in singles}) >= 10
-    assert len(singles) >= 300 and len(controls) >= 120
+    assert len(singles) >= 300
+    assert len(controls) >= 120
     for trial in (*singles, *controls):
         place = FAULTS[trial.planted[0]].networks if trial.planted else CONTROLS[trial.control].networks
         assert trial.network in place
@@ -257,7 +265,9 @@ def test_blame_for_what_batch_normalization_did_not_do_is_counted() -> None:
 def test_a_trial_runs_from_the_fault_to_what_the_remedy_gives(fault: str, cause: str) -> None:
     found = run(Trial((fault,), QUICK, 1))
     assert found.problem is None
-    assert found.is_damaged and found.failed and found.named[0] == cause
+    assert found.is_damaged
+    assert found.failed
+    assert found.named[0] == cause
     assert score.is_back(found)
 
 
