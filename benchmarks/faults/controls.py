@@ -179,7 +179,7 @@ CONTROLS: dict[str, Control] = {
         Control(cumulative_average),
         Control(weak_dropout),
         Control(batches_of_32),
-        Control(heavy_tails, ("mlp", "audio", "points", "generator")),
+        Control(heavy_tails, ("audio", "points", "generator")),
         Control(noisy_training),
         Control(slight_shift),
         Control(small_evaluation),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -288,3 +292,19 @@ def test_the_model_file_functions_take_a_batch() -> None:
     case = healthy_case(QUICK, seed=1)
     value: Tensor = case.loss(case.model, next(iter(case.batches())))
     assert value.shape == ()
+
+
+def test_the_quick_run_writes_its_results(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.faults", "--quick", "--processes", "1", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    results = (tmp_path / "RESULTS.md").read_text()
+    for heading in ("Goals", "By fault", "By remedy", "Controls", "What was named first", "Misses", "Calibration"):
+        assert f"\n## {heading}" in results
+    outcomes = json.loads((tmp_path / "results.json").read_text())["outcomes"]
+    trials = [one["trial"] for one in outcomes]
+    assert {trial["network"] for trial in trials} == {"mlp", "audio"}
+    assert any(trial["planted"] for trial in trials)
+    assert any(trial["control"] for trial in trials)
+    assert [one["problem"] for one in outcomes] == [None] * len(outcomes)
+    healthy = [one for one in outcomes if one["trial"]["control"] and CONTROLS[one["trial"]["control"]].healthy]
+    assert not any(one["failed"] for one in healthy)
