@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from bnprobe.config.targets import TARGETS
+from bnprobe.measure.scores import MEASURES, Measure, ScoreTable
 from bnprobe.records import Arm, Conclusion, Estimate, Interval, Proof, RepairRecord, Run
 from bnprobe.stats.intervals import CONFIDENCE, t_quantile
+from bnprobe.stats.scores import paired_difference
 
 AS_IS, RECALIBRATED = "as is", "recalibrated"
 CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN recalibrated after"
 """Names of the arms without a repair. The last two are baselines: plain BN, trained like the repair."""
 
-Measure = Literal["loss", "metric"]
 Goal = Literal["max", "min"]
 
 
@@ -56,15 +57,54 @@ def gain_over(repaired: Arm, control: Arm, measure: Measure, goal: Goal) -> Esti
     return mean_estimate([None if one is None or other is None else sign * (one - other) for one, other in scores])
 
 
+def paired_gain(after: ScoreTable, before: ScoreTable, measure: Measure, goal: Goal) -> Estimate | None:
+    """After minus before on the same samples, at inference; positive is better. None: a score is missing."""
+    one, other = after.scores(measure, "eval"), before.scores(measure, "eval")
+    if one is None or other is None:
+        return None
+    found = paired_difference(one, other, shared=False)
+    if goal == "max" or found.interval is None:
+        return found if goal == "max" else Estimate(-found.mean, None)
+    low, high = found.interval
+    return Estimate(-found.mean, (-math.inf if high is None else -high, -low))
+
+
+def unit_of(after: ScoreTable, before: ScoreTable, measure: Measure) -> Literal["sample", "batch"]:
+    """What ``paired_gain`` pairs by."""
+    sides = [table.scores(measure, "eval") for table in (after, before)]
+    return "sample" if all(side is not None and side.samples is not None for side in sides) else "batch"
+
+
+def is_surely_worse(after: ScoreTable, before: ScoreTable, goal: Goal, assumed: bool = False) -> bool:
+    """Whether a model is significantly worse (95%) than another one on the same samples.
+
+    In the metric, or in the loss while the metric is no better. A score that is no longer finite is worse.
+
+    Args:
+        after, before: Scores at inference.
+        goal: Whether a larger or a smaller metric is better.
+        assumed: The user did not say so: a loss that is surely better overrules the metric.
+    """
+    if any(_is_lost(after, before, measure) for measure in MEASURES):
+        return True
+    metric, loss = (_standing(paired_gain(after, before, *each)) for each in (("metric", goal), ("loss", "min")))
+    if metric == "worse":
+        return not (assumed and loss == "better")
+    return loss == "worse" and metric != "better"
+
+
+def _is_lost(after: ScoreTable, before: ScoreTable, measure: Measure) -> bool:
+    return before.scores(measure, "eval") is not None and after.scores(measure, "eval") is None
+
+
+def _standing(gain: Estimate | None) -> Conclusion:
+    return "undecided" if gain is None or gain.interval is None else verdict(gain.mean, gain.interval)
+
+
 def conclude(
-    arms: Mapping[str, Arm], repaired: Arm, control: Arm | None, gain: Estimate | None, measure: Measure
+    arms: Mapping[str, Arm], repaired: Arm, control: Arm, gain: Estimate | None, measure: Measure
 ) -> tuple[Conclusion, str]:
     """The conclusion, and a sentence or two that explain it."""
-    if control is None:
-        return (
-            "not_compared",
-            "Nothing was trained, so there is no baseline. Add --finetune to measure a gain.",
-        )
     for arm in (repaired, control):
         note = next((run.note for run in arm.runs if run.ending == "diverged"), None)
         if note is not None:
@@ -73,9 +113,11 @@ def conclude(
     means = {name: getattr(arms[name], measure) for name in names if name in arms}
     listed = ", ".join(f"{name} {value.mean:.3g}" for name, value in means.items() if value is not None)
     conclusion, sentence = _judge(gain, control, len(repaired.runs))
-    start = [arm.name for arm in (repaired, control) if all(run.best_step == 0 for run in arm.runs)]
+    trained = [arm for arm in (repaired, control) if arm.trained]
+    start = [arm.name for arm in trained if all(run.best_step == 0 for run in arm.runs)]
     stood = f" {' and '.join(start)}: training did not improve the held-out score." if start else ""
-    return conclusion, f"Held-out {measure}: {listed}. {sentence}{stood}"
+    untrained = "" if repaired.trained else " Nothing was trained: --finetune measures what that gains."
+    return conclusion, f"{measure.capitalize()}: {listed}. {sentence}{stood}{untrained}"
 
 
 def verdict(gain: float, interval: Interval) -> Literal["better", "same", "worse"]:
@@ -92,27 +134,27 @@ def _judge(gain: Estimate | None, control: Arm, runs: int) -> tuple[Conclusion, 
     if gain.interval is None:
         return _single(gain.mean, control, runs)
     low, high = gain.interval
-    interval = f"95% interval {low:+.2g} to {gain.mean if high is None else high:+.2g}"
+    over = "" if runs > 1 else " over the samples"
+    interval = f"95% interval{over} {low:+.2g} to {gain.mean if high is None else high:+.2g}"
     word = verdict(gain.mean, gain.interval)
+    chance = " One run of each: --seeds 5 covers the chance of training too." if runs == 1 and control.trained else ""
     if word == "same":
-        more = "" if gain.mean <= 0 else " More runs (--seeds) would narrow the interval."
+        more = " More runs (--seeds) would narrow the interval." if gain.mean > 0 and runs > 1 else chance
         return word, f"No significant gain over {control.name} ({gain.mean:+.2g}, {interval}).{more}"
-    return word, f"The repair is significantly {word} than {control.name}, by {abs(gain.mean):.2g} ({interval})."
+    return (
+        word,
+        f"The repair is significantly {word} than {control.name}, by {abs(gain.mean):.2g} ({interval}).{chance}",
+    )
 
 
 def _single(gain: float, control: Arm, runs: int) -> tuple[Conclusion, str]:
-    """The conclusion without an interval: from one run, or runs that all differ by the same."""
+    """The conclusion without an interval: all samples, or all runs, differ by the same."""
     if gain == 0:
-        return "same", f"{control.name} scores the same. More runs (--seeds) would show how certain that is."
-    if runs > 1:
-        return "undecided", (
-            f"All runs differ from {control.name} by exactly {gain:+.2g}, so no interval can be computed. Use more"
-            " held-out samples or more --seeds."
-        )
-    direction = "ahead of" if gain > 0 else "behind"
+        return "same", f"{control.name} scores the same."
+    what = "runs" if runs > 1 else "samples"
     return "undecided", (
-        f"The repair is {direction} {control.name}, but one run of each cannot distinguish a gain from chance. Add"
-        " --seeds 5."
+        f"All {what} differ from {control.name} by exactly {gain:+.2g}, so no interval can be computed. Use more"
+        " held-out samples or more --seeds."
     )
 
 

@@ -92,13 +92,17 @@ def _shares(
     alone = evidence.batch_size == 1  # one sample per batch has no composition
     drawn = None if alone else _drawn(evidence, slots, pool, means, counts)
     noise = 0.0 if drawn is None else drawn.chance
-    floor = rungs[-1] if drawn is None else ladder.mismatch_drawn(means, drawn, values, way)
+    mixed = None if drawn is not None else _mixed(evidence, slots)
+    if drawn is not None:
+        floor = ladder.mismatch_drawn(means, drawn, values, way)
+    else:
+        floor = rungs[-1] if mixed is None else ladder.mismatch(mixed, ladder.settled(mixed, values, way))
     lag, dropout, propagation, composition = (
         jackknife(one - other, counts) for one, other in zip(rungs, [*rungs[1:], floor], strict=True)
     )
     small_batch = jackknife(floor, counts)
     shift, shift_interval = _data_shift(evidence, slots)
-    known = alone or drawn is not None
+    known = alone or drawn is not None or mixed is not None or evidence.random_order
     shares = Shares(
         small_batch=small_batch.value,
         composition=composition.value if known else None,
@@ -109,7 +113,7 @@ def _shares(
     )
     intervals = ShareIntervals(
         small_batch=small_batch.interval(noise),
-        composition=None if drawn is None else composition.interval(noise),
+        composition=None if drawn is None and mixed is None else composition.interval(noise),
         lag=lag.interval(),
         dropout=None if evidence.steady is None or nearest > 0 else dropout.interval(),
         propagation=None if nearest > 1 else propagation.interval(),
@@ -149,6 +153,13 @@ def _drawn(
         return None
     squares = sum((evidence.eval.sample_squares(slot) for slot in slots), start=torch.zeros(()))
     return draw(means, counts, squares, images, evidence.batch_size, seed=0)
+
+
+def _mixed(evidence: Evidence, slots: list[Slot]) -> Means | None:
+    """What batches drawn at random gave for the calls of a layer; None where none were measured."""
+    if evidence.mixed is None or any(slot not in evidence.mixed.eval for slot in slots):
+        return None
+    return _together(evidence.mixed.eval, slots).means()
 
 
 def _data_shift(evidence: Evidence, slots: list[Slot]) -> tuple[float | None, Interval | None]:

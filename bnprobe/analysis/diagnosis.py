@@ -47,8 +47,8 @@ def judge(facts: Facts, rules: RulesSpec, among: Iterable[Rule] = RULES) -> tupl
         UsageError: A code or prefix fits no rule.
     """
     places = {anatomy.name: anatomy.location for anatomy in facts.anatomy}
-    verdicts = [verdict for rule in selected(rules, among) for verdict in rule.judge(facts)]
-    tried = [_not_contradicted(verdict, facts) for verdict in _rooted(verdicts, facts)]
+    judged = [_weighed(verdict, rule, facts) for rule in selected(rules, among) for verdict in rule.judge(facts)]
+    tried = [_not_contradicted(verdict, facts) for verdict in _rooted(judged, facts)]
     placed = (replace(verdict, location=places.get(verdict.layer or "")) for verdict in tried)
     return tuple(_exempted(verdict, rules.exempt, facts) for verdict in placed)
 
@@ -81,6 +81,12 @@ def diagnose(
     known = impacts or {}
     made = [finding.ranked(known.get(finding.layers)) for finding in _joined(verdicts, facts)]
     return tuple(diagnosis for _, diagnosis in sorted(made, key=lambda pair: pair[0]))
+
+
+def _weighed(verdict: Verdict, rule: Rule, facts: Facts) -> Verdict:
+    """The verdict; what was measured on synthetic inputs is a remark, since the weights were trained on other data."""
+    noise = facts.scan is not None and facts.scan.synthetic and rule.needs != "model"
+    return replace(verdict, severity="info") if noise and verdict.outcome == "failed" else verdict
 
 
 def _exempted(verdict: Verdict, exemptions: Sequence[RuleExemption], facts: Facts) -> Verdict:
@@ -319,15 +325,21 @@ def lint_has_findings(report: LintReport) -> bool:
 
 
 def has_findings(report: Report, rules: RulesSpec) -> bool:
-    """Whether a cause is an error, or a layer is flagged without an explanation by any rule.
+    """Whether a cause is an error, or a layer is flagged without an explanation by any rule; never on synthetic inputs.
 
-    Warnings do not count: what only looks like a mistake was measured to be harmless. A flagged layer whose rules the
-    user ignores or exempts is accepted, and so is one where loss and metric are known to be no worse at inference.
+    Warnings do not count: what only looks like a mistake was measured to be harmless. Remarks explain nothing. A
+    flagged layer whose rules the user ignores or exempts is accepted, and so is one where loss and metric are known to
+    be no worse at inference.
     """
-    errors = any(verdict.outcome == "failed" and verdict.severity == "error" for verdict in report.verdicts)
+    if report.scan.synthetic:
+        return False
+    failed = [verdict for verdict in report.verdicts if verdict.outcome == "failed"]
+    if any(verdict.severity == "error" for verdict in failed):
+        return True
+    if effect.inconsistency(report.summary.gaps, report.summary.chance).is_no_worse:
+        return False
     excused = {verdict.layer for verdict in report.verdicts if verdict.message.startswith(EXEMPT)}
-    explained = {verdict.layer for verdict in report.verdicts if verdict.outcome == "failed"} | excused
+    explained = {verdict.layer for verdict in failed if verdict.severity != "info"} | excused
+    left = {layer.name for layer in report.layers if layer.flagged and layer.name not in explained}
     narrowed = bool(rules.select or rules.ignore)
-    if errors or narrowed or effect.inconsistency(report.summary.gaps, report.summary.chance).is_no_worse:
-        return errors
-    return any(layer.flagged and layer.name not in explained for layer in report.layers)
+    return bool(left & {verdict.layer for verdict in failed} if narrowed else left)

@@ -16,7 +16,7 @@ from bnprobe.errors import OutputError, UsageError
 from bnprobe.files import has_mark, not_own, require_new, require_writable, unfinished, write_all
 from bnprobe.records import RepairRecord, Report
 from bnprobe.report.json import dump
-from bnprobe.report.repair import Files
+from bnprobe.report.repair import Files, worse_than_as_is
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,13 +73,15 @@ class Artifacts:
         weights: dict[str, Tensor],
         before: Report | None,
         after: Report | None,
-    ) -> RepairRecord:
+    ) -> tuple[RepairRecord, Files]:
         """Write all files or none, then remove the saved state.
 
-        A report or log that an earlier run wrote but this one does not is removed. A file of the user's stays.
+        Weights that are surely worse than those as loaded are written only with ``force``: otherwise nothing is, and
+        the saved state stays. A report or log that an earlier run wrote but this one does not is removed. A file of the
+        user's stays.
 
         Returns:
-            The record with the name and the digest of the weights.
+            The record with the name and the digest of the weights, and the names of the files beside them.
 
         Raises:
             OutputError: The files could not be written, e.g. because something has appeared in their place since
@@ -89,6 +91,9 @@ class Artifacts:
 
         from bnprobe.training import StateFolder
 
+        if record.proof is not None and record.proof.surely_worse and not self._force:
+            print(f"Nothing was written: {worse_than_as_is(record)}", file=sys.stderr)
+            return record, Files()
         self.check(resume=True)
         content = save(weights, _mark(record))
         record = replace(record, weights=str(self.weights), weights_sha256=hashlib.sha256(content).hexdigest())
@@ -106,9 +111,9 @@ class Artifacts:
             state.remove()
             if self.state.exists():
                 print(f"{self.state} was kept because it contains files that bnprobe did not write.", file=sys.stderr)
-        return record
+        return record, self._written(before, after)
 
-    def files(self, before: Report | None, after: Report | None) -> Files:
+    def _written(self, before: Report | None, after: Report | None) -> Files:
         """Names of the files beside the weights, for the report."""
         return Files(
             record=str(self.record),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ def convert(
     context: typer.Context,
     target: options.Target,
     checkpoint: options.Checkpoint = None,
+    key: options.Key = None,
+    strip_prefix: options.StripPrefix = None,
+    model_arg: options.ModelArg = None,
     unsafe_load: options.UnsafeLoad = False,
     batch_size: options.BatchSize = None,
     seed: options.Seed = None,
@@ -77,11 +80,7 @@ def convert(
         ),
         options.Sets("repair.require"),
     ] = None,
-    goal: Annotated[
-        Literal["max", "min"] | None,
-        options.option(PROOF, "--goal", "Whether a larger or a smaller metric is better: max (default), min.", "NAME"),
-        options.Sets("repair.goal"),
-    ] = None,
+    goal: options.Goal = None,
     batches: options.Batches = None,
     max_batches: options.MaxBatches = None,
     device: options.Device = None,
@@ -99,14 +98,15 @@ def convert(
             metavar="FILE",
         ),
     ] = None,
-    force: Annotated[bool, options.option(options.REPORT, "--force", "Replace outputs that exist.")] = False,
+    force: options.Force = False,
     format_: options.ReportFormat = options.TERMINAL,
     show_all: options.ShowAll = False,
 ) -> None:
     """Convert the layers that a scan flags, fine-tune, measure the gain over plain BN, and write deployable weights.
 
-    Exit codes: 0 repaired, or nothing to repair; 1 --check found layers, a requirement is not met, or training
-    diverged; 2 error in usage, spec or your code; 3 nothing could be probed, or training was stopped.
+    Exit codes: 0 repaired, or nothing to repair; 1 --check found layers, a requirement is not met, training diverged,
+    or the weights score worse than as loaded and were not written; 2 error in usage, spec or your code; 3 nothing could
+    be probed, or training was stopped.
     """
     from bnprobe.config.load import build_spec
     from bnprobe.records import Plan
@@ -117,7 +117,7 @@ def convert(
     if layers and report:
         raise UsageError("--layers and --report both select the layers to convert: give one.")
     if not finetune:
-        _refuse_untrained(steps=steps, epochs=epochs, lr=rate, seeds=seeds, goal=goal, resume=resume)
+        _refuse_untrained(steps=steps, epochs=epochs, lr=rate, seeds=seeds, resume=resume)
     spec = _with_rate(_with_length(build_spec(target, given), steps, epochs), rate)
     if check or dry_run:
         render = renderer(format_, Plan)
@@ -205,9 +205,8 @@ def _repair(
     if repaired is None:
         print("No layer needs repair: nothing was changed or written.", file=sys.stderr)
         return EXIT_CLEAN
-    record = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
-    files = artifacts.files(repaired.before, repaired.after)
+    record, files = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
     deliver(RepairReport(record, repaired.before, repaired.after, files), render, show_all=show_all)
     from bnprobe.analysis.comparison import is_proven
 
-    return EXIT_CLEAN if is_proven(record) else EXIT_FINDINGS
+    return EXIT_CLEAN if is_proven(record) and record.weights is not None else EXIT_FINDINGS

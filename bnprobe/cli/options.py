@@ -93,6 +93,26 @@ def codes(given: list[str]) -> list[str]:
     return [code.strip() for item in given for code in item.split(",") if code.strip()]
 
 
+def arguments(given: list[str]) -> dict[str, Any]:
+    """Keyword arguments: ``depth=50`` is a number, ``name=r50`` a text, as in YAML.
+
+    Raises:
+        UsageError: One has no "=", or no name before it.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise UsageError(f"--model-arg takes NAME=VALUE, e.g. depth=50, but got {item!r}.")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            found[name.strip()] = value
+    return found
+
+
 TERMINAL = "terminal"
 """The format of a report unless another is asked for."""
 
@@ -107,12 +127,27 @@ Target = Annotated[
 ]
 Checkpoint = Annotated[
     str | None,
-    option(MODEL, "--checkpoint", "Weights: safetensors, or a state dict for torch.load.", "FILE"),
+    option(MODEL, "--checkpoint", "Weights: a file of safetensors or torch.save, or a folder with one.", "PATH"),
     Sets("checkpoint.path"),
+]
+Key = Annotated[
+    str | None,
+    option(MODEL, "--key", "Where the weights are in --checkpoint, e.g. model_ema (default: what fits best).", "KEY"),
+    Sets("checkpoint.key"),
+]
+StripPrefix = Annotated[
+    str | None,
+    option(MODEL, "--strip-prefix", "Remove this prefix from the names in --checkpoint, e.g. encoder.", "PREFIX"),
+    Sets("checkpoint.strip_prefix"),
+]
+ModelArg = Annotated[
+    list[str] | None,
+    option(MODEL, "--model-arg", "Argument of the function that makes the model, e.g. depth=50; repeatable.", "K=V"),
+    Sets("model.args", arguments),
 ]
 UnsafeLoad = Annotated[
     bool,
-    option(MODEL, "--unsafe-load", "Let --checkpoint run pickled code, with your permissions."),
+    option(MODEL, "--unsafe-load", "Let --checkpoint run pickled code, with your permissions (seldom needed)."),
     Sets("checkpoint.unsafe_load"),
 ]
 BatchSize = Annotated[
@@ -182,6 +217,15 @@ Ignore = Annotated[
     list[str] | None,
     option(JUDGE, "--ignore", "No rule of this code or prefix; repeatable.", "CODE"),
     Sets("rules.ignore", codes),
+]
+Goal = Annotated[
+    Literal["max", "min"] | None,
+    option(RUN, "--goal", "Whether a larger or a smaller metric is better: max (default), min.", "NAME"),
+    Sets("repair.goal"),
+]
+Force = Annotated[
+    bool,
+    option(REPORT, "--force", "Replace outputs that exist; write weights even if they score worse than as loaded."),
 ]
 ReportFormat = Annotated[
     str,

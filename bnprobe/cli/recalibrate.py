@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnprobe.cli import options
-from bnprobe.config import StatisticsPath
+from bnprobe.config import PathChoice
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS
 
 if TYPE_CHECKING:
@@ -32,18 +32,22 @@ def recalibrate(
         ),
     ],
     checkpoint: options.Checkpoint = None,
+    key: options.Key = None,
+    strip_prefix: options.StripPrefix = None,
+    model_arg: options.ModelArg = None,
     unsafe_load: options.UnsafeLoad = False,
     batch_size: options.BatchSize = None,
     seed: options.Seed = None,
     path: Annotated[
-        StatisticsPath,
+        PathChoice,
         options.option(
             RECALIBRATION,
             "--path",
-            "train: one pass, large batches; eval: one pass per layer, using the new statistics of earlier layers.",
+            "train: one pass, large batches; eval: one pass per layer, using the new statistics of earlier layers;"
+            " auto: train, or the better of both where samples cannot be mixed.",
             "NAME",
         ),
-    ] = "train",
+    ] = "auto",
     batches: Annotated[
         int | None,
         typer.Option(
@@ -54,6 +58,7 @@ def recalibrate(
         list[str] | None,
         options.option(RECALIBRATION, "--layers", "Only layers whose name matches; repeatable.", "GLOB"),
     ] = None,
+    goal: options.Goal = None,
     max_batches: options.MaxBatches = None,
     device: options.Device = None,
     autocast: options.Autocast = None,
@@ -62,15 +67,15 @@ def recalibrate(
     exclude: options.Exclude = None,
     select: options.Select = None,
     ignore: options.Ignore = None,
-    force: Annotated[bool, options.option(options.REPORT, "--force", "Replace outputs that exist.")] = False,
+    force: options.Force = False,
     format_: options.ReportFormat = options.TERMINAL,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
     """Recalibrate the running statistics of BN layers on training data, without training; scan before and after.
 
-    Exit codes: 0 clean, 1 findings in the recalibrated model, 2 error in usage, spec or your code, 3 nothing could be
-    recalibrated.
+    Exit codes: 0 clean; 1 findings in the recalibrated model, or it scores worse than as loaded and was not written;
+    2 error in usage, spec or your code; 3 nothing could be recalibrated.
     """
     from bnprobe.analysis.diagnosis import has_findings
     from bnprobe.cli.artifacts import Artifacts
@@ -87,14 +92,15 @@ def recalibrate(
     spec = build_spec(target, given)
     selected(spec.rules)  # report a wrong code before torch is imported
     repaired = _recalibrate(spec, path, tuple(layers or ()), batches)
-    record = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
-    files = artifacts.files(repaired.before, repaired.after)
+    record, files = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
     deliver(RepairReport(record, repaired.before, repaired.after, files), render, show_all=show_all)
+    if record.weights is None:
+        raise typer.Exit(EXIT_FINDINGS)
     flagged = repaired.after is not None and has_findings(repaired.after, spec.rules)
     raise typer.Exit(EXIT_FINDINGS if flagged and not exit_zero else EXIT_CLEAN)
 
 
-def _recalibrate(spec: Spec, path: StatisticsPath, layers: tuple[str, ...], batches: int | None) -> Repaired:
+def _recalibrate(spec: Spec, path: PathChoice, layers: tuple[str, ...], batches: int | None) -> Repaired:
     from bnprobe.cli.console import progress_bar, typed_command
     from bnprobe.cli.processes import share_processors
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ def scan(
     context: typer.Context,
     target: options.Target,
     checkpoint: options.Checkpoint = None,
+    key: options.Key = None,
+    strip_prefix: options.StripPrefix = None,
+    model_arg: options.ModelArg = None,
     unsafe_load: options.UnsafeLoad = False,
     batch_size: options.BatchSize = None,
     input_shape: options.InputShape = None,
@@ -38,7 +41,7 @@ def scan(
     no_emulate: options.NoEmulate = False,
     what_if: Annotated[
         bool,
-        options.option(FURTHER, "--what-if", "Measure on held-out data what remedies without training gain."),
+        options.option(FURTHER, "--what-if", "Try remedies without training, in larger batches too."),
         options.Sets("scan.what_if"),
     ] = False,
     train_steps: Annotated[
@@ -51,13 +54,7 @@ def scan(
         options.option(FURTHER, "--gradients", "Measure the noise of the backward pass; needs loss()."),
         options.Sets("scan.gradients"),
     ] = False,
-    goal: Annotated[
-        Literal["max", "min"] | None,
-        options.option(
-            options.RUN, "--goal", "Whether a larger or a smaller metric is better: max (default), min.", "NAME"
-        ),
-        options.Sets("repair.goal"),
-    ] = None,
+    goal: options.Goal = None,
     threshold: options.Threshold = None,
     include: options.Include = None,
     exclude: options.Exclude = None,

@@ -19,7 +19,9 @@ from bnprobe.analysis.comparison import (
     conclude,
     control_of,
     gain_over,
+    is_surely_worse,
     make_arm,
+    paired_gain,
 )
 from bnprobe.commands.held_out import HeldOut
 from bnprobe.commands.recalibrate import recalibrate_loaded
@@ -34,7 +36,9 @@ from bnprobe.loading.optimizer import load_optimizer, load_schedule
 from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.layers import ROOT
 from bnprobe.measure.restore import preserved_random_state, seed_everything
+from bnprobe.measure.scores import Measure, ScoreTable
 from bnprobe.measure.session import autocast_dtype, device_named
+from bnprobe.numbers import number
 from bnprobe.records import Arm, Plan, Proof, Run, TrainingStep
 from bnprobe.repairs import apply
 from bnprobe.training import Job, StateFolder, length_of, train
@@ -52,7 +56,8 @@ class Subject:
 
     Attributes:
         model: The model as loaded, on its device. No arm changes it.
-        start: The model that is converted and trained: ``model``, or a copy with recalibrated running statistics.
+        start: The model that is converted and trained: ``model``, or ``copy``.
+        copy: A copy with recalibrated running statistics; None: there is none.
         recalibrated: Names of the layers that were recalibrated in ``start``.
         recalibrate: Recalibrates a model in place; None: this is not wanted, or not possible.
         training: Micro-batches to train on; None: nothing is trained.
@@ -65,6 +70,7 @@ class Subject:
 
     model: nn.Module
     start: nn.Module
+    copy: nn.Module | None
     recalibrated: tuple[str, ...]
     recalibrate: Callable[[nn.Module], Any] | None
     training: BatchSource | None
@@ -150,6 +156,9 @@ def require_measurable(spec: Spec, workload: Workload, finetune: bool) -> None:
 def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subject, list[str]]:
     """Move the model to its device, recalibrate a copy, and read the held-out data, split in two for model selection.
 
+    The repair starts from the recalibrated copy unless its scores are surely worse than those of the model as loaded,
+    which may have been trained with the running statistics that it has.
+
     Returns:
         The subject, and notes: what the reader should know, one sentence each.
 
@@ -165,21 +174,26 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subjec
             make_schedule = load_schedule(spec.train.schedule, workload.module, make_optimizer)
     device = device_named(spec.scan.device, workload.model)
     model = workload.model.to(device)
-    start, recalibrated, notes = model, tuple[str, ...](), list[str]()
+    start, twin, recalibrated, notes = model, None, tuple[str, ...](), list[str]()
     recalibrate = _recalibration(spec, workload) if spec.repair.recalibrate and not workload.source.synthetic else None
-    if recalibrate is not None:
-        start = copy.deepcopy(model)
-        try:
-            recalibrated = recalibrate(start)
-        except NothingToProbeError as error:
-            recalibrate = None
-            notes.append(f"No running statistics were recalibrated. {error}")
     held_out = HeldOut.of(spec, workload)
     notes += _few(held_out) if finetune else []
     proving, choosing = held_out.halves() if finetune else (held_out, replace(held_out, batches=()))
+    if recalibrate is not None:
+        twin = copy.deepcopy(model)
+        try:
+            recalibrated = recalibrate(twin)
+        except (NothingToProbeError, RepairError) as error:
+            recalibrate = twin = None
+            notes.append(f"No running statistics were recalibrated. {error}")
+    if twin is not None:
+        refused = _why_as_is(spec, model, twin, choosing if choosing.batches else proving)
+        notes += refused
+        start, recalibrated = (model, ()) if refused else (twin, recalibrated)
     subject = Subject(
         model=model,
         start=start,
+        copy=twin,
         recalibrated=recalibrated,
         recalibrate=recalibrate,
         training=training,
@@ -195,6 +209,21 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subjec
         make_schedule=make_schedule,
     )
     return subject, [*notes, *held_out.notes]
+
+
+def _why_as_is(spec: Spec, model: nn.Module, twin: nn.Module, held_out: HeldOut) -> list[str]:
+    """Why the repair starts from the model as loaded and not from its recalibrated twin, a sentence; else nothing."""
+    tables = [held_out.table(each) for each in (model, twin)] if held_out.batches else []
+    if not tables or not is_surely_worse(tables[1], tables[0], spec.repair.goal, spec.repair.assumes_goal):
+        return []
+    measure: Measure = "loss" if held_out.metric is None else "metric"
+    before, after = (getattr(table.score("eval"), measure) for table in tables)
+    scores = f"{measure} {_number(before)} against {_number(after)} on {held_out.described}"
+    return [f"The running statistics were not recalibrated first, because as loaded they score better: {scores}."]
+
+
+def _number(score: float | None) -> str:
+    return "not finite" if score is None else number(score)
 
 
 def _few(held_out: HeldOut) -> list[str]:
@@ -216,7 +245,7 @@ def _recalibration(spec: Spec, workload: Workload) -> Callable[[nn.Module], tupl
 
     def recalibrate(model: nn.Module) -> tuple[str, ...]:
         source = read_again(spec, workload).source
-        return recalibrate_loaded(model, source, workload.forward, settings=settings).layers
+        return recalibrate_loaded(model, source, workload.forward, settings=settings, track=False).layers
 
     return recalibrate
 
@@ -261,11 +290,14 @@ def prove(
         BnprobeError: A layer cannot be converted, the user's code raised, training was stopped, ...
     """
     arms = [make_arm(AS_IS, [_scored(subject, subject.model)], trained=False)]
-    if subject.recalibrated:
-        arms.append(make_arm(RECALIBRATED, [_scored(subject, subject.start)], trained=False))
+    tables = {AS_IS: subject.proving.table(subject.model)}
+    if subject.copy is not None:
+        arms.append(make_arm(RECALIBRATED, [_scored(subject, subject.copy)], trained=False))
     models: list[nn.Module] = []
     if subject.training is not None:
-        arms += _controls(subject, plans, folder, on_step, world)
+        for arm, table in _controls(subject, plans, folder, on_step, world):
+            arms.append(arm)
+            tables[arm.name] = table
     for plan in plans:
         if subject.training is None:
             model = apply(subject.start, plan, subject.repair)
@@ -274,7 +306,8 @@ def prove(
             arm, (model, *_) = _trained(subject, plan.to, plan, folder, on_step, world)
         arms.append(arm)
         models.append(model)
-    return Proven(_proof(subject, arms, plans[0].to), models[0])
+    tables[plans[0].to] = subject.proving.table(models[0])
+    return Proven(_proof(subject, arms, tables, plans[0].to), models[0])
 
 
 def best_candidate(
@@ -315,8 +348,11 @@ def best_candidate(
 
 def _controls(
     subject: Subject, plans: Sequence[Plan], folder: StateFolder | None, on_step: OnStep, world: World
-) -> Iterator[Arm]:
-    """The baselines: fine-tuned plain BN, with the running statistics from training and with recalibrated ones."""
+) -> Iterator[tuple[Arm, ScoreTable]]:
+    """The baselines: fine-tuned plain BN, with the running statistics from training and with recalibrated ones.
+
+    With the scores of the first seed by sample.
+    """
     start = copy.deepcopy(subject.start)
     momentum = subject.repair.renorm.momentum
     for plan in plans:
@@ -324,13 +360,13 @@ def _controls(
             layer: Any = start.get_submodule("" if change.name == ROOT else change.name)
             layer.momentum = momentum
     arm, models = _trained(replace(subject, start=start), CONTROL, None, folder, on_step, world)
-    yield arm
+    yield arm, subject.proving.table(models[0])
     if subject.recalibrate is not None and all(run.ending != "diverged" for run in arm.runs):
         for model in models:
             subject.recalibrate(model)
         scores = [subject.proving.score(model) for model in models]
         runs = [replace(run, score=score) for run, score in zip(arm.runs, scores, strict=True)]
-        yield make_arm(CONTROL_RECALIBRATED, runs, trained=True)
+        yield make_arm(CONTROL_RECALIBRATED, runs, trained=True), subject.proving.table(models[0])
 
 
 def _trained(
@@ -430,19 +466,26 @@ def _scored(subject: Subject, model: nn.Module) -> Run:
     return Run(subject.seed, 0, 0, score, "finished", "", time.perf_counter() - started)
 
 
-def _proof(subject: Subject, arms: Sequence[Arm], to: str) -> Proof:
-    named = {arm.name: arm for arm in arms}
-    repaired, control = named[to], control_of(named, subject.measure, subject.goal)
-    gain = None if control is None else gain_over(repaired, control, subject.measure, subject.goal)
-    conclusion, message = conclude(named, repaired, control, gain, subject.measure)
+def _proof(subject: Subject, arms: Sequence[Arm], tables: Mapping[str, ScoreTable], to: str) -> Proof:
+    """Of several seeds the gain is paired by seed, of one by sample."""
+    named, measure, goal = {arm.name: arm for arm in arms}, subject.measure, subject.goal
+    repaired, control = named[to], control_of(named, measure, goal) or named[AS_IS]
+    over_as_is = paired_gain(tables[to], tables[AS_IS], measure, goal)
+    gain = paired_gain(tables[to], tables[control.name], measure, goal)
+    if len(repaired.runs) > 1:
+        gain = gain_over(repaired, control, measure, goal)
+    conclusion, message = conclude(named, repaired, control, gain, measure)
     return Proof(
-        measure=subject.measure,
+        measure=measure,
         arms=tuple(arms),
         repaired=to,
-        control=None if control is None else control.name,
+        control=control.name,
         gain=gain,
         conclusion=conclusion,
         message=message,
         images_choosing=subject.choosing.images,
         images_proving=subject.proving.images,
+        over_as_is=over_as_is,
+        surely_worse=is_surely_worse(tables[to], tables[AS_IS], subject.repair.goal, subject.repair.assumes_goal),
+        scored_on=subject.proving.data,
     )

@@ -1,10 +1,10 @@
-"""The held-out batches on which repairs are chosen and compared."""
+"""The batches on which repairs are chosen and compared: held-out data, or without any some of the training data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,11 +15,13 @@ from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction
 from bnprobe.loading.order import spread
 from bnprobe.loading.samples import count_samples
-from bnprobe.loading.workload import Workload
-from bnprobe.measure.batch import CannotEmulateError, join, tensors_of
+from bnprobe.loading.workload import Workload, read_again
+from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of
+from bnprobe.measure.scores import ScoreTable
 from bnprobe.measure.session import autocast_dtype, device_named
+from bnprobe.numbers import count
 from bnprobe.records import Score
-from bnprobe.training import evaluate
+from bnprobe.training import evaluate, score_table
 
 BATCH = 64
 """Samples scored at once; inference does not depend on this number."""
@@ -30,6 +32,9 @@ FEWEST_BATCHES = 16
 MOST_BYTES = 2**30
 """Upper limit on the memory for held-out data, in bytes."""
 
+TRAINING_SAMPLES = 1024
+"""Training samples that models are compared on where there is no held-out data."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -39,6 +44,7 @@ class HeldOut:
         batches: Batches on the host, in random order as far as the loader allows; empty if there is nothing to score.
         loss, metric: The user's functions.
         notes: What was left out, one sentence each.
+        data: What the batches are.
         samples_in: Tells how many samples a batch has.
     """
 
@@ -48,20 +54,36 @@ class HeldOut:
     device: torch.device
     autocast: torch.dtype | None
     notes: tuple[str, ...] = ()
+    data: Literal["held-out", "training"] = "held-out"
     samples_in: Callable[[Any], int | None] = count_samples
 
     @classmethod
     def of(cls, spec: Spec, workload: Workload) -> HeldOut:
-        """Read the held-out data of a workload.
+        """Read the held-out data of a workload; without any, some of its training data.
 
         Raises:
             DataError, UserCodeError: The loader raised or yielded nothing.
         """
         device = device_named(spec.scan.device, workload.model)
         autocast = autocast_dtype(spec.scan.autocast)
-        batches, notes = _read(spec, workload)
-        samples_in = getattr(workload.held_out and workload.held_out.batches, "samples_in", count_samples)
-        return cls(batches, workload.loss, workload.metric, device, autocast, tuple(notes), samples_in)
+        functions, how = (workload.loss, workload.metric), (device, autocast)
+        if workload.source.synthetic or functions == (None, None):
+            return cls((), *functions, *how)
+        if workload.held_out is None:
+            source = read_again(spec, workload).source  # a generator can be read only once
+            few = -(-TRAINING_SAMPLES // source.batch_size)
+            data: Literal["held-out", "training"] = "training"
+            source = replace(source, most=few)
+        else:
+            source, data = workload.held_out, "held-out"
+        batches, notes = _read(spec, source)
+        samples_in = getattr(source.batches, "samples_in", count_samples)
+        return cls(batches, *functions, *how, tuple(notes), data, samples_in)
+
+    @property
+    def described(self) -> str:
+        """How many samples of what, e.g. "352 held-out samples"."""
+        return count(self.images, f"{self.data} sample")
 
     @property
     def images(self) -> int:
@@ -72,28 +94,26 @@ class HeldOut:
         """Loss and metric at inference, weighted by samples."""
         return evaluate(model, self.batches, self.loss, self.metric, self.device, self.autocast, self.samples_in)
 
-    def scores(self, model: nn.Module) -> list[Score]:
-        """The score of each batch."""
-        return [replace(self, batches=[batch]).score(model) for batch in self.batches]
+    def table(self, model: nn.Module) -> ScoreTable:
+        """Loss and metric at inference by batch, and by sample where they are means over samples: for pairs."""
+        return score_table(model, self.batches, self.loss, self.metric, self.device, self.autocast, self.samples_in)
 
-    def mean(self, values: Sequence[float | None]) -> float | None:
-        """Mean of per-batch values, weighted by samples; None if one is missing."""
-        known = [value for value in values if value is not None]
-        weights = [self.samples_in(batch) or 1 for batch in self.batches]
-        if len(known) < len(weights):
-            return None
-        return sum(weight * value for weight, value in zip(weights, known, strict=True)) / sum(weights)
+    def one_by_one(self) -> HeldOut:
+        """The same samples in batches of one, as far as batches can be divided; at most ``TRAINING_SAMPLES``."""
+        single: list[Any] = []
+        for batch in self.batches:
+            samples = self.samples_in(batch) or 1
+            single += [pick(batch, [row], samples) for row in range(samples)] if samples > 1 else [batch]
+        return replace(self, batches=single[:TRAINING_SAMPLES])
 
     def halves(self) -> tuple[HeldOut, HeldOut]:
         """Split into every other batch and the rest; the second half is empty if there is only one batch."""
         return replace(self, batches=self.batches[::2]), replace(self, batches=self.batches[1::2])
 
 
-def _read(spec: Spec, workload: Workload) -> tuple[list[Any], list[str]]:
+def _read(spec: Spec, source: BatchSource) -> tuple[list[Any], list[str]]:
     """The batches, and what was left out."""
-    if workload.held_out is None or (workload.loss is None and workload.metric is None):
-        return [], []
-    source = spread(workload.held_out, spec.data.seed, mixed=True)
+    source = spread(source, spec.data.seed, mixed=True)
     batches: list[Any] = []
     held = 0
     for batch in source.batches:
@@ -102,7 +122,7 @@ def _read(spec: Spec, workload: Workload) -> tuple[list[Any], list[str]]:
         if source.most is not None and len(batches) == source.most:
             break
         if held > MOST_BYTES:
-            return batches, [f"Only the first {len(batches)} batches (1 GiB) of the held-out data were used."]
+            return batches, [f"Only the first {len(batches)} batches (1 GiB) of the data were scored."]
     if not batches:
         raise DataError(f"{source.description} yielded no held-out batch.")
     fixed = spec.eval_data.batch_size is not None or spec.eval_data.batches is not None

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from bnprobe.errors import BnprobeError, UsageError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.model import unwrapped, user_code
 from bnprobe.loading.optimizer import load_optimizer
-from bnprobe.loading.order import deal, spread
+from bnprobe.loading.order import deal, drawn_at_random, is_random, spread
 from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.accumulators import SamplePool
 from bnprobe.measure.batch import to_device
@@ -46,7 +46,7 @@ from bnprobe.measure.layers import LayerSet, anatomy, unmatched_globs
 from bnprobe.measure.rank_agreement import Agreement, agree
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, seed_everything, untouched
-from bnprobe.measure.scan_loop import probe
+from bnprobe.measure.scan_loop import measure_mixed, probe
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.measure.train_steps import MakeOptimizer, train_steps
 from bnprobe.measure.what_if import what_if
@@ -58,6 +58,7 @@ from bnprobe.records import (
     ExtraPass,
     GradientAngle,
     Impact,
+    Interval,
     Layer,
     Pool,
     Remedy,
@@ -80,7 +81,10 @@ WHAT_IF_IMAGES = 512
 """Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""
 
 CHANCE_IMAGES = 256
-"""Samples whose outputs are given to other samples; kept in host memory."""
+"""Samples whose outputs are given to other samples."""
+
+SCORED_PART = 4
+"""Without held-out data one in this many training batches is left out of the statistics, and scores them."""
 
 GRADIENT_BATCHES = 32
 """Micro-batches whose gradients are measured; the noise is then known to about 25%."""
@@ -193,6 +197,7 @@ def _facts(workload: Workload, session: Session) -> Facts:
         images=workload.source.images,
         drop_last=workload.source.drop_last,
         held_out=workload.held_out is not None,
+        own_order=workload.source.own_order,
     )
 
 
@@ -201,7 +206,7 @@ def _probe(
 ) -> Evidence | None:
     """The two paths on the training data, and the eval path on the held-out data."""
     source, held_out = spread(workload.source, settings.seed, settings.batch_sizes), workload.held_out
-    size, keep = source.batch_size, wanted_batches(settings, source.batch_size)
+    size, keep = source.batch_size, wanted_batches(settings, source.batch_size, can_try_remedies(workload, settings))
     # Micro-batches that are regrouped to larger batches are measured by one process.
     share = Share(world.rank, world.size, math.lcm(size, *settings.batch_sizes) // size)
     source = deal(source, share)
@@ -210,14 +215,21 @@ def _probe(
         share = Share(world.rank, world.size)
         held_out = deal(spread(held_out, settings.seed, mixed=True), share)
         size, dealt, most = held_out.batch_size, held_out.dealt, held_out.most
+        keep = wanted_batches(settings, size, can_try_remedies(workload, settings))
         held_out_reader = Reader(held_out.batches, size, keep, share, dealt, most, any_size=True)
     with session.installed():
         return probe(session, reader, settings, progress, held_out_reader, world)
 
 
-def wanted_batches(settings: ScanSettings, batch_size: int) -> int:
-    """Micro-batches to keep for the measurements that the settings request."""
-    images = max(SAMPLES, WHAT_IF_IMAGES if settings.what_if else CHANCE_IMAGES)
+def can_try_remedies(workload: Workload, settings: ScanSettings) -> bool:
+    """Whether remedies can be compared, and may be: there is something to score by, and real data to score on."""
+    scored = workload.loss is not None or workload.metric is not None
+    return scored and not workload.source.synthetic and settings.what_if is not False
+
+
+def wanted_batches(settings: ScanSettings, batch_size: int, remedies: bool = False) -> int:
+    """Micro-batches to keep for the measurements that the settings request, and for trying remedies."""
+    images = WHAT_IF_IMAGES if remedies else SAMPLES
     trained = settings.train_steps or 0
     return max(2, images // batch_size, trained, GRADIENT_BATCHES if settings.gradients else 0)
 
@@ -226,8 +238,8 @@ def _report(
     workload: Workload, settings: ScanSettings, session: Session, facts: Facts, evidence: Evidence, notes: Sequence[str]
 ) -> Report:
     """Measure what goes beyond the two paths, apply the rules, and write the report."""
-    findings = assemble(evidence, settings)
-    evidence, further = _beyond(workload, session, settings, evidence, findings)
+    findings = _with_mixed_batches(workload, session, settings, evidence, assemble(evidence, settings))
+    evidence, further = _beyond(workload, session, settings, evidence, findings, facts)
     output = replace(findings.summary.output, batch_dependence=further.batch_dependence)
     summary = replace(findings.summary, output=output, gradient_angle=further.angle, chance=further.chance)
     scan = describe(workload, settings, evidence, further, session.device)
@@ -265,23 +277,71 @@ def _report(
     return report
 
 
-def _beyond(
+def _with_mixed_batches(
     workload: Workload, session: Session, settings: ScanSettings, evidence: Evidence, findings: Findings
+) -> Findings:
+    """The findings, with the share of non-i.i.d. batches of flagged layers whose samples could not be regrouped.
+
+    A loader that draws at random has i.i.d. batches; any other over an indexable data set is read once more, in batches
+    drawn at random. Batches that differ in size cannot be compared with others.
+    """
+    open_ = any(layer.flagged and layer.shares and layer.shares.composition is None for layer in findings.layers)
+    if not open_ or evidence.partial or evidence.sizes:
+        return findings
+    evidence.random_order = is_random(workload.source) or not workload.source.own_order
+    source = None if evidence.random_order else drawn_at_random(workload.source, settings.seed)
+    if source is not None:
+        with suppress(BnprobeError, KeyboardInterrupt), session.installed():
+            measure_mixed(session, evidence, Reader(source.batches, source.batch_size), no_progress)
+    return assemble(evidence, settings)
+
+
+def _beyond(
+    workload: Workload,
+    session: Session,
+    settings: ScanSettings,
+    evidence: Evidence,
+    findings: Findings,
+    facts: Facts,
 ) -> tuple[Evidence, Further]:
     """Measure what goes beyond the two paths; if it fails or is interrupted, the report has the paths alone."""
     further = Further()
     if evidence.partial:
         return evidence, further
-    worse = inconsistency(findings.summary.gaps).is_worse
-    off = worse or any(layer.flagged or layer.undecided or layer.domains for layer in findings.layers)
+    off = inconsistency(findings.summary.gaps).is_worse or any(
+        layer.flagged or layer.undecided or layer.domains for layer in findings.layers
+    )
+    tried = can_try_remedies(workload, settings) and (off or _is_doubtful(findings, facts, settings))
     try:
-        measure_further(further, session, evidence, settings, workload.make_optimizer, impact=off)
-        tell_apart(further, session, evidence, findings, off=off)
+        measure_further(further, session, evidence, settings, workload.make_optimizer, impact=off, remedies=tried)
+        tell_apart(further, session, evidence, findings, off=off, scored=can_try_remedies(workload, settings))
     except BnprobeError as error:
         evidence = replace(evidence, stopped="failed", failure=error)
     except KeyboardInterrupt:
         evidence = replace(evidence, stopped="interrupted")
     return evidence, further
+
+
+def _is_doubtful(findings: Findings, facts: Facts, settings: ScanSettings) -> bool:
+    """Whether something may be wrong although no layer is flagged: a rule fails, or a step of the gap is surely bad."""
+    layers = {layer.name: layer for layer in findings.layers}
+    output, gaps = findings.summary.output, findings.summary.gaps
+    known = replace(facts, layers=layers, output=output, gaps=gaps)
+    if any(verdict.outcome == "failed" for verdict in judge(known, settings.rules)):
+        return True
+    return any(
+        _is_worse(interval, gap.goal)
+        for gap in gaps
+        for interval in (gap.inconsistency_interval, gap.generalization_interval)
+    )
+
+
+def _is_worse(interval: Interval | None, goal: Literal["max", "min"]) -> bool:
+    """Whether a change is surely to the worse."""
+    if interval is None:
+        return False
+    low, high = interval
+    return low > 0 if goal == "min" else high is not None and high < 0
 
 
 @dataclass
@@ -309,11 +369,13 @@ def measure_further(
     make_optimizer: MakeOptimizer | None = None,
     *,
     impact: bool = True,
+    remedies: bool = False,
 ) -> None:
     """Everything that the settings ask for, into ``found``.
 
     Args:
         impact: Measure what layers do to the output: of no use where every layer is fine.
+        remedies: Try the free remedies, whether or not that was asked for.
         make_optimizer: For training steps; None: SGD at a learning rate of 0.01.
 
     Raises:
@@ -326,8 +388,8 @@ def measure_further(
             some = _first_images(session, evidence)
             with _counted(found, "impact", "how much each layer changes the output", len(some) * size):
                 found.impacts = measure_impact(session, some, evidence.batching)
-        if settings.what_if and evidence.held_out is not None:
-            _try_remedies(found, session, evidence, evidence.held_out)
+        if remedies or settings.what_if:
+            _try_remedies(found, session, evidence, settings)
     if settings.train_steps:
         steps, make = settings.train_steps, _guarded(make_optimizer or load_optimizer(OptimizerSpec()))
         with _counted(found, "training steps", "asked for", steps * size):
@@ -342,11 +404,14 @@ def measure_further(
             found.backward, found.angle = measure_gradients(session, batches, seed=settings.seed)
 
 
-def tell_apart(found: Further, session: Session, evidence: Evidence, findings: Findings, *, off: bool) -> None:
+def tell_apart(
+    found: Further, session: Session, evidence: Evidence, findings: Findings, *, off: bool, scored: bool
+) -> None:
     """Measure what tells one cause from another, where the findings so far leave it open, into ``found``.
 
     Args:
         off: Something is wrong at all.
+        scored: There is a loss or metric, and it may be called on further passes.
     """
     batches = evidence.micro_batches
     sizes = [evidence.sizes.get(position, evidence.batch_size) for position in sorted(evidence.kept)]
@@ -357,9 +422,10 @@ def tell_apart(found: Further, session: Session, evidence: Evidence, findings: F
         if not off:
             return
         samples = sum(sizes)
-        if session.functions.loss is not None or session.functions.metric is not None:
-            with _counted(found, "chance", "what outputs of other samples score", samples):
-                found.chance = chance_levels(session, batches, sizes)
+        if scored:
+            most = max(2, CHANCE_IMAGES // max(sizes))
+            with _counted(found, "chance", "what outputs of other samples score", sum(sizes[:most])):
+                found.chance = chance_levels(session, batches[:most], sizes[:most])
         stale = [layer.name for layer in findings.layers if layer.flagged and layer.shares and layer.shares.lag > 0]
         if stale:
             with _counted(found, "eps", "whether the statistics fit another eps", min(samples, SAMPLES_OF_EPS)):
@@ -378,6 +444,11 @@ def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
     if evidence.held_out is not None:
         held_out = evidence.held_out
         yield ExtraPass("held-out data", "to measure the data shift", held_out.samples, held_out.seconds)
+    if evidence.mixed is not None:
+        mixed = evidence.mixed
+        yield ExtraPass(
+            "batches drawn at random", "to tell small from non-i.i.d. batches", mixed.samples, mixed.seconds
+        )
 
 
 def _first_images(session: Session, evidence: Evidence) -> list[Any]:
@@ -390,12 +461,27 @@ def _first_images(session: Session, evidence: Evidence) -> list[Any]:
     return [to_device(batch, session.device) for batch in evidence.micro_batches[:number]]
 
 
-def _try_remedies(found: Further, session: Session, evidence: Evidence, held_out: Evidence) -> None:
-    size = evidence.batch_size
-    most = max(2, WHAT_IF_IMAGES // size)
-    training, unseen = evidence.micro_batches[:most], held_out.micro_batches[:most]
-    with _counted(found, "what-if", "asked for", (len(training) + len(unseen)) * size):
-        found.remedies = what_if(session, training, unseen, evidence.batching)
+def _try_remedies(found: Further, session: Session, evidence: Evidence, settings: ScanSettings) -> None:
+    """Try the free remedies on held-out data; without any, on training batches that the statistics do not see."""
+    training, held_out = _some(evidence), evidence.held_out
+    data: Literal["held-out", "training"] = "training" if held_out is None else "held-out"
+    if held_out is None:
+        scored, scoring = training[::SCORED_PART], evidence.batching
+        training = [batch for position, batch in enumerate(training) if position % SCORED_PART]
+    else:
+        scored, scoring = _some(held_out), held_out.batching
+    if not training or not scored:
+        return
+    images = len(training) * evidence.batch_size + len(scored) * scoring.batch_size
+    reason, batching = "asked for" if settings.what_if else "to try remedies before they are advised", evidence.batching
+    options: dict[str, Any] = {"goal": settings.goal, "scored_on": data, "larger": bool(settings.what_if)}
+    with _counted(found, "what-if", reason, images):
+        found.remedies = what_if(session, training, scored, batching, scoring, **options)
+
+
+def _some(evidence: Evidence) -> list[Any]:
+    """The micro-batches that remedies are tried on."""
+    return evidence.micro_batches[: max(2, WHAT_IF_IMAGES // evidence.batch_size)]
 
 
 def _guarded(make_optimizer: MakeOptimizer) -> MakeOptimizer:
@@ -562,13 +648,7 @@ def check_requested(settings: ScanSettings, workload: Workload) -> None:
             raise UsageError(f"{option} needs loss(model, batch) in the model file, or a loss that the spec names.")
     if settings.what_if and workload.loss is None and workload.metric is None:
         raise UsageError("--what-if needs loss(model, batch) or metric(model, batch), in the model file or the spec.")
-    source, held_out = workload.source, workload.held_out
-    if settings.what_if and held_out is not None and held_out.batch_size != source.batch_size:
-        raise UsageError(
-            f"--what-if needs held-out batches of the scanned size, {source.batch_size}, but"
-            f" eval_data.batch_size is {held_out.batch_size}. Remove eval_data.batch_size from the spec."
-        )
-    if settings.what_if and held_out is None:
+    if settings.what_if and workload.held_out is None:
         raise UsageError(
             "--what-if needs held-out data: add load_eval_data(batch_size) to the model file, or eval_data to the spec."
         )

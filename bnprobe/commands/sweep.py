@@ -223,8 +223,12 @@ def _sweep(subject: _Subject, plan: SweepPlan, progress: Progress) -> SweepRepor
     try:
         for size in plan.train_sizes:
             if size != subject.batch_size and not partial:
-                trains.append(subject.scan({**PLAIN, "batch_size": size}))
-                partial = trains[-1].scan.partial
+                other = subject.scan({**PLAIN, "batch_size": size})
+                partial = other.scan.partial
+                if other.scan.batch_size == size:
+                    trains.append(other)
+                else:
+                    notes.append(f"Train size {size} was left out: the data has batches of {other.scan.batch_size}.")
         if plan.momentum is not None and not partial:
             momentum = _momentum(subject, plan.momentum, report.scan.device, progress, notes)
     except KeyboardInterrupt:  # report what was measured so far

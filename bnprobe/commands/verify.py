@@ -36,7 +36,7 @@ def verify(before: Report, after: Report) -> Verification:
         *_larger(before, after),
         *_flagged(layers, last),
         *_left_out(layers, after),
-        *_outputs(*outputs),
+        *(() if _newly_tracked(first, last) else _outputs(*outputs)),
     )
     return Verification(
         passed=not problems,
@@ -47,6 +47,13 @@ def verify(before: Report, after: Report) -> Verification:
         output_before=outputs[0],
         output_after=outputs[1],
         notes=tuple(_notes(before, after)),
+    )
+
+
+def _newly_tracked(before: dict[str, Layer], after: dict[str, Layer]) -> bool:
+    """Whether layers without running statistics were given some: before, both paths used batch statistics."""
+    return any(
+        after[name].running_statistics and not before[name].running_statistics for name in before if name in after
     )
 
 
@@ -172,6 +179,8 @@ def _notes(before: Report, after: Report) -> Iterator[str]:
     unproved = [layer.name for layer in before.layers if layer.name in unselected and not layer.flagged]
     if unproved:
         yield f"Not flagged before, and left out of the second scan by --include/--exclude: {listed(unproved)}."
+    if _newly_tracked(*({layer.name: layer for layer in report.layers} for report in (before, after))):
+        yield "Layers without running statistics have some now: before, both paths used batch statistics."
     undecided = [layer.name for layer in after.layers if layer.undecided]
     if undecided:
         yield f"Undecided after the repair (more batches would decide): {listed(undecided)}."

@@ -102,7 +102,8 @@ class ScanSpec(_Section):
         physical_batch: Samples that run through the model at once; None: chosen by available memory.
         batch_sizes: Further batch sizes at which the eval path is evaluated; sorted, without duplicates.
         emulate: Whether several micro-batches may run as one batch, with statistics per micro-batch.
-        what_if: Whether to measure on the held-out data what each remedy that needs no training would gain.
+        what_if: Whether to measure what each remedy that needs no training would gain, larger batches too; None: only
+            where something may be wrong, and without larger batches.
         train_steps: Training steps to run on a copy of the model; None: none.
         gradients: Whether to measure the noise of the backward pass.
     """
@@ -113,7 +114,7 @@ class ScanSpec(_Section):
     physical_batch: Count | None = None
     batch_sizes: BatchSizes = ()
     emulate: bool = True
-    what_if: bool = False
+    what_if: bool | None = None
     train_steps: Count | None = None
     gradients: bool = False
 
@@ -352,6 +353,11 @@ class RepairSpec(_Section):
     seeds: Count = 1
     require: Globs = ()
     goal: Literal["max", "min"] = "max"
+
+    @property
+    def assumes_goal(self) -> bool:
+        """Whether the user did not say which metric is better."""
+        return "goal" not in self.model_fields_set
 
 
 class LayersSpec(_Section):

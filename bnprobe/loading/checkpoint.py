@@ -1,33 +1,34 @@
-"""The weights: read a checkpoint without running code, find the state dict in it, and load it into the model.
+"""The weights: find the state dict in a checkpoint that fits the model, and load it.
 
-Where it does not fit, the error says what does not, and which prefix or key would make it fit.
+Where none fits, the error says what does not, and which prefix or key would make it fit.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-import pickle
 import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from bnprobe.config.spec import CheckpointSpec, nearest_file
-from bnprobe.config.targets import CONVERTED
+from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError
 from bnprobe.loading.model import kind_of, user_code
-from bnprobe.numbers import listed
+from bnprobe.loading.tracking import keeps_none, tracking
+from bnprobe.loading.weights import Stub, read_conversion, read_weights, state_of, weights_file
+from bnprobe.numbers import count, listed
+
+PARAMETERS_ALONE = "holds parameters alone"
+"""Part of the note on a checkpoint that has no running statistics."""
+
+PARAMETERS_ALONE = "holds parameters alone"
+"""Part of the note on a checkpoint that has no running statistics."""
 
 WRAPPERS = ("module.", "_orig_mod.")
 
@@ -99,7 +100,7 @@ _COUNTER = "num_batches_tracked"
 
 
 def check_fit(
-    state: Mapping[str, Any], target: Mapping[str, Any], strict: bool, path: Path
+    state: Mapping[str, Any], target: Mapping[str, Any], strict: bool, path: Path, need_statistics: bool = True
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Compare names and shapes; nothing is copied.
 
@@ -109,6 +110,8 @@ def check_fit(
         strict: Whether missing parameters and unexpected keys are errors. Missing BN buffers and mismatched shapes
             always are.
         path: The file, for messages.
+        need_statistics: Whether the running statistics of every layer must be there; False where they are about to be
+            made. A layer that has one of the two must have the other in any case.
 
     Returns:
         The entries to load, and notes.
@@ -119,13 +122,26 @@ def check_fit(
     missing = _missing(state, target)
     counters = _old_format(missing, state)
     missing = [name for name in missing if name not in counters]
+    parameters_alone = [] if need_statistics else _without_statistics(missing)
+    buffers = [f"{layer}{end}" for layer in parameters_alone for end in (*_STATISTICS, _COUNTER)]
+    missing = [name for name in missing if name not in buffers]
     unexpected = [name for name in state if name not in target]
     shapes = _other_shapes(state, target)
     statistics = [name for name in missing if name.endswith((*_STATISTICS, _COUNTER))]
     if shapes or statistics or (strict and (missing or unexpected)):
         raise CheckpointError(_message(path, missing, unexpected, shapes, state, target))
     usable = {name: value for name, value in state.items() if name in target}
-    return usable, _notes(path, missing, unexpected, counters)
+    notes = _notes(path, missing, unexpected, counters)
+    if parameters_alone:
+        what = f"the running statistics of {count(len(parameters_alone), 'layer')}"
+        notes += (f"{path.name} {PARAMETERS_ALONE}: {what} are not in it and begin as in the model as built.",)
+    return usable, notes
+
+
+def _without_statistics(missing: Sequence[str]) -> list[str]:
+    """Prefixes of the layers whose running mean and variance are both missing."""
+    layers = [name.removesuffix(_STATISTICS[0]) for name in missing if name.endswith(_STATISTICS[0])]
+    return [layer for layer in layers if f"{layer}{_STATISTICS[1]}" in missing]
 
 
 def _missing(state: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
@@ -193,13 +209,14 @@ def _explanation(
     matched = len(state.keys() & target.keys())
     prefix = _common_prefix(state, target, matched)
     if prefix:
-        return f'Its keys match without the prefix "{prefix}": set checkpoint.strip_prefix in the spec.'
+        return f'Its keys match without the prefix "{prefix}": give --strip-prefix {prefix} (checkpoint.strip_prefix).'
     if matched < len(target) / 2:
         return "These look like the weights of a different model."
     if missing and not unexpected and all(name.endswith((*_STATISTICS, _COUNTER)) for name in missing):
         return (
-            "This looks like parameters saved without buffers. BatchNorm needs its running statistics: save "
-            "model.state_dict()."
+            "This looks like parameters saved without buffers. BatchNorm needs its running statistics: save"
+            " model.state_dict(), or compute them from training data with `bnprobe recalibrate`, which accepts this"
+            " file."
         )
     if shapes and not missing and not unexpected:
         layers = {name.split(" ")[0].rpartition(".")[0] for name in shapes}
@@ -234,114 +251,26 @@ def _notes(path: Path, missing: list[str], unexpected: list[str], counters: list
     return tuple(notes)
 
 
-_READ_ERRORS = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError)
-
-
-def read_weights(path: Path, unsafe_load: bool) -> Any:
-    """Read a safetensors file, or a torch.save file with weights_only=True, onto the CPU.
-
-    Args:
-        path: The weights file.
-        unsafe_load: Whether a file with unsafe globals may be unpickled, which runs code from it.
-
-    Raises:
-        CheckpointError: The file does not exist, is damaged, or was refused.
-        UserCodeError: Unpickling ran the user's code, which raised.
-    """
-    _check_file(path)
-    if _is_safetensors(path):
-        return _read_safetensors(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols: success, or the error, says enough
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        return _read_unsafe(path, unsafe_load, error)
-    except _READ_ERRORS as error:
-        raise CheckpointError(_damaged(path, error)) from None
-
-
-def read_conversion(path: Path) -> tuple[str, list[str]] | None:
-    """What the layers in a file were converted to, and their names; None if plain BN may load it.
-
-    Args:
-        path: A file that ``read_weights`` has read.
-    """
-    if not _is_safetensors(path):
-        return None
-    with safe_open(path, framework="pt") as file:
-        mark = (file.metadata() or {}).get(CONVERTED)
-    if mark is None:
-        return None
-    found = json.loads(mark)
-    return found["to"], found["layers"]
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder. Name the weights file in it.")
-    if not path.exists():
-        raise CheckpointError(f"The checkpoint {path} does not exist. {nearest_file(path)}")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"The checkpoint {path} is empty (0 bytes). Save or copy it again.")
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Judge by the name, or by the start of the header: eight bytes of length, then JSON."""
-    try:
-        with path.open("rb") as file:
-            return path.suffix == ".safetensors" or file.read(10)[8:] == b'{"'
-    except OSError as error:
-        raise CheckpointError(f"The checkpoint {path} could not be opened: {error.strerror}.") from None
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path, device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(_damaged(path, error)) from None
-
-
-def _read_unsafe(path: Path, unsafe_load: bool, error: pickle.UnpicklingError) -> Any:
-    try:
-        names = sorted(get_unsafe_globals_in_checkpoint(path))
-    except (ValueError, RuntimeError):  # not a zip archive: the message names the first one
-        names = re.findall(r"GLOBAL (\S+)", str(error))[:1]
-    if not names:
-        raise CheckpointError(_damaged(path, error)) from None
-    if not unsafe_load:
-        raise CheckpointError(
-            f"{path} was refused because loading it would run code from it. It contains the unsafe globals "
-            f"{', '.join(names)}. "
-            "Save only the weights (torch.save(model.state_dict(), ...)), or, if you trust the file, "
-            "give --unsafe-load."
-        ) from None
-    try:
-        with user_code(f"unpickling {path}"):
-            return torch.load(path, map_location="cpu", weights_only=False)
-    except (pickle.UnpicklingError, EOFError) as damage:
-        raise CheckpointError(_damaged(path, damage)) from None
-
-
-def _damaged(path: Path, error: Exception) -> str:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    reason = reason.split(". ")[0]  # what follows is PyTorch's own advice, cut off at its line
-    return (
-        f"The checkpoint {path} ({path.stat().st_size} bytes) could not be read: it is truncated, damaged, "
-        f"or neither safetensors nor a torch.save file ({reason[:200].rstrip('.')}). Save or copy it again."
-    )
-
-
 ROOT = "(root)"
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_USUAL_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
+"""Keys under which training scripts save the weights; of states that fit equally well the first of these is taken."""
+
+_AVERAGED = re.compile(r"ema|swa|averag|shadow|teacher", re.IGNORECASE)
+"""Parts of keys under which training scripts save averaged weights."""
+
+_DEEPEST = 4
 
 
-def load_checkpoint(model: nn.Module, spec: CheckpointSpec) -> tuple[str, ...]:
+def load_checkpoint(model: nn.Module, spec: CheckpointSpec, need_statistics: bool = True) -> tuple[str, ...]:
     """Copy the weights of a file into the model. Without a path, do nothing.
+
+    A file with running statistics of layers that keep none in the model, as ``bnprobe recalibrate`` writes it, switches
+    these layers' tracking on.
 
     Args:
         model: Changed in place; left unchanged if anything is wrong.
         spec: Path, key, prefix, strictness.
+        need_statistics: As in ``check_fit``.
 
     Returns:
         Notes on what was done, one sentence each.
@@ -351,20 +280,40 @@ def load_checkpoint(model: nn.Module, spec: CheckpointSpec) -> tuple[str, ...]:
     """
     if spec.path is None:
         return ()
-    path, notes = Path(spec.path), list[str]()
-    state = _find_state(read_weights(path, spec.unsafe_load), spec.key, path, notes)
+    path = weights_file(Path(spec.path))
+    saved, left_out = read_weights(path, spec.unsafe_load)
     _refuse_converted(path, model)
-    if spec.strip_prefix:
-        state = without_prefix(state, spec.strip_prefix, path)
     with user_code("calling state_dict() of the model"):
         target = dict(model.state_dict(keep_vars=True))
+    state, notes = _find_state(saved, spec.key, path, target)
+    notes = [*([f"The weights were read from {path}."] if path != Path(spec.path) else []), *notes, *left_out]
+    if spec.strip_prefix:
+        state = without_prefix(state, spec.strip_prefix, path)
     state, stripped = without_wrappers(state, target)
     if stripped:
         notes.append(f"The prefixes {' and '.join(stripped)} were stripped from the keys of {path.name}.")
-    state, fit_notes = check_fit(state, target, spec.strict, path)
-    with user_code(f"loading the weights of {path} into the model"):
-        model.load_state_dict(state, strict=False)
+    switched = _untracked(model, state)
+    with tracking(switched.values()):
+        if switched:
+            target = dict(model.state_dict(keep_vars=True))
+            notes.append(
+                f"{path.name} holds running statistics of {count(len(switched), 'layer')} that keep none as the model"
+                f" is built ({listed(list(switched))}): they were switched on. To load the file yourself, build these"
+                " layers with track_running_stats=True."
+            )
+        state, fit_notes = check_fit(state, target, spec.strict, path, need_statistics)
+        with user_code(f"loading the weights of {path} into the model"):
+            model.load_state_dict(state, strict=False)
     return (*notes, *fit_notes)
+
+
+def _untracked(model: nn.Module, state: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The layers that keep no running statistics although the state dict has some for them, by name."""
+    return {
+        name or ROOT: module
+        for name, module in model.named_modules()
+        if keeps_none(module) and all(f"{name}.{end}".removeprefix(".") in state for end in _STATISTICS)
+    }
 
 
 def _refuse_converted(path: Path, model: nn.Module) -> None:
@@ -381,31 +330,109 @@ def _refuse_converted(path: Path, model: nn.Module) -> None:
             )
 
 
-def _find_state(saved: Any, key: str | None, path: Path, notes: list[str]) -> dict[str, Any]:
-    if key is not None:
-        saved = _pick(saved, key, path)
+@dataclass(frozen=True)
+class _Candidate:
+    """A state dict in a file.
+
+    Attributes:
+        key: Where it is, as ``checkpoint.key`` takes it; "" for the file itself.
+        state: Names and tensors.
+        of: Class name, if it is that of a whole pickled model.
+        matched: Number of its names that the model has.
+    """
+
+    key: str
+    state: dict[str, Any]
+    of: str | None
+    matched: int
+
+    def rank(self, position: int) -> tuple[Any, ...]:
+        """Sorts the one to be taken first."""
+        last = self.key.rpartition(".")[2]
+        usual = _USUAL_KEYS.index(last) if last in _USUAL_KEYS else len(_USUAL_KEYS)
+        return -self.matched, bool(_AVERAGED.search(self.key)), usual, position
+
+
+def _find_state(saved: Any, key: str | None, path: Path, target: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The state dict in a file that fits the model best, or the one under the key; and notes that say which."""
+    inner = saved if key is None else _pick(saved, key, path)
+    found = list(_candidates(inner, key or "", target, _DEEPEST))
+    ranked = [each for _, each in sorted(enumerate(found), key=lambda pair: pair[1].rank(pair[0]))]
+    if not ranked or (ranked[0].matched == 0 and len(ranked) > 1):
+        raise CheckpointError(_no_state(inner, key, path, ranked))
+    best, notes = ranked[0], []
+    if best.of:
+        notes.append(f"{path.name} holds a whole {best.of}{_under(best.key)}; its state dict was used.")
+    elif best.key:
+        notes.append(f'The weights were taken from the key "{best.key}" of {path.name}.')
+    others = [each.key for each in ranked[1:] if each.matched == best.matched > 0]
+    averaged = [other for other in others if _AVERAGED.search(other)]
+    if averaged:
+        notes.append(f'{path.name} also holds averaged weights (EMA) under "{averaged[0]}": --key {averaged[0]}.')
+    elif others:
+        notes.append(f"{path.name} also holds weights that fit under {listed(others)}: --key selects them.")
+    return best.state, notes
+
+
+def _under(key: str) -> str:
+    return f' under the key "{key}"' if key else ""
+
+
+def _candidates(saved: Any, key: str, target: Mapping[str, Any], depth: int) -> Iterator[_Candidate]:
+    """Every state dict in what a file holds, from the outside to the inside."""
+    state, of = _as_state(saved, target)
+    if state:
+        matched = _matched(state, target)
+        yield _Candidate(key, state, of, matched)
+        if matched or of:
+            return
+    if depth == 0:
+        return
+    inside = {**saved, **vars(saved)} if isinstance(saved, Stub) else saved if isinstance(saved, Mapping) else {}
+    for name, value in inside.items():
+        yield from _candidates(value, f"{key}.{name}" if key else str(name), target, depth - 1)
+
+
+def _as_state(saved: Any, target: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The names and tensors that something holds; and its class, if it is a whole model."""
     if isinstance(saved, nn.Module):
-        notes.append(f"{path.name} holds a whole {type(saved).__name__}; its state dict was used.")
-        saved = saved.state_dict()
-    if not isinstance(saved, Mapping) or not saved:
-        inside = f" under the key {key}" if key else ""
-        raise CheckpointError(f"{path} holds {kind_of(saved)}{inside}, not a state dict (name to tensor).")
-    values = [value for name, value in saved.items() if not str(name).endswith("_extra_state")]
-    if values and all(isinstance(value, Tensor) for value in values):
-        return dict(saved)
-    return _unwrap(saved, key, path, notes)
+        return saved.state_dict(), type(saved).__name__
+    if isinstance(saved, Stub) and (state := state_of(saved)) is not None:
+        return state, type(saved).__name__
+    if not isinstance(saved, Mapping):
+        return {}, None
+    named = {name: value for name, value in saved.items() if isinstance(name, str)}
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    if not tensors:
+        return {}, None
+    rest = [name for name in saved if name not in tensors and not str(name).endswith("_extra_state")]
+    if not rest:
+        return dict(saved), None
+    return (tensors, None) if _matched(tensors, target) else ({}, None)
 
 
-def _unwrap(saved: Mapping[Any, Any], key: str | None, path: Path, notes: list[str]) -> dict[str, Any]:
-    wrapper = next((name for name in _WRAPPERS if isinstance(saved.get(name), Mapping | nn.Module)), None)
-    if wrapper is None:
-        inside = f" under the key {key}" if key else ""
-        raise CheckpointError(
-            f"{path} holds no state dict{inside}. Its keys are {listed([*map(str, saved)])}. Set checkpoint.key in the"
-            " spec to the one that holds the weights."
+def _matched(state: Mapping[str, Any], target: Mapping[str, Any]) -> int:
+    """How many names the model has, wrappers and a common prefix aside."""
+    renamed, _ = without_wrappers(state, target)
+    matched = len(renamed.keys() & target.keys())
+    prefix = _common_prefix(renamed, target, matched)
+    return sum(name.removeprefix(prefix) in target for name in renamed) if prefix else matched
+
+
+def _no_state(saved: Any, key: str | None, path: Path, found: Sequence[_Candidate]) -> str:
+    inside = f" under the key {key}" if key else ""
+    if found:
+        keys = listed([each.key or "(the file itself)" for each in found])
+        return (
+            f"{path} holds several state dicts{inside}, and the names in none of them are those of the model: {keys}."
+            " Check the model, or name the right one with --key (checkpoint.key in the spec)."
         )
-    notes.append(f'The weights were taken from the key "{wrapper}" of {path.name}.')
-    return _find_state(saved[wrapper], None, path, notes)
+    if not isinstance(saved, Mapping) or not saved:
+        return f"{path} holds {kind_of(saved)}{inside}, not a state dict (name to tensor)."
+    return (
+        f"{path} holds no state dict{inside}. Its keys are {listed([*map(str, saved)])}. Name the one that holds the"
+        " weights with --key (checkpoint.key in the spec)."
+    )
 
 
 def _pick(saved: Any, key: str, path: Path) -> Any:

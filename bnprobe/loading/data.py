@@ -129,7 +129,7 @@ class _Request:
 
     def count(self, stated: int | None = None) -> SampleCount:
         """What counts the samples of its batches, for a loader that states this batch size."""
-        return SampleCount(stated, self.wanted, self.batch_size_of, self.origin)
+        return SampleCount(stated, self.wanted, self.batch_size_of, self.origin, strict=not self.as_given)
 
 
 def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
@@ -291,7 +291,7 @@ def _find(
 
 def _is_data(value: Any) -> bool:
     """Whether what has a common name is data: a loader, a data set, or a function that needs at most a batch size."""
-    if isinstance(value, DataLoader | Dataset):
+    if _is_source(value):
         return True
     if isinstance(value, type) or not callable(value) or not hasattr(value, "__code__"):
         return False
@@ -419,7 +419,7 @@ def _from_value(value: Any, request: _Request) -> BatchSource:
         return _from_parts(*parts, request)
     if isinstance(value, DataLoader):
         return _from_loader(value, request)
-    if isinstance(value, Dataset):
+    if _is_dataset(value):
         return _from_dataset(value, request)
     _refuse_no_batches(value, request.origin)
     if _length(value, request.origin) == 0:
@@ -442,14 +442,15 @@ def _at_own_size(value: Any, stated: int | None, request: _Request) -> BatchSour
     size = stated
     if size is None:
         value, size = _first_size(value, request)
-    size = _known(size or request.wanted, request.origin)
+    measured = size or None  # the first batch may be empty, and then says nothing
+    size = _known(measured or request.wanted, request.origin)
     asked = request.batch_size
     if asked not in (None, size) and request.told is None and not request.as_given:
         raise DataError(
             f"The first batch of {request.origin} has {size} samples, not {asked}, and only a loader or data set can be"
             " read at another size. Leave the batch size out, or write a function load_data(batch_size)."
         )
-    batches = GuardedBatches(value, request.origin, samples_in=request.count(size))
+    batches = GuardedBatches(value, request.origin, samples_in=request.count(measured))
     return BatchSource(batches, size, request.origin, notes=_notes_on_size(size, request))
 
 
@@ -489,7 +490,7 @@ def _training_and_held_out(value: Any) -> tuple[Any, Any, str] | None:
             return None
         beside = next((plain[key] for key in _HELD_OUT_KEYS if _is_source(plain.get(key))), None)
         return training[0], beside, "its entry for training"
-    if not isinstance(value, list | tuple) or isinstance(value, Dataset):
+    if not isinstance(value, list | tuple) or _is_dataset(value):
         return None
     sources = [part for part in value if _is_source(part)]
     if len(sources) == 1 and len(value) <= 4:
@@ -500,12 +501,22 @@ def _training_and_held_out(value: Any) -> tuple[Any, Any, str] | None:
 
 
 def _is_source(value: Any) -> bool:
-    return isinstance(value, DataLoader | Dataset)
+    return isinstance(value, DataLoader) or _is_dataset(value)
+
+
+def _is_dataset(value: Any) -> bool:
+    """Whether a value is a data set of torch, or of Hugging Face, whose class is none of torch's."""
+    hugging_face = hasattr(value, "with_format") and hasattr(value, "__getitem__") and hasattr(value, "column_names")
+    return isinstance(value, Dataset) or (hugging_face and not isinstance(value, Mapping))
 
 
 def _from_parts(training: Any, held_out: Any, words: str, request: _Request) -> BatchSource:
     source = _from_value(training, request)
-    beside = None if held_out is None or request.as_given else _from_value(held_out, replace(request, as_given=True))
+    beside = None
+    if held_out is not None and not request.as_given:
+        symbol, _, where = request.origin.partition(" of ")
+        name = f"the validation data of {symbol} of {where}" if where else "the validation data"
+        beside = _from_value(held_out, replace(request, origin=name, as_given=True))
     note = f"{request.origin} gives several values; {words} was used"
     note += " for training, and the one for validation as held-out data." if beside else "."
     return replace(source, notes=(*source.notes, note), beside=beside)
@@ -514,7 +525,7 @@ def _from_parts(training: Any, held_out: Any, words: str, request: _Request) -> 
 def _refuse_no_batches(value: Any, origin: str) -> None:
     advice = "Give a DataLoader, a Dataset or an iterable of batches."
     parts = list(value.values()) if isinstance(value, Mapping) else value
-    if isinstance(parts, tuple | list) and any(isinstance(part, DataLoader | Dataset) for part in parts):
+    if isinstance(parts, tuple | list) and any(map(_is_source, parts)):
         raise DataError(f"{origin} gives {kind_of(value)}, but a single loader is needed. Return only that loader.")
     iterable = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
     one_array = hasattr(value, "__array__")  # a tensor would be split into samples

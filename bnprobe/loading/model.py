@@ -131,6 +131,12 @@ class UserModule:
         path = Path(self.module.__file__ or "")
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
+    def lines_with(self, text: str) -> list[str]:
+        """The lines of the file that hold a text, e.g. ["model.py:17"]."""
+        path = Path(self.module.__file__ or "")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        return [f"{self.name}:{number}" for number, line in enumerate(lines, 1) if text in line]
+
     def get(self, symbol: str) -> Any:
         """Look up a symbol; dotted names reach into classes and objects.
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -88,6 +89,27 @@ def spread(source: BatchSource, seed: int, batch_sizes: Sequence[int] = (), mixe
     else:
         return source
     return replace(source, batches=again)
+
+
+def is_random(source: BatchSource) -> bool:
+    """Whether the loader itself draws the samples of each batch at random."""
+    loader = getattr(source.batches, "wrapped", None)
+    return isinstance(loader, DataLoader) and why_fixed(loader) is None and isinstance(loader.sampler, _RANDOM)
+
+
+def drawn_at_random(source: BatchSource, seed: int) -> BatchSource | None:
+    """The same samples in batches of the same size, each drawn at random; None where the loader does not allow it."""
+    guarded = source.batches
+    loader = guarded.wrapped if isinstance(guarded, GuardedBatches) else None
+    if not isinstance(guarded, GuardedBatches) or not isinstance(loader, DataLoader):
+        return None
+    own_way = type(loader).__iter__ is not DataLoader.__iter__ or loader.batch_sampler is None
+    if own_way or isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
+        return None
+    standard = type(loader.batch_sampler) in (BatchSampler, SpreadBatches)
+    samples = loader.batch_sampler.sampler if standard else range(len(loader.dataset))  # type: ignore[union-attr]
+    order = SpreadBatches(samples, source.batch_size, source.batch_size, seed, mixed=True)
+    return replace(source, batches=guarded.over(rebuilt(loader, source.batch_size, order), order.indices))
 
 
 class DealtBatches:

@@ -37,14 +37,7 @@ def count_samples(batch: Any, stated: int | None = None) -> int | None:
     Returns:
         None if there is nothing to count.
     """
-    try:
-        return SampleCount(stated=stated)(batch)
-    except CannotCountError:
-        return next(iter(_lengths(batch).values()))
-
-
-class CannotCountError(DataError):
-    """The parts of a batch have different lengths, and nothing says which of them counts the samples."""
+    return SampleCount(stated=stated, strict=False)(batch)
 
 
 @dataclass
@@ -56,12 +49,15 @@ class SampleCount:
         asked: The batch size that was asked for, where the loader states none.
         told: The user's ``batch_size_of(batch)``.
         origin: Name of the data in messages.
+        strict: Refuse a batch whose parts have different lengths if nothing says which of them counts; else the first
+            part does, for what needs the number as a weight only.
     """
 
     stated: int | None = None
     asked: int | None = None
     told: Callable[[Any], int] | None = None
     origin: str = "the data"
+    strict: bool = True
     _place: str | None = field(default=None, init=False)
 
     def __call__(self, batch: Any) -> int | None:
@@ -94,7 +90,9 @@ class SampleCount:
         if self.stated is not None:
             return agreed if agreed is not None and agreed < self.stated else self.stated
         if agreed is None and lengths:
-            raise CannotCountError(self._advice(batch, lengths))
+            if self.strict:
+                raise DataError(self._advice(batch, lengths))
+            return next(iter(lengths.values()))
         return agreed
 
     def _advice(self, batch: Any, lengths: Mapping[str, int]) -> str:
@@ -184,6 +182,8 @@ def _first_axis(leaf: Any) -> int | None:
 
 def _agreed(batch: Any) -> int | None:
     """The first axis of all tensors where it is the same, else the length of all fields where that is."""
+    if isinstance(batch, list | tuple) and _are_records(batch):
+        return len(batch)
     leaves = [leaf for _, leaf in named_leaves(batch)]
     axes = {length for length in map(_first_axis, leaves) if length is not None}
     if len(axes) == 1 and not _is_ragged(batch):
@@ -191,10 +191,13 @@ def _agreed(batch: Any) -> int | None:
     fields = list(batch.values()) if isinstance(batch, Mapping) else batch
     if not isinstance(fields, list | tuple):
         return None
-    if fields and all(isinstance(item, Mapping) for item in fields):
-        return len(fields)
     lengths = {_field_length(item) for item in fields} - {None}
     return lengths.pop() if len(lengths) == 1 else None
+
+
+def _are_records(items: Any) -> bool:
+    """Whether items are mappings with the same keys: one for each sample."""
+    return bool(items) and all(isinstance(item, Mapping) and item.keys() == items[0].keys() for item in items)
 
 
 def _is_ragged(batch: Any) -> bool:

@@ -47,15 +47,19 @@ class Workload:
     module: UserModule | None = None
 
 
-def load_workload(spec: Spec) -> Workload:
+def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
     """Load model, checkpoint, data and functions, in this order.
 
     The user's code may draw random weights. Seed first to make them reproducible.
 
+    Args:
+        spec: What the user asked for.
+        need_statistics: Whether the checkpoint must hold the running statistics; False where they are about to be made.
+
     Raises:
         BnprobeError: Something is wrong with the user's files; see ``bnprobe.errors``.
     """
-    loaded = load_model_only(spec)
+    loaded = load_model_only(spec, need_statistics)
     source = load_source(spec.data, loaded.module)
     notes = list(loaded.notes)
     held_out = _held_out(spec, loaded.module, source, notes)
@@ -63,6 +67,8 @@ def load_workload(spec: Spec) -> Workload:
         role: _function(role, target, loaded.module, notes)
         for role, target in (("forward", spec.forward), ("loss", spec.loss), ("metric", spec.metric))
     }
+    if source.synthetic and not (spec.scan.train_steps or spec.scan.gradients):
+        functions |= {"loss": None, "metric": None}  # there are no labels, and the inputs are nothing to be right about
     return Workload(
         loaded.model,
         loaded.name,
@@ -83,14 +89,16 @@ def read_again(spec: Spec, workload: Workload) -> Workload:
     """
     source, held_out = load_source(spec.data, workload.module), workload.held_out
     if held_out is not None:
-        held_out = load_held_out(spec.eval_data, workload.module, source.batch_size)
+        held_out = load_held_out(spec.eval_data, workload.module, source.batch_size) or source.beside
     return replace(workload, source=source, held_out=held_out)
 
 
 def _held_out(spec: Spec, module: UserModule | None, source: BatchSource, notes: list[str]) -> BatchSource | None:
     """Held-out data that the spec names must load; a load_eval_data that is only in the model file may fail."""
+    if source.synthetic and spec.eval_data.target is None:
+        return None  # there is nothing to compare it with
     try:
-        return load_held_out(spec.eval_data, module, source.batch_size)
+        return load_held_out(spec.eval_data, module, source.batch_size) or source.beside
     except (DataError, UsageError) as error:
         if spec.eval_data.target is not None:
             raise
@@ -98,13 +106,13 @@ def _held_out(spec: Spec, module: UserModule | None, source: BatchSource, notes:
         return None
 
 
-def load_model_only(spec: Spec) -> LoadedModel:
-    """Load the model with its checkpoint, without data."""
+def load_model_only(spec: Spec, need_statistics: bool = True) -> LoadedModel:
+    """Load the model with its checkpoint, without data; ``need_statistics`` as for ``load_workload``."""
     checkpoint, folder = spec.checkpoint, Path.cwd()
     loaded = load_model(spec.model)
     if checkpoint.path is not None and Path.cwd() != folder:  # the user's file changed the working directory
         checkpoint = checkpoint.model_copy(update={"path": str(folder / checkpoint.path)})
-    notes = load_checkpoint(loaded.model, checkpoint)
+    notes = load_checkpoint(loaded.model, checkpoint, need_statistics)
     return replace(loaded, notes=(*loaded.notes, *notes))
 
 

@@ -41,6 +41,13 @@ def as_plain(tensor: Tensor) -> Tensor:
     return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
+def like_subclass(tensor: Tensor, like: Tensor) -> Tensor:
+    """A plain tensor as one of the subclass of another, with what that one carries: the model goes on with its own."""
+    found = tensor.as_subclass(type(like))
+    found.__dict__.update(like.__dict__)
+    return found
+
+
 def is_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all values of all floating-point tensors are finite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
@@ -89,12 +96,14 @@ def check_finite(batch: Any, position: int, indices: Callable[[int], Sequence[An
     for path, tensor in named_leaves(batch):
         if not isinstance(tensor, Tensor):
             continue
+        tensor = as_plain(tensor)
         # A finite sum means finite values, and needs no temporary of the tensor's size.
         if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
             continue
         place = f"tensor {path} " if path else "tensor "
         sample = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else 0
-        item = "" if indices is None else f", item {indices(position)[sample]} of the data set"
+        items = [] if indices is None else indices(position)
+        item = f", item {items[sample]} of the data set" if tensor.shape[:1] == (len(items),) else ""
         raise DataError(
             f"Micro-batch {position} (the first is 1) holds NaN or Inf in its {place}of shape {tuple(tensor.shape)},"
             f" first in its sample {sample} (the first is 0){item}. Clean the data set, or leave such samples out."

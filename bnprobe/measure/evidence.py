@@ -272,6 +272,9 @@ class Evidence:
         kept: Micro-batches by position, on the host, for what is measured afterwards.
         sizes: Samples of the micro-batches by position, where they are not all of ``batch_size``.
         held_out: The same on held-out data; None without.
+        mixed: The eval path on training samples in batches drawn at random, where those of the batches above cannot be
+            regrouped; None where that was not needed or not possible.
+        random_order: The loader itself draws every batch at random.
         stopped: Why the scan ended.
         failure: The error that ended it after something was measured.
     """
@@ -296,6 +299,8 @@ class Evidence:
     kept: dict[int, Any] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     held_out: Evidence | None = None
+    mixed: Evidence | None = None
+    random_order: bool = False
     stopped: StopReason = "requested"
     failure: BnprobeError | None = None
 

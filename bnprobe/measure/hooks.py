@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bnprobe.errors import ModelError, is_library_file
-from bnprobe.measure.batch import CannotEmulateError, is_finite, tensors_of
+from bnprobe.measure.batch import CannotEmulateError, as_plain, is_finite, like_subclass, tensors_of
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.norms import NORMS, GroupsRows, NormCall, NormFamily
 from bnprobe.stats.moments import Moments, pool_moments, row_moments, statistics_distance
@@ -334,6 +334,11 @@ class Pass:
             CannotEmulateError: Its rows cannot be divided into micro-batches.
             ModelError: The family's groups do not divide a micro-batch.
         """
+        kind = type(found.call.input)
+        if kind not in (Tensor, nn.Parameter):
+            given = found.call.input
+            plain = self.answer(replace(found, call=replace(found.call, input=as_plain(given))))
+            return like_subclass(plain, given)
         layer, call = found.layer, found.call
         slot = (layer.index, sum(index == layer.index for index, _ in self.records))
         gradient = self.leaves is not None

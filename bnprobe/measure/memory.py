@@ -102,23 +102,23 @@ class Chunks:
         Args:
             micro_batches: All of them.
             function: Changes nothing when it raises.
-            refused: Told when micro-batches cannot run together at all, before they run one by one.
+            refused: Told once when micro-batches cannot run together at all, before they run one by one.
 
         Raises:
             DeviceError: Not even one micro-batch fits into memory.
         """
         results: list[Result] = []
-        done = 0
+        done, told = 0, False
         while done < len(micro_batches):
             chunk = list(micro_batches[done : done + self.at_once])
             try:
                 results.append(function(chunk))
                 done += len(chunk)
             except CannotEmulateError as error:
-                if len(chunk) == 1:
+                if told:
                     raise
                 refused(error)
-                self.at_once = 1
+                self.at_once, told = 1, True
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnprobe.measure.batch import tensors_of
+from bnprobe.measure.batch import as_plain, tensors_of
 from bnprobe.measure.scores import MEASURES, Measure, ScoreTable
 from bnprobe.measure.session import PathName
 from bnprobe.records import Output, PathValues
@@ -211,7 +211,7 @@ def _zero(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def floating(output: Any) -> list[Tensor]:
     """The tensors of an output that are compared."""
-    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
+    return [as_plain(tensor) for tensor in tensors_of(output) if tensor.is_floating_point()]
 
 
 def square_norm(values: Tensor) -> Tensor:

@@ -26,9 +26,14 @@ class Population:
     """Mean and variance per layer and channel, merged from passes over different samples (Chan et al. 1983), float64.
 
     The calls of a layer count as one population, as they do for its running statistics.
+
+    Attributes:
+        mixed: Whether samples were drawn at random for large physical batches, whose statistics are nearly those of
+            the population; False if batches had to run as they are.
     """
 
     def __init__(self) -> None:
+        self.mixed = True
         self._count: dict[int, float] = {}
         self._batches: dict[int, float] = {}
         self._mean: dict[int, Tensor] = {}
@@ -51,6 +56,10 @@ class Population:
     def values(self) -> dict[int, int]:
         """By index of the layer: values per channel."""
         return {index: round(count) for index, count in self._count.items()}
+
+    def fewest_values(self) -> float:
+        """Values per channel of a layer in one micro-batch, of the layer that has the fewest."""
+        return min(count / self._batches[index] for index, count in self._count.items())
 
     def updates(self) -> dict[int, int]:
         """By index of the layer: micro-batches that it was called on, each call counted; a part of one counts fully."""
@@ -94,9 +103,8 @@ def steady_population(
     """
     population, footprint, batch_size = population or Population(), Footprint(0, 0), batching.batch_size
 
-    def run(batch: Any) -> None:
+    def run(batch: Any, samples: int) -> None:
         nonlocal footprint
-        samples = count_samples(batch, batch_size) or batch_size
         pass_ = Pass(samples, samples, plain=True)
         session.forward("steady", to_device(batch, session.device), pass_)
         population.add(own_records(session, pass_), samples / batch_size)
@@ -105,13 +113,18 @@ def steady_population(
 
     joined = _joined(micro_batches, batch_size) if batching.emulation.trusted else None
     if joined is None:
-        Chunks(session.device, batch_size, 1).run(micro_batches, lambda chunk: run(chunk[0]))
+        population.mixed = False
+        alone = Chunks(session.device, batch_size, 1)
+        alone.run(micro_batches, lambda chunk: run(chunk[0], count_samples(chunk[0], batch_size) or batch_size))
     else:
         batch, samples = joined
+
+        def run_rows(chunk: list[list[int]]) -> None:
+            rows = [row for unit in chunk for row in unit]
+            run(pick(batch, rows, samples), len(rows))
+
         units, parts = _evenly(samples, batch_size * batching.at_once)
-        Chunks(session.device, 1, len(units) // parts).run(
-            units, lambda chunk: run(pick(batch, [row for unit in chunk for row in unit], samples))
-        )
+        Chunks(session.device, 1, len(units) // parts).run(units, run_rows)
     return population, footprint
 
 
@@ -163,11 +176,13 @@ class Settled:
         statistics: Mean and unbiased variance, float64 of shape (channels,), as the running buffers hold them.
         updates: Batches of the data that they stand for, each call of the layer counted.
         values: Per channel; the variance of fewer than two is 0.
+        mixed: As in ``Population``. If so, the train path gives what the eval path gives, but for noise.
     """
 
     statistics: dict[int, tuple[Tensor, Tensor]]
     updates: dict[int, int]
     values: dict[int, int]
+    mixed: bool
 
 
 def settle_by_batch(session: Session, batches: RepeatedReader, progress: Progress) -> Settled:
@@ -197,7 +212,7 @@ def settle_by_batch(session: Session, batches: RepeatedReader, progress: Progres
         steady_population(session, part, batching, population)
         done += len(part)
         progress(done, done)
-    return Settled(population.statistics(), population.updates(), population.values())
+    return Settled(population.statistics(), population.updates(), population.values(), population.mixed)
 
 
 def settle_by_layer(session: Session, batches: RepeatedReader, wanted: frozenset[int], progress: Progress) -> Settled:
@@ -241,7 +256,7 @@ class _Rounds:
             rounds += 1
             if rounds > ROUNDS:
                 raise RepairError(self._unsettled())
-        return Settled(settled, first.updates(), first.values())
+        return Settled(settled, first.updates(), first.values(), mixed=True)
 
     def _take(self, index: int, settled: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         population = self._pass(settled, frozenset({index}), None if index in self._again else index)

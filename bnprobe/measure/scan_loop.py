@@ -156,6 +156,20 @@ def _measure_held_out(
     return evidence
 
 
+def measure_mixed(session: Session, evidence: Evidence, reader: Reader, progress: Progress) -> None:
+    """The eval path on as many batches of the same size as were measured, drawn at random, into ``evidence.mixed``.
+
+    For batches whose samples cannot be regrouped, because they differ in size or are no longer told apart. ``session``
+    is installed.
+    """
+    started = time.perf_counter()
+    batching = Batching(reader.batch_size, evidence.batching.emulation)
+    mixed = Evidence(session.layers, batching, {"eval": PathEvidence("held-out", reader.batch_size)})
+    _measure(evidence.batches, Measurement(session, mixed, random=False), reader, progress, ALONE)
+    mixed.seconds = time.perf_counter() - started
+    evidence.mixed = mixed
+
+
 def _measure_until_done(
     measurement: Measurement, reader: Reader, settings: ScanSettings, progress: Progress, world: World
 ) -> tuple[ScanEnding, int]:

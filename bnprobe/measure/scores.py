@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from bnprobe.errors import DataError
 from bnprobe.loading.model import BatchFunction, kind_of
-from bnprobe.loading.samples import count_samples
+from bnprobe.loading.samples import SampleCount
 from bnprobe.measure.batch import CannotEmulateError, join, pick, to_device
 from bnprobe.measure.hooks import LayerStatistics, Pass
 from bnprobe.measure.physical_batch import Batching
@@ -193,7 +194,8 @@ def score_samples(
     if size == 1:
         return value.reshape(1)
     try:
-        with preserved_random_state():
+        with preserved_random_state(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the function was not written for one sample
             values = [
                 one_number(measure, function, call(pick(batch, [row], size), rows_of(outputs, row, row + 1, size)))
                 for row in range(size)
@@ -233,6 +235,14 @@ def _place(function: BatchFunction) -> str:
     return "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
 
 
+def samples_of(batch: Any, usual: int) -> int:
+    """Samples of a batch as its structure says; where it does not, the usual number."""
+    try:
+        return SampleCount()(batch) or usual
+    except DataError:  # its parts have different lengths
+        return usual
+
+
 def score_batches(
     session: Session,
     path: PathName,
@@ -241,6 +251,7 @@ def score_batches(
     *,
     by_batch: frozenset[int] = frozenset(),
     statistics: LayerStatistics | None = None,
+    group: int | None = None,
 ) -> ScoreTable:
     """Loss and metric of micro-batches, each of which the functions see by itself, and of samples where possible.
 
@@ -248,9 +259,10 @@ def score_batches(
 
     Args:
         session: Installed.
-        micro_batches: On any device.
+        micro_batches: On any device; those of another size than ``batching`` says run one by one.
         batching: How they run.
         by_batch, statistics: As in ``Pass``.
+        group: Samples that batch statistics are taken of; None: the micro-batch.
 
     Raises:
         DeviceError, UserCodeError, DataError: See ``Chunks`` and ``Session``.
@@ -258,11 +270,16 @@ def score_batches(
     table = ScoreTable()
 
     def run(chunk: list[Any]) -> None:
-        pass_ = batching.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {})
-        _, outputs = session.forward(path, to_device(join(chunk, batching.batch_size), session.device), pass_)
+        sizes = {samples_of(batch, batching.batch_size) for batch in chunk}
+        if len(sizes) > 1:
+            raise CannotEmulateError("the micro-batches have different sizes")
+        size = sizes.pop()
+        how = replace(batching, batch_size=size)
+        pass_ = how.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {})
+        pass_.batch_size = group or size
+        _, outputs = session.forward(path, to_device(join(chunk, size), session.device), pass_)
         apart = [to_device(batch, session.device) for batch in chunk]
         room = {measure: table.room(measure, path) for measure in MEASURES}
-        size = batching.batch_size if len(chunk) > 1 else count_samples(chunk[0]) or batching.batch_size
         table.add(score_outputs(session, path, apart, outputs, size, room))
 
     batching.chunks(session.device).run(micro_batches, run)

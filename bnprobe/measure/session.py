@@ -164,10 +164,12 @@ class Session:
     ) -> Any:
         """Call the user's loss or metric, right after ``forward`` on the same path.
 
-        The flags are still set, and layers whose statistics that pass chose use the same if the model is called again.
+        The flags are still set, and layers whose statistics that pass chose use the same, of groups of the same size,
+        if the model is called again.
         """
-        batch = copy_tensors(batch)
-        pass_ = replace(pass_, by_batch=self._last.by_batch, statistics=self._last.statistics)
+        batch, last = copy_tensors(batch), self._last
+        chosen: dict[str, Any] = {"by_batch": last.by_batch, "statistics": last.statistics, "layouts": last.layouts}
+        pass_ = replace(pass_, batch_size=min(last.batch_size, pass_.batch_size), **chosen)
         border = model_code(f"calling {name}(model, batch) ({_IN_WORDS[path]})")
         with self._running(path, pass_), replaying(self.model, batch, outputs), border:
             return function(self.model, batch)
@@ -304,10 +306,16 @@ def recording(model: nn.Module, batch: Any) -> Iterator[Outputs]:
 
 
 @contextmanager
-def replaying(model: nn.Module, batch: Any, outputs: Outputs) -> Iterator[None]:
-    """Answer calls of the model on the same tensors of ``batch`` with ``outputs``; all other calls run."""
+def replaying(model: nn.Module, batch: Any, outputs: Outputs, only: bool = False) -> Iterator[None]:
+    """Answer calls of the model on the same tensors of ``batch`` with ``outputs``; all other calls run.
+
+    Raises:
+        CannotEmulateError: Where ``only`` outputs may answer, on any other call.
+    """
 
     def answer(original: Callable[..., Any], key: tuple[int, ...] | None, args: Any, kwargs: Any) -> Any:
+        if only and key not in outputs:
+            raise CannotEmulateError("the model is called on something else than the batch's own tensors")
         return outputs[key] if key in outputs else original(*args, **kwargs)
 
     with _intercepted(model, batch, answer):

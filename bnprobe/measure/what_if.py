@@ -4,33 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from bnprobe.errors import UsageError
+from bnprobe.errors import RepairError, UsageError
 from bnprobe.measure.batch import CannotEmulateError, join
 from bnprobe.measure.hooks import LayerStatistics
 from bnprobe.measure.memory import Footprint, fits_in_memory
 from bnprobe.measure.physical_batch import Batching
-from bnprobe.measure.population import steady_population
-from bnprobe.measure.scores import score_batches
-from bnprobe.measure.session import Session
-from bnprobe.records import FREE_REMEDIES, Remedy, Score
+from bnprobe.measure.population import LARGE, Population, settle_by_layer, steady_population
+from bnprobe.measure.reader import RepeatedReader
+from bnprobe.measure.scores import MEASURES, Measure, ScoreTable, samples_of, score_batches
+from bnprobe.measure.session import Session, no_progress
+from bnprobe.records import FREE_REMEDIES, Estimate, Remedy
+from bnprobe.stats.scores import paired_difference
 
-_RECALIBRATED, _EVALUATION_STATISTICS, _BATCH_STATISTICS = FREE_REMEDIES
+_RECALIBRATED, _EVALUATION_STATISTICS, _BATCH_STATISTICS, _INSTANCE_STATISTICS = FREE_REMEDIES
 
 LARGER = (4, 16)
 """Factors by which batches are made larger than those scanned."""
 
+_LAYER_PASSES = 4096
+"""Samples times layers for the statistics that are taken layer by layer, each in a pass of its own."""
+
 
 def what_if(
-    session: Session, training: Sequence[Any], held_out: Sequence[Any], batching: Batching
+    session: Session,
+    training: Sequence[Any],
+    held_out: Sequence[Any],
+    batching: Batching,
+    scoring: Batching | None = None,
+    *,
+    goal: Literal["max", "min"] = "max",
+    scored_on: Literal["held-out", "training"] = "held-out",
+    larger: bool = True,
 ) -> tuple[Remedy, ...]:
     """Loss and metric on the held-out batches, eval path, as loaded and with each remedy.
 
-    * "recalibrated": the population statistics of the training data as running statistics.
+    * "recalibrated": the population statistics of the training data as running statistics. Where samples cannot be
+      mixed, they are taken on the train path and on the eval path, and the better ones count, as in
+      ``bnprobe recalibrate``.
     * "evaluation statistics": those of the held-out data.
-    * "batch statistics": every held-out batch normalizes with its own statistics.
+    * "batch statistics": every held-out batch normalizes with its own statistics, in batches of the scanned size
+      where the held-out batches divide into such.
+    * "instance statistics": every sample with its own, where it gives every layer more than one value per channel.
     * "batch statistics, batches of N": the same in larger batches, as far as data and memory allow and samples of
       different batches may be mixed. Loss and metric see these larger batches, and a metric may not be a mean over
       samples: the control is the model as loaded, scored in batches of the same size.
@@ -42,7 +59,11 @@ def what_if(
     Args:
         session: Installed.
         training, held_out: Micro-batches on the host. Both are bounded by the caller.
-        batching: How they run.
+        batching: How the training batches run.
+        scoring: How the held-out batches run; None: the same way.
+        goal: Whether a larger or a smaller metric is better.
+        scored_on: Where ``held_out`` comes from. Statistics of training data as evaluation data say nothing.
+        larger: Whether to try larger batches too.
 
     Returns:
         In the order above; none if no layer is concerned. "recalibrated" needs training batches.
@@ -52,19 +73,20 @@ def what_if(
         DeviceError, UserCodeError, DataError: As in any pass.
     """
     _require_a_measure(session, held_out)
-    trial = _Trial(session, batching)
-    before = trial.score(held_out)
-    own, footprint = steady_population(session, held_out, batching)
+    trial = _Trial(session, scoring or batching, goal, scored_on, held_out)
+    before = trial.score()
+    own, footprint = steady_population(session, held_out, trial.batching)
     layers = frozenset(own.statistics())
     if not layers:
         return ()
     found: list[Remedy] = []
     if training:
-        population, _ = steady_population(session, training, batching)
-        found.append(trial.with_statistics(_RECALIBRATED, population.statistics(), training, held_out, before))
-    found.append(trial.with_statistics(_EVALUATION_STATISTICS, own.statistics(), held_out, held_out, before))
-    found.append(trial.by_batch(_BATCH_STATISTICS, layers, held_out, before))
-    return *found, *trial.larger_batches(layers, held_out, before, footprint)
+        found.append(trial.recalibrated(training, batching, layers, footprint, before))
+    if scored_on == "held-out":
+        detail = f"pooled mean and unbiased variance of the same {trial.samples} held-out samples"
+        found.append(trial.with_statistics(_EVALUATION_STATISTICS, own.statistics(), before, detail))
+    found += trial.by_batch(layers, batching.batch_size, own, before)
+    return *found, *(trial.larger_batches(layers, before, footprint) if larger else ())
 
 
 @dataclass(frozen=True)
@@ -73,71 +95,128 @@ class _Trial:
 
     session: Session
     batching: Batching
+    goal: Literal["max", "min"]
+    scored_on: Literal["held-out", "training"]
+    batches: Sequence[Any]
+
+    @property
+    def samples(self) -> int:
+        return sum(samples_of(batch, self.batching.batch_size) for batch in self.batches)
 
     def score(
-        self, batches: Sequence[Any], by_batch: frozenset[int] = frozenset(), statistics: LayerStatistics | None = None
-    ) -> Score:
-        table = score_batches(self.session, "eval", batches, self.batching, by_batch=by_batch, statistics=statistics)
-        return table.score("eval")
-
-    def with_statistics(
-        self, name: str, statistics: LayerStatistics, source: Sequence[Any], held_out: Sequence[Any], before: Score
-    ) -> Remedy:
-        after = self.score(held_out, statistics=statistics)
-        samples = len(source) * self.batching.batch_size
-        which = f"the same {samples} held-out" if source is held_out else f"{samples} training"
-        detail = f"pooled mean and unbiased variance of {which} samples"
-        return self._remedy(name, frozenset(statistics), held_out, before, after, None, detail)
-
-    def by_batch(
         self,
-        name: str,
-        layers: frozenset[int],
-        batches: Sequence[Any],
-        before: Score,
-        control: Score | None = None,
-    ) -> Remedy:
-        after = self.score(batches, by_batch=layers)
-        size = self.batching.batch_size
-        detail = f"batches of {size} held-out samples, each normalized with its own statistics"
-        return self._remedy(name, layers, batches, before, after, control, detail)
+        by_batch: frozenset[int] = frozenset(),
+        statistics: LayerStatistics | None = None,
+        group: int | None = None,
+    ) -> ScoreTable:
+        return score_batches(
+            self.session, "eval", self.batches, self.batching, by_batch=by_batch, statistics=statistics, group=group
+        )
 
-    def larger_batches(
-        self, layers: frozenset[int], held_out: Sequence[Any], before: Score, footprint: Footprint
-    ) -> Iterator[Remedy]:
+    def recalibrated(
+        self,
+        training: Sequence[Any],
+        batching: Batching,
+        layers: frozenset[int],
+        footprint: Footprint,
+        before: ScoreTable,
+    ) -> Remedy:
+        size = batching.batch_size
+        if fits_in_memory(footprint, LARGE, self.session.device):
+            batching = replace(batching, at_once=max(batching.at_once, LARGE // size))
+        detail = "pooled mean and unbiased variance of {} training samples".format
+        population, _ = steady_population(self.session, training, batching)
+        one = self.with_statistics(_RECALIBRATED, population.statistics(), before, detail(len(training) * size))
+        if population.mixed:
+            return one
+        some = training[: max(2, _LAYER_PASSES // (len(layers) * size))]
+        try:
+            settled = settle_by_layer(self.session, RepeatedReader(some, None, 0), layers, no_progress)
+        except RepairError:  # they do not converge
+            return one
+        told = f"{detail(len(some) * size)}, layer by layer"
+        other = self.with_statistics(_RECALIBRATED, settled.statistics, before, told)
+        return min(one, other, key=self._badness)
+
+    def with_statistics(self, name: str, statistics: LayerStatistics, before: ScoreTable, detail: str) -> Remedy:
+        return self._remedy(name, frozenset(statistics), before, self.score(statistics=statistics), None, detail)
+
+    def by_batch(self, layers: frozenset[int], size: int, own: Population, before: ScoreTable) -> Iterator[Remedy]:
+        """Batch statistics in batches of the scanned size, and those of single samples."""
+        whole = self.batching.batch_size
+        group = size if self.batching.emulation.trusted and whole % size == 0 else whole
+        if group > 1:
+            yield self.of_groups(_BATCH_STATISTICS, group, layers, before)
+        if (whole == 1 or self.batching.emulation.trusted) and own.fewest_values() / whole > 1:
+            yield self.of_groups(_INSTANCE_STATISTICS, 1, layers, before)
+
+    def of_groups(
+        self, name: str, group: int, layers: frozenset[int], before: ScoreTable, control: ScoreTable | None = None
+    ) -> Remedy:
+        after = self.score(by_batch=layers, group=group)
+        detail = f"batches of {group} {self.scored_on} samples, each normalized with its own statistics"
+        if group == 1:
+            detail = f"every {self.scored_on} sample normalized with its own statistics"
+        return self._remedy(name, layers, before, after, control, detail, by_batch=group > 1)
+
+    def larger_batches(self, layers: frozenset[int], before: ScoreTable, footprint: Footprint) -> Iterator[Remedy]:
         for factor in LARGER:
             size = factor * self.batching.batch_size
-            batches = self._regrouped(held_out, factor) if fits_in_memory(footprint, size, self.session.device) else []
+            batches = self._regrouped(factor) if fits_in_memory(footprint, size, self.session.device) else []
             if batches:
                 batching = Batching(size, self.batching.emulation, max(1, self.batching.at_once // factor))
-                trial = _Trial(self.session, batching)
-                control = trial.score(batches)
-                same = _close(control.loss, before.loss) and _close(control.metric, before.metric)
+                trial = replace(self, batching=batching, batches=batches)
                 name = f"{_BATCH_STATISTICS}, batches of {size}"
-                yield trial.by_batch(name, layers, batches, before, None if same else control)
+                yield trial.of_groups(name, size, layers, before, trial.score())
 
-    def _regrouped(self, held_out: Sequence[Any], factor: int) -> list[Any]:
+    def _regrouped(self, factor: int) -> list[Any]:
         """Larger batches of consecutive samples; empty if samples cannot be joined or mixed."""
         if not self.batching.emulation.trusted:
             return []
-        whole = len(held_out) // factor * factor
+        whole = len(self.batches) // factor * factor
         try:
-            return [join(list(held_out[i : i + factor]), self.batching.batch_size) for i in range(0, whole, factor)]
+            size = self.batching.batch_size
+            return [join(list(self.batches[i : i + factor]), size) for i in range(0, whole, factor)]
         except CannotEmulateError:
             return []
+
+    def _badness(self, remedy: Remedy) -> float:
+        """By the loss; without one, by the metric."""
+        after = remedy.after
+        if after.loss is not None or after.metric is None:
+            return math.inf if after.loss is None else after.loss
+        return -after.metric if self.goal == "max" else after.metric
 
     def _remedy(
         self,
         name: str,
         layers: frozenset[int],
-        batches: Sequence[Any],
-        before: Score,
-        after: Score,
-        control: Score | None,
+        before: ScoreTable,
+        after: ScoreTable,
+        control: ScoreTable | None,
         detail: str,
+        by_batch: bool = False,
     ) -> Remedy:
-        names = tuple(layer.name for layer in self.session.layers.layers if layer.index in layers)
-        return Remedy(name, names, before, after, control, len(batches) * self.batching.batch_size, detail)
+        baseline = control or before
+        changes = {f"{measure}_change": _change(measure, after, baseline, by_batch) for measure in MEASURES}
+        score, other = before.score("eval"), baseline.score("eval")
+        same = _close(score.loss, other.loss) and _close(score.metric, other.metric)
+        return Remedy(
+            name=name,
+            layers=tuple(layer.name for layer in self.session.layers.layers if layer.index in layers),
+            before=score,
+            after=after.score("eval"),
+            control=None if same else other,
+            images=self.samples,
+            detail=detail,
+            scored_on=self.scored_on,
+            **changes,
+        )
+
+
+def _change(measure: Measure, after: ScoreTable, before: ScoreTable, by_batch: bool) -> Estimate | None:
+    one, other = after.scores(measure, "eval"), before.scores(measure, "eval")
+    return None if one is None or other is None else paired_difference(one, other, shared=by_batch)
 
 
 def _close(one: float | None, other: float | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bnprobe.records.scan import Environment, Estimate, Record, Score, Tool
@@ -154,12 +154,16 @@ class Proof(Record):
         measure: What decides: "metric" where given, else "loss".
         arms: In the order in which they are printed.
         repaired: Name of the arm whose weights are written.
-        control: Name of the baseline that it is compared with, the best one; None where nothing was trained.
-        gain: Difference of repaired and baseline in ``measure``, positive where the repaired model is better, paired by
-            seed; for "recalibrate" paired by held-out batch.
+        control: Name of the baseline that it is compared with, the best one; where nothing was trained, "as is".
+        gain: Difference of repaired and baseline in ``measure``, positive where the repaired model is better. Of
+            several seeds paired by seed: the interval covers the chance of training. Of one run paired by sample, or by
+            batch where the user's function is no mean over samples: the interval covers the choice of samples.
         conclusion: The verdict in a word.
         message: The verdict in a sentence or two.
         images_choosing, images_proving: Number of held-out samples that chose the weights, and that scored them.
+        over_as_is: Difference of the weights to be written and those as loaded, like ``gain`` of one run.
+        surely_worse: The weights are significantly worse (95%) than as loaded: written only with ``--force``.
+        scored_on: "training" where there was no held-out data.
     """
 
     measure: Literal["loss", "metric"]
@@ -171,6 +175,9 @@ class Proof(Record):
     message: str
     images_choosing: int
     images_proving: int
+    over_as_is: Estimate | None = None
+    surely_worse: bool = False
+    scored_on: Literal["held-out", "training"] = "held-out"
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,8 @@ class RepairRecord(Record):
             training and inference agree by construction count as not flagged.
         requirements: What was required with ``--require``.
         notes: What the reader should know, a sentence each.
+        tracked: Layers that kept no running statistics and do now, with the line of the user's code that makes them,
+            where Python can tell.
     """
 
     schema_version: int
@@ -211,6 +220,7 @@ class RepairRecord(Record):
     flagged_after: int | None
     requirements: tuple[RequirementResult, ...]
     notes: tuple[str, ...]
+    tracked: dict[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -404,26 +404,28 @@ class Score(Record):
     metric: float | None
 
 
-FreeRemedy = Literal["recalibrated", "evaluation statistics", "batch statistics"]
-"""What ``--what-if`` tries without training: running statistics of the training data, or of the held-out data; the
-statistics of every batch."""
+FreeRemedy = Literal["recalibrated", "evaluation statistics", "batch statistics", "instance statistics"]
+"""What a scan tries without training: running statistics of the training data, or of the held-out data; the statistics
+of every batch, or of every sample."""
 
 FREE_REMEDIES: tuple[FreeRemedy, ...] = get_args(FreeRemedy)
 
 
 @dataclass(frozen=True)
 class Remedy(Record):
-    """The effect of a remedy that needs no training, measured on a copy of the model with held-out data.
+    """The effect of a remedy that needs no training, measured without changing the model.
 
     Attributes:
-        name: "recalibrated", "evaluation statistics", "batch statistics" or "batch statistics, batches of N".
+        name: A ``FreeRemedy``, or "batch statistics, batches of N".
         layers: Layers whose statistics were changed.
         before, after: Scores without and with the remedy.
         control: The baseline that the gain is to be compared with; None: ``before``.
-        images: Number of held-out samples scored.
+        images: Number of samples scored.
         detail: How it was done, a phrase, e.g. "statistics of 512 training samples".
         loss_change, metric_change: ``after`` minus the baseline, paired by sample where the user's function is a mean
             over samples, otherwise by batch.
+        scored_on: Where the samples come from; without held-out data, training samples that the statistics were not
+            taken from.
     """
 
     name: str
@@ -435,6 +437,7 @@ class Remedy(Record):
     detail: str
     loss_change: Estimate | None = None
     metric_change: Estimate | None = None
+    scored_on: Literal["held-out", "training"] = "held-out"
 
 
 @dataclass(frozen=True)

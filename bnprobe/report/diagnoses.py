@@ -66,8 +66,9 @@ def closing(report: Report, command: str) -> Closing:
     flagged = worst_first(with_sign(report.layers, FLAGGED))
     undecided = worst_first(with_sign(report.layers, UNDECIDED))
     fine = with_sign(report.layers, FINE)
-    if flagged and report.verdicts and _worst_severity(report) != "error":
-        return _harmless(report, flagged, command)
+    known = effect.inconsistency(report.summary.gaps, report.summary.chance)
+    if flagged and known.main is not None and known.is_no_worse and _worst_severity(report) != "error":
+        return _harmless(report, flagged, known.main, command)
     if flagged:
         return _flagged(report, flagged, command)
     if undecided:
@@ -88,16 +89,11 @@ def _flagged(report: Report, flagged: list[Layer], command: str) -> Closing:
     )
 
 
-def _harmless(report: Report, flagged: list[Layer], command: str) -> Closing:
-    """Layers beyond their limit that do no harm as far as was measured, or that no rule explains."""
-    change = effect.inconsistency(report.summary.gaps, report.summary.chance)
-    known = change.main is not None and change.is_no_worse
-    what = (
-        f"but {change.main.words('in training', 'at inference')}" if known and change.main else "but no error was found"
-    )
+def _harmless(report: Report, flagged: list[Layer], change: effect.Change, command: str) -> Closing:
+    """Layers beyond their limit that cost neither loss nor metric."""
     return Closing(
-        headline=f"{_share(len(flagged), report)} flagged, {what}.",
-        sign=UNDECIDED if known else FLAGGED,
+        headline=f"{_share(len(flagged), report)} flagged, but {change.words('in training', 'at inference')}.",
+        sign=UNDECIDED,
         sentences=tuple(filter(None, ("" if report.diagnoses else _worst(flagged), *_caveats(report)))),
         step=_step(report, command, next_step.keep_step(command)),
     )
@@ -216,7 +212,7 @@ def _caveats(report: Report) -> tuple[str, ...]:
         (scan.partial, f"{scan.stopped.capitalize()}: only {count(scan.batches, 'micro-batch')} measured."),
         (unmeasured > 0, f"{count(unmeasured, 'layer')} could not be measured on both paths."),
         (bool(report.skipped), f"{count(len(report.skipped), 'layer')} skipped."),
-        (scan.synthetic, "The inputs were generated: this shows the noise of small batches, not your data."),
+        (scan.synthetic, "The inputs were generated: this shows structure and batch noise, not your data (exit 0)."),
     )
     return tuple(text for applies, text in caveats if applies)
 

@@ -78,6 +78,12 @@ def signed(value: float, digits: int = 3) -> str:
     return "0" if float(text) == 0 else text
 
 
+def signed_interval(interval: Interval) -> str:
+    """An interval of a difference, e.g. "-1.9 to -1.8"."""
+    low, high = interval
+    return f"{signed(low, 2)} to {'infinity' if high is None else signed(high, 2)}"
+
+
 def size(number: int) -> str:
     """A number of bytes, e.g. "812 B", "1.2 MiB"."""
     value, units = float(number), ["B", "KiB", "MiB", "GiB"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -136,46 +137,78 @@ _DOING: dict[FreeRemedy, str] = {
     "recalibrated": "Recalibrating",
     "evaluation statistics": "Using the statistics of the held-out data",
     "batch statistics": "Normalizing at inference with batch statistics",
+    "instance statistics": "Normalizing at inference with the statistics of each sample",
 }
 
 _MEASURES = ("loss", "metric")
 
+Goal = Literal["max", "min"]
 
-def remedies(found: Sequence[Remedy], page: Page) -> list[Text]:
+
+def remedies(report: Report, page: Page) -> list[Text]:
     """The remedies, best first, and the best in words."""
+    found, goal = report.remedies, _goal(report)
     if not found:
         return []
-    ordered = best_first(found)
+    ordered = best_first(found, goal)
     sizes = [f"{number:,}" for number in sorted({remedy.images for remedy in found})]
     samples = " or ".join(", ".join(sizes).rsplit(", ", 1))
+    data = "held-out samples" if found[0].scored_on == "held-out" else "training samples that gave no statistics"
     return [
-        *page.heading(f"What remedies without training would give, on {samples} held-out samples"),
-        *page.paragraph(best_in_words(ordered), first="  "),
+        *page.heading(f"What remedies without training would give, on {samples} {data}"),
+        *page.paragraph(best_in_words(ordered, goal), first="  "),
         *_remedy_table(ordered, page),
     ]
 
 
-def best_first(found: Sequence[Remedy]) -> list[Remedy]:
-    """By the loss; without one by the metric, of which more is taken to be better; those without either last."""
-    return sorted(found, key=_rank)
+def _goal(report: Report) -> Goal:
+    """Whether a larger or a smaller metric is better."""
+    return next((gap.goal for gap in report.summary.gaps if gap.measure == "metric"), "max")
 
 
-def _rank(remedy: Remedy) -> tuple[float, float]:
+def best_first(found: Sequence[Remedy], goal: Goal = "max") -> list[Remedy]:
+    """By the loss; without one by the metric; those without either last."""
+    sign = -1 if goal == "max" else 1
+    return sorted(found, key=lambda remedy: _rank(remedy, sign))
+
+
+def _rank(remedy: Remedy, sign: int) -> tuple[float, float]:
     loss, metric = remedy.after.loss, remedy.after.metric
-    return math.inf if loss is None else loss, math.inf if metric is None else -metric
+    return math.inf if loss is None else loss, math.inf if metric is None else sign * metric
 
 
-def best_in_words(ordered: Sequence[Remedy]) -> str:
-    """What the best remedy does, e.g. "Recalibrating takes the loss from 1.92 to 0.08."."""
+def best_in_words(ordered: Sequence[Remedy], goal: Goal = "max") -> str:
+    """What the best remedy does, e.g. "Recalibrating takes the loss from 1.92 to 0.08 (95%: -1.9 to -1.8).".
+
+    A change whose interval contains 0 is no gain.
+    """
     best = ordered[0]
     measure = "loss" if best.after.loss is not None else "metric"
-    start, end = _value(best.before, measure), _value(best.after, measure)
+    start, end = _value(best.control or best.before, measure), _value(best.after, measure)
     if start is None or end is None:
-        return "None of them could be scored."
-    if (end - start) * (1 if measure == "loss" else -1) >= 0:
-        what = "lowers the loss" if measure == "loss" else "raises the metric"
-        return f"None of them {what}, which is {figures.score(start)} now."
-    return f"{doing(best.name)} takes the {measure} from {figures.score(start)} to {figures.score(end)}."
+        if end is None:
+            return "None of them could be scored."
+        return f"{doing(best.name)} takes the {measure} from a value that is not finite to {figures.score(end)}."
+    lowers = measure == "loss" or goal == "min"
+    change = best.loss_change if measure == "loss" else best.metric_change
+    if not is_gain(change, end - start, lowers):
+        what = f"lowers the {measure}" if lowers else f"raises the {measure}"
+        surely = "" if change is None else " surely"
+        return f"None of them{surely} {what}, which is {figures.score(start)} now."
+    interval = (
+        "" if change is None or change.interval is None else f" (95%: {figures.signed_interval(change.interval)})"
+    )
+    return f"{doing(best.name)} takes the {measure} from {figures.score(start)} to {figures.score(end)}{interval}."
+
+
+def is_gain(change: Estimate | None, difference: float, lowers: bool) -> bool:
+    """Whether a change is for the better, and surely so where an interval was computed."""
+    if change is None:  # of a report of an earlier version
+        return difference < 0 if lowers else difference > 0
+    if change.interval is None:
+        return False
+    low, high = change.interval
+    return high is not None and high < 0 if lowers else low > 0
 
 
 def doing(name: str) -> str:

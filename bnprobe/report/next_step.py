@@ -85,6 +85,9 @@ def _measured_sizes_step(report: Report, command: str) -> NextStep | None:
 
 
 def _try_sizes_step(report: Report, command: str) -> NextStep | None:
+    check = report.scan.self_check
+    if check is None or not check.passed:  # samples cannot be regrouped
+        return None
     to_try = _sizes_to_try(report.scan)
     if len(to_try) < 2:
         return None
@@ -96,10 +99,8 @@ def _try_sizes_step(report: Report, command: str) -> NextStep | None:
 
 
 def _evaluated(report: Report) -> bool:
-    """Whether held-out data was given."""
-    shares = [layer.shares for layer in report.layers if layer.shares is not None]
-    held_out = [gap.held_out for gap in report.summary.gaps]
-    return any(value is not None for value in [*held_out, *(share.data_shift for share in shares)])
+    """Whether held-out data was scored, by a loss or metric."""
+    return any(gap.held_out is not None for gap in report.summary.gaps)
 
 
 def under_limit(layers: tuple[Layer, ...], batch_size: int) -> list[Layer]:

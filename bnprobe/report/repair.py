@@ -15,7 +15,7 @@ from bnprobe.config.requirements import parse_requirement
 from bnprobe.config.targets import TARGETS
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, percent
-from bnprobe.records import Arm, Conclusion, Ending, Proof, RepairRecord, Report, Run
+from bnprobe.records import Arm, Conclusion, Ending, Estimate, Proof, RepairRecord, Report, Run
 from bnprobe.report import figures
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.json import dump
@@ -171,6 +171,9 @@ def _closing(record: RepairRecord, page: Page) -> list[Text]:
     """The verdict, the flags, and what was required."""
     sign, headline = _verdict(record)
     lines = page.verdict(sign, headline, [record.proof.message if record.proof else "", *_flagged(record)])
+    if record.proof is not None and record.proof.surely_worse:
+        refused = "Written because of --force: " if record.weights else "Nothing was written: "
+        lines += page.paragraph(refused + worse_than_as_is(record), "bold red", first=f"  {page.clean(FLAGGED)} ")
     for requirement in record.requirements:
         mark = FINE if requirement.held else FLAGGED
         value = requirement.value
@@ -193,10 +196,36 @@ def _verdict(record: RepairRecord) -> tuple[str, str]:
     return UNMEASURED, f"{done}. Nothing was scored, so the gain is not known."
 
 
+def _model(record: RepairRecord) -> str:
+    """What the command made, as a sentence names it."""
+    return "the recalibrated model" if record.action == "recalibrate" else "the repaired model"
+
+
+def worse_than_as_is(record: RepairRecord) -> str:
+    """That the weights lose against those as loaded, by how much, and what to do; for records where they do."""
+    proof = record.proof
+    assert proof is not None  # else nothing was compared
+    as_is, written = (next(arm for arm in proof.arms if arm.name == name) for name in ("as is", proof.repaired))
+    pairs = [(name, getattr(as_is, name), getattr(written, name)) for name in ("metric", "loss")]
+    scores = [f"{name} {_scored(end)} against {_scored(start)}" for name, start, end in pairs if start or end]
+    data = count(proof.images_proving, f"{proof.scored_on} sample")
+    trained = written.trained
+    advice = "--resume --force writes" if trained else "--force writes"
+    training = "" if trained or record.action == "recalibrate" else " Training may help (--finetune)."
+    return (
+        f"{_model(record)} scores worse than the model as loaded, {' and '.join(scores)} on {data}."
+        f" As loaded is best: keep those weights.{training} {advice} the others all the same."
+    )
+
+
+def _scored(value: Estimate | None) -> str:
+    return "not finite" if value is None else figures.score(value.mean)
+
+
 def _flagged(record: RepairRecord) -> list[str]:
     before, after = record.flagged_before, record.flagged_after
     if after is None:
-        return [] if before is None else [f"Flagged layers: {before} before; the repaired model was not scanned."]
+        return [] if before is None else [f"Flagged layers: {before} before; {_model(record)} was not scanned."]
     return [f"Flagged layers: {after}."] if before is None else [f"Flagged layers: {before} {ARROW} {after}."]
 
 
@@ -238,7 +267,7 @@ def _proof(found: Proof, page: Page, show_all: bool) -> list[Text]:
     seeds = max(len(arm.runs) for arm in found.arms)
     interval = f": mean and 95% interval of {seeds} seeds" if seeds > 1 else ""
     return [
-        *page.heading(f"Comparison on {count(found.images_proving, 'held-out sample')}{interval}"),
+        *page.heading(f"Comparison on {count(found.images_proving, f'{found.scored_on} sample')}{interval}"),
         *_table(found, page),
         *_legend(found, page),
         *_clipping(found, page),
@@ -267,9 +296,9 @@ def _gain(found: Proof) -> list[str]:
     """What the repair gained over its baseline, a sentence; nothing where that is not known."""
     if found.gain is None or found.control is None:
         return []
-    arm = next(arm for arm in found.arms if arm.name == found.repaired)
-    paired = f"95%, paired over {len(arm.runs)} seeds" if arm.trained else "95%, paired over the held-out batches"
-    how = paired if found.gain.interval is not None else "one run, so no interval"
+    runs = len(next(arm for arm in found.arms if arm.name == found.repaired).runs)
+    paired = f"95%, paired over {runs} seeds" if runs > 1 else f"95%, paired over the {found.scored_on} data"
+    how = paired if found.gain.interval is not None else "no interval"
     value = figures.estimate(found.gain, with_sign=True)
     return [f"Gain over {found.control} in the {found.measure}: {value} (positive: better; {how})."]
 
@@ -323,7 +352,8 @@ def _legend(found: Proof, page: Page) -> list[Text]:
     trained = control is not None and control.trained
     compared = "the baseline: plain BN, same data, same steps, same seeds" if trained else "the baseline"
     best = f"the step whose weights were kept, chosen on {count(found.images_choosing, 'other sample')}"
-    entries = [(WRITTEN, "the repair"), *([(BASELINE, compared)] if control else [])]
+    made = "the recalibrated model" if found.repaired == "recalibrated" else "the repair"
+    entries = [(WRITTEN, made), *([(BASELINE, compared)] if control else [])]
     entries += [("best step", best)] if any(arm.trained for arm in found.arms) and found.images_choosing else []
     return page.labelled(entries, "dim")
 
@@ -366,12 +396,26 @@ def _usage(record: RepairRecord, files: Files, page: Page) -> list[Text]:
     if record.weights is None:
         return page.paragraph("No weights were written.")
     lines = [*_written(record, record.weights, files, page)]
-    loading = "The weights load strictly into your own model." if record.plan is None else deployment(record.plan)
+    loading = _loading(record)
     lines += page.paragraph(f"{loading} In Python:")
     lines += [Text(f"    {page.clean(line)}", "bold") for line in _python(record, record.weights, files)]
     for why, command in _commands(record, record.weights, files):
         lines += [*page.paragraph(why), *page.command(command)]
     return lines
+
+
+def _loading(record: RepairRecord) -> str:
+    """Whether the weights load into the user's model, and what to change where they do not."""
+    if not record.tracked:
+        return "The weights load strictly into your own model." if record.plan is None else deployment(record.plan)
+    places = list(dict.fromkeys(place for place in record.tracked.values() if place))
+    where = f" in {', '.join(places)}" if places else ""
+    return (
+        f"The weights hold running statistics for {count(len(record.tracked), 'layer')} that keep none in your model:"
+        f" remove track_running_stats=False{where} (or make it True), and they load. Until then load_state_dict() stops"
+        " at unexpected keys (running_mean, running_var, num_batches_tracked); bnprobe's own commands accept the file"
+        " as it is (--checkpoint)."
+    )
 
 
 def _written(record: RepairRecord, weights: str, files: Files, page: Page) -> list[Text]:
@@ -430,7 +474,7 @@ def _commands(record: RepairRecord, weights: str, files: Files) -> list[tuple[st
         commands.append(("To compare the two scans, as in CI:", verify))
     export = shlex.join(["bnprobe", "export", _target(record), "--checkpoint", weights])
     if record.plan is None or record.plan.deploys:
-        commands.append(("To export the repaired model and check its outputs:", export))
+        commands.append((f"To export {_model(record)} and check its outputs:", export))
     return commands
 
 

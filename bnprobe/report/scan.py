@@ -57,7 +57,7 @@ def render(report: Report, options: RenderOptions) -> str:
         further.updates(report, page, show_all),
         page.section("Notes on the scan", report.scan.notes),
         cost(report.scan, page),
-        further.remedies(report.remedies, page),
+        further.remedies(report, page),
         closing_lines(report, page, options.command, show_all),
     ]
     return to_string(parts, options.color)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from bnprobe.numbers import number
 from bnprobe.records import Layer, Verdict
 from bnprobe.rules.facts import Facts
@@ -53,6 +55,12 @@ class BatchComposition(ShareRule):
     follows_from = (Link("shared_domains", _is_of_domains),)
     upstream_order = 70
     free_remedy = "recalibrated"
+
+    def check(self, facts: Facts) -> Iterator[Verdict]:
+        if facts.own_order:
+            yield from super().check(facts)
+        else:
+            yield self.skipped(None, "a Dataset was given, whose order is bnprobe's own; give a loader to judge yours")
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         if layer.shares is None:

@@ -10,7 +10,7 @@ from bnprobe.rules import effect
 from bnprobe.rules.effect import FLOOR, Effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
-from bnprobe.rules.shares import lower_end, mismatch_limit, why_no_shares
+from bnprobe.rules.shares import SUSPICIOUS, lower_end, mismatch_limit, why_no_shares
 from bnprobe.stats.theory import mismatch_iid
 
 MOST = 0.5
@@ -32,8 +32,8 @@ class DataShift(Rule):
         The mismatch D of the held-out data, taken as one batch, against the statistics of the training data at
         inference. Without a loss or metric it fails where the lower end of its 95% interval exceeds the layer's limit.
         With one, the effect decides: it fails where the statistics of the held-out data make the network surely better
-        on it, whatever D is; and beyond the limit, where held-out data is surely worse than training data. Other
-        classes in other proportions also move the statistics; that costs nothing, and is no fault.
+        on it, from a tenth of the limit on; and beyond the limit, where held-out data is surely worse than training
+        data. Other classes in other proportions also move the statistics; that costs nothing, and is no fault.
 
     Why:
         The layer standardizes data that is like the training data. Data from another camera, or scaled or augmented
@@ -96,7 +96,8 @@ def is_shifted(layer: Layer, facts: Facts) -> bool:
         return False
     beyond, gap = _is_beyond(layer, facts), effect.generalization(facts.gaps, facts.chance)
     if _is_won_back(facts):
-        return beyond or (not _any_beyond(facts) and share >= MOST * _largest(facts))
+        suspected = share >= MOST * _largest(facts) and share > SUSPICIOUS * mismatch_limit(layer)
+        return beyond or (suspected and not _any_beyond(facts))
     if gap.is_no_worse or (_gain(facts).is_worse and not gap.is_worse):
         return False
     return beyond

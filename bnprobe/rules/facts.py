@@ -100,6 +100,7 @@ class Facts:
         images: Number of samples in the training data, where known.
         drop_last: Whether the loader drops a partial last batch; None: not known.
         held_out: Whether held-out data was measured.
+        own_order: The order of the samples is the user's; False: bnprobe shuffled a data set.
         processes: Number of processes that took part.
         rank_mismatch: Mismatch D between the running statistics of the two processes that differ most, by layer; empty
             where they were not compared.
@@ -117,6 +118,7 @@ class Facts:
     images: int | None = None
     drop_last: bool | None = None
     held_out: bool = False
+    own_order: bool = True
     processes: int = 1
     rank_mismatch: Mapping[str, float] = field(default_factory=dict)
     output: Output | None = None

@@ -10,14 +10,17 @@ from bnprobe.rules.data_shift import is_moved
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
 
+MUCH = 5.0
+"""Floors (2 points of a metric between 0 and 1) by which held-out data must be worse: every network has some gap."""
+
 
 class Generalization(Rule):
     """Held-out data is worse than training data, and its means and variances hardly differ: BN is not the reason.
 
     What:
-        The change of loss and metric from training to held-out data, both with running statistics. It is a remark where
-        the change is surely for the worse, the statistics of no layer have moved (BN206), and inference is not worse
-        than training in the first place.
+        The change of the metric (without one, of the loss) from training to held-out data, both with running
+        statistics. It is a remark where the change is surely for the worse, by 10 points of a metric between 0 and 1 or
+        10%, the statistics of no layer have moved (BN206), and inference is not worse than training in the first place.
 
     Why:
         The same running statistics are used for both, and fit both. What is left is what every network has: it knows
@@ -45,14 +48,16 @@ class Generalization(Rule):
     reports_impact = False
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
-        found = effect.generalization(facts.gaps, facts.chance)
+        metric = [gap for gap in facts.gaps if gap.measure == "metric"]
+        found = effect.generalization(metric or facts.gaps, facts.chance)
         change = found.main
         if change is None:
             yield self.skipped(None, "needs a loss or metric")
             return
         words = f"With the same running statistics, {change.words('on training data', 'on held-out data')}"
         moved = [is_moved(layer, facts) for layer in facts.layers.values()]
-        if not found.is_worse or any(layer is not False for layer in moved) or _is_worse_at_inference(facts):
+        unsure = not found.is_worse or change.weight < MUCH or any(layer is not False for layer in moved)
+        if unsure or _is_worse_at_inference(facts):
             yield self.passed(None, f"{words}.", change.harm, change.floor)
             return
         message = f"{words}. The statistics of the held-out data are those of the training data: BN is not the reason."

@@ -49,6 +49,7 @@ class RandomAtInference(Rule):
     finding = "two passes in eval mode over the same samples give different outputs"
     remedy = "Pass training=self.training to F.dropout, or use nn.Dropout; ask self.training before adding noise."
     reports_impact = False
+    stops_training = True
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         repeat = None if facts.output is None else facts.output.repeat

@@ -22,9 +22,9 @@ class SmallBatch(ShareRule):
     What:
         What remains of the layer's mismatch D with i.i.d. batches and converged running statistics: the sampling noise
         of batch statistics. It has a limit of its own, D = 0.067 or n_eq 22.6 (a threshold that you set is the limit
-        itself), between the usual batch sizes of 16 and 32. It fails on a flagged layer where it exceeds that limit and holds
-        more than 5% of the mismatch, or where nothing else adds to it. A layer that is flagged in training only has
-        this cause, unless the batches are not i.i.d.
+        itself), between the usual batch sizes of 16 and 32. It fails on a flagged layer where it exceeds that limit and
+        holds more than 5% of the mismatch, or where nothing else adds to it. A layer that is flagged in training only
+        has this cause, unless the batches are not i.i.d.
 
     Why:
         In training each sample is normalized with the mean and variance of its batch. With few values these are noisy,
@@ -66,7 +66,9 @@ class SmallBatch(ShareRule):
         if size is None:
             return f"{values}."
         enough = f", and {number(layer.threshold)} would be enough" if size < layer.threshold else ""
-        return f"{values}. They are as noisy as {number(size)} independent values{enough}."
+        mixed = layer.shares is None or layer.shares.composition is not None or not is_off_at_inference(layer)
+        unmixed = "" if mixed else " The batches are too small or not mixed: which of the two was not judged."
+        return f"{values}. They are as noisy as {number(size)} independent values{enough}.{unmixed}"
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         """Where there are so few values that not even i.i.d. data would be within the limit, this is the cause."""

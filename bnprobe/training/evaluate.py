@@ -1,4 +1,4 @@
-"""Loss and metric at inference, on held-out batches."""
+"""Loss and metric at inference, on held-out batches: their means, or their values by batch and by sample."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from bnprobe.loading.model import BatchFunction
 from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import copy_tensors, to_device
 from bnprobe.measure.restore import preserved_random_state, preserved_training_flags, seed_everything
-from bnprobe.measure.scores import one_number
-from bnprobe.measure.session import casting
+from bnprobe.measure.scores import Measure, Scored, ScoreTable, one_number, score_samples
+from bnprobe.measure.session import Outputs, casting, recording, replaying
 from bnprobe.measure.training_copy import training_code
 from bnprobe.records import Score
 from bnprobe.training.data import rewind
@@ -59,7 +59,8 @@ def evaluate(
         for batch in batches:
             for name, function in functions.items():
                 if function is not None:
-                    means[name].add(_value(name, function, model, batch, device, autocast), samples_in(batch))
+                    given = copy_tensors(to_device(batch, device))
+                    means[name].add(_value(name, function, model, given, device, autocast), samples_in(batch))
     return Score(means["loss"].value(), means["metric"].value())
 
 
@@ -80,6 +81,60 @@ class _Mean:
         return mean if math.isfinite(mean) else None
 
 
+def score_table(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: BatchFunction | None,
+    metric: BatchFunction | None,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    samples_in: Callable[[Any], int | None] = count_samples,
+) -> ScoreTable:
+    """Loss and metric of each batch in eval mode, path "eval", and of each sample where they are means over samples.
+
+    Two models' tables of the same batches are compared with ``stats.scores.paired_difference``. Arguments, restored
+    state and errors as for ``evaluate``.
+    """
+    table = ScoreTable()
+    functions: dict[Measure, BatchFunction | None] = {"loss": loss, "metric": metric}
+    with preserved_random_state(), preserved_training_flags(model), torch.no_grad():
+        seed_everything(_SEED)
+        rewind(batches, _SEED)
+        model.eval()
+        for batch in batches:
+            here, size = to_device(batch, device), samples_in(batch) or 1
+            for measure, function in functions.items():
+                if function is not None:
+                    room = table.room(measure, "eval")
+                    row = _scored(measure, function, model, here, size, room, device, autocast)
+                    table.add({(measure, "eval"): [row]})
+    return table
+
+
+def _scored(
+    measure: Measure,
+    function: BatchFunction,
+    model: nn.Module,
+    batch: Any,
+    size: int,
+    room: int,
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> Scored:
+    """One batch, and its samples where the outputs of the model for the batch do for them."""
+    batch = copy_tensors(batch)
+    with recording(model, batch) as outputs:
+        value = _value(measure, function, model, batch, device, autocast)
+    if size > room:
+        return Scored(value, size)
+
+    def call(part: Any, known: Outputs) -> Any:
+        with replaying(model, part, known, only=True), casting(device, autocast):
+            return function(model, part)
+
+    return Scored(value, size, score_samples(call, measure, function, batch, outputs, size, value), tried=True)
+
+
 def _value(
     name: str,
     function: BatchFunction,
@@ -88,8 +143,7 @@ def _value(
     device: torch.device,
     autocast: torch.dtype | None,
 ) -> Tensor:
-    """The value of a function for a copy of a batch, float64 of shape ()."""
-    batch = copy_tensors(to_device(batch, device))
+    """The value of a function for a batch on the device, which it may change: float64 of shape ()."""
     border = training_code(f"calling {name}(model, batch) (evaluation)", "Evaluating the model", device)
     with border, casting(device, autocast):
         returned = function(model, batch)

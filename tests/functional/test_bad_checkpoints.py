@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from functional.command import CLEAN, FINDINGS, MODEL, Workspace
 
@@ -60,12 +60,30 @@ def test_weights_without_running_statistics(workspace: Workspace, weights: Path)
     assert "BatchNorm needs its running statistics: save model.state_dict()." in message
 
 
-def test_unsafe_globals_are_refused_by_name(workspace: Workspace, weights: Path) -> None:
-    torch.save(nn.Sequential(nn.BatchNorm2d(2)), weights)
-    message = _error(workspace)
-    assert "weights.pt was refused because loading it would run code from it." in message
-    assert "torch.nn.modules.batchnorm.BatchNorm2d" in message
-    assert "give --unsafe-load" in message
+def test_a_training_script_s_checkpoint_needs_no_unsafe_load(workspace: Workspace, weights: Path) -> None:
+    saved = {"args": argparse.Namespace(lr=1, out=Path("runs")), "model": STATE, "model_ema": STATE, "epoch": 3}
+    torch.save(saved, weights)
+    notes = workspace.scan("--checkpoint", "weights.pt", "--format", "json").report(CLEAN)["scan"]["notes"]
+    assert 'The weights were taken from the key "model" of weights.pt.' in notes
+    assert 'weights.pt also holds averaged weights (EMA) under "model_ema": --key model_ema.' in notes
+    assert any("also holds objects of argparse.Namespace, pathlib." in note for note in notes)
+    other = workspace.scan("--checkpoint", "weights.pt", "--key", "model_ema", "--format", "json").report(CLEAN)
+    assert 'The weights were taken from the key "model_ema" of weights.pt.' in other["scan"]["notes"]
+
+
+def test_a_prefix_of_the_project_is_named_and_stripped_on_demand(workspace: Workspace, weights: Path) -> None:
+    torch.save({f"encoder.net.{name}": value for name, value in STATE.items()}, weights)
+    assert "give --strip-prefix encoder.net. (checkpoint.strip_prefix)" in _error(workspace)
+    assert workspace.scan("--checkpoint", "weights.pt", "--strip-prefix", "encoder.net.").code == CLEAN
+
+
+def test_arguments_of_the_model(workspace: Workspace) -> None:
+    wide = MODEL.replace(
+        "def load_model():\n    return Net()", "def load_model(name, width=2):\n    assert width == 3\n    return Net()"
+    )
+    workspace.write("model.py", wide)
+    assert workspace.scan("--model-arg", "width=3", "--model-arg", "name=r50").code == CLEAN
+    assert "--model-arg takes NAME=VALUE" in workspace.scan("--model-arg", "width").stderr
 
 
 def test_a_file_that_is_not_there(workspace: Workspace, weights: Path) -> None:

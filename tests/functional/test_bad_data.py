@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from functional.command import CLEAN, ERROR, MODEL, Workspace
+from functional.command import CLEAN, ERROR, FINDINGS, MODEL, SHIFTED, Workspace
 
 UNUSABLE = [
     pytest.param(
@@ -38,14 +38,14 @@ UNUSABLE = [
         id="exception-in-the-loader",
     ),
     pytest.param(
-        "def load_data(batch_size):\n    yield images()[:3]\n    yield images()[3:6]\n",
-        "Micro-batch 1 has 3 samples, but the batch size is 2.",
-        id="batches-of-another-size",
+        "def load_data(batch_size):\n    yield {'x': images()[:9], 'edges': torch.zeros(4, 5)}\n",
+        "Add this line to the model file, with what has one entry per sample: def batch_size_of(batch): return",
+        id="samples-that-cannot-be-counted",
     ),
     pytest.param(
-        "def load_data(batch_size):\n    yield images()[:1]\n",
-        "The data gave a single batch, of size 1, which is below the batch size of 2.",
-        id="one-batch-that-is-too-small",
+        "del load_data\nloader = list(images().split(3))\n",
+        "The first batch of loader of model.py has 3 samples, not 2, and only a loader or data set can be read",
+        id="a-list-of-batches-of-another-size",
     ),
     pytest.param(
         "def load_data(batch_size):\n    rows = images()\n    rows[5, 1, 2, 3] = float('nan')\n"
@@ -87,6 +87,52 @@ def test_data_that_ends_early_is_used_and_counted(
     assert used in said
     assert "all the data, 16 micro-batches were requested" in said
     assert (left_over in said) if left_over else ("left over" not in said)
+
+
+SIZES = {
+    "a generator": ("    yield from images().split(3)\n", "22 micro-batches of 1 to 3 = 64 samples"),
+    "a loader": ("    return DataLoader(TensorDataset(images()), batch_size=4)\n", "16 micro-batches × 4 = 64 samples"),
+    "one small batch": ("    yield images()[:1]\n", "1 micro-batch × 1 = 1 sample"),
+    "token budget": (
+        "    for n in (5, 2, 9) * 4:\n        yield images()[:n]\n",
+        "12 micro-batches of 2 to 9 = 64 samples",
+    ),
+    "names left out": ("    yield from ((x, None, ['a'] * len(x)) for x in images().split(2))\n", "× 2 = 64 samples"),
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_what_load_data_gives_is_measured_at_the_size_that_it_has(workspace: Workspace, kind: str) -> None:
+    text, used = SIZES[kind]
+    workspace.write("model.py", MODEL + f"def load_data(batch_size):\n{text}")
+    found = workspace.scan("--batches", "64")
+    assert found.stderr == ""
+    assert used in " ".join(found.stdout.split())
+
+
+def test_held_out_data_is_served_one_by_one(workspace: Workspace) -> None:
+    served = "def load_eval_data(batch_size=1):\n    return DataLoader(TensorDataset(images()[:7]), batch_size=1)\n"
+    workspace.write("model.py", MODEL + served)
+    report = workspace.scan("--format", "json").report(CLEAN)
+    assert [extra["images"] for extra in report["scan"]["passes"] if extra["name"] == "held-out data"] == [7]
+
+
+def test_noise_fails_no_build(workspace: Workspace) -> None:
+    workspace.write(
+        "model.py", SHIFTED + "def trained():\n    net = Net()\n    net.bn.running_mean += 5\n    return net\n"
+    )
+    options = ("scan", "model.py:trained", "--batch-size", "2")
+    assert workspace.run(*options).code == FINDINGS
+    workspace.write("model.py", (workspace.folder / "model.py").read_text() + "del load_data\n")
+    found = workspace.run(*options, "--input-shape", "2,8,8")
+    assert found.code == CLEAN
+    assert "The inputs were generated" in found.stdout
+
+
+def test_an_input_shape_that_is_not_used_is_said_first(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    notes = workspace.scan("--format", "json", "--input-shape", "2,8,8").report(CLEAN)["scan"]["notes"]
+    assert notes[0].startswith("--input-shape was not used: load_data of model.py")
 
 
 def test_one_micro_batch_decides_nothing(workspace: Workspace) -> None:

@@ -139,12 +139,12 @@ def test_repaired_weights_load_strictly_into_plain_bn_and_give_the_proved_output
     assert accuracy == pytest.approx(score, abs=1e-6)
 
 
-def test_without_training_there_is_no_claim_of_gain(repairable: Workspace) -> None:
+def test_without_training_the_model_as_loaded_is_the_baseline(repairable: Workspace) -> None:
     found = repairable.run("convert", *TARGET, "--to", "group-norm", "-o", "out.safetensors", *JSON)
     assert found.code == CLEAN
     record = json.loads(found.stdout)
     assert list(arms(record)) == ["as is", "recalibrated", "group-norm"]
-    assert record["proof"]["conclusion"] == "not_compared"
+    assert (record["proof"]["control"], record["proof"]["conclusion"]) == ("as is", "same")
     assert record["flagged_after"] == 0  # no BN layer is left
     assert not record["plan"]["deploys"]
     assert set(load_file(repairable.folder / "out.safetensors")) == {"bn.weight", "bn.bias", "head.weight", "head.bias"}
@@ -188,7 +188,7 @@ def test_requirements_decide_the_exit_code(repairable: Workspace) -> None:
 
 
 def test_training_that_diverges_is_said_and_keeps_the_last_good_weights(repairable: Workspace) -> None:
-    found = repairable.run("convert", *TARGET, *SHORT, "--lr", "1e30", "-o", "out.safetensors")
+    found = repairable.run("convert", *TARGET, *SHORT, "--lr", "1e30", "-o", "out.safetensors", "--force")
     assert found.code == FINDINGS
     run = arms(read(repairable, "out.record.json"))["batch-renorm"]["runs"][0]
     assert run["ending"] == "diverged"
@@ -322,7 +322,6 @@ def test_what_appears_during_training_is_not_replaced(repairable: Workspace) -> 
         (["-o", "out.safetensors", "--require", "metrics>=1"], "the nearest is metric"),
         (["-o", "out.safetensors", "--layers", "bn", "--report", "none.json"], "give one"),
         (["--check", "--force"], "--force has no effect with it"),
-        (["-o", "out.safetensors", "--goal", "min"], "--goal has an effect only with --finetune"),
         (["-o", "out.safetensors", "--layers", "bm"], 'nearest name is "bn"'),
         (["-o", "out.pt"], "a name that ends in .safetensors"),
         (["-o", "out.safetensors", "--require", "gain>0"], "add --finetune"),
@@ -534,3 +533,96 @@ def test_weights_that_plain_bn_must_not_load_are_refused_there(repairable: Works
 def test_the_error_exit_code_is_two(repairable: Workspace) -> None:
     assert repairable.run("convert", "none.py", "--check").code == ERROR
     assert not list(Path(repairable.folder).glob("*.state"))
+
+
+FITTED = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def data(seed, count):
+    chance = torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(count, 6, generator=chance) + 2
+    return TensorDataset(x, (x[:, 0] * x[:, 1] > 4).long())
+
+
+def load_model():
+    return nn.Sequential(nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 2))
+
+
+def load_data(batch_size=32):
+    return DataLoader(data(0, 1024), batch_size, shuffle=True)
+
+
+def load_eval_data(batch_size=32):
+    return DataLoader(data(1, 512), batch_size)
+
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def metric(model, batch):
+    return (model(batch[0]).argmax(1) == batch[1]).float().mean()
+"""
+"""A small network on rows of numbers."""
+
+
+def fitted(workspace: Workspace, statistics_from: int | None = None) -> None:
+    """Train it, in eval mode with the statistics that its layer has after so many steps; None: in train mode."""
+    names: dict[str, Any] = {}
+    exec(FITTED, names)
+    torch.manual_seed(0)
+    model = names["load_model"]()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    model.train()
+    for step in range(400):
+        if step == statistics_from:
+            model.eval()
+        for batch in [next(iter(names["load_data"]()))]:
+            optimizer.zero_grad()
+            names["loss"](model, batch).backward()
+            optimizer.step()
+    workspace.write("model.py", FITTED)
+    torch.save(model.state_dict(), workspace.folder / "w.pt")
+
+
+TRAINED = ("model.py", "--checkpoint", "w.pt", "--batch-size", "32", "-o", "out.safetensors")
+
+
+def test_weights_trained_in_eval_mode_are_frozen_with_the_statistics_that_they_belong_to(workspace: Workspace) -> None:
+    fitted(workspace, statistics_from=3)
+    found = workspace.run("convert", *TRAINED, "--to", "frozen", *JSON)
+    assert found.code == CLEAN
+    record = json.loads(found.stdout)
+    before = torch.load(workspace.folder / "w.pt")
+    weights = load_file(workspace.folder / "out.safetensors")
+    assert all(torch.equal(weights[name], before[name]) for name in ("1.running_mean", "1.running_var"))
+    assert (record["recalibrated"], record["proof"]["surely_worse"]) == ([], False)
+    assert any("not recalibrated first, because as loaded they score better" in note for note in record["notes"])
+    scores = {name: arm["metric"]["mean"] for name, arm in arms(record).items()}
+    assert scores["frozen"] == scores["as is"] > scores["recalibrated"] + 0.05
+
+
+def test_weights_trained_in_train_mode_are_frozen_with_recalibrated_statistics(workspace: Workspace) -> None:
+    fitted(workspace)
+    found = workspace.run("convert", *TRAINED, "--to", "frozen", "--layers", "*", *JSON)
+    assert found.code == CLEAN
+    assert json.loads(found.stdout)["recalibrated"] == ["1"]
+
+
+def test_weights_that_score_worse_than_as_loaded_are_not_written_without_force(workspace: Workspace) -> None:
+    fitted(workspace)
+    command = ("convert", *TRAINED, "--to", "group-norm", "--layers", "*")
+    found = workspace.run(*command)
+    assert found.code == FINDINGS
+    assert files(workspace) == {"w.pt"}
+    said = " ".join(found.stdout.split())
+    assert "Nothing was written: the repaired model scores worse than the model as loaded, metric 0." in said
+    assert "Training may help (--finetune). --force writes the others all the same." in said
+    assert "No weights were written." in said
+    forced = workspace.run(*command, "--force")
+    assert forced.code == CLEAN
+    assert "Written because of --force: the repaired model scores worse" in " ".join(forced.stdout.split())
+    assert "out.safetensors" in files(workspace)

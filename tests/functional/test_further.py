@@ -24,9 +24,14 @@ CHECKPOINTED = (
 def test_what_if_tries_the_free_remedies_on_held_out_images(workspace: Workspace) -> None:
     report = workspace.run("scan", SAMPLES / "volumes" / "batch1.yaml", "--what-if", *JSON).report(FINDINGS)
     found = {remedy["name"]: remedy for remedy in report["remedies"]}
-    assert set(found) > {"recalibrated", "evaluation statistics", "batch statistics", "batch statistics, batches of 4"}
+    assert set(found) > {
+        "recalibrated",
+        "evaluation statistics",
+        "instance statistics",
+        "batch statistics, batches of 4",
+    }
     assert {remedy["images"] for remedy in report["remedies"]} == {32}  # all of them, at each batch size
-    instance = found["batch statistics"]  # of one volume: what the network was trained with
+    instance = found["instance statistics"]  # of one volume: what the network was trained with
     assert instance["after"]["loss"] < 0.5 * instance["before"]["loss"]
     assert instance["after"]["metric"] > instance["before"]["metric"] + 0.2
     assert found["recalibrated"]["after"]["loss"] > instance["after"]["loss"] + 0.2

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from functional.command import CLEAN, ERROR, FINDINGS, MODEL, NOTHING, SHIFTED, TIMEOUT, Result, Workspace
 from functional.processes import run_on_a_full_disk, start
+from functional.test_convert import FITTED, TRAINED, fitted
 
 SCORED = (
     SHIFTED
@@ -184,7 +185,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(shifted: Workspace) -> None:
     [
         ("", ("--layers", "nb"), ERROR, 'The glob "nb" matches no BN layer of the model; the nearest name is "bn".'),
         ("", ("--batches", "0"), ERROR, "Invalid value for '--batches'"),
-        ("", ("--path", "test"), ERROR, "'test' is not one of 'train', 'eval'"),
+        ("", ("--path", "test"), ERROR, "'test' is not one of 'auto', 'train', 'eval'"),
         ("", ("--select", "BN999"), ERROR, "BN999"),
         ("", ("--checkpoint", "none.pt"), ERROR, "The checkpoint none.pt does not exist."),
         ("", ("--device", "cuda:99"), ERROR, "The device 'cuda:99' cannot be used"),
@@ -270,3 +271,164 @@ def test_ctrl_c_while_recalibrating_writes_nothing(shifted: Workspace) -> None:
     assert (run.returncode, stdout) == (NOTHING, "")
     assert stderr.strip() == "bnprobe: error: Interrupted."
     assert written(shifted) == set()
+
+
+# ---- what reports advise, carried out
+
+
+def test_statistics_that_score_worse_than_those_as_loaded_are_not_written_without_force(workspace: Workspace) -> None:
+    """Weights that were trained in eval mode belong to the running statistics that they have."""
+    fitted(workspace, statistics_from=3)
+    found = workspace.run("recalibrate", *TRAINED)
+    assert found.code == FINDINGS
+    assert written(workspace) == set()
+    said = " ".join(found.stdout.split())
+    assert "The recalibrated model is worse than the model as it is." in said
+    assert "Nothing was written: the recalibrated model scores worse than the model as loaded, metric 0." in said
+    assert "repaired" not in said
+    assert "Nothing was written" in found.stderr
+    forced = workspace.run("recalibrate", *TRAINED, "--force")
+    assert "Written because of --force" in " ".join(forced.stdout.split())
+    assert record(workspace)["proof"]["surely_worse"] is True
+
+
+def test_without_held_out_data_training_data_decides(workspace: Workspace) -> None:
+    fitted(workspace, statistics_from=3)
+    workspace.write("model.py", FITTED.replace("def load_eval_data", "def unused"))
+    found = workspace.run("recalibrate", *TRAINED, "--format", "json")
+    assert (found.code, written(workspace)) == (FINDINGS, set())
+    proof = json.loads(found.stdout)["proof"]
+    assert (proof["scored_on"], proof["images_proving"], proof["surely_worse"]) == ("training", 1024, True)
+
+
+def test_a_checkpoint_of_parameters_alone_gets_statistics(workspace: Workspace) -> None:
+    fitted(workspace)
+    whole = torch.load(workspace.folder / "w.pt")
+    parameters = {name: value for name, value in whole.items() if "running" not in name and "tracked" not in name}
+    torch.save(parameters, workspace.folder / "w.pt")
+    scan = workspace.run("scan", *TRAINED[:-2]).error()
+    assert "compute them from training data with `bnprobe recalibrate`, which accepts this file" in scan
+    found = workspace.run("recalibrate", *TRAINED, "--format", "json")
+    assert found.code == CLEAN
+    made = json.loads(found.stdout)
+    assert any("w.pt holds parameters alone: the running statistics of 1 layer" in note for note in made["notes"])
+    assert made["proof"]["conclusion"] == "better"
+    weights = load_file(workspace.folder / "out.safetensors")
+    assert weights.keys() == whole.keys()
+    names: dict[str, Any] = {}
+    exec(FITTED, names)
+    seen = torch.nn.functional.linear(names["data"](0, 1024).tensors[0], whole["0.weight"], whole["0.bias"])
+    torch.testing.assert_close(weights["1.running_mean"], seen.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weights["1.running_var"], seen.var(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_that_lacks_one_of_the_two_statistics_is_refused(workspace: Workspace) -> None:
+    fitted(workspace)
+    whole = torch.load(workspace.folder / "w.pt")
+    torch.save({name: value for name, value in whole.items() if name != "1.running_var"}, workspace.folder / "w.pt")
+    assert "Missing (1): 1.running_var." in workspace.run("recalibrate", *TRAINED).error()
+
+
+def test_layers_without_running_statistics_get_some_and_the_line_to_change_is_named(workspace: Workspace) -> None:
+    """What is written is accepted by the other commands as it is, and by the model once the line is changed."""
+    fitted(workspace)
+    without = FITTED.replace("nn.BatchNorm1d(24)", "nn.BatchNorm1d(24, track_running_stats=False)")
+    line = 1 + without[: without.index("track_running_stats")].count("\n")
+    workspace.write("model.py", without)
+    whole = torch.load(workspace.folder / "w.pt")
+    torch.save(
+        {name: value for name, value in whole.items() if "run" not in name and "num" not in name},
+        workspace.folder / "w.pt",
+    )
+    found = workspace.run("recalibrate", *TRAINED)
+    assert found.code == CLEAN
+    said = " ".join(found.stdout.split())
+    assert f"remove track_running_stats=False in model.py:{line} (or make it True), and they load." in said
+    assert "bnprobe's own commands accept the file as it is (--checkpoint)" in said
+    accepted = ("model.py", "--checkpoint", "out.safetensors", "--batch-size", "32")
+    assert workspace.run("scan", *accepted).code == CLEAN
+    assert (
+        workspace.run("convert", *accepted, "--to", "frozen", "--layers", "*", "-o", "frozen.safetensors").code == CLEAN
+    )
+    assert workspace.run("verify", "out.before.json", "out.after.json").code == CLEAN
+    names: dict[str, Any] = {}
+    exec(without, names)
+    weights = load_file(workspace.folder / "out.safetensors")
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        names["load_model"]().load_state_dict(weights)
+    exec(FITTED, names)
+    names["load_model"]().load_state_dict(weights)
+
+
+VARYING = """
+import torch
+from torch import nn
+
+
+def samples(seed, count):
+    chance = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        size = int(torch.randint(4, 12, (1,), generator=chance))
+        x = torch.randn(1, 3, size, size, generator=chance) + 2
+        yield x, (x.mean() > 2).float().reshape(1)
+
+
+class Loaded(torch.utils.data.Dataset):
+    def __init__(self, seed, count):
+        self.items = [(x[0], y[0]) for x, y in samples(seed, count)]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def load_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1), nn.Flatten(0))
+
+
+def load_data(batch_size=1):
+    return torch.utils.data.DataLoader(Loaded(0, 40), batch_size)
+
+
+def load_eval_data(batch_size=1):
+    return torch.utils.data.DataLoader(Loaded(1, 24), batch_size)
+
+
+def loss(model, batch):
+    return nn.functional.binary_cross_entropy_with_logits(model(batch[0]), batch[1])
+"""
+
+
+@pytest.mark.parametrize("command", ["recalibrate", "convert"])
+def test_samples_of_different_sizes_are_taken_as_the_loader_gives_them(workspace: Workspace, command: str) -> None:
+    workspace.write("model.py", VARYING)
+    options = ["--to", "frozen", "--layers", "*"] if command == "convert" else []
+    found = workspace.run(
+        command, "model.py", "--batch-size", "1", "-o", "out.safetensors", *options, "--format", "json"
+    )
+    assert found.code in (CLEAN, FINDINGS)
+    made = json.loads(found.stdout)
+    assert made["proof"]["images_proving"] == 24
+    if command == "recalibrate":
+        assert any("both paths were tried, and the better one counts: loss" in note for note in made["notes"])
+
+
+def test_whether_a_smaller_metric_is_better_is_not_guessed_where_nothing_says_so(workspace: Workspace) -> None:
+    """As loaded the statistics are those of a new layer, so that they are no alternative either."""
+    fitted(workspace)
+    state = torch.load(workspace.folder / "w.pt")
+    state["1.running_mean"].zero_()
+    state["1.running_var"].fill_(1.0)
+    torch.save(state, workspace.folder / "w.pt")
+    error_rate = FITTED.replace("def loss", "def unused").replace("argmax(1) == batch", "argmax(1) != batch")
+    workspace.write("model.py", error_rate)
+    found = workspace.run("recalibrate", *TRAINED, "--format", "json")
+    assert found.code == CLEAN
+    proof = json.loads(found.stdout)["proof"]
+    assert (proof["conclusion"], proof["gain"], proof["surely_worse"]) == ("not_compared", None, False)
+    again = workspace.run("recalibrate", *TRAINED, "--format", "json", "--goal", "min", "--force")
+    assert json.loads(again.stdout)["proof"]["conclusion"] == "better"

@@ -18,6 +18,9 @@ from unit.report.fabricated_parts import report
 
 FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--checkpoint": (["weights.pt"], "checkpoint.path", "weights.pt"),
+    "--key": (["model_ema"], "checkpoint.key", "model_ema"),
+    "--strip-prefix": (["net."], "checkpoint.strip_prefix", "net."),
+    "--model-arg": (["depth=50"], "model.args", {"depth": 50}),
     "--unsafe-load": ([], "checkpoint.unsafe_load", True),
     "--batch-size": (["3"], "data.batch_size", 3),
     "--input-shape": (["3,8,8"], "data.input_shape", ((3, 8, 8),)),
@@ -34,6 +37,7 @@ FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--gradients": ([], "scan.gradients", True),
     "--select": (["BN2"], "rules.select", ("BN2",)),
     "--ignore": (["BN107"], "rules.ignore", ("BN107",)),
+    "--goal": (["min"], "repair.goal", "min"),
     "--threshold": (["8"], "thresholds", {"*": 8.0}),
     "--include": (["a.*"], "layers.include", ("a.*",)),
     "--exclude": (["b.*"], "layers.exclude", ("b.*",)),

@@ -68,6 +68,7 @@ def subject(steps: int = 6, seeds: int = 2, **changes: Any) -> Subject:
     found = Subject(
         model=model,
         start=start,
+        copy=start,
         recalibrated=("bn",),
         recalibrate=recalibrated,
         training=as_batch_source(batches(2, 12), 4),
@@ -176,11 +177,57 @@ def test_the_repaired_model_is_that_of_the_first_seed_with_the_weights_that_were
     assert given.proving.score(proven.model) == run.score
 
 
-def test_without_training_nothing_is_compared() -> None:
+def test_without_training_the_repair_is_compared_with_the_model_as_loaded() -> None:
     given = subject(training=None)
     proof = prove(given, [planned(given)]).proof
     assert [arm.name for arm in proof.arms] == [AS_IS, RECALIBRATED, "batch-renorm"]
-    assert (proof.control, proof.gain, proof.conclusion) == (None, None, "not_compared")
+    assert (proof.control, proof.gain) == (AS_IS, proof.over_as_is)
+    scores = {arm.name: arm.runs[0].score.metric for arm in proof.arms}
+    assert proof.gain.mean == pytest.approx(scores["batch-renorm"] - scores[AS_IS])
+    assert "Nothing was trained" in proof.message
+
+
+def test_one_run_of_each_is_paired_by_sample() -> None:
+    given = subject(seeds=1, steps=20, recalibrate=None)
+    proven = prove(given, [planned(given)])
+    proof, named = proven.proof, {arm.name: arm for arm in proven.proof.arms}
+    assert (proof.measure, proof.control) == ("metric", CONTROL)
+    ours, control = (named[name].runs[0].score.metric for name in ("batch-renorm", CONTROL))
+    assert proof.gain.mean == pytest.approx(ours - control)
+    low, high = proof.gain.interval
+    assert low <= proof.gain.mean <= high
+    assert "95% interval over the samples" in proof.message
+    assert "--seeds 5 covers the chance of training too" in proof.message
+    as_is = named[AS_IS].runs[0].score.metric
+    assert proof.over_as_is.mean == pytest.approx(ours - as_is)
+
+
+def test_weights_that_score_worse_than_as_loaded_are_known() -> None:
+    """A learning rate that ruins the weights; without held-out batches to choose by, the last ones are kept."""
+    given = subject(seeds=1, steps=40)
+    model = copy.deepcopy(given.start)
+    held_out = HeldOut(batches(1, 64), loss, metric, CPU, None)
+    torch.nn.init.normal_(model.hidden.weight)
+    for goal, worse in (("max", True), ("min", False)):
+        fitted = replace(given, proving=held_out, choosing=replace(held_out, batches=()), model=_fitted(model))
+        fitted = replace(fitted, repair=RepairSpec(goal=goal), training=None, start=_ruined(fitted.model), copy=None)
+        assert prove(fitted, [planned(fitted)]).proof.surely_worse is worse
+
+
+def _fitted(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    for batch in batches(1, 64) * 20:
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+    return model
+
+
+def _ruined(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    model.bn.running_mean.add_(100.0)
+    return model
 
 
 def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
@@ -217,9 +264,7 @@ def test_one_batch_cannot_choose() -> None:
         ([0.8, 0.81, 0.79], [0.9, 0.92, 0.88], "max", "worse", -0.1),
         ([0.8, 0.81, 0.79], [0.9, 0.92, 0.88], "min", "better", 0.1),
         ([0.9, 0.8, 0.85], [0.8, 0.9, 0.85], "max", "same", 0.0),
-        ([0.9], [0.8], "max", "undecided", 0.1),
         ([0.9, 0.8], [0.8, 0.7], "max", "undecided", 0.1),  # the same difference twice is no certainty
-        ([0.9], [0.9], "max", "same", 0.0),
         ([0.9, None], [0.8, 0.8], "max", "not_compared", None),
     ],
 )

@@ -322,9 +322,38 @@ def test_layers_are_chosen_by_name() -> None:
         bnprobe.recalibrate(model, [whole], layers=["bn3"])
 
 
+@pytest.mark.parametrize("path", ["train", "eval"])
+def test_layers_without_running_statistics_are_given_some(path: Any) -> None:
+    """Those of a model that keeps them, which from then on has the same outputs at inference."""
+    torch.manual_seed(0)
+    without = Flat(track_running_stats=False).double()
+    usual, whole = Flat().double(), data(20, 6)
+    usual.load_state_dict(without.state_dict(), strict=False)
+    for model in (without, usual):
+        bnprobe.recalibrate(model, list(whole.split(5)), path=path)
+    assert without.state_dict().keys() == usual.state_dict().keys()
+    assert_close(statistics(without), statistics(usual), 0)
+    assert all(norm.track_running_stats for norm in norms(without))
+    torch.testing.assert_close(without.eval()(whole), usual.eval()(whole), rtol=0, atol=0)
+
+
+def test_layers_that_could_not_be_given_statistics_are_as_they_were() -> None:
+    model = Residual(track_running_stats=False)
+    before = fingerprint(model)
+    with pytest.raises(NothingToProbeError, match="was called while 8 samples ran"):
+        bnprobe.recalibrate(model, [data(8, 3, 6, 6)], forward=lambda model, batch: batch)
+    assert fingerprint(model) == before
+    assert [norm.running_mean for norm in norms(model)] == [None, None]
+    assert not any(norm.track_running_stats for norm in norms(model))
+
+
+def test_only_layers_that_were_asked_for_are_given_statistics() -> None:
+    model = Residual(track_running_stats=False).double()
+    bnprobe.recalibrate(model, [data(8, 3, 6, 6)], layers=["bn2"])
+    assert (model.bn1.running_mean is None, model.bn2.running_mean is None) == (True, False)
+
+
 def test_no_layer_to_recalibrate_is_said() -> None:
-    with pytest.raises(RepairError, match=r"recalibrated: body\.1 has no running statistics"):
-        bnprobe.recalibrate(Flat(track_running_stats=False), [data(8, 6, dtype=torch.float32)])
     with pytest.raises(NothingToProbeError, match="has no Batch Normalization layer"):
         bnprobe.recalibrate(nn.Linear(2, 2), [torch.zeros(2, 2)])
     with pytest.raises(NothingToProbeError, match=r"None of the layers .* was called while 8 samples ran"):

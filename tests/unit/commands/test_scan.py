@@ -122,12 +122,17 @@ def test_a_loader_is_rebuilt_at_the_size_asked_for() -> None:
 
 def test_a_data_set() -> None:
     model = unsettled(Flat())
-    assert_same_batches(scan(model, SET, 4, num_batches=5), scan(model, DATA, 4, num_batches=5))
+    report = scan(model, SET, 4, num_batches=5)
+    assert (report.scan.batches, report.scan.images) == (5, 20)
+    judged = [verdict for verdict in report.verdicts if verdict.rule == "BN202"]
+    assert [verdict.outcome for verdict in judged] == ["skipped"]  # the order is bnprobe's own
+    assert any("bnprobe shuffles it" in note for note in report.scan.notes)
+    assert report.layers == scan(model, SET, 4, num_batches=5).layers  # the same order every time
 
 
 def test_data_that_cannot_be_used() -> None:
     with pytest.raises(UsageError, match="batch size"):
-        scan(unsettled(Flat()), DATA)
+        scan(unsettled(Flat()), SET)
     with pytest.raises(DataError, match="larger than the data set of 20"):
         scan(unsettled(Flat()), SET, 21)
     with pytest.raises(DataError, match="not a source of batches"):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
+import json
 import os
 import pickle
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,6 +23,7 @@ from torch import Tensor, nn
 from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError, UserCodeError
 from bnprobe.loading.checkpoint import load_checkpoint
+from bnprobe.loading.weights import Stub, read_weights
 
 State = dict[str, Any]
 
@@ -112,7 +119,7 @@ def test_a_key_names_a_nested_state_dict(tmp_path: Path, state: State, key: str)
     inner = {"net": state} if key == "ema.net" else state
     path = save(tmp_path, {"model": prefixed(state, "other."), "ema": inner})
     model = net()
-    assert load(model, path, key=key) == ()
+    assert load(model, path, key=key)[0] == f'The weights were taken from the key "{key}" of weights.pt.'
     assert_loaded(model, state)
 
 
@@ -127,7 +134,8 @@ def test_a_key_that_is_not_there(tmp_path: Path, state: State) -> None:
     message = checkpoint_error(path, key="model")
     assert 'has no key "model". Did you mean "modle"? Its keys are modle, epoch.' in message
     assert "it holds an int there, not a mapping" in checkpoint_error(path, key="epoch.x")
-    assert "holds no state dict. Its keys are modle, epoch." in checkpoint_error(path)
+    other = save(tmp_path, {"epoch": 3, "optimizer": {"lr": 0.1}})
+    assert "holds no state dict. Its keys are epoch, optimizer." in checkpoint_error(other)
     assert "holds an int under the key epoch, not a state dict" in checkpoint_error(path, key="epoch")
 
 
@@ -217,7 +225,10 @@ def test_what_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
 def test_missing_empty_and_folder(tmp_path: Path, state: State) -> None:
     save(tmp_path, state)
     assert "Did you mean" in checkpoint_error(str(tmp_path / "wieghts.pt"))
-    assert "is a folder" in checkpoint_error(str(tmp_path))
+    (tmp_path / "more.pt").write_bytes((tmp_path / "weights.pt").read_bytes())
+    assert "is a folder with 2 weights files: more.pt, weights.pt. Name one" in checkpoint_error(str(tmp_path))
+    (tmp_path / "none").mkdir()
+    assert "is a folder without a weights file" in checkpoint_error(str(tmp_path / "none"))
     (tmp_path / "empty.pt").touch()
     assert "is empty (0 bytes)" in checkpoint_error(str(tmp_path / "empty.pt"))
 
@@ -233,29 +244,120 @@ class Recorder:
 
 
 @pytest.mark.parametrize("new_format", [True, False])
-def test_unsafe_globals_are_listed_and_nothing_runs(tmp_path: Path, state: State, new_format: bool) -> None:
-    saved = {"state_dict": state, "args": argparse.Namespace(lr=1), "trace": Recorder(tmp_path / "ran")}
+def test_only_tensors_are_read_and_nothing_runs(tmp_path: Path, state: State, new_format: bool) -> None:
+    saved = {
+        "state_dict": state,
+        "args": argparse.Namespace(lr=1, folder=tmp_path),
+        "score": numpy.float64(0.5),
+        "history": collections.defaultdict(list, {"loss": [1.0]}),
+        "when": datetime.datetime(2026, 1, 2),
+        "trace": Recorder(tmp_path / "ran"),
+    }
     path = tmp_path / "w.pt"
     torch.save(saved, path, _use_new_zipfile_serialization=new_format)
-    message = checkpoint_error(str(path))
-    assert "argparse.Namespace" in message
-    if new_format:
-        assert f"{os.mkdir.__module__}.mkdir" in message
-    assert "--unsafe-load" in message
+    model = net()
+    notes = load(model, str(path))
+    assert_loaded(model, state)
     assert not (tmp_path / "ran").exists()
-    model = net()
-    load(model, str(path), unsafe_load=True)
+    assert notes[0] == 'The weights were taken from the key "state_dict" of w.pt.'
+    assert "argparse.Namespace, collections.defaultdict" in notes[1]
+    assert "they were left out, and none of their code was run" in notes[1]
+    load(net(), str(path), unsafe_load=True)
     assert (tmp_path / "ran").exists()
-    assert_loaded(model, state)
 
 
-def test_a_whole_pickled_model(tmp_path: Path, state: State) -> None:
-    path = save(tmp_path, nn.DataParallel(trained()))
-    assert "torch.nn.parallel.data_parallel.DataParallel" in checkpoint_error(path)
+def test_a_class_that_cannot_be_imported(tmp_path: Path, state: State) -> None:
+    module = types.ModuleType("project_that_is_gone")
+    module.Config = type("Config", (dict,), {"__module__": module.__name__})  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    try:
+        path = save(tmp_path, {"model": state, "config": module.Config(depth=50)})
+    finally:
+        del sys.modules[module.__name__]
     model = net()
-    notes = load(model, path, unsafe_load=True)
+    assert "project_that_is_gone.Config" in load(model, path)[-1]
     assert_loaded(model, state)
-    assert notes[0] == "weights.pt holds a whole DataParallel; its state dict was used."
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_a_whole_pickled_model(tmp_path: Path, state: State, unsafe: bool) -> None:
+    path = save(tmp_path, {"epoch": 3, "ema": nn.DataParallel(trained())})
+    model = net()
+    notes = load(model, path, unsafe_load=unsafe)
+    assert_loaded(model, state)
+    assert notes[0] == 'weights.pt holds a whole DataParallel under the key "ema"; its state dict was used.'
+
+
+def test_what_a_file_can_import_makes_tensors_and_containers(tmp_path: Path, state: State) -> None:
+    parameter = nn.Parameter(torch.arange(3.0))
+    saved = {
+        "args": argparse.Namespace(),
+        "net": {"a": parameter, "b": torch.ones(2).half(), "c": torch.eye(2).to_sparse()},
+    }
+    read, _ = read_weights(Path(save(tmp_path, saved)))
+    assert torch.equal(read["net"]["a"], parameter.detach())
+    assert read["net"]["b"].dtype == torch.float16
+    assert torch.equal(read["net"]["c"].to_dense(), torch.eye(2))
+    assert isinstance(read["args"], Stub)
+
+
+# ---- several states in a file, and folders
+
+
+def test_the_state_that_fits_is_taken_wherever_it_is(tmp_path: Path, state: State) -> None:
+    model = net()
+    optimizer = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": []}
+    notes = load(
+        model,
+        save(tmp_path, {"optimizer": optimizer, "generator": {"weights_of_it": prefixed(state, "net.")}}),
+        strip_prefix="net",
+    )
+    assert_loaded(model, state)
+    assert notes == ('The weights were taken from the key "generator.weights_of_it" of weights.pt.',)
+
+
+def test_averaged_weights_are_mentioned_and_not_taken(tmp_path: Path, state: State) -> None:
+    other = {name: torch.zeros_like(value) for name, value in state.items()}
+    model = net()
+    notes = load(model, save(tmp_path, {"model_ema": other, "state_dict": state}))
+    assert_loaded(model, state)
+    assert notes[1] == 'weights.pt also holds averaged weights (EMA) under "model_ema": --key model_ema.'
+    assert "also holds weights that fit under b" in load(net(), save(tmp_path, {"a": state, "b": other}))[1]
+
+
+def test_several_states_of_other_models(tmp_path: Path) -> None:
+    message = checkpoint_error(save(tmp_path, {"a": {"x": torch.ones(1)}, "b": {"y": torch.ones(1)}}))
+    assert "holds several state dicts, and the names in none of them are those of the model: a, b." in message
+
+
+def test_other_values_beside_the_weights(tmp_path: Path, state: State) -> None:
+    model = net()
+    load(model, save(tmp_path, {**state, "epoch": 3}))
+    assert_loaded(model, state)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "last.ckpt"])
+def test_a_folder_with_one_file_of_weights(tmp_path: Path, state: State, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    model = net()
+    assert load(model, str(tmp_path)) == (f"The weights were read from {tmp_path / name}.",)
+    assert_loaded(model, state)
+
+
+def test_weights_in_several_files(tmp_path: Path, state: State) -> None:
+    halves = [dict(list(state.items())[:3]), dict(list(state.items())[3:])]
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for half, name in zip(halves, names, strict=True):
+        save_file(half, tmp_path / name)
+    where = {key: name for half, name in zip(halves, names, strict=True) for key in half}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    model = net()
+    load(model, str(tmp_path))
+    assert_loaded(model, state)
+    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
+    assert "is not a name in its folder" in checkpoint_error(str(tmp_path))
 
 
 def fail() -> None:

@@ -22,9 +22,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from bnprobe.config.spec import DataSpec
+from bnprobe.config.spec import DataSpec, EvalDataSpec
 from bnprobe.errors import DataError, ModelError, UsageError, UserCodeError
-from bnprobe.loading.data import BatchSource, as_batch_source, load_source, synthetic_source
+from bnprobe.loading.data import BatchSource, as_batch_source, load_held_out, load_source, synthetic_source
 from bnprobe.loading.model import GuardedBatches, UserModule, resolve
 
 HEAD = "import torch\nfrom torch.utils.data import *\nimages = TensorDataset(torch.arange(10.0)[:, None])\n"
@@ -146,8 +146,11 @@ def test_what_cannot_be_rebuilt_is_used_at_its_own_size_and_refused_at_another(l
 class Buckets:
     """A batch sampler that does not say its batch size."""
 
+    def __init__(self, size: int) -> None:
+        self.size = size
+
     def __iter__(self) -> Iterator[list[int]]:
-        return iter([[0, 1], [2, 3]])
+        return iter([list(range(self.size))] * 2)
 
 
 class OwnWay(DataLoader[Any]):
@@ -168,7 +171,7 @@ class OwnSampler(BatchSampler):
             DataLoader(images(), batch_size=None),
             "it has batch_size=None, so its data set makes the batches",
         ),
-        (DataLoader(images(), batch_sampler=Buckets()), "it has a custom batch sampler (Buckets)"),
+        (DataLoader(images(), batch_sampler=Buckets(3)), "it has a custom batch sampler (Buckets)"),
         (
             DataLoader(images(), batch_sampler=OwnSampler(SequentialSampler(range(9)), 3, False)),
             "it has a custom batch sampler (OwnSampler)",
@@ -181,9 +184,24 @@ def test_why_a_loader_is_refused(loader: Any, reason: str) -> None:
 
 
 def test_no_batch_size_at_all() -> None:
-    for data in (DataLoader(Stream(), batch_size=None), images(), [torch.ones(2, 1)]):
-        with pytest.raises(UsageError, match=r"The batch size of .* is unknown. Give one, .* --batch-size"):
-            as_batch_source(data)
+    with pytest.raises(UsageError, match=r"The batch size of .* is unknown. Give one, .* --batch-size"):
+        as_batch_source(images())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [torch.ones(2, 1), torch.zeros(2, 1)],
+        iter([torch.ones(2, 1), torch.zeros(2, 1)]),
+        DataLoader([torch.ones(2, 1), torch.zeros(2, 1)], batch_size=None),
+        DataLoader(images(), batch_sampler=Buckets(2)),
+    ],
+    ids=["list", "iterator", "data set of batches", "batch sampler"],
+)
+def test_the_batch_size_of_data_that_does_not_state_it_is_that_of_its_first_batch(data: Any) -> None:
+    source = as_batch_source(data)
+    assert source.batch_size == 2
+    assert [len(batch[0] if isinstance(batch, list) else batch) for batch in source.batches] == [2, 2]
 
 
 # ---- sizes
@@ -191,11 +209,11 @@ def test_no_batch_size_at_all() -> None:
 
 def test_batch_size_larger_than_the_data() -> None:
     sampler = SubsetRandomSampler([1, 2, 3])
-    for data in (DataLoader(images(3), batch_size=2), images(3), DataLoader(images(), sampler=sampler)):
+    for data in (DataLoader(images(3), batch_size=2), images(3), DataLoader(images(), sampler=sampler, batch_size=2)):
         message = data_error(data, 4)
         assert "Batch size 4 is larger than the data set of 3 samples (the loader)" in message
         assert "at most 3" in message
-    assert values(as_batch_source(images(3), 3)) == [[0, 1, 2]]
+    assert [sorted(batch) for batch in values(as_batch_source(images(3), 3))] == [[0, 1, 2]]
 
 
 def test_empty_data() -> None:
@@ -209,17 +227,47 @@ def test_empty_data() -> None:
 # ---- data sets and iterables
 
 
-def test_a_data_set_is_read_in_its_order() -> None:
-    source = as_batch_source(images(5), 2, "dataset of model.py")
-    assert values(source) == [[0, 1], [2, 3], [4]]
-    assert source.images == 5
-    assert source.notes == ("dataset of model.py is a Dataset and was read in its own order.",)
+def test_a_data_set_is_shuffled_and_its_order_is_not_the_users() -> None:
+    torch.manual_seed(3)
+    source = as_batch_source(images(50), 4, "dataset of model.py")
+    found = values(source)
+    assert [len(batch) for batch in found] == [4] * 12 + [2]
+    assert sorted(itertools.chain(*found)) == list(range(50))
+    assert list(itertools.chain(*found)) != list(range(50))
+    torch.manual_seed(3)
+    assert values(as_batch_source(images(50), 4)) == found  # by the seed of the scan
+    assert (source.images, source.own_order, source.drop_last) == (50, False, None)
+    assert "bnprobe shuffles it" in source.notes[0]
+    assert as_batch_source(DataLoader(images(5), batch_size=2)).own_order  # also without shuffle=True
+
+
+class OfHuggingFace:
+    """A data set that is none of torch's, as datasets.Dataset is."""
+
+    column_names = ("x",)
+
+    def with_format(self, kind: str) -> OfHuggingFace:
+        return self
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": torch.tensor([float(index)])}
+
+
+def test_a_data_set_of_hugging_face_is_a_data_set(tmp_path: Path) -> None:
+    source = as_batch_source(OfHuggingFace(), 2)
+    assert sorted(value for batch in source.batches for value in batch["x"].flatten().tolist()) == [0, 1, 2, 3, 4, 5]
+    assert (source.images, source.own_order) == (6, False)
+    pair = as_batch_source({"train": OfHuggingFace(), "test": OfHuggingFace()}, 2)
+    assert (pair.images, pair.beside is None) == (6, False)
 
 
 def test_an_iterable_data_set_is_batched() -> None:
     source = as_batch_source(Stream(), 4)
     assert values(source) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert source.images is None
+    assert (source.images, source.own_order) == (None, True)
 
 
 def test_iterables_are_taken_as_they_are() -> None:
@@ -249,11 +297,8 @@ def test_a_generator_is_not_peeked_into() -> None:
         ("train", "gives a str, which is not a source"),
         (torch.ones(4, 1), "gives a Tensor, which is not a source"),
         ({"x": 1}, "gives a dict, which is not a source"),
-        (
-            (DataLoader(images()), DataLoader(images())),
-            "gives a tuple of DataLoader and DataLoader, but a single loader",
-        ),
-        ({"train": DataLoader(images())}, "gives a dict, but a single loader is needed"),
+        ([DataLoader(images())] * 4, "gives a list of DataLoader and DataLoader and DataLoader and DataLoader, but"),
+        ({"a": DataLoader(images())}, "gives a dict, but a single loader is needed"),
     ],
 )
 def test_what_is_no_data(data: Any, kind: str) -> None:
@@ -279,7 +324,7 @@ class BrokenLength(Broken):
 
 
 def test_an_exception_while_a_batch_is_drawn_names_the_batch() -> None:
-    iterator = iter(as_batch_source(Broken(), 2, "loader of model.py").batches)
+    iterator = iter(as_batch_source(DataLoader(Broken(), batch_size=2), 2, "loader of model.py").batches)
     assert [len(next(iterator)) for _ in range(2)] == [2, 2]
     with pytest.raises(UserCodeError) as caught:
         next(iterator)
@@ -343,8 +388,9 @@ def test_classes_and_lists_of_samples(tmp_path: Path) -> None:
         "    def __len__(self): return 3\n    def __getitem__(self, i): return torch.tensor([i + self.add])\n"
         "dataset = [torch.tensor([7.0]), torch.tensor([8.0])]\n"
     )
-    assert values(find(tmp_path, text, target="Three", args={"add": 4}, batch_size=2)) == [[4, 5], [6]]
-    assert values(find(tmp_path, text, batch_size=2)) == [[7, 8]]
+    three = find(tmp_path, text, target="Three", args={"add": 4}, batch_size=2)
+    assert sorted(itertools.chain(*values(three))) == [4, 5, 6]
+    assert [sorted(batch) for batch in values(find(tmp_path, text, batch_size=2))] == [[7, 8]]
 
 
 def test_load_data_without_a_batch_size_is_rebuilt(tmp_path: Path) -> None:
@@ -353,9 +399,14 @@ def test_load_data_without_a_batch_size_is_rebuilt(tmp_path: Path) -> None:
     assert find(tmp_path, text).batch_size == 5
 
 
-def test_load_data_that_ignores_its_batch_size_is_rebuilt(tmp_path: Path) -> None:
+def test_what_load_data_made_of_its_batch_size_is_not_rebuilt(tmp_path: Path) -> None:
+    """E.g. a sampler that draws P classes of K samples each, for a loss on pairs."""
     text = "def load_data(batch_size): return DataLoader(images, batch_size=5)\n"
-    assert [len(batch) for batch in values(find(tmp_path, text, batch_size=4))] == [4, 4, 2]
+    source = find(tmp_path, text, batch_size=4)
+    assert ([len(batch) for batch in values(source)], source.batch_size) == ([5, 5], 5)
+    assert "was told batch size 4, but gave a loader of batch size 5" in source.notes[0]
+    pairs = "def load_data(bs): return DataLoader(images, batch_sampler=[[0, 1, 2, 5, 6, 7]] * 3)\n"
+    assert find(tmp_path, pairs, batch_size=4).batch_size == 6
 
 
 def test_load_data_is_trusted_where_the_loader_does_not_say_its_size(tmp_path: Path) -> None:
@@ -366,8 +417,8 @@ def test_load_data_is_trusted_where_the_loader_does_not_say_its_size(tmp_path: P
     )
     source = find(tmp_path, text, batch_size=2)
     assert (source.batch_size, len(values(source))) == (2, 5)
-    with pytest.raises(DataError, match="its batch size is unknown"):
-        find(tmp_path, text.replace("(batch_size)", "()"), batch_size=2)
+    with pytest.raises(DataError, match="its batch size is 2"):
+        find(tmp_path, text.replace("(batch_size)", "()"), batch_size=3)
 
 
 def test_the_batch_size_that_load_data_has_by_default(tmp_path: Path) -> None:
@@ -404,7 +455,7 @@ def test_no_data_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
 def test_real_data_comes_before_synthetic(tmp_path: Path) -> None:
     source = find(tmp_path, "dataset = images\n", batch_size=2, input_shape=((1,),))
     assert not source.synthetic
-    assert "The input shape was not used" in source.notes[-1]
+    assert "--input-shape was not used" in source.notes[0]
 
 
 def test_synthetic_images(tmp_path: Path) -> None:
@@ -427,3 +478,128 @@ def test_synthetic_images_leave_the_global_generator_alone_and_are_normal() -> N
     assert small.shape == (200, 2, 2)
     assert abs(large.mean().item()) < 5 / 20000**0.5
     assert abs(large.var().item() - 1) < 5 * (2 / 20000) ** 0.5
+
+
+# ---- names, pairs and held-out data
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("train_loader = DataLoader(images, batch_size=2)\n", "train_loader"),
+        ("trainloader = DataLoader(images, batch_size=2)\n", "trainloader"),
+        ("def get_train_dataloader(bs): return DataLoader(images, batch_size=bs)\n", "get_train_dataloader"),
+        ("def get_loader(batch=64): return DataLoader(images, batch_size=batch)\n", "get_loader"),
+        ("train_dataset = images\n", "train_dataset"),
+    ],
+)
+def test_data_under_common_names(tmp_path: Path, text: str, name: str) -> None:
+    source = find(tmp_path, text, batch_size=2)
+    assert source.description.startswith(f"{name} of ")
+    assert source.batch_size == 2
+
+
+def test_common_names_come_last_and_must_be_data(tmp_path: Path) -> None:
+    text = "train_loader = DataLoader(images, batch_size=5)\ndef get_train_loader(root): raise OSError\n"
+    assert find(tmp_path, text + "dataset = images\n", batch_size=2).description.startswith("dataset of ")
+    with pytest.raises(DataError, match="has no load_data"):
+        find(tmp_path, "def get_train_loader(root): raise OSError\ntrain_set = 3\n", batch_size=2)
+    # Synthetic inputs were asked for: only the documented names come before these.
+    assert find(tmp_path, text, batch_size=2, input_shape=((1,),)).synthetic
+
+
+@pytest.mark.parametrize("parameter", ["bs", "batch", "n", "train_batch_size", "batchSize", "batch_size"])
+def test_the_batch_size_under_other_names(tmp_path: Path, parameter: str) -> None:
+    text = f"def load_data({parameter}): return DataLoader(images, batch_size={parameter})\n"
+    assert find(tmp_path, text, batch_size=2).batch_size == 2
+    with pytest.raises(UsageError, match="needs a batch size"):
+        find(tmp_path, text)
+
+
+def test_a_short_name_with_a_default_is_no_batch_size(tmp_path: Path) -> None:
+    text = "def load_data(n=6): return DataLoader(TensorDataset(torch.zeros(n, 1)), batch_size=3)\n"
+    source = find(tmp_path, text, batch_size=2)
+    assert (source.images, source.batch_size) == (6, 2)
+
+
+def test_arguments_that_only_the_user_knows_are_asked_for(tmp_path: Path) -> None:
+    text = "def load_data(batch_size, root): return images\n"
+    with pytest.raises(DataError, match=r"load_data of .* needs root, but .* \(data: args\)"):
+        find(tmp_path, text, batch_size=2)
+    assert find(tmp_path, text, batch_size=2, args={"root": "x"}).batch_size == 2
+
+
+PAIRS = {
+    "tuple": "return loader(0), loader(1)",
+    "triple": "return loader(0), loader(1), loader(2)",
+    "dict": "return {'train': loader(0), 'val': loader(1)}",
+    "names": "return {'train_loader': loader(0), 'test_loader': loader(1)}",
+    "with other things": "return loader(0), 10",
+}
+
+
+@pytest.mark.parametrize("what", PAIRS)
+def test_training_and_held_out_data_from_one_function(tmp_path: Path, what: str) -> None:
+    loader = "def loader(n): return DataLoader(TensorDataset(torch.full((4, 1), float(n))), batch_size=2)\n"
+    source = find(tmp_path, f"{loader}def load_data(batch_size):\n    {PAIRS[what]}\n", batch_size=2)
+    assert values(source) == [[0, 0], [0, 0]]
+    assert "gives several values" in source.notes[-1]
+    if what == "with other things":
+        assert source.beside is None
+    else:
+        assert source.beside is not None
+        assert values(source.beside) == [[1, 1], [1, 1]]
+
+
+def held_out(folder: Path, text: str, size: int = 4, **spec: Any) -> BatchSource:
+    found = load_held_out(EvalDataSpec(**spec), module(folder, text), size)
+    assert found is not None
+    return found
+
+
+def test_held_out_data_is_read_at_the_size_that_it_has(tmp_path: Path) -> None:
+    one = "def load_eval_data(batch_size=1): return DataLoader(images, batch_size=1)\n"
+    assert held_out(tmp_path, one).batch_size == 1
+    assert held_out(tmp_path, "val_loader = DataLoader(images, batch_size=5)\n").batch_size == 5
+    assert held_out(tmp_path, "val_loader = DataLoader(images, batch_size=64)\n").batch_size == 10  # all of it
+    assert held_out(tmp_path, "test_dataset = images\n").batch_size == 4
+    asked = "def load_eval_data(batch_size): return DataLoader(images, batch_size=batch_size)\n"
+    assert held_out(tmp_path, asked).batch_size == 4
+    assert held_out(tmp_path, asked, batch_size=2).batch_size == 2  # eval_data.batch_size in the spec
+
+
+# ---- loaders around loaders
+
+
+class Prefetcher:
+    """What timm's PrefetchLoader is: moves the batches of a loader to the device ahead of time."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.loader
+
+
+def test_a_loader_around_a_loader_has_its_batch_size(tmp_path: Path) -> None:
+    source = as_batch_source(Prefetcher(DataLoader(images(), batch_size=5)))
+    assert (source.batch_size, len(values(source))) == (5, 2)
+    assert "The first batch of the loader has 5 samples, not 2" in data_error(Prefetcher(DataLoader(images(), 5)), 2)
+
+
+def test_batch_size_of_is_found_in_the_model_file_or_named_in_the_spec(tmp_path: Path) -> None:
+    text = (
+        "def load_data(batch_size): return [{'x': torch.zeros(34, 2), 'edges': torch.zeros(2, 50)}] * 3\n"
+        "def batch_size_of(batch): return 16\n"
+        "def other(batch): return torch.tensor(8)\n"
+        "def wrong(batch): return 'many'\n"
+    )
+    assert find(tmp_path, text, batch_size=4).batch_size == 16
+    assert find(tmp_path, text, batch_size=4, batch_size_of="other").batch_size == 8
+    with pytest.raises(DataError, match="must return a whole number, but gave a str"):
+        find(tmp_path, text, batch_size=4, batch_size_of="wrong")
+    with pytest.raises(DataError, match="def batch_size_of"):
+        find(tmp_path, text.replace("def batch_size_of", "def unused"), batch_size=4)

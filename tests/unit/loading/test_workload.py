@@ -10,7 +10,7 @@ from torch import nn
 
 from bnprobe.config.load import build_spec
 from bnprobe.errors import BnprobeError, CheckpointError, ModelError
-from bnprobe.loading.workload import Workload, load_model_only, load_workload
+from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_again
 
 MODEL = """
 import torch
@@ -112,3 +112,26 @@ def test_the_model_alone_needs_no_data(tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"The checkpoint .* does not exist"):
         load(tmp_path, checkpoint__path=str(tmp_path / "none.pt"))
+
+
+def test_held_out_data_that_comes_with_the_training_data(tmp_path: Path) -> None:
+    both = (
+        "from torch.utils.data import DataLoader, TensorDataset\n"
+        "def load_data(batch_size):\n"
+        "    return [DataLoader(TensorDataset(torch.full((6, 2), v)), batch_size=2) for v in (1.0, 2.0)]\n"
+    )
+    workload = load(tmp_path, both)
+    assert workload.held_out is not None
+    for found in (workload, read_again(build_spec(str(tmp_path / "model.py"), {"data.batch_size": 2}), workload)):
+        assert [float(batch[0].mean()) for batch in found.source.batches] == [1, 1, 1]
+        assert [float(batch[0].mean()) for batch in found.held_out.batches] == [2, 2, 2]  # type: ignore[union-attr]
+    own = load(tmp_path, both + "def load_eval_data(batch_size): return [torch.zeros(3, 2)]\n")
+    assert own.held_out is not None
+    assert own.held_out.description.startswith("load_eval_data of ")
+
+
+def test_synthetic_inputs_have_no_labels_and_nothing_to_compare_them_with(tmp_path: Path) -> None:
+    text = "del load_data\nval_loader = [torch.zeros(3, 2)]\ndef loss(model, batch): return model(batch[0]).mean()\n"
+    workload = load(tmp_path, text, data__input_shape="2")
+    assert (workload.loss, workload.metric, workload.held_out) == (None, None, None)
+    assert load(tmp_path, text, data__input_shape="2", scan__gradients=True).loss is not None

@@ -53,6 +53,11 @@ def assert_same(one: Any, other: Any) -> None:
         ([{"x": tensor(2), "n": 3}, {"x": tensor(2, start=2), "n": 3}], {"x": tensor(4), "n": 3}),
         ([OrderedDict(x=tensor(2)), OrderedDict(x=tensor(2, start=2))], OrderedDict(x=tensor(4))),
         ([[tensor(2), ["a", "b"]], [tensor(2, start=2), ["c", "d"]]], [tensor(4), ["a", "b", "c", "d"]]),
+        # Images of several sizes, and what belongs to each of them.
+        (
+            [([tensor(1, 2), tensor(3)], [{"a": 1}, {"a": 2}]), ([tensor(4), tensor(5)], [{"a": 3}, {"a": 4}])],
+            ([tensor(1, 2), tensor(3), tensor(4), tensor(5)], [{"a": 1}, {"a": 2}, {"a": 3}, {"a": 4}]),
+        ),
         # The same constant in every micro-batch is passed on once.
         ([(tensor(2), tensor(3)), (tensor(2, start=2), tensor(3))], (tensor(4), tensor(3))),
         ([(tensor(2), None, tensor()), (tensor(2, start=2), None, tensor())], (tensor(4), None, tensor())),
@@ -188,6 +193,14 @@ def test_non_finite_inputs_are_named() -> None:
         check_finite({"x": [bad]}, 7)
     with pytest.raises(DataError, match=r"its tensor of shape \(4, 3\)"):
         check_finite(bad, 1)
+
+
+def test_the_row_of_a_ragged_batch_is_no_item_of_the_data_set() -> None:
+    rows = torch.ones(9, 2)
+    rows[7] = torch.nan
+    with pytest.raises(DataError) as caught:
+        check_finite({"x": rows}, 1, lambda position: [30, 31])
+    assert "item" not in str(caught.value)
 
 
 def test_large_finite_inputs_are_fine() -> None:

@@ -78,7 +78,7 @@ def test_a_loss_that_calls_the_model_costs_no_forward_pass(emulate: bool) -> Non
     scan(model, DATA, 4, num_batches=6, emulate=emulate)
     without = list(CALLS)
     CALLS.clear()
-    scan(model, DATA, 4, num_batches=6, emulate=emulate, loss=spread, metric=spread)
+    scan(model, DATA, 4, num_batches=6, emulate=emulate, loss=spread, metric=spread, what_if=False)
     assert without == CALLS
 
 

@@ -100,17 +100,40 @@ def test_a_partial_last_batch_is_left_out_and_counted(emulate: bool) -> None:
     assert report.layers == scan(model, data[:5], 4, num_batches=5, emulate=emulate).layers
 
 
-@pytest.mark.parametrize("sizes", [[4, 4, 8], [4, 3, 4], [8], [3, 4], [4, 2, 2]], ids=str)
-def test_batches_of_another_size_are_refused(sizes: list[int]) -> None:
-    data = [torch.randn(size, 6) for size in sizes]
-    odd = next(index for index, size in enumerate(sizes) if size != 4)
-    with pytest.raises(DataError, match=rf"Micro-batch {odd + 1} has {sizes[odd]} samples, but the batch size is 4"):
+@pytest.mark.parametrize("sizes", [[4, 4, 8, 4], [4, 3, 4, 5], [4, 2, 2], [4, 4, 4, 4, 4, 9, 3]], ids=str)
+def test_batches_of_several_sizes_run_one_by_one_as_they_are(sizes: list[int]) -> None:
+    data, model = [torch.randn(size, 6, dtype=torch.float64) for size in sizes], unsettled(nn.BatchNorm1d(6)).double()
+    report = scan(model, data, 4, num_batches=len(sizes))
+    assert (report.scan.batches, report.scan.images, report.scan.left_out) == (len(sizes), sum(sizes), 0)
+    assert report.scan.size_range == (min(sizes), max(sizes))
+    assert report.scan.batch_size == round(sum(sizes) / len(sizes))
+    assert not any(layer.composition for layer in report.layers)
+    expected = [mismatch_of(batch, model) for batch in data]
+    for path in (report.layers[0].train, report.layers[0].eval):
+        assert path is not None
+        assert path.mismatch == pytest.approx(sum(expected) / len(expected), rel=1e-9)
+
+
+def mismatch_of(batch: torch.Tensor, norm: Any) -> float:
+    """D of one micro-batch of rows, by its definition."""
+    mean, variance = batch.mean(0), batch.var(0, unbiased=False)
+    by_batch = (batch - mean) / (variance + norm.eps).sqrt()
+    by_running = (batch - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+    return float((by_batch - by_running).square().mean())
+
+
+@pytest.mark.parametrize("size", [8, 3])
+def test_a_list_of_batches_of_another_size_than_asked_for(size: int) -> None:
+    data = [torch.randn(size, 6)] * 3
+    with pytest.raises(DataError, match=f"The first batch of the data given has {size} samples, not 4"):
         scan(unsettled(Flat()), data, 4)
+    assert scan(unsettled(Flat()), data).scan.batch_size == size  # as the message says
 
 
-def test_a_single_batch_that_is_too_small() -> None:
-    with pytest.raises(DataError, match="a single batch, of size 3, which is below the batch size of 4"):
-        scan(unsettled(Flat()), [torch.randn(3, 6)], 4)
+def test_an_iterator_of_another_size_than_asked_for_is_measured_as_it_is() -> None:
+    report = scan(unsettled(Flat()), iter([torch.randn(3, 6) for _ in range(6)]), 4)
+    assert (report.scan.batch_size, report.scan.size_range, report.scan.images) == (3, None, 18)
+    assert "The batches have 3 samples, not 4 as asked for" in " ".join(report.scan.notes)
 
 
 @pytest.mark.parametrize("data", [[], iter([]), (x for x in ())], ids=["list", "iterator", "generator"])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bnprobe
 from bnprobe.errors import UsageError
 from bnprobe.measure.batch import join, pick
 from bnprobe.measure.hooks import Pass, Recorded
@@ -54,6 +55,14 @@ def metric(model: nn.Module, batch: Any) -> float:
 FUNCTIONS = UserFunctions(forward, loss, metric)
 
 
+def plain_loss(model: nn.Module, batch: Any) -> Tensor:
+    """On the batch's own tensors: single samples need no forward pass of their own."""
+    return F.cross_entropy(model(batch["x"]), batch["y"])
+
+
+PLAIN = UserFunctions(None, plain_loss)
+
+
 def scored(model: nn.Module, batches: Sequence[Any]) -> Score:
     with torch.no_grad():
         values = [(float(loss(model, batch)), metric(model, batch)) for batch in batches]
@@ -78,6 +87,17 @@ def recalibrated(model: nn.Module, batches: Sequence[Any]) -> nn.Module:
     return twin.eval()
 
 
+class OneByOne(nn.Module):
+    """A network that runs every sample by itself."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.network(sample) for sample in x.split(1)])
+
+
 def remedies(
     model: nn.Module, training: Sequence[Any], evaluation: Sequence[Any], at_once: int = 99, emulate: bool = True
 ) -> dict[str, Remedy]:
@@ -98,12 +118,9 @@ def test_remedies_agree_with_really_doing_it(name: str) -> None:
     make, shape = SHAPES[name]
     model, training, evaluation = unsettled(make()), labelled(10, *shape), labelled(8, *shape, seed=5, shift=1)
     found = remedies(model, training, evaluation)
-    assert list(found) == [
-        "recalibrated",
-        "evaluation statistics",
-        "batch statistics",
-        "batch statistics, batches of 16",
-    ]
+    several = ["instance statistics"] if len(shape) > 1 else []  # a flat sample gives one value per channel
+    larger = "batch statistics, batches of 16"
+    assert list(found) == ["recalibrated", "evaluation statistics", "batch statistics", *several, larger]
     before = scored(twin_of(model), evaluation)
     everything = range(len(norms(model)))
     names = tuple(name for name, module in model.named_modules() if module in norms(model))
@@ -112,15 +129,70 @@ def test_remedies_agree_with_really_doing_it(name: str) -> None:
     assert found["recalibrated"].after == close(scored(recalibrated(model, training), evaluation))
     assert found["evaluation statistics"].after == close(scored(recalibrated(model, evaluation), evaluation))
     assert found["batch statistics"].after == close(scored(twin_of(model, *everything), evaluation))
-    larger = [join(evaluation[:4]), join(evaluation[4:])]
-    assert found["batch statistics, batches of 16"].after == close(scored(twin_of(model, *everything), larger))
-    assert found["batch statistics, batches of 16"].control == close(scored(twin_of(model), larger))
+    joined = [join(evaluation[:4]), join(evaluation[4:])]
+    assert found[larger].after == close(scored(twin_of(model, *everything), joined))
+    assert found[larger].control == close(scored(twin_of(model), joined))
+    if several:
+        assert found["instance statistics"].after == close(scored(OneByOne(twin_of(model, *everything)), evaluation))
     for remedy in found.values():
         assert remedy.after.loss != pytest.approx(before.loss, rel=1e-3)
         assert remedy.layers == names
         assert remedy.images == 32
-    assert [remedy.control is None for remedy in found.values()] == [True, True, True, False]
+        baseline = remedy.control or remedy.before
+        for measure, change in (("loss", remedy.loss_change), ("metric", remedy.metric_change)):
+            assert change is not None
+            assert change.mean == pytest.approx(getattr(remedy.after, measure) - getattr(baseline, measure), abs=1e-9)
+            assert change.interval is not None
+    assert [name for name, remedy in found.items() if remedy.control is not None] == [larger]
     assert found["recalibrated"].detail == "pooled mean and unbiased variance of 40 training samples"
+
+
+def test_the_change_of_the_loss_is_paired_by_sample_with_its_interval() -> None:
+    model, training, evaluation = unsettled(Residual()), labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
+    training = [{**batch, "scale": 1.0} for batch in training]
+    with running(model, evaluation, SIZE, PLAIN) as (session, emulation):
+        found = what_if(session, training, evaluation, Batching(SIZE, emulation, 4))[0].loss_change
+    whole = join(evaluation)
+    with torch.no_grad():
+        one, other = (
+            F.cross_entropy(network(whole["x"]), whole["y"], reduction="none").double()
+            for network in (recalibrated(model, training), twin_of(model))
+        )
+    half = 2.0395 * (one - other).std() / 32**0.5  # Student's t of 31 degrees of freedom
+    assert found is not None
+    assert found.mean == pytest.approx(float((one - other).mean()), rel=1e-3)
+    assert found.interval == pytest.approx((found.mean - float(half), found.mean + float(half)), rel=1e-3)
+
+
+def test_held_out_batches_of_another_size_and_of_changing_sizes() -> None:
+    """Batch statistics are those of batches of the scanned size, where the held-out batches divide into such."""
+    model, training, evaluation = unsettled(Residual()), labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
+    with running(model, evaluation, SIZE, PLAIN) as (session, emulation):
+        usual = {each.name: each for each in what_if(session, training, evaluation, Batching(SIZE, emulation, 99))}
+    everything = join(evaluation)
+    for sizes in ((16, 16), (16, 12, 4)):
+        starts = [sum(sizes[:position]) for position in range(len(sizes))]
+        others = [
+            pick(everything, [*range(start, start + size)], 32) for start, size in zip(starts, sizes, strict=True)
+        ]
+        with running(model, evaluation, SIZE, PLAIN) as (session, emulation):
+            scoring = Batching(16, emulation, 99)
+            found = {
+                remedy.name: remedy
+                for remedy in what_if(session, training, others, Batching(SIZE, emulation, 99), scoring)
+            }
+        assert found["recalibrated"].images == 32
+        for name in ("recalibrated", "evaluation statistics", "batch statistics"):
+            assert found[name].after.loss == pytest.approx(usual[name].after.loss, rel=1e-4)
+
+
+def test_on_training_data_statistics_of_the_evaluation_data_say_nothing() -> None:
+    model, training = unsettled(Residual()), labelled(10, 3, 6, 6)
+    with running(model, training, SIZE, FUNCTIONS) as (session, emulation):
+        batching = Batching(SIZE, emulation, 99)
+        found = what_if(session, training[:6], training[6:], batching, scored_on="training", larger=False)
+    assert [remedy.name for remedy in found] == ["recalibrated", "batch statistics", "instance statistics"]
+    assert {remedy.scored_on for remedy in found} == {"training"}
 
 
 def test_real_micro_batches_where_images_cannot_be_mixed() -> None:
@@ -140,7 +212,10 @@ def test_real_micro_batches_where_images_cannot_be_mixed() -> None:
             values = torch.cat(seen[index]).transpose(0, 1).flatten(1)
             norm.running_mean.copy_(values.mean(1))
             norm.running_var.copy_(values.var(1))
-    assert found["recalibrated"].after == close(scored(twin.eval(), evaluation))
+    by_batch = scored(twin.eval(), evaluation)
+    by_layer = scored(bnprobe.recalibrate(copy.deepcopy(model), training, path="eval", forward=forward), evaluation)
+    assert by_layer.loss != pytest.approx(by_batch.loss, rel=1e-3)
+    assert found["recalibrated"].after == close(min(by_batch, by_layer, key=lambda score: score.loss))
 
 
 @pytest.mark.parametrize("at_once", [2, 3])
@@ -251,7 +326,12 @@ def test_images_of_different_size_keep_their_batches() -> None:
     with running(unsettled(Residual()), batches[:1] * 2, SIZE, FUNCTIONS) as (session, emulation):
         assert emulation.trusted
         found = what_if(session, batches, batches, Batching(SIZE, emulation, 4))
-    assert [remedy.name for remedy in found] == ["recalibrated", "evaluation statistics", "batch statistics"]
+    assert [remedy.name for remedy in found] == [
+        "recalibrated",
+        "evaluation statistics",
+        "batch statistics",
+        "instance statistics",
+    ]
     assert all(remedy.after.loss is not None for remedy in found)
 
 

@@ -9,7 +9,7 @@ import fabricated_parts as parts
 import pytest
 from rendered import said, section
 
-from bnprobe.records import ExtraPass, Gap, GradientAngle, Pool, Remedy, Report, Score, Updates
+from bnprobe.records import Estimate, ExtraPass, Gap, GradientAngle, Pool, Remedy, Report, Score, Updates
 from bnprobe.report import figures
 
 LOSS = Gap(
@@ -113,6 +113,18 @@ def test_the_best_remedy_comes_first_and_is_put_in_words() -> None:
             "Normalizing at inference with batch statistics of batches of 32 takes the loss from 1.92 to 0.5.",
         ),
         ([remedy("something new", Score(0.5, None))], "Something new takes the loss from 1.92 to 0.5."),
+        (
+            [replace(remedy("recalibrated", Score(0.5, None)), loss_change=Estimate(-1.42, (-1.9, -0.9)))],
+            "Recalibrating takes the loss from 1.92 to 0.5 (95%: -1.9 to -0.9).",
+        ),
+        (
+            [replace(remedy("recalibrated", Score(1.9, None)), loss_change=Estimate(-0.02, (-0.1, 0.06)))],
+            "None of them surely lowers the loss, which is 1.92 now.",
+        ),
+        (
+            [remedy("recalibrated", Score(0.5, None), Score(None, None))],
+            "Recalibrating takes the loss from a value that is not finite to 0.5.",
+        ),
     ],
 )
 def test_what_a_remedy_does_not_do_is_said_too(remedies: list[Remedy], words: str) -> None:

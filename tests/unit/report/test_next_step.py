@@ -144,7 +144,7 @@ def test_what_weakens_the_result_is_said() -> None:
     assert verdict(report, COMMAND).sentences == (
         "1 layer could not be measured on both paths.",
         "10 layers skipped.",
-        "The inputs were generated: this shows the noise of small batches, not your data.",
+        "The inputs were generated: this shows structure and batch noise, not your data (exit 0).",
     )
 
 
