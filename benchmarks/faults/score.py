@@ -20,7 +20,7 @@ BACK = 0.95
 """Of the metric that was lost: when so much returned, it came back."""
 
 KEPT = 0.02
-"""What was promised was kept where the metric is no more than this below."""
+"""What was promised was kept where the metric is no more than this and two standard errors below."""
 
 BLAMES = {"propagation", *(cause for fault in FAULTS.values() for cause in fault.causes)} - {"random_at_inference"}
 """Causes of batch normalization, and of data that reaches it."""
@@ -127,7 +127,7 @@ def is_back_or_told(outcome: Outcome) -> bool:
     advice = outcome.advice
     if advice is None or advice.score is None or advice.promised is None:
         return is_back(outcome)
-    return is_back(outcome) or advice.score >= advice.promised - KEPT
+    return is_back(outcome) or advice.score >= advice.promised - KEPT - 2 * advice.error
 
 
 def by_fault(outcomes: Iterable[Outcome]) -> Table:
