@@ -44,8 +44,8 @@ class Case:
         held_out_given: Whether the scan gets held-out data.
         served_in_training: The model is used in train mode: ``eval()`` is not called.
         served_batch: Samples in the batches that it is used on; None: no matter.
-        twin: What it would be without the fault, where its weights were trained on under it: the same weights with
-            statistics of their own. None: the healthy network that it was made from.
+        twin: The same weights without the fault, where they were trained on under it and are not to blame. None: the
+            healthy network that it was made from.
         alone: The model is judged without data, as ``bnprobe lint`` does.
         options: Further arguments of ``bnprobe.scan``.
     """

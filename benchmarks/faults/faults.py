@@ -6,6 +6,7 @@ fault upstream, and wherever it can be planted that other fault is the right ans
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from benchmarks.faults.surgery import (
     TwoDomains,
     always_drop,
     checkpoint_units,
+    heed_eval,
     kill_channels,
     norms,
     plant_dropout,
@@ -258,7 +260,10 @@ def dropout_before_norm(case: Case, strength: int) -> Case:
 def random_at_inference(case: Case, strength: int) -> Case:
     """Dropout that knows no eval mode, before the last layers."""
     always_drop(case.model, (0.2, 0.4, 0.6)[strength])
-    return case.trained(80)
+    case = case.trained(80)
+    twin = copy.deepcopy(case.model)
+    heed_eval(twin)
+    return replace(case, twin=twin)
 
 
 def shared_domains(case: Case, strength: int) -> Case:

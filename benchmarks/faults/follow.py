@@ -25,7 +25,7 @@ from bnprobe.records import FREE_REMEDIES
 STEPS, RATE = 250, 3e-3
 """Of further training, where a remedy asks for it: the rate falls to zero."""
 
-ON_TRAINING, ON_EVALUATION, _ = FREE_REMEDIES
+ON_TRAINING, ON_EVALUATION, *_ = FREE_REMEDIES
 
 _NUMBER = re.compile(r"eps ?(?:=|of|to)? ?(?P<eps>\d[\d.e-]*\d)")
 
