@@ -44,6 +44,9 @@ STRENGTHS = ("mild", "middle", "strong")
 EVERYWHERE = tuple(NETWORKS)
 IMAGES = ("plain", "residual", "dense", "mixer")
 CONVOLUTIONS = ("plain", "residual", "dense", "unet3d", "audio", "points", "generator")
+IN_TRAINING = ("small_batch", "composition", "single_image")
+"""Faults of the batches do harm in training, in both modes alike, which a network may get over."""
+
 CLASSIFIERS = ("plain", "residual", "dense", "mlp", "audio", "points", "mixer")
 STALE = ("lag",)
 

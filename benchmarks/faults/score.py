@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from benchmarks.faults.calibration import Check, PValue
 from benchmarks.faults.controls import CONTROLS
-from benchmarks.faults.faults import FAULTS, STRENGTHS
+from benchmarks.faults.faults import FAULTS, IN_TRAINING, STRENGTHS
 from benchmarks.faults.trials import Outcome
 from benchmarks.tables import Row
 
@@ -38,6 +38,7 @@ def goals(outcomes: Sequence[Outcome], checks: Sequence[Check]) -> list[Row]:
     damaged = [one for one in faults if one.is_damaged and one not in structural]
     harmless = [one for one in (*faults, *controls) if is_harmless(one)]
     healthy = [one for one in harmless if one.trial.control]
+    at_inference = [one for one in harmless if not set(one.trial.planted) & set(IN_TRAINING)]
     troubled = [one for one in controls if not CONTROLS[one.trial.control].healthy]
     rows = [
         _goal("faults that a direct measure without bnprobe shows", _measured(faults), is_proven),
@@ -49,6 +50,7 @@ def goals(outcomes: Sequence[Outcome], checks: Sequence[Check]) -> list[Row]:
         _goal("the metric fell: it comes back", damaged, is_back),
         _goal("the fault is in the structure: named first", structural, named_first, FIRST_GOAL),
         _goal("no damage: false error", harmless, is_false_error, FALSE_GOAL, at_most=True),
+        _goal("the same, without faults of the batches", at_inference, is_false_error),
         _goal("the same, in healthy controls alone", healthy, is_false_error),
         _goal("worse for another reason: no batch normalization blamed", troubled, blames_nothing, FIRST_GOAL),
         _goal("both causes of a pair named", pairs, all_named, PAIR_GOAL),
