@@ -1,4 +1,4 @@
-"""Six small architectures, of units that faults can be planted in."""
+"""Ten small architectures, of units that faults can be planted in."""
 
 from __future__ import annotations
 
@@ -162,6 +162,77 @@ class Siamese(nn.Module):
         return score.squeeze(1)
 
 
+class Audio(nn.Module):
+    """Four convolutions along time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.Sequential(
+            signal_convolution(8, 24),
+            signal_convolution(24, 24),
+            signal_convolution(24, 32),
+            signal_convolution(32, 32),
+        )
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 8, T) -> class scores (N, 10)."""
+        scores: Tensor = self.head(self.units(x).mean(2))
+        return scores
+
+
+class Points(nn.Module):
+    """The same layers on every point, the largest value of every channel, and a hidden layer on the cloud."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.Sequential(point_convolution(2, 16), point_convolution(16, 24), point_convolution(24, 32))
+        self.cloud = linear(32, 24)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 2, P) -> class scores (N, 5)."""
+        scores: Tensor = self.head(self.cloud(self.units(x).amax(2)))
+        return scores
+
+
+class Mixer(nn.Module):
+    """Patches of 2x2 pixels, mixed by turns over positions and, as rows of one table, over channels."""
+
+    def __init__(self, width: int = 32, depth: int = 3) -> None:
+        super().__init__()
+        self.embedding = linear(4, width)
+        self.positions = nn.ModuleList(nn.Linear(16, 16) for _ in range(depth))
+        self.units = nn.ModuleList(linear(width, width) for _ in range(depth))
+        self.head = nn.Linear(16 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1, 8, 8) -> class scores (N, 10)."""
+        tokens = nn.functional.unfold(x, 2, stride=2).transpose(1, 2)
+        shape = (*tokens.shape[:2], -1)
+        tokens = self.embedding(tokens.flatten(0, 1)).view(shape)
+        for mix, unit in zip(self.positions, self.units, strict=True):
+            tokens = tokens + mix(tokens.transpose(1, 2)).transpose(1, 2)
+            tokens = tokens + unit(tokens.flatten(0, 1)).view(shape)
+        scores: Tensor = self.head(tokens.flatten(1))
+        return scores
+
+
+class Generator(nn.Module):
+    """From a code to an image, by transposed convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seed = linear(16, 96)
+        self.units = nn.Sequential(transposed_convolution(24, 24), transposed_convolution(24, 16))
+        self.head = nn.Conv2d(16, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 16) -> images (N, 1, 8, 8)."""
+        image: Tensor = self.head(self.units(self.seed(x).unflatten(1, (24, 2, 2))))
+        return image
+
+
 def convolution(inputs: int, outputs: int, stride: int = 1) -> Unit:
     """3x3 on images."""
     return Unit(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs))
@@ -175,6 +246,21 @@ def pre_convolution(inputs: int, outputs: int) -> PreUnit:
 def volume_convolution(inputs: int, outputs: int, stride: int = 1) -> Unit:
     """3x3x3 on volumes."""
     return Unit(nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm3d(outputs))
+
+
+def signal_convolution(inputs: int, outputs: int) -> Unit:
+    """Of 3 steps, on signals."""
+    return Unit(nn.Conv1d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm1d(outputs))
+
+
+def point_convolution(inputs: int, outputs: int) -> Unit:
+    """On every point."""
+    return Unit(nn.Conv1d(inputs, outputs, 1, bias=False), nn.BatchNorm1d(outputs))
+
+
+def transposed_convolution(inputs: int, outputs: int) -> Unit:
+    """4x4 on images, which it makes twice as large."""
+    return Unit(nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=False), nn.BatchNorm2d(outputs))
 
 
 def linear(inputs: int, outputs: int) -> Unit:
@@ -193,4 +279,8 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "unet3d": UNet3d,
     "mlp": Perceptron,
     "siamese": Siamese,
+    "audio": Audio,
+    "points": Points,
+    "mixer": Mixer,
+    "generator": Generator,
 }

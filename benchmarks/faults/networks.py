@@ -12,9 +12,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.faults.architectures import ARCHITECTURES
-from benchmarks.faults.samples import Batch, Samples, Sampling, Split, batches, digits, pairs, table, volumes
+from benchmarks.faults.samples import (
+    Batch,
+    Samples,
+    Sampling,
+    Split,
+    batches,
+    clouds,
+    codes,
+    digits,
+    pairs,
+    signals,
+    table,
+    volumes,
+)
 
 Loss = Callable[[nn.Module, Batch], Tensor]
+
+Points = Callable[[Tensor, Tensor], Tensor]
+"""How good every sample's prediction is: scores and targets in, (N) in 0..1 out."""
 
 SETTLING = 60
 """Batches after the last change of the weights: what the running average (momentum 0.1) still remembers of the time
@@ -29,6 +45,7 @@ class Network:
         name: Of the architecture.
         data: What it is trained on.
         loss: Mean over the batch.
+        points: How good the prediction of every sample is; the metric is their mean.
         batch_size: At which it is healthy: every layer behaves as if it saw well over 32 values.
         steps: Of the training.
     """
@@ -36,8 +53,13 @@ class Network:
     name: str
     data: Callable[[], Split]
     loss: Loss
+    points: Points
     batch_size: int
     steps: int
+
+    def metric(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean over the batch; larger is better."""
+        return self.points(forward(model, batch), batch[1]).mean()
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
@@ -56,13 +78,47 @@ def detection(model: nn.Module, batch: Batch) -> Tensor:
     return F.binary_cross_entropy_with_logits(forward(model, batch), batch[1])
 
 
+def generation(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean squared error of images."""
+    return F.mse_loss(forward(model, batch), batch[1])
+
+
+def right_class(scores: Tensor, targets: Tensor) -> Tensor:
+    """Whether the class is right: its mean is the accuracy."""
+    return (scores.argmax(1) == targets).float()
+
+
+def right_side(scores: Tensor, targets: Tensor) -> Tensor:
+    """Whether the answer to a question of yes or no is right."""
+    return ((scores > 0) == (targets > 0.5)).float()
+
+
+def overlap(scores: Tensor, targets: Tensor) -> Tensor:
+    """Dice of every volume."""
+    found, wanted = (scores > 0).flatten(1).float(), targets.flatten(1)
+    return 2 * (found * wanted).sum(1) / (found.sum(1) + wanted.sum(1)).clamp_min(1)
+
+
+def likeness(scores: Tensor, targets: Tensor) -> Tensor:
+    """1 - squared error over the squared distance to a uniform image, at least 0."""
+    spread = (targets - targets.mean((1, 2, 3), keepdim=True)).square().sum((1, 2, 3))
+    return (1 - (scores - targets).square().sum((1, 2, 3)) / spread).clamp_min(0)
+
+
 NETWORKS: dict[str, Network] = {
-    "plain": Network("plain", digits, classification, 64, 250),
-    "residual": Network("residual", digits, classification, 64, 250),
-    "dense": Network("dense", digits, classification, 64, 250),
-    "unet3d": Network("unet3d", volumes, detection, 64, 120),
-    "mlp": Network("mlp", table, classification, 128, 250),
-    "siamese": Network("siamese", pairs, detection, 96, 300),
+    network.name: network
+    for network in (
+        Network("plain", digits, classification, right_class, 64, 250),
+        Network("residual", digits, classification, right_class, 64, 250),
+        Network("dense", digits, classification, right_class, 64, 250),
+        Network("unet3d", volumes, detection, overlap, 64, 120),
+        Network("mlp", table, classification, right_class, 128, 250),
+        Network("siamese", pairs, detection, right_side, 96, 400),
+        Network("audio", signals, classification, right_class, 64, 250),
+        Network("points", clouds, classification, right_class, 96, 300),
+        Network("mixer", digits, classification, right_class, 64, 250),
+        Network("generator", codes, generation, likeness, 96, 300),
+    )
 }
 
 

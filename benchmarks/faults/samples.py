@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-DIGIT_COPIES, ROW_COPIES, VOLUMES = 20, 60, 16_000
+DIGIT_COPIES, ROW_COPIES, VOLUMES, CLOUDS = 20, 60, 16_000, 16_000
 """Jittered copies of every measured sample, and volumes made up: so many that a batch is a hundredth of the data or
 less, and batches drawn without replacement are nearly independent of one another."""
 
@@ -50,7 +50,8 @@ class Sampling:
 
     Attributes:
         batch_size: Samples in a batch.
-        order: "shuffled", or "grouped": every batch holds samples of one group only.
+        order: "shuffled", or "grouped": every batch is made of ``runs`` runs of samples of one group each.
+        runs: In a batch, where it is grouped.
         images: Only so many samples take part; None: all.
         drop_last: Whether a partial last batch is left out.
         seed: Of the order.
@@ -58,6 +59,7 @@ class Sampling:
 
     batch_size: int
     order: str = "shuffled"
+    runs: int = 1
     images: int | None = None
     drop_last: bool = True
     seed: int = 0
@@ -81,13 +83,14 @@ class Order(Sampler[int]):
         """One epoch."""
         if self.sampling.order == "shuffled":
             return torch.randperm(len(self.groups), generator=self.generator)
-        runs = [run for group in self.groups.unique() for run in self._runs(group)]
+        runs = [run for group in self.groups.unique() for run in self._runs_of(group)]
         return torch.cat([runs[index] for index in torch.randperm(len(runs), generator=self.generator)])
 
-    def _runs(self, group: Tensor) -> list[Tensor]:
+    def _runs_of(self, group: Tensor) -> list[Tensor]:
         members = (self.groups == group).nonzero().flatten()
         shuffled = members[torch.randperm(len(members), generator=self.generator)]
-        return [run for run in shuffled.split(self.sampling.batch_size) if len(run) == self.sampling.batch_size]
+        length = max(1, self.sampling.batch_size // self.sampling.runs)
+        return [run for run in shuffled.split(length) if len(run) == length]
 
 
 def loader(samples: Samples, sampling: Sampling) -> DataLoader[Batch]:
@@ -113,6 +116,40 @@ def digits() -> Split:
     images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
     labels = torch.from_numpy(bunch.target).long()
     return _split(Samples(images, labels, labels), _jittered_images, DIGIT_COPIES)
+
+
+@functools.cache
+def signals() -> Split:
+    """The digits, read from left to right: 8 channels, 8 steps; (N, 8, 8), grouped by class."""
+    split = digits()
+    return Split(*(changed(side, lambda images: images[:, 0]) for side in (split.training, split.held_out)))
+
+
+@functools.cache
+def codes() -> Split:
+    """Codes (N, 16), of a class and 6 random numbers, and the images (N, 1, 8, 8) that they stand for; by class."""
+    images, labels = (torch.from_numpy(values) for values in load_digits(return_X_y=True))
+    images = images.float().div(16)
+    means = torch.stack([images[labels == label].mean(0) for label in range(10)])
+    directions = torch.linalg.svd(images - means[labels], full_matrices=False).Vh[:6]
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(10, (CLOUDS,), generator=generator)
+    numbers = torch.randn(CLOUDS, 6, generator=generator)
+    targets = (means[label] + 0.3 * numbers @ directions).view(-1, 1, 8, 8)
+    return _fifth_held_out(Samples(torch.cat([F.one_hot(label, 10).float(), numbers], 1), targets, label))
+
+
+@functools.cache
+def clouds(points: int = 24) -> Split:
+    """Clouds (N, 2, P) of points around one of five figures, and which; grouped by figure."""
+    generator = torch.Generator().manual_seed(0)
+    at = 2 * torch.pi * torch.rand(CLOUDS, points, generator=generator)
+    figure = torch.randint(5, (CLOUDS,), generator=generator)
+    shapes = torch.stack([torch.ones_like(at), *(1 + 0.5 * torch.cos(lobes * at) for lobes in (1, 2, 3, 4))])
+    radius = shapes[figure, torch.arange(CLOUDS)] * (0.8 + 0.4 * torch.rand(CLOUDS, 1, generator=generator))
+    inputs = torch.stack([radius * at.cos(), radius * at.sin()], 1)
+    inputs = inputs + 0.25 * torch.randn(inputs.shape, generator=generator)
+    return _fifth_held_out(Samples(inputs, figure, figure))
 
 
 @functools.cache
@@ -145,14 +182,17 @@ def volumes(count: int = VOLUMES, size: int = 8, sites: int = 4) -> Split:
     level = site.float() / (sites - 1) + 0.1 * torch.randn(count, generator=generator)
     noise = 0.4 * torch.randn((count, 1, size, size, size), generator=generator)
     inputs = (1 + 0.5 * level).view(-1, 1, 1, 1, 1) * (mask + noise) + 1.5 * level.view(-1, 1, 1, 1, 1)
-    everything = Samples(inputs, mask, site)
-    chosen = torch.arange(count) % 5 == 0
-    return Split(everything.take(~chosen), everything.take(chosen))
+    return _fifth_held_out(Samples(inputs, mask, site))
 
 
 def changed(samples: Samples, change: Callable[[Tensor], Tensor]) -> Samples:
     """The same samples with other inputs."""
     return replace(samples, inputs=change(samples.inputs))
+
+
+def _fifth_held_out(samples: Samples) -> Split:
+    chosen = torch.arange(len(samples)) % 5 == 0
+    return Split(samples.take(~chosen), samples.take(chosen))
 
 
 def _split(samples: Samples, jittered: Callable[[Tensor, torch.Generator], Tensor], copies: int) -> Split:

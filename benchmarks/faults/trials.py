@@ -1,85 +1,66 @@
-"""What is scanned, and what bnprobe said of it."""
+"""What is scanned, what bnprobe said of it, and what came of its advice."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-from benchmarks.faults.cases import Case, healthy_case, unchanged
-from benchmarks.faults.faults import FAULTS, NotApplicableError
+from benchmarks.faults.cases import Case, healthy_case
+from benchmarks.faults.controls import CONTROLS
+from benchmarks.faults.damage import Damage, damage_of
+from benchmarks.faults.faults import FAULTS, STRENGTHS
+from benchmarks.faults.follow import follow
 from benchmarks.faults.networks import NETWORKS
 from benchmarks.faults.proofs import shown
-from benchmarks.faults.surgery import set_momentum
-from bnprobe.analysis.diagnosis import diagnose, judge
+from bnprobe.analysis.diagnosis import diagnose, has_findings, judge
 from bnprobe.config.spec import RulesSpec
 from bnprobe.errors import BnprobeError
 from bnprobe.measure.layers import anatomy, find_layers
-from bnprobe.records import Diagnosis, Verdict
+from bnprobe.records import Diagnosis, Report, Verdict
 from bnprobe.rules.facts import Facts
 
-SEEDS = (0, 3, 4, 5)
-"""Of the networks that faults are planted in. The first run, with seeds 0 to 2, was looked at to mend the rules."""
+LOOKED_AT = (0, 1, 2)
+"""Seeds on which thresholds may be set and rules mended."""
 
-CONTROL_SEEDS = (0, 3, 4, 5, 6)
-"""Of the networks that are scanned as they are."""
+UNSEEN = (11, 12, 13)
+"""Seeds of the cases that are scored."""
 
-LOOKED_AT = frozenset({0, 1, 2})
-"""Seeds on which thresholds may be set and rules mended; all others are scored."""
+PLACES = 2
+"""Networks in which a fault of one strength is planted, of each kind of seeds."""
+
+CONTROL_PLACES = 4
+"""Networks in which a control of one kind is made, of each kind of seeds."""
 
 PAIRS: tuple[tuple[str, str], ...] = (
-    ("composition", "data_shift"),
-    ("dropout", "data_shift"),
-    ("lag", "data_shift"),
-    ("small_batch", "data_shift"),
-    ("shared_domains", "data_shift"),
-    ("momentum_convention", "data_shift"),
-    ("double_update", "data_shift"),
-    ("dead_channels", "data_shift"),
-    ("no_running_stats", "data_shift"),
+    ("composition", "brightness"),
+    ("dropout", "brightness"),
+    ("slow_momentum", "contrast"),
+    ("small_batch", "brightness"),
+    ("shared_domains", "contrast"),
+    ("momentum_convention", "brightness"),
+    ("double_update", "contrast"),
+    ("dead_channels", "brightness"),
+    ("no_running_stats", "contrast"),
     ("dropout", "composition"),
     ("dropout", "small_batch"),
-    ("dropout", "lag"),
+    ("dropout", "earlier_statistics"),
     ("dropout", "momentum_convention"),
     ("dropout", "double_update"),
     ("dropout", "backward_noise"),
     ("dropout", "last_batch"),
     ("dropout", "frozen_mismatch"),
-    ("shared_domains", "lag"),
+    ("shared_domains", "earlier_statistics"),
     ("shared_domains", "dropout"),
     ("shared_domains", "composition"),
-    ("lag", "last_batch"),
-    ("lag", "frozen_mismatch"),
-    ("composition", "lag"),
+    ("slow_momentum", "last_batch"),
+    ("earlier_statistics", "frozen_mismatch"),
+    ("composition", "earlier_statistics"),
     ("shared_domains", "last_batch"),
 )
-"""Planted one after the other; each in two networks."""
-
-
-def _with_everything(case: Case) -> Case:
-    """Every measurement that a scan can make, on batches in another order."""
-    return replace(case.drawn(seed=case.seed + 100), shift=unchanged).with_options(train_steps=8, gradients=True)
-
-
-def _slower(case: Case) -> Case:
-    """A running average of more batches, which has settled all the same."""
-    set_momentum(case.model, 0.03)
-    return case.settled(200)
-
-
-def _weak_dropout(case: Case) -> Case:
-    """Dropout that hardly changes what the layers see."""
-    return replace(FAULTS["dropout_before_norm"](case), alone=False)
-
-
-VARIANTS: dict[str, Callable[[Case], Case]] = {
-    "as trained": lambda case: case,
-    "with everything": _with_everything,
-    "momentum 0.03": _slower,
-    "weak dropout": _weak_dropout,
-}
-"""Of the healthy controls."""
+"""Planted one after the other, strong; each in one network of each kind of seeds."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +68,41 @@ class Trial:
     """One scan.
 
     Attributes:
-        planted: The faults, in the order in which they were planted; empty: a healthy control.
+        planted: The kinds of faults, in the order in which they were planted; empty: a control.
         network, seed: What they were planted in.
-        variant: Of a healthy control.
+        strength: Of the faults, a place in ``STRENGTHS``.
+        control: Kind of the control.
     """
 
     planted: tuple[str, ...]
     network: str
     seed: int
-    variant: str = ""
+    strength: int = 2
+    control: str = ""
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether no threshold may have been set on it."""
+        return self.seed not in LOOKED_AT
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What came of the remedy of the first diagnosis.
+
+    Attributes:
+        action: What was done, in words.
+        score: The metric after it; None if it could not be carried out.
+        error: Standard error of its difference to the healthy network.
+        promised: The metric that the report had given for it; None if it had given none.
+        problem: Why it could not be carried out.
+    """
+
+    action: str
+    score: float | None
+    error: float = 0.0
+    promised: float | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,9 +114,12 @@ class Outcome:
         folded: Causes named only as consequences of others.
         errors: Causes of all findings of level error.
         flagged: Layers flagged.
-        proven: Direct measures show all that was planted; None for controls.
-        not_applicable: Why the fault cannot be planted there; None if it was.
+        failed: The exit code of a scan would be 1.
+        damage: What the metric lost; None where that cannot be said.
+        advice: What came of following the first diagnosis, where the metric fell.
+        proven: Direct measures show all that was planted; None where there is none.
         problem: An error of bnprobe that was not to be expected; None if all went well.
+        figures: Of the report, by name, for trying other rules on.
         seconds: Planting and scanning.
     """
 
@@ -118,71 +128,97 @@ class Outcome:
     folded: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
     flagged: int = 0
+    failed: bool = False
+    damage: Damage | None = None
+    advice: Advice | None = None
     proven: bool | None = None
-    not_applicable: str | None = None
     problem: str | None = None
+    figures: dict[str, float | None] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
-    def tuned(self) -> bool:
-        """Whether thresholds may have been set on it."""
-        return self.trial.seed in LOOKED_AT
+    def is_damaged(self) -> bool:
+        """Whether the metric fell."""
+        return self.damage is not None and self.damage.is_damaged
 
 
-def single_trials(only: tuple[str, ...] = ()) -> Iterator[Trial]:
-    """Every fault in every network."""
-    for name, network, seed in itertools.product(only or FAULTS, NETWORKS, SEEDS):
-        yield Trial((name,), network, seed)
+def single_trials(only: Sequence[str] = ()) -> Iterator[Trial]:
+    """Every fault in every strength, each in a few networks, going round."""
+    turn = 0
+    for seeds in (LOOKED_AT, UNSEEN):
+        for fault in FAULTS.values():
+            if only and fault.name not in only:
+                continue
+            places = itertools.cycle(itertools.product(seeds, fault.networks))
+            chosen = itertools.islice(places, turn, None)
+            for strength, _ in itertools.product(fault.strengths, range(PLACES)):
+                seed, network = next(chosen)
+                yield Trial((fault.name,), network, seed, STRENGTHS.index(strength))
+            turn += 7
 
 
 def pair_trials() -> Iterator[Trial]:
-    """Every pair in two networks of different seeds, going round."""
-    places = list(itertools.product(SEEDS, NETWORKS))
-    for position, pair in enumerate((*PAIRS, *PAIRS)):
-        seed, network = places[(position + position // len(PAIRS) * (len(NETWORKS) + 1)) % len(places)]
-        yield Trial(pair, network, seed)
+    """Every pair in one network of each kind of seeds, going round."""
+    for position, (seeds, pair) in enumerate(itertools.product((LOOKED_AT, UNSEEN), PAIRS)):
+        common = [name for name in NETWORKS if all(name in FAULTS[fault].networks for fault in pair)]
+        yield Trial(pair, common[position % len(common)], seeds[position % len(seeds)])
 
 
 def control_trials() -> Iterator[Trial]:
-    """Every variant of every healthy network."""
-    for network, seed, variant in itertools.product(NETWORKS, CONTROL_SEEDS, VARIANTS):
-        yield Trial((), network, seed, variant)
+    """Every control in a few networks of each kind of seeds, going round."""
+    for turn, (seeds, control) in enumerate(itertools.product((LOOKED_AT, UNSEEN), CONTROLS.values())):
+        places = list(itertools.product(seeds, control.networks))
+        for place in range(3 * turn, 3 * turn + min(CONTROL_PLACES, len(places))):
+            seed, network = places[place % len(places)]
+            yield Trial((), network, seed, control=control.name)
 
 
 def build(trial: Trial) -> Case:
-    """The network with its faults.
-
-    Raises:
-        NotApplicableError: The fault cannot occur there.
-    """
+    """The network with its faults."""
     case = healthy_case(trial.network, trial.seed)
     for fault in trial.planted:
-        case = FAULTS[fault](case)
-    return VARIANTS[trial.variant](case) if trial.variant else case
+        case = FAULTS[fault].plant(case, trial.strength)
+    return CONTROLS[trial.control].change(case) if trial.control else case
 
 
 def run(trial: Trial) -> Outcome:
-    """Plant, scan, and note what was said."""
+    """Plant, scan, note what was said, and follow it where the metric fell."""
     started = time.perf_counter()
+    outcome = Outcome(trial)
     try:
         case = build(trial)
-        outcome = replace(_diagnosed(trial, case), proven=_proven(trial, case))
-    except NotApplicableError as error:
-        outcome = Outcome(trial, not_applicable=str(error))
+        outcome = _diagnosed(replace(outcome, damage=damage_of(case)), case)
     except BnprobeError as error:
-        outcome = Outcome(trial, problem=f"{type(error).__name__}: {error}")
+        outcome = replace(outcome, failed=True, problem=f"{type(error).__name__}: {error}")
     return replace(outcome, seconds=time.perf_counter() - started)
 
 
-def _proven(trial: Trial, case: Case) -> bool | None:
-    return all(shown(fault, case) for fault in trial.planted) if trial.planted else None
-
-
-def _diagnosed(trial: Trial, case: Case) -> Outcome:
+def _diagnosed(outcome: Outcome, case: Case) -> Outcome:
     if case.alone:
-        return _outcome(trial, *_linted(case))
+        return _said(outcome, *_linted(case))
     report = case.scanned()
-    return replace(_outcome(trial, report.verdicts, report.diagnoses), flagged=report.summary.flagged)
+    outcome = replace(
+        _said(outcome, report.verdicts, report.diagnoses),
+        flagged=report.summary.flagged,
+        failed=has_findings(report, RulesSpec()),
+        figures=_figures(report),
+        proven=_proven(outcome.trial, case),
+    )
+    return replace(outcome, advice=_advised(case, report) if outcome.is_damaged else None)
+
+
+def _advised(case: Case, report: Report) -> Advice:
+    followed = follow(case, report)
+    if followed.case is None:
+        return Advice(followed.action, None, problem=followed.problem)
+    after = damage_of(followed.case)
+    assert after is not None  # the metric fell
+    return Advice(followed.action, after.faulty, after.error, followed.promised, followed.problem)
+
+
+def _proven(trial: Trial, case: Case) -> bool | None:
+    found = [shown(fault, case) for fault in trial.planted]
+    return None if None in found or not found or trial.strength < 2 else all(found)
 
 
 def _linted(case: Case) -> tuple[Sequence[Verdict], Sequence[Diagnosis]]:
@@ -192,12 +228,39 @@ def _linted(case: Case) -> tuple[Sequence[Verdict], Sequence[Diagnosis]]:
     return verdicts, diagnose(verdicts, facts)
 
 
-def _outcome(trial: Trial, verdicts: Sequence[Verdict], diagnoses: Sequence[Diagnosis]) -> Outcome:
+def _said(outcome: Outcome, verdicts: Sequence[Verdict], diagnoses: Sequence[Diagnosis]) -> Outcome:
     errors = [one.cause for one in verdicts if one.outcome == "failed" and one.severity == "error"]
     consequences = [phrase.split(" in ")[0] for one in diagnoses for phrase in one.consequences]
-    return Outcome(
-        trial=trial,
+    return replace(
+        outcome,
         named=tuple(dict.fromkeys(one.cause for one in diagnoses)),
         folded=tuple(dict.fromkeys(consequences)),
         errors=tuple(dict.fromkeys(errors)),
     )
+
+
+def _figures(report: Report) -> dict[str, float | None]:
+    """What rules of the verdict may be made of."""
+    found: dict[str, float | None] = {"output": report.summary.output.relative_l2}
+    for path in ("train", "eval"):
+        sizes = [
+            (measured.equivalent_batch_size, measured.equivalent_batch_size_interval[1])
+            for layer in report.layers
+            if (measured := getattr(layer, path)) is not None and measured.equivalent_batch_size is not None
+        ]
+        found[f"n_eq {path}"] = min((size for size, _ in sizes), default=None)
+        found[f"n_eq {path}, upper end"] = min((end for _, end in sizes if end is not None), default=None)
+    for source in ("small_batch", "composition", "lag", "dropout", "propagation", "data_shift"):
+        shares = [getattr(layer.shares, source) or 0.0 for layer in report.layers if layer.shares is not None]
+        found[source] = max(shares, default=None)
+    for gap in report.summary.gaps:
+        for step in ("training", "without_noise", "inference", "held_out", "inconsistency", "generalization"):
+            found[f"{gap.measure} {step}"] = getattr(gap, step)
+        for step in ("inconsistency", "generalization", "training_noise"):
+            low, high = getattr(gap, f"{step}_interval") or (None, None)
+            found[f"{gap.measure} {step} low"], found[f"{gap.measure} {step} high"] = low, high
+    for remedy in report.remedies:
+        for when in ("before", "after"):
+            score = getattr(remedy, when)
+            found[f"{remedy.name}: metric {when}"], found[f"{remedy.name}: loss {when}"] = score.metric, score.loss
+    return {name: value if value is None or math.isfinite(value) else None for name, value in found.items()}

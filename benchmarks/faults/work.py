@@ -74,13 +74,8 @@ def run_all(tasks: list[Task], processes: int, progress: Callable[[int, Task], N
 def _place(trial: Trial) -> tuple[object, ...]:
     """Faults before pairs before controls, in the order in which they are listed."""
     order = list(FAULTS)
-    return (
-        not trial.planted,
-        len(trial.planted),
-        [order.index(name) for name in trial.planted],
-        trial.network,
-        trial.seed,
-    )
+    planted = [order.index(name) for name in trial.planted]
+    return not trial.planted, len(planted), planted, trial.control, trial.strength, trial.network, trial.seed
 
 
 def _prepare() -> None:
