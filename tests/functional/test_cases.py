@@ -1,0 +1,291 @@
+"""The networks of ``tests/cases``, after people's reports: the installed command gives the answer that is known.
+
+``tests/cases/README.md`` says what each is and what the right answer is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from functional.command import CLEAN, ERROR, FINDINGS, REPOSITORY, Result, Workspace
+
+CASES = REPOSITORY / "tests" / "cases"
+JSON = ("--format", "json")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a scan of a case must say.
+
+    Attributes:
+        name: Folder or file below ``tests/cases``.
+        batch_size: What its owner would type.
+        code: Exit code.
+        causes: One of these is the first diagnosis; empty: there is no error.
+        says: Words of the report.
+        never_says: Words that are not in it.
+    """
+
+    name: str
+    batch_size: int
+    code: int
+    causes: tuple[str, ...] = ()
+    says: tuple[str, ...] = ()
+    never_says: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+REPORTED = (
+    Case("02-varlen-bs1", 1, FINDINGS, ("single_image",)),
+    Case("04-gan-ema-nobuffers", 64, FINDINGS, ("never_trained",), never_says=("untrained",)),
+    Case("10-adapt-alternate", 8, FINDINGS, ("composition", "shared_domains")),
+    Case("11b-two-calls-weak", 32, FINDINGS, ("shared_domains", "composition"), never_says=("✓ Every layer",)),
+    Case("12-nan-stats", 32, FINDINGS, ("non_finite",), says=("recalibrate",)),
+    Case("14-last-batch", 4, FINDINGS, ("last_batch",)),
+    Case("15-rl-actor-bs1", 1, FINDINGS, ("single_value",), says=("eval()",)),
+    Case("16-train-forgotten", 32, FINDINGS, ("trained_in_eval",), never_says=("Recalibrate the running",)),
+    Case("17-audio-padding", 16, FINDINGS, says=("padding",)),
+    Case("18-iic-no-tracking", 64, FINDINGS, ("no_running_stats",), says=("bnprobe recalibrate",)),
+    Case("19-eps-port", 64, FINDINGS, ("lag",), says=("eps", "0.001")),
+    Case(
+        "22-dropout-in-forward",
+        64,
+        FINDINGS,
+        says=("andom at inference",),
+        never_says=("random layers off", "noise off"),
+    ),
+    Case("25-ema-too-young", 64, FINDINGS, never_says=("need no training",)),
+    Case("32-eval-forgotten", 32, CLEAN, never_says=("--batch-size 434",)),
+    Case("shift/class_mix.py", 32, CLEAN, never_says=("preprocessing",)),
+    Case("shift/padded.py", 32, FINDINGS, ("data_shift",)),
+    Case("shift/small_eval.py", 32, FINDINGS, ("data_shift",)),
+    Case("shift/floor.py", 32, FINDINGS, ("lag",), never_says=("independent values",)),
+    Case("minimal/aux.py", 8, CLEAN, never_says=("overflow", "frozen", "could not be measured")),
+    Case("minimal/bn107.py", 8, CLEAN, never_says=("BN107): ",)),
+    Case("minimal/chaos.py", 2, FINDINGS, never_says=("rounding errors too much",)),
+    Case("minimal/embed.py", 8, FINDINGS, never_says=("predicted class",)),
+    Case("minimal/syncbn_like.py", 8, CLEAN, never_says=("untrained",)),
+    Case("minimal/unused.py", 8, CLEAN),
+)
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """A case as it was scanned."""
+
+    case: Case
+    text: Result
+    report: dict[str, Any]
+
+
+@pytest.fixture
+def cases(workspace: Workspace) -> Path:
+    """A copy of all cases, in which the command runs."""
+    shutil.copytree(CASES, workspace.folder / "cases", ignore=shutil.ignore_patterns("__pycache__"))
+    return workspace.folder / "cases"
+
+
+def _in(cases: Path, name: str) -> tuple[Workspace, str]:
+    """The folder of a case, and its model file."""
+    place = cases / name
+    return (Workspace(place), "model.py") if place.is_dir() else (Workspace(place.parent), place.name)
+
+
+def _report(result: Result, code: int) -> dict[str, Any]:
+    import json
+
+    assert result.code == code, result
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def _first(report: dict[str, Any]) -> str:
+    return report["diagnoses"][0]["cause"] if report["diagnoses"] else ""
+
+
+@pytest.mark.parametrize("case", REPORTED, ids=str)
+def test_a_scan_gives_the_known_answer(cases: Path, case: Case) -> None:
+    place, model = _in(cases, case.name)
+    size = ("--batch-size", str(case.batch_size))
+    text = place.run("scan", model, *size, "--all", COLUMNS="400")
+    report = _report(place.run("scan", model, *size, *JSON), case.code)
+    assert text.code == case.code
+    if case.causes:
+        assert _first(report) in case.causes
+        assert report["diagnoses"][0]["severity"] == "error"
+    elif case.code == CLEAN:
+        assert not any(found["severity"] == "error" for found in report["diagnoses"])
+    for words in case.says:
+        assert words in text.stdout
+    for words in case.never_says:
+        assert words not in text.stdout
+    _says_no_clean_verdict_of_a_fallen_metric(report, text.stdout)
+
+
+def _says_no_clean_verdict_of_a_fallen_metric(report: dict[str, Any], text: str) -> None:
+    """Whatever the case: metric or loss surely worse at inference is never clean."""
+    for gap in report["summary"]["gaps"]:
+        interval = gap["inconsistency_interval"]
+        if interval is None or interval[1] is None:
+            continue
+        worse = interval[0] > 0 if gap["goal"] == "min" else interval[1] < 0
+        large = abs(gap["inconsistency"]) > 0.1 * abs(gap["training"])
+        assert not (worse and large and report["diagnoses"] == []), text
+
+
+def test_batches_of_one_image_are_scored_on_enough_of_them(cases: Path) -> None:
+    place, model = _in(cases, "02-varlen-bs1")
+    report = _report(place.run("scan", model, "--batch-size", "1", *JSON), FINDINGS)
+    metric = next(gap for gap in report["summary"]["gaps"] if gap["measure"] == "metric")
+    assert metric["samples"] >= 100
+    assert metric["held_out_samples"] == 60
+    low, high = metric["inconsistency_interval"]
+    assert low < metric["inconsistency"] < high < 0
+
+
+@pytest.mark.parametrize("command", ["recalibrate", "convert"])
+def test_batches_of_one_image_are_repaired_as_they_are(cases: Path, command: str) -> None:
+    place, model = _in(cases, "02-varlen-bs1")
+    result = place.run(command, model, "--batch-size", "1", "--output", "repaired.safetensors", "--force")
+    assert result.code in (CLEAN, FINDINGS), result
+    assert (place.folder / "repaired.safetensors").exists()
+
+
+def test_parameters_without_buffers_are_repaired(cases: Path) -> None:
+    place, model = _in(cases, "04-gan-ema-nobuffers")
+    assert place.run("lint", model).code == FINDINGS
+    weights = ("--checkpoint", "params_only.pt")
+    result = place.run("recalibrate", model, "--batch-size", "64", *weights, "--goal", "min", "-o", "new.safetensors")
+    assert result.code == CLEAN, result
+    after = place.run("scan", model, "--batch-size", "64", "--checkpoint", "new.safetensors", *JSON)
+    assert _report(after, CLEAN)["summary"]["flagged"] == 0
+
+
+def test_a_cause_of_a_small_part_is_no_second_error(cases: Path) -> None:
+    place, model = _in(cases, "10-adapt-alternate")
+    report = _report(place.run("scan", model, "--batch-size", "8", *JSON), FINDINGS)
+    assert [found["cause"] for found in report["diagnoses"] if found["severity"] == "error"] == [_first(report)]
+
+
+def test_the_shared_layers_of_two_calls_are_named(cases: Path) -> None:
+    place, model = _in(cases, "11b-two-calls-weak")
+    report = _report(place.run("scan", model, "--batch-size", "32", *JSON), FINDINGS)
+    assert set(report["diagnoses"][0]["layers"]) == {"body.1", "body.4", "body.7"}
+
+
+def test_statistics_that_are_nan_are_repaired(cases: Path) -> None:
+    place, model = _in(cases, "12-nan-stats")
+    report = _report(place.run("scan", model, "--batch-size", "32", *JSON), FINDINGS)
+    assert all(layer["train"]["mismatch"] is None or layer["train"] for layer in report["layers"][1:])
+    assert len(report["layers"]) == 3
+    assert place.run("recalibrate", model, "--batch-size", "32", "-o", "new.safetensors").code == CLEAN
+    after = place.run("scan", model, "--batch-size", "32", "--checkpoint", "new.safetensors", *JSON)
+    assert "non_finite" not in {found["cause"] for found in _report(after, CLEAN)["diagnoses"]}
+
+
+def test_a_new_network_is_not_called_untrained_in_anger(cases: Path) -> None:
+    place, model = _in(cases, "14-last-batch")
+    report = _report(place.run("scan", model, "--batch-size", "4", *JSON), FINDINGS)
+    severities = {found["cause"]: found["severity"] for found in report["diagnoses"]}
+    assert severities.get("never_trained", "info") == "info"
+
+
+def test_weights_that_belong_to_the_running_statistics_keep_them(cases: Path) -> None:
+    place, model = _in(cases, "16-train-forgotten")
+    report = _report(place.run("scan", model, "--batch-size", "32", *JSON), FINDINGS)
+    assert not any("ecalibrate" in found["remedy"] for found in report["diagnoses"][:1])
+    frozen = place.run("convert", model, "--batch-size", "32", "--to", "frozen", "-o", "frozen.safetensors")
+    assert frozen.code == CLEAN, frozen
+    before, after = torch.load(place.folder / "w.pt"), load_file(place.folder / "frozen.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before if "running" in name)
+
+
+def test_held_out_data_is_read_as_it_is_served(cases: Path) -> None:
+    place, model = _in(cases, "17-audio-padding")
+    report = _report(place.run("scan", model, "--batch-size", "16", *JSON), FINDINGS)
+    assert next(gap["held_out_samples"] for gap in report["summary"]["gaps"]) == 150
+
+
+def test_statistics_are_made_where_there_are_none(cases: Path) -> None:
+    place, model = _in(cases, "18-iic-no-tracking")
+    assert place.run("recalibrate", model, "--batch-size", "64", "-o", "new.safetensors").code == CLEAN
+    assert "1.running_mean" in load_file(place.folder / "new.safetensors")
+
+
+def test_no_remedy_for_bn_is_the_fix_of_weights_at_chance(cases: Path) -> None:
+    place, model = _in(cases, "25-ema-too-young")
+    report = _report(place.run("scan", model, "--batch-size", "64", *JSON), FINDINGS)
+    assert "weights" in report["diagnoses"][0]["message"]
+    assert not any("bnprobe recalibrate" in found["remedy"] for found in report["diagnoses"])
+
+
+@pytest.mark.parametrize("model", ["model_tuple.py", "model_pyg.py"])
+def test_graphs_in_other_containers(cases: Path, model: str) -> None:
+    if model == "model_pyg.py":
+        pytest.importorskip("torch_geometric")
+    place, _ = _in(cases, "32-eval-forgotten")
+    report = _report(place.run("scan", model, "--batch-size", "32", *JSON), CLEAN)
+    assert report["scan"]["batch_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size", "emulated"),
+    [("pack.py", 2, None), ("chaos.py", 2, True), ("mixup.py", 8, False), ("func_bn.py", 8, None)],
+)
+def test_what_cannot_be_joined_runs_one_by_one(cases: Path, name: str, batch_size: int, emulated: bool | None) -> None:
+    place, model = _in(cases, f"minimal/{name}")
+    result = place.run("scan", model, "--batch-size", str(batch_size), *JSON)
+    assert result.code in (CLEAN, FINDINGS), result
+    assert emulated in (None, _report(result, result.code)["scan"]["emulated"])
+
+
+def test_own_norms_are_listed_and_measured(cases: Path) -> None:
+    place, model = _in(cases, "minimal/own_norms.py")
+    result = place.run("scan", model, "--batch-size", "16", *JSON)
+    report = _report(result, result.code)
+    listed = {layer["name"] for layer in report["layers"]} | {layer["name"] for layer in report["skipped"]}
+    assert {"a", "b", "c"} <= listed
+    assert {"a", "b"} <= {layer["name"] for layer in report["layers"]}
+
+
+@pytest.mark.parametrize("model", ["expanded.py", "sparse.py", "tiny.py"])
+def test_odd_buffers(cases: Path, model: str) -> None:
+    place, _ = _in(cases, f"faults/{model}")
+    result = place.run("scan", model, "--batch-size", "4", *JSON)
+    assert result.code in (CLEAN, FINDINGS), result
+
+
+def test_a_loss_without_a_return(cases: Path) -> None:
+    place, model = _in(cases, "faults/noreturn.py")
+    message = place.run("scan", model, "--batch-size", "4").error(ERROR)
+    assert "loss(model, batch)" in message
+    assert "None" in message
+
+
+@pytest.mark.parametrize("script", ["changed.py", "empty_buffer.py", "mutated.py"])
+def test_scripts_that_broke_a_scan(cases: Path, script: str) -> None:
+    import sys
+
+    place, _ = _in(cases, f"faults/{script}")
+    result = place.call(sys.executable, script)
+    assert result.code == 0, result
+    lines = result.stdout.splitlines()
+    if script == "changed.py":
+        assert len(lines) == 4
+        assert all("changed: 0 of" in line for line in lines)
+    elif script == "empty_buffer.py":
+        assert lines
+        assert all(line.endswith("ok") for line in lines)
+    else:
+        figures = [line.split("D train")[1].split()[0] for line in lines if "D train" in line]
+        assert len(figures) == 2
+        assert len(set(figures)) == 1
