@@ -15,8 +15,8 @@ from torch import nn
 from bnprobe.measure.evidence import PathEvidence
 from bnprobe.measure.hooks import Recorded
 from bnprobe.measure.layers import find_layers
-from bnprobe.stats.intervals import mean_interval, standing
-from bnprobe.stats.theory import mismatch_iid
+from bnprobe.stats.intervals import mean_interval
+from bnprobe.stats.theory import mismatch_iid, standing
 
 
 @given(st.lists(st.floats(0.01, 100.0), min_size=2, max_size=40))
