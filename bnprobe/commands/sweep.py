@@ -56,8 +56,7 @@ from bnprobe.stats.ema import (
     weights,
     with_shift,
 )
-from bnprobe.stats.intervals import standing
-from bnprobe.stats.theory import mismatch_iid
+from bnprobe.stats.theory import mismatch_iid, standing
 
 DEFAULT_SIZES = (1, 2, 4, 8, 16, 32, 64)
 

@@ -25,8 +25,8 @@ from bnprobe.measure.restore import deferred_interrupts, preserved_random_state,
 from bnprobe.measure.scores import MEASURES, Found, score_outputs
 from bnprobe.measure.session import PathName, Progress, Session
 from bnprobe.records import StopReason
-from bnprobe.stats.intervals import Sums, mean_interval, standing
-from bnprobe.stats.theory import mismatch_iid
+from bnprobe.stats.intervals import Sums, mean_interval
+from bnprobe.stats.theory import mismatch_iid, standing
 
 FIRST_LOOK = 16
 """Micro-batches before the first look at what is decided; the number doubles from look to look."""

@@ -31,7 +31,7 @@ from bnprobe.records import (
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts, Need
 from bnprobe.rules.interface import Rule
-from bnprobe.stats.theory import mismatch_iid
+from bnprobe.stats.theory import mismatch_iid, standing
 
 Screened = Literal["flagged", "undecided", "clean"]
 
@@ -86,8 +86,6 @@ def screened(
         composition: What batches that do not differ significantly from i.i.d. ones add is noise, too.
         threshold: The equivalent batch size below which the layer is flagged.
     """
-    from bnprobe.stats.intervals import standing  # needs torch, which rules do without
-
     limit = mismatch_iid(threshold)
     if shares is not None:
         composed = shares.composition if composition is None or composition.p_value < COMPOSITION_P else None

@@ -9,7 +9,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -169,19 +168,6 @@ def half_width(count: int, total: float, total_square: float, confidence: float 
     mean = total / count
     variance = max(total_square / count - mean * mean, 0.0) * count / (count - 1)
     return t_quantile(count - 1, confidence) * math.sqrt(variance / count)
-
-
-def standing(intervals: Sequence[Interval], limit: float) -> Literal["flagged", "undecided", "clean"]:
-    """Classify a layer by the intervals of its mismatch on the measured paths and one limit.
-
-    Flagged: on at least one path the lower end exceeds the limit. Clean: on no path does the upper end exceed it.
-    Undecided: anything else.
-    """
-    if any(not low <= limit for low, _ in intervals):  # also NaN: a layer that overflows is not clean
-        return "flagged"
-    if any(high is None or high > limit for _, high in intervals):
-        return "undecided"
-    return "clean"
 
 
 @functools.cache

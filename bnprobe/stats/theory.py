@@ -8,6 +8,10 @@ All functions accept real n > 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal
+
+from bnprobe.records import Interval
 
 _SERIES_FROM = 1000.0
 """Above this n the two-term series has a relative error below 1e-6, and gamma functions would lose precision."""
@@ -59,3 +63,16 @@ def clipped_r_iid(n: float, r_max: float = R_MAX) -> float:
 def clipped_d_iid(n: float, d_max: float = D_MAX) -> float:
     """P(|d| > d_max) for n i.i.d. Gaussian values; d is normal with variance 1/n."""
     return math.erfc(d_max * math.sqrt(n / 2.0))
+
+
+def standing(intervals: Sequence[Interval], limit: float) -> Literal["flagged", "undecided", "clean"]:
+    """Classify a layer by the intervals of its mismatch on the measured paths and one limit.
+
+    Flagged: on at least one path the lower end exceeds the limit. Clean: on no path does the upper end exceed it.
+    Undecided: anything else.
+    """
+    if any(not low <= limit for low, _ in intervals):  # also NaN: a layer that overflows is not clean
+        return "flagged"
+    if any(high is None or high > limit for _, high in intervals):
+        return "undecided"
+    return "clean"

@@ -16,8 +16,8 @@ from torch import nn
 from bnprobe.measure.evidence import PathEvidence
 from bnprobe.measure.hooks import Recorded
 from bnprobe.measure.layers import find_layers
-from bnprobe.stats.intervals import Sums, mean_interval, standing
-from bnprobe.stats.theory import mismatch_iid
+from bnprobe.stats.intervals import Sums, mean_interval
+from bnprobe.stats.theory import mismatch_iid, standing
 
 
 def sums_of(values: np.ndarray, parts: np.ndarray | None = None) -> Sums:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bnprobe.commands.scan import scan
+from bnprobe.rules.shares import NOISE_THRESHOLD
 from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size, mismatch_iid
 
 TABLE = {
@@ -86,4 +87,4 @@ def test_a_real_layer_recovers_theory(n: int, batches: int) -> None:
         assert path.r.clipped == pytest.approx(share, abs=4 * math.sqrt(share / count) + 2 / count)
         assert path.r.clipped_iid == pytest.approx(share, rel=0.1, abs=1e-4)
         assert path.d.clipped == 0.0
-    assert layer.flagged == (n < 32)
+    assert layer.flagged == (n < NOISE_THRESHOLD)
