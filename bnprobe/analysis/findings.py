@@ -30,9 +30,9 @@ from bnprobe.records import (
 )
 from bnprobe.rules.shares import noise_limit, screened
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
-from bnprobe.stats.intervals import Sums, mean_interval, standing
+from bnprobe.stats.intervals import Sums, mean_interval
 from bnprobe.stats.scores import independent_difference, paired_difference
-from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size
+from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size, standing
 
 
 @dataclass(frozen=True)
