@@ -173,7 +173,7 @@ def recalibrate_loaded(
 
 def _untracked(model: nn.Module, globs: tuple[str, ...]) -> list[ProbedLayer]:
     """The layers asked for that keep no running statistics."""
-    layers = find_layers(model, lambda *names: True).layers
+    layers = find_layers(model, lambda *names: True, required=False).layers
     _check_globs(globs, layers)
     asked = [layer for layer in layers if not globs or any(matches_any(glob, _names(layer)) for glob in globs)]
     return [layer for layer in asked if keeps_none(layer.module)]

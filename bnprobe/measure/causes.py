@@ -145,7 +145,7 @@ def fitting_eps(
     with suppress(BnprobeError, CannotEmulateError):
         own = _distances(session, batches, known)
         for eps in EPS:
-            with _eps(layers, eps):
+            with _eps(session, layers, eps):
                 trials[eps] = _distances(session, batches, known)
     if not trials:
         return None
@@ -180,15 +180,18 @@ def _eps_of(layer: ProbedLayer) -> float:
 
 
 @contextmanager
-def _eps(layers: Sequence[ProbedLayer], eps: float) -> Iterator[None]:
+def _eps(session: Session, layers: Sequence[ProbedLayer], eps: float) -> Iterator[None]:
+    """Every layer has another eps while the block runs."""
     before = [(layer.module, layer.module.eps) for layer in layers if hasattr(layer.module, "eps")]
     try:
         for module, _ in before:
             module.eps = eps  # type: ignore[assignment]
+        session.accept_attributes()
         yield
     finally:
         for module, own in before:
             module.eps = own
+        session.accept_attributes()
 
 
 def padding_in(micro_batches: Sequence[Any], held_out: Sequence[Any] = ()) -> Padding | None:

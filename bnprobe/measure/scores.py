@@ -262,7 +262,7 @@ def score_batches(
         micro_batches: On any device; those of another size than ``batching`` says run one by one.
         batching: How they run.
         by_batch, statistics: As in ``Pass``.
-        group: Samples that batch statistics are taken of; None: the micro-batch.
+        group: Samples that batch statistics are taken of; None: the micro-batch, as where it does not divide into groups.
 
     Raises:
         DeviceError, UserCodeError, DataError: See ``Chunks`` and ``Session``.
@@ -276,7 +276,7 @@ def score_batches(
         size = sizes.pop()
         how = replace(batching, batch_size=size)
         pass_ = how.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {})
-        pass_.batch_size = group or size
+        pass_.batch_size = group if group and size % group == 0 else size
         _, outputs = session.forward(path, to_device(join(chunk, size), session.device), pass_)
         apart = [to_device(batch, session.device) for batch in chunk]
         room = {measure: table.room(measure, path) for measure in MEASURES}

@@ -230,6 +230,10 @@ class Session:
         with self._running(path, pass_), replaying(self.model, batch, outputs, self._state.put_back), border:
             return function(self.model, batch)
 
+    def accept_attributes(self) -> None:
+        """Take the attributes of the modules as they are now, where a measurement changes some on purpose."""
+        self._state.accept_attributes()
+
     @contextmanager
     def _running(self, path: PathName, pass_: Pass) -> Iterator[None]:
         autocast = None if path.startswith("check") else self.autocast

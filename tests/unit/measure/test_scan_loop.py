@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bnprobe.commands.scan import scan
 from bnprobe.errors import DataError
 from bnprobe.records import Report
+from bnprobe.stats.theory import mismatch_iid
 from support.networks import Flat, Residual, images, unsettled
 
 
@@ -78,15 +79,15 @@ def test_clear_cases_are_decided_at_the_first_look() -> None:
 
 
 def test_a_layer_on_the_threshold_draws_up_to_the_budget() -> None:
-    report = scan(settled(6), endless(32, 6), 32, max_batches=50, thresholds={"*": 32.0})
+    report = scan(settled(6), endless(31, 6), 31, max_batches=50, thresholds={"*": 31.0})
     assert (report.scan.stopped, report.scan.batches, report.scan.batches_requested) == ("max_batches", 50, None)
     assert report.layers[0].undecided
     low, high = report.layers[0].eval.interval
-    assert low < 0.0473 < high
+    assert low < mismatch_iid(31) < high
 
 
 def test_a_layer_near_the_threshold_draws_until_it_is_decided() -> None:
-    report = scan(settled(6), endless(28, 6), 28, max_batches=4096)
+    report = scan(settled(6), endless(28, 6), 28, max_batches=4096, thresholds={"*": 31.0})
     assert report.scan.stopped == "decided"
     assert report.scan.batches in {32, 64, 128, 256, 512, 1024}
     assert report.layers[0].flagged
