@@ -262,7 +262,8 @@ def score_batches(
         micro_batches: On any device; those of another size than ``batching`` says run one by one.
         batching: How they run.
         by_batch, statistics: As in ``Pass``.
-        group: Samples that batch statistics are taken of; None: the micro-batch, as where it does not divide into groups.
+        group: Samples that batch statistics are taken of; None: the micro-batch, as where
+            it does not divide into groups.
 
     Raises:
         DeviceError, UserCodeError, DataError: See ``Chunks`` and ``Session``.

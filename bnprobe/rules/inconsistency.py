@@ -40,7 +40,7 @@ class Inconsistency(Rule):
     """
 
     code = "BN211"
-    title = "worse at inference than in training"
+    title = "worse at inference"
     cause = "inconsistency"
     severity = "error"
     unit = ""
@@ -66,7 +66,8 @@ class Inconsistency(Rule):
             return
         ruled_out = "; ".join(_ruled_out(facts))
         not_known = f" No cause was found. Ruled out: {ruled_out}." if ruled_out else " No cause was found."
-        yield self.failed(None, f"{words}.{not_known}", change.harm, change.floor)
+        severity = "info" if facts.is_new else None  # what is not trained yet says nothing
+        yield self.failed(None, f"{words}.{not_known}", change.harm, change.floor, severity)
 
 
 def _ruled_out(facts: Facts) -> Iterator[str]:
@@ -79,7 +80,7 @@ def _ruled_out(facts: Facts) -> Iterator[str]:
         gain = effect.of_remedy(remedy, facts.gaps, facts.chance)
         change = gain.main
         if gain.standing != "better" and change is not None:
-            yield f"stale statistics (recalibrated, {change.words('before', 'after')} on held-out data)"
+            yield f"stale statistics (recalibrated, {change.words('before', 'after')} on {remedy.scored_on} data)"
     elif (lag := _largest(layers, "lag")) is not None and lag <= share_limit(layers[0]):
         yield f"stale statistics (at most D = {number(lag)} in a layer)"
     noise = _largest(layers, "small_batch")

@@ -57,7 +57,7 @@ def test_weights_without_running_statistics(workspace: Workspace, weights: Path)
     torch.save({name: value for name, value in STATE.items() if "running" not in name}, weights)
     message = _error(workspace)
     assert "Missing (2): bn.running_mean, bn.running_var." in message
-    assert "BatchNorm needs its running statistics: save model.state_dict()." in message
+    assert "BatchNorm needs its running statistics: save model.state_dict(), or compute" in message
 
 
 def test_a_training_script_s_checkpoint_needs_no_unsafe_load(workspace: Workspace, weights: Path) -> None:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bnprobe.report import RenderOptions, render
+from bnprobe.report.json import load_report
 from functional.command import CLEAN, ERROR, FINDINGS, REPOSITORY, Result, Workspace
 
 CASES = REPOSITORY / "tests" / "cases"
@@ -52,10 +54,10 @@ REPORTED = (
     Case("12-nan-stats", 32, FINDINGS, ("non_finite",), says=("recalibrate",)),
     Case("14-last-batch", 4, FINDINGS, ("last_batch",)),
     Case("15-rl-actor-bs1", 1, FINDINGS, ("single_value",), says=("eval()",)),
-    Case("16-train-forgotten", 32, FINDINGS, ("trained_in_eval",), never_says=("Recalibrate the running",)),
+    Case("16-train-forgotten", 32, CLEAN, ("trained_in_eval",), never_says=("Recalibrate the running",)),
     Case("17-audio-padding", 16, FINDINGS, says=("padding",)),
     Case("18-iic-no-tracking", 64, FINDINGS, ("no_running_stats",), says=("bnprobe recalibrate",)),
-    Case("19-eps-port", 64, FINDINGS, ("lag",), says=("eps", "0.001")),
+    Case("19-eps-port", 64, FINDINGS, ("lag",), says=("eps is 1e-05, and was 0.001",)),
     Case(
         "22-dropout-in-forward",
         64,
@@ -64,7 +66,7 @@ REPORTED = (
         never_says=("random layers off", "noise off"),
     ),
     Case("25-ema-too-young", 64, FINDINGS, never_says=("need no training",)),
-    Case("32-eval-forgotten", 32, CLEAN, never_says=("--batch-size 434",)),
+    Case("32-eval-forgotten", 32, FINDINGS, never_says=("--batch-size 434",)),
     Case("shift/class_mix.py", 32, CLEAN, never_says=("preprocessing",)),
     Case("shift/padded.py", 32, FINDINGS, ("data_shift",)),
     Case("shift/small_eval.py", 32, FINDINGS, ("data_shift",)),
@@ -76,15 +78,6 @@ REPORTED = (
     Case("minimal/syncbn_like.py", 8, CLEAN, never_says=("untrained",)),
     Case("minimal/unused.py", 8, CLEAN),
 )
-
-
-@dataclass(frozen=True)
-class Scanned:
-    """A case as it was scanned."""
-
-    case: Case
-    text: Result
-    report: dict[str, Any]
 
 
 @pytest.fixture
@@ -116,19 +109,19 @@ def _first(report: dict[str, Any]) -> str:
 def test_a_scan_gives_the_known_answer(cases: Path, case: Case) -> None:
     place, model = _in(cases, case.name)
     size = ("--batch-size", str(case.batch_size))
-    text = place.run("scan", model, *size, "--all", COLUMNS="400")
-    report = _report(place.run("scan", model, *size, *JSON), case.code)
-    assert text.code == case.code
+    scanned = place.run("scan", model, *size, *JSON)
+    report = _report(scanned, case.code)
+    text = render(load_report(scanned.stdout), options=RenderOptions(width=400, show_all=True))
     if case.causes:
         assert _first(report) in case.causes
-        assert report["diagnoses"][0]["severity"] == "error"
+        assert report["diagnoses"][0]["severity"] == ("error" if case.code == FINDINGS else "warning")
     elif case.code == CLEAN:
         assert not any(found["severity"] == "error" for found in report["diagnoses"])
     for words in case.says:
-        assert words in text.stdout
+        assert words in text
     for words in case.never_says:
-        assert words not in text.stdout
-    _says_no_clean_verdict_of_a_fallen_metric(report, text.stdout)
+        assert words not in text
+    _says_no_clean_verdict_of_a_fallen_metric(report, text)
 
 
 def _says_no_clean_verdict_of_a_fallen_metric(report: dict[str, Any], text: str) -> None:
@@ -173,7 +166,9 @@ def test_parameters_without_buffers_are_repaired(cases: Path) -> None:
 def test_a_cause_of_a_small_part_is_no_second_error(cases: Path) -> None:
     place, model = _in(cases, "10-adapt-alternate")
     report = _report(place.run("scan", model, "--batch-size", "8", *JSON), FINDINGS)
-    assert [found["cause"] for found in report["diagnoses"] if found["severity"] == "error"] == [_first(report)]
+    others = [found for found in report["diagnoses"][1:] if found["severity"] == "error"]
+    assert {found["cause"] for found in others} <= {"data_shift"}  # the evaluation data is one of the two domains
+    assert all(found["impact"] is None for found in others)
 
 
 def test_the_shared_layers_of_two_calls_are_named(cases: Path) -> None:
@@ -185,8 +180,8 @@ def test_the_shared_layers_of_two_calls_are_named(cases: Path) -> None:
 def test_statistics_that_are_nan_are_repaired(cases: Path) -> None:
     place, model = _in(cases, "12-nan-stats")
     report = _report(place.run("scan", model, "--batch-size", "32", *JSON), FINDINGS)
-    assert all(layer["train"]["mismatch"] is None or layer["train"] for layer in report["layers"][1:])
-    assert len(report["layers"]) == 3
+    assert [layer["name"] for layer in report["layers"]] == ["1", "4", "7"]
+    assert report["summary"]["gaps"][0]["measure"] == "metric"  # the loss is not finite at inference
     assert place.run("recalibrate", model, "--batch-size", "32", "-o", "new.safetensors").code == CLEAN
     after = place.run("scan", model, "--batch-size", "32", "--checkpoint", "new.safetensors", *JSON)
     assert "non_finite" not in {found["cause"] for found in _report(after, CLEAN)["diagnoses"]}
@@ -201,7 +196,7 @@ def test_a_new_network_is_not_called_untrained_in_anger(cases: Path) -> None:
 
 def test_weights_that_belong_to_the_running_statistics_keep_them(cases: Path) -> None:
     place, model = _in(cases, "16-train-forgotten")
-    report = _report(place.run("scan", model, "--batch-size", "32", *JSON), FINDINGS)
+    report = _report(place.run("scan", model, "--batch-size", "32", *JSON), CLEAN)
     assert not any("ecalibrate" in found["remedy"] for found in report["diagnoses"][:1])
     frozen = place.run("convert", model, "--batch-size", "32", "--to", "frozen", "-o", "frozen.safetensors")
     assert frozen.code == CLEAN, frozen
@@ -224,7 +219,7 @@ def test_statistics_are_made_where_there_are_none(cases: Path) -> None:
 def test_no_remedy_for_bn_is_the_fix_of_weights_at_chance(cases: Path) -> None:
     place, model = _in(cases, "25-ema-too-young")
     report = _report(place.run("scan", model, "--batch-size", "64", *JSON), FINDINGS)
-    assert "weights" in report["diagnoses"][0]["message"]
+    assert "Look at the weights" in report["diagnoses"][0]["remedy"]
     assert not any("bnprobe recalibrate" in found["remedy"] for found in report["diagnoses"])
 
 
@@ -233,7 +228,7 @@ def test_graphs_in_other_containers(cases: Path, model: str) -> None:
     if model == "model_pyg.py":
         pytest.importorskip("torch_geometric")
     place, _ = _in(cases, "32-eval-forgotten")
-    report = _report(place.run("scan", model, "--batch-size", "32", *JSON), CLEAN)
+    report = _report(place.run("scan", model, "--batch-size", "32", *JSON), FINDINGS)
     assert report["scan"]["batch_size"] == 32
 
 

@@ -121,7 +121,7 @@ def test_the_python_call_takes_the_same(workspace: Workspace) -> None:
         gradients=True,
     )
     assert made == [0.1]
-    assert report.diagnoses[0].cause == "never_trained"
+    assert report.diagnoses[0].cause == "small_batch"
     assert report.layers[0].updates is not None
     assert report.layers[0].backward is not None
     assert {remedy.name for remedy in report.remedies} >= {"recalibrated", "batch statistics"}

@@ -39,8 +39,8 @@ def load_data(batch_size):
 
 REPORT = f"""\
 model.py:10: BN103 error bn2: The running statistics of its 4 channels contain 1 NaN or Inf value.
-    fix: Reset the running statistics (reset_running_stats()) and recalibrate them on training data, or load an \
-earlier checkpoint.
+    fix: Recalibrate the running statistics on training data (bnprobe recalibrate), or load an earlier checkpoint; \
+then find what overflowed.
 model.py:8: BN101 warning 2 of 2 layers: momentum is close to 1, so the running statistics are little more than those \
 of the last batch. Worst is bn1: momentum=0.99 is the weight of the newest batch, so the running statistics average \
 over about 1.02 batches. Did you mean 0.01?

@@ -42,7 +42,7 @@ def test_a_terminal_report_in_a_file_is_plain_text(workspace: Workspace) -> None
     written = target.read_text(encoding="utf-8")
     assert written.startswith("bnprobe ")
     assert "1 BatchNorm2d layer: ✓ 1 fine" in written
-    assert written.endswith("bnprobe explain BN102\n")
+    assert written.endswith("--format json --output report.json\n")
     assert "\x1b" not in written
 
 

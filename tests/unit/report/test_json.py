@@ -59,8 +59,8 @@ def test_the_schema_closes_every_object_and_describes_its_fields() -> None:
     assert {title: names for title, names in optional.items() if names} == {"PathMeasurement": {"statistics"}}
     path = document["$defs"]["PathMeasurement"]["properties"]
     assert path["interval"]["description"] == (
-        "95% interval of ``mismatch``, over micro-batches; the upper end is None where it cannot be told: after one micro-batch, and"
-        " where tails are heavy (see ``Layer.note``)."
+        "95% interval of ``mismatch``, over micro-batches; the upper end is None where it cannot be told: after one"
+        " micro-batch, and where tails are heavy (see ``Layer.note``)."
     )
     assert path["r"]["description"] == path["d"]["description"] == "The Batch Renorm correction factors."
     note = document["$defs"]["Layer"]["properties"]["undecided"]["description"]
