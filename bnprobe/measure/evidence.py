@@ -285,7 +285,7 @@ class Evidence:
         population: Samples of the whole data set, where it always gives the same ones and each was read at most once;
             None: endless or unknown.
         kept: Micro-batches by position, on the host, for what is measured afterwards.
-        sizes: Samples of the micro-batches by position, where they are not all of ``batch_size``.
+        sizes: Samples of the micro-batches by position; those that are not named have ``batch_size``.
         held_out: The same on held-out data; None without.
         mixed: The eval path on training samples in batches drawn at random, where those of the batches above cannot be
             regrouped; None where that was not needed or not possible.
@@ -421,7 +421,7 @@ class Evidence:
     @property
     def samples(self) -> int:
         """Samples measured."""
-        return sum(self.sizes.values()) if self.sizes else self.batches * self.batch_size
+        return sum(self.sizes.values()) + (self.batches - len(self.sizes)) * self.batch_size
 
     @property
     def emulated(self) -> bool:

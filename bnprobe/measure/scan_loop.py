@@ -143,8 +143,9 @@ def _measure_held_out(
     Samples are counted one by one where they are told apart: it does not matter in which batches they come.
     """
     started = time.perf_counter()
-    size, emulation = reader.batch_size, measured.evidence.batching.emulation
-    at_once = max(1, measured.evidence.physical_batch // size) if emulation.trusted else 1
+    size, batching = reader.batch_size, measured.evidence.batching
+    emulation = batching.emulation
+    at_once = max(1, batching.at_once * batching.batch_size // size) if emulation.trusted else 1
     samples = Share(reader.share.rank, reader.share.size, reader.share.run * size)
     path = PathEvidence("held-out", 1, samples)
     evidence = Evidence(measured.session.layers, Batching(size, emulation, at_once), {"eval": path})
