@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnprobe.numbers import number
-from bnprobe.records import Layer, Verdict
+from bnprobe.records import Layer, Severity, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
@@ -66,7 +66,7 @@ class Inconsistency(Rule):
             return
         ruled_out = "; ".join(_ruled_out(facts))
         not_known = f" No cause was found. Ruled out: {ruled_out}." if ruled_out else " No cause was found."
-        severity = "info" if facts.is_new else None  # what is not trained yet says nothing
+        severity: Severity | None = "info" if facts.is_new else None  # what is not trained yet says nothing
         yield self.failed(None, f"{words}.{not_known}", change.harm, change.floor, severity)
 
 
