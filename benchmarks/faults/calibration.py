@@ -109,7 +109,7 @@ def calibrate(network: str, seed: int, repeats: int = REPEATS) -> tuple[list[Che
     checks: list[Check] = []
     p_values: list[PValue] = []
     for name, setting in SETTINGS.items():
-        case = replace(healthy_case(network, seed), crop=setting.crop).drawn(images=setting.images)
+        case = replace(healthy_case(network, seed), prepared=setting.crop).drawn(images=setting.images)
         if setting != SETTINGS[""]:
             if network not in ORDINARY:
                 continue

@@ -88,6 +88,7 @@ def subject_of(regime: Regime, seed: int, rate: float, steps: int, from_scratch:
     return Subject(
         model=model,
         start=start,
+        copy=start,
         recalibrated=tuple(change.name for change in plan_for_all(model, "frozen").changes),
         recalibrate=lambda trained: recalibrate(trained, task.loader(regime)),
         training=as_batch_source(task.loader(regime)),
