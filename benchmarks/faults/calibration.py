@@ -110,7 +110,7 @@ def calibrate(network: str, seed: int, repeats: int = REPEATS) -> tuple[list[Che
     p_values: list[PValue] = []
     for name, setting in SETTINGS.items():
         case = replace(healthy_case(network, seed), prepared=setting.crop).drawn(images=setting.images)
-        if setting != SETTINGS[""]:
+        if name:
             if network not in ORDINARY:
                 continue
             case = case.settled()
