@@ -14,12 +14,12 @@ from benchmarks.repairs.arms import GROUPS, Table, choose, joined, plan_for_all
 from benchmarks.repairs.task import REGIMES, Regime
 from bnprobe.analysis.comparison import CONTROL, CONTROL_RECALIBRATED, control_of
 from bnprobe.commands.experiment import Subject, prove
-from bnprobe.commands.held_out import HeldOut
-from bnprobe.commands.recalibrate import recalibrate
 from bnprobe.config.spec import RepairSpec, TrainSpec
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.records import Arm, Score
+from bnprobe.repairs.held_out import HeldOut
+from bnprobe.repairs.recalibration import recalibrate
 from bnprobe.training import Job, train
 
 RATES = (0.001, 0.003, 0.01)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,15 +23,13 @@ from bnprobe.analysis.comparison import (
     make_arm,
     paired_gain,
 )
-from bnprobe.commands.held_out import HeldOut
-from bnprobe.commands.recalibrate import recalibrate_loaded
 from bnprobe.config.requirements import parse_requirement
 from bnprobe.config.spec import RepairSpec, Spec, TrainSpec
 from bnprobe.config.targets import TARGETS
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, UsageError
 from bnprobe.loading.data import BatchSource, load_source
-from bnprobe.loading.model import WRAPPED, BatchFunction
+from bnprobe.loading.model import BatchFunction, LoadedModel
 from bnprobe.loading.optimizer import load_optimizer, load_schedule
 from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.layers import ROOT
@@ -41,6 +39,8 @@ from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.numbers import number
 from bnprobe.records import Arm, Plan, Proof, Run, TrainingStep
 from bnprobe.repairs import apply
+from bnprobe.repairs.held_out import HeldOut
+from bnprobe.repairs.recalibration import recalibrate_loaded
 from bnprobe.training import Job, StateFolder, length_of, train
 
 FEWEST_IMAGES = 100
@@ -115,23 +115,19 @@ def require_trainable(workload: Workload) -> None:
     if workload.source.synthetic:
         raise UsageError("--finetune needs real data: a model trained on synthetic inputs (--input-shape) is useless.")
     if workload.held_out is None:
-        why = next((note for note in workload.notes if note.startswith("The held-out data was not used")), "")
         raise UsageError(
             "--finetune measures its gain on held-out data, but there is none. Add load_eval_data(batch_size) to the"
-            f" model file, or name eval_data in the spec. {why}".rstrip()
+            f" model file, or name eval_data in the spec. {workload.not_held_out or ''}".rstrip()
         )
 
 
-def require_unwrapped(notes: Iterable[str]) -> None:
+def require_unwrapped(loaded: LoadedModel | Workload) -> None:
     """Reject a wrapped model, because its repaired weights would not load into it.
-
-    Args:
-        notes: Notes of the loaded model.
 
     Raises:
         RepairError: load_model() returned a wrapped model.
     """
-    if any(note.startswith(WRAPPED) for note in notes):
+    if loaded.wrapped:
         raise RepairError("load_model() returns a wrapped model, whose keys differ: return the module inside instead.")
 
 

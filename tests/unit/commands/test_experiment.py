@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from bnprobe.analysis.comparison import AS_IS, CONTROL, CONTROL_RECALIBRATED, RECALIBRATED
 from bnprobe.commands.experiment import Subject, best_candidate, prove
-from bnprobe.commands.held_out import HeldOut
 from bnprobe.config.spec import OptimizerSpec, RepairSpec, TrainSpec
 from bnprobe.errors import UsageError
 from bnprobe.loading.data import as_batch_source
@@ -21,6 +20,7 @@ from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.nn import BatchRenorm1d
 from bnprobe.records import Plan, Proof, Run, Score, TrainingStep
 from bnprobe.repairs import plan
+from bnprobe.repairs.held_out import HeldOut
 from bnprobe.training import StateFolder
 
 CPU = torch.device("cpu")

@@ -14,11 +14,11 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnprobe
-from bnprobe.commands.recalibrate import recalibrate_loaded
 from bnprobe.errors import DataError, NonFiniteError, NothingToProbeError, RepairError, UsageError, UserCodeError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.measure import population, reader
 from bnprobe.nn import BatchRenorm2d
+from bnprobe.repairs.recalibration import recalibrate_loaded
 from support.fingerprint import fingerprint
 from support.networks import Dense, Flat, InvertedBottleneck, Residual, Siamese, UNet, Video, images, unsettled
 from support.running import norms
