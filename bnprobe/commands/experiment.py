@@ -28,9 +28,10 @@ from bnprobe.config.spec import RepairSpec, Spec, TrainSpec
 from bnprobe.config.targets import TARGETS
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, UsageError
-from bnprobe.loading.data import BatchSource, load_source
+from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction, LoadedModel
 from bnprobe.loading.optimizer import load_optimizer, load_schedule
+from bnprobe.loading.source import load_source
 from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.layers import ROOT
 from bnprobe.measure.restore import preserved_random_state, seed_everything

@@ -14,9 +14,10 @@ from bnprobe.config.load import settings_from
 from bnprobe.config.spec import NormClass, ScanSettings, Spec
 from bnprobe.errors import DataError, ModelError, UsageError
 from bnprobe.loading.checkpoint import load_checkpoint
-from bnprobe.loading.data import BatchSource, load_held_out, load_source
+from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction, LoadedModel, UserModule, kind_of, load_model, locate
 from bnprobe.loading.optimizer import load_optimizer
+from bnprobe.loading.source import load_held_out, load_source
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class HeldOut:
         else:
             source, data = workload.held_out, "held-out"
         batches, notes = _read(spec, source)
-        samples_in = getattr(source.batches, "samples_in", count_samples)
+        samples_in = source.samples_in
         return cls(batches, *functions, *how, tuple(notes), data, samples_in)
 
     @property
@@ -131,7 +131,7 @@ def _read(spec: Spec, source: BatchSource) -> tuple[list[Any], list[str]]:
 
 def _larger(batches: list[Any], source: BatchSource) -> list[Any]:
     """The same samples in larger batches, where all batches can be joined: a few large ones are scored faster."""
-    sizes = [getattr(source.batches, "samples_in", count_samples)(batch) for batch in batches]
+    sizes = [source.samples_in(batch) for batch in batches]
     wanted = min(BATCH, sum(size or 0 for size in sizes) // FEWEST_BATCHES)
     factor = wanted // max(source.batch_size, 1)
     if factor < 2:
