@@ -15,7 +15,7 @@ from bnprobe.errors import DataError
 from bnprobe.loading.model import BatchFunction, kind_of
 from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import CannotEmulateError, join, pick, to_device
-from bnprobe.measure.hooks import LayerStatistics, Pass
+from bnprobe.measure.forward_pass import LayerStatistics, Pass
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.session import Outputs, PathName, Session, rows_of

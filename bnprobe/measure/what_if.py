@@ -10,7 +10,7 @@ from typing import Any, Literal
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import CannotEmulateError, join
-from bnprobe.measure.hooks import LayerStatistics
+from bnprobe.measure.forward_pass import LayerStatistics
 from bnprobe.measure.memory import Footprint, fits_in_memory
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.population import LARGE, Population, settle_by_layer, steady_population
