@@ -79,6 +79,7 @@ def recalibrate(
     device: str | None = None,
     autocast: str | None = None,
     seed: int = 0,
+    batch_size_of: Callable[[Any], int] | None = None,
 ) -> nn.Module:
     """Recalibrate the running statistics of BN layers in place: population mean and variance over all samples.
 
@@ -105,6 +106,7 @@ def recalibrate(
         device: "cpu", "cuda", ...; None: the model's own, else CUDA if any.
         autocast: "bfloat16" or "float16".
         seed: Seed of torch, numpy and random.
+        batch_size_of: ``f(batch)`` that gives the number of samples, where neither loader nor batch shows it.
 
     Returns:
         ``model``.
@@ -115,7 +117,8 @@ def recalibrate(
     given = settings_from({"device": device, "autocast": autocast, "seed": seed, "batches": num_batches})
     inner, _ = unwrapped(model)
     listed = not isinstance(batches, DataLoader | Dataset)
-    source = as_batch_source(batches, 1 if listed else batch_size, as_given=listed)
+    size = 1 if listed else batch_size
+    source = as_batch_source(batches, size, as_given=listed, batch_size_of=batch_size_of)
     with preserved_generators(batches):
         recalibrate_loaded(inner, source, forward, path=path, layers=tuple(layers), settings=given)
     return model
