@@ -17,7 +17,7 @@ from bnprobe.loading.order import spread
 from bnprobe.loading.samples import count_samples
 from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of
-from bnprobe.measure.scores import ScoreTable
+from bnprobe.measure.scores import Measure, ScoreTable
 from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.numbers import count
 from bnprobe.records import Score
@@ -79,6 +79,11 @@ class HeldOut:
         batches, notes = _read(spec, source)
         samples_in = source.samples_in
         return cls(batches, *functions, *how, tuple(notes), data, samples_in)
+
+    @property
+    def measure(self) -> Measure:
+        """What models are compared by: the metric where there is one, else the loss."""
+        return "loss" if self.metric is None else "metric"
 
     @property
     def described(self) -> str:

@@ -384,7 +384,7 @@ class _Trial:
 
     @property
     def measure(self) -> Measure:
-        return "loss" if self.held_out.metric is None else "metric"
+        return self.held_out.measure
 
     @property
     def goal(self) -> Goal:
