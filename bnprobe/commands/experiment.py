@@ -33,12 +33,11 @@ from bnprobe.loading.model import BatchFunction, LoadedModel
 from bnprobe.loading.optimizer import load_optimizer, load_schedule
 from bnprobe.loading.source import load_source
 from bnprobe.loading.workload import Workload, read_again
-from bnprobe.measure.layers import ROOT
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.scores import Measure, ScoreTable
 from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.numbers import number
-from bnprobe.records import Arm, Plan, Proof, Run, TrainingStep
+from bnprobe.records import ROOT, Arm, Plan, Proof, Run, TrainingStep
 from bnprobe.repairs import apply
 from bnprobe.repairs.held_out import HeldOut
 from bnprobe.repairs.recalibration import recalibrate_loaded

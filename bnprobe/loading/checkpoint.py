@@ -23,6 +23,7 @@ from bnprobe.loading.model import kind_of, user_code
 from bnprobe.loading.tracking import keeps_none, tracking
 from bnprobe.loading.weights import Stub, read_conversion, read_weights, state_of, weights_file
 from bnprobe.numbers import count, listed
+from bnprobe.records import ROOT
 
 WRAPPERS = ("module.", "_orig_mod.")
 
@@ -258,7 +259,6 @@ def _notes(path: Path, missing: list[str], unexpected: list[str], counters: list
     return tuple(notes)
 
 
-ROOT = "(root)"
 _USUAL_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 """Keys under which training scripts save the weights; of states that fit equally well the first of these is taken."""
 

@@ -29,6 +29,7 @@ from bnprobe.records.findings import (
 )
 from bnprobe.records.layers import (
     DEFAULT_THRESHOLD,
+    ROOT,
     SOURCES,
     Backward,
     BatchSizePoint,
@@ -98,6 +99,7 @@ __all__ = [
     "EXEMPT",
     "FREE_REMEDIES",
     "OMITTED_WHEN_EMPTY",
+    "ROOT",
     "SCHEMA_VERSION",
     "SOURCES",
     "Arm",

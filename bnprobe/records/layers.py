@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from bnprobe.records.base import Interval, Record
 
+ROOT = "(root)"
+"""Name of the root module if it is itself a norm layer; its qualified name is empty."""
+
 DEFAULT_THRESHOLD = 32.0
 """Layers with a smaller equivalent batch size are flagged (docs/explanation/equations.md)."""
 

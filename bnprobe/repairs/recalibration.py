@@ -35,7 +35,7 @@ from bnprobe.loading.model import BatchFunction, unwrapped
 from bnprobe.loading.order import spread
 from bnprobe.loading.tracking import keeps_none, tracking
 from bnprobe.loading.workload import Workload, read_again
-from bnprobe.measure.layers import ROOT, ProbedLayer, find_layers, origin, require_layers
+from bnprobe.measure.layers import ProbedLayer, find_layers, origin, require_layers
 from bnprobe.measure.norms import write_statistics
 from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer
 from bnprobe.measure.reader import RepeatedReader
@@ -43,7 +43,7 @@ from bnprobe.measure.restore import deferred_interrupts, preserved_generators, s
 from bnprobe.measure.scores import Measure, ScoreTable
 from bnprobe.measure.session import Progress, Session, UserFunctions, device_named, no_progress
 from bnprobe.numbers import count, listed, number
-from bnprobe.records import Arm, Conclusion, Estimate, Proof, Run
+from bnprobe.records import ROOT, Arm, Conclusion, Estimate, Proof, Run
 from bnprobe.repairs.held_out import HeldOut
 
 
