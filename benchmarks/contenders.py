@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from benchmarks.setting import BATCH_SIZE
 from bnprobe.commands.scan import scan
-from bnprobe.measure.accumulators import Scope
 from bnprobe.measure.batch import join
 from bnprobe.measure.evidence import PathEvidence
-from bnprobe.measure.hooks import Pass
+from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.layers import LayerSet, find_layers
 from bnprobe.measure.physical_batch import self_check
 from bnprobe.measure.session import PathName, Session, UserFunctions
+from bnprobe.measure.statistic import Scope
 from bnprobe.records import Report
 
 

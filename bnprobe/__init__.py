@@ -14,12 +14,12 @@ from bnprobe._version import __version__
 if TYPE_CHECKING:
     from bnprobe import errors, nn, report
     from bnprobe.commands.lint import lint
-    from bnprobe.commands.recalibrate import recalibrate
     from bnprobe.commands.scan import scan
     from bnprobe.commands.sweep import sweep
     from bnprobe.commands.verify import verify
     from bnprobe.records import Report
     from bnprobe.repairs import convert, deployable_state
+    from bnprobe.repairs.recalibration import recalibrate
 
 __all__ = [
     "Report",
@@ -41,7 +41,7 @@ _HOMES = {
     "convert": "bnprobe.repairs",
     "deployable_state": "bnprobe.repairs",
     "lint": "bnprobe.commands.lint",
-    "recalibrate": "bnprobe.commands.recalibrate",
+    "recalibrate": "bnprobe.repairs.recalibration",
     "scan": "bnprobe.commands.scan",
     "sweep": "bnprobe.commands.sweep",
     "verify": "bnprobe.commands.verify",

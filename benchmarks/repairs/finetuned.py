@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,14 +12,14 @@ from benchmarks.repairs import scratch, task
 from benchmarks.repairs.arms import GROUPS, Table, choose, joined, plan_for_all
 from benchmarks.repairs.task import REGIMES, Regime
 from bnprobe.analysis.comparison import CONTROL, CONTROL_RECALIBRATED, control_of
-from bnprobe.commands.experiment import Subject, prove
-from bnprobe.commands.held_out import HeldOut
-from bnprobe.commands.recalibrate import recalibrate
+from bnprobe.commands.experiment import Subject, job_of, prove
 from bnprobe.config.spec import RepairSpec, TrainSpec
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.records import Arm, Score
-from bnprobe.training import Job, train
+from bnprobe.repairs.held_out import HeldOut
+from bnprobe.repairs.recalibration import recalibrate
+from bnprobe.training import train
 
 RATES = (0.001, 0.003, 0.01)
 REPAIRS = ("batch-renorm", "frozen", "group-norm", "instance-renorm")
@@ -55,26 +54,7 @@ def at_rate(subject: Subject, rate: float) -> Subject:
 def control_score(subject: Subject, rate: float) -> Score:
     """Plain BN fine-tuned at a rate, on the images for choosing."""
     subject = at_rate(subject, rate)
-    assert subject.training is not None  # the benchmark always trains
-    assert subject.loss is not None
-    assert subject.make_optimizer is not None
-    model = copy.deepcopy(subject.start)
-    job = Job(
-        model=model,
-        loss=subject.loss,
-        source=subject.training,
-        spec=subject.train,
-        seed=subject.seed,
-        device=subject.device,
-        autocast=subject.autocast,
-        make_optimizer=subject.make_optimizer,
-        make_schedule=subject.make_schedule,
-        score=lambda trained: subject.choosing.score(trained),
-        measure="metric",
-        goal="max",
-        renorm=None,
-        arm=CONTROL,
-    )
+    job, model = job_of(subject, CONTROL, None, subject.seed)
     outcome = train(job, state=None, on_step=lambda step: None)
     model.load_state_dict(outcome.weights)
     return Score(None, None) if outcome.ending == "diverged" else subject.choosing.score(model)

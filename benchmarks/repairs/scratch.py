@@ -13,13 +13,13 @@ from benchmarks.faults.samples import Samples
 from benchmarks.repairs import task
 from benchmarks.repairs.arms import GROUPS, Choice, Table, arm_of, choose, plan_for_all
 from benchmarks.repairs.task import REGIMES, Regime
-from bnprobe.commands.recalibrate import recalibrate
 from bnprobe.config.spec import OptimizerSpec, RenormSpec, RepairSpec, TrainSpec
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.measure.restore import seed_everything
 from bnprobe.records import Run, Score
 from bnprobe.repairs import apply
+from bnprobe.repairs.recalibration import recalibrate
 from bnprobe.training import Job, TrainingOutcome, evaluate, train
 
 RATES = (0.00125, 0.0025, 0.005, 0.01)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.measure.evidence import Evidence, PathEvidence
-from bnprobe.measure.hooks import Slot
+from bnprobe.measure.forward_pass import Slot
 from bnprobe.records import Composition, Domains, Interval, ShareIntervals, Shares
 from bnprobe.stats import ladder
 from bnprobe.stats.composition import Images, analyse, draw

@@ -12,7 +12,7 @@ from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import NonFiniteError, NothingToProbeError
 from bnprobe.measure.accumulators import Values
 from bnprobe.measure.evidence import Evidence, PathEvidence
-from bnprobe.measure.hooks import Slot
+from bnprobe.measure.forward_pass import Slot
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.scores import MEASURES
 from bnprobe.numbers import listed, number

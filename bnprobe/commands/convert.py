@@ -73,11 +73,11 @@ def plan_spec(spec: Spec, progress: Progress = no_progress) -> Plan:
         seed_everything(spec.data.seed)
         if spec.repair.layers or spec.repair.report:
             loaded = load_model_only(spec)
-            require_unwrapped(loaded.notes)
+            require_unwrapped(loaded)
             plans = _plans(spec, loaded.model, None)
         else:
             workload = load_workload(spec)
-            require_unwrapped(workload.notes)
+            require_unwrapped(workload)
             plans = _plans(spec, workload.model, whole(scan_workload(workload, spec.settings(), progress)))
     return plans[0] if spec.repair.to != AUTO else replace(plans[0], to=AUTO)
 
@@ -106,7 +106,7 @@ def repair_spec(
         workload = load_workload(spec)
         if options.finetune:
             require_trainable(workload)
-        require_unwrapped(workload.notes)
+        require_unwrapped(workload)
         require_measurable(spec, workload, options.finetune)
         before = whole(scan_workload(workload, spec.settings(), progress, world))
         plans = _plans(spec, workload.model, before)

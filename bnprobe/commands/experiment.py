@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,24 +23,24 @@ from bnprobe.analysis.comparison import (
     make_arm,
     paired_gain,
 )
-from bnprobe.commands.held_out import HeldOut
-from bnprobe.commands.recalibrate import recalibrate_loaded
 from bnprobe.config.requirements import parse_requirement
 from bnprobe.config.spec import RepairSpec, Spec, TrainSpec
 from bnprobe.config.targets import TARGETS
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, UsageError
-from bnprobe.loading.data import BatchSource, load_source
-from bnprobe.loading.model import WRAPPED, BatchFunction
+from bnprobe.loading.data import BatchSource
+from bnprobe.loading.model import BatchFunction, LoadedModel
 from bnprobe.loading.optimizer import load_optimizer, load_schedule
+from bnprobe.loading.source import load_source
 from bnprobe.loading.workload import Workload, read_again
-from bnprobe.measure.layers import ROOT
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.scores import Measure, ScoreTable
 from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.numbers import number
-from bnprobe.records import Arm, Plan, Proof, Run, TrainingStep
+from bnprobe.records import ROOT, Arm, Plan, Proof, Run, TrainingStep
 from bnprobe.repairs import apply
+from bnprobe.repairs.held_out import HeldOut
+from bnprobe.repairs.recalibration import recalibrate_loaded
 from bnprobe.training import Job, StateFolder, length_of, train
 
 FEWEST_IMAGES = 100
@@ -86,9 +86,9 @@ class Subject:
     make_schedule: Callable[[Any], Any] | None
 
     @property
-    def measure(self) -> Literal["loss", "metric"]:
+    def measure(self) -> Measure:
         """The measure that arms are compared by."""
-        return "loss" if self.proving.metric is None else "metric"
+        return self.proving.measure
 
     @property
     def goal(self) -> Literal["max", "min"]:
@@ -115,23 +115,19 @@ def require_trainable(workload: Workload) -> None:
     if workload.source.synthetic:
         raise UsageError("--finetune needs real data: a model trained on synthetic inputs (--input-shape) is useless.")
     if workload.held_out is None:
-        why = next((note for note in workload.notes if note.startswith("The held-out data was not used")), "")
         raise UsageError(
             "--finetune measures its gain on held-out data, but there is none. Add load_eval_data(batch_size) to the"
-            f" model file, or name eval_data in the spec. {why}".rstrip()
+            f" model file, or name eval_data in the spec. {workload.not_held_out or ''}".rstrip()
         )
 
 
-def require_unwrapped(notes: Iterable[str]) -> None:
+def require_unwrapped(loaded: LoadedModel | Workload) -> None:
     """Reject a wrapped model, because its repaired weights would not load into it.
-
-    Args:
-        notes: Notes of the loaded model.
 
     Raises:
         RepairError: load_model() returned a wrapped model.
     """
-    if any(note.startswith(WRAPPED) for note in notes):
+    if loaded.wrapped:
         raise RepairError("load_model() returns a wrapped model, whose keys differ: return the module inside instead.")
 
 
@@ -216,9 +212,8 @@ def _why_as_is(spec: Spec, model: nn.Module, twin: nn.Module, held_out: HeldOut)
     tables = [held_out.table(each) for each in (model, twin)] if held_out.batches else []
     if not tables or not is_surely_worse(tables[1], tables[0], spec.repair.goal, spec.repair.assumes_goal):
         return []
-    measure: Measure = "loss" if held_out.metric is None else "metric"
-    before, after = (getattr(table.score("eval"), measure) for table in tables)
-    scores = f"{measure} {_number(before)} against {_number(after)} on {held_out.described}"
+    before, after = (getattr(table.score("eval"), held_out.measure) for table in tables)
+    scores = f"{held_out.measure} {_number(before)} against {_number(after)} on {held_out.described}"
     return [f"The running statistics were not recalibrated first, because as loaded they score better: {scores}."]
 
 
@@ -262,6 +257,15 @@ OnStep = Callable[[TrainingStep], None]
 
 
 @dataclass(frozen=True)
+class _Scored:
+    """An arm, the models of its runs, and their scores by sample."""
+
+    arm: Arm
+    models: Sequence[nn.Module]
+    tables: Sequence[ScoreTable]
+
+
+@dataclass(frozen=True)
 class Proven:
     """The result of a comparison, and the repaired model.
 
@@ -289,25 +293,18 @@ def prove(
     Raises:
         BnprobeError: A layer cannot be converted, the user's code raised, training was stopped, ...
     """
-    arms = [make_arm(AS_IS, [_scored(subject, subject.model)], trained=False)]
-    tables = {AS_IS: subject.proving.table(subject.model)}
+    arms = [_untrained(subject, AS_IS, subject.model)]
     if subject.copy is not None:
-        arms.append(make_arm(RECALIBRATED, [_scored(subject, subject.copy)], trained=False))
-    models: list[nn.Module] = []
+        arms.append(_untrained(subject, RECALIBRATED, subject.copy))
     if subject.training is not None:
-        for arm, table in _controls(subject, plans, folder, on_step, world):
-            arms.append(arm)
-            tables[arm.name] = table
-    for plan in plans:
-        if subject.training is None:
-            model = apply(subject.start, plan, subject.repair)
-            arm = make_arm(plan.to, [_scored(subject, model)], trained=False)
-        else:
-            arm, (model, *_) = _trained(subject, plan.to, plan, folder, on_step, world)
-        arms.append(arm)
-        models.append(model)
-    tables[plans[0].to] = subject.proving.table(models[0])
-    return Proven(_proof(subject, arms, tables, plans[0].to), models[0])
+        arms += _controls(subject, plans, folder, on_step, world)
+    repairs = [
+        _untrained(subject, plan.to, apply(subject.start, plan, subject.repair))
+        if subject.training is None
+        else _trained(subject, plan.to, plan, folder, on_step, world)
+        for plan in plans
+    ]
+    return Proven(_proof(subject, [*arms, *repairs], plans[0].to), repairs[0].models[0])
 
 
 def best_candidate(
@@ -332,7 +329,7 @@ def best_candidate(
         )
     found: dict[str, float] = {}
     for plan in plans:
-        job, model = _job(subject, f"try {plan.to}", plan, subject.seed)
+        job, model = job_of(subject, f"try {plan.to}", plan, subject.seed)
         outcome = train(_shortened(job, world), state=None, on_step=on_step, world=world)
         _load(model, outcome.weights)
         value = getattr(subject.choosing.score(model), subject.measure)
@@ -348,37 +345,32 @@ def best_candidate(
 
 def _controls(
     subject: Subject, plans: Sequence[Plan], folder: StateFolder | None, on_step: OnStep, world: World
-) -> Iterator[tuple[Arm, ScoreTable]]:
-    """The baselines: fine-tuned plain BN, with the running statistics from training and with recalibrated ones.
-
-    With the scores of the first seed by sample.
-    """
+) -> Iterator[_Scored]:
+    """The baselines: fine-tuned plain BN, with the running statistics from training and with recalibrated ones."""
     start = copy.deepcopy(subject.start)
     momentum = subject.repair.renorm.momentum
     for plan in plans:
         for change in plan.changes if _is_renorm(plan) and momentum is not None else ():
             layer: Any = start.get_submodule("" if change.name == ROOT else change.name)
             layer.momentum = momentum
-    arm, models = _trained(replace(subject, start=start), CONTROL, None, folder, on_step, world)
-    yield arm, subject.proving.table(models[0])
-    if subject.recalibrate is not None and all(run.ending != "diverged" for run in arm.runs):
-        for model in models:
+    control = _trained(replace(subject, start=start), CONTROL, None, folder, on_step, world)
+    yield control
+    if subject.recalibrate is not None and all(run.ending != "diverged" for run in control.arm.runs):
+        for model in control.models:
             subject.recalibrate(model)
-        scores = [subject.proving.score(model) for model in models]
-        runs = [replace(run, score=score) for run, score in zip(arm.runs, scores, strict=True)]
-        yield make_arm(CONTROL_RECALIBRATED, runs, trained=True), subject.proving.table(models[0])
+        tables = [subject.proving.table(model) for model in control.models]
+        runs = [replace(run, score=table.score("eval")) for run, table in zip(control.arm.runs, tables, strict=True)]
+        yield _Scored(make_arm(CONTROL_RECALIBRATED, runs, trained=True), control.models, tables)
 
 
 def _trained(
     subject: Subject, name: str, plan: Plan | None, folder: StateFolder | None, on_step: OnStep, world: World
-) -> tuple[Arm, list[nn.Module]]:
-    """Train one run per seed; return the runs and their models."""
-    runs, models = [], []
-    for seed in subject.seeds:
-        run, model = _run(subject, name, plan, seed, folder, on_step, world)
-        runs.append(run)
-        models.append(model)
-    return make_arm(name, runs, trained=True), models
+) -> _Scored:
+    """Train one run per seed."""
+    runs, models, tables = zip(
+        *(_run(subject, name, plan, seed, folder, on_step, world) for seed in subject.seeds), strict=True
+    )
+    return _Scored(make_arm(name, runs, trained=True), models, tables)
 
 
 def _run(
@@ -389,20 +381,21 @@ def _run(
     folder: StateFolder | None,
     on_step: OnStep,
     world: World,
-) -> tuple[Run, nn.Module]:
-    job, model = _job(subject, name, plan, seed)
+) -> tuple[Run, nn.Module, ScoreTable]:
+    job, model = job_of(subject, name, plan, seed)
     finished = None if folder is None else folder.finished(name, seed)
     if finished is not None:
         run, weights = finished
         _load(model, weights)
-        return run, model
+        return run, model, subject.proving.table(model)
     outcome = train(job, state=None if folder is None else folder.running(name, seed), on_step=on_step, world=world)
     _load(model, outcome.weights)
+    table = subject.proving.table(model)
     run = Run(
         seed=seed,
         steps=outcome.steps,
         best_step=outcome.best_step,
-        score=subject.proving.score(model),
+        score=table.score("eval"),
         ending=outcome.ending,
         note=outcome.note,
         seconds=outcome.seconds,
@@ -412,7 +405,7 @@ def _run(
     if folder is not None and world.is_main:
         folder.finish(name, seed, run, outcome.weights)
     world.wait()
-    return run, model
+    return run, model, table
 
 
 def _is_renorm(plan: Plan) -> bool:
@@ -420,8 +413,8 @@ def _is_renorm(plan: Plan) -> bool:
     return "renorm" in TARGETS[plan.to].settings
 
 
-def _job(subject: Subject, name: str, plan: Plan | None, seed: int) -> tuple[Job, nn.Module]:
-    """The job of one run, and the copy of the model that it trains."""
+def job_of(subject: Subject, name: str, plan: Plan | None, seed: int) -> tuple[Job, nn.Module]:
+    """The job of one run, and the copy of the model that it trains; without a plan that of plain BN."""
     assert subject.training is not None  # else nothing is trained
     with preserved_random_state():
         seed_everything(seed)
@@ -460,15 +453,18 @@ def _shortened(job: Job, world: World) -> Job:
     return replace(job, spec=job.spec.model_copy(update={"steps": steps, "epochs": None}))
 
 
-def _scored(subject: Subject, model: nn.Module) -> Run:
+def _untrained(subject: Subject, name: str, model: nn.Module) -> _Scored:
     started = time.perf_counter()
-    score = subject.proving.score(model)
-    return Run(subject.seed, 0, 0, score, "finished", "", time.perf_counter() - started)
+    table = subject.proving.table(model)
+    run = Run(subject.seed, 0, 0, table.score("eval"), "finished", "", time.perf_counter() - started)
+    return _Scored(make_arm(name, [run], trained=False), [model], [table])
 
 
-def _proof(subject: Subject, arms: Sequence[Arm], tables: Mapping[str, ScoreTable], to: str) -> Proof:
+def _proof(subject: Subject, scored: Sequence[_Scored], to: str) -> Proof:
     """Of several seeds the gain is paired by seed, of one by sample."""
-    named, measure, goal = {arm.name: arm for arm in arms}, subject.measure, subject.goal
+    named = {each.arm.name: each.arm for each in scored}
+    tables = {each.arm.name: each.tables[0] for each in scored}
+    measure, goal = subject.measure, subject.goal
     repaired, control = named[to], control_of(named, measure, goal) or named[AS_IS]
     over_as_is = paired_gain(tables[to], tables[AS_IS], measure, goal)
     gain = paired_gain(tables[to], tables[control.name], measure, goal)
@@ -477,7 +473,7 @@ def _proof(subject: Subject, arms: Sequence[Arm], tables: Mapping[str, ScoreTabl
     conclusion, message = conclude(named, repaired, control, gain, measure)
     return Proof(
         measure=measure,
-        arms=tuple(arms),
+        arms=tuple(each.arm for each in scored),
         repaired=to,
         control=control.name,
         gain=gain,

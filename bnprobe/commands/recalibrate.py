@@ -1,341 +1,22 @@
-"""``bnprobe recalibrate``: recompute running statistics from data; the rest of the model stays as it is.
-
-``recalibrate`` is the Python call, ``recalibrate_spec`` the command: scan, recalibrate, compare with the model as
-loaded, scan again.
-"""
+"""``bnprobe recalibrate``: scan, recalibrate, compare with the model as loaded, scan again."""
 
 from __future__ import annotations
 
-import difflib
-import itertools
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from bnprobe._version import __version__
-from bnprobe.analysis.comparison import (
-    AS_IS,
-    RECALIBRATED,
-    Goal,
-    is_surely_worse,
-    make_arm,
-    paired_gain,
-    unit_of,
-    verdict,
-)
-from bnprobe.commands.held_out import HeldOut
 from bnprobe.commands.scan import environment, scan_workload, whole
-from bnprobe.config import PathChoice, StatisticsPath
-from bnprobe.config.load import settings_from
-from bnprobe.config.spec import ScanSettings, Spec, matches_any
-from bnprobe.errors import NonFiniteError, NothingToProbeError, RepairError, UsageError, UserCodeError
-from bnprobe.loading.checkpoint import PARAMETERS_ALONE
-from bnprobe.loading.data import BatchSource, as_batch_source
-from bnprobe.loading.model import BatchFunction, unwrapped
-from bnprobe.loading.order import spread
-from bnprobe.loading.tracking import keeps_none, tracking
+from bnprobe.config import PathChoice
+from bnprobe.config.spec import ScanSettings, Spec
+from bnprobe.errors import NonFiniteError, UsageError
 from bnprobe.loading.workload import Workload, load_workload, read_again
-from bnprobe.measure.layers import ROOT, ProbedLayer, find_layers, origin, require_layers
-from bnprobe.measure.norms import write_statistics
-from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer
-from bnprobe.measure.reader import RepeatedReader
-from bnprobe.measure.restore import (
-    deferred_interrupts,
-    preserved_generators,
-    preserved_random_state,
-    seed_everything,
-    untouched,
-)
-from bnprobe.measure.scores import Measure, ScoreTable
-from bnprobe.measure.session import Progress, Session, UserFunctions, device_named, no_progress
-from bnprobe.numbers import count, listed, number
-from bnprobe.records import SCHEMA_VERSION, Arm, Conclusion, Estimate, Proof, RepairRecord, Report, Run, Tool
+from bnprobe.measure.restore import preserved_random_state, seed_everything
+from bnprobe.measure.session import Progress, device_named, no_progress
+from bnprobe.records import SCHEMA_VERSION, RepairRecord, Report, Tool
 from bnprobe.repairs import left_out, on_host
-
-
-@dataclass(frozen=True)
-class Recalibrated:
-    """What was recalibrated.
-
-    Attributes:
-        layers: Names of the layers, in network order.
-        images, batches: Samples and batches that were read.
-        notes: What the reader should know, one sentence each.
-        mixed: As in ``Settled``.
-        tracked: Layers that kept no running statistics before, with the line of the user's code that makes them.
-    """
-
-    layers: tuple[str, ...]
-    images: int
-    batches: int
-    notes: tuple[str, ...]
-    mixed: bool
-    tracked: dict[str, str | None]
-
-
-def recalibrate(
-    model: nn.Module,
-    batches: Any,
-    *,
-    batch_size: int | None = None,
-    num_batches: int | None = None,
-    path: StatisticsPath = "train",
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-    layers: Iterable[str] = (),
-    device: str | None = None,
-    autocast: str | None = None,
-    seed: int = 0,
-) -> nn.Module:
-    """Recalibrate the running statistics of BN layers in place: population mean and variance over all samples.
-
-    Dropout and other random layers are off; only BN layers may normalize with batch statistics. Means and variances
-    are pooled over all values in float64 (Chan et al. 1983), so that a partial last batch is weighted by its size. All
-    calls of a shared layer count as one population. The buffers get the mean and the unbiased variance, and
-    ``num_batches_tracked`` the number of pooled batches (times the calls of the layer), so that with momentum=None
-    training continues as if these had been its updates. Layers without running statistics (track_running_stats=False)
-    are given some, and use them at inference from then on. Layers that ``train()`` leaves in eval mode and everything
-    else of the model stay bit-identical, and so does the random state. If anything fails, including Ctrl-C, the model
-    is unchanged.
-
-    Args:
-        model: Any module, on any device.
-        batches: A DataLoader or Dataset, or an iterable of batches of any sizes.
-        batch_size: Samples per batch; a DataLoader is rebuilt with it. None: the loader's own.
-        num_batches: Number of batches to use, drawn from the whole data set if possible; None: all.
-        path: "train": earlier layers normalize with batch statistics, in large physical batches of samples drawn at
-            random if samples may be mixed (PreciseBN, Wu & Johnson 2021, arXiv 2105.07576, section 3.2); one pass over
-            the data. "eval": earlier layers normalize with their new running statistics, as at inference, so that the
-            result does not depend on the batch size; one pass over the data per layer.
-        forward: ``f(model, batch)``, as in a model file.
-        layers: Globs of layer names; empty: all layers.
-        device: "cpu", "cuda", ...; None: the model's own, else CUDA if any.
-        autocast: "bfloat16" or "float16".
-        seed: Seed of torch, numpy and random.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        BnprobeError: See ``bnprobe.errors`` for the tree.
-    """
-    given = settings_from({"device": device, "autocast": autocast, "seed": seed, "batches": num_batches})
-    inner, _ = unwrapped(model)
-    listed = not isinstance(batches, DataLoader | Dataset)
-    source = as_batch_source(batches, 1 if listed else batch_size, as_given=listed)
-    with preserved_generators(batches):
-        recalibrate_loaded(inner, source, forward, path=path, layers=tuple(layers), settings=given)
-    return model
-
-
-def recalibrate_loaded(
-    model: nn.Module,
-    source: BatchSource,
-    forward: BatchFunction | None = None,
-    *,
-    path: StatisticsPath = "train",
-    layers: tuple[str, ...] = (),
-    settings: ScanSettings | None = None,
-    progress: Progress = no_progress,
-    track: bool = True,
-) -> Recalibrated:
-    """Like ``recalibrate``, for a model and data that are already loaded.
-
-    Args:
-        model: Recalibrated in place, without wrappers.
-        source: The micro-batches to read.
-        forward: The user's function of (model, batch), if given.
-        path, layers: As for ``recalibrate``.
-        settings: Device, autocast, seed and number of batches.
-        progress: Called with the batches done and planned.
-        track: Whether to give running statistics to layers that keep none.
-
-    Returns:
-        The recalibrated layers, and what was read.
-
-    Raises:
-        BnprobeError: As for ``recalibrate``.
-    """
-    if path not in ("train", "eval"):
-        raise UsageError(f'Unknown path "{path}" for recalibration; give "train" or "eval".')
-    settings = settings or ScanSettings()
-    _check_values(model)
-    untracked = _untracked(model, layers) if track else []
-    device = device_named(settings.device, model)
-    with tracking([layer.module for layer in untracked], device):
-        found = _recalibrate(model, source, forward, path, layers, settings, progress)
-    places = {layer.name: origin(model, "" if layer.name == ROOT else layer.name) for layer in untracked}
-    return replace(found, tracked={name: place for name, place in places.items() if name in found.layers})
-
-
-def _untracked(model: nn.Module, globs: tuple[str, ...]) -> list[ProbedLayer]:
-    """The layers asked for that keep no running statistics."""
-    layers = find_layers(model, lambda *names: True, required=False).layers
-    _check_globs(globs, layers)
-    asked = [layer for layer in layers if not globs or any(matches_any(glob, _names(layer)) for glob in globs)]
-    return [layer for layer in asked if keeps_none(layer.module)]
-
-
-def _is_new(layer: ProbedLayer) -> bool:
-    """Whether the running statistics are none, or those of a new layer."""
-    mean, variance = layer.info.running_mean, layer.info.running_variance
-    return mean is None or variance is None or bool((mean == 0).all() and (variance == 1).all())
-
-
-def _names(layer: ProbedLayer) -> tuple[str, ...]:
-    return layer.name, *layer.aliases
-
-
-def _recalibrate(
-    model: nn.Module,
-    source: BatchSource,
-    forward: BatchFunction | None,
-    path: StatisticsPath,
-    layers: tuple[str, ...],
-    settings: ScanSettings,
-    progress: Progress,
-) -> Recalibrated:
-    with untouched(model):
-        scattered = spread(source, settings.seed, mixed=path == "eval")
-        batches = RepeatedReader(scattered.batches, _most(source, settings), settings.seed)
-        session = _session(model, source, forward, layers, settings)
-        with session.installed():
-            seed_everything(settings.seed)
-            session.explore(batches.look_ahead(), required=False)
-            _check_globs(layers, session.layers.layers)
-            require_layers(model, session.layers)
-            wanted = _updating(session)
-            settled = _settle(session, batches, path, wanted, progress)
-    recalibrated = [layer for layer in wanted if layer.index in settled.statistics]
-    if not recalibrated:
-        raise NothingToProbeError(
-            f"None of the layers to be recalibrated was called while {batches.images} samples ran through the model;"
-            f" the first of them is {wanted[0].name}."
-        )
-    _write([(layer, _checked(layer, settled)) for layer in recalibrated], settled.updates)
-    return Recalibrated(
-        tuple(layer.name for layer in recalibrated),
-        batches.images,
-        batches.batches,
-        tuple(_notes(session.layers.layers, wanted, recalibrated, batches, settings)),
-        settled.mixed,
-        {},
-    )
-
-
-def _check_values(model: nn.Module) -> None:
-    """Reject a model whose tensors have no values.
-
-    Raises:
-        RepairError: A parameter or buffer is on the meta device.
-    """
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_meta:
-            raise RepairError(
-                f"{name} is on the meta device, where tensors have no values, so the model cannot run. Allocate it with"
-                " to_empty(), and load its weights."
-            )
-
-
-def _most(source: BatchSource, settings: ScanSettings) -> int | None:
-    """Number of batches to read; synthetic data never ends."""
-    if settings.batches is None and source.synthetic:
-        return settings.max_batches
-    return settings.batches
-
-
-def _session(
-    model: nn.Module,
-    source: BatchSource,
-    forward: BatchFunction | None,
-    layers: tuple[str, ...],
-    settings: ScanSettings,
-) -> Session:
-    chosen = settings.model_copy(update={"include": layers, "exclude": ()})
-    return Session.open(model, chosen, UserFunctions(forward), synthetic=source.synthetic)
-
-
-def _check_globs(globs: tuple[str, ...], layers: Iterable[ProbedLayer]) -> None:
-    names = [name for layer in layers for name in _names(layer)]
-    for glob in globs:
-        if names and not matches_any(glob, names):
-            nearest = difflib.get_close_matches(glob, names, 1, cutoff=0.0)[0]
-            raise UsageError(f'The glob "{glob}" matches no BN layer of the model; the nearest name is "{nearest}".')
-
-
-def _settle(
-    session: Session, batches: RepeatedReader, path: StatisticsPath, wanted: list[ProbedLayer], progress: Progress
-) -> Settled:
-    if path == "train":
-        return settle_by_batch(session, batches, progress)
-    return settle_by_layer(session, batches, frozenset(layer.index for layer in wanted), progress)
-
-
-def _updating(session: Session) -> list[ProbedLayer]:
-    """The layers asked for that update running statistics in training; ``session`` has just been installed.
-
-    Raises:
-        RepairError: There is none.
-    """
-    selected = session.layers.selected
-    found = [layer for layer in selected if layer.info.running_mean is not None and layer.module.training]
-    if not found:
-        first, others = selected[0], "" if len(selected) == 1 else ", and so are the others"
-        why = "is in eval mode also in training" if first.info.running_mean is not None else "keeps no statistics"
-        raise RepairError(f"No layer can be recalibrated: {first.name} {why}{others}.")
-    return found
-
-
-def _checked(layer: ProbedLayer, settled: Settled) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a layer in the dtype of its buffers.
-
-    Raises:
-        RepairError: They come from a single value.
-        NonFiniteError: They are not finite in that dtype.
-    """
-    if settled.values[layer.index] < 2:
-        raise RepairError(
-            f"A variance needs at least two values per channel, but {layer.name} received only one from all the data."
-            " Give more samples. Nothing was changed."
-        )
-    assert layer.info.running_mean is not None  # only layers with running statistics get here
-    mean, variance = (value.to(layer.info.running_mean.dtype) for value in settled.statistics[layer.index])
-    bad = int((~torch.isfinite(mean + variance)).sum())
-    if bad:
-        raise NonFiniteError(
-            f"The new statistics of {layer.name} are NaN or Inf in {bad} of {mean.numel()} channels, because its input"
-            " overflows or is NaN. Check the layers before it with `bnprobe lint`. Nothing was changed."
-        )
-    return mean, variance
-
-
-def _write(values: list[tuple[ProbedLayer, tuple[Tensor, Tensor]]], updates: dict[int, int]) -> None:
-    with deferred_interrupts(), torch.no_grad():
-        for layer, (mean, variance) in values:
-            write_statistics(layer.family, layer.module, mean, variance)
-            counter = getattr(layer.module, "num_batches_tracked", None)
-            if counter is not None:
-                counter.fill_(updates[layer.index])
-
-
-def _notes(
-    layers: Iterable[ProbedLayer],
-    wanted: list[ProbedLayer],
-    recalibrated: list[ProbedLayer],
-    batches: RepeatedReader,
-    settings: ScanSettings,
-) -> Iterator[str]:
-    kept = [layer.name for layer in layers if layer.selected and layer not in wanted]
-    if kept:
-        yield (f"Not recalibrated, because training does not update their running statistics: {listed(kept)}.")
-    uncalled = [layer.name for layer in wanted if layer not in recalibrated]
-    if uncalled:
-        yield f"Not recalibrated, because inference does not call them: {listed(uncalled)}."
-    if settings.batches is not None and batches.batches < settings.batches:
-        yield f"The data ended after {batches.batches} of the {settings.batches} requested batches."
+from bnprobe.repairs.recalibration import Compared, recalibrate_compared
 
 
 @dataclass(frozen=True)
@@ -367,9 +48,7 @@ def recalibrate_spec(
 
     Args:
         spec: Model, data and how to scan. The checkpoint may lack the running statistics.
-        path: Like that of ``bnprobe.recalibrate``; "auto": "train", and where samples cannot be mixed, so that this
-            depends on how they are batched, the path whose statistics score better.
-        layers, num_batches: As in ``bnprobe.recalibrate``.
+        path, layers, num_batches: As for ``recalibrate_compared``.
         command: The command line as typed.
         progress: Called with the batches done and planned, in each stage.
 
@@ -385,142 +64,14 @@ def recalibrate_spec(
         before, notes = _first_scan(workload, settings, progress)
         seed_everything(spec.data.seed)
         workload = read_again(spec, workload)
-        trial = _Trial(spec, workload, layers, num_batches, progress)
-        found, proof, how = trial.run(path)
-        found = replace(found, tracked=_placed(found.tracked, workload))
+        compared = recalibrate_compared(
+            spec, workload, path=path, layers=layers, num_batches=num_batches, progress=progress
+        )
         seed_everything(spec.data.seed)
         after = whole(scan_workload(replace(read_again(spec, workload), checkpoint=None), settings, progress))
-    notes = (*notes, *how, *found.notes, *trial.held_out.notes, *left_out(workload.model))
-    record = _record(spec, workload, found, proof, (before, after), notes, command)
+    notes = (*notes, *compared.notes, *left_out(workload.model))
+    record = _record(spec, workload, compared, (before, after), notes, command)
     return Repaired(record, on_host(workload.model.state_dict()), before, after)
-
-
-class _Trial:
-    """Recalibrates the model of a workload in place, and compares it with the model as loaded."""
-
-    def __init__(
-        self, spec: Spec, workload: Workload, layers: tuple[str, ...], num_batches: int | None, progress: Progress
-    ) -> None:
-        self.spec, self.model, self.layers, self.progress = spec, workload.model, layers, progress
-        self.workload = workload
-        self.settings = spec.settings().model_copy(update={"batches": num_batches})
-        self.held_out = HeldOut.of(spec, workload)
-        # Without statistics of its own the model as loaded is no alternative, unless its scores say so.
-        new = all(_is_new(layer) for layer in find_layers(self.model, lambda *names: True).layers)
-        self.has_statistics = not new and not any(PARAMETERS_ALONE in note for note in workload.notes)
-
-    @property
-    def measure(self) -> Measure:
-        return "loss" if self.held_out.metric is None else "metric"
-
-    @property
-    def goal(self) -> Goal:
-        return "min" if self.measure == "loss" else self.spec.repair.goal
-
-    def run(self, path: PathChoice) -> tuple[Recalibrated, Proof | None, tuple[str, ...]]:
-        """What was recalibrated, how it compares, and sentences on how it was done."""
-        as_is = self._as_is()
-        first: StatisticsPath = "eval" if path == "eval" else "train"
-        found = self._recalibrate(first)
-        after = self.held_out.table(self.model)
-        how = [_how(found, first), *_tracked(found)]
-        if path == "auto" and not found.mixed and self.held_out.batches:
-            again, table, sentence = self._other_path(found, after)
-            how = [_how(again, "eval"), sentence, *_tracked(found)] if table is not after else [*how, sentence]
-            after = table
-        return found, self._proof(as_is, after), tuple(how)
-
-    def _as_is(self) -> ScoreTable:
-        """The scores of the model as loaded.
-
-        Where layers keep no running statistics, its outputs depend on who else is in a batch: samples are then scored
-        one by one, as what they get at inference.
-        """
-        if not _untracked(self.model, self.layers):
-            return self.held_out.table(self.model)
-        batches = self.held_out
-        self.held_out = batches.one_by_one()
-        try:
-            return self.held_out.table(self.model)
-        except UserCodeError:  # one value per channel
-            return ScoreTable()
-
-    def _recalibrate(self, path: StatisticsPath, again: bool = False) -> Recalibrated:
-        source = read_again(self.spec, self.workload).source if again else self.workload.source
-        return recalibrate_loaded(
-            self.model,
-            source,
-            self.workload.forward,
-            path=path,
-            layers=self.layers,
-            settings=self.settings,
-            progress=self.progress,
-        )
-
-    def _other_path(self, found: Recalibrated, by_batch: ScoreTable) -> tuple[Recalibrated, ScoreTable, str]:
-        """The statistics of the eval path, where they score better than those of the train path that are there now."""
-        why = "Samples cannot be mixed, so that statistics of the train path depend on the batches"
-        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        try:
-            again = self._recalibrate("eval", again=True)
-        except RepairError as error:
-            return found, by_batch, f"{why}; those of the eval path were not found. {error}"
-        by_layer = self.held_out.table(self.model)
-        scores = [getattr(table.score("eval"), self.measure) for table in (by_batch, by_layer)]
-        gain = paired_gain(by_layer, by_batch, self.measure, self.goal)
-        told = " and ".join(
-            f"{'not finite' if score is None else number(score)} ({name} path)"
-            for score, name in zip(scores, ("train", "eval"), strict=True)
-        )
-        sentence = f"{why}: both paths were tried, and the better one counts: {self.measure} {told}."
-        if gain is None or gain.mean <= 0:
-            with torch.no_grad():
-                for name, buffer in self.model.named_buffers():
-                    buffer.copy_(before[name])
-            return found, by_batch, sentence
-        return again, by_layer, sentence
-
-    def _proof(self, before: ScoreTable, after: ScoreTable) -> Proof | None:
-        if not self.held_out.batches:
-            return None
-        gain = paired_gain(after, before, self.measure, self.goal)
-        unknown = not self.has_statistics and self.spec.repair.assumes_goal and self.held_out.loss is None
-        conclusion, message = self._conclude(gain, before, after)
-        if unknown:
-            what = f"The metric on the same {self.held_out.described} changes, and whether a larger or a smaller one is"
-            conclusion, message = "not_compared", f"{what} better was not said (--goal)."
-        worse = not unknown and is_surely_worse(after, before, self.spec.repair.goal, self.spec.repair.assumes_goal)
-        return Proof(
-            measure=self.measure,
-            arms=tuple(self._arm(name, table) for name, table in ((AS_IS, before), (RECALIBRATED, after))),
-            repaired=RECALIBRATED,
-            control=AS_IS,
-            gain=None if unknown else gain,
-            conclusion=conclusion,
-            message=message,
-            images_choosing=0,
-            images_proving=self.held_out.images,
-            over_as_is=None if unknown else gain,
-            surely_worse=worse,
-            scored_on=self.held_out.data,
-        )
-
-    def _arm(self, name: str, table: ScoreTable) -> Arm:
-        return make_arm(name, [Run(self.spec.data.seed, 0, 0, table.score("eval"), "finished", "", 0.0)], trained=False)
-
-    def _conclude(self, gain: Estimate | None, before: ScoreTable, after: ScoreTable) -> tuple[Conclusion, str]:
-        """The conclusion, and a sentence that explains it."""
-        what = f"The {self.measure} on the same {self.held_out.described}"
-        if gain is None:
-            if after.scores(self.measure, "eval") is None:
-                return "not_compared", f"{what} is not finite after the recalibration."
-            if before.rows:
-                return "better", f"{what} is not finite as loaded, and finite after the recalibration."
-            return "not_compared", f"{what} cannot be computed as loaded: single samples do not run through the model."
-        if gain.interval is None:
-            return "undecided", f"{what}: the differences give no interval."
-        unit = unit_of(after, before, self.measure)
-        return verdict(gain.mean, gain.interval), f"{what}, paired by {unit}."
 
 
 def _require_real_data(workload: Workload) -> None:
@@ -541,36 +92,10 @@ def _first_scan(
         return None, (f"The model as loaded could not be scanned. {error}",)
 
 
-def _how(found: Recalibrated, path: StatisticsPath) -> str:
-    way = (
-        "in large batches that use batch statistics"
-        if path == "train" and found.mixed
-        else "in the batches of the data, which use batch statistics"
-        if path == "train"
-        else "layer by layer, using the new statistics of earlier layers"
-    )
-    return f"The statistics are those of {found.images} samples in {found.batches} batches ({path} path: {way})."
-
-
-def _placed(tracked: dict[str, str | None], workload: Workload) -> dict[str, str | None]:
-    """Where Python cannot tell which line makes a layer, the lines of the model file that switch tracking off."""
-    lines = workload.module.lines_giving("track_running_stats") if workload.module else []
-    return {name: place or (", ".join(lines) or None) for name, place in tracked.items()}
-
-
-def _tracked(found: Recalibrated) -> Iterator[str]:
-    if found.tracked:
-        yield (
-            f"{count(len(found.tracked), 'layer')} kept no running statistics (track_running_stats=False), and"
-            " normalized by the batch at inference: the comparison as loaded is for samples that come alone."
-        )
-
-
 def _record(
     spec: Spec,
     workload: Workload,
-    found: Recalibrated,
-    proof: Proof | None,
+    compared: Compared,
     scans: tuple[Report | None, Report],
     notes: tuple[str, ...],
     command: str | None,
@@ -589,11 +114,11 @@ def _record(
         settings=spec.recorded(),
         seeds=(spec.data.seed,),
         plan=None,
-        recalibrated=found.layers,
-        proof=proof,
+        recalibrated=compared.found.layers,
+        proof=compared.proof,
         flagged_before=None if before is None else before.summary.flagged,
         flagged_after=after.summary.flagged,
         requirements=(),
         notes=(*workload.notes, *workload.source.notes, *notes),
-        tracked=found.tracked,
+        tracked=compared.found.tracked,
     )

@@ -114,6 +114,7 @@ def sweep(
     momentum: MomentumPlan | None = None,
     num_batches: int | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    batch_size_of: Callable[[Any], int] | None = None,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> SweepReport:
@@ -130,6 +131,7 @@ def sweep(
         momentum: Rates of the running average to replay; None: none.
         num_batches: Exact number of micro-batches; None: at least as many as the largest size needs.
         forward: ``f(model, batch)``, as in a model file.
+        batch_size_of: ``f(batch)`` that gives the number of samples, where neither loader nor batch shows it.
         progress: Called with the micro-batches done and planned so far, in every measurement.
         **settings: Any further field of ``bnprobe.config.spec.ScanSettings``.
 
@@ -137,12 +139,12 @@ def sweep(
         BnprobeError: See ``bnprobe.errors`` for the tree.
     """
     given = settings_from({"batch_size": batch_size, "batches": num_batches, **settings})
-    source = as_batch_source(batches, batch_size)
+    source = as_batch_source(batches, batch_size, batch_size_of=batch_size_of)
     inner, _ = unwrapped(model)
 
     def scan_with(changes: dict[str, Any]) -> Report:
         keywords = {"batch_size": batch_size, "num_batches": num_batches, **settings, **changes}
-        return scan(model, batches, forward=forward, progress=progress, **keywords)
+        return scan(model, batches, forward=forward, batch_size_of=batch_size_of, progress=progress, **keywords)
 
     may_extend = num_batches is None and "max_batches" not in settings
     subject = _Subject(scan_with, _Material(inner, source, forward), given, may_extend)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,22 @@ from bnprobe.loading.model import kind_of, user_code
 from bnprobe.loading.tracking import keeps_none, tracking
 from bnprobe.loading.weights import Stub, read_conversion, read_weights, state_of, weights_file
 from bnprobe.numbers import count, listed
-
-PARAMETERS_ALONE = "holds parameters alone"
-"""Part of the note on a checkpoint that has no running statistics."""
-
-PARAMETERS_ALONE = "holds parameters alone"
-"""Part of the note on a checkpoint that has no running statistics."""
+from bnprobe.records import ROOT
 
 WRAPPERS = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What was loaded from a checkpoint.
+
+    Attributes:
+        notes: What the reader should know, one sentence each.
+        parameters_alone: Layers lack their running statistics in the file.
+    """
+
+    notes: tuple[str, ...] = ()
+    parameters_alone: bool = False
 
 
 def without_prefix(state: Mapping[str, Any], prefix: str, path: Path) -> dict[str, Any]:
@@ -101,7 +109,7 @@ _COUNTER = "num_batches_tracked"
 
 def check_fit(
     state: Mapping[str, Any], target: Mapping[str, Any], strict: bool, path: Path, need_statistics: bool = True
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+) -> tuple[dict[str, Any], LoadedWeights]:
     """Compare names and shapes; nothing is copied.
 
     Args:
@@ -114,7 +122,7 @@ def check_fit(
             made. A layer that has one of the two must have the other in any case.
 
     Returns:
-        The entries to load, and notes.
+        The entries to load, and what is known of them.
 
     Raises:
         CheckpointError: The state dict does not fit; the message lists the differences.
@@ -134,8 +142,8 @@ def check_fit(
     notes = _notes(path, missing, unexpected, counters)
     if parameters_alone:
         what = f"the running statistics of {count(len(parameters_alone), 'layer')}"
-        notes += (f"{path.name} {PARAMETERS_ALONE}: {what} are not in it and begin as in the model as built.",)
-    return usable, notes
+        notes += (f"{path.name} holds parameters alone: {what} are not in it and begin as in the model as built.",)
+    return usable, LoadedWeights(notes, bool(parameters_alone))
 
 
 def _without_statistics(missing: Sequence[str]) -> list[str]:
@@ -251,7 +259,6 @@ def _notes(path: Path, missing: list[str], unexpected: list[str], counters: list
     return tuple(notes)
 
 
-ROOT = "(root)"
 _USUAL_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 """Keys under which training scripts save the weights; of states that fit equally well the first of these is taken."""
 
@@ -261,7 +268,7 @@ _AVERAGED = re.compile(r"ema|swa|averag|shadow|teacher", re.IGNORECASE)
 _DEEPEST = 4
 
 
-def load_checkpoint(model: nn.Module, spec: CheckpointSpec, need_statistics: bool = True) -> tuple[str, ...]:
+def load_checkpoint(model: nn.Module, spec: CheckpointSpec, need_statistics: bool = True) -> LoadedWeights:
     """Copy the weights of a file into the model. Without a path, do nothing.
 
     A file with running statistics of layers that keep none in the model, as ``bnprobe recalibrate`` writes it, switches
@@ -272,14 +279,11 @@ def load_checkpoint(model: nn.Module, spec: CheckpointSpec, need_statistics: boo
         spec: Path, key, prefix, strictness.
         need_statistics: As in ``check_fit``.
 
-    Returns:
-        Notes on what was done, one sentence each.
-
     Raises:
         CheckpointError: The file cannot be read, or does not fit the model.
     """
     if spec.path is None:
-        return ()
+        return LoadedWeights()
     path = weights_file(Path(spec.path))
     saved, left_out = read_weights(path, spec.unsafe_load)
     _refuse_converted(path, model)
@@ -301,10 +305,10 @@ def load_checkpoint(model: nn.Module, spec: CheckpointSpec, need_statistics: boo
                 f" is built ({listed(list(switched))}): they were switched on. To load the file yourself, build these"
                 " layers with track_running_stats=True."
             )
-        state, fit_notes = check_fit(state, target, spec.strict, path, need_statistics)
+        state, found = check_fit(state, target, spec.strict, path, need_statistics)
         with user_code(f"loading the weights of {path} into the model"):
             model.load_state_dict(state, strict=False)
-    return (*notes, *fit_notes)
+    return replace(found, notes=(*notes, *found.notes))
 
 
 def _untracked(model: nn.Module, state: Mapping[str, Any]) -> dict[str, nn.Module]:

@@ -1,21 +1,146 @@
-"""The user's data: a loader, dataset or iterable as a source of batches of the requested size."""
+"""Batches of the requested size: a loader, data set or iterable of the user as a source of micro-batches."""
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
-from bnprobe.config.spec import DataSpec, EvalDataSpec
 from bnprobe.errors import DataError, UsageError
-from bnprobe.loading.model import GuardedBatches, UserModule, accepts, kind_of, locate, signature_of, user_code
-from bnprobe.loading.samples import SampleCount
-from bnprobe.numbers import listed
+from bnprobe.loading.model import GuardedBatches, kind_of, user_code
+from bnprobe.loading.samples import SampleCount, count_samples
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """Micro-batches, as the user's loader collates them.
+
+    Attributes:
+        batches: Yields batches of ``batch_size`` samples; the last one may be partial, and some loaders vary in size.
+        batch_size: Samples in a batch: as requested where the data allows it, else the loader's own.
+        description: Where the batches come from, in words.
+        images: Number of samples; None: unknown.
+        synthetic: Whether the inputs are synthetic.
+        notes: What the reader should know, one sentence each.
+        drop_last: Whether the user's loader drops a partial last batch; None: unknown.
+        most: Upper limit on the micro-batches to draw; None: no limit.
+        dealt: Whether only this process's share is read; see ``loading.order``.
+        own_order: The order of the samples is the user's; False: bnprobe shuffles a data set.
+        beside: Held-out data that came with it, from a function that returns both.
+    """
+
+    batches: Iterable[Any]
+    batch_size: int
+    description: str
+    images: int | None = None
+    synthetic: bool = False
+    notes: tuple[str, ...] = ()
+    drop_last: bool | None = None
+    most: int | None = None
+    dealt: bool = False
+    own_order: bool = True
+    beside: BatchSource | None = None
+
+    @property
+    def samples_in(self) -> Callable[[Any], int | None]:
+        """Tells how many samples a batch has."""
+        found: Callable[[Any], int | None] = getattr(self.batches, "samples_in", count_samples)
+        return found
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request for the user's data.
+
+    Attributes:
+        origin: Where the data comes from, e.g. "load_data(batch_size=2) of model.py".
+        batch_size: Requested batch size; None: the loader's own.
+        told: Batch size that the user's function was called with, or its default; None: it takes none.
+        as_given: Take a loader as it is, whatever its batch size.
+        batch_size_of: The user's function.
+    """
+
+    origin: str
+    batch_size: int | None
+    told: int | None = None
+    as_given: bool = False
+    batch_size_of: Callable[[Any], int] | None = None
+
+    @property
+    def wanted(self) -> int | None:
+        """The batch size that was asked for in one way or the other."""
+        return self.batch_size or self.told
+
+    def count(self, stated: int | None = None, usual: int | None = None) -> SampleCount:
+        """What counts the samples of its batches.
+
+        Args:
+            stated: The batch size that a loader states.
+            usual: That of the first batch, where nothing states one.
+        """
+        usual = usual or self.wanted
+        return SampleCount(stated, usual, self.batch_size_of, self.origin, strict=not self.as_given)
+
+
+def as_batch_source(
+    batches: Any,
+    batch_size: int | None = None,
+    origin: str = "the data given",
+    *,
+    as_given: bool = False,
+    batch_size_of: Callable[[Any], int] | None = None,
+) -> BatchSource:
+    """Wrap a DataLoader, Dataset or iterable of batches as micro-batches of ``batch_size``.
+
+    A Dataset is shuffled. Any iterable that is not a DataLoader is used unchanged.
+
+    Args:
+        batches: The data.
+        batch_size: Samples in a micro-batch; None: the loader's own.
+        origin: Name of the data in messages.
+        as_given: Take a loader as it is, whatever its batch size.
+        batch_size_of: Tells how many samples a batch has; None: the loader or the batch does.
+
+    Raises:
+        DataError: The data is empty, or not available at this batch size.
+        UsageError: The batch size is unknown.
+    """
+    request = Request(origin, batch_size, as_given=as_given)
+    return source_of(batches, replace(request, batch_size_of=counted_by(batch_size_of)))
+
+
+def synthetic_source(shapes: list[tuple[int, ...]], batch_size: int, seed: int) -> BatchSource:
+    """Endless batches of standard-normal float32 inputs.
+
+    Args:
+        shapes: Shape of one sample for each input of the model, without the batch axis.
+        batch_size: Samples in a micro-batch.
+        seed: Seed of the inputs; every iteration gives the same ones.
+    """
+    words = " and ".join("x".join(map(str, shape)) for shape in shapes)
+    description = f"synthetic inputs of shape {words}"
+    return BatchSource(_Synthetic(shapes, batch_size, seed), batch_size, description, synthetic=True)
+
+
+@dataclass(frozen=True)
+class _Synthetic:
+    shapes: list[tuple[int, ...]]
+    batch_size: int
+    seed: int
+
+    def __iter__(self) -> Iterator[torch.Tensor | tuple[torch.Tensor, ...]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            batch = tuple(
+                torch.randn((self.batch_size, *shape), generator=generator, dtype=torch.float32)
+                for shape in self.shapes
+            )
+            yield batch[0] if len(batch) == 1 else batch
 
 
 def own_batch_size(loader: DataLoader[Any]) -> int | None:
@@ -73,296 +198,7 @@ def rebuilt(loader: DataLoader[Any], size: int, batch_sampler: Any = None) -> Da
     )
 
 
-@dataclass(frozen=True)
-class BatchSource:
-    """Micro-batches, as the user's loader collates them.
-
-    Attributes:
-        batches: Yields batches of ``batch_size`` samples; the last one may be partial, and some loaders vary in size.
-        batch_size: Samples in a batch: as requested where the data allows it, else the loader's own.
-        description: Where the batches come from, in words.
-        images: Number of samples; None: unknown.
-        synthetic: Whether the inputs are synthetic.
-        notes: What the reader should know, one sentence each.
-        drop_last: Whether the user's loader drops a partial last batch; None: unknown.
-        most: Upper limit on the micro-batches to draw; None: no limit.
-        dealt: Whether only this process's share is read; see ``loading.order``.
-        own_order: The order of the samples is the user's; False: bnprobe shuffles a data set.
-        beside: Held-out data that came with it, from a function that returns both.
-    """
-
-    batches: Iterable[Any]
-    batch_size: int
-    description: str
-    images: int | None = None
-    synthetic: bool = False
-    notes: tuple[str, ...] = ()
-    drop_last: bool | None = None
-    most: int | None = None
-    dealt: bool = False
-    own_order: bool = True
-    beside: BatchSource | None = None
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A request for the user's data.
-
-    Attributes:
-        origin: Where the data comes from, e.g. "load_data(batch_size=2) of model.py".
-        batch_size: Requested batch size; None: the loader's own.
-        told: Batch size that the user's function was called with, or its default; None: it takes none.
-        as_given: Take a loader as it is, whatever its batch size.
-        batch_size_of: The user's function.
-    """
-
-    origin: str
-    batch_size: int | None
-    told: int | None = None
-    as_given: bool = False
-    batch_size_of: Callable[[Any], int] | None = None
-
-    @property
-    def wanted(self) -> int | None:
-        """The batch size that was asked for in one way or the other."""
-        return self.batch_size or self.told
-
-    def count(self, stated: int | None = None, usual: int | None = None) -> SampleCount:
-        """What counts the samples of its batches.
-
-        Args:
-            stated: The batch size that a loader states.
-            usual: That of the first batch, where nothing states one.
-        """
-        usual = usual or self.wanted
-        return SampleCount(stated, usual, self.batch_size_of, self.origin, strict=not self.as_given)
-
-
-def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
-    """Load the data: the spec's target; else load_data, loader or dataset of the model's module; else synthetic.
-
-    Further names that are common are found too (``TRAINING_NAMES``), unless synthetic inputs are asked for.
-
-    Raises:
-        DataError: There is no data, or it is not available at this batch size.
-        UsageError: The batch size is unknown.
-        UserCodeError: The user's code raised.
-    """
-    found = _find(spec, module, _TRAINING, () if spec.input_shape else TRAINING_NAMES)
-    if found is not None:
-        source = _from_symbol(*found, spec)
-        if not spec.input_shape:
-            return source
-        note = f"--input-shape was not used: {source.description} gives real data."
-        return replace(source, notes=(note, *source.notes))
-    if not spec.input_shape:
-        raise DataError(_no_data(module))
-    return synthetic_source(list(spec.input_shape), _known(spec.batch_size, "synthetic inputs"), spec.seed)
-
-
-def load_held_out(spec: EvalDataSpec, module: UserModule | None, batch_size: int) -> BatchSource | None:
-    """Load the held-out data: the spec's target; else load_eval_data of the model's module; else None.
-
-    A loader is read at the size that it has, unless the spec asks for another. Further names that are common are found
-    too (``EVALUATION_NAMES``).
-
-    Args:
-        spec: Where it comes from.
-        module: The model's module.
-        batch_size: What load_eval_data is called with if the spec does not say: the batch size of the training data.
-
-    Raises:
-        DataError: The data is not available at this batch size.
-        UserCodeError: The user's code raised.
-    """
-    found = _find(spec, module, _EVALUATION, EVALUATION_NAMES)
-    if found is None:
-        return None
-    size = spec.batch_size or batch_size
-    asked = spec.model_copy(update={"batch_size": size})
-    return replace(_from_symbol(*found, asked, as_given=spec.batch_size is None), most=spec.batches, beside=None)
-
-
-def as_batch_source(
-    batches: Any,
-    batch_size: int | None = None,
-    origin: str = "the data given",
-    *,
-    as_given: bool = False,
-    batch_size_of: Callable[[Any], int] | None = None,
-) -> BatchSource:
-    """Wrap a DataLoader, Dataset or iterable of batches as micro-batches of ``batch_size``.
-
-    A Dataset is shuffled. Any iterable that is not a DataLoader is used unchanged.
-
-    Args:
-        batches: The data.
-        batch_size: Samples in a micro-batch; None: the loader's own.
-        origin: Name of the data in messages.
-        as_given: Take a loader as it is, whatever its batch size.
-        batch_size_of: Tells how many samples a batch has; None: the loader or the batch does.
-
-    Raises:
-        DataError: The data is empty, or not available at this batch size.
-        UsageError: The batch size is unknown.
-    """
-    request = _Request(origin, batch_size, as_given=as_given)
-    return _from_value(batches, replace(request, batch_size_of=_guarded(batch_size_of)))
-
-
-def synthetic_source(shapes: list[tuple[int, ...]], batch_size: int, seed: int) -> BatchSource:
-    """Endless batches of standard-normal float32 inputs.
-
-    Args:
-        shapes: Shape of one sample for each input of the model, without the batch axis.
-        batch_size: Samples in a micro-batch.
-        seed: Seed of the inputs; every iteration gives the same ones.
-    """
-    words = " and ".join("x".join(map(str, shape)) for shape in shapes)
-    description = f"synthetic inputs of shape {words}"
-    return BatchSource(_Synthetic(shapes, batch_size, seed), batch_size, description, synthetic=True)
-
-
-@dataclass(frozen=True)
-class _Synthetic:
-    shapes: list[tuple[int, ...]]
-    batch_size: int
-    seed: int
-
-    def __iter__(self) -> Iterator[torch.Tensor | tuple[torch.Tensor, ...]]:
-        generator = torch.Generator().manual_seed(self.seed)
-        while True:
-            batch = tuple(
-                torch.randn((self.batch_size, *shape), generator=generator, dtype=torch.float32)
-                for shape in self.shapes
-            )
-            yield batch[0] if len(batch) == 1 else batch
-
-
-# ---- finding the data
-
-
-_TRAINING = {"load_data": "load_data(batch_size)", "loader": "loader", "dataset": "dataset"}
-_EVALUATION = {"load_eval_data": "load_eval_data(batch_size)"}
-
-
-def _variants(parts: Iterable[str]) -> tuple[str, ...]:
-    """train_loader, train_dataloader, trainloader, get_train_loader, ..., train_dataset, train_set, trainset."""
-    parts = tuple(parts)
-    loaders = [
-        f"{part}{name}" for part in parts for name in ("_loader", "_dataloader", "_data_loader", "loader", "_dl")
-    ]
-    makers = [f"{verb}_{name}" for verb in ("get", "make", "build", "create") for name in loaders]
-    sets = [f"{part}{name}" for part in parts for name in ("_dataset", "_set", "set", "_ds")]
-    return (*loaders, *makers, *sets)
-
-
-_PAIRS = ("get_loaders", "get_dataloaders", "get_data_loaders", "make_loaders", "make_dataloaders", "build_dataloaders")
-TRAINING_NAMES = (
-    *_variants(("train", "training")),
-    *("dataloader", "data_loader", "get_loader", "get_dataloader", "make_loader", "make_dataloader", "build_loader"),
-    *_PAIRS,
-)
-"""Names beside the documented ones under which training data is found, in this order."""
-
-EVALUATION_NAMES = _variants(("eval", "val", "valid", "validation", "dev", "test"))
-"""The same for held-out data."""
-
-_BATCH_SIZE_NAMES = frozenset(
-    ("batchsize", "bs", "batch", "batchsz", "microbatchsize", "minibatchsize", "mbs", "samplespergpu")
-)
-_SHORT_NAMES = frozenset(("n", "b", "size", "k"))
-"""These are a batch size only where the function cannot be called without them."""
-
-_TRAIN_KEYS = frozenset(("train", "training"))
-_HELD_OUT_KEYS = ("val", "valid", "validation", "eval", "dev", "test")
-
-
-def _find(
-    spec: EvalDataSpec, module: UserModule | None, names: Mapping[str, str], more: Sequence[str]
-) -> tuple[UserModule, str] | None:
-    if spec.target is not None:
-        module, symbol = locate(spec.target, module)
-        if symbol is not None:
-            return module, symbol
-    if module is None:
-        return None
-    named = next((name for name in names if module.find(name) is not None), None)
-    if named is None:
-        named = next((name for name in more if _is_data(module.find(name))), None)
-    if named is None and spec.target is not None:
-        raise DataError(_no_data(module, names))
-    return (module, named) if named else None
-
-
-def _is_data(value: Any) -> bool:
-    """Whether what has a common name is data: a loader, a data set, or a function that needs at most a batch size."""
-    if _is_source(value):
-        return True
-    if isinstance(value, type) or not callable(value) or not hasattr(value, "__code__"):
-        return False
-    return not set(_required(value)) - {batch_size_parameter(value)}
-
-
-def batch_size_parameter(function: Callable[..., Any]) -> str | None:
-    """The parameter of a user's function that takes the batch size: batch_size, bs, train_batch_size, n, ...; or None.
-
-    A name as short as n is the batch size only where it is the one argument that the function needs.
-    """
-    parameters = signature_of(function)
-    if "batch_size" in parameters:
-        return "batch_size"
-    for name in parameters:
-        plain = name.lower().replace("_", "")
-        if plain in _BATCH_SIZE_NAMES or plain.endswith("batchsize"):
-            return name
-    required = _required(function)
-    if len(required) == 1 and required[0].lower() in _SHORT_NAMES:
-        return required[0]
-    return "batch_size" if accepts(function, "batch_size") else None
-
-
-def _required(function: Callable[..., Any]) -> list[str]:
-    """The parameters without which a function cannot be called."""
-    return [
-        name
-        for name, each in signature_of(function).items()
-        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
-    ]
-
-
-def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) -> str:
-    wanted = " or ".join(", ".join(names.values()).rsplit(", ", 1))
-    where = f"{module.name} has no {wanted}" if module else "There is no data"
-    if names is _EVALUATION:
-        return f"{where}. Add it, or name another function or loader in the spec (eval_data: target)."
-    return (
-        f"{where}. Add one of them, name one in the spec (data: target), or give --input-shape, "
-        "e.g. 3,224,224, to use synthetic inputs."
-    )
-
-
-def _from_symbol(module: UserModule, symbol: str, spec: EvalDataSpec, as_given: bool = False) -> BatchSource:
-    value, name = module.get(symbol), f"{symbol} of {module.name}"
-    request = _Request(name, spec.batch_size, as_given=as_given, batch_size_of=_batch_size_of(spec, module))
-    if _is_callable_data(value):
-        return _from_call(value, request, spec)
-    if spec.args:
-        raise DataError(f"{name} is {kind_of(value)}, so it cannot take data.args ({', '.join(spec.args)}).")
-    if symbol == "dataset" and hasattr(value, "__getitem__") and not isinstance(value, DataLoader):
-        return _from_dataset(value, request)  # a plain list of samples works too
-    return _from_value(value, request)
-
-
-def _batch_size_of(spec: EvalDataSpec, module: UserModule) -> Callable[[Any], int] | None:
-    """The user's function that counts the samples of a batch: the one that the spec names, or that of the module."""
-    if spec.batch_size_of is None:
-        return _guarded(module.find("batch_size_of"))
-    home, symbol = locate(spec.batch_size_of, module)
-    return _guarded(home.get(symbol or "batch_size_of"))
-
-
-def _guarded(function: Any) -> Callable[[Any], int] | None:
+def counted_by(function: Any) -> Callable[[Any], int] | None:
     """Turn errors of the user's ``batch_size_of`` into UserCodeError, and anything but a count into a DataError."""
     if not callable(function):
         return None
@@ -378,55 +214,15 @@ def _guarded(function: Any) -> Callable[[Any], int] | None:
     return count
 
 
-def _is_callable_data(value: Any) -> bool:
-    if isinstance(value, type):
-        return True
-    return callable(value) and not hasattr(value, "__iter__") and not hasattr(value, "__getitem__")
-
-
-def _from_call(function: Callable[..., Any], request: _Request, spec: EvalDataSpec) -> BatchSource:
-    args, told, parameter = dict(spec.args), None, batch_size_parameter(function)
-    if parameter is not None:
-        told = _told(function, parameter, request.origin, spec)
-        if spec.batch_size is not None:
-            args[parameter] = spec.batch_size
-    missing = [name for name in _required(function) if name not in args]
-    if missing:
-        raise DataError(
-            f"{request.origin} needs {listed(missing)}, but bnprobe calls it with the batch size alone, as"
-            " load_data(batch_size). Give the other arguments default values, or name their values in the spec"
-            " (data: args)."
-        )
-    symbol, _, where = request.origin.partition(" of ")
-    call = f"{symbol}({', '.join(f'{key}={value!r}' for key, value in args.items())}) of {where}"
-    with user_code(f"calling {call}"):
-        value = function(**args)
-    return _from_value(value, replace(request, told=told))
-
-
-def _told(function: Callable[..., Any], parameter: str, name: str, spec: EvalDataSpec) -> int | None:
-    """The batch size that the user's function will use."""
-    if spec.batch_size is not None:
-        return spec.batch_size
-    found = signature_of(function).get(parameter)
-    default = found.default if found else None
-    chosen = spec.args.get(parameter, default)
-    if found and chosen is found.empty:
-        raise UsageError(f"{name} needs a batch size. Give one with --batch-size.")
-    return chosen if isinstance(chosen, int) else None
-
-
-# ---- turning it into a source
-
-
-def _from_value(value: Any, request: _Request) -> BatchSource:
+def source_of(value: Any, request: Request) -> BatchSource:
+    """What a value of the user yields, as a source of batches; errors as for ``as_batch_source``."""
     parts = _training_and_held_out(value)
     if parts is not None:
         return _from_parts(*parts, request)
     if isinstance(value, DataLoader):
         return _from_loader(value, request)
     if _is_dataset(value):
-        return _from_dataset(value, request)
+        return dataset_source(value, request)
     _refuse_no_batches(value, request.origin)
     if _length(value, request.origin) == 0:
         raise DataError(f"{request.origin} is empty: it yields no batch.")
@@ -439,16 +235,20 @@ def _from_value(value: Any, request: _Request) -> BatchSource:
     return _at_own_size(value, stated, request)
 
 
+_TRAIN_KEYS = frozenset(("train", "training"))
+
+_HELD_OUT_KEYS = ("val", "valid", "validation", "eval", "dev", "test")
+
 _WRAPPED = ("loader", "dataloader", "data_loader", "_loader", "_dataloader")
 """Where wrappers of a loader, which prefetch or move batches, keep it."""
 
 
-def _at_own_size(value: Any, stated: int | None, request: _Request) -> BatchSource:
+def _at_own_size(value: Any, stated: int | None, request: Request) -> BatchSource:
     """An iterable whose batches have the size that it states, or that its first batch has."""
     size = stated
     if size is None:
         value, size = _first_size(value, request)
-    size = _known(size or request.wanted, request.origin)
+    size = known_size(size or request.wanted, request.origin)
     asked = request.batch_size
     if asked not in (None, size) and request.told is None and not request.as_given:
         raise DataError(
@@ -459,7 +259,7 @@ def _at_own_size(value: Any, stated: int | None, request: _Request) -> BatchSour
     return BatchSource(batches, size, request.origin, notes=_notes_on_size(size, request))
 
 
-def _first_size(value: Any, request: _Request) -> tuple[Any, int | None]:
+def _first_size(value: Any, request: Request) -> tuple[Any, int | None]:
     """The iterable, still with all its batches, and the samples in the first that has any; None: nothing to count."""
     iterator, drawn = iter(GuardedBatches(value, request.origin)), list[Any]()
     count = request.count()
@@ -473,7 +273,7 @@ def _first_size(value: Any, request: _Request) -> tuple[Any, int | None]:
     raise DataError(f"{request.origin} is empty: it yields no batch.")
 
 
-def _notes_on_size(size: int, request: _Request) -> tuple[str, ...]:
+def _notes_on_size(size: int, request: Request) -> tuple[str, ...]:
     """A sentence where the user's function was told another size than its loader has."""
     if request.told in (None, size) or request.as_given:
         return ()
@@ -491,14 +291,14 @@ def _training_and_held_out(value: Any) -> tuple[Any, Any, str] | None:
     """
     if isinstance(value, Mapping):
         plain = {str(key).lower().split("_")[0].removesuffix("loader"): part for key, part in value.items()}
-        training = [part for key, part in plain.items() if key in _TRAIN_KEYS and _is_source(part)]
+        training = [part for key, part in plain.items() if key in _TRAIN_KEYS and is_source(part)]
         if len(training) != 1:
             return None
-        beside = next((plain[key] for key in _HELD_OUT_KEYS if _is_source(plain.get(key))), None)
+        beside = next((plain[key] for key in _HELD_OUT_KEYS if is_source(plain.get(key))), None)
         return training[0], beside, "its entry for training"
     if not isinstance(value, list | tuple) or _is_dataset(value):
         return None
-    sources = [part for part in value if _is_source(part)]
+    sources = [part for part in value if is_source(part)]
     if len(sources) == 1 and len(value) <= 4:
         return (sources[0], None, "the loader in it") if len(value) > 1 else (sources[0], None, "its only entry")
     if len(sources) == len(value) and len(value) in (2, 3):
@@ -506,7 +306,8 @@ def _training_and_held_out(value: Any) -> tuple[Any, Any, str] | None:
     return None
 
 
-def _is_source(value: Any) -> bool:
+def is_source(value: Any) -> bool:
+    """Whether a value is a loader or a data set."""
     return isinstance(value, DataLoader) or _is_dataset(value)
 
 
@@ -516,13 +317,13 @@ def _is_dataset(value: Any) -> bool:
     return isinstance(value, Dataset) or (hugging_face and not isinstance(value, Mapping))
 
 
-def _from_parts(training: Any, held_out: Any, words: str, request: _Request) -> BatchSource:
-    source = _from_value(training, request)
+def _from_parts(training: Any, held_out: Any, words: str, request: Request) -> BatchSource:
+    source = source_of(training, request)
     beside = None
     if held_out is not None and not request.as_given:
         symbol, _, where = request.origin.partition(" of ")
         name = f"the validation data of {symbol} of {where}" if where else "the validation data"
-        beside = _from_value(held_out, replace(request, origin=name, as_given=True))
+        beside = source_of(held_out, replace(request, origin=name, as_given=True))
     note = f"{request.origin} gives several values; {words} was used"
     note += " for training, and the one for validation as held-out data." if beside else "."
     return replace(source, notes=(*source.notes, note), beside=beside)
@@ -531,7 +332,7 @@ def _from_parts(training: Any, held_out: Any, words: str, request: _Request) -> 
 def _refuse_no_batches(value: Any, origin: str) -> None:
     advice = "Give a DataLoader, a Dataset or an iterable of batches."
     parts = list(value.values()) if isinstance(value, Mapping) else value
-    if isinstance(parts, tuple | list) and any(map(_is_source, parts)):
+    if isinstance(parts, tuple | list) and any(map(is_source, parts)):
         raise DataError(f"{origin} gives {kind_of(value)}, but a single loader is needed. Return only that loader.")
     iterable = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
     one_array = hasattr(value, "__array__")  # a tensor would be split into samples
@@ -539,8 +340,9 @@ def _refuse_no_batches(value: Any, origin: str) -> None:
         raise DataError(f"{origin} gives {kind_of(value)}, which is not a source of batches. {advice}")
 
 
-def _from_dataset(dataset: Any, request: _Request) -> BatchSource:
-    size = _known(request.wanted, request.origin)
+def dataset_source(dataset: Any, request: Request) -> BatchSource:
+    """The same for what yields single samples by index."""
+    size = known_size(request.wanted, request.origin)
     images = _length(dataset, request.origin)
     if request.as_given and images:  # the eval path does not depend on the batch size
         size = min(size, images)
@@ -555,13 +357,13 @@ def _from_dataset(dataset: Any, request: _Request) -> BatchSource:
     return replace(source, notes=(note,))
 
 
-def _from_loader(loader: DataLoader[Any], request: _Request) -> BatchSource:
+def _from_loader(loader: DataLoader[Any], request: Request) -> BatchSource:
     stated, batches = own_batch_size(loader), loader
     own = stated
     if own is None:
         batches, own = _first_size(loader, request)
     fixed = request.as_given or request.told is not None
-    size = _known((own if fixed else None) or request.batch_size or own or request.told, request.origin)
+    size = known_size((own if fixed else None) or request.batch_size or own or request.told, request.origin)
     images = None  # an iterable data set may count batches or samples; a batch sampler may repeat samples
     if not isinstance(loader.dataset, IterableDataset) and loader.batch_size is not None:
         images = _length(loader.sampler, request.origin)
@@ -580,7 +382,7 @@ def _from_loader(loader: DataLoader[Any], request: _Request) -> BatchSource:
 
 
 def _loader_source(
-    loader: DataLoader[Any], size: int, request: _Request, images: int | None, stated: int | None
+    loader: DataLoader[Any], size: int, request: Request, images: int | None, stated: int | None
 ) -> BatchSource:
     origin = request.origin
     if _length(loader, origin) == 0:
@@ -622,7 +424,8 @@ def _sized(value: Sized) -> int:
         raise _NoLengthError from None
 
 
-def _known(batch_size: int | None, origin: str) -> int:
+def known_size(batch_size: int | None, origin: str) -> int:
+    """The batch size, or a UsageError that asks for it."""
     if batch_size is None:
         raise UsageError(f"The batch size of {origin} is unknown. Give one, e.g. with --batch-size 2.")
     return batch_size

@@ -348,10 +348,6 @@ def _kind(value: object) -> str:
     return "model" if isinstance(value, nn.Module) else "function"
 
 
-WRAPPED = "The model was wrapped in"
-"""How the note on an unwrapped model begins."""
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """A model and its origin.
@@ -361,12 +357,16 @@ class LoadedModel:
         name: Its name in messages, e.g. "model.py:load_model" or "timm:resnet18".
         module: Where data, forward, loss and metric are looked up; None for a model library.
         notes: What the reader should know, one sentence each.
+        wrapped: The user's code returns it in a wrapper, so that its weights have other keys there.
+        parameters_alone: Layers lack their running statistics in its checkpoint.
     """
 
     model: nn.Module
     name: str
     module: UserModule | None
     notes: tuple[str, ...] = ()
+    wrapped: bool = False
+    parameters_alone: bool = False
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:
@@ -457,12 +457,12 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:
         model = inner
     if not wrappers:
         return model, None
-    return model, f"{WRAPPED} {' in '.join(reversed(wrappers))}; the module inside it is used."
+    return model, f"The model was wrapped in {' in '.join(reversed(wrappers))}; the module inside it is used."
 
 
 def _loaded(model: nn.Module, name: str, module: UserModule | None) -> LoadedModel:
     inner, note = unwrapped(model)
-    return LoadedModel(inner, name, module, (note,) if note else ())
+    return LoadedModel(inner, name, module, (note,) if note else (), wrapped=note is not None)
 
 
 def _inner(model: nn.Module) -> nn.Module | None:

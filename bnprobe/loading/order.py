@@ -100,14 +100,16 @@ def is_random(source: BatchSource) -> bool:
 def drawn_at_random(source: BatchSource, seed: int) -> BatchSource | None:
     """The same samples in batches of the same size, each drawn at random; None where the loader does not allow it."""
     guarded = source.batches
-    loader = guarded.wrapped if isinstance(guarded, GuardedBatches) else None
-    if not isinstance(guarded, GuardedBatches) or not isinstance(loader, DataLoader):
+    if not isinstance(guarded, GuardedBatches) or not isinstance(guarded.wrapped, DataLoader):
         return None
+    loader = guarded.wrapped
     own_way = type(loader).__iter__ is not DataLoader.__iter__ or loader.batch_sampler is None
     if own_way or isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
         return None
-    standard = type(loader.batch_sampler) in (BatchSampler, SpreadBatches)
-    samples = loader.batch_sampler.sampler if standard else range(len(loader.dataset))  # type: ignore[union-attr]
+    batches = loader.batch_sampler
+    samples: Any = range(len(loader.dataset))
+    if isinstance(batches, SpreadBatches) or type(batches) is BatchSampler:
+        samples = batches.sampler
     order = SpreadBatches(samples, source.batch_size, source.batch_size, seed, mixed=True)
     return replace(source, batches=guarded.over(rebuilt(loader, source.batch_size, order), order.indices))
 
@@ -141,9 +143,9 @@ def deal(source: BatchSource, share: Share) -> BatchSource:
         DataError: The loader has a DistributedSampler.
     """
     guarded = source.batches
-    loader = guarded.wrapped if isinstance(guarded, GuardedBatches) else None
-    if share.size == 1 or not isinstance(guarded, GuardedBatches) or not isinstance(loader, DataLoader):
+    if share.size == 1 or not isinstance(guarded, GuardedBatches) or not isinstance(guarded.wrapped, DataLoader):
         return source
+    loader = guarded.wrapped
     _refuse_dealt(loader, guarded.origin)
     by_index = loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
     if not by_index or type(loader).__iter__ is not DataLoader.__iter__:

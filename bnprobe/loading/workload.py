@@ -14,9 +14,10 @@ from bnprobe.config.load import settings_from
 from bnprobe.config.spec import NormClass, ScanSettings, Spec
 from bnprobe.errors import DataError, ModelError, UsageError
 from bnprobe.loading.checkpoint import load_checkpoint
-from bnprobe.loading.data import BatchSource, load_held_out, load_source
+from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction, LoadedModel, UserModule, kind_of, load_model, locate
 from bnprobe.loading.optimizer import load_optimizer
+from bnprobe.loading.source import load_held_out, load_source
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Workload:
         notes: What the reader should know, one sentence each; ``source`` has its own.
         make_optimizer: Makes an optimizer for given parameters, if training steps are requested.
         module: Module where the user's functions were looked up, if there is one.
+        wrapped, parameters_alone: As in ``LoadedModel``.
+        not_held_out: Why held-out data that is there was not used, a sentence; None: all that there is was used.
         norms: Norms of the user's own by the name of their class, as the spec or the model file says.
     """
 
@@ -48,6 +51,9 @@ class Workload:
     make_optimizer: Callable[[list[nn.Parameter]], Any] | None = None
     module: UserModule | None = None
     norms: Mapping[str, NormClass] = field(default_factory=dict)
+    wrapped: bool = False
+    parameters_alone: bool = False
+    not_held_out: str | None = None
 
     def settings(self, given: ScanSettings) -> ScanSettings:
         """Settings with the norms that the model file names, where they name none."""
@@ -69,7 +75,8 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
     loaded = load_model_only(spec, need_statistics)
     source = load_source(spec.data, loaded.module)
     notes = list(loaded.notes)
-    held_out = _held_out(spec, loaded.module, source, notes)
+    held_out, not_held_out = _held_out(spec, loaded.module, source)
+    notes += [] if not_held_out is None else [not_held_out]
     functions = {
         role: _function(role, target, loaded.module, notes)
         for role, target in (("forward", spec.forward), ("loss", spec.loss), ("metric", spec.metric))
@@ -86,6 +93,9 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
         make_optimizer=load_optimizer(spec.train.optimizer, loaded.module) if spec.scan.train_steps else None,
         module=loaded.module,
         norms=spec.layers.norms or _norm_classes(loaded.module),
+        wrapped=loaded.wrapped,
+        parameters_alone=loaded.parameters_alone,
+        not_held_out=not_held_out,
         **functions,
     )
 
@@ -116,17 +126,19 @@ def read_again(spec: Spec, workload: Workload) -> Workload:
     return replace(workload, source=source, held_out=held_out)
 
 
-def _held_out(spec: Spec, module: UserModule | None, source: BatchSource, notes: list[str]) -> BatchSource | None:
-    """Held-out data that the spec names must load; a load_eval_data that is only in the model file may fail."""
+def _held_out(spec: Spec, module: UserModule | None, source: BatchSource) -> tuple[BatchSource | None, str | None]:
+    """The held-out data, or a sentence that says why it was not used.
+
+    What the spec names must load; a load_eval_data that is only in the model file may fail.
+    """
     if source.synthetic and spec.eval_data.target is None:
-        return None  # there is nothing to compare it with
+        return None, None  # there is nothing to compare it with
     try:
-        return load_held_out(spec.eval_data, module, source.batch_size) or source.beside
+        return load_held_out(spec.eval_data, module, source.batch_size) or source.beside, None
     except (DataError, UsageError) as error:
         if spec.eval_data.target is not None:
             raise
-        notes.append(f"The held-out data was not used. {error}")
-        return None
+        return None, f"The held-out data was not used. {error}"
 
 
 def load_model_only(spec: Spec, need_statistics: bool = True) -> LoadedModel:
@@ -135,8 +147,8 @@ def load_model_only(spec: Spec, need_statistics: bool = True) -> LoadedModel:
     loaded = load_model(spec.model)
     if checkpoint.path is not None and Path.cwd() != folder:  # the user's file changed the working directory
         checkpoint = checkpoint.model_copy(update={"path": str(folder / checkpoint.path)})
-    notes = load_checkpoint(loaded.model, checkpoint, need_statistics)
-    return replace(loaded, notes=(*loaded.notes, *notes))
+    weights = load_checkpoint(loaded.model, checkpoint, need_statistics)
+    return replace(loaded, notes=(*loaded.notes, *weights.notes), parameters_alone=weights.parameters_alone)
 
 
 def _function(role: str, target: str | None, module: UserModule | None, notes: list[str]) -> BatchFunction | None:

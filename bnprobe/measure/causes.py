@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bnprobe.errors import BnprobeError
 from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of, to_device
-from bnprobe.measure.hooks import Pass
+from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.layers import ProbedLayer, named_once, probability_of_dropping
 from bnprobe.measure.outputs import floating, square_norm
 from bnprobe.measure.scores import MEASURES, ScoreTable, one_number, score_outputs

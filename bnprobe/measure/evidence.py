@@ -21,27 +21,21 @@ from bnprobe.distributed import EVERYTHING, Share
 from bnprobe.errors import BnprobeError, UsageError
 from bnprobe.measure.accumulators import (
     STATISTICS,
-    Calls,
-    CallTable,
-    Columns,
     CorrectionD,
     CorrectionR,
     LayerMismatch,
     Mismatch,
     MismatchSums,
     SamplePool,
-    SampleStep,
-    Scope,
-    Statistic,
-    Step,
     Values,
 )
-from bnprobe.measure.hooks import Pass, Recorded, Slot
+from bnprobe.measure.forward_pass import Pass, Recorded, Slot
 from bnprobe.measure.layers import LayerSet, ProbedLayer
 from bnprobe.measure.outputs import Contributions, OutputSums
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.scores import Found, ScoreTable
 from bnprobe.measure.session import PathName
+from bnprobe.measure.statistic import Calls, CallTable, Columns, SampleStep, Scope, Statistic, Step
 from bnprobe.records import Output, StopReason
 from bnprobe.stats.composition import Images
 from bnprobe.stats.intervals import REPLICATES, Sums

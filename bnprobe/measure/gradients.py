@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import NonFiniteError
-from bnprobe.measure.hooks import Answer, Intercepted, LayerStatistics
+from bnprobe.measure.forward_pass import LayerStatistics
+from bnprobe.measure.hooks import Answer, Intercepted
 from bnprobe.measure.norms import NormCall, WholeModule
 from bnprobe.measure.restore import seed_everything
 from bnprobe.measure.session import Session

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bnprobe.errors import DeviceError, UserCodeError
 from bnprobe.measure.batch import CannotEmulateError, join
-from bnprobe.measure.hooks import Leaves, Pass, Recorded, Slot
+from bnprobe.measure.forward_pass import Leaves, Pass, Recorded, Slot
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.outputs import floating, square_norm
 from bnprobe.measure.physical_batch import Batching

@@ -24,11 +24,8 @@ from bnprobe.loading.model import user_code
 from bnprobe.measure.norms import NormFamily, NormInfo, family_of, lookalike_reason, place_of
 from bnprobe.measure.restore import every_module, held_in_eval, preserved_training_flags, set_mode
 from bnprobe.numbers import count
-from bnprobe.records import SkippedLayer
+from bnprobe.records import ROOT, SkippedLayer
 from bnprobe.rules.facts import Anatomy
-
-ROOT = "(root)"
-"""Name of the root module if it is itself a norm layer; its qualified name is empty."""
 
 
 @dataclass(frozen=True)

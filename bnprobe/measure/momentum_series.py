@@ -12,7 +12,7 @@ from torch import Tensor
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import UsageError
 from bnprobe.measure.batch import join, to_device
-from bnprobe.measure.hooks import Recorded
+from bnprobe.measure.forward_pass import Recorded
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.memory import Chunks, Refusal
 from bnprobe.measure.physical_batch import Batching, as_sentence, not_emulated, plan_batching

@@ -26,7 +26,7 @@ from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import OPENING
 from bnprobe.errors import UsageError, UserCodeError
 from bnprobe.measure.batch import CannotEmulateError, join, map_leaves, pick, tensors_of, to_device
-from bnprobe.measure.hooks import Pass, Recorded, RowLayout, Slot
+from bnprobe.measure.forward_pass import Pass, Recorded, RowLayout, Slot
 from bnprobe.measure.layers import named_once
 from bnprobe.measure.memory import Chunks, Footprint, Refusal, fits_in_memory, is_out_of_memory, plan_samples
 from bnprobe.measure.reader import Reader

@@ -14,7 +14,7 @@ from torch import Tensor
 from bnprobe.errors import RepairError
 from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of, to_device
-from bnprobe.measure.hooks import Pass, Recorded, Slot
+from bnprobe.measure.forward_pass import Pass, Recorded, Slot
 from bnprobe.measure.memory import Chunks, Footprint, fits_in_memory, plan_samples
 from bnprobe.measure.physical_batch import Batching, Check, Emulation, check_samples, checked, not_emulated, self_check
 from bnprobe.measure.reader import KEPT_BYTES, RepeatedReader

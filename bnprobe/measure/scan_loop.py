@@ -15,7 +15,7 @@ from bnprobe.errors import BnprobeError, DataError, DeviceError, ProcessError, U
 from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import CannotEmulateError, join, to_device
 from bnprobe.measure.evidence import Evidence, PathEvidence
-from bnprobe.measure.hooks import Pass
+from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks, Refusal
 from bnprobe.measure.outputs import Contributions, relative_distance

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bnprobe.errors import DataError
 from bnprobe.loading.model import BatchFunction, kind_of
-from bnprobe.loading.samples import SampleCount
+from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import CannotEmulateError, join, pick, to_device
-from bnprobe.measure.hooks import LayerStatistics, Pass
+from bnprobe.measure.forward_pass import LayerStatistics, Pass
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.session import Outputs, PathName, Session, rows_of
@@ -235,14 +235,6 @@ def _place(function: BatchFunction) -> str:
     return "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
 
 
-def samples_of(batch: Any, usual: int) -> int:
-    """Samples of a batch as its structure says; where it does not, the usual number."""
-    try:
-        return SampleCount()(batch) or usual
-    except DataError:  # its parts have different lengths
-        return usual
-
-
 def score_batches(
     session: Session,
     path: PathName,
@@ -271,7 +263,7 @@ def score_batches(
     table = ScoreTable()
 
     def run(chunk: list[Any]) -> None:
-        sizes = {samples_of(batch, batching.batch_size) for batch in chunk}
+        sizes = {count_samples(batch, batching.batch_size) or batching.batch_size for batch in chunk}
         if len(sizes) > 1:
             raise CannotEmulateError("the micro-batches have different sizes")
         size = sizes.pop()

@@ -23,7 +23,8 @@ from bnprobe.errors import DataError, DeviceError
 from bnprobe.loading.model import BatchFunction, user_code
 from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, map_leaves, tensors_of, to_device
 from bnprobe.measure.exploration import explore
-from bnprobe.measure.hooks import Interceptor, Pass
+from bnprobe.measure.forward_pass import Pass
+from bnprobe.measure.hooks import Interceptor
 from bnprobe.measure.layers import LayerSet, find_layers, require_layers
 from bnprobe.measure.memory import is_out_of_memory
 from bnprobe.measure.norms import FunctionFamily

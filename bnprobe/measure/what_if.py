@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bnprobe.errors import RepairError, UsageError
+from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import CannotEmulateError, join
-from bnprobe.measure.hooks import LayerStatistics
+from bnprobe.measure.forward_pass import LayerStatistics
 from bnprobe.measure.memory import Footprint, fits_in_memory
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.population import LARGE, Population, settle_by_layer, steady_population
 from bnprobe.measure.reader import RepeatedReader
-from bnprobe.measure.scores import MEASURES, Measure, ScoreTable, samples_of, score_batches
+from bnprobe.measure.scores import MEASURES, Measure, ScoreTable, score_batches
 from bnprobe.measure.session import Session, no_progress
 from bnprobe.records import FREE_REMEDIES, Estimate, Remedy
 from bnprobe.stats.scores import paired_difference
@@ -101,7 +102,8 @@ class _Trial:
 
     @property
     def samples(self) -> int:
-        return sum(samples_of(batch, self.batching.batch_size) for batch in self.batches)
+        usual = self.batching.batch_size
+        return sum(count_samples(batch, usual) or usual for batch in self.batches)
 
     def score(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bnprobe.records.scan import Environment, Estimate, Record, Score, Tool
+from bnprobe.records.base import Environment, Estimate, Record, Score, Tool
 
 Ending = Literal["finished", "early_stop", "diverged"]
 """How a training run ended."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from bnprobe.records.scan import Environment, Interval, Record, Scan, SkippedLayer, Tool
+from bnprobe.records.base import Environment, Interval, Record, Tool
+from bnprobe.records.layers import SkippedLayer
+from bnprobe.records.scan import Scan
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from bnprobe.distributed import ALONE, World
 from bnprobe.errors import DataError, UsageError
 from bnprobe.loading.data import BatchSource
-from bnprobe.loading.samples import count_samples
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 
 _END = object()
@@ -47,7 +46,7 @@ class Feed:
     def __init__(self, source: BatchSource, seed: int, accumulate: int = 1, world: World = ALONE) -> None:
         self.epoch, self.used = 0, 0
         self._source, self._seed, self._accumulate, self._world = source, seed, accumulate, world
-        self._samples_in = getattr(source.batches, "samples_in", count_samples)
+        self._samples_in = source.samples_in
         self._rounds: Generator[Any, None, None] | None = None
 
     def next_group(self) -> list[Any]:

@@ -20,10 +20,9 @@ from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction
 from bnprobe.measure.batch import copy_tensors, is_finite, to_device
 from bnprobe.measure.hooks import noting_non_finite
-from bnprobe.measure.layers import ROOT
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.session import casting, model_code
-from bnprobe.records import Ending, Score
+from bnprobe.records import ROOT, Ending, Score
 from bnprobe.training.data import steps_per_epoch
 
 Fractions = tuple[float, float]

@@ -15,9 +15,10 @@ from bnprobe.distributed import ALONE, OPENING, Share, World, connected, launche
 from bnprobe.errors import DataError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.order import deal, spread
-from bnprobe.measure.accumulators import CallTable, Columns, SamplePool, SampleStep
+from bnprobe.measure.accumulators import SamplePool
 from bnprobe.measure.layers import find_layers
 from bnprobe.measure.reader import Reader
+from bnprobe.measure.statistic import CallTable, Columns, SampleStep
 from support import conversation
 from support.processes import run_together
 

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from bnprobe.analysis.comparison import AS_IS, CONTROL, CONTROL_RECALIBRATED, RECALIBRATED
 from bnprobe.commands.experiment import Subject, best_candidate, prove
-from bnprobe.commands.held_out import HeldOut
 from bnprobe.config.spec import OptimizerSpec, RepairSpec, TrainSpec
 from bnprobe.errors import UsageError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.optimizer import load_optimizer
+from bnprobe.measure.scores import ScoreTable
 from bnprobe.nn import BatchRenorm1d
 from bnprobe.records import Plan, Proof, Run, Score, TrainingStep
 from bnprobe.repairs import plan
+from bnprobe.repairs.held_out import HeldOut
 from bnprobe.training import StateFolder
 
 CPU = torch.device("cpu")
@@ -279,9 +280,9 @@ def test_what_is_concluded(
     """Training itself stands aside: its scores are given."""
     scores = {"batch-renorm": list(ours), CONTROL: list(control)}
 
-    def run(given: Subject, name: str, made: Plan | None, seed: int, *others: Any) -> tuple[Run, nn.Module]:
+    def run(given: Subject, name: str, made: Plan | None, seed: int, *others: Any) -> tuple[Run, nn.Module, ScoreTable]:
         score = Score(None, scores[name][seed - given.seed])
-        return Run(seed, 6, 6, score, "finished", "", 0.0), given.start
+        return Run(seed, 6, 6, score, "finished", "", 0.0), given.start, given.proving.table(given.start)
 
     monkeypatch.setattr("bnprobe.commands.experiment._run", run)
     given = subject(seeds=len(ours))

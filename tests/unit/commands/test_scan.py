@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import bnprobe
 from bnprobe.commands.scan import scan
 from bnprobe.errors import DataError, DeviceError, UsageError
-from bnprobe.measure.accumulators import STATISTICS, Statistic, Step
+from bnprobe.measure.accumulators import STATISTICS
+from bnprobe.measure.statistic import Statistic, Step
 from bnprobe.records import Report
 from bnprobe.report.json import dump, load_report
 from support.networks import Flat, images, unsettled

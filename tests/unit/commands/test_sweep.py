@@ -72,6 +72,20 @@ def test_every_size_of_the_eval_path_is_what_a_scan_at_that_size_measures() -> N
             assert point.interval == pytest.approx(alone.eval.interval, rel=1e-4)
 
 
+def test_the_samples_of_a_ragged_batch_are_what_the_user_says() -> None:
+    nodes = images(16, 32, 6)
+    loader = DataLoader([{"nodes": each, "edges": torch.zeros(2, 50)} for each in nodes], batch_size=None)
+    report = sweep(
+        unsettled(Flat()),
+        loader,
+        batch_sizes=(),
+        num_batches=16,
+        forward=lambda model, batch: model(batch["nodes"]),
+        batch_size_of=lambda batch: 4,
+    )
+    assert (report.scan.batch_size, report.scan.images) == (4, 64)
+
+
 def test_the_train_path_is_measured_at_each_size_beside_the_scanned_one() -> None:
     model = _residual()
     loader = DataLoader(TensorDataset(torch.cat(DATA)), batch_size=4)

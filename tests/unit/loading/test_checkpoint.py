@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError, UserCodeError
-from bnprobe.loading.checkpoint import load_checkpoint
+from bnprobe.loading.checkpoint import LoadedWeights, load_checkpoint
 from bnprobe.loading.weights import Stub, read_weights
 
 State = dict[str, Any]
@@ -58,7 +58,7 @@ def save(folder: Path, saved: Any, name: str = "weights.pt") -> str:
 
 
 def load(model: nn.Module, path: str, **options: Any) -> tuple[str, ...]:
-    return load_checkpoint(model, CheckpointSpec(path=path, **options))
+    return load_checkpoint(model, CheckpointSpec(path=path, **options)).notes
 
 
 def assert_loaded(model: nn.Module, state: State) -> None:
@@ -81,7 +81,7 @@ def checkpoint_error(path: str, model: nn.Module | None = None, **options: Any) 
 
 
 def test_no_path_does_nothing() -> None:
-    assert load_checkpoint(net(), CheckpointSpec()) == ()
+    assert load_checkpoint(net(), CheckpointSpec()) == LoadedWeights()
 
 
 def test_plain_state_dict(tmp_path: Path, state: State) -> None:

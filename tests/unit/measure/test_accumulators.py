@@ -20,12 +20,11 @@ from bnprobe.measure.accumulators import (
     Mismatch,
     MismatchSums,
     SamplePool,
-    Statistic,
-    Step,
 )
 from bnprobe.measure.evidence import PathEvidence
-from bnprobe.measure.hooks import Recorded, Slot
+from bnprobe.measure.forward_pass import Recorded, Slot
 from bnprobe.measure.layers import ProbedLayer, find_layers
+from bnprobe.measure.statistic import Statistic, Step
 from bnprobe.stats.moments import corrections, pool_moments
 
 KINDS = (Mismatch, LayerMismatch, CorrectionR, CorrectionD, MismatchSums)

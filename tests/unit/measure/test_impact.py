@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bnprobe.measure import impact as impact_module
 from bnprobe.measure.batch import join, tensors_of
-from bnprobe.measure.hooks import Pass
+from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.impact import joint_impact, measure_impact
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.session import UserFunctions

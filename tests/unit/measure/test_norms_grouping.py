@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnprobe.commands.scan import scan
 from bnprobe.errors import ModelError
-from bnprobe.measure.hooks import Grouping, RowLayout
+from bnprobe.measure.forward_pass import Grouping, RowLayout
 from bnprobe.measure.norms import NORMS, BatchNormFamily, NormCall
 from support.networks import images
 

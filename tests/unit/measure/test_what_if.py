@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import bnprobe
 from bnprobe.errors import UsageError
 from bnprobe.measure.batch import join, pick
-from bnprobe.measure.hooks import Pass, Recorded
+from bnprobe.measure.forward_pass import Pass, Recorded
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.population import Population, steady_population
 from bnprobe.measure.restore import untouched

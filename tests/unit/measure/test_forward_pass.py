@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bnprobe.measure.hooks import Grouping, RowLayout, normalize_groups
+from bnprobe.measure.forward_pass import Grouping, RowLayout, normalize_groups
 from bnprobe.measure.norms import NormCall
 from bnprobe.stats.moments import pool_moments
 

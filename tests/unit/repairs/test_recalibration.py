@@ -14,11 +14,11 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnprobe
-from bnprobe.commands.recalibrate import recalibrate_loaded
 from bnprobe.errors import DataError, NonFiniteError, NothingToProbeError, RepairError, UsageError, UserCodeError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.measure import population, reader
 from bnprobe.nn import BatchRenorm2d
+from bnprobe.repairs.recalibration import recalibrate_loaded
 from support.fingerprint import fingerprint
 from support.networks import Dense, Flat, InvertedBottleneck, Residual, Siamese, UNet, Video, images, unsettled
 from support.running import norms
@@ -150,6 +150,19 @@ def test_the_calls_of_a_shared_layer_are_one_population() -> None:
         expected = by_layer(together, pairs) if path == "eval" else by_batch(model, [pairs])
         assert_close(statistics(model), expected, 1e-10)
         assert int(model.norm.num_batches_tracked) == 4  # two batches, two calls
+
+
+def test_the_samples_of_a_ragged_batch_are_what_the_user_says() -> None:
+    """34 nodes and 50 edges of 4 graphs, which nothing in the batch shows."""
+    batches = [{"nodes": data(34, 6), "edges": torch.zeros(2, 50, dtype=torch.float64)} for _ in range(3)]
+    model, loader = Flat().double(), DataLoader(batches, batch_size=None)
+    options: dict[str, Any] = {"forward": lambda model, batch: model(batch["nodes"]), "path": "eval"}
+    with pytest.raises(DataError, match="def batch_size_of"):
+        bnprobe.recalibrate(model, loader, **options)
+    expected = copy.deepcopy(model)
+    bnprobe.recalibrate(model, loader, **options, batch_size_of=lambda batch: 4)
+    bnprobe.recalibrate(expected, [batch["nodes"] for batch in batches], path="eval")
+    assert_close(statistics(model), statistics(expected), 1e-10)
 
 
 @pytest.mark.parametrize("path", ["train", "eval"])

@@ -17,7 +17,7 @@ from bnprobe.loading.order import spread
 from bnprobe.loading.samples import count_samples
 from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of
-from bnprobe.measure.scores import ScoreTable
+from bnprobe.measure.scores import Measure, ScoreTable
 from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.numbers import count
 from bnprobe.records import Score
@@ -77,8 +77,13 @@ class HeldOut:
         else:
             source, data = workload.held_out, "held-out"
         batches, notes = _read(spec, source)
-        samples_in = getattr(source.batches, "samples_in", count_samples)
+        samples_in = source.samples_in
         return cls(batches, *functions, *how, tuple(notes), data, samples_in)
+
+    @property
+    def measure(self) -> Measure:
+        """What models are compared by: the metric where there is one, else the loss."""
+        return "loss" if self.metric is None else "metric"
 
     @property
     def described(self) -> str:
@@ -131,7 +136,7 @@ def _read(spec: Spec, source: BatchSource) -> tuple[list[Any], list[str]]:
 
 def _larger(batches: list[Any], source: BatchSource) -> list[Any]:
     """The same samples in larger batches, where all batches can be joined: a few large ones are scored faster."""
-    sizes = [getattr(source.batches, "samples_in", count_samples)(batch) for batch in batches]
+    sizes = [source.samples_in(batch) for batch in batches]
     wanted = min(BATCH, sum(size or 0 for size in sizes) // FEWEST_BATCHES)
     factor = wanted // max(source.batch_size, 1)
     if factor < 2:

@@ -1,0 +1,227 @@
+"""What the user's files offer as data: the function, loader or data set that the spec or the model file names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from bnprobe.config.spec import DataSpec, EvalDataSpec
+from bnprobe.errors import DataError, UsageError
+from bnprobe.loading.data import (
+    BatchSource,
+    Request,
+    counted_by,
+    dataset_source,
+    is_source,
+    known_size,
+    source_of,
+    synthetic_source,
+)
+from bnprobe.loading.model import UserModule, accepts, kind_of, locate, signature_of, user_code
+from bnprobe.numbers import listed
+
+
+def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
+    """Load the data: the spec's target; else load_data, loader or dataset of the model's module; else synthetic.
+
+    Further names that are common are found too (``TRAINING_NAMES``), unless synthetic inputs are asked for.
+
+    Raises:
+        DataError: There is no data, or it is not available at this batch size.
+        UsageError: The batch size is unknown.
+        UserCodeError: The user's code raised.
+    """
+    found = _find(spec, module, _TRAINING, () if spec.input_shape else TRAINING_NAMES)
+    if found is not None:
+        source = _from_symbol(*found, spec)
+        if not spec.input_shape:
+            return source
+        note = f"--input-shape was not used: {source.description} gives real data."
+        return replace(source, notes=(note, *source.notes))
+    if not spec.input_shape:
+        raise DataError(_no_data(module))
+    return synthetic_source(list(spec.input_shape), known_size(spec.batch_size, "synthetic inputs"), spec.seed)
+
+
+def load_held_out(spec: EvalDataSpec, module: UserModule | None, batch_size: int) -> BatchSource | None:
+    """Load the held-out data: the spec's target; else load_eval_data of the model's module; else None.
+
+    A loader is read at the size that it has, unless the spec asks for another. Further names that are common are found
+    too (``EVALUATION_NAMES``).
+
+    Args:
+        spec: Where it comes from.
+        module: The model's module.
+        batch_size: What load_eval_data is called with if the spec does not say: the batch size of the training data.
+
+    Raises:
+        DataError: The data is not available at this batch size.
+        UserCodeError: The user's code raised.
+    """
+    found = _find(spec, module, _EVALUATION, EVALUATION_NAMES)
+    if found is None:
+        return None
+    size = spec.batch_size or batch_size
+    asked = spec.model_copy(update={"batch_size": size})
+    return replace(_from_symbol(*found, asked, as_given=spec.batch_size is None), most=spec.batches, beside=None)
+
+
+_TRAINING = {"load_data": "load_data(batch_size)", "loader": "loader", "dataset": "dataset"}
+
+_EVALUATION = {"load_eval_data": "load_eval_data(batch_size)"}
+
+
+def _variants(parts: Iterable[str]) -> tuple[str, ...]:
+    """train_loader, train_dataloader, trainloader, get_train_loader, ..., train_dataset, train_set, trainset."""
+    parts = tuple(parts)
+    loaders = [
+        f"{part}{name}" for part in parts for name in ("_loader", "_dataloader", "_data_loader", "loader", "_dl")
+    ]
+    makers = [f"{verb}_{name}" for verb in ("get", "make", "build", "create") for name in loaders]
+    sets = [f"{part}{name}" for part in parts for name in ("_dataset", "_set", "set", "_ds")]
+    return (*loaders, *makers, *sets)
+
+
+_PAIRS = ("get_loaders", "get_dataloaders", "get_data_loaders", "make_loaders", "make_dataloaders", "build_dataloaders")
+
+TRAINING_NAMES = (
+    *_variants(("train", "training")),
+    *("dataloader", "data_loader", "get_loader", "get_dataloader", "make_loader", "make_dataloader", "build_loader"),
+    *_PAIRS,
+)
+"""Names beside the documented ones under which training data is found, in this order."""
+
+EVALUATION_NAMES = _variants(("eval", "val", "valid", "validation", "dev", "test"))
+"""The same for held-out data."""
+
+_BATCH_SIZE_NAMES = frozenset(
+    ("batchsize", "bs", "batch", "batchsz", "microbatchsize", "minibatchsize", "mbs", "samplespergpu")
+)
+
+_SHORT_NAMES = frozenset(("n", "b", "size", "k"))
+"""These are a batch size only where the function cannot be called without them."""
+
+
+def _find(
+    spec: EvalDataSpec, module: UserModule | None, names: Mapping[str, str], more: Sequence[str]
+) -> tuple[UserModule, str] | None:
+    if spec.target is not None:
+        module, symbol = locate(spec.target, module)
+        if symbol is not None:
+            return module, symbol
+    if module is None:
+        return None
+    named = next((name for name in names if module.find(name) is not None), None)
+    if named is None:
+        named = next((name for name in more if _is_data(module.find(name))), None)
+    if named is None and spec.target is not None:
+        raise DataError(_no_data(module, names))
+    return (module, named) if named else None
+
+
+def _is_data(value: Any) -> bool:
+    """Whether what has a common name is data: a loader, a data set, or a function that needs at most a batch size."""
+    if is_source(value):
+        return True
+    if isinstance(value, type) or not callable(value) or not hasattr(value, "__code__"):
+        return False
+    return not set(_required(value)) - {batch_size_parameter(value)}
+
+
+def batch_size_parameter(function: Callable[..., Any]) -> str | None:
+    """The parameter of a user's function that takes the batch size: batch_size, bs, train_batch_size, n, ...; or None.
+
+    A name as short as n is the batch size only where it is the one argument that the function needs.
+    """
+    parameters = signature_of(function)
+    if "batch_size" in parameters:
+        return "batch_size"
+    for name in parameters:
+        plain = name.lower().replace("_", "")
+        if plain in _BATCH_SIZE_NAMES or plain.endswith("batchsize"):
+            return name
+    required = _required(function)
+    if len(required) == 1 and required[0].lower() in _SHORT_NAMES:
+        return required[0]
+    return "batch_size" if accepts(function, "batch_size") else None
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """The parameters without which a function cannot be called."""
+    return [
+        name
+        for name, each in signature_of(function).items()
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+
+
+def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) -> str:
+    wanted = " or ".join(", ".join(names.values()).rsplit(", ", 1))
+    where = f"{module.name} has no {wanted}" if module else "There is no data"
+    if names is _EVALUATION:
+        return f"{where}. Add it, or name another function or loader in the spec (eval_data: target)."
+    return (
+        f"{where}. Add one of them, name one in the spec (data: target), or give --input-shape, "
+        "e.g. 3,224,224, to use synthetic inputs."
+    )
+
+
+def _from_symbol(module: UserModule, symbol: str, spec: EvalDataSpec, as_given: bool = False) -> BatchSource:
+    value, name = module.get(symbol), f"{symbol} of {module.name}"
+    request = Request(name, spec.batch_size, as_given=as_given, batch_size_of=_batch_size_of(spec, module))
+    if _is_callable_data(value):
+        return _from_call(value, request, spec)
+    if spec.args:
+        raise DataError(f"{name} is {kind_of(value)}, so it cannot take data.args ({', '.join(spec.args)}).")
+    if symbol == "dataset" and hasattr(value, "__getitem__") and not isinstance(value, DataLoader):
+        return dataset_source(value, request)  # a plain list of samples works too
+    return source_of(value, request)
+
+
+def _batch_size_of(spec: EvalDataSpec, module: UserModule) -> Callable[[Any], int] | None:
+    """The user's function that counts the samples of a batch: the one that the spec names, or that of the module."""
+    if spec.batch_size_of is None:
+        return counted_by(module.find("batch_size_of"))
+    home, symbol = locate(spec.batch_size_of, module)
+    return counted_by(home.get(symbol or "batch_size_of"))
+
+
+def _is_callable_data(value: Any) -> bool:
+    if isinstance(value, type):
+        return True
+    return callable(value) and not hasattr(value, "__iter__") and not hasattr(value, "__getitem__")
+
+
+def _from_call(function: Callable[..., Any], request: Request, spec: EvalDataSpec) -> BatchSource:
+    args, told, parameter = dict(spec.args), None, batch_size_parameter(function)
+    if parameter is not None:
+        told = _told(function, parameter, request.origin, spec)
+        if spec.batch_size is not None:
+            args[parameter] = spec.batch_size
+    missing = [name for name in _required(function) if name not in args]
+    if missing:
+        raise DataError(
+            f"{request.origin} needs {listed(missing)}, but bnprobe calls it with the batch size alone, as"
+            " load_data(batch_size). Give the other arguments default values, or name their values in the spec"
+            " (data: args)."
+        )
+    symbol, _, where = request.origin.partition(" of ")
+    call = f"{symbol}({', '.join(f'{key}={value!r}' for key, value in args.items())}) of {where}"
+    with user_code(f"calling {call}"):
+        value = function(**args)
+    return source_of(value, replace(request, told=told))
+
+
+def _told(function: Callable[..., Any], parameter: str, name: str, spec: EvalDataSpec) -> int | None:
+    """The batch size that the user's function will use."""
+    if spec.batch_size is not None:
+        return spec.batch_size
+    found = signature_of(function).get(parameter)
+    default = found.default if found else None
+    chosen = spec.args.get(parameter, default)
+    if found and chosen is found.empty:
+        raise UsageError(f"{name} needs a batch size. Give one with --batch-size.")
+    return chosen if isinstance(chosen, int) else None

@@ -1,0 +1,396 @@
+"""One forward pass: how the norm layers answer in it, and the moments that it records.
+
+``Pass`` is the answer that a scan gives: every group of rows is normalized with its own statistics, as if it had run
+alone, and its moments are recorded. ``Grouping`` says which rows belong together.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnprobe.errors import ModelError
+from bnprobe.measure.batch import CannotEmulateError, as_plain, like_subclass
+from bnprobe.measure.hooks import Intercepted
+from bnprobe.measure.norms import GroupsRows, NormCall
+from bnprobe.stats.moments import Moments, bessel, pool_moments, row_moments, statistics_distance
+
+Slot = tuple[int, int]
+"""(index of the layer, index of its call within one forward pass)."""
+
+LayerStatistics = Mapping[int, tuple[Tensor, Tensor]]
+"""Mean and variance, each of shape (channels,), by index of the layer."""
+
+
+class RowLayout(enum.Enum):
+    """Where the k rows of a sample lie, in a layer that sees more rows than samples."""
+
+    CONSECUTIVE = "k consecutive rows belong to one sample"
+    INTERLEAVED = "k blocks, each with one row of every sample"
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How the rows of one call divide into samples, micro-batches and the groups that are normalized together.
+
+    Attributes:
+        samples: Samples in the physical batch.
+        batch_size: Samples per micro-batch; divides ``samples``.
+        rows: Rows that the layer sees; a multiple of ``samples``.
+        layout: Order of the rows.
+        group_rows: Rows per group, consecutive in the micro-batch as it runs alone; None: the whole micro-batch.
+    """
+
+    samples: int
+    batch_size: int
+    rows: int
+    layout: RowLayout = RowLayout.CONSECUTIVE
+    group_rows: int | None = None
+
+    @property
+    def rows_per_sample(self) -> int:
+        return self.rows // self.samples
+
+    @property
+    def micro_batches(self) -> int:
+        return self.samples // self.batch_size
+
+    @property
+    def groups_per_micro_batch(self) -> int:
+        return 1 if self.group_rows is None else self.rows // self.micro_batches // self.group_rows
+
+    @property
+    def groups(self) -> int:
+        return self.micro_batches * self.groups_per_micro_batch
+
+    def sample_moments(self, x: Tensor, floor: float) -> Moments:
+        """(mean, biased variance) of each sample and channel, float64, shape (samples, channels)."""
+        if self.rows_per_sample == 1:
+            return row_moments(x, floor)
+        if x.dim() == 2:
+            return row_moments(self._split(x).transpose(1, 2), floor)
+        mean, variance = (self._split(moment).flatten(0, 1) for moment in row_moments(x, floor))
+        return pool_moments(mean, variance, self.rows_per_sample)
+
+    def group_moments(self, x: Tensor, floor: float) -> Moments:
+        """(mean, biased variance) of each group and channel, float64, shape (groups, channels)."""
+        if self.group_rows is None:
+            return pool_moments(*self.sample_moments(x, floor), self.batch_size)
+        group = self.group_of_row(x.device)
+        mean, variance = row_moments(x, floor)
+        if group is not None:
+            order = group.argsort(stable=True)
+            mean, variance = mean[order], variance[order]
+        return pool_moments(mean, variance, self.group_rows)
+
+    def group_of_row(self, device: torch.device) -> Tensor | None:
+        """Index of the group of each row, shape (rows,), micro-batch by micro-batch; None where there is only one."""
+        if self.groups == 1:
+            return None
+        row = torch.arange(self.rows, device=device)
+        if self.layout is RowLayout.CONSECUTIVE:
+            sample, block = row // self.rows_per_sample, row % self.rows_per_sample
+            within = sample % self.batch_size * self.rows_per_sample + block
+        else:
+            sample, block = row % self.samples, row // self.samples
+            within = block * self.batch_size + sample % self.batch_size
+        micro_batch = sample // self.batch_size
+        if self.group_rows is None:
+            return micro_batch
+        return micro_batch * self.groups_per_micro_batch + within // self.group_rows
+
+    def _split(self, rows: Tensor) -> Tensor:
+        """View of shape (samples, rows_per_sample, channels), whatever the layout."""
+        k, channels = self.rows_per_sample, rows.shape[1]
+        if self.layout is RowLayout.CONSECUTIVE:
+            return rows.reshape(self.samples, k, channels)
+        return rows.reshape(k, self.samples, channels).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Moments of one call.
+
+    Attributes:
+        mean, variance: Shape (units, channels), float64, biased.
+        unit: Samples per unit: 1, or the micro-batch.
+        values: Values per channel in one group.
+        by_batch: The layer normalized with batch statistics.
+        bytes: Size of the input.
+        groups: Where the family divides micro-batches itself, the groups of each; then they are the units.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    unit: int
+    values: int
+    by_batch: bool
+    bytes: int
+    groups: int | None = None
+
+    def per_group(self, batch_size: int) -> Moments:
+        """Moments of each group, for micro-batches of so many samples."""
+        if self.groups is not None:
+            return self.mean, self.variance
+        return pool_moments(self.mean, self.variance, batch_size // self.unit)
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Scale and shift of one call, y = scale * z + shift with z normalized by the running statistics.
+
+    Attributes:
+        scale, shift: Shape (units, channels), leaves of the graph that require grad.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+
+@dataclass
+class Pass:
+    """What one forward pass runs on, how its norm layers answer, and what it records.
+
+    A layer that asks for batch statistics gets those of its group, and its buffers stay as they are. One that asks for
+    running statistics gets its own kernel. The fields may say otherwise for some layers.
+
+    Attributes:
+        samples: Samples in the physical batch.
+        batch_size: Samples per micro-batch; statistics are taken per group of so many, unless the family groups rows.
+        per_sample: Where a layer uses its running statistics, record samples rather than micro-batches.
+        layouts: Of the calls whose layout is known.
+        references: Group moments that the right layout gives: where present, the layout is found by them.
+        by_batch: Indices of layers that normalize with their group's statistics, whatever mode they are in.
+        statistics: Float64; stand in for the running statistics, as if they were in the buffers, where the layer would
+            use these.
+        plain: Batch Renorm normalizes as BN does, uncorrected: for statistics that do not depend on the running ones.
+        leaves: Not None: where a layer uses its running statistics, its scale and shift become leaves of the graph, one
+            row for each unit of what is recorded, and are put here. Needs grad mode; layers that normalize with batch
+            statistics are differentiated through these, of one micro-batch per pass.
+        records: In call order.
+        entered: Indices of the layers whose forward was called.
+        functional: Calls of batch_norm outside any layer: the place in the user's code, and why it is no layer.
+    """
+
+    samples: int
+    batch_size: int
+    per_sample: bool = False
+    layouts: dict[Slot, RowLayout] = field(default_factory=dict)
+    references: dict[Slot, Moments] = field(default_factory=dict)
+    by_batch: frozenset[int] = frozenset()
+    statistics: LayerStatistics = field(default_factory=dict)
+    plain: bool = False
+    leaves: dict[Slot, Leaves] | None = None
+    records: dict[Slot, Recorded] = field(default_factory=dict)
+    entered: set[int] = field(default_factory=set)
+    functional: set[tuple[str, str]] = field(default_factory=set)
+
+    def answer(self, found: Intercepted) -> Tensor:
+        """Answer a layer's call, and record its moments.
+
+        Raises:
+            CannotEmulateError: Its rows cannot be divided into micro-batches.
+            ModelError: The family's groups do not divide a micro-batch.
+        """
+        kind = type(found.call.input)
+        if kind not in (Tensor, nn.Parameter):
+            given = found.call.input
+            plain = self.answer(replace(found, call=replace(found.call, input=as_plain(given))))
+            return like_subclass(plain, given)
+        layer, call = found.layer, found.call
+        slot = (layer.index, sum(index == layer.index for index, _ in self.records))
+        gradient = self.leaves is not None
+        seen = replace(call, input=call.input.detach()) if gradient else call
+        grouping = self._grouping(replace(found, call=seen), slot)
+        by_batch = call.training or call.running_mean is None or layer.index in self.by_batch
+        own = grouping.group_rows is not None
+        per_sample = self.per_sample and not by_batch and not own
+        mean, variance = (grouping.sample_moments if per_sample else grouping.group_moments)(seen.input, call.eps)
+        self.records[slot] = Recorded(
+            mean,
+            variance,
+            unit=1 if per_sample else self.batch_size,
+            values=call.input.numel() // call.input.shape[1] // grouping.groups,
+            by_batch=by_batch,
+            bytes=call.input.numel() * call.input.element_size(),
+            groups=grouping.groups_per_micro_batch if own else None,
+        )
+        if by_batch:
+            if call.unbiased:
+                variance = variance * bessel(self.records[slot].values)
+            call = replace(call, r_max=1.0, d_max=0.0, gate=None) if self.plain else call
+            if gradient:
+                return _by_group(call, grouping.group_of_row(call.input.device))
+            return normalize_groups(call, mean, variance, grouping.group_of_row(call.input.device))
+        call = _with_statistics(call, self.statistics.get(layer.index))
+        if self.leaves is None:
+            return found.family.evaluate(call)
+        output, self.leaves[slot] = affine(call, replace(grouping, batch_size=1) if per_sample else grouping)
+        return output
+
+    def _grouping(self, found: Intercepted, slot: Slot) -> Grouping:
+        rows = found.call.input.shape[0]
+        if rows % self.samples:
+            if self.samples != self.batch_size or self.per_sample:
+                raise CannotEmulateError(
+                    f"{found.layer.name} receives {rows} rows from {self.samples} samples, so rows cannot be assigned"
+                    " to micro-batches"
+                )
+            # A real micro-batch: all rows are normalized together, whatever they are.
+            return Grouping(samples=1, batch_size=1, rows=rows, group_rows=_own_group(found, rows))
+        own = _own_group(found, rows // self.samples * self.batch_size)
+        grouping = Grouping(self.samples, self.batch_size, rows, self.layouts.get(slot, RowLayout.CONSECUTIVE), own)
+        if slot in self.references and grouping.rows_per_sample > 1:
+            other = replace(grouping, layout=RowLayout.INTERLEAVED)
+            x, eps = found.call.input, found.call.eps
+            errors = [
+                statistics_distance(*each.group_moments(x, eps), *self.references[slot], eps)
+                for each in (grouping, other)
+            ]
+            if errors[1] < errors[0]:
+                self.layouts[slot] = RowLayout.INTERLEAVED
+                return other
+        return grouping
+
+
+def _own_group(found: Intercepted, rows: int) -> int | None:
+    """Rows of a group where the family divides the ``rows`` of a micro-batch; None where it does not."""
+    if not isinstance(found.family, GroupsRows):
+        return None
+    own = found.family.rows_per_group(found.layer.module, found.call, rows)
+    if own < 1 or rows % own:
+        raise ModelError(f"{type(found.family).__name__}.rows_per_group gave {own}, which does not divide {rows} rows.")
+    return None if own == rows else own
+
+
+def _with_statistics(call: NormCall, statistics: tuple[Tensor, Tensor] | None) -> NormCall:
+    """The call as it were with other values in the buffers, in the buffers' own dtype."""
+    if statistics is None or call.running_mean is None or call.running_variance is None:
+        return call
+    mean, variance = statistics
+    return replace(call, running_mean=mean.to(call.running_mean), running_variance=variance.to(call.running_variance))
+
+
+def normalize_groups(call: NormCall, mean: Tensor, variance: Tensor, group_of_row: Tensor | None) -> Tensor:
+    """Normalize each row with the statistics of its micro-batch, corrected where the layer does so; weight and bias.
+
+    Args:
+        call: The call to answer; the output has the input's dtype and memory format.
+        mean, variance: Shape (groups, channels), float64; the variance is biased.
+        group_of_row: As ``Grouping.group_of_row`` gives it.
+    """
+    x = call.input
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean, variance = _effective(call, mean, variance)
+    if x.device.type == "cpu" and x.dim() > 2 and x.is_contiguous():
+        return _normalize_rows(call, mean.to(wide), variance.to(wide), group_of_row)
+    scale = (variance + call.eps).rsqrt()
+    if call.weight is not None:
+        scale = scale * call.weight
+    shift = -mean * scale
+    if call.bias is not None:
+        shift = shift + call.bias
+    scale, shift = (_as_rows(tensor.to(wide), group_of_row, x) for tensor in (scale, shift))
+    return torch.addcmul(shift, x, scale).to(x.dtype)
+
+
+def _effective(call: NormCall, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """The statistics with which BN does what the layer does: Batch Renorm's r * (x - mean) / s + d is (x - m) / t with
+    t = s / r and m = mean - d * t.
+    """
+    found = call.corrections(mean, variance)
+    if found is None:
+        return mean, variance
+    std = (variance + call.eps).sqrt() / found.r_clipped
+    return mean - found.d_clipped * std, std.square() - call.eps
+
+
+def _normalize_rows(call: NormCall, mean: Tensor, variance: Tensor, group_of_row: Tensor | None) -> Tensor:
+    """By PyTorch's own inference kernel, each (row, channel) taken for a channel.
+
+    On CPU this is 1.6 times faster than addcmul with broadcasting.
+    """
+    x = call.input
+    rows = x.shape[0]
+
+    def spread(per_channel: Tensor | None) -> Tensor | None:
+        if per_channel is None:
+            return None
+        return per_channel.to(mean.dtype).expand(rows, -1).reshape(-1)
+
+    if group_of_row is not None:
+        mean, variance = mean[group_of_row], variance[group_of_row]
+    flat = x.view(1, rows * x.shape[1], *x.shape[2:])
+    weight, bias = spread(call.weight), spread(call.bias)
+    return F.batch_norm(flat, spread(mean), spread(variance), weight, bias, eps=call.eps).view_as(x)
+
+
+def affine(call: NormCall, grouping: Grouping) -> tuple[Tensor, Leaves]:
+    """The layer's output with its running statistics, and its leaves.
+
+    Args:
+        call: A call that uses its running statistics.
+        grouping: A unit is what it takes for a micro-batch.
+    """
+    assert call.running_mean is not None  # the caller answers other calls otherwise
+    assert call.running_variance is not None
+    x = call.input
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean = call.running_mean.to(wide)
+    rstd = (call.running_variance.double() + call.eps).rsqrt().to(wide)
+    z = (x - _as_channels(mean, x)) * _as_channels(rstd, x)
+    scale = torch.ones_like(mean) if call.weight is None else call.weight.to(wide)
+    shift = torch.zeros_like(mean) if call.bias is None else call.bias.to(wide)
+    leaves = Leaves(_leaf(scale, grouping.groups), _leaf(shift, grouping.groups))
+    unit = grouping.group_of_row(x.device)
+    output = torch.addcmul(_as_rows(leaves.shift, unit, x), z, _as_rows(leaves.scale, unit, x))
+    return output.to(x.dtype), leaves
+
+
+def _by_group(call: NormCall, group_of_row: Tensor | None) -> Tensor:
+    """The output with each group's own statistics, differentiable through these."""
+    if group_of_row is None:
+        return normalize_together(call)
+    order = group_of_row.argsort(stable=True)
+    parts = call.input[order].chunk(int(group_of_row.max()) + 1)
+    return torch.cat([normalize_together(replace(call, input=part)) for part in parts])[order.argsort()]
+
+
+def normalize_together(call: NormCall) -> Tensor:
+    """The output with the statistics of all rows taken together, differentiable through these.
+
+    Batch Renorm's r and d are constants.
+    """
+    x = call.input
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    axes = [0, *range(2, x.dim())]
+    variance, mean = torch.var_mean(values, axes, correction=int(call.unbiased), keepdim=True)
+    output = (values - mean) * (variance + call.eps).rsqrt()
+    found = call.corrections(mean.reshape(1, -1).double(), variance.reshape(1, -1).double())
+    if found is not None:
+        r, d = (_as_channels(value[0].to(values.dtype), x) for value in (found.r_clipped, found.d_clipped))
+        output = output * r + d
+    if call.weight is not None:
+        output = output * _as_channels(call.weight, x)
+    if call.bias is not None:
+        output = output + _as_channels(call.bias, x)
+    return output.to(x.dtype)
+
+
+def _leaf(value: Tensor, units: int) -> Tensor:
+    return value.detach().expand(units, -1).clone().requires_grad_()
+
+
+def _as_channels(per_channel: Tensor, x: Tensor) -> Tensor:
+    return per_channel.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def _as_rows(per_group: Tensor, group_of_row: Tensor | None, x: Tensor) -> Tensor:
+    """Values of shape (groups, channels) for each row of ``x``, to be broadcast over its positions."""
+    rows = per_group if group_of_row is None else per_group[group_of_row]
+    return rows.reshape(*rows.shape, *[1] * (x.dim() - 2))

@@ -1,0 +1,55 @@
+"""What all documents share: the base of their records, estimates with their intervals, who wrote them and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+SCHEMA_VERSION = 1
+
+Interval = tuple[float, float | None]
+"""Lower and upper end of a 95% interval; None: no upper end can be given."""
+
+OMITTED_WHEN_EMPTY = frozenset({"statistics"})
+"""Fields that a document leaves out where they are empty."""
+
+
+class Record:
+    """Base of all records. Where pydantic reads one, a key that is no field is an error."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class Estimate(Record):
+    """A mean and its 95% interval; None where there is none, e.g. with one value, or where all values are the same."""
+
+    mean: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Score(Record):
+    """Loss and metric; None where not given."""
+
+    loss: float | None
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class Tool(Record):
+    """The program that wrote the document, and its version."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Environment(Record):
+    """The machine and the software it ran on."""
+
+    python: str
+    torch: str
+    platform: str
+    device_name: str
+    threads: int
