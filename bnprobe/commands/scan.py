@@ -449,8 +449,10 @@ def tell_apart(
 def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
     """Passes that were measured beside the two paths, with their reasons."""
     if evidence.steady is not None:
-        reason = "the model draws random numbers in training"
-        yield ExtraPass("train path without random layers", reason, evidence.samples, evidence.steady_seconds)
+        name, reason = "train path without random layers", "the model draws random numbers in training"
+        if not evidence.random:
+            name, reason = "train path with the rest in eval mode", "train mode does more than to normalize by batch"
+        yield ExtraPass(name, reason, evidence.samples, evidence.steady_seconds)
     if evidence.scoring_seconds:
         more = evidence.scores.count - evidence.samples
         yield ExtraPass("loss and metric", "of further samples, for their intervals", more, evidence.scoring_seconds)

@@ -259,8 +259,10 @@ class Evidence:
     Attributes:
         layers: Of the model; left out where evidence is sent to another process.
         batching: How micro-batches ran in the end.
-        paths: "train" and "eval", and "steady" once the model is known to have random layers: without any, it is the
-            train path. On held-out data "eval" alone.
+        paths: "train" and "eval", and "steady" once the model is known to do more in train mode than to normalize by
+            batch (random layers, heads that run in training only): otherwise it is the train path. On held-out data
+            "eval" alone.
+        random: The model draws random numbers in training that it does not draw at inference.
         batch_sizes: The eval path at further batch sizes.
         outputs: The distance of the two paths at the model's outputs.
         scores: Loss and metric on each path; of more micro-batches than the rest, where few decided every layer.
@@ -294,6 +296,7 @@ class Evidence:
     batch_sizes: dict[int, PathEvidence] = field(default_factory=dict)
     outputs: OutputSums = field(default_factory=OutputSums)
     scores: ScoreTable = field(default_factory=ScoreTable)
+    random: bool = False
     repeat: float | None = None
     batches: int = 0
     physical_batch: int = 0
@@ -362,6 +365,7 @@ class Evidence:
         self.outputs.merge(other.outputs)
         self.scores.merge(other.scores)
         self.repeat = max((each for each in (self.repeat, other.repeat) if each is not None), default=None)
+        self.random |= other.random
         self.batches += other.batches
         self.physical_batch = max(self.physical_batch, other.physical_batch)
         self.values = {**other.values, **self.values}
@@ -405,7 +409,7 @@ class Evidence:
 
     @property
     def steady(self) -> PathEvidence | None:
-        """The train path without random layers; None where there are none, and it is the train path."""
+        """The train path with all but the norm layers in eval mode; None where that is the train path itself."""
         return self.paths.get("steady")
 
     @property

@@ -179,6 +179,9 @@ def require_layers(model: nn.Module, found: LayerSet) -> None:
 _ENOUGH_CHANNELS = 8
 """Values of fewer channels may be round by chance."""
 
+_CONSTANT = 1e-4
+"""A channel with a smaller part of eps as its variance has a standard deviation below 1% after the layer."""
+
 _ENOUGH_WEIGHTS = 512
 """Fewer weights may have few values by chance."""
 
@@ -250,12 +253,18 @@ def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> 
         untouched=untouched,
         non_finite=bad,
         negative=negative,
-        dead=0 if variance is None else int(((variance >= 0) & (variance < layer.info.eps)).sum()),
+        dead=_below(variance, layer.info.eps),
+        constant=_below(variance, _CONSTANT * layer.info.eps),
         median_variance=_median(variance),
         dropouts_before=before,
         affine_moved=_has_moved(layer.module),
         bfloat16=untouched is False and bool(buffers) and all(_is_bfloat16(buffer) for buffer in buffers),
     )
+
+
+def _below(variance: Tensor | None, limit: float) -> int:
+    """Number of variances that are below a limit."""
+    return 0 if variance is None else int(((variance >= 0) & (variance < limit)).sum())
 
 
 def _has_moved(module: nn.Module) -> bool | None:

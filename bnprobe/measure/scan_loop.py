@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import add
@@ -49,6 +50,9 @@ _DEVICE = 10.0
 
 _BEYOND_ROUNDING = 1e-2
 """No device's rounding changes outputs by so much, in half precision either."""
+
+_OTHER = 1e-3
+"""Outputs, loss and metric that differ by less, relative, are the same but for rounding."""
 
 CAUGHT = (KeyboardInterrupt, UserCodeError, DataError, DeviceError)
 """Errors that end a measurement but keep what was measured so far."""
@@ -149,7 +153,7 @@ def _measure_held_out(
     samples = Share(reader.share.rank, reader.share.size, reader.share.run * size)
     path = PathEvidence("held-out", 1, samples)
     evidence = Evidence(measured.session.layers, Batching(size, emulation, at_once), {"eval": path})
-    measurement = Measurement(measured.session, evidence, random=False, samples_in=reader.samples_in)
+    measurement = Measurement(measured.session, evidence, more=False, samples_in=reader.samples_in)
     _measure(batches if reader.most is None else reader.most, measurement, reader, progress, world)
     reader.fill()
     evidence.kept, evidence.seconds = reader.kept, time.perf_counter() - started
@@ -166,7 +170,7 @@ def measure_mixed(session: Session, evidence: Evidence, reader: Reader, progress
     started = time.perf_counter()
     batching = Batching(reader.batch_size, evidence.batching.emulation)
     mixed = Evidence(session.layers, batching, {"eval": PathEvidence("held-out", reader.batch_size)})
-    _measure(evidence.batches, Measurement(session, mixed, random=False), reader, progress, ALONE)
+    _measure(evidence.batches, Measurement(session, mixed, more=False), reader, progress, ALONE)
     mixed.seconds = time.perf_counter() - started
     evidence.mixed = mixed
 
@@ -314,15 +318,15 @@ class Measurement:
     """Runs physical batches through the paths of ``evidence``, to which each is added wholly or not at all.
 
     Attributes:
-        steady: What becomes evidence once the model is known to have random layers.
-        random: Whether it has; None before the first step.
+        steady: What becomes evidence once the model is known to do more in train mode than to normalize by batch.
+        more: Whether it does; None before the first step.
         samples_in: Tells how many samples a micro-batch has.
     """
 
     session: Session
     evidence: Evidence
     steady: PathEvidence | None = None
-    random: bool | None = None
+    more: bool | None = None
     samples_in: Callable[[Any], int | None] = count_samples
 
     def step(self, micro_batches: list[Any]) -> None:
@@ -361,18 +365,19 @@ class Measurement:
     def _measure(self, micro_batches: list[Any]) -> None:
         evidence, step = self.evidence, self._step_of(micro_batches)
         draws: dict[PathName, bool] = {path: self._forward(path, step) for path in evidence.paths if path != "steady"}
-        random = self._is_random(draws) if self.random is None else self.random
-        repeat = self._repeat(step) if self.random is None else evidence.repeat
+        repeat = self._repeat(step) if self.more is None else evidence.repeat
+        random = self._is_random(draws) if self.more is None else evidence.random
         started = time.perf_counter()
-        if random:
+        more = self._does_more(random, step) if self.more is None else self.more
+        if more and "steady" not in step.passes:
             self._forward("steady", step)
         seconds = time.perf_counter() - started
         if "train" in draws:
             found = evidence.outputs.measure(step.joined, step.inputs, step.outputs["train"], step.outputs["eval"])
             step.contributions |= found
         with deferred_interrupts():
-            self.random = random
-            if random and self.steady is not None:
+            self.more, evidence.random = more, random
+            if more and self.steady is not None:
                 evidence.paths["steady"] = self.steady
             evidence.steady_seconds += seconds
             evidence.repeat = repeat
@@ -383,6 +388,22 @@ class Measurement:
         if not draws.get("train", False):
             return False
         return not draws["eval"] or has_random_layers(self.session.model)
+
+    def _does_more(self, random: bool, step: _Step) -> bool:
+        """Whether train mode does more than to normalize by batch, so that loss and metric are not those of inference.
+
+        Random layers, heads that run in training only, a loss that asks self.training. It is found by running a step
+        without all that: where nothing changes, the step is thrown away.
+        """
+        if random or "train" not in step.passes or not step.apart:
+            return random
+        with suppress(UserCodeError):  # which this mode alone may raise: nothing else needs it
+            self._forward("steady", step)
+            if _is_other(step, "train", "steady"):
+                return True
+        step.passes.pop("steady", None)
+        step.scores = {key: rows for key, rows in step.scores.items() if key[1] != "steady"}
+        return False
 
     def _repeat(self, step: _Step) -> float | None:
         """Relative L2 distance of two eval-path passes over the same samples: 0 unless the model is random there.
@@ -416,7 +437,7 @@ class Measurement:
 
     def _forward(self, path: PathName, step: _Step) -> bool:
         """Run one path; return whether it drew random numbers, which is checked in the first step only."""
-        before = random_state() if self.random is None else None
+        before = random_state() if self.more is None else None
         per_sample = path == "eval" and self.evidence.batching.emulation.trusted
         step.passes[path] = self._pass(path, step, per_sample)
         step.outputs[path], recorded = self.session.forward(path, step.joined, step.passes[path])
@@ -425,6 +446,21 @@ class Measurement:
         room = {measure: self.evidence.scores.room(measure, path) for measure in MEASURES}
         step.scores |= score_outputs(self.session, path, step.apart, recorded, step.size, room)
         return drew
+
+
+def _is_other(step: _Step, one: PathName, other: PathName) -> bool:
+    """Whether two paths ran other layers, or gave other outputs, loss or metric, by more than rounding."""
+    if step.passes[one].entered != step.passes[other].entered:
+        return True
+    apart = relative_distance(step.outputs[one], step.outputs[other])
+    if apart is None or apart > _OTHER:
+        return True
+    for measure in MEASURES:
+        rows = [step.scores[measure, path] for path in (one, other) if (measure, path) in step.scores]
+        for mine, its in zip(*rows, strict=True) if len(rows) > 1 else ():
+            if bool((mine.value - its.value).abs() > _OTHER * mine.value.abs()):
+                return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from bnprobe.report.table import Column, Mark, Names, TableLayout, arrows, dropp
 
 _LEVELS_AND_STEPS = (
     ("training", "training data, as in training", "training"),
-    ("training_noise", "dropout and other random layers off", "noise"),
-    ("without_noise", "training data, random layers off", "noise off"),
+    ("training_noise", "all but batch statistics to eval mode", "to eval mode"),
+    ("without_noise", "batch statistics, all else in eval mode", "all else eval"),
     ("inconsistency", "from batch to running statistics", "inconsistency"),
     ("inference", "training data, as at inference", "inference"),
     ("generalization", "from training to held-out data", "generalization"),
@@ -40,17 +40,11 @@ _LEVELS_AND_STEPS = (
 )
 """From training down to held-out data, each level followed by the step to the next; labels for wide and narrow."""
 
-_STILL_RANDOM = {
-    "training_noise": ("random layers in eval mode", "noise"),
-    "without_noise": ("training data, random layers in eval mode", "in eval mode"),
-}
-"""Labels for models that are random in eval mode too: what is random there is not off."""
-
 _NOISE = ("training_noise", "without_noise")
 _HELD_OUT = ("generalization", "held_out")
 
 _STEPS = {
-    "training_noise": "training noise, which is present in training only",
+    "training_noise": "what train mode does beyond batch statistics (dropout, heads and losses of training alone)",
     "inconsistency": "the train/test inconsistency: the change from batch to running statistics",
     "generalization": "the generalization gap, between training and held-out data with the same running statistics",
 }
@@ -58,22 +52,14 @@ _STEPS = {
 _MOSTLY = 0.5
 
 
-def gaps(found: Sequence[Gap], page: Page, random: bool = False) -> list[Text]:
-    """The levels and steps with their intervals, a column for each measure, and which step is the largest.
-
-    Args:
-        found: One for each measure.
-        page: What the lines are written on.
-        random: The model is random at inference.
-    """
+def gaps(found: Sequence[Gap], page: Page) -> list[Text]:
+    """The levels and steps with their intervals, a column for each measure, and which step is the largest."""
     if not found:
         return []
     held_out = any(gap.held_out is not None for gap in found)
     noisy = any(gap.training_noise or gap.training_noise_interval for gap in found)
     left_out = (*(() if noisy else _NOISE), *(() if held_out else _HELD_OUT))
     rows = [(field, *labels) for field, *labels in _LEVELS_AND_STEPS if field not in left_out]
-    if random:
-        rows = [(field, *_STILL_RANDOM.get(field, labels)) for field, *labels in rows]
     fields = [field for field, *_ in rows]
     columns = [Column(gap.measure, _gap_cells(gap, fields, page)) for gap in found]
     marks = [Mark(style="dim" if field in _STEPS else "") for field in fields]

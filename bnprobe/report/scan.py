@@ -52,7 +52,7 @@ def render(report: Report, options: RenderOptions) -> str:
         _layer_notes(report.layers, page, show_all),
         _batch_sizes(report.layers, page),
         _output(report.summary.output, page, scores=not report.summary.gaps),
-        further.gaps(report.summary.gaps, page, random=bool(report.summary.output.repeat)),
+        further.gaps(report.summary.gaps, page),
         further.backward(report, page, show_all),
         further.updates(report, page, show_all),
         page.section("Notes on the scan", report.scan.notes),

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.numbers import number
-from bnprobe.records import Verdict
+from bnprobe.numbers import number, percent
+from bnprobe.records import Severity, Verdict
 from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.interface import Link, Rule
 
-MOSTLY = 0.5
-"""Above this fraction of dead channels the layer as a whole carries little but its bias."""
-
 
 class DeadChannels(Rule):
-    """Channels are (nearly) constant: their running variance is below eps, which then determines their scale.
+    """Channels have a running variance below eps, which then determines their scale.
 
     What:
-        The number of channels whose running variance is below the layer's eps. One such channel is a warning, more than
-        half of the channels are an error.
+        The number of channels whose running variance is below the layer's eps. It is a remark, and a warning where
+        channels are constant: with a variance below a ten-thousandth of eps the layer turns them into less than 1% of a
+        standard deviation.
 
     Why:
-        The layer divides by sqrt(variance + eps). Below eps it is almost constant: the channel carries no signal, or
-        a weak one. It costs memory and time, and a small change of the data can produce large outputs.
+        The layer divides by sqrt(variance + eps). Below eps that is about sqrt(eps), so the channel is scaled down. The
+        same happens with batch statistics: training and inference agree, and the weights after the layer were trained
+        on what it gives. Data that is small in scale, or a large eps as ported from TensorFlow (1e-3), has this effect
+        in healthy networks. A channel that is constant carries no signal.
 
     Example:
-        Pruning most channels of a block does not change the accuracy; or outputs explode on new data in a few channels
-        only.
+        Images between 0 and 0.1 in front of a layer with eps=1e-3. Or all weights of a channel were driven to 0 by
+        weight decay.
 
     Remedy:
-        Prune the channels, or find out why they died: a learning rate that is too high, weight decay on an unused
-        branch, constant inputs. If the data is merely small in scale, scale it up or lower eps.
+        Nothing has to be done for inference to be like training. Keep eps as it was in training: the weights fit it.
+        Where channels are constant, look for the reason: a learning rate that was too high, weight decay on a branch
+        that is not used, constant inputs.
 
     Reference:
         Ioffe and Szegedy 2015, arXiv 1502.03167, algorithm 1 (eps). Liu et al. 2017, arXiv 1708.06519, section 3
@@ -40,10 +41,10 @@ class DeadChannels(Rule):
     code = "BN106"
     title = "dead channels"
     cause = "dead_channels"
-    severity = "warning"
+    severity = "info"
     unit = "channels"
-    finding = "some channels are nearly constant (variance below eps)"
-    remedy = "Prune these channels or find out why they died. For data of small scale, scale it up or lower eps."
+    finding = "some channels have a variance below eps, which scales them down"
+    remedy = "Nothing has to be done for inference to be like training; keep eps as it was in training."
     follows_from = (Link("lag"), Link("never_trained"))
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
@@ -55,8 +56,19 @@ class DeadChannels(Rule):
             return self.skipped(layer.name, "the layer has no running statistics")
         if not layer.dead:
             return self.passed(layer.name, "Every running variance is at least eps.", 0.0, 0.0)
-        severity = "error" if layer.dead > MOSTLY * layer.channels else self.severity
+        severity: Severity = "warning" if layer.constant else "info"
         median = layer.median_variance
         usual = "" if median is None else f" (the median over channels is {number(median)})"
-        message = f"{layer.dead} of {layer.channels} channels have a running variance below eps = {layer.eps:g}{usual}."
-        return self.failed(layer.name, message, float(layer.dead), 0.0, severity)
+        message = (
+            f"{layer.dead} of {layer.channels} channels ({percent(layer.dead / layer.channels)}) have a running"
+            f" variance below eps = {layer.eps:g}{usual}. The layer scales such channels down, with batch statistics as"
+            " with running statistics."
+        )
+        if not layer.constant:
+            return self.failed(layer.name, message, float(layer.dead), 0.0, severity)
+        message += f" Of {layer.constant} less than 1% of a standard deviation is left: they are constant."
+        remedy = (
+            "Look for the reason why channels are constant: a learning rate that was too high, weight decay, or constant"
+            " inputs. It is none for training and inference to differ."
+        )
+        return self.failed(layer.name, message, float(layer.dead), 0.0, severity, remedy)

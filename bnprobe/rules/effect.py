@@ -113,7 +113,7 @@ class Effect:
 
 
 def inconsistency(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:
-    """From batch statistics to running statistics, on the training data with random layers off."""
+    """From batch statistics to running statistics, on the training data, all else in eval mode."""
     return Effect(
         tuple(
             _change(

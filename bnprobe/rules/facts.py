@@ -29,6 +29,7 @@ class Anatomy:
         non_finite: Number of values of the running statistics that are NaN or Inf.
         negative: Number of values of the running variance below 0.
         dead: Number of channels whose running variance is below eps.
+        constant: Of these, those that the layer turns into less than 1% of a standard deviation.
         median_variance: Median of the running variance over channels; None without one, or where it is not finite.
         dropouts_before: Names of random layers that are active in training and feed this one, as traced where a batch
             or the code could be followed, else as defined.
@@ -62,6 +63,7 @@ class Anatomy:
     zeros: float | None = None
     levels: int | None = None
     copy_of: str | None = None
+    constant: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ class Inconsistency(Rule):
     """Loss or metric are surely worse with running statistics than with batch statistics, on the same samples.
 
     What:
-        The change of loss and metric on training batches from batch statistics to running statistics, with dropout and
-        other random layers off in both. It fails where the 95% interval of the change excludes zero and the change is
+        The change of loss and metric on training batches from batch statistics to running statistics, with all
+        else in eval mode (no dropout, and no heads or losses of training alone). It fails where the 95% interval of the change excludes zero and the change is
         larger than 2 points of a metric between 0 and 1, or 2% of the value. Where another error explains it, it is
         reported as a consequence of that; otherwise this finding says what was ruled out.
 

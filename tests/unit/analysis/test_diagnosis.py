@@ -324,7 +324,7 @@ def test_errors_come_first_then_effect_on_the_output() -> None:
 
 def test_a_warning_comes_last_whatever_its_effect() -> None:
     layers = [make_layer("a", make_shares(lag=0.5)), make_layer("b")]
-    anatomy = [make_anatomy("a"), make_anatomy("b", dead=1)]
+    anatomy = [make_anatomy("a"), make_anatomy("b", dead=1, constant=1)]
     ranked = diagnosed(make_evidence(*layers, anatomy=anatomy), {"a": 0.01, "b": 5.0})
     assert [(found.cause, found.severity) for found in ranked] == [("lag", "error"), ("dead_channels", "warning")]
 

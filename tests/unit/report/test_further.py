@@ -47,12 +47,12 @@ def test_the_steps_of_two_measures_fit_80_columns_in_words() -> None:
     )
     lines = section(with_gaps(LOSS, accuracy), "From training")
     assert max(map(len, lines)) <= 80
-    assert "dropout and other random layers off" in " ".join(lines)
+    assert "all but batch statistics to eval mode" in " ".join(lines)
 
 
-def test_without_random_layers_there_is_no_word_of_them() -> None:
+def test_where_train_mode_does_no_more_than_to_normalize_by_batch_there_is_no_step_for_it() -> None:
     calm = replace(LOSS, training=0.052, training_noise=0.0, training_noise_interval=None)
-    assert "random" not in " ".join(section(with_gaps(calm), "From training"))
+    assert "all else" not in " ".join(section(with_gaps(calm), "From training"))
 
 
 def test_without_held_out_data_the_steps_end_at_inference() -> None:
@@ -66,7 +66,11 @@ def test_without_held_out_data_the_steps_end_at_inference() -> None:
 @pytest.mark.parametrize("step", ["training_noise", "inconsistency", "generalization"])
 def test_the_largest_step_is_named_only_if_it_is_significant_and_most_of_it(step: str) -> None:
     none = Gap("metric", 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, samples=256)
-    words = {"training_noise": "training noise", "inconsistency": "inconsistency", "generalization": "generalization"}
+    words = {
+        "training_noise": "beyond batch statistics",
+        "inconsistency": "inconsistency",
+        "generalization": "generalization",
+    }
     sure = replace(none, **{step: -0.4, f"{step}_interval": (-0.5, -0.3)})
     assert f"{words[step]}" in said(with_gaps(sure)).partition("The largest step")[2]
     unsure = replace(none, **{step: -0.4, f"{step}_interval": (-0.9, 0.1)})
