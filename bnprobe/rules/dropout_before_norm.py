@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from bnprobe.numbers import listed, number
@@ -18,7 +19,8 @@ class DropoutBeforeNorm(Rule):
         Random layers (dropout, drop path, stochastic depth, drop block) with a positive probability that are active in
         training and whose output reaches the layer, as one forward pass of a scan shows, or the code where torch.fx can
         follow it (otherwise the order of definition stands for it). Calls of F.dropout are not seen. The rule passes
-        where a scan has measured that dropout hardly changes the layer's statistics.
+        where a scan has measured that dropout hardly changes the layer's statistics. It is a warning where a scan has
+        measured that it does, and a remark where nothing was measured: many networks are built so, and do well.
 
     Why:
         Dropout scales what it keeps by 1 / (1 - p), which preserves the mean but not the variance. The running variance
@@ -40,7 +42,7 @@ class DropoutBeforeNorm(Rule):
     code = "BN107"
     title = "dropout before BatchNorm"
     cause = "dropout_before_norm"
-    severity = "warning"
+    severity = "info"
     unit = "random layers"
     finding = "dropout or another random layer comes before them, so variances differ at inference"
     remedy = "Move dropout behind the last BN layer, or recalibrate the running statistics with dropout off."
@@ -55,19 +57,19 @@ class DropoutBeforeNorm(Rule):
         if not before or not (layer.has_running_statistics and layer.trains_statistics):
             return self.passed(layer.name, "No random layer shifts its running statistics.", before, 0.0)
         names = listed(layer.dropouts_before[::-1], 3)
-        share = _harmless(measured)
-        if share is not None:
-            message = f"Random layers before it ({names}) hardly change its statistics: D = {number(share)}."
+        low, high = _share(measured)
+        limit = 0.0 if measured is None else share_limit(measured)
+        if measured is not None and measured.shares is not None and -limit < low and high < limit:
+            share = number(measured.shares.dropout)
+            message = f"Random layers before it ({names}) hardly change its statistics: D = {share}."
             return self.passed(layer.name, message, before, 0.0)
         message = f"Random layers that are active in training only come before it: {names}."
-        return self.failed(layer.name, message, before, 0.0)
+        return self.failed(layer.name, message, before, 0.0, "warning" if low > limit else None)
 
 
-def _harmless(layer: Layer | None) -> float | None:
-    """The measured share of dropout, where it is significantly below the limit."""
+def _share(layer: Layer | None) -> tuple[float, float]:
+    """The interval of the measured share of dropout; anything, where it was not measured."""
     if layer is None or layer.shares is None:
-        return None
-    interval = None if layer.share_intervals is None else layer.share_intervals.dropout
-    low, high = (layer.shares.dropout, layer.shares.dropout) if interval is None else interval
-    limit = share_limit(layer)
-    return layer.shares.dropout if high is not None and -limit < low and high < limit else None
+        return -math.inf, math.inf
+    low, high = (layer.share_intervals and layer.share_intervals.dropout) or (layer.shares.dropout,) * 2
+    return low, math.inf if high is None else high

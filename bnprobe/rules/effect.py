@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bnprobe.numbers import number
-from bnprobe.records import Chance, ChanceValues, Estimate, Gap, Interval, Remedy, Score
+from bnprobe.records import Chance, ChanceValues, Estimate, FreeRemedy, Gap, Interval, Remedy, Score, Severity
+from bnprobe.rules.facts import Facts
 
 FLOOR = 0.02
 """The smallest change that matters, of a metric between 0 and 1; otherwise relative."""
@@ -38,6 +39,9 @@ SMALLEST = 1e-12
 
 Standing = Literal["worse", "better", "same", "unclear", "not measured"]
 """Surely worse; surely better; surely not much worse; measured, but not precisely enough; not measured."""
+
+NO_WORSE: tuple[Standing, ...] = ("better", "same")
+"""Measured well enough to know that it does no harm."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Effect:
     @property
     def is_no_worse(self) -> bool:
         """Whether it was measured well enough to know that it does no harm."""
-        return self.standing in ("better", "same")
+        return self.standing in NO_WORSE
 
     @property
     def main(self) -> Change | None:
@@ -153,6 +157,33 @@ def of_remedy(remedy: Remedy, gaps: Sequence[Gap], chance: Sequence[Chance] = ()
     return Effect(tuple(_changes_of(remedy, goals.get("metric", "max"), chance)))
 
 
+def gain(facts: Facts, name: FreeRemedy | None) -> Effect:
+    """What a remedy without training does to held-out data; of one that was not tried, nothing is known."""
+    remedy = tried(facts.remedies, name)
+    return Effect(()) if remedy is None else of_remedy(remedy, facts.gaps, facts.chance)
+
+
+def at_inference(facts: Facts) -> Standing:
+    """What inference costs, as far as batch normalization is to blame.
+
+    "worse" where loss or metric surely fall from batch statistics to running statistics, or where the data that was
+    scanned has other statistics, with which the network is surely better on data that it has not seen. Otherwise what
+    the step from batch statistics to running statistics says.
+    """
+    return (
+        "worse"
+        if gain(facts, "recalibrated").standing == "better"
+        else inconsistency(facts.gaps, facts.chance).standing
+    )
+
+
+def severity_of_setting(facts: Facts, flagged: bool) -> Severity:
+    """How serious a setting is that makes running statistics wrong: as they are, where that was measured."""
+    if gain(facts, "recalibrated").standing == "better":
+        return "error"
+    return "error" if flagged and not inconsistency(facts.gaps, facts.chance).is_no_worse else "warning"
+
+
 def tried(remedies: Iterable[Remedy], name: str | None) -> Remedy | None:
     """The remedy of that name, where it was tried."""
     return next((remedy for remedy in remedies if name is not None and remedy.name == name), None)
@@ -186,11 +217,12 @@ def is_at_chance(chance: Sequence[Chance]) -> bool:
 
 
 def learned(chance: Sequence[Chance], measure: str) -> float | None:
-    """The distance of a loss or metric to that of outputs of other samples, in training; None where not measured."""
-    for each in chance:
-        if each.measure == measure and each.training is not None:
-            return abs(each.training.change.mean)
-    return None
+    """The distance of a loss or metric to that of outputs of other samples, in the mode where it is larger.
+
+    None where not measured.
+    """
+    found = [getattr(each, mode) for each in chance if each.measure == measure for mode in MODES]
+    return max((abs(values.change.mean) for values in found if values is not None), default=None)
 
 
 def _part_learned(measure: str, found: ChanceValues) -> float:

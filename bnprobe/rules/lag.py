@@ -82,7 +82,8 @@ class Lag(ShareRule):
         belong to other data or weights, or were reset. A reason is named where the scan has evidence for it: the
         settings and the updates counted, another eps with which the statistics fit, padding in the data, pruned or
         quantized weights, statistics kept in bfloat16, processes that differ. It is a warning where loss and metric are
-        known to be no worse at inference.
+        known to be no worse at inference and recalibrated statistics are no gain; and where these are surely better,
+        it is named even if no layer is beyond its limit.
 
     Example:
         A model is fine-tuned for 50 steps and evaluates worse than before, but evaluated in train mode it is good.

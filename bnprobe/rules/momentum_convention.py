@@ -1,4 +1,4 @@
-"""BN101: momentum that looks like that of another framework."""
+"""BN101: a momentum with which the running statistics are no average over batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from bnprobe.numbers import number
 from bnprobe.records import Verdict
+from bnprobe.rules import effect
 from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.interface import Rule
 
@@ -14,25 +15,27 @@ SUSPECT = 0.9
 
 
 class MomentumConvention(Rule):
-    """A momentum of 0.9 or more. In PyTorch, momentum is the weight of the new batch, not of the old statistics.
+    """A momentum of 0.9 or more, or of 0. In PyTorch it is the weight of the new batch, not of the old statistics.
 
     What:
-        The momentum of each layer that updates its running statistics in training; 0.9 or more fails. It is an error
-        where a scan also flags the layer, otherwise a warning.
+        The momentum of each layer that updates its running statistics in training; 0.9 or more fails, and so does 0. It
+        is an error where a scan also flags the layer, unless inference is known to be no worse than training; and where
+        recalibrated statistics are surely better. Otherwise it is a warning.
 
     Why:
         PyTorch computes running = (1 - momentum) * running + momentum * batch. TensorFlow, Keras, JAX and most papers
         use the same name for the other factor: their 0.99 is 0.01 in PyTorch. With 0.99 in PyTorch, the running
         statistics are little more than those of the last batch, and the results at inference depend on which batch
-        that was.
+        that was. With 0 they stay what they were, whatever happens to the weights, although training uses the
+        statistics of batches.
 
     Example:
         A model was ported from Keras with `momentum=0.99`. The training loss falls smoothly, while the validation
         accuracy jumps up and down from epoch to epoch.
 
     Remedy:
-        Use 1 - momentum, e.g. `nn.BatchNorm2d(64, momentum=0.01)`. In a model that is already trained, also recalibrate
-        the running statistics (`bnprobe recalibrate`); the weights need no training.
+        Use 1 - momentum, e.g. `nn.BatchNorm2d(64, momentum=0.01)`; for 0 the default, 0.1. In a model that is already
+        trained, also recalibrate the running statistics (`bnprobe recalibrate`); the weights need no training.
 
     Reference:
         PyTorch documentation of torch.nn.BatchNorm2d, note on momentum. Ioffe and Szegedy 2015, arXiv 1502.03167,
@@ -40,11 +43,11 @@ class MomentumConvention(Rule):
     """
 
     code = "BN101"
-    title = "momentum looks like 1 - momentum"
+    title = "momentum that keeps no average"
     cause = "momentum_convention"
     severity = "warning"
     unit = "weight of the new batch"
-    finding = "momentum is close to 1, so the running statistics are little more than those of the last batch"
+    finding = "momentum is close to 1 or 0, so the running statistics are no average over batches"
     remedy = (
         "Use 1 - momentum: in PyTorch, momentum is the weight of the new batch. Then recalibrate the running statistics"
         " on training data."
@@ -62,15 +65,24 @@ class MomentumConvention(Rule):
             return self.skipped(layer.name, "the layer has no running statistics")
         if layer.momentum is None:
             return self.passed(layer.name, "momentum=None gives every batch the same weight.", None, SUSPECT)
-        if layer.momentum < SUSPECT or not layer.trains_statistics:
+        if 0 < layer.momentum < SUSPECT or not layer.trains_statistics:
             frozen = "" if layer.trains_statistics else ", and training does not update the running statistics"
             return self.passed(layer.name, f"Momentum is {layer.momentum:g}{frozen}.", layer.momentum, SUSPECT)
         measured = facts.layers.get(layer.name)
-        severity = "error" if measured is not None and measured.flagged else self.severity
-        return self.failed(layer.name, _message(layer.momentum), layer.momentum, SUSPECT, severity)
+        severity = effect.severity_of_setting(facts, measured is not None and measured.flagged)
+        remedy = _OF_ZERO if layer.momentum == 0 else None
+        return self.failed(layer.name, _message(layer.momentum), layer.momentum, SUSPECT, severity, remedy)
+
+
+_OF_ZERO = "Use another momentum (0.1 is the default), then recalibrate the running statistics on training data."
 
 
 def _message(momentum: float) -> str:
+    if momentum == 0:
+        return (
+            "momentum=0 never updates the running statistics: they stay what they were, while training uses the"
+            " statistics of batches. To freeze a layer, call eval() on it after every model.train()."
+        )
     if momentum >= 1:
         return f"momentum={momentum:g} keeps the statistics of the last training batch and nothing else."
     kept = (2 - momentum) / momentum

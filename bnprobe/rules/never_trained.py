@@ -16,8 +16,8 @@ class NeverTrained(Rule):
     What:
         Whether all running means are exactly 0 and all running variances exactly 1, as in a new layer. It is an error
         where the layer's weight or bias, or other layers, were trained; a warning where a scan finds that the values
-        fit the data; and only a remark where the whole network is as it was made, or forward never calls the layer.
-        num_batches_tracked alone says nothing: not every layer counts its updates.
+        fit the data, or cost nothing; and only a remark where the whole network is as it was made, or forward never
+        calls the layer. num_batches_tracked alone says nothing: not every layer counts its updates.
 
     Why:
         At inference the layer normalizes with these values. Unless the data happens to have mean 0 and variance 1,
@@ -69,8 +69,10 @@ _START = "All running means are 0 and all running variances 1, as in a new layer
 def _message(layer: Anatomy, facts: Facts) -> str:
     if facts.unused(layer.name):
         return f"{_START}, and the forward pass never calls it."
+    if layer.momentum == 0:
+        return f"{_START}: momentum=0 never updates them."
     if layer.batches_tracked:
-        return f"{_START}, although num_batches_tracked is {layer.batches_tracked:,}. Is momentum 0?"
+        return f"{_START}, although num_batches_tracked is {layer.batches_tracked:,}. Was momentum 0, or a reset?"
     if layer.affine_moved:
         return f"{_START}, but weight or bias were trained. Was the checkpoint loaded, or averaged, without buffers?"
     return f"{_START}, and no update is counted. Was the checkpoint not loaded, or loaded without buffers?"
@@ -85,4 +87,5 @@ def _severity(layer: Anatomy, facts: Facts) -> Severity:
     # A metric may be one of which smaller values are better without its goal being set: only the loss excuses a layer.
     losses = [gap for gap in facts.gaps if gap.measure == "loss"]
     harmless = not measured.flagged or effect.inconsistency(losses, facts.chance).is_no_worse
-    return "warning" if harmless else "error"
+    gains = effect.gain(facts, "recalibrated").standing == "better"
+    return "warning" if harmless and not gains else "error"

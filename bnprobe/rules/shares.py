@@ -1,12 +1,12 @@
 """What the rules on the shares of a layer's mismatch have in common: when a share is large enough to name its cause.
 
-A flagged layer always gets at least one cause. A layer that is not flagged gets one only where loss or metric are
-surely worse
-at inference and no layer is flagged: then the cause that is largest, and significant, is the best that is known.
+A flagged layer always gets at least one cause. A layer that is not flagged gets one only where no layer is, and loss or
+metric are surely worse at inference, or recalibrated statistics surely better: then the cause that is largest, and
+significant, is the best that is known.
 
-How serious a finding is follows from the effect: wrong running statistics that are known to cost neither loss nor
-metric are a warning. That does not hold for small and non-i.i.d. batches, whose harm is done in training, in both modes
-alike.
+How serious a finding is follows from the effect: it is a warning where inference is known to be no worse than training,
+and recalibrated statistics are no gain. For small and non-i.i.d. batches that says that training suffers from them, but
+not inference.
 """
 
 from __future__ import annotations
@@ -118,19 +118,19 @@ def is_cause(layer: Layer, cause: Cause) -> bool:
 
 
 def is_suspect(layer: Layer, cause: Cause, facts: Facts) -> bool:
-    """Whether a cause is the best that is known for a loss or metric that is surely worse at inference.
+    """Whether a cause is the best that is known for an effect that was measured although no layer is flagged.
 
-    It is if no layer is flagged and no layer is shared by data that differs, it is the largest significant share of the
-    layer, and the remedy without training that would take it away does not contradict it.
+    It is if no layer is shared by data that differs, and it is the largest significant share of the layer. Wrong
+    statistics are suspected where recalibrated ones are surely better; any cause where inference is surely worse than
+    training, unless recalibration was tried and contradicts it.
     """
     if any(other.flagged for other in facts.layers.values()) or are_domains_apart(facts):
         return False
-    if not effect.inconsistency(facts.gaps, facts.chance).is_worse or not _is_possible(layer, cause):
+    if cause == "small_batch" or not _is_possible(layer, cause) or not _is_largest(layer, cause):
         return False
-    remedy = effect.tried(facts.remedies, "recalibrated")
-    if cause in STATISTICS_CAUSES and remedy is not None:
-        return effect.of_remedy(remedy, facts.gaps, facts.chance).standing == "better" and _is_largest(layer, cause)
-    return cause != "small_batch" and _is_largest(layer, cause)
+    if cause in STATISTICS_CAUSES and effect.tried(facts.remedies, "recalibrated") is not None:
+        return effect.gain(facts, "recalibrated").standing == "better"
+    return effect.inconsistency(facts.gaps, facts.chance).is_worse
 
 
 def are_domains_apart(facts: Facts) -> bool:
@@ -138,13 +138,11 @@ def are_domains_apart(facts: Facts) -> bool:
     return any(layer.domains and lower_end(layer.domains.interval) > 0 for layer in facts.layers.values())
 
 
-def severity_of(layer: Layer, cause: Cause, facts: Facts) -> Severity:
+def severity_of(cause: Cause, facts: Facts) -> Severity:
     """How serious a finding is, by what it does to loss and metric; an error where these do not say."""
-    if cause not in STATISTICS_CAUSES:
-        return "error"
-    if facts.is_new:
+    if cause in STATISTICS_CAUSES and facts.is_new:
         return "info"
-    return "warning" if effect.inconsistency(facts.gaps, facts.chance).is_no_worse else "error"
+    return "warning" if effect.at_inference(facts) in effect.NO_WORSE else "error"
 
 
 def is_off_at_inference(layer: Layer) -> bool:
@@ -179,8 +177,8 @@ def _is_large(layer: Layer, cause: Cause) -> bool:
 
 
 def _is_largest(layer: Layer, cause: Cause) -> bool:
-    """Whether it is the largest share of the layer, and large enough to suspect it."""
-    held = {other: share_of(layer, other) or 0.0 for other in SHARES}
+    """Whether it is the largest share of the layer but for noise within its limit, and large enough to suspect it."""
+    held = {other: share_of(layer, other) or 0.0 for other in SHARES if other != "small_batch"}
     low = _lower_end(layer, cause)
     return held[cause] == max(held.values()) and min(low, held[cause]) > SUSPICIOUS * mismatch_limit(layer)
 
@@ -242,14 +240,24 @@ class ShareRule(Rule):
         if share is None:
             return self.without_share(layer, facts)
         if is_cause(layer, self.cause):
-            message, severity = in_words(layer, share), severity_of(layer, self.cause, facts)
+            message, severity = in_words(layer, share), severity_of(self.cause, facts)
         elif is_suspect(layer, self.cause, facts):
-            message, severity = f"(It accounts for D = {number(share)}, the largest share of the layer.)", "error"
+            message, severity = _suspected(self.cause, share, facts), "error"
         else:
             message = f"This cause accounts for D = {number(share)}{_although(layer, self.cause, share)}."
             return self.passed(layer.name, message, share, limit)
         message = f"{self.explain(layer, facts)} {message}"
         return self.failed(layer.name, message, share, limit, severity, self.advise(layer, facts))
+
+
+def _suspected(cause: Cause, share: float, facts: Facts) -> str:
+    """Why a share within the limit is named all the same, a sentence."""
+    remedy = effect.tried(facts.remedies, "recalibrated") if cause in STATISTICS_CAUSES else None
+    found = effect.inconsistency(facts.gaps, facts.chance) if remedy is None else effect.gain(facts, "recalibrated")
+    ends = ("in training", "at inference") if remedy is None else ("as loaded", "with recalibrated statistics")
+    on = "" if remedy is None else f" on {remedy.scored_on} data"
+    why = "" if found.main is None else f", but {found.main.words(*ends)}{on}"
+    return f"(It accounts for D = {number(share)}, which is within the limit{why}.)"
 
 
 def why_no_shares(layer: Layer) -> str:

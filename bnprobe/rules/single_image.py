@@ -28,8 +28,9 @@ class SingleImage(Rule):
         Train with larger batches or synchronized BN, or fine-tune with frozen statistics (`bnprobe convert --to frozen
         --finetune`). A model that was trained on batches of one sample from the start has weights for an instance norm:
         `bnprobe convert --to instance-renorm` with `blend: 1` in the spec's repair section makes it one in both modes,
-        which `--what-if` tries ("batch statistics", in batches of one). If this is not training but inference one
-        sample at a time, call eval() first.
+        which a scan tries ("instance statistics"). If this is not training but inference one
+        sample at a time, call eval() first: that is what is advised where the network is surely better with its running
+        statistics, and recalibrated ones are no gain.
 
     Reference:
         Ulyanov, Vedaldi and Lempitsky 2016, arXiv 1607.08022 (instance norm). Wu and He 2018, arXiv 1803.08494,
@@ -64,12 +65,24 @@ class SingleImage(Rule):
         return self.failed(layer.name, message, float(size), 1.0, severity, _remedy(self.remedy, facts))
 
 
+_OF_SERVING = (
+    "If this is not training (serving or evaluating one sample at a time), call model.eval() first: the likeliest"
+    " mistake, since the network is better with its running statistics, and recalibrated ones are no gain. For training"
+    " use larger batches or synchronized BN."
+)
+
+
 def _remedy(usual: str, facts: Facts) -> str:
-    """Instance norm is only named where it was tried: statistics of every sample, on held-out data."""
-    tried = effect.tried(facts.remedies, "batch statistics")
-    if tried is None or effect.of_remedy(tried, facts.gaps, facts.chance).standing != "better":
-        return usual
-    return (
-        "Normalize every sample with its own statistics at inference too (instance norm: bnprobe convert --to"
-        " instance-renorm with blend: 1), which is better on held-out data; or train with larger batches."
-    )
+    """Instance norm is only named where it was tried: statistics of every sample, on held-out data.
+
+    Running statistics that need no mending and beat those of single samples are those of larger batches, on which the
+    weights were trained.
+    """
+    if effect.gain(facts, "instance statistics").standing == "better":
+        return (
+            "Normalize every sample with its own statistics at inference too (instance norm: bnprobe convert --to"
+            " instance-renorm with blend: 1), which is better on held-out data; or train with larger batches."
+        )
+    better = effect.inconsistency(facts.gaps, facts.chance).standing == "better"
+    tried = effect.tried(facts.remedies, "recalibrated") is not None
+    return _OF_SERVING if better and tried and effect.at_inference(facts) != "worse" else usual

@@ -24,7 +24,8 @@ class SmallBatch(ShareRule):
         of batch statistics. It has a limit of its own, D = 0.11 or n_eq 14 (a threshold that you set is the limit
         itself), which no usual batch size sits on. It fails on a flagged layer where it exceeds that limit and
         holds more than 5% of the mismatch, or where nothing else adds to it. A layer that is flagged in training only
-        has this cause, unless the batches are not i.i.d.
+        has this cause, unless the batches are not i.i.d. It is a warning where inference is known to be no worse than
+        training, and recalibrated statistics are no gain: then it is training that suffers from the noise.
 
     Why:
         In training each sample is normalized with the mean and variance of its batch. With few values these are noisy,

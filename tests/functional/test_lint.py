@@ -41,16 +41,16 @@ REPORT = f"""\
 model.py:10: BN103 error bn2: The running statistics of its 4 channels contain 1 NaN or Inf value.
     fix: Recalibrate the running statistics on training data (bnprobe recalibrate), or load an earlier checkpoint; \
 then find what overflowed.
-model.py:8: BN101 warning 2 of 2 layers: momentum is close to 1, so the running statistics are little more than those \
-of the last batch. Worst is bn1: momentum=0.99 is the weight of the newest batch, so the running statistics average \
-over about 1.02 batches. Did you mean 0.01?
+model.py:8: BN101 warning 2 of 2 layers: momentum is close to 1 or 0, so the running statistics are no average over \
+batches. Worst is bn1: momentum=0.99 is the weight of the newest batch, so the running statistics average over about \
+1.02 batches. Did you mean 0.01?
     model.py:8: bn1
     model.py:10: bn2
     fix: Use 1 - momentum: in PyTorch, momentum is the weight of the new batch. Then recalibrate the running \
 statistics on training data.
-model.py:10: BN107 warning bn2: Random layers that are active in training only come before it: drop.
+model.py:10: BN107 info bn2: Random layers that are active in training only come before it: drop.
     fix: Move dropout behind the last BN layer, or recalibrate the running statistics with dropout off.
-1 error and 2 warnings in 2 layers of model.py:load_model ({RULES_OF_MODELS} rules).
+1 error and 1 warning and 1 remark in 2 layers of model.py:load_model ({RULES_OF_MODELS} rules).
 """
 
 
@@ -96,7 +96,7 @@ def test_json_holds_the_verdicts_and_diagnoses_of_a_scan(faulty: Workspace) -> N
 def test_the_report_goes_to_a_file(faulty: Workspace) -> None:
     found = faulty.run("lint", "model.py", "--format", "json", "--output", "lint.json")
     assert (found.code, found.stdout) == (FINDINGS, "")
-    counts = f"1 error and 2 warnings in 2 layers of model.py:load_model ({RULES_OF_MODELS} rules)"
+    counts = f"1 error and 1 warning and 1 remark in 2 layers of model.py:load_model ({RULES_OF_MODELS} rules)"
     said = f"{counts}; report written to lint.json\n"
     assert found.stderr == said
     assert json.loads((faulty.folder / "lint.json").read_text())["layers"] == 2
@@ -120,6 +120,73 @@ def test_a_model_that_was_not_trained_yet_is_no_finding(workspace: Workspace) ->
     assert found.code == CLEAN
     assert found.stdout.startswith("model.py:14: BN102 info bn: ")
     assert found.stdout.endswith(f"1 remark in 1 layer of model.py:load_model ({RULES_OF_MODELS} rules).\n")
+
+
+BLOCKS = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class StochasticDepth(nn.Module):  # the p, and when it is active, are torchvision's
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        keep = torch.rand(len(x), 1, 1, 1) >= self.p if self.training else 1.0
+        return x * keep
+
+
+class Block(nn.Module):
+    def __init__(self, momentum):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(4, momentum=momentum)
+        self.stochastic_depth = StochasticDepth(0.2)
+
+    def forward(self, x):
+        return x + self.stochastic_depth(F.relu(self.bn(self.conv(x))))
+
+
+def trained(momentum=0.1, kept=True):
+    net = nn.Sequential(Block(momentum), Block(momentum))
+    for block in net:
+        with torch.no_grad():
+            block.bn.weight.uniform_(0.5, 1.5)
+        if kept:
+            block.bn.running_mean.normal_()
+            block.bn.num_batches_tracked.fill_(500)
+    return net
+
+
+def stock():
+    return trained()
+
+
+def held():
+    return trained(momentum=0.0)
+
+
+def without_buffers():
+    return trained(kept=False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("symbol", "code", "rules"),
+    [
+        ("stock", CLEAN, {"BN107": "info"}),
+        ("held", FINDINGS, {"BN101": "warning", "BN107": "info"}),
+        ("without_buffers", FINDINGS, {"BN102": "error", "BN107": "info"}),
+    ],
+)
+def test_trained_networks_as_libraries_ship_them_pass_and_those_without_their_statistics_do_not(
+    workspace: Workspace, symbol: str, code: int, rules: dict[str, str]
+) -> None:
+    workspace.write("model.py", BLOCKS)
+    report = workspace.run("lint", f"model.py:{symbol}", "--format", "json").report(code)
+    assert {found["rule"]: found["severity"] for found in report["diagnoses"]} == rules
 
 
 def test_a_checkpoint_is_loaded_first(workspace: Workspace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bnprobe.records import Chance, ChanceValues, Estimate, Gap
+from bnprobe.records import Chance, ChanceValues, Estimate, FreeRemedy, Gap, Remedy, Score
 
 
 def metric(training: float, inference: float, width: float = 0.01) -> Gap:
@@ -17,6 +17,12 @@ def loss(training: float, inference: float, width: float = 0.01) -> Gap:
     change = inference - training
     interval = (change - width, change + width)
     return Gap("loss", training, training, inference, None, 0.0, change, None, "min", None, interval, None, 256)
+
+
+def tried(before: float, after: float, name: FreeRemedy = "recalibrated", width: float = 0.01) -> Remedy:
+    """A remedy without training that changes a metric, of which larger is better."""
+    change = Estimate(after - before, (after - before - width, after - before + width))
+    return Remedy(name, (), Score(None, before), Score(None, after), None, 256, "", None, change)
 
 
 def chance(training: tuple[float, float], inference: tuple[float, float], measure: str = "loss") -> Chance:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares, run_rule
+from dataclasses import replace
+
+from bnprobe.testing import make_anatomy, make_evidence, make_intervals, make_layer, make_shares, run_rule
 from unit.rules.expect import failed, passed
 
 NONE = "No random layer shifts its running statistics."
@@ -29,5 +31,21 @@ def test_what_was_measured_to_be_harmless_passes() -> None:
     calm = "Random layers before it (drop) hardly change its statistics: D = 0.01."
     assert run_rule("BN107", make_evidence(*layers, anatomy=anatomy)) == [
         passed("BN107", "harmless", calm, 1.0, 0.0),
-        failed("BN107", "harmful", "Random layers that are active in training only come before it: drop.", 1.0, 0.0),
+        failed(
+            "BN107",
+            "harmful",
+            "Random layers that are active in training only come before it: drop.",
+            1.0,
+            0.0,
+            "warning",
+        ),
     ]
+
+
+def test_what_was_not_measured_surely_is_a_remark() -> None:
+    unsure = make_shares(dropout=0.03)
+    layer = make_layer("bn", unsure, share_intervals=replace(make_intervals(unsure), dropout=(0.01, 0.05)))
+    anatomy = [make_anatomy("bn", dropouts_before=("drop",))]
+    for facts in (make_evidence(anatomy=anatomy), make_evidence(layer, anatomy=anatomy)):
+        [verdict] = run_rule("BN107", facts)
+        assert (verdict.outcome, verdict.severity) == ("failed", "info")

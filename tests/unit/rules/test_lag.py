@@ -9,6 +9,7 @@ import pytest
 from bnprobe.records import Estimate, Gap, Layer, Remedy, Score, Updates
 from bnprobe.rules.facts import OtherEps, Padding
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_path, make_scan, make_shares, run_rule
+from unit.rules.effects import metric, tried
 from unit.rules.expect import HALF, failed, passed
 
 
@@ -118,7 +119,7 @@ def test_what_costs_nothing_is_a_warning() -> None:
     for gap, severity in ((same, "warning"), (worse, "error"), (unsure, "error")):
         assert run_rule("BN203", make_evidence(STALE, gaps=(gap,)))[0].severity == severity
         noise = make_evidence(make_layer("bn", make_shares(small_batch=0.5)), gaps=(gap,))
-        assert run_rule("BN201", noise)[0].severity == "error"
+        assert run_rule("BN201", noise)[0].severity == severity
     new = make_anatomy("bn", untouched=True, affine_moved=False, batches_tracked=0)
     assert run_rule("BN203", make_evidence(STALE, anatomy=[new]))[0].severity == "info"
 
@@ -134,3 +135,26 @@ def test_an_unflagged_layer_is_suspected_where_inference_is_surely_worse() -> No
         told = run_rule("BN203", make_evidence(*layers, gaps=(worse,), remedies=(remedy,)))
         assert {verdict.outcome for verdict in told} == {outcome}
     assert {verdict.outcome for verdict in run_rule("BN203", make_evidence(*layers))} == {"passed"}
+
+
+def test_statistics_that_recalibration_surely_mends_are_an_error_whatever_the_two_modes_say() -> None:
+    same, gains, no_use = metric(0.9, 0.9), tried(0.8, 0.9), tried(0.8, 0.8)
+    flagged, within = STALE, make_layer("bn", make_shares(lag=0.02))
+    for layer, remedy, found in (
+        (flagged, gains, ("failed", "error")),
+        (flagged, no_use, ("failed", "warning")),
+        (within, gains, ("failed", "error")),
+        (within, no_use, ("passed", "error")),
+    ):
+        [verdict] = run_rule("BN203", make_evidence(layer, gaps=(same,), remedies=(remedy,)))
+        assert (verdict.outcome, verdict.severity) == found
+    [verdict] = run_rule("BN203", make_evidence(within, gaps=(same,), remedies=(gains,)))
+    assert verdict.message.endswith(
+        "(It accounts for D = 0.02, which is within the limit, but the metric is 0.8 as loaded and 0.9 with"
+        " recalibrated statistics on held-out data.)"
+    )
+    # Noise of batches within its limit is no better explanation; next to nothing is none.
+    noisy = make_layer("bn", make_shares(small_batch=0.06, lag=0.02))
+    assert run_rule("BN203", make_evidence(noisy, gaps=(same,), remedies=(gains,)))[0].outcome == "failed"
+    tiny = make_layer("bn", make_shares(lag=0.002))
+    assert run_rule("BN203", make_evidence(tiny, gaps=(same,), remedies=(gains,)))[0].outcome == "passed"

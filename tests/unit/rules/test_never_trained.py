@@ -17,13 +17,15 @@ def test_a_new_layer_among_trained_ones_is_an_error() -> None:
         make_anatomy("new", untouched=True, batches_tracked=0),
         make_anatomy("uncounted", untouched=True, batches_tracked=None),
         make_anatomy("counted", untouched=True, batches_tracked=1),
+        make_anatomy("held", untouched=True, momentum=0.0),
         make_anatomy("none kept", has_running_statistics=False),
     ]
     assert run_rule("BN102", make_evidence(anatomy=layers)) == [
         passed("BN102", "trained", "The running statistics differ from mean 0 and variance 1.", 1200.0),
         failed("BN102", "new", NEW, 0.0),
         failed("BN102", "uncounted", NEW),
-        failed("BN102", "counted", f"{START}, although num_batches_tracked is 1. Is momentum 0?", 1.0),
+        failed("BN102", "counted", f"{START}, although num_batches_tracked is 1. Was momentum 0, or a reset?", 1.0),
+        failed("BN102", "held", f"{START}: momentum=0 never updates them.", 1200.0),
         skipped("BN102", "none kept", "the layer has no running statistics"),
     ]
 

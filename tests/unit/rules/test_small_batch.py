@@ -7,6 +7,7 @@ from dataclasses import replace
 from bnprobe.records import Composition
 from bnprobe.stats.theory import mismatch_iid
 from bnprobe.testing import make_anatomy, make_evidence, make_intervals, make_layer, make_path, make_shares, run_rule
+from unit.rules.effects import metric, tried
 from unit.rules.expect import failed, passed, skipped
 
 NOISE = mismatch_iid(14)
@@ -103,3 +104,21 @@ def test_batches_of_16_and_32_rows_are_within_the_limit_and_one_of_8_is_not() ->
 def test_a_trace_of_noise_is_no_second_finding() -> None:
     mostly = make_layer("bn", make_shares(small_batch=0.12, lag=3.0))
     assert run_rule("BN201", make_evidence(mostly))[0].outcome == "passed"
+
+
+def test_it_is_a_warning_where_inference_surely_does_not_suffer() -> None:
+    """Small and non-i.i.d. batches alike: an error where the effect is measured, or cannot be."""
+    small = make_layer("bn", make_shares(small_batch=0.5))
+    sorted_ = make_layer("bn", make_shares(composition=0.5), composition=Composition(0.7, 6.0, 1e-9))
+    better, unsure = metric(0.8, 0.9), metric(0.8, 0.9, width=0.2)
+    for layer, code in ((small, "BN201"), (sorted_, "BN202")):
+        for gaps, remedies, severity in (
+            ((better,), (), "warning"),
+            ((better,), (tried(0.9, 0.9),), "warning"),
+            ((better,), (tried(0.85, 0.9),), "error"),
+            ((metric(0.9, 0.8),), (), "error"),
+            ((unsure,), (), "error"),
+            ((), (), "error"),
+        ):
+            [verdict] = run_rule(code, make_evidence(layer, gaps=gaps, remedies=remedies))
+            assert (verdict.outcome, verdict.severity) == ("failed", severity)
