@@ -135,7 +135,8 @@ def _measure(spec: Spec, train_sizes: tuple[int, ...], replayed: dict[str, Any] 
     share_processors()
     try:
         with progress_bar() as show:
-            from bnprobe.commands.sweep import MomentumPlan, SweepPlan, sweep_spec
+            from bnprobe.analysis.momentum import MomentumPlan
+            from bnprobe.commands.sweep import SweepPlan, sweep_spec
 
             given = {name: value for name, value in (replayed or {}).items() if value is not None}
             momentum = None if replayed is None else MomentumPlan(**given)

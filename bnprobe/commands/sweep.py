@@ -1,7 +1,7 @@
 """``bnprobe sweep``: the mismatch at other batch sizes, and what other rates of the running average would track.
 
 A sweep is made of scans: one whose samples are regrouped for every batch size of the eval path, and one for each
-further size of the train path. The rates are replayed on recorded batch statistics (``bnprobe.stats.ema``).
+further size of the train path. The rates are replayed on recorded batch statistics (``bnprobe.analysis.momentum``).
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from bnprobe.analysis.batch_sizes import smallest_of_all, sweep_layer
+from bnprobe.analysis.momentum import MomentumPlan, check_plan, momentum_sweep
 from bnprobe.commands.scan import scan, scan_spec
 from bnprobe.config.load import settings_from
 from bnprobe.config.spec import PLAIN, ScanSettings, Spec
@@ -21,52 +22,14 @@ from bnprobe.errors import UsageError
 from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import BatchFunction, unwrapped
 from bnprobe.loading.workload import load_workload
-from bnprobe.measure.momentum_series import MEMORY_CAP, LayerSeries, Recording, record
+from bnprobe.measure.momentum_series import MEMORY_CAP, Recording, record
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import preserved_generators, preserved_random_state, seed_everything, untouched
 from bnprobe.measure.scan_loop import FEWEST_PER_SIZE
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
-from bnprobe.records import (
-    SCHEMA_VERSION,
-    BatchSizePoint,
-    BestRates,
-    Layer,
-    MomentumCurve,
-    MomentumPoint,
-    MomentumSweep,
-    PathMeasurement,
-    Report,
-    SkippedLayer,
-    Smallest,
-    SweepLayer,
-    SweepPoint,
-    SweepReport,
-    Tracking,
-)
-from bnprobe.stats.ema import (
-    Rate,
-    Statistics,
-    Stream,
-    effective_batches,
-    ranking,
-    recovery,
-    replay,
-    settled,
-    standard_error,
-    weights,
-    with_shift,
-)
-from bnprobe.stats.theory import mismatch_iid, standing
+from bnprobe.records import SCHEMA_VERSION, MomentumSweep, Report, SweepReport
 
 DEFAULT_SIZES = (1, 2, 4, 8, 16, 32, 64)
-
-DEFAULT_RATES: tuple[Rate, ...] = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-
-_STANDINGS: dict[str, Literal["passes", "undecided", "fails"]] = {
-    "flagged": "fails",
-    "undecided": "undecided",
-    "clean": "passes",
-}
 
 
 @dataclass(frozen=True)
@@ -82,26 +45,6 @@ class SweepPlan:
     batch_sizes: tuple[int, ...] | None = None
     train_sizes: tuple[int, ...] = ()
     momentum: MomentumPlan | None = None
-
-
-@dataclass(frozen=True)
-class MomentumPlan:
-    """Which rates to replay, on which change of the data.
-
-    Attributes:
-        rates: Weights of the new batch; None: cumulative average. The layers' own rates are added.
-        shift: Standard deviations added to every batch mean from halfway on; None and ``scale`` 1: no change.
-        scale: Factor on the batch standard deviations from halfway on.
-    """
-
-    rates: tuple[Rate, ...] = DEFAULT_RATES
-    shift: float | None = None
-    scale: float = 1.0
-
-    @property
-    def shifts(self) -> bool:
-        """Whether the data is to change halfway."""
-        return self.shift is not None or self.scale != 1.0
 
 
 def sweep(
@@ -282,28 +225,6 @@ def _too_large(option: str, size: int, images: float) -> str:
     )
 
 
-def check_plan(plan: MomentumPlan) -> None:
-    """Reject rates and changes of the data that are out of range.
-
-    Raises:
-        UsageError: A value is out of range; the message names it.
-    """
-    bad = [rate for rate in plan.rates if rate is not None and not 0 < rate <= 1]
-    if bad:
-        raise UsageError(
-            f"--momentum {bad[0]:g} is out of range. It is the weight of the new batch, as in PyTorch: give numbers"
-            " above 0 and up to 1 (TensorFlow's 0.99 is 0.01 here), or the word cumulative."
-        )
-    if not plan.rates:
-        raise UsageError("--momentum needs at least one rate, e.g. 0.1,0.01.")
-    if not 0 < plan.scale < float("inf"):
-        raise UsageError(
-            f"--scale {plan.scale:g} is out of range: it multiplies standard deviations; give a number above 0."
-        )
-    if plan.shift is not None and not abs(plan.shift) < float("inf"):
-        raise UsageError(f"--shift {plan.shift:g} is not a finite number: give a number of standard deviations.")
-
-
 def _scan_sizes(subject: _Subject, sizes: tuple[int, ...], required: bool, notes: list[str]) -> Report:
     """The scan that measures the eval path at all sizes on the same samples.
 
@@ -345,189 +266,3 @@ def _record(material: _Material, settings: ScanSettings, device: str, progress: 
         chosen = settings.model_copy(update={"device": device})
         session = Session.open(model, chosen, UserFunctions(material.forward), synthetic=source.synthetic)
         return record(session, Reader(source.batches, source.batch_size), settings, progress)
-
-
-def momentum_sweep(recording: Recording, plan: MomentumPlan, batch_size: int) -> MomentumSweep:
-    """Replay every rate on every layer, and find the one that tracks best.
-
-    Raises:
-        UsageError: No layer has running statistics that training updates.
-    """
-    if not recording.series:
-        reason = f": {recording.omitted[0][1]}" if recording.omitted else ", but no layer is selected"
-        raise UsageError(f"--momentum needs a layer whose running statistics are updated in training{reason}.")
-    rates = _rates(recording, plan)
-    paths = [_paths(series, recording.batches, rates, plan) for series in recording.series]
-    own = [series.layer.info.momentum for series in recording.series]
-    return MomentumSweep(
-        batches=recording.batches,
-        batch_size=batch_size,
-        shift=plan.shift if plan.shifts else None,
-        scale=plan.scale,
-        dtype="float32" if recording.single else "float64",
-        bytes=recording.bytes,
-        omitted=tuple(
-            SkippedLayer(layer.name, type(layer.module).__name__, reason) for layer, reason in recording.omitted
-        ),
-        model=_curve(None, own[0] if len(set(own)) == 1 else None, len(set(own)) == 1, rates, _mean(paths)),
-        layers=tuple(
-            _curve(series.layer.name, series.layer.info.momentum, True, rates, path)
-            for series, path in zip(recording.series, paths, strict=True)
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class _Paths:
-    """D of each micro-batch of the second half under each rate, shape (batches, rates)."""
-
-    loaded: Tensor
-    converged: Tensor
-    shifted: Tensor | None
-
-
-def _rates(recording: Recording, plan: MomentumPlan) -> tuple[Rate, ...]:
-    """All rates in decreasing order, including the layers' own where valid, then the cumulative average."""
-    own = {series.layer.info.momentum for series in recording.series}
-    rates = {*plan.rates, *(rate for rate in own if rate is None or 0 <= rate <= 1)}
-    numbers = sorted((rate for rate in rates if rate is not None), reverse=True)
-    return (*numbers, None) if None in rates else tuple(numbers)
-
-
-def _paths(series: LayerSeries, batches: int, rates: Sequence[Rate], plan: MomentumPlan) -> _Paths:
-    stream, eps = series.stream, series.layer.info.eps
-    middle = batches // 2 * series.calls
-    weight = weights(rates, len(stream.values), series.layer.info.batches_tracked or 0)
-    start = settled(stream, middle)
-
-    def second_half(stream_: Stream, start_: Statistics) -> Tensor:
-        mismatch: Tensor = replay(stream_, start_, weight, eps).mismatch[middle:].unflatten(0, (-1, series.calls))
-        return mismatch.mean(1)
-
-    shifted = None
-    if plan.shifts:
-        unit = (start.variance + eps).sqrt()
-        shifted = second_half(with_shift(stream, middle, unit, plan.shift or 0.0, plan.scale), start)
-    return _Paths(second_half(stream, series.start), second_half(stream, start), shifted)
-
-
-def _mean(paths: Sequence[_Paths]) -> _Paths:
-    """Mean over layers."""
-    shifted = [path.shifted for path in paths if path.shifted is not None]
-    return _Paths(
-        loaded=torch.stack([path.loaded for path in paths]).mean(0),
-        converged=torch.stack([path.converged for path in paths]).mean(0),
-        shifted=torch.stack(shifted).mean(0) if shifted else None,
-    )
-
-
-def _curve(
-    layer: str | None, momentum: Rate, one_momentum: bool, rates: Sequence[Rate], paths: _Paths
-) -> MomentumCurve:
-    def best(mismatch: Tensor | None) -> tuple[Rate, ...]:
-        return () if mismatch is None else tuple(rates[index] for index in ranking(mismatch, paths.converged))
-
-    return MomentumCurve(
-        layer=layer,
-        momentum=momentum,
-        one_momentum=one_momentum,
-        points=tuple(_point(index, rate, paths) for index, rate in enumerate(rates)),
-        best=BestRates(best(paths.loaded), best(paths.converged), best(paths.shifted)),
-    )
-
-
-def _point(index: int, rate: Rate, paths: _Paths) -> MomentumPoint:
-    plain, shifted = paths.converged[:, index], None if paths.shifted is None else paths.shifted[:, index]
-    error = standard_error(plain)
-    return MomentumPoint(
-        rate=rate,
-        effective_batches=effective_batches(rate),
-        loaded=Tracking(float(paths.loaded[:, index].mean()), error),
-        converged=Tracking(float(plain.mean()), error),
-        shifted=None if shifted is None else Tracking(float(shifted.mean()), error),
-        recovery=None if shifted is None else recovery(plain, shifted),
-    )
-
-
-def sweep_layer(layer: Layer, batch_size: int, trains: Sequence[Report]) -> SweepLayer:
-    """Mismatch of one layer over the batch size.
-
-    Args:
-        layer: The layer as scanned at ``batch_size``, with the further sizes of the eval path.
-        batch_size: The scanned batch size.
-        trains: That scan, and one scan for each further size of the train path.
-    """
-    limit = mismatch_iid(layer.threshold)
-    found = list(layer.batch_sizes)
-    if layer.eval is not None:
-        found.append(_measured(layer.eval, batch_size, trains[0].scan.batches))
-    others = [(report.scan, _named(report, layer.name)) for report in trains]
-    trained = [_measured(other.train, scan.batch_size, scan.batches) for scan, other in others if other and other.train]
-    points = _points(found, layer.eval, batch_size, limit)
-    return SweepLayer(
-        name=layer.name,
-        kind=layer.kind,
-        channels=layer.channels,
-        threshold=layer.threshold,
-        flagged=layer.flagged,
-        undecided=layer.undecided,
-        note=layer.note,
-        eval=points,
-        train=_points(trained, layer.train, batch_size, limit),
-        smallest=_smallest(points, limit),
-    )
-
-
-def _measured(path: PathMeasurement, batch_size: int, batches: int) -> BatchSizePoint:
-    return BatchSizePoint(batch_size, batches, path.mismatch, path.interval, path.equivalent_batch_size)
-
-
-def _named(report: Report, name: str) -> Layer | None:
-    return next((layer for layer in report.layers if layer.name == name), None)
-
-
-def _points(
-    measured: Sequence[BatchSizePoint], scanned: PathMeasurement | None, batch_size: int, limit: float
-) -> tuple[SweepPoint, ...]:
-    """Points of the curve by increasing size, with the value for i.i.d. samples."""
-    n_eq = scanned.equivalent_batch_size if scanned else None
-    return tuple(
-        SweepPoint(
-            batch_size=point.batch_size,
-            batches=point.batches,
-            mismatch=point.mismatch,
-            interval=point.interval,
-            equivalent_batch_size=point.equivalent_batch_size,
-            theory=0.0 if n_eq is None else mismatch_iid(n_eq * point.batch_size / batch_size),
-            standing=_STANDINGS[standing([point.interval], limit)],
-        )
-        for point in sorted(measured, key=lambda point: point.batch_size)
-    )
-
-
-def _smallest(points: Sequence[SweepPoint], limit: float) -> Smallest:
-    likely: list[int] = []
-    for point in reversed(points):
-        if point.mismatch > limit:
-            break
-        likely.append(point.batch_size)
-    sure = [point.batch_size for point in points if point.batch_size in likely and point.standing == "passes"]
-    return Smallest(surely=min(sure, default=None), likely=min(likely, default=None))
-
-
-def smallest_of_all(scanned: Sequence[Layer], layers: Sequence[SweepLayer]) -> Smallest:
-    """The smallest size at which every layer passes that can differ between training and inference.
-
-    A layer that overflowed passes at no size. Frozen layers and layers without running statistics are ignored.
-    """
-    judged = [
-        layer.smallest
-        for layer, found in zip(layers, scanned, strict=True)
-        if layer.flagged or (found.train is not None and found.eval is not None)
-    ]
-    return Smallest(_largest([one.surely for one in judged]), _largest([one.likely for one in judged]))
-
-
-def _largest(sizes: Sequence[int | None]) -> int | None:
-    known = [size for size in sizes if size is not None]
-    return max(known) if known and len(known) == len(sizes) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,48 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from bnprobe.errors import DataError, UsageError
-from bnprobe.loading.model import GuardedBatches, kind_of, user_code
+from bnprobe.loading.model import kind_of, user_code
 from bnprobe.loading.samples import SampleCount, count_samples
+
+
+class GuardedBatches:
+    """The user's batches. An exception while drawing one becomes a UserCodeError.
+
+    Attributes:
+        wrapped: The user's own iterable.
+        origin: Name of the iterable in messages.
+        indices: Maps the number of a drawn batch, from 1, to the indices of its samples in the data set; None: unknown.
+        samples_in: Tells how many samples a batch has.
+    """
+
+    def __init__(
+        self,
+        wrapped: Iterable[Any],
+        origin: str,
+        indices: Callable[[int], Sequence[Any]] | None = None,
+        samples_in: Callable[[Any], int | None] = count_samples,
+    ) -> None:
+        self.wrapped = wrapped
+        self.indices = indices
+        self.origin = origin
+        self.samples_in = samples_in
+
+    def over(self, wrapped: Iterable[Any], indices: Callable[[int], Sequence[Any]] | None = None) -> GuardedBatches:
+        """The same data from another iterable, e.g. in another order."""
+        return GuardedBatches(wrapped, self.origin, indices, self.samples_in)
+
+    def __iter__(self) -> Iterator[Any]:
+        with user_code(f"starting {self.origin}"):
+            iterator = iter(self.wrapped)
+        number = 0
+        while True:
+            number += 1
+            with user_code(f"drawing batch {number} from {self.origin}"):
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            yield batch
 
 
 @dataclass(frozen=True)

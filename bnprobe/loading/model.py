@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,6 @@ from torch import nn
 
 from bnprobe.config.spec import ModelSpec, is_file_target, nearest_file, split_target
 from bnprobe.errors import BnprobeError, ModelError, UserCodeError
-from bnprobe.loading.samples import count_samples
 
 BatchFunction = Callable[[nn.Module, Any], Any]
 """A function of the user, called as f(model, batch)."""
@@ -46,46 +45,6 @@ def user_code(call: str, passes: Callable[[BaseException], bool] = lambda error:
         if passes(error):
             raise
         raise UserCodeError(call, error) from error
-
-
-class GuardedBatches:
-    """The user's batches. An exception while drawing one becomes a UserCodeError.
-
-    Attributes:
-        wrapped: The user's own iterable.
-        origin: Name of the iterable in messages.
-        indices: Maps the number of a drawn batch, from 1, to the indices of its samples in the data set; None: unknown.
-        samples_in: Tells how many samples a batch has.
-    """
-
-    def __init__(
-        self,
-        wrapped: Iterable[Any],
-        origin: str,
-        indices: Callable[[int], Sequence[Any]] | None = None,
-        samples_in: Callable[[Any], int | None] = count_samples,
-    ) -> None:
-        self.wrapped = wrapped
-        self.indices = indices
-        self.origin = origin
-        self.samples_in = samples_in
-
-    def over(self, wrapped: Iterable[Any], indices: Callable[[int], Sequence[Any]] | None = None) -> GuardedBatches:
-        """The same data from another iterable, e.g. in another order."""
-        return GuardedBatches(wrapped, self.origin, indices, self.samples_in)
-
-    def __iter__(self) -> Iterator[Any]:
-        with user_code(f"starting {self.origin}"):
-            iterator = iter(self.wrapped)
-        number = 0
-        while True:
-            number += 1
-            with user_code(f"drawing batch {number} from {self.origin}"):
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-            yield batch
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:

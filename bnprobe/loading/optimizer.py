@@ -187,8 +187,8 @@ _OPTIMIZERS = Catalogue("train.optimizer", "optimizer", torch.optim, torch.optim
 
 
 @dataclass(frozen=True)
-class OptimizerFactory:
-    """Makes optimizers for given parameters.
+class _Factory:
+    """Makes what a spec names.
 
     Attributes:
         maker: The class or function that is called.
@@ -198,8 +198,12 @@ class OptimizerFactory:
 
     @property
     def name(self) -> str:
-        """Full name, e.g. "torch.optim.SGD" or "model.py:make_optimizer"."""
+        """Full name, e.g. "torch.optim.SGD" or "model.py:make_schedule"."""
         return self.maker.name
+
+
+class OptimizerFactory(_Factory):
+    """Makes optimizers for given parameters."""
 
     def __call__(self, parameters: list[nn.Parameter]) -> Any:
         """Make an optimizer for these parameters.
@@ -247,20 +251,8 @@ _SCHEDULERS = Catalogue("train.schedule", "schedule", lr_scheduler, lr_scheduler
 MakeOptimizer = Callable[[list[nn.Parameter]], Any]
 
 
-@dataclass(frozen=True)
-class ScheduleFactory:
-    """Makes learning rate schedules for given optimizers.
-
-    Attributes:
-        maker: The class or function that is called.
-    """
-
-    maker: Maker
-
-    @property
-    def name(self) -> str:
-        """Full name, e.g. "torch.optim.lr_scheduler.CosineAnnealingLR" or "model.py:make_schedule"."""
-        return self.maker.name
+class ScheduleFactory(_Factory):
+    """Makes learning rate schedules for given optimizers."""
 
     def __call__(self, optimizer: Any) -> Any:
         """Make a schedule for this optimizer; call its ``step()`` after every optimizer step.

@@ -21,8 +21,7 @@ from torch.utils.data import (
 
 from bnprobe.distributed import Share
 from bnprobe.errors import DataError
-from bnprobe.loading.data import BatchSource, rebuilt, why_fixed
-from bnprobe.loading.model import GuardedBatches
+from bnprobe.loading.data import BatchSource, GuardedBatches, rebuilt, why_fixed
 
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 

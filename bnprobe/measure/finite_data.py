@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 
-from bnprobe.loading.data import BatchSource
-from bnprobe.loading.model import GuardedBatches
+from bnprobe.loading.data import BatchSource, GuardedBatches
 from bnprobe.loading.order import DealtBatches, SpreadBatches
 from bnprobe.measure.batch import tensors_of
 from bnprobe.measure.restore import preserved_random_state

@@ -134,9 +134,7 @@ def _is_much(gap: Effect) -> bool:
 
 
 def _gap(facts: Facts) -> Effect:
-    """From training to held-out data, in the metric; without one, in the loss, which every overfit raises."""
-    metric = [gap for gap in facts.gaps if gap.measure == "metric"]
-    return effect.generalization(metric or facts.gaps, facts.chance)
+    return effect.generalization(facts.gaps, facts.chance)
 
 
 def _is_won_back(facts: Facts) -> bool:

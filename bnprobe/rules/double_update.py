@@ -16,6 +16,11 @@ RATE_FACTOR = 1.3
 """A rate is estimated from how far the statistics moved; within 30% the estimate itself may be off."""
 
 
+def has_extra_updates(layer: Layer) -> bool:
+    """Whether a training step updates the statistics more often than one forward pass calls the layer."""
+    return layer.updates is not None and layer.updates.per_step > layer.calls_per_forward * (1 + ROUNDING)
+
+
 class DoubleUpdate(Rule):
     """The running statistics are updated more often than once per training step.
 
@@ -65,7 +70,7 @@ class DoubleUpdate(Rule):
         if updates is None:
             return self.skipped(layer.name, "its updates were not recorded")
         rate = _expected_rate(updates, expected)
-        often = updates.per_step > expected * (1 + ROUNDING)
+        often = has_extra_updates(layer)
         fast = rate is not None and updates.rate is not None and updates.rate > RATE_FACTOR * rate
         message = f"Updates per training step: {number(updates.per_step)}, expected {number(expected)}"
         if rate is not None and updates.rate is not None:

@@ -26,6 +26,9 @@ MUCH = 5.0
 LITTLE = 0.15
 """Weights that make less than this part of the possible difference have hardly been trained."""
 
+MOVES = 0.02
+"""Relative L2 distance from which on outputs really change."""
+
 MODES = ("training", "inference")
 
 TOLERANCE = 2.0
@@ -120,35 +123,31 @@ def inconsistency(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:
     """From batch statistics to running statistics, on the training data, all else in eval mode."""
     return Effect(
         tuple(
-            _change(
-                gap.measure,
-                gap.goal,
-                (gap.without_noise, gap.inference),
-                gap.inconsistency_interval,
-                gap.inconsistency,
-                learned(chance, gap.measure),
-            )
+            _of_gap(gap, (gap.without_noise, gap.inference), gap.inconsistency_interval, gap.inconsistency, chance)
             for gap in gaps
         )
     )
 
 
 def generalization(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:
-    """From training to held-out data, both with running statistics."""
+    """From training to held-out data, both with running statistics.
+
+    In the metric; without one, in the loss, which every overfit raises.
+    """
+    metric = [gap for gap in gaps if gap.measure == "metric"]
     return Effect(
         tuple(
-            _change(
-                gap.measure,
-                gap.goal,
-                (gap.inference, gap.held_out),
-                gap.generalization_interval,
-                gap.generalization,
-                learned(chance, gap.measure),
-            )
-            for gap in gaps
+            _of_gap(gap, (gap.inference, gap.held_out), gap.generalization_interval, gap.generalization, chance)
+            for gap in metric or gaps
             if gap.held_out is not None and gap.generalization is not None
         )
     )
+
+
+def _of_gap(
+    gap: Gap, values: tuple[float, float], interval: Interval | None, difference: float, chance: Sequence[Chance]
+) -> Change:
+    return _change(gap.measure, gap.goal, values, interval, difference, learned(chance, gap.measure))
 
 
 def of_remedy(remedy: Remedy, gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:

@@ -45,8 +45,7 @@ class Generalization(Rule):
     reports_impact = False
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
-        metric = [gap for gap in facts.gaps if gap.measure == "metric"]
-        found = effect.generalization(metric or facts.gaps, facts.chance)
+        found = effect.generalization(facts.gaps, facts.chance)
         change = found.main
         if change is None:
             yield self.skipped(None, "needs a loss or metric")

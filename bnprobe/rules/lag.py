@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from bnprobe.numbers import joined, number, percent
 from bnprobe.records import Layer, Verdict
+from bnprobe.rules.double_update import has_extra_updates
 from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.interface import Link, anatomy_of
 from bnprobe.rules.shares import ShareRule, share_limit
@@ -33,9 +34,6 @@ EXPLAINED = 0.2
 
 PADDED = 0.05
 """Less padding than this hardly moves a mean or variance."""
-
-EXTRA = 1.05
-"""Updates are counted, so more than a few percent too many is not rounding."""
 
 PRUNED = 0.2
 """No training gives this many weights that are exactly 0."""
@@ -190,7 +188,7 @@ def _of_the_computation(layer: Anatomy, measured: Layer, facts: Facts) -> Iterat
     if apart is not None and apart > share_limit(measured):
         yield Reason(f"each process keeps its own statistics, which differ by up to D = {number(apart)}")
     updates = measured.updates
-    if updates is not None and updates.per_step > EXTRA * measured.calls_per_forward:
+    if updates is not None and has_extra_updates(measured):
         yield Reason(f"a training step updates them {number(updates.per_step)} times, also on other data")
 
 

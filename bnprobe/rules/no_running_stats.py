@@ -6,11 +6,9 @@ from collections.abc import Iterator
 
 from bnprobe.numbers import percent
 from bnprobe.records import Verdict
+from bnprobe.rules.effect import MOVES
 from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.interface import Rule
-
-MOVES = 0.02
-"""From here on the outputs really depend on the batch (relative L2)."""
 
 
 class NoRunningStats(Rule):

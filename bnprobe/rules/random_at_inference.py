@@ -6,14 +6,12 @@ from collections.abc import Iterator
 
 from bnprobe.numbers import percent
 from bnprobe.records import Severity, Verdict
+from bnprobe.rules.effect import MOVES
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
 
 ROUNDING = 1e-3
 """Two passes over the same samples may differ by this much where the order of additions is not fixed, as on a GPU."""
-
-MOVES = 0.02
-"""From here on the outputs really change."""
 
 
 class RandomAtInference(Rule):

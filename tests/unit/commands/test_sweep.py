@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, TensorDataset
 
+from bnprobe.analysis.momentum import MomentumPlan, momentum_sweep
 from bnprobe.commands.scan import scan
-from bnprobe.commands.sweep import MomentumPlan, momentum_sweep, sweep
+from bnprobe.commands.sweep import sweep
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import UsageError
 from bnprobe.measure import momentum_series

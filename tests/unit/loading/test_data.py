@@ -24,8 +24,8 @@ from torch.utils.data import (
 
 from bnprobe.config.spec import DataSpec, EvalDataSpec
 from bnprobe.errors import DataError, ModelError, UsageError, UserCodeError
-from bnprobe.loading.data import BatchSource, as_batch_source, synthetic_source
-from bnprobe.loading.model import GuardedBatches, UserModule, resolve
+from bnprobe.loading.data import BatchSource, GuardedBatches, as_batch_source, synthetic_source
+from bnprobe.loading.model import UserModule, resolve
 from bnprobe.loading.source import load_held_out, load_source
 
 HEAD = "import torch\nfrom torch.utils.data import *\nimages = TensorDataset(torch.arange(10.0)[:, None])\n"
