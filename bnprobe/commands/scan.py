@@ -207,6 +207,8 @@ def _facts(workload: Workload, session: Session) -> Facts:
         drop_last=workload.source.drop_last,
         held_out=workload.held_out is not None,
         own_order=workload.source.own_order,
+        averaged=workload.averaged[0],
+        averaged_beside=workload.averaged[1],
     )
 
 
@@ -439,7 +441,11 @@ def tell_apart(
             most = max(2, CHANCE_IMAGES // max(sizes))
             with _counted(found, "chance", "what outputs of other samples score", sum(sizes[:most])):
                 found.chance = chance_levels(session, batches[:most], sizes[:most])
-        stale = [layer.name for layer in findings.layers if layer.flagged and layer.shares and layer.shares.lag > 0]
+        stale = [
+            layer.name
+            for layer in findings.layers
+            if layer.flagged and layer.shares and max(layer.shares.lag, layer.shares.propagation) > 0
+        ]
         if stale:
             with _counted(found, "eps", "whether the statistics fit another eps", min(samples, SAMPLES_OF_EPS)):
                 found.other_eps = fitting_eps(session, batches, sizes, stale)

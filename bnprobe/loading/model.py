@@ -361,12 +361,15 @@ class LoadedModel:
         name: Its name in messages, e.g. "model.py:load_model" or "timm:resnet18".
         module: Where data, forward, loss and metric are looked up; None for a model library.
         notes: What the reader should know, one sentence each.
+        averaged: Why its weights are taken to be an average, and that averaged weights are in the same file but were
+            not used, clauses; None where nothing says so.
     """
 
     model: nn.Module
     name: str
     module: UserModule | None
     notes: tuple[str, ...] = ()
+    averaged: tuple[str | None, str | None] = (None, None)
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:

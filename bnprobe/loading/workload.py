@@ -34,6 +34,7 @@ class Workload:
         make_optimizer: Makes an optimizer for given parameters, if training steps are requested.
         module: Module where the user's functions were looked up, if there is one.
         norms: Norms of the user's own by the name of their class, as the spec or the model file says.
+        averaged: As in ``LoadedModel``.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Workload:
     make_optimizer: Callable[[list[nn.Parameter]], Any] | None = None
     module: UserModule | None = None
     norms: Mapping[str, NormClass] = field(default_factory=dict)
+    averaged: tuple[str | None, str | None] = (None, None)
 
     def settings(self, given: ScanSettings) -> ScanSettings:
         """Settings with the norms that the model file names, where they name none."""
@@ -86,6 +88,7 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
         make_optimizer=load_optimizer(spec.train.optimizer, loaded.module) if spec.scan.train_steps else None,
         module=loaded.module,
         norms=spec.layers.norms or _norm_classes(loaded.module),
+        averaged=loaded.averaged,
         **functions,
     )
 
@@ -135,8 +138,8 @@ def load_model_only(spec: Spec, need_statistics: bool = True) -> LoadedModel:
     loaded = load_model(spec.model)
     if checkpoint.path is not None and Path.cwd() != folder:  # the user's file changed the working directory
         checkpoint = checkpoint.model_copy(update={"path": str(folder / checkpoint.path)})
-    notes = load_checkpoint(loaded.model, checkpoint, need_statistics)
-    return replace(loaded, notes=(*loaded.notes, *notes))
+    weights = load_checkpoint(loaded.model, checkpoint, need_statistics)
+    return replace(loaded, notes=(*loaded.notes, *weights.notes), averaged=(weights.averaged, weights.beside))
 
 
 def _function(role: str, target: str | None, module: UserModule | None, notes: list[str]) -> BatchFunction | None:

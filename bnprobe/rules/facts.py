@@ -8,6 +8,9 @@ from typing import Literal
 
 from bnprobe.records import Chance, Gap, Layer, Output, Remedy, Scan
 
+EXPLAINED = 0.2
+"""A change explains a mismatch of which it leaves no more than this."""
+
 Need = Literal["model", "data", "held-out data", "training steps", "gradients", "several processes"]
 """What a rule needs; a rule whose need is not met is skipped with a reason."""
 
@@ -72,7 +75,8 @@ class OtherEps:
 
     Attributes:
         eps: The value that leaves least of it.
-        left: By layer, the fraction of the mismatch of its statistics that is left with it.
+        left: By stale layer, the fraction of the mismatch of its statistics that is left with it; without those of
+            which eps says nothing.
     """
 
     eps: float
@@ -112,6 +116,8 @@ class Facts:
         chance: Loss and metric against those of outputs that belong to other samples, where measured.
         other_eps: Where another eps was tried, on layers that look stale.
         padding: Where samples of different sizes were found to be padded.
+        averaged: Why the weights are taken to be an average of those of many steps, a clause.
+        averaged_beside: That the weights file also holds averaged weights, a clause.
         called: Names of the layers that the forward pass called; None without data.
     """
 
@@ -130,6 +136,8 @@ class Facts:
     chance: tuple[Chance, ...] = ()
     other_eps: OtherEps | None = None
     padding: Padding | None = None
+    averaged: str | None = None
+    averaged_beside: str | None = None
     called: frozenset[str] | None = None
 
     @property

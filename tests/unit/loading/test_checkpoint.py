@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError, UserCodeError
-from bnprobe.loading.checkpoint import load_checkpoint
+from bnprobe.loading.checkpoint import Loaded, load_checkpoint
 from bnprobe.loading.weights import Stub, read_weights
 
 State = dict[str, Any]
@@ -58,7 +58,7 @@ def save(folder: Path, saved: Any, name: str = "weights.pt") -> str:
 
 
 def load(model: nn.Module, path: str, **options: Any) -> tuple[str, ...]:
-    return load_checkpoint(model, CheckpointSpec(path=path, **options))
+    return load_checkpoint(model, CheckpointSpec(path=path, **options)).notes
 
 
 def assert_loaded(model: nn.Module, state: State) -> None:
@@ -81,7 +81,7 @@ def checkpoint_error(path: str, model: nn.Module | None = None, **options: Any) 
 
 
 def test_no_path_does_nothing() -> None:
-    assert load_checkpoint(net(), CheckpointSpec()) == ()
+    assert load_checkpoint(net(), CheckpointSpec()) == Loaded()
 
 
 def test_plain_state_dict(tmp_path: Path, state: State) -> None:
@@ -323,6 +323,40 @@ def test_averaged_weights_are_mentioned_and_not_taken(tmp_path: Path, state: Sta
     assert_loaded(model, state)
     assert notes[1] == 'weights.pt also holds averaged weights (EMA) under "model_ema": --key model_ema.'
     assert "also holds weights that fit under b" in load(net(), save(tmp_path, {"a": state, "b": other}))[1]
+
+
+def test_what_the_file_shows_of_averaged_weights(tmp_path: Path, state: State) -> None:
+    statistics = {name for name in state if "running" in name}
+    moved = {name: value if name in statistics else value + 1.0 for name, value in state.items()}
+    other = {name: value + 1 for name, value in state.items()}
+    parameters = {name: value for name, value in state.items() if name not in statistics and "tracked" not in name}
+    belong = "which belong to other weights"
+
+    def told(saved: dict[str, State], **options: Any) -> tuple[str | None, str | None]:
+        found = load_checkpoint(net(), CheckpointSpec(path=save(tmp_path, saved), **options))
+        return found.averaged, found.beside
+
+    of_model = 'the weights under "ema" of weights.pt are an average, their running statistics are those under "model"'
+    assert told({"model": state, "ema": moved}, key="ema") == (f"{of_model}, {belong}", None)
+    must = "their statistics must be taken with the average"
+    assert (
+        told({"model": state, "ema": other}, key="ema")[0]
+        == f'averaged weights, by the key "ema" of weights.pt: {must}'
+    )
+    beside = 'weights.pt also holds averaged weights, under "ema"'
+    assert told({"model": state, "ema": other}) == told({"model": state, "ema": moved}) == (None, beside)
+    swapped = {name: value + 1.0 if name in statistics else value for name, value in state.items()}
+    assert told({"model": state, "ema": swapped}) == (
+        'the weights are the average under "ema" of weights.pt, their statistics are not',
+        None,
+    )
+    assert told({"model": swapped, "ema": {name: value + 1.0 for name, value in parameters.items()}}) == (None, beside)
+    assert told({"model": state}) == (None, None)
+    for name, averaged in (
+        ("model_ema.pt", f"averaged weights, by the name of model_ema.pt: {must}"),
+        ("schema.pt", None),
+    ):
+        assert load_checkpoint(net(), CheckpointSpec(path=save(tmp_path, state, name))).averaged == averaged
 
 
 def test_several_states_of_other_models(tmp_path: Path) -> None:
