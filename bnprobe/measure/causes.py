@@ -1,7 +1,7 @@
 """Small measurements that tell causes apart, each on a few micro-batches and only where it can change what is said.
 
 Do outputs know their own sample? Do they depend on who else is in the batch? Would another eps fit the statistics? Is
-part of the data padding? Which random layers feed a norm layer?
+part of the data padding? Which random layers feed a norm layer? What draws random numbers at inference?
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from bnprobe.errors import BnprobeError
 from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of, to_device
 from bnprobe.measure.hooks import Pass
-from bnprobe.measure.layers import ProbedLayer, named_once, probability_of_dropping
+from bnprobe.measure.layers import ROOT, ProbedLayer, named_once, probability_of_dropping
 from bnprobe.measure.outputs import floating, square_norm
+from bnprobe.measure.restore import random_state
 from bnprobe.measure.scores import MEASURES, Measure, ScoreTable, one_number, score_outputs
 from bnprobe.measure.session import Outputs, PathName, Session
 from bnprobe.records import Chance, ChanceValues
-from bnprobe.rules.facts import EXPLAINED, OtherEps, Padding
+from bnprobe.rules.facts import EXPLAINED, OtherEps, Padding, Randomness
 from bnprobe.stats.scores import Scores, paired_difference
 
 EPS = (1e-2, 1e-3, 1e-5, 1e-6, 1e-8)
@@ -329,3 +331,54 @@ def _sources_of(tensor: Tensor, sources: Mapping[int, str]) -> set[str]:
             found.add(sources[id(leaf)])
         left += [before for before, _ in node.next_functions]
     return found
+
+
+GENERATORS = ("random", "numpy", "torch")
+"""In the order of ``random_state``."""
+
+
+def randomness_of(session: Session, batch: Any, size: int) -> Randomness | None:
+    """What draws random numbers in a pass in eval mode, by the global random states that move; None where it fails."""
+    inside: list[str] = []
+    places: dict[str, None] = {}
+    functions: dict[str, None] = {}
+    moved: set[str] = set()
+    before = random_state()
+
+    def look() -> None:
+        """Since the last look the module that runs now has drawn what was drawn."""
+        nonlocal before
+        now = random_state()
+        drawn = {name for name, one, other in zip(GENERATORS, before, now, strict=True) if one != other}
+        if drawn and inside:
+            places[inside[-1]] = None
+        moved.update(drawn)
+        before = now
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            state = random_state()[-1]
+            result = function(*args, **(kwargs or {}))
+            if random_state()[-1] != state:
+                functions[str(resolve_name(function) or getattr(function, "__name__", function))] = None
+            return result
+
+    def enter(name: str) -> None:
+        look()
+        inside.append(name)
+
+    def leave() -> None:
+        look()
+        inside.pop()
+
+    with ExitStack() as stack, suppress(BnprobeError, CannotEmulateError):
+        for named in named_once(session.model):
+            place = named.kind if named.name == ROOT else f"{named.name} ({named.kind})"
+            stack.callback(named.module.register_forward_pre_hook(lambda *_, place=place: enter(place)).remove)
+            stack.callback(named.module.register_forward_hook(lambda *_: leave()).remove)
+        with Watch():
+            session.forward("eval", to_device(batch, session.device), Pass(size, size))
+        look()
+        generators = tuple(name for name in reversed(GENERATORS) if name in moved)
+        return Randomness(generators, tuple(places), tuple(functions))
+    return None

@@ -84,6 +84,21 @@ class OtherEps:
 
 
 @dataclass(frozen=True)
+class Randomness:
+    """What draws random numbers in a pass in eval mode.
+
+    Attributes:
+        generators: Whose global state moves: "torch", "numpy", "random".
+        places: The modules in whose own forward it moves, with their classes, e.g. "encoder.drop (Dropout)".
+        functions: Functions of torch that draw, e.g. "torch.nn.functional.dropout".
+    """
+
+    generators: tuple[str, ...]
+    places: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Padding:
     """Parts of the inputs that are padding: the last positions of a sample that all hold the same value.
 
@@ -116,6 +131,7 @@ class Facts:
         chance: Loss and metric against those of outputs that belong to other samples, where measured.
         other_eps: Where another eps was tried, on layers that look stale.
         padding: Where samples of different sizes were found to be padded.
+        randomness: What draws random numbers at inference, where two passes differ.
         averaged: Why the weights are taken to be an average of those of many steps, a clause.
         averaged_beside: That the weights file also holds averaged weights, a clause.
         called: Names of the layers that the forward pass called; None without data.
@@ -136,6 +152,7 @@ class Facts:
     chance: tuple[Chance, ...] = ()
     other_eps: OtherEps | None = None
     padding: Padding | None = None
+    randomness: Randomness | None = None
     averaged: str | None = None
     averaged_beside: str | None = None
     called: frozenset[str] | None = None
