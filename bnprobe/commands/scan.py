@@ -38,6 +38,7 @@ from bnprobe.measure.causes import (
     fitting_eps,
     padding_in,
     random_layers_before,
+    randomness_of,
 )
 from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.finite_data import data_set_size
@@ -76,7 +77,7 @@ from bnprobe.records import (
     Updates,
 )
 from bnprobe.rules.effect import inconsistency
-from bnprobe.rules.facts import Anatomy, Facts, OtherEps, Padding
+from bnprobe.rules.facts import Anatomy, Facts, OtherEps, Padding, Randomness
 from bnprobe.stats.composition import regrouped_batches
 
 IMPACT_BYTES = 2**27
@@ -207,6 +208,8 @@ def _facts(workload: Workload, session: Session) -> Facts:
         drop_last=workload.source.drop_last,
         held_out=workload.held_out is not None,
         own_order=workload.source.own_order,
+        averaged=workload.averaged[0],
+        averaged_beside=workload.averaged[1],
     )
 
 
@@ -269,6 +272,7 @@ def _report(
         chance=summary.chance,
         other_eps=further.other_eps,
         padding=further.padding,
+        randomness=further.randomness,
     )
     verdicts = judge(facts, settings.rules)
     impacts = joint_impacts(session, evidence, further, groups_of(verdicts, facts))
@@ -370,6 +374,7 @@ class Further:
     batch_dependence: float | None = None
     other_eps: OtherEps | None = None
     padding: Padding | None = None
+    randomness: Randomness | None = None
     random_before: Mapping[str, tuple[str, ...]] | None = None
     passes: list[ExtraPass] = field(default_factory=list)
 
@@ -430,6 +435,9 @@ def tell_apart(
     sizes = [evidence.sizes.get(position, evidence.batch_size) for position in sorted(evidence.kept)]
     with session.installed():
         found.random_before = random_layers_before(session, batches[0], sizes[0]) if batches else None
+        if batches and findings.summary.output.repeat:
+            with _counted(found, "random numbers", "what draws them at inference", sizes[0]):
+                found.randomness = randomness_of(session, batches[0], sizes[0])
         if any(layer.info.running_mean is None for layer in session.layers.selected):
             found.batch_dependence = batch_dependence(session, batches, sizes)
         if not off:
@@ -439,7 +447,11 @@ def tell_apart(
             most = max(2, CHANCE_IMAGES // max(sizes))
             with _counted(found, "chance", "what outputs of other samples score", sum(sizes[:most])):
                 found.chance = chance_levels(session, batches[:most], sizes[:most])
-        stale = [layer.name for layer in findings.layers if layer.flagged and layer.shares and layer.shares.lag > 0]
+        stale = [
+            layer.name
+            for layer in findings.layers
+            if layer.flagged and layer.shares and max(layer.shares.lag, layer.shares.propagation) > 0
+        ]
         if stale:
             with _counted(found, "eps", "whether the statistics fit another eps", min(samples, SAMPLES_OF_EPS)):
                 found.other_eps = fitting_eps(session, batches, sizes, stale)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -35,10 +36,15 @@ class LoadedWeights:
     Attributes:
         notes: What the reader should know, one sentence each.
         parameters_alone: Layers lack their running statistics in the file.
+        averaged: Why the weights are taken to be an average of those of many steps, whose running statistics are others
+            than those of the last step, a clause; None where nothing says so.
+        beside: That averaged weights are there which were not used, a clause; None where there are none.
     """
 
     notes: tuple[str, ...] = ()
     parameters_alone: bool = False
+    averaged: str | None = None
+    beside: str | None = None
 
 
 def without_prefix(state: Mapping[str, Any], prefix: str, path: Path) -> dict[str, Any]:
@@ -265,6 +271,9 @@ _USUAL_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "netw
 _AVERAGED = re.compile(r"ema|swa|averag|shadow|teacher", re.IGNORECASE)
 """Parts of keys under which training scripts save averaged weights."""
 
+_AVERAGED_FILE = re.compile(r"(?<![a-z])(ema|swa|avg|average[d]?)(?![a-z])", re.IGNORECASE)
+"""The same in the names of files, which are longer."""
+
 _DEEPEST = 4
 
 
@@ -289,7 +298,9 @@ def load_checkpoint(model: nn.Module, spec: CheckpointSpec, need_statistics: boo
     _refuse_converted(path, model)
     with user_code("calling state_dict() of the model"):
         target = dict(model.state_dict(keep_vars=True))
-    state, notes = _find_state(saved, spec.key, path, target)
+    best, others, notes = _find_state(saved, spec.key, path, target)
+    averaged, beside = _averaging(best, others, path, target)
+    state = best.state
     notes = [*([f"The weights were read from {path}."] if path != Path(spec.path) else []), *notes, *left_out]
     if spec.strip_prefix:
         state = without_prefix(state, spec.strip_prefix, path)
@@ -308,7 +319,7 @@ def load_checkpoint(model: nn.Module, spec: CheckpointSpec, need_statistics: boo
         state, found = check_fit(state, target, spec.strict, path, need_statistics)
         with user_code(f"loading the weights of {path} into the model"):
             model.load_state_dict(state, strict=False)
-    return replace(found, notes=(*notes, *found.notes))
+    return replace(found, notes=(*notes, *found.notes), averaged=averaged, beside=beside)
 
 
 def _untracked(model: nn.Module, state: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -357,8 +368,10 @@ class _Candidate:
         return -self.matched, bool(_AVERAGED.search(self.key)), usual, position
 
 
-def _find_state(saved: Any, key: str | None, path: Path, target: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The state dict in a file that fits the model best, or the one under the key; and notes that say which."""
+def _find_state(
+    saved: Any, key: str | None, path: Path, target: Mapping[str, Any]
+) -> tuple[_Candidate, list[_Candidate], list[str]]:
+    """The state dict that fits the model best, or the one under the key; others in the file; notes that say which."""
     inner = saved if key is None else _pick(saved, key, path)
     found = list(_candidates(inner, key or "", target, _DEEPEST))
     ranked = [each for _, each in sorted(enumerate(found), key=lambda pair: pair[1].rank(pair[0]))]
@@ -375,7 +388,41 @@ def _find_state(saved: Any, key: str | None, path: Path, target: Mapping[str, An
         notes.append(f'{path.name} also holds averaged weights (EMA) under "{averaged[0]}": --key {averaged[0]}.')
     elif others:
         notes.append(f"{path.name} also holds weights that fit under {listed(others)}: --key selects them.")
-    return best.state, notes
+    whole = found if key is None else list(_candidates(saved, "", target, _DEEPEST))
+    return best, [each for each in whole if each.matched and each.key != best.key], notes
+
+
+def _averaging(
+    best: _Candidate, others: Sequence[_Candidate], path: Path, target: Mapping[str, Any]
+) -> tuple[str | None, str | None]:
+    """``LoadedWeights.averaged`` and ``LoadedWeights.beside``, by the names of keys and file, and by what two states share."""
+    named = bool(_AVERAGED.search(best.key))
+    for other in others:
+        statistics, weights = _same(best, other, target)
+        if named and statistics and not weights:
+            words = f'the weights under "{best.key}" of {path.name} are an average, their running statistics are those'
+            return f'{words} under "{other.key}", which belong to other weights', None
+        if not named and _AVERAGED.search(other.key) and weights and not statistics:
+            return f'the weights are the average under "{other.key}" of {path.name}, their statistics are not', None
+    must = "their statistics must be taken with the average"
+    if named:
+        return f'averaged weights, by the key "{best.key}" of {path.name}: {must}', None
+    if _AVERAGED_FILE.search(path.name):
+        return f"averaged weights, by the name of {path.name}: {must}", None
+    averaged = next((other.key for other in others if _AVERAGED.search(other.key)), None)
+    return None, None if averaged is None else f'{path.name} also holds averaged weights, under "{averaged}"'
+
+
+def _same(one: _Candidate, other: _Candidate, target: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether two states have the same running statistics, and the same values in all else that both have."""
+    mine, theirs = (without_wrappers(each.state, target)[0] for each in (one, other))
+    equal: tuple[list[bool], list[bool]] = ([], [])
+    for name in mine.keys() & theirs.keys():
+        values = mine[name], theirs[name]
+        if not name.endswith(_COUNTER) and all(isinstance(value, Tensor) for value in values):
+            equal[not name.endswith(_STATISTICS)].append(torch.equal(*values))
+    statistics, weights = equal
+    return bool(statistics) and all(statistics), bool(weights) and all(weights)
 
 
 def _under(key: str) -> str:

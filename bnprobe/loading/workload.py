@@ -37,6 +37,7 @@ class Workload:
         wrapped, parameters_alone: As in ``LoadedModel``.
         not_held_out: Why held-out data that is there was not used, a sentence; None: all that there is was used.
         norms: Norms of the user's own by the name of their class, as the spec or the model file says.
+        averaged: As in ``LoadedModel``.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Workload:
     wrapped: bool = False
     parameters_alone: bool = False
     not_held_out: str | None = None
+    averaged: tuple[str | None, str | None] = (None, None)
 
     def settings(self, given: ScanSettings) -> ScanSettings:
         """Settings with the norms that the model file names, where they name none."""
@@ -96,6 +98,7 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
         wrapped=loaded.wrapped,
         parameters_alone=loaded.parameters_alone,
         not_held_out=not_held_out,
+        averaged=loaded.averaged,
         **functions,
     )
 
@@ -148,7 +151,12 @@ def load_model_only(spec: Spec, need_statistics: bool = True) -> LoadedModel:
     if checkpoint.path is not None and Path.cwd() != folder:  # the user's file changed the working directory
         checkpoint = checkpoint.model_copy(update={"path": str(folder / checkpoint.path)})
     weights = load_checkpoint(loaded.model, checkpoint, need_statistics)
-    return replace(loaded, notes=(*loaded.notes, *weights.notes), parameters_alone=weights.parameters_alone)
+    return replace(
+        loaded,
+        notes=(*loaded.notes, *weights.notes),
+        parameters_alone=weights.parameters_alone,
+        averaged=(weights.averaged, weights.beside),
+    )
 
 
 def _function(role: str, target: str | None, module: UserModule | None, notes: list[str]) -> BatchFunction | None:

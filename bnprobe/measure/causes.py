@@ -1,7 +1,7 @@
 """Small measurements that tell causes apart, each on a few micro-batches and only where it can change what is said.
 
 Do outputs know their own sample? Do they depend on who else is in the batch? Would another eps fit the statistics? Is
-part of the data padding? Which random layers feed a norm layer?
+part of the data padding? Which random layers feed a norm layer? What draws random numbers at inference?
 """
 
 from __future__ import annotations
@@ -9,20 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from bnprobe.errors import BnprobeError
 from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of, to_device
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.layers import ProbedLayer, named_once, probability_of_dropping
 from bnprobe.measure.outputs import floating, square_norm
-from bnprobe.measure.scores import MEASURES, ScoreTable, one_number, score_outputs
+from bnprobe.measure.restore import random_state
+from bnprobe.measure.scores import MEASURES, Measure, ScoreTable, one_number, score_outputs
 from bnprobe.measure.session import Outputs, PathName, Session
-from bnprobe.records import Chance, ChanceValues
-from bnprobe.rules.facts import OtherEps, Padding
+from bnprobe.records import ROOT, Chance, ChanceValues
+from bnprobe.rules.facts import EXPLAINED, OtherEps, Padding, Randomness
 from bnprobe.stats.scores import Scores, paired_difference
 
 EPS = (1e-2, 1e-3, 1e-5, 1e-6, 1e-8)
@@ -30,6 +33,9 @@ EPS = (1e-2, 1e-3, 1e-5, 1e-6, 1e-8)
 
 SAMPLES_OF_EPS = 128
 """Population statistics of so many samples show a factor between variances."""
+
+_SAME_INPUT = 1e-3
+"""A mismatch that another eps changes by no more than this, relative, is of a layer whose input is the same with it."""
 
 _SAME = 1e-6
 """A loss that changes by no more than this, relative, does not depend on which sample an output belongs to."""
@@ -65,29 +71,28 @@ def chance_levels(session: Session, micro_batches: Sequence[Any], sizes: Sequenc
 def _chance(
     session: Session, path: PathName, micro_batches: Sequence[Any], sizes: Sequence[int]
 ) -> Iterator[tuple[str, ChanceValues]]:
-    own, other = ScoreTable(), {measure: [] for measure in MEASURES}  # type: ignore[var-annotated]
+    own = ScoreTable()
+    other: dict[Measure, list[Tensor]] = {}
     recorded: list[Outputs] = []
     batches = [to_device(batch, session.device) for batch in micro_batches]
     for batch, size in zip(batches, sizes, strict=True):
         _, outputs = session.forward(path, batch, Pass(size, size))
         recorded.append(outputs)
         own.add(score_outputs(session, path, [batch], outputs, size))
-    functions = {"loss": session.functions.loss, "metric": session.functions.metric}
+    given = {"loss": session.functions.loss, "metric": session.functions.metric}
+    functions = {measure: function for measure in MEASURES if (function := given[measure]) is not None}
     for position, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
         outputs = recorded[(position + len(batches) // 2) % len(batches)]
-        for measure in MEASURES:
-            if functions[measure] is None:
-                continue
+        for measure, function in functions.items():
             pass_ = Pass(size, size)
-            value = session.call(path, measure, functions[measure], batch, outputs, pass_)  # type: ignore[arg-type]
+            value = session.call(path, measure, function, batch, outputs, pass_)
             if pass_.entered:
                 raise CannotEmulateError("it runs the model on something else than the batch's own tensors")
-            other[measure].append(one_number(measure, functions[measure], value).cpu())  # type: ignore[arg-type]
-    for measure in MEASURES:
-        mine = own.scores(measure, path)
-        if mine is None or not other[measure]:
+            other.setdefault(measure, []).append(one_number(measure, function, value).cpu())
+    for measure, values in other.items():
+        if (mine := own.scores(measure, path)) is None:
             continue
-        theirs = Scores(torch.stack(other[measure]), mine.sizes)
+        theirs = Scores(torch.stack(values), mine.sizes)
         change = paired_difference(Scores(mine.batches, mine.sizes), theirs, shared=True)
         # Every output is used once on both sides: a value of the outputs alone has the same mean.
         if math.isfinite(theirs.mean) and abs(mine.mean - theirs.mean) > _SAME * abs(mine.mean):
@@ -126,53 +131,76 @@ def _rows(session: Session, batch: Any, size: int) -> list[Tensor]:
 def fitting_eps(
     session: Session, micro_batches: Sequence[Any], sizes: Sequence[int], stale: Sequence[str]
 ) -> OtherEps | None:
-    """The eps, in all layers, with which the statistics of some layers fit best; None if none fits better.
+    """The eps, in all layers, that the statistics of stale layers fit best; None where none can be tried.
 
-    A layer multiplies by 1 / sqrt(variance + eps), so weights that were trained with another eps get inputs that are
-    off by sqrt((v + e) / (v + eps)) in each channel, from the second layer on, and no statistics explain it.
+    A layer multiplies by 1 / sqrt(variance + eps), so weights that were trained with another eps give the next layers
+    inputs that are off by sqrt((v + e) / (v + eps)) in each channel, and no statistics explain it. Where that shows in
+    some layer, the eps is known, and it counts in every layer: a small eps makes much of what a large one hides.
+    Otherwise nothing is said of layers whose input does not depend on eps, as of the first or the only one.
 
     Args:
         session: Installed.
-        stale: Names of the layers that look stale; the first layer of the network is never one by this reason.
+        stale: Names of the layers that look stale.
     """
     layers = [layer for layer in session.layers.layers if layer.info.running_mean is not None]
     known = [layer for layer in layers if layer.name in stale]
     number = max(1, SAMPLES_OF_EPS // max(sizes, default=1))
     batches = list(zip(micro_batches, sizes, strict=True))[:number]
-    if not known or (layers and known[0] is layers[0]):
+    if not known or not batches:
         return None
-    trials: dict[float, dict[str, float]] = {}
+    trials: dict[float, _Distances] = {}
     with suppress(BnprobeError, CannotEmulateError):
         own = _distances(session, batches, known)
         for eps in EPS:
             with _eps(session, layers, eps):
                 trials[eps] = _distances(session, batches, known)
-    if not trials:
+    inputs = {eps: _parts(found.as_loaded, own.as_loaded) for eps, found in trials.items()}
+    telling = {name for parts in inputs.values() for name, part in parts.items() if abs(part - 1) > _SAME_INPUT}
+    if not telling:
         return None
-    left = {eps: {name: found[name] / own[name] for name in found if own.get(name)} for eps, found in trials.items()}
-    best = min(left, key=lambda eps: sum(left[eps].values()))
-    return OtherEps(best, left[best])
+    best = min(inputs, key=lambda eps: sum(inputs[eps][name] for name in telling))
+    if min(inputs[best].values()) <= EXPLAINED:
+        return OtherEps(best, _parts(trials[best].own, own.own))
+    return OtherEps(best, {name: inputs[best][name] for name in telling})
 
 
-def _distances(session: Session, batches: Sequence[tuple[Any, int]], layers: Sequence[ProbedLayer]) -> dict[str, float]:
-    """Mismatch D of the running statistics against those of all samples as one batch, eval path."""
+@dataclass(frozen=True)
+class _Distances:
+    """Mismatch D of running statistics against those that training converges to, by layer.
+
+    Attributes:
+        own: With the eps that the layers have at the time.
+        as_loaded: With the eps that they were loaded with: it changes only where their input does.
+    """
+
+    own: Mapping[str, float]
+    as_loaded: Mapping[str, float]
+
+
+def _parts(found: Mapping[str, float], whole: Mapping[str, float]) -> dict[str, float]:
+    return {name: found[name] / whole[name] for name in found if whole.get(name)}
+
+
+def _distances(session: Session, batches: Sequence[tuple[Any, int]], layers: Sequence[ProbedLayer]) -> _Distances:
+    """With batch statistics, so that what is stale in earlier layers does not matter."""
     sums: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for batch, size in batches:
         pass_ = Pass(size, size)
-        session.forward("eval", to_device(batch, session.device), pass_)
+        session.forward("steady", to_device(batch, session.device), pass_)
         for (index, _), record in pass_.records.items():
-            sums.setdefault(index, []).append((record.mean.mean(0), (record.variance + record.mean.square()).mean(0)))
-    found = {}
+            unbiased = record.variance.mean(0) * (record.values / max(record.values - 1, 1))
+            sums.setdefault(index, []).append((record.mean.mean(0), unbiased))
+    own, as_loaded = {}, {}
     for layer in layers:
-        if layer.index not in sums or layer.info.running_mean is None or layer.info.running_variance is None:
+        running, spread = layer.info.running_mean, layer.info.running_variance
+        if layer.index not in sums or running is None or spread is None:
             continue
-        mean = torch.stack([one for one, _ in sums[layer.index]]).mean(0)
-        variance = torch.stack([square for _, square in sums[layer.index]]).mean(0) - mean.square()
-        scale = (layer.info.running_variance.double() + _eps_of(layer)).sqrt()
-        shift = (mean - layer.info.running_mean.double()) / scale
-        ratio = (variance.clamp_min(0) + _eps_of(layer)).sqrt() / scale
-        found[layer.name] = float((shift.square() + (ratio - 1).square()).mean())
-    return found
+        mean, variance = (torch.stack(values).mean(0) for values in zip(*sums[layer.index], strict=True))
+        for found, eps in ((own, _eps_of(layer)), (as_loaded, layer.info.eps)):
+            scale = (spread.double() + eps).sqrt()
+            shift, ratio = (mean - running.double()) / scale, (variance + eps).sqrt() / scale
+            found[layer.name] = float((shift.square() + (ratio - 1).square()).mean())
+    return _Distances(own, as_loaded)
 
 
 def _eps_of(layer: ProbedLayer) -> float:
@@ -185,12 +213,12 @@ def _eps(session: Session, layers: Sequence[ProbedLayer], eps: float) -> Iterato
     before = [(layer.module, layer.module.eps) for layer in layers if hasattr(layer.module, "eps")]
     try:
         for module, _ in before:
-            module.eps = eps  # type: ignore[assignment]
+            setattr(module, "eps", eps)  # noqa: B010 (modules declare no such attribute)
         session.accept_attributes()
         yield
     finally:
         for module, own in before:
-            module.eps = own
+            setattr(module, "eps", own)  # noqa: B010
         session.accept_attributes()
 
 
@@ -303,3 +331,54 @@ def _sources_of(tensor: Tensor, sources: Mapping[int, str]) -> set[str]:
             found.add(sources[id(leaf)])
         left += [before for before, _ in node.next_functions]
     return found
+
+
+GENERATORS = ("random", "numpy", "torch")
+"""In the order of ``random_state``."""
+
+
+def randomness_of(session: Session, batch: Any, size: int) -> Randomness | None:
+    """What draws random numbers in a pass in eval mode, by the global random states that move; None where it fails."""
+    inside: list[str] = []
+    places: dict[str, None] = {}
+    functions: dict[str, None] = {}
+    moved: set[str] = set()
+    before = random_state()
+
+    def look() -> None:
+        """Since the last look the module that runs now has drawn what was drawn."""
+        nonlocal before
+        now = random_state()
+        drawn = {name for name, one, other in zip(GENERATORS, before, now, strict=True) if one != other}
+        if drawn and inside:
+            places[inside[-1]] = None
+        moved.update(drawn)
+        before = now
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            state = random_state()[-1]
+            result = function(*args, **(kwargs or {}))
+            if random_state()[-1] != state:
+                functions[str(resolve_name(function) or getattr(function, "__name__", function))] = None
+            return result
+
+    def enter(name: str) -> None:
+        look()
+        inside.append(name)
+
+    def leave() -> None:
+        look()
+        inside.pop()
+
+    with ExitStack() as stack, suppress(BnprobeError, CannotEmulateError):
+        for named in named_once(session.model):
+            place = named.kind if named.name == ROOT else f"{named.name} ({named.kind})"
+            stack.callback(named.module.register_forward_pre_hook(lambda *_, place=place: enter(place)).remove)
+            stack.callback(named.module.register_forward_hook(lambda *_: leave()).remove)
+        with Watch():
+            session.forward("eval", to_device(batch, session.device), Pass(size, size))
+        look()
+        generators = tuple(name for name in reversed(GENERATORS) if name in moved)
+        return Randomness(generators, tuple(places), tuple(functions))
+    return None

@@ -29,7 +29,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_state() -> object:
+def random_state() -> tuple[object, object, object]:
     """The state of random, numpy and torch (CPU and CUDA), to be compared: equal if nothing was drawn in between."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     tensors = [torch.get_rng_state(), *cuda]

@@ -55,8 +55,8 @@ class Gap(Record):
     Attributes:
         measure: "loss" or "metric".
         training: Training batches as in training: batch statistics, dropout active.
-        without_noise: Training batches with batch statistics, all else in eval mode: no dropout, and no heads or losses of
-            training alone.
+        without_noise: Training batches with batch statistics, all else in eval mode: no dropout, and no heads or losses
+            of training alone.
         inference: Training batches with running statistics.
         held_out: Held-out batches with running statistics; None without held-out data.
         training_noise: ``without_noise - training``.

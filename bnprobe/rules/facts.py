@@ -8,6 +8,9 @@ from typing import Literal
 
 from bnprobe.records import Chance, Gap, Layer, Output, Remedy, Scan
 
+EXPLAINED = 0.2
+"""A change explains a mismatch of which it leaves no more than this."""
+
 Need = Literal["model", "data", "held-out data", "training steps", "gradients", "several processes"]
 """What a rule needs; a rule whose need is not met is skipped with a reason."""
 
@@ -72,11 +75,27 @@ class OtherEps:
 
     Attributes:
         eps: The value that leaves least of it.
-        left: By layer, the fraction of the mismatch of its statistics that is left with it.
+        left: By stale layer, the fraction of the mismatch of its statistics that is left with it; without those of
+            which eps says nothing.
     """
 
     eps: float
     left: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """What draws random numbers in a pass in eval mode.
+
+    Attributes:
+        generators: Whose global state moves: "torch", "numpy", "random".
+        places: The modules in whose own forward it moves, with their classes, e.g. "encoder.drop (Dropout)".
+        functions: Functions of torch that draw, e.g. "torch.nn.functional.dropout".
+    """
+
+    generators: tuple[str, ...]
+    places: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +131,9 @@ class Facts:
         chance: Loss and metric against those of outputs that belong to other samples, where measured.
         other_eps: Where another eps was tried, on layers that look stale.
         padding: Where samples of different sizes were found to be padded.
+        randomness: What draws random numbers at inference, where two passes differ.
+        averaged: Why the weights are taken to be an average of those of many steps, a clause.
+        averaged_beside: That the weights file also holds averaged weights, a clause.
         called: Names of the layers that the forward pass called; None without data.
     """
 
@@ -130,6 +152,9 @@ class Facts:
     chance: tuple[Chance, ...] = ()
     other_eps: OtherEps | None = None
     padding: Padding | None = None
+    randomness: Randomness | None = None
+    averaged: str | None = None
+    averaged_beside: str | None = None
     called: frozenset[str] | None = None
 
     @property

@@ -7,19 +7,28 @@ from collections.abc import Iterator
 from bnprobe.numbers import number
 from bnprobe.records import Layer, Severity, Verdict
 from bnprobe.rules import effect
+from bnprobe.rules.effect import Change, Effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
 from bnprobe.rules.shares import COMPOSITION_P, are_domains_apart, mismatch_limit, share_limit, share_of
+
+FEWEST_BATCHES = 5
+"""Micro-batches that are scored at least: the samples of one share its statistics, and are not independent."""
+
+MATTERS = 0.05
+"""What 2 points are of a metric between 0 and 1, for losses and for metrics whose scale is not known: the loss of two
+trainings of the same network differs by a few percent."""
 
 
 class Inconsistency(Rule):
     """Loss or metric are surely worse with running statistics than with batch statistics, on the same samples.
 
     What:
-        The change of loss and metric on training batches from batch statistics to running statistics, with all
-        else in eval mode (no dropout, and no heads or losses of training alone). It fails where the 95% interval of the change excludes zero and the change is
-        larger than 2 points of a metric between 0 and 1, or 2% of the value. Where another error explains it, it is
-        reported as a consequence of that; otherwise this finding says what was ruled out.
+        The change of loss and metric on training batches from batch statistics to running statistics, with all else in
+        eval mode (no dropout, and no heads or losses of training alone). It fails where the 95% interval of the change
+        excludes zero, at least five micro-batches were scored, and the change is larger than 2 points of a metric
+        between 0 and 1; otherwise than 5% of the value. Where another error explains it, it is reported as a
+        consequence of that; otherwise this finding says what was ruled out.
 
     Why:
         This is what a user of the network notices. The mismatch D says how far normalized values move, not what the
@@ -60,14 +69,37 @@ class Inconsistency(Rule):
             yield self.skipped(None, "needs a loss or metric")
             return
         words = f"On training batches {change.words('with batch statistics', 'with running statistics')}"
-        if not found.is_worse:
-            unsure = "" if found.is_no_worse else "; the change is not known precisely enough to call it significant"
-            yield self.passed(None, f"{words}{unsure}.", change.harm, change.floor)
+        worse = [each for each in found.changes if each.standing == "worse" and each.harm > _limit(each)]
+        enough = FEWEST_BATCHES * (1 if facts.scan is None else facts.scan.batch_size)
+        few = 0 < max(gap.samples for gap in facts.gaps) < enough
+        if few or not worse:
+            yield self.passed(None, f"{words}{_why_not(found, few)}.", change.harm, _limit(change))
             return
+        change = max(worse, key=lambda each: (each.measure == "metric", each.weight))
+        words = f"On training batches {change.words('with batch statistics', 'with running statistics')}"
         ruled_out = "; ".join(_ruled_out(facts))
         not_known = f" No cause was found. Ruled out: {ruled_out}." if ruled_out else " No cause was found."
         severity: Severity | None = "info" if facts.is_new else None  # what is not trained yet says nothing
-        yield self.failed(None, f"{words}.{not_known}", change.harm, change.floor, severity)
+        yield self.failed(None, f"{words}.{not_known}", change.harm, _limit(change), severity)
+
+
+def _limit(change: Change) -> float:
+    """The smallest harm that is worth a finding of its own, without any cause in a layer."""
+    known = change.measure == "metric" and 0 <= change.before <= 1 and 0 <= change.after <= 1
+    return change.floor if known else max(change.floor, MATTERS * max(abs(change.before), abs(change.after)))
+
+
+def _why_not(found: Effect, few: bool) -> str:
+    """Why a change is no finding, a clause; empty where it is no harm."""
+    if found.is_no_worse:
+        return ""
+    if few:
+        return (
+            f"; fewer than {FEWEST_BATCHES} micro-batches are too few to judge by, since each has one mean and variance"
+        )
+    if found.is_worse:
+        return "; the change is too small to matter"
+    return "; the change is not known precisely enough to call it significant"
 
 
 def _ruled_out(facts: Facts) -> Iterator[str]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bnprobe.numbers import joined, number, percent
 from bnprobe.records import Layer, Verdict
 from bnprobe.rules.double_update import has_extra_updates
-from bnprobe.rules.facts import Anatomy, Facts
+from bnprobe.rules.facts import EXPLAINED, Anatomy, Facts
 from bnprobe.rules.interface import Link, anatomy_of
 from bnprobe.rules.shares import ShareRule, share_limit
 
-LEFT_ON_START = 0.01
+LEFT_ON_START = 0.03
 """Above this weight on the initial mean 0 and variance 1, these still show in the average."""
 
 SLOW = 500.0
@@ -29,19 +28,17 @@ USUAL_RATE = 0.1
 NOISE_FACTOR = 3.0
 """A running average is one random draw: three times its expected noise is still noise."""
 
-EXPLAINED = 0.2
-"""Another eps is the reason where it leaves no more of the mismatch than this."""
-
 PADDED = 0.05
 """Less padding than this hardly moves a mean or variance."""
+
+OF_ONE_KIND = 2.0
+"""Statistics of one kind of samples are off by what kinds differ in, which differs from kind to kind."""
 
 PRUNED = 0.2
 """No training gives this many weights that are exactly 0."""
 
 QUANTIZED = 256
 """The number of values of eight bits."""
-
-_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|average[d]?)(?![a-z])", re.IGNORECASE)
 
 
 def _is_no_more_than_domains(layer: Layer) -> bool:
@@ -50,10 +47,10 @@ def _is_no_more_than_domains(layer: Layer) -> bool:
     return shares is None or domains is None or shares.lag - domains.mismatch <= share_limit(layer)
 
 
-def _is_no_more_than_composition(layer: Layer) -> bool:
-    """A running average of non-i.i.d. batches is off by no more than these are."""
+def is_of_composition(layer: Layer) -> bool:
+    """A running average of non-i.i.d. batches is one random draw of these: of its last batches, all of one kind."""
     shares = layer.shares
-    return shares is not None and shares.composition is not None and shares.lag <= shares.composition
+    return shares is not None and shares.composition is not None and shares.lag <= OF_ONE_KIND * shares.composition
 
 
 def _is_noise_of_batches(layer: Layer) -> bool:
@@ -109,7 +106,7 @@ class Lag(ShareRule):
         Link("double_update"),
         Link("frozen_mismatch"),
         Link("shared_domains", _is_no_more_than_domains),
-        Link("composition", _is_no_more_than_composition),
+        Link("composition", is_of_composition),
         Link("small_batch", _is_noise_of_batches),
     )
     upstream_order = 80
@@ -200,9 +197,8 @@ def _of_the_weights(layer: Anatomy, facts: Facts) -> Iterator[Reason]:
         yield Reason(f"weights were quantized afterwards: those before the layer have {layer.levels} different values")
     if layer.bfloat16:
         yield Reason("they were kept in bfloat16, whose 8 bits lose small updates")
-    named = None if facts.scan is None else facts.scan.checkpoint
-    if named is not None and _AVERAGED.search(named):
-        yield Reason(f"averaged weights, by the name of {named}: their statistics must be taken with the average")
+    if facts.averaged is not None:
+        yield Reason(facts.averaged)
 
 
 def _too_few(weight: float, updates: int | None, variance: float | None) -> Reason | None:
@@ -234,6 +230,7 @@ def _in_words(layer: Anatomy, measured: Layer, facts: Facts) -> str:
         return f"Most likely reason: {found.words}."
     ruled_out = joined(list(_ruled_out(layer, measured, facts)))
     guesses = "a high learning rate until the end, or statistics of other weights or data"
+    guesses += f"; {facts.averaged_beside}" if facts.averaged_beside else ""
     return f"Why is not known ({guesses}); not {ruled_out}."
 
 
@@ -243,7 +240,7 @@ def _ruled_out(layer: Anatomy, measured: Layer, facts: Facts) -> Iterator[str]:
         yield f"too few updates ({layer.batches_tracked:,} counted)"
     if layer.momentum is not None:
         yield f"the momentum ({layer.momentum:g})"
-    if facts.other_eps is not None:
+    if facts.other_eps is not None and layer.name in facts.other_eps.left:
         yield "another eps"
     if measured.updates is not None:
         yield "extra updates per step"

@@ -9,7 +9,8 @@ from bnprobe.records import Layer, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
-from bnprobe.rules.shares import STATISTICS_CAUSES, is_off_at_inference, share_of
+from bnprobe.rules.lag import is_of_composition
+from bnprobe.rules.shares import STATISTICS_CAUSES, is_cause, is_off_at_inference, share_of
 
 MOSTLY = 0.5
 """The part of a layer's mismatch that wrong statistics must hold: what is noise of small batches says nothing here."""
@@ -80,8 +81,13 @@ class TrainedInEval(Rule):
 
 
 def _has_other_statistics(layer: Layer) -> bool:
-    """Whether it is flagged for statistics that are not those of the data, and not for the noise of batches."""
+    """Whether it is flagged for statistics that are not those of the data, and not for what batches are.
+
+    Batches that are not i.i.d. make train mode the worse side, and leave statistics of the last batches behind.
+    """
     if not layer.flagged or not is_off_at_inference(layer) or layer.eval is None or layer.shares is None:
+        return False
+    if is_cause(layer, "composition") and is_of_composition(layer):
         return False
     return (share_of(layer, "lag") or 0.0) + (share_of(layer, "propagation") or 0.0) > MOSTLY * layer.eval.mismatch
 

@@ -325,6 +325,40 @@ def test_averaged_weights_are_mentioned_and_not_taken(tmp_path: Path, state: Sta
     assert "also holds weights that fit under b" in load(net(), save(tmp_path, {"a": state, "b": other}))[1]
 
 
+def test_what_the_file_shows_of_averaged_weights(tmp_path: Path, state: State) -> None:
+    statistics = {name for name in state if "running" in name}
+    moved = {name: value if name in statistics else value + 1.0 for name, value in state.items()}
+    other = {name: value + 1 for name, value in state.items()}
+    parameters = {name: value for name, value in state.items() if name not in statistics and "tracked" not in name}
+    belong = "which belong to other weights"
+
+    def told(saved: dict[str, State], **options: Any) -> tuple[str | None, str | None]:
+        found = load_checkpoint(net(), CheckpointSpec(path=save(tmp_path, saved), **options))
+        return found.averaged, found.beside
+
+    of_model = 'the weights under "ema" of weights.pt are an average, their running statistics are those under "model"'
+    assert told({"model": state, "ema": moved}, key="ema") == (f"{of_model}, {belong}", None)
+    must = "their statistics must be taken with the average"
+    assert (
+        told({"model": state, "ema": other}, key="ema")[0]
+        == f'averaged weights, by the key "ema" of weights.pt: {must}'
+    )
+    beside = 'weights.pt also holds averaged weights, under "ema"'
+    assert told({"model": state, "ema": other}) == told({"model": state, "ema": moved}) == (None, beside)
+    swapped = {name: value + 1.0 if name in statistics else value for name, value in state.items()}
+    assert told({"model": state, "ema": swapped}) == (
+        'the weights are the average under "ema" of weights.pt, their statistics are not',
+        None,
+    )
+    assert told({"model": swapped, "ema": {name: value + 1.0 for name, value in parameters.items()}}) == (None, beside)
+    assert told({"model": state}) == (None, None)
+    for name, averaged in (
+        ("model_ema.pt", f"averaged weights, by the name of model_ema.pt: {must}"),
+        ("schema.pt", None),
+    ):
+        assert load_checkpoint(net(), CheckpointSpec(path=save(tmp_path, state, name))).averaged == averaged
+
+
 def test_several_states_of_other_models(tmp_path: Path) -> None:
     message = checkpoint_error(save(tmp_path, {"a": {"x": torch.ones(1)}, "b": {"y": torch.ones(1)}}))
     assert "holds several state dicts, and the names in none of them are those of the model: a, b." in message

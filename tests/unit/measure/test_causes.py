@@ -119,21 +119,41 @@ def test_outputs_that_depend_on_the_batch_are_an_error_without_running_statistic
     assert tracked.summary.output.batch_dependence is None
 
 
-def test_another_eps_is_found() -> None:
+def with_another_eps() -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]]]:
+    """Settled with eps=1e-2, and left with 1e-6; most inputs have a variance that is small beside the first."""
     torch.manual_seed(1)
     model = nn.Sequential(
-        nn.BatchNorm1d(6, eps=1e-3), nn.Linear(6, 16), nn.ReLU(), nn.BatchNorm1d(16, eps=1e-3), nn.Linear(16, CLASSES)
+        nn.BatchNorm1d(6, eps=1e-2), nn.Linear(6, 16), nn.ReLU(), nn.BatchNorm1d(16, eps=1e-2), nn.Linear(16, CLASSES)
     )
     x = classed()[0] * torch.tensor([0.02, 0.02, 0.02, 0.02, 1.0, 1.0])
     data = [(part, label) for part, (_, label) in zip(x.split(64), batches(64), strict=True)]
     settled(model, x, passes=300)
     for norm in (model[0], model[3]):
         norm.eps = 1e-6
-    report = scanned(model, data, metric=None)
-    messages = [verdict.message for verdict in report.verdicts if verdict.layer == "3" and verdict.cause == "lag"]
-    assert "eps is 1e-06, and was 0.001 when the weights were trained" in messages[0]
+    return model, data
+
+
+def messages_of(report: Report) -> dict[str | None, str]:
+    """What is said of stale statistics, by layer."""
+    return {each.layer: each.message for each in report.verdicts if each.cause == "lag" and each.outcome == "failed"}
+
+
+def test_another_eps_is_found() -> None:
+    model, data = with_another_eps()
+    told = messages_of(scanned(model, data, metric=None))
+    assert "eps is 1e-06, and was 0.01 when the weights were trained" in told["3"]
     assert (model[0].eps, model[3].eps) == (1e-6, 1e-6)
-    assert "eps" not in next(each.message for each in scanned(stale(), batches()).diagnoses).partition("not ")[0]
+
+
+def test_another_eps_is_found_behind_a_first_layer_that_is_stale_and_counts_in_that_too() -> None:
+    model, data = with_another_eps()
+    model[0].running_mean[:4] += 0.5 * model[0].running_var[:4].sqrt()  # little beside eps=1e-2
+    told = messages_of(scanned(model, data, metric=None))
+    assert ["eps is 1e-06, and was 0.01" in told[name] for name in ("0", "3")] == [True, True]
+
+
+def test_a_layer_whose_input_does_not_depend_on_eps_says_nothing_of_it() -> None:
+    assert "eps" not in messages_of(scanned(stale(), batches()))["0"]
 
 
 class Branches(nn.Module):

@@ -51,6 +51,14 @@ def test_only_what_is_sure_and_matters_counts() -> None:
     layer = make_layer("bn")
     for gap in (metric(0.94, 0.93), metric(0.94, 0.9, width=0.1), metric(0.9, 0.95), loss(1.0, 1.01, 0.005)):
         assert [verdict.outcome for verdict in run_rule("BN211", make_evidence(layer, gaps=(gap,)))] == ["passed"]
-    for gaps in ((loss(1.0, 1.05),), (metric(0.9, 0.95), loss(1.0, 1.5))):
+    percent = metric(36.0, 35.1, 0.2)  # of an unknown scale, as an IoU in percent or a PSNR
+    contrastive = loss(6.80, 6.94, 0.05)
+    for gap in (percent, contrastive):
+        [verdict] = run_rule("BN211", make_evidence(layer, gaps=(gap,)))
+        assert (verdict.outcome, "too small to matter" in verdict.message) == ("passed", True)
+    for gaps in ((loss(1.0, 1.1),), (metric(0.9, 0.95), loss(1.0, 1.5)), (percent, loss(1.0, 1.5))):
         assert [verdict.outcome for verdict in run_rule("BN211", make_evidence(layer, gaps=gaps))] == ["failed"]
+    one_batch = make_evidence(layer, gaps=(WORSE,), batch_size=256)
+    [verdict] = run_rule("BN211", one_batch)
+    assert (verdict.outcome, "fewer than 5 micro-batches" in verdict.message) == ("passed", True)
     assert run_rule("BN211", make_evidence(layer)) == [skipped("BN211", None, "needs a loss or metric")]

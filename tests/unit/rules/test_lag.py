@@ -99,9 +99,8 @@ def test_reasons_that_were_measured() -> None:
     assert "momentum=0.4 averages over the last few batches only, each of them noisy" in reason(
         {"momentum": 0.4}, noisy
     )
-    averaged = make_scan(checkpoint="runs/model_ema.pt")
-    assert "averaged weights, by the name of runs/model_ema.pt" in reason({}, scan=averaged)
-    assert "averaged weights" not in reason({}, scan=make_scan(checkpoint="runs/schema.pt"))
+    assert "Most likely reason: averaged weights, by a name." in reason({}, averaged="averaged weights, by a name")
+    assert "of other weights or data; w.pt has more)" in reason({}, averaged_beside="w.pt has more")
 
 
 @pytest.mark.parametrize("changes", [{}, {"momentum": None}, {"batches_tracked": None}])
