@@ -163,20 +163,6 @@ def gain(facts: Facts, name: FreeRemedy | None) -> Effect:
     return Effect(()) if remedy is None else of_remedy(remedy, facts.gaps, facts.chance)
 
 
-def at_inference(facts: Facts) -> Standing:
-    """What inference costs, as far as batch normalization is to blame.
-
-    "worse" where loss or metric surely fall from batch statistics to running statistics, or where the data that was
-    scanned has other statistics, with which the network is surely better on data that it has not seen. Otherwise what
-    the step from batch statistics to running statistics says.
-    """
-    return (
-        "worse"
-        if gain(facts, "recalibrated").standing == "better"
-        else inconsistency(facts.gaps, facts.chance).standing
-    )
-
-
 def severity_of_setting(facts: Facts, flagged: bool) -> Severity:
     """How serious a setting is that makes running statistics wrong: as they are, where that was measured."""
     if gain(facts, "recalibrated").standing == "better":

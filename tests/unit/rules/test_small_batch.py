@@ -116,9 +116,14 @@ def test_it_is_a_warning_where_inference_surely_does_not_suffer() -> None:
             ((better,), (), "warning"),
             ((better,), (tried(0.9, 0.9),), "warning"),
             ((better,), (tried(0.85, 0.9),), "error"),
+            ((better,), (tried(0.9, 0.9), tried(0.85, 0.9, "batch statistics")), "error"),
             ((metric(0.9, 0.8),), (), "error"),
             ((unsure,), (), "error"),
             ((), (), "error"),
         ):
             [verdict] = run_rule(code, make_evidence(layer, gaps=gaps, remedies=remedies))
             assert (verdict.outcome, verdict.severity) == ("failed", severity)
+            no_cost = (
+                "Inference is no worse for it (the metric is 0.8 in training and 0.9 at inference): if anything suffers"
+            )
+            assert (no_cost in verdict.message) == (severity == "warning")
