@@ -83,17 +83,23 @@ def screened(
 
     Args:
         intervals: Of D, one for each path.
-        shares: Of D at inference, where known: what is noise of batches, but for a rest within half of the limit, has
-            the limit of noise.
+        shares: Of D at inference, where known: noise of batches has a limit of its own, and what else there is counts
+            in its own, too. A layer that is half noise and half stale is beyond its limit if the two together are.
         composition: What batches that do not differ significantly from i.i.d. ones add is noise, too.
         threshold: The equivalent batch size below which the layer is flagged.
     """
     limit = mismatch_iid(threshold)
     if shares is not None:
-        composed = shares.composition if composition is None or composition.p_value < COMPOSITION_P else None
-        others = (composed or 0.0) + shares.lag + shares.dropout + shares.propagation
-        limit = noise_limit(threshold) if others <= PART_OF_LIMIT * limit else limit
+        composed, is_noise = shares.composition or 0.0, composition is not None and not _is_significant(composition)
+        noise = max(shares.small_batch + (composed if is_noise else 0.0), 0.0)
+        others = max(shares.lag + shares.dropout + shares.propagation + (0.0 if is_noise else composed), 0.0)
+        used = noise / noise_limit(threshold) + others / limit
+        limit = (noise + others) / used if used > 0 else limit
     return standing(intervals, limit)
+
+
+def _is_significant(composition: Composition) -> bool:
+    return composition.p_value < COMPOSITION_P
 
 
 def lower_end(interval: Interval | None) -> float:
@@ -208,7 +214,7 @@ def _is_possible(layer: Layer, cause: Cause) -> bool:
     """
     if cause in STATISTICS_CAUSES:
         return layer.only_in != "train"
-    return cause != "composition" or layer.composition is None or layer.composition.p_value < COMPOSITION_P
+    return cause != "composition" or layer.composition is None or _is_significant(layer.composition)
 
 
 def _wrong_statistics(layer: Layer) -> float:
