@@ -110,6 +110,11 @@ class Effect:
         return self.standing in NO_WORSE
 
     @property
+    def is_no_gain(self) -> bool:
+        """Whether it was measured, with an interval, and is not surely an improvement."""
+        return self.standing != "better" and any(change.interval is not None for change in self.changes)
+
+    @property
     def main(self) -> Change | None:
         """The change that the standing rests on: of the metric, where it has one that counts as much."""
         decisive = [change for change in self.changes if change.standing == self.standing]

@@ -84,5 +84,4 @@ def _remedy(usual: str, facts: Facts) -> str:
             " instance-renorm with blend: 1), which is better on held-out data; or train with larger batches."
         )
     better = effect.inconsistency(facts.gaps, facts.chance).standing == "better"
-    no_gain = effect.gain(facts, "recalibrated").standing not in ("better", "not measured")
-    return _OF_SERVING if better and no_gain else usual
+    return _OF_SERVING if better and effect.gain(facts, "recalibrated").is_no_gain else usual

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from bnprobe.analysis.diagnosis import diagnose, groups_of, judge
+from bnprobe.analysis.diagnosis import diagnose, groups_of, has_findings, judge
 from bnprobe.config.spec import RuleExemption, RulesSpec
 from bnprobe.errors import UsageError
 from bnprobe.records import Composition, Diagnosis, Domains, Layer, Shares
@@ -12,6 +14,8 @@ from bnprobe.rules import RULES
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import find_rule, model_rules, selected
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares
+from unit.report.fabricated_reports import healthy
+from unit.rules.effects import metric, tried
 
 ALIKE = Composition(0.4, 3.8, 1e-9)
 
@@ -343,3 +347,36 @@ def test_of_two_causes_of_the_same_layers_the_larger_share_comes_first(shares: S
     # The effect of the layers is told in proportion to what each cause holds of their mismatch.
     assert [found.impact for found in ranked] == pytest.approx([0.3 * 0.876, 0.3 * 0.48], rel=0.01)
     assert diagnosed(make_evidence(*layers))[0].cause == first
+
+
+def test_a_remedy_that_was_tried_without_a_sure_gain_is_not_advised() -> None:
+    layer, worse = make_layer("bn", make_shares(lag=0.6)), metric(0.9, 0.8)
+    of_one_batch = replace(tried(0.8, 0.9), metric_change=None)
+    for remedies, advised in (
+        ((), True),
+        ((of_one_batch,), True),  # without an interval nothing is known
+        ((tried(0.8, 0.9),), True),
+        ((tried(0.8, 0.81),), False),
+        ((tried(0.8, 0.85, width=0.1),), False),
+        ((tried(0.8, 0.5),), False),
+    ):
+        facts = make_evidence(layer, gaps=(worse,), remedies=remedies)
+        first = diagnose(judge(facts, RulesSpec()), facts)[0]
+        assert first.cause == "lag"
+        assert ("recalibrate" in first.remedy) == advised
+
+
+def test_a_report_tells_an_effect_whose_cause_was_not_found() -> None:
+    fine, stale = make_layer("bn"), make_layer("bn", make_shares(lag=0.6))
+    for layer, gap, is_unexplained in (
+        (fine, metric(0.9, 0.8), True),
+        (fine, metric(0.9, 0.9), False),
+        (stale, metric(0.9, 0.8), False),
+    ):
+        facts = make_evidence(layer, gaps=(gap,), remedies=(tried(0.8, 0.8),))
+        verdicts = judge(facts, RulesSpec())
+        report = replace(healthy(), verdicts=verdicts, diagnoses=diagnose(verdicts, facts))
+        assert (report.unexplained is not None) == is_unexplained
+        if report.unexplained is not None:
+            assert "No cause was found. Ruled out: stale statistics (recalibrated" in report.unexplained.message
+            assert has_findings(report, RulesSpec())
