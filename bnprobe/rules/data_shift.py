@@ -9,7 +9,7 @@ from bnprobe.records import Layer, Remedy, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.effect import FLOOR, Effect
 from bnprobe.rules.facts import Facts
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.interface import Link, Rule
 from bnprobe.rules.shares import SUSPICIOUS, lower_end, mismatch_limit, why_no_shares
 from bnprobe.stats.theory import mismatch_iid
 
@@ -25,6 +25,16 @@ NOISE_FACTOR = 3.0
 _PREPROCESSING = "Make the preprocessing of both datasets the same."
 
 
+def _is_no_further_than_batches(layer: Layer) -> bool:
+    """Held-out data that differs from the training data no more than its batches do is of the kind of some of them."""
+    shares, intervals = layer.shares, layer.share_intervals
+    if shares is None or shares.data_shift is None or shares.composition is None:
+        return False
+    interval = None if intervals is None else intervals.data_shift
+    least = shares.data_shift if interval is None else interval[0]
+    return least <= shares.composition + shares.small_batch
+
+
 class DataShift(Rule):
     """The held-out data has other means and variances than the training data.
 
@@ -34,6 +44,7 @@ class DataShift(Rule):
         With one, the effect decides: it fails where the statistics of the held-out data make the network surely better
         on it, from a tenth of the limit on; and beyond the limit, where held-out data is surely worse than training
         data. Other classes in other proportions also move the statistics; that costs nothing, and is no fault.
+        Where non-i.i.d. training batches differ from each other as much, it is reported as a consequence of these.
 
     Why:
         The layer standardizes data that is like the training data. Data from another camera, or scaled or augmented
@@ -67,6 +78,7 @@ class DataShift(Rule):
         " kind."
     )
     reports_impact = False
+    follows_from = (Link("composition", _is_no_further_than_batches),)
     free_remedy = "evaluation statistics"
     other_remedy = _PREPROCESSING
 

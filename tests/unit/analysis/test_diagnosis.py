@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from bnprobe.analysis.diagnosis import diagnose, groups_of, has_findings, judge
+from bnprobe.analysis.diagnosis import diagnose, groups_of, judge
 from bnprobe.config.spec import RuleExemption, RulesSpec
 from bnprobe.errors import UsageError
 from bnprobe.records import Composition, Diagnosis, Domains, Layer, Shares
@@ -14,7 +14,6 @@ from bnprobe.rules import RULES
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import find_rule, model_rules, selected
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares
-from unit.report.fabricated_reports import healthy
 from unit.rules.effects import metric, tried
 
 ALIKE = Composition(0.4, 3.8, 1e-9)
@@ -366,17 +365,11 @@ def test_a_remedy_that_was_tried_without_a_sure_gain_is_not_advised() -> None:
         assert ("recalibrate" in first.remedy) == advised
 
 
-def test_a_report_tells_an_effect_whose_cause_was_not_found() -> None:
-    fine, stale = make_layer("bn"), make_layer("bn", make_shares(lag=0.6))
-    for layer, gap, is_unexplained in (
-        (fine, metric(0.9, 0.8), True),
-        (fine, metric(0.9, 0.9), False),
-        (stale, metric(0.9, 0.8), False),
-    ):
-        facts = make_evidence(layer, gaps=(gap,), remedies=(tried(0.8, 0.8),))
-        verdicts = judge(facts, RulesSpec())
-        report = replace(healthy(), verdicts=verdicts, diagnoses=diagnose(verdicts, facts))
-        assert (report.unexplained is not None) == is_unexplained
-        if report.unexplained is not None:
-            assert "No cause was found. Ruled out: stale statistics (recalibrated" in report.unexplained.message
-            assert has_findings(report, RulesSpec())
+def test_held_out_data_that_is_like_some_of_the_batches_is_told_under_their_composition() -> None:
+    """Two domains by turns, of which the held-out data is one: the running statistics fit neither."""
+    for shift, apart in ((0.31, []), (0.9, [("data_shift", ("bn",))])):
+        layer = make_layer("bn", make_shares(composition=0.3, data_shift=shift), composition=ALIKE)
+        found = causes(diagnosed(make_evidence(layer, held_out=True)))
+        assert sorted(found) == sorted([("composition", ("bn",)), *apart])
+    mixed = make_layer("bn", make_shares(data_shift=0.31))
+    assert causes(diagnosed(make_evidence(mixed, held_out=True))) == [("data_shift", ("bn",))]
