@@ -2,8 +2,8 @@
 
 A cause that follows from another one, on the same layer, in an earlier layer or of the whole model, is not a diagnosis
 of its own. Which causes follow from which is declared by the rules. Mismatch from earlier layers of which none has a
-cause of its own is what their stale statistics add up to, and is called so. A remedy that was tried and does not surely
-help is not printed.
+cause of its own is what their stale statistics add up to, and is called so. A remedy that was tried without a
+gain is not printed.
 
 Ranking: errors before warnings before information; within these, first what stops training; then what a remedy without
 training is known to mend for the most part; then by the effect on the output, not by the number of layers. Where a
@@ -133,7 +133,7 @@ def _as_stale(verdict: Verdict, lost: Mapping[str | None, Verdict], stale: Mappi
 
 
 def _not_contradicted(verdict: Verdict, facts: Facts) -> Verdict:
-    """The verdict with another remedy, where its own was tried and does not surely make loss or metric better."""
+    """The verdict with another remedy, where its own was tried and is no gain."""
     rule = RULES[verdict.rule]
     if not rule.other_remedy or verdict.remedy != rule.remedy:
         return verdict

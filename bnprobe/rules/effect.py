@@ -111,8 +111,9 @@ class Effect:
 
     @property
     def is_no_gain(self) -> bool:
-        """Whether it was measured, with an interval, and is not surely an improvement."""
-        return self.standing != "better" and any(change.interval is not None for change in self.changes)
+        """Whether it was measured, with an interval, and by no measure is an improvement that counts."""
+        measured = any(change.interval is not None for change in self.changes)
+        return self.is_worse or (measured and all(change.harm > -change.floor for change in self.changes))
 
     @property
     def main(self) -> Change | None:

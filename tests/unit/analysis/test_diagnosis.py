@@ -348,7 +348,7 @@ def test_of_two_causes_of_the_same_layers_the_larger_share_comes_first(shares: S
     assert diagnosed(make_evidence(*layers))[0].cause == first
 
 
-def test_a_remedy_that_was_tried_without_a_sure_gain_is_not_advised() -> None:
+def test_a_remedy_that_was_tried_without_a_gain_is_not_advised() -> None:
     layer, worse = make_layer("bn", make_shares(lag=0.6)), metric(0.9, 0.8)
     of_one_batch = replace(tried(0.8, 0.9), metric_change=None)
     for remedies, advised in (
@@ -356,7 +356,7 @@ def test_a_remedy_that_was_tried_without_a_sure_gain_is_not_advised() -> None:
         ((of_one_batch,), True),  # without an interval nothing is known
         ((tried(0.8, 0.9),), True),
         ((tried(0.8, 0.81),), False),
-        ((tried(0.8, 0.85, width=0.1),), False),
+        ((tried(0.8, 0.85, width=0.1),), True),  # it may well help; the report says that it does not surely
         ((tried(0.8, 0.5),), False),
     ):
         facts = make_evidence(layer, gaps=(worse,), remedies=remedies)
