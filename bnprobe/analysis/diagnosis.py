@@ -2,8 +2,8 @@
 
 A cause that follows from another one, on the same layer, in an earlier layer or of the whole model, is not a diagnosis
 of its own. Which causes follow from which is declared by the rules. Mismatch from earlier layers of which none has a
-cause of its own is what their stale statistics add up to, and is called so. A remedy that was tried and makes things
-worse is not printed.
+cause of its own is what their stale statistics add up to, and is called so. A remedy that was tried without a
+gain is not printed.
 
 Ranking: errors before warnings before information; within these, first what stops training; then what a remedy without
 training is known to mend for the most part; then by the effect on the output, not by the number of layers. Where a
@@ -133,13 +133,12 @@ def _as_stale(verdict: Verdict, lost: Mapping[str | None, Verdict], stale: Mappi
 
 
 def _not_contradicted(verdict: Verdict, facts: Facts) -> Verdict:
-    """The verdict with another remedy, where its own was tried and makes loss or metric worse."""
+    """The verdict with another remedy, where its own was tried and is no gain."""
     rule = RULES[verdict.rule]
-    tried = effect.tried(facts.remedies, rule.free_remedy)
-    if tried is None or not rule.other_remedy or verdict.remedy != rule.remedy:
+    if not rule.other_remedy or verdict.remedy != rule.remedy:
         return verdict
-    worse = effect.of_remedy(tried, facts.gaps, facts.chance).is_worse
-    return replace(verdict, remedy=rule.other_remedy) if worse else verdict
+    no_gain = effect.gain(facts, rule.free_remedy).is_no_gain
+    return replace(verdict, remedy=rule.other_remedy) if no_gain else verdict
 
 
 def _order(facts: Facts) -> dict[str, int]:
@@ -305,7 +304,7 @@ class _Finding:
 def _is_mended(rule: Rule, facts: Facts) -> bool:
     """Whether the remedy without training was tried, and surely wins back most of what is lost on held-out data."""
     tried = effect.tried(facts.remedies, rule.free_remedy)
-    if tried is None or effect.of_remedy(tried, facts.gaps, facts.chance).standing != "better":
+    if tried is None or effect.gain(facts, rule.free_remedy).standing != "better":
         return False
     return (effect.recovered(tried, facts.gaps) or 0.0) >= MOSTLY
 

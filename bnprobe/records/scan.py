@@ -159,6 +159,12 @@ class Report(Record):
     diagnoses: tuple[Diagnosis, ...] = ()
     remedies: tuple[Remedy, ...] = ()
 
+    @property
+    def unexplained(self) -> Diagnosis | None:
+        """Loss or metric are surely worse at inference and no cause was found: what was ruled out; None otherwise."""
+        alone = (diagnosis for diagnosis in self.diagnoses if diagnosis.cause == "inconsistency")
+        return next((diagnosis for diagnosis in alone if diagnosis.severity == "error"), None)
+
 
 @dataclass(frozen=True)
 class LintReport(Record):

@@ -299,7 +299,9 @@ def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
     ):
         if before is not None and after is not None:
             change = f"takes the {name} from {figures.score(before)} to {figures.score(after)}"
-            return f"Measured on {tried.scored_on} data: {doing(tried.name).lower()} {change}."
+            found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
+            no_gain = ", which does not surely help" if found.standing in ("same", "unclear") else ""
+            return f"Measured on {tried.scored_on} data: {doing(tried.name).lower()} {change}{no_gain}."
     return ""
 
 

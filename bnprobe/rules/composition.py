@@ -25,7 +25,7 @@ class BatchComposition(ShareRule):
         flagged layer where it is the largest share, or from half of the layer's limit on, unless the layer would be
         within its limit without its larger causes; and only if batches differ significantly (analysis of variance of
         the samples' means, p below 0.01 after correction for all channels and layers). It is a warning where inference
-        is known to be no worse than training, and recalibrated statistics are no gain.
+        is known to be no worse than training, and other statistics are no gain.
 
     Why:
         The statistics of a batch of similar samples are those of their kind, and tell the network what kind that is. In

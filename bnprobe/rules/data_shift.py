@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnprobe.numbers import number
-from bnprobe.records import Layer, Remedy, Verdict
+from bnprobe.records import Layer, Remedy, Severity, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.effect import FLOOR, Effect
 from bnprobe.rules.facts import Facts
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.interface import Link, Rule
 from bnprobe.rules.shares import SUSPICIOUS, lower_end, mismatch_limit, why_no_shares
 from bnprobe.stats.theory import mismatch_iid
 
@@ -25,6 +25,16 @@ NOISE_FACTOR = 3.0
 _PREPROCESSING = "Make the preprocessing of both datasets the same."
 
 
+def _is_no_further_than_batches(layer: Layer) -> bool:
+    """Held-out data that differs from the training data no more than its batches do is of the kind of some of them."""
+    shares, intervals = layer.shares, layer.share_intervals
+    if shares is None or shares.data_shift is None or shares.composition is None:
+        return False
+    interval = None if intervals is None else intervals.data_shift
+    least = shares.data_shift if interval is None else interval[0]
+    return least <= shares.composition + shares.small_batch
+
+
 class DataShift(Rule):
     """The held-out data has other means and variances than the training data.
 
@@ -34,6 +44,10 @@ class DataShift(Rule):
         With one, the effect decides: it fails where the statistics of the held-out data make the network surely better
         on it, from a tenth of the limit on; and beyond the limit, where held-out data is surely worse than training
         data. Other classes in other proportions also move the statistics; that costs nothing, and is no fault.
+        It also fails where held-out data is worse by 10 points or more, and the statistics of every layer have moved
+        significantly, however little; and it is a warning beyond the limit where inference is worse on training data
+        already, which hides what a shift does. Where non-i.i.d. training batches differ from each other as much, it is
+        reported as a consequence of these.
 
     Why:
         The layer standardizes data that is like the training data. Data from another camera, or scaled or augmented
@@ -67,6 +81,7 @@ class DataShift(Rule):
         " kind."
     )
     reports_impact = False
+    follows_from = (Link("composition", _is_no_further_than_batches),)
     free_remedy = "evaluation statistics"
     other_remedy = _PREPROCESSING
 
@@ -81,39 +96,60 @@ class DataShift(Rule):
         low = lower_end(None if layer.share_intervals is None else layer.share_intervals.data_shift)
         sure = f" (95%: at least {number(low)})" if low > 0 else ""
         message = f"The mismatch of held-out against training data is D = {number(share)}{sure}"
-        if not is_shifted(layer, facts):
+        severity = _severity(layer, facts)
+        if severity is None:
             harmless = ", but held-out data is not worse for it" if low > limit else ""
             return self.passed(layer.name, f"{message}{harmless}.", share, limit)
         against = f"; the limit is {number(limit)}" if _is_beyond(layer, facts) else ""
-        remedy = self.remedy if _gain(facts).standing != "same" else self.other_remedy
-        return self.failed(layer.name, f"{message}{against}.{_at_the_output(facts)}", share, limit, remedy=remedy)
+        remedy = self.other_remedy if _gain(facts).is_no_gain else None
+        return self.failed(
+            layer.name, f"{message}{against}.{_at_the_output(facts)}", share, limit, severity, remedy=remedy
+        )
 
 
-def is_shifted(layer: Layer, facts: Facts) -> bool:
-    """Whether the layer's statistics have moved on held-out data, and that does harm as far as is known."""
+def _severity(layer: Layer, facts: Facts) -> Severity | None:
+    """How much harm it does that the layer's statistics have moved on held-out data; None: they have not, or none."""
     share = None if layer.shares is None else layer.shares.data_shift
     if share is None:
-        return False
+        return None
     beyond, gap = _is_beyond(layer, facts), _gap(facts)
     if not gap.is_worse and effect.inconsistency(facts.gaps, facts.chance).is_worse:
-        return False  # what is wrong at inference is wrong on training data already
+        # What is wrong at inference is wrong on training data already, and hides what a shift does.
+        return "warning" if beyond and gap.changes else None
     if _is_won_back(facts):
         suspected = share >= MOST * _largest(facts) and share > SUSPICIOUS * mismatch_limit(layer)
-        return beyond or (suspected and not _any_beyond(facts))
+        return "error" if beyond or (suspected and not _any_beyond(facts)) else None
     if all(change.harm <= change.floor for change in gap.changes) and gap.changes:
-        return False  # measured, and no worse
+        return None  # measured, and no worse
     if _gain(facts).is_worse and not _is_much(gap):
-        return False
-    return beyond
+        return None
+    return "error" if beyond or (_moves(layer) and _is_other_data(gap, facts)) else None
 
 
 def is_moved(layer: Layer, facts: Facts) -> bool | None:
-    """Whether the layer's statistics are surely beyond the limit on held-out data, or surely not; None: not known."""
-    if _is_beyond(layer, facts):
+    """Whether the layer's statistics have surely moved on held-out data, or surely not; None: not known."""
+    if _is_beyond(layer, facts) or _severity(layer, facts) is not None:
         return True
     interval = None if layer.share_intervals is None else layer.share_intervals.data_shift
     high = None if interval is None else interval[1]
     return False if high is not None and high <= mismatch_limit(layer) else None
+
+
+def _moves(layer: Layer) -> bool:
+    """Whether the layer's statistics differ significantly on held-out data, however little."""
+    return layer.share_intervals is not None and lower_end(layer.share_intervals.data_shift) > 0
+
+
+def _is_other_data(gap: Effect, facts: Facts) -> bool:
+    """Whether held-out data is much worse, and differs from the training data in every layer, from the first one on.
+
+    What a network does not know of data of the same kind shows in its last layers. What statistics of the training
+    data mend is no shift, and other proportions of classes show by statistics of their own, which are worse.
+    """
+    if not _is_much(gap) or _any_beyond(facts) or effect.gain(facts, "recalibrated").standing == "better":
+        return False
+    tried = _gain(facts)
+    return bool(tried.changes) and not tried.is_worse and all(map(_moves, facts.layers.values()))
 
 
 def _is_beyond(layer: Layer, facts: Facts) -> bool:
@@ -146,13 +182,14 @@ def _is_won_back(facts: Facts) -> bool:
 
 
 def _advantage(shifted: Remedy, usual: Remedy, facts: Facts) -> float:
-    """By how much the one remedy is better than the other: of the metric, else relative, of the loss."""
+    """By how much the one remedy is better than the other: of the metric, or, where that is no worse, of the loss."""
     goal = next((gap.goal for gap in facts.gaps if gap.measure == "metric"), "max")
+    found = 0.0
     if shifted.after.metric is not None and usual.after.metric is not None:
-        return (shifted.after.metric - usual.after.metric) * (1 if goal == "max" else -1)
-    if shifted.after.loss is not None and usual.after.loss is not None:
-        return (usual.after.loss - shifted.after.loss) / max(abs(usual.after.loss), effect.SMALLEST)
-    return 0.0
+        found = (shifted.after.metric - usual.after.metric) * (1 if goal == "max" else -1)
+    if found >= 0 and shifted.after.loss is not None and usual.after.loss is not None:
+        found = max(found, (usual.after.loss - shifted.after.loss) / max(abs(usual.after.loss), effect.SMALLEST))
+    return found
 
 
 def _any_beyond(facts: Facts) -> bool:
@@ -180,6 +217,6 @@ def _at_the_output(facts: Facts) -> str:
     said = f" With the same running statistics {change.words('on training data', 'on held-out data')}"
     if gain.standing == "better" and gain.main is not None:
         return f"{said}; with statistics of the held-out data the {gain.main.measure} is {number(gain.main.after)}."
-    if gain.standing in ("same", "worse"):
+    if gain.is_no_gain:
         return f"{said}. Statistics of the held-out data do not bring it back: the shift hurts, but not through BN."
     return f"{said}."

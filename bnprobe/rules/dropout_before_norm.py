@@ -64,7 +64,7 @@ class DropoutBeforeNorm(Rule):
             message = f"Random layers before it ({names}) hardly change its statistics: D = {share}."
             return self.passed(layer.name, message, before, 0.0)
         message = f"Random layers that are active in training only come before it: {names}."
-        return self.failed(layer.name, message, before, 0.0, "warning" if low > limit else None)
+        return self.failed(layer.name, message, before, 0.0, "warning" if low > limit or high < -limit else None)
 
 
 def _share(layer: Layer | None) -> tuple[float, float]:

@@ -113,6 +113,12 @@ class Effect:
         return self.standing in NO_WORSE
 
     @property
+    def is_no_gain(self) -> bool:
+        """Whether it was measured, with an interval, and by no measure is an improvement that counts."""
+        measured = any(change.interval is not None for change in self.changes)
+        return self.is_worse or (measured and all(change.harm > -change.floor for change in self.changes))
+
+    @property
     def main(self) -> Change | None:
         """The change that the standing rests on: of the metric, where it has one that counts as much."""
         decisive = [change for change in self.changes if change.standing == self.standing]
@@ -160,20 +166,6 @@ def gain(facts: Facts, name: FreeRemedy | None) -> Effect:
     """What a remedy without training does to held-out data; of one that was not tried, nothing is known."""
     remedy = tried(facts.remedies, name)
     return Effect(()) if remedy is None else of_remedy(remedy, facts.gaps, facts.chance)
-
-
-def at_inference(facts: Facts) -> Standing:
-    """What inference costs, as far as batch normalization is to blame.
-
-    "worse" where loss or metric surely fall from batch statistics to running statistics, or where the data that was
-    scanned has other statistics, with which the network is surely better on data that it has not seen. Otherwise what
-    the step from batch statistics to running statistics says.
-    """
-    return (
-        "worse"
-        if gain(facts, "recalibrated").standing == "better"
-        else inconsistency(facts.gaps, facts.chance).standing
-    )
 
 
 def severity_of_setting(facts: Facts, flagged: bool) -> Severity:

@@ -57,7 +57,7 @@ class Rule(ABC):
         explains_layers: Causes whose findings on any layer a finding about the whole model explains.
         follows_from_any: A finding about the whole model follows from the largest error that changes a layer's output.
         free_remedy: The remedy without training that may be all that is needed; reports suggest to measure it.
-        other_remedy: What to do instead where that remedy was tried and makes things worse.
+        other_remedy: What to do instead where that remedy was tried and is no gain.
         larger_batches: Larger batches would help; reports suggest to measure how large.
     """
 

@@ -70,11 +70,14 @@ class MomentumConvention(Rule):
             return self.passed(layer.name, f"Momentum is {layer.momentum:g}{frozen}.", layer.momentum, SUSPECT)
         measured = facts.layers.get(layer.name)
         severity = effect.severity_of_setting(facts, measured is not None and measured.flagged)
-        remedy = _OF_ZERO if layer.momentum == 0 else None
+        remedy = _of_zero(facts) if layer.momentum == 0 else None
         return self.failed(layer.name, _message(layer.momentum), layer.momentum, SUSPECT, severity, remedy)
 
 
-_OF_ZERO = "Use another momentum (0.1 is the default), then recalibrate the running statistics on training data."
+def _of_zero(facts: Facts) -> str:
+    no_gain = effect.gain(facts, "recalibrated").is_no_gain
+    then = "" if no_gain else "; then recalibrate the running statistics on training data"
+    return f"Use another momentum (0.1 is the default){then}."
 
 
 def _message(momentum: float) -> str:

@@ -48,6 +48,9 @@ class NeverTrained(Rule):
     )
     upstream_order = 20
     free_remedy = "recalibrated"
+    other_remedy = (
+        "Load a checkpoint that contains running_mean and running_var; keep these values if it was trained so."
+    )
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:

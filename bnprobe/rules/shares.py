@@ -5,8 +5,8 @@ metric are surely worse at inference, or recalibrated statistics surely better: 
 significant, is the best that is known.
 
 How serious a finding is follows from the effect: it is a warning where inference is known to be no worse than training,
-and recalibrated statistics are no gain. For small and non-i.i.d. batches that says that training suffers from them, but
-not inference.
+and other statistics are no gain: recalibrated ones; for small and non-i.i.d. batches any that were tried. Then, if
+anything suffers from these, it is training.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import ClassVar, Literal
 from bnprobe.numbers import number, percent
 from bnprobe.records import (
     DEFAULT_THRESHOLD,
+    FREE_REMEDIES,
     SOURCES,
     Cause,
     Composition,
+    FreeRemedy,
     Interval,
     Layer,
     Severity,
@@ -81,17 +83,23 @@ def screened(
 
     Args:
         intervals: Of D, one for each path.
-        shares: Of D at inference, where known: what is noise of batches, but for a rest within half of the limit, has
-            the limit of noise.
+        shares: Of D at inference, where known: noise of batches has a limit of its own, and what else there is counts
+            in its own, too. A layer that is half noise and half stale is beyond its limit if the two together are.
         composition: What batches that do not differ significantly from i.i.d. ones add is noise, too.
         threshold: The equivalent batch size below which the layer is flagged.
     """
     limit = mismatch_iid(threshold)
     if shares is not None:
-        composed = shares.composition if composition is None or composition.p_value < COMPOSITION_P else None
-        others = (composed or 0.0) + shares.lag + shares.dropout + shares.propagation
-        limit = noise_limit(threshold) if others <= PART_OF_LIMIT * limit else limit
+        composed, is_noise = shares.composition or 0.0, composition is not None and not _is_significant(composition)
+        noise = max(shares.small_batch + (composed if is_noise else 0.0), 0.0)
+        others = max(shares.lag + shares.dropout + shares.propagation + (0.0 if is_noise else composed), 0.0)
+        used = noise / noise_limit(threshold) + others / limit
+        limit = (noise + others) / used if used > 0 else limit
     return standing(intervals, limit)
+
+
+def _is_significant(composition: Composition) -> bool:
+    return composition.p_value < COMPOSITION_P
 
 
 def lower_end(interval: Interval | None) -> float:
@@ -142,7 +150,9 @@ def severity_of(cause: Cause, facts: Facts) -> Severity:
     """How serious a finding is, by what it does to loss and metric; an error where these do not say."""
     if cause in STATISTICS_CAUSES and facts.is_new:
         return "info"
-    return "warning" if effect.at_inference(facts) in effect.NO_WORSE else "error"
+    remedies: Sequence[FreeRemedy] = ("recalibrated",) if cause in STATISTICS_CAUSES else FREE_REMEDIES
+    gains = any(effect.gain(facts, name).standing == "better" for name in remedies)
+    return "error" if gains or not effect.inconsistency(facts.gaps, facts.chance).is_no_worse else "warning"
 
 
 def is_off_at_inference(layer: Layer) -> bool:
@@ -204,7 +214,7 @@ def _is_possible(layer: Layer, cause: Cause) -> bool:
     """
     if cause in STATISTICS_CAUSES:
         return layer.only_in != "train"
-    return cause != "composition" or layer.composition is None or layer.composition.p_value < COMPOSITION_P
+    return cause != "composition" or layer.composition is None or _is_significant(layer.composition)
 
 
 def _wrong_statistics(layer: Layer) -> float:
@@ -246,8 +256,19 @@ class ShareRule(Rule):
         else:
             message = f"This cause accounts for D = {number(share)}{_although(layer, self.cause, share)}."
             return self.passed(layer.name, message, share, limit)
-        message = f"{self.explain(layer, facts)} {message}"
+        message = (
+            f"{self.explain(layer, facts)} {message}{_at_no_cost(self.cause, facts) if severity == 'warning' else ''}"
+        )
         return self.failed(layer.name, message, share, limit, severity, self.advise(layer, facts))
+
+
+def _at_no_cost(cause: Cause, facts: Facts) -> str:
+    """What was measured of a cause that is a warning, a sentence behind another one."""
+    change = effect.inconsistency(facts.gaps, facts.chance).main
+    if change is None:
+        return ""
+    trains = "" if cause in STATISTICS_CAUSES else ": if anything suffers, it is training"
+    return f" Inference is no worse for it ({change.words('in training', 'at inference')}){trains}."
 
 
 def _suspected(cause: Cause, share: float, facts: Facts) -> str:

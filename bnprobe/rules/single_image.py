@@ -84,5 +84,4 @@ def _remedy(usual: str, facts: Facts) -> str:
             " instance-renorm with blend: 1), which is better on held-out data; or train with larger batches."
         )
     better = effect.inconsistency(facts.gaps, facts.chance).standing == "better"
-    tried = effect.tried(facts.remedies, "recalibrated") is not None
-    return _OF_SERVING if better and tried and effect.at_inference(facts) != "worse" else usual
+    return _OF_SERVING if better and effect.gain(facts, "recalibrated").is_no_gain else usual

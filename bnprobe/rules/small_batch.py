@@ -25,7 +25,7 @@ class SmallBatch(ShareRule):
         itself), which no usual batch size sits on. It fails on a flagged layer where it exceeds that limit and
         holds more than 5% of the mismatch, or where nothing else adds to it. A layer that is flagged in training only
         has this cause, unless the batches are not i.i.d. It is a warning where inference is known to be no worse than
-        training, and recalibrated statistics are no gain: then it is training that suffers from the noise.
+        training, and other statistics are no gain: then it is training that suffers from the noise.
 
     Why:
         In training each sample is normalized with the mean and variance of its batch. With few values these are noisy,

@@ -41,7 +41,7 @@ def _names_the_layer(location: str, layer: str) -> bool:
     [
         ("digits/batch2.yaml", "small_batch", "blocks.2.shortcut.1", FINDINGS),
         ("digits/sorted.yaml", "composition", "blocks.2.bn2", FINDINGS),
-        ("digits/spec.yaml", "small_batch", "blocks.2.bn2", FINDINGS),
+        ("digits/spec.yaml", "small_batch", "blocks.2.bn2", CLEAN),  # inference is better than training at batch size 2
         ("volumes/batch1.yaml", "single_image", "middle.1", FINDINGS),
         ("tabular/spec.yaml", "dropout", "hidden.9", CLEAN),  # loss and metric are no worse: a warning,
         ("gan/spec.yaml", "shared_domains", "discriminator.layers.6", FINDINGS),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bnprobe.analysis.diagnosis import diagnose, groups_of, judge
@@ -12,6 +14,7 @@ from bnprobe.rules import RULES
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import find_rule, model_rules, selected
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares
+from unit.rules.effects import metric, tried
 
 ALIKE = Composition(0.4, 3.8, 1e-9)
 
@@ -343,3 +346,30 @@ def test_of_two_causes_of_the_same_layers_the_larger_share_comes_first(shares: S
     # The effect of the layers is told in proportion to what each cause holds of their mismatch.
     assert [found.impact for found in ranked] == pytest.approx([0.3 * 0.876, 0.3 * 0.48], rel=0.01)
     assert diagnosed(make_evidence(*layers))[0].cause == first
+
+
+def test_a_remedy_that_was_tried_without_a_gain_is_not_advised() -> None:
+    layer, worse = make_layer("bn", make_shares(lag=0.6)), metric(0.9, 0.8)
+    of_one_batch = replace(tried(0.8, 0.9), metric_change=None)
+    for remedies, advised in (
+        ((), True),
+        ((of_one_batch,), True),  # without an interval nothing is known
+        ((tried(0.8, 0.9),), True),
+        ((tried(0.8, 0.81),), False),
+        ((tried(0.8, 0.85, width=0.1),), True),  # it may well help; the report says that it does not surely
+        ((tried(0.8, 0.5),), False),
+    ):
+        facts = make_evidence(layer, gaps=(worse,), remedies=remedies)
+        first = diagnose(judge(facts, RulesSpec()), facts)[0]
+        assert first.cause == "lag"
+        assert ("recalibrate" in first.remedy) == advised
+
+
+def test_held_out_data_that_is_like_some_of_the_batches_is_told_under_their_composition() -> None:
+    """Two domains by turns, of which the held-out data is one: the running statistics fit neither."""
+    for shift, apart in ((0.31, []), (0.9, [("data_shift", ("bn",))])):
+        layer = make_layer("bn", make_shares(composition=0.3, data_shift=shift), composition=ALIKE)
+        found = causes(diagnosed(make_evidence(layer, held_out=True)))
+        assert sorted(found) == sorted([("composition", ("bn",)), *apart])
+    mixed = make_layer("bn", make_shares(data_shift=0.31))
+    assert causes(diagnosed(make_evidence(mixed, held_out=True))) == [("data_shift", ("bn",))]

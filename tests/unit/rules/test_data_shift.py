@@ -83,3 +83,48 @@ def test_held_out_data_must_differ_significantly() -> None:
 def test_held_out_data_is_required() -> None:
     reason = "needs held-out data: give eval_data in the spec or load_eval_data in the model file"
     assert run_rule("BN206", make_evidence(make_layer())) == [skipped("BN206", None, reason)]
+
+
+def test_data_that_differs_in_every_layer_and_is_much_worse_is_named_though_it_differs_little() -> None:
+    """As noise is. Statistics of its own do not help; and what an overfit does shows in the last layers alone."""
+    useless, harmful = tried("evaluation statistics", 0.65, 0.0), tried("evaluation statistics", 0.65, -0.3)
+    little = make_shares(data_shift=0.004)
+    first, last = make_layer("first", little), make_layer("last", little)
+    same = replace(first, share_intervals=replace(make_intervals(little), data_shift=(-0.001, 0.004)))
+    for layers, remedy, change, outcome in (
+        ((first, last), useless, FALLEN, "failed"),
+        ((same, last), useless, FALLEN, "passed"),
+        ((first, last), harmful, FALLEN, "passed"),  # other proportions of classes
+        ((first, last), useless, -0.05, "passed"),
+    ):
+        facts = make_evidence(*layers, held_out=True, gaps=(gap(change),), remedies=(remedy,))
+        found = run_rule("BN206", facts)
+        assert {verdict.outcome for verdict in found} == {outcome}
+        if outcome == "failed":
+            assert "the shift hurts, but not through BN" in found[0].message
+            assert "recalibrate" not in found[0].remedy
+            assert run_rule("BN215", facts)[0].outcome == "passed"
+
+
+def test_a_gain_in_the_loss_counts_where_the_metric_is_no_worse() -> None:
+    def of(name: str, loss: float, metric: float) -> Remedy:
+        changes = [Estimate(change, (change - 0.01, change + 0.01)) for change in (loss - 0.5, metric - 0.65)]
+        return Remedy(name, (), Score(0.5, 0.65), Score(loss, metric), None, 256, "", *changes)
+
+    usual = of("recalibrated", 0.5, 0.65)
+    for own, outcome in (
+        (of("evaluation statistics", 0.4, 0.66), "failed"),
+        (of("evaluation statistics", 0.5, 0.66), "passed"),
+    ):
+        known = make_layer("bn", make_shares(data_shift=0.02)), make_layer("other", make_shares(data_shift=0.0))
+        found = run_rule("BN206", make_evidence(*known, held_out=True, gaps=(gap(FALLEN),), remedies=(usual, own)))
+        assert [verdict.outcome for verdict in found] == [outcome, "passed"]
+
+
+def test_where_inference_is_worse_already_a_shift_is_a_warning() -> None:
+    worse = replace(gap(0.0), inference=0.6, held_out=0.6, inconsistency=-0.35, inconsistency_interval=(-0.4, -0.3))
+    for shift, outcome in ((0.2, "failed"), (0.02, "passed")):
+        layer = make_layer("bn", make_shares(data_shift=shift))
+        [verdict] = run_rule("BN206", make_evidence(layer, held_out=True, gaps=(worse,)))
+        assert verdict.outcome == outcome
+        assert verdict.severity == ("warning" if outcome == "failed" else "error")

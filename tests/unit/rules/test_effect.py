@@ -4,21 +4,7 @@ from __future__ import annotations
 
 from bnprobe.records import Chance, ChanceValues, Estimate
 from bnprobe.rules import effect
-from bnprobe.testing import make_evidence, make_layer
-from unit.rules.effects import chance, metric, tried
-
-
-def test_statistics_that_gain_on_held_out_data_cost_something_at_inference() -> None:
-    layer, same = make_layer(), metric(0.9, 0.9)
-    for gaps, remedies, standing in (
-        ((same,), (), "same"),
-        ((same,), (tried(0.9, 0.9),), "same"),
-        ((same,), (tried(0.8, 0.9),), "worse"),
-        ((same,), (tried(0.8, 0.9, "evaluation statistics"),), "same"),  # that is the data
-        ((metric(0.9, 0.8),), (tried(0.8, 0.8),), "worse"),
-        ((), (), "not measured"),
-    ):
-        assert effect.at_inference(make_evidence(layer, gaps=gaps, remedies=remedies)) == standing
+from unit.rules.effects import chance
 
 
 def test_what_was_learned_is_what_the_better_mode_knows() -> None:

@@ -96,9 +96,24 @@ def test_batches_of_16_and_32_rows_are_within_the_limit_and_one_of_8_is_not() ->
         layer = make_layer("bn", make_shares(small_batch=noise), train=path, eval=path, values_per_channel=rows)
         assert layer.flagged == flagged
         assert (run_rule("BN201", make_evidence(layer))[0].outcome == "failed") == flagged
-    # Statistics that are wrong have the limit of 32; a threshold that was set is the limit of both.
-    assert make_layer("bn", make_shares(small_batch=0.02, lag=0.04)).flagged
+    # A threshold that was set is the limit of both.
     assert make_layer("bn", make_shares(small_batch=mismatch_iid(50)), threshold=100.0).flagged
+
+
+def test_noise_and_wrong_statistics_each_count_in_their_own_limit() -> None:
+    limit = mismatch_iid(32)
+    for noise, lag, flagged in (
+        (0.0, 1.2, True),  # of the limit of each
+        (0.0, 0.9, False),
+        (0.9, 0.0, False),
+        (0.6, 0.3, False),  # together beyond the limit of wrong statistics, but mostly noise
+        (0.6, 0.6, True),
+        (0.2, 1.0, True),
+    ):
+        shares = make_shares(small_batch=noise * NOISE, lag=lag * limit)
+        assert make_layer("bn", shares).flagged == flagged
+        chance = make_shares(small_batch=0.0, composition=noise * NOISE, lag=lag * limit)
+        assert make_layer("bn", chance, composition=Composition(0.1, 1.7, 0.5)).flagged == flagged
 
 
 def test_a_trace_of_noise_is_no_second_finding() -> None:
@@ -116,9 +131,14 @@ def test_it_is_a_warning_where_inference_surely_does_not_suffer() -> None:
             ((better,), (), "warning"),
             ((better,), (tried(0.9, 0.9),), "warning"),
             ((better,), (tried(0.85, 0.9),), "error"),
+            ((better,), (tried(0.9, 0.9), tried(0.85, 0.9, "batch statistics")), "error"),
             ((metric(0.9, 0.8),), (), "error"),
             ((unsure,), (), "error"),
             ((), (), "error"),
         ):
             [verdict] = run_rule(code, make_evidence(layer, gaps=gaps, remedies=remedies))
             assert (verdict.outcome, verdict.severity) == ("failed", severity)
+            no_cost = (
+                "Inference is no worse for it (the metric is 0.8 in training and 0.9 at inference): if anything suffers"
+            )
+            assert (no_cost in verdict.message) == (severity == "warning")
