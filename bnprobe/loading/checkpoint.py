@@ -395,7 +395,7 @@ def _find_state(
 def _averaging(
     best: _Candidate, others: Sequence[_Candidate], path: Path, target: Mapping[str, Any]
 ) -> tuple[str | None, str | None]:
-    """``LoadedWeights.averaged`` and ``LoadedWeights.beside``, by the names of keys and file, and by what two states share."""
+    """``averaged`` and ``beside`` of ``LoadedWeights``, by the names of keys and file, and by what two states share."""
     named = bool(_AVERAGED.search(best.key))
     for other in others:
         statistics, weights = _same(best, other, target)
