@@ -36,6 +36,7 @@ from bnprobe.measure.accumulators import (
     Step,
     Values,
 )
+from bnprobe.measure.batch import MicroBatch
 from bnprobe.measure.hooks import Pass, Recorded, Slot
 from bnprobe.measure.layers import LayerSet, ProbedLayer
 from bnprobe.measure.outputs import Contributions, OutputSums
@@ -313,7 +314,7 @@ class Evidence:
     seconds: float = 0.0
     left_out: int = 0
     population: int | None = None
-    kept: dict[int, Any] = field(default_factory=dict)
+    kept: dict[int, MicroBatch] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     held_out: Evidence | None = None
     mixed: Evidence | None = None
@@ -434,9 +435,14 @@ class Evidence:
         return self.stopped in ("interrupted", "failed")
 
     @property
-    def micro_batches(self) -> list[Any]:
+    def counted(self) -> list[MicroBatch]:
         """The micro-batches that were kept, in their order."""
         return [self.kept[position] for position in sorted(self.kept)]
+
+    @property
+    def micro_batches(self) -> list[Any]:
+        """The same without their sizes."""
+        return [batch.data for batch in self.counted]
 
     @property
     def output(self) -> Output:

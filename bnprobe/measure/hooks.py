@@ -481,8 +481,8 @@ class Pass:
         if rows % self.samples:
             if self.samples != self.batch_size or self.per_sample:
                 raise CannotEmulateError(
-                    f"{found.layer.name} receives {rows} rows from {self.samples} samples, so rows cannot be assigned"
-                    " to micro-batches"
+                    f"the layer {found.layer.name} receives {rows} rows from {self.samples} samples, so rows cannot be"
+                    " assigned to micro-batches"
                 )
             # A real micro-batch: all rows are normalized together, whatever they are.
             return Grouping(samples=1, batch_size=1, rows=rows, group_rows=_own_group(found, rows))
