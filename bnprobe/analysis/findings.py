@@ -126,7 +126,8 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
     else:
         intervals = [path.interval for path in (train, eval_) if path is not None]
         status = screened(intervals, found.shares, found.composition, threshold)
-    frozen, overflows = _is_frozen(evidence, layer), _overflows(evidence, slots)
+    # Such layers normalize alike in training and at inference.
+    alike, overflows = _is_frozen(evidence, layer) or _never_uses_running(evidence, layer), _overflows(evidence, slots)
     # What is behind a layer whose statistics are not finite is not at fault for being so, too.
     overflows = overflows and not _unusable(evidence)
     return Layer(
@@ -141,8 +142,8 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
         values_per_channel=evidence.values[slots[0]],
         running_statistics=layer.info.running_mean is not None,
         threshold=threshold,
-        flagged=(status == "flagged" or overflows or layer.unusable is not None) and not frozen,
-        undecided=status == "undecided" and not overflows and not frozen,
+        flagged=(status == "flagged" or overflows or layer.unusable is not None) and not alike,
+        undecided=status == "undecided" and not overflows and not alike,
         note=_note(evidence, layer, slots),
         train=train,
         eval=eval_,
@@ -231,6 +232,11 @@ def _is_frozen(evidence: Evidence, layer: ProbedLayer) -> bool:
     return layer.index in evidence.called["train"] - evidence.by_batch["train"]
 
 
+def _never_uses_running(evidence: Evidence, layer: ProbedLayer) -> bool:
+    """Whether every call of the layer uses batch statistics at inference too."""
+    return layer.index in evidence.by_batch["eval"] and evidence.eval.layer(layer.index) is None
+
+
 def _only_in(evidence: Evidence, layer: ProbedLayer) -> Literal["train", "eval"] | None:
     """The mode in which the model runs a layer that it runs in one mode only."""
     in_training, at_inference = (layer.index in evidence.called[path] for path in ("train", "eval"))
@@ -249,7 +255,7 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
     if layer.unusable is not None:
         return f"{layer.unusable}: there is nothing to compare batches with"
     if layer.index in evidence.by_batch["eval"]:
-        return "uses batch statistics at inference too, although it has running statistics"
+        return "uses batch statistics in eval mode too, although it has running statistics"
     if _is_frozen(evidence, layer):
         return "frozen: model.train() leaves it in eval mode, so both paths use the running statistics"
     if (mode := _only_in(evidence, layer)) is not None:

@@ -272,6 +272,7 @@ def _report(
         chance=summary.chance,
         other_eps=further.other_eps,
         padding=further.padding,
+        batch_at_inference=further.batch_at_inference,
     )
     verdicts = judge(facts, settings.rules)
     impacts = joint_impacts(session, evidence, further, groups_of(verdicts, facts))
@@ -376,6 +377,7 @@ class Further:
     random_before: Mapping[str, tuple[str, ...]] | None = None
     passes: list[ExtraPass] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    batch_at_inference: dict[str, bool] = field(default_factory=dict)
 
 
 def measure_further(
@@ -433,7 +435,12 @@ def tell_apart(
     batches, sizes = evidence.micro_batches, [batch.samples for batch in evidence.counted]
     with session.installed():
         found.random_before = random_layers_before(session, batches[0], sizes[0]) if batches else None
-        if any(layer.info.running_mean is None for layer in session.layers.selected):
+        left = session.left_in_train_mode()
+        layers = [layer for layer in session.layers.selected if layer.index in evidence.by_batch["eval"]]
+        found.batch_at_inference = {
+            layer.name: layer.index in left for layer in layers if layer.info.running_mean is not None
+        }
+        if layers:
             found.batch_dependence = batch_dependence(session, batches, sizes)
         if not off:
             return

@@ -188,7 +188,9 @@ class Slow(Network):
     """Takes 20 ms for a forward pass, as if it were large."""
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(0.02)
+        started = time.thread_time()
+        while time.thread_time() < started + 0.02:
+            pass
         return super().forward(x)
 
 
@@ -201,5 +203,5 @@ def test_trials_of_a_slow_model_are_made_on_fewer_batches() -> None:
             found[seconds] = what_if(session, counted, counted, Batching(4, emulation), seconds=seconds)
     images_ = {seconds: tried.remedies[0].images for seconds, tried in found.items()}
     assert images_[None] == 256
-    assert 8 * 4 <= images_[0.3] <= 15 * 4
+    assert 8 * 4 <= images_[0.3] < 20 * 4
     assert found[0.3].samples == 2 * images_[0.3]
