@@ -12,6 +12,8 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from typing import Any, TypeVar
 
 import torch
@@ -44,9 +46,10 @@ from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.scores import Found, ScoreTable
 from bnprobe.measure.session import PathName
 from bnprobe.records import Output, StopReason
-from bnprobe.stats.composition import Images
+from bnprobe.rules.shares import COMPOSITION_P
+from bnprobe.stats.composition import Images, analyse
 from bnprobe.stats.intervals import REPLICATES, Sums
-from bnprobe.stats.ladder import BatchSums
+from bnprobe.stats.ladder import BatchSums, blend, mismatch, running, settled
 from bnprobe.stats.moments import corrections, pool_moments
 
 _CHUNK_VALUES = 2**19
@@ -321,6 +324,41 @@ class Evidence:
     random_order: bool = False
     stopped: StopReason = "requested"
     failure: BnprobeError | None = None
+
+    @property
+    def frozen(self) -> set[int]:
+        """Layers that model.train() leaves in eval mode, so that both paths use the running statistics."""
+        return self.called["train"] - self.by_batch["train"]
+
+    def normalizes_alike(self, index: int) -> bool:
+        """Whether a layer normalizes in the same way in training and at inference: frozen, or always by its batch."""
+        return index in self.frozen or (index in self.by_batch["eval"] and self.eval.layer(index) is None)
+
+    def beyond_noise(self, index: int) -> float | None:
+        """How much of a layer's D at inference is no noise of i.i.d. batches: wrong statistics, and batches that differ
+        significantly from i.i.d. ones. A quick estimate, by which a scan stops; the report has the shares.
+
+        Returns:
+            None where it is not known.
+        """
+        slots = [slot for slot in self.eval.calls if slot[0] == index]
+        if not slots or self.layers.layers[index].info.corrects:
+            return None
+        sums = reduce(add, map(self.eval.moments, slots))
+        means, values = sums.means().whole(), self.values[slots[0]]
+        known = settled(means, values, blend(means, values))
+        wrong = mismatch(means, running(means)) - mismatch(means, known)
+        if self.batch_size < 2 or self.eval.batches < 2 or not self.batching.emulation.trusted:
+            return float(wrong)
+        found = [analyse(self.eval.moments(slot), self.eval.sample_squares(slot), self.batch_size) for slot in slots]
+        p_values = torch.cat([each.p_value for each in found])
+        if float(p_values.min()) * p_values.numel() >= COMPOSITION_P:
+            return float(wrong)
+        squares = sum((self.eval.sample_squares(slot) for slot in slots), start=torch.zeros(())).sum(0)
+        samples = float(sums.counts.sum()) * self.batch_size
+        between = means.d_squared[0] - means.d[0].square()
+        within = (squares / samples - means.d[0].square()) / self.batch_size
+        return float(wrong + (between - within).mean().clamp_min(0))
 
     @property
     def sampled(self) -> float:

@@ -69,6 +69,23 @@ def noise_limit(threshold: float) -> float:
     return mismatch_iid(NOISE_THRESHOLD if threshold == DEFAULT_THRESHOLD else threshold)
 
 
+def deciding_limit(others: float | None, threshold: float) -> float:
+    """The limit that decides whether a layer is flagged, in D: that of noise, where there is hardly anything else.
+
+    Args:
+        others: What is no noise of i.i.d. batches, in D; None: not known.
+        threshold: The equivalent batch size below which the layer is flagged.
+    """
+    limit = mismatch_iid(threshold)
+    return noise_limit(threshold) if others is not None and others <= PART_OF_LIMIT * limit else limit
+
+
+def beyond_noise(shares: Shares, composition: Composition | None) -> float:
+    """What is no noise of i.i.d. batches: composition counts where batches differ significantly from these."""
+    composed = shares.composition if composition is None or composition.p_value < COMPOSITION_P else None
+    return (composed or 0.0) + shares.lag + shares.dropout + shares.propagation
+
+
 def share_limit(layer: Layer, cause: Cause | None = None) -> float:
     """The share of D above which its cause is named."""
     return noise_limit(layer.threshold) if cause == "small_batch" else PART_OF_LIMIT * mismatch_limit(layer)
@@ -86,12 +103,8 @@ def screened(
         composition: What batches that do not differ significantly from i.i.d. ones add is noise, too.
         threshold: The equivalent batch size below which the layer is flagged.
     """
-    limit = mismatch_iid(threshold)
-    if shares is not None:
-        composed = shares.composition if composition is None or composition.p_value < COMPOSITION_P else None
-        others = (composed or 0.0) + shares.lag + shares.dropout + shares.propagation
-        limit = noise_limit(threshold) if others <= PART_OF_LIMIT * limit else limit
-    return standing(intervals, limit)
+    others = None if shares is None else beyond_noise(shares, composition)
+    return standing(intervals, deciding_limit(others, threshold))
 
 
 def lower_end(interval: Interval | None) -> float:
