@@ -25,9 +25,9 @@ from bnprobe.measure.restore import deferred_interrupts, preserved_random_state,
 from bnprobe.measure.scores import MEASURES, Found, score_outputs
 from bnprobe.measure.session import PathName, Progress, Session
 from bnprobe.records import StopReason
-from bnprobe.rules.shares import deciding_limit, noise_limit
+from bnprobe.rules.shares import deciding_threshold
 from bnprobe.stats.intervals import Sums, mean_interval
-from bnprobe.stats.theory import standing
+from bnprobe.stats.theory import mismatch_iid, standing
 
 FIRST_LOOK = 16
 """Micro-batches before the first look at what is decided; the number doubles from look to look."""
@@ -283,7 +283,8 @@ def _decided(measurement: Measurement, seen: Look, settings: ScanSettings) -> St
         threshold = settings.threshold_of(layer.name, *layer.aliases)
         found = [path[layer.index] for path in seen.paths if layer.index in path]
         in_training_only = len(found) == 1 and layer.index in seen.paths[0]
-        limit = noise_limit(threshold) if in_training_only else deciding_limit(seen.others_of(layer.index), threshold)
+        others = 0.0 if in_training_only else seen.others_of(layer.index)
+        limit = mismatch_iid(deciding_threshold(others, threshold))
         intervals = [mean_interval(sums, STOPPING_CONFIDENCE) for sums in found]
         if standing(intervals, limit) == "undecided" or any(sums.heavy_tailed for sums in found):
             return None

@@ -64,20 +64,25 @@ def mismatch_limit(layer: Layer) -> float:
     return mismatch_iid(layer.threshold)
 
 
+def noise_threshold(threshold: float) -> float:
+    """The equivalent batch size below which noise alone flags a layer."""
+    return NOISE_THRESHOLD if threshold == DEFAULT_THRESHOLD else threshold
+
+
 def noise_limit(threshold: float) -> float:
     """The limit of the noise of i.i.d. batches, in D."""
-    return mismatch_iid(NOISE_THRESHOLD if threshold == DEFAULT_THRESHOLD else threshold)
+    return mismatch_iid(noise_threshold(threshold))
 
 
-def deciding_limit(others: float | None, threshold: float) -> float:
-    """The limit that decides whether a layer is flagged, in D: that of noise, where there is hardly anything else.
+def deciding_threshold(others: float | None, threshold: float) -> float:
+    """The equivalent batch size that decides on a layer: that of noise, where there is hardly anything else.
 
     Args:
         others: What is no noise of i.i.d. batches, in D; None: not known.
         threshold: The equivalent batch size below which the layer is flagged.
     """
-    limit = mismatch_iid(threshold)
-    return noise_limit(threshold) if others is not None and others <= PART_OF_LIMIT * limit else limit
+    alone = others is not None and others <= PART_OF_LIMIT * mismatch_iid(threshold)
+    return noise_threshold(threshold) if alone else threshold
 
 
 def beyond_noise(shares: Shares, composition: Composition | None) -> float:
@@ -104,7 +109,7 @@ def screened(
         threshold: The equivalent batch size below which the layer is flagged.
     """
     others = None if shares is None else beyond_noise(shares, composition)
-    return standing(intervals, deciding_limit(others, threshold))
+    return standing(intervals, mismatch_iid(deciding_threshold(others, threshold)))
 
 
 def lower_end(interval: Interval | None) -> float:
