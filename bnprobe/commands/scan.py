@@ -269,6 +269,9 @@ def _report(
         gaps=summary.gaps,
         remedies=further.remedies,
         called=frozenset(layer.name for layer in session.layers.layers if layer.index in evidence.entered),
+        samples_alone=frozenset(
+            layer.name for layer in session.layers.layers if evidence.runs_samples_alone(layer.index)
+        ),
         chance=summary.chance,
         other_eps=further.other_eps,
         padding=further.padding,

@@ -278,6 +278,7 @@ class Evidence:
         batches: Micro-batches measured.
         physical_batch: Samples of the largest physical batch that ran.
         values: Values per channel in one group, by call.
+        rows: Rows in one group, by call.
         by_batch: For each path, the layers that normalized with batch statistics there.
         called: For each path, the layers whose normalization was called there.
         entered: Indices of the layers whose forward was called.
@@ -308,6 +309,7 @@ class Evidence:
     batches: int = 0
     physical_batch: int = 0
     values: dict[Slot, int] = field(default_factory=dict)
+    rows: dict[Slot, int | None] = field(default_factory=dict)
     by_batch: dict[PathName, set[int]] = field(default_factory=_no_layers)
     called: dict[PathName, set[int]] = field(default_factory=_no_layers)
     entered: set[int] = field(default_factory=set)
@@ -333,6 +335,11 @@ class Evidence:
     def normalizes_alike(self, index: int) -> bool:
         """Whether a layer normalizes in the same way in training and at inference: frozen, or always by its batch."""
         return index in self.frozen or (index in self.by_batch["eval"] and self.eval.layer(index) is None)
+
+    def runs_samples_alone(self, index: int) -> bool:
+        """Whether a layer is called once for every sample of a batch, on one row each time."""
+        rows = [rows for (layer, _), rows in self.rows.items() if layer == index]
+        return self.batch_size > 1 and len(rows) >= self.batch_size and set(rows) == {1}
 
     def beyond_noise(self, index: int) -> float | None:
         """How much of a layer's D at inference is no noise of i.i.d. batches: wrong statistics, and batches that differ
@@ -384,6 +391,7 @@ class Evidence:
         for name, pass_ in passes.items():
             for slot, record in pass_.records.items():
                 self.values.setdefault(slot, record.values)
+                self.rows.setdefault(slot, record.rows)
                 self.called[name].add(slot[0])
             self.entered |= pass_.entered
             self.functional |= pass_.functional
@@ -410,6 +418,7 @@ class Evidence:
         self.batches += other.batches
         self.physical_batch = max(self.physical_batch, other.physical_batch)
         self.values = {**other.values, **self.values}
+        self.rows = {**other.rows, **self.rows}
         _join(self.by_batch, other.by_batch, set.union)
         _join(self.called, other.called, set.union)
         self.entered |= other.entered

@@ -23,6 +23,7 @@ from bnprobe.errors import ModelError, is_library_file
 from bnprobe.measure.batch import CannotEmulateError, as_plain, is_finite, like_subclass, tensors_of
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.norms import NORMS, FunctionFamily, GroupsRows, NormCall, NormFamily, WholeModule, place_of
+from bnprobe.numbers import count
 from bnprobe.stats.moments import Moments, bessel, pool_moments, row_moments, statistics_distance
 
 Slot = tuple[int, int]
@@ -366,6 +367,7 @@ class Recorded:
         by_batch: The layer normalized with batch statistics.
         bytes: Size of the input.
         groups: Where the family divides micro-batches itself, the groups of each; then they are the units.
+        rows: Rows in one group; None: not known.
     """
 
     mean: Tensor
@@ -375,6 +377,7 @@ class Recorded:
     by_batch: bool
     bytes: int
     groups: int | None = None
+    rows: int | None = None
 
     def per_group(self, batch_size: int) -> Moments:
         """Moments of each group, for micro-batches of so many samples."""
@@ -462,6 +465,7 @@ class Pass:
             by_batch=by_batch,
             bytes=call.input.numel() * call.input.element_size(),
             groups=grouping.groups_per_micro_batch if own else None,
+            rows=call.input.shape[0] // grouping.groups,
         )
         if by_batch:
             if call.unbiased:
@@ -481,8 +485,8 @@ class Pass:
         if rows % self.samples:
             if self.samples != self.batch_size or self.per_sample:
                 raise CannotEmulateError(
-                    f"the layer {found.layer.name} receives {rows} rows from {self.samples} samples, so rows cannot be"
-                    " assigned to micro-batches"
+                    f"the layer {found.layer.name} receives {count(rows, 'row')} from {self.samples} samples, so rows"
+                    " cannot be assigned to micro-batches"
                 )
             # A real micro-batch: all rows are normalized together, whatever they are.
             return Grouping(samples=1, batch_size=1, rows=rows, group_rows=_own_group(found, rows))

@@ -111,6 +111,7 @@ class Facts:
         other_eps: Where another eps was tried, on layers that look stale.
         padding: Where samples of different sizes were found to be padded.
         called: Names of the layers that the forward pass called; None without data.
+        samples_alone: Names of the layers that are called once for every sample of a batch.
         batch_at_inference: Layers with running statistics that normalize with batch statistics in eval mode, and
             whether they are themselves still in train mode then.
     """
@@ -131,6 +132,7 @@ class Facts:
     other_eps: OtherEps | None = None
     padding: Padding | None = None
     called: frozenset[str] | None = None
+    samples_alone: frozenset[str] = frozenset()
     batch_at_inference: Mapping[str, bool] = field(default_factory=dict)
 
     @property
