@@ -119,6 +119,7 @@ class PathEvidence:
             columns.d_max,
             columns.gate,
             columns.factor,
+            columns.std_eps,
         )
         for start in range(0, mean.shape[0], rows):
             values = corrections(mean[start : start + rows], variance[start : start + rows], *reference)

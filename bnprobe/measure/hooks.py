@@ -550,10 +550,10 @@ def _effective(call: NormCall, mean: Tensor, variance: Tensor) -> tuple[Tensor, 
     """The statistics with which BN does what the layer does: Batch Renorm's r * (x - mean) / s + d is (x - m) / t with
     t = s / r and m = mean - d * t.
     """
-    found = call.corrections(mean, variance)
+    found, squared = call.corrections(mean, variance), variance + call.eps_for(variance)
     if found is None:
-        return mean, variance
-    std = (variance + call.eps).sqrt() / found.r_clipped
+        return mean, squared - call.eps if call.on_std else variance
+    std = squared.sqrt() / found.r_clipped
     return mean - found.d_clipped * std, std.square() - call.eps
 
 
@@ -589,7 +589,8 @@ def affine(call: NormCall, grouping: Grouping) -> tuple[Tensor, Leaves]:
     x = call.input
     wide = torch.promote_types(x.dtype, torch.float32)
     mean = call.running_mean.to(wide)
-    rstd = (call.running_variance.double() + call.eps).rsqrt().to(wide)
+    variance = call.running_variance.double()
+    rstd = (variance + call.eps_for(variance)).rsqrt().to(wide)
     z = (x - _as_channels(mean, x)) * _as_channels(rstd, x)
     scale = torch.ones_like(mean) if call.weight is None else call.weight.to(wide)
     shift = torch.zeros_like(mean) if call.bias is None else call.bias.to(wide)
@@ -617,7 +618,7 @@ def normalize_together(call: NormCall) -> Tensor:
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     axes = [0, *range(2, x.dim())]
     variance, mean = torch.var_mean(values, axes, correction=int(call.unbiased), keepdim=True)
-    output = (values - mean) * (variance + call.eps).rsqrt()
+    output = (values - mean) * (variance + call.eps_for(variance)).rsqrt()
     found = call.corrections(mean.reshape(1, -1).double(), variance.reshape(1, -1).double())
     if found is not None:
         r, d = (_as_channels(value[0].to(values.dtype), x) for value in (found.r_clipped, found.d_clipped))
