@@ -126,7 +126,7 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
     else:
         intervals = [path.interval for path in (train, eval_) if path is not None]
         status = screened(intervals, found.shares, found.composition, threshold)
-    frozen, overflows = _is_frozen(evidence, layer), _overflows(evidence, slots)
+    alike, overflows = evidence.normalizes_alike(layer.index), _overflows(evidence, slots)
     # What is behind a layer whose statistics are not finite is not at fault for being so, too.
     overflows = overflows and not _unusable(evidence)
     return Layer(
@@ -141,8 +141,8 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
         values_per_channel=evidence.values[slots[0]],
         running_statistics=layer.info.running_mean is not None,
         threshold=threshold,
-        flagged=(status == "flagged" or overflows or layer.unusable is not None) and not frozen,
-        undecided=status == "undecided" and not overflows and not frozen,
+        flagged=(status == "flagged" or overflows or layer.unusable is not None) and not alike,
+        undecided=status == "undecided" and not overflows and not alike,
         note=_note(evidence, layer, slots),
         train=train,
         eval=eval_,
@@ -226,11 +226,6 @@ def _points(evidence: Evidence, first: Slot) -> Iterable[BatchSizePoint]:
             yield BatchSizePoint(size, sums.count, sums.mean, interval, n_eq)
 
 
-def _is_frozen(evidence: Evidence, layer: ProbedLayer) -> bool:
-    """Whether model.train() leaves the layer in eval mode, so that both paths use the running statistics."""
-    return layer.index in evidence.called["train"] - evidence.by_batch["train"]
-
-
 def _only_in(evidence: Evidence, layer: ProbedLayer) -> Literal["train", "eval"] | None:
     """The mode in which the model runs a layer that it runs in one mode only."""
     in_training, at_inference = (layer.index in evidence.called[path] for path in ("train", "eval"))
@@ -249,8 +244,8 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
     if layer.unusable is not None:
         return f"{layer.unusable}: there is nothing to compare batches with"
     if layer.index in evidence.by_batch["eval"]:
-        return "uses batch statistics at inference too, although it has running statistics"
-    if _is_frozen(evidence, layer):
+        return "uses batch statistics in eval mode too, although it has running statistics"
+    if layer.index in evidence.frozen:
         return "frozen: model.train() leaves it in eval mode, so both paths use the running statistics"
     if (mode := _only_in(evidence, layer)) is not None:
         return _ONE_MODE[mode]

@@ -30,7 +30,7 @@ from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.loading.order import deal, drawn_at_random, is_random, spread
 from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.accumulators import SamplePool
-from bnprobe.measure.batch import to_device
+from bnprobe.measure.batch import MicroBatch, to_device
 from bnprobe.measure.causes import (
     SAMPLES_OF_EPS,
     batch_dependence,
@@ -88,6 +88,9 @@ IMPACT_PART = 8
 
 WHAT_IF_IMAGES = 512
 """Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""
+
+TRIAL_SECONDS = 3.0
+"""A trial that was not asked for scores the model in about this time, and there are some six of them."""
 
 CHANCE_IMAGES = 256
 """Samples whose outputs are given to other samples."""
@@ -269,10 +272,14 @@ def _report(
         gaps=summary.gaps,
         remedies=further.remedies,
         called=frozenset(layer.name for layer in session.layers.layers if layer.index in evidence.entered),
+        samples_alone=frozenset(
+            layer.name for layer in session.layers.layers if evidence.runs_samples_alone(layer.index)
+        ),
         chance=summary.chance,
         other_eps=further.other_eps,
         padding=further.padding,
         randomness=further.randomness,
+        batch_at_inference=further.batch_at_inference,
     )
     verdicts = judge(facts, settings.rules)
     impacts = joint_impacts(session, evidence, further, groups_of(verdicts, facts))
@@ -377,6 +384,8 @@ class Further:
     randomness: Randomness | None = None
     random_before: Mapping[str, tuple[str, ...]] | None = None
     passes: list[ExtraPass] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    batch_at_inference: dict[str, bool] = field(default_factory=dict)
 
 
 def measure_further(
@@ -431,14 +440,18 @@ def tell_apart(
         off: Something is wrong at all.
         scored: There is a loss or metric, and it may be called on further passes.
     """
-    batches = evidence.micro_batches
-    sizes = [evidence.sizes.get(position, evidence.batch_size) for position in sorted(evidence.kept)]
+    batches, sizes = evidence.micro_batches, [batch.samples for batch in evidence.counted]
     with session.installed():
         found.random_before = random_layers_before(session, batches[0], sizes[0]) if batches else None
         if batches and findings.summary.output.repeat:
             with _counted(found, "random numbers", "what draws them at inference", sizes[0]):
                 found.randomness = randomness_of(session, batches[0], sizes[0])
-        if any(layer.info.running_mean is None for layer in session.layers.selected):
+        left = session.left_in_train_mode()
+        layers = [layer for layer in session.layers.selected if layer.index in evidence.by_batch["eval"]]
+        found.batch_at_inference = {
+            layer.name: layer.index in left for layer in layers if layer.info.running_mean is not None
+        }
+        if layers:
             found.batch_dependence = batch_dependence(session, batches, sizes)
         if not off:
             return
@@ -499,16 +512,18 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
         scored, scoring = _some(held_out), held_out.batching
     if not training or not scored:
         return
-    images = len(training) * evidence.batch_size + len(scored) * scoring.batch_size
-    reason, batching = "asked for" if settings.what_if else "to try remedies before they are advised", evidence.batching
-    options: dict[str, Any] = {"goal": settings.goal, "scored_on": data, "larger": bool(settings.what_if)}
-    with _counted(found, "what-if", reason, images):
-        found.remedies = what_if(session, training, scored, batching, scoring, **options)
+    asked, batching = bool(settings.what_if), evidence.batching
+    reason = "asked for" if asked else "to try remedies before they are advised"
+    options: dict[str, Any] = {"goal": settings.goal, "scored_on": data, "larger": asked}
+    started = time.perf_counter()
+    tried = what_if(session, training, scored, batching, scoring, seconds=None if asked else TRIAL_SECONDS, **options)
+    found.remedies, found.notes = tried.remedies, [*found.notes, *tried.untried]
+    found.passes.append(ExtraPass("what-if", reason, tried.samples, time.perf_counter() - started))
 
 
-def _some(evidence: Evidence) -> list[Any]:
+def _some(evidence: Evidence) -> list[MicroBatch]:
     """The micro-batches that remedies are tried on."""
-    return evidence.micro_batches[: max(2, WHAT_IF_IMAGES // evidence.batch_size)]
+    return evidence.counted[: max(2, WHAT_IF_IMAGES // evidence.batch_size)]
 
 
 def _guarded(make_optimizer: MakeOptimizer) -> MakeOptimizer:
@@ -601,7 +616,7 @@ def describe(
         stopped=evidence.stopped,
         partial=evidence.partial,
         seconds=evidence.seconds,
-        notes=(*workload.notes, *source.notes, *_remarks(settings, evidence)),
+        notes=(*workload.notes, *source.notes, *_remarks(settings, evidence), *further.notes),
         passes=tuple(further.passes),
         pool=_pool(evidence),
         unselected=tuple(layer.name for layer in evidence.layers.layers if not layer.selected),

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bnprobe.errors import DataError
 from bnprobe.loading.samples import count_samples, is_per_sample, named_leaves
+
+
+class MicroBatch(NamedTuple):
+    """A batch as the user's loader gave it, on the host, and how many samples it has."""
+
+    data: Any
+    samples: int
 
 
 class CannotEmulateError(Exception):

@@ -12,6 +12,8 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +31,7 @@ from bnprobe.measure.accumulators import (
     SamplePool,
     Values,
 )
+from bnprobe.measure.batch import MicroBatch
 from bnprobe.measure.forward_pass import Pass, Recorded, Slot
 from bnprobe.measure.layers import LayerSet, ProbedLayer
 from bnprobe.measure.outputs import Contributions, OutputSums
@@ -37,9 +40,10 @@ from bnprobe.measure.scores import Found, ScoreTable
 from bnprobe.measure.session import PathName
 from bnprobe.measure.statistic import Calls, CallTable, Columns, SampleStep, Scope, Statistic, Step
 from bnprobe.records import Output, StopReason
-from bnprobe.stats.composition import Images
+from bnprobe.rules.shares import COMPOSITION_P
+from bnprobe.stats.composition import Images, analyse
 from bnprobe.stats.intervals import REPLICATES, Sums
-from bnprobe.stats.ladder import BatchSums
+from bnprobe.stats.ladder import BatchSums, blend, mismatch, running, settled
 from bnprobe.stats.moments import corrections, pool_moments
 
 _CHUNK_VALUES = 2**19
@@ -109,6 +113,7 @@ class PathEvidence:
             columns.d_max,
             columns.gate,
             columns.factor,
+            columns.std_eps,
         )
         for start in range(0, mean.shape[0], rows):
             values = corrections(mean[start : start + rows], variance[start : start + rows], *reference)
@@ -270,6 +275,7 @@ class Evidence:
         batches: Micro-batches measured.
         physical_batch: Samples of the largest physical batch that ran.
         values: Values per channel in one group, by call.
+        rows: Rows in one group, by call.
         by_batch: For each path, the layers that normalized with batch statistics there.
         called: For each path, the layers whose normalization was called there.
         entered: Indices of the layers whose forward was called.
@@ -301,6 +307,7 @@ class Evidence:
     batches: int = 0
     physical_batch: int = 0
     values: dict[Slot, int] = field(default_factory=dict)
+    rows: dict[Slot, int | None] = field(default_factory=dict)
     by_batch: dict[PathName, set[int]] = field(default_factory=_no_layers)
     called: dict[PathName, set[int]] = field(default_factory=_no_layers)
     entered: set[int] = field(default_factory=set)
@@ -310,13 +317,53 @@ class Evidence:
     seconds: float = 0.0
     left_out: int = 0
     population: int | None = None
-    kept: dict[int, Any] = field(default_factory=dict)
+    kept: dict[int, MicroBatch] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     held_out: Evidence | None = None
     mixed: Evidence | None = None
     random_order: bool = False
     stopped: StopReason = "requested"
     failure: BnprobeError | None = None
+
+    @property
+    def frozen(self) -> set[int]:
+        """Layers that model.train() leaves in eval mode, so that both paths use the running statistics."""
+        return self.called["train"] - self.by_batch["train"]
+
+    def normalizes_alike(self, index: int) -> bool:
+        """Whether a layer normalizes in the same way in training and at inference: frozen, or always by its batch."""
+        return index in self.frozen or (index in self.by_batch["eval"] and self.eval.layer(index) is None)
+
+    def runs_samples_alone(self, index: int) -> bool:
+        """Whether a layer is called once for every sample of a batch, on one row each time."""
+        rows = [rows for (layer, _), rows in self.rows.items() if layer == index]
+        return self.batch_size > 1 and len(rows) >= self.batch_size and set(rows) == {1}
+
+    def beyond_noise(self, index: int) -> float | None:
+        """How much of a layer's D at inference is no noise of i.i.d. batches: wrong statistics, and batches that differ
+        significantly from i.i.d. ones. A quick estimate, by which a scan stops; the report has the shares.
+
+        Returns:
+            None where it is not known.
+        """
+        slots = [slot for slot in self.eval.calls if slot[0] == index]
+        if not slots or self.layers.layers[index].info.corrects:
+            return None
+        sums = reduce(add, map(self.eval.moments, slots))
+        means, values = sums.means().whole(), self.values[slots[0]]
+        known = settled(means, values, blend(means, values))
+        wrong = mismatch(means, running(means)) - mismatch(means, known)
+        if self.batch_size < 2 or self.eval.batches < 2 or not self.batching.emulation.trusted:
+            return float(wrong)
+        found = [analyse(self.eval.moments(slot), self.eval.sample_squares(slot), self.batch_size) for slot in slots]
+        p_values = torch.cat([each.p_value for each in found])
+        if float(p_values.min()) * p_values.numel() >= COMPOSITION_P:
+            return float(wrong)
+        squares = sum((self.eval.sample_squares(slot) for slot in slots), start=torch.zeros(())).sum(0)
+        samples = float(sums.counts.sum()) * self.batch_size
+        between = means.d_squared[0] - means.d[0].square()
+        within = (squares / samples - means.d[0].square()) / self.batch_size
+        return float(wrong + (between - within).mean().clamp_min(0))
 
     @property
     def sampled(self) -> float:
@@ -342,6 +389,7 @@ class Evidence:
         for name, pass_ in passes.items():
             for slot, record in pass_.records.items():
                 self.values.setdefault(slot, record.values)
+                self.rows.setdefault(slot, record.rows)
                 self.called[name].add(slot[0])
             self.entered |= pass_.entered
             self.functional |= pass_.functional
@@ -369,6 +417,7 @@ class Evidence:
         self.batches += other.batches
         self.physical_batch = max(self.physical_batch, other.physical_batch)
         self.values = {**other.values, **self.values}
+        self.rows = {**other.rows, **self.rows}
         _join(self.by_batch, other.by_batch, set.union)
         _join(self.called, other.called, set.union)
         self.entered |= other.entered
@@ -432,9 +481,14 @@ class Evidence:
         return self.stopped in ("interrupted", "failed")
 
     @property
-    def micro_batches(self) -> list[Any]:
+    def counted(self) -> list[MicroBatch]:
         """The micro-batches that were kept, in their order."""
         return [self.kept[position] for position in sorted(self.kept)]
+
+    @property
+    def micro_batches(self) -> list[Any]:
+        """The same without their sizes."""
+        return [batch.data for batch in self.counted]
 
     @property
     def output(self) -> Output:

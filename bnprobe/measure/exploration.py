@@ -46,6 +46,9 @@ _ROWS = 32
 _LARGEST_LIMIT = 100.0
 """A correction beyond this counts as one without limits."""
 
+_ROUNDING = 1e-9
+"""Differences below this are rounding, in float64."""
+
 _CLOSE = 1e-5
 """Largest relative difference at which two outputs count as the same; a copy runs in float64 unless it casts."""
 
@@ -387,16 +390,18 @@ class _Trial:
         x = torch.randn(self.shape, generator=generator, dtype=torch.float64)
         channels = self.shape[1]
         shift = torch.randn(channels, generator=generator, dtype=torch.float64)
-        found_form, found_eps = self._eval_form(x, shift, form)
-        eps = found_eps if eps is None else eps
-        if abs(found_eps - eps) > 1e-3 * eps + 1e-9:
-            raise _NoNormError(f"its eps is {found_eps:.4g}, not {eps:.4g}", uses_both=True)
-        family = replace(self.family, form=found_form, eps=eps)
+        family = self._eval_form(x, shift, form)
+        eps = family.eps if eps is None else eps
+        if abs(family.eps - eps) > 1e-3 * eps + 1e-9:
+            raise _NoNormError(f"its eps is {family.eps:.4g}, not {eps:.4g}", uses_both=True)
+        family = replace(family, eps=eps)
         spread = 0.5 + torch.rand(channels, generator=generator, dtype=torch.float64)
         return self._in_training(family, x, shift, spread)
 
-    def _eval_form(self, x: Tensor, shift: Tensor, said: str | None) -> tuple[str, float]:
-        """The form of the variance, and eps: from the slope of the output for several values in the buffer."""
+    def _eval_form(self, x: Tensor, shift: Tensor, said: str | None) -> WholeModule:
+        """The form of the variance, eps, and what eps is added to: by how the slope of the output changes with the
+        value in the buffer. With a small eps several fit nearly, and the best one counts.
+        """
         nought, one = torch.zeros_like(shift), torch.ones_like(shift)
         output = self._run(x, nought, one)
         moved = self._run(x + _channels(shift, x), shift, one)
@@ -412,24 +417,32 @@ class _Trial:
             if ratio == 0 or not _close(other, ratio * slope):
                 raise _NoNormError(f"{self.variance} does not scale its input in eval mode")
             squares[kept] = 1 / ratio**2
-        for name, form in FORMS.items() if said is None else ((said, FORMS[said]),):
-            variance = {
-                kept: float(form.variance_of(torch.tensor(kept, dtype=torch.float64))) for kept in (0.5, 1.0, 2.0, 3.0)
+        fits: list[tuple[float, WholeModule]] = []
+        for name, on_std in itertools.product(FORMS if said is None else (said,), (False, True)):
+            power = 0.5 if on_std else 1.0
+            values = {
+                kept: float(FORMS[name].variance_of(torch.tensor(kept, dtype=torch.float64))) ** power
+                for kept in (0.5, 1.0, 2.0, 3.0)
             }
-            if abs(squares[2.0] - 1) < _CLOSE:
+            ratios = {kept: square**power for kept, square in squares.items()}
+            if abs(ratios[2.0] - 1) < _CLOSE:
                 continue
-            eps = (variance[2.0] - squares[2.0] * variance[1.0]) / (squares[2.0] - 1)
-            expected = {kept: (variance[kept] + eps) / (variance[1.0] + eps) for kept in squares}
-            if eps > -_CLOSE and all(abs(squares[kept] / expected[kept] - 1) < _CLOSE for kept in squares):
-                return name, float(f"{max(eps, 0.0):.4g}")
-        raise _NoNormError(
-            f"its scale is no function 1 / sqrt(variance + eps) of {self.variance} in eval mode", uses_both=True
-        )
+            eps = (values[2.0] - ratios[2.0] * values[1.0]) / (ratios[2.0] - 1)
+            error = max(abs(ratios[kept] * (values[1.0] + eps) / (values[kept] + eps) - 1) for kept in ratios)
+            if eps > -_CLOSE and error < _CLOSE:
+                found = replace(self.family, form=name, eps=float(f"{max(eps, 0.0):.4g}"), on_std=on_std)
+                fits.append((max(error, _ROUNDING), found))
+        if not fits:
+            raise _NoNormError(
+                f"its scale is neither 1 / sqrt(variance + eps) nor 1 / (std + eps) of {self.variance} in eval mode",
+                uses_both=True,
+            )
+        return min(fits, key=lambda fit: fit[0])[1]
 
     def _in_training(self, family: WholeModule, x: Tensor, mean: Tensor, variance: Tensor) -> WholeModule:
         """Compare train mode with what eval mode gives for the input normalized by its batch."""
         kept = FORMS[family.form].kept_as(variance)
-        std = _channels((variance + family.eps).sqrt(), x)
+        std = _channels(family.std_of(variance), x)
 
         def evaluated(z: Tensor) -> Tensor:
             return self._run(_channels(mean, x) + std * z, mean, kept)
@@ -442,7 +455,7 @@ class _Trial:
             output, after = self._run_and_look(values, mean, kept, training=True)
 
             def normalized(unbiased: bool) -> Tensor:
-                return (values - batch_mean) / (batch_variance * (factor if unbiased else 1) + family.eps).sqrt()
+                return (values - batch_mean) / family.std_of(batch_variance * (factor if unbiased else 1))
 
             return output, batch_mean, batch_variance * factor, normalized, after
 
@@ -483,7 +496,7 @@ class _Trial:
         output, batch_mean, unbiased_variance, normalized, _ = run
         n = output.numel() // output.shape[1]
         variance = unbiased_variance if family.unbiased else unbiased_variance / bessel(n)
-        r = ((variance + family.eps).sqrt() / std).clamp(1 / family.r_max, family.r_max)
+        r = (family.std_of(variance) / std).clamp(1 / family.r_max, family.r_max)
         d = ((batch_mean - _channels(mean, output)) / std).clamp(-family.d_max, family.d_max)
         return _close(output, evaluated(r * normalized(family.unbiased) + d))
 

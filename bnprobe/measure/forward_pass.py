@@ -18,6 +18,7 @@ from bnprobe.errors import ModelError
 from bnprobe.measure.batch import CannotEmulateError, as_plain, like_subclass
 from bnprobe.measure.hooks import Intercepted
 from bnprobe.measure.norms import GroupsRows, NormCall
+from bnprobe.numbers import count
 from bnprobe.stats.moments import Moments, bessel, pool_moments, row_moments, statistics_distance
 
 Slot = tuple[int, int]
@@ -123,6 +124,7 @@ class Recorded:
         by_batch: The layer normalized with batch statistics.
         bytes: Size of the input.
         groups: Where the family divides micro-batches itself, the groups of each; then they are the units.
+        rows: Rows in one group; None: not known.
     """
 
     mean: Tensor
@@ -132,6 +134,7 @@ class Recorded:
     by_batch: bool
     bytes: int
     groups: int | None = None
+    rows: int | None = None
 
     def per_group(self, batch_size: int) -> Moments:
         """Moments of each group, for micro-batches of so many samples."""
@@ -219,6 +222,7 @@ class Pass:
             by_batch=by_batch,
             bytes=call.input.numel() * call.input.element_size(),
             groups=grouping.groups_per_micro_batch if own else None,
+            rows=call.input.shape[0] // grouping.groups,
         )
         if by_batch:
             if call.unbiased:
@@ -238,8 +242,8 @@ class Pass:
         if rows % self.samples:
             if self.samples != self.batch_size or self.per_sample:
                 raise CannotEmulateError(
-                    f"{found.layer.name} receives {rows} rows from {self.samples} samples, so rows cannot be assigned"
-                    " to micro-batches"
+                    f"the layer {found.layer.name} receives {count(rows, 'row')} from {self.samples} samples, so rows"
+                    " cannot be assigned to micro-batches"
                 )
             # A real micro-batch: all rows are normalized together, whatever they are.
             return Grouping(samples=1, batch_size=1, rows=rows, group_rows=_own_group(found, rows))
@@ -303,10 +307,10 @@ def _effective(call: NormCall, mean: Tensor, variance: Tensor) -> tuple[Tensor, 
     """The statistics with which BN does what the layer does: Batch Renorm's r * (x - mean) / s + d is (x - m) / t with
     t = s / r and m = mean - d * t.
     """
-    found = call.corrections(mean, variance)
+    found, squared = call.corrections(mean, variance), variance + call.eps_for(variance)
     if found is None:
-        return mean, variance
-    std = (variance + call.eps).sqrt() / found.r_clipped
+        return mean, squared - call.eps if call.on_std else variance
+    std = squared.sqrt() / found.r_clipped
     return mean - found.d_clipped * std, std.square() - call.eps
 
 
@@ -342,7 +346,8 @@ def affine(call: NormCall, grouping: Grouping) -> tuple[Tensor, Leaves]:
     x = call.input
     wide = torch.promote_types(x.dtype, torch.float32)
     mean = call.running_mean.to(wide)
-    rstd = (call.running_variance.double() + call.eps).rsqrt().to(wide)
+    variance = call.running_variance.double()
+    rstd = (variance + call.eps_for(variance)).rsqrt().to(wide)
     z = (x - _as_channels(mean, x)) * _as_channels(rstd, x)
     scale = torch.ones_like(mean) if call.weight is None else call.weight.to(wide)
     shift = torch.zeros_like(mean) if call.bias is None else call.bias.to(wide)
@@ -370,7 +375,7 @@ def normalize_together(call: NormCall) -> Tensor:
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     axes = [0, *range(2, x.dim())]
     variance, mean = torch.var_mean(values, axes, correction=int(call.unbiased), keepdim=True)
-    output = (values - mean) * (variance + call.eps).rsqrt()
+    output = (values - mean) * (variance + call.eps_for(variance)).rsqrt()
     found = call.corrections(mean.reshape(1, -1).double(), variance.reshape(1, -1).double())
     if found is not None:
         r, d = (_as_channels(value[0].to(values.dtype), x) for value in (found.r_clipped, found.d_clipped))

@@ -69,10 +69,11 @@ class Sample:
         assert running[1] is not None
         mean, variance = record.per_group(self.batching.batch_size)
         info = layer.info
-        eps, r_max, d_max = (mean.new_full((info.channels,), value) for value in (info.eps, info.r_max, info.d_max))
+        r_max, d_max, std_eps = (mean.new_full((info.channels,), n) for n in (info.r_max, info.d_max, info.std_eps))
         gate = None if info.gate is None else info.gate.to(mean)
         factor = mean.new_full((info.channels,), bessel(record.values)) if info.unbiased else None
-        return corrections(mean, variance, running[0].to(mean), running[1].to(mean), eps, r_max, d_max, gate, factor)
+        known = running[0].to(mean), running[1].to(mean), info.eps_of_channels.to(mean)
+        return corrections(mean, variance, *known, r_max, d_max, gate, factor, std_eps)
 
 
 def summed(values: Iterable[Tensor]) -> Tensor:

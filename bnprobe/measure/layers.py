@@ -238,6 +238,7 @@ def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> 
     affine = [parameter.requires_grad for parameter in parameters]
     buffers = [buffer for buffer in (mean, variance) if buffer is not None]
     bad, negative = bad_statistics(layer.info)
+    least = layer.info.eps**2 if layer.info.on_std else layer.info.eps
     untouched = mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all())
     return Anatomy(
         name=layer.name,
@@ -253,8 +254,8 @@ def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> 
         untouched=untouched,
         non_finite=bad,
         negative=negative,
-        dead=_below(variance, layer.info.eps),
-        constant=_below(variance, _CONSTANT * layer.info.eps),
+        dead=_below(variance, least),
+        constant=_below(variance, _CONSTANT * least),
         median_variance=_median(variance),
         dropouts_before=before,
         affine_moved=_has_moved(layer.module),

@@ -24,7 +24,7 @@ from bnprobe.nn.batch_renorm import BatchRenormBase
 from bnprobe.nn.functional import batch_renorm, sync_batch_renorm
 from bnprobe.nn.gated import GatedBatchNorm, gated_batch_norm
 from bnprobe.registry import Registry
-from bnprobe.stats.moments import Corrections, corrections
+from bnprobe.stats.moments import Corrections, corrections, eps_of_std
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class NormCall:
         gate: Weight of the batch statistics in gated BN, shape (channels,); None: 0.
         momentum: Weight of the batch in the running statistics; None: not known.
         unbiased: Batches are normalized with their unbiased variance.
+        on_std: eps is added to the standard deviation, not to the variance.
     """
 
     input: Tensor
@@ -55,6 +56,11 @@ class NormCall:
     gate: Tensor | None = None
     momentum: float | None = None
     unbiased: bool = False
+    on_std: bool = False
+
+    def eps_for(self, variance: Tensor) -> Tensor | float:
+        """What the layer in effect adds to a variance before the square root."""
+        return eps_of_std(variance, self.eps) if self.on_std else self.eps
 
     def corrections(self, mean: Tensor, variance: Tensor) -> Corrections | None:
         """The layer's correction of batch statistics, without gradient; None for plain BN.
@@ -65,9 +71,10 @@ class NormCall:
         if (self.r_max, self.d_max) == (1, 0) or self.running_mean is None or self.running_variance is None:
             return None
         running = self.running_mean.to(mean), self.running_variance.to(mean)
-        eps, r_max, d_max = (torch.full_like(running[0], limit) for limit in (self.eps, self.r_max, self.d_max))
+        r_max, d_max, own = (torch.full_like(running[0], limit) for limit in (self.r_max, self.d_max, self.eps))
         gate = None if self.gate is None else self.gate.to(mean)
-        return corrections(mean.detach(), variance.detach(), *running, eps, r_max, d_max, gate)
+        eps, std_eps = own + self.eps_for(running[1]) - self.eps, own if self.on_std else None
+        return corrections(mean.detach(), variance.detach(), *running, eps, r_max, d_max, gate, None, std_eps)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class NormInfo:
         batches_tracked: Updates of the running statistics so far; None if the layer does not count.
         running_mean, running_variance: Shape (channels,), the variance unbiased; None where none are kept.
         r_max, d_max: Limits of Batch Renorm's correction in training; 1 and 0: plain BN.
-        gate, unbiased: As in ``NormCall``.
+        gate, unbiased, on_std: As in ``NormCall``.
     """
 
     channels: int
@@ -94,6 +101,20 @@ class NormInfo:
     d_max: float = 0.0
     gate: Tensor | None = None
     unbiased: bool = False
+    on_std: bool = False
+
+    @property
+    def eps_of_channels(self) -> Tensor:
+        """What is in effect added to the running variance before the square root, float64, shape (channels,)."""
+        eps = torch.full((self.channels,), self.eps, dtype=torch.float64)
+        if self.on_std and self.running_variance is not None:
+            return eps_of_std(self.running_variance.double(), self.eps).cpu()
+        return eps
+
+    @property
+    def std_eps(self) -> float:
+        """What is added to the standard deviation: eps, or 0."""
+        return self.eps if self.on_std else 0.0
 
     @property
     def corrects(self) -> bool:
@@ -356,7 +377,7 @@ class WholeModule(BatchNormFamily):
     Attributes:
         mean, variance: Names of the buffers.
         form: One of ``FORMS``, for ``variance``.
-        eps: Added to the variance before the square root.
+        eps: Added to the variance before the square root; ``on_std``: to the standard deviation.
         momentum: Weight of the batch in the buffers, as measured.
         unbiased: In training, it normalizes with the unbiased variance of the batch.
         r_max, d_max: Limits of Batch Renorm's correction in training; 1 and 0: none.
@@ -374,6 +395,7 @@ class WholeModule(BatchNormFamily):
     d_max: float = 0.0
     argument: int | str = 0
     axis: int = 1
+    on_std: bool = False
 
     name = "own"
     functionals = ()
@@ -393,7 +415,12 @@ class WholeModule(BatchNormFamily):
             r_max=self.r_max,
             d_max=self.d_max,
             unbiased=self.unbiased,
+            on_std=self.on_std,
         )
+
+    def std_of(self, variance: Tensor) -> Tensor:
+        """What the layer divides by, for a variance."""
+        return variance.sqrt() + self.eps if self.on_std else (variance + self.eps).sqrt()
 
     def input_of(self, args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
         """The argument that is normalized; None if it is not there."""
@@ -413,7 +440,7 @@ class WholeModule(BatchNormFamily):
         info = self.describe(module)
         assert info.running_mean is not None  # by construction
         assert info.running_variance is not None
-        mean, std = info.running_mean, (info.running_variance + self.eps).sqrt()
+        mean, std = info.running_mean, self.std_of(info.running_variance)
         return NormCall(
             input=x.movedim(self.axis, 1),
             running_mean=mean,
@@ -426,10 +453,15 @@ class WholeModule(BatchNormFamily):
             d_max=self.d_max,
             momentum=self.momentum,
             unbiased=self.unbiased,
+            on_std=self.on_std,
         )
 
     def evaluate(self, call: NormCall) -> Tensor:
-        return call.input if call.bias is call.running_mean else super().evaluate(call)
+        if call.bias is call.running_mean:
+            return call.input
+        variance = call.running_variance
+        assert variance is not None  # the module keeps one
+        return super().evaluate(replace(call, running_variance=variance + call.eps_for(variance) - call.eps))
 
     def write(self, module: nn.Module, mean: Tensor, variance: Tensor) -> None:
         """Put other statistics into the buffers."""
@@ -440,7 +472,8 @@ class WholeModule(BatchNormFamily):
 
     def note(self, info: NormInfo) -> str | None:
         kept = {"variance": ""}.get(self.form, f" ({self.form.replace('_', ' ')})")
-        told = f"normalizes by its own arithmetic, with {self.mean} and {self.variance}{kept}"
+        added = ", eps added to the standard deviation" if self.on_std else ""
+        told = f"normalizes by its own arithmetic, with {self.mean} and {self.variance}{kept}{added}"
         return f"{told}; Batch Renorm, so D is what its correction leaves" if info.corrects else told
 
 

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import OPENING
-from bnprobe.errors import UsageError, UserCodeError
+from bnprobe.errors import BnprobeError, UsageError, UserCodeError
 from bnprobe.measure.batch import CannotEmulateError, join, map_leaves, pick, tensors_of, to_device
 from bnprobe.measure.forward_pass import Pass, Recorded, RowLayout, Slot
 from bnprobe.measure.layers import named_once
-from bnprobe.measure.memory import Chunks, Footprint, Refusal, fits_in_memory, is_out_of_memory, plan_samples
+from bnprobe.measure.memory import Chunks, Footprint, fits_in_memory, is_out_of_memory, plan_samples
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import preserved_random_state, random_state, set_mode
 from bnprobe.measure.session import PathName, Session
@@ -401,13 +401,13 @@ def _finite(values: Tensor) -> Tensor:
     return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def as_sentence(error: Refusal) -> str:
-    """Why micro-batches cannot run together, for the report."""
+def as_sentence(error: CannotEmulateError | BnprobeError, raiser: str = "Joined micro-batches raise") -> str:
+    """Why micro-batches cannot run together, or otherwise than the loader gives them, for the report."""
     if isinstance(error, UserCodeError):
         said = shorten(str(error.error).strip().partition("\n")[0], _SAID, placeholder=" ...")
-        text = f"Joined micro-batches raise {type(error.error).__name__}{f': {said}' if said else ''}"
+        text = f"{raiser} {type(error.error).__name__}{f': {said}' if said else ''}"
         return text if text.endswith((".", "!", "?")) else f"{text}."
-    text = str(error)
+    text = str(error).removesuffix(".")
     return f"{text[0].upper()}{text[1:]}."
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnprobe.errors import RepairError
-from bnprobe.loading.samples import count_samples
-from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of, to_device
+from bnprobe.errors import RepairError, UserCodeError
+from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, tensors_of, to_device
 from bnprobe.measure.forward_pass import Pass, Recorded, Slot
-from bnprobe.measure.memory import Chunks, Footprint, fits_in_memory, plan_samples
+from bnprobe.measure.memory import Chunks, Footprint, Refusal, Result, fits_in_memory, plan_samples
 from bnprobe.measure.physical_batch import Batching, Check, Emulation, check_samples, checked, not_emulated, self_check
-from bnprobe.measure.reader import KEPT_BYTES, RepeatedReader
+from bnprobe.measure.reader import KEPT_BYTES
 from bnprobe.measure.session import Progress, Session
 from bnprobe.stats.moments import pool_moments
 
@@ -78,7 +78,7 @@ class Population:
 
 def steady_population(
     session: Session,
-    micro_batches: Sequence[Any],
+    micro_batches: Sequence[MicroBatch],
     batching: Batching,
     population: Population | None = None,
 ) -> tuple[Population, Footprint]:
@@ -87,7 +87,8 @@ def steady_population(
     Every physical batch normalizes with its own statistics, all its samples together. Its samples are drawn at random,
     so that a sorted loader does no harm. What is merged is the mean of all values and their variance about that mean,
     as PreciseBN does (Wu & Johnson 2021, arXiv 2105.07576, section 3.2), not the mean of the batches' variances. Where
-    samples of different micro-batches cannot be mixed, the micro-batches run as they are.
+    samples of different micro-batches cannot be mixed, or the model raises on batches of other sizes, the micro-batches
+    run as they are.
 
     Args:
         session: Installed.
@@ -101,31 +102,49 @@ def steady_population(
     Raises:
         DeviceError, UserCodeError, DataError: As in any pass.
     """
-    population, footprint, batch_size = population or Population(), Footprint(0, 0), batching.batch_size
+    population, footprint = population or Population(), Footprint(0, 0)
 
-    def run(batch: Any, samples: int) -> None:
+    def run(batch: MicroBatch) -> tuple[dict[Slot, Recorded], float]:
         nonlocal footprint
-        pass_ = Pass(samples, samples, plain=True)
-        session.forward("steady", to_device(batch, session.device), pass_)
-        population.add(own_records(session, pass_), samples / batch_size)
-        sizes = [record.bytes // samples for record in pass_.records.values()]
+        pass_ = Pass(batch.samples, batch.samples, plain=True)
+        session.forward("steady", to_device(batch.data, session.device), pass_)
+        sizes = [record.bytes // batch.samples for record in pass_.records.values()]
         footprint = Footprint(max(footprint.total, sum(sizes)), max([footprint.largest, *sizes]))
+        return own_records(session, pass_), batch.samples / batching.batch_size
 
-    joined = _joined(micro_batches, batch_size) if batching.emulation.trusted else None
-    if joined is None:
+    found = None
+    if batching.emulation.trusted:
+        with suppress(CannotEmulateError, UserCodeError):
+            found = _of_mixed(session, micro_batches, batching, run)
+    if found is None:
         population.mixed = False
-        alone = Chunks(session.device, batch_size, 1)
-        alone.run(micro_batches, lambda chunk: run(chunk[0], count_samples(chunk[0], batch_size) or batch_size))
-    else:
-        batch, samples = joined
-
-        def run_rows(chunk: list[list[int]]) -> None:
-            rows = [row for unit in chunk for row in unit]
-            run(pick(batch, rows, samples), len(rows))
-
-        units, parts = _evenly(samples, batch_size * batching.at_once)
-        Chunks(session.device, 1, len(units) // parts).run(units, run_rows)
+        alone = Chunks(session.device, batching.batch_size, 1)
+        found = alone.run(micro_batches, lambda chunk: run(chunk[0]))
+    for records, batches in found:
+        population.add(records, batches)
     return population, footprint
+
+
+def _of_mixed(
+    session: Session, micro_batches: Sequence[MicroBatch], batching: Batching, run: Callable[[MicroBatch], Result]
+) -> list[Result]:
+    """What ``run`` gives for physical batches of samples drawn at random.
+
+    Raises:
+        CannotEmulateError, UserCodeError: Samples of different micro-batches cannot run together.
+    """
+    sizes = [batch.samples for batch in micro_batches]
+    whole = join([batch.data for batch in micro_batches], sizes)
+
+    def run_rows(chunk: list[list[int]]) -> Result:
+        rows = [row for unit in chunk for row in unit]
+        return run(MicroBatch(pick(whole, rows, sum(sizes)), len(rows)))
+
+    def refuse(error: Refusal) -> None:
+        raise error  # a unit by itself is no batch
+
+    units, parts = _evenly(sum(sizes), batching.batch_size * batching.at_once)
+    return Chunks(session.device, 1, len(units) // parts).run(units, run_rows, refuse)
 
 
 def _evenly(samples: int, most: int) -> tuple[list[list[int]], int]:
@@ -137,15 +156,6 @@ def _evenly(samples: int, most: int) -> tuple[list[list[int]], int]:
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
     parts = order.tensor_split(math.ceil(samples / most))
     return [unit.tolist() for part in parts for unit in part.tensor_split(samples // len(parts))], len(parts)
-
-
-def _joined(micro_batches: Sequence[Any], batch_size: int) -> tuple[Any, int] | None:
-    """All samples in one batch, and their number; None if they cannot be joined."""
-    counts = [count_samples(batch, batch_size) or 0 for batch in micro_batches]
-    try:
-        return (join(list(micro_batches), counts), sum(counts)) if sum(counts) else None
-    except CannotEmulateError:
-        return None
 
 
 def own_records(session: Session, pass_: Pass) -> dict[Slot, Recorded]:
@@ -185,7 +195,7 @@ class Settled:
     mixed: bool
 
 
-def settle_by_batch(session: Session, batches: RepeatedReader, progress: Progress) -> Settled:
+def settle_by_batch(session: Session, batches: Iterable[MicroBatch], progress: Progress) -> Settled:
     """Statistics on the train path without random layers: every physical batch normalizes with its own statistics.
 
     Physical batches hold up to ``LARGE`` samples drawn at random from a part of the data, where samples of different
@@ -202,9 +212,8 @@ def settle_by_batch(session: Session, batches: RepeatedReader, progress: Progres
     population = Population()
     stream = iter(batches)
     opening = list(itertools.islice(stream, 2))
-    sizes = [batches.samples_in(batch) or 1 for batch in opening] or [1]
-    size = sizes[0]
-    emulation, footprint = _checked(session, opening, sizes, self_check)
+    size = opening[0].samples if opening else 1
+    emulation, footprint = _checked(session, opening, self_check)
     samples = next((count for count in _halved(LARGE) if fits_in_memory(footprint, count, session.device)), 1)
     batching = Batching(size, emulation, max(1, samples // size))
     done = 0
@@ -215,7 +224,9 @@ def settle_by_batch(session: Session, batches: RepeatedReader, progress: Progres
     return Settled(population.statistics(), population.updates(), population.values(), population.mixed)
 
 
-def settle_by_layer(session: Session, batches: RepeatedReader, wanted: frozenset[int], progress: Progress) -> Settled:
+def settle_by_layer(
+    session: Session, batches: Iterable[MicroBatch], wanted: frozenset[int], progress: Progress
+) -> Settled:
     """The eval path: each layer's statistics with all layers before it on their new running statistics.
 
     Layer after layer in the order of their calls: the exact fixed point, which does not depend on how the samples are
@@ -237,7 +248,9 @@ def settle_by_layer(session: Session, batches: RepeatedReader, wanted: frozenset
 
 
 class _Rounds:
-    def __init__(self, session: Session, batches: RepeatedReader, wanted: frozenset[int], progress: Progress) -> None:
+    def __init__(
+        self, session: Session, batches: Iterable[MicroBatch], wanted: frozenset[int], progress: Progress
+    ) -> None:
         self._session, self._batches, self._wanted, self._progress = session, batches, wanted, progress
         self._chunks: Chunks | None = None
         self._again: set[int] = set()  # layers called several times in a forward pass
@@ -288,11 +301,11 @@ class _Rounds:
             self._chunks = self._plan(opening)
             stream = itertools.chain(opening, stream)
 
-        def run(chunk: list[Any]) -> None:
-            sizes = [self._batches.samples_in(batch) or 1 for batch in chunk]
+        def run(chunk: list[MicroBatch]) -> None:
+            sizes = [batch.samples for batch in chunk]
             samples = sum(sizes)
             pass_ = Pass(samples, samples, statistics=statistics)
-            self._forward(join(chunk, sizes), pass_, last)
+            self._forward(join([batch.data for batch in chunk], sizes), pass_, last)
             found = {slot: record for slot, record in pass_.records.items() if slot[0] in wanted}
             population.add(found, len(chunk))
             self._again.update(index for index, call in found if call > 0)
@@ -303,10 +316,9 @@ class _Rounds:
             self._progress(self._done, max(self._done, self._planned))
         return population
 
-    def _plan(self, opening: list[Any]) -> Chunks:
-        sizes = [self._batches.samples_in(batch) or 1 for batch in opening] or [1]
-        size = sizes[0]
-        emulation, footprint = _checked(self._session, opening, sizes, check_samples)
+    def _plan(self, opening: list[MicroBatch]) -> Chunks:
+        size = opening[0].samples if opening else 1
+        emulation, footprint = _checked(self._session, opening, check_samples)
         at_once = plan_samples(footprint, self._session.device) // size if emulation.trusted else 1
         return Chunks(self._session.device, size, max(1, at_once))
 
@@ -339,11 +351,11 @@ def _end(module: object, inputs: object, output: object) -> None:
     raise _EndOfPass
 
 
-def _checked(session: Session, opening: list[Any], sizes: list[int], check: Check) -> tuple[Emulation, Footprint]:
+def _checked(session: Session, opening: list[MicroBatch], check: Check) -> tuple[Emulation, Footprint]:
     """Check on the first two batches whether batches may run together; also the memory of a sample."""
-    if not opening or len(set(sizes)) != 1:
+    if len({batch.samples for batch in opening}) != 1:
         return not_emulated("The first batches have different sizes."), Footprint(0, 0)
-    return checked(session, opening, sizes[0], check)
+    return checked(session, [batch.data for batch in opening], opening[0].samples, check)
 
 
 def _halved(count: int) -> Iterator[int]:
@@ -352,13 +364,13 @@ def _halved(count: int) -> Iterator[int]:
         count //= 2
 
 
-def _parts(batches: Iterable[Any]) -> Iterator[list[Any]]:
+def _parts(batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
     """The batches in parts that fit into host memory."""
-    part: list[Any] = []
+    part: list[MicroBatch] = []
     size = 0
     for batch in batches:
         part.append(batch)
-        size += sum(tensor.nbytes for tensor in tensors_of(batch))
+        size += sum(tensor.nbytes for tensor in tensors_of(batch.data))
         if size > KEPT_BYTES:
             yield part
             part, size = [], 0

@@ -12,7 +12,7 @@ from typing import Any
 from bnprobe.distributed import EVERYTHING, Share
 from bnprobe.errors import DataError
 from bnprobe.loading.samples import SampleCount, count_samples
-from bnprobe.measure.batch import check_finite, copy_tensors, tensors_of
+from bnprobe.measure.batch import MicroBatch, check_finite, copy_tensors, tensors_of
 from bnprobe.measure.restore import seed_everything
 
 _END, _NONE = object(), object()
@@ -52,7 +52,7 @@ class Reader:
         any_size: bool = False,
     ) -> None:
         self.batch_size, self.share, self.most, self.any_size = batch_size, share, most, any_size
-        self.kept: dict[int, Any] = {}
+        self.kept: dict[int, MicroBatch] = {}
         self.sizes: dict[int, int] = {}
         self.left_out = 0
         self.exhausted = False
@@ -117,7 +117,7 @@ class Reader:
             position, batch = read
             if self.share.owns(position):
                 if position < self._keep and position != self._partial:
-                    self.kept[position] = batch
+                    self.kept[position] = MicroBatch(batch, self.sizes[position])
                 return read
         return None
 
@@ -212,9 +212,9 @@ class RepeatedReader:
         self._source = batches
         self._most = most
         self._seed = seed
-        self._kept: list[Any] | None = None
+        self._kept: list[MicroBatch] | None = None
         self.samples_in: Callable[[Any], int | None] = getattr(batches, "samples_in", count_samples)
-        self._opened: Iterator[Any] | None = None
+        self._opened: Iterator[MicroBatch] | None = None
         self.batches = 0
         self.images = 0
 
@@ -223,9 +223,9 @@ class RepeatedReader:
         reading = self._read()
         first = list(itertools.islice(reading, 1))
         self._opened = itertools.chain(first, reading)
-        return first
+        return [batch.data for batch in first]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         """The batches, in their order.
 
         Raises:
@@ -237,23 +237,25 @@ class RepeatedReader:
         opened, self._opened = self._opened, None
         return self._read() if opened is None else opened
 
-    def _read(self) -> Iterator[Any]:
+    def _read(self) -> Iterator[MicroBatch]:
         seed_everything(self._seed)
-        keeping: list[Any] | None = []
+        keeping: list[MicroBatch] | None = []
         kept_bytes = batches = samples = 0
         indices = getattr(self._source, "indices", None)
         numbered = enumerate(lasting(self._source), 1)
-        filled = ((number, batch) for number, batch in numbered if self.samples_in(batch) != 0)
-        for position, batch in itertools.islice(filled, self._most):
+        counted = ((number, batch, self.samples_in(batch)) for number, batch in numbered)
+        filled = (each for each in counted if each[2] != 0)
+        for position, batch, size in itertools.islice(filled, self._most):
+            read = MicroBatch(batch, size or 1)
             batches += 1
-            samples += self.samples_in(batch) or 1
+            samples += read.samples
             check_finite(batch, position, indices)
             kept_bytes += sum(tensor.nbytes for tensor in tensors_of(batch))
             if kept_bytes > KEPT_BYTES:
                 keeping = None
             elif keeping is not None:
-                keeping.append(batch)
-            yield batch
+                keeping.append(read)
+            yield read
         self._finish(batches, samples)
         self._kept = keeping
 

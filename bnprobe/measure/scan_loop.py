@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import add
-from typing import Any
+from typing import Any, TypeVar
 
 from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import ALONE, Share, World
@@ -26,6 +26,7 @@ from bnprobe.measure.restore import deferred_interrupts, preserved_random_state,
 from bnprobe.measure.scores import MEASURES, Found, score_outputs
 from bnprobe.measure.session import PathName, Progress, Session
 from bnprobe.records import StopReason
+from bnprobe.rules.shares import deciding_limit
 from bnprobe.stats.intervals import Sums, mean_interval
 from bnprobe.stats.theory import mismatch_iid, standing
 
@@ -53,6 +54,7 @@ _BEYOND_ROUNDING = 1e-2
 
 _OTHER = 1e-3
 """Outputs, loss and metric that differ by less, relative, are the same but for rounding."""
+Addend = TypeVar("Addend", Sums, float)
 
 CAUGHT = (KeyboardInterrupt, UserCodeError, DataError, DeviceError)
 """Errors that end a measurement but keep what was measured so far."""
@@ -183,13 +185,12 @@ def _measure_until_done(
     Every process is at the same look: one that was stopped goes to the next one without measuring.
     """
     evidence = measurement.evidence
-    own, seen, stopped = ScanEnding(), Look(ScanEnding(), 0, ()), None
+    own, seen, stopped = ScanEnding(), Look(ScanEnding(), 0), None
     for look in _looks(settings):
         own = own if own.early else _measure_to(look, measurement, reader, progress, world)
         try:
             with deferred_interrupts():
-                sums = evidence.train.layer_sums(), evidence.eval.layer_sums()
-                seen = meet(Look(own, evidence.batches, sums), world)
+                seen = meet(_look(own, evidence), world)
                 stopped = seen.ending.stopped or _decided(measurement, seen, settings)
         except KeyboardInterrupt as error:
             own = ended_by(error, world)
@@ -277,13 +278,16 @@ def _looks(settings: ScanSettings) -> Iterator[int]:
 
 
 def _decided(measurement: Measurement, seen: Look, settings: ScanSettings) -> StopReason | None:
-    """Whether no layer's interval straddles its threshold: more batches would change no verdict."""
+    """Whether no layer's interval straddles the limit that decides on it: more batches would change no verdict."""
     few = seen.batches * measurement.evidence.batch_size < FEWEST_PER_SIZE * max(settings.batch_sizes, default=0)
     if settings.batches is not None or few:
         return None
     for layer in measurement.session.layers.selected:
-        limit = mismatch_iid(settings.threshold_of(layer.name, *layer.aliases))
+        threshold = settings.threshold_of(layer.name, *layer.aliases)
         found = [path[layer.index] for path in seen.paths if layer.index in path]
+        limit, others = mismatch_iid(threshold), seen.others_of(layer.index)
+        if others is not None:
+            limit = deciding_limit(seen.paths[1][layer.index].mean - others, others, threshold)
         intervals = [mean_interval(sums, STOPPING_CONFIDENCE) for sums in found]
         if standing(intervals, limit) == "undecided" or any(sums.heavy_tailed for sums in found):
             return None
@@ -516,15 +520,30 @@ class Look:
     Attributes:
         batches: Micro-batches.
         paths: Of the train and the eval path, the mismatch of each layer by its index.
+        others: By layer, how much of it at inference is no noise of i.i.d. batches, times the micro-batches measured.
     """
 
     ending: ScanEnding
     batches: int
-    paths: tuple[dict[int, Sums], ...]
+    paths: tuple[dict[int, Sums], ...] = ()
+    others: dict[int, float] = field(default_factory=dict)
 
     def __add__(self, other: Look) -> Look:
         paths = tuple(_added(one, two) for one, two in zip(self.paths, other.paths, strict=True))
-        return Look(self.ending, self.batches + other.batches, paths)
+        return Look(self.ending, self.batches + other.batches, paths, _added(self.others, other.others))
+
+    def others_of(self, layer: int) -> float | None:
+        return None if layer not in self.others else self.others[layer] / self.batches
+
+
+def _look(ending: ScanEnding, evidence: Evidence) -> Look:
+    """What this process has measured so far, of the layers that may be flagged."""
+    every = evidence.train.layer_sums(), evidence.eval.layer_sums()
+    paths = tuple(
+        {index: sums for index, sums in path.items() if not evidence.normalizes_alike(index)} for path in every
+    )
+    others = {index: found for index in paths[1] if (found := evidence.beyond_noise(index)) is not None}
+    return Look(ending, evidence.batches, paths, {index: evidence.batches * part for index, part in others.items()})
 
 
 def meet(look: Look, world: World) -> Look:
@@ -533,8 +552,8 @@ def meet(look: Look, world: World) -> Look:
     return replace(reduce(add, looks), ending=together([each.ending for each in looks]))
 
 
-def _added(one: Mapping[int, Sums], other: Mapping[int, Sums]) -> dict[int, Sums]:
+def _added(one: Mapping[int, Addend], other: Mapping[int, Addend]) -> dict[int, Addend]:
     added = dict(one)
-    for index, sums in other.items():
-        added[index] = added[index] + sums if index in added else sums
+    for index, value in other.items():
+        added[index] = added[index] + value if index in added else value
     return added

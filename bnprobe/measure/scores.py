@@ -13,10 +13,9 @@ from torch import Tensor
 
 from bnprobe.errors import DataError
 from bnprobe.loading.model import BatchFunction, kind_of
-from bnprobe.loading.samples import count_samples
-from bnprobe.measure.batch import CannotEmulateError, join, pick, to_device
+from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, to_device
 from bnprobe.measure.forward_pass import LayerStatistics, Pass
-from bnprobe.measure.physical_batch import Batching
+from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.session import Outputs, PathName, Session, rows_of
 from bnprobe.records import Score
@@ -238,7 +237,7 @@ def _place(function: BatchFunction) -> str:
 def score_batches(
     session: Session,
     path: PathName,
-    micro_batches: Sequence[Any],
+    micro_batches: Sequence[MicroBatch],
     batching: Batching,
     *,
     by_batch: frozenset[int] = frozenset(),
@@ -251,7 +250,7 @@ def score_batches(
 
     Args:
         session: Installed.
-        micro_batches: On any device; those of another size than ``batching`` says run one by one.
+        micro_batches: Those of different sizes run one by one.
         batching: How they run.
         by_batch, statistics: As in ``Pass``.
         group: Samples that batch statistics are taken of; None: the micro-batch, as where
@@ -262,16 +261,15 @@ def score_batches(
     """
     table = ScoreTable()
 
-    def run(chunk: list[Any]) -> None:
-        sizes = {count_samples(batch, batching.batch_size) or batching.batch_size for batch in chunk}
-        if len(sizes) > 1:
-            raise CannotEmulateError("the micro-batches have different sizes")
-        size = sizes.pop()
+    def run(chunk: list[MicroBatch]) -> None:
+        size, batches = chunk[0].samples, [batch.data for batch in chunk]
+        if any(batch.samples != size for batch in chunk):
+            raise CannotEmulateError(DIFFERENT_SIZES)
         how = replace(batching, batch_size=size)
         pass_ = how.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {})
         pass_.batch_size = group if group and size % group == 0 else size
-        _, outputs = session.forward(path, to_device(join(chunk, size), session.device), pass_)
-        apart = [to_device(batch, session.device) for batch in chunk]
+        _, outputs = session.forward(path, to_device(join(batches, size), session.device), pass_)
+        apart = [to_device(batch, session.device) for batch in batches]
         room = {measure: table.room(measure, path) for measure in MEASURES}
         table.add(score_outputs(session, path, apart, outputs, size, room))
 

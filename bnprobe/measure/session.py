@@ -231,6 +231,11 @@ class Session:
         with self._running(path, pass_), replaying(self.model, batch, outputs, self._state.put_back), border:
             return function(self.model, batch)
 
+    def left_in_train_mode(self) -> frozenset[int]:
+        """Indices of the layers that eval() of the model does not reach; the session is installed."""
+        self._set_flags("eval")
+        return frozenset(layer.index for layer in self.layers.layers if layer.module.training)
+
     def accept_attributes(self) -> None:
         """Take the attributes of the modules as they are now, where a measurement changes some on purpose."""
         self._state.accept_attributes()

@@ -89,6 +89,8 @@ class Columns:
         call, layer, channel: Positions in the states, shapes (calls,), (layers,) and (columns,); ``channel`` is None
             where the columns are all channels in their order.
         mean, variance, eps: The layers' running statistics and eps, float64, shape (columns,).
+        std_eps: Eps that is added to the standard deviation, where ``eps`` is what that comes to for the variance, and
+            0 elsewhere; None: 0 everywhere.
         r_max, d_max, gate: Of the layers' own correction, shape (columns,); 1, 0 and 0 for BN.
         bessel: n / (n - 1) for the n values per channel of a group, shape (columns,); 1 where n is 1.
         factor: The same where the layer normalizes with the unbiased variance of its batch, else 1.
@@ -105,6 +107,7 @@ class Columns:
     mean: Tensor
     variance: Tensor
     eps: Tensor
+    std_eps: Tensor | None
     r_max: Tensor
     d_max: Tensor
     gate: Tensor
@@ -126,9 +129,9 @@ class Columns:
         sizes = torch.tensor([info.channels for info in infos])
         indices = list(dict.fromkeys(index for index, _ in slots))
         layer_of_call = torch.tensor([indices.index(index) for index, _ in slots])
-        eps, r_max, d_max = (
+        r_max, d_max, std_eps = (
             torch.tensor([getattr(info, name) for info in infos], dtype=torch.float64).repeat_interleave(sizes)
-            for name in ("eps", "r_max", "d_max")
+            for name in ("r_max", "d_max", "std_eps")
         )
         unbiased = torch.tensor([bessel(n) for n in values.values()], dtype=torch.float64)
         factor = [n if info.unbiased else 1.0 for n, info in zip(unbiased.tolist(), infos, strict=True)]
@@ -145,7 +148,8 @@ class Columns:
             channel=None if whole else torch.tensor(columns, device=device),
             mean=_side_by_side([info.running_mean for info in infos], device),
             variance=_side_by_side([info.running_variance for info in infos], device),
-            eps=eps.to(device),
+            eps=_side_by_side([info.eps_of_channels for info in infos], device),
+            std_eps=std_eps.to(device) if bool(std_eps.any()) else None,
             r_max=r_max.to(device),
             d_max=d_max.to(device),
             gate=_side_by_side(

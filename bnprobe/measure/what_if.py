@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
 
-from bnprobe.errors import RepairError, UsageError
-from bnprobe.loading.samples import count_samples
-from bnprobe.measure.batch import CannotEmulateError, join
+from bnprobe.errors import BnprobeError, UsageError
+from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join
 from bnprobe.measure.forward_pass import LayerStatistics
 from bnprobe.measure.memory import Footprint, fits_in_memory
-from bnprobe.measure.physical_batch import Batching
+from bnprobe.measure.physical_batch import Batching, as_sentence
 from bnprobe.measure.population import LARGE, Population, settle_by_layer, steady_population
-from bnprobe.measure.reader import RepeatedReader
 from bnprobe.measure.scores import MEASURES, Measure, ScoreTable, score_batches
 from bnprobe.measure.session import Session, no_progress
 from bnprobe.records import FREE_REMEDIES, Estimate, Remedy
@@ -28,18 +28,42 @@ LARGER = (4, 16)
 _LAYER_PASSES = 4096
 """Samples times layers for the statistics that are taken layer by layer, each in a pass of its own."""
 
+_REFUSALS = (CannotEmulateError, BnprobeError)
+"""What a model raises that cannot be run as a trial wants it."""
+
+_RAISES = "The model raises"
+
+_FEWEST = 8
+"""Micro-batches that remedies are tried on at least, where there are so many."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What the trials gave.
+
+    Attributes:
+        remedies: Those that could be tried.
+        untried: Why others could not, one sentence each.
+        samples: Samples that statistics were taken of or that were scored, each counted once.
+    """
+
+    remedies: tuple[Remedy, ...] = ()
+    untried: tuple[str, ...] = ()
+    samples: int = 0
+
 
 def what_if(
     session: Session,
-    training: Sequence[Any],
-    held_out: Sequence[Any],
+    training: Sequence[MicroBatch],
+    held_out: Sequence[MicroBatch],
     batching: Batching,
     scoring: Batching | None = None,
     *,
     goal: Literal["max", "min"] = "max",
     scored_on: Literal["held-out", "training"] = "held-out",
     larger: bool = True,
-) -> tuple[Remedy, ...]:
+    seconds: float | None = None,
+) -> Tried:
     """Loss and metric on the held-out batches, eval path, as loaded and with each remedy.
 
     * "recalibrated": the population statistics of the training data as running statistics. Where samples cannot be
@@ -57,53 +81,93 @@ def what_if(
     that model.train() leaves in eval mode are left alone. Population statistics are pooled over all samples, their
     variance is unbiased, like that of the buffers, and they are cast to the buffers' dtype; see ``steady_population``.
 
+    A remedy that cannot be tried, because the model mixes samples or raises on other batches than the loader's, is left
+    out with the reason.
+
     Args:
         session: Installed.
-        training, held_out: Micro-batches on the host. Both are bounded by the caller.
+        training, held_out: Both are bounded by the caller.
         batching: How the training batches run.
         scoring: How the held-out batches run; None: the same way.
         goal: Whether a larger or a smaller metric is better.
         scored_on: Where ``held_out`` comes from. Statistics of training data as evaluation data say nothing.
         larger: Whether to try larger batches too.
+        seconds: What scoring the model once may take, by the first two micro-batches; others are left out, down to 8.
+            None: no limit.
 
     Returns:
         In the order above; none if no layer is concerned. "recalibrated" needs training batches.
 
     Raises:
         UsageError: There is neither loss nor metric, or no held-out batch.
-        DeviceError, UserCodeError, DataError: As in any pass.
     """
     _require_a_measure(session, held_out)
-    trial = _Trial(session, scoring or batching, goal, scored_on, held_out)
-    before = trial.score()
-    own, footprint = steady_population(session, held_out, trial.batching)
+    trial, most = _Trial(session, scoring or batching, goal, scored_on, held_out), _LAYER_PASSES
+    try:
+        if seconds is not None:
+            each = trial.seconds_per_sample()
+            trial, training = replace(trial, batches=_within(held_out, seconds, each)), _within(training, seconds, each)
+            most = min(most, int(seconds / each))
+        before = trial.score()
+        own, footprint = steady_population(session, trial.batches, trial.batching)
+    except _REFUSALS as error:
+        return Tried(untried=(f"No remedy was tried. {as_sentence(error, _RAISES)}",))
     layers = frozenset(own.statistics())
     if not layers:
-        return ()
-    found: list[Remedy] = []
+        return Tried()
     if training:
-        found.append(trial.recalibrated(training, batching, layers, footprint, before))
+        trial.attempt(_RECALIBRATED, lambda: trial.recalibrated(training, batching, layers, footprint, before, most))
     if scored_on == "held-out":
         detail = f"pooled mean and unbiased variance of the same {trial.samples} held-out samples"
-        found.append(trial.with_statistics(_EVALUATION_STATISTICS, own.statistics(), before, detail))
-    found += trial.by_batch(layers, batching.batch_size, own, before)
-    return *found, *(trial.larger_batches(layers, before, footprint) if larger else ())
+        statistics = own.statistics()
+        trial.attempt(
+            _EVALUATION_STATISTICS, lambda: trial.with_statistics(_EVALUATION_STATISTICS, statistics, before, detail)
+        )
+    trial.by_batch(layers, batching.batch_size, own, before)
+    if larger:
+        trial.larger_batches(layers, before, footprint)
+    return Tried(tuple(trial.found), tuple(trial.untried), trial.samples + sum(batch.samples for batch in training))
+
+
+def _within(batches: Sequence[MicroBatch], seconds: float, each: float) -> Sequence[MicroBatch]:
+    """The first micro-batches, whose samples take ``each`` so long, that fit into the time."""
+    usual = max(batch.samples for batch in batches) if batches else 1
+    return batches[: max(_FEWEST, int(seconds / (each * usual)))]
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """Scores remedies one by one."""
+    """Scores remedies one by one.
+
+    Attributes:
+        found, untried: The results.
+    """
 
     session: Session
     batching: Batching
     goal: Literal["max", "min"]
     scored_on: Literal["held-out", "training"]
-    batches: Sequence[Any]
+    batches: Sequence[MicroBatch]
+    found: list[Remedy] = field(default_factory=list)
+    untried: list[str] = field(default_factory=list)
 
     @property
     def samples(self) -> int:
-        usual = self.batching.batch_size
-        return sum(count_samples(batch, usual) or usual for batch in self.batches)
+        return sum(batch.samples for batch in self.batches)
+
+    def seconds_per_sample(self) -> float:
+        """Of this thread, so that other programs on the machine do not change what is tried."""
+        some = replace(self, batches=self.batches[:2])
+        started = time.thread_time()
+        some.score()
+        return (time.thread_time() - started) / some.samples
+
+    def attempt(self, name: str, run: Callable[[], Remedy]) -> None:
+        """Add what a trial gives, or why it gives nothing."""
+        try:
+            self.found.append(run())
+        except _REFUSALS as error:
+            self.untried.append(f'"{name}" was not tried. {as_sentence(error, _RAISES)}')
 
     def score(
         self,
@@ -117,40 +181,42 @@ class _Trial:
 
     def recalibrated(
         self,
-        training: Sequence[Any],
+        training: Sequence[MicroBatch],
         batching: Batching,
         layers: frozenset[int],
         footprint: Footprint,
         before: ScoreTable,
+        most: int,
     ) -> Remedy:
-        size = batching.batch_size
+        """``most``: samples times layers for statistics layer by layer."""
+        size, samples = batching.batch_size, sum(batch.samples for batch in training)
         if fits_in_memory(footprint, LARGE, self.session.device):
             batching = replace(batching, at_once=max(batching.at_once, LARGE // size))
         detail = "pooled mean and unbiased variance of {} training samples".format
         population, _ = steady_population(self.session, training, batching)
-        one = self.with_statistics(_RECALIBRATED, population.statistics(), before, detail(len(training) * size))
+        one = self.with_statistics(_RECALIBRATED, population.statistics(), before, detail(samples))
         if population.mixed:
             return one
-        some = training[: max(2, _LAYER_PASSES // (len(layers) * size))]
+        some = training[: max(2, most // (len(layers) * size))]
         try:
-            settled = settle_by_layer(self.session, RepeatedReader(some, None, 0), layers, no_progress)
-        except RepairError:  # they do not converge
+            settled = settle_by_layer(self.session, some, layers, no_progress)
+        except _REFUSALS:  # among others where they do not converge
             return one
-        told = f"{detail(len(some) * size)}, layer by layer"
+        told = f"{detail(sum(batch.samples for batch in some))}, layer by layer"
         other = self.with_statistics(_RECALIBRATED, settled.statistics, before, told)
         return min(one, other, key=self._badness)
 
     def with_statistics(self, name: str, statistics: LayerStatistics, before: ScoreTable, detail: str) -> Remedy:
         return self._remedy(name, frozenset(statistics), before, self.score(statistics=statistics), None, detail)
 
-    def by_batch(self, layers: frozenset[int], size: int, own: Population, before: ScoreTable) -> Iterator[Remedy]:
+    def by_batch(self, layers: frozenset[int], size: int, own: Population, before: ScoreTable) -> None:
         """Batch statistics in batches of the scanned size, and those of single samples."""
         whole = self.batching.batch_size
         group = size if self.batching.emulation.trusted and whole % size == 0 else whole
         if group > 1:
-            yield self.of_groups(_BATCH_STATISTICS, group, layers, before)
+            self.attempt(_BATCH_STATISTICS, lambda: self.of_groups(_BATCH_STATISTICS, group, layers, before))
         if (whole == 1 or self.batching.emulation.trusted) and own.fewest_values() / whole > 1:
-            yield self.of_groups(_INSTANCE_STATISTICS, 1, layers, before)
+            self.attempt(_INSTANCE_STATISTICS, lambda: self.of_groups(_INSTANCE_STATISTICS, 1, layers, before))
 
     def of_groups(
         self, name: str, group: int, layers: frozenset[int], before: ScoreTable, control: ScoreTable | None = None
@@ -161,26 +227,21 @@ class _Trial:
             detail = f"every {self.scored_on} sample normalized with its own statistics"
         return self._remedy(name, layers, before, after, control, detail, by_batch=group > 1)
 
-    def larger_batches(self, layers: frozenset[int], before: ScoreTable, footprint: Footprint) -> Iterator[Remedy]:
+    def larger_batches(self, layers: frozenset[int], before: ScoreTable, footprint: Footprint) -> None:
+        """Batch statistics in larger batches, where the model is known not to mix samples of different batches."""
         for factor in LARGER:
             size = factor * self.batching.batch_size
-            batches = self._regrouped(factor) if fits_in_memory(footprint, size, self.session.device) else []
-            if batches:
-                batching = Batching(size, self.batching.emulation, max(1, self.batching.at_once // factor))
-                trial = replace(self, batching=batching, batches=batches)
+            enough = len(self.batches) >= factor and fits_in_memory(footprint, size, self.session.device)
+            if self.batching.emulation.trusted and enough:
                 name = f"{_BATCH_STATISTICS}, batches of {size}"
-                yield trial.of_groups(name, size, layers, before, trial.score())
+                self.attempt(name, partial(self._of_larger, name, factor, layers, before))
 
-    def _regrouped(self, factor: int) -> list[Any]:
-        """Larger batches of consecutive samples; empty if samples cannot be joined or mixed."""
-        if not self.batching.emulation.trusted:
-            return []
-        whole = len(self.batches) // factor * factor
-        try:
-            size = self.batching.batch_size
-            return [join(list(self.batches[i : i + factor]), size) for i in range(0, whole, factor)]
-        except CannotEmulateError:
-            return []
+    def _of_larger(self, name: str, factor: int, layers: frozenset[int], before: ScoreTable) -> Remedy:
+        size = factor * self.batching.batch_size
+        batching = Batching(size, self.batching.emulation, max(1, self.batching.at_once // factor))
+        starts = range(0, len(self.batches) // factor * factor, factor)
+        trial = replace(self, batching=batching, batches=[_joined(self.batches[i : i + factor]) for i in starts])
+        return trial.of_groups(name, size, layers, before, trial.score())
 
     def _badness(self, remedy: Remedy) -> float:
         """By the loss; without one, by the metric."""
@@ -216,6 +277,16 @@ class _Trial:
         )
 
 
+def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
+    """Consecutive micro-batches as one.
+
+    Raises:
+        CannotEmulateError: They cannot be joined.
+    """
+    sizes = [batch.samples for batch in batches]
+    return MicroBatch(join([batch.data for batch in batches], sizes), sum(sizes))
+
+
 def _change(measure: Measure, after: ScoreTable, before: ScoreTable, by_batch: bool) -> Estimate | None:
     one, other = after.scores(measure, "eval"), before.scores(measure, "eval")
     return None if one is None or other is None else paired_difference(one, other, shared=by_batch)
@@ -225,7 +296,7 @@ def _close(one: float | None, other: float | None) -> bool:
     return one == other or (one is not None and other is not None and math.isclose(one, other, rel_tol=1e-6))
 
 
-def _require_a_measure(session: Session, held_out: Sequence[Any]) -> None:
+def _require_a_measure(session: Session, held_out: Sequence[MicroBatch]) -> None:
     if session.functions.loss is None and session.functions.metric is None:
         raise UsageError(
             "What-if compares remedies by a loss or metric, but there is neither. Add loss(model, batch) or"

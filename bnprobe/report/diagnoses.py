@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from bnprobe.report.layers import with_sign, worse_path, worst_first
 from bnprobe.report.next_step import NextStep
 from bnprobe.report.page import FINE, FLAGGED, SEVERITY_SIGNS, SEVERITY_STYLES, UNDECIDED, UNMEASURED, Page
 from bnprobe.rules import effect, rule_of, title_of
+from bnprobe.rules.shares import deciding_limit, noise_and_others, noise_threshold
+from bnprobe.stats.theory import equivalent_batch_size
 
 MOST_DIAGNOSES = 5
 """So many diagnoses are shown, the first, unless all are asked for."""
@@ -113,8 +116,7 @@ def _clean(report: Report, command: str) -> Closing:
     if serious is not None:
         return _other_problems(report, serious, command)
     fine = with_sign(report.layers, FINE)
-    limits = {layer.threshold for layer in fine}
-    limit = f"{figures.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
+    limit = _at_least(fine)
     every = len(fine) == len(report.layers)
     which = "every layer" if every else f"{len(fine)} of {len(report.layers)} layers"
     verb = "behaves" if every or len(fine) == 1 else "behave"
@@ -125,6 +127,20 @@ def _clean(report: Report, command: str) -> Closing:
         sentences=_caveats(report),
         step=_step(report, command, next_step.keep_step(command)),
     )
+
+
+def _at_least(fine: Sequence[Layer]) -> str:
+    """What every layer's equivalent batch size reaches: the threshold, or less where it is noise that is below it."""
+    found = [
+        (layer.threshold, path.equivalent_batch_size or math.inf)
+        for layer in fine
+        for path in (layer.train, layer.eval)
+        if path is not None
+    ]
+    limits = {limit for limit, _ in found}
+    if any(size < limit for limit, size in found):
+        return f"{math.floor(min(size for _, size in found))} values"
+    return f"{figures.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
 
 
 def _other_problems(report: Report, serious: Severity, command: str) -> Closing:
@@ -188,15 +204,23 @@ def _behaviour(layer: Layer) -> str:
     if path is not None and path.mismatch >= 2:
         return f"differs more than small batches can explain, D = {figures.mismatch(path.mismatch)}"
     limit = figures.plain(layer.threshold)
-    return f"behaves as if the batch were {figures.path_equivalent(path)} values, and the limit is {limit}"
+    size = UNMEASURED if path is None else figures.below(path.equivalent_batch_size, layer.threshold)
+    return f"behaves as if the batch were {size} values, and the limit is {limit}"
 
 
 def _straddling(layer: Layer) -> str:
-    for name, path in (("train", layer.train), ("eval", layer.eval)):
-        if path is not None and _contains(path.equivalent_batch_size_interval, layer.threshold):
-            span = figures.equivalent_interval(path.equivalent_batch_size_interval)
-            limit = figures.plain(layer.threshold)
-            return f"{layer.name}: n_eq is {span} (95%, {name} path), and the limit is {limit}."
+    limits = [(layer.threshold, "")]
+    if layer.shares is not None:
+        deciding = deciding_limit(*noise_and_others(layer.shares, layer.composition), layer.threshold)
+        between = f", between {figures.plain(noise_threshold(layer.threshold))} for noise and"
+        between += f" {figures.plain(layer.threshold)} for all else"
+        limits.insert(0, (equivalent_batch_size(deciding) or layer.threshold, between))
+    for limit, between in limits:
+        for name, path in (("train", layer.train), ("eval", layer.eval)):
+            if path is not None and _contains(path.equivalent_batch_size_interval, limit):
+                span = figures.equivalent_interval(path.equivalent_batch_size_interval)
+                words = figures.plain(limit)
+                return f"{layer.name}: n_eq is {span} (95%, {name} path), and its limit is {words}{between}."
     return f"{layer.name} is undecided."
 
 

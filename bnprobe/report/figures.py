@@ -27,6 +27,14 @@ def equivalent_batch_size(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def below(value: float | None, limit: float) -> str:
+    """n_eq, with as many digits as show that it is below a limit, e.g. "31.97"."""
+    text = equivalent_batch_size(value)
+    if value is None or not value < limit <= float(text.removeprefix(">").replace("k", "e3")):
+        return text
+    return f"{math.floor(100 * value) / 100:.2f}"
+
+
 def equivalent_interval(interval: Interval) -> str:
     """The interval of n_eq, e.g. "1.9 to 2.1"."""
     low, high = interval

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bnprobe.records import Cause
 from bnprobe.registry import Registry
 from bnprobe.rules.backward_noise import BackwardNoise
+from bnprobe.rules.batch_at_inference import BatchAtInference
 from bnprobe.rules.composition import BatchComposition
 from bnprobe.rules.data_shift import DataShift
 from bnprobe.rules.dead_channels import DeadChannels
@@ -54,6 +55,7 @@ BUILT_IN: tuple[type[Rule], ...] = (
     RandomAtInference,
     UntrainedWeights,
     Generalization,
+    BatchAtInference,
     DoubleUpdate,
     RankDivergence,
     BackwardNoise,

@@ -135,6 +135,9 @@ class Facts:
         averaged: Why the weights are taken to be an average of those of many steps, a clause.
         averaged_beside: That the weights file also holds averaged weights, a clause.
         called: Names of the layers that the forward pass called; None without data.
+        samples_alone: Names of the layers that are called once for every sample of a batch.
+        batch_at_inference: Layers with running statistics that normalize with batch statistics in eval mode, and
+            whether they are themselves still in train mode then.
     """
 
     anatomy: tuple[Anatomy, ...]
@@ -156,6 +159,8 @@ class Facts:
     averaged: str | None = None
     averaged_beside: str | None = None
     called: frozenset[str] | None = None
+    samples_alone: frozenset[str] = frozenset()
+    batch_at_inference: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def is_new(self) -> bool:

@@ -124,7 +124,8 @@ class Lag(ShareRule):
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         """A layer that overflows at inference and not in training has running statistics that are far off."""
-        overflows = layer.eval is None and layer.train is not None and layer.only_in is None
+        unmeasured = layer.eval is None and layer.train is not None and layer.only_in is None
+        overflows = unmeasured and layer.name not in facts.batch_at_inference
         if not layer.flagged or not overflows or not layer.running_statistics:
             return super().without_share(layer, facts)
         return self.failed(

@@ -66,9 +66,14 @@ def mismatch_limit(layer: Layer) -> float:
     return mismatch_iid(layer.threshold)
 
 
+def noise_threshold(threshold: float) -> float:
+    """The equivalent batch size below which noise alone flags a layer."""
+    return NOISE_THRESHOLD if threshold == DEFAULT_THRESHOLD else threshold
+
+
 def noise_limit(threshold: float) -> float:
     """The limit of the noise of i.i.d. batches, in D."""
-    return mismatch_iid(NOISE_THRESHOLD if threshold == DEFAULT_THRESHOLD else threshold)
+    return mismatch_iid(noise_threshold(threshold))
 
 
 def share_limit(layer: Layer, cause: Cause | None = None) -> float:
@@ -88,14 +93,30 @@ def screened(
         composition: What batches that do not differ significantly from i.i.d. ones add is noise, too.
         threshold: The equivalent batch size below which the layer is flagged.
     """
-    limit = mismatch_iid(threshold)
-    if shares is not None:
-        composed, is_noise = shares.composition or 0.0, composition is not None and not _is_significant(composition)
-        noise = max(shares.small_batch + (composed if is_noise else 0.0), 0.0)
-        others = max(shares.lag + shares.dropout + shares.propagation + (0.0 if is_noise else composed), 0.0)
-        used = noise / noise_limit(threshold) + others / limit
-        limit = (noise + others) / used if used > 0 else limit
-    return standing(intervals, limit)
+    if shares is None:
+        return standing(intervals, mismatch_iid(threshold))
+    noise, others = noise_and_others(shares, composition)
+    return standing(intervals, deciding_limit(noise, others, threshold))
+
+
+def noise_and_others(shares: Shares, composition: Composition | None) -> tuple[float, float]:
+    """What is noise of i.i.d. batches, and what is not: composition where batches differ significantly from these."""
+    composed, is_noise = shares.composition or 0.0, composition is not None and not _is_significant(composition)
+    noise = shares.small_batch + (composed if is_noise else 0.0)
+    return noise, shares.lag + shares.dropout + shares.propagation + (0.0 if is_noise else composed)
+
+
+def deciding_limit(noise: float, others: float, threshold: float) -> float:
+    """The D above which a layer is flagged: between the limits of noise and of all else, in proportion to its parts.
+
+    Args:
+        noise: Of i.i.d. batches, in D.
+        others: All else, in D.
+        threshold: The equivalent batch size below which the layer is flagged.
+    """
+    noise, others = max(noise, 0.0), max(others, 0.0)
+    used = noise / noise_limit(threshold) + others / mismatch_iid(threshold)
+    return (noise + others) / used if used > 0 else mismatch_iid(threshold)
 
 
 def _is_significant(composition: Composition) -> bool:

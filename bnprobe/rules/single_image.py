@@ -1,4 +1,4 @@
-"""BN209: batches of one sample."""
+"""BN209: one sample at a time."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from bnprobe.rules.interface import Rule, anatomy_of
 
 
 class SingleImage(Rule):
-    """With batches of one sample, the layer is an instance norm in training, but not at inference.
+    """Normalizing one sample at a time, the layer is an instance norm in training, but not at inference.
 
     What:
-        The number of samples per micro-batch, for layers that get several values of each sample; 1 fails. It is an
-        error where the layer is flagged, otherwise a warning. A layer that stays in eval mode during training passes.
+        The number of samples that a layer normalizes together, for layers that get several values of each sample; 1
+        fails: batches of one sample, or a network that is called for each sample of a larger batch. It is an error
+        where the layer is flagged, otherwise a warning. A layer that stays in eval mode during training passes.
 
     Why:
         With one sample, batch statistics are those of the sample itself: training removes its mean and scale in every
         channel, and inference with running statistics does not. Nothing raises an error, so this is hard to find.
 
     Example:
-        Segmentation of volumes with one volume per GPU is fine in train mode and useless in eval mode.
+        Segmentation of volumes with one volume per GPU is fine in train mode and useless in eval mode. A detector loops
+        over the images of its batch, which have different sizes.
 
     Remedy:
         Train with larger batches or synchronized BN, or fine-tune with frozen statistics (`bnprobe convert --to frozen
-        --finetune`). A model that was trained on batches of one sample from the start has weights for an instance norm:
+        --finetune`). Where the network is called for each sample, call it once on all of them, padded to one size. A
+        model that was trained on batches of one sample from the start has weights for an instance norm:
         `bnprobe convert --to instance-renorm` with `blend: 1` in the spec's repair section makes it one in both modes,
         which a scan tries ("instance statistics"). If this is not training but inference one
         sample at a time, call eval() first: that is what is advised where the network is surely better with its running
@@ -38,12 +41,12 @@ class SingleImage(Rule):
     """
 
     code = "BN209"
-    title = "batches of one sample"
+    title = "one sample at a time"
     cause = "single_image"
     severity = "warning"
     unit = "images per batch"
     needs = "data"
-    finding = "with batches of one sample the layers act as instance norms in training, but not at inference"
+    finding = "with one sample at a time the layers act as instance norms in training, but not at inference"
     remedy = (
         "Train with larger batches or synchronized BN, or fine-tune with frozen statistics (bnprobe convert --to frozen"
         " --finetune)."
@@ -58,11 +61,24 @@ class SingleImage(Rule):
     def _judge(self, layer: Layer, facts: Facts, size: int) -> Verdict:
         anatomy = anatomy_of(facts, layer.name)
         trained = anatomy is None or anatomy.trains_statistics
-        if size > 1 or layer.values_per_channel == 1 or not trained:
+        alone = layer.name in facts.samples_alone
+        if (size > 1 and not alone) or layer.values_per_channel == 1 or not trained:
             return self.passed(layer.name, "The layer is not an instance norm in training.", float(size), 1.0)
         message = "A batch is one sample, which is normalized with its own mean and variance in training."
+        if alone:
+            message = (
+                f"The layer is called once for each of the {size} samples of a batch, which is normalized with its own"
+                " mean and variance in training."
+            )
         severity: Severity = "error" if layer.flagged else self.severity
-        return self.failed(layer.name, message, float(size), 1.0, severity, _remedy(self.remedy, facts))
+        remedy = _TOGETHER if alone else self.remedy
+        return self.failed(layer.name, message, 1.0, 1.0, severity, _remedy(remedy, facts))
+
+
+_TOGETHER = (
+    "Call the network once on all samples of a batch (padded to one size where they differ), or fine-tune with frozen"
+    " statistics (bnprobe convert --to frozen --finetune)."
+)
 
 
 _OF_SERVING = (

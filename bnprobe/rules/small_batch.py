@@ -66,7 +66,7 @@ class SmallBatch(ShareRule):
         size = _equivalent(layer)
         if size is None:
             return f"{values}."
-        enough = f", and {number(layer.threshold)} would be enough" if size < layer.threshold else ""
+        enough = f", and {number(layer.threshold)} would be enough" if float(f"{size:.3g}") < layer.threshold else ""
         mixed = layer.shares is None or layer.shares.composition is not None or not is_off_at_inference(layer)
         unmixed = "" if mixed else " The batches are too small or not mixed: which of the two was not judged."
         return f"{values}. They are as noisy as {number(size)} independent values{enough}.{unmixed}"

@@ -138,6 +138,11 @@ class Corrections:
     d_clipped: Float[Tensor, "batches channels"]
 
 
+def eps_of_std(variance: Tensor, eps: Tensor | float) -> Tensor:
+    """What, added to a variance, is as much as ``eps`` added to the standard deviation: (s + eps)^2 - s^2."""
+    return eps * (2 * variance.clamp(min=0).sqrt() + eps)
+
+
 def corrections(
     batch_mean: Float[Tensor, "batches channels"],
     batch_variance: Float[Tensor, "batches channels"],
@@ -148,6 +153,7 @@ def corrections(
     d_max: Float[Tensor, " channels"] | None = None,
     gate: Float[Tensor, " channels"] | None = None,
     factor: Float[Tensor, " channels"] | None = None,
+    std_eps: Float[Tensor, " channels"] | None = None,
 ) -> Corrections:
     """The correction factors of Batch Renorm (Ioffe 2017, arXiv 1702.03275, section 3), and the remaining mismatch D.
 
@@ -164,9 +170,12 @@ def corrections(
         r_max, d_max: Limits of Batch Renorm; None: plain BN, as with 1 and 0.
         gate: Weight of the uncorrected batch statistics, in [0, 1]; None: 0, i.e. corrected up to the limits.
         factor: Of the batch variance in s_B: n / (n - 1) where a layer normalizes with the unbiased one; None: 1.
+        std_eps: Where it is above 0, a layer adds it to the standard deviation of the batch, instead of eps to its
+            variance; eps is then what that comes to for the running variance. None: 0.
     """
     running_std = (running_variance + eps).sqrt()
-    squared = (batch_variance if factor is None else batch_variance * factor) + eps
+    squared = batch_variance if factor is None else batch_variance * factor
+    squared = squared + (eps if std_eps is None else torch.where(std_eps > 0, eps_of_std(squared, std_eps), eps))
     r = squared.sqrt() / running_std
     d = (batch_mean - running_mean) / running_std
     rho = batch_variance / squared

@@ -48,6 +48,7 @@ class OwnNorm:
         owner: Name of the module whose inputs it normalizes.
         unbiased: With the unbiased variance of its batch, in training.
         limits: r_max and d_max of Batch Renorm.
+        on_std: eps is added to the standard deviation, not to the variance.
         counts: Whether a call of the owner, by its number in the forward pass, is one of this norm.
     """
 
@@ -58,6 +59,7 @@ class OwnNorm:
     unbiased: bool = False
     limits: tuple[float, float] = (1.0, 0.0)
     counts: Callable[[int], bool] = lambda call: True
+    on_std: bool = False
 
 
 def measure(
@@ -106,7 +108,10 @@ def _own_recorder(name: str, norm: OwnNorm, calls: dict[Call, CallFigures]) -> A
         columns = inputs[0].detach().transpose(0, 1).reshape(inputs[0].shape[1], -1)
         batch_mean, n = columns.mean(1, keepdim=True), columns.shape[1]
         variance = ((columns - batch_mean) ** 2).sum(1, keepdim=True) / (n - 1 if norm.unbiased else n)
-        batch_std, std = (variance + norm.eps).sqrt(), (norm.variance + norm.eps).sqrt()[:, None]
+        batch_std, std = (
+            value.sqrt() + norm.eps if norm.on_std else (value + norm.eps).sqrt()
+            for value in (variance, norm.variance[:, None])
+        )
         r, d = batch_std / std, (batch_mean - norm.mean[:, None]) / std
         r_max, d_max = norm.limits
         z_train = (columns - batch_mean) / batch_std * r.clamp(1 / r_max, r_max) + d.clamp(-d_max, d_max)

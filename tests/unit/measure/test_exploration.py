@@ -217,6 +217,62 @@ def test_arithmetic_of_its_own_on_images() -> None:
     assert_exact(model, batches, {"1.norm": norm})
 
 
+class OnStd(nn.Module):
+    """Adds eps to the standard deviation; keeps a variance, or a standard deviation."""
+
+    def __init__(self, channels: int, eps: float, unbiased: bool, keeps_std: bool, limits: Any = None) -> None:
+        super().__init__()
+        self.eps, self.unbiased, self.keeps_std, self.limits = eps, unbiased, keeps_std, limits
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, channels))
+        self.register_buffer("average", torch.zeros(channels))
+        self.register_buffer("spread", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        mean, std = self.average, self.spread if self.keeps_std else self.spread.sqrt()
+        r, d = torch.ones(()), torch.zeros(())
+        if self.training:
+            axes = [axis for axis in range(x.dim()) if axis != 1]
+            kept, kept_std = mean, std + self.eps
+            mean, std = x.mean(axes), x.var(axes, unbiased=self.unbiased).sqrt()
+            if self.limits is not None:
+                r = ((std + self.eps) / kept_std).clamp(1 / self.limits[0], self.limits[0]).view(shape)
+                d = ((mean - kept) / kept_std).clamp(-self.limits[1], self.limits[1]).view(shape)
+            with torch.no_grad():
+                self.average.lerp_(mean, 0.1)
+                self.spread.lerp_(std if self.keeps_std else std.square(), 0.1)
+        z = (x - mean.view(shape)) / (std + self.eps).view(shape)
+        return self.gain.view(shape) * (r * z + d)
+
+
+@pytest.mark.parametrize(
+    ("eps", "unbiased", "keeps_std"), [(0.3, True, False), (1e-5, False, False), (0.05, True, True)]
+)
+@pytest.mark.parametrize("emulate", [True, False])
+@pytest.mark.parametrize("limits", [None, (1.2, 0.1)])
+def test_eps_added_to_the_standard_deviation(
+    eps: float, unbiased: bool, keeps_std: bool, emulate: bool, limits: Any
+) -> None:
+    batches = images(BATCHES, SIZE, 3, 5, 5)
+    model = trained(
+        nn.Sequential(nn.Conv2d(3, 4, 1), OnStd(4, eps, unbiased, keeps_std, limits), nn.BatchNorm2d(4)), batches[:5]
+    )
+    kept = model[1].spread.double()
+    norm = OwnNorm(
+        "1",
+        model[1].average.double(),
+        kept.square() if keeps_std else kept,
+        eps,
+        unbiased,
+        limits=limits or (1.0, 0.0),
+        on_std=True,
+    )
+    layer = assert_exact(model, batches, {"1": norm}, emulate=emulate).layers[0]
+    assert layer.eps == pytest.approx(eps)
+    assert layer.note is not None
+    assert "eps added to the standard deviation" in layer.note
+
+
 class Renorm(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -240,6 +296,23 @@ class Renorm(nn.Module):
         return (x - mean) / (var + 1e-3).sqrt()
 
 
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.3])
+def test_eps_added_to_the_variance_is_told_apart(eps: float) -> None:
+    class OnVariance(Renorm):
+        def forward(self, x: Tensor) -> Tensor:
+            mean, var = self.ra_mean, self.ra_var
+            if self.training:
+                mean, var = x.mean(0), x.var(0, unbiased=False)
+                self.ra_mean.lerp_(mean, 0.1)
+                self.ra_var.lerp_(var, 0.1)
+            return (x - mean) / (var + eps).sqrt()
+
+    model = trained(nn.Sequential(OnVariance(6), nn.BatchNorm1d(6)), rows()[:5])
+    layer = scan(model, rows(), SIZE, num_batches=4).layers[0]
+    assert layer.eps == pytest.approx(eps)
+    assert layer.note == "normalizes by its own arithmetic, with ra_mean and ra_var"
+
+
 def test_batch_renorm_of_its_own() -> None:
     model = trained(nn.Sequential(Renorm(6), nn.Linear(6, 4), nn.BatchNorm1d(4)), rows() * 5)
     norm = OwnNorm("0", model[0].ra_mean.double(), model[0].ra_var.double(), 1e-3, limits=(1.2, 0.1))
@@ -249,7 +322,7 @@ def test_batch_renorm_of_its_own() -> None:
 
 
 class Deviation(nn.Module):
-    """Adds eps to the standard deviation: no formula that is known."""
+    """Keeps the standard deviation away from 0 in another way: no formula that is known."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -263,7 +336,7 @@ class Deviation(nn.Module):
             self.spread.lerp_(var, 0.1)
         else:
             mean, var = self.centre, self.spread
-        return (x - mean) / (var.sqrt() + 0.1)
+        return (x - mean) / var.clamp(min=0.9).sqrt()
 
 
 def test_what_is_not_recognised_is_listed_and_its_state_put_back() -> None:

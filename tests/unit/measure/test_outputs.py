@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bnprobe.commands.scan import scan
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import DataError, UserCodeError
+from bnprobe.measure.batch import MicroBatch
 from bnprobe.measure.physical_batch import Batching, Emulation
 from bnprobe.measure.scores import ScoreTable, score_batches
 from bnprobe.measure.session import Session, UserFunctions
@@ -264,7 +265,7 @@ def table_of(model: nn.Module, emulate: bool = True, **functions: Any) -> ScoreT
     session = Session.open(model, ScanSettings(), UserFunctions(**functions))
     emulation = Emulation(emulate, "", None, {})
     with session.installed():
-        return score_batches(session, "eval", DATA, Batching(4, emulation, 3))
+        return score_batches(session, "eval", [MicroBatch(batch, 4) for batch in DATA], Batching(4, emulation, 3))
 
 
 @pytest.mark.parametrize("emulate", [True, False])

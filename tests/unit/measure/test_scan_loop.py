@@ -86,6 +86,38 @@ def test_a_layer_on_the_threshold_draws_up_to_the_budget() -> None:
     assert low < mismatch_iid(31) < high
 
 
+def test_noise_alone_has_its_own_limit_when_a_scan_stops() -> None:
+    """On the limit of noise a scan goes on; on the threshold, which is far below that limit, it need not."""
+    on_limit = scan(settled(6), endless(14, 6), 14, max_batches=50)
+    assert (on_limit.scan.stopped, on_limit.scan.batches) == ("max_batches", 50)
+    assert on_limit.layers[0].undecided
+    below = scan(settled(6), endless(32, 6), 32, max_batches=50)
+    assert (below.scan.stopped, below.scan.batches) == ("decided", 16)
+    assert not below.layers[0].flagged
+
+
+def test_wrong_statistics_have_the_threshold_as_their_limit_when_a_scan_stops() -> None:
+    layer = settled(6)
+    layer.running_mean.fill_(0.2035)  # with the noise of 256 values, D is that of 32
+    report = scan(layer, endless(256, 6), 256, max_batches=50)
+    assert (report.scan.stopped, report.scan.batches) == ("max_batches", 50)
+    assert report.layers[0].undecided
+
+
+class HalfFrozen(Flat):
+    """Its own train() keeps the first layer in eval mode: training and inference normalize alike."""
+
+    def train(self, mode: bool = True) -> HalfFrozen:
+        super().train(mode)
+        next(module for module in self.modules() if isinstance(module, nn.BatchNorm1d)).eval()
+        return self
+
+
+def test_a_layer_that_cannot_be_flagged_does_not_keep_a_scan_going() -> None:
+    report = scan(unsettled(HalfFrozen()), endless(2, 6), 2)
+    assert (report.scan.stopped, report.scan.batches) == ("decided", 16)
+
+
 def test_a_layer_near_the_threshold_draws_until_it_is_decided() -> None:
     report = scan(settled(6), endless(28, 6), 28, max_batches=4096, thresholds={"*": 31.0})
     assert report.scan.stopped == "decided"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import bnprobe
 from bnprobe.errors import UsageError
-from bnprobe.measure.batch import join, pick
+from bnprobe.measure.batch import MicroBatch, join, pick
 from bnprobe.measure.forward_pass import Pass, Recorded
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.population import Population, steady_population
@@ -98,12 +98,17 @@ class OneByOne(nn.Module):
         return torch.cat([self.network(sample) for sample in x.split(1)])
 
 
+def counted(batches: Sequence[Any], sizes: Sequence[int] | None = None) -> list[MicroBatch]:
+    return [MicroBatch(batch, SIZE if sizes is None else sizes[k]) for k, batch in enumerate(batches)]
+
+
 def remedies(
     model: nn.Module, training: Sequence[Any], evaluation: Sequence[Any], at_once: int = 99, emulate: bool = True
 ) -> dict[str, Remedy]:
     with running(model, evaluation, SIZE, FUNCTIONS) as (session, emulation):
-        found = what_if(session, training, evaluation, Batching(SIZE, emulation if emulate else REAL, at_once))
-    return {remedy.name: remedy for remedy in found}
+        batching = Batching(SIZE, emulation if emulate else REAL, at_once)
+        found = what_if(session, counted(training), counted(evaluation), batching)
+    return {remedy.name: remedy for remedy in found.remedies}
 
 
 SHAPES: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
@@ -151,7 +156,8 @@ def test_the_change_of_the_loss_is_paired_by_sample_with_its_interval() -> None:
     model, training, evaluation = unsettled(Residual()), labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
     training = [{**batch, "scale": 1.0} for batch in training]
     with running(model, evaluation, SIZE, PLAIN) as (session, emulation):
-        found = what_if(session, training, evaluation, Batching(SIZE, emulation, 4))[0].loss_change
+        found = what_if(session, counted(training), counted(evaluation), Batching(SIZE, emulation, 4))
+        change = found.remedies[0].loss_change
     whole = join(evaluation)
     with torch.no_grad():
         one, other = (
@@ -159,16 +165,17 @@ def test_the_change_of_the_loss_is_paired_by_sample_with_its_interval() -> None:
             for network in (recalibrated(model, training), twin_of(model))
         )
     half = 2.0395 * (one - other).std() / 32**0.5  # Student's t of 31 degrees of freedom
-    assert found is not None
-    assert found.mean == pytest.approx(float((one - other).mean()), rel=1e-3)
-    assert found.interval == pytest.approx((found.mean - float(half), found.mean + float(half)), rel=1e-3)
+    assert change is not None
+    assert change.mean == pytest.approx(float((one - other).mean()), rel=1e-3)
+    assert change.interval == pytest.approx((change.mean - float(half), change.mean + float(half)), rel=1e-3)
 
 
 def test_held_out_batches_of_another_size_and_of_changing_sizes() -> None:
     """Batch statistics are those of batches of the scanned size, where the held-out batches divide into such."""
     model, training, evaluation = unsettled(Residual()), labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
     with running(model, evaluation, SIZE, PLAIN) as (session, emulation):
-        usual = {each.name: each for each in what_if(session, training, evaluation, Batching(SIZE, emulation, 99))}
+        tried = what_if(session, counted(training), counted(evaluation), Batching(SIZE, emulation, 99))
+        usual = {each.name: each for each in tried.remedies}
     everything = join(evaluation)
     for sizes in ((16, 16), (16, 12, 4)):
         starts = [sum(sizes[:position]) for position in range(len(sizes))]
@@ -176,11 +183,9 @@ def test_held_out_batches_of_another_size_and_of_changing_sizes() -> None:
             pick(everything, [*range(start, start + size)], 32) for start, size in zip(starts, sizes, strict=True)
         ]
         with running(model, evaluation, SIZE, PLAIN) as (session, emulation):
-            scoring = Batching(16, emulation, 99)
-            found = {
-                remedy.name: remedy
-                for remedy in what_if(session, training, others, Batching(SIZE, emulation, 99), scoring)
-            }
+            batching, scoring = Batching(SIZE, emulation, 99), Batching(16, emulation, 99)
+            tried = what_if(session, counted(training), counted(others, sizes), batching, scoring)
+            found = {remedy.name: remedy for remedy in tried.remedies}
         assert found["recalibrated"].images == 32
         for name in ("recalibrated", "evaluation statistics", "batch statistics"):
             assert found[name].after.loss == pytest.approx(usual[name].after.loss, rel=1e-4)
@@ -190,7 +195,10 @@ def test_on_training_data_statistics_of_the_evaluation_data_say_nothing() -> Non
     model, training = unsettled(Residual()), labelled(10, 3, 6, 6)
     with running(model, training, SIZE, FUNCTIONS) as (session, emulation):
         batching = Batching(SIZE, emulation, 99)
-        found = what_if(session, training[:6], training[6:], batching, scored_on="training", larger=False)
+        tried = what_if(
+            session, counted(training[:6]), counted(training[6:]), batching, scored_on="training", larger=False
+        )
+    found = tried.remedies
     assert [remedy.name for remedy in found] == ["recalibrated", "batch statistics", "instance statistics"]
     assert {remedy.scored_on for remedy in found} == {"training"}
 
@@ -235,7 +243,7 @@ def test_a_loss_that_asks_the_model_for_more_gets_the_remedy() -> None:
 
     model, training, evaluation = unsettled(Flat()), labelled(10, 6), labelled(8, 6, seed=5)
     with running(model, evaluation, SIZE, UserFunctions(forward, other)) as (session, emulation):
-        found = what_if(session, training, evaluation, Batching(SIZE, emulation, 4))
+        found = what_if(session, counted(training), counted(evaluation), Batching(SIZE, emulation, 4)).remedies
     twin = twin_of(model, 0, 1)
     with torch.no_grad():
         expected = [sum(float(other(each, b)) for b in evaluation) / 8 for each in (twin_of(model), twin)]
@@ -262,7 +270,7 @@ def test_frozen_layers_and_those_without_running_statistics_are_left_alone() -> 
 def test_the_calls_of_a_shared_layer_are_one_population() -> None:
     model, pairs = unsettled(Siamese(False)), images(6, SIZE, 2, 3, 6, 6)
     with running(model, pairs, SIZE) as (session, emulation):
-        population, _ = steady_population(session, pairs, Batching(SIZE, emulation, 99))
+        population, _ = steady_population(session, counted(pairs), Batching(SIZE, emulation, 99))
     twin, seen = copy.deepcopy(model).train(), []
     twin.body[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].double()))
     with torch.no_grad():
@@ -292,7 +300,7 @@ def test_the_model_and_the_random_state_stay_as_they_are() -> None:
     before = fingerprint(model)
     statistics = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms(model)]
     with untouched(model), running(model, evaluation, SIZE, FUNCTIONS) as (session, emulation):
-        what_if(session, training, evaluation, Batching(SIZE, emulation, 4))
+        what_if(session, counted(training), counted(evaluation), Batching(SIZE, emulation, 4))
         for norm, (mean, variance) in zip(norms(model), statistics, strict=True):
             assert torch.equal(norm.running_mean, mean)
             assert torch.equal(norm.running_var, variance)
@@ -310,12 +318,12 @@ def test_nothing_to_compare_by() -> None:
         running(unsettled(Flat()), batches, SIZE, UserFunctions(forward)) as (session, emulation),
         pytest.raises(UsageError, match=r"Add loss\(model, batch\) or metric\(model, batch\)"),
     ):
-        what_if(session, batches, batches, Batching(SIZE, emulation, 1))
+        what_if(session, counted(batches), counted(batches), Batching(SIZE, emulation, 1))
     with (
         running(unsettled(Flat()), batches, SIZE, FUNCTIONS) as (session, emulation),
         pytest.raises(UsageError, match=r"load_eval_data\(batch_size\)"),
     ):
-        what_if(session, batches, [], Batching(SIZE, emulation, 1))
+        what_if(session, counted(batches), [], Batching(SIZE, emulation, 1))
 
 
 def test_images_of_different_size_keep_their_batches() -> None:
@@ -325,7 +333,7 @@ def test_images_of_different_size_keep_their_batches() -> None:
     ]
     with running(unsettled(Residual()), batches[:1] * 2, SIZE, FUNCTIONS) as (session, emulation):
         assert emulation.trusted
-        found = what_if(session, batches, batches, Batching(SIZE, emulation, 4))
+        found = what_if(session, counted(batches), counted(batches), Batching(SIZE, emulation, 4)).remedies
     assert [remedy.name for remedy in found] == [
         "recalibrated",
         "evaluation statistics",

@@ -8,7 +8,7 @@ import pytest
 
 from bnprobe.records import Estimate, Gap, Layer, Remedy, Score, Updates
 from bnprobe.rules.facts import OtherEps, Padding
-from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_path, make_scan, make_shares, run_rule
+from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_path, make_shares, run_rule
 from unit.rules.effects import metric, tried
 from unit.rules.expect import HALF, failed, passed
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bnprobe
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares, run_rule
 from unit.rules.effects import metric, tried
 from unit.rules.expect import failed, passed
@@ -48,3 +53,38 @@ def test_eval_comes_first_where_the_weights_were_trained_on_larger_batches() -> 
         [verdict] = run_rule("BN209", make_evidence(layer, gaps=(gap,), remedies=remedies, batch_size=1))
         assert verdict.severity == "error"
         assert verdict.remedy.startswith(start)
+
+
+class Looping(nn.Module):
+    """A detector's backbone, called for each image of a batch."""
+
+    def __init__(self, together: bool = False) -> None:
+        super().__init__()
+        self.conv, self.bn, self.head, self.together = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2), together
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        if self.together:
+            return self.one(torch.stack(images))
+        return torch.cat([self.one(image[None]) for image in images])
+
+    def one(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.bn(self.conv(x))).mean((2, 3)))
+
+
+def looping(together: bool) -> bnprobe.Report:
+    generator = torch.Generator().manual_seed(0)
+    batches = [[torch.randn(3, 1, 1, generator=generator) + torch.randn(3, 6, 6) for _ in range(4)] for _ in range(16)]
+    return bnprobe.scan(Looping(together), batches, 4, num_batches=16, forward=lambda model, batch: model(batch))
+
+
+def test_a_network_that_is_called_for_each_sample_of_a_batch_is_one_as_well() -> None:
+    report = looping(False)
+    first = report.diagnoses[0]
+    assert (first.cause, first.layers) == ("single_image", ("bn",))
+    assert "called once for each of the 4 samples of a batch" in first.message
+    assert first.remedy.startswith("Call the network once on all samples of a batch")
+    assert not any(diagnosis.cause == "small_batch" for diagnosis in report.diagnoses)
+
+
+def test_the_same_network_called_on_all_samples_is_not() -> None:
+    assert not any(diagnosis.cause == "single_image" for diagnosis in looping(True).diagnoses)
