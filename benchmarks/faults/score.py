@@ -295,7 +295,7 @@ def _goal(
     sides = ([one for one in outcomes if one.trial.is_scored is side] for side in (True, False))
     scored, tuned = (_fraction(side, right) for side in sides)
     if scored is None:
-        return Row(what, "not run")
+        return Row(what, "not run" if tuned is None else f"not run; where thresholds may be set: {_counted(tuned)}")
     figure = f"{_counted(scored)}; where thresholds may be set: {_counted(tuned)}"
     if limit is None:
         return Row(what, figure)
@@ -327,7 +327,9 @@ def _counted(fraction: tuple[int, int] | None) -> str:
 
 
 def _scored(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    return [one for one in outcomes if one.trial.is_scored]
+    """The cases that are scored; where none was run, those on which rules are mended."""
+    found = list(outcomes)
+    return [one for one in found if one.trial.is_scored] or found
 
 
 def _first(outcome: Outcome) -> str:

@@ -182,14 +182,13 @@ def _is_won_back(facts: Facts) -> bool:
 
 
 def _advantage(shifted: Remedy, usual: Remedy, facts: Facts) -> float:
-    """By how much the one remedy is better than the other: of the metric, or, where that is no worse, of the loss."""
+    """By how much the one remedy is better than the other: of the metric, else relative, of the loss."""
     goal = next((gap.goal for gap in facts.gaps if gap.measure == "metric"), "max")
-    found = 0.0
     if shifted.after.metric is not None and usual.after.metric is not None:
-        found = (shifted.after.metric - usual.after.metric) * (1 if goal == "max" else -1)
-    if found >= 0 and shifted.after.loss is not None and usual.after.loss is not None:
-        found = max(found, (usual.after.loss - shifted.after.loss) / max(abs(usual.after.loss), effect.SMALLEST))
-    return found
+        return (shifted.after.metric - usual.after.metric) * (1 if goal == "max" else -1)
+    if shifted.after.loss is not None and usual.after.loss is not None:
+        return (usual.after.loss - shifted.after.loss) / max(abs(usual.after.loss), effect.SMALLEST)
+    return 0.0
 
 
 def _any_beyond(facts: Facts) -> bool:

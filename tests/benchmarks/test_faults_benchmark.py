@@ -243,7 +243,10 @@ def test_cases_for_setting_thresholds_are_not_scored() -> None:
     row = rows["the metric fell: planted cause named first"]
     assert row.figure == "100.0% (1 of 1); where thresholds may be set: 0.0% (0 of 1)"
     assert score.confusion([*right, *tuned]) == [["planted", "named first"], ["pruned", "lag 1"]]
-    assert len(score.misses(tuned)) == 1
+    assert [row[2] for row in score.misses([*right, *tuned])[1:]] == [str(UNSEEN[0])]
+    alone = {row.what: row for row in score.goals(tuned, [])}["the metric fell: planted cause named first"]
+    assert alone.figure == "not run; where thresholds may be set: 0.0% (0 of 1)"
+    assert score.confusion(tuned)[1:] == [["pruned", "dropout 1"]]
 
 
 def test_every_kind_of_miss_is_listed() -> None:
