@@ -190,7 +190,8 @@ def _distances(session: Session, batches: Sequence[tuple[Any, int]], layers: Seq
         for (index, _), record in pass_.records.items():
             unbiased = record.variance.mean(0) * (record.values / max(record.values - 1, 1))
             sums.setdefault(index, []).append((record.mean.mean(0), unbiased))
-    own, as_loaded = {}, {}
+    own: dict[str, float] = {}
+    as_loaded: dict[str, float] = {}
     for layer in layers:
         running, spread = layer.info.running_mean, layer.info.running_variance
         if layer.index not in sums or running is None or spread is None:
