@@ -31,7 +31,7 @@ def scanned(held_out: list[Any], **options: Any) -> Report:
 def test_its_shift_is_judged_without_loss(alone: bool) -> None:
     inputs = [torch.randn(32, 6) + 2.0 for _ in range(8)]
     report = scanned(inputs if alone else [(x,) for x in inputs])
-    assert [found.cause for found in report.diagnoses] == ["data_shift"]
+    assert report.diagnoses[0].cause == "data_shift"
     assert report.layers[0].shares is not None
     assert report.layers[0].shares.data_shift == pytest.approx(4.0, rel=0.2)
     [note] = [note for note in report.scan.notes if "held-out" in note]
