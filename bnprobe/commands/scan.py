@@ -504,6 +504,7 @@ def _first_images(session: Session, evidence: Evidence) -> list[Any]:
 def _try_remedies(found: Further, session: Session, evidence: Evidence, settings: ScanSettings) -> None:
     """Try the free remedies on held-out data; without any, on training batches that the statistics do not see."""
     training, held_out = _some(evidence), evidence.held_out
+    held_out = None if held_out is None or held_out.unscored else held_out
     data: Literal["held-out", "training"] = "training" if held_out is None else "held-out"
     if held_out is None:
         scored, scoring = training[::SCORED_PART], evidence.batching
@@ -634,6 +635,11 @@ def _pool(evidence: Evidence) -> Pool | None:
 def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
     """What the reader should know about the scan as a whole."""
     yield from unmatched_globs(settings, evidence.layers)
+    if evidence.held_out is not None and evidence.held_out.unscored:
+        yield (
+            "The held-out data was measured without loss and metric, which cannot be computed on it (no labels?):"
+            f" {evidence.held_out.unscored.rstrip('.')}. Its shift is judged by mean and variance alone."
+        )
     if evidence.sizes and len(set(evidence.sizes.values())) == 1:
         yield (
             f"The batches have {round(evidence.samples / evidence.batches)} samples, not {evidence.batch_size} as asked"

@@ -35,7 +35,7 @@ def data_set_size(source: BatchSource, measured: int) -> int | None:
         return None
     fixed = False
     with suppress(Exception), preserved_random_state():  # a data set may be readable in the loader's workers only
-        fixed = _draws_once(loader) and _is_fixed(loader)
+        fixed = _draws_once(loader) and _is_fixed(loader, source.images)
     return source.images if fixed else None
 
 
@@ -49,8 +49,8 @@ def _draws_once(loader: DataLoader[Any]) -> bool:
     return not (isinstance(sampler, RandomSampler | WeightedRandomSampler) and sampler.replacement)
 
 
-def _is_fixed(loader: DataLoader[Any]) -> bool:
+def _is_fixed(loader: DataLoader[Any], samples: int) -> bool:
     """Whether the same samples, loaded and collated twice, are the same."""
-    indices = range(min(_COMPARED, len(loader.dataset)))  # type: ignore[arg-type]
+    indices = range(min(_COMPARED, samples))
     one, other = (tensors_of(loader.collate_fn([loader.dataset[index] for index in indices])) for _ in range(2))
     return bool(one) and len(one) == len(other) and all(map(torch.equal, one, other))

@@ -259,7 +259,7 @@ def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> 
         median_variance=_median(variance),
         dropouts_before=before,
         affine_moved=_has_moved(layer.module),
-        bfloat16=untouched is False and bool(buffers) and all(_is_bfloat16(buffer) for buffer in buffers),
+        bfloat16=_are_bfloat16(buffers),
     )
 
 
@@ -275,11 +275,15 @@ def _has_moved(module: nn.Module) -> bool | None:
     return any(bool((value != start).any()) for value, start in known) if known else None
 
 
-def _is_bfloat16(buffer: Tensor) -> bool:
-    """Whether bfloat16 holds every value of a buffer that has more bits, and not only because they are round."""
-    values = buffer.detach().float()
-    exact = bool((values == values.bfloat16().float()).all())
-    return exact and bool((values != values.round()).any()) and values.numel() >= _ENOUGH_CHANNELS
+def _are_bfloat16(buffers: Sequence[Tensor]) -> bool | None:
+    """Whether bfloat16 holds every value of buffers that have more bits; None where that may be by chance.
+
+    Few values may be round, and those of a new layer are.
+    """
+    values = [buffer.detach().float() for buffer in buffers]
+    if not values or any(len(each) < _ENOUGH_CHANNELS or bool((each == each.round()).all()) for each in values):
+        return None
+    return all(bool((each == each.bfloat16().float()).all()) for each in values)
 
 
 def _weights_before(model: nn.Module) -> dict[int, Tensor]:

@@ -146,7 +146,11 @@ def _measure_held_out(
 ) -> Evidence:
     """The eval path on so many micro-batches of held-out data, or on all that there are.
 
-    Samples are counted one by one where they are told apart: it does not matter in which batches they come.
+    Samples are counted one by one where they are told apart: it does not matter in which batches they come. Data that
+    the loss or metric cannot take, as data without labels, is measured without them.
+
+    Raises:
+        UserCodeError: The model cannot be run on it; says that it is the held-out data.
     """
     started = time.perf_counter()
     size, batching = reader.batch_size, measured.evidence.batching
@@ -155,12 +159,33 @@ def _measure_held_out(
     samples = Share(reader.share.rank, reader.share.size, reader.share.run * size)
     path = PathEvidence("held-out", 1, samples)
     evidence = Evidence(measured.session.layers, Batching(size, emulation, at_once), {"eval": path})
-    measurement = Measurement(measured.session, evidence, more=False, samples_in=reader.samples_in)
-    _measure(batches if reader.most is None else reader.most, measurement, reader, progress, world)
+    try:
+        evidence.unscored = _why_unscored(measured.session, reader)
+        measurement = Measurement(
+            measured.session, evidence, more=False, samples_in=reader.samples_in, scored=evidence.unscored is None
+        )
+        _measure(batches if reader.most is None else reader.most, measurement, reader, progress, world)
+    except UserCodeError as error:
+        raise UserCodeError(f"{error.call}, on the held-out data", error.error) from error.error
     reader.fill()
     evidence.kept, evidence.seconds = reader.kept, time.perf_counter() - started
     evidence.sizes = reader.own_sizes(evidence.batches)
     return evidence
+
+
+def _why_unscored(session: Session, reader: Reader) -> str | None:
+    """What loss or metric raise on the first micro-batch, on which the model runs; None if nothing."""
+    batch = next(iter(reader.look_ahead(1)), None)
+    if batch is None or not session.functions.scores:
+        return None
+    size, on_device = reader.samples_in(batch) or reader.batch_size, to_device(batch, session.device)
+    with preserved_random_state():
+        _, outputs = session.forward("eval", on_device, Pass(size, size))
+        try:
+            score_outputs(session, "eval", [on_device], outputs, size)
+        except (UserCodeError, DataError) as error:
+            return str(error)
+    return None
 
 
 def measure_mixed(session: Session, evidence: Evidence, reader: Reader, progress: Progress) -> None:
@@ -325,6 +350,7 @@ class Measurement:
         steady: What becomes evidence once the model is known to do more in train mode than to normalize by batch.
         more: Whether it does; None before the first step.
         samples_in: Tells how many samples a micro-batch has.
+        scored: Loss and metric are taken, where they are given.
     """
 
     session: Session
@@ -332,6 +358,7 @@ class Measurement:
     steady: PathEvidence | None = None
     more: bool | None = None
     samples_in: Callable[[Any], int | None] = count_samples
+    scored: bool = True
 
     def step(self, micro_batches: list[Any]) -> None:
         """Measure micro-batches that are not on the device yet, as one physical batch where that works.
@@ -434,7 +461,7 @@ class Measurement:
         return batching.pass_over(step.micro_batches, path, per_sample=per_sample)
 
     def _step_of(self, micro_batches: list[Any]) -> _Step:
-        device, scored = self.session.device, self.session.functions.scores
+        device, scored = self.session.device, self.scored and self.session.functions.scores
         apart = [to_device(batch, device) for batch in micro_batches] if scored else []
         size = self.samples_in(micro_batches[0]) or self.evidence.batch_size
         return _Step(to_device(join(micro_batches, size), device), apart, len(micro_batches), size)

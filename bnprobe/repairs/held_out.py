@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bnprobe.config.spec import Spec
-from bnprobe.errors import DataError
+from bnprobe.errors import DataError, UserCodeError
 from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction
 from bnprobe.loading.order import spread
@@ -61,6 +61,8 @@ class HeldOut:
     def of(cls, spec: Spec, workload: Workload) -> HeldOut:
         """Read the held-out data of a workload; without any, some of its training data.
 
+        Held-out data on which loss and metric cannot be computed, as without labels, scores nothing: a note says so.
+
         Raises:
             DataError, UserCodeError: The loader raised or yielded nothing.
         """
@@ -77,8 +79,28 @@ class HeldOut:
         else:
             source, data = workload.held_out, "held-out"
         batches, notes = _read(spec, source)
+<<<<<<< HEAD:bnprobe/repairs/held_out.py
         samples_in = source.samples_in
         return cls(batches, *functions, *how, tuple(notes), data, samples_in)
+=======
+        samples_in = getattr(source.batches, "samples_in", count_samples)
+        found = cls(batches, *functions, *how, tuple(notes), data, samples_in)
+        why = found._why_unscored(workload.model) if data == "held-out" else None
+        if why is None:
+            return found
+        training = cls.of(spec, replace(workload, held_out=None))
+        note = f"Loss and metric cannot be computed on the held-out data (no labels?): {why}. Training data is scored."
+        return replace(training, notes=(note, *training.notes))
+
+    def _why_unscored(self, model: nn.Module) -> str | None:
+        """What is raised when the first batch is scored; None if nothing."""
+        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), self.device)
+        try:
+            replace(self, batches=self.batches[:1], device=device).score(model)
+        except (UserCodeError, DataError) as error:
+            return str(error).rstrip(".")
+        return None
+>>>>>>> wt-causes:bnprobe/commands/held_out.py
 
     @property
     def measure(self) -> Measure:

@@ -37,7 +37,8 @@ class Anatomy:
         dropouts_before: Names of random layers that are active in training and feed this one, as traced where a batch
             or the code could be followed, else as defined.
         affine_moved: Weight or bias differ from those of a new layer (1 and 0); None if the layer has neither.
-        bfloat16: All running statistics are values that bfloat16 can hold, although they are stored in more bits.
+        bfloat16: All running statistics are values that bfloat16 can hold, although they are stored in more bits; None
+            where few or round values say nothing.
         zeros: Fraction of exact zeros among the weights of the last layer before this one that has weights; None if
             there is none.
         levels: Number of different values of these weights; None if there is none.
@@ -62,7 +63,7 @@ class Anatomy:
     median_variance: float | None
     dropouts_before: tuple[str, ...] = ()
     affine_moved: bool | None = None
-    bfloat16: bool = False
+    bfloat16: bool | None = None
     zeros: float | None = None
     levels: int | None = None
     copy_of: str | None = None

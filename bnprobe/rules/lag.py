@@ -229,10 +229,11 @@ def _in_words(layer: Anatomy, measured: Layer, facts: Facts) -> str:
     found = _first(layer, measured, facts)
     if found is not None:
         return f"Most likely reason: {found.words}."
-    ruled_out = joined(list(_ruled_out(layer, measured, facts)))
+    tested = list(_ruled_out(layer, measured, facts))
+    ruled_out = f"; not {joined(tested)}" if tested else ""
     guesses = "a high learning rate until the end, or statistics of other weights or data"
     guesses += f"; {facts.averaged_beside}" if facts.averaged_beside else ""
-    return f"Why is not known ({guesses}); not {ruled_out}."
+    return f"Why is not known ({guesses}){ruled_out}."
 
 
 def _ruled_out(layer: Anatomy, measured: Layer, facts: Facts) -> Iterator[str]:
@@ -247,7 +248,8 @@ def _ruled_out(layer: Anatomy, measured: Layer, facts: Facts) -> Iterator[str]:
         yield "extra updates per step"
     if layer.zeros is not None and layer.levels is not None:
         yield "pruned or quantized weights"
-    yield "statistics in bfloat16"
+    if layer.bfloat16 is not None:
+        yield "statistics in bfloat16"
 
 
 def _direction(layer: Layer) -> str:

@@ -58,10 +58,7 @@ class Drawing(nn.Module):
         ("torch", "state of torch moves, in inner (Drawing). torch.randn draws from it."),
         ("numpy", "state of numpy moves, in inner (Drawing)."),
         ("random", "state of Python's random moves, in inner (Drawing)."),
-        (
-            "own",
-            "do not move in a pass, so the model has a random generator of its own, or a state that passes change.",
-        ),
+        ("own", "so the model has a random generator of its own, or a state that passes change."),
     ],
 )
 def test_it_is_said_what_draws(kind: str, said: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bnprobe.analysis.diagnosis import diagnose, judge
 from bnprobe.config.spec import RulesSpec
-from bnprobe.records import Estimate, Remedy, Score
+from bnprobe.records import Composition, Estimate, Remedy, Score
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares, run_rule
 from unit.rules.effects import loss, metric
 
@@ -31,6 +31,14 @@ def test_noise_of_small_batches_is_worse_in_training_too() -> None:
     assert outcome(make_layer("bn", make_shares(small_batch=0.5)), gaps=BETTER) == "passed"
     assert outcome(gaps=(metric(0.92, 0.921),)) == "passed"
     assert outcome() == "skipped"
+
+
+def test_batches_that_are_not_iid_are_worse_in_training_too() -> None:
+    last_class = make_shares(composition=0.1, lag=0.14, small_batch=0.01)
+    layer = make_layer("bn", last_class, composition=Composition(0.4, 13.0, 1e-9))
+    facts = make_evidence(layer, gaps=BETTER)
+    [found] = diagnose(judge(facts, RulesSpec()), facts)
+    assert (found.cause, found.consequences) == ("composition", ("lag in 1 layer",))
 
 
 def test_recalibration_that_helps_says_otherwise() -> None:
