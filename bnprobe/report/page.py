@@ -278,7 +278,7 @@ def _phrases(words: list[str]) -> list[str]:
     phrases: list[str] = []
     after_option = False
     for word in words:
-        is_option = word.startswith("--")
+        is_option = word.startswith("--") or word == "-o"
         if after_option and not is_option:
             phrases[-1] += f" {shlex.quote(word)}"
         else:

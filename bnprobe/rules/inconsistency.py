@@ -49,8 +49,10 @@ class Inconsistency(Rule):
     finding = "loss or metric are worse with running statistics than with batch statistics"
     remedy = (
         "Look for what a batch tells in training and not at inference (pairs in separate calls, sorted samples,"
-        " padding); fine-tune with frozen statistics, so that the weights are trained on what they get at inference."
+        " padding); fine-tune with frozen statistics (bnprobe convert --to frozen --finetune), so that the weights are"
+        " trained on what they get at inference."
     )
+    commands = ("convert --to frozen --finetune",)
     follows_from_any = True
 
     def check(self, facts: Facts) -> Iterator[Verdict]:

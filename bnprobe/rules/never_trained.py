@@ -44,10 +44,11 @@ class NeverTrained(Rule):
     finding = "the running statistics are those of a new layer (mean 0, variance 1)"
     remedy = (
         "Load a checkpoint that contains running_mean and running_var, or recalibrate the running statistics on"
-        " training data."
+        " training data (bnprobe recalibrate)."
     )
     upstream_order = 20
     free_remedy = "recalibrated"
+    commands = ("recalibrate",)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:

@@ -48,6 +48,7 @@ class SingleImage(Rule):
         " --finetune)."
     )
     upstream_order = 110
+    commands = ("convert --to frozen --finetune",)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         size = 0 if facts.scan is None else facts.scan.batch_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from typing import Any
 
 import fabricated_reports as fabricated
 import pytest
@@ -11,10 +12,11 @@ from fabricated_parts import SCAN, report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnprobe.records import Report
+from bnprobe.records import Gap, Report
 from bnprobe.report.diagnoses import closing as verdict
 from bnprobe.report.next_step import with_options
 from bnprobe.report.page import broken
+from bnprobe.rules import RULES
 
 COMMAND = "bnprobe scan model.py --batch-size 2"
 
@@ -91,11 +93,38 @@ def test_a_diagnosis_says_what_is_next(name: str, headline: str, command: str) -
     assert (end.headline, end.step.command) == (headline, command)
 
 
-def test_statistics_that_other_batches_may_mend_are_to_be_measured_where_evaluation_data_is_given() -> None:
-    unmeasured = replace(fabricated.REPORTS["lag"](), remedies=())
-    assert verdict(unmeasured, COMMAND).step.command == f"{COMMAND} --what-if"
-    without = replace(unmeasured, summary=replace(unmeasured.summary, gaps=()))
-    assert verdict(without, COMMAND).step.command == "bnprobe explain BN203"
+def stale(remedy: str = "", **scan: Any) -> Report:
+    """A report whose first diagnosis is that of stale statistics, with the remedy of the rule."""
+    report = fabricated.REPORTS["lag"]()
+    first = replace(report.diagnoses[0], remedy=remedy or RULES["BN203"].remedy)
+    return replace(report, diagnoses=(first, *report.diagnoses[1:]), scan=replace(report.scan, **scan))
+
+
+def test_the_command_of_the_first_remedy_has_the_options_that_load_the_same_model_and_data() -> None:
+    report = stale(checkpoint="runs/7 b/best.pt")
+    command = "bnprobe scan --what-if --checkpoint 'runs/7 b/best.pt' --batches=8 model.py:net --key ema --all"
+    assert verdict(report, command).step.command == (
+        "bnprobe recalibrate --checkpoint 'runs/7 b/best.pt' model.py:net --key ema -o best-recalibrated.safetensors"
+    )
+
+
+def test_what_no_command_can_do_is_explained() -> None:
+    for report in (stale("Set eps=0.001 in all BN layers."), stale(synthetic=True)):
+        assert verdict(report, COMMAND).step.command == "bnprobe explain BN203"
+
+
+def test_training_is_suggested_only_with_a_loss_and_held_out_data() -> None:
+    report = fabricated.REPORTS["training"]()
+    diagnosis = replace(
+        report.diagnoses[0], rule="BN211", layers=(), remedy="Fine-tune (bnprobe convert --to frozen --finetune)."
+    )
+    unscored = replace(report, diagnoses=(diagnosis,), summary=replace(report.summary, gaps=()))
+    assert verdict(unscored, COMMAND).step.command == "bnprobe explain BN211"
+    gap = Gap("loss", 0.1, 0.1, 0.9, 1.0, 0.0, 0.8, 0.1)
+    scored = replace(unscored, summary=replace(unscored.summary, gaps=(gap,)))
+    assert verdict(scored, COMMAND).step.command == (
+        "bnprobe convert model.py --batch-size 2 --to frozen --finetune --layers '*' -o batch2-repaired.safetensors"
+    )
 
 
 def test_a_hint_leaves_a_clean_verdict_clean_and_an_interrupted_scan_is_finished_first() -> None:
