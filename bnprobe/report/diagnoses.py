@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from bnprobe.numbers import count
 from bnprobe.records import EXEMPT, Diagnosis, Interval, Layer, Report, Severity, Verdict
 from bnprobe.report import figures, next_step
 from bnprobe.report.further import doing
-from bnprobe.report.layers import with_sign, worse_path, worst_first
+from bnprobe.report.layers import OUTPUT_CHANGE, on_samples, with_sign, worse_path, worst_first
 from bnprobe.report.next_step import NextStep
 from bnprobe.report.page import FINE, FLAGGED, SEVERITY_SIGNS, SEVERITY_STYLES, UNDECIDED, UNMEASURED, Page
-from bnprobe.rules import effect, rule_of, title_of
+from bnprobe.rules import RULES, effect, rule_of, title_of
 
 MOST_DIAGNOSES = 5
 """So many diagnoses are shown, the first, unless all are asked for."""
@@ -23,12 +24,12 @@ MOST_DIAGNOSES = 5
 _EXTENT = re.compile(r"(?P<extent>\d+ of \d+ layers?): ")
 """How the message of a diagnosis begins that concerns several layers."""
 
-_CAUSE = re.compile(r"^(\w+)(?= in )")
-"""How a consequence begins."""
+_CONSEQUENCE = re.compile(r"^(?P<cause>\w+) in (?P<where>.*)$")
+"""A consequence: a cause, and how many layers or "the outputs"."""
 
 _REMEDY = "Remedy:"
+_MODES = {"train": "in training", "eval": "at inference"}
 _MOST_NAMES = 4
-_NAME_WIDTH = 32
 _MOST_REASONS = 3
 
 # --- The verdict ------------------------------------------------------------------------------------------------------
@@ -51,9 +52,8 @@ class Closing:
     step: NextStep
 
 
-def closing_lines(report: Report, page: Page, command: str, show_all: bool) -> list[Text]:
+def closing_lines(end: Closing, report: Report, page: Page, show_all: bool) -> list[Text]:
     """The verdict, the diagnoses, the rules that found nothing, and the next command."""
-    end = closing(report, command)
     lines = page.verdict(end.sign, end.headline, end.sentences)
     lines += findings(report, page, show_all)
     lines += rules(report.verdicts, page, show_all)
@@ -92,7 +92,7 @@ def _flagged(report: Report, flagged: list[Layer], command: str) -> Closing:
 def _harmless(report: Report, flagged: list[Layer], change: effect.Change, command: str) -> Closing:
     """Layers beyond their limit that cost neither loss nor metric."""
     return Closing(
-        headline=f"{_share(len(flagged), report)} flagged, but {change.words('in training', 'at inference')}.",
+        headline=f"{_share(len(flagged), report)} flagged, but {change.words(*effect.STATISTICS)}.",
         sign=UNDECIDED,
         sentences=tuple(filter(None, ("" if report.diagnoses else _worst(flagged), *_caveats(report)))),
         step=_step(report, command, next_step.keep_step(command)),
@@ -112,13 +112,7 @@ def _clean(report: Report, command: str) -> Closing:
     serious = _worst_severity(report)
     if serious is not None:
         return _other_problems(report, serious, command)
-    fine = with_sign(report.layers, FINE)
-    limits = {layer.threshold for layer in fine}
-    limit = f"{figures.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
-    every = len(fine) == len(report.layers)
-    which = "every layer" if every else f"{len(fine)} of {len(report.layers)} layers"
-    verb = "behaves" if every or len(fine) == 1 else "behave"
-    text = f"{which} {verb} as if the batch were at least {limit}, in training and at inference."
+    text = _within_limits(with_sign(report.layers, FINE), report)
     return Closing(
         headline=f"So far {text}" if report.scan.partial else text[0].upper() + text[1:],
         sign=FINE,
@@ -127,13 +121,38 @@ def _clean(report: Report, command: str) -> Closing:
     )
 
 
+def _within_limits(fine: list[Layer], report: Report) -> str:
+    """How good the layers are; one may be below its limit where that is noise of batches alone."""
+    every = len(fine) == len(report.layers)
+    which = "every layer" if every else f"{len(fine)} of {count(len(report.layers), 'layer')}"
+    single = every or len(fine) == 1
+    worst = worst_first(fine)[0]
+    if _values(worst) < worst.threshold:
+        smallest = figures.path_equivalent(worse_path(worst.train, worst.eval))
+        return (
+            f"{which} {'is' if single else 'are'} within {'its' if single else 'their'} limit; the smallest n_eq is"
+            f" {smallest}, in {worst.name}, by noise of its batches."
+        )
+    limits = {layer.threshold for layer in fine}
+    limit = f"{figures.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
+    modes = {mode for layer in fine for mode in ([layer.only_in] if layer.only_in else _MODES)}
+    where = " and ".join(words for mode, words in _MODES.items() if mode in modes)
+    return f"{which} {'behaves' if single else 'behave'} as if the batch were at least {limit}, {where}."
+
+
+def _values(layer: Layer) -> float:
+    """n_eq in the worse mode."""
+    path = worse_path(layer.train, layer.eval)
+    return math.inf if path is None or path.equivalent_batch_size is None else path.equivalent_batch_size
+
+
 def _other_problems(report: Report, serious: Severity, command: str) -> Closing:
     number = count(sum(diagnosis.severity != "info" for diagnosis in report.diagnoses), "problem")
     verb = "was" if number == "1 problem" else "were"
     so_far = "So far no" if report.scan.partial else "No"
     change = effect.inconsistency(report.summary.gaps, report.summary.chance)
     worse = change.main if change.is_worse else None
-    found = f"{number} {verb} found" if worse is None else worse.words("in training", "at inference")
+    found = f"{number} {verb} found" if worse is None else worse.words(*effect.STATISTICS)
     return Closing(
         headline=f"{so_far} layer is flagged for its mismatch, but {found}.",
         sign=SEVERITY_SIGNS[serious],
@@ -177,10 +196,10 @@ def _worst(flagged: list[Layer]) -> str:
     ]
     tail = f" Next worst: {', '.join(others)}." if others else ""
     if first.only_in is None and (first.train is None or first.eval is None):
-        path = "train" if first.train is None else "eval"
-        return f"Worst is {first.name}, which could not be measured on the {path} path.{tail}"
-    path = "train" if worse_path(first.train, first.eval) is first.train else "eval"
-    return f"Worst is {first.name}: it {_behaviour(first)} ({path} path).{tail}"
+        mode = _MODES["train" if first.train is None else "eval"]
+        return f"Worst is {first.name}, which could not be measured {mode}.{tail}"
+    mode = _MODES["train" if worse_path(first.train, first.eval) is first.train else "eval"]
+    return f"Worst is {first.name}: {mode} it {_behaviour(first)}.{tail}"
 
 
 def _behaviour(layer: Layer) -> str:
@@ -192,11 +211,11 @@ def _behaviour(layer: Layer) -> str:
 
 
 def _straddling(layer: Layer) -> str:
-    for name, path in (("train", layer.train), ("eval", layer.eval)):
+    for mode, path in (("train", layer.train), ("eval", layer.eval)):
         if path is not None and _contains(path.equivalent_batch_size_interval, layer.threshold):
             span = figures.equivalent_interval(path.equivalent_batch_size_interval)
             limit = figures.plain(layer.threshold)
-            return f"{layer.name}: n_eq is {span} (95%, {name} path), and the limit is {limit}."
+            return f"{layer.name}: n_eq {_MODES[mode]} is {span} (95%), and the limit is {limit}."
     return f"{layer.name} is undecided."
 
 
@@ -210,7 +229,7 @@ def _caveats(report: Report) -> tuple[str, ...]:
     scan = report.scan
     caveats = (
         (scan.partial, f"{scan.stopped.capitalize()}: only {count(scan.batches, 'micro-batch')} measured."),
-        (unmeasured > 0, f"{count(unmeasured, 'layer')} could not be measured on both paths."),
+        (unmeasured > 0, f"{count(unmeasured, 'layer')} could not be measured in both modes."),
         *_in_one_mode(report),
         (bool(report.skipped), f"{count(len(report.skipped), 'layer')} skipped."),
         (scan.synthetic, "The inputs were generated: this shows structure and batch noise, not your data (exit 0)."),
@@ -220,7 +239,7 @@ def _caveats(report: Report) -> tuple[str, ...]:
 
 def _in_one_mode(report: Report) -> Iterator[tuple[bool, str]]:
     """How many layers the model runs in one mode only."""
-    for mode, where in (("train", "in training"), ("eval", "at inference")):
+    for mode, where in _MODES.items():
         number = sum(layer.only_in == mode for layer in report.layers)
         yield number > 0, f"{count(number, 'layer')} {'runs' if number == 1 else 'run'} {where} only."
 
@@ -238,6 +257,10 @@ def findings(report: Report, page: Page, show_all: bool) -> list[Text]:
     left_out = len(report.diagnoses) - len(shown)
     if left_out:
         lines += [Text(), *page.paragraph(f"and {left_out} more; --all shows all.", first="  ")]
+    if any(diagnosis.impact is not None for diagnosis in shown):
+        where = f"these layers use batch statistics{on_samples(report)}"
+        text = f"Output change: {OUTPUT_CHANGE} {where}, in proportion to the cause."
+        lines += [Text(), *page.paragraph(text, "dim", first="  ")]
     return [*lines, Text()] if lines else []
 
 
@@ -277,7 +300,7 @@ def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, sh
     title = page.paragraph(_title(diagnosis, extent), style="bold", first=start)
     title[0].stylize(SEVERITY_STYLES[diagnosis.severity], 2, len(start))
     indent = " " * len(start)
-    where = page.paragraph(_where(diagnosis, report, page, show_all), "dim", first=indent)
+    where = page.paragraph(_where(diagnosis, report, show_all), "dim", first=indent)
     said = page.paragraph(message, first=indent)
     remedy = page.paragraph(f"{_REMEDY} {diagnosis.remedy}", first=indent) if diagnosis.remedy else []
     for line in remedy[:1]:
@@ -299,14 +322,15 @@ def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
     ):
         if before is not None and after is not None:
             change = f"takes the {name} from {figures.score(before)} to {figures.score(after)}"
-            return f"Measured on {tried.scored_on} data: {doing(tried.name).lower()} {change}."
+            data = count(tried.images, f"{tried.scored_on} sample")
+            return f"Measured on {data}: {doing(tried.name).lower()} {change}."
     return ""
 
 
 def _title(diagnosis: Diagnosis, extent: str) -> str:
     parts = [f"{_capitalized(title_of(diagnosis.rule, diagnosis.cause))} ({diagnosis.rule}): {extent}"]
     if diagnosis.impact is not None:
-        parts.append(f"moves the outputs by {figures.relative(diagnosis.impact)}")
+        parts.append(f"output change {figures.relative(diagnosis.impact)}")
     return ", ".join(parts)
 
 
@@ -321,9 +345,14 @@ def _apart(diagnosis: Diagnosis, layers: int) -> tuple[str, str]:
 
 
 def _consequences(diagnosis: Diagnosis) -> str:
-    """What follows from it, with the names of causes in words."""
-    listed = "; ".join(_CAUSE.sub(lambda said: said[0].replace("_", " "), text) for text in diagnosis.consequences)
+    """What follows from it, by the titles of the rules that found it."""
+    listed = "; ".join(_CONSEQUENCE.sub(_in_words, text) for text in diagnosis.consequences)
     return f"Also explains: {listed}." if listed else ""
+
+
+def _in_words(said: re.Match[str]) -> str:
+    title = next((rule.title for rule in RULES if rule.cause == said["cause"]), said["cause"].replace("_", " "))
+    return title if said["where"] == "the outputs" else f"{title} ({said['where']})"
 
 
 def _capitalized(text: str) -> str:
@@ -337,9 +366,9 @@ def _extent(diagnosis: Diagnosis, layers: int) -> str:
     return f"all {count(layers, 'layer')}" if number == layers > 1 else f"{number} of {count(layers, 'layer')}"
 
 
-def _where(diagnosis: Diagnosis, report: Report, page: Page, show_all: bool) -> str:
+def _where(diagnosis: Diagnosis, report: Report, show_all: bool) -> str:
     names = diagnosis.layers if show_all else diagnosis.layers[:_MOST_NAMES]
-    listed = ", ".join(names if show_all else page.shorten(names, _NAME_WIDTH)) if names else ""
+    listed = ", ".join(names)
     more = f" and {len(diagnosis.layers) - len(names)} more" if len(names) < len(diagnosis.layers) else ""
     places = _places(diagnosis, report)
     others = f" and {count(len(places) - 1, 'more line')}" if len(places) > 1 else ""

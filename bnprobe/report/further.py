@@ -33,9 +33,9 @@ _LEVELS_AND_STEPS = (
     ("training", "training data, as in training", "training"),
     ("training_noise", "dropout and other random layers off", "noise"),
     ("without_noise", "training data, random layers off", "noise off"),
-    ("inconsistency", "from batch to running statistics", "inconsistency"),
+    ("inconsistency", "from batch to running statistics", "batch to running"),
     ("inference", "training data, as at inference", "inference"),
-    ("generalization", "from training to held-out data", "generalization"),
+    ("generalization", "from training to held-out data", "to held-out data"),
     ("held_out", "held-out data, as at inference", "held out"),
 )
 """From training down to held-out data, each level followed by the step to the next; labels for wide and narrow."""
@@ -50,9 +50,9 @@ _NOISE = ("training_noise", "without_noise")
 _HELD_OUT = ("generalization", "held_out")
 
 _STEPS = {
-    "training_noise": "training noise, which is present in training only",
-    "inconsistency": "the train/test inconsistency: the change from batch to running statistics",
-    "generalization": "the generalization gap, between training and held-out data with the same running statistics",
+    "training_noise": "that of dropout and other random layers, which are on in training only",
+    "inconsistency": "that from batch to running statistics",
+    "generalization": "that from training to held-out data, with the same running statistics",
 }
 
 _MOSTLY = 0.5
@@ -135,10 +135,13 @@ def _is_significant(gap: Gap, step: str) -> bool:
 
 _DOING: dict[FreeRemedy, str] = {
     "recalibrated": "Recalibrating",
-    "evaluation statistics": "Using the statistics of the held-out data",
+    "evaluation statistics": "Recalibrating on the held-out data",
     "batch statistics": "Normalizing at inference with batch statistics",
     "instance statistics": "Normalizing at inference with the statistics of each sample",
 }
+
+_NAMES = {"evaluation statistics": "recalibrated on held-out data"}
+"""Words for names of the JSON report."""
 
 _MEASURES = ("loss", "metric")
 
@@ -158,7 +161,23 @@ def remedies(report: Report, page: Page) -> list[Text]:
         *page.heading(f"What remedies without training would give, on {samples} {data}"),
         *page.paragraph(best_in_words(ordered, goal), first="  "),
         *_remedy_table(ordered, page),
+        *page.paragraph(_other_samples(ordered, report.summary.gaps), "dim", first="  "),
     ]
+
+
+def _other_samples(found: Sequence[Remedy], gaps: Sequence[Gap]) -> str:
+    """Why the values before differ from those of the steps; empty where they do not."""
+    level = "held_out" if found[0].scored_on == "held-out" else "inference"
+    for gap in gaps:
+        number = gap.held_out_samples if level == "held_out" else gap.samples
+        steps, before = getattr(gap, level), {_value(remedy.before, gap.measure) for remedy in found} - {None}
+        if number and steps is not None and any(_score(value) != _score(steps) for value in before):
+            return f"These are other samples than those of the steps above ({number:,} {found[0].scored_on} samples)."
+    return ""
+
+
+def _named(remedy: Remedy) -> str:
+    return _NAMES.get(remedy.name, remedy.name)
 
 
 def _goal(report: Report) -> Goal:
@@ -237,12 +256,12 @@ def _remedy_table(ordered: Sequence[Remedy], page: Page) -> list[Text]:
     """The scores; how it was done stands beside them where there is room, else below."""
     changed = [str(len(remedy.layers)) for remedy in ordered]
     columns = [*([Column("layers", changed)] if len(set(changed)) > 1 else []), *_score_columns(ordered, page)]
-    lines = table(Names([remedy.name for remedy in ordered], heading="remedy"), [TableLayout(columns)], page)
+    lines = table(Names([_named(remedy) for remedy in ordered], heading="remedy"), [TableLayout(columns)], page)
     how = [page.clean(_how(remedy)) for remedy in ordered]
     if max(map(cell_len, how)) + 2 <= page.width - cell_len(lines[0].plain):
         beside = [line + Text(f"  {text}", "dim") for line, text in zip(lines[1:], how, strict=True)]
         return [lines[0], *beside]
-    told = [f"{remedy.name}: {text}" for remedy, text in zip(ordered, how, strict=True) if text]
+    told = [f"{_named(remedy)}: {text}" for remedy, text in zip(ordered, how, strict=True) if text]
     return [*lines, *page.paragraphs(told, "dim", rest="    ")]
 
 

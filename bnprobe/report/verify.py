@@ -29,7 +29,7 @@ def render(found: Verification, options: RenderOptions) -> str:
     parts = [
         [*page.heading(f"{_flagged(found)} (D of the worse path)"), *rows] if rows else [],
         page.section("Only in one of the reports", alone),
-        page.section("Output, train path against eval path (relative L2)", _output(found)),
+        page.section("Output: training against inference (relative L2)", _output(found)),
         page.section("Notes on the comparison", found.notes),
         _closing(found, page),
     ]

@@ -61,7 +61,7 @@ class Inconsistency(Rule):
         if change is None:
             yield self.skipped(None, "needs a loss or metric")
             return
-        words = f"On training batches {change.words('with batch statistics', 'with running statistics')}"
+        words = f"On training batches {change.words(*effect.STATISTICS)}"
         if not found.is_worse:
             unsure = "" if found.is_no_worse else "; the change is not known precisely enough to call it significant"
             yield self.passed(None, f"{words}{unsure}.", change.harm, change.floor)

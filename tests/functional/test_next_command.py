@@ -84,7 +84,7 @@ def test_the_next_command_loads_the_same_weights_and_arguments(workspace: Worksp
     made = (
         "import runpy, torch; torch.save({'ema': runpy.run_path('my model.py')['load_model']().state_dict()}, 'all.pt')"
     )
-    subprocess.run([sys.executable, "-c", made], cwd=workspace.folder, check=True)  # noqa: S603
+    subprocess.run([sys.executable, "-c", made], cwd=workspace.folder, check=True)
     given = ("--checkpoint", "all.pt", "--key=ema", "--model-arg", "width=3", "--batch-size", "2", "--seed", "1")
     found = workspace.run("scan", *given, "my model.py", "--batches", "8", "--exit-zero", "--select", "BN102,BN203")
     command = printed(found.stdout)

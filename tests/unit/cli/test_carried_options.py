@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from bnprobe.cli.app import app
-from bnprobe.cli.options import DATA, MODEL, complete_help
+from bnprobe.cli.options import DATA, MODEL
 from bnprobe.report.next_step import CARRIED, FLAGS
 from bnprobe.rules import RULES
 
