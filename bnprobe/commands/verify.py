@@ -51,7 +51,7 @@ def verify(before: Report, after: Report) -> Verification:
 
 
 def _newly_tracked(before: dict[str, Layer], after: dict[str, Layer]) -> bool:
-    """Whether layers without running statistics were given some: before, training and inference used batch statistics."""
+    """Whether layers without running statistics were given some: before, inference used batch statistics too."""
     return any(
         after[name].running_statistics and not before[name].running_statistics for name in before if name in after
     )

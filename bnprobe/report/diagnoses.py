@@ -259,7 +259,7 @@ def findings(report: Report, page: Page, show_all: bool) -> list[Text]:
         lines += [Text(), *page.paragraph(f"and {left_out} more; --all shows all.", first="  ")]
     if any(diagnosis.impact is not None for diagnosis in shown):
         where = f"these layers use batch statistics{on_samples(report)}"
-        text = f"Output change: {OUTPUT_CHANGE} {where}, in proportion to the cause."
+        text = f"Output change: {OUTPUT_CHANGE} {where}; where there are several causes, this one's part of it."
         lines += [Text(), *page.paragraph(text, "dim", first="  ")]
     return [*lines, Text()] if lines else []
 

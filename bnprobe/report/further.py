@@ -161,7 +161,7 @@ def remedies(report: Report, page: Page) -> list[Text]:
         *page.heading(f"What remedies without training would give, on {samples} {data}"),
         *page.paragraph(best_in_words(ordered, goal), first="  "),
         *_remedy_table(ordered, page),
-        *page.paragraph(_other_samples(ordered, report.summary.gaps), "dim", first="  "),
+        *page.paragraphs([_other_samples(ordered, report.summary.gaps)], "dim"),
     ]
 
 

@@ -142,7 +142,7 @@ def _sizes_to_try(scan: Scan) -> list[int]:
     return [size for size in sizes if size <= limit]
 
 
-# --- The command of a remedy -------------------------------------------------------------------------------------------
+# --- The command of a remedy ------------------------------------------------------------------------------------------
 
 
 def _can_run(arguments: str, report: Report) -> bool:

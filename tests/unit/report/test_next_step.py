@@ -109,8 +109,8 @@ def test_the_command_of_the_first_remedy_has_the_options_that_load_the_same_mode
 
 
 def test_what_no_command_can_do_is_explained() -> None:
-    for report in (stale("Set eps=0.001 in all BN layers."), stale(synthetic=True)):
-        assert verdict(report, COMMAND).step.command == "bnprobe explain BN203"
+    for found in (stale("Set eps=0.001 in all BN layers."), stale(synthetic=True)):
+        assert verdict(found, COMMAND).step.command == "bnprobe explain BN203"
 
 
 def test_training_is_suggested_only_with_a_loss_and_held_out_data() -> None:
