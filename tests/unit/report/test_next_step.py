@@ -145,33 +145,42 @@ def test_the_diagnoses_replace_the_sentence_on_the_worst_layer() -> None:
 def test_the_worst_layers_are_named_worst_first() -> None:
     sentences = verdict(fabricated.batch_sizes(), COMMAND).sentences
     assert sentences == (
-        "Worst is layer3.0.downsample.1: it behaves as if the batch were 2.0 values, and the limit is 32 "
-        "(train path). Next worst: layer3.0.bn2 (n_eq 2.4), layer3.0.bn1 (n_eq 3.0).",
+        "Worst is layer3.0.downsample.1: in training it behaves as if the batch were 2.0 values, and the limit is 32."
+        " Next worst: layer3.0.bn2 (n_eq 2.4), layer3.0.bn1 (n_eq 3.0).",
     )
 
 
 def test_undecided_layers_come_with_the_path_and_interval_that_straddle_the_limit() -> None:
     assert verdict(fabricated.undecided(), COMMAND).sentences == (
-        "block.1.bn: n_eq is 25.4 to 58.9 (95%, train path), and the limit is 32.",
-        "block.0.bn: n_eq is 26.5 to 49.0 (95%, train path), and the limit is 32.",
+        "block.1.bn: n_eq in training is 25.4 to 58.9 (95%), and the limit is 32.",
+        "block.0.bn: n_eq in training is 26.5 to 49.0 (95%), and the limit is 32.",
     )
 
 
 def test_a_mismatch_that_no_batch_size_explains_is_not_put_as_a_batch_size() -> None:
     (sentence,) = verdict(fabricated.no_batch_size_helps(), COMMAND).sentences
-    assert sentence == "Worst is bn2: it differs more than small batches can explain, D = 2.25 (train path)."
+    assert sentence == "Worst is bn2: in training it differs more than small batches can explain, D = 2.25."
+
+
+def test_a_layer_below_its_limit_by_noise_alone_is_within_it_but_not_above() -> None:
+    report = fabricated.healthy()
+    noisy = replace(report.layers[0], eval=replace(report.layers[0].eval, mismatch=0.075, equivalent_batch_size=20.4))
+    found = verdict(replace(report, layers=(noisy, *report.layers[1:])), COMMAND).headline
+    assert found == (
+        f"Every layer is within its limit; the smallest n_eq is 20.4, in {noisy.name}, by noise of its batches."
+    )
 
 
 def test_an_overflowed_path_is_the_worst() -> None:
     sentences = verdict(fabricated.overflow(), COMMAND).sentences
-    assert sentences[0].startswith("Worst is bn2, which could not be measured on the eval path.")
+    assert sentences[0].startswith("Worst is bn2, which could not be measured at inference.")
 
 
 def test_what_weakens_the_result_is_said() -> None:
     report = fabricated.skipped()
     report = replace(report, scan=replace(report.scan, synthetic=True))
     assert verdict(report, COMMAND).sentences == (
-        "1 layer could not be measured on both paths.",
+        "1 layer could not be measured in both modes.",
         "10 layers skipped.",
         "The inputs were generated: this shows structure and batch noise, not your data (exit 0).",
     )
