@@ -322,7 +322,7 @@ def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
     ):
         if before is not None and after is not None:
             change = f"takes the {name} from {figures.score(before)} to {figures.score(after)}"
-            data = count(tried.images, f"{tried.scored_on} sample")
+            data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
             return f"Measured on {data}: {doing(tried.name).lower()} {change}."
     return ""
 

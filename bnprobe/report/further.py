@@ -9,7 +9,7 @@ from typing import Literal
 from rich.cells import cell_len
 from rich.text import Text
 
-from bnprobe.numbers import count
+from bnprobe.numbers import count, plural
 from bnprobe.records import (
     Backward,
     Estimate,
@@ -58,13 +58,14 @@ _STEPS = {
 _MOSTLY = 0.5
 
 
-def gaps(found: Sequence[Gap], page: Page, random: bool = False) -> list[Text]:
+def gaps(found: Sequence[Gap], page: Page, random: bool = False, sample: str = "sample") -> list[Text]:
     """The levels and steps with their intervals, a column for each measure, and which step is the largest.
 
     Args:
         found: One for each measure.
         page: What the lines are written on.
         random: The model is random at inference.
+        sample: What a sample is.
     """
     if not found:
         return []
@@ -85,7 +86,7 @@ def gaps(found: Sequence[Gap], page: Page, random: bool = False) -> list[Text]:
     return [
         *page.heading(f"From training to {'held-out data' if held_out else 'inference'}, step by step"),
         *table(wide if wide.longest(page) <= room else narrow, [TableLayout(columns)], page),
-        *page.paragraphs(_number_of_samples(found[0]), "dim"),
+        *page.paragraphs(_number_of_samples(found[0], sample), "dim"),
         *page.paragraphs(_largest_steps(found)),
     ]
 
@@ -98,11 +99,11 @@ def _gap_cells(gap: Gap, fields: Sequence[str], page: Page) -> list[str]:
     return figures.estimates(values, page, signed=[field in _STEPS for field in fields])
 
 
-def _number_of_samples(gap: Gap) -> list[str]:
+def _number_of_samples(gap: Gap, sample: str) -> list[str]:
     if not gap.samples:
         return []
     held_out = "" if gap.held_out_samples is None else f" and {gap.held_out_samples:,} held-out"
-    return [f"On {gap.samples:,} training{held_out} samples; ± is the 95% interval of a step."]
+    return [f"On {gap.samples:,} training{held_out} {plural(sample)}; ± is the 95% interval of a step."]
 
 
 def _largest_steps(found: Sequence[Gap]) -> list[str]:
@@ -156,23 +157,25 @@ def remedies(report: Report, page: Page) -> list[Text]:
     ordered = best_first(found, goal)
     sizes = [f"{number:,}" for number in sorted({remedy.images for remedy in found})]
     samples = " or ".join(", ".join(sizes).rsplit(", ", 1))
-    data = "held-out samples" if found[0].scored_on == "held-out" else "training samples that gave no statistics"
+    what = plural(report.scan.sample)
+    data = f"held-out {what}" if found[0].scored_on == "held-out" else f"training {what} that gave no statistics"
     return [
         *page.heading(f"What remedies without training would give, on {samples} {data}"),
         *page.paragraph(best_in_words(ordered, goal), first="  "),
         *_remedy_table(ordered, page),
-        *page.paragraphs([_other_samples(ordered, report.summary.gaps)], "dim"),
+        *page.paragraphs([_other_samples(ordered, report)], "dim"),
     ]
 
 
-def _other_samples(found: Sequence[Remedy], gaps: Sequence[Gap]) -> str:
+def _other_samples(found: Sequence[Remedy], report: Report) -> str:
     """Why the values before differ from those of the steps; empty where they do not."""
     level = "held_out" if found[0].scored_on == "held-out" else "inference"
-    for gap in gaps:
+    for gap in report.summary.gaps:
         number = gap.held_out_samples if level == "held_out" else gap.samples
         steps, before = getattr(gap, level), {_value(remedy.before, gap.measure) for remedy in found} - {None}
         if number and steps is not None and any(_score(value) != _score(steps) for value in before):
-            return f"These are other samples than those of the steps above ({number:,} {found[0].scored_on} samples)."
+            what, where = plural(report.scan.sample), found[0].scored_on
+            return f"These are other {what} than those of the steps above ({number:,} {where} {what})."
     return ""
 
 

@@ -41,7 +41,7 @@ def sign_of(layer: Layer) -> str:
 def on_samples(report: Report) -> str:
     """The samples that effects on the output were measured on, e.g. ", on 16 samples"."""
     found = next((extra.images for extra in report.scan.passes if extra.name == "impact"), None)
-    return "" if found is None else f", on {count(found, 'sample')}"
+    return "" if found is None else f", on {count(found, report.scan.sample)}"
 
 
 def with_sign(layers: Iterable[Layer], wanted: str) -> list[Layer]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from statistics import median
 
 from rich.text import Text
 
-from bnprobe.numbers import count, listed, percent
+from bnprobe.numbers import count, listed, percent, plural
 from bnprobe.records import (
     Composition,
     Distribution,
@@ -54,7 +55,7 @@ def render(report: Report, options: RenderOptions) -> str:
         _layer_notes(report.layers, page, show_all),
         _batch_sizes(report.layers, page),
         _output(report.summary.output, page, scores=not report.summary.gaps),
-        further.gaps(report.summary.gaps, page, random=bool(report.summary.output.repeat)),
+        further.gaps(report.summary.gaps, page, bool(report.summary.output.repeat), report.scan.sample),
         further.backward(report, page, show_all),
         further.updates(report, page, show_all),
         page.section("Notes on the scan", report.scan.notes),
@@ -87,13 +88,26 @@ def _header(report: Report, page: Page) -> list[Text]:
     partial = " (PARTIAL)" if scan.partial else ""
     title = page.heading(f"{report.tool.name} {report.tool.version}: scan of {scan.model}{partial}")
     rows = [
-        ("data", f"{scan.data} (synthetic)" if scan.synthetic else scan.data),
+        ("data", f"{_called(scan.data, scan)} (synthetic)" if scan.synthetic else _called(scan.data, scan)),
+        *([("held-out", _held_out(scan, scan.held_out))] if scan.held_out else []),
         *([("checkpoint", scan.checkpoint)] if scan.checkpoint else []),
         ("device", _device(report)),
         ("measured", _measured(scan)),
         ("emulation", _emulation(scan)),
     ]
     return [*title, *page.labelled(rows)]
+
+
+def _called(text: str, scan: Scan) -> str:
+    """The description of data, which ends in the number of its samples, with the word for these."""
+    return re.sub(r"\((\d+) samples\)$", lambda found: f"({count(int(found[1]), scan.sample)})", text)
+
+
+def _held_out(scan: Scan, source: str) -> str:
+    """Where the held-out data came from, and how much of it was measured."""
+    where, measured = _called(source, scan), scan.held_out_images
+    known = measured is None or where.endswith(f"({count(measured, scan.sample)})")
+    return where if known else f"{where}; {count(measured or 0, scan.sample)} measured"
 
 
 def _device(report: Report) -> str:
@@ -103,10 +117,10 @@ def _device(report: Report) -> str:
 
 
 def _measured(scan: Scan) -> str:
-    batches, samples = count(scan.batches, "micro-batch"), count(scan.images, "sample")
+    batches, samples = count(scan.batches, "micro-batch"), count(scan.images, scan.sample)
     sizes = f"{TIMES} {scan.batch_size}" if scan.size_range is None else "of {} to {}".format(*scan.size_range)
     text = f"{batches} {sizes} = {samples} in {scan.seconds:.1f} s; {_stopped(scan)}"
-    return f"{text}; {count(scan.left_out, 'sample')} left over" if scan.left_out else text
+    return f"{text}; {count(scan.left_out, scan.sample)} left over" if scan.left_out else text
 
 
 def _stopped(scan: Scan) -> str:
@@ -123,7 +137,9 @@ def _stopped(scan: Scan) -> str:
 
 
 def _emulation(scan: Scan) -> str:
-    used = f"{scan.physical_batch} samples at once" if scan.emulated else "none, micro-batches run one by one"
+    used = (
+        f"{count(scan.physical_batch, scan.sample)} at once" if scan.emulated else "none, micro-batches run one by one"
+    )
     checked = "" if scan.self_check is None else f" Self-check {_self_check(scan.self_check)}"
     return f"{used}. {scan.emulation}{checked}"
 
@@ -149,11 +165,11 @@ _COMPARED = "micro-batches run one by one"
 
 def cost(scan: Scan, page: Page) -> list[Text]:
     """Measurements beside those of training and inference, with their reason and cost, and the regrouped samples."""
-    sentences = [*map(_pass, scan.passes)]
+    sentences = [_pass(extra, scan.sample) for extra in scan.passes]
     if (pool := scan.pool) is not None:
         sentences.append(
-            f"samples regrouped at random: {count(pool.images, 'sample')}, {figures.size(pool.bytes)}, in"
-            f" {count(pool.regrouped, 'micro-batch')} (to measure non-i.i.d. batches)"
+            f"{plural(scan.sample)} regrouped at random: {count(pool.images, scan.sample)}, {figures.size(pool.bytes)},"
+            f" in {count(pool.regrouped, 'micro-batch')} (to measure non-i.i.d. batches)"
         )
     return page.section("Measured besides", sentences, rest="    ")
 
@@ -167,10 +183,10 @@ _PASSES = {
 """Words for the names of passes in the JSON report."""
 
 
-def _pass(extra: ExtraPass) -> str:
+def _pass(extra: ExtraPass, sample: str) -> str:
     reason = extra.reason.removesuffix(".")
     why = f" ({reason})" if reason else ""
-    return f"{_PASSES.get(extra.name, extra.name)}: {count(extra.images, 'sample')}, {extra.seconds:.1f} s{why}"
+    return f"{_PASSES.get(extra.name, extra.name)}: {count(extra.images, sample)}, {extra.seconds:.1f} s{why}"
 
 
 # --- Layers -----------------------------------------------------------------------------------------------------------

@@ -113,10 +113,20 @@ def test_a_diagnosis_names_cause_rule_extent_impact_place_remedy_and_consequence
 )
 def test_the_extent_is_said_once(message: str, shown: str) -> None:
     made = Diagnosis(
-        "small_batch", "BN201", "error", ("a", "b"), None, message, "", ("dropout_before_norm in 2 layers", "inconsistency in the outputs")
+        "small_batch",
+        "BN201",
+        "error",
+        ("a", "b"),
+        None,
+        message,
+        "",
+        ("dropout_before_norm in 2 layers", "inconsistency in the outputs"),
     )
     found = said(replace(fabricated.healthy(), diagnoses=(made,)))
-    assert f"✗ Batches too small (BN201): {shown} Also explains: dropout before BatchNorm (2 layers); worse at inference." in found
+    assert (
+        f"✗ Batches too small (BN201): {shown} Also explains: dropout before BatchNorm (2 layers); worse at inference."
+        in found
+    )
 
 
 def test_layer_names_are_printed_as_they_are_however_long() -> None:
@@ -129,7 +139,9 @@ def test_an_output_change_says_on_which_samples_it_was_measured() -> None:
     report = causes.lag()
     passes = (ExtraPass("impact", "how much", 16, 0.5),)
     found = said(replace(report, scan=replace(report.scan, passes=passes)))
-    assert "Output change: relative L2 change of the outputs if these layers use batch statistics, on 16 samples;" in found
+    assert (
+        "Output change: relative L2 change of the outputs if these layers use batch statistics, on 16 samples;" in found
+    )
     assert "relative L2 change of the outputs if only this layer uses batch statistics, on 16 samples" in found
 
 

@@ -201,7 +201,10 @@ def test_extra_passes_and_regrouped_samples_have_their_cost() -> None:
         pool=Pool(512, 1_258_291, 256),
     )
     found = said(replace(parts.report([]), scan=scan))
-    assert "held-out data: 128 samples, 0.4 s (eval_data is given) samples regrouped at random: 512 samples, 1.2 MiB" in found
+    assert (
+        "held-out data: 128 samples, 0.4 s (eval_data is given) samples regrouped at random: 512 samples, 1.2 MiB"
+        in found
+    )
     assert "1.2 MiB, in 256 micro-batches (to measure non-i.i.d. batches)" in found
 
 
