@@ -175,7 +175,7 @@ def _other_samples(found: Sequence[Remedy], report: Report) -> str:
         steps, before = getattr(gap, level), {_value(remedy.before, gap.measure) for remedy in found} - {None}
         if number and steps is not None and any(_score(value) != _score(steps) for value in before):
             what, where = plural(report.scan.sample), found[0].scored_on
-            return f"These are other {what} than those of the steps above ({number:,} {where} {what})."
+            return f"Not the same {what} as for the steps above ({number:,} {where} {what}): their values differ."
     return ""
 
 

@@ -132,7 +132,7 @@ def test_what_a_remedy_does_not_do_is_said_too(remedies: list[Remedy], words: st
 
 
 def test_other_samples_than_those_of_the_steps_are_said_to_be_others() -> None:
-    other = "These are other samples than those of the steps above (128 held-out samples)."
+    other = "Not the same samples as for the steps above (128 held-out samples): their values differ."
     report = replace(with_gaps(LOSS), remedies=(remedy("recalibrated", Score(0.5, None), Score(1.85, None)),))
     assert LOSS.held_out == 1.92
     assert other in said(report)
