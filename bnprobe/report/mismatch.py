@@ -23,6 +23,13 @@ _ANY_WIDTH = 16
 _SHORTEST_BAR, _LONGEST_BAR = 20, 56
 _ROOMY_BAR = 32
 _UNEXPLAINED = "could not be decomposed"
+_SHORT = {
+    "no running statistics": "no statistics",
+    "runs in training only": "training only",
+    "not measured at inference": "not measured",
+    _UNEXPLAINED: "not decomposed",
+}
+"""Why there is no bar, in the width of the shortest one."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,8 @@ def bar_scale(rows: Sequence[ShareRow], width: int) -> charts.Scale:
 def _bar(row: ShareRow, scale: charts.Scale, page: Page) -> Text:
     if row.shares is not None:
         return charts.bar(row.shares, scale, row.threshold, page)
-    (text,) = page.shorten([f"({row.why_not})"], scale.width)
+    long, short = f"({row.why_not})", f"({_SHORT[row.why_not]})"
+    (text,) = page.shorten([long if len(long) <= scale.width else short], scale.width)
     return Text(pad(text, scale.width), "dim")
 
 

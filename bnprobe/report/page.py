@@ -6,6 +6,7 @@ such as "[red]" stays what it is.
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -185,15 +186,15 @@ class Page:
     def shorten(self, names: Sequence[str], width: int) -> list[str]:
         """The names, cleaned, each in at most ``width`` cells; different names stay different.
 
-        The middle is left out, at the point nearest to it that keeps the shortened names apart; where no
-        point does, the names that collide are numbered.
+        The middle is left out, at the point nearest to it that keeps the shortened names apart, between the parts of a
+        dotted name where that is possible; where no point does, the names that collide are numbered.
         """
         cleaned = [self.clean(name) for name in names]
         mark = self.clean(ELLIPSIS)
         room = max(width - cell_len(mark), 0)
         tails = sorted(range(room + 1), key=lambda tail: (abs(2 * tail - room), -tail))
-        for tail in tails:
-            short = [_elide(name, width, mark, tail) for name in cleaned]
+        for whole, tail in itertools.product((True, False), tails):
+            short = [_elide(name, width, mark, tail, whole) for name in cleaned]
             if len(set(short)) == len(set(names)):
                 return short
         return _number([_elide(name, width, mark, tails[0]) for name in cleaned], names, width)
@@ -228,11 +229,14 @@ def to_string(parts: Iterable[Sequence[Text]], color: bool) -> str:
 _MEASURE = Console(file=StringIO(), color_system=None, legacy_windows=False, _environ={})
 
 
-def _elide(name: str, width: int, mark: str, tail: int) -> str:
+def _elide(name: str, width: int, mark: str, tail: int, whole: bool = False) -> str:
+    """The name without its middle; ``whole``: between parts of a dotted name, where there are any on both sides."""
     if cell_len(name) <= width:
         return name
-    head = width - cell_len(mark) - tail
-    return _take(name, head) + mark + _take(name[::-1], tail)[::-1]
+    first, last = _take(name, width - cell_len(mark) - tail), _take(name[::-1], tail)[::-1]
+    if whole and "." in first and "." in last:
+        first, last = first[: first.rindex(".") + 1], last[last.index(".") :]
+    return first + mark + last
 
 
 def _take(text: str, cells: int) -> str:

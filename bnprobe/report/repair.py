@@ -314,7 +314,8 @@ def _table(found: Proof, page: Page) -> list[Text]:
     names = Names([arm.name for arm in arms], heading="model", marks=[_mark(arm, found) for arm in arms])
     other = "loss" if found.measure == "metric" else "metric"
     kept = [column for column in columns if any(column.cells)]
-    return table(names, dropping(kept, ("steps", "best step", "ended", other)), page)
+    # Names are words here, which are not cut.
+    return table(names, dropping(kept, ("steps", "best step", "ended", other), least=page.width), page)
 
 
 def _measures(arms: Sequence[Arm], page: Page) -> list[Column]:
