@@ -16,9 +16,9 @@ def verify(before: Report, after: Report) -> Verification:
     """Compare the report of a repaired model with that of the original one.
 
     The repair passes if no layer is newly flagged, no flagged layer is still flagged or was not measured again, the
-    outputs of the two paths are not farther apart than before, and the batch size is not larger. A flagged layer that
-    no longer exists counts as repaired, because it may have become a norm that does not depend on the batch; not so if
-    ``--include``/``--exclude`` left it out.
+    outputs in training and at inference are not farther apart than before, and the batch size is not larger. A flagged
+    layer that no longer exists counts as repaired, because it may have become a norm that does not depend on the batch;
+    not so if ``--include``/``--exclude`` left it out.
 
     Args:
         before, after: Reports of scans of the same model.

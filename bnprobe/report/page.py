@@ -6,7 +6,6 @@ such as "[red]" stays what it is.
 
 from __future__ import annotations
 
-import itertools
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -186,17 +185,19 @@ class Page:
     def shorten(self, names: Sequence[str], width: int) -> list[str]:
         """The names, cleaned, each in at most ``width`` cells; different names stay different.
 
-        The middle is left out, at the point nearest to it that keeps the shortened names apart, between the parts of a
-        dotted name where that is possible; where no point does, the names that collide are numbered.
+        Of dotted names whole parts are left out, as few as possible. Where that does not keep them apart, the middle is
+        left out, at the point nearest to it that does; where none does, names that collide are numbered.
         """
         cleaned = [self.clean(name) for name in names]
         mark = self.clean(ELLIPSIS)
         room = max(width - cell_len(mark), 0)
         tails = sorted(range(room + 1), key=lambda tail: (abs(2 * tail - room), -tail))
-        for whole, tail in itertools.product((True, False), tails):
-            short = [_elide(name, width, mark, tail, whole) for name in cleaned]
-            if len(set(short)) == len(set(names)):
-                return short
+        for elide in (_elide_parts, _elide):
+            tried = ([elide(name, width, mark, tail) for name in cleaned] for tail in tails)
+            whole = ([name for name in short if name is not None] for short in tried)
+            apart = [short for short in whole if len(short) == len(names) and len(set(short)) == len(set(names))]
+            if apart:
+                return max(apart, key=lambda short: sum(map(cell_len, short)))
         return _number([_elide(name, width, mark, tails[0]) for name in cleaned], names, width)
 
 
@@ -229,14 +230,19 @@ def to_string(parts: Iterable[Sequence[Text]], color: bool) -> str:
 _MEASURE = Console(file=StringIO(), color_system=None, legacy_windows=False, _environ={})
 
 
-def _elide(name: str, width: int, mark: str, tail: int, whole: bool = False) -> str:
-    """The name without its middle; ``whole``: between parts of a dotted name, where there are any on both sides."""
+def _elide(name: str, width: int, mark: str, tail: int) -> str:
     if cell_len(name) <= width:
         return name
+    head = width - cell_len(mark) - tail
+    return _take(name, head) + mark + _take(name[::-1], tail)[::-1]
+
+
+def _elide_parts(name: str, width: int, mark: str, tail: int) -> str | None:
+    """The same between two parts of a dotted name; None where nothing is left of one side."""
+    if cell_len(name) <= width or "." not in name:
+        return _elide(name, width, mark, tail)
     first, last = _take(name, width - cell_len(mark) - tail), _take(name[::-1], tail)[::-1]
-    if whole and "." in first and "." in last:
-        first, last = first[: first.rindex(".") + 1], last[last.index(".") :]
-    return first + mark + last
+    return first[: first.rindex(".") + 1] + mark + last[last.index(".") :] if "." in first and "." in last else None
 
 
 def _take(text: str, cells: int) -> str:

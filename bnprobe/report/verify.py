@@ -27,7 +27,7 @@ def render(found: Verification, options: RenderOptions) -> str:
     sides = (("before", found.only_before), ("after", found.only_after))
     alone = [f"only {when}: {listed_in_line(names, options.show_all)}" for when, names in sides if names]
     parts = [
-        [*page.heading(f"{_flagged(found)} (D of the worse path)"), *rows] if rows else [],
+        [*page.heading(f"{_flagged(found)} (D, the larger of training and inference)"), *rows] if rows else [],
         page.section("Only in one of the reports", alone),
         page.section("Output: training against inference (relative L2)", _output(found)),
         page.section("Notes on the comparison", found.notes),
@@ -42,7 +42,7 @@ def one_line(found: Verification) -> str:
 
 
 def before_and_after(before: Report, after: Report, page: Page, show_all: bool) -> list[Text]:
-    """The layers of two reports, by name, with n_eq and D of their worse paths; nothing if they share none."""
+    """The layers of two reports, by name, with n_eq and D of the worse mode; nothing if they share none."""
     later = {layer.name: layer for layer in after.layers}
     rows = [_row(layer, later[layer.name]) for layer in before.layers if layer.name in later]
     return (
