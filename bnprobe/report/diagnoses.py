@@ -71,15 +71,15 @@ def closing(report: Report, command: str) -> Closing:
         return _harmless(report, flagged, known.main, command)
     if flagged:
         return _flagged(report, flagged, command)
-    if undecided:
+    if undecided and _worst_severity(report) != "error":
         return _undecided(report, undecided, command)
-    return _clean(report, command) if fine else _nothing(report, command)
+    return _clean(report, command) if fine or undecided else _nothing(report, command)
 
 
 def _flagged(report: Report, flagged: list[Layer], command: str) -> Closing:
     worst = "" if report.diagnoses else _worst(flagged)
     undecided = len(with_sign(report.layers, UNDECIDED))
-    also = f"{count(undecided, 'more layer')} undecided." if undecided else ""
+    also = f"{count(undecided, 'more layer')} {_are(undecided)} undecided." if undecided else ""
     sentences = (worst, also, *_caveats(report))
     return Closing(
         headline=f"{_share(len(flagged), report)} flagged: training and inference normalize differently.",
@@ -149,6 +149,7 @@ def _values(layer: Layer) -> float:
 def _other_problems(report: Report, serious: Severity, command: str) -> Closing:
     number = count(sum(diagnosis.severity != "info" for diagnosis in report.diagnoses), "problem")
     verb = "was" if number == "1 problem" else "were"
+    undecided = len(with_sign(report.layers, UNDECIDED))
     so_far = "So far no" if report.scan.partial else "No"
     change = effect.inconsistency(report.summary.gaps, report.summary.chance)
     worse = change.main if change.is_worse else None
@@ -156,7 +157,10 @@ def _other_problems(report: Report, serious: Severity, command: str) -> Closing:
     return Closing(
         headline=f"{so_far} layer is flagged for its mismatch, but {found}.",
         sign=SEVERITY_SIGNS[serious],
-        sentences=_caveats(report),
+        sentences=(
+            *([f"{count(undecided, 'layer')} {_are(undecided)} undecided."] if undecided else []),
+            *_caveats(report),
+        ),
         step=_step(report, command, next_step.keep_step(command)),
     )
 
@@ -186,7 +190,11 @@ def _nothing(report: Report, command: str) -> Closing:
 
 
 def _share(number: int, report: Report) -> str:
-    return f"{number} of {count(len(report.layers), 'layer')} {'is' if number == 1 else 'are'}"
+    return f"{number} of {count(len(report.layers), 'layer')} {_are(number)}"
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def _worst(flagged: list[Layer]) -> str:
@@ -433,6 +441,6 @@ def _failed(verdicts: Sequence[Verdict], page: Page) -> list[Text]:
 def _measured(verdict: Verdict) -> str:
     if verdict.value is None:
         return ""
-    unit = f" {verdict.unit}" if verdict.unit else ""
+    what = f"{verdict.unit}: " if verdict.unit else ""
     against = f", limit {figures.plain(verdict.limit)}" if verdict.limit is not None else ""
-    return f" ({figures.plain(verdict.value)}{unit}{against})"
+    return f" ({what}{figures.plain(verdict.value)}{against})"

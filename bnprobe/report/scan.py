@@ -27,7 +27,7 @@ from bnprobe.report.diagnoses import closing, closing_lines
 from bnprobe.report.layers import MEANINGS, layer_table, legend, select, with_sign
 from bnprobe.report.mismatch import shares
 from bnprobe.report.next_step import under_limit
-from bnprobe.report.page import TIMES, Page, RenderOptions, to_string
+from bnprobe.report.page import TIMES, UNDECIDED, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Names, TableLayout, table
 from bnprobe.rules import title_of
 from bnprobe.stats.theory import mismatch_iid
@@ -46,7 +46,7 @@ def render(report: Report, options: RenderOptions) -> str:
     end = closing(report, options.command)
     parts = [
         _header(report, page),
-        page.verdict(end.sign, f"{one_line(report)}."),
+        page.verdict(end.sign, end.headline if end.sign == UNDECIDED else f"{one_line(report)}."),
         _layers(report.layers, shown, page),
         shares(report, shown, page),
         likeness(report, page, show_all),

@@ -40,7 +40,7 @@ class SingleImage(Rule):
     title = "batches of one sample"
     cause = "single_image"
     severity = "warning"
-    unit = "images per batch"
+    unit = "samples per batch"
     needs = "data"
     finding = "with batches of one sample the layers act as instance norms in training, but not at inference"
     remedy = (

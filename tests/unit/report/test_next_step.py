@@ -136,6 +136,15 @@ def test_a_hint_leaves_a_clean_verdict_clean_and_an_interrupted_scan_is_finished
     assert verdict(partial, COMMAND).step.command == COMMAND
 
 
+def test_an_error_beside_undecided_layers_is_the_result() -> None:
+    report = fabricated.undecided()
+    error = replace(fabricated.REPORTS["lag"]().diagnoses[0], rule="BN213", cause="random_at_inference")
+    end = verdict(replace(report, diagnoses=(error,)), COMMAND)
+    assert (end.sign, end.headline) == ("✗", "No layer is flagged for its mismatch, but 1 problem was found.")
+    assert "2 layers are undecided." in end.sentences
+    assert end.step.command == "bnprobe explain BN213"
+
+
 def test_the_diagnoses_replace_the_sentence_on_the_worst_layer() -> None:
     flagged = fabricated.flagged()
     assert not [text for text in verdict(flagged, COMMAND).sentences if "Worst" in text]
