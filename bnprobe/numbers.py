@@ -25,8 +25,12 @@ def percent(fraction: float) -> str:
 
 def count(amount: int, noun: str) -> str:
     """A number of things, e.g. "1 layer", "3 layers", "2 micro-batches"."""
-    ending = "es" if noun.endswith(("s", "ch")) else "s"
-    return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}{ending}"
+    return f"{amount:,} {noun if amount == 1 else plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """Several of a thing, e.g. "layers", "micro-batches"."""
+    return f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:

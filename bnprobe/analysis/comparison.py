@@ -130,14 +130,16 @@ def verdict(gain: float, interval: Interval) -> Literal["better", "same", "worse
 
 def _judge(gain: Estimate | None, control: Arm, runs: int) -> tuple[Conclusion, str]:
     if gain is None:
-        return "not_compared", "A score is not finite, so the arms cannot be compared."
+        return "not_compared", "A score is not finite, so the models cannot be compared."
     if gain.interval is None:
         return _single(gain.mean, control, runs)
     low, high = gain.interval
     over = "" if runs > 1 else " over the samples"
     interval = f"95% interval{over} {low:+.2g} to {gain.mean if high is None else high:+.2g}"
     word = verdict(gain.mean, gain.interval)
-    chance = " One run of each: --seeds 5 covers the chance of training too." if runs == 1 and control.trained else ""
+    chance = (
+        " One run of each: --seeds 5 covers the randomness of training too." if runs == 1 and control.trained else ""
+    )
     if word == "same":
         more = " More runs (--seeds) would narrow the interval." if gain.mean > 0 and runs > 1 else chance
         return word, f"No significant gain over {control.name} ({gain.mean:+.2g}, {interval}).{more}"

@@ -251,9 +251,9 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
         return _ONE_MODE[mode]
     unusable = _unusable(evidence)
     if _overflows(evidence, slots) and unusable:
-        return f"its input is not finite on the eval path, because of the running statistics of {listed(unusable)}"
+        return f"its input is not finite at inference, because of the running statistics of {listed(unusable)}"
     if _overflows(evidence, slots):
-        return "its input is NaN or Inf on the eval path: values overflow with the running statistics of earlier layers"
+        return "its input is NaN or Inf at inference: values overflow with the running statistics of earlier layers"
     note = layer.family.note(layer.info)
     if note is not None:
         return note

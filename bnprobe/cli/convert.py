@@ -70,7 +70,7 @@ def convert(
     ] = False,
     seeds: Annotated[
         int | None,
-        options.option(PROOF, "--seeds", "Runs of every arm (default 1).", "N"),
+        options.option(PROOF, "--seeds", "Training runs of every model compared (default 1).", "N"),
         options.Sets("repair.seeds"),
     ] = None,
     require: Annotated[

@@ -32,7 +32,7 @@ def scan(
     max_batches: options.MaxBatches = None,
     batch_sizes: Annotated[
         str | None,
-        options.option(options.RUN, "--batch-sizes", "Measure the eval path at these sizes too, e.g. 1,2,4,8.", "N,N"),
+        options.option(options.RUN, "--batch-sizes", "Measure inference at these sizes too, e.g. 1,2,4,8.", "N,N"),
         options.Sets("scan.batch_sizes"),
     ] = None,
     device: options.Device = None,

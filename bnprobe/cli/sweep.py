@@ -47,11 +47,11 @@ def sweep(
     seed: options.Seed = None,
     batch_sizes: Annotated[
         str | None,
-        options.option(_SWEEP, "--batch-sizes", "Sizes for the eval path (default 1,2,4,8,16,32,64).", "N,N"),
+        options.option(_SWEEP, "--batch-sizes", "Sizes measured at inference (default 1,2,4,8,16,32,64).", "N,N"),
         options.Sets("scan.batch_sizes"),
     ] = None,
     train_sizes: Annotated[
-        str | None, options.option(_SWEEP, "--train-sizes", "Measure the train path at these sizes too.", "N,N")
+        str | None, options.option(_SWEEP, "--train-sizes", "Measure training at these sizes too.", "N,N")
     ] = None,
     momentum: Annotated[
         str | None,

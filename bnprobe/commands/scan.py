@@ -28,6 +28,7 @@ from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.model import unwrapped, user_code
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.loading.order import deal, drawn_at_random, is_random, spread
+from bnprobe.loading.samples import kind_of_sample
 from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.accumulators import SamplePool
 from bnprobe.measure.batch import MicroBatch, to_device
@@ -622,6 +623,9 @@ def describe(
         pool=_pool(evidence),
         unselected=tuple(layer.name for layer in evidence.layers.layers if not layer.selected),
         size_range=(min(sizes), max(sizes)) if len(set(sizes)) > 1 else None,
+        held_out=None if workload.held_out is None else workload.held_out.description,
+        held_out_images=None if evidence.held_out is None else evidence.held_out.samples,
+        sample=kind_of_sample(evidence.micro_batches[0]) if evidence.micro_batches else "sample",
     )
 
 

@@ -16,9 +16,9 @@ def verify(before: Report, after: Report) -> Verification:
     """Compare the report of a repaired model with that of the original one.
 
     The repair passes if no layer is newly flagged, no flagged layer is still flagged or was not measured again, the
-    outputs of the two paths are not farther apart than before, and the batch size is not larger. A flagged layer that
-    no longer exists counts as repaired, because it may have become a norm that does not depend on the batch; not so if
-    ``--include``/``--exclude`` left it out.
+    outputs in training and at inference are not farther apart than before, and the batch size is not larger. A flagged
+    layer that no longer exists counts as repaired, because it may have become a norm that does not depend on the batch;
+    not so if ``--include``/``--exclude`` left it out.
 
     Args:
         before, after: Reports of scans of the same model.
@@ -51,7 +51,7 @@ def verify(before: Report, after: Report) -> Verification:
 
 
 def _newly_tracked(before: dict[str, Layer], after: dict[str, Layer]) -> bool:
-    """Whether layers without running statistics were given some: before, both paths used batch statistics."""
+    """Whether layers without running statistics were given some: before, inference used batch statistics too."""
     return any(
         after[name].running_statistics and not before[name].running_statistics for name in before if name in after
     )
@@ -180,7 +180,7 @@ def _notes(before: Report, after: Report) -> Iterator[str]:
     if unproved:
         yield f"Not flagged before, and left out of the second scan by --include/--exclude: {listed(unproved)}."
     if _newly_tracked(*({layer.name: layer for layer in report.layers} for report in (before, after))):
-        yield "Layers without running statistics have some now: before, both paths used batch statistics."
+        yield "Layers without running statistics have some now: before, training and inference used batch statistics."
     undecided = [layer.name for layer in after.layers if layer.undecided]
     if undecided:
         yield f"Undecided after the repair (more batches would decide): {listed(undecided)}."

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -15,6 +16,10 @@ from bnprobe.errors import DataError
 
 _PER_SAMPLE = (Tensor, Mapping, str, bytes, int, float)
 """What a list with one entry per sample holds: images of different sizes, targets of a detector, file names."""
+
+
+MOST_COLUMNS = 4096
+"""A longer vector is hardly a row of a table: a recording, or pixels."""
 
 
 def named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -25,6 +30,27 @@ def named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from itertools.chain(*(named_leaves(item, f"{path}[{index}]") for index, item in enumerate(tree)))
     else:
         yield path, tree
+
+
+def kind_of_sample(batch: Any) -> str:
+    """What a sample of a batch is, a noun in the singular: an image, row, graph or sequence; else a sample.
+
+    Graphs and packed sequences are known by their class, rows and images by the first tensor: rows are vectors of
+    floats, images have one or three channels and no side twice as long as the other (a spectrogram, or the joints of a
+    skeleton over time, has). All else is a sample.
+    """
+    if isinstance(getattr(batch, "num_graphs", None), int):
+        return "graph"
+    parts = batch if isinstance(batch, list | tuple) else [batch]
+    if isinstance(batch, PackedSequence) or any(isinstance(part, PackedSequence) for part in parts):
+        return "sequence"
+    first = next((leaf for _, leaf in named_leaves(batch)), None)
+    if not isinstance(first, Tensor) or not (first.is_floating_point() or first.dtype == torch.uint8):
+        return "sample"
+    if first.ndim == 2 and first.is_floating_point() and first.shape[1] <= MOST_COLUMNS:
+        return "row"
+    sides = sorted(first.shape[2:])
+    return "image" if first.ndim == 4 and first.shape[1] in (1, 3) and sides[1] < 2 * sides[0] else "sample"
 
 
 def count_samples(batch: Any, usual: int | None = None) -> int | None:

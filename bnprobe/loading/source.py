@@ -75,14 +75,18 @@ _EVALUATION = {"load_eval_data": "load_eval_data(batch_size)"}
 
 
 def _variants(parts: Iterable[str]) -> tuple[str, ...]:
-    """train_loader, train_dataloader, trainloader, get_train_loader, ..., train_dataset, train_set, trainset."""
+    """train_loader, train_dataloader, trainloader, get_train_loader, ..."""
     parts = tuple(parts)
     loaders = [
         f"{part}{name}" for part in parts for name in ("_loader", "_dataloader", "_data_loader", "loader", "_dl")
     ]
     makers = [f"{verb}_{name}" for verb in ("get", "make", "build", "create") for name in loaders]
-    sets = [f"{part}{name}" for part in parts for name in ("_dataset", "_set", "set", "_ds")]
-    return (*loaders, *makers, *sets)
+    return (*loaders, *makers)
+
+
+def _sets(parts: Iterable[str]) -> tuple[str, ...]:
+    """train_dataset, train_set, trainset, train_ds."""
+    return tuple(f"{part}{name}" for part in parts for name in ("_dataset", "_set", "set", "_ds"))
 
 
 _PAIRS = ("get_loaders", "get_dataloaders", "get_data_loaders", "make_loaders", "make_dataloaders", "build_dataloaders")
@@ -91,10 +95,13 @@ TRAINING_NAMES = (
     *_variants(("train", "training")),
     *("dataloader", "data_loader", "get_loader", "get_dataloader", "make_loader", "make_dataloader", "build_loader"),
     *_PAIRS,
+    *_sets(("train", "training")),
 )
-"""Names beside the documented ones under which training data is found, in this order."""
+"""Names beside the documented ones under which training data is found, in this order: a loader has the user's own order
+of samples, and may come with held-out data, so that data sets are last."""
 
-EVALUATION_NAMES = _variants(("eval", "val", "valid", "validation", "dev", "test"))
+_EVALUATION_PARTS = ("eval", "val", "valid", "validation", "dev", "test")
+EVALUATION_NAMES = (*_variants(_EVALUATION_PARTS), *_sets(_EVALUATION_PARTS))
 """The same for held-out data."""
 
 _BATCH_SIZE_NAMES = frozenset(

@@ -194,15 +194,18 @@ class OutputSums:
 
     def _notes(self, totals: dict[str, float], scores: ScoreTable) -> Iterator[str]:
         if self._different_shapes:
-            yield "The outputs of the two paths have different shapes and cannot be compared."
+            yield "The outputs of training and inference have different shapes and cannot be compared."
         elif "norm" not in totals:
             yield "The forward pass returned no floating-point tensor to compare."
         elif _ratio(totals, "difference", "norm") is None:
-            yield "The output of a path is NaN or Inf, or zero everywhere."
+            yield "The outputs cannot be compared: in training or at inference they are NaN or Inf, or 0 everywhere."
         for measure in MEASURES:
-            bad = [path for path in PATHS if not scores.finite(measure, path)]
+            bad = [_MODES[path] for path in PATHS if not scores.finite(measure, path)]
             if bad:
-                yield f"The {measure} is NaN or Inf on the {' and the '.join(bad)} path."
+                yield f"The {measure} is NaN or Inf {' and '.join(bad)}."
+
+
+_MODES = {"train": "in training", "eval": "at inference"}
 
 
 def _zero(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

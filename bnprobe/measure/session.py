@@ -53,9 +53,9 @@ def no_progress(done: int, planned: int) -> None:
 
 
 _IN_WORDS: dict[PathName, str] = {
-    "train": "train path",
-    "steady": "train path without dropout and the like",
-    "eval": "eval path",
+    "train": "training",
+    "steady": "training without dropout and the like",
+    "eval": "inference",
     "check": "self-check",
     "check train": "self-check",
     "check eval": "self-check",

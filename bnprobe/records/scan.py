@@ -115,6 +115,9 @@ class Scan(Record):
         pool: What the composition share was measured with; None if the samples could not be regrouped.
         unselected: Layers that ``--include`` and ``--exclude`` leave out of the report, in network order.
         size_range: Fewest and most samples of a micro-batch, where they differ.
+        held_out: Where the held-out data came from, in words; None without any.
+        held_out_images: Held-out samples measured.
+        sample: What a sample is, a noun: "image", "row", "graph" or "sequence"; "sample" where that is not known.
     """
 
     model: str
@@ -142,6 +145,9 @@ class Scan(Record):
     pool: Pool | None = None
     unselected: tuple[str, ...] = ()
     size_range: tuple[int, int] | None = None
+    held_out: str | None = None
+    held_out_images: int | None = None
+    sample: str = "sample"
 
 
 @dataclass(frozen=True)

@@ -79,12 +79,7 @@ class HeldOut:
         else:
             source, data = workload.held_out, "held-out"
         batches, notes = _read(spec, source)
-<<<<<<< HEAD:bnprobe/repairs/held_out.py
-        samples_in = source.samples_in
-        return cls(batches, *functions, *how, tuple(notes), data, samples_in)
-=======
-        samples_in = getattr(source.batches, "samples_in", count_samples)
-        found = cls(batches, *functions, *how, tuple(notes), data, samples_in)
+        found = cls(batches, *functions, *how, tuple(notes), data, source.samples_in)
         why = found._why_unscored(workload.model) if data == "held-out" else None
         if why is None:
             return found
@@ -100,7 +95,6 @@ class HeldOut:
         except (UserCodeError, DataError) as error:
             return str(error).rstrip(".")
         return None
->>>>>>> wt-causes:bnprobe/commands/held_out.py
 
     @property
     def measure(self) -> Measure:

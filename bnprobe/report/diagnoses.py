@@ -13,10 +13,10 @@ from bnprobe.numbers import count
 from bnprobe.records import EXEMPT, Diagnosis, Interval, Layer, Report, Severity, Verdict
 from bnprobe.report import figures, next_step
 from bnprobe.report.further import doing
-from bnprobe.report.layers import with_sign, worse_path, worst_first
+from bnprobe.report.layers import OUTPUT_CHANGE, on_samples, with_sign, worse_path, worst_first
 from bnprobe.report.next_step import NextStep
 from bnprobe.report.page import FINE, FLAGGED, SEVERITY_SIGNS, SEVERITY_STYLES, UNDECIDED, UNMEASURED, Page
-from bnprobe.rules import effect, rule_of, title_of
+from bnprobe.rules import RULES, effect, rule_of, title_of
 from bnprobe.rules.shares import deciding_limit, noise_and_others, noise_threshold
 from bnprobe.stats.theory import equivalent_batch_size
 
@@ -26,12 +26,12 @@ MOST_DIAGNOSES = 5
 _EXTENT = re.compile(r"(?P<extent>\d+ of \d+ layers?): ")
 """How the message of a diagnosis begins that concerns several layers."""
 
-_CAUSE = re.compile(r"^(\w+)(?= in )")
-"""How a consequence begins."""
+_CONSEQUENCE = re.compile(r"^(?P<cause>\w+) in (?P<where>.*)$")
+"""A consequence: a cause, and how many layers or "the outputs"."""
 
 _REMEDY = "Remedy:"
+_MODES = {"train": "in training", "eval": "at inference"}
 _MOST_NAMES = 4
-_NAME_WIDTH = 32
 _MOST_REASONS = 3
 
 # --- The verdict ------------------------------------------------------------------------------------------------------
@@ -54,9 +54,8 @@ class Closing:
     step: NextStep
 
 
-def closing_lines(report: Report, page: Page, command: str, show_all: bool) -> list[Text]:
+def closing_lines(end: Closing, report: Report, page: Page, show_all: bool) -> list[Text]:
     """The verdict, the diagnoses, the rules that found nothing, and the next command."""
-    end = closing(report, command)
     lines = page.verdict(end.sign, end.headline, end.sentences)
     lines += findings(report, page, show_all)
     lines += rules(report.verdicts, page, show_all)
@@ -74,15 +73,15 @@ def closing(report: Report, command: str) -> Closing:
         return _harmless(report, flagged, known.main, command)
     if flagged:
         return _flagged(report, flagged, command)
-    if undecided:
+    if undecided and _worst_severity(report) != "error":
         return _undecided(report, undecided, command)
-    return _clean(report, command) if fine else _nothing(report, command)
+    return _clean(report, command) if fine or undecided else _nothing(report, command)
 
 
 def _flagged(report: Report, flagged: list[Layer], command: str) -> Closing:
     worst = "" if report.diagnoses else _worst(flagged)
     undecided = len(with_sign(report.layers, UNDECIDED))
-    also = f"{count(undecided, 'more layer')} undecided." if undecided else ""
+    also = f"{count(undecided, 'more layer')} {_are(undecided)} undecided." if undecided else ""
     sentences = (worst, also, *_caveats(report))
     return Closing(
         headline=f"{_share(len(flagged), report)} flagged: training and inference normalize differently.",
@@ -95,7 +94,7 @@ def _flagged(report: Report, flagged: list[Layer], command: str) -> Closing:
 def _harmless(report: Report, flagged: list[Layer], change: effect.Change, command: str) -> Closing:
     """Layers beyond their limit that cost neither loss nor metric."""
     return Closing(
-        headline=f"{_share(len(flagged), report)} flagged, but {change.words('in training', 'at inference')}.",
+        headline=f"{_share(len(flagged), report)} flagged, but {change.words(*effect.STATISTICS)}.",
         sign=UNDECIDED,
         sentences=tuple(filter(None, ("" if report.diagnoses else _worst(flagged), *_caveats(report)))),
         step=_step(report, command, next_step.keep_step(command)),
@@ -115,12 +114,7 @@ def _clean(report: Report, command: str) -> Closing:
     serious = _worst_severity(report)
     if serious is not None:
         return _other_problems(report, serious, command)
-    fine = with_sign(report.layers, FINE)
-    limit = _at_least(fine)
-    every = len(fine) == len(report.layers)
-    which = "every layer" if every else f"{len(fine)} of {len(report.layers)} layers"
-    verb = "behaves" if every or len(fine) == 1 else "behave"
-    text = f"{which} {verb} as if the batch were at least {limit}, in training and at inference."
+    text = _within_limits(with_sign(report.layers, FINE), report)
     return Closing(
         headline=f"So far {text}" if report.scan.partial else text[0].upper() + text[1:],
         sign=FINE,
@@ -129,31 +123,46 @@ def _clean(report: Report, command: str) -> Closing:
     )
 
 
-def _at_least(fine: Sequence[Layer]) -> str:
-    """What every layer's equivalent batch size reaches: the threshold, or less where it is noise that is below it."""
-    found = [
-        (layer.threshold, path.equivalent_batch_size or math.inf)
-        for layer in fine
-        for path in (layer.train, layer.eval)
-        if path is not None
-    ]
-    limits = {limit for limit, _ in found}
-    if any(size < limit for limit, size in found):
-        return f"{math.floor(min(size for _, size in found))} values"
-    return f"{figures.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
+def _within_limits(fine: list[Layer], report: Report) -> str:
+    """How good the layers are; one may be below its limit where that is noise of batches alone."""
+    every = len(fine) == len(report.layers)
+    which = "every layer" if every else f"{len(fine)} of {count(len(report.layers), 'layer')}"
+    single = every or len(fine) == 1
+    worst = worst_first(fine)[0]
+    if _values(worst) < worst.threshold:
+        smallest = figures.path_equivalent(worse_path(worst.train, worst.eval))
+        return (
+            f"{which} {'is' if single else 'are'} within {'its' if single else 'their'} limit; the smallest n_eq is"
+            f" {smallest}, in {worst.name}, by noise of its batches."
+        )
+    limits = {layer.threshold for layer in fine}
+    limit = f"{figures.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
+    modes = {mode for layer in fine for mode in ([layer.only_in] if layer.only_in else _MODES)}
+    where = " and ".join(words for mode, words in _MODES.items() if mode in modes)
+    return f"{which} {'behaves' if single else 'behave'} as if the batch were at least {limit}, {where}."
+
+
+def _values(layer: Layer) -> float:
+    """n_eq in the worse mode."""
+    path = worse_path(layer.train, layer.eval)
+    return math.inf if path is None or path.equivalent_batch_size is None else path.equivalent_batch_size
 
 
 def _other_problems(report: Report, serious: Severity, command: str) -> Closing:
     number = count(sum(diagnosis.severity != "info" for diagnosis in report.diagnoses), "problem")
     verb = "was" if number == "1 problem" else "were"
+    undecided = len(with_sign(report.layers, UNDECIDED))
     so_far = "So far no" if report.scan.partial else "No"
     change = effect.inconsistency(report.summary.gaps, report.summary.chance)
     worse = change.main if change.is_worse else None
-    found = f"{number} {verb} found" if worse is None else worse.words("in training", "at inference")
+    found = f"{number} {verb} found" if worse is None else worse.words(*effect.STATISTICS)
     return Closing(
         headline=f"{so_far} layer is flagged for its mismatch, but {found}.",
         sign=SEVERITY_SIGNS[serious],
-        sentences=_caveats(report),
+        sentences=(
+            *([f"{count(undecided, 'layer')} {_are(undecided)} undecided."] if undecided else []),
+            *_caveats(report),
+        ),
         step=_step(report, command, next_step.keep_step(command)),
     )
 
@@ -183,7 +192,11 @@ def _nothing(report: Report, command: str) -> Closing:
 
 
 def _share(number: int, report: Report) -> str:
-    return f"{number} of {count(len(report.layers), 'layer')} {'is' if number == 1 else 'are'}"
+    return f"{number} of {count(len(report.layers), 'layer')} {_are(number)}"
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def _worst(flagged: list[Layer]) -> str:
@@ -193,10 +206,10 @@ def _worst(flagged: list[Layer]) -> str:
     ]
     tail = f" Next worst: {', '.join(others)}." if others else ""
     if first.only_in is None and (first.train is None or first.eval is None):
-        path = "train" if first.train is None else "eval"
-        return f"Worst is {first.name}, which could not be measured on the {path} path.{tail}"
-    path = "train" if worse_path(first.train, first.eval) is first.train else "eval"
-    return f"Worst is {first.name}: it {_behaviour(first)} ({path} path).{tail}"
+        mode = _MODES["train" if first.train is None else "eval"]
+        return f"Worst is {first.name}, which could not be measured {mode}.{tail}"
+    mode = _MODES["train" if worse_path(first.train, first.eval) is first.train else "eval"]
+    return f"Worst is {first.name}: {mode} it {_behaviour(first)}.{tail}"
 
 
 def _behaviour(layer: Layer) -> str:
@@ -216,11 +229,11 @@ def _straddling(layer: Layer) -> str:
         between += f" {figures.plain(layer.threshold)} for all else"
         limits.insert(0, (equivalent_batch_size(deciding) or layer.threshold, between))
     for limit, between in limits:
-        for name, path in (("train", layer.train), ("eval", layer.eval)):
+        for mode, path in (("train", layer.train), ("eval", layer.eval)):
             if path is not None and _contains(path.equivalent_batch_size_interval, limit):
                 span = figures.equivalent_interval(path.equivalent_batch_size_interval)
                 words = figures.plain(limit)
-                return f"{layer.name}: n_eq is {span} (95%, {name} path), and its limit is {words}{between}."
+                return f"{layer.name}: n_eq {_MODES[mode]} is {span} (95%), and its limit is {words}{between}."
     return f"{layer.name} is undecided."
 
 
@@ -234,7 +247,7 @@ def _caveats(report: Report) -> tuple[str, ...]:
     scan = report.scan
     caveats = (
         (scan.partial, f"{scan.stopped.capitalize()}: only {count(scan.batches, 'micro-batch')} measured."),
-        (unmeasured > 0, f"{count(unmeasured, 'layer')} could not be measured on both paths."),
+        (unmeasured > 0, f"{count(unmeasured, 'layer')} could not be measured in both modes."),
         *_in_one_mode(report),
         (bool(report.skipped), f"{count(len(report.skipped), 'layer')} skipped."),
         (scan.synthetic, "The inputs were generated: this shows structure and batch noise, not your data (exit 0)."),
@@ -244,7 +257,7 @@ def _caveats(report: Report) -> tuple[str, ...]:
 
 def _in_one_mode(report: Report) -> Iterator[tuple[bool, str]]:
     """How many layers the model runs in one mode only."""
-    for mode, where in (("train", "in training"), ("eval", "at inference")):
+    for mode, where in _MODES.items():
         number = sum(layer.only_in == mode for layer in report.layers)
         yield number > 0, f"{count(number, 'layer')} {'runs' if number == 1 else 'run'} {where} only."
 
@@ -262,6 +275,10 @@ def findings(report: Report, page: Page, show_all: bool) -> list[Text]:
     left_out = len(report.diagnoses) - len(shown)
     if left_out:
         lines += [Text(), *page.paragraph(f"and {left_out} more; --all shows all.", first="  ")]
+    if any(diagnosis.impact is not None for diagnosis in shown):
+        where = f"these layers use batch statistics{on_samples(report)}"
+        text = f"Output change: {OUTPUT_CHANGE} {where}; where there are several causes, this one's part of it."
+        lines += [Text(), *page.paragraph(text, "dim", first="  ")]
     return [*lines, Text()] if lines else []
 
 
@@ -301,7 +318,7 @@ def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, sh
     title = page.paragraph(_title(diagnosis, extent), style="bold", first=start)
     title[0].stylize(SEVERITY_STYLES[diagnosis.severity], 2, len(start))
     indent = " " * len(start)
-    where = page.paragraph(_where(diagnosis, report, page, show_all), "dim", first=indent)
+    where = page.paragraph(_where(diagnosis, report, show_all), "dim", first=indent)
     said = page.paragraph(message, first=indent)
     remedy = page.paragraph(f"{_REMEDY} {diagnosis.remedy}", first=indent) if diagnosis.remedy else []
     for line in remedy[:1]:
@@ -325,14 +342,15 @@ def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
             change = f"takes the {name} from {figures.score(before)} to {figures.score(after)}"
             found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
             no_gain = ", which does not surely help" if found.standing in ("same", "unclear") else ""
-            return f"Measured on {tried.scored_on} data: {doing(tried.name).lower()} {change}{no_gain}."
+            data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
+            return f"Measured on {data}: {doing(tried.name).lower()} {change}{no_gain}."
     return ""
 
 
 def _title(diagnosis: Diagnosis, extent: str) -> str:
     parts = [f"{_capitalized(title_of(diagnosis.rule, diagnosis.cause))} ({diagnosis.rule}): {extent}"]
     if diagnosis.impact is not None:
-        parts.append(f"moves the outputs by {figures.relative(diagnosis.impact)}")
+        parts.append(f"output change {figures.relative(diagnosis.impact)}")
     return ", ".join(parts)
 
 
@@ -347,9 +365,14 @@ def _apart(diagnosis: Diagnosis, layers: int) -> tuple[str, str]:
 
 
 def _consequences(diagnosis: Diagnosis) -> str:
-    """What follows from it, with the names of causes in words."""
-    listed = "; ".join(_CAUSE.sub(lambda said: said[0].replace("_", " "), text) for text in diagnosis.consequences)
+    """What follows from it, by the titles of the rules that found it."""
+    listed = "; ".join(_CONSEQUENCE.sub(_in_words, text) for text in diagnosis.consequences)
     return f"Also explains: {listed}." if listed else ""
+
+
+def _in_words(said: re.Match[str]) -> str:
+    title = next((rule.title for rule in RULES if rule.cause == said["cause"]), said["cause"].replace("_", " "))
+    return title if said["where"] == "the outputs" else f"{title} ({said['where']})"
 
 
 def _capitalized(text: str) -> str:
@@ -363,9 +386,9 @@ def _extent(diagnosis: Diagnosis, layers: int) -> str:
     return f"all {count(layers, 'layer')}" if number == layers > 1 else f"{number} of {count(layers, 'layer')}"
 
 
-def _where(diagnosis: Diagnosis, report: Report, page: Page, show_all: bool) -> str:
+def _where(diagnosis: Diagnosis, report: Report, show_all: bool) -> str:
     names = diagnosis.layers if show_all else diagnosis.layers[:_MOST_NAMES]
-    listed = ", ".join(names if show_all else page.shorten(names, _NAME_WIDTH)) if names else ""
+    listed = ", ".join(names)
     more = f" and {len(diagnosis.layers) - len(names)} more" if len(names) < len(diagnosis.layers) else ""
     places = _places(diagnosis, report)
     others = f" and {count(len(places) - 1, 'more line')}" if len(places) > 1 else ""
@@ -430,6 +453,6 @@ def _failed(verdicts: Sequence[Verdict], page: Page) -> list[Text]:
 def _measured(verdict: Verdict) -> str:
     if verdict.value is None:
         return ""
-    unit = f" {verdict.unit}" if verdict.unit else ""
+    what = f"{verdict.unit}: " if verdict.unit else ""
     against = f", limit {figures.plain(verdict.limit)}" if verdict.limit is not None else ""
-    return f" ({figures.plain(verdict.value)}{unit}{against})"
+    return f" ({what}{figures.plain(verdict.value)}{against})"

@@ -9,7 +9,7 @@ from typing import Literal
 from rich.cells import cell_len
 from rich.text import Text
 
-from bnprobe.numbers import count
+from bnprobe.numbers import count, plural
 from bnprobe.records import (
     Backward,
     Estimate,
@@ -31,11 +31,11 @@ from bnprobe.report.table import Column, Mark, Names, TableLayout, arrows, dropp
 
 _LEVELS_AND_STEPS = (
     ("training", "training data, as in training", "training"),
-    ("training_noise", "all but batch statistics to eval mode", "to eval mode"),
-    ("without_noise", "batch statistics, all else in eval mode", "all else eval"),
-    ("inconsistency", "from batch to running statistics", "inconsistency"),
+    ("training_noise", "everything but batch statistics to eval mode", "noise"),
+    ("without_noise", "training data, batch statistics alone", "noise off"),
+    ("inconsistency", "from batch to running statistics", "batch to running"),
     ("inference", "training data, as at inference", "inference"),
-    ("generalization", "from training to held-out data", "generalization"),
+    ("generalization", "from training to held-out data", "to held-out data"),
     ("held_out", "held-out data, as at inference", "held out"),
 )
 """From training down to held-out data, each level followed by the step to the next; labels for wide and narrow."""
@@ -44,16 +44,23 @@ _NOISE = ("training_noise", "without_noise")
 _HELD_OUT = ("generalization", "held_out")
 
 _STEPS = {
-    "training_noise": "what train mode does beyond batch statistics (dropout, heads and losses of training alone)",
-    "inconsistency": "the train/test inconsistency: the change from batch to running statistics",
-    "generalization": "the generalization gap, between training and held-out data with the same running statistics",
+    "training_noise": "that of what train mode does beyond batch statistics (dropout, heads of training alone)",
+    "inconsistency": "that from batch to running statistics",
+    "generalization": "that from training to held-out data, with the same running statistics",
 }
 
 _MOSTLY = 0.5
 
 
-def gaps(found: Sequence[Gap], page: Page) -> list[Text]:
-    """The levels and steps with their intervals, a column for each measure, and which step is the largest."""
+def gaps(found: Sequence[Gap], page: Page, random: bool = False, sample: str = "sample") -> list[Text]:
+    """The levels and steps with their intervals, a column for each measure, and which step is the largest.
+
+    Args:
+        found: One for each measure.
+        page: What the lines are written on.
+        random: The model is random at inference.
+        sample: What a sample is.
+    """
     if not found:
         return []
     held_out = any(gap.held_out is not None for gap in found)
@@ -71,7 +78,7 @@ def gaps(found: Sequence[Gap], page: Page) -> list[Text]:
     return [
         *page.heading(f"From training to {'held-out data' if held_out else 'inference'}, step by step"),
         *table(wide if wide.longest(page) <= room else narrow, [TableLayout(columns)], page),
-        *page.paragraphs(_number_of_samples(found[0]), "dim"),
+        *page.paragraphs(_number_of_samples(found[0], sample), "dim"),
         *page.paragraphs(_largest_steps(found)),
     ]
 
@@ -84,11 +91,11 @@ def _gap_cells(gap: Gap, fields: Sequence[str], page: Page) -> list[str]:
     return figures.estimates(values, page, signed=[field in _STEPS for field in fields])
 
 
-def _number_of_samples(gap: Gap) -> list[str]:
+def _number_of_samples(gap: Gap, sample: str) -> list[str]:
     if not gap.samples:
         return []
     held_out = "" if gap.held_out_samples is None else f" and {gap.held_out_samples:,} held-out"
-    return [f"On {gap.samples:,} training{held_out} samples; ± is the 95% interval of a step."]
+    return [f"On {gap.samples:,} training{held_out} {plural(sample)}; ± is the 95% interval of a step."]
 
 
 def _largest_steps(found: Sequence[Gap]) -> list[str]:
@@ -121,10 +128,13 @@ def _is_significant(gap: Gap, step: str) -> bool:
 
 _DOING: dict[FreeRemedy, str] = {
     "recalibrated": "Recalibrating",
-    "evaluation statistics": "Using the statistics of the held-out data",
+    "evaluation statistics": "Recalibrating on the held-out data",
     "batch statistics": "Normalizing at inference with batch statistics",
     "instance statistics": "Normalizing at inference with the statistics of each sample",
 }
+
+_NAMES = {"evaluation statistics": "recalibrated on held-out data"}
+"""Words for names of the JSON report."""
 
 _MEASURES = ("loss", "metric")
 
@@ -139,12 +149,30 @@ def remedies(report: Report, page: Page) -> list[Text]:
     ordered = best_first(found, goal)
     sizes = [f"{number:,}" for number in sorted({remedy.images for remedy in found})]
     samples = " or ".join(", ".join(sizes).rsplit(", ", 1))
-    data = "held-out samples" if found[0].scored_on == "held-out" else "training samples that gave no statistics"
+    what = plural(report.scan.sample)
+    data = f"held-out {what}" if found[0].scored_on == "held-out" else f"training {what} that gave no statistics"
     return [
         *page.heading(f"What remedies without training would give, on {samples} {data}"),
         *page.paragraph(best_in_words(ordered, goal), first="  "),
         *_remedy_table(ordered, page),
+        *page.paragraphs([_other_samples(ordered, report)], "dim"),
     ]
+
+
+def _other_samples(found: Sequence[Remedy], report: Report) -> str:
+    """Why the values before differ from those of the steps; empty where they do not."""
+    level = "held_out" if found[0].scored_on == "held-out" else "inference"
+    for gap in report.summary.gaps:
+        number = gap.held_out_samples if level == "held_out" else gap.samples
+        steps, before = getattr(gap, level), {_value(remedy.before, gap.measure) for remedy in found} - {None}
+        if number and steps is not None and any(_score(value) != _score(steps) for value in before):
+            what, where = plural(report.scan.sample), found[0].scored_on
+            return f"Not the same {what} as for the steps above ({number:,} {where} {what}): their values differ."
+    return ""
+
+
+def _named(remedy: Remedy) -> str:
+    return _NAMES.get(remedy.name, remedy.name)
 
 
 def _goal(report: Report) -> Goal:
@@ -223,12 +251,12 @@ def _remedy_table(ordered: Sequence[Remedy], page: Page) -> list[Text]:
     """The scores; how it was done stands beside them where there is room, else below."""
     changed = [str(len(remedy.layers)) for remedy in ordered]
     columns = [*([Column("layers", changed)] if len(set(changed)) > 1 else []), *_score_columns(ordered, page)]
-    lines = table(Names([remedy.name for remedy in ordered], heading="remedy"), [TableLayout(columns)], page)
+    lines = table(Names([_named(remedy) for remedy in ordered], heading="remedy"), [TableLayout(columns)], page)
     how = [page.clean(_how(remedy)) for remedy in ordered]
     if max(map(cell_len, how)) + 2 <= page.width - cell_len(lines[0].plain):
         beside = [line + Text(f"  {text}", "dim") for line, text in zip(lines[1:], how, strict=True)]
         return [lines[0], *beside]
-    told = [f"{remedy.name}: {text}" for remedy, text in zip(ordered, how, strict=True) if text]
+    told = [f"{_named(remedy)}: {text}" for remedy, text in zip(ordered, how, strict=True) if text]
     return [*lines, *page.paragraphs(told, "dim", rest="    ")]
 
 

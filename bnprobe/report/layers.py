@@ -9,18 +9,21 @@ from typing import Literal
 
 from rich.text import Text
 
-from bnprobe.numbers import percent
-from bnprobe.records import DEFAULT_THRESHOLD, Distribution, Layer, PathMeasurement
+from bnprobe.numbers import count, percent
+from bnprobe.records import DEFAULT_THRESHOLD, Distribution, Layer, PathMeasurement, Report
 from bnprobe.report import charts, figures
 from bnprobe.report.page import CENTRE, FINE, FLAGGED, STYLES, UNDECIDED, UNMEASURED, Page
 from bnprobe.report.table import Column, Mark, Names, TableLayout, table
 from bnprobe.rules.shares import NOISE_THRESHOLD
 
+OUTPUT_CHANGE = "relative L2 change of the outputs if"
+"""What is measured as the effect of layers on the output, before what is done to them."""
+
 MEANINGS = {
     FLAGGED: "flagged",
     UNDECIDED: "undecided",
     FINE: "fine",
-    UNMEASURED: "not measured on both paths",
+    UNMEASURED: "not measured in both modes",
 }
 
 
@@ -33,6 +36,12 @@ def sign_of(layer: Layer) -> str:
     one = worse_path(layer.train, layer.eval)
     measured = one is not None and (layer.only_in is not None or None not in (layer.train, layer.eval))
     return FINE if measured else UNMEASURED
+
+
+def on_samples(report: Report) -> str:
+    """The samples that effects on the output were measured on, e.g. ", on 16 samples"."""
+    found = next((extra.images for extra in report.scan.passes if extra.name == "impact"), None)
+    return "" if found is None else f", on {count(found, report.scan.sample)}"
 
 
 def with_sign(layers: Iterable[Layer], wanted: str) -> list[Layer]:
@@ -138,11 +147,11 @@ def legend(layers: Sequence[Layer], page: Page) -> list[Text]:
         ("n_eq", f"behaves as if the batch were n_eq values; flagged when below {limit}{noise} (95%)"),
         (
             "D",
-            "mean squared difference between activations normalized by batch and by running statistics; larger of the"
-            " two paths",
+            "mean squared difference between activations normalized by batch and by running statistics; the larger of"
+            " training and inference",
         ),
         ("r, d", "batch std / running std, and (batch mean - running mean) / running std"),
-        ("train", "the network runs on batch statistics; eval: on running statistics"),
+        ("train", "in training, on batch statistics; eval: at inference, on running statistics"),
     )
     return page.labelled(entries, "dim")
 
@@ -169,7 +178,7 @@ def _columns(rows: Sequence[LayerRow], richness: _Richness, layers: Sequence[Lay
         yield column("n_eq\ntrain", lambda row: figures.path_equivalent(row.train), "point")
         yield column("n_eq\neval", lambda row: figures.path_equivalent(row.eval), "point")
         if "interval" in extras:
-            yield column("n_eq 95%\nworse path", _interval)
+            yield column("n_eq 95%\nworse", _interval)
         yield column("D\nworse", _mismatch, "point")
         if half:
             yield _histograms(rows, "r", charts.R_CHART, half)

@@ -11,7 +11,7 @@ from rich.text import Text
 from bnprobe.numbers import count, percent
 from bnprobe.records import SOURCES, Interval, Layer, Report, ShareIntervals, Shares, Source
 from bnprobe.report import charts, figures
-from bnprobe.report.layers import sign_of
+from bnprobe.report.layers import OUTPUT_CHANGE, on_samples, sign_of
 from bnprobe.report.page import CENTRE, CUT, STYLES, UNMEASURED, Page, pad
 from bnprobe.report.table import Column, Mark, Names, TableLayout, fit, table
 from bnprobe.stats.theory import mismatch_iid
@@ -23,6 +23,13 @@ _ANY_WIDTH = 16
 _SHORTEST_BAR, _LONGEST_BAR = 20, 56
 _ROOMY_BAR = 32
 _UNEXPLAINED = "could not be decomposed"
+_SHORT = {
+    "no running statistics": "no statistics",
+    "runs in training only": "training only",
+    "not measured at inference": "not measured",
+    _UNEXPLAINED: "not decomposed",
+}
+"""Why there is no bar, in the width of the shortest one."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,13 @@ def shares(report: Report, shown: Sequence[Layer], page: Page) -> list[Text]:
     """
     if not report.layers:
         return []
-    heading = page.heading("Where the mismatch comes from, eval path")
+    heading = page.heading("Where the mismatch at inference comes from")
     if not any(layer.shares for layer in report.layers):
         reasons = [reason for reason in dict.fromkeys(map(_why_not, report.layers)) if reason != _UNEXPLAINED]
         why = f": {', '.join(reasons)}" if reasons else ""
         return [*heading, *page.paragraph(f"The mismatch of no layer could be decomposed{why}.", first="  ")]
     rows = [*(_row(layer) for layer in shown), *_model_row(report)]
-    return [*heading, *_table(rows, report.layers, page), *_legend(rows, shown, page)]
+    return [*heading, *_table(rows, report.layers, page), *_legend(rows, shown, on_samples(report), page)]
 
 
 # --- Rows -------------------------------------------------------------------------------------------------------------
@@ -139,7 +146,8 @@ def bar_scale(rows: Sequence[ShareRow], width: int) -> charts.Scale:
 def _bar(row: ShareRow, scale: charts.Scale, page: Page) -> Text:
     if row.shares is not None:
         return charts.bar(row.shares, scale, row.threshold, page)
-    (text,) = page.shorten([f"({row.why_not})"], scale.width)
+    long, short = f"({row.why_not})", f"({_SHORT[row.why_not]})"
+    (text,) = page.shorten([long if len(long) <= scale.width else short], scale.width)
     return Text(pad(text, scale.width), "dim")
 
 
@@ -148,8 +156,8 @@ def _layouts(rows: Sequence[ShareRow]) -> Iterator[TableLayout]:
     total = _column("D", rows, lambda row: row.mismatch)
     short = _column("most", rows, lambda row: _largest(row, words=False))
     words = _column("most of it\n(95% interval)", rows, lambda row: _largest(row, words=True))
-    single = _column("moves\noutput", rows, lambda row: row.exact or (f"~{row.estimate}" if row.estimate else ""))
-    exact = _column("moves\noutput", rows, lambda row: row.exact)
+    single = _column("output\nchange", rows, lambda row: row.exact or (f"~{row.estimate}" if row.estimate else ""))
+    exact = _column("output\nchange", rows, lambda row: row.exact)
     estimate = _column("esti-\nmate", rows, lambda row: row.estimate)
     with_impact = any(row.estimate or row.exact for row in rows)
     roomy, narrow = (Column("", [" " * cells] * len(rows)) for cells in (_ROOMY_BAR, _SHORTEST_BAR))
@@ -194,10 +202,10 @@ def _around(interval: Interval | None, total: float) -> str:
 # --- How to read it ---------------------------------------------------------------------------------------------------
 
 
-def _legend(rows: Sequence[ShareRow], shown: Sequence[Layer], page: Page) -> list[Text]:
+def _legend(rows: Sequence[ShareRow], shown: Sequence[Layer], measured_on: str, page: Page) -> list[Text]:
     decomposed = [row for row in rows if row.shares is not None]
     return page.labelled(
-        [("bar", _letters(decomposed)), (CENTRE, _limits(shown)), *_remarks(decomposed)],
+        [("bar", _letters(decomposed)), (CENTRE, _limits(shown)), *_remarks(decomposed, measured_on)],
         "dim",
     )
 
@@ -220,14 +228,14 @@ def _limits(shown: Sequence[Layer]) -> str:
     return f"the limit: D {figures.mismatch(mismatch_iid(threshold))} is n_eq {figures.plain(threshold)}"
 
 
-def _remarks(rows: Sequence[ShareRow]) -> list[tuple[str, str]]:
+def _remarks(rows: Sequence[ShareRow], measured_on: str) -> list[tuple[str, str]]:
     scale = bar_scale(rows, _ANY_WIDTH)
     found = [row.shares for row in rows if row.shares is not None]
     remarks = []
     if any(scale.cuts(charts.length(one)) for one in found):
         remarks.append((CUT, "bar cut off; segments keep their proportions"))
     if any(row.estimate or row.exact for row in rows):
-        text = "relative L2 change if only this layer uses batch statistics (~ estimate)"
+        text = f"{OUTPUT_CHANGE} only this layer uses batch statistics{measured_on} (~ estimate)"
         remarks.append(("output", text))
     if any(one.data_shift is not None for one in found):
         remarks.append(("x", "data shift of the held-out data, which comes on top of D"))

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
-from bnprobe.records import Layer, Report, Scan
+from bnprobe.records import Diagnosis, Layer, Report, Scan
 from bnprobe.rules import rule_of
 
 SAVE = {"--format": "json", "--output": "report.json"}
+
+CARRIED = frozenset(
+    (
+        *("--checkpoint", "--key", "--strip-prefix", "--model-arg", "--unsafe-load", "--batch-size", "--seed"),
+        *("--device", "--autocast", "--goal", "--max-batches", "--threshold", "--include", "--exclude"),
+    )
+)
+"""Options of a scan with which a repair loads the same model and data and judges them in the same way."""
+
+FLAGS = frozenset(("--unsafe-load", "--no-emulate", "--what-if", "--gradients", "--all", "--exit-zero"))
+"""Options of a scan that have no value."""
+
+_WHY = {
+    "recalibrate": "To recalibrate the running statistics, and to compare before and after:",
+    "convert": "To convert these layers, and to measure what that gains:",
+}
 
 _LARGEST_SUGGESTED = 64
 _BATCHES_OF_LARGEST = 4
@@ -23,15 +40,17 @@ class NextStep:
 
 
 def diagnosed_step(report: Report, command: str) -> NextStep:
-    """What follows from the first diagnosis."""
-    rule = rule_of(report.diagnoses[0].rule)
+    """What follows from the first diagnosis: the command that does what its remedy says, where there is one."""
+    first = report.diagnoses[0]
+    rule = rule_of(first.rule)
     if rule is None:
         return keep_step(command)
-    if rule.larger_batches and (step := _measured_sizes_step(report, command) or _try_sizes_step(report, command)):
+    if rule.larger_batches and (step := _enough_step(report, command) or _try_sizes_step(report, command)):
         return step
-    if rule.free_remedy and not report.remedies and _evaluated(report):
-        text = "To measure what other statistics would give on the held-out data:"
-        return NextStep(text, with_options(command, {"--what-if": ""}))
+    named = [arguments for arguments in rule.commands if f"bnprobe {arguments}" in first.remedy]
+    for arguments in named:
+        if _can_run(arguments, report):
+            return NextStep(_WHY[arguments.split()[0]], _repair(arguments, first, report, command))
     return NextStep(f"To read about {rule.code}, with an example:", f"bnprobe explain {rule.code}")
 
 
@@ -64,29 +83,34 @@ def more_batches_step(scan: Scan, command: str) -> NextStep:
 
 def batch_size_step(report: Report, command: str) -> NextStep:
     """What is known of larger batches, or how to find out."""
-    return _measured_sizes_step(report, command) or _try_sizes_step(report, command) or keep_step(command)
-
-
-def _measured_sizes_step(report: Report, command: str) -> NextStep | None:
-    sizes = sorted({point.batch_size for layer in report.layers for point in layer.batch_sizes})
-    larger = [size for size in sizes if size > report.scan.batch_size]
-    enough = [size for size in larger if not under_limit(report.layers, size)]
-    if enough:
-        return NextStep(
-            f"At batch size {enough[0]} no layer is under its limit on the eval path. To check both paths:",
-            with_options(command, {"--batch-size": str(enough[0])}),
-        )
+    larger = _larger_sizes(report)
+    if (step := _enough_step(report, command)) is not None:
+        return step
     if larger:
-        return NextStep(
-            f"At no batch size up to {larger[-1]} do all layers pass. To save the report:",
-            with_options(command, SAVE),
-        )
-    return None
+        text = f"At no batch size up to {larger[-1]} do all layers pass. To save the report:"
+        return NextStep(text, with_options(command, SAVE))
+    return _try_sizes_step(report, command) or keep_step(command)
+
+
+def _larger_sizes(report: Report) -> list[int]:
+    """The larger batch sizes that were measured."""
+    sizes = {point.batch_size for layer in report.layers for point in layer.batch_sizes}
+    return sorted(size for size in sizes if size > report.scan.batch_size)
+
+
+def _enough_step(report: Report, command: str) -> NextStep | None:
+    enough = [size for size in _larger_sizes(report) if not under_limit(report.layers, size)]
+    if not enough:
+        return None
+    return NextStep(
+        f"At batch size {enough[0]} no layer is under its limit at inference. To check training too:",
+        with_options(command, {"--batch-size": str(enough[0])}),
+    )
 
 
 def _try_sizes_step(report: Report, command: str) -> NextStep | None:
     check = report.scan.self_check
-    if check is None or not check.passed:  # samples cannot be regrouped
+    if check is None or not check.passed or _larger_sizes(report):  # samples cannot be regrouped, or were
         return None
     to_try = _sizes_to_try(report.scan)
     if len(to_try) < 2:
@@ -96,11 +120,6 @@ def _try_sizes_step(report: Report, command: str) -> NextStep | None:
     if report.scan.batches < needed and report.scan.stopped != "data_exhausted":
         options["--batches"] = str(needed)
     return NextStep("To see what a larger batch would change:", with_options(command, options))
-
-
-def _evaluated(report: Report) -> bool:
-    """Whether held-out data was scored, by a loss or metric."""
-    return any(gap.held_out is not None for gap in report.summary.gaps)
 
 
 def under_limit(layers: tuple[Layer, ...], batch_size: int) -> list[Layer]:
@@ -121,6 +140,39 @@ def _sizes_to_try(scan: Scan) -> list[int]:
     sizes = [scan.batch_size << step for step in range(steps + 1)]
     limit = scan.images if scan.stopped == "data_exhausted" else sizes[-1]
     return [size for size in sizes if size <= limit]
+
+
+# --- The command of a remedy ------------------------------------------------------------------------------------------
+
+
+def _can_run(arguments: str, report: Report) -> bool:
+    """Whether the model file has what the command needs: real data; to train, a loss and held-out data, too."""
+    if report.scan.synthetic:
+        return False
+    trained = [gap for gap in report.summary.gaps if gap.measure == "loss" and gap.held_out is not None]
+    return bool(trained) or "--finetune" not in arguments
+
+
+def _repair(arguments: str, diagnosis: Diagnosis, report: Report, command: str) -> str:
+    """The whole command: the target and options of the user's, and a new file for the weights."""
+    words = ["bnprobe", arguments.split()[0], *_carried(shlex.split(command)[2:]), *arguments.split()[1:]]
+    if words[1] == "convert" and not any(layer.flagged for layer in report.layers):
+        words += [word for name in diagnosis.layers or ("*",) for word in ("--layers", name)]
+    done = "recalibrated" if words[1] == "recalibrate" else "repaired"
+    before = "" if report.scan.checkpoint is None else f"{Path(report.scan.checkpoint).stem}-"
+    return shlex.join([*words, "-o", f"{before}{done}.safetensors"])
+
+
+def _carried(words: list[str]) -> list[str]:
+    """The target, and the options that another command takes too, with their values."""
+    kept: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
+        option, equals, _ = word.partition("=")
+        values = [] if equals or option in FLAGS or not word.startswith("--") else [next(remaining, "")]
+        if option in CARRIED or not word.startswith("--"):
+            kept += [word, *values]
+    return kept
 
 
 # --- Variants of a command --------------------------------------------------------------------------------------------

@@ -185,17 +185,19 @@ class Page:
     def shorten(self, names: Sequence[str], width: int) -> list[str]:
         """The names, cleaned, each in at most ``width`` cells; different names stay different.
 
-        The middle is left out, at the point nearest to it that keeps the shortened names apart; where no
-        point does, the names that collide are numbered.
+        Of dotted names whole parts are left out, as few as possible. Where that does not keep them apart, the middle is
+        left out, at the point nearest to it that does; where none does, names that collide are numbered.
         """
         cleaned = [self.clean(name) for name in names]
         mark = self.clean(ELLIPSIS)
         room = max(width - cell_len(mark), 0)
         tails = sorted(range(room + 1), key=lambda tail: (abs(2 * tail - room), -tail))
-        for tail in tails:
-            short = [_elide(name, width, mark, tail) for name in cleaned]
-            if len(set(short)) == len(set(names)):
-                return short
+        for elide in (_elide_parts, _elide):
+            tried = ([elide(name, width, mark, tail) for name in cleaned] for tail in tails)
+            whole = ([name for name in short if name is not None] for short in tried)
+            apart = [short for short in whole if len(short) == len(names) and len(set(short)) == len(set(names))]
+            if apart:
+                return max(apart, key=lambda short: sum(map(cell_len, short)))
         return _number([_elide(name, width, mark, tails[0]) for name in cleaned], names, width)
 
 
@@ -233,6 +235,14 @@ def _elide(name: str, width: int, mark: str, tail: int) -> str:
         return name
     head = width - cell_len(mark) - tail
     return _take(name, head) + mark + _take(name[::-1], tail)[::-1]
+
+
+def _elide_parts(name: str, width: int, mark: str, tail: int) -> str | None:
+    """The same between two parts of a dotted name; None where nothing is left of one side."""
+    if cell_len(name) <= width or "." not in name:
+        return _elide(name, width, mark, tail)
+    first, last = _take(name, width - cell_len(mark) - tail), _take(name[::-1], tail)[::-1]
+    return first[: first.rindex(".") + 1] + mark + last[last.index(".") :] if "." in first and "." in last else None
 
 
 def _take(text: str, cells: int) -> str:
@@ -278,7 +288,7 @@ def _phrases(words: list[str]) -> list[str]:
     phrases: list[str] = []
     after_option = False
     for word in words:
-        is_option = word.startswith("--")
+        is_option = word.startswith("--") or word == "-o"
         if after_option and not is_option:
             phrases[-1] += f" {shlex.quote(word)}"
         else:

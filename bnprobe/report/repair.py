@@ -311,10 +311,11 @@ def _table(found: Proof, page: Page) -> list[Text]:
         Column("steps", [_span([run.steps for run in arm.runs]) if arm.trained else "" for arm in arms]),
         Column("ended", [_ended(arm.runs) if arm.trained else "" for arm in arms], "left"),
     ]
-    names = Names([arm.name for arm in arms], heading="arm", marks=[_mark(arm, found) for arm in arms])
+    names = Names([arm.name for arm in arms], heading="model", marks=[_mark(arm, found) for arm in arms])
     other = "loss" if found.measure == "metric" else "metric"
     kept = [column for column in columns if any(column.cells)]
-    return table(names, dropping(kept, ("steps", "best step", "ended", other)), page)
+    # Names are words here, which are not cut.
+    return table(names, dropping(kept, ("steps", "best step", "ended", other), least=page.width), page)
 
 
 def _measures(arms: Sequence[Arm], page: Page) -> list[Column]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from statistics import median
 
 from rich.text import Text
 
-from bnprobe.numbers import count, listed, percent
+from bnprobe.numbers import count, listed, percent, plural
 from bnprobe.records import (
     Composition,
     Distribution,
@@ -22,11 +23,11 @@ from bnprobe.records import (
     SelfCheck,
 )
 from bnprobe.report import figures, further
-from bnprobe.report.diagnoses import closing_lines
+from bnprobe.report.diagnoses import closing, closing_lines
 from bnprobe.report.layers import MEANINGS, layer_table, legend, select, with_sign
 from bnprobe.report.mismatch import shares
 from bnprobe.report.next_step import under_limit
-from bnprobe.report.page import TIMES, Page, RenderOptions, to_string
+from bnprobe.report.page import TIMES, UNDECIDED, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Names, TableLayout, table
 from bnprobe.rules import title_of
 from bnprobe.stats.theory import mismatch_iid
@@ -42,8 +43,10 @@ def render(report: Report, options: RenderOptions) -> str:
     """The report as text in lines of at most ``options.width`` cells."""
     page, show_all = Page.of(options), options.show_all
     shown = list(report.layers) if show_all else select(report.layers, MOST_LAYERS)
+    end = closing(report, options.command)
     parts = [
         _header(report, page),
+        page.verdict(end.sign, end.headline if end.sign == UNDECIDED else f"{one_line(report)}."),
         _layers(report.layers, shown, page),
         shares(report, shown, page),
         likeness(report, page, show_all),
@@ -52,23 +55,29 @@ def render(report: Report, options: RenderOptions) -> str:
         _layer_notes(report.layers, page, show_all),
         _batch_sizes(report.layers, page),
         _output(report.summary.output, page, scores=not report.summary.gaps),
-        further.gaps(report.summary.gaps, page),
+        further.gaps(report.summary.gaps, page, bool(report.summary.output.repeat), report.scan.sample),
         further.backward(report, page, show_all),
         further.updates(report, page, show_all),
         page.section("Notes on the scan", report.scan.notes),
         cost(report.scan, page),
         further.remedies(report, page),
-        closing_lines(report, page, options.command, show_all),
+        closing_lines(end, report, page, show_all),
     ]
     return to_string(parts, options.color)
 
 
 def one_line(report: Report) -> str:
-    """The result in one line, e.g. "6 of 9 layers flagged (first: batches too small)"."""
+    """The result in one line, e.g. "6 of 9 layers flagged, 1 error: batches too small"."""
     partial = f"PARTIAL, {report.scan.stopped}: " if report.scan.partial else ""
-    first = report.diagnoses[0] if report.diagnoses else None
-    cause = f" (first: {title_of(first.rule, first.cause)})" if first else ""
-    return f"{partial}{report.summary.flagged} of {count(report.summary.layers, 'layer')} flagged{cause}"
+    summary, severities = report.summary, [diagnosis.severity for diagnosis in report.diagnoses]
+    found = [count(number, kind) for kind in ("error", "warning") if (number := severities.count(kind))]
+    parts = [
+        f"{summary.flagged} of {count(summary.layers, 'layer')} flagged",
+        *([f"{summary.undecided} undecided"] if summary.undecided else []),
+        *found,
+    ]
+    first = f": {title_of(report.diagnoses[0].rule, report.diagnoses[0].cause)}" if found else ""
+    return partial + ", ".join(parts) + first
 
 
 # --- What was scanned, and how ----------------------------------------------------------------------------------------
@@ -79,13 +88,26 @@ def _header(report: Report, page: Page) -> list[Text]:
     partial = " (PARTIAL)" if scan.partial else ""
     title = page.heading(f"{report.tool.name} {report.tool.version}: scan of {scan.model}{partial}")
     rows = [
-        ("data", f"{scan.data} (synthetic)" if scan.synthetic else scan.data),
+        ("data", f"{_called(scan.data, scan)} (synthetic)" if scan.synthetic else _called(scan.data, scan)),
+        *([("held-out", _held_out(scan, scan.held_out))] if scan.held_out else []),
         *([("checkpoint", scan.checkpoint)] if scan.checkpoint else []),
         ("device", _device(report)),
         ("measured", _measured(scan)),
         ("emulation", _emulation(scan)),
     ]
     return [*title, *page.labelled(rows)]
+
+
+def _called(text: str, scan: Scan) -> str:
+    """The description of data, which ends in the number of its samples, with the word for these."""
+    return re.sub(r"\((\d+) samples\)$", lambda found: f"({count(int(found[1]), scan.sample)})", text)
+
+
+def _held_out(scan: Scan, source: str) -> str:
+    """Where the held-out data came from, and how much of it was measured."""
+    where, measured = _called(source, scan), scan.held_out_images
+    known = measured is None or where.endswith(f"({count(measured, scan.sample)})")
+    return where if known else f"{where}; {count(measured or 0, scan.sample)} measured"
 
 
 def _device(report: Report) -> str:
@@ -95,10 +117,10 @@ def _device(report: Report) -> str:
 
 
 def _measured(scan: Scan) -> str:
-    batches, samples = count(scan.batches, "micro-batch"), count(scan.images, "sample")
+    batches, samples = count(scan.batches, "micro-batch"), count(scan.images, scan.sample)
     sizes = f"{TIMES} {scan.batch_size}" if scan.size_range is None else "of {} to {}".format(*scan.size_range)
     text = f"{batches} {sizes} = {samples} in {scan.seconds:.1f} s; {_stopped(scan)}"
-    return f"{text}; {count(scan.left_out, 'sample')} left over" if scan.left_out else text
+    return f"{text}; {count(scan.left_out, scan.sample)} left over" if scan.left_out else text
 
 
 def _stopped(scan: Scan) -> str:
@@ -115,7 +137,9 @@ def _stopped(scan: Scan) -> str:
 
 
 def _emulation(scan: Scan) -> str:
-    used = f"{scan.physical_batch} samples at once" if scan.emulated else "none, micro-batches run one by one"
+    used = (
+        f"{count(scan.physical_batch, scan.sample)} at once" if scan.emulated else "none, micro-batches run one by one"
+    )
     checked = "" if scan.self_check is None else f" Self-check {_self_check(scan.self_check)}"
     return f"{used}. {scan.emulation}{checked}"
 
@@ -132,7 +156,7 @@ def _self_check(check: SelfCheck) -> str:
     agree = f"agree {f'to {error:.0e}' if error else 'exactly'}"
     if random:
         return f"passed: without random layers, {compared} {agree}; with them, none changes another."
-    only = "" if "train" in check.paths else " on the eval path"
+    only = "" if "train" in check.paths else " at inference"
     return f"passed: {compared} {agree}{only}."
 
 
@@ -140,20 +164,29 @@ _COMPARED = "micro-batches run one by one"
 
 
 def cost(scan: Scan, page: Page) -> list[Text]:
-    """Measurements beyond the two paths with their reason and cost, and the pool of samples that were regrouped."""
-    sentences = [*map(_pass, scan.passes)]
+    """Measurements beside those of training and inference, with their reason and cost, and the regrouped samples."""
+    sentences = [_pass(extra, scan.sample) for extra in scan.passes]
     if (pool := scan.pool) is not None:
         sentences.append(
-            f"pool: {count(pool.images, 'sample')}, {figures.size(pool.bytes)}, used to measure non-i.i.d. batches:"
-            f" regrouped at random into {count(pool.regrouped, 'micro-batch')}"
+            f"{plural(scan.sample)} regrouped at random: {count(pool.images, scan.sample)}, {figures.size(pool.bytes)},"
+            f" in {count(pool.regrouped, 'micro-batch')} (to measure non-i.i.d. batches)"
         )
-    return page.section("Measured beyond the two paths", sentences, rest="    ")
+    return page.section("Measured besides", sentences, rest="    ")
 
 
-def _pass(extra: ExtraPass) -> str:
+_PASSES = {
+    "train path without random layers": "training without random layers",
+    "impact": "output change",
+    "what-if": "remedies without training",
+    "chance": "outputs of other samples",
+}
+"""Words for the names of passes in the JSON report."""
+
+
+def _pass(extra: ExtraPass, sample: str) -> str:
     reason = extra.reason.removesuffix(".")
     why = f" ({reason})" if reason else ""
-    return f"{extra.name}: {count(extra.images, 'sample')}, {extra.seconds:.1f} s{why}"
+    return f"{_PASSES.get(extra.name, extra.name)}: {count(extra.images, sample)}, {extra.seconds:.1f} s{why}"
 
 
 # --- Layers -----------------------------------------------------------------------------------------------------------
@@ -228,7 +261,7 @@ def _batch_sizes(layers: tuple[Layer, ...], page: Page) -> list[Text]:
         Column("below limit", under),
     ]
     lines = table(Names(worst, last=True), [TableLayout(columns)], page)
-    return [*page.heading("Other batch sizes, eval path, same samples"), *lines]
+    return [*page.heading("Other batch sizes: mismatch at inference, same samples"), *lines]
 
 
 def _at_size(layers: tuple[Layer, ...], size: int) -> tuple[str, str, str]:
@@ -279,9 +312,14 @@ def _composition(report: Report) -> list[str]:
     return [
         f"The samples of a batch of {size} are alike in {len(alike)} of {count(len(measured), 'layer')}:"
         f" their intraclass correlation (0: drawn at random, 1: all the same) is up to"
-        f" {found.intraclass_correlation:.2f}, in {worst.name}. There, a batch is worth only {effective:.2g} samples"
+        f" {found.intraclass_correlation:.2f}, in {worst.name}. There, a batch is worth only {_samples(effective)}"
         f" drawn at random{middle}."
     ]
+
+
+def _samples(number: float) -> str:
+    """As a figure; only exactly "1" is singular."""
+    return f"{number:.2g} sample{'' if f'{number:.2g}' == '1' else 's'}"
 
 
 def _domains(layers: Sequence[Layer], show_all: bool) -> list[str]:
@@ -319,7 +357,7 @@ _EXCESS, _SLACK = 2.0, 0.005
 
 
 def clipping(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Text]:
-    """The flagged layers of which Batch Renorm would clip much on the train path; nothing if there are none.
+    """The flagged layers of which Batch Renorm would clip much in training; nothing if there are none.
 
     Args:
         layers: All layers.
@@ -340,7 +378,7 @@ def clipping(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Text]:
     ]
     more = f"; --all shows {count(len(found) - len(shown), 'more layer')}" if len(shown) < len(found) else ""
     return [
-        *page.heading("Values that Batch Renorm (r_max 3, d_max 5) would clip, train path"),
+        *page.heading("Values that Batch Renorm (r_max 3, d_max 5) would clip in training"),
         *table(Names([name for name, _ in shown]), [TableLayout(columns)], page),
         *page.paragraph(f"iid: the same for i.i.d. data in batches of n_eq values{more}", style="dim", first="  "),
     ]
@@ -359,16 +397,16 @@ def _notable(values: Distribution) -> bool:
 
 
 def _output(found: Output, page: Page, scores: bool) -> list[Text]:
-    """How far the two paths are apart at the model's output.
+    """How far training and inference are apart at the model's output.
 
     Args:
         found: The figures.
         page: What the lines are written on.
         scores: With loss and metric; without, where another part shows them in more detail.
     """
-    both = [*_both_paths("Loss", found.loss), *_both_paths("Metric", found.metric)] if scores else []
+    both = [*_in_both_modes("Loss", found.loss), *_in_both_modes("Metric", found.metric)] if scores else []
     sentences = [*_output_figures(found), *both, found.note or ""]
-    return page.section("Output, train path against eval path on the same samples", sentences)
+    return page.section("Output: training against inference, on the same samples", sentences)
 
 
 def _output_figures(found: Output) -> list[str]:
@@ -387,8 +425,8 @@ def _output_figures(found: Output) -> list[str]:
     return sentences
 
 
-def _both_paths(name: str, values: PathValues | None) -> list[str]:
+def _in_both_modes(name: str, values: PathValues | None) -> list[str]:
     if values is None:
         return []
     train, evaluated = figures.plain(values.train), figures.plain(values.eval)
-    return [f"{name}: {train} on the train path, {evaluated} on the eval path."]
+    return [f"{name}: {train} in training, {evaluated} at inference."]

@@ -113,7 +113,7 @@ def _chart(layers: Sequence[SweepLayer], scanned: int, page: Page) -> list[Text]
         f"{FINE} passes, {UNDECIDED} undecided, {FLAGGED} fails (95%)",
     )
     return [
-        *page.heading("Mismatch D against batch size, eval path, same samples"),
+        *page.heading("Mismatch D at inference against batch size, same samples"),
         *lines,
         *(line for text in legend for line in page.paragraph(text, style="dim", first="  ")),
     ]
@@ -124,7 +124,7 @@ def _by_size(layers: Sequence[SweepLayer], page: Page) -> list[Text]:
     points = [(layer, point) for layer in layers for point in layer.eval]
     if not points:
         return []
-    return [*page.heading(f"{count(len(layers), 'layer')}, eval path, by batch size"), *_size_table(points, page)]
+    return [*page.heading(f"{count(len(layers), 'layer')}, inference, by batch size"), *_size_table(points, page)]
 
 
 def _by_train_size(layers: Sequence[SweepLayer], page: Page) -> list[Text]:
@@ -132,7 +132,7 @@ def _by_train_size(layers: Sequence[SweepLayer], page: Page) -> list[Text]:
     points = [(layer, point) for layer in layers for point in layer.train]
     if len({point.batch_size for _, point in points}) < 2:
         return []
-    return [*page.heading("Train path, one measurement for each size"), *_size_table(points, page)]
+    return [*page.heading("Training, one measurement for each size"), *_size_table(points, page)]
 
 
 def _size_table(points: Sequence[tuple[SweepLayer, SweepPoint]], page: Page) -> list[Text]:
@@ -161,7 +161,7 @@ def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, show_all: 
     left_out = len(measured) - len(shown)
     more = page.paragraph(f"{count(left_out, 'layer')} with less mismatch not shown; --all shows all.")
     return [
-        *page.heading("Batch size from which on a layer passes, eval path (95%: significantly)"),
+        *page.heading("Batch size from which on a layer passes at inference (95%: significantly)"),
         *table(names, dropping(columns, ("limit", columns[0].heading)), page),
         *(more if left_out else []),
     ]
@@ -179,28 +179,28 @@ def _conclusion(report: SweepReport) -> tuple[str, ...]:
     """The smallest batch size at which every layer passes, in words."""
     sizes = sorted({point.batch_size for layer in report.layers for point in layer.eval})
     if not sizes:
-        return ("No layer could be measured on the eval path.",)
+        return ("No layer could be measured at inference.",)
     found = report.smallest
     if found.likely is None:
         return _none_passes(report, sizes[-1])
     if found.surely == found.likely:
         least = ", the smallest measured" if found.likely == sizes[0] else ""
-        return (f"The smallest batch size at which every layer passes is {found.likely}{least} (eval path).",)
+        return (f"The smallest batch size at which every layer passes at inference is {found.likely}{least}.",)
     significant = f"from {found.surely} on" if found.surely else f"at no size up to {sizes[-1]}"
-    return (f"Every layer passes from batch size {found.likely} on, significantly (95%) {significant} (eval path).",)
+    return (f"At inference every layer passes from batch size {found.likely} on, significantly (95%) {significant}.",)
 
 
 def _none_passes(report: SweepReport, largest: int) -> tuple[str, ...]:
     missing = [layer for layer in report.layers if layer.flagged and not layer.eval]
     if missing:
-        return (f"No batch size lets every layer pass: {missing[0].name} could not be measured on the eval path.",)
+        return (f"No batch size lets every layer pass: {missing[0].name} could not be measured at inference.",)
     failing = [layer for layer in report.layers if layer.eval and layer.smallest.likely is None]
     worst = max(failing, key=lambda layer: layer.eval[-1].mismatch, default=None)
     if worst is None:
         return ("No layer has running statistics that could differ from the batch's.",)
     last = worst.eval[-1]
     first = (
-        f"No batch size up to {largest} lets every layer pass (eval path): {len(failing)} of"
+        f"No batch size up to {largest} lets every layer pass at inference: {len(failing)} of"
         f" {count(len(report.layers), 'layer')} still {'measures' if len(failing) == 1 else 'measure'} below"
         f" the limit, worst {worst.name} (n_eq {figures.equivalent_batch_size(last.equivalent_batch_size)})."
     )
@@ -289,7 +289,7 @@ def _rates(sweep: MomentumSweep, page: Page) -> list[Text]:
         ]
     replayed = f"{count(sweep.batches, 'micro-batch')} of {sweep.batch_size}"
     return [
-        *page.heading(f"Running average replayed on {replayed}, train path"),
+        *page.heading(f"Running average replayed on {replayed}, in training"),
         *table(Names([]), dropping(columns, ("eff. batches", "±", "recovery", "", "loaded")), page),
         *page.paragraphs(_legend(sweep), "dim"),
     ]

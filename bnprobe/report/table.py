@@ -112,12 +112,12 @@ class TableLayout:
     least: int = LEAST_NAME
 
 
-def dropping(columns: Sequence[Column], expendable: Sequence[str]) -> Iterator[TableLayout]:
-    """Layouts that drop columns one by one, those with these headings, in this order."""
-    yield TableLayout(columns)
+def dropping(columns: Sequence[Column], expendable: Sequence[str], least: int = LEAST_NAME) -> Iterator[TableLayout]:
+    """Layouts that drop columns one by one, those with these headings, in this order, for ``least`` cells of names."""
+    yield TableLayout(columns, least)
     for heading in expendable:
         columns = [column for column in columns if column.heading != heading]
-        yield TableLayout(columns)
+        yield TableLayout(columns, least)
 
 
 def fit(

@@ -27,9 +27,9 @@ def render(found: Verification, options: RenderOptions) -> str:
     sides = (("before", found.only_before), ("after", found.only_after))
     alone = [f"only {when}: {listed_in_line(names, options.show_all)}" for when, names in sides if names]
     parts = [
-        [*page.heading(f"{_flagged(found)} (D of the worse path)"), *rows] if rows else [],
+        [*page.heading(f"{_flagged(found)} (D, the larger of training and inference)"), *rows] if rows else [],
         page.section("Only in one of the reports", alone),
-        page.section("Output, train path against eval path (relative L2)", _output(found)),
+        page.section("Output: training against inference (relative L2)", _output(found)),
         page.section("Notes on the comparison", found.notes),
         _closing(found, page),
     ]
@@ -42,10 +42,17 @@ def one_line(found: Verification) -> str:
 
 
 def before_and_after(before: Report, after: Report, page: Page, show_all: bool) -> list[Text]:
-    """The layers of two reports, by name, with n_eq and D of their worse paths; nothing if they share none."""
+    """The layers of two reports, by name, with n_eq and D of the worse mode; nothing if they share none."""
     later = {layer.name: layer for layer in after.layers}
     rows = [_row(layer, later[layer.name]) for layer in before.layers if layer.name in later]
-    return [*page.heading("Mismatch before and after, worse path"), *_table(rows, page, show_all)] if rows else []
+    return (
+        [
+            *page.heading("Mismatch before and after, the larger of training and inference"),
+            *_table(rows, page, show_all),
+        ]
+        if rows
+        else []
+    )
 
 
 def _flagged(found: Verification) -> str:
@@ -65,7 +72,7 @@ def _output(found: Verification) -> list[str]:
 
 def _closing(found: Verification, page: Page) -> list[Text]:
     compared = found.output_before is not None and found.output_after is not None
-    outputs = ", and the outputs of the two paths are no farther apart than before" if compared else ""
+    outputs = ", and the outputs in training and at inference are no farther apart than before" if compared else ""
     text = f"The repair holds: no layer is flagged{outputs}." if found.passed else "The repair does not hold."
     return page.verdict(FINE if found.passed else FLAGGED, text, found.problems)
 

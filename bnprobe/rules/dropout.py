@@ -45,6 +45,7 @@ class DropoutShift(ShareRule):
     )
     upstream_order = 90
     free_remedy = "recalibrated"
+    commands = ("recalibrate",)
     other_remedy = "Move dropout behind the last BN layer and continue training."
 
     def explain(self, layer: Layer, facts: Facts) -> str:

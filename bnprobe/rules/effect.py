@@ -31,6 +31,9 @@ MOVES = 0.02
 
 MODES = ("training", "inference")
 
+STATISTICS = ("with batch statistics", "with running statistics")
+"""What the two ends of an inconsistency are: random layers are off in both, so that the first is not quite training."""
+
 TOLERANCE = 2.0
 """A change is known to be no harm where its interval ends within this many floors."""
 

@@ -58,8 +58,10 @@ class Inconsistency(Rule):
     finding = "loss or metric are worse with running statistics than with batch statistics"
     remedy = (
         "Look for what a batch tells in training and not at inference (pairs in separate calls, sorted samples,"
-        " padding); fine-tune with frozen statistics, so that the weights are trained on what they get at inference."
+        " padding); fine-tune with frozen statistics (bnprobe convert --to frozen --finetune), so that the weights are"
+        " trained on what they get at inference."
     )
+    commands = ("convert --to frozen --finetune",)
     follows_from_any = True
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
@@ -68,7 +70,7 @@ class Inconsistency(Rule):
         if change is None:
             yield self.skipped(None, "needs a loss or metric")
             return
-        words = f"On training batches {change.words('with batch statistics', 'with running statistics')}"
+        words = f"On training batches {change.words(*effect.STATISTICS)}"
         worse = [each for each in found.changes if each.standing == "worse" and each.harm > _limit(each)]
         enough = FEWEST_BATCHES * (1 if facts.scan is None else facts.scan.batch_size)
         few = 0 < max(gap.samples for gap in facts.gaps) < enough
@@ -76,7 +78,7 @@ class Inconsistency(Rule):
             yield self.passed(None, f"{words}{_why_not(found, few)}.", change.harm, _limit(change))
             return
         change = max(worse, key=lambda each: (each.measure == "metric", each.weight))
-        words = f"On training batches {change.words('with batch statistics', 'with running statistics')}"
+        words = f"On training batches {change.words(*effect.STATISTICS)}"
         ruled_out = "; ".join(_ruled_out(facts))
         not_known = f" No cause was found. Ruled out: {ruled_out}." if ruled_out else " No cause was found."
         severity: Severity | None = "info" if facts.is_new else None  # what is not trained yet says nothing

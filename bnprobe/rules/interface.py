@@ -59,6 +59,8 @@ class Rule(ABC):
         free_remedy: The remedy without training that may be all that is needed; reports suggest to measure it.
         other_remedy: What to do instead where that remedy was tried and is no gain.
         larger_batches: Larger batches would help; reports suggest to measure how large.
+        commands: What carries out a remedy of this rule, as the remedy names it after "bnprobe ", e.g. "recalibrate";
+            reports suggest it as a whole command.
     """
 
     code: ClassVar[str]
@@ -84,6 +86,7 @@ class Rule(ABC):
     free_remedy: ClassVar[FreeRemedy | None] = None
     other_remedy: ClassVar[str] = ""
     larger_batches: ClassVar[bool] = False
+    commands: ClassVar[tuple[str, ...]] = ()
 
     def judge(self, facts: Facts) -> Iterator[Verdict]:
         """One verdict for each layer, or for the model; one skipped verdict if what the rule needs is missing."""

@@ -111,6 +111,7 @@ class Lag(ShareRule):
     )
     upstream_order = 80
     free_remedy = "recalibrated"
+    commands = ("recalibrate",)
     other_remedy = "Keep the running statistics, and find out which data or weights they belong to."
 
     def explain(self, layer: Layer, facts: Facts) -> str:

@@ -36,7 +36,7 @@ class LastBatch(Rule):
     title = "last batch of one sample"
     cause = "last_batch"
     severity = "warning"
-    unit = "images in the last batch"
+    unit = "samples in the last batch"
     needs = "data"
     finding = "the last batch of an epoch has one sample"
     stops_training = True

@@ -44,13 +44,14 @@ class NeverTrained(Rule):
     finding = "the running statistics are those of a new layer (mean 0, variance 1)"
     remedy = (
         "Load a checkpoint that contains running_mean and running_var, or recalibrate the running statistics on"
-        " training data."
+        " training data (bnprobe recalibrate)."
     )
     upstream_order = 20
     free_remedy = "recalibrated"
     other_remedy = (
         "Load a checkpoint that contains running_mean and running_var; keep these values if it was trained so."
     )
+    commands = ("recalibrate",)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:

@@ -46,6 +46,7 @@ class NoRunningStats(Rule):
         "Create the running statistics from training data (bnprobe recalibrate), and build the model with"
         " track_running_stats=True to load them."
     )
+    commands = ("recalibrate",)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:

@@ -46,6 +46,7 @@ class NonFinite(Rule):
     )
     stops_training = True
     upstream_order = 10
+    commands = ("recalibrate",)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:

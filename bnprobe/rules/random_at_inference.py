@@ -62,7 +62,7 @@ class RandomAtInference(Rule):
     def check(self, facts: Facts) -> Iterator[Verdict]:
         repeat = None if facts.output is None else facts.output.repeat
         if repeat is None:
-            yield self.skipped(None, "the eval path was not run twice")
+            yield self.skipped(None, "inference was not run twice")
             return
         message = f"Two passes in eval mode over the same samples give outputs that are {percent(repeat)} apart."
         if repeat <= ROUNDING:

@@ -77,7 +77,7 @@ class SharedDomains(Rule):
         if low <= limit and found.main is not None:
             message = (
                 f"{calls} significantly from that of all calls (D = {number(apart)}). That is little, but a network can"
-                f" read from the statistics of a call what it holds: {found.main.words('in training', 'at inference')}."
+                f" read from the statistics of a call what it holds: {found.main.words(*effect.STATISTICS)}."
             )
         return self.failed(layer.name, message, apart, limit, _severity(layer, found))
 

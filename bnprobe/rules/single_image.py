@@ -44,7 +44,7 @@ class SingleImage(Rule):
     title = "one sample at a time"
     cause = "single_image"
     severity = "warning"
-    unit = "images per batch"
+    unit = "samples per batch"
     needs = "data"
     finding = "with one sample at a time the layers act as instance norms in training, but not at inference"
     remedy = (
@@ -52,6 +52,7 @@ class SingleImage(Rule):
         " --finetune)."
     )
     upstream_order = 110
+    commands = ("convert --to frozen --finetune",)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         size = 0 if facts.scan is None else facts.scan.batch_size

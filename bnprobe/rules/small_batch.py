@@ -38,7 +38,7 @@ class SmallBatch(ShareRule):
 
     Remedy:
         Use larger batches, or synchronized BN across processes. Where that is impossible, fine-tune with frozen
-        statistics (`bnprobe convert --finetune --to frozen`). On networks trained at batch size 2 on purpose, larger
+        statistics (`bnprobe convert --to frozen --finetune`). On networks trained at batch size 2 on purpose, larger
         batches won back 14 to 95% of what was lost, frozen statistics 50%, and Batch Renorm 25% at 40% of the training
         steps. `--to auto` tries them next to plain BN. Gradient accumulation does not help: it leaves the normalization
         batch as it is.
@@ -54,11 +54,12 @@ class SmallBatch(ShareRule):
     finding = "batches have too few values, so their mean and variance are noisy"
     remedy = (
         "Train with larger normalization batches (or synchronized BN). Where that is impossible, fine-tune with frozen"
-        " statistics (bnprobe convert --finetune --to frozen), which wins back less."
+        " statistics (bnprobe convert --to frozen --finetune), which wins back less."
     )
     follows_from = (Link("single_value"), Link("single_image"), Link("shared_domains", _is_mostly_composition))
     upstream_order = 120
     larger_batches = True
+    commands = ("convert --to frozen --finetune",)
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         samples = "" if facts.scan is None else f" from a batch of {facts.scan.batch_size}"

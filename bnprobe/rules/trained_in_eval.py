@@ -64,7 +64,7 @@ class TrainedInEval(Rule):
         if change is None:
             yield self.skipped(None, "needs a loss or metric")
             return
-        words = f"On training batches {change.words('with batch statistics', 'with running statistics')}"
+        words = f"On training batches {change.words(*effect.STATISTICS)}"
         new = {layer.name for layer in facts.anatomy if layer.untouched}
         layers = [name for name, layer in facts.layers.items() if name not in new and _has_other_statistics(layer)]
         if found.standing != "better" or not layers or _recalibration_helps(facts) or effect.is_at_chance(facts.chance):

@@ -102,7 +102,7 @@ UNUSABLE = [
     ),
     pytest.param(
         "def loss(model, batch):\n    return {}['loss']\n",
-        ["KeyError while calling loss(model, batch) (train path): 'loss'", 'model.py", line 32, in loss'],
+        ["KeyError while calling loss(model, batch) (training): 'loss'", 'model.py", line 32, in loss'],
         id="exception-in-loss",
     ),
     pytest.param(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -37,6 +39,23 @@ CASES = {
 }
 
 
+TRAINED = "\n\ndef load_model(width=0):\n    net = Net()\n    net.bn.weight.data.fill_(2.0)\n    return net\n"
+"""A network whose weights are not those of a new one: what is wrong with it is more than a remark."""
+
+REPAIRS = {
+    "stale statistics": (SHIFTED + TRAINED, 2, "recalibrate model.py --batch-size 2 -o recalibrated.safetensors"),
+    "no statistics": (CASES["no statistics"][0], 2, "recalibrate model.py --batch-size 2 -o recalibrated.safetensors"),
+    "one sample per batch": (  # the spec asks for a short training
+        (MODEL + TRAINED + LOSS + HELD_OUT)
+        .replace("8, 8", "2, 2")
+        .replace("images() + 1", "images()")
+        .replace("fill_(2.0)", "fill_(2.0)\n    net.bn.running_mean.fill_(0.01)"),
+        1,
+        "convert spec.yaml --batch-size 1 --to frozen --finetune -o repaired.safetensors",
+    ),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_next_command_runs_as_printed(workspace: Workspace, case: str) -> None:
     text, size = CASES[case]
@@ -46,6 +65,32 @@ def test_the_next_command_runs_as_printed(workspace: Workspace, case: str) -> No
     command = printed(found.stdout)
     assert command[0] == "bnprobe"
     assert workspace.run(*command[1:]).code in (CLEAN, FINDINGS)
+
+
+@pytest.mark.parametrize("case", REPAIRS)
+def test_the_next_command_does_what_the_first_remedy_says(workspace: Workspace, case: str) -> None:
+    text, size, expected = REPAIRS[case]
+    workspace.write("model.py", text)
+    workspace.write("spec.yaml", "model: {target: model.py}\ntrain: {steps: 4}\n")
+    target = shlex.split(expected)[1]
+    command = printed(workspace.run("scan", target, "--batch-size", str(size), "--all").stdout)
+    assert command == ["bnprobe", *shlex.split(expected)]
+    assert workspace.run(*command[1:]).code in (CLEAN, FINDINGS)
+    assert (workspace.folder / command[-1]).exists()
+
+
+def test_the_next_command_loads_the_same_weights_and_arguments(workspace: Workspace) -> None:
+    workspace.write("my model.py", SHIFTED + TRAINED)
+    made = (
+        "import runpy, torch; torch.save({'ema': runpy.run_path('my model.py')['load_model']().state_dict()}, 'all.pt')"
+    )
+    subprocess.run([sys.executable, "-c", made], cwd=workspace.folder, check=True)
+    given = ("--checkpoint", "all.pt", "--key=ema", "--model-arg", "width=3", "--batch-size", "2", "--seed", "1")
+    found = workspace.run("scan", *given, "my model.py", "--batches", "8", "--exit-zero", "--select", "BN102,BN203")
+    command = printed(found.stdout)
+    assert command == ["bnprobe", "recalibrate", *given, "my model.py", "-o", "all-recalibrated.safetensors"]
+    assert workspace.run(*command[1:]).code == CLEAN
+    assert (workspace.folder / "all-recalibrated.safetensors").exists()
 
 
 def printed(text: str) -> list[str]:

@@ -115,7 +115,7 @@ def test_the_smallest_size_is_the_first_from_which_on_all_layers_pass() -> None:
     assert (found.smallest.surely, found.smallest.likely) == (8, 8)
     assert found.layers[0].smallest == found.smallest
     assert [point.standing for point in found.layers[0].eval] == ["fails", "passes", "passes"]
-    assert "The smallest batch size at which every layer passes is 8 (eval path)." in _printed(found)
+    assert "The smallest batch size at which every layer passes at inference is 8." in _printed(found)
     strict = sweep(model, data, 2, batch_sizes=(8, 16), num_batches=512, thresholds={"*": 100.0})
     assert (strict.smallest.surely, strict.smallest.likely) == (None, None)
     assert "No batch size up to 16 lets every layer pass" in _printed(strict)

@@ -552,6 +552,15 @@ def test_training_and_held_out_data_from_one_function(tmp_path: Path, what: str)
         assert values(source.beside) == [[1, 1], [1, 1]]
 
 
+def test_loaders_that_come_with_held_out_data_go_before_a_data_set(tmp_path: Path) -> None:
+    loader = "def made(n): return DataLoader(TensorDataset(torch.full((4, 1), float(n))), batch_size=2)\n"
+    text = f"{loader}trainset = images\ndef get_loaders(batch_size): return made(0), made(1)\n"
+    source = find(tmp_path, text, batch_size=2)
+    assert source.description.startswith("get_loaders of ")
+    assert source.beside is not None
+    assert source.beside.description.startswith("the validation data of get_loaders of ")
+
+
 def held_out(folder: Path, text: str, size: int = 4, **spec: Any) -> BatchSource:
     found = load_held_out(EvalDataSpec(**spec), module(folder, text), size)
     assert found is not None

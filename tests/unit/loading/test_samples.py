@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 from bnprobe.errors import DataError
-from bnprobe.loading.samples import SampleCount, count_samples
+from bnprobe.loading.samples import SampleCount, count_samples, kind_of_sample
 
 
 @dataclass
@@ -131,3 +131,26 @@ def test_what_cannot_be_told_names_the_line_to_write() -> None:
 def test_nothing_to_count() -> None:
     assert count_samples(("a", 1)) is None
     assert count_samples(object()) is None
+
+
+KINDS = {
+    "colour image": ([torch.zeros(4, 3, 32, 32), torch.zeros(4)], "image"),
+    "grey image as a dictionary": ({"image": torch.zeros(4, 1, 28, 28)}, "image"),
+    "spectrogram": (torch.zeros(4, 1, 64, 400), "sample"),
+    "joints of a skeleton over time": (torch.zeros(4, 3, 300, 25), "sample"),
+    "feature map": (torch.zeros(4, 64, 8, 8), "sample"),
+    "row": ((torch.zeros(4, 30), torch.zeros(4)), "row"),
+    "recording": (torch.zeros(4, 16000), "sample"),
+    "numbers of words": (torch.zeros(4, 30, dtype=torch.int64), "sample"),
+    "volume": (torch.zeros(4, 1, 8, 8, 8), "sample"),
+    "packed": (pack_sequence([torch.zeros(3, 1), torch.zeros(2, 1)]), "sequence"),
+    "graph": (GraphBatch(torch.zeros(4, 3), torch.zeros(2, 5), torch.zeros(4), torch.tensor([0, 2, 4])), "graph"),
+    "images of several sizes": ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], "sample"),
+    "nothing": ([], "sample"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_are_called_what_they_surely_are(kind: str) -> None:
+    batch, word = KINDS[kind]
+    assert kind_of_sample(batch) == word

@@ -1,4 +1,4 @@
-"""Where the mismatch comes from, and what is wrong, as the terminal report tells it."""
+"""Where the mismatch at inference comes from, and what is wrong, as the terminal report tells it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import fabricated_reports as fabricated
 import pytest
 from rendered import said, section, text_of
 
-from bnprobe.records import Composition, Diagnosis, Domains, Report
-from bnprobe.report.scan import effective_samples
+from bnprobe.records import Composition, Diagnosis, Domains, ExtraPass, Report
+from bnprobe.report.scan import effective_samples, one_line
 
-BARS = "Where the mismatch comes from"
+BARS = "Where the mismatch at inference comes from"
 
 
 def share_rows(report: Report, width: int = 80) -> dict[str, str]:
@@ -97,11 +97,11 @@ def test_calls_on_data_that_differ_are_named_worst_first() -> None:
 def test_a_diagnosis_names_cause_rule_extent_impact_place_remedy_and_consequences() -> None:
     found = said(causes.lag())
     assert (
-        "✗ 1 Stale running statistics (BN203): 1 of 9 layers, moves the outputs by 41% layer2.0.bn1; model.py:31"
+        "✗ 1 Stale running statistics (BN203): 1 of 9 layers, output change 41% layer2.0.bn1; model.py:31"
         " The running statistics are not those that training now settles on."
     ) in found
     assert "Remedy: Recalibrate the running statistics: bnprobe.recalibrate(model, batches)." in found
-    assert "Also explains: propagation in 5 layers: layer2.0.bn2, layer2.0.downsample.1" in found
+    assert "Also explains: mismatch from earlier layers (5 layers: layer2.0.bn2, layer2.0.downsample.1" in found
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,36 @@ def test_a_diagnosis_names_cause_rule_extent_impact_place_remedy_and_consequence
 )
 def test_the_extent_is_said_once(message: str, shown: str) -> None:
     made = Diagnosis(
-        "small_batch", "BN201", "error", ("a", "b"), None, message, "", ("dropout_before_norm in 2 layers",)
+        "small_batch",
+        "BN201",
+        "error",
+        ("a", "b"),
+        None,
+        message,
+        "",
+        ("dropout_before_norm in 2 layers", "inconsistency in the outputs"),
     )
     found = said(replace(fabricated.healthy(), diagnoses=(made,)))
-    assert f"✗ Batches too small (BN201): {shown} Also explains: dropout before norm in 2 layers." in found
+    assert (
+        f"✗ Batches too small (BN201): {shown} Also explains: dropout before BatchNorm (2 layers); worse at inference."
+        in found
+    )
+
+
+def test_layer_names_are_printed_as_they_are_however_long() -> None:
+    name = "backbone.encoder.stage_with_a_long_name.0.residual.normalization"
+    made = Diagnosis("lag", "BN203", "error", (name,), None, f"{name}: it lags.", "", ())
+    assert name in said(replace(fabricated.healthy(), diagnoses=(made,)))
+
+
+def test_an_output_change_says_on_which_samples_it_was_measured() -> None:
+    report = causes.lag()
+    passes = (ExtraPass("impact", "how much", 16, 0.5),)
+    found = said(replace(report, scan=replace(report.scan, passes=passes)))
+    assert (
+        "Output change: relative L2 change of the outputs if these layers use batch statistics, on 16 samples;" in found
+    )
+    assert "relative L2 change of the outputs if only this layer uses batch statistics, on 16 samples" in found
 
 
 def test_a_lone_layer_is_not_named_twice() -> None:
@@ -166,6 +192,7 @@ def test_a_diagnosis_of_layers_that_are_not_in_the_report_still_prints() -> None
 def test_the_verdict_and_its_diagnoses_end_the_report(name: str) -> None:
     lines = text_of(fabricated.REPORTS[name]()).split("\n")
     headline = next(index for index, line in enumerate(lines) if line.startswith("✗ ") and "layers are" in line)
+    assert lines[:headline].count(f"✗ {one_line(fabricated.REPORTS[name]())}.") == 1
     first = next(index for index, line in enumerate(lines) if re.match(r"  ✗ .*\(BN\d+\)", line))
     assert headline < first <= headline + 3
     assert not [line for line in lines[first:] if line.startswith(("Output", "Where the mismatch"))]

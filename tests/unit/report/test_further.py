@@ -38,7 +38,7 @@ def test_gaps_lead_from_training_to_held_out_data() -> None:
         True
     ] * 7
     assert "On 256 training and 128 held-out samples; ± is the 95% interval of a step." in said(with_gaps(LOSS))
-    assert "The largest step in the loss is the train/test inconsistency" in said(with_gaps(LOSS))
+    assert "The largest step in the loss is that from batch to running statistics." in said(with_gaps(LOSS))
 
 
 def test_the_steps_of_two_measures_fit_80_columns_in_words() -> None:
@@ -68,8 +68,8 @@ def test_the_largest_step_is_named_only_if_it_is_significant_and_most_of_it(step
     none = Gap("metric", 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, samples=256)
     words = {
         "training_noise": "beyond batch statistics",
-        "inconsistency": "inconsistency",
-        "generalization": "generalization",
+        "inconsistency": "to running",
+        "generalization": "to held-out data",
     }
     sure = replace(none, **{step: -0.4, f"{step}_interval": (-0.5, -0.3)})
     assert f"{words[step]}" in said(with_gaps(sure)).partition("The largest step")[2]
@@ -85,7 +85,7 @@ def test_the_output_part_leaves_loss_and_metric_to_the_gaps() -> None:
     report = causes.lag()
     assert "Loss: " not in said(report)
     without = replace(report, summary=replace(report.summary, gaps=()))
-    assert "Loss: 0.312 on the train path" in said(without)
+    assert "Loss: 0.312 in training" in said(without)
 
 
 def remedy(name: str, after: Score, before: Score | None = None) -> Remedy:
@@ -98,7 +98,7 @@ def test_the_best_remedy_comes_first_and_is_put_in_words() -> None:
     assert lines[1] == "  Recalibrating takes the loss from 1.92 to 0.08."
     assert lines[3].split() == ["recalibrated", "1.92", "→", "0.08", "0.41", "→", "0.98"]
     assert [line[2:].partition("  ")[0] for line in lines[3:7]] == [
-        "recalibrated", "evaluation statistics", "batch statistics", "batch statistics, batches of 16",
+        "recalibrated", "recalibrated on held-out data", "batch statistics", "batch statistics, batches of 16",
     ]  # fmt: skip
     assert "normalized with its own statistics; baseline: loss 1.64" in said(causes.lag())
 
@@ -133,6 +133,14 @@ def test_the_best_remedy_comes_first_and_is_put_in_words() -> None:
 )
 def test_what_a_remedy_does_not_do_is_said_too(remedies: list[Remedy], words: str) -> None:
     assert " ".join(" ".join(section(with_remedies(*remedies), REMEDIES)[1:3]).split()).startswith(words)
+
+
+def test_other_samples_than_those_of_the_steps_are_said_to_be_others() -> None:
+    other = "Not the same samples as for the steps above (128 held-out samples): their values differ."
+    report = replace(with_gaps(LOSS), remedies=(remedy("recalibrated", Score(0.5, None), Score(1.85, None)),))
+    assert LOSS.held_out == 1.92
+    assert other in said(report)
+    assert other not in said(replace(report, remedies=(remedy("recalibrated", Score(0.5, None)),)))
 
 
 def test_a_remedy_without_scores_comes_last() -> None:
@@ -190,15 +198,18 @@ def test_a_layer_that_is_called_twice_may_be_updated_twice_with_different_batche
     assert "Updated once" not in said(report)
 
 
-def test_extra_passes_and_the_pool_have_their_cost() -> None:
+def test_extra_passes_and_regrouped_samples_have_their_cost() -> None:
     scan = replace(
         parts.SCAN,
         passes=(ExtraPass("held-out data", "eval_data is given.", 128, 0.41),),
         pool=Pool(512, 1_258_291, 256),
     )
     found = said(replace(parts.report([]), scan=scan))
-    assert "held-out data: 128 samples, 0.4 s (eval_data is given) pool: 512 samples, 1.2 MiB" in found
-    assert "regrouped at random into 256 micro-batches" in found
+    assert (
+        "held-out data: 128 samples, 0.4 s (eval_data is given) samples regrouped at random: 512 samples, 1.2 MiB"
+        in found
+    )
+    assert "1.2 MiB, in 256 micro-batches (to measure non-i.i.d. batches)" in found
 
 
 @pytest.mark.parametrize(("number", "size"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 40, "5120.0 GiB")])
@@ -208,5 +219,5 @@ def test_sizes(number: int, size: str) -> None:
 
 def test_parts_without_anything_are_left_out() -> None:
     bare = parts.report([parts.layer("bn", None, None)])
-    titles = ("From training", REMEDIES, BACKWARD, UPDATES, "Measured beyond the two paths")
+    titles = ("From training", REMEDIES, BACKWARD, UPDATES, "Measured besides")
     assert [section(bare, title) for title in titles] == [[]] * 5

@@ -12,7 +12,7 @@ from rich.cells import cell_len
 
 from bnprobe.records import Layer
 
-TITLE = "Values that Batch Renorm (r_max 3, d_max 5) would clip, train path"
+TITLE = "Values that Batch Renorm (r_max 3, d_max 5) would clip in training"
 MOST_LAYERS = 5
 
 

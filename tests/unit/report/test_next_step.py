@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from typing import Any
 
 import fabricated_reports as fabricated
 import pytest
@@ -11,10 +12,11 @@ from fabricated_parts import SCAN, report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnprobe.records import Report
+from bnprobe.records import Gap, Report
 from bnprobe.report.diagnoses import closing as verdict
 from bnprobe.report.next_step import with_options
 from bnprobe.report.page import broken
+from bnprobe.rules import RULES
 
 COMMAND = "bnprobe scan model.py --batch-size 2"
 
@@ -91,11 +93,38 @@ def test_a_diagnosis_says_what_is_next(name: str, headline: str, command: str) -
     assert (end.headline, end.step.command) == (headline, command)
 
 
-def test_statistics_that_other_batches_may_mend_are_to_be_measured_where_evaluation_data_is_given() -> None:
-    unmeasured = replace(fabricated.REPORTS["lag"](), remedies=())
-    assert verdict(unmeasured, COMMAND).step.command == f"{COMMAND} --what-if"
-    without = replace(unmeasured, summary=replace(unmeasured.summary, gaps=()))
-    assert verdict(without, COMMAND).step.command == "bnprobe explain BN203"
+def stale(remedy: str = "", **scan: Any) -> Report:
+    """A report whose first diagnosis is that of stale statistics, with the remedy of the rule."""
+    report = fabricated.REPORTS["lag"]()
+    first = replace(report.diagnoses[0], remedy=remedy or RULES["BN203"].remedy)
+    return replace(report, diagnoses=(first, *report.diagnoses[1:]), scan=replace(report.scan, **scan))
+
+
+def test_the_command_of_the_first_remedy_has_the_options_that_load_the_same_model_and_data() -> None:
+    report = stale(checkpoint="runs/7 b/best.pt")
+    command = "bnprobe scan --what-if --checkpoint 'runs/7 b/best.pt' --batches=8 model.py:net --key ema --all"
+    assert verdict(report, command).step.command == (
+        "bnprobe recalibrate --checkpoint 'runs/7 b/best.pt' model.py:net --key ema -o best-recalibrated.safetensors"
+    )
+
+
+def test_what_no_command_can_do_is_explained() -> None:
+    for found in (stale("Set eps=0.001 in all BN layers."), stale(synthetic=True)):
+        assert verdict(found, COMMAND).step.command == "bnprobe explain BN203"
+
+
+def test_training_is_suggested_only_with_a_loss_and_held_out_data() -> None:
+    report = fabricated.REPORTS["training"]()
+    diagnosis = replace(
+        report.diagnoses[0], rule="BN211", layers=(), remedy="Fine-tune (bnprobe convert --to frozen --finetune)."
+    )
+    unscored = replace(report, diagnoses=(diagnosis,), summary=replace(report.summary, gaps=()))
+    assert verdict(unscored, COMMAND).step.command == "bnprobe explain BN211"
+    gap = Gap("loss", 0.1, 0.1, 0.9, 1.0, 0.0, 0.8, 0.1)
+    scored = replace(unscored, summary=replace(unscored.summary, gaps=(gap,)))
+    assert verdict(scored, COMMAND).step.command == (
+        "bnprobe convert model.py --batch-size 2 --to frozen --finetune --layers '*' -o batch2-repaired.safetensors"
+    )
 
 
 def test_a_hint_leaves_a_clean_verdict_clean_and_an_interrupted_scan_is_finished_first() -> None:
@@ -107,6 +136,15 @@ def test_a_hint_leaves_a_clean_verdict_clean_and_an_interrupted_scan_is_finished
     assert verdict(partial, COMMAND).step.command == COMMAND
 
 
+def test_an_error_beside_undecided_layers_is_the_result() -> None:
+    report = fabricated.undecided()
+    error = replace(fabricated.REPORTS["lag"]().diagnoses[0], rule="BN213", cause="random_at_inference")
+    end = verdict(replace(report, diagnoses=(error,)), COMMAND)
+    assert (end.sign, end.headline) == ("✗", "No layer is flagged for its mismatch, but 1 problem was found.")
+    assert "2 layers are undecided." in end.sentences
+    assert end.step.command == "bnprobe explain BN213"
+
+
 def test_the_diagnoses_replace_the_sentence_on_the_worst_layer() -> None:
     flagged = fabricated.flagged()
     assert not [text for text in verdict(flagged, COMMAND).sentences if "Worst" in text]
@@ -116,33 +154,42 @@ def test_the_diagnoses_replace_the_sentence_on_the_worst_layer() -> None:
 def test_the_worst_layers_are_named_worst_first() -> None:
     sentences = verdict(fabricated.batch_sizes(), COMMAND).sentences
     assert sentences == (
-        "Worst is layer3.0.downsample.1: it behaves as if the batch were 2.0 values, and the limit is 32 "
-        "(train path). Next worst: layer3.0.bn2 (n_eq 2.4), layer3.0.bn1 (n_eq 3.0).",
+        "Worst is layer3.0.downsample.1: in training it behaves as if the batch were 2.0 values, and the limit is 32."
+        " Next worst: layer3.0.bn2 (n_eq 2.4), layer3.0.bn1 (n_eq 3.0).",
     )
 
 
 def test_undecided_layers_come_with_the_path_and_interval_that_straddle_the_limit() -> None:
     assert verdict(fabricated.undecided(), COMMAND).sentences == (
-        "block.1.bn: n_eq is 25.4 to 58.9 (95%, train path), and the limit is 32.",
-        "block.0.bn: n_eq is 26.5 to 49.0 (95%, train path), and the limit is 32.",
+        "block.1.bn: n_eq in training is 25.4 to 58.9 (95%), and the limit is 32.",
+        "block.0.bn: n_eq in training is 26.5 to 49.0 (95%), and the limit is 32.",
     )
 
 
 def test_a_mismatch_that_no_batch_size_explains_is_not_put_as_a_batch_size() -> None:
     (sentence,) = verdict(fabricated.no_batch_size_helps(), COMMAND).sentences
-    assert sentence == "Worst is bn2: it differs more than small batches can explain, D = 2.25 (train path)."
+    assert sentence == "Worst is bn2: in training it differs more than small batches can explain, D = 2.25."
+
+
+def test_a_layer_below_its_limit_by_noise_alone_is_within_it_but_not_above() -> None:
+    report = fabricated.healthy()
+    noisy = replace(report.layers[0], eval=replace(report.layers[0].eval, mismatch=0.075, equivalent_batch_size=20.4))
+    found = verdict(replace(report, layers=(noisy, *report.layers[1:])), COMMAND).headline
+    assert found == (
+        f"Every layer is within its limit; the smallest n_eq is 20.4, in {noisy.name}, by noise of its batches."
+    )
 
 
 def test_an_overflowed_path_is_the_worst() -> None:
     sentences = verdict(fabricated.overflow(), COMMAND).sentences
-    assert sentences[0].startswith("Worst is bn2, which could not be measured on the eval path.")
+    assert sentences[0].startswith("Worst is bn2, which could not be measured at inference.")
 
 
 def test_what_weakens_the_result_is_said() -> None:
     report = fabricated.skipped()
     report = replace(report, scan=replace(report.scan, synthetic=True))
     assert verdict(report, COMMAND).sentences == (
-        "1 layer could not be measured on both paths.",
+        "1 layer could not be measured in both modes.",
         "10 layers skipped.",
         "The inputs were generated: this shows structure and batch noise, not your data (exit 0).",
     )

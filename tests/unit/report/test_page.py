@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from bnprobe.report import RenderOptions, render
+from bnprobe.report.page import Page
 
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 TO_PASTE = "    "
@@ -63,3 +64,13 @@ def test_only_commands_and_code_are_wider_than_the_page(case: tuple[str, str]) -
 def test_a_narrower_terminal_is_treated_as_one_of_40_columns(kind: str) -> None:
     name = next(name for found, name in CASES if found == kind)
     assert text_of(kind, name, width=10) == text_of(kind, name, width=40)
+
+
+def test_dotted_names_are_shortened_between_their_parts() -> None:
+    names = [f"features.denseblock1.denselayer{number}.norm{kind}" for number in (9, 10) for kind in (1, 2)]
+    assert Page(80, unicode=True).shorten(names, 30) == [
+        "features.….denselayer9.norm1",
+        "features.….denselayer9.norm2",
+        "features.….denselayer10.norm1",
+        "features.….denselayer10.norm2",
+    ]

@@ -254,3 +254,11 @@ def test_what_was_not_written_is_not_named() -> None:
     assert "scan before" not in text
     assert "No weights were written." in text_of(repairs.failed())
     assert "load_file" not in text_of(repairs.failed())
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_names_of_models_are_not_cut(width: int) -> None:
+    record = repairs.RECORDS["better"]()
+    first, *others = record.proof.arms
+    long = replace(record.proof, arms=(replace(first, name="BN recalibrated afterwards"), *others))
+    assert "BN recalibrated afterwards " in text_of(replace(record, proof=long), options=RenderOptions(width=width))

@@ -9,11 +9,13 @@ import fabricated_reports as fabricated
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rendered import said
 from rich.cells import cell_len
 
-from bnprobe.records import Output, Report, SkippedLayer
+from bnprobe.records import Diagnosis, Output, Report, SkippedLayer
 from bnprobe.report import RenderOptions, renderer
 from bnprobe.report.page import FINE, FLAGGED, UNMEASURED
+from bnprobe.report.scan import one_line
 
 render = renderer("terminal", Report)
 
@@ -109,3 +111,31 @@ def table_signs(text: str) -> list[str]:
     start = next(index for index, line in enumerate(lines) if line.startswith("   layer")) + 1
     end = next(index for index, line in enumerate(lines) if line.startswith(" ") and "1/4" in line)
     return [line[:3].strip() for line in lines[start:end]]
+
+
+def test_the_header_names_the_held_out_data_and_calls_samples_what_they_are() -> None:
+    report = fabricated.healthy()
+    known = {"data": "load_data of model.py (1437 samples)", "held_out": "load_eval_data of model.py (360 samples)"}
+    scan = replace(report.scan, sample="image", held_out_images=256, **known)
+    found = said(replace(report, scan=scan))
+    assert "data load_data of model.py (1,437 images)" in found
+    assert "held-out load_eval_data of model.py (360 images); 256 images measured" in found
+    assert f"= {report.scan.images:,} images in" in found
+    every = said(replace(report, scan=replace(scan, held_out_images=360)))
+    assert "held-out load_eval_data of model.py (360 images) checkpoint" in every
+
+
+@pytest.mark.parametrize(
+    ("severities", "words"),
+    [
+        (["error", "warning", "error"], "6 of 9 layers flagged, 2 errors, 1 warning: batches too small"),
+        (["info"], "6 of 9 layers flagged"),
+        ([], "6 of 9 layers flagged"),
+    ],
+)
+def test_the_verdict_in_one_line_stands_first_and_once(severities: list[str], words: str) -> None:
+    made = [Diagnosis("small_batch", "BN201", severity, ("a",), None, "Noise.", "") for severity in severities]
+    report = replace(fabricated.flagged(), diagnoses=tuple(made))
+    assert one_line(report) == words
+    parts_ = render(report, RenderOptions()).split("\n\n")
+    assert parts_[1] == f"✗ {words}."

@@ -15,7 +15,7 @@ EXACT = SelfCheck(0.0, 0.0, 1e-4, True, None)
 SAID = {
     "passed: micro-batches run one by one agree exactly.": EXACT,
     "passed: micro-batches run one by one agree to 3e-06.": replace(EXACT, output_error=3e-6),
-    "passed: micro-batches run one by one agree exactly on the eval path.": replace(EXACT, paths=("eval",)),
+    "passed: micro-batches run one by one agree exactly at inference.": replace(EXACT, paths=("eval",)),
     "passed: in float64, micro-batches run one by one agree to 1e-11.": replace(
         EXACT, statistic_error=1e-11, float64=True
     ),

@@ -47,10 +47,8 @@ def test_why_a_repair_does_not_hold() -> None:
 
 
 def test_outputs_that_were_not_measured_are_not_claimed_to_agree() -> None:
-    both = (
-        "✓ The repair holds: no layer is flagged, and the outputs of the two paths are no farther apart than before.\n"
-    )
-    assert both in render(repairs.verified(), WIDE)
+    outputs = "and the outputs in training and at inference are no farther apart than before.\n"
+    assert f"✓ The repair holds: no layer is flagged, {outputs}" in render(repairs.verified(), WIDE)
     assert "✓ The repair holds: no layer is flagged.\n" in render(replace(repairs.verified(), output_after=None), WIDE)
     assert "  38% → –\n" in render(replace(repairs.verified(), output_after=None), WIDE)
 

@@ -29,7 +29,7 @@ def test_it_is_an_error_where_the_output_really_moves(repeat: float, outcome: st
 
 def test_one_pass_says_nothing() -> None:
     facts = make_evidence(make_layer(), output=Output(0.1, None, None, None, None))
-    assert run_rule("BN213", facts) == [skipped("BN213", None, "the eval path was not run twice")]
+    assert run_rule("BN213", facts) == [skipped("BN213", None, "inference was not run twice")]
 
 
 class Drawing(nn.Module):

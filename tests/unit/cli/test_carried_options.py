@@ -1,0 +1,46 @@
+"""The command that a scan suggests has the user's options that the other command takes too."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+
+from bnprobe.cli.app import app
+from bnprobe.cli.options import DATA, MODEL
+from bnprobe.report.next_step import CARRIED, FLAGS
+from bnprobe.rules import RULES
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def options_of(command: str) -> dict[str, typer.core.TyperOption]:
+    return {
+        name: parameter
+        for parameter in COMMANDS[command].params
+        for name in parameter.opts
+        if isinstance(parameter, typer.core.TyperOption)
+    }
+
+
+@pytest.mark.parametrize("command", ["scan", "recalibrate", "convert"])
+def test_every_option_that_is_carried_over_is_one_of_the_command(command: str) -> None:
+    assert set(options_of(command)) >= CARRIED
+
+
+def test_what_chooses_model_and_data_is_carried_over_wherever_it_can_be() -> None:
+    shared = set(options_of("scan")) & set(options_of("recalibrate")) & set(options_of("convert"))
+    panels = {name: option.rich_help_panel for name, option in options_of("scan").items()}
+    assert {name for name in shared if panels[name] in (MODEL, DATA)} <= CARRIED
+
+
+def test_the_flags_are_those_of_a_scan() -> None:
+    assert {name for name, option in options_of("scan").items() if option.is_flag} - {"--help"} == FLAGS
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.commands], ids=lambda rule: rule.code)
+def test_the_command_of_a_rule_is_named_by_its_remedy_and_exists(rule: object) -> None:
+    for arguments in rule.commands:  # type: ignore[attr-defined]
+        assert f"bnprobe {arguments}" in rule.remedy  # type: ignore[attr-defined]
+        name, *words = arguments.split()
+        options = options_of(name)
+        assert all(word in options for word in words if word.startswith("--"))
