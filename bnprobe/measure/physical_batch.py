@@ -49,6 +49,8 @@ _BLIND = 0.3
 _SAID = 120
 """Characters of the message of an exception that a report quotes."""
 
+_NOTHING = "No layer and no output shows whether micro-batches can run together."
+
 DIFFERENT_SIZES = "the micro-batches differ in size"
 """Why they run one by one."""
 
@@ -193,10 +195,12 @@ def _compare(session: Session, path: PathName, micro_batches: list[Any], batch_s
     except (CannotEmulateError, UserCodeError) as error:
         return _Comparison(not_emulated(as_sentence(error)), footprint)
     unit = _unit(session)
+    found = _output_error(outputs, output, batch_size * len(micro_batches))
+    if found is None and not _references(reals):
+        return _Comparison(not_emulated(_NOTHING), footprint)
     check, blind = _judge(session, reals, shaken, emulated, unit)
-    samples = batch_size * len(micro_batches)
-    output_error = _output_error(outputs, output, samples)
-    output_tolerance = unit * _FLOOR + _AMPLIFICATION * _output_error(outputs[:1], shaken_output, batch_size)
+    output_error, moved = found or 0.0, _output_error(outputs[:1], shaken_output, batch_size) or 0.0
+    output_tolerance = unit * _FLOOR + _AMPLIFICATION * moved
     agrees = output_error <= unit * _FLOOR or output_error <= output_tolerance <= _BLIND
     blind = blind or (not agrees and not output_tolerance <= _BLIND)
     passed = check.passed and agrees
@@ -369,9 +373,10 @@ def _unit(session: Session) -> float:
     return min(coarsest, 0.05 / _FLOOR)
 
 
-def _output_error(outputs: list[Any], joint: Any, samples: int) -> float:
-    """Relative L2 difference between the concatenated real outputs and the emulated output."""
+def _output_error(outputs: list[Any], joint: Any, samples: int) -> float | None:
+    """Relative L2 difference between the concatenated real outputs and the emulated output; None if none compares."""
     error = norm = 0.0
+    compared = False
     for parts, whole in zip(zip(*map(tensors_of, outputs), strict=False), tensors_of(joint), strict=False):
         if any(part.dim() == 0 for part in parts):
             continue
@@ -382,9 +387,11 @@ def _output_error(outputs: list[Any], joint: Any, samples: int) -> float:
         size = float(reference.norm()) or 1.0
         rows = (_finite(part.double()) for part in _arrangements(parts, samples))
         difference = min(float((each - reference).norm()) / size for each in rows)
-        weight = float(reference.square().sum())
+        weight, compared = float(reference.square().sum()), True
         error += difference**2 * weight
         norm += weight
+    if not compared:
+        return None
     return (error / norm) ** 0.5 if norm > 0 else error
 
 

@@ -373,3 +373,21 @@ class Bounded(nn.Module):
 def test_changed_inputs_stay_within_their_range() -> None:
     report = scan(unsettled(Bounded()), [(x > 0).float() for x in images(8, 4, 6)], 4, num_batches=8)
     assert report.scan.emulated, report.scan.emulation
+
+
+class OnlyInTraining(nn.Module):
+    """At inference it calls no layer and returns one number: nothing shows whether samples are mixed there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x).sum() if self.training else (x - x.mean(0)).square().sum()
+
+
+def test_a_check_that_compares_nothing_does_not_pass() -> None:
+    report = scan(OnlyInTraining(), images(4, 4, 6), 4, num_batches=4)
+    assert not report.scan.emulated
+    assert report.scan.emulation == "No layer and no output shows whether micro-batches can run together."
+    assert report.scan.self_check is None
