@@ -237,7 +237,7 @@ def test_buffers_that_are_no_statistics(buffer: str, value: float, words: str) -
         assert third.eval is not None
         return
     assert third.eval is None
-    assert third.note == "its input is not finite on the eval path, because of the running statistics of 2"
+    assert third.note == "its input is not finite at inference, because of the running statistics of 2"
 
 
 def test_one_value_per_channel_is_noted() -> None:

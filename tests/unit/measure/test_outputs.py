@@ -131,7 +131,7 @@ def test_an_exception_in_the_loss() -> None:
     def broken(model: nn.Module, batch: Any) -> Tensor:
         raise KeyError("weights")
 
-    with pytest.raises(UserCodeError, match=r"calling loss\(model, batch\) \(train path\)") as caught:
+    with pytest.raises(UserCodeError, match=r"calling loss\(model, batch\) \(training\)") as caught:
         scan(unsettled(Flat()), DATA, 4, num_batches=6, loss=broken)
     assert "test_outputs.py" in caught.value.frames
 

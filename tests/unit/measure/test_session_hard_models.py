@@ -177,7 +177,7 @@ def test_an_index_of_each_image_makes_no_classes() -> None:
 def test_a_loss_that_is_not_finite_is_said(value: float) -> None:
     output = scan(Squeezing(), DATA, 4, num_batches=4, loss=lambda model, batch: value).summary.output
     assert output.loss is None
-    assert output.note == "The loss is NaN or Inf on the train and the eval path."
+    assert output.note == "The loss is NaN or Inf in training and at inference."
 
 
 def test_layers_put_into_eval_mode_by_the_user_stay_frozen() -> None:

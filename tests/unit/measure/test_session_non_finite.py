@@ -77,7 +77,7 @@ def test_an_overflow_on_the_eval_path_is_a_symptom_to_report(emulate: bool) -> N
     assert grown == sorted(grown)
     assert 5 < grown.index(True) < 20
     for layer in report.layers:
-        assert (layer.eval is None) == (layer.note is not None and "on the eval path" in layer.note)
+        assert (layer.eval is None) == (layer.note is not None and "at inference" in layer.note)
     assert report.summary.output.relative_l2 is None
     assert "NaN" in report.summary.output.note
 
