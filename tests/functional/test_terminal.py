@@ -91,5 +91,5 @@ def test_a_large_network_shows_its_worst_layers_and_a_count(workspace: Workspace
     assert "35 layers with less mismatch not shown (✗ 35 flagged); --all shows all." in report
     assert "mean of 60 layers" in report
     assert "Stale running statistics (BN203): 1 of 60 layers" in report
-    assert "propagation in" in report  # said once, as what follows from layer 37
+    assert "mismatch from earlier layers (" in report  # said once, as what follows from layer 37
     assert [len(rows) for rows in _flagged_rows(workspace.run(*SCAN, "--all").stdout)] == [60, 60]
