@@ -26,7 +26,8 @@ def load_model():
 
 def _flagged_rows(report: str) -> tuple[list[str], list[str]]:
     """Rows of flagged layers: in the table of layers, and in that of their shares."""
-    layers, _, rest = report.partition("BatchNorm1d layers: ")[2].partition("Where the mismatch at inference comes from")
+    table = report.partition("BatchNorm1d layers: ✗ ")[2]
+    layers, _, rest = table.partition("Where the mismatch at inference comes from")
     shares, _, _ = rest.partition("   mean of ")
     first, second = ([line for line in part.splitlines() if line.startswith("✗")] for part in (layers, shares))
     return first, second
