@@ -184,7 +184,7 @@ def is_off_at_inference(layer: Layer) -> bool:
 def _main_cause(layer: Layer) -> Cause | None:
     """The cause to name even if its share is not significantly large; in training alone it is the noise of batches.
 
-    Noise within its limit is not named where anything else adds to the mismatch.
+    Where noise is within its limit, each share counts in its own limit, as in ``screened``.
     """
     held = {cause: share_of(layer, cause) or 0.0 for cause in SHARES if _is_possible(layer, cause)}
     if "composition" not in held:
@@ -197,8 +197,11 @@ def _main_cause(layer: Layer) -> Cause | None:
     if not is_off_at_inference(layer) and max(held, key=lambda cause: held[cause]) != "composition":
         return None if any(_is_large(layer, cause) for cause in held) else "small_batch"
     if held["small_batch"] <= noise_limit(layer.threshold):
-        others = {cause: share for cause, share in held.items() if cause != "small_batch" and share > 0}
-        held = others or held
+        limit = mismatch_limit(layer)
+        held = {
+            cause: share / (noise_limit(layer.threshold) if cause == "small_batch" else limit)
+            for cause, share in held.items()
+        }
     return max(held, key=lambda cause: held[cause])
 
 

@@ -26,7 +26,8 @@ def load_model():
 
 def _flagged_rows(report: str) -> tuple[list[str], list[str]]:
     """Rows of flagged layers: in the table of layers, and in that of their shares."""
-    layers, _, rest = report.partition("Where the mismatch comes from")
+    table = report.partition("BatchNorm1d layers: ✗ ")[2]
+    layers, _, rest = table.partition("Where the mismatch at inference comes from")
     shares, _, _ = rest.partition("   mean of ")
     first, second = ([line for line in part.splitlines() if line.startswith("✗")] for part in (layers, shares))
     return first, second
@@ -91,5 +92,5 @@ def test_a_large_network_shows_its_worst_layers_and_a_count(workspace: Workspace
     assert "35 layers with less mismatch not shown (✗ 35 flagged); --all shows all." in report
     assert "mean of 60 layers" in report
     assert "Stale running statistics (BN203): 1 of 60 layers" in report
-    assert "propagation in" in report  # said once, as what follows from layer 37
+    assert "mismatch from earlier layers (" in report  # said once, as what follows from layer 37
     assert [len(rows) for rows in _flagged_rows(workspace.run(*SCAN, "--all").stdout)] == [60, 60]

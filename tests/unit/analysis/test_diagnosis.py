@@ -228,7 +228,7 @@ def test_what_follows_is_named_under_its_cause(facts: Facts, cause: str, consequ
 
 
 def test_lag_beyond_what_the_batches_explain_stands_on_its_own() -> None:
-    facts = make_evidence(make_layer("bn", make_shares(composition=0.4, lag=0.6), composition=ALIKE))
+    facts = make_evidence(make_layer("bn", make_shares(composition=0.4, lag=0.9), composition=ALIKE))
     assert causes(diagnosed(facts)) == [("lag", ("bn",)), ("composition", ("bn",))]
     facts = make_evidence(make_layer("bn", make_shares(small_batch=0.8, lag=0.3)))
     assert causes(diagnosed(facts)) == [("small_batch", ("bn",)), ("lag", ("bn",))]

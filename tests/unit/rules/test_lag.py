@@ -40,7 +40,7 @@ def test_a_share_that_another_offsets_means_that_nothing_is_wrong() -> None:
 def test_an_unsure_share_passes_unless_it_is_the_largest() -> None:
     unsure = make_layer("bn", make_shares(small_batch=0.2, lag=0.025))
     # Noise within its own limit is no cause: whatever adds to it is.
-    largest = make_layer("bn", make_shares(small_batch=0.075, lag=0.025))
+    largest = make_layer("bn", make_shares(small_batch=0.06, lag=0.035))
     message = "This cause accounts for D = 0.025, which is not significantly above the limit (95%)."
     told = passed("BN203", "bn", message, 0.025, HALF)
     assert run_rule("BN203", make_evidence(unsure)) == [told]
