@@ -47,7 +47,7 @@ def test_the_steps_of_two_measures_fit_80_columns_in_words() -> None:
     )
     lines = section(with_gaps(LOSS, accuracy), "From training")
     assert max(map(len, lines)) <= 80
-    assert "all but batch statistics to eval mode" in " ".join(lines)
+    assert "everything but batch statistics to eval mode" in " ".join(lines)
 
 
 def test_where_train_mode_does_no_more_than_to_normalize_by_batch_there_is_no_step_for_it() -> None:

@@ -154,15 +154,15 @@ def test_the_diagnoses_replace_the_sentence_on_the_worst_layer() -> None:
 def test_the_worst_layers_are_named_worst_first() -> None:
     sentences = verdict(fabricated.batch_sizes(), COMMAND).sentences
     assert sentences == (
-        "Worst is layer3.0.downsample.1: in training it behaves as if the batch were 2.0 values, and the limit is 32."
+        "Worst is layer3.0.downsample.1: in training it behaves as if the batch were 2.0 values, and its limit is 32."
         " Next worst: layer3.0.bn2 (n_eq 2.4), layer3.0.bn1 (n_eq 3.0).",
     )
 
 
 def test_undecided_layers_come_with_the_path_and_interval_that_straddle_the_limit() -> None:
     assert verdict(fabricated.undecided(), COMMAND).sentences == (
-        "block.1.bn: n_eq in training is 25.4 to 58.9 (95%), and the limit is 32.",
-        "block.0.bn: n_eq in training is 26.5 to 49.0 (95%), and the limit is 32.",
+        "block.1.bn: n_eq in training is 25.4 to 58.9 (95%), and its limit is 32.",
+        "block.0.bn: n_eq in training is 26.5 to 49.0 (95%), and its limit is 32.",
     )
 
 
