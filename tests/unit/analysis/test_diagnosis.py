@@ -57,7 +57,7 @@ def test_rules_are_selected_by_code_or_prefix(
 @pytest.mark.parametrize(
     ("rules", "nearest"),
     [
-        (RulesSpec(select=("BN216",)), "BN210"),
+        (RulesSpec(select=("BN226",)), "BN202"),
         (RulesSpec(ignore=("N204",)), "BN204"),
         (RulesSpec(exempt=(RuleExemption(layers="*", rules=("BN9",), reason="x"),)), "BN"),
         (RulesSpec(select=("",)), "BN"),

@@ -198,7 +198,7 @@ def test_one_run_of_each_is_paired_by_sample() -> None:
     low, high = proof.gain.interval
     assert low <= proof.gain.mean <= high
     assert "95% interval over the samples" in proof.message
-    assert "--seeds 5 covers the chance of training too" in proof.message
+    assert "--seeds 5 covers the randomness of training too" in proof.message
     as_is = named[AS_IS].runs[0].score.metric
     assert proof.over_as_is.mean == pytest.approx(ours - as_is)
 

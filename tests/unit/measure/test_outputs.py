@@ -73,14 +73,19 @@ class Counting(Flat):
 
 
 @pytest.mark.parametrize("emulate", [True, False])
-def test_a_loss_that_calls_the_model_costs_no_forward_pass(emulate: bool) -> None:
+def test_a_loss_that_calls_the_model_costs_one_forward_pass(emulate: bool) -> None:
+    """Of the first step: whether train mode does more than normalize otherwise."""
     model = unsettled(Counting())
     CALLS.clear()
     scan(model, DATA, 4, num_batches=6, emulate=emulate)
     without = list(CALLS)
     CALLS.clear()
     scan(model, DATA, 4, num_batches=6, emulate=emulate, loss=spread, metric=spread, what_if=False)
-    assert without == CALLS
+    assert len(CALLS) == len(without) + 1
+    left = list(CALLS)
+    for images in without:
+        left.remove(images)
+    assert left in ([4], [8], [24])
 
 
 def test_a_loss_that_asks_for_something_else_gets_it() -> None:

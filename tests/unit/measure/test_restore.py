@@ -397,7 +397,7 @@ def test_layers_in_plain_containers_are_measured_and_put_back() -> None:
     report = assert_untouched(model, lambda: scan(model, DATA, 2, num_batches=6))
     assert [layer.name for layer in report.layers] == ["bn", "blocks[0]", "blocks[1]['a'].1"]
     assert all(layer.train is not None for layer in report.layers)
-    assert report.layers[1].note.startswith("uses batch statistics at inference too")
+    assert report.layers[1].note.startswith("uses batch statistics in eval mode too")
     assert any("holds blocks[0], blocks[1]['a'].1: train(), eval()" in note for note in report.scan.notes)
     assert all(map(torch.equal, before, [tensor for norm in norms for tensor in norm.buffers()]))
 

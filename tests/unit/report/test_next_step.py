@@ -154,7 +154,7 @@ def test_the_diagnoses_replace_the_sentence_on_the_worst_layer() -> None:
 def test_the_worst_layers_are_named_worst_first() -> None:
     sentences = verdict(fabricated.batch_sizes(), COMMAND).sentences
     assert sentences == (
-        "Worst is layer3.0.downsample.1: in training it behaves as if the batch were 2.0 values, and its limit is 32."
+        "Worst is layer3.0.downsample.1: in training it behaves as if the batch were 2.0 values, and the limit is 32."
         " Next worst: layer3.0.bn2 (n_eq 2.4), layer3.0.bn1 (n_eq 3.0).",
     )
 
