@@ -67,12 +67,8 @@ class TrainedInEval(Rule):
         words = f"On training batches {change.words(*effect.STATISTICS)}"
         new = {layer.name for layer in facts.anatomy if layer.untouched}
         layers = [name for name, layer in facts.layers.items() if name not in new and _has_other_statistics(layer)]
-        if (
-            found.standing != "better"
-            or not layers
-            or _recalibration_is_no_harm(facts)
-            or effect.is_at_chance(facts.chance)
-        ):
+        elsewhere = _recalibration_is_no_harm(facts) or effect.is_at_chance(facts.chance)
+        if found.standing != "better" or not layers or elsewhere:
             yield self.passed(None, f"{words}.", -change.harm, change.floor)
             return
         held = "all layers" if len(layers) == len(facts.layers) > 1 else listed(layers, 3)
@@ -98,6 +94,6 @@ def _has_other_statistics(layer: Layer) -> bool:
 
 
 def _recalibration_is_no_harm(facts: Facts) -> bool:
-    """Whether statistics of the data were tried and do as well: then it is the noise of batches that train mode suffers."""
+    """Whether statistics of the data were tried and do as well: then train mode suffers from the noise of batches."""
     remedy = effect.tried(facts.remedies, "recalibrated")
     return remedy is not None and effect.of_remedy(remedy, facts.gaps, facts.chance).standing in ("better", "same")

@@ -83,8 +83,8 @@ def test_a_loss_that_calls_the_model_costs_one_forward_pass(emulate: bool) -> No
     scan(model, DATA, 4, num_batches=6, emulate=emulate, loss=spread, metric=spread, what_if=False)
     assert len(CALLS) == len(without) + 1
     left = list(CALLS)
-    for images in without:
-        left.remove(images)
+    for size in without:
+        left.remove(size)
     assert left in ([4], [8], [24])
 
 
