@@ -41,7 +41,7 @@ class DropoutShift(ShareRule):
     finding = "dropout was on when the running statistics were taken and is off when they are used"
     remedy = (
         "Move dropout behind the last BN layer and continue training. Recalibrating the running statistics with dropout"
-        " off (bnprobe recalibrate) needs no training, but wins back less."
+        " off (bnprobe recalibrate) needs no training."
     )
     upstream_order = 90
     free_remedy = "recalibrated"
