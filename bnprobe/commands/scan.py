@@ -460,7 +460,7 @@ def tell_apart(
         if scored:
             most = max(2, CHANCE_IMAGES // max(sizes))
             with _counted(found, "chance", "what outputs of other samples score", sum(sizes[:most])):
-                found.chance = chance_levels(session, batches[:most], sizes[:most])
+                found.chance = chance_levels(session, evidence.counted[:most], evidence.batching)
         stale = [
             layer.name
             for layer in findings.layers
@@ -468,7 +468,7 @@ def tell_apart(
         ]
         if stale:
             with _counted(found, "eps", "whether the statistics fit another eps", min(samples, SAMPLES_OF_EPS)):
-                found.other_eps = fitting_eps(session, batches, sizes, stale)
+                found.other_eps = fitting_eps(session, evidence.counted, evidence.batching, stale)
             found.padding = padding_in(batches, [] if evidence.held_out is None else evidence.held_out.micro_batches)
 
 

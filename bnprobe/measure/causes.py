@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from bnprobe.errors import BnprobeError
-from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of, to_device
+from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, tensors_of, to_device
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.layers import ProbedLayer, named_once, probability_of_dropping
 from bnprobe.measure.outputs import floating, square_norm
+from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.restore import random_state
-from bnprobe.measure.scores import MEASURES, Measure, ScoreTable, one_number, score_outputs
-from bnprobe.measure.session import Outputs, PathName, Session
+from bnprobe.measure.scores import MEASURES, Measure, ScoreTable, one_number, run_together, score_outputs
+from bnprobe.measure.session import Outputs, PathName, Session, rows_of
 from bnprobe.records import ROOT, Chance, ChanceValues
 from bnprobe.rules.facts import EXPLAINED, OtherEps, Padding, Randomness
+from bnprobe.stats.moments import bessel
 from bnprobe.stats.scores import Scores, paired_difference
 
 EPS = (1e-2, 1e-3, 1e-5, 1e-6, 1e-8)
@@ -41,7 +43,7 @@ _SAME = 1e-6
 """A loss that changes by no more than this, relative, does not depend on which sample an output belongs to."""
 
 
-def chance_levels(session: Session, micro_batches: Sequence[Any], sizes: Sequence[int]) -> tuple[Chance, ...]:
+def chance_levels(session: Session, micro_batches: Sequence[MicroBatch], batching: Batching) -> tuple[Chance, ...]:
     """Loss and metric with every sample's own output, and with the output of a sample of another micro-batch.
 
     Outputs that say nothing about their sample score the same in both. On the path without random layers, and on the
@@ -49,7 +51,8 @@ def chance_levels(session: Session, micro_batches: Sequence[Any], sizes: Sequenc
 
     Args:
         session: Installed.
-        micro_batches, sizes: On the host, and their samples.
+        micro_batches: On the host.
+        batching: How they run.
 
     Returns:
         One for each function; a mode is None where an output cannot be given to another sample (the function runs the
@@ -60,7 +63,7 @@ def chance_levels(session: Session, micro_batches: Sequence[Any], sizes: Sequenc
     if len(micro_batches) > 1:
         for path in found:
             with suppress(BnprobeError, CannotEmulateError):
-                found[path] = dict(_chance(session, path, micro_batches, sizes))
+                found[path] = dict(_chance(session, path, micro_batches, batching))
     return tuple(
         Chance(measure, found["steady"].get(measure), found["eval"].get(measure))
         for measure in MEASURES
@@ -69,20 +72,23 @@ def chance_levels(session: Session, micro_batches: Sequence[Any], sizes: Sequenc
 
 
 def _chance(
-    session: Session, path: PathName, micro_batches: Sequence[Any], sizes: Sequence[int]
+    session: Session, path: PathName, micro_batches: Sequence[MicroBatch], batching: Batching
 ) -> Iterator[tuple[str, ChanceValues]]:
     own = ScoreTable()
     other: dict[Measure, list[Tensor]] = {}
-    recorded: list[Outputs] = []
-    batches = [to_device(batch, session.device) for batch in micro_batches]
-    for batch, size in zip(batches, sizes, strict=True):
-        _, outputs = session.forward(path, batch, Pass(size, size))
-        recorded.append(outputs)
-        own.add(score_outputs(session, path, [batch], outputs, size))
+    recorded: list[tuple[Any, int, Outputs]] = []
+
+    def record(batches: list[Any], size: int, outputs: Outputs, pass_: Pass) -> None:
+        own.add(score_outputs(session, path, batches, outputs, size))
+        starts = range(0, size * len(batches), size)
+        parts = [rows_of(outputs, start, start + size, size * len(batches)) for start in starts]
+        recorded.extend((batch, size, part) for batch, part in zip(batches, parts, strict=True))
+
+    run_together(session, path, micro_batches, batching, record)
     given = {"loss": session.functions.loss, "metric": session.functions.metric}
     functions = {measure: function for measure in MEASURES if (function := given[measure]) is not None}
-    for position, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
-        outputs = recorded[(position + len(batches) // 2) % len(batches)]
+    for position, (batch, size, _) in enumerate(recorded):
+        _, _, outputs = recorded[(position + len(recorded) // 2) % len(recorded)]
         for measure, function in functions.items():
             pass_ = Pass(size, size)
             value = session.call(path, measure, function, batch, outputs, pass_)
@@ -129,7 +135,7 @@ def _rows(session: Session, batch: Any, size: int) -> list[Tensor]:
 
 
 def fitting_eps(
-    session: Session, micro_batches: Sequence[Any], sizes: Sequence[int], stale: Sequence[str]
+    session: Session, micro_batches: Sequence[MicroBatch], batching: Batching, stale: Sequence[str]
 ) -> OtherEps | None:
     """The eps, in all layers, that the statistics of stale layers fit best; None where none can be tried.
 
@@ -140,20 +146,21 @@ def fitting_eps(
 
     Args:
         session: Installed.
+        micro_batches: On the host; the first ones are enough.
+        batching: How they run.
         stale: Names of the layers that look stale.
     """
     layers = [layer for layer in session.layers.layers if layer.info.running_mean is not None]
     known = [layer for layer in layers if layer.name in stale]
-    number = max(1, SAMPLES_OF_EPS // max(sizes, default=1))
-    batches = list(zip(micro_batches, sizes, strict=True))[:number]
+    batches = micro_batches[: max(1, SAMPLES_OF_EPS // batching.batch_size)]
     if not known or not batches:
         return None
     trials: dict[float, _Distances] = {}
     with suppress(BnprobeError, CannotEmulateError):
-        own = _distances(session, batches, known)
+        own = _distances(session, batches, batching, known)
         for eps in EPS:
             with _eps(session, layers, eps):
-                trials[eps] = _distances(session, batches, known)
+                trials[eps] = _distances(session, batches, batching, known)
     inputs = {eps: _parts(found.as_loaded, own.as_loaded) for eps, found in trials.items()}
     telling = {name for parts in inputs.values() for name, part in parts.items() if abs(part - 1) > _SAME_INPUT}
     if not telling:
@@ -181,22 +188,25 @@ def _parts(found: Mapping[str, float], whole: Mapping[str, float]) -> dict[str, 
     return {name: found[name] / whole[name] for name in found if whole.get(name)}
 
 
-def _distances(session: Session, batches: Sequence[tuple[Any, int]], layers: Sequence[ProbedLayer]) -> _Distances:
+def _distances(
+    session: Session, micro_batches: Sequence[MicroBatch], batching: Batching, layers: Sequence[ProbedLayer]
+) -> _Distances:
     """With batch statistics, so that what is stale in earlier layers does not matter."""
     sums: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for batch, size in batches:
-        pass_ = Pass(size, size)
-        session.forward("steady", to_device(batch, session.device), pass_)
+
+    def add(batches: list[Any], size: int, outputs: Outputs, pass_: Pass) -> None:
         for (index, _), record in pass_.records.items():
-            unbiased = record.variance.mean(0) * (record.values / max(record.values - 1, 1))
-            sums.setdefault(index, []).append((record.mean.mean(0), unbiased))
+            unbiased = record.variance * bessel(record.values)
+            sums.setdefault(index, []).append((record.mean, unbiased))
+
+    run_together(session, "steady", micro_batches, batching, add)
     own: dict[str, float] = {}
     as_loaded: dict[str, float] = {}
     for layer in layers:
         running, spread = layer.info.running_mean, layer.info.running_variance
         if layer.index not in sums or running is None or spread is None:
             continue
-        mean, variance = (torch.stack(values).mean(0) for values in zip(*sums[layer.index], strict=True))
+        mean, variance = (torch.cat(values).mean(0) for values in zip(*sums[layer.index], strict=True))
         for found, eps in ((own, _eps_of(layer)), (as_loaded, layer.info.eps)):
             scale = (spread.double() + eps).sqrt()
             shift, ratio = (mean - running.double()) / scale, (variance + eps).sqrt() / scale

@@ -15,6 +15,7 @@ from bnprobe.errors import DataError
 from bnprobe.loading.model import BatchFunction, kind_of
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, to_device
 from bnprobe.measure.forward_pass import LayerStatistics, Pass
+from bnprobe.measure.memory import Result
 from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.session import Outputs, PathName, Session, rows_of
@@ -261,7 +262,40 @@ def score_batches(
     """
     table = ScoreTable()
 
-    def run(chunk: list[MicroBatch]) -> None:
+    def score(batches: list[Any], size: int, outputs: Outputs, pass_: Pass) -> None:
+        room = {measure: table.room(measure, path) for measure in MEASURES}
+        table.add(score_outputs(session, path, batches, outputs, size, room))
+
+    run_together(session, path, micro_batches, batching, score, by_batch=by_batch, statistics=statistics, group=group)
+    return table
+
+
+def run_together(
+    session: Session,
+    path: PathName,
+    micro_batches: Sequence[MicroBatch],
+    batching: Batching,
+    use: Callable[[list[Any], int, Outputs, Pass], Result],
+    *,
+    by_batch: frozenset[int] = frozenset(),
+    statistics: LayerStatistics | None = None,
+    group: int | None = None,
+) -> list[Result]:
+    """Run micro-batches, as many at once as fill a physical batch.
+
+    Args:
+        session: Installed.
+        micro_batches, batching, by_batch, statistics, group: As in ``score_batches``.
+        use: Gets the micro-batches of one forward pass on the device, the samples of each, their outputs, and the pass.
+
+    Returns:
+        What ``use`` gave for each forward pass.
+
+    Raises:
+        DeviceError, UserCodeError, DataError: See ``Chunks`` and ``Session``.
+    """
+
+    def run(chunk: list[MicroBatch]) -> Result:
         size, batches = chunk[0].samples, [batch.data for batch in chunk]
         if any(batch.samples != size for batch in chunk):
             raise CannotEmulateError(DIFFERENT_SIZES)
@@ -269,9 +303,6 @@ def score_batches(
         pass_ = how.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {})
         pass_.batch_size = group if group and size % group == 0 else size
         _, outputs = session.forward(path, to_device(join(batches, size), session.device), pass_)
-        apart = [to_device(batch, session.device) for batch in batches]
-        room = {measure: table.room(measure, path) for measure in MEASURES}
-        table.add(score_outputs(session, path, apart, outputs, size, room))
+        return use([to_device(batch, session.device) for batch in batches], size, outputs, pass_)
 
-    batching.chunks(session.device).run(micro_batches, run)
-    return table
+    return batching.chunks(session.device).run(micro_batches, run)
