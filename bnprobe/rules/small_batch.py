@@ -54,7 +54,7 @@ class SmallBatch(ShareRule):
     finding = "batches have too few values, so their mean and variance are noisy"
     remedy = (
         "Train with larger normalization batches (or synchronized BN). Where that is impossible, fine-tune with frozen"
-        " statistics (bnprobe convert --to frozen --finetune), which wins back less."
+        " statistics (bnprobe convert --to frozen --finetune)."
     )
     follows_from = (Link("single_value"), Link("single_image"), Link("shared_domains", _is_mostly_composition))
     upstream_order = 120
