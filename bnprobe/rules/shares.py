@@ -330,7 +330,8 @@ def in_words(layer: Layer, share: float) -> str:
     """How much of the mismatch a share is, a sentence."""
     total, limit = None if layer.eval is None else layer.eval.mismatch, number(mismatch_limit(layer))
     if layer.only_in == "train":
-        return f"(D = {number(share)}; the layer runs in training only, and its limit is {limit}.)"
+        limit = number(noise_limit(layer.threshold))
+        return f"(D = {number(share)}; the layer runs in training only, and its limit is that of noise, {limit}.)"
     if total is None or not is_off_at_inference(layer):
         return f"(D = {number(share)} at inference; the layer is flagged in training, where its limit is {limit}.)"
     if share > total:
