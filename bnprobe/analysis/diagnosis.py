@@ -109,23 +109,33 @@ def _rooted(verdicts: Sequence[Verdict], facts: Facts) -> list[Verdict]:
         if RULES[verdict.rule].follows_upstream and _reason(verdict, failed, facts, order) is None
     }
     stale = {verdict.layer: verdict for verdict in verdicts if verdict.cause == "lag" and verdict.layer in lost}
-    return [_as_stale(verdict, lost, stale) for verdict in verdicts]
+    first = min((order[name] for name, layer in facts.layers.items() if layer.flagged), default=len(order))
+    within = {name for name, place in order.items() if place <= first}
+    return [_as_stale(verdict, lost, stale, verdict.layer in within) for verdict in verdicts]
 
 
-def _as_stale(verdict: Verdict, lost: Mapping[str | None, Verdict], stale: Mapping[str | None, Verdict]) -> Verdict:
-    """The verdict itself, unless it is one of the two of a layer that change places: propagation and lag."""
+def _as_stale(
+    verdict: Verdict, lost: Mapping[str | None, Verdict], stale: Mapping[str | None, Verdict], within: bool
+) -> Verdict:
+    """The verdict itself, unless it is one of the two of a layer that change places: propagation and lag.
+
+    ``within``: no earlier layer is flagged.
+    """
     layer = verdict.layer
     if layer not in lost or layer not in stale:
         return verdict
     found, rule = lost[layer], RULES[stale[layer].rule]
     if verdict is found:
-        message = "Its input differs between training and inference for no other reason than stale statistics."
+        message = "Its input differs between training and inference, and no rule found the root in an earlier layer."
         return replace(found, outcome="passed", message=message, remedy="")
     if verdict is stale[layer]:
-        message = (
+        start = (
             "Earlier layers are each within their limit, but what their running statistics are off by adds up in its"
-            f" input. {found.message.partition('. ')[2]}"
+            " input."
+            if within
+            else "What the running statistics of earlier layers are off by adds up in its input."
         )
+        message = f"{start} {found.message.partition('. ')[2]}"
         return replace(
             found, rule=rule.code, cause=rule.cause, message=message.strip(), remedy=rule.remedy, limit=found.limit
         )

@@ -430,6 +430,7 @@ class Evidence:
         self.left_out = max(self.left_out, other.left_out)  # a process that only skips it counts it too
         self.kept |= other.kept
         self.sizes |= other.sizes
+        self.unscored = self.unscored or other.unscored
         emulation = self.batching.emulation if other.batching.emulation.trusted else other.batching.emulation
         at_once = min(self.batching.at_once, other.batching.at_once)
         self.batching = replace(self.batching, emulation=emulation, at_once=at_once)

@@ -26,7 +26,7 @@ from bnprobe.measure.restore import deferred_interrupts, preserved_random_state,
 from bnprobe.measure.scores import MEASURES, Found, score_outputs
 from bnprobe.measure.session import PathName, Progress, Session
 from bnprobe.records import StopReason
-from bnprobe.rules.shares import deciding_limit
+from bnprobe.rules.shares import deciding_limit, noise_limit
 from bnprobe.stats.intervals import Sums, mean_interval
 from bnprobe.stats.theory import mismatch_iid, standing
 
@@ -311,7 +311,9 @@ def _decided(measurement: Measurement, seen: Look, settings: ScanSettings) -> St
         threshold = settings.threshold_of(layer.name, *layer.aliases)
         found = [path[layer.index] for path in seen.paths if layer.index in path]
         limit, others = mismatch_iid(threshold), seen.others_of(layer.index)
-        if others is not None:
+        if layer.index not in seen.paths[1]:  # runs in training only, and is judged by the noise of its batches
+            limit = noise_limit(threshold)
+        elif others is not None:
             limit = deciding_limit(seen.paths[1][layer.index].mean - others, others, threshold)
         intervals = [mean_interval(sums, STOPPING_CONFIDENCE) for sums in found]
         if standing(intervals, limit) == "undecided" or any(sums.heavy_tailed for sums in found):

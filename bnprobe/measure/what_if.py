@@ -33,6 +33,9 @@ _REFUSALS = (CannotEmulateError, BnprobeError)
 
 _RAISES = "The model raises"
 
+_CLOCK = 1e-6
+"""Seconds that no score takes less than, where the clock of a thread is coarse."""
+
 _FEWEST = 8
 """Micro-batches that remedies are tried on at least, where there are so many."""
 
@@ -160,7 +163,7 @@ class _Trial:
         some = replace(self, batches=self.batches[:2])
         started = time.thread_time()
         some.score()
-        return (time.thread_time() - started) / some.samples
+        return max(time.thread_time() - started, _CLOCK) / some.samples
 
     def attempt(self, name: str, run: Callable[[], Remedy]) -> None:
         """Add what a trial gives, or why it gives nothing."""

@@ -61,7 +61,8 @@ class HeldOut:
     def of(cls, spec: Spec, workload: Workload) -> HeldOut:
         """Read the held-out data of a workload; without any, some of its training data.
 
-        Held-out data on which loss and metric cannot be computed, as without labels, scores nothing: a note says so.
+        Held-out data on which loss and metric cannot be computed, as without labels, scores nothing: training data does
+        instead, and a note says so.
 
         Raises:
             DataError, UserCodeError: The loader raised or yielded nothing.

@@ -114,10 +114,23 @@ def _clean(report: Report, command: str) -> Closing:
     serious = _worst_severity(report)
     if serious is not None:
         return _other_problems(report, serious, command)
+    known = effect.inconsistency(report.summary.gaps, report.summary.chance)
+    if known.main is not None and known.is_worse:
+        return _worse_but_little(report, known.main, command)
     text = _within_limits(with_sign(report.layers, FINE), report)
     return Closing(
         headline=f"So far {text}" if report.scan.partial else text[0].upper() + text[1:],
         sign=FINE,
+        sentences=_caveats(report),
+        step=_step(report, command, next_step.keep_step(command)),
+    )
+
+
+def _worse_but_little(report: Report, change: effect.Change, command: str) -> Closing:
+    """Too little, or on too few batches, for a finding of its own; but that is not clean."""
+    return Closing(
+        headline=f"No layer is flagged, but {change.words(*effect.STATISTICS)}.",
+        sign=UNDECIDED,
         sentences=_caveats(report),
         step=_step(report, command, next_step.keep_step(command)),
     )

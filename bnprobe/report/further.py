@@ -52,13 +52,12 @@ _STEPS = {
 _MOSTLY = 0.5
 
 
-def gaps(found: Sequence[Gap], page: Page, random: bool = False, sample: str = "sample") -> list[Text]:
+def gaps(found: Sequence[Gap], page: Page, sample: str = "sample") -> list[Text]:
     """The levels and steps with their intervals, a column for each measure, and which step is the largest.
 
     Args:
         found: One for each measure.
         page: What the lines are written on.
-        random: The model is random at inference.
         sample: What a sample is.
     """
     if not found:

@@ -55,7 +55,7 @@ def render(report: Report, options: RenderOptions) -> str:
         _layer_notes(report.layers, page, show_all),
         _batch_sizes(report.layers, page),
         _output(report.summary.output, page, scores=not report.summary.gaps),
-        further.gaps(report.summary.gaps, page, bool(report.summary.output.repeat), report.scan.sample),
+        further.gaps(report.summary.gaps, page, report.scan.sample),
         further.backward(report, page, show_all),
         further.updates(report, page, show_all),
         page.section("Notes on the scan", report.scan.notes),

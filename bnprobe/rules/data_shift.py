@@ -98,8 +98,8 @@ class DataShift(Rule):
         message = f"The mismatch of held-out against training data is D = {number(share)}{sure}"
         severity = _severity(layer, facts)
         if severity is None:
-            harmless = ", but held-out data is not worse for it" if low > limit else ""
-            return self.passed(layer.name, f"{message}{harmless}.", share, limit)
+            why_not = _why_not(facts) if low > limit else ""
+            return self.passed(layer.name, f"{message}{why_not}.", share, limit)
         against = f"; the limit is {number(limit)}" if _is_beyond(layer, facts) else ""
         remedy = self.other_remedy if _gain(facts).is_no_gain else None
         return self.failed(
@@ -124,6 +124,16 @@ def _severity(layer: Layer, facts: Facts) -> Severity | None:
     if _gain(facts).is_worse and not _is_much(gap):
         return None
     return "error" if beyond or (_moves(layer) and _is_other_data(gap, facts)) else None
+
+
+def _why_not(facts: Facts) -> str:
+    """Why a shift beyond the limit is no finding, a clause."""
+    gap = _gap(facts)
+    if not gap.changes:
+        return ", but inference is worse on training data already, which hides what it does"
+    if all(change.harm <= change.floor for change in gap.changes):
+        return ", but held-out data is not worse for it"
+    return ", but with statistics of its own held-out data is worse still"
 
 
 def is_moved(layer: Layer, facts: Facts) -> bool | None:

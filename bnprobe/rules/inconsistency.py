@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnprobe.numbers import number
-from bnprobe.records import Layer, Severity, Verdict
+from bnprobe.records import Cause, Layer, Severity, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.effect import Change, Effect
 from bnprobe.rules.facts import Facts
@@ -115,7 +115,7 @@ def _ruled_out(facts: Facts) -> Iterator[str]:
         change = gain.main
         if gain.standing != "better" and change is not None:
             yield f"stale statistics (recalibrated, {change.words('before', 'after')} on {remedy.scored_on} data)"
-    elif (lag := _largest(layers, "lag")) is not None and lag <= share_limit(layers[0]):
+    elif (lag := _largest(layers, "lag")) is not None and _is_within(layers, "lag"):
         yield f"stale statistics (at most D = {number(lag)} in a layer)"
     noise = _largest(layers, "small_batch")
     if noise is not None and all((share_of(each, "small_batch") or 0) <= mismatch_limit(each) for each in layers):
@@ -124,7 +124,7 @@ def _ruled_out(facts: Facts) -> Iterator[str]:
     if tested and all(found.p_value >= COMPOSITION_P for found in tested):
         yield "non-i.i.d. batches (the samples of a batch are no more alike than others)"
     dropout = _largest(layers, "dropout")
-    if dropout is not None and dropout <= share_limit(layers[0]):
+    if dropout is not None and _is_within(layers, "dropout"):
         yield f"dropout (at most D = {number(dropout)} in a layer)"
     if all(layer.calls_per_forward == 1 for layer in layers):
         yield "layers shared by several inputs (every layer is called once)"
@@ -132,6 +132,11 @@ def _ruled_out(facts: Facts) -> Iterator[str]:
         yield "layers shared by several inputs (their calls do not differ significantly)"
 
 
-def _largest(layers: list[Layer], cause: str) -> float | None:
+def _is_within(layers: list[Layer], cause: Cause) -> bool:
+    """Whether a share is within the limit of every layer; each may have one of its own."""
+    return all((share_of(layer, cause) or 0.0) <= share_limit(layer) for layer in layers)
+
+
+def _largest(layers: list[Layer], cause: Cause) -> float | None:
     known = [share for layer in layers if (share := share_of(layer, cause)) is not None]
     return max([*known, 0.0]) if len(known) == len(layers) and known else None

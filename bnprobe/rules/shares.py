@@ -292,14 +292,14 @@ def _at_no_cost(cause: Cause, facts: Facts) -> str:
     if change is None:
         return ""
     trains = "" if cause in STATISTICS_CAUSES else ": if anything suffers, it is training"
-    return f" Inference is no worse for it ({change.words('in training', 'at inference')}){trains}."
+    return f" Inference is no worse for it ({change.words(*effect.STATISTICS)}){trains}."
 
 
 def _suspected(cause: Cause, share: float, facts: Facts) -> str:
     """Why a share within the limit is named all the same, a sentence."""
     remedy = effect.tried(facts.remedies, "recalibrated") if cause in STATISTICS_CAUSES else None
     found = effect.inconsistency(facts.gaps, facts.chance) if remedy is None else effect.gain(facts, "recalibrated")
-    ends = ("in training", "at inference") if remedy is None else ("as loaded", "with recalibrated statistics")
+    ends = effect.STATISTICS if remedy is None else ("as loaded", "with recalibrated statistics")
     on = "" if remedy is None else f" on {remedy.scored_on} data"
     why = "" if found.main is None else f", but {found.main.words(*ends)}{on}"
     return f"(It accounts for D = {number(share)}, which is within the limit{why}.)"
@@ -330,7 +330,8 @@ def in_words(layer: Layer, share: float) -> str:
     """How much of the mismatch a share is, a sentence."""
     total, limit = None if layer.eval is None else layer.eval.mismatch, number(mismatch_limit(layer))
     if layer.only_in == "train":
-        return f"(D = {number(share)}; the layer runs in training only, and its limit is {limit}.)"
+        limit = number(noise_limit(layer.threshold))
+        return f"(D = {number(share)}; the layer runs in training only, and its limit is that of noise, {limit}.)"
     if total is None or not is_off_at_inference(layer):
         return f"(D = {number(share)} at inference; the layer is flagged in training, where its limit is {limit}.)"
     if share > total:

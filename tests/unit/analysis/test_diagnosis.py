@@ -373,3 +373,12 @@ def test_held_out_data_that_is_like_some_of_the_batches_is_told_under_their_comp
         assert sorted(found) == sorted([("composition", ("bn",)), *apart])
     mixed = make_layer("bn", make_shares(data_shift=0.31))
     assert causes(diagnosed(make_evidence(mixed, held_out=True))) == [("data_shift", ("bn",))]
+
+
+def test_earlier_layers_are_called_within_their_limit_only_where_they_are() -> None:
+    within, beyond = make_layer("a"), make_layer("a", make_shares(small_batch=0.5))
+    for first, said in ((within, "Earlier layers are each within"), (beyond, "What the running statistics of earlier")):
+        facts = make_evidence(first, make_layer("b", make_shares(propagation=0.5)))
+        [found] = diagnose(judge(facts, RulesSpec(ignore=("BN201",))), facts)
+        assert (found.cause, found.layers) == ("lag", ("b",))
+        assert found.message.startswith(f"b: {said}")

@@ -104,6 +104,24 @@ def test_wrong_statistics_have_the_threshold_as_their_limit_when_a_scan_stops() 
     assert report.layers[0].undecided
 
 
+class OneInTraining(nn.Module):
+    """Its second layer runs in training only, on the same data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.auxiliary = settled(6), settled(6)
+
+    def forward(self, x: Tensor) -> Any:
+        return (self.main(x), self.auxiliary(x)) if self.training else self.main(x)
+
+
+def test_a_layer_that_runs_in_training_only_has_the_limit_of_noise_when_a_scan_stops() -> None:
+    report = scan(OneInTraining(), endless(32, 6), 32, max_batches=50)
+    assert [layer.only_in for layer in report.layers] == [None, "train"]
+    assert (report.scan.stopped, report.scan.batches) == ("decided", 16)
+    assert not any(layer.flagged or layer.undecided for layer in report.layers)
+
+
 class HalfFrozen(Flat):
     """Its own train() keeps the first layer in eval mode: training and inference normalize alike."""
 

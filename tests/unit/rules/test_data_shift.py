@@ -113,3 +113,17 @@ def test_where_inference_is_worse_already_a_shift_is_a_warning() -> None:
         [verdict] = run_rule("BN206", make_evidence(layer, held_out=True, gaps=(worse,)))
         assert verdict.outcome == outcome
         assert verdict.severity == ("warning" if outcome == "failed" else "error")
+
+
+def test_what_is_said_of_a_shift_without_a_finding_was_measured() -> None:
+    layer = make_layer("bn", make_shares(data_shift=0.2))
+    behind = replace(gap(0.0), inconsistency=-0.35, inconsistency_interval=(-0.4, -0.3))
+    unlabelled = replace(behind, held_out=None, generalization=None, generalization_interval=None)
+    harmful = tried("evaluation statistics", 0.9, -0.2)
+    for found, remedies, said in (
+        (gap(0.0), (), "but held-out data is not worse for it"),
+        (unlabelled, (), "but inference is worse on training data already"),
+        (gap(-0.05), (harmful,), "but with statistics of its own held-out data is worse still"),
+    ):
+        [verdict] = run_rule("BN206", make_evidence(layer, held_out=True, gaps=(found,), remedies=remedies))
+        assert (verdict.outcome, said in verdict.message) == ("passed", True)

@@ -139,6 +139,7 @@ def test_it_is_a_warning_where_inference_surely_does_not_suffer() -> None:
             [verdict] = run_rule(code, make_evidence(layer, gaps=gaps, remedies=remedies))
             assert (verdict.outcome, verdict.severity) == ("failed", severity)
             no_cost = (
-                "Inference is no worse for it (the metric is 0.8 in training and 0.9 at inference): if anything suffers"
+                "Inference is no worse for it (the metric is 0.8 with batch statistics and 0.9 with running"
+                " statistics): if anything suffers"
             )
             assert (no_cost in verdict.message) == (severity == "warning")
