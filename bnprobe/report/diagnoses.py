@@ -17,7 +17,7 @@ from bnprobe.report.layers import OUTPUT_CHANGE, on_samples, with_sign, worse_pa
 from bnprobe.report.next_step import NextStep
 from bnprobe.report.page import FINE, FLAGGED, SEVERITY_SIGNS, SEVERITY_STYLES, UNDECIDED, UNMEASURED, Page
 from bnprobe.rules import RULES, effect, rule_of, title_of
-from bnprobe.rules.shares import deciding_limit, noise_and_others, noise_threshold
+from bnprobe.rules.shares import flagging_limit, noise_threshold
 from bnprobe.stats.theory import equivalent_batch_size
 
 MOST_DIAGNOSES = 5
@@ -237,10 +237,9 @@ def _behaviour(layer: Layer) -> str:
 def _straddling(layer: Layer) -> str:
     limits = [(layer.threshold, "")]
     if layer.shares is not None:
-        deciding = deciding_limit(*noise_and_others(layer.shares, layer.composition), layer.threshold)
         between = f", between {figures.plain(noise_threshold(layer.threshold))} for noise and"
         between += f" {figures.plain(layer.threshold)} for all else"
-        limits.insert(0, (equivalent_batch_size(deciding) or layer.threshold, between))
+        limits.insert(0, (equivalent_batch_size(flagging_limit(layer)) or layer.threshold, between))
     for limit, between in limits:
         for mode, path in (("train", layer.train), ("eval", layer.eval)):
             if path is not None and _contains(path.equivalent_batch_size_interval, limit):

@@ -62,8 +62,15 @@ COMPOSITION_P = 0.01
 
 
 def mismatch_limit(layer: Layer) -> float:
-    """The limit of a layer: the mismatch D above which it is flagged."""
+    """The limit of all that is no noise of batches, in D: that of the layer's threshold."""
     return mismatch_iid(layer.threshold)
+
+
+def flagging_limit(layer: Layer) -> float:
+    """The mismatch D above which a layer is flagged."""
+    if layer.shares is None:
+        return mismatch_limit(layer)
+    return deciding_limit(*noise_and_others(layer.shares, layer.composition), layer.threshold)
 
 
 def noise_threshold(threshold: float) -> float:
@@ -178,7 +185,7 @@ def severity_of(cause: Cause, facts: Facts) -> Severity:
 
 def is_off_at_inference(layer: Layer) -> bool:
     """Whether the layer is flagged at inference, and not in training only."""
-    return layer.eval is not None and layer.eval.interval[0] > mismatch_limit(layer)
+    return layer.eval is not None and layer.eval.interval[0] > flagging_limit(layer)
 
 
 def _main_cause(layer: Layer) -> Cause | None:
@@ -328,7 +335,7 @@ def _although(layer: Layer, cause: Cause, share: float) -> str:
 
 def in_words(layer: Layer, share: float) -> str:
     """How much of the mismatch a share is, a sentence."""
-    total, limit = None if layer.eval is None else layer.eval.mismatch, number(mismatch_limit(layer))
+    total, limit = None if layer.eval is None else layer.eval.mismatch, number(flagging_limit(layer))
     if layer.only_in == "train":
         limit = number(noise_limit(layer.threshold))
         return f"(D = {number(share)}; the layer runs in training only, and its limit is that of noise, {limit}.)"

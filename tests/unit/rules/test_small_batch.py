@@ -22,7 +22,7 @@ def test_noise_of_few_values_is_blamed_on_flagged_layers_only() -> None:
             "BN201",
             "few",
             "The layer gets 8 values per channel from a batch of 2. They are as noisy as 7.79 independent values, and"
-            " 32 would be enough. (It accounts for D = 0.2 of 0.2, 100%; the limit is 0.047.)",
+            " 32 would be enough. (It accounts for D = 0.2 of 0.2, 100%; the limit is 0.11.)",
             0.2,
             NOISE,
         ),
@@ -35,7 +35,7 @@ def test_a_layer_that_is_off_in_training_only_has_small_batches() -> None:
     [verdict] = run_rule("BN201", make_evidence(layer))
     assert verdict.outcome == "failed"
     assert verdict.message.endswith(
-        "(D = 0.004 at inference; the layer is flagged in training, where its limit is 0.047.)"
+        "(D = 0.004 at inference; the layer is flagged in training, where its limit is 0.087.)"
     )
 
 
