@@ -95,7 +95,7 @@ def _harmless(report: Report, flagged: list[Layer], change: effect.Change, comma
     """Layers beyond their limit that cost neither loss nor metric."""
     return Closing(
         headline=f"{_share(len(flagged), report)} flagged, but {change.words(*effect.STATISTICS)}.",
-        sign=UNDECIDED,
+        sign=SEVERITY_SIGNS["warning"],
         sentences=tuple(filter(None, ("" if report.diagnoses else _worst(flagged), *_caveats(report)))),
         step=_step(report, command, next_step.keep_step(command)),
     )

@@ -31,8 +31,8 @@ from bnprobe.report.table import Column, Mark, Names, TableLayout, arrows, dropp
 
 _LEVELS_AND_STEPS = (
     ("training", "training data, as in training", "training"),
-    ("training_noise", "everything but batch statistics to eval mode", "noise"),
-    ("without_noise", "training data, batch statistics alone", "noise off"),
+    ("training_noise", "everything but batch statistics to eval mode", "rest to eval"),
+    ("without_noise", "training data, batch statistics alone", "rest in eval"),
     ("inconsistency", "from batch to running statistics", "batch to running"),
     ("inference", "training data, as at inference", "inference"),
     ("generalization", "from training to held-out data", "to held-out data"),
@@ -46,7 +46,7 @@ _HELD_OUT = ("generalization", "held_out")
 _STEPS = {
     "training_noise": "that of what train mode does beyond batch statistics (dropout, heads of training alone)",
     "inconsistency": "that from batch to running statistics",
-    "generalization": "that from training to held-out data, with the same running statistics",
+    "generalization": "that from training to held-out data, in eval mode both times",
 }
 
 _MOSTLY = 0.5
