@@ -67,8 +67,8 @@ def scan(
 ) -> None:
     """Measure every BN layer in training and at inference; report which ones disagree, why, and what to do.
 
-    Exit codes: 0 no errors found (there may be warnings), 1 errors found, 2 error in usage, spec or your code, 3 nothing
-    could be probed.
+    Exit codes: 0 no errors found (there may be warnings), 1 errors found, 2 error in usage, spec or your code, 3
+    nothing could be probed.
     """
     from bnprobe.cli.console import check_writable, deliver
     from bnprobe.config.load import build_spec

@@ -90,7 +90,7 @@ IMPACT_PART = 8
 WHAT_IF_IMAGES = 512
 """Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""
 
-TRIAL_SECONDS = 2.0
+TRIAL_SECONDS = 10.0
 """A trial that was not asked for scores the model in about this time, and there are some six of them."""
 
 CHANCE_IMAGES = 256

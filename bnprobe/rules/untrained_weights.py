@@ -58,7 +58,10 @@ class UntrainedWeights(Rule):
     def check(self, facts: Facts) -> Iterator[Verdict]:
         known = [each for each in facts.chance if each.training is not None and each.inference is not None]
         if not known:
-            yield self.skipped(None, "not measured: it takes a loss or metric that depends on which sample an output belongs to, and a reason to ask")
+            yield self.skipped(
+                None,
+                "not measured: that takes a loss or metric by which an output belongs to a sample, and a reason to ask",
+            )
             return
         message = f"{_words(known)}."
         if _is_one_kind_per_batch(facts) or not effect.is_at_chance(facts.chance):

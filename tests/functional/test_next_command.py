@@ -45,8 +45,9 @@ TRAINED = "\n\ndef load_model(width=0):\n    net = Net()\n    net.bn.weight.data
 REPAIRS = {
     "stale statistics": (SHIFTED + TRAINED, 2, "recalibrate model.py --batch-size 2 -o recalibrated.safetensors"),
     "no statistics": (CASES["no statistics"][0], 2, "recalibrate model.py --batch-size 2 -o recalibrated.safetensors"),
-    "one sample per batch": (  # the spec asks for a short training
+    "one sample per batch": (  # the spec asks for a short training; no statistics are better than others
         (MODEL + TRAINED + LOSS + HELD_OUT)
+        .replace(".square().mean()", ".square().mean() * 0 + 1")
         .replace("8, 8", "2, 2")
         .replace("images() + 1", "images()")
         .replace("fill_(2.0)", "fill_(2.0)\n    net.bn.running_mean.fill_(0.01)"),

@@ -110,6 +110,7 @@ def test_json_is_the_record(shifted: Workspace) -> None:
 
 @pytest.mark.parametrize(("options", "code"), [((), FINDINGS), (("--exit-zero",), CLEAN)])
 def test_layers_that_are_still_flagged_are_findings(shifted: Workspace, options: tuple[str, ...], code: int) -> None:
+    shifted.write("model.py", SHIFTED)  # without a loss it is not known to do no harm
     found = recalibrate(shifted, "--threshold", "1000000", *options)
     assert found.code == code
     assert "still flagged" in found.stdout

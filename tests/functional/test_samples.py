@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import jsonschema
 import pytest
 
+from bnprobe.numbers import count
 from bnprobe.report import render
 from bnprobe.report.json import load_report
 from bnprobe.rules import RULES
@@ -38,7 +39,10 @@ def test_a_sample_gives_a_report_that_fits_the_schema(workspace: Workspace, samp
     is_error = any(diagnosis["severity"] == "error" for diagnosis in report["diagnoses"])
     assert (found.code, found.stdout) == (FINDINGS if is_error else CLEAN, "")
     title = RULES[report["diagnoses"][0]["rule"]].title
-    counted = f"{summary['flagged']} of {summary['layers']} layers flagged (first: {title})"
+    severity = "error" if is_error else "warning"
+    number = count(sum(diagnosis["severity"] == severity for diagnosis in report["diagnoses"]), severity)
+    undecided = f", {summary['undecided']} undecided" if summary["undecided"] else ""
+    counted = f"{summary['flagged']} of {summary['layers']} layers flagged{undecided}, {number}: {title}"
     assert found.stderr == f"{counted}; report written to {OUTPUT}\n"
     assert report["layers"]
     assert all(layer["train"] and layer["eval"] for layer in report["layers"])

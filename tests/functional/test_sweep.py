@@ -38,7 +38,7 @@ def test_the_demo_finds_the_smallest_batch_size(workspace: Workspace) -> None:
     assert max(map(len, lines[3:])) <= 80
     assert any(line.startswith("✗ ") and line.endswith(" layers flagged at batch size 2.") for line in lines)
     assert "  The smallest batch size at which every layer passes at inference is 16." in lines
-    assert any(line.startswith("Train path, one measurement for each size") for line in lines)
+    assert any(line.startswith("Training, one measurement for each size") for line in lines)
     assert any(line.startswith("Running average replayed on 256 micro-batches of 2") for line in lines)
 
 
@@ -83,7 +83,7 @@ def test_a_file_is_written_whole_and_told_of(model: Workspace) -> None:
 def test_momentum_stands_with_and_without_rates(model: Workspace, arguments: tuple[str, ...]) -> None:
     found = _sweep(model, "--batch-sizes", "2", *arguments)
     assert found.code == CLEAN
-    assert "every layer passes is 2, the smallest" in found.stdout
+    assert "every layer passes at inference is 2, the\n  smallest measured" in found.stdout
     assert "Starting from the loaded statistics, " in found.stdout
     assert ("When the data changes" in found.stdout) == (len(arguments) == 3)
     rates = re.findall(r"^ {7}(0\.\d+) ", found.stdout, re.MULTILINE)
