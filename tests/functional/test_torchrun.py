@@ -269,12 +269,13 @@ def test_an_interrupt_keeps_what_all_have_measured(workspace: Workspace, number:
 
 
 def test_an_interrupt_before_anything_was_measured(workspace: Workspace) -> None:
-    workspace.write(
-        "model.py", MODEL + "\ndef load_model():\n    open('begun', 'w').close()\n    import time; time.sleep(600)\n"
-    )
+    begun = "import os, time\n    open(f'begun-{os.getpid()}', 'w').close()\n    time.sleep(600)\n"
+    workspace.write("model.py", f"{MODEL}\ndef load_model():\n    {begun}")
     running = launch(workspace, 2, "scan", "model.py", "--batch-size", "2")
     deadline = time.monotonic() + 60
-    while not (workspace.folder / "begun").exists() and time.monotonic() < deadline:
+    while (
+        len(list(workspace.folder.glob("begun-*"))) < 2 and time.monotonic() < deadline
+    ):  # both are in the user's code
         time.sleep(0.05)
     running.processes[0].send_signal(signal.SIGINT)
     assert "Interrupted before anything was measured" in said(running.results(), NOTHING)
