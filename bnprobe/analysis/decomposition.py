@@ -113,12 +113,6 @@ def _shares(
     lag, dropout, propagation, composition, small_batch = (
         replace(estimate, open=heavy) for estimate in _estimates(evidence, rungs, counts, drawn)
     )
-    sure = lag.interval()
-    if heavy and sure is not None:
-        # Rare large samples that the scan did not meet look like running statistics that are too large.
-        explained = ladder.mismatch(means, ladder.with_unseen_tail(references[0]))
-        least = jackknife(rungs[0] - explained, counts).interval()
-        sure = (min(sure[0], least[0] if least else sure[0]), None)
     shift, shift_interval = _data_shift(evidence, slots)
     known = alone or drawn is not None or mixed is not None or evidence.random_order
     shares = Shares(
@@ -133,7 +127,7 @@ def _shares(
         small_batch=small_batch.interval(),
         # with heavy tails either end may be wrong
         composition=None if (drawn is None and mixed is None) or heavy else composition.interval(),
-        lag=sure,
+        lag=lag.interval(),
         dropout=None if evidence.steady is None or nearest > 0 else dropout.interval(),
         propagation=None if nearest > 1 else propagation.interval(),
         data_shift=shift_interval,

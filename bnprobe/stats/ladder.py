@@ -203,16 +203,6 @@ def settled(means: Means, values: int, way: Float[Tensor, "estimates 1"]) -> Ref
     return Reference(means.d, (unbiased + way * (means.pooled - unbiased) + means.eps).sqrt())
 
 
-def with_unseen_tail(reference: Reference) -> Reference:
-    """The running statistics themselves, in channels where these are the more variable ones.
-
-    Samples so large and so rare that none was drawn can make up any difference in that direction, in the mean too.
-    """
-    unseen = reference.std < 1
-    mean, std = (torch.where(unseen, known, given) for known, given in ((0.0, reference.mean), (1.0, reference.std)))
-    return Reference(mean, std)
-
-
 def distance(reference: Reference) -> float:
     """Mean square distance of ``reference`` from the running statistics, in standard deviations of ``reference``."""
     shift = reference.mean[0].square() + (1 - reference.std[0]).square()
