@@ -162,11 +162,15 @@ class Partly(nn.Module):
         return y + self.late(y[::3]).mean(0)
 
 
-def test_a_trial_that_cannot_be_emulated_is_left_out_with_its_reason() -> None:
+def test_where_micro_batches_cannot_run_together_every_trial_runs_them_one_by_one() -> None:
     model, batches = unsettled(Partly()), labelled(6, 8)
     report = bnprobe.scan(model, batches, 8, evaluation=batches, loss=cross_entropy, num_batches=6, what_if=True)
     assert report.scan.stopped == "requested"
-    assert {"recalibrated", "batch statistics"} <= {remedy.name for remedy in report.remedies}
+    assert not report.scan.emulated
+    assert report.scan.emulation.startswith("The layer late receives 6 rows from 16 samples")
+    assert report.scan.notes == ()  # no trial was left out
+    names = ["recalibrated", "evaluation statistics", "batch statistics"]
+    assert [(remedy.name, remedy.images) for remedy in report.remedies] == [(name, 48) for name in names]
 
 
 def test_recalibration_counts_samples_as_the_user_says() -> None:
