@@ -143,12 +143,16 @@ def _as_stale(
 
 
 def _not_contradicted(verdict: Verdict, facts: Facts) -> Verdict:
-    """The verdict with another remedy, where its own was tried and is no gain."""
+    """The verdict with another remedy, where its own was tried and is no gain.
+
+    A metric of which nobody said whether a larger value is better contradicts nothing.
+    """
     rule = RULES[verdict.rule]
     if not rule.other_remedy or verdict.remedy != rule.remedy:
         return verdict
-    no_gain = effect.gain(facts, rule.free_remedy).is_no_gain
-    return replace(verdict, remedy=rule.other_remedy) if no_gain else verdict
+    gain = effect.gain(facts, rule.free_remedy)
+    tells = facts.goal_is_known or any(change.measure == "loss" for change in gain.changes)
+    return replace(verdict, remedy=rule.other_remedy) if tells and gain.is_no_gain else verdict
 
 
 def _order(facts: Facts) -> dict[str, int]:

@@ -281,6 +281,7 @@ def _report(
         padding=further.padding,
         randomness=further.randomness,
         batch_at_inference=further.batch_at_inference,
+        goal_is_known="goal" in settings.model_fields_set,
     )
     verdicts = judge(facts, settings.rules)
     impacts = joint_impacts(session, evidence, further, groups_of(verdicts, facts))

@@ -454,11 +454,12 @@ class Spec(_Section):
 
     def settings(self) -> ScanSettings:
         """The settings of the measurement."""
+        stated: dict[str, Any] = {} if self.repair.assumes_goal else {"goal": self.repair.goal}
         return ScanSettings(
             batch_size=self.data.batch_size,
             batches=self.data.batches,
             seed=self.data.seed,
-            goal=self.repair.goal,
+            **stated,
             thresholds=self.thresholds,
             include=self.layers.include,
             exclude=self.layers.exclude,

@@ -48,7 +48,14 @@ class Case:
 
 REPORTED = (
     Case("02-varlen-bs1", 1, FINDINGS, ("single_image",)),
-    Case("04-gan-ema-nobuffers", 64, FINDINGS, ("never_trained",), never_says=("untrained",)),
+    Case(
+        "04-gan-ema-nobuffers",
+        64,
+        FINDINGS,
+        ("never_trained",),
+        says=("bnprobe recalibrate model",),
+        never_says=("untrained",),
+    ),
     Case("10-adapt-alternate", 8, FINDINGS, ("composition", "shared_domains")),
     Case("11b-two-calls-weak", 32, FINDINGS, ("shared_domains", "composition"), never_says=("✓ Every layer",)),
     Case("12-nan-stats", 32, FINDINGS, ("non_finite",), says=("recalibrate",)),
