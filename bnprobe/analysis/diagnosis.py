@@ -202,7 +202,7 @@ def _reason(verdict: Verdict, failed: Sequence[Verdict], facts: Facts, order: Ma
     others = [
         replace(link, cause=other.cause) for other in RULES for link in other.explains if link.cause == rule.cause
     ]
-    causes = [link.cause for link in (*rule.follows_from, *others) if layer is None or link.holds(layer)]
+    causes = [link.cause for link in (*rule.follows_from, *others) if layer is None or link.holds(layer, facts)]
     here = [other for other in failed if other.layer == verdict.layer and other.cause in causes]
     return min(here, key=lambda other: causes.index(other.cause), default=None)
 

@@ -11,7 +11,7 @@ from bnprobe.rules.interface import Link
 from bnprobe.rules.shares import ShareRule, share_limit
 
 
-def _is_of_domains(layer: Layer) -> bool:
+def _is_of_domains(layer: Layer, facts: Facts) -> bool:
     """Batches of one domain each add the distance between the domains to the mismatch; more has another cause."""
     shares, domains = layer.shares, layer.domains
     return shares is None or domains is None or (shares.composition or 0.0) - domains.mismatch <= share_limit(layer)

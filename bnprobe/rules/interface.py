@@ -20,11 +20,11 @@ class Link:
 
     Attributes:
         cause: The other cause.
-        holds: Whether the link exists on a layer; not asked where the layer was not measured.
+        holds: Whether the link exists on a layer, by all that is known; not asked where the layer was not measured.
     """
 
     cause: Cause
-    holds: Callable[[Layer], bool] = lambda layer: True
+    holds: Callable[[Layer, Facts], bool] = lambda layer, facts: True
 
 
 class Rule(ABC):

@@ -41,19 +41,25 @@ QUANTIZED = 256
 """The number of values of eight bits."""
 
 
-def _is_no_more_than_domains(layer: Layer) -> bool:
+def _is_held(layer: Layer, facts: Facts) -> bool:
+    """Training does not update the statistics: they cannot follow the weights of earlier layers."""
+    found = anatomy_of(facts, layer.name)
+    return found is not None and not found.trains_statistics
+
+
+def _is_no_more_than_domains(layer: Layer, facts: Facts) -> bool:
     """A running average that alternates between two domains is off by no more than their distance."""
     shares, domains = layer.shares, layer.domains
     return shares is None or domains is None or shares.lag - domains.mismatch <= share_limit(layer)
 
 
-def is_of_composition(layer: Layer) -> bool:
+def is_of_composition(layer: Layer, facts: Facts) -> bool:
     """A running average of non-i.i.d. batches is one random draw of these: of its last batches, all of one kind."""
     shares = layer.shares
     return shares is not None and shares.composition is not None and shares.lag <= OF_ONE_KIND * shares.composition
 
 
-def _is_noise_of_batches(layer: Layer) -> bool:
+def _is_noise_of_batches(layer: Layer, facts: Facts) -> bool:
     """A running average of noisy batches is noisy itself, by a / (2 - a) of their noise at the rate a."""
     shares, rate = layer.shares, min(layer.momentum or 0.0, USUAL_RATE)
     if shares is None:
@@ -104,7 +110,7 @@ class Lag(ShareRule):
         Link("never_trained"),
         Link("momentum_convention"),
         Link("double_update"),
-        Link("frozen_mismatch"),
+        Link("frozen_mismatch", _is_held),
         Link("shared_domains", _is_no_more_than_domains),
         Link("composition", is_of_composition),
         Link("small_batch", _is_noise_of_batches),

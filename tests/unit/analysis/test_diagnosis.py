@@ -169,13 +169,19 @@ def lagging(**anatomy: object) -> Facts:
     return make_evidence(layer, anatomy=[make_anatomy("bn", **anatomy)])
 
 
+def test_frozen_weight_and_bias_do_not_explain_stale_statistics_that_training_updates() -> None:
+    facts = lagging(trains_affine=False)
+    found = diagnose(judge(facts, RulesSpec()), facts)
+    assert [(each.cause, each.consequences) for each in found] == [("lag", ()), ("frozen_mismatch", ())]
+
+
 @pytest.mark.parametrize(
     ("facts", "cause", "consequence"),
     [
         (lagging(momentum=0.99), "momentum_convention", "lag in 1 layer"),
         (lagging(untouched=True), "never_trained", "lag in 1 layer"),
         (lagging(non_finite=1), "non_finite", "lag in 1 layer"),
-        (lagging(trains_affine=False), "frozen_mismatch", "lag in 1 layer"),
+        (lagging(trains_statistics=False), "frozen_mismatch", "lag in 1 layer"),
         (
             make_evidence(
                 make_layer("bn", make_shares(lag=0.5), calls_per_forward=2, domains=Domains(0.5, (0.4, 0.6)))
