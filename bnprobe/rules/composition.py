@@ -8,13 +8,25 @@ from bnprobe.numbers import number
 from bnprobe.records import Layer, Verdict
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link
-from bnprobe.rules.shares import ShareRule, share_limit
+from bnprobe.rules.shares import ShareRule, is_significant, lower_end, share_limit
 
 
 def _is_of_domains(layer: Layer, facts: Facts) -> bool:
     """Batches of one domain each add the distance between the domains to the mismatch; more has another cause."""
     shares, domains = layer.shares, layer.domains
     return shares is None or domains is None or (shares.composition or 0.0) - domains.mismatch <= share_limit(layer)
+
+
+def _is_most(layer: Layer) -> bool:
+    """Whether most of the noise of batches comes from samples that are alike, significantly."""
+    shares, intervals, found = layer.shares, layer.share_intervals, layer.composition
+    if shares is None or shares.composition is None or found is None or not is_significant(found):
+        return False
+    low = lower_end(None if intervals is None else intervals.composition)
+    return low > 0 and shares.composition > shares.small_batch
+
+
+_NO_NEED = "None is needed at this batch size; unless the order has a reason, shuffle the training data all the same."
 
 
 class BatchComposition(ShareRule):
@@ -25,7 +37,8 @@ class BatchComposition(ShareRule):
         flagged layer where it is the largest share, or from half of the layer's limit on, unless the layer would be
         within its limit without its larger causes; and only if batches differ significantly (analysis of variance of
         the samples' means, p below 0.01 after correction for all channels and layers). It is a warning where inference
-        is known to be no worse than training, and other statistics are no gain.
+        is known to be no worse than training, and other statistics are no gain; and a remark within the limit, where
+        batches differ significantly and most of their noise comes from that.
 
     Why:
         The statistics of a batch of similar samples are those of their kind, and tell the network what kind that is. In
@@ -67,6 +80,11 @@ class BatchComposition(ShareRule):
         if layer.shares is None:
             return super().without_share(layer, facts)
         return self.skipped(layer.name, "the samples of its batches could not be regrouped at random")
+
+    def remark(self, layer: Layer, share: float) -> tuple[str, str] | None:
+        if not _is_most(layer):
+            return None
+        return f"(It accounts for D = {number(share)}, which is within the limit.)", _NO_NEED
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         composition = layer.composition

@@ -108,7 +108,7 @@ def screened(
 
 def noise_and_others(shares: Shares, composition: Composition | None) -> tuple[float, float]:
     """What is noise of i.i.d. batches, and what is not: composition where batches differ significantly from these."""
-    composed, is_noise = shares.composition or 0.0, composition is not None and not _is_significant(composition)
+    composed, is_noise = shares.composition or 0.0, composition is not None and not is_significant(composition)
     noise = shares.small_batch + (composed if is_noise else 0.0)
     return noise, shares.lag + shares.dropout + shares.propagation + (0.0 if is_noise else composed)
 
@@ -126,7 +126,7 @@ def deciding_limit(noise: float, others: float, threshold: float) -> float:
     return (noise + others) / used if used > 0 else mismatch_iid(threshold)
 
 
-def _is_significant(composition: Composition) -> bool:
+def is_significant(composition: Composition) -> bool:
     return composition.p_value < COMPOSITION_P
 
 
@@ -245,7 +245,7 @@ def _is_possible(layer: Layer, cause: Cause) -> bool:
     """
     if cause in STATISTICS_CAUSES:
         return layer.only_in != "train"
-    return cause != "composition" or layer.composition is None or _is_significant(layer.composition)
+    return cause != "composition" or layer.composition is None or is_significant(layer.composition)
 
 
 def _wrong_statistics(layer: Layer) -> float:
@@ -272,25 +272,31 @@ class ShareRule(Rule):
         """What to do about a failing layer."""
         return self.remedy
 
+    def remark(self, layer: Layer, share: float) -> tuple[str, str] | None:
+        """What is worth saying of a share that flags no layer, in parentheses, and what to do; None: nothing."""
+        return None
+
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         """The verdict on a layer whose share is not known."""
         return self.skipped(layer.name, why_no_shares(layer))
 
     def _judge(self, layer: Layer, facts: Facts) -> Verdict:
-        share, limit = share_of(layer, self.cause), share_limit(layer, self.cause)
+        share, limit, remedy = share_of(layer, self.cause), share_limit(layer, self.cause), self.advise(layer, facts)
         if share is None:
             return self.without_share(layer, facts)
         if is_cause(layer, self.cause):
             message, severity = in_words(layer, share), severity_of(self.cause, facts)
         elif is_suspect(layer, self.cause, facts):
             message, severity = _suspected(self.cause, share, facts), "error"
+        elif (remark := self.remark(layer, share)) is not None:
+            message, severity, remedy = remark[0], "info", remark[1]
         else:
             message = f"This cause accounts for D = {number(share)}{_although(layer, self.cause, share)}."
             return self.passed(layer.name, message, share, limit)
         message = (
             f"{self.explain(layer, facts)} {message}{_at_no_cost(self.cause, facts) if severity == 'warning' else ''}"
         )
-        return self.failed(layer.name, message, share, limit, severity, self.advise(layer, facts))
+        return self.failed(layer.name, message, share, limit, severity, remedy)
 
 
 def _at_no_cost(cause: Cause, facts: Facts) -> str:

@@ -43,3 +43,17 @@ def test_synthetic_inputs_have_no_order() -> None:
     assert run_rule("BN202", facts) == [
         skipped("BN202", None, "needs real data: the inputs of this scan are synthetic")
     ]
+
+
+def test_alike_samples_within_the_limit_are_a_remark() -> None:
+    layer = make_layer("bn", make_shares(composition=0.01), composition=Composition(0.2, 2.4, 1e-9))
+    found = run_rule("BN202", make_evidence(layer, batch_size=8))
+    assert [(each.outcome, each.severity) for each in found] == [("failed", "info")]
+    assert "a batch of 8 is worth 3.33 independent samples. (It accounts for D = 0.01, which is" in found[0].message
+    assert found[0].remedy.startswith("None is needed")
+
+
+def test_no_remark_is_made_where_chance_or_the_batch_size_adds_more() -> None:
+    for composition, p_value in ((0.003, 1e-9), (0.01, 0.02)):
+        layer = make_layer("bn", make_shares(composition=composition), composition=Composition(0.2, 2.4, p_value))
+        assert [each.outcome for each in run_rule("BN202", make_evidence(layer))] == ["passed"]
