@@ -99,10 +99,7 @@ def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
     """What the reader should know about the scan as a whole."""
     yield from unmatched_globs(settings, evidence.layers)
     if evidence.held_out is not None and evidence.held_out.unscored:
-        yield (
-            "The held-out data was measured without loss and metric, which cannot be computed on it (no labels?):"
-            f" {evidence.held_out.unscored.rstrip('.')}. Its shift is judged by mean and variance alone."
-        )
+        yield f"{evidence.held_out.unscored} Its shift is judged by mean and variance alone."
     if evidence.sizes and len(set(evidence.sizes.values())) == 1:
         yield (
             f"The batches have {round(evidence.samples / evidence.batches)} samples, not {evidence.batch_size} as asked"
