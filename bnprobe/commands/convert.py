@@ -13,6 +13,7 @@ from torch import nn
 
 from bnprobe._version import __version__
 from bnprobe.analysis.comparison import remarks
+from bnprobe.analysis.description import environment
 from bnprobe.commands.experiment import (
     OnStep,
     Subject,
@@ -24,7 +25,7 @@ from bnprobe.commands.experiment import (
     require_unwrapped,
 )
 from bnprobe.commands.recalibrate import Repaired
-from bnprobe.commands.scan import environment, scan_workload, whole
+from bnprobe.commands.scan import scan_workload, whole
 from bnprobe.config.requirements import check_requirements, parse_requirement
 from bnprobe.config.spec import PLAIN, Spec
 from bnprobe.config.targets import AUTO, TARGETS

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from bnprobe._version import __version__
-from bnprobe.commands.scan import environment, scan_workload, whole
+from bnprobe.analysis.description import environment
+from bnprobe.commands.scan import scan_workload, whole
 from bnprobe.config import PathChoice
 from bnprobe.config.spec import ScanSettings, Spec
 from bnprobe.errors import NonFiniteError, UsageError

@@ -289,7 +289,7 @@ class Evidence:
         kept: Micro-batches by position, on the host, for what is measured afterwards.
         sizes: Samples of the micro-batches by position; those that are not named have ``batch_size``.
         held_out: The same on held-out data; None without.
-        unscored: Why loss and metric were not taken, where they are given; None where they were.
+        unscored: Why loss and metric were not taken, where they are given, a sentence; None where they were.
         mixed: The eval path on training samples in batches drawn at random, where those of the batches above cannot be
             regrouped; None where that was not needed or not possible.
         random_order: The loader itself draws every batch at random.

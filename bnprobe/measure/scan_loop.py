@@ -23,7 +23,7 @@ from bnprobe.measure.outputs import Contributions, relative_distance
 from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching, Emulation, as_sentence, plan_batching
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, random_state
-from bnprobe.measure.scores import MEASURES, Found, score_outputs
+from bnprobe.measure.scores import MEASURES, Found, score_outputs, why_unscored
 from bnprobe.measure.session import PathName, Progress, Session
 from bnprobe.records import StopReason
 from bnprobe.rules.shares import deciding_limit, noise_limit
@@ -174,18 +174,14 @@ def _measure_held_out(
 
 
 def _why_unscored(session: Session, reader: Reader) -> str | None:
-    """What loss or metric raise on the first micro-batch, on which the model runs; None if nothing."""
+    """That loss or metric raise on the first micro-batch, on which the model runs, and what; None if nothing."""
     batch = next(iter(reader.look_ahead(1)), None)
     if batch is None or not session.functions.scores:
         return None
     size, on_device = reader.samples_in(batch) or reader.batch_size, to_device(batch, session.device)
     with preserved_random_state():
         _, outputs = session.forward("eval", on_device, Pass(size, size))
-        try:
-            score_outputs(session, "eval", [on_device], outputs, size)
-        except (UserCodeError, DataError) as error:
-            return str(error)
-    return None
+        return why_unscored(lambda: score_outputs(session, "eval", [on_device], outputs, size))
 
 
 def measure_mixed(session: Session, evidence: Evidence, reader: Reader, progress: Progress) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bnprobe.errors import DataError
+from bnprobe.errors import DataError, UserCodeError
 from bnprobe.loading.model import BatchFunction, kind_of
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, to_device
 from bnprobe.measure.forward_pass import LayerStatistics, Pass
@@ -227,6 +227,22 @@ def one_number(name: str, function: BatchFunction, value: Any) -> Tensor:
             " Reduce it, e.g. with .mean()."
         )
     return number.reshape(())
+
+
+def why_unscored(score: Callable[[], object]) -> str | None:
+    """That loss or metric cannot be computed on held-out data, as without labels, and what was raised: a sentence.
+
+    Args:
+        score: Computes them on the first batch.
+
+    Returns:
+        None if nothing was raised.
+    """
+    try:
+        score()
+    except (UserCodeError, DataError) as error:
+        return f"Loss and metric cannot be computed on the held-out data: {str(error).rstrip('.')}."
+    return None
 
 
 def _place(function: BatchFunction) -> str:

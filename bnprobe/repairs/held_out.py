@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from bnprobe.config.spec import Spec
-from bnprobe.errors import DataError, UserCodeError
+from bnprobe.errors import DataError
 from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction
 from bnprobe.loading.order import spread
 from bnprobe.loading.samples import count_samples
 from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of
-from bnprobe.measure.scores import Measure, ScoreTable
+from bnprobe.measure.scores import Measure, ScoreTable, why_unscored
 from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.numbers import count
 from bnprobe.records import Score
@@ -81,21 +81,15 @@ class HeldOut:
             source, data = workload.held_out, "held-out"
         batches, notes = _read(spec, source)
         found = cls(batches, *functions, *how, tuple(notes), data, source.samples_in)
-        why = found._why_unscored(workload.model) if data == "held-out" else None
+        if data == "training":
+            return found
+        model = workload.model
+        here = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), device)
+        why = why_unscored(lambda: replace(found, batches=batches[:1], device=here).score(model))
         if why is None:
             return found
         training = cls.of(spec, replace(workload, held_out=None))
-        note = f"Loss and metric cannot be computed on the held-out data (no labels?): {why}. Training data is scored."
-        return replace(training, notes=(note, *training.notes))
-
-    def _why_unscored(self, model: nn.Module) -> str | None:
-        """What is raised when the first batch is scored; None if nothing."""
-        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), self.device)
-        try:
-            replace(self, batches=self.batches[:1], device=device).score(model)
-        except (UserCodeError, DataError) as error:
-            return str(error).rstrip(".")
-        return None
+        return replace(training, notes=(f"{why} Training data is scored.", *training.notes))
 
     @property
     def measure(self) -> Measure:

@@ -122,7 +122,7 @@ def _severity(layer: Layer, facts: Facts) -> Severity | None:
     if share is None:
         return None
     beyond, gap = _is_beyond(layer, facts), _gap(facts)
-    if not gap.is_worse and effect.inconsistency(facts.gaps, facts.chance).is_worse:
+    if not gap.is_worse and effect.surely_worse(facts):
         # What is wrong at inference is wrong on training data already, and hides what a shift does.
         return "warning" if beyond and gap.changes else None
     if _is_won_back(facts):

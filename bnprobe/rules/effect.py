@@ -34,6 +34,13 @@ MODES = ("training", "inference")
 STATISTICS = ("with batch statistics", "with running statistics")
 """What the two ends of an inconsistency are: random layers are off in both, so that the first is not quite training."""
 
+FEWEST_SCORED = 5
+"""Scored micro-batches that inference is blamed by at least: samples of one share its statistics, and hang together."""
+
+MATTERS = 0.05
+"""What 2 points are of a metric between 0 and 1, for losses and for metrics whose scale is not known, before inference
+is blamed: the loss of two trainings of the same network differs by a few percent."""
+
 TOLERANCE = 2.0
 """A change is known to be no harm where its interval ends within this many floors."""
 
@@ -124,8 +131,12 @@ class Effect:
     @property
     def main(self) -> Change | None:
         """The change that the standing rests on: of the metric, where it has one that counts as much."""
-        decisive = [change for change in self.changes if change.standing == self.standing]
-        return max(decisive, key=lambda change: (change.measure == "metric", abs(change.weight)), default=None)
+        return _first(change for change in self.changes if change.standing == self.standing)
+
+
+def _first(changes: Iterable[Change]) -> Change | None:
+    """The one to quote."""
+    return max(changes, key=lambda change: (change.measure == "metric", abs(change.weight)), default=None)
 
 
 def inconsistency(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:
@@ -136,6 +147,34 @@ def inconsistency(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:
             for gap in gaps
         )
     )
+
+
+def surely_worse(facts: Facts) -> Change | None:
+    """The change by which inference is surely worse than training, the metric first; None where that is not sure.
+
+    It is the one bar for blaming inference where no layer is flagged: for a finding of its own (BN211), and for naming
+    a cause that is within its limits. The 95% interval excludes zero, at least ``FEWEST_SCORED`` micro-batches were
+    scored, and the change is beyond ``least_blamed``. ``Effect.is_worse`` asks for less, a change beyond the floor:
+    that is not clean, and makes the finding on a layer that is flagged anyway more serious, but it accuses none.
+    """
+    worse = [
+        each
+        for each in inconsistency(facts.gaps, facts.chance).changes
+        if each.standing == "worse" and each.harm > least_blamed(each)
+    ]
+    return None if is_scored_on_few(facts) else _first(worse)
+
+
+def least_blamed(change: Change) -> float:
+    """The smallest harm that inference is blamed for: the floor of a metric between 0 and 1, otherwise 5%."""
+    known = change.measure == "metric" and 0 <= change.before <= 1 and 0 <= change.after <= 1
+    return change.floor if known else max(change.floor, MATTERS * max(abs(change.before), abs(change.after)))
+
+
+def is_scored_on_few(facts: Facts) -> bool:
+    """Whether loss and metric were taken on too few micro-batches to blame inference."""
+    enough = FEWEST_SCORED * (1 if facts.scan is None else facts.scan.batch_size)
+    return 0 < max((gap.samples for gap in facts.gaps), default=0) < enough
 
 
 def generalization(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:

@@ -53,13 +53,9 @@ class Generalization(Rule):
         words = f"With the same running statistics, {change.words('on training data', 'on held-out data')}"
         moved = [is_moved(layer, facts) for layer in facts.layers.values()]
         unsure = not found.is_worse or change.weight < effect.MUCH or any(layer is not False for layer in moved)
-        if unsure or _is_worse_at_inference(facts):
+        # Where inference is worse already, there is something to mend before anything is said about the rest.
+        if unsure or effect.surely_worse(facts):
             yield self.passed(None, f"{words}.", change.harm, change.floor)
             return
         message = f"{words}. The statistics of the held-out data are those of the training data: BN is not the reason."
         yield self.failed(None, message, change.harm, change.floor)
-
-
-def _is_worse_at_inference(facts: Facts) -> bool:
-    """Then there is something to mend before anything is said about the rest."""
-    return effect.inconsistency(facts.gaps, facts.chance).is_worse

@@ -7,17 +7,10 @@ from collections.abc import Iterator
 from bnprobe.numbers import number
 from bnprobe.records import Cause, Layer, Severity, Verdict
 from bnprobe.rules import effect
-from bnprobe.rules.effect import Change, Effect
+from bnprobe.rules.effect import Effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
 from bnprobe.rules.shares import COMPOSITION_P, are_domains_apart, mismatch_limit, share_limit, share_of
-
-FEWEST_BATCHES = 5
-"""Micro-batches that are scored at least: the samples of one share its statistics, and are not independent."""
-
-MATTERS = 0.05
-"""What 2 points are of a metric between 0 and 1, for losses and for metrics whose scale is not known: the loss of two
-trainings of the same network differs by a few percent."""
 
 
 class Inconsistency(Rule):
@@ -70,35 +63,25 @@ class Inconsistency(Rule):
         if change is None:
             yield self.skipped(None, "needs a loss or metric")
             return
-        words = f"On training batches {change.words(*effect.STATISTICS)}"
-        worse = [each for each in found.changes if each.standing == "worse" and each.harm > _limit(each)]
-        enough = FEWEST_BATCHES * (1 if facts.scan is None else facts.scan.batch_size)
-        few = 0 < max(gap.samples for gap in facts.gaps) < enough
-        if few or not worse:
-            yield self.passed(None, f"{words}{_why_not(found, few)}.", change.harm, _limit(change))
+        worse = effect.surely_worse(facts)
+        if worse is None:
+            words = f"On training batches {change.words(*effect.STATISTICS)}"
+            yield self.passed(None, f"{words}{_why_not(found, facts)}.", change.harm, effect.least_blamed(change))
             return
-        change = max(worse, key=lambda each: (each.measure == "metric", each.weight))
-        words = f"On training batches {change.words(*effect.STATISTICS)}"
+        words = f"On training batches {worse.words(*effect.STATISTICS)}"
         ruled_out = "; ".join(_ruled_out(facts))
         not_known = f" No cause was found. Ruled out: {ruled_out}." if ruled_out else " No cause was found."
         severity: Severity | None = "info" if facts.is_new else None  # what is not trained yet says nothing
-        yield self.failed(None, f"{words}.{not_known}", change.harm, _limit(change), severity)
+        yield self.failed(None, f"{words}.{not_known}", worse.harm, effect.least_blamed(worse), severity)
 
 
-def _limit(change: Change) -> float:
-    """The smallest harm that is worth a finding of its own, without any cause in a layer."""
-    known = change.measure == "metric" and 0 <= change.before <= 1 and 0 <= change.after <= 1
-    return change.floor if known else max(change.floor, MATTERS * max(abs(change.before), abs(change.after)))
-
-
-def _why_not(found: Effect, few: bool) -> str:
+def _why_not(found: Effect, facts: Facts) -> str:
     """Why a change is no finding, a clause; empty where it is no harm."""
     if found.is_no_worse:
         return ""
-    if few:
-        return (
-            f"; fewer than {FEWEST_BATCHES} micro-batches are too few to judge by, since each has one mean and variance"
-        )
+    if effect.is_scored_on_few(facts):
+        few = f"fewer than {effect.FEWEST_SCORED} micro-batches are too few to judge by"
+        return f"; {few}, since each has one mean and variance"
     if found.is_worse:
         return "; the change is too small to matter"
     return "; the change is not known precisely enough to call it significant"

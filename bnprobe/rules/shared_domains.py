@@ -69,20 +69,22 @@ class SharedDomains(Rule):
         apart = layer.domains.mismatch
         calls = f"The layer is called {layer.calls_per_forward} times per forward pass, and the data of a call differs"
         message = f"{calls} from that of all calls by D = {number(apart)} on average; the limit is {number(limit)}."
-        low, found = lower_end(layer.domains.interval), effect.inconsistency(facts.gaps, facts.chance)
+        low = lower_end(layer.domains.interval)
         # What a network reads from the statistics of a call need not be large, only there.
-        unexplained = found.is_worse and not any(other.flagged for other in facts.layers.values())
-        if low <= (0 if unexplained else limit):
+        flagged = any(other.flagged for other in facts.layers.values())
+        unexplained = None if flagged else effect.surely_worse(facts)
+        if low <= (limit if unexplained is None else 0):
             return self.passed(layer.name, message, apart, limit)
-        if low <= limit and found.main is not None:
+        if low <= limit and unexplained is not None:
             message = (
                 f"{calls} significantly from that of all calls (D = {number(apart)}). That is little, but a network can"
-                f" read from the statistics of a call what it holds: {found.main.words(*effect.STATISTICS)}."
+                f" read from the statistics of a call what it holds: {unexplained.words(*effect.STATISTICS)}."
             )
-        return self.failed(layer.name, message, apart, limit, _severity(layer, found))
+        return self.failed(layer.name, message, apart, limit, _severity(layer, facts))
 
 
-def _severity(layer: Layer, found: effect.Effect) -> Severity:
+def _severity(layer: Layer, facts: Facts) -> Severity:
+    found = effect.inconsistency(facts.gaps, facts.chance)
     if found.is_worse or found.is_no_worse:
         return "error" if found.is_worse else "warning"
     moved = 0.0 if layer.impact is None else layer.impact.exact or layer.impact.estimate or 0.0

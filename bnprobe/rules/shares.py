@@ -166,7 +166,7 @@ def is_suspect(layer: Layer, cause: Cause, facts: Facts) -> bool:
         return False
     if cause in STATISTICS_CAUSES and effect.tried(facts.remedies, "recalibrated") is not None:
         return effect.gain(facts, "recalibrated").standing == "better"
-    return effect.inconsistency(facts.gaps, facts.chance).is_worse
+    return effect.surely_worse(facts) is not None
 
 
 def are_domains_apart(facts: Facts) -> bool:
@@ -311,10 +311,10 @@ def _at_no_cost(cause: Cause, facts: Facts) -> str:
 def _suspected(cause: Cause, share: float, facts: Facts) -> str:
     """Why a share within the limit is named all the same, a sentence."""
     remedy = effect.tried(facts.remedies, "recalibrated") if cause in STATISTICS_CAUSES else None
-    found = effect.inconsistency(facts.gaps, facts.chance) if remedy is None else effect.gain(facts, "recalibrated")
+    change = effect.surely_worse(facts) if remedy is None else effect.gain(facts, "recalibrated").main
     ends = effect.STATISTICS if remedy is None else ("as loaded", "with recalibrated statistics")
     on = "" if remedy is None else f" on {remedy.scored_on} data"
-    why = "" if found.main is None else f", but {found.main.words(*ends)}{on}"
+    why = "" if change is None else f", but {change.words(*ends)}{on}"
     return f"(It accounts for D = {number(share)}, which is within the limit{why}.)"
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from bnprobe.records import Estimate, Gap, Layer, Remedy, Score, Updates
+from bnprobe.records import Domains, Estimate, Gap, Layer, Remedy, Score, Updates
 from bnprobe.rules.facts import OtherEps, Padding
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_path, make_shares, run_rule
-from unit.rules.effects import metric, tried
+from unit.rules.effects import loss, metric, tried
 from unit.rules.expect import HALF, failed, passed
 
 
@@ -140,6 +140,15 @@ def test_an_unflagged_layer_is_suspected_where_inference_is_surely_worse() -> No
         told = run_rule("BN203", make_evidence(*layers, gaps=(worse,), remedies=(remedy,)))
         assert {verdict.outcome for verdict in told} == {outcome}
     assert {verdict.outcome for verdict in run_rule("BN203", make_evidence(*layers))} == {"passed"}
+
+
+@pytest.mark.parametrize(("gap", "batch_size"), [(loss(1.0, 1.03), 8), (metric(0.94, 0.46), 256)])
+def test_what_is_too_little_to_be_a_finding_casts_no_suspicion_on_a_layer(gap: Gap, batch_size: int) -> None:
+    shared = make_layer("bn", make_shares(lag=0.02), calls_per_forward=2, domains=Domains(0.001, (0.0008, 0.0012)))
+    for layer, code in ((make_layer("bn", make_shares(lag=0.02)), "BN203"), (shared, "BN207")):
+        facts = make_evidence(layer, gaps=(gap,), batch_size=batch_size)
+        outcomes = [verdict.outcome for each in (code, "BN211") for verdict in run_rule(each, facts)]
+        assert outcomes == ["passed", "passed"]
 
 
 def test_statistics_that_recalibration_surely_mends_are_an_error_whatever_the_two_modes_say() -> None:

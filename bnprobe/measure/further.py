@@ -1,0 +1,297 @@
+"""What a scan measures beyond the two paths: effects, remedies, what tells causes apart, training steps, gradients.
+
+``measure_further`` is the table of contents. It runs in the session that measured the paths, on the micro-batches that
+were kept for it (``batches_to_keep``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from bnprobe.config.spec import OptimizerSpec, ScanSettings
+from bnprobe.errors import BnprobeError
+from bnprobe.loading.model import user_code
+from bnprobe.loading.optimizer import load_optimizer
+from bnprobe.measure.batch import MicroBatch, to_device
+from bnprobe.measure.causes import (
+    SAMPLES_OF_EPS,
+    batch_dependence,
+    chance_levels,
+    fitting_eps,
+    padding_in,
+    random_layers_before,
+    randomness_of,
+)
+from bnprobe.measure.evidence import Evidence
+from bnprobe.measure.gradients import measure_gradients
+from bnprobe.measure.impact import SAMPLES, joint_impact, measure_impact
+from bnprobe.measure.session import Session
+from bnprobe.measure.train_steps import MakeOptimizer, train_steps
+from bnprobe.measure.what_if import what_if
+from bnprobe.records import Backward, Chance, ExtraPass, GradientAngle, Impact, Layer, Remedy, Updates
+from bnprobe.rules.facts import Anatomy, OtherEps, Padding, Randomness
+
+IMPACT_BYTES = 2**27
+"""Upper limit on the norm-layer inputs of the samples that impacts are measured on; backward passes take twice that."""
+
+IMPACT_PART = 8
+"""Impacts are measured on one in this many samples, since each takes a dozen forward passes instead of two."""
+
+WHAT_IF_IMAGES = 512
+"""Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""
+
+TRIAL_SECONDS = 10.0
+"""A trial that was not asked for scores the model in about this time, and there are some six of them."""
+
+CHANCE_IMAGES = 256
+"""Samples whose outputs are given to other samples."""
+
+SCORED_PART = 4
+"""Without held-out data one in this many training batches is left out of the statistics, and scores them."""
+
+GRADIENT_BATCHES = 32
+"""Micro-batches whose gradients are measured; the noise is then known to about 25%."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is of use, by what the two paths gave, beside what the settings ask for.
+
+    Attributes:
+        effects: What layers do to the output, and what tells causes apart: of no use where nothing is wrong.
+        remedies: Try the free remedies.
+        scored: There is a loss or metric, and it may be called on further passes.
+        stale: Names of flagged layers whose running statistics are wrong.
+    """
+
+    effects: bool
+    remedies: bool
+    scored: bool
+    stale: Sequence[str] = ()
+
+
+@dataclass
+class Further:
+    """Results by layer index, or by name where rules read them so, and their cost."""
+
+    impacts: dict[int, Impact] = field(default_factory=dict)
+    backward: dict[int, Backward] = field(default_factory=dict)
+    updates: dict[int, Updates] = field(default_factory=dict)
+    angle: GradientAngle | None = None
+    remedies: tuple[Remedy, ...] = ()
+    chance: tuple[Chance, ...] = ()
+    batch_dependence: float | None = None
+    other_eps: OtherEps | None = None
+    padding: Padding | None = None
+    randomness: Randomness | None = None
+    random_before: Mapping[str, tuple[str, ...]] | None = None
+    passes: list[ExtraPass] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    batch_at_inference: dict[str, bool] = field(default_factory=dict)
+
+    def added_to(self, layer: Layer, index: int) -> Layer:
+        """The layer with what was measured of it."""
+        return replace(
+            layer,
+            impact=self.impacts.get(index),
+            backward=self.backward.get(index),
+            updates=self.updates.get(index),
+        )
+
+    def traced(self, anatomy: Sequence[Anatomy]) -> tuple[Anatomy, ...]:
+        """The layers with the random layers that feed them, where a forward pass could be followed."""
+        known = self.random_before or {}
+        return tuple(replace(one, dropouts_before=known.get(one.name, one.dropouts_before)) for one in anatomy)
+
+    @contextmanager
+    def counted(self, name: str, reason: str, samples: int) -> Iterator[None]:
+        """Note the cost of what runs inside; nothing if it raises."""
+        started = time.perf_counter()
+        yield
+        self.passes.append(ExtraPass(name, reason, samples, time.perf_counter() - started))
+
+
+def batches_to_keep(settings: ScanSettings, batch_size: int, remedies: bool = False) -> int:
+    """Micro-batches to keep for the measurements that the settings request, and for trying remedies."""
+    images = WHAT_IF_IMAGES if remedies else SAMPLES
+    trained = settings.train_steps or 0
+    return max(2, images // batch_size, trained, GRADIENT_BATCHES if settings.gradients else 0)
+
+
+def measure_further(
+    found: Further,
+    session: Session,
+    evidence: Evidence,
+    settings: ScanSettings,
+    wanted: Wanted,
+    make_optimizer: MakeOptimizer | None = None,
+) -> None:
+    """Everything that is of use or asked for, into ``found``; ``session`` is not installed.
+
+    Args:
+        make_optimizer: For training steps; None: SGD at a learning rate of 0.01.
+
+    Raises:
+        BnprobeError: See the single measurements; what was measured before is in ``found``.
+    """
+    found.passes += _passes_so_far(evidence)
+    with session.installed():
+        if wanted.effects:
+            some = _first_batches(session, evidence)
+            samples = len(some) * evidence.batch_size
+            with found.counted("impact", "how much each layer changes the output", samples):
+                found.impacts = measure_impact(session, some, evidence.batching)
+        if wanted.remedies or settings.what_if:
+            _try_remedies(found, session, evidence, settings)
+    _train(found, session, evidence, settings, make_optimizer)
+    with session.installed():
+        _tell_apart(found, session, evidence, wanted)
+
+
+def joint_impacts(
+    session: Session, evidence: Evidence, further: Further, groups: Sequence[tuple[str, ...]]
+) -> dict[tuple[str, ...], float | None]:
+    """For groups of layers, the change of the outputs if all layers of a group normalize with their batches.
+
+    None where it cannot be measured. Errors and Ctrl-C are not raised: the report that this is for is worth more. After
+    a scan that ended early nothing more is run.
+    """
+    positions = {layer.name: layer.index for layer in session.layers.layers}
+    known: dict[frozenset[int], float | None] = {}
+
+    def measured(names: tuple[str, ...]) -> float | None:
+        layers = frozenset(positions[name] for name in names if positions[name] in further.impacts)
+        if not layers or evidence.partial:
+            return None
+        alone = further.impacts[next(iter(layers))].exact if len(layers) == 1 else None
+        if alone is not None:
+            return alone
+        if layers not in known:
+            known[layers] = None
+            with suppress(BnprobeError, KeyboardInterrupt), session.installed():
+                some = _first_batches(session, evidence)
+                known[layers] = joint_impact(session, some, evidence.batching, layers)
+        return known[layers]
+
+    return {names: measured(names) for names in groups}
+
+
+def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
+    """Passes that were measured beside the two paths, with their reasons."""
+    if evidence.steady is not None:
+        name, reason = "train path without random layers", "the model draws random numbers in training"
+        if not evidence.random:
+            name, reason = "train path with the rest in eval mode", "train mode does more than to normalize by batch"
+        yield ExtraPass(name, reason, evidence.samples, evidence.steady_seconds)
+    if evidence.scoring_seconds:
+        more = evidence.scores.count - evidence.samples
+        yield ExtraPass("loss and metric", "of further samples, for their intervals", more, evidence.scoring_seconds)
+    if evidence.held_out is not None:
+        held_out = evidence.held_out
+        yield ExtraPass("held-out data", "to measure the data shift", held_out.samples, held_out.seconds)
+    if evidence.mixed is not None:
+        mixed = evidence.mixed
+        yield ExtraPass(
+            "batches drawn at random", "to tell small from non-i.i.d. batches", mixed.samples, mixed.seconds
+        )
+
+
+def _first_batches(session: Session, evidence: Evidence) -> list[Any]:
+    """The micro-batches that impacts are measured on, on the device."""
+    layers = session.layers.layers
+    numbers = sum(values * layers[index].info.channels for (index, _), values in evidence.values.items())
+    memory = IMPACT_BYTES * evidence.batch_size // (4 * max(numbers, 1))
+    images = min(SAMPLES, memory, evidence.samples // IMPACT_PART)
+    number = max(2, images // evidence.batch_size)
+    return [to_device(batch, session.device) for batch in evidence.micro_batches[:number]]
+
+
+def _try_remedies(found: Further, session: Session, evidence: Evidence, settings: ScanSettings) -> None:
+    """Try the free remedies on held-out data; without any, on training batches that the statistics do not see."""
+    training, held_out = _some(evidence), evidence.held_out
+    held_out = None if held_out is None or held_out.unscored else held_out
+    data: Literal["held-out", "training"] = "training" if held_out is None else "held-out"
+    if held_out is None:
+        scored, scoring = training[::SCORED_PART], evidence.batching
+        training = [batch for position, batch in enumerate(training) if position % SCORED_PART]
+    else:
+        scored, scoring = _some(held_out), held_out.batching
+    if not training or not scored:
+        return
+    asked, batching = bool(settings.what_if), evidence.batching
+    reason = "asked for" if asked else "to try remedies before they are advised"
+    options: dict[str, Any] = {"goal": settings.goal, "scored_on": data, "larger": asked}
+    started = time.perf_counter()
+    tried = what_if(session, training, scored, batching, scoring, seconds=None if asked else TRIAL_SECONDS, **options)
+    found.remedies, found.notes = tried.remedies, [*found.notes, *tried.untried]
+    found.passes.append(ExtraPass("what-if", reason, tried.samples, time.perf_counter() - started))
+
+
+def _some(evidence: Evidence) -> list[MicroBatch]:
+    """The micro-batches that remedies are tried on."""
+    return evidence.counted[: max(2, WHAT_IF_IMAGES // evidence.batch_size)]
+
+
+def _train(
+    found: Further,
+    session: Session,
+    evidence: Evidence,
+    settings: ScanSettings,
+    make_optimizer: MakeOptimizer | None,
+) -> None:
+    """Training steps and gradients, where they are asked for."""
+    size = evidence.batch_size
+    if settings.train_steps:
+        steps, make = settings.train_steps, _guarded(make_optimizer or load_optimizer(OptimizerSpec()))
+        with found.counted("training steps", "asked for", steps * size):
+            trained = train_steps(session, evidence.micro_batches, make, steps)
+            found.updates = {
+                index: replace(updates, repeated=trained.repeated.get(index, 0.0))
+                for index, updates in trained.updates.items()
+            }
+    if settings.gradients:
+        batches = evidence.micro_batches[:GRADIENT_BATCHES]
+        with found.counted("gradients", "asked for", len(batches) * size):
+            found.backward, found.angle = measure_gradients(session, batches, seed=settings.seed)
+
+
+def _guarded(make_optimizer: MakeOptimizer) -> MakeOptimizer:
+    """Turn errors of the user's optimizer factory into UserCodeError."""
+
+    def make(parameters: list[nn.Parameter]) -> Any:
+        with user_code("making the optimizer of the training steps"):
+            return make_optimizer(parameters)
+
+    return make
+
+
+def _tell_apart(found: Further, session: Session, evidence: Evidence, wanted: Wanted) -> None:
+    """What tells one cause from another, where the paths leave it open."""
+    batches, sizes = evidence.micro_batches, [batch.samples for batch in evidence.counted]
+    found.random_before = random_layers_before(session, batches[0], sizes[0]) if batches else None
+    if batches and evidence.repeat:
+        with found.counted("random numbers", "what draws them at inference", sizes[0]):
+            found.randomness = randomness_of(session, batches[0], sizes[0])
+    left = session.left_in_train_mode()
+    layers = [layer for layer in session.layers.selected if layer.index in evidence.by_batch["eval"]]
+    found.batch_at_inference = {
+        layer.name: layer.index in left for layer in layers if layer.info.running_mean is not None
+    }
+    if layers:
+        found.batch_dependence = batch_dependence(session, batches, sizes)
+    if not wanted.effects:
+        return
+    if wanted.scored:
+        most = max(2, CHANCE_IMAGES // max(sizes))
+        with found.counted("chance", "what outputs of other samples score", sum(sizes[:most])):
+            found.chance = chance_levels(session, evidence.counted[:most], evidence.batching)
+    if wanted.stale:
+        with found.counted("eps", "whether the statistics fit another eps", min(sum(sizes), SAMPLES_OF_EPS)):
+            found.other_eps = fitting_eps(session, evidence.counted, evidence.batching, wanted.stale)
+        found.padding = padding_in(batches, [] if evidence.held_out is None else evidence.held_out.micro_batches)
