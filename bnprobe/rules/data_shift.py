@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from bnprobe.numbers import number
 from bnprobe.records import Layer, Remedy, Severity, Verdict
 from bnprobe.rules import effect
-from bnprobe.rules.effect import FLOOR, Effect
+from bnprobe.rules.effect import FLOOR, PART, Effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link, Rule
 from bnprobe.rules.shares import SUSPICIOUS, lower_end, mismatch_limit, why_no_shares
@@ -199,16 +199,16 @@ def _is_won_back(facts: Facts) -> bool:
     if _gain(facts).standing != "better":
         return False
     shifted, usual = _tried(facts), effect.tried(facts.remedies, "recalibrated")
-    return shifted is not None and (usual is None or _advantage(shifted, usual, facts) > FLOOR)
+    return shifted is not None and (usual is None or _advantage(shifted, usual, facts) > 1.0)
 
 
 def _advantage(shifted: Remedy, usual: Remedy, facts: Facts) -> float:
-    """By how much the one remedy is better than the other: of the metric, else relative, of the loss."""
+    """By how many floors the one remedy is better than the other: of the metric, else of the loss."""
     goal = next((gap.goal for gap in facts.gaps if gap.measure == "metric"), "max")
     if shifted.after.metric is not None and usual.after.metric is not None:
-        return (shifted.after.metric - usual.after.metric) * (1 if goal == "max" else -1)
+        return (shifted.after.metric - usual.after.metric) * (1 if goal == "max" else -1) / FLOOR
     if shifted.after.loss is not None and usual.after.loss is not None:
-        return (usual.after.loss - shifted.after.loss) / max(abs(usual.after.loss), effect.SMALLEST)
+        return (usual.after.loss - shifted.after.loss) / max(PART * abs(usual.after.loss), effect.SMALLEST)
     return 0.0
 
 

@@ -1,7 +1,7 @@
 """What the measured loss and metric mean: is inference worse than training, is held-out data, does a remedy help?
 
 A change counts where its 95% interval excludes zero and it is larger than a floor: 2 points of a metric that lies
-between 0 and 1, otherwise 2% of the value. Below that a change may be significant on enough samples, but it is no
+between 0 and 1, otherwise 5% of the value. Below that a change may be significant on enough samples, but it is no
 reason to act: two trainings of the same network differ by more. The floor of a loss is also 0.5% of what the network
 has learned, the distance to the loss of outputs that belong to other samples, since a loss close to 0 may double
 without any consequence.
@@ -18,7 +18,10 @@ from bnprobe.records import Chance, ChanceValues, Estimate, FreeRemedy, Gap, Int
 from bnprobe.rules.facts import Facts
 
 FLOOR = 0.02
-"""The smallest change that matters, of a metric between 0 and 1; otherwise relative."""
+"""The smallest change that matters, of a metric between 0 and 1."""
+
+PART = 0.05
+"""The same for a loss, and for a metric whose scale is not known: this part of the value."""
 
 MUCH = 5.0
 """Floors (2 points of a metric between 0 and 1) by which held-out data is worse than for every network."""
@@ -37,15 +40,11 @@ STATISTICS = ("with batch statistics", "with running statistics")
 FEWEST_SCORED = 5
 """Scored micro-batches that inference is blamed by at least: samples of one share its statistics, and hang together."""
 
-MATTERS = 0.05
-"""What 2 points are of a metric between 0 and 1, for losses and for metrics whose scale is not known, before inference
-is blamed: the loss of two trainings of the same network differs by a few percent."""
-
 TOLERANCE = 2.0
 """A change is known to be no harm where its interval ends within this many floors."""
 
 PART_OF_LEARNED = 0.005
-"""The same for a loss, of the distance to the loss of other samples' outputs, which is large for a sure network."""
+"""And of a loss this part of the distance to that of other samples' outputs, which is large for a sure network."""
 
 SMALLEST = 1e-12
 """Keeps the floor of a loss of 0 above 0."""
@@ -153,22 +152,11 @@ def surely_worse(facts: Facts) -> Change | None:
     """The change by which inference is surely worse than training, the metric first; None where that is not sure.
 
     It is the one bar for blaming inference where no layer is flagged: for a finding of its own (BN211), and for naming
-    a cause that is within its limits. The 95% interval excludes zero, at least ``FEWEST_SCORED`` micro-batches were
-    scored, and the change is beyond ``least_blamed``. ``Effect.is_worse`` asks for less, a change beyond the floor:
-    that is not clean, and makes the finding on a layer that is flagged anyway more serious, but it accuses none.
+    a cause that is within its limits. Beyond ``Effect.is_worse`` it asks for at least ``FEWEST_SCORED`` micro-batches:
+    fewer make the finding on a layer that is flagged anyway more serious, but accuse none.
     """
-    worse = [
-        each
-        for each in inconsistency(facts.gaps, facts.chance).changes
-        if each.standing == "worse" and each.harm > least_blamed(each)
-    ]
+    worse = [each for each in inconsistency(facts.gaps, facts.chance).changes if each.standing == "worse"]
     return None if is_scored_on_few(facts) else _first(worse)
-
-
-def least_blamed(change: Change) -> float:
-    """The smallest harm that inference is blamed for: the floor of a metric between 0 and 1, otherwise 5%."""
-    known = change.measure == "metric" and 0 <= change.before <= 1 and 0 <= change.after <= 1
-    return change.floor if known else max(change.floor, MATTERS * max(abs(change.before), abs(change.after)))
 
 
 def is_scored_on_few(facts: Facts) -> bool:
@@ -310,5 +298,5 @@ def _signed(interval: Interval | None, sign: float) -> Interval | None:
 def _floor(measure: str, values: Sequence[float], known: float | None) -> float:
     largest = max(map(abs, values))
     if measure == "metric":
-        return FLOOR if all(0 <= value <= 1 for value in values) else FLOOR * largest
-    return max(FLOOR * largest, PART_OF_LEARNED * (known or 0.0), SMALLEST)
+        return FLOOR if all(0 <= value <= 1 for value in values) else PART * largest
+    return max(PART * largest, PART_OF_LEARNED * (known or 0.0), SMALLEST)

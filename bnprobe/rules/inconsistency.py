@@ -66,13 +66,13 @@ class Inconsistency(Rule):
         worse = effect.surely_worse(facts)
         if worse is None:
             words = f"On training batches {change.words(*effect.STATISTICS)}"
-            yield self.passed(None, f"{words}{_why_not(found, facts)}.", change.harm, effect.least_blamed(change))
+            yield self.passed(None, f"{words}{_why_not(found, facts)}.", change.harm, change.floor)
             return
         words = f"On training batches {worse.words(*effect.STATISTICS)}"
         ruled_out = "; ".join(_ruled_out(facts))
         not_known = f" No cause was found. Ruled out: {ruled_out}." if ruled_out else " No cause was found."
         severity: Severity | None = "info" if facts.is_new else None  # what is not trained yet says nothing
-        yield self.failed(None, f"{words}.{not_known}", worse.harm, effect.least_blamed(worse), severity)
+        yield self.failed(None, f"{words}.{not_known}", worse.harm, worse.floor, severity)
 
 
 def _why_not(found: Effect, facts: Facts) -> str:
@@ -82,8 +82,6 @@ def _why_not(found: Effect, facts: Facts) -> str:
     if effect.is_scored_on_few(facts):
         few = f"fewer than {effect.FEWEST_SCORED} micro-batches are too few to judge by"
         return f"; {few}, since each has one mean and variance"
-    if found.is_worse:
-        return "; the change is too small to matter"
     return "; the change is not known precisely enough to call it significant"
 
 

@@ -17,7 +17,7 @@ class UntrainedWeights(Rule):
 
     What:
         Loss and metric with every sample's own output, against those with the output of another sample. It fails where
-        in one mode the own output is not surely better, by 2 points of a metric between 0 and 1 or 2% of the value, and
+        in one mode the own output is not surely better, by 2 points of a metric between 0 and 1 or 5% of the value, and
         in the other by less than 15% of what is possible. A loss that does not depend on which sample an output belongs
         to cannot be judged, nor can batches that are not i.i.d. For a network that is as it was made it is a remark.
 
