@@ -6,6 +6,7 @@ own measurement is used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,8 @@ from benchmarks.faults.surgery import norms
 from bnprobe.records import Interval, Layer
 
 TRUTH_BATCHES = 600
-"""Batches behind the truth of the train path: epoch after epoch of the same data set, each in a new order."""
+"""Batches behind the truth of the train path, at least: whole epochs of the same data set, each in a new order. Of a
+part of an epoch heavy tails would leave more error than an interval is wide."""
 
 TRUTH_ORDERS = 100
 """Orders of the data set behind the truth of the eval path, where samples do not depend on each other."""
@@ -132,11 +134,13 @@ def true_figures(case: Case, values: Sequence[int], count: int = TRUTH_BATCHES) 
 
     Args:
         values: Values per channel in a batch, of each layer.
-        count: Batches.
+        count: Batches, at least.
     """
     sampling, samples = replace(case.sampling, seed=case.sampling.seed + 77), case.training()
-    train, same = (record(case.model, samples, sampling, count, training=training) for training in (True, False))
     number = min(len(samples), sampling.images or len(samples))
+    epoch = number // sampling.batch_size  # a partial last batch is dropped
+    count = math.ceil(count / epoch) * epoch
+    train, same = (record(case.model, samples, sampling, count, training=training) for training in (True, False))
     part = max(size for size in range(1, 129) if number % size == 0)  # no sample may be left over
     images = record_images(case.model, samples, replace(sampling, batch_size=part), number // part)
     infer = [_reordered(one, sampling.batch_size) for one in images]
