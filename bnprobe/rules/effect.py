@@ -40,6 +40,9 @@ STATISTICS = ("with batch statistics", "with running statistics")
 FEWEST_SCORED = 5
 """Scored micro-batches that inference is blamed by at least: samples of one share its statistics, and hang together."""
 
+TO_99 = 1.31
+"""Width of a 99% interval, in widths of the 95% interval (normal distribution)."""
+
 TOLERANCE = 2.0
 """A change is known to be no harm where its interval ends within this many floors."""
 
@@ -88,6 +91,13 @@ class Change:
         if high < 0 and -self.harm > self.floor:
             return "better"
         return "same" if self.harm <= self.floor and high <= TOLERANCE * self.floor else "unclear"
+
+    @property
+    def is_surely_worse(self) -> bool:
+        """Whether a 99% interval excludes zero, too."""
+        if self.interval is None or self.standing != "worse":
+            return False
+        return self.harm > TO_99 * (self.harm - self.interval[0])
 
     @property
     def weight(self) -> float:
@@ -152,10 +162,11 @@ def surely_worse(facts: Facts) -> Change | None:
     """The change by which inference is surely worse than training, the metric first; None where that is not sure.
 
     It is the one bar for blaming inference where no layer is flagged: for a finding of its own (BN211), and for naming
-    a cause that is within its limits. Beyond ``Effect.is_worse`` it asks for at least ``FEWEST_SCORED`` micro-batches:
-    fewer make the finding on a layer that is flagged anyway more serious, but accuse none.
+    a cause that is within its limits. Beyond ``Effect.is_worse`` it asks for at least ``FEWEST_SCORED`` micro-batches,
+    and for a 99% interval that excludes zero: a scan tests two measures, and accuses a network that looks healthy
+    otherwise. Less makes the finding on a layer that is flagged anyway more serious.
     """
-    worse = [each for each in inconsistency(facts.gaps, facts.chance).changes if each.standing == "worse"]
+    worse = [each for each in inconsistency(facts.gaps, facts.chance).changes if each.is_surely_worse]
     return None if is_scored_on_few(facts) else _first(worse)
 
 
