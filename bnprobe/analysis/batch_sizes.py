@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from bnprobe.records import BatchSizePoint, Layer, PathMeasurement, Report, Smallest, SweepLayer, SweepPoint
-from bnprobe.stats.theory import mismatch_iid, standing
+from bnprobe.rules.shares import flagging_limit
+from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid, standing
 
 _STANDINGS: dict[str, Literal["passes", "undecided", "fails"]] = {
     "flagged": "fails",
@@ -23,13 +24,14 @@ def sweep_layer(layer: Layer, batch_size: int, trains: Sequence[Report]) -> Swee
         batch_size: The scanned batch size.
         trains: That scan, and one scan for each further size of the train path.
     """
-    limit = mismatch_iid(layer.threshold)
     found = list(layer.batch_sizes)
     if layer.eval is not None:
-        found.append(_measured(layer.eval, batch_size, trains[0].scan.batches))
+        found.append(_measured(layer, layer.eval, batch_size, trains[0].scan.batches))
     others = [(report.scan, _named(report, layer.name)) for report in trains]
-    trained = [_measured(other.train, scan.batch_size, scan.batches) for scan, other in others if other and other.train]
-    points = _points(found, layer.eval, batch_size, limit)
+    trained = [
+        _measured(other, other.train, scan.batch_size, scan.batches) for scan, other in others if other and other.train
+    ]
+    points = _points(found, layer.eval, batch_size)
     return SweepLayer(
         name=layer.name,
         kind=layer.kind,
@@ -39,13 +41,18 @@ def sweep_layer(layer: Layer, batch_size: int, trains: Sequence[Report]) -> Swee
         undecided=layer.undecided,
         note=layer.note,
         eval=points,
-        train=_points(trained, layer.train, batch_size, limit),
-        smallest=_smallest(points, limit),
+        train=_points(trained, layer.train, batch_size),
+        smallest=_smallest(points),
     )
 
 
-def _measured(path: PathMeasurement, batch_size: int, batches: int) -> BatchSizePoint:
-    return BatchSizePoint(batch_size, batches, path.mismatch, path.interval, path.equivalent_batch_size)
+def _measured(layer: Layer, path: PathMeasurement, batch_size: int, batches: int) -> BatchSizePoint:
+    """A path of a layer as it was scanned and judged: one that runs in training only by the noise of its batches."""
+    limit, noise = flagging_limit(layer), None if layer.share_intervals is None else layer.share_intervals.small_batch
+    if layer.only_in == "train" and layer.shares is not None and noise is not None:
+        mismatch = layer.shares.small_batch
+        return BatchSizePoint(batch_size, batches, mismatch, noise, equivalent_batch_size(mismatch), limit)
+    return BatchSizePoint(batch_size, batches, path.mismatch, path.interval, path.equivalent_batch_size, limit)
 
 
 def _named(report: Report, name: str) -> Layer | None:
@@ -53,7 +60,7 @@ def _named(report: Report, name: str) -> Layer | None:
 
 
 def _points(
-    measured: Sequence[BatchSizePoint], scanned: PathMeasurement | None, batch_size: int, limit: float
+    measured: Sequence[BatchSizePoint], scanned: PathMeasurement | None, batch_size: int
 ) -> tuple[SweepPoint, ...]:
     """Points of the curve by increasing size, with the value for i.i.d. samples."""
     n_eq = scanned.equivalent_batch_size if scanned else None
@@ -65,7 +72,8 @@ def _points(
             interval=point.interval,
             equivalent_batch_size=point.equivalent_batch_size,
             theory=0.0 if n_eq is None else mismatch_iid(n_eq * point.batch_size / batch_size),
-            standing=_STANDINGS[standing([point.interval], limit)],
+            limit=point.limit,
+            standing=_STANDINGS[standing([point.interval], point.limit)],
         )
         for point in sorted(measured, key=lambda point: point.batch_size)
     )
@@ -84,10 +92,10 @@ def smallest_of_all(scanned: Sequence[Layer], layers: Sequence[SweepLayer]) -> S
     return Smallest(_largest([one.surely for one in judged]), _largest([one.likely for one in judged]))
 
 
-def _smallest(points: Sequence[SweepPoint], limit: float) -> Smallest:
+def _smallest(points: Sequence[SweepPoint]) -> Smallest:
     likely: list[int] = []
     for point in reversed(points):
-        if point.mismatch > limit:
+        if point.mismatch > point.limit:
             break
         likely.append(point.batch_size)
     sure = [point.batch_size for point in points if point.batch_size in likely and point.standing == "passes"]

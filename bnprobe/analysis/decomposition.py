@@ -69,6 +69,19 @@ def attribute(evidence: Evidence) -> dict[int, Attribution]:
     }
 
 
+def beyond_noise(evidence: Evidence, index: int, size: int) -> float | None:
+    """How much of a layer's D at another batch size is no noise of i.i.d. batches; None where it is not known."""
+    path = evidence.batch_sizes[size]
+    slots = [slot for slot in path.calls if slot[0] == index]
+    if not slots or evidence.layers.layers[index].info.corrects:
+        return None
+    sums, values = _together(path, slots), max(1, evidence.values[slots[0]] * size // evidence.batch_size)
+    means = sums.means()
+    known = ladder.settled(means, values, ladder.blend(means, values))
+    wrong = ladder.mismatch(means, ladder.running(means)) - ladder.mismatch(means, known)
+    return jackknife(wrong, sums.counts).value + evidence.composed(slots, path)
+
+
 def model_shares(layers: Sequence[Shares]) -> Shares | None:
     """Mean over layers; None for a share that is None in some layer."""
     if not layers:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from bnprobe.analysis.decomposition import Attribution, attribute, model_shares
+from bnprobe.analysis.decomposition import Attribution, attribute, beyond_noise, model_shares
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import NonFiniteError, NothingToProbeError
 from bnprobe.measure.accumulators import Values
@@ -28,11 +28,11 @@ from bnprobe.records import (
     SkippedLayer,
     Summary,
 )
-from bnprobe.rules.shares import noise_limit, screened
+from bnprobe.rules.shares import deciding_limit, noise_limit, screened
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
 from bnprobe.stats.intervals import Sums, mean_interval
 from bnprobe.stats.scores import independent_difference, paired_difference
-from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size, standing
+from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size, mismatch_iid, standing
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
         train=train,
         eval=eval_,
         calls=_calls(evidence, slots) if len(slots) > 1 else (),
-        batch_sizes=tuple(_points(evidence, slots[0])),
+        batch_sizes=tuple(_points(evidence, slots[0], threshold)),
         shares=found.shares,
         share_intervals=found.intervals,
         composition=found.composition,
@@ -216,14 +216,18 @@ def _call(evidence: Evidence, path: PathEvidence, slot: Slot) -> PathMeasurement
     return _measurement(path.mismatch(slot), path, [slot], evidence.values[slot] == 1)
 
 
-def _points(evidence: Evidence, first: Slot) -> Iterable[BatchSizePoint]:
+def _points(evidence: Evidence, first: Slot, threshold: float) -> Iterable[BatchSizePoint]:
     for size, path in evidence.batch_sizes.items():
         sums = path.layer(first[0])
         if sums and math.isfinite(sums.total):
             interval = mean_interval(sums)
             single = evidence.values[first] * size == evidence.batch_size
             n_eq = 1.0 if single else equivalent_batch_size(sums.mean)
-            yield BatchSizePoint(size, sums.count, sums.mean, interval, n_eq)
+            others = beyond_noise(evidence, first[0], size)
+            limit = mismatch_iid(threshold)
+            if others is not None:
+                limit = deciding_limit(sums.mean - others, others, threshold)
+            yield BatchSizePoint(size, sums.count, sums.mean, interval, n_eq, limit)
 
 
 def _only_in(evidence: Evidence, layer: ProbedLayer) -> Literal["train", "eval"] | None:

@@ -170,6 +170,7 @@ class MismatchSums(Statistic):
     """
 
     name = "batch moments"
+    scopes = Mismatch.scopes
     reported = False
 
     def __init__(self, seed: int = 0) -> None:

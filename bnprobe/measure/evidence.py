@@ -355,17 +355,31 @@ class Evidence:
         means, values = sums.means().whole(), self.values[slots[0]]
         known = settled(means, values, blend(means, values))
         wrong = mismatch(means, running(means)) - mismatch(means, known)
-        if self.batch_size < 2 or self.eval.batches < 2 or not self.batching.emulation.trusted:
-            return float(wrong)
-        found = [analyse(self.eval.moments(slot), self.eval.sample_squares(slot), self.batch_size) for slot in slots]
+        return float(wrong) + self.composed(slots, self.eval)
+
+    def composed(self, slots: Sequence[Slot], path: PathEvidence) -> float:
+        """What batches add to the D of a layer that differ significantly from i.i.d. ones; 0 where that is not known.
+
+        Args:
+            slots: The calls of the layer.
+            path: The eval path, at the batch size that was scanned or at another.
+        """
+        size = path.batch_size
+        if size < 2 or path.batches < 2 or not self.batching.emulation.trusted:
+            return 0.0
+        # Those of the samples that fill no batch of this size are counted too, in proportion.
+        part = path.batches * size / (self.eval.batches * self.batch_size)
+        squares = {slot: part * self.eval.sample_squares(slot) for slot in slots}
+        found = [analyse(path.moments(slot), squares[slot], size) for slot in slots]
         p_values = torch.cat([each.p_value for each in found])
         if float(p_values.min()) * p_values.numel() >= COMPOSITION_P:
-            return float(wrong)
-        squares = sum((self.eval.sample_squares(slot) for slot in slots), start=torch.zeros(())).sum(0)
-        samples = float(sums.counts.sum()) * self.batch_size
+            return 0.0
+        sums = reduce(add, map(path.moments, slots))
+        means = sums.means().whole()
+        samples = float(sums.counts.sum()) * size
         between = means.d_squared[0] - means.d[0].square()
-        within = (squares / samples - means.d[0].square()) / self.batch_size
-        return float(wrong + (between - within).mean().clamp_min(0))
+        within = (reduce(add, squares.values()).sum(0) / samples - means.d[0].square()) / size
+        return float((between - within).mean().clamp_min(0))
 
     @property
     def sampled(self) -> float:

@@ -70,13 +70,19 @@ class PathMeasurement(Record):
 
 @dataclass(frozen=True)
 class BatchSizePoint(Record):
-    """Eval-path mismatch of one layer at one batch size; all sizes are measured on the same samples."""
+    """Eval-path mismatch of one layer at one batch size; all sizes are measured on the same samples.
+
+    Attributes:
+        limit: The D above which the layer is flagged at this size: between the limits of noise of batches and of all
+            else, in proportion to its parts.
+    """
 
     batch_size: int
     batches: int
     mismatch: float
     interval: Interval
     equivalent_batch_size: float | None
+    limit: float
 
 
 @dataclass(frozen=True)

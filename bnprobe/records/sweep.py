@@ -17,7 +17,8 @@ class SweepPoint(Record):
     Attributes:
         batches: Micro-batches of this size.
         theory: D that i.i.d. samples would give: n_eq at the scanned size grows in proportion to the batch size.
-        standing: Compared with the layer's threshold: "passes" or "fails" if the whole interval does.
+        limit: The D above which the layer is flagged at this size, as in a scan.
+        standing: "passes" or "fails" if the whole interval is within the limit, or beyond it.
     """
 
     batch_size: int
@@ -26,6 +27,7 @@ class SweepPoint(Record):
     interval: Interval
     equivalent_batch_size: float | None
     theory: float
+    limit: float
     standing: Literal["passes", "undecided", "fails"]
 
 
@@ -47,7 +49,7 @@ class SweepLayer(Record):
     """One layer at several batch sizes.
 
     Attributes:
-        threshold: The equivalent batch size that it has to reach.
+        threshold: The equivalent batch size below which all that is no noise of batches flags it.
         flagged, undecided, note: As in a scan at the scanned batch size.
         eval: The eval path, every size from the same samples; empty where it could not be measured.
         train: The train path at the scanned size and at the ``--train-sizes``, one measurement each.

@@ -123,14 +123,12 @@ def _try_sizes_step(report: Report, command: str) -> NextStep | None:
 
 
 def under_limit(layers: tuple[Layer, ...], batch_size: int) -> list[Layer]:
-    """The layers whose eval-path n_eq at a batch size is below their threshold."""
+    """The layers whose eval-path mismatch at a batch size is beyond their limit."""
     return [
         layer
         for layer in layers
         for point in layer.batch_sizes
-        if point.batch_size == batch_size
-        and point.equivalent_batch_size is not None
-        and point.equivalent_batch_size < layer.threshold
+        if point.batch_size == batch_size and point.mismatch > point.limit
     ]
 
 

@@ -9,11 +9,20 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from bnprobe.numbers import count, joined
-from bnprobe.records import MomentumCurve, MomentumPoint, MomentumSweep, SweepLayer, SweepPoint, SweepReport
+from bnprobe.records import (
+    DEFAULT_THRESHOLD,
+    MomentumCurve,
+    MomentumPoint,
+    MomentumSweep,
+    SweepLayer,
+    SweepPoint,
+    SweepReport,
+)
 from bnprobe.report import figures
 from bnprobe.report.page import CENTRE, FINE, FLAGGED, TIMES, UNDECIDED, UNMEASURED, Page, RenderOptions, pad, to_string
 from bnprobe.report.table import Column, Names, dropping, table
-from bnprobe.stats.theory import mismatch_iid
+from bnprobe.rules.shares import NOISE_THRESHOLD
+from bnprobe.stats.theory import equivalent_batch_size
 
 MOST_LAYERS = 25
 
@@ -153,7 +162,7 @@ def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, show_all: 
     largest = max(point.batch_size for layer in shown for point in layer.eval)
     columns = [
         Column(f"n_eq at {scanned}", [_equivalent(_at(layer, scanned)) for layer in shown]),
-        Column("limit", [figures.plain(layer.threshold) for layer in shown]),
+        Column("limit", [figures.equivalent_batch_size(_limit(_at(layer, scanned))) for layer in shown]),
         Column("passes", [_size(layer.smallest.likely, largest) for layer in shown]),
         Column("at 95%", [_size(layer.smallest.surely, largest) for layer in shown]),
     ]
@@ -163,8 +172,23 @@ def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, show_all: 
     return [
         *page.heading("Batch size from which on a layer passes at inference (95%: significantly)"),
         *table(names, dropping(columns, ("limit", columns[0].heading)), page),
+        *page.paragraphs(_limits(shown, scanned), "dim"),
         *(more if left_out else []),
     ]
+
+
+def _limits(shown: Sequence[SweepLayer], scanned: int) -> Iterable[str]:
+    """What the limits are, where noise has one of its own."""
+    if any(layer.threshold == DEFAULT_THRESHOLD for layer in shown):
+        yield (
+            f"limit: the n_eq below which a layer fails at size {scanned}, between {figures.plain(NOISE_THRESHOLD)} for"
+            f" noise of batches alone and {figures.plain(DEFAULT_THRESHOLD)} for all else, in proportion"
+        )
+
+
+def _limit(point: SweepPoint) -> float | None:
+    """The n_eq below which the layer fails."""
+    return equivalent_batch_size(point.limit)
 
 
 def _size(size: int | None, largest: int) -> str:
@@ -256,7 +280,7 @@ def _bar(point: SweepPoint, scale: _Scale, page: Page) -> str:
 def _size_rows(points: Sequence[tuple[SweepLayer, SweepPoint]]) -> Iterable[tuple[str, ...]]:
     for size in sorted({point.batch_size for _, point in points}):
         here = [(layer, point) for layer, point in points if point.batch_size == size]
-        worst, point = max(here, key=lambda pair: pair[1].mismatch / mismatch_iid(pair[0].threshold))
+        worst, point = max(here, key=lambda pair: pair[1].mismatch / pair[1].limit)
         failing, undecided = (sum(p.standing == name for _, p in here) for name in ("fails", "undecided"))
         yield str(size), str(point.batches), _equivalent(point), f"{failing} of {len(here)}", str(undecided), worst.name
 

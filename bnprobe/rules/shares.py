@@ -70,6 +70,8 @@ def flagging_limit(layer: Layer) -> float:
     """The mismatch D above which a layer is flagged."""
     if layer.shares is None:
         return mismatch_limit(layer)
+    if layer.only_in == "train":  # nothing uses its running statistics
+        return noise_limit(layer.threshold)
     return deciding_limit(*noise_and_others(layer.shares, layer.composition), layer.threshold)
 
 
@@ -343,7 +345,6 @@ def in_words(layer: Layer, share: float) -> str:
     """How much of the mismatch a share is, a sentence."""
     total, limit = None if layer.eval is None else layer.eval.mismatch, number(flagging_limit(layer))
     if layer.only_in == "train":
-        limit = number(noise_limit(layer.threshold))
         return f"(D = {number(share)}; the layer runs in training only, and its limit is that of noise, {limit}.)"
     if total is None or not is_off_at_inference(layer):
         return f"(D = {number(share)} at inference; the layer is flagged in training, where its limit is {limit}.)"

@@ -25,6 +25,7 @@ from bnprobe.measure.restore import untouched
 from bnprobe.measure.session import Session, UserFunctions, no_progress
 from bnprobe.records import SweepReport
 from bnprobe.report import RenderOptions, render
+from bnprobe.rules.shares import flagging_limit
 from bnprobe.stats.ema import replay, weights
 from support.networks import BatchAttention, Flat, Residual, Siamese, images, unsettled
 
@@ -71,6 +72,28 @@ def test_every_size_of_the_eval_path_is_what_a_scan_at_that_size_measures() -> N
             assert point.batches == 256 // point.batch_size
             assert point.mismatch == pytest.approx(alone.eval.mismatch, rel=1e-5)
             assert point.interval == pytest.approx(alone.eval.interval, rel=1e-4)
+            assert point.limit == pytest.approx(flagging_limit(alone), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shift", "standings"),
+    [
+        (0.0, ["fails", "fails", "passes", "passes"]),  # noise of 16 values is within its limit, 14
+        (0.3, ["fails", "fails", "fails", "fails"]),  # and beyond the limit of all else, 32
+        (0.15, ["fails", "fails", "fails", "passes"]),  # half of one limit and more than half of the other
+    ],
+)
+def test_a_sweep_judges_a_layer_at_every_size_as_a_scan_at_that_size(shift: float, standings: list[str]) -> None:
+    data, sizes = images(512, 2, 6, seed=6), (2, 8, 16, 32)
+    model = _settled_on(nn.Sequential(nn.BatchNorm1d(6)), data)
+    model[0].running_mean += shift
+    (layer,) = sweep(model, data, 2, batch_sizes=sizes, num_batches=512, thresholds={"*": 32.0}).layers
+    assert [point.standing for point in layer.eval] == standings
+    for point in layer.eval:
+        again = list(torch.cat(data).split(point.batch_size))
+        (alone,) = scan(model, again, point.batch_size, num_batches=len(again)).layers
+        assert alone.flagged == (point.standing == "fails")
+        assert point.limit == pytest.approx(flagging_limit(alone), rel=0.03)
 
 
 def test_the_samples_of_a_ragged_batch_are_what_the_user_says() -> None:

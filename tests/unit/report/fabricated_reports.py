@@ -213,9 +213,10 @@ def no_batch_size_helps() -> Report:
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def _point(size: int, n: float) -> BatchSizePoint:
+def _point(size: int, n: float, limit: float = 32.0) -> BatchSizePoint:
     mismatch = theory(n)
-    return BatchSizePoint(size, 256 // size, mismatch, (0.9 * mismatch, 1.1 * mismatch), equivalent(mismatch))
+    interval = (0.9 * mismatch, 1.1 * mismatch)
+    return BatchSizePoint(size, 256 // size, mismatch, interval, equivalent(mismatch), theory(limit))
 
 
 REPORTS = {
