@@ -2,8 +2,8 @@
 
 A cause that follows from another one, on the same layer, in an earlier layer or of the whole model, is not a diagnosis
 of its own. Which causes follow from which is declared by the rules. Mismatch from earlier layers of which none has a
-cause of its own is what their stale statistics add up to, and is called so. A remedy that was tried without a
-gain is not printed.
+cause of its own is what their stale statistics, or dropout, add up to, and is called so. A remedy that was tried
+without a gain is not printed.
 
 Ranking: errors before warnings before information; within these, first what stops training; then what a remedy without
 training is known to mend for the most part; then by the effect on the output, not by the number of layers. Where a
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bnprobe.config.spec import RuleExemption, RulesSpec, matches_any
@@ -26,7 +26,7 @@ from bnprobe.records import EXEMPT, SOURCES, Cause, Diagnosis, Layer, LintReport
 from bnprobe.rules import RULES, Rule, effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import matches_code, selected
-from bnprobe.rules.shares import SHARES, STATISTICS_CAUSES
+from bnprobe.rules.shares import SHARES, STATISTICS_CAUSES, ShareRule, share_of
 
 Group = tuple[str, ...]
 """Names of the layers of one diagnosis, in network order."""
@@ -101,45 +101,54 @@ def _exempted(verdict: Verdict, exemptions: Sequence[RuleExemption], facts: Fact
 
 
 def _rooted(verdicts: Sequence[Verdict], facts: Facts) -> list[Verdict]:
-    """The verdicts, with mismatch from earlier layers that has no root as the staleness that it is."""
+    """The verdicts, with mismatch from earlier layers that has no root given to what adds up to most in these."""
     order, failed = _order(facts), [verdict for verdict in verdicts if verdict.outcome == "failed"]
     lost = {
         verdict.layer: verdict
         for verdict in failed
         if RULES[verdict.rule].follows_upstream and _reason(verdict, failed, facts, order) is None
     }
-    stale = {verdict.layer: verdict for verdict in verdicts if verdict.cause == "lag" and verdict.layer in lost}
-    first = min((order[name] for name, layer in facts.layers.items() if layer.flagged), default=len(order))
-    within = {name for name, place in order.items() if place <= first}
-    return [_as_stale(verdict, lost, stale, verdict.layer in within) for verdict in verdicts]
+    unsure = (name for name, layer in facts.layers.items() if layer.flagged or layer.undecided or layer.eval is None)
+    first = min((order[name] for name in unsure), default=len(order))
+    rooted = list(verdicts)
+    for name, found in lost.items():
+        roots = {verdict.rule: place for place, verdict in enumerate(verdicts) if verdict.layer == name}
+        root = max(
+            (rule for rule in _passing_on() if rule.code in roots), key=_passed_on(name, facts, order), default=None
+        )
+        if root is not None:
+            place = rooted.index(found)
+            rooted[place] = replace(found, outcome="passed", message=_NO_ROOT, remedy="")
+            rooted[roots[root.code]] = _passing(root, found, facts, order[name or ""] <= first)
+    return rooted
 
 
-def _as_stale(
-    verdict: Verdict, lost: Mapping[str | None, Verdict], stale: Mapping[str | None, Verdict], within: bool
-) -> Verdict:
-    """The verdict itself, unless it is one of the two of a layer that change places: propagation and lag.
+_NO_ROOT = "Its input differs between training and inference, and no rule found the root in an earlier layer."
 
-    ``within``: no earlier layer is flagged.
+
+def _passing_on() -> list[ShareRule]:
+    """The rules on what earlier layers pass on."""
+    return [rule for rule in RULES if isinstance(rule, ShareRule) and rule.adds_up]
+
+
+def _passed_on(name: str | None, facts: Facts, order: Mapping[str, int]) -> Callable[[ShareRule], float]:
+    """By rule, the sum of its share over a layer and all earlier ones."""
+    before = [layer for other, layer in facts.layers.items() if order[other] <= order[name or ""]]
+    return lambda rule: sum(max(share_of(layer, rule.cause) or 0.0, 0.0) for layer in before)
+
+
+def _passing(root: ShareRule, found: Verdict, facts: Facts, within: bool) -> Verdict:
+    """A finding on mismatch from earlier layers, as one of another cause.
+
+    ``within``: every earlier layer was measured, and is neither flagged nor undecided.
     """
-    layer = verdict.layer
-    if layer not in lost or layer not in stale:
-        return verdict
-    found, rule = lost[layer], RULES[stale[layer].rule]
-    if verdict is found:
-        message = "Its input differs between training and inference, and no rule found the root in an earlier layer."
-        return replace(found, outcome="passed", message=message, remedy="")
-    if verdict is stale[layer]:
-        start = (
-            "Earlier layers are each within their limit, but what their running statistics are off by adds up in its"
-            " input."
-            if within
-            else "What the running statistics of earlier layers are off by adds up in its input."
-        )
-        message = f"{start} {found.message.partition('. ')[2]}"
-        return replace(
-            found, rule=rule.code, cause=rule.cause, message=message.strip(), remedy=rule.remedy, limit=found.limit
-        )
-    return verdict
+    start = f"{root.adds_up[0].upper()}{root.adds_up[1:]} adds up in its input."
+    if within:
+        start = f"Earlier layers are each within their limit, but {root.adds_up} adds up in its input."
+    rule, layer = RULES[found.rule], facts.layers.get(found.layer or "")
+    weighed = rule.weigh(layer, facts) if isinstance(rule, ShareRule) and layer is not None else None
+    message = start if weighed is None else f"{start} {weighed[0]}"
+    return replace(found, rule=root.code, cause=root.cause, message=message, remedy=root.remedy)
 
 
 def _not_contradicted(verdict: Verdict, facts: Facts) -> Verdict:

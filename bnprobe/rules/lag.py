@@ -116,6 +116,7 @@ class Lag(ShareRule):
         Link("small_batch", _is_noise_of_batches),
     )
     upstream_order = 80
+    adds_up = "what the running statistics of earlier layers are off by"
     free_remedy = "recalibrated"
     commands = ("recalibrate",)
     other_remedy = "Keep the running statistics, and find out which data or weights they belong to."

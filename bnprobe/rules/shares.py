@@ -256,7 +256,13 @@ def _wrong_statistics(layer: Layer) -> float:
 
 
 class ShareRule(Rule):
-    """A rule on one share of the mismatch at inference."""
+    """A rule on one share of the mismatch at inference.
+
+    Attributes:
+        adds_up: What earlier layers pass on to later ones by this cause, a clause; empty: nothing.
+    """
+
+    adds_up: ClassVar[str] = ""
 
     severity = "error"
     unit = "D"
@@ -274,6 +280,17 @@ class ShareRule(Rule):
         """What to do about a failing layer."""
         return self.remedy
 
+    def weigh(self, layer: Layer, facts: Facts) -> tuple[str, Severity] | None:
+        """How large the share of a cause is, in parentheses and with what it does, and how serious; None: no cause."""
+        share = share_of(layer, self.cause) or 0.0
+        if is_cause(layer, self.cause):
+            severity = severity_of(self.cause, facts)
+            return (
+                f"{in_words(layer, share)}{_at_no_cost(self.cause, facts) if severity == 'warning' else ''}",
+                severity,
+            )
+        return (_suspected(self.cause, share, facts), "error") if is_suspect(layer, self.cause, facts) else None
+
     def remark(self, layer: Layer, share: float) -> tuple[str, str] | None:
         """What is worth saying of a share that flags no layer, in parentheses, and what to do; None: nothing."""
         return None
@@ -286,19 +303,16 @@ class ShareRule(Rule):
         share, limit, remedy = share_of(layer, self.cause), share_limit(layer, self.cause), self.advise(layer, facts)
         if share is None:
             return self.without_share(layer, facts)
-        if is_cause(layer, self.cause):
-            message, severity = in_words(layer, share), severity_of(self.cause, facts)
-        elif is_suspect(layer, self.cause, facts):
-            message, severity = _suspected(self.cause, share, facts), "error"
+        weight: tuple[str, Severity]
+        if (weighed := self.weigh(layer, facts)) is not None:
+            weight = weighed
         elif (remark := self.remark(layer, share)) is not None:
-            message, severity, remedy = remark[0], "info", remark[1]
+            weight, remedy = (remark[0], "info"), remark[1]
         else:
             message = f"This cause accounts for D = {number(share)}{_although(layer, self.cause, share)}."
             return self.passed(layer.name, message, share, limit)
-        message = (
-            f"{self.explain(layer, facts)} {message}{_at_no_cost(self.cause, facts) if severity == 'warning' else ''}"
-        )
-        return self.failed(layer.name, message, share, limit, severity, remedy)
+        words, severity = weight
+        return self.failed(layer.name, f"{self.explain(layer, facts)} {words}", share, limit, severity, remedy)
 
 
 def _at_no_cost(cause: Cause, facts: Facts) -> str:

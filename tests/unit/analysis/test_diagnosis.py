@@ -260,6 +260,14 @@ def test_propagation_without_a_root_is_staleness() -> None:
     assert [(one.cause, one.consequences) for one in diagnosed(beside)] == [("lag", ("propagation in 1 layer",))]
 
 
+def test_propagation_without_a_root_is_what_dropout_adds_up_to_where_that_is_more() -> None:
+    before = [make_layer(name, make_shares(dropout=0.02)) for name in ("a", "b")]
+    [found] = diagnosed(make_evidence(*before, make_layer("c", make_shares(propagation=0.2, lag=0.002))))
+    assert (found.cause, found.layers) == ("dropout", ("c",))
+    assert "what dropout changes in earlier layers adds up in its input" in found.message
+    assert found.remedy.startswith("Move dropout behind the last BN layer")
+
+
 def test_propagation_is_told_under_the_strongest_cause_upstream() -> None:
     layers = [
         make_layer("a", make_shares(lag=0.9)),
