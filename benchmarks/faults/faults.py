@@ -384,7 +384,7 @@ FAULTS: dict[str, Fault] = {
         Fault(composition, ("composition",)),
         Fault(alternating_domains, ("composition", "shared_domains"), (*IMAGES, "audio", "generator")),
         Fault(single_value, ("single_value",), _ROWS, _ONE, structural=True),
-        Fault(single_image, ("single_image",), _MAPS),
+        Fault(single_image, ("single_image",), _MAPS, wrong_anyway=True),
         Fault(last_batch, ("last_batch",), strengths=_ONE, structural=True),
         Fault(eval_forgotten, ("eval_forgotten", "single_image"), _MAPS, _ONE),
         Fault(slow_momentum, STALE),

@@ -25,8 +25,8 @@ from bnprobe.rules.facts import Facts
 LOOKED_AT = (0, 1, 2)
 """Seeds on which thresholds may be set and rules mended."""
 
-UNSEEN = (21, 22, 23)
-"""Seeds of the cases that are scored: run for final figures, never while rules are mended. (11 to 13 were, once.)"""
+UNSEEN = (31, 32, 33)
+"""Seeds of the cases that are scored: run for final figures, never while rules are mended. (11 to 13 and 21 to 23 were, before.)"""
 
 PLACES = 2
 """Networks in which a fault of one strength is planted, of each kind of seeds."""
