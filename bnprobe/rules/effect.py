@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bnprobe.numbers import number
+from bnprobe.numbers import score
 from bnprobe.records import Chance, ChanceValues, Estimate, FreeRemedy, Gap, Interval, Remedy, Score, Severity
 from bnprobe.rules.facts import Facts
 
@@ -35,7 +35,7 @@ STATISTICS = ("with batch statistics", "with running statistics")
 """What the two ends of an inconsistency are: random layers are off in both, so that the first is not quite training."""
 
 TOLERANCE = 2.0
-"""A change is known to be no harm where its interval ends within this many floors."""
+"""A change is known to be no harm, or no gain, where its interval ends within this many floors on that side."""
 
 PART_OF_LEARNED = 0.005
 """The same for a loss, of the distance to the loss of other samples' outputs, which is large for a sure network."""
@@ -84,13 +84,19 @@ class Change:
         return "same" if self.harm <= self.floor and high <= TOLERANCE * self.floor else "unclear"
 
     @property
+    def is_no_gain(self) -> bool:
+        """Whether it is known to be no improvement that counts."""
+        known = self.interval is not None and self.interval[0] >= -TOLERANCE * self.floor
+        return known and self.harm > -self.floor
+
+    @property
     def weight(self) -> float:
         """Harm in floors: what compares the loss and the metric."""
         return self.harm / self.floor
 
     def words(self, start: str, end: str) -> str:
         """E.g. "the metric is 0.94 in training and 0.46 at inference"."""
-        return f"the {self.measure} is {number(self.before)} {start} and {number(self.after)} {end}"
+        return f"the {self.measure} is {score(self.before)} {start} and {score(self.after)} {end}"
 
 
 @dataclass(frozen=True)
@@ -117,9 +123,8 @@ class Effect:
 
     @property
     def is_no_gain(self) -> bool:
-        """Whether it was measured, with an interval, and by no measure is an improvement that counts."""
-        measured = any(change.interval is not None for change in self.changes)
-        return self.is_worse or (measured and all(change.harm > -change.floor for change in self.changes))
+        """Whether it was measured well enough to know that it does harm, or is by no measure a gain that counts."""
+        return self.is_worse or (bool(self.changes) and all(change.is_no_gain for change in self.changes))
 
     @property
     def main(self) -> Change | None:
