@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
-from bnprobe.numbers import number, percent
+from bnprobe.numbers import mismatch, percent
 from bnprobe.records import (
     DEFAULT_THRESHOLD,
     FREE_REMEDIES,
@@ -53,6 +53,9 @@ definition, and with that as the limit chance would decide. A threshold that the
 
 LEAST_PART = 0.05
 """A cause that holds less of the mismatch of a layer is not named beside those that hold the rest."""
+
+ROUNDING = 0.005
+"""A share that is larger than the mismatch by less than this part of it is written as all of it."""
 
 SUSPICIOUS = 0.1
 """Where inference is surely worse and no layer is flagged, a share is suspected from this part of the limit on."""
@@ -285,7 +288,7 @@ class ShareRule(Rule):
         elif is_suspect(layer, self.cause, facts):
             message, severity = _suspected(self.cause, share, facts), "error"
         else:
-            message = f"This cause accounts for D = {number(share)}{_although(layer, self.cause, share)}."
+            message = f"This cause accounts for D = {mismatch(share)}{_although(layer, self.cause, share)}."
             return self.passed(layer.name, message, share, limit)
         message = (
             f"{self.explain(layer, facts)} {message}{_at_no_cost(self.cause, facts) if severity == 'warning' else ''}"
@@ -309,7 +312,7 @@ def _suspected(cause: Cause, share: float, facts: Facts) -> str:
     ends = effect.STATISTICS if remedy is None else ("as loaded", "with recalibrated statistics")
     on = "" if remedy is None else f" on {remedy.scored_on} data"
     why = "" if found.main is None else f", but {found.main.words(*ends)}{on}"
-    return f"(It accounts for D = {number(share)}, which is within the limit{why}.)"
+    return f"(It accounts for D = {mismatch(share)}, which is within the limit{why}.)"
 
 
 def why_no_shares(layer: Layer) -> str:
@@ -335,12 +338,15 @@ def _although(layer: Layer, cause: Cause, share: float) -> str:
 
 def in_words(layer: Layer, share: float) -> str:
     """How much of the mismatch a share is, a sentence."""
-    total, limit = None if layer.eval is None else layer.eval.mismatch, number(flagging_limit(layer))
+    total, limit = None if layer.eval is None else layer.eval.mismatch, mismatch(flagging_limit(layer))
     if layer.only_in == "train":
-        limit = number(noise_limit(layer.threshold))
-        return f"(D = {number(share)}; the layer runs in training only, and its limit is that of noise, {limit}.)"
+        limit = mismatch(noise_limit(layer.threshold))
+        return f"(D = {mismatch(share)}; the layer runs in training only, and its limit is that of noise, {limit}.)"
     if total is None or not is_off_at_inference(layer):
-        return f"(D = {number(share)} at inference; the layer is flagged in training, where its limit is {limit}.)"
-    if share > total:
-        return f"(It adds D = {number(share)}, partly offset by other causes; the layer's limit is {limit}.)"
-    return f"(It accounts for D = {number(share)} of {number(total)}, {percent(share / total)}; the limit is {limit}.)"
+        return f"(D = {mismatch(share)} at inference; the layer is flagged in training, where its limit is {limit}.)"
+    if share > total * (1 + ROUNDING):
+        part = f"It adds D = {mismatch(share)}, which other causes offset in part: the layer has D = {mismatch(total)}"
+    else:
+        share = min(share, total)
+        part = f"It accounts for D = {mismatch(share)} of {mismatch(total)}, {percent(share / total)}"
+    return f"({part}; the layer's limit is {limit}.)"
