@@ -145,6 +145,11 @@ def is_moved(layer: Layer, facts: Facts) -> bool | None:
     return False if high is not None and high <= mismatch_limit(layer) else None
 
 
+def is_to_blame(layer: Layer, facts: Facts) -> bool:
+    """Whether this rule fails on the layer."""
+    return _severity(layer, facts) is not None
+
+
 def _moves(layer: Layer) -> bool:
     """Whether the layer's statistics differ significantly on held-out data, however little."""
     return layer.share_intervals is not None and lower_end(layer.share_intervals.data_shift) > 0
