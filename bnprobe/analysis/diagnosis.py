@@ -25,6 +25,7 @@ from bnprobe.numbers import count
 from bnprobe.records import EXEMPT, SOURCES, Cause, Diagnosis, Layer, LintReport, Report, Severity, Verdict
 from bnprobe.rules import RULES, Rule, effect
 from bnprobe.rules.facts import Facts
+from bnprobe.rules.interface import anatomy_of
 from bnprobe.rules.selection import matches_code, selected
 from bnprobe.rules.shares import SHARES, STATISTICS_CAUSES
 
@@ -48,7 +49,8 @@ def judge(facts: Facts, rules: RulesSpec, among: Iterable[Rule] = RULES) -> tupl
     """
     places = {anatomy.name: anatomy.location for anatomy in facts.anatomy}
     judged = [_weighed(verdict, rule, facts) for rule in selected(rules, among) for verdict in rule.judge(facts)]
-    tried = [_not_contradicted(verdict, facts) for verdict in _rooted(judged, facts)]
+    rooted = _rooted(judged, facts)
+    tried = [_not_contradicted(verdict, rooted, facts) for verdict in rooted]
     placed = (replace(verdict, location=places.get(verdict.layer or "")) for verdict in tried)
     return tuple(_exempted(verdict, rules.exempt, facts) for verdict in placed)
 
@@ -109,7 +111,8 @@ def _rooted(verdicts: Sequence[Verdict], facts: Facts) -> list[Verdict]:
         if RULES[verdict.rule].follows_upstream and _reason(verdict, failed, facts, order) is None
     }
     stale = {verdict.layer: verdict for verdict in verdicts if verdict.cause == "lag" and verdict.layer in lost}
-    first = min((order[name] for name, layer in facts.layers.items() if layer.flagged), default=len(order))
+    unsure = (name for name, layer in facts.layers.items() if layer.flagged or layer.undecided or layer.eval is None)
+    first = min((order[name] for name in unsure), default=len(order))
     within = {name for name, place in order.items() if place <= first}
     return [_as_stale(verdict, lost, stale, verdict.layer in within) for verdict in verdicts]
 
@@ -119,7 +122,7 @@ def _as_stale(
 ) -> Verdict:
     """The verdict itself, unless it is one of the two of a layer that change places: propagation and lag.
 
-    ``within``: no earlier layer is flagged.
+    ``within``: every earlier layer was measured, and is neither flagged nor undecided.
     """
     layer = verdict.layer
     if layer not in lost or layer not in stale:
@@ -142,7 +145,7 @@ def _as_stale(
     return verdict
 
 
-def _not_contradicted(verdict: Verdict, facts: Facts) -> Verdict:
+def _not_contradicted(verdict: Verdict, verdicts: Sequence[Verdict], facts: Facts) -> Verdict:
     """The verdict with another remedy, where its own was tried and is no gain.
 
     A metric of which nobody said whether a larger value is better contradicts nothing.
@@ -152,7 +155,16 @@ def _not_contradicted(verdict: Verdict, facts: Facts) -> Verdict:
         return verdict
     gain = effect.gain(facts, rule.free_remedy)
     tells = facts.goal_is_known or any(change.measure == "loss" for change in gain.changes)
-    return replace(verdict, remedy=rule.other_remedy) if tells and gain.is_no_gain else verdict
+    if not tells or not gain.is_no_gain:
+        return verdict
+    first = [other for other in verdicts if other.outcome == "failed" and other.cause in rule.mended_first]
+    return replace(verdict, remedy=_after(first[0]) if first else rule.other_remedy)
+
+
+def _after(first: Verdict) -> str:
+    """What to do where a remedy was tried without a gain, and another finding is to be mended before."""
+    title = RULES[first.rule].title
+    return f"Mend the {title} first ({first.rule}): recalibrating alone was tried, and is no gain."
 
 
 def _order(facts: Facts) -> dict[str, int]:
@@ -197,12 +209,12 @@ def _reason(verdict: Verdict, failed: Sequence[Verdict], facts: Facts, order: Ma
         return whole[0]
     if rule.follows_upstream:
         return _upstream(verdict, failed, order) or _root_here(verdict, failed)
-    layer = facts.layers.get(verdict.layer)
+    layer, anatomy = facts.layers.get(verdict.layer), anatomy_of(facts, verdict.layer)
     # What may explain a finding of this rule on the same layer, the first to count first.
     others = [
         replace(link, cause=other.cause) for other in RULES for link in other.explains if link.cause == rule.cause
     ]
-    causes = [link.cause for link in (*rule.follows_from, *others) if layer is None or link.holds(layer)]
+    causes = [link.cause for link in (*rule.follows_from, *others) if link.exists(layer, anatomy)]
     here = [other for other in failed if other.layer == verdict.layer and other.cause in causes]
     return min(here, key=lambda other: causes.index(other.cause), default=None)
 
@@ -310,6 +322,7 @@ class _Finding:
         """Root of the fraction of these causes in the layers' mismatch, mean over layers; 1 where it is not known."""
         layers = self.layers
         causes = {verdict.cause for verdict in (*self.own, *self.folded) if verdict.layer in layers}
+        causes.update(cause for verdict in self.own for cause in RULES[verdict.rule].accounts_for)
         known = [self.facts.layers[name] for name in layers if name in self.facts.layers]
         fractions = [part for layer in known if (part := _fraction_of(layer, causes)) is not None]
         return sum(map(math.sqrt, fractions)) / len(fractions) if fractions else 1.0
@@ -325,9 +338,12 @@ def _is_mended(rule: Rule, facts: Facts) -> bool:
 
 def _fraction_of(layer: Layer, causes: set[Cause]) -> float | None:
     """The fraction of causes in what adds to the mismatch of a layer; None without shares, or for other causes."""
-    if layer.shares is None or not causes & {source.field for source in SOURCES}:
+    if layer.shares is None:
         return None
-    shares = {source.field: max(source.of(layer.shares) or 0.0, 0.0) for source in SOURCES}
+    known = {source.field: share for source in SOURCES if (share := source.of(layer.shares)) is not None}
+    if not causes & known.keys():
+        return None
+    shares = {cause: max(share, 0.0) for cause, share in known.items()}
     total = sum(shares.values())
     return sum(value for cause, value in shares.items() if cause in causes) / total if total > 0 else None
 

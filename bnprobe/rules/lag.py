@@ -112,7 +112,10 @@ class Lag(ShareRule):
     upstream_order = 80
     free_remedy = "recalibrated"
     commands = ("recalibrate",)
-    other_remedy = "Keep the running statistics, and find out which data or weights they belong to."
+    other_remedy = (
+        "Find out which data or weights the running statistics belong to: recalibrating them was tried, and is no gain."
+    )
+    mended_first = ("composition",)
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         anatomy = anatomy_of(facts, layer.name)
