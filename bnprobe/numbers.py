@@ -14,6 +14,22 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
 
 
+def mismatch(value: float) -> str:
+    """D, as tables write it too, e.g. "0.871", "12.4", "2e+06", "<0.001"."""
+    if value == 0:
+        return "0"
+    if value < 0.001:
+        return "<0.001"
+    if value >= 1000:
+        return f"{value:.0e}"
+    return f"{value:.3f}" if value < 1 else f"{value:#.3g}".rstrip(".")
+
+
+def score(value: float) -> str:
+    """A loss or metric, as tables write it too, e.g. "1.92", "0.0077"."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.4g}"
+
+
 def percent(fraction: float) -> str:
     """A fraction, e.g. "0%", "<0.1%", "3.4%", "36%"."""
     if 0 < fraction < 0.001:

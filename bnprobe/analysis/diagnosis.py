@@ -48,7 +48,8 @@ def judge(facts: Facts, rules: RulesSpec, among: Iterable[Rule] = RULES) -> tupl
     """
     places = {anatomy.name: anatomy.location for anatomy in facts.anatomy}
     judged = [_weighed(verdict, rule, facts) for rule in selected(rules, among) for verdict in rule.judge(facts)]
-    tried = [_not_contradicted(verdict, facts) for verdict in _rooted(judged, facts)]
+    rooted = _rooted(judged, facts)
+    tried = [_not_contradicted(verdict, rooted, facts) for verdict in rooted]
     placed = (replace(verdict, location=places.get(verdict.layer or "")) for verdict in tried)
     return tuple(_exempted(verdict, rules.exempt, facts) for verdict in placed)
 
@@ -132,8 +133,8 @@ def _passing_on() -> list[ShareRule]:
 
 
 def _passed_on(name: str | None, facts: Facts, order: Mapping[str, int]) -> Callable[[ShareRule], float]:
-    """By rule, the sum of its share over a layer and all earlier ones."""
-    before = [layer for other, layer in facts.layers.items() if order[other] <= order[name or ""]]
+    """By rule, the sum of its share over all earlier layers."""
+    before = [layer for other, layer in facts.layers.items() if order[other] < order[name or ""]]
     return lambda rule: sum(max(share_of(layer, rule.cause) or 0.0, 0.0) for layer in before)
 
 
@@ -151,7 +152,7 @@ def _passing(root: ShareRule, found: Verdict, facts: Facts, within: bool) -> Ver
     return replace(found, rule=root.code, cause=root.cause, message=message, remedy=root.remedy)
 
 
-def _not_contradicted(verdict: Verdict, facts: Facts) -> Verdict:
+def _not_contradicted(verdict: Verdict, verdicts: Sequence[Verdict], facts: Facts) -> Verdict:
     """The verdict with another remedy, where its own was tried and is no gain.
 
     A metric of which nobody said whether a larger value is better contradicts nothing.
@@ -161,7 +162,16 @@ def _not_contradicted(verdict: Verdict, facts: Facts) -> Verdict:
         return verdict
     gain = effect.gain(facts, rule.free_remedy)
     tells = facts.goal_is_known or any(change.measure == "loss" for change in gain.changes)
-    return replace(verdict, remedy=rule.other_remedy) if tells and gain.is_no_gain else verdict
+    if not tells or not gain.is_no_gain:
+        return verdict
+    first = [other for other in verdicts if other.outcome == "failed" and other.cause in rule.mended_first]
+    return replace(verdict, remedy=_after(first[0]) if first else rule.other_remedy)
+
+
+def _after(first: Verdict) -> str:
+    """What to do where a remedy was tried without a gain, and another finding is to be mended before."""
+    title = RULES[first.rule].title
+    return f"Mend the {title} first ({first.rule}): recalibrating alone was tried, and is no gain."
 
 
 def _order(facts: Facts) -> dict[str, int]:
@@ -206,12 +216,11 @@ def _reason(verdict: Verdict, failed: Sequence[Verdict], facts: Facts, order: Ma
         return whole[0]
     if rule.follows_upstream:
         return _upstream(verdict, failed, order) or _root_here(verdict, failed)
-    layer = facts.layers.get(verdict.layer)
     # What may explain a finding of this rule on the same layer, the first to count first.
     others = [
         replace(link, cause=other.cause) for other in RULES for link in other.explains if link.cause == rule.cause
     ]
-    causes = [link.cause for link in (*rule.follows_from, *others) if layer is None or link.holds(layer, facts)]
+    causes = [link.cause for link in (*rule.follows_from, *others) if link.exists(verdict.layer, facts)]
     here = [other for other in failed if other.layer == verdict.layer and other.cause in causes]
     return min(here, key=lambda other: causes.index(other.cause), default=None)
 
@@ -319,6 +328,7 @@ class _Finding:
         """Root of the fraction of these causes in the layers' mismatch, mean over layers; 1 where it is not known."""
         layers = self.layers
         causes = {verdict.cause for verdict in (*self.own, *self.folded) if verdict.layer in layers}
+        causes.update(cause for verdict in self.own for cause in RULES[verdict.rule].accounts_for)
         known = [self.facts.layers[name] for name in layers if name in self.facts.layers]
         fractions = [part for layer in known if (part := _fraction_of(layer, causes)) is not None]
         return sum(map(math.sqrt, fractions)) / len(fractions) if fractions else 1.0
@@ -334,9 +344,12 @@ def _is_mended(rule: Rule, facts: Facts) -> bool:
 
 def _fraction_of(layer: Layer, causes: set[Cause]) -> float | None:
     """The fraction of causes in what adds to the mismatch of a layer; None without shares, or for other causes."""
-    if layer.shares is None or not causes & {source.field for source in SOURCES}:
+    if layer.shares is None:
         return None
-    shares = {source.field: max(source.of(layer.shares) or 0.0, 0.0) for source in SOURCES}
+    known = {source.field: share for source in SOURCES if (share := source.of(layer.shares)) is not None}
+    if not causes & known.keys():
+        return None
+    shares = {cause: max(share, 0.0) for cause, share in known.items()}
     total = sum(shares.values())
     return sum(value for cause, value in shares.items() if cause in causes) / total if total > 0 else None
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from bnprobe.config.spec import ModelSpec, is_file_target, nearest_file, split_target
 from bnprobe.errors import BnprobeError, ModelError, UserCodeError
+from bnprobe.loading.places import recorded_places
 
 BatchFunction = Callable[[nn.Module, Any], Any]
 """A function of the user, called as f(model, batch)."""
@@ -341,6 +342,11 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         ModelError: The target does not lead to an nn.Module.
         UserCodeError: The user's code raised.
     """
+    with recorded_places():
+        return _load_model(spec)
+
+
+def _load_model(spec: ModelSpec) -> LoadedModel:
     library, _, name = spec.target.partition(":")
     if library in _LIBRARIES and name:
         return _loaded(_LIBRARIES[library](name, spec.args), spec.target, None)

@@ -1,4 +1,4 @@
-"""Find the norm layers of a model, describe their settings, and say where the user's code assigns them."""
+"""Find the norm layers of a model, describe their settings, and say where the user's code builds them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from bnprobe.config.spec import ScanSettings, matches_any
 from bnprobe.errors import NothingToProbeError, is_library_file
 from bnprobe.loading.model import user_code
+from bnprobe.loading.places import built_at
 from bnprobe.measure.norms import NormFamily, NormInfo, family_of, lookalike_reason, place_of
 from bnprobe.measure.restore import every_module, held_in_eval, preserved_training_flags, set_mode
 from bnprobe.numbers import count
@@ -398,7 +399,9 @@ _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def origin(model: nn.Module, name: str) -> str | None:
-    """File and line where the module of this name was assigned, e.g. "model.py:28"; None if Python cannot tell.
+    """File and line where the module of this name was built, e.g. "model.py:28"; None if Python cannot tell.
+
+    Where that was not recorded, it is the line where it is assigned, by the source of the class that holds it.
 
     Args:
         model: The root module.
@@ -406,6 +409,9 @@ def origin(model: nn.Module, name: str) -> str | None:
     """
     names = dict(model.named_modules(remove_duplicate=False))
     name = "" if name == ROOT else owner_of(name, names)
+    built = built_at(names[name]) if name in names else None
+    if built is not None:
+        return f"{_shown(built[0])}:{built[1]}"
     parts = name.split(".") if name in names and name else []  # those that plain containers hold have no assignment
     for depth in range(len(parts) - 1, -1, -1):
         parent = model.get_submodule(".".join(parts[:depth]))

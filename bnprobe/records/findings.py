@@ -31,7 +31,7 @@ class Verdict(Record):
         value, limit, unit: What was measured, the limit from which on the rule fails, and the unit of both.
         remedy: What to do where the rule failed, a sentence; empty otherwise.
         reason: Why the rule was skipped; None otherwise.
-        location: File and line in the user's code where the layer was assigned, where Python can tell.
+        location: File and line in the user's code where the layer is built, where Python can tell.
     """
 
     rule: str

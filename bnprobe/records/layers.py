@@ -275,7 +275,7 @@ class Layer(Record):
         train, eval: The two paths; None where the path could not be measured (see ``note``).
         calls: One entry for each call, where ``calls_per_forward`` > 1.
         batch_sizes: Eval-path mismatch at the batch sizes asked for.
-        location: File and line in the user's code where the layer was assigned, where Python can tell.
+        location: File and line in the user's code where the layer is built, where Python can tell.
         shares, share_intervals: Where the eval-path mismatch comes from, or of a layer that runs in training only the
             train-path mismatch; None where it could not be decomposed.
         composition: None with one sample per batch, or where the samples of a batch could not be told apart.

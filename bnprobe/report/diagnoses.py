@@ -162,13 +162,11 @@ def _values(layer: Layer) -> float:
 
 
 def _other_problems(report: Report, serious: Severity, command: str) -> Closing:
-    number = count(sum(diagnosis.severity != "info" for diagnosis in report.diagnoses), "problem")
-    verb = "was" if number == "1 problem" else "were"
     undecided = len(with_sign(report.layers, UNDECIDED))
     so_far = "So far no" if report.scan.partial else "No"
     change = effect.inconsistency(report.summary.gaps, report.summary.chance)
     worse = change.main if change.is_worse else None
-    found = f"{number} {verb} found" if worse is None else worse.words(*effect.STATISTICS)
+    found = _problems(report) if worse is None else worse.words(*effect.STATISTICS)
     return Closing(
         headline=f"{so_far} layer is flagged for its mismatch, but {found}.",
         sign=SEVERITY_SIGNS[serious],
@@ -178,6 +176,11 @@ def _other_problems(report: Report, serious: Severity, command: str) -> Closing:
         ),
         step=_step(report, command, next_step.keep_step(command)),
     )
+
+
+def _problems(report: Report) -> str:
+    number = sum(diagnosis.severity != "info" for diagnosis in report.diagnoses)
+    return f"{count(number, 'problem')} {'was' if number == 1 else 'were'} found"
 
 
 def _step(report: Report, command: str, otherwise: NextStep, only_errors: bool = False) -> NextStep:
@@ -196,9 +199,11 @@ def _worst_severity(report: Report) -> Severity | None:
 
 
 def _nothing(report: Report, command: str) -> Closing:
+    serious = _worst_severity(report)
+    found = "" if serious is None else f", but {_problems(report)}"
     return Closing(
-        headline="No layer could be judged.",
-        sign=UNMEASURED,
+        headline=f"No layer could be judged{found}.",
+        sign=UNMEASURED if serious is None else SEVERITY_SIGNS[serious],
         sentences=_caveats(report),
         step=_step(report, command, NextStep("The notes above say why.")),
     )

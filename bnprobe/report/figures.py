@@ -9,6 +9,8 @@ from itertools import accumulate
 from rich.cells import cell_len
 
 from bnprobe.numbers import listed, percent
+from bnprobe.numbers import mismatch as mismatch
+from bnprobe.numbers import score as score
 from bnprobe.records import Estimate, Interval, PathMeasurement
 from bnprobe.report.page import INFINITE, UNMEASURED, Page, pad
 
@@ -46,17 +48,6 @@ def path_equivalent(path: PathMeasurement | None) -> str:
     return UNMEASURED if path is None else equivalent_batch_size(path.equivalent_batch_size)
 
 
-def mismatch(value: float) -> str:
-    """D, e.g. "0.871", "12.4", "2e+06", "<0.001"."""
-    if value == 0:
-        return "0"
-    if value < 0.001:
-        return "<0.001"
-    if value >= 1000:
-        return f"{value:.0e}"
-    return f"{value:.3f}" if value < 1 else f"{value:#.3g}".rstrip(".")
-
-
 def span(interval: Interval | None) -> str:
     """An interval of D in words, e.g. "0.80 to 0.91", "over 0.80"; empty for None."""
     if interval is None:
@@ -73,11 +64,6 @@ def relative(ratio: float) -> str:
 def plain(value: float) -> str:
     """A limit or a value of the user's, e.g. "32", "0.3127", without needless zeros."""
     return f"{value:.4g}"
-
-
-def score(value: float) -> str:
-    """A loss or metric, e.g. "1.92", "0.0077"."""
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def signed(value: float, digits: int = 3) -> str:

@@ -67,17 +67,21 @@ def render(report: Report, options: RenderOptions) -> str:
 
 
 def one_line(report: Report) -> str:
-    """The result in one line, e.g. "6 of 9 layers flagged, 1 error: batches too small"."""
+    """The result in one line, e.g. "6 of 9 layers flagged, 1 error: batches too small".
+
+    Where no layer is flagged, the findings come first.
+    """
     partial = f"PARTIAL, {report.scan.stopped}: " if report.scan.partial else ""
     summary, severities = report.summary, [diagnosis.severity for diagnosis in report.diagnoses]
     found = [count(number, kind) for kind in ("error", "warning") if (number := severities.count(kind))]
-    parts = [
-        f"{summary.flagged} of {count(summary.layers, 'layer')} flagged",
-        *([f"{summary.undecided} undecided"] if summary.undecided else []),
-        *found,
-    ]
-    first = f": {title_of(report.diagnoses[0].rule, report.diagnoses[0].cause)}" if found else ""
-    return partial + ", ".join(parts) + first
+    flagged = f"{summary.flagged} of {count(summary.layers, 'layer')} flagged"
+    undecided = [f"{summary.undecided} undecided"] if summary.undecided else []
+    if not found:
+        return partial + ", ".join([flagged, *undecided])
+    first = title_of(report.diagnoses[0].rule, report.diagnoses[0].cause)
+    if summary.flagged:
+        return f"{partial}{', '.join([flagged, *undecided, *found])}: {first}"
+    return f"{partial}{', '.join(found)}: {first}; {', '.join(['no layer flagged', *undecided])}"
 
 
 # --- What was scanned, and how ----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ FEWEST = 8
 NOISE_FACTOR = 3.0
 """Without an interval, a mismatch is one random draw: three times its expected noise is still noise."""
 
-CLEARLY = 2.5
+CLEARLY = 4.0
 """Floors (2 points of a metric between 0 and 1) by which held-out data of another kind is worse than training data."""
 
 _PREPROCESSING = "Make the preprocessing of both datasets the same."
@@ -52,7 +52,7 @@ class DataShift(Rule):
         With one, the effect decides: it fails where the statistics of the held-out data make the network surely better
         on it, from a tenth of the limit on; and beyond the limit, where held-out data is surely worse than training
         data. Other classes in other proportions also move the statistics; that costs nothing, and is no fault. It also
-        fails where held-out data is worse by 5 points or more, and the statistics of the first layer have moved
+        fails where held-out data is worse by 8 points or more, and the statistics of the first layer have moved
         significantly, however little: what a network does not know of data of the same kind shows in later layers only;
         and it is a warning beyond the limit where inference is worse on training data already, which hides what a shift
         does. Where non-i.i.d. training batches differ from each other as much, it is reported as a consequence of
@@ -152,6 +152,11 @@ def is_moved(layer: Layer, facts: Facts) -> bool | None:
     interval = None if layer.share_intervals is None else layer.share_intervals.data_shift
     high = None if interval is None else interval[1]
     return False if high is not None and high <= mismatch_limit(layer) else None
+
+
+def is_to_blame(layer: Layer, facts: Facts) -> bool:
+    """Whether this rule fails on the layer."""
+    return _severity(layer, facts) is not None
 
 
 def _moves(layer: Layer) -> bool:

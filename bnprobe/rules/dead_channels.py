@@ -45,6 +45,7 @@ class DeadChannels(Rule):
     unit = "channels"
     finding = "some channels have a variance below eps, which scales them down"
     remedy = "Nothing has to be done for inference to be like training; keep eps as it was in training."
+    reports_impact = False
     follows_from = (Link("lag"), Link("never_trained"))
 
     def check(self, facts: Facts) -> Iterator[Verdict]:

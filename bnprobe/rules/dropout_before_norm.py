@@ -46,7 +46,10 @@ class DropoutBeforeNorm(Rule):
     unit = "random layers"
     finding = "dropout or another random layer comes before them, so variances differ at inference"
     remedy = "Move dropout behind the last BN layer, or recalibrate the running statistics with dropout off."
+    accounts_for = ("dropout",)
     follows_from = (Link("dropout"),)
+    free_remedy = "recalibrated"
+    other_remedy = "Move dropout behind the last BN layer."
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bnprobe.numbers import number
+from bnprobe.numbers import score
 from bnprobe.records import Chance, ChanceValues, Estimate, FreeRemedy, Gap, Interval, Remedy, Score, Severity
 from bnprobe.rules.facts import Facts
 
@@ -44,7 +44,7 @@ TO_99 = 1.31
 """Width of a 99% interval, in widths of the 95% interval (normal distribution)."""
 
 TOLERANCE = 2.0
-"""A change is known to be no harm where its interval ends within this many floors."""
+"""A change is known to be no harm, or no gain, where its interval ends within this many floors on that side."""
 
 PART_OF_LEARNED = 0.005
 """And of a loss this part of the distance to that of other samples' outputs, which is large for a sure network."""
@@ -100,13 +100,19 @@ class Change:
         return self.harm > TO_99 * (self.harm - self.interval[0])
 
     @property
+    def is_no_gain(self) -> bool:
+        """Whether it is known to be no improvement that counts."""
+        known = self.interval is not None and self.interval[0] >= -TOLERANCE * self.floor
+        return known and self.harm > -self.floor
+
+    @property
     def weight(self) -> float:
         """Harm in floors: what compares the loss and the metric."""
         return self.harm / self.floor
 
     def words(self, start: str, end: str) -> str:
         """E.g. "the metric is 0.94 in training and 0.46 at inference"."""
-        return f"the {self.measure} is {number(self.before)} {start} and {number(self.after)} {end}"
+        return f"the {self.measure} is {score(self.before)} {start} and {score(self.after)} {end}"
 
 
 @dataclass(frozen=True)
@@ -133,9 +139,8 @@ class Effect:
 
     @property
     def is_no_gain(self) -> bool:
-        """Whether it was measured, with an interval, and by no measure is an improvement that counts."""
-        measured = any(change.interval is not None for change in self.changes)
-        return self.is_worse or (measured and all(change.harm > -change.floor for change in self.changes))
+        """Whether it was measured well enough to know that it does harm, or is by no measure a gain that counts."""
+        return self.is_worse or (bool(self.changes) and all(change.is_no_gain for change in self.changes))
 
     @property
     def main(self) -> Change | None:

@@ -21,7 +21,7 @@ class Anatomy:
 
     Attributes:
         name: As in ``records.Layer``.
-        location: File and line where it was assigned in the user's code, where Python can tell.
+        location: File and line where the user's code builds it, where Python can tell.
         kind: Class name.
         momentum: Weight of the new batch; None: cumulative average.
         batches_tracked: None if not counted.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnprobe.records import Verdict
+from bnprobe.rules import effect
 from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.interface import Rule
 
@@ -29,7 +30,9 @@ class FrozenMismatch(Rule):
 
     Remedy:
         To freeze a layer, also call eval() on it after every model.train() (override train() of the model). To train
-        it, set requires_grad=True and leave it in train mode.
+        it, set requires_grad=True and leave it in train mode. Freezing statistics keeps what is wrong with them, so a
+        scan with a loss or metric advises it only where inference is no worse for them, or after recalibration where
+        that was tried and is better.
 
     Reference:
         PyTorch documentation, "Autograd mechanics", section on evaluation mode and requires_grad. Wu and Johnson 2021,
@@ -43,16 +46,17 @@ class FrozenMismatch(Rule):
     unit = ""
     finding = "only the running statistics, or only weight and bias, are frozen"
     remedy = (
-        "To freeze the layer, set requires_grad=False and call eval() on it after every model.train(). To train it, do"
-        " neither."
+        "If the layer is to be frozen, set requires_grad=False and also call eval() on it after every model.train(); if"
+        " it is to be trained, do neither."
     )
-    upstream_order = 50
+    reports_impact = False
+    commands = ("recalibrate",)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:
-            yield self._judge(layer)
+            yield self._judge(layer, facts)
 
-    def _judge(self, layer: Anatomy) -> Verdict:
+    def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
         if layer.trains_affine is None:
             return self.skipped(layer.name, "the layer has no weight and bias (affine=False)")
         if not layer.has_running_statistics:
@@ -66,8 +70,35 @@ class FrozenMismatch(Rule):
             return self.failed(
                 layer.name,
                 "Weight and bias are frozen (requires_grad=False), but training updates the running statistics.",
+                remedy=_of_moving_statistics(facts),
             )
         return self.failed(
             layer.name,
             "The running statistics are frozen (eval mode during training), but weight and bias are trained.",
+            remedy=_of_fixed_statistics(facts),
         )
+
+
+def _of_moving_statistics(facts: Facts) -> str | None:
+    """Whether to freeze them too, by what they do at inference; None: not known."""
+    found, gain = effect.inconsistency(facts.gaps, facts.chance), effect.gain(facts, "recalibrated")
+    freeze = "to freeze the layer, also call eval() on it after every model.train()"
+    if gain.standing == "better":
+        return f"First recalibrate the running statistics on training data (bnprobe recalibrate). Then, {freeze}."
+    if found.main is None:
+        return None
+    words = found.main.words(*effect.STATISTICS)
+    if found.is_worse:
+        return f"Do not freeze the running statistics as they are: {words}. First mend what makes inference worse."
+    return f"{freeze[0].upper()}{freeze[1:]}: {words}." if found.is_no_worse else None
+
+
+def _of_fixed_statistics(facts: Facts) -> str | None:
+    """Whether to take statistics of the data instead, by what recalibrated ones do; None: not known."""
+    gain = effect.gain(facts, "recalibrated")
+    if gain.main is None or gain.standing not in ("better", "worse"):
+        return None
+    words = gain.main.words("as loaded", "with recalibrated ones")
+    if gain.standing == "better":
+        return f"Recalibrate the running statistics on training data (bnprobe recalibrate): {words}."
+    return f"Keep the running statistics as they are: {words}."

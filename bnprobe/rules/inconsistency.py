@@ -94,7 +94,7 @@ def _ruled_out(facts: Facts) -> Iterator[str]:
     if remedy is not None:
         gain = effect.of_remedy(remedy, facts.gaps, facts.chance)
         change = gain.main
-        if gain.standing != "better" and change is not None:
+        if gain.is_no_gain and change is not None:
             yield f"stale statistics (recalibrated, {change.words('before', 'after')} on {remedy.scored_on} data)"
     elif (lag := _largest(layers, "lag")) is not None and _is_within(layers, "lag"):
         yield f"stale statistics (at most D = {number(lag)} in a layer)"

@@ -21,10 +21,17 @@ class Link:
     Attributes:
         cause: The other cause.
         holds: Whether the link exists on a layer, by all that is known; not asked where the layer was not measured.
+        fits: Whether it exists with the settings of a layer, from the model alone.
     """
 
     cause: Cause
     holds: Callable[[Layer, Facts], bool] = lambda layer, facts: True
+    fits: Callable[[Anatomy], bool] = lambda anatomy: True
+
+    def exists(self, name: str, facts: Facts) -> bool:
+        """Whether the link exists on the layer of that name, by what is known of it."""
+        layer, anatomy = facts.layers.get(name), anatomy_of(facts, name)
+        return (layer is None or self.holds(layer, facts)) and (anatomy is None or self.fits(anatomy))
 
 
 class Rule(ABC):
@@ -48,6 +55,8 @@ class Rule(ABC):
         stops_training: Training raises an error, or no comparison is possible: findings come first in their severity.
         reports_impact: The measured effect on the output, which ranks a diagnosis, is also reported as the effect of
             this cause. False for causes that are not about batch statistics against running statistics.
+        accounts_for: Shares of the mismatch that are the doing of a cause which is no share itself: of the measured
+            effect on the output it gets their part, and that of findings that follow from it. Without any, all of it.
         follows_from: Causes that explain a finding of this rule on the same layer; of several, the first one counts.
         explains: Causes whose findings on the same layer a finding of this rule explains, where these have no
             explanation in their own ``follows_from``.
@@ -58,6 +67,7 @@ class Rule(ABC):
         follows_from_any: A finding about the whole model follows from the largest error that changes a layer's output.
         free_remedy: The remedy without training that may be all that is needed; reports suggest to measure it.
         other_remedy: What to do instead where that remedy was tried and is no gain.
+        mended_first: Causes that are to be mended before ``other_remedy`` makes sense, on whatever layer they are.
         larger_batches: Larger batches would help; reports suggest to measure how large.
         commands: What carries out a remedy of this rule, as the remedy names it after "bnprobe ", e.g. "recalibrate";
             reports suggest it as a whole command.
@@ -75,6 +85,7 @@ class Rule(ABC):
 
     stops_training: ClassVar[bool] = False
     reports_impact: ClassVar[bool] = True
+    accounts_for: ClassVar[tuple[Cause, ...]] = ()
     follows_from: ClassVar[tuple[Link, ...]] = ()
     explains: ClassVar[tuple[Link, ...]] = ()
     follows_upstream: ClassVar[bool] = False
@@ -85,6 +96,7 @@ class Rule(ABC):
 
     free_remedy: ClassVar[FreeRemedy | None] = None
     other_remedy: ClassVar[str] = ""
+    mended_first: ClassVar[tuple[Cause, ...]] = ()
     larger_batches: ClassVar[bool] = False
     commands: ClassVar[tuple[str, ...]] = ()
 

@@ -11,7 +11,7 @@ from bnprobe.records import Layer, Verdict
 from bnprobe.rules.double_update import has_extra_updates
 from bnprobe.rules.facts import EXPLAINED, Anatomy, Facts
 from bnprobe.rules.interface import Link, anatomy_of
-from bnprobe.rules.shares import ShareRule, share_limit
+from bnprobe.rules.shares import ShareRule, is_of_composition, share_limit
 
 LEFT_ON_START = 0.03
 """Above this weight on the initial mean 0 and variance 1, these still show in the average."""
@@ -31,9 +31,6 @@ NOISE_FACTOR = 3.0
 PADDED = 0.05
 """Less padding than this hardly moves a mean or variance."""
 
-OF_ONE_KIND = 2.0
-"""Statistics of one kind of samples are off by what kinds differ in, which differs from kind to kind."""
-
 PRUNED = 0.2
 """No training gives this many weights that are exactly 0."""
 
@@ -41,22 +38,10 @@ QUANTIZED = 256
 """The number of values of eight bits."""
 
 
-def _is_held(layer: Layer, facts: Facts) -> bool:
-    """Training does not update the statistics: they cannot follow the weights of earlier layers."""
-    found = anatomy_of(facts, layer.name)
-    return found is not None and not found.trains_statistics
-
-
 def _is_no_more_than_domains(layer: Layer, facts: Facts) -> bool:
     """A running average that alternates between two domains is off by no more than their distance."""
     shares, domains = layer.shares, layer.domains
     return shares is None or domains is None or shares.lag - domains.mismatch <= share_limit(layer)
-
-
-def is_of_composition(layer: Layer, facts: Facts) -> bool:
-    """A running average of non-i.i.d. batches is one random draw of these: of its last batches, all of one kind."""
-    shares = layer.shares
-    return shares is not None and shares.composition is not None and shares.lag <= OF_ONE_KIND * shares.composition
 
 
 def _is_noise_of_batches(layer: Layer, facts: Facts) -> bool:
@@ -110,16 +95,18 @@ class Lag(ShareRule):
         Link("never_trained"),
         Link("momentum_convention"),
         Link("double_update"),
-        Link("frozen_mismatch", _is_held),
         Link("shared_domains", _is_no_more_than_domains),
-        Link("composition", is_of_composition),
+        Link("composition", lambda layer, facts: is_of_composition(layer)),
         Link("small_batch", _is_noise_of_batches),
     )
     upstream_order = 80
     adds_up = "what the running statistics of earlier layers are off by"
     free_remedy = "recalibrated"
     commands = ("recalibrate",)
-    other_remedy = "Keep the running statistics, and find out which data or weights they belong to."
+    other_remedy = (
+        "Find out which data or weights the running statistics belong to: recalibrating them was tried, and is no gain."
+    )
+    mended_first = ("composition",)
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         anatomy = anatomy_of(facts, layer.name)

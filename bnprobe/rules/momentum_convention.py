@@ -35,7 +35,7 @@ class MomentumConvention(Rule):
 
     Remedy:
         Use 1 - momentum, e.g. `nn.BatchNorm2d(64, momentum=0.01)`; for 0 the default, 0.1. In a model that is already
-        trained, also recalibrate the running statistics (`bnprobe recalibrate`); the weights need no training.
+        trained, also recalibrate the running statistics (`bnprobe recalibrate`), which the scan tries.
 
     Reference:
         PyTorch documentation of torch.nn.BatchNorm2d, note on momentum. Ioffe and Szegedy 2015, arXiv 1502.03167,
@@ -50,10 +50,12 @@ class MomentumConvention(Rule):
     finding = "momentum is close to 1 or 0, so the running statistics are no average over batches"
     remedy = (
         "Use 1 - momentum: in PyTorch, momentum is the weight of the new batch. Then recalibrate the running statistics"
-        " on training data."
+        " on training data (bnprobe recalibrate)."
     )
+    accounts_for = ("lag",)
     upstream_order = 30
     free_remedy = "recalibrated"
+    commands = ("recalibrate",)
     other_remedy = "Use 1 - momentum: in PyTorch, momentum is the weight of the new batch."
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
@@ -76,7 +78,7 @@ class MomentumConvention(Rule):
 
 def _of_zero(facts: Facts) -> str:
     no_gain = effect.gain(facts, "recalibrated").is_no_gain
-    then = "" if no_gain else "; then recalibrate the running statistics on training data"
+    then = "" if no_gain else "; then recalibrate the running statistics on training data (bnprobe recalibrate)"
     return f"Use another momentum (0.1 is the default){then}."
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from bnprobe.records import Severity, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Anatomy, Facts
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.interface import Link, Rule
 
 
 class NeverTrained(Rule):
@@ -46,6 +46,8 @@ class NeverTrained(Rule):
         "Load a checkpoint that contains running_mean and running_var, or recalibrate the running statistics on"
         " training data (bnprobe recalibrate)."
     )
+    follows_from = (Link("momentum_convention", fits=lambda layer: layer.momentum == 0),)
+    accounts_for = ("lag",)
     upstream_order = 20
     free_remedy = "recalibrated"
     other_remedy = (

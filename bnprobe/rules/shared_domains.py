@@ -54,6 +54,7 @@ class SharedDomains(Rule):
     remedy = (
         "Give each domain its own BN layer, or pass all domains through the layer in one call; then continue training."
     )
+    accounts_for = ("composition",)
     upstream_order = 60
 
     def check(self, facts: Facts) -> Iterator[Verdict]:

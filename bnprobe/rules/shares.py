@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
-from bnprobe.numbers import number, percent
+from bnprobe.numbers import mismatch, percent
 from bnprobe.records import (
     DEFAULT_THRESHOLD,
     FREE_REMEDIES,
@@ -54,8 +54,14 @@ definition, and with that as the limit chance would decide. A threshold that the
 LEAST_PART = 0.05
 """A cause that holds less of the mismatch of a layer is not named beside those that hold the rest."""
 
+ROUNDING = 0.005
+"""A share that is larger than the mismatch by less than this part of it is written as all of it."""
+
 SUSPICIOUS = 0.1
 """Where inference is surely worse and no layer is flagged, a share is suspected from this part of the limit on."""
+
+OF_ONE_KIND = 2.0
+"""Statistics of one kind of samples are off by what kinds differ in, which differs from kind to kind."""
 
 COMPOSITION_P = 0.01
 """Significance level for non-i.i.d. batches, after correction for all layers and channels of the model."""
@@ -190,6 +196,12 @@ def is_off_at_inference(layer: Layer) -> bool:
     return layer.eval is not None and layer.eval.interval[0] > flagging_limit(layer)
 
 
+def is_of_composition(layer: Layer) -> bool:
+    """A running average of non-i.i.d. batches is one random draw of these: of its last batches, all of one kind."""
+    shares = layer.shares
+    return shares is not None and shares.composition is not None and shares.lag <= OF_ONE_KIND * shares.composition
+
+
 def _main_cause(layer: Layer) -> Cause | None:
     """The cause to name even if its share is not significantly large; in training alone it is the noise of batches.
 
@@ -203,6 +215,8 @@ def _main_cause(layer: Layer) -> Cause | None:
         held["small_batch"] += composed - apart
         if apart > max(held.values()):
             return None
+    elif "lag" in held and is_of_composition(layer):
+        held["composition"] += max(held.pop("lag"), 0.0)
     if not is_off_at_inference(layer) and max(held, key=lambda cause: held[cause]) != "composition":
         return None if any(_is_large(layer, cause) for cause in held) else "small_batch"
     if held["small_batch"] <= noise_limit(layer.threshold):
@@ -309,7 +323,7 @@ class ShareRule(Rule):
         elif (remark := self.remark(layer, share)) is not None:
             weight, remedy = (remark[0], "info"), remark[1]
         else:
-            message = f"This cause accounts for D = {number(share)}{_although(layer, self.cause, share)}."
+            message = f"This cause accounts for D = {mismatch(share)}{_although(layer, self.cause, share)}."
             return self.passed(layer.name, message, share, limit)
         words, severity = weight
         return self.failed(layer.name, f"{self.explain(layer, facts)} {words}", share, limit, severity, remedy)
@@ -331,7 +345,7 @@ def _suspected(cause: Cause, share: float, facts: Facts) -> str:
     ends = effect.STATISTICS if remedy is None else ("as loaded", "with recalibrated statistics")
     on = "" if remedy is None else f" on {remedy.scored_on} data"
     why = "" if change is None else f", but {change.words(*ends)}{on}"
-    return f"(It accounts for D = {number(share)}, which is within the limit{why}.)"
+    return f"(It accounts for D = {mismatch(share)}, which is within the limit{why}.)"
 
 
 def why_no_shares(layer: Layer) -> str:
@@ -357,11 +371,14 @@ def _although(layer: Layer, cause: Cause, share: float) -> str:
 
 def in_words(layer: Layer, share: float) -> str:
     """How much of the mismatch a share is, a sentence."""
-    total, limit = None if layer.eval is None else layer.eval.mismatch, number(flagging_limit(layer))
+    total, limit = None if layer.eval is None else layer.eval.mismatch, mismatch(flagging_limit(layer))
     if layer.only_in == "train":
-        return f"(D = {number(share)}; the layer runs in training only, and its limit is that of noise, {limit}.)"
+        return f"(D = {mismatch(share)}; the layer runs in training only, and its limit is that of noise, {limit}.)"
     if total is None or not is_off_at_inference(layer):
-        return f"(D = {number(share)} at inference; the layer is flagged in training, where its limit is {limit}.)"
-    if share > total:
-        return f"(It adds D = {number(share)}, partly offset by other causes; the layer's limit is {limit}.)"
-    return f"(It accounts for D = {number(share)} of {number(total)}, {percent(share / total)}; the limit is {limit}.)"
+        return f"(D = {mismatch(share)} at inference; the layer is flagged in training, where its limit is {limit}.)"
+    if share > total * (1 + ROUNDING):
+        part = f"It adds D = {mismatch(share)}, which other causes offset in part: the layer has D = {mismatch(total)}"
+    else:
+        share = min(share, total)
+        part = f"It accounts for D = {mismatch(share)} of {mismatch(total)}, {percent(share / total)}"
+    return f"({part}; the layer's limit is {limit}.)"

@@ -51,6 +51,7 @@ class SingleImage(Rule):
         "Train with larger batches or synchronized BN, or fine-tune with frozen statistics (bnprobe convert --to frozen"
         " --finetune)."
     )
+    accounts_for = ("small_batch", "composition")
     upstream_order = 110
     commands = ("convert --to frozen --finetune",)
 

@@ -48,6 +48,7 @@ class SingleValue(Rule):
     finding = "a batch gives one value per channel, for which PyTorch raises an error in training"
     remedy = "Use larger batches, or group or layer norm in this place."
     stops_training = True
+    accounts_for = ("small_batch", "composition")
     upstream_order = 100
 
     def check(self, facts: Facts) -> Iterator[Verdict]:

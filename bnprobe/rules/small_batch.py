@@ -6,7 +6,14 @@ from bnprobe.numbers import number
 from bnprobe.records import Layer, Verdict
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link
-from bnprobe.rules.shares import ShareRule, is_off_at_inference, noise_limit, why_no_shares
+from bnprobe.rules.shares import (
+    ShareRule,
+    flagging_limit,
+    is_off_at_inference,
+    noise_limit,
+    noise_threshold,
+    why_no_shares,
+)
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
 
 
@@ -67,10 +74,11 @@ class SmallBatch(ShareRule):
         size = _equivalent(layer)
         if size is None:
             return f"{values}."
-        enough = f", and {number(layer.threshold)} would be enough" if float(f"{size:.3g}") < layer.threshold else ""
+        whose, limit = _limit(layer)
+        against = f", and {whose} is {number(limit)}" if float(f"{size:.3g}") < limit else ""
         mixed = layer.shares is None or layer.shares.composition is not None or not is_off_at_inference(layer)
         unmixed = "" if mixed else " The batches are too small or not mixed: which of the two was not judged."
-        return f"{values}. They are as noisy as {number(size)} independent values{enough}.{unmixed}"
+        return f"{values}. They are as noisy as {number(size)} independent values{against}.{unmixed}"
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         """Where there are so few values that not even i.i.d. data would be within the limit, this is the cause."""
@@ -78,6 +86,13 @@ class SmallBatch(ShareRule):
         if not layer.flagged or ideal <= limit or layer.eval is None:
             return self.skipped(layer.name, why_no_shares(layer))
         return self.failed(layer.name, self.explain(layer, facts), ideal, limit)
+
+
+def _limit(layer: Layer) -> tuple[str, float]:
+    """The limit of what ``_equivalent`` gives, and whose it is: of noise alone, or of all that flags the layer."""
+    if layer.only_in == "train" or (layer.shares is not None and is_off_at_inference(layer)):
+        return "the limit of noise", noise_threshold(layer.threshold)
+    return "the layer's limit", equivalent_batch_size(flagging_limit(layer)) or layer.threshold
 
 
 def _equivalent(layer: Layer) -> float | None:

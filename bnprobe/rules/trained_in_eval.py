@@ -9,8 +9,7 @@ from bnprobe.records import Layer, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
-from bnprobe.rules.lag import is_of_composition
-from bnprobe.rules.shares import STATISTICS_CAUSES, is_cause, is_off_at_inference, share_of
+from bnprobe.rules.shares import STATISTICS_CAUSES, is_cause, is_of_composition, is_off_at_inference, share_of
 
 MOSTLY = 0.5
 """The part of a layer's mismatch that wrong statistics must hold: what is noise of small batches says nothing here."""
@@ -66,9 +65,7 @@ class TrainedInEval(Rule):
             return
         words = f"On training batches {change.words(*effect.STATISTICS)}"
         new = {layer.name for layer in facts.anatomy if layer.untouched}
-        layers = [
-            name for name, layer in facts.layers.items() if name not in new and _has_other_statistics(layer, facts)
-        ]
+        layers = [name for name, layer in facts.layers.items() if name not in new and _has_other_statistics(layer)]
         elsewhere = _recalibration_is_no_harm(facts) or effect.is_at_chance(facts.chance)
         if found.standing != "better" or not layers or elsewhere:
             yield self.passed(None, f"{words}.", -change.harm, change.floor)
@@ -83,14 +80,14 @@ class TrainedInEval(Rule):
         )
 
 
-def _has_other_statistics(layer: Layer, facts: Facts) -> bool:
+def _has_other_statistics(layer: Layer) -> bool:
     """Whether it is flagged for statistics that are not those of the data, and not for what batches are.
 
     Batches that are not i.i.d. make train mode the worse side, and leave statistics of the last batches behind.
     """
     if not layer.flagged or not is_off_at_inference(layer) or layer.eval is None or layer.shares is None:
         return False
-    if is_cause(layer, "composition") and is_of_composition(layer, facts):
+    if is_cause(layer, "composition") and is_of_composition(layer):
         return False
     return (share_of(layer, "lag") or 0.0) + (share_of(layer, "propagation") or 0.0) > MOSTLY * layer.eval.mismatch
 

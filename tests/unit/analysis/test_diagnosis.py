@@ -148,8 +148,8 @@ def test_one_cause_is_said_once_and_the_worst_layer_named() -> None:
         message=(
             "2 of 3 layers: samples of a batch are more alike than samples drawn at random (sorted data, or one source"
             " per batch?). Worst is c: Two samples of a batch have a correlation of 0.40 (0: i.i.d., 1: identical;"
-            " p < 0.0001), so a batch of 8 is worth 2.11 independent samples. (It accounts for D = 0.5 of 0.51, 99%;"
-            " the limit is 0.048.)"
+            " p < 0.0001), so a batch of 8 is worth 2.11 independent samples. (It accounts for D = 0.500 of 0.505, 99%;"
+            " the layer's limit is 0.048.)"
         ),
         remedy=find_rule("BN202").remedy,
     )
@@ -169,10 +169,16 @@ def lagging(**anatomy: object) -> Facts:
     return make_evidence(layer, anatomy=[make_anatomy("bn", **anatomy)])
 
 
-def test_frozen_weight_and_bias_do_not_explain_stale_statistics_that_training_updates() -> None:
-    facts = lagging(trains_affine=False)
-    found = diagnose(judge(facts, RulesSpec()), facts)
-    assert [(each.cause, each.consequences) for each in found] == [("lag", ()), ("frozen_mismatch", ())]
+@pytest.mark.parametrize("half", ["trains_affine", "trains_statistics"])
+def test_stale_statistics_of_a_half_frozen_layer_stand_on_their_own(half: str) -> None:
+    """To freeze the other half as well would keep them stale; recalibration mends them."""
+    facts = lagging(**{half: False})
+    found = diagnosed(facts)
+    assert [(each.cause, each.severity, each.consequences) for each in found] == [
+        ("lag", "error", ()),
+        ("frozen_mismatch", "warning", ()),
+    ]
+    assert found[1].impact is None
 
 
 @pytest.mark.parametrize(
@@ -181,7 +187,6 @@ def test_frozen_weight_and_bias_do_not_explain_stale_statistics_that_training_up
         (lagging(momentum=0.99), "momentum_convention", "lag in 1 layer"),
         (lagging(untouched=True), "never_trained", "lag in 1 layer"),
         (lagging(non_finite=1), "non_finite", "lag in 1 layer"),
-        (lagging(trains_statistics=False), "frozen_mismatch", "lag in 1 layer"),
         (
             make_evidence(
                 make_layer("bn", make_shares(lag=0.5), calls_per_forward=2, domains=Domains(0.5, (0.4, 0.6)))
@@ -391,7 +396,9 @@ def test_held_out_data_that_is_like_some_of_the_batches_is_told_under_their_comp
 
 def test_earlier_layers_are_called_within_their_limit_only_where_they_are() -> None:
     within, beyond = make_layer("a"), make_layer("a", make_shares(small_batch=0.5))
-    for first, said in ((within, "Earlier layers are each within"), (beyond, "What the running statistics of earlier")):
+    undecided = make_layer("a", undecided=True)
+    adds_up = "What the running statistics of earlier"
+    for first, said in ((within, "Earlier layers are each within"), (beyond, adds_up), (undecided, adds_up)):
         facts = make_evidence(first, make_layer("b", make_shares(propagation=0.5)))
         [found] = diagnose(judge(facts, RulesSpec(ignore=("BN201",))), facts)
         assert (found.cause, found.layers) == ("lag", ("b",))
@@ -408,3 +415,32 @@ def test_a_metric_of_unknown_direction_contradicts_no_remedy(known: bool) -> Non
     [found] = [verdict for verdict in judge(facts, RulesSpec(select=("BN102",))) if verdict.outcome == "failed"]
     rule = RULES["BN102"]
     assert found.remedy == (rule.other_remedy if known else rule.remedy)
+
+
+def test_stale_statistics_beside_batches_that_are_not_mixed_say_to_mend_these_first() -> None:
+    """Recalibration alone does not help there; to keep the statistics would contradict the first remedy."""
+    stale, sorted_ = make_layer("a", make_shares(lag=0.5)), sorted_layer("b", 0.3)
+    known = {"gaps": (metric(0.9, 0.5),), "remedies": (tried(0.5, 0.5),)}
+    [first, second] = diagnosed(make_evidence(stale, sorted_, **known), {"a": 0.1, "b": 0.9})
+    assert (first.cause, second.cause) == ("composition", "lag")
+    assert second.remedy.startswith("Mend the non-i.i.d. batches first (BN202)")
+    [alone] = diagnosed(make_evidence(stale, **known))
+    assert alone.remedy == find_rule("BN203").other_remedy
+
+
+def test_what_is_no_share_gets_its_part_of_the_effect_on_the_output() -> None:
+    layer = make_layer("bn", make_shares(small_batch=0.3, lag=0.1))
+    anatomy = [make_anatomy("bn", momentum=0.99)]
+    ranked = diagnosed(make_evidence(layer, anatomy=anatomy), {"bn": 1.0})
+    [found] = [found for found in ranked if found.rule == "BN101"]
+    assert found.impact == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize(("momentum", "found"), [(0.0, ["BN101"]), (0.99, ["BN101", "BN102"])])
+def test_statistics_that_a_momentum_of_0_never_updated_are_one_fault(
+    measured: bool, momentum: float, found: list[str]
+) -> None:
+    layers = [make_layer("bn", make_shares(lag=0.5), momentum=momentum)] if measured else []
+    facts = make_evidence(*layers, anatomy=[make_anatomy("bn", momentum=momentum, untouched=True)])
+    assert sorted(diagnosis.rule for diagnosis in diagnosed(facts)) == found

@@ -16,7 +16,7 @@ def test_similar_samples_are_expressed_as_a_number_of_samples() -> None:
             "BN202",
             "bn",
             "Two samples of a batch have a correlation of 0.43 (0: i.i.d., 1: identical; p < 0.0001), so a batch of 8"
-            " is worth 2 independent samples. (It accounts for D = 0.3 of 0.3, 98%; the limit is 0.048.)",
+            " is worth 2 independent samples. (It accounts for D = 0.300 of 0.305, 98%; the layer's limit is 0.048.)",
             0.3,
             HALF,
         )
@@ -26,7 +26,7 @@ def test_similar_samples_are_expressed_as_a_number_of_samples() -> None:
 def test_what_chance_explains_passes_and_small_batches_are_blamed() -> None:
     layer = make_layer("bn", SORTED, composition=Composition(0.02, 1.1, 0.01))
     facts = make_evidence(layer)
-    unsure = "This cause accounts for D = 0.3, but batches do not differ significantly from i.i.d. ones."
+    unsure = "This cause accounts for D = 0.300, but batches do not differ significantly from i.i.d. ones."
     told = passed("BN202", "bn", unsure, 0.3, HALF)
     assert run_rule("BN202", facts) == [told]
     assert [verdict.outcome for verdict in run_rule("BN201", facts)] == ["failed"]

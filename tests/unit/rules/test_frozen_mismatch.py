@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from bnprobe.testing import make_anatomy, make_evidence, run_rule
+import pytest
+
+from bnprobe.testing import make_anatomy, make_evidence, make_layer, run_rule
+from unit.rules.effects import metric, tried
 from unit.rules.expect import failed, passed, skipped
 
 
@@ -31,3 +34,30 @@ def test_both_halves_must_be_trained_or_frozen() -> None:
         skipped("BN105", "plain", "the layer has no weight and bias (affine=False)"),
         skipped("BN105", "none kept", "the layer has no running statistics"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("inference", "recalibrated", "remedy"),
+    [
+        (0.9, None, "To freeze the layer, also call eval()"),
+        (0.5, None, "Do not freeze the running statistics as they are"),
+        (0.5, 0.8, "First recalibrate the running statistics"),
+    ],
+)
+def test_statistics_that_move_are_to_be_frozen_only_where_they_do_no_harm(
+    inference: float, recalibrated: float | None, remedy: str
+) -> None:
+    remedies = () if recalibrated is None else (tried(0.5, recalibrated),)
+    layer, anatomy = make_layer("bn"), [make_anatomy("bn", trains_affine=False)]
+    facts = make_evidence(layer, anatomy=anatomy, gaps=(metric(0.9, inference),), remedies=remedies)
+    assert [verdict.remedy[: len(remedy)] for verdict in run_rule("BN105", facts)] == [remedy]
+
+
+@pytest.mark.parametrize(
+    ("after", "remedy"),
+    [(0.4, "Keep the running statistics as they are"), (0.95, "Recalibrate"), (0.8, "If the layer")],
+)
+def test_fixed_statistics_are_to_be_replaced_only_where_others_are_better(after: float, remedy: str) -> None:
+    layer, anatomy = make_layer("bn"), [make_anatomy("bn", trains_statistics=False)]
+    facts = make_evidence(layer, anatomy=anatomy, gaps=(metric(0.9, 0.8),), remedies=(tried(0.8, after),))
+    assert [verdict.remedy[: len(remedy)] for verdict in run_rule("BN105", facts)] == [remedy]

@@ -9,7 +9,7 @@ from bnprobe.config.spec import RulesSpec
 from bnprobe.records import Domains, Output
 from bnprobe.rules.facts import Facts
 from bnprobe.testing import make_evidence, make_layer, make_shares, run_rule
-from unit.rules.effects import loss, metric
+from unit.rules.effects import loss, metric, tried
 from unit.rules.expect import skipped
 
 WORSE = metric(0.94, 0.46)
@@ -62,3 +62,11 @@ def test_only_what_is_sure_and_matters_counts() -> None:
     [verdict] = run_rule("BN211", one_batch)
     assert (verdict.outcome, "fewer than 5 micro-batches" in verdict.message) == ("passed", True)
     assert run_rule("BN211", make_evidence(layer)) == [skipped("BN211", None, "needs a loss or metric")]
+
+
+def test_only_a_trial_that_shows_no_gain_rules_stale_statistics_out() -> None:
+    for width, said in ((0.01, True), (0.3, False)):
+        facts = make_evidence(make_layer("bn"), gaps=(WORSE,), remedies=(tried(0.46, 0.46, width=width),))
+        [verdict] = run_rule("BN211", facts)
+        assert verdict.outcome == "failed"
+        assert ("stale statistics" in verdict.message) == said

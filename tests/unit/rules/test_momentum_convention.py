@@ -56,7 +56,10 @@ def test_a_momentum_of_0_fails_for_trained_layers_and_new_ones_alike() -> None:
         "momentum=0 never updates the running statistics: they stay what they were, while training uses the statistics"
         " of batches. To freeze a layer, call eval() on it after every model.train()."
     )
-    remedy = "Use another momentum (0.1 is the default); then recalibrate the running statistics on training data."
+    remedy = (
+        "Use another momentum (0.1 is the default); then recalibrate the running statistics on training data (bnprobe"
+        " recalibrate)."
+    )
     layers = [
         make_anatomy("trained", momentum=0.0),
         make_anatomy("new", momentum=0.0, untouched=True, batches_tracked=0),

@@ -22,7 +22,7 @@ def test_noise_of_few_values_is_blamed_on_flagged_layers_only() -> None:
             "BN201",
             "few",
             "The layer gets 8 values per channel from a batch of 2. They are as noisy as 7.79 independent values, and"
-            " 32 would be enough. (It accounts for D = 0.2 of 0.2, 100%; the limit is 0.11.)",
+            " the limit of noise is 14. (It accounts for D = 0.200 of 0.201, 100%; the layer's limit is 0.109.)",
             0.2,
             NOISE,
         ),
@@ -143,3 +143,16 @@ def test_it_is_a_warning_where_inference_surely_does_not_suffer() -> None:
                 " statistics): if anything suffers"
             )
             assert (no_cost in verdict.message) == (severity == "warning")
+
+
+def test_the_limit_that_is_said_is_the_one_that_was_applied() -> None:
+    noisy = make_layer("bn", make_shares(small_batch=0.2), values_per_channel=8)
+    custom = make_layer("bn", make_shares(small_batch=0.2), values_per_channel=8, threshold=20.0)
+    in_training = make_layer("bn", train=make_path(0.2), eval=make_path(0.005), values_per_channel=20)
+    noise, own = "independent values, and the limit of noise is", "independent values, and the layer's limit is"
+    for layer, said in ((noisy, f"{noise} 14."), (custom, f"{noise} 20."), (in_training, f"{own} 17.")):
+        [verdict] = run_rule("BN201", make_evidence(layer))
+        assert said in verdict.message
+    enough = make_layer("bn", make_shares(small_batch=0.1, lag=0.2), values_per_channel=16)
+    [verdict] = run_rule("BN201", make_evidence(enough))
+    assert "and the limit of noise" not in verdict.message
