@@ -26,7 +26,8 @@ LOOKED_AT = (0, 1, 2)
 """Seeds on which thresholds may be set and rules mended."""
 
 UNSEEN = (31, 32, 33)
-"""Seeds of the cases that are scored: run for final figures, never while rules are mended. (11 to 13 and 21 to 23 were, before.)"""
+"""Seeds of the cases that are scored: run for final figures, never while rules are mended. 11 to 13 and 21 to 23 were,
+before."""
 
 PLACES = 2
 """Networks in which a fault of one strength is planted, of each kind of seeds."""
