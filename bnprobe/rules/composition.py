@@ -81,9 +81,9 @@ class BatchComposition(ShareRule):
             return super().without_share(layer, facts)
         return self.skipped(layer.name, "the samples of its batches could not be regrouped at random")
 
-    def remark(self, layer: Layer, share: float) -> tuple[str, str] | None:
-        if not _is_most(layer):
-            return None
+    def remark(self, layer: Layer, share: float, facts: Facts) -> tuple[str, str] | None:
+        if not _is_most(layer) or any(self.weigh(other, facts) for other in facts.layers.values()):
+            return None  # what is beyond its limit in one layer is said of that one
         return f"(It accounts for D = {number(share)}, which is within the limit.)", _NO_NEED
 
     def explain(self, layer: Layer, facts: Facts) -> str:

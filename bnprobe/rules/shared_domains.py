@@ -9,7 +9,7 @@ from bnprobe.records import Layer, Severity, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
-from bnprobe.rules.shares import lower_end, share_limit
+from bnprobe.rules.shares import is_mendable, lower_end, share_limit
 
 MOVES = 0.5
 """From here on the layer moves the outputs so far (relative L2) that it is an error, whatever D is."""
@@ -86,7 +86,9 @@ class SharedDomains(Rule):
 
 def _severity(layer: Layer, facts: Facts) -> Severity:
     found = effect.inconsistency(facts.gaps, facts.chance)
-    if found.is_worse or found.is_no_worse:
-        return "error" if found.is_worse else "warning"
+    if found.is_worse or is_mendable("shared_domains", facts):
+        return "error"
+    if found.is_no_worse:
+        return "warning"
     moved = 0.0 if layer.impact is None else layer.impact.exact or layer.impact.estimate or 0.0
     return "error" if layer.flagged or moved >= MOVES else "warning"

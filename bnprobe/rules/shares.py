@@ -186,9 +186,14 @@ def severity_of(cause: Cause, facts: Facts) -> Severity:
     """How serious a finding is, by what it does to loss and metric; an error where these do not say."""
     if cause in STATISTICS_CAUSES and facts.is_new:
         return "info"
+    harmless = effect.inconsistency(facts.gaps, facts.chance).is_no_worse and not is_mendable(cause, facts)
+    return "warning" if harmless else "error"
+
+
+def is_mendable(cause: Cause, facts: Facts) -> bool:
+    """Whether other statistics are surely better on held-out data: recalibrated ones, where statistics are to blame."""
     remedies: Sequence[FreeRemedy] = ("recalibrated",) if cause in STATISTICS_CAUSES else FREE_REMEDIES
-    gains = any(effect.gain(facts, name).standing == "better" for name in remedies)
-    return "error" if gains or not effect.inconsistency(facts.gaps, facts.chance).is_no_worse else "warning"
+    return any(effect.gain(facts, name).standing == "better" for name in remedies)
 
 
 def is_off_at_inference(layer: Layer) -> bool:
@@ -305,7 +310,7 @@ class ShareRule(Rule):
             )
         return (_suspected(self.cause, share, facts), "error") if is_suspect(layer, self.cause, facts) else None
 
-    def remark(self, layer: Layer, share: float) -> tuple[str, str] | None:
+    def remark(self, layer: Layer, share: float, facts: Facts) -> tuple[str, str] | None:
         """What is worth saying of a share that flags no layer, in parentheses, and what to do; None: nothing."""
         return None
 
@@ -320,7 +325,7 @@ class ShareRule(Rule):
         weight: tuple[str, Severity]
         if (weighed := self.weigh(layer, facts)) is not None:
             weight = weighed
-        elif (remark := self.remark(layer, share)) is not None:
+        elif (remark := self.remark(layer, share, facts)) is not None:
             weight, remedy = (remark[0], "info"), remark[1]
         else:
             message = f"This cause accounts for D = {mismatch(share)}{_although(layer, self.cause, share)}."
