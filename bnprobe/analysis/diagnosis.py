@@ -151,7 +151,8 @@ def _not_contradicted(verdict: Verdict, facts: Facts) -> Verdict:
     if not rule.other_remedy or verdict.remedy != rule.remedy:
         return verdict
     gain = effect.gain(facts, rule.free_remedy)
-    tells = facts.goal_is_known or any(change.measure == "loss" for change in gain.changes)
+    goal_is_known = all(gap.goal_is_known for gap in facts.gaps)
+    tells = goal_is_known or any(change.measure == "loss" for change in gain.changes)
     return replace(verdict, remedy=rule.other_remedy) if tells and gain.is_no_gain else verdict
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -41,7 +41,7 @@ from bnprobe.measure.restore import (
 from bnprobe.measure.scan_loop import measure_mixed, probe
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.measure.train_steps import MakeOptimizer
-from bnprobe.records import SCHEMA_VERSION, Interval, Report, Tool
+from bnprobe.records import SCHEMA_VERSION, Goal, Interval, Report, Tool
 from bnprobe.rules.effect import inconsistency
 from bnprobe.rules.facts import Facts
 
@@ -221,7 +221,6 @@ def _report(
         padding=further.padding,
         randomness=further.randomness,
         batch_at_inference=further.batch_at_inference,
-        goal_is_known="goal" in settings.model_fields_set,
     )
     verdicts = judge(facts, settings.rules)
     impacts = joint_impacts(session, evidence, further, groups_of(verdicts, facts))
@@ -311,7 +310,7 @@ def _is_doubtful(findings: Findings, facts: Facts, settings: ScanSettings) -> bo
     )
 
 
-def _is_worse(interval: Interval | None, goal: Literal["max", "min"]) -> bool:
+def _is_worse(interval: Interval | None, goal: Goal) -> bool:
     """Whether a change is surely to the worse."""
     if interval is None:
         return False

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bnprobe.measure.batch import as_plain, tensors_of
-from bnprobe.measure.scores import MEASURES, Measure, ScoreTable
+from bnprobe.measure.scores import ScoreTable
 from bnprobe.measure.session import PathName
-from bnprobe.records import Output, PathValues
+from bnprobe.records import MEASURES, Measure, Output, PathValues
 
 PATHS: tuple[PathName, PathName] = ("train", "eval")
 """The paths whose outputs are compared."""

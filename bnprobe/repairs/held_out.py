@@ -17,10 +17,10 @@ from bnprobe.loading.order import spread
 from bnprobe.loading.samples import count_samples
 from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of
-from bnprobe.measure.scores import Measure, ScoreTable, why_unscored
+from bnprobe.measure.scores import ScoreTable, why_unscored
 from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.numbers import count
-from bnprobe.records import Score
+from bnprobe.records import Measure, Score, leading
 from bnprobe.training import evaluate, score_table
 
 BATCH = 64
@@ -94,7 +94,8 @@ class HeldOut:
     @property
     def measure(self) -> Measure:
         """What models are compared by: the metric where there is one, else the loss."""
-        return "loss" if self.metric is None else "metric"
+        given: dict[Measure, BatchFunction | None] = {"loss": self.loss, "metric": self.metric}
+        return leading([measure for measure, function in given.items() if function is not None]) or "loss"
 
     @property
     def described(self) -> str:

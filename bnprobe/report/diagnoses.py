@@ -346,17 +346,15 @@ def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
     tried = next((remedy for remedy in report.remedies if rule is not None and remedy.name == rule.free_remedy), None)
     if tried is None:
         return ""
-    for name, before, after in (
-        ("loss", tried.before.loss, tried.after.loss),
-        ("metric", tried.before.metric, tried.after.metric),
-    ):
-        if before is not None and after is not None:
-            change = f"takes the {name} from {figures.score(before)} to {figures.score(after)}"
-            found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
-            no_gain = ", which does not surely help" if found.standing in ("same", "unclear") else ""
-            data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
-            return f"Measured on {data}: {doing(tried.name).lower()} {change}{no_gain}."
-    return ""
+    found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
+    if found.main is None:
+        return ""
+    change = (
+        f"takes the {found.main.measure} from {figures.score(found.main.before)} to {figures.score(found.main.after)}"
+    )
+    no_gain = ", which does not surely help" if found.standing in ("same", "unclear") else ""
+    data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
+    return f"Measured on {data}: {doing(tried.name).lower()} {change}{no_gain}."
 
 
 def _title(diagnosis: Diagnosis, extent: str) -> str:

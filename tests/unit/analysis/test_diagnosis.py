@@ -387,10 +387,9 @@ def test_earlier_layers_are_called_within_their_limit_only_where_they_are() -> N
 @pytest.mark.parametrize("known", [True, False])
 def test_a_metric_of_unknown_direction_contradicts_no_remedy(known: bool) -> None:
     layer = make_layer("bn", make_shares(lag=5.0))
-    facts = replace(
-        make_evidence(layer, anatomy=[make_anatomy("bn", untouched=True)], remedies=(tried(0.5, 0.3),)),
-        goal_is_known=known,
-    )
+    gap = replace(metric(0.5, 0.5), goal_is_known=known)
+    untouched = [make_anatomy("bn", untouched=True)]
+    facts = make_evidence(layer, anatomy=untouched, remedies=(tried(0.5, 0.3),), gaps=(gap,))
     [found] = [verdict for verdict in judge(facts, RulesSpec(select=("BN102",))) if verdict.outcome == "failed"]
     rule = RULES["BN102"]
     assert found.remedy == (rule.other_remedy if known else rule.remedy)
