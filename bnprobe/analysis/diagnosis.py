@@ -26,7 +26,7 @@ from bnprobe.records import EXEMPT, SOURCES, Cause, Diagnosis, Layer, LintReport
 from bnprobe.rules import RULES, Rule, effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import matches_code, selected
-from bnprobe.rules.shares import SHARES, STATISTICS_CAUSES
+from bnprobe.rules.shares import SHARES, STATISTICS_CAUSES, found_against
 
 Group = tuple[str, ...]
 """Names of the layers of one diagnosis, in network order."""
@@ -111,35 +111,36 @@ def _rooted(verdicts: Sequence[Verdict], facts: Facts) -> list[Verdict]:
     stale = {verdict.layer: verdict for verdict in verdicts if verdict.cause == "lag" and verdict.layer in lost}
     first = min((order[name] for name, layer in facts.layers.items() if layer.flagged), default=len(order))
     within = {name for name, place in order.items() if place <= first}
-    return [_as_stale(verdict, lost, stale, verdict.layer in within) for verdict in verdicts]
+    # Of these layers the two verdicts change places: propagation and lag.
+    judged = []
+    for verdict in verdicts:
+        name = verdict.layer
+        if name in stale and verdict is lost[name]:
+            verdict = replace(verdict, outcome="passed", message=_NO_ROOT, remedy="")
+        elif name in stale and verdict is stale[name]:
+            verdict = _as_stale(lost[name], RULES[verdict.rule], name in within, facts)
+        judged.append(verdict)
+    return judged
 
 
-def _as_stale(
-    verdict: Verdict, lost: Mapping[str | None, Verdict], stale: Mapping[str | None, Verdict], within: bool
-) -> Verdict:
-    """The verdict itself, unless it is one of the two of a layer that change places: propagation and lag.
+_NO_ROOT = "Its input differs between training and inference, and no rule found the root in an earlier layer."
+
+
+def _as_stale(lost: Verdict, rule: Rule, within: bool, facts: Facts) -> Verdict:
+    """What is lost of an earlier layer's mismatch, as a finding of the rule on stale statistics.
 
     ``within``: no earlier layer is flagged.
     """
-    layer = verdict.layer
-    if layer not in lost or layer not in stale:
-        return verdict
-    found, rule = lost[layer], RULES[stale[layer].rule]
-    if verdict is found:
-        message = "Its input differs between training and inference, and no rule found the root in an earlier layer."
-        return replace(found, outcome="passed", message=message, remedy="")
-    if verdict is stale[layer]:
+    start = "What the running statistics of earlier layers are off by adds up in its input."
+    if within:
         start = (
             "Earlier layers are each within their limit, but what their running statistics are off by adds up in its"
             " input."
-            if within
-            else "What the running statistics of earlier layers are off by adds up in its input."
         )
-        message = f"{start} {found.message.partition('. ')[2]}"
-        return replace(
-            found, rule=rule.code, cause=rule.cause, message=message.strip(), remedy=rule.remedy, limit=found.limit
-        )
-    return verdict
+    layer = facts.layers.get(lost.layer or "")
+    amount = None if layer is None else found_against(layer, lost.cause, facts)
+    message = start if amount is None else f"{start} {amount[0]}"
+    return replace(lost, rule=rule.code, cause=rule.cause, message=message, remedy=rule.remedy)
 
 
 def _not_contradicted(verdict: Verdict, facts: Facts) -> Verdict:

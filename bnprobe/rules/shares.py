@@ -282,17 +282,24 @@ class ShareRule(Rule):
         share, limit = share_of(layer, self.cause), share_limit(layer, self.cause)
         if share is None:
             return self.without_share(layer, facts)
-        if is_cause(layer, self.cause):
-            message, severity = in_words(layer, share), severity_of(self.cause, facts)
-        elif is_suspect(layer, self.cause, facts):
-            message, severity = _suspected(self.cause, share, facts), "error"
-        else:
+        found = found_against(layer, self.cause, facts)
+        if found is None:
             message = f"This cause accounts for D = {number(share)}{_although(layer, self.cause, share)}."
             return self.passed(layer.name, message, share, limit)
-        message = (
-            f"{self.explain(layer, facts)} {message}{_at_no_cost(self.cause, facts) if severity == 'warning' else ''}"
-        )
+        amount, severity = found
+        message = f"{self.explain(layer, facts)} {amount}"
         return self.failed(layer.name, message, share, limit, severity, self.advise(layer, facts))
+
+
+def found_against(layer: Layer, cause: Cause, facts: Facts) -> tuple[str, Severity] | None:
+    """How much a share is and what that costs, in sentences, and how serious it is; None where it is no finding."""
+    share = share_of(layer, cause)
+    if share is not None and is_cause(layer, cause):
+        severity = severity_of(cause, facts)
+        return f"{in_words(layer, share)}{_at_no_cost(cause, facts) if severity == 'warning' else ''}", severity
+    if share is not None and is_suspect(layer, cause, facts):
+        return _suspected(cause, share, facts), "error"
+    return None
 
 
 def _at_no_cost(cause: Cause, facts: Facts) -> str:

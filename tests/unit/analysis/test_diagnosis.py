@@ -247,7 +247,7 @@ def test_propagation_without_a_root_is_staleness() -> None:
     facts = make_evidence(within, make_layer("b", make_shares(propagation=0.2, lag=0.001)))
     [found] = diagnosed(facts)
     assert (found.cause, found.rule, found.layers, found.remedy) == ("lag", "BN203", ("b",), find_rule("lag").remedy)
-    assert "adds up in its input" in found.message
+    assert "adds up in its input. (It accounts for D = 0.2 of " in found.message
     outcomes = {verdict.rule: verdict.outcome for verdict in judge(facts, RulesSpec()) if verdict.layer == "b"}
     assert (outcomes["BN203"], outcomes["BN205"]) == ("failed", "passed")
     beside = make_evidence(within, make_layer("b", make_shares(propagation=0.2, lag=0.1)))
