@@ -33,7 +33,7 @@ Group = tuple[str, ...]
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
-MOSTLY = 0.5
+MENDED = 0.5
 """A remedy that wins back this part of what is lost mends the cause for the most part."""
 
 _Key = tuple[str, str | None]
@@ -322,7 +322,7 @@ def _is_mended(rule: Rule, facts: Facts) -> bool:
     tried = effect.tried(facts.remedies, rule.free_remedy)
     if tried is None or effect.gain(facts, rule.free_remedy).standing != "better":
         return False
-    return (effect.recovered(tried, facts.gaps) or 0.0) >= MOSTLY
+    return (effect.recovered(tried, facts.gaps) or 0.0) >= MENDED
 
 
 def _fraction_of(layer: Layer, causes: set[Cause]) -> float | None:

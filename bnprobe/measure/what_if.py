@@ -36,7 +36,7 @@ _RAISES = "The model raises"
 _CLOCK = 1e-6
 """Seconds that no score takes less than, where the clock of a thread is coarse."""
 
-_FEWEST = 8
+_FEWEST_TRIED = 8
 """Micro-batches that remedies are tried on at least, where there are so many."""
 
 
@@ -137,7 +137,7 @@ def what_if(
 def _within(batches: Sequence[MicroBatch], seconds: float, each: float) -> Sequence[MicroBatch]:
     """The first micro-batches, whose samples take ``each`` so long, that fit into the time."""
     usual = max(batch.samples for batch in batches) if batches else 1
-    return batches[: max(_FEWEST, int(seconds / (each * usual)))]
+    return batches[: max(_FEWEST_TRIED, int(seconds / (each * usual)))]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from bnprobe.training import evaluate, score_table
 BATCH = 64
 """Samples scored at once; inference does not depend on this number."""
 
-FEWEST_BATCHES = 16
+BATCHES_WANTED = 16
 """Batches that the held-out data should give at least: half of them choose the weights, the others score."""
 
 MOST_BYTES = 2**30
@@ -149,7 +149,7 @@ def _read(spec: Spec, source: BatchSource) -> tuple[list[Any], list[str]]:
 def _larger(batches: list[Any], source: BatchSource) -> list[Any]:
     """The same samples in larger batches, where all batches can be joined: a few large ones are scored faster."""
     sizes = [source.samples_in(batch) for batch in batches]
-    wanted = min(BATCH, sum(size or 0 for size in sizes) // FEWEST_BATCHES)
+    wanted = min(BATCH, sum(size or 0 for size in sizes) // BATCHES_WANTED)
     factor = wanted // max(source.batch_size, 1)
     if factor < 2:
         return batches

@@ -51,7 +51,8 @@ _STEPS = {
     "generalization": "that from training to held-out data, in eval mode both times",
 }
 
-_MOSTLY = 0.5
+_MAIN_PART = 0.5
+"""A step is named as the largest where it is more than this part of all steps together."""
 
 
 def gaps(found: Sequence[Gap], page: Page, sample: str = "sample") -> list[Text]:
@@ -114,7 +115,7 @@ def _largest_steps(found: Sequence[Gap]) -> list[str]:
 def _largest_step(gap: Gap) -> str | None:
     sizes = {field: abs(getattr(gap, field) or 0.0) for field in _STEPS}
     largest = max(sizes, key=lambda field: sizes[field])
-    return largest if _is_significant(gap, largest) and sizes[largest] > _MOSTLY * sum(sizes.values()) else None
+    return largest if _is_significant(gap, largest) and sizes[largest] > _MAIN_PART * sum(sizes.values()) else None
 
 
 def _is_significant(gap: Gap, step: str) -> bool:

@@ -57,6 +57,10 @@ LEAST_PART = 0.05
 SUSPICIOUS = 0.1
 """Where inference is surely worse and no layer is flagged, a share is suspected from this part of the limit on."""
 
+NOISE_FACTOR = 3.0
+"""A figure that is one random draw, as a running average or a mismatch without an interval: three times its expected
+noise is still noise."""
+
 COMPOSITION_P = 0.01
 """Significance level for non-i.i.d. batches, after correction for all layers and channels of the model."""
 
