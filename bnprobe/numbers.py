@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+IN_MODE = {"train": "in training", "eval": "at inference"}
+"""The two modes as adverbials."""
+
 
 def number(value: float) -> str:
     """Two or three digits, e.g. "0.31", "12.4", "1,200"."""

@@ -28,9 +28,8 @@ from bnprobe.rules import RULES
 from bnprobe.rules.facts import Anatomy, Facts
 from bnprobe.rules.selection import check_code
 from bnprobe.rules.shares import screened
+from bnprobe.stats.histogram import PROBABILITIES
 from bnprobe.stats.theory import equivalent_batch_size
-
-_PROBABILITIES = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
 
 WIDTH = 0.1
 """Default half width of intervals, relative to the value."""
@@ -210,7 +209,7 @@ def _constant(value: float) -> Distribution:
         std=0.0,
         min=value,
         max=value,
-        quantiles=dict.fromkeys(_PROBABILITIES, value),
+        quantiles=dict.fromkeys(map(str, PROBABILITIES), value),
         histogram=Histogram((value - 1, value + 1), (1,)),
         clipped=0.0,
         clipped_iid=0.0,

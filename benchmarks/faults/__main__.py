@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -21,7 +22,7 @@ from benchmarks.faults import score
 from benchmarks.faults.calibration import ORDINARY, REPEATS, SCAN_BATCHES, TRUTH_BATCHES
 from benchmarks.faults.faults import FAULTS
 from benchmarks.faults.networks import NETWORKS
-from benchmarks.faults.trials import LOOKED_AT, UNSEEN, Trial, control_trials, pair_trials, single_trials
+from benchmarks.faults.trials import LOOKED_AT, UNSEEN, Outcome, Trial, control_trials, pair_trials, single_trials
 from benchmarks.faults.work import Result, Task, run_all, tasks_of
 from benchmarks.setting import machine
 from bnprobe import __version__
@@ -52,21 +53,29 @@ def render(result: Result, seconds: float) -> str:
         _circumstances(result, seconds),
         "## Goals",
         tables.render(score.goals(result.outcomes, result.checks)),
-        "## By fault",
-        score.markdown(score.by_fault(result.outcomes)),
-        "## By remedy",
-        score.markdown(score.by_remedy(result.outcomes)),
-        "## Controls",
-        score.markdown(score.by_control(result.outcomes)),
-        "## What was named first",
-        score.markdown(score.confusion(result.outcomes)),
-        "## Misses",
-        score.markdown(score.misses(result.outcomes)),
+        *_case_tables(result.outcomes),
         "## Calibration on healthy models",
         score.markdown(score.coverage(result.checks)),
         score.markdown(score.p_values(result.p_values)),
     ]
     return "\n\n".join(parts)
+
+
+def _case_tables(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Tables of the scored cases; where none was run, of those on which rules may be mended, under that name."""
+    shown = [one for one in outcomes if one.trial.is_scored]
+    if not shown:
+        shown = list(outcomes)
+        yield "Scored cases: not run. The tables below are of cases on which thresholds may be set."
+    for title, table in (
+        ("By fault", score.by_fault),
+        ("By remedy", score.by_remedy),
+        ("Controls", score.by_control),
+        ("What was named first", score.confusion),
+        ("Misses", score.misses),
+    ):
+        yield f"## {title}"
+        yield score.markdown(table(shown))
 
 
 def _arguments() -> argparse.Namespace:

@@ -133,11 +133,11 @@ def is_back_or_told(outcome: Outcome) -> bool:
 
 
 def by_fault(outcomes: Iterable[Outcome]) -> Table:
-    """For every fault and strength, in scored cases: what it costs, what was said, and what came back."""
+    """For every fault and strength: what it costs, what was said, and what came back."""
     table = [["planted", "strength", "cases", "lost, median", "metric fell", "named first", "no error", "came back"]]
     table[0] += ["came back, median", "not damaged", "error all the same"]
     groups: dict[tuple[str, int], list[Outcome]] = {}
-    for outcome in _scored(outcomes):
+    for outcome in outcomes:
         if len(outcome.trial.planted) == 1:
             groups.setdefault((outcome.trial.planted[0], outcome.trial.strength), []).append(outcome)
     for (name, strength), found in groups.items():
@@ -166,7 +166,7 @@ def by_control(outcomes: Iterable[Outcome]) -> Table:
     """For every control: what it costs, and what was said."""
     table = [["control", "cases", "lost, median", "error", "any diagnosis"]]
     groups: dict[str, list[Outcome]] = {}
-    for outcome in _scored(outcomes):
+    for outcome in outcomes:
         if outcome.trial.control:
             groups.setdefault(outcome.trial.control, []).append(outcome)
     for name, found in groups.items():
@@ -178,10 +178,10 @@ def by_control(outcomes: Iterable[Outcome]) -> Table:
 
 
 def by_remedy(outcomes: Iterable[Outcome]) -> Table:
-    """For every action that first diagnoses asked for: how much of the lost metric it gave, in scored cases."""
+    """For every action that first diagnoses asked for: how much of the lost metric it gave."""
     table = [["remedy", "cases", "came back", "share, median", "lost, sum", "came back, sum", "carried out"]]
     groups: dict[str, list[Outcome]] = {}
-    for outcome in _scored(outcomes):
+    for outcome in outcomes:
         if outcome.is_damaged and len(outcome.trial.planted) == 1 and outcome.advice is not None:
             groups.setdefault(outcome.advice.action, []).append(outcome)
     for action, found in sorted(groups.items()):
@@ -197,7 +197,7 @@ def by_remedy(outcomes: Iterable[Outcome]) -> Table:
 def confusion(outcomes: Iterable[Outcome]) -> Table:
     """Planted kind against the cause named first, where the metric fell or the fault is in the structure."""
     counts: Counter[tuple[str, str]] = Counter()
-    for outcome in _scored(outcomes):
+    for outcome in outcomes:
         if len(outcome.trial.planted) == 1 and (outcome.is_damaged or FAULTS[outcome.trial.planted[0]].structural):
             counts[outcome.trial.planted[0], _first(outcome)] += 1
     rows = list(dict.fromkeys(planted for planted, _ in counts))
@@ -209,9 +209,9 @@ def confusion(outcomes: Iterable[Outcome]) -> Table:
 
 
 def misses(outcomes: Iterable[Outcome]) -> Table:
-    """Every scored case that missed its goal, with what was said instead."""
+    """Every case that missed its goal, with what was said instead."""
     table = [["planted", "network", "seed", "lost", "missed", "named, in order", "as consequences", "came back by"]]
-    for outcome in _scored(outcomes):
+    for outcome in outcomes:
         missed = ", ".join(_missed(outcome))
         if missed:
             trial, advice, damage = outcome.trial, outcome.advice, outcome.damage
@@ -324,12 +324,6 @@ def _fraction(outcomes: Sequence[Outcome], right: Callable[[Outcome], bool]) -> 
 
 def _counted(fraction: tuple[int, int] | None) -> str:
     return "none" if fraction is None else f"{_percent(fraction[0] / fraction[1])} ({fraction[0]} of {fraction[1]})"
-
-
-def _scored(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """The cases that are scored; where none was run, those on which rules are mended."""
-    found = list(outcomes)
-    return [one for one in found if one.trial.is_scored] or found
 
 
 def _first(outcome: Outcome) -> str:

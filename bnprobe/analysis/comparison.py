@@ -7,16 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from bnprobe.config.targets import TARGETS
-from bnprobe.measure.scores import MEASURES, Measure, ScoreTable
-from bnprobe.records import Arm, Conclusion, Estimate, Interval, Proof, RepairRecord, Run
+from bnprobe.measure.scores import ScoreTable
+from bnprobe.records import MEASURES, Arm, Conclusion, Estimate, Goal, Interval, Measure, Proof, RepairRecord, Run
 from bnprobe.stats.intervals import CONFIDENCE, t_quantile
 from bnprobe.stats.scores import paired_difference
 
 AS_IS, RECALIBRATED = "as is", "recalibrated"
 CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN recalibrated after"
 """Names of the arms without a repair. The last two are baselines: plain BN, trained like the repair."""
-
-Goal = Literal["max", "min"]
 
 
 def mean_estimate(values: Sequence[float | None]) -> Estimate | None:

@@ -30,8 +30,7 @@ A batch statistic is a sum over its samples, which in the end is the same for ev
 them, which are not; their variance is that of the sum over the batch size, times 0.1 to 3 in simulations.
 """
 
-
-FEWEST_BATCHES = 8
+BATCHES_FOR_SHIFT = 8
 """With fewer micro-batches of training data, data shift is measured from their samples, where these are told apart."""
 
 
@@ -233,7 +232,7 @@ def _data_shift(evidence: Evidence, slots: list[Slot]) -> tuple[float | None, In
     if evidence.held_out is None or any(slot not in evidence.held_out.eval for slot in slots):
         return None, None
     training = _together(evidence.eval, slots)
-    if evidence.eval.batches < FEWEST_BATCHES:
+    if evidence.eval.batches < BATCHES_FOR_SHIFT:
         training = evidence.eval.by_sample(slots) or training
     estimate = ladder.shift(_together(evidence.held_out.eval, slots), training)
     heavy = _heavy_tailed(evidence, slots) or _heavy_tailed(evidence.held_out, slots)

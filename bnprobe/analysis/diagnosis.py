@@ -26,14 +26,14 @@ from bnprobe.records import EXEMPT, SOURCES, Cause, Diagnosis, Layer, LintReport
 from bnprobe.rules import RULES, Rule, effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import matches_code, selected
-from bnprobe.rules.shares import SHARES, STATISTICS_CAUSES, ShareRule, share_of
+from bnprobe.rules.shares import SHARES, STATISTICS_CAUSES, ShareRule, found_against, share_of
 
 Group = tuple[str, ...]
 """Names of the layers of one diagnosis, in network order."""
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
-MOSTLY = 0.5
+MENDED = 0.5
 """A remedy that wins back this part of what is lost mends the cause for the most part."""
 
 _Key = tuple[str, str | None]
@@ -143,12 +143,11 @@ def _passing(root: ShareRule, found: Verdict, facts: Facts, within: bool) -> Ver
 
     ``within``: every earlier layer was measured, and is neither flagged nor undecided.
     """
-    start = f"{root.adds_up[0].upper()}{root.adds_up[1:]} adds up in its input."
-    if within:
-        start = f"Earlier layers are each within their limit, but {root.adds_up} adds up in its input."
-    rule, layer = RULES[found.rule], facts.layers.get(found.layer or "")
-    weighed = rule.weigh(layer, facts) if isinstance(rule, ShareRule) and layer is not None else None
-    message = start if weighed is None else f"{start} {weighed[0]}"
+    start = "Earlier layers are each within their limit, but" if within else "Of earlier layers,"
+    start = f"{start} {root.adds_up} adds up in its input."
+    layer = facts.layers.get(found.layer or "")
+    amount = None if layer is None else found_against(layer, found.cause, facts)
+    message = start if amount is None else f"{start} {amount[0]}"
     return replace(found, rule=root.code, cause=root.cause, message=message, remedy=root.remedy)
 
 
@@ -161,7 +160,8 @@ def _not_contradicted(verdict: Verdict, verdicts: Sequence[Verdict], facts: Fact
     if not rule.other_remedy or verdict.remedy != rule.remedy:
         return verdict
     gain = effect.gain(facts, rule.free_remedy)
-    tells = facts.goal_is_known or any(change.measure == "loss" for change in gain.changes)
+    goal_is_known = all(gap.goal_is_known for gap in facts.gaps)
+    tells = goal_is_known or any(change.measure == "loss" for change in gain.changes)
     if not tells or not gain.is_no_gain:
         return verdict
     first = [other for other in verdicts if other.outcome == "failed" and other.cause in rule.mended_first]
@@ -339,7 +339,7 @@ def _is_mended(rule: Rule, facts: Facts) -> bool:
     tried = effect.tried(facts.remedies, rule.free_remedy)
     if tried is None or effect.gain(facts, rule.free_remedy).standing != "better":
         return False
-    return (effect.recovered(tried, facts.gaps) or 0.0) >= MOSTLY
+    return (effect.recovered(tried, facts.gaps) or 0.0) >= MENDED
 
 
 def _fraction_of(layer: Layer, causes: set[Cause]) -> float | None:

@@ -14,9 +14,9 @@ from bnprobe.measure.accumulators import Values
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.forward_pass import Slot
 from bnprobe.measure.layers import ProbedLayer
-from bnprobe.measure.scores import MEASURES
 from bnprobe.numbers import listed, number
 from bnprobe.records import (
+    MEASURES,
     BatchSizePoint,
     CallMeasurement,
     Distribution,
@@ -81,11 +81,11 @@ def _summary(
         skipped=len(skipped),
         output=evidence.output,
         shares=model_shares([layer.shares for layer in layers if layer.shares and layer.only_in != "train"]),
-        gaps=tuple(_gaps(evidence, settings.goal)),
+        gaps=tuple(_gaps(evidence, settings)),
     )
 
 
-def _gaps(evidence: Evidence, goal: Literal["max", "min"]) -> Iterator[Gap]:
+def _gaps(evidence: Evidence, settings: ScanSettings) -> Iterator[Gap]:
     """The steps in loss and metric from training to held-out data."""
     for measure in MEASURES:
         training, steady, inference = (evidence.scores.scores(measure, path) for path in ("train", "steady", "eval"))
@@ -106,12 +106,13 @@ def _gaps(evidence: Evidence, goal: Literal["max", "min"]) -> Iterator[Gap]:
             training_noise=noise.mean,
             inconsistency=inconsistency.mean,
             generalization=None if generalization is None else generalization.mean,
-            goal="min" if measure == "loss" else goal,
+            goal="min" if measure == "loss" else settings.goal,
             training_noise_interval=noise.interval if evidence.steady is not None else None,
             inconsistency_interval=inconsistency.interval,
             generalization_interval=None if generalization is None else generalization.interval,
             samples=inference.count,
             held_out_samples=None if held_out is None else held_out.count,
+            goal_is_known=measure == "loss" or settings.goal_is_known,
         )
 
 

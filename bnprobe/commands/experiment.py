@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,10 @@ from bnprobe.loading.optimizer import load_optimizer, load_schedule
 from bnprobe.loading.source import load_source
 from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.restore import preserved_random_state, seed_everything
-from bnprobe.measure.scores import Measure, ScoreTable
+from bnprobe.measure.scores import ScoreTable
 from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.numbers import number
-from bnprobe.records import ROOT, Arm, Plan, Proof, Run, TrainingStep
+from bnprobe.records import ROOT, Arm, Goal, Measure, Plan, Proof, Run, TrainingStep
 from bnprobe.repairs import apply
 from bnprobe.repairs.held_out import HeldOut
 from bnprobe.repairs.recalibration import recalibrate_loaded
@@ -91,7 +91,7 @@ class Subject:
         return self.proving.measure
 
     @property
-    def goal(self) -> Literal["max", "min"]:
+    def goal(self) -> Goal:
         """Whether a larger or a smaller value is better."""
         return "min" if self.measure == "loss" else self.repair.goal
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -221,7 +221,6 @@ def _report(
         padding=further.padding,
         randomness=further.randomness,
         batch_at_inference=further.batch_at_inference,
-        goal_is_known="goal" in settings.model_fields_set,
     )
     verdicts = judge(facts, settings.rules)
     impacts = joint_impacts(session, evidence, further, groups_of(verdicts, facts))
@@ -298,25 +297,20 @@ def _stale(findings: Findings) -> tuple[str, ...]:
 
 
 def _is_doubtful(findings: Findings, facts: Facts, settings: ScanSettings) -> bool:
-    """Whether something may be wrong although no layer is flagged: a rule fails, or a step of the gap is surely bad."""
+    """Whether something may be wrong though no layer is flagged: a rule fails, or a step of the gap is significant."""
     layers = {layer.name: layer for layer in findings.layers}
     output, gaps = findings.summary.output, findings.summary.gaps
     known = replace(facts, layers=layers, output=output, gaps=gaps)
     if any(verdict.outcome == "failed" for verdict in judge(known, settings.rules)):
         return True
     return any(
-        _is_worse(interval, gap.goal)
-        for gap in gaps
-        for interval in (gap.inconsistency_interval, gap.generalization_interval)
+        _is_sure(interval) for gap in gaps for interval in (gap.inconsistency_interval, gap.generalization_interval)
     )
 
 
-def _is_worse(interval: Interval | None, goal: Literal["max", "min"]) -> bool:
-    """Whether a change is surely to the worse."""
-    if interval is None:
-        return False
-    low, high = interval
-    return low > 0 if goal == "min" else high is not None and high < 0
+def _is_sure(interval: Interval | None) -> bool:
+    """Whether a change is significant: where inference is the better side, something is wrong with training."""
+    return interval is not None and (interval[0] > 0 or (interval[1] is not None and interval[1] < 0))
 
 
 def _check_requested(settings: ScanSettings, workload: Workload) -> None:

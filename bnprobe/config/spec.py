@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, nearest_target
-from bnprobe.records import DEFAULT_THRESHOLD
+from bnprobe.records import DEFAULT_THRESHOLD, Goal
 
 MODEL_LIBRARIES = ("timm:", "torchvision:")
 """Prefixes of targets that name a model of a library."""
@@ -208,12 +208,17 @@ class ScanSettings(ScanSpec):
     batch_size: Count | None = None
     batches: Count | None = None
     seed: Seed = 0
-    goal: Literal["max", "min"] = "max"
+    goal: Goal = "max"
     thresholds: Thresholds = Field(default_factory=lambda: {"*": DEFAULT_THRESHOLD})
     include: Globs = ()
     exclude: Globs = ()
     rules: RulesSpec = RulesSpec()
     norms: dict[str, NormClass] = Field(default_factory=dict)
+
+    @property
+    def goal_is_known(self) -> bool:
+        """Whether the user said which metric is better."""
+        return "goal" in self.model_fields_set
 
     def threshold_of(self, *names: str) -> float:
         """The threshold of a layer: that of the last glob that matches one of its names."""
@@ -394,7 +399,7 @@ class RepairSpec(_Section):
     renorm: RenormSpec = RenormSpec()
     seeds: Count = 1
     require: Globs = ()
-    goal: Literal["max", "min"] = "max"
+    goal: Goal = "max"
 
     @property
     def assumes_goal(self) -> bool:

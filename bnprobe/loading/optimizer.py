@@ -90,7 +90,7 @@ class Maker:
         try:
             with user_code(call, self._refuses):
                 yield
-        except _REFUSALS as error:
+        except _BAD_ARGUMENTS as error:
             raise UsageError(
                 f"{self.catalogue.key}.args: {self.name} rejects these arguments: {error}{_hint(self.args)}"
             ) from None
@@ -116,10 +116,10 @@ class Maker:
 
     def _refuses(self, error: BaseException) -> bool:
         """Whether an error is about the arguments; torch's own classes raise no other kind."""
-        return self.of_torch and isinstance(error, _REFUSALS)
+        return self.of_torch and isinstance(error, _BAD_ARGUMENTS)
 
 
-_REFUSALS = (TypeError, ValueError)
+_BAD_ARGUMENTS = (TypeError, ValueError)
 
 
 def find_maker(catalogue: Catalogue, target: str, args: Mapping[str, Any], near: UserModule | None) -> Maker:

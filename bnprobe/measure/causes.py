@@ -23,9 +23,9 @@ from bnprobe.measure.layers import ProbedLayer, named_once, probability_of_dropp
 from bnprobe.measure.outputs import floating, square_norm
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.restore import random_state
-from bnprobe.measure.scores import MEASURES, Measure, ScoreTable, one_number, run_together, score_outputs
+from bnprobe.measure.scores import ScoreTable, one_number, run_together, score_outputs
 from bnprobe.measure.session import Outputs, PathName, Session, rows_of
-from bnprobe.records import ROOT, Chance, ChanceValues
+from bnprobe.records import MEASURES, ROOT, Chance, ChanceValues, Measure
 from bnprobe.rules.facts import EXPLAINED, OtherEps, Padding, Randomness
 from bnprobe.stats.moments import bessel
 from bnprobe.stats.scores import Scores, paired_difference

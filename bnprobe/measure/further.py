@@ -226,8 +226,9 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
         return
     asked, batching = bool(settings.what_if), evidence.batching
     reason = "asked for" if asked else "to try remedies before they are advised"
-    options: dict[str, Any] = {"goal": settings.goal, "scored_on": data, "larger": asked}
+    options: dict[str, Any] = {"scored_on": data, "larger": asked}
     started = time.perf_counter()
+    options |= {"goal": settings.goal, "goal_is_known": settings.goal_is_known}
     tried = what_if(session, training, scored, batching, scoring, seconds=None if asked else TRIAL_SECONDS, **options)
     found.remedies, found.notes = tried.remedies, [*found.notes, *tried.untried]
     found.passes.append(ExtraPass("what-if", reason, tried.samples, time.perf_counter() - started))

@@ -222,7 +222,7 @@ SAMPLES = 64
 WORST = 5
 """Layers that are measured, worst first by the estimate; and as many of those that have no estimate."""
 
-_FEWEST = 2
+_FEWEST_BATCHES = 2
 """Lower limit on the micro-batches, however large they are: one says little about the next."""
 
 
@@ -285,7 +285,7 @@ def joint_impact(
 
 
 def _sample(session: Session, micro_batches: Sequence[Any], batching: Batching) -> Sample:
-    most = max(_FEWEST, SAMPLES // batching.batch_size)
+    most = max(_FEWEST_BATCHES, SAMPLES // batching.batch_size)
     return Sample(session, micro_batches[:most], batching)
 
 

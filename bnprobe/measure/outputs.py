@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from bnprobe.measure.batch import as_plain, tensors_of
-from bnprobe.measure.scores import MEASURES, Measure, ScoreTable
+from bnprobe.measure.scores import ScoreTable
 from bnprobe.measure.session import PathName
-from bnprobe.records import Output, PathValues
+from bnprobe.numbers import IN_MODE
+from bnprobe.records import MEASURES, Measure, Output, PathValues
 
 PATHS: tuple[PathName, PathName] = ("train", "eval")
 """The paths whose outputs are compared."""
@@ -200,12 +201,9 @@ class OutputSums:
         elif _ratio(totals, "difference", "norm") is None:
             yield "The outputs cannot be compared: in training or at inference they are NaN or Inf, or 0 everywhere."
         for measure in MEASURES:
-            bad = [_MODES[path] for path in PATHS if not scores.finite(measure, path)]
+            bad = [IN_MODE[path] for path in PATHS if not scores.finite(measure, path)]
             if bad:
                 yield f"The {measure} is NaN or Inf {' and '.join(bad)}."
-
-
-_MODES = {"train": "in training", "eval": "at inference"}
 
 
 def _zero(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -23,9 +23,9 @@ from bnprobe.measure.outputs import Contributions, relative_distance
 from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching, Emulation, as_sentence, plan_batching
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, random_state
-from bnprobe.measure.scores import MEASURES, Found, score_outputs, why_unscored
+from bnprobe.measure.scores import Found, score_outputs, why_unscored
 from bnprobe.measure.session import PathName, Progress, Session
-from bnprobe.records import StopReason
+from bnprobe.records import MEASURES, StopReason
 from bnprobe.rules.shares import deciding_limit, noise_limit
 from bnprobe.stats.intervals import Sums, mean_interval
 from bnprobe.stats.theory import mismatch_iid, standing

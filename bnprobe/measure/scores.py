@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +19,8 @@ from bnprobe.measure.memory import Result
 from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.session import Outputs, PathName, Session, rows_of
-from bnprobe.records import Score
+from bnprobe.records import MEASURES, Measure, Score
 from bnprobe.stats.scores import Scores
-
-Measure = Literal["loss", "metric"]
-
-MEASURES: tuple[Measure, ...] = ("loss", "metric")
 
 MOST_SAMPLES = 512
 """Samples per path that loss and metric are called on one by one; a call takes some 0.2 ms beside the function's own

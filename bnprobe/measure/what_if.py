@@ -15,9 +15,9 @@ from bnprobe.measure.forward_pass import LayerStatistics
 from bnprobe.measure.memory import Footprint, fits_in_memory
 from bnprobe.measure.physical_batch import Batching, as_sentence
 from bnprobe.measure.population import LARGE, Population, settle_by_layer, steady_population
-from bnprobe.measure.scores import MEASURES, Measure, ScoreTable, score_batches
+from bnprobe.measure.scores import ScoreTable, score_batches
 from bnprobe.measure.session import Session, no_progress
-from bnprobe.records import FREE_REMEDIES, Estimate, Remedy
+from bnprobe.records import FREE_REMEDIES, MEASURES, Estimate, Goal, Measure, Remedy, leading
 from bnprobe.stats.scores import paired_difference
 
 _RECALIBRATED, _EVALUATION_STATISTICS, _BATCH_STATISTICS, _INSTANCE_STATISTICS = FREE_REMEDIES
@@ -36,7 +36,7 @@ _RAISES = "The model raises"
 _CLOCK = 1e-6
 """Seconds that no score takes less than, where the clock of a thread is coarse."""
 
-_FEWEST = 8
+_FEWEST_TRIED = 8
 """Micro-batches that remedies are tried on at least, where there are so many."""
 
 
@@ -62,7 +62,8 @@ def what_if(
     batching: Batching,
     scoring: Batching | None = None,
     *,
-    goal: Literal["max", "min"] = "max",
+    goal: Goal = "max",
+    goal_is_known: bool = True,
     scored_on: Literal["held-out", "training"] = "held-out",
     larger: bool = True,
     seconds: float | None = None,
@@ -93,6 +94,7 @@ def what_if(
         batching: How the training batches run.
         scoring: How the held-out batches run; None: the same way.
         goal: Whether a larger or a smaller metric is better.
+        goal_is_known: Whether the user said so.
         scored_on: Where ``held_out`` comes from. Statistics of training data as evaluation data say nothing.
         larger: Whether to try larger batches too.
         seconds: What scoring the model once may take, by the first two micro-batches; others are left out, down to 8.
@@ -105,7 +107,7 @@ def what_if(
         UsageError: There is neither loss nor metric, or no held-out batch.
     """
     _require_a_measure(session, held_out)
-    trial, most = _Trial(session, scoring or batching, goal, scored_on, held_out), _LAYER_PASSES
+    trial, most = _Trial(session, scoring or batching, goal, goal_is_known, scored_on, held_out), _LAYER_PASSES
     try:
         if seconds is not None:
             each = trial.seconds_per_sample()
@@ -135,7 +137,7 @@ def what_if(
 def _within(batches: Sequence[MicroBatch], seconds: float, each: float) -> Sequence[MicroBatch]:
     """The first micro-batches, whose samples take ``each`` so long, that fit into the time."""
     usual = max(batch.samples for batch in batches) if batches else 1
-    return batches[: max(_FEWEST, int(seconds / (each * usual)))]
+    return batches[: max(_FEWEST_TRIED, int(seconds / (each * usual)))]
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ class _Trial:
 
     session: Session
     batching: Batching
-    goal: Literal["max", "min"]
+    goal: Goal
+    goal_is_known: bool
     scored_on: Literal["held-out", "training"]
     batches: Sequence[MicroBatch]
     found: list[Remedy] = field(default_factory=list)
@@ -247,11 +250,11 @@ class _Trial:
         return trial.of_groups(name, size, layers, before, trial.score())
 
     def _badness(self, remedy: Remedy) -> float:
-        """By the loss; without one, by the metric."""
-        after = remedy.after
-        if after.loss is not None or after.metric is None:
-            return math.inf if after.loss is None else after.loss
-        return -after.metric if self.goal == "max" else after.metric
+        measure = leading(remedy.before.known, self.goal_is_known)
+        value = None if measure is None else remedy.after.of(measure)
+        if value is None:
+            return math.inf
+        return -value if measure == "metric" and self.goal == "max" else value
 
     def _remedy(
         self,

@@ -7,14 +7,18 @@ without an upper end, an eval path that overflowed) is None, never NaN.
 from __future__ import annotations
 
 from bnprobe.records.base import (
+    MEASURES,
     OMITTED_WHEN_EMPTY,
     SCHEMA_VERSION,
     Environment,
     Estimate,
+    Goal,
     Interval,
+    Measure,
     Record,
     Score,
     Tool,
+    leading,
 )
 from bnprobe.records.findings import (
     EXEMPT,
@@ -98,6 +102,7 @@ __all__ = [
     "DEFAULT_THRESHOLD",
     "EXEMPT",
     "FREE_REMEDIES",
+    "MEASURES",
     "OMITTED_WHEN_EMPTY",
     "ROOT",
     "SCHEMA_VERSION",
@@ -123,6 +128,7 @@ __all__ = [
     "ExtraPass",
     "FreeRemedy",
     "Gap",
+    "Goal",
     "GradientAngle",
     "Histogram",
     "Impact",
@@ -131,6 +137,7 @@ __all__ = [
     "LayerChange",
     "LayerComparison",
     "LintReport",
+    "Measure",
     "MomentumCurve",
     "MomentumPoint",
     "MomentumSweep",
@@ -168,4 +175,5 @@ __all__ = [
     "Updates",
     "Verdict",
     "Verification",
+    "leading",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 SCHEMA_VERSION = 1
 
@@ -28,12 +29,39 @@ class Estimate(Record):
     interval: Interval | None
 
 
+Measure = Literal["loss", "metric"]
+Goal = Literal["max", "min"]
+
+MEASURES: tuple[Measure, ...] = ("loss", "metric")
+
+
+def leading(known: Collection[Measure], goal_is_known: bool = True) -> Measure | None:
+    """Which figure comes first, of those that are known: the metric, by which a network is judged, else the loss.
+
+    Args:
+        known: The measures to choose from; None is returned if there is none.
+        goal_is_known: False: figures are ranked by it, and nobody said whether a larger metric is better. Then the loss
+            comes first.
+    """
+    order: tuple[Measure, ...] = ("metric", "loss") if goal_is_known else ("loss", "metric")
+    return next((measure for measure in order if measure in known), None)
+
+
 @dataclass(frozen=True)
 class Score(Record):
     """Loss and metric; None where not given."""
 
     loss: float | None
     metric: float | None
+
+    def of(self, measure: Measure) -> float | None:
+        """One of the two."""
+        return self.loss if measure == "loss" else self.metric
+
+    @property
+    def known(self) -> tuple[Measure, ...]:
+        """Those that are given."""
+        return tuple(measure for measure in MEASURES if self.of(measure) is not None)
 
 
 @dataclass(frozen=True)

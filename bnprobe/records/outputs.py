@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from bnprobe.records.base import Estimate, Interval, Record
+from bnprobe.records.base import Estimate, Goal, Interval, Measure, Record
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,13 @@ class Gap(Record):
         inconsistency: ``inference - without_noise``: the change from batch to running statistics.
         generalization: ``held_out - inference``.
         goal: "min" if smaller values are better, "max" if larger ones are.
+        goal_is_known: False for a metric of which nobody said so: then "max" is a guess.
         training_noise_interval, inconsistency_interval, generalization_interval: 95% intervals; None where none can be
             given.
         samples, held_out_samples: Samples that the figures are means over.
     """
 
-    measure: Literal["loss", "metric"]
+    measure: Measure
     training: float
     without_noise: float
     inference: float
@@ -76,12 +76,13 @@ class Gap(Record):
     training_noise: float
     inconsistency: float
     generalization: float | None
-    goal: Literal["max", "min"] = "min"
+    goal: Goal = "min"
     training_noise_interval: Interval | None = None
     inconsistency_interval: Interval | None = None
     generalization_interval: Interval | None = None
     samples: int = 0
     held_out_samples: int | None = None
+    goal_is_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Chance(Record):
             on running statistics; None where it could not be measured.
     """
 
-    measure: Literal["loss", "metric"]
+    measure: Measure
     training: ChanceValues | None
     inference: ChanceValues | None
 

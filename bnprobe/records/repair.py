@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bnprobe.records.base import Environment, Estimate, Record, Score, Tool
+from bnprobe.records.base import Environment, Estimate, Measure, Record, Score, Tool
 
 Ending = Literal["finished", "early_stop", "diverged"]
 """How a training run ended."""
@@ -166,7 +166,7 @@ class Proof(Record):
         scored_on: "training" where there was no held-out data.
     """
 
-    measure: Literal["loss", "metric"]
+    measure: Measure
     arms: tuple[Arm, ...]
     repaired: str
     control: str | None

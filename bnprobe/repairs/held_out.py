@@ -17,16 +17,16 @@ from bnprobe.loading.order import spread
 from bnprobe.loading.samples import count_samples
 from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of
-from bnprobe.measure.scores import Measure, ScoreTable, why_unscored
+from bnprobe.measure.scores import ScoreTable, why_unscored
 from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.numbers import count
-from bnprobe.records import Score
+from bnprobe.records import Measure, Score, leading
 from bnprobe.training import evaluate, score_table
 
 BATCH = 64
 """Samples scored at once; inference does not depend on this number."""
 
-FEWEST_BATCHES = 16
+BATCHES_WANTED = 16
 """Batches that the held-out data should give at least: half of them choose the weights, the others score."""
 
 MOST_BYTES = 2**30
@@ -94,7 +94,8 @@ class HeldOut:
     @property
     def measure(self) -> Measure:
         """What models are compared by: the metric where there is one, else the loss."""
-        return "loss" if self.metric is None else "metric"
+        given: dict[Measure, BatchFunction | None] = {"loss": self.loss, "metric": self.metric}
+        return leading([measure for measure, function in given.items() if function is not None]) or "loss"
 
     @property
     def described(self) -> str:
@@ -148,7 +149,7 @@ def _read(spec: Spec, source: BatchSource) -> tuple[list[Any], list[str]]:
 def _larger(batches: list[Any], source: BatchSource) -> list[Any]:
     """The same samples in larger batches, where all batches can be joined: a few large ones are scored faster."""
     sizes = [source.samples_in(batch) for batch in batches]
-    wanted = min(BATCH, sum(size or 0 for size in sizes) // FEWEST_BATCHES)
+    wanted = min(BATCH, sum(size or 0 for size in sizes) // BATCHES_WANTED)
     factor = wanted // max(source.batch_size, 1)
     if factor < 2:
         return batches

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset
 from bnprobe.analysis.comparison import (
     AS_IS,
     RECALIBRATED,
-    Goal,
     is_surely_worse,
     make_arm,
     paired_gain,
@@ -40,10 +39,10 @@ from bnprobe.measure.norms import write_statistics
 from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer
 from bnprobe.measure.reader import RepeatedReader
 from bnprobe.measure.restore import deferred_interrupts, preserved_generators, seed_everything, untouched
-from bnprobe.measure.scores import Measure, ScoreTable
+from bnprobe.measure.scores import ScoreTable
 from bnprobe.measure.session import Progress, Session, UserFunctions, device_named, no_progress
 from bnprobe.numbers import count, listed, number
-from bnprobe.records import ROOT, Arm, Conclusion, Estimate, Proof, Run
+from bnprobe.records import ROOT, Arm, Conclusion, Estimate, Goal, Measure, Proof, Run
 from bnprobe.repairs.held_out import HeldOut
 
 

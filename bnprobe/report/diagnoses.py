@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from bnprobe.numbers import count
+from bnprobe.numbers import IN_MODE, count
 from bnprobe.records import EXEMPT, Diagnosis, Interval, Layer, Report, Severity, Verdict
 from bnprobe.report import figures, next_step
 from bnprobe.report.further import doing
@@ -30,7 +30,6 @@ _CONSEQUENCE = re.compile(r"^(?P<cause>\w+) in (?P<where>.*)$")
 """A consequence: a cause, and how many layers or "the outputs"."""
 
 _REMEDY = "Remedy:"
-_MODES = {"train": "in training", "eval": "at inference"}
 _MOST_NAMES = 4
 _MOST_REASONS = 3
 
@@ -150,8 +149,8 @@ def _within_limits(fine: list[Layer], report: Report) -> str:
         )
     limits = {layer.threshold for layer in fine}
     limit = f"{figures.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
-    modes = {mode for layer in fine for mode in ([layer.only_in] if layer.only_in else _MODES)}
-    where = " and ".join(words for mode, words in _MODES.items() if mode in modes)
+    modes = {mode for layer in fine for mode in ([layer.only_in] if layer.only_in else IN_MODE)}
+    where = " and ".join(words for mode, words in IN_MODE.items() if mode in modes)
     return f"{which} {'behaves' if single else 'behave'} as if the batch were at least {limit}, {where}."
 
 
@@ -224,9 +223,9 @@ def _worst(flagged: list[Layer]) -> str:
     ]
     tail = f" Next worst: {', '.join(others)}." if others else ""
     if first.only_in is None and (first.train is None or first.eval is None):
-        mode = _MODES["train" if first.train is None else "eval"]
+        mode = IN_MODE["train" if first.train is None else "eval"]
         return f"Worst is {first.name}, which could not be measured {mode}.{tail}"
-    mode = _MODES["train" if worse_path(first.train, first.eval) is first.train else "eval"]
+    mode = IN_MODE["train" if worse_path(first.train, first.eval) is first.train else "eval"]
     return f"Worst is {first.name}: {mode} it {_behaviour(first)}.{tail}"
 
 
@@ -250,7 +249,7 @@ def _straddling(layer: Layer) -> str:
             if path is not None and _contains(path.equivalent_batch_size_interval, limit):
                 span = figures.equivalent_interval(path.equivalent_batch_size_interval)
                 words = figures.plain(limit)
-                return f"{layer.name}: n_eq {_MODES[mode]} is {span} (95%), and its limit is {words}{between}."
+                return f"{layer.name}: n_eq {IN_MODE[mode]} is {span} (95%), and its limit is {words}{between}."
     return f"{layer.name} is undecided."
 
 
@@ -274,7 +273,7 @@ def _caveats(report: Report) -> tuple[str, ...]:
 
 def _in_one_mode(report: Report) -> Iterator[tuple[bool, str]]:
     """How many layers the model runs in one mode only."""
-    for mode, where in _MODES.items():
+    for mode, where in IN_MODE.items():
         number = sum(layer.only_in == mode for layer in report.layers)
         yield number > 0, f"{count(number, 'layer')} {'runs' if number == 1 else 'run'} {where} only."
 
@@ -351,17 +350,15 @@ def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
     tried = next((remedy for remedy in report.remedies if rule is not None and remedy.name == rule.free_remedy), None)
     if tried is None:
         return ""
-    for name, before, after in (
-        ("loss", tried.before.loss, tried.after.loss),
-        ("metric", tried.before.metric, tried.after.metric),
-    ):
-        if before is not None and after is not None:
-            change = f"takes the {name} from {figures.score(before)} to {figures.score(after)}"
-            found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
-            no_gain = ", which does not surely help" if found.standing in ("same", "unclear") else ""
-            data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
-            return f"Measured on {data}: {doing(tried.name).lower()} {change}{no_gain}."
-    return ""
+    found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
+    if found.main is None:
+        return ""
+    change = (
+        f"takes the {found.main.measure} from {figures.score(found.main.before)} to {figures.score(found.main.after)}"
+    )
+    no_gain = ", which does not surely help" if found.standing in ("same", "unclear") else ""
+    data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
+    return f"Measured on {data}: {doing(tried.name).lower()} {change}{no_gain}."
 
 
 def _title(diagnosis: Diagnosis, extent: str) -> str:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 from rich.cells import cell_len
 from rich.text import Text
 
 from bnprobe.numbers import count, plural
 from bnprobe.records import (
+    MEASURES,
     Backward,
     Estimate,
     FreeRemedy,
     Gap,
+    Goal,
     GradientAngle,
     Interval,
     Layer,
+    Measure,
     Remedy,
     Report,
-    Score,
     Updates,
+    leading,
 )
 from bnprobe.report import figures
 from bnprobe.report.page import ARROW, DEGREE, UNMEASURED, Page
@@ -49,7 +51,8 @@ _STEPS = {
     "generalization": "that from training to held-out data, in eval mode both times",
 }
 
-_MOSTLY = 0.5
+_MAIN_PART = 0.5
+"""A step is named as the largest where it is more than this part of all steps together."""
 
 
 def gaps(found: Sequence[Gap], page: Page, sample: str = "sample") -> list[Text]:
@@ -112,7 +115,7 @@ def _largest_steps(found: Sequence[Gap]) -> list[str]:
 def _largest_step(gap: Gap) -> str | None:
     sizes = {field: abs(getattr(gap, field) or 0.0) for field in _STEPS}
     largest = max(sizes, key=lambda field: sizes[field])
-    return largest if _is_significant(gap, largest) and sizes[largest] > _MOSTLY * sum(sizes.values()) else None
+    return largest if _is_significant(gap, largest) and sizes[largest] > _MAIN_PART * sum(sizes.values()) else None
 
 
 def _is_significant(gap: Gap, step: str) -> bool:
@@ -135,24 +138,21 @@ _DOING: dict[FreeRemedy, str] = {
 _NAMES = {"evaluation statistics": "recalibrated on held-out data"}
 """Words for names of the JSON report."""
 
-_MEASURES = ("loss", "metric")
-
-Goal = Literal["max", "min"]
-
 
 def remedies(report: Report, page: Page) -> list[Text]:
     """The remedies, best first, and the best in words."""
     found, goal = report.remedies, _goal(report)
     if not found:
         return []
-    ordered = best_first(found, goal)
+    measure = _ranked_by(report)
+    ordered = best_first(found, measure, goal)
     sizes = [f"{number:,}" for number in sorted({remedy.images for remedy in found})]
     samples = " or ".join(", ".join(sizes).rsplit(", ", 1))
     what = plural(report.scan.sample)
     data = f"held-out {what}" if found[0].scored_on == "held-out" else f"training {what} that gave no statistics"
     return [
         *page.heading(f"What remedies without training would give, on {samples} {data}"),
-        *page.paragraph(best_in_words(ordered, goal), first="  "),
+        *page.paragraph(best_in_words(ordered, measure, goal), first="  "),
         *_remedy_table(ordered, page),
         *page.paragraphs([_other_samples(ordered, report)], "dim"),
     ]
@@ -163,7 +163,7 @@ def _other_samples(found: Sequence[Remedy], report: Report) -> str:
     level = "held_out" if found[0].scored_on == "held-out" else "inference"
     for gap in report.summary.gaps:
         number = gap.held_out_samples if level == "held_out" else gap.samples
-        steps, before = getattr(gap, level), {_value(remedy.before, gap.measure) for remedy in found} - {None}
+        steps, before = getattr(gap, level), {remedy.before.of(gap.measure) for remedy in found} - {None}
         if number and steps is not None and any(_score(value) != _score(steps) for value in before):
             what, where = plural(report.scan.sample), found[0].scored_on
             return f"Not the same {what} as for the steps above ({number:,} {where} {what}): their values differ."
@@ -179,25 +179,25 @@ def _goal(report: Report) -> Goal:
     return next((gap.goal for gap in report.summary.gaps if gap.measure == "metric"), "max")
 
 
-def best_first(found: Sequence[Remedy], goal: Goal = "max") -> list[Remedy]:
-    """By the loss; without one by the metric; those without either last."""
-    sign = -1 if goal == "max" else 1
-    return sorted(found, key=lambda remedy: _rank(remedy, sign))
+def _ranked_by(report: Report) -> Measure:
+    """What the remedies are compared by."""
+    known = {measure for remedy in report.remedies for measure in remedy.after.known}
+    return leading(known, all(gap.goal_is_known for gap in report.summary.gaps)) or "loss"
 
 
-def _rank(remedy: Remedy, sign: int) -> tuple[float, float]:
-    loss, metric = remedy.after.loss, remedy.after.metric
-    return math.inf if loss is None else loss, math.inf if metric is None else sign * metric
+def best_first(found: Sequence[Remedy], measure: Measure, goal: Goal = "max") -> list[Remedy]:
+    """By one of the measures; those without it last."""
+    sign = -1 if goal == "max" and measure == "metric" else 1
+    return sorted(found, key=lambda remedy: math.inf if (value := remedy.after.of(measure)) is None else sign * value)
 
 
-def best_in_words(ordered: Sequence[Remedy], goal: Goal = "max") -> str:
+def best_in_words(ordered: Sequence[Remedy], measure: Measure, goal: Goal = "max") -> str:
     """What the best remedy does, e.g. "Recalibrating takes the loss from 1.92 to 0.08 (95%: -1.9 to -1.8).".
 
     A change whose interval contains 0 is no gain.
     """
     best = ordered[0]
-    measure = "loss" if best.after.loss is not None else "metric"
-    start, end = _value(best.control or best.before, measure), _value(best.after, measure)
+    start, end = (best.control or best.before).of(measure), best.after.of(measure)
     if start is None or end is None:
         if end is None:
             return "None of them could be scored."
@@ -232,10 +232,6 @@ def doing(name: str) -> str:
     return name[:1].upper() + name[1:]
 
 
-def _value(score: Score | None, measure: str) -> float | None:
-    return None if score is None else score.loss if measure == "loss" else score.metric
-
-
 def _how(remedy: Remedy) -> str:
     """How it was done, in how many layers, and its baseline."""
     baseline = ""
@@ -262,8 +258,8 @@ def _remedy_table(ordered: Sequence[Remedy], page: Page) -> list[Text]:
 def _score_columns(ordered: Sequence[Remedy], page: Page) -> list[Column]:
     """Before and after, for loss and metric; none where there is nothing to show."""
     columns = []
-    for measure in _MEASURES:
-        pairs = [(_value(remedy.before, measure), _value(remedy.after, measure)) for remedy in ordered]
+    for measure in MEASURES:
+        pairs = [(remedy.before.of(measure), remedy.after.of(measure)) for remedy in ordered]
         if any(value is not None for pair in pairs for value in pair):
             columns.append(Column(measure, arrows([(_score(start), _score(end)) for start, end in pairs], page, ARROW)))
     return columns

@@ -8,7 +8,7 @@ from bnprobe.numbers import number
 from bnprobe.records import Layer, Verdict
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link
-from bnprobe.rules.shares import ShareRule, is_significant, lower_end, share_limit
+from bnprobe.rules.shares import ShareRule, found_against, is_significant, lower_end, share_limit
 
 
 def _is_of_domains(layer: Layer, facts: Facts) -> bool:
@@ -82,7 +82,7 @@ class BatchComposition(ShareRule):
         return self.skipped(layer.name, "the samples of its batches could not be regrouped at random")
 
     def remark(self, layer: Layer, share: float, facts: Facts) -> tuple[str, str] | None:
-        if not _is_most(layer) or any(self.weigh(other, facts) for other in facts.layers.values()):
+        if not _is_most(layer) or any(found_against(other, self.cause, facts) for other in facts.layers.values()):
             return None  # what is beyond its limit in one layer is said of that one
         return f"(It accounts for D = {number(share)}, which is within the limit.)", _NO_NEED
 

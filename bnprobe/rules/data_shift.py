@@ -10,7 +10,7 @@ from bnprobe.rules import effect
 from bnprobe.rules.effect import FLOOR, PART, Effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link, Rule
-from bnprobe.rules.shares import SUSPICIOUS, lower_end, mismatch_limit, why_no_shares
+from bnprobe.rules.shares import NOISE_FACTOR, SUSPICIOUS, lower_end, mismatch_limit, why_no_shares
 from bnprobe.stats.theory import mismatch_iid
 
 MOST = 0.5
@@ -18,9 +18,6 @@ MOST = 0.5
 
 FEWEST = 8
 """Of fewer held-out samples, mean and variance say nothing."""
-
-NOISE_FACTOR = 3.0
-"""Without an interval, a mismatch is one random draw: three times its expected noise is still noise."""
 
 CLEARLY = 4.0
 """Floors (2 points of a metric between 0 and 1) by which held-out data of another kind is worse than training data."""

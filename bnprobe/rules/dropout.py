@@ -44,7 +44,7 @@ class DropoutShift(ShareRule):
         " off (bnprobe recalibrate) needs no training."
     )
     upstream_order = 90
-    adds_up = "what dropout changes in earlier layers"
+    adds_up = "what dropout changes in them"
     free_remedy = "recalibrated"
     commands = ("recalibrate",)
     other_remedy = "Move dropout behind the last BN layer and continue training."

@@ -14,7 +14,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bnprobe.numbers import score
-from bnprobe.records import Chance, ChanceValues, Estimate, FreeRemedy, Gap, Interval, Remedy, Score, Severity
+from bnprobe.records import (
+    Chance,
+    ChanceValues,
+    Estimate,
+    FreeRemedy,
+    Gap,
+    Interval,
+    Measure,
+    Remedy,
+    Score,
+    Severity,
+    leading,
+)
 from bnprobe.rules.facts import Facts
 
 FLOOR = 0.02
@@ -71,7 +83,7 @@ class Change:
         floor: The smallest harm that matters.
     """
 
-    measure: Literal["loss", "metric"]
+    measure: Measure
     before: float
     after: float
     harm: float
@@ -150,7 +162,9 @@ class Effect:
 
 def _first(changes: Iterable[Change]) -> Change | None:
     """The one to quote."""
-    return max(changes, key=lambda change: (change.measure == "metric", abs(change.weight)), default=None)
+    found = {change.measure: change for change in changes}
+    first = leading(found.keys())
+    return None if first is None else found[first]
 
 
 def inconsistency(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:
@@ -186,12 +200,12 @@ def generalization(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect
 
     In the metric; without one, in the loss, which every overfit raises.
     """
-    metric = [gap for gap in gaps if gap.measure == "metric"]
+    first = leading([gap.measure for gap in gaps if gap.held_out is not None])
     return Effect(
         tuple(
             _of_gap(gap, (gap.inference, gap.held_out), gap.generalization_interval, gap.generalization, chance)
-            for gap in metric or gaps
-            if gap.held_out is not None and gap.generalization is not None
+            for gap in gaps
+            if gap.measure == first and gap.held_out is not None and gap.generalization is not None
         )
     )
 
@@ -227,17 +241,15 @@ def tried(remedies: Iterable[Remedy], name: str | None) -> Remedy | None:
 
 
 def recovered(remedy: Remedy, gaps: Sequence[Gap]) -> float | None:
-    """The part of what held-out data loses against training data that a remedy wins back; None where nothing is lost.
-
-    Of the metric, where there is one.
-    """
-    for measure in ("metric", "loss"):
-        gap = next((gap for gap in gaps if gap.measure == measure), None)
-        before, after = getattr(remedy.before, measure), getattr(remedy.after, measure)
-        if gap is not None and before is not None and after is not None:
-            lost = gap.without_noise - before
-            return (after - before) / lost if lost else None
-    return None
+    """The part of what held-out data loses against training data that a remedy wins back; None if nothing is lost."""
+    known = {
+        gap.measure: (gap.without_noise - before, after - before)
+        for gap in gaps
+        if (before := remedy.before.of(gap.measure)) is not None and (after := remedy.after.of(gap.measure)) is not None
+    }
+    first = leading(known.keys())
+    lost, won = (0.0, 0.0) if first is None else known[first]
+    return won / lost if lost else None
 
 
 def is_at_chance(chance: Sequence[Chance]) -> bool:
@@ -278,7 +290,7 @@ def _is_above_chance(measure: str, found: ChanceValues) -> bool:
 
 
 def _change(
-    measure: Literal["loss", "metric"],
+    measure: Measure,
     goal: str,
     values: tuple[float, float],
     interval: Interval | None,
@@ -292,7 +304,7 @@ def _change(
 
 def _changes_of(remedy: Remedy, goal: str, chance: Sequence[Chance]) -> Iterable[Change]:
     baseline: Score = remedy.control or remedy.before
-    measures: tuple[tuple[Literal["loss", "metric"], str, Estimate | None], ...] = (
+    measures: tuple[tuple[Measure, str, Estimate | None], ...] = (
         ("loss", "min", remedy.loss_change),
         ("metric", goal, remedy.metric_change),
     )

@@ -139,7 +139,6 @@ class Facts:
         samples_alone: Names of the layers that are called once for every sample of a batch.
         batch_at_inference: Layers with running statistics that normalize with batch statistics in eval mode, and
             whether they are themselves still in train mode then.
-        goal_is_known: Whether the user said which metric is better; a metric alone does not tell otherwise.
     """
 
     anatomy: tuple[Anatomy, ...]
@@ -163,7 +162,6 @@ class Facts:
     called: frozenset[str] | None = None
     samples_alone: frozenset[str] = frozenset()
     batch_at_inference: Mapping[str, bool] = field(default_factory=dict)
-    goal_is_known: bool = True
 
     @property
     def is_new(self) -> bool:

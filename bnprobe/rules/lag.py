@@ -11,7 +11,7 @@ from bnprobe.records import Layer, Verdict
 from bnprobe.rules.double_update import has_extra_updates
 from bnprobe.rules.facts import EXPLAINED, Anatomy, Facts
 from bnprobe.rules.interface import Link, anatomy_of
-from bnprobe.rules.shares import ShareRule, is_of_composition, share_limit
+from bnprobe.rules.shares import NOISE_FACTOR, ShareRule, is_of_composition, share_limit
 
 LEFT_ON_START = 0.03
 """Above this weight on the initial mean 0 and variance 1, these still show in the average."""
@@ -24,9 +24,6 @@ NOISY = 0.5
 
 USUAL_RATE = 0.1
 """The default momentum: a running average that is noisier than with this one has a cause of its own."""
-
-NOISE_FACTOR = 3.0
-"""A running average is one random draw: three times its expected noise is still noise."""
 
 PADDED = 0.05
 """Less padding than this hardly moves a mean or variance."""
@@ -100,7 +97,7 @@ class Lag(ShareRule):
         Link("small_batch", _is_noise_of_batches),
     )
     upstream_order = 80
-    adds_up = "what the running statistics of earlier layers are off by"
+    adds_up = "what their running statistics are off by"
     free_remedy = "recalibrated"
     commands = ("recalibrate",)
     other_remedy = (

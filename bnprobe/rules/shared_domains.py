@@ -11,7 +11,7 @@ from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
 from bnprobe.rules.shares import is_mendable, lower_end, share_limit
 
-MOVES = 0.5
+MOVES_MUCH = 0.5
 """From here on the layer moves the outputs so far (relative L2) that it is an error, whatever D is."""
 
 
@@ -91,4 +91,4 @@ def _severity(layer: Layer, facts: Facts) -> Severity:
     if found.is_no_worse:
         return "warning"
     moved = 0.0 if layer.impact is None else layer.impact.exact or layer.impact.estimate or 0.0
-    return "error" if layer.flagged or moved >= MOVES else "warning"
+    return "error" if layer.flagged or moved >= MOVES_MUCH else "warning"

@@ -63,6 +63,10 @@ SUSPICIOUS = 0.1
 OF_ONE_KIND = 2.0
 """Statistics of one kind of samples are off by what kinds differ in, which differs from kind to kind."""
 
+NOISE_FACTOR = 3.0
+"""A figure that is one random draw, as a running average or a mismatch without an interval: three times its expected
+noise is still noise."""
+
 COMPOSITION_P = 0.01
 """Significance level for non-i.i.d. batches, after correction for all layers and channels of the model."""
 
@@ -278,7 +282,7 @@ class ShareRule(Rule):
     """A rule on one share of the mismatch at inference.
 
     Attributes:
-        adds_up: What earlier layers pass on to later ones by this cause, a clause; empty: nothing.
+        adds_up: What earlier layers ("they") pass on to later ones by this cause, a clause; empty: nothing.
     """
 
     adds_up: ClassVar[str] = ""
@@ -299,17 +303,6 @@ class ShareRule(Rule):
         """What to do about a failing layer."""
         return self.remedy
 
-    def weigh(self, layer: Layer, facts: Facts) -> tuple[str, Severity] | None:
-        """How large the share of a cause is, in parentheses and with what it does, and how serious; None: no cause."""
-        share = share_of(layer, self.cause) or 0.0
-        if is_cause(layer, self.cause):
-            severity = severity_of(self.cause, facts)
-            return (
-                f"{in_words(layer, share)}{_at_no_cost(self.cause, facts) if severity == 'warning' else ''}",
-                severity,
-            )
-        return (_suspected(self.cause, share, facts), "error") if is_suspect(layer, self.cause, facts) else None
-
     def remark(self, layer: Layer, share: float, facts: Facts) -> tuple[str, str] | None:
         """What is worth saying of a share that flags no layer, in parentheses, and what to do; None: nothing."""
         return None
@@ -323,15 +316,26 @@ class ShareRule(Rule):
         if share is None:
             return self.without_share(layer, facts)
         weight: tuple[str, Severity]
-        if (weighed := self.weigh(layer, facts)) is not None:
-            weight = weighed
+        if (found := found_against(layer, self.cause, facts)) is not None:
+            weight = found
         elif (remark := self.remark(layer, share, facts)) is not None:
             weight, remedy = (remark[0], "info"), remark[1]
         else:
             message = f"This cause accounts for D = {mismatch(share)}{_although(layer, self.cause, share)}."
             return self.passed(layer.name, message, share, limit)
-        words, severity = weight
-        return self.failed(layer.name, f"{self.explain(layer, facts)} {words}", share, limit, severity, remedy)
+        amount, severity = weight
+        return self.failed(layer.name, f"{self.explain(layer, facts)} {amount}", share, limit, severity, remedy)
+
+
+def found_against(layer: Layer, cause: Cause, facts: Facts) -> tuple[str, Severity] | None:
+    """How much a share is and what that costs, in sentences, and how serious it is; None where it is no finding."""
+    share = share_of(layer, cause)
+    if share is not None and is_cause(layer, cause):
+        severity = severity_of(cause, facts)
+        return f"{in_words(layer, share)}{_at_no_cost(cause, facts) if severity == 'warning' else ''}", severity
+    if share is not None and is_suspect(layer, cause, facts):
+        return _suspected(cause, share, facts), "error"
+    return None
 
 
 def _at_no_cost(cause: Cause, facts: Facts) -> str:

@@ -16,7 +16,8 @@ class SingleImage(Rule):
     What:
         The number of samples that a layer normalizes together, for layers that get several values of each sample; 1
         fails: batches of one sample, or a network that is called for each sample of a larger batch. It is an error
-        where the layer is flagged, otherwise a warning. A layer that stays in eval mode during training passes.
+        where the layer is flagged, or the two modes surely differ in loss or metric, otherwise a warning. A layer that
+        stays in eval mode during training passes.
 
     Why:
         With one sample, batch statistics are those of the sample itself: training removes its mean and scale in every
@@ -72,7 +73,8 @@ class SingleImage(Rule):
                 f"The layer is called once for each of the {size} samples of a batch, which is normalized with its own"
                 " mean and variance in training."
             )
-        severity: Severity = "error" if layer.flagged else self.severity
+        differ = effect.inconsistency(facts.gaps, facts.chance).standing in ("better", "worse")
+        severity: Severity = "error" if layer.flagged or differ else self.severity
         remedy = _TOGETHER if alone else self.remedy
         return self.failed(layer.name, message, 1.0, 1.0, severity, _remedy(remedy, facts))
 

@@ -11,7 +11,7 @@ from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
 from bnprobe.rules.shares import STATISTICS_CAUSES, is_cause, is_of_composition, is_off_at_inference, share_of
 
-MOSTLY = 0.5
+PART_OF_STATISTICS = 0.5
 """The part of a layer's mismatch that wrong statistics must hold: what is noise of small batches says nothing here."""
 
 
@@ -89,7 +89,9 @@ def _has_other_statistics(layer: Layer) -> bool:
         return False
     if is_cause(layer, "composition") and is_of_composition(layer):
         return False
-    return (share_of(layer, "lag") or 0.0) + (share_of(layer, "propagation") or 0.0) > MOSTLY * layer.eval.mismatch
+    return (share_of(layer, "lag") or 0.0) + (
+        share_of(layer, "propagation") or 0.0
+    ) > PART_OF_STATISTICS * layer.eval.mismatch
 
 
 def _recalibration_is_no_harm(facts: Facts) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnprobe.numbers import number
-from bnprobe.records import Chance, Severity, Verdict
+from bnprobe.records import Chance, Severity, Verdict, leading
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
@@ -84,7 +84,8 @@ def _is_one_kind_per_batch(facts: Facts) -> bool:
 
 def _words(known: list[Chance]) -> str:
     """Own against other outputs, by the metric where there is one; a sentence without a full stop."""
-    best = max(known, key=lambda each: each.measure == "metric")
+    first = leading([each.measure for each in known])
+    best = next(each for each in known if each.measure == first)
     train, inference = best.training, best.inference
     assert train is not None
     assert inference is not None

@@ -17,7 +17,7 @@ from torch import Tensor
 from bnprobe.records import Estimate, Interval
 from bnprobe.stats.intervals import CONFIDENCE, t_quantile
 
-FEWEST_BATCHES = 8
+FEWEST_CLUSTERS = 8
 """Micro-batches from which on their spread is used where the samples of one share its statistics; fewer give an
 interval of Student's t that is wider than the samples warrant (twelve standard errors with two of them)."""
 
@@ -58,10 +58,10 @@ def paired_difference(after: Scores, before: Scores, *, shared: bool) -> Estimat
     """Mean of ``after - before`` on the same micro-batches, with its 95% interval.
 
     By sample where both are known by sample, otherwise by micro-batch. Where ``shared``, and there are at least
-    ``FEWEST_BATCHES`` micro-batches, Student's t over micro-batches: the cluster-robust interval. With fewer it is over
-    samples, as if these were independent given the statistics of their batch. What that leaves out is how far those
-    statistics are from other batches': of the order of 1 / sqrt(samples in a batch) too, and small against the spread
-    of samples, since few micro-batches are what large ones give.
+    ``FEWEST_CLUSTERS`` micro-batches, Student's t over micro-batches: the cluster-robust interval. With fewer it is
+    over samples, as if these were independent given the statistics of their batch. What that leaves out is how far
+    those statistics are from other batches': of the order of 1 / sqrt(samples in a batch) too, and small against the
+    spread of samples, since few micro-batches are what large ones give.
 
     Figures that are 0 or 1 (is a prediction right?) have an interval also where none or few samples differ: that of
     Agresti and Min (2005, Statistics in Medicine 24, section 3), which adds half a sample to each of the four cells.
@@ -82,9 +82,9 @@ def paired_difference(after: Scores, before: Scores, *, shared: bool) -> Estimat
     samples, number = after.samples - before.samples, after.count
     changes = int((samples != 0).sum())
     hits = _are_hits(after.samples) and _are_hits(before.samples)
-    if hits and (not shared or len(difference) < FEWEST_BATCHES or changes < FEWEST_CHANGES):
+    if hits and (not shared or len(difference) < FEWEST_CLUSTERS or changes < FEWEST_CHANGES):
         return Estimate(mean, _agresti_min(mean, changes / len(samples), number))
-    if shared and len(difference) >= FEWEST_BATCHES:
+    if shared and len(difference) >= FEWEST_CLUSTERS:
         return Estimate(mean, _student(difference, rounding))
     return Estimate(mean, _student(samples, rounding, mean, number))
 
@@ -128,7 +128,7 @@ class _Side:
 
 def _side(scores: Scores, shared: bool) -> _Side | None:
     """None: no spread is known."""
-    if scores.samples is None or (shared and len(scores.batches) >= FEWEST_BATCHES):
+    if scores.samples is None or (shared and len(scores.batches) >= FEWEST_CLUSTERS):
         if len(scores.batches) < 2:
             return None
         return _Side(scores.mean, float(scores.batches.var()) / len(scores.batches), len(scores.batches) - 1)

@@ -7,7 +7,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from bnprobe.measure.batch import copy_tensors, is_finite, to_device
 from bnprobe.measure.hooks import noting_non_finite
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.session import casting, model_code
-from bnprobe.records import ROOT, Ending, Score
+from bnprobe.records import ROOT, Ending, Goal, Measure, Score
 from bnprobe.training.data import steps_per_epoch
 
 Fractions = tuple[float, float]
@@ -189,8 +189,8 @@ class Job:
     make_optimizer: Callable[[list[nn.Parameter]], Any]
     make_schedule: Callable[[Any], Any] | None
     score: Callable[[nn.Module], Score] | None
-    measure: Literal["metric", "loss"]
-    goal: Literal["max", "min"]
+    measure: Measure
+    goal: Goal
     renorm: RenormSpec | None
     arm: str
 
@@ -270,9 +270,7 @@ class Keeper:
         weights: The kept weights, on the CPU.
     """
 
-    def __init__(
-        self, measure: Literal["metric", "loss"], goal: Literal["max", "min"], patience: int | None = None
-    ) -> None:
+    def __init__(self, measure: Measure, goal: Goal, patience: int | None = None) -> None:
         self._measure = measure
         self._sign = 1.0 if measure == "metric" and goal == "max" else -1.0
         self._patience = patience

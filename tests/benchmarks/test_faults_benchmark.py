@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.faults import score
+from benchmarks.faults.__main__ import render
 from benchmarks.faults.calibration import Check, true_figures
 from benchmarks.faults.cases import healthy_case
 from benchmarks.faults.controls import CONTROLS
@@ -35,7 +36,7 @@ from benchmarks.faults.trials import (
     run,
     single_trials,
 )
-from benchmarks.faults.work import tasks_of
+from benchmarks.faults.work import Result, tasks_of
 from bnprobe.stats.theory import mismatch_iid
 
 QUICK = "mlp"
@@ -242,11 +243,15 @@ def test_cases_for_setting_thresholds_are_not_scored() -> None:
     rows = {row.what: row for row in score.goals([*right, *tuned], [])}
     row = rows["the metric fell: planted cause named first"]
     assert row.figure == "100.0% (1 of 1); where thresholds may be set: 0.0% (0 of 1)"
-    assert score.confusion([*right, *tuned]) == [["planted", "named first"], ["pruned", "lag 1"]]
-    assert [row[2] for row in score.misses([*right, *tuned])[1:]] == [str(UNSEEN[0])]
+    both = render(Result([*right, *tuned], [], []), 1.0)
+    assert "| pruned  | lag 1       |" in both
+    assert "dropout 1" not in both
+    assert "Scored cases: not run" not in both
     alone = {row.what: row for row in score.goals(tuned, [])}["the metric fell: planted cause named first"]
     assert alone.figure == "not run; where thresholds may be set: 0.0% (0 of 1)"
-    assert score.confusion(tuned)[1:] == [["pruned", "dropout 1"]]
+    mended = render(Result(tuned, [], []), 1.0)
+    assert "Scored cases: not run. The tables below are of cases on which thresholds may be set." in mended
+    assert "| pruned  | dropout 1   |" in mended
 
 
 def test_every_kind_of_miss_is_listed() -> None:

@@ -258,7 +258,7 @@ def test_propagation_without_a_root_is_staleness() -> None:
     facts = make_evidence(within, make_layer("b", make_shares(propagation=0.2, lag=0.001)))
     [found] = diagnosed(facts)
     assert (found.cause, found.rule, found.layers, found.remedy) == ("lag", "BN203", ("b",), find_rule("lag").remedy)
-    assert "adds up in its input" in found.message
+    assert "adds up in its input. (It accounts for D = 0.200 of " in found.message
     outcomes = {verdict.rule: verdict.outcome for verdict in judge(facts, RulesSpec()) if verdict.layer == "b"}
     assert (outcomes["BN203"], outcomes["BN205"]) == ("failed", "passed")
     beside = make_evidence(within, make_layer("b", make_shares(propagation=0.2, lag=0.1)))
@@ -269,7 +269,7 @@ def test_propagation_without_a_root_is_what_dropout_adds_up_to_where_that_is_mor
     before = [make_layer(name, make_shares(dropout=0.02)) for name in ("a", "b")]
     [found] = diagnosed(make_evidence(*before, make_layer("c", make_shares(propagation=0.2, lag=0.002))))
     assert (found.cause, found.layers) == ("dropout", ("c",))
-    assert "what dropout changes in earlier layers adds up in its input" in found.message
+    assert "what dropout changes in them adds up in its input" in found.message
     assert found.remedy.startswith("Move dropout behind the last BN layer")
 
 
@@ -408,10 +408,9 @@ def test_earlier_layers_are_called_within_their_limit_only_where_they_are() -> N
 @pytest.mark.parametrize("known", [True, False])
 def test_a_metric_of_unknown_direction_contradicts_no_remedy(known: bool) -> None:
     layer = make_layer("bn", make_shares(lag=5.0))
-    facts = replace(
-        make_evidence(layer, anatomy=[make_anatomy("bn", untouched=True)], remedies=(tried(0.5, 0.3),)),
-        goal_is_known=known,
-    )
+    gap = replace(metric(0.5, 0.5), goal_is_known=known)
+    untouched = [make_anatomy("bn", untouched=True)]
+    facts = make_evidence(layer, anatomy=untouched, remedies=(tried(0.5, 0.3),), gaps=(gap,))
     [found] = [verdict for verdict in judge(facts, RulesSpec(select=("BN102",))) if verdict.outcome == "failed"]
     rule = RULES["BN102"]
     assert found.remedy == (rule.other_remedy if known else rule.remedy)

@@ -9,7 +9,7 @@ import fabricated_parts as parts
 import pytest
 from rendered import said, section
 
-from bnprobe.records import Estimate, ExtraPass, Gap, GradientAngle, Pool, Remedy, Report, Score, Updates
+from bnprobe.records import Estimate, ExtraPass, Gap, Goal, GradientAngle, Pool, Remedy, Report, Score, Updates
 from bnprobe.report import figures
 
 LOSS = Gap(
@@ -95,7 +95,7 @@ def remedy(name: str, after: Score, before: Score | None = None) -> Remedy:
 
 def test_the_best_remedy_comes_first_and_is_put_in_words() -> None:
     lines = section(causes.lag(), REMEDIES)
-    assert lines[1] == "  Recalibrating takes the loss from 1.92 to 0.08."
+    assert lines[1] == "  Recalibrating takes the metric from 0.41 to 0.98."
     assert lines[3].split() == ["recalibrated", "1.92", "→", "0.08", "0.41", "→", "0.98"]
     assert [line[2:].partition("  ")[0] for line in lines[3:7]] == [
         "recalibrated", "recalibrated on held-out data", "batch statistics", "batch statistics, batches of 16",
@@ -133,6 +133,25 @@ def test_the_best_remedy_comes_first_and_is_put_in_words() -> None:
 )
 def test_what_a_remedy_does_not_do_is_said_too(remedies: list[Remedy], words: str) -> None:
     assert " ".join(" ".join(section(with_remedies(*remedies), REMEDIES)[1:3]).split()).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("goal", "known", "first", "words"),
+    [
+        ("max", True, "calm", "takes the metric from 0.41 to 0.9"),
+        ("min", True, "sharp", "takes the metric from 0.41 to 0.2"),
+        ("max", False, "sharp", "takes the loss from 1.92 to 0.1"),
+    ],
+)
+def test_remedies_are_ranked_by_the_metric_where_its_direction_is_known(
+    goal: Goal, known: bool, first: str, words: str
+) -> None:
+    gap = Gap("metric", 0.9, 0.9, 0.4, 0.41, 0.0, -0.5, 0.01, goal, goal_is_known=known)
+    scores = {"sharp": Score(0.1, 0.2), "calm": Score(0.5, 0.9)}
+    found = [remedy(name, after, Score(1.92, 0.41)) for name, after in scores.items()]
+    lines = section(replace(with_gaps(gap), remedies=tuple(found)), REMEDIES)
+    assert lines[1] == f"  {first.capitalize()} {words}."
+    assert lines[3].split()[0] == first
 
 
 def test_other_samples_than_those_of_the_steps_are_said_to_be_others() -> None:

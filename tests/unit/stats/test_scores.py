@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from bnprobe.stats.scores import FEWEST_BATCHES, Scores, independent_difference, paired_difference
+from bnprobe.stats.scores import FEWEST_CLUSTERS, Scores, independent_difference, paired_difference
 
 Values = NDArray[np.float64]
 TRIALS = 800
@@ -47,7 +47,7 @@ def test_a_paired_difference_by_sample_is_the_paired_t_interval() -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_many_micro_batches_that_share_statistics_are_the_unit(known: bool) -> None:
-    before, after = random(2).normal(size=(2, 4 * FEWEST_BATCHES))
+    before, after = random(2).normal(size=(2, 4 * FEWEST_CLUSTERS))
     found = paired_difference(scores(after, 4, known), scores(before, 4, known), shared=True)
     slow = stats.ttest_rel(after.reshape(-1, 4).mean(1), before.reshape(-1, 4).mean(1)).confidence_interval()
     assert found.interval == pytest.approx((slow.low, slow.high))
