@@ -341,8 +341,9 @@ def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, sh
     for line in remedy[:1]:
         line.stylize("bold", len(indent), len(indent) + len(_REMEDY))
     measured = page.paragraph(_free_remedy(diagnosis, report), first=indent)
-    consequences = page.paragraph(_consequences(diagnosis), first=indent)
-    return [*title, *(line for line in [*where, *said, *remedy, *measured, *consequences] if line.plain.strip())]
+    explained = consequences(diagnosis)
+    also = page.paragraph(f"Also explains: {explained}." if explained else "", first=indent)
+    return [*title, *(line for line in [*where, *said, *remedy, *measured, *also] if line.plain.strip())]
 
 
 def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
@@ -357,8 +358,11 @@ def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
     ):
         if before is not None and after is not None:
             change = f"takes the {name} from {figures.score(before)} to {figures.score(after)}"
+            if figures.score(before) == figures.score(after):
+                change = f"leaves the {name} at {figures.score(before)}"
             found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
-            no_gain = ", which does not surely help" if found.standing in ("same", "unclear") else ""
+            unsure = found.standing in ("same", "unclear") and not change.startswith("leaves")
+            no_gain = ", which does not surely help" if unsure else ""
             data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
             return f"Measured on {data}: {doing(tried.name).lower()} {change}{no_gain}."
     return ""
@@ -381,10 +385,9 @@ def _apart(diagnosis: Diagnosis, layers: int) -> tuple[str, str]:
     return _extent(diagnosis, layers), message
 
 
-def _consequences(diagnosis: Diagnosis) -> str:
+def consequences(diagnosis: Diagnosis) -> str:
     """What follows from it, by the titles of the rules that found it."""
-    listed = "; ".join(_CONSEQUENCE.sub(_in_words, text) for text in diagnosis.consequences)
-    return f"Also explains: {listed}." if listed else ""
+    return "; ".join(_CONSEQUENCE.sub(_in_words, text) for text in diagnosis.consequences)
 
 
 def _in_words(said: re.Match[str]) -> str:
