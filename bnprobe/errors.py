@@ -86,12 +86,14 @@ class UserCodeError(BnprobeError):
     Args:
         call: What bnprobe was doing, e.g. ``"calling load_model() of model.py"``.
         error: The exception that the user's code raised.
+        hint: What may help, sentences.
     """
 
-    def __init__(self, call: str, error: BaseException) -> None:
+    def __init__(self, call: str, error: BaseException, hint: str = "") -> None:
         self.call = call
         self.error = error
-        super().__init__(f"{type(error).__name__} while {call}: {error}".rstrip(": "))
+        said = f"{type(error).__name__} while {call}: {error}".rstrip(": ")
+        super().__init__(f"{said}\n{hint}" if hint else said)
 
     @property
     def frames(self) -> str:

@@ -404,12 +404,13 @@ def _from_loader(loader: DataLoader[Any], request: Request) -> BatchSource:
         batches, own = _first_size(loader, request)
     fixed = request.as_given or request.told is not None
     size = known_size((own if fixed else None) or request.batch_size or own or request.told, request.origin)
-    images = None  # an iterable data set may count batches or samples; a batch sampler may repeat samples
-    if not isinstance(loader.dataset, IterableDataset) and loader.batch_size is not None:
-        images = _length(loader.sampler, request.origin)
+    images = None  # an iterable data set may count batches or samples; another batch sampler may repeat samples
+    if not isinstance(loader.dataset, IterableDataset) and (loader.batch_size is not None or _is_plain(loader)):
+        images = _length(getattr(loader.batch_sampler, "sampler", loader.sampler), request.origin)
     if fixed and images and size > images and (request.as_given or request.told != size):
         size = images  # no other size can be asked for
-    _check_images(images, size, request.origin)
+    if loader.batch_size is not None:  # of a batch sampler that was given, no other size can be asked for either
+        _check_images(images, size, request.origin)
     if own is None or fixed or own == size:
         source = _loader_source(batches, size, request, images, None if stated is None else size)
         return replace(source, notes=_notes_on_size(size, request))
@@ -418,7 +419,7 @@ def _from_loader(loader: DataLoader[Any], request: Request) -> BatchSource:
         again = rebuilt(loader, size)
     source = _loader_source(again, size, request, images, size)
     note = f"The loader was rebuilt at batch size {size}, with its own sampler; its batch size was {own}."
-    return replace(source, notes=(note,), drop_last=loader.drop_last)
+    return replace(source, notes=(note,), drop_last=_drops_last(loader))
 
 
 def _loader_source(
@@ -429,7 +430,17 @@ def _loader_source(
         raise DataError(f"{origin} is empty: it yields no batch.")
     words = origin if images is None else f"{origin} ({images} samples)"
     batches = GuardedBatches(loader, origin, samples_in=request.count(stated, size))
-    return BatchSource(batches, size, words, images, drop_last=loader.drop_last)
+    return BatchSource(batches, size, words, images, drop_last=_drops_last(loader))
+
+
+def _is_plain(loader: DataLoader[Any]) -> bool:
+    """Whether batches are so many samples in a row, whoever made the batch sampler."""
+    return type(loader.batch_sampler) is BatchSampler
+
+
+def _drops_last(loader: DataLoader[Any]) -> bool:
+    """A loader that was given a batch sampler says False whatever that one does."""
+    return bool(getattr(loader.batch_sampler, "drop_last", loader.drop_last))
 
 
 def _check_images(images: int | None, size: int, origin: str) -> None:

@@ -31,12 +31,15 @@ BatchFunction = Callable[[nn.Module, Any], Any]
 
 
 @contextmanager
-def user_code(call: str, passes: Callable[[BaseException], bool] = lambda error: False) -> Iterator[None]:
+def user_code(
+    call: str, passes: Callable[[BaseException], bool] = lambda error: False, hint: Callable[[], str] = lambda: ""
+) -> Iterator[None]:
     """Turn an exception of the user's code into a UserCodeError. bnprobe's own errors and Ctrl-C pass unchanged.
 
     Args:
         call: What is being called, e.g. ``"calling load_model() of model.py"``.
         passes: Which further exceptions pass unchanged.
+        hint: What may help where something is raised, sentences; asked only then.
     """
     try:
         yield
@@ -45,7 +48,7 @@ def user_code(call: str, passes: Callable[[BaseException], bool] = lambda error:
     except (Exception, SystemExit) as error:  # exit() in a model file must not end bnprobe silently
         if passes(error):
             raise
-        raise UserCodeError(call, error) from error
+        raise UserCodeError(call, error, hint()) from error
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import DataError, DeviceError
-from bnprobe.loading.model import BatchFunction, user_code
+from bnprobe.loading.model import BatchFunction, signature_of, user_code
 from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, map_leaves, tensors_of, to_device
 from bnprobe.measure.exploration import explore
 from bnprobe.measure.forward_pass import Pass
@@ -212,7 +213,8 @@ class Session:
         if path in ("steady", "check"):
             pass_.by_batch |= self._functions
         batch = copy_tensors(batch)
-        border = model_code(f"calling {describe_call(self._forward, batch)} ({_IN_WORDS[path]})")
+        call = f"calling {describe_call(self._forward, batch)} ({_IN_WORDS[path]})"
+        border = model_code(call, lambda: _how_to_call(self._forward, self.model, batch))
         with self._running(path, pass_), recording(self.model, batch) as outputs, border:
             return self._forward(self.model, batch), outputs
 
@@ -303,6 +305,9 @@ def eagerly() -> AbstractContextManager[Any]:
     return stance
 
 
+_MOST_ITEMS, _DEEPEST = 6, 3
+"""So much of the structure of a batch is shown in a message."""
+
 _INPUT_KEYS = ("image", "images", "input", "inputs", "pixel_values", "x", "data")
 
 
@@ -323,7 +328,7 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
         return _forward_mapping(model, batch)
     raise DataError(
         f"bnprobe does not know how to give a batch of type {type(batch).__name__} to the model."
-        " Add a function forward(model, batch) to the model file."
+        f" {_sample_forward(model, batch)}"
     )
 
 
@@ -334,17 +339,78 @@ def forward_all(model: nn.Module, batch: Any) -> Any:
 
 def describe_call(forward: BatchFunction, batch: Any) -> str:
     """The call, for messages: ``"the model on a batch of shape (2, 3, 8, 8)"``."""
-    first = next(iter(tensors_of(batch)), None)
-    shape = "" if first is None else f" of shape {tuple(first.shape)}"
     if forward is default_forward and isinstance(batch, list | tuple) and len(batch) > 1:
-        return f"the model on batch[0]{shape} only, because there is no forward(model, batch)"
+        return f"the model on batch[0]{_described(batch[0])} only, because there is no forward(model, batch)"
     name = "the model" if forward in (default_forward, forward_all) else "forward(model, batch)"
-    return f"{name} on a batch{shape}"
+    return f"{name} on a batch{_described(batch)}"
 
 
-def model_code(call: str) -> AbstractContextManager[None]:
+def _described(value: Any) -> str:
+    """What a batch or an item is, as it follows its name: " of shape (2, 3, 8, 8)"."""
+    if isinstance(value, Tensor):
+        return f" of shape {tuple(value.shape)}"
+    return (
+        f" = {_structure(value)}" if isinstance(value, list | tuple | Mapping) else f" of type {type(value).__name__}"
+    )
+
+
+def _structure(value: Any, depth: int = 0) -> str:
+    """Nested tensors with their shapes, e.g. "[tensor (2, 3), {mask: tensor (2, 8)}]"; of many items the first."""
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)}"
+    if not isinstance(value, list | tuple | Mapping):
+        return type(value).__name__
+    if depth == _DEEPEST:
+        return "..."
+    if isinstance(value, Mapping):
+        items = [f"{key}: {_structure(item, depth + 1)}" for key, item in islice(value.items(), _MOST_ITEMS)]
+    else:
+        items = [_structure(item, depth + 1) for item in value[:_MOST_ITEMS]]
+    listed = ", ".join([*items, *(["..."] if len(value) > _MOST_ITEMS else [])])
+    return (
+        f"{{{listed}}}" if isinstance(value, Mapping) else f"({listed})" if isinstance(value, tuple) else f"[{listed}]"
+    )
+
+
+def _how_to_call(forward: BatchFunction, model: nn.Module, batch: Any) -> str:
+    """How to write a forward of one's own, where bnprobe had to guess which items are the inputs."""
+    if forward is not default_forward or isinstance(batch, Tensor):
+        return ""
+    return f"The batch is {_structure(batch)}. {_sample_forward(model, batch)}"
+
+
+def _sample_forward(model: nn.Module, batch: Any) -> str:
+    """A line for the model file, with as many items of the batch as the model has inputs."""
+    first = batch[0] if isinstance(batch, list | tuple) and batch else None
+    needed = _inputs_of(model)
+    if isinstance(first, list | tuple) and len(first) == needed:
+        inputs = ["*batch[0]"]
+    elif isinstance(first, list | tuple | Mapping):
+        inputs = _items("batch[0]", first, needed)
+    else:
+        inputs = _items("batch", batch, needed)
+    line = f"def forward(model, batch): return model({', '.join(inputs)})"
+    return f"Say in the model file how to call the model, for example:\n  {line}"
+
+
+def _items(name: str, values: Any, needed: int) -> list[str]:
+    """The first items of a sequence or mapping, as an expression names them."""
+    if not isinstance(values, list | tuple | Mapping):
+        return [f"{name}.inputs"]
+    keys = list(values) if isinstance(values, Mapping) else list(range(len(values)))
+    return [f"{name}[{key!r}]" for key in keys[:needed]]
+
+
+def _inputs_of(model: nn.Module) -> int:
+    """The number of arguments without which the model's forward cannot be called; at least one."""
+    parameters = signature_of(model.forward).values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(each.kind in positional and each.default is each.empty for each in parameters))
+
+
+def model_code(call: str, hint: Callable[[], str] = lambda: "") -> AbstractContextManager[None]:
     """Turn errors of the user's forward, loss and metric into UserCodeError, except those that bnprobe handles."""
-    return user_code(call, lambda error: isinstance(error, CannotEmulateError) or is_out_of_memory(error))
+    return user_code(call, lambda error: isinstance(error, CannotEmulateError) or is_out_of_memory(error), hint)
 
 
 def _forward_mapping(model: nn.Module, batch: Mapping[Any, Any]) -> Any:
@@ -357,7 +423,7 @@ def _forward_mapping(model: nn.Module, batch: Mapping[Any, Any]) -> Any:
     if key is None:
         raise DataError(
             f"None of the batch's keys ({', '.join(map(str, batch))}) is a parameter of the model's forward."
-            " Add a function forward(model, batch) to the model file."
+            f" {_sample_forward(model, batch)}"
         )
     return model(batch[key])
 

@@ -340,8 +340,9 @@ def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, sh
     for line in remedy[:1]:
         line.stylize("bold", len(indent), len(indent) + len(_REMEDY))
     measured = page.paragraph(_free_remedy(diagnosis, report), first=indent)
-    consequences = page.paragraph(_consequences(diagnosis), first=indent)
-    return [*title, *(line for line in [*where, *said, *remedy, *measured, *consequences] if line.plain.strip())]
+    explained = consequences(diagnosis)
+    also = page.paragraph(f"Also explains: {explained}." if explained else "", first=indent)
+    return [*title, *(line for line in [*where, *said, *remedy, *measured, *also] if line.plain.strip())]
 
 
 def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
@@ -353,10 +354,12 @@ def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
     found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
     if found.main is None:
         return ""
-    change = (
-        f"takes the {found.main.measure} from {figures.score(found.main.before)} to {figures.score(found.main.after)}"
-    )
-    no_gain = ", which does not surely help" if found.standing in ("same", "unclear") else ""
+    before, after = figures.score(found.main.before), figures.score(found.main.after)
+    change = f"takes the {found.main.measure} from {before} to {after}"
+    if before == after:
+        change = f"leaves the {found.main.measure} at {before}"
+    unsure = found.standing in ("same", "unclear") and before != after
+    no_gain = ", which does not surely help" if unsure else ""
     data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
     return f"Measured on {data}: {doing(tried.name).lower()} {change}{no_gain}."
 
@@ -378,10 +381,9 @@ def _apart(diagnosis: Diagnosis, layers: int) -> tuple[str, str]:
     return _extent(diagnosis, layers), message
 
 
-def _consequences(diagnosis: Diagnosis) -> str:
+def consequences(diagnosis: Diagnosis) -> str:
     """What follows from it, by the titles of the rules that found it."""
-    listed = "; ".join(_CONSEQUENCE.sub(_in_words, text) for text in diagnosis.consequences)
-    return f"Also explains: {listed}." if listed else ""
+    return "; ".join(_CONSEQUENCE.sub(_in_words, text) for text in diagnosis.consequences)
 
 
 def _in_words(said: re.Match[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 from rich.text import Text
 
 from bnprobe.numbers import count, percent
-from bnprobe.records import DEFAULT_THRESHOLD, Distribution, Layer, PathMeasurement, Report
+from bnprobe.records import DEFAULT_THRESHOLD, CallMeasurement, Distribution, Layer, PathMeasurement, Report
 from bnprobe.report import charts, figures
 from bnprobe.report.page import CENTRE, FINE, FLAGGED, STYLES, UNDECIDED, UNMEASURED, Page
 from bnprobe.report.table import Column, Mark, Names, TableLayout, table
@@ -76,6 +76,9 @@ def _badness(layer: Layer) -> tuple[bool, bool, float]:
 
 # --- The table --------------------------------------------------------------------------------------------------------
 
+MOST_CALLS = 3
+"""Of a layer that is called more often, the worst call is shown, unless all are asked for."""
+
 MARKED_WORST = 3
 """So many of the worst flagged layers carry their rank beside the sign."""
 
@@ -123,16 +126,17 @@ _RICH_TO_POOR = (
 )
 
 
-def layer_table(layers: Sequence[Layer], network: Sequence[Layer], page: Page) -> list[Text]:
+def layer_table(layers: Sequence[Layer], network: Sequence[Layer], page: Page, all_calls: bool = False) -> list[Text]:
     """The lines of the table: headings, layers, and the axes of the histograms.
 
     Args:
         layers: The layers to show.
         network: All layers; a shortened name tells a layer from all of them, not only from those shown.
         page: What the table is written on.
+        all_calls: Show every call of a layer, however many there are; otherwise the worst of many.
     """
     ranks = _ranks(layers)
-    rows = [row for layer in layers for row in _rows(layer, ranks)]
+    rows = [row for layer in layers for row in _rows(layer, ranks, all_calls)]
     names = Names([row.name for row in rows], marks=[row.mark for row in rows], among=[layer.name for layer in network])
     layouts = (TableLayout(_columns(rows, richness, layers), richness.names) for richness in _RICH_TO_POOR)
     return table(names, layouts, page)
@@ -226,7 +230,7 @@ def _ranks(layers: Sequence[Layer]) -> dict[str, str]:
     return {layer.name: str(rank) for rank, layer in enumerate(flagged[:MARKED_WORST], start=1)}
 
 
-def _rows(layer: Layer, ranks: dict[str, str]) -> list[LayerRow]:
+def _rows(layer: Layer, ranks: dict[str, str], all_calls: bool) -> list[LayerRow]:
     sign = sign_of(layer)
     row = LayerRow(
         mark=Mark(sign + ranks.get(layer.name, ""), STYLES[sign]),
@@ -238,10 +242,13 @@ def _rows(layer: Layer, ranks: dict[str, str]) -> list[LayerRow]:
         train=layer.train,
         eval=layer.eval,
     )
+    shown, worst_of = layer.calls, ""
+    if len(layer.calls) > MOST_CALLS and not all_calls:
+        shown, worst_of = (max(layer.calls, key=_mismatch_of),), "worst: "
     calls = [
         LayerRow(
             mark=Mark(),
-            name=f"  call {call.index + 1} of {layer.calls_per_forward}",
+            name=f"  {worst_of}call {call.index + 1} of {layer.calls_per_forward}",
             kind="",
             channels="",
             values=str(call.values_per_channel),
@@ -249,6 +256,12 @@ def _rows(layer: Layer, ranks: dict[str, str]) -> list[LayerRow]:
             train=call.train,
             eval=call.eval,
         )
-        for call in layer.calls
+        for call in shown
     ]
     return [row, *calls]
+
+
+def _mismatch_of(call: CallMeasurement) -> float:
+    """In the worse mode; infinite where it could not be measured."""
+    path = worse_path(call.train, call.eval)
+    return math.inf if path is None else path.mismatch

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from bnprobe.numbers import count
 from bnprobe.records import Diagnosis, LintReport
+from bnprobe.report.diagnoses import consequences
 from bnprobe.report.page import SEVERITY_STYLES, RenderOptions, clean, to_string
 
 MOST_LAYERS = 8
@@ -47,7 +48,8 @@ def _finding(diagnosis: Diagnosis, report: LintReport, options: RenderOptions) -
         yield from (_plain(f"    {_place(verdict.location, report)} {verdict.layer}", options) for verdict in shown)
         if len(shown) < len(own):
             yield Text(f"    and {len(own) - len(shown)} more (--all lists them)", "dim")
-    yield from (_plain(f"    also explains: {consequence}", options) for consequence in diagnosis.consequences)
+    if explained := consequences(diagnosis):
+        yield _plain(f"    also explains: {explained}", options)
     yield _plain(f"    fix: {diagnosis.remedy}", options)
 
 

@@ -73,7 +73,7 @@ def render(report: RepairReport, options: RenderOptions) -> str:
         _header(record, page),
         _changed(record, page, show_all),
         refused(record.plan, page, show_all) if record.plan else [],
-        before_and_after(before, after, page, show_all) if before and after else [],
+        before_and_after(before, after, _replaced(record), page, show_all) if before else [],
         _proof(record.proof, page, show_all) if record.proof else [],
         page.section("Notes", record.notes),
         _closing(record, page),
@@ -156,6 +156,11 @@ def _changed(record: RepairRecord, page: Page, show_all: bool) -> list[Text]:
     return [*lines, *_recalibrated(record, page, show_all)]
 
 
+def _replaced(record: RepairRecord) -> dict[str, str]:
+    """What the converted layers have become, by name."""
+    return {} if record.plan is None else {change.name: change.to for change in record.plan.changes}
+
+
 def _recalibrated(record: RepairRecord, page: Page, show_all: bool) -> list[Text]:
     """Layers whose running statistics were recalibrated; they are listed unless they are those converted."""
     if not record.recalibrated:
@@ -210,11 +215,11 @@ def worse_than_as_is(record: RepairRecord) -> str:
     scores = [f"{name} {_scored(end)} against {_scored(start)}" for name, start, end in pairs if start or end]
     data = count(proof.images_proving, f"{proof.scored_on} sample")
     trained = written.trained
-    advice = "--resume --force writes" if trained else "--force writes"
+    force = "" if record.weights else f" {'--resume --force' if trained else '--force'} writes the others all the same."
     training = "" if trained or record.action == "recalibrate" else " Training may help (--finetune)."
     return (
         f"{_model(record)} scores worse than the model as loaded, {' and '.join(scores)} on {data}."
-        f" As loaded is best: keep those weights.{training} {advice} the others all the same."
+        f" As loaded is best: keep those weights.{training}{force}"
     )
 
 

@@ -24,7 +24,7 @@ from bnprobe.records import (
 )
 from bnprobe.report import figures, further
 from bnprobe.report.diagnoses import closing, closing_lines
-from bnprobe.report.layers import MEANINGS, layer_table, legend, select, with_sign
+from bnprobe.report.layers import MEANINGS, MOST_CALLS, layer_table, legend, select, with_sign
 from bnprobe.report.mismatch import shares
 from bnprobe.report.next_step import under_limit
 from bnprobe.report.page import TIMES, UNDECIDED, Page, RenderOptions, to_string
@@ -47,7 +47,7 @@ def render(report: Report, options: RenderOptions) -> str:
     parts = [
         _header(report, page),
         page.verdict(end.sign, end.headline if end.sign == UNDECIDED else f"{one_line(report)}."),
-        _layers(report.layers, shown, page),
+        _layers(report.layers, shown, page, show_all),
         shares(report, shown, page),
         likeness(report, page, show_all),
         clipping(report.layers, page, show_all),
@@ -196,7 +196,13 @@ def _pass(extra: ExtraPass, sample: str) -> str:
 # --- Layers -----------------------------------------------------------------------------------------------------------
 
 
-def _layers(layers: Sequence[Layer], shown: Sequence[Layer], page: Page) -> list[Text]:
+_CALLS_LEFT_OUT = (
+    f"Of a layer that is called more than {MOST_CALLS} times per forward pass, the worst call is shown; --all shows"
+    " all."
+)
+
+
+def _layers(layers: Sequence[Layer], shown: Sequence[Layer], page: Page, show_all: bool) -> list[Text]:
     """How many layers there are and how many carry each sign, the table, what it leaves out, and how to read it."""
     if not layers:
         return []
@@ -204,11 +210,13 @@ def _layers(layers: Sequence[Layer], shown: Sequence[Layer], page: Page) -> list
     noun = f"{kinds.pop()} layer" if len(kinds) == 1 else "layer"
     names = {layer.name for layer in shown}
     hidden = [layer for layer in layers if layer.name not in names]
+    folded = not show_all and any(len(layer.calls) > MOST_CALLS for layer in shown)
     left_out = f"{count(len(hidden), 'layer')} with less mismatch not shown ({_by_sign(hidden)}); --all shows all."
     return [
         *page.heading(f"{count(len(layers), noun)}: {_by_sign(layers)}"),
-        *layer_table(shown, layers, page),
+        *layer_table(shown, layers, page, show_all),
         *(page.paragraph(left_out) if hidden else []),
+        *(page.paragraph(_CALLS_LEFT_OUT) if folded else []),
         *legend(layers, page),
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.text import Text
@@ -41,10 +41,24 @@ def one_line(found: Verification) -> str:
     return f"{'passed' if found.passed else 'failed'}: {_flagged(found)}"
 
 
-def before_and_after(before: Report, after: Report, page: Page, show_all: bool) -> list[Text]:
-    """The layers of two reports, by name, with n_eq and D of the worse mode; nothing if they share none."""
-    later = {layer.name: layer for layer in after.layers}
-    rows = [_row(layer, later[layer.name]) for layer in before.layers if layer.name in later]
+def before_and_after(
+    before: Report, after: Report | None, replaced: Mapping[str, str], page: Page, show_all: bool
+) -> list[Text]:
+    """The layers of two reports, by name, with n_eq and D of the worse mode; nothing if there are none to compare.
+
+    Args:
+        before: The scan before the repair.
+        after: The one after it; None: nothing was left to scan.
+        replaced: What layers that the later scan does not measure have become, by name.
+        page: What the lines are written on.
+        show_all: Show every layer.
+    """
+    later = {} if after is None else {layer.name: layer for layer in after.layers}
+    rows = [
+        _row(layer, later[layer.name]) if layer.name in later else _replaced(layer, replaced[layer.name])
+        for layer in before.layers
+        if layer.name in later or layer.name in replaced
+    ]
     return (
         [
             *page.heading("Mismatch before and after, the larger of training and inference"),
@@ -82,10 +96,11 @@ def _closing(found: Verification, page: Page) -> list[Text]:
 
 @dataclass(frozen=True)
 class _Row:
-    """A layer, and its n_eq where the reports are at hand."""
+    """A layer, its n_eq where the reports are at hand, and what it has become where that cannot be scanned."""
 
     layer: LayerComparison
     equivalent: tuple[str, str] = ("", "")
+    became: str = ""
 
     @property
     def badness(self) -> tuple[bool, bool, float]:
@@ -103,13 +118,20 @@ def _row(before: Layer, after: Layer) -> _Row:
     return _Row(layer, (first, last))
 
 
+def _replaced(before: Layer, became: str) -> _Row:
+    """A layer that has become something without running statistics to compare with."""
+    path = worse_path(before.train, before.eval)
+    layer = LayerComparison(before.name, None if path is None else path.mismatch, None, before.flagged, False)
+    return _Row(layer, (figures.path_equivalent(path), UNMEASURED), became)
+
+
 def _table(rows: Sequence[_Row], page: Page, show_all: bool) -> list[Text]:
     worst = sorted(rows, key=lambda row: row.badness, reverse=True)[:MOST_LAYERS]
     kept = {row.layer.name for row in worst}
     shown = rows if show_all else [row for row in rows if row.layer.name in kept]
     equivalents = [row.equivalent for row in shown]
     mismatches = [(_mismatch(row.layer.before), _mismatch(row.layer.after)) for row in shown]
-    flags = [_flags(row.layer) for row in shown]
+    flags = [_flags(row) for row in shown]
     columns = [
         *([Column("n_eq", arrows(equivalents, page, ARROW))] if any(map(any, equivalents)) else []),
         Column("D", arrows(mismatches, page, ARROW)),
@@ -130,7 +152,10 @@ def _mark(layer: LayerComparison) -> Mark:
     return Mark(sign, STYLES[sign])
 
 
-def _flags(layer: LayerComparison) -> str:
+def _flags(row: _Row) -> str:
+    layer = row.layer
+    if row.became:
+        return f"now {row.became}"
     if layer.after is None and not layer.flagged_after:
         return "not measured"
     return {
@@ -145,10 +170,10 @@ def _hidden(rows: Sequence[_Row], shown: Sequence[_Row], page: Page) -> list[Tex
     """What the table leaves out, by what has become of the flags."""
     if len(shown) == len(rows):
         return []
-    left_out = [row.layer for row in rows if row not in shown]
+    left_out = [row for row in rows if row not in shown]
     numbers: dict[str, int] = {}
-    for layer in left_out:
-        words = _flags(layer) or "not flagged"
+    for row in left_out:
+        words = _flags(row) or "not flagged"
         numbers[words] = numbers.get(words, 0) + 1
     parts = ", ".join(f"{number} {words}" for words, number in numbers.items())
     text = f"{count(len(left_out), 'more layer')} ({parts}); --all shows all."

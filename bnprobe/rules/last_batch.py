@@ -44,7 +44,7 @@ class LastBatch(Rule):
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         if facts.scan is None or facts.scan.synthetic or facts.images is None:
-            yield self.skipped(None, "the number of samples in the data is not known")
+            yield self.skipped(None, "how many samples an epoch has is not known")
             return
         yield self._judge(facts, facts.scan, facts.images)
 

@@ -397,7 +397,7 @@ def test_held_out_data_that_is_like_some_of_the_batches_is_told_under_their_comp
 def test_earlier_layers_are_called_within_their_limit_only_where_they_are() -> None:
     within, beyond = make_layer("a"), make_layer("a", make_shares(small_batch=0.5))
     undecided = make_layer("a", undecided=True)
-    adds_up = "What the running statistics of earlier"
+    adds_up = "Of earlier layers, what their running statistics"
     for first, said in ((within, "Earlier layers are each within"), (beyond, adds_up), (undecided, adds_up)):
         facts = make_evidence(first, make_layer("b", make_shares(propagation=0.5)))
         [found] = diagnose(judge(facts, RulesSpec(ignore=("BN201",))), facts)

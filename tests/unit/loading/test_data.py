@@ -159,6 +159,14 @@ class OwnWay(DataLoader[Any]):
         return iter([])
 
 
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_a_batch_sampler_of_torchs_says_how_many_samples_an_epoch_has(drop_last: bool) -> None:
+    batches = BatchSampler(SequentialSampler(range(10)), 3, drop_last)
+    source = as_batch_source(DataLoader(images(), batch_sampler=batches), 3)
+    assert (source.images, source.drop_last) == (10, drop_last)
+    assert as_batch_source(DataLoader(images(), batch_sampler=Buckets(2)), 2).images is None
+
+
 class OwnSampler(BatchSampler):
     pass
 

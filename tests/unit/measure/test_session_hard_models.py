@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -324,3 +325,40 @@ def test_a_model_of_several_inputs_needs_a_forward_and_is_told() -> None:
     ):
         scan(TwoInputs(), data, 4)
     assert scan(TwoInputs(), data, 4, forward=lambda model, batch: model(*batch)).layers
+
+
+@pytest.mark.parametrize(
+    ("arrange", "called", "line"),
+    [
+        (
+            lambda x, extra, labels: (x, extra, labels),
+            "on batch[0] of shape (4, 3, 6, 6) only",
+            "model(batch[0], batch[1])",
+        ),
+        (
+            lambda x, extra, labels: ((x, extra), labels),
+            "on batch[0] = (tensor (4, 3, 6, 6), tensor (4, 3)) only",
+            "model(*batch[0])",
+        ),
+        (
+            lambda x, extra, labels: ({"picture": x, "extra": extra}, labels),
+            "on batch[0] = {picture: tensor (4, 3, 6, 6), extra: tensor (4, 3)} only",
+            "model(batch[0]['picture'], batch[0]['extra'])",
+        ),
+    ],
+)
+def test_the_error_says_what_the_model_was_called_with_and_how_to_call_it(
+    arrange: Callable[..., Any], called: str, line: str
+) -> None:
+    data = [arrange(x, torch.zeros(4, 3), torch.zeros(4)) for x, _ in DATA]
+    with pytest.raises(UserCodeError) as raised:
+        scan(TwoInputs(), data, 4)
+    assert called in str(raised.value)
+    assert str(raised.value).endswith(f"\n  def forward(model, batch): return {line}")
+
+
+def test_a_forward_of_the_users_gets_no_advice() -> None:
+    data = [(x, torch.zeros(4, 3)) for x, _ in DATA]
+    with pytest.raises(UserCodeError, match=r"forward\(model, batch\) on a batch = \(tensor \(4, 3") as raised:
+        scan(TwoInputs(), data, 4, forward=lambda model, batch: model(batch))
+    assert "for example" not in str(raised.value)

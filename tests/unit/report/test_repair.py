@@ -20,7 +20,7 @@ from bnprobe.records import Estimate, LayerChange, RepairRecord, RequirementResu
 from bnprobe.report import RenderOptions, render
 from bnprobe.report.figures import estimate, estimates
 from bnprobe.report.page import Page
-from bnprobe.report.repair import Files, RepairReport
+from bnprobe.report.repair import Files, RepairReport, worse_than_as_is
 from support import repairs
 
 WIDE = RenderOptions(width=400)
@@ -262,3 +262,21 @@ def test_the_names_of_models_are_not_cut(width: int) -> None:
     first, *others = record.proof.arms
     long = replace(record.proof, arms=(replace(first, name="BN recalibrated afterwards"), *others))
     assert "BN recalibrated afterwards " in text_of(replace(record, proof=long), options=RenderOptions(width=width))
+
+
+def test_layers_that_have_become_something_else_stay_in_the_table() -> None:
+    before, after = scans("better")
+    assert before is not None
+    assert after is not None
+    first, rest = before.layers[0], tuple(layer for layer in after.layers if layer.name != before.layers[0].name)
+    changes = (LayerChange(first.name, (first.name,), "BatchNorm2d", "GroupNorm", "flagged"),)
+    record = replace(repairs.better(), plan=repairs.plan(changes=changes))
+    text = render(RepairReport(record, before, replace(after, layers=rest)), "terminal", RenderOptions(show_all=True))
+    table = text.partition("Mismatch before and after")[2].partition("\n\n")[0].splitlines()
+    assert [line.endswith("now GroupNorm") for line in table if line[3:].startswith(f"{first.name} ")] == [True]
+    assert len(table) == 2 + len(before.layers)
+
+
+def test_what_was_forced_does_not_ask_to_be_forced() -> None:
+    forced, refused = (worse_than_as_is(replace(repairs.failed(), weights=weights)) for weights in ("w.pt", None))
+    assert ("--force" in forced, "--force" in refused) == (False, True)

@@ -139,3 +139,40 @@ def test_the_verdict_in_one_line_stands_first_and_once(severities: list[str], wo
     assert one_line(report) == words
     parts_ = render(report, RenderOptions()).split("\n\n")
     assert parts_[1] == f"✗ {words}."
+
+
+def test_of_a_layer_that_is_called_many_times_the_worst_call_is_shown() -> None:
+    base = fabricated.shared()
+    twice = base.layers[1]
+    calls = tuple(replace(twice.calls[index == 5], index=index) for index in range(8))
+    worst = max(calls, key=lambda call: max(path.mismatch for path in (call.train, call.eval) if path))
+    report = replace(base, layers=(base.layers[0], replace(twice, calls_per_forward=8, calls=calls)))
+    text = render(report, RenderOptions())
+    assert [line for line in text.splitlines() if "call " in line and "of 8" in line] == [
+        line for line in text.splitlines() if f"worst: call {worst.index + 1} of 8" in line
+    ]
+    assert "the worst call is shown; --all shows all." in " ".join(text.split())
+    everything = render(report, RenderOptions(show_all=True))
+    assert [f"call {index} of 8" in everything for index in range(1, 9)] == [True] * 8
+    assert "worst: call" not in render(base, RenderOptions())
+
+
+@pytest.mark.parametrize(
+    ("flagged", "undecided", "line"),
+    [
+        (0, 0, "1 error: stale running statistics; no layer flagged"),
+        (0, 1, "1 error: stale running statistics; no layer flagged, 1 undecided"),
+        (2, 1, "2 of 3 layers flagged, 1 undecided, 1 error: stale running statistics"),
+    ],
+)
+def test_where_no_layer_is_flagged_the_findings_come_first(flagged: int, undecided: int, line: str) -> None:
+    found = Diagnosis("lag", "BN203", "error", (), None, "m", "r")
+    summary = replace(BASE.summary, layers=3, flagged=flagged, undecided=undecided)
+    assert one_line(replace(BASE, summary=summary, diagnoses=(found,))) == line
+
+
+def test_problems_are_told_where_no_layer_could_be_judged() -> None:
+    found = Diagnosis("no_running_stats", "BN104", "error", (), None, "m", "r")
+    nothing = parts.report([], output=Output(None, None, None, None, None))
+    text = render(replace(nothing, diagnoses=(found,)), RenderOptions())
+    assert "✗ No layer could be judged, but 1 problem was found." in text

@@ -32,6 +32,6 @@ def test_it_is_an_error_where_training_is_sure_to_stop() -> None:
 
 
 def test_unknown_numbers_are_skipped() -> None:
-    unknown = [skipped("BN210", None, "the number of samples in the data is not known")]
+    unknown = [skipped("BN210", None, "how many samples an epoch has is not known")]
     assert last_batch() == unknown
     assert last_batch(images=1001, synthetic=True) == unknown
