@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from bnprobe.config.spec import NormClass
-from bnprobe.measure.batch import leaves_of, map_leaves
+from bnprobe.measure.batch import in_float64, leaves_of, map_leaves
 from bnprobe.measure.layers import LayerSet, ProbedLayer, named_once
 from bnprobe.measure.norms import (
     FORMS,
@@ -514,7 +514,7 @@ class _Trial:
             buffer = _own_tensors(twin)[name]
             buffer.data.copy_(values.reshape(buffer.shape))
         twin.train(training)
-        args, kwargs = map_leaves((self.inputs.args, self.inputs.kwargs), _double)
+        args, kwargs = in_float64((self.inputs.args, self.inputs.kwargs))
         args, kwargs = self.family.with_input(args, kwargs, x.to(device))
         with torch.no_grad():
             output = twin.forward(*args, **kwargs)
@@ -540,10 +540,6 @@ def _first_rows(tree: Any, rows: int) -> Any:
         return leaf[:_ROWS] if isinstance(leaf, Tensor) and leaf.shape[:1] == (rows,) else leaf
 
     return map_leaves(tree, cut)
-
-
-def _double(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _channels(values: Tensor, x: Tensor) -> Tensor:

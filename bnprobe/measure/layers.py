@@ -176,6 +176,9 @@ def require_layers(model: nn.Module, found: LayerSet) -> None:
     raise NothingToProbeError(f"{kind} has no Batch Normalization layer: there is nothing to probe.")
 
 
+ONE_VALUE = "one value per channel in a micro-batch: training raises an error at this batch size"
+"""A note on a layer."""
+
 _ENOUGH_CHANNELS = 8
 """Values of fewer channels may be round by chance."""
 
