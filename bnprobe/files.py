@@ -62,13 +62,12 @@ def refuse_input(output: Path, inputs: Iterable[str | Path], option: str = "--ou
             raise OutputError(f"{option} {output} is a file that this command reads; give another name.")
 
 
-def require_new(paths: Iterable[Path], force: bool, option: str = "-o") -> None:
+def require_new(paths: Iterable[Path], force: bool) -> None:
     """Reject outputs that cannot be written or would overwrite a file, before anything is computed.
 
     Args:
         paths: All files that a command writes.
         force: Whether existing files may be replaced.
-        option: The option that names them, for messages.
 
     Raises:
         OutputError: A folder is missing or read-only, or files exist; the message names them.
@@ -76,14 +75,12 @@ def require_new(paths: Iterable[Path], force: bool, option: str = "-o") -> None:
     paths = list(paths)
     for path in paths:
         if path != paths[0] and path.is_dir():
-            raise OutputError(
-                f"{path}, which is written beside {option}, is a folder: move it or give another {option}."
-            )
-        require_writable(path, option)
+            raise OutputError(f"{path}, which is written beside -o, is a folder: move it or give another -o.")
+        require_writable(path, "-o")
     existing = [str(path) for path in paths if path.exists() and not is_special(path)]
     if existing and not force:
         exist = "exists" if len(existing) == 1 else "exist"
-        raise OutputError(f"{', '.join(existing)} already {exist}; give another {option}, or --force to overwrite.")
+        raise OutputError(f"{', '.join(existing)} already {exist}; give another -o, or --force to overwrite.")
 
 
 def write_all(contents: Mapping[Path, bytes | str], force: bool = False) -> None:

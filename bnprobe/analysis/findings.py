@@ -13,7 +13,7 @@ from bnprobe.errors import NonFiniteError, NothingToProbeError
 from bnprobe.measure.accumulators import Values
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.forward_pass import Slot
-from bnprobe.measure.layers import ProbedLayer
+from bnprobe.measure.layers import ONE_VALUE, ProbedLayer
 from bnprobe.numbers import listed, number
 from bnprobe.records import (
     MEASURES,
@@ -268,7 +268,7 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
             f" {sums.count} micro-batches; it is not called fine"
         )
     if evidence.values[slots[0]] == 1:
-        return "one value per channel in a micro-batch: training raises an error at this batch size"
+        return ONE_VALUE
     return None
 
 

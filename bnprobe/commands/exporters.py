@@ -220,12 +220,7 @@ class TorchExporter:
         return Written(buffer.getvalue())
 
     def read(self, content: bytes) -> RunExported:
-        module = torch.export.load(io.BytesIO(content)).module()
-
-        def run(arguments: Arguments) -> Any:
-            return module(*arguments)
-
-        return run
+        return _with_positions(torch.export.load(io.BytesIO(content)).module())
 
 
 class TorchScriptExporter:
@@ -240,12 +235,14 @@ class TorchScriptExporter:
 
     def read(self, content: bytes) -> RunExported:
         with _undeprecated():
-            module = torch.jit.load(io.BytesIO(content))
+            return _with_positions(torch.jit.load(io.BytesIO(content)))
 
-        def run(arguments: Arguments) -> Any:
-            return module(*arguments)
 
-        return run
+def _with_positions(module: nn.Module) -> RunExported:
+    def run(arguments: Arguments) -> Any:
+        return module(*arguments)
+
+    return run
 
 
 def _traced(model: nn.Module, arguments: Arguments) -> tuple[Any, tuple[str, ...]]:

@@ -24,6 +24,15 @@ class CannotEmulateError(Exception):
     """Micro-batches that cannot run as one physical batch; the message says why."""
 
 
+def in_float64(tree: Any) -> Any:
+    """The same with all floating-point tensors in float64."""
+
+    def widened(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return map_leaves(tree, widened)
+
+
 def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
     """Apply ``function`` to every leaf of nested tuples, lists and mappings."""
     if isinstance(tree, Mapping):

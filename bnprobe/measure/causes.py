@@ -23,7 +23,7 @@ from bnprobe.measure.layers import ProbedLayer, named_once, probability_of_dropp
 from bnprobe.measure.outputs import floating, square_norm
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.restore import random_state
-from bnprobe.measure.scores import ScoreTable, one_number, run_together, score_outputs
+from bnprobe.measure.scores import ScoreTable, one_number, run_together, score_outputs, scorer
 from bnprobe.measure.session import Outputs, PathName, Session, rows_of
 from bnprobe.records import MEASURES, ROOT, Chance, ChanceValues, Measure
 from bnprobe.rules.facts import EXPLAINED, OtherEps, Padding, Randomness
@@ -90,10 +90,7 @@ def _chance(
     for position, (batch, size, _) in enumerate(recorded):
         _, _, outputs = recorded[(position + len(recorded) // 2) % len(recorded)]
         for measure, function in functions.items():
-            pass_ = Pass(size, size)
-            value = session.call(path, measure, function, batch, outputs, pass_)
-            if pass_.entered:
-                raise CannotEmulateError("it runs the model on something else than the batch's own tensors")
+            value = scorer(session, path, measure, function, size)(batch, outputs)
             other.setdefault(measure, []).append(one_number(measure, function, value).cpu())
     for measure, values in other.items():
         if (mine := own.scores(measure, path)) is None:

@@ -17,6 +17,9 @@ CPU_SAMPLES = 32
 CUDA_SAMPLES = 256
 """Above these a larger physical batch was not faster; a GPU wants more to be busy."""
 
+LESS = "Use a smaller --batch-size, --autocast, or another --device."
+"""What to do where one micro-batch is too large for the memory."""
+
 _SHARE = 0.25
 """Share of the free memory that one forward pass may be planned to take."""
 
@@ -143,8 +146,7 @@ class Chunks:
     def _halve(self, tried: int) -> None:
         if tried == 1:
             raise DeviceError(
-                f"Not even one micro-batch of {self.batch_size} samples fits into the memory of {self.device}."
-                " Use a smaller --batch-size, --autocast, or another --device."
+                f"Not even one micro-batch of {self.batch_size} samples fits into the memory of {self.device}. {LESS}"
             )
         self.at_once = tried // 2
         if self.device.type == "cuda":

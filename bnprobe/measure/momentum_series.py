@@ -13,7 +13,7 @@ from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import UsageError
 from bnprobe.measure.batch import join, to_device
 from bnprobe.measure.forward_pass import Recorded
-from bnprobe.measure.layers import ProbedLayer
+from bnprobe.measure.layers import ONE_VALUE, ProbedLayer
 from bnprobe.measure.memory import Chunks, Refusal
 from bnprobe.measure.physical_batch import Batching, as_sentence, not_emulated, plan_batching
 from bnprobe.measure.reader import Reader
@@ -201,7 +201,7 @@ class _Recorder:
         if len(calls) > 1 or sum(len(values) for *_, values in self.updates[layer.index]) != self.batches * max(calls):
             return "called a different number of times from batch to batch"
         if any(bool((values < 2).any()) for *_, values in self.updates[layer.index]):
-            return "one value per channel in a micro-batch: training raises an error at this batch size"
+            return ONE_VALUE
         return None
 
     def _series(self, layer: ProbedLayer) -> LayerSeries:

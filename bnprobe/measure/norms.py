@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from bnprobe.nn.batch_renorm import BatchRenormBase
+from bnprobe.nn.frozen import FrozenBatchNorm
 from bnprobe.nn.functional import batch_renorm, sync_batch_renorm
 from bnprobe.nn.gated import GatedBatchNorm, gated_batch_norm
 from bnprobe.registry import Registry
@@ -514,7 +515,7 @@ def family_of(module: nn.Module) -> NormFamily | None:
     return next((family for family in reversed(tuple(NORMS)) if family.matches(module)), None)
 
 
-FROZEN = "frozen batch norm: the same constants in training and at inference"
+FROZEN = FrozenBatchNorm.nothing_to_measure
 """Why a norm without batch statistics is skipped."""
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import OPENING
 from bnprobe.errors import BnprobeError, UsageError, UserCodeError
-from bnprobe.measure.batch import CannotEmulateError, join, map_leaves, pick, tensors_of, to_device
+from bnprobe.measure.batch import CannotEmulateError, in_float64, join, map_leaves, pick, tensors_of, to_device
 from bnprobe.measure.forward_pass import Pass, Recorded, RowLayout, Slot
 from bnprobe.measure.layers import named_once
 from bnprobe.measure.memory import Chunks, Footprint, fits_in_memory, is_out_of_memory, plan_samples
@@ -223,7 +223,7 @@ def _in_float64(
     try:
         twin = _twin_in_float64(session)
         with twin.installed():
-            found = _compare(twin, path, [map_leaves(batch, _widened) for batch in micro_batches], batch_size)
+            found = _compare(twin, path, [in_float64(batch) for batch in micro_batches], batch_size)
     except Exception:  # the user's modules may refuse to be copied, or compute in float32 whatever they get
         return None
     if found.blind or found.calls != blind.calls:
@@ -242,10 +242,6 @@ def _twin_in_float64(session: Session) -> Session:
         for layer in session.layers.layers
     )
     return Session(model, replace(session.layers, layers=layers), session.functions, session.device)
-
-
-def _widened(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _unless_mixed_at_random(

@@ -151,7 +151,7 @@ def score_outputs(
             number = one_number(measure, function, value).to(session.device)
             row = Scored(number, size)
             if size <= left:
-                call = _caller(session, path, measure, function)
+                call = scorer(session, path, measure, function)
                 samples = score_samples(call, measure, function, batch, own, size, number)
                 row = replace(row, samples=samples, tried=True)
                 left = 0 if samples is None else left - size
@@ -159,9 +159,16 @@ def score_outputs(
     return found
 
 
-def _caller(session: Session, path: PathName, measure: Measure, function: BatchFunction) -> Callable[..., Any]:
+def scorer(
+    session: Session, path: PathName, measure: Measure, function: BatchFunction, samples: int = 1
+) -> Callable[..., Any]:
+    """Calls the user's function on a batch of so many samples and the outputs that the model is to give.
+
+    The call raises CannotEmulateError where the function runs the model on anything else.
+    """
+
     def call(batch: Any, outputs: Outputs) -> Any:
-        pass_ = Pass(1, 1)
+        pass_ = Pass(samples, samples)
         value = session.call(path, measure, function, batch, outputs, pass_)
         if pass_.entered:
             raise CannotEmulateError("it runs the model on something else than the batch's own tensors")

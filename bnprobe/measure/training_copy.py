@@ -16,7 +16,7 @@ from bnprobe.errors import DeviceError, ModelError, NonFiniteError, UsageError
 from bnprobe.measure.batch import copy_tensors, to_device
 from bnprobe.measure.hooks import Answer, Interceptor, noting_non_finite
 from bnprobe.measure.layers import ProbedLayer
-from bnprobe.measure.memory import is_out_of_memory
+from bnprobe.measure.memory import LESS, is_out_of_memory
 from bnprobe.measure.norms import NormCall
 from bnprobe.measure.restore import ModelState, every_module, preserved_random_state, set_mode
 from bnprobe.measure.session import Session, casting, eagerly, model_code
@@ -245,7 +245,4 @@ def training_code(call: str, what: str, device: torch.device) -> Iterator[None]:
 
 def too_large(what: str, device: torch.device) -> DeviceError:
     """One micro-batch is too large for the memory of the device."""
-    return DeviceError(
-        f"{what} on one micro-batch does not fit into the memory of {device}."
-        " Use a smaller --batch-size, --autocast, or another --device."
-    )
+    return DeviceError(f"{what} on one micro-batch does not fit into the memory of {device}. {LESS}")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnprobe.nn.kernels import AffineMap, Statistics, snapshot, wide
+from bnprobe.nn.kernels import AffineMap, Statistics, snapshot
+from bnprobe.stats.moments import wide
 
 
 def widened(input: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.nn.blended import normalize_running
+from bnprobe.nn.kernels import require_channels
 
 
 class FrozenBatchNorm(_BatchNorm):
@@ -48,8 +49,7 @@ class FrozenBatchNorm(_BatchNorm):
         return normalize_running(self, input)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        require_channels(input)
 
 
 class FrozenBatchNorm1d(nn.BatchNorm1d, FrozenBatchNorm):

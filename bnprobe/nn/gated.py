@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from bnprobe.errors import UsageError
 from bnprobe.nn.blended import normalize_blended, normalize_running, running_statistics, update_running, widened
-from bnprobe.nn.kernels import AffineMap, Statistics
+from bnprobe.nn.kernels import AffineMap, Statistics, require_channels
 
 _EDGE = 1e-3
 """Gates start at least this far from 0 and 1, where the sigmoid has almost no gradient."""
@@ -83,8 +83,7 @@ class GatedBatchNorm(_BatchNorm):
         return gated_batch_norm(input, self)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        require_channels(input)
 
 
 def gated_batch_norm(input: Tensor, layer: GatedBatchNorm) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.errors import UsageError
 from bnprobe.nn.blended import normalize_blended, normalize_running, running_statistics, update_running, widened
-from bnprobe.nn.kernels import AffineMap, Statistics
+from bnprobe.nn.kernels import AffineMap, Statistics, require_channels
 
 
 class InstanceRenorm(_BatchNorm):
@@ -103,8 +103,7 @@ class InstanceRenorm(_BatchNorm):
         return f"{_BatchNorm.extra_repr(self)}, blend={self.blend:g}"
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        require_channels(input)
 
     def _normalize(self, input: Tensor, x: Tensor, instance: Statistics) -> Tensor:
         if math.prod(x.shape[2:]) == 1:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnprobe.stats.moments import RELATIVE_ERROR
+from bnprobe.stats.moments import RELATIVE_ERROR, wide
 
 _LARGE = 2**16
 """Smallest batch, in values, for which two fast passes cost less than one exact pass."""
@@ -142,9 +142,14 @@ class BatchMoments:
         return self.variance * (self.count / (self.count - 1)) if self.count > 1 else otherwise
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for statistics of an input of this dtype: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+def require_channels(input: Tensor) -> None:
+    """Refuse an input without an axis of channels, in the words of torch.
+
+    Raises:
+        ValueError: It has fewer than two dimensions.
+    """
+    if input.dim() < 2:
+        raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
 
 def batch_moments(x: Tensor, eps: float) -> BatchMoments:

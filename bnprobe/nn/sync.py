@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from bnprobe.nn.kernels import BatchMoments, Renorm, batch_moments, normalize, wide
+from bnprobe.nn.kernels import BatchMoments, Renorm, batch_moments, normalize
+from bnprobe.stats.moments import wide
 
 
 def processes(group: Any) -> int:

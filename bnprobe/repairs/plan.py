@@ -17,7 +17,8 @@ from bnprobe.config.spec import RepairSpec, matches_any
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.loading.model import unwrapped
-from bnprobe.measure.layers import NamedModule, named_once, owner_of
+from bnprobe.measure.layers import NamedModule, named_once
+from bnprobe.measure.origins import owner_of
 from bnprobe.records import ROOT, Layer, LayerChange, Plan, Refusal, Report
 from bnprobe.repairs.conversions import Conversion, conversion_of
 from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed

@@ -34,8 +34,9 @@ from bnprobe.loading.model import BatchFunction, unwrapped
 from bnprobe.loading.order import spread
 from bnprobe.loading.tracking import keeps_none, tracking
 from bnprobe.loading.workload import Workload, read_again
-from bnprobe.measure.layers import ProbedLayer, find_layers, origin, require_layers
+from bnprobe.measure.layers import ProbedLayer, find_layers, require_layers
 from bnprobe.measure.norms import write_statistics
+from bnprobe.measure.origins import origin
 from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer
 from bnprobe.measure.reader import RepeatedReader
 from bnprobe.measure.restore import deferred_interrupts, preserved_generators, seed_everything, untouched

@@ -168,13 +168,17 @@ def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, show_all: 
     ]
     names = Names([layer.name for layer in shown], last=True)
     left_out = len(measured) - len(shown)
-    more = page.paragraph(f"{count(left_out, 'layer')} with less mismatch not shown; --all shows all.")
+    more = page.paragraph(_not_shown(left_out), first="  ")
     return [
         *page.heading("Batch size from which on a layer passes at inference (95%: significantly)"),
         *table(names, dropping(columns, ("limit", columns[0].heading)), page),
         *page.paragraphs(_limits(shown, scanned), "dim"),
         *(more if left_out else []),
     ]
+
+
+def _not_shown(layers: int) -> str:
+    return f"{count(layers, 'layer')} with less mismatch not shown; --all shows all."
 
 
 def _limits(shown: Sequence[SweepLayer], scanned: int) -> Iterable[str]:
@@ -334,7 +338,7 @@ def _rates_by_layer(sweep: MomentumSweep, page: Page, show_all: bool) -> list[Te
         *([Column("best shifted", [_with_ties(curve.best.shifted) for curve in shown])] if _shifts(sweep) else []),
     ]
     names = Names([curve.layer or "" for curve in shown], last=True)
-    left_out = f"{count(len(sweep.layers) - len(shown), 'layer')} with less mismatch not shown; --all shows all."
+    left_out = _not_shown(len(sweep.layers) - len(shown))
     omitted = (f"{layer.name} ({layer.kind}) not replayed: {layer.reason}" for layer in sweep.omitted)
     return [
         *page.heading("Best rate by layer; (+n): n more rates are not significantly worse"),

@@ -74,11 +74,11 @@ def _cpu_moments(x: Tensor, floor: float) -> Moments:
         channels = overflown.nonzero().squeeze(1)
         exact = torch.var_mean(x.index_select(1, channels).double(), tuple(range(2, x.dim())), correction=0)
         variance[:, channels], mean[:, channels] = exact
-    limit = RELATIVE_ERROR / torch.finfo(_wide(x.dtype)).eps
+    limit = RELATIVE_ERROR / torch.finfo(wide(x.dtype)).eps
     risky = (mean.square() > limit * (variance + floor)).any(0)
     if risky.any():
         channels = risky.nonzero().squeeze(1)
-        centred = x.index_select(1, channels).to(_wide(x.dtype))
+        centred = x.index_select(1, channels).to(wide(x.dtype))
         shift = mean[:, channels].to(centred.dtype)
         centred -= shift.reshape(*shift.shape, *[1] * (x.dim() - 2))
         offset, spread = _fast_moments(centred)
@@ -89,32 +89,33 @@ def _cpu_moments(x: Tensor, floor: float) -> Moments:
 
 def _fast_moments(x: Tensor) -> Moments:
     space = tuple(range(2, x.dim()))
-    mean = x.mean(space, dtype=_wide(x.dtype)).double()
+    mean = x.mean(space, dtype=wide(x.dtype)).double()
     return mean, (_mean_square(x) - mean.square()).clamp_min_(0.0)
 
 
 def _mean_square(x: Tensor) -> Tensor:
     """Mean square over the spatial positions, float64 of shape (rows, channels)."""
     if x.is_contiguous():
-        pieces = x.flatten(2).split(_PIECE if x.dtype == _wide(x.dtype) else _HALF_PIECE, dim=2)
-        norms = [torch.linalg.vector_norm(piece, dim=2, dtype=_wide(x.dtype)) for piece in pieces]
+        pieces = x.flatten(2).split(_PIECE if x.dtype == wide(x.dtype) else _HALF_PIECE, dim=2)
+        norms = [torch.linalg.vector_norm(piece, dim=2, dtype=wide(x.dtype)) for piece in pieces]
         return torch.stack(norms).double().square_().sum(0).div_(x.shape[2:].numel())
     space = tuple(range(2, x.dim()))
     # vector_norm is 10 to 20 times slower when channels are innermost; squaring in cache-sized pieces is not.
     rows = max(1, _CHUNK_VALUES // x[0].numel())
-    squares = [part.to(_wide(part.dtype)).square().mean(space) for part in x.split(rows)]
+    squares = [part.to(wide(part.dtype)).square().mean(space) for part in x.split(rows)]
     return torch.cat(squares).double()
 
 
 def _cuda_moments(x: Tensor) -> Moments:
     """One Welford pass: no cancellation, and no decision on the host that would wait for the device."""
     space = tuple(range(2, x.dim()))
-    rows = x.shape[0] if _wide(x.dtype) == x.dtype else max(1, _CUDA_CHUNK_VALUES // x[0].numel())
-    parts = [torch.var_mean(part.to(_wide(x.dtype)), space, correction=0) for part in x.split(rows)]
+    rows = x.shape[0] if wide(x.dtype) == x.dtype else max(1, _CUDA_CHUNK_VALUES // x[0].numel())
+    parts = [torch.var_mean(part.to(wide(x.dtype)), space, correction=0) for part in x.split(rows)]
     return torch.cat([mean for _, mean in parts]).double(), torch.cat([var for var, _ in parts]).double()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for statistics of an input of this dtype: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 

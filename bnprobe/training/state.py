@@ -80,6 +80,7 @@ def _in_worker(number: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+_START_OVER = "Resume with the original settings, or start over with --force."
 _VERSION = 1
 
 
@@ -129,10 +130,7 @@ def _require_same(path: Path, of: dict[str, Any], run: dict[str, Any]) -> None:
     differing = [key for key, value in run.items() if of.get(key) != value]
     if differing:
         words = "; ".join(f"{key} was {of.get(key)!r} and is now {run[key]!r}" for key in differing)
-        raise StateError(
-            f"{path} belongs to a different run: {words}. Resume with the original settings, or start over with"
-            " --force."
-        )
+        raise StateError(f"{path} belongs to a different run: {words}. {_START_OVER}")
 
 
 def require_resumable(name: str, part: Any) -> None:
@@ -300,10 +298,7 @@ class StateFolder:
         differing = [key for key in {**saved, **wanted} if saved.get(key) != wanted.get(key)]
         if differing:
             words = "; ".join(_difference(key, saved.get(key), wanted.get(key)) for key in differing)
-            raise StateError(
-                f"{self.path} belongs to a different repair: {words}. Resume with the original settings, or start over"
-                " with --force."
-            )
+            raise StateError(f"{self.path} belongs to a different repair: {words}. {_START_OVER}")
 
     def _file(self, arm: str, seed: int, kind: str) -> Path:
         """Path of a run's file: the name of the arm made fit for a file name, with a digest to keep it unique."""

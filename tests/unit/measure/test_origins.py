@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bnprobe.loading.model import resolve
-from bnprobe.measure.layers import origin
+from bnprobe.measure.origins import origin
 
 SOURCE = """\
 import torch
