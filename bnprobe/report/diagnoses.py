@@ -364,7 +364,8 @@ def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
             unsure = found.standing in ("same", "unclear") and not change.startswith("leaves")
             no_gain = ", which does not surely help" if unsure else ""
             data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
-            return f"Measured on {data}: {doing(tried.name).lower()} {change}{no_gain}."
+            alone = " alone" if tried.name == "recalibrated" and "recalibrat" not in diagnosis.remedy.lower() else ""
+            return f"Measured on {data}: {doing(tried.name).lower()}{alone} {change}{no_gain}."
     return ""
 
 

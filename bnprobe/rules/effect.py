@@ -95,8 +95,9 @@ class Change:
         return self.harm / self.floor
 
     def words(self, start: str, end: str) -> str:
-        """E.g. "the metric is 0.94 in training and 0.46 at inference"."""
-        return f"the {self.measure} is {score(self.before)} {start} and {score(self.after)} {end}"
+        """E.g. "the metric is 0.94 in training and 0.46 at inference"; values that look the same are said once."""
+        before, after = score(self.before), score(self.after)
+        return f"the {self.measure} is {before} {start} and {'' if before == after else f'{after} '}{end}"
 
 
 @dataclass(frozen=True)
