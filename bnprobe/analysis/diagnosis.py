@@ -314,7 +314,9 @@ class _Finding:
         if len(layers) < 2:
             return f"{layers[0]}: {worst.message}" if layers else worst.message
         every = max(len(self.facts.anatomy), len(self.facts.layers), len(layers))
-        return f"{len(layers)} of {every} layers: {rule.finding}. Worst is {worst.layer}: {worst.message}"
+        alike = len({self._mildness(verdict)[:2] for verdict in self.own}) == 1
+        shown = f"For example {worst.layer}" if alike else f"Worst is {worst.layer}"
+        return f"{len(layers)} of {every} layers: {rule.finding}. {shown}: {worst.message}"
 
     def _consequences(self) -> tuple[str, ...]:
         counts: dict[Cause, int] = defaultdict(int)

@@ -114,8 +114,8 @@ def _clean(report: Report, command: str) -> Closing:
     if serious is not None:
         return _other_problems(report, serious, command)
     known = effect.inconsistency(report.summary.gaps, report.summary.chance)
-    if known.main is not None and known.is_worse:
-        return _worse_but_little(report, known.main, command)
+    if known.blemish is not None:
+        return _worse_but_little(report, known.blemish, command)
     text = _within_limits(with_sign(report.layers, FINE), report)
     return Closing(
         headline=f"So far {text}" if report.scan.partial else text[0].upper() + text[1:],
@@ -361,7 +361,8 @@ def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
     unsure = found.standing in ("same", "unclear") and before != after
     no_gain = ", which does not surely help" if unsure else ""
     data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
-    return f"Measured on {data}: {doing(tried.name).lower()} {change}{no_gain}."
+    alone = " alone" if tried.name == "recalibrated" and "recalibrat" not in diagnosis.remedy.lower() else ""
+    return f"Measured on {data}: {doing(tried.name).lower()}{alone} {change}{no_gain}."
 
 
 def _title(diagnosis: Diagnosis, extent: str) -> str:

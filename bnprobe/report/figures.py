@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import accumulate
 
 from rich.cells import cell_len
 
-from bnprobe.numbers import listed, percent
+from bnprobe.numbers import count, listed, percent
 from bnprobe.numbers import mismatch as mismatch
 from bnprobe.numbers import score as score
-from bnprobe.records import Estimate, Interval, PathMeasurement
+from bnprobe.records import Estimate, Interval, PathMeasurement, Scan
 from bnprobe.report.page import INFINITE, UNMEASURED, Page, pad
 
 _MOST_LISTED = 120
@@ -59,6 +60,17 @@ def span(interval: Interval | None) -> str:
 def relative(ratio: float) -> str:
     """A relative difference, e.g. "38%"; far beyond 100% as a multiple, e.g. "25 times"."""
     return percent(ratio) if ratio < 10 else f"{ratio:.2g} times"
+
+
+def data(scan: Scan) -> str:
+    """Where the data of a scan came from, e.g. "load_data of model.py (1,437 images)"."""
+    described = with_samples(scan.data, scan)
+    return f"{described} (synthetic)" if scan.synthetic else described
+
+
+def with_samples(text: str, scan: Scan) -> str:
+    """The description of data, which ends in the number of its samples, with the word for these."""
+    return re.sub(r"\((\d+) samples\)$", lambda found: f"({count(int(found[1]), scan.sample)})", text)
 
 
 def plain(value: float) -> str:

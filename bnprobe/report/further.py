@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -292,7 +293,7 @@ def backward(report: Report, page: Page, show_all: bool) -> list[Text]:
     if shown:
         columns = [
             Column("n_eq backward", [figures.equivalent_batch_size(noise.equivalent_batch_size) for _, noise in shown]),
-            Column("95%", [_noise_interval(noise) for _, noise in shown]),
+            Column("95%", [_noise_interval(noise) for _, noise in shown], "left"),
         ]
         lines += _layer_table([layer for layer, _ in shown], columns, page)
         lines += _more(len(found) - len(shown), "with less noise", page)
@@ -373,7 +374,7 @@ def _rate(rate: float | None) -> str:
 
 def _layer_table(layers: Sequence[Layer], columns: Sequence[Column], page: Page) -> list[Text]:
     """Columns are dropped where the page is too narrow, the last first; points stand in line."""
-    aligned = [Column(column.heading, column.cells, "point") for column in columns]
+    aligned = [replace(column, align="point") if column.align == "right" else column for column in columns]
     expendable = [column.heading for column in aligned[:0:-1]]
     return table(Names([layer.name for layer in layers]), dropping(aligned, expendable), page)
 

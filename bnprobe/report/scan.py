@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from statistics import median
 
@@ -92,7 +91,7 @@ def _header(report: Report, page: Page) -> list[Text]:
     partial = " (PARTIAL)" if scan.partial else ""
     title = page.heading(f"{report.tool.name} {report.tool.version}: scan of {scan.model}{partial}")
     rows = [
-        ("data", f"{_called(scan.data, scan)} (synthetic)" if scan.synthetic else _called(scan.data, scan)),
+        ("data", figures.data(scan)),
         *([("held-out", _held_out(scan, scan.held_out))] if scan.held_out else []),
         *([("checkpoint", scan.checkpoint)] if scan.checkpoint else []),
         ("device", _device(report)),
@@ -102,14 +101,9 @@ def _header(report: Report, page: Page) -> list[Text]:
     return [*title, *page.labelled(rows)]
 
 
-def _called(text: str, scan: Scan) -> str:
-    """The description of data, which ends in the number of its samples, with the word for these."""
-    return re.sub(r"\((\d+) samples\)$", lambda found: f"({count(int(found[1]), scan.sample)})", text)
-
-
 def _held_out(scan: Scan, source: str) -> str:
     """Where the held-out data came from, and how much of it was measured."""
-    where, measured = _called(source, scan), scan.held_out_images
+    where, measured = figures.with_samples(source, scan), scan.held_out_images
     known = measured is None or where.endswith(f"({count(measured, scan.sample)})")
     return where if known else f"{where}; {count(measured or 0, scan.sample)} measured"
 

@@ -59,10 +59,10 @@ def _header(report: SweepReport, page: Page) -> list[Text]:
     batches = count(scan.batches, "micro-batch")
     regrouped = ", regrouped for every size" if any(len(layer.eval) > 1 for layer in report.layers) else ""
     rows = [
-        ("data", f"{scan.data} (synthetic)" if scan.synthetic else scan.data),
+        ("data", figures.data(scan)),
         *([("checkpoint", scan.checkpoint)] if scan.checkpoint else []),
         ("device", f"{scan.device} ({report.environment.device_name}), {scan.dtype}, seed {scan.seed}"),
-        ("measured", f"{batches} {TIMES} {scan.batch_size} = {count(scan.images, 'sample')}{regrouped}"),
+        ("measured", f"{batches} {TIMES} {scan.batch_size} = {count(scan.images, scan.sample)}{regrouped}"),
     ]
     return [*title, *page.labelled(rows)]
 

@@ -44,6 +44,9 @@ LITTLE = 0.15
 MOVES = 0.02
 """Relative L2 distance from which on outputs really change."""
 
+LITTLE_HARM = 0.4
+"""Floors of a significant harm from which on a report is not called clean."""
+
 MODES = ("training", "inference")
 
 STATISTICS = ("with batch statistics", "with running statistics")
@@ -123,8 +126,9 @@ class Change:
         return self.harm / self.floor
 
     def words(self, start: str, end: str) -> str:
-        """E.g. "the metric is 0.94 in training and 0.46 at inference"."""
-        return f"the {self.measure} is {score(self.before)} {start} and {score(self.after)} {end}"
+        """E.g. "the metric is 0.94 in training and 0.46 at inference"; values that look the same are said once."""
+        before, after = score(self.before), score(self.after)
+        return f"the {self.measure} is {before} {start} and {'' if before == after else f'{after} '}{end}"
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,13 @@ class Effect:
     def is_no_gain(self) -> bool:
         """Whether it was measured well enough to know that it does harm, or is by no measure a gain that counts."""
         return self.is_worse or (bool(self.changes) and all(change.is_no_gain for change in self.changes))
+
+    @property
+    def blemish(self) -> Change | None:
+        """What is significantly worse by a part of the floor: too little to act on, but not clean."""
+        return _first(
+            each for each in self.changes if each.interval and each.interval[0] > 0 and each.weight > LITTLE_HARM
+        )
 
     @property
     def main(self) -> Change | None:

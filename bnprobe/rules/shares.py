@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
-from bnprobe.numbers import mismatch, percent
+from bnprobe.numbers import mismatch
 from bnprobe.records import (
     DEFAULT_THRESHOLD,
     FREE_REMEDIES,
@@ -388,6 +388,5 @@ def in_words(layer: Layer, share: float) -> str:
     if share > total * (1 + ROUNDING):
         part = f"It adds D = {mismatch(share)}, which other causes offset in part: the layer has D = {mismatch(total)}"
     else:
-        share = min(share, total)
-        part = f"It accounts for D = {mismatch(share)} of {mismatch(total)}, {percent(share / total)}"
+        part = f"It accounts for D = {mismatch(min(share, total))} of {mismatch(total)}"
     return f"({part}; the layer's limit is {limit}.)"

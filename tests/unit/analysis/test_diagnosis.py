@@ -148,7 +148,7 @@ def test_one_cause_is_said_once_and_the_worst_layer_named() -> None:
         message=(
             "2 of 3 layers: samples of a batch are more alike than samples drawn at random (sorted data, or one source"
             " per batch?). Worst is c: Two samples of a batch have a correlation of 0.40 (0: i.i.d., 1: identical;"
-            " p < 0.0001), so a batch of 8 is worth 2.11 independent samples. (It accounts for D = 0.500 of 0.505, 99%;"
+            " p < 0.0001), so a batch of 8 is worth 2.11 independent samples. (It accounts for D = 0.500 of 0.505;"
             " the layer's limit is 0.048.)"
         ),
         remedy=find_rule("BN202").remedy,
@@ -443,3 +443,11 @@ def test_statistics_that_a_momentum_of_0_never_updated_are_one_fault(
     layers = [make_layer("bn", make_shares(lag=0.5), momentum=momentum)] if measured else []
     facts = make_evidence(*layers, anatomy=[make_anatomy("bn", momentum=momentum, untouched=True)])
     assert sorted(diagnosis.rule for diagnosis in diagnosed(facts)) == found
+
+
+def test_no_layer_is_called_the_worst_of_layers_that_are_alike() -> None:
+    alike = [make_anatomy(name, momentum=0.99) for name in "ab"]
+    [found] = diagnosed(make_evidence(anatomy=alike))
+    assert ". For example a: momentum=0.99" in found.message
+    [found] = diagnosed(make_evidence(anatomy=[alike[0], make_anatomy("b", momentum=0.95)]))
+    assert ". Worst is a: momentum=0.99" in found.message

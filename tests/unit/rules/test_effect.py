@@ -27,3 +27,5 @@ def test_no_gain_is_known_only_where_the_interval_excludes_one() -> None:
 def test_values_are_written_as_in_tables() -> None:
     [change] = effect.inconsistency((metric(0.966, 0.995),)).changes
     assert change.words("before", "after") == "the metric is 0.966 before and 0.995 after"
+    [same] = effect.inconsistency((metric(0.9951, 0.9949),)).changes
+    assert same.words("with this", "with that") == "the metric is 0.995 with this and with that"

@@ -22,7 +22,7 @@ def test_noise_of_few_values_is_blamed_on_flagged_layers_only() -> None:
             "BN201",
             "few",
             "The layer gets 8 values per channel from a batch of 2. They are as noisy as 7.79 independent values, and"
-            " the limit of noise is 14. (It accounts for D = 0.200 of 0.201, 100%; the layer's limit is 0.109.)",
+            " the limit of noise is 14. (It accounts for D = 0.200 of 0.201; the layer's limit is 0.109.)",
             0.2,
             NOISE,
         ),
