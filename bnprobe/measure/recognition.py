@@ -76,13 +76,10 @@ def recognise(
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Buffers and other tensors of a module that are not trained."""
     found = {**module._buffers, **{name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}}
-    found.update((name, value) for name, value in module._parameters.items() if value is not None and _is_kept(value))
+    # A parameter that is not trained is a buffer by another name.
+    kept = {name: value for name, value in module._parameters.items() if value is not None and not value.requires_grad}
+    found.update(kept)
     return {name: value for name, value in found.items() if value is not None and _is_plain(value)}
-
-
-def _is_kept(parameter: Tensor) -> bool:
-    """Whether a parameter is a buffer by another name."""
-    return not parameter.requires_grad
 
 
 def _is_plain(tensor: Tensor) -> bool:
