@@ -348,7 +348,7 @@ def affine(call: NormCall, grouping: Grouping) -> tuple[Tensor, Leaves]:
     mean = call.running_mean.to(wide)
     variance = call.running_variance.double()
     rstd = (variance + call.eps_for(variance)).rsqrt().to(wide)
-    z = (x - _as_channels(mean, x)) * _as_channels(rstd, x)
+    z = (x - as_channels(mean, x)) * as_channels(rstd, x)
     scale = torch.ones_like(mean) if call.weight is None else call.weight.to(wide)
     shift = torch.zeros_like(mean) if call.bias is None else call.bias.to(wide)
     leaves = Leaves(_leaf(scale, grouping.groups), _leaf(shift, grouping.groups))
@@ -378,12 +378,12 @@ def normalize_together(call: NormCall) -> Tensor:
     output = (values - mean) * (variance + call.eps_for(variance)).rsqrt()
     found = call.corrections(mean.reshape(1, -1).double(), variance.reshape(1, -1).double())
     if found is not None:
-        r, d = (_as_channels(value[0].to(values.dtype), x) for value in (found.r_clipped, found.d_clipped))
+        r, d = (as_channels(value[0].to(values.dtype), x) for value in (found.r_clipped, found.d_clipped))
         output = output * r + d
     if call.weight is not None:
-        output = output * _as_channels(call.weight, x)
+        output = output * as_channels(call.weight, x)
     if call.bias is not None:
-        output = output + _as_channels(call.bias, x)
+        output = output + as_channels(call.bias, x)
     return output.to(x.dtype)
 
 
@@ -391,7 +391,8 @@ def _leaf(value: Tensor, units: int) -> Tensor:
     return value.detach().expand(units, -1).clone().requires_grad_()
 
 
-def _as_channels(per_channel: Tensor, x: Tensor) -> Tensor:
+def as_channels(per_channel: Tensor, x: Tensor) -> Tensor:
+    """Values of shape (channels) to be broadcast over samples and positions of ``x``."""
     return per_channel.reshape(-1, *[1] * (x.dim() - 2))
 
 

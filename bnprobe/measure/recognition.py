@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from bnprobe.config.spec import NormClass
 from bnprobe.measure.batch import in_float64, leaves_of, map_leaves
+from bnprobe.measure.forward_pass import as_channels
 from bnprobe.measure.norms import FORMS, WholeModule
 from bnprobe.stats.moments import bessel
 
@@ -75,13 +76,10 @@ def recognise(
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Buffers and other tensors of a module that are not trained."""
     found = {**module._buffers, **{name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}}
-    found.update((name, value) for name, value in module._parameters.items() if value is not None and _is_kept(value))
+    # A parameter that is not trained is a buffer by another name.
+    kept = {name: value for name, value in module._parameters.items() if value is not None and not value.requires_grad}
+    found.update(kept)
     return {name: value for name, value in found.items() if value is not None and _is_plain(value)}
-
-
-def _is_kept(parameter: Tensor) -> bool:
-    """Whether a parameter is a buffer by another name."""
-    return not parameter.requires_grad
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -160,7 +158,7 @@ class _Trial:
         """
         nought, one = torch.zeros_like(shift), torch.ones_like(shift)
         output = self._run(x, nought, one)
-        moved = self._run(x + _channels(shift, x), shift, one)
+        moved = self._run(x + as_channels(shift, x), shift, one)
         if not _close(moved, output) or _close(self._run(x, shift, one), output):
             raise _NoNormError(f"{self.mean} does not shift its input in eval mode")
         slope = output - self._run(0 * x, nought, one)
@@ -198,13 +196,13 @@ class _Trial:
     def _in_training(self, family: WholeModule, x: Tensor, mean: Tensor, variance: Tensor) -> WholeModule:
         """Compare train mode with what eval mode gives for the input normalized by its batch."""
         kept = FORMS[family.form].kept_as(variance)
-        std = _channels(family.std_of(variance), x)
+        std = as_channels(family.std_of(variance), x)
 
         def evaluated(z: Tensor) -> Tensor:
-            return self._run(_channels(mean, x) + std * z, mean, kept)
+            return self._run(as_channels(mean, x) + std * z, mean, kept)
 
         def trained(scale: float, offset: float) -> tuple[Tensor, Tensor, Tensor, Callable[[bool], Tensor], Tensor]:
-            values = _channels(mean, x) + std * (scale * x + offset)
+            values = as_channels(mean, x) + std * (scale * x + offset)
             others = [axis for axis in range(x.dim()) if axis != 1]
             batch_variance, batch_mean = torch.var_mean(values, others, correction=0, keepdim=True)
             factor = bessel(values.numel() // values.shape[1])
@@ -253,7 +251,7 @@ class _Trial:
         n = output.numel() // output.shape[1]
         variance = unbiased_variance if family.unbiased else unbiased_variance / bessel(n)
         r = (family.std_of(variance) / std).clamp(1 / family.r_max, family.r_max)
-        d = ((batch_mean - _channels(mean, output)) / std).clamp(-family.d_max, family.d_max)
+        d = ((batch_mean - as_channels(mean, output)) / std).clamp(-family.d_max, family.d_max)
         return _close(output, evaluated(r * normalized(family.unbiased) + d))
 
     def _run(self, x: Tensor, mean: Tensor, kept: Tensor) -> Tensor:
@@ -296,10 +294,6 @@ def _first_rows(tree: Any, rows: int) -> Any:
         return leaf[:_ROWS] if isinstance(leaf, Tensor) and leaf.shape[:1] == (rows,) else leaf
 
     return map_leaves(tree, cut)
-
-
-def _channels(values: Tensor, x: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (x.dim() - 2))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

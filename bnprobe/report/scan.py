@@ -272,7 +272,7 @@ def _batch_sizes(layers: tuple[Layer, ...], page: Page) -> list[Text]:
 
 def _at_size(layers: tuple[Layer, ...], size: int) -> tuple[str, str, str]:
     points = [(layer, point) for layer in layers for point in layer.batch_sizes if point.batch_size == size]
-    worst, point = max(points, key=lambda pair: pair[1].mismatch)
+    worst, point = max(points, key=lambda pair: pair[1].mismatch / pair[1].limit)
     value = figures.equivalent_batch_size(point.equivalent_batch_size)
     return worst.name, value, f"{len(under_limit(layers, size))} of {len(points)}"
 

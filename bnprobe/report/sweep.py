@@ -160,9 +160,10 @@ def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, show_all: 
     if not shown:
         return []
     largest = max(point.batch_size for layer in shown for point in layer.eval)
+    limits = [equivalent_batch_size(_at(layer, scanned).limit) for layer in shown]
     columns = [
         Column(f"n_eq at {scanned}", [_equivalent(_at(layer, scanned)) for layer in shown]),
-        Column("limit", [figures.equivalent_batch_size(_limit(_at(layer, scanned))) for layer in shown]),
+        Column("limit", [figures.equivalent_batch_size(limit) for limit in limits]),
         Column("passes", [_size(layer.smallest.likely, largest) for layer in shown]),
         Column("at 95%", [_size(layer.smallest.surely, largest) for layer in shown]),
     ]
@@ -188,11 +189,6 @@ def _limits(shown: Sequence[SweepLayer], scanned: int) -> Iterable[str]:
             f"limit: the n_eq below which a layer fails at size {scanned}, between {figures.plain(NOISE_THRESHOLD)} for"
             f" noise of batches alone and {figures.plain(DEFAULT_THRESHOLD)} for all else, in proportion"
         )
-
-
-def _limit(point: SweepPoint) -> float | None:
-    """The n_eq below which the layer fails."""
-    return equivalent_batch_size(point.limit)
 
 
 def _size(size: int | None, largest: int) -> str:

@@ -54,7 +54,7 @@ class DeadChannels(Rule):
 
     def _judge(self, layer: Anatomy) -> Verdict:
         if not layer.has_running_statistics:
-            return self.skipped(layer.name, "the layer has no running statistics")
+            return self.without_statistics(layer)
         if not layer.dead:
             return self.passed(layer.name, "Every running variance is at least eps.", 0.0, 0.0)
         severity: Severity = "warning" if layer.constant else "info"

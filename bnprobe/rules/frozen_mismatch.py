@@ -60,7 +60,7 @@ class FrozenMismatch(Rule):
         if layer.trains_affine is None:
             return self.skipped(layer.name, "the layer has no weight and bias (affine=False)")
         if not layer.has_running_statistics:
-            return self.skipped(layer.name, "the layer has no running statistics")
+            return self.without_statistics(layer)
         if layer.copy_of is not None:
             return self.passed(layer.name, f"It belongs to a copy of {layer.copy_of} that is not trained by gradients.")
         if layer.trains_affine == layer.trains_statistics:

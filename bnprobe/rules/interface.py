@@ -134,6 +134,10 @@ class Rule(ABC):
         """The rule could not judge; the reason is a clause without a full stop."""
         return self._verdict(layer, "skipped", f"Not judged: {reason}.", None, None, reason=reason)
 
+    def without_statistics(self, layer: Anatomy) -> Verdict:
+        """The verdict of a rule on running statistics where there are none."""
+        return self.skipped(layer.name, "the layer has no running statistics")
+
     def _verdict(
         self,
         layer: str | None,

@@ -64,7 +64,7 @@ class MomentumConvention(Rule):
 
     def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
         if not layer.has_running_statistics:
-            return self.skipped(layer.name, "the layer has no running statistics")
+            return self.without_statistics(layer)
         if layer.momentum is None:
             return self.passed(layer.name, "momentum=None gives every batch the same weight.", None, SUSPECT)
         if 0 < layer.momentum < SUSPECT or not layer.trains_statistics:

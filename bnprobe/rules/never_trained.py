@@ -61,7 +61,7 @@ class NeverTrained(Rule):
 
     def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
         if not layer.has_running_statistics:
-            return self.skipped(layer.name, "the layer has no running statistics")
+            return self.without_statistics(layer)
         updates = None if layer.batches_tracked is None else float(layer.batches_tracked)
         if not layer.untouched:
             return self.passed(layer.name, "The running statistics differ from mean 0 and variance 1.", updates)

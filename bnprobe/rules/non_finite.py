@@ -54,7 +54,7 @@ class NonFinite(Rule):
 
     def _judge(self, layer: Anatomy) -> Verdict:
         if not layer.has_running_statistics:
-            return self.skipped(layer.name, "the layer has no running statistics")
+            return self.without_statistics(layer)
         bad = layer.non_finite + layer.negative
         if not bad:
             return self.passed(layer.name, "All running statistics are finite.", 0.0, 0.0)

@@ -17,6 +17,7 @@ from bnprobe.report.diagnoses import closing as verdict
 from bnprobe.report.next_step import with_options
 from bnprobe.report.page import broken
 from bnprobe.rules import RULES
+from bnprobe.stats.theory import mismatch_iid
 
 COMMAND = "bnprobe scan model.py --batch-size 2"
 
@@ -91,6 +92,16 @@ def test_headline_and_next_command(report: Report, headline: str, command: str |
 def test_a_diagnosis_says_what_is_next(name: str, headline: str, command: str) -> None:
     end = verdict(fabricated.REPORTS[name](), COMMAND)
     assert (end.headline, end.step.command) == (headline, command)
+
+
+def test_a_batch_size_is_enough_where_noise_is_within_its_own_limit() -> None:
+    report = fabricated.batch_sizes()
+    layers = [
+        replace(layer, batch_sizes=tuple(replace(each, limit=mismatch_iid(14.0)) for each in layer.batch_sizes))
+        for layer in report.layers
+    ]
+    step = verdict(replace(report, layers=tuple(layers)), COMMAND).step
+    assert step.why == "At batch size 8 no layer is under its limit at inference. To check training too:"
 
 
 def stale(remedy: str = "", **scan: Any) -> Report:
