@@ -79,6 +79,7 @@ from bnprobe.records import (
 )
 from bnprobe.rules.effect import inconsistency
 from bnprobe.rules.facts import Anatomy, Facts, OtherEps, Padding, Randomness
+from bnprobe.rules.shares import is_cause
 from bnprobe.stats.composition import regrouped_batches
 
 IMPACT_BYTES = 2**27
@@ -462,15 +463,16 @@ def tell_apart(
             most = max(2, CHANCE_IMAGES // max(sizes))
             with _counted(found, "chance", "what outputs of other samples score", sum(sizes[:most])):
                 found.chance = chance_levels(session, evidence.counted[:most], evidence.batching)
+        if not any(is_cause(layer, "lag") for layer in findings.layers):
+            return  # the rest is said of stale statistics
         stale = [
             layer.name
             for layer in findings.layers
             if layer.flagged and layer.shares and max(layer.shares.lag, layer.shares.propagation) > 0
         ]
-        if stale:
-            with _counted(found, "eps", "whether the statistics fit another eps", min(samples, SAMPLES_OF_EPS)):
-                found.other_eps = fitting_eps(session, evidence.counted, evidence.batching, stale)
-            found.padding = padding_in(batches, [] if evidence.held_out is None else evidence.held_out.micro_batches)
+        with _counted(found, "eps", "whether the statistics fit another eps", min(samples, SAMPLES_OF_EPS)):
+            found.other_eps = fitting_eps(session, evidence.counted, evidence.batching, stale)
+        found.padding = padding_in(batches, [] if evidence.held_out is None else evidence.held_out.micro_batches)
 
 
 def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
