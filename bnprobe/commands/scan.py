@@ -44,6 +44,7 @@ from bnprobe.measure.train_steps import MakeOptimizer
 from bnprobe.records import SCHEMA_VERSION, Interval, Report, Tool
 from bnprobe.rules.effect import inconsistency
 from bnprobe.rules.facts import Facts
+from bnprobe.rules.shares import is_cause
 
 
 def scan(
@@ -288,7 +289,9 @@ def _beyond(
 
 
 def _stale(findings: Findings) -> tuple[str, ...]:
-    """Flagged layers whose running statistics are wrong, other than by dropout alone."""
+    """Flagged layers whose running statistics are wrong, other than by dropout; none where staleness is no cause."""
+    if not any(is_cause(layer, "lag") for layer in findings.layers):
+        return ()
     return tuple(
         layer.name
         for layer in findings.layers

@@ -173,7 +173,9 @@ def _gradients(
     if not outputs or not leaves:
         return [None] * len(leaves)
     inputs = [tensor for leaf in leaves for tensor in (leaf.scale, leaf.shift)]
-    found = torch.autograd.grad(outputs, inputs, vectors, retain_graph=keep, allow_unused=True)
+    with torch.enable_grad():  # of numbers: of tensors, with vectors, it would import sympy, which takes half a second
+        products = [(tensor * vector).sum() for tensor, vector in zip(outputs, vectors, strict=True)]
+    found = torch.autograd.grad(products, inputs, retain_graph=keep, allow_unused=True)
     pairs = zip(found[::2], found[1::2], strict=True)
     return [None if one is None or other is None else (one, other) for one, other in pairs]
 

@@ -70,6 +70,10 @@ _INTERRUPTIBLE = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 )
 
+_MAIN = "__main__", "__mp_main__"
+_SAMPLES = str(REPOSITORY / "sample_configs")
+_NOT_USERS = tuple(map(str, (sys.prefix, sys.base_prefix, REPOSITORY)))
+
 
 @dataclass(frozen=True)
 class Result:
@@ -171,7 +175,8 @@ def _exit_code() -> int:
 @contextmanager
 def _as_process(folder: Path, arguments: list[str], environment: dict[str, str]) -> Iterator[None]:
     """While the block runs, this process looks like a new one in ``folder``; afterwards like before."""
-    before, modules, path = Path.cwd(), set(sys.modules), list(sys.path)
+    before, path = Path.cwd(), list(sys.path)
+    others = _take_out_users_modules()
     os.chdir(folder)
     try:
         with (
@@ -183,9 +188,8 @@ def _as_process(folder: Path, arguments: list[str], environment: dict[str, str])
     finally:
         os.chdir(before)
         sys.path[:] = path
-        for name in set(sys.modules) - modules:
-            if _is_users(sys.modules[name], folder):
-                del sys.modules[name]
+        _take_out_users_modules()
+        sys.modules.update(others)
         importlib.invalidate_caches()  # files of the folder may change within the resolution of their time stamps
 
 
@@ -211,10 +215,19 @@ def _show_warning(
     sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
-def _is_users(module: Any, folder: Path) -> bool:
-    """Whether a module was imported from the user's folder (or has no file, as a namespace package of it)."""
-    places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
-    return any(Path(place).is_relative_to(folder) for place in places if isinstance(place, str))
+def _take_out_users_modules() -> dict[str, Any]:
+    """Forget the modules that are no part of Python, of a package or of this repository; those forgotten."""
+    found = {name: module for name, module in sys.modules.items() if name not in _MAIN and _is_users(module)}
+    for name in found:
+        del sys.modules[name]
+    return found
+
+
+def _is_users(module: Any) -> bool:
+    """Whether a module was imported from a user's folder (or has no file, as a namespace package of it)."""
+    known = getattr(module, "__dict__", {})  # some modules of torch make up the attributes that they lack
+    places = [place for place in (known.get("__file__"), *known.get("__path__", ())) if isinstance(place, str)]
+    return any(not place.startswith(_NOT_USERS) or place.startswith(_SAMPLES) for place in places)
 
 
 def _stream() -> io.TextIOWrapper:

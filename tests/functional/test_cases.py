@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from functional.command import CLEAN, ERROR, FINDINGS, REPOSITORY, Result, Works
 
 CASES = REPOSITORY / "tests" / "cases"
 JSON = ("--format", "json")
+Scan = Callable[[str], Result]
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,24 @@ REPORTED = (
 )
 
 
-@pytest.fixture
-def cases(workspace: Workspace) -> Path:
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of all cases, in which the command runs."""
-    shutil.copytree(CASES, workspace.folder / "cases", ignore=shutil.ignore_patterns("__pycache__"))
-    return workspace.folder / "cases"
+    folder = tmp_path_factory.mktemp("reported") / "cases"
+    return Path(shutil.copytree(CASES, folder, ignore=shutil.ignore_patterns("__pycache__")))
+
+
+@pytest.fixture(scope="module")
+def scan(cases: Path) -> Scan:
+    """Scan a case as its owner would, once for all tests of what was found."""
+
+    @cache
+    def scanned(name: str) -> Result:
+        place, model = _in(cases, name)
+        (case,) = [case for case in REPORTED if case.name == name]
+        return place.run("scan", model, "--batch-size", str(case.batch_size), *JSON)
+
+    return scanned
 
 
 def _in(cases: Path, name: str) -> tuple[Workspace, str]:
@@ -101,8 +119,6 @@ def _in(cases: Path, name: str) -> tuple[Workspace, str]:
 
 
 def _report(result: Result, code: int) -> dict[str, Any]:
-    import json
-
     assert result.code == code, result
     found: dict[str, Any] = json.loads(result.stdout)
     return found
@@ -113,10 +129,8 @@ def _first(report: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("case", REPORTED, ids=str)
-def test_a_scan_gives_the_known_answer(cases: Path, case: Case) -> None:
-    place, model = _in(cases, case.name)
-    size = ("--batch-size", str(case.batch_size))
-    scanned = place.run("scan", model, *size, *JSON)
+def test_a_scan_gives_the_known_answer(scan: Scan, case: Case) -> None:
+    scanned = scan(case.name)
     report = _report(scanned, case.code)
     text = render(load_report(scanned.stdout), options=RenderOptions(width=400, show_all=True))
     if case.causes:
@@ -142,9 +156,8 @@ def _says_no_clean_verdict_of_a_fallen_metric(report: dict[str, Any], text: str)
         assert not (worse and large and report["diagnoses"] == []), text
 
 
-def test_batches_of_one_image_are_scored_on_enough_of_them(cases: Path) -> None:
-    place, model = _in(cases, "02-varlen-bs1")
-    report = _report(place.run("scan", model, "--batch-size", "1", *JSON), FINDINGS)
+def test_batches_of_one_image_are_scored_on_enough_of_them(scan: Scan) -> None:
+    report = _report(scan("02-varlen-bs1"), FINDINGS)
     metric = next(gap for gap in report["summary"]["gaps"] if gap["measure"] == "metric")
     assert metric["samples"] >= 100
     assert metric["held_out_samples"] == 60
@@ -152,12 +165,28 @@ def test_batches_of_one_image_are_scored_on_enough_of_them(cases: Path) -> None:
     assert low < metric["inconsistency"] < high < 0
 
 
+FEW = """
+from model import *
+
+
+def load_data(batch_size=1):
+    return DataLoader(Seqs(40, 1), batch_size, shuffle=True)
+
+
+def load_eval_data(batch_size=1):
+    return DataLoader(Seqs(20, 2), batch_size)
+"""
+"""The network of single images with fewer of them: a repair scans twice."""
+
+
 @pytest.mark.parametrize("command", ["recalibrate", "convert"])
 def test_batches_of_one_image_are_repaired_as_they_are(cases: Path, command: str) -> None:
-    place, model = _in(cases, "02-varlen-bs1")
-    result = place.run(command, model, "--batch-size", "1", "--output", "repaired.safetensors", "--force")
+    place, _ = _in(cases, "02-varlen-bs1")
+    place.write("few.py", FEW)
+    output = f"{command}.safetensors"
+    result = place.run(command, "few.py", "--batch-size", "1", "--output", output, "--force")
     assert result.code in (CLEAN, FINDINGS), result
-    assert (place.folder / "repaired.safetensors").exists()
+    assert (place.folder / output).exists()
 
 
 def test_parameters_without_buffers_are_repaired(cases: Path) -> None:
@@ -170,23 +199,21 @@ def test_parameters_without_buffers_are_repaired(cases: Path) -> None:
     assert _report(after, CLEAN)["summary"]["flagged"] == 0
 
 
-def test_a_cause_of_a_small_part_is_no_second_error(cases: Path) -> None:
-    place, model = _in(cases, "10-adapt-alternate")
-    report = _report(place.run("scan", model, "--batch-size", "8", *JSON), FINDINGS)
+def test_a_cause_of_a_small_part_is_no_second_error(scan: Scan) -> None:
+    report = _report(scan("10-adapt-alternate"), FINDINGS)
     others = [found for found in report["diagnoses"][1:] if found["severity"] == "error"]
     assert {found["cause"] for found in others} <= {"data_shift"}  # the evaluation data is one of the two domains
     assert all(found["impact"] is None for found in others)
 
 
-def test_the_shared_layers_of_two_calls_are_named(cases: Path) -> None:
-    place, model = _in(cases, "11b-two-calls-weak")
-    report = _report(place.run("scan", model, "--batch-size", "32", *JSON), FINDINGS)
+def test_the_shared_layers_of_two_calls_are_named(scan: Scan) -> None:
+    report = _report(scan("11b-two-calls-weak"), FINDINGS)
     assert set(report["diagnoses"][0]["layers"]) == {"body.1", "body.4", "body.7"}
 
 
-def test_statistics_that_are_nan_are_repaired(cases: Path) -> None:
+def test_statistics_that_are_nan_are_repaired(cases: Path, scan: Scan) -> None:
     place, model = _in(cases, "12-nan-stats")
-    report = _report(place.run("scan", model, "--batch-size", "32", *JSON), FINDINGS)
+    report = _report(scan("12-nan-stats"), FINDINGS)
     assert [layer["name"] for layer in report["layers"]] == ["1", "4", "7"]
     assert report["summary"]["gaps"][0]["measure"] == "metric"  # the loss is not finite at inference
     assert place.run("recalibrate", model, "--batch-size", "32", "-o", "new.safetensors").code == CLEAN
@@ -194,16 +221,15 @@ def test_statistics_that_are_nan_are_repaired(cases: Path) -> None:
     assert "non_finite" not in {found["cause"] for found in _report(after, CLEAN)["diagnoses"]}
 
 
-def test_a_new_network_is_not_called_untrained_in_anger(cases: Path) -> None:
-    place, model = _in(cases, "14-last-batch")
-    report = _report(place.run("scan", model, "--batch-size", "4", *JSON), FINDINGS)
+def test_a_new_network_is_not_called_untrained_in_anger(scan: Scan) -> None:
+    report = _report(scan("14-last-batch"), FINDINGS)
     severities = {found["cause"]: found["severity"] for found in report["diagnoses"]}
     assert severities.get("never_trained", "info") == "info"
 
 
-def test_weights_that_belong_to_the_running_statistics_keep_them(cases: Path) -> None:
+def test_weights_that_belong_to_the_running_statistics_keep_them(cases: Path, scan: Scan) -> None:
     place, model = _in(cases, "16-train-forgotten")
-    report = _report(place.run("scan", model, "--batch-size", "32", *JSON), CLEAN)
+    report = _report(scan("16-train-forgotten"), CLEAN)
     assert not any("ecalibrate" in found["remedy"] for found in report["diagnoses"][:1])
     frozen = place.run("convert", model, "--batch-size", "32", "--to", "frozen", "-o", "frozen.safetensors")
     assert frozen.code == CLEAN, frozen
@@ -211,9 +237,8 @@ def test_weights_that_belong_to_the_running_statistics_keep_them(cases: Path) ->
     assert all(torch.equal(before[name], after[name]) for name in before if "running" in name)
 
 
-def test_held_out_data_is_read_as_it_is_served(cases: Path) -> None:
-    place, model = _in(cases, "17-audio-padding")
-    report = _report(place.run("scan", model, "--batch-size", "16", *JSON), FINDINGS)
+def test_held_out_data_is_read_as_it_is_served(scan: Scan) -> None:
+    report = _report(scan("17-audio-padding"), FINDINGS)
     assert next(gap["held_out_samples"] for gap in report["summary"]["gaps"]) == 150
 
 
@@ -223,9 +248,8 @@ def test_statistics_are_made_where_there_are_none(cases: Path) -> None:
     assert "1.running_mean" in load_file(place.folder / "new.safetensors")
 
 
-def test_no_remedy_for_bn_is_the_fix_of_weights_at_chance(cases: Path) -> None:
-    place, model = _in(cases, "25-ema-too-young")
-    report = _report(place.run("scan", model, "--batch-size", "64", *JSON), FINDINGS)
+def test_no_remedy_for_bn_is_the_fix_of_weights_at_chance(scan: Scan) -> None:
+    report = _report(scan("25-ema-too-young"), FINDINGS)
     assert "Look at the weights" in report["diagnoses"][0]["remedy"]
     assert not any("bnprobe recalibrate" in found["remedy"] for found in report["diagnoses"])
 
@@ -275,8 +299,6 @@ def test_a_loss_without_a_return(cases: Path) -> None:
 
 @pytest.mark.parametrize("script", ["changed.py", "empty_buffer.py", "mutated.py"])
 def test_scripts_that_broke_a_scan(cases: Path, script: str) -> None:
-    import sys
-
     place, _ = _in(cases, f"faults/{script}")
     result = place.call(sys.executable, script)
     assert result.code == 0, result

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,8 +19,7 @@ from safetensors.torch import load_file
 from functional.command import CLEAN, ERROR, FINDINGS, NOTHING, REPOSITORY, SHIFTED, Result, Workspace
 from functional.processes import launch_installed, run_on_a_full_disk, start
 
-DIGITS = REPOSITORY / "sample_configs" / "digits"
-SORTED = DIGITS / "sorted.yaml"
+SORTED = REPOSITORY / "sample_configs" / "digits" / "sorted.yaml"
 JSON = ("--format", "json")
 REPAIRABLE = (
     SHIFTED
@@ -400,35 +400,54 @@ def test_a_full_disk_leaves_nothing_half_written(repairable: Workspace) -> None:
     assert files(repairable) == set()
 
 
-def test_a_killed_run_goes_on_to_the_same_files(workspace: Workspace) -> None:
-    arguments = ("convert", DIGITS / "batch2.yaml", "--finetune", "--steps", "60", "--layers", "blocks.2.*")
-    assert workspace.run(*arguments, "-o", "whole.safetensors").code == CLEAN
-    state = workspace.folder / "cut.state"
-    process = start(workspace, *arguments, "-o", "cut.safetensors")
+STALLING = """
+import pathlib
+import time
+
+score = loss
+
+
+def loss(model, batch):
+    end = time.monotonic() + 120
+    while pathlib.Path("stall").exists() and any(pathlib.Path("cut.state").glob("batch-renorm*")):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return score(model, batch)
+"""
+"""A model file whose training goes no further than its first saved state, until a file is taken away."""
+
+
+def test_a_killed_run_goes_on_to_the_same_files(repairable: Workspace) -> None:
+    repairable.write("model.py", REPAIRABLE + STALLING)
+    arguments = ("convert", *TARGET, "--finetune", "--steps", "60")
+    assert repairable.run(*arguments, "-o", "whole.safetensors").code == CLEAN
+    state, stall = repairable.folder / "cut.state", repairable.write("stall", "")
+    process = start(repairable, *arguments, "-o", "cut.safetensors")
     wait_for(lambda: any(state.glob("batch-renorm*")) or process.poll() is not None)
     process.kill()
     process.communicate()
     assert state.is_dir()
-    message = workspace.run(*arguments, "-o", "cut.safetensors").error()
+    message = repairable.run(*arguments, "-o", "cut.safetensors").error()
     assert "--resume" in message
-    assert workspace.run(*arguments, "-o", "cut.safetensors", "--resume").code == CLEAN
+    stall.unlink()
+    assert repairable.run(*arguments, "-o", "cut.safetensors", "--resume").code == CLEAN
     assert not state.exists()
     for name in ("safetensors", "log.csv"):
-        whole, cut = (workspace.folder / f"{stem}.{name}" for stem in ("whole", "cut"))
+        whole, cut = (repairable.folder / f"{stem}.{name}" for stem in ("whole", "cut"))
         assert whole.read_bytes() == cut.read_bytes()
 
 
-def test_sigterm_saves_and_another_run_cannot_take_the_state(workspace: Workspace) -> None:
-    arguments = ("convert", DIGITS / "batch2.yaml", "--finetune", "--layers", "blocks.2.*", "-o", "out.safetensors")
-    process = start(workspace, *arguments, "--steps", "100000")
-    log = workspace.folder / "out.state" / "log.csv"
+def test_sigterm_saves_and_another_run_cannot_take_the_state(repairable: Workspace) -> None:
+    arguments = ("convert", *TARGET, "--finetune", "-o", "out.safetensors")
+    process = start(repairable, *arguments, "--steps", "100000")
+    log = repairable.folder / "out.state" / "log.csv"
     wait_for(lambda: (log.exists() and log.stat().st_size > 500) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == NOTHING
     assert re.search(r"stopped by SIGTERM after step \d+ of 100000", stderr)
     assert "run the same command with --resume" in stderr
-    message = workspace.run(*arguments, "--steps", "100", "--resume").error()
+    message = repairable.run(*arguments, "--steps", "100", "--resume").error()
     assert "train.steps was 100000 and is now 100" in message
 
 
@@ -569,8 +588,9 @@ def metric(model, batch):
 """A small network on rows of numbers."""
 
 
-def fitted(workspace: Workspace, statistics_from: int | None = None) -> None:
-    """Train it, in eval mode with the statistics that its layer has after so many steps; None: in train mode."""
+@cache
+def trained(statistics_from: int | None) -> dict[str, torch.Tensor]:
+    """Weights of a training in eval mode with the statistics of its first so many steps; None: in train mode."""
     names: dict[str, Any] = {}
     exec(FITTED, names)
     torch.manual_seed(0)
@@ -584,8 +604,14 @@ def fitted(workspace: Workspace, statistics_from: int | None = None) -> None:
             optimizer.zero_grad()
             names["loss"](model, batch).backward()
             optimizer.step()
+    weights: dict[str, torch.Tensor] = model.state_dict()
+    return weights
+
+
+def fitted(workspace: Workspace, statistics_from: int | None = None) -> None:
+    """Write the network and its ``trained`` weights."""
     workspace.write("model.py", FITTED)
-    torch.save(model.state_dict(), workspace.folder / "w.pt")
+    torch.save(trained(statistics_from), workspace.folder / "w.pt")
 
 
 TRAINED = ("model.py", "--checkpoint", "w.pt", "--batch-size", "32", "-o", "out.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -102,10 +103,15 @@ def test_pyproject_gives_defaults_that_options_override(workspace: Workspace) ->
 
 def test_a_module_of_the_working_directory_and_python_m(workspace: Workspace) -> None:
     workspace.write("nets/__init__.py", "")
-    workspace.write("nets/small.py", MODEL)
+    workspace.write("nets/small.py", SHIFTED)
     arguments = ("scan", "nets.small:Net", "--batch-size", "2", *JSON)
-    found = workspace.call(sys.executable, "-m", "bnprobe", *arguments).report(CLEAN)
-    assert found["scan"]["model"] == "nets.small:Net"
+    found = workspace.call(sys.executable, "-X", "importtime", "-m", "bnprobe", *arguments)
+    report = json.loads(found.stdout)
+    assert (found.code, report["scan"]["model"]) == (FINDINGS, "nets.small:Net")
+    assert report["layers"][0]["impact"] is not None
+    loaded = {line.rpartition("|")[2].strip() for line in found.stderr.splitlines()}
+    assert "torch" in loaded
+    assert not loaded & {"scipy.optimize", "scipy.stats", "sympy", "torch._dynamo"}  # each takes long to import
 
 
 def test_half_precision(workspace: Workspace) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,12 +15,15 @@ from bnprobe.numbers import count
 from bnprobe.report import render
 from bnprobe.report.json import load_report
 from bnprobe.rules import RULES
-from functional.command import CLEAN, FINDINGS, REPOSITORY, Workspace
+from functional.command import CLEAN, FINDINGS, REPOSITORY, Result, Workspace
 
-SAMPLES = sorted((REPOSITORY / "sample_configs").glob("*/*.yaml"))
+SAMPLES = REPOSITORY / "sample_configs"
+NAMES = sorted(path.relative_to(SAMPLES).as_posix() for path in SAMPLES.glob("*/*.yaml"))
 SCHEMA = json.loads((REPOSITORY / "bnprobe" / "report" / "report.schema.json").read_text(encoding="utf-8"))
 OUTPUT = "report.json"
 WEIGHTS = "out.safetensors"
+JSON = ("--format", "json")
+Scan = Callable[[str], tuple[Workspace, Result]]
 
 
 def _not_finite(constant: str) -> NoReturn:
@@ -26,14 +31,31 @@ def _not_finite(constant: str) -> NoReturn:
 
 
 def test_there_is_a_sample_of_every_kind() -> None:
-    assert {path.parent.name for path in SAMPLES} >= {"digits", "gan", "tabular", "volumes"}
+    assert {name.partition("/")[0] for name in NAMES} >= {"digits", "gan", "tabular", "volumes"}
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_sample_gives_a_report_that_fits_the_schema(workspace: Workspace, sample: Path) -> None:
-    found = workspace.run("scan", sample, "--format", "json", "--output", OUTPUT)
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory: pytest.TempPathFactory) -> Scan:
+    """Scan a sample into a file, once for all tests of what was found; the workspace with the file, and the result."""
+
+    @cache
+    def scanned(sample: str) -> tuple[Workspace, Result]:
+        workspace = Workspace(tmp_path_factory.mktemp("sample"))
+        return workspace, workspace.run("scan", SAMPLES / sample, *JSON, "--output", OUTPUT)
+
+    return scanned
+
+
+def _report(workspace: Workspace) -> dict[str, Any]:
     text = (workspace.folder / OUTPUT).read_text(encoding="utf-8")
-    report: dict[str, Any] = json.loads(text, parse_constant=_not_finite)
+    found: dict[str, Any] = json.loads(text, parse_constant=_not_finite)
+    return found
+
+
+@pytest.mark.parametrize("sample", NAMES)
+def test_a_sample_gives_a_report_that_fits_the_schema(scan: Scan, sample: str) -> None:
+    workspace, found = scan(sample)
+    report = _report(workspace)
     jsonschema.validate(report, SCHEMA)
     summary = report["summary"]
     is_error = any(diagnosis["severity"] == "error" for diagnosis in report["diagnoses"])
@@ -46,20 +68,62 @@ def test_a_sample_gives_a_report_that_fits_the_schema(workspace: Workspace, samp
     assert found.stderr == f"{counted}; report written to {OUTPUT}\n"
     assert report["layers"]
     assert all(layer["train"] and layer["eval"] for layer in report["layers"])
-    printed = render(load_report(text))
+    printed = render(load_report((workspace.folder / OUTPUT).read_text(encoding="utf-8")))
     assert max(map(len, printed.splitlines())) <= 80
 
 
-def test_the_demo_prints_its_report(workspace: Workspace) -> None:
-    found = workspace.run("scan", REPOSITORY / "sample_configs" / "digits" / "batch2.yaml")
-    assert (found.code, found.stderr) == (FINDINGS, "")
+def test_a_sample_prints_its_report(workspace: Workspace) -> None:
+    """The smallest one; those that the documentation shows are printed by test_documentation."""
+    found = workspace.run("scan", SAMPLES / "tabular" / "spec.yaml")
+    assert (found.code, found.stderr) == (CLEAN, "")
     assert max(map(len, found.stdout.splitlines()[3:])) <= 80
     assert "Self-check passed" in found.stdout
 
 
+def _names_the_layer(location: str, layer: str) -> bool:
+    """Whether that line of code assigns the layer, or what it is a part of."""
+    file, _, number = location.rpartition(":")
+    line = Path(REPOSITORY / file).read_text(encoding="utf-8").splitlines()[int(number) - 1]
+    return "Norm" in line or any(f"self.{part} = " in line for part in layer.split("."))
+
+
+@pytest.mark.parametrize(
+    ("sample", "cause", "layer", "code"),
+    [
+        ("digits/batch2.yaml", "small_batch", "blocks.2.shortcut.1", FINDINGS),
+        ("digits/sorted.yaml", "composition", "blocks.2.bn2", FINDINGS),
+        ("digits/spec.yaml", "small_batch", "blocks.2.bn2", CLEAN),  # inference is better than training at batch size 2
+        ("volumes/batch1.yaml", "single_image", "middle.1", FINDINGS),
+        ("tabular/spec.yaml", "dropout", "hidden.9", CLEAN),  # loss and metric are no worse: a warning,
+        ("gan/spec.yaml", "shared_domains", "discriminator.layers.6", FINDINGS),
+    ],
+)
+def test_the_cause_of_each_sample_is_named_first(scan: Scan, sample: str, cause: str, layer: str, code: int) -> None:
+    workspace, result = scan(sample)
+    assert result.code == code
+    report = _report(workspace)
+    first = report["diagnoses"][0]
+    assert (first["cause"], layer in first["layers"]) == (cause, True)
+    assert first["remedy"]
+    found = [verdict for verdict in report["verdicts"] if (verdict["rule"], verdict["layer"]) == (first["rule"], layer)]
+    assert [verdict["outcome"] for verdict in found] == ["failed"]
+    assert _names_the_layer(found[0]["location"], layer)
+    for measured in report["layers"]:
+        parts = [value for name, value in measured["shares"].items() if name != "data_shift"]
+        assert sum(parts) == pytest.approx(measured["eval"]["mismatch"], rel=1e-9)
+
+
+def test_the_healthy_sample_is_clean_at_its_batch_size(workspace: Workspace) -> None:
+    report = workspace.run("scan", SAMPLES / "digits/spec.yaml", "--batch-size", "64", *JSON).report(CLEAN)
+    assert report["diagnoses"] == []
+    outcomes = {verdict["rule"]: verdict["outcome"] for verdict in report["verdicts"]}
+    assert outcomes["BN202"] == "passed"
+    assert outcomes["BN301"] == "skipped"
+
+
 def test_a_sample_is_repaired_and_exported(workspace: Workspace) -> None:
     """The way that the tutorial goes, in few steps; its own commands are run by test_documentation."""
-    sample = REPOSITORY / "sample_configs" / "digits" / "sorted.yaml"
+    sample = SAMPLES / "digits" / "sorted.yaml"
     repaired = workspace.run("convert", sample, "--finetune", "--steps", "10", "--require", "flagged==0", "-o", WEIGHTS)
     assert (repaired.code, "Flagged layers: 3 → 0." in repaired.stdout) == (CLEAN, True)
     assert workspace.run("verify", "out.before.json", "out.after.json").code == CLEAN

@@ -156,6 +156,14 @@ def test_a_layer_whose_input_does_not_depend_on_eps_says_nothing_of_it() -> None
     assert "eps" not in messages_of(scanned(stale(), batches()))["0"]
 
 
+def test_another_eps_is_tried_only_where_statistics_are_stale() -> None:
+    fitting = settled(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, CLASSES)), classed()[0], passes=300)
+    small, old = scanned(fitting, batches(4)), scanned(stale(), batches())
+    assert small.diagnoses[0].cause == "small_batch"
+    assert old.diagnoses[0].cause == "lag"
+    assert ["eps" in {each.name for each in report.scan.passes} for report in (small, old)] == [False, True]
+
+
 class Branches(nn.Module):
     """Dropout in one branch, BN in a parallel one and behind the dropout."""
 
