@@ -16,7 +16,7 @@ from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.forward_pass import Slot
 from bnprobe.records import Composition, Domains, Interval, ShareIntervals, Shares
 from bnprobe.stats import ladder
-from bnprobe.stats.composition import Images, analyse, draw, false_discovery_control
+from bnprobe.stats.composition import Images, analyse, draw
 from bnprobe.stats.intervals import JackknifeEstimate, jackknife
 from bnprobe.stats.ladder import BatchSums, Means
 
@@ -243,6 +243,8 @@ def _compositions(evidence: Evidence, calls: dict[int, list[Slot]]) -> dict[int,
     """By layer, from an analysis of variance of each call; p-values are corrected for all channels of all layers."""
     if evidence.batch_size < 2 or evidence.eval.batches < 2:
         return {}
+    from scipy.stats import false_discovery_control
+
     size, path = evidence.batch_size, evidence.eval
     calls = {index: slots for index, slots in calls.items() if slots[0] in path}
     found = {
@@ -251,7 +253,7 @@ def _compositions(evidence: Evidence, calls: dict[int, list[Slot]]) -> dict[int,
     if not found:
         return {}
     every = torch.cat([variance.p_value for variance in found.values()])
-    corrected = false_discovery_control(every)
+    corrected = torch.from_numpy(false_discovery_control(every.numpy()))
     p_values = dict(zip(found, corrected.split([len(one.p_value) for one in found.values()]), strict=True))
     compositions = {}
     for index, slots in calls.items():

@@ -80,17 +80,6 @@ def analyse(batches: BatchSums, image_squares: Float[Tensor, "replicates channel
     return Variance(torch.where(same, 1.0, p_value), correlation.nan_to_num(0.0))
 
 
-def false_discovery_control(p_values: Float[Tensor, " tests"]) -> Float[Tensor, " tests"]:
-    """P-values corrected for their number as by Benjamini and Hochberg (1995): the smallest rate of false discoveries
-    at which each would count as one. As ``scipy.stats`` does, which takes half a second to import.
-    """
-    tests = len(p_values)
-    ordered, order = p_values.sort()
-    scaled = ordered * tests / torch.arange(1, tests + 1, dtype=ordered.dtype)
-    smallest = scaled.flip(0).cummin(0).values.flip(0).clamp(max=1.0)
-    return torch.empty_like(smallest).scatter(0, order, smallest)
-
-
 def _above(value: Tensor, rounding: Tensor) -> Tensor:
     """``value``, or 0 where it is not larger than the rounding error of subtracting equal sums."""
     return torch.where(value > rounding, value, 0.0)

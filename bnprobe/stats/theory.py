@@ -43,11 +43,9 @@ def equivalent_batch_size(mismatch: float) -> float | None:
         return 1.0
     if mismatch <= mismatch_iid(_SERIES_FROM):
         return (math.sqrt(2.25 + 1.75 * mismatch) + 1.5) / (2 * mismatch)  # the root without cancellation
-    low, high = 1.0, _SERIES_FROM
-    while high - low > 1e-10:  # by halves: scipy.optimize takes longer to import than all roots of a scan to find
-        middle = (low + high) / 2
-        low, high = (middle, high) if mismatch_iid(middle) > mismatch else (low, middle)
-    return (low + high) / 2
+    from scipy.optimize import brentq
+
+    return float(brentq(lambda n: mismatch_iid(n) - mismatch, 1.0, _SERIES_FROM, xtol=1e-10))
 
 
 def clipped_r_iid(n: float, r_max: float = R_MAX) -> float:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 from bnprobe.stats import ladder
-from bnprobe.stats.composition import Images, analyse, draw, false_discovery_control, regrouped_batches
+from bnprobe.stats.composition import Images, analyse, draw, regrouped_batches
 from bnprobe.stats.intervals import REPLICATES, jackknife
 from bnprobe.stats.ladder import BatchSums
 from bnprobe.stats.moments import pool_moments
@@ -198,11 +197,3 @@ def test_number_of_regrouped_batches() -> None:
     assert regrouped_batches(64, 8) == 16 * 8
     assert regrouped_batches(100, 64) == 16
     assert regrouped_batches(10, 64) == 0
-
-
-@pytest.mark.parametrize(
-    "p_values", [[0.2], [0.01, 0.04, 0.03, 0.9, 0.04], [1.0, 1.0, 0.0], list(np.linspace(1, 0, 100))]
-)
-def test_false_discoveries_are_counted_as_scipy_does(p_values: list[float]) -> None:
-    found = false_discovery_control(torch.tensor(p_values, dtype=torch.float64))
-    np.testing.assert_allclose(found, scipy.stats.false_discovery_control(p_values), rtol=1e-14)
