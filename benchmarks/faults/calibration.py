@@ -114,6 +114,7 @@ def calibrate(network: str, seed: int, repeats: int = REPEATS) -> tuple[list[Che
             if network not in ORDINARY:
                 continue
             case = case.settled()
+        case = case.with_options(what_if=False)  # remedies have no part in the intervals
         reports = [case.scanned(setting.batches, order=10_000 + repeat) for repeat in range(repeats)]
         values = [layer.values_per_channel for layer in reports[0].layers]
         truths = true_figures(case, values) if network in ORDINARY else []
