@@ -226,7 +226,9 @@ def _take_out_users_modules() -> dict[str, Any]:
 def _is_users(module: Any) -> bool:
     """Whether a module was imported from a user's folder (or has no file, as a namespace package of it)."""
     known = getattr(module, "__dict__", {})  # some modules of torch make up the attributes that they lack
-    places = [place for place in (known.get("__file__"), *known.get("__path__", ())) if isinstance(place, str)]
+    path = known.get("__path__", ())
+    path = getattr(path, "_path", path)  # of a namespace package: to iterate over it would look for the package anew
+    places = [place for place in (known.get("__file__"), *path) if isinstance(place, str)]
     return any(not place.startswith(_NOT_USERS) or place.startswith(_SAMPLES) for place in places)
 
 
