@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-benchmarks test-all lint format docs picture bench rules schema clean
+.PHONY: help demo test test-benchmarks lint format docs picture bench rules schema clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -27,9 +27,6 @@ test: $(READY) ## install, run the test suite: the package, and the command as u
 
 test-benchmarks: $(READY) ## test the benchmarks: their networks, faults and scores
 	$(BIN)/python -m pytest $(TWO) tests/benchmarks
-
-test-all: $(READY) ## both of these, in one run
-	$(BIN)/python -m pytest $(TWO) tests/benchmarks tests/functional tests/unit
 
 lint: $(READY) ## ruff, mypy and the import contracts
 	$(BIN)/python -m ruff check .
