@@ -120,12 +120,12 @@ def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measur
             " Run one scan per size with --batch-size."
         )
     path = partial(PathEvidence, batch_size=size, share=share, seed=settings.seed)
-    evidence = Evidence(
-        session.layers,
-        batching,
-        {"train": path("train"), "eval": path("eval")},
-        {other: PathEvidence("other sizes", other) for other in settings.batch_sizes},
-    )
+    # A run of micro-batches that stay in one process holds whole batches of every size.
+    others = {
+        other: PathEvidence("other sizes", other, replace(share, run=max(1, share.run * size // other)))
+        for other in settings.batch_sizes
+    }
+    evidence = Evidence(session.layers, batching, {"train": path("train"), "eval": path("eval")}, others)
     return Measurement(session, evidence, steady=path("steady"), samples_in=reader.samples_in)
 
 
