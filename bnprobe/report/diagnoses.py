@@ -347,26 +347,24 @@ def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, sh
 
 
 def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
-    """What the remedy without training gave that fits the cause."""
+    """What the remedy without training gave that fits the cause, by the measure that it is judged by."""
     rule = rule_of(diagnosis.rule)
     tried = next((remedy for remedy in report.remedies if rule is not None and remedy.name == rule.free_remedy), None)
     if tried is None:
         return ""
-    for name, before, after in (
-        ("loss", tried.before.loss, tried.after.loss),
-        ("metric", tried.before.metric, tried.after.metric),
-    ):
-        if before is not None and after is not None:
-            change = f"takes the {name} from {figures.score(before)} to {figures.score(after)}"
-            if figures.score(before) == figures.score(after):
-                change = f"leaves the {name} at {figures.score(before)}"
-            found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
-            unsure = found.standing in ("same", "unclear") and not change.startswith("leaves")
-            no_gain = ", which does not surely help" if unsure else ""
-            data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
-            alone = " alone" if tried.name == "recalibrated" and "recalibrat" not in diagnosis.remedy.lower() else ""
-            return f"Measured on {data}: {doing(tried.name).lower()}{alone} {change}{no_gain}."
-    return ""
+    found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
+    change = found.main
+    if change is None:
+        return ""
+    before, after = figures.score(change.before), figures.score(change.after)
+    takes = f"takes the {change.measure} from {before} to {after}"
+    if before == after:
+        takes = f"leaves the {change.measure} at {before}"
+    elif found.standing in ("same", "unclear"):
+        takes += ", which does not surely help"
+    alone = " alone" if tried.name == "recalibrated" and "recalibrat" not in diagnosis.remedy.lower() else ""
+    data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
+    return f"Measured on {data}: {doing(tried.name).lower()}{alone} {takes}."
 
 
 def _title(diagnosis: Diagnosis, extent: str) -> str:
