@@ -347,8 +347,9 @@ def describe_call(forward: BatchFunction, batch: Any) -> str:
 
 def _described(value: Any) -> str:
     """What a batch or an item is, as it follows its name: " of shape (2, 3, 8, 8)"."""
-    if isinstance(value, Tensor):
-        return f" of shape {tuple(value.shape)}"
+    leaves = leaves_of(value)
+    if len(leaves) == 1 and isinstance(leaves[0], Tensor):
+        return f" of shape {tuple(leaves[0].shape)}"
     return (
         f" = {_structure(value)}" if isinstance(value, list | tuple | Mapping) else f" of type {type(value).__name__}"
     )
@@ -373,8 +374,10 @@ def _structure(value: Any, depth: int = 0) -> str:
 
 
 def _how_to_call(forward: BatchFunction, model: nn.Module, batch: Any) -> str:
-    """How to write a forward of one's own, where bnprobe had to guess which items are the inputs."""
-    if forward is not default_forward or isinstance(batch, Tensor):
+    """How to write a forward of one's own, where bnprobe gave the model fewer inputs than it takes, or no tensor."""
+    first = batch[0] if isinstance(batch, list | tuple) and batch else None
+    known = isinstance(batch, Mapping) or isinstance(first, Tensor)
+    if forward is not default_forward or isinstance(batch, Tensor) or (known and _inputs_of(model) == 1):
         return ""
     return f"The batch is {_structure(batch)}. {_sample_forward(model, batch)}"
 

@@ -346,23 +346,24 @@ def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, sh
 
 
 def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
-    """What the remedy without training gave that fits the cause."""
+    """What the remedy without training gave that fits the cause, by the measure that it is judged by."""
     rule = rule_of(diagnosis.rule)
     tried = next((remedy for remedy in report.remedies if rule is not None and remedy.name == rule.free_remedy), None)
     if tried is None:
         return ""
     found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
-    if found.main is None:
+    change = found.main
+    if change is None:
         return ""
-    before, after = figures.score(found.main.before), figures.score(found.main.after)
-    change = f"takes the {found.main.measure} from {before} to {after}"
+    before, after = figures.score(change.before), figures.score(change.after)
+    takes = f"takes the {change.measure} from {before} to {after}"
     if before == after:
-        change = f"leaves the {found.main.measure} at {before}"
-    unsure = found.standing in ("same", "unclear") and before != after
-    no_gain = ", which does not surely help" if unsure else ""
-    data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
+        takes = f"leaves the {change.measure} at {before}"
+    elif found.standing in ("same", "unclear"):
+        takes += ", which does not surely help"
     alone = " alone" if tried.name == "recalibrated" and "recalibrat" not in diagnosis.remedy.lower() else ""
-    return f"Measured on {data}: {doing(tried.name).lower()}{alone} {change}{no_gain}."
+    data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
+    return f"Measured on {data}: {doing(tried.name).lower()}{alone} {takes}."
 
 
 def _title(diagnosis: Diagnosis, extent: str) -> str:

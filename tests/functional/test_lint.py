@@ -42,12 +42,12 @@ model.py:10: BN103 error bn2: The running statistics of its 4 channels contain 1
     fix: Recalibrate the running statistics on training data (bnprobe recalibrate), or load an earlier checkpoint; \
 then find what overflowed.
 model.py:8: BN101 warning 2 of 2 layers: momentum is close to 1 or 0, so the running statistics are no average over \
-batches. Worst is bn1: momentum=0.99 is the weight of the newest batch, so the running statistics average over about \
-1.02 batches. Did you mean 0.01?
+batches. For example bn1: momentum=0.99 is the weight of the newest batch, so the running statistics average over \
+about 1.02 batches. Did you mean 0.01?
     model.py:8: bn1
     model.py:10: bn2
     fix: Use 1 - momentum: in PyTorch, momentum is the weight of the new batch. Then recalibrate the running \
-statistics on training data.
+statistics on training data (bnprobe recalibrate).
 model.py:10: BN107 info bn2: Random layers that are active in training only come before it: drop.
     fix: Move dropout behind the last BN layer, or recalibrate the running statistics with dropout off.
 1 error and 1 warning and 1 remark in 2 layers of model.py:load_model ({RULES_OF_MODELS} rules).

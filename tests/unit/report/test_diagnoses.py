@@ -12,7 +12,7 @@ import fabricated_reports as fabricated
 import pytest
 from rendered import said, section, text_of
 
-from bnprobe.records import Composition, Diagnosis, Domains, ExtraPass, Report
+from bnprobe.records import Composition, Diagnosis, Domains, Estimate, ExtraPass, Remedy, Report, Score
 from bnprobe.report.scan import effective_samples, one_line
 
 BARS = "Where the mismatch at inference comes from"
@@ -196,3 +196,24 @@ def test_the_verdict_and_its_diagnoses_end_the_report(name: str) -> None:
     first = next(index for index, line in enumerate(lines) if re.match(r"  ✗ .*\(BN\d+\)", line))
     assert headline < first <= headline + 3
     assert not [line for line in lines[first:] if line.startswith(("Output", "Where the mismatch"))]
+
+
+@pytest.mark.parametrize(
+    ("loss", "metric", "told"),
+    [
+        ((2.41, 2.38), (0.4, 0.3), "recalibrating takes the metric from 0.4 to 0.3."),
+        ((2.41, 1.2), (0.4, 0.4), "recalibrating takes the loss from 2.41 to 1.2."),
+        ((2.41, 2.41), (0.4, 0.4), "recalibrating leaves the metric at 0.4."),
+    ],
+)
+def test_a_trial_is_told_by_the_measure_that_it_is_judged_by(
+    loss: tuple[float, float], metric: tuple[float, float], told: str
+) -> None:
+    loss_change, metric_change = (
+        Estimate(end - start, (end - start - 0.01, end - start + 0.01)) for start, end in (loss, metric)
+    )
+    before, after = (Score(*values) for values in zip(loss, metric, strict=True))
+    remedy = Remedy("recalibrated", (), before, after, None, 384, "", loss_change, metric_change)
+    stale = Diagnosis("lag", "BN203", "error", ("bn",), None, "bn: Stale.", "Recalibrate.")
+    report = replace(causes.lag(), diagnoses=(stale,), remedies=(remedy,))
+    assert f"Measured on 384 held-out samples: {told}" in " ".join(text_of(report).split())
