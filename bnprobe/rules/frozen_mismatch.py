@@ -87,7 +87,7 @@ def _of_moving_statistics(facts: Facts) -> str | None:
         return f"First recalibrate the running statistics on training data (bnprobe recalibrate). Then, {freeze}."
     if found.main is None:
         return None
-    words = found.main.words(*effect.STATISTICS)
+    words = f"on training batches {found.main.words(*effect.STATISTICS)}"
     if found.is_worse:
         return f"Do not freeze the running statistics as they are: {words}. First mend what makes inference worse."
     return f"{freeze[0].upper()}{freeze[1:]}: {words}." if found.is_no_worse else None
@@ -95,10 +95,10 @@ def _of_moving_statistics(facts: Facts) -> str | None:
 
 def _of_fixed_statistics(facts: Facts) -> str | None:
     """Whether to take statistics of the data instead, by what recalibrated ones do; None: not known."""
-    gain = effect.gain(facts, "recalibrated")
-    if gain.main is None or gain.standing not in ("better", "worse"):
+    gain, tried = effect.gain(facts, "recalibrated"), effect.tried(facts.remedies, "recalibrated")
+    if tried is None or gain.main is None or gain.standing not in ("better", "worse"):
         return None
-    words = gain.main.words("as loaded", "with recalibrated ones")
+    words = f"on {tried.scored_on} data {gain.main.words('as loaded', 'with recalibrated ones')}"
     if gain.standing == "better":
         return f"Recalibrate the running statistics on training data (bnprobe recalibrate): {words}."
     return f"Keep the running statistics as they are: {words}."
