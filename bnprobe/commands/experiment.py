@@ -471,6 +471,11 @@ def _proof(subject: Subject, scored: Sequence[_Scored], to: str) -> Proof:
     if len(repaired.runs) > 1:
         gain = gain_over(repaired, control, measure, goal)
     conclusion, message = conclude(named, repaired, control, gain, measure)
+
+    def is_below(name: str) -> bool:
+        aim, assumed = subject.repair.goal, subject.repair.assumes_goal
+        return name in tables and is_surely_worse(tables[to], tables[name], aim, assumed)
+
     return Proof(
         measure=measure,
         arms=tuple(each.arm for each in scored),
@@ -482,6 +487,7 @@ def _proof(subject: Subject, scored: Sequence[_Scored], to: str) -> Proof:
         images_choosing=subject.choosing.images,
         images_proving=subject.proving.images,
         over_as_is=over_as_is,
-        surely_worse=is_surely_worse(tables[to], tables[AS_IS], subject.repair.goal, subject.repair.assumes_goal),
+        surely_worse=is_below(AS_IS),
+        below_recalibrated=is_below(RECALIBRATED),
         scored_on=subject.proving.data,
     )

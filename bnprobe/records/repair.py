@@ -163,6 +163,7 @@ class Proof(Record):
         images_choosing, images_proving: Number of held-out samples that chose the weights, and that scored them.
         over_as_is: Difference of the weights to be written and those as loaded, like ``gain`` of one run.
         surely_worse: The weights are significantly worse (95%) than as loaded: written only with ``--force``.
+        below_recalibrated: They are significantly worse than the model as loaded with recalibrated statistics alone.
         scored_on: "training" where there was no held-out data.
     """
 
@@ -177,6 +178,7 @@ class Proof(Record):
     images_proving: int
     over_as_is: Estimate | None = None
     surely_worse: bool = False
+    below_recalibrated: bool = False
     scored_on: Literal["held-out", "training"] = "held-out"
 
 

@@ -179,6 +179,8 @@ def _closing(record: RepairRecord, page: Page) -> list[Text]:
     if record.proof is not None and record.proof.surely_worse:
         refused = "Written because of --force: " if record.weights else "Nothing was written: "
         lines += page.paragraph(refused + worse_than_as_is(record), "bold red", first=f"  {page.clean(FLAGGED)} ")
+    elif record.proof is not None and record.proof.below_recalibrated:
+        lines += page.paragraph(_below_recalibrated(record.proof), "bold yellow", first=f"  {page.clean(WARNING)} ")
     for requirement in record.requirements:
         mark = FINE if requirement.held else FLAGGED
         value = requirement.value
@@ -196,7 +198,8 @@ def _verdict(record: RepairRecord) -> tuple[str, str]:
         verdict = f" {_conclusion(record.proof)}" if record.proof else ""
         return FLAGGED, f"{failed} of {number} {verb} not met.{verdict}"
     if record.proof is not None:
-        return _SIGNS[record.proof.conclusion], _conclusion(record.proof)
+        sign = _SIGNS[record.proof.conclusion]
+        return WARNING if sign == FINE and record.proof.below_recalibrated else sign, _conclusion(record.proof)
     done = "Converted" if record.action == "convert" else "Recalibrated"
     return UNMEASURED, f"{done}. Nothing was scored, so the gain is not known."
 
@@ -221,6 +224,16 @@ def worse_than_as_is(record: RepairRecord) -> str:
         f"{_model(record)} scores worse than the model as loaded, {' and '.join(scores)} on {data}."
         f" As loaded is best: keep those weights.{training}{force}"
     )
+
+
+def _below_recalibrated(proof: Proof) -> str:
+    """That recalibration alone is the better remedy, and by how much."""
+    alone, written = (next(arm for arm in proof.arms if arm.name == name) for name in ("recalibrated", proof.repaired))
+    scores = (
+        f"{proof.measure} {_scored(getattr(alone, proof.measure))} against {_scored(getattr(written, proof.measure))}"
+    )
+    training = "" if written.trained else ", or train the repaired model (--finetune)"
+    return f"Recalibrating alone is better, {scores}: use bnprobe recalibrate{training}."
 
 
 def _scored(value: Estimate | None) -> str:

@@ -188,6 +188,17 @@ def test_without_training_the_repair_is_compared_with_the_model_as_loaded() -> N
     assert "Nothing was trained" in proof.message
 
 
+def test_a_repair_that_recalibration_alone_beats_is_known() -> None:
+    """Group norm with the weights of a batch norm, untrained."""
+    given = subject(training=None)
+    assert not prove(given, [planned(given)]).proof.below_recalibrated
+    plan = planned(given, to="group-norm")
+    proof = prove(given, [plan]).proof
+    arms = {arm.name: arm.metric.mean for arm in proof.arms}
+    assert arms[RECALIBRATED] > arms["group-norm"]
+    assert proof.below_recalibrated
+
+
 def test_one_run_of_each_is_paired_by_sample() -> None:
     given = subject(seeds=1, steps=20, recalibrate=None)
     proven = prove(given, [planned(given)])

@@ -71,6 +71,14 @@ def test_the_verdict_of(name: str, said: str) -> None:
     assert f"\n{said}\n" in text_of(repairs.RECORDS[name](), name)
 
 
+def test_a_repair_that_recalibration_beats_is_no_success() -> None:
+    record = repairs.better()
+    assert record.proof is not None
+    text = " ".join(text_of(replace(record, proof=replace(record.proof, below_recalibrated=True))).split())
+    assert "! batch-renorm is better than plain BN fine-tuned the same way." in text
+    assert "Recalibrating alone is better, metric 0.908 against 0.971: use bnprobe recalibrate." in text
+
+
 def test_without_a_control_nothing_is_claimed() -> None:
     record = repairs.better()
     assert record.proof is not None
