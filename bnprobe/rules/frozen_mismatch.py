@@ -50,7 +50,6 @@ class FrozenMismatch(Rule):
         " it is to be trained, do neither."
     )
     reports_impact = False
-    commands = ("recalibrate",)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:
