@@ -33,9 +33,6 @@ Group = tuple[str, ...]
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
-MENDED = 0.5
-"""A remedy that wins back this part of what is lost mends the cause for the most part."""
-
 _Key = tuple[str, str | None]
 """Rule and layer."""
 
@@ -338,10 +335,7 @@ class _Finding:
 
 def _is_mended(rule: Rule, facts: Facts) -> bool:
     """Whether the remedy without training was tried, and surely wins back most of what is lost on held-out data."""
-    tried = effect.tried(facts.remedies, rule.free_remedy)
-    if tried is None or effect.gain(facts, rule.free_remedy).standing != "better":
-        return False
-    return (effect.recovered(tried, facts.gaps) or 0.0) >= MENDED
+    return bool(effect.wins_back_most(facts, rule.free_remedy))
 
 
 def _fraction_of(layer: Layer, causes: set[Cause]) -> float | None:

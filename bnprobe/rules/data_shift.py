@@ -107,7 +107,8 @@ class DataShift(Rule):
             why_not = _why_not(facts) if low > limit else ""
             return self.passed(layer.name, f"{message}{why_not}.", share, limit)
         against = f"; the limit is {number(limit)}" if _is_beyond(layer, facts) else ""
-        remedy = self.other_remedy if _gain(facts).is_no_gain else None
+        little = _gain(facts).is_no_gain or _wins_little(facts)
+        remedy = self.other_remedy if little else None
         return self.failed(
             layer.name, f"{message}{against}.{_at_the_output(facts)}", share, limit, severity, remedy=remedy
         )
@@ -231,6 +232,11 @@ def _gain(facts: Facts) -> Effect:
     return Effect(()) if remedy is None else effect.of_remedy(remedy, facts.gaps, facts.chance)
 
 
+def _wins_little(facts: Facts) -> bool:
+    """Whether statistics of the held-out data surely help, but win back less than half of what is lost."""
+    return effect.wins_back_most(facts, "evaluation statistics") is False
+
+
 def _at_the_output(facts: Facts) -> str:
     """What it does to loss and metric, and whether other statistics bring that back: sentences, or nothing."""
     change, gain = _gap(facts).main, _gain(facts)
@@ -238,7 +244,10 @@ def _at_the_output(facts: Facts) -> str:
         return ""
     said = f" With the same running statistics {change.words('on training data', 'on held-out data')}"
     if gain.standing == "better" and gain.main is not None:
-        return f"{said}; with statistics of the held-out data the {gain.main.measure} is {number(gain.main.after)}."
+        rest = ", which is less than half of what is lost: the rest is not BN's" if _wins_little(facts) else ""
+        return (
+            f"{said}; with statistics of the held-out data the {gain.main.measure} is {number(gain.main.after)}{rest}."
+        )
     if gain.is_no_gain:
         return f"{said}. Statistics of the held-out data do not bring it back: the shift hurts, but not through BN."
     return f"{said}."

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from bnprobe.numbers import listed
-from bnprobe.records import Layer
+from bnprobe.numbers import listed, mismatch
+from bnprobe.records import Layer, Verdict
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import anatomy_of
-from bnprobe.rules.shares import ShareRule
+from bnprobe.rules.shares import ShareRule, is_noisy_in_training, is_off_at_inference
+
+_NO_NEED = (
+    "None is needed at inference. Before you train on, move dropout behind the last BN layer: training takes the"
+    " running statistics with dropout on again."
+)
+
+
+def _is_in_training_only(layer: Layer, facts: Facts) -> bool:
+    """Whether random layers, and not the noise of batches, flag it in training: as after recalibration without them."""
+    anatomy = anatomy_of(facts, layer.name)
+    random = anatomy is not None and bool(anatomy.dropouts_before)
+    return random and layer.flagged and not is_off_at_inference(layer) and not is_noisy_in_training(layer)
 
 
 class DropoutShift(ShareRule):
@@ -15,7 +27,8 @@ class DropoutShift(ShareRule):
     What:
         The part of the layer's mismatch D that disappears when the statistics of the training batches are taken with
         dropout and other random layers off. It fails on a flagged layer where it is the largest share, or from half of
-        the layer's limit on, unless the layer would be within its limit without its larger causes.
+        the layer's limit on, unless the layer would be within its limit without its larger causes. It is a warning
+        where the running statistics fit the data with dropout off, and the layer is flagged in training only.
 
     Why:
         Dropout preserves the mean, but raises the second moment by the factor 1 / (1 - p), and so the variance. Running
@@ -48,6 +61,17 @@ class DropoutShift(ShareRule):
     free_remedy = "recalibrated"
     commands = ("recalibrate",)
     other_remedy = "Move dropout behind the last BN layer and continue training."
+
+    def _judge(self, layer: Layer, facts: Facts) -> Verdict:
+        found = super()._judge(layer, facts)
+        if found.outcome != "passed" or layer.train is None or not _is_in_training_only(layer, facts):
+            return found
+        apart = layer.train.mismatch
+        message = (
+            f"{self.explain(layer, facts)} Its running statistics fit the data at inference; only in training, with"
+        )
+        message += f" these layers on, it is off: D = {mismatch(apart)}."
+        return self.failed(layer.name, message, apart, found.limit, "warning", _NO_NEED)
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         anatomy = anatomy_of(facts, layer.name)

@@ -47,6 +47,9 @@ MOVES = 0.02
 LITTLE_HARM = 0.4
 """Floors of a significant harm from which on a report is not called clean."""
 
+MENDED = 0.5
+"""A remedy that wins back this part of what is lost mends the cause for the most part."""
+
 MODES = ("training", "inference")
 
 STATISTICS = ("with batch statistics", "with running statistics")
@@ -261,6 +264,13 @@ def recovered(remedy: Remedy, gaps: Sequence[Gap]) -> float | None:
     first = leading(known.keys())
     lost, won = (0.0, 0.0) if first is None else known[first]
     return won / lost if lost else None
+
+
+def wins_back_most(facts: Facts, name: FreeRemedy | None) -> bool | None:
+    """Whether a remedy that surely helps wins back most of what held-out data loses; None: it does not, or unknown."""
+    remedy = tried(facts.remedies, name)
+    part = None if remedy is None else recovered(remedy, facts.gaps)
+    return None if part is None or gain(facts, name).standing != "better" else part >= MENDED
 
 
 def is_at_chance(chance: Sequence[Chance]) -> bool:

@@ -16,6 +16,12 @@ from bnprobe.rules.shares import NOISE_FACTOR, ShareRule, is_of_composition, sha
 LEFT_ON_START = 0.03
 """Above this weight on the initial mean 0 and variance 1, these still show in the average."""
 
+FAR = 2.0
+"""Standard deviations that the mean of a channel is away from 0, seldom more."""
+
+EXPLAINS = 0.25
+"""A reason that gives less than this part of the measured share is not the reason."""
+
 SLOW = 500.0
 """An average over more batches than this is slower than the weights move through most of training."""
 
@@ -144,7 +150,7 @@ def reasons(layer: Anatomy, measured: Layer, facts: Facts) -> Iterator[Reason]:
         yield Reason("momentum=0, with which they are never updated")
     if updates == 0 and layer.untouched:
         yield Reason("num_batches_tracked is 0, so they were reset or never updated")
-    if weight is not None and 0 < weight < 1 and (found := _too_few(weight, updates, layer.median_variance)):
+    if weight is not None and 0 < weight < 1 and (found := _too_few(weight, updates, layer.median_variance, measured)):
         yield found
     yield from _of_the_computation(layer, measured, facts)
     yield from _of_the_weights(layer, facts)
@@ -194,15 +200,27 @@ def _of_the_weights(layer: Anatomy, facts: Facts) -> Iterator[Reason]:
         yield Reason(facts.averaged)
 
 
-def _too_few(weight: float, updates: int | None, variance: float | None) -> Reason | None:
+def _too_few(weight: float, updates: int | None, variance: float | None, measured: Layer) -> Reason | None:
     """``variance``: the median running variance, compared with which the remainder of the initial one must be small."""
     left = 0.0 if updates is None else (1 - weight) ** updates
     if not updates or left <= LEFT_ON_START * min(1.0, variance or 1.0):
+        return None
+    if measured.shares is not None and _of_start(left, variance or 1.0) < EXPLAINS * measured.shares.lag:
         return None
     return Reason(
         f"too few updates: after {updates:,} with momentum={weight:g}, {percent(left)} of their weight is still on the"
         " initial mean 0 and variance 1"
     )
+
+
+def _of_start(left: float, variance: float) -> float:
+    """The most D that the weight on the initial mean 0 and variance 1 gives a channel of this running variance.
+
+    The running variance is (1 - left) times that of the data, plus left; the running mean is 1 - left times that of the
+    data, which is seldom further than ``FAR`` standard deviations from 0.
+    """
+    of_data = max(variance - left, 0.0) / (1 - left)
+    return (math.sqrt(of_data / variance) - 1) ** 2 + (FAR * left) ** 2
 
 
 def _is_noise(layer: Layer, weight: float) -> bool:

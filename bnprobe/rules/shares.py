@@ -63,6 +63,9 @@ SUSPICIOUS = 0.1
 OF_ONE_KIND = 2.0
 """Statistics of one kind of samples are off by what kinds differ in, which differs from kind to kind."""
 
+LEAST_NOISE = 0.01
+"""Noise of batches is no reason for a mismatch in training of which it makes less than this part."""
+
 NOISE_FACTOR = 3.0
 """A figure that is one random draw, as a running average or a mismatch without an interval: three times its expected
 noise is still noise."""
@@ -211,6 +214,16 @@ def is_of_composition(layer: Layer) -> bool:
     return shares is not None and shares.composition is not None and shares.lag <= OF_ONE_KIND * shares.composition
 
 
+def is_noisy_in_training(layer: Layer) -> bool:
+    """Whether noise of batches may explain the mismatch in training, which holds more than the layer's own noise.
+
+    The noise of earlier layers adds to it; what random layers change in training may be a thousand times that.
+    """
+    if layer.train is None or layer.shares is None:
+        return True
+    return noise_and_others(layer.shares, layer.composition)[0] >= LEAST_NOISE * layer.train.mismatch
+
+
 def _main_cause(layer: Layer) -> Cause | None:
     """The cause to name even if its share is not significantly large; in training alone it is the noise of batches.
 
@@ -227,7 +240,8 @@ def _main_cause(layer: Layer) -> Cause | None:
     elif "lag" in held and is_of_composition(layer):
         held["composition"] += max(held.pop("lag"), 0.0)
     if not is_off_at_inference(layer) and max(held, key=lambda cause: held[cause]) != "composition":
-        return None if any(_is_large(layer, cause) for cause in held) else "small_batch"
+        explained = any(_is_large(layer, cause) for cause in held) or not is_noisy_in_training(layer)
+        return None if explained else "small_batch"
     if held["small_batch"] <= noise_limit(layer.threshold):
         limit = mismatch_limit(layer)
         held = {

@@ -51,6 +51,15 @@ def test_a_shift_that_its_own_statistics_do_not_mend_is_said_to_hurt_elsewhere()
     assert "recalibrate" not in found.remedy
 
 
+def test_where_its_own_statistics_win_back_little_the_rest_is_not_bns() -> None:
+    found = judged(0.2, tried("evaluation statistics", 0.65, 0.05))
+    assert "the metric is 0.7, which is less than half of what is lost: the rest is not BN's." in found.message
+    assert "recalibrate" not in found.remedy
+    most = judged(0.2, tried("evaluation statistics", 0.65, 0.2))
+    assert "not BN's" not in most.message
+    assert "recalibrate the running statistics" in most.remedy
+
+
 def test_other_classes_in_other_proportions_are_no_fault() -> None:
     assert judged(0.2, tried("evaluation statistics", 0.97, -0.4), change=0.02).outcome == "passed"
     assert judged(0.2, change=0.0).outcome == "passed"

@@ -72,7 +72,7 @@ def reason(anatomy: dict[str, object], layer: Layer = STALE, **facts: object) ->
         ({"trains_statistics": False}, "training does not update them (eval mode)"),
         ({"momentum": 0.0}, "momentum=0, with which they are never updated"),
         ({"batches_tracked": 0, "untouched": True}, "num_batches_tracked is 0"),
-        ({"batches_tracked": 20}, "too few updates: after 20 with momentum=0.1, 12% of their weight"),
+        ({"batches_tracked": 10}, "too few updates: after 10 with momentum=0.1, 35% of their weight"),
         ({"momentum": 1e-3, "batches_tracked": 9000}, "momentum=0.001 averages over about the last 1,000 batches"),
         ({"momentum": 0.9}, "momentum=0.9 averages over the last few batches only"),
         ({"zeros": 0.6}, "weights were pruned afterwards: 60% of those before the layer are exactly 0"),
@@ -101,6 +101,13 @@ def test_reasons_that_were_measured() -> None:
     )
     assert "Most likely reason: averaged weights, by a name." in reason({}, averaged="averaged weights, by a name")
     assert "of other weights or data; w.pt has more)" in reason({}, averaged_beside="w.pt has more")
+
+
+def test_too_few_updates_are_the_reason_only_where_they_give_that_much() -> None:
+    """After 25 updates 7% of the weight is on the start: D = 0.02 at most, of a channel with variance 0.5."""
+    for lag, named in ((0.06, True), (0.6, False)):
+        told = reason({"batches_tracked": 25}, make_layer("bn", make_shares(lag=lag)))
+        assert ("too few updates: after 25" in told) is named
 
 
 @pytest.mark.parametrize("changes", [{}, {"momentum": None}, {"batches_tracked": None}])
