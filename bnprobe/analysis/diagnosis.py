@@ -45,10 +45,9 @@ def judge(facts: Facts, rules: RulesSpec, among: Iterable[Rule] = RULES) -> tupl
     """
     places = {anatomy.name: anatomy.location for anatomy in facts.anatomy}
     judged = [_weighed(verdict, rule, facts) for rule in selected(rules, among) for verdict in rule.judge(facts)]
-    rooted = _rooted(judged, facts)
-    tried = [_not_contradicted(verdict, rooted, facts) for verdict in rooted]
-    placed = (replace(verdict, location=places.get(verdict.layer or "")) for verdict in tried)
-    return tuple(_exempted(verdict, rules.exempt, facts) for verdict in placed)
+    left = [_exempted(verdict, rules.exempt, facts) for verdict in _rooted(judged, facts)]
+    tried = (_not_contradicted(verdict, left, facts) for verdict in left)
+    return tuple(replace(verdict, location=places.get(verdict.layer or "")) for verdict in tried)
 
 
 def groups_of(verdicts: Iterable[Verdict], facts: Facts) -> tuple[Group, ...]:
@@ -106,15 +105,13 @@ def _rooted(verdicts: Sequence[Verdict], facts: Facts) -> list[Verdict]:
         for verdict in failed
         if RULES[verdict.rule].follows_upstream and _reason(verdict, failed, facts, order) is None
     }
-    unsure = (name for name, layer in facts.layers.items() if layer.flagged or layer.undecided or layer.eval is None)
-    first = min((order[name] for name in unsure), default=len(order))
+    known = {name for name, layer in facts.layers.items() if layer.eval and not layer.flagged and not layer.undecided}
+    first = min((place for name, place in order.items() if name not in known), default=len(order))
     rooted = list(verdicts)
     for name, found in lost.items():
         roots = {verdict.rule: place for place, verdict in enumerate(verdicts) if verdict.layer == name}
-        root = max(
-            (rule for rule in _passing_on() if rule.code in roots), key=_passed_on(name, facts, order), default=None
-        )
-        if root is not None:
+        root = max(_passing_on(), key=_passed_on(name, facts, order), default=None)
+        if root is not None and root.code in roots:
             place = rooted.index(found)
             rooted[place] = replace(found, outcome="passed", message=_NO_ROOT, remedy="")
             rooted[roots[root.code]] = _passing(root, found, facts, order[name or ""] <= first)
@@ -125,7 +122,7 @@ _NO_ROOT = "Its input differs between training and inference, and no rule found 
 
 
 def _passing_on() -> list[ShareRule]:
-    """The rules on what earlier layers pass on."""
+    """The rules on what earlier layers pass on; stale statistics first, which it is where no share adds to anything."""
     return [rule for rule in RULES if isinstance(rule, ShareRule) and rule.adds_up]
 
 
@@ -161,7 +158,8 @@ def _not_contradicted(verdict: Verdict, verdicts: Sequence[Verdict], facts: Fact
     tells = goal_is_known or any(change.measure == "loss" for change in gain.changes)
     if not tells or not gain.is_no_gain:
         return verdict
-    first = [other for other in verdicts if other.outcome == "failed" and other.cause in rule.mended_first]
+    failed = (other for other in verdicts if other.outcome == "failed" and other.severity != "info")
+    first = [other for other in failed if other.cause in rule.mended_first]
     return replace(verdict, remedy=_after(first[0]) if first else rule.other_remedy)
 
 

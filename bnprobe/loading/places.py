@@ -26,12 +26,12 @@ _is_library_file = functools.lru_cache(maxsize=1024)(is_library_file)
 @contextmanager
 def recorded_places() -> Iterator[None]:
     """Record for every module that is built in the block where the user's code calls its class."""
-    original = nn.Module.__init__
+    original, recording = nn.Module.__init__, True
 
     @functools.wraps(original)
     def record(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        place = _caller(self, sys._getframe(1))
+        place = _caller(self, sys._getframe(1)) if recording else None
         if place is not None:
             key = id(self)
             _BUILT[key] = weakref.ref(self, lambda _: _BUILT.pop(key, None)), place
@@ -40,7 +40,9 @@ def recorded_places() -> Iterator[None]:
     try:
         yield
     finally:
-        nn.Module.__init__ = original  # type: ignore[method-assign]
+        recording = False  # for classes that took the function over
+        if nn.Module.__init__ is record:  # else the user's code has put its own in its place, which stays
+            nn.Module.__init__ = original  # type: ignore[method-assign]
 
 
 def built_at(module: nn.Module) -> tuple[Path, int] | None:
@@ -53,7 +55,8 @@ def _caller(module: nn.Module, frame: FrameType | None) -> _Place | None:
     """The innermost line of the user's that is not part of the module's own constructors."""
     while frame is not None:
         code = frame.f_code
-        own = code.co_argcount > 0 and frame.f_locals.get(code.co_varnames[0]) is module
+        # Looked at in constructors only: it would keep what other functions have let go of.
+        own = code.co_name == "__init__" and code.co_argcount > 0 and frame.f_locals.get(code.co_varnames[0]) is module
         if not own and not _is_library_file(code.co_filename):
             return Path(code.co_filename), frame.f_lineno
         frame = frame.f_back

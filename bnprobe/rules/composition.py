@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.numbers import number
+from bnprobe.numbers import mismatch, number
 from bnprobe.records import Layer, Verdict
+from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link
-from bnprobe.rules.shares import ShareRule, found_against, is_significant, lower_end, share_limit
+from bnprobe.rules.shares import ShareRule, is_significant, lower_end, share_limit, share_of
 
 
 def _is_of_domains(layer: Layer, facts: Facts) -> bool:
@@ -23,7 +24,7 @@ def _is_most(layer: Layer) -> bool:
     if shares is None or shares.composition is None or found is None or not is_significant(found):
         return False
     low = lower_end(None if intervals is None else intervals.composition)
-    return low > 0 and shares.composition > shares.small_batch
+    return low > 0 and shares.small_batch < shares.composition <= share_limit(layer, "composition")
 
 
 _NO_NEED = "None is needed at this batch size; unless the order has a reason, shuffle the training data all the same."
@@ -71,20 +72,24 @@ class BatchComposition(ShareRule):
     free_remedy = "recalibrated"
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
-        if facts.own_order:
-            yield from super().check(facts)
-        else:
+        if not facts.own_order:
             yield self.skipped(None, "a Dataset was given, whose order is bnprobe's own; give a loader to judge yours")
+            return
+        found = list(super().check(facts))
+        clean = effect.surely_worse(facts) is None and all(verdict.outcome != "failed" for verdict in found)
+        for verdict, layer in zip(found, facts.layers.values(), strict=True):
+            # What is beyond its limit in one layer is said of that one alone.
+            yield self._remark(layer, facts) if clean and _is_most(layer) else verdict
+
+    def _remark(self, layer: Layer, facts: Facts) -> Verdict:
+        share, limit = share_of(layer, self.cause) or 0.0, share_limit(layer, self.cause)
+        message = f"{self.explain(layer, facts)} (It accounts for D = {mismatch(share)}, which is within the limit.)"
+        return self.failed(layer.name, message, share, limit, "info", _NO_NEED)
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         if layer.shares is None:
             return super().without_share(layer, facts)
         return self.skipped(layer.name, "the samples of its batches could not be regrouped at random")
-
-    def remark(self, layer: Layer, share: float, facts: Facts) -> tuple[str, str] | None:
-        if not _is_most(layer) or any(found_against(other, self.cause, facts) for other in facts.layers.values()):
-            return None  # what is beyond its limit in one layer is said of that one
-        return f"(It accounts for D = {number(share)}, which is within the limit.)", _NO_NEED
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         composition = layer.composition

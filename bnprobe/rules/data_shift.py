@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from bnprobe.numbers import number
 from bnprobe.records import Layer, Remedy, Severity, Verdict
 from bnprobe.rules import effect
-from bnprobe.rules.effect import FLOOR, PART, Effect
+from bnprobe.rules.effect import Effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link, Rule
 from bnprobe.rules.shares import NOISE_FACTOR, SUSPICIOUS, lower_end, mismatch_limit, why_no_shares
@@ -49,7 +49,7 @@ class DataShift(Rule):
         With one, the effect decides: it fails where the statistics of the held-out data make the network surely better
         on it, from a tenth of the limit on; and beyond the limit, where held-out data is surely worse than training
         data. Other classes in other proportions also move the statistics; that costs nothing, and is no fault. It also
-        fails where held-out data is worse by 8 points or more, and the statistics of the first layer have moved
+        fails where held-out data is worse by 8 points or more, and the statistics of every layer have moved
         significantly, however little: what a network does not know of data of the same kind shows in later layers only;
         and it is a warning beyond the limit where inference is worse on training data already, which hides what a shift
         does. Where non-i.i.d. training batches differ from each other as much, it is reported as a consequence of
@@ -136,8 +136,10 @@ def _severity(layer: Layer, facts: Facts) -> Severity | None:
 def _why_not(facts: Facts) -> str:
     """Why a shift beyond the limit is no finding, a clause."""
     gap = _gap(facts)
-    if not gap.changes:
+    if not gap.changes and effect.surely_worse(facts):
         return ", but inference is worse on training data already, which hides what it does"
+    if not gap.changes:
+        return ", but held-out data could not be scored"
     if all(change.harm <= change.floor for change in gap.changes):
         return ", but held-out data is not worse for it"
     return ", but with statistics of its own held-out data is worse still"
@@ -163,7 +165,7 @@ def _moves(layer: Layer) -> bool:
 
 
 def _is_other_data(gap: Effect, facts: Facts) -> bool:
-    """Whether held-out data is clearly worse, and differs from the training data in what the first layer gets.
+    """Whether held-out data is clearly worse, and differs from the training data in every layer, from the first one on.
 
     What a network does not know of data of the same kind shows in later layers only. What statistics of the training
     data mend is no shift, and other proportions of classes show by statistics of their own, which are worse.
@@ -172,8 +174,8 @@ def _is_other_data(gap: Effect, facts: Facts) -> bool:
         return False
     if effect.gain(facts, "recalibrated").standing == "better":
         return False
-    tried, first = _gain(facts), next(iter(facts.layers.values()))
-    return bool(tried.changes) and not tried.is_worse and _moves(first)
+    tried = _gain(facts)
+    return bool(tried.changes) and not tried.is_worse and all(map(_moves, facts.layers.values()))
 
 
 def _is_beyond(layer: Layer, facts: Facts) -> bool:
@@ -207,11 +209,11 @@ def _is_won_back(facts: Facts) -> bool:
 
 def _advantage(shifted: Remedy, usual: Remedy, facts: Facts) -> float:
     """By how many floors the one remedy is better than the other: of the metric, else of the loss."""
-    goal = next((gap.goal for gap in facts.gaps if gap.measure == "metric"), "max")
-    if shifted.after.metric is not None and usual.after.metric is not None:
-        return (shifted.after.metric - usual.after.metric) * (1 if goal == "max" else -1) / FLOOR
-    if shifted.after.loss is not None and usual.after.loss is not None:
-        return (usual.after.loss - shifted.after.loss) / max(PART * abs(usual.after.loss), effect.SMALLEST)
+    goals = {"loss": "min", **{gap.measure: gap.goal for gap in facts.gaps}}
+    for measure in ("metric", "loss"):
+        before, after = getattr(usual.after, measure), getattr(shifted.after, measure)
+        if before is not None and after is not None:
+            return effect.floors_better(measure, goals.get(measure, "max"), before, after)
     return 0.0
 
 

@@ -20,6 +20,7 @@ from bnprobe.records import (
     Estimate,
     FreeRemedy,
     Gap,
+    Goal,
     Interval,
     Measure,
     Remedy,
@@ -111,11 +112,12 @@ class Change:
         return "same" if self.harm <= self.floor and high <= TOLERANCE * self.floor else "unclear"
 
     @property
-    def is_surely_worse(self) -> bool:
-        """Whether a 99% interval excludes zero, too."""
-        if self.interval is None or self.standing != "worse":
+    def is_sure(self) -> bool:
+        """Whether it is worse, or better, and a 99% interval excludes zero, too."""
+        if self.interval is None or self.standing not in ("worse", "better"):
             return False
-        return self.harm > TO_99 * (self.harm - self.interval[0])
+        end = self.interval[0] if self.standing == "worse" else self.interval[1]
+        return end is not None and abs(self.harm) > TO_99 * abs(self.harm - end)
 
     @property
     def is_no_gain(self) -> bool:
@@ -199,8 +201,18 @@ def surely_worse(facts: Facts) -> Change | None:
     and for a 99% interval that excludes zero: a scan tests two measures, and accuses a network that looks healthy
     otherwise. Less makes the finding on a layer that is flagged anyway more serious.
     """
-    worse = [each for each in inconsistency(facts.gaps, facts.chance).changes if each.is_surely_worse]
-    return None if is_scored_on_few(facts) else _first(worse)
+    return _surely("worse", facts)
+
+
+def surely_better(facts: Facts) -> Change | None:
+    """The change by which inference is surely better than training, by the bar of ``surely_worse``."""
+    return _surely("better", facts)
+
+
+def _surely(standing: Standing, facts: Facts) -> Change | None:
+    changes = inconsistency(facts.gaps, facts.chance).changes
+    sure = [each for each in changes if each.standing == standing and each.is_sure]
+    return None if is_scored_on_few(facts) else _first(sure)
 
 
 def is_scored_on_few(facts: Facts) -> bool:
@@ -335,6 +347,11 @@ def _changes_of(remedy: Remedy, goal: str, chance: Sequence[Chance]) -> Iterable
             continue
         interval = None if change is None else change.interval
         yield _change(measure, aim, (before, after), interval, after - before, learned(chance, measure))
+
+
+def floors_better(measure: Measure, goal: Goal, before: float, after: float) -> float:
+    """By how many floors the second value is better than the first; negative: worse."""
+    return (1.0 if goal == "max" else -1.0) * (after - before) / _floor(measure, (before, after), None)
 
 
 def _signed(interval: Interval | None, sign: float) -> Interval | None:

@@ -22,7 +22,7 @@ class Generalization(Rule):
     What:
         The change of the metric (without one, of the loss) from training to held-out data, both with running
         statistics. It is a remark where the change is surely for the worse, by 10 points of a metric between 0 and 1 or
-        10%, statistics of no layer are to blame (BN206: none has moved, or those of the held-out data were tried and
+        25%, statistics of no layer are to blame (BN206: none has moved, or those of the held-out data were tried and
         win back less than a quarter), and inference on training data is not worse, or by less than a quarter of it.
 
     Why:
@@ -86,7 +86,7 @@ def _is_not_won_back(tried: Remedy, facts: Facts) -> bool:
     """Whether statistics of the held-out data are no gain on it, or win back little of what it loses."""
     gain = effect.of_remedy(tried, facts.gaps, facts.chance)
     part = effect.recovered(tried, facts.gaps)
-    return gain.is_no_gain or (gain.standing != "not measured" and part is not None and part < LITTLE)
+    return gain.is_no_gain or (gain.standing in ("better", "same") and part is not None and part < LITTLE)
 
 
 def _is_the_larger_part(change: Change, facts: Facts) -> bool:

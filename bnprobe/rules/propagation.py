@@ -27,7 +27,8 @@ class Propagation(ShareRule):
     Remedy:
         Fix the first layer that has a cause of its own, and scan again; most of this goes with it. If it stays,
         recalibrate layer by layer, from the input to the output: `bnprobe recalibrate --path eval`. Where no earlier
-        layer has a cause of its own, the report calls it stale statistics (BN203), which recalibration mends.
+        layer has a cause of its own, the report blames what adds up to most in these: stale statistics (BN203) or
+        dropout (BN204); recalibration mends both.
 
     Reference:
         Ioffe 2017, arXiv 1702.03275, section 2 (activations differ in training and at inference). Wu and Johnson 2021,

@@ -22,8 +22,9 @@ class SharedDomains(Rule):
         For a layer that is called more than once: the mismatch D between the statistics of the data of each call and
         those of all calls together, averaged over calls. It fails where the lower end of its 95% interval exceeds half
         of the layer's limit; and, where loss or metric are surely worse at inference and no layer is flagged, where it
-        differs significantly at all. It is an error where loss or metric are surely worse, and, where they do not
-        say, where the layer is flagged or moves the outputs by half or more; otherwise a warning.
+        differs significantly at all. It is an error where loss or metric are surely worse, or other statistics surely
+        better on held-out data, and, where they do not say, where the layer is flagged or moves the outputs by half or
+        more; otherwise a warning.
 
     Why:
         In training each call is normalized with its own batch. The running statistics average over the calls and fit

@@ -317,28 +317,21 @@ class ShareRule(Rule):
         """What to do about a failing layer."""
         return self.remedy
 
-    def remark(self, layer: Layer, share: float, facts: Facts) -> tuple[str, str] | None:
-        """What is worth saying of a share that flags no layer, in parentheses, and what to do; None: nothing."""
-        return None
-
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         """The verdict on a layer whose share is not known."""
         return self.skipped(layer.name, why_no_shares(layer))
 
     def _judge(self, layer: Layer, facts: Facts) -> Verdict:
-        share, limit, remedy = share_of(layer, self.cause), share_limit(layer, self.cause), self.advise(layer, facts)
+        share, limit = share_of(layer, self.cause), share_limit(layer, self.cause)
         if share is None:
             return self.without_share(layer, facts)
-        weight: tuple[str, Severity]
-        if (found := found_against(layer, self.cause, facts)) is not None:
-            weight = found
-        elif (remark := self.remark(layer, share, facts)) is not None:
-            weight, remedy = (remark[0], "info"), remark[1]
-        else:
+        found = found_against(layer, self.cause, facts)
+        if found is None:
             message = f"This cause accounts for D = {mismatch(share)}{_although(layer, self.cause, share)}."
             return self.passed(layer.name, message, share, limit)
-        amount, severity = weight
-        return self.failed(layer.name, f"{self.explain(layer, facts)} {amount}", share, limit, severity, remedy)
+        amount, severity = found
+        message = f"{self.explain(layer, facts)} {amount}"
+        return self.failed(layer.name, message, share, limit, severity, self.advise(layer, facts))
 
 
 def found_against(layer: Layer, cause: Cause, facts: Facts) -> tuple[str, Severity] | None:

@@ -73,7 +73,7 @@ class SingleImage(Rule):
                 f"The layer is called once for each of the {size} samples of a batch, which is normalized with its own"
                 " mean and variance in training."
             )
-        differ = effect.inconsistency(facts.gaps, facts.chance).standing in ("better", "worse")
+        differ = effect.surely_worse(facts) or effect.surely_better(facts)
         severity: Severity = "error" if layer.flagged or differ else self.severity
         remedy = _TOGETHER if alone else self.remedy
         return self.failed(layer.name, message, 1.0, 1.0, severity, _remedy(remedy, facts))

@@ -173,7 +173,7 @@ def lagging(**anatomy: object) -> Facts:
 def test_stale_statistics_of_a_half_frozen_layer_stand_on_their_own(half: str) -> None:
     """To freeze the other half as well would keep them stale; recalibration mends them."""
     facts = lagging(**{half: False})
-    found = diagnosed(facts)
+    found = diagnosed(facts, {"bn": 0.9})
     assert [(each.cause, each.severity, each.consequences) for each in found] == [
         ("lag", "error", ()),
         ("frozen_mismatch", "warning", ()),
@@ -271,6 +271,18 @@ def test_propagation_without_a_root_is_what_dropout_adds_up_to_where_that_is_mor
     assert (found.cause, found.layers) == ("dropout", ("c",))
     assert "what dropout changes in them adds up in its input" in found.message
     assert found.remedy.startswith("Move dropout behind the last BN layer")
+
+
+def test_propagation_keeps_its_name_where_the_rule_on_its_root_was_not_run() -> None:
+    facts = make_evidence(make_layer("a", make_shares(lag=0.02)), make_layer("b", make_shares(propagation=0.2)))
+    verdicts = judge(facts, RulesSpec(ignore=("BN203",)))
+    assert [found.cause for found in diagnose(verdicts, facts)] == ["propagation"]
+
+
+def test_earlier_layers_that_were_not_measured_are_not_called_within_their_limit() -> None:
+    layer = make_layer("b", make_shares(propagation=0.2))
+    [found] = diagnosed(make_evidence(layer, anatomy=[make_anatomy("a"), make_anatomy("b")]))
+    assert found.message.startswith("b: Of earlier layers, what their running statistics are off by adds up")
 
 
 def test_propagation_is_told_under_the_strongest_cause_upstream() -> None:
@@ -423,6 +435,9 @@ def test_stale_statistics_beside_batches_that_are_not_mixed_say_to_mend_these_fi
     [first, second] = diagnosed(make_evidence(stale, sorted_, **known), {"a": 0.1, "b": 0.9})
     assert (first.cause, second.cause) == ("composition", "lag")
     assert second.remedy.startswith("Mend the non-i.i.d. batches first (BN202)")
+    alike = replace(make_layer("b", make_shares(composition=0.01)), composition=Composition(0.2, 2.4, 1e-9))
+    [_, remark] = diagnosed(make_evidence(stale, alike, gaps=(metric(0.9, 0.9),), remedies=(tried(0.5, 0.5),)))
+    assert (remark.cause, remark.severity) == ("composition", "info")
     [alone] = diagnosed(make_evidence(stale, **known))
     assert alone.remedy == find_rule("BN203").other_remedy
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bnprobe.records import Composition
 from bnprobe.testing import make_evidence, make_layer, make_shares, run_rule
+from unit.rules.effects import metric
 from unit.rules.expect import HALF, failed, passed, skipped
 
 SORTED = make_shares(composition=0.3)
@@ -49,7 +50,7 @@ def test_alike_samples_within_the_limit_are_a_remark() -> None:
     layer = make_layer("bn", make_shares(composition=0.01), composition=Composition(0.2, 2.4, 1e-9))
     found = run_rule("BN202", make_evidence(layer, batch_size=8))
     assert [(each.outcome, each.severity) for each in found] == [("failed", "info")]
-    assert "a batch of 8 is worth 3.33 independent samples. (It accounts for D = 0.01, which is" in found[0].message
+    assert "a batch of 8 is worth 3.33 independent samples. (It accounts for D = 0.010, which is" in found[0].message
     assert found[0].remedy.startswith("None is needed")
 
 
@@ -57,3 +58,14 @@ def test_no_remark_is_made_where_chance_or_the_batch_size_adds_more() -> None:
     for composition, p_value in ((0.003, 1e-9), (0.01, 0.02)):
         layer = make_layer("bn", make_shares(composition=composition), composition=Composition(0.2, 2.4, p_value))
         assert [each.outcome for each in run_rule("BN202", make_evidence(layer))] == ["passed"]
+
+
+def test_no_remark_says_that_nothing_is_needed_where_something_is_wrong() -> None:
+    alike = make_layer("bn", make_shares(composition=0.01), composition=Composition(0.2, 2.4, 1e-9))
+    worse = make_evidence(alike, gaps=(metric(0.94, 0.46),))
+    assert [each.severity for each in run_rule("BN202", worse) if each.outcome == "failed"] in ([], ["error"])
+    beyond = make_layer("far", make_shares(composition=0.3), composition=Composition(0.2, 2.4, 1e-9))
+    found = {each.layer: each.outcome for each in run_rule("BN202", make_evidence(alike, beyond))}
+    assert found == {"bn": "passed", "far": "failed"}
+    almost = make_layer("bn", make_shares(composition=0.035), composition=Composition(0.2, 2.4, 1e-9))
+    assert [each.outcome for each in run_rule("BN202", make_evidence(almost))] == ["passed"]

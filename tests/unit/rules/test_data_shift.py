@@ -94,7 +94,7 @@ def test_held_out_data_is_required() -> None:
     assert run_rule("BN206", make_evidence(make_layer())) == [skipped("BN206", None, reason)]
 
 
-def test_data_that_differs_in_the_first_layer_and_is_clearly_worse_is_named_though_it_differs_little() -> None:
+def test_data_that_differs_in_every_layer_and_is_clearly_worse_is_named_though_it_differs_little() -> None:
     """As noise is. Statistics of its own do not help; and what an overfit does shows in later layers alone."""
     useless, harmful = tried("evaluation statistics", 0.65, 0.0), tried("evaluation statistics", 0.65, -0.3)
     little = make_shares(data_shift=0.004)
@@ -104,6 +104,7 @@ def test_data_that_differs_in_the_first_layer_and_is_clearly_worse_is_named_thou
         ((first, last), useless, FALLEN, "failed"),
         ((first, last), useless, -0.09, "failed"),
         ((same, last), useless, FALLEN, "passed"),
+        ((last, same), useless, FALLEN, "passed"),
         ((first, last), harmful, FALLEN, "passed"),  # other proportions of classes
         ((first, last), useless, -0.06, "passed"),
     ):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bnprobe.records import Chance, ChanceValues, Estimate
 from bnprobe.rules import effect
-from unit.rules.effects import chance, metric, tried
+from bnprobe.testing import make_evidence, make_layer
+from unit.rules.effects import chance, loss, metric, tried
 
 
 def test_what_was_learned_is_what_the_better_mode_knows() -> None:
@@ -29,3 +30,25 @@ def test_values_are_written_as_in_tables() -> None:
     assert change.words("before", "after") == "the metric is 0.966 before and 0.995 after"
     [same] = effect.inconsistency((metric(0.9951, 0.9949),)).changes
     assert same.words("with this", "with that") == "the metric is 0.995 with this and with that"
+
+
+def test_inference_is_blamed_with_99_percent_confidence() -> None:
+    """0.1 ± 0.09 excludes zero at 95%, and not at 99%."""
+    for width, sure in ((0.09, False), (0.07, True)):
+        worse, better = metric(0.9, 0.8, width), metric(0.8, 0.9, width)
+        assert effect.inconsistency((worse,)).is_worse
+        facts = [make_evidence(make_layer("bn"), gaps=(gap,)) for gap in (worse, better)]
+        assert [effect.surely_worse(known) is not None for known in facts] == [sure, False]
+        assert [effect.surely_better(known) is not None for known in facts] == [False, sure]
+
+
+def test_what_is_too_little_to_act_on_is_not_clean_from_2_percent_of_a_loss_on() -> None:
+    for after, clean in ((1.01, True), (1.03, False)):
+        found = effect.inconsistency((loss(1.0, after, 0.005),))
+        assert (found.standing, found.blemish is None) == ("same", clean)
+
+
+def test_floors_are_those_of_the_scale() -> None:
+    assert abs(effect.floors_better("metric", "max", 0.8, 0.9) - 5.0) < 1e-9
+    assert abs(effect.floors_better("metric", "max", 24.95, 25.0) - 0.04) < 1e-9  # PSNR
+    assert effect.floors_better("loss", "min", 1.0, 1.05) < 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bnprobe.records import Domains
 from bnprobe.testing import make_evidence, make_layer, make_shares, run_rule
+from unit.rules.effects import metric, tried
 from unit.rules.expect import HALF, failed, passed, skipped
 
 
@@ -28,3 +29,11 @@ def test_calls_on_different_data_fail() -> None:
         failed("BN207", "flagged", f"{start} 3 {far}", 0.3, HALF, "error"),
         skipped("BN207", "unknown", "the statistics of its separate calls were not measured"),
     ]
+
+
+def test_it_is_an_error_where_other_statistics_are_surely_better() -> None:
+    layer = make_layer("bn", calls_per_forward=2, domains=Domains(0.3, (0.2, 0.4)))
+    for after, severity in ((0.9, "warning"), (0.95, "error")):
+        remedies = (tried(0.9, after, "batch statistics"),)
+        [found] = run_rule("BN207", make_evidence(layer, gaps=(metric(0.9, 0.9),), remedies=remedies))
+        assert found.severity == severity

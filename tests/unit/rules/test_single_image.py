@@ -31,6 +31,14 @@ def test_batches_of_one_sample_are_an_instance_norm() -> None:
     ]
 
 
+def test_it_is_an_error_where_the_modes_surely_differ_and_no_layer_is_flagged() -> None:
+    """As where eval() was forgotten: the network is better with its running statistics."""
+    for inference, severity in ((0.9, "warning"), (0.98, "error"), (0.8, "error")):
+        facts = make_evidence(make_layer("bn"), gaps=(metric(0.9, inference),), batch_size=1)
+        [found] = run_rule("BN209", facts)
+        assert found.severity == severity
+
+
 def test_batches_of_two_are_not() -> None:
     assert run_rule("BN209", make_evidence(make_layer(), batch_size=2)) == [passed("BN209", "bn", FINE, 2.0, 1.0)]
 
