@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from bnprobe.measure.layers import unmatched_globs
 from bnprobe.measure.rank_agreement import Agreement
 from bnprobe.numbers import listed
 from bnprobe.records import Environment, Pool, Scan
+from bnprobe.rules.composition import FEWEST_GROUPS
 from bnprobe.rules.facts import Facts
 from bnprobe.stats.composition import regrouped_batches
 
@@ -89,8 +91,13 @@ def environment(device: torch.device) -> Environment:
 
 
 def _pool(evidence: Evidence) -> Pool | None:
-    images = max((pool.mean.shape[0] for pool in evidence.eval.pool().values()), default=0)
-    if not images or not evidence.batching.emulation.trusted:
+    """The pool; None where it suffices for no layer. The calls of one layer share their samples."""
+    images, by_layer = 0, Counter[int]()
+    for slot, pool in evidence.eval.pool().items():
+        images = max(images, pool.mean.shape[0])
+        by_layer[slot[0]] += pool.mean.shape[0]
+    fewest = FEWEST_GROUPS * evidence.batch_size
+    if max(by_layer.values(), default=0) < fewest or not evidence.batching.emulation.trusted:
         return None
     return Pool(images, evidence.eval[SamplePool].bytes, regrouped_batches(images, evidence.batch_size))
 
