@@ -19,6 +19,7 @@ from bnprobe.records import Arm, Conclusion, Ending, Estimate, Proof, RepairReco
 from bnprobe.report import figures
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.json import dump
+from bnprobe.report.next_step import EXPORTED, chosen_options
 from bnprobe.report.page import (
     ARROW,
     FINE,
@@ -490,11 +491,24 @@ def _commands(record: RepairRecord, weights: str, files: Files) -> list[tuple[st
     commands = []
     if files.before and files.after:
         verify = shlex.join(["bnprobe", "verify", files.before, files.after])
-        commands.append(("To compare the two scans, as in CI:", verify))
-    export = shlex.join(["bnprobe", "export", _target(record), "--checkpoint", weights])
+        commands.append((_why_verify(record), verify))
+    carried = chosen_options(record.command or "", EXPORTED)
+    export = shlex.join(["bnprobe", "export", _target(record), "--checkpoint", weights, *carried])
     if record.plan is None or record.plan.deploys:
         commands.append((f"To export {_model(record)} and check its outputs:", export))
     return commands
+
+
+def _why_verify(record: RepairRecord) -> str:
+    """What the comparison of the scans is about, and that it will fail where layers are left that are flagged."""
+    left = record.flagged_after
+    if not left:
+        return "To compare the two scans, as in CI:"
+    are = "is" if left == 1 else "are"
+    return (
+        "To compare the layers of the two scans, not the scores (exit code 1 while a layer is flagged, and"
+        f" {left} still {are}):"
+    )
 
 
 def _target(record: RepairRecord) -> str:
