@@ -18,7 +18,8 @@ from bnprobe.measure.further import Further
 from bnprobe.measure.layers import unmatched_globs
 from bnprobe.measure.rank_agreement import Agreement
 from bnprobe.numbers import listed
-from bnprobe.records import Environment, Pool, Scan
+from bnprobe.records import Chance, Environment, Gap, Pool, Remedy, Scan
+from bnprobe.rules import effect
 from bnprobe.rules.composition import FEWEST_GROUPS
 from bnprobe.rules.facts import Facts
 from bnprobe.stats.composition import regrouped_batches
@@ -76,6 +77,22 @@ def notes_on(model: nn.Module, evidence: Evidence, facts: Facts, agreement: Agre
     yield from _on_hidden(model, evidence)
     if facts.is_new:
         yield "All BN layers are as in a new model: statistics, weights and biases. Was a checkpoint forgotten?"
+
+
+def notes_on_goal(gaps: Sequence[Gap], remedies: Sequence[Remedy], chance: Sequence[Chance]) -> Iterator[str]:
+    """That a metric does not judge, since nobody said whether a larger or a smaller one is better: a sentence."""
+    why = effect.why_not_judged(gaps, remedies, chance)
+    if why == "contradicted":
+        yield (
+            "Whether a larger or a smaller metric is better was not said. A larger one was taken to be, and the loss"
+            " says the opposite: so the loss judges, not the metric. If a smaller metric is better, give --goal min"
+            " (repair: {goal: min} in a spec), otherwise --goal max."
+        )
+    if why == "no loss":
+        yield (
+            "Whether a larger or a smaller metric is better was not said, so the metric judges nothing: give --goal max"
+            " or --goal min (repair: {goal: max} in a spec)."
+        )
 
 
 def environment(device: torch.device) -> Environment:

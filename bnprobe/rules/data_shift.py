@@ -206,8 +206,8 @@ def _is_won_back(facts: Facts) -> bool:
 
 def _advantage(shifted: Remedy, usual: Remedy, facts: Facts) -> float:
     """By how many floors the one remedy is better than the other: of the metric, else of the loss."""
-    goal = next((gap.goal for gap in facts.gaps if gap.measure == "metric"), "max")
-    if shifted.after.metric is not None and usual.after.metric is not None:
+    goal = effect.goal_of(facts.gaps, facts.chance)
+    if goal is not None and shifted.after.metric is not None and usual.after.metric is not None:
         return (shifted.after.metric - usual.after.metric) * (1 if goal == "max" else -1) / FLOOR
     if shifted.after.loss is not None and usual.after.loss is not None:
         return (usual.after.loss - shifted.after.loss) / max(PART * abs(usual.after.loss), effect.SMALLEST)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from bnprobe.records import Chance, ChanceValues, Estimate
+from dataclasses import replace
+
+from bnprobe.records import Chance, ChanceValues, Estimate, Score
 from bnprobe.rules import effect
-from unit.rules.effects import chance, metric, tried
+from unit.rules.effects import chance, loss, metric, tried
 
 
 def test_what_was_learned_is_what_the_better_mode_knows() -> None:
@@ -29,3 +31,57 @@ def test_values_are_written_as_in_tables() -> None:
     assert change.words("before", "after") == "the metric is 0.966 before and 0.995 after"
     [same] = effect.inconsistency((metric(0.9951, 0.9949),)).changes
     assert same.words("with this", "with that") == "the metric is 0.995 with this and with that"
+
+
+# --- A metric whose goal was not stated -------------------------------------------------------------------------------
+
+RMSE = replace(metric(0.128, 0.043), goal_is_known=False, held_out=0.61, generalization=0.57)
+RMSE = replace(RMSE, generalization_interval=(0.52, 0.62))
+MSE = replace(loss(0.0165, 0.0019, 0.004), held_out=0.38, generalization=0.38, generalization_interval=(0.3, 0.46))
+ACCURACY = replace(metric(0.94, 0.46), goal_is_known=False)
+
+
+def test_a_metric_that_the_loss_contradicts_is_judged_by_nobody() -> None:
+    assert effect.judged((MSE, RMSE)) == (MSE,)
+    assert effect.why_not_judged((MSE, RMSE)) == "contradicted"
+    assert effect.inconsistency((MSE, RMSE)).standing == "better"
+    assert effect.inconsistency((MSE, RMSE)).blemish is None
+    assert [change.measure for change in effect.generalization((MSE, RMSE)).changes] == ["loss"]
+    assert effect.generalization((MSE, RMSE)).is_worse
+
+
+def test_a_stated_goal_holds_whatever_the_loss_says() -> None:
+    stated = replace(RMSE, goal="min", goal_is_known=True)
+    assert effect.judged((MSE, stated)) == (MSE, stated)
+    assert effect.why_not_judged((MSE, stated)) is None
+    assert effect.generalization((MSE, stated)).changes[0].measure == "metric"
+
+
+def test_a_metric_that_the_loss_bears_out_judges_without_a_goal() -> None:
+    gaps = (loss(0.2, 1.9), ACCURACY)
+    assert (effect.judged(gaps), effect.why_not_judged(gaps)) == (gaps, None)
+    slightly = (loss(0.2, 0.19, 0.005), replace(metric(0.94, 0.93, 0.005), goal_is_known=False))
+    assert effect.judged(slightly) == slightly[:1]
+    unsure = (loss(0.2, 0.19, 0.05), slightly[1])
+    assert effect.judged(unsure) == unsure
+
+
+def test_a_metric_without_a_goal_and_a_loss_judges_nothing() -> None:
+    assert effect.judged((ACCURACY,)) == ()
+    assert effect.why_not_judged((ACCURACY,)) == "no loss"
+    assert effect.inconsistency((ACCURACY,)).standing == "not measured"
+    assert effect.of_remedy(tried(0.46, 0.94), (ACCURACY,)).changes == ()
+    assert effect.goal_of((ACCURACY,)) is None
+
+
+def test_a_remedy_that_moves_loss_and_metric_against_each_other_is_judged_by_the_loss() -> None:
+    gaps = (loss(0.1, 0.1), replace(metric(0.34, 0.34), goal_is_known=False))
+    remedy = tried(0.34, 0.294)
+    change = Estimate(-0.02, (-0.03, -0.01))
+    remedy = replace(remedy, before=Score(0.11, 0.34), after=Score(0.09, 0.294), loss_change=change)
+    found = effect.of_remedy(remedy, gaps)
+    assert (found.standing, [each.measure for each in found.changes]) == ("better", ["loss"])
+    assert effect.why_not_judged(gaps, (remedy,)) == "contradicted"
+    assert effect.why_not_judged(gaps) is None
+    stated = (gaps[0], replace(gaps[1], goal="min", goal_is_known=True))
+    assert [each.measure for each in effect.of_remedy(remedy, stated).changes] == ["loss", "metric"]
