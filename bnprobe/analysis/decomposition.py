@@ -15,13 +15,11 @@ from torch import Tensor
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.forward_pass import Slot
 from bnprobe.records import Composition, Domains, Interval, ShareIntervals, Shares
+from bnprobe.rules.composition import FEWEST_GROUPS
 from bnprobe.stats import ladder
 from bnprobe.stats.composition import Images, analyse, draw
 from bnprobe.stats.intervals import JackknifeEstimate, jackknife
 from bnprobe.stats.ladder import BatchSums, Means
-
-FEWEST_GROUPS = 4
-"""The pool of samples must suffice for so many micro-batches, for random regrouping to say something."""
 
 NON_LINEAR = 2.0
 """This over the batch size is the part of the variance of settled statistics that stays where all of the data was read.

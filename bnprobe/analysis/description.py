@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,7 +18,9 @@ from bnprobe.measure.further import Further
 from bnprobe.measure.layers import unmatched_globs
 from bnprobe.measure.rank_agreement import Agreement
 from bnprobe.numbers import listed
-from bnprobe.records import Environment, Pool, Scan
+from bnprobe.records import Chance, Environment, Gap, Pool, Remedy, Scan
+from bnprobe.rules import effect
+from bnprobe.rules.composition import FEWEST_GROUPS
 from bnprobe.rules.facts import Facts
 from bnprobe.stats.composition import regrouped_batches
 
@@ -76,6 +79,22 @@ def notes_on(model: nn.Module, evidence: Evidence, facts: Facts, agreement: Agre
         yield "All BN layers are as in a new model: statistics, weights and biases. Was a checkpoint forgotten?"
 
 
+def notes_on_goal(gaps: Sequence[Gap], remedies: Sequence[Remedy], chance: Sequence[Chance]) -> Iterator[str]:
+    """What was made of a metric of which nobody said whether a larger or a smaller one is better: a sentence."""
+    why = effect.doubt_of_goal(gaps, remedies, chance)
+    if why == "contradicted":
+        yield (
+            "Whether a larger or a smaller metric is better was not said. A larger one was taken to be, and the loss"
+            " says the opposite: so the loss judges, not the metric. If a smaller metric is better, give --goal min"
+            " (repair: {goal: min} in a spec), otherwise --goal max."
+        )
+    if why == "no loss":
+        yield (
+            "Whether a larger or a smaller metric is better was not said, and there is no loss to tell: a larger one is"
+            " taken to be. If a smaller one is better, give --goal min (repair: {goal: min} in a spec)."
+        )
+
+
 def environment(device: torch.device) -> Environment:
     """Where it ran."""
     on_cuda = device.type == "cuda"
@@ -89,8 +108,13 @@ def environment(device: torch.device) -> Environment:
 
 
 def _pool(evidence: Evidence) -> Pool | None:
-    images = max((pool.mean.shape[0] for pool in evidence.eval.pool().values()), default=0)
-    if not images or not evidence.batching.emulation.trusted:
+    """The pool; None where it suffices for no layer. The calls of one layer share their samples."""
+    images, by_layer = 0, Counter[int]()
+    for slot, pool in evidence.eval.pool().items():
+        images = max(images, pool.mean.shape[0])
+        by_layer[slot[0]] += pool.mean.shape[0]
+    fewest = FEWEST_GROUPS * evidence.batch_size
+    if max(by_layer.values(), default=0) < fewest or not evidence.batching.emulation.trusted:
         return None
     return Pool(images, evidence.eval[SamplePool].bytes, regrouped_batches(images, evidence.batch_size))
 

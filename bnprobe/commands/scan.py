@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from bnprobe._version import __version__
-from bnprobe.analysis.description import describe, environment, notes_on
+from bnprobe.analysis.description import describe, environment, notes_on, notes_on_goal
 from bnprobe.analysis.diagnosis import diagnose, groups_of, judge
 from bnprobe.analysis.findings import Findings, assemble
 from bnprobe.config.load import settings_from
@@ -198,6 +198,7 @@ def _report(
     evidence, further = _beyond(workload, session, settings, evidence, findings, facts)
     output = replace(findings.summary.output, batch_dependence=further.batch_dependence)
     summary = replace(findings.summary, output=output, gradient_angle=further.angle, chance=further.chance)
+    notes = (*notes, *notes_on_goal(summary.gaps, further.remedies, summary.chance))
     scan = describe(workload, settings, evidence, further, session.device, notes)
     positions = {layer.name: layer.index for layer in session.layers.layers}
     places = {layer.name: layer.location for layer in facts.anatomy}

@@ -99,6 +99,7 @@ def _compared(name: str, before: Layer | None, after: Layer | None) -> LayerComp
         after=None if after is None else _worse(after),
         flagged_before=before is not None and before.flagged,
         flagged_after=after is not None and after.flagged,
+        undecided_after=after is not None and after.undecided,
     )
 
 

@@ -244,7 +244,8 @@ def why_unscored(score: Callable[[], object]) -> str | None:
     try:
         score()
     except (UserCodeError, DataError) as error:
-        return f"Loss and metric cannot be computed on the held-out data: {str(error).rstrip('.')}."
+        said = str(error).partition("\n")[0].rstrip(".:")
+        return f"Loss and metric cannot be computed on the held-out data: {said}."
     return None
 
 

@@ -227,13 +227,17 @@ class RepairRecord(Record):
 
 @dataclass(frozen=True)
 class LayerComparison(Record):
-    """The mismatch D of one layer in two reports, each on the path where it is larger."""
+    """The mismatch D of one layer in two reports, each on the path where it is larger.
+
+    ``undecided_after``: the later scan could not tell on which side of its limit the layer is.
+    """
 
     name: str
     before: float | None
     after: float | None
     flagged_before: bool
     flagged_after: bool
+    undecided_after: bool = False
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class Scan(Record):
         seconds: Wall time of the measurement.
         notes: Further facts that affect the result, a sentence each.
         passes: Measurements beyond the two paths, with their cost.
-        pool: What the composition share was measured with; None if the samples could not be regrouped.
+        pool: What the composition share was measured with; None if the samples could not be regrouped, or were too few.
         unselected: Layers that ``--include`` and ``--exclude`` leave out of the report, in network order.
         size_range: Fewest and most samples of a micro-batch, where they differ.
         held_out: Where the held-out data came from, in words; None without any.

@@ -29,6 +29,7 @@ from bnprobe.records import (
 from bnprobe.report import figures
 from bnprobe.report.page import ARROW, DEGREE, UNMEASURED, Page
 from bnprobe.report.table import Column, Mark, Names, TableLayout, arrows, dropping, table
+from bnprobe.rules import effect
 
 # --- Gaps -------------------------------------------------------------------------------------------------------------
 
@@ -146,6 +147,7 @@ def remedies(report: Report, page: Page) -> list[Text]:
     if not found:
         return []
     measure = _ranked_by(report)
+    judged = measure == "loss" or effect.goal_of(report.summary.gaps, report.summary.chance) is not None
     ordered = best_first(found, measure, goal)
     sizes = [f"{number:,}" for number in sorted({remedy.images for remedy in found})]
     samples = " or ".join(", ".join(sizes).rsplit(", ", 1))
@@ -153,7 +155,7 @@ def remedies(report: Report, page: Page) -> list[Text]:
     data = f"held-out {what}" if found[0].scored_on == "held-out" else f"training {what} that gave no statistics"
     return [
         *page.heading(f"What remedies without training would give, on {samples} {data}"),
-        *page.paragraph(best_in_words(ordered, measure, goal), first="  "),
+        *(page.paragraph(best_in_words(ordered, measure, goal), first="  ") if judged else []),
         *_remedy_table(ordered, page),
         *page.paragraphs([_other_samples(ordered, report)], "dim"),
     ]

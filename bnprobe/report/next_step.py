@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,10 @@ CARRIED = frozenset(
     )
 )
 """Options of a scan with which a repair loads the same model and data and judges them in the same way."""
+
+EXPORTED = frozenset(("--model-arg", "--batch-size", "--seed"))
+"""Options of a repair with which an export loads the same model and data; those of its checkpoint have done their work.
+"""
 
 FLAGS = frozenset(("--unsafe-load", "--no-emulate", "--what-if", "--gradients", "--all", "--exit-zero"))
 """Options of a scan that have no value."""
@@ -170,6 +175,22 @@ def _carried(words: list[str]) -> list[str]:
         values = [] if equals or option in FLAGS or not word.startswith("--") else [next(remaining, "")]
         if option in CARRIED or not word.startswith("--"):
             kept += [word, *values]
+    return kept
+
+
+def chosen_options(command: str, options: Collection[str]) -> list[str]:
+    """The words of these options in a command, with their values, in both spellings; none of them may be a flag.
+
+    Args:
+        command: A command quoted for a POSIX shell, e.g. ``"bnprobe convert model.py --finetune --batch-size 2"``.
+        options: Names such as ``"--batch-size"``.
+    """
+    kept: list[str] = []
+    remaining = iter(shlex.split(command))
+    for word in remaining:
+        option, equals, _ = word.partition("=")
+        if option in options:
+            kept += [word] if equals else [word, next(remaining, "")]
     return kept
 
 

@@ -19,6 +19,7 @@ from bnprobe.records import Arm, Conclusion, Ending, Estimate, Proof, RepairReco
 from bnprobe.report import figures
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.json import dump
+from bnprobe.report.next_step import EXPORTED, chosen_options
 from bnprobe.report.page import (
     ARROW,
     FINE,
@@ -213,27 +214,33 @@ def worse_than_as_is(record: RepairRecord) -> str:
     """That the weights lose against those as loaded, by how much, and what to do; for records where they do."""
     proof = record.proof
     assert proof is not None  # else nothing was compared
-    as_is, written = (next(arm for arm in proof.arms if arm.name == name) for name in ("as is", proof.repaired))
-    pairs = [(name, getattr(as_is, name), getattr(written, name)) for name in ("metric", "loss")]
-    scores = [f"{name} {_scored(end)} against {_scored(start)}" for name, start, end in pairs if start or end]
     data = count(proof.images_proving, f"{proof.scored_on} sample")
-    trained = written.trained
+    trained = _arm(proof, proof.repaired).trained
     force = "" if record.weights else f" {'--resume --force' if trained else '--force'} writes the others all the same."
     training = "" if trained or record.action == "recalibrate" else " Training may help (--finetune)."
     return (
-        f"{_model(record)} scores worse than the model as loaded, {' and '.join(scores)} on {data}."
+        f"{_model(record)} scores worse than the model as loaded, {_against(proof, proof.repaired, 'as is')} on {data}."
         f" As loaded is best: keep those weights.{training}{force}"
     )
 
 
 def _below_recalibrated(proof: Proof) -> str:
     """That recalibration alone is the better remedy, and by how much."""
-    alone, written = (next(arm for arm in proof.arms if arm.name == name) for name in ("recalibrated", proof.repaired))
-    scores = (
-        f"{proof.measure} {_scored(getattr(alone, proof.measure))} against {_scored(getattr(written, proof.measure))}"
-    )
-    training = "" if written.trained else ", or train the repaired model (--finetune)"
+    training = "" if _arm(proof, proof.repaired).trained else ", or train the repaired model (--finetune)"
+    scores = _against(proof, "recalibrated", proof.repaired)
     return f"Recalibrating alone is better, {scores}: use bnprobe recalibrate{training}."
+
+
+def _arm(proof: Proof, name: str) -> Arm:
+    return next(arm for arm in proof.arms if arm.name == name)
+
+
+def _against(proof: Proof, one: str, other: str) -> str:
+    """The scores of an arm against those of another, e.g. "metric 0.51 against 0.98 and loss 1.2 against 0.1"."""
+    pairs = [(name, getattr(_arm(proof, one), name), getattr(_arm(proof, other), name)) for name in ("metric", "loss")]
+    return " and ".join(
+        f"{name} {_scored(left)} against {_scored(right)}" for name, left, right in pairs if left or right
+    )
 
 
 def _scored(value: Estimate | None) -> str:
@@ -490,11 +497,24 @@ def _commands(record: RepairRecord, weights: str, files: Files) -> list[tuple[st
     commands = []
     if files.before and files.after:
         verify = shlex.join(["bnprobe", "verify", files.before, files.after])
-        commands.append(("To compare the two scans, as in CI:", verify))
-    export = shlex.join(["bnprobe", "export", _target(record), "--checkpoint", weights])
+        commands.append((_why_verify(record), verify))
+    carried = chosen_options(record.command or "", EXPORTED)
+    export = shlex.join(["bnprobe", "export", _target(record), "--checkpoint", weights, *carried])
     if record.plan is None or record.plan.deploys:
         commands.append((f"To export {_model(record)} and check its outputs:", export))
     return commands
+
+
+def _why_verify(record: RepairRecord) -> str:
+    """What the comparison of the scans is about, and that it will fail where layers are left that are flagged."""
+    left = record.flagged_after
+    if not left:
+        return "To compare the two scans, as in CI:"
+    are = "is" if left == 1 else "are"
+    return (
+        "To compare the layers of the two scans, not the scores (exit code 1 while a layer is flagged, and"
+        f" {left} still {are}):"
+    )
 
 
 def _target(record: RepairRecord) -> str:

@@ -13,11 +13,17 @@ from bnprobe.records import Layer, LayerComparison, Report, Verification
 from bnprobe.report import figures
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.layers import worse_path
-from bnprobe.report.page import ARROW, FINE, FLAGGED, STYLES, UNMEASURED, Page, RenderOptions, to_string
+from bnprobe.report.page import ARROW, FINE, FLAGGED, STYLES, UNDECIDED, UNMEASURED, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Mark, Names, arrows, dropping, table
 
 MOST_LAYERS = 12
 """So many layers are shown, those that were or are worst, unless all are asked for."""
+
+
+NO_SCORES = (
+    "This compares how training and inference normalize. It knows neither loss nor metric: what a repair gained in"
+    " these, its own report and record say."
+)
 
 
 def render(found: Verification, options: RenderOptions) -> str:
@@ -72,7 +78,13 @@ def before_and_after(
 def _flagged(found: Verification) -> str:
     before = sum(layer.flagged_before for layer in found.layers)
     after = sum(layer.flagged_after for layer in found.layers)
-    return f"{before or 'none'} of {count(len(found.layers), 'layer')} flagged before, {after or 'none'} after"
+    unsure = _undecided(found)
+    also = f" and {unsure} undecided" if unsure else ""
+    return f"{before or 'none'} of {count(len(found.layers), 'layer')} flagged before, {after or 'none'} after{also}"
+
+
+def _undecided(found: Verification) -> int:
+    return sum(layer.undecided_after for layer in found.layers)
 
 
 def _output(found: Verification) -> list[str]:
@@ -87,8 +99,13 @@ def _output(found: Verification) -> list[str]:
 def _closing(found: Verification, page: Page) -> list[Text]:
     compared = found.output_before is not None and found.output_after is not None
     outputs = ", and the outputs in training and at inference are no farther apart than before" if compared else ""
-    text = f"The repair holds: no layer is flagged{outputs}." if found.passed else "The repair does not hold."
-    return page.verdict(FINE if found.passed else FLAGGED, text, found.problems)
+    if not found.passed:
+        return page.verdict(FLAGGED, "The repair does not hold.", (*found.problems, NO_SCORES))
+    unsure = _undecided(found)
+    also = f" ({unsure} undecided)" if unsure else ""
+    text = f"The repair holds: no layer is flagged{also}{outputs}."
+    lost = any(layer.flagged_before and layer.undecided_after for layer in found.layers)
+    return page.verdict(UNDECIDED if lost else FINE, text)
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
@@ -103,18 +120,18 @@ class _Row:
     became: str = ""
 
     @property
-    def badness(self) -> tuple[bool, bool, float]:
-        """Flagged after, flagged before, the larger mismatch."""
+    def badness(self) -> tuple[bool, bool, bool, float]:
+        """Flagged after, undecided after, flagged before, the larger mismatch."""
         layer = self.layer
         values = [value for value in (layer.before, layer.after) if value is not None]
-        return layer.flagged_after, layer.flagged_before, max(values, default=-math.inf)
+        return layer.flagged_after, layer.undecided_after, layer.flagged_before, max(values, default=-math.inf)
 
 
 def _row(before: Layer, after: Layer) -> _Row:
     paths = [worse_path(layer.train, layer.eval) for layer in (before, after)]
     mismatches = [None if path is None else path.mismatch for path in paths]
     first, last = (figures.path_equivalent(path) for path in paths)
-    layer = LayerComparison(before.name, mismatches[0], mismatches[1], before.flagged, after.flagged)
+    layer = LayerComparison(before.name, mismatches[0], mismatches[1], before.flagged, after.flagged, after.undecided)
     return _Row(layer, (first, last))
 
 
@@ -148,7 +165,13 @@ def _mismatch(value: float | None) -> str:
 
 
 def _mark(layer: LayerComparison) -> Mark:
-    sign = FLAGGED if layer.flagged_after else UNMEASURED if layer.after is None else FINE
+    sign = FINE
+    if layer.flagged_after:
+        sign = FLAGGED
+    elif layer.after is None:
+        sign = UNMEASURED
+    elif layer.undecided_after:
+        sign = UNDECIDED
     return Mark(sign, STYLES[sign])
 
 
@@ -158,6 +181,8 @@ def _flags(row: _Row) -> str:
         return f"now {row.became}"
     if layer.after is None and not layer.flagged_after:
         return "not measured"
+    if layer.undecided_after:
+        return "undecided now" if layer.flagged_before else "undecided"
     return {
         (True, True): "still flagged",
         (True, False): "no longer flagged",

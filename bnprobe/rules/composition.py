@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.numbers import mismatch, number
-from bnprobe.records import Layer, Verdict
+from bnprobe.numbers import count, mismatch, number
+from bnprobe.records import Layer, Scan, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link
@@ -26,6 +26,24 @@ def _is_most(layer: Layer) -> bool:
     low = lower_end(None if intervals is None else intervals.composition)
     return low > 0 and shares.small_batch < shares.composition <= share_limit(layer, "composition")
 
+
+def _too_few(layer: Layer, scan: Scan | None) -> str:
+    """That so few samples fill too few batches to regroup them, a clause; empty where that is not the reason."""
+    if scan is None or scan.self_check is None or not scan.self_check.passed:
+        return ""  # samples of a batch cannot be told apart
+    needed = FEWEST_GROUPS * scan.batch_size
+    if scan.images * layer.calls_per_forward >= needed:
+        return ""
+    return (
+        f"{count(scan.images, scan.sample)} are too few to regroup at random in batches of {scan.batch_size}"
+        f" (at least {needed})"
+    )
+
+
+FEWEST_GROUPS = 4
+"""The samples must suffice for so many micro-batches, for random regrouping to say something."""
+
+_NOT_REGROUPED = "the samples of its batches could not be regrouped at random"
 
 _NO_NEED = "None is needed at this batch size; unless the order has a reason, shuffle the training data all the same."
 
@@ -89,7 +107,7 @@ class BatchComposition(ShareRule):
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         if layer.shares is None:
             return super().without_share(layer, facts)
-        return self.skipped(layer.name, "the samples of its batches could not be regrouped at random")
+        return self.skipped(layer.name, _too_few(layer, facts.scan) or _NOT_REGROUPED)
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         composition = layer.composition

@@ -209,11 +209,11 @@ def _is_won_back(facts: Facts) -> bool:
 
 def _advantage(shifted: Remedy, usual: Remedy, facts: Facts) -> float:
     """By how many floors the one remedy is better than the other: of the metric, else of the loss."""
-    goals = {"loss": "min", **{gap.measure: gap.goal for gap in facts.gaps}}
+    known = {"loss": "min", "metric": effect.goal_of(facts.gaps, facts.chance)}
     for measure in ("metric", "loss"):
-        before, after = getattr(usual.after, measure), getattr(shifted.after, measure)
-        if before is not None and after is not None:
-            return effect.floors_better(measure, goals.get(measure, "max"), before, after)
+        goal, before, after = known[measure], getattr(usual.after, measure), getattr(shifted.after, measure)
+        if goal is not None and before is not None and after is not None:
+            return effect.floors_better(measure, goal, before, after)
     return 0.0
 
 

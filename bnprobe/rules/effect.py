@@ -51,6 +51,9 @@ LITTLE_HARM = 0.4
 MENDED = 0.5
 """A remedy that wins back this part of what is lost mends the cause for the most part."""
 
+UNSCORED = "needs a loss or metric"
+"""Why a rule is skipped that judges by what a change does to loss and metric."""
+
 MODES = ("training", "inference")
 
 STATISTICS = ("with batch statistics", "with running statistics")
@@ -188,7 +191,7 @@ def inconsistency(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:
     return Effect(
         tuple(
             _of_gap(gap, (gap.without_noise, gap.inference), gap.inconsistency_interval, gap.inconsistency, chance)
-            for gap in gaps
+            for gap in judged(gaps, chance)
         )
     )
 
@@ -226,6 +229,7 @@ def generalization(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect
 
     In the metric; without one, in the loss, which every overfit raises.
     """
+    gaps = judged(gaps, chance)
     first = leading([gap.measure for gap in gaps if gap.held_out is not None])
     return Effect(
         tuple(
@@ -236,6 +240,62 @@ def generalization(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect
     )
 
 
+def judged(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> tuple[Gap, ...]:
+    """The gaps that say which values are better: all but a metric that the loss contradicts.
+
+    Where the user did not state its goal, a larger metric is taken to be better, as an accuracy is, unless the loss
+    surely moves the other way in one of the steps. Then the loss alone judges.
+    """
+    if all(gap.goal_is_known for gap in gaps):
+        return tuple(gaps)
+    steps = zip(*(_steps(gap, chance) for gap in gaps), strict=True)
+    if not any(_contradict([change for change in step if change is not None]) for step in steps):
+        return tuple(gaps)
+    return tuple(gap for gap in gaps if gap.goal_is_known)
+
+
+def goal_of(gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Goal | None:
+    """Whether a larger or a smaller metric is better; None: it was not stated, and the loss contradicts the guess."""
+    if all(gap.measure != "metric" for gap in gaps):
+        return "max"
+    return next((gap.goal for gap in judged(gaps, chance) if gap.measure == "metric"), None)
+
+
+def doubt_of_goal(
+    gaps: Sequence[Gap], remedies: Iterable[Remedy] = (), chance: Sequence[Chance] = ()
+) -> Literal["no loss", "contradicted"] | None:
+    """Why a guess of what is better in a metric is in doubt; None where it was stated, or the loss bears it out."""
+    if all(gap.goal_is_known for gap in gaps):
+        return None
+    if all(gap.measure != "loss" for gap in gaps):
+        return "no loss"
+    tried = any(_contradict(tuple(_changes_of(remedy, "max", chance))) for remedy in remedies)
+    return "contradicted" if tried or goal_of(gaps, chance) is None else None
+
+
+def _steps(gap: Gap, chance: Sequence[Chance]) -> tuple[Change | None, ...]:
+    """Every step from training to held-out data as a change; None where it was not measured."""
+    noise, steady = (gap.training, gap.without_noise), (gap.without_noise, gap.inference)
+    found = [
+        _of_gap(gap, noise, gap.training_noise_interval, gap.training_noise, chance),
+        _of_gap(gap, steady, gap.inconsistency_interval, gap.inconsistency, chance),
+    ]
+    if gap.held_out is None or gap.generalization is None:
+        return (*found, None)
+    last = (gap.inference, gap.held_out)
+    return (*found, _of_gap(gap, last, gap.generalization_interval, gap.generalization, chance))
+
+
+def _contradict(changes: Sequence[Change]) -> bool:
+    """Whether one measure is surely worse and the other surely better, each by what a report may tell."""
+    moved = [change for change in changes if _is_sure(change.interval) and abs(change.weight) > LITTLE_HARM]
+    return len({change.harm > 0 for change in moved}) > 1
+
+
+def _is_sure(interval: Interval | None) -> bool:
+    return interval is not None and (interval[0] > 0 or (interval[1] is not None and interval[1] < 0))
+
+
 def _of_gap(
     gap: Gap, values: tuple[float, float], interval: Interval | None, difference: float, chance: Sequence[Chance]
 ) -> Change:
@@ -244,8 +304,11 @@ def _of_gap(
 
 def of_remedy(remedy: Remedy, gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:
     """From the model as loaded to the model with a remedy, on held-out data."""
-    goals = {gap.measure: gap.goal for gap in gaps}
-    return Effect(tuple(_changes_of(remedy, goals.get("metric", "max"), chance)))
+    goal = goal_of(gaps, chance)
+    changes = tuple(_changes_of(remedy, goal or "max", chance))
+    stated = all(gap.goal_is_known for gap in gaps)
+    known = goal is not None and (stated or not _contradict(changes))
+    return Effect(changes if known else tuple(change for change in changes if change.measure == "loss"))
 
 
 def gain(facts: Facts, name: FreeRemedy | None) -> Effect:
@@ -270,7 +333,7 @@ def recovered(remedy: Remedy, gaps: Sequence[Gap]) -> float | None:
     """The part of what held-out data loses against training data that a remedy wins back; None if nothing is lost."""
     known = {
         gap.measure: (gap.without_noise - before, after - before)
-        for gap in gaps
+        for gap in judged(gaps)
         if (before := remedy.before.of(gap.measure)) is not None and (after := remedy.after.of(gap.measure)) is not None
     }
     first = leading(known.keys())

@@ -55,7 +55,7 @@ class Generalization(Rule):
         found = effect.generalization(facts.gaps, facts.chance)
         change = found.main
         if change is None:
-            yield self.skipped(None, "needs a loss or metric")
+            yield self.skipped(None, effect.UNSCORED)
             return
         words = f"With the same running statistics, {change.words('on training data', 'on held-out data')}"
         why = None if not found.is_worse or change.weight < effect.MUCH else _why_not_statistics(change, facts)

@@ -61,7 +61,7 @@ class Inconsistency(Rule):
         found = effect.inconsistency(facts.gaps, facts.chance)
         change = found.main
         if change is None:
-            yield self.skipped(None, "needs a loss or metric")
+            yield self.skipped(None, effect.UNSCORED)
             return
         worse = effect.surely_worse(facts)
         if worse is None:

@@ -61,7 +61,7 @@ class TrainedInEval(Rule):
         found = effect.inconsistency(facts.gaps, facts.chance)
         change = found.main
         if change is None:
-            yield self.skipped(None, "needs a loss or metric")
+            yield self.skipped(None, effect.UNSCORED)
             return
         words = f"On training batches {change.words(*effect.STATISTICS)}"
         new = {layer.name for layer in facts.anatomy if layer.untouched}

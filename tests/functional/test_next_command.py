@@ -94,6 +94,14 @@ def test_the_next_command_loads_the_same_weights_and_arguments(workspace: Worksp
     assert (workspace.folder / "all-recalibrated.safetensors").exists()
 
 
+def test_the_commands_after_a_repair_run_as_printed(workspace: Workspace) -> None:
+    workspace.write("model.py", SHIFTED + TRAINED)
+    found = workspace.run("recalibrate", "model.py", "--batch-size", "2", "-o", "out.safetensors")
+    commands = printed(found.stdout), printed(found.stdout[: found.stdout.rindex("To export")])
+    assert [command[1] for command in commands] == ["export", "verify"]
+    assert [workspace.run(*command[1:]).code for command in commands] == [CLEAN, CLEAN]
+
+
 def printed(text: str) -> list[str]:
     """The words of the command at the end of a report."""
     lines = text.rstrip().splitlines()

@@ -7,7 +7,7 @@ import typer
 
 from bnprobe.cli.app import app
 from bnprobe.cli.options import DATA, MODEL
-from bnprobe.report.next_step import CARRIED, FLAGS
+from bnprobe.report.next_step import CARRIED, EXPORTED, FLAGS
 from bnprobe.rules import RULES
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -25,6 +25,14 @@ def options_of(command: str) -> dict[str, typer.core.TyperOption]:
 @pytest.mark.parametrize("command", ["scan", "recalibrate", "convert"])
 def test_every_option_that_is_carried_over_is_one_of_the_command(command: str) -> None:
     assert set(options_of(command)) >= CARRIED
+
+
+def test_an_export_gets_what_chooses_model_and_data_but_not_how_the_old_weights_were_read() -> None:
+    options, panels = options_of("export"), options_of("recalibrate")
+    about_weights = {"--checkpoint", "--key", "--strip-prefix", "--unsafe-load"}
+    shared = {name for name in set(options) & set(panels) if panels[name].rich_help_panel in (MODEL, DATA)}
+    assert shared - about_weights == EXPORTED
+    assert not any(options[name].is_flag for name in EXPORTED)
 
 
 def test_what_chooses_model_and_data_is_carried_over_wherever_it_can_be() -> None:

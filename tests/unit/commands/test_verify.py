@@ -39,6 +39,12 @@ def test_a_repair_that_holds() -> None:
     assert (found.output_before, found.output_after) == (0.2, 0.1)
 
 
+def test_a_layer_that_is_undecided_now_is_told() -> None:
+    found = verify(report(layer("a", BAD)), report(layer("a", undecided=True)))
+    assert [each.undecided_after for each in found.layers] == [True]
+    assert found.notes == ("Undecided after the repair (more batches would decide): a.",)
+
+
 def test_the_worse_path_is_compared() -> None:
     before = make_layer("a", train=make_path(0.3), eval=make_path(0.1))
     after = make_layer("a", train=None, eval=make_path(0.01))

@@ -74,9 +74,12 @@ def test_the_verdict_of(name: str, said: str) -> None:
 def test_a_repair_that_recalibration_beats_is_no_success() -> None:
     record = repairs.better()
     assert record.proof is not None
-    text = " ".join(text_of(replace(record, proof=replace(record.proof, below_recalibrated=True))).split())
+    best, nothing = Estimate(0.99, (0.98, 1.0)), Estimate(0.01, (0.005, 0.02))
+    arms = [replace(arm, metric=best, loss=nothing) if arm.name == "recalibrated" else arm for arm in record.proof.arms]
+    proof = replace(record.proof, arms=tuple(arms), below_recalibrated=True)
+    text = " ".join(text_of(replace(record, proof=proof)).split())
     assert "! batch-renorm is better than plain BN fine-tuned the same way." in text
-    assert "Recalibrating alone is better, metric 0.908 against 0.971: use bnprobe recalibrate." in text
+    assert "Recalibrating alone is better, metric 0.99 against 0.971 and loss 0.01 against" in text
 
 
 def test_without_a_control_nothing_is_claimed() -> None:
@@ -135,6 +138,7 @@ def test_the_flags_of_every_layer_are_compared() -> None:
     assert re.search(r"\n✓  layer2.0.downsample.1 +1.0 → 343 .* 38.9 .*→ 0.004  no longer flagged\n", text)
     assert re.search(r"\n✗  layer3.0.bn1 .* still flagged\n", text)
     assert "Flagged layers: 6 → 5.\n" in text
+    assert "not the scores (exit code 1 while a layer is flagged, and 5 still are):\n    bnprobe verify" in text
     assert "Flagged layers: 6 before; the repaired model was not scanned.\n" in text_of(
         repairs.group_norm(), "group_norm"
     )
@@ -251,8 +255,27 @@ def test_few_layers_are_named_in_the_lines_of_python() -> None:
 )
 def test_the_next_commands_name_what_the_command_named(command: str | None, target: str) -> None:
     text = text_of(replace(repairs.better(), command=command))
-    assert f"    bnprobe export {target} --checkpoint repaired.safetensors\n" in text
+    assert f"    bnprobe export {target} --checkpoint repaired.safetensors" in text
     assert "    bnprobe verify repaired.before.json repaired.after.json\n" in text
+
+
+def test_the_export_gets_the_options_that_choose_model_and_data() -> None:
+    typed = "bnprobe convert m.py --key ema --batch-size=4 --model-arg width=3 --seed 1 --goal min --finetune -o r.pt"
+    text = text_of(replace(repairs.better(), command=typed))
+    options = "--batch-size=4 --model-arg width=3 --seed 1"
+    assert f"    bnprobe export m.py --checkpoint repaired.safetensors {options}\n" in text
+
+
+def test_a_layer_that_is_undecided_now_is_not_called_healed() -> None:
+    before, after = scans("recalibrated")
+    assert before is not None
+    assert after is not None
+    name = next(layer.name for layer in before.layers if layer.flagged)
+    layers = tuple(
+        replace(layer, flagged=False, undecided=True) if layer.name == name else layer for layer in after.layers
+    )
+    report = RepairReport(repairs.recalibrated(), before, replace(after, layers=layers))
+    assert re.search(rf"\n\?  {re.escape(name)} .* undecided now\n", render(report, "terminal", WIDE))
 
 
 def test_what_was_not_written_is_not_named() -> None:

@@ -12,7 +12,7 @@ from rich.cells import cell_len
 
 from bnprobe.records import LayerComparison, Verification
 from bnprobe.report import RenderOptions, renderer
-from bnprobe.report.verify import one_line
+from bnprobe.report.verify import NO_SCORES, one_line
 from support import repairs
 
 WIDE = RenderOptions(width=400)
@@ -37,10 +37,19 @@ def test_a_layer_that_was_not_measured_is_not_called_fine() -> None:
     assert re.search(r"\n–  layer2.0.bn1 +0.300 → +–  not measured\n", text)
 
 
+def test_a_layer_that_is_undecided_now_is_not_called_fine() -> None:
+    found = repairs.verified()
+    unsure = replace(found.layers[1], undecided_after=True)
+    text = render(replace(found, layers=(found.layers[0], unsure)), WIDE)
+    assert re.search(r"\n\?  layer2.0.bn1 .*  undecided now\n", text)
+    assert "none after and 1 undecided" in text
+    assert "? The repair holds: no layer is flagged (1 undecided)" in text
+
+
 def test_why_a_repair_does_not_hold() -> None:
     text = render(repairs.not_verified(), WIDE)
     end = text.partition("✗ The repair does not hold.\n")[2]
-    assert [line.strip() for line in end.splitlines()] == list(repairs.not_verified().problems)
+    assert [line.strip() for line in end.splitlines()] == [*repairs.not_verified().problems, NO_SCORES]
     assert "  only before: head.bn\n  only after: head.gn\n" in text
     assert "  38% → 41%\n" in text
     assert "  The batch sizes differ: 2 before, 4 after.\n" in text
@@ -74,6 +83,7 @@ def test_as_json_it_is_the_record() -> None:
         "after": 0.0812,
         "flagged_before": False,
         "flagged_after": True,
+        "undecided_after": False,
     }
     assert (document["passed"], document["only_after"]) == (False, ["head.gn"])
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bnprobe.records import Composition
+from dataclasses import replace
+
+from bnprobe.records import Composition, SelfCheck
 from bnprobe.testing import make_evidence, make_layer, make_shares, run_rule
 from unit.rules.effects import metric
 from unit.rules.expect import HALF, failed, passed, skipped
@@ -37,6 +39,21 @@ def test_samples_that_could_not_be_regrouped_are_skipped() -> None:
     layer = make_layer("bn", make_shares(composition=None), note="what its family says of it")
     reason = "the samples of its batches could not be regrouped at random"
     assert run_rule("BN202", make_evidence(layer)) == [skipped("BN202", "bn", reason)]
+
+
+def test_too_few_samples_to_regroup_are_the_reason() -> None:
+    layer, check = make_layer("bn", make_shares(composition=None)), SelfCheck(0.0, 0.0, 1e-6, True, None)
+    found = make_evidence(layer, batch_size=20)
+    reasons = [
+        run_rule("BN202", replace(found, scan=replace(found.scan, images=images, self_check=each)))[0].message
+        for images, each in ((60, check), (80, check), (60, replace(check, passed=False)))
+    ]
+    other = "Not judged: the samples of its batches could not be regrouped at random."
+    assert reasons == [
+        "Not judged: 60 samples are too few to regroup at random in batches of 20 (at least 80).",
+        other,
+        other,
+    ]
 
 
 def test_synthetic_inputs_have_no_order() -> None:

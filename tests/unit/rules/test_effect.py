@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bnprobe.records import Chance, ChanceValues, Estimate
+from dataclasses import replace
+
+from bnprobe.records import Chance, ChanceValues, Estimate, Score
 from bnprobe.rules import effect
 from bnprobe.testing import make_evidence, make_layer
 from unit.rules.effects import chance, loss, metric, tried
@@ -52,3 +54,56 @@ def test_floors_are_those_of_the_scale() -> None:
     assert abs(effect.floors_better("metric", "max", 0.8, 0.9) - 5.0) < 1e-9
     assert abs(effect.floors_better("metric", "max", 24.95, 25.0) - 0.04) < 1e-9  # PSNR
     assert effect.floors_better("loss", "min", 1.0, 1.05) < 0
+
+
+# --- A metric whose goal was not stated -------------------------------------------------------------------------------
+
+RMSE = replace(metric(0.128, 0.043), goal_is_known=False, held_out=0.61, generalization=0.57)
+RMSE = replace(RMSE, generalization_interval=(0.52, 0.62))
+MSE = replace(loss(0.0165, 0.0019, 0.004), held_out=0.38, generalization=0.38, generalization_interval=(0.3, 0.46))
+ACCURACY = replace(metric(0.94, 0.46), goal_is_known=False)
+
+
+def test_a_metric_that_the_loss_contradicts_is_judged_by_nobody() -> None:
+    assert effect.judged((MSE, RMSE)) == (MSE,)
+    assert effect.doubt_of_goal((MSE, RMSE)) == "contradicted"
+    assert effect.inconsistency((MSE, RMSE)).standing == "better"
+    assert effect.inconsistency((MSE, RMSE)).blemish is None
+    assert [change.measure for change in effect.generalization((MSE, RMSE)).changes] == ["loss"]
+    assert effect.generalization((MSE, RMSE)).is_worse
+
+
+def test_a_stated_goal_holds_whatever_the_loss_says() -> None:
+    stated = replace(RMSE, goal="min", goal_is_known=True)
+    assert effect.judged((MSE, stated)) == (MSE, stated)
+    assert effect.doubt_of_goal((MSE, stated)) is None
+    assert effect.generalization((MSE, stated)).changes[0].measure == "metric"
+
+
+def test_a_metric_that_the_loss_bears_out_judges_without_a_goal() -> None:
+    gaps = (loss(0.2, 1.9), ACCURACY)
+    assert (effect.judged(gaps), effect.doubt_of_goal(gaps)) == (gaps, None)
+    slightly = (loss(0.2, 0.19, 0.005), replace(metric(0.94, 0.93, 0.005), goal_is_known=False))
+    assert effect.judged(slightly) == slightly[:1]
+    unsure = (loss(0.2, 0.19, 0.05), slightly[1])
+    assert effect.judged(unsure) == unsure
+
+
+def test_without_a_loss_a_larger_metric_is_taken_to_be_better() -> None:
+    assert effect.judged((ACCURACY,)) == (ACCURACY,)
+    assert effect.doubt_of_goal((ACCURACY,)) == "no loss"
+    assert effect.inconsistency((ACCURACY,)).standing == "worse"
+    assert effect.goal_of((ACCURACY,)) == "max"
+
+
+def test_a_remedy_that_moves_loss_and_metric_against_each_other_is_judged_by_the_loss() -> None:
+    gaps = (loss(0.1, 0.1), replace(metric(0.34, 0.34), goal_is_known=False))
+    remedy = tried(0.34, 0.294)
+    change = Estimate(-0.02, (-0.03, -0.01))
+    remedy = replace(remedy, before=Score(0.11, 0.34), after=Score(0.09, 0.294), loss_change=change)
+    found = effect.of_remedy(remedy, gaps)
+    assert (found.standing, [each.measure for each in found.changes]) == ("better", ["loss"])
+    assert effect.doubt_of_goal(gaps, (remedy,)) == "contradicted"
+    assert effect.doubt_of_goal(gaps) is None
+    stated = (gaps[0], replace(gaps[1], goal="min", goal_is_known=True))
+    assert [each.measure for each in effect.of_remedy(remedy, stated).changes] == ["loss", "metric"]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from bnprobe.analysis.diagnosis import diagnose, judge
 from bnprobe.config.spec import RulesSpec
 from bnprobe.records import Domains, Output
+from bnprobe.rules.effect import UNSCORED
 from bnprobe.rules.facts import Facts
 from bnprobe.testing import make_evidence, make_layer, make_shares, run_rule
 from unit.rules.effects import loss, metric, tried
@@ -61,7 +62,7 @@ def test_only_what_is_sure_and_matters_counts() -> None:
     one_batch = make_evidence(layer, gaps=(WORSE,), batch_size=256)
     [verdict] = run_rule("BN211", one_batch)
     assert (verdict.outcome, "fewer than 5 micro-batches" in verdict.message) == ("passed", True)
-    assert run_rule("BN211", make_evidence(layer)) == [skipped("BN211", None, "needs a loss or metric")]
+    assert run_rule("BN211", make_evidence(layer)) == [skipped("BN211", None, UNSCORED)]
 
 
 def test_only_a_trial_that_shows_no_gain_rules_stale_statistics_out() -> None:
