@@ -11,7 +11,6 @@ from rich.text import Text
 
 from bnprobe.records import SOURCES, Histogram, Shares, Source
 from bnprobe.report.page import BAR, CENTRE, CROSSED, CUT, LEVELS, Page
-from bnprobe.stats.theory import mismatch_iid
 
 # --- Histograms -------------------------------------------------------------------------------------------------------
 #
@@ -176,8 +175,8 @@ def segments(shares: Shares, scale: Scale) -> list[tuple[Source, int]]:
     return [(source, width) for source, width in zip(SOURCES, widths, strict=True) if width]
 
 
-def bar(shares: Shares, scale: Scale, threshold: float | None, page: Page) -> Text:
-    """One bar of ``scale.width`` cells, with a mark at the limit; ``threshold`` None: without."""
+def bar(shares: Shares, scale: Scale, limit: float | None, page: Page) -> Text:
+    """One bar of ``scale.width`` cells, with a mark at the limit, in D; None: without."""
     cells = [
         (char, _COLOURS[source.field])
         for source, width in segments(shares, scale)
@@ -186,14 +185,16 @@ def bar(shares: Shares, scale: Scale, threshold: float | None, page: Page) -> Te
     if scale.cuts(length(shares)):
         cells.append((CUT, "bold"))
     cells += [(" ", "")] * (scale.width - len(cells))
-    if threshold is not None and not scale.cuts(length(shares)):
-        _mark(cells, min(scale.cells(mismatch_iid(threshold)), scale.width - 1))
+    if limit is not None and not scale.cuts(length(shares)):
+        _mark(cells, min(scale.cells(limit), scale.width - 1))
     runs = groupby(cells, key=lambda cell: cell[1])
     return Text.assemble(*((page.clean("".join(char for char, _ in run)), style) for style, run in runs))
 
 
 def _mark(cells: list[tuple[str, str]], place: int) -> None:
-    """Put the limit's mark into a bar; a letter is never covered."""
+    """Put the limit's mark into a bar; a letter is never covered: the mark stands behind it, within its segment."""
+    if cells[place][0] not in (" ", BAR) and place + 1 < len(cells) and cells[place + 1][0] == BAR:
+        place += 1
     char, style = cells[place]
     if char == " ":
         cells[place] = (CENTRE, "dim")
