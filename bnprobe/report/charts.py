@@ -10,7 +10,7 @@ from itertools import groupby
 from rich.text import Text
 
 from bnprobe.records import SOURCES, Histogram, Shares, Source
-from bnprobe.report.page import BAR, CENTRE, CROSSED, CUT, LEVELS, Page
+from bnprobe.report.page import BAR, CENTRE, CROSSED, CUT, LEVELS, THIN, Page
 
 # --- Histograms -------------------------------------------------------------------------------------------------------
 #
@@ -98,7 +98,7 @@ def _share(low: float, high: float, index: int, first: int, last: int) -> float:
 
 # --- Stacked bars -----------------------------------------------------------------------------------------------------
 #
-# Every segment begins with its source's letter, so that a bar reads without colour.
+# Every segment begins with its source's letter, so that a bar reads without colour. What comes on top of D is thin.
 
 
 _COLOURS = {
@@ -180,7 +180,7 @@ def bar(shares: Shares, scale: Scale, limit: float | None, page: Page) -> Text:
     cells = [
         (char, _COLOURS[source.field])
         for source, width in segments(shares, scale)
-        for char in source.letter + BAR * (width - 1)
+        for char in source.letter + (BAR if source.adds_up else THIN) * (width - 1)
     ]
     if scale.cuts(length(shares)):
         cells.append((CUT, "bold"))
@@ -192,11 +192,15 @@ def bar(shares: Shares, scale: Scale, limit: float | None, page: Page) -> Text:
 
 
 def _mark(cells: list[tuple[str, str]], place: int) -> None:
-    """Put the limit's mark into a bar; a letter is never covered: the mark stands behind it, within its segment."""
-    if cells[place][0] not in (" ", BAR) and place + 1 < len(cells) and cells[place + 1][0] == BAR:
+    """Put the limit's mark into a bar; a letter is never covered: the mark stands behind it, within its segment.
+
+    What comes on top of D does not cross the limit.
+    """
+    drawn_on = (BAR, THIN)
+    if cells[place][0] not in (" ", *drawn_on) and place + 1 < len(cells) and cells[place + 1][0] in drawn_on:
         place += 1
     char, style = cells[place]
-    if char == " ":
+    if char in (" ", THIN):
         cells[place] = (CENTRE, "dim")
     elif char == BAR:
         cells[place] = (CROSSED, style)

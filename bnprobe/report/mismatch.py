@@ -245,7 +245,9 @@ def _remarks(rows: Sequence[ShareRow], measured_on: str) -> list[tuple[str, str]
         text = f"{OUTPUT_CHANGE} only this layer uses batch statistics{measured_on} (~ estimate)"
         remarks.append(("output", text))
     if any(one.data_shift is not None for one in found):
-        remarks.append(("x", "data shift of the held-out data, which comes on top of D: this limit is not for it"))
+        remarks.append(
+            ("x", "data shift of the held-out data (thin): it comes on top of D, and this limit is not for it")
+        )
     if any(one.composition is None for one in found):
         remarks.append(("s", "includes non-i.i.d. batches where samples could not be regrouped"))
     if below := _below([row for row in rows if row.mark.sign]):

@@ -89,6 +89,12 @@ def test_the_limit_is_marked_in_every_bar_and_covers_no_letter(found: Shares, li
     assert bar(found, Scale(0.12, 14), limit, Page(80, unicode=True)).plain.rstrip() == line
 
 
+def test_what_comes_on_top_of_the_mismatch_is_thin_and_does_not_cross_the_limit() -> None:
+    found = shares(small_batch=0.04, data_shift=0.06)
+    assert bar(found, Scale(0.12, 12), 0.07, Page(80, unicode=True)).plain == "s━━━x──│──  "
+    assert bar(found, Scale(0.12, 12), 0.07, Page(80, unicode=False)).plain == "s===x--|--  "
+
+
 def test_a_bar_beyond_the_scale_is_cut_with_a_mark_and_keeps_its_proportions() -> None:
     line = bar(shares(small_batch=10.0, lag=30.0), Scale(0.5, 21), 0.047, Page(80, unicode=False)).plain
     assert line == "s====l==============>"
