@@ -282,7 +282,8 @@ class _Finding:
             rule=worst.rule,
             severity=severity,
             layers=self.layers,
-            impact=None if impact is None or not rule.reports_impact else impact * fraction,
+            # A cause that holds none of the mismatch has no part in the effect: what it does was not measured.
+            impact=impact * fraction if impact is not None and rule.reports_impact and fraction else None,
             message=self._message(rule, worst),
             remedy=worst.remedy,
             consequences=self._consequences(),
@@ -296,10 +297,14 @@ class _Finding:
         return self.order.get(layer, len(self.order))
 
     def _mildness(self, verdict: Verdict) -> tuple[int, float, int]:
-        """Smallest for the verdict that is furthest beyond its limit, on whichever side that is."""
+        """Smallest for the verdict that is furthest beyond its limit, on whichever side that is.
+
+        Of D more is worse, also where a small one is a finding for what it does.
+        """
         beyond = 0.0
         if verdict.value and verdict.limit and verdict.value / verdict.limit > 0:
-            beyond = abs(math.log(verdict.value / verdict.limit))
+            beyond = math.log(verdict.value / verdict.limit)
+            beyond = beyond if RULES[verdict.rule].unit == "D" else abs(beyond)
         elif verdict.value is not None and not verdict.limit:
             beyond = verdict.value
         return SEVERITIES.index(verdict.severity), -beyond, self._position(verdict.layer or "")

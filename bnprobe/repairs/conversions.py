@@ -96,7 +96,7 @@ class ToFrozen:
         return no_statistics(module)
 
     def note(self, module: _BatchNorm) -> str:
-        return "its running statistics no longer change"
+        return "running statistics stay as they are, in training too"
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
         variants: Variants = {None: FrozenBatchNorm, 1: FrozenBatchNorm1d, 2: FrozenBatchNorm2d, 3: FrozenBatchNorm3d}
@@ -113,7 +113,7 @@ class ToGroupNorm:
         return None
 
     def note(self, module: _BatchNorm) -> str:
-        return "running statistics are dropped, and outputs change: fine-tune it"
+        return "running statistics are dropped, and outputs change: fine-tuning is needed"
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
         given = arguments(module)
@@ -128,7 +128,7 @@ class ToSync:
         return _eps_obstacle(module, "the synchronized layer") or no_statistics(module)
 
     def note(self, module: _BatchNorm) -> str:
-        return "has an effect only in multi-process training"
+        return "an effect in multi-process training only"
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
         settings = {**arguments(module), "momentum": module.momentum, "r_max": 1.0, "d_max": 0.0}
@@ -142,7 +142,7 @@ class ToInstanceRenorm:
         return no_statistics(module)
 
     def note(self, module: _BatchNorm) -> str:
-        return "at inference too, samples are normalized in part by their own statistics: fine-tune it"
+        return "at inference too, samples are normalized in part by their own statistics: fine-tuning is needed"
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
         variants: Variants = {None: InstanceRenorm, 1: InstanceRenorm1d, 2: InstanceRenorm2d, 3: InstanceRenorm3d}
@@ -157,7 +157,7 @@ class ToGated:
         return no_statistics(module)
 
     def note(self, module: _BatchNorm) -> str:
-        return "has a new parameter, gate_logit, which existing optimizers do not know: add it"
+        return "a new parameter, gate_logit, which existing optimizers do not know: add it"
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
         variants: Variants = {None: GatedBatchNorm, 1: GatedBatchNorm1d, 2: GatedBatchNorm2d, 3: GatedBatchNorm3d}

@@ -10,8 +10,7 @@ from itertools import groupby
 from rich.text import Text
 
 from bnprobe.records import SOURCES, Histogram, Shares, Source
-from bnprobe.report.page import BAR, CENTRE, CROSSED, CUT, LEVELS, Page
-from bnprobe.stats.theory import mismatch_iid
+from bnprobe.report.page import BAR, CENTRE, CROSSED, CUT, LEVELS, THIN, Page
 
 # --- Histograms -------------------------------------------------------------------------------------------------------
 #
@@ -99,7 +98,7 @@ def _share(low: float, high: float, index: int, first: int, last: int) -> float:
 
 # --- Stacked bars -----------------------------------------------------------------------------------------------------
 #
-# Every segment begins with its source's letter, so that a bar reads without colour.
+# Every segment begins with its source's letter, so that a bar reads without colour. What comes on top of D is thin.
 
 
 _COLOURS = {
@@ -176,26 +175,32 @@ def segments(shares: Shares, scale: Scale) -> list[tuple[Source, int]]:
     return [(source, width) for source, width in zip(SOURCES, widths, strict=True) if width]
 
 
-def bar(shares: Shares, scale: Scale, threshold: float | None, page: Page) -> Text:
-    """One bar of ``scale.width`` cells, with a mark at the limit; ``threshold`` None: without."""
+def bar(shares: Shares, scale: Scale, limit: float | None, page: Page) -> Text:
+    """One bar of ``scale.width`` cells, with a mark at the limit, in D; None: without."""
     cells = [
         (char, _COLOURS[source.field])
         for source, width in segments(shares, scale)
-        for char in source.letter + BAR * (width - 1)
+        for char in source.letter + (BAR if source.adds_up else THIN) * (width - 1)
     ]
     if scale.cuts(length(shares)):
         cells.append((CUT, "bold"))
     cells += [(" ", "")] * (scale.width - len(cells))
-    if threshold is not None and not scale.cuts(length(shares)):
-        _mark(cells, min(scale.cells(mismatch_iid(threshold)), scale.width - 1))
+    if limit is not None and not scale.cuts(length(shares)):
+        _mark(cells, min(scale.cells(limit), scale.width - 1))
     runs = groupby(cells, key=lambda cell: cell[1])
     return Text.assemble(*((page.clean("".join(char for char, _ in run)), style) for style, run in runs))
 
 
 def _mark(cells: list[tuple[str, str]], place: int) -> None:
-    """Put the limit's mark into a bar; a letter is never covered."""
+    """Put the limit's mark into a bar; a letter is never covered: the mark stands behind it, within its segment.
+
+    What comes on top of D does not cross the limit.
+    """
+    drawn_on = (BAR, THIN)
+    if cells[place][0] not in (" ", *drawn_on) and place + 1 < len(cells) and cells[place + 1][0] in drawn_on:
+        place += 1
     char, style = cells[place]
-    if char == " ":
+    if char in (" ", THIN):
         cells[place] = (CENTRE, "dim")
     elif char == BAR:
         cells[place] = (CROSSED, style)

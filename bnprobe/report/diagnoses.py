@@ -136,7 +136,7 @@ def _worse_but_little(report: Report, change: effect.Change, command: str) -> Cl
 
 
 def _within_limits(fine: list[Layer], report: Report) -> str:
-    """How good the layers are; one may be below its limit where that is noise of batches alone."""
+    """How good the layers are; one may be below its threshold where much of that is noise of batches."""
     every = len(fine) == len(report.layers)
     which = "every layer" if every else f"{len(fine)} of {count(len(report.layers), 'layer')}"
     single = every or len(fine) == 1
@@ -145,7 +145,7 @@ def _within_limits(fine: list[Layer], report: Report) -> str:
         smallest = figures.path_equivalent(worse_path(worst.train, worst.eval))
         return (
             f"{which} {'is' if single else 'are'} within {'its' if single else 'their'} limit; the smallest n_eq is"
-            f" {smallest}, in {worst.name}, by noise of its batches."
+            f" {smallest}, in {worst.name}, whose limit is {_limit_in_words(worst)}."
         )
     limits = {layer.threshold for layer in fine}
     limit = f"{figures.plain(limits.pop())} values" if len(limits) == 1 else "its limit"
@@ -233,23 +233,31 @@ def _behaviour(layer: Layer) -> str:
     path = worse_path(layer.train, layer.eval)
     if path is not None and path.mismatch >= 2:
         return f"differs more than small batches can explain, D = {figures.mismatch(path.mismatch)}"
-    limit = figures.plain(layer.threshold)
-    size = UNMEASURED if path is None else figures.below(path.equivalent_batch_size, layer.threshold)
-    return f"behaves as if the batch were {size} values, and the limit is {limit}"
+    limit = _limit(layer)
+    size = UNMEASURED if path is None else figures.below(path.equivalent_batch_size, limit)
+    return f"behaves as if the batch were {size} values, and its limit is {_limit_in_words(layer)}"
+
+
+def _limit(layer: Layer) -> float:
+    """The n_eq below which the layer is flagged."""
+    return equivalent_batch_size(flagging_limit(layer)) or layer.threshold
+
+
+def _limit_in_words(layer: Layer) -> str:
+    """The n_eq below which the layer is flagged, and where that lies."""
+    noise = noise_threshold(layer.threshold)
+    if noise == layer.threshold or layer.shares is None:
+        return figures.plain(_limit(layer))
+    ends = f"{figures.plain(noise)} for noise of batches and {figures.plain(layer.threshold)} for all else"
+    return f"{_limit(layer):.3g}, between {ends}"
 
 
 def _straddling(layer: Layer) -> str:
-    limits = [(layer.threshold, "")]
-    if layer.shares is not None:
-        between = f", between {figures.plain(noise_threshold(layer.threshold))} for noise and"
-        between += f" {figures.plain(layer.threshold)} for all else"
-        limits.insert(0, (equivalent_batch_size(flagging_limit(layer)) or layer.threshold, between))
-    for limit, between in limits:
+    for limit, words in ((_limit(layer), _limit_in_words(layer)), (layer.threshold, figures.plain(layer.threshold))):
         for mode, path in (("train", layer.train), ("eval", layer.eval)):
             if path is not None and _contains(path.equivalent_batch_size_interval, limit):
                 span = figures.equivalent_interval(path.equivalent_batch_size_interval)
-                words = figures.plain(limit)
-                return f"{layer.name}: n_eq {IN_MODE[mode]} is {span} (95%), and its limit is {words}{between}."
+                return f"{layer.name}: n_eq {IN_MODE[mode]} is {span} (95%), and its limit is {words}."
     return f"{layer.name} is undecided."
 
 
@@ -286,8 +294,13 @@ def findings(report: Report, page: Page, show_all: bool) -> list[Text]:
     shown = report.diagnoses if show_all else report.diagnoses[:MOST_DIAGNOSES]
     numbered = len(report.diagnoses) > 1
     lines: list[Text] = []
+    told: set[tuple[str, str]] = set()
     for number, diagnosis in enumerate(shown, start=1):
-        lines += [Text(), *_diagnosis(diagnosis, f"{number} " if numbered else "", report, page, show_all)]
+        # What was measured of a remedy holds for the model, and is said where it is first named.
+        measured = [gain for gain in _gains(diagnosis, report) if gain not in told]
+        told.update(measured)
+        said = _in_sentences(measured)
+        lines += [Text(), *_diagnosis(diagnosis, f"{number} " if numbered else "", said, report, page, show_all)]
     left_out = len(report.diagnoses) - len(shown)
     if left_out:
         lines += [Text(), *page.paragraph(f"and {left_out} more; --all shows all.", first="  ")]
@@ -328,7 +341,9 @@ def _exempted(verdicts: Sequence[Verdict]) -> list[str]:
     ]
 
 
-def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, show_all: bool) -> list[Text]:
+def _diagnosis(
+    diagnosis: Diagnosis, number: str, measured: str, report: Report, page: Page, show_all: bool
+) -> list[Text]:
     start = f"  {page.clean(SEVERITY_SIGNS[diagnosis.severity])} {number}"
     extent, message = _apart(diagnosis, len(report.layers))
     title = page.paragraph(_title(diagnosis, extent), style="bold", first=start)
@@ -339,31 +354,60 @@ def _diagnosis(diagnosis: Diagnosis, number: str, report: Report, page: Page, sh
     remedy = page.paragraph(f"{_REMEDY} {diagnosis.remedy}", first=indent) if diagnosis.remedy else []
     for line in remedy[:1]:
         line.stylize("bold", len(indent), len(indent) + len(_REMEDY))
-    measured = page.paragraph(_free_remedy(diagnosis, report), first=indent)
-    explained = consequences(diagnosis)
+    gains = page.paragraph(measured, first=indent)
+    explained = consequences(diagnosis, report.verdicts, report.diagnoses)
     also = page.paragraph(f"Also explains: {explained}." if explained else "", first=indent)
-    return [*title, *(line for line in [*where, *said, *remedy, *measured, *also] if line.plain.strip())]
+    return [*title, *(line for line in [*where, *said, *remedy, *gains, *also] if line.plain.strip())]
 
 
-def _free_remedy(diagnosis: Diagnosis, report: Report) -> str:
-    """What the remedy without training gave that fits the cause, by the measure that it is judged by."""
+def _gains(diagnosis: Diagnosis, report: Report) -> list[tuple[str, str]]:
+    """What the remedies without training gave that fit the cause: the samples, and a clause."""
     rule = rule_of(diagnosis.rule)
-    tried = next((remedy for remedy in report.remedies if rule is not None and remedy.name == rule.free_remedy), None)
-    if tried is None:
-        return ""
-    found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
-    change = found.main
-    if change is None:
-        return ""
-    before, after = figures.score(change.before), figures.score(change.after)
-    takes = f"takes the {change.measure} from {before} to {after}"
+    if rule is None:
+        return []
+    clauses = []
+    for name in (rule.free_remedy, *rule.also_tried):
+        tried = effect.tried(report.remedies, name)
+        if tried is None:
+            continue
+        found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
+        if found.changes and (name == rule.free_remedy or found.standing == "better"):
+            alone = " alone" if name == "recalibrated" and "recalibrat" not in diagnosis.remedy.lower() else ""
+            data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
+            clauses.append((data, f"{doing(tried.name).lower()}{alone} {_takes(found)}"))
+    return clauses
+
+
+def _in_sentences(measured: Sequence[tuple[str, str]]) -> str:
+    """A sentence for each set of samples."""
+    groups: dict[str, list[str]] = {}
+    for data, clause in measured:
+        groups.setdefault(data, []).append(clause)
+    return " ".join(f"Measured on {data}: {'; '.join(clauses)}." for data, clauses in groups.items())
+
+
+def _takes(found: effect.Effect) -> str:
+    """What a remedy does, by the measure that decides; by all where none does, and one says more than another."""
+    main, undecided = found.main, found.standing in ("same", "unclear")
+    if main is None or (undecided and len(set(map(_how_surely, found.changes))) > 1):
+        return f"takes {' and '.join(f'{_from_to(each)} ({_how_surely(each)})' for each in found.changes)}"
+    before, after = figures.score(main.before), figures.score(main.after)
     if before == after:
-        takes = f"leaves the {change.measure} at {before}"
-    elif found.standing in ("same", "unclear"):
-        takes += ", which does not surely help"
-    alone = " alone" if tried.name == "recalibrated" and "recalibrat" not in diagnosis.remedy.lower() else ""
-    data = count(tried.images, f"{tried.scored_on} {report.scan.sample}")
-    return f"Measured on {data}: {doing(tried.name).lower()}{alone} {takes}."
+        return f"leaves the {main.measure} at {before}"
+    helps = {"not surely": ", which does not surely help", "surely, but by little": ", surely, but by little"}
+    return f"takes {_from_to(main)}{helps.get(_how_surely(main), '')}"
+
+
+def _from_to(change: effect.Change) -> str:
+    return f"the {change.measure} from {figures.score(change.before)} to {figures.score(change.after)}"
+
+
+def _how_surely(change: effect.Change) -> str:
+    """Whether a change is significant, and enough to count."""
+    if change.standing in ("better", "worse"):
+        return "surely"
+    low, high = change.interval or (-math.inf, None)
+    return "surely, but by little" if low > 0 or (high is not None and high < 0) else "not surely"
 
 
 def _title(diagnosis: Diagnosis, extent: str) -> str:
@@ -383,14 +427,27 @@ def _apart(diagnosis: Diagnosis, layers: int) -> tuple[str, str]:
     return _extent(diagnosis, layers), message
 
 
-def consequences(diagnosis: Diagnosis) -> str:
-    """What follows from it, by the titles of the rules that found it."""
-    return "; ".join(_CONSEQUENCE.sub(_in_words, text) for text in diagnosis.consequences)
+def consequences(diagnosis: Diagnosis, verdicts: Sequence[Verdict] = (), diagnoses: Sequence[Diagnosis] = ()) -> str:
+    """What follows from it, by the titles of the rules that found it.
 
+    Args:
+        diagnosis: Whose consequences.
+        verdicts: Of all rules; with them a lone layer is named.
+        diagnoses: All of them: what has a diagnosis of its own is no consequence.
+    """
 
-def _in_words(said: re.Match[str]) -> str:
-    title = next((rule.title for rule in RULES if rule.cause == said["cause"]), said["cause"].replace("_", " "))
-    return title if said["where"] == "the outputs" else f"{title} ({said['where']})"
+    def in_words(said: re.Match[str]) -> str:
+        title = next((rule.title for rule in RULES if rule.cause == said["cause"]), said["cause"].replace("_", " "))
+        if said["where"] == "the outputs":
+            return title
+        own = {layer for other in diagnoses if other.cause == said["cause"] for layer in other.layers}
+        found = [
+            verdict.layer for verdict in verdicts if verdict.cause == said["cause"] and verdict.outcome == "failed"
+        ]
+        left = [layer for layer in found if layer is not None and layer not in own]
+        return f"{title} ({left[0] if said['where'] == '1 layer' and len(left) == 1 else said['where']})"
+
+    return "; ".join(_CONSEQUENCE.sub(in_words, text) for text in diagnosis.consequences)
 
 
 def _capitalized(text: str) -> str:

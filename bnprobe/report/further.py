@@ -33,24 +33,24 @@ from bnprobe.rules import effect
 
 # --- Gaps -------------------------------------------------------------------------------------------------------------
 
-_LEVELS_AND_STEPS = (
-    ("training", "training data, as in training", "training"),
-    ("training_noise", "everything but batch statistics to eval mode", "rest to eval"),
-    ("without_noise", "training data, batch statistics alone", "rest in eval"),
-    ("inconsistency", "from batch to running statistics", "batch to running"),
-    ("inference", "training data, as at inference", "inference"),
-    ("generalization", "from training to held-out data", "to held-out data"),
-    ("held_out", "held-out data, as at inference", "held out"),
-)
-"""From training down to held-out data, each level followed by the step to the next; labels for wide and narrow."""
+_LEVELS_AND_STEPS = {
+    "training": "training data, as in training",
+    "training_noise": "all but BatchNorm to eval mode",
+    "without_noise": "training data, BatchNorm in train mode",
+    "inconsistency": "from batch to running statistics",
+    "inference": "training data, as at inference",
+    "generalization": "from training to held-out data",
+    "held_out": "held-out data, as at inference",
+}
+"""From training down to held-out data, each level followed by the step to the next."""
 
 _NOISE = ("training_noise", "without_noise")
 _HELD_OUT = ("generalization", "held_out")
 
 _STEPS = {
-    "training_noise": "that of what train mode does beyond batch statistics (dropout, heads of training alone)",
+    "training_noise": "that of switching all but BatchNorm to eval mode (dropout, or outputs that only training has)",
     "inconsistency": "that from batch to running statistics",
-    "generalization": "that from training to held-out data, in eval mode both times",
+    "generalization": "that from training to held-out data, both in eval mode",
 }
 
 _MAIN_PART = 0.5
@@ -70,18 +70,17 @@ def gaps(found: Sequence[Gap], page: Page, sample: str = "sample") -> list[Text]
     held_out = any(gap.held_out is not None for gap in found)
     noisy = any(gap.training_noise or gap.training_noise_interval for gap in found)
     left_out = (*(() if noisy else _NOISE), *(() if held_out else _HELD_OUT))
-    rows = [(field, *labels) for field, *labels in _LEVELS_AND_STEPS if field not in left_out]
-    fields = [field for field, *_ in rows]
+    fields = [field for field in _LEVELS_AND_STEPS if field not in left_out]
     columns = [Column(gap.measure, _gap_cells(gap, fields, page)) for gap in found]
     marks = [Mark(style="dim" if field in _STEPS else "") for field in fields]
-    wide, narrow = (
-        Names([f"{'  ' if row[0] in _STEPS else ''}{row[form]}" for row in rows], heading="", marks=marks)
-        for form in (1, 2)
-    )
-    room = page.width - wide.indent - sum(2 + column.width(page) for column in columns)
+    labels = [f"{'  ' if field in _STEPS else ''}{_LEVELS_AND_STEPS[field]}" for field in fields]
+    names = Names(labels, heading="", marks=marks)
+    room = page.width - names.indent - sum(2 + column.width(page) for column in columns)
+    # Labels are worth more than columns side by side.
+    tables = [columns] if names.longest(page) <= room else [[column] for column in columns]
     return [
         *page.heading(f"From training to {'held-out data' if held_out else 'inference'}, step by step"),
-        *table(wide if wide.longest(page) <= room else narrow, [TableLayout(columns)], page),
+        *(line for each in tables for line in table(names, [TableLayout(each)], page)),
         *page.paragraphs(_number_of_samples(found[0], sample), "dim"),
         *page.paragraphs(_largest_steps(found)),
     ]
@@ -103,15 +102,30 @@ def _number_of_samples(gap: Gap, sample: str) -> list[str]:
 
 
 def _largest_steps(found: Sequence[Gap]) -> list[str]:
-    """Which significant step makes up more than half of all, the measures that agree together."""
+    """Which significant step makes up more than half of all, and whether it is for the better; what agrees together."""
     if not any(_is_significant(gap, step) for gap in found for step in _STEPS):
         return ["No step is significant (95%) on these samples."] if found[0].samples else []
-    measures: dict[str, list[str]] = {}
+    measures: dict[str, list[Gap]] = {}
     for gap in found:
         step = _largest_step(gap)
         if step is not None:
-            measures.setdefault(step, []).append(f"the {gap.measure}")
-    return [f"The largest step in {' and '.join(names)} is {_STEPS[step]}." for step, names in measures.items()]
+            measures.setdefault(step, []).append(gap)
+    return [f"The largest step is {_STEPS[step]}: {_directions(named, step)}." for step, named in measures.items()]
+
+
+def _directions(found: Sequence[Gap], step: str) -> str:
+    """What a step does to each measure; better or worse where the direction of the metric is known."""
+    verbs: dict[str, list[str]] = {}
+    for gap in found:
+        rises = (getattr(gap, step) or 0.0) > 0
+        known = gap.measure == "loss" or gap.goal_is_known
+        better = rises == (gap.goal == "max" and gap.measure == "metric")
+        verb = ("improves" if better else "gets worse") if known else "rises" if rises else "falls"
+        verbs.setdefault(verb, []).append(f"the {gap.measure}")
+    plurals = {"improves": "improve", "gets worse": "get worse", "rises": "rise", "falls": "fall"}
+    return " and ".join(
+        f"{' and '.join(names)} {verb if len(names) == 1 else plurals[verb]}" for verb, names in verbs.items()
+    )
 
 
 def _largest_step(gap: Gap) -> str | None:
@@ -197,24 +211,44 @@ def best_first(found: Sequence[Remedy], measure: Measure, goal: Goal = "max") ->
 def best_in_words(ordered: Sequence[Remedy], measure: Measure, goal: Goal = "max") -> str:
     """What the best remedy does, e.g. "Recalibrating takes the loss from 1.92 to 0.08 (95%: -1.9 to -1.8).".
 
-    A change whose interval contains 0 is no gain.
+    A change whose interval contains 0 is no gain: then it is the best of those whose gain is sure.
     """
     best = ordered[0]
-    start, end = (best.control or best.before).of(measure), best.after.of(measure)
-    if start is None or end is None:
-        if end is None:
-            return "None of them could be scored."
+    start, end = _ends(best, measure)
+    if end is None:
+        return "None of them could be scored."
+    if start is None:
         return f"{doing(best.name)} takes the {measure} from a value that is not finite to {figures.score(end)}."
     lowers = measure == "loss" or goal == "min"
-    change = best.loss_change if measure == "loss" else best.metric_change
-    if not is_gain(change, end - start, lowers):
+    sure = next((remedy for remedy in ordered if _gains(remedy, measure, lowers)), None)
+    if sure is None:
         what = f"lowers the {measure}" if lowers else f"raises the {measure}"
-        surely = "" if change is None else " surely"
+        surely = "" if _change(best, measure) is None else " surely"
         return f"None of them{surely} {what}, which is {figures.score(start)} now."
+    start, end = _ends(sure, measure)
+    change = _change(sure, measure)
     interval = (
         "" if change is None or change.interval is None else f" (95%: {figures.signed_interval(change.interval)})"
     )
-    return f"{doing(best.name)} takes the {measure} from {figures.score(start)} to {figures.score(end)}{interval}."
+    more = "" if sure is best else "; what gains more in the table is not sure"
+    return (
+        f"{doing(sure.name)} takes the {measure} from {figures.score(start or 0.0)} to {figures.score(end or 0.0)}"
+        f"{interval}{more}."
+    )
+
+
+def _ends(remedy: Remedy, measure: Measure) -> tuple[float | None, float | None]:
+    """What a remedy starts from, and what it gives."""
+    return (remedy.control or remedy.before).of(measure), remedy.after.of(measure)
+
+
+def _change(remedy: Remedy, measure: Measure) -> Estimate | None:
+    return remedy.loss_change if measure == "loss" else remedy.metric_change
+
+
+def _gains(remedy: Remedy, measure: Measure, lowers: bool) -> bool:
+    start, end = _ends(remedy, measure)
+    return start is not None and end is not None and is_gain(_change(remedy, measure), end - start, lowers)
 
 
 def is_gain(change: Estimate | None, difference: float, lowers: bool) -> bool:

@@ -14,6 +14,7 @@ from bnprobe.report import charts, figures
 from bnprobe.report.layers import OUTPUT_CHANGE, on_samples, sign_of
 from bnprobe.report.page import CENTRE, CUT, STYLES, UNMEASURED, Page, pad
 from bnprobe.report.table import Column, Mark, Names, TableLayout, fit, table
+from bnprobe.rules.shares import flagging_limit, noise_threshold
 from bnprobe.stats.theory import mismatch_iid
 
 _CLEARLY = 0.1
@@ -41,7 +42,7 @@ class ShareRow:
         name: What stands before the bar.
         shares, intervals: What the bar shows; None: ``why_not`` says why there is none.
         mismatch: D of the row, as printed.
-        threshold: Where its limit lies; None: no mark.
+        limit: The D above which the layer is flagged; None: no mark.
         estimate, exact: Change of the output if only this layer uses batch statistics, as printed.
         why_not: Why there is no bar.
     """
@@ -51,7 +52,7 @@ class ShareRow:
     shares: Shares | None
     intervals: ShareIntervals | None
     mismatch: str
-    threshold: float | None
+    limit: float | None
     estimate: str = ""
     exact: str = ""
     why_not: str = ""
@@ -88,7 +89,7 @@ def _row(layer: Layer) -> ShareRow:
         shares=None if layer.only_in == "train" else layer.shares,
         intervals=layer.share_intervals,
         mismatch=UNMEASURED if layer.eval is None else figures.mismatch(layer.eval.mismatch),
-        threshold=layer.threshold,
+        limit=flagging_limit(layer),
         estimate="" if impact is None or impact.estimate is None else figures.relative(impact.estimate),
         exact="" if impact is None or impact.exact is None else figures.relative(impact.exact),
         why_not=_why_not(layer),
@@ -102,10 +103,8 @@ def _model_row(report: Report) -> list[ShareRow]:
         return []
     # Without the data shift, which comes on top of D.
     mismatch = sum(source.of(total) or 0.0 for source in SOURCES if source.adds_up)
-    limits = {layer.threshold for layer in report.layers}
-    threshold = limits.pop() if len(limits) == 1 else None
     mean = f"mean of {number} layers"
-    return [ShareRow(Mark(style="bold"), mean, total, None, figures.mismatch(max(mismatch, 0)), threshold)]
+    return [ShareRow(Mark(style="bold"), mean, total, None, figures.mismatch(max(mismatch, 0)), limit=None)]
 
 
 def _why_not(layer: Layer) -> str:
@@ -139,13 +138,13 @@ def _table(rows: Sequence[ShareRow], network: Sequence[Layer], page: Page) -> li
 def bar_scale(rows: Sequence[ShareRow], width: int) -> charts.Scale:
     """The scale of all bars of the table."""
     lengths = [charts.length(row.shares) for row in rows if row.shares is not None]
-    limits = [mismatch_iid(row.threshold) for row in rows if row.threshold is not None]
+    limits = [row.limit for row in rows if row.limit is not None and row.shares is not None]
     return charts.Scale(charts.full_length(lengths, limits), width)
 
 
 def _bar(row: ShareRow, scale: charts.Scale, page: Page) -> Text:
     if row.shares is not None:
-        return charts.bar(row.shares, scale, row.threshold, page)
+        return charts.bar(row.shares, scale, row.limit, page)
     long, short = f"({row.why_not})", f"({_SHORT[row.why_not]})"
     (text,) = page.shorten([long if len(long) <= scale.width else short], scale.width)
     return Text(pad(text, scale.width), "dim")
@@ -221,11 +220,19 @@ def _letters(rows: Sequence[ShareRow]) -> str:
 
 
 def _limits(shown: Sequence[Layer]) -> str:
-    limits = {layer.threshold for layer in shown}
-    if len(limits) > 1:
+    """Where the mark of a bar stands, a sentence."""
+    thresholds = {layer.threshold for layer in shown}
+    if len(thresholds) > 1:
         return "the layer's limit"
-    threshold = limits.pop()
-    return f"the limit: D {figures.mismatch(mismatch_iid(threshold))} is n_eq {figures.plain(threshold)}"
+    threshold = thresholds.pop()
+    noise, others = _limit(noise_threshold(threshold)), _limit(threshold)
+    if noise == others:
+        return f"the limit: {others}"
+    return f"the layer's limit: for noise of batches {noise}; for all else {others}; in proportion where there is both"
+
+
+def _limit(threshold: float) -> str:
+    return f"n_eq {figures.plain(threshold)}, D {figures.mismatch(mismatch_iid(threshold))}"
 
 
 def _remarks(rows: Sequence[ShareRow], measured_on: str) -> list[tuple[str, str]]:
@@ -238,7 +245,9 @@ def _remarks(rows: Sequence[ShareRow], measured_on: str) -> list[tuple[str, str]
         text = f"{OUTPUT_CHANGE} only this layer uses batch statistics{measured_on} (~ estimate)"
         remarks.append(("output", text))
     if any(one.data_shift is not None for one in found):
-        remarks.append(("x", "data shift of the held-out data, which comes on top of D"))
+        remarks.append(
+            ("x", "data shift of the held-out data (thin): it comes on top of D, and this limit is not for it")
+        )
     if any(one.composition is None for one in found):
         remarks.append(("s", "includes non-i.i.d. batches where samples could not be regrouped"))
     if below := _below([row for row in rows if row.mark.sign]):

@@ -34,6 +34,7 @@ INFINITE = "∞"
 CENTRE = "│"
 LEVELS = " ▁▂▃▄▅▆▇█"
 BAR = "━"
+THIN = "─"
 CROSSED = "┿"
 CUT = "»"
 DEGREE = "°"
@@ -62,6 +63,7 @@ _ASCII = str.maketrans(
         CENTRE: "|",
         TIMES: "x",
         BAR: "=",
+        THIN: "-",
         CROSSED: "|",
         CUT: ">",
         ARROW: "->",

@@ -26,7 +26,7 @@ from bnprobe.report.diagnoses import closing, closing_lines
 from bnprobe.report.layers import MEANINGS, MOST_CALLS, layer_table, legend, select, with_sign
 from bnprobe.report.mismatch import shares
 from bnprobe.report.next_step import under_limit
-from bnprobe.report.page import TIMES, UNDECIDED, Page, RenderOptions, to_string
+from bnprobe.report.page import TIMES, UNDECIDED, UNMEASURED, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Names, TableLayout, table
 from bnprobe.rules import title_of
 from bnprobe.stats.theory import mismatch_iid
@@ -158,7 +158,7 @@ def _self_check(check: SelfCheck) -> str:
     return f"passed: {compared} {agree}{only}."
 
 
-_COMPARED = "micro-batches run one by one"
+_COMPARED = "micro-batches run together and one by one"
 
 
 def cost(scan: Scan, page: Page) -> list[Text]:
@@ -378,16 +378,28 @@ def clipping(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Text]:
     shown = found if show_all else found[:MOST_CLIPPED]
     columns = [
         Column("r", [percent(path.r.clipped) for _, path in shown]),
-        Column("iid", [percent(path.r.clipped_iid) for _, path in shown]),
+        Column("by chance", [_by_chance(path, path.r) for _, path in shown]),
         Column("d", [percent(path.d.clipped) for _, path in shown]),
-        Column("iid", [percent(path.d.clipped_iid) for _, path in shown]),
+        Column("by chance", [_by_chance(path, path.d) for _, path in shown]),
     ]
+    chance = "by chance: as much as independent values in batches of n_eq would have clipped"
+    if any(_is_beyond_chance(path) for _, path in shown):
+        chance += f" ({UNMEASURED}: no size of batch explains the mismatch)"
     more = f"; --all shows {count(len(found) - len(shown), 'more layer')}" if len(shown) < len(found) else ""
     return [
         *page.heading("Values that Batch Renorm (r_max 3, d_max 5) would clip in training"),
         *table(Names([name for name, _ in shown]), [TableLayout(columns)], page),
-        *page.paragraph(f"iid: the same for i.i.d. data in batches of n_eq values{more}", style="dim", first="  "),
+        *page.paragraph(f"{chance}{more}", style="dim", first="  "),
     ]
+
+
+def _by_chance(path: PathMeasurement, values: Distribution) -> str:
+    """What noise of batches would have clipped; of a mismatch that is no noise, nothing is expected by chance."""
+    return UNMEASURED if _is_beyond_chance(path) else percent(values.clipped_iid)
+
+
+def _is_beyond_chance(path: PathMeasurement) -> bool:
+    return path.mismatch >= mismatch_iid(1)
 
 
 def _most_clipped(layer: tuple[str, PathMeasurement]) -> float:

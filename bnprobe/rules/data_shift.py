@@ -106,7 +106,7 @@ class DataShift(Rule):
         if severity is None:
             why_not = _why_not(facts) if low > limit else ""
             return self.passed(layer.name, f"{message}{why_not}.", share, limit)
-        against = f"; the limit is {number(limit)}" if _is_beyond(layer, facts) else ""
+        against = f"; the limit is {number(limit)}" if share > limit else f", within the limit of {number(limit)}"
         little = _gain(facts).is_no_gain or _wins_little(facts)
         remedy = self.other_remedy if little else None
         return self.failed(

@@ -70,6 +70,6 @@ class DeadChannels(Rule):
         message += f" Of {layer.constant} less than 1% of a standard deviation is left: they are constant."
         remedy = (
             "Look for the reason why channels are constant: a learning rate that was too high, weight decay, or"
-            " constant inputs. It is none for training and inference to differ."
+            " constant inputs. Such channels do not make training and inference differ."
         )
         return self.failed(layer.name, message, float(layer.dead), 0.0, severity, remedy)

@@ -66,6 +66,7 @@ class Rule(ABC):
         explains_layers: Causes whose findings on any layer a finding about the whole model explains.
         follows_from_any: A finding about the whole model follows from the largest error that changes a layer's output.
         free_remedy: The remedy without training that may be all that is needed; reports suggest to measure it.
+        also_tried: Further remedies without training; reports say what they give where they are surely a gain.
         other_remedy: What to do instead where that remedy was tried and is no gain.
         mended_first: Causes that are to be mended before ``other_remedy`` makes sense, on whatever layer they are.
         larger_batches: Larger batches would help; reports suggest to measure how large.
@@ -95,6 +96,7 @@ class Rule(ABC):
     follows_from_any: ClassVar[bool] = False
 
     free_remedy: ClassVar[FreeRemedy | None] = None
+    also_tried: ClassVar[tuple[FreeRemedy, ...]] = ()
     other_remedy: ClassVar[str] = ""
     mended_first: ClassVar[tuple[Cause, ...]] = ()
     larger_batches: ClassVar[bool] = False

@@ -70,7 +70,7 @@ class SharedDomains(Rule):
             return self.skipped(layer.name, "the statistics of its separate calls were not measured")
         apart = layer.domains.mismatch
         calls = f"The layer is called {layer.calls_per_forward} times per forward pass, and the data of a call differs"
-        message = f"{calls} from that of all calls by D = {number(apart)} on average; the limit is {number(limit)}."
+        message = f"{calls} from that of all calls by D = {number(apart)} on average."
         low = lower_end(layer.domains.interval)
         # What a network reads from the statistics of a call need not be large, only there.
         flagged = any(other.flagged for other in facts.layers.values())

@@ -54,6 +54,7 @@ class SingleImage(Rule):
     )
     accounts_for = ("small_batch", "composition")
     upstream_order = 110
+    also_tried = ("instance statistics",)
     commands = ("convert --to frozen --finetune",)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bnprobe.numbers import number
 from bnprobe.records import Layer, Verdict
+from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link
 from bnprobe.rules.shares import (
@@ -48,7 +49,9 @@ class SmallBatch(ShareRule):
         statistics (`bnprobe convert --to frozen --finetune`). On networks trained at batch size 2 on purpose, larger
         batches won back 14 to 95% of what was lost, frozen statistics 50%, and Batch Renorm 25% at 40% of the training
         steps. `--to auto` tries them next to plain BN. Gradient accumulation does not help: it leaves the normalization
-        batch as it is.
+        batch as it is. Without training, a network may do better with the statistics of every sample (`bnprobe convert
+        --to instance-renorm` with `blend: 1` in the spec's repair section), or with batch statistics at inference: a
+        scan tries both, and names what is surely better on held-out data.
 
     Reference:
         Ioffe 2017, arXiv 1702.03275, sections 2 and 3. Wu and He 2018, arXiv 1803.08494, section 4.1 (error against
@@ -66,6 +69,7 @@ class SmallBatch(ShareRule):
     follows_from = (Link("single_value"), Link("single_image"), Link("shared_domains", _is_mostly_composition))
     upstream_order = 120
     larger_batches = True
+    also_tried = ("instance statistics", "batch statistics")
     commands = ("convert --to frozen --finetune",)
 
     def explain(self, layer: Layer, facts: Facts) -> str:
@@ -75,17 +79,29 @@ class SmallBatch(ShareRule):
         if size is None:
             return f"{values}."
         whose, limit = _limit(layer)
-        against = f", and {whose} is {number(limit)}" if float(f"{size:.3g}") < limit else ""
+        against = f", and {whose} is n_eq {number(limit)}" if float(f"{size:.3g}") < limit else ""
         mixed = layer.shares is None or layer.shares.composition is not None or not is_off_at_inference(layer)
         unmixed = "" if mixed else " The batches are too small or not mixed: which of the two was not judged."
         return f"{values}. They are as noisy as {number(size)} independent values{against}.{unmixed}"
+
+    def advise(self, layer: Layer, facts: Facts) -> str:
+        """Statistics of every sample are only named where they were tried, and are better."""
+        if effect.gain(facts, "instance statistics").standing != "better":
+            return self.remedy
+        return f"{self.remedy} {_ALONE}"
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         """Where there are so few values that not even i.i.d. data would be within the limit, this is the cause."""
         ideal, limit = mismatch_iid(layer.values_per_channel), noise_limit(layer.threshold)
         if not layer.flagged or ideal <= limit or layer.eval is None:
             return self.skipped(layer.name, why_no_shares(layer))
-        return self.failed(layer.name, self.explain(layer, facts), ideal, limit)
+        return self.failed(layer.name, self.explain(layer, facts), ideal, limit, remedy=self.advise(layer, facts))
+
+
+_ALONE = (
+    "Without training, normalize every sample with its own statistics at inference too (instance norm: bnprobe convert"
+    " --to instance-renorm with blend: 1), which is better on held-out data."
+)
 
 
 def _limit(layer: Layer) -> tuple[str, float]:

@@ -9,7 +9,7 @@ import pytest
 from bnprobe.analysis.diagnosis import diagnose, groups_of, judge
 from bnprobe.config.spec import RuleExemption, RulesSpec
 from bnprobe.errors import UsageError
-from bnprobe.records import Composition, Diagnosis, Domains, Layer, Shares
+from bnprobe.records import Composition, Diagnosis, Domains, Layer, Shares, Verdict
 from bnprobe.rules import RULES
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import find_rule, model_rules, selected
@@ -466,3 +466,20 @@ def test_no_layer_is_called_the_worst_of_layers_that_are_alike() -> None:
     assert ". For example a: momentum=0.99" in found.message
     [found] = diagnosed(make_evidence(anatomy=[alike[0], make_anatomy("b", momentum=0.95)]))
     assert ". Worst is a: momentum=0.99" in found.message
+
+
+def test_the_worst_shift_is_the_largest_also_where_none_is_surely_beyond_the_limit() -> None:
+    shifts = {"little": 0.029, "much": 0.051}
+    verdicts = [
+        Verdict("BN206", "data_shift", name, "failed", "error", f"D = {shift}.", shift, 0.047, "D", "")
+        for name, shift in shifts.items()
+    ]
+    [found] = diagnose(verdicts, make_evidence(*(make_layer(name) for name in shifts)))
+    assert found.message.endswith("Worst is much: D = 0.051.")
+
+
+def test_a_cause_without_a_share_has_no_part_in_the_effect_on_the_output() -> None:
+    offset = make_layer("bn", make_shares(dropout=-0.1, propagation=0.3))
+    verdict = Verdict("BN107", "dropout_before_norm", "bn", "failed", "warning", "Dropout.", 1.0, 0.0, "", "")
+    [found] = diagnose([verdict], make_evidence(offset), {("bn",): 0.2})
+    assert found.impact is None

@@ -33,7 +33,7 @@ def test_a_plan_says_what_changes_and_what_stays() -> None:
                 kind="BatchNorm2d",
                 to="FrozenBatchNorm2d",
                 reason="the reason",
-                note="its running statistics no longer change",
+                note="running statistics stay as they are, in training too",
             ),
         ),
         refused=(

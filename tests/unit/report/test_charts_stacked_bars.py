@@ -79,17 +79,24 @@ def test_the_largest_share_is_drawn_where_there_is_one_cell_only() -> None:
     [
         (shares(small_batch=0.01), "s    │"),
         (shares(small_batch=0.12), "s━━━━┿━━━━━━━━"),
-        (shares(small_batch=0.05, lag=0.07), "s━━━━━l━━━━━━━"),
+        (shares(small_batch=0.05, lag=0.07), "s━━━━━l┿━━━━━━"),
+        (shares(small_batch=0.05, lag=0.0086), "s━━━━━l"),
     ],
 )
 def test_the_limit_is_marked_in_every_bar_and_covers_no_letter(found: Shares, line: str) -> None:
-    # 14 cells are D = 0.12; the limit of n_eq 32, D = 0.047, is 5.5 cells, of n_eq 28 6.3 cells.
-    threshold = 28.0 if "l" in line else 36.0
-    assert bar(found, Scale(0.12, 14), threshold, Page(80, unicode=True)).plain.rstrip() == line
+    # 14 cells are D = 0.12; the limit of n_eq 36, D = 0.042, is 4.9 cells, of n_eq 28 6.3 cells.
+    limit = mismatch_iid(28 if "l" in line else 36)
+    assert bar(found, Scale(0.12, 14), limit, Page(80, unicode=True)).plain.rstrip() == line
+
+
+def test_what_comes_on_top_of_the_mismatch_is_thin_and_does_not_cross_the_limit() -> None:
+    found = shares(small_batch=0.04, data_shift=0.06)
+    assert bar(found, Scale(0.12, 12), 0.07, Page(80, unicode=True)).plain == "s━━━x──│──  "
+    assert bar(found, Scale(0.12, 12), 0.07, Page(80, unicode=False)).plain == "s===x--|--  "
 
 
 def test_a_bar_beyond_the_scale_is_cut_with_a_mark_and_keeps_its_proportions() -> None:
-    line = bar(shares(small_batch=10.0, lag=30.0), Scale(0.5, 21), 32.0, Page(80, unicode=False)).plain
+    line = bar(shares(small_batch=10.0, lag=30.0), Scale(0.5, 21), 0.047, Page(80, unicode=False)).plain
     assert line == "s====l==============>"
 
 
@@ -109,10 +116,9 @@ def test_the_scale_is_the_longest_bar_unless_that_would_squash_the_others(length
     assert full_length(lengths, [mismatch_iid(32)]) == pytest.approx(full)
 
 
-@pytest.mark.parametrize("threshold", [1.0, 1.5, 2.0, 32.0, 1e4, 1e9])
-def test_the_mark_stands_at_the_mismatch_of_the_threshold(threshold: float) -> None:
-    full = 2.5 * mismatch_iid(threshold)
-    line = bar(shares(), Scale(full, 50), threshold, Page(80, unicode=True)).plain
+@pytest.mark.parametrize("limit", [1e-9, 0.047, 2.0])
+def test_the_mark_stands_at_the_limit(limit: float) -> None:
+    line = bar(shares(), Scale(2.5 * limit, 50), limit, Page(80, unicode=True)).plain
     assert line.index("│") == 20
 
 

@@ -12,8 +12,11 @@ import fabricated_reports as fabricated
 import pytest
 from rendered import said, section, text_of
 
-from bnprobe.records import Composition, Diagnosis, Domains, Estimate, ExtraPass, Remedy, Report, Score
+from bnprobe.records import Composition, Diagnosis, Domains, Estimate, ExtraPass, Remedy, Report, Score, Shares
+from bnprobe.report.diagnoses import consequences
 from bnprobe.report.scan import effective_samples, one_line
+from bnprobe.rules.shares import flagging_limit
+from unit.rules.expect import failed
 
 BARS = "Where the mismatch at inference comes from"
 
@@ -204,6 +207,17 @@ def test_the_verdict_and_its_diagnoses_end_the_report(name: str) -> None:
         ((2.41, 2.38), (0.4, 0.3), "recalibrating takes the metric from 0.4 to 0.3."),
         ((2.41, 1.2), (0.4, 0.4), "recalibrating takes the loss from 2.41 to 1.2."),
         ((2.41, 2.41), (0.4, 0.4), "recalibrating leaves the metric at 0.4."),
+        (
+            (2.41, 2.38),
+            (0.4, 0.405),
+            "recalibrating takes the loss from 2.41 to 2.38 (surely, but by little) and the metric from 0.4 to 0.405"
+            " (not surely).",
+        ),
+        (
+            (2.41, 2.38),
+            (0.4, 0.415),
+            "recalibrating takes the metric from 0.4 to 0.415, surely, but by little.",
+        ),
     ],
 )
 def test_a_trial_is_told_by_the_measure_that_it_is_judged_by(
@@ -217,3 +231,47 @@ def test_a_trial_is_told_by_the_measure_that_it_is_judged_by(
     stale = Diagnosis("lag", "BN203", "error", ("bn",), None, "bn: Stale.", "Recalibrate.")
     report = replace(causes.lag(), diagnoses=(stale,), remedies=(remedy,))
     assert f"Measured on 384 held-out samples: {told}" in " ".join(text_of(report).split())
+
+
+def trial(name: str, after: float) -> Remedy:
+    """A remedy without training that takes the metric from 0.4 to this value, surely."""
+    change = Estimate(after - 0.4, (after - 0.41, after - 0.39))
+    return Remedy(name, (), Score(None, 0.4), Score(None, after), None, 60, "", None, change)  # type: ignore[arg-type]
+
+
+def test_what_was_measured_of_a_remedy_is_said_once() -> None:
+    first = Diagnosis("lag", "BN203", "error", ("bn",), None, "bn: Stale.", "Recalibrate.")
+    second = replace(first, cause="dropout_before_norm", rule="BN107", layers=("bn2",), message="bn2: Dropout.")
+    found = said(replace(causes.lag(), diagnoses=(first, second), remedies=(trial("recalibrated", 0.9),)))
+    assert found.count("Measured on 60 held-out samples: recalibrating takes the metric from 0.4 to 0.9.") == 1
+
+
+def test_small_batches_name_the_trials_that_are_surely_better() -> None:
+    small = Diagnosis("small_batch", "BN201", "error", ("bn",), None, "bn: Few.", "Larger batches.")
+    tried = (trial("instance statistics", 0.9), trial("batch statistics", 0.8), trial("recalibrated", 0.7))
+    assert (
+        "Measured on 60 held-out samples: normalizing at inference with the statistics of each sample takes the metric"
+        " from 0.4 to 0.9; normalizing at inference with batch statistics takes the metric from 0.4 to 0.8. "
+    ) in said(replace(causes.lag(), diagnoses=(small,), remedies=tried))
+    no_gain = (trial("instance statistics", 0.3), trial("batch statistics", 0.4))
+    assert "Measured on" not in said(replace(causes.lag(), diagnoses=(small,), remedies=no_gain))
+
+
+def test_a_lone_layer_that_follows_is_named_where_it_is_clear_which_one_it_is() -> None:
+    made = [failed("BN107", layer, "Dropout.") for layer in ("a", "b")]
+    first = Diagnosis("dropout", "BN204", "error", ("a",), None, "", "", ("dropout_before_norm in 1 layer",))
+    second = Diagnosis("dropout_before_norm", "BN107", "warning", ("b",), None, "", "")
+    assert consequences(first, made, [first, second]) == "dropout before BatchNorm (a)"
+    assert consequences(first, made, [first]) == "dropout before BatchNorm (1 layer)"
+
+
+def test_the_mark_of_a_bar_is_the_limit_of_its_layer() -> None:
+    noise = parts.layer("noise", parts.path(30, 1), parts.path(30, 1), shares=Shares(0.05, 0.0, 0.0, 0.0, 0.0, 0.0))
+    stale = replace(noise, name="stale", shares=Shares(0.0, 0.0, 0.05, 0.0, 0.0, 0.0))
+    report = parts.report([noise, stale])
+    rows, limits = share_rows(report), {layer.name: flagging_limit(layer) for layer in report.layers}
+    places = {name: min(row.find(sign) % 999 for sign in "│┿") for name, row in rows.items()}
+    start = rows["noise"].index("s━")
+    ends = {name: place - start for name, place in places.items()}
+    assert ends["noise"] / ends["stale"] == pytest.approx(limits["noise"] / limits["stale"], rel=0.1)
+    assert "for noise of batches n_eq 14, D 0.109; for all else n_eq 32, D 0.047" in said(report)

@@ -25,7 +25,7 @@ def test_noise_below_the_threshold_is_not_called_at_least_the_threshold() -> Non
     assert 22 < smallest < 26
     headline = closing(report, "").headline
     assert headline.startswith("Every layer is within its limit")
-    assert f"the smallest n_eq is {smallest:.1f}, in (root), by noise of its batches" in headline
+    assert f"the smallest n_eq is {smallest:.1f}, in (root), whose limit is 14, between 14 for noise" in headline
 
 
 def test_layers_that_reach_the_threshold_are_called_so() -> None:
@@ -36,7 +36,9 @@ def test_layers_that_reach_the_threshold_are_called_so() -> None:
 def test_an_undecided_layer_names_the_limit_that_decides() -> None:
     report = _scanned(14)
     assert report.summary.undecided == 1
-    assert "and its limit is 14, between 14 for noise and 32 for all else." in closing(report, "").sentences[0]
+    assert (
+        "and its limit is 14, between 14 for noise of batches and 32 for all else." in closing(report, "").sentences[0]
+    )
 
 
 def test_a_number_below_a_limit_is_printed_below_it() -> None:

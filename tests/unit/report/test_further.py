@@ -38,7 +38,7 @@ def test_gaps_lead_from_training_to_held_out_data() -> None:
         True
     ] * 7
     assert "On 256 training and 128 held-out samples; ± is the 95% interval of a step." in said(with_gaps(LOSS))
-    assert "The largest step in the loss is that from batch to running statistics." in said(with_gaps(LOSS))
+    assert "The largest step is that from batch to running statistics: the loss gets worse." in said(with_gaps(LOSS))
 
 
 def test_the_steps_of_two_measures_fit_80_columns_in_words() -> None:
@@ -47,7 +47,28 @@ def test_the_steps_of_two_measures_fit_80_columns_in_words() -> None:
     )
     lines = section(with_gaps(LOSS, accuracy), "From training")
     assert max(map(len, lines)) <= 80
-    assert "everything but batch statistics to eval mode" in " ".join(lines)
+    assert "all but BatchNorm to eval mode" in " ".join(lines)
+
+
+def test_where_the_page_is_too_narrow_the_measures_stand_below_each_other_under_whole_labels() -> None:
+    lines = section(with_gaps(LOSS, replace(LOSS, measure="metric")), "From training", width=64)
+    assert max(map(len, lines)) <= 64
+    assert sum(line.startswith("  training data, BatchNorm in train mode  ") for line in lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("goal", "known", "words"),
+    [("max", True, "the loss and the metric improve."), ("min", True, "the loss improves and the metric gets worse."),
+     ("max", False, "the loss improves and the metric rises.")],
+)  # fmt: skip
+def test_the_largest_step_says_whether_it_is_for_the_better(goal: Goal, known: bool, words: str) -> None:
+    none = Gap("loss", 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, "min", samples=256)
+    loss = replace(none, inconsistency=-0.4, inconsistency_interval=(-0.5, -0.3))
+    metric = replace(
+        none, measure="metric", goal=goal, goal_is_known=known, inconsistency=0.4, inconsistency_interval=(0.3, 0.5)
+    )
+    found = said(with_gaps(loss, metric))
+    assert f"The largest step is that from batch to running statistics: {words}" in found
 
 
 def test_where_train_mode_does_no_more_than_to_normalize_by_batch_there_is_no_step_for_it() -> None:
@@ -67,7 +88,7 @@ def test_without_held_out_data_the_steps_end_at_inference() -> None:
 def test_the_largest_step_is_named_only_if_it_is_significant_and_most_of_it(step: str) -> None:
     none = Gap("metric", 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, samples=256)
     words = {
-        "training_noise": "beyond batch statistics",
+        "training_noise": "all but BatchNorm to eval mode",
         "inconsistency": "to running",
         "generalization": "to held-out data",
     }
@@ -126,13 +147,21 @@ def test_the_best_remedy_comes_first_and_is_put_in_words() -> None:
             "None of them surely lowers the loss, which is 1.92 now.",
         ),
         (
+            [
+                replace(remedy("batch statistics", Score(1.7, None)), loss_change=Estimate(-0.22, (-0.6, 0.16))),
+                replace(remedy("recalibrated", Score(1.8, None)), loss_change=Estimate(-0.12, (-0.2, -0.04))),
+            ],
+            "Recalibrating takes the loss from 1.92 to 1.8 (95%: -0.2 to -0.04); what gains more in the table is not"
+            " sure.",
+        ),
+        (
             [remedy("recalibrated", Score(0.5, None), Score(None, None))],
             "Recalibrating takes the loss from a value that is not finite to 0.5.",
         ),
     ],
 )
 def test_what_a_remedy_does_not_do_is_said_too(remedies: list[Remedy], words: str) -> None:
-    assert " ".join(" ".join(section(with_remedies(*remedies), REMEDIES)[1:3]).split()).startswith(words)
+    assert " ".join(" ".join(section(with_remedies(*remedies), REMEDIES)[1:4]).split()).startswith(words)
 
 
 @pytest.mark.parametrize(

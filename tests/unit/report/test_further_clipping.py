@@ -67,3 +67,11 @@ def test_long_names_fit() -> None:
 
 def test_a_healthy_network_has_no_such_part() -> None:
     assert "would clip" not in said(fabricated_reports.healthy())
+
+
+def test_nothing_is_expected_by_chance_where_no_size_of_batch_explains_the_mismatch() -> None:
+    layer = clipped("bn", 0.06, 1.0)
+    beyond = replace(layer, train=replace(layer.train, mismatch=3.4, equivalent_batch_size=1.0))
+    assert listed([beyond]) == [["bn", "6.0%", "–", "0%", "–"]]
+    assert "(–: no size of batch explains the mismatch)" in said(fabricated_reports.report([beyond]))
+    assert "no size of batch" not in said(fabricated_reports.report([layer]))

@@ -165,8 +165,9 @@ def test_the_diagnoses_replace_the_sentence_on_the_worst_layer() -> None:
 def test_the_worst_layers_are_named_worst_first() -> None:
     sentences = verdict(fabricated.batch_sizes(), COMMAND).sentences
     assert sentences == (
-        "Worst is layer3.0.downsample.1: in training it behaves as if the batch were 2.0 values, and the limit is 32."
-        " Next worst: layer3.0.bn2 (n_eq 2.4), layer3.0.bn1 (n_eq 3.0).",
+        "Worst is layer3.0.downsample.1: in training it behaves as if the batch were 2.0 values, and its limit is"
+        " 14.3, between 14 for noise of batches and 32 for all else. Next worst: layer3.0.bn2 (n_eq 2.4),"
+        " layer3.0.bn1 (n_eq 3.0).",
     )
 
 
@@ -187,7 +188,8 @@ def test_a_layer_below_its_limit_by_noise_alone_is_within_it_but_not_above() -> 
     noisy = replace(report.layers[0], eval=replace(report.layers[0].eval, mismatch=0.075, equivalent_batch_size=20.4))
     found = verdict(replace(report, layers=(noisy, *report.layers[1:])), COMMAND).headline
     assert found == (
-        f"Every layer is within its limit; the smallest n_eq is 20.4, in {noisy.name}, by noise of its batches."
+        f"Every layer is within its limit; the smallest n_eq is 20.4, in {noisy.name}, whose limit is 14.2,"
+        " between 14 for noise of batches and 32 for all else."
     )
 
 

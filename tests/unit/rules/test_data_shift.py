@@ -39,6 +39,7 @@ def test_statistics_that_win_it_back_are_a_shift_whatever_the_mismatch() -> None
             in found.message
         )
         assert "recalibrate the running statistics on samples of the new kind" in found.remedy
+        assert ("; the limit is 0.047." if shift > 0.1 else ", within the limit of 0.047.") in found.message
     # What statistics of the training data win back as well is no shift.
     stale = judged(0.02, tried("recalibrated", 0.65, 0.25), tried("evaluation statistics", 0.65, 0.25))
     assert stale.outcome == "passed"

@@ -35,6 +35,7 @@ def test_constant_channels_are_a_warning() -> None:
     assert found.severity == "warning"
     assert found.message.endswith(f"{ALIKE} Of 2 less than 1% of a standard deviation is left: they are constant.")
     assert "why channels are constant" in found.remedy
+    assert found.remedy.endswith("Such channels do not make training and inference differ.")
 
 
 def test_no_remedy_changes_the_network() -> None:

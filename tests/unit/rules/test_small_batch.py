@@ -22,7 +22,7 @@ def test_noise_of_few_values_is_blamed_on_flagged_layers_only() -> None:
             "BN201",
             "few",
             "The layer gets 8 values per channel from a batch of 2. They are as noisy as 7.79 independent values, and"
-            " the limit of noise is 14. (It accounts for D = 0.200 of 0.201; the layer's limit is 0.109.)",
+            " the limit of noise is n_eq 14. (It accounts for D = 0.200 of 0.201; the layer's limit is 0.109.)",
             0.2,
             NOISE,
         ),
@@ -150,9 +150,21 @@ def test_the_limit_that_is_said_is_the_one_that_was_applied() -> None:
     custom = make_layer("bn", make_shares(small_batch=0.2), values_per_channel=8, threshold=20.0)
     in_training = make_layer("bn", train=make_path(0.2), eval=make_path(0.005), values_per_channel=20)
     noise, own = "independent values, and the limit of noise is", "independent values, and the layer's limit is"
-    for layer, said in ((noisy, f"{noise} 14."), (custom, f"{noise} 20."), (in_training, f"{own} 17.")):
+    for layer, said in ((noisy, f"{noise} n_eq 14."), (custom, f"{noise} n_eq 20."), (in_training, f"{own} n_eq 17.")):
         [verdict] = run_rule("BN201", make_evidence(layer))
         assert said in verdict.message
     enough = make_layer("bn", make_shares(small_batch=0.1, lag=0.2), values_per_channel=16)
     [verdict] = run_rule("BN201", make_evidence(enough))
     assert "and the limit of noise" not in verdict.message
+
+
+def test_statistics_of_every_sample_are_advised_where_they_are_surely_better() -> None:
+    layer = make_layer("bn", make_shares(small_batch=0.2), values_per_channel=8)
+    remedies = {}
+    for after in (0.9, 0.4):
+        facts = make_evidence(layer, gaps=(metric(0.9, 0.4),), remedies=(tried(0.4, after, "instance statistics"),))
+        [verdict] = run_rule("BN201", facts)
+        remedies[after] = verdict.remedy
+    assert remedies[0.9].startswith(remedies[0.4])
+    assert "bnprobe convert --to instance-renorm with blend: 1), which is better on held-out data." in remedies[0.9]
+    assert "instance" not in remedies[0.4]
