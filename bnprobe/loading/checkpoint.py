@@ -35,14 +35,12 @@ class LoadedWeights:
 
     Attributes:
         notes: What the reader should know, one sentence each.
-        parameters_alone: Layers lack their running statistics in the file.
         averaged: Why the weights are taken to be an average of those of many steps, whose running statistics are others
             than those of the last step, a clause; None where nothing says so.
         beside: That averaged weights are there which were not used, a clause; None where there are none.
     """
 
     notes: tuple[str, ...] = ()
-    parameters_alone: bool = False
     averaged: str | None = None
     beside: str | None = None
 
@@ -149,7 +147,7 @@ def check_fit(
     if parameters_alone:
         what = f"the running statistics of {count(len(parameters_alone), 'layer')}"
         notes += (f"{path.name} holds parameters alone: {what} are not in it and begin as in the model as built.",)
-    return usable, LoadedWeights(notes, bool(parameters_alone))
+    return usable, LoadedWeights(notes)
 
 
 def _without_statistics(missing: Sequence[str]) -> list[str]:

@@ -321,7 +321,6 @@ class LoadedModel:
         module: Where data, forward, loss and metric are looked up; None for a model library.
         notes: What the reader should know, one sentence each.
         wrapped: The user's code returns it in a wrapper, so that its weights have other keys there.
-        parameters_alone: Layers lack their running statistics in its checkpoint.
         averaged: Why its weights are taken to be an average, and that averaged weights are in the same file but were
             not used, clauses; None where nothing says so.
     """
@@ -331,7 +330,6 @@ class LoadedModel:
     module: UserModule | None
     notes: tuple[str, ...] = ()
     wrapped: bool = False
-    parameters_alone: bool = False
     averaged: tuple[str | None, str | None] = (None, None)
 
 

@@ -34,7 +34,7 @@ class Workload:
         notes: What the reader should know, one sentence each; ``source`` has its own.
         make_optimizer: Makes an optimizer for given parameters, if training steps are requested.
         module: Module where the user's functions were looked up, if there is one.
-        wrapped, parameters_alone: As in ``LoadedModel``.
+        wrapped: As in ``LoadedModel``.
         not_held_out: Why held-out data that is there was not used, a sentence; None: all that there is was used.
         norms: Norms of the user's own by the name of their class, as the spec or the model file says.
         averaged: As in ``LoadedModel``.
@@ -53,7 +53,6 @@ class Workload:
     module: UserModule | None = None
     norms: Mapping[str, NormClass] = field(default_factory=dict)
     wrapped: bool = False
-    parameters_alone: bool = False
     not_held_out: str | None = None
     averaged: tuple[str | None, str | None] = (None, None)
 
@@ -96,7 +95,6 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
         module=loaded.module,
         norms=spec.layers.norms or _norm_classes(loaded.module),
         wrapped=loaded.wrapped,
-        parameters_alone=loaded.parameters_alone,
         not_held_out=not_held_out,
         averaged=loaded.averaged,
         **functions,
@@ -154,7 +152,6 @@ def load_model_only(spec: Spec, need_statistics: bool = True) -> LoadedModel:
     return replace(
         loaded,
         notes=(*loaded.notes, *weights.notes),
-        parameters_alone=weights.parameters_alone,
         averaged=(weights.averaged, weights.beside),
     )
 

@@ -215,7 +215,8 @@ def worse_than_as_is(record: RepairRecord) -> str:
     proof = record.proof
     assert proof is not None  # else nothing was compared
     as_is, written = (next(arm for arm in proof.arms if arm.name == name) for name in ("as is", proof.repaired))
-    pairs = [(name, getattr(as_is, name), getattr(written, name)) for name in ("metric", "loss")]
+    judges = ("metric", "loss") if proof.measure == "metric" else ("loss",)
+    pairs = [(name, getattr(as_is, name), getattr(written, name)) for name in judges]
     scores = [f"{name} {_scored(end)} against {_scored(start)}" for name, start, end in pairs if start or end]
     data = count(proof.images_proving, f"{proof.scored_on} sample")
     trained = written.trained
