@@ -81,14 +81,27 @@ def is_surely_worse(after: ScoreTable, before: ScoreTable, goal: Goal, assumed: 
     Args:
         after, before: Scores at inference.
         goal: Whether a larger or a smaller metric is better.
-        assumed: The user did not say so: a loss that is surely better overrules the metric.
+        assumed: The user did not say so: where the loss surely moves the other way than the metric, the loss decides.
     """
     if any(_is_lost(after, before, measure) for measure in MEASURES):
         return True
     metric, loss = (_standing(paired_gain(after, before, *each)) for each in (("metric", goal), ("loss", "min")))
-    if metric == "worse":
-        return not (assumed and loss == "better")
-    return loss == "worse" and metric != "better"
+    if assumed and {metric, loss} == {"better", "worse"}:
+        return loss == "worse"
+    return metric == "worse" or (loss == "worse" and metric != "better")
+
+
+def is_contradicted(after: ScoreTable, before: ScoreTable, goal: Goal) -> bool:
+    """Whether of loss and metric one is surely better and the other surely worse, with the metric's goal as given."""
+    found = {_standing(paired_gain(after, before, *each)) for each in (("metric", goal), ("loss", "min"))}
+    return found == {"better", "worse"}
+
+
+CONTRADICTED = (
+    "Whether a larger or a smaller metric is better was not said. A larger one was taken to be, and the loss says the"
+    " opposite: so the loss decides. If a smaller metric is better, give --goal min, otherwise --goal max."
+)
+"""What is to be known of a comparison that the loss decides in place of a metric."""
 
 
 def _is_lost(after: ScoreTable, before: ScoreTable, measure: Measure) -> bool:

@@ -220,7 +220,7 @@ Ignore = Annotated[
 ]
 Goal = Annotated[
     Literal["max", "min"] | None,
-    option(RUN, "--goal", "Whether a larger or a smaller metric is better: max (default), min.", "NAME"),
+    option(RUN, "--goal", "Which metric is better: max or min (default: max, where the loss agrees).", "NAME"),
     Sets("repair.goal"),
 ]
 Force = Annotated[

@@ -38,6 +38,7 @@ from bnprobe.measure.session import Progress, no_progress
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
 from bnprobe.repairs import deployable_state, left_out, on_host, plan, wanted_by_globs, wanted_from_report
 from bnprobe.report.json import load_report
+from bnprobe.rules import effect
 from bnprobe.training import StateFolder, StepLog
 
 
@@ -116,7 +117,9 @@ def repair_spec(
             return None
         seed_everything(spec.data.seed)
         workload = read_again(spec, workload)
-        subject, notes = make_subject(spec, workload, options.finetune)
+        summary = before.summary
+        by_loss = effect.doubt_of_goal(summary.gaps, before.remedies, summary.chance) == "contradicted"
+        subject, notes = make_subject(spec, workload, options.finetune, by_loss)
         folder = _folder(spec, options, workload, plans, subject, world)
         with _logged(folder, options.tensorboard, on_step, world) as log:
             made = plans[0]

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from bnprobe.analysis.comparison import (
     AS_IS,
+    CONTRADICTED,
     CONTROL,
     CONTROL_RECALIBRATED,
     RECALIBRATED,
     conclude,
     control_of,
     gain_over,
+    is_contradicted,
     is_surely_worse,
     make_arm,
     paired_gain,
@@ -66,6 +68,7 @@ class Subject:
         loss: The user's training loss.
         seed: Seed of the first run.
         make_optimizer, make_schedule: Make the optimizer and schedule that the spec names.
+        by_loss: The loss decides although there is a metric, whose goal was not stated and which the loss contradicts.
     """
 
     model: nn.Module
@@ -84,11 +87,12 @@ class Subject:
     repair: RepairSpec
     make_optimizer: Callable[[list[nn.Parameter]], Any] | None
     make_schedule: Callable[[Any], Any] | None
+    by_loss: bool = False
 
     @property
     def measure(self) -> Measure:
         """The measure that arms are compared by."""
-        return self.proving.measure
+        return "loss" if self.by_loss else self.proving.measure
 
     @property
     def goal(self) -> Goal:
@@ -149,7 +153,7 @@ def require_measurable(spec: Spec, workload: Workload, finetune: bool) -> None:
             raise UsageError(f'--require "{requirement.text}" compares with a fine-tuned baseline: add --finetune.')
 
 
-def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subject, list[str]]:
+def make_subject(spec: Spec, workload: Workload, finetune: bool, by_loss: bool = False) -> tuple[Subject, list[str]]:
     """Move the model to its device, recalibrate a copy, and read the held-out data, split in two for model selection.
 
     The repair starts from the recalibrated copy unless its scores are surely worse than those of the model as loaded,
@@ -203,6 +207,7 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool) -> tuple[Subjec
         repair=spec.repair,
         make_optimizer=make_optimizer,
         make_schedule=make_schedule,
+        by_loss=by_loss,
     )
     return subject, [*notes, *held_out.notes]
 
@@ -464,16 +469,21 @@ def _proof(subject: Subject, scored: Sequence[_Scored], to: str) -> Proof:
     """Of several seeds the gain is paired by seed, of one by sample."""
     named = {each.arm.name: each.arm for each in scored}
     tables = {each.arm.name: each.tables[0] for each in scored}
-    measure, goal = subject.measure, subject.goal
+    aim, assumed = subject.repair.goal, subject.repair.assumes_goal
+    others = [table for name, table in tables.items() if name != to]
+    contradicted = subject.by_loss or (assumed and any(is_contradicted(tables[to], other, aim) for other in others))
+    measure: Measure = "loss" if contradicted else subject.measure
+    goal: Goal = "min" if contradicted else subject.goal
     repaired, control = named[to], control_of(named, measure, goal) or named[AS_IS]
     over_as_is = paired_gain(tables[to], tables[AS_IS], measure, goal)
     gain = paired_gain(tables[to], tables[control.name], measure, goal)
     if len(repaired.runs) > 1:
         gain = gain_over(repaired, control, measure, goal)
     conclusion, message = conclude(named, repaired, control, gain, measure)
+    if contradicted:
+        message = f"{message} {CONTRADICTED}"
 
     def is_below(name: str) -> bool:
-        aim, assumed = subject.repair.goal, subject.repair.assumes_goal
         return name in tables and is_surely_worse(tables[to], tables[name], aim, assumed)
 
     return Proof(

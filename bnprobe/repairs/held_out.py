@@ -92,10 +92,15 @@ class HeldOut:
         return replace(training, notes=(f"{why} Training data is scored.", *training.notes))
 
     @property
+    def known(self) -> tuple[Measure, ...]:
+        """Which of loss and metric are given."""
+        given: dict[Measure, BatchFunction | None] = {"loss": self.loss, "metric": self.metric}
+        return tuple(measure for measure, function in given.items() if function is not None)
+
+    @property
     def measure(self) -> Measure:
         """What models are compared by: the metric where there is one, else the loss."""
-        given: dict[Measure, BatchFunction | None] = {"loss": self.loss, "metric": self.metric}
-        return leading([measure for measure, function in given.items() if function is not None]) or "loss"
+        return leading(self.known) or "loss"
 
     @property
     def described(self) -> str:

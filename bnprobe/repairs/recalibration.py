@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from bnprobe.analysis.comparison import (
     AS_IS,
+    CONTRADICTED,
     RECALIBRATED,
+    is_contradicted,
     is_surely_worse,
     make_arm,
     paired_gain,
@@ -43,7 +45,7 @@ from bnprobe.measure.restore import deferred_interrupts, preserved_generators, s
 from bnprobe.measure.scores import ScoreTable
 from bnprobe.measure.session import Progress, Session, UserFunctions, device_named, no_progress
 from bnprobe.numbers import count, listed, number
-from bnprobe.records import ROOT, Arm, Conclusion, Estimate, Goal, Measure, Proof, Run
+from bnprobe.records import ROOT, Arm, Conclusion, Estimate, Goal, Measure, Proof, Run, leading
 from bnprobe.repairs.held_out import HeldOut
 
 
@@ -383,12 +385,11 @@ class _Trial:
             )  # as loaded, a sample's output depends on the others of its batch
 
     @property
-    def measure(self) -> Measure:
-        return self.held_out.measure
+    def assumes_goal(self) -> bool:
+        return self.spec.repair.assumes_goal
 
-    @property
-    def goal(self) -> Goal:
-        return "min" if self.measure == "loss" else self.spec.repair.goal
+    def goal(self, measure: Measure) -> Goal:
+        return "min" if measure == "loss" else self.spec.repair.goal
 
     def run(self, path: PathChoice) -> Compared:
         as_is = self._as_is()
@@ -438,13 +439,14 @@ class _Trial:
         except RepairError as error:
             return None, by_batch, f"{why}; those of the eval path were not found. {error}"
         by_layer = self.held_out.table(self.model)
-        scores = [getattr(table.score("eval"), self.measure) for table in (by_batch, by_layer)]
-        gain = paired_gain(by_layer, by_batch, self.measure, self.goal)
+        measure = leading(self.held_out.known, not self.assumes_goal) or "loss"
+        scores = [table.score("eval").of(measure) for table in (by_batch, by_layer)]
+        gain = paired_gain(by_layer, by_batch, measure, self.goal(measure))
         told = " and ".join(
             f"{'not finite' if score is None else number(score)} ({name} path)"
             for score, name in zip(scores, ("train", "eval"), strict=True)
         )
-        sentence = f"{why}: both paths were tried, and the better one counts: {self.measure} {told}."
+        sentence = f"{why}: both paths were tried, and the better one counts: {measure} {told}."
         if gain is None or gain.mean <= 0:
             with torch.no_grad():
                 for name, buffer in self.model.named_buffers():
@@ -455,15 +457,19 @@ class _Trial:
     def _proof(self, before: ScoreTable, after: ScoreTable) -> Proof | None:
         if not self.held_out.batches:
             return None
-        gain = paired_gain(after, before, self.measure, self.goal)
-        unknown = not self.has_statistics and self.spec.repair.assumes_goal and self.held_out.loss is None
-        conclusion, message = self._conclude(gain, before, after)
+        contradicted = self.assumes_goal and is_contradicted(after, before, self.spec.repair.goal)
+        measure: Measure = "loss" if contradicted else self.held_out.measure
+        gain = paired_gain(after, before, measure, self.goal(measure))
+        unknown = not self.has_statistics and self.assumes_goal and self.held_out.loss is None
+        conclusion, message = self._conclude(measure, gain, before, after)
+        if contradicted:
+            message = f"{message} {CONTRADICTED}"
         if unknown:
             what = f"The metric on the same {self.held_out.described} changes, and whether a larger or a smaller one is"
             conclusion, message = "not_compared", f"{what} better was not said (--goal)."
-        worse = not unknown and is_surely_worse(after, before, self.spec.repair.goal, self.spec.repair.assumes_goal)
+        worse = not unknown and is_surely_worse(after, before, self.spec.repair.goal, self.assumes_goal)
         return Proof(
-            measure=self.measure,
+            measure=measure,
             arms=tuple(self._arm(name, table) for name, table in ((AS_IS, before), (RECALIBRATED, after))),
             repaired=RECALIBRATED,
             control=AS_IS,
@@ -480,18 +486,20 @@ class _Trial:
     def _arm(self, name: str, table: ScoreTable) -> Arm:
         return make_arm(name, [Run(self.spec.data.seed, 0, 0, table.score("eval"), "finished", "", 0.0)], trained=False)
 
-    def _conclude(self, gain: Estimate | None, before: ScoreTable, after: ScoreTable) -> tuple[Conclusion, str]:
+    def _conclude(
+        self, measure: Measure, gain: Estimate | None, before: ScoreTable, after: ScoreTable
+    ) -> tuple[Conclusion, str]:
         """The conclusion, and a sentence that explains it."""
-        what = f"The {self.measure} on the same {self.held_out.described}"
+        what = f"The {measure} on the same {self.held_out.described}"
         if gain is None:
-            if after.scores(self.measure, "eval") is None:
+            if after.scores(measure, "eval") is None:
                 return "not_compared", f"{what} is not finite after the recalibration."
             if before.rows:
                 return "better", f"{what} is not finite as loaded, and finite after the recalibration."
             return "not_compared", f"{what} cannot be computed as loaded: single samples do not run through the model."
         if gain.interval is None:
             return "undecided", f"{what}: the differences give no interval."
-        unit = unit_of(after, before, self.measure)
+        unit = unit_of(after, before, measure)
         return verdict(gain.mean, gain.interval), f"{what}, paired by {unit}."
 
 

@@ -237,7 +237,8 @@ def _arm(proof: Proof, name: str) -> Arm:
 
 def _against(proof: Proof, one: str, other: str) -> str:
     """The scores of an arm against those of another, e.g. "metric 0.51 against 0.98 and loss 1.2 against 0.1"."""
-    pairs = [(name, getattr(_arm(proof, one), name), getattr(_arm(proof, other), name)) for name in ("metric", "loss")]
+    judges = ("metric", "loss") if proof.measure == "metric" else ("loss",)
+    pairs = [(name, getattr(_arm(proof, one), name), getattr(_arm(proof, other), name)) for name in judges]
     return " and ".join(
         f"{name} {_scored(left)} against {_scored(right)}" for name, left, right in pairs if left or right
     )

@@ -20,7 +20,8 @@ class Inconsistency(Rule):
         The change of loss and metric on training batches from batch statistics to running statistics, with all else in
         eval mode (no dropout, and no heads or losses of training alone). It fails where the 95% interval of the change
         excludes zero, at least five micro-batches were scored, and the change is larger than 2 points of a metric
-        between 0 and 1; otherwise than 5% of the value. Where another error explains it, it is reported as a
+        between 0 and 1; otherwise than 5% of the value. A metric counts where its goal is stated (`--goal`) or the loss
+        does not surely contradict that larger is better. Where another error explains it, it is reported as a
         consequence of that; otherwise this finding says what was ruled out.
 
     Why:

@@ -429,3 +429,82 @@ def test_whether_a_smaller_metric_is_better_is_not_guessed_where_nothing_says_so
     assert (proof["conclusion"], proof["gain"], proof["surely_worse"]) == ("not_compared", None, False)
     again = workspace.run("recalibrate", *TRAINED, "--format", "json", "--goal", "min", "--force")
     assert json.loads(again.stdout)["proof"]["conclusion"] == "better"
+
+
+RMSE = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def data(seed, count):
+    x = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(x, x[:, 0])
+
+
+def load_model():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
+    with torch.no_grad():
+        model[0].running_mean.fill_(1.0)
+        model[1].weight.copy_(torch.eye(1, 4))
+        model[1].bias.zero_()
+    return model
+
+
+def load_data(batch_size=32):
+    return DataLoader(data(0, 512), batch_size, shuffle=True)
+
+
+def load_eval_data(batch_size=32):
+    return DataLoader(data(1, 512), batch_size)
+
+
+def loss(model, batch):
+    return (model(batch[0]).squeeze(1) - batch[1]).square().mean()
+
+
+def metric(model, batch):
+    return loss(model, batch).sqrt()
+"""
+"""A regression whose running means are off, and its RMSE: recalibration lowers loss and metric."""
+
+
+def test_the_loss_decides_where_it_contradicts_a_metric_of_unstated_goal(workspace: Workspace) -> None:
+    workspace.write("model.py", RMSE)
+    command = ("recalibrate", "model.py", "--batch-size", "32", "-o", "out.safetensors", "--force")
+    found = workspace.run(*command)
+    assert found.code == CLEAN
+    said = " ".join(found.stdout.split())
+    assert "✓ The recalibrated model is better than the model as it is. The loss on the same" in said
+    assert "If a smaller metric is better, give --goal min" in said
+    stated = workspace.run(*command, "--goal", "min")
+    assert stated.code == CLEAN
+    assert "is better than the model as it is. The metric on the same" in " ".join(stated.stdout.split())
+    assert "--goal" not in stated.stdout
+
+
+def test_a_metric_that_only_looks_better_does_not_write_weights_that_lose_by_the_loss(workspace: Workspace) -> None:
+    """The running means fit the held-out data, not the training data: recalibration raises loss and RMSE."""
+    turned = RMSE.replace("fill_(1.0)", "zero_()").replace("data(0, 512)", "data(0, 512, 1.0)")
+    workspace.write(
+        "model.py", turned.replace("(seed, count)", "(seed, count, shift=0.0)").replace("seed))\n", "seed)) + shift\n")
+    )
+    found = recalibrate(workspace)
+    assert (found.code, written(workspace)) == (FINDINGS, set())
+    said = " ".join(found.stdout.split())
+    assert "✗ The recalibrated model is worse than the model as it is. The loss on the same" in said
+    assert "scores worse than the model as loaded, loss " in said
+
+
+def test_a_scan_asks_for_the_goal_and_lets_the_loss_judge(workspace: Workspace) -> None:
+    workspace.write("model.py", RMSE)
+    asks = "give --goal min (repair: {goal: min} in a spec), otherwise --goal max."
+    command = ("scan", "model.py", "--batch-size", "32")
+    assert asks in " ".join(workspace.run(*command).stdout.split())
+    assert "--goal max" not in workspace.run(*command, "--goal", "min").stdout
+    workspace.write("model.py", RMSE.replace("loss(model, batch)", "error(model, batch)"))
+    alone = " ".join(workspace.run(*command).stdout.split())
+    assert (
+        "and there is no loss to tell: a larger one is taken to be. If a smaller one is better, give --goal min"
+        in alone
+    )

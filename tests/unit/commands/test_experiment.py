@@ -108,6 +108,36 @@ def test_the_arms_are_the_model_its_controls_and_the_repair() -> None:
     assert scores[proof.control] == max(scores[CONTROL], scores[CONTROL_RECALIBRATED])
 
 
+def error_rate(model: nn.Module, batch: Batch) -> Tensor:
+    return 1 - metric(model, batch)
+
+
+def test_where_the_loss_contradicts_a_metric_of_unstated_goal_it_decides() -> None:
+    def root(model: nn.Module, batch: Batch) -> Tensor:
+        return loss(model, batch).sqrt()
+
+    given = subject(metric=root, recalibrated=(), training=None, seeds=1)
+    given = replace(given, proving=replace(given.proving, batches=batches(5, 64)))
+    given.start.head.bias.data += torch.tensor([4.0, -4.0])
+    proof = prove(given, [planned(given, "frozen")]).proof
+    assert (proof.measure, proof.conclusion, proof.surely_worse) == ("loss", "worse", True)
+    assert "give --goal min" in proof.message
+    stated = replace(given, repair=RepairSpec(seeds=1, goal="min"))
+    proof = prove(stated, [planned(stated, "frozen")]).proof
+    assert (proof.measure, proof.conclusion, proof.surely_worse) == ("metric", "worse", True)
+    assert "--goal" not in proof.message
+
+
+def test_what_the_scan_found_of_the_metric_decides_how_arms_are_chosen() -> None:
+    given = subject(metric=error_rate, by_loss=True, seeds=1)
+    assert (given.measure, given.goal) == ("loss", "min")
+    proof = prove(given, [planned(given)]).proof
+    scores = {arm.name: arm.loss.mean for arm in proof.arms if arm.loss}
+    assert scores[proof.control] == min(scores[CONTROL], scores[CONTROL_RECALIBRATED])
+    assert proof.measure == "loss"
+    assert "give --goal min" in proof.message
+
+
 def test_plain_bn_has_the_momentum_that_it_is_held_against() -> None:
     momenta: dict[str, set[float]] = {}
 

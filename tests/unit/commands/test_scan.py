@@ -44,6 +44,15 @@ def test_the_layers_left_out_are_named_in_network_order() -> None:
     assert scan(model, DATA, 4, num_batches=5).scan.unselected == ()
 
 
+def test_samples_too_few_to_be_regrouped_are_no_measurement_of_their_own() -> None:
+    few, enough = (scan(unsettled(Flat()), DATA, 4, num_batches=batches) for batches in (3, 4))
+    assert few.scan.pool is None
+    assert enough.scan.pool is not None
+    [reason] = {verdict.message for verdict in few.verdicts if verdict.rule == "BN202"}
+    assert reason.startswith("Not judged: 12 ")
+    assert reason.endswith("are too few to regroup at random in batches of 4 (at least 16).")
+
+
 @pytest.mark.parametrize("batch_size", [None, 4])
 def test_a_loader_at_its_own_size(batch_size: int | None) -> None:
     model = unsettled(Flat())
