@@ -94,15 +94,16 @@ class BatchComposition(ShareRule):
             yield self.skipped(None, "a Dataset was given, whose order is bnprobe's own; give a loader to judge yours")
             return
         found = list(super().check(facts))
-        clean = effect.surely_worse(facts) is None and all(verdict.outcome != "failed" for verdict in found)
+        clean = all(verdict.outcome != "failed" for verdict in found)
         for verdict, layer in zip(found, facts.layers.values(), strict=True):
             # What is beyond its limit in one layer is said of that one alone.
             yield self._remark(layer, facts) if clean and _is_most(layer) else verdict
 
     def _remark(self, layer: Layer, facts: Facts) -> Verdict:
         share, limit = share_of(layer, self.cause) or 0.0, share_limit(layer, self.cause)
+        remedy = self.remedy if effect.surely_worse(facts) else _NO_NEED
         message = f"{self.explain(layer, facts)} (It accounts for D = {mismatch(share)}, which is within the limit.)"
-        return self.failed(layer.name, message, share, limit, "info", _NO_NEED)
+        return self.failed(layer.name, message, share, limit, "info", remedy)
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         if layer.shares is None:
