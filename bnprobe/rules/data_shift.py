@@ -201,7 +201,7 @@ def _gap(facts: Facts) -> Effect:
 
 def _is_won_back(facts: Facts) -> bool:
     """Whether statistics of the held-out data surely help on it, and more than those of the training data."""
-    if _gain(facts).standing != "better":
+    if not _gain(facts).is_sure_gain:
         return False
     shifted, usual = _tried(facts), effect.tried(facts.remedies, "recalibrated")
     return shifted is not None and (usual is None or _advantage(shifted, usual, facts) > 1.0)

@@ -162,6 +162,11 @@ class Effect:
         return self.standing in NO_WORSE
 
     @property
+    def is_sure_gain(self) -> bool:
+        """Whether it is better by a measure with 99% confidence: several remedies are tried, by two measures each."""
+        return self.standing == "better" and any(each.standing == "better" and each.is_sure for each in self.changes)
+
+    @property
     def is_no_gain(self) -> bool:
         """Whether it was measured well enough to know that it does harm, or is by no measure a gain that counts."""
         return self.is_worse or (bool(self.changes) and all(change.is_no_gain for change in self.changes))
@@ -319,7 +324,7 @@ def gain(facts: Facts, name: FreeRemedy | None) -> Effect:
 
 def severity_of_setting(facts: Facts, flagged: bool) -> Severity:
     """How serious a setting is that makes running statistics wrong: as they are, where that was measured."""
-    if gain(facts, "recalibrated").standing == "better":
+    if gain(facts, "recalibrated").is_sure_gain:
         return "error"
     return "error" if flagged and not inconsistency(facts.gaps, facts.chance).is_no_worse else "warning"
 

@@ -93,5 +93,5 @@ def _severity(layer: Anatomy, facts: Facts) -> Severity:
     # A metric may be one of which smaller values are better without its goal being set: only the loss excuses a layer.
     losses = [gap for gap in facts.gaps if gap.measure == "loss"]
     harmless = not measured.flagged or effect.inconsistency(losses, facts.chance).is_no_worse
-    gains = effect.gain(facts, "recalibrated").standing == "better"
+    gains = effect.gain(facts, "recalibrated").is_sure_gain
     return "warning" if harmless and not gains else "error"

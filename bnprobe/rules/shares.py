@@ -180,7 +180,7 @@ def is_suspect(layer: Layer, cause: Cause, facts: Facts) -> bool:
     if cause == "small_batch" or not _is_possible(layer, cause) or not _is_largest(layer, cause):
         return False
     if cause in STATISTICS_CAUSES and effect.tried(facts.remedies, "recalibrated") is not None:
-        return effect.gain(facts, "recalibrated").standing == "better"
+        return effect.gain(facts, "recalibrated").is_sure_gain
     return effect.surely_worse(facts) is not None
 
 
@@ -200,7 +200,7 @@ def severity_of(cause: Cause, facts: Facts) -> Severity:
 def is_mendable(cause: Cause, facts: Facts) -> bool:
     """Whether other statistics are surely better on held-out data: recalibrated ones, where statistics are to blame."""
     remedies: Sequence[FreeRemedy] = ("recalibrated",) if cause in STATISTICS_CAUSES else FREE_REMEDIES
-    return any(effect.gain(facts, name).standing == "better" for name in remedies)
+    return any(effect.gain(facts, name).is_sure_gain for name in remedies)
 
 
 def is_off_at_inference(layer: Layer) -> bool:

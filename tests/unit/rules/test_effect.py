@@ -44,6 +44,12 @@ def test_inference_is_blamed_with_99_percent_confidence() -> None:
         assert [effect.surely_better(known) is not None for known in facts] == [False, sure]
 
 
+def test_a_gain_is_sure_with_99_percent_confidence() -> None:
+    for width, sure in ((0.09, False), (0.07, True)):
+        found = effect.of_remedy(tried(0.8, 0.9, width=width), (metric(0.9, 0.8),))
+        assert (found.standing, found.is_sure_gain) == ("better", sure)
+
+
 def test_what_is_too_little_to_act_on_is_not_clean_from_2_percent_of_a_loss_on() -> None:
     for after, clean in ((1.01, True), (1.03, False)):
         found = effect.inconsistency((loss(1.0, after, 0.005),))
