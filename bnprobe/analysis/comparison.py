@@ -97,13 +97,6 @@ def is_contradicted(after: ScoreTable, before: ScoreTable, goal: Goal) -> bool:
     return found == {"better", "worse"}
 
 
-CONTRADICTED = (
-    "Whether a larger or a smaller metric is better was not said. A larger one was taken to be, and the loss says the"
-    " opposite: so the loss decides. If a smaller metric is better, give --goal min, otherwise --goal max."
-)
-"""What is to be known of a comparison that the loss decides in place of a metric."""
-
-
 def _is_lost(after: ScoreTable, before: ScoreTable, measure: Measure) -> bool:
     return before.scores(measure, "eval") is not None and after.scores(measure, "eval") is None
 

@@ -83,11 +83,7 @@ def notes_on_goal(gaps: Sequence[Gap], remedies: Sequence[Remedy], chance: Seque
     """What was made of a metric of which nobody said whether a larger or a smaller one is better: a sentence."""
     why = effect.doubt_of_goal(gaps, remedies, chance)
     if why == "contradicted":
-        yield (
-            "Whether a larger or a smaller metric is better was not said. A larger one was taken to be, and the loss"
-            " says the opposite: so the loss judges, not the metric. If a smaller metric is better, give --goal min"
-            " (repair: {goal: min} in a spec), otherwise --goal max."
-        )
+        yield effect.CONTRADICTED
     if why == "no loss":
         yield (
             "Whether a larger or a smaller metric is better was not said, and there is no loss to tell: a larger one is"

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from bnprobe.analysis.comparison import (
     AS_IS,
-    CONTRADICTED,
     CONTROL,
     CONTROL_RECALIBRATED,
     RECALIBRATED,
@@ -43,6 +42,7 @@ from bnprobe.records import ROOT, Arm, Goal, Measure, Plan, Proof, Run, Training
 from bnprobe.repairs import apply
 from bnprobe.repairs.held_out import HeldOut
 from bnprobe.repairs.recalibration import recalibrate_loaded
+from bnprobe.rules.effect import CONTRADICTED
 from bnprobe.training import Job, StateFolder, length_of, train
 
 FEWEST_IMAGES = 100

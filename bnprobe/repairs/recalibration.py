@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from bnprobe.analysis.comparison import (
     AS_IS,
-    CONTRADICTED,
     RECALIBRATED,
     is_contradicted,
     is_surely_worse,
@@ -47,6 +46,7 @@ from bnprobe.measure.session import Progress, Session, UserFunctions, device_nam
 from bnprobe.numbers import count, listed, number
 from bnprobe.records import ROOT, Arm, Conclusion, Estimate, Goal, Measure, Proof, Run, leading
 from bnprobe.repairs.held_out import HeldOut
+from bnprobe.rules.effect import CONTRADICTED
 
 
 @dataclass(frozen=True)

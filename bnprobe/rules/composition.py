@@ -12,7 +12,7 @@ from bnprobe.rules.interface import Link
 from bnprobe.rules.shares import ShareRule, is_significant, lower_end, share_limit, share_of
 
 
-def _is_of_domains(layer: Layer, facts: Facts) -> bool:
+def _is_of_domains(layer: Layer) -> bool:
     """Batches of one domain each add the distance between the domains to the mismatch; more has another cause."""
     shares, domains = layer.shares, layer.domains
     return shares is None or domains is None or (shares.composition or 0.0) - domains.mismatch <= share_limit(layer)

@@ -25,13 +25,8 @@ CLEARLY = 4.0
 _PREPROCESSING = "Make the preprocessing of both datasets the same."
 
 
-def _is_no_further_than_batches(layer: Layer, facts: Facts) -> bool:
-    """Held-out data that differs from the training data no more than its batches do is of the kind of some of them.
-
-    It is another kind where its own statistics help it, and those of the training data do not.
-    """
-    if _is_won_back(facts):
-        return False
+def _is_no_further_than_batches(layer: Layer) -> bool:
+    """Held-out data that differs from the training data no more than its batches do is of the kind of some of them."""
     shares, intervals = layer.shares, layer.share_intervals
     if shares is None or shares.data_shift is None or shares.composition is None:
         return False

@@ -69,8 +69,8 @@ class DropoutShift(ShareRule):
         apart = layer.train.mismatch
         message = (
             f"{self.explain(layer, facts)} Its running statistics fit the data at inference; only in training, with"
+            f" these layers on, it is off: D = {mismatch(apart)}."
         )
-        message += f" these layers on, it is off: D = {mismatch(apart)}."
         return self.failed(layer.name, message, apart, found.limit, "warning", _NO_NEED)
 
     def explain(self, layer: Layer, facts: Facts) -> str:

@@ -54,6 +54,13 @@ MENDED = 0.5
 UNSCORED = "needs a loss or metric"
 """Why a rule is skipped that judges by what a change does to loss and metric."""
 
+CONTRADICTED = (
+    "Whether a larger or a smaller metric is better was not said. A larger one was taken to be, and the loss says the"
+    " opposite: so the loss decides, not the metric. If a smaller metric is better, give --goal min (repair: {goal:"
+    " min} in a spec), otherwise --goal max."
+)
+"""What is to be known where the loss judges in place of a metric, sentences."""
+
 MODES = ("training", "inference")
 
 STATISTICS = ("with batch statistics", "with running statistics")

@@ -20,18 +20,18 @@ class Link:
 
     Attributes:
         cause: The other cause.
-        holds: Whether the link exists on a layer, by all that is known; not asked where the layer was not measured.
+        holds: Whether the link exists on a layer; not asked where the layer was not measured.
         fits: Whether it exists with the settings of a layer, from the model alone.
     """
 
     cause: Cause
-    holds: Callable[[Layer, Facts], bool] = lambda layer, facts: True
+    holds: Callable[[Layer], bool] = lambda layer: True
     fits: Callable[[Anatomy], bool] = lambda anatomy: True
 
     def exists(self, name: str, facts: Facts) -> bool:
         """Whether the link exists on the layer of that name, by what is known of it."""
         layer, anatomy = facts.layers.get(name), anatomy_of(facts, name)
-        return (layer is None or self.holds(layer, facts)) and (anatomy is None or self.fits(anatomy))
+        return (layer is None or self.holds(layer)) and (anatomy is None or self.fits(anatomy))
 
 
 class Rule(ABC):

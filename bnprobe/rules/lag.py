@@ -41,13 +41,13 @@ QUANTIZED = 256
 """The number of values of eight bits."""
 
 
-def _is_no_more_than_domains(layer: Layer, facts: Facts) -> bool:
+def _is_no_more_than_domains(layer: Layer) -> bool:
     """A running average that alternates between two domains is off by no more than their distance."""
     shares, domains = layer.shares, layer.domains
     return shares is None or domains is None or shares.lag - domains.mismatch <= share_limit(layer)
 
 
-def _is_noise_of_batches(layer: Layer, facts: Facts) -> bool:
+def _is_noise_of_batches(layer: Layer) -> bool:
     """A running average of noisy batches is noisy itself, by a / (2 - a) of their noise at the rate a."""
     shares, rate = layer.shares, min(layer.momentum or 0.0, USUAL_RATE)
     if shares is None:
@@ -99,7 +99,7 @@ class Lag(ShareRule):
         Link("momentum_convention"),
         Link("double_update"),
         Link("shared_domains", _is_no_more_than_domains),
-        Link("composition", lambda layer, facts: is_of_composition(layer)),
+        Link("composition", is_of_composition),
         Link("small_batch", _is_noise_of_batches),
     )
     upstream_order = 80

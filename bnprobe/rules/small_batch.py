@@ -18,7 +18,7 @@ from bnprobe.rules.shares import (
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
 
 
-def _is_mostly_composition(layer: Layer, facts: Facts) -> bool:
+def _is_mostly_composition(layer: Layer) -> bool:
     """Batches of one domain each differ between domains; within a domain they may well be i.i.d."""
     shares = layer.shares
     return shares is not None and shares.composition is not None and shares.small_batch <= shares.composition

@@ -81,7 +81,13 @@ def test_no_remark_says_that_nothing_is_needed_where_something_is_wrong() -> Non
     alike = make_layer("bn", make_shares(composition=0.01), composition=Composition(0.2, 2.4, 1e-9))
     worse = make_evidence(alike, gaps=(metric(0.94, 0.46),))
     [found] = run_rule("BN202", worse)
-    assert found.severity == "error" or found.remedy.startswith("Shuffle")
+    assert found.severity == "error"
+    little = make_layer(
+        "bn", make_shares(small_batch=0.001, composition=0.004), composition=Composition(0.2, 2.4, 1e-9)
+    )
+    for gap, start in ((metric(0.94, 0.46), "Shuffle the training data"), (metric(0.94, 0.94), "None is needed")):
+        [found] = run_rule("BN202", make_evidence(little, gaps=(gap,)))
+        assert (found.severity, found.remedy.startswith(start)) == ("info", True)
     beyond = make_layer("far", make_shares(composition=0.3), composition=Composition(0.2, 2.4, 1e-9))
     outcomes = {each.layer: each.outcome for each in run_rule("BN202", make_evidence(alike, beyond))}
     assert outcomes == {"bn": "passed", "far": "failed"}
