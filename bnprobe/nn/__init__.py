@@ -13,7 +13,9 @@ from bnprobe.nn.batch_renorm import (
     BatchRenorm3d,
     BatchRenormBase,
     ClippingWatch,
-    RenormSchedule,
+    LazyBatchRenorm1d,
+    LazyBatchRenorm2d,
+    LazyBatchRenorm3d,
     SyncBatchRenorm,
     watch_clipping,
 )
@@ -21,6 +23,7 @@ from bnprobe.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNor
 from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
 from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
 from bnprobe.nn.kernels import AffineMap, Statistics
+from bnprobe.nn.limits import RenormSchedule
 
 __all__ = [
     "AffineMap",
@@ -41,6 +44,9 @@ __all__ = [
     "InstanceRenorm1d",
     "InstanceRenorm2d",
     "InstanceRenorm3d",
+    "LazyBatchRenorm1d",
+    "LazyBatchRenorm2d",
+    "LazyBatchRenorm3d",
     "RenormSchedule",
     "Statistics",
     "SyncBatchRenorm",

@@ -1,186 +1,36 @@
-"""Batch Renormalization layers (Ioffe 2017), which save and deploy as BN, and the schedule of their limits."""
+"""Batch Renormalization layers (Ioffe 2017), which save and deploy as BN."""
 
 from __future__ import annotations
 
-import math
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _LazyNormBase
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from bnprobe.errors import StateError, UsageError
+from bnprobe.errors import UsageError
+from bnprobe.nn.base import BatchNormLike
 from bnprobe.nn.functional import batch_renorm, sync_batch_renorm
-from bnprobe.nn.kernels import snapshot
+from bnprobe.nn.limits import POSITION, Limits, Scheduled
+from bnprobe.nn.plain import renormalize
+
+_RENORM = ("renorm_mean", "renorm_var")
 
 
-class Limits:
-    """r_max and d_max, which may change between steps (internal: set them on the layer or use a schedule).
-
-    A compiled layer reads the tensors, since a changed Python number would recompile it at every step of a schedule.
-
-    Attributes:
-        r_max_tensor, d_max_tensor: The limits as float64 tensors of shape () on the CPU.
-
-    Raises:
-        UsageError: r_max is below 1 or d_max below 0, or one of them is not finite.
-    """
-
-    def __init__(self, r_max: float, d_max: float) -> None:
-        self.r_max_tensor = torch.ones((), dtype=torch.float64, device="cpu")
-        self.d_max_tensor = torch.zeros((), dtype=torch.float64, device="cpu")
-        self.r_max, self.d_max = r_max, d_max
-
-    @property
-    def r_max(self) -> float:
-        """r is clipped to [1 / r_max, r_max]."""
-        return self._r_max
-
-    @r_max.setter
-    def r_max(self, value: float) -> None:
-        if not (math.isfinite(value) and value >= 1):
-            raise UsageError(
-                f"r_max is {value}, but must be a finite number of at least 1: r is kept in [1/r_max, r_max]."
-            )
-        self._r_max = float(value)
-        self.r_max_tensor.fill_(self._r_max)
-
-    @property
-    def d_max(self) -> float:
-        """d is clipped to [-d_max, d_max]."""
-        return self._d_max
-
-    @d_max.setter
-    def d_max(self, value: float) -> None:
-        if not (math.isfinite(value) and value >= 0):
-            raise UsageError(
-                f"d_max is {value}, but must be a finite number of at least 0: d is kept in [-d_max, d_max]."
-            )
-        self._d_max = float(value)
-        self.d_max_tensor.fill_(self._d_max)
-
-    def read(self) -> tuple[float, float] | tuple[Tensor, Tensor]:
-        """(r_max, d_max) for a layer's forward: tensors while it is being compiled, else numbers."""
-        if torch.compiler.is_compiling():
-            return snapshot(self.r_max_tensor), snapshot(self.d_max_tensor)
-        return self._r_max, self._d_max
-
-
-class RenormSchedule(Limits):
-    """r_max and d_max over a training run, in the shape of Ioffe 2017, section 4.
-
-    During the warm-up the limits are 1 and 0, which is plain BN. Then each rises linearly to its final value and stays
-    there. Attached layers read the schedule at every forward pass; call ``advance`` after every optimizer step.
-
-    Args:
-        steps: Optimizer steps of the run.
-        r_max, d_max: Final limits.
-        warmup: Fraction of the run with limits 1 and 0.
-        r_ramp, d_ramp: Fractions of the run after which r_max and d_max have their final values.
-
-    Raises:
-        UsageError: An argument is out of range, or a ramp would end before the warm-up.
-
-    Example:
-        >>> schedule = RenormSchedule(steps=500)
-        >>> schedule.attach(nn.Sequential(BatchRenorm2d(8)))
-        1
-        >>> schedule.at(500)
-        (3.0, 5.0)
-    """
-
-    def __init__(
-        self,
-        steps: int,
-        r_max: float = 3.0,
-        d_max: float = 5.0,
-        warmup: float = 5 / 130,
-        r_ramp: float = 40 / 130,
-        d_ramp: float = 25 / 130,
-    ) -> None:
-        if steps < 1:
-            raise UsageError(
-                f"steps is {steps}, but a schedule needs the number of optimizer steps of the run, at least 1."
-            )
-        for name, ramp in (("r_ramp", r_ramp), ("d_ramp", d_ramp)):
-            if not 0 <= warmup <= ramp <= 1:
-                raise UsageError(
-                    f"warmup is {warmup:g} and {name} is {ramp:g}, but as fractions of the run they must satisfy"
-                    f" 0 <= warmup <= {name} <= 1."
-                )
-        super().__init__(r_max, d_max)  # validates the ends
-        self._steps, self._warmup, self._ramps = steps, warmup, (r_ramp, d_ramp)
-        self._ends = (self.r_max, self.d_max)
-        self._set(0)
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken so far, at most ``steps``."""
-        return self._step
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self._steps
-
-    def at(self, step: int) -> tuple[float, float]:
-        """(r_max, d_max) after ``step`` optimizer steps."""
-        r_part, d_part = (_progress(step / self._steps, self._warmup, ramp) for ramp in self._ramps)
-        r_end, d_end = self._ends
-        return 1 + r_part * (r_end - 1), d_part * d_end
-
-    def advance(self) -> None:
-        """Count one optimizer step; after the last one, the limits stay as they are."""
-        self._set(min(self._step + 1, self._steps))
-
-    def attach(self, model: nn.Module) -> int:
-        """Make every Batch Renorm layer of a model follow this schedule.
-
-        Returns:
-            The number of these layers.
-        """
-        layers = [module for module in model.modules() if isinstance(module, BatchRenormBase)]
-        for layer in layers:
-            layer.schedule = self
-        return len(layers)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The settings and ``step``, as plain numbers."""
-        return {**self._settings(), "step": self._step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the saved step of a schedule with the same settings.
-
-        Raises:
-            StateError: The saved schedule has other settings, or its step is out of range. This one is unchanged.
-        """
-        for name, value in self._settings().items():
-            if state.get(name) != value:
-                raise StateError(
-                    f"The saved Batch Renorm schedule has {name} = {state.get(name)}, but this run has {value}:"
-                    " resume with the settings of the saved run, or start a new run."
-                )
-        step = state.get("step")
-        if not isinstance(step, int) or not 0 <= step <= self._steps:
-            raise StateError(f"The saved Batch Renorm schedule is at step {step} of {self._steps}: it is damaged.")
-        self._set(step)
-
-    def _settings(self) -> dict[str, float]:
-        names = ("steps", "r_max", "d_max", "warmup", "r_ramp", "d_ramp")
-        return dict(zip(names, (self._steps, *self._ends, self._warmup, *self._ramps), strict=True))
-
-    def _set(self, step: int) -> None:
-        self._step = step
-        self.r_max, self.d_max = self.at(step)
-
-
-class BatchRenormBase(_BatchNorm):
+class BatchRenormBase(Scheduled, BatchNormLike):
     """Base class of the Batch Renorm layers (Ioffe 2017; docs/explanation/batch-renorm.md).
 
     In training the layer normalizes with the batch statistics, corrected towards the running statistics within limits
     (see ``functional.batch_renorm`` for the formula). At inference it is BN. Parameters and buffers are those of
     ``nn.BatchNorm``, so weights load strictly both ways.
+
+    It departs from the paper in one point: the running variance is an average of unbiased batch variances, as in
+    ``nn.BatchNorm``, and not the square of an average of deviations sqrt(var + eps). So the layer deploys as BN of
+    PyTorch. With n values per channel, a batch like the running statistics then has r = sqrt(1 - 1/n) instead of 1:
+    0.71 for n = 2, 0.98 for n = 32. ``running="std"`` averages as the paper does.
 
     One value per channel, for which BN raises in training, is allowed: then only the running statistics normalize.
     Under activation checkpointing the running statistics are updated twice per step, as in BN, and the gradients are
@@ -193,19 +43,36 @@ class BatchRenormBase(_BatchNorm):
         affine: Whether there is a weight and a bias per channel.
         r_max, d_max: Limits of the correction; 1 and 0 make the layer BN. Setting one later detaches a schedule.
         device, dtype: Of parameters and buffers.
+        bias: Whether an affine layer has a bias.
+        r_min: Lower limit of r, as Keras has it; None: 1 / r_max. Under a schedule r also stays above 1 / r_max.
+        renorm_momentum: If given, r and d refer to running statistics of their own, with this weight of the new batch,
+            as Keras has it: ``renorm_mean`` and ``renorm_var``, which inference does not use.
+        running: What is averaged: "variance", unbiased as in BN, or "std", as in the paper.
+        virtual_batch_size: If given, a batch is normalized in equal parts of at most so many samples, one after the
+            other (ghost batches; Hoffer et al. 2017): each moves the running statistics.
 
     Attributes:
         running_mean: Shape (channels,).
-        running_var: Shape (channels,), unbiased.
-        schedule: If not None, the limits are read from it at every forward pass.
+        running_var: Shape (channels,), unbiased; with ``running="std"`` the square of the averaged sqrt(var + eps),
+            less eps.
+        schedule: If not None, the limits are read from it at every forward pass. (TorchScript keeps the limits that
+            the layer has when it is scripted.)
 
     Raises:
-        UsageError: A limit is out of range.
+        UsageError: A limit or another argument is out of range.
     """
 
-    normalizes_only: ClassVar[bool] = True
     dimensions: ClassVar[tuple[int, int]] = (2, 5)
     """Smallest and largest number of dimensions of an input."""
+
+    training_only: ClassVar[tuple[str, ...]] = (POSITION, *_RENORM)
+    """Tensors of the state_dict that inference does not use."""
+
+    __constants__ = [*BatchNormLike.__constants__, "r_min", "r_max", "d_max", "dimensions"]  # noqa: RUF012 (as torch has it)
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        *BatchNormLike.__jit_unused_properties__,
+        *("r_min", "r_max", "d_max", "limits"),
+    ]
 
     def __init__(
         self,
@@ -217,20 +84,50 @@ class BatchRenormBase(_BatchNorm):
         d_max: float = 5.0,
         device: Any = None,
         dtype: Any = None,
+        *,
+        bias: bool = True,
+        r_min: float | None = None,
+        renorm_momentum: float | None = None,
+        running: Literal["variance", "std"] = "variance",
+        virtual_batch_size: int | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype)
-        self.schedule: RenormSchedule | None = None
+        super().__init__(num_features, eps, momentum, affine, device, dtype, bias=bias)
+        if r_min is not None and not 0 < r_min <= 1:
+            raise UsageError(f"r_min is {r_min}, but must be above 0 and at most 1: r is kept in [r_min, r_max].")
+        if renorm_momentum is not None and not 0 < renorm_momentum <= 1:
+            raise UsageError(f"renorm_momentum is {renorm_momentum}, but must be above 0 and at most 1.")
+        if running not in ("variance", "std"):
+            raise UsageError(f'running is {running!r}, but must be "variance" or "std".')
+        if virtual_batch_size is not None and virtual_batch_size < 1:
+            raise UsageError(f"virtual_batch_size is {virtual_batch_size}, but must be at least 1.")
         self._limits = Limits(r_max, d_max)
+        self._r_min = r_min
+        self.renorm_momentum = renorm_momentum
+        self.running = running
+        self.virtual_batch_size = virtual_batch_size
         self._clipped: Tensor | None = None  # where a ClippingWatch counts
+        like = self.running_mean if renorm_momentum is not None else None
+        self.register_buffer("renorm_mean", None if like is None else torch.zeros_like(like))
+        self.register_buffer("renorm_var", None if like is None else torch.ones_like(like))
+        self.renorm_mean: Tensor | None
+        self.renorm_var: Tensor | None
 
     @property
     def r_max(self) -> float:
-        """r is clipped to [1 / r_max, r_max]."""
+        """r is clipped to [r_min, r_max]."""
         return self.limits.r_max
 
     @r_max.setter
     def r_max(self, value: float) -> None:
         self._own_limits(value, self.d_max)
+
+    @property
+    def r_min(self) -> float:
+        """r is clipped to [r_min, r_max]."""
+        lowest = 1 / self.r_max
+        if self._r_min is None:
+            return lowest
+        return self._r_min if self.schedule is None else max(self._r_min, lowest)
 
     @property
     def d_max(self) -> float:
@@ -246,46 +143,88 @@ class BatchRenormBase(_BatchNorm):
         """The current limits: those of the schedule, if there is one."""
         return self._limits if self.schedule is None else self.schedule
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize an input of shape (N, C, *space); in training, also update the running statistics.
-
-        Raises:
-            ValueError: The input has the wrong number of dimensions, or eps is not positive in training.
-        """
-        self._check_input_dim(input)
-        r_max, d_max = self.limits.read()
-        momentum = self._count_batch() if self.training else 0.0
-        settings: dict[str, Any] = {"momentum": momentum, "eps": self.eps, "r_max": r_max, "d_max": d_max}
-        if self._clipped is not None:
-            settings["clipped"] = self._clipped
-        return self._normalize(input, training=self.training, **settings)
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        mean, variance = (self._buffers.get(name) for name in _RENORM)
+        if mean is not None and variance is not None:
+            mean.zero_()
+            variance.fill_(1)
 
     def extra_repr(self) -> str:
-        own = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
-        return f"{own}, r_max={self.r_max:g}, d_max={self.d_max:g}"
+        more = f", r_max={self.r_max:g}, d_max={self.d_max:g}"
+        if self._r_min is not None:
+            more += f", r_min={self._r_min:g}"
+        if self.renorm_momentum is not None:
+            more += f", renorm_momentum={self.renorm_momentum:g}"
+        if self.running != "variance":
+            more += f", running={self.running!r}"
+        if self.virtual_batch_size is not None:
+            more += f", virtual_batch_size={self.virtual_batch_size}"
+        return super().extra_repr() + more
 
-    def _normalize(self, input: Tensor, **settings: Any) -> Tensor:
-        return batch_renorm(input, *self._statistics(), self.weight, self.bias, **settings)
+    def _normalize(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        number = self._ghosts(input) if self.training else 1
+        inputs = torch.tensor_split(input, number) if number > 1 else (input,)
+        masks = (None,) * number if mask is None else torch.tensor_split(mask, number)
+        outputs = [self._normalize_ghost(part, chosen) for part, chosen in zip(inputs, masks, strict=True)]
+        return outputs[0] if number == 1 else torch.cat(outputs)
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        assert self.running_mean is not None  # the statistics are always tracked
-        assert self.running_var is not None
-        return self.running_mean, self.running_var
+    def _normalize_ghost(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        mean, variance = self._statistics()
+        r_max, d_max = self.limits.read(self.training)
+        momentum = self._count_batch() if self.training else 0.0
+        settings: dict[str, Any] = {"momentum": momentum, "eps": self._eps, "r_max": r_max, "d_max": d_max}
+        if self.training:
+            others = {
+                "r_min": None if self._r_min is None else self.r_min,
+                "mask": mask,
+                "clipped": self._clipped,
+                "running": None if self.running == "variance" else self.running,
+                "track": None if self.track_running_stats else False,
+                "renorm_mean": self.renorm_mean,
+                "renorm_var": self.renorm_var,
+                "renorm_momentum": self.renorm_momentum,
+            }
+            settings |= {name: value for name, value in others.items() if value is not None}
+        return self._function(input, mean, variance, self.weight, self.bias, training=self.training, **settings)
+
+    def _function(self, *tensors: Any, **settings: Any) -> Tensor:
+        return batch_renorm(*tensors, **settings)
+
+    def _scripted(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        if not self.training:
+            return self._at_inference(input)
+        number = self._ghosts(input)
+        outputs: list[Tensor] = []
+        for i, part in enumerate(torch.tensor_split(input, number)):
+            chosen = None if mask is None else torch.tensor_split(mask, number)[i]
+            outputs.append(self._scripted_in_training(part, chosen))
+        return torch.cat(outputs)
+
+    def _scripted_in_training(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        rate = self._count_batch()
+        if input.numel() == 0:
+            return self._at_inference(input)
+        mean, variance = self._statistics()
+        renorm_momentum = self.renorm_momentum
+        return renormalize(
+            input, self.weight, self.bias, mean, variance, self.renorm_mean, self.renorm_var, mask, None, rate,
+            0.0 if renorm_momentum is None else renorm_momentum,
+            self._eps, self.r_min, self.r_max, self.d_max, self.running == "std", self.track_running_stats,
+        )  # fmt: skip
+
+    def _ghosts(self, input: Tensor) -> int:
+        """The number of ghost batches in a batch."""
+        size = self.virtual_batch_size
+        return 1 if size is None else max(1, (input.shape[0] + size - 1) // size)
 
     def _check_input_dim(self, input: Tensor) -> None:
         least, most = self.dimensions
         if least <= input.dim() <= most:
             return
-        kind, wanted = type(self).__name__, f"{least}" if least == most else f"{least} to {most}"
-        raise ValueError(
-            f"{kind} expected an input of {wanted} dimensions, but got {input.dim()}: shape {tuple(input.shape)}."
-        )
-
-    def _count_batch(self) -> float | Tensor:
-        """Count the batch and return its weight in the running statistics, as a tensor if that depends on the count."""
-        assert self.num_batches_tracked is not None  # the statistics are always tracked
-        self.num_batches_tracked.add_(1)
-        return self.num_batches_tracked.double().reciprocal() if self.momentum is None else self.momentum
+        if least == most:
+            raise ValueError(f"expected {least}D input (got {input.dim()}D input)")
+        raise ValueError(f"expected {least}D to {most}D input (got {input.dim()}D input)")
 
     def _own_limits(self, r_max: float, d_max: float) -> None:
         self._limits.r_max, self._limits.d_max = r_max, d_max
@@ -318,7 +257,7 @@ class SyncBatchRenorm(BatchRenormBase):
     Args:
         process_group: Processes that share their statistics; None: all.
 
-    The other arguments are those of ``BatchRenormBase``.
+    The other arguments are those of ``BatchRenormBase``, without ``virtual_batch_size``.
     """
 
     def __init__(
@@ -332,13 +271,73 @@ class SyncBatchRenorm(BatchRenormBase):
         process_group: Any = None,
         device: Any = None,
         dtype: Any = None,
+        *,
+        bias: bool = True,
+        r_min: float | None = None,
+        renorm_momentum: float | None = None,
+        running: Literal["variance", "std"] = "variance",
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, r_max, d_max, device, dtype)
+        super().__init__(
+            num_features, eps, momentum, affine, r_max, d_max, device, dtype,
+            bias=bias, r_min=r_min, renorm_momentum=renorm_momentum, running=running,
+        )  # fmt: skip
         self.process_group = process_group
 
-    def _normalize(self, input: Tensor, **settings: Any) -> Tensor:
-        group = self.process_group
-        return sync_batch_renorm(input, *self._statistics(), self.weight, self.bias, process_group=group, **settings)
+    def _function(self, *tensors: Any, **settings: Any) -> Tensor:
+        settings["process_group"] = self.process_group
+        return sync_batch_renorm(*tensors, **settings)
+
+
+class _Lazy(_LazyNormBase):
+    """A layer that learns its number of channels from its first input, as ``nn.LazyBatchNorm2d`` does."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        **settings: Any,
+    ) -> None:
+        # Not the initializer of _LazyNormBase, which gives BN's arguments by position.
+        LazyModuleMixin.__init__(self, 0, eps, momentum, False, r_max, d_max, device, dtype, bias=False, **settings)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.affine = affine
+        if affine:
+            self.weight = UninitializedParameter(**factory)
+            if bias:
+                self.bias = UninitializedParameter(**factory)
+        self.running_mean, self.running_var = UninitializedBuffer(**factory), UninitializedBuffer(**factory)
+
+    def initialize_parameters(self, input: Tensor) -> None:
+        first = self.has_uninitialized_params()
+        super().initialize_parameters(input)
+        for name in _RENORM if first else ():
+            if (buffer := getattr(self, name)) is not None:
+                setattr(self, name, buffer.new_full((self.num_features,), float(name == "renorm_var")))
+
+
+class LazyBatchRenorm1d(_Lazy, BatchRenorm1d):
+    """``BatchRenorm1d`` that takes its number of channels from the first input; the other arguments are the same."""
+
+    cls_to_become = BatchRenorm1d
+
+
+class LazyBatchRenorm2d(_Lazy, BatchRenorm2d):
+    """``BatchRenorm2d`` that takes its number of channels from the first input; the other arguments are the same."""
+
+    cls_to_become = BatchRenorm2d
+
+
+class LazyBatchRenorm3d(_Lazy, BatchRenorm3d):
+    """``BatchRenorm3d`` that takes its number of channels from the first input; the other arguments are the same."""
+
+    cls_to_become = BatchRenorm3d
 
 
 class ClippingWatch:
@@ -400,10 +399,3 @@ def watch_clipping(model: nn.Module) -> ClippingWatch:
 def _device(layer: BatchRenormBase) -> torch.device:
     assert isinstance(layer.running_mean, Tensor)  # the statistics are always tracked
     return layer.running_mean.device
-
-
-def _progress(now: float, start: float, end: float) -> float:
-    """Progress of a ramp, in [0, 1]; all arguments are fractions of the run."""
-    if now >= end:
-        return 1.0
-    return max(0.0, (now - start) / (end - start)) if end > start else 0.0

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnprobe.nn.blended import normalize_running
-from bnprobe.nn.kernels import require_channels
+from bnprobe.nn.base import BatchNormLike
 
 
-class FrozenBatchNorm(_BatchNorm):
+class FrozenBatchNorm(BatchNormLike):
     """Base class of the frozen layers: BN that normalizes with its running statistics in training too.
 
-    The running statistics are never updated; weight and bias train as usual. Any batch size works, even one value per
-    channel. The keys of the state_dict are those of ``nn.BatchNorm``. The input has at least 2 dimensions.
+    The running statistics are never updated, also not by ``torch.optim.swa_utils.update_bn``; weight and bias train as
+    usual. Any batch size works, even one value per channel. The keys of the state_dict are those of ``nn.BatchNorm``.
+    The input has at least 2 dimensions.
 
     Args:
         num_features: Number of channels.
@@ -23,33 +22,23 @@ class FrozenBatchNorm(_BatchNorm):
         momentum: Unused; kept so that the layer can be turned back into BN.
         affine: Whether there is a weight and a bias per channel.
         device, dtype: Of parameters and buffers.
+        bias: Whether an affine layer has a bias.
     """
 
-    normalizes_only: ClassVar[bool] = True
     nothing_to_measure: ClassVar[str] = "frozen batch norm: the same constants in training and at inference"
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype)
+    def reset_running_stats(self) -> None:
+        """Do nothing: nothing would bring the statistics back. (New layers have mean 0 and variance 1.)"""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize an input of shape (N, C, *space) with the running statistics.
+    def _check_eps(self) -> None:
+        if self._eps < 0:
+            raise ValueError(f"{type(self).__name__} needs an eps that is at least 0, but has {self._eps}.")
 
-        Raises:
-            ValueError: The input has the wrong number of dimensions.
-        """
-        self._check_input_dim(input)
-        return normalize_running(self, input)
+    def _normalize(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        return self._at_inference(input)
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        require_channels(input)
+    def _scripted(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        return self._at_inference(input)
 
 
 class FrozenBatchNorm1d(nn.BatchNorm1d, FrozenBatchNorm):

@@ -7,18 +7,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.blended import normalize_blended, normalize_running, running_statistics, update_running, widened
-from bnprobe.nn.kernels import AffineMap, Statistics, require_channels
+from bnprobe.nn.base import BatchNormLike
+from bnprobe.nn.plain import batch_axes, corrected, moments, towards_running, update_from, widened
 
 _EDGE = 1e-3
 """Gates start at least this far from 0 and 1, where the sigmoid has almost no gradient."""
 
 
-class GatedBatchNorm(_BatchNorm):
+class GatedBatchNorm(BatchNormLike):
     """Base class of the gated layers.
 
     In training, with the running statistics before their update and a gate in (0, 1) per channel:
@@ -28,7 +27,7 @@ class GatedBatchNorm(_BatchNorm):
     The gradient is that of this formula: through the batch statistics and into the gate; the running statistics are
     constants. At inference z = z_running, so the mismatch between training and inference shrinks as the gate goes to 0.
     With one value per channel there is no batch variance: then the running statistics normalize, whatever the gate,
-    and its gradient is 0.
+    and its gradient is 0. So it is for an empty batch.
 
     The gate is the sigmoid of the parameter ``gate_logit``, of shape (channels,), which ``nn.BatchNorm`` does not have.
     Inference does not use it: ``bnprobe.deployable_state`` leaves it out, and the rest loads strictly into plain BN.
@@ -36,20 +35,22 @@ class GatedBatchNorm(_BatchNorm):
 
     Args:
         num_features: Number of channels.
-        eps: Added to the variance before the square root.
+        eps: Added to the variance before the square root; must be positive in training.
         momentum: Weight of the new batch in the running statistics; None: cumulative average.
         affine: Whether there is a weight and a bias per channel.
         blend: Initial value of all gates, in [0, 1]; moved to at least 0.001 from the ends, where a gate could not
             learn.
         device, dtype: Of parameters and buffers.
+        bias: Whether an affine layer has a bias.
 
     Raises:
         UsageError: ``blend`` is out of range.
     """
 
-    normalizes_only: ClassVar[bool] = True
     training_only: ClassVar[tuple[str, ...]] = ("gate_logit",)
     """Tensors of the state_dict that inference does not use."""
+
+    __jit_unused_properties__: ClassVar[list[str]] = [*BatchNormLike.__jit_unused_properties__, "gate"]
 
     def __init__(
         self,
@@ -60,8 +61,10 @@ class GatedBatchNorm(_BatchNorm):
         blend: float = 0.5,
         device: Any = None,
         dtype: Any = None,
+        *,
+        bias: bool = True,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, device, dtype, bias=bias)
         if not 0 <= blend <= 1:
             raise UsageError(f"blend is {blend}, but must be from 0 (running statistics) to 1 (batch statistics).")
         start = min(max(blend, _EDGE), 1 - _EDGE)
@@ -73,36 +76,38 @@ class GatedBatchNorm(_BatchNorm):
         """Weight of the batch statistics in training, in (0, 1), shape (channels,)."""
         return widened(self.gate_logit).sigmoid()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize an input of shape (N, C, *space); in training, also update the running statistics.
+    def _normalize(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        return gated_batch_norm(input, self, mask)
 
-        Raises:
-            ValueError: The input has the wrong number of dimensions.
-        """
-        self._check_input_dim(input)
-        return gated_batch_norm(input, self)
+    def _scripted(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        if not self.training:
+            return self._at_inference(input)
+        return self._in_training(input, mask)
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        require_channels(input)
+    def _in_training(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        rate = self._count_batch()
+        running_mean, running_var = self._statistics()
+        gate = widened(self.gate_logit).sigmoid()
+        if input.numel() == 0:
+            return self._at_inference(input) + 0 * gate.sum()  # DDP waits for the gradient of every parameter
+        x = widened(input)
+        mean, variance, count = moments(x, mask, batch_axes(x.dim()))
+        gate = gate * (count > 1)
+        r, d = towards_running(mean, variance, running_mean, running_var, self._eps)
+        scale, shift = 1 + (1 - gate) * (r - 1), (1 - gate) * d
+        output = corrected(x, mean, variance, self._eps, scale, shift, self.weight, self.bias)
+        if self.track_running_stats:
+            update_from(running_mean, running_var, mean, variance, count, rate, False, 0.0)
+        return output.to(input.dtype)
 
 
-def gated_batch_norm(input: Tensor, layer: GatedBatchNorm) -> Tensor:
+def gated_batch_norm(input: Tensor, layer: GatedBatchNorm, mask: Tensor | None = None) -> Tensor:
     """The forward pass of a gated layer (internal); a ``TorchFunctionMode`` can intercept it like ``F.batch_norm``."""
     if has_torch_function_unary(input):
-        output: Tensor = handle_torch_function(gated_batch_norm, (input,), input, layer)
+        given = () if mask is None else (mask,)
+        output: Tensor = handle_torch_function(gated_batch_norm, (input,), input, layer, *given)
         return output
-    if not layer.training or input.numel() == 0:
-        return normalize_running(layer, input)
-    x = widened(input)
-    variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
-    count = x.numel() // x.shape[1]
-    batch, running = Statistics(mean, variance, layer.eps), running_statistics(layer)
-    # Multiplied, so that the gate stays in the graph: DDP waits for the gradient of every parameter.
-    gate = layer.gate * (count > 1)
-    towards_running = AffineMap.between(batch, running).blend(1 - gate)
-    output = normalize_blended(x, batch, towards_running, layer.weight, layer.bias)
-    update_running(layer, mean, variance, count)
-    return output.to(input.dtype)
+    return layer._in_training(input, mask) if layer.training else layer._at_inference(input)
 
 
 class GatedBatchNorm1d(nn.BatchNorm1d, GatedBatchNorm):

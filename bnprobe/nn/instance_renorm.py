@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.blended import normalize_blended, normalize_running, running_statistics, update_running, widened
-from bnprobe.nn.kernels import AffineMap, Statistics, require_channels
+from bnprobe.nn.base import BatchNormLike
+from bnprobe.nn.plain import (
+    batch_axes,
+    corrected,
+    moments,
+    normalize_running,
+    pooled,
+    towards_running,
+    update_from,
+    widened,
+)
 
 
-class InstanceRenorm(_BatchNorm):
+class InstanceRenorm(BatchNormLike):
     """Base class of the instance renorm layers: Batch Renorm (Ioffe 2017, section 3) with one sample as the batch.
 
     Per channel, with the mean mu_i and the biased variance v_i of sample i over its positions, the running mean m and
@@ -38,18 +44,25 @@ class InstanceRenorm(_BatchNorm):
 
     Args:
         num_features: Number of channels.
-        eps: Added to the variance before the square root.
+        eps: Added to the variance before the square root; must be positive in training.
         momentum: Weight of the new batch in the running statistics; None: cumulative average.
         affine: Whether there is a weight and a bias per channel.
         blend: Weight of the sample's own statistics, in [0, 1]; may be set later.
         device, dtype: Of parameters and buffers.
+        bias: Whether an affine layer has a bias.
 
     Raises:
         UsageError: ``blend`` is out of range.
     """
 
-    normalizes_only: ClassVar[bool] = True
     nothing_to_measure: ClassVar[str] = "instance renorm: the same output in training and at inference"
+
+    __constants__ = [*BatchNormLike.__constants__, "blend"]  # noqa: RUF012 (as torch has it)
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        *BatchNormLike.__jit_unused_properties__,
+        "blend",
+        "deployment_obstacle",
+    ]
 
     def __init__(
         self,
@@ -60,8 +73,10 @@ class InstanceRenorm(_BatchNorm):
         blend: float = 0.5,
         device: Any = None,
         dtype: Any = None,
+        *,
+        bias: bool = True,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, device, dtype, bias=bias)
         self.blend = blend
 
     @property
@@ -82,36 +97,39 @@ class InstanceRenorm(_BatchNorm):
             return None
         return f"is {type(self).__name__} with blend {self.blend:g}: only at 0 is it BN at inference"
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize an input of shape (N, C, *space); in training, also update the running statistics.
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, blend={self.blend:g}"
 
-        Raises:
-            ValueError: The input has the wrong number of dimensions.
-        """
-        self._check_input_dim(input)
+    def _normalize(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        return self._scripted(input, mask)
+
+    def _scripted(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        rate = self._count_batch() if self.training else 0.0
         if input.numel() == 0:
-            return normalize_running(self, input)
+            return self._at_inference(input)
         x = widened(input)
-        variance, mean = _instance_moments(x)
-        output = self._normalize(input, x, Statistics(mean, variance, self.eps))
-        if self.training:
-            pooled = variance.mean(0) + mean.var(0, correction=0)
-            update_running(self, mean.mean(0), pooled, x.numel() // x.shape[1])
+        mean, variance, count = moments(x, mask, batch_axes(x.dim())[1:])
+        output = self._blended(input, x, mean, variance, count)
+        if self.training and self.track_running_stats:
+            running_mean, running_var = self._statistics()
+            mean, variance, count = pooled(mean, variance, count)
+            update_from(running_mean, running_var, mean, variance, count, rate, False, 0.0)
         return output
 
-    def extra_repr(self) -> str:
-        return f"{_BatchNorm.extra_repr(self)}, blend={self.blend:g}"
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        require_channels(input)
-
-    def _normalize(self, input: Tensor, x: Tensor, instance: Statistics) -> Tensor:
-        if math.prod(x.shape[2:]) == 1:
-            return normalize_running(self, input, updated_before_backward=self.training)
-        towards_running = AffineMap.between(instance, running_statistics(self)).blend(1 - self.blend)
+    def _blended(self, input: Tensor, x: Tensor, mean: Tensor, variance: Tensor, count: Tensor) -> Tensor:
+        running_mean, running_var = self._statistics()
+        if x.numel() == x.shape[0] * x.shape[1]:  # one position
+            if self.training:  # the backward pass needs the values that are about to be updated
+                running_mean, running_var = running_mean.clone(), running_var.clone()
+            return normalize_running(input, running_mean, running_var, self.weight, self.bias, self._eps)
+        r, d = towards_running(mean, variance, running_mean, running_var, self._eps)
+        # A sample of which the mask leaves one value has no variance.
+        blend = self.blend * (count > 1).to(x.dtype)
+        scale, shift = 1 + (1 - blend) * (r - 1), (1 - blend) * d
         if self.training:
-            towards_running = towards_running.detach()
-        return normalize_blended(x, instance, towards_running, self.weight, self.bias).to(input.dtype)
+            scale, shift = scale.detach(), shift.detach()
+        output = corrected(x, mean, variance, self._eps, scale, shift, self.weight, self.bias)
+        return output.to(input.dtype)
 
 
 class InstanceRenorm1d(nn.BatchNorm1d, InstanceRenorm):
@@ -124,10 +142,3 @@ class InstanceRenorm2d(nn.BatchNorm2d, InstanceRenorm):
 
 class InstanceRenorm3d(nn.BatchNorm3d, InstanceRenorm):
     """Instance renorm for (N, C, D, H, W); arguments as for ``InstanceRenorm``."""
-
-
-def _instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Biased variance and mean of each sample, each of shape (samples, channels)."""
-    if x.dim() == 2:
-        return torch.zeros_like(x), x
-    return torch.var_mean(x, tuple(range(2, x.dim())), correction=0)

@@ -16,11 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from bnprobe.nn import plain
+from bnprobe.nn.plain import clipped_channels, snapshot, unbiased, update_running
 from bnprobe.stats.moments import RELATIVE_ERROR, wide
 
 _LARGE = 2**16
@@ -68,8 +70,7 @@ class AffineMap:
 
         The shapes need only broadcast, e.g. from per-sample statistics, (samples, channels), to (channels,).
         """
-        deviation = target.deviation
-        return cls(source.deviation / deviation, (source.mean - target.mean) / deviation)
+        return cls(*plain.relative(source.mean, source.deviation, target.mean, target.deviation))
 
     def __call__(self, z: Tensor) -> Tensor:
         """Apply the map to z of shape (samples, channels, *space)."""
@@ -80,14 +81,17 @@ class AffineMap:
         """This map followed by another one."""
         return AffineMap(following.scale * self.scale, following.scale * self.shift + following.shift)
 
-    def clamp(self, r_max: float | Tensor, d_max: float | Tensor) -> AffineMap:
-        """The map with scale clipped to [1 / r_max, r_max] and shift to [-d_max, d_max] (Ioffe 2017, algorithm 1).
+    def clamp(self, r_max: float | Tensor, d_max: float | Tensor, r_min: float | None = None) -> AffineMap:
+        """The map with scale clipped to [r_min, r_max] and shift to [-d_max, d_max] (Ioffe 2017, algorithm 1).
 
         Args:
             r_max: At least 1; 1 makes the scale 1.
             d_max: At least 0; 0 makes the shift 0.
+            r_min: At most 1; None: 1 / r_max.
         """
-        return AffineMap(_clip(self.scale, 1 / r_max, r_max), _clip(self.shift, -d_max, d_max))
+        return AffineMap(
+            _clip(self.scale, 1 / r_max if r_min is None else r_min, r_max), _clip(self.shift, -d_max, d_max)
+        )
 
     def blend(self, weight: float | Tensor) -> AffineMap:
         """The map that gives (1 - weight) * z + weight * (scale * z + shift).
@@ -137,19 +141,8 @@ class BatchMoments:
     def unbiased_variance(self, otherwise: Tensor) -> Tensor:
         """The variance with Bessel's correction; ``otherwise`` where there is only one value per channel."""
         if isinstance(self.count, Tensor):
-            corrected = self.variance * (self.count / (self.count - 1).clamp(min=1)).to(self.variance.dtype)
-            return torch.where(self.count > 1, corrected, otherwise.to(corrected.dtype))
+            return unbiased(self.variance, self.count, otherwise)
         return self.variance * (self.count / (self.count - 1)) if self.count > 1 else otherwise
-
-
-def require_channels(input: Tensor) -> None:
-    """Refuse an input without an axis of channels, in the words of torch.
-
-    Raises:
-        ValueError: It has fewer than two dimensions.
-    """
-    if input.dim() < 2:
-        raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
 
 def batch_moments(x: Tensor, eps: float) -> BatchMoments:
@@ -196,15 +189,21 @@ def _exact_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Renorm:
-    """The arguments of ``functional.batch_renorm`` in training, besides input, weight and bias."""
+    """The arguments of ``functional.batch_renorm`` in training, besides input, weight, bias and mask."""
 
     running_mean: Tensor
     running_var: Tensor
     momentum: float | Tensor
     eps: float
+    r_min: float | None
     r_max: float | Tensor
     d_max: float | Tensor
     clipped: Tensor | None
+    of_std: bool = False
+    track: bool = True
+    renorm_mean: Tensor | None = None
+    renorm_var: Tensor | None = None
+    renorm_momentum: float | None = None
 
     def step(self, batch: BatchMoments) -> AffineMap:
         """Compute the clipped r and d from the running statistics, then update these.
@@ -218,24 +217,63 @@ class Renorm:
             r as the scale and d as the shift.
         """
         dtype = batch.mean.dtype
-        mean, variance = (snapshot(buffer).to(dtype) for buffer in (self.running_mean, self.running_var))
+        mean, variance = (snapshot(buffer).to(dtype) for buffer in self._averages()[-1][:2])
         running, own = Statistics(mean, variance, self.eps), Statistics(batch.mean, batch.variance, self.eps)
         exact = AffineMap.between(own, running)
-        limited = exact.clamp(self.r_max, self.d_max)
+        limited = exact.clamp(self.r_max, self.d_max, self.r_min)
         if self.clipped is not None:
-            # Channels with clipped r and d, and all channels; NaN counts as clipped.
-            r, d = (exact.scale != limited.scale).sum(), (exact.shift != limited.shift).sum()
-            self.clipped.add_(torch.stack([r, d, torch.full_like(r, exact.scale.numel())]))
-        _average(self.running_mean, batch.mean, self.momentum)
-        _average(self.running_var, batch.unbiased_variance(otherwise=self.running_var), self.momentum)
+            self.clipped.add_(clipped_channels(exact.scale, exact.shift, limited.scale, limited.shift))
+        for running_mean, running_var, rate in self._averages() if self.track else ():
+            self._update(batch, running_mean, running_var, rate)
         return limited
 
+    def plainly(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Normalize a batch in plain operations."""
+        device, dtype = input.device, wide(input.dtype)
+        r_max, d_max, momentum = (  # numbers to a script; else they may be tensors of shape ()
+            cast(float, value.to(device, dtype) if isinstance(value, Tensor) else value)
+            for value in (self.r_max, self.d_max, self.momentum)
+        )
+        r_min = 1 / r_max if self.r_min is None else self.r_min
+        return plain.renormalize(
+            input, weight, bias, self.running_mean, self.running_var, self.renorm_mean, self.renorm_var, mask,
+            self.clipped, momentum, self.renorm_momentum or 0.0, self.eps, r_min, r_max, d_max, self.of_std, self.track,
+        )  # fmt: skip
 
-def renormalize(input: Tensor, weight: Tensor | None, bias: Tensor | None, renorm: Renorm) -> Tensor:
+    def _averages(self) -> list[tuple[Tensor, Tensor, float | Tensor]]:
+        """The running averages with their momentum; r and d refer to the last ones."""
+        own: list[tuple[Tensor, Tensor, float | Tensor]] = [(self.running_mean, self.running_var, self.momentum)]
+        if self.renorm_mean is not None and self.renorm_var is not None and self.renorm_momentum is not None:
+            own.append((self.renorm_mean, self.renorm_var, self.renorm_momentum))
+        return own
+
+    def _update(self, batch: BatchMoments, mean: Tensor, variance: Tensor, momentum: float | Tensor) -> None:
+        rate: Any = momentum.to(mean.dtype) if isinstance(momentum, Tensor) else momentum
+        new = batch.unbiased_variance(otherwise=variance)
+        if self.of_std and not (isinstance(batch.count, int) and batch.count < 2):
+            new = batch.variance
+        update_running(mean, variance, batch.mean, new, rate, self.of_std, self.eps)
+
+
+def renormalize(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, renorm: Renorm, mask: Tensor | None = None
+) -> Tensor:
     """``functional.batch_renorm`` in training, in one process."""
-    if torch.compiler.is_compiling():
-        return _traceable(input, weight, bias, renorm)
+    if mask is not None or _is_looked_into(input):
+        return renorm.plainly(input, weight, bias, mask)
     return _differentiably(input, weight, bias, renorm)
+
+
+def _is_looked_into(input: Tensor) -> bool:
+    """Whether a compiler, a function transform, forward-mode AD or a tensor subclass needs plain operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(input) not in (Tensor, torch.nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 class _Saved(NamedTuple):
@@ -287,42 +325,3 @@ def _laid_out_as(input: Tensor, grad: Tensor) -> Tensor:
     if other and input.is_contiguous(memory_format=other) and not input.is_contiguous():
         return grad.contiguous(memory_format=other)
     return grad.contiguous() if input.is_contiguous() else grad
-
-
-def _traceable(input: Tensor, weight: Tensor | None, bias: Tensor | None, renorm: Renorm) -> Tensor:
-    """The same computation in operations that ``torch.compile`` can differentiate and fuse."""
-    x = input.to(wide(input.dtype))
-    variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
-    with torch.no_grad():
-        correction = renorm.step(BatchMoments(mean, variance, x.numel() // x.shape[1]))
-    folded = correction.fold(weight, bias)
-    invstd = (variance + renorm.eps).rsqrt()
-    centred = x - mean.unflatten(0, (-1, *[1] * (x.dim() - 2)))
-    return AffineMap(folded.scale * invstd, folded.shift)(centred).to(input.dtype)
-
-
-def _average(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:
-    running.lerp_(new.to(running.dtype), momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum)
-
-
-def snapshot(tensor: Tensor) -> Tensor:
-    """The current values without gradient; copied only under ``torch.compile``.
-
-    The compiler may recompute a value in the backward pass instead of saving it, even if the value was read from a
-    buffer that the forward pass has updated since. The gradients are then silently wrong (seen with PyTorch 2.13; its
-    pull request 197039 describes the problem). A custom operator is never recomputed.
-    """
-    if torch.compiler.is_compiling():
-        copied: Tensor = _copied(tensor.detach())
-        return copied
-    return tensor.detach()
-
-
-@torch.library.custom_op("bnprobe::snapshot", mutates_args=(), schema="(Tensor tensor) -> Tensor")
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.clone()
-
-
-@_copied.register_fake
-def _(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor)

@@ -186,10 +186,13 @@ def test_twice_per_forward_back_propagates() -> None:
     assert layer.num_batches_tracked == 2
 
 
-def test_an_empty_batch_changes_nothing() -> None:
+def test_an_empty_batch_is_counted_and_changes_nothing_else() -> None:
     layer = GatedBatchNorm2d(3)
-    assert layer(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)
-    assert layer.num_batches_tracked == 0
+    output = layer(torch.empty(0, 3, 4, 4))
+    assert output.shape == (0, 3, 4, 4)
+    output.sum().backward()
+    assert torch.equal(layer.gate_logit.grad, torch.zeros(3))  # DDP waits for it
+    assert layer.num_batches_tracked == 1  # as in BN
     assert torch.isfinite(layer.running_mean).all()
 
 

@@ -172,10 +172,10 @@ def test_autocast_keeps_statistics_in_float32() -> None:
     assert torch.isfinite(model[1].weight.grad).all()
 
 
-def test_an_empty_batch_changes_nothing() -> None:
+def test_an_empty_batch_is_counted_and_changes_nothing_else() -> None:
     layer = InstanceRenorm2d(3)
     assert layer(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)
-    assert layer.num_batches_tracked == 0
+    assert layer.num_batches_tracked == 1  # as in BN
 
 
 def test_twice_per_forward_back_propagates() -> None:

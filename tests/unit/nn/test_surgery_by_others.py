@@ -1,0 +1,112 @@
+"""What PyTorch's own surgery does to the layers: the right thing, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.func import replace_all_batch_norm_modules_
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import update_bn
+from torch.testing import assert_close
+
+from bnprobe.errors import UsageError
+from bnprobe.nn import BatchRenorm2d, FrozenBatchNorm2d, GatedBatchNorm2d, InstanceRenorm2d, SyncBatchRenorm
+
+LAYERS: list[Callable[[], nn.Module]] = [
+    lambda: BatchRenorm2d(4),
+    lambda: SyncBatchRenorm(4),
+    lambda: FrozenBatchNorm2d(4),
+    lambda: GatedBatchNorm2d(4),
+    lambda: InstanceRenorm2d(4),
+]
+every_layer = pytest.mark.parametrize("layer", LAYERS)
+
+
+def _net(layer: Callable[[], nn.Module]) -> nn.Sequential:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), layer(), nn.BatchNorm2d(4))
+    net[1].running_mean.add_(0.3)
+    net[1].running_var.mul_(2)
+    return net
+
+
+@every_layer
+def test_conversion_to_plain_sync_bn_is_refused(layer: Callable[[], nn.Module]) -> None:
+    net = _net(layer)
+    with pytest.raises(UsageError, match=r"would turn \w+ into plain BN, which undoes the repair"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert type(net[1]) is type(layer())
+    assert net[1].eps == 1e-5  # others may read it
+
+
+@every_layer
+def test_folding_into_a_convolution_is_right_or_refused(layer: Callable[[], nn.Module]) -> None:
+    net, x = _net(layer).eval(), torch.randn(2, 3, 6, 6)
+    if isinstance(net[1], InstanceRenorm2d):
+        with pytest.raises(UsageError, match="cannot be folded into a convolution as BN can: it is InstanceRenorm2d"):
+            fuse_conv_bn_eval(net[0], net[1])
+        net[1].blend = 0
+    fused = fuse_conv_bn_eval(net[0], net[1])
+    assert_close(fused(x), net[1](net[0](x)), rtol=1e-4, atol=1e-5)
+
+
+def test_update_bn_leaves_frozen_statistics_and_renews_the_others() -> None:
+    batches = [2 + 3 * torch.randn(8, 3, 6, 6) for _ in range(3)]
+    frozen = _net(LAYERS[2])
+    before = {key: value.clone() for key, value in frozen[1].state_dict().items()}
+    update_bn(batches, frozen)
+    assert_close(dict(frozen[1].state_dict()), before)
+    renorm, plain = _net(LAYERS[0]), _net(lambda: nn.BatchNorm2d(4))
+    plain.load_state_dict(renorm.state_dict())
+    for net in (renorm, plain):
+        update_bn(batches, net)
+    assert_close(dict(renorm[1].named_buffers()), dict(plain[1].named_buffers()))
+
+
+@every_layer
+def test_lost_statistics_are_named(layer: Callable[[], nn.Module]) -> None:
+    net = _net(layer)
+    replace_all_batch_norm_modules_(net)
+    with pytest.raises(UsageError, match=r"lost its running statistics.*replace_all_batch_norm_modules_"):
+        net(torch.randn(2, 3, 6, 6))
+
+
+@every_layer
+def test_statistics_that_are_not_tracked_are_used_and_stay(layer: Callable[[], nn.Module]) -> None:
+    net = layer()
+    net.track_running_stats = False
+    before = {key: value.clone() for key, value in net.named_buffers()}
+    for training in (True, False):
+        assert torch.isfinite(net.train(training)(torch.randn(3, 4, 5, 5))).all()
+    assert_close(dict(net.named_buffers()), before)
+
+
+@every_layer
+def test_eps_is_checked_as_by_bn(layer: Callable[[], nn.Module]) -> None:
+    net, x = layer(), torch.randn(3, 4, 5, 5)
+    net.eps = -1e-5
+    for training in (True, False):
+        with pytest.raises(ValueError, match="needs an eps"):
+            net.train(training)(x)
+    net.eps = 0.0
+    net.eval()(x)
+    if not isinstance(net, FrozenBatchNorm2d):
+        with pytest.raises(ValueError, match="needs an eps that is positive in training"):
+            net.train()(x)
+
+
+@every_layer
+def test_a_bias_can_be_left_out(layer: Callable[[], nn.Module]) -> None:
+    kind = type(layer())
+    own, plain = kind(4, bias=False), nn.BatchNorm2d(4, bias=False)
+    assert own.bias is None
+    assert "bias=False" in repr(own)
+    if kind is not GatedBatchNorm2d:
+        plain.load_state_dict(own.state_dict())
+    x = torch.randn(3, 4, 5, 5)
+    if kind is not InstanceRenorm2d:
+        assert_close(own.eval()(x), plain.eval()(x))
+    own.train()(x).square().sum().backward()
+    assert own.weight.grad is not None
