@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bnprobe.errors import is_library_file
+from bnprobe.errors import ModelError, is_library_file
 from bnprobe.measure.batch import is_finite, tensors_of
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.norms import NORMS, FunctionFamily, NormCall, NormFamily, WholeModule, place_of
@@ -143,6 +143,11 @@ class Interceptor(TorchFunctionMode):
             if self._outside is not None and call.training:
                 self._outside((calling_line(), _why_outside(call)))
             return func(*args, **kwargs)
+        if call.masked:
+            raise ModelError(
+                f"{layer.name} is called with a mask, which a scan does not know: it would measure the padding, too."
+                f" Leave the layer out: --exclude {layer.name}."
+            )
         if self._entered is not None and isinstance(layer.family, FunctionFamily):
             self._entered(layer)
         return self._answer(Intercepted(layer, family, call, lambda: func(*args, **kwargs)))

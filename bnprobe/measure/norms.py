@@ -43,6 +43,7 @@ class NormCall:
         momentum: Weight of the batch in the running statistics; None: not known.
         unbiased: Batches are normalized with their unbiased variance.
         on_std: eps is added to the standard deviation, not to the variance.
+        masked: The call leaves out positions of the input, which a scan cannot.
     """
 
     input: Tensor
@@ -58,6 +59,7 @@ class NormCall:
     momentum: float | None = None
     unbiased: bool = False
     on_std: bool = False
+    masked: bool = False
 
     def eps_for(self, variance: Tensor) -> Tensor | float:
         """What the layer in effect adds to a variance before the square root."""
@@ -239,6 +241,13 @@ class BatchRenormFamily(BatchNormFamily):
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, BatchRenormBase)
 
+    def obstacle(self, module: nn.Module) -> str | None:
+        if getattr(module, "renorm_momentum", None) is not None:
+            return "r and d refer to averages of their own (renorm_momentum), which a scan does not compare with"
+        if getattr(module, "_r_min", None) is not None:
+            return "r has a lower limit of its own (r_min), which a scan does not know"
+        return super().obstacle(module)
+
     def describe(self, module: nn.Module) -> NormInfo:
         assert isinstance(module, BatchRenormBase)  # matches() said so
         return replace(super().describe(module), r_max=module.r_max, d_max=module.d_max)
@@ -258,7 +267,7 @@ class BatchRenormFamily(BatchNormFamily):
         **others: Any,
     ) -> NormCall:
         call = super().parse(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return replace(call, r_max=float(r_max), d_max=float(d_max))
+        return replace(call, r_max=float(r_max), d_max=float(d_max), masked="mask" in others)
 
     def note(self, info: NormInfo) -> str | None:
         if not info.corrects:
@@ -281,9 +290,10 @@ class GatedFamily(BatchNormFamily):
         return replace(super().describe(module), r_max=math.inf, d_max=math.inf, gate=module.gate.detach())
 
     def parse(self, *args: Any, **kwargs: Any) -> NormCall:
-        x, layer = args
+        x, layer, *mask = args
         own = (layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.training, layer.eps)
-        return NormCall(x, *own, r_max=math.inf, d_max=math.inf, gate=layer.gate.detach())
+        gate = layer.gate.detach()
+        return NormCall(x, *own, r_max=math.inf, d_max=math.inf, gate=gate, masked=bool(mask))
 
     def note(self, info: NormInfo) -> str | None:
         gate = math.nan if info.gate is None else float(info.gate.mean())

@@ -189,6 +189,8 @@ def adopt(replacement: nn.Module, module: _BatchNorm, buffers: bool = True) -> n
     for name in _STATISTICS if buffers else ():
         if getattr(module, name, None) is not None:  # a layer may keep statistics and not count their updates
             setattr(replacement, name, getattr(module, name))
+    if isinstance(replacement, _BatchNorm):
+        replacement.track_running_stats = module.track_running_stats  # False beside statistics: they stay as they are
     return replacement
 
 

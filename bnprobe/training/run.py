@@ -23,7 +23,8 @@ from bnprobe.measure.restore import (
     set_mode,
 )
 from bnprobe.measure.session import model_code
-from bnprobe.nn.batch_renorm import BatchRenormBase, RenormSchedule, watch_clipping
+from bnprobe.nn.batch_renorm import BatchRenormBase, watch_clipping
+from bnprobe.nn.limits import RenormSchedule
 from bnprobe.records import Ending, Score, TrainingStep
 from bnprobe.training.data import Feed, model_seed, random_snapshot, restore
 from bnprobe.training.job import (

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bnprobe
+from bnprobe.errors import ModelError
 from bnprobe.measure.norms import NORMS, BatchNormFamily, family_of
-from bnprobe.nn import BatchRenorm2d, GatedBatchNorm2d
+from bnprobe.nn import BatchRenorm1d, BatchRenorm2d, GatedBatchNorm1d, GatedBatchNorm2d
 
 FAMILY = BatchNormFamily()
 
@@ -75,3 +77,27 @@ def test_evaluate_is_the_layers_own_kernel() -> None:
     x, mean, variance, weight, bias = torch.randn(4, 3), *torch.rand(4, 3)
     call = FAMILY.parse(x, mean, variance, weight, bias, training=False, eps=0.01)
     assert torch.equal(FAMILY.evaluate(call), F.batch_norm(x, mean, variance, weight, bias, eps=0.01))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"), [({"renorm_momentum": 0.1}, "averages of their own"), ({"r_min": 0.2}, "a lower limit")]
+)
+def test_layers_whose_correction_is_not_known_are_an_obstacle(settings: dict[str, float], reason: str) -> None:
+    layer = BatchRenorm2d(3, **settings)
+    family = family_of(layer)
+    assert family is not None
+    assert reason in (family.obstacle(layer) or "")
+
+
+@pytest.mark.parametrize("kind", [BatchRenorm1d, GatedBatchNorm1d])
+def test_a_call_with_a_mask_is_refused(kind: type[nn.Module]) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = kind(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x, mask=x[:, 0] > 0)
+
+    with pytest.raises(ModelError, match=r"norm is called with a mask.*--exclude norm"):
+        bnprobe.scan(Padded(), [torch.randn(4, 3, 5) for _ in range(4)], batch_size=4)

@@ -131,3 +131,13 @@ def test_a_model_that_cannot_be_copied_is_refused_unless_in_place() -> None:
         bnprobe.convert(model)
     bnprobe.convert(model, inplace=True)
     assert isinstance(model.bn1, BatchRenorm2d)
+
+
+@pytest.mark.parametrize("to", ["batch-renorm", "frozen", "sync", "instance-renorm", "gated"])
+def test_statistics_that_are_kept_and_not_tracked_stay_so(to: str) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    model[0].track_running_stats = False
+    converted = bnprobe.convert(model, ["0"], to=to)
+    before = converted[0].running_mean.clone()
+    converted.train()(torch.randn(4, 3, 5, 5))
+    assert torch.equal(converted[0].running_mean, before)
