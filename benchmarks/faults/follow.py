@@ -25,7 +25,9 @@ from bnprobe.records import FREE_REMEDIES
 STEPS, RATE = 250, 3e-3
 """Of further training, where a remedy asks for it: the rate falls to zero."""
 
-ON_TRAINING, ON_EVALUATION, *_ = FREE_REMEDIES
+ON_TRAINING, ON_EVALUATION, *_, WITH_FROZEN = FREE_REMEDIES
+
+INCLUDE_FROZEN = "--include-frozen"
 
 _NUMBER = re.compile(r"eps ?(?:=|of|to)? ?(?P<eps>\d[\d.e-]*\d)")
 
@@ -65,20 +67,22 @@ def follow(case: Case, report: Report) -> Followed:
 
 def _promised(report: Report, action: str) -> float | None:
     """The metric that the report gives for a remedy that it tried."""
-    name = {"recalibrate": ON_TRAINING, "recalibrate on held-out data": ON_EVALUATION}.get(action)
+    on_training = WITH_FROZEN if INCLUDE_FROZEN in report.diagnoses[0].remedy else ON_TRAINING
+    name = {"recalibrate": on_training, "recalibrate on held-out data": ON_EVALUATION}.get(action)
     return next((remedy.after.metric for remedy in report.remedies if remedy.name == name), None)
 
 
 def _recalibrated(case: Case, text: str) -> Case:
-    return _with_statistics_of(case, case.training())
+    return _with_statistics_of(case, case.training(), include_frozen=INCLUDE_FROZEN in text)
 
 
 def _recalibrated_on_held_out(case: Case, text: str) -> Case:
     return _with_statistics_of(case, case.held_out())
 
 
-def _with_statistics_of(case: Case, samples: Samples) -> Case:
-    bnprobe.recalibrate(case.model, loader(samples, case.sampling), num_batches=_enough(case), forward=forward)
+def _with_statistics_of(case: Case, samples: Samples, include_frozen: bool = False) -> Case:
+    batches, enough = loader(samples, case.sampling), _enough(case)
+    bnprobe.recalibrate(case.model, batches, num_batches=enough, forward=forward, include_frozen=include_frozen)
     return replace(case, served_batch=None)
 
 

@@ -58,6 +58,12 @@ def recalibrate(
         list[str] | None,
         options.option(RECALIBRATION, "--layers", "Only layers whose name matches; repeatable.", "GLOB"),
     ] = None,
+    include_frozen: Annotated[
+        bool,
+        options.option(
+            RECALIBRATION, "--include-frozen", "Recalibrate layers, too, that model.train() leaves in eval mode."
+        ),
+    ] = False,
     goal: options.Goal = None,
     max_batches: options.MaxBatches = None,
     device: options.Device = None,
@@ -91,7 +97,7 @@ def recalibrate(
     given = options.overrides(context)
     spec = build_spec(target, given)
     selected(spec.rules)  # report a wrong code before torch is imported
-    repaired = _recalibrate(spec, path, tuple(layers or ()), batches)
+    repaired = _recalibrate(spec, path, tuple(layers or ()), batches, include_frozen)
     record, files = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
     deliver(RepairReport(record, repaired.before, repaired.after, files), render, show_all=show_all)
     if record.weights is None:
@@ -100,7 +106,9 @@ def recalibrate(
     raise typer.Exit(EXIT_FINDINGS if flagged and not exit_zero else EXIT_CLEAN)
 
 
-def _recalibrate(spec: Spec, path: PathChoice, layers: tuple[str, ...], batches: int | None) -> Repaired:
+def _recalibrate(
+    spec: Spec, path: PathChoice, layers: tuple[str, ...], batches: int | None, include_frozen: bool
+) -> Repaired:
     from bnprobe.cli.console import progress_bar, typed_command
     from bnprobe.cli.processes import share_processors
 
@@ -109,5 +117,11 @@ def _recalibrate(spec: Spec, path: PathChoice, layers: tuple[str, ...], batches:
         from bnprobe.commands.recalibrate import recalibrate_spec
 
         return recalibrate_spec(
-            spec, path=path, layers=layers, num_batches=batches, command=typed_command(), progress=show
+            spec,
+            path=path,
+            layers=layers,
+            num_batches=batches,
+            include_frozen=include_frozen,
+            command=typed_command(),
+            progress=show,
         )

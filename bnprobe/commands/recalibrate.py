@@ -42,6 +42,7 @@ def recalibrate_spec(
     path: PathChoice = "auto",
     layers: tuple[str, ...] = (),
     num_batches: int | None = None,
+    include_frozen: bool = False,
     command: str | None = None,
     progress: Progress = no_progress,
 ) -> Repaired:
@@ -49,7 +50,7 @@ def recalibrate_spec(
 
     Args:
         spec: Model, data and how to scan. The checkpoint may lack the running statistics.
-        path, layers, num_batches: As for ``recalibrate_compared``.
+        path, layers, num_batches, include_frozen: As for ``recalibrate_compared``.
         command: The command line as typed.
         progress: Called with the batches done and planned, in each stage.
 
@@ -66,7 +67,13 @@ def recalibrate_spec(
         seed_everything(spec.data.seed)
         workload = read_again(spec, workload)
         compared = recalibrate_compared(
-            spec, workload, path=path, layers=layers, num_batches=num_batches, progress=progress
+            spec,
+            workload,
+            path=path,
+            layers=layers,
+            num_batches=num_batches,
+            include_frozen=include_frozen,
+            progress=progress,
         )
         seed_everything(spec.data.seed)
         after = whole(scan_workload(replace(read_again(spec, workload), checkpoint=None), settings, progress))

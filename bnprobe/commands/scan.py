@@ -41,10 +41,10 @@ from bnprobe.measure.restore import (
 from bnprobe.measure.scan_loop import measure_mixed, probe
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.measure.train_steps import MakeOptimizer
-from bnprobe.records import SCHEMA_VERSION, Interval, Report, Tool
+from bnprobe.records import SCHEMA_VERSION, Interval, Layer, Report, Tool
 from bnprobe.rules.effect import inconsistency
 from bnprobe.rules.facts import Facts
-from bnprobe.rules.shares import is_cause
+from bnprobe.rules.shares import is_cause, mismatch_limit
 
 
 def scan(
@@ -223,6 +223,7 @@ def _report(
         padding=further.padding,
         randomness=further.randomness,
         batch_at_inference=further.batch_at_inference,
+        frozen_lag=further.frozen_lag,
     )
     verdicts = judge(facts, settings.rules)
     impacts = joint_impacts(session, evidence, further, groups_of(verdicts, facts))
@@ -276,7 +277,8 @@ def _beyond(
     if evidence.partial:
         return evidence, further
     off = inconsistency(findings.summary.gaps).is_worse or any(
-        layer.flagged or layer.undecided or layer.domains for layer in findings.layers
+        layer.flagged or layer.undecided or layer.domains or _is_frozen_and_off(layer, session, evidence)
+        for layer in findings.layers
     )
     scored = _can_try_remedies(workload, settings)
     wanted = Wanted(off, scored and (off or _is_doubtful(findings, facts, settings)), scored, _stale(findings))
@@ -287,6 +289,13 @@ def _beyond(
     except KeyboardInterrupt:
         evidence = replace(evidence, stopped="interrupted")
     return evidence, further
+
+
+def _is_frozen_and_off(layer: Layer, session: Session, evidence: Evidence) -> bool:
+    """Whether the statistics of a layer that training leaves in eval mode are not those of its data."""
+    index = next(each.index for each in session.layers.layers if each.name == layer.name)
+    beyond = evidence.beyond_noise(index) if index in evidence.frozen else None
+    return beyond is not None and beyond > mismatch_limit(layer)
 
 
 def _stale(findings: Findings) -> tuple[str, ...]:

@@ -93,6 +93,7 @@ class Further:
     random_before: Mapping[str, tuple[str, ...]] | None = None
     passes: list[ExtraPass] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    frozen_lag: Mapping[str, float] = field(default_factory=dict)
     batch_at_inference: dict[str, bool] = field(default_factory=dict)
 
     def added_to(self, layer: Layer, index: int) -> Layer:
@@ -230,7 +231,8 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
     started = time.perf_counter()
     options |= {"goal": settings.goal, "goal_is_known": settings.goal_is_known}
     tried = what_if(session, training, scored, batching, scoring, seconds=None if asked else TRIAL_SECONDS, **options)
-    found.remedies, found.notes = tried.remedies, [*found.notes, *tried.untried]
+    found.remedies, found.frozen_lag = tried.remedies, tried.frozen
+    found.notes += tried.untried
     found.passes.append(ExtraPass("what-if", reason, tried.samples, time.perf_counter() - started))
 
 

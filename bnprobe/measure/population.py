@@ -81,6 +81,7 @@ def steady_population(
     micro_batches: Sequence[MicroBatch],
     batching: Batching,
     population: Population | None = None,
+    frozen: frozenset[int] = frozenset(),
 ) -> tuple[Population, Footprint]:
     """Population statistics on the train path without random layers, and the memory that a sample takes.
 
@@ -95,9 +96,10 @@ def steady_population(
         micro_batches: On the host; the last one may be smaller.
         batching: How many fill a physical batch, and whether samples of different micro-batches may run together.
         population: What other samples gave, to be merged with; None: nothing.
+        frozen: Indices of layers that normalize with batch statistics here, although training leaves them in eval mode.
 
     Returns:
-        Of the selected layers that normalize with batch statistics in training and keep running ones.
+        Of the selected layers that normalize with batch statistics and keep running ones.
 
     Raises:
         DeviceError, UserCodeError, DataError: As in any pass.
@@ -106,7 +108,7 @@ def steady_population(
 
     def run(batch: MicroBatch) -> tuple[dict[Slot, Recorded], float]:
         nonlocal footprint
-        pass_ = Pass(batch.samples, batch.samples, plain=True)
+        pass_ = Pass(batch.samples, batch.samples, by_batch=frozen, plain=True)
         session.forward("steady", to_device(batch.data, session.device), pass_)
         sizes = [record.bytes // batch.samples for record in pass_.records.values()]
         footprint = Footprint(max(footprint.total, sum(sizes)), max([footprint.largest, *sizes]))
@@ -159,7 +161,7 @@ def _evenly(samples: int, most: int) -> tuple[list[list[int]], int]:
 
 
 def own_records(session: Session, pass_: Pass) -> dict[Slot, Recorded]:
-    """What was recorded of layers that update running statistics in training."""
+    """What was recorded of layers that normalized with batch statistics and keep running ones."""
     layers = session.layers.layers
     return {
         slot: record
@@ -195,7 +197,9 @@ class Settled:
     mixed: bool
 
 
-def settle_by_batch(session: Session, batches: Iterable[MicroBatch], progress: Progress) -> Settled:
+def settle_by_batch(
+    session: Session, batches: Iterable[MicroBatch], progress: Progress, frozen: frozenset[int] = frozenset()
+) -> Settled:
     """Statistics on the train path without random layers: every physical batch normalizes with its own statistics.
 
     Physical batches hold up to ``LARGE`` samples drawn at random from a part of the data, where samples of different
@@ -205,6 +209,7 @@ def settle_by_batch(session: Session, batches: Iterable[MicroBatch], progress: P
         session: Installed.
         batches: On the host, of any sizes.
         progress: Called with the batches done and the samples' number of batches, as far as known.
+        frozen: As in ``steady_population``.
 
     Raises:
         DeviceError, UserCodeError, DataError: As in any pass.
@@ -218,7 +223,7 @@ def settle_by_batch(session: Session, batches: Iterable[MicroBatch], progress: P
     batching = Batching(size, emulation, max(1, samples // size))
     done = 0
     for part in _parts(itertools.chain(opening, stream)):
-        steady_population(session, part, batching, population)
+        steady_population(session, part, batching, population, frozen)
         done += len(part)
         progress(done, done)
     return Settled(population.statistics(), population.updates(), population.values(), population.mixed)

@@ -233,6 +233,11 @@ class Session:
         with self._running(path, pass_), replaying(self.model, batch, outputs, self._state.put_back), border:
             return function(self.model, batch)
 
+    @property
+    def frozen(self) -> frozenset[int]:
+        """Indices of the layers that train() of the model leaves in eval mode; known once the session is installed."""
+        return self._frozen
+
     def left_in_train_mode(self) -> frozenset[int]:
         """Indices of the layers that eval() of the model does not reach; the session is installed."""
         self._set_flags("eval")

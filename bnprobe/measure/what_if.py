@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -20,7 +20,7 @@ from bnprobe.measure.session import Session, no_progress
 from bnprobe.records import FREE_REMEDIES, MEASURES, Estimate, Goal, Measure, Remedy, leading
 from bnprobe.stats.scores import paired_difference
 
-_RECALIBRATED, _EVALUATION_STATISTICS, _BATCH_STATISTICS, _INSTANCE_STATISTICS = FREE_REMEDIES
+_RECALIBRATED, _EVALUATION_STATISTICS, _BATCH_STATISTICS, _INSTANCE_STATISTICS, _WITH_FROZEN = FREE_REMEDIES
 
 LARGER = (4, 16)
 """Factors by which batches are made larger than those scanned."""
@@ -48,11 +48,14 @@ class Tried:
         remedies: Those that could be tried.
         untried: Why others could not, one sentence each.
         samples: Samples that statistics were taken of or that were scored, each counted once.
+        frozen: By name of a layer that training leaves in eval mode, the mismatch D of its running statistics against
+            the population statistics of the training data, every earlier layer on its own; empty where not measured.
     """
 
     remedies: tuple[Remedy, ...] = ()
     untried: tuple[str, ...] = ()
     samples: int = 0
+    frozen: Mapping[str, float] = field(default_factory=dict)
 
 
 def what_if(
@@ -77,13 +80,16 @@ def what_if(
     * "batch statistics": every held-out batch normalizes with its own statistics, in batches of the scanned size
       where the held-out batches divide into such.
     * "instance statistics": every sample with its own, where it gives every layer more than one value per channel.
+    * "recalibrated with frozen layers": as "recalibrated", but in the layers, too, that model.train() leaves in eval
+      mode; only where there are such layers. The control is "recalibrated", where that changes any layer: what is left
+      is the effect of the frozen ones.
     * "batch statistics, batches of N": the same in larger batches, as far as data and memory allow and samples of
       different batches may be mixed. Loss and metric see these larger batches, and a metric may not be a mean over
       samples: the control is the model as loaded, scored in batches of the same size.
 
-    The layers concerned are those that are selected, keep running statistics and update them in training; the layers
-    that model.train() leaves in eval mode are left alone. Population statistics are pooled over all samples, their
-    variance is unbiased, like that of the buffers, and they are cast to the buffers' dtype; see ``steady_population``.
+    The layers concerned are those that are selected, keep running statistics and, but for the frozen ones, update them
+    in training. Population statistics are pooled over all samples, their variance is unbiased, like that of the
+    buffers, and they are cast to the buffers' dtype; see ``steady_population``.
 
     A remedy that cannot be tried, because the model mixes samples or raises on other batches than the loader's, is left
     out with the reason.
@@ -101,7 +107,8 @@ def what_if(
             None: no limit.
 
     Returns:
-        In the order above; none if no layer is concerned. "recalibrated" needs training batches.
+        In this order, but that frozen layers come right after "recalibrated"; none if no layer is concerned. Both need
+        training batches.
 
     Raises:
         UsageError: There is neither loss nor metric, or no held-out batch.
@@ -118,10 +125,12 @@ def what_if(
     except _REFUSALS as error:
         return Tried(untried=(f"No remedy was tried. {as_sentence(error, _RAISES)}",))
     layers = frozenset(own.statistics())
-    if not layers:
-        return Tried()
+    frozen: dict[str, float] = {}
     if training:
-        trial.attempt(_RECALIBRATED, lambda: trial.recalibrated(training, batching, layers, footprint, before, most))
+        statistics_of = partial(trial.statistics_of, training, batching, footprint, most)
+        frozen = trial.recalibrations(statistics_of, layers, before)
+    if not layers:
+        return trial.tried(training, frozen)
     if scored_on == "held-out":
         detail = f"pooled mean and unbiased variance of the same {trial.samples} held-out samples"
         statistics = own.statistics()
@@ -131,13 +140,21 @@ def what_if(
     trial.by_batch(layers, batching.batch_size, own, before)
     if larger:
         trial.larger_batches(layers, before, footprint)
-    return Tried(tuple(trial.found), tuple(trial.untried), trial.samples + sum(batch.samples for batch in training))
+    return trial.tried(training, frozen)
 
 
 def _within(batches: Sequence[MicroBatch], seconds: float, each: float) -> Sequence[MicroBatch]:
     """The first micro-batches, whose samples take ``each`` so long, that fit into the time."""
     usual = max(batch.samples for batch in batches) if batches else 1
     return batches[: max(_FEWEST_TRIED, int(seconds / (each * usual)))]
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Statistics by layer, and how they were taken, a phrase."""
+
+    values: LayerStatistics
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -168,12 +185,20 @@ class _Trial:
         some.score()
         return max(time.thread_time() - started, _CLOCK) / some.samples
 
-    def attempt(self, name: str, run: Callable[[], Remedy]) -> None:
-        """Add what a trial gives, or why it gives nothing."""
+    def attempt(self, name: str, run: Callable[[], Remedy | None]) -> None:
+        """Add what a trial gives, or why it fails; None: it concerns no layer."""
         try:
-            self.found.append(run())
+            remedy = run()
+            self.found.extend([] if remedy is None else [remedy])
         except _REFUSALS as error:
             self.untried.append(f'"{name}" was not tried. {as_sentence(error, _RAISES)}')
+
+    def tried(self, training: Sequence[MicroBatch], frozen: Mapping[str, float]) -> Tried:
+        """All that was found, with the samples that it took; nothing where no layer is concerned."""
+        if not self.found and not self.untried:
+            return Tried()
+        samples = self.samples + sum(batch.samples for batch in training)
+        return Tried(tuple(self.found), tuple(self.untried), samples, frozen)
 
     def score(
         self,
@@ -185,32 +210,101 @@ class _Trial:
             self.session, "eval", self.batches, self.batching, by_batch=by_batch, statistics=statistics, group=group
         )
 
-    def recalibrated(
+    def recalibrations(
+        self, statistics_of: Callable[[frozenset[int]], list[_Statistics]], layers: frozenset[int], before: ScoreTable
+    ) -> dict[str, float]:
+        """Try the population statistics of training data in ``layers``, and in frozen layers, too.
+
+        Returns:
+            How far the statistics of frozen layers are from these, as in ``Tried``.
+        """
+        distances: dict[str, float] = {}
+        control = before
+
+        def usual() -> Remedy:
+            nonlocal control
+            remedy, control = self.best(_RECALIBRATED, statistics_of(frozenset()), before)
+            return remedy
+
+        def with_frozen() -> Remedy | None:
+            found = statistics_of(self.frozen)
+            if not self.frozen & found[0].values.keys():  # the model calls none of them
+                return None
+            distances.update(self._distances(found[0].values))
+            return self.best(_WITH_FROZEN, found, before, control if layers else None)[0]
+
+        if layers:
+            self.attempt(_RECALIBRATED, usual)
+        # Without that control nobody can say which layers a change comes from.
+        if self.frozen and not self.untried:
+            self.attempt(_WITH_FROZEN, with_frozen)
+        return distances
+
+    @property
+    def frozen(self) -> frozenset[int]:
+        """Selected layers with running statistics that training leaves in eval mode."""
+        selected = self.session.layers.selected
+        keeping = frozenset(layer.index for layer in selected if layer.info.running_mean is not None)
+        return keeping & self.session.frozen
+
+    def statistics_of(
         self,
         training: Sequence[MicroBatch],
         batching: Batching,
-        layers: frozenset[int],
         footprint: Footprint,
-        before: ScoreTable,
         most: int,
-    ) -> Remedy:
-        """``most``: samples times layers for statistics layer by layer."""
+        frozen: frozenset[int],
+    ) -> list[_Statistics]:
+        """Population statistics of the training data; where samples cannot be mixed, those of the eval path, too.
+
+        Args:
+            training, batching: As in ``what_if``.
+            footprint: Memory of a sample.
+            most: Samples times layers for statistics layer by layer.
+            frozen: Layers whose statistics are taken although training leaves them in eval mode.
+        """
         size, samples = batching.batch_size, sum(batch.samples for batch in training)
         if fits_in_memory(footprint, LARGE, self.session.device):
             batching = replace(batching, at_once=max(batching.at_once, LARGE // size))
         detail = "pooled mean and unbiased variance of {} training samples".format
-        population, _ = steady_population(self.session, training, batching)
-        one = self.with_statistics(_RECALIBRATED, population.statistics(), before, detail(samples))
+        population, _ = steady_population(self.session, training, batching, frozen=frozen)
+        values = population.statistics()
+        found = [_Statistics(values, detail(samples))]
         if population.mixed:
-            return one
-        some = training[: max(2, most // (len(layers) * size))]
+            return found
+        some = training[: max(2, most // (len(values) * size))]
         try:
-            settled = settle_by_layer(self.session, some, layers, no_progress)
+            settled = settle_by_layer(self.session, some, frozenset(values), no_progress)
         except _REFUSALS:  # among others where they do not converge
-            return one
+            return found
         told = f"{detail(sum(batch.samples for batch in some))}, layer by layer"
-        other = self.with_statistics(_RECALIBRATED, settled.statistics, before, told)
-        return min(one, other, key=self._badness)
+        return [*found, _Statistics(settled.statistics, told)]
+
+    def best(
+        self, name: str, candidates: Sequence[_Statistics], before: ScoreTable, control: ScoreTable | None = None
+    ) -> tuple[Remedy, ScoreTable]:
+        """The statistics that score best, and their scores."""
+        tables = [self.score(statistics=each.values) for each in candidates]
+        tried = [
+            (self._remedy(name, frozenset(each.values), before, table, control, each.detail), table)
+            for each, table in zip(candidates, tables, strict=True)
+        ]
+        return min(tried, key=lambda found: self._badness(found[0]))
+
+    def _distances(self, statistics: LayerStatistics) -> dict[str, float]:
+        """Mismatch D of the running statistics of frozen layers against others."""
+        found = {}
+        for layer in self.session.layers.layers:
+            info = layer.info
+            if layer.index not in self.frozen & statistics.keys():
+                continue
+            assert info.running_mean is not None  # only layers with running statistics get here
+            assert info.running_variance is not None
+            scale = (info.running_variance.double() + info.eps).sqrt()
+            mean, variance = statistics[layer.index]
+            shift, ratio = (mean - info.running_mean.double()) / scale, (variance + info.eps).sqrt() / scale
+            found[layer.name] = float((shift.square() + (ratio - 1).square()).mean())
+        return {name: mismatch for name, mismatch in found.items() if math.isfinite(mismatch)}
 
     def with_statistics(self, name: str, statistics: LayerStatistics, before: ScoreTable, detail: str) -> Remedy:
         return self._remedy(name, frozenset(statistics), before, self.score(statistics=statistics), None, detail)

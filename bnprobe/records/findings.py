@@ -74,9 +74,15 @@ class Diagnosis(Record):
     consequences: tuple[str, ...] = ()
 
 
-FreeRemedy = Literal["recalibrated", "evaluation statistics", "batch statistics", "instance statistics"]
+FreeRemedy = Literal[
+    "recalibrated",
+    "evaluation statistics",
+    "batch statistics",
+    "instance statistics",
+    "recalibrated with frozen layers",
+]
 """What a scan tries without training: running statistics of the training data, or of the held-out data; the statistics
-of every batch, or of every sample."""
+of every batch, or of every sample; those of the training data in layers that training leaves in eval mode, too."""
 
 FREE_REMEDIES: tuple[FreeRemedy, ...] = get_args(FreeRemedy)
 

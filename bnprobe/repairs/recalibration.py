@@ -81,6 +81,7 @@ def recalibrate(
     device: str | None = None,
     autocast: str | None = None,
     seed: int = 0,
+    include_frozen: bool = False,
     batch_size_of: Callable[[Any], int] | None = None,
 ) -> nn.Module:
     """Recalibrate the running statistics of BN layers in place: population mean and variance over all samples.
@@ -90,9 +91,9 @@ def recalibrate(
     calls of a shared layer count as one population. The buffers get the mean and the unbiased variance, and
     ``num_batches_tracked`` the number of pooled batches (times the calls of the layer), so that with momentum=None
     training continues as if these had been its updates. Layers without running statistics (track_running_stats=False)
-    are given some, and use them at inference from then on. Layers that ``train()`` leaves in eval mode and everything
-    else of the model stay bit-identical, and so does the random state. If anything fails, including Ctrl-C, the model
-    is unchanged.
+    are given some, and use them at inference from then on. Layers that ``train()`` leaves in eval mode, unless they are
+    asked for, and everything else of the model stay bit-identical, and so does the random state. If anything fails,
+    including Ctrl-C, the model is unchanged.
 
     Args:
         model: Any module, on any device.
@@ -108,6 +109,7 @@ def recalibrate(
         device: "cpu", "cuda", ...; None: the model's own, else CUDA if any.
         autocast: "bfloat16" or "float16".
         seed: Seed of torch, numpy and random.
+        include_frozen: Recalibrate layers, too, that ``train()`` leaves in eval mode.
         batch_size_of: ``f(batch)`` that gives the number of samples, where neither loader nor batch shows it.
 
     Returns:
@@ -122,7 +124,9 @@ def recalibrate(
     size = 1 if listed else batch_size
     source = as_batch_source(batches, size, as_given=listed, batch_size_of=batch_size_of)
     with preserved_generators(batches):
-        recalibrate_loaded(inner, source, forward, path=path, layers=tuple(layers), settings=given)
+        recalibrate_loaded(
+            inner, source, forward, path=path, layers=tuple(layers), settings=given, include_frozen=include_frozen
+        )
     return model
 
 
@@ -136,6 +140,7 @@ def recalibrate_loaded(
     settings: ScanSettings | None = None,
     progress: Progress = no_progress,
     track: bool = True,
+    include_frozen: bool = False,
 ) -> Recalibrated:
     """Like ``recalibrate``, for a model and data that are already loaded.
 
@@ -147,6 +152,7 @@ def recalibrate_loaded(
         settings: Device, autocast, seed and number of batches.
         progress: Called with the batches done and planned.
         track: Whether to give running statistics to layers that keep none.
+        include_frozen: As for ``recalibrate``.
 
     Returns:
         The recalibrated layers, and what was read.
@@ -161,7 +167,7 @@ def recalibrate_loaded(
     untracked = _untracked(model, layers) if track else []
     device = device_named(settings.device, model)
     with tracking([layer.module for layer in untracked], device):
-        found = _recalibrate(model, source, forward, path, layers, settings, progress)
+        found = _recalibrate(model, source, forward, path, layers, settings, progress, include_frozen)
     places = {layer.name: origin(model, "" if layer.name == ROOT else layer.name) for layer in untracked}
     return replace(found, tracked={name: place for name, place in places.items() if name in found.layers})
 
@@ -186,6 +192,7 @@ def _recalibrate(
     layers: tuple[str, ...],
     settings: ScanSettings,
     progress: Progress,
+    include_frozen: bool,
 ) -> Recalibrated:
     with untouched(model):
         scattered = spread(source, settings.seed, mixed=path == "eval")
@@ -196,7 +203,7 @@ def _recalibrate(
             session.explore(batches.look_ahead(), required=False)
             _check_globs(layers, session.layers.layers)
             require_layers(model, session.layers)
-            wanted = _updating(session)
+            wanted = _wanted(session, include_frozen)
             settled = _settle(session, batches, path, wanted, progress)
     recalibrated = [layer for layer in wanted if layer.index in settled.statistics]
     if not recalibrated:
@@ -209,7 +216,7 @@ def _recalibrate(
         tuple(layer.name for layer in recalibrated),
         batches.images,
         batches.batches,
-        tuple(_notes(session.layers.layers, wanted, recalibrated, batches, settings)),
+        tuple(_notes(session, wanted, recalibrated, batches, settings)),
         settled.mixed,
         {},
     )
@@ -259,22 +266,27 @@ def _settle(
     session: Session, batches: RepeatedReader, path: StatisticsPath, wanted: list[ProbedLayer], progress: Progress
 ) -> Settled:
     if path == "train":
-        return settle_by_batch(session, batches, progress)
+        frozen = session.frozen & {layer.index for layer in wanted}
+        return settle_by_batch(session, batches, progress, frozen)
     return settle_by_layer(session, batches, frozenset(layer.index for layer in wanted), progress)
 
 
-def _updating(session: Session) -> list[ProbedLayer]:
-    """The layers asked for that update running statistics in training; ``session`` has just been installed.
+def _wanted(session: Session, include_frozen: bool) -> list[ProbedLayer]:
+    """The layers asked for that keep running statistics, and update them in training unless ``include_frozen``.
+
+    ``session`` is installed.
 
     Raises:
         RepairError: There is none.
     """
     selected = session.layers.selected
-    found = [layer for layer in selected if layer.info.running_mean is not None and layer.module.training]
+    keeping = [layer for layer in selected if layer.info.running_mean is not None]
+    found = [layer for layer in keeping if include_frozen or layer.index not in session.frozen]
     if not found:
         first, others = selected[0], "" if len(selected) == 1 else ", and so are the others"
         why = "is in eval mode also in training" if first.info.running_mean is not None else "keeps no statistics"
-        raise RepairError(f"No layer can be recalibrated: {first.name} {why}{others}.")
+        how = " To recalibrate such layers, give --include-frozen." if keeping else ""
+        raise RepairError(f"No layer can be recalibrated: {first.name} {why}{others}.{how}")
     return found
 
 
@@ -311,15 +323,18 @@ def _write(values: list[tuple[ProbedLayer, tuple[Tensor, Tensor]]], updates: dic
 
 
 def _notes(
-    layers: Iterable[ProbedLayer],
+    session: Session,
     wanted: list[ProbedLayer],
     recalibrated: list[ProbedLayer],
     batches: RepeatedReader,
     settings: ScanSettings,
 ) -> Iterator[str]:
+    layers = session.layers.layers
     kept = [layer.name for layer in layers if layer.selected and layer not in wanted]
     if kept:
-        yield (f"Not recalibrated, because training does not update their running statistics: {listed(kept)}.")
+        frozen = any(layer.index in session.frozen and layer.name in kept for layer in layers)
+        how = " To recalibrate layers in eval mode, give --include-frozen." if frozen else ""
+        yield f"Not recalibrated, because training does not update their running statistics: {listed(kept)}.{how}"
     uncalled = [layer.name for layer in wanted if layer not in recalibrated]
     if uncalled:
         yield f"Not recalibrated, because inference does not call them: {listed(uncalled)}."
@@ -349,6 +364,7 @@ def recalibrate_compared(
     path: PathChoice = "auto",
     layers: tuple[str, ...] = (),
     num_batches: int | None = None,
+    include_frozen: bool = False,
     progress: Progress = no_progress,
 ) -> Compared:
     """Recalibrate the model of a workload in place, and compare it with the model as loaded.
@@ -358,21 +374,27 @@ def recalibrate_compared(
         workload: Its data has not been read yet.
         path: As for ``recalibrate``; "auto": "train", and where samples cannot be mixed, so that this depends on how
             they are batched, the path whose statistics score better.
-        layers, num_batches: As for ``recalibrate``.
+        layers, num_batches, include_frozen: As for ``recalibrate``.
         progress: Called with the batches done and planned.
 
     Raises:
         BnprobeError: As for ``recalibrate``.
     """
-    return _Trial(spec, workload, layers, num_batches, progress).run(path)
+    return _Trial(spec, workload, layers, num_batches, include_frozen, progress).run(path)
 
 
 class _Trial:
     def __init__(
-        self, spec: Spec, workload: Workload, layers: tuple[str, ...], num_batches: int | None, progress: Progress
+        self,
+        spec: Spec,
+        workload: Workload,
+        layers: tuple[str, ...],
+        num_batches: int | None,
+        include_frozen: bool,
+        progress: Progress,
     ) -> None:
         self.spec, self.model, self.layers, self.progress = spec, workload.model, layers, progress
-        self.workload = workload
+        self.workload, self.include_frozen = workload, include_frozen
         self.settings = spec.settings().model_copy(update={"batches": num_batches})
         # Without statistics of its own the model as loaded is no alternative, unless its scores say so.
         new = all(_is_new(layer) for layer in find_layers(self.model, lambda *names: True).layers)
@@ -423,6 +445,7 @@ class _Trial:
             layers=self.layers,
             settings=self.settings,
             progress=self.progress,
+            include_frozen=self.include_frozen,
         )
 
     def _other_path(self, by_batch: ScoreTable) -> tuple[Recalibrated | None, ScoreTable, str]:

@@ -66,6 +66,9 @@ MODES = ("training", "inference")
 STATISTICS = ("with batch statistics", "with running statistics")
 """What the two ends of an inconsistency are: random layers are off in both, so that the first is not quite training."""
 
+WITH_FROZEN: FreeRemedy = "recalibrated with frozen layers"
+"""Compared with recalibrating the other layers alone, where there are others."""
+
 FEWEST_SCORED = 5
 """Scored micro-batches that inference is blamed by at least: samples of one share its statistics, and hang together."""
 
@@ -327,6 +330,15 @@ def gain(facts: Facts, name: FreeRemedy | None) -> Effect:
     """What a remedy without training does to held-out data; of one that was not tried, nothing is known."""
     remedy = tried(facts.remedies, name)
     return Effect(()) if remedy is None else of_remedy(remedy, facts.gaps, facts.chance)
+
+
+def of_frozen(facts: Facts) -> str | None:
+    """What new statistics in frozen layers, too, do to held-out data, a clause; None where that was not measured."""
+    found, change = tried(facts.remedies, WITH_FROZEN), gain(facts, WITH_FROZEN).main
+    if found is None or change is None:
+        return None
+    start = "as loaded" if found.control is None else "with the other layers recalibrated"
+    return f"on {found.scored_on} data {change.words(start, 'with recalibrated statistics in the frozen layers')}"
 
 
 def severity_of_setting(facts: Facts, flagged: bool) -> Severity:

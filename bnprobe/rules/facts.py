@@ -139,6 +139,8 @@ class Facts:
         samples_alone: Names of the layers that are called once for every sample of a batch.
         batch_at_inference: Layers with running statistics that normalize with batch statistics in eval mode, and
             whether they are themselves still in train mode then.
+        frozen_lag: Mismatch D between the running statistics of a layer that training leaves in eval mode and those of
+            the training data, by layer; empty where not measured.
     """
 
     anatomy: tuple[Anatomy, ...]
@@ -162,6 +164,7 @@ class Facts:
     called: frozenset[str] | None = None
     samples_alone: frozenset[str] = frozenset()
     batch_at_inference: Mapping[str, bool] = field(default_factory=dict)
+    frozen_lag: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_new(self) -> bool:

@@ -50,6 +50,7 @@ class FrozenMismatch(Rule):
         " it is to be trained, do neither."
     )
     reports_impact = False
+    commands = ("recalibrate --include-frozen",)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         for layer in facts.anatomy:
@@ -94,10 +95,7 @@ def _of_moving_statistics(facts: Facts) -> str | None:
 
 def _of_fixed_statistics(facts: Facts) -> str | None:
     """Whether to take statistics of the data instead, by what recalibrated ones do; None: not known."""
-    gain, tried = effect.gain(facts, "recalibrated"), effect.tried(facts.remedies, "recalibrated")
-    if tried is None or gain.main is None or gain.standing not in ("better", "worse"):
-        return None
-    words = f"on {tried.scored_on} data {gain.main.words('as loaded', 'with recalibrated ones')}"
-    if gain.standing == "better":
-        return f"Recalibrate the running statistics on training data (bnprobe recalibrate): {words}."
-    return f"Keep the running statistics as they are: {words}."
+    standing, words = effect.gain(facts, effect.WITH_FROZEN).standing, effect.of_frozen(facts)
+    if standing == "better":
+        return f"Recalibrate these statistics on training data (bnprobe recalibrate --include-frozen): {words}."
+    return f"Keep the running statistics as they are: {words}." if standing == "worse" else None

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bnprobe.numbers import joined, number, percent
-from bnprobe.records import Layer, Verdict
+from bnprobe.numbers import joined, mismatch, number, percent
+from bnprobe.records import Layer, Severity, Verdict
+from bnprobe.rules import effect
 from bnprobe.rules.double_update import has_extra_updates
 from bnprobe.rules.facts import EXPLAINED, Anatomy, Facts
 from bnprobe.rules.interface import Link, anatomy_of
@@ -74,13 +75,17 @@ class Lag(ShareRule):
         known to be no worse at inference and recalibrated statistics are no gain; and where these are surely better,
         it is named even if no layer is beyond its limit.
 
+        A layer that training leaves in eval mode is never flagged, since it does the same in both modes. It fails where
+        new statistics in these layers are better on held-out data than new ones in the other layers alone, and is an
+        error from 99% confidence on. A frozen part whose weights belong to its statistics passes.
+
     Example:
         A model is fine-tuned for 50 steps and evaluates worse than before, but evaluated in train mode it is good.
         Averaged weights (EMA, SWA) with the statistics of the last weights show the same.
 
     Remedy:
-        Recalibrate the running statistics on training data, without training: `bnprobe recalibrate`. Then fix the
-        cause: the momentum, or the checkpoint.
+        Recalibrate the running statistics on training data, without training: `bnprobe recalibrate`, with
+        `--include-frozen` those of layers in eval mode, too. Then fix the cause: the momentum, or the checkpoint.
 
     Reference:
         Wu and Johnson 2021, arXiv 2105.07576, section 3 (population statistics instead of moving averages). Izmailov
@@ -105,7 +110,8 @@ class Lag(ShareRule):
     upstream_order = 80
     adds_up = "what their running statistics are off by"
     free_remedy = "recalibrated"
-    commands = ("recalibrate",)
+    also_tried = (effect.WITH_FROZEN,)
+    commands = ("recalibrate --include-frozen", "recalibrate")
     other_remedy = (
         "Find out which data or weights the running statistics belong to: recalibrating them was tried, and is no gain."
     )
@@ -118,10 +124,16 @@ class Lag(ShareRule):
 
     def advise(self, layer: Layer, facts: Facts) -> str:
         found = _first(anatomy_of(facts, layer.name), layer, facts)
-        return self.remedy if found is None or found.remedy is None else found.remedy
+        usual = _OF_FROZEN if effect.gain(facts, effect.WITH_FROZEN).standing == "better" else self.remedy
+        return usual if found is None or found.remedy is None else found.remedy
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
-        """A layer that overflows at inference and not in training has running statistics that are far off."""
+        """A frozen layer is judged by what new statistics do.
+
+        A layer that overflows at inference and not in training has running statistics that are far off.
+        """
+        if layer.name in facts.frozen_lag:
+            return self._of_frozen(layer, facts)
         unmeasured = layer.eval is None and layer.train is not None and layer.only_in is None
         overflows = unmeasured and layer.name not in facts.batch_at_inference
         if not layer.flagged or not overflows or not layer.running_statistics:
@@ -131,6 +143,23 @@ class Lag(ShareRule):
             "The layer's values overflow at inference but not in training: its running statistics, or those of an"
             " earlier layer, are far from those of the training data.",
         )
+
+    def _of_frozen(self, layer: Layer, facts: Facts) -> Verdict:
+        """New statistics in all frozen layers were tried together: a gain is put down to those that are far off."""
+        lag, limit, words = facts.frozen_lag[layer.name], share_limit(layer), effect.of_frozen(facts)
+        told = f"D = {mismatch(lag)} away from those of the training data{'' if words is None else f'; {words}'}"
+        gain, is_far = effect.gain(facts, effect.WITH_FROZEN), lag >= min(limit, max(facts.frozen_lag.values()))
+        if not is_far or gain.standing != "better":
+            return self.passed(layer.name, f"Training leaves the running statistics as they are; they are {told}.")
+        severity: Severity = "info" if facts.is_new else "error" if gain.is_sure_gain else "warning"
+        message = f"{self.explain(layer, facts)} (They are {told}.)"
+        return self.failed(layer.name, message, lag, limit, severity, self.advise(layer, facts))
+
+
+_OF_FROZEN = (
+    "Recalibrate the running statistics on training data, those of the frozen layers, too (bnprobe recalibrate"
+    " --include-frozen)."
+)
 
 
 @dataclass(frozen=True)

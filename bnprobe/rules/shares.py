@@ -199,7 +199,9 @@ def severity_of(cause: Cause, facts: Facts) -> Severity:
 
 def is_mendable(cause: Cause, facts: Facts) -> bool:
     """Whether other statistics are surely better on held-out data: recalibrated ones, where statistics are to blame."""
-    remedies: Sequence[FreeRemedy] = ("recalibrated",) if cause in STATISTICS_CAUSES else FREE_REMEDIES
+    # What frozen layers gain says nothing of those that training updates.
+    others = tuple(name for name in FREE_REMEDIES if name != effect.WITH_FROZEN)
+    remedies: Sequence[FreeRemedy] = ("recalibrated",) if cause in STATISTICS_CAUSES else others
     return any(effect.gain(facts, name).is_sure_gain for name in remedies)
 
 

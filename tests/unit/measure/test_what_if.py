@@ -261,9 +261,54 @@ class Frozen(Residual):
         return self
 
 
-def test_frozen_layers_and_those_without_running_statistics_are_left_alone() -> None:
+class AllFrozen(Residual):
+    """Its own train() keeps every layer in eval mode."""
+
+    def train(self, mode: bool = True) -> AllFrozen:
+        super().train(mode)
+        for norm in norms(self):
+            norm.eval()
+        return self
+
+
+def of_class(kind: type[nn.Module], model: nn.Module) -> nn.Module:
+    """A copy that trains all its layers."""
+    twin = kind()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_frozen_layers_are_recalibrated_in_a_trial_of_their_own() -> None:
+    model, training, evaluation = unsettled(Frozen()), labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
+    found = remedies(model, training, evaluation)
+    usual, with_frozen = found["recalibrated"], found["recalibrated with frozen layers"]
+    assert (usual.layers, with_frozen.layers) == (("bn2",), ("bn1", "bn2"))
+    assert found["batch statistics"].layers == ("bn2",)
+    assert usual.after == close(scored(recalibrated(model, training), evaluation))
+    everything = recalibrated(of_class(Residual, model), training)
+    assert with_frozen.after == close(scored(everything, evaluation))
+    assert with_frozen.control == usual.after != usual.before
+    assert with_frozen.loss_change is not None
+    assert with_frozen.loss_change.mean == pytest.approx(with_frozen.after.loss - usual.after.loss, abs=1e-9)
+
+
+def test_where_all_layers_are_frozen_the_model_as_loaded_is_the_baseline() -> None:
+    model, training, evaluation = unsettled(AllFrozen()), labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
+    with running(model, evaluation, SIZE, FUNCTIONS) as (session, emulation):
+        tried = what_if(session, counted(training), counted(evaluation), Batching(SIZE, emulation, 99))
+    everything = recalibrated(of_class(Residual, model), training)
+    [found] = tried.remedies
+    assert (found.name, found.layers, found.control) == ("recalibrated with frozen layers", ("bn1", "bn2"), None)
+    assert found.after == close(scored(everything, evaluation))
+    for name, own, other in zip(("bn1", "bn2"), norms(model), norms(everything), strict=True):
+        std = (own.running_var + own.eps).sqrt()
+        shift, ratio = (other.running_mean - own.running_mean) / std, (other.running_var + own.eps).sqrt() / std
+        distance = (shift.square() + (ratio - 1).square()).mean()
+        assert tried.frozen[name] == pytest.approx(float(distance), rel=1e-3)
+
+
+def test_layers_without_running_statistics_are_left_alone() -> None:
     training, evaluation = labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
-    assert remedies(unsettled(Frozen()), training, evaluation)["recalibrated"].layers == ("bn2",)
     assert remedies(unsettled(Residual(track_running_stats=False)), training, evaluation) == {}
 
 

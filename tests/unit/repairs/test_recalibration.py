@@ -299,6 +299,28 @@ def test_layers_that_training_leaves_alone_are_left_alone(path: Any) -> None:
     assert not torch.equal(theirs.body[4].running_mean, frozen["running_mean"])
 
 
+@pytest.mark.parametrize("path", ["train", "eval"])
+def test_layers_that_training_leaves_alone_are_recalibrated_where_they_are_asked_for(path: Any) -> None:
+    model, batches = unsettled(HeldInTraining().double()), list(data(40, 6).split(8))
+    usual = unsettled(Flat().double())
+    usual.load_state_dict(model.state_dict())
+    bnprobe.recalibrate(model, batches, path=path, include_frozen=True)
+    bnprobe.recalibrate(usual, batches, path=path)
+    assert all(torch.equal(value, usual.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_of_frozen_layers_alone_is_refused_unless_they_are_asked_for() -> None:
+    class Held(nn.BatchNorm1d):
+        def train(self, mode: bool = True) -> nn.Module:
+            return super().train(False)
+
+    model, whole = Held(6).double(), data(40, 6)
+    with pytest.raises(RepairError, match="give --include-frozen"):
+        bnprobe.recalibrate(model, [whole])
+    bnprobe.recalibrate(model, [whole], include_frozen=True)
+    torch.testing.assert_close(model.running_mean, whole.mean(0))
+
+
 def test_everything_but_the_statistics_stays_as_it_was() -> None:
     model = unsettled(Flat())
     model.body[1].momentum, model.body[4].momentum = None, 0.3

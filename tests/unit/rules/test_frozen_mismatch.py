@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bnprobe.rules.effect import WITH_FROZEN
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, run_rule
 from unit.rules.effects import metric, tried
 from unit.rules.expect import failed, passed, skipped
@@ -59,5 +60,5 @@ def test_statistics_that_move_are_to_be_frozen_only_where_they_do_no_harm(
 )
 def test_fixed_statistics_are_to_be_replaced_only_where_others_are_better(after: float, remedy: str) -> None:
     layer, anatomy = make_layer("bn"), [make_anatomy("bn", trains_statistics=False)]
-    facts = make_evidence(layer, anatomy=anatomy, gaps=(metric(0.9, 0.8),), remedies=(tried(0.8, after),))
+    facts = make_evidence(layer, anatomy=anatomy, gaps=(metric(0.9, 0.8),), remedies=(tried(0.8, after, WITH_FROZEN),))
     assert [verdict.remedy[: len(remedy)] for verdict in run_rule("BN105", facts)] == [remedy]

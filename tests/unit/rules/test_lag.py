@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from bnprobe.records import Domains, Estimate, Gap, Layer, Remedy, Score, Updates
+from bnprobe.rules.effect import WITH_FROZEN
 from bnprobe.rules.facts import OtherEps, Padding
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_path, make_shares, run_rule
 from unit.rules.effects import loss, metric, tried
@@ -116,6 +117,42 @@ def test_a_reason_without_evidence_is_not_named(changes: dict[str, object]) -> N
     assert told.startswith("Why is not known")
     assert told.endswith("another eps, pruned or quantized weights and statistics in bfloat16.")
     assert ("too few updates (1,200 counted)" in told) == ("batches_tracked" not in changes)
+
+
+def of_frozen(after: float, lag: dict[str, float], width: float = 0.01) -> list[tuple[str, str]]:
+    """Outcome and severity for each layer, where training leaves all in eval mode."""
+    layers = [make_layer(name, eval=make_path(9.0), train=None, flagged=False) for name in lag]
+    layers = [replace(layer, shares=None, share_intervals=None) for layer in layers]
+    anatomy = [make_anatomy(name, trains_statistics=False) for name in lag]
+    remedies = (tried(0.6, after, WITH_FROZEN, width),)
+    known = make_evidence(*layers, anatomy=anatomy, gaps=(metric(0.6, 0.6),), remedies=remedies, frozen_lag=lag)
+    return [(verdict.outcome, verdict.severity) for verdict in run_rule("BN203", known)]
+
+
+def test_frozen_layers_are_stale_where_new_statistics_in_them_are_better() -> None:
+    passes, fails, warns = ("passed", "error"), ("failed", "error"), ("failed", "warning")
+    assert of_frozen(0.9, {"one": 9.0, "other": 0.001}) == [fails, passes]
+    assert of_frozen(0.9, {"one": 0.002, "other": 0.001}) == [fails, passes]
+    assert of_frozen(0.65, {"one": 9.0}, width=0.045) == [warns]
+    for after in (0.3, 0.6, 0.61):
+        assert of_frozen(after, {"one": 9.0, "other": 0.001}) == [passes, passes]
+    assert of_frozen(0.9, {"one": 9.0}, width=0.6) == [passes]
+
+
+def test_what_frozen_layers_gain_is_told_with_the_command_that_does_it() -> None:
+    layer = replace(make_layer("bn", eval=make_path(9.0), train=None, flagged=False), shares=None)
+    remedy = replace(tried(0.6, 0.9, WITH_FROZEN), control=Score(None, 0.6))
+    facts = make_evidence(
+        layer, anatomy=[make_anatomy("bn", trains_statistics=False)], remedies=(remedy,), frozen_lag={"bn": 9.0}
+    )
+    [verdict] = run_rule("BN203", facts)
+    assert "Most likely reason: training does not update them (eval mode)" in verdict.message
+    assert verdict.message.endswith(
+        "(They are D = 9.00 away from those of the training data; on held-out data the metric is 0.6 with the other"
+        " layers recalibrated and 0.9 with recalibrated statistics in the frozen layers.)"
+    )
+    assert "bnprobe recalibrate --include-frozen" in verdict.remedy
+    assert (verdict.value, verdict.limit) == (9.0, HALF)
 
 
 def test_nothing_is_ruled_out_that_was_not_tested() -> None:
