@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -117,6 +118,9 @@ def recalibrate(
 
     Raises:
         BnprobeError: See ``bnprobe.errors`` for the tree.
+
+    Warns:
+        UserWarning: There are fewer than ``num_batches`` batches.
     """
     given = settings_from({"device": device, "autocast": autocast, "seed": seed, "batches": num_batches})
     inner, _ = unwrapped(model)
@@ -124,9 +128,11 @@ def recalibrate(
     size = 1 if listed else batch_size
     source = as_batch_source(batches, size, as_given=listed, batch_size_of=batch_size_of)
     with preserved_generators(batches):
-        recalibrate_loaded(
+        found = recalibrate_loaded(
             inner, source, forward, path=path, layers=tuple(layers), settings=given, include_frozen=include_frozen
         )
+    if num_batches is not None and found.batches < num_batches:
+        warnings.warn(found.notes[-1], stacklevel=2)
     return model
 
 

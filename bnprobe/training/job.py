@@ -22,6 +22,7 @@ from bnprobe.measure.batch import copy_tensors, is_finite, to_device
 from bnprobe.measure.hooks import noting_non_finite
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.session import casting, model_code
+from bnprobe.nn.limits import POSITION
 from bnprobe.records import ROOT, Ending, Goal, Measure, Score
 from bnprobe.training.data import steps_per_epoch
 
@@ -322,6 +323,13 @@ class Keeper:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the tensors of a model's state_dict, on the CPU."""
-    state = model.state_dict()
-    return {name: value.detach().to("cpu", copy=True) for name, value in state.items() if isinstance(value, Tensor)}
+    """Copies of the tensors of a model's state_dict, on the CPU, without the position of a schedule of Batch Renorm.
+
+    The best weights are given back with the limits at the end of the run.
+    """
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return {
+        name: value.detach().to("cpu", copy=True)
+        for name, value in tensors.items()
+        if name.rpartition(".")[2] != POSITION
+    }

@@ -469,7 +469,8 @@ def test_no_physical_batch_is_left_with_an_image_or_two(
 
 def test_data_that_ends_early_is_enough() -> None:
     model, whole = nn.BatchNorm1d(6).double(), data(20, 6)
-    bnprobe.recalibrate(model, list(whole.split(8)), num_batches=10)
+    with pytest.warns(UserWarning, match="The data ended after 3 of the 10 requested batches"):
+        bnprobe.recalibrate(model, list(whole.split(8)), num_batches=10)
     torch.testing.assert_close(model.running_mean, whole.mean(0))
 
 
