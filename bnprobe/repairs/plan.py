@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.config.load import Source, sentence
 from bnprobe.config.spec import RepairSpec, matches_any
-from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
+from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, require_used
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.loading.model import unwrapped
 from bnprobe.measure.layers import NamedModule, named_once
@@ -48,7 +48,7 @@ def convert(
 
     Raises:
         RepairError: A layer cannot be converted (then none is), or the report is from another model.
-        UsageError: An option is unknown or has a wrong value.
+        UsageError: An option is unknown, has a wrong value, or has no effect on layers of ``to``.
     """
     spec = _spec({"to": to, **options})
     refuse_wrapped(model)
@@ -196,7 +196,7 @@ def _spec(options: Mapping[str, Any]) -> RepairSpec:
     """The repair section that the arguments of ``convert`` make.
 
     Raises:
-        UsageError: An argument is unknown or wrong.
+        UsageError: An argument is unknown or wrong, or the target does not use it.
     """
     known = tuple(dict.fromkeys(name for target in TARGETS for name in target.settings))
     unknown = sorted(options.keys() - {"to", *known})
@@ -211,9 +211,11 @@ def _spec(options: Mapping[str, Any]) -> RepairSpec:
         )
     source = Source(dict(options), arguments=True)
     try:
-        return RepairSpec.model_validate(source.values)
+        spec = RepairSpec.model_validate(source.values)
     except ValidationError as error:
         raise UsageError("\n".join(sentence(item, source, RepairSpec) for item in error.errors())) from None
+    require_used(spec.to, {name: options[name] for name in known if name in options}, "{}={!r}".format)
+    return spec
 
 
 def _considered(found: NamedModule, conversion: Conversion, reason: str) -> LayerChange | Refusal:
