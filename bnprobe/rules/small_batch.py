@@ -114,8 +114,8 @@ def _beyond_batches(largest: int) -> str:
     """What to do where larger batches were measured and are not enough."""
     return (
         f"Larger normalization batches are not enough: at every size measured, up to {largest}, every flagged layer is"
-        " beyond its limit with these weights and running statistics. Fine-tune with frozen statistics (bnprobe convert --to frozen"
-        " --finetune)."
+        " beyond its limit with these weights and running statistics. Fine-tune with frozen statistics (bnprobe convert"
+        " --to frozen --finetune)."
     )
 
 

@@ -151,7 +151,7 @@ def test_the_remedy_that_gains_most_of_those_that_are_named_comes_next() -> None
     convert = "bnprobe convert model.py --batch-size 2 --to instance-renorm --blend 1 --layers '*'"
     recalibrate = "bnprobe recalibrate model.py --batch-size 2"
     sizes = f"{COMMAND} --batch-sizes 2,4,8,16,32,64"
-    for report, command in (
+    for found, command in (
         (of_small_batches(instance, usual), f"{convert} -o batch2-repaired.safetensors"),
         (
             of_small_batches(tried("instance statistics", 0.5), usual),
@@ -162,7 +162,7 @@ def test_the_remedy_that_gains_most_of_those_that_are_named_comes_next() -> None
         (of_small_batches(tried("recalibrated", 0.4)), sizes),
         (of_small_batches(tried("batch statistics", 0.9)), sizes),  # nothing carries it out
     ):
-        assert verdict(report, COMMAND).step.command == command
+        assert verdict(found, COMMAND).step.command == command
 
 
 def test_a_conversion_that_was_tried_on_some_layers_names_these() -> None:
