@@ -141,14 +141,27 @@ def wanted_by_globs(model: nn.Module, globs: Iterable[str]) -> dict[str, str]:
 def wanted_from_report(report: Report, model: nn.Module) -> dict[str, str]:
     """The layers that a report flags; the reason is the figure and the cause.
 
-    The model may have layers that the report lacks: a scan can be told to leave some out.
+    Where it flags none, those of its errors whose remedy is a conversion: what a scan advises, a repair does. The model
+    may have layers that the report lacks: a scan can be told to leave some out.
 
     Raises:
         RepairError: The report is from another model; names the first layers that differ.
     """
     _require_same_model(report, model)
     modules = {name for found in named_once(model) for name in found.names}
-    return {owner_of(layer.name, modules): _reason(layer, report) for layer in report.layers if layer.flagged}
+    reasons = {layer.name: _reason(layer, report) for layer in report.layers if layer.flagged} or _advised(report)
+    return {owner_of(name, modules): reason for name, reason in reasons.items()}
+
+
+def _advised(report: Report) -> dict[str, str]:
+    """The layers of errors whose remedy is a conversion, and the cause; all layers where it is one of the model."""
+    every = [layer.name for layer in report.layers]
+    found: dict[str, str] = {}
+    for diagnosis in report.diagnoses:
+        if diagnosis.severity == "error" and "bnprobe convert" in diagnosis.remedy:
+            for name in diagnosis.layers or every:
+                found.setdefault(name, title_of(diagnosis.rule, diagnosis.cause))
+    return found
 
 
 def batch_norms(model: nn.Module) -> list[NamedModule]:

@@ -102,6 +102,19 @@ def test_nothing_to_repair_writes_nothing(workspace: Workspace) -> None:
     assert files(workspace) == set()
 
 
+def test_an_error_that_no_conversion_mends_is_not_called_sound(workspace: Workspace) -> None:
+    noisy = REPAIRABLE.replace("SHIFT = 3.0", "SHIFT = 0.0").replace(
+        "self.bn(x)", "self.bn(x + 0.2 * torch.randn(x.shape))"
+    )
+    assert noisy.count("torch.randn(x.shape)") == 1
+    workspace.write("model.py", noisy)
+    found = workspace.run("convert", *TARGET, "-o", "out.safetensors").error()
+    assert "No layer is flagged, and converting layers is not what mends the error" in found
+    assert "(BN213)" in found
+    assert "name them with --layers" in found
+    assert files(workspace) == set()
+
+
 def test_a_repair_is_proved_beside_its_controls(repairable: Workspace) -> None:
     found = repairable.run("convert", *TARGET, *SHORT, *ACCURACY, "--seeds", "2", "-o", "out.safetensors")
     assert found.code == CLEAN
