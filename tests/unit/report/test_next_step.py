@@ -12,10 +12,11 @@ from fabricated_parts import SCAN, report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnprobe.records import Estimate, Gap, Remedy, Report, Score
+from bnprobe.records import FROZEN, Estimate, Gap, Remedy, Report, Score
 from bnprobe.report.diagnoses import closing as verdict
 from bnprobe.report.next_step import with_options
-from bnprobe.report.page import broken
+from bnprobe.report.page import RenderOptions, broken
+from bnprobe.report.scan import render
 from bnprobe.rules import RULES
 from bnprobe.stats.theory import mismatch_iid
 
@@ -268,6 +269,21 @@ def test_what_weakens_the_result_is_said() -> None:
         "10 layers skipped.",
         "The inputs were generated: this shows structure and batch noise, not your data (exit 0).",
     )
+
+
+def test_frozen_layers_are_told_apart_and_statistics_that_do_not_fit_are_not_passed_over_in_silence() -> None:
+    layer = max(fabricated.flagged().layers, key=lambda each: each.eval.mismatch if each.eval else 0.0)
+    frozen = replace(layer, train=None, flagged=False, undecided=False, note=f"{FROZEN}in eval mode", shares=None)
+    found = report([frozen])
+    found = replace(found, summary=replace(found.summary, gaps=()), diagnoses=())
+    end = verdict(found, COMMAND)
+    assert end.headline == "No layer could be judged."
+    assert end.sentences[0] == "1 layer is frozen: both modes use the running statistics."
+    assert end.sentences[1].startswith(f"The running statistics of 1 layer do not fit the data, worst {layer.name}")
+    assert "– 1 frozen, alike in both modes" in render(found, RenderOptions(command=COMMAND))
+    gap = Gap("metric", 0.9, 0.9, 0.9, None, 0.0, 0.0, None)
+    scored = replace(found, summary=replace(found.summary, gaps=(gap,)))
+    assert len(verdict(scored, COMMAND).sentences) == 1
 
 
 def test_batch_sizes_beyond_the_images_measured_come_with_more_batches() -> None:
