@@ -409,15 +409,24 @@ def _in_sentences(measured: Sequence[tuple[str, str]]) -> str:
 
 
 def _takes(found: effect.Effect) -> str:
-    """What a remedy does, by the measure that decides; by all where none does, and one says more than another."""
+    """What a remedy does, by the measure that decides; by all where none does, and one says more than another.
+
+    The loss is never told alone where a metric was measured, too.
+    """
     main, undecided = found.main, found.standing in ("same", "unclear")
-    if main is None or (undecided and len(set(map(_how_surely, found.changes))) > 1):
-        return f"takes {' and '.join(f'{_from_to(each)} ({_how_surely(each)})' for each in found.changes)}"
-    before, after = figures.score(main.before), figures.score(main.after)
-    if before == after:
-        return f"leaves the {main.measure} at {before}"
+    by_loss = main is not None and main.measure == "loss" and len(found.changes) > 1
+    if main is None or by_loss or (undecided and len(set(map(_how_surely, found.changes))) > 1):
+        moved = [f"{_from_to(each)} ({_how_surely(each)})" for each in found.changes if not _stays(each)]
+        stay = [f"leaves the {each.measure} at {figures.score(each.before)}" for each in found.changes if _stays(each)]
+        return " and ".join([*([f"takes {' and '.join(moved)}"] if moved else []), *stay])
+    if _stays(main):
+        return f"leaves the {main.measure} at {figures.score(main.before)}"
     helps = {"not surely": ", which does not surely help", "surely, but by little": ", surely, but by little"}
     return f"takes {_from_to(main)}{helps.get(_how_surely(main), '')}"
+
+
+def _stays(change: effect.Change) -> bool:
+    return figures.score(change.before) == figures.score(change.after)
 
 
 def _from_to(change: effect.Change) -> str:

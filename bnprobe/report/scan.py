@@ -184,7 +184,9 @@ _PASSES = {
 def _pass(extra: ExtraPass, sample: str) -> str:
     reason = extra.reason.removesuffix(".")
     why = f" ({reason})" if reason else ""
-    return f"{_PASSES.get(extra.name, extra.name)}: {count(extra.images, sample)}, {extra.seconds:.1f} s{why}"
+    # What could not be tried took time, but no sample of its own.
+    samples = f"{count(extra.images, sample)}, " if extra.images else ""
+    return f"{_PASSES.get(extra.name, extra.name)}: {samples}{extra.seconds:.1f} s{why}"
 
 
 # --- Layers -----------------------------------------------------------------------------------------------------------

@@ -275,10 +275,10 @@ def _in_words(layer: Anatomy, measured: Layer, facts: Facts) -> str:
     if found is not None:
         return f"Most likely reason: {found.words}."
     tested = list(_ruled_out(layer, measured, facts))
-    ruled_out = f"; not {joined(tested)}" if tested else ""
+    ruled_out = f" Ruled out: {joined(tested)}." if tested else ""
     guesses = "a high learning rate until the end, or statistics of other weights or data"
     guesses += f"; {facts.averaged_beside}" if facts.averaged_beside else ""
-    return f"Why is not known ({guesses}){ruled_out}."
+    return f"Why is not known ({guesses}).{ruled_out}"
 
 
 def _ruled_out(layer: Anatomy, measured: Layer, facts: Facts) -> Iterator[str]:

@@ -83,7 +83,9 @@ class SmallBatch(ShareRule):
         against = f", and {whose} is n_eq {number(limit)}" if float(f"{size:.3g}") < limit else ""
         mixed = layer.shares is None or layer.shares.composition is not None or not is_off_at_inference(layer)
         unmixed = "" if mixed else " The batches are too small or not mixed: which of the two was not judged."
-        return f"{values}. They are as noisy as {number(size)} independent values{against}.{unmixed}"
+        # Fewer values than these would be independent: the estimate says that they all are.
+        own = f"{number(size)} independent values" if size < layer.values_per_channel else "independent ones"
+        return f"{values}. They are as noisy as {own}{against}.{unmixed}"
 
     def advise(self, layer: Layer, facts: Facts) -> str:
         """Statistics of every sample are only named where they were tried, and are surely better."""

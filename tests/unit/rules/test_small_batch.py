@@ -31,6 +31,12 @@ def test_noise_of_few_values_is_blamed_on_flagged_layers_only() -> None:
     ]
 
 
+def test_values_that_are_all_independent_are_not_told_to_be_more() -> None:
+    layer = make_layer("few", make_shares(small_batch=0.2), values_per_channel=4)
+    [verdict] = run_rule("BN201", make_evidence(layer, batch_size=2))
+    assert "4 values per channel from a batch of 2. They are as noisy as independent ones, and the" in verdict.message
+
+
 def test_a_layer_that_is_off_in_training_only_has_small_batches() -> None:
     layer = make_layer("bn", train=make_path(0.2), eval=make_path(0.005), values_per_channel=20)
     [verdict] = run_rule("BN201", make_evidence(layer))
