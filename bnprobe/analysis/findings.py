@@ -16,6 +16,7 @@ from bnprobe.measure.forward_pass import Slot
 from bnprobe.measure.layers import ONE_VALUE, ProbedLayer
 from bnprobe.numbers import listed, number
 from bnprobe.records import (
+    FROZEN,
     MEASURES,
     BatchSizePoint,
     CallMeasurement,
@@ -251,7 +252,7 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
     if layer.index in evidence.by_batch["eval"]:
         return "uses batch statistics in eval mode too, although it has running statistics"
     if layer.index in evidence.frozen:
-        return "frozen: model.train() leaves it in eval mode, so both paths use the running statistics"
+        return f"{FROZEN}model.train() leaves it in eval mode, so both paths use the running statistics"
     if (mode := _only_in(evidence, layer)) is not None:
         return _ONE_MODE[mode]
     unusable = _unusable(evidence)

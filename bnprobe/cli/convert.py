@@ -34,6 +34,16 @@ def convert(
         options.option(REPAIR, "--to", "What the layers become.", "NAME"),
         options.Sets("repair.to"),
     ] = None,
+    blend: Annotated[
+        float | None,
+        options.option(REPAIR, "--blend", "Weight of the batch's or sample's own statistics, from 0 to 1.", "X"),
+        options.Sets("repair.blend"),
+    ] = None,
+    groups: Annotated[
+        int | None,
+        options.option(REPAIR, "--groups", "Group norm: the largest number of groups (default 32).", "N"),
+        options.Sets("repair.groups"),
+    ] = None,
     layers: Annotated[
         list[str] | None,
         options.option(REPAIR, "--layers", 'Convert layers whose name matches ("*": all).', "GLOB"),
@@ -109,6 +119,7 @@ def convert(
     be probed, or training was stopped.
     """
     from bnprobe.config.load import build_spec
+    from bnprobe.config.targets import require_used
     from bnprobe.records import Plan
     from bnprobe.report import renderer
     from bnprobe.report.repair import RepairReport
@@ -119,6 +130,7 @@ def convert(
     if not finetune:
         _refuse_untrained(steps=steps, epochs=epochs, lr=rate, seeds=seeds, resume=resume)
     spec = _with_rate(_with_length(build_spec(target, given), steps, epochs), rate)
+    require_used(spec.repair.to, {name: given[f"repair.{name}"] for name in ("blend", "groups")}, "--{} {}".format)
     if check or dry_run:
         render = renderer(format_, Plan)
         option = "--check" if check else "--dry-run"

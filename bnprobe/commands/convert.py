@@ -38,7 +38,7 @@ from bnprobe.measure.session import Progress, no_progress
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
 from bnprobe.repairs import deployable_state, left_out, on_host, plan, wanted_by_globs, wanted_from_report
 from bnprobe.report.json import load_report
-from bnprobe.rules import effect
+from bnprobe.rules import effect, title_of
 from bnprobe.training import StateFolder, StepLog
 
 
@@ -97,7 +97,8 @@ def repair_spec(
         None if no layer needs repair.
 
     Raises:
-        BnprobeError: See ``bnprobe.errors`` for the tree.
+        BnprobeError: See ``bnprobe.errors`` for the tree; among others where no layer needs a conversion, but
+            something else is wrong.
     """
     for text in spec.repair.require:
         parse_requirement(text)
@@ -114,6 +115,7 @@ def repair_spec(
         plans = _plans(spec, workload.model, before)
         if not plans[0].changes:
             _require_nothing_refused(plans[0])
+            _require_no_error(before)
             return None
         seed_everything(spec.data.seed)
         workload = read_again(spec, workload)
@@ -157,6 +159,17 @@ def _require_nothing_refused(made: Plan) -> None:
     if made.refused:
         reasons = "; ".join(f"{layer.name} ({layer.kind}) {layer.reason}" for layer in made.refused)
         raise RepairError(f"No layer can be converted to {made.to}: {reasons}.")
+
+
+def _require_no_error(before: Report) -> None:
+    """Refuse to call a model sound that the scan finds an error in, where a conversion is not what mends it."""
+    error = next((found for found in before.diagnoses if found.severity == "error"), None)
+    if error is not None:
+        raise RepairError(
+            f"No layer is flagged, and converting layers is not what mends the error that the scan found:"
+            f" {title_of(error.rule, error.cause)} ({error.rule}). {error.remedy} To convert layers all the same, name"
+            " them with --layers."
+        )
 
 
 def _plans(spec: Spec, model: nn.Module, before: Report | None) -> list[Plan]:

@@ -344,7 +344,7 @@ def best_candidate(
         raise RepairError("No candidate of --to auto had a finite score after a fifth of the run: use a smaller --lr.")
     best = world.share((max if subject.goal == "max" else min)(found, key=lambda name: found[name]))
     listed = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
-    sentence = f"--to auto chose {best} by the {subject.measure} after a fifth of the run: {listed}."
+    sentence = f"--to auto chose {best} by the {subject.measure}, the best within a fifth of the run: {listed}."
     return next(plan for plan in plans if plan.to == best), sentence
 
 

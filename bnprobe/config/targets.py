@@ -7,9 +7,12 @@ A row imports no torch, so that the command line can list and validate the targe
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from bnprobe.errors import RepairError
+from bnprobe.errors import RepairError, UsageError
+from bnprobe.numbers import joined
 from bnprobe.registry import Registry
 
 DEFAULT_TARGET, AUTO = "batch-renorm", "auto"
@@ -111,6 +114,27 @@ def nearest_target(name: str) -> str:
     """The target name, or "auto", that is spelled most like ``name``."""
     known = (*TARGETS.names(), AUTO)
     return difflib.get_close_matches(name, known, 1, cutoff=0.0)[0]
+
+
+def require_used(to: str, given: Mapping[str, Any], written: Callable[[str, Any], str]) -> None:
+    """Refuse settings that the layers of a target do not use.
+
+    Args:
+        to: A target, or "auto", which tries all of them.
+        given: Settings by name; None: not given.
+        written: How the user writes a setting and its value.
+
+    Raises:
+        UsageError: Names the setting, and the targets that use it.
+    """
+    used = {name for target in TARGETS if to in (AUTO, target.name) for name in target.settings}
+    for name, value in given.items():
+        if value is not None and name not in used:
+            takers = [target.name for target in TARGETS if name in target.settings]
+            raise UsageError(
+                f"{written(name, value)} has no effect on {to}: it is a setting of {joined(takers)}. Name such a"
+                " target, or leave it out."
+            )
 
 
 CONVERTED = "bnprobe.converted"

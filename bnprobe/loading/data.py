@@ -428,9 +428,16 @@ def _loader_source(
     origin = request.origin
     if _length(loader, origin) == 0:
         raise DataError(f"{origin} is empty: it yields no batch.")
-    words = origin if images is None else f"{origin} ({images} samples)"
+    # What a batch sampler of the user's own draws in an epoch is not known, but what the data set holds is.
+    held = _length(loader.dataset, origin) if images is None and _is_indexable(loader) else images
+    words = origin if held is None else f"{origin} ({held} samples)"
     batches = GuardedBatches(loader, origin, samples_in=request.count(stated, size))
     return BatchSource(batches, size, words, images, drop_last=_drops_last(loader))
+
+
+def _is_indexable(loader: DataLoader[Any]) -> bool:
+    """Whether the loader draws batches from a data set by index: then the length of that is one of samples."""
+    return not isinstance(loader.dataset, IterableDataset) and loader.batch_sampler is not None
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:

@@ -33,6 +33,7 @@ from bnprobe.records.findings import (
 )
 from bnprobe.records.layers import (
     DEFAULT_THRESHOLD,
+    FROZEN,
     ROOT,
     SOURCES,
     Backward,
@@ -102,6 +103,7 @@ __all__ = [
     "DEFAULT_THRESHOLD",
     "EXEMPT",
     "FREE_REMEDIES",
+    "FROZEN",
     "MEASURES",
     "OMITTED_WHEN_EMPTY",
     "ROOT",

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from bnprobe.records.base import Interval, Record
 
+FROZEN = "frozen: "
+"""How the note of a layer begins that training leaves in eval mode."""
+
 ROOT = "(root)"
 """Name of the root module if it is itself a norm layer; its qualified name is empty."""
 

@@ -113,7 +113,7 @@ class ToGroupNorm:
         return None
 
     def note(self, module: _BatchNorm) -> str:
-        return "running statistics are dropped, and outputs change: fine-tuning is needed"
+        return "running statistics are dropped, and outputs change"
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
         given = arguments(module)
@@ -142,7 +142,7 @@ class ToInstanceRenorm:
         return no_statistics(module)
 
     def note(self, module: _BatchNorm) -> str:
-        return "at inference too, samples are normalized in part by their own statistics: fine-tuning is needed"
+        return "at inference too, samples are normalized by their own statistics, to the extent of the blend"
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
         variants: Variants = {None: InstanceRenorm, 1: InstanceRenorm1d, 2: InstanceRenorm2d, 3: InstanceRenorm3d}

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.config.load import Source, sentence
 from bnprobe.config.spec import RepairSpec, matches_any
-from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
+from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, require_used
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.loading.model import unwrapped
 from bnprobe.measure.layers import NamedModule, named_once
@@ -48,7 +48,7 @@ def convert(
 
     Raises:
         RepairError: A layer cannot be converted (then none is), or the report is from another model.
-        UsageError: An option is unknown or has a wrong value.
+        UsageError: An option is unknown, has a wrong value, or has no effect on layers of ``to``.
     """
     spec = _spec({"to": to, **options})
     refuse_wrapped(model)
@@ -141,14 +141,27 @@ def wanted_by_globs(model: nn.Module, globs: Iterable[str]) -> dict[str, str]:
 def wanted_from_report(report: Report, model: nn.Module) -> dict[str, str]:
     """The layers that a report flags; the reason is the figure and the cause.
 
-    The model may have layers that the report lacks: a scan can be told to leave some out.
+    Where it flags none, those of its errors whose remedy is a conversion: what a scan advises, a repair does. The model
+    may have layers that the report lacks: a scan can be told to leave some out.
 
     Raises:
         RepairError: The report is from another model; names the first layers that differ.
     """
     _require_same_model(report, model)
     modules = {name for found in named_once(model) for name in found.names}
-    return {owner_of(layer.name, modules): _reason(layer, report) for layer in report.layers if layer.flagged}
+    reasons = {layer.name: _reason(layer, report) for layer in report.layers if layer.flagged} or _advised(report)
+    return {owner_of(name, modules): reason for name, reason in reasons.items()}
+
+
+def _advised(report: Report) -> dict[str, str]:
+    """The layers of errors whose remedy is a conversion, and the cause; all layers where it is one of the model."""
+    every = [layer.name for layer in report.layers]
+    found: dict[str, str] = {}
+    for diagnosis in report.diagnoses:
+        if diagnosis.severity == "error" and "bnprobe convert" in diagnosis.remedy:
+            for name in diagnosis.layers or every:
+                found.setdefault(name, title_of(diagnosis.rule, diagnosis.cause))
+    return found
 
 
 def batch_norms(model: nn.Module) -> list[NamedModule]:
@@ -196,7 +209,7 @@ def _spec(options: Mapping[str, Any]) -> RepairSpec:
     """The repair section that the arguments of ``convert`` make.
 
     Raises:
-        UsageError: An argument is unknown or wrong.
+        UsageError: An argument is unknown or wrong, or the target does not use it.
     """
     known = tuple(dict.fromkeys(name for target in TARGETS for name in target.settings))
     unknown = sorted(options.keys() - {"to", *known})
@@ -211,9 +224,11 @@ def _spec(options: Mapping[str, Any]) -> RepairSpec:
         )
     source = Source(dict(options), arguments=True)
     try:
-        return RepairSpec.model_validate(source.values)
+        spec = RepairSpec.model_validate(source.values)
     except ValidationError as error:
         raise UsageError("\n".join(sentence(item, source, RepairSpec) for item in error.errors())) from None
+    require_used(spec.to, {name: options[name] for name in known if name in options}, "{}={!r}".format)
+    return spec
 
 
 def _considered(found: NamedModule, conversion: Conversion, reason: str) -> LayerChange | Refusal:

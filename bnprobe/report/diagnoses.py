@@ -13,7 +13,7 @@ from bnprobe.numbers import IN_MODE, count
 from bnprobe.records import EXEMPT, Diagnosis, Interval, Layer, Report, Severity, Verdict
 from bnprobe.report import figures, next_step
 from bnprobe.report.further import doing
-from bnprobe.report.layers import OUTPUT_CHANGE, on_samples, with_sign, worse_path, worst_first
+from bnprobe.report.layers import OUTPUT_CHANGE, on_samples, unmeasured, with_sign, worse_path, worst_first
 from bnprobe.report.next_step import NextStep
 from bnprobe.report.page import FINE, FLAGGED, SEVERITY_SIGNS, SEVERITY_STYLES, UNDECIDED, UNMEASURED, Page
 from bnprobe.rules import RULES, effect, rule_of, title_of
@@ -200,12 +200,32 @@ def _worst_severity(report: Report) -> Severity | None:
 def _nothing(report: Report, command: str) -> Closing:
     serious = _worst_severity(report)
     found = "" if serious is None else f", but {_problems(report)}"
+    named = any(diagnosis.layers for diagnosis in report.diagnoses)
+    judged = "compared in training and at inference" if named else "judged"
     return Closing(
-        headline=f"No layer could be judged{found}.",
+        headline=f"No layer could be {judged}{found}.",
         sign=UNMEASURED if serious is None else SEVERITY_SIGNS[serious],
-        sentences=_caveats(report),
+        sentences=(*_caveats(report), *_far_unscored(report)),
         step=_step(report, command, NextStep("The notes above say why.")),
     )
+
+
+def _far_unscored(report: Report) -> Iterator[str]:
+    """That statistics which training leaves as they are do not fit the data, where nothing says what that costs."""
+    far = [layer for layer in report.layers if layer.train is None and _is_far(layer)]
+    if not far or report.summary.gaps or report.scan.synthetic:
+        return
+    worst = max(far, key=lambda layer: layer.eval.mismatch if layer.eval else 0.0)
+    assert worst.eval is not None
+    yield (
+        f"The running statistics of {count(len(far), 'layer')} do not fit the data, worst {worst.name} with D ="
+        f" {figures.mismatch(worst.eval.mismatch)}. What that costs is not known: give a loss or metric, and held-out"
+        " data, to try recalibrated ones."
+    )
+
+
+def _is_far(layer: Layer) -> bool:
+    return layer.eval is not None and layer.eval.interval[0] > flagging_limit(layer)
 
 
 def _share(number: int, report: Report) -> str:
@@ -267,11 +287,13 @@ def _contains(interval: Interval, value: float) -> bool:
 
 
 def _caveats(report: Report) -> tuple[str, ...]:
-    unmeasured = len(with_sign(report.layers, UNMEASURED))
+    frozen, others = unmeasured(report.layers)
+    both = "both modes use the running statistics"
     scan = report.scan
     caveats = (
         (scan.partial, f"{scan.stopped.capitalize()}: only {count(scan.batches, 'micro-batch')} measured."),
-        (unmeasured > 0, f"{count(unmeasured, 'layer')} could not be measured in both modes."),
+        (frozen > 0, f"{count(frozen, 'layer')} {_are(frozen)} frozen: {both}."),
+        (others > 0, f"{count(others, 'layer')} could not be measured in both modes."),
         *_in_one_mode(report),
         (bool(report.skipped), f"{count(len(report.skipped), 'layer')} skipped."),
         (scan.synthetic, "The inputs were generated: this shows structure and batch noise, not your data (exit 0)."),
@@ -387,15 +409,24 @@ def _in_sentences(measured: Sequence[tuple[str, str]]) -> str:
 
 
 def _takes(found: effect.Effect) -> str:
-    """What a remedy does, by the measure that decides; by all where none does, and one says more than another."""
+    """What a remedy does, by the measure that decides; by all where none does, and one says more than another.
+
+    The loss is never told alone where a metric was measured, too.
+    """
     main, undecided = found.main, found.standing in ("same", "unclear")
-    if main is None or (undecided and len(set(map(_how_surely, found.changes))) > 1):
-        return f"takes {' and '.join(f'{_from_to(each)} ({_how_surely(each)})' for each in found.changes)}"
-    before, after = figures.score(main.before), figures.score(main.after)
-    if before == after:
-        return f"leaves the {main.measure} at {before}"
+    by_loss = main is not None and main.measure == "loss" and len(found.changes) > 1
+    if main is None or by_loss or (undecided and len(set(map(_how_surely, found.changes))) > 1):
+        moved = [f"{_from_to(each)} ({_how_surely(each)})" for each in found.changes if not _stays(each)]
+        stay = [f"leaves the {each.measure} at {figures.score(each.before)}" for each in found.changes if _stays(each)]
+        return " and ".join([*([f"takes {' and '.join(moved)}"] if moved else []), *stay])
+    if _stays(main):
+        return f"leaves the {main.measure} at {figures.score(main.before)}"
     helps = {"not surely": ", which does not surely help", "surely, but by little": ", surely, but by little"}
     return f"takes {_from_to(main)}{helps.get(_how_surely(main), '')}"
+
+
+def _stays(change: effect.Change) -> bool:
+    return figures.score(change.before) == figures.score(change.after)
 
 
 def _from_to(change: effect.Change) -> str:

@@ -211,7 +211,8 @@ def best_first(found: Sequence[Remedy], measure: Measure, goal: Goal = "max") ->
 def best_in_words(ordered: Sequence[Remedy], measure: Measure, goal: Goal = "max") -> str:
     """What the best remedy does, e.g. "Recalibrating takes the loss from 1.92 to 0.08 (95%: -1.9 to -1.8).".
 
-    A change whose interval contains 0 is no gain: then it is the best of those whose gain is sure.
+    A change whose interval contains 0 is no gain: then it is the best of those whose gain is sure. One that is sure
+    but too little to act on is called so; and where the loss ranks, what the metric does is said, too.
     """
     best = ordered[0]
     start, end = _ends(best, measure)
@@ -230,11 +231,27 @@ def best_in_words(ordered: Sequence[Remedy], measure: Measure, goal: Goal = "max
     interval = (
         "" if change is None or change.interval is None else f" (95%: {figures.signed_interval(change.interval)})"
     )
+    little = ", which is little" if _is_little(sure, measure, goal) else ""
     more = "" if sure is best else "; what gains more in the table is not sure"
     return (
         f"{doing(sure.name)} takes the {measure} from {figures.score(start or 0.0)} to {figures.score(end or 0.0)}"
-        f"{interval}{more}."
+        f"{interval}{little}{_beside(sure, measure)}{more}."
     )
+
+
+def _is_little(remedy: Remedy, measure: Measure, goal: Goal) -> bool:
+    """Whether a gain is smaller than what two trainings of the same network differ by."""
+    start, end = _ends(remedy, measure)
+    wanted: Goal = "min" if measure == "loss" else goal
+    return start is not None and end is not None and effect.floors_better(measure, wanted, start, end) < 1.0
+
+
+def _beside(remedy: Remedy, measure: Measure) -> str:
+    """What the metric does where remedies are ranked by the loss, a clause."""
+    start, end = _ends(remedy, "metric")
+    if measure == "metric" or start is None or end is None:
+        return ""
+    return f"; the metric goes from {figures.score(start)} to {figures.score(end)}"
 
 
 def _ends(remedy: Remedy, measure: Measure) -> tuple[float | None, float | None]:

@@ -10,7 +10,7 @@ from typing import Literal
 from rich.text import Text
 
 from bnprobe.numbers import count, percent
-from bnprobe.records import DEFAULT_THRESHOLD, CallMeasurement, Distribution, Layer, PathMeasurement, Report
+from bnprobe.records import DEFAULT_THRESHOLD, FROZEN, CallMeasurement, Distribution, Layer, PathMeasurement, Report
 from bnprobe.report import charts, figures
 from bnprobe.report.page import CENTRE, FINE, FLAGGED, STYLES, UNDECIDED, UNMEASURED, Page
 from bnprobe.report.table import Column, Mark, Names, TableLayout, table
@@ -19,12 +19,8 @@ from bnprobe.rules.shares import NOISE_THRESHOLD
 OUTPUT_CHANGE = "relative L2 change of the outputs if"
 """What is measured as the effect of layers on the output, before what is done to them."""
 
-MEANINGS = {
-    FLAGGED: "flagged",
-    UNDECIDED: "undecided",
-    FINE: "fine",
-    UNMEASURED: "not measured in both modes",
-}
+MEANINGS = {FLAGGED: "flagged", UNDECIDED: "undecided", FINE: "fine"}
+"""What the signs of layers say that were measured on every path on which they run."""
 
 
 def sign_of(layer: Layer) -> str:
@@ -36,6 +32,13 @@ def sign_of(layer: Layer) -> str:
     one = worse_path(layer.train, layer.eval)
     measured = one is not None and (layer.only_in is not None or None not in (layer.train, layer.eval))
     return FINE if measured else UNMEASURED
+
+
+def unmeasured(layers: Iterable[Layer]) -> tuple[int, int]:
+    """How many layers were not measured in both modes: those that training leaves in eval mode, and the others."""
+    found = with_sign(layers, UNMEASURED)
+    frozen = sum(layer.note is not None and layer.note.startswith(FROZEN) for layer in found)
+    return frozen, len(found) - frozen
 
 
 def on_samples(report: Report) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bnprobe.records import Diagnosis, Layer, Report, Scan
-from bnprobe.rules import rule_of
+from bnprobe.rules import effect, rule_of
 
 SAVE = {"--format": "json", "--output": "report.json"}
 
@@ -32,6 +33,8 @@ _WHY = {
     "convert": "To convert these layers, and to measure what that gains:",
 }
 
+_WITHOUT_TRAINING = "To convert these layers without training, which was measured to help:"
+
 _LARGEST_SUGGESTED = 64
 _BATCHES_OF_LARGEST = 4
 
@@ -45,18 +48,42 @@ class NextStep:
 
 
 def diagnosed_step(report: Report, command: str) -> NextStep:
-    """What follows from the first diagnosis: the command that does what its remedy says, where there is one."""
+    """The remedy of a diagnosis that was tried and is surely a gain, the best; else what the first remedy says."""
+    if (step := _tried_step(report, command)) is not None:
+        return step
     first = report.diagnoses[0]
     rule = rule_of(first.rule)
     if rule is None:
         return keep_step(command)
+    if "(--goal)" in first.remedy:
+        return NextStep("If a larger metric is better (else --goal min):", with_options(command, {"--goal": "max"}))
     if rule.larger_batches and (step := _enough_step(report, command) or _try_sizes_step(report, command)):
         return step
-    named = [arguments for arguments in rule.commands if f"bnprobe {arguments}" in first.remedy]
+    named = [arguments for arguments in rule.commands if _names(first.remedy, arguments)]
     for arguments in named:
         if _can_run(arguments, report):
             return NextStep(_WHY[arguments.split()[0]], _repair(arguments, first, report, command))
     return NextStep(f"To read about {rule.code}, with an example:", f"bnprobe explain {rule.code}")
+
+
+def _tried_step(report: Report, command: str) -> NextStep | None:
+    """The command of a remedy without training that a diagnosis names, and that is surely a gain: the best of these."""
+    said = [diagnosis.remedy for diagnosis in report.diagnoses if diagnosis.severity != "info"]
+    named = [name for name, arguments in effect.COMMANDS.items() if any(_names(remedy, arguments) for remedy in said)]
+    best = effect.best_gain(named, report.remedies, report.summary.gaps, report.summary.chance)
+    if best is None or report.scan.synthetic:
+        return None
+    arguments = effect.COMMANDS[best.name]  # type: ignore[index]
+    if not arguments.startswith("convert"):
+        return NextStep(_WHY["recalibrate"], _whole(arguments, [], report, command))
+    # It was tried in all these layers together.
+    everywhere = {layer.name for layer in report.layers} == set(best.layers) and not report.skipped
+    return NextStep(_WITHOUT_TRAINING, _whole(arguments, ["*"] if everywhere else best.layers, report, command))
+
+
+def _names(remedy: str, arguments: str) -> bool:
+    """Whether a remedy names this command, and not one that goes on."""
+    return re.search(rf"bnprobe {re.escape(arguments)}(?! --)", remedy) is not None
 
 
 def keep_step(command: str) -> NextStep:
@@ -157,10 +184,15 @@ def _can_run(arguments: str, report: Report) -> bool:
 
 
 def _repair(arguments: str, diagnosis: Diagnosis, report: Report, command: str) -> str:
-    """The whole command: the target and options of the user's, and a new file for the weights."""
+    """The whole command, on the layers of the diagnosis where no layer is flagged."""
+    converts = arguments.startswith("convert") and not any(layer.flagged for layer in report.layers)
+    return _whole(arguments, (diagnosis.layers or ("*",)) if converts else (), report, command)
+
+
+def _whole(arguments: str, layers: Iterable[str], report: Report, command: str) -> str:
+    """The whole command: the target and options of the user's, the layers, and a new file for the weights."""
     words = ["bnprobe", arguments.split()[0], *_carried(shlex.split(command)[2:]), *arguments.split()[1:]]
-    if words[1] == "convert" and not any(layer.flagged for layer in report.layers):
-        words += [word for name in diagnosis.layers or ("*",) for word in ("--layers", name)]
+    words += [word for name in layers for word in ("--layers", name)]
     done = "recalibrated" if words[1] == "recalibrate" else "repaired"
     before = "" if report.scan.checkpoint is None else f"{Path(report.scan.checkpoint).stem}-"
     return shlex.join([*words, "-o", f"{before}{done}.safetensors"])

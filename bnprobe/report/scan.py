@@ -23,7 +23,7 @@ from bnprobe.records import (
 )
 from bnprobe.report import figures, further
 from bnprobe.report.diagnoses import closing, closing_lines
-from bnprobe.report.layers import MEANINGS, MOST_CALLS, layer_table, legend, select, with_sign
+from bnprobe.report.layers import MEANINGS, MOST_CALLS, layer_table, legend, select, unmeasured, with_sign
 from bnprobe.report.mismatch import shares
 from bnprobe.report.next_step import under_limit
 from bnprobe.report.page import TIMES, UNDECIDED, UNMEASURED, Page, RenderOptions, to_string
@@ -184,7 +184,9 @@ _PASSES = {
 def _pass(extra: ExtraPass, sample: str) -> str:
     reason = extra.reason.removesuffix(".")
     why = f" ({reason})" if reason else ""
-    return f"{_PASSES.get(extra.name, extra.name)}: {count(extra.images, sample)}, {extra.seconds:.1f} s{why}"
+    # What could not be tried took time, but no sample of its own.
+    samples = f"{count(extra.images, sample)}, " if extra.images else ""
+    return f"{_PASSES.get(extra.name, extra.name)}: {samples}{extra.seconds:.1f} s{why}"
 
 
 # --- Layers -----------------------------------------------------------------------------------------------------------
@@ -215,8 +217,10 @@ def _layers(layers: Sequence[Layer], shown: Sequence[Layer], page: Page, show_al
     ]
 
 
-def _by_sign(layers: Iterable[Layer]) -> str:
-    found = ((sign, len(with_sign(layers, sign)), meaning) for sign, meaning in MEANINGS.items())
+def _by_sign(layers: Sequence[Layer]) -> str:
+    frozen, others = unmeasured(layers)
+    found = [(sign, len(with_sign(layers, sign)), meaning) for sign, meaning in MEANINGS.items()]
+    found += [(UNMEASURED, frozen, "frozen, alike in both modes"), (UNMEASURED, others, "not measured in both modes")]
     return ", ".join(f"{sign} {number} {meaning}" for sign, number, meaning in found if number)
 
 

@@ -199,17 +199,7 @@ def _is_won_back(facts: Facts) -> bool:
     if not _gain(facts).is_sure_gain:
         return False
     shifted, usual = _tried(facts), effect.tried(facts.remedies, "recalibrated")
-    return shifted is not None and (usual is None or _advantage(shifted, usual, facts) > 1.0)
-
-
-def _advantage(shifted: Remedy, usual: Remedy, facts: Facts) -> float:
-    """By how many floors the one remedy is better than the other: of the metric, else of the loss."""
-    known = {"loss": "min", "metric": effect.goal_of(facts.gaps, facts.chance)}
-    for measure in ("metric", "loss"):
-        goal, before, after = known[measure], getattr(usual.after, measure), getattr(shifted.after, measure)
-        if goal is not None and before is not None and after is not None:
-            return effect.floors_better(measure, goal, before, after)
-    return 0.0
+    return shifted is not None and (usual is None or effect.advantage(shifted, usual, facts.gaps, facts.chance) > 1.0)
 
 
 def _any_beyond(facts: Facts) -> bool:

@@ -9,6 +9,7 @@ without any consequence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -83,6 +84,16 @@ PART_OF_LEARNED = 0.005
 
 SMALLEST = 1e-12
 """Keeps the floor of a loss of 0 above 0."""
+
+CONVERSIONS: dict[FreeRemedy, str] = {"instance statistics": "convert --to instance-renorm --blend 1"}
+"""Remedies without training that other layers carry out, and the commands that put these in."""
+
+COMMANDS: dict[FreeRemedy, str] = {
+    "recalibrated": "recalibrate",
+    WITH_FROZEN: "recalibrate --include-frozen",
+    **CONVERSIONS,
+}
+"""The commands that carry out remedies without training, after "bnprobe "."""
 
 Standing = Literal["worse", "better", "same", "unclear", "not measured"]
 """Surely worse; surely better; surely not much worse; measured, but not precisely enough; not measured."""
@@ -318,18 +329,65 @@ def _of_gap(
 
 
 def of_remedy(remedy: Remedy, gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Effect:
-    """From the model as loaded to the model with a remedy, on held-out data."""
+    """From the model as loaded to the model with a remedy, on held-out data.
+
+    Where loss and metric contradict each other, the metric decides if its goal was stated, otherwise the loss.
+    """
     goal = goal_of(gaps, chance)
     changes = tuple(_changes_of(remedy, goal or "max", chance))
-    stated = all(gap.goal_is_known for gap in gaps)
-    known = goal is not None and (stated or not _contradict(changes))
-    return Effect(changes if known else tuple(change for change in changes if change.measure == "loss"))
+    if goal is not None and not _contradict(changes):
+        return Effect(changes)
+    stated = goal is not None and all(gap.goal_is_known for gap in gaps)
+    return Effect(tuple(change for change in changes if change.measure == ("metric" if stated else "loss")))
 
 
 def gain(facts: Facts, name: FreeRemedy | None) -> Effect:
     """What a remedy without training does to held-out data; of one that was not tried, nothing is known."""
     remedy = tried(facts.remedies, name)
     return Effect(()) if remedy is None else of_remedy(remedy, facts.gaps, facts.chance)
+
+
+def best_gain(
+    names: Iterable[str], remedies: Iterable[Remedy], gaps: Sequence[Gap], chance: Sequence[Chance] = ()
+) -> Remedy | None:
+    """The best of the named remedies that are surely a gain, by the metric if it can judge; None if none is."""
+    wanted = set(names)
+    sure = [each for each in remedies if each.name in wanted and of_remedy(each, gaps, chance).is_sure_gain]
+    goal = goal_of(gaps, chance)
+    measure = leading({measure for each in sure for measure in each.after.known}, goal is not None)
+    if measure is None:
+        return None
+    sign = -1.0 if measure == "metric" and goal == "max" else 1.0
+    return min(sure, key=lambda each: math.inf if (value := each.after.of(measure)) is None else sign * value)
+
+
+def advised_conversion(remedies: Sequence[Remedy], gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Remedy | None:
+    """The best conversion that is surely a gain without training, and more of one than recalibrating; None: none is."""
+    found, usual = best_gain(CONVERSIONS, remedies, gaps, chance), tried(remedies, "recalibrated")
+    if found is None or usual is None or of_remedy(usual, gaps, chance).standing != "better":
+        return found
+    return found if advantage(found, usual, gaps, chance) > 1.0 else None
+
+
+def by_conversion(facts: Facts) -> str:
+    """The conversion that is surely better without training, a sentence; empty if none is."""
+    found = advised_conversion(facts.remedies, facts.gaps, facts.chance)
+    if found is None:
+        return ""
+    return (
+        "Normalize every sample with its own statistics at inference too, without training (bnprobe"
+        f" {CONVERSIONS[found.name]}): that is surely better on {found.scored_on} data."  # type: ignore[index]
+    )
+
+
+def advantage(one: Remedy, other: Remedy, gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> float:
+    """By how many floors the one remedy is better than the other: of the metric, else of the loss."""
+    known: dict[Measure, Goal | None] = {"metric": goal_of(gaps, chance), "loss": "min"}
+    for measure, goal in known.items():
+        before, after = other.after.of(measure), one.after.of(measure)
+        if goal is not None and before is not None and after is not None:
+            return floors_better(measure, goal, before, after)
+    return 0.0
 
 
 def of_frozen(facts: Facts) -> str | None:

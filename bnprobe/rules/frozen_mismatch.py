@@ -16,7 +16,9 @@ class FrozenMismatch(Rule):
     What:
         Whether, after model.train(), the layer's weight and bias (requires_grad) and its running statistics (train
         mode) are either both trained or both frozen. A copy of another part that is trained, as the momentum encoder of
-        contrastive learning is, passes: its weights follow the other's, and its statistics its own.
+        contrastive learning is, passes: its weights follow the other's, and its statistics its own. Fixed statistics
+        with trained weight and bias are a remark where loss or metric are known to be no worse at inference, and
+        recalibrated statistics were no gain, or not tried.
 
     Why:
         requires_grad=False only stops the optimizer. In train mode the layer still normalizes with batch statistics and
@@ -72,11 +74,20 @@ class FrozenMismatch(Rule):
                 "Weight and bias are frozen (requires_grad=False), but training updates the running statistics.",
                 remedy=_of_moving_statistics(facts),
             )
+        remedy = _of_fixed_statistics(facts)
+        harmless = remedy is None and effect.inconsistency(facts.gaps, facts.chance).is_no_worse
         return self.failed(
             layer.name,
             "The running statistics are frozen (eval mode during training), but weight and bias are trained.",
-            remedy=_of_fixed_statistics(facts),
+            severity="info" if harmless else None,
+            remedy=_AS_INTENDED if harmless else remedy,
         )
+
+
+_AS_INTENDED = (
+    "None is needed: inference is no worse, and weight and bias are trained on the statistics that it uses. Earlier"
+    " weights must not move much from here on, since these statistics cannot follow."
+)
 
 
 def _of_moving_statistics(facts: Facts) -> str | None:

@@ -77,7 +77,8 @@ class Lag(ShareRule):
 
         A layer that training leaves in eval mode is never flagged, since it does the same in both modes. It fails where
         new statistics in these layers are better on held-out data than new ones in the other layers alone, and is an
-        error from 99% confidence on. A frozen part whose weights belong to its statistics passes.
+        error from 99% confidence on, or where the outputs are at chance level. A frozen part whose weights belong to
+        its statistics passes.
 
     Example:
         A model is fine-tuned for 50 steps and evaluates worse than before, but evaluated in train mode it is good.
@@ -151,9 +152,14 @@ class Lag(ShareRule):
         gain, is_far = effect.gain(facts, effect.WITH_FROZEN), lag >= min(limit, max(facts.frozen_lag.values()))
         if not is_far or gain.standing != "better":
             return self.passed(layer.name, f"Training leaves the running statistics as they are; they are {told}.")
-        severity: Severity = "info" if facts.is_new else "error" if gain.is_sure_gain else "warning"
+        useless = effect.is_at_chance(facts.chance)
+        severity: Severity = "info" if facts.is_new else "error" if gain.is_sure_gain or useless else "warning"
         message = f"{self.explain(layer, facts)} (They are {told}.)"
-        return self.failed(layer.name, message, lag, limit, severity, self.advise(layer, facts))
+        remedy = self.advise(layer, facts)
+        if useless:
+            message += " With them the outputs are at chance level, or close to it."
+            remedy += " Then train the layers behind them again."
+        return self.failed(layer.name, message, lag, limit, severity, remedy)
 
 
 _OF_FROZEN = (
@@ -174,7 +180,7 @@ def reasons(layer: Anatomy, measured: Layer, facts: Facts) -> Iterator[Reason]:
     """Reasons that there is evidence for, the strongest first."""
     weight, updates = layer.momentum, layer.batches_tracked
     if not layer.trains_statistics:
-        yield Reason("training does not update them (eval mode), while earlier weights may have changed")
+        yield Reason("training does not update them (eval mode), while the data or earlier weights may have changed")
     if weight == 0:
         yield Reason("momentum=0, with which they are never updated")
     if updates == 0 and layer.untouched:
@@ -269,10 +275,10 @@ def _in_words(layer: Anatomy, measured: Layer, facts: Facts) -> str:
     if found is not None:
         return f"Most likely reason: {found.words}."
     tested = list(_ruled_out(layer, measured, facts))
-    ruled_out = f"; not {joined(tested)}" if tested else ""
+    ruled_out = f" Ruled out: {joined(tested)}." if tested else ""
     guesses = "a high learning rate until the end, or statistics of other weights or data"
     guesses += f"; {facts.averaged_beside}" if facts.averaged_beside else ""
-    return f"Why is not known ({guesses}){ruled_out}."
+    return f"Why is not known ({guesses}).{ruled_out}"
 
 
 def _ruled_out(layer: Anatomy, measured: Layer, facts: Facts) -> Iterator[str]:

@@ -37,7 +37,9 @@ class SharedDomains(Rule):
 
     Remedy:
         Give each domain its own BN layer (other layers stay shared), or call the layer once on all domains together, so
-        that training mixes them too; then continue training.
+        that training mixes them too; then continue training. Without training, a network may do better with the
+        statistics of every sample (`bnprobe convert --to instance-renorm --blend 1`): a scan tries that, and names it
+        where it is surely better on held-out data.
 
     Reference:
         Wu and Johnson 2021, arXiv 2105.07576, section 5 (batch from different domains). Chang et al. 2019, arXiv
@@ -56,6 +58,8 @@ class SharedDomains(Rule):
         "Give each domain its own BN layer, or pass all domains through the layer in one call; then continue training."
     )
     accounts_for = ("composition",)
+    also_tried = ("instance statistics", "batch statistics")
+    commands = tuple(effect.CONVERSIONS.values())
     upstream_order = 60
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
@@ -82,7 +86,9 @@ class SharedDomains(Rule):
                 f"{calls} significantly from that of all calls (D = {number(apart)}). That is little, but a network can"
                 f" read from the statistics of a call what it holds: {unexplained.words(*effect.STATISTICS)}."
             )
-        return self.failed(layer.name, message, apart, limit, _severity(layer, facts))
+        converted = effect.by_conversion(facts)
+        remedy = f"{self.remedy} Or: {converted[0].lower()}{converted[1:]}" if converted else None
+        return self.failed(layer.name, message, apart, limit, _severity(layer, facts), remedy)
 
 
 def _severity(layer: Layer, facts: Facts) -> Severity:

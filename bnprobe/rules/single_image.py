@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bnprobe.numbers import score
 from bnprobe.records import Layer, Severity, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
@@ -31,8 +32,8 @@ class SingleImage(Rule):
         Train with larger batches or synchronized BN, or fine-tune with frozen statistics (`bnprobe convert --to frozen
         --finetune`). Where the network is called for each sample, call it once on all of them, padded to one size. A
         model that was trained on batches of one sample from the start has weights for an instance norm:
-        `bnprobe convert --to instance-renorm` with `blend: 1` in the spec's repair section makes it one in both modes,
-        which a scan tries ("instance statistics"). If this is not training but inference one
+        `bnprobe convert --to instance-renorm --blend 1` makes it one in both modes, which a scan tries ("instance
+        statistics"). If this is not training but inference one
         sample at a time, call eval() first: that is what is advised where the network is surely better with its running
         statistics, and recalibrated ones are no gain.
 
@@ -55,7 +56,7 @@ class SingleImage(Rule):
     accounts_for = ("small_batch", "composition")
     upstream_order = 110
     also_tried = ("instance statistics",)
-    commands = ("convert --to frozen --finetune",)
+    commands = (*effect.CONVERSIONS.values(), "convert --to frozen --finetune")
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         size = 0 if facts.scan is None else facts.scan.batch_size
@@ -99,10 +100,23 @@ def _remedy(usual: str, facts: Facts) -> str:
     Running statistics that need no mending and beat those of single samples are those of larger batches, on which the
     weights were trained.
     """
-    if effect.gain(facts, "instance statistics").standing == "better":
-        return (
-            "Normalize every sample with its own statistics at inference too (instance norm: bnprobe convert --to"
-            " instance-renorm with blend: 1), which is better on held-out data; or train with larger batches."
-        )
+    if converted := effect.by_conversion(facts):
+        return f"{converted} Or {usual[0].lower()}{usual[1:]}"
     better = effect.inconsistency(facts.gaps, facts.chance).standing == "better"
-    return _OF_SERVING if better and effect.gain(facts, "recalibrated").is_no_gain else usual
+    if not better or not effect.gain(facts, "recalibrated").is_no_gain:
+        return usual
+    return _of_the_loss(usual, facts) or _OF_SERVING
+
+
+def _of_the_loss(usual: str, facts: Facts) -> str:
+    """What to do where only the loss is better with running statistics; empty where the metric does not say less."""
+    if effect.doubt_of_goal(facts.gaps, facts.remedies, facts.chance) != "contradicted":
+        return ""
+    metric = next(gap for gap in facts.gaps if gap.measure == "metric")
+    before, after = score(metric.without_noise), score(metric.inference)
+    return (
+        "First say which metric is better (--goal): with running statistics the loss is better, and the metric goes"
+        f" from {before} to {after}. If a smaller one is better, and this is not training (serving or evaluating one"
+        " sample at a time), call model.eval(): the network is better with its running statistics, and recalibrated"
+        f" ones are no gain. If a larger one is better, {usual[0].lower()}{usual[1:]}"
+    )

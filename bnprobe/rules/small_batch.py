@@ -50,8 +50,9 @@ class SmallBatch(ShareRule):
         batches won back 14 to 95% of what was lost, frozen statistics 50%, and Batch Renorm 25% at 40% of the training
         steps. `--to auto` tries them next to plain BN. Gradient accumulation does not help: it leaves the normalization
         batch as it is. Without training, a network may do better with the statistics of every sample (`bnprobe convert
-        --to instance-renorm` with `blend: 1` in the spec's repair section), or with batch statistics at inference: a
-        scan tries both, and names what is surely better on held-out data.
+        --to instance-renorm --blend 1`), or with batch statistics at inference: a scan tries both, and names what is
+        surely better on held-out data. Larger batches are not advised where `--batch-sizes` shows that every layer
+        stays beyond its limit with them.
 
     Reference:
         Ioffe 2017, arXiv 1702.03275, sections 2 and 3. Wu and He 2018, arXiv 1803.08494, section 4.1 (error against
@@ -70,7 +71,7 @@ class SmallBatch(ShareRule):
     upstream_order = 120
     larger_batches = True
     also_tried = ("instance statistics", "batch statistics")
-    commands = ("convert --to frozen --finetune",)
+    commands = (*effect.CONVERSIONS.values(), "convert --to frozen --finetune")
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         samples = "" if facts.scan is None else f" from a batch of {facts.scan.batch_size}"
@@ -82,13 +83,16 @@ class SmallBatch(ShareRule):
         against = f", and {whose} is n_eq {number(limit)}" if float(f"{size:.3g}") < limit else ""
         mixed = layer.shares is None or layer.shares.composition is not None or not is_off_at_inference(layer)
         unmixed = "" if mixed else " The batches are too small or not mixed: which of the two was not judged."
-        return f"{values}. They are as noisy as {number(size)} independent values{against}.{unmixed}"
+        # Fewer values than these would be independent: the estimate says that they all are.
+        own = f"{number(size)} independent values" if size < layer.values_per_channel else "independent ones"
+        return f"{values}. They are as noisy as {own}{against}.{unmixed}"
 
     def advise(self, layer: Layer, facts: Facts) -> str:
-        """Statistics of every sample are only named where they were tried, and are better."""
-        if effect.gain(facts, "instance statistics").standing != "better":
-            return self.remedy
-        return f"{self.remedy} {_ALONE}"
+        """Statistics of every sample are only named where they were tried, and are surely better."""
+        largest = _largest_without_effect(facts)
+        usual = self.remedy if largest is None else _beyond_batches(largest)
+        converted = effect.by_conversion(facts)
+        return f"{converted} {usual}" if converted else usual
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         """Where there are so few values that not even i.i.d. data would be within the limit, this is the cause."""
@@ -98,10 +102,23 @@ class SmallBatch(ShareRule):
         return self.failed(layer.name, self.explain(layer, facts), ideal, limit, remedy=self.advise(layer, facts))
 
 
-_ALONE = (
-    "Without training, normalize every sample with its own statistics at inference too (instance norm: bnprobe convert"
-    " --to instance-renorm with blend: 1), which is better on held-out data."
-)
+def _largest_without_effect(facts: Facts) -> int | None:
+    """The largest batch size measured, where every flagged layer is beyond its limit at all sizes; None otherwise."""
+    flagged = [layer for layer in facts.layers.values() if layer.flagged and layer.batch_sizes]
+    points = [point for layer in flagged for point in layer.batch_sizes]
+    largest = max((point.batch_size for point in points), default=0)
+    if facts.scan is None or largest <= facts.scan.batch_size:
+        return None
+    return largest if all(point.mismatch > point.limit for point in points) else None
+
+
+def _beyond_batches(largest: int) -> str:
+    """What to do where larger batches were measured and are not enough."""
+    return (
+        f"Larger normalization batches are not enough: at every size measured, up to {largest}, every flagged layer is"
+        " beyond its limit with these weights and running statistics. Fine-tune with frozen statistics (bnprobe convert"
+        " --to frozen --finetune)."
+    )
 
 
 def _limit(layer: Layer) -> tuple[str, float]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.numbers import number
+from bnprobe.numbers import mismatch, number
 from bnprobe.records import Chance, Severity, Verdict, leading
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Rule
-from bnprobe.rules.shares import COMPOSITION_P, STATISTICS_CAUSES
+from bnprobe.rules.shares import COMPOSITION_P, STATISTICS_CAUSES, mismatch_limit
 
 
 class UntrainedWeights(Rule):
@@ -19,7 +19,9 @@ class UntrainedWeights(Rule):
         Loss and metric with every sample's own output, against those with the output of another sample. It fails where
         in one mode the own output is not surely better, by 2 points of a metric between 0 and 1 or 5% of the value, and
         in the other by less than 15% of what is possible. A loss that does not depend on which sample an output belongs
-        to cannot be judged, nor can batches that are not i.i.d. For a network that is as it was made it is a remark.
+        to cannot be judged, nor can batches that are not i.i.d. It passes where recalibrated statistics in frozen
+        layers are better: then these are to be mended first (BN203). For a network that is as it was made it is a
+        remark.
 
     Why:
         No statistics can help weights that predict nothing: what a scan finds beside it is real, but it is not the
@@ -67,13 +69,31 @@ class UntrainedWeights(Rule):
         if _is_one_kind_per_batch(facts) or not effect.is_at_chance(facts.chance):
             yield self.passed(None, message)
             return
+        if effect.gain(facts, effect.WITH_FROZEN).standing == "better":
+            yield self.passed(None, f"{message} Recalibrated statistics in the frozen layers are better: see BN203.")
+            return
         severity: Severity = "info" if facts.is_new else "error"
         new = (
             " The network is as it was made."
             if facts.is_new
             else " That is chance level, or close to it, in both modes."
         )
-        yield self.failed(None, message + new, severity=severity)
+        yield self.failed(None, message + new, severity=severity, remedy=self.remedy + _frozen(facts))
+
+
+def _frozen(facts: Facts) -> str:
+    """That frozen layers may keep the weights from learning, a sentence; empty where their statistics fit the data."""
+    beyond = [
+        apart
+        for name, apart in facts.frozen_lag.items()
+        if name in facts.layers and apart > mismatch_limit(facts.layers[name])
+    ]
+    if not beyond:
+        return ""
+    return (
+        f" The statistics of frozen layers are up to D = {mismatch(max(beyond))} away from those of this data: do the"
+        " layers get it in the form that they were trained on?"
+    )
 
 
 def _is_one_kind_per_batch(facts: Facts) -> bool:

@@ -102,6 +102,19 @@ def test_nothing_to_repair_writes_nothing(workspace: Workspace) -> None:
     assert files(workspace) == set()
 
 
+def test_an_error_that_no_conversion_mends_is_not_called_sound(workspace: Workspace) -> None:
+    noisy = REPAIRABLE.replace("SHIFT = 3.0", "SHIFT = 0.0").replace(
+        "self.bn(x)", "self.bn(x + 0.2 * torch.randn(x.shape))"
+    )
+    assert noisy.count("torch.randn(x.shape)") == 1
+    workspace.write("model.py", noisy)
+    found = workspace.run("convert", *TARGET, "-o", "out.safetensors").error()
+    assert "No layer is flagged, and converting layers is not what mends the error" in found
+    assert "(BN213)" in found
+    assert "name them with --layers" in found
+    assert files(workspace) == set()
+
+
 def test_a_repair_is_proved_beside_its_controls(repairable: Workspace) -> None:
     found = repairable.run("convert", *TARGET, *SHORT, *ACCURACY, "--seeds", "2", "-o", "out.safetensors")
     assert found.code == CLEAN
@@ -330,6 +343,9 @@ def test_what_appears_during_training_is_not_replaced(repairable: Workspace) -> 
         (["-o", "out.safetensors", "--resume"], "add --finetune"),
         (["-o", "out.safetensors", "--steps", "5"], "--steps has an effect only with --finetune"),
         (["-o", "out.safetensors", "--to", "auto"], "add --finetune"),
+        (["-o", "out.safetensors", "--to", "frozen", "--groups", "4"], "--groups 4 has no effect on frozen"),
+        (["--dry-run", "--blend", "1"], "--blend 1.0 has no effect on batch-renorm"),
+        (["-o", "out.safetensors", "--to", "gated", "--blend", "2"], "at most 1.0 for --blend"),
         (["-o", "out.safetensors", "--seeds", "0"], "at least 1 for --seeds"),
         (["-o", "out.safetensors", *SHORT, "--epochs", "2"], "give one"),
         (["-o", "out.safetensors", "--report", "none.json"], "none.json could not be read"),

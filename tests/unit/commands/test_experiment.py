@@ -290,7 +290,9 @@ def test_the_best_candidate_is_chosen_on_a_fifth_of_the_run() -> None:
     plans = [planned(given, to) for to in ("batch-renorm", "frozen")]
     chosen, sentence = best_candidate(given, plans, on_step=steps.append)
     assert {(step.arm, step.steps) for step in steps} == {("try batch-renorm", 4), ("try frozen", 4)}
-    assert sentence.startswith(f"--to auto chose {chosen.to} by the metric after a fifth of the run: batch-renorm ")
+    assert sentence.startswith(
+        f"--to auto chose {chosen.to} by the metric, the best within a fifth of the run: batch-renorm "
+    )
 
 
 def test_one_batch_cannot_choose() -> None:

@@ -93,7 +93,10 @@ def test_a_model_without_bn_is_refused() -> None:
     ("options", "message"),
     [
         ({"to": "renorm"}, r"the nearest is batch-renorm\) for to, but got the text 'renorm'"),
-        ({"blend": 2.0}, "for blend, but got 2.0"),
+        ({"to": "gated", "blend": 2.0}, "for blend, but got 2.0"),
+        ({"to": "frozen", "groups": 4}, r"groups=4 has no effect on frozen: it is a setting of group-norm\."),
+        ({"to": "frozen", "renorm": {"r_max": 2.0}}, "has no effect on frozen: it is a setting of batch-renorm"),
+        ({"blend": 0.5}, r"blend=0\.5 has no effect on batch-renorm: it is a setting of .*instance-renorm.* and gated"),
         ({"group": 4}, 'no option "group".*the nearest is "groups"'),
         ({"seeds": 5}, 'no option "seeds"'),
         ({"to": "auto"}, "trains every target to choose one"),

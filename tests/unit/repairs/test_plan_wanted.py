@@ -51,6 +51,21 @@ def test_a_report_from_another_model_is_refused(report: Report) -> None:
         bnprobe.convert(wider, report)
 
 
+def test_where_no_layer_is_flagged_those_are_wanted_that_an_error_advises_to_convert(report: Report) -> None:
+    layers = tuple(replace(layer, flagged=False) for layer in report.layers)
+    advised = Diagnosis(
+        "single_image", "BN209", "error", ("bn1",), None, "", "Fine-tune (bnprobe convert --to frozen)."
+    )
+    of_the_model = replace(advised, cause="inconsistency", rule="BN211", layers=())
+    other = replace(advised, cause="lag", rule="BN203", layers=("bn2",), remedy="Recalibrate (bnprobe recalibrate).")
+    for diagnoses, wanted in (
+        ((advised, other), {"bn1": "one sample at a time"}),
+        ((of_the_model,), {"bn1": "worse at inference", "bn2": "worse at inference"}),
+        ((replace(advised, severity="warning"), other), {}),
+    ):
+        assert wanted_from_report(replace(report, layers=layers, diagnoses=diagnoses), Residual()) == wanted
+
+
 def test_convert_takes_a_report(report: Report) -> None:
     converted = bnprobe.convert(Residual(), report)
     assert type(converted.bn1) is nn.BatchNorm2d

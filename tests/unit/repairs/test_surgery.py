@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnprobe
+from bnprobe.config.targets import TARGETS
 from bnprobe.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenormBase, SyncBatchRenorm
 from support.networks import Residual, unsettled
 from unit.repairs.models import DEPLOYING, EVERY, Activated, BatchNormAct, Branches, images, prepared
@@ -84,7 +85,8 @@ def test_the_device_is_kept(to: str) -> None:
 @pytest.mark.parametrize("options", [{"affine": False}, {"momentum": None}, {"eps": 0.1}])
 def test_settings_are_kept(to: str, options: dict[str, Any]) -> None:
     bn = unsettled(nn.BatchNorm2d(4, **options)).eval()
-    layer = bnprobe.convert(bn, to=to, renorm={"momentum": None})
+    own_momentum: dict[str, Any] = {"renorm": {"momentum": None}} if "renorm" in TARGETS[to].settings else {}
+    layer = bnprobe.convert(bn, to=to, **own_momentum)
     assert layer.eps == bn.eps
     assert (layer.weight is None) == (bn.weight is None)
     assert set(layer.state_dict()) - {"gate_logit"} <= set(bn.state_dict())

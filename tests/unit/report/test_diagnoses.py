@@ -205,7 +205,11 @@ def test_the_verdict_and_its_diagnoses_end_the_report(name: str) -> None:
     ("loss", "metric", "told"),
     [
         ((2.41, 2.38), (0.4, 0.3), "recalibrating takes the metric from 0.4 to 0.3."),
-        ((2.41, 1.2), (0.4, 0.4), "recalibrating takes the loss from 2.41 to 1.2."),
+        (
+            (2.41, 1.2),
+            (0.4, 0.4),
+            "recalibrating takes the loss from 2.41 to 1.2 (surely) and leaves the metric at 0.4.",
+        ),
         ((2.41, 2.41), (0.4, 0.4), "recalibrating leaves the metric at 0.4."),
         (
             (2.41, 2.38),

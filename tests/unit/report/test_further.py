@@ -155,6 +155,10 @@ def test_the_best_remedy_comes_first_and_is_put_in_words() -> None:
             " sure.",
         ),
         (
+            [replace(remedy("recalibrated", Score(1.9, None)), loss_change=Estimate(-0.02, (-0.03, -0.01)))],
+            "Recalibrating takes the loss from 1.92 to 1.9 (95%: -0.03 to -0.01), which is little.",
+        ),
+        (
             [remedy("recalibrated", Score(0.5, None), Score(None, None))],
             "Recalibrating takes the loss from a value that is not finite to 0.5.",
         ),
@@ -169,7 +173,7 @@ def test_what_a_remedy_does_not_do_is_said_too(remedies: list[Remedy], words: st
     [
         ("max", True, "calm", "takes the metric from 0.41 to 0.9"),
         ("min", True, "sharp", "takes the metric from 0.41 to 0.2"),
-        ("max", False, "sharp", "takes the loss from 1.92 to 0.1"),
+        ("max", False, "sharp", "takes the loss from 1.92 to 0.1; the metric goes from 0.41 to 0.2"),
     ],
 )
 def test_remedies_are_ranked_by_the_metric_where_its_direction_is_known(

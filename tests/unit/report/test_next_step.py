@@ -12,10 +12,11 @@ from fabricated_parts import SCAN, report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnprobe.records import Gap, Report
+from bnprobe.records import FROZEN, Estimate, Gap, Remedy, Report, Score
 from bnprobe.report.diagnoses import closing as verdict
 from bnprobe.report.next_step import with_options
-from bnprobe.report.page import broken
+from bnprobe.report.page import RenderOptions, broken
+from bnprobe.report.scan import render
 from bnprobe.rules import RULES
 from bnprobe.stats.theory import mismatch_iid
 
@@ -124,6 +125,68 @@ def test_what_no_command_can_do_is_explained() -> None:
         assert verdict(found, COMMAND).step.command == "bnprobe explain BN203"
 
 
+def tried(name: str, after: float, **changes: Any) -> Remedy:
+    """A remedy that takes a metric of 0.4 to another value, ± 0.01."""
+    change = Estimate(after - 0.4, (after - 0.41, after - 0.39))
+    layers = tuple(layer.name for layer in fabricated.flagged().layers)
+    made = Remedy(name, layers, Score(None, 0.4), Score(None, after), None, 256, "", None, change)
+    return replace(made, **changes)
+
+
+CONVERSION = "Normalize every sample with its own statistics (bnprobe convert --to instance-renorm --blend 1)."
+RECALIBRATION = "Recalibrate the running statistics (bnprobe recalibrate)."
+
+
+def of_small_batches(*remedies: Remedy, first: str = CONVERSION, second: str = RECALIBRATION) -> Report:
+    report = fabricated.flagged()
+    gap = Gap("metric", 0.9, 0.9, 0.4, None, 0.0, -0.5, None, goal="max", inconsistency_interval=(-0.51, -0.49))
+    one = replace(report.diagnoses[0], rule="BN201", cause="small_batch", severity="error", remedy=first)
+    other = replace(one, rule="BN203", cause="lag", remedy=second)
+    return replace(
+        report, diagnoses=(one, other), remedies=remedies, summary=replace(report.summary, gaps=(gap,), chance=())
+    )
+
+
+def test_the_remedy_that_gains_most_of_those_that_are_named_comes_next() -> None:
+    instance, usual = tried("instance statistics", 0.8), tried("recalibrated", 0.6)
+    convert = "bnprobe convert model.py --batch-size 2 --to instance-renorm --blend 1 --layers '*'"
+    recalibrate = "bnprobe recalibrate model.py --batch-size 2"
+    sizes = f"{COMMAND} --batch-sizes 2,4,8,16,32,64"
+    for found, command in (
+        (of_small_batches(instance, usual), f"{convert} -o batch2-repaired.safetensors"),
+        (
+            of_small_batches(tried("instance statistics", 0.5), usual),
+            f"{recalibrate} -o batch2-recalibrated.safetensors",
+        ),
+        (of_small_batches(usual), f"{recalibrate} -o batch2-recalibrated.safetensors"),
+        (of_small_batches(instance, first="Train with larger batches.", second=""), sizes),  # the remedies name it not
+        (of_small_batches(tried("recalibrated", 0.4)), sizes),
+        (of_small_batches(tried("batch statistics", 0.9)), sizes),  # nothing carries it out
+    ):
+        assert verdict(found, COMMAND).step.command == command
+
+
+def test_a_conversion_that_was_tried_on_some_layers_names_these() -> None:
+    some = tried("instance statistics", 0.8, layers=("a", "b"))
+    command = verdict(of_small_batches(some), COMMAND).step.command
+    assert command is not None
+    assert "--layers a --layers b -o" in command
+
+
+def test_a_command_that_goes_on_is_another_one() -> None:
+    frozen = "Recalibrate the frozen layers, too (bnprobe recalibrate --include-frozen)."
+    report = of_small_batches(tried("recalibrated", 0.8), first="", second=frozen)
+    assert verdict(report, COMMAND).step.command == f"{COMMAND} --batch-sizes 2,4,8,16,32,64"
+    report = of_small_batches(tried("recalibrated with frozen layers", 0.8), first="", second=frozen)
+    assert "recalibrate model.py --batch-size 2 --include-frozen" in (verdict(report, COMMAND).step.command or "")
+
+
+def test_a_goal_that_the_remedy_asks_for_is_stated_next() -> None:
+    report = of_small_batches(first="First say which metric is better (--goal): ...")
+    step = verdict(report, COMMAND).step
+    assert (step.why, step.command) == ("If a larger metric is better (else --goal min):", f"{COMMAND} --goal max")
+
+
 def test_training_is_suggested_only_with_a_loss_and_held_out_data() -> None:
     report = fabricated.REPORTS["training"]()
     diagnosis = replace(
@@ -206,6 +269,21 @@ def test_what_weakens_the_result_is_said() -> None:
         "10 layers skipped.",
         "The inputs were generated: this shows structure and batch noise, not your data (exit 0).",
     )
+
+
+def test_frozen_layers_are_told_apart_and_statistics_that_do_not_fit_are_not_passed_over_in_silence() -> None:
+    layer = max(fabricated.flagged().layers, key=lambda each: each.eval.mismatch if each.eval else 0.0)
+    frozen = replace(layer, train=None, flagged=False, undecided=False, note=f"{FROZEN}in eval mode", shares=None)
+    found = report([frozen])
+    found = replace(found, summary=replace(found.summary, gaps=()), diagnoses=())
+    end = verdict(found, COMMAND)
+    assert end.headline == "No layer could be judged."
+    assert end.sentences[0] == "1 layer is frozen: both modes use the running statistics."
+    assert end.sentences[1].startswith(f"The running statistics of 1 layer do not fit the data, worst {layer.name}")
+    assert "– 1 frozen, alike in both modes" in render(found, RenderOptions(command=COMMAND))
+    gap = Gap("metric", 0.9, 0.9, 0.9, None, 0.0, 0.0, None)
+    scored = replace(found, summary=replace(found.summary, gaps=(gap,)))
+    assert len(verdict(scored, COMMAND).sentences) == 1
 
 
 def test_batch_sizes_beyond_the_images_measured_come_with_more_batches() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bnprobe.records import Chance, ChanceValues, Estimate, Score
+from bnprobe.records import Chance, ChanceValues, Estimate, FreeRemedy, Remedy, Score
 from bnprobe.rules import effect
 from bnprobe.testing import make_evidence, make_layer
 from unit.rules.effects import chance, loss, metric, tried
@@ -113,3 +113,33 @@ def test_a_remedy_that_moves_loss_and_metric_against_each_other_is_judged_by_the
     assert effect.doubt_of_goal(gaps) is None
     stated = (gaps[0], replace(gaps[1], goal="min", goal_is_known=True))
     assert [each.measure for each in effect.of_remedy(remedy, stated).changes] == ["loss", "metric"]
+
+
+def test_where_loss_and_metric_of_a_remedy_contradict_each_other_a_stated_goal_decides() -> None:
+    remedy = replace(
+        tried(0.7, 0.9), before=Score(1.0, 0.7), after=Score(2.0, 0.9), loss_change=Estimate(1.0, (0.9, 1.1))
+    )
+    gaps = (loss(1.0, 1.0), metric(0.9, 0.7))
+    assumed = (gaps[0], replace(gaps[1], goal_is_known=False))
+    assert effect.of_remedy(remedy, gaps).standing == "better"
+    assert effect.of_remedy(remedy, assumed).standing == "worse"
+    worse = replace(remedy, after=Score(2.0, 0.7), metric_change=Estimate(0.0, (-0.01, 0.01)))
+    assert effect.of_remedy(worse, gaps).standing == "worse"
+
+
+def test_the_best_gain_is_that_of_the_metric_if_it_can_judge() -> None:
+    def both(name: FreeRemedy, loss_after: float, metric_after: float) -> Remedy:
+        change = Estimate(loss_after - 1.0, (loss_after - 1.1, loss_after - 0.9))
+        made = tried(0.5, metric_after, name)
+        return replace(made, before=Score(1.0, 0.5), after=Score(loss_after, metric_after), loss_change=change)
+
+    remedies = (both("recalibrated", 0.3, 0.6), both("instance statistics", 0.5, 0.8), tried(0.5, 0.5, "x"))  # type: ignore[arg-type]
+    gaps = (loss(0.1, 1.0), metric(0.9, 0.5))
+    names = [remedy.name for remedy in remedies]
+    best = effect.best_gain(names, remedies, gaps)
+    assert best is remedies[1]
+    assert effect.best_gain(names[:1], remedies, gaps) is remedies[0]
+    assert effect.best_gain(names[2:], remedies, gaps) is None
+    assert (
+        effect.best_gain(names, remedies, gaps[:1]) is remedies[1]
+    )  # a metric of no gap: larger is taken to be better

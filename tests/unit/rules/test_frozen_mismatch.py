@@ -62,3 +62,23 @@ def test_fixed_statistics_are_to_be_replaced_only_where_others_are_better(after:
     layer, anatomy = make_layer("bn"), [make_anatomy("bn", trains_statistics=False)]
     facts = make_evidence(layer, anatomy=anatomy, gaps=(metric(0.9, 0.8),), remedies=(tried(0.8, after, WITH_FROZEN),))
     assert [verdict.remedy[: len(remedy)] for verdict in run_rule("BN105", facts)] == [remedy]
+
+
+@pytest.mark.parametrize(
+    ("inference", "after", "found"),
+    [
+        (0.9, None, ("info", "None is needed: inference is no worse")),
+        (0.9, 0.9, ("info", "None is needed: inference is no worse")),
+        (0.9, 0.95, ("warning", "Recalibrate these statistics")),
+        (0.5, None, ("warning", "If the layer is to be frozen")),
+    ],
+)
+def test_fixed_statistics_that_do_no_harm_are_a_remark(
+    inference: float, after: float | None, found: tuple[str, str]
+) -> None:
+    """As in fine-tuning a small-batch detector: frozen statistics with trained weight and bias are intended."""
+    remedies = () if after is None else (tried(0.9, after, WITH_FROZEN),)
+    layer, anatomy = make_layer("bn"), [make_anatomy("bn", trains_statistics=False)]
+    facts = make_evidence(layer, anatomy=anatomy, gaps=(metric(0.9, inference),), remedies=remedies)
+    [verdict] = run_rule("BN105", facts)
+    assert (verdict.severity, verdict.remedy[: len(found[1])]) == found

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnprobe
+from bnprobe.records import Estimate, Score
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares, run_rule
-from unit.rules.effects import metric, tried
+from unit.rules.effects import loss, metric, tried
 from unit.rules.expect import failed, passed
 
 MESSAGE = "A batch is one sample, which is normalized with its own mean and variance in training."
@@ -61,6 +64,29 @@ def test_eval_comes_first_where_the_weights_were_trained_on_larger_batches() -> 
         [verdict] = run_rule("BN209", make_evidence(layer, gaps=(gap,), remedies=remedies, batch_size=1))
         assert verdict.severity == "error"
         assert verdict.remedy.startswith(start)
+
+
+def test_where_only_the_loss_is_better_at_inference_the_remedy_states_the_condition() -> None:
+    """The likeliest mistake is named for a metric of which smaller is better, and another remedy for the rest."""
+    layer, gaps = make_layer("bn"), (loss(1.8, 1.5), metric(0.9, 0.7))
+    assumed = (gaps[0], replace(gaps[1], goal_is_known=False))
+    instance = replace(
+        tried(0.7, 0.9, "instance statistics"),
+        before=Score(1.5, 0.7),
+        after=Score(1.8, 0.9),
+        loss_change=Estimate(0.3, (0.2, 0.4)),
+    )
+    remedies = (replace(tried(0.7, 0.7), before=Score(1.5, 0.7), after=Score(1.5, 0.7)), instance)
+    remedies = (replace(remedies[0], loss_change=Estimate(0.0, (-0.01, 0.01))), instance)
+    for known, start in (
+        (assumed, "First say which metric is better (--goal): with running statistics the loss is better, and the"),
+        (gaps, "Normalize every sample with its own statistics"),
+    ):
+        [verdict] = run_rule("BN209", make_evidence(layer, gaps=known, remedies=remedies, batch_size=1))
+        assert (verdict.severity, verdict.remedy[: len(start)]) == ("error", start)
+    [verdict] = run_rule("BN209", make_evidence(layer, gaps=assumed, remedies=remedies, batch_size=1))
+    assert "the metric goes from 0.9 to 0.7. If a smaller one is better, and this is not training" in verdict.remedy
+    assert "If a larger one is better, train with larger batches" in verdict.remedy
 
 
 class Looping(nn.Module):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bnprobe.records import Composition
+from bnprobe.records import BatchSizePoint, Composition, Domains, Layer
+from bnprobe.rules import RULES
 from bnprobe.stats.theory import mismatch_iid
 from bnprobe.testing import make_anatomy, make_evidence, make_intervals, make_layer, make_path, make_shares, run_rule
 from unit.rules.effects import metric, tried
@@ -28,6 +29,12 @@ def test_noise_of_few_values_is_blamed_on_flagged_layers_only() -> None:
         ),
         passed("BN201", "many", "This cause accounts for D = 0.004 of the layer's mismatch.", 0.004, NOISE),
     ]
+
+
+def test_values_that_are_all_independent_are_not_told_to_be_more() -> None:
+    layer = make_layer("few", make_shares(small_batch=0.2), values_per_channel=4)
+    [verdict] = run_rule("BN201", make_evidence(layer, batch_size=2))
+    assert "4 values per channel from a batch of 2. They are as noisy as independent ones, and the" in verdict.message
 
 
 def test_a_layer_that_is_off_in_training_only_has_small_batches() -> None:
@@ -165,6 +172,43 @@ def test_statistics_of_every_sample_are_advised_where_they_are_surely_better() -
         facts = make_evidence(layer, gaps=(metric(0.9, 0.4),), remedies=(tried(0.4, after, "instance statistics"),))
         [verdict] = run_rule("BN201", facts)
         remedies[after] = verdict.remedy
-    assert remedies[0.9].startswith(remedies[0.4])
-    assert "bnprobe convert --to instance-renorm with blend: 1), which is better on held-out data." in remedies[0.9]
+    assert remedies[0.9].endswith(remedies[0.4])
+    assert "(bnprobe convert --to instance-renorm --blend 1): that is surely better on held-out data." in remedies[0.9]
     assert "instance" not in remedies[0.4]
+
+
+def test_other_causes_name_them_too() -> None:
+    """BN202 and BN207 keep their own remedy, and say what was tried."""
+    composed = make_layer("bn", make_shares(composition=0.3), composition=Composition(0.43, 4.01, 1e-9))
+    domains = make_layer("bn", calls_per_forward=2, domains=Domains(0.3, (0.2, 0.4)))
+    for code, layer in (("BN202", composed), ("BN207", domains)):
+        for after, end in ((0.9, "that is surely better on held-out data."), (0.4, "then continue training.")):
+            remedies = (tried(0.4, after, "instance statistics"),)
+            [verdict] = run_rule(code, make_evidence(layer, gaps=(metric(0.9, 0.4),), remedies=remedies))
+            assert verdict.remedy.startswith(RULES[code].remedy)
+            assert verdict.remedy.endswith(end)
+
+
+def test_they_are_not_advised_where_recalibrated_statistics_do_as_well() -> None:
+    layer = make_layer("bn", make_shares(small_batch=0.2), values_per_channel=8)
+    for usual, advised in ((0.89, False), (0.6, True)):
+        remedies = (tried(0.4, usual), tried(0.4, 0.9, "instance statistics"))
+        [verdict] = run_rule("BN201", make_evidence(layer, gaps=(metric(0.9, 0.4),), remedies=remedies))
+        assert ("instance-renorm" in verdict.remedy) == advised
+
+
+def test_larger_batches_are_not_advised_where_they_were_measured_without_effect() -> None:
+    def sized(*mismatches: float) -> Layer:
+        points = [
+            BatchSizePoint(2 << step, 8, value, (value, value), 1.0, 0.1) for step, value in enumerate(mismatches)
+        ]
+        return make_layer("bn", make_shares(small_batch=0.3), batch_sizes=tuple(points))
+
+    for mismatches, start in (
+        ((0.3, 0.2, 0.15), "Larger normalization batches are not enough: at every size measured, up to 8,"),
+        ((0.3, 0.2, 0.05), "Train with larger"),
+        ((0.3,), "Train with larger"),
+        ((), "Train with larger"),
+    ):
+        [verdict] = run_rule("BN201", make_evidence(sized(*mismatches), batch_size=2))
+        assert verdict.remedy.startswith(start)
