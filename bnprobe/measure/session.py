@@ -233,6 +233,11 @@ class Session:
         with self._running(path, pass_), replaying(self.model, batch, outputs, self._state.put_back), border:
             return function(self.model, batch)
 
+    def inputs_in(self, batch: Any) -> Any:
+        """The part of a batch that the forward pass can see."""
+        only_first = self._forward is default_forward and isinstance(batch, list | tuple) and len(batch) > 0
+        return batch[0] if only_first else batch
+
     @property
     def frozen(self) -> frozenset[int]:
         """Indices of the layers that train() of the model leaves in eval mode; known once the session is installed."""
