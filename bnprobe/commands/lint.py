@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -48,7 +49,7 @@ def lint_spec(spec: Spec) -> LintReport:
     with preserved_random_state():
         seed_everything(spec.data.seed)
         loaded = load_model_only(spec)
-        return _judged(loaded.model, loaded.name, spec.rules, spec.settings())
+        return replace(_judged(loaded.model, loaded.name, spec.rules, spec.settings()), notes=loaded.notes)
 
 
 def _judged(model: nn.Module, name: str, rules: RulesSpec, settings: ScanSettings) -> LintReport:

@@ -203,6 +203,17 @@ def test_a_checkpoint_is_loaded_first(workspace: Workspace) -> None:
     )
 
 
+def test_which_weights_were_judged_is_said(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    users: dict[str, Any] = {}
+    exec(MODEL, users)
+    state = users["load_model"]().state_dict()
+    torch.save({"net": state, "ema": state}, workspace.folder / "w.pt")
+    options = ("lint", "model.py", "--checkpoint", "w.pt")
+    assert 'note: The weights were taken from the key "net" of w.pt.\n' in workspace.run(*options).stdout
+    assert "ema" in workspace.run(*options, "--format", "json").report(CLEAN)["notes"][1]
+
+
 def test_a_wrong_code_is_said_before_anything_is_loaded(workspace: Workspace) -> None:
     workspace.write("model.py", "raise RuntimeError('loaded')")
     assert workspace.run("lint", "model.py", "--select", "BN21,BN8").error() == (
