@@ -160,13 +160,14 @@ def _not_contradicted(verdict: Verdict, verdicts: Sequence[Verdict], facts: Fact
         return verdict
     failed = (other for other in verdicts if other.outcome == "failed" and other.severity != "info")
     first = [other for other in failed if other.cause in rule.mended_first]
-    return replace(verdict, remedy=_after(first[0]) if first else rule.other_remedy)
+    gained = "gains too little to count" if gain.gains_little else "is no gain"
+    return replace(verdict, remedy=_after(first[0], gained) if first else rule.other_remedy.format(gain=gained))
 
 
-def _after(first: Verdict) -> str:
-    """What to do where a remedy was tried without a gain, and another finding is to be mended before."""
+def _after(first: Verdict, gained: str) -> str:
+    """What to do where a remedy was tried without a gain that counts, and another finding is to be mended before."""
     title = RULES[first.rule].title
-    return f"Mend the {title} first ({first.rule}): recalibrating alone was tried, and is no gain."
+    return f"Mend the {title} first ({first.rule}): recalibrating alone was tried, and {gained}."
 
 
 def _order(facts: Facts) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -10,11 +11,13 @@ from bnprobe._version import __version__
 from bnprobe.analysis.diagnosis import diagnose, judge
 from bnprobe.config.load import settings_from
 from bnprobe.config.spec import RulesSpec, ScanSettings, Spec
+from bnprobe.errors import NothingToProbeError
 from bnprobe.loading.model import unwrapped
 from bnprobe.loading.workload import load_model_only
-from bnprobe.measure.layers import anatomy, find_layers
+from bnprobe.measure.exploration import possible_norms
+from bnprobe.measure.layers import LayerSet, anatomy, find_layers, require_layers
 from bnprobe.measure.restore import preserved_random_state, seed_everything
-from bnprobe.records import LintReport, Tool
+from bnprobe.records import LintReport, SkippedLayer, Tool
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import model_rules
 
@@ -28,7 +31,7 @@ def lint(model: nn.Module, *, select: Sequence[str] = (), ignore: Sequence[str] 
         ignore: No rules of these codes or prefixes.
 
     Raises:
-        NothingToProbeError: The model has no BN layer.
+        NothingToProbeError: The model has no BN layer that its class gives away.
         UsageError: No rule of a code exists, or no rule selected can judge a model alone.
     """
     inner, _ = unwrapped(model)
@@ -46,11 +49,13 @@ def lint_spec(spec: Spec) -> LintReport:
     with preserved_random_state():
         seed_everything(spec.data.seed)
         loaded = load_model_only(spec)
-        return _judged(loaded.model, loaded.name, spec.rules, spec.settings())
+        return replace(_judged(loaded.model, loaded.name, spec.rules, spec.settings()), notes=loaded.notes)
 
 
 def _judged(model: nn.Module, name: str, rules: RulesSpec, settings: ScanSettings) -> LintReport:
-    found = find_layers(model, settings.is_selected)
+    found = find_layers(model, settings.is_selected, required=False)
+    possible = possible_norms(model, found)
+    _require_known(model, found, possible)
     facts = Facts(anatomy(found, model))
     verdicts = judge(facts, rules, model_rules(rules))
     return LintReport(
@@ -59,5 +64,25 @@ def _judged(model: nn.Module, name: str, rules: RulesSpec, settings: ScanSetting
         layers=len(found.selected),
         verdicts=verdicts,
         diagnoses=diagnose(verdicts, facts),
-        skipped=found.skipped,
+        skipped=(*found.skipped, *possible),
+    )
+
+
+def _require_known(model: nn.Module, found: LayerSet, possible: Sequence[SkippedLayer]) -> None:
+    """Refuse a model in which there is nothing to judge; says what only a scan can see.
+
+    Raises:
+        NothingToProbeError: No layer is known by its class, or none is selected.
+    """
+    if found.layers:
+        require_layers(model, found)
+        return
+    kind, unjudged = type(model).__name__, [*found.skipped, *possible]
+    what = f"{kind} has no Batch Normalization layer of a class that lint knows."
+    if unjudged:
+        first, more = unjudged[0], len(unjudged) - 1
+        rest = f" ({more} more like it)" if more else ""
+        what = f"lint can judge no layer of {kind}. The first is {first.name} ({first.kind}): {first.reason}{rest}."
+    raise NothingToProbeError(
+        f"{what} lint does not run the model; bnprobe scan does, and finds norms by what they do."
     )

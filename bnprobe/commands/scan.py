@@ -156,6 +156,7 @@ def _facts(workload: Workload, session: Session) -> Facts:
         drop_last=workload.source.drop_last,
         held_out=workload.held_out is not None,
         own_order=workload.source.own_order,
+        composed=workload.source.composed,
         averaged=workload.averaged[0],
         averaged_beside=workload.averaged[1],
     )

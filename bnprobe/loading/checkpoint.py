@@ -8,11 +8,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -226,6 +228,13 @@ def _explanation(
         return f'Its keys match without the prefix "{prefix}": give --strip-prefix {prefix} (checkpoint.strip_prefix).'
     if matched < len(target) / 2:
         return "These look like the weights of a different model."
+    halves = [name for name in missing if name.endswith(_STATISTICS) and _other_half(name) in state]
+    if halves and not unexpected and not shapes:
+        half = listed(sorted({name.rpartition(".")[0] for name in halves}))
+        return (
+            f"The file holds only one of running_mean and running_var for {half}, so it is not whole: save"
+            " model.state_dict() again. `bnprobe recalibrate` computes both for layers of which the file holds neither."
+        )
     if missing and not unexpected and all(name.endswith((*_STATISTICS, _COUNTER)) for name in missing):
         return (
             "This looks like parameters saved without buffers. BatchNorm needs its running statistics: save"
@@ -235,12 +244,23 @@ def _explanation(
     if shapes and not missing and not unexpected:
         layers = {name.split(" ")[0].rpartition(".")[0] for name in shapes}
         if len(layers) == 1:
-            return f"Only {layers.pop()} differs: this looks like the same model with a different number of classes."
+            layer = layers.pop()
+            return (
+                f"Only {layer} differs: this looks like the same model with a different number of classes. Build the"
+                f" model with as many as the file has (model.args, or in load_model), or leave {layer} out of the file"
+                " and give checkpoint.strict: false."
+            )
         return "This looks like the same model with other sizes: check model.args."
     return (
         "This looks like another version of the model. checkpoint.strict: false loads the keys that match; all BN"
         " buffers must still be in the file."
     )
+
+
+def _other_half(name: str) -> str:
+    """The running variance of a layer whose running mean has this name, and the other way round."""
+    layer, dot, end = name.rpartition(".")
+    return f"{layer}{dot}{_STATISTICS[1 - _STATISTICS.index(end)]}"
 
 
 def _common_prefix(state: Mapping[str, Any], target: Mapping[str, Any], matched: int) -> str | None:
@@ -274,6 +294,9 @@ _AVERAGED = re.compile(r"ema|swa|averag|shadow|teacher", re.IGNORECASE)
 _AVERAGED_FILE = re.compile(r"(?<![a-z])(ema|swa|avg|average[d]?)(?![a-z])", re.IGNORECASE)
 """The same in the names of files, which are longer."""
 
+_AVERAGED_COUNTER = "n_averaged"
+"""The key that torch.optim.swa_utils.AveragedModel adds to those of its module."""
+
 _DEEPEST = 4
 
 
@@ -302,6 +325,10 @@ def load_checkpoint(model: nn.Module, spec: CheckpointSpec, need_statistics: boo
     averaged, beside = _averaging(best, others, path, target)
     state = best.state
     notes = [*([f"The weights were read from {path}."] if path != Path(spec.path) else []), *notes, *left_out]
+    if _AVERAGED_COUNTER in state and _AVERAGED_COUNTER not in target:
+        state = {name: value for name, value in state.items() if name != _AVERAGED_COUNTER}
+        notes.append(f"{path.name} holds torch's AveragedModel: the weights are an average.")
+        averaged = averaged or f"averaged weights, by the {_AVERAGED_COUNTER} of {path.name}: {_WITH_AVERAGE}"
     if spec.strip_prefix:
         state = without_prefix(state, spec.strip_prefix, path)
     state, stripped = without_wrappers(state, target)
@@ -404,13 +431,15 @@ def _averaging(
             return f'{words} under "{other.key}", which belong to other weights', None
         if not named and _AVERAGED.search(other.key) and weights and not statistics:
             return f'the weights are the average under "{other.key}" of {path.name}, their statistics are not', None
-    must = "their statistics must be taken with the average"
     if named:
-        return f'averaged weights, by the key "{best.key}" of {path.name}: {must}', None
+        return f'averaged weights, by the key "{best.key}" of {path.name}: {_WITH_AVERAGE}', None
     if _AVERAGED_FILE.search(path.name):
-        return f"averaged weights, by the name of {path.name}: {must}", None
+        return f"averaged weights, by the name of {path.name}: {_WITH_AVERAGE}", None
     averaged = next((other.key for other in others if _AVERAGED.search(other.key)), None)
     return None, None if averaged is None else f'{path.name} also holds averaged weights, under "{averaged}"'
+
+
+_WITH_AVERAGE = "their statistics must be taken with the average"
 
 
 def _same(one: _Candidate, other: _Candidate, target: Mapping[str, Any]) -> tuple[bool, bool]:
@@ -452,14 +481,22 @@ def _as_state(saved: Any, target: Mapping[str, Any]) -> tuple[dict[str, Any], st
         return state, type(saved).__name__
     if not isinstance(saved, Mapping):
         return {}, None
-    named = {name: value for name, value in saved.items() if isinstance(name, str)}
+    named = {name: _as_tensor(value) for name, value in saved.items() if isinstance(name, str)}
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     if not tensors:
         return {}, None
     rest = [name for name in saved if name not in tensors and not str(name).endswith("_extra_state")]
     if not rest:
-        return dict(saved), None
+        return {name: named.get(name, value) for name, value in saved.items()}, None
     return (tensors, None) if _matched(tensors, target) else ({}, None)
+
+
+def _as_tensor(value: Any) -> Any:
+    """An array of numbers as a tensor; all else as it is."""
+    with suppress(TypeError):  # of a dtype that torch does not have
+        if isinstance(value, np.ndarray):
+            return torch.from_numpy(value.copy())
+    return value
 
 
 def _matched(state: Mapping[str, Any], target: Mapping[str, Any]) -> int:

@@ -71,6 +71,7 @@ class BatchSource:
         most: Upper limit on the micro-batches to draw; None: no limit.
         dealt: Whether only this process's share is read; see ``loading.order``.
         own_order: The order of the samples is the user's; False: bnprobe shuffles a data set.
+        composed: A batch sampler of the user's own says which samples make a batch.
         beside: Held-out data that came with it, from a function that returns both.
     """
 
@@ -84,6 +85,7 @@ class BatchSource:
     most: int | None = None
     dealt: bool = False
     own_order: bool = True
+    composed: bool = False
     beside: BatchSource | None = None
 
     @property
@@ -432,7 +434,8 @@ def _loader_source(
     held = _length(loader.dataset, origin) if images is None and _is_indexable(loader) else images
     words = origin if held is None else f"{origin} ({held} samples)"
     batches = GuardedBatches(loader, origin, samples_in=request.count(stated, size))
-    return BatchSource(batches, size, words, images, drop_last=_drops_last(loader))
+    composed = loader.batch_sampler is not None and not _is_plain(loader)
+    return BatchSource(batches, size, words, images, drop_last=_drops_last(loader), composed=composed)
 
 
 def _is_indexable(loader: DataLoader[Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -124,6 +124,18 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(f"The checkpoint {path} does not exist. {nearest_file(path)}")
     if path.stat().st_size == 0:
         raise CheckpointError(f"The checkpoint {path} is empty (0 bytes). Save or copy it again.")
+    if _starts_with(path, b"version https://git-lfs"):
+        raise CheckpointError(
+            f"The checkpoint {path} is a pointer of Git LFS, not the file that it stands for. Run: git lfs pull"
+        )
+
+
+def _starts_with(path: Path, start: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+    except OSError:  # said when the file is read
+        return False
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -161,10 +173,25 @@ def _read_unsafe(path: Path) -> tuple[Any, tuple[str, ...]]:
 def _damaged(path: Path, error: Exception) -> str:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     reason = reason.split(". ")[0]  # what follows is PyTorch's own advice, cut off at its line
+    if _is_plain_pickle(path):
+        return (
+            f"The checkpoint {path} was written by pickle, not by torch.save. If you trust it, read it with pickle.load"
+            " and save its state dict with torch.save."
+        )
     return (
         f"The checkpoint {path} ({path.stat().st_size} bytes) could not be read: it is truncated, damaged, "
         f"or neither safetensors nor a torch.save file ({reason[:200].rstrip('.')}). Save or copy it again."
     )
+
+
+def _is_plain_pickle(path: Path) -> bool:
+    """Whether a file is a whole pickle with names in it, and does not begin with the number of old torch.save files."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    old = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+    return data[:1] == b"\x80" and data[-1:] == b"." and old not in data[:32]
 
 
 # ---- objects that are no tensors
@@ -225,7 +252,10 @@ _TENSORS = {
     "torch.nn.parameter": {"Parameter", "Buffer"},
     "torch.serialization": {"_get_layout"},
     "torch.storage": {"UntypedStorage", "TypedStorage"},
-    "torch._tensor": {"_rebuild_from_type_v2"},
+    "_codecs": {"encode"},  # the bytes of an array
+    "numpy": {"ndarray", "dtype"},
+    "numpy.core.multiarray": {"_reconstruct"},
+    "numpy._core.multiarray": {"_reconstruct"},
     "torch._utils": {
         "_rebuild_tensor",
         "_rebuild_tensor_v2",
@@ -237,7 +267,15 @@ _TENSORS = {
         "_rebuild_meta_tensor_no_storage",
     },
 }
-"""What a pickle may import: what makes tensors and plain containers, by module. Python 2 wrote ``__builtin__``."""
+"""What a pickle may import, by module: what makes tensors, arrays and plain containers. Python 2 wrote
+``__builtin__``."""
+
+
+def _rebuild_from_type(function: Callable[..., Any], kind: Any, args: Any, state: Any) -> Any:
+    """A tensor with attributes; one of a subclass that is not imported is a plain tensor."""
+    if issubclass(kind, Stub):
+        return function(*args)
+    return torch._tensor._rebuild_from_type_v2(function, kind, args, state)
 
 
 class _StubbingUnpickler(pickle.Unpickler):
@@ -247,6 +285,8 @@ class _StubbingUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = "builtins" if module == "__builtin__" else module
+        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
+            return _rebuild_from_type
         if name in _TENSORS.get(module, ()) or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):

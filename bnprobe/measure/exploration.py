@@ -34,6 +34,7 @@ from bnprobe.measure.norms import (
 )
 from bnprobe.measure.recognition import Inputs, own_tensors, recognise
 from bnprobe.measure.restore import preserved_random_state
+from bnprobe.numbers import joined
 from bnprobe.records import SkippedLayer
 
 
@@ -207,6 +208,24 @@ def _statistics_like(module: nn.Module) -> dict[str, Tensor]:
         for name, value in own_tensors(module).items()
         if value.is_floating_point() and 1 < value.numel() <= 2**16 and value.numel() == max(value.shape)
     }
+
+
+def possible_norms(model: nn.Module, found: LayerSet) -> list[SkippedLayer]:
+    """Modules of no known family with two buffers of one size, as a norm has them; whether they are norms shows only
+    when the model runs.
+    """
+    known = {*(layer.name for layer in found.layers), *(layer.name for layer in found.skipped)}
+    possible: list[SkippedLayer] = []
+    for named in named_once(model):
+        sizes = {name: value.numel() for name, value in _statistics_like(named.module).items()}
+        sizes = {name: sizes[name] for name, _ in named.module.named_buffers(recurse=False) if name in sizes}
+        alike = [name for name, size in sizes.items() if list(sizes.values()).count(size) > 1]
+        if alike and named.name not in known:
+            possible.append(SkippedLayer(named.name, named.kind, _NOT_RUN.format(joined(alike))))
+    return possible
+
+
+_NOT_RUN = "its buffers {} may be running statistics"
 
 
 def _functions(

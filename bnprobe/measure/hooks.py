@@ -47,10 +47,14 @@ class Interceptor(TorchFunctionMode):
 
     A call belongs to the layer whose running mean it is given, by its memory; where that says nothing, to the layer
     that is running, which forward hooks tell.
+
+    Attributes:
+        named: The memory of the statistics of layers that are skipped by name.
     """
 
     def __init__(self, layers: Sequence[ProbedLayer]) -> None:
         super().__init__()
+        self.named: frozenset[tuple[int, int, int] | None] = frozenset()
         self._families = {function: family for family in NORMS for function in family.functionals}
         self._callers: list[ProbedLayer] = []
         self._answer: Answer | None = None
@@ -140,7 +144,7 @@ class Interceptor(TorchFunctionMode):
         call = family.parse(*args, **kwargs)
         layer = self._layer_of(call)
         if layer is None:
-            if self._outside is not None and call.training:
+            if self._outside is not None and call.training and place_of(call.running_mean) not in self.named:
                 self._outside((calling_line(), _why_outside(call)))
             return func(*args, **kwargs)
         if call.masked:

@@ -10,8 +10,9 @@ from typing import Any
 
 from bnprobe.errors import UserCodeError
 from bnprobe.loading.samples import count_samples
-from bnprobe.measure.batch import join, to_device
+from bnprobe.measure.batch import MicroBatch, join, to_device
 from bnprobe.measure.evidence import Evidence, PathEvidence
+from bnprobe.measure.extremes import Extremes, checked_further
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks, Refusal
@@ -64,6 +65,7 @@ class Measurement:
         more: Whether it does; None before the first step.
         samples_in: Tells how many samples a micro-batch has.
         scored: Loss and metric are taken, where they are given.
+        extremes: The micro-batches that differ most in size, by which it is checked again whether they run together.
     """
 
     session: Session
@@ -72,6 +74,7 @@ class Measurement:
     more: bool | None = None
     samples_in: Callable[[Any], int | None] = count_samples
     scored: bool = True
+    extremes: Extremes = field(default_factory=Extremes)
 
     def step(self, micro_batches: list[Any]) -> None:
         """Measure micro-batches that are not on the device yet, as one physical batch where that works.
@@ -86,6 +89,7 @@ class Measurement:
         self._in_chunks(micro_batches, self._score)
 
     def _in_chunks(self, micro_batches: list[Any], run: Callable[[list[Any]], None]) -> None:
+        self.check_again(micro_batches)
         at_once = len(micro_batches) if self.evidence.batching.emulation.trusted else 1
         chunks = Chunks(self.session.device, self.evidence.batch_size, at_once)
         chunks.run(micro_batches, run, self.refuse)
@@ -94,10 +98,20 @@ class Measurement:
 
     def refuse(self, error: Refusal) -> None:
         """Go on with real micro-batches, which cannot run together for this reason."""
-        batching = self.evidence.batching
+        self._go_on_apart(Emulation(False, as_sentence(error), self.evidence.batching.emulation.check, {}))
+
+    def check_again(self, micro_batches: list[Any]) -> None:
+        """Go on with real micro-batches if some of these show that the model depends on the largest sample."""
+        emulation, size = self.evidence.batching.emulation, self.evidence.batch_size
+        found = (MicroBatch(batch, self.samples_in(batch) or size) for batch in micro_batches)
+        checked = checked_further(self.session, self.extremes, emulation, found)
+        if checked is not emulation:
+            self._go_on_apart(checked)
+
+    def _go_on_apart(self, refused: Emulation) -> None:
         later = "Later micro-batches run one by one. " if self.evidence.emulated else ""
-        emulation = Emulation(False, later + as_sentence(error), batching.emulation.check, {})
-        self.evidence.batching = replace(batching, emulation=emulation)
+        emulation = replace(refused, reason=later + refused.reason)
+        self.evidence.batching = replace(self.evidence.batching, emulation=emulation)
 
     def _score(self, micro_batches: list[Any]) -> None:
         step = self._step_of(micro_batches)
@@ -185,6 +199,8 @@ class Measurement:
         per_sample = path == "eval" and self.evidence.batching.emulation.trusted
         step.passes[path] = self._pass(path, step, per_sample)
         step.outputs[path], recorded = self.session.forward(path, step.joined, step.passes[path])
+        if per_sample:
+            self.evidence.batching.emulation.require_same_sizes(path, step.passes[path])
         drew = before is not None and random_state() != before
         step.inputs |= {position for key in recorded for position in key}
         room = {measure: self.evidence.scores.room(measure, path) for measure in MEASURES}

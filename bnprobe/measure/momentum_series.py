@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import UsageError
-from bnprobe.measure.batch import join, to_device
+from bnprobe.measure.batch import MicroBatch, join, to_device
+from bnprobe.measure.extremes import Extremes, checked_further
 from bnprobe.measure.forward_pass import Recorded
 from bnprobe.measure.layers import ONE_VALUE, ProbedLayer
 from bnprobe.measure.memory import Chunks, Refusal
@@ -125,6 +126,7 @@ class _Recorder:
         most: Micro-batches to record; less than asked for once the memory is known not to suffice.
         updates: Per layer index: statistics and values per channel of each step.
         calls: Per layer index: the numbers of updates per micro-batch that were seen.
+        extremes: The micro-batches that differ most in size.
     """
 
     session: Session
@@ -135,10 +137,15 @@ class _Recorder:
     dtype: torch.dtype | None = None
     updates: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
     calls: dict[int, set[int]] = field(default_factory=dict)
+    extremes: Extremes = field(default_factory=Extremes)
 
     def step(self, micro_batches: list[Any]) -> None:
         """Record micro-batches, as one physical batch where that works."""
-        chunks = Chunks(self.session.device, self.batching.batch_size, len(micro_batches))
+        size = self.batching.batch_size
+        found = [MicroBatch(batch, size) for batch in micro_batches]
+        emulation = checked_further(self.session, self.extremes, self.batching.emulation, found)
+        self.batching = replace(self.batching, emulation=emulation)
+        chunks = Chunks(self.session.device, size, len(micro_batches) if emulation.trusted else 1)
         chunks.run(micro_batches, lambda chunk: self._add(self._measure(chunk), len(chunk)), self._refused)
         if chunks.at_once < len(micro_batches):
             self.batching = replace(self.batching, at_once=chunks.at_once)

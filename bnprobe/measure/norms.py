@@ -189,6 +189,10 @@ class BatchNormFamily:
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if any(is_lazy(tensor) for tensor in tensors):
             return "lazy layer that has not seen a batch yet: run the model once before scanning it"
+        for name in ("running_mean", "running_var"):
+            values, channels = getattr(module, name, None), getattr(module, "num_features", None)
+            if isinstance(values, Tensor) and values.numel() != channels:
+                return f"its {name} holds {values.numel()} values for {channels} channels, as ghost batches may have"
         agrees: str | None = getattr(module, "nothing_to_measure", None)
         return agrees
 

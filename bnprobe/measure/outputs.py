@@ -48,7 +48,8 @@ class ClassScores:
         if target is not None:
             labels = target.argmax(1) if target.is_floating_point() else target
             hits = torch.stack([(scores.argmax(1) == labels).sum() for scores in (train, eval_)]).max()
-            known = labels[labels >= 0].long()  # negative: to be ignored
+            # Others are to be ignored: -100, or 255 as segmentation data has it, which the first batch need not hold.
+            known = labels[(labels >= 0) & (labels < eval_.shape[1])].long()
             found |= {"hits": hits.double(), "labels": torch.bincount(known, minlength=eval_.shape[1]).double()}
         return found
 

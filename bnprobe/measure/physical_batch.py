@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from textwrap import shorten
 from typing import Any, Literal
 
@@ -64,16 +64,31 @@ class Emulation:
         reason: One sentence for the report.
         check: The comparison; None if it could not be made.
         layouts: For each path, the row layout of the calls that see several rows per sample.
+        values: For each path, the values per channel and sample that each call saw.
     """
 
     trusted: bool
     reason: str
     check: SelfCheck | None
     layouts: Mapping[str, Mapping[Slot, RowLayout]]
+    values: Mapping[str, Mapping[Slot, float]] = field(default_factory=dict)
 
     def layouts_of(self, path: PathName) -> dict[Slot, RowLayout]:
         """The row layouts on one path; those of the train path also hold without random layers."""
         return dict(self.layouts.get("train" if path == "steady" else path, {}))
+
+    def require_same_sizes(self, path: PathName, pass_: Pass) -> None:
+        """Refuse a pass whose layers saw other numbers of values per sample than when this was checked.
+
+        Images of one size then gave feature maps of another: the model pads or cuts them to a size that the batch
+        decides.
+
+        Raises:
+            CannotEmulateError: They did.
+        """
+        known = self.values.get("train" if path == "steady" else path, {})
+        if any(known.get(slot, values) != values for slot, values in _values_per_sample(pass_).items()):
+            raise CannotEmulateError("the size of a layer's input changes from batch to batch")
 
 
 @dataclass(frozen=True)
@@ -143,7 +158,12 @@ def _worse(verdict: Emulation, inference: Emulation) -> Emulation:
         paths=(*one.paths, *other.paths),
         float64=one.float64 or other.float64,
     )
-    return replace(verdict, check=worst, layouts={**verdict.layouts, **inference.layouts})
+    layouts, values = {**verdict.layouts, **inference.layouts}, {**verdict.values, **inference.values}
+    return replace(verdict, check=worst, layouts=layouts, values=values)
+
+
+def _values_per_sample(pass_: Pass) -> dict[Slot, float]:
+    return {slot: record.values * (record.groups or 1) / pass_.batch_size for slot, record in pass_.records.items()}
 
 
 @dataclass(frozen=True)
@@ -206,8 +226,9 @@ def _compare(session: Session, path: PathName, micro_batches: list[Any], batch_s
     passed = check.passed and agrees
     name = _COMPARED.get(path, "eval")
     check = replace(check, output_error=output_error, passed=passed, paths=(name,))
-    layouts = {"eval" if name == "eval" else "train": emulated.layouts}
-    emulation = Emulation(passed, _reason(check, blind, batch_size), check, layouts)
+    part = "eval" if name == "eval" else "train"
+    layouts, values = {part: emulated.layouts}, {part: _values_per_sample(emulated)}
+    emulation = Emulation(passed, _reason(check, blind, batch_size), check, layouts, values)
     return _Comparison(emulation, footprint, blind, frozenset(emulated.records))
 
 

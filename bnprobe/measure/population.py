@@ -6,7 +6,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from bnprobe.errors import RepairError, UserCodeError
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, tensors_of, to_device
+from bnprobe.measure.extremes import Extremes, checked_further
 from bnprobe.measure.forward_pass import Pass, Recorded, Slot
 from bnprobe.measure.memory import Chunks, Footprint, Refusal, Result, fits_in_memory, plan_samples
 from bnprobe.measure.physical_batch import Batching, Check, Emulation, check_samples, checked, not_emulated, self_check
@@ -106,10 +108,12 @@ def steady_population(
     """
     population, footprint = population or Population(), Footprint(0, 0)
 
-    def run(batch: MicroBatch) -> tuple[dict[Slot, Recorded], float]:
+    def run(batch: MicroBatch, mixed: bool = False) -> tuple[dict[Slot, Recorded], float]:
         nonlocal footprint
         pass_ = Pass(batch.samples, batch.samples, by_batch=frozen, plain=True)
         session.forward("steady", to_device(batch.data, session.device), pass_)
+        if mixed:
+            batching.emulation.require_same_sizes("steady", pass_)
         sizes = [record.bytes // batch.samples for record in pass_.records.values()]
         footprint = Footprint(max(footprint.total, sum(sizes)), max([footprint.largest, *sizes]))
         return own_records(session, pass_), batch.samples / batching.batch_size
@@ -117,7 +121,7 @@ def steady_population(
     found = None
     if batching.emulation.trusted:
         with suppress(CannotEmulateError, UserCodeError):
-            found = _of_mixed(session, micro_batches, batching, run)
+            found = _of_mixed(session, micro_batches, batching, partial(run, mixed=True))
     if found is None:
         population.mixed = False
         alone = Chunks(session.device, batching.batch_size, 1)
@@ -221,8 +225,11 @@ def settle_by_batch(
     emulation, footprint = _checked(session, opening, self_check)
     samples = next((count for count in _halved(LARGE) if fits_in_memory(footprint, count, session.device)), 1)
     batching = Batching(size, emulation, max(1, samples // size))
+    extremes = Extremes()
+    extremes.widened_by(session, opening)  # by which it was checked
     done = 0
     for part in _parts(itertools.chain(opening, stream)):
+        batching = replace(batching, emulation=checked_further(session, extremes, batching.emulation, part))
         steady_population(session, part, batching, population, frozen)
         done += len(part)
         progress(done, done)
@@ -258,6 +265,8 @@ class _Rounds:
     ) -> None:
         self._session, self._batches, self._wanted, self._progress = session, batches, wanted, progress
         self._chunks: Chunks | None = None
+        self._emulation = not_emulated("")
+        self._extremes = Extremes()
         self._again: set[int] = set()  # layers called several times in a forward pass
         self._done = 0
         self._planned = 0
@@ -311,19 +320,31 @@ class _Rounds:
             samples = sum(sizes)
             pass_ = Pass(samples, samples, statistics=statistics)
             self._forward(join([batch.data for batch in chunk], sizes), pass_, last)
+            if len(chunk) > 1:
+                self._emulation.require_same_sizes("eval", pass_)
             found = {slot: record for slot, record in pass_.records.items() if slot[0] in wanted}
             population.add(found, len(chunk))
             self._again.update(index for index, call in found if call > 0)
 
         while chunk := list(itertools.islice(stream, self._chunks.at_once)):
+            self._check_again(chunk)
             self._chunks.run(chunk, run)
             self._done += len(chunk)
             self._progress(self._done, max(self._done, self._planned))
         return population
 
+    def _check_again(self, chunk: list[MicroBatch]) -> None:
+        """Go on with the batches as they are if some of these show that the model depends on the largest sample."""
+        assert self._chunks is not None  # the first pass made it
+        self._emulation = checked_further(self._session, self._extremes, self._emulation, chunk)
+        if not self._emulation.trusted:
+            self._chunks.at_once = 1
+
     def _plan(self, opening: list[MicroBatch]) -> Chunks:
         size = opening[0].samples if opening else 1
         emulation, footprint = _checked(self._session, opening, check_samples)
+        self._emulation = emulation
+        self._extremes.widened_by(self._session, opening)  # by which it was checked
         at_once = plan_samples(footprint, self._session.device) // size if emulation.trusted else 1
         return Chunks(self._session.device, size, max(1, at_once))
 

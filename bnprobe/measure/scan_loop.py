@@ -10,9 +10,9 @@ from operator import add
 from typing import TypeVar
 
 from bnprobe.config.spec import ScanSettings
-from bnprobe.distributed import ALONE, Share, World
+from bnprobe.distributed import ALONE, OPENING, Share, World
 from bnprobe.errors import BnprobeError, DataError, DeviceError, ProcessError, UsageError, UserCodeError
-from bnprobe.measure.batch import CannotEmulateError, to_device
+from bnprobe.measure.batch import CannotEmulateError, MicroBatch, to_device
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.measurement import Measurement
@@ -77,6 +77,7 @@ def probe(
         try:
             _score_more(_to_score(session, total, size, settings), measurement, reader, progress, world)
             reader.fill()
+            measurement.check_again([batch.data for batch in reader.kept.values()])
             if held_out is not None:
                 as_many = max(total, -(-total * size // held_out.batch_size))
                 wanted = _to_score(session, as_many, held_out.batch_size, settings)
@@ -126,7 +127,10 @@ def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measur
         for other in settings.batch_sizes
     }
     evidence = Evidence(session.layers, batching, {"train": path("train"), "eval": path("eval")}, others)
-    return Measurement(session, evidence, steady=path("steady"), samples_in=reader.samples_in)
+    measurement = Measurement(session, evidence, steady=path("steady"), samples_in=reader.samples_in)
+    # Those by which it was checked already.
+    measurement.extremes.widened_by(session, [MicroBatch(batch, size) for batch in reader.look_ahead(OPENING)])
+    return measurement
 
 
 def _measure_held_out(
@@ -150,7 +154,12 @@ def _measure_held_out(
     try:
         evidence.unscored = _why_unscored(measured.session, reader)
         measurement = Measurement(
-            measured.session, evidence, more=False, samples_in=reader.samples_in, scored=evidence.unscored is None
+            measured.session,
+            evidence,
+            more=False,
+            samples_in=reader.samples_in,
+            scored=evidence.unscored is None,
+            extremes=measured.extremes,
         )
         _measure(batches if reader.most is None else reader.most, measurement, reader, progress, world)
     except UserCodeError as error:

@@ -26,9 +26,10 @@ from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, m
 from bnprobe.measure.exploration import explore
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.hooks import Interceptor
-from bnprobe.measure.layers import LayerSet, find_layers, require_layers
+from bnprobe.measure.layers import LayerSet, find_layers, named_once, require_layers
 from bnprobe.measure.memory import is_out_of_memory
-from bnprobe.measure.norms import FunctionFamily
+from bnprobe.measure.norms import FunctionFamily, place_of
+from bnprobe.measure.recognition import own_tensors
 from bnprobe.measure.restore import (
     ModelState,
     deferred_interrupts,
@@ -189,6 +190,10 @@ class Session:
                 settings = self._settings
                 self.layers = explore(self.model, self.layers, run, settings.is_selected, settings.norms)
             self._interceptor.layers = self.layers.layers
+            skipped = {layer.name for layer in self.layers.skipped}
+            modules = [named.module for named in named_once(self.model) if named.name in skipped]
+            held = (place_of(tensor) for module in modules for tensor in own_tensors(module).values())
+            self._interceptor.named = frozenset(place for place in held if place is not None)
             self._state.put_back()
             self._find_frozen()
         if required:
@@ -232,6 +237,11 @@ class Session:
         border = model_code(f"calling {name}(model, batch) ({_IN_WORDS[path]})")
         with self._running(path, pass_), replaying(self.model, batch, outputs, self._state.put_back), border:
             return function(self.model, batch)
+
+    def inputs_in(self, batch: Any) -> Any:
+        """The part of a batch that the forward pass can see."""
+        only_first = self._forward is default_forward and isinstance(batch, list | tuple) and len(batch) > 0
+        return batch[0] if only_first else batch
 
     @property
     def frozen(self) -> frozenset[int]:

@@ -182,6 +182,7 @@ class LintReport(Record):
         verdicts: Of the rules that need the model alone.
         diagnoses: The failed ones, grouped by root cause, the worst first.
         skipped: Layers that could not be judged.
+        notes: Which weights were judged, and what else was noticed while loading; one sentence each.
     """
 
     tool: Tool
@@ -190,4 +191,5 @@ class LintReport(Record):
     verdicts: tuple[Verdict, ...]
     diagnoses: tuple[Diagnosis, ...]
     skipped: tuple[SkippedLayer, ...] = ()
+    notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION

@@ -17,6 +17,7 @@ from bnprobe.loading.order import spread
 from bnprobe.loading.samples import count_samples
 from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of
+from bnprobe.measure.extremes import is_ragged
 from bnprobe.measure.scores import ScoreTable, why_unscored
 from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.numbers import count
@@ -156,7 +157,8 @@ def _larger(batches: list[Any], source: BatchSource) -> list[Any]:
     sizes = [source.samples_in(batch) for batch in batches]
     wanted = min(BATCH, sum(size or 0 for size in sizes) // BATCHES_WANTED)
     factor = wanted // max(source.batch_size, 1)
-    if factor < 2:
+    # A model may pad the samples of a list to the largest one.
+    if factor < 2 or any(is_ragged(batch, size) for batch, size in zip(batches, sizes, strict=True) if size):
         return batches
     starts = range(0, len(batches), factor)
     try:

@@ -403,7 +403,9 @@ class _Trial:
         self.workload, self.include_frozen = workload, include_frozen
         self.settings = spec.settings().model_copy(update={"batches": num_batches})
         # Without statistics of its own the model as loaded is no alternative, unless its scores say so.
-        new = all(_is_new(layer) for layer in find_layers(self.model, lambda *names: True).layers)
+        # Norms that are found by running only are not asked: what their statistics begin with is theirs to say.
+        known = find_layers(self.model, lambda *names: True, required=False).layers
+        new = bool(known) and all(map(_is_new, known))
         self.has_statistics = not new and not workload.parameters_alone
         self.held_out = HeldOut.of(spec, workload)
         self.untracked = bool(_untracked(self.model, layers))

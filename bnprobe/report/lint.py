@@ -16,11 +16,12 @@ MOST_LAYERS = 8
 
 
 def render(report: LintReport, options: RenderOptions) -> str:
-    """One block for each finding: where, which rule, what is wrong, what to do; and a line that counts them.
+    """One block for each finding: where, which rule, what is wrong, what to do; notes; and a line that counts them.
 
     Lines are not wrapped: editors and CI read them.
     """
     lines = [line for diagnosis in report.diagnoses for line in _finding(diagnosis, report, options)]
+    lines += [_plain(f"note: {note}", options) for note in report.notes]
     lines += [_plain(f"not judged: {layer.name} ({layer.kind}): {layer.reason}", options) for layer in report.skipped]
     return to_string([[*lines, _plain(f"{one_line(report)}.", options)]], options.color)
 

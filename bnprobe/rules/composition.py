@@ -47,6 +47,12 @@ _NOT_REGROUPED = "the samples of its batches could not be regrouped at random"
 
 _NO_NEED = "None is needed at this batch size; unless the order has a reason, shuffle the training data all the same."
 
+_COMPOSED = (
+    "The loader's batch sampler puts like samples together. If that is a mistake, mix classes and sources within a"
+    " batch, and continue training. If the loss needs it (metric learning), keep it, and train with statistics that do"
+    " not depend on the batch: `bnprobe convert --finetune` measures what frozen statistics and Batch Renorm gain."
+)
+
 
 class BatchComposition(ShareRule):
     """Samples of a batch are more alike than samples drawn at random.
@@ -71,9 +77,10 @@ class BatchComposition(ShareRule):
     Remedy:
         Shuffle: shuffle=True, or a sampler that mixes classes, patients or clips within a batch. For streams, use a
         shuffle buffer that is larger than a run of similar samples. Then continue training, since the weights have
-        adapted. Where the order is fixed, `bnprobe convert --finetune` measures what frozen statistics, Batch Renorm
-        and others gain. Without training, a network may do better with the statistics of every sample (`bnprobe convert
-        --to instance-renorm --blend 1`): a scan tries that, and names it where it is surely better on held-out data.
+        adapted. Where the order is fixed, or the loss needs like samples (metric learning), `bnprobe convert
+        --finetune` measures what frozen statistics, Batch Renorm and others gain. Without training, a network may do
+        better with the statistics of every sample (`bnprobe convert --to instance-renorm --blend 1`): a scan tries
+        that, and names it where it is surely better on held-out data.
 
     Reference:
         Wu and Johnson 2021, arXiv 2105.07576, sections 5 and 6 (domains, leakage). Ioffe 2017, arXiv 1702.03275,
@@ -109,9 +116,12 @@ class BatchComposition(ShareRule):
 
     def _remark(self, layer: Layer, facts: Facts) -> Verdict:
         share, limit = share_of(layer, self.cause) or 0.0, share_limit(layer, self.cause)
-        remedy = self.remedy if effect.surely_worse(facts) else _NO_NEED
+        remedy = self.advise(layer, facts) if effect.surely_worse(facts) else _NO_NEED
         message = f"{self.explain(layer, facts)} (It accounts for D = {mismatch(share)}, which is within the limit.)"
         return self.failed(layer.name, message, share, limit, "info", remedy)
+
+    def advise(self, layer: Layer, facts: Facts) -> str:
+        return _COMPOSED if facts.composed else self.remedy
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         if layer.shares is None:

@@ -193,6 +193,12 @@ class Effect:
         return self.is_worse or (bool(self.changes) and all(change.is_no_gain for change in self.changes))
 
     @property
+    def gains_little(self) -> bool:
+        """Whether it is significantly better by a measure, however little."""
+        ends = [change.interval[1] for change in self.changes if change.interval is not None]
+        return any(end is not None and end < 0 for end in ends)
+
+    @property
     def blemish(self) -> Change | None:
         """What is significantly worse by a part of the floor: too little to act on, but not clean."""
         return _first(

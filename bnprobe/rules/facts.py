@@ -123,6 +123,7 @@ class Facts:
         drop_last: Whether the loader drops a partial last batch; None: not known.
         held_out: Whether held-out data was measured.
         own_order: The order of the samples is the user's; False: bnprobe shuffled a data set.
+        composed: A batch sampler of the user's own says which samples make a batch.
         processes: Number of processes that took part.
         rank_mismatch: Mismatch D between the running statistics of the two processes that differ most, by layer; empty
             where they were not compared.
@@ -150,6 +151,7 @@ class Facts:
     drop_last: bool | None = None
     held_out: bool = False
     own_order: bool = True
+    composed: bool = False
     processes: int = 1
     rank_mismatch: Mapping[str, float] = field(default_factory=dict)
     output: Output | None = None

@@ -67,7 +67,8 @@ class Rule(ABC):
         follows_from_any: A finding about the whole model follows from the largest error that changes a layer's output.
         free_remedy: The remedy without training that may be all that is needed; reports suggest to measure it.
         also_tried: Further remedies without training; reports say what they give where they are surely a gain.
-        other_remedy: What to do instead where that remedy was tried and is no gain.
+        other_remedy: What to do instead where that remedy was tried and is no gain, or too little; "{gain}" stands for
+            which of the two.
         mended_first: Causes that are to be mended before ``other_remedy`` makes sense, on whatever layer they are.
         larger_batches: Larger batches would help; reports suggest to measure how large.
         commands: What carries out a remedy of this rule, as the remedy names it after "bnprobe ", e.g. "recalibrate";

@@ -114,7 +114,7 @@ class Lag(ShareRule):
     also_tried = (effect.WITH_FROZEN,)
     commands = ("recalibrate --include-frozen", "recalibrate")
     other_remedy = (
-        "Find out which data or weights the running statistics belong to: recalibrating them was tried, and is no gain."
+        "Find out which data or weights the running statistics belong to: recalibrating them was tried, and {gain}."
     )
     mended_first = ("composition",)
 

@@ -353,7 +353,9 @@ def _at_no_cost(cause: Cause, facts: Facts) -> str:
     if change is None:
         return ""
     trains = "" if cause in STATISTICS_CAUSES else ": if anything suffers, it is training"
-    return f" Inference is no worse for it ({change.words(*effect.STATISTICS)}){trains}."
+    surely = change.interval is not None and change.interval[0] > 0
+    how = "worse for it by too little to count" if surely else "no worse for it"
+    return f" Inference is {how} ({change.words(*effect.STATISTICS)}){trains}."
 
 
 def _suspected(cause: Cause, share: float, facts: Facts) -> str:

@@ -203,6 +203,17 @@ def test_a_checkpoint_is_loaded_first(workspace: Workspace) -> None:
     )
 
 
+def test_which_weights_were_judged_is_said(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    users: dict[str, Any] = {}
+    exec(MODEL, users)
+    state = users["load_model"]().state_dict()
+    torch.save({"net": state, "ema": state}, workspace.folder / "w.pt")
+    options = ("lint", "model.py", "--checkpoint", "w.pt")
+    assert 'note: The weights were taken from the key "net" of w.pt.\n' in workspace.run(*options).stdout
+    assert "ema" in workspace.run(*options, "--format", "json").report(CLEAN)["notes"][1]
+
+
 def test_a_wrong_code_is_said_before_anything_is_loaded(workspace: Workspace) -> None:
     workspace.write("model.py", "raise RuntimeError('loaded')")
     assert workspace.run("lint", "model.py", "--select", "BN21,BN8").error() == (
@@ -215,7 +226,32 @@ def test_a_wrong_code_is_said_before_anything_is_loaded(workspace: Workspace) ->
 def test_a_model_without_norms_cannot_be_judged(workspace: Workspace) -> None:
     workspace.write("model.py", "from torch import nn\nmodel = nn.Linear(2, 2)\n")
     said = workspace.run("lint", "model.py").error(NOTHING)
-    assert said == "Linear has no Batch Normalization layer: there is nothing to probe."
+    assert said == (
+        "Linear has no Batch Normalization layer of a class that lint knows. lint does not run the model; bnprobe scan"
+        " does, and finds norms by what they do."
+    )
+
+
+OWN_NORM = """
+class Scaling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("average", torch.zeros(2))
+        self.register_buffer("power", torch.ones(2))
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.average, self.power, training=self.training)
+"""
+
+
+def test_what_only_a_scan_can_see_is_said(workspace: Workspace) -> None:
+    begin = f"import torch\nfrom torch import nn\n{OWN_NORM}\n"
+    reason = "1 (Scaling): its buffers average and power may be running statistics"
+    workspace.write("model.py", begin + "model = nn.Sequential(nn.Linear(2, 2), Scaling(), Scaling())\n")
+    said = workspace.run("lint", "model.py").error(NOTHING)
+    assert said.startswith(f"lint can judge no layer of Sequential. The first is {reason} (1 more like it).")
+    workspace.write("model.py", begin + "model = nn.Sequential(nn.BatchNorm1d(2), Scaling())\n")
+    assert f"not judged: {reason}\n" in workspace.run("lint", "model.py").stdout
 
 
 def test_what_cannot_be_judged_has_a_reason(workspace: Workspace) -> None:

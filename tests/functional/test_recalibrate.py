@@ -55,6 +55,38 @@ def images() -> torch.Tensor:
     return torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(0)) + 3
 
 
+OWN_NORM = (
+    SHIFTED
+    + """
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("average", torch.zeros(2))
+        self.register_buffer("power", torch.ones(2))
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.average, self.power, training=self.training)
+
+
+class OwnNet(Net):
+    def __init__(self):
+        super().__init__()
+        self.bn = Own()
+
+
+def load_model():
+    return OwnNet()
+"""
+)
+
+
+def test_a_model_whose_only_norms_are_found_by_running_it(workspace: Workspace) -> None:
+    workspace.write("model.py", OWN_NORM)
+    assert recalibrate(workspace).code in (CLEAN, FINDINGS)
+    torch.testing.assert_close(load_file(workspace.folder / "out.safetensors")["bn.average"], images().mean((0, 2, 3)))
+
+
 @pytest.mark.parametrize("path", ["train", "eval"])
 def test_a_model_with_statistics_of_other_data_is_mended(shifted: Workspace, path: str) -> None:
     found = recalibrate(shifted, "--path", path)

@@ -439,7 +439,18 @@ def test_stale_statistics_beside_batches_that_are_not_mixed_say_to_mend_these_fi
     [_, remark] = diagnosed(make_evidence(stale, alike, gaps=(metric(0.9, 0.9),), remedies=(tried(0.5, 0.5),)))
     assert (remark.cause, remark.severity) == ("composition", "info")
     [alone] = diagnosed(make_evidence(stale, **known))
-    assert alone.remedy == find_rule("BN203").other_remedy
+    assert alone.remedy == find_rule("BN203").other_remedy.format(gain="is no gain")
+
+
+def test_a_remedy_that_surely_gains_a_little_is_not_called_no_gain() -> None:
+    """Where the same report shows that it is better, however little."""
+    stale, known = make_layer("a", make_shares(lag=0.5)), {"gaps": (metric(0.9, 0.5),)}
+    [found] = diagnosed(make_evidence(stale, **known, remedies=(tried(0.5, 0.51, width=0.005),)))
+    assert found.remedy.endswith("recalibrating them was tried, and gains too little to count.")
+    remedies = (tried(0.5, 0.51, width=0.005),)
+    both = diagnosed(make_evidence(stale, sorted_layer("b", 0.3), **known, remedies=remedies))
+    [found] = [each for each in both if each.cause == "lag"]
+    assert found.remedy.endswith("recalibrating alone was tried, and gains too little to count.")
 
 
 def test_what_is_no_share_gets_its_part_of_the_effect_on_the_output() -> None:

@@ -215,11 +215,19 @@ def test_truncated_files(tmp_path: Path, state: State, kind: str, share: float) 
     assert f"({path.stat().st_size} bytes) could not be read: it is truncated, damaged" in message
 
 
-@pytest.mark.parametrize("content", [b"<html>not found</html>", b"version https://git-lfs", b"\x80\x04garbage"])
+@pytest.mark.parametrize("content", [b"<html>not found</html>", b"\x80\x04garbage"])
 def test_what_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "w.pt"
     path.write_bytes(content)
     assert "neither safetensors nor a torch.save file" in checkpoint_error(str(path))
+
+
+def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "w.pt is a pointer of Git LFS, not the file that it stands for. Run: git lfs pull" in checkpoint_error(
+        str(path)
+    )
 
 
 def test_missing_empty_and_folder(tmp_path: Path, state: State) -> None:
@@ -411,7 +419,46 @@ def test_an_exception_while_unpickling_is_the_users(tmp_path: Path) -> None:
 def test_a_plain_pickle(tmp_path: Path, state: State) -> None:
     path = tmp_path / "w.pkl"
     path.write_bytes(pickle.dumps(state))
-    assert "could not be read" in checkpoint_error(str(path))
+    assert "w.pkl was written by pickle, not by torch.save. If you trust it, read it" in checkpoint_error(str(path))
+
+
+class Tracked(torch.Tensor):
+    """A subclass that the one who reads the file does not have."""
+
+
+@pytest.mark.parametrize("key", ["", "net"])
+def test_tensors_of_a_subclass_are_taken_as_plain_ones(tmp_path: Path, state: State, key: str) -> None:
+    own = {name: value.as_subclass(Tracked) for name, value in state.items()}
+    model = net()
+    notes = load(model, save(tmp_path, {key: own} if key else own))
+    assert_loaded(model, state)
+    assert "Tracked" in notes[-1]
+
+
+def test_arrays_are_taken_as_tensors(tmp_path: Path, state: State) -> None:
+    model = net()
+    load(model, save(tmp_path, {name: value.numpy() for name, value in state.items()}))
+    assert_loaded(model, state)
+
+
+def test_arrays_of_objects_run_nothing(tmp_path: Path, state: State) -> None:
+    objects = numpy.array([Recorder(tmp_path / "ran")], dtype=object)
+    model = net()
+    load(model, save(tmp_path, {"model": state, "objects": objects}))
+    assert_loaded(model, state)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_the_averaged_model_of_torch(tmp_path: Path, state: State, use_buffers: bool) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(trained(), use_buffers=use_buffers)
+    model = net()
+    found = load_checkpoint(model, CheckpointSpec(path=save(tmp_path, averaged.state_dict())))
+    assert_loaded(model, state)
+    assert found.notes[0] == "weights.pt holds torch's AveragedModel: the weights are an average."
+    assert found.averaged == (
+        "averaged weights, by the n_averaged of weights.pt: their statistics must be taken with the average"
+    )
 
 
 # ---- fit
@@ -431,7 +478,10 @@ def test_another_number_of_classes_and_another_width(tmp_path: Path, state: Stat
     path = save(tmp_path, state)
     message = checkpoint_error(path, net(classes=5))
     assert "Different shape (2): 2.weight (file 3x4, model 5x4), 2.bias (file 3, model 5)." in message
-    assert "Only 2 differs: this looks like the same model with a different number of classes." in message
+    assert (
+        "Only 2 differs: this looks like the same model with a different number of classes. Build the model with"
+        in message
+    )
     message = checkpoint_error(path, net(width=8), strict=False)
     assert "with other sizes: check model.args" in message
 
@@ -443,7 +493,10 @@ def test_missing_statistics_are_an_error_even_if_not_strict(tmp_path: Path, stat
         assert "Missing (2): 1.running_mean, 1.running_var." in message
         assert "parameters saved without buffers" in message
     del state["1.running_var"]
-    assert "Missing (1): 1.running_var." in checkpoint_error(save(tmp_path, state), strict=False)
+    message = checkpoint_error(save(tmp_path, state), strict=False)
+    assert "Missing (1): 1.running_var." in message
+    assert "The file holds only one of running_mean and running_var for 1, so it is not whole: save" in message
+    assert "accepts this file" not in message
 
 
 def test_files_from_before_update_counters(tmp_path: Path, state: State) -> None:

@@ -165,7 +165,7 @@ def test_a_batch_sampler_of_torchs_says_how_many_samples_an_epoch_has(drop_last:
     source = as_batch_source(DataLoader(images(), batch_sampler=batches), 3)
     assert (source.images, source.drop_last) == (10, drop_last)
     own = as_batch_source(DataLoader(images(), batch_sampler=Buckets(2)), 2)
-    assert own.images is None
+    assert (own.images, own.composed, source.composed) == (None, True, False)
     assert own.description.endswith(f"({len(images())} samples)")  # of the data set, whatever an epoch draws of it
 
 

@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from bnprobe.commands.scan import scan
 from bnprobe.measure.norms import lookalike_reason
+from support.networks import images
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -75,3 +78,29 @@ def test_a_norm_of_weights_is_none_of_batches(normalized: Callable[[nn.Module], 
     modules = list(normalized(nn.Linear(2, 2)).modules())
     assert any("Norm" in type(module).__name__ for module in modules)
     assert [lookalike_reason(module) for module in modules] == [None] * len(modules)
+
+
+class GhostNorm(nn.BatchNorm2d):
+    """Takes the parts of a batch for channels of their own, and keeps statistics of each."""
+
+    def __init__(self, channels: int, parts: int) -> None:
+        super().__init__(channels)
+        self.parts = parts
+        self.register_buffer("running_mean", torch.zeros(parts * channels))
+        self.register_buffer("running_var", torch.ones(parts * channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, *positions = x.shape
+        if self.training:
+            split = x.reshape(-1, self.parts * c, *positions)
+            return F.batch_norm(split, self.running_mean, self.running_var, training=True).view(n, c, *positions)
+        return F.batch_norm(x, self.running_mean[:c], self.running_var[:c])
+
+
+def test_a_layer_with_statistics_for_each_part_of_a_batch_is_skipped_by_name() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), GhostNorm(3, 2))
+    report = scan(model, images(6, 4, 3, 4, 4), 4, num_batches=6)
+    assert [layer.name for layer in report.layers] == ["0"]
+    (skipped,) = report.skipped
+    assert (skipped.name, skipped.kind) == ("1", "GhostNorm")
+    assert skipped.reason == "its running_mean holds 6 values for 3 channels, as ghost batches may have"

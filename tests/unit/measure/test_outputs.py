@@ -190,6 +190,13 @@ def test_scores_for_every_position() -> None:
     assert scan(model, x, 2, num_batches=5).summary.output.kl_divergence is None
 
 
+def test_a_label_beyond_the_classes_that_comes_later_is_ignored() -> None:
+    labels = [labels.clone() for labels in LABELS]
+    labels[3][1] = 255
+    report = scan(Flat(), list(zip(images(6, 4, 6), labels, strict=True)), 4, num_batches=6, physical_batch=8)
+    assert report.scan.batches == 6
+
+
 def test_a_single_column_is_no_class_score() -> None:
     output = scan(Scores(lambda x: x.sum(1, keepdim=True)), images(6, 4, 3), 4, num_batches=6).summary.output
     assert (output.argmax_changed, output.kl_divergence) == (None, None)

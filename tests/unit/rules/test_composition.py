@@ -71,6 +71,21 @@ def test_alike_samples_within_the_limit_are_a_remark() -> None:
     assert found[0].remedy.startswith("None is needed")
 
 
+def test_a_batch_sampler_that_puts_like_samples_together_may_do_so_on_purpose() -> None:
+    layer = make_layer("bn", SORTED, composition=Composition(0.43, 4.01, 1e-9))
+    [found] = run_rule("BN202", replace(make_evidence(layer, batch_size=8), composed=True))
+    assert found.remedy.startswith("The loader's batch sampler puts like samples together. If that is a mistake, mix")
+    assert "If the loss needs it (metric learning), keep it" in found.remedy
+
+
+def test_inference_that_is_surely_a_little_worse_is_not_called_no_worse() -> None:
+    layer = make_layer("bn", SORTED, composition=Composition(0.43, 4.01, 1e-9))
+    for after, said in ((0.89, "worse for it by too little to count"), (0.9, "no worse for it")):
+        gap = replace(metric(0.9, after), inconsistency_interval=(after - 0.905, after - 0.895))
+        [found] = run_rule("BN202", make_evidence(layer, batch_size=8, gaps=(gap,)))
+        assert f"Inference is {said} (the metric is 0.9 with" in found.message
+
+
 def test_no_remark_is_made_where_chance_or_the_batch_size_adds_more() -> None:
     for composition, p_value in ((0.003, 1e-9), (0.01, 0.02)):
         layer = make_layer("bn", make_shares(composition=composition), composition=Composition(0.2, 2.4, p_value))
