@@ -13,7 +13,7 @@ from bnprobe.config.spec import RulesSpec, ScanSettings, Spec
 from bnprobe.loading.model import unwrapped
 from bnprobe.loading.workload import load_model_only
 from bnprobe.measure.layers import anatomy, find_layers
-from bnprobe.measure.restore import preserved_random_state, seed_everything
+from bnprobe.measure.restore import preserved_process, preserved_random_state, seed_everything
 from bnprobe.records import LintReport, Tool
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import model_rules
@@ -33,7 +33,8 @@ def lint(model: nn.Module, *, select: Sequence[str] = (), ignore: Sequence[str] 
     """
     inner, _ = unwrapped(model)
     rules = RulesSpec(select=tuple(select), ignore=tuple(ignore))
-    return _judged(inner, type(inner).__name__, rules, settings_from({}))
+    with preserved_process():
+        return _judged(inner, type(inner).__name__, rules, settings_from({}))
 
 
 def lint_spec(spec: Spec) -> LintReport:

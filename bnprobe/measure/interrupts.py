@@ -3,13 +3,15 @@
 Python runs the handler of a signal between two instructions of the main thread: also between the end of a block and
 the first line of what cleans up after it. ``Restoring`` closes that gap. While such a block runs, a handler is
 installed that looks at which function it interrupts. Where that is one that puts things back, Ctrl-C waits until it is
-done; where it is one of contextlib, which is about to enter or leave a block, until the next instruction elsewhere.
+done; where it is one of contextlib or of torch's modes, which is about to enter or leave a block, until the next
+instruction elsewhere.
 """
 
 from __future__ import annotations
 
 import _thread
 import contextlib
+import inspect
 import signal
 import sys
 import threading
@@ -17,6 +19,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+import torch.overrides
+import torch.utils._python_dispatch
 
 Restore = Callable[[], object]
 """Puts something back as it was when this was made."""
@@ -89,11 +94,20 @@ class _Handler:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if _puts_back(frame):
             self.waiting.append((number, frame))
-        elif frame is not None and frame.f_code.co_filename == contextlib.__file__:
+        elif frame is not None and frame.f_code.co_filename in _BETWEEN_BLOCKS:
             # Raised here, it would leave a block without its end: what that does would run when the traceback goes.
-            _thread.interrupt_main(signal.SIGINT)
+            _AGAIN.sent  # noqa: B018  reading it is what sends
         else:
             self.previous(number, frame)
+
+
+class _Signal(int):
+    """A signal that is sent by reading an attribute: Python looks for signals after a call, which is still too soon."""
+
+    sent = property(_thread.interrupt_main)
+
+
+_AGAIN = _Signal(signal.SIGINT)
 
 
 def _installed() -> tuple[_Handler | None, bool]:
@@ -113,6 +127,12 @@ def _installed() -> tuple[_Handler | None, bool]:
     signal.signal(signal.SIGINT, handler)
     return handler, True
 
+
+_BETWEEN_BLOCKS = frozenset(
+    inspect.getfile(each) for each in (contextlib, torch.overrides, torch.utils._python_dispatch)
+)
+"""Files whose functions begin and end blocks, and do nothing that takes long: a mode of torch that is set aside for a
+moment, too."""
 
 _NEVER_INTERRUPTED = frozenset({Restoring.__exit__.__code__, _installed.__code__})
 

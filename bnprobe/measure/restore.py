@@ -50,6 +50,11 @@ def preserved_random_state() -> Restoring:
     return Restoring(_keep_random_state)
 
 
+def preserved_process() -> Restoring:
+    """Restore the random state and torch's modes: for what looks at a model without running it."""
+    return Restoring(lambda: [*keep_process(), *_keep_random_state()])
+
+
 def _keep_random_state() -> list[Restore]:
     if torch.cuda.is_available():
         torch.cuda.init()  # else a seed that the user set would still be waiting, and ours would replace it
@@ -111,7 +116,7 @@ def untouched(model: nn.Module) -> Restoring:
 
 
 def undone_if_failed(model: nn.Module) -> Restoring:
-    """Undo what the block did to a model, unless it ends well: also where Ctrl-C comes at its very end.
+    """Undo what the block did to a model and the process, unless it ends well: also where Ctrl-C comes at its very end.
 
     For blocks that change modules and buffers: the values of parameters and their gradients are not kept.
     """
@@ -120,7 +125,8 @@ def undone_if_failed(model: nn.Module) -> Restoring:
         found = reached(every_module(model), functions=False)
         trained = [item for _, item in found if isinstance(item, nn.Parameter)]
         left_out = {id(tensor) for tensor in trained} | {id(tensor.grad) for tensor in trained}
-        return keep([each for each in found if id(each.item) not in left_out])
+        kept = keep([each for each in found if id(each.item) not in left_out])
+        return [*kept, *keep_process(), *_keep_random_state()]
 
     return Restoring(save, undo=True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from bnprobe.errors import RepairError, UsageError
 from bnprobe.loading.model import unwrapped
 from bnprobe.measure.layers import NamedModule, named_once
 from bnprobe.measure.origins import owner_of
-from bnprobe.measure.restore import undone_if_failed
+from bnprobe.measure.restore import preserved_process, undone_if_failed
 from bnprobe.records import ROOT, Layer, LayerChange, Plan, Refusal, Report
 from bnprobe.repairs.conversions import Conversion, conversion_of
 from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed
@@ -54,9 +53,10 @@ def convert(
     """
     spec = _spec({"to": to, **options})
     refuse_wrapped(model)
-    made = plan(model, _wanted(model, layers), spec.to, "bnprobe.convert")
-    _require_all(made)
-    return apply(model, made, spec, inplace=inplace)
+    with undone_if_failed(model) if inplace else preserved_process():
+        made = plan(model, _wanted(model, layers), spec.to, "bnprobe.convert")
+        _require_all(made)
+        return apply(model, made, spec, inplace=inplace)
 
 
 def plan(model: nn.Module, wanted: Mapping[str, str], to: str, source: str) -> Plan:
@@ -112,10 +112,10 @@ def apply(model: nn.Module, plan: Plan, spec: RepairSpec, *, inplace: bool = Fal
     target = model if inplace else _copy(model)
     conversion = conversion_of(TARGETS[plan.to])
     modules = {found.name: found for found in named_once(target)}
-    with undone_if_failed(target) if inplace else nullcontext():
-        chosen = [_chosen(modules, change, plan.to, conversion) for change in plan.changes]
-        made = [(layer, conversion.replacement(layer, spec), applies_children(layer)) for layer in chosen]
-        return replace_everywhere(target, {layer: succeed(new, layer, further) for layer, new, further in made})
+    chosen = [_chosen(modules, change, plan.to, conversion) for change in plan.changes]
+    # Make every replacement before the model is changed: if one fails, nothing is changed.
+    made = [(layer, conversion.replacement(layer, spec), applies_children(layer)) for layer in chosen]
+    return replace_everywhere(target, {layer: succeed(new, layer, further) for layer, new, further in made})
 
 
 def wanted_by_globs(model: nn.Module, globs: Iterable[str]) -> dict[str, str]:
