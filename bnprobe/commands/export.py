@@ -33,6 +33,7 @@ from bnprobe.errors import RepairError, UsageError, UserCodeError
 from bnprobe.loading.samples import count_samples
 from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.batch import CannotEmulateError, check_finite, join, pick, tensors_of
+from bnprobe.measure.reader import lasting
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.session import default_forward, forward_all
 from bnprobe.records import Difference
@@ -132,7 +133,7 @@ def _cases(workload: Workload, model: nn.Module) -> tuple[list[tuple[int, Argume
     The first batch is the example for tracing; it has at least two samples if possible.
     """
     forward = workload.forward or (forward_all if workload.source.synthetic else default_forward)
-    batches = list(itertools.islice(workload.source.batches, BATCHES))
+    batches = list(itertools.islice(lasting(workload.source.batches), BATCHES))
     for number, batch in enumerate(batches, 1):
         check_finite(batch, number)
     if not batches:

@@ -16,7 +16,7 @@ from bnprobe.loading.model import unwrapped
 from bnprobe.loading.workload import load_model_only
 from bnprobe.measure.exploration import possible_norms
 from bnprobe.measure.layers import LayerSet, anatomy, find_layers, require_layers
-from bnprobe.measure.restore import preserved_random_state, seed_everything
+from bnprobe.measure.restore import preserved_process, preserved_random_state, seed_everything
 from bnprobe.records import LintReport, SkippedLayer, Tool
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import model_rules
@@ -36,7 +36,8 @@ def lint(model: nn.Module, *, select: Sequence[str] = (), ignore: Sequence[str] 
     """
     inner, _ = unwrapped(model)
     rules = RulesSpec(select=tuple(select), ignore=tuple(ignore))
-    return _judged(inner, type(inner).__name__, rules, settings_from({}))
+    with preserved_process():
+        return _judged(inner, type(inner).__name__, rules, settings_from({}))
 
 
 def lint_spec(spec: Spec) -> LintReport:

@@ -28,11 +28,11 @@ from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.finite_data import data_set_size
 from bnprobe.measure.further import Further, Wanted, batches_to_keep, joint_impacts, measure_further
+from bnprobe.measure.interrupts import deferred_interrupts
 from bnprobe.measure.layers import anatomy
 from bnprobe.measure.rank_agreement import agree
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import (
-    deferred_interrupts,
     preserved_generators,
     preserved_random_state,
     seed_everything,

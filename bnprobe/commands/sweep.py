@@ -82,7 +82,6 @@ def sweep(
         BnprobeError: See ``bnprobe.errors`` for the tree.
     """
     given = settings_from({"batch_size": batch_size, "batches": num_batches, **settings})
-    source = as_batch_source(batches, batch_size, batch_size_of=batch_size_of)
     inner, _ = unwrapped(model)
 
     def scan_with(changes: dict[str, Any]) -> Report:
@@ -90,9 +89,10 @@ def sweep(
         return scan(model, batches, forward=forward, batch_size_of=batch_size_of, progress=progress, **keywords)
 
     may_extend = num_batches is None and "max_batches" not in settings
-    subject = _Subject(scan_with, _Material(inner, source, forward), given, may_extend)
     sizes = None if batch_sizes is None else tuple(batch_sizes)
-    with preserved_generators(batches):
+    with preserved_random_state(), preserved_generators(batches):
+        source = as_batch_source(batches, batch_size, batch_size_of=batch_size_of)
+        subject = _Subject(scan_with, _Material(inner, source, forward), given, may_extend)
         return _sweep(subject, SweepPlan(sizes, tuple(train_sizes), momentum), progress)
 
 

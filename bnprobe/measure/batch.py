@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,8 +96,14 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def copy_tensors(batch: Any) -> Any:
-    """Copy the tensors of a batch, and batch objects of other libraries that have a ``clone`` method."""
-    return map_leaves(batch, lambda leaf: leaf.clone() if callable(getattr(leaf, "clone", None)) else leaf)
+    """Copy the tensors and arrays of a batch, and batch objects of other libraries that have a ``clone`` method."""
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            return leaf.copy()
+        return leaf.clone() if callable(getattr(leaf, "clone", None)) else leaf
+
+    return map_leaves(batch, copied)
 
 
 def check_finite(batch: Any, position: int, indices: Callable[[int], Sequence[Any]] | None = None) -> None:

@@ -166,7 +166,8 @@ class _Watch(TorchFunctionMode):
             with self:
                 yield
             return
-        candidates = [module for module in self._modules if len(_statistics_like(module)) > 1]
+        seen = [module for module in self._modules if not isinstance(module, torch.jit.ScriptModule)]  # takes no hooks
+        candidates = [module for module in seen if len(_statistics_like(module)) > 1]
         before = {module: _copies(module) for module in self._every}
         with ExitStack() as stack:
             for module in candidates:

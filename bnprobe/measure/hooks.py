@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnprobe.errors import ModelError, is_library_file
 from bnprobe.measure.batch import is_finite, tensors_of
+from bnprobe.measure.keepers import set_flag
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.norms import NORMS, FunctionFamily, NormCall, NormFamily, WholeModule, place_of
 
@@ -230,12 +231,12 @@ class _Around:
         output = self._interceptor.answered(Intercepted(self._layer, self._family, call, lambda: call.input))
         if output is call.input:  # to run as it stands
             return None
-        module.training = False
+        set_flag(module, False)
         return self._family.with_input(args, kwargs, output)
 
     def after(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._training is not None:
-            module.training = self._training
+            set_flag(module, self._training)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from bnprobe.errors import NothingToProbeError
 from bnprobe.loading.model import user_code
 from bnprobe.measure.norms import NormFamily, NormInfo, family_of, lookalike_reason, place_of
 from bnprobe.measure.origins import origin
-from bnprobe.measure.restore import every_module, held_in_eval, preserved_training_flags, set_mode
+from bnprobe.measure.reach import every_module
+from bnprobe.measure.restore import held_in_eval, preserved_settings, set_mode
 from bnprobe.numbers import count
 from bnprobe.records import ROOT, SkippedLayer
 from bnprobe.rules.facts import Anatomy
@@ -214,16 +215,10 @@ def anatomy(layers: LayerSet | Sequence[ProbedLayer], model: nn.Module) -> tuple
 @contextmanager
 def _as_in_training(model: nn.Module) -> Iterator[None]:
     """Set the flags as training does; what the user keeps in eval mode beside a root in train mode stays so."""
-    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with preserved_training_flags(model):
-        try:
-            with user_code("calling train() of the model"):
-                set_mode(model, True, held_in_eval(model))
-            yield
-        finally:
-            for parameter, requires_grad in frozen:
-                if parameter.requires_grad != requires_grad:
-                    parameter.requires_grad = requires_grad
+    with preserved_settings(model):
+        with user_code("calling train() of the model"):
+            set_mode(model, True, held_in_eval(model))
+        yield
 
 
 def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> Anatomy:
@@ -288,7 +283,7 @@ def _weights_before(model: nn.Module) -> dict[int, Tensor]:
     for module in model.modules():
         if last is not None:
             found[id(module)] = last
-        weight = module._parameters.get("weight", None)
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
         if isinstance(weight, Tensor) and not is_lazy(weight) and weight.dim() > 1:
             last = weight.detach()
     return found
@@ -319,7 +314,9 @@ def _copies(model: nn.Module) -> dict[str, str]:
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:
-    return repr(module), tuple((name, tuple(value.shape)) for name, value in module.state_dict().items())
+    return repr(module), tuple(
+        (name, () if is_lazy(value) else tuple(value.shape)) for name, value in module.state_dict().items()
+    )
 
 
 def _is_part(layer: str, module: str) -> bool:

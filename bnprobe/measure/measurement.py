@@ -14,11 +14,12 @@ from bnprobe.measure.batch import MicroBatch, join, to_device
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.extremes import Extremes, checked_further
 from bnprobe.measure.forward_pass import Pass
+from bnprobe.measure.interrupts import deferred_interrupts
 from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks, Refusal
 from bnprobe.measure.outputs import Contributions, relative_distance
 from bnprobe.measure.physical_batch import Emulation, as_sentence
-from bnprobe.measure.restore import deferred_interrupts, preserved_random_state, random_state
+from bnprobe.measure.restore import preserved_random_state, random_state
 from bnprobe.measure.scores import Found, score_outputs
 from bnprobe.measure.session import PathName, Session
 from bnprobe.records import MEASURES

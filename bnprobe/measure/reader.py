@@ -9,10 +9,14 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from bnprobe.distributed import EVERYTHING, Share
 from bnprobe.errors import DataError
 from bnprobe.loading.samples import SampleCount, count_samples
-from bnprobe.measure.batch import MicroBatch, check_finite, copy_tensors, tensors_of
+from bnprobe.measure.batch import MicroBatch, check_finite, copy_tensors, leaves_of, tensors_of
 from bnprobe.measure.restore import seed_everything
 
 _END, _NONE = object(), object()
@@ -164,27 +168,50 @@ class Reader:
             raise DataError("The data contains no batch: the loader or data set is empty.")
 
 
-_WATCHED = 4
-"""Batches by which a loader is recognised that fills the same memory again, with up to as many buffers in turn."""
+_WATCHED = 8
+"""Batches by which a loader is recognised that fills the same memory again, with up to as many buffers in turn: those
+that decode into a ring, as FFCV does, have some five."""
 
 
 def lasting(batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches that stay as they are when the next one is read: copies, where a loader fills the same memory again."""
-    held: list[Any] = []  # as they were given, so that their memory is not given to others
-    places: set[int] = set()
+    """Batches that stay as they are when the next one is read: copies, where a loader fills the same memory again.
+
+    A scan keeps batches: several run at once, some are measured again, and the last one is only known by the next. To
+    copy all of them would double the memory of data that is held as a list, and cost a pass over memory for each. So
+    only the first few are copied; meanwhile they are held as they were given, so that their memory is given to no other
+    batch. Where a later one comes in the same memory, or as the same object, the loader reuses it, and all that follow
+    are copied too.
+    """
+    held: list[Any] = []
+    known: set[int] = set()
     reused = False
     for batch in batches:
-        here = {tensor.data_ptr() for tensor in tensors_of(batch) if tensor.numel()}
-        reused = reused or not places.isdisjoint(here)
+        marks = set(_marks(batch))
+        reused = reused or not known.isdisjoint(marks)
         watching = len(held) < _WATCHED
         yield copy_tensors(batch) if reused or watching else batch
         if reused:
             held = []
         elif watching:
             held.append(batch)
-            places |= here
+            known |= marks
         else:
-            held, places = [None] * _WATCHED, set()
+            held, known = [None] * _WATCHED, set()
+
+
+def _marks(batch: Any) -> Iterator[int]:
+    """What tells the memory of a batch from that of another: the addresses of its tensors and arrays, and of objects
+    that hold others.
+    """
+    if isinstance(batch, dict | list):
+        yield id(batch)
+    for leaf in leaves_of(batch):
+        if isinstance(leaf, Tensor):
+            yield from [leaf.data_ptr()] if leaf.layout is torch.strided and leaf.numel() else [id(leaf)]
+        elif isinstance(leaf, np.ndarray) and leaf.size:
+            yield int(leaf.__array_interface__["data"][0])
+        elif callable(getattr(leaf, "clone", None)):  # a batch object of another library
+            yield id(leaf)
 
 
 KEPT_BYTES = 2**30

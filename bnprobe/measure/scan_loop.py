@@ -15,10 +15,11 @@ from bnprobe.errors import BnprobeError, DataError, DeviceError, ProcessError, U
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, to_device
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.forward_pass import Pass
+from bnprobe.measure.interrupts import deferred_interrupts
 from bnprobe.measure.measurement import Measurement
 from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching, plan_batching
 from bnprobe.measure.reader import Reader
-from bnprobe.measure.restore import deferred_interrupts, preserved_random_state
+from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.scores import score_outputs, why_unscored
 from bnprobe.measure.session import Progress, Session
 from bnprobe.records import StopReason

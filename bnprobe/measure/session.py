@@ -26,14 +26,15 @@ from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, m
 from bnprobe.measure.exploration import explore
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.hooks import Interceptor
+from bnprobe.measure.interrupts import deferred_interrupts
+from bnprobe.measure.keepers import set_flag
 from bnprobe.measure.layers import LayerSet, find_layers, named_once, require_layers
 from bnprobe.measure.memory import is_out_of_memory
 from bnprobe.measure.norms import FunctionFamily, place_of
+from bnprobe.measure.reach import every_module
 from bnprobe.measure.recognition import own_tensors
 from bnprobe.measure.restore import (
     ModelState,
-    deferred_interrupts,
-    every_module,
     held_in_eval,
     preserved_generators,
     set_mode,
@@ -270,7 +271,7 @@ class Session:
             for layer in self.layers.layers:
                 # The flag of a module with others inside says more than how it normalizes.
                 if not isinstance(layer.family, FunctionFamily) or not any(layer.module.children()):
-                    layer.module.training = layer.index not in self._frozen
+                    set_flag(layer.module, layer.index not in self._frozen)
 
     def _find_frozen(self) -> None:
         self._set_flags("train")
@@ -516,11 +517,12 @@ def _intercepted(model: nn.Module, batch: Any, answer: Callable[..., Any]) -> It
         known = tuple(position for position in given if position is not None)
         return answer(original, known if given and len(known) == len(given) else None, args, kwargs)
 
-    model.forward = forward
+    # Past the class: it may take no attributes.
+    vars(model)["forward"] = forward
     try:
         yield
     finally:
         if had_own:
-            model.forward = original
+            vars(model)["forward"] = original
         else:
-            del model.forward
+            del vars(model)["forward"]

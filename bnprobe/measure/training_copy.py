@@ -18,7 +18,8 @@ from bnprobe.measure.hooks import Answer, Interceptor, noting_non_finite
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.memory import LESS, is_out_of_memory
 from bnprobe.measure.norms import NormCall
-from bnprobe.measure.restore import ModelState, every_module, preserved_random_state, set_mode
+from bnprobe.measure.reach import every_module
+from bnprobe.measure.restore import ModelState, preserved_random_state, set_mode
 from bnprobe.measure.session import Session, casting, eagerly, model_code
 from bnprobe.stats.moments import pool_moments, row_moments
 

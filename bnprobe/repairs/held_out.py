@@ -18,6 +18,7 @@ from bnprobe.loading.samples import count_samples
 from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of
 from bnprobe.measure.extremes import is_ragged
+from bnprobe.measure.reader import lasting
 from bnprobe.measure.scores import ScoreTable, why_unscored
 from bnprobe.measure.session import autocast_dtype, device_named
 from bnprobe.numbers import count
@@ -139,7 +140,7 @@ def _read(spec: Spec, source: BatchSource) -> tuple[list[Any], list[str]]:
     source = spread(source, spec.data.seed, mixed=True)
     batches: list[Any] = []
     held = 0
-    for batch in source.batches:
+    for batch in lasting(source.batches):
         held += sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(batch))
         batches.append(batch)
         if source.most is not None and len(batches) == source.most:

@@ -19,6 +19,7 @@ from bnprobe.errors import RepairError, UsageError
 from bnprobe.loading.model import unwrapped
 from bnprobe.measure.layers import NamedModule, named_once
 from bnprobe.measure.origins import owner_of
+from bnprobe.measure.restore import preserved_process, undone_if_failed
 from bnprobe.records import ROOT, Layer, LayerChange, Plan, Refusal, Report
 from bnprobe.repairs.conversions import Conversion, conversion_of
 from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed
@@ -52,9 +53,10 @@ def convert(
     """
     spec = _spec({"to": to, **options})
     refuse_wrapped(model)
-    made = plan(model, _wanted(model, layers), spec.to, "bnprobe.convert")
-    _require_all(made)
-    return apply(model, made, spec, inplace=inplace)
+    with undone_if_failed(model) if inplace else preserved_process():
+        made = plan(model, _wanted(model, layers), spec.to, "bnprobe.convert")
+        _require_all(made)
+        return apply(model, made, spec, inplace=inplace)
 
 
 def plan(model: nn.Module, wanted: Mapping[str, str], to: str, source: str) -> Plan:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -41,7 +40,13 @@ from bnprobe.measure.norms import write_statistics
 from bnprobe.measure.origins import origin
 from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer
 from bnprobe.measure.reader import RepeatedReader
-from bnprobe.measure.restore import deferred_interrupts, preserved_generators, seed_everything, untouched
+from bnprobe.measure.restore import (
+    preserved_generators,
+    preserved_random_state,
+    seed_everything,
+    undone_if_failed,
+    untouched,
+)
 from bnprobe.measure.scores import ScoreTable
 from bnprobe.measure.session import Progress, Session, UserFunctions, device_named, no_progress
 from bnprobe.numbers import count, listed, number
@@ -126,8 +131,8 @@ def recalibrate(
     inner, _ = unwrapped(model)
     listed = not isinstance(batches, DataLoader | Dataset)
     size = 1 if listed else batch_size
-    source = as_batch_source(batches, size, as_given=listed, batch_size_of=batch_size_of)
-    with preserved_generators(batches):
+    with undone_if_failed(inner), preserved_random_state(), preserved_generators(batches):
+        source = as_batch_source(batches, size, as_given=listed, batch_size_of=batch_size_of)
         found = recalibrate_loaded(
             inner, source, forward, path=path, layers=tuple(layers), settings=given, include_frozen=include_frozen
         )
@@ -169,7 +174,6 @@ def recalibrate_loaded(
     if path not in ("train", "eval"):
         raise UsageError(f'Unknown path "{path}" for recalibration; give "train" or "eval".')
     settings = settings or ScanSettings()
-    _check_values(model)
     untracked = _untracked(model, layers) if track else []
     device = device_named(settings.device, model)
     with tracking([layer.module for layer in untracked], device):
@@ -226,20 +230,6 @@ def _recalibrate(
         settled.mixed,
         {},
     )
-
-
-def _check_values(model: nn.Module) -> None:
-    """Reject a model whose tensors have no values.
-
-    Raises:
-        RepairError: A parameter or buffer is on the meta device.
-    """
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_meta:
-            raise RepairError(
-                f"{name} is on the meta device, where tensors have no values, so the model cannot run. Allocate it with"
-                " to_empty(), and load its weights."
-            )
 
 
 def _most(source: BatchSource, settings: ScanSettings) -> int | None:
@@ -320,7 +310,9 @@ def _checked(layer: ProbedLayer, settled: Settled) -> tuple[Tensor, Tensor]:
 
 
 def _write(values: list[tuple[ProbedLayer, tuple[Tensor, Tensor]]], updates: dict[int, int]) -> None:
-    with deferred_interrupts(), torch.no_grad():
+    at_inference = any(buffer.is_inference() for layer, _ in values for buffer in layer.module.buffers(recurse=False))
+    # Buffers made under torch.inference_mode are written to in no other mode.
+    with torch.inference_mode() if at_inference else torch.no_grad():
         for layer, (mean, variance) in values:
             write_statistics(layer.family, layer.module, mean, variance)
             counter = getattr(layer.module, "num_batches_tracked", None)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from bnprobe.distributed import ALONE, World
 from bnprobe.errors import DataError, UsageError
 from bnprobe.loading.data import BatchSource
+from bnprobe.measure.reader import lasting
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 
 _END = object()
@@ -92,7 +93,7 @@ class Feed:
         stream = BatchStream(seed)
         rewind(self._source.batches, seed)
         with stream.flowing():
-            iterator = iter(self._source.batches)
+            iterator = lasting(self._source.batches)
         while self._source.most is None or self.used < self._source.most:
             with stream.flowing():
                 batch = next(iterator, _END)

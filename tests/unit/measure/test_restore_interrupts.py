@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from bnprobe.measure.restore import deferred_interrupts
+from bnprobe.measure.interrupts import deferred_interrupts
 
 
 def test_the_block_is_finished_first() -> None:

@@ -14,7 +14,15 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnprobe
-from bnprobe.errors import DataError, NonFiniteError, NothingToProbeError, RepairError, UsageError, UserCodeError
+from bnprobe.errors import (
+    DataError,
+    ModelError,
+    NonFiniteError,
+    NothingToProbeError,
+    RepairError,
+    UsageError,
+    UserCodeError,
+)
 from bnprobe.loading.data import as_batch_source
 from bnprobe.measure import population, reader
 from bnprobe.nn import BatchRenorm2d
@@ -516,7 +524,7 @@ def test_two_values_per_channel_are_enough() -> None:
 def test_a_model_without_values_is_refused() -> None:
     with torch.device("meta"):
         model = Flat()
-    with pytest.raises(RepairError, match=r"body\.0\.weight is on the meta device, where tensors have no values"):
+    with pytest.raises(ModelError, match=r"body\.1\.running_mean is on the meta device, where tensors have no values"):
         bnprobe.recalibrate(model, [data(8, 6)])
 
 
