@@ -101,15 +101,19 @@ def arguments(given: list[str]) -> dict[str, Any]:
     """
     import yaml
 
+    from bnprobe.config.load import load_yaml
+
     found: dict[str, Any] = {}
     for item in given:
         name, equals, value = item.partition("=")
         if not equals or not name.strip().isidentifier():
             raise UsageError(f"--model-arg takes NAME=VALUE, e.g. depth=50, but got {item!r}.")
         try:
-            found[name.strip()] = yaml.safe_load(value)
+            found[name.strip()] = load_yaml(value)
         except yaml.YAMLError:
             found[name.strip()] = value
+        except ValueError as error:
+            raise UsageError(f"--model-arg {name.strip()} cannot be used: {error}.") from None
     return found
 
 
@@ -227,11 +231,12 @@ Force = Annotated[
     bool,
     option(REPORT, "--force", "Replace outputs that exist; write weights even if they score worse than as loaded."),
 ]
+ForceReport = Annotated[bool, option(REPORT, "--force", "Replace the file of --output if it exists.")]
 ReportFormat = Annotated[
     str,
     typer.Option("--format", help="Format of the report.", rich_help_panel=REPORT, parser=format_name),
 ]
-Output = Annotated[Path | None, option(REPORT, "--output", "Write the report to FILE, atomically.", "FILE")]
+Output = Annotated[Path | None, option(REPORT, "--output", "Write the report to FILE, a new file.", "FILE")]
 ShowAll = Annotated[bool, option(REPORT, "--all", "Show every layer of a large network.")]
 ExitZero = Annotated[bool, option(REPORT, "--exit-zero", "Exit 0 even with findings.")]
 

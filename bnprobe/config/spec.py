@@ -46,7 +46,7 @@ def nearest_file(path: Path) -> str:
 
 def _numbers(value: object) -> object:
     """Turn ``"1,2,4"`` into (1, 2, 4); leave anything else to validation."""
-    if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*,?\s*", value):
+    if isinstance(value, str) and re.fullmatch(r"\s*\d{1,18}\s*(,\s*\d{1,18}\s*)*,?\s*", value):
         return tuple(int(part) for part in value.split(",") if part.strip())
     return value
 
@@ -69,7 +69,7 @@ def matches_any(glob: str, names: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for name in names)
 
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that numpy accepts
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Globs = Annotated[tuple[str, ...], Field(strict=False)]

@@ -15,6 +15,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from bnprobe.printable import LONGEST_PARAGRAPH, cut, escaped, short_words
 from bnprobe.records import Severity
 
 MINIMUM_WIDTH = 40
@@ -80,16 +81,10 @@ _ASCII = str.maketrans(
 def clean(text: str, unicode: bool) -> str:
     """Text that a terminal shows as it is: one line, nothing unprintable, ASCII where need be.
 
-    Line breaks become spaces; other characters that cannot be shown are written as Python escapes, so that a
-    name holding a terminal control sequence cannot act on the terminal.
+    Line breaks become spaces; see ``bnprobe.printable`` for what else is changed.
     """
-    line = " ".join(text.splitlines())
-    if not unicode:
-        line = line.translate(_ASCII).encode("ascii", "backslashreplace").decode("ascii")
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode("ascii")
-        for char in line
-    )
+    line = escaped(" ".join(cut(short_words(text), LONGEST_PARAGRAPH).splitlines()))
+    return line if unicode else line.translate(_ASCII).encode("ascii", "backslashreplace").decode("ascii")
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -210,7 +205,10 @@ def pad(text: str, width: int, right: bool = False) -> str:
 
 
 def to_string(parts: Iterable[Sequence[Text]], color: bool) -> str:
-    """The parts that have lines as one string, an empty line between them, with ANSI colours if wanted."""
+    """The parts that have lines as one string, an empty line between them, with ANSI colours if wanted.
+
+    The only control characters in it are line breaks and those of the colours.
+    """
     out = StringIO()
     # NO_COLOR, COLUMNS and TERM are the command line's to read: a format depends on its options only.
     console = Console(
@@ -225,7 +223,8 @@ def to_string(parts: Iterable[Sequence[Text]], color: bool) -> str:
     for number, part in enumerate(filter(None, parts)):
         for line in [Text(), *part] if number else part:
             line.rstrip()
-            console.print(line, soft_wrap=True)
+            shown = line if line.plain.isprintable() else Text(escaped(line.plain), line.style)
+            console.print(shown, soft_wrap=True)
     return out.getvalue()
 
 

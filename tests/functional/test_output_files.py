@@ -22,7 +22,7 @@ def _names(folder: Path) -> set[str]:
 def test_a_report_is_written_whole(workspace: Workspace) -> None:
     workspace.write("model.py", SHIFTED)
     workspace.write("report.json", "old")
-    found = workspace.scan("--format", "json", "--output", "report.json")
+    found = workspace.scan("--format", "json", "--output", "report.json", "--force")
     assert (found.code, found.stdout) == (FINDINGS, "")
     assert found.stderr == "1 of 1 layer flagged; report written to report.json\n"
     assert json.loads((workspace.folder / "report.json").read_text())["summary"]["flagged"] == 1
@@ -34,7 +34,7 @@ def test_a_terminal_report_in_a_file_is_plain_text(workspace: Workspace) -> None
     target = workspace.write("reports/first.txt", "old")
     link = workspace.folder / "latest.txt"
     link.symlink_to(target)
-    assert workspace.scan("--output", "latest.txt").code == CLEAN
+    assert workspace.scan("--output", "latest.txt", "--force").code == CLEAN
     assert link.is_symlink()
     written = target.read_text(encoding="utf-8")
     assert written.startswith("bnprobe ")
@@ -65,7 +65,7 @@ def test_a_bad_output_is_known_before_the_scan(workspace: Workspace, output: str
 def test_a_write_that_fails_leaves_the_old_file(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL)
     workspace.write("report.json", "old")
-    arguments = ("scan", "model.py", "--batch-size", "2", "--format", "json", "--output", "report.json")
+    arguments = ("scan", "model.py", "--batch-size", "2", "--format", "json", "--output", "report.json", "--force")
     found = run_on_a_full_disk(workspace, *arguments, largest_file=512)
     assert found.error() == "report.json could not be written: File too large."
     assert (workspace.folder / "report.json").read_text() == "old"
@@ -84,7 +84,7 @@ def test_an_output_never_replaces_what_the_command_reads(workspace: Workspace) -
     spec = workspace.write("spec.yaml", "model: model.py\ndata: {batch_size: 2}\n")
     for command in ("scan", "lint", "sweep"):
         for path in (model, spec):
-            found = workspace.run(command, "spec.yaml", "--output", path.name)
+            found = workspace.run(command, "spec.yaml", "--output", path.name, "--force")
             assert found.error() == f"--output {path.name} is a file that this command reads; give another name."
     assert model.read_text(encoding="utf-8") == MODEL
 
@@ -92,7 +92,7 @@ def test_an_output_never_replaces_what_the_command_reads(workspace: Workspace) -
 def test_stdout_on_a_full_disk_is_an_error(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL)
     found = workspace.call("sh", "-c", 'exec "$0" "$@" > /dev/full', COMMAND, "scan", "model.py", "--batch-size", "2")
-    assert found.error() == "The report could not be written to stdout: No space left on device."
+    assert found.error() == "stdout could not be written to: No space left on device."
 
 
 def test_a_reader_that_leaves_is_no_error(workspace: Workspace) -> None:
@@ -116,5 +116,5 @@ def test_a_reader_that_leaves_is_no_error(workspace: Workspace) -> None:
 def test_a_failed_scan_leaves_the_old_report(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL + "def load_data(batch_size):\n    return []\n")
     workspace.write("report.json", "old")
-    assert workspace.scan("--format", "json", "--output", "report.json").code == ERROR
+    assert workspace.scan("--format", "json", "--output", "report.json", "--force").code == ERROR
     assert (workspace.folder / "report.json").read_text() == "old"
