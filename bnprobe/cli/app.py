@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from typing import Annotated, Any
@@ -88,7 +89,9 @@ def _run(ends: Ends) -> None:
     except BnprobeError as error:
         frames = error.frames if isinstance(error, UserCodeError | ProcessError) else ""
         _fail(error.exit_code, f"bnprobe: error: {error}\n{frames}", ends)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # wherever a path is looked at first
+            _fail(EXIT_ERROR, f"bnprobe: error: The file name {error.filename} is too long.", ends)
         text = "bnprobe: internal error; please report it with the lines above."
         _fail(EXIT_ERROR, traceback.format_exc() + text, ends)
 

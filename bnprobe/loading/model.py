@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -258,7 +259,7 @@ def _module_name(path: Path) -> str:
         found = importlib.util.find_spec(path.stem)
         if found is not None and found.origin == str(path):
             return path.stem
-    return f"bnprobe_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    return f"bnprobe_user_{path.stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 def _import(location: str, symbol: str | None) -> tuple[UserModule, str | None]:
