@@ -1,7 +1,8 @@
 """Text that is not bnprobe's own, made safe to show: names, keys, values, paths, and what exceptions say.
 
 A terminal obeys some characters and hides or reorders others. Whatever bnprobe shows goes through this module: messages
-through `message`, reports through `escaped` where their lines are drawn, JSON through `escaped_json`.
+through `message`, reports through `escaped` where their lines are drawn, JSON through `escaped_json`, and formats of
+other packages through `escaped_lines`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,17 @@ def escaped(text: str, kept: str = "") -> str:
         else char.encode("unicode_escape", "backslashreplace").decode("ascii")
         for char in text
     )
+
+
+def escaped_lines(text: str) -> str:
+    """A document of lines, which may end as on Windows, with such escapes; tabs stay."""
+    lines = (line if line.isprintable() else _escaped_line(line) for line in text.split("\n"))
+    return "\n".join(lines)
+
+
+def _escaped_line(line: str) -> str:
+    body = line.removesuffix("\r")
+    return escaped(body, kept="\t") + line[len(body) :]
 
 
 def escaped_json(text: str, ascii_only: bool = False) -> str:

@@ -17,7 +17,7 @@ from rich.text import Text
 from bnprobe.cli.streams import say, start, write_out
 from bnprobe.errors import OutputError
 from bnprobe.files import require_new, write_new
-from bnprobe.printable import escaped
+from bnprobe.printable import escaped, escaped_lines
 from bnprobe.records import TrainingStep
 from bnprobe.report import Renderer, RenderOptions, figures
 from bnprobe.report.page import clean
@@ -54,9 +54,11 @@ def deliver(
         OutputError: It could not be written, or has come into being meanwhile and is not to be replaced.
     """
     if output is None:
-        write_out(render(document, _terminal_options(show_all)))
+        options = _terminal_options(show_all)
+        text = render(document, options)
+        write_out(text if options.color else escaped_lines(text))
         return
-    text = render(document, RenderOptions(show_all=show_all, command=typed_command()))
+    text = escaped_lines(render(document, RenderOptions(show_all=show_all, command=typed_command())))
     if str(output) in STDOUT:
         write_out(text)
     else:

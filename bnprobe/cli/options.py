@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bnprobe.errors import UsageError
+from bnprobe.printable import escaped
 
 if TYPE_CHECKING:
     from bnprobe.registry import Registry
@@ -53,20 +54,21 @@ def complete_help(command: Any) -> None:
     if "format_" in options:
         from bnprobe.report import FORMATS
 
-        options["format_"].metavar = "|".join(FORMATS.names())
+        options["format_"].metavar = escaped("|".join(FORMATS.names()))
     if command.name == "convert":
         from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
 
         names = [f"{name} (default)" if name == DEFAULT_TARGET else name for name in TARGETS.names()]
-        options["to"].help = f"{', '.join(names)}; {AUTO}: the one that does best in a short training run."
+        options["to"].help = escaped(f"{', '.join(names)}; {AUTO}: the one that does best in a short training run.")
         rows = [f"{each.name}{'' if each.deploys else '*'}: {each.summary}" for each in TARGETS]
-        command.epilog = "\n\n".join(["What layers normalize with in training (* does not deploy as plain BN):", *rows])
+        heading = "What layers normalize with in training (* does not deploy as plain BN):"
+        command.epilog = "\n\n".join([heading, *map(escaped, rows)])
     if command.name == "export":
         from bnprobe.config.exporters import EXPORTERS
 
-        options["to"].help = f"{', '.join(EXPORTERS.names())}."
+        options["to"].help = escaped(f"{', '.join(EXPORTERS.names())}.")
         files = [f"{each.name} ({each.suffix}): {each.summary}" for each in EXPORTERS]
-        command.epilog = "\n\n".join(["How the file is made:", *files])
+        command.epilog = "\n\n".join(["How the file is made:", *map(escaped, files)])
 
 
 @dataclass(frozen=True)

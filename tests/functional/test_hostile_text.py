@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bnprobe.printable import escaped
+from bnprobe.records import Report
+from bnprobe.report import FORMATS, Format
 from bnprobe.rules import RULES
 from bnprobe.rules.interface import Rule
 from functional.command import CLEAN, ERROR, FINDINGS, MODEL, SHIFTED, Result, Workspace
@@ -243,6 +246,18 @@ def test_rules_of_others(workspace: Workspace) -> None:
     with RULES.including(rule):
         for arguments in ("explain", "explain XX901", "lint model.py", "lint model.py --format json"):
             assert clean(workspace.run(*arguments.split())).stdout
+
+
+def test_formats_of_others(workspace: Workspace) -> None:
+    workspace.write("model.py", NAMED)
+    rows = Format(f"rows{TYPED}", {Report: lambda report, options: f"{report.layers[0].name}\r\n\tx\n"})
+    with FORMATS.including(rows):
+        clean(workspace.run("scan", "--help"))
+        arguments = ("--format", rows.name, "--exit-zero")
+        assert clean(workspace.scan(*arguments, "--output", "rows")).code == CLEAN
+        expected = escaped(NASTY) + "\r\n\tx\n"
+        assert (workspace.folder / "rows").read_bytes().decode() == expected
+        assert workspace.scan(*arguments).stdout == expected
 
 
 def test_init_in_a_folder(workspace: Workspace) -> None:

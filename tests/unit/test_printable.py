@@ -56,7 +56,7 @@ def test_what_is_too_long_is_cut_in_the_middle_and_counted() -> None:
     long = message("Unknown key " + "k" * 10**6 + "; the known keys are a, b.")
     assert len(long) < LONGEST_LINE + 50
     assert long.endswith("k; the known keys are a, b.")
-    assert "[... 996,036 characters ...]" in long
+    assert f"[... {10**6 + len('Unknown key ; the known keys are a, b.') - LONGEST_LINE:,} characters ...]" in long
     words = short_words(f"one {'w' * 10**5} two")
     assert words.startswith("one w")
     assert words.endswith("w two")

@@ -347,7 +347,7 @@ def test_yaml_without_an_end_is_refused(tmp_path: Path) -> None:
         ("model: m.py\ndata: {batches: 1" + ":59" * 10**5 + "}", "line 2 has a number of more than 400 characters"),
         (
             "model: m.py\ndata: {batches: " + "9" * 300 + "}",
-            "a number of at most 1000000000 for data.batches",
+            "a number of at most 1000000 for data.batches",
         ),
         ("model: m.py\nthresholds: 0x" + "f" * 390, "Expected a"),
         ("model: m.py\nlayers: {include: [1, 2, " + "[3], " * 1000 + "]}", "for layers.include[0], but got 1"),
