@@ -71,13 +71,16 @@ def own_stdout(shared: bool = False) -> Iterator[None]:
     if shared:
         yield
         return
-    _running.append(Start(_set_apart(before)))
+    own = _set_apart(before)
+    _running.append(Start(own))
     sys.stdout = sys.stderr
     try:
         yield
     finally:
         _running.pop()
         sys.stdout = before
+        if own is not before and own is not None:
+            own.close()
 
 
 def _set_apart(stdout: TextIO | None) -> TextIO | None:

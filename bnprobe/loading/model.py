@@ -180,6 +180,8 @@ def _load_file(location: str, near: UserModule | None) -> UserModule:
     path = Path(location)
     if path.is_dir():
         raise ModelError(f"{location} is a folder. Name a Python file in it, e.g. {path / 'model.py'}.")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{location} is a pipe or a device. Name a Python file.")
     if not path.is_file():
         raise ModelError(f"The file {location} does not exist. {nearest_file(path)}")
     _refuse_other_files(path)
