@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bnprobe.errors import OutputError, UsageError
+from bnprobe.errors import BnprobeError, OutputError, UsageError
 
 _MARK = "made-by-bnprobe.txt"
 _SIGNATURE = "This folder was made by bnprobe"
 _MARK_TEXT = f"{_SIGNATURE}, which removes only the files that it wrote here. Files of your own stay.\n"
+WAIT = 5.0
+"""Seconds to wait for the other end of a named pipe."""
+
 _NEIGHBOUR = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(?:new|old)")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: a temporary file beside it is written first, then renamed. Symbolic links are followed.
+    """Write a file atomically: a temporary file beside it is written first, then renamed.
+
+    Symbolic links are followed, and a file that is replaced passes on its owner and its rights.
 
     Raises:
         OutputError: The file could not be written; a previous file is unchanged.
@@ -27,11 +35,27 @@ def write_whole(path: Path, content: str | bytes) -> None:
     data = _encoded(content)
     try:
         if is_special(path):
-            path.write_bytes(data)
+            _write_special(path, data)
         else:
-            _replace(path.resolve(), data)
+            _replace(_followed(path), data)
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error.strerror or error}.") from None
+
+
+def write_new(path: Path, content: str | bytes, force: bool, option: str = "--output") -> None:
+    """Write a file atomically, as ``write_whole`` does.
+
+    Args:
+        path: A file, a pipe or a device.
+        content: Text is encoded as UTF-8.
+        force: Whether an existing file may be replaced.
+        option: What named the file, for messages.
+
+    Raises:
+        OutputError: The file exists, or could not be written; it is unchanged.
+    """
+    require_new([path], force, option)
+    write_whole(path, content)
 
 
 def require_writable(path: Path, option: str = "--output") -> None:
@@ -44,7 +68,10 @@ def require_writable(path: Path, option: str = "--output") -> None:
         raise OutputError(f"{option} {path} is a folder; give a file in it.")
     if is_special(path):
         return
-    folder = (path.resolve() if path.is_symlink() else path).parent
+    try:
+        folder = (_followed(path) if path.is_symlink() else path).parent
+    except OSError as error:
+        raise OutputError(f"{option} {path} could not be followed: {error.strerror}.") from None
     if not folder.is_dir():
         raise OutputError(f"The folder {folder} of {option} does not exist; create it first.")
     if not os.access(folder, os.W_OK):
@@ -62,12 +89,13 @@ def refuse_input(output: Path, inputs: Iterable[str | Path], option: str = "--ou
             raise OutputError(f"{option} {output} is a file that this command reads; give another name.")
 
 
-def require_new(paths: Iterable[Path], force: bool) -> None:
+def require_new(paths: Iterable[Path], force: bool, option: str = "-o") -> None:
     """Reject outputs that cannot be written or would overwrite a file, before anything is computed.
 
     Args:
         paths: All files that a command writes.
         force: Whether existing files may be replaced.
+        option: What named the files, for messages.
 
     Raises:
         OutputError: A folder is missing or read-only, or files exist; the message names them.
@@ -75,18 +103,19 @@ def require_new(paths: Iterable[Path], force: bool) -> None:
     paths = list(paths)
     for path in paths:
         if path != paths[0] and path.is_dir():
-            raise OutputError(f"{path}, which is written beside -o, is a folder: move it or give another -o.")
-        require_writable(path, "-o")
+            raise OutputError(f"{path}, which is written beside {option}, is a folder: move it or give another.")
+        require_writable(path, option)
     existing = [str(path) for path in paths if path.exists() and not is_special(path)]
     if existing and not force:
         exist = "exists" if len(existing) == 1 else "exist"
-        raise OutputError(f"{', '.join(existing)} already {exist}; give another -o, or --force to overwrite.")
+        raise OutputError(f"{', '.join(existing)} already {exist}; give another {option}, or --force to overwrite.")
 
 
 def write_all(contents: Mapping[Path, bytes | str], force: bool = False) -> None:
     """Write several files, all or none: temporary files are written first, then all are renamed.
 
-    If a rename fails, or Ctrl-C comes between two of them, the earlier ones are undone. Symbolic links are followed.
+    If a rename fails, or Ctrl-C comes between two of them, the earlier ones are undone. Symbolic links are followed,
+    and a file that is replaced passes on its owner and its rights.
 
     Args:
         contents: Content of each file; text is encoded as UTF-8.
@@ -100,12 +129,12 @@ def write_all(contents: Mapping[Path, bytes | str], force: bool = False) -> None
     try:
         for path, content in contents.items():
             if not is_special(path):
-                target = path.resolve()
+                target = _followed(path)
                 staged[target] = _neighbour(target, "new")
-                _write_through(staged[target], _encoded(content))
+                _write_through(staged[target], _encoded(content), target)
         for path, content in contents.items():
             if is_special(path):  # cannot be undone, so it comes before any rename
-                path.write_bytes(_encoded(content))
+                _write_special(path, _encoded(content))
         _rename_all(staged)
     except OSError as error:
         names = ", ".join(map(str, contents))
@@ -236,6 +265,80 @@ def is_special(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
+def read_bounded(path: Path, most: int, failed: Callable[[str], BnprobeError]) -> bytes:
+    """Read a file that a person or bnprobe has written; a pipe too, if something writes to it.
+
+    Args:
+        path: The file.
+        most: Bytes that it may have.
+        failed: Makes the error of what is wrong, e.g. "is larger than 1 MB".
+
+    Raises:
+        OSError: It does not exist, or cannot be opened.
+        BnprobeError: It has too many bytes, or is a pipe that nothing writes to.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nothing writes to would block for ever
+    try:
+        content = _first_of_pipe(descriptor, failed) if stat.S_ISFIFO(os.fstat(descriptor).st_mode) else b""
+        os.set_blocking(descriptor, True)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content += file.read(most + 1 - len(content))
+    finally:
+        os.close(descriptor)
+    if len(content) > most:
+        raise failed(f"is larger than {most / 1e6:g} MB")
+    return content
+
+
+def _first_of_pipe(descriptor: int, failed: Callable[[str], BnprobeError]) -> bytes:
+    """What comes first out of a pipe; empty if something will write to it but has not done so yet."""
+    end = time.monotonic() + WAIT
+    while time.monotonic() < end:
+        try:
+            if content := os.read(descriptor, 1 << 16):
+                return content
+        except BlockingIOError:
+            return b""
+        time.sleep(0.02)
+    raise failed("is a pipe that nothing writes to")
+
+
+def _write_special(path: Path, data: bytes) -> None:
+    """Write to a pipe or device; not to a pipe that nothing reads."""
+    if not path.is_fifo():
+        path.write_bytes(data)
+        return
+    descriptor = _opened_pipe(path)
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def _opened_pipe(path: Path) -> int:
+    end = time.monotonic() + WAIT
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # a pipe that nothing reads would block for ever
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > end:
+                raise OSError(errno.ENXIO, "Nothing reads this pipe") from None
+        time.sleep(0.02)
+
+
+def _followed(path: Path) -> Path:
+    """Where symbolic links lead to.
+
+    Raises:
+        OSError: They lead in a circle.
+    """
+    try:
+        return path.resolve()
+    except RuntimeError:  # before Python 3.13
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
@@ -256,7 +359,7 @@ def _encoded(content: str | bytes) -> bytes:
 def _replace(path: Path, data: bytes) -> None:
     temporary = _neighbour(path, "new")
     try:
-        _write_through(temporary, data)
+        _write_through(temporary, data, path)
         temporary.replace(path)
     finally:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
@@ -302,8 +405,15 @@ def _neighbour(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
 
 
-def _write_through(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
+def _write_through(path: Path, data: bytes, replaced: Path) -> None:
+    """Write a new file with the owner and the rights of the file that it is to replace, if there is one."""
+    old = replaced.stat() if replaced.exists() else None
+    rights = 0o666 if old is None else stat.S_IMODE(old.st_mode)
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, rights & 0o777)) as file:
+        if old is not None:
+            with suppress(OSError):  # only root may give files away
+                os.chown(file.fileno(), old.st_uid, old.st_gid)
+            path.chmod(rights)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

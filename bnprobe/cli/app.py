@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 import typer.core
 
 from bnprobe._version import __version__
+from bnprobe.cli.command import Command, clean_usage, writing_help
 from bnprobe.cli.convert import convert
 from bnprobe.cli.explain import explain
 from bnprobe.cli.export import export
@@ -19,13 +21,23 @@ from bnprobe.cli.options import complete_help
 from bnprobe.cli.processes import Ends, refuse_together, run_together, several_processes
 from bnprobe.cli.recalibrate import recalibrate
 from bnprobe.cli.scan import scan
+from bnprobe.cli.streams import occupy_closed_streams, say, write_out
 from bnprobe.cli.sweep import SweepCommand, sweep
 from bnprobe.cli.verify import verify
+from bnprobe.docstrings import docstring
 from bnprobe.errors import EXIT_ERROR, BnprobeError, NothingToProbeError, ProcessError, UserCodeError
 
 
 class _Commands(typer.core.TyperGroup):
     """The group of subcommands; typer alone would end a Ctrl-C silently, with an exit code of its own."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with clean_usage():
+            return super().make_context(*args, **extra)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        with writing_help():
+            super().format_help(ctx, formatter)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
@@ -35,7 +47,8 @@ class _Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with clean_usage():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             raise NothingToProbeError("Interrupted.") from None
         except EOFError as error:  # typer would take it for the end of input to a prompt, but there is none
@@ -51,19 +64,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
 )
-app.command()(scan)
-app.command(cls=SweepCommand)(sweep)
-app.command()(lint)
-app.command()(convert)
-app.command()(recalibrate)
-app.command()(verify)
-app.command()(export)
-app.command()(explain)
-app.command()(init)
+for _each in (scan, sweep, lint, convert, recalibrate, verify, export, explain, init):
+    app.command(cls=SweepCommand if _each is sweep else Command, help=docstring(_each))(_each)
 
 
 def main() -> None:
     """Run the command line, in one process or as one of several."""
+    occupy_closed_streams()
     if several_processes():
         run_together(_run)
     _run(lambda code: None)
@@ -82,7 +89,9 @@ def _run(ends: Ends) -> None:
     except BnprobeError as error:
         frames = error.frames if isinstance(error, UserCodeError | ProcessError) else ""
         _fail(error.exit_code, f"bnprobe: error: {error}\n{frames}", ends)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # wherever a path is looked at first
+            _fail(EXIT_ERROR, f"bnprobe: error: The file name {error.filename} is too long.", ends)
         text = "bnprobe: internal error; please report it with the lines above."
         _fail(EXIT_ERROR, traceback.format_exc() + text, ends)
 
@@ -91,13 +100,13 @@ def _fail(code: int, text: str, ends: Ends) -> None:
     """Print the reason, unless another process has done so, and exit."""
     earlier = ends(code)
     if earlier is None:
-        print(text.rstrip(), file=sys.stderr)
+        say(text.rstrip())
     sys.exit(code if earlier is None else earlier)
 
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"bnprobe {__version__}")
+        write_out(f"bnprobe {__version__}\n")
         raise typer.Exit
 
 

@@ -6,11 +6,11 @@ import hashlib
 import importlib.util
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bnprobe.cli.streams import say, start
 from bnprobe.config.targets import CONVERTED
 from bnprobe.errors import OutputError, UsageError
 from bnprobe.files import has_mark, not_own, require_new, require_writable, unfinished, write_all
@@ -91,8 +91,11 @@ class Artifacts:
 
         from bnprobe.training import StateFolder
 
+        placed = start().place(self.weights)
+        if placed != self.weights:  # the user's code has changed the working directory
+            return Artifacts(placed, self._force, self._trains).write(record, weights, before, after)
         if record.proof is not None and record.proof.surely_worse and not self._force:
-            print(f"Nothing was written: {worse_than_as_is(record)}", file=sys.stderr)
+            say(f"Nothing was written: {worse_than_as_is(record)}")
             return record, Files()
         self.check(resume=True)
         content = save(weights, _mark(record))
@@ -105,12 +108,12 @@ class Artifacts:
             contents[self.log] = state.log.read_bytes()
         write_all(contents, self._force)
         self._remove_outdated([path for path in self._files if path not in contents])
-        print(f"Weights written to {self.weights}, with the record and the scan reports beside them.", file=sys.stderr)
+        say(f"Weights written to {self.weights}, with the record and the scan reports beside them.")
         if self._trains:
             state.keep_events(self.log)
             state.remove()
             if self.state.exists():
-                print(f"{self.state} was kept because it contains files that bnprobe did not write.", file=sys.stderr)
+                say(f"{self.state} was kept because it contains files that bnprobe did not write.")
         return record, self._written(before, after)
 
     def _written(self, before: Report | None, after: Report | None) -> Files:
@@ -129,7 +132,7 @@ class Artifacts:
             if not path.is_symlink() and is_own(path):
                 path.unlink()
             elif os.path.lexists(path):
-                print(f"{path} was kept because bnprobe did not write it.", file=sys.stderr)
+                say(f"{path} was kept because bnprobe did not write it.")
 
     def _check_folders(self, resume: bool) -> None:
         """Check the folder of the state and that of TensorBoard; a resumed run may already have the latter."""

@@ -4,72 +4,88 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from bnprobe.cli.streams import say, start, write_out
 from bnprobe.errors import OutputError
-from bnprobe.files import require_writable, write_whole
+from bnprobe.files import require_new, write_new
+from bnprobe.printable import escaped, escaped_lines
 from bnprobe.records import TrainingStep
 from bnprobe.report import Renderer, RenderOptions, figures
 from bnprobe.report.page import clean
 
+STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+"""Names of stdout among files."""
 
-def check_writable(output: Path | None) -> None:
-    """Reject an output that cannot be written, before anything is measured.
+
+def check_output(output: Path | None, force: bool) -> None:
+    """Reject an output that cannot be written or that exists, before anything is measured.
 
     Raises:
-        OutputError: The folder is missing or read-only, or the path is a folder.
+        OutputError: The folder is missing or read-only, the path is a folder, or the file exists and is not to be
+            replaced; or there is no output and stdout is closed.
     """
-    if output is not None:
-        require_writable(output)
+    if output is None:
+        if start().stdout is None:
+            raise OutputError("stdout is closed: give --output FILE for the report.")
+    elif str(output) not in STDOUT:
+        require_new([output], force, "--output")
 
 
 def deliver(
-    document: object, render: Renderer, output: Path | None = None, show_all: bool = False, summary: str = ""
+    document: object,
+    render: Renderer,
+    output: Path | None = None,
+    show_all: bool = False,
+    summary: str = "",
+    force: bool = False,
 ) -> None:
-    """Write the rendered document to ``output`` and the summary to stderr; without ``output``, to stdout."""
-    if output is None:
-        _print(render(document, _terminal_options(show_all)))
-        return
-    write_whole(output, render(document, RenderOptions(show_all=show_all, command=typed_command())))
-    print(f"{summary}; report written to {output}", file=sys.stderr)
-
-
-def _print(text: str) -> None:
-    """Write to stdout. A reader that closes the pipe early (``| head``) is not an error.
+    """Write the rendered document to ``output`` and the summary to stderr; without ``output``, to stdout.
 
     Raises:
-        OutputError: The text could not be written, e.g. to a full disk.
+        OutputError: It could not be written, or has come into being meanwhile and is not to be replaced.
     """
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        # The rest of the buffer must not fail again when Python closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise OutputError(f"The report could not be written to stdout: {error.strerror}.") from None
+    if output is None:
+        options = _terminal_options(show_all)
+        text = render(document, options)
+        write_out(text if options.color else escaped_lines(text))
+        return
+    text = escaped_lines(render(document, RenderOptions(show_all=show_all, command=typed_command())))
+    if str(output) in STDOUT:
+        write_out(text)
+    else:
+        write_new(start().place(output), text, force)
+    say(f"{summary}; report written to {output}")
 
 
 def _terminal_options(show_all: bool) -> RenderOptions:
-    stdout = sys.stdout
-    colored = stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    stdout = start().stdout
+    terminal = stdout is not None and stdout.isatty()
     return RenderOptions(
-        width=shutil.get_terminal_size(fallback=(80, 24)).columns,
-        color=colored,
+        width=_columns(stdout),
+        color=terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb",
         show_all=show_all,
-        unicode=_can_encode("✗▁█│×", stdout.encoding),
+        unicode=_can_encode("✗▁█│×", None if stdout is None else stdout.encoding),
         command=typed_command(),
     )
+
+
+def _columns(stdout: TextIO | None) -> int:
+    """As ``shutil.get_terminal_size``, which would ask the stream that the user's code writes to."""
+    if os.environ.get("COLUMNS", "").isdecimal() and int(os.environ["COLUMNS"][:9]):
+        return int(os.environ["COLUMNS"][:9])
+    try:
+        return os.get_terminal_size(stdout.fileno()).columns or _USUAL_WIDTH if stdout else _USUAL_WIDTH
+    except (OSError, ValueError):
+        return _USUAL_WIDTH
 
 
 def _can_encode(text: str, encoding: str | None) -> bool:
@@ -82,8 +98,11 @@ def _can_encode(text: str, encoding: str | None) -> bool:
 
 def typed_command() -> str:
     """The command line as typed."""
-    return shlex.join(["bnprobe", *sys.argv[1:]])
+    return start().typed
 
+
+_USUAL_WIDTH = 80
+"""Columns where there is no terminal."""
 
 _SMOOTHING = 0.1
 """Weight of the newest loss in the smoothed one."""
@@ -199,7 +218,7 @@ class _TrainingBar:
 
     def update(self, step: TrainingStep) -> None:
         """Show one step; the first step of another run starts a new bar."""
-        run = f"{step.arm} #{step.seed}"
+        run = f"{escaped(step.arm)} #{step.seed}"
         if run != self._run:
             self._run, self._loss, self._seen = run, None, {}
             self._bar.reset(self._task, total=step.steps, description=self._run, visible=True)
@@ -225,7 +244,7 @@ def _print_evaluation(step: TrainingStep) -> None:
     held_out = f"held-out {_score(step)}"
     parts = filter(None, [f"loss {figures.score(step.loss)}", held_out, _clipped(step, "clipped", digits=1)])
     text = f"{step.arm}, seed {step.seed}: step {step.step}/{step.steps}, {', '.join(parts)}"
-    print(clean(text, unicode=False), file=sys.stderr, flush=True)
+    say(clean(text, unicode=False))
 
 
 def _smoothed(before: float | None, loss: float) -> float:

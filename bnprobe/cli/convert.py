@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from bnprobe.cli import options
 from bnprobe.cli.processes import is_main
+from bnprobe.cli.streams import say
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
 
 if TYPE_CHECKING:
@@ -208,14 +208,14 @@ def _repair(
         from bnprobe.commands.convert import ConvertOptions, repair_spec
         from bnprobe.distributed import connected
 
-        state = artifacts.state if finetune else None
+        state = artifacts.state.absolute() if finetune else None
         options = ConvertOptions(finetune, state, resume, force, artifacts.tensorboard, typed_command())
         with connected() as world:
             repaired = repair_spec(spec, options, show, show_step, world)
     if not is_main():
         return EXIT_CLEAN
     if repaired is None:
-        print("No layer needs repair: nothing was changed or written.", file=sys.stderr)
+        say("No layer needs repair: nothing was changed or written.")
         return EXIT_CLEAN
     record, files = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
     deliver(RepairReport(record, repaired.before, repaired.after, files), render, show_all=show_all)

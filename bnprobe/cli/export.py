@@ -70,6 +70,7 @@ def export(
     or your code.
     """
     from bnprobe.cli.console import deliver
+    from bnprobe.cli.streams import start
     from bnprobe.config.load import build_spec
     from bnprobe.files import refuse_input, require_new, write_all
     from bnprobe.records import ExportReport
@@ -84,7 +85,7 @@ def export(
     exported = _export(spec, to, quantize)
     agrees = exported.relative <= tolerance
     if agrees:
-        write_all({path: exported.content}, force)
+        write_all({start().place(path): exported.content}, force)
     report = ExportReport(
         format=exported.format,
         model=exported.model,

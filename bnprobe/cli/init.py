@@ -19,8 +19,10 @@ def init(
     import shlex
     from importlib.resources import files
 
+    from bnprobe.cli.streams import write_out
     from bnprobe.errors import OutputError
     from bnprobe.files import write_whole
+    from bnprobe.printable import escaped
 
     existing = [folder / name for name in STARTER if (folder / name).exists()]
     if existing and not force:
@@ -31,5 +33,5 @@ def init(
         raise OutputError(f"The folder {folder} could not be created: {error.strerror}.") from None
     for name in STARTER:
         write_whole(folder / name, files("bnprobe").joinpath("starter", name).read_text(encoding="utf-8"))
-        typer.echo(f"wrote {folder / name}")
-    typer.echo(f"next: bnprobe scan {shlex.quote(str(folder / 'spec.yaml'))}")
+        write_out(f"wrote {escaped(str(folder / name))}\n")
+    write_out(f"next: bnprobe scan {escaped(shlex.quote(str(folder / 'spec.yaml')))}\n")

@@ -22,6 +22,7 @@ def lint(
     ignore: options.Ignore = None,
     format_: options.ReportFormat = options.TERMINAL,
     output: options.Output = None,
+    force: options.ForceReport = False,
     show_all: Annotated[bool, options.option(options.REPORT, "--all", "List every layer of a finding.")] = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
@@ -30,7 +31,7 @@ def lint(
     Exit codes: 0 clean, 1 findings, 2 error in usage, spec or your code, 3 no BN layer.
     """
     from bnprobe.analysis.diagnosis import lint_has_findings
-    from bnprobe.cli.console import check_writable, deliver
+    from bnprobe.cli.console import check_output, deliver
     from bnprobe.config.load import build_spec
     from bnprobe.files import refuse_input
     from bnprobe.records import LintReport
@@ -39,7 +40,7 @@ def lint(
     from bnprobe.rules.selection import model_rules
 
     render = renderer(format_, LintReport)
-    check_writable(output)
+    check_output(output, force)
     given = options.overrides(context)
     spec = build_spec(target, given)
     if output is not None:
@@ -48,5 +49,5 @@ def lint(
     from bnprobe.commands.lint import lint_spec
 
     report = lint_spec(spec)
-    deliver(report, render, output, show_all, one_line(report))
+    deliver(report, render, output, show_all, one_line(report), force)
     raise typer.Exit(EXIT_FINDINGS if lint_has_findings(report) and not exit_zero else EXIT_CLEAN)

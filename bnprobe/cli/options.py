@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bnprobe.errors import UsageError
+from bnprobe.printable import escaped
 
 if TYPE_CHECKING:
     from bnprobe.registry import Registry
@@ -53,20 +54,21 @@ def complete_help(command: Any) -> None:
     if "format_" in options:
         from bnprobe.report import FORMATS
 
-        options["format_"].metavar = "|".join(FORMATS.names())
+        options["format_"].metavar = escaped("|".join(FORMATS.names()))
     if command.name == "convert":
         from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
 
         names = [f"{name} (default)" if name == DEFAULT_TARGET else name for name in TARGETS.names()]
-        options["to"].help = f"{', '.join(names)}; {AUTO}: the one that does best in a short training run."
+        options["to"].help = escaped(f"{', '.join(names)}; {AUTO}: the one that does best in a short training run.")
         rows = [f"{each.name}{'' if each.deploys else '*'}: {each.summary}" for each in TARGETS]
-        command.epilog = "\n\n".join(["What layers normalize with in training (* does not deploy as plain BN):", *rows])
+        heading = "What layers normalize with in training (* does not deploy as plain BN):"
+        command.epilog = "\n\n".join([heading, *map(escaped, rows)])
     if command.name == "export":
         from bnprobe.config.exporters import EXPORTERS
 
-        options["to"].help = f"{', '.join(EXPORTERS.names())}."
+        options["to"].help = escaped(f"{', '.join(EXPORTERS.names())}.")
         files = [f"{each.name} ({each.suffix}): {each.summary}" for each in EXPORTERS]
-        command.epilog = "\n\n".join(["How the file is made:", *files])
+        command.epilog = "\n\n".join(["How the file is made:", *map(escaped, files)])
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,19 @@ def arguments(given: list[str]) -> dict[str, Any]:
     """
     import yaml
 
+    from bnprobe.config.load import load_yaml
+
     found: dict[str, Any] = {}
     for item in given:
         name, equals, value = item.partition("=")
         if not equals or not name.strip().isidentifier():
             raise UsageError(f"--model-arg takes NAME=VALUE, e.g. depth=50, but got {item!r}.")
         try:
-            found[name.strip()] = yaml.safe_load(value)
+            found[name.strip()] = load_yaml(value)
         except yaml.YAMLError:
             found[name.strip()] = value
+        except ValueError as error:
+            raise UsageError(f"--model-arg {name.strip()} cannot be used: {error}.") from None
     return found
 
 
@@ -227,11 +233,12 @@ Force = Annotated[
     bool,
     option(REPORT, "--force", "Replace outputs that exist; write weights even if they score worse than as loaded."),
 ]
+ForceReport = Annotated[bool, option(REPORT, "--force", "Replace the file of --output if it exists.")]
 ReportFormat = Annotated[
     str,
     typer.Option("--format", help="Format of the report.", rich_help_panel=REPORT, parser=format_name),
 ]
-Output = Annotated[Path | None, option(REPORT, "--output", "Write the report to FILE, atomically.", "FILE")]
+Output = Annotated[Path | None, option(REPORT, "--output", "Write the report to FILE, a new file.", "FILE")]
 ShowAll = Annotated[bool, option(REPORT, "--all", "Show every layer of a large network.")]
 ExitZero = Annotated[bool, option(REPORT, "--exit-zero", "Exit 0 even with findings.")]
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from bnprobe.cli.streams import say
 from bnprobe.errors import EXIT_ERROR, EXIT_NOTHING, ProcessError, UsageError
 
 if TYPE_CHECKING:
@@ -60,10 +61,10 @@ def run_together(run: Callable[[Ends], None]) -> NoReturn:
         with connected() as world:
             code = _run_as_one(run, world)
     except ProcessError as error:
-        print(f"bnprobe: error: {error}", file=sys.stderr)
+        say(f"bnprobe: error: {error}")
         code = EXIT_ERROR
     except KeyboardInterrupt:
-        print("bnprobe: error: Interrupted.", file=sys.stderr)
+        say("bnprobe: error: Interrupted.")
         code = EXIT_NOTHING
     sys.exit(code)
 
@@ -118,8 +119,9 @@ def _as_interrupt(number: int, frame: Any) -> None:
 
 def _silence_stdout() -> None:
     """Discard all output to stdout, including that of the user's code and of libraries outside Python."""
-    sys.stdout.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def share_processors() -> None:

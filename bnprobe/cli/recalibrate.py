@@ -51,7 +51,12 @@ def recalibrate(
     batches: Annotated[
         int | None,
         typer.Option(
-            "--batches", help="Use N batches (default: all).", min=1, rich_help_panel=RECALIBRATION, metavar="N"
+            "--batches",
+            help="Use N batches (default: all).",
+            min=1,
+            max=10**6,
+            rich_help_panel=RECALIBRATION,
+            metavar="N",
         ),
     ] = None,
     layers: Annotated[

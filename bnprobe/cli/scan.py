@@ -62,6 +62,7 @@ def scan(
     ignore: options.Ignore = None,
     format_: options.ReportFormat = options.TERMINAL,
     output: options.Output = None,
+    force: options.ForceReport = False,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
@@ -70,7 +71,7 @@ def scan(
     Exit codes: 0 no errors found (there may be warnings), 1 errors found, 2 error in usage, spec or your code, 3
     nothing could be probed.
     """
-    from bnprobe.cli.console import check_writable, deliver
+    from bnprobe.cli.console import check_output, deliver
     from bnprobe.config.load import build_spec
     from bnprobe.files import refuse_input
     from bnprobe.records import Report
@@ -80,7 +81,7 @@ def scan(
 
     render = renderer(format_, Report)
     if is_main():
-        check_writable(output)
+        check_output(output, force)
     given = options.overrides(context)
     spec = build_spec(target, given)
     if output is not None:
@@ -90,10 +91,10 @@ def scan(
         report = _measure(spec)
     except BnprobeError as error:
         if error.report is not None and is_main():
-            deliver(error.report, render, output, show_all, one_line(error.report))
+            deliver(error.report, render, output, show_all, one_line(error.report), force)
         raise
     if is_main():
-        deliver(report, render, output, show_all, one_line(report))
+        deliver(report, render, output, show_all, one_line(report), force)
     from bnprobe.analysis.diagnosis import has_findings
 
     raise typer.Exit(EXIT_FINDINGS if has_findings(report, spec.rules) and not exit_zero else EXIT_CLEAN)

@@ -6,9 +6,9 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import typer.core
 
 from bnprobe.cli import options
+from bnprobe.cli.command import Command
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, NothingToProbeError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _RATES = re.compile(rf"[-+\d.eE]+(,.*)?|{_CUMULATIVE}(,.*)?")
 _USUAL = "usual"
 
 
-class SweepCommand(typer.core.TyperCommand):
+class SweepCommand(Command):
     """Accepts ``--momentum`` with and without rates; typer does not support an optional value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -85,6 +85,7 @@ def sweep(
     exclude: options.Exclude = None,
     format_: options.ReportFormat = options.TERMINAL,
     output: options.Output = None,
+    force: options.ForceReport = False,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
@@ -92,7 +93,7 @@ def sweep(
 
     Exit codes: 0 clean at the scanned batch size, 1 findings, 2 error in usage, spec or your code, 3 nothing to probe.
     """
-    from bnprobe.cli.console import check_writable, deliver
+    from bnprobe.cli.console import check_output, deliver
     from bnprobe.config.load import build_spec
     from bnprobe.files import refuse_input
     from bnprobe.records import SweepReport
@@ -104,7 +105,7 @@ def sweep(
     if momentum is None and (shift is not None or scale is not None):
         raise UsageError("--shift and --scale change the data that --momentum replays: give --momentum too.")
     render = renderer(format_, SweepReport)
-    check_writable(output)
+    check_output(output, force)
     spec = build_spec(
         target,
         options.overrides(context),
@@ -113,7 +114,7 @@ def sweep(
         refuse_input(output, [target, *spec.files()])
     replayed = {"rates": rates, "shift": shift, "scale": scale}
     report = _measure(spec, sizes, None if momentum is None else replayed)
-    deliver(report, render, output, show_all, one_line(report))
+    deliver(report, render, output, show_all, one_line(report), force)
     findings = any(layer.flagged for layer in report.layers) and not exit_zero
     raise typer.Exit(EXIT_FINDINGS if findings else EXIT_CLEAN)
 
@@ -148,7 +149,7 @@ def _measure(spec: Spec, train_sizes: tuple[int, ...], replayed: dict[str, Any] 
 def _sizes(name: str, text: str | None) -> tuple[int, ...]:
     if text is None:
         return ()
-    if not re.fullmatch(r"\d+(,\d+)*", text):
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
         raise UsageError(f"{name} {text} is not a list of batch sizes: give whole numbers and commas, as in 8,32.")
     return tuple(sorted({int(part) for part in text.split(",")}))
 

@@ -30,14 +30,14 @@ from bnprobe.config.requirements import check_requirements, parse_requirement
 from bnprobe.config.spec import PLAIN, Spec
 from bnprobe.config.targets import AUTO, TARGETS
 from bnprobe.distributed import ALONE, World, launched
-from bnprobe.errors import NothingToProbeError, RepairError, SpecError, UsageError
+from bnprobe.errors import NothingToProbeError, RepairError, UsageError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_again
 from bnprobe.measure.rank_agreement import digest_of
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.session import Progress, no_progress
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
 from bnprobe.repairs import deployable_state, left_out, on_host, plan, wanted_by_globs, wanted_from_report
-from bnprobe.report.json import load_report
+from bnprobe.report.json import read_report
 from bnprobe.rules import effect, title_of
 from bnprobe.training import StateFolder, StepLog
 
@@ -187,17 +187,9 @@ def _wanted(spec: Spec, model: nn.Module, before: Report | None) -> tuple[dict[s
     if spec.repair.layers:
         return wanted_by_globs(model, spec.repair.layers), "--layers " + " ".join(spec.repair.layers)
     if spec.repair.report:
-        return wanted_from_report(_read_report(Path(spec.repair.report)), model), spec.repair.report
+        return wanted_from_report(read_report(Path(spec.repair.report)), model), spec.repair.report
     assert before is not None  # the caller scans if nothing else selects layers
     return wanted_from_report(before, model), f"a scan at batch size {before.scan.batch_size}"
-
-
-def _read_report(path: Path) -> Report:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"The report {path} could not be read: {error}.") from None
-    return load_report(text)
 
 
 def _folder(

@@ -179,7 +179,18 @@ def _export(
             return *_flexible(exporter, runs, model, cases), False
     written = _fixed(exporter, format_.name, model, example)
     note = f"The file accepts only batches of {images} samples, because the model fixes its batch size."
-    return replace(written, notes=(*written.notes, note)), exporter.read(written.content) if runs else None, True
+    return (
+        replace(written, notes=(*written.notes, note)),
+        _read(exporter, format_.name, written) if runs else None,
+        True,
+    )
+
+
+def _read(exporter: Exporter, to: str, written: Written) -> RunExported:
+    try:
+        return exporter.read(written.content)
+    except RuntimeError as error:
+        raise RepairError(f"The {to} file that was made cannot be read: {error}") from error
 
 
 def _flexible(

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -17,18 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from bnprobe.config.spec import ScanSettings, Spec, as_thresholds, is_file_target, nearest_file, split_target
 from bnprobe.errors import BnprobeError, SpecError, UsageError
-
-
-def shown(value: object) -> str:
-    """A value in words that fit YAML."""
-    if isinstance(value, str):
-        return f"the text {value!r}"
-    if isinstance(value, Mapping):
-        return "a mapping (key: value)"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value)[:60] if not isinstance(value, list | tuple) else f"the list {list(value)!r}"[:60]
-
+from bnprobe.files import read_bounded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,6 +26,44 @@ else:
     import tomli as tomllib
 
 KeyPath = tuple[str | int, ...]
+
+MOST_BYTES = 1_000_000
+"""A spec file or pyproject.toml of more bytes is taken for something else."""
+
+MOST_VALUES = 100_000
+"""Values that a YAML document may hold, those that aliases repeat included."""
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_MOST_DIGITS = 400
+
+_LONGEST = 60
+"""Characters of a value in a message."""
+
+
+def shown(value: object) -> str:
+    """A value in words that fit YAML."""
+    if isinstance(value, str):
+        return f"the text {value if len(value) <= 2 * _LONGEST else value[: 2 * _LONGEST] + '...'!r}"
+    if isinstance(value, Mapping):
+        return "a mapping (key: value)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"the list {_SHORT.repr(list(value))}"[:_LONGEST]
+    return _SHORT.repr(value)[:_LONGEST]
+
+
+class _Short(reprlib.Repr):
+    """Shows the beginning of a value, however large it is."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 10**_LONGEST else "a number with too many digits"
+
+
+_SHORT = _Short()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, _LONGEST, _LONGEST, _LONGEST
+
 _TARGETS = ("model", "data", "eval_data")
 _ALIASES = {"class_path": "target", "init_args": "args"}
 _SHORT_FORMS = {**dict.fromkeys(_TARGETS, "target"), "checkpoint": "path"}
@@ -94,8 +122,12 @@ def read_pyproject(folder: Path) -> Source:
     if path is None:
         return Source({})
     try:
-        table = tomllib.loads(_read_text(path)).get("tool", {}).get("bnprobe", {})
-    except tomllib.TOMLDecodeError as error:
+        whole = tomllib.loads(_read_text(path))
+        tools = whole.get("tool", {})
+        table = tools.get("bnprobe", {}) if isinstance(tools, dict) else {}
+    except RecursionError:
+        raise SpecError(f"{path} is not valid TOML: it is nested too deeply.") from None
+    except ValueError as error:  # also of a number with too many digits
         raise SpecError(f"{path} is not valid TOML: {error}.") from None
     if not isinstance(table, dict):
         raise SpecError(f"tool.bnprobe of {path} must be a table, but is {shown(table)}.")
@@ -106,22 +138,68 @@ def read_yaml(path: Path) -> Source:
     text = _read_text(path)
     keys = _KeyLines(path)
     try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        keys.walk(node)
-        values = {} if node is None else loader.construct_document(node)
+        values = load_yaml(text, keys.walk)
     except yaml.MarkedYAMLError as error:
         raise SpecError(_yaml_message(error, text, path)) from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # also of a number with too many digits
         raise SpecError(f"{path} is not valid YAML: {error}.") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise SpecError(f"{path}, line 1: a spec file must be a mapping (key: value), but is {shown(values)}.")
     return _normalised(Source(values, str(path), keys.lines), path.parent)
 
 
+def load_yaml(text: str, look: Callable[[yaml.Node | None], None] = lambda node: None) -> Any:
+    """The value of a YAML document, of bounded size: aliases can make a short text hold billions of values.
+
+    Args:
+        text: One document.
+        look: Called with the document as nodes, before it becomes a value.
+
+    Raises:
+        yaml.YAMLError: The text is not YAML.
+        ValueError: It holds too many values, is nested too deeply or within itself, or holds a number or a date that
+            cannot be.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        _require_bounded(node)
+        look(node)
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _require_bounded(top: yaml.Node | None) -> None:
+    """Refuse a document with too many values, counted as if every alias were written out."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node | None) -> int:
+        if node is None:
+            return 0
+        if id(node) in sizes:
+            if not sizes[id(node)]:
+                raise ValueError(f"line {node.start_mark.line + 1} has a value that an alias repeats within itself")
+            return sizes[id(node)]
+        if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and len(node.value) > _MOST_DIGITS:
+            raise ValueError(f"line {node.start_mark.line + 1} has a number of more than {_MOST_DIGITS} characters")
+        sizes[id(node)] = 0  # until it is known
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in pairs for part in pair]
+        sizes[id(node)] = total = 1 + sum(map(size, parts))
+        if total > MOST_VALUES:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values, those that aliases repeat included")
+        return total
+
+    size(top)
+
+
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bounded(path, MOST_BYTES, lambda what: SpecError(f"{path} {what}: it is no spec.")).decode()
     except FileNotFoundError:
         raise SpecError(f"The file {path} does not exist. {nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -46,7 +46,7 @@ def nearest_file(path: Path) -> str:
 
 def _numbers(value: object) -> object:
     """Turn ``"1,2,4"`` into (1, 2, 4); leave anything else to validation."""
-    if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*,?\s*", value):
+    if isinstance(value, str) and re.fullmatch(r"\s*\d{1,18}\s*(,\s*\d{1,18}\s*)*,?\s*", value):
         return tuple(int(part) for part in value.split(",") if part.strip())
     return value
 
@@ -69,7 +69,9 @@ def matches_any(glob: str, names: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for name in names)
 
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Passes = Annotated[int, Field(ge=1, le=10**6)]  # more would not end within weeks
+Runs = Annotated[int, Field(ge=1, le=1000)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that numpy accepts
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Globs = Annotated[tuple[str, ...], Field(strict=False)]
@@ -148,14 +150,14 @@ class ScanSpec(_Section):
         gradients: Whether to measure the noise of the backward pass.
     """
 
-    max_batches: Count = 256
+    max_batches: Passes = 256
     device: str = "auto"
     autocast: Literal["bfloat16", "float16"] | None = None
     physical_batch: Count | None = None
     batch_sizes: BatchSizes = ()
     emulate: bool = True
     what_if: bool | None = None
-    train_steps: Count | None = None
+    train_steps: Passes | None = None
     gradients: bool = False
 
 
@@ -206,7 +208,7 @@ class ScanSettings(ScanSpec):
     """
 
     batch_size: Count | None = None
-    batches: Count | None = None
+    batches: Passes | None = None
     seed: Seed = 0
     goal: Goal = "max"
     thresholds: Thresholds = Field(default_factory=lambda: {"*": DEFAULT_THRESHOLD})
@@ -275,7 +277,7 @@ class EvalDataSpec(_Section):
     target: str | None = None
     args: dict[str, Any] = Field(default_factory=dict)
     batch_size: Count | None = None
-    batches: Count | None = None
+    batches: Passes | None = None
     batch_size_of: str | None = None
     seed: Seed = 0
 
@@ -397,7 +399,7 @@ class RepairSpec(_Section):
     groups: Count = 32
     blend: Fraction = 0.5
     renorm: RenormSpec = RenormSpec()
-    seeds: Count = 1
+    seeds: Runs = 1
     require: Globs = ()
     goal: Goal = "max"
 

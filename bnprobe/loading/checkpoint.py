@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,7 @@ _AVERAGED_COUNTER = "n_averaged"
 """The key that torch.optim.swa_utils.AveragedModel adds to those of its module."""
 
 _DEEPEST = 4
+_MOST_CANDIDATES = 256
 
 
 def load_checkpoint(model: nn.Module, spec: CheckpointSpec, need_statistics: bool = True) -> LoadedWeights:
@@ -400,7 +402,7 @@ def _find_state(
 ) -> tuple[_Candidate, list[_Candidate], list[str]]:
     """The state dict that fits the model best, or the one under the key; others in the file; notes that say which."""
     inner = saved if key is None else _pick(saved, key, path)
-    found = list(_candidates(inner, key or "", target, _DEEPEST))
+    found = _candidates(inner, key or "", target)
     ranked = [each for _, each in sorted(enumerate(found), key=lambda pair: pair[1].rank(pair[0]))]
     if not ranked or (ranked[0].matched == 0 and len(ranked) > 1):
         raise CheckpointError(_no_state(inner, key, path, ranked))
@@ -415,7 +417,7 @@ def _find_state(
         notes.append(f'{path.name} also holds averaged weights (EMA) under "{averaged[0]}": --key {averaged[0]}.')
     elif others:
         notes.append(f"{path.name} also holds weights that fit under {listed(others)}: --key selects them.")
-    whole = found if key is None else list(_candidates(saved, "", target, _DEEPEST))
+    whole = found if key is None else _candidates(saved, "", target)
     return best, [each for each in whole if each.matched and each.key != best.key], notes
 
 
@@ -458,19 +460,32 @@ def _under(key: str) -> str:
     return f' under the key "{key}"' if key else ""
 
 
-def _candidates(saved: Any, key: str, target: Mapping[str, Any], depth: int) -> Iterator[_Candidate]:
-    """Every state dict in what a file holds, from the outside to the inside."""
-    state, of = _as_state(saved, target)
-    if state:
-        matched = _matched(state, target)
-        yield _Candidate(key, state, of, matched)
-        if matched or of:
+def _candidates(saved: Any, key: str, target: Mapping[str, Any]) -> list[_Candidate]:
+    """The state dicts in what a file holds, from the outside to the inside; not all of a great many.
+
+    What a file holds in many places is judged once, and looked into once on each level: a short file can hold the same
+    in billions of places.
+    """
+    judged: dict[int, tuple[dict[str, Any], str | None, int]] = {}
+    entered: set[tuple[int, int]] = set()
+
+    def found(saved: Any, key: str, depth: int) -> Iterator[_Candidate]:
+        if id(saved) not in judged:
+            state, of = _as_state(saved, target)
+            judged[id(saved)] = state, of, _matched(state, target) if state else 0
+        state, of, matched = judged[id(saved)]
+        if state:
+            yield _Candidate(key, state, of, matched)
+            if matched or of:
+                return
+        if depth == 0 or (id(saved), depth) in entered:
             return
-    if depth == 0:
-        return
-    inside = {**saved, **vars(saved)} if isinstance(saved, Stub) else saved if isinstance(saved, Mapping) else {}
-    for name, value in inside.items():
-        yield from _candidates(value, f"{key}.{name}" if key else str(name), target, depth - 1)
+        entered.add((id(saved), depth))
+        inside = {**saved, **vars(saved)} if isinstance(saved, Stub) else saved if isinstance(saved, Mapping) else {}
+        for name, value in inside.items():
+            yield from found(value, f"{key}.{name}" if key else str(name), depth - 1)
+
+    return list(islice(found(saved, key, _DEEPEST), _MOST_CANDIDATES))
 
 
 def _as_state(saved: Any, target: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:

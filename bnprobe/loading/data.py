@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -156,6 +157,10 @@ def as_batch_source(
     return source_of(batches, replace(request, batch_size_of=counted_by(batch_size_of)))
 
 
+_MOST_SYNTHETIC = 2**31
+"""Values of a batch of synthetic inputs: 8 GiB."""
+
+
 def synthetic_source(shapes: list[tuple[int, ...]], batch_size: int, seed: int) -> BatchSource:
     """Endless batches of standard-normal float32 inputs.
 
@@ -163,7 +168,16 @@ def synthetic_source(shapes: list[tuple[int, ...]], batch_size: int, seed: int) 
         shapes: Shape of one sample for each input of the model, without the batch axis.
         batch_size: Samples in a micro-batch.
         seed: Seed of the inputs; every iteration gives the same ones.
+
+    Raises:
+        DataError: A batch would be larger than any memory.
     """
+    values = batch_size * sum(map(math.prod, shapes))
+    if values > _MOST_SYNTHETIC:
+        raise DataError(
+            f"A batch of synthetic inputs would have {values:,} values; {_MOST_SYNTHETIC:,} are possible. Give a"
+            " smaller --input-shape or --batch-size."
+        )
     words = " and ".join("x".join(map(str, shape)) for shape in shapes)
     description = f"synthetic inputs of shape {words}"
     return BatchSource(_Synthetic(shapes, batch_size, seed), batch_size, description, synthetic=True)

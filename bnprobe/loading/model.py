@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -179,6 +180,8 @@ def _load_file(location: str, near: UserModule | None) -> UserModule:
     path = Path(location)
     if path.is_dir():
         raise ModelError(f"{location} is a folder. Name a Python file in it, e.g. {path / 'model.py'}.")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{location} is a pipe or a device. Name a Python file.")
     if not path.is_file():
         raise ModelError(f"The file {location} does not exist. {nearest_file(path)}")
     _refuse_other_files(path)
@@ -258,7 +261,7 @@ def _module_name(path: Path) -> str:
         found = importlib.util.find_spec(path.stem)
         if found is not None and found.origin == str(path):
             return path.stem
-    return f"bnprobe_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    return f"bnprobe_user_{path.stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 def _import(location: str, symbol: str | None) -> tuple[UserModule, str | None]:

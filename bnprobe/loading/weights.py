@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import mmap
 import pickle
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,10 +83,13 @@ def read_weights(path: Path, unsafe_load: bool = False) -> tuple[Any, tuple[str,
         UserCodeError: Unpickling ran the user's code, which raised.
     """
     _check_file(path)
+    repeats = _examined(path)
     if path.name.endswith(".index.json"):
         return _read_shards(path), ()
     if is_safetensors(path):
         return _read_safetensors(path), ()
+    if repeats and not unsafe_load:
+        return _read_stubbed(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: success, or the error, says enough
@@ -122,6 +128,8 @@ def is_safetensors(path: Path) -> bool:
 def _check_file(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"The checkpoint {path} does not exist. {nearest_file(path)}")
+    if not path.is_file():
+        raise CheckpointError(f"The checkpoint {path} is a pipe or a device. Save or copy it as a file.")
     if path.stat().st_size == 0:
         raise CheckpointError(f"The checkpoint {path} is empty (0 bytes). Save or copy it again.")
     if _starts_with(path, b"version https://git-lfs"):
@@ -138,6 +146,44 @@ def _starts_with(path: Path, start: bytes) -> bool:
         return False
 
 
+_MOST_EXPANDED = 20
+"""An archive that is so many times larger when unpacked holds no weights: torch.save compresses nothing."""
+
+_SMALL = 256 * 2**20
+"""An archive with fewer bytes when unpacked does no harm."""
+
+
+_MAKES_ANY_SIZE = b"bytearray"
+"""What torch lets a pickle call, and what makes as many bytes of a number as it says."""
+
+
+def _examined(path: Path) -> bool:
+    """Whether a pickle in a file may call what makes many bytes of a few.
+
+    Raises:
+        CheckpointError: The file is a zip archive that unpacks to far more bytes than it has itself.
+    """
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            _refuse_bomb(path, size, sum(entry.file_size for entry in entries))
+            pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+            return any(_MAKES_ANY_SIZE in archive.read(entry) for entry in pickles)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error):
+        pass  # no archive, or one that torch rejects
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return not is_safetensors(path) and content.find(_MAKES_ANY_SIZE) >= 0
+
+
+def _refuse_bomb(path: Path, size: int, unpacked: int) -> None:
+    if unpacked > max(_SMALL, _MOST_EXPANDED * size):
+        raise CheckpointError(
+            f"The checkpoint {path} ({size:,} bytes) unpacks to {unpacked:,} bytes, so it holds no weights as"
+            " torch.save writes them. If you trust it, load it and save it again."
+        )
+
+
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path, device="cpu")
@@ -148,12 +194,13 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def _read_shards(index: Path) -> dict[str, Any]:
     """The weights of a model that is saved in several files, which the index names."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        listed_names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted(set(listed_names))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(_damaged(index, error)) from None
     whole: dict[str, Any] = {}
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or name.endswith(".index.json"):
             raise CheckpointError(f"{index} names {name!r} as a file of weights, which is not a name in its folder.")
         part, _ = read_weights(index.parent / name)
         if not isinstance(part, Mapping):
@@ -231,18 +278,34 @@ class Stub(dict[Any, Any]):
     add = append
 
 
+_MOST_MODULES = 100_000
+
+
 def state_of(module: Stub) -> dict[str, Any] | None:
-    """The state dict of a pickled ``nn.Module``; None if the object was no module."""
-    held = module.__dict__
-    if not isinstance(held.get("_modules"), Mapping) or not isinstance(held.get("_parameters"), Mapping):
+    """The state dict of a pickled ``nn.Module``; None if the object was no module, or one without an end."""
+    visited = 0
+
+    def state(module: Stub) -> dict[str, Any] | None:
+        nonlocal visited
+        visited += 1
+        held = module.__dict__
+        if not isinstance(held.get("_modules"), Mapping) or not isinstance(held.get("_parameters"), Mapping):
+            return None
+        buffers = held.get("_buffers")
+        own = {**held["_parameters"], **(buffers if isinstance(buffers, Mapping) else {})}
+        hidden = held.get("_non_persistent_buffers_set", ())
+        found = {name: value for name, value in own.items() if isinstance(value, torch.Tensor) and name not in hidden}
+        for name, child in held["_modules"].items():
+            if visited > _MOST_MODULES:  # modules within modules that are shared: as many as there are paths
+                raise RecursionError
+            inner = state(child) if isinstance(child, Stub) else None
+            found |= {f"{name}.{key}": value for key, value in (inner or {}).items()}
+        return found
+
+    try:
+        return state(module)
+    except RecursionError:
         return None
-    own = {**held["_parameters"], **held.get("_buffers", {})}
-    hidden = held.get("_non_persistent_buffers_set", ())
-    found = {name: value for name, value in own.items() if isinstance(value, torch.Tensor) and name not in hidden}
-    for name, child in held["_modules"].items():
-        state = state_of(child) if isinstance(child, Stub) else None
-        found |= {f"{name}.{key}": value for key, value in (state or {}).items()}
-    return found
 
 
 _TENSORS = {
@@ -287,6 +350,8 @@ class _StubbingUnpickler(pickle.Unpickler):
         module = "builtins" if module == "__builtin__" else module
         if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
             return _rebuild_from_type
+        if module == "builtins" and name == "bytes":
+            return _bytes
         if name in _TENSORS.get(module, ()) or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
@@ -295,6 +360,11 @@ class _StubbingUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         self.left_out.add(f"{module}.{name}")
         return type(name, (Stub,), {"class_name": f"{module}.{name}", "__module__": __name__})
+
+
+def _bytes(*given: Any) -> bytes:
+    """As ``bytes``, but not of a number, of which it would make as many zeros."""
+    return bytes(*given) if given and not isinstance(given[0], int) else b""
 
 
 def _read_stubbed(path: Path) -> tuple[Any, tuple[str, ...]]:

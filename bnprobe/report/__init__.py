@@ -47,7 +47,7 @@ class Format:
 
 
 def _json(document: Any, options: RenderOptions) -> str:
-    return json.dump(document)
+    return json.dump(document, ascii_only=not options.unicode)
 
 
 FORMATS: Registry[Format] = Registry(

@@ -32,7 +32,7 @@ def render_json(report: ExportReport, options: RenderOptions) -> str:
     content = asdict(report)
     for difference in (*content["differences"], *content["quantization"]):
         difference |= {name: None for name in ("absolute", "relative") if not math.isfinite(difference[name])}
-    return to_text(content)
+    return to_text(content, ascii_only=not options.unicode)
 
 
 def _header(report: ExportReport, page: Page) -> list[Text]:

@@ -6,14 +6,16 @@ rewrites them.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from bnprobe.docstrings import docstring
 from bnprobe.errors import UsageError
+from bnprobe.files import read_bounded
+from bnprobe.printable import escaped_json
 from bnprobe.records import OMITTED_WHEN_EMPTY, SCHEMA_VERSION, Record, RepairRecord, Report, SweepReport
 
 if TYPE_CHECKING:
@@ -21,23 +23,27 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
-def dump(record: DataclassInstance) -> str:
+def dump(record: DataclassInstance, ascii_only: bool = False) -> str:
     """The record as JSON: the version of the schema first, then the fields in their order; a newline at the end.
+
+    Args:
+        record: Any record.
+        ascii_only: Escape all that is not ASCII.
 
     Raises:
         ValueError: A figure is NaN or infinite, which the records do not allow.
     """
-    return to_text(asdict(record, dict_factory=_without_empty))
+    return to_text(asdict(record, dict_factory=_without_empty), ascii_only)
 
 
 def _without_empty(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in items if value or key not in OMITTED_WHEN_EMPTY}
 
 
-def to_text(content: dict[str, Any]) -> str:
-    """The content of a record as JSON; see `dump`."""
+def to_text(content: dict[str, Any], ascii_only: bool = False) -> str:
+    """The content of a record as JSON; see `dump`. What a terminal would obey is written as an escape."""
     document = {"schema_version": SCHEMA_VERSION} | content
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return escaped_json(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False), ascii_only) + "\n"
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -62,9 +68,37 @@ def load_report(text: str) -> Report:
         raise UsageError(_explain(error)) from error
 
 
+MOST_BYTES = 1_000_000_000
+"""A file of more bytes is taken for something else: the report of a scan of 10,000 layers has 50 million."""
+
+
+def read_report(path: Path) -> Report:
+    """Read the file of a report of a scan.
+
+    Raises:
+        UsageError: The file cannot be read, or is no report; the message names it.
+    """
+    try:
+        content = read_bounded(path, MOST_BYTES, lambda what: UsageError(f"{path} {what}: it is no report."))
+    except FileNotFoundError:
+        from bnprobe.config.spec import nearest_file  # pydantic again
+
+        raise UsageError(f"The report {path} does not exist. {nearest_file(path)}".rstrip()) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The report {path} could not be read: {getattr(error, 'strerror', error)}.") from None
+    try:
+        return load_report(content.decode())
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not a JSON report of bnprobe: it is not text.") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
 def _parse(text: str) -> dict[str, Any]:
     try:
         document = json.loads(text, parse_float=_finite, parse_constant=_reject_constant)
+    except RecursionError:
+        raise UsageError("This is not a JSON report of bnprobe: it is nested too deeply.") from None
     except ValueError as error:
         raise UsageError(f"This is not a JSON report of bnprobe: {error}.") from error
     if not isinstance(document, dict):
@@ -155,7 +189,7 @@ def write_schemas() -> None:
 
 def _docstring(record: type) -> tuple[str, dict[str, str]]:
     """The summary of a record's docstring, and the text of each of its attributes."""
-    summary, _, listed = (inspect.getdoc(record) or "").partition("\n\nAttributes:\n")
+    summary, _, listed = docstring(record).partition("\n\nAttributes:\n")
     attributes: dict[str, str] = {}
     names: list[str] = []
     for line in listed.splitlines():

@@ -41,7 +41,7 @@ def one_line(report: LintReport) -> str:
 def _finding(diagnosis: Diagnosis, report: LintReport, options: RenderOptions) -> Iterator[Text]:
     own = [verdict for verdict in report.verdicts if verdict.rule == diagnosis.rule and verdict.outcome == "failed"]
     own = [verdict for verdict in own if not diagnosis.layers or verdict.layer in diagnosis.layers]
-    head = Text(_place(own[0].location, report) + " ")
+    head = _plain(_place(own[0].location, report), options) + " "
     head += Text(f"{diagnosis.rule} {diagnosis.severity}", SEVERITY_STYLES[diagnosis.severity])
     yield head + _plain(f" {diagnosis.message}", options)
     if len(own) > 1:

@@ -25,7 +25,7 @@ EXPORTED = frozenset(("--model-arg", "--batch-size", "--seed"))
 """Options of a repair with which an export loads the same model and data; those of its checkpoint have done their work.
 """
 
-FLAGS = frozenset(("--unsafe-load", "--no-emulate", "--what-if", "--gradients", "--all", "--exit-zero"))
+FLAGS = frozenset(("--unsafe-load", "--no-emulate", "--what-if", "--gradients", "--all", "--exit-zero", "--force"))
 """Options of a scan that have no value."""
 
 _WHY = {
@@ -232,11 +232,15 @@ def chosen_options(command: str, options: Collection[str]) -> list[str]:
 def with_options(command: str, options: dict[str, str]) -> str:
     """The command with options set; one that was already there is replaced.
 
+    A file that the command has written is replaced by the same command only with ``--force``, and others are not.
+
     Args:
         command: A command quoted for a POSIX shell, e.g. ``"bnprobe scan model.py --batch-size 2"``.
         options: Values by option; "" for an option without a value.
     """
-    words = _without_options(shlex.split(command), options)
+    words = _without_options(shlex.split(command), {**options, "--force": ""})
+    if any(word.partition("=")[0] == "--output" for word in words):
+        words.append("--force")
     for option, value in options.items():
         words += [option, value] if value else [option]
     return shlex.join(words)

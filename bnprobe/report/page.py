@@ -7,6 +7,7 @@ such as "[red]" stays what it is.
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -15,6 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from bnprobe.printable import LONGEST_PARAGRAPH, cut, escaped, short_words
 from bnprobe.records import Severity
 
 MINIMUM_WIDTH = 40
@@ -80,16 +82,10 @@ _ASCII = str.maketrans(
 def clean(text: str, unicode: bool) -> str:
     """Text that a terminal shows as it is: one line, nothing unprintable, ASCII where need be.
 
-    Line breaks become spaces; other characters that cannot be shown are written as Python escapes, so that a
-    name holding a terminal control sequence cannot act on the terminal.
+    Line breaks become spaces; see ``bnprobe.printable`` for what else is changed.
     """
-    line = " ".join(text.splitlines())
-    if not unicode:
-        line = line.translate(_ASCII).encode("ascii", "backslashreplace").decode("ascii")
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode("ascii")
-        for char in line
-    )
+    line = escaped(" ".join(cut(short_words(text), LONGEST_PARAGRAPH).splitlines()))
+    return line if unicode else line.translate(_ASCII).encode("ascii", "backslashreplace").decode("ascii")
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -199,7 +195,7 @@ class Page:
             whole = ([name for name in short if name is not None] for short in tried)
             apart = [short for short in whole if len(short) == len(names) and len(set(short)) == len(set(names))]
             if apart:
-                return max(apart, key=lambda short: sum(map(cell_len, short)))
+                return max(apart, key=lambda short: sum(map(_cells, short)))
         return _number([_elide(name, width, mark, tails[0]) for name in cleaned], names, width)
 
 
@@ -210,7 +206,10 @@ def pad(text: str, width: int, right: bool = False) -> str:
 
 
 def to_string(parts: Iterable[Sequence[Text]], color: bool) -> str:
-    """The parts that have lines as one string, an empty line between them, with ANSI colours if wanted."""
+    """The parts that have lines as one string, an empty line between them, with ANSI colours if wanted.
+
+    The only control characters in it are line breaks and those of the colours.
+    """
     out = StringIO()
     # NO_COLOR, COLUMNS and TERM are the command line's to read: a format depends on its options only.
     console = Console(
@@ -225,30 +224,38 @@ def to_string(parts: Iterable[Sequence[Text]], color: bool) -> str:
     for number, part in enumerate(filter(None, parts)):
         for line in [Text(), *part] if number else part:
             line.rstrip()
-            console.print(line, soft_wrap=True)
+            shown = line if line.plain.isprintable() else Text(escaped(line.plain), line.style)
+            console.print(shown, soft_wrap=True)
     return out.getvalue()
 
 
 _MEASURE = Console(file=StringIO(), color_system=None, legacy_windows=False, _environ={})
 
 
+def _cells(text: str) -> int:
+    """As ``cell_len``, and fast for the many names of a large network."""
+    return len(text) if text.isascii() else cell_len(text)
+
+
 def _elide(name: str, width: int, mark: str, tail: int) -> str:
-    if cell_len(name) <= width:
+    if _cells(name) <= width:
         return name
-    head = width - cell_len(mark) - tail
+    head = width - _cells(mark) - tail
     return _take(name, head) + mark + _take(name[::-1], tail)[::-1]
 
 
 def _elide_parts(name: str, width: int, mark: str, tail: int) -> str | None:
     """The same between two parts of a dotted name; None where nothing is left of one side."""
-    if cell_len(name) <= width or "." not in name:
+    if _cells(name) <= width or "." not in name:
         return _elide(name, width, mark, tail)
-    first, last = _take(name, width - cell_len(mark) - tail), _take(name[::-1], tail)[::-1]
+    first, last = _take(name, width - _cells(mark) - tail), _take(name[::-1], tail)[::-1]
     return first[: first.rindex(".") + 1] + mark + last[last.index(".") :] if "." in first and "." in last else None
 
 
 def _take(text: str, cells: int) -> str:
     """The longest beginning of ``text`` that fits into ``cells``."""
+    if text.isascii():
+        return text[: max(cells, 0)]
     used = 0
     for index, char in enumerate(text):
         used += cell_len(char)
@@ -260,8 +267,9 @@ def _take(text: str, cells: int) -> str:
 def _number(short: list[str], names: Sequence[str], width: int) -> list[str]:
     order = {name: index for index, name in enumerate(dict.fromkeys(names), start=1)}
     ends = [f"#{order[name]}" for name in names]
+    times = Counter(short)
     return [
-        _take(label, width - cell_len(end)) + end if short.count(label) > 1 else label
+        _take(label, width - cell_len(end)) + end if times[label] > 1 else label
         for label, end in zip(short, ends, strict=True)
     ]
 

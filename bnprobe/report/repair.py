@@ -85,7 +85,7 @@ def render(report: RepairReport, options: RenderOptions) -> str:
 
 def render_json(report: RepairReport, options: RenderOptions) -> str:
     """The record as JSON; ``record.schema.json`` describes it."""
-    return dump(report.record)
+    return dump(report.record, ascii_only=not options.unicode)
 
 
 def _header(record: RepairRecord, page: Page) -> list[Text]:

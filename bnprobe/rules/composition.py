@@ -101,8 +101,8 @@ class BatchComposition(ShareRule):
 
     def advise(self, layer: Layer, facts: Facts) -> str:
         """Statistics of every sample are only named where they were tried, and are surely better."""
-        converted = effect.by_conversion(facts)
-        return f"{self.remedy} Or: {converted[0].lower()}{converted[1:]}" if converted else self.remedy
+        first, converted = _COMPOSED if facts.composed else self.remedy, effect.by_conversion(facts)
+        return f"{first} Or: {converted[0].lower()}{converted[1:]}" if converted else first
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         if not facts.own_order:
@@ -119,9 +119,6 @@ class BatchComposition(ShareRule):
         remedy = self.advise(layer, facts) if effect.surely_worse(facts) else _NO_NEED
         message = f"{self.explain(layer, facts)} (It accounts for D = {mismatch(share)}, which is within the limit.)"
         return self.failed(layer.name, message, share, limit, "info", remedy)
-
-    def advise(self, layer: Layer, facts: Facts) -> str:
-        return _COMPOSED if facts.composed else self.remedy
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         if layer.shares is None:

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bnprobe.docstrings import docstring
 from bnprobe.rules import RULES, Rule
 from bnprobe.rules.interface import SECTIONS
 
@@ -31,7 +31,7 @@ class Manual:
 
 def manual(rule: Rule) -> Manual:
     """The manual of a rule."""
-    summary, _, rest = (inspect.cleandoc(type(rule).__doc__ or "") + "\n").partition("\n\n")
+    summary, _, rest = (docstring(type(rule)) + "\n").partition("\n\n")
     sections = tuple((found[1], " ".join(found[2].split())) for found in _HEADING.finditer(rest))
     return Manual(" ".join(summary.split()), sections)
 

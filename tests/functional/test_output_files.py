@@ -22,7 +22,7 @@ def _names(folder: Path) -> set[str]:
 def test_a_report_is_written_whole(workspace: Workspace) -> None:
     workspace.write("model.py", SHIFTED)
     workspace.write("report.json", "old")
-    found = workspace.scan("--format", "json", "--output", "report.json")
+    found = workspace.scan("--format", "json", "--output", "report.json", "--force")
     assert (found.code, found.stdout) == (FINDINGS, "")
     assert found.stderr == "1 of 1 layer flagged; report written to report.json\n"
     assert json.loads((workspace.folder / "report.json").read_text())["summary"]["flagged"] == 1
@@ -34,7 +34,7 @@ def test_a_terminal_report_in_a_file_is_plain_text(workspace: Workspace) -> None
     target = workspace.write("reports/first.txt", "old")
     link = workspace.folder / "latest.txt"
     link.symlink_to(target)
-    assert workspace.scan("--output", "latest.txt").code == CLEAN
+    assert workspace.scan("--output", "latest.txt", "--force").code == CLEAN
     assert link.is_symlink()
     written = target.read_text(encoding="utf-8")
     assert written.startswith("bnprobe ")
@@ -65,7 +65,7 @@ def test_a_bad_output_is_known_before_the_scan(workspace: Workspace, output: str
 def test_a_write_that_fails_leaves_the_old_file(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL)
     workspace.write("report.json", "old")
-    arguments = ("scan", "model.py", "--batch-size", "2", "--format", "json", "--output", "report.json")
+    arguments = ("scan", "model.py", "--batch-size", "2", "--format", "json", "--output", "report.json", "--force")
     found = run_on_a_full_disk(workspace, *arguments, largest_file=512)
     assert found.error() == "report.json could not be written: File too large."
     assert (workspace.folder / "report.json").read_text() == "old"
@@ -84,7 +84,7 @@ def test_an_output_never_replaces_what_the_command_reads(workspace: Workspace) -
     spec = workspace.write("spec.yaml", "model: model.py\ndata: {batch_size: 2}\n")
     for command in ("scan", "lint", "sweep"):
         for path in (model, spec):
-            found = workspace.run(command, "spec.yaml", "--output", path.name)
+            found = workspace.run(command, "spec.yaml", "--output", path.name, "--force")
             assert found.error() == f"--output {path.name} is a file that this command reads; give another name."
     assert model.read_text(encoding="utf-8") == MODEL
 
@@ -92,7 +92,7 @@ def test_an_output_never_replaces_what_the_command_reads(workspace: Workspace) -
 def test_stdout_on_a_full_disk_is_an_error(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL)
     found = workspace.call("sh", "-c", 'exec "$0" "$@" > /dev/full', COMMAND, "scan", "model.py", "--batch-size", "2")
-    assert found.error() == "The report could not be written to stdout: No space left on device."
+    assert found.error() == "stdout could not be written to: No space left on device."
 
 
 def test_a_reader_that_leaves_is_no_error(workspace: Workspace) -> None:
@@ -116,5 +116,90 @@ def test_a_reader_that_leaves_is_no_error(workspace: Workspace) -> None:
 def test_a_failed_scan_leaves_the_old_report(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL + "def load_data(batch_size):\n    return []\n")
     workspace.write("report.json", "old")
-    assert workspace.scan("--format", "json", "--output", "report.json").code == ERROR
+    assert workspace.scan("--format", "json", "--output", "report.json", "--force").code == ERROR
     assert (workspace.folder / "report.json").read_text() == "old"
+
+
+def test_nothing_is_replaced_without_force(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL + LEAVES_A_TRACE)
+    workspace.write("spec.yaml", "model: model.py\ndata: {batch_size: 2}\n")
+    workspace.write("mine.txt", "mine")
+    said = "{} already exists; give another --output, or --force to overwrite."
+    for command in ("scan", "lint", "sweep"):
+        for name in ("mine.txt", "model.py", "spec.yaml"):
+            assert workspace.run(command, "spec.yaml", "--output", name).error() == said.format(name)
+    assert workspace.run("verify", "a.json", "b.json", "--output", "mine.txt").error() == said.format("mine.txt")
+    assert not (workspace.folder / "loaded").exists()
+    assert (workspace.folder / "mine.txt").read_text() == "mine"
+    assert workspace.run("lint", "spec.yaml", "--output", "mine.txt", "--force").code == CLEAN
+    assert "BN102" in (workspace.folder / "mine.txt").read_text(encoding="utf-8")
+
+
+def test_a_file_that_appears_during_the_scan_is_not_replaced(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL + "import pathlib\npathlib.Path('report.txt').write_text('mine')\n")
+    assert "report.txt already exists" in workspace.scan("--output", "report.txt").error()
+    assert (workspace.folder / "report.txt").read_text() == "mine"
+
+
+def test_verify_does_not_replace_what_it_reads(workspace: Workspace) -> None:
+    workspace.write("a.json", "{}")
+    message = workspace.run("verify", "a.json", "b.json", "--output", "a.json", "--force").error()
+    assert message == "--output a.json is a file that this command reads; give another name."
+
+
+def test_a_replaced_file_keeps_its_rights_and_its_link(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    target = workspace.write("kept/report.txt", "old")
+    target.chmod(0o640)
+    (workspace.folder / "link").symlink_to("kept/report.txt")
+    assert workspace.run("lint", "model.py", "--output", "link", "--force").code == CLEAN
+    assert (workspace.folder / "link").is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert "BN102" in target.read_text(encoding="utf-8")
+    (workspace.folder / "circle").symlink_to("circle")
+    assert "could not be followed" in workspace.run("lint", "model.py", "--output", "circle").error()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        (("scan", "--output", "out.txt"), {"out.txt"}),
+        (("lint", "--output", "out.txt"), {"out.txt"}),
+        (
+            ("recalibrate", "-o", "out.safetensors"),
+            {"out.safetensors", "out.record.json", "out.before.json", "out.after.json"},
+        ),
+        (("export", "-o", "out.pt2"), {"out.pt2"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_model_file_that_changes_the_working_directory_moves_no_output(
+    workspace: Workspace, arguments: tuple[str, ...], written: set[str]
+) -> None:
+    other = workspace.folder / "other"
+    other.mkdir()
+    workspace.write("model.py", SHIFTED + f"import os\nos.chdir({str(other)!r})\n")
+    more = () if arguments[0] == "lint" else ("--batch-size", "2")
+    assert workspace.run(arguments[0], "model.py", *more, *arguments[1:]).code in (CLEAN, FINDINGS)
+    assert _names(workspace.folder) == {"model.py", "other", *written}
+    assert _names(other) == set()
+
+
+def test_a_repair_that_is_trained_is_not_moved_either(workspace: Workspace) -> None:
+    other = workspace.folder / "other"
+    other.mkdir()
+    loss = "def loss(model, batch):\n    return model(batch[0]).square().mean()\nload_eval_data = load_data\n"
+    workspace.write("model.py", SHIFTED + f"import os\nos.chdir({str(other)!r})\n" + loss)
+    options = ("--batch-size", "2", "--finetune", "--steps", "4", "-o", "out.safetensors", "--force")
+    workspace.run("convert", "model.py", *options)
+    assert {"out.safetensors", "out.log.csv", "out.record.json"} <= _names(workspace.folder)
+    assert "out.state" not in _names(workspace.folder)
+    assert _names(other) == set()
+
+
+def test_a_pipe_that_nothing_reads_is_no_output(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bnprobe.files.WAIT", 0.05)
+    workspace.write("model.py", MODEL)
+    os.mkfifo(workspace.folder / "pipe")
+    message = workspace.run("lint", "model.py", "--output", "pipe").error()
+    assert message == "pipe could not be written: Nothing reads this pipe."

@@ -88,6 +88,8 @@ def test_reports_of_different_models(reports: Workspace) -> None:
         (b"[]", "after.json: This is not a JSON report of bnprobe: the top level is not an object."),
         (b'{"schema_version": 99}', "after.json: The JSON report has schema_version 99, and this bnprobe reads"),
         (b'{"schema_version": 1}', "after.json: The JSON report does not fit its schema"),
+        (b"[" * 200_000, "after.json: This is not a JSON report of bnprobe: it is nested too deeply."),
+        (b'{"schema_version": %s}' % (b"9" * 10**6), "after.json: This is not a JSON report of bnprobe: Exceeds"),
         (b"\xff\xfe", "after.json is not a JSON report of bnprobe: it is not text."),
     ],
 )
@@ -96,6 +98,15 @@ def test_a_file_that_is_no_report(reports: Workspace, content: bytes, said: str)
     assert reports.run("verify", "bad.json", "after.json").error().startswith(said)
     reports.write("before.json", "{")
     assert "before.json" in reports.run("verify", "before.json", "good.json").error()
+
+
+def test_a_pipe_that_nothing_writes_to(reports: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bnprobe.files.WAIT", 0.05)
+    os.mkfifo(reports.folder / "pipe.json")
+    message = reports.run("verify", "bad.json", "pipe.json").error()
+    assert message == "pipe.json is a pipe that nothing writes to: it is no report."
+    os.mkfifo(reports.folder / "pipe.py")
+    assert reports.run("lint", "pipe.py").error() == "pipe.py is a pipe or a device. Name a Python file."
 
 
 def test_a_file_that_is_not_there(reports: Workspace) -> None:

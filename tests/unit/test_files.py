@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bnprobe.errors import OutputError
-from bnprobe.files import OwnFolder, has_mark, require_new, write_all, write_whole
+from bnprobe.files import OwnFolder, has_mark, read_bounded, require_new, require_writable, write_all, write_whole
 
 
 def test_a_new_file_gets_the_usual_rights(tmp_path: Path) -> None:
@@ -46,6 +46,53 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     write_whole(link, "text")
     assert link.is_symlink()
     assert target.read_text() == "text"
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_file_that_is_replaced_keeps_its_rights(tmp_path: Path, together: bool) -> None:
+    path = tmp_path / "report.txt"
+    path.write_text("old")
+    path.chmod(0o604)
+    if together:
+        write_all({path: "text", tmp_path / "other": "text"}, force=True)
+    else:
+        write_whole(path, "text")
+    assert path.read_text() == "text"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o604
+
+
+def test_links_in_a_circle_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("a")
+    with pytest.raises(OutputError, match=r"--output .*a could not be followed: Too many levels of symbolic links"):
+        require_writable(tmp_path / "a")
+
+
+def test_a_file_is_read_up_to_a_size(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_bounded(tmp_path / "a", 5, OutputError) == b"12345"
+    with pytest.raises(OutputError, match="is larger than 4e-06 MB"):
+        read_bounded(tmp_path / "a", 4, OutputError)
+    with pytest.raises(OutputError, match="is larger than 1 MB"):
+        read_bounded(Path("/dev/zero"), 10**6, OutputError)
+
+
+def test_a_pipe_is_read_if_something_writes_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    monkeypatch.setattr("bnprobe.files.WAIT", 0.05)
+    with pytest.raises(OutputError, match="is a pipe that nothing writes to"):
+        read_bounded(pipe, 100, OutputError)
+    monkeypatch.setattr("bnprobe.files.WAIT", 60)
+    with subprocess.Popen(["sh", "-c", 'exec > "$0"; sleep 0.3; echo one; sleep 0.1; echo two', pipe]):
+        assert read_bounded(pipe, 100, OutputError) == b"one\ntwo\n"
+
+
+def test_a_pipe_that_nothing_reads_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bnprobe.files.WAIT", 0.05)
+    os.mkfifo(tmp_path / "pipe")
+    for write in (lambda: write_whole(tmp_path / "pipe", "text"), lambda: write_all({tmp_path / "pipe": "text"})):
+        with pytest.raises(OutputError, match="could not be written: Nothing reads this pipe"):
+            write()
 
 
 def test_a_pipe_is_written_to(tmp_path: Path) -> None:

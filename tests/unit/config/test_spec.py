@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -327,12 +328,46 @@ def test_bad_yaml(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in message
 
 
-def test_yaml_that_holds_itself_ends(tmp_path: Path) -> None:
+def test_yaml_without_an_end_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "model: m.py\ndata:\n  args: &a\n    self: *a\n")
-    args = build_spec(str(path), {}).data.args
-    assert list(args) == ["self"]
+    with pytest.raises(SpecError, match=r"spec.yaml is not valid YAML: line 3 has a value that an alias"):
+        build_spec(str(path), {})
     bomb = "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 12))
-    assert '"x0"' in spec_error(tmp_path, f"model: m.py\nx0: &x0 [a]\n{bomb}")
+    for use in ("", "layers: {include: *x11}\n", "data: {args: {a: *x11}}\n", "<<: *x11\n"):
+        message = spec_error(tmp_path, f"model: m.py\nx0: &x0 [a]\n{bomb}{use}")
+        assert "it holds more than 100,000 values, those that aliases repeat included" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[" * 5000, "it is nested too deeply"),
+        ("model: m.py\ndata: {batches: " + "9" * 10**6 + "}", "is larger than 1 MB"),
+        ("model: m.py\ndata: {batches: " + "9" * 10**5 + "}", "line 2 has a number of more than 400 characters"),
+        ("model: m.py\ndata: {batches: 1" + ":59" * 10**5 + "}", "line 2 has a number of more than 400 characters"),
+        (
+            "model: m.py\ndata: {batches: " + "9" * 300 + "}",
+            "a number of at most 1000000 for data.batches",
+        ),
+        ("model: m.py\nthresholds: 0x" + "f" * 390, "Expected a"),
+        ("model: m.py\nlayers: {include: [1, 2, " + "[3], " * 1000 + "]}", "for layers.include[0], but got 1"),
+    ],
+    ids=["nested", "large", "digits", "base 60", "huge", "huge float", "list"],
+)
+def test_what_is_too_large_is_said_shortly(tmp_path: Path, text: str, expected: str) -> None:
+    message = spec_error(tmp_path, text)
+    assert expected in message
+    assert len(message) < 1000 or message.count("\n")
+
+
+def test_a_pipe_that_nothing_writes_to_is_no_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bnprobe.files.WAIT", 0.05)
+    os.mkfifo(tmp_path / "spec.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    with pytest.raises(SpecError, match="is a pipe that nothing writes to"):
+        build_spec(str(tmp_path / "spec.yaml"), {})
+    with pytest.raises(SpecError, match="is larger than 1 MB"):
+        build_spec(str(tmp_path / "zero.yaml"), {})
 
 
 def test_missing_and_unreadable_spec_files(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError, UserCodeError
 from bnprobe.loading.checkpoint import LoadedWeights, load_checkpoint
-from bnprobe.loading.weights import Stub, read_weights
+from bnprobe.loading.weights import Stub, read_weights, state_of
 
 State = dict[str, Any]
 
@@ -553,3 +554,66 @@ def test_other_dtypes_are_converted(tmp_path: Path, state: State) -> None:
     weight: Tensor = model.state_dict()["0.weight"]
     assert weight.dtype == torch.float32
     assert torch.equal(weight, half["0.weight"].float())
+
+
+class Calls:
+    """Pickled as a call."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.called = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.called
+
+
+@pytest.mark.parametrize("function", [bytes, bytearray])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_asks_for_many_bytes_gets_none(tmp_path: Path, function: Any, zipped: bool) -> None:
+    saved = {"a": torch.ones(2), "bomb": Calls(function, 2**50)}
+    torch.save(saved, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    read, _ = read_weights(tmp_path / "w.pt")
+    assert torch.equal(read["a"], torch.ones(2))
+    assert not read["bomb"]
+
+
+def test_an_archive_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "w.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(3):
+            archive.writestr(f"w/data/{number}", bytes(2**27))
+    with pytest.raises(CheckpointError, match=r"w\.pt \([\d,]+ bytes\) unpacks to 402,653,184 bytes, so it holds no"):
+        read_weights(tmp_path / "w.pt")
+
+
+def test_what_is_no_file_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "w.pt")
+    for path in (tmp_path / "w.pt", Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match=r"is a pipe or a device\. Save or copy it as a file"):
+            read_weights(path)
+
+
+def test_an_index_that_names_itself_ends(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": index.name}}))
+    with pytest.raises(CheckpointError, match="which is not a name in its folder"):
+        read_weights(index)
+
+
+def test_what_a_file_holds_in_billions_of_places_is_looked_at_once(tmp_path: Path) -> None:
+    weights = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    saved: dict[str, Any] = {"deep": weights}
+    for _ in range(3):
+        saved = dict.fromkeys(map(str, range(300)), saved)
+    torch.save(saved, tmp_path / "w.pt")
+    model = nn.Linear(2, 2)
+    load_checkpoint(model, CheckpointSpec(path=str(tmp_path / "w.pt")))
+    assert torch.equal(model.bias, torch.ones(2))
+
+
+def test_a_pickled_model_of_modules_that_are_shared_without_end_holds_no_state() -> None:
+    module = Stub()
+    module.__dict__.update(_modules={}, _parameters={})
+    for _ in range(60):
+        outer = Stub()
+        outer.__dict__.update(_modules={"a": module, "b": module}, _parameters={})
+        module = outer
+    assert state_of(module) is None

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from bnprobe.commands.verify import verify
 from bnprobe.records import LayerComparison, Verification
 from bnprobe.report import RenderOptions, renderer
 from bnprobe.report.verify import NO_SCORES, one_line
+from bnprobe.testing import make_layer, make_shares
 from support import repairs
+from unit.report.fabricated_parts import report
 
 WIDE = RenderOptions(width=400)
 render = renderer("terminal", Verification)
@@ -112,3 +117,33 @@ def test_layers_of_any_name_fit(names: list[str], figures: list[float | None], w
     assert "\x1b" not in text
     assert unicode or text.isascii()
     assert max(map(cell_len, text.splitlines())) <= width
+
+
+def _calls(work: Callable[[], object]) -> int:
+    """How many functions a piece of work calls."""
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_the_work_grows_with_the_number_of_layers_and_not_faster() -> None:
+    def work(layers: int) -> int:
+        names = [f"stages.{number % 7}.blocks.{number}.{'x' * 80}.norm{number % 3}" for number in range(layers)]
+        before = report([make_layer(name, make_shares(lag=0.3)) for name in names])
+        after = report([make_layer(name, make_shares(lag=0.1)) for name in [*names[::2], *names[1::4]]])
+        found: list[Verification] = []
+        compared = _calls(lambda: found.append(verify(before, after)))
+        options = (replace(WIDE, width=80, show_all=show_all) for show_all in (False, True))
+        return compared + sum(_calls(lambda shown=shown: render(found[0], shown)) for shown in options)
+
+    few, many = work(100), work(1000)
+    assert many < 11 * few
