@@ -33,7 +33,7 @@ _WHY = {
     "convert": "To convert these layers, and to measure what that gains:",
 }
 
-_WITHOUT_TRAINING = "To convert these layers without training, which was measured to help:"
+_WITHOUT_TRAINING = "To convert the layers without training, which was measured to help:"
 
 _LARGEST_SUGGESTED = 64
 _BATCHES_OF_LARGEST = 4

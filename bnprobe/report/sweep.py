@@ -236,7 +236,8 @@ def _none_passes(report: SweepReport, largest: int) -> tuple[str, ...]:
     return (
         first,
         f"At {largest}, i.i.d. samples would give it D = {figures.mismatch(last.theory)}, and it has"
-        f" {figures.mismatch(last.mismatch)}: the batch size does not explain that. bnprobe scan says what does.",
+        f" {figures.mismatch(last.mismatch)}: the batch size does not explain that, and a larger one alone"
+        " does not mend it. bnprobe scan names the causes, and what it tried.",
     )
 
 
