@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -23,13 +23,21 @@ MOST_COLUMNS = 4096
 
 
 def named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested tuples, lists and mappings in their order, each with its place, e.g. ``[1]['boxes']``."""
+    """The leaves of nested tuples, lists, mappings and dataclasses in order, each with its place: ``[1]['boxes']``."""
     if isinstance(tree, Mapping):
         yield from itertools.chain(*(named_leaves(value, f"{path}[{key!r}]") for key, value in tree.items()))
     elif isinstance(tree, list | tuple):
         yield from itertools.chain(*(named_leaves(item, f"{path}[{index}]") for index, item in enumerate(tree)))
+    elif is_record(tree):
+        parts = ((each.name, getattr(tree, each.name, None)) for each in fields(tree))
+        yield from itertools.chain(*(named_leaves(value, f"{path}.{name}") for name, value in parts))
     else:
         yield path, tree
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value is an object of a dataclass that only holds other values: it cannot move or copy itself."""
+    return is_dataclass(value) and not isinstance(value, type) and not (hasattr(value, "to") or hasattr(value, "clone"))
 
 
 def kind_of_sample(batch: Any) -> str:
