@@ -40,20 +40,23 @@ def is_record(value: Any) -> bool:
     return is_dataclass(value) and not isinstance(value, type) and not (hasattr(value, "to") or hasattr(value, "clone"))
 
 
-def kind_of_sample(batch: Any) -> str:
+def kind_of_sample(batch: Any, samples: int | None = None) -> str:
     """What a sample of a batch is, a noun in the singular: an image, row, graph or sequence; else a sample.
 
     Graphs and packed sequences are known by their class, rows and images by the first tensor: rows are vectors of
     floats, images have one or three channels and no side twice as long as the other (a spectrogram, or the joints of a
-    skeleton over time, has). All else is a sample.
+    skeleton over time, has). All else is a sample, and so are ``samples`` that have several rows of the first tensor.
     """
-    if isinstance(getattr(batch, "num_graphs", None), int):
+    is_graph = isinstance(batch, Mapping) and "edge_index" in batch and _graphs_in_vector(batch) is not None
+    if isinstance(getattr(batch, "num_graphs", None), int) or is_graph:
         return "graph"
     parts = batch if isinstance(batch, list | tuple) else [batch]
     if isinstance(batch, PackedSequence) or any(isinstance(part, PackedSequence) for part in parts):
         return "sequence"
     first = next((leaf for _, leaf in named_leaves(batch)), None)
     if not isinstance(first, Tensor) or not (first.is_floating_point() or first.dtype == torch.uint8):
+        return "sample"
+    if samples is not None and first.shape[:1] != (samples,):
         return "sample"
     if first.ndim == 2 and first.is_floating_point() and first.shape[1] <= MOST_COLUMNS:
         return "row"
