@@ -64,7 +64,7 @@ def describe(
         size_range=(min(sizes), max(sizes)) if len(set(sizes)) > 1 else None,
         held_out=None if workload.held_out is None else workload.held_out.description,
         held_out_images=None if evidence.held_out is None else evidence.held_out.samples,
-        sample=kind_of_sample(evidence.micro_batches[0]) if evidence.micro_batches else "sample",
+        sample=kind_of_sample(*evidence.counted[0]) if evidence.counted else "sample",
     )
 
 

@@ -329,13 +329,15 @@ def _first_size(value: Any, request: Request) -> tuple[Any, int | None]:
     raise DataError(f"{request.origin} is empty: it yields no batch.")
 
 
-def _notes_on_size(size: int, request: Request) -> tuple[str, ...]:
-    """A sentence where the user's function was told another size than its loader has."""
+def _notes_on_size(size: int, request: Request, varies: bool = False) -> tuple[str, ...]:
+    """A sentence where the user's function was told another size than its loader has, which may have several."""
     if request.told in (None, size) or request.as_given:
         return ()
+    has = f"whose first batch has {size} samples" if varies else f"of batch size {size}"
+    of = "its batches" if varies else f"batches of {size}"
     return (
-        f"{request.origin} was told batch size {request.told}, but gave a loader of batch size {size}. The loader was"
-        f" used as it is, so all figures are for batches of {size}.",
+        f"{request.origin} was told batch size {request.told}, but gave a loader {has}. The loader was used as it is,"
+        f" so all figures are for {of}.",
     )
 
 
@@ -429,7 +431,7 @@ def _from_loader(loader: DataLoader[Any], request: Request) -> BatchSource:
         _check_images(images, size, request.origin)
     if own is None or fixed or own == size:
         source = _loader_source(batches, size, request, images, None if stated is None else size)
-        return replace(source, notes=_notes_on_size(size, request))
+        return replace(source, notes=_notes_on_size(size, request, varies=source.composed))
     refuse_rebuild(loader, own, size, request.origin)
     with user_code(f"rebuilding {request.origin} at batch size {size}"):
         again = rebuilt(loader, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -23,29 +23,40 @@ MOST_COLUMNS = 4096
 
 
 def named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested tuples, lists and mappings in their order, each with its place, e.g. ``[1]['boxes']``."""
+    """The leaves of nested tuples, lists, mappings and dataclasses in order, each with its place: ``[1]['boxes']``."""
     if isinstance(tree, Mapping):
         yield from itertools.chain(*(named_leaves(value, f"{path}[{key!r}]") for key, value in tree.items()))
     elif isinstance(tree, list | tuple):
         yield from itertools.chain(*(named_leaves(item, f"{path}[{index}]") for index, item in enumerate(tree)))
+    elif is_record(tree):
+        parts = ((each.name, getattr(tree, each.name, None)) for each in fields(tree))
+        yield from itertools.chain(*(named_leaves(value, f"{path}.{name}") for name, value in parts))
     else:
         yield path, tree
 
 
-def kind_of_sample(batch: Any) -> str:
+def is_record(value: Any) -> bool:
+    """Whether a value is an object of a dataclass that only holds other values: it cannot move or copy itself."""
+    return is_dataclass(value) and not isinstance(value, type) and not (hasattr(value, "to") or hasattr(value, "clone"))
+
+
+def kind_of_sample(batch: Any, samples: int | None = None) -> str:
     """What a sample of a batch is, a noun in the singular: an image, row, graph or sequence; else a sample.
 
     Graphs and packed sequences are known by their class, rows and images by the first tensor: rows are vectors of
     floats, images have one or three channels and no side twice as long as the other (a spectrogram, or the joints of a
-    skeleton over time, has). All else is a sample.
+    skeleton over time, has). All else is a sample, and so are ``samples`` that have several rows of the first tensor.
     """
-    if isinstance(getattr(batch, "num_graphs", None), int):
+    is_graph = isinstance(batch, Mapping) and "edge_index" in batch and _graphs_in_vector(batch) is not None
+    if isinstance(getattr(batch, "num_graphs", None), int) or is_graph:
         return "graph"
     parts = batch if isinstance(batch, list | tuple) else [batch]
     if isinstance(batch, PackedSequence) or any(isinstance(part, PackedSequence) for part in parts):
         return "sequence"
     first = next((leaf for _, leaf in named_leaves(batch)), None)
     if not isinstance(first, Tensor) or not (first.is_floating_point() or first.dtype == torch.uint8):
+        return "sample"
+    if samples is not None and first.shape[:1] != (samples,):
         return "sample"
     if first.ndim == 2 and first.is_floating_point() and first.shape[1] <= MOST_COLUMNS:
         return "row"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bnprobe.config.spec import DataSpec, EvalDataSpec
@@ -123,15 +124,21 @@ def _find(
         return None
     named = next((name for name in names if module.find(name) is not None), None)
     if named is None:
-        named = next((name for name in more if _is_data(module.find(name))), None)
+        named = next((name for name in more if _is_data(module.find(name), name)), None)
     if named is None and spec.target is not None:
         raise DataError(_no_data(module, names))
     return (module, named) if named else None
 
 
-def _is_data(value: Any) -> bool:
-    """Whether what has a common name is data: a loader, a data set, or a function that needs at most a batch size."""
+def _is_data(value: Any, name: str) -> bool:
+    """Whether what has a common name is data: a loader, a data set, or a function that needs at most a batch size.
+
+    What is called a loader may be an object of a class of the user's own that can be iterated over again and again.
+    """
     if is_source(value):
+        return True
+    plain = (str, bytes, Mapping, Sequence, Tensor, Iterator, type)
+    if "load" in name and isinstance(value, Iterable) and not isinstance(value, plain):
         return True
     if isinstance(value, type) or not callable(value) or not hasattr(value, "__code__"):
         return False

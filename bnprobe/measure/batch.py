@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import DataError
-from bnprobe.loading.samples import count_samples, is_per_sample, named_leaves
+from bnprobe.loading.samples import count_samples, is_per_sample, is_record, named_leaves
 
 
 class MicroBatch(NamedTuple):
@@ -35,11 +36,17 @@ def in_float64(tree: Any) -> Any:
 
 
 def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply ``function`` to every leaf of nested tuples, lists and mappings."""
+    """Apply ``function`` to every leaf of nested tuples, lists, mappings and dataclasses."""
     if isinstance(tree, Mapping):
         return _like_mapping(tree, {key: map_leaves(value, function) for key, value in tree.items()})
     if isinstance(tree, list | tuple):
         return _like_sequence(tree, [map_leaves(item, function) for item in tree])
+    if is_record(tree):
+        like = copy.copy(tree)
+        for each in fields(tree):
+            if hasattr(tree, each.name):
+                object.__setattr__(like, each.name, map_leaves(getattr(tree, each.name), function))
+        return like
     return function(tree)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bnprobe.config.spec import NormClass
-from bnprobe.measure.batch import map_leaves
+from bnprobe.measure.batch import map_leaves, tensors_of
+from bnprobe.measure.hooks import calling_line, why_outside
 from bnprobe.measure.layers import LayerSet, ProbedLayer, named_once
 from bnprobe.measure.norms import (
     FROZEN,
@@ -75,6 +76,11 @@ def explore(
             skipped[named.name] = SkippedLayer(named.name, named.kind, outcome)
     recognised = {id(each.module) for each in found}
     for named in modules:
+        if id(named.module) not in taken | recognised and named.name not in skipped and named.module in watch.moved:
+            skipped[named.name] = SkippedLayer(
+                named.name, named.kind, _UNKNOWN.format(joined(watch.moved[named.module]))
+            )
+    for named in modules:
         if id(named.module) in refused:
             continue
         if id(named.module) in recognised:
@@ -92,7 +98,15 @@ def explore(
         replace(layer, index=index, selected=is_selected(layer.name, *layer.aliases))
         for index, layer in enumerate(layers)
     ]
+    if not layers:  # else the scan itself lists such calls
+        skipped |= {place: SkippedLayer(place, "batch_norm", reason) for place, reason in sorted(watch.outside)}
     return LayerSet(tuple(layers), tuple(skipped.values()))
+
+
+_UNKNOWN = (
+    "training changes its {}, as it does running statistics of one value per channel, but it does not do what a known"
+    " norm does"
+)
 
 
 def _as_called(layer: ProbedLayer, watch: _Watch) -> ProbedLayer:
@@ -128,6 +142,9 @@ class _Watch(TorchFunctionMode):
         inputs: Of modules that may be norms of their own, in train mode.
         written: For these, the names of the tensors that the pass in train mode changed.
         counters: For every module, the names of its numbers that the pass counted up.
+        moved: The names of the buffers, one value per channel of the input, that the pass in train mode changed, of
+            modules that are none of torch's own.
+        outside: Calls on the statistics of the batch alone: the place in the user's code, and why it is no layer.
     """
 
     def __init__(self, model: nn.Module, known: LayerSet) -> None:
@@ -137,10 +154,13 @@ class _Watch(TorchFunctionMode):
         self.inputs: dict[nn.Module, Inputs] = {}
         self.written: dict[nn.Module, tuple[str, ...]] = {}
         self.counters: dict[nn.Module, tuple[str, ...]] = {}
+        self.moved: dict[nn.Module, tuple[str, ...]] = {}
+        self.outside: set[tuple[str, str]] = set()
+        self._channels: dict[nn.Module, set[int]] = {}
         self._places = {place_of(layer.info.running_mean) for layer in known.layers}
         layers = {layer.module for layer in known.layers}
         self._every = [named.module for named in named_once(model)]
-        self._modules = [module for module in self._every if module not in layers]
+        self._modules = [module for module in self._every if module not in layers and not _is_torchs(module)]
         self._family = BatchNormFamily()
 
     def __torch_function__(
@@ -154,6 +174,8 @@ class _Watch(TorchFunctionMode):
         if place is not None:
             into = self.known.setdefault(place, []) if place in self._places else self.calls
             into.append(replace(call, input=call.input[:0].detach()))
+        elif call.training:
+            self.outside.add((calling_line(), why_outside(call)))
         try:
             return func(*args, **kwargs)
         except ValueError:  # one value per channel, which training refuses and a scan takes for 0
@@ -169,7 +191,10 @@ class _Watch(TorchFunctionMode):
         seen = [module for module in self._modules if not isinstance(module, torch.jit.ScriptModule)]  # takes no hooks
         candidates = [module for module in seen if len(_statistics_like(module)) > 1]
         before = {module: _copies(module) for module in self._every}
+        others = [module for module in self._modules if _buffers_like_statistics(module)]
         with ExitStack() as stack:
+            for module in others:
+                stack.callback(module.register_forward_pre_hook(self._note_channels).remove)
             for module in candidates:
                 stack.callback(module.register_forward_pre_hook(self._note, with_kwargs=True).remove)
             with self:
@@ -183,6 +208,11 @@ class _Watch(TorchFunctionMode):
                 and value.numel() == after[name].numel() == 1
                 and float(after[name]) - float(value) in range(1, 2**16)
             )
+        for module in others:
+            after, kept, channels = _buffers_like_statistics(module), before[module], self._channels.get(module, set())
+            changed = [name for name in after if name in kept and not _same(after[name], kept[name])]
+            if moved := tuple(name for name in changed if after[name].numel() in channels):
+                self.moved[module] = moved
         for module in candidates:
             after, kept = _statistics_like(module), before[module]
             changed = [name for name in after if name in kept and not torch.equal(after[name], kept[name])]
@@ -191,10 +221,19 @@ class _Watch(TorchFunctionMode):
             if not self.written[module]:
                 self.inputs.pop(module, None)
 
+    def _note_channels(self, module: nn.Module, args: Any) -> None:
+        inputs = [leaf for leaf in tensors_of(args) if leaf.dim() > 1]
+        self._channels[module] = {inputs[0].shape[1], inputs[0].shape[-1]} if inputs else set()
+
     def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if module not in self.inputs:
             args, kwargs = map_leaves((args, kwargs), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
             self.inputs[module] = Inputs(args, kwargs)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether the class is one of torch's own, as that of spectral norm, which keeps vectors of a weight."""
+    return type(module).__module__.startswith("torch.")
 
 
 def _copies(module: nn.Module) -> dict[str, Tensor]:
@@ -211,6 +250,16 @@ def _statistics_like(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def _buffers_like_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Those that are registered as buffers."""
+    names = {name for name, _ in module.named_buffers(recurse=False)}
+    return {name: value for name, value in _statistics_like(module).items() if name in names}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
 def possible_norms(model: nn.Module, found: LayerSet) -> list[SkippedLayer]:
     """Modules of no known family with two buffers of one size, as a norm has them; whether they are norms shows only
     when the model runs.
@@ -218,10 +267,9 @@ def possible_norms(model: nn.Module, found: LayerSet) -> list[SkippedLayer]:
     known = {*(layer.name for layer in found.layers), *(layer.name for layer in found.skipped)}
     possible: list[SkippedLayer] = []
     for named in named_once(model):
-        sizes = {name: value.numel() for name, value in _statistics_like(named.module).items()}
-        sizes = {name: sizes[name] for name, _ in named.module.named_buffers(recurse=False) if name in sizes}
+        sizes = {name: value.numel() for name, value in _buffers_like_statistics(named.module).items()}
         alike = [name for name, size in sizes.items() if list(sizes.values()).count(size) > 1]
-        if alike and named.name not in known:
+        if alike and not _is_torchs(named.module) and named.name not in known:
             possible.append(SkippedLayer(named.name, named.kind, _NOT_RUN.format(joined(alike))))
     return possible
 

@@ -146,7 +146,7 @@ class Interceptor(TorchFunctionMode):
         layer = self._layer_of(call)
         if layer is None:
             if self._outside is not None and call.training and place_of(call.running_mean) not in self.named:
-                self._outside((calling_line(), _why_outside(call)))
+                self._outside((calling_line(), why_outside(call)))
             return func(*args, **kwargs)
         if call.masked:
             raise ModelError(
@@ -197,7 +197,8 @@ class Interceptor(TorchFunctionMode):
                 self._on.close()
 
 
-def _why_outside(call: NormCall) -> str:
+def why_outside(call: NormCall) -> str:
+    """Why a call of a functional form that normalizes with its batch is that of no layer, a clause."""
     if call.running_mean is not None:
         return (
             "batch_norm called as a function with running statistics that are no buffers of a module, but copies or"

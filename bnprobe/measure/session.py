@@ -401,8 +401,12 @@ def _how_to_call(forward: BatchFunction, model: nn.Module, batch: Any) -> str:
 def _sample_forward(model: nn.Module, batch: Any) -> str:
     """A line for the model file, with as many items of the batch as the model has inputs."""
     first = batch[0] if isinstance(batch, list | tuple) and batch else None
-    needed = _inputs_of(model)
-    if isinstance(first, list | tuple) and len(first) == needed:
+    needed, most = _inputs_of(model), len(_positional(model))
+    if isinstance(first, list | tuple) and needed < len(batch) <= most and _are_columns(batch):
+        inputs = ["*batch"]
+    elif isinstance(batch, Mapping) and needed == 1 and _takes_all(model):
+        inputs = ["batch"]
+    elif isinstance(first, list | tuple) and len(first) == needed:
         inputs = ["*batch[0]"]
     elif isinstance(first, list | tuple | Mapping):
         inputs = _items("batch[0]", first, needed)
@@ -422,9 +426,24 @@ def _items(name: str, values: Any, needed: int) -> list[str]:
 
 def _inputs_of(model: nn.Module) -> int:
     """The number of arguments without which the model's forward cannot be called; at least one."""
-    parameters = signature_of(model.forward).values()
+    return max(1, sum(each.default is each.empty for each in _positional(model)))
+
+
+def _positional(model: nn.Module) -> list[inspect.Parameter]:
+    """The arguments that the model's forward takes by position."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return max(1, sum(each.kind in positional and each.default is each.empty for each in parameters))
+    return [each for each in signature_of(model.forward).values() if each.kind in positional]
+
+
+def _are_columns(batch: Any) -> bool:
+    """Whether the parts of a batch are lists of one length: one entry per sample, as ``tuple(zip(*samples))`` makes."""
+    return all(isinstance(part, list | tuple) for part in batch) and len({len(part) for part in batch}) == 1
+
+
+def _takes_all(model: nn.Module) -> bool:
+    """Whether the one argument of the model's forward is a whole batch, by its name."""
+    names = [each.name.lower() for each in _positional(model)]
+    return bool(names) and any(part in names[0] for part in ("dict", "batch", "data", "sample", "inputs", "item"))
 
 
 def model_code(call: str, hint: Callable[[], str] = lambda: "") -> AbstractContextManager[None]:

@@ -416,8 +416,11 @@ def test_what_load_data_made_of_its_batch_size_is_not_rebuilt(tmp_path: Path) ->
     source = find(tmp_path, text, batch_size=4)
     assert ([len(batch) for batch in values(source)], source.batch_size) == ([5, 5], 5)
     assert "was told batch size 4, but gave a loader of batch size 5" in source.notes[0]
+    assert source.notes[0].endswith("so all figures are for batches of 5.")
     pairs = "def load_data(bs): return DataLoader(images, batch_sampler=[[0, 1, 2, 5, 6, 7]] * 3)\n"
-    assert find(tmp_path, pairs, batch_size=4).batch_size == 6
+    source = find(tmp_path, pairs, batch_size=4)
+    assert source.batch_size == 6
+    assert source.notes[0].endswith("samples. The loader was used as it is, so all figures are for its batches.")
 
 
 def test_load_data_is_trusted_where_the_loader_does_not_say_its_size(tmp_path: Path) -> None:
@@ -508,6 +511,20 @@ def test_data_under_common_names(tmp_path: Path, text: str, name: str) -> None:
     source = find(tmp_path, text, batch_size=2)
     assert source.description.startswith(f"{name} of ")
     assert source.batch_size == 2
+
+
+def test_a_loader_of_ones_own_under_a_common_name(tmp_path: Path) -> None:
+    own = (
+        "class Ahead:\n"
+        "    def __init__(self, loader): self.loader = loader\n"
+        "    def __iter__(self): return iter(self.loader)\n"
+        "ahead = Ahead(DataLoader(images, batch_size=5))\n"
+    )
+    source = find(tmp_path, f"{own}train_loader = ahead\n", batch_size=5)
+    assert [len(batch) for batch in values(source)] == [5, 5]
+    for other in ("train_set = ahead\n", "train_loader = iter(ahead)\n", "train_loader = 'path'\n"):
+        with pytest.raises(DataError, match=r"has no load_data\(batch_size\), loader or dataset"):
+            find(tmp_path, own + other, batch_size=5)
 
 
 def test_common_names_come_last_and_must_be_data(tmp_path: Path) -> None:

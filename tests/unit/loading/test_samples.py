@@ -145,6 +145,10 @@ KINDS = {
     "volume": (torch.zeros(4, 1, 8, 8, 8), "sample"),
     "packed": (pack_sequence([torch.zeros(3, 1), torch.zeros(2, 1)]), "sequence"),
     "graph": (GraphBatch(torch.zeros(4, 3), torch.zeros(2, 5), torch.zeros(4), torch.tensor([0, 2, 4])), "graph"),
+    "graphs side by side": (
+        {"x": torch.zeros(7, 5), "edge_index": torch.zeros(2, 9), "batch": torch.tensor([0, 0, 0, 1, 1, 2, 2])},
+        "graph",
+    ),
     "images of several sizes": ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], "sample"),
     "nothing": ([], "sample"),
 }
@@ -154,3 +158,8 @@ KINDS = {
 def test_samples_are_called_what_they_surely_are(kind: str) -> None:
     batch, word = KINDS[kind]
     assert kind_of_sample(batch) == word
+
+
+def test_several_rows_of_a_sample_are_not_called_samples() -> None:
+    cloud = {"points": torch.zeros(434, 3), "y": torch.zeros(4)}
+    assert (kind_of_sample(cloud, 434), kind_of_sample(cloud, 4)) == ("row", "sample")

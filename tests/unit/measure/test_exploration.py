@@ -348,6 +348,60 @@ def test_what_is_not_recognised_is_listed_and_its_state_put_back() -> None:
     assert 'norm_classes = {"Deviation": {"mean": "...", "variance": "...", "eps": 1e-5}}' in skipped.reason
 
 
+class Power(nn.Module):
+    """One running statistic."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("power", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.power.lerp_(x.detach().square().mean(0), 0.1)
+        return x / (self.power + 1e-5).sqrt()
+
+
+class Whitened(nn.Module):
+    """A running mean, and a running matrix."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(channels))
+        self.register_buffer("turn", torch.eye(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.centre.lerp_(x.detach().mean(0), 0.1)
+            self.turn.lerp_(torch.linalg.inv(torch.linalg.cholesky(x.detach().T.cov() + self.turn)), 0.1)
+        return (x - self.centre) @ self.turn.T
+
+
+@pytest.mark.parametrize(("made", "buffer"), [(Power, "power"), (Whitened, "centre")])
+def test_statistics_of_another_kind_are_listed(made: Callable[[int], nn.Module], buffer: str) -> None:
+    report = assert_exact(nn.Sequential(made(6), nn.BatchNorm1d(6)), rows(), {})
+    (skipped,) = report.skipped
+    assert (skipped.name, skipped.kind) == ("0", made.__name__)
+    assert skipped.reason == (
+        f"training changes its {buffer}, as it does running statistics of one value per channel, but it does not do"
+        " what a known norm does"
+    )
+
+
+def test_what_torchs_own_modules_keep_is_not_listed() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), nn.BatchNorm1d(6))
+    assert scan(model, rows(), SIZE, num_batches=4).skipped == ()
+
+
+def test_where_calls_on_the_batch_alone_are_all_that_there_is_their_line_is_named() -> None:
+    class OnlyCalls(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.batch_norm(x, None, None, training=True))
+
+    said = r"The first is .*test_exploration.py:\d+ \(batch_norm\): batch_norm called as a function without running"
+    with pytest.raises(bnprobe.errors.NothingToProbeError, match=said):
+        scan(OnlyCalls(6, 2), rows(), SIZE, num_batches=4)
+
+
 class ThreeBuffers(Renorm):
     """More buffers than a norm needs, of which any two might be meant."""
 

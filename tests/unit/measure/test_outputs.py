@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -207,6 +207,31 @@ def test_all_outputs_count() -> None:
     single = scan(Scores(lambda x: x), images(6, 4, 3), 4, num_batches=6).summary.output
     nested = scan(Scores(lambda x: {"a": x, "b": [x, x.argmax(1)]}), images(6, 4, 3), 4, num_batches=6).summary.output
     assert nested.relative_l2 == pytest.approx(single.relative_l2, rel=1e-6)
+
+
+@dataclass(frozen=True)
+class Found:
+    logits: Tensor
+    features: list[Tensor]
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+def test_outputs_in_a_dataclass_count(emulate: bool) -> None:
+    class Wrapped(Flat):
+        def forward(self, x: Tensor) -> Any:
+            logits = super().forward(x)
+            return Found(logits, [logits.square()])
+
+    def score(model: nn.Module, batch: Any) -> Tensor:
+        out = model(batch[0])
+        return F.cross_entropy(out.logits if isinstance(out, Found) else out, batch[1])
+
+    model, wrapped = unsettled(Flat()), unsettled(Wrapped())
+    wrapped.load_state_dict(model.state_dict())
+    report, plain = (scan(each, DATA, 4, num_batches=6, loss=score, emulate=emulate) for each in (wrapped, model))
+    assert report.summary.output.relative_l2 > 0
+    assert report.summary.output.note is None
+    assert report.summary.gaps == plain.summary.gaps
 
 
 def test_no_output_to_compare() -> None:

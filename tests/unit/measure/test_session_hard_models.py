@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.commands.scan import scan
-from bnprobe.errors import UsageError, UserCodeError
+from bnprobe.errors import BnprobeError, UsageError, UserCodeError
 from bnprobe.records import Report
 from support.compare import assert_same_figures
 from support.networks import images, unsettled
@@ -316,6 +316,49 @@ class TwoInputs(nn.Module):
 
     def forward(self, image: Tensor, extra: Tensor) -> Tensor:
         return self.bn(image).mean((2, 3)) + extra
+
+
+class Detector(nn.Module):
+    """Takes a list of images, and in training the boxes in each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, images: list[Tensor], targets: list[Tensor] | None = None) -> Tensor:
+        found = self.bn(torch.stack(list(images))).mean((2, 3))
+        return found + sum(target.sum() for target in targets) if self.training else found
+
+
+class TakesAll(Detector):
+    def forward(self, data_dict: dict[str, Tensor]) -> Tensor:
+        return self.bn(data_dict["picture"]).mean((2, 3))
+
+
+class TakesOne(Detector):
+    def forward(self, signal: Tensor) -> Tensor:
+        return self.bn(signal).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("made", "arrange", "line"),
+    [
+        (Detector, lambda x: (tuple(x), tuple(torch.ones(k, 4) for k in range(len(x)))), "model(*batch)"),
+        (TakesAll, lambda x: {"picture": x, "size": torch.ones(len(x))}, "model(batch)"),
+        (TakesOne, lambda x: {"picture": x, "size": torch.ones(len(x))}, "model(batch['picture'])"),
+    ],
+)
+def test_the_line_that_calls_the_model_is_the_right_one(
+    made: type[nn.Module], arrange: Callable[[Tensor], Any], line: str
+) -> None:
+    data = [arrange(x) for x, _ in DATA]
+    with pytest.raises(BnprobeError) as caught:
+        scan(made(), data, 4)
+    said = next(each for each in str(caught.value).splitlines() if "def forward" in each).strip()
+    assert said == f"def forward(model, batch): return {line}"
+    names: dict[str, Any] = {}
+    exec(said, names)
+    assert scan(made(), data, 4, forward=names["forward"]).layers
 
 
 def test_a_model_of_several_inputs_needs_a_forward_and_is_told() -> None:
