@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import queue
@@ -176,6 +177,18 @@ def _is_entered(item: Any, data: bool) -> bool:
     if kind.__module__.partition(".")[0] in _NO_STATE or isinstance(item, (type, types.ModuleType, Tensor, *_ALIVE)):
         return False
     return not any(isinstance(each, _ALIVE) for each in (getattr(item, "__dict__", None) or {}).values())
+
+
+def what_cannot_be_copied(model: nn.Module) -> str:
+    """The first tensor or other object that copy.deepcopy refuses, as it follows "cannot be copied"; empty if none."""
+    for path, item in reached(every_module(model), functions=False):
+        holds_others = isinstance(item, (nn.Module, *CONTAINERS)) or attributes_of(item) is not None
+        if not holds_others:
+            try:
+                copy.deepcopy(item)
+            except Exception:  # whatever the user's classes raise
+                return f": {path}, a {type(item).__name__}"
+    return ""
 
 
 def every_module(model: nn.Module) -> dict[str, nn.Module]:

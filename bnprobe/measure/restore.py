@@ -110,7 +110,8 @@ def untouched(model: nn.Module) -> Restoring:
     """
 
     def save() -> list[Restore]:
-        return [*keep(reached(every_module(model))), *keep_process(), *_keep_random_state()]
+        # A mode that was left on would see what puts the tensors back.
+        return [*keep_process(), *keep(reached(every_module(model))), *_keep_random_state()]
 
     return Restoring(save)
 
@@ -126,7 +127,7 @@ def undone_if_failed(model: nn.Module) -> Restoring:
         trained = [item for _, item in found if isinstance(item, nn.Parameter)]
         left_out = {id(tensor) for tensor in trained} | {id(tensor.grad) for tensor in trained}
         kept = keep([each for each in found if id(each.item) not in left_out])
-        return [*kept, *keep_process(), *_keep_random_state()]
+        return [*keep_process(), *kept, *_keep_random_state()]
 
     return Restoring(save, undo=True)
 

@@ -18,7 +18,7 @@ from bnprobe.measure.hooks import Answer, Interceptor, noting_non_finite
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.memory import LESS, is_out_of_memory
 from bnprobe.measure.norms import NormCall
-from bnprobe.measure.reach import every_module
+from bnprobe.measure.reach import every_module, what_cannot_be_copied
 from bnprobe.measure.restore import ModelState, preserved_random_state, set_mode
 from bnprobe.measure.session import Session, casting, eagerly, model_code
 from bnprobe.stats.moments import pool_moments, row_moments
@@ -160,9 +160,9 @@ def _copied(model: nn.Module, device: torch.device) -> nn.Module:
         if is_out_of_memory(error):
             raise too_large(_TRAINING, device) from error
         raise ModelError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and bnprobe only trains"
-            " copies. Keep open files, locks and tensors that are no parameters out of its attributes, or give the"
-            " class that holds them a __deepcopy__."
+            f"{type(model).__name__} cannot be copied{what_cannot_be_copied(model)} ({type(error).__name__}: {error}),"
+            " and bnprobe only trains copies. Keep open files, locks and tensors that are no parameters out of its"
+            " attributes, or give the class that holds them a __deepcopy__."
         ) from error
 
 

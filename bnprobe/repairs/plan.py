@@ -19,6 +19,7 @@ from bnprobe.errors import RepairError, UsageError
 from bnprobe.loading.model import unwrapped
 from bnprobe.measure.layers import NamedModule, named_once
 from bnprobe.measure.origins import owner_of
+from bnprobe.measure.reach import what_cannot_be_copied
 from bnprobe.measure.restore import preserved_process, undone_if_failed
 from bnprobe.records import ROOT, Layer, LayerChange, Plan, Refusal, Report
 from bnprobe.repairs.conversions import Conversion, conversion_of
@@ -273,8 +274,8 @@ def _copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as error:  # whatever the user's modules hold
         raise RepairError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Convert it in place:"
-            " bnprobe.convert(..., inplace=True)."
+            f"{type(model).__name__} cannot be copied{what_cannot_be_copied(model)} ({type(error).__name__}: {error})."
+            " Convert it in place: bnprobe.convert(..., inplace=True)."
         ) from error
 
 

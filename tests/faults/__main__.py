@@ -6,6 +6,7 @@ Prints each run that broke its promise, and the counts for README.md.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 import time
@@ -52,20 +53,30 @@ def main() -> int:
     parser.add_argument("--exceptions", type=int, default=300)
     parser.add_argument("--clock", type=int, default=100, help="interrupts by the clock")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no run after so long; says what was made")
     parser.add_argument("--no-kinds", action="store_true", help="leave out the runs without a fault")
     options = parser.parse_args()
     torch.set_num_threads(1)
     chance, tally, started = random.Random(options.seed), Tally(), time.perf_counter()
-    for kind in [] if options.no_kinds else KINDS:
-        for operation in OPERATIONS:
-            tally.add("no fault", f"{kind}, {operation}", run(kind, operation))
+
+    def late() -> bool:
+        return time.perf_counter() - started > 60 * options.minutes
+
+    pairs = list(itertools.product(KINDS, OPERATIONS))
+    chance.shuffle(pairs)
+    for kind, operation in [] if options.no_kinds else pairs:
+        if late():
+            break
+        tally.add("no fault", f"{kind}, {operation}", run(kind, operation))
     for _ in range(options.exceptions):
+        if late():
+            break
         kind, operation, place = (chance.choice(list(each)) for each in (KINDS, OPERATIONS, PLACES))
         error, at = chance.choice(ERRORS), chance.randint(1, 20)
         outcome, _ = run_planted(kind, operation, place, at, error)
         tally.add("exception", f"{kind}, {operation}, {error.__name__} in the {place}, {at}", outcome, error)
     left = options.interrupts
-    while left > 0:
+    while left > 0 and not late():
         kind, operation = chance.choice(list(KINDS)), chance.choice(list(OPERATIONS))
         counted = instructions(kind, operation)
         for at in positions(counted, min(left, 12), chance.randrange(2**32)) if counted.borders else []:
@@ -73,6 +84,8 @@ def main() -> int:
             tally.add("interrupt", f"{kind}, {operation}, Ctrl-C at {at}, {where}", outcome)
             left -= 1
     for _ in range(options.clock):
+        if late():
+            break
         kind, operation, seconds = chance.choice(list(KINDS)), chance.choice(list(OPERATIONS)), chance.random()
         outcome = run(kind, operation, fault=timed_interrupt(seconds))
         tally.add("interrupt by the clock", f"{kind}, {operation}, Ctrl-C after {seconds:.3f} s", outcome)

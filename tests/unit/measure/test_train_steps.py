@@ -358,7 +358,7 @@ def test_nothing_to_train() -> None:
 def test_a_model_that_cannot_be_copied() -> None:
     model = Residual()
     model.lock = threading.Lock()
-    with pytest.raises(ModelError, match=r"Residual cannot be copied \(TypeError: .*lock.*__deepcopy__"):
+    with pytest.raises(ModelError, match=r"Residual cannot be copied: lock, a lock \(TypeError: .*lock.*__deepcopy__"):
         run(model)
 
 

@@ -127,7 +127,7 @@ def test_wrapped_models_are_refused_with_advice(wrap: Callable[[nn.Module], nn.M
 def test_a_model_that_cannot_be_copied_is_refused_unless_in_place() -> None:
     model = Residual()
     model.cache = torch.ones(2, requires_grad=True) * 2
-    with pytest.raises(RepairError, match=r"Residual cannot be copied .*inplace=True"):
+    with pytest.raises(RepairError, match=r"Residual cannot be copied: cache, a Tensor .*inplace=True"):
         bnprobe.convert(model)
     bnprobe.convert(model, inplace=True)
     assert isinstance(model.bn1, BatchRenorm2d)
