@@ -70,7 +70,7 @@ def test_a_file_is_written_whole_and_told_of(model: Workspace) -> None:
     assert (found.code, found.stdout) == (CLEAN, "")
     assert found.stderr == "0 of 1 layer flagged at batch size 4; report written to sweep.json\n"
     assert _strict((model.folder / "sweep.json").read_text(encoding="utf-8"))["layers"]
-    failed = _sweep(model, "--batch-sizes", "40", "--output", "sweep.json")
+    failed = _sweep(model, "--batch-sizes", "40", "--output", "sweep.json", "--force")
     assert "more than half of the 64 samples" in failed.error(ERROR)
     assert _strict((model.folder / "sweep.json").read_text(encoding="utf-8"))["layers"]
 
