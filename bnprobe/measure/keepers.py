@@ -105,7 +105,7 @@ def _keep_class(module: nn.Module) -> Restore:
 
     def restore() -> None:
         if type(module) is not kind:
-            module.__class__ = kind
+            object.__setattr__(module, "__class__", kind)  # past a class that takes no attributes
         if module.training != training:  # of a script, no dictionary holds it
             set_flag(module, training)
 

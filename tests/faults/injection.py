@@ -72,7 +72,9 @@ def in_train(subject: Subject) -> None:
             child.train(mode)
         return self
 
-    subject.model.__class__ = type(kind.__name__, (kind,), {"train": train, "__module__": kind.__module__})
+    if not isinstance(subject.model, torch.jit.ScriptModule):
+        made = type(kind.__name__, (kind,), {"train": train, "__module__": kind.__module__})
+        object.__setattr__(subject.model, "__class__", made)
 
 
 PLACES: dict[str, Callable[[Subject], None]] = {

@@ -61,7 +61,7 @@ def _everything(subject: Subject) -> Any:
 
 
 def _sweep(subject: Subject) -> Any:
-    return bnprobe.sweep(subject.model, subject.batches(), 2, batch_sizes=(4,), train_sizes=(1,), num_batches=COUNT)
+    return bnprobe.sweep(subject.model, subject.batches(), 2, batch_sizes=(4,), num_batches=COUNT)
 
 
 def _momentum(subject: Subject) -> Any:
