@@ -92,7 +92,7 @@ class UserCodeError(BnprobeError):
     def __init__(self, call: str, error: BaseException, hint: str = "") -> None:
         self.call = call
         self.error = error
-        said = f"{type(error).__name__} while {call}: {error}".rstrip(": ")
+        said = f"{type(error).__name__} while {call}: {message_of(error)}".rstrip(": ")
         super().__init__(f"{said}\n{hint}" if hint else said)
 
     @property
@@ -146,6 +146,14 @@ class NothingToProbeError(BnprobeError):
     """The model has no BN layer, or none was called."""
 
     exit_code = EXIT_NOTHING
+
+
+def message_of(error: BaseException) -> str:
+    """What an exception says of itself; an exception of the user's may fail even in that, and then says nothing."""
+    try:
+        return str(error)
+    except Exception:  # its own __str__
+        return ""
 
 
 def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:

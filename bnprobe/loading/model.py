@@ -43,9 +43,9 @@ def user_code(
     """
     try:
         yield
-    except BnprobeError:
+    except (BnprobeError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # exit() in a model file must not end bnprobe silently
+    except BaseException as error:  # exit() in a model file must not end bnprobe silently
         if passes(error):
             raise
         raise UserCodeError(call, error, hint()) from error
@@ -73,8 +73,24 @@ def kind_of(value: object) -> str:
         return f"the class {value.__name__}"
     if isinstance(value, tuple | list) and 0 < len(value) <= 4:
         return f"a {type(value).__name__} of {' and '.join(type(part).__name__ for part in value)}"
-    name = type(value).__name__
+    name = type(value).__name__ or "object"
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+_ABSENT = object()
+
+
+def attribute(value: object, name: str, default: Any = None) -> Any:
+    """An attribute of an object of the user's; the default where there is none, or where its property raises."""
+    try:
+        return getattr(value, name, default)
+    except Exception:  # whatever a property or a __getattr__ of the user's raises
+        return default
+
+
+def has_attribute(value: object, name: str) -> bool:
+    """Whether an object of the user's has an attribute that can be read."""
+    return attribute(value, name, _ABSENT) is not _ABSENT
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,8 @@ class UserModule:
 
     def find(self, symbol: str) -> Any | None:
         """Look up a symbol; None if it does not exist or is a submodule."""
-        value = getattr(self.module, symbol, None)
+        with user_code(f"looking up {symbol} in {self.name}"):
+            value = getattr(self.module, symbol, None)
         return None if isinstance(value, types.ModuleType) else value
 
     def contents(self) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import DataError
+from bnprobe.loading.model import attribute, kind_of, user_code
 from bnprobe.loading.samples import count_samples, is_per_sample, named_leaves
 
 
@@ -91,12 +92,23 @@ def join(batches: list[Any], samples: int | Sequence[int | None] | None = None) 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move tensors to the device, and batch objects of other libraries that have a ``to`` method."""
-    return map_leaves(batch, lambda leaf: leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf)
+    return map_leaves(batch, lambda leaf: _called(leaf, "to", device))
 
 
 def copy_tensors(batch: Any) -> Any:
     """Copy the tensors of a batch, and batch objects of other libraries that have a ``clone`` method."""
-    return map_leaves(batch, lambda leaf: leaf.clone() if callable(getattr(leaf, "clone", None)) else leaf)
+    return map_leaves(batch, lambda leaf: _called(leaf, "clone"))
+
+
+def _called(leaf: Any, method: str, *arguments: Any) -> Any:
+    """What a method of a tensor or of another library's batch object gives; the leaf itself where it has none."""
+    if isinstance(leaf, Tensor):
+        return getattr(leaf, method)(*arguments)
+    call = attribute(leaf, method)
+    if not callable(call) or isinstance(leaf, type):
+        return leaf
+    with user_code(f"calling {method}() of {kind_of(leaf)} in a batch"):
+        return call(*arguments)
 
 
 def check_finite(batch: Any, position: int, indices: Callable[[int], Sequence[Any]] | None = None) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnprobe.errors import ModelError
+from bnprobe.errors import ModelError, message_of
 
 
 def seed_everything(seed: int) -> None:
@@ -267,10 +267,11 @@ def _saved(name: str, tensor: Tensor) -> Restore:
     try:
         return _save_tensor(tensor)
     except (RuntimeError, NotImplementedError, TypeError) as error:
+        said = message_of(error).partition("\n")[0]
         kind = f"of layout {str(tensor.layout).removeprefix('torch.')} on {tensor.device}"
         raise ModelError(
             f"{name or 'The model'} holds a {type(tensor).__name__} {kind}, of which bnprobe cannot keep a copy, so it"
-            f" could not give the model back unchanged ({str(error).splitlines()[0]}). Nothing was run."
+            f" could not give the model back unchanged ({said}). Nothing was run."
         ) from error
 
 
