@@ -271,10 +271,16 @@ def launched() -> World:
     """The world described by torchrun's environment variables, whether or not its processes are connected yet.
 
     WORLD_SIZE without a master address is not a launch: some batch systems set it for single processes.
+
+    Raises:
+        ProcessError: A variable is no number.
     """
     if not all(name in os.environ for name in _VARIABLES):
         return ALONE
-    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    try:
+        return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    except ValueError:
+        raise ProcessError("RANK and WORLD_SIZE must be whole numbers, as torchrun sets them.") from None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bnprobe.errors import OutputError, UsageError
+from bnprobe.errors import OutputError, UsageError, reason_of
 
 _MARK = "made-by-bnprobe.txt"
 _SIGNATURE = "This folder was made by bnprobe"
@@ -29,9 +29,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
         if is_special(path):
             path.write_bytes(data)
         else:
-            _replace(path.resolve(), data)
+            _replace(real(path), data)
     except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from None
+        raise OutputError(f"{path} could not be written: {reason_of(error)}.") from None
 
 
 def require_writable(path: Path, option: str = "--output") -> None:
@@ -40,11 +40,17 @@ def require_writable(path: Path, option: str = "--output") -> None:
     Raises:
         OutputError: The folder is missing or read-only, or the path is a folder.
     """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{option} {path} cannot be written: {reason_of(error)}.") from None
     if path.is_dir():
         raise OutputError(f"{option} {path} is a folder; give a file in it.")
     if is_special(path):
         return
-    folder = (path.resolve() if path.is_symlink() else path).parent
+    folder = (real(path) if path.is_symlink() else path).parent
     if not folder.is_dir():
         raise OutputError(f"The folder {folder} of {option} does not exist; create it first.")
     if not os.access(folder, os.W_OK):
@@ -58,7 +64,7 @@ def refuse_input(output: Path, inputs: Iterable[str | Path], option: str = "--ou
         OutputError: It is; nothing was written.
     """
     for path in map(Path, inputs):
-        if output.exists() and path.exists() and output.samefile(path):
+        if exists(output) and exists(path) and output.samefile(path):
             raise OutputError(f"{option} {output} is a file that this command reads; give another name.")
 
 
@@ -74,10 +80,10 @@ def require_new(paths: Iterable[Path], force: bool) -> None:
     """
     paths = list(paths)
     for path in paths:
-        if path != paths[0] and path.is_dir():
+        if path != paths[0] and is_folder(path):
             raise OutputError(f"{path}, which is written beside -o, is a folder: move it or give another -o.")
         require_writable(path, "-o")
-    existing = [str(path) for path in paths if path.exists() and not is_special(path)]
+    existing = [str(path) for path in paths if exists(path) and not is_special(path)]
     if existing and not force:
         exist = "exists" if len(existing) == 1 else "exist"
         raise OutputError(f"{', '.join(existing)} already {exist}; give another -o, or --force to overwrite.")
@@ -100,7 +106,7 @@ def write_all(contents: Mapping[Path, bytes | str], force: bool = False) -> None
     try:
         for path, content in contents.items():
             if not is_special(path):
-                target = path.resolve()
+                target = real(path)
                 staged[target] = _neighbour(target, "new")
                 _write_through(staged[target], _encoded(content))
         for path, content in contents.items():
@@ -109,7 +115,7 @@ def write_all(contents: Mapping[Path, bytes | str], force: bool = False) -> None
         _rename_all(staged)
     except OSError as error:
         names = ", ".join(map(str, contents))
-        reason = error.strerror or error
+        reason = reason_of(error)
         raise OutputError(f"{names} could not be written: {reason}. No file was changed.") from None
     finally:
         for temporary in staged.values():
@@ -155,8 +161,8 @@ class OwnFolder:
             OutputError: The folder has no marker file, or a file cannot be removed.
         """
         self._require_mark()
-        files = self._files()
         with _writing(self.path):
+            files = self._files()
             for file in files:
                 file.unlink()
         self._remove_emptied(files)
@@ -181,8 +187,8 @@ class OwnFolder:
         self._require_mark()
         other.make()
         other.clear()
-        files = self._files()
         with _writing(other.path):
+            files = self._files()
             for file in files:
                 place = other.path / file.relative_to(self.path)
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -231,9 +237,32 @@ def unfinished(path: Path) -> UsageError:
     )
 
 
+# pathlib raises where the operating system refuses to say: without permission, for names that are too long, ...
+
+
+def exists(path: Path) -> bool:
+    """Whether something has this path, as far as the operating system tells."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_file(path: Path) -> bool:
+    """Whether this is a file, as far as the operating system tells."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder, as far as the operating system tells."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def is_special(path: Path) -> bool:
     """Whether this is a pipe or device, such as /dev/null, which must be written to but never replaced."""
-    return path.exists() and not path.is_file()
+    return exists(path) and not is_file(path)
+
+
+def real(path: Path) -> Path:
+    """The path with symbolic links followed; of links in a circle as far as they lead."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager
@@ -241,7 +270,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from None
+        raise OutputError(f"{path} could not be written: {reason_of(error)}.") from None
 
 
 def _remove_empty(folder: Path) -> None:
@@ -299,7 +328,12 @@ def _undo(path: Path, old: Path) -> None:
 
 def _neighbour(path: Path, kind: str) -> Path:
     """A unique temporary name in the same folder."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+    name = os.fsencode(path.name)[: _LONGEST_NAME - len(".." + "12345678." + kind)]
+    return path.with_name(f".{os.fsdecode(name)}.{secrets.token_hex(4)}.{kind}")
+
+
+_LONGEST_NAME = 255
+"""Bytes in the name of a file, on common file systems."""
 
 
 def _write_through(path: Path, data: bytes) -> None:

@@ -163,12 +163,13 @@ def _refuse_beside(option: str, **others: Any) -> None:
 def _show_plan(spec: Spec, check: bool, render: Renderer, show_all: bool) -> int:
     """Print the plan; the exit code."""
     from bnprobe.cli.console import deliver, progress_bar
-    from bnprobe.cli.processes import share_processors
+    from bnprobe.cli.processes import raise_when_interrupted, share_processors
 
     share_processors()
     with progress_bar() as show:
         from bnprobe.commands.convert import plan_spec  # importing torch takes seconds: check the options first
 
+        raise_when_interrupted()
         plan = plan_spec(spec, show)
     deliver(plan, render, show_all=show_all)
     return EXIT_FINDINGS if check and (plan.changes or plan.refused) else EXIT_CLEAN
@@ -180,14 +181,15 @@ def _repair(
     """Repair, write and print; the exit code."""
     from bnprobe.cli.artifacts import Artifacts
     from bnprobe.cli.console import deliver, repair_bars, typed_command
-    from bnprobe.cli.processes import share_processors
+    from bnprobe.cli.processes import raise_when_interrupted, share_processors
     from bnprobe.config.requirements import parse_requirement
+    from bnprobe.files import is_folder
     from bnprobe.report.repair import RepairReport
 
     for text in spec.repair.require:
         parse_requirement(text)
     artifacts = Artifacts(output, force, trains=finetune)
-    resume = resume and artifacts.state.is_dir()
+    resume = resume and is_folder(artifacts.state)
     if is_main():
         artifacts.check(resume)
     share_processors()
@@ -196,6 +198,7 @@ def _repair(
         from bnprobe.commands.convert import ConvertOptions, repair_spec
         from bnprobe.distributed import connected
 
+        raise_when_interrupted()
         state = artifacts.state if finetune else None
         options = ConvertOptions(finetune, state, resume, force, artifacts.tensorboard, typed_command())
         with connected() as world:

@@ -102,12 +102,13 @@ def recalibrate(
 
 def _recalibrate(spec: Spec, path: PathChoice, layers: tuple[str, ...], batches: int | None) -> Repaired:
     from bnprobe.cli.console import progress_bar, typed_command
-    from bnprobe.cli.processes import share_processors
+    from bnprobe.cli.processes import raise_when_interrupted, share_processors
 
     share_processors()
     with progress_bar() as show:
         from bnprobe.commands.recalibrate import recalibrate_spec
 
+        raise_when_interrupted()
         return recalibrate_spec(
             spec, path=path, layers=layers, num_batches=batches, command=typed_command(), progress=show
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnprobe.cli import options
-from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
+from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError, reason_of
 
 if TYPE_CHECKING:
     from bnprobe.records import Report
@@ -45,17 +45,17 @@ def _read(path: Path) -> Report:
     Raises:
         UsageError: The file cannot be read or is not a report; the message names it.
     """
-    from bnprobe.config.spec import nearest_file
+    from bnprobe.config.spec import why_missing
     from bnprobe.report.json import load_report
 
+    if (missing := why_missing(path)) is not None:
+        raise UsageError(f"The report {path} {missing}")
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"The report {path} does not exist. {nearest_file(path)}".rstrip()) from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not a JSON report of bnprobe: it is not text.") from None
     except OSError as error:
-        raise UsageError(f"The report {path} could not be read: {error.strerror}.") from None
+        raise UsageError(f"The report {path} could not be read: {reason_of(error)}.") from None
     try:
         return load_report(text)
     except UsageError as error:

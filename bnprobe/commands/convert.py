@@ -27,10 +27,10 @@ from bnprobe.commands.experiment import (
 from bnprobe.commands.recalibrate import Repaired
 from bnprobe.commands.scan import scan_workload, whole
 from bnprobe.config.requirements import check_requirements, parse_requirement
-from bnprobe.config.spec import PLAIN, Spec
+from bnprobe.config.spec import PLAIN, Spec, why_missing
 from bnprobe.config.targets import AUTO, TARGETS
 from bnprobe.distributed import ALONE, World, launched
-from bnprobe.errors import NothingToProbeError, RepairError, SpecError, UsageError
+from bnprobe.errors import NothingToProbeError, RepairError, SpecError, UsageError, reason_of
 from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_again
 from bnprobe.measure.rank_agreement import digest_of
 from bnprobe.measure.restore import preserved_random_state, seed_everything
@@ -180,11 +180,16 @@ def _wanted(spec: Spec, model: nn.Module, before: Report | None) -> tuple[dict[s
 
 
 def _read_report(path: Path) -> Report:
+    if (missing := why_missing(path)) is not None:
+        raise SpecError(f"The report {path} {missing}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"The report {path} could not be read: {error}.") from None
-    return load_report(text)
+        raise SpecError(f"The report {path} could not be read: {reason_of(error)}.") from None
+    try:
+        return load_report(text)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def _folder(

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -22,8 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnprobe.config.spec import ModelSpec, is_file_target, nearest_file, split_target
-from bnprobe.errors import BnprobeError, ModelError, UserCodeError
+from bnprobe.config.spec import ModelSpec, is_file_target, split_target, why_missing
+from bnprobe.errors import BnprobeError, ModelError, UserCodeError, reason_of
+from bnprobe.files import exists, is_folder
 from bnprobe.loading.places import recorded_places
 
 BatchFunction = Callable[[nn.Module, Any], Any]
@@ -194,12 +196,12 @@ def locate(target: str, near: UserModule | None) -> tuple[UserModule, str | None
 
 def _load_file(location: str, near: UserModule | None) -> UserModule:
     path = Path(location)
-    if path.is_dir():
+    if is_folder(path):
         raise ModelError(f"{location} is a folder. Name a Python file in it, e.g. {path / 'model.py'}.")
-    if not path.is_file():
-        raise ModelError(f"The file {location} does not exist. {nearest_file(path)}")
+    if (missing := why_missing(path)) is not None:
+        raise ModelError(f"The file {location} {missing}")
     _refuse_other_files(path)
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     if near is not None and getattr(near.module, "__file__", None) == str(path):
         return near
     # As `python model.py` does: files beside it can be imported, now and later by its functions.
@@ -211,11 +213,11 @@ def _load_file(location: str, near: UserModule | None) -> UserModule:
 
 
 def _refuse_other_files(path: Path) -> None:
-    if path.suffix == ".py" or not path.exists():
+    if path.suffix == ".py" or not exists(path):
         return
-    if path.is_dir() and (path / "__init__.py").exists():
+    if exists(path / "__init__.py"):
         return  # a package of the working directory
-    kind = "a folder" if path.is_dir() else "not a Python file"
+    kind = "a folder" if is_folder(path) else "not a Python file"
     raise ModelError(f"{path} is {kind}. Name a Python file (model.py:symbol) or a module (package.module).")
 
 
@@ -243,7 +245,11 @@ def _execute(path: Path, shown: str) -> types.ModuleType:
 def _run(path: Path, module: types.ModuleType) -> None:
     # compiled from the source: a cached .pyc may be from another edit within the same second
     try:
-        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
+        source = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"The file {path} could not be read: {reason_of(error)}.") from None
+    try:
+        exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
     except SyntaxError as error:
         if error.filename and Path(error.filename).is_file():
             raise ModelError(_syntax_message(error)) from None

@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from bnprobe.config.spec import nearest_file
+from bnprobe.config.spec import why_missing
 from bnprobe.config.targets import CONVERTED
-from bnprobe.errors import CheckpointError
+from bnprobe.errors import CheckpointError, message_of, reason_of
+from bnprobe.files import is_file, is_folder
 from bnprobe.loading.model import user_code
 from bnprobe.numbers import listed
 
@@ -42,17 +43,20 @@ def weights_file(path: Path) -> Path:
     Raises:
         CheckpointError: There is no such file, or a folder holds several.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         return path
-    usual = next((path / name for name in _FILES_OF_A_FOLDER if (path / name).is_file()), None)
+    usual = next((path / name for name in _FILES_OF_A_FOLDER if is_file(path / name)), None)
     if usual is not None:
         return usual
-    if (path / ".metadata").is_file():
+    if is_file(path / ".metadata"):
         raise CheckpointError(
             f"{path} is a distributed checkpoint of PyTorch. Convert it to one file first: python -m"
             f" torch.distributed.checkpoint.format_utils dcp_to_torch {path} weights.pt"
         )
-    found = sorted(each for each in path.iterdir() if each.suffix in _SUFFIXES and each.is_file())
+    try:
+        found = sorted(each for each in path.iterdir() if each.suffix in _SUFFIXES and is_file(each))
+    except OSError as error:
+        raise CheckpointError(f"The folder {path} could not be read: {reason_of(error)}.") from None
     if len(found) == 1:
         return found[0]
     if not found:
@@ -116,12 +120,12 @@ def is_safetensors(path: Path) -> bool:
         with path.open("rb") as file:
             return path.suffix == ".safetensors" or file.read(10)[8:] == b'{"'
     except OSError as error:
-        raise CheckpointError(f"The checkpoint {path} could not be opened: {error.strerror}.") from None
+        raise CheckpointError(f"The checkpoint {path} could not be opened: {reason_of(error)}.") from None
 
 
 def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise CheckpointError(f"The checkpoint {path} does not exist. {nearest_file(path)}")
+    if (missing := why_missing(path)) is not None:
+        raise CheckpointError(f"The checkpoint {path} {missing}")
     if path.stat().st_size == 0:
         raise CheckpointError(f"The checkpoint {path} is empty (0 bytes). Save or copy it again.")
 
@@ -159,7 +163,7 @@ def _read_unsafe(path: Path) -> tuple[Any, tuple[str, ...]]:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = next((line.strip() for line in message_of(error).splitlines() if line.strip()), type(error).__name__)
     reason = reason.split(". ")[0]  # what follows is PyTorch's own advice, cut off at its line
     return (
         f"The checkpoint {path} ({path.stat().st_size} bytes) could not be read: it is truncated, damaged, "

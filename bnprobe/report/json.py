@@ -65,6 +65,8 @@ def load_report(text: str) -> Report:
 def _parse(text: str) -> dict[str, Any]:
     try:
         document = json.loads(text, parse_float=_finite, parse_constant=_reject_constant)
+    except RecursionError:
+        raise UsageError("This is not a JSON report of bnprobe: it is nested too deeply.") from None
     except ValueError as error:
         raise UsageError(f"This is not a JSON report of bnprobe: {error}.") from error
     if not isinstance(document, dict):
