@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -109,6 +110,8 @@ def _run(ends: Ends) -> None:
     Args:
         ends: Called with the exit code of an error before its message is printed; see ``processes.run_together``.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     try:
         _require_folder()
         app(prog_name="bnprobe")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from bnprobe.cli.processes import is_main
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
 
 if TYPE_CHECKING:
+    from bnprobe.cli.artifacts import Artifacts
     from bnprobe.config.spec import Spec
     from bnprobe.report import Renderer
 
@@ -180,18 +182,27 @@ def _repair(
 ) -> int:
     """Repair, write and print; the exit code."""
     from bnprobe.cli.artifacts import Artifacts
-    from bnprobe.cli.console import deliver, repair_bars, typed_command
-    from bnprobe.cli.processes import raise_when_interrupted, share_processors
     from bnprobe.config.requirements import parse_requirement
-    from bnprobe.files import is_folder
-    from bnprobe.report.repair import RepairReport
+    from bnprobe.files import is_blank, is_folder
 
     for text in spec.repair.require:
         parse_requirement(text)
     artifacts = Artifacts(output, force, trains=finetune)
-    resume = resume and is_folder(artifacts.state)
-    if is_main():
-        artifacts.check(resume)
+    resume = resume and is_folder(artifacts.state) and not is_blank(artifacts.state)
+    with artifacts.alone() if is_main() else nullcontext():
+        if is_main():
+            artifacts.check(resume)
+        return _repair_alone(spec, artifacts, render, finetune=finetune, resume=resume, force=force, show_all=show_all)
+
+
+def _repair_alone(
+    spec: Spec, artifacts: Artifacts, render: Renderer, *, finetune: bool, resume: bool, force: bool, show_all: bool
+) -> int:
+    """The same, as the only run that writes there."""
+    from bnprobe.cli.console import deliver, repair_bars, typed_command
+    from bnprobe.cli.processes import raise_when_interrupted, share_processors
+    from bnprobe.report.repair import RepairReport
+
     share_processors()
     with repair_bars(shown=is_main()) as (show, show_step):
         # importing torch takes seconds: check the options first

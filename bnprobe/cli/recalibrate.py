@@ -87,12 +87,13 @@ def recalibrate(
 
     render = renderer(format_, RepairReport)
     artifacts = Artifacts(output, force)
-    artifacts.check()
-    given = options.overrides(context)
-    spec = build_spec(target, given)
-    selected(spec.rules)  # report a wrong code before torch is imported
-    repaired = _recalibrate(spec, path, tuple(layers or ()), batches)
-    record, files = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
+    with artifacts.alone():
+        artifacts.check()
+        given = options.overrides(context)
+        spec = build_spec(target, given)
+        selected(spec.rules)  # report a wrong code before torch is imported
+        repaired = _recalibrate(spec, path, tuple(layers or ()), batches)
+        record, files = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
     deliver(RepairReport(record, repaired.before, repaired.after, files), render, show_all=show_all)
     if record.weights is None:
         raise typer.Exit(EXIT_FINDINGS)

@@ -21,8 +21,6 @@ from bnprobe.files import is_file, is_folder
 from bnprobe.loading.model import user_code
 from bnprobe.numbers import listed
 
-_READ_ERRORS = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError)
-
 _MOST_CLASSES = 4
 _FILES_OF_A_FOLDER = (
     "model.safetensors.index.json",
@@ -94,7 +92,7 @@ def read_weights(path: Path, unsafe_load: bool = False) -> tuple[Any, tuple[str,
             return torch.load(path, map_location="cpu", weights_only=True), ()
     except pickle.UnpicklingError:
         return _read_unsafe(path) if unsafe_load else _read_stubbed(path)
-    except _READ_ERRORS as error:
+    except Exception as error:  # a damaged file can make torch.load raise anything
         raise CheckpointError(_damaged(path, error)) from None
 
 
@@ -110,8 +108,11 @@ def read_conversion(path: Path) -> tuple[str, list[str]] | None:
         mark = (file.metadata() or {}).get(CONVERTED)
     if mark is None:
         return None
-    found = json.loads(mark)
-    return found["to"], found["layers"]
+    try:
+        found = json.loads(mark)
+        return str(found["to"]), [str(name) for name in found["layers"]]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CheckpointError(_damaged(path, error)) from None
 
 
 def is_safetensors(path: Path) -> bool:
@@ -141,7 +142,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
     """The weights of a model that is saved in several files, which the index names."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(_damaged(index, error)) from None
     whole: dict[str, Any] = {}
     for name in names:
@@ -274,7 +275,7 @@ def _read_stubbed(path: Path) -> tuple[Any, tuple[str, ...]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             read = torch.load(path, map_location="cpu", pickle_module=as_pickle, weights_only=False)
-    except (pickle.UnpicklingError, RecursionError, *_READ_ERRORS) as error:
+    except Exception as error:  # a damaged file can make torch.load raise anything
         raise CheckpointError(_damaged(path, error)) from None
     names = sorted(left_out)
     more = f" and {len(names) - _MOST_CLASSES} more" if len(names) > _MOST_CLASSES else ""
