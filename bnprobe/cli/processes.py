@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bnprobe.errors import EXIT_ERROR, EXIT_NOTHING, ProcessError, UsageError
+from bnprobe.errors import EXIT_ERROR, EXIT_NOTHING, BnprobeError, UsageError
 
 if TYPE_CHECKING:
     from bnprobe.distributed import World
@@ -140,7 +140,7 @@ def run_together(run: Callable[[Ends], None]) -> NoReturn:
     try:
         with connected() as world:
             code = _run_as_one(run, world)
-    except ProcessError as error:
+    except BnprobeError as error:
         print(f"bnprobe: error: {error}", file=sys.stderr)
         code = EXIT_ERROR
     except KeyboardInterrupt:
@@ -157,16 +157,21 @@ def _run_as_one(run: Callable[[Ends], None], world: World) -> int:
     failed: list[int] = []
 
     def ends(code: int) -> int | None:
-        earlier = board.end(code)
+        # A launcher ends all processes as soon as one has ended: the message must be out before.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        earlier = board.claim()
         failed.append(code if earlier is None else earlier)
         return earlier
 
-    board.watch(_leave)
+    board.watch(_leave, _say_hanging)
     code = _code_of(run, ends)
     # Process 0 answers Ctrl-C if it still runs; a launcher ends all processes as soon as one ends with an error.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if failed:
+        sys.stderr.flush()
+        board.end(failed[0])
         board.farewell()
         return failed[0]
     code = world.share(code)
@@ -185,6 +190,12 @@ def _code_of(run: Callable[[Ends], None], ends: Ends) -> int:
 
 def _alone(code: int) -> None:
     return None
+
+
+def _say_hanging(sentences: str) -> int:
+    """From a thread, since the main one waits."""
+    print(f"bnprobe: error: {sentences}", file=sys.stderr, flush=True)
+    return EXIT_ERROR
 
 
 def _leave(code: int) -> NoReturn:

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from bnprobe.config.spec import ModelSpec, is_file_target, split_target, why_missing
+from bnprobe.distributed import beat
 from bnprobe.errors import BnprobeError, ModelError, UserCodeError, reason_of
 from bnprobe.files import exists, is_folder
 from bnprobe.loading.places import recorded_places
@@ -43,6 +44,7 @@ def user_code(
         passes: Which further exceptions pass unchanged.
         hint: What may help where something is raised, sentences; asked only then.
     """
+    beat()
     try:
         yield
     except (BnprobeError, KeyboardInterrupt):
@@ -51,6 +53,8 @@ def user_code(
         if passes(error):
             raise
         raise UserCodeError(call, error, hint()) from error
+    finally:
+        beat()
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:

@@ -118,7 +118,8 @@ class Stepper:
                 returned = job.loss(self._replicas.callee, batch)
             value = trainable_loss(job.loss, returned)
             self._replicas.require_called()
-            with _border(f"running backward() from loss(model, batch) {place}", job):
+            border = _border(f"running backward() from loss(model, batch) {place}", job)
+            with border, self._replicas.averaging(last):
                 self.scaler.scale(value if of == 1 else value / of).backward()
         return value.detach()
 

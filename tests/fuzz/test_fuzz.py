@@ -24,11 +24,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bnprobe.cli.app
+from bnprobe.commands.verify import verify
 from bnprobe.config.load import build_spec
 from bnprobe.config.spec import CheckpointSpec, Spec
 from bnprobe.errors import BnprobeError
 from bnprobe.loading.checkpoint import load_checkpoint
-from bnprobe.report import FORMATS
+from bnprobe.records import Verification
+from bnprobe.repairs import wanted_from_report
+from bnprobe.report import FORMATS, RenderOptions, renderer
 from bnprobe.report.json import load_report
 from bnprobe.training import StateFolder
 from bnprobe.training.state import load_state
@@ -114,16 +117,13 @@ def test_checkpoints(folder: Path, data: bytes, name: str, key: str | None, pref
 @fuzzed
 @given(data=changed("reports") | JSON)
 def test_reports(data: bytes) -> None:
-    from bnprobe.commands.verify import verify
-    from bnprobe.records import Report
-    from bnprobe.report import RenderOptions, renderer
-
-    text = data.decode(errors="replace")
-    report = survives(lambda: load_report(text))
+    """As `verify` and `convert --report` read them."""
+    report = survives(lambda: load_report(data.decode(errors="replace")))
     if report is not None:
-        for name in FORMATS.names():
-            survives(lambda name=name: renderer(name, Report)(report, RenderOptions()))
-        survives(lambda: verify(report, report))
+        found = survives(lambda: verify(report, report))
+        survives(lambda: wanted_from_report(report, Net()))
+        for name in FORMATS.names() if found is not None else ():
+            survives(lambda name=name: renderer(name, Verification)(found, RenderOptions()))
 
 
 MARKS = {"bnprobe": "0.1.0", "layers": ["bn"], "train": {"steps": 3}}
