@@ -129,13 +129,12 @@ def scan_workload(
         seed_everything(settings.seed)
         session = _session_of(workload, settings)
         agreement = agree(workload.model, session.layers.selected, world)
-        with preserved_random_state(), preserved_generators(workload.source.batches):
-            other_data = require_same_data(workload.source, workload.held_out, world)
+        require_same_data(workload.source, workload.held_out, world)
         evidence = _probe(workload, session, settings, progress, world)
         report = None
         if evidence is not None:
             facts = replace(_facts(workload, session), processes=world.size, rank_mismatch=agreement.mismatch)
-            notes = [*notes_on(workload.model, evidence, facts, agreement), *([other_data] if other_data else [])]
+            notes = [*notes_on(workload.model, evidence, facts, agreement), *filter(None, [evidence.other_samples])]
             report = _report(workload, settings, session, facts, evidence, notes)
     # A Ctrl-C that reaches the others while they wait has reached process 0 too, which answers it.
     with suppress(KeyboardInterrupt), deferred_interrupts():

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import sys
 import types
@@ -28,6 +29,7 @@ from bnprobe.distributed import beat
 from bnprobe.errors import BnprobeError, ModelError, UserCodeError, reason_of
 from bnprobe.files import exists, is_folder
 from bnprobe.loading.places import recorded_places
+from bnprobe.numbers import count, listed
 
 BatchFunction = Callable[[nn.Module, Any], Any]
 """A function of the user, called as f(model, batch)."""
@@ -445,6 +447,21 @@ def _from_library(library: str, name: str, known: list[str], make: Callable[[], 
     if not isinstance(made, nn.Module):
         raise ModelError(f"{library}:{name} is {kind_of(made)}, not an nn.Module.")
     return made
+
+
+def require_values(model: nn.Module) -> None:
+    """Refuse a model of which parameters or buffers have no values (device meta): it cannot be run.
+
+    Raises:
+        ModelError: Names the first of them.
+    """
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    empty = [name for name, tensor in named if tensor.is_meta]
+    if empty:
+        raise ModelError(
+            f"{count(len(empty), 'tensor')} of the model without values (device meta): {listed(empty)}. Build it on a"
+            " real device, or call model.to_empty(device=...) and load its weights in load_model()."
+        )
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -118,21 +118,12 @@ def drawn_at_random(source: BatchSource, seed: int) -> BatchSource | None:
     return replace(source, batches=guarded.over(rebuilt(loader, source.batch_size, order), order.indices))
 
 
-def require_same_data(source: BatchSource, held_out: BatchSource | None, world: World) -> str | None:
-    """Refuse processes whose data differ in size, and note where the first micro-batch differs.
-
-    Args:
-        source, held_out: The data of this process.
-        world: Its launch; all processes must call this.
-
-    Returns:
-        A sentence where the first micro-batches differ; None where they do not, or can be read only once.
+def require_same_data(source: BatchSource, held_out: BatchSource | None, world: World) -> None:
+    """Refuse processes whose data differ in size; all of them must call this.
 
     Raises:
-        DataError: The data differ in size: a share of one process has the wrong length, or is one of a part already.
+        DataError: They do: a process has data of its own, or a part of them already.
     """
-    if world.size == 1:
-        return None
     sizes = world.gather(tuple(None if each is None else (each.images, each.batch_size) for each in (source, held_out)))
     for rank, other in enumerate(sizes):
         for mine, theirs, kind in zip(sizes[0], other, ("", "held-out "), strict=True):
@@ -142,7 +133,25 @@ def require_same_data(source: BatchSource, held_out: BatchSource | None, world: 
                     f" has {_in_words(theirs)}. bnprobe itself distributes the micro-batches over the processes: give"
                     " each of them all the data, without a part for each rank."
                 )
-    digests = world.gather(_first_digest(source))
+
+
+def _in_words(size: tuple[int | None, int] | None) -> str:
+    if size is None:
+        return "none"
+    images = "samples" if size[0] is None else f"{size[0]} samples"
+    return f"{images} in batches of {size[1]}"
+
+
+def other_samples(opening: Iterable[Any], world: World) -> str | None:
+    """A sentence where processes do not read the same first micro-batch; all of them must call this.
+
+    Args:
+        opening: The first micro-batches of all processes, as this one has read them.
+        world: The launch.
+    """
+    if world.size == 1:
+        return None
+    digests = world.gather(_digest(opening))
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if not others:
         return None
@@ -154,25 +163,13 @@ def require_same_data(source: BatchSource, held_out: BatchSource | None, world: 
     )
 
 
-def _in_words(size: tuple[int | None, int] | None) -> str:
-    if size is None:
-        return "none"
-    images = "samples" if size[0] is None else f"{size[0]} samples"
-    return f"{images} in batches of {size[1]}"
-
-
-def _first_digest(source: BatchSource) -> str:
-    """A digest of the tensors in the first micro-batch, for data that can be read again; else the same for all."""
-    wrapped = getattr(source.batches, "wrapped", None)
-    if source.synthetic or not isinstance(wrapped, DataLoader | Sequence):
-        return ""
+def _digest(batches: Iterable[Any]) -> str:
     digest = hashlib.sha256()
-    for batch in itertools.islice(source.batches, 1):
-        for _, leaf in named_leaves(batch):
-            if isinstance(leaf, Tensor):
-                plain = leaf.detach().cpu().contiguous()
-                digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
-                digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    for _, leaf in itertools.chain.from_iterable(map(named_leaves, batches)):
+        if isinstance(leaf, Tensor):
+            plain = leaf.detach().cpu().contiguous()
+            digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import DataError, DeviceError
-from bnprobe.loading.model import BatchFunction, signature_of, user_code
+from bnprobe.loading.model import BatchFunction, require_values, signature_of, user_code
 from bnprobe.loading.returned import place_of
 from bnprobe.loading.samples import require_readable
 from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, map_leaves, tensors_of, to_device
@@ -139,6 +139,7 @@ class Session:
         Raises:
             DeviceError: The device is not there.
         """
+        require_values(model)
         functions = functions or UserFunctions()
         if synthetic and functions.forward is None:
             functions = replace(functions, forward=forward_all)

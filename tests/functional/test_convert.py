@@ -332,7 +332,7 @@ def test_what_appears_during_training_is_not_replaced(repairable: Workspace) -> 
         (["-o", "out.safetensors", "--to", "auto"], "add --finetune"),
         (["-o", "out.safetensors", "--seeds", "0"], "at least 1 for --seeds"),
         (["-o", "out.safetensors", *SHORT, "--epochs", "2"], "give one"),
-        (["-o", "out.safetensors", "--report", "none.json"], "none.json could not be read"),
+        (["-o", "out.safetensors", "--report", "none.json"], "none.json does not exist"),
         (["-o", "out.safetensors", "--report", "model.py"], "not a JSON report"),
     ],
 )
