@@ -7,6 +7,7 @@ launch that is ``ALONE``, and every call is a no-op. A ``Share`` says which micr
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -20,9 +21,9 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from bnprobe.errors import ProcessError
+from bnprobe.errors import ProcessError, UsageError
 
-__all__ = ["ALONE", "EVERYTHING", "OPENING", "Share", "World", "connected", "launched"]
+__all__ = ["ALONE", "EVERYTHING", "OPENING", "Share", "World", "beat", "connected", "launched", "waiting"]
 
 
 OPENING = 2
@@ -67,19 +68,58 @@ EVERYTHING = Share()
 
 _POLL_SECONDS = 0.05
 _FAREWELL_SECONDS = 5.0
+_LIFE_SECONDS = 1.0
+_LATER = 2.0
+"""Multiple of the timeout after which process 0, which would have noticed it itself, has stopped altogether."""
+
+
+HANGING = "BNPROBE_TIMEOUT"
+"""Environment variable: seconds without a sign of life after which a process of a launch is taken to hang."""
+
+DEFAULT_TIMEOUT = 1800.0
+"""Its default: what torch allows a collective on CPUs."""
+
+_life = [0, 0]
+"""Signs of life that this process has given, and how deep it is in waiting for others."""
+
+
+def beat() -> None:
+    """Give a sign of life, for the other processes of a launch: the user's code was called, or has returned."""
+    _life[0] += 1
+
+
+def timeout() -> float:
+    """Seconds without a sign of life after which a process is taken to hang.
+
+    Raises:
+        UsageError: The environment variable is no positive number.
+    """
+    text = os.environ.get(HANGING, "")
+    try:
+        seconds = float(text) if text else DEFAULT_TIMEOUT
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise UsageError(f"{HANGING} is {text[:40]!r}, but must be a number of seconds above 0.")
+    return seconds
 
 
 class Board:
     """Messages that a process posts at any time and the others read at any time, without a collective.
 
+    Every process also posts its signs of life here, so that one that hangs is noticed: process 0 watches all, itself
+    too, and the others watch process 0 for as long again. A process that waits for others is excused.
+
     Args:
         store: Key-value store of the launch; the board makes its own connections to it.
+        rank: Rank of this process.
         size: Number of processes.
         hosts: Whether this process hosts the store, so that it must exit last.
     """
 
-    def __init__(self, store: Any, size: int, hosts: bool) -> None:
-        self._store, self._size, self._hosts = store.clone(), size, hosts
+    def __init__(self, store: Any, rank: int, size: int, hosts: bool) -> None:
+        self._store, self._rank, self._size, self._hosts = store.clone(), rank, size, hosts
+        self._timeout = timeout()
         self._watched = store.clone()  # a connection serves one thread only
         self._first = False
         self._done = threading.Event()
@@ -94,20 +134,31 @@ class Board:
         """Whether any process asked to stop. Costs one round trip to the store, about 0.1 ms on one machine."""
         return bool(self._store.check(["halt"]))
 
-    def end(self, code: int) -> int | None:
-        """Announce that the launch ends with this exit code. None if this process is the first to do so, else the exit
-        code that another process announced.
+    def claim(self) -> int | None:
+        """Claim to be the process that says why the launch ends, before it says so. None if this process is the first
+        to do so, else the exit code that another process announced.
         """
         self.close()  # this process exits by itself
         self._first = self._store.add("ends", 1) == 1
         if not self._first:
-            return int(self._store.get("code"))
-        self._store.set("code", str(code))
+            if _wait_for(lambda: bool(self._store.check(["code"]))):
+                return int(self._store.get("code"))
+            self._first = True  # the other one died before it could say anything
         return None
 
-    def watch(self, leave: Callable[[int], None]) -> None:
-        """In a thread, call ``leave`` with the exit code as soon as another process announces the end of the launch."""
-        self._watcher = threading.Thread(target=self._look_out, args=(leave,), daemon=True)
+    def end(self, code: int) -> None:
+        """Announce, after ``claim``, that the launch ends with this exit code: from now on the others leave."""
+        if self._first:
+            self._store.set("code", str(code))
+
+    def watch(self, leave: Callable[[int], None], hangs: Callable[[str], int]) -> None:
+        """In a thread, call ``leave`` with the exit code as soon as another process announces the end of the launch.
+
+        Args:
+            leave: Ends this process.
+            hangs: Says that a process hangs, in the sentence that it gets, and returns the exit code.
+        """
+        self._watcher = threading.Thread(target=self._look_out, args=(leave, hangs), daemon=True)
         self._watcher.start()
 
     def close(self) -> None:
@@ -126,7 +177,11 @@ class Board:
             else:
                 self._has_seen(self._store)
 
-    def _look_out(self, leave: Callable[[int], None]) -> None:
+    def _look_out(self, leave: Callable[[int], None], hangs: Callable[[str], int]) -> None:
+        watched, patience = (range(self._size), 1.0) if self._rank == 0 else (range(1), _LATER)
+        now = time.monotonic()
+        seen = dict.fromkeys(watched, ("", now))
+        posted, due = "", now
         try:
             while not self._done.wait(_POLL_SECONDS):
                 if self._watched.check(["code"]) and not self._done.is_set():
@@ -134,8 +189,33 @@ class Board:
                     self._has_seen(self._watched)
                     leave(code)
                     return
+                now = time.monotonic()
+                if now < due:
+                    continue
+                due = now + min(_LIFE_SECONDS, self._timeout / 4)
+                if (life := f"{_life[0]} {int(_life[1] > 0)}") != posted:
+                    posted = life
+                    self._watched.set(f"life {self._rank}", life)
+                seen = {rank: self._newest(rank, *before, now) for rank, before in seen.items()}
+                silent = [rank for rank, (_, since) in seen.items() if now - since > patience * self._timeout]
+                if silent and not self._done.is_set() and self._watched.add("ends", 1) == 1:
+                    code = hangs(_hanging(silent, self._timeout))
+                    self._watched.set("code", str(code))
+                    _wait_for(self._is_known)
+                    leave(code)
+                    return
         except RuntimeError:  # the store is gone with its process; collectives will report it
             return
+
+    def _is_known(self) -> bool:
+        """Whether all others know that the launch ends."""
+        return int(self._watched.add("seen", 0)) >= self._size - 1
+
+    def _newest(self, rank: int, life: str, since: float, now: float) -> tuple[str, float]:
+        """The last sign of life of another process, and when it was new; of one that waits for others, now."""
+        key = f"life {rank}"
+        found = self._watched.get(key).decode() if self._watched.check([key]) else ""
+        return (life, since) if found == life and not found.endswith(" 1") else (found, now)
 
     def _has_seen(self, store: Any) -> None:
         """Confirm that this process has seen the end; the store may vanish at once, so nothing is sent after this."""
@@ -144,11 +224,21 @@ class Board:
             _wait_for(lambda: bool(store.check(["farewell"])))
 
 
-def _wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until the condition holds, but at most a few seconds."""
+def _hanging(ranks: list[int], seconds: float) -> str:
+    """That processes hang, sentences."""
+    which = f"Process {ranks[0]} has" if len(ranks) == 1 else f"Processes {', '.join(map(str, ranks))} have"
+    return (
+        f"{which} given no sign of life for {seconds:g} seconds: neither the model nor the data was called there, or a"
+        f" call does not return. If it needs so long, set {HANGING} to more seconds (default {DEFAULT_TIMEOUT:g})."
+    )
+
+
+def _wait_for(condition: Callable[[], bool]) -> bool:
+    """Wait until the condition holds, but at most a few seconds; whether it does."""
     deadline = time.monotonic() + _FAREWELL_SECONDS
-    while not condition() and time.monotonic() < deadline:
+    while not (holds := condition()) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
+    return holds
 
 
 T = TypeVar("T")
@@ -236,10 +326,22 @@ ALONE = World()
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
-    """Turn torch's error about a lost process into a ProcessError."""
+def waiting(waits: bool = True) -> Iterator[None]:
+    """Excuse the silence of this process while the block runs, where it waits for others there."""
+    _life[1] += waits
     try:
         yield
+    finally:
+        _life[1] -= waits
+        beat()
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Turn torch's error about a lost process into a ProcessError; while the block runs, this process waits."""
+    try:
+        with waiting():
+            yield
     except RuntimeError as error:
         raise ProcessError(
             f"Another process of the launch has ended or cannot be reached: {first_sentence(error)} See the error"
@@ -258,7 +360,7 @@ JOINING = timedelta(minutes=5)
 
 PATIENCE = timedelta(days=1)
 """Timeout of collectives. It is long because process 0 may work alone for hours. A process that fails posts this on
-the board, and the connections of one that dies are closed, so only a process that hangs is waited for.
+the board, the connections of one that dies are closed, and one that hangs is found by its silence (``HANGING``).
 """
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -271,10 +373,16 @@ def launched() -> World:
     """The world described by torchrun's environment variables, whether or not its processes are connected yet.
 
     WORLD_SIZE without a master address is not a launch: some batch systems set it for single processes.
+
+    Raises:
+        ProcessError: A variable is no number.
     """
     if not all(name in os.environ for name in _VARIABLES):
         return ALONE
-    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    try:
+        return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    except ValueError:
+        raise ProcessError("RANK and WORLD_SIZE must be whole numbers, as torchrun sets them.") from None
 
 
 @contextmanager
@@ -317,7 +425,7 @@ def _connect(world: World) -> World:
         store = PrefixStore("bnprobe", store)
         distributed.init_process_group(_bind_device(), store=store, rank=rank, world_size=size, timeout=PATIENCE)
         hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        return World(rank, size, Board(PrefixStore("board", store), size, hosts))
+        return World(rank, size, Board(PrefixStore("board", store), rank, size, hosts))
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ProcessError(

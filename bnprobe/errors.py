@@ -22,6 +22,7 @@ and what to do.
 
 from __future__ import annotations
 
+import os
 import sysconfig
 import traceback
 from pathlib import Path
@@ -92,7 +93,7 @@ class UserCodeError(BnprobeError):
     def __init__(self, call: str, error: BaseException, hint: str = "") -> None:
         self.call = call
         self.error = error
-        said = f"{type(error).__name__} while {call}: {error}".rstrip(": ")
+        said = f"{type(error).__name__} while {call}: {message_of(error)}".rstrip(": ")
         super().__init__(f"{said}\n{hint}" if hint else said)
 
     @property
@@ -148,6 +149,19 @@ class NothingToProbeError(BnprobeError):
     exit_code = EXIT_NOTHING
 
 
+def message_of(error: BaseException) -> str:
+    """What an exception says of itself; an exception of the user's may fail even in that, and then says nothing."""
+    try:
+        return str(error)
+    except Exception:  # its own __str__
+        return ""
+
+
+def reason_of(error: OSError | ValueError) -> str:
+    """Why the operating system refused something, in its own words, e.g. "Permission denied"."""
+    return getattr(error, "strerror", None) or message_of(error) or type(error).__name__
+
+
 def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
     frames = traceback.extract_tb(error.__traceback__)
     return [frame for frame in frames if not is_library_file(frame.filename)]
@@ -157,5 +171,8 @@ def is_library_file(filename: str) -> bool:
     """Whether a file belongs to Python, an installed package or bnprobe, rather than to the user."""
     if filename.startswith("<"):
         return True
-    path = Path(filename).resolve()
+    try:
+        path = Path(os.path.realpath(filename))
+    except (OSError, ValueError):  # code that was compiled under a name that no file can have
+        return False
     return not _PACKAGE_FOLDERS.isdisjoint(path.parts) or any(path.is_relative_to(root) for root in _LIBRARY_ROOTS)

@@ -1,19 +1,47 @@
-"""Write files atomically, one or several together, and manage folders without removing other people's files."""
+"""Write files atomically, one or several together, and manage folders without removing other people's files.
+
+Locks are those of ``fcntl.lockf``. The kernel drops them with the process, however it ends, so that none outlives its
+holder. Loader workers, which may outlive a run that was killed, do not inherit them, as they would those of ``flock``.
+Where there are none (Windows, some network file systems), nothing is locked.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import secrets
 import shutil
+import socket
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from bnprobe.errors import BnprobeError, OutputError, UsageError
+from bnprobe.errors import BnprobeError, OutputError, UsageError, reason_of
+
+if sys.platform == "win32":
+
+    def _lock(file: BinaryIO) -> bool | None:
+        """Windows has no such locks."""
+        return None
+else:
+    import fcntl
+
+    def _lock(file: BinaryIO) -> bool | None:
+        """Lock a file for this process; False where another process has it locked, None where there are no locks."""
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError:  # a file system without locks
+            return None
+        return True
+
 
 _MARK = "made-by-bnprobe.txt"
 _SIGNATURE = "This folder was made by bnprobe"
@@ -21,7 +49,7 @@ _MARK_TEXT = f"{_SIGNATURE}, which removes only the files that it wrote here. Fi
 WAIT = 5.0
 """Seconds to wait for the other end of a named pipe."""
 
-_NEIGHBOUR = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(?:new|old)")
+_NEIGHBOUR = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(new|old)", re.DOTALL)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -39,7 +67,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         else:
             _replace(_followed(path), data)
     except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from None
+        raise OutputError(f"{path} could not be written: {reason_of(error)}.") from None
 
 
 def write_new(path: Path, content: str | bytes, force: bool, option: str = "--output") -> None:
@@ -64,6 +92,12 @@ def require_writable(path: Path, option: str = "--output") -> None:
     Raises:
         OutputError: The folder is missing or read-only, or the path is a folder.
     """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{option} {path} cannot be written: {reason_of(error)}.") from None
     if path.is_dir():
         raise OutputError(f"{option} {path} is a folder; give a file in it.")
     if is_special(path):
@@ -71,7 +105,7 @@ def require_writable(path: Path, option: str = "--output") -> None:
     try:
         folder = (_followed(path) if path.is_symlink() else path).parent
     except OSError as error:
-        raise OutputError(f"{option} {path} could not be followed: {error.strerror}.") from None
+        raise OutputError(f"{option} {path} could not be followed: {reason_of(error)}.") from None
     if not folder.is_dir():
         raise OutputError(f"The folder {folder} of {option} does not exist; create it first.")
     if not os.access(folder, os.W_OK):
@@ -85,7 +119,7 @@ def refuse_input(output: Path, inputs: Iterable[str | Path], option: str = "--ou
         OutputError: It is; nothing was written.
     """
     for path in map(Path, inputs):
-        if output.exists() and path.exists() and output.samefile(path):
+        if exists(output) and exists(path) and output.samefile(path):
             raise OutputError(f"{option} {output} is a file that this command reads; give another name.")
 
 
@@ -102,10 +136,10 @@ def require_new(paths: Iterable[Path], force: bool, option: str = "-o") -> None:
     """
     paths = list(paths)
     for path in paths:
-        if path != paths[0] and path.is_dir():
+        if path != paths[0] and is_folder(path):
             raise OutputError(f"{path}, which is written beside {option}, is a folder: move it or give another.")
         require_writable(path, option)
-    existing = [str(path) for path in paths if path.exists() and not is_special(path)]
+    existing = [str(path) for path in paths if exists(path) and not is_special(path)]
     if existing and not force:
         exist = "exists" if len(existing) == 1 else "exist"
         raise OutputError(f"{', '.join(existing)} already {exist}; give another {option}, or --force to overwrite.")
@@ -127,18 +161,24 @@ def write_all(contents: Mapping[Path, bytes | str], force: bool = False) -> None
     require_new(contents, force)
     staged: dict[Path, Path] = {}
     try:
-        for path, content in contents.items():
-            if not is_special(path):
-                target = _followed(path)
-                staged[target] = _neighbour(target, "new")
-                _write_through(staged[target], _encoded(content), target)
-        for path, content in contents.items():
-            if is_special(path):  # cannot be undone, so it comes before any rename
-                _write_special(path, _encoded(content))
-        _rename_all(staged)
+        with contextlib.ExitStack() as opened:
+            for path, content in contents.items():
+                if not is_special(path):
+                    target = _followed(path)
+                    staged[target] = _neighbour(target, "new")
+                    opened.enter_context(_written_through(staged[target], _encoded(content), target))
+            for path, content in contents.items():
+                if is_special(path):  # cannot be undone, so it comes before any rename
+                    _write_special(path, _encoded(content))
+            _rename_all(staged, force)
+    except FileExistsError as error:
+        appeared = error.filename2 or error.filename
+        raise OutputError(
+            f"{appeared} has appeared since this run began, and no file was changed; move it, or give --force."
+        ) from None
     except OSError as error:
         names = ", ".join(map(str, contents))
-        reason = error.strerror or error
+        reason = reason_of(error)
         raise OutputError(f"{names} could not be written: {reason}. No file was changed.") from None
     finally:
         for temporary in staged.values():
@@ -169,13 +209,15 @@ class OwnFolder:
         if os.path.lexists(self.path):
             self._require_mark()
             return
+        begun = _neighbour(self.path, "new")
         with _writing(self.path):
-            self.path.mkdir()
-        try:
-            write_whole(self.path / _MARK, _MARK_TEXT)
-        except OutputError:
-            self.path.rmdir()
-            raise
+            begun.mkdir()
+            try:
+                (begun / _MARK).write_text(_MARK_TEXT, encoding="utf-8")
+                begun.rename(self.path)  # so that there is no moment in which it is there without its mark
+            except BaseException:
+                _discard(begun)
+                raise
 
     def clear(self) -> None:
         """Remove the files that bnprobe wrote, and subfolders that are then empty; the marker file stays.
@@ -184,22 +226,39 @@ class OwnFolder:
             OutputError: The folder has no marker file, or a file cannot be removed.
         """
         self._require_mark()
-        files = self._files()
         with _writing(self.path):
+            files = self._files()
             for file in files:
                 file.unlink()
         self._remove_emptied(files)
 
-    def remove(self) -> None:
+    def remove(self, inner: Iterable[OwnFolder] = ()) -> None:
         """Remove what bnprobe wrote, and the folder itself if nothing else is in it.
+
+        A folder of which all is bnprobe's gets another name first, so that it is there whole or not at all.
+
+        Args:
+            inner: Such folders within this one, which are removed with it.
 
         Raises:
             OutputError: The folder has no marker file, or a file cannot be removed.
         """
+        self._require_mark()
+        inner = [folder for folder in inner if has_mark(folder.path)]
+        with _writing(self.path):
+            if all(path.is_dir() or any(each._owns(path) for each in (self, *inner)) for path in self.path.rglob("*")):
+                _discard(self.path.rename(_neighbour(self.path, "old")))
+                return
+        for folder in inner:
+            folder.remove()
         self.clear()
         with _writing(self.path):
             (self.path / _MARK).unlink()
         _remove_empty(self.path)
+
+    def _owns(self, path: Path) -> bool:
+        """Whether a file is the marker of this folder, or one that bnprobe wrote here."""
+        return path == self.path / _MARK or (path.is_relative_to(self.path) and self._is_written(path))
 
     def move_to(self, other: OwnFolder) -> None:
         """Move the files that bnprobe wrote to another such folder, replacing those that it wrote there.
@@ -210,8 +269,8 @@ class OwnFolder:
         self._require_mark()
         other.make()
         other.clear()
-        files = self._files()
         with _writing(other.path):
+            files = self._files()
             for file in files:
                 place = other.path / file.relative_to(self.path)
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -247,6 +306,15 @@ def has_mark(folder: Path) -> bool:
         return False
 
 
+def is_blank(folder: Path) -> bool:
+    """Whether a folder of bnprobe's holds nothing but its marker file: a run was killed before it wrote anything."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError:
+        return False
+    return has_mark(folder) and all(name == _MARK or _NEIGHBOUR.fullmatch(name) for name in names)
+
+
 def not_own(path: Path) -> OutputError:
     """The error for a file or folder that has a name bnprobe needs, but that bnprobe must not touch."""
     return OutputError(f"{path} was not made by bnprobe: move it, or give another -o.")
@@ -260,9 +328,32 @@ def unfinished(path: Path) -> UsageError:
     )
 
 
+# pathlib raises where the operating system refuses to say: without permission, for names that are too long, ...
+
+
+def exists(path: Path) -> bool:
+    """Whether something has this path, as far as the operating system tells."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_file(path: Path) -> bool:
+    """Whether this is a file, as far as the operating system tells."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder, as far as the operating system tells."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def is_special(path: Path) -> bool:
     """Whether this is a pipe or device, such as /dev/null, which must be written to but never replaced."""
-    return path.exists() and not path.is_file()
+    return exists(path) and not is_file(path)
+
+
+def real(path: Path) -> Path:
+    """The path with symbolic links followed; of links in a circle as far as they lead."""
+    return Path(os.path.realpath(path))
 
 
 def read_bounded(path: Path, most: int, failed: Callable[[str], BnprobeError]) -> bytes:
@@ -344,7 +435,91 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from None
+        raise OutputError(f"{path} could not be written: {reason_of(error)}.") from None
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder under a temporary name with all that is in it, its marker file last."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != _MARK:
+                path.unlink()
+        (folder / _MARK).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+@contextmanager
+def only_run(output: Path, others: Iterable[Path] = ()) -> Iterator[None]:
+    """Be the only run that writes to an output while the block runs, and remove what a killed one left half-written.
+
+    Args:
+        output: The file that the run is about.
+        others: What else it writes beside it: files and folders.
+
+    Raises:
+        OutputError: Another process writes there; the message names it. A process that is gone is in nobody's way.
+    """
+    path = real(output)
+    lock = path.with_name(f".{_cut(path.name, '.lock')}.lock")
+    with _writing(lock):
+        file = _locked(lock, output)
+    try:
+        for each in (path, *map(real, others)):
+            _sweep(each, ("new", "old"))
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()  # first, while nobody else can have it
+        file.close()
+
+
+def _locked(lock: Path, output: Path) -> BinaryIO:
+    """The lock file, open and locked, with the name of this process in it."""
+    while True:
+        file = lock.open("a+b")
+        if _lock(file) is False:
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace").strip()
+            file.close()
+            by = f": {holder}" if holder else ""
+            raise OutputError(f"Another run writes to {output}{by}. Wait for its end, or give another -o.")
+        try:
+            same = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        except OSError:  # the run that held it has removed it between opening and locking
+            same = False
+        if same:
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
+            file.flush()
+            return file
+        file.close()
+
+
+def _sweep(path: Path, kinds: Iterable[str]) -> None:
+    """Remove what killed processes left of a file or folder under temporary names; what is being written stays."""
+    with suppress(OSError):
+        for entry in os.scandir(path.parent):
+            found = _NEIGHBOUR.fullmatch(entry.name)
+            if found is None or found[1] != path.name or found[2] not in kinds:
+                continue
+            left = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                if has_mark(left) or not any(left.iterdir()):
+                    _discard(left)
+            elif not _is_open(left):
+                left.unlink(missing_ok=True)
+
+
+def _is_open(path: Path) -> bool:
+    """Whether another process holds a file that it is writing."""
+    try:
+        with path.open("r+b") as file:
+            return _lock(file) is not True
+    except OSError:
+        return True
 
 
 def _remove_empty(folder: Path) -> None:
@@ -353,20 +528,26 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _encoded(content: str | bytes) -> bytes:
-    return content.encode() if isinstance(content, str) else content
+    # A path may hold bytes that are no text; JSON reads the escape as the same character.
+    return content.encode(errors="backslashreplace") if isinstance(content, str) else content
 
 
 def _replace(path: Path, data: bytes) -> None:
+    _sweep(path, ("new",))
     temporary = _neighbour(path, "new")
     try:
-        _write_through(temporary, data, path)
-        temporary.replace(path)
+        with _written_through(temporary, data, path):
+            temporary.replace(path)
     finally:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
 
 
-def _rename_all(staged: Mapping[Path, Path]) -> None:
-    """Rename all staged files to their targets, or none."""
+def _rename_all(staged: Mapping[Path, Path], force: bool) -> None:
+    """Rename all staged files to their targets, or none.
+
+    Raises:
+        FileExistsError: A target is there, and may not be replaced; also if it has just appeared.
+    """
     old = {path: _neighbour(path, "old") for path in staged}
     begun: list[Path] = []
     try:
@@ -375,7 +556,10 @@ def _rename_all(staged: Mapping[Path, Path]) -> None:
                 _keep(path, old[path])
         for path, temporary in staged.items():
             begun.append(path)
-            temporary.replace(path)
+            if force:
+                temporary.replace(path)
+            else:
+                _rename_new(temporary, path, begun)
     except BaseException:  # Ctrl-C too
         for path in begun:
             _undo(path, old[path])
@@ -383,6 +567,20 @@ def _rename_all(staged: Mapping[Path, Path]) -> None:
     finally:
         for kept in old.values():
             kept.unlink(missing_ok=True)
+
+
+def _rename_new(temporary: Path, path: Path, begun: list[Path]) -> None:
+    """Give a file its new name where nothing has it; what is there is nothing to undo."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        begun.remove(path)
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            begun.remove(path)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        temporary.replace(path)
 
 
 def _keep(path: Path, old: Path) -> None:
@@ -402,14 +600,29 @@ def _undo(path: Path, old: Path) -> None:
 
 def _neighbour(path: Path, kind: str) -> Path:
     """A unique temporary name in the same folder."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+    token = secrets.token_hex(4)
+    return path.with_name(f".{_cut(path.name, f'.{token}.{kind}')}.{token}.{kind}")
 
 
-def _write_through(path: Path, data: bytes, replaced: Path) -> None:
-    """Write a new file with the owner and the rights of the file that it is to replace, if there is one."""
+def _cut(name: str, suffix: str) -> str:
+    """As much of a name as leaves room for a dot before it and a suffix."""
+    return os.fsdecode(os.fsencode(name)[: _LONGEST_NAME - 1 - len(suffix)])
+
+
+_LONGEST_NAME = 255
+"""Bytes in the name of a file, on common file systems."""
+
+
+@contextmanager
+def _written_through(path: Path, data: bytes, replaced: Path) -> Iterator[None]:
+    """Write a new file to the disk, with the owner and the rights of the file that it is to replace, if there is one.
+
+    While the block runs, it is locked: no other process takes it for a left one.
+    """
     old = replaced.stat() if replaced.exists() else None
     rights = 0o666 if old is None else stat.S_IMODE(old.st_mode)
     with open(path, "xb", opener=lambda name, flags: os.open(name, flags, rights & 0o777)) as file:
+        _lock(file)
         if old is not None:
             with suppress(OSError):  # only root may give files away
                 os.chown(file.fileno(), old.st_uid, old.st_gid)
@@ -417,3 +630,4 @@ def _write_through(path: Path, data: bytes, replaced: Path) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+        yield

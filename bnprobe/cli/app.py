@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import errno
+import os
 import sys
 import traceback
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
@@ -18,14 +19,32 @@ from bnprobe.cli.export import export
 from bnprobe.cli.init import init
 from bnprobe.cli.lint import lint
 from bnprobe.cli.options import complete_help
-from bnprobe.cli.processes import Ends, refuse_together, run_together, several_processes
+from bnprobe.cli.processes import (
+    Ends,
+    leave_when_interrupted,
+    put_back_interrupts,
+    refuse_together,
+    run_together,
+    several_processes,
+    was_interrupted,
+)
 from bnprobe.cli.recalibrate import recalibrate
 from bnprobe.cli.scan import scan
 from bnprobe.cli.streams import occupy_closed_streams, say, write_out
 from bnprobe.cli.sweep import SweepCommand, sweep
 from bnprobe.cli.verify import verify
 from bnprobe.docstrings import docstring
-from bnprobe.errors import EXIT_ERROR, BnprobeError, NothingToProbeError, ProcessError, UserCodeError
+from bnprobe.errors import (
+    EXIT_ERROR,
+    EXIT_NOTHING,
+    BnprobeError,
+    NothingToProbeError,
+    ProcessError,
+    UsageError,
+    UserCodeError,
+    message_of,
+    reason_of,
+)
 
 
 class _Commands(typer.core.TyperGroup):
@@ -71,9 +90,21 @@ for _each in (scan, sweep, lint, convert, recalibrate, verify, export, explain, 
 def main() -> None:
     """Run the command line, in one process or as one of several."""
     occupy_closed_streams()
-    if several_processes():
+    try:
+        together = several_processes()
+    except UsageError as error:
+        _fail(error.exit_code, f"bnprobe: error: {error}", _alone)
+    if together:
         run_together(_run)
-    _run(lambda code: None)
+    leave_when_interrupted()
+    try:
+        _run(_alone)
+    finally:
+        put_back_interrupts()
+
+
+def _alone(code: int) -> None:
+    return None
 
 
 def _run(ends: Ends) -> None:
@@ -85,18 +116,36 @@ def _run(ends: Ends) -> None:
         ends: Called with the exit code of an error before its message is printed; see ``processes.run_together``.
     """
     try:
+        _require_folder()
         app(prog_name="bnprobe")
     except BnprobeError as error:
         frames = error.frames if isinstance(error, UserCodeError | ProcessError) else ""
         _fail(error.exit_code, f"bnprobe: error: {error}\n{frames}", ends)
+    except MemoryError as error:
+        _fail(EXIT_ERROR, f"bnprobe: error: There is not enough memory. {message_of(error)}", ends)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # wherever a path is looked at first
-            _fail(EXIT_ERROR, f"bnprobe: error: The file name {error.filename} is too long.", ends)
+        if was_interrupted():
+            _fail(EXIT_NOTHING, "bnprobe: error: Interrupted.", ends)
+        if isinstance(error, OSError) and error.filename is not None:
+            place, reason = os.fsdecode(error.filename), reason_of(error)
+            _fail(EXIT_ERROR, f"bnprobe: error: The operating system refused to go on with {place}: {reason}.", ends)
         text = "bnprobe: internal error; please report it with the lines above."
         _fail(EXIT_ERROR, traceback.format_exc() + text, ends)
 
 
-def _fail(code: int, text: str, ends: Ends) -> None:
+def _require_folder() -> None:
+    """Refuse a working directory that does not exist any more: no path could be looked up.
+
+    Raises:
+        UsageError: It was deleted.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError(f"The working directory cannot be used ({reason_of(error)}): change to another one.") from None
+
+
+def _fail(code: int, text: str, ends: Ends) -> NoReturn:
     """Print the reason, unless another process has done so, and exit."""
     earlier = ends(code)
     if earlier is None:

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from bnprobe.cli.streams import say, start
 from bnprobe.config.targets import CONVERTED
 from bnprobe.errors import OutputError, UsageError
-from bnprobe.files import has_mark, not_own, require_new, require_writable, unfinished, write_all
+from bnprobe.files import has_mark, is_blank, not_own, only_run, require_new, require_writable, unfinished, write_all
 from bnprobe.records import RepairRecord, Report
 from bnprobe.report.json import dump
 from bnprobe.report.repair import Files, worse_than_as_is
@@ -48,6 +49,15 @@ class Artifacts:
         self._force, self._trains = force, trains
         self._files = [self.weights, self.record, self.before, self.after, *([self.log] if trains else [])]
         self._events_until_the_end = self.state / "log"
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Be the only run that writes these files while a block runs.
+
+        Raises:
+            OutputError: The folder is missing or read-only, or another run writes there; the message names it.
+        """
+        require_writable(self.weights, "-o")
+        return only_run(self.weights, [*self._files, self.events, self.state])
 
     def check(self, resume: bool = False) -> None:
         """Reject outputs that cannot be written, replaced or resumed, before anything is computed.
@@ -143,7 +153,7 @@ class Artifacts:
         for folder in existing:
             if not has_mark(folder):
                 raise not_own(folder)
-        if self.state in existing and not (resume or self._force):
+        if self.state in existing and not (resume or self._force or is_blank(self.state)):
             raise unfinished(self.state)
         if self.events in existing and not self._force:
             raise OutputError(

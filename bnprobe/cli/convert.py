@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from bnprobe.cli.streams import say
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
 
 if TYPE_CHECKING:
+    from bnprobe.cli.artifacts import Artifacts
     from bnprobe.config.spec import Spec
     from bnprobe.report import Renderer
 
@@ -175,12 +177,13 @@ def _refuse_beside(option: str, **others: Any) -> None:
 def _show_plan(spec: Spec, check: bool, render: Renderer, show_all: bool) -> int:
     """Print the plan; the exit code."""
     from bnprobe.cli.console import deliver, progress_bar
-    from bnprobe.cli.processes import share_processors
+    from bnprobe.cli.processes import raise_when_interrupted, share_processors
 
     share_processors()
     with progress_bar() as show:
         from bnprobe.commands.convert import plan_spec  # importing torch takes seconds: check the options first
 
+        raise_when_interrupted()
         plan = plan_spec(spec, show)
     deliver(plan, render, show_all=show_all)
     return EXIT_FINDINGS if check and (plan.changes or plan.refused) else EXIT_CLEAN
@@ -191,23 +194,34 @@ def _repair(
 ) -> int:
     """Repair, write and print; the exit code."""
     from bnprobe.cli.artifacts import Artifacts
-    from bnprobe.cli.console import deliver, repair_bars, typed_command
-    from bnprobe.cli.processes import share_processors
     from bnprobe.config.requirements import parse_requirement
-    from bnprobe.report.repair import RepairReport
+    from bnprobe.files import is_blank, is_folder
 
     for text in spec.repair.require:
         parse_requirement(text)
     artifacts = Artifacts(output, force, trains=finetune)
-    resume = resume and artifacts.state.is_dir()
-    if is_main():
-        artifacts.check(resume)
+    resume = resume and is_folder(artifacts.state) and not is_blank(artifacts.state)
+    with artifacts.alone() if is_main() else nullcontext():
+        if is_main():
+            artifacts.check(resume)
+        return _repair_alone(spec, artifacts, render, finetune=finetune, resume=resume, force=force, show_all=show_all)
+
+
+def _repair_alone(
+    spec: Spec, artifacts: Artifacts, render: Renderer, *, finetune: bool, resume: bool, force: bool, show_all: bool
+) -> int:
+    """The same, as the only run that writes there."""
+    from bnprobe.cli.console import deliver, repair_bars, typed_command
+    from bnprobe.cli.processes import raise_when_interrupted, share_processors
+    from bnprobe.report.repair import RepairReport
+
     share_processors()
     with repair_bars(shown=is_main()) as (show, show_step):
         # importing torch takes seconds: check the options first
         from bnprobe.commands.convert import ConvertOptions, repair_spec
         from bnprobe.distributed import connected
 
+        raise_when_interrupted()
         state = artifacts.state.absolute() if finetune else None
         options = ConvertOptions(finetune, state, resume, force, artifacts.tensorboard, typed_command())
         with connected() as world:

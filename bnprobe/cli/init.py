@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,17 +21,17 @@ def init(
     from importlib.resources import files
 
     from bnprobe.cli.streams import write_out
-    from bnprobe.errors import OutputError
+    from bnprobe.errors import OutputError, reason_of
     from bnprobe.files import write_whole
     from bnprobe.printable import escaped
 
-    existing = [folder / name for name in STARTER if (folder / name).exists()]
+    existing = [folder / name for name in STARTER if os.path.lexists(folder / name)]
     if existing and not force:
         raise OutputError(f"{existing[0]} already exists; choose another folder, or give --force to overwrite it.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"The folder {folder} could not be created: {error.strerror}.") from None
+        raise OutputError(f"The folder {folder} could not be created: {reason_of(error)}.") from None
     for name in STARTER:
         write_whole(folder / name, files("bnprobe").joinpath("starter", name).read_text(encoding="utf-8"))
         write_out(f"wrote {escaped(str(folder / name))}\n")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bnprobe.cli.streams import say
-from bnprobe.errors import EXIT_ERROR, EXIT_NOTHING, ProcessError, UsageError
+from bnprobe.errors import EXIT_ERROR, EXIT_NOTHING, BnprobeError, UsageError
 
 if TYPE_CHECKING:
     from bnprobe.distributed import World
@@ -22,13 +23,93 @@ TOGETHER = ("scan", "convert")
 
 
 def several_processes() -> bool:
-    """Whether this is one of several processes, as in ``distributed.launched`` but without importing torch."""
-    return "MASTER_ADDR" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    """Whether this is one of several processes, as in ``distributed.launched`` but without importing torch.
+
+    Raises:
+        UsageError: A variable of the launcher is no number, or out of its range.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return False
+    size = _whole("WORLD_SIZE", 1, MOST_PROCESSES, 1)
+    if size > 1:
+        _whole("RANK", 0, size - 1, 0)
+        _whole("LOCAL_RANK", 0, size - 1, 0)
+        _whole("LOCAL_WORLD_SIZE", 1, size, 1)
+        _whole("MASTER_PORT", 1, 2**16 - 1, 1)
+    return size > 1
+
+
+MOST_PROCESSES = 2**20
+"""Nobody's launch has more."""
+
+
+def _whole(name: str, least: int, most: int, default: int) -> int:
+    """A whole number in an environment variable.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    text = os.environ.get(name, str(default))
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(most)) else None
+    if number is None or not least <= number <= most:
+        raise UsageError(
+            f"{name} is {text[:40]!r}, but must be a whole number from {least} to {most}. torchrun sets it; without"
+            " torchrun, unset MASTER_ADDR to run bnprobe in one process."
+        )
+    return number
 
 
 def is_main() -> bool:
     """Whether this process writes the output."""
     return not several_processes() or os.environ.get("RANK", "0") == "0"
+
+
+def leave_when_interrupted() -> None:
+    """Let Ctrl-C end the process at once: while modules are imported, nothing has begun.
+
+    An exception would not do. A module of torch or NumPy whose import was interrupted is broken for good, and what uses
+    it next fails, or recurses, in ways of its own.
+    """
+    if _is_usual(signal.default_int_handler):
+        signal.signal(signal.SIGINT, _end_interrupted)
+
+
+def raise_when_interrupted() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt, as Python does: what is needed is imported, and the work begins."""
+    if _is_usual(_end_interrupted):
+        _interrupts.clear()
+        signal.signal(signal.SIGINT, _raise_interrupt)
+
+
+def put_back_interrupts() -> None:
+    """Leave Ctrl-C to Python."""
+    if _is_usual(_end_interrupted) or _is_usual(_raise_interrupt):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_usual(handler: Any) -> bool:
+    """Whether this thread may set handlers, and Ctrl-C has this one: neither ignored nor handled by an embedder."""
+    return threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is handler
+
+
+def _end_interrupted(number: int, frame: Any) -> NoReturn:
+    if os.isatty(2):
+        os.write(2, b"\r\x1b[K\x1b[?25h")  # a progress bar has hidden the cursor
+    os.write(2, b"bnprobe: error: Interrupted.\n")
+    os._exit(EXIT_NOTHING)
+
+
+_interrupts: list[int] = []
+
+
+def was_interrupted() -> bool:
+    """Whether Ctrl-C has come since the work began: what fails then is no bug, but may be half an import."""
+    return bool(_interrupts)
+
+
+def _raise_interrupt(number: int, frame: Any) -> NoReturn:
+    _interrupts.append(number)
+    raise KeyboardInterrupt
 
 
 def refuse_together(command: str | None) -> None:
@@ -60,7 +141,7 @@ def run_together(run: Callable[[Ends], None]) -> NoReturn:
     try:
         with connected() as world:
             code = _run_as_one(run, world)
-    except ProcessError as error:
+    except BnprobeError as error:
         say(f"bnprobe: error: {error}")
         code = EXIT_ERROR
     except KeyboardInterrupt:
@@ -77,16 +158,21 @@ def _run_as_one(run: Callable[[Ends], None], world: World) -> int:
     failed: list[int] = []
 
     def ends(code: int) -> int | None:
-        earlier = board.end(code)
+        # A launcher ends all processes as soon as one has ended: the message must be out before.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        earlier = board.claim()
         failed.append(code if earlier is None else earlier)
         return earlier
 
-    board.watch(_leave)
+    board.watch(_leave, _say_hanging)
     code = _code_of(run, ends)
     # Process 0 answers Ctrl-C if it still runs; a launcher ends all processes as soon as one ends with an error.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if failed:
+        sys.stderr.flush()
+        board.end(failed[0])
         board.farewell()
         return failed[0]
     code = world.share(code)
@@ -105,6 +191,12 @@ def _code_of(run: Callable[[Ends], None], ends: Ends) -> int:
 
 def _alone(code: int) -> None:
     return None
+
+
+def _say_hanging(sentences: str) -> int:
+    """From a thread, since the main one waits."""
+    print(f"bnprobe: error: {sentences}", file=sys.stderr, flush=True)
+    return EXIT_ERROR
 
 
 def _leave(code: int) -> NoReturn:

@@ -98,12 +98,13 @@ def recalibrate(
 
     render = renderer(format_, RepairReport)
     artifacts = Artifacts(output, force)
-    artifacts.check()
-    given = options.overrides(context)
-    spec = build_spec(target, given)
-    selected(spec.rules)  # report a wrong code before torch is imported
-    repaired = _recalibrate(spec, path, tuple(layers or ()), batches, include_frozen)
-    record, files = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
+    with artifacts.alone():
+        artifacts.check()
+        given = options.overrides(context)
+        spec = build_spec(target, given)
+        selected(spec.rules)  # report a wrong code before torch is imported
+        repaired = _recalibrate(spec, path, tuple(layers or ()), batches, include_frozen)
+        record, files = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
     deliver(RepairReport(record, repaired.before, repaired.after, files), render, show_all=show_all)
     if record.weights is None:
         raise typer.Exit(EXIT_FINDINGS)
@@ -115,12 +116,13 @@ def _recalibrate(
     spec: Spec, path: PathChoice, layers: tuple[str, ...], batches: int | None, include_frozen: bool
 ) -> Repaired:
     from bnprobe.cli.console import progress_bar, typed_command
-    from bnprobe.cli.processes import share_processors
+    from bnprobe.cli.processes import raise_when_interrupted, share_processors
 
     share_processors()
     with progress_bar() as show:
         from bnprobe.commands.recalibrate import recalibrate_spec
 
+        raise_when_interrupted()
         return recalibrate_spec(
             spec,
             path=path,

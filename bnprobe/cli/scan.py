@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnprobe.cli import options
-from bnprobe.cli.processes import is_main, share_processors
+from bnprobe.cli.processes import is_main, raise_when_interrupted, share_processors
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, BnprobeError, NothingToProbeError
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def _measure(spec: Spec) -> Report:
             # importing torch takes seconds: check the options first
             from bnprobe.commands.scan import scan_spec
             from bnprobe.distributed import connected
+
+            raise_when_interrupted()
 
             def progress(done: int, planned: int) -> None:
                 nonlocal measured

@@ -29,7 +29,7 @@ from bnprobe.commands.exporters import (
 )
 from bnprobe.config.exporters import EXPORTERS, ExportFormat
 from bnprobe.config.spec import Spec
-from bnprobe.errors import RepairError, UsageError, UserCodeError
+from bnprobe.errors import RepairError, UsageError, UserCodeError, message_of
 from bnprobe.loading.samples import count_samples
 from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.batch import CannotEmulateError, check_finite, join, pick, tensors_of
@@ -243,7 +243,7 @@ def _checked(
         try:
             found = run(arguments)
         except RuntimeError as error:
-            raise RepairError(f"The {to} file cannot be run on {images} samples: {error}") from error
+            raise RepairError(f"The {to} file cannot be run on {images} samples: {message_of(error)}") from error
         yield difference(model(*arguments), found, images)
 
 

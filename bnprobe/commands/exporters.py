@@ -19,7 +19,7 @@ from torch.export import Dim
 from torch.jit._trace import TracerWarning
 
 from bnprobe.config.exporters import ExportFormat
-from bnprobe.errors import RepairError, UsageError, is_library_file
+from bnprobe.errors import RepairError, UsageError, is_library_file, message_of
 from bnprobe.loading.model import BatchFunction
 from bnprobe.measure.batch import copy_tensors, map_leaves, tensors_of
 from bnprobe.measure.session import describe_call, model_code
@@ -76,7 +76,7 @@ def root_cause(error: BaseException) -> str:
     """The root cause in one line; torch wraps such errors in pages of advice for developers."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in message_of(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 

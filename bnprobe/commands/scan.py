@@ -23,7 +23,7 @@ from bnprobe.distributed import ALONE, Share, World
 from bnprobe.errors import BnprobeError, UsageError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.model import unwrapped
-from bnprobe.loading.order import deal, drawn_at_random, is_random, spread
+from bnprobe.loading.order import deal, drawn_at_random, is_random, require_same_data, spread
 from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.finite_data import data_set_size
@@ -129,11 +129,12 @@ def scan_workload(
         seed_everything(settings.seed)
         session = _session_of(workload, settings)
         agreement = agree(workload.model, session.layers.selected, world)
+        require_same_data(workload.source, workload.held_out, world)
         evidence = _probe(workload, session, settings, progress, world)
         report = None
         if evidence is not None:
             facts = replace(_facts(workload, session), processes=world.size, rank_mismatch=agreement.mismatch)
-            notes = tuple(notes_on(workload.model, evidence, facts, agreement))
+            notes = [*notes_on(workload.model, evidence, facts, agreement), *filter(None, [evidence.other_samples])]
             report = _report(workload, settings, session, facts, evidence, notes)
     # A Ctrl-C that reaches the others while they wait has reached process 0 too, which answers it.
     with suppress(KeyboardInterrupt), deferred_interrupts():

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
 import sys
@@ -16,9 +17,9 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from bnprobe.config.spec import ScanSettings, Spec, as_thresholds, is_file_target, nearest_file, split_target
-from bnprobe.errors import BnprobeError, SpecError, UsageError
-from bnprobe.files import read_bounded
+from bnprobe.config.spec import ScanSettings, Spec, as_thresholds, is_file_target, split_target, why_missing
+from bnprobe.errors import BnprobeError, SpecError, UsageError, reason_of
+from bnprobe.files import is_file, read_bounded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -118,19 +119,19 @@ def option_source(overrides: Mapping[str, Any]) -> Source:
 def read_pyproject(folder: Path) -> Source:
     folder = folder.absolute()
     found = (parent / "pyproject.toml" for parent in (folder, *folder.parents))
-    path = next((candidate for candidate in found if candidate.is_file()), None)
+    path = next((candidate for candidate in found if is_file(candidate)), None)
     if path is None:
         return Source({})
     try:
-        whole = tomllib.loads(_read_text(path))
-        tools = whole.get("tool", {})
-        table = tools.get("bnprobe", {}) if isinstance(tools, dict) else {}
-    except RecursionError:
-        raise SpecError(f"{path} is not valid TOML: it is nested too deeply.") from None
-    except ValueError as error:  # also of a number with too many digits
-        raise SpecError(f"{path} is not valid TOML: {error}.") from None
-    if not isinstance(table, dict):
-        raise SpecError(f"tool.bnprobe of {path} must be a table, but is {shown(table)}.")
+        table: Any = tomllib.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:  # also of a number with too many digits
+        said = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise SpecError(f"{path} is not valid TOML: {said}.") from None
+    for part in ("tool", "bnprobe"):
+        table = table.get(part, {})
+        if not isinstance(table, dict):
+            name = "tool" if part == "tool" else "tool.bnprobe"
+            raise SpecError(f"{name} of {path} must be a table, but is {shown(table)}.")
     return _normalised(Source(table, f"[tool.bnprobe] of {path}"), path.parent)
 
 
@@ -141,7 +142,7 @@ def read_yaml(path: Path) -> Source:
         values = load_yaml(text, keys.walk)
     except yaml.MarkedYAMLError as error:
         raise SpecError(_yaml_message(error, text, path)) from None
-    except (yaml.YAMLError, ValueError) as error:  # also of a number with too many digits
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:  # of values with a tag, too
         raise SpecError(f"{path} is not valid YAML: {error}.") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -198,12 +199,12 @@ def _require_bounded(top: yaml.Node | None) -> None:
 
 
 def _read_text(path: Path) -> str:
+    if (missing := why_missing(path)) is not None:
+        raise SpecError(f"The file {path} {missing}")
     try:
         return read_bounded(path, MOST_BYTES, lambda what: SpecError(f"{path} {what}: it is no spec.")).decode()
-    except FileNotFoundError:
-        raise SpecError(f"The file {path} does not exist. {nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} could not be read as UTF-8 text: {error}.") from None
+        raise SpecError(f"{path} could not be read as UTF-8 text: {reason_of(error)}.") from None
 
 
 class _KeyLines:
@@ -287,14 +288,19 @@ def _anchor(values: dict[str, Any], folder: Path) -> None:
     for section, key in (("checkpoint", "path"), ("repair", "report")):
         part = values.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
-            part[key] = str(folder / Path(part[key]).expanduser())
+            part[key] = _anchored_path(part[key], folder)
 
 
 def _anchored_target(target: str, folder: Path) -> str:
     if not is_file_target(target):
         return target
     location, symbol = split_target(target)
-    return str(folder / Path(location).expanduser()) + (f":{symbol}" if symbol else "")
+    return _anchored_path(location, folder) + (f":{symbol}" if symbol else "")
+
+
+def _anchored_path(path: str, folder: Path) -> str:
+    """The path as seen from ``folder``; ``~user`` stays as it is where there is no such user."""
+    return str(folder / os.path.expanduser(path))  # noqa: PTH111, pathlib raises
 
 
 _EXPECTED = {

@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, nearest_target
+from bnprobe.errors import reason_of
+from bnprobe.files import is_folder
 from bnprobe.records import DEFAULT_THRESHOLD, Goal
 
 MODEL_LIBRARIES = ("timm:", "torchvision:")
@@ -37,11 +39,25 @@ def is_file_target(target: str) -> bool:
 
 def nearest_file(path: Path) -> str:
     """What to do about a missing file, as a sentence: suggests the file in its folder with the nearest name."""
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         return f"The folder {path.parent} does not exist."
-    names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    except OSError:  # the folder may be searched, but not listed
+        names = []
     close = difflib.get_close_matches(path.name, names, 1)
     return f"Did you mean {path.with_name(close[0])}?" if close else "Check the path."
+
+
+def why_missing(path: Path) -> str | None:
+    """Why a path leads to no file or folder, the end of a sentence that names it, and what to do; None if it does."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return f"does not exist. {nearest_file(path)}"
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {reason_of(error)}."
+    return None
 
 
 def _numbers(value: object) -> object:

@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError
 from bnprobe.loading.model import kind_of, user_code
+from bnprobe.loading.samples import why_unreadable
 from bnprobe.loading.tracking import keeps_none, tracking
 from bnprobe.loading.weights import Stub, read_conversion, read_weights, state_of, weights_file
 from bnprobe.numbers import count, listed
@@ -188,6 +189,8 @@ def _other_shapes(state: Mapping[str, Any], target: Mapping[str, Any]) -> list[s
             continue
         if not isinstance(value, Tensor):
             found.append(f"{name} (not a tensor, but {type(value).__name__})")
+        elif (problem := why_unreadable(value)) is not None and problem != why_unreadable(own):
+            found.append(f"{name} ({problem})")
         elif value.shape != own.shape and not (value.numel() == own.numel() == 1):
             found.append(f"{name} (file {_size(value)}, model {_size(own)})")
     return found
@@ -450,10 +453,15 @@ def _same(one: _Candidate, other: _Candidate, target: Mapping[str, Any]) -> tupl
     equal: tuple[list[bool], list[bool]] = ([], [])
     for name in mine.keys() & theirs.keys():
         values = mine[name], theirs[name]
-        if not name.endswith(_COUNTER) and all(isinstance(value, Tensor) for value in values):
+        if not name.endswith(_COUNTER) and all(_is_plain(value) for value in values):
             equal[not name.endswith(_STATISTICS)].append(torch.equal(*values))
     statistics, weights = equal
     return bool(statistics) and all(statistics), bool(weights) and all(weights)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether this is a tensor whose values can be compared."""
+    return isinstance(value, Tensor) and why_unreadable(value) is None
 
 
 def _under(key: str) -> str:

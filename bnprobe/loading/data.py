@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from bnprobe.errors import DataError, UsageError
-from bnprobe.loading.model import kind_of, user_code
-from bnprobe.loading.samples import SampleCount, count_samples
+from bnprobe.loading.model import attribute, has_attribute, kind_of, user_code
+from bnprobe.loading.returned import written_at
+from bnprobe.loading.samples import SampleCount, count_samples, require_readable
 
 
 class GuardedBatches:
@@ -54,6 +55,7 @@ class GuardedBatches:
                     batch = next(iterator)
                 except StopIteration:
                     return
+            require_readable(batch, f"Batch {number} (the first is 1) of {self.origin}")
             yield batch
 
 
@@ -205,7 +207,8 @@ def own_batch_size(loader: DataLoader[Any]) -> int | None:
     if size is not None or loader.batch_sampler is None:
         return size
     once = isinstance(loader.batch_sampler, Iterator)
-    first = None if once else next(iter(loader.batch_sampler), None)
+    with user_code("reading the batch sampler of the loader"):
+        first = None if once else next(iter(loader.batch_sampler), None)
     stated = len(first) if isinstance(first, Sized) else getattr(loader.batch_sampler, "batch_size", None)
     return stated if isinstance(stated, int) else None
 
@@ -263,11 +266,22 @@ def counted_by(function: Any) -> Callable[[Any], int] | None:
         with user_code("calling batch_size_of(batch)"):
             size = function(batch)
         try:
-            return operator.index(size)
+            whole = None if isinstance(size, bool) else operator.index(size)
         except TypeError:
-            raise DataError(f"batch_size_of(batch) must return a whole number, but gave {kind_of(size)}.") from None
+            whole = None
+        if whole is None or not 0 <= whole <= _MOST_SAMPLES:
+            gave = kind_of(size) if whole is None else "a negative number" if whole < 0 else "one that is too large"
+            raise DataError(
+                f"batch_size_of(batch){written_at(function)} must return the number of samples in the batch, a whole"
+                f" number from 0, but gave {gave}."
+            )
+        return whole
 
     return count
+
+
+_MOST_SAMPLES = 2**40
+"""Nobody's batch has more."""
 
 
 def source_of(value: Any, request: Request) -> BatchSource:
@@ -282,7 +296,7 @@ def source_of(value: Any, request: Request) -> BatchSource:
     _refuse_no_batches(value, request.origin)
     if _length(value, request.origin) == 0:
         raise DataError(f"{request.origin} is empty: it yields no batch.")
-    attributes = getattr(value, "__dict__", {})
+    attributes = attribute(value, "__dict__", {})
     inner = next((attributes[name] for name in _WRAPPED if isinstance(attributes.get(name), DataLoader)), None)
     stated = None if inner is None else own_batch_size(inner)
     if stated is None and request.wanted is not None and isinstance(value, Iterator):  # its batches exist only once
@@ -348,7 +362,8 @@ def _training_and_held_out(value: Any) -> tuple[Any, Any, str] | None:
     things is the training data.
     """
     if isinstance(value, Mapping):
-        plain = {str(key).lower().split("_")[0].removesuffix("loader"): part for key, part in value.items()}
+        named = {key: part for key, part in value.items() if isinstance(key, str)}
+        plain = {key.lower().split("_")[0].removesuffix("loader"): part for key, part in named.items()}
         training = [part for key, part in plain.items() if key in _TRAIN_KEYS and is_source(part)]
         if len(training) != 1:
             return None
@@ -371,7 +386,7 @@ def is_source(value: Any) -> bool:
 
 def _is_dataset(value: Any) -> bool:
     """Whether a value is a data set of torch, or of Hugging Face, whose class is none of torch's."""
-    hugging_face = hasattr(value, "with_format") and hasattr(value, "__getitem__") and hasattr(value, "column_names")
+    hugging_face = all(has_attribute(value, name) for name in ("with_format", "__getitem__", "column_names"))
     return isinstance(value, Dataset) or (hugging_face and not isinstance(value, Mapping))
 
 
@@ -392,8 +407,8 @@ def _refuse_no_batches(value: Any, origin: str) -> None:
     parts = list(value.values()) if isinstance(value, Mapping) else value
     if isinstance(parts, tuple | list) and any(map(is_source, parts)):
         raise DataError(f"{origin} gives {kind_of(value)}, but a single loader is needed. Return only that loader.")
-    iterable = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
-    one_array = hasattr(value, "__array__")  # a tensor would be split into samples
+    iterable = any(has_attribute(value, name) for name in ("__iter__", "__getitem__"))
+    one_array = has_attribute(value, "__array__")  # a tensor would be split into samples
     if not iterable or one_array or isinstance(value, str | bytes | Mapping | type):
         raise DataError(f"{origin} gives {kind_of(value)}, which is not a source of batches. {advice}")
 

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import sys
 import types
@@ -23,9 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnprobe.config.spec import ModelSpec, is_file_target, nearest_file, split_target
-from bnprobe.errors import BnprobeError, ModelError, UserCodeError
+from bnprobe.config.spec import ModelSpec, is_file_target, split_target, why_missing
+from bnprobe.distributed import beat
+from bnprobe.errors import BnprobeError, ModelError, UserCodeError, reason_of
+from bnprobe.files import exists, is_file, is_folder
 from bnprobe.loading.places import recorded_places
+from bnprobe.numbers import count, listed
 
 BatchFunction = Callable[[nn.Module, Any], Any]
 """A function of the user, called as f(model, batch)."""
@@ -42,14 +46,17 @@ def user_code(
         passes: Which further exceptions pass unchanged.
         hint: What may help where something is raised, sentences; asked only then.
     """
+    beat()
     try:
         yield
-    except BnprobeError:
+    except (BnprobeError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # exit() in a model file must not end bnprobe silently
+    except BaseException as error:  # exit() in a model file must not end bnprobe silently
         if passes(error):
             raise
         raise UserCodeError(call, error, hint()) from error
+    finally:
+        beat()
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
@@ -74,8 +81,24 @@ def kind_of(value: object) -> str:
         return f"the class {value.__name__}"
     if isinstance(value, tuple | list) and 0 < len(value) <= 4:
         return f"a {type(value).__name__} of {' and '.join(type(part).__name__ for part in value)}"
-    name = type(value).__name__
+    name = type(value).__name__ or "object"
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+_ABSENT = object()
+
+
+def attribute(value: object, name: str, default: Any = None) -> Any:
+    """An attribute of an object of the user's; the default where there is none, or where its property raises."""
+    try:
+        return getattr(value, name, default)
+    except Exception:  # whatever a property or a __getattr__ of the user's raises
+        return default
+
+
+def has_attribute(value: object, name: str) -> bool:
+    """Whether an object of the user's has an attribute that can be read."""
+    return attribute(value, name, _ABSENT) is not _ABSENT
 
 
 @dataclass(frozen=True)
@@ -120,7 +143,8 @@ class UserModule:
 
     def find(self, symbol: str) -> Any | None:
         """Look up a symbol; None if it does not exist or is a submodule."""
-        value = getattr(self.module, symbol, None)
+        with user_code(f"looking up {symbol} in {self.name}"):
+            value = getattr(self.module, symbol, None)
         return None if isinstance(value, types.ModuleType) else value
 
     def contents(self) -> list[str]:
@@ -178,14 +202,14 @@ def locate(target: str, near: UserModule | None) -> tuple[UserModule, str | None
 
 def _load_file(location: str, near: UserModule | None) -> UserModule:
     path = Path(location)
-    if path.is_dir():
+    if is_folder(path):
         raise ModelError(f"{location} is a folder. Name a Python file in it, e.g. {path / 'model.py'}.")
-    if path.exists() and not path.is_file():
+    if (missing := why_missing(path)) is not None:
+        raise ModelError(f"The file {location} {missing}")
+    if not is_file(path):
         raise ModelError(f"{location} is a pipe or a device. Name a Python file.")
-    if not path.is_file():
-        raise ModelError(f"The file {location} does not exist. {nearest_file(path)}")
     _refuse_other_files(path)
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     if near is not None and getattr(near.module, "__file__", None) == str(path):
         return near
     # As `python model.py` does: files beside it can be imported, now and later by its functions.
@@ -197,11 +221,11 @@ def _load_file(location: str, near: UserModule | None) -> UserModule:
 
 
 def _refuse_other_files(path: Path) -> None:
-    if path.suffix == ".py" or not path.exists():
+    if path.suffix == ".py" or not exists(path):
         return
-    if path.is_dir() and (path / "__init__.py").exists():
+    if exists(path / "__init__.py"):
         return  # a package of the working directory
-    kind = "a folder" if path.is_dir() else "not a Python file"
+    kind = "a folder" if is_folder(path) else "not a Python file"
     raise ModelError(f"{path} is {kind}. Name a Python file (model.py:symbol) or a module (package.module).")
 
 
@@ -229,7 +253,11 @@ def _execute(path: Path, shown: str) -> types.ModuleType:
 def _run(path: Path, module: types.ModuleType) -> None:
     # compiled from the source: a cached .pyc may be from another edit within the same second
     try:
-        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
+        source = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"The file {path} could not be read: {reason_of(error)}.") from None
+    try:
+        exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
     except SyntaxError as error:
         if error.filename and Path(error.filename).is_file():
             raise ModelError(_syntax_message(error)) from None
@@ -421,6 +449,21 @@ def _from_library(library: str, name: str, known: list[str], make: Callable[[], 
     if not isinstance(made, nn.Module):
         raise ModelError(f"{library}:{name} is {kind_of(made)}, not an nn.Module.")
     return made
+
+
+def require_values(model: nn.Module) -> None:
+    """Refuse a model of which parameters or buffers have no values (device meta): it cannot be run.
+
+    Raises:
+        ModelError: Names the first of them.
+    """
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    empty = [name for name, tensor in named if tensor.is_meta]
+    if empty:
+        raise ModelError(
+            f"{count(len(empty), 'tensor')} of the model without values (device meta): {listed(empty)}. Build it on a"
+            " real device, or call model.to_empty(device=...) and load its weights in load_model()."
+        )
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -19,9 +23,10 @@ from torch.utils.data import (
     default_collate,
 )
 
-from bnprobe.distributed import Share
+from bnprobe.distributed import Share, World
 from bnprobe.errors import DataError
 from bnprobe.loading.data import BatchSource, GuardedBatches, rebuilt, why_fixed
+from bnprobe.loading.samples import named_leaves
 
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
@@ -111,6 +116,61 @@ def drawn_at_random(source: BatchSource, seed: int) -> BatchSource | None:
         samples = batches.sampler
     order = SpreadBatches(samples, source.batch_size, source.batch_size, seed, mixed=True)
     return replace(source, batches=guarded.over(rebuilt(loader, source.batch_size, order), order.indices))
+
+
+def require_same_data(source: BatchSource, held_out: BatchSource | None, world: World) -> None:
+    """Refuse processes whose data differ in size; all of them must call this.
+
+    Raises:
+        DataError: They do: a process has data of its own, or a part of them already.
+    """
+    sizes = world.gather(tuple(None if each is None else (each.images, each.batch_size) for each in (source, held_out)))
+    for rank, other in enumerate(sizes):
+        for mine, theirs, kind in zip(sizes[0], other, ("", "held-out "), strict=True):
+            if mine != theirs:
+                raise DataError(
+                    f"The processes do not have the same {kind}data: process 0 has {_in_words(mine)}, process {rank}"
+                    f" has {_in_words(theirs)}. bnprobe itself distributes the micro-batches over the processes: give"
+                    " each of them all the data, without a part for each rank."
+                )
+
+
+def _in_words(size: tuple[int | None, int] | None) -> str:
+    if size is None:
+        return "none"
+    images = "samples" if size[0] is None else f"{size[0]} samples"
+    return f"{images} in batches of {size[1]}"
+
+
+def other_samples(opening: Iterable[Any], world: World) -> str | None:
+    """A sentence where processes do not read the same first micro-batch; all of them must call this.
+
+    Args:
+        opening: The first micro-batches of all processes, as this one has read them.
+        world: The launch.
+    """
+    if world.size == 1:
+        return None
+    digests = world.gather(_digest(opening))
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if not others:
+        return None
+    who = f"process {others[0]} is" if len(others) == 1 else f"processes {', '.join(map(str, others))} is"
+    return (
+        f"The first micro-batch of {who} not that of process 0, although all have the same seed: if each process has"
+        " data of its own, figures are of a mixture of them; give each all the data. Random numbers of a generator"
+        " that nobody seeded may be the reason, too."
+    )
+
+
+def _digest(batches: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for _, leaf in itertools.chain.from_iterable(map(named_leaves, batches)):
+        if isinstance(leaf, Tensor):
+            plain = leaf.detach().cpu().contiguous()
+            digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return digest.hexdigest()
 
 
 class DealtBatches:

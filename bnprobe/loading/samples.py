@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from bnprobe.errors import DataError
+from bnprobe.loading.model import attribute
 
 _PER_SAMPLE = (Tensor, Mapping, str, bytes, int, float)
 """What a list with one entry per sample holds: images of different sizes, targets of a detector, file names."""
@@ -25,7 +26,7 @@ MOST_COLUMNS = 4096
 def named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested tuples, lists, mappings and dataclasses in order, each with its place: ``[1]['boxes']``."""
     if isinstance(tree, Mapping):
-        yield from itertools.chain(*(named_leaves(value, f"{path}[{key!r}]") for key, value in tree.items()))
+        yield from itertools.chain(*(named_leaves(value, f"{path}[{key_name(key)}]") for key, value in tree.items()))
     elif isinstance(tree, list | tuple):
         yield from itertools.chain(*(named_leaves(item, f"{path}[{index}]") for index, item in enumerate(tree)))
     elif is_record(tree):
@@ -40,6 +41,65 @@ def is_record(value: Any) -> bool:
     return is_dataclass(value) and not isinstance(value, type) and not (hasattr(value, "to") or hasattr(value, "clone"))
 
 
+DEEPEST = 64
+"""Levels of nesting of a batch or an output; what is deeper contains itself, or was never meant to be read."""
+
+
+def require_readable(tree: Any, what: str) -> None:
+    """Refuse a batch or an output that cannot be taken apart: tensors without values, or nesting without an end.
+
+    Args:
+        tree: As a loader or a model gave it.
+        what: What it is, for the message, as the beginning of a sentence: ``"Batch 3 of load_data"``.
+
+    Raises:
+        DataError: Says what is in it, and where.
+    """
+    for path, leaf in _leaves(tree, "", 0):
+        problem = leaf if isinstance(leaf, str) else why_unreadable(leaf)
+        if problem:
+            raise DataError(f"{what} holds {problem}{f' at {path}' if path else ''}.{_REMEDIES.get(problem, '')}")
+
+
+_TOO_DEEP = f"more than {DEEPEST} levels of lists or mappings (does it contain itself?)"
+
+
+def _leaves(tree: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """The tensors among the leaves with their places, and a text in place of what is nested too deeply."""
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, Mapping | list | tuple):
+        if depth == DEEPEST:
+            yield "", _TOO_DEEP
+            return
+        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        for key, value in items:
+            yield from _leaves(value, f"{path}[{key_name(key)}]", depth + 1)
+
+
+def key_name(key: object) -> str:
+    """A key as it is written, or its class where that cannot be."""
+    return repr(key) if isinstance(key, str | int | float | bytes | None) else type(key).__name__
+
+
+_META, _NESTED, _SPARSE = "a tensor without values (device meta)", "a nested tensor", "a sparse tensor"
+
+_REMEDIES = {
+    _META: " Make it on a real device.",
+    _NESTED: " Give a padded tensor, or a list with one tensor per sample.",
+    _SPARSE: " Give a dense one (.to_dense()), or one tensor per sample.",
+}
+
+
+def why_unreadable(tensor: Tensor) -> str | None:
+    """Why the values of a tensor cannot be read, a noun; None if they can."""
+    if tensor.is_meta:
+        return _META
+    if tensor.is_nested:
+        return _NESTED
+    return _SPARSE if tensor.layout is not torch.strided and not getattr(tensor, "is_mkldnn", False) else None
+
+
 def kind_of_sample(batch: Any, samples: int | None = None) -> str:
     """What a sample of a batch is, a noun in the singular: an image, row, graph or sequence; else a sample.
 
@@ -48,7 +108,7 @@ def kind_of_sample(batch: Any, samples: int | None = None) -> str:
     skeleton over time, has). All else is a sample, and so are ``samples`` that have several rows of the first tensor.
     """
     is_graph = isinstance(batch, Mapping) and "edge_index" in batch and _graphs_in_vector(batch) is not None
-    if isinstance(getattr(batch, "num_graphs", None), int) or is_graph:
+    if isinstance(attribute(batch, "num_graphs"), int) or is_graph:
         return "graph"
     parts = batch if isinstance(batch, list | tuple) else [batch]
     if isinstance(batch, PackedSequence) or any(isinstance(part, PackedSequence) for part in parts):
@@ -151,7 +211,7 @@ def _known_kind(tree: Any) -> int | None:
         parts = tree.values() if isinstance(tree, Mapping) else tree
         return next((found for found in map(_known_kind, parts) if found is not None), None)
     for name in ("num_graphs", "batch_size"):
-        size = None if isinstance(tree, Tensor) else getattr(tree, name, None)
+        size = None if isinstance(tree, Tensor) else attribute(tree, name)
         size = size[0] if isinstance(size, tuple) and size else size
         if isinstance(size, int) and not isinstance(size, bool):
             return size
@@ -162,7 +222,7 @@ def _graphs_in_vector(batch: Any) -> int | None:
     """Graphs of a ragged batch that says to which graph each row belongs: ``ptr``, or a sorted vector ``batch``."""
 
     def part(name: str) -> Any:
-        return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+        return batch.get(name) if isinstance(batch, Mapping) else attribute(batch, name)
 
     ptr, vector = part("ptr"), part("batch")
     if isinstance(ptr, Tensor) and ptr.dim() == 1:
@@ -197,7 +257,7 @@ def _lengths(batch: Any) -> dict[str, int]:
             found.append(((depth, False), path, length))
         elif isinstance(tree, Mapping):
             for key, value in tree.items():
-                visit(value, f"{path}[{key!r}]", depth + 1)
+                visit(value, f"{path}[{key_name(key)}]", depth + 1)
         elif isinstance(tree, list | tuple):
             if _may_be_samples(tree, top=depth == 0):
                 # At the top, tensors are rather the fields of a batch: the last place to look at.
@@ -213,7 +273,7 @@ def _lengths(batch: Any) -> dict[str, int]:
 def _first_axis(leaf: Any) -> int | None:
     if isinstance(leaf, Tensor):
         return leaf.size(0) if leaf.dim() > 0 else None
-    shape = getattr(leaf, "shape", None)  # arrays of other libraries
+    shape = attribute(leaf, "shape")  # arrays of other libraries
     return int(shape[0]) if isinstance(shape, tuple) and shape else None
 
 

@@ -21,7 +21,7 @@ from bnprobe.loading.data import (
     source_of,
     synthetic_source,
 )
-from bnprobe.loading.model import UserModule, accepts, kind_of, locate, signature_of, user_code
+from bnprobe.loading.model import UserModule, accepts, has_attribute, kind_of, locate, signature_of, user_code
 from bnprobe.numbers import listed
 
 
@@ -140,7 +140,7 @@ def _is_data(value: Any, name: str) -> bool:
     plain = (str, bytes, Mapping, Sequence, Tensor, Iterator, type)
     if "load" in name and isinstance(value, Iterable) and not isinstance(value, plain):
         return True
-    if isinstance(value, type) or not callable(value) or not hasattr(value, "__code__"):
+    if isinstance(value, type) or not callable(value) or not has_attribute(value, "__code__"):
         return False
     return not set(_required(value)) - {batch_size_parameter(value)}
 
@@ -190,7 +190,7 @@ def _from_symbol(module: UserModule, symbol: str, spec: EvalDataSpec, as_given: 
         return _from_call(value, request, spec)
     if spec.args:
         raise DataError(f"{name} is {kind_of(value)}, so it cannot take data.args ({', '.join(spec.args)}).")
-    if symbol == "dataset" and hasattr(value, "__getitem__") and not isinstance(value, DataLoader):
+    if symbol == "dataset" and has_attribute(value, "__getitem__") and not isinstance(value, DataLoader):
         return dataset_source(value, request)  # a plain list of samples works too
     return source_of(value, request)
 
@@ -206,7 +206,7 @@ def _batch_size_of(spec: EvalDataSpec, module: UserModule) -> Callable[[Any], in
 def _is_callable_data(value: Any) -> bool:
     if isinstance(value, type):
         return True
-    return callable(value) and not hasattr(value, "__iter__") and not hasattr(value, "__getitem__")
+    return callable(value) and not has_attribute(value, "__iter__") and not has_attribute(value, "__getitem__")
 
 
 def _from_call(function: Callable[..., Any], request: Request, spec: EvalDataSpec) -> BatchSource:

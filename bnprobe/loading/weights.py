@@ -17,13 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from bnprobe.config.spec import nearest_file
+from bnprobe.config.spec import why_missing
 from bnprobe.config.targets import CONVERTED
-from bnprobe.errors import CheckpointError
+from bnprobe.errors import CheckpointError, message_of, reason_of
+from bnprobe.files import is_file, is_folder
 from bnprobe.loading.model import user_code
 from bnprobe.numbers import listed
-
-_READ_ERRORS = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 
 _MOST_CLASSES = 4
 _FILES_OF_A_FOLDER = (
@@ -45,17 +44,20 @@ def weights_file(path: Path) -> Path:
     Raises:
         CheckpointError: There is no such file, or a folder holds several.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         return path
-    usual = next((path / name for name in _FILES_OF_A_FOLDER if (path / name).is_file()), None)
+    usual = next((path / name for name in _FILES_OF_A_FOLDER if is_file(path / name)), None)
     if usual is not None:
         return usual
-    if (path / ".metadata").is_file():
+    if is_file(path / ".metadata"):
         raise CheckpointError(
             f"{path} is a distributed checkpoint of PyTorch. Convert it to one file first: python -m"
             f" torch.distributed.checkpoint.format_utils dcp_to_torch {path} weights.pt"
         )
-    found = sorted(each for each in path.iterdir() if each.suffix in _SUFFIXES and each.is_file())
+    try:
+        found = sorted(each for each in path.iterdir() if each.suffix in _SUFFIXES and is_file(each))
+    except OSError as error:
+        raise CheckpointError(f"The folder {path} could not be read: {reason_of(error)}.") from None
     if len(found) == 1:
         return found[0]
     if not found:
@@ -96,7 +98,7 @@ def read_weights(path: Path, unsafe_load: bool = False) -> tuple[Any, tuple[str,
             return torch.load(path, map_location="cpu", weights_only=True), ()
     except pickle.UnpicklingError:
         return _read_unsafe(path) if unsafe_load else _read_stubbed(path)
-    except _READ_ERRORS as error:
+    except Exception as error:  # a damaged file can make torch.load raise anything
         raise CheckpointError(_damaged(path, error)) from None
 
 
@@ -112,8 +114,11 @@ def read_conversion(path: Path) -> tuple[str, list[str]] | None:
         mark = (file.metadata() or {}).get(CONVERTED)
     if mark is None:
         return None
-    found = json.loads(mark)
-    return found["to"], found["layers"]
+    try:
+        found = json.loads(mark)
+        return str(found["to"]), [str(name) for name in found["layers"]]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CheckpointError(_damaged(path, error)) from None
 
 
 def is_safetensors(path: Path) -> bool:
@@ -122,12 +127,12 @@ def is_safetensors(path: Path) -> bool:
         with path.open("rb") as file:
             return path.suffix == ".safetensors" or file.read(10)[8:] == b'{"'
     except OSError as error:
-        raise CheckpointError(f"The checkpoint {path} could not be opened: {error.strerror}.") from None
+        raise CheckpointError(f"The checkpoint {path} could not be opened: {reason_of(error)}.") from None
 
 
 def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise CheckpointError(f"The checkpoint {path} does not exist. {nearest_file(path)}")
+    if (missing := why_missing(path)) is not None:
+        raise CheckpointError(f"The checkpoint {path} {missing}")
     if not path.is_file():
         raise CheckpointError(f"The checkpoint {path} is a pipe or a device. Save or copy it as a file.")
     if path.stat().st_size == 0:
@@ -194,8 +199,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def _read_shards(index: Path) -> dict[str, Any]:
     """The weights of a model that is saved in several files, which the index names."""
     try:
-        listed_names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        names = sorted(set(listed_names))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(_damaged(index, error)) from None
     whole: dict[str, Any] = {}
@@ -218,7 +222,7 @@ def _read_unsafe(path: Path) -> tuple[Any, tuple[str, ...]]:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = next((line.strip() for line in message_of(error).splitlines() if line.strip()), type(error).__name__)
     reason = reason.split(". ")[0]  # what follows is PyTorch's own advice, cut off at its line
     if _is_plain_pickle(path):
         return (
@@ -380,7 +384,7 @@ def _read_stubbed(path: Path) -> tuple[Any, tuple[str, ...]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             read = torch.load(path, map_location="cpu", pickle_module=as_pickle, weights_only=False)
-    except (pickle.UnpicklingError, RecursionError, *_READ_ERRORS) as error:
+    except Exception as error:  # a damaged file can make torch.load raise anything
         raise CheckpointError(_damaged(path, error)) from None
     names = sorted(left_out)
     more = f" and {len(names) - _MOST_CLASSES} more" if len(names) > _MOST_CLASSES else ""

@@ -15,7 +15,7 @@ from bnprobe.config.spec import NormClass, ScanSettings, Spec
 from bnprobe.errors import DataError, ModelError, UsageError
 from bnprobe.loading.checkpoint import load_checkpoint
 from bnprobe.loading.data import BatchSource
-from bnprobe.loading.model import BatchFunction, LoadedModel, UserModule, kind_of, load_model, locate
+from bnprobe.loading.model import BatchFunction, LoadedModel, UserModule, kind_of, load_model, locate, require_values
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.loading.source import load_held_out, load_source
 
@@ -150,6 +150,7 @@ def load_model_only(spec: Spec, need_statistics: bool = True) -> LoadedModel:
     loaded = load_model(spec.model)
     if checkpoint.path is not None and Path.cwd() != folder:  # the user's file changed the working directory
         checkpoint = checkpoint.model_copy(update={"path": str(folder / checkpoint.path)})
+    require_values(loaded.model)
     weights = load_checkpoint(loaded.model, checkpoint, need_statistics)
     return replace(
         loaded,

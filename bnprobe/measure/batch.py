@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import DataError
+from bnprobe.loading.model import attribute, kind_of, user_code
 from bnprobe.loading.samples import count_samples, is_per_sample, is_record, named_leaves
 
 
@@ -99,18 +100,27 @@ def join(batches: list[Any], samples: int | Sequence[int | None] | None = None) 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move tensors to the device, and batch objects of other libraries that have a ``to`` method."""
-    return map_leaves(batch, lambda leaf: leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf)
+    return map_leaves(batch, lambda leaf: _called(leaf, "to", device))
 
 
 def copy_tensors(batch: Any) -> Any:
     """Copy the tensors and arrays of a batch, and batch objects of other libraries that have a ``clone`` method."""
 
     def copied(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray):
-            return leaf.copy()
-        return leaf.clone() if callable(getattr(leaf, "clone", None)) else leaf
+        return leaf.copy() if isinstance(leaf, np.ndarray) else _called(leaf, "clone")
 
     return map_leaves(batch, copied)
+
+
+def _called(leaf: Any, method: str, *arguments: Any) -> Any:
+    """What a method of a tensor or of another library's batch object gives; the leaf itself where it has none."""
+    if isinstance(leaf, Tensor):
+        return getattr(leaf, method)(*arguments)
+    call = attribute(leaf, method)
+    if not callable(call) or isinstance(leaf, type):
+        return leaf
+    with user_code(f"calling {method}() of {kind_of(leaf)} in a batch"):
+        return call(*arguments)
 
 
 def check_finite(batch: Any, position: int, indices: Callable[[int], Sequence[Any]] | None = None) -> None:

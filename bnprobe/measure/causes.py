@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from bnprobe.errors import BnprobeError
+from bnprobe.loading.returned import one_number
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, tensors_of, to_device
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.layers import ProbedLayer, named_once, probability_of_dropping
 from bnprobe.measure.outputs import floating, square_norm
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.restore import random_state
-from bnprobe.measure.scores import ScoreTable, one_number, run_together, score_outputs, scorer
+from bnprobe.measure.scores import ScoreTable, run_together, score_outputs, scorer
 from bnprobe.measure.session import Outputs, PathName, Session, rows_of
 from bnprobe.records import MEASURES, ROOT, Chance, ChanceValues, Measure
 from bnprobe.rules.facts import EXPLAINED, OtherEps, Padding, Randomness

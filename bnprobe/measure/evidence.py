@@ -286,6 +286,7 @@ class Evidence:
         left_out: Samples of a partial last batch.
         population: Samples of the whole data set, where it always gives the same ones and each was read at most once;
             None: endless or unknown.
+        other_samples: That the processes of a launch read different data, a sentence; None where they do not.
         kept: Micro-batches by position, on the host, for what is measured afterwards.
         sizes: Samples of the micro-batches by position; those that are not named have ``batch_size``.
         held_out: The same on held-out data; None without.
@@ -318,6 +319,7 @@ class Evidence:
     seconds: float = 0.0
     left_out: int = 0
     population: int | None = None
+    other_samples: str | None = None
     kept: dict[int, MicroBatch] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     held_out: Evidence | None = None

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bnprobe.errors import DeviceError, UserCodeError
+from bnprobe.errors import DeviceError, UserCodeError, message_of
 from bnprobe.measure.batch import CannotEmulateError
 
 CPU_SAMPLES = 32
@@ -45,7 +45,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch ran out of memory: its own error on CUDA, a RuntimeError on CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    return isinstance(error, RuntimeError) and "not enough memory" in message_of(error)
 
 
 def plan_samples(footprint: Footprint, device: torch.device) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import OPENING
-from bnprobe.errors import BnprobeError, UsageError, UserCodeError
+from bnprobe.errors import BnprobeError, UsageError, UserCodeError, message_of
 from bnprobe.measure.batch import CannotEmulateError, in_float64, join, map_leaves, pick, tensors_of, to_device
 from bnprobe.measure.forward_pass import Pass, Recorded, RowLayout, Slot
 from bnprobe.measure.layers import named_once
@@ -395,7 +395,7 @@ def _output_error(outputs: list[Any], joint: Any, samples: int) -> float | None:
     error = norm = 0.0
     compared = False
     for parts, whole in zip(zip(*map(tensors_of, outputs), strict=False), tensors_of(joint), strict=False):
-        if any(part.dim() == 0 for part in parts):
+        if any(part.dim() == 0 for part in parts) or whole.numel() == 0:
             continue
         per_sample = whole.dim() > 0 and whole.shape[0] % samples == 0
         if not per_sample or not whole.is_floating_point() or sum(part.shape[0] for part in parts) != whole.shape[0]:
@@ -428,7 +428,7 @@ def _finite(values: Tensor) -> Tensor:
 def as_sentence(error: CannotEmulateError | BnprobeError, raiser: str = "Joined micro-batches raise") -> str:
     """Why micro-batches cannot run together, or otherwise than the loader gives them, for the report."""
     if isinstance(error, UserCodeError):
-        said = shorten(str(error.error).strip().partition("\n")[0], _SAID, placeholder=" ...")
+        said = shorten(message_of(error.error).strip().partition("\n")[0], _SAID, placeholder=" ...")
         text = f"{raiser} {type(error.error).__name__}{f': {said}' if said else ''}"
         return text if text.endswith((".", "!", "?")) else f"{text}."
     text = str(error).removesuffix(".")

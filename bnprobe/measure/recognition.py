@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnprobe.config.spec import NormClass
+from bnprobe.errors import message_of
 from bnprobe.measure.batch import in_float64, leaves_of, map_leaves
 from bnprobe.measure.forward_pass import as_channels
 from bnprobe.measure.norms import FORMS, WholeModule
@@ -64,9 +65,8 @@ def recognise(
     except _NoNormError as error:
         reason = str(error)
     except Exception as error:  # the user's module on made-up inputs
-        reason = (
-            f"a copy of it cannot be tried ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        )
+        raised = f"{type(error).__name__}: {message_of(error)}".partition("\n")[0]
+        reason = f"a copy of it cannot be tried ({raised})"
     names = " and ".join(written[:4])
     line = f'norm_classes = {{"{kind}": {{"mean": "...", "variance": "...", "eps": 1e-5}}}}'
     advice = "" if said is not None else f". If it is a norm, the line {line} in the model file names its buffers"

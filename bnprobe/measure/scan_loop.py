@@ -12,6 +12,7 @@ from typing import TypeVar
 from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import ALONE, OPENING, Share, World
 from bnprobe.errors import BnprobeError, DataError, DeviceError, ProcessError, UsageError, UserCodeError
+from bnprobe.loading.order import other_samples
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, to_device
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.forward_pass import Pass
@@ -73,6 +74,7 @@ def probe(
     started = time.perf_counter()
     measurement = _prepare(session, reader, settings)
     evidence, size = measurement.evidence, reader.batch_size
+    evidence.other_samples = other_samples(reader.look_ahead(1), world)
     ending, total = _measure_until_done(measurement, reader, settings, progress, world)
     if not ending.early:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import DataError, UserCodeError
-from bnprobe.loading.model import BatchFunction, kind_of
+from bnprobe.loading.model import BatchFunction
+from bnprobe.loading.returned import one_number
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, to_device
 from bnprobe.measure.forward_pass import LayerStatistics, Pass
 from bnprobe.measure.memory import Result
@@ -210,28 +210,6 @@ def score_samples(
     return samples if bool(near) else None
 
 
-def one_number(name: str, function: BatchFunction, value: Any) -> Tensor:
-    """The value of a loss or metric as a float64 scalar.
-
-    Raises:
-        DataError: It is not one number; names the function and its line.
-    """
-    wanted = "it must return one number (a float, or a tensor with one element)"
-    try:
-        number = torch.as_tensor(value, dtype=torch.float64).detach()
-    except (TypeError, ValueError, RuntimeError):
-        hint = " Is there a return statement?" if value is None else ""
-        raise DataError(
-            f"{name}(model, batch){_place(function)} returned {kind_of(value)}, but {wanted}.{hint}"
-        ) from None
-    if number.numel() != 1:
-        raise DataError(
-            f"{name}(model, batch){_place(function)} returned a tensor of shape {tuple(number.shape)}, but {wanted}."
-            " Reduce it, e.g. with .mean()."
-        )
-    return number.reshape(())
-
-
 def why_unscored(score: Callable[[], object]) -> str | None:
     """That loss or metric cannot be computed on held-out data, as without labels, and what was raised: a sentence.
 
@@ -247,12 +225,6 @@ def why_unscored(score: Callable[[], object]) -> str | None:
         said = str(error).partition("\n")[0].rstrip(".:")
         return f"Loss and metric cannot be computed on the held-out data: {said}."
     return None
-
-
-def _place(function: BatchFunction) -> str:
-    """The function's file and line, e.g. " (model.py:12)"; empty where Python cannot tell."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
 
 
 def score_batches(

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import DataError, DeviceError
-from bnprobe.loading.model import BatchFunction, signature_of, user_code
+from bnprobe.loading.model import BatchFunction, require_values, signature_of, user_code
+from bnprobe.loading.returned import written_at
+from bnprobe.loading.samples import require_readable
 from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, map_leaves, tensors_of, to_device
 from bnprobe.measure.exploration import explore
 from bnprobe.measure.forward_pass import Pass
@@ -139,6 +141,7 @@ class Session:
         Raises:
             DeviceError: The device is not there.
         """
+        require_values(model)
         functions = functions or UserFunctions()
         if synthetic and functions.forward is None:
             functions = replace(functions, forward=forward_all)
@@ -157,8 +160,7 @@ class Session:
         """Keep the hooks in place while the block runs, and put back what it moved."""
         self._state.put_back()
         with self._interceptor.installed(), torch.no_grad(), eagerly():
-            with user_code("calling train() of the model"):
-                self._find_frozen()
+            self._find_frozen()
             try:
                 yield
             finally:
@@ -184,7 +186,7 @@ class Session:
             def run(training: bool) -> None:
                 self._state.put_back()
                 self._set_flags("train" if training else "eval")
-                with casting(self.device, self.autocast):
+                with model_code("calling the model"), casting(self.device, self.autocast):
                     self._forward(self.model, copy_tensors(batch))
 
             with preserved_generators(*every_module(self.model).values()), self._state.watching():
@@ -222,7 +224,10 @@ class Session:
         call = f"calling {describe_call(self._forward, batch)} ({_IN_WORDS[path]})"
         border = model_code(call, lambda: _how_to_call(self._forward, self.model, batch))
         with self._running(path, pass_), recording(self.model, batch) as outputs, border:
-            return self._forward(self.model, batch), outputs
+            output = self._forward(self.model, batch)
+        if self._forward not in (default_forward, forward_all):
+            require_readable(output, f"What forward(model, batch){written_at(self._forward)} returned")
+        return output, outputs
 
     def call(
         self, path: PathName, name: str, function: BatchFunction, batch: Any, outputs: Outputs, pass_: Pass
@@ -266,7 +271,8 @@ class Session:
             yield
 
     def _set_flags(self, path: PathName) -> None:
-        set_mode(self.model, path in ("train", "check train"), self.held)
+        with user_code("calling train() of the model"):
+            set_mode(self.model, path in ("train", "check train"), self.held)
         if path in ("steady", "check"):
             for layer in self.layers.layers:
                 # The flag of a module with others inside says more than how it normalizes.
@@ -474,6 +480,7 @@ def recording(model: nn.Module, batch: Any) -> Iterator[Outputs]:
 
     def answer(original: Callable[..., Any], key: tuple[int, ...] | None, args: Any, kwargs: Any) -> Any:
         output = original(*args, **kwargs)
+        require_readable(output, "What the model returned")
         if key is not None:
             outputs[key], versions[key] = output, _versions(output)
         return output

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnprobe.errors import DeviceError, ModelError, NonFiniteError, UsageError
+from bnprobe.errors import DeviceError, ModelError, NonFiniteError, UsageError, message_of
+from bnprobe.loading.returned import trainable_loss
 from bnprobe.measure.batch import copy_tensors, to_device
 from bnprobe.measure.hooks import Answer, Interceptor, noting_non_finite
 from bnprobe.measure.layers import ProbedLayer
@@ -80,7 +81,7 @@ class TrainingCopy:
         border = self._border("calling loss(model, batch) (training a copy)")
         with border, casting(self._device, self.autocast), self._answering(answer):
             value = self._loss(self.model, batch)
-        return require_scalar(value)
+        return trainable_loss(self._loss, value)
 
     def watching(self) -> AbstractContextManager[None]:
         """Find out what a pass moves, besides what is small; see ``ModelState``."""
@@ -108,7 +109,6 @@ class TrainingCopy:
         """
         for parameter in self.model.parameters():
             parameter.grad = None
-        require_graph(value)
         with self._border("running backward() from loss(model, batch)"), self._answering(answer):
             value.backward()
         require_gradients(self.parameters)
@@ -160,9 +160,9 @@ def _copied(model: nn.Module, device: torch.device) -> nn.Module:
         if is_out_of_memory(error):
             raise too_large(_TRAINING, device) from error
         raise ModelError(
-            f"{type(model).__name__} cannot be copied{what_cannot_be_copied(model)} ({type(error).__name__}: {error}),"
-            " and bnprobe only trains copies. Keep open files, locks and tensors that are no parameters out of its"
-            " attributes, or give the class that holds them a __deepcopy__."
+            f"{type(model).__name__} cannot be copied{what_cannot_be_copied(model)} ({type(error).__name__}:"
+            f" {message_of(error)}), and bnprobe only trains copies. Keep open files, locks and tensors that are no"
+            " parameters out of its attributes, or give the class that holds them a __deepcopy__."
         ) from error
 
 
@@ -183,31 +183,6 @@ def _matched(model: nn.Module, duplicate: nn.Module, layers: Sequence[ProbedLaye
 
 def _named(model: nn.Module) -> dict[str, nn.Module]:
     return dict(model.named_modules(remove_duplicate=False))
-
-
-def require_scalar(value: object) -> Tensor:
-    """Check that the loss is one number, and return it as a tensor without axes.
-
-    Raises:
-        UsageError: It is no tensor of one number.
-    """
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise UsageError(f"loss(model, batch) returned {what}; return a tensor of one number, e.g. with .mean().")
-    return value.reshape(())
-
-
-def require_graph(value: Tensor) -> None:
-    """Refuse a loss that depends on no parameter.
-
-    Raises:
-        UsageError: It has no gradient.
-    """
-    if not value.requires_grad:
-        raise UsageError(
-            "The loss has no gradient to train with. loss(model, batch) must return the loss itself, without"
-            " .item(), .detach() or torch.no_grad(), and the model must have trainable parameters."
-        )
 
 
 def require_gradients(parameters: Iterable[nn.Parameter]) -> None:

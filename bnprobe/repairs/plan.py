@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnprobe.config.load import Source, sentence
 from bnprobe.config.spec import RepairSpec, matches_any
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, require_used
-from bnprobe.errors import RepairError, UsageError
+from bnprobe.errors import RepairError, UsageError, message_of
 from bnprobe.loading.model import unwrapped
 from bnprobe.measure.layers import NamedModule, named_once
 from bnprobe.measure.origins import owner_of
@@ -274,8 +274,8 @@ def _copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as error:  # whatever the user's modules hold
         raise RepairError(
-            f"{type(model).__name__} cannot be copied{what_cannot_be_copied(model)} ({type(error).__name__}: {error})."
-            " Convert it in place: bnprobe.convert(..., inplace=True)."
+            f"{type(model).__name__} cannot be copied{what_cannot_be_copied(model)} ({type(error).__name__}:"
+            f" {message_of(error)}). Convert it in place: bnprobe.convert(..., inplace=True)."
         ) from error
 
 

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from bnprobe.errors import message_of
 from bnprobe.measure.norms import lookalike_reason
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.repairs.conversions import space_dimensions
@@ -187,7 +188,7 @@ def _further_work(module: _BatchNorm) -> tuple[bool, str | None]:
     except Exception as error:  # the user's own code, which need not like random values
         return (
             False,
-            f"has a forward of its own, which failed on a random input ({type(error).__name__}: {error})",
+            f"has a forward of its own, which failed on a random input ({type(error).__name__}: {message_of(error)})",
         )
     return False, "does more than normalize and apply its child modules; that would be lost"
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.loading.model import BatchFunction
+from bnprobe.loading.returned import one_number
 from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import copy_tensors, to_device
 from bnprobe.measure.restore import preserved_random_state, preserved_training_flags, seed_everything
-from bnprobe.measure.scores import Scored, ScoreTable, one_number, score_samples
+from bnprobe.measure.scores import Scored, ScoreTable, score_samples
 from bnprobe.measure.session import Outputs, casting, recording, replaying
 from bnprobe.measure.training_copy import training_code
 from bnprobe.records import Measure, Score

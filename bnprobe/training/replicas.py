@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from bnprobe.distributed import World
+from bnprobe.distributed import World, waiting
 from bnprobe.errors import UsageError
 from bnprobe.measure.batch import tensors_of
 
@@ -101,14 +101,20 @@ class Replicas:
     def sync_buffers(self) -> None:
         """Merge the buffers of all processes, and give every process the result."""
         if self._buffers is not None:
-            self._buffers.sync()
+            with waiting():
+                self._buffers.sync()
+
+    def averaging(self, last: bool) -> AbstractContextManager[None]:
+        """Context for the backward pass, which waits for the gradients of other processes in the last of a step."""
+        return waiting(self._joined is not None and last)
 
     def mean(self, values: list[float]) -> list[float]:
         """Mean of every value over the processes."""
         if self._world.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self._device)
-        distributed.all_reduce(total)
+        with waiting():
+            distributed.all_reduce(total)
         means: list[float] = (total / self._world.size).tolist()
         return means
 

@@ -20,8 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bnprobe.errors import OutputError, StateError, UsageError
-from bnprobe.files import OwnFolder, has_mark, not_own, unfinished, write_whole
+from bnprobe.errors import OutputError, StateError, UsageError, message_of, reason_of
+from bnprobe.files import OwnFolder, has_mark, is_blank, not_own, unfinished, write_whole
 from bnprobe.records import Run, Score
 from bnprobe.training.log import event_folder
 
@@ -111,26 +111,23 @@ def load_state(path: Path, run: dict[str, Any]) -> dict[str, Any]:
     try:
         file = path.open("rb")
     except OSError as error:
-        raise StateError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise StateError(f"{path} cannot be read: {reason_of(error)}.") from None
     try:
         with file:
             content = torch.load(file, map_location="cpu", weights_only=True)
-        version, of, state = content["version"], content["run"], content["state"]
+        version, of, state = content["version"], dict(content["run"]), dict(content["state"])
+        known = version == _VERSION, [key for key in run if of.get(key) != run[key]]
     except Exception as error:  # a damaged file can make torch.load raise anything
         raise StateError(
             f"{path} is damaged, or not the state of a training run ({type(error).__name__}). Start over with --force."
         ) from None
-    if version != _VERSION:
+    is_known, differing = known
+    if not is_known:
         raise StateError(f"{path} has format {version}; this bnprobe reads {_VERSION}. Start over with --force.")
-    _require_same(path, of, run)
-    return dict(state)
-
-
-def _require_same(path: Path, of: dict[str, Any], run: dict[str, Any]) -> None:
-    differing = [key for key, value in run.items() if of.get(key) != value]
     if differing:
         words = "; ".join(f"{key} was {of.get(key)!r} and is now {run[key]!r}" for key in differing)
         raise StateError(f"{path} belongs to a different run: {words}. {_START_OVER}")
+    return state
 
 
 def require_resumable(name: str, part: Any) -> None:
@@ -151,9 +148,10 @@ def require_resumable(name: str, part: Any) -> None:
     try:
         torch.load(io.BytesIO(_bytes(part.state_dict())), weights_only=True)
     except Exception as error:  # pickle's and torch's own
+        said = message_of(error).partition("\n")[0]
         raise UsageError(
             f"{key}: the state_dict() of {type(part).__name__} contains objects that cannot be saved safely,"
-            f" so a run could not be resumed ({str(error).splitlines()[0]}). {remedy} of numbers, strings, lists and"
+            f" so a run could not be resumed ({said}). {remedy} of numbers, strings, lists and"
             " tensors."
         ) from None
 
@@ -202,7 +200,7 @@ class StateFolder:
             OutputError: The folder cannot be written, or bnprobe did not make what has its name.
         """
         folder, wanted = cls(path), json.loads(json.dumps(dict(fingerprint)))
-        if resume:
+        if resume and not is_blank(path):
             folder._require_same(wanted)
         else:
             folder._begin(wanted, force)
@@ -246,7 +244,7 @@ class StateFolder:
         try:
             self.running(arm, seed).unlink(missing_ok=True)
         except OSError as error:
-            raise OutputError(f"{self.path} could not be written: {error.strerror or error}.") from None
+            raise OutputError(f"{self.path} could not be written: {reason_of(error)}.") from None
 
     def keep_events(self, log: Path) -> None:
         """Move TensorBoard's files, if there are any, to a folder that is kept.
@@ -266,13 +264,11 @@ class StateFolder:
         Raises:
             OutputError: The state could not be removed.
         """
-        if has_mark(self._events.path):
-            self._events.remove()
-        self._own.remove()
+        self._own.remove([self._events])
 
     def _begin(self, fingerprint: dict[str, Any], force: bool) -> None:
         if has_mark(self.path):
-            if not force:
+            if not force and not is_blank(self.path):
                 raise unfinished(self.path)
             # Empty the folder for reuse; the marker files stay.
             if has_mark(self._events.path):
@@ -293,7 +289,7 @@ class StateFolder:
         path = self.path / _FINGERPRINT
         try:
             saved = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError, RecursionError) as error:
             raise _damaged(path, error) from None
         differing = [key for key in {**saved, **wanted} if saved.get(key) != wanted.get(key)]
         if differing:

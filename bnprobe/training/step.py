@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnprobe.loading.returned import trainable_loss
 from bnprobe.measure.batch import copy_tensors, to_device
 from bnprobe.measure.session import casting, model_code
-from bnprobe.measure.training_copy import require_gradients, require_graph, require_scalar, training_code
+from bnprobe.measure.training_copy import require_gradients, training_code
 from bnprobe.training.job import Job, bad_gradient
 from bnprobe.training.replicas import Replicas
 
@@ -115,10 +116,10 @@ class Stepper:
         with self._replicas.without_sync(last):
             with _border(f"calling loss(model, batch) {place}", job), casting(job.device, job.autocast):
                 returned = job.loss(self._replicas.callee, batch)
-            value = require_scalar(returned)
-            require_graph(value)
+            value = trainable_loss(job.loss, returned)
             self._replicas.require_called()
-            with _border(f"running backward() from loss(model, batch) {place}", job):
+            border = _border(f"running backward() from loss(model, batch) {place}", job)
+            with border, self._replicas.averaging(last):
                 self.scaler.scale(value if of == 1 else value / of).backward()
         return value.detach()
 

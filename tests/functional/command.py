@@ -119,7 +119,7 @@ class Workspace:
 
     def run(self, *arguments: str | Path, **environment: str) -> Result:
         """Run ``bnprobe`` with these arguments, in this process."""
-        stdout, stderr = _stream(), _stream()
+        stdout, stderr = _stream("strict"), _stream("backslashreplace")
         variables = self.environment(**environment)
         words = ["bnprobe", *map(str, arguments)]
         with _as_process(self.folder, words, variables), redirect_stdout(stdout), redirect_stderr(stderr):
@@ -232,8 +232,9 @@ def _is_users(module: Any) -> bool:
     return any(not place.startswith(_NOT_USERS) or place.startswith(_SAMPLES) for place in places)
 
 
-def _stream() -> io.TextIOWrapper:
-    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n", write_through=True)
+def _stream(errors: str) -> io.TextIOWrapper:
+    """As Python opens it: what stderr cannot encode is escaped, what stdout cannot is an error."""
+    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=errors, newline="\n", write_through=True)
 
 
 def _written(stream: io.TextIOWrapper) -> str:

@@ -122,9 +122,9 @@ class Launch:
                 process.kill()
 
 
-def launch(workspace: Workspace, size: int, *arguments: str | Path) -> Launch:
+def launch(workspace: Workspace, size: int, *arguments: str | Path, **environment: str) -> Launch:
     """Start ``bnprobe`` with these arguments ``size`` times, with the environment of torchrun."""
-    return Launch([Forked(workspace, arguments, rank) for rank in rank_environments(size)])
+    return Launch([Forked(workspace, arguments, {**rank, **environment}) for rank in rank_environments(size)])
 
 
 def launch_installed(workspace: Workspace, size: int, *arguments: str | Path) -> Launch:

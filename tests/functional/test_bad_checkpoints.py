@@ -102,3 +102,27 @@ def test_prefixes_of_wrappers_are_stripped(workspace: Workspace, weights: Path, 
 def test_the_weights_decide_the_verdict(workspace: Workspace, weights: Path) -> None:
     save_file(STATE | {"bn.running_mean": torch.full((2,), 3.0)}, weights.with_suffix(".safetensors"))
     assert workspace.scan("--checkpoint", "weights.safetensors").code == FINDINGS
+
+
+ODD_FILES = {
+    "a tuple as a key": "torch.save({('a', 1): torch.zeros(2), None: {}}, path)",
+    "itself": "held = {'model': 3}; held['again'] = held; torch.save(held, path)",
+    "nothing but numbers": "torch.save({1: 2, 3: torch.zeros(1)}, path)",
+    "other tensors": "torch.save({name: value.to_sparse() for name, value in state.items() if value.dim()}, path)",
+    "no values": "torch.save({name: value.to('meta') for name, value in state.items()}, path)",
+    "nested tensors": "torch.save({name: torch.nested.nested_tensor([value]) for name, value in state.items()}, path)",
+    "the legacy format, cut off": "torch.save(state, path, _use_new_zipfile_serialization=False); cut(path, 700)",
+    "less of it": "torch.save(state, path, _use_new_zipfile_serialization=False); cut(path, 60)",
+}
+
+
+@pytest.mark.parametrize("what", ODD_FILES)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_holds_no_weights_of_a_model(workspace: Workspace, weights: Path, what: str) -> None:
+    def cut(path: Path, size: int) -> None:
+        path.write_bytes(path.read_bytes()[:size])
+
+    path = workspace.folder / "odd.pt"
+    exec(ODD_FILES[what], {"torch": torch, "state": STATE, "path": path, "cut": cut})
+    for more in ((), ("--key", "model"), ("--strip-prefix", "module")):
+        assert "odd.pt" in workspace.scan("--checkpoint", "odd.pt", *more).error()

@@ -49,6 +49,11 @@ UNUSABLE = [
         id="exception-in-load_model",
     ),
     pytest.param(
+        "def load_model():\n    with torch.device('meta'):\n        return Net()\n",
+        ["7 tensors of the model without values (device meta): bn.weight, bn.bias, head.weight, head.bias, "],
+        id="device-meta",
+    ),
+    pytest.param(
         "def load_model():\n    raise SystemExit\n",
         ["SystemExit while calling model.py:load_model()", 'model.py", line 32, in load_model'],
         id="exit-in-load_model",

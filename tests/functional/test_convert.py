@@ -348,7 +348,7 @@ def test_what_appears_during_training_is_not_replaced(repairable: Workspace) -> 
         (["-o", "out.safetensors", "--to", "gated", "--blend", "2"], "at most 1.0 for --blend"),
         (["-o", "out.safetensors", "--seeds", "0"], "at least 1 for --seeds"),
         (["-o", "out.safetensors", *SHORT, "--epochs", "2"], "give one"),
-        (["-o", "out.safetensors", "--report", "none.json"], "none.json could not be read"),
+        (["-o", "out.safetensors", "--report", "none.json"], "none.json does not exist"),
         (["-o", "out.safetensors", "--report", "model.py"], "not a JSON report"),
     ],
 )

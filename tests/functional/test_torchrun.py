@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 
-from functional.command import CLEAN, ERROR, FINDINGS, MODEL, NOTHING, REPOSITORY, SHIFTED, Result, Workspace
+from functional.command import (
+    CLEAN,
+    ERROR,
+    FINDINGS,
+    MODEL,
+    NOTHING,
+    REPOSITORY,
+    SHIFTED,
+    TIMEOUT,
+    Result,
+    Workspace,
+)
 from functional.processes import launch
 from support.processes import free_port
 
@@ -279,3 +290,90 @@ def test_an_interrupt_before_anything_was_measured(workspace: Workspace) -> None
         time.sleep(0.05)
     running.processes[0].send_signal(signal.SIGINT)
     assert "Interrupted before anything was measured" in said(running.results(), NOTHING)
+
+
+HANGS = """
+import os, time
+
+def forward(model, batch):
+    forward.calls = getattr(forward, "calls", 0) + 1
+    if os.environ["RANK"] == HANGING and forward.calls == 8:
+        time.sleep(600)
+    return model(batch[0])
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_that_hangs_ends_all(workspace: Workspace, rank: str) -> None:
+    workspace.write("model.py", SHIFTED.replace("IMAGES = 64", "IMAGES = 2000") + HANGS.replace("HANGING", repr(rank)))
+    scan = ("scan", "model.py", "--batch-size", "2", "--batches", "1000", "--no-emulate")
+    started = time.monotonic()
+    message = said(launch(workspace, 2, *scan, BNPROBE_TIMEOUT="3").results())
+    assert message.startswith(f"Process {rank} has given no sign of life for 3 seconds")
+    assert "set BNPROBE_TIMEOUT to more seconds (default 1800)" in message
+    assert time.monotonic() - started < 60
+
+
+def test_a_timeout_that_is_none(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    results = launch(workspace, 2, "scan", "model.py", BNPROBE_TIMEOUT="soon").results()
+    assert {result.code for result in results} == {ERROR}
+    assert "BNPROBE_TIMEOUT is 'soon', but must be a number of seconds above 0." in results[0].stderr
+
+
+SPEAKS_SLOWLY = """
+import os, time
+
+class Slow(Exception):
+    def __str__(self):
+        time.sleep(1.0)
+        return "the second GPU is on fire"
+
+def load_model():
+    if os.environ["RANK"] == "1":
+        raise Slow
+    time.sleep(600)
+"""
+
+
+def test_what_failed_is_said_though_the_launcher_ends_all(workspace: Workspace) -> None:
+    """A launcher sends SIGTERM to the others as soon as one has ended, also to the one that has the reason to tell."""
+    workspace.write("model.py", MODEL + SPEAKS_SLOWLY)
+    running = launch(workspace, 2, "scan", "model.py", "--batch-size", "2")
+    deadline = time.monotonic() + TIMEOUT
+    while running.processes[0].poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if running.processes[1].poll() is None:
+        running.processes[1].send_signal(signal.SIGTERM)
+    assert "Slow while calling model.py:load_model(): the second GPU is on fire" in said(running.results())
+
+
+SHARDED = """
+import os
+
+def load_data(batch_size):
+    kept = IMAGES - 16 * int(os.environ.get("RANK", "0"))
+    return DataLoader(TensorDataset(images()[:kept]), batch_size=batch_size)
+"""
+
+
+def test_processes_that_have_other_data_are_refused(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL + SHARDED)
+    message = said(launch(workspace, 2, "scan", "model.py", "--batch-size", "2").results())
+    assert message.startswith("The processes do not have the same data: process 0 has 64 samples in batches of 2")
+    assert "process 1 has 48 samples in batches of 2" in message
+
+
+OTHER = """
+import os
+
+def load_data(batch_size):
+    return DataLoader(TensorDataset(images() + float(os.environ.get("RANK", "0"))), batch_size=batch_size)
+"""
+
+
+def test_other_samples_in_another_process_are_noted(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL + OTHER)
+    report = together(workspace, 2, "scan", "model.py", "--batch-size", "4", "--batches", "8")
+    (note,) = [note for note in report["scan"]["notes"] if "first micro-batch" in note]
+    assert note.startswith("The first micro-batch of process 1 is not that of process 0")

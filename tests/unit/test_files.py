@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -26,12 +27,12 @@ def test_a_new_file_gets_the_usual_rights(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_text_that_cannot_be_encoded_leaves_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "report.txt"
-    path.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "\udcff")
-    assert path.read_text() == "old"
+def test_text_that_cannot_be_encoded_is_escaped(tmp_path: Path) -> None:
+    """As a path with bytes that are no text; JSON reads the escape as the same character."""
+    path = tmp_path / "report.json"
+    write_whole(path, '{"checkpoint": "\udcff.pt"}')
+    assert path.read_text() == '{"checkpoint": "\\udcff.pt"}'
+    assert json.loads(path.read_text()) == {"checkpoint": "\udcff.pt"}
     assert list(tmp_path.iterdir()) == [path]
 
 

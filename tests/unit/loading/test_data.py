@@ -636,7 +636,7 @@ def test_batch_size_of_is_found_in_the_model_file_or_named_in_the_spec(tmp_path:
     )
     assert find(tmp_path, text, batch_size=4).batch_size == 16
     assert find(tmp_path, text, batch_size=4, batch_size_of="other").batch_size == 8
-    with pytest.raises(DataError, match="must return a whole number, but gave a str"):
+    with pytest.raises(DataError, match="a whole number from 0, but gave a str"):
         find(tmp_path, text, batch_size=4, batch_size_of="wrong")
     with pytest.raises(DataError, match="def batch_size_of"):
         find(tmp_path, text.replace("def batch_size_of", "def unused"), batch_size=4)

@@ -128,7 +128,9 @@ def test_a_loss_does_not_count_as_a_measurement() -> None:
 @pytest.mark.parametrize("name", ["loss", "metric"])
 def test_more_than_one_number_is_refused(name: str) -> None:
     where = rf"{name}\(model, batch\) .*test_outputs.py:\d+\)"
-    with pytest.raises(DataError, match=rf"{where} returned a tensor of shape \(4,\), but it must return one number"):
+    with pytest.raises(
+        DataError, match=rf"{where} returned a tensor of shape \(4,\) and dtype torch.float32, but it must"
+    ):
         scan(unsettled(Flat()), DATA, 4, num_batches=6, **{name: lambda model, batch: torch.ones(4)})
 
 
@@ -355,7 +357,7 @@ def test_single_samples_draw_nothing_from_the_random_state() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(None, "None.*return statement"), ({"loss": 1.0}, "a dict"), ("good", "a str")]
+    ("value", "said"), [(None, "None.*return statement"), ({"loss": 1.0}, "a dict"), ("good", "the text 'good'")]
 )
 def test_what_is_no_number_is_refused_with_the_line_of_the_function(value: Any, said: str) -> None:
     with pytest.raises(DataError, match=rf"loss\(model, batch\) .*test_outputs.py:\d+\) returned {said}"):

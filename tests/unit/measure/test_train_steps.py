@@ -339,7 +339,7 @@ def test_no_loss() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda model, batch: loss(model, batch).item(), "returned float"),
+        (lambda model, batch: loss(model, batch).item(), "returned a float"),
         (lambda model, batch: model(batch), r"tensor of shape \(6, 3\)"),
         (lambda model, batch: loss(model, batch).detach(), "no gradient to train with"),
         (lambda model, batch: torch.ones((), requires_grad=True) * 2, "must call the model that it is given"),

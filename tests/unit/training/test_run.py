@@ -237,7 +237,7 @@ def test_500_steps_where_nobody_says() -> None:
             r"--epochs .* length .*--steps",
         ),
         ({"patience": 2}, r"--patience .* no such score"),
-        ({"loss": lambda model, batch: 1.0}, r"loss\(model, batch\) returned float; return a tensor"),
+        ({"loss": lambda model, batch: 1.0}, r"returned a float, but it must return the training loss as a tensor"),
         ({"loss": lambda model, batch: model(batch[0])}, r"returned a tensor of shape \(4, 3\)"),
         ({"loss": lambda model, batch: cross_entropy(model, batch).detach()}, r"has no gradient to train with"),
         ({"loss": lambda model, batch: torch.zeros((), requires_grad=True)}, r"No parameter received a gradient"),
