@@ -34,6 +34,13 @@ def convert(
         options.option(REPAIR, "--to", "What the layers become.", "NAME"),
         options.Sets("repair.to"),
     ] = None,
+    blend: Annotated[
+        float | None,
+        options.option(
+            REPAIR, "--blend", "Weight of the own statistics, of gated, instance-renorm, example-weighing.", "X"
+        ),
+        options.Sets("repair.blend"),
+    ] = None,
     layers: Annotated[
         list[str] | None,
         options.option(REPAIR, "--layers", 'Convert layers whose name matches ("*": all).', "GLOB"),

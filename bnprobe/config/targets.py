@@ -93,6 +93,13 @@ TARGETS: Registry[Target] = Registry(
             settings=("blend",),  # BN at inference only at blend 0: deployable_state looks at the layers themselves
         ),
         Target(
+            name="example-weighing",
+            summary="batch statistics, as in BN; at inference the sample's own moments enter the running ones",
+            conversion=_HERE + "ToExampleWeighing",
+            advice="weights that are trained already, without training them again; plain BN only at `blend: 0`",
+            settings=("blend",),
+        ),
+        Target(
             name="gated",
             summary="a learned mix of batch and running statistics",
             conversion=_HERE + "ToGated",
