@@ -145,11 +145,13 @@ def normalize_example_weighed(
     scale = (variance + eps).rsqrt()
     if weight is not None:
         scale = scale * weight.to(x.dtype)
-    shape = [x.size(0), x.size(1)] + [1] * (x.dim() - 2)
+    shape = [x.size(0), x.size(1)]
+    shape.extend([1] * (x.dim() - 2))
     # Centred first: folding the mean into the shift would lose digits where it is large against the deviation.
     output = (x - mean.reshape(shape)) * scale.reshape(shape)
     if bias is not None:
-        output = output + bias.to(x.dtype).reshape([1] + shape[1:])
+        shape[0] = 1
+        output = output + bias.to(x.dtype).reshape(shape)
     return output.to(input.dtype)
 
 

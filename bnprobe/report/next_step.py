@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bnprobe.records import Diagnosis, Layer, Report, Scan
-from bnprobe.rules import rule_of
+from bnprobe.rules import effect, rule_of
 
 SAVE = {"--format": "json", "--output": "report.json"}
 
@@ -32,6 +32,8 @@ _WHY = {
     "convert": "To convert these layers, and to measure what that gains:",
 }
 
+_WITHOUT_TRAINING = "To convert the layers without training, which was measured to help:"
+
 _LARGEST_SUGGESTED = 64
 _BATCHES_OF_LARGEST = 4
 
@@ -52,11 +54,27 @@ def diagnosed_step(report: Report, command: str) -> NextStep:
         return keep_step(command)
     if rule.larger_batches and (step := _enough_step(report, command) or _try_sizes_step(report, command)):
         return step
+    conversion = converting_step(report, command)
+    if conversion is not None and effect.WITHOUT_TRAINING in first.remedy:
+        return conversion
     named = [arguments for arguments in rule.commands if f"bnprobe {arguments}" in first.remedy]
     for arguments in named:
         if _can_run(arguments, report):
             return NextStep(_WHY[arguments.split()[0]], _repair(arguments, first, report, command))
     return NextStep(f"To read about {rule.code}, with an example:", f"bnprobe explain {rule.code}")
+
+
+def converting_step(report: Report, command: str) -> NextStep | None:
+    """The conversion that is surely better without training, where one is."""
+    remedy = effect.advised_conversion(report.remedies, report.summary.gaps, report.summary.chance)
+    if remedy is None or report.scan.synthetic:
+        return None
+    measured = {layer.name for layer in report.layers}
+    everywhere = measured == set(remedy.layers) and not report.skipped
+    layers = [word for name in (("*",) if everywhere else remedy.layers) for word in ("--layers", name)]
+    words = ["bnprobe", "convert", *_carried(shlex.split(command)[2:])]
+    words += [*effect.conversion_arguments(remedy).split()[1:], *layers, "-o", _weights(report, "repaired")]
+    return NextStep(_WITHOUT_TRAINING, shlex.join(words))
 
 
 def keep_step(command: str) -> NextStep:
@@ -162,8 +180,13 @@ def _repair(arguments: str, diagnosis: Diagnosis, report: Report, command: str) 
     if words[1] == "convert" and not any(layer.flagged for layer in report.layers):
         words += [word for name in diagnosis.layers or ("*",) for word in ("--layers", name)]
     done = "recalibrated" if words[1] == "recalibrate" else "repaired"
+    return shlex.join([*words, "-o", _weights(report, done)])
+
+
+def _weights(report: Report, done: str) -> str:
+    """A name for the new weights."""
     before = "" if report.scan.checkpoint is None else f"{Path(report.scan.checkpoint).stem}-"
-    return shlex.join([*words, "-o", f"{before}{done}.safetensors"])
+    return f"{before}{done}.safetensors"
 
 
 def _carried(words: list[str]) -> list[str]:

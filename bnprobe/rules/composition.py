@@ -72,7 +72,9 @@ class BatchComposition(ShareRule):
         Shuffle: shuffle=True, or a sampler that mixes classes, patients or clips within a batch. For streams, use a
         shuffle buffer that is larger than a run of similar samples. Then continue training, since the weights have
         adapted. Where the order is fixed, `bnprobe convert --finetune` measures what frozen statistics, Batch Renorm
-        and others gain.
+        and others gain. Without training, every sample's own statistics may take part at inference (`bnprobe convert
+        --to example-weighing`, or `--to instance-renorm`): a scan tries both, and names what is surely better on
+        held-out data.
 
     Reference:
         Wu and Johnson 2021, arXiv 2105.07576, sections 5 and 6 (domains, leakage). Ioffe 2017, arXiv 1702.03275,
@@ -88,6 +90,11 @@ class BatchComposition(ShareRule):
     follows_from = (Link("shared_domains", _is_of_domains),)
     upstream_order = 70
     free_remedy = "recalibrated"
+    also_tried = tuple(effect.CONVERSIONS)
+
+    def advise(self, layer: Layer, facts: Facts) -> str:
+        """Statistics of every sample are only named where they were tried, and are surely better."""
+        return f"{self.remedy}{effect.in_place_of_training(facts)}"
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         if not facts.own_order:

@@ -81,6 +81,15 @@ PART_OF_LEARNED = 0.005
 SMALLEST = 1e-12
 """Keeps the floor of a loss of 0 above 0."""
 
+CONVERSIONS: dict[FreeRemedy, str] = {
+    "example weighing": "convert --to example-weighing",
+    "instance renorm": "convert --to instance-renorm",
+    "instance statistics": "convert --to instance-renorm",
+}
+"""Remedies without training by which layers take in the statistics of every sample, and the commands that do so."""
+
+WITHOUT_TRAINING = "Without training, let every sample's own statistics take part at inference too"
+
 Standing = Literal["worse", "better", "same", "unclear", "not measured"]
 """Surely worse; surely better; surely not much worse; measured, but not precisely enough; not measured."""
 
@@ -327,6 +336,41 @@ def gain(facts: Facts, name: FreeRemedy | None) -> Effect:
     """What a remedy without training does to held-out data; of one that was not tried, nothing is known."""
     remedy = tried(facts.remedies, name)
     return Effect(()) if remedy is None else of_remedy(remedy, facts.gaps, facts.chance)
+
+
+def advised_conversion(remedies: Iterable[Remedy], gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Remedy | None:
+    """The best conversion that is surely a gain without training, by the measure that decides; None if none is.
+
+    The control of a blend is the model with recalibrated statistics where these are no worse: it gains more than they
+    do. Blends are scored on the same samples; statistics of the sample alone, on others, count where no blend does.
+    """
+    found = [
+        (main.after, main.measure, each)
+        for each in remedies
+        if each.name in CONVERSIONS
+        and each.blend is not None
+        and (effect := of_remedy(each, gaps, chance)).is_sure_gain
+        and (main := effect.main) is not None
+    ]
+    if not found:
+        return None
+    measure = leading({measure for _, measure, _ in found})
+    sign = -1 if measure == "metric" and goal_of(gaps, chance) != "min" else 1
+    return min(found, key=lambda each: (each[2].blend == 1, each[1] != measure, sign * each[0]))[2]
+
+
+def conversion_arguments(remedy: Remedy) -> str:
+    """What carries it out, after "bnprobe ", but for the layers and the file."""
+    return f"{CONVERSIONS[remedy.name]} --blend {remedy.blend:g}"  # type: ignore[index]
+
+
+def in_place_of_training(facts: Facts) -> str:
+    """The conversion that is surely better without training, as the end of a remedy; empty if none is."""
+    remedy = advised_conversion(facts.remedies, facts.gaps, facts.chance)
+    if remedy is None:
+        return ""
+    arguments = conversion_arguments(remedy)
+    return f" {WITHOUT_TRAINING} (bnprobe {arguments}), which is surely better on {remedy.scored_on} data."
 
 
 def severity_of_setting(facts: Facts, flagged: bool) -> Severity:

@@ -31,8 +31,8 @@ class SingleImage(Rule):
         Train with larger batches or synchronized BN, or fine-tune with frozen statistics (`bnprobe convert --to frozen
         --finetune`). Where the network is called for each sample, call it once on all of them, padded to one size. A
         model that was trained on batches of one sample from the start has weights for an instance norm:
-        `bnprobe convert --to instance-renorm` with `blend: 1` in the spec's repair section makes it one in both modes,
-        which a scan tries ("instance statistics"). If this is not training but inference one
+        `bnprobe convert --to instance-renorm --blend 1` makes it one in both modes, which a scan tries ("instance
+        statistics"), as it tries blends with the running statistics. If this is not training but inference one
         sample at a time, call eval() first: that is what is advised where the network is surely better with its running
         statistics, and recalibrated ones are no gain.
 
@@ -54,7 +54,7 @@ class SingleImage(Rule):
     )
     accounts_for = ("small_batch", "composition")
     upstream_order = 110
-    also_tried = ("instance statistics",)
+    also_tried = tuple(effect.CONVERSIONS)
     commands = ("convert --to frozen --finetune",)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
@@ -94,15 +94,12 @@ _OF_SERVING = (
 
 
 def _remedy(usual: str, facts: Facts) -> str:
-    """Instance norm is only named where it was tried: statistics of every sample, on held-out data.
+    """Statistics of every sample are only named where they were tried, on held-out data.
 
     Running statistics that need no mending and beat those of single samples are those of larger batches, on which the
     weights were trained.
     """
-    if effect.gain(facts, "instance statistics").standing == "better":
-        return (
-            "Normalize every sample with its own statistics at inference too (instance norm: bnprobe convert --to"
-            " instance-renorm with blend: 1), which is better on held-out data; or train with larger batches."
-        )
+    if converted := effect.in_place_of_training(facts):
+        return f"{usual}{converted}"
     better = effect.inconsistency(facts.gaps, facts.chance).standing == "better"
     return _OF_SERVING if better and effect.gain(facts, "recalibrated").is_no_gain else usual

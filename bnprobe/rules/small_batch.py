@@ -49,9 +49,9 @@ class SmallBatch(ShareRule):
         statistics (`bnprobe convert --to frozen --finetune`). On networks trained at batch size 2 on purpose, larger
         batches won back 14 to 95% of what was lost, frozen statistics 50%, and Batch Renorm 25% at 40% of the training
         steps. `--to auto` tries them next to plain BN. Gradient accumulation does not help: it leaves the normalization
-        batch as it is. Without training, a network may do better with the statistics of every sample (`bnprobe convert
-        --to instance-renorm` with `blend: 1` in the spec's repair section), or with batch statistics at inference: a
-        scan tries both, and names what is surely better on held-out data.
+        batch as it is. Without training, a network may do better if every sample's own statistics take part at
+        inference (`bnprobe convert --to example-weighing`, or `--to instance-renorm`), or with batch statistics at
+        inference: a scan tries them, and names what is surely better on held-out data.
 
     Reference:
         Ioffe 2017, arXiv 1702.03275, sections 2 and 3. Wu and He 2018, arXiv 1803.08494, section 4.1 (error against
@@ -69,7 +69,7 @@ class SmallBatch(ShareRule):
     follows_from = (Link("single_value"), Link("single_image"), Link("shared_domains", _is_mostly_composition))
     upstream_order = 120
     larger_batches = True
-    also_tried = ("instance statistics", "batch statistics")
+    also_tried = ("batch statistics", *effect.CONVERSIONS)
     commands = ("convert --to frozen --finetune",)
 
     def explain(self, layer: Layer, facts: Facts) -> str:
@@ -85,10 +85,8 @@ class SmallBatch(ShareRule):
         return f"{values}. They are as noisy as {number(size)} independent values{against}.{unmixed}"
 
     def advise(self, layer: Layer, facts: Facts) -> str:
-        """Statistics of every sample are only named where they were tried, and are better."""
-        if effect.gain(facts, "instance statistics").standing != "better":
-            return self.remedy
-        return f"{self.remedy} {_ALONE}"
+        """Statistics of every sample are only named where they were tried, and are surely better."""
+        return f"{self.remedy}{effect.in_place_of_training(facts)}"
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         """Where there are so few values that not even i.i.d. data would be within the limit, this is the cause."""
@@ -96,12 +94,6 @@ class SmallBatch(ShareRule):
         if not layer.flagged or ideal <= limit or layer.eval is None:
             return self.skipped(layer.name, why_no_shares(layer))
         return self.failed(layer.name, self.explain(layer, facts), ideal, limit, remedy=self.advise(layer, facts))
-
-
-_ALONE = (
-    "Without training, normalize every sample with its own statistics at inference too (instance norm: bnprobe convert"
-    " --to instance-renorm with blend: 1), which is better on held-out data."
-)
 
 
 def _limit(layer: Layer) -> tuple[str, float]:

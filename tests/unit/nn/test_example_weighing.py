@@ -27,7 +27,7 @@ SHAPES = [
 
 
 def definition(layer: ExampleWeighedBatchNorm, x: Tensor) -> Tensor:
-    """The paper's formula, sample by sample: first and second moments are mixed, and the variance is their difference."""
+    """The paper's formula, sample by sample: both moments are mixed, and the variance is their difference."""
     mean, square = layer.running_mean, layer.running_var + layer.running_mean**2
     samples = []
     for sample in x:

@@ -166,5 +166,21 @@ def test_statistics_of_every_sample_are_advised_where_they_are_surely_better() -
         [verdict] = run_rule("BN201", facts)
         remedies[after] = verdict.remedy
     assert remedies[0.9].startswith(remedies[0.4])
-    assert "bnprobe convert --to instance-renorm with blend: 1), which is better on held-out data." in remedies[0.9]
+    assert "bnprobe convert --to instance-renorm --blend 1), which is surely better on held-out data." in remedies[0.9]
     assert "instance" not in remedies[0.4]
+
+
+def test_of_several_conversions_the_best_is_advised_and_a_blend_before_the_sample_alone() -> None:
+    layer, gaps = make_layer("bn", make_shares(small_batch=0.2), values_per_channel=8), (metric(0.9, 0.4),)
+    every = {"instance statistics": 0.9, "instance renorm": 0.7, "example weighing": 0.8}
+    for names, advised in (
+        (tuple(every), "example-weighing --blend 0.25"),
+        (("instance statistics", "instance renorm"), "instance-renorm --blend 0.5"),
+        (("instance statistics",), "instance-renorm --blend 1"),
+    ):
+        remedies = tuple(tried(0.4, every[name], name) for name in names)
+        [verdict] = run_rule("BN201", make_evidence(layer, gaps=gaps, remedies=remedies))
+        assert f"(bnprobe convert --to {advised})" in verdict.remedy
+    for unsure in (tried(0.4, 0.45, "example weighing", 0.06), tried(0.4, 0.41, "example weighing", 0.005)):
+        [verdict] = run_rule("BN201", make_evidence(layer, gaps=gaps, remedies=(unsure,)))
+        assert "Without training" not in verdict.remedy
