@@ -182,6 +182,8 @@ def _closing(record: RepairRecord, page: Page) -> list[Text]:
         lines += page.paragraph(refused + worse_than_as_is(record), "bold red", first=f"  {page.clean(FLAGGED)} ")
     elif record.proof is not None and record.proof.below_recalibrated:
         lines += page.paragraph(_below_recalibrated(record.proof), "bold yellow", first=f"  {page.clean(WARNING)} ")
+    if record.proof is not None and record.proof.below_converted:
+        lines += page.paragraph(_below_converted(record.proof), "bold yellow", first=f"  {page.clean(WARNING)} ")
     for requirement in record.requirements:
         mark = FINE if requirement.held else FLAGGED
         value = requirement.value
@@ -200,7 +202,8 @@ def _verdict(record: RepairRecord) -> tuple[str, str]:
         return FLAGGED, f"{failed} of {number} {verb} not met.{verdict}"
     if record.proof is not None:
         sign = _SIGNS[record.proof.conclusion]
-        return WARNING if sign == FINE and record.proof.below_recalibrated else sign, _conclusion(record.proof)
+        beaten = record.proof.below_recalibrated or record.proof.below_converted
+        return WARNING if sign == FINE and beaten else sign, _conclusion(record.proof)
     done = "Converted" if record.action == "convert" else "Recalibrated"
     return UNMEASURED, f"{done}. Nothing was scored, so the gain is not known."
 
@@ -229,6 +232,12 @@ def _below_recalibrated(proof: Proof) -> str:
     training = "" if _arm(proof, proof.repaired).trained else ", or train the repaired model (--finetune)"
     scores = _against(proof, "recalibrated", proof.repaired)
     return f"Recalibrating alone is better, {scores}: use bnprobe recalibrate{training}."
+
+
+def _below_converted(proof: Proof) -> str:
+    """That the conversion without training is the better remedy, and by how much."""
+    scores = _against(proof, _CONVERTED, proof.repaired)
+    return f"The conversion without training is better, {scores}: leave out --finetune."
 
 
 def _arm(proof: Proof, name: str) -> Arm:
@@ -284,6 +293,9 @@ _ENDINGS: dict[Ending, str] = {"finished": "finished", "early_stop": "early stop
 _MOST_NOTES = 3
 
 _TRAINED_BASELINE = "plain BN fine-tuned the same way"
+_CONVERTED = "converted, untrained"
+"""The arm of the repair without its training."""
+
 _UNTRAINED = {"as is": "the model as it is", "recalibrated": "the recalibrated model"}
 """Arms that are no repairs of their own, in a sentence."""
 
