@@ -34,9 +34,12 @@ def normalize_blended(
 
 def running_statistics(layer: _BatchNorm) -> Statistics:
     """The layer's running mean and (unbiased) running variance, in at least float32."""
-    assert layer.running_mean is not None  # these layers always track
-    assert layer.running_var is not None
-    return Statistics(widened(snapshot(layer.running_mean)), widened(snapshot(layer.running_var)), layer.eps)
+    mean, variance = layer.running_mean, layer.running_var
+    assert mean is not None  # these layers always track
+    assert variance is not None
+    if layer.training:  # at inference nothing updates them, and exporters know no operator of ours
+        mean, variance = snapshot(mean), snapshot(variance)
+    return Statistics(widened(mean), widened(variance), layer.eps)
 
 
 def normalize_running(layer: _BatchNorm, input: Tensor, updated_before_backward: bool = False) -> Tensor:

@@ -77,7 +77,7 @@ def render(report: RepairReport, options: RenderOptions) -> str:
         before_and_after(before, after, _replaced(record), page, show_all) if before else [],
         _proof(record.proof, page, show_all) if record.proof else [],
         page.section("Notes", record.notes),
-        _closing(record, page),
+        _closing(record, page, scanned=after is not None),
         _usage(record, report.files, page),
     ]
     return to_string(parts, options.color)
@@ -173,10 +173,10 @@ def _recalibrated(record: RepairRecord, page: Page, show_all: bool) -> list[Text
     return [*lines, *page.paragraph(listed_in_line(record.recalibrated, show_all), first="  ")]
 
 
-def _closing(record: RepairRecord, page: Page) -> list[Text]:
-    """The verdict, the flags, and what was required."""
+def _closing(record: RepairRecord, page: Page, scanned: bool) -> list[Text]:
+    """The verdict, the flags, and what was required; whether the new model was ``scanned``."""
     sign, headline = _verdict(record)
-    lines = page.verdict(sign, headline, [record.proof.message if record.proof else "", *_flagged(record)])
+    lines = page.verdict(sign, headline, [record.proof.message if record.proof else "", *_flagged(record, scanned)])
     if record.proof is not None and record.proof.surely_worse:
         refused = "Written because of --force: " if record.weights else "Nothing was written: "
         lines += page.paragraph(refused + worse_than_as_is(record), "bold red", first=f"  {page.clean(FLAGGED)} ")
@@ -257,10 +257,11 @@ def _scored(value: Estimate | None) -> str:
     return "not finite" if value is None else figures.score(value.mean)
 
 
-def _flagged(record: RepairRecord) -> list[str]:
+def _flagged(record: RepairRecord, scanned: bool) -> list[str]:
     before, after = record.flagged_before, record.flagged_after
     if after is None:
-        return [] if before is None else [f"Flagged layers: {before} before; {_model(record)} was not scanned."]
+        why = "a scan cannot measure the converted ones" if scanned else f"{_model(record)} was not scanned"
+        return [] if before is None else [f"Flagged layers: {before} before; {why}."]
     return [f"Flagged layers: {after}."] if before is None else [f"Flagged layers: {before} {ARROW} {after}."]
 
 
