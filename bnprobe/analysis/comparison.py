@@ -12,9 +12,14 @@ from bnprobe.records import MEASURES, Arm, Conclusion, Estimate, Goal, Interval,
 from bnprobe.stats.intervals import CONFIDENCE, t_quantile
 from bnprobe.stats.scores import paired_difference
 
-AS_IS, RECALIBRATED, CONVERTED = "as is", "recalibrated", "converted, untrained"
+AS_IS, RECALIBRATED = "as is", "recalibrated"
 CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN recalibrated after"
 """Names of the arms beside the repair. The last two are baselines: plain BN, trained like the repair."""
+
+
+def without_training(to: str) -> str:
+    """Name of the arm of a repair without its training."""
+    return f"{to} untrained"
 
 
 def mean_estimate(values: Sequence[float | None]) -> Estimate | None:
@@ -113,7 +118,9 @@ def conclude(
         note = next((run.note for run in arm.runs if run.ending == "diverged"), None)
         if note is not None:
             return "not_compared", f"Training of {arm.name} diverged: {note}"
-    names = dict.fromkeys((repaired.name, CONTROL, CONTROL_RECALIBRATED, CONVERTED, RECALIBRATED, AS_IS))
+    names = dict.fromkeys(
+        (repaired.name, CONTROL, CONTROL_RECALIBRATED, without_training(repaired.name), RECALIBRATED, AS_IS)
+    )
     means = {name: getattr(arms[name], measure) for name in names if name in arms}
     listed = ", ".join(f"{name} {value.mean:.3g}" for name, value in means.items() if value is not None)
     conclusion, sentence = _judge(gain, control, len(repaired.runs))

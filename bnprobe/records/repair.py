@@ -123,7 +123,7 @@ class Arm(Record):
     """One way to treat the model, in a comparison of several.
 
     Attributes:
-        name: "as is", "recalibrated", "converted, untrained" (the repair without its training), "BN fine-tuned" and "BN
+        name: "as is", "recalibrated", "batch-renorm untrained" (a repair without its training), "BN fine-tuned" and "BN
             recalibrated after" (the baselines), or a repair, e.g. "batch-renorm".
         trained: Whether it was fine-tuned.
         runs: One for each seed; one where nothing was trained.

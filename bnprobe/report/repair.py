@@ -236,7 +236,7 @@ def _below_recalibrated(proof: Proof) -> str:
 
 def _below_converted(proof: Proof) -> str:
     """That the conversion without training is the better remedy, and by how much."""
-    scores = _against(proof, _CONVERTED, proof.repaired)
+    scores = _against(proof, f"{proof.repaired} untrained", proof.repaired)
     return f"The conversion without training is better, {scores}: leave out --finetune."
 
 
@@ -294,9 +294,6 @@ _ENDINGS: dict[Ending, str] = {"finished": "finished", "early_stop": "early stop
 _MOST_NOTES = 3
 
 _TRAINED_BASELINE = "plain BN fine-tuned the same way"
-_CONVERTED = "converted, untrained"
-"""The arm of the repair without its training."""
-
 _UNTRAINED = {"as is": "the model as it is", "recalibrated": "the recalibrated model"}
 """Arms that are no repairs of their own, in a sentence."""
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bnprobe.analysis.comparison import AS_IS, CONTROL, CONTROL_RECALIBRATED, CONVERTED, RECALIBRATED
+from bnprobe.analysis.comparison import AS_IS, CONTROL, CONTROL_RECALIBRATED, RECALIBRATED, without_training
 from bnprobe.commands.experiment import Subject, best_candidate, prove
 from bnprobe.config.spec import OptimizerSpec, RepairSpec, TrainSpec
 from bnprobe.errors import UsageError
@@ -97,7 +97,7 @@ def test_the_arms_are_the_model_its_controls_and_the_repair() -> None:
     assert [(arm.name, arm.trained, len(arm.runs)) for arm in proof.arms] == [
         (AS_IS, False, 1),
         (RECALIBRATED, False, 1),
-        (CONVERTED, False, 1),
+        ("batch-renorm untrained", False, 1),
         (CONTROL, True, 2),
         (CONTROL_RECALIBRATED, True, 2),
         ("batch-renorm", True, 2),
@@ -235,11 +235,12 @@ def test_training_is_not_credited_with_what_the_conversion_alone_gives() -> None
     plan = planned(given, to="group-norm")
     proof = prove(given, [plan]).proof
     scores = {arm.name: arm.metric.mean for arm in proof.arms}
-    untrained = apply(given.start, plan, given.repair)
-    assert scores[CONVERTED] == pytest.approx(given.proving.score(untrained).metric)
+    converted = apply(given.start, plan, given.repair)
+    alone = scores[without_training("group-norm")]
+    assert alone == pytest.approx(given.proving.score(converted).metric)
     assert proof.over_converted is not None
-    assert proof.over_converted.mean == pytest.approx(scores["group-norm"] - scores[CONVERTED])
-    adds = f"The conversion alone gives {scores[CONVERTED]:.3g}: training adds {proof.over_converted.mean:+.2g} (95%"
+    assert proof.over_converted.mean == pytest.approx(scores["group-norm"] - alone)
+    adds = f"The conversion alone gives {alone:.3g}: training adds {proof.over_converted.mean:+.2g} (95%"
     assert adds in proof.message
     assert not proof.below_converted
 

@@ -85,7 +85,7 @@ def test_a_repair_that_recalibration_beats_is_no_success() -> None:
 def test_a_repair_that_its_own_conversion_beats_is_no_success() -> None:
     record = repairs.better()
     assert record.proof is not None
-    alone = repairs.untrained("converted, untrained", 0.01, 0.99)
+    alone = repairs.untrained("batch-renorm untrained", 0.01, 0.99)
     proof = replace(record.proof, arms=(*record.proof.arms, alone), below_converted=True)
     text = " ".join(text_of(replace(record, proof=proof)).split())
     assert "! batch-renorm is better than plain BN fine-tuned the same way." in text
