@@ -82,6 +82,17 @@ def test_a_repair_that_recalibration_beats_is_no_success() -> None:
     assert "Recalibrating alone is better, metric 0.99 against 0.971 and loss 0.01 against" in text
 
 
+def test_a_repair_that_its_own_conversion_beats_is_no_success() -> None:
+    record = repairs.better()
+    assert record.proof is not None
+    alone = repairs.untrained("batch-renorm untrained", 0.01, 0.99)
+    proof = replace(record.proof, arms=(*record.proof.arms, alone), below_converted=True)
+    text = " ".join(text_of(replace(record, proof=proof)).split())
+    assert "! batch-renorm is better than plain BN fine-tuned the same way." in text
+    assert "The conversion without training is better, metric 0.99 against 0.971 and loss 0.01 against" in text
+    assert "leave out --finetune." in text
+
+
 def test_without_a_control_nothing_is_claimed() -> None:
     record = repairs.better()
     assert record.proof is not None
