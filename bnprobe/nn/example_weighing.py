@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.kernels import require_channels
 
 
 class ExampleWeighedBatchNorm(_BatchNorm):
@@ -98,7 +97,8 @@ class ExampleWeighedBatchNorm(_BatchNorm):
         return f"{_BatchNorm.extra_repr(self)}, blend={self.blend:g}"
 
     def _check_input_dim(self, input: Tensor) -> None:
-        require_channels(input)
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
     def _normalize_batch(self, input: Tensor) -> Tensor:
         """BN in training."""
