@@ -6,15 +6,16 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
+import fabricated_causes as causes
 import fabricated_reports as fabricated
 import pytest
 from fabricated_parts import SCAN, report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnprobe.records import Gap, Report
+from bnprobe.records import Estimate, Gap, Remedy, Report, Score
 from bnprobe.report.diagnoses import closing as verdict
-from bnprobe.report.next_step import with_options
+from bnprobe.report.next_step import converting_step, with_options
 from bnprobe.report.page import broken
 from bnprobe.rules import RULES
 from bnprobe.stats.theory import mismatch_iid
@@ -244,3 +245,23 @@ def test_a_broken_command_is_the_same_command_to_a_shell(width: int) -> None:
     lines = broken(command, width)
     assert shlex.split("\n".join(lines).replace("\\\n", "")) == shlex.split(command)
     assert max(map(len, lines)) <= max(width, len("--batch-sizes 2,4,8,16 \\"))
+
+
+def test_a_conversion_that_surely_helps_is_a_whole_command() -> None:
+    """For the layers that were tried: by the glob of all where these are all that the model has."""
+    report = replace(causes.lag(), skipped=())
+    names = tuple(layer.name for layer in report.layers)
+    change = Estimate(0.4, (0.39, 0.41))
+    tried = Remedy(
+        "example weighing", names, Score(None, 0.4), Score(None, 0.8), None, 60, "", None, change, blend=0.25
+    )
+    step = converting_step(replace(report, remedies=(tried,)), "bnprobe scan spec.yaml --what-if --batch-size 2")
+    assert step is not None
+    assert step.command is not None
+    start = "bnprobe convert spec.yaml --batch-size 2 --to example-weighing --blend 0.25"
+    assert step.command.startswith(f"{start} --layers '*' -o ")
+    some = converting_step(replace(report, remedies=(replace(tried, layers=names[:1]),)), "bnprobe scan spec.yaml")
+    assert some is not None
+    assert f"--blend 0.25 --layers {names[0]} -o " in (some.command or "")
+    unsure = replace(tried, metric_change=Estimate(0.4, (-0.1, 0.9)))
+    assert converting_step(replace(report, remedies=(unsure,)), "bnprobe scan spec.yaml") is None
