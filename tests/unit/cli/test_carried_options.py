@@ -62,7 +62,7 @@ def test_the_command_of_a_rule_is_named_by_one_of_its_remedies_and_exists(rule: 
 
 @pytest.mark.parametrize("name", effect.CONVERSIONS)
 def test_the_command_of_a_conversion_exists(name: FreeRemedy) -> None:
-    remedy = Remedy(name, (), Score(), Score(), None, 8, "", blend=0.5)
+    remedy = Remedy(name, (), Score(None, 0.4), Score(None, 0.9), None, 8, "", blend=0.5)
     command, to, target, *blend = effect.conversion_arguments(remedy).split()
     assert {to, blend[0]} <= options_of(command).keys()
     assert "blend" in TARGETS[target].settings

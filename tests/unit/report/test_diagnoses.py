@@ -255,8 +255,8 @@ def test_small_batches_name_the_trials_that_are_surely_better() -> None:
     small = Diagnosis("small_batch", "BN201", "error", ("bn",), None, "bn: Few.", "Larger batches.")
     tried = (trial("instance statistics", 0.9), trial("batch statistics", 0.8), trial("recalibrated", 0.7))
     assert (
-        "Measured on 60 held-out samples: normalizing at inference with batch statistics takes the metric from 0.4 to"
-        " 0.8; normalizing at inference with the statistics of each sample takes the metric from 0.4 to 0.9. "
+        "Measured on 60 held-out samples: normalizing at inference with the statistics of each sample takes the metric"
+        " from 0.4 to 0.9; normalizing at inference with batch statistics takes the metric from 0.4 to 0.8. "
     ) in said(replace(causes.lag(), diagnoses=(small,), remedies=tried))
     no_gain = (trial("instance statistics", 0.3), trial("batch statistics", 0.4))
     assert "Measured on" not in said(replace(causes.lag(), diagnoses=(small,), remedies=no_gain))

@@ -93,6 +93,16 @@ def test_a_repair_that_its_own_conversion_beats_is_no_success() -> None:
     assert "leave out --finetune." in text
 
 
+def test_layers_that_no_scan_measures_have_no_flags() -> None:
+    record, (before, after) = replace(repairs.better(), flagged_after=None), scans("better")
+    for scanned, why in (
+        (after, "a scan cannot measure the converted ones."),
+        (None, "the repaired model was not scanned."),
+    ):
+        text = render(RepairReport(record, before, scanned, files(record, scanned)), "terminal", WIDE)
+        assert f"{record.flagged_before} before; {why}" in " ".join(text.split())
+
+
 def test_without_a_control_nothing_is_claimed() -> None:
     record = repairs.better()
     assert record.proof is not None
