@@ -123,7 +123,7 @@ def targets() -> str:
     """What a layer can be converted to, from the registry."""
     rows = [
         f"| `{each.name}`{' (default)' if each.name == DEFAULT_TARGET else ''} | {each.summary} "
-        f"| {'the same' if each.agrees else 'running statistics'} | {'yes' if each.deploys else 'no'} | {each.advice} |"
+        f"| {'the same' if each.agrees else each.at_inference} | {'yes' if each.deploys else 'no'} | {each.advice} |"
         for each in TARGETS
     ]
     head = ["| `--to` | in training | at inference | deploys as plain BN | when |", "|---|---|---|---|---|"]

@@ -30,6 +30,9 @@ def main() -> int:
     """Print the report, and write it where asked; 0 whatever the figures are."""
     arguments = _arguments()
     torch.set_num_threads(1)
+    if arguments.untrained:
+        print("\n\n".join(f"### {title}\n\n{markdown(found)}" for title, found in digits.untrained_rows().items()))
+        return 0
     started = time.perf_counter()
     chapters = {title: [_told(table, started) for table in tables] for title, tables in _chapters(arguments.quick)}
     report = render(chapters, time.perf_counter() - started)
@@ -55,6 +58,7 @@ def render(chapters: dict[str, list[Table]], seconds: float) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.repairs", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, one rate, few steps: does it run at all?")
+    parser.add_argument("--untrained", action="store_true", help="print what conversions give without training, alone")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write RESULTS.md and results.json there")
     return parser.parse_args()
 

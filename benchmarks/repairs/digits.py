@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+
+from torch import nn
 
 from benchmarks.repairs.arms import GROUPS, Table, choose, plan_for_all
 from benchmarks.repairs.finetuned import at_rate, control_score
-from bnprobe.analysis.comparison import CONTROL, CONTROL_RECALIBRATED
+from bnprobe.analysis.comparison import AS_IS, CONTROL, CONTROL_RECALIBRATED, RECALIBRATED, paired_gain
 from bnprobe.commands.experiment import Subject, make_subject, prove
 from bnprobe.config.load import build_spec
 from bnprobe.config.spec import OptimizerSpec, RepairSpec, ScheduleSpec, Spec, TrainSpec
 from bnprobe.loading.workload import load_workload
+from bnprobe.measure.scores import ScoreTable
+from bnprobe.measure.what_if import WEIGHTS
+from bnprobe.repairs import apply
 
 FOLDER = Path(__file__).parents[2] / "sample_configs" / "digits"
 CHECKPOINTS = {"batch2": "trained at batch size 2", "sorted": "trained on batches of 8 of one class each"}
 RATES = (0.003, 0.01, 0.03, 0.1)
-REPAIRS = ("batch-renorm", "frozen", "group-norm", "instance-renorm", "gated")
+REPAIRS = ("batch-renorm", "frozen", "group-norm", "instance-renorm", "example-weighing", "gated")
 STEPS, SEEDS = 200, 5
 
 
@@ -32,6 +38,41 @@ def tables(steps: int = STEPS, quick: bool = False) -> Iterator[Table]:
         )
         rates = dict.fromkeys((CONTROL, CONTROL_RECALIBRATED, *REPAIRS), choice.rate)
         yield Table(f"{name}.yaml, {words}", how, found.proof.arms, found.proof.control or CONTROL, rates)
+
+
+def untrained_rows() -> dict[str, list[list[str]]]:
+    """For each checkpoint a heading, and a row for every conversion without training, on the half that scores.
+
+    The weight of example weighing is chosen on the other half; instance renorm blends half and half.
+    """
+    return {f"{name}.yaml, {words}": _untrained(subject_of(name, 1, 1)) for name, words in CHECKPOINTS.items()}
+
+
+def _untrained(subject: Subject) -> list[list[str]]:
+    models = {AS_IS: subject.model, RECALIBRATED: subject.start}
+    for to in REPAIRS:
+        models[to] = apply(subject.start, plan_for_all(subject.start, to), subject.repair)
+    weigh = partial(_weighed, subject)
+    chosen = max(WEIGHTS, key=lambda weight: subject.choosing.score(weigh(weight)).metric or 0.0)
+    del models["example-weighing"]
+    models[f"example-weighing, blend {chosen:g} of {', '.join(f'{weight:g}' for weight in WEIGHTS)}"] = weigh(chosen)
+    scored = {name: subject.proving.table(model) for name, model in models.items()}
+    head = ["model", "held-out accuracy", "held-out loss", "accuracy minus as is", "minus recalibrated"]
+    return [head, *(_untrained_row(name, scored) for name in scored)]
+
+
+def _untrained_row(name: str, scored: dict[str, ScoreTable]) -> list[str]:
+    found, gains = scored[name].score("eval"), []
+    for control in (AS_IS, RECALIBRATED):
+        gain = None if name in (AS_IS, control) else paired_gain(scored[name], scored[control], "metric", "max")
+        low, high = (None, None) if gain is None or gain.interval is None else gain.interval
+        gains.append("" if gain is None else f"{gain.mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return [name, f"{found.metric:.3f}", f"{found.loss:.3f}", *gains]
+
+
+def _weighed(subject: Subject, weight: float) -> nn.Module:
+    spec = subject.repair.model_copy(update={"blend": weight})
+    return apply(subject.start, plan_for_all(subject.start, "example-weighing"), spec)
 
 
 def subject_of(name: str, steps: int, seeds: int) -> Subject:

@@ -22,7 +22,7 @@ from bnprobe.repairs.recalibration import recalibrate
 from bnprobe.training import train
 
 RATES = (0.001, 0.003, 0.01)
-REPAIRS = ("batch-renorm", "frozen", "group-norm", "instance-renorm")
+REPAIRS = ("batch-renorm", "frozen", "group-norm", "instance-renorm", "example-weighing")
 STEPS = 40
 
 

@@ -14,7 +14,12 @@ from bnprobe.stats.scores import paired_difference
 
 AS_IS, RECALIBRATED = "as is", "recalibrated"
 CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN recalibrated after"
-"""Names of the arms without a repair. The last two are baselines: plain BN, trained like the repair."""
+"""Names of the arms beside the repair. The last two are baselines: plain BN, trained like the repair."""
+
+
+def without_training(to: str) -> str:
+    """Name of the arm of a repair without its training."""
+    return f"{to} untrained"
 
 
 def mean_estimate(values: Sequence[float | None]) -> Estimate | None:
@@ -113,7 +118,9 @@ def conclude(
         note = next((run.note for run in arm.runs if run.ending == "diverged"), None)
         if note is not None:
             return "not_compared", f"Training of {arm.name} diverged: {note}"
-    names = dict.fromkeys((repaired.name, CONTROL, CONTROL_RECALIBRATED, RECALIBRATED, AS_IS))
+    names = dict.fromkeys(
+        (repaired.name, CONTROL, CONTROL_RECALIBRATED, without_training(repaired.name), RECALIBRATED, AS_IS)
+    )
     means = {name: getattr(arms[name], measure) for name in names if name in arms}
     listed = ", ".join(f"{name} {value.mean:.3g}" for name, value in means.items() if value is not None)
     conclusion, sentence = _judge(gain, control, len(repaired.runs))
@@ -122,6 +129,24 @@ def conclude(
     stood = f" {' and '.join(start)}: training did not improve the held-out score." if start else ""
     untrained = "" if repaired.trained else " Nothing was trained: --finetune measures what that gains."
     return conclusion, f"{measure.capitalize()}: {listed}. {sentence}{stood}{untrained}"
+
+
+def what_training_adds(converted: Arm, gain: Estimate | None, measure: Measure) -> str:
+    """What the weights to be written gain over the same conversion without training, a sentence; empty if not known.
+
+    Args:
+        converted: The conversion without training.
+        gain: Of the weights to be written over it, on the same samples.
+        measure: What arms are compared by.
+    """
+    score = getattr(converted, measure)
+    if gain is None or score is None:
+        return ""
+    interval = ""
+    if gain.interval is not None:
+        low, high = gain.interval
+        interval = f" (95% interval over the samples {low:+.2g} to {gain.mean if high is None else high:+.2g})"
+    return f" The conversion alone gives {score.mean:.3g}: training adds {gain.mean:+.2g}{interval}."
 
 
 def verdict(gain: float, interval: Interval) -> Literal["better", "same", "worse"]:

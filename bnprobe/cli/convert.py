@@ -38,7 +38,9 @@ def convert(
     ] = None,
     blend: Annotated[
         float | None,
-        options.option(REPAIR, "--blend", "Weight of the batch's or sample's own statistics, from 0 to 1.", "X"),
+        options.option(
+            REPAIR, "--blend", "Weight of the own statistics, of gated, instance-renorm, example-weighing.", "X"
+        ),
         options.Sets("repair.blend"),
     ] = None,
     groups: Annotated[

@@ -23,6 +23,8 @@ from bnprobe.analysis.comparison import (
     is_surely_worse,
     make_arm,
     paired_gain,
+    what_training_adds,
+    without_training,
 )
 from bnprobe.config.requirements import parse_requirement
 from bnprobe.config.spec import RepairSpec, Spec, TrainSpec
@@ -290,7 +292,10 @@ def prove(
     on_step: OnStep = lambda step: None,
     world: World = ALONE,
 ) -> Proven:
-    """Score the model as loaded, recalibrated, fine-tuned as plain BN, and repaired; the first plan is the repair.
+    """Score the model as loaded, recalibrated, converted, fine-tuned as plain BN, and repaired.
+
+    The first plan is the repair. Where plans are trained, the same conversions without training are scored, too, so
+    that training is not credited with what they give.
 
     For each seed, trained arms see the same data in the same order for the same number of steps, and start from the
     same weights and statistics. Plain BN has the momentum of the layers that it is compared with.
@@ -302,6 +307,9 @@ def prove(
     if subject.copy is not None:
         arms.append(_untrained(subject, RECALIBRATED, subject.copy))
     if subject.training is not None:
+        arms += [
+            _untrained(subject, without_training(plan.to), apply(subject.start, plan, subject.repair)) for plan in plans
+        ]
         arms += _controls(subject, plans, folder, on_step, world)
     repairs = [
         _untrained(subject, plan.to, apply(subject.start, plan, subject.repair))
@@ -480,6 +488,10 @@ def _proof(subject: Subject, scored: Sequence[_Scored], to: str) -> Proof:
     if len(repaired.runs) > 1:
         gain = gain_over(repaired, control, measure, goal)
     conclusion, message = conclude(named, repaired, control, gain, measure)
+    converted = without_training(to)
+    alone = None if converted not in tables else paired_gain(tables[to], tables[converted], measure, goal)
+    if conclusion != "not_compared" and converted in named:
+        message += what_training_adds(named[converted], alone, measure)
     if contradicted:
         message = f"{message} {CONTRADICTED}"
 
@@ -499,5 +511,7 @@ def _proof(subject: Subject, scored: Sequence[_Scored], to: str) -> Proof:
         over_as_is=over_as_is,
         surely_worse=is_below(AS_IS),
         below_recalibrated=is_below(RECALIBRATED),
+        over_converted=alone,
+        below_converted=is_below(converted),
         scored_on=subject.proving.data,
     )

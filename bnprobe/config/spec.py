@@ -400,8 +400,8 @@ class RepairSpec(_Section):
         recalibrate: Begin with recalibrated running statistics.
         groups: Group norm: the largest number of groups. A layer gets the largest divisor of its channels up to this
             that leaves two channels in a group.
-        blend: Gated layers: initial weight of the batch statistics. Instance renorm: weight of the sample's own
-            statistics.
+        blend: Gated layers: initial weight of the batch statistics. Instance renorm and example weighing: weight of the
+            sample's own statistics.
         renorm: Limits of Batch Renorm.
         seeds: Runs of every arm, with consecutive seeds that begin with the spec's.
         require: Requirements on the repaired model, e.g. "metric>=0.97"; see ``bnprobe.config.requirements``.

@@ -34,6 +34,7 @@ class Target:
             "renorm", training raises the limits of its Batch Renorm layers by the schedule in that section.
         needs_processes: Whether it only changes something where several processes train.
         unflagged_remark: What a reader should know if the repaired model has no flagged layer, a sentence.
+        at_inference: What its layers normalize with at inference, unless it ``agrees``, a phrase.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Target:
     settings: tuple[str, ...] = ()
     needs_processes: bool = False
     unflagged_remark: str = ""
+    at_inference: str = "running statistics"
 
 
 _HERE = "bnprobe.repairs.conversions:"
@@ -94,6 +96,14 @@ TARGETS: Registry[Target] = Registry(
             advice="batch size 1; samples that differ in gain and offset; plain BN only at `blend: 0`",
             agrees=True,
             settings=("blend",),  # BN at inference only at blend 0: deployable_state looks at the layers themselves
+        ),
+        Target(
+            name="example-weighing",
+            summary="batch statistics, as in BN",
+            conversion=_HERE + "ToExampleWeighing",
+            advice="weights that are trained already, without training them again; plain BN only at `blend: 0`",
+            settings=("blend",),
+            at_inference="running statistics, mixed with those of the sample",
         ),
         Target(
             name="gated",

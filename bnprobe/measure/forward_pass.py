@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +156,48 @@ class Leaves:
     shift: Tensor
 
 
+Blending = Literal["moments", "outputs"]
+"""What is blended: the moments of the sample and the running ones, as in example weighing; or the outputs that both
+give, as in instance renorm."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Layers that normalize every row of their input in part with its own statistics, in place of the running ones.
+
+    Attributes:
+        layers: Their indices.
+        weight: Of the row's own statistics, in [0, 1].
+        of: What is blended.
+    """
+
+    layers: frozenset[int]
+    weight: float
+    of: Blending
+
+    def normalize(self, call: NormCall, mean: Tensor, variance: Tensor) -> Tensor:
+        """The output of a call that has running statistics; a row with one position is normalized by these alone.
+
+        Args:
+            call: The call to answer.
+            mean, variance: Of every row, as ``row_moments`` gives them.
+        """
+        assert call.running_mean is not None  # the caller answers other calls otherwise
+        assert call.running_variance is not None
+        x, weight = call.input, self.weight if call.input.shape[2:].numel() > 1 else 0.0
+        running, spread = call.running_mean.to(mean), call.running_variance.to(mean)
+        if self.of == "moments":
+            square = (mean - running).square()
+            variance = weight * variance + (1 - weight) * spread + weight * (1 - weight) * square
+            mean = weight * mean + (1 - weight) * running
+        else:
+            # (x - mean) * a + (x - running) * b = (x - c) * (a + b), with c between the two means
+            a, b = weight * (variance + call.eps).rsqrt(), (1 - weight) * (spread + call.eps).rsqrt()
+            mean, variance = (a * mean + b * running) / (a + b), (a + b).square().reciprocal() - call.eps
+        plain = replace(call, r_max=1.0, d_max=0.0, gate=None)
+        return normalize_groups(plain, mean, variance, torch.arange(x.shape[0], device=x.device))
+
+
 @dataclass
 class Pass:
     """What one forward pass runs on, how its norm layers answer, and what it records.
@@ -171,6 +214,7 @@ class Pass:
         by_batch: Indices of layers that normalize with their group's statistics, whatever mode they are in.
         statistics: Float64; stand in for the running statistics, as if they were in the buffers, where the layer would
             use these.
+        blend: Layers that take in the statistics of every row where they would use their running ones; None: none.
         plain: Batch Renorm normalizes as BN does, uncorrected: for statistics that do not depend on the running ones.
         leaves: Not None: where a layer uses its running statistics, its scale and shift become leaves of the graph, one
             row for each unit of what is recorded, and are put here. Needs grad mode; layers that normalize with batch
@@ -187,6 +231,7 @@ class Pass:
     references: dict[Slot, Moments] = field(default_factory=dict)
     by_batch: frozenset[int] = frozenset()
     statistics: LayerStatistics = field(default_factory=dict)
+    blend: Blend | None = None
     plain: bool = False
     leaves: dict[Slot, Leaves] | None = None
     records: dict[Slot, Recorded] = field(default_factory=dict)
@@ -212,7 +257,8 @@ class Pass:
         grouping = self._grouping(replace(found, call=seen), slot)
         by_batch = call.training or call.running_mean is None or layer.index in self.by_batch
         own = grouping.group_rows is not None
-        per_sample = self.per_sample and not by_batch and not own
+        blend = self.blend if self.blend is not None and layer.index in self.blend.layers and not by_batch else None
+        per_sample = (self.per_sample or blend is not None) and not by_batch and not own
         mean, variance = (grouping.sample_moments if per_sample else grouping.group_moments)(seen.input, call.eps)
         self.records[slot] = Recorded(
             mean,
@@ -232,6 +278,9 @@ class Pass:
                 return _by_group(call, grouping.group_of_row(call.input.device))
             return normalize_groups(call, mean, variance, grouping.group_of_row(call.input.device))
         call = _with_statistics(call, self.statistics.get(layer.index))
+        if blend is not None:
+            rows = mean.shape[0] == call.input.shape[0]
+            return blend.normalize(call, *((mean, variance) if rows else row_moments(call.input, call.eps)))
         if self.leaves is None:
             return found.family.evaluate(call)
         output, self.leaves[slot] = affine(call, replace(grouping, batch_size=1) if per_sample else grouping)

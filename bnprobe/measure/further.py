@@ -10,9 +10,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from bnprobe.config.spec import OptimizerSpec, ScanSettings
 from bnprobe.errors import BnprobeError
@@ -33,7 +35,7 @@ from bnprobe.measure.gradients import measure_gradients
 from bnprobe.measure.impact import SAMPLES, joint_impact, measure_impact
 from bnprobe.measure.session import Session
 from bnprobe.measure.train_steps import MakeOptimizer, train_steps
-from bnprobe.measure.what_if import what_if
+from bnprobe.measure.what_if import MicroBatchStatistics, what_if
 from bnprobe.records import Backward, Chance, ExtraPass, GradientAngle, Impact, Layer, Remedy, Updates
 from bnprobe.rules.facts import Anatomy, OtherEps, Padding, Randomness
 
@@ -230,10 +232,34 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
     options: dict[str, Any] = {"scored_on": data, "larger": asked}
     started = time.perf_counter()
     options |= {"goal": settings.goal, "goal_is_known": settings.goal_is_known}
+    # Without held-out data those of the scan are of the samples that are scored, too.
+    options["micro_batch"] = None if held_out is None else micro_batch_statistics(session, evidence)
     tried = what_if(session, training, scored, batching, scoring, seconds=None if asked else TRIAL_SECONDS, **options)
     found.remedies, found.frozen_lag = tried.remedies, tried.frozen
     found.notes += tried.untried
     found.passes.append(ExtraPass("what-if", reason, tried.samples, time.perf_counter() - started))
+
+
+def micro_batch_statistics(session: Session, evidence: Evidence) -> MicroBatchStatistics:
+    """What the scan measured on the train path, all but the norms in eval mode, in units of running statistics.
+
+    Of the layers that normalize there as plain BN does.
+    """
+    path = evidence.steady or evidence.train
+    averaged: dict[int, tuple[Tensor, Tensor]] = {}
+    pooled: dict[int, tuple[Tensor, Tensor]] = {}
+    for layer in session.layers.layers:
+        info, slots = layer.info, [slot for slot in path.calls if slot[0] == layer.index]
+        if not slots or info.corrects or info.running_mean is None or info.running_variance is None:
+            continue
+        means = reduce(add, map(path.moments, slots)).means().whole()
+        square = info.running_variance.cpu().double() + info.eps_of_channels
+        mean = info.running_mean.cpu().double() + means.d[0] * square.sqrt()
+        device = info.running_mean.device
+        averaged[layer.index] = mean.to(device), (means.variance[0] * square).to(device)
+        pooled[layer.index] = mean.to(device), (means.pooled[0] * square).to(device)
+    batches = f"{evidence.batches} micro-batches of {evidence.batch_size} training samples, as in training"
+    return MicroBatchStatistics(averaged, pooled, batches)
 
 
 def _some(evidence: Evidence) -> list[MicroBatch]:

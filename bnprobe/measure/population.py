@@ -63,6 +63,10 @@ class Population:
         """Values per channel of a layer in one micro-batch, of the layer that has the fewest."""
         return min(count / self._batches[index] for index, count in self._count.items())
 
+    def most_values(self) -> float:
+        """The same of the layer that has the most."""
+        return max(count / self._batches[index] for index, count in self._count.items())
+
     def updates(self) -> dict[int, int]:
         """By index of the layer: micro-batches that it was called on, each call counted; a part of one counts fully."""
         return {index: math.ceil(batches - 1e-6) for index, batches in self._batches.items()}

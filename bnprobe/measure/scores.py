@@ -14,7 +14,7 @@ from bnprobe.errors import DataError, UserCodeError
 from bnprobe.loading.model import BatchFunction
 from bnprobe.loading.returned import one_number
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, to_device
-from bnprobe.measure.forward_pass import LayerStatistics, Pass
+from bnprobe.measure.forward_pass import Blend, LayerStatistics, Pass
 from bnprobe.measure.memory import Result
 from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching
 from bnprobe.measure.restore import preserved_random_state
@@ -70,6 +70,10 @@ class ScoreTable:
     def merge(self, other: ScoreTable) -> None:
         """Add what was measured on other micro-batches."""
         self.add(other.rows)
+
+    def part(self, chosen: slice) -> ScoreTable:
+        """Some of the micro-batches."""
+        return replace(self, rows={key: rows[chosen] for key, rows in self.rows.items()})
 
     def on_host(self) -> ScoreTable:
         """The same in host memory."""
@@ -235,7 +239,9 @@ def score_batches(
     *,
     by_batch: frozenset[int] = frozenset(),
     statistics: LayerStatistics | None = None,
+    blend: Blend | None = None,
     group: int | None = None,
+    most: int = MOST_SAMPLES,
 ) -> ScoreTable:
     """Loss and metric of micro-batches, each of which the functions see by itself, and of samples where possible.
 
@@ -245,7 +251,7 @@ def score_batches(
         session: Installed.
         micro_batches: Those of different sizes run one by one.
         batching: How they run.
-        by_batch, statistics: As in ``Pass``.
+        by_batch, statistics, blend: As in ``Pass``.
         group: Samples that batch statistics are taken of; None: the micro-batch, as where
             it does not divide into groups.
 
@@ -258,7 +264,8 @@ def score_batches(
         room = {measure: table.room(measure, path) for measure in MEASURES}
         table.add(score_outputs(session, path, batches, outputs, size, room))
 
-    run_together(session, path, micro_batches, batching, score, by_batch=by_batch, statistics=statistics, group=group)
+    how: dict[str, Any] = {"by_batch": by_batch, "statistics": statistics, "blend": blend, "group": group}
+    run_together(session, path, micro_batches, batching, score, **how)
     return table
 
 
@@ -271,13 +278,14 @@ def run_together(
     *,
     by_batch: frozenset[int] = frozenset(),
     statistics: LayerStatistics | None = None,
+    blend: Blend | None = None,
     group: int | None = None,
 ) -> list[Result]:
     """Run micro-batches, as many at once as fill a physical batch.
 
     Args:
         session: Installed.
-        micro_batches, batching, by_batch, statistics, group: As in ``score_batches``.
+        micro_batches, batching, by_batch, statistics, blend, group: As in ``score_batches``.
         use: Gets the micro-batches of one forward pass on the device, the samples of each, their outputs, and the pass.
 
     Returns:
@@ -292,7 +300,7 @@ def run_together(
         if any(batch.samples != size for batch in chunk):
             raise CannotEmulateError(DIFFERENT_SIZES)
         how = replace(batching, batch_size=size)
-        pass_ = how.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {})
+        pass_ = how.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {}, blend=blend)
         pass_.batch_size = group if group and size % group == 0 else size
         _, outputs = session.forward(path, to_device(join(batches, size), session.device), pass_)
         return use([to_device(batch, session.device) for batch in batches], size, outputs, pass_)

@@ -238,7 +238,7 @@ class Session:
         if the model is called again.
         """
         batch, last = copy_tensors(batch), self._last
-        chosen: dict[str, Any] = {"by_batch": last.by_batch, "statistics": last.statistics, "layouts": last.layouts}
+        chosen: dict[str, Any] = {name: getattr(last, name) for name in ("by_batch", "statistics", "blend", "layouts")}
         pass_ = replace(pass_, batch_size=min(last.batch_size, pass_.batch_size), **chosen)
         border = model_code(f"calling {name}(model, batch) ({_IN_WORDS[path]})")
         with self._running(path, pass_), replaying(self.model, batch, outputs, self._state.put_back), border:

@@ -7,23 +7,54 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
+
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.errors import BnprobeError, UsageError
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join
-from bnprobe.measure.forward_pass import LayerStatistics
+from bnprobe.measure.forward_pass import Blend, LayerStatistics
 from bnprobe.measure.memory import Footprint, fits_in_memory
 from bnprobe.measure.physical_batch import Batching, as_sentence
 from bnprobe.measure.population import LARGE, Population, settle_by_layer, steady_population
-from bnprobe.measure.scores import ScoreTable, score_batches
+from bnprobe.measure.scores import MOST_SAMPLES, ScoreTable, score_batches
 from bnprobe.measure.session import Session, no_progress
-from bnprobe.records import FREE_REMEDIES, MEASURES, Estimate, Goal, Measure, Remedy, leading
+from bnprobe.records import FREE_REMEDIES, MEASURES, Estimate, Goal, Measure, Remedy, Score, leading
 from bnprobe.stats.scores import paired_difference
 
-_RECALIBRATED, _EVALUATION_STATISTICS, _BATCH_STATISTICS, _INSTANCE_STATISTICS, _WITH_FROZEN = FREE_REMEDIES
+(
+    _RECALIBRATED,
+    _EVALUATION_STATISTICS,
+    _BATCH_STATISTICS,
+    _INSTANCE_STATISTICS,
+    _INSTANCE_RENORM,
+    _EXAMPLE_WEIGHING,
+    _AVERAGED,
+    _POOLED,
+    _WITH_FROZEN,
+) = FREE_REMEDIES
 
 LARGER = (4, 16)
 """Factors by which batches are made larger than those scanned."""
+
+BLEND = 0.5
+"""The blend that instance renorm is tried with: that of ``bnprobe convert``."""
+
+WEIGHTS = (0.125, 0.25, 0.5, 0.75)
+"""Weights of the sample's own moments among which one is chosen for example weighing. 1 is "instance statistics"."""
+
+_CHOOSING = 64
+"""Samples that every weight is scored on: they need only tell the weights apart, other samples score the one chosen."""
+
+_ALIKE = 0.01
+"""Running statistics that are no farther apart than this, in D, in any layer are tried once."""
+
+_HALF = slice(None, None, 2)
+"""The micro-batches that score conversions; the others choose what there is to choose."""
+
+_PASS = "a pass over the data"
+_OF_SAMPLES = "the moments of every sample at inference, and weights that plain BN cannot use"
+_OF_BATCHES = "outputs that depend on the other samples of the batch"
 
 _LAYER_PASSES = 4096
 """Samples times layers for the statistics that are taken layer by layer, each in a pass of its own."""
@@ -70,6 +101,7 @@ def what_if(
     scored_on: Literal["held-out", "training"] = "held-out",
     larger: bool = True,
     seconds: float | None = None,
+    micro_batch: MicroBatchStatistics | None = None,
 ) -> Tried:
     """Loss and metric on the held-out batches, eval path, as loaded and with each remedy.
 
@@ -80,12 +112,21 @@ def what_if(
     * "batch statistics": every held-out batch normalizes with its own statistics, in batches of the scanned size
       where the held-out batches divide into such.
     * "instance statistics": every sample with its own, where it gives every layer more than one value per channel.
+    * "instance renorm": the outputs of these and of the running statistics, half and half. This one and the following
+      three are scored on every other micro-batch.
+    * "example weighing": every sample's own moments mixed into the running ones, with one weight for all layers. The
+      weight is chosen on some of the others.
+    * "micro-batch statistics, averaged" and "..., pooled": ``micro_batch``, where they differ from each other and from
+      the recalibrated ones.
     * "recalibrated with frozen layers": as "recalibrated", but in the layers, too, that model.train() leaves in eval
       mode; only where there are such layers. The control is "recalibrated", where that changes any layer: what is left
       is the effect of the frozen ones.
     * "batch statistics, batches of N": the same in larger batches, as far as data and memory allow and samples of
       different batches may be mixed. Loss and metric see these larger batches, and a metric may not be a mean over
       samples: the control is the model as loaded, scored in batches of the same size.
+
+    Instance renorm and example weighing are conversions: ``bnprobe convert`` recalibrates first unless that is surely
+    worse. So do these, and so does their control. They are tried where all layers concerned derive from torch's BN.
 
     The layers concerned are those that are selected, keep running statistics and, but for the frozen ones, update them
     in training. Population statistics are pooled over all samples, their variance is unbiased, like that of the
@@ -103,6 +144,7 @@ def what_if(
         goal_is_known: Whether the user said so.
         scored_on: Where ``held_out`` comes from. Statistics of training data as evaluation data say nothing.
         larger: Whether to try larger batches too.
+        micro_batch: Statistics of micro-batches as in training, of other data than what is scored; None: not known.
         seconds: What scoring the model once may take, by the first two micro-batches; others are left out, down to 8.
             None: no limit.
 
@@ -138,9 +180,27 @@ def what_if(
             _EVALUATION_STATISTICS, lambda: trial.with_statistics(_EVALUATION_STATISTICS, statistics, before, detail)
         )
     trial.by_batch(layers, batching.batch_size, own, before)
+    trial.by_sample(layers, own, before)
+    if micro_batch is not None:
+        trial.of_micro_batches(layers, micro_batch, before)
     if larger:
         trial.larger_batches(layers, before, footprint)
     return trial.tried(training, frozen)
+
+
+@dataclass(frozen=True)
+class MicroBatchStatistics:
+    """Running statistics that a layer would have of micro-batches as in training, with all but the norms in eval mode.
+
+    Attributes:
+        averaged: The variance is the mean of those that the micro-batches were normalized with, biased.
+        pooled: It also has the spread of their means: that of all values together.
+        detail: What they were taken of, a phrase.
+    """
+
+    averaged: LayerStatistics
+    pooled: LayerStatistics
+    detail: str
 
 
 def _within(batches: Sequence[MicroBatch], seconds: float, each: float) -> Sequence[MicroBatch]:
@@ -163,6 +223,7 @@ class _Trial:
 
     Attributes:
         found, untried: The results.
+        base: Statistics and scores that a conversion starts from, other than those as loaded; none: as loaded.
     """
 
     session: Session
@@ -173,6 +234,12 @@ class _Trial:
     batches: Sequence[MicroBatch]
     found: list[Remedy] = field(default_factory=list)
     untried: list[str] = field(default_factory=list)
+    base: list[tuple[LayerStatistics, ScoreTable]] = field(default_factory=list)
+
+    @property
+    def half(self) -> _Trial:
+        """Of the micro-batches that choose nothing."""
+        return replace(self, batches=self.batches[_HALF])
 
     @property
     def samples(self) -> int:
@@ -205,10 +272,12 @@ class _Trial:
         by_batch: frozenset[int] = frozenset(),
         statistics: LayerStatistics | None = None,
         group: int | None = None,
+        blend: Blend | None = None,
+        most: int = MOST_SAMPLES,
     ) -> ScoreTable:
-        return score_batches(
-            self.session, "eval", self.batches, self.batching, by_batch=by_batch, statistics=statistics, group=group
-        )
+        how: dict[str, Any] = {"by_batch": by_batch, "statistics": statistics, "group": group, "blend": blend}
+        how["most"] = most
+        return score_batches(self.session, "eval", self.batches, self.batching, **how)
 
     def recalibrations(
         self, statistics_of: Callable[[frozenset[int]], list[_Statistics]], layers: frozenset[int], before: ScoreTable
@@ -223,7 +292,9 @@ class _Trial:
 
         def usual() -> Remedy:
             nonlocal control
-            remedy, control = self.best(_RECALIBRATED, statistics_of(frozenset()), before)
+            remedy, statistics, control = self.best(_RECALIBRATED, statistics_of(frozenset()), before)
+            if not self._is_worse(remedy):
+                self.base.append((statistics, control))
             return remedy
 
         def with_frozen() -> Remedy | None:
@@ -282,14 +353,15 @@ class _Trial:
 
     def best(
         self, name: str, candidates: Sequence[_Statistics], before: ScoreTable, control: ScoreTable | None = None
-    ) -> tuple[Remedy, ScoreTable]:
+    ) -> tuple[Remedy, LayerStatistics, ScoreTable]:
         """The statistics that score best, and their scores."""
         tables = [self.score(statistics=each.values) for each in candidates]
         tried = [
-            (self._remedy(name, frozenset(each.values), before, table, control, each.detail), table)
+            (self._remedy(name, frozenset(each.values), before, table, control, each.detail), each.values, table)
             for each, table in zip(candidates, tables, strict=True)
         ]
-        return min(tried, key=lambda found: self._badness(found[0]))
+        remedy, values, table = min(tried, key=lambda found: self._badness(found[0].after))
+        return replace(remedy, cost=_PASS), values, table
 
     def _distances(self, statistics: LayerStatistics) -> dict[str, float]:
         """Mismatch D of the running statistics of frozen layers against others."""
@@ -307,7 +379,8 @@ class _Trial:
         return {name: mismatch for name, mismatch in found.items() if math.isfinite(mismatch)}
 
     def with_statistics(self, name: str, statistics: LayerStatistics, before: ScoreTable, detail: str) -> Remedy:
-        return self._remedy(name, frozenset(statistics), before, self.score(statistics=statistics), None, detail)
+        after = self.score(statistics=statistics)
+        return replace(self._remedy(name, frozenset(statistics), before, after, None, detail), cost=_PASS)
 
     def by_batch(self, layers: frozenset[int], size: int, own: Population, before: ScoreTable) -> None:
         """Batch statistics in batches of the scanned size, and those of single samples."""
@@ -325,7 +398,82 @@ class _Trial:
         detail = f"batches of {group} {self.scored_on} samples, each normalized with its own statistics"
         if group == 1:
             detail = f"every {self.scored_on} sample normalized with its own statistics"
-        return self._remedy(name, layers, before, after, control, detail, by_batch=group > 1)
+        remedy = self._remedy(name, layers, before, after, control, detail, by_batch=group > 1)
+        return replace(remedy, blend=1.0, cost=_OF_SAMPLES) if group == 1 and self._convertible(layers) else remedy
+
+    def by_sample(self, layers: frozenset[int], own: Population, before: ScoreTable) -> None:
+        """Conversions after which every sample is normalized in part by its own statistics."""
+        usual = max(batch.samples for batch in self.batches)
+        if own.most_values() / usual <= 1 or not self._convertible(layers):
+            return
+        self.attempt(_INSTANCE_RENORM, lambda: self.instance_renorm(layers, before))
+        if len(self.batches) > 1:
+            self.attempt(_EXAMPLE_WEIGHING, lambda: self.example_weighing(layers, before))
+
+    def _convertible(self, layers: frozenset[int]) -> bool:
+        modules = [layer.module for layer in self.session.layers.layers if layer.index in layers]
+        return all(isinstance(module, _BatchNorm) for module in modules)
+
+    def instance_renorm(self, layers: frozenset[int], before: ScoreTable) -> Remedy:
+        detail = "outputs with the statistics of every sample and with the running ones, half and half"
+        return self._converted(_INSTANCE_RENORM, Blend(layers, BLEND, "outputs"), before, detail)
+
+    def example_weighing(self, layers: frozenset[int], before: ScoreTable) -> Remedy:
+        """The weight is chosen on the micro-batches that score nothing, of which a few are enough."""
+        few = max(1, _CHOOSING // max(batch.samples for batch in self.batches))
+        choosing = replace(self, batches=self.batches[1::2][:few])
+        statistics, _ = self._start(before)
+
+        def badness(blend: Blend) -> tuple[float, ...]:
+            return self._badness(choosing.score(statistics=statistics, blend=blend, most=0).score("eval"))
+
+        best = min((Blend(layers, weight, "moments") for weight in WEIGHTS), key=badness)
+        weights = ", ".join(f"{weight:g}" for weight in WEIGHTS)
+        detail = (
+            f"moments of every sample mixed into the running ones with weight {best.weight:g}, of {weights} the best on"
+            f" {choosing.samples} other {self.scored_on} samples"
+        )
+        return self._converted(_EXAMPLE_WEIGHING, best, before, detail)
+
+    def _start(self, before: ScoreTable) -> tuple[LayerStatistics | None, ScoreTable]:
+        """What a conversion starts from."""
+        return self.base[0] if self.base else (None, before)
+
+    def _converted(self, name: str, blend: Blend, before: ScoreTable, detail: str) -> Remedy:
+        statistics, control = self._start(before)
+        after = self.half.score(statistics=statistics, blend=blend)
+        remedy = self.half._remedy(name, blend.layers, before.part(_HALF), after, control.part(_HALF), detail)
+        recalibrated = statistics is not None
+        return replace(remedy, blend=blend.weight, recalibrated=recalibrated, cost=_OF_SAMPLES)
+
+    def of_micro_batches(self, layers: frozenset[int], found: MicroBatchStatistics, before: ScoreTable) -> None:
+        """Statistics of micro-batches, those that are unlike all that were tried before."""
+        known = [statistics for statistics, _ in self.base]
+        for name, statistics in ((_POOLED, found.pooled), (_AVERAGED, found.averaged)):
+            if statistics.keys() == layers and all(self._differ(statistics, other) for other in known):
+                half, detail = before.part(_HALF), found.detail
+                self.attempt(name, partial(self.half.with_statistics, name, statistics, half, detail))
+                known.append(statistics)
+
+    def _differ(self, one: LayerStatistics, other: LayerStatistics) -> bool:
+        """Whether any layer would give other outputs, as D measures them."""
+        for layer in self.session.layers.layers:
+            if layer.index in one and layer.index in other:
+                (mean, variance), (reference, spread) = one[layer.index], other[layer.index]
+                eps = layer.info.eps
+                std, usual = (variance + eps).sqrt(), (spread + eps).sqrt()
+                distance = ((mean - reference).square() + (std - usual).square()) / usual.square()
+                if not bool(distance.mean() <= _ALIKE):
+                    return True
+        return False
+
+    def _is_worse(self, remedy: Remedy) -> bool:
+        """Whether it is surely worse than as loaded, in the metric, or in the loss while the metric is no better."""
+        loss, metric = _direction(remedy.loss_change), _direction(remedy.metric_change)
+        metric = metric if self.goal == "min" else -metric
+        if not self.goal_is_known and loss:
+            return loss > 0
+        return metric > 0 or (loss > 0 and metric == 0)
 
     def larger_batches(self, layers: frozenset[int], before: ScoreTable, footprint: Footprint) -> None:
         """Batch statistics in larger batches, where the model is known not to mix samples of different batches."""
@@ -343,12 +491,13 @@ class _Trial:
         trial = replace(self, batching=batching, batches=[_joined(self.batches[i : i + factor]) for i in starts])
         return trial.of_groups(name, size, layers, before, trial.score())
 
-    def _badness(self, remedy: Remedy) -> float:
-        measure = leading(remedy.before.known, self.goal_is_known)
-        value = None if measure is None else remedy.after.of(measure)
-        if value is None:
-            return math.inf
-        return -value if measure == "metric" and self.goal == "max" else value
+    def _badness(self, score: Score) -> tuple[float, ...]:
+        """By the measure that comes first, then by the other."""
+        first = leading(MEASURES, self.goal_is_known)
+        order = sorted(MEASURES, key=lambda measure: measure != first)
+        signs = {"loss": 1.0, "metric": -1.0 if self.goal == "max" else 1.0}
+        given = [measure for measure in order if getattr(self.session.functions, measure) is not None]
+        return tuple(math.inf if (value := score.of(each)) is None else signs[each] * value for each in given)
 
     def _remedy(
         self,
@@ -361,7 +510,7 @@ class _Trial:
         by_batch: bool = False,
     ) -> Remedy:
         baseline = control or before
-        changes = {f"{measure}_change": _change(measure, after, baseline, by_batch) for measure in MEASURES}
+        loss_change, metric_change = (_change(measure, after, baseline, by_batch) for measure in MEASURES)
         score, other = before.score("eval"), baseline.score("eval")
         same = _close(score.loss, other.loss) and _close(score.metric, other.metric)
         return Remedy(
@@ -373,8 +522,18 @@ class _Trial:
             images=self.samples,
             detail=detail,
             scored_on=self.scored_on,
-            **changes,
+            cost=_OF_BATCHES if by_batch else "",
+            loss_change=loss_change,
+            metric_change=metric_change,
         )
+
+
+def _direction(change: Estimate | None) -> int:
+    """1: surely up, -1: surely down."""
+    if change is None or change.interval is None:
+        return 0
+    low, high = change.interval
+    return 1 if low > 0 else -1 if high is not None and high < 0 else 0
 
 
 def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:

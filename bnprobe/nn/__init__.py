@@ -19,6 +19,12 @@ from bnprobe.nn.batch_renorm import (
     SyncBatchRenorm,
     watch_clipping,
 )
+from bnprobe.nn.example_weighing import (
+    ExampleWeighedBatchNorm,
+    ExampleWeighedBatchNorm1d,
+    ExampleWeighedBatchNorm2d,
+    ExampleWeighedBatchNorm3d,
+)
 from bnprobe.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
 from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
@@ -32,6 +38,10 @@ __all__ = [
     "BatchRenorm3d",
     "BatchRenormBase",
     "ClippingWatch",
+    "ExampleWeighedBatchNorm",
+    "ExampleWeighedBatchNorm1d",
+    "ExampleWeighedBatchNorm2d",
+    "ExampleWeighedBatchNorm3d",
     "FrozenBatchNorm",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",

@@ -79,10 +79,17 @@ FreeRemedy = Literal[
     "evaluation statistics",
     "batch statistics",
     "instance statistics",
+    "instance renorm",
+    "example weighing",
+    "micro-batch statistics, averaged",
+    "micro-batch statistics, pooled",
     "recalibrated with frozen layers",
 ]
 """What a scan tries without training: running statistics of the training data, or of the held-out data; the statistics
-of every batch, or of every sample; those of the training data in layers that training leaves in eval mode, too."""
+of every batch, or of every sample; outputs or moments in part of every sample's own statistics (conversions to
+instance renorm and example weighing); running statistics of micro-batches as they are in training, their variances
+averaged, or pooled with the spread of their means; those of the training data in layers that training leaves in eval
+mode, too."""
 
 FREE_REMEDIES: tuple[FreeRemedy, ...] = get_args(FreeRemedy)
 
@@ -102,6 +109,10 @@ class Remedy(Record):
             over samples, otherwise by batch.
         scored_on: Where the samples come from; without held-out data, training samples that the statistics were not
             taken from.
+        blend: Weight of the samples' own statistics, where ``bnprobe convert --blend`` carries it out; else None.
+        recalibrated: The running statistics were recalibrated first, as ``bnprobe convert`` does; so were those of the
+            control.
+        cost: What the remedy costs where it is used, a phrase; empty: nothing.
     """
 
     name: str
@@ -114,3 +125,6 @@ class Remedy(Record):
     loss_change: Estimate | None = None
     metric_change: Estimate | None = None
     scored_on: Literal["held-out", "training"] = "held-out"
+    blend: float | None = None
+    recalibrated: bool = False
+    cost: str = ""

@@ -123,8 +123,8 @@ class Arm(Record):
     """One way to treat the model, in a comparison of several.
 
     Attributes:
-        name: "as is", "recalibrated", "BN fine-tuned" and "BN recalibrated after" (the baselines), or a repair, e.g.
-            "batch-renorm".
+        name: "as is", "recalibrated", "batch-renorm untrained" (a repair without its training), "BN fine-tuned" and "BN
+            recalibrated after" (the baselines), or a repair, e.g. "batch-renorm".
         trained: Whether it was fine-tuned.
         runs: One for each seed; one where nothing was trained.
         loss, metric: Over the runs; None where not given or not finite.
@@ -165,6 +165,9 @@ class Proof(Record):
         surely_worse: The weights are significantly worse (95%) than as loaded: written only with ``--force``.
         below_recalibrated: They are significantly worse than the model as loaded with recalibrated statistics alone.
         scored_on: "training" where there was no held-out data.
+        over_converted: Difference of the weights to be written and the same conversion without training, like
+            ``gain`` of one run; None where nothing was trained.
+        below_converted: They are significantly worse than that conversion.
     """
 
     measure: Measure
@@ -180,6 +183,8 @@ class Proof(Record):
     surely_worse: bool = False
     below_recalibrated: bool = False
     scored_on: Literal["held-out", "training"] = "held-out"
+    over_converted: Estimate | None = None
+    below_converted: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,12 @@ from bnprobe.config.spec import RepairSpec
 from bnprobe.config.targets import Target
 from bnprobe.errors import RepairError
 from bnprobe.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, SyncBatchRenorm
+from bnprobe.nn.example_weighing import (
+    ExampleWeighedBatchNorm,
+    ExampleWeighedBatchNorm1d,
+    ExampleWeighedBatchNorm2d,
+    ExampleWeighedBatchNorm3d,
+)
 from bnprobe.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
 from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
@@ -146,6 +152,27 @@ class ToInstanceRenorm:
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
         variants: Variants = {None: InstanceRenorm, 1: InstanceRenorm1d, 2: InstanceRenorm2d, 3: InstanceRenorm3d}
+        variant = variants[space_dimensions(module)]
+        return adopt(variant(**arguments(module), momentum=module.momentum, blend=spec.blend), module)
+
+
+class ToExampleWeighing:
+    """BN whose running statistics take in the sample's own moments at inference, with the blend of the spec."""
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        return no_statistics(module)
+
+    def note(self, module: _BatchNorm) -> str:
+        alone = "; in training, statistics are no longer synchronized" if _is_synchronized(module) else ""
+        return f"at inference, samples are normalized by their own statistics, to the extent of the blend{alone}"
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        variants: Variants = {
+            None: ExampleWeighedBatchNorm,
+            1: ExampleWeighedBatchNorm1d,
+            2: ExampleWeighedBatchNorm2d,
+            3: ExampleWeighedBatchNorm3d,
+        }
         variant = variants[space_dimensions(module)]
         return adopt(variant(**arguments(module), momentum=module.momentum, blend=spec.blend), module)
 

@@ -27,6 +27,7 @@ from bnprobe.records import (
     leading,
 )
 from bnprobe.report import figures
+from bnprobe.report.next_step import NextStep
 from bnprobe.report.page import ARROW, DEGREE, UNMEASURED, Page
 from bnprobe.report.table import Column, Mark, Names, TableLayout, arrows, dropping, table
 from bnprobe.rules import effect
@@ -149,14 +150,26 @@ _DOING: dict[FreeRemedy, str] = {
     "evaluation statistics": "Recalibrating on the held-out data",
     "batch statistics": "Normalizing at inference with batch statistics",
     "instance statistics": "Normalizing at inference with the statistics of each sample",
+    "instance renorm": "Converting to instance renorm",
+    "example weighing": "Converting to example weighing",
+    "micro-batch statistics, averaged": "Running statistics averaged over micro-batches",
+    "micro-batch statistics, pooled": "Running statistics pooled over micro-batches",
 }
 
 _NAMES = {"evaluation statistics": "recalibrated on held-out data"}
 """Words for names of the JSON report."""
 
 
-def remedies(report: Report, page: Page) -> list[Text]:
-    """The remedies, best first, and the best in words."""
+def remedies(
+    report: Report, page: Page, conversion: NextStep | None = None, last: NextStep | None = None
+) -> list[Text]:
+    """The remedies, best first, and the best in words.
+
+    Args:
+        conversion: The command for a conversion that is surely better without training; it is shown unless it is the
+            ``last`` word of the report anyway.
+        last: What the report ends with.
+    """
     found, goal = report.remedies, _goal(report)
     if not found:
         return []
@@ -171,8 +184,19 @@ def remedies(report: Report, page: Page) -> list[Text]:
         *page.heading(f"What remedies without training would give, on {samples} {data}"),
         *(page.paragraph(best_in_words(ordered, measure, goal), first="  ") if judged else []),
         *_remedy_table(ordered, page),
-        *page.paragraphs([_other_samples(ordered, report)], "dim"),
+        *page.paragraphs([_costs(ordered), _other_samples(ordered, report)], "dim"),
+        *([] if conversion is None or conversion == last else page.paragraph(conversion.why, first="  ")),
+        *([] if conversion is None or conversion == last else page.command(conversion.command or "")),
     ]
+
+
+def _costs(found: Sequence[Remedy]) -> str:
+    """What remedies cost where they are used, a sentence; empty where nothing is known."""
+    groups: dict[str, list[str]] = {}
+    for remedy in found:
+        groups.setdefault(remedy.cost, []).append(_named(remedy))
+    told = [f"{cost} ({', '.join(names)})" for cost, names in groups.items() if cost]
+    return f"They cost {'; '.join(told)}." if told else ""
 
 
 def _other_samples(found: Sequence[Remedy], report: Report) -> str:
@@ -293,6 +317,8 @@ def _how(remedy: Remedy) -> str:
         values = [("loss", remedy.control.loss), ("metric", remedy.control.metric)]
         given = [f"{measure} {figures.score(value)}" for measure, value in values if value is not None]
         baseline = f"baseline: {', '.join(given)}" if given else ""
+        if given and remedy.recalibrated:
+            baseline = f"baseline, recalibrated as well: {', '.join(given)}"
     return "; ".join(filter(None, (remedy.detail, baseline)))
 
 

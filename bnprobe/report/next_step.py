@@ -68,17 +68,36 @@ def diagnosed_step(report: Report, command: str) -> NextStep:
 
 def _tried_step(report: Report, command: str) -> NextStep | None:
     """The command of a remedy without training that a diagnosis names, and that is surely a gain: the best of these."""
-    said = [diagnosis.remedy for diagnosis in report.diagnoses if diagnosis.severity != "info"]
-    named = [name for name, arguments in effect.COMMANDS.items() if any(_names(remedy, arguments) for remedy in said)]
-    best = effect.best_gain(named, report.remedies, report.summary.gaps, report.summary.chance)
-    if best is None or report.scan.synthetic:
+    if report.scan.synthetic:
         return None
-    arguments = effect.COMMANDS[best.name]  # type: ignore[index]
-    if not arguments.startswith("convert"):
-        return NextStep(_WHY["recalibrate"], _whole(arguments, [], report, command))
+    gaps, chance = report.summary.gaps, report.summary.chance
+    said = [diagnosis.remedy for diagnosis in report.diagnoses if diagnosis.severity != "info"]
+
+    def is_said(arguments: str) -> bool:
+        return any(_names(remedy, arguments) for remedy in said)
+
+    named: list[str] = [name for name, arguments in effect.COMMANDS.items() if is_said(arguments)]
+    conversion = effect.advised_conversion(report.remedies, gaps, chance)
+    if conversion is not None and is_said(effect.conversion_arguments(conversion)):
+        # It gains more than recalibrating, by a comparison on the same samples.
+        named = [conversion.name, *(name for name in named if name != "recalibrated")]
+    best = effect.best_gain(named, report.remedies, gaps, chance)
+    if best is None:
+        return None
+    if best is conversion:
+        return converting_step(report, command)
+    return NextStep(_WHY["recalibrate"], _whole(effect.COMMANDS[best.name], [], report, command))  # type: ignore[index]
+
+
+def converting_step(report: Report, command: str) -> NextStep | None:
+    """The conversion that is surely better without training, where one is."""
+    remedy = effect.advised_conversion(report.remedies, report.summary.gaps, report.summary.chance)
+    if remedy is None or report.scan.synthetic:
+        return None
     # It was tried in all these layers together.
-    everywhere = {layer.name for layer in report.layers} == set(best.layers) and not report.skipped
-    return NextStep(_WITHOUT_TRAINING, _whole(arguments, ["*"] if everywhere else best.layers, report, command))
+    everywhere = {layer.name for layer in report.layers} == set(remedy.layers) and not report.skipped
+    layers = ["*"] if everywhere else remedy.layers
+    return NextStep(_WITHOUT_TRAINING, _whole(effect.conversion_arguments(remedy), layers, report, command))
 
 
 def _names(remedy: str, arguments: str) -> bool:
@@ -194,8 +213,13 @@ def _whole(arguments: str, layers: Iterable[str], report: Report, command: str) 
     words = ["bnprobe", arguments.split()[0], *_carried(shlex.split(command)[2:]), *arguments.split()[1:]]
     words += [word for name in layers for word in ("--layers", name)]
     done = "recalibrated" if words[1] == "recalibrate" else "repaired"
+    return shlex.join([*words, "-o", _weights(report, done)])
+
+
+def _weights(report: Report, done: str) -> str:
+    """A name for the new weights."""
     before = "" if report.scan.checkpoint is None else f"{Path(report.scan.checkpoint).stem}-"
-    return shlex.join([*words, "-o", f"{before}{done}.safetensors"])
+    return f"{before}{done}.safetensors"
 
 
 def _carried(words: list[str]) -> list[str]:

@@ -77,7 +77,7 @@ def render(report: RepairReport, options: RenderOptions) -> str:
         before_and_after(before, after, _replaced(record), page, show_all) if before else [],
         _proof(record.proof, page, show_all) if record.proof else [],
         page.section("Notes", record.notes),
-        _closing(record, page),
+        _closing(record, page, scanned=after is not None),
         _usage(record, report.files, page),
     ]
     return to_string(parts, options.color)
@@ -173,15 +173,17 @@ def _recalibrated(record: RepairRecord, page: Page, show_all: bool) -> list[Text
     return [*lines, *page.paragraph(listed_in_line(record.recalibrated, show_all), first="  ")]
 
 
-def _closing(record: RepairRecord, page: Page) -> list[Text]:
-    """The verdict, the flags, and what was required."""
+def _closing(record: RepairRecord, page: Page, scanned: bool) -> list[Text]:
+    """The verdict, the flags, and what was required; whether the new model was ``scanned``."""
     sign, headline = _verdict(record)
-    lines = page.verdict(sign, headline, [record.proof.message if record.proof else "", *_flagged(record)])
+    lines = page.verdict(sign, headline, [record.proof.message if record.proof else "", *_flagged(record, scanned)])
     if record.proof is not None and record.proof.surely_worse:
         refused = "Written because of --force: " if record.weights else "Nothing was written: "
         lines += page.paragraph(refused + worse_than_as_is(record), "bold red", first=f"  {page.clean(FLAGGED)} ")
     elif record.proof is not None and record.proof.below_recalibrated:
         lines += page.paragraph(_below_recalibrated(record.proof), "bold yellow", first=f"  {page.clean(WARNING)} ")
+    if record.proof is not None and record.proof.below_converted:
+        lines += page.paragraph(_below_converted(record.proof), "bold yellow", first=f"  {page.clean(WARNING)} ")
     for requirement in record.requirements:
         mark = FINE if requirement.held else FLAGGED
         value = requirement.value
@@ -200,7 +202,8 @@ def _verdict(record: RepairRecord) -> tuple[str, str]:
         return FLAGGED, f"{failed} of {number} {verb} not met.{verdict}"
     if record.proof is not None:
         sign = _SIGNS[record.proof.conclusion]
-        return WARNING if sign == FINE and record.proof.below_recalibrated else sign, _conclusion(record.proof)
+        beaten = record.proof.below_recalibrated or record.proof.below_converted
+        return WARNING if sign == FINE and beaten else sign, _conclusion(record.proof)
     done = "Converted" if record.action == "convert" else "Recalibrated"
     return UNMEASURED, f"{done}. Nothing was scored, so the gain is not known."
 
@@ -231,6 +234,12 @@ def _below_recalibrated(proof: Proof) -> str:
     return f"Recalibrating alone is better, {scores}: use bnprobe recalibrate{training}."
 
 
+def _below_converted(proof: Proof) -> str:
+    """That the conversion without training is the better remedy, and by how much."""
+    scores = _against(proof, f"{proof.repaired} untrained", proof.repaired)
+    return f"The conversion without training is better, {scores}: leave out --finetune."
+
+
 def _arm(proof: Proof, name: str) -> Arm:
     return next(arm for arm in proof.arms if arm.name == name)
 
@@ -248,10 +257,11 @@ def _scored(value: Estimate | None) -> str:
     return "not finite" if value is None else figures.score(value.mean)
 
 
-def _flagged(record: RepairRecord) -> list[str]:
+def _flagged(record: RepairRecord, scanned: bool) -> list[str]:
     before, after = record.flagged_before, record.flagged_after
     if after is None:
-        return [] if before is None else [f"Flagged layers: {before} before; {_model(record)} was not scanned."]
+        why = "a scan cannot measure the converted ones" if scanned else f"{_model(record)} was not scanned"
+        return [] if before is None else [f"Flagged layers: {before} before; {why}."]
     return [f"Flagged layers: {after}."] if before is None else [f"Flagged layers: {before} {ARROW} {after}."]
 
 

@@ -78,9 +78,9 @@ class BatchComposition(ShareRule):
         Shuffle: shuffle=True, or a sampler that mixes classes, patients or clips within a batch. For streams, use a
         shuffle buffer that is larger than a run of similar samples. Then continue training, since the weights have
         adapted. Where the order is fixed, or the loss needs like samples (metric learning), `bnprobe convert
-        --finetune` measures what frozen statistics, Batch Renorm and others gain. Without training, a network may do
-        better with the statistics of every sample (`bnprobe convert --to instance-renorm --blend 1`): a scan tries
-        that, and names it where it is surely better on held-out data.
+        --finetune` measures what frozen statistics, Batch Renorm and others gain. Without training, every sample's own
+        statistics may take part at inference (`bnprobe convert --to example-weighing`, or `--to instance-renorm`): a
+        scan tries both, and names what is surely better on held-out data.
 
     Reference:
         Wu and Johnson 2021, arXiv 2105.07576, sections 5 and 6 (domains, leakage). Ioffe 2017, arXiv 1702.03275,
@@ -96,13 +96,12 @@ class BatchComposition(ShareRule):
     follows_from = (Link("shared_domains", _is_of_domains),)
     upstream_order = 70
     free_remedy = "recalibrated"
-    also_tried = ("instance statistics", "batch statistics")
-    commands = tuple(effect.CONVERSIONS.values())
+    also_tried = (*effect.CONVERSIONS, "batch statistics")
 
     def advise(self, layer: Layer, facts: Facts) -> str:
         """Statistics of every sample are only named where they were tried, and are surely better."""
-        first, converted = _COMPOSED if facts.composed else self.remedy, effect.by_conversion(facts)
-        return f"{first} Or: {converted[0].lower()}{converted[1:]}" if converted else first
+        usual = _COMPOSED if facts.composed else self.remedy
+        return f"{usual} {effect.by_conversion(facts)}".rstrip()
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         if not facts.own_order:

@@ -85,15 +85,16 @@ PART_OF_LEARNED = 0.005
 SMALLEST = 1e-12
 """Keeps the floor of a loss of 0 above 0."""
 
-CONVERSIONS: dict[FreeRemedy, str] = {"instance statistics": "convert --to instance-renorm --blend 1"}
-"""Remedies without training that other layers carry out, and the commands that put these in."""
-
-COMMANDS: dict[FreeRemedy, str] = {
-    "recalibrated": "recalibrate",
-    WITH_FROZEN: "recalibrate --include-frozen",
-    **CONVERSIONS,
+CONVERSIONS: dict[FreeRemedy, str] = {
+    "example weighing": "convert --to example-weighing",
+    "instance renorm": "convert --to instance-renorm",
+    "instance statistics": "convert --to instance-renorm",
 }
-"""The commands that carry out remedies without training, after "bnprobe "."""
+"""Remedies without training by which layers take in the statistics of every sample, and the commands that do so, after
+"bnprobe " and but for the blend."""
+
+COMMANDS: dict[FreeRemedy, str] = {"recalibrated": "recalibrate", WITH_FROZEN: "recalibrate --include-frozen"}
+"""The commands that take running statistics anew, after "bnprobe "."""
 
 Standing = Literal["worse", "better", "same", "unclear", "not measured"]
 """Surely worse; surely better; surely not much worse; measured, but not precisely enough; not measured."""
@@ -368,11 +369,27 @@ def best_gain(
 
 
 def advised_conversion(remedies: Sequence[Remedy], gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Remedy | None:
-    """The best conversion that is surely a gain without training, and more of one than recalibrating; None: none is."""
-    found, usual = best_gain(CONVERSIONS, remedies, gaps, chance), tried(remedies, "recalibrated")
-    if found is None or usual is None or of_remedy(usual, gaps, chance).standing != "better":
-        return found
-    return found if advantage(found, usual, gaps, chance) > 1.0 else None
+    """The best conversion that is surely a gain without training, and more of one than recalibrating; None: none is.
+
+    Blends are scored on the same samples. Statistics of the sample alone are scored on others, and count where no blend
+    is a gain.
+    """
+    usual = tried(remedies, "recalibrated")
+    found = [each for each in remedies if each.blend is not None and _beats(each, usual, gaps, chance)]
+    blends = best_gain(CONVERSIONS, [each for each in found if each.blend != 1], gaps, chance)
+    return blends or best_gain(CONVERSIONS, found, gaps, chance)
+
+
+def _beats(one: Remedy, usual: Remedy | None, gaps: Sequence[Gap], chance: Sequence[Chance]) -> bool:
+    """Whether a gain, where it is one, is more than that of recalibrated statistics."""
+    if one.recalibrated or usual is None or of_remedy(usual, gaps, chance).standing != "better":
+        return True  # they are its control, or no alternative
+    return advantage(one, usual, gaps, chance) > 1.0
+
+
+def conversion_arguments(remedy: Remedy) -> str:
+    """What carries it out, after "bnprobe ", but for the layers and the file."""
+    return f"{CONVERSIONS[remedy.name]} --blend {remedy.blend:g}"  # type: ignore[index]
 
 
 def by_conversion(facts: Facts) -> str:
@@ -381,8 +398,8 @@ def by_conversion(facts: Facts) -> str:
     if found is None:
         return ""
     return (
-        "Normalize every sample with its own statistics at inference too, without training (bnprobe"
-        f" {CONVERSIONS[found.name]}): that is surely better on {found.scored_on} data."  # type: ignore[index]
+        "Without training, let every sample's own statistics take part at inference too (bnprobe"
+        f" {conversion_arguments(found)}), which is surely better on {found.scored_on} data."
     )
 
 

@@ -37,9 +37,9 @@ class SharedDomains(Rule):
 
     Remedy:
         Give each domain its own BN layer (other layers stay shared), or call the layer once on all domains together, so
-        that training mixes them too; then continue training. Without training, a network may do better with the
-        statistics of every sample (`bnprobe convert --to instance-renorm --blend 1`): a scan tries that, and names it
-        where it is surely better on held-out data.
+        that training mixes them too; then continue training. Without training, every sample's own statistics may take
+        part at inference (`bnprobe convert --to example-weighing`, or `--to instance-renorm`): a scan tries both, and
+        names what is surely better on held-out data.
 
     Reference:
         Wu and Johnson 2021, arXiv 2105.07576, section 5 (batch from different domains). Chang et al. 2019, arXiv
@@ -58,8 +58,7 @@ class SharedDomains(Rule):
         "Give each domain its own BN layer, or pass all domains through the layer in one call; then continue training."
     )
     accounts_for = ("composition",)
-    also_tried = ("instance statistics", "batch statistics")
-    commands = tuple(effect.CONVERSIONS.values())
+    also_tried = (*effect.CONVERSIONS, "batch statistics")
     upstream_order = 60
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
@@ -86,8 +85,7 @@ class SharedDomains(Rule):
                 f"{calls} significantly from that of all calls (D = {number(apart)}). That is little, but a network can"
                 f" read from the statistics of a call what it holds: {unexplained.words(*effect.STATISTICS)}."
             )
-        converted = effect.by_conversion(facts)
-        remedy = f"{self.remedy} Or: {converted[0].lower()}{converted[1:]}" if converted else None
+        remedy = f"{self.remedy} {effect.by_conversion(facts)}".rstrip()
         return self.failed(layer.name, message, apart, limit, _severity(layer, facts), remedy)
 
 

@@ -19,7 +19,6 @@ from typing import ClassVar, Literal
 from bnprobe.numbers import mismatch
 from bnprobe.records import (
     DEFAULT_THRESHOLD,
-    FREE_REMEDIES,
     SOURCES,
     Cause,
     Composition,
@@ -42,6 +41,16 @@ SHARES: tuple[Cause, ...] = tuple(source.field for source in SOURCES if source.a
 
 STATISTICS_CAUSES: tuple[Cause, ...] = ("lag", "dropout", "propagation")
 """The shares of wrong running statistics; they can offset each other."""
+
+OTHER_STATISTICS: tuple[FreeRemedy, ...] = (
+    "recalibrated",
+    "evaluation statistics",
+    "batch statistics",
+    "instance statistics",
+)
+"""Remedies whose gain says that the statistics are to blame: with all of other data, or of none but batch or sample.
+
+What frozen layers gain says nothing of those that training updates."""
 
 PART_OF_LIMIT = 0.5
 """A cause is named from half of the layer's limit on: two such causes flag a layer."""
@@ -199,9 +208,7 @@ def severity_of(cause: Cause, facts: Facts) -> Severity:
 
 def is_mendable(cause: Cause, facts: Facts) -> bool:
     """Whether other statistics are surely better on held-out data: recalibrated ones, where statistics are to blame."""
-    # What frozen layers gain says nothing of those that training updates.
-    others = tuple(name for name in FREE_REMEDIES if name != effect.WITH_FROZEN)
-    remedies: Sequence[FreeRemedy] = ("recalibrated",) if cause in STATISTICS_CAUSES else others
+    remedies: Sequence[FreeRemedy] = ("recalibrated",) if cause in STATISTICS_CAUSES else OTHER_STATISTICS
     return any(effect.gain(facts, name).is_sure_gain for name in remedies)
 
 

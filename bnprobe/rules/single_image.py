@@ -33,7 +33,7 @@ class SingleImage(Rule):
         --finetune`). Where the network is called for each sample, call it once on all of them, padded to one size. A
         model that was trained on batches of one sample from the start has weights for an instance norm:
         `bnprobe convert --to instance-renorm --blend 1` makes it one in both modes, which a scan tries ("instance
-        statistics"). If this is not training but inference one
+        statistics"), as it tries blends with the running statistics. If this is not training but inference one
         sample at a time, call eval() first: that is what is advised where the network is surely better with its running
         statistics, and recalibrated ones are no gain.
 
@@ -55,8 +55,8 @@ class SingleImage(Rule):
     )
     accounts_for = ("small_batch", "composition")
     upstream_order = 110
-    also_tried = ("instance statistics",)
-    commands = (*effect.CONVERSIONS.values(), "convert --to frozen --finetune")
+    also_tried = tuple(effect.CONVERSIONS)
+    commands = ("convert --to frozen --finetune",)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         size = 0 if facts.scan is None else facts.scan.batch_size
@@ -95,7 +95,7 @@ _OF_SERVING = (
 
 
 def _remedy(usual: str, facts: Facts) -> str:
-    """Instance norm is only named where it was tried: statistics of every sample, on held-out data.
+    """Statistics of every sample are only named where they were tried, on held-out data.
 
     Running statistics that need no mending and beat those of single samples are those of larger batches, on which the
     weights were trained.

@@ -49,10 +49,10 @@ class SmallBatch(ShareRule):
         statistics (`bnprobe convert --to frozen --finetune`). On networks trained at batch size 2 on purpose, larger
         batches won back 14 to 95% of what was lost, frozen statistics 50%, and Batch Renorm 25% at 40% of the training
         steps. `--to auto` tries them next to plain BN. Gradient accumulation does not help: it leaves the normalization
-        batch as it is. Without training, a network may do better with the statistics of every sample (`bnprobe convert
-        --to instance-renorm --blend 1`), or with batch statistics at inference: a scan tries both, and names what is
-        surely better on held-out data. Larger batches are not advised where `--batch-sizes` shows that every layer
-        stays beyond its limit with them.
+        batch as it is. Without training, a network may do better if every sample's own statistics take part at
+        inference (`bnprobe convert --to example-weighing`, or `--to instance-renorm`), or with batch statistics at
+        inference: a scan tries them, and names what is surely better on held-out data. Larger batches are not advised
+        where `--batch-sizes` shows that every layer stays beyond its limit with them.
 
     Reference:
         Ioffe 2017, arXiv 1702.03275, sections 2 and 3. Wu and He 2018, arXiv 1803.08494, section 4.1 (error against
@@ -70,8 +70,8 @@ class SmallBatch(ShareRule):
     follows_from = (Link("single_value"), Link("single_image"), Link("shared_domains", _is_mostly_composition))
     upstream_order = 120
     larger_batches = True
-    also_tried = ("instance statistics", "batch statistics")
-    commands = (*effect.CONVERSIONS.values(), "convert --to frozen --finetune")
+    also_tried = (*effect.CONVERSIONS, "batch statistics")
+    commands = ("convert --to frozen --finetune",)
 
     def explain(self, layer: Layer, facts: Facts) -> str:
         samples = "" if facts.scan is None else f" from a batch of {facts.scan.batch_size}"
@@ -91,8 +91,7 @@ class SmallBatch(ShareRule):
         """Statistics of every sample are only named where they were tried, and are surely better."""
         largest = _largest_without_effect(facts)
         usual = self.remedy if largest is None else _beyond_batches(largest)
-        converted = effect.by_conversion(facts)
-        return f"{converted} {usual}" if converted else usual
+        return f"{effect.by_conversion(facts)} {usual}".lstrip()
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         """Where there are so few values that not even i.i.d. data would be within the limit, this is the cause."""

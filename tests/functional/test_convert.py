@@ -122,8 +122,8 @@ def test_a_repair_is_proved_beside_its_controls(repairable: Workspace) -> None:
     assert files(repairable) == names
     record = read(repairable, "out.record.json")
     control = ["BN fine-tuned", "BN recalibrated after"]
-    assert list(arms(record)) == ["as is", "recalibrated", *control, "batch-renorm"]
-    assert [len(arm["runs"]) for arm in arms(record).values()] == [1, 1, 2, 2, 2]
+    assert list(arms(record)) == ["as is", "recalibrated", "batch-renorm untrained", *control, "batch-renorm"]
+    assert [len(arm["runs"]) for arm in arms(record).values()] == [1, 1, 1, 2, 2, 2]
     assert (record["flagged_before"], record["flagged_after"]) == (1, 0)
     assert record["seeds"] == [0, 1]
     gains = [

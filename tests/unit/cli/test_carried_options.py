@@ -10,6 +10,8 @@ import typer
 
 from bnprobe.cli.app import app
 from bnprobe.cli.options import DATA, MODEL
+from bnprobe.config.targets import TARGETS
+from bnprobe.records import FreeRemedy, Remedy, Score
 from bnprobe.report.next_step import CARRIED, EXPORTED, FLAGS
 from bnprobe.rules import RULES, effect
 
@@ -52,7 +54,15 @@ def test_the_flags_are_those_of_a_scan() -> None:
 def test_the_command_of_a_rule_is_named_by_one_of_its_remedies_and_exists(rule: object) -> None:
     source = Path(inspect.getfile(type(rule))).read_text().replace('"\n    "', "")
     for arguments in rule.commands:  # type: ignore[attr-defined]
-        assert f"bnprobe {arguments}" in source or arguments in effect.CONVERSIONS.values()
+        assert f"bnprobe {arguments}" in source
         name, *words = arguments.split()
         options = options_of(name)
         assert all(word in options for word in words if word.startswith("--"))
+
+
+@pytest.mark.parametrize("name", effect.CONVERSIONS)
+def test_the_command_of_a_conversion_exists(name: FreeRemedy) -> None:
+    remedy = Remedy(name, (), Score(None, 0.4), Score(None, 0.9), None, 8, "", blend=0.5)
+    command, to, target, *blend = effect.conversion_arguments(remedy).split()
+    assert {to, blend[0]} <= options_of(command).keys()
+    assert "blend" in TARGETS[target].settings

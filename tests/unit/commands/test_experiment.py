@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bnprobe.analysis.comparison import AS_IS, CONTROL, CONTROL_RECALIBRATED, RECALIBRATED
+from bnprobe.analysis.comparison import AS_IS, CONTROL, CONTROL_RECALIBRATED, RECALIBRATED, without_training
 from bnprobe.commands.experiment import Subject, best_candidate, prove
 from bnprobe.config.spec import OptimizerSpec, RepairSpec, TrainSpec
 from bnprobe.errors import UsageError
@@ -20,7 +20,7 @@ from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.measure.scores import ScoreTable
 from bnprobe.nn import BatchRenorm1d
 from bnprobe.records import Plan, Proof, Run, Score, TrainingStep
-from bnprobe.repairs import plan
+from bnprobe.repairs import apply, plan
 from bnprobe.repairs.held_out import HeldOut
 from bnprobe.training import StateFolder
 
@@ -97,13 +97,14 @@ def test_the_arms_are_the_model_its_controls_and_the_repair() -> None:
     assert [(arm.name, arm.trained, len(arm.runs)) for arm in proof.arms] == [
         (AS_IS, False, 1),
         (RECALIBRATED, False, 1),
+        ("batch-renorm untrained", False, 1),
         (CONTROL, True, 2),
         (CONTROL_RECALIBRATED, True, 2),
         ("batch-renorm", True, 2),
     ]
     assert proof.repaired == "batch-renorm"
     assert (proof.images_choosing, proof.images_proving) == (16, 16)
-    assert [run.seed for run in proof.arms[2].runs] == [3, 4]
+    assert [run.seed for run in proof.arms[3].runs] == [3, 4]
     scores = {arm.name: arm.metric.mean for arm in proof.arms if arm.metric}
     assert scores[proof.control] == max(scores[CONTROL], scores[CONTROL_RECALIBRATED])
 
@@ -227,6 +228,35 @@ def test_a_repair_that_recalibration_alone_beats_is_known() -> None:
     arms = {arm.name: arm.metric.mean for arm in proof.arms}
     assert arms[RECALIBRATED] > arms["group-norm"]
     assert proof.below_recalibrated
+
+
+def test_training_is_not_credited_with_what_the_conversion_alone_gives() -> None:
+    given = subject(seeds=1, steps=20)
+    plan = planned(given, to="group-norm")
+    proof = prove(given, [plan]).proof
+    scores = {arm.name: arm.metric.mean for arm in proof.arms}
+    converted = apply(given.start, plan, given.repair)
+    alone = scores[without_training("group-norm")]
+    assert alone == pytest.approx(given.proving.score(converted).metric)
+    assert proof.over_converted is not None
+    assert proof.over_converted.mean == pytest.approx(scores["group-norm"] - alone)
+    adds = f"The conversion alone gives {alone:.3g}: training adds {proof.over_converted.mean:+.2g} (95%"
+    assert adds in proof.message
+    assert not proof.below_converted
+
+
+def test_training_that_ruins_a_conversion_is_known() -> None:
+    """A learning rate that ruins the weights; without held-out batches to choose by, the last ones are kept."""
+    given = subject(seeds=1, steps=40)
+    held_out = HeldOut(batches(1, 64), loss, metric, CPU, None)
+    fitted = _fitted(given.start)
+    ruinous = load_optimizer(OptimizerSpec(target="SGD", args={"lr": 30.0}))
+    fitted_subject = replace(
+        given, model=fitted, start=fitted, copy=None, recalibrate=None, make_optimizer=ruinous, proving=held_out
+    )
+    fitted_subject = replace(fitted_subject, choosing=replace(held_out, batches=()))
+    proof = prove(fitted_subject, [planned(fitted_subject, to="frozen")]).proof
+    assert proof.below_converted
 
 
 def test_one_run_of_each_is_paired_by_sample() -> None:

@@ -157,10 +157,14 @@ class Net(Net):
         self.bn = bnprobe.nn.LAYER(4)
         self.bn.running_mean.normal_()
 """
-LAYERS = ["BatchRenorm2d", "FrozenBatchNorm2d", "GatedBatchNorm2d", "InstanceRenorm2d"]
+LAYERS = ["BatchRenorm2d", "FrozenBatchNorm2d", "GatedBatchNorm2d", "InstanceRenorm2d", "ExampleWeighedBatchNorm2d"]
+SCRIPTED = [LAYERS[0], "InstanceRenorm2d", "ExampleWeighedBatchNorm2d"]
 
 
-@pytest.mark.parametrize(("to", "layer"), [*(("torch-export", layer) for layer in LAYERS), ("torchscript", LAYERS[0])])
+@pytest.mark.parametrize(
+    ("to", "layer"),
+    [*(("torch-export", layer) for layer in LAYERS), *(("torchscript", layer) for layer in SCRIPTED)],
+)
 def test_layers_of_bnprobe_are_exported(tmp_path: Path, to: str, layer: str) -> None:
     found = exported(tmp_path, OF_BNPROBE.replace("LAYER", layer), to)
     assert found.relative < 1e-6
@@ -168,8 +172,9 @@ def test_layers_of_bnprobe_are_exported(tmp_path: Path, to: str, layer: str) -> 
 
 
 @pytest.mark.skipif(not exporting.is_installed("onnxruntime"), reason="no onnxruntime")
-def test_batch_renorm_is_exported_to_onnx(tmp_path: Path) -> None:
-    found = exported(tmp_path, OF_BNPROBE.replace("LAYER", "BatchRenorm2d"), "onnx")
+@pytest.mark.parametrize("layer", SCRIPTED)
+def test_layers_are_exported_to_onnx(tmp_path: Path, layer: str) -> None:
+    found = exported(tmp_path, OF_BNPROBE.replace("LAYER", layer), "onnx")
     assert found.relative < 1e-5
     assert found.notes == ()
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 import bnprobe
 from bnprobe.errors import UsageError
 from bnprobe.measure.batch import MicroBatch, join, pick
-from bnprobe.measure.forward_pass import Pass, Recorded
+from bnprobe.measure.forward_pass import Blend, Blending, Pass, Recorded
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.population import Population, steady_population
 from bnprobe.measure.restore import untouched
 from bnprobe.measure.session import UserFunctions
-from bnprobe.measure.what_if import what_if
+from bnprobe.measure.what_if import WEIGHTS, MicroBatchStatistics, what_if
 from bnprobe.records import Remedy, Score
 from support.fingerprint import fingerprint
 from support.networks import Dense, Flat, MinibatchStd, Residual, Siamese, images, unsettled
@@ -123,9 +123,12 @@ def test_remedies_agree_with_really_doing_it(name: str) -> None:
     make, shape = SHAPES[name]
     model, training, evaluation = unsettled(make()), labelled(10, *shape), labelled(8, *shape, seed=5, shift=1)
     found = remedies(model, training, evaluation)
-    several = ["instance statistics"] if len(shape) > 1 else []  # a flat sample gives one value per channel
+    # a flat sample gives one value per channel
+    several = ["instance statistics", "instance renorm", "example weighing"] if len(shape) > 1 else []
     larger = "batch statistics, batches of 16"
     assert list(found) == ["recalibrated", "evaluation statistics", "batch statistics", *several, larger]
+    for name in several[1:]:
+        check_conversion(found.pop(name), model, training, evaluation)
     before = scored(twin_of(model), evaluation)
     everything = range(len(norms(model)))
     names = tuple(name for name, module in model.named_modules() if module in norms(model))
@@ -150,6 +153,82 @@ def test_remedies_agree_with_really_doing_it(name: str) -> None:
             assert change.interval is not None
     assert [name for name, remedy in found.items() if remedy.control is not None] == [larger]
     assert found["recalibrated"].detail == "pooled mean and unbiased variance of 40 training samples"
+
+
+def check_conversion(remedy: Remedy, model: nn.Module, training: list[Any], evaluation: list[Any]) -> None:
+    """It gives what ``bnprobe.convert`` gives, on every other batch, from recalibrated statistics unless worse."""
+    half = evaluation[::2]
+    start = recalibrated(model, training) if remedy.recalibrated else twin_of(model)
+    to = {"instance renorm": "instance-renorm", "example weighing": "example-weighing"}[remedy.name]
+    converted = bnprobe.convert(start, to=to, blend=remedy.blend).eval()
+    assert remedy.after == close(scored(converted, half))
+    assert remedy.before == close(scored(twin_of(model), half))
+    assert (remedy.control or remedy.before) == close(scored(start, half))
+    assert remedy.images == SIZE * len(half)
+
+
+def test_the_weight_of_example_weighing_is_the_best_on_the_batches_that_score_nothing() -> None:
+    model, training, evaluation = unsettled(Residual()), labelled(10, 3, 6, 6), labelled(9, 3, 6, 6, seed=5)
+    remedy = remedies(model, training, evaluation)["example weighing"]
+    start = recalibrated(model, training) if remedy.recalibrated else twin_of(model)
+    scores = {
+        weight: scored(bnprobe.convert(start, to="example-weighing", blend=weight).eval(), evaluation[1::2])
+        for weight in WEIGHTS
+    }
+    assert remedy.blend == max(scores, key=lambda weight: scores[weight].metric)  # of which larger is better
+    assert len({score.metric for score in scores.values()}) == len(WEIGHTS)
+    assert remedy.detail.endswith("the best on 16 other held-out samples")
+    assert "example weighing" not in remedies(model, training, evaluation[:1])  # nothing is left to choose by
+
+
+@pytest.mark.parametrize("of", ["moments", "outputs"])
+def test_rows_of_one_sample_are_blended_one_by_one(of: Blending) -> None:
+    """As the converted layer does, which knows of no samples; with and without other micro-batches beside them."""
+
+    class Frames(nn.Module):
+        """Two rows per sample."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x.flatten(0, 1))).unflatten(0, (-1, 2))
+
+    model, batches = unsettled(Frames()), images(3, SIZE, 2, 3, 6, 6)
+    to = {"moments": "example-weighing", "outputs": "instance-renorm"}[of]
+    converted = bnprobe.convert(model, to=to, blend=0.3).eval()
+    with torch.no_grad():
+        expected = converted(torch.cat(batches))
+    with running(model, batches, SIZE) as (session, _):
+        for size in (SIZE, 3 * SIZE):
+            pass_ = Pass(3 * SIZE, size, blend=Blend(frozenset({0}), 0.3, of))
+            output, _ = session.forward("eval", torch.cat(batches), pass_)
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_micro_batches_are_tried_where_they_are_unlike_the_others() -> None:
+    model, training, evaluation = unsettled(Residual()), labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
+
+    def found(averaged: float, pooled: float) -> dict[str, Remedy]:
+        with running(model, evaluation, SIZE, FUNCTIONS) as (session, emulation):
+            given = [
+                {index: (norm.running_mean.double(), norm.running_var.double() * factor)}
+                for factor in (averaged, pooled)
+                for index, norm in enumerate(norms(model))
+            ]
+            statistics = MicroBatchStatistics({**given[0], **given[1]}, {**given[2], **given[3]}, "some")
+            how = (counted(training), counted(evaluation), Batching(SIZE, emulation, 99))
+            tried = what_if(session, *how, micro_batch=statistics)
+        return {each.name: each for each in tried.remedies if each.name.startswith("micro-batch")}
+
+    names = ["micro-batch statistics, pooled", "micro-batch statistics, averaged"]
+    assert list(found(3.0, 9.0)) == names
+    assert list(found(3.0, 3.1)) == names[:1]
+    twin = twin_of(model)
+    for norm in norms(twin):
+        norm.running_var *= 9
+    assert found(3.0, 9.0)[names[0]].after == close(scored(twin, evaluation[::2]))
 
 
 def test_the_change_of_the_loss_is_paired_by_sample_with_its_interval() -> None:
@@ -199,14 +278,26 @@ def test_on_training_data_statistics_of_the_evaluation_data_say_nothing() -> Non
             session, counted(training[:6]), counted(training[6:]), batching, scored_on="training", larger=False
         )
     found = tried.remedies
-    assert [remedy.name for remedy in found] == ["recalibrated", "batch statistics", "instance statistics"]
+    assert [remedy.name for remedy in found] == [
+        "recalibrated",
+        "batch statistics",
+        "instance statistics",
+        "instance renorm",
+        "example weighing",
+    ]
     assert {remedy.scored_on for remedy in found} == {"training"}
 
 
 def test_real_micro_batches_where_images_cannot_be_mixed() -> None:
     model, training, evaluation = unsettled(MinibatchStd()), labelled(10, 3, 5, 5), labelled(8, 3, 5, 5, seed=5)
     found = remedies(model, training, evaluation)
-    assert list(found) == ["recalibrated", "evaluation statistics", "batch statistics"]
+    assert list(found) == [
+        "recalibrated",
+        "evaluation statistics",
+        "batch statistics",
+        "instance renorm",
+        "example weighing",
+    ]
     everything = range(len(norms(model)))
     assert found["batch statistics"].after == close(scored(twin_of(model, *everything), evaluation))
     twin = copy.deepcopy(model).train()
@@ -384,6 +475,8 @@ def test_images_of_different_size_keep_their_batches() -> None:
         "evaluation statistics",
         "batch statistics",
         "instance statistics",
+        "instance renorm",
+        "example weighing",
     ]
     assert all(remedy.after.loss is not None for remedy in found)
 

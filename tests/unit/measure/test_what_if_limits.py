@@ -137,7 +137,14 @@ def test_a_model_that_raises_on_other_batches_is_tried_on_its_own() -> None:
     torch.testing.assert_close(population.statistics()[0][0], values.mean(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(population.statistics()[0][1], values.var(1), rtol=1e-5, atol=1e-6)
     names = [remedy.name for remedy in tried.remedies]
-    assert names == ["recalibrated", "evaluation statistics", "batch statistics", "instance statistics"]
+    assert names == [
+        "recalibrated",
+        "evaluation statistics",
+        "batch statistics",
+        "instance statistics",
+        "instance renorm",
+        "example weighing",
+    ]
     (reason,) = tried.untried
     assert reason.startswith(
         '"batch statistics, batches of 32" was not tried. The model raises RuntimeError: unflatten'
@@ -170,7 +177,14 @@ def test_where_micro_batches_cannot_run_together_every_trial_runs_them_one_by_on
     assert report.scan.emulation.startswith("The layer late receives 6 rows from 16 samples")
     assert report.scan.notes == ()  # no trial was left out
     names = ["recalibrated", "evaluation statistics", "batch statistics"]
-    assert [(remedy.name, remedy.images) for remedy in report.remedies] == [(name, 48) for name in names]
+    halved = [
+        "instance renorm",
+        "example weighing",
+        "micro-batch statistics, pooled",
+        "micro-batch statistics, averaged",
+    ]
+    expected = [(name, 48) for name in names] + [(name, 24) for name in halved]
+    assert [(remedy.name, remedy.images) for remedy in report.remedies] == expected
 
 
 def test_recalibration_counts_samples_as_the_user_says() -> None:

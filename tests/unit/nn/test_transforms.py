@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from bnprobe.nn import (
     BatchRenorm1d,
     BatchRenorm2d,
+    ExampleWeighedBatchNorm2d,
     FrozenBatchNorm2d,
     GatedBatchNorm2d,
     InstanceRenorm2d,
@@ -34,6 +35,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "frozen": lambda: FrozenBatchNorm2d(4),
     "gated": lambda: GatedBatchNorm2d(4),
     "instance": lambda: InstanceRenorm2d(4),
+    "example weighing": lambda: ExampleWeighedBatchNorm2d(4),
 }
 
 pytestmark = [  # PyTorch's own

@@ -11,6 +11,7 @@ from support.networks import Residual, images, unsettled
 REASONS = {
     "frozen": "the same constants in training and at inference",
     "instance-renorm": "the same output in training and at inference",
+    "example-weighing": "at inference every sample's own statistics enter",
 }
 
 

@@ -40,10 +40,13 @@ def test_trained_weights_load_strictly_and_infer_the_same(to: str, make: type[nn
     assert not torch.allclose(original(x), untrained, atol=1e-3)
 
 
-def test_instance_renorm_deploys_at_blend_0_alone() -> None:
+@pytest.mark.parametrize(
+    ("to", "kind"), [("instance-renorm", "InstanceRenorm2d"), ("example-weighing", "ExampleWeighedBatchNorm2d")]
+)
+def test_what_blends_in_the_sample_deploys_at_blend_0_alone(to: str, kind: str) -> None:
     original = prepared(Residual()).eval()
-    converted = trained(bnprobe.convert(original, to="instance-renorm", blend=0.5))
-    with pytest.raises(RepairError, match=r"bn1 is InstanceRenorm2d with blend 0\.5: only at 0"):
+    converted = trained(bnprobe.convert(original, to=to, blend=0.5))
+    with pytest.raises(RepairError, match=rf"bn1 is {kind} with blend 0\.5: only at 0"):
         deployable_state(converted, original)
     converted.bn1.blend = converted.bn2.blend = 0
     original.load_state_dict(deployable_state(converted, original), strict=True)

@@ -240,7 +240,8 @@ def test_a_trial_is_told_by_the_measure_that_it_is_judged_by(
 def trial(name: str, after: float) -> Remedy:
     """A remedy without training that takes the metric from 0.4 to this value, surely."""
     change = Estimate(after - 0.4, (after - 0.41, after - 0.39))
-    return Remedy(name, (), Score(None, 0.4), Score(None, after), None, 60, "", None, change)  # type: ignore[arg-type]
+    blend = 1.0 if name == "instance statistics" else None
+    return Remedy(name, (), Score(None, 0.4), Score(None, after), None, 60, "", None, change, blend=blend)
 
 
 def test_what_was_measured_of_a_remedy_is_said_once() -> None:

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
+import fabricated_causes as causes
 import fabricated_reports as fabricated
 import pytest
 from fabricated_parts import SCAN, report
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from bnprobe.records import FROZEN, Estimate, Gap, Remedy, Report, Score
 from bnprobe.report.diagnoses import closing as verdict
-from bnprobe.report.next_step import with_options
+from bnprobe.report.next_step import converting_step, with_options
 from bnprobe.report.page import RenderOptions, broken
 from bnprobe.report.scan import render
 from bnprobe.rules import RULES
@@ -129,7 +130,8 @@ def tried(name: str, after: float, **changes: Any) -> Remedy:
     """A remedy that takes a metric of 0.4 to another value, ± 0.01."""
     change = Estimate(after - 0.4, (after - 0.41, after - 0.39))
     layers = tuple(layer.name for layer in fabricated.flagged().layers)
-    made = Remedy(name, layers, Score(None, 0.4), Score(None, after), None, 256, "", None, change)
+    blend = {"instance statistics": 1.0, "example weighing": 0.25}.get(name)
+    made = Remedy(name, layers, Score(None, 0.4), Score(None, after), None, 256, "", None, change, blend=blend)
     return replace(made, **changes)
 
 
@@ -166,11 +168,14 @@ def test_the_remedy_that_gains_most_of_those_that_are_named_comes_next() -> None
         assert verdict(found, COMMAND).step.command == command
 
 
-def test_a_conversion_that_was_tried_on_some_layers_names_these() -> None:
-    some = tried("instance statistics", 0.8, layers=("a", "b"))
-    command = verdict(of_small_batches(some), COMMAND).step.command
+def test_a_blend_that_gains_on_recalibrated_statistics_comes_before_these() -> None:
+    """They are its control, on fewer samples, whatever they score on all."""
+    usual, change = tried("recalibrated", 0.8), Estimate(0.15, (0.14, 0.16))
+    blend = tried("example weighing", 0.75, recalibrated=True, control=Score(None, 0.6), metric_change=change)
+    said = "Convert the layers (bnprobe convert --to example-weighing --blend 0.25)."
+    command = verdict(of_small_batches(usual, blend, first=said), COMMAND).step.command
     assert command is not None
-    assert "--layers a --layers b -o" in command
+    assert "--to example-weighing --blend 0.25" in command
 
 
 def test_a_command_that_goes_on_is_another_one() -> None:
@@ -322,3 +327,23 @@ def test_a_broken_command_is_the_same_command_to_a_shell(width: int) -> None:
     lines = broken(command, width)
     assert shlex.split("\n".join(lines).replace("\\\n", "")) == shlex.split(command)
     assert max(map(len, lines)) <= max(width, len("--batch-sizes 2,4,8,16 \\"))
+
+
+def test_a_conversion_that_surely_helps_is_a_whole_command() -> None:
+    """For the layers that were tried: by the glob of all where these are all that the model has."""
+    report = replace(causes.lag(), skipped=())
+    names = tuple(layer.name for layer in report.layers)
+    change = Estimate(0.4, (0.39, 0.41))
+    tried = Remedy(
+        "example weighing", names, Score(None, 0.4), Score(None, 0.8), None, 60, "", None, change, blend=0.25
+    )
+    step = converting_step(replace(report, remedies=(tried,)), "bnprobe scan spec.yaml --what-if --batch-size 2")
+    assert step is not None
+    assert step.command is not None
+    start = "bnprobe convert spec.yaml --batch-size 2 --to example-weighing --blend 0.25"
+    assert step.command.startswith(f"{start} --layers '*' -o ")
+    some = converting_step(replace(report, remedies=(replace(tried, layers=names[:1]),)), "bnprobe scan spec.yaml")
+    assert some is not None
+    assert f"--blend 0.25 --layers {names[0]} -o " in (some.command or "")
+    unsure = replace(tried, metric_change=Estimate(0.4, (-0.1, 0.9)))
+    assert converting_step(replace(report, remedies=(unsure,)), "bnprobe scan spec.yaml") is None

@@ -82,6 +82,27 @@ def test_a_repair_that_recalibration_beats_is_no_success() -> None:
     assert "Recalibrating alone is better, metric 0.99 against 0.971 and loss 0.01 against" in text
 
 
+def test_a_repair_that_its_own_conversion_beats_is_no_success() -> None:
+    record = repairs.better()
+    assert record.proof is not None
+    alone = repairs.untrained("batch-renorm untrained", 0.01, 0.99)
+    proof = replace(record.proof, arms=(*record.proof.arms, alone), below_converted=True)
+    text = " ".join(text_of(replace(record, proof=proof)).split())
+    assert "! batch-renorm is better than plain BN fine-tuned the same way." in text
+    assert "The conversion without training is better, metric 0.99 against 0.971 and loss 0.01 against" in text
+    assert "leave out --finetune." in text
+
+
+def test_layers_that_no_scan_measures_have_no_flags() -> None:
+    record, (before, after) = replace(repairs.better(), flagged_after=None), scans("better")
+    for scanned, why in (
+        (after, "a scan cannot measure the converted ones."),
+        (None, "the repaired model was not scanned."),
+    ):
+        text = render(RepairReport(record, before, scanned, files(record, scanned)), "terminal", WIDE)
+        assert f"{record.flagged_before} before; {why}" in " ".join(text.split())
+
+
 def test_without_a_control_nothing_is_claimed() -> None:
     record = repairs.better()
     assert record.proof is not None

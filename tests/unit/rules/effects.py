@@ -22,7 +22,8 @@ def loss(training: float, inference: float, width: float = 0.01) -> Gap:
 def tried(before: float, after: float, name: FreeRemedy = "recalibrated", width: float = 0.01) -> Remedy:
     """A remedy without training that changes a metric, of which larger is better."""
     change = Estimate(after - before, (after - before - width, after - before + width))
-    return Remedy(name, (), Score(None, before), Score(None, after), None, 256, "", None, change)
+    blend = {"instance statistics": 1.0, "instance renorm": 0.5, "example weighing": 0.25}.get(name)
+    return Remedy(name, (), Score(None, before), Score(None, after), None, 256, "", None, change, blend=blend)
 
 
 def chance(training: tuple[float, float], inference: tuple[float, float], measure: str = "loss") -> Chance:

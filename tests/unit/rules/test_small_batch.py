@@ -173,7 +173,7 @@ def test_statistics_of_every_sample_are_advised_where_they_are_surely_better() -
         [verdict] = run_rule("BN201", facts)
         remedies[after] = verdict.remedy
     assert remedies[0.9].endswith(remedies[0.4])
-    assert "(bnprobe convert --to instance-renorm --blend 1): that is surely better on held-out data." in remedies[0.9]
+    assert "(bnprobe convert --to instance-renorm --blend 1), which is surely better on held-out data." in remedies[0.9]
     assert "instance" not in remedies[0.4]
 
 
@@ -182,7 +182,7 @@ def test_other_causes_name_them_too() -> None:
     composed = make_layer("bn", make_shares(composition=0.3), composition=Composition(0.43, 4.01, 1e-9))
     domains = make_layer("bn", calls_per_forward=2, domains=Domains(0.3, (0.2, 0.4)))
     for code, layer in (("BN202", composed), ("BN207", domains)):
-        for after, end in ((0.9, "that is surely better on held-out data."), (0.4, "then continue training.")):
+        for after, end in ((0.9, "which is surely better on held-out data."), (0.4, "then continue training.")):
             remedies = (tried(0.4, after, "instance statistics"),)
             [verdict] = run_rule(code, make_evidence(layer, gaps=(metric(0.9, 0.4),), remedies=remedies))
             assert verdict.remedy.startswith(RULES[code].remedy)
@@ -212,3 +212,19 @@ def test_larger_batches_are_not_advised_where_they_were_measured_without_effect(
     ):
         [verdict] = run_rule("BN201", make_evidence(sized(*mismatches), batch_size=2))
         assert verdict.remedy.startswith(start)
+
+
+def test_of_several_conversions_the_best_is_advised_and_a_blend_before_the_sample_alone() -> None:
+    layer, gaps = make_layer("bn", make_shares(small_batch=0.2), values_per_channel=8), (metric(0.9, 0.4),)
+    every = {"instance statistics": 0.9, "instance renorm": 0.7, "example weighing": 0.8}
+    for names, advised in (
+        (tuple(every), "example-weighing --blend 0.25"),
+        (("instance statistics", "instance renorm"), "instance-renorm --blend 0.5"),
+        (("instance statistics",), "instance-renorm --blend 1"),
+    ):
+        remedies = tuple(tried(0.4, every[name], name) for name in names)
+        [verdict] = run_rule("BN201", make_evidence(layer, gaps=gaps, remedies=remedies))
+        assert f"(bnprobe convert --to {advised})" in verdict.remedy
+    for unsure in (tried(0.4, 0.45, "example weighing", 0.06), tried(0.4, 0.41, "example weighing", 0.005)):
+        [verdict] = run_rule("BN201", make_evidence(layer, gaps=gaps, remedies=(unsure,)))
+        assert "Without training" not in verdict.remedy
