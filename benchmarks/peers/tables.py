@@ -40,11 +40,12 @@ def failures(outcomes: Sequence[Outcome]) -> str:
     """Every failure, what BN does there, and why it stands."""
     states = {(each.check, each.layer): each.state for each in outcomes}
     names = {each.name: control_of(each).name for each in SUBJECTS}
+    families = {each.name: each.family for each in SUBJECTS}
     groups: dict[tuple[str, str, str, str, str], list[str]] = {}
     for each in outcomes:
         if each.state == FAILED:
             plain = states.get((each.check, names[each.layer]), "not run")
-            why = REASONS.get(each.check, "")
+            why = REASONS.get((each.check, families[each.layer]), "")
             groups.setdefault((each.source, each.check, plain, each.reason, why), []).append(each.layer)
     if not groups:
         return "Nothing."
