@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import platform
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from benchmarks.peers import tables
 from benchmarks.peers.checks import CHECKS
 from benchmarks.peers.layers import SUBJECTS
 from benchmarks.peers.registry import Outcome, is_asked, run
+from benchmarks.peers.several import DISTRIBUTED
 from benchmarks.setting import machine
 from bnprobe import __version__
 
@@ -26,9 +29,12 @@ from bnprobe import __version__
 def main() -> int:
     """Print the report, and write it where asked; 0 whatever came out."""
     arguments = _arguments()
-    torch.set_num_threads(1)
     started = time.perf_counter()
-    outcomes = _outcomes(arguments.only or [], arguments.layer or [], arguments.source or [])
+    only, sources = arguments.only or [], arguments.source or []
+    chosen = [
+        check.name for check in CHECKS if (not only or check.name in only) and (not sources or check.source in sources)
+    ]
+    outcomes = _outcomes(chosen, arguments.layer or [], arguments.processes)
     report = render(outcomes, time.perf_counter() - started)
     print(report)
     if arguments.out is not None:
@@ -55,15 +61,30 @@ def render(outcomes: Sequence[Outcome], seconds: float) -> str:
     return "\n\n".join(parts)
 
 
-def _outcomes(only: Sequence[str], layers: Sequence[str], sources: Sequence[str]) -> list[Outcome]:
-    chosen = [each for each in CHECKS if (not only or each.name in only) and (not sources or each.source in sources)]
+def _outcomes(chosen: Sequence[str], layers: Sequence[str], processes: int) -> list[Outcome]:
+    groups: dict[str, list[str]] = {}
+    for check in CHECKS:
+        if check.name in chosen:  # checks that look at what the same processes found stay together
+            groups.setdefault(check.source if check.source == DISTRIBUTED else check.name, []).append(check.name)
     found = []
-    for number, check in enumerate(chosen, start=1):
-        print(f"{number}/{len(chosen)}: {check.source}, {check.name}", file=sys.stderr, flush=True)
-        for subject in SUBJECTS:
-            if is_asked(check, subject) and (not layers or subject.name in layers):
-                found.append(run(check, subject))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        runs = pool.map(_asked, groups.values(), [layers] * len(groups))
+        for number, (group, outcomes) in enumerate(zip(groups, runs, strict=True), start=1):
+            print(f"{number}/{len(groups)}: {group}", file=sys.stderr, flush=True)
+            found += outcomes
     return found
+
+
+def _asked(names: Sequence[str], layers: Sequence[str]) -> list[Outcome]:
+    """What some checks found, run in a process of its own."""
+    torch.set_num_threads(1)
+    return [
+        run(check, subject)
+        for check in CHECKS
+        if check.name in names
+        for subject in SUBJECTS
+        if is_asked(check, subject) and (not layers or subject.name in layers)
+    ]
 
 
 def _arguments() -> argparse.Namespace:
@@ -71,6 +92,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=[each.name for each in CHECKS], metavar="CHECK")
     parser.add_argument("--layer", action="append", choices=[each.name for each in SUBJECTS], metavar="LAYER")
     parser.add_argument("--source", action="append", choices=sorted({each.source for each in CHECKS}), metavar="SUITE")
+    parser.add_argument("--processes", type=int, default=2, help="worker processes, of one thread each (default: 2)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write RESULTS.md there")
     return parser.parse_args()
 

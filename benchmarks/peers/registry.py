@@ -22,6 +22,9 @@ Asked = Callable[[Subject], None]
 LAZY_SOURCES = ("torch test_modules", "torch lazy modules")
 """Suites that lazy layers are asked."""
 
+COMPILERS = ("torch dynamo", "torch export")
+"""Suites that only 2d layers are asked: they take seconds, and the others differ in the number of dimensions alone."""
+
 _LONGEST = 200
 """Characters of a reason in a table."""
 
@@ -106,6 +109,8 @@ def run(check: Check, subject: Subject) -> Outcome:
 def is_asked(check: Check, subject: Subject) -> bool:
     """Whether a check is meant for a layer's family. (Lazy layers are the others after their first input.)"""
     if subject.is_lazy and check.source not in LAZY_SOURCES:
+        return False
+    if subject.dimensions != 2 and check.source in COMPILERS:
         return False
     return not check.families or subject.family in check.families
 

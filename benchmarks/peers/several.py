@@ -24,7 +24,7 @@ from benchmarks.peers.layers import SUBJECTS, Subject
 from benchmarks.peers.registry import NotApplicableError, asks, in_one_line
 from bnprobe.nn import BatchRenorm2d, SyncBatchRenorm
 
-_DISTRIBUTED = "torch distributed"
+DISTRIBUTED = "torch distributed"
 _PROCESSES, _STEPS, _PATIENCE = 2, 3, 300
 _SPLITS = {"even": (4, 4), "uneven": (6, 2), "one is empty": (8, 0)}
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -147,7 +147,7 @@ def _of(*key: str) -> list[Any]:
     return results
 
 
-@asks(_DISTRIBUTED)
+@asks(DISTRIBUTED)
 def ddp_trains(subject: Subject) -> None:
     """After three steps of DDP both processes hold the same finite parameters."""
     one, other = _of("_trained", subject.name)
@@ -155,7 +155,7 @@ def ddp_trains(subject: Subject) -> None:
     assert all(torch.isfinite(value).all() for value in one.values())
 
 
-@asks(_DISTRIBUTED)
+@asks(DISTRIBUTED)
 def ddp_averages_gradients(subject: Subject) -> None:
     """The gradient under DDP, static graph and bucket views included, is the mean of the local ones."""
     (one, mine), (other, theirs) = _of("_averaged", subject.name)
@@ -165,14 +165,14 @@ def ddp_averages_gradients(subject: Subject) -> None:
     assert_close(one, (mine + theirs) / 2, rtol=1e-4, atol=1e-6)
 
 
-@asks(_DISTRIBUTED)
+@asks(DISTRIBUTED)
 def fully_sharded(subject: Subject) -> None:
     """A module under ``fully_shard`` trains a step."""
     for output in _of("_sharded", subject.name):
         assert torch.isfinite(output).all()
 
 
-@asks(_DISTRIBUTED, "renorm")
+@asks(DISTRIBUTED, "renorm")
 def synchronized_statistics(subject: Subject) -> None:
     """Two processes give the outputs, gradients and statistics of one with the whole batch, with every option."""
     if subject.kind is not SyncBatchRenorm:
