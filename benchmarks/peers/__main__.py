@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import platform
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -20,8 +18,8 @@ import torch
 from benchmarks.peers import tables
 from benchmarks.peers.checks import CHECKS
 from benchmarks.peers.layers import SUBJECTS
-from benchmarks.peers.registry import Outcome, is_asked, run
-from benchmarks.peers.several import DISTRIBUTED
+from benchmarks.peers.registry import Outcome
+from benchmarks.peers.work import run_all
 from benchmarks.setting import machine
 from bnprobe import __version__
 
@@ -34,7 +32,7 @@ def main() -> int:
     chosen = [
         check.name for check in CHECKS if (not only or check.name in only) and (not sources or check.source in sources)
     ]
-    outcomes = _outcomes(chosen, arguments.layer or [], arguments.processes)
+    outcomes = run_all(chosen, arguments.layer or [], arguments.processes)
     report = render(outcomes, time.perf_counter() - started)
     print(report)
     if arguments.out is not None:
@@ -59,32 +57,6 @@ def render(outcomes: Sequence[Outcome], seconds: float) -> str:
     ):
         parts += [f"## {title}", table(outcomes)]
     return "\n\n".join(parts)
-
-
-def _outcomes(chosen: Sequence[str], layers: Sequence[str], processes: int) -> list[Outcome]:
-    groups: dict[str, list[str]] = {}
-    for check in CHECKS:
-        if check.name in chosen:  # checks that look at what the same processes found stay together
-            groups.setdefault(check.source if check.source == DISTRIBUTED else check.name, []).append(check.name)
-    found = []
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        runs = pool.map(_asked, groups.values(), [layers] * len(groups))
-        for number, (group, outcomes) in enumerate(zip(groups, runs, strict=True), start=1):
-            print(f"{number}/{len(groups)}: {group}", file=sys.stderr, flush=True)
-            found += outcomes
-    return found
-
-
-def _asked(names: Sequence[str], layers: Sequence[str]) -> list[Outcome]:
-    """What some checks found, run in a process of its own."""
-    torch.set_num_threads(1)
-    return [
-        run(check, subject)
-        for check in CHECKS
-        if check.name in names
-        for subject in SUBJECTS
-        if is_asked(check, subject) and (not layers or subject.name in layers)
-    ]
 
 
 def _arguments() -> argparse.Namespace:
