@@ -224,6 +224,7 @@ def test_cuda_gives_what_the_cpu_gives(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(twin.running_var.cpu(), layer.running_var)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch's own, when the backend is imported
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5)])
 def test_a_compiler_that_recomputes_sees_the_statistics_before_the_update(shape: tuple[int, ...]) -> None:
     torch.compiler.reset()
