@@ -313,13 +313,16 @@ class _Lazy(_LazyNormBase):
             if bias:
                 self.bias = UninitializedParameter(**factory)
         self.running_mean, self.running_var = UninitializedBuffer(**factory), UninitializedBuffer(**factory)
+        if self.renorm_momentum is not None:
+            self.renorm_mean, self.renorm_var = UninitializedBuffer(**factory), UninitializedBuffer(**factory)
 
     def initialize_parameters(self, input: Tensor) -> None:
-        first = self.has_uninitialized_params()
+        # Before the others, which may have come with weights of BN.
+        for name in _RENORM:
+            if isinstance(buffer := getattr(self, name), UninitializedBuffer):
+                buffer.materialize((input.shape[1],))
+                buffer.fill_(float(name == "renorm_var"))
         super().initialize_parameters(input)
-        for name in _RENORM if first else ():
-            if (buffer := getattr(self, name)) is not None:
-                setattr(self, name, buffer.new_full((self.num_features,), float(name == "renorm_var")))
 
 
 class LazyBatchRenorm1d(_Lazy, BatchRenorm1d):

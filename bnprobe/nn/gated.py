@@ -11,7 +11,15 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from bnprobe.errors import UsageError
 from bnprobe.nn.base import BatchNormLike
-from bnprobe.nn.plain import batch_axes, corrected, moments, towards_running, update_from, widened
+from bnprobe.nn.plain import (
+    batch_axes,
+    corrected,
+    corrected_by_batch,
+    moments,
+    towards_running,
+    update_from,
+    widened,
+)
 
 _EDGE = 1e-3
 """Gates start at least this far from 0 and 1, where the sigmoid has almost no gradient."""
@@ -68,13 +76,18 @@ class GatedBatchNorm(BatchNormLike):
         if not 0 <= blend <= 1:
             raise UsageError(f"blend is {blend}, but must be from 0 (running statistics) to 1 (batch statistics).")
         start = min(max(blend, _EDGE), 1 - _EDGE)
-        logit = math.log(start / (1 - start))
-        self.gate_logit = nn.Parameter(torch.full((num_features,), logit, device=device, dtype=dtype))
+        self._first_logit = math.log(start / (1 - start))
+        self.gate_logit = nn.Parameter(torch.full((num_features,), self._first_logit, device=device, dtype=dtype))
 
     @property
     def gate(self) -> Tensor:
         """Weight of the batch statistics in training, in (0, 1), shape (channels,)."""
         return widened(self.gate_logit).sigmoid()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "gate_logit" in self._parameters:  # not yet where BN's initializer calls this
+            nn.init.constant_(self.gate_logit, self._first_logit)
 
     def _normalize(self, input: Tensor, mask: Tensor | None) -> Tensor:
         return gated_batch_norm(input, self, mask)
@@ -95,7 +108,10 @@ class GatedBatchNorm(BatchNormLike):
         gate = gate * (count > 1)
         r, d = towards_running(mean, variance, running_mean, running_var, self._eps)
         scale, shift = 1 + (1 - gate) * (r - 1), (1 - gate) * d
-        output = corrected(x, mean, variance, self._eps, scale, shift, self.weight, self.bias)
+        if mask is None:
+            output = corrected_by_batch(x, self._eps, scale, shift, self.weight, self.bias)
+        else:
+            output = corrected(x, mean, variance, self._eps, scale, shift, self.weight, self.bias)
         if self.track_running_stats:
             update_from(running_mean, running_var, mean, variance, count, rate, False, 0.0)
         return output.to(input.dtype)

@@ -11,6 +11,7 @@ from bnprobe.nn.base import BatchNormLike
 from bnprobe.nn.plain import (
     batch_axes,
     corrected,
+    current,
     moments,
     normalize_running,
     pooled,
@@ -120,7 +121,7 @@ class InstanceRenorm(BatchNormLike):
         running_mean, running_var = self._statistics()
         if x.numel() == x.shape[0] * x.shape[1]:  # one position
             if self.training:  # the backward pass needs the values that are about to be updated
-                running_mean, running_var = running_mean.clone(), running_var.clone()
+                running_mean, running_var = current(running_mean).clone(), current(running_var).clone()
             return normalize_running(input, running_mean, running_var, self.weight, self.bias, self._eps)
         r, d = towards_running(mean, variance, running_mean, running_var, self._eps)
         # A sample of which the mask leaves one value has no variance.

@@ -144,6 +144,12 @@ class BatchMoments:
             return unbiased(self.variance, self.count, otherwise)
         return self.variance * (self.count / (self.count - 1)) if self.count > 1 else otherwise
 
+    def biased_variance(self, otherwise: Tensor) -> Tensor:
+        """The variance; ``otherwise`` where there is only one value per channel."""
+        if isinstance(self.count, Tensor):
+            return torch.where(self.count > 1, self.variance, otherwise.to(self.variance.dtype))
+        return self.variance if self.count > 1 else otherwise
+
 
 def batch_moments(x: Tensor, eps: float) -> BatchMoments:
     """Mean and biased variance of x, of shape (N, C, *space), over all axes but the channels; fast on every device.
@@ -249,10 +255,11 @@ class Renorm:
 
     def _update(self, batch: BatchMoments, mean: Tensor, variance: Tensor, momentum: float | Tensor) -> None:
         rate: Any = momentum.to(mean.dtype) if isinstance(momentum, Tensor) else momentum
-        new = batch.unbiased_variance(otherwise=variance)
-        if self.of_std and not (isinstance(batch.count, int) and batch.count < 2):
-            new = batch.variance
-        update_running(mean, variance, batch.mean, new, rate, self.of_std, self.eps)
+        new = batch.biased_variance(otherwise=variance) if self.of_std else batch.unbiased_variance(otherwise=variance)
+        own = batch.mean
+        if isinstance(batch.count, Tensor):  # of all processes, which may all have had no values
+            own = torch.where(batch.count > 0, own, mean.to(own.dtype))
+        update_running(mean, variance, own, new, rate, self.of_std, self.eps)
 
 
 def renormalize(
@@ -265,9 +272,13 @@ def renormalize(
 
 
 def _is_looked_into(input: Tensor) -> bool:
-    """Whether a compiler, a function transform, forward-mode AD or a tensor subclass needs plain operations."""
+    """Whether a compiler, a function transform, forward-mode AD or a tensor subclass needs plain operations.
+
+    So do devices that lack the kernels, among them the meta device.
+    """
     return (
         torch.compiler.is_compiling()
+        or not (input.is_cpu or input.is_cuda)
         or torch.jit.is_tracing()
         or type(input) not in (Tensor, torch.nn.Parameter)
         or torch._C._are_functorch_transforms_active()

@@ -159,14 +159,34 @@ def corrected(
         eps: Added to the variance before the square root.
         weight, bias: Shape (channels,); None stands for 1 and 0.
     """
-    scale = scale * (variance + eps).rsqrt()
+    scale, shift = folded(scale * (variance + eps).rsqrt(), shift, weight, bias)
+    # Centre first: folding the mean into the shift would lose digits where the mean is large against the deviation.
+    centred = x - along_channels(mean, x.dim())
+    return torch.addcmul(along_channels(shift, x.dim()), centred, along_channels(scale, x.dim()))
+
+
+def corrected_by_batch(
+    x: Tensor, eps: float, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """``corrected`` with the statistics of x itself over the batch; for the backward pass x is kept and no copy of it.
+
+    Args:
+        x: Shape (samples, channels, *space), without a mask.
+        scale, shift: Shape (channels,).
+
+    The other arguments are those of ``corrected``.
+    """
+    scale, shift = folded(scale, shift, weight, bias)
+    return torch.batch_norm(x, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
+
+
+def folded(scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The map z -> scale * z + shift followed by a layer's weight and bias, as one map."""
     if weight is not None:
         scale, shift = scale * weight, shift * weight
     if bias is not None:
         shift = shift + bias
-    # Centre first: folding the mean into the shift would lose digits where the mean is large against the deviation.
-    centred = x - along_channels(mean, x.dim())
-    return torch.addcmul(along_channels(shift, x.dim()), centred, along_channels(scale, x.dim()))
+    return scale, shift
 
 
 def normalize_running(

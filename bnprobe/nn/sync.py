@@ -38,13 +38,14 @@ def merge(moments: Tensor) -> BatchMoments:
             channel, then the count.
 
     Returns:
-        Mean, biased variance and count over all processes, float64.
+        Mean, biased variance and count over all processes, float64; 0 where no process has values.
     """
     channels = (moments.shape[1] - 1) // 2
     means, variances, counts = moments.split((channels, channels, 1), dim=1)
     count = counts.sum()
-    mean = (counts * means).sum(0) / count
-    variance = (counts * (variances + (means - mean).square())).sum(0) / count
+    divisor = count.clamp(min=1)
+    mean = (counts * means).sum(0) / divisor
+    variance = (counts * (variances + (means - mean).square())).sum(0) / divisor
     return BatchMoments(mean, variance, count)
 
 

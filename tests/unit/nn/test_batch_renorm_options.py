@@ -214,3 +214,20 @@ def test_the_function_takes_the_same_options() -> None:
     assert_close((mean, variance), (torch.zeros(3).double(), torch.ones(3).double()))
     layer = BatchRenorm2d(3, virtual_batch_size=4)
     assert "virtual_batch_size=4" in repr(layer)
+
+
+def test_a_lazy_layer_loads_the_statistics_of_r_and_d() -> None:
+    known, plain, x = BatchRenorm2d(4, renorm_momentum=0.1), nn.BatchNorm2d(4), torch.randn(3, 4, 5, 5)
+    known(x)
+    plain(x)
+    lazy, partly = LazyBatchRenorm2d(renorm_momentum=0.1), LazyBatchRenorm2d(renorm_momentum=0.1)
+    lazy.load_state_dict(known.state_dict())
+    partly.load_state_dict(plain.state_dict(), strict=False)
+    for layer, expected in ((lazy, known), (partly, None)):
+        found = layer(x)
+        assert layer.renorm_mean.shape == (4,)
+        if expected is not None:
+            assert_close(found, expected(x))
+            assert_close(dict(layer.named_buffers()), dict(expected.named_buffers()))
+    assert_close(partly.renorm_mean, 0.1 * x.mean((0, 2, 3)))  # from new ones
+    assert_close(partly.running_mean, (1 - 0.01) * plain.running_mean + 0.01 * x.mean((0, 2, 3)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from bnprobe.errors import UsageError
 from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
@@ -233,3 +234,23 @@ def test_cuda_gives_what_the_cpu_gives(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(on_device.cpu(), out, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other.grad.cpu(), own.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(twin.running_var.cpu(), layer.running_var)
+
+
+def test_a_reset_brings_the_first_gates_back() -> None:
+    layer = GatedBatchNorm2d(3, blend=0.3, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    assert_close(dict(layer.state_dict()), dict(GatedBatchNorm2d(3, blend=0.3).state_dict()))
+
+
+def test_the_backward_pass_keeps_the_input_and_no_copy_of_it() -> None:
+    x = 1.0 * torch.randn(64, 3, 8, 8, requires_grad=True)
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = GatedBatchNorm2d(3)(x)
+    assert sum(kept.values()) < 1.1 * x.numel() * x.element_size()
+    y.sum().backward()

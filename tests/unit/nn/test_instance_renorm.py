@@ -222,3 +222,17 @@ def test_cuda_gives_what_the_cpu_gives(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(on_device.cpu(), out, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other.grad.cpu(), own.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(twin.running_var.cpu(), layer.running_var)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch's own, when the backend is imported
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5)])
+def test_a_compiler_that_recomputes_sees_the_statistics_before_the_update(shape: tuple[int, ...]) -> None:
+    torch.compiler.reset()
+    layer = unsettled(InstanceRenorm1d(3))
+    twin, x = copy.deepcopy(layer), torch.randn(shape)
+    compiled = torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True)
+    one, other = (x.clone().requires_grad_() for _ in range(2))
+    compiled(one).sin().sum().backward()
+    twin(other).sin().sum().backward()
+    assert torch.allclose(one.grad, other.grad, atol=1e-6)
+    assert torch.allclose(layer.weight.grad, twin.weight.grad, atol=1e-5)

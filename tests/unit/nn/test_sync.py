@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from bnprobe.nn import BatchRenorm2d, SyncBatchRenorm
 from bnprobe.nn.functional import sync_batch_renorm
+from bnprobe.nn.kernels import Renorm
 from bnprobe.nn.sync import merge
 from support import renormworkers as workers
 from support.processes import run_together
@@ -71,3 +72,16 @@ def test_the_function_can_be_intercepted() -> None:
     x = torch.randn(2, 3)
     with Interceptor():
         assert nn.Sequential(SyncBatchRenorm(3))(x) is x
+
+
+@pytest.mark.parametrize("of_std", [False, True])
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_values_over_all_processes_leave_the_variance_alone(of_std: bool, count: int) -> None:
+    rows = torch.zeros(2, 5, dtype=torch.float64)  # two processes and channels
+    rows[0] = torch.tensor([5.0, 6.0, 0.0, 0.0, 1.0]) * count
+    merged = merge(rows)
+    assert_close(merged.mean, torch.tensor([5.0, 6.0], dtype=torch.float64) * count)
+    mean, variance = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    Renorm(mean, variance, 0.5, 1e-5, None, 3.0, 5.0, None, of_std).step(merged)
+    assert_close(variance, torch.tensor([3.0, 4.0]))
+    assert_close(mean, torch.tensor([3.0, 4.0]) if count else torch.tensor([1.0, 2.0]))

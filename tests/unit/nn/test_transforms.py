@@ -210,6 +210,13 @@ def test_traces_and_exports(name: str, training: bool) -> None:
 
 
 @every_layer
+@both_modes
+def test_the_meta_device_gives_shapes(name: str, training: bool) -> None:
+    net = _net(name, training).to("meta")
+    assert net(_images().to("meta")).shape == (4, 4, 4, 4)
+
+
+@every_layer
 def test_the_joint_graph_is_captured(name: str) -> None:
     from torch._functorch.aot_autograd import aot_export_module
 
