@@ -320,8 +320,8 @@ class _Lazy(_LazyNormBase):
             if bias:
                 self.bias = UninitializedParameter(**factory)
         self.running_mean, self.running_var = UninitializedBuffer(**factory), UninitializedBuffer(**factory)
-        if self.renorm_momentum is not None:
-            self.renorm_mean, self.renorm_var = UninitializedBuffer(**factory), UninitializedBuffer(**factory)
+        for name in _RENORM if self.renorm_momentum is not None else ():
+            setattr(self, name, UninitializedBuffer(**factory))
 
     def initialize_parameters(self, input: Tensor) -> None:
         # Before the others, which may have come with weights of BN.
