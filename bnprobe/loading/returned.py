@@ -83,8 +83,8 @@ def trainable_loss(function: BatchFunction, value: Any) -> Tensor:
     if not one.requires_grad:
         raise UsageError(
             f"loss(model, batch){written_at(function)} returned {described(value)}, which has no gradient to train"
-            " with. It must return the loss itself, without .item(), .detach(), .long() or torch.no_grad(), and the model"
-            " must have trainable parameters."
+            " with. It must return the loss itself, without .item(), .detach(), .long() or torch.no_grad(), and the"
+            " model must have trainable parameters."
         )
     return one.reshape(())
 
