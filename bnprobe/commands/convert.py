@@ -28,7 +28,7 @@ from bnprobe.commands.recalibrate import Repaired
 from bnprobe.commands.scan import scan_workload, whole
 from bnprobe.config.requirements import check_requirements, parse_requirement
 from bnprobe.config.spec import PLAIN, Spec
-from bnprobe.config.targets import AUTO, TARGETS
+from bnprobe.config.targets import AUTO, TARGETS, Target
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, SpecError, UsageError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_again
@@ -160,13 +160,35 @@ def _require_nothing_refused(made: Plan) -> None:
 
 
 def _plans(spec: Spec, model: nn.Module, before: Report | None) -> list[Plan]:
-    """What would be changed; for "auto" a plan for each target that changes something."""
+    """What would be changed; for "auto" a plan for each target that changes something.
+
+    Raises:
+        RepairError: The target that was named would be plain BN at the batch size of training.
+    """
     wanted, source = _wanted(spec, model, before)
+    size = spec.train.batch_size or (before.scan.batch_size if before else spec.data.batch_size)
     if spec.repair.to != AUTO:
+        _require_effect(TARGETS[spec.repair.to], spec, size)
         return [plan(model, wanted, spec.repair.to, source)]
     several = launched().size > 1
-    plans = [plan(model, wanted, target.name, source) for target in TARGETS if several or not target.needs_processes]
+    targets = [each for each in TARGETS if (several or not each.needs_processes) and not _is_plain(each, spec, size)]
+    plans = [plan(model, wanted, target.name, source) for target in targets]
     return [each for each in plans if each.changes] or plans[:1]
+
+
+def _is_plain(target: Target, spec: Spec, size: int | None) -> bool:
+    """Whether the layers of a target would be plain BN in batches of so many samples; None: not known."""
+    limit: int | None = getattr(spec.repair, target.plain_up_to) if target.plain_up_to else None
+    return size is not None and limit is not None and size <= limit
+
+
+def _require_effect(target: Target, spec: Spec, size: int | None) -> None:
+    if _is_plain(target, spec, size):
+        limit = getattr(spec.repair, target.plain_up_to)
+        raise RepairError(
+            f"{target.name} with {target.plain_up_to} {limit} is plain BN in batches of {size}: set"
+            f" repair.{target.plain_up_to} in the spec below {size}, or choose another target."
+        )
 
 
 def _wanted(spec: Spec, model: nn.Module, before: Report | None) -> tuple[dict[str, str], str]:

@@ -384,6 +384,8 @@ class RepairSpec(_Section):
             that leaves two channels in a group.
         blend: Gated layers: initial weight of the batch statistics. Instance renorm: weight of the sample's own
             statistics.
+        virtual_batch_size: Ghost batch norm: most samples in one of the parts of a batch that are normalized by
+            themselves.
         renorm: Limits of Batch Renorm.
         seeds: Runs of every arm, with consecutive seeds that begin with the spec's.
         require: Requirements on the repaired model, e.g. "metric>=0.97"; see ``bnprobe.config.requirements``.
@@ -396,6 +398,7 @@ class RepairSpec(_Section):
     recalibrate: bool = True
     groups: Count = 32
     blend: Fraction = 0.5
+    virtual_batch_size: Count = 32
     renorm: RenormSpec = RenormSpec()
     seeds: Count = 1
     require: Globs = ()

@@ -27,9 +27,11 @@ class Target:
         advice: When to choose it, a phrase for documentation.
         deploys: Whether plain BN with the converted layer's weights gives the same output at inference.
         agrees: Whether training and inference give the same output by construction.
-        settings: The keys of the spec's ``repair`` section that its layers use: "renorm", "groups", "blend". With
-            "renorm", training raises the limits of its Batch Renorm layers by the schedule in that section.
+        settings: The keys of the spec's ``repair`` section that its layers use: "renorm", "groups", "blend",
+            "virtual_batch_size". With "renorm", training raises the limits of its Batch Renorm layers by the schedule
+            in that section.
         needs_processes: Whether it only changes something where several processes train.
+        plain_up_to: The key of the spec's ``repair`` section with the batch size up to which its layers are plain BN.
         unflagged_remark: What a reader should know if the repaired model has no flagged layer, a sentence.
     """
 
@@ -41,6 +43,7 @@ class Target:
     agrees: bool = False
     settings: tuple[str, ...] = ()
     needs_processes: bool = False
+    plain_up_to: str = ""
     unflagged_remark: str = ""
 
 
@@ -99,6 +102,15 @@ TARGETS: Registry[Target] = Registry(
             advice="batches that can partly be trusted; usable at batch size 1",
             deploys=True,
             settings=("blend",),
+        ),
+        Target(
+            name="ghost",
+            summary="parts of a batch, each with its own statistics",
+            conversion=_HERE + "ToGhost",
+            advice="large batches that should train as smaller ones do; no remedy for small ones",
+            deploys=True,
+            settings=("virtual_batch_size",),
+            plain_up_to="virtual_batch_size",
         ),
     ),
     lambda target: target.name,

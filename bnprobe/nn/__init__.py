@@ -21,6 +21,7 @@ from bnprobe.nn.batch_renorm import (
 )
 from bnprobe.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
+from bnprobe.nn.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
 from bnprobe.nn.kernels import AffineMap, Statistics
 from bnprobe.nn.limits import RenormSchedule
@@ -40,6 +41,10 @@ __all__ = [
     "GatedBatchNorm1d",
     "GatedBatchNorm2d",
     "GatedBatchNorm3d",
+    "GhostBatchNorm",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
     "InstanceRenorm",
     "InstanceRenorm1d",
     "InstanceRenorm2d",

@@ -21,6 +21,11 @@ def widened(input: Tensor) -> Tensor:
     return input.float() if input.dtype == torch.float16 or input.dtype == torch.bfloat16 else input
 
 
+def parts_of(rows: int, most: int) -> int:
+    """The fewest equal parts of at most ``most`` rows into which rows can be divided; at least 1."""
+    return max(1, (rows + most - 1) // most)
+
+
 def along_channels(values: Tensor, dimensions: int) -> Tensor:
     """Values of shape (channels,) or (samples, channels), made to broadcast with (N, C, *space)."""
     return values.reshape(list(values.shape) + [1] * (dimensions - 2))

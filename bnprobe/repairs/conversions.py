@@ -14,6 +14,7 @@ from bnprobe.errors import RepairError
 from bnprobe.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, SyncBatchRenorm
 from bnprobe.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
+from bnprobe.nn.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
 from bnprobe.registry import load_code
 
@@ -163,6 +164,26 @@ class ToGated:
         variants: Variants = {None: GatedBatchNorm, 1: GatedBatchNorm1d, 2: GatedBatchNorm2d, 3: GatedBatchNorm3d}
         variant = variants[space_dimensions(module)]
         return adopt(variant(**arguments(module), momentum=module.momentum, blend=spec.blend), module)
+
+
+class ToGhost:
+    """Parts of a batch, each normalized by itself, of at most the samples that the spec says."""
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        if _is_synchronized(module):
+            return (
+                "is synchronized between processes, and ghost batches are parts of the batch of one: make it plain BN"
+                " first"
+            )
+        return no_statistics(module) or _eps_obstacle(module, "ghost batch norm")
+
+    def note(self, module: _BatchNorm) -> str:
+        return "running statistics move once for every part of a batch"
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        variants: Variants = {None: GhostBatchNorm, 1: GhostBatchNorm1d, 2: GhostBatchNorm2d, 3: GhostBatchNorm3d}
+        given = {**arguments(module), "momentum": module.momentum, "virtual_batch_size": spec.virtual_batch_size}
+        return adopt(variants[space_dimensions(module)](**given), module)
 
 
 def space_dimensions(module: _BatchNorm) -> int | None:

@@ -159,6 +159,18 @@ def test_other_targets_deploy_as_plain_bn(repairable: Workspace, to: str) -> Non
     assert read(repairable, "out.record.json")["flagged_after"] == 0
 
 
+def test_ghosts_deploy_as_plain_bn_where_batches_are_larger(repairable: Workspace) -> None:
+    found = repairable.run("convert", *TARGET, *SHORT, "--to", "ghost", "-o", "out.safetensors")
+    assert "ghost with virtual_batch_size 32 is plain BN in batches of 4: set repair.virtual" in found.error()
+    ghosts = "repair: {to: ghost, virtual_batch_size: 2}"
+    repairable.write("spec.yaml", f"model: model.py\ndata: {{batch_size: 4}}\n{ghosts}\n")
+    assert repairable.run("convert", "spec.yaml", *SHORT, "-o", "out.safetensors").code == CLEAN
+    assert repairable.run("scan", *TARGET, "--checkpoint", "out.safetensors").code in (CLEAN, FINDINGS)
+    record = read(repairable, "out.record.json")
+    assert record["plan"]["changes"][0]["to"] == "GhostBatchNorm2d"
+    assert record["settings"]["repair"]["virtual_batch_size"] == 2
+
+
 def test_auto_picks_by_the_batches_set_apart(repairable: Workspace) -> None:
     found = repairable.run(
         "convert", *TARGET, "--finetune", "--steps", "20", "--to", "auto", "-o", "out.safetensors", *JSON
@@ -168,6 +180,7 @@ def test_auto_picks_by_the_batches_set_apart(repairable: Workspace) -> None:
     assert record["plan"]["to"] in note
     for name in ("batch-renorm", "frozen", "group-norm", "gated"):
         assert f"{name} " in note
+    assert "ghost" not in note  # plain BN in batches of 4
 
 
 def test_layers_of_a_saved_report(repairable: Workspace) -> None:

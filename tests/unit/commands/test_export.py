@@ -157,7 +157,7 @@ class Net(Net):
         self.bn = bnprobe.nn.LAYER(4)
         self.bn.running_mean.normal_()
 """
-LAYERS = ["BatchRenorm2d", "FrozenBatchNorm2d", "GatedBatchNorm2d", "InstanceRenorm2d"]
+LAYERS = ["BatchRenorm2d", "FrozenBatchNorm2d", "GatedBatchNorm2d", "GhostBatchNorm2d", "InstanceRenorm2d"]
 
 
 @pytest.mark.parametrize(("to", "layer"), [*(("torch-export", layer) for layer in LAYERS), ("torchscript", LAYERS[0])])

@@ -17,6 +17,7 @@ from bnprobe.nn import (
     BatchRenorm1d,
     BatchRenorm2d,
     GatedBatchNorm1d,
+    GhostBatchNorm1d,
     InstanceRenorm1d,
     LazyBatchRenorm1d,
     LazyBatchRenorm2d,
@@ -112,7 +113,7 @@ def test_ghost_batches_are_normalized_one_after_the_other(rows: int, sizes: list
         BatchRenorm1d(3, virtual_batch_size=0)
 
 
-@pytest.mark.parametrize("kind", [BatchRenorm1d, SyncBatchRenorm, GatedBatchNorm1d, InstanceRenorm1d])
+@pytest.mark.parametrize("kind", [BatchRenorm1d, SyncBatchRenorm, GatedBatchNorm1d, GhostBatchNorm1d, InstanceRenorm1d])
 def test_padding_does_not_count(kind: type[nn.Module]) -> None:
     """Statistics are those of the sequences without their padding, whatever lies there."""
     layer = kind(3, dtype=torch.float64, momentum=0.2)

@@ -13,7 +13,14 @@ from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
 
 from bnprobe.errors import UsageError
-from bnprobe.nn import BatchRenorm2d, FrozenBatchNorm2d, GatedBatchNorm2d, InstanceRenorm2d, SyncBatchRenorm
+from bnprobe.nn import (
+    BatchRenorm2d,
+    FrozenBatchNorm2d,
+    GatedBatchNorm2d,
+    GhostBatchNorm2d,
+    InstanceRenorm2d,
+    SyncBatchRenorm,
+)
 
 LAYERS: list[Callable[[], nn.Module]] = [
     lambda: BatchRenorm2d(4),
@@ -21,6 +28,7 @@ LAYERS: list[Callable[[], nn.Module]] = [
     lambda: FrozenBatchNorm2d(4),
     lambda: GatedBatchNorm2d(4),
     lambda: InstanceRenorm2d(4),
+    lambda: GhostBatchNorm2d(4),
 ]
 every_layer = pytest.mark.parametrize("layer", LAYERS)
 

@@ -20,6 +20,7 @@ from bnprobe.nn import (
     BatchRenorm2d,
     FrozenBatchNorm2d,
     GatedBatchNorm2d,
+    GhostBatchNorm2d,
     InstanceRenorm2d,
     SyncBatchRenorm,
 )
@@ -33,6 +34,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "sync": lambda: SyncBatchRenorm(4),
     "frozen": lambda: FrozenBatchNorm2d(4),
     "gated": lambda: GatedBatchNorm2d(4),
+    "ghost": lambda: GhostBatchNorm2d(4, virtual_batch_size=2),
     "instance": lambda: InstanceRenorm2d(4),
 }
 

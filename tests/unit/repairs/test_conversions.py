@@ -44,7 +44,16 @@ def test_sync_is_batch_renorm_that_corrects_nothing() -> None:
     torch.testing.assert_close(layer(x), nn.BatchNorm2d(3)(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("to", ["sync", "batch-renorm"])
+def test_ghosts_are_parts_of_the_size_asked_for() -> None:
+    layer = bnprobe.convert(nn.BatchNorm1d(3, momentum=0.3), to="ghost", virtual_batch_size=4)
+    assert (type(layer).__name__, layer.virtual_batch_size, layer.momentum) == ("GhostBatchNorm1d", 4, 0.3)
+    x = 5 + torch.randn(8, 3)
+    torch.testing.assert_close(layer(x), torch.cat([nn.BatchNorm1d(3)(part) for part in x.split(4)]))
+    with pytest.raises(UsageError, match="for virtual_batch_size, but got 0"):
+        bnprobe.convert(nn.BatchNorm1d(3), to="ghost", virtual_batch_size=0)
+
+
+@pytest.mark.parametrize("to", ["sync", "batch-renorm", "ghost"])
 def test_renorm_needs_a_positive_eps(to: str) -> None:
     with pytest.raises(RepairError, match=r"\(root\) \(BatchNorm2d\) has eps 0, and"):
         bnprobe.convert(nn.BatchNorm2d(3, eps=0.0), to=to)

@@ -164,7 +164,7 @@ def test_hooks_bound_to_the_model_are_copied_with_it() -> None:
     assert not hasattr(model, "seen")
 
 
-@pytest.mark.parametrize("to", EVERY)
+@pytest.mark.parametrize("to", [to for to in EVERY if to != "ghost"])
 def test_sync_batch_norm_is_converted(to: str) -> None:
     group = object()
     sync = unsettled(nn.SyncBatchNorm(4, process_group=group)).eval()

@@ -133,7 +133,12 @@ def test_a_model_that_cannot_be_copied_is_refused_unless_in_place() -> None:
     assert isinstance(model.bn1, BatchRenorm2d)
 
 
-@pytest.mark.parametrize("to", ["batch-renorm", "frozen", "sync", "instance-renorm", "gated"])
+def test_ghosts_of_several_processes_are_refused() -> None:
+    with pytest.raises(RepairError, match=r"0 \(SyncBatchNorm\) is synchronized between processes, and ghost batches"):
+        bnprobe.convert(nn.Sequential(nn.SyncBatchNorm(4)), to="ghost")
+
+
+@pytest.mark.parametrize("to", ["batch-renorm", "frozen", "sync", "instance-renorm", "gated", "ghost"])
 def test_statistics_that_are_kept_and_not_tracked_stay_so(to: str) -> None:
     model = nn.Sequential(nn.BatchNorm2d(3))
     model[0].track_running_stats = False
