@@ -386,6 +386,7 @@ class RepairSpec(_Section):
             statistics.
         virtual_batch_size: Ghost batch norm: most samples in one of the parts of a batch that are normalized by
             themselves.
+        domains: Statistics per domain: the number of domains that the model file names by ``bnprobe.nn.domain``.
         renorm: Limits of Batch Renorm.
         seeds: Runs of every arm, with consecutive seeds that begin with the spec's.
         require: Requirements on the repaired model, e.g. "metric>=0.97"; see ``bnprobe.config.requirements``.
@@ -399,6 +400,7 @@ class RepairSpec(_Section):
     groups: Count = 32
     blend: Fraction = 0.5
     virtual_batch_size: Count = 32
+    domains: Count = 2
     renorm: RenormSpec = RenormSpec()
     seeds: Count = 1
     require: Globs = ()

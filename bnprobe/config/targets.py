@@ -28,10 +28,11 @@ class Target:
         deploys: Whether plain BN with the converted layer's weights gives the same output at inference.
         agrees: Whether training and inference give the same output by construction.
         settings: The keys of the spec's ``repair`` section that its layers use: "renorm", "groups", "blend",
-            "virtual_batch_size". With "renorm", training raises the limits of its Batch Renorm layers by the schedule
-            in that section.
+            "virtual_batch_size", "domains". With "renorm", training raises the limits of its Batch Renorm layers by the
+            schedule in that section.
         needs_processes: Whether it only changes something where several processes train.
         plain_up_to: The key of the spec's ``repair`` section with the batch size up to which its layers are plain BN.
+        needs_domains: Whether its layers must be told of which domain their data is, by ``bnprobe.nn.domain``.
         unflagged_remark: What a reader should know if the repaired model has no flagged layer, a sentence.
     """
 
@@ -44,6 +45,7 @@ class Target:
     settings: tuple[str, ...] = ()
     needs_processes: bool = False
     plain_up_to: str = ""
+    needs_domains: bool = False
     unflagged_remark: str = ""
 
 
@@ -111,6 +113,14 @@ TARGETS: Registry[Target] = Registry(
             deploys=True,
             settings=("virtual_batch_size",),
             plain_up_to="virtual_batch_size",
+        ),
+        Target(
+            name="per-domain",
+            summary="the samples of each domain, with their own statistics",
+            conversion=_HERE + "ToPerDomain",
+            advice="one layer for several kinds of input; your code says which it is: `with bnprobe.nn.domain(index):`",
+            settings=("domains",),
+            needs_domains=True,
         ),
     ),
     lambda target: target.name,

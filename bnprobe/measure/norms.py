@@ -26,6 +26,7 @@ from bnprobe.nn.frozen import FrozenBatchNorm
 from bnprobe.nn.functional import batch_renorm, sync_batch_renorm
 from bnprobe.nn.gated import GatedBatchNorm, gated_batch_norm
 from bnprobe.nn.ghost import GhostBatchNorm, ghost_batch_norm
+from bnprobe.nn.per_domain import DomainBatchNorm
 from bnprobe.nn.plain import parts_of
 from bnprobe.numbers import count
 from bnprobe.registry import Registry
@@ -332,6 +333,19 @@ class GhostFamily(BatchNormFamily):
         return "normalizes ghost batches: figures are per part of a batch"
 
 
+class DomainFamily(BatchNormFamily):
+    """bnprobe.nn's layers with statistics per domain, which a scan leaves out."""
+
+    name = "per-domain"
+    functionals: tuple[Callable[..., Tensor], ...] = ()
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, DomainBatchNorm)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        return "statistics per domain, which a scan does not tell apart"
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the statistics of one layer lie: consecutive values of a tensor that a module holds.
@@ -545,7 +559,7 @@ def place_of(tensor: Tensor | None) -> tuple[int, int, int] | None:
 
 NORMS: Registry[NormFamily] = Registry(
     "bnprobe.norms",
-    (BatchNormFamily(), BatchRenormFamily(), GatedFamily(), GhostFamily()),
+    (BatchNormFamily(), BatchRenormFamily(), GatedFamily(), GhostFamily(), DomainFamily()),
     lambda family: family.name,
     "norm family",
 )

@@ -25,6 +25,13 @@ from bnprobe.nn.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d,
 from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
 from bnprobe.nn.kernels import AffineMap, Statistics
 from bnprobe.nn.limits import RenormSchedule
+from bnprobe.nn.per_domain import (
+    DomainBatchNorm,
+    DomainBatchNorm1d,
+    DomainBatchNorm2d,
+    DomainBatchNorm3d,
+    domain,
+)
 
 __all__ = [
     "AffineMap",
@@ -33,6 +40,10 @@ __all__ = [
     "BatchRenorm3d",
     "BatchRenormBase",
     "ClippingWatch",
+    "DomainBatchNorm",
+    "DomainBatchNorm1d",
+    "DomainBatchNorm2d",
+    "DomainBatchNorm3d",
     "FrozenBatchNorm",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
@@ -55,6 +66,7 @@ __all__ = [
     "RenormSchedule",
     "Statistics",
     "SyncBatchRenorm",
+    "domain",
     "functional",
     "watch_clipping",
 ]

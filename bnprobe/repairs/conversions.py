@@ -16,6 +16,7 @@ from bnprobe.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNor
 from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
 from bnprobe.nn.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
+from bnprobe.nn.per_domain import DomainBatchNorm, DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d
 from bnprobe.registry import load_code
 
 Variants = dict[int | None, type[nn.Module]]
@@ -184,6 +185,27 @@ class ToGhost:
         variants: Variants = {None: GhostBatchNorm, 1: GhostBatchNorm1d, 2: GhostBatchNorm2d, 3: GhostBatchNorm3d}
         given = {**arguments(module), "momentum": module.momentum, "virtual_batch_size": spec.virtual_batch_size}
         return adopt(variants[space_dimensions(module)](**given), module)
+
+
+class ToPerDomain:
+    """Statistics for each domain, which all begin as those of the layer; weight and bias stay shared."""
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        if _is_synchronized(module):
+            return "is synchronized between processes, and statistics per domain are of one: make it plain BN first"
+        return no_statistics(module) or _eps_obstacle(module, "the layer with statistics per domain")
+
+    def note(self, module: _BatchNorm) -> str:
+        return "every domain begins with the statistics of all"
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        variants: Variants = {None: DomainBatchNorm, 1: DomainBatchNorm1d, 2: DomainBatchNorm2d, 3: DomainBatchNorm3d}
+        given = {**arguments(module), "momentum": module.momentum, "domains": spec.domains}
+        layer = variants[space_dimensions(module)](**given)
+        adopt(layer, module)
+        assert isinstance(layer, DomainBatchNorm)  # as all variants are
+        layer.share()
+        return layer
 
 
 def space_dimensions(module: _BatchNorm) -> int | None:

@@ -126,10 +126,10 @@ class _BufferSync:
     1983), which then enter the running statistics with weight a.
 
     Buffers that are identical already, as in sync and frozen layers, do not change. Instance norms average the
-    variances of samples, so theirs are averaged. So are those of ghost batches: a call that moves the statistics once for
-    each of k parts counts as one update with weight 1 - (1 - a)^k, by the mean of the parts. The update weight of layers other than BN is unknown: their buffers
-    are treated as statistics of all values they received. Counters become the largest one. All other buffers become
-    those of the first process.
+    variances of samples, so theirs are averaged. So are those of ghost batches: a call that moves the statistics once
+    for each of k parts counts as one update with weight 1 - (1 - a)^k, by the mean of the parts. The update weight of
+    layers other than BN is unknown: their buffers are treated as statistics of all values they received. Counters
+    become the largest one. All other buffers become those of the first process.
 
     Args:
         model: The model whose buffers are merged.
@@ -197,8 +197,8 @@ class _Statistics:
     """The running statistics of one layer, shape (channels,).
 
     Attributes:
-        calls: Calls in train mode since the last merge: values per channel, the statistics before the call, and the number
-            of parts in which the batch was normalized.
+        calls: Calls in train mode since the last merge: values per channel, the statistics before the call, and in how
+            many parts the batch was normalized.
     """
 
     layer: nn.Module

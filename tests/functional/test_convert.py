@@ -667,3 +667,76 @@ def test_weights_that_score_worse_than_as_loaded_are_not_written_without_force(w
     assert forced.code == CLEAN
     assert "Written because of --force: the repaired model scores worse" in " ".join(forced.stdout.split())
     assert "out.safetensors" in files(workspace)
+
+
+DOMAINS = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import bnprobe
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(2, 8)
+        self.bn = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.bn(self.body(x)).relu())
+
+
+def load_model():
+    torch.manual_seed(0)
+    return Net()
+
+
+def data(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(count, 2, generator=generator), torch.randint(0, 2, (count,), generator=generator)
+    domain = torch.arange(count) % 2
+    x[:, 0] += (2.0 * y - 1) * (1 - 2 * domain) + 20 * domain  # the second camera mirrors and shifts
+    return TensorDataset(x, y, domain)
+
+
+def load_data(batch_size):
+    return DataLoader(data(0, 512), batch_size, shuffle=True)
+
+
+def load_eval_data(batch_size):
+    return DataLoader(data(1, 256), batch_size)
+
+
+def forward(model, batch):
+    with bnprobe.nn.domain(batch[2]):
+        return model(batch[0])
+
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(forward(model, batch), batch[1])
+"""
+PER_DOMAIN = ("model.py", "--batch-size", "16", "--layers", "*", "--to", "per-domain", "-o", "out.safetensors")
+
+
+def test_domains_of_the_model_file(workspace: Workspace) -> None:
+    workspace.write("model.py", DOMAINS)
+    workspace.run("convert", *PER_DOMAIN, *SHORT, *JSON)
+    record = read(workspace, "out.record.json")
+    assert record["plan"]["changes"][0]["to"] == "DomainBatchNorm1d"
+    assert not record["plan"]["deploys"]
+    assert record["flagged_after"] is None  # a scan does not measure the layer
+    weights = load_file(workspace.folder / "out.safetensors")
+    assert weights["bn.domain_mean"].shape == (2, 8)
+    assert (weights["bn.domain_mean"][0] - weights["bn.domain_mean"][1]).abs().max() > 1
+
+
+def test_a_model_file_that_names_no_domain_is_told_before_training(workspace: Workspace) -> None:
+    workspace.write(
+        "model.py", DOMAINS.replace("bnprobe.nn.domain(batch[2])", "__import__('contextlib').nullcontext()")
+    )
+    found = workspace.run("convert", *PER_DOMAIN, *SHORT)
+    assert "per-domain: forward(model, batch) cannot run the converted model." in found.error()
+    assert "with bnprobe.nn.domain(index):" in found.error()
+    workspace.write("model.py", DOMAINS.replace("domain(batch[2])", "domain(batch[2] + 1)"))
+    assert "has 2 domains, counted from 0, but was asked for 2" in workspace.run("convert", *PER_DOMAIN, *SHORT).error()

@@ -131,6 +131,14 @@ def test_padding_does_not_count(kind: type[nn.Module]) -> None:
             layer(padded, mask=wrong)
 
 
+@pytest.mark.parametrize("kind", [BatchRenorm1d, GatedBatchNorm1d, GhostBatchNorm1d, InstanceRenorm1d])
+def test_vectors_that_are_padding_do_not_count(kind: type[nn.Module]) -> None:
+    layer = kind(3, dtype=torch.float64, momentum=0.2)
+    twin, x, mask = copy.deepcopy(layer), torch.randn(6, 3, dtype=torch.float64), torch.arange(6) < 4
+    assert_close(layer(torch.where(mask[:, None], x, torch.nan), mask=mask)[:4], twin(x[:4]))
+    assert_close(dict(layer.named_buffers()), dict(twin.named_buffers()))
+
+
 def test_sequences_of_different_lengths_count_by_their_lengths() -> None:
     layer, x = _layer(momentum=1.0), _batch()
     mask = torch.arange(5) < torch.tensor([5, 4, 3, 2, 1, 0])[:, None]

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from bnprobe.errors import UsageError
 from bnprobe.nn import (
     BatchRenorm2d,
+    DomainBatchNorm2d,
     FrozenBatchNorm2d,
     GatedBatchNorm2d,
     GhostBatchNorm2d,
@@ -29,6 +30,7 @@ LAYERS: list[Callable[[], nn.Module]] = [
     lambda: GatedBatchNorm2d(4),
     lambda: InstanceRenorm2d(4),
     lambda: GhostBatchNorm2d(4),
+    lambda: DomainBatchNorm2d(4, default_domain=0),
 ]
 every_layer = pytest.mark.parametrize("layer", LAYERS)
 
@@ -56,6 +58,10 @@ def test_folding_into_a_convolution_is_right_or_refused(layer: Callable[[], nn.M
         with pytest.raises(UsageError, match="cannot be folded into a convolution as BN can: it is InstanceRenorm2d"):
             fuse_conv_bn_eval(net[0], net[1])
         net[1].blend = 0
+    if isinstance(net[1], DomainBatchNorm2d):
+        with pytest.raises(UsageError, match="cannot be folded into a convolution as BN can: it keeps statistics for"):
+            fuse_conv_bn_eval(net[0], net[1])
+        return
     fused = fuse_conv_bn_eval(net[0], net[1])
     assert_close(fused(x), net[1](net[0](x)), rtol=1e-4, atol=1e-5)
 
@@ -111,7 +117,9 @@ def test_a_bias_can_be_left_out(layer: Callable[[], nn.Module]) -> None:
     own, plain = kind(4, bias=False), nn.BatchNorm2d(4, bias=False)
     assert own.bias is None
     assert "bias=False" in repr(own)
-    if kind is not GatedBatchNorm2d:
+    if kind is DomainBatchNorm2d:
+        own.default_domain = 0
+    if kind not in (GatedBatchNorm2d, DomainBatchNorm2d):
         plain.load_state_dict(own.state_dict())
     x = torch.randn(3, 4, 5, 5)
     if kind is not InstanceRenorm2d:

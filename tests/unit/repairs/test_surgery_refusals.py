@@ -133,9 +133,10 @@ def test_a_model_that_cannot_be_copied_is_refused_unless_in_place() -> None:
     assert isinstance(model.bn1, BatchRenorm2d)
 
 
-def test_ghosts_of_several_processes_are_refused() -> None:
-    with pytest.raises(RepairError, match=r"0 \(SyncBatchNorm\) is synchronized between processes, and ghost batches"):
-        bnprobe.convert(nn.Sequential(nn.SyncBatchNorm(4)), to="ghost")
+@pytest.mark.parametrize(("to", "what"), [("ghost", "ghost batches"), ("per-domain", "statistics per domain")])
+def test_what_one_process_keeps_is_refused_for_synchronized_layers(to: str, what: str) -> None:
+    with pytest.raises(RepairError, match=rf"0 \(SyncBatchNorm\) is synchronized between processes, and {what}"):
+        bnprobe.convert(nn.Sequential(nn.SyncBatchNorm(4)), to=to)
 
 
 @pytest.mark.parametrize("to", ["batch-renorm", "frozen", "sync", "instance-renorm", "gated", "ghost"])
