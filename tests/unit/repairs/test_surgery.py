@@ -94,7 +94,8 @@ def test_settings_are_kept(to: str, options: dict[str, Any]) -> None:
     layer = bnprobe.convert(bn, to=to, renorm={"momentum": None})
     assert layer.eps == bn.eps
     assert (layer.weight is None) == (bn.weight is None)
-    assert set(layer.state_dict()) - {"gate_logit"} <= set(bn.state_dict())
+    beyond = set(getattr(layer, "training_only", ()))
+    assert set(layer.state_dict()) - beyond <= set(bn.state_dict())
     if isinstance(layer, _BatchNorm):
         assert layer.momentum == bn.momentum
     if to in DEPLOYING:
