@@ -386,6 +386,7 @@ class RepairSpec(_Section):
             statistics.
         virtual_batch_size: Ghost batch norm: most samples in one of the parts of a batch that are normalized by
             themselves.
+        window: Moving average batch norm: batches whose statistics are averaged, forward and backward.
         domains: Statistics per domain: the number of domains that the model file names by ``bnprobe.nn.domain``.
         renorm: Limits of Batch Renorm.
         seeds: Runs of every arm, with consecutive seeds that begin with the spec's.
@@ -400,6 +401,7 @@ class RepairSpec(_Section):
     groups: Count = 32
     blend: Fraction = 0.5
     virtual_batch_size: Count = 32
+    window: Count = 16
     domains: Count = 2
     renorm: RenormSpec = RenormSpec()
     seeds: Count = 1

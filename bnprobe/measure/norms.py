@@ -26,6 +26,7 @@ from bnprobe.nn.frozen import FrozenBatchNorm
 from bnprobe.nn.functional import batch_renorm, sync_batch_renorm
 from bnprobe.nn.gated import GatedBatchNorm, gated_batch_norm
 from bnprobe.nn.ghost import GhostBatchNorm, ghost_batch_norm
+from bnprobe.nn.moving_average import MovingAverageBatchNorm
 from bnprobe.nn.per_domain import DomainBatchNorm
 from bnprobe.nn.plain import parts_of
 from bnprobe.numbers import count
@@ -346,6 +347,19 @@ class DomainFamily(BatchNormFamily):
         return "statistics per domain, which a scan does not tell apart"
 
 
+class MovingAverageFamily(BatchNormFamily):
+    """bnprobe.nn's moving average batch norm, which a scan leaves out: it depends on the batches before."""
+
+    name = "moving-average"
+    functionals: tuple[Callable[..., Tensor], ...] = ()
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, MovingAverageBatchNorm)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        return "statistics of earlier batches, too, which a scan of single batches does not follow"
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the statistics of one layer lie: consecutive values of a tensor that a module holds.
@@ -559,7 +573,7 @@ def place_of(tensor: Tensor | None) -> tuple[int, int, int] | None:
 
 NORMS: Registry[NormFamily] = Registry(
     "bnprobe.norms",
-    (BatchNormFamily(), BatchRenormFamily(), GatedFamily(), GhostFamily(), DomainFamily()),
+    (BatchNormFamily(), BatchRenormFamily(), GatedFamily(), GhostFamily(), MovingAverageFamily(), DomainFamily()),
     lambda family: family.name,
     "norm family",
 )

@@ -25,6 +25,12 @@ from bnprobe.nn.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d,
 from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
 from bnprobe.nn.kernels import AffineMap, Statistics
 from bnprobe.nn.limits import RenormSchedule
+from bnprobe.nn.moving_average import (
+    MovingAverageBatchNorm,
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
+)
 from bnprobe.nn.per_domain import (
     DomainBatchNorm,
     DomainBatchNorm1d,
@@ -63,6 +69,10 @@ __all__ = [
     "LazyBatchRenorm1d",
     "LazyBatchRenorm2d",
     "LazyBatchRenorm3d",
+    "MovingAverageBatchNorm",
+    "MovingAverageBatchNorm1d",
+    "MovingAverageBatchNorm2d",
+    "MovingAverageBatchNorm3d",
     "RenormSchedule",
     "Statistics",
     "SyncBatchRenorm",

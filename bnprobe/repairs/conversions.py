@@ -16,6 +16,12 @@ from bnprobe.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNor
 from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
 from bnprobe.nn.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
+from bnprobe.nn.moving_average import (
+    MovingAverageBatchNorm,
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
+)
 from bnprobe.nn.per_domain import DomainBatchNorm, DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d
 from bnprobe.registry import load_code
 
@@ -184,6 +190,28 @@ class ToGhost:
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
         variants: Variants = {None: GhostBatchNorm, 1: GhostBatchNorm1d, 2: GhostBatchNorm2d, 3: GhostBatchNorm3d}
         given = {**arguments(module), "momentum": module.momentum, "virtual_batch_size": spec.virtual_batch_size}
+        return adopt(variants[space_dimensions(module)](**given), module)
+
+
+class ToMovingAverage:
+    """Statistics of the last batches, as many as the spec says, in both passes."""
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        if _is_synchronized(module):
+            return "is synchronized between processes, and averages of batches are of one: make it plain BN first"
+        return no_statistics(module) or _eps_obstacle(module, "moving average batch norm")
+
+    def note(self, module: _BatchNorm) -> str:
+        return "its gradient is averaged over batches, and is not the derivative of its output"
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        variants: Variants = {
+            None: MovingAverageBatchNorm,
+            1: MovingAverageBatchNorm1d,
+            2: MovingAverageBatchNorm2d,
+            3: MovingAverageBatchNorm3d,
+        }
+        given = {**arguments(module), "momentum": module.momentum, "window": spec.window}
         return adopt(variants[space_dimensions(module)](**given), module)
 
 

@@ -53,6 +53,11 @@ def test_ghosts_are_parts_of_the_size_asked_for() -> None:
         bnprobe.convert(nn.BatchNorm1d(3), to="ghost", virtual_batch_size=0)
 
 
+def test_moving_averages_have_the_window_asked_for() -> None:
+    layer = bnprobe.convert(nn.BatchNorm2d(3, momentum=0.3), to="mabn", window=4)
+    assert (type(layer).__name__, layer.window, layer.momentum) == ("MovingAverageBatchNorm2d", 4, 0.3)
+
+
 def test_domains_begin_with_the_statistics_of_all() -> None:
     bn = unsettled(nn.BatchNorm2d(3, momentum=0.3)).eval()
     layer = bnprobe.convert(bn, to="per-domain", domains=3)
@@ -64,7 +69,7 @@ def test_domains_begin_with_the_statistics_of_all() -> None:
     torch.testing.assert_close(dict(back.state_dict()), dict(bn.state_dict()))
 
 
-@pytest.mark.parametrize("to", ["sync", "batch-renorm", "ghost", "per-domain"])
+@pytest.mark.parametrize("to", ["sync", "batch-renorm", "ghost", "mabn", "per-domain"])
 def test_renorm_needs_a_positive_eps(to: str) -> None:
     with pytest.raises(RepairError, match=r"\(root\) \(BatchNorm2d\) has eps 0, and"):
         bnprobe.convert(nn.BatchNorm2d(3, eps=0.0), to=to)

@@ -172,7 +172,7 @@ def test_hooks_bound_to_the_model_are_copied_with_it() -> None:
     assert not hasattr(model, "seen")
 
 
-@pytest.mark.parametrize("to", [to for to in EVERY if to not in ("ghost", "per-domain")])
+@pytest.mark.parametrize("to", [to for to in EVERY if to not in ("ghost", "mabn", "per-domain")])
 def test_sync_batch_norm_is_converted(to: str) -> None:
     group = object()
     sync = unsettled(nn.SyncBatchNorm(4, process_group=group)).eval()
