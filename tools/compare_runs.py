@@ -246,7 +246,7 @@ found["further"] = as_json(bnprobe.scan(
 for path in ("train", "eval"):
     found[f"recalibrated, {path}"] = hashes(bnprobe.recalibrate(trained(), batches(64), path=path).state_dict())
 images = next(iter(batches(8)))[0]
-for to in ("batch-renorm", "frozen", "group-norm", "sync", "instance-renorm", "gated"):
+for to in ("batch-renorm", "frozen", "group-norm", "sync", "instance-renorm", "gated", "ghost", "mabn"):
     for name, wanted in (("flagged", report), ("globs", ["blocks.1.*"])):
         converted = bnprobe.convert(network, wanted, to=to)
         kinds = [type(each).__name__ for each in converted.modules()]

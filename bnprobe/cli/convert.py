@@ -48,6 +48,21 @@ def convert(
         options.option(REPAIR, "--groups", "Group norm: the largest number of groups (default 32).", "N"),
         options.Sets("repair.groups"),
     ] = None,
+    virtual_batch_size: Annotated[
+        int | None,
+        options.option(REPAIR, "--virtual-batch-size", "Ghost: most samples in a part of a batch (default 32).", "N"),
+        options.Sets("repair.virtual_batch_size"),
+    ] = None,
+    window: Annotated[
+        int | None,
+        options.option(REPAIR, "--window", "Mabn: batches whose statistics are averaged (default 16).", "N"),
+        options.Sets("repair.window"),
+    ] = None,
+    domains: Annotated[
+        int | None,
+        options.option(REPAIR, "--domains", "Per-domain: how many there are (default 2).", "N"),
+        options.Sets("repair.domains"),
+    ] = None,
     layers: Annotated[
         list[str] | None,
         options.option(REPAIR, "--layers", 'Convert layers whose name matches ("*": all).', "GLOB"),
@@ -134,7 +149,8 @@ def convert(
     if not finetune:
         _refuse_untrained(steps=steps, epochs=epochs, lr=rate, seeds=seeds, resume=resume)
     spec = _with_rate(_with_length(build_spec(target, given), steps, epochs), rate)
-    require_used(spec.repair.to, {name: given[f"repair.{name}"] for name in ("blend", "groups")}, "--{} {}".format)
+    settings = ("blend", "groups", "virtual_batch_size", "window", "domains")
+    require_used(spec.repair.to, {name: given[f"repair.{name}"] for name in settings}, _as_option)
     if check or dry_run:
         render = renderer(format_, Plan)
         option = "--check" if check else "--dry-run"
@@ -144,6 +160,10 @@ def convert(
         raise UsageError("convert writes weights: give -o FILE.safetensors, or --dry-run or --check for the plan only.")
     render = renderer(format_, RepairReport)
     raise typer.Exit(_repair(spec, output, render, finetune=finetune, resume=resume, force=force, show_all=show_all))
+
+
+def _as_option(name: str, value: Any) -> str:
+    return f"--{name.replace('_', '-')} {value}"
 
 
 def _refuse_untrained(**options: Any) -> None:

@@ -27,16 +27,17 @@ from bnprobe.commands.experiment import (
 from bnprobe.commands.recalibrate import Repaired
 from bnprobe.commands.scan import scan_workload, whole
 from bnprobe.config.requirements import check_requirements, parse_requirement
-from bnprobe.config.spec import PLAIN, Spec
-from bnprobe.config.targets import AUTO, TARGETS
+from bnprobe.config.spec import PLAIN, RepairSpec, Spec
+from bnprobe.config.targets import AUTO, TARGETS, Target
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, UsageError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_again
+from bnprobe.measure.batch import to_device
 from bnprobe.measure.rank_agreement import digest_of
 from bnprobe.measure.restore import preserved_random_state, seed_everything
-from bnprobe.measure.session import Progress, no_progress
+from bnprobe.measure.session import Progress, default_forward, no_progress
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
-from bnprobe.repairs import deployable_state, left_out, on_host, plan, wanted_by_globs, wanted_from_report
+from bnprobe.repairs import apply, deployable_state, left_out, on_host, plan, wanted_by_globs, wanted_from_report
 from bnprobe.report.json import read_report
 from bnprobe.rules import effect, title_of
 from bnprobe.training import StateFolder, StepLog
@@ -122,6 +123,7 @@ def repair_spec(
         summary = before.summary
         by_loss = effect.doubt_of_goal(summary.gaps, before.remedies, summary.chance) == "contradicted"
         subject, notes = make_subject(spec, workload, options.finetune, by_loss)
+        plans = _knowing_domains(plans, subject, workload, spec.repair)
         folder = _folder(spec, options, workload, plans, subject, world)
         with _logged(folder, options.tensorboard, on_step, world) as log:
             made = plans[0]
@@ -173,13 +175,67 @@ def _require_no_error(before: Report) -> None:
 
 
 def _plans(spec: Spec, model: nn.Module, before: Report | None) -> list[Plan]:
-    """What would be changed; for "auto" a plan for each target that changes something."""
+    """What would be changed; for "auto" a plan for each target that changes something.
+
+    Raises:
+        RepairError: The target that was named would be plain BN at the batch size of training.
+    """
     wanted, source = _wanted(spec, model, before)
+    size = spec.train.batch_size or (before.scan.batch_size if before else spec.data.batch_size)
     if spec.repair.to != AUTO:
+        _require_effect(TARGETS[spec.repair.to], spec, size)
         return [plan(model, wanted, spec.repair.to, source)]
     several = launched().size > 1
-    plans = [plan(model, wanted, target.name, source) for target in TARGETS if several or not target.needs_processes]
+    targets = [each for each in TARGETS if (several or not each.needs_processes) and not _is_plain(each, spec, size)]
+    plans = [plan(model, wanted, target.name, source) for target in targets]
     return [each for each in plans if each.changes] or plans[:1]
+
+
+def _is_plain(target: Target, spec: Spec, size: int | None) -> bool:
+    """Whether the layers of a target would be plain BN in batches of so many samples; None: not known."""
+    limit: int | None = getattr(spec.repair, target.plain_up_to) if target.plain_up_to else None
+    return size is not None and limit is not None and size <= limit
+
+
+def _require_effect(target: Target, spec: Spec, size: int | None) -> None:
+    if _is_plain(target, spec, size):
+        limit = getattr(spec.repair, target.plain_up_to)
+        raise RepairError(
+            f"{target.name} with {target.plain_up_to} {limit} is plain BN in batches of {size}: set"
+            f" repair.{target.plain_up_to} in the spec below {size}, or choose another target."
+        )
+
+
+def _knowing_domains(plans: list[Plan], subject: Subject, workload: Workload, repair: RepairSpec) -> list[Plan]:
+    """The plans without those whose layers must be told the domain of their data, and are not.
+
+    Raises:
+        UsageError: No other is left; says which function does not tell it.
+    """
+    found = []
+    for each in plans:
+        problem = _unknown_domain(each, subject, workload, repair) if TARGETS[each.to].needs_domains else None
+        if problem and len(plans) == 1:
+            raise UsageError(f"{each.to}: {problem}")
+        found += [] if problem else [each]
+    return found
+
+
+def _unknown_domain(made: Plan, subject: Subject, workload: Workload, repair: RepairSpec) -> str | None:
+    """Why the user's functions do not run the converted model, by a batch of the held-out data; None if they do."""
+    functions = {"forward": workload.forward or default_forward, "loss": workload.loss, "metric": workload.metric}
+    with preserved_random_state(), torch.no_grad():
+        model = apply(subject.start, made, repair).eval()
+        for batch in subject.proving.batches[:1]:
+            for role, function in functions.items():
+                try:
+                    if function is not None:
+                        function(model, to_device(batch, subject.device))
+                except UsageError as error:
+                    return f"{role}(model, batch) cannot run the converted model. {error}"
+                except Exception:  # what else fails is told where it is run in earnest
+                    return None
+    return None
 
 
 def _wanted(spec: Spec, model: nn.Module, before: Report | None) -> tuple[dict[str, str], str]:

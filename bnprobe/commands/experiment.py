@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -38,10 +39,11 @@ from bnprobe.loading.source import load_source
 from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.scores import ScoreTable
-from bnprobe.measure.session import autocast_dtype, device_named
+from bnprobe.measure.session import autocast_dtype, default_forward, device_named
 from bnprobe.numbers import number
 from bnprobe.records import ROOT, Arm, Goal, Measure, Plan, Proof, Run, TrainingStep
 from bnprobe.repairs import apply
+from bnprobe.repairs.domains import recalibrate_domains
 from bnprobe.repairs.held_out import HeldOut
 from bnprobe.repairs.recalibration import recalibrate_loaded
 from bnprobe.rules.effect import CONTRADICTED
@@ -71,6 +73,7 @@ class Subject:
         seed: Seed of the first run.
         make_optimizer, make_schedule: Make the optimizer and schedule that the spec names.
         by_loss: The loss decides although there is a metric, whose goal was not stated and which the loss contradicts.
+        by_domain: Gives a converted model the statistics of each domain, in place; None: this is not wanted.
     """
 
     model: nn.Module
@@ -90,6 +93,7 @@ class Subject:
     make_optimizer: Callable[[list[nn.Parameter]], Any] | None
     make_schedule: Callable[[Any], Any] | None
     by_loss: bool = False
+    by_domain: Callable[[nn.Module], None] | None = None
 
     @property
     def measure(self) -> Measure:
@@ -177,7 +181,8 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool, by_loss: bool =
     device = device_named(spec.scan.device, workload.model)
     model = workload.model.to(device)
     start, twin, recalibrated, notes = model, None, tuple[str, ...](), list[str]()
-    recalibrate = _recalibration(spec, workload) if spec.repair.recalibrate and not workload.source.synthetic else None
+    recalibrated_at_all = spec.repair.recalibrate and not workload.source.synthetic
+    recalibrate = _recalibration(spec, workload) if recalibrated_at_all else None
     held_out = HeldOut.of(spec, workload)
     notes += _few(held_out) if finetune else []
     proving, choosing = held_out.halves() if finetune else (held_out, replace(held_out, batches=()))
@@ -210,6 +215,7 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool, by_loss: bool =
         make_optimizer=make_optimizer,
         make_schedule=make_schedule,
         by_loss=by_loss,
+        by_domain=_by_domain(spec, workload, device) if recalibrated_at_all else None,
     )
     return subject, [*notes, *held_out.notes]
 
@@ -250,6 +256,28 @@ def _recalibration(spec: Spec, workload: Workload) -> Callable[[nn.Module], tupl
         return recalibrate_loaded(model, source, workload.forward, settings=settings, track=False).layers
 
     return recalibrate
+
+
+def _by_domain(spec: Spec, workload: Workload, device: torch.device) -> Callable[[nn.Module], None]:
+    """A function that gives layers with statistics per domain those of the training data, or of a large part of it."""
+    most = -(-RECALIBRATION_IMAGES // workload.source.batch_size)
+    forward = workload.forward or default_forward
+
+    def gather(model: nn.Module) -> None:
+        with preserved_random_state():
+            seed_everything(spec.data.seed)
+            batches = islice(read_again(spec, workload).source.batches, most)
+            recalibrate_domains(model, batches, forward, device)
+
+    return gather
+
+
+def _converted(subject: Subject, plan: Plan) -> nn.Module:
+    """A copy of the model at the start, converted."""
+    model = apply(subject.start, plan, subject.repair)
+    if TARGETS[plan.to].needs_domains and subject.by_domain is not None:
+        subject.by_domain(model)
+    return model
 
 
 def _training(spec: Spec, workload: Workload) -> BatchSource:
@@ -312,7 +340,7 @@ def prove(
         ]
         arms += _controls(subject, plans, folder, on_step, world)
     repairs = [
-        _untrained(subject, plan.to, apply(subject.start, plan, subject.repair))
+        _untrained(subject, plan.to, _converted(subject, plan))
         if subject.training is None
         else _trained(subject, plan.to, plan, folder, on_step, world)
         for plan in plans
@@ -431,7 +459,7 @@ def job_of(subject: Subject, name: str, plan: Plan | None, seed: int) -> tuple[J
     assert subject.training is not None  # else nothing is trained
     with preserved_random_state():
         seed_everything(seed)
-        model = copy.deepcopy(subject.start) if plan is None else apply(subject.start, plan, subject.repair)
+        model = copy.deepcopy(subject.start) if plan is None else _converted(subject, plan)
     renorm = subject.repair.renorm if plan is not None and _is_renorm(plan) else None
     assert subject.loss is not None  # the caller refuses to train without
     assert subject.make_optimizer is not None

@@ -402,6 +402,10 @@ class RepairSpec(_Section):
             that leaves two channels in a group.
         blend: Gated layers: initial weight of the batch statistics. Instance renorm and example weighing: weight of the
             sample's own statistics.
+        virtual_batch_size: Ghost batch norm: most samples in one of the parts of a batch that are normalized by
+            themselves.
+        window: Moving average batch norm: batches whose statistics are averaged, forward and backward.
+        domains: Statistics per domain: the number of domains that the model file names by ``bnprobe.nn.domain``.
         renorm: Limits of Batch Renorm.
         seeds: Runs of every arm, with consecutive seeds that begin with the spec's.
         require: Requirements on the repaired model, e.g. "metric>=0.97"; see ``bnprobe.config.requirements``.
@@ -414,6 +418,9 @@ class RepairSpec(_Section):
     recalibrate: bool = True
     groups: Count = 32
     blend: Fraction = 0.5
+    virtual_batch_size: Count = 32
+    window: Count = 16
+    domains: Count = 2
     renorm: RenormSpec = RenormSpec()
     seeds: Runs = 1
     require: Globs = ()

@@ -30,9 +30,12 @@ class Target:
         advice: When to choose it, a phrase for documentation.
         deploys: Whether plain BN with the converted layer's weights gives the same output at inference.
         agrees: Whether training and inference give the same output by construction.
-        settings: The keys of the spec's ``repair`` section that its layers use: "renorm", "groups", "blend". With
-            "renorm", training raises the limits of its Batch Renorm layers by the schedule in that section.
+        settings: The keys of the spec's ``repair`` section that its layers use: "renorm", "groups", "blend",
+            "virtual_batch_size", "window", "domains". With "renorm", training raises the limits of its Batch Renorm
+            layers by the schedule in that section.
         needs_processes: Whether it only changes something where several processes train.
+        plain_up_to: The key of the spec's ``repair`` section with the batch size up to which its layers are plain BN.
+        needs_domains: Whether its layers must be told of which domain their data is, by ``bnprobe.nn.domain``.
         unflagged_remark: What a reader should know if the repaired model has no flagged layer, a sentence.
         at_inference: What its layers normalize with at inference, unless it ``agrees``, a phrase.
     """
@@ -45,6 +48,8 @@ class Target:
     agrees: bool = False
     settings: tuple[str, ...] = ()
     needs_processes: bool = False
+    plain_up_to: str = ""
+    needs_domains: bool = False
     unflagged_remark: str = ""
     at_inference: str = "running statistics"
 
@@ -112,6 +117,31 @@ TARGETS: Registry[Target] = Registry(
             advice="batches that can partly be trusted; usable at batch size 1",
             deploys=True,
             settings=("blend",),
+        ),
+        Target(
+            name="ghost",
+            summary="parts of a batch, each with its own statistics",
+            conversion=_HERE + "ToGhost",
+            advice="large batches that should train as smaller ones do; no remedy for small ones",
+            deploys=True,
+            settings=("virtual_batch_size",),
+            plain_up_to="virtual_batch_size",
+        ),
+        Target(
+            name="mabn",
+            summary="averages over the last batches, in the backward pass too",
+            conversion=_HERE + "ToMovingAverage",
+            advice="small batches, and batches of one kind each if the window holds all kinds",
+            deploys=True,
+            settings=("window",),
+        ),
+        Target(
+            name="per-domain",
+            summary="the samples of each domain, with their own statistics",
+            conversion=_HERE + "ToPerDomain",
+            advice="one layer for several kinds of input; your code says which it is: `with bnprobe.nn.domain(index):`",
+            settings=("domains",),
+            needs_domains=True,
         ),
     ),
     lambda target: target.name,

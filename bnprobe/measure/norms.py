@@ -20,10 +20,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from bnprobe.errors import ModelError
 from bnprobe.nn.batch_renorm import BatchRenormBase
 from bnprobe.nn.frozen import FrozenBatchNorm
 from bnprobe.nn.functional import batch_renorm, sync_batch_renorm
 from bnprobe.nn.gated import GatedBatchNorm, gated_batch_norm
+from bnprobe.nn.ghost import GhostBatchNorm, ghost_batch_norm
+from bnprobe.nn.moving_average import MovingAverageBatchNorm
+from bnprobe.nn.per_domain import DomainBatchNorm
+from bnprobe.nn.plain import parts_of
+from bnprobe.numbers import count
 from bnprobe.registry import Registry
 from bnprobe.stats.moments import Corrections, corrections, eps_of_std
 
@@ -304,6 +310,60 @@ class GatedFamily(BatchNormFamily):
         return f"gated (mean gate {gate:.2f}): D is the mismatch that remains after the gates; r and d are not clipped"
 
 
+class GhostFamily(BatchNormFamily):
+    """bnprobe.nn's ghost batch norm: every part of a micro-batch with its own statistics."""
+
+    name = "ghost-batch-norm"
+    functionals: tuple[Callable[..., Tensor], ...] = (ghost_batch_norm,)
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, GhostBatchNorm)
+
+    def parse(self, *args: Any, **kwargs: Any) -> NormCall:
+        x, layer, *mask = args
+        own = (layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.training, layer.eps)
+        return NormCall(x, *own, momentum=layer.momentum, masked=bool(mask))
+
+    def rows_per_group(self, module: nn.Module, call: NormCall, rows: int) -> int:
+        assert isinstance(module, GhostBatchNorm)  # matches() said so
+        number = parts_of(rows, module.virtual_batch_size)
+        if rows % number:
+            raise ModelError(
+                f"A scan needs ghost batches of one size, but a batch of {count(rows, 'row')} has {number} parts of at"
+                f" most {module.virtual_batch_size} (virtual_batch_size): choose a batch size that is a multiple of it."
+            )
+        return rows // number
+
+    def note(self, info: NormInfo) -> str | None:
+        return "normalizes ghost batches: figures are per part of a batch"
+
+
+class DomainFamily(BatchNormFamily):
+    """bnprobe.nn's layers with statistics per domain, which a scan leaves out."""
+
+    name = "per-domain"
+    functionals: tuple[Callable[..., Tensor], ...] = ()
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, DomainBatchNorm)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        return "statistics per domain, which a scan does not tell apart"
+
+
+class MovingAverageFamily(BatchNormFamily):
+    """bnprobe.nn's moving average batch norm, which a scan leaves out: it depends on the batches before."""
+
+    name = "moving-average"
+    functionals: tuple[Callable[..., Tensor], ...] = ()
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, MovingAverageBatchNorm)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        return "statistics of earlier batches, too, which a scan of single batches does not follow"
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the statistics of one layer lie: consecutive values of a tensor that a module holds.
@@ -517,7 +577,7 @@ def place_of(tensor: Tensor | None) -> tuple[int, int, int] | None:
 
 NORMS: Registry[NormFamily] = Registry(
     "bnprobe.norms",
-    (BatchNormFamily(), BatchRenormFamily(), GatedFamily()),
+    (BatchNormFamily(), BatchRenormFamily(), GatedFamily(), GhostFamily(), MovingAverageFamily(), DomainFamily()),
     lambda family: family.name,
     "norm family",
 )

@@ -27,9 +27,23 @@ from bnprobe.nn.example_weighing import (
 )
 from bnprobe.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
+from bnprobe.nn.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
 from bnprobe.nn.kernels import AffineMap, Statistics
 from bnprobe.nn.limits import RenormSchedule
+from bnprobe.nn.moving_average import (
+    MovingAverageBatchNorm,
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
+)
+from bnprobe.nn.per_domain import (
+    DomainBatchNorm,
+    DomainBatchNorm1d,
+    DomainBatchNorm2d,
+    DomainBatchNorm3d,
+    domain,
+)
 
 __all__ = [
     "AffineMap",
@@ -38,6 +52,10 @@ __all__ = [
     "BatchRenorm3d",
     "BatchRenormBase",
     "ClippingWatch",
+    "DomainBatchNorm",
+    "DomainBatchNorm1d",
+    "DomainBatchNorm2d",
+    "DomainBatchNorm3d",
     "ExampleWeighedBatchNorm",
     "ExampleWeighedBatchNorm1d",
     "ExampleWeighedBatchNorm2d",
@@ -50,6 +68,10 @@ __all__ = [
     "GatedBatchNorm1d",
     "GatedBatchNorm2d",
     "GatedBatchNorm3d",
+    "GhostBatchNorm",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
     "InstanceRenorm",
     "InstanceRenorm1d",
     "InstanceRenorm2d",
@@ -57,9 +79,14 @@ __all__ = [
     "LazyBatchRenorm1d",
     "LazyBatchRenorm2d",
     "LazyBatchRenorm3d",
+    "MovingAverageBatchNorm",
+    "MovingAverageBatchNorm1d",
+    "MovingAverageBatchNorm2d",
+    "MovingAverageBatchNorm3d",
     "RenormSchedule",
     "Statistics",
     "SyncBatchRenorm",
+    "domain",
     "functional",
     "watch_clipping",
 ]

@@ -15,7 +15,7 @@ from bnprobe.errors import UsageError
 from bnprobe.nn.base import BatchNormLike
 from bnprobe.nn.functional import batch_renorm, sync_batch_renorm
 from bnprobe.nn.limits import POSITION, Limits, Scheduled
-from bnprobe.nn.plain import renormalize
+from bnprobe.nn.plain import parts_of, renormalize
 
 _RENORM = ("renorm_mean", "renorm_var")
 
@@ -223,7 +223,7 @@ class BatchRenormBase(Scheduled, BatchNormLike):
     def _ghosts(self, input: Tensor) -> int:
         """The number of ghost batches in a batch."""
         size = self.virtual_batch_size
-        return 1 if size is None else max(1, (input.shape[0] + size - 1) // size)
+        return 1 if size is None else parts_of(input.shape[0], size)
 
     def _check_input_dim(self, input: Tensor) -> None:
         least, most = self.dimensions

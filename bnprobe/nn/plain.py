@@ -21,6 +21,11 @@ def widened(input: Tensor) -> Tensor:
     return input.float() if input.dtype == torch.float16 or input.dtype == torch.bfloat16 else input
 
 
+def parts_of(rows: int, most: int) -> int:
+    """The fewest equal parts of at most ``most`` rows into which rows can be divided; at least 1."""
+    return max(1, (rows + most - 1) // most)
+
+
 def along_channels(values: Tensor, dimensions: int) -> Tensor:
     """Values of shape (channels,) or (samples, channels), made to broadcast with (N, C, *space)."""
     return values.reshape(list(values.shape) + [1] * (dimensions - 2))
@@ -66,10 +71,11 @@ def masked_moments(x: Tensor, mask: Tensor, axes: list[int]) -> tuple[Tensor, Te
 
 def moments(x: Tensor, mask: Tensor | None, axes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and number of values; arguments and result as for ``masked_moments``."""
+    if len(axes) == 0:
+        each = torch.ones_like(x) if mask is None else (mask != 0).unsqueeze(1).expand_as(x).to(x.dtype)
+        return x, torch.zeros_like(x), each
     if mask is not None:
         return masked_moments(x, mask, axes)
-    if len(axes) == 0:
-        return x, torch.zeros_like(x), torch.ones_like(x)
     variance, mean = torch.var_mean(x, axes, correction=0)
     number = 1
     for axis in axes:

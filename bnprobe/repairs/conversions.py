@@ -20,7 +20,15 @@ from bnprobe.nn.example_weighing import (
 )
 from bnprobe.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from bnprobe.nn.gated import GatedBatchNorm, GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
+from bnprobe.nn.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from bnprobe.nn.instance_renorm import InstanceRenorm, InstanceRenorm1d, InstanceRenorm2d, InstanceRenorm3d
+from bnprobe.nn.moving_average import (
+    MovingAverageBatchNorm,
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
+)
+from bnprobe.nn.per_domain import DomainBatchNorm, DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d
 from bnprobe.registry import load_code
 
 Variants = dict[int | None, type[nn.Module]]
@@ -190,6 +198,69 @@ class ToGated:
         variants: Variants = {None: GatedBatchNorm, 1: GatedBatchNorm1d, 2: GatedBatchNorm2d, 3: GatedBatchNorm3d}
         variant = variants[space_dimensions(module)]
         return adopt(variant(**arguments(module), momentum=module.momentum, blend=spec.blend), module)
+
+
+class ToGhost:
+    """Parts of a batch, each normalized by itself, of at most the samples that the spec says."""
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        if _is_synchronized(module):
+            return (
+                "is synchronized between processes, and ghost batches are parts of the batch of one: make it plain BN"
+                " first"
+            )
+        return no_statistics(module) or _eps_obstacle(module, "ghost batch norm")
+
+    def note(self, module: _BatchNorm) -> str:
+        return "running statistics move once for every part of a batch"
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        variants: Variants = {None: GhostBatchNorm, 1: GhostBatchNorm1d, 2: GhostBatchNorm2d, 3: GhostBatchNorm3d}
+        given = {**arguments(module), "momentum": module.momentum, "virtual_batch_size": spec.virtual_batch_size}
+        return adopt(variants[space_dimensions(module)](**given), module)
+
+
+class ToMovingAverage:
+    """Statistics of the last batches, as many as the spec says, in both passes."""
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        if _is_synchronized(module):
+            return "is synchronized between processes, and averages of batches are of one: make it plain BN first"
+        return no_statistics(module) or _eps_obstacle(module, "moving average batch norm")
+
+    def note(self, module: _BatchNorm) -> str:
+        return "its gradient is averaged over batches, and is not the derivative of its output"
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        variants: Variants = {
+            None: MovingAverageBatchNorm,
+            1: MovingAverageBatchNorm1d,
+            2: MovingAverageBatchNorm2d,
+            3: MovingAverageBatchNorm3d,
+        }
+        given = {**arguments(module), "momentum": module.momentum, "window": spec.window}
+        return adopt(variants[space_dimensions(module)](**given), module)
+
+
+class ToPerDomain:
+    """Statistics for each domain, which all begin as those of the layer; weight and bias stay shared."""
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        if _is_synchronized(module):
+            return "is synchronized between processes, and statistics per domain are of one: make it plain BN first"
+        return no_statistics(module) or _eps_obstacle(module, "the layer with statistics per domain")
+
+    def note(self, module: _BatchNorm) -> str:
+        return "every domain begins with the statistics of all"
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        variants: Variants = {None: DomainBatchNorm, 1: DomainBatchNorm1d, 2: DomainBatchNorm2d, 3: DomainBatchNorm3d}
+        given = {**arguments(module), "momentum": module.momentum, "domains": spec.domains}
+        layer = variants[space_dimensions(module)](**given)
+        adopt(layer, module)
+        assert isinstance(layer, DomainBatchNorm)  # as all variants are
+        layer.share()
+        return layer
 
 
 def space_dimensions(module: _BatchNorm) -> int | None:

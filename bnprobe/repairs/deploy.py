@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.errors import RepairError
+from bnprobe.nn.per_domain import DomainBatchNorm
 
 
-def deployable_state(converted: nn.Module, original: nn.Module) -> dict[str, Tensor]:
+def deployable_state(converted: nn.Module, original: nn.Module, *, domain: int | None = None) -> dict[str, Tensor]:
     """The state_dict of a converted model for the original model with plain BN, which loads it strictly.
 
     The original with these weights gives the same output at inference as the converted model.
@@ -19,15 +20,20 @@ def deployable_state(converted: nn.Module, original: nn.Module) -> dict[str, Ten
     Args:
         converted: Made from ``original`` by ``bnprobe.convert``, perhaps trained since.
         original: The model before; it is not changed.
+        domain: Of layers with statistics per domain, whose statistics to take: the original then gives the output for
+            data of this domain.
 
     Raises:
         RepairError: A layer is not BN at inference, or keys or shapes are not those of the original.
+        UsageError: A layer has no such domain.
     """
     here = dict(converted.named_modules(remove_duplicate=False))
     for name, layer in original.named_modules(remove_duplicate=False):
         if isinstance(layer, _BatchNorm) and name in here:
-            _require_same_inference(name or "The model", here[name], layer)
+            _require_same_inference(name or "The model", here[name], layer, domain)
     state, expected = _without_training_only(converted), original.state_dict()
+    if domain is not None:
+        state |= _statistics_of(converted, domain)
     # A layer that did not count its updates does so once it is converted.
     counted = {key for key in state if key.rpartition(".")[2] == "num_batches_tracked"}
     state = {key: value for key, value in state.items() if key in expected or key not in counted}
@@ -61,13 +67,26 @@ def _without_training_only(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _require_same_inference(name: str, converted: nn.Module, original: _BatchNorm) -> None:
+def _statistics_of(model: nn.Module, domain: int) -> dict[str, Tensor]:
+    """The running statistics of one domain, by the names that they have in plain BN."""
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, DomainBatchNorm):
+            names = ("running_mean", "running_var", "num_batches_tracked")
+            for key, value in zip(names, module.statistics_of(domain), strict=True):
+                found[f"{name}.{key}".removeprefix(".")] = value.detach()
+    return found
+
+
+def _require_same_inference(name: str, converted: nn.Module, original: _BatchNorm, domain: int | None) -> None:
     kind = type(converted).__name__
     reason: str | None
     if not isinstance(converted, _BatchNorm):
         reason = f"is {kind}, which does not normalize like BN at inference"
     elif converted.eps != original.eps:
         reason = f"has eps {converted.eps:g}, and {original.eps:g} in the original"
+    elif domain is not None and isinstance(converted, DomainBatchNorm):
+        reason = None
     else:
         reason = getattr(converted, "deployment_obstacle", None)
     if reason:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bnprobe.distributed import World, waiting
 from bnprobe.errors import UsageError
 from bnprobe.measure.batch import tensors_of
+from bnprobe.nn.plain import parts_of
 
 _Pair = tuple[Tensor, Tensor]
 """Running mean and running variance of a layer."""
@@ -130,9 +132,10 @@ class _BufferSync:
     1983), which then enter the running statistics with weight a.
 
     Buffers that are identical already, as in sync and frozen layers, do not change. Instance norms average the
-    variances of samples, so theirs are averaged. The update weight of layers other than BN is unknown: their buffers
-    are treated as statistics of all values they received. Counters become the largest one. All other buffers become
-    those of the first process.
+    variances of samples, so theirs are averaged. So are those of ghost batches: a call that moves the statistics once
+    for each of k parts counts as one update with weight 1 - (1 - a)^k, by the mean of the parts. The update weight of
+    layers other than BN is unknown: their buffers are treated as statistics of all values they received. Counters
+    become the largest one. All other buffers become those of the first process.
 
     Args:
         model: The model whose buffers are merged.
@@ -170,7 +173,9 @@ class _BufferSync:
         """Sum over the processes: first values and means, then variances about the merged means."""
         most = int(_largest(torch.tensor(max(len(each.calls) for each in self._layers), device=self._device)))
         found = [each.updates(most) for each in self._layers]
-        values, means, variances, rates, joins = torch.cat(found, 2).to(self._device).unbind(0)
+        values, means, variances, own, joins = torch.cat(found, 2).to(self._device).unbind(0)
+        rates = _largest(own)  # processes may have divided their batches into different numbers of parts
+        means, variances = (torch.where(own > 0, each * rates / own, 0) for each in (means, variances))
         count = _sum(values)
         share = values / count.clamp_min(1)
         merged = _sum(share * means)
@@ -198,13 +203,14 @@ class _Statistics:
     """The running statistics of one layer, shape (channels,).
 
     Attributes:
-        calls: Calls in train mode since the last merge: values per channel, and the statistics before the call.
+        calls: Calls in train mode since the last merge: values per channel, the statistics before the call, and in how
+            many parts the batch was normalized.
     """
 
     layer: nn.Module
     mean: Tensor
     variance: Tensor
-    calls: list[tuple[int, _Pair]] = field(default_factory=list)
+    calls: list[tuple[int, _Pair, int]] = field(default_factory=list)
 
     def now(self) -> _Pair:
         """Current running mean and variance, float64."""
@@ -216,24 +222,26 @@ class _Statistics:
 
     def note(self, module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook of the layer; an empty batch is not recorded."""
-        values = sum(tensor.numel() // tensor.shape[1] for tensor in tensors_of(list(inputs))[:1])
-        if module.training and values:
-            self.calls.append((values, self.now()))
+        size = getattr(module, "virtual_batch_size", None)
+        for tensor in tensors_of(list(inputs))[:1] if module.training else ():
+            if tensor.numel():
+                parts = 1 if size is None else parts_of(tensor.shape[0], size)
+                self.calls.append((tensor.numel() // tensor.shape[1], self.now(), parts))
 
     def updates(self, most: int) -> Tensor:
         """The updates of the calls, float64 of shape (5, most, channels); 0 for calls that did not happen.
 
         The five rows: number of values; weight times batch mean; weight times batch variance; weight; and whether the
-        variance includes the spread between the means, which is so for all but instance norms.
+        variance includes the spread between the means, which is so for all but instance norms and ghost batches.
         """
         calls = self.calls
         if calls and not isinstance(self.layer, _BatchNorm):
-            calls = [(sum(values for values, _ in calls), calls[0][1])]
+            calls = [(sum(values for values, _, _ in calls), calls[0][1], 1)]
         found = torch.zeros(5, most, self.mean.numel(), dtype=torch.float64, device=self.mean.device)
         found[3] = torch.tensor(self._rates(most), dtype=torch.float64, device=self.mean.device).unsqueeze(1)
-        found[4] = not isinstance(self.layer, _InstanceNorm)
-        after = [*(before for _, before in calls[1:]), self.now()]
-        for number, (values, before) in enumerate(calls):
+        found[4] = not isinstance(self.layer, _InstanceNorm) and getattr(self.layer, "virtual_batch_size", None) is None
+        after = [*(before for _, before, _ in calls[1:]), self.now()]
+        for number, (values, before, _) in enumerate(calls):
             found[0, number] = values
             found[1:3, number] = torch.stack(after[number]) - (1 - found[3, number]) * torch.stack(before)
         return found
@@ -242,11 +250,12 @@ class _Statistics:
         """Weights of the batches in the running statistics, in the order of the calls."""
         if not isinstance(self.layer, _BatchNorm):
             return [1.0] * most
+        parts = [number for _, _, number in self.calls] + [1] * (most - len(self.calls))
         if self.layer.momentum is not None:
-            return [float(self.layer.momentum)] * most
+            return [1 - (1 - float(self.layer.momentum)) ** number for number in parts]
         counted = 0 if self.layer.num_batches_tracked is None else int(self.layer.num_batches_tracked)
-        first = counted - len(self.calls) + 1
-        return [1 / max(1, first + number) for number in range(most)]
+        before = counted - sum(number for _, _, number in self.calls)
+        return [number / max(1, before + total) for number, total in zip(parts, accumulate(parts), strict=True)]
 
 
 def _statistics_of(model: nn.Module) -> list[_Statistics]:

@@ -32,7 +32,7 @@ UNUSABLE_SPECS = [
     pytest.param("- model.py\n", "spec.yaml, line 1: a spec file must be a mapping (key: value)", id="a-list"),
     pytest.param(
         SPEC + "repair: {to: groupnorm}\n",
-        "gated, auto (the nearest is group-norm) for repair.to, but got the text 'groupnorm' (spec.yaml, line 5).",
+        "per-domain, auto (the nearest is group-norm) for repair.to, but got the text 'groupnorm' (spec.yaml, line 5).",
         id="repair-unknown",
     ),
     pytest.param(

@@ -172,6 +172,18 @@ def test_other_targets_deploy_as_plain_bn(repairable: Workspace, to: str) -> Non
     assert read(repairable, "out.record.json")["flagged_after"] == 0
 
 
+def test_ghosts_deploy_as_plain_bn_where_batches_are_larger(repairable: Workspace) -> None:
+    found = repairable.run("convert", *TARGET, *SHORT, "--to", "ghost", "-o", "out.safetensors")
+    assert "ghost with virtual_batch_size 32 is plain BN in batches of 4: set repair.virtual" in found.error()
+    ghosts = "repair: {to: ghost, virtual_batch_size: 2}"
+    repairable.write("spec.yaml", f"model: model.py\ndata: {{batch_size: 4}}\n{ghosts}\n")
+    assert repairable.run("convert", "spec.yaml", *SHORT, "-o", "out.safetensors").code == CLEAN
+    assert repairable.run("scan", *TARGET, "--checkpoint", "out.safetensors").code in (CLEAN, FINDINGS)
+    record = read(repairable, "out.record.json")
+    assert record["plan"]["changes"][0]["to"] == "GhostBatchNorm2d"
+    assert record["settings"]["repair"]["virtual_batch_size"] == 2
+
+
 def test_auto_picks_by_the_batches_set_apart(repairable: Workspace) -> None:
     found = repairable.run(
         "convert", *TARGET, "--finetune", "--steps", "20", "--to", "auto", "-o", "out.safetensors", *JSON
@@ -181,6 +193,7 @@ def test_auto_picks_by_the_batches_set_apart(repairable: Workspace) -> None:
     assert record["plan"]["to"] in note
     for name in ("batch-renorm", "frozen", "group-norm", "gated"):
         assert f"{name} " in note
+    assert "ghost" not in note  # plain BN in batches of 4
 
 
 def test_layers_of_a_saved_report(repairable: Workspace) -> None:
@@ -670,3 +683,91 @@ def test_weights_that_score_worse_than_as_loaded_are_not_written_without_force(w
     assert forced.code == CLEAN
     assert "Written because of --force: the repaired model scores worse" in " ".join(forced.stdout.split())
     assert "out.safetensors" in files(workspace)
+
+
+DOMAINS = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import bnprobe
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 16)
+        self.bn = nn.BatchNorm1d(16)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(self.bn(self.body(x)).relu())
+
+
+def data(seed, count):
+    # Batches of 16 of one camera each; the second shifts and stretches what it sees.
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(count, 4, generator=generator), torch.randint(0, 2, (count,), generator=generator)
+    x[:, 0] += 3.0 * y - 1.5
+    camera = torch.arange(count) // 16 % 2
+    x = torch.where(camera[:, None] == 1, 10 + 5 * x, x)
+    return TensorDataset(x, y, camera)
+
+
+def load_data(batch_size):
+    return DataLoader(data(0, 1024), batch_size)
+
+
+def load_eval_data(batch_size):
+    return DataLoader(data(1, 512), batch_size)
+
+
+def load_model():
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(5):
+        for x, y, _ in load_data(16):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    return net
+
+
+def forward(model, batch):
+    with bnprobe.nn.domain(batch[2]):
+        return model(batch[0])
+
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(forward(model, batch), batch[1])
+
+
+def metric(model, batch):
+    return float((forward(model, batch).argmax(1) == batch[1]).float().mean())
+"""
+PER_DOMAIN = ("model.py", "--batch-size", "16", "--layers", "*", "--to", "per-domain", "-o", "out.safetensors")
+
+
+def test_statistics_per_domain_mend_a_model_of_two_domains(workspace: Workspace) -> None:
+    workspace.write("model.py", DOMAINS)
+    assert workspace.run("convert", *PER_DOMAIN, "--goal", "max").code == CLEAN
+    record = read(workspace, "out.record.json")
+    assert record["plan"]["changes"][0]["to"] == "DomainBatchNorm1d"
+    assert not record["plan"]["deploys"]
+    assert record["flagged_after"] is None  # a scan does not measure the layer
+    assert record["proof"]["conclusion"] == "better"
+    scores = {name: arm["metric"]["mean"] for name, arm in arms(record).items()}
+    assert scores["per-domain"] > scores["recalibrated"] + 0.15
+    weights = load_file(workspace.folder / "out.safetensors")
+    assert (weights["bn.domain_mean"][0] - weights["bn.domain_mean"][1]).abs().max() > 1
+
+
+def test_a_model_file_that_names_no_domain_is_told_before_training(workspace: Workspace) -> None:
+    workspace.write(
+        "model.py", DOMAINS.replace("bnprobe.nn.domain(batch[2])", "__import__('contextlib').nullcontext()")
+    )
+    found = workspace.run("convert", *PER_DOMAIN, *SHORT)
+    assert "per-domain: forward(model, batch) cannot run the converted model." in found.error()
+    assert "with bnprobe.nn.domain(index):" in found.error()
+    workspace.write("model.py", DOMAINS.replace("domain(batch[2])", "domain(batch[2] + 1)"))
+    assert "has 2 domains, counted from 0, but was asked for 2" in workspace.run("convert", *PER_DOMAIN, *SHORT).error()

@@ -17,6 +17,7 @@ from bnprobe.errors import BnprobeError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.nn.batch_renorm import BatchRenorm1d, SyncBatchRenorm
 from bnprobe.nn.frozen import FrozenBatchNorm1d
+from bnprobe.nn.ghost import GhostBatchNorm1d
 from bnprobe.training import Job, train
 from bnprobe.training.job import weights_of
 from support.finetuning import Noisy, Steps, cross_entropy, held_out_score, job, network, source
@@ -47,6 +48,10 @@ def cumulative(channels: int) -> nn.Module:
 
 def renorm(channels: int) -> nn.Module:
     return BatchRenorm1d(channels, momentum=0.3)
+
+
+def ghost(channels: int) -> nn.Module:
+    return GhostBatchNorm1d(channels, momentum=0.3, virtual_batch_size=3)
 
 
 class PerImage(nn.InstanceNorm1d):
@@ -115,6 +120,8 @@ CASES: dict[str, Callable[[], Job]] = {
     "plain": lambda: job(Tracking(), source=source(images=39), score=held_out_score, steps=15),
     "one step": lambda: without_noise(4, steps=1),
     **{f"still {norm.__name__}": partial(still, norm, 4) for norm in NORMS},
+    "ghosts": lambda: without_noise(4, model=network(ghost, dropout=0.0), steps=1),
+    "ghosts, uneven": lambda: job(network(ghost, dropout=0.0), source=ordered(4, images=7), steps=1),
     "still single": lambda: still(renorm, 1, images=8, steps=4),
     "still accumulated": lambda: still(nn.BatchNorm1d, 2, images=40, accumulate=3),
     "parts": lambda: job(Tracking(), loss=_going_past),

@@ -157,8 +157,15 @@ class Net(Net):
         self.bn = bnprobe.nn.LAYER(4)
         self.bn.running_mean.normal_()
 """
-LAYERS = ["BatchRenorm2d", "FrozenBatchNorm2d", "GatedBatchNorm2d", "InstanceRenorm2d", "ExampleWeighedBatchNorm2d"]
-SCRIPTED = [LAYERS[0], "InstanceRenorm2d", "ExampleWeighedBatchNorm2d"]
+LAYERS = [
+    "BatchRenorm2d",
+    "FrozenBatchNorm2d",
+    "GatedBatchNorm2d",
+    "GhostBatchNorm2d",
+    "InstanceRenorm2d",
+    "ExampleWeighedBatchNorm2d",
+]
+SCRIPTED = ["BatchRenorm2d", "InstanceRenorm2d", "ExampleWeighedBatchNorm2d"]
 
 
 @pytest.mark.parametrize(

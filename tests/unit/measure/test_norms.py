@@ -10,7 +10,14 @@ from torch import nn
 import bnprobe
 from bnprobe.errors import ModelError
 from bnprobe.measure.norms import NORMS, BatchNormFamily, family_of
-from bnprobe.nn import BatchRenorm1d, BatchRenorm2d, GatedBatchNorm1d, GatedBatchNorm2d
+from bnprobe.nn import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    GatedBatchNorm1d,
+    GatedBatchNorm2d,
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+)
 
 FAMILY = BatchNormFamily()
 
@@ -34,7 +41,12 @@ def test_strangers(module: nn.Module) -> None:
 
 
 def test_a_layer_belongs_to_the_most_special_family() -> None:
-    layers = {"batch-norm": nn.BatchNorm2d(2), "batch-renorm": BatchRenorm2d(2), "gated": GatedBatchNorm2d(2)}
+    layers = {
+        "batch-norm": nn.BatchNorm2d(2),
+        "batch-renorm": BatchRenorm2d(2),
+        "gated": GatedBatchNorm2d(2),
+        "ghost-batch-norm": GhostBatchNorm2d(2),
+    }
     assert all(family_of(layer) is NORMS[name] for name, layer in layers.items())
     assert family_of(nn.GroupNorm(1, 2)) is None
 
@@ -89,7 +101,7 @@ def test_layers_whose_correction_is_not_known_are_an_obstacle(settings: dict[str
     assert reason in (family.obstacle(layer) or "")
 
 
-@pytest.mark.parametrize("kind", [BatchRenorm1d, GatedBatchNorm1d])
+@pytest.mark.parametrize("kind", [BatchRenorm1d, GatedBatchNorm1d, GhostBatchNorm1d])
 def test_a_call_with_a_mask_is_refused(kind: type[nn.Module]) -> None:
     class Padded(nn.Module):
         def __init__(self) -> None:

@@ -18,6 +18,7 @@ from bnprobe.nn import (
     BatchRenorm1d,
     BatchRenorm2d,
     GatedBatchNorm1d,
+    GhostBatchNorm1d,
     InstanceRenorm1d,
     LazyBatchRenorm1d,
     LazyBatchRenorm2d,
@@ -113,7 +114,7 @@ def test_ghost_batches_are_normalized_one_after_the_other(rows: int, sizes: list
         BatchRenorm1d(3, virtual_batch_size=0)
 
 
-@pytest.mark.parametrize("kind", [BatchRenorm1d, SyncBatchRenorm, GatedBatchNorm1d, InstanceRenorm1d])
+@pytest.mark.parametrize("kind", [BatchRenorm1d, SyncBatchRenorm, GatedBatchNorm1d, GhostBatchNorm1d, InstanceRenorm1d])
 def test_padding_does_not_count(kind: type[nn.Module]) -> None:
     """Statistics are those of the sequences without their padding, whatever lies there."""
     layer = kind(3, dtype=torch.float64, momentum=0.2)
@@ -129,6 +130,14 @@ def test_padding_does_not_count(kind: type[nn.Module]) -> None:
     for wrong in (torch.ones(6, 4), torch.ones(6, 3, 10), torch.ones(6)):
         with pytest.raises(ValueError, match="expected a mask of shape"):
             layer(padded, mask=wrong)
+
+
+@pytest.mark.parametrize("kind", [BatchRenorm1d, GatedBatchNorm1d, GhostBatchNorm1d, InstanceRenorm1d])
+def test_vectors_that_are_padding_do_not_count(kind: type[nn.Module]) -> None:
+    layer = kind(3, dtype=torch.float64, momentum=0.2)
+    twin, x, mask = copy.deepcopy(layer), torch.randn(6, 3, dtype=torch.float64), torch.arange(6) < 4
+    assert_close(layer(torch.where(mask[:, None], x, torch.nan), mask=mask)[:4], twin(x[:4]))
+    assert_close(dict(layer.named_buffers()), dict(twin.named_buffers()))
 
 
 def test_sequences_of_different_lengths_count_by_their_lengths() -> None:

@@ -15,10 +15,13 @@ from torch.testing import assert_close
 from bnprobe.errors import UsageError
 from bnprobe.nn import (
     BatchRenorm2d,
+    DomainBatchNorm2d,
     ExampleWeighedBatchNorm2d,
     FrozenBatchNorm2d,
     GatedBatchNorm2d,
+    GhostBatchNorm2d,
     InstanceRenorm2d,
+    MovingAverageBatchNorm2d,
     SyncBatchRenorm,
 )
 
@@ -29,6 +32,9 @@ LAYERS: list[Callable[[], nn.Module]] = [
     lambda: GatedBatchNorm2d(4),
     lambda: InstanceRenorm2d(4),
     lambda: ExampleWeighedBatchNorm2d(4),
+    lambda: GhostBatchNorm2d(4),
+    lambda: MovingAverageBatchNorm2d(4),
+    lambda: DomainBatchNorm2d(4, default_domain=0),
 ]
 BLENDED = (InstanceRenorm2d, ExampleWeighedBatchNorm2d)
 every_layer = pytest.mark.parametrize("layer", LAYERS)
@@ -58,6 +64,10 @@ def test_folding_into_a_convolution_is_right_or_refused(layer: Callable[[], nn.M
         with pytest.raises(UsageError, match=f"cannot be folded into a convolution as BN can: it is {kind}"):
             fuse_conv_bn_eval(net[0], net[1])
         net[1].blend = 0
+    if isinstance(net[1], DomainBatchNorm2d):
+        with pytest.raises(UsageError, match="cannot be folded into a convolution as BN can: it keeps statistics for"):
+            fuse_conv_bn_eval(net[0], net[1])
+        return
     fused = fuse_conv_bn_eval(net[0], net[1])
     assert_close(fused(x), net[1](net[0](x)), rtol=1e-4, atol=1e-5)
 
@@ -87,10 +97,11 @@ def test_lost_statistics_are_named(layer: Callable[[], nn.Module]) -> None:
 def test_statistics_that_are_not_tracked_are_used_and_stay(layer: Callable[[], nn.Module]) -> None:
     net = layer()
     net.track_running_stats = False
-    before = {key: value.clone() for key, value in net.named_buffers()}
+    moving = net.training_only if isinstance(net, MovingAverageBatchNorm2d) else ()  # those of the last batches
+    before = {key: value.clone() for key, value in net.named_buffers() if key not in moving}
     for training in (True, False):
         assert torch.isfinite(net.train(training)(torch.randn(3, 4, 5, 5))).all()
-    assert_close(dict(net.named_buffers()), before)
+    assert_close({key: net.get_buffer(key) for key in before}, before)
 
 
 @every_layer
@@ -113,7 +124,9 @@ def test_a_bias_can_be_left_out(layer: Callable[[], nn.Module]) -> None:
     own, plain = kind(4, bias=False), nn.BatchNorm2d(4, bias=False)
     assert own.bias is None
     assert "bias=False" in repr(own)
-    if kind is not GatedBatchNorm2d:
+    if kind is DomainBatchNorm2d:
+        own.default_domain = 0
+    if kind not in (GatedBatchNorm2d, DomainBatchNorm2d, MovingAverageBatchNorm2d):
         plain.load_state_dict(own.state_dict())
     x = torch.randn(3, 4, 5, 5)
     if kind not in BLENDED:

@@ -18,9 +18,11 @@ from torch.testing import assert_close
 from bnprobe.nn import (
     BatchRenorm1d,
     BatchRenorm2d,
+    DomainBatchNorm2d,
     ExampleWeighedBatchNorm2d,
     FrozenBatchNorm2d,
     GatedBatchNorm2d,
+    GhostBatchNorm2d,
     InstanceRenorm2d,
     SyncBatchRenorm,
 )
@@ -34,6 +36,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "sync": lambda: SyncBatchRenorm(4),
     "frozen": lambda: FrozenBatchNorm2d(4),
     "gated": lambda: GatedBatchNorm2d(4),
+    "per domain": lambda: DomainBatchNorm2d(4, default_domain=1),
+    "ghost": lambda: GhostBatchNorm2d(4, virtual_batch_size=2),
     "instance": lambda: InstanceRenorm2d(4),
     "example weighing": lambda: ExampleWeighedBatchNorm2d(4),
 }

@@ -11,7 +11,7 @@ import bnprobe
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.nn.batch_renorm import BatchRenorm2d
 from bnprobe.repairs.conversions import groups_for
-from support.networks import Residual
+from support.networks import Residual, unsettled
 from unit.repairs.models import BatchNormRelu
 
 
@@ -44,7 +44,32 @@ def test_sync_is_batch_renorm_that_corrects_nothing() -> None:
     torch.testing.assert_close(layer(x), nn.BatchNorm2d(3)(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("to", ["sync", "batch-renorm"])
+def test_ghosts_are_parts_of_the_size_asked_for() -> None:
+    layer = bnprobe.convert(nn.BatchNorm1d(3, momentum=0.3), to="ghost", virtual_batch_size=4)
+    assert (type(layer).__name__, layer.virtual_batch_size, layer.momentum) == ("GhostBatchNorm1d", 4, 0.3)
+    x = 5 + torch.randn(8, 3)
+    torch.testing.assert_close(layer(x), torch.cat([nn.BatchNorm1d(3)(part) for part in x.split(4)]))
+    with pytest.raises(UsageError, match="for virtual_batch_size, but got 0"):
+        bnprobe.convert(nn.BatchNorm1d(3), to="ghost", virtual_batch_size=0)
+
+
+def test_moving_averages_have_the_window_asked_for() -> None:
+    layer = bnprobe.convert(nn.BatchNorm2d(3, momentum=0.3), to="mabn", window=4)
+    assert (type(layer).__name__, layer.window, layer.momentum) == ("MovingAverageBatchNorm2d", 4, 0.3)
+
+
+def test_domains_begin_with_the_statistics_of_all() -> None:
+    bn = unsettled(nn.BatchNorm2d(3, momentum=0.3)).eval()
+    layer = bnprobe.convert(bn, to="per-domain", domains=3)
+    assert (type(layer).__name__, layer.domains, layer.momentum) == ("DomainBatchNorm2d", 3, 0.3)
+    x = torch.randn(4, 3, 4, 4)
+    with bnprobe.nn.domain(torch.tensor([0, 1, 2, 1])):
+        torch.testing.assert_close(layer(x), bn(x))
+    back = bnprobe.convert(layer, to="frozen")  # the common statistics are those of BN
+    torch.testing.assert_close(dict(back.state_dict()), dict(bn.state_dict()))
+
+
+@pytest.mark.parametrize("to", ["sync", "batch-renorm", "ghost", "mabn", "per-domain"])
 def test_renorm_needs_a_positive_eps(to: str) -> None:
     with pytest.raises(RepairError, match=r"\(root\) \(BatchNorm2d\) has eps 0, and"):
         bnprobe.convert(nn.BatchNorm2d(3, eps=0.0), to=to)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bnprobe
-from bnprobe.errors import RepairError
+from bnprobe.errors import RepairError, UsageError
 from bnprobe.repairs import deployable_state
 from support.networks import Residual
 from unit.repairs.models import DEPLOYING, Activated, Branches, prepared
@@ -58,6 +58,38 @@ def test_group_norm_does_not_deploy() -> None:
     original = Residual()
     with pytest.raises(RepairError, match="bn1 is GroupNorm, which does not normalize like BN"):
         deployable_state(bnprobe.convert(original, to="group-norm"), original)
+
+
+@pytest.mark.parametrize("make", [Residual, Branches, Activated])
+def test_statistics_of_one_domain_deploy(make: type[nn.Module]) -> None:
+    original = prepared(make()).eval()
+    converted = bnprobe.convert(original, to="per-domain", domains=3)
+    for k in range(3):
+        with bnprobe.nn.domain(k):
+            trained(converted)
+    for layer in converted.modules():
+        if isinstance(layer, bnprobe.nn.DomainBatchNorm):
+            layer.domain_mean.add_(torch.arange(3)[:, None])
+    with pytest.raises(RepairError, match=r"keeps statistics for each of 3 domains.*deployable_state\(..., domain=0\)"):
+        deployable_state(converted, original)
+    with pytest.raises(UsageError, match="has 3 domains, counted from 0, but was asked for 3"):
+        deployable_state(converted, original, domain=3)
+    x = torch.randn(5, 3, 6, 6)
+    outputs = []
+    for k in range(3):
+        state = deployable_state(converted, original, domain=k)
+        assert list(state) == list(original.state_dict())
+        original.load_state_dict(state, strict=True)
+        with bnprobe.nn.domain(k):
+            torch.testing.assert_close(original(x), converted(x), rtol=0, atol=1e-5)
+        outputs.append(original(x))
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)
+
+
+def test_a_domain_changes_nothing_for_other_layers() -> None:
+    original = prepared(Residual()).eval()
+    converted = bnprobe.convert(original, to="frozen")
+    torch.testing.assert_close(deployable_state(converted, original, domain=1), deployable_state(converted, original))
 
 
 def test_the_root_is_named_in_words() -> None:

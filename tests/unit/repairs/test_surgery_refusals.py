@@ -133,7 +133,15 @@ def test_a_model_that_cannot_be_copied_is_refused_unless_in_place() -> None:
     assert isinstance(model.bn1, BatchRenorm2d)
 
 
-@pytest.mark.parametrize("to", ["batch-renorm", "frozen", "sync", "instance-renorm", "gated"])
+@pytest.mark.parametrize(
+    ("to", "what"), [("ghost", "ghost batches"), ("mabn", "averages"), ("per-domain", "statistics per domain")]
+)
+def test_what_one_process_keeps_is_refused_for_synchronized_layers(to: str, what: str) -> None:
+    with pytest.raises(RepairError, match=rf"0 \(SyncBatchNorm\) is synchronized between processes, and {what}"):
+        bnprobe.convert(nn.Sequential(nn.SyncBatchNorm(4)), to=to)
+
+
+@pytest.mark.parametrize("to", ["batch-renorm", "frozen", "sync", "instance-renorm", "gated", "ghost", "mabn"])
 def test_statistics_that_are_kept_and_not_tracked_stay_so(to: str) -> None:
     model = nn.Sequential(nn.BatchNorm2d(3))
     model[0].track_running_stats = False

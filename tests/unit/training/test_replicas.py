@@ -96,6 +96,26 @@ def test_running_statistics_are_merged_by_the_formula(all_ranks: Ranks) -> None:
     torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(("case", "images"), [("ghosts", 8), ("ghosts, uneven", 7)])
+def test_ghost_batches_of_processes_are_averaged(all_ranks: Ranks, case: str, images: int) -> None:
+    """Uneven: 4 images of the first process in two parts, 3 of the second in one."""
+    one, two = (statistics(found["model"]) for found in all_ranks[case])
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    model = network(dropout=0.0)
+    inputs = model[0](torch.cat([batch[0] for batch in list(ordered(4, images).batches)[:2]])).detach().double()
+    processes = [part.tensor_split(-(-len(part) // 3)) for part in inputs.split(4)]
+    kept = 0.7 ** max(len(parts) for parts in processes)
+    mean, variance = torch.zeros(2, inputs.shape[1], dtype=torch.float64)
+    for parts in processes:
+        share, weight = sum(map(len, parts)) / images, 0.0
+        own = torch.zeros(2, inputs.shape[1], dtype=torch.float64)
+        for part in parts:
+            own, weight = 0.7 * own + 0.3 * torch.stack([part.mean(0), part.var(0)]), 0.7 * weight + 0.3
+        mean, variance = mean + share * own[0] / weight, variance + share * own[1] / weight
+    torch.testing.assert_close(one["running_mean"], (1 - kept) * mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one["running_var"], kept + (1 - kept) * variance, rtol=1e-5, atol=1e-6)
+
+
 def test_a_loss_that_goes_past_the_model(all_ranks: Ranks) -> None:
     for found in all_ranks["parts"]:
         assert found.startswith("UsageError: With several processes, loss(model, batch) must call the model itself")
