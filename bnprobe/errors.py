@@ -149,6 +149,10 @@ class NothingToProbeError(BnprobeError):
     exit_code = EXIT_NOTHING
 
 
+class EndOfPass(BaseException):
+    """Ends a forward pass of the user's model early. It is not an Exception, so that the model does not catch it."""
+
+
 def message_of(error: BaseException) -> str:
     """What an exception says of itself; an exception of the user's may fail even in that, and then says nothing."""
     try:

@@ -102,10 +102,7 @@ def require_writable(path: Path, option: str = "--output") -> None:
         raise OutputError(f"{option} {path} is a folder; give a file in it.")
     if is_special(path):
         return
-    try:
-        folder = (_followed(path) if path.is_symlink() else path).parent
-    except OSError as error:
-        raise OutputError(f"{option} {path} could not be followed: {reason_of(error)}.") from None
+    folder = (_followed(path) if path.is_symlink() else path).parent
     if not folder.is_dir():
         raise OutputError(f"The folder {folder} of {option} does not exist; create it first.")
     if not os.access(folder, os.W_OK):

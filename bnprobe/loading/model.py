@@ -26,7 +26,7 @@ from torch import nn
 
 from bnprobe.config.spec import ModelSpec, is_file_target, split_target, why_missing
 from bnprobe.distributed import beat
-from bnprobe.errors import BnprobeError, ModelError, UserCodeError, reason_of
+from bnprobe.errors import BnprobeError, EndOfPass, ModelError, UserCodeError, reason_of
 from bnprobe.files import exists, is_file, is_folder
 from bnprobe.loading.places import recorded_places
 from bnprobe.numbers import count, listed
@@ -49,7 +49,7 @@ def user_code(
     beat()
     try:
         yield
-    except (BnprobeError, KeyboardInterrupt):
+    except (BnprobeError, EndOfPass, KeyboardInterrupt):
         raise
     except BaseException as error:  # exit() in a model file must not end bnprobe silently
         if passes(error):

@@ -82,9 +82,9 @@ def trainable_loss(function: BatchFunction, value: Any) -> Tensor:
         raise UsageError(_wrong("loss", function, value, "the training loss as a tensor of one number"))
     if not one.requires_grad:
         raise UsageError(
-            f"loss(model, batch){written_at(function)} returned {described(value)}, which has no gradient."
-            " It must return the loss itself, without .item(), .detach(), .long() or torch.no_grad(), and the model"
-            " must have trainable parameters."
+            f"loss(model, batch){written_at(function)} returned {described(value)}, which has no gradient to train"
+            " with. It must return the loss itself, without .item(), .detach(), .long() or torch.no_grad(), and the"
+            " model must have trainable parameters."
         )
     return one.reshape(())
 

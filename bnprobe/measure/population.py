@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnprobe.errors import RepairError, UserCodeError
+from bnprobe.errors import EndOfPass, RepairError, UserCodeError
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, tensors_of, to_device
 from bnprobe.measure.extremes import Extremes, checked_further
 from bnprobe.measure.forward_pass import Pass, Recorded, Slot
@@ -360,7 +360,7 @@ class _Rounds:
         handle = self._session.layers.layers[last].module.register_forward_hook(_end)
         try:
             self._session.forward("eval", batch, pass_)
-        except _EndOfPass:
+        except EndOfPass:
             pass
         finally:
             handle.remove()
@@ -373,12 +373,8 @@ class _Rounds:
         )
 
 
-class _EndOfPass(BaseException):
-    """Ends a forward pass early. It is not an Exception, so that the user's model does not catch it."""
-
-
 def _end(module: object, inputs: object, output: object) -> None:
-    raise _EndOfPass
+    raise EndOfPass
 
 
 def _checked(session: Session, opening: list[MicroBatch], check: Check) -> tuple[Emulation, Footprint]:

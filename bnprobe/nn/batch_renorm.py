@@ -176,7 +176,7 @@ class BatchRenormBase(Scheduled, BatchNormLike):
         settings: dict[str, Any] = {"momentum": momentum, "eps": self._eps, "r_max": r_max, "d_max": d_max}
         if self.training:
             others = {
-                "r_min": None if self._r_min is None else self.r_min,
+                "r_min": self._lowest(r_max),
                 "mask": mask,
                 "clipped": self._clipped,
                 "running": None if self.running == "variance" else self.running,
@@ -187,6 +187,13 @@ class BatchRenormBase(Scheduled, BatchNormLike):
             }
             settings |= {name: value for name, value in others.items() if value is not None}
         return self._function(input, mean, variance, self.weight, self.bias, training=self.training, **settings)
+
+    def _lowest(self, r_max: float | Tensor) -> float | Tensor | None:
+        """r_min where it is given, a tensor where r_max is one, so that a schedule does not recompile the layer."""
+        if self._r_min is None or not isinstance(r_max, Tensor):
+            return None if self._r_min is None else self.r_min
+        lowest = torch.full_like(r_max, self._r_min)
+        return lowest if self.schedule is None else torch.maximum(lowest, 1 / r_max)
 
     def _function(self, *tensors: Any, **settings: Any) -> Tensor:
         return batch_renorm(*tensors, **settings)
@@ -313,8 +320,8 @@ class _Lazy(_LazyNormBase):
             if bias:
                 self.bias = UninitializedParameter(**factory)
         self.running_mean, self.running_var = UninitializedBuffer(**factory), UninitializedBuffer(**factory)
-        if self.renorm_momentum is not None:
-            self.renorm_mean, self.renorm_var = UninitializedBuffer(**factory), UninitializedBuffer(**factory)
+        for name in _RENORM if self.renorm_momentum is not None else ():
+            setattr(self, name, UninitializedBuffer(**factory))
 
     def initialize_parameters(self, input: Tensor) -> None:
         # Before the others, which may have come with weights of BN.

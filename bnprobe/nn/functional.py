@@ -29,7 +29,7 @@ def batch_renorm(
     d_max: float | Tensor = 5.0,
     clipped: Tensor | None = None,
     *,
-    r_min: float | None = None,
+    r_min: float | Tensor | None = None,
     mask: Tensor | None = None,
     running: Literal["variance", "std"] = "variance",
     track: bool = True,
@@ -58,7 +58,7 @@ def batch_renorm(
         r_max, d_max: Limits of r and d; numbers, or tensors of shape ().
         clipped: An int64 tensor of shape (3,). In training, the numbers of channels with clipped r, of channels with
             clipped d, and of all channels are added to it.
-        r_min: Lower limit of r; None: 1 / r_max.
+        r_min: Lower limit of r, like these; None: 1 / r_max.
         mask: Shape (N, *space); True where a value counts in the batch statistics, and the input is 0 elsewhere. None:
             everywhere.
         running: "variance": the running variance is an average of variances, as in BN. "std": it is the square of an
@@ -104,7 +104,7 @@ def sync_batch_renorm(
     clipped: Tensor | None = None,
     process_group: Any = None,
     *,
-    r_min: float | None = None,
+    r_min: float | Tensor | None = None,
     mask: Tensor | None = None,
     running: Literal["variance", "std"] = "variance",
     track: bool = True,

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from bnprobe.errors import UsageError
 from bnprobe.nn.base import BatchNormLike
+from bnprobe.nn.kernels import is_looked_into
 from bnprobe.nn.plain import (
     batch_axes,
     corrected,
@@ -95,9 +96,9 @@ class GatedBatchNorm(BatchNormLike):
     def _scripted(self, input: Tensor, mask: Tensor | None) -> Tensor:
         if not self.training:
             return self._at_inference(input)
-        return self._in_training(input, mask)
+        return self._in_training(input, mask, False)
 
-    def _in_training(self, input: Tensor, mask: Tensor | None) -> Tensor:
+    def _in_training(self, input: Tensor, mask: Tensor | None, natively: bool) -> Tensor:
         rate = self._count_batch()
         running_mean, running_var = self._statistics()
         gate = widened(self.gate_logit).sigmoid()
@@ -108,7 +109,7 @@ class GatedBatchNorm(BatchNormLike):
         gate = gate * (count > 1)
         r, d = towards_running(mean, variance, running_mean, running_var, self._eps)
         scale, shift = 1 + (1 - gate) * (r - 1), (1 - gate) * d
-        if mask is None:
+        if natively:
             output = corrected_by_batch(x, self._eps, scale, shift, self.weight, self.bias)
         else:
             output = corrected(x, mean, variance, self._eps, scale, shift, self.weight, self.bias)
@@ -123,7 +124,10 @@ def gated_batch_norm(input: Tensor, layer: GatedBatchNorm, mask: Tensor | None =
         given = () if mask is None else (mask,)
         output: Tensor = handle_torch_function(gated_batch_norm, (input,), input, layer, *given)
         return output
-    return layer._in_training(input, mask) if layer.training else layer._at_inference(input)
+    if not layer.training:
+        return layer._at_inference(input)
+    # BN's own kernel keeps half as much. Not under transforms: a Hessian of it is wrong where its weights vary.
+    return layer._in_training(input, mask, mask is None and not is_looked_into(input))
 
 
 class GatedBatchNorm1d(nn.BatchNorm1d, GatedBatchNorm):

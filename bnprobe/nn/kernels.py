@@ -81,7 +81,7 @@ class AffineMap:
         """This map followed by another one."""
         return AffineMap(following.scale * self.scale, following.scale * self.shift + following.shift)
 
-    def clamp(self, r_max: float | Tensor, d_max: float | Tensor, r_min: float | None = None) -> AffineMap:
+    def clamp(self, r_max: float | Tensor, d_max: float | Tensor, r_min: float | Tensor | None = None) -> AffineMap:
         """The map with scale clipped to [r_min, r_max] and shift to [-d_max, d_max] (Ioffe 2017, algorithm 1).
 
         Args:
@@ -201,7 +201,7 @@ class Renorm:
     running_var: Tensor
     momentum: float | Tensor
     eps: float
-    r_min: float | None
+    r_min: float | Tensor | None
     r_max: float | Tensor
     d_max: float | Tensor
     clipped: Tensor | None
@@ -236,11 +236,14 @@ class Renorm:
     def plainly(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> Tensor:
         """Normalize a batch in plain operations."""
         device, dtype = input.device, wide(input.dtype)
-        r_max, d_max, momentum = (  # numbers to a script; else they may be tensors of shape ()
+        r_min, r_max, d_max, momentum = (  # numbers to a script; else they may be tensors of shape ()
             cast(float, value.to(device, dtype) if isinstance(value, Tensor) else value)
-            for value in (self.r_max, self.d_max, self.momentum)
+            for value in (self.r_min, self.r_max, self.d_max, self.momentum)
         )
-        r_min = 1 / r_max if self.r_min is None else self.r_min
+        if r_min is None:
+            r_min = 1 / r_max
+        elif isinstance(r_max, Tensor) and not isinstance(r_min, Tensor):  # clamp wants both of one kind
+            r_min = torch.full_like(r_max, r_min)
         return plain.renormalize(
             input, weight, bias, self.running_mean, self.running_var, self.renorm_mean, self.renorm_var, mask,
             self.clipped, momentum, self.renorm_momentum or 0.0, self.eps, r_min, r_max, d_max, self.of_std, self.track,
@@ -266,12 +269,12 @@ def renormalize(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, renorm: Renorm, mask: Tensor | None = None
 ) -> Tensor:
     """``functional.batch_renorm`` in training, in one process."""
-    if mask is not None or _is_looked_into(input):
+    if mask is not None or is_looked_into(input):
         return renorm.plainly(input, weight, bias, mask)
     return _differentiably(input, weight, bias, renorm)
 
 
-def _is_looked_into(input: Tensor) -> bool:
+def is_looked_into(input: Tensor) -> bool:
     """Whether a compiler, a function transform, forward-mode AD or a tensor subclass needs plain operations.
 
     So do devices that lack the kernels, among them the meta device.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from bnprobe.errors import UsageError
@@ -231,3 +232,20 @@ def test_a_lazy_layer_loads_the_statistics_of_r_and_d() -> None:
             assert_close(dict(layer.named_buffers()), dict(expected.named_buffers()))
     assert_close(partly.renorm_mean, 0.1 * x.mean((0, 2, 3)))  # from new ones
     assert_close(partly.running_mean, (1 - 0.01) * plain.running_mean + 0.01 * x.mean((0, 2, 3)))
+
+
+def test_a_schedule_does_not_recompile_a_layer_with_a_lower_limit() -> None:
+    torch.compiler.reset()
+    layer = BatchRenorm2d(4, r_min=0.7, renorm_momentum=0.1)
+    twin = copy.deepcopy(layer)
+    schedules = [RenormSchedule(20, r_max=2.0, warmup=0.0, r_ramp=0.5, d_ramp=0.5) for _ in range(2)]
+    graphs = CompileCounter()
+    compiled = torch.compile(layer, backend=graphs, fullgraph=True)
+    for schedule, each in zip(schedules, (layer, twin), strict=True):
+        schedule.attach(nn.Sequential(each))
+    for _ in range(12):
+        x = 0.3 * torch.randn(3, 4, 5, 5)
+        assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-5)
+        for schedule in schedules:
+            schedule.advance()
+    assert graphs.frame_count == 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 from torch.testing import assert_close
 
 from bnprobe.nn import (
@@ -207,6 +207,19 @@ def test_traces_and_exports(name: str, training: bool) -> None:
     assert traced(_images()).shape == expected.shape
     exported: Any = torch.export.export(copy.deepcopy(net), (_images(),))
     assert_close(exported.module(check_guards=False)(_images()), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_layer
+@both_modes
+def test_hessians_are_those_of_autograd(name: str, training: bool) -> None:
+    layer, x = _net(name, training)[1].double(), torch.randn(2, 4, 2, 1, dtype=torch.float64)
+    parameters, buffers = _tensors(layer)
+
+    def loss(x: Tensor) -> Tensor:
+        output: Tensor = functional_call(layer, (parameters, {key: b.clone() for key, b in buffers.items()}), (x,))
+        return output.pow(3).sum()
+
+    assert_close(hessian(loss)(x), torch.autograd.functional.hessian(loss, x), rtol=1e-6, atol=1e-8)
 
 
 @every_layer
