@@ -15,6 +15,7 @@ from bnprobe.nn.plain import (
     moments,
     normalize_running,
     pooled,
+    relative,
     towards_running,
     update_from,
     widened,
@@ -123,7 +124,11 @@ class InstanceRenorm(BatchNormLike):
             if self.training:  # the backward pass needs the values that are about to be updated
                 running_mean, running_var = current(running_mean).clone(), current(running_var).clone()
             return normalize_running(input, running_mean, running_var, self.weight, self.bias, self._eps)
-        r, d = towards_running(mean, variance, running_mean, running_var, self._eps)
+        if self.training:
+            r, d = towards_running(mean, variance, running_mean, running_var, self._eps)
+        else:  # nothing updates them, and exporters know no operator of ours
+            target = (widened(running_var) + self._eps).sqrt()
+            r, d = relative(mean, (variance + self._eps).sqrt(), widened(running_mean), target)
         # A sample of which the mask leaves one value has no variance.
         blend = self.blend * (count > 1).to(x.dtype)
         scale, shift = 1 + (1 - blend) * (r - 1), (1 - blend) * d

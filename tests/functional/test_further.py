@@ -82,7 +82,7 @@ def test_the_optimizer_of_the_spec_trains(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL + LOSS + made)
     spec = "model: model.py\ndata: {batch_size: 2}\nscan: {train_steps: 2}\n"
     workspace.write("spec.yaml", spec + "train: {optimizer: {target: 'model.py:make', args: {lr: 0.25}}}\n")
-    assert "made 0.25\n" in workspace.run("scan", "spec.yaml").stdout
+    assert "made 0.25\n" in workspace.run("scan", "spec.yaml").stderr
     workspace.write("spec.yaml", spec + "train: {optimizer: {target: SDG}}\n")
     assert 'there is no optimizer "SDG"' in workspace.run("scan", "spec.yaml").error()
     workspace.write("spec.yaml", spec + "train: {optimizer: {target: SGD, args: {lr: 1e-3}}}\n")

@@ -310,8 +310,10 @@ def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
     again = prove(given, [planned(given)], folder=folder, on_step=steps.append)
     assert steps == []
     assert _scores(again.proof) == _scores(first.proof)
-    for name, value in first.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[name])
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, first.model.state_dict()[name])
+    # Only training has a schedule.
+    assert first.model.state_dict().keys() - again.model.state_dict().keys() == {"bn.renorm_schedule"}
 
 
 def test_the_best_candidate_is_chosen_on_a_fifth_of_the_run() -> None:
