@@ -247,7 +247,16 @@ def _statistics_like(module: nn.Module) -> dict[str, Tensor]:
         name: value
         for name, value in own_tensors(module).items()
         if value.is_floating_point() and 1 < value.numel() <= 2**16 and value.numel() == max(value.shape)
+        if _has_memory(value)
     }
+
+
+def _has_memory(value: Tensor) -> bool:
+    """Whether a tensor's values can be read: a model may have freed the memory of one, and reading it would crash."""
+    if value.is_meta or value.layout is not torch.strided:
+        return False
+    span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.untyped_storage().nbytes() >= (value.storage_offset() + span) * value.element_size()
 
 
 def _buffers_like_statistics(module: nn.Module) -> dict[str, Tensor]:
