@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bnprobe.distributed import EVERYTHING, Share
 from bnprobe.errors import DataError
+from bnprobe.loading.model import attribute
 from bnprobe.loading.samples import SampleCount, count_samples
 from bnprobe.measure.batch import MicroBatch, check_finite, copy_tensors, leaves_of, tensors_of
 from bnprobe.measure.restore import seed_everything
@@ -210,7 +211,7 @@ def _marks(batch: Any) -> Iterator[int]:
             yield from [leaf.data_ptr()] if leaf.layout is torch.strided and leaf.numel() else [id(leaf)]
         elif isinstance(leaf, np.ndarray) and leaf.size:
             yield int(leaf.__array_interface__["data"][0])
-        elif callable(getattr(leaf, "clone", None)):  # a batch object of another library
+        elif callable(attribute(leaf, "clone")):  # a batch object of another library
             yield id(leaf)
 
 

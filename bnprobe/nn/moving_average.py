@@ -110,10 +110,11 @@ class MovingAverageBatchNorm(BatchNormLike):
     def _normalize(self, input: Tensor, mask: Tensor | None) -> Tensor:
         if not self.training:
             return self._at_inference(input)
-        output: Tensor = self._in_training(input, mask)
-        return output
+        if torch.compiler.is_compiling():
+            output: Tensor = torch.compiler.disable(self._in_training)(input, mask)
+            return output
+        return self._in_training(input, mask)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _in_training(self, input: Tensor, mask: Tensor | None) -> Tensor:
         if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
             raise UsageError(
