@@ -26,7 +26,7 @@ class Subject:
         name: As the tables show it.
         kind: The class.
         dimensions: Of space: 1, 2 or 3.
-        family: "bn", "renorm", "frozen", "gated" or "instance".
+        family: "bn", "renorm", "frozen", "gated", "instance", "weighed", "average" or "domain".
         settings: Keyword arguments of the class.
     """
 
@@ -96,10 +96,12 @@ def subjects() -> tuple[Subject, ...]:
     controls.append(Subject("nn.LazyBatchNorm2d", nn.LazyBatchNorm2d, 2, "bn"))
     families = {
         "BatchRenorm": "renorm", "LazyBatchRenorm": "renorm", "FrozenBatchNorm": "frozen", "GatedBatchNorm": "gated",
-        "InstanceRenorm": "instance",
+        "GhostBatchNorm": "renorm", "InstanceRenorm": "instance", "ExampleWeighedBatchNorm": "weighed",
+        "MovingAverageBatchNorm": "average", "DomainBatchNorm": "domain",
     }  # fmt: skip
+    settings = {"domain": {"default_domain": 0}}
     own = [
-        Subject(name, getattr(layers, name), space, family)
+        Subject(name, getattr(layers, name), space, family, settings.get(family, {}))
         for prefix, family in families.items()
         for space in (1, 2, 3)
         for name in (f"{prefix}{space}d",)
