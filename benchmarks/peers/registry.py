@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -75,18 +76,14 @@ class Outcome:
     seconds: float
 
 
-CHECKS: list[Check] = []
-"""All checks, in the order in which they are written; filled where ``benchmarks.peers.checks`` is imported."""
+def asks(source: str, *families: str) -> Callable[[Asked], Check]:
+    """Make a function a check; ``checks_of`` finds it in its module."""
+    return lambda ask: Check(ask.__name__, source, families, ask)
 
 
-def asks(source: str, *families: str) -> Callable[[Asked], Asked]:
-    """Register a function as a check."""
-
-    def register(ask: Asked) -> Asked:
-        CHECKS.append(Check(ask.__name__, source, families, ask))
-        return ask
-
-    return register
+def checks_of(module: ModuleType) -> list[Check]:
+    """The checks that a module defines, in the order in which they are written."""
+    return [value for value in vars(module).values() if isinstance(value, Check)]
 
 
 def run(check: Check, subject: Subject) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import CodeType
 from typing import Any, ClassVar, cast
 
@@ -159,6 +160,23 @@ class BatchNormLike(_BatchNorm):
 _CONVERT_SYNC: CodeType = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]
 _FUSE: CodeType = fuse_conv_bn_eval.__code__
 """Neither function asks a layer whether it may be replaced, but both read its eps."""
+
+
+def in_parts(
+    normalize: Callable[[Tensor, Tensor | None], Tensor], input: Tensor, mask: Tensor | None, number: int
+) -> Tensor:
+    """Normalize a batch in equal parts of consecutive samples, one after the other (ghost batches).
+
+    Args:
+        normalize: Of a part and its mask.
+        input: Shape (N, C, *space).
+        mask: Shape (N, *space), or None.
+        number: Of parts; their sizes differ by at most one.
+    """
+    if number == 1:
+        return normalize(input, mask)
+    masks = (None,) * number if mask is None else torch.tensor_split(mask, number)
+    return torch.cat([normalize(*part) for part in zip(torch.tensor_split(input, number), masks, strict=True)])
 
 
 def _leaf(layer: nn.Module, input: Proxy, mask: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.base import BatchNormLike
+from bnprobe.nn.base import BatchNormLike, in_parts
 from bnprobe.nn.functional import batch_renorm, sync_batch_renorm
 from bnprobe.nn.limits import POSITION, Limits, Scheduled
 from bnprobe.nn.plain import parts_of, renormalize
@@ -163,11 +163,7 @@ class BatchRenormBase(Scheduled, BatchNormLike):
         return super().extra_repr() + more
 
     def _normalize(self, input: Tensor, mask: Tensor | None) -> Tensor:
-        number = self._ghosts(input) if self.training else 1
-        inputs = torch.tensor_split(input, number) if number > 1 else (input,)
-        masks = (None,) * number if mask is None else torch.tensor_split(mask, number)
-        outputs = [self._normalize_ghost(part, chosen) for part, chosen in zip(inputs, masks, strict=True)]
-        return outputs[0] if number == 1 else torch.cat(outputs)
+        return in_parts(self._normalize_ghost, input, mask, self._ghosts(input) if self.training else 1)
 
     def _normalize_ghost(self, input: Tensor, mask: Tensor | None) -> Tensor:
         mean, variance = self._statistics()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bnprobe.errors import UsageError
-from bnprobe.nn.base import BatchNormLike
+from bnprobe.nn.blended import BlendedBatchNorm
 from bnprobe.nn.plain import batch_axes, corrected, moments, towards_running, update_from, widened
 
 
-class ExampleWeighedBatchNorm(BatchNormLike):
+class ExampleWeighedBatchNorm(BlendedBatchNorm):
     """Base class of the example-weighed layers (Summers & Dinneen 2020, arXiv 1906.03548, section 3.1).
 
     In training it is BN. There every sample is a part of the statistics that normalize it, 1/n of a batch of n; at
@@ -49,49 +48,6 @@ class ExampleWeighedBatchNorm(BatchNormLike):
     nothing_to_measure: ClassVar[str] = (
         "example weighing: at inference every sample's own statistics enter, so running statistics are not all it uses"
     )
-
-    __constants__ = [*BatchNormLike.__constants__, "blend"]  # noqa: RUF012 (as torch has it)
-    __jit_unused_properties__: ClassVar[list[str]] = [
-        *BatchNormLike.__jit_unused_properties__,
-        "blend",
-        "deployment_obstacle",
-    ]
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        blend: float = 0.5,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, device, dtype, bias=bias)
-        self.blend = blend
-
-    @property
-    def blend(self) -> float:
-        """Weight of the sample's own moments at inference."""
-        return self._blend
-
-    @blend.setter
-    def blend(self, value: float) -> None:
-        if not 0 <= value <= 1:
-            raise UsageError(f"blend is {value}, but must be from 0 (running statistics) to 1 (instance norm).")
-        self._blend = float(value)
-
-    @property
-    def deployment_obstacle(self) -> str | None:
-        """Why plain BN with the same weights gives another output at inference, a clause; None if it does not."""
-        if self.blend == 0:
-            return None
-        return f"is {type(self).__name__} with blend {self.blend:g}: only at 0 is it BN at inference"
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, blend={self.blend:g}"
 
     def _normalize(self, input: Tensor, mask: Tensor | None) -> Tensor:
         return self._scripted(input, mask)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.base import BatchNormLike
+from bnprobe.nn.base import BatchNormLike, in_parts
 from bnprobe.nn.functional import batch_renorm
 from bnprobe.nn.plain import parts_of, renormalize
 
@@ -66,11 +66,7 @@ class GhostBatchNorm(BatchNormLike):
         return ghost_batch_norm(input, self, mask)
 
     def _in_training(self, input: Tensor, mask: Tensor | None) -> Tensor:
-        number = self._parts(input)
-        inputs = torch.tensor_split(input, number)
-        masks = [None] * number if mask is None else torch.tensor_split(mask, number)
-        outputs = [self._normalize_part(part, chosen) for part, chosen in zip(inputs, masks, strict=True)]
-        return outputs[0] if number == 1 else torch.cat(outputs)
+        return in_parts(self._normalize_part, input, mask, self._parts(input))
 
     def _normalize_part(self, input: Tensor, mask: Tensor | None) -> Tensor:
         given: dict[str, Any] = {} if mask is None else {"mask": mask}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from bnprobe.errors import UsageError
-from bnprobe.nn.base import BatchNormLike
+from bnprobe.nn.blended import BlendedBatchNorm
 from bnprobe.nn.plain import (
     batch_axes,
     corrected,
@@ -22,7 +21,7 @@ from bnprobe.nn.plain import (
 )
 
 
-class InstanceRenorm(BatchNormLike):
+class InstanceRenorm(BlendedBatchNorm):
     """Base class of the instance renorm layers: Batch Renorm (Ioffe 2017, section 3) with one sample as the batch.
 
     Per channel, with the mean mu_i and the biased variance v_i of sample i over its positions, the running mean m and
@@ -58,49 +57,6 @@ class InstanceRenorm(BatchNormLike):
     """
 
     nothing_to_measure: ClassVar[str] = "instance renorm: the same output in training and at inference"
-
-    __constants__ = [*BatchNormLike.__constants__, "blend"]  # noqa: RUF012 (as torch has it)
-    __jit_unused_properties__: ClassVar[list[str]] = [
-        *BatchNormLike.__jit_unused_properties__,
-        "blend",
-        "deployment_obstacle",
-    ]
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        blend: float = 0.5,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, device, dtype, bias=bias)
-        self.blend = blend
-
-    @property
-    def blend(self) -> float:
-        """Weight of the sample's own statistics."""
-        return self._blend
-
-    @blend.setter
-    def blend(self, value: float) -> None:
-        if not 0 <= value <= 1:
-            raise UsageError(f"blend is {value}, but must be from 0 (running statistics) to 1 (instance norm).")
-        self._blend = float(value)
-
-    @property
-    def deployment_obstacle(self) -> str | None:
-        """Why plain BN with the same weights gives another output at inference, a clause; None if it does not."""
-        if self.blend == 0:
-            return None
-        return f"is {type(self).__name__} with blend {self.blend:g}: only at 0 is it BN at inference"
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, blend={self.blend:g}"
 
     def _normalize(self, input: Tensor, mask: Tensor | None) -> Tensor:
         return self._scripted(input, mask)
