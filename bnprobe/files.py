@@ -17,12 +17,13 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from bnprobe.errors import BnprobeError, OutputError, UsageError, reason_of
+from bnprobe.errors import OutputError, UsageError, reason_of
+from bnprobe.paths import exists, followed, is_folder, is_special, real, write_special
 
 if sys.platform == "win32":
 
@@ -46,9 +47,6 @@ else:
 _MARK = "made-by-bnprobe.txt"
 _SIGNATURE = "This folder was made by bnprobe"
 _MARK_TEXT = f"{_SIGNATURE}, which removes only the files that it wrote here. Files of your own stay.\n"
-WAIT = 5.0
-"""Seconds to wait for the other end of a named pipe."""
-
 _NEIGHBOUR = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(new|old)", re.DOTALL)
 
 
@@ -63,9 +61,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
     data = _encoded(content)
     try:
         if is_special(path):
-            _write_special(path, data)
+            write_special(path, data)
         else:
-            _replace(_followed(path), data)
+            _replace(followed(path), data)
     except OSError as error:
         raise OutputError(f"{path} could not be written: {reason_of(error)}.") from None
 
@@ -102,7 +100,7 @@ def require_writable(path: Path, option: str = "--output") -> None:
         raise OutputError(f"{option} {path} is a folder; give a file in it.")
     if is_special(path):
         return
-    folder = (_followed(path) if path.is_symlink() else path).parent
+    folder = (followed(path) if path.is_symlink() else path).parent
     if not folder.is_dir():
         raise OutputError(f"The folder {folder} of {option} does not exist; create it first.")
     if not os.access(folder, os.W_OK):
@@ -161,12 +159,12 @@ def write_all(contents: Mapping[Path, bytes | str], force: bool = False) -> None
         with contextlib.ExitStack() as opened:
             for path, content in contents.items():
                 if not is_special(path):
-                    target = _followed(path)
+                    target = followed(path)
                     staged[target] = _neighbour(target, "new")
                     opened.enter_context(_written_through(staged[target], _encoded(content), target))
             for path, content in contents.items():
                 if is_special(path):  # cannot be undone, so it comes before any rename
-                    _write_special(path, _encoded(content))
+                    write_special(path, _encoded(content))
             _rename_all(staged, force)
     except FileExistsError as error:
         appeared = error.filename2 or error.filename
@@ -323,108 +321,6 @@ def unfinished(path: Path) -> UsageError:
         f"{path} contains the state of an unfinished repair. Continue it with --resume, or discard it and start over"
         " with --force."
     )
-
-
-# pathlib raises where the operating system refuses to say: without permission, for names that are too long, ...
-
-
-def exists(path: Path) -> bool:
-    """Whether something has this path, as far as the operating system tells."""
-    return os.path.exists(path)  # noqa: PTH110
-
-
-def is_file(path: Path) -> bool:
-    """Whether this is a file, as far as the operating system tells."""
-    return os.path.isfile(path)  # noqa: PTH113
-
-
-def is_folder(path: Path) -> bool:
-    """Whether this is a folder, as far as the operating system tells."""
-    return os.path.isdir(path)  # noqa: PTH112
-
-
-def is_special(path: Path) -> bool:
-    """Whether this is a pipe or device, such as /dev/null, which must be written to but never replaced."""
-    return exists(path) and not is_file(path)
-
-
-def real(path: Path) -> Path:
-    """The path with symbolic links followed; of links in a circle as far as they lead."""
-    return Path(os.path.realpath(path))
-
-
-def read_bounded(path: Path, most: int, failed: Callable[[str], BnprobeError]) -> bytes:
-    """Read a file that a person or bnprobe has written; a pipe too, if something writes to it.
-
-    Args:
-        path: The file.
-        most: Bytes that it may have.
-        failed: Makes the error of what is wrong, e.g. "is larger than 1 MB".
-
-    Raises:
-        OSError: It does not exist, or cannot be opened.
-        BnprobeError: It has too many bytes, or is a pipe that nothing writes to.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nothing writes to would block for ever
-    try:
-        content = _first_of_pipe(descriptor, failed) if stat.S_ISFIFO(os.fstat(descriptor).st_mode) else b""
-        os.set_blocking(descriptor, True)
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            content += file.read(most + 1 - len(content))
-    finally:
-        os.close(descriptor)
-    if len(content) > most:
-        raise failed(f"is larger than {most / 1e6:g} MB")
-    return content
-
-
-def _first_of_pipe(descriptor: int, failed: Callable[[str], BnprobeError]) -> bytes:
-    """What comes first out of a pipe; empty if something will write to it but has not done so yet."""
-    end = time.monotonic() + WAIT
-    while time.monotonic() < end:
-        try:
-            if content := os.read(descriptor, 1 << 16):
-                return content
-        except BlockingIOError:
-            return b""
-        time.sleep(0.02)
-    raise failed("is a pipe that nothing writes to")
-
-
-def _write_special(path: Path, data: bytes) -> None:
-    """Write to a pipe or device; not to a pipe that nothing reads."""
-    if not path.is_fifo():
-        path.write_bytes(data)
-        return
-    descriptor = _opened_pipe(path)
-    os.set_blocking(descriptor, True)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-
-
-def _opened_pipe(path: Path) -> int:
-    end = time.monotonic() + WAIT
-    while True:
-        try:
-            return os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # a pipe that nothing reads would block for ever
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            if time.monotonic() > end:
-                raise OSError(errno.ENXIO, "Nothing reads this pipe") from None
-        time.sleep(0.02)
-
-
-def _followed(path: Path) -> Path:
-    """Where symbolic links lead to.
-
-    Raises:
-        OSError: They lead in a circle.
-    """
-    try:
-        return path.resolve()
-    except RuntimeError:  # before Python 3.13
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
 
 
 @contextmanager

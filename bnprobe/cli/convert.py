@@ -217,7 +217,8 @@ def _repair(
     """Repair, write and print; the exit code."""
     from bnprobe.cli.artifacts import Artifacts
     from bnprobe.config.requirements import parse_requirement
-    from bnprobe.files import is_blank, is_folder
+    from bnprobe.files import is_blank
+    from bnprobe.paths import is_folder
 
     for text in spec.repair.require:
         parse_requirement(text)

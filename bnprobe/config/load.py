@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from bnprobe.config.spec import ScanSettings, Spec, as_thresholds, is_file_target, split_target, why_missing
 from bnprobe.errors import BnprobeError, SpecError, UsageError, reason_of
-from bnprobe.files import is_file, read_bounded
+from bnprobe.paths import is_file, read_bounded
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, nearest_target
 from bnprobe.errors import reason_of
-from bnprobe.files import is_folder
+from bnprobe.paths import is_folder
 from bnprobe.records import DEFAULT_THRESHOLD, Goal
 
 MODEL_LIBRARIES = ("timm:", "torchvision:")

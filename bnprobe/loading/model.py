@@ -27,9 +27,9 @@ from torch import nn
 from bnprobe.config.spec import ModelSpec, is_file_target, split_target, why_missing
 from bnprobe.distributed import beat
 from bnprobe.errors import BnprobeError, EndOfPass, ModelError, UserCodeError, reason_of
-from bnprobe.files import exists, is_file, is_folder
 from bnprobe.loading.places import recorded_places
 from bnprobe.numbers import count, listed
+from bnprobe.paths import exists, is_file, is_folder
 
 BatchFunction = Callable[[nn.Module, Any], Any]
 """A function of the user, called as f(model, batch)."""

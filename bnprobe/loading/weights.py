@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from bnprobe.config.spec import why_missing
 from bnprobe.config.targets import CONVERTED
 from bnprobe.errors import CheckpointError, message_of, reason_of
-from bnprobe.files import is_file, is_folder
 from bnprobe.loading.model import user_code
 from bnprobe.numbers import listed
+from bnprobe.paths import is_file, is_folder
 
 _MOST_CLASSES = 4
 _FILES_OF_A_FOLDER = (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bnprobe.docstrings import docstring
 from bnprobe.errors import UsageError
-from bnprobe.files import read_bounded
+from bnprobe.paths import read_bounded
 from bnprobe.printable import escaped_json
 from bnprobe.records import OMITTED_WHEN_EMPTY, SCHEMA_VERSION, Record, RepairRecord, Report, SweepReport
 

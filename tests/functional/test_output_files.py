@@ -201,7 +201,7 @@ def test_a_repair_that_is_trained_is_not_moved_either(workspace: Workspace) -> N
 
 
 def test_a_pipe_that_nothing_reads_is_no_output(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnprobe.files.WAIT", 0.05)
+    monkeypatch.setattr("bnprobe.paths.WAIT", 0.05)
     workspace.write("model.py", MODEL)
     os.mkfifo(workspace.folder / "pipe")
     message = workspace.run("lint", "model.py", "--output", "pipe").error()

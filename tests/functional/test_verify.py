@@ -101,7 +101,7 @@ def test_a_file_that_is_no_report(reports: Workspace, content: bytes, said: str)
 
 
 def test_a_pipe_that_nothing_writes_to(reports: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnprobe.files.WAIT", 0.05)
+    monkeypatch.setattr("bnprobe.paths.WAIT", 0.05)
     os.mkfifo(reports.folder / "pipe.json")
     message = reports.run("verify", "bad.json", "pipe.json").error()
     assert message == "pipe.json is a pipe that nothing writes to: it is no report."

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from bnprobe.errors import OutputError
-from bnprobe.files import OwnFolder, has_mark, read_bounded, require_new, require_writable, write_all, write_whole
+from bnprobe.files import OwnFolder, has_mark, require_new, require_writable, write_all, write_whole
+from bnprobe.paths import read_bounded
 
 
 def test_a_new_file_gets_the_usual_rights(tmp_path: Path) -> None:
@@ -80,16 +81,16 @@ def test_a_file_is_read_up_to_a_size(tmp_path: Path) -> None:
 def test_a_pipe_is_read_if_something_writes_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    monkeypatch.setattr("bnprobe.files.WAIT", 0.05)
+    monkeypatch.setattr("bnprobe.paths.WAIT", 0.05)
     with pytest.raises(OutputError, match="is a pipe that nothing writes to"):
         read_bounded(pipe, 100, OutputError)
-    monkeypatch.setattr("bnprobe.files.WAIT", 60)
+    monkeypatch.setattr("bnprobe.paths.WAIT", 60)
     with subprocess.Popen(["sh", "-c", 'exec > "$0"; sleep 0.3; echo one; sleep 0.1; echo two', pipe]):
         assert read_bounded(pipe, 100, OutputError) == b"one\ntwo\n"
 
 
 def test_a_pipe_that_nothing_reads_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnprobe.files.WAIT", 0.05)
+    monkeypatch.setattr("bnprobe.paths.WAIT", 0.05)
     os.mkfifo(tmp_path / "pipe")
     for write in (lambda: write_whole(tmp_path / "pipe", "text"), lambda: write_all({tmp_path / "pipe": "text"})):
         with pytest.raises(OutputError, match="could not be written: Nothing reads this pipe"):

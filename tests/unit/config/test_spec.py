@@ -361,7 +361,7 @@ def test_what_is_too_large_is_said_shortly(tmp_path: Path, text: str, expected: 
 
 
 def test_a_pipe_that_nothing_writes_to_is_no_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnprobe.files.WAIT", 0.05)
+    monkeypatch.setattr("bnprobe.paths.WAIT", 0.05)
     os.mkfifo(tmp_path / "spec.yaml")
     (tmp_path / "zero.yaml").symlink_to("/dev/zero")
     with pytest.raises(SpecError, match="is a pipe that nothing writes to"):
