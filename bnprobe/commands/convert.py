@@ -201,8 +201,8 @@ def _require_effect(target: Target, spec: Spec, size: int | None) -> None:
     if _is_plain(target, spec, size):
         limit = getattr(spec.repair, target.plain_up_to)
         raise RepairError(
-            f"{target.name} with {target.plain_up_to} {limit} is plain BN in batches of {size}: set"
-            f" repair.{target.plain_up_to} in the spec below {size}, or choose another target."
+            f"{target.name} with {target.plain_up_to} {limit} is plain BN in batches of {size}: give less than {size}"
+            f" with --{target.plain_up_to.replace('_', '-')} (repair.{target.plain_up_to}), or choose another target."
         )
 
 

@@ -174,7 +174,12 @@ def test_other_targets_deploy_as_plain_bn(repairable: Workspace, to: str) -> Non
 
 def test_ghosts_deploy_as_plain_bn_where_batches_are_larger(repairable: Workspace) -> None:
     found = repairable.run("convert", *TARGET, *SHORT, "--to", "ghost", "-o", "out.safetensors")
-    assert "ghost with virtual_batch_size 32 is plain BN in batches of 4: set repair.virtual" in found.error()
+    assert found.error().startswith(
+        "ghost with virtual_batch_size 32 is plain BN in batches of 4: give less than 4 with --virtual-batch-size"
+        " (repair.virtual_batch_size), or choose another target"
+    )
+    small = repairable.run("convert", *TARGET, "--to", "ghost", "--virtual-batch-size", "2", "--dry-run")
+    assert small.code == CLEAN
     ghosts = "repair: {to: ghost, virtual_batch_size: 2}"
     repairable.write("spec.yaml", f"model: model.py\ndata: {{batch_size: 4}}\n{ghosts}\n")
     assert repairable.run("convert", "spec.yaml", *SHORT, "-o", "out.safetensors").code == CLEAN
