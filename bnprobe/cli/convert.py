@@ -55,8 +55,13 @@ def convert(
     ] = None,
     window: Annotated[
         int | None,
-        options.option(REPAIR, "--window", "Mabn: batches whose statistics are averaged (default 16).", "N"),
+        options.option(REPAIR, "--window", "Mabn, cross-iteration: batches that are averaged (default 16).", "N"),
         options.Sets("repair.window"),
+    ] = None,
+    burn_in: Annotated[
+        int | None,
+        options.option(REPAIR, "--burn-in", "Cross-iteration: batches as BN before (default 0).", "N"),
+        options.Sets("repair.burn_in"),
     ] = None,
     domains: Annotated[
         int | None,
@@ -149,7 +154,7 @@ def convert(
     if not finetune:
         _refuse_untrained(steps=steps, epochs=epochs, lr=rate, seeds=seeds, resume=resume)
     spec = _with_rate(_with_length(build_spec(target, given), steps, epochs), rate)
-    settings = ("blend", "groups", "virtual_batch_size", "window", "domains")
+    settings = ("blend", "groups", "virtual_batch_size", "window", "burn_in", "domains")
     require_used(spec.repair.to, {name: given[f"repair.{name}"] for name in settings}, _as_option)
     if check or dry_run:
         render = renderer(format_, Plan)

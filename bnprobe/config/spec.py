@@ -404,7 +404,9 @@ class RepairSpec(_Section):
             sample's own statistics.
         virtual_batch_size: Ghost batch norm: most samples in one of the parts of a batch that are normalized by
             themselves.
-        window: Moving average batch norm: batches whose statistics are averaged, forward and backward.
+        window: Moving average batch norm: batches whose statistics are averaged, forward and backward. Cross-iteration
+            batch norm: batches whose statistics are averaged.
+        burn_in: Cross-iteration batch norm: batches to begin with for which its layers are BN.
         domains: Statistics per domain: the number of domains that the model file names by ``bnprobe.nn.domain``.
         renorm: Limits of Batch Renorm.
         seeds: Runs of every arm, with consecutive seeds that begin with the spec's.
@@ -420,6 +422,7 @@ class RepairSpec(_Section):
     blend: Fraction = 0.5
     virtual_batch_size: Count = 32
     window: Count = 16
+    burn_in: Annotated[int, Field(ge=0, le=10**9)] = 0
     domains: Count = 2
     renorm: RenormSpec = RenormSpec()
     seeds: Runs = 1

@@ -31,8 +31,8 @@ class Target:
         deploys: Whether plain BN with the converted layer's weights gives the same output at inference.
         agrees: Whether training and inference give the same output by construction.
         settings: The keys of the spec's ``repair`` section that its layers use: "renorm", "groups", "blend",
-            "virtual_batch_size", "window", "domains". With "renorm", training raises the limits of its Batch Renorm
-            layers by the schedule in that section.
+            "virtual_batch_size", "window", "burn_in", "domains". With "renorm", training raises the limits of its Batch
+            Renorm layers by the schedule in that section.
         needs_processes: Whether it only changes something where several processes train.
         plain_up_to: The key of the spec's ``repair`` section with the batch size up to which its layers are plain BN.
         needs_domains: Whether its layers must be told of which domain their data is, by ``bnprobe.nn.domain``.
@@ -134,6 +134,14 @@ TARGETS: Registry[Target] = Registry(
             advice="small batches, and batches of one kind each if the window holds all kinds",
             deploys=True,
             settings=("window",),
+        ),
+        Target(
+            name="cross-iteration",
+            summary="the last batches, at the present weights of the convolution before",
+            conversion=_HERE + "ToCrossIteration",
+            advice="small batches, where each layer stands behind a convolution or linear module of its own",
+            deploys=True,
+            settings=("window", "burn_in"),
         ),
         Target(
             name="per-domain",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
@@ -352,18 +353,11 @@ def _random_layers_before(model: nn.Module) -> dict[int, tuple[str, ...]]:
 
 def _followed(model: nn.Module) -> dict[int, tuple[str, ...]] | None:
     """The random layers that feed each module in the traced graph; None where forward cannot be traced."""
-    from torch import fx
-
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-            known = family_of(module) is not None or probability_of_dropping(module) > 0
-            return known or super().is_leaf_module(module, name)
-
     try:
-        graph = Tracer().trace(model)
+        graph = traced(model)
     except Exception:  # whatever the user's forward does that a placeholder cannot
         return None
-    feeding: dict[fx.Node, tuple[str, ...]] = {}
+    feeding: dict[Any, tuple[str, ...]] = {}
     found: dict[int, tuple[str, ...]] = {}
     for node in graph.nodes:
         before = tuple(dict.fromkeys(name for source in node.all_input_nodes for name in feeding[source]))
@@ -374,6 +368,21 @@ def _followed(model: nn.Module) -> dict[int, tuple[str, ...]] | None:
             if module.training and probability_of_dropping(module) > 0:
                 feeding[node] = (*before, str(node.target))
     return found
+
+
+def traced(model: nn.Module) -> Any:
+    """The ``torch.fx`` graph of a model's forward, in which norms, random layers and convolutions are single nodes.
+
+    The user's forward runs on placeholders, and may raise anything.
+    """
+    from torch import fx
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            known = isinstance(module, _ConvNd | nn.Linear) or family_of(module) is not None
+            return known or probability_of_dropping(module) > 0 or super().is_leaf_module(module, name)
+
+    return Tracer().trace(model)
 
 
 def probability_of_dropping(module: nn.Module) -> float:

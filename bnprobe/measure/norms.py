@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from bnprobe.errors import ModelError
 from bnprobe.nn.batch_renorm import BatchRenormBase
+from bnprobe.nn.cross_iteration import CrossIterationBatchNorm
 from bnprobe.nn.frozen import FrozenBatchNorm
 from bnprobe.nn.functional import batch_renorm, sync_batch_renorm
 from bnprobe.nn.gated import GatedBatchNorm, gated_batch_norm
@@ -351,14 +352,14 @@ class DomainFamily(BatchNormFamily):
         return "statistics per domain, which a scan does not tell apart"
 
 
-class MovingAverageFamily(BatchNormFamily):
-    """bnprobe.nn's moving average batch norm, which a scan leaves out: it depends on the batches before."""
+class EarlierBatchesFamily(BatchNormFamily):
+    """bnprobe.nn's moving average and cross-iteration batch norm, which a scan leaves out: earlier batches count."""
 
-    name = "moving-average"
+    name = "earlier-batches"
     functionals: tuple[Callable[..., Tensor], ...] = ()
 
     def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, MovingAverageBatchNorm)
+        return isinstance(module, MovingAverageBatchNorm | CrossIterationBatchNorm)
 
     def obstacle(self, module: nn.Module) -> str | None:
         return "statistics of earlier batches, too, which a scan of single batches does not follow"
@@ -577,7 +578,7 @@ def place_of(tensor: Tensor | None) -> tuple[int, int, int] | None:
 
 NORMS: Registry[NormFamily] = Registry(
     "bnprobe.norms",
-    (BatchNormFamily(), BatchRenormFamily(), GatedFamily(), GhostFamily(), MovingAverageFamily(), DomainFamily()),
+    (BatchNormFamily(), BatchRenormFamily(), GatedFamily(), GhostFamily(), EarlierBatchesFamily(), DomainFamily()),
     lambda family: family.name,
     "norm family",
 )

@@ -19,6 +19,12 @@ from bnprobe.nn.batch_renorm import (
     SyncBatchRenorm,
     watch_clipping,
 )
+from bnprobe.nn.cross_iteration import (
+    CrossIterationBatchNorm,
+    CrossIterationBatchNorm1d,
+    CrossIterationBatchNorm2d,
+    CrossIterationBatchNorm3d,
+)
 from bnprobe.nn.example_weighing import (
     ExampleWeighedBatchNorm,
     ExampleWeighedBatchNorm1d,
@@ -52,6 +58,10 @@ __all__ = [
     "BatchRenorm3d",
     "BatchRenormBase",
     "ClippingWatch",
+    "CrossIterationBatchNorm",
+    "CrossIterationBatchNorm1d",
+    "CrossIterationBatchNorm2d",
+    "CrossIterationBatchNorm3d",
     "DomainBatchNorm",
     "DomainBatchNorm1d",
     "DomainBatchNorm2d",

@@ -12,6 +12,12 @@ from bnprobe.config.spec import RepairSpec
 from bnprobe.config.targets import Target
 from bnprobe.errors import RepairError
 from bnprobe.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, SyncBatchRenorm
+from bnprobe.nn.cross_iteration import (
+    CrossIterationBatchNorm,
+    CrossIterationBatchNorm1d,
+    CrossIterationBatchNorm2d,
+    CrossIterationBatchNorm3d,
+)
 from bnprobe.nn.example_weighing import (
     ExampleWeighedBatchNorm,
     ExampleWeighedBatchNorm1d,
@@ -30,6 +36,7 @@ from bnprobe.nn.moving_average import (
 )
 from bnprobe.nn.per_domain import DomainBatchNorm, DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d
 from bnprobe.registry import load_code
+from bnprobe.repairs.preceding import Preceding, preceding
 
 Variants = dict[int | None, type[nn.Module]]
 """Layer class by the number of spatial dimensions, where (N, C) counts as 1; None: for BN layers that take several."""
@@ -40,6 +47,9 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 class Conversion(Protocol):
     """Makes the layers of one repair target.
+
+    Where a layer depends on what surrounds it, there is also ``within(model)``: it returns the conversion for the
+    layers of that model, which is asked for obstacles and makes the layers that are put in place.
 
     It only replaces the normalization. What a subclass does beyond it, hooks, and the places in the model where the
     layer stands are the business of ``bnprobe.repairs.surgery``. A layer class may say more by these attributes:
@@ -74,6 +84,17 @@ def conversion_of(target: Target) -> Conversion:
         target.conversion, f'The conversion of the repair target "{target.name}"', RepairError
     )
     return conversion
+
+
+def conversion_within(target: Target, model: nn.Module) -> Conversion:
+    """The conversion of a target for the layers of one model.
+
+    Raises:
+        RepairError: It cannot be imported.
+    """
+    conversion: Any = conversion_of(target)
+    found: Conversion = conversion.within(model) if hasattr(conversion, "within") else conversion
+    return found
 
 
 class ToBatchRenorm:
@@ -240,6 +261,44 @@ class ToMovingAverage:
         }
         given = {**arguments(module), "momentum": module.momentum, "window": spec.window}
         return adopt(variants[space_dimensions(module)](**given), module)
+
+
+class ToCrossIteration:
+    """Statistics of the last batches at the present weights of the convolution before, as many as the spec says.
+
+    Args:
+        before: What precedes each layer, if the model around them is known: then the new layers follow it.
+    """
+
+    def __init__(self, before: Preceding | None = None) -> None:
+        self._before = before
+
+    def within(self, model: nn.Module) -> ToCrossIteration:
+        return ToCrossIteration(preceding(model))
+
+    def obstacle(self, module: _BatchNorm) -> str | None:
+        if _is_synchronized(module):
+            return "is synchronized between processes, and the batches of a window are of one: make it plain BN first"
+        found = None if self._before is None else self._before[module]
+        without = no_statistics(module) or _eps_obstacle(module, "cross-iteration batch norm")
+        return without or (found if isinstance(found, str) else None)
+
+    def note(self, module: _BatchNorm) -> str:
+        return "a forward hook on the convolution before it hands its input over"
+
+    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
+        variants: Variants = {
+            None: CrossIterationBatchNorm,
+            1: CrossIterationBatchNorm1d,
+            2: CrossIterationBatchNorm2d,
+            3: CrossIterationBatchNorm3d,
+        }
+        given = {**arguments(module), "momentum": module.momentum, "window": spec.window, "burn_in": spec.burn_in}
+        layer = variants[space_dimensions(module)](**given)
+        adopt(layer, module)
+        before = None if self._before is None else self._before[module]
+        assert isinstance(layer, CrossIterationBatchNorm)  # as all variants are
+        return layer.follow(before) if isinstance(before, nn.Module) else layer
 
 
 class ToPerDomain:

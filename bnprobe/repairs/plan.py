@@ -14,15 +14,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.config.load import Source, sentence
 from bnprobe.config.spec import RepairSpec, matches_any
-from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, require_used
+from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, Target, require_used
 from bnprobe.errors import RepairError, UsageError, message_of
 from bnprobe.loading.model import unwrapped
 from bnprobe.measure.layers import NamedModule, named_once
 from bnprobe.measure.origins import owner_of
 from bnprobe.measure.reach import what_cannot_be_copied
 from bnprobe.measure.restore import preserved_process, undone_if_failed
+from bnprobe.nn.cross_iteration import CrossIterationBatchNorm
 from bnprobe.records import ROOT, Layer, LayerChange, Plan, Refusal, Report
-from bnprobe.repairs.conversions import Conversion, conversion_of
+from bnprobe.repairs.conversions import Conversion, conversion_of, conversion_within
 from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed
 from bnprobe.rules import title_of
 
@@ -74,10 +75,12 @@ def plan(model: nn.Module, wanted: Mapping[str, str], to: str, source: str) -> P
     """
     refuse_wrapped(model)
     target = TARGETS[to]
-    conversion = conversion_of(target)
+    conversion = conversion_within(target, model)
     reasons = _by_first_name(model, wanted)
     considered = [
-        _considered(found, conversion, reasons[found.name]) for found in named_once(model) if found.name in reasons
+        _considered(found, target, conversion, reasons[found.name])
+        for found in named_once(model)
+        if found.name in reasons
     ]
     return Plan(
         to=target.name,
@@ -111,11 +114,14 @@ def apply(model: nn.Module, plan: Plan, spec: RepairSpec, *, inplace: bool = Fal
     """
     refuse_wrapped(model)
     target = model if inplace else _copy(model)
-    conversion = conversion_of(TARGETS[plan.to])
+    conversion = conversion_within(TARGETS[plan.to], target)
     modules = {found.name: found for found in named_once(target)}
     chosen = [_chosen(modules, change, plan.to, conversion) for change in plan.changes]
     # Make every replacement before the model is changed: if one fails, nothing is changed.
     made = [(layer, conversion.replacement(layer, spec), applies_children(layer)) for layer in chosen]
+    for layer, new, _ in made:
+        if isinstance(layer, CrossIterationBatchNorm) and not isinstance(new, CrossIterationBatchNorm):
+            layer.follow(None)
     return replace_everywhere(target, {layer: succeed(new, layer, further) for layer, new, further in made})
 
 
@@ -234,12 +240,13 @@ def _spec(options: Mapping[str, Any]) -> RepairSpec:
     return spec
 
 
-def _considered(found: NamedModule, conversion: Conversion, reason: str) -> LayerChange | Refusal:
+def _considered(found: NamedModule, target: Target, conversion: Conversion, reason: str) -> LayerChange | Refusal:
     layer = found.module
     refusal = _obstacle(layer, conversion)
     if refusal or not isinstance(layer, _BatchNorm):
         return Refusal(found.name, found.kind, refusal or "is not a Batch Normalization layer")
-    kind = type(conversion.replacement(layer, RepairSpec())).__name__
+    # Made without its surroundings, of which nothing is to change.
+    kind = type(conversion_of(target).replacement(layer, RepairSpec())).__name__
     return LayerChange(found.name, found.aliases, found.kind, kind, reason, conversion.note(layer))
 
 
