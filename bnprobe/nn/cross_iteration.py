@@ -48,7 +48,8 @@ class CrossIterationBatchNorm(BatchNormLike):
     What the batches leave are buffers, which ``nn.BatchNorm`` does not have; about ``window`` times the size of the
     weights. Inference does not use them: ``bnprobe.deployable_state`` leaves them out. A forward hook on the followed
     module keeps its input until this layer is called. ``torch.utils.checkpoint``, ``nn.DataParallel`` and TorchScript
-    are refused in training. While the window holds only one value per channel, the running statistics normalize.
+    (scripts and traces) are refused in training. While the window holds only one value per channel, the running
+    statistics normalize.
 
     Args:
         num_features: Number of channels.
@@ -212,7 +213,7 @@ class CrossIterationBatchNorm(BatchNormLike):
         offsets = own_mean - constant - projection, own_variance - along
         for name, new in zip(self.training_only, (patch, slope, projection, *offsets), strict=False):
             ring: Tensor = getattr(self, name)
-            ring.index_copy_(0, place.reshape(1), new.to(ring.dtype).unsqueeze(0))
+            ring.index_put_((place.reshape(1),), new.to(ring.dtype).unsqueeze(0))  # not index_copy_: vmap is slow
         self.batches_seen.add_((count.max() > 0).to(self.batches_seen.dtype))
 
         running_mean, running_var = self._statistics()
@@ -246,6 +247,11 @@ class CrossIterationBatchNorm(BatchNormLike):
             raise UsageError(
                 f"{kind} cannot train in nn.DataParallel, which drops its window after every batch: use"
                 " DistributedDataParallel."
+            )
+        if torch.jit.is_tracing():
+            raise UsageError(
+                f"{kind} reads its convolution in training, which torch.jit.trace does not record: trace it in eval"
+                " mode."
             )
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise UsageError(
@@ -296,8 +302,9 @@ def why_not_followed(module: nn.Module, channels: int) -> str | None:
     names = ("forward", "_conv_forward", "__call__")
     if "forward" in vars(module) or any(getattr(type(module), n, None) is not getattr(base, n, None) for n in names):
         return "has a forward of its own"
-    if module.weight.shape[0] != channels:
-        return f"has {module.weight.shape[0]} output channels, and the layer {channels}"
+    own = _weight_of(module).shape[0]
+    if own != channels:
+        return f"has {own} output channels, and the layer {channels}"
     return None
 
 

@@ -27,6 +27,8 @@ def preceding(model: nn.Module) -> Preceding:
         ModelError: A tensor of the model cannot be kept.
     """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if isinstance(model, _BatchNorm):
+        return dict.fromkeys(layers, "stands alone, without a convolution or linear module before it")
     try:
         with untouched(model):
             nodes = list(traced(model).nodes)
@@ -47,7 +49,7 @@ def preceding(model: nn.Module) -> Preceding:
 
 def _before(node: Any, modules: dict[Any, nn.Module]) -> nn.Module | str:
     """The module whose output a call of a layer takes; or why there is none, a clause."""
-    source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    source: Any = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
     if source not in modules:
         kind = getattr(source, "op", "")
         what = "an input of the model" if kind == "placeholder" else f"what {source} computes"

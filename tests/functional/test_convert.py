@@ -776,3 +776,42 @@ def test_a_model_file_that_names_no_domain_is_told_before_training(workspace: Wo
     assert "with bnprobe.nn.domain(index):" in found.error()
     workspace.write("model.py", DOMAINS.replace("domain(batch[2])", "domain(batch[2] + 1)"))
     assert "has 2 domains, counted from 0, but was asked for 2" in workspace.run("convert", *PER_DOMAIN, *SHORT).error()
+
+
+CONVOLVED = REPAIRABLE.replace("self.bn(x)", "self.bn(self.conv(x))").replace(
+    "        self.bn = ", "        self.conv = nn.Conv2d(2, 2, 3)\n        self.bn = "
+)
+CROSS = ("convert", *TARGET, *SHORT, *ACCURACY, "--to", "cross-iteration", "--window", "4", "--burn-in", "2")
+
+
+def test_layers_that_follow_their_convolution_deploy_as_plain_bn(workspace: Workspace) -> None:
+    workspace.write("model.py", CONVOLVED)
+    found = workspace.run(*CROSS, "-o", "out.safetensors")
+    assert found.code == CLEAN, found.stderr
+    record = read(workspace, "out.record.json")
+    assert record["plan"]["changes"][0]["to"] == "CrossIterationBatchNorm2d"
+    assert record["plan"]["deploys"]
+    assert record["flagged_after"] is None  # a scan does not measure the layer
+    repair = record["settings"]["repair"]
+    assert (repair["window"], repair["burn_in"]) == (4, 2)
+    users: dict[str, Any] = {}
+    exec(CONVOLVED, users)
+    net = users["load_model"]()
+    weights = load_file(workspace.folder / "out.safetensors")
+    before = net.state_dict()["conv.weight"].clone()
+    net.load_state_dict(weights, strict=True)
+    assert not torch.equal(net.conv.weight, before)
+    spec = "model: model.py\ndata: {batch_size: 4}\nrepair: {to: cross-iteration, window: 4, burn_in: 2, goal: max}\n"
+    workspace.write("spec.yaml", spec)
+    assert workspace.run("convert", "spec.yaml", *SHORT, "-o", "again.safetensors").code == CLEAN
+    again = load_file(workspace.folder / "again.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+
+
+def test_layers_without_a_convolution_before_are_refused_with_the_reason(repairable: Workspace) -> None:
+    message = repairable.run(*CROSS, "-o", "out.safetensors").error()
+    assert "No layer can be converted to cross-iteration: bn (BatchNorm2d) normalizes an input of the model" in message
+    for option, to in (("--burn-in", "mabn"), ("--window", "ghost"), ("--blend", "cross-iteration")):
+        message = repairable.run("convert", *TARGET, "--to", to, option, "1", "--dry-run").error()
+        assert f"{option} 1" in message
+        assert f"has no effect on {to}" in message

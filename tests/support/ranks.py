@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnprobe import convert
 from bnprobe.distributed import World, connected
 from bnprobe.errors import BnprobeError
 from bnprobe.loading.data import as_batch_source
@@ -122,6 +123,7 @@ CASES: dict[str, Callable[[], Job]] = {
     **{f"still {norm.__name__}": partial(still, norm, 4) for norm in NORMS},
     "ghosts": lambda: without_noise(4, model=network(ghost, dropout=0.0), steps=1),
     "ghosts, uneven": lambda: job(network(ghost, dropout=0.0), source=ordered(4, images=7), steps=1),
+    "cross-iteration": lambda: without_noise(4, model=convert(network(dropout=0.0), to="cross-iteration", window=3)),
     "still single": lambda: still(renorm, 1, images=8, steps=4),
     "still accumulated": lambda: still(nn.BatchNorm1d, 2, images=40, accumulate=3),
     "parts": lambda: job(Tracking(), loss=_going_past),

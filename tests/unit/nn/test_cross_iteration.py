@@ -354,6 +354,32 @@ def test_what_is_changed_on_the_way_is_noticed(spoil: Callable[[Tensor], Tensor]
         net(batches(shape, 1)[0])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_scripts_and_traces_are_refused_in_training() -> None:
+    net, shape = made()
+    x = batches(shape, 1)[0]
+    with pytest.raises(torch.jit.Error, match="script it in eval mode"):
+        torch.jit.script(copy.deepcopy(net))(x)
+    with pytest.raises(UsageError, match="trace it in eval mode"):
+        torch.jit.trace(copy.deepcopy(net), x)
+    torch.testing.assert_close(torch.jit.script(net.eval())(x), net(x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_training_is_the_same(backend: str) -> None:
+    """What the backward pass computes again must not read a window that has moved on."""
+    net, shape = made()
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(twin, backend=backend, fullgraph=True)
+    for x in batches(shape, 5):
+        for each, callee in ((net, net), (twin, compiled)):
+            callee(x).pow(3).sum().backward()
+            change(each)
+        torch.testing.assert_close([p.grad for p in twin.parameters()], [p.grad for p in net.parameters()])
+    torch.testing.assert_close(dict(twin.named_buffers()), dict(net.named_buffers()))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_is_refused(reentrant: bool) -> None:
     net, shape = made()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import replace_all_batch_norm_modules_
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import update_bn
@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from bnprobe.errors import UsageError
 from bnprobe.nn import (
     BatchRenorm2d,
+    CrossIterationBatchNorm2d,
     DomainBatchNorm2d,
     ExampleWeighedBatchNorm2d,
     FrozenBatchNorm2d,
@@ -35,16 +36,30 @@ LAYERS: list[Callable[[], nn.Module]] = [
     lambda: GhostBatchNorm2d(4),
     lambda: MovingAverageBatchNorm2d(4),
     lambda: DomainBatchNorm2d(4, default_domain=0),
+    lambda: CrossIterationBatchNorm2d(4),
 ]
 BLENDED = (InstanceRenorm2d, ExampleWeighedBatchNorm2d)
+WINDOWED = (MovingAverageBatchNorm2d, CrossIterationBatchNorm2d)
 every_layer = pytest.mark.parametrize("layer", LAYERS)
 
 
 def _net(layer: Callable[[], nn.Module]) -> nn.Sequential:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), layer(), nn.BatchNorm2d(4))
+    if isinstance(net[1], CrossIterationBatchNorm2d):
+        net[1].follow(net[0])
     net[1].running_mean.add_(0.3)
     net[1].running_var.mul_(2)
     return net
+
+
+def _input(layer: nn.Module) -> Tensor:
+    """A batch for a layer that stands alone, or behind a convolution if it follows one."""
+    x = torch.randn(3, 4, 5, 5)
+    if not isinstance(layer, CrossIterationBatchNorm2d):
+        return x
+    conv = nn.Conv2d(4, 4, 1)
+    layer.follow(conv)
+    return conv(x)
 
 
 @every_layer
@@ -97,10 +112,10 @@ def test_lost_statistics_are_named(layer: Callable[[], nn.Module]) -> None:
 def test_statistics_that_are_not_tracked_are_used_and_stay(layer: Callable[[], nn.Module]) -> None:
     net = layer()
     net.track_running_stats = False
-    moving = net.training_only if isinstance(net, MovingAverageBatchNorm2d) else ()  # those of the last batches
+    moving = net.training_only if isinstance(net, WINDOWED) else ()  # those of the last batches
     before = {key: value.clone() for key, value in net.named_buffers() if key not in moving}
     for training in (True, False):
-        assert torch.isfinite(net.train(training)(torch.randn(3, 4, 5, 5))).all()
+        assert torch.isfinite(net.train(training)(_input(net))).all()
     assert_close({key: net.get_buffer(key) for key in before}, before)
 
 
@@ -128,8 +143,8 @@ def test_a_bias_can_be_left_out(layer: Callable[[], nn.Module]) -> None:
         own.default_domain = 0
     if kind not in (GatedBatchNorm2d, DomainBatchNorm2d, MovingAverageBatchNorm2d):
         plain.load_state_dict(own.state_dict())
-    x = torch.randn(3, 4, 5, 5)
+    x = _input(own)
     if kind not in BLENDED:
         assert_close(own.eval()(x), plain.eval()(x))
-    own.train()(x).square().sum().backward()
+    own.train()(_input(own)).square().sum().backward()
     assert own.weight.grad is not None

@@ -10,6 +10,7 @@ from support.networks import Residual, images, unsettled
 
 REASONS = {
     "frozen": "the same constants in training and at inference",
+    "cross-iteration": "statistics of earlier batches, too, which a scan of single batches does not follow",
     "mabn": "statistics of earlier batches, too, which a scan of single batches does not follow",
     "per-domain": "statistics per domain, which a scan does not tell apart",
     "instance-renorm": "the same output in training and at inference",

@@ -52,6 +52,13 @@ def test_plain_bn_ends_alike_in_every_process(all_ranks: Ranks) -> None:
     assert one["summary"] == two["summary"]
 
 
+def test_the_windows_of_cross_iteration_layers_end_alike(all_ranks: Ranks) -> None:
+    one, two = all_ranks["cross-iteration"]
+    assert same_bits(one["model"], two["model"])
+    assert one["model"]["1.batches_seen"] == 12
+    assert one["model"]["1.slopes"].any()
+
+
 def statistics(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weights[f"1.{name}"].double() for name in ("running_mean", "running_var", "num_batches_tracked")}
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+import bnprobe
 from bnprobe.config.spec import RenormSpec
 from bnprobe.errors import OutputError, StateError, StoppedError, UsageError
 from bnprobe.loading.data import as_batch_source
@@ -117,6 +118,18 @@ def test_a_list_of_batches(tmp_path: Path) -> None:
     expected, _ = trained(job(source=listed()))
     interrupted(job(source=listed()), tmp_path / "state", after=8)
     assert same_bits(trained(job(source=listed()), tmp_path / "state")[0].weights, expected.weights)
+
+
+def test_the_window_of_cross_iteration_layers_goes_on(tmp_path: Path) -> None:
+    def made() -> Job:
+        return job(bnprobe.convert(network(), to="cross-iteration", window=4, burn_in=3))
+
+    expected, _ = trained(made())
+    interrupted(made(), tmp_path / "state", after=7)
+    found, steps = trained(made(), tmp_path / "state")
+    assert steps[0].step == 8
+    assert same_bits(found.weights, expected.weights)
+    assert expected.weights["1.batches_seen"] == 12
 
 
 def test_a_float16_scaler_goes_on(tmp_path: Path) -> None:
