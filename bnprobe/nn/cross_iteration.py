@@ -62,8 +62,8 @@ class CrossIterationBatchNorm(BatchNormLike):
         burn_in: Number of batches to begin with for which the layer is BN.
 
     Attributes:
-        patches: Mean input patches of the last batches, shape (window, groups, inputs per group, *kernel).
-        slopes: Derivatives of the variances, shape (window, channels, inputs per group, *kernel).
+        patches: Mean input patches of the last batches, flat: shape (window, groups, weights of a channel).
+        slopes: Derivatives of the variances, shape (window, channels, weights of a channel).
         projections: <dmu_i/dW, W_i>, shape (window, channels).
         mean_offsets, variance_offsets: What the means (without the bias) and variances are beyond <dmu_i/dW, W_i> and
             <dv_i/dW, W_i>, shape (window, channels).
@@ -146,9 +146,9 @@ class CrossIterationBatchNorm(BatchNormLike):
         module._handed_over = None  # type: ignore[assignment]
         weight = _weight_of(module)
         like = widened(torch.zeros(1, dtype=weight.dtype, device=weight.device))
-        groups, channels, shape = _groups_of(module), self.num_features, tuple(weight.shape[1:])
-        for name, size in (("patches", (groups, *shape)), ("slopes", (channels, *shape))):
-            self._buffers[name] = like.new_zeros((self.window, *size))
+        channels, size = self.num_features, weight[0].numel()
+        for name, rows in (("patches", _groups_of(module)), ("slopes", channels)):
+            self._buffers[name] = like.new_zeros((self.window, rows, size))
         for name in self.training_only[2:-1]:
             self._buffers[name] = like.new_zeros((self.window, channels))
         self._buffers["batches_seen"] = torch.zeros((), dtype=torch.long, device=weight.device)
@@ -341,18 +341,15 @@ def _along(by_weight: Tensor, weight: Tensor) -> Tensor:
     """Inner products with the weights of every channel.
 
     Args:
-        by_weight: Shape (batches, channels or groups, inputs per group, *kernel).
+        by_weight: Shape (batches, channels or groups, weights of a channel).
         weight: Shape (channels, inputs per group, *kernel).
 
     Returns:
         Shape (batches, channels).
     """
-    batches, rows = by_weight.shape[:2]
-    size = weight[0].numel()
-    if rows == weight.shape[0]:
-        return (by_weight.reshape(batches, rows, size) * weight.reshape(rows, size)).sum(2)
+    rows, size = by_weight.shape[1:]
     # Not a matrix product, which autocast would compute in half precision.
-    return (by_weight.reshape(batches, rows, 1, size) * weight.reshape(rows, -1, size)).sum(3).flatten(1)
+    return (by_weight.unsqueeze(2) * weight.reshape(rows, -1, size)).sum(3).flatten(1)
 
 
 def _derivatives(
@@ -370,8 +367,8 @@ def _derivatives(
         mask: Shape (N, *space), True where a value counts.
 
     Returns:
-        That of the mean, which the channels of a group have in common: shape (groups, inputs per group, *kernel); and
-        that of the variance, of the shape of the weights.
+        That of the mean, which the channels of a group have in common: shape (groups, weights of a channel); and that
+        of the variance, shape (channels, weights of a channel).
     """
     share = torch.ones_like(x[:, :1]) if mask is None else (mask != 0).unsqueeze(1).to(x.dtype)
     share = share / count.clamp(min=1.0)
@@ -380,7 +377,8 @@ def _derivatives(
     if mask is not None:
         source = source.nan_to_num(0.0, 0.0, 0.0)  # of padding; a value that counts is NaN with its patch
     shares = share.expand(-1, groups, *x.shape[2:])
-    return _by_weight(module, shares, source, weight[:groups]), _by_weight(module, centred, source, weight)
+    by_patch, slope = _by_weight(module, shares, source, weight[:groups]), _by_weight(module, centred, source, weight)
+    return by_patch.flatten(1), slope.flatten(1)
 
 
 def _by_weight(module: Any, grad: Tensor, source: Tensor, like: Tensor) -> Tensor:
@@ -389,8 +387,7 @@ def _by_weight(module: Any, grad: Tensor, source: Tensor, like: Tensor) -> Tenso
     A convolution, which autocast leaves alone, unlike a matrix product.
     """
     if isinstance(module, nn.Linear):
-        row = _by_weight_of(grad.unsqueeze(2), source.unsqueeze(2), like.unsqueeze(2), (1,), (1,), 1)
-        return row.squeeze(2)
+        return _by_weight_of(grad.unsqueeze(2), source.unsqueeze(2), like.unsqueeze(2), (1,), (1,), 1)
     padding = module._reversed_padding_repeated_twice
     if any(padding):
         source = pad(source, padding, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)

@@ -252,9 +252,9 @@ def test_copies_follow_their_own_convolution(copied: Callable[[nn.Module], nn.Mo
     with torch.no_grad():
         twin[0].weight.mul_(2)
     assert not torch.allclose(twin(x), net(x))
-    moved = net.to(torch.float32)
+    moved = net.to(torch.float32, memory_format=torch.channels_last)
     assert {buffer.dtype for buffer in moved[1].buffers()} == {torch.float32, torch.int64}
-    moved(inputs[0].float())
+    assert moved(inputs[0].float()).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_keys_are_those_of_bn_and_of_the_window() -> None:
