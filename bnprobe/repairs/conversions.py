@@ -279,7 +279,7 @@ class ToCrossIteration:
     def obstacle(self, module: _BatchNorm) -> str | None:
         if _is_synchronized(module):
             return "is synchronized between processes, and the batches of a window are of one: make it plain BN first"
-        found = None if self._before is None else self._before[module]
+        found = self._preceding(module)
         without = no_statistics(module) or _eps_obstacle(module, "cross-iteration batch norm")
         return without or (found if isinstance(found, str) else None)
 
@@ -296,9 +296,12 @@ class ToCrossIteration:
         given = {**arguments(module), "momentum": module.momentum, "window": spec.window, "burn_in": spec.burn_in}
         layer = variants[space_dimensions(module)](**given)
         adopt(layer, module)
-        before = None if self._before is None else self._before[module]
+        before = self._preceding(module)
         assert isinstance(layer, CrossIterationBatchNorm)  # as all variants are
         return layer.follow(before) if isinstance(before, nn.Module) else layer
+
+    def _preceding(self, module: _BatchNorm) -> nn.Module | str | None:
+        return None if self._before is None else self._before[module]
 
 
 class ToPerDomain:

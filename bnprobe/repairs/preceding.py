@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.errors import message_of
 from bnprobe.measure.layers import traced
+from bnprobe.measure.reach import every_module
 from bnprobe.measure.restore import untouched
 from bnprobe.nn.cross_iteration import why_not_followed
 
@@ -22,11 +23,8 @@ def preceding(model: nn.Module) -> Preceding:
 
     Args:
         model: Its forward is followed by ``torch.fx``, without data; the model comes back untouched.
-
-    Raises:
-        ModelError: A tensor of the model cannot be kept.
     """
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    layers = [module for module in every_module(model).values() if isinstance(module, _BatchNorm)]
     if isinstance(model, _BatchNorm):
         return dict.fromkeys(layers, "stands alone, without a convolution or linear module before it")
     try:

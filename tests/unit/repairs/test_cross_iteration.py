@@ -96,6 +96,13 @@ def test_a_layer_alone_is_refused() -> None:
         bnprobe.convert(nn.BatchNorm2d(4), to=TO)
 
 
+def test_a_layer_in_a_plain_list_is_refused() -> None:
+    model = Called(lambda net, x: net.norms[0](net.first(x)))
+    model.norms = [nn.BatchNorm2d(4)]
+    with pytest.raises(RepairError, match=r"norms\S* \(BatchNorm2d\) stands in a model whose.*NameError"):
+        bnprobe.convert(model, to=TO)
+
+
 def test_tracing_a_forward_that_keeps_things_changes_nothing() -> None:
     def how(net: Called, x: Tensor) -> Tensor:
         net.last = x
