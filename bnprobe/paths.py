@@ -9,13 +9,43 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bnprobe.errors import BnprobeError
 
 WAIT = 5.0
 """Seconds to wait for the other end of a named pipe."""
+
+
+_started: list[Path] = []
+
+
+@contextmanager
+def from_here() -> Iterator[None]:
+    """Let ``placed`` lead to where paths lead now, whatever the user's code makes the working directory meanwhile.
+
+    Of nested blocks the outermost counts.
+    """
+    try:
+        _started.append(_started[0] if _started else Path.cwd())
+    except OSError:  # it has been deleted, and no path leads from there
+        yield
+        return
+    try:
+        yield
+    finally:
+        _started.pop()
+
+
+def placed(path: Path) -> Path:
+    """A path that the user gave, as seen from the directory in which the command was started."""
+    try:
+        moved = _started and _started[0] != Path.cwd()
+    except OSError:
+        moved = True
+    return _started[0] / path if _started and moved else path
 
 
 def exists(path: Path) -> bool:

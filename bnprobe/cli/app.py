@@ -30,7 +30,7 @@ from bnprobe.cli.processes import (
 )
 from bnprobe.cli.recalibrate import recalibrate
 from bnprobe.cli.scan import scan
-from bnprobe.cli.streams import occupy_closed_streams, say, write_out
+from bnprobe.cli.streams import forget_odd_sizes, occupy_closed_streams, say, write_out
 from bnprobe.cli.sweep import SweepCommand, sweep
 from bnprobe.cli.verify import verify
 from bnprobe.docstrings import docstring
@@ -90,6 +90,7 @@ for _each in (scan, sweep, lint, convert, recalibrate, verify, export, explain, 
 def main() -> None:
     """Run the command line, in one process or as one of several."""
     occupy_closed_streams()
+    forget_odd_sizes()
     try:
         together = several_processes()
     except UsageError as error:

@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bnprobe.cli.streams import say, start
+from bnprobe.cli.streams import say
 from bnprobe.config.targets import CONVERTED
 from bnprobe.errors import OutputError, UsageError
 from bnprobe.files import has_mark, is_blank, not_own, only_run, require_new, require_writable, unfinished, write_all
+from bnprobe.paths import placed
 from bnprobe.records import RepairRecord, Report
 from bnprobe.report.json import dump
 from bnprobe.report.repair import Files, worse_than_as_is
@@ -101,9 +102,9 @@ class Artifacts:
 
         from bnprobe.training import StateFolder
 
-        placed = start().place(self.weights)
-        if placed != self.weights:  # the user's code has changed the working directory
-            return Artifacts(placed, self._force, self._trains).write(record, weights, before, after)
+        weights_file = placed(self.weights)
+        if weights_file != self.weights:  # the user's code has changed the working directory
+            return Artifacts(weights_file, self._force, self._trains).write(record, weights, before, after)
         if record.proof is not None and record.proof.surely_worse and not self._force:
             say(f"Nothing was written: {worse_than_as_is(record)}")
             return record, Files()

@@ -11,6 +11,7 @@ import typer.core
 
 from bnprobe.cli.processes import is_main
 from bnprobe.cli.streams import own_stdout, writing_to
+from bnprobe.paths import from_here
 from bnprobe.printable import message
 
 
@@ -19,7 +20,7 @@ class Command(typer.core.TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        with own_stdout(shared=not is_main()):
+        with from_here(), own_stdout(shared=not is_main()):
             return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

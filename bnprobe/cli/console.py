@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from bnprobe.cli.streams import say, start, write_out
+from bnprobe.cli.streams import forget_odd_sizes, say, start, write_out
 from bnprobe.errors import OutputError
 from bnprobe.files import require_new, write_new
+from bnprobe.paths import placed
 from bnprobe.printable import escaped, escaped_lines
 from bnprobe.records import TrainingStep
 from bnprobe.report import Renderer, RenderOptions, figures
@@ -62,7 +63,7 @@ def deliver(
     if str(output) in STDOUT:
         write_out(text)
     else:
-        write_new(start().place(output), text, force)
+        write_new(placed(output), text, force)
     say(f"{summary}; report written to {output}")
 
 
@@ -80,8 +81,9 @@ def _terminal_options(show_all: bool) -> RenderOptions:
 
 def _columns(stdout: TextIO | None) -> int:
     """As ``shutil.get_terminal_size``, which would ask the stream that the user's code writes to."""
-    if os.environ.get("COLUMNS", "").isdecimal() and int(os.environ["COLUMNS"][:9]):
-        return int(os.environ["COLUMNS"][:9])
+    forget_odd_sizes()  # which the user's code may have set
+    if "COLUMNS" in os.environ:
+        return int(os.environ["COLUMNS"])
     try:
         return os.get_terminal_size(stdout.fileno()).columns or _USUAL_WIDTH if stdout else _USUAL_WIDTH
     except (OSError, ValueError):

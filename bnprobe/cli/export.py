@@ -9,6 +9,7 @@ import typer
 
 from bnprobe.cli import options
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
+from bnprobe.paths import placed
 
 if TYPE_CHECKING:
     from bnprobe.commands.export import Exported
@@ -70,7 +71,6 @@ def export(
     or your code.
     """
     from bnprobe.cli.console import deliver
-    from bnprobe.cli.streams import start
     from bnprobe.config.load import build_spec
     from bnprobe.files import refuse_input, require_new, write_all
     from bnprobe.records import ExportReport
@@ -85,7 +85,7 @@ def export(
     exported = _export(spec, to, quantize)
     agrees = exported.relative <= tolerance
     if agrees:
-        write_all({start().place(path): exported.content}, force)
+        write_all({placed(path): exported.content}, force)
     report = ExportReport(
         format=exported.format,
         model=exported.model,

@@ -9,13 +9,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TextIO
 
 from bnprobe.errors import OutputError
 from bnprobe.printable import message
 
 _STDOUT, _STDERR = 1, 2
+
+_MOST_DIGITS = 4
+"""Digits of the size of a terminal."""
 
 
 @dataclass(frozen=True)
@@ -24,29 +26,16 @@ class Start:
 
     Attributes:
         stdout: Where the report goes; None: stdout is closed.
-        folder: The working directory; None: it has been removed.
         words: The words of the command line.
     """
 
     stdout: TextIO | None = field(default_factory=lambda: sys.stdout)
-    folder: Path | None = field(default_factory=lambda: _here())
     words: Sequence[str] = field(default_factory=lambda: list(sys.argv[1:]))
 
     @property
     def typed(self) -> str:
         """The command line as typed."""
         return shlex.join(["bnprobe", *self.words])
-
-    def place(self, path: Path) -> Path:
-        """Where a path led to then: what the user's code makes the working directory does not move outputs."""
-        return path if self.folder is None or self.folder == _here() else self.folder / path
-
-
-def _here() -> Path | None:
-    try:
-        return Path.cwd()
-    except OSError:
-        return None
 
 
 _running: list[Start] = []
@@ -109,6 +98,14 @@ def occupy_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     if sys.stderr is None:
         sys.stderr = os.fdopen(_STDERR, "w", closefd=False)
+
+
+def forget_odd_sizes() -> None:
+    """Forget the size of a terminal in the environment that is none, or enormous: rich and typer would obey it."""
+    for name in ("COLUMNS", "LINES", "TERMINAL_WIDTH"):
+        size = os.environ.get(name, "1")
+        if not size.isdecimal() or len(size) > _MOST_DIGITS or int(size) == 0:
+            del os.environ[name]
 
 
 def write_out(text: str) -> None:

@@ -36,6 +36,7 @@ from bnprobe.measure.batch import to_device
 from bnprobe.measure.rank_agreement import digest_of
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.session import Progress, default_forward, no_progress
+from bnprobe.paths import placed
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
 from bnprobe.repairs import apply, deployable_state, left_out, on_host, plan, wanted_by_globs, wanted_from_report
 from bnprobe.report.json import read_report
@@ -243,7 +244,7 @@ def _wanted(spec: Spec, model: nn.Module, before: Report | None) -> tuple[dict[s
     if spec.repair.layers:
         return wanted_by_globs(model, spec.repair.layers), "--layers " + " ".join(spec.repair.layers)
     if spec.repair.report:
-        return wanted_from_report(read_report(Path(spec.repair.report)), model), spec.repair.report
+        return wanted_from_report(read_report(placed(Path(spec.repair.report))), model), spec.repair.report
     assert before is not None  # the caller scans if nothing else selects layers
     return wanted_from_report(before, model), f"a scan at batch size {before.scan.batch_size}"
 

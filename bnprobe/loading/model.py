@@ -29,7 +29,7 @@ from bnprobe.distributed import beat
 from bnprobe.errors import BnprobeError, EndOfPass, ModelError, UserCodeError, reason_of
 from bnprobe.loading.places import recorded_places
 from bnprobe.numbers import count, listed
-from bnprobe.paths import exists, is_file, is_folder
+from bnprobe.paths import exists, is_file, is_folder, placed
 
 BatchFunction = Callable[[nn.Module, Any], Any]
 """A function of the user, called as f(model, batch)."""
@@ -189,7 +189,7 @@ def resolve(target: str, near: UserModule | None = None) -> tuple[UserModule, st
     if is_file_target(target):
         return _load_file(location, near), symbol
     if location:
-        _refuse_other_files(Path(location))
+        _refuse_other_files(placed(Path(location)))
     return _import(location, symbol)
 
 
@@ -201,7 +201,7 @@ def locate(target: str, near: UserModule | None) -> tuple[UserModule, str | None
 
 
 def _load_file(location: str, near: UserModule | None) -> UserModule:
-    path = Path(location)
+    path = placed(Path(location))
     if is_folder(path):
         raise ModelError(f"{location} is a folder. Name a Python file in it, e.g. {path / 'model.py'}.")
     if (missing := why_missing(path)) is not None:
@@ -294,7 +294,7 @@ def _module_name(path: Path) -> str:
 
 def _import(location: str, symbol: str | None) -> tuple[UserModule, str | None]:
     """Import ``package.module``, or ``package`` with the last part as the symbol (as in class_path)."""
-    folder = str(Path.cwd())
+    folder = str(placed(Path()).absolute())
     if folder not in sys.path and "" not in sys.path:
         sys.path.insert(0, folder)
     try:

@@ -18,6 +18,7 @@ from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction, LoadedModel, UserModule, kind_of, load_model, locate, require_values
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.loading.source import load_held_out, load_source
+from bnprobe.paths import placed
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,10 @@ def _held_out(spec: Spec, module: UserModule | None, source: BatchSource) -> tup
 
 def load_model_only(spec: Spec, need_statistics: bool = True) -> LoadedModel:
     """Load the model with its checkpoint, without data; ``need_statistics`` as for ``load_workload``."""
-    checkpoint, folder = spec.checkpoint, Path.cwd()
+    checkpoint = spec.checkpoint
     loaded = load_model(spec.model)
-    if checkpoint.path is not None and Path.cwd() != folder:  # the user's file changed the working directory
-        checkpoint = checkpoint.model_copy(update={"path": str(folder / checkpoint.path)})
+    if checkpoint.path is not None:
+        checkpoint = checkpoint.model_copy(update={"path": str(placed(Path(checkpoint.path)))})
     require_values(loaded.model)
     weights = load_checkpoint(loaded.model, checkpoint, need_statistics)
     return replace(

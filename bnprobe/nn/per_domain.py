@@ -181,6 +181,15 @@ class DomainBatchNorm(BatchNormLike):
         self._require_known(domain)
         return self.domain_mean[domain], self.domain_var[domain], self.domain_batches[domain]
 
+    def samples_of(self, domain: int, input: Tensor) -> int:
+        """The number of samples of a domain in a batch.
+
+        Raises:
+            UsageError: Nothing says of which domain the batch is.
+        """
+        index = self._index(input)
+        return int((index == domain).sum()) if isinstance(index, Tensor) else len(input) * (index == domain)
+
     def share(self) -> None:
         """Begin every domain with the running statistics of all."""
         mean, variance = self._statistics()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from bnprobe.records.base import Interval, Record
@@ -23,6 +24,14 @@ class Histogram(Record):
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.counts or len(self.edges) != len(self.counts) + 1:
+            raise ValueError(f"{len(self.counts)} counts need one edge more, but there are {len(self.edges)}")
+        if any(high <= low for low, high in pairwise(self.edges)):
+            raise ValueError("the edges do not increase")
+        if any(count < 0 for count in self.counts):
+            raise ValueError("a count is negative")
 
 
 @dataclass(frozen=True)

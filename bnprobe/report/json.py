@@ -131,7 +131,7 @@ def _explain(error: ValidationError) -> str:
     problem = {
         "missing": f"{place} is missing",
         "unexpected_keyword_argument": f"{place} is unknown",
-    }.get(first["type"], f"{place}: {first['msg']}")
+    }.get(first["type"], f"{place}: {first['msg'].removeprefix('Value error, ')}")
     more = error.error_count() - 1
     others = f" ({more} more of this kind)" if more else ""
     return f"The JSON report does not fit its schema: {problem}{others}."

@@ -22,6 +22,9 @@ from bnprobe.records import Severity
 MINIMUM_WIDTH = 40
 """A narrower terminal is treated as one of this width."""
 
+MAXIMUM_WIDTH = 1000
+"""A wider terminal is treated as one of this width."""
+
 # --- Signs ------------------------------------------------------------------------------------------------------------
 
 FLAGGED = "✗"
@@ -96,7 +99,7 @@ class RenderOptions:
     """How a report is to be written; a format takes what it needs and ignores the rest.
 
     Attributes:
-        width: Columns of the terminal; at least ``MINIMUM_WIDTH`` are used.
+        width: Columns of the terminal; ``MINIMUM_WIDTH`` to ``MAXIMUM_WIDTH`` are used.
         color: Whether ANSI colours may be used.
         show_all: Show every layer, however many there are.
         unicode: Whether the output can carry more than ASCII.
@@ -125,7 +128,7 @@ class Page:
     @classmethod
     def of(cls, options: RenderOptions) -> Page:
         """The page that the options ask for."""
-        return cls(max(options.width, MINIMUM_WIDTH), options.unicode)
+        return cls(min(max(options.width, MINIMUM_WIDTH), MAXIMUM_WIDTH), options.unicode)
 
     def clean(self, text: str) -> str:
         """Text that this page can show; see `clean`."""

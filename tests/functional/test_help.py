@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import bnprobe
-from functional.command import CLEAN, ERROR, Workspace
+from functional.command import CLEAN, ERROR, MODEL, Workspace
 
 HEAVY = {"torch", "numpy", "scipy", "safetensors", "yaml"}  # pydantic is imported by typer itself
 IMPORTS = """
@@ -30,6 +30,19 @@ def test_help_imports_nothing_slow(workspace: Workspace, arguments: list[str]) -
     assert found.code == CLEAN
     assert "bnprobe.cli.scan" in imported
     assert HEAVY.isdisjoint(imported)
+
+
+@pytest.mark.parametrize("size", ["99999999999999", "x", "-5", "0", "1e9", ""])
+def test_an_odd_size_of_the_terminal_is_as_none(workspace: Workspace, size: str) -> None:
+    workspace.write("model.py", MODEL)
+    for arguments in (("--help",), ("scan", "--no-such-option"), ("lint", "model.py")):
+        usual, found = workspace.run(*arguments), workspace.run(*arguments, COLUMNS=size, LINES=size)
+        assert found == usual
+
+
+def test_an_odd_size_that_typer_reads(workspace: Workspace) -> None:
+    found = workspace.run_installed("--help", TERMINAL_WIDTH="x")
+    assert (found.code, found.stdout) == (CLEAN, workspace.run_installed("--help").stdout)
 
 
 def test_version(workspace: Workspace) -> None:

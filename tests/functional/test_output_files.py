@@ -188,6 +188,29 @@ def test_a_model_file_that_changes_the_working_directory_moves_no_output(
     assert _names(other) == set()
 
 
+def test_a_model_file_that_changes_the_working_directory_moves_no_input(workspace: Workspace) -> None:
+    """All paths are relative: to the working directory as it was when the command began."""
+    workspace.write("model.py", SHIFTED)
+    assert workspace.run("scan", "model.py", "--batch-size", "4", "--format", "json", "-o", "r.json").code == FINDINGS
+    assert workspace.run("recalibrate", "model.py", "--batch-size", "4", "-o", "w.safetensors").code == CLEAN
+    (workspace.folder / "other").mkdir()
+    workspace.write("model.py", SHIFTED + "import os\nos.chdir('other')\n")
+    for name in ("data.py", "held_out.py"):
+        workspace.write(name, SHIFTED)
+    workspace.write("loss.py", "def loss(model, batch):\n    return model(batch[0]).square().mean()\n")
+    workspace.write("forward.py", "def forward(model, batch):\n    return model(batch[0])\n")
+    workspace.write(
+        "spec.yaml",
+        "{model: model.py, checkpoint: w.safetensors, forward: 'forward.py:forward', loss: 'loss.py:loss',"
+        " data: {target: 'data.py:load_data', batch_size: 4}, eval_data: 'held_out.py:load_data'}",
+    )
+    found = workspace.run("scan", "spec.yaml")
+    assert found.code == CLEAN, found.stderr
+    found = workspace.run("convert", "spec.yaml", "--report", "r.json", "--check")
+    assert (found.code, found.stderr) == (FINDINGS, "")
+    assert "r.json" in found.stdout
+
+
 def test_a_repair_that_is_trained_is_not_moved_either(workspace: Workspace) -> None:
     other = workspace.folder / "other"
     other.mkdir()

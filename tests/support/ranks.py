@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import bnprobe.nn
 from bnprobe import convert
 from bnprobe.distributed import World, connected
 from bnprobe.errors import BnprobeError
@@ -19,6 +20,8 @@ from bnprobe.loading.data import as_batch_source
 from bnprobe.nn.batch_renorm import BatchRenorm1d, SyncBatchRenorm
 from bnprobe.nn.frozen import FrozenBatchNorm1d
 from bnprobe.nn.ghost import GhostBatchNorm1d
+from bnprobe.nn.moving_average import MovingAverageBatchNorm1d
+from bnprobe.nn.per_domain import DomainBatchNorm1d
 from bnprobe.training import Job, train
 from bnprobe.training.job import weights_of
 from support.finetuning import Noisy, Steps, cross_entropy, held_out_score, job, network, source
@@ -53,6 +56,24 @@ def renorm(channels: int) -> nn.Module:
 
 def ghost(channels: int) -> nn.Module:
     return GhostBatchNorm1d(channels, momentum=0.3, virtual_batch_size=3)
+
+
+def moving(channels: int) -> nn.Module:
+    return MovingAverageBatchNorm1d(channels, momentum=0.3, window=5)
+
+
+def domains(channels: int) -> nn.Module:
+    return DomainBatchNorm1d(channels, momentum=0.3, domains=3)
+
+
+def cumulative_domains(channels: int) -> nn.Module:
+    return DomainBatchNorm1d(channels, momentum=None, domains=3)
+
+
+def by_label(model: nn.Module, batch: Any) -> Tensor:
+    """The label of an image is its domain: often one process has a domain and the other one has not."""
+    with bnprobe.nn.domain(batch[1]):
+        return cross_entropy(model, batch)
 
 
 class PerImage(nn.InstanceNorm1d):
@@ -124,6 +145,9 @@ CASES: dict[str, Callable[[], Job]] = {
     "ghosts": lambda: without_noise(4, model=network(ghost, dropout=0.0), steps=1),
     "ghosts, uneven": lambda: job(network(ghost, dropout=0.0), source=ordered(4, images=7), steps=1),
     "cross-iteration": lambda: without_noise(4, model=convert(network(dropout=0.0), to="cross-iteration", window=3)),
+    **{f"still {norm.__name__}": partial(still, norm, 2, 40, loss=by_label) for norm in (domains, cumulative_domains)},
+    "still moving": lambda: still(moving, 4),
+    "moving": lambda: without_noise(4, model=network(moving, dropout=0.0), steps=1),
     "still single": lambda: still(renorm, 1, images=8, steps=4),
     "still accumulated": lambda: still(nn.BatchNorm1d, 2, images=40, accumulate=3),
     "parts": lambda: job(Tracking(), loss=_going_past),

@@ -11,6 +11,7 @@ from torch import nn
 from bnprobe.config.load import build_spec
 from bnprobe.errors import BnprobeError, CheckpointError, ModelError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_again
+from bnprobe.paths import from_here
 
 MODEL = """
 import torch
@@ -77,7 +78,8 @@ def test_a_model_file_that_changes_the_folder(tmp_path: Path, monkeypatch: pytes
     torch.save(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)).state_dict(), tmp_path / "w.pt")
     write(tmp_path, "import os\nos.chdir('elsewhere')\n")
     monkeypatch.chdir(tmp_path)
-    load_workload(build_spec("model.py", {"data.batch_size": 2, "checkpoint.path": "w.pt"}))
+    with from_here():
+        load_workload(build_spec("model.py", {"data.batch_size": 2, "checkpoint.path": "w.pt"}))
 
 
 @pytest.mark.parametrize(

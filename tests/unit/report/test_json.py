@@ -98,6 +98,14 @@ def _set(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         (_set("scan", "stopped", value="bored"), r"schema: scan\.stopped: Input should be 'requested'"),
         (_set("layers", 0, "colour", value="red"), r"schema: layers\.0\.colour is unknown\."),
         (lambda document: document["layers"][1].pop("eps"), r"schema: layers\.1\.eps is missing"),
+        (
+            _set("layers", 0, "train", "r", "histogram", "counts", value=[1, 2]),
+            r"schema: layers\.0\.train\.r\.histogram: 2 counts need one edge more, but there are 33\.",
+        ),
+        (
+            _set("layers", 0, "eval", "d", "histogram", value={"edges": [0.0, 0.0], "counts": [1]}),
+            r"layers\.0\.eval\.d\.histogram: the edges do not increase\.",
+        ),
         (_set("scan", "seconds", value=float("nan")), "NaN is not a finite number"),
     ],
 )

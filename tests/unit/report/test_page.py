@@ -66,6 +66,10 @@ def test_a_narrower_terminal_is_treated_as_one_of_40_columns(kind: str) -> None:
     assert text_of(kind, name, width=10) == text_of(kind, name, width=40)
 
 
+def test_a_wider_terminal_is_treated_as_one_of_1000_columns() -> None:
+    assert text_of("scan", "flagged", width=10**12) == text_of("scan", "flagged", width=1000)
+
+
 def test_dotted_names_are_shortened_between_their_parts() -> None:
     names = [f"features.denseblock1.denselayer{number}.norm{kind}" for number in (9, 10) for kind in (1, 2)]
     assert Page(80, unicode=True).shorten(names, 30) == [

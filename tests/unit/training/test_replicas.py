@@ -13,8 +13,20 @@ from bnprobe.distributed import World
 from bnprobe.training import Job
 from bnprobe.training.data import Feed, steps_per_epoch
 from bnprobe.training.job import weights_of
-from support.finetuning import Noisy, job, network, same_bits, source, trained
-from support.ranks import NORMS, frozen, launch, ordered, renorm, still, synced
+from support.finetuning import Noisy, cross_entropy, job, network, same_bits, source, trained
+from support.ranks import (
+    NORMS,
+    by_label,
+    cumulative_domains,
+    domains,
+    frozen,
+    launch,
+    moving,
+    ordered,
+    renorm,
+    still,
+    synced,
+)
 
 Ranks = dict[str, list[Any]]
 Norm = Callable[[int], nn.Module]
@@ -74,6 +86,40 @@ def test_the_buffers_are_those_of_one_process_with_the_global_batch(all_ranks: R
     """Over 12 steps, of which some are of 4 and 3 images: mean, unbiased variance and count."""
     merged = statistics(all_ranks[f"still {norm.__name__}"][0]["model"])
     torch.testing.assert_close(merged, alone(still(norm, 8)), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("norm", [domains, cumulative_domains], ids=lambda norm: norm.__name__)
+def test_the_statistics_of_domains_are_those_of_one_process(all_ranks: Ranks, norm: Norm) -> None:
+    """Also where only one process has a domain in its batch, or each has one image of it."""
+    expected = still(norm, 4, 40, loss=by_label)
+    trained(expected)
+    for found in all_ranks[f"still {norm.__name__}"]:
+        for name, buffer in expected.model[1].named_buffers():
+            torch.testing.assert_close(found["model"][f"1.{name}"], buffer, rtol=2e-6, atol=2e-6)
+    assert len(set(expected.model[1].domain_batches.tolist())) > 1, "all domains are in all batches"
+
+
+def test_the_averages_of_the_last_batches_are_those_of_one_process(all_ranks: Ranks) -> None:
+    expected = still(moving, 8)
+    trained(expected)
+    for found in all_ranks["still moving"]:
+        for name in ("running_mean", "running_var", "batch_means", "batch_vars", "batches_seen", "gradients_seen"):
+            value = found["model"][f"1.{name}"]
+            torch.testing.assert_close(value, getattr(expected.model[1], name), rtol=2e-6, atol=2e-6)
+
+
+def test_the_averages_of_gradients_are_over_the_processes(all_ranks: Ranks) -> None:
+    """After the first step, from the gradient that each process finds by itself."""
+    own = []
+    for batch in list(ordered(4).batches)[:2]:
+        model = network(moving, dropout=0.0)
+        cross_entropy(model, batch).backward()
+        own.append(model[1])
+    for found in all_ranks["moving"]:
+        for name in ("gradient_means", "gradient_products"):
+            expected = (getattr(own[0], name) + getattr(own[1], name)) / 2
+            assert expected[0].abs().max() > 1e-4 if name == "gradient_products" else True
+            torch.testing.assert_close(found["model"][f"1.{name}"], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_one_value_per_channel_in_each_process(all_ranks: Ranks) -> None:
