@@ -191,7 +191,10 @@ def test_a_model_file_that_changes_the_working_directory_moves_no_output(
 def test_a_model_file_that_changes_the_working_directory_moves_no_input(workspace: Workspace) -> None:
     """All paths are relative: to the working directory as it was when the command began."""
     workspace.write("model.py", SHIFTED)
-    assert workspace.run("scan", "model.py", "--batch-size", "4", "--format", "json", "-o", "r.json").code == FINDINGS
+    assert (
+        workspace.run("scan", "model.py", "--batch-size", "4", "--format", "json", "--output", "r.json").code
+        == FINDINGS
+    )
     assert workspace.run("recalibrate", "model.py", "--batch-size", "4", "-o", "w.safetensors").code == CLEAN
     (workspace.folder / "other").mkdir()
     workspace.write("model.py", SHIFTED + "import os\nos.chdir('other')\n")
