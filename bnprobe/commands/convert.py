@@ -31,6 +31,7 @@ from bnprobe.config.spec import PLAIN, RepairSpec, Spec
 from bnprobe.config.targets import AUTO, TARGETS, Target
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, UsageError
+from bnprobe.loading.model import require_state
 from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_again
 from bnprobe.measure.batch import to_device
 from bnprobe.measure.rank_agreement import digest_of
@@ -109,6 +110,7 @@ def repair_spec(
     with preserved_random_state():
         seed_everything(spec.data.seed)
         workload = load_workload(spec)
+        require_state(workload.model)
         if options.finetune:
             require_trainable(workload)
         require_unwrapped(workload)

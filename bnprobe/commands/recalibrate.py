@@ -12,6 +12,7 @@ from bnprobe.commands.scan import scan_workload, whole
 from bnprobe.config import PathChoice
 from bnprobe.config.spec import ScanSettings, Spec
 from bnprobe.errors import NonFiniteError, UsageError
+from bnprobe.loading.model import require_state
 from bnprobe.loading.workload import Workload, load_workload, read_again
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.session import Progress, device_named, no_progress
@@ -61,6 +62,7 @@ def recalibrate_spec(
     with preserved_random_state():
         seed_everything(spec.data.seed)
         workload = load_workload(spec, need_statistics=False)
+        require_state(workload.model)
         _require_real_data(workload)
         settings = workload.settings(spec.settings())
         before, notes = _first_scan(workload, settings, progress)

@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import itertools
 import os
 import sys
 import types
@@ -456,14 +455,26 @@ def require_values(model: nn.Module) -> None:
 
     Raises:
         ModelError: Names the first of them.
+        UserCodeError: They cannot be listed, e.g. for a module of a class without a hash.
     """
-    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    with user_code("listing the parameters and buffers of the model"):
+        named = [*model.named_parameters(), *model.named_buffers()]
     empty = [name for name, tensor in named if tensor.is_meta]
     if empty:
         raise ModelError(
             f"{count(len(empty), 'tensor')} of the model without values (device meta): {listed(empty)}. Build it on a"
             " real device, or call model.to_empty(device=...) and load its weights in load_model()."
         )
+
+
+def require_state(model: nn.Module) -> None:
+    """Refuse a model whose weights cannot be saved, before they are made.
+
+    Raises:
+        UserCodeError: Its state_dict() raises.
+    """
+    with user_code("calling state_dict() of the model"):
+        model.state_dict()
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:

@@ -54,6 +54,11 @@ UNUSABLE = [
         id="device-meta",
     ),
     pytest.param(
+        "Net.__hash__ = None\n",
+        ["TypeError while listing the parameters and buffers of the model: unhashable type: 'Net'"],
+        id="no-hash",
+    ),
+    pytest.param(
         "def load_model():\n    raise SystemExit\n",
         ["SystemExit while calling model.py:load_model()", 'model.py", line 32, in load_model'],
         id="exit-in-load_model",
@@ -129,6 +134,20 @@ def test_a_model_file_that_fails_is_explained(workspace: Workspace, change: str,
         assert words in message
     assert "torch/" not in message
     assert "bnprobe/" not in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("recalibrate", "model.py"), ("convert", "model.py"), ("convert", "model.py", "--finetune", "--steps", "2")],
+    ids=" ".join,
+)
+def test_a_model_that_cannot_be_saved_is_known_before(workspace: Workspace, arguments: tuple[str, ...]) -> None:
+    workspace.write(
+        "model.py", MODEL + "def fails(self, *_, **__):\n    return self.nothing\n\n\nNet.state_dict = fails\n"
+    )
+    message = workspace.run(*arguments, "--batch-size", "4", "-o", "out.safetensors").error()
+    assert "AttributeError while calling state_dict() of the model: 'Net' object has no attribute 'nothing'" in message
+    assert 'model.py", line 32, in fails' in message
 
 
 @pytest.mark.parametrize(
