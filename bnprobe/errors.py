@@ -157,7 +157,9 @@ def message_of(error: BaseException) -> str:
     """What an exception says of itself; an exception of the user's may fail even in that, and then says nothing."""
     try:
         return str(error)
-    except Exception:  # its own __str__
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # its own __str__, which may even call exit()
         return ""
 
 

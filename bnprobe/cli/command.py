@@ -11,6 +11,7 @@ import typer.core
 
 from bnprobe.cli.processes import is_main
 from bnprobe.cli.streams import own_stdout, writing_to
+from bnprobe.errors import UserCodeError
 from bnprobe.paths import from_here
 from bnprobe.printable import message
 
@@ -19,9 +20,19 @@ class Command(typer.core.TyperCommand):
     """A command whose stdout holds what it writes itself, and nothing else."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        with from_here(), own_stdout(shared=not is_main()):
-            return super().invoke(ctx)
+        """Run the command.
+
+        Raises:
+            UserCodeError: The user's code called exit() where nobody reckoned with it; that must not end bnprobe
+                silently, with the exit code of a clean scan.
+        """
+        try:
+            with from_here(), own_stdout(shared=not is_main()):
+                return super().invoke(ctx)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise UserCodeError("running the command", error) from error
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from functional.command import CLEAN, FINDINGS, SHIFTED, Workspace
+from functional.command import CLEAN, FINDINGS, MODEL, SHIFTED, Workspace
 
 SCORED = (
     SHIFTED
@@ -164,11 +164,23 @@ RAISED = [
     *((each, "Unsayable()") for each in ("load_model", "load_data", "forward", "loss", "metric", "batch_size_of")),
     *(("forward", each) for each in ("GeneratorExit()", "BaseException('x')", "SystemExit(0)")),
     ("loss", "Exception('\\udcff')"),
+    ("load_model", "type('Leaving', (Exception,), {'__str__': lambda self: exit(0)})()"),
 ]
 
 
 @pytest.mark.parametrize(("function", "raised"), RAISED)
 def test_whatever_is_raised_is_an_error_of_the_users(workspace: Workspace, function: str, raised: str) -> None:
     message = said(workspace, function, f"(_ for _ in ()).throw({raised})", "scan")
-    assert f"{raised.partition('(')[0]} while calling " in message
+    name = "Leaving" if "Leaving" in raised else raised.partition("(")[0]
+    assert f"{name} while calling " in message
     assert f'model.py", line {LINE + 1}, in {function}' in message
+
+
+@pytest.mark.parametrize("error", ["SystemExit(0)", "BaseException('x')"])
+def test_an_exit_where_nobody_reckons_with_it_is_no_clean_scan(workspace: Workspace, error: str) -> None:
+    """Every nn.Module may be asked for any attribute."""
+    leaving = f"\n\ndef fails(self, *_):\n    raise {error}\n\n\nNet.named_children = fails\n"
+    workspace.write("model.py", MODEL + leaving)
+    message = workspace.scan().error()
+    assert message.startswith(f"{error.partition('(')[0]} while running the command")
+    assert ", in fails" in message
