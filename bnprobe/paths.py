@@ -48,6 +48,16 @@ def placed(path: Path) -> Path:
     return _started[0] / path if _started and moved else path
 
 
+def short_path(path: Path) -> str:
+    """A file as seen from the directory in which the command was started, if it is below it."""
+    try:
+        here = real(placed(Path()))
+    except OSError:  # the working directory has been deleted
+        return str(path)
+    path = real(path)
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 def exists(path: Path) -> bool:
     """Whether something has this path, as far as the operating system tells."""
     return os.path.exists(path)  # noqa: PTH110

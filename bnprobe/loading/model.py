@@ -28,7 +28,7 @@ from bnprobe.distributed import beat
 from bnprobe.errors import BnprobeError, EndOfPass, ModelError, UserCodeError, reason_of
 from bnprobe.loading.places import recorded_places
 from bnprobe.numbers import count, listed
-from bnprobe.paths import exists, is_file, is_folder, placed
+from bnprobe.paths import exists, is_file, is_folder, placed, short_path
 
 BatchFunction = Callable[[nn.Module, Any], Any]
 """A function of the user, called as f(model, batch)."""
@@ -265,13 +265,9 @@ def _run(path: Path, module: types.ModuleType) -> None:
 
 def _syntax_message(error: SyntaxError) -> str:
     line = f": {error.text.strip()}" if error.text else "."
-    where = f"{_short(error.filename)}, line {error.lineno}" if error.lineno else _short(error.filename)
+    file = short_path(Path(error.filename or ""))
+    where = f"{file}, line {error.lineno}" if error.lineno else file
     return f"Syntax error in {where} ({error.msg}){line}"
-
-
-def _short(filename: str | None) -> str:
-    path = Path(filename or "")
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _module_name(path: Path) -> str:

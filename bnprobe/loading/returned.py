@@ -16,6 +16,7 @@ from torch import Tensor
 from bnprobe.errors import DataError, UsageError
 from bnprobe.loading.model import BatchFunction, kind_of
 from bnprobe.loading.samples import why_unreadable
+from bnprobe.paths import short_path
 
 
 def written_at(function: object) -> str:
@@ -26,17 +27,8 @@ def written_at(function: object) -> str:
         except ValueError:  # a wrapper around itself
             continue
         if inspect.iscode(code):
-            path = Path(code.co_filename)
-            shown = path.relative_to(Path.cwd()) if _is_below_here(path) else path
-            return f" ({shown}:{code.co_firstlineno})"
+            return f" ({short_path(Path(code.co_filename))}:{code.co_firstlineno})"
     return ""
-
-
-def _is_below_here(path: Path) -> bool:
-    try:
-        return path.is_relative_to(Path.cwd())
-    except OSError:  # the working directory was deleted
-        return False
 
 
 def described(value: object) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from bnprobe.errors import is_library_file
 from bnprobe.loading.places import built_at
+from bnprobe.paths import short_path
 from bnprobe.records import ROOT
 
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -30,7 +31,7 @@ def origin(model: nn.Module, name: str) -> str | None:
     name = "" if name == ROOT else owner_of(name, names)
     built = built_at(names[name]) if name in names else None
     if built is not None:
-        return f"{_shown(built[0])}:{built[1]}"
+        return f"{short_path(built[0])}:{built[1]}"
     parts = name.split(".") if name in names and name else []  # those that plain containers hold have no assignment
     for depth in range(len(parts) - 1, -1, -1):
         parent = model.get_submodule(".".join(parts[:depth]))
@@ -38,7 +39,7 @@ def origin(model: nn.Module, name: str) -> str | None:
         found = _assignment(type(parent), parts[depth], type(child).__name__)
         if found is not None:
             path, value = found
-            return f"{_shown(path)}:{_entry(value, parts[depth + 1 :]).lineno}"
+            return f"{short_path(path)}:{_entry(value, parts[depth + 1 :]).lineno}"
     return None
 
 
@@ -154,9 +155,3 @@ def _called(call: ast.Call) -> str | None:
     if isinstance(call.func, ast.Attribute):
         return call.func.attr
     return call.func.id if isinstance(call.func, ast.Name) else None
-
-
-def _shown(path: Path) -> str:
-    """Relative to the current folder, if it is below it."""
-    here, path = Path.cwd().resolve(), path.resolve()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

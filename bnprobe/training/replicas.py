@@ -164,7 +164,8 @@ class _BufferSync:
     @contextmanager
     def counting(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for each in (*self._layers, *self._windows):
+            watched: list[_Statistics | _Window] = [*self._layers, *self._windows]
+            for each in watched:
                 stack.callback(each.layer.register_forward_pre_hook(each.note).remove)
             yield
 
@@ -301,7 +302,7 @@ def _statistics_of(model: nn.Module) -> list[_Statistics]:
             found.append(_Statistics(layer, mean, variance))
         if isinstance(layer, DomainBatchNorm):
             parts = zip(layer.domain_mean, layer.domain_var, layer.domain_batches, strict=True)
-            found += [_Statistics(layer, *pair, domain, counter) for domain, (*pair, counter) in enumerate(parts)]
+            found += [_Statistics(layer, *part[:2], domain, part[2]) for domain, part in enumerate(parts)]
     return found
 
 

@@ -214,6 +214,14 @@ def test_a_model_file_that_changes_the_working_directory_moves_no_input(workspac
     assert "r.json" in found.stdout
 
 
+def test_a_model_file_may_leave_a_working_directory_that_is_gone(workspace: Workspace) -> None:
+    gone = "import os\nos.mkdir('gone')\nos.chdir('gone')\nos.rmdir('../gone')\n"
+    workspace.write("model.py", SHIFTED + gone)
+    found = workspace.run("scan", "model.py", "--batch-size", "4", "--output", "r.json", "--format", "json")
+    assert (found.code, found.stderr) == (FINDINGS, "1 of 1 layer flagged; report written to r.json\n")
+    assert json.loads((workspace.folder / "r.json").read_text())["layers"][0]["location"].startswith("model.py:")
+
+
 def test_a_repair_that_is_trained_is_not_moved_either(workspace: Workspace) -> None:
     other = workspace.folder / "other"
     other.mkdir()
