@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from benchmarks.peers.layers import CHANNELS, Subject
-from benchmarks.peers.registry import NotApplicableError, asks
+from benchmarks.peers.registry import NotApplicableError, asks, needs_open_training
 from bnprobe.errors import UsageError
 
 _FX, _JIT, _DYNAMO, _EXPORT, _QUANTIZATION = (
@@ -126,7 +126,7 @@ def fusion(subject: Subject) -> None:
 @asks(_JIT)
 def script(subject: Subject) -> None:
     """A script computes outputs, gradients and buffers of the layer, also when it was saved and loaded."""
-    for training in _MODES:
+    for training in subject.modes:
         net, twin, file = subject.net(training), subject.net(training), io.BytesIO()
         scripted = torch.jit.script(net)
         torch.jit.save(scripted, file)
@@ -144,6 +144,7 @@ def script(subject: Subject) -> None:
 @asks(_JIT)
 def script_changes_mode(subject: Subject) -> None:
     """A script can be switched between training and inference."""
+    needs_open_training(subject)
     scripted, twin = torch.jit.script(subject.net()), subject.net()
     for training in (True, False, True):
         found, expected = scripted.train(training)(subject.batch()), twin.train(training)(subject.batch())
@@ -164,11 +165,11 @@ def frozen_script(subject: Subject) -> None:
 @asks(_JIT)
 def trace(subject: Subject) -> None:
     """A trace in eval mode passes PyTorch's own check; one in training mode computes the same."""
-    for training in _MODES:
+    for training in subject.modes:
         net, twin = subject.net(training), subject.net(training)
         traced = torch.jit.trace(net, subject.batch(), check_trace=not training)
         other = subject.batch(6, seed=9)  # another batch size
-        if "virtual_batch_size" in subject.settings and training:
+        if subject.has_ghosts and training:
             raise NotApplicableError("by design as many parts as the batch size asks for, which a trace holds fast")
         fresh = dict(twin.state_dict())
         traced.load_state_dict(fresh)
@@ -179,7 +180,7 @@ def trace(subject: Subject) -> None:
 @asks(_DYNAMO)
 def whole_graph(subject: Subject) -> None:
     """``torch.compile`` captures one graph, with the outputs, gradients and buffers of eager code."""
-    for training in _MODES:
+    for training in subject.modes:
         torch.compiler.reset()
         net, twin = subject.net(training), subject.net(training)
         compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
@@ -198,6 +199,7 @@ def whole_graph(subject: Subject) -> None:
 @asks(_DYNAMO)
 def dynamic_shapes(subject: Subject) -> None:
     """Batches of changing size run in as few graphs as with BN, also for a cumulative average."""
+    needs_open_training(subject)
     for dynamic in (True, None):
         counts = []
         for net in (subject.net(), subject.net()):
@@ -210,7 +212,7 @@ def dynamic_shapes(subject: Subject) -> None:
                 assert_close(compiled(subject.batch(count)), twin(subject.batch(count)), rtol=1e-3, atol=1e-4)
             assert_close(dict(net.named_buffers()), dict(twin.named_buffers()), rtol=1e-4, atol=1e-5)
             counts.append(counter.frame_count)
-        if "virtual_batch_size" in subject.settings and counts[0] > counts[1]:
+        if subject.has_ghosts and counts[0] > counts[1]:
             raise NotApplicableError("by design as many parts as the batch size asks for: a graph for each number")
         assert counts[0] <= counts[1], f"{counts[0]} graphs, BN {counts[1]}, with dynamic={dynamic}"
 
@@ -218,6 +220,7 @@ def dynamic_shapes(subject: Subject) -> None:
 @asks(_DYNAMO)
 def few_graphs(subject: Subject) -> None:
     """Twenty steps, with a change of mode between, compile one graph for each mode."""
+    needs_open_training(subject)
     counter = CompileCounter()
     net = subject.net()
     compiled = torch.compile(net, backend=counter, fullgraph=True)
@@ -232,7 +235,8 @@ def few_graphs(subject: Subject) -> None:
 def compiled_training(subject: Subject) -> None:
     """Training compiled with ``aot_eager`` and an optimizer leads to the weights of eager training."""
     nets = [subject.net(), subject.net()]
-    calls = [torch.compile(nets[0], backend="aot_eager", fullgraph=True), nets[1]]
+    whole = True in subject.modes
+    calls = [torch.compile(nets[0], backend="aot_eager", fullgraph=whole), nets[1]]
     for net, call in zip(nets, calls, strict=True):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
         for seed in range(5):
@@ -254,7 +258,7 @@ def compiled_in_place(subject: Subject) -> None:
 @asks(_DYNAMO)
 def compiled_under_autocast(subject: Subject) -> None:
     """Compiled under autocast, outputs have the dtype and values of eager code."""
-    for training in _MODES:
+    for training in subject.modes:
         torch.compiler.reset()
         net, twin = subject.net(training), subject.net(training)
         compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
@@ -267,9 +271,9 @@ def compiled_under_autocast(subject: Subject) -> None:
 @asks(_EXPORT)
 def exported(subject: Subject) -> None:
     """``torch.export``, strict and not, with a dynamic batch, gives a program with the same output."""
-    for training in _MODES:
+    for training in subject.modes:
         for strict in (False, True):
-            if training and subject.settings.get("virtual_batch_size"):
+            if training and subject.has_ghosts:
                 continue  # one graph for each number of parts
             net, twin = subject.net(training), subject.net(training)
             shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
@@ -294,6 +298,7 @@ def exported_program_is_saved(subject: Subject) -> None:
 @asks(_EXPORT)
 def joint_graph(subject: Subject) -> None:
     """AOT autograd captures forward and backward in one graph."""
+    needs_open_training(subject)
     from torch._functorch.aot_autograd import aot_export_module
 
     class Loss(nn.Module):
@@ -367,7 +372,7 @@ def conv_bn_folding(subject: Subject) -> None:
     try:
         fused = fuse_conv_bn_eval(net[0], net[1])
     except UsageError:
-        if subject.family == "instance":
+        if subject.family in ("instance", "weighed", "domain"):
             return
         raise
     assert_close(fused(subject.batch()), net[1](net[0](subject.batch())), rtol=1e-4, atol=1e-4)

@@ -26,7 +26,7 @@ class Subject:
         name: As the tables show it.
         kind: The class.
         dimensions: Of space: 1, 2 or 3.
-        family: "bn", "renorm", "frozen", "gated", "instance", "weighed", "average", "domain" or "following".
+        family: "bn", "renorm", "frozen", "gated", "ghost", "instance", "weighed", "average", "domain" or "following".
         settings: Keyword arguments of the class.
     """
 
@@ -40,6 +40,16 @@ class Subject:
     def is_lazy(self) -> bool:
         """Whether the layer learns its number of channels from its first input."""
         return isinstance(self.kind, type) and issubclass(self.kind, LazyModuleMixin)
+
+    @property
+    def has_ghosts(self) -> bool:
+        """Whether a batch is normalized in parts."""
+        return "virtual_batch_size" in self.settings
+
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """The values of ``training`` with which something may look into the layer: a transform, script or compiler."""
+        return (False,) if self.family == "average" else (True, False)
 
     def new(self, channels: int = CHANNELS, *others: Any, **settings: Any) -> nn.Module:
         """A layer as its class makes it; a lazy one knows its channels already."""
@@ -64,6 +74,22 @@ class Subject:
                 if (values := getattr(made, name, None)) is not None:
                     values.add_(torch.rand(values.shape, generator=generator).to(values), alpha=0.5)
         return made.train(training)
+
+    def differentiable(self, training: bool) -> nn.Module:
+        """A float64 layer whose training is differentiable as a whole, for finite differences.
+
+        r and d are constants for the gradient by definition, so that a difference would move them. Limits of 1 and 0,
+        a window of one batch, or instance norm alone leave none. The statistics do not move.
+        """
+        limits = {"r_max": 1.0, "d_max": 0.0}
+        settings: dict[str, Any] = {}
+        if self.family in ("renorm", "average"):
+            settings = {**limits, **({"window": 1} if self.family == "average" else {"r_min": None})}
+        if self.family == "instance" and training:
+            settings = {"blend": 1.0}
+        layer = self.layer(training, **settings).double()
+        layer.track_running_stats = False
+        return layer
 
     def net(self, training: bool = True, **settings: Any) -> nn.Sequential:
         """A convolution of ``CHANNELS`` channels, the layer, and a ReLU."""
@@ -99,10 +125,10 @@ def subjects() -> tuple[Subject, ...]:
     controls.append(Subject("nn.LazyBatchNorm2d", nn.LazyBatchNorm2d, 2, "bn"))
     families = {
         "BatchRenorm": "renorm", "LazyBatchRenorm": "renorm", "FrozenBatchNorm": "frozen", "GatedBatchNorm": "gated",
-        "GhostBatchNorm": "renorm", "InstanceRenorm": "instance", "ExampleWeighedBatchNorm": "weighed",
+        "GhostBatchNorm": "ghost", "InstanceRenorm": "instance", "ExampleWeighedBatchNorm": "weighed",
         "MovingAverageBatchNorm": "average", "DomainBatchNorm": "domain", "CrossIterationBatchNorm": "following",
     }  # fmt: skip
-    settings = {"domain": {"default_domain": 0}}
+    settings = {"domain": {"default_domain": 0}, "ghost": {"virtual_batch_size": 2}}
     own = [
         Subject(name, getattr(layers, name), space, family, settings.get(family, {}))
         for prefix, family in families.items()
@@ -131,17 +157,3 @@ SUBJECTS = subjects()
 def control_of(subject: Subject) -> Subject:
     """BN of the same dimensions, as a subject."""
     return next(each for each in SUBJECTS if each.family == "bn" and each.dimensions == subject.dimensions)
-
-
-def as_plain(layer: nn.Module, family: str) -> nn.Module:
-    """The layer with the settings that make its training differentiable as a whole, for finite differences.
-
-    r and d are constants for the gradient by definition, so that a difference would move them. Limits of 1 and 0, or
-    instance norm alone, leave none. The statistics do not move.
-    """
-    layer.track_running_stats = False
-    if family == "renorm":
-        layer.r_max, layer.d_max, layer._r_min = 1.0, 0.0, None
-    if family == "instance" and layer.training:
-        layer.blend = 1.0
-    return layer

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from benchmarks.peers.layers import CHANNELS, Subject, as_plain
+from benchmarks.peers.layers import CHANNELS, Subject
 from benchmarks.peers.registry import NotApplicableError, asks
 
 _MODULES, _NN = "torch test_modules", "torch test_nn"
@@ -163,23 +163,23 @@ def check_inplace(subject: Subject) -> None:
 def grad(subject: Subject) -> None:
     """Gradients agree with finite differences."""
     for training in (True, False):
-        layer = as_plain(subject.layer(training).double(), subject.family)
+        layer = subject.differentiable(training)
         _check_gradients(gradcheck, layer, subject.batch(dtype=torch.float64, count=3))
 
 
 @asks(_MODULES)
 def gradgrad(subject: Subject) -> None:
     """Gradients of gradients agree with finite differences."""
-    for training in (True, False):
-        layer = as_plain(subject.layer(training).double(), subject.family)
+    for training in subject.modes:
+        layer = subject.differentiable(training)
         _check_gradients(gradgradcheck, layer, subject.batch(dtype=torch.float64, count=3))
 
 
 @asks(_MODULES)
 def forward_ad_grad(subject: Subject) -> None:
     """Forward-mode gradients agree with finite differences, also over the backward pass."""
-    for training in (True, False):
-        layer = as_plain(subject.layer(training).double(), subject.family)
+    for training in subject.modes:
+        layer = subject.differentiable(training)
         x = subject.batch(dtype=torch.float64, count=3)
         _check_gradients(gradcheck, layer, x, check_forward_ad=True, check_backward_ad=False)
         _check_gradients(
@@ -198,7 +198,7 @@ def _check_gradients(compare: Any, layer: nn.Module, x: Tensor, **settings: Any)
     values = [value.detach()[:2].clone().requires_grad_() for value in values]
     for name, buffer in list(layer.named_buffers()):
         if buffer.dim():
-            layer.register_buffer(name, buffer[:2].clone())
+            layer.register_buffer(name, buffer[..., :2].clone())
     assert compare(call, (x, *values), fast_mode=True, **settings)
 
 
@@ -289,20 +289,13 @@ def errors(subject: Subject) -> None:
 def state_of_bn_loads_strictly(subject: Subject) -> None:
     """Weights of BN load strictly."""
     layer, plain = subject.new(), _moved(subject.plain())
-    if subject.family == "gated":
-        missing, unexpected = layer.load_state_dict(plain.state_dict(), strict=False)
-        assert (missing, unexpected) == (["gate_logit"], [])
-        raise NotApplicableError("the gate is a parameter that BN does not have; strict=False loads the rest")
-    if getattr(layer, "renorm_momentum", None) is not None:
-        missing, unexpected = layer.load_state_dict(plain.state_dict(), strict=False)
-        assert (missing, unexpected) == (["renorm_mean", "renorm_var"], [])
-        raise NotApplicableError(
-            "the statistics of r and d are buffers that BN does not have; strict=False loads the rest"
-        )
-    layer.load_state_dict(plain.state_dict())
-    if subject.family == "instance":
-        layer.blend = 0.0
+    own = [name for name in getattr(layer, "training_only", ()) if name in layer.state_dict()]
+    missing, unexpected = layer.load_state_dict(plain.state_dict(), strict=not own)
+    assert (sorted(missing), unexpected) == (sorted(own), [])
+    _as_bn_at_inference(layer, subject)
     assert_close(layer.eval()(subject.batch()), plain.eval()(subject.batch()))
+    if own:
+        raise NotApplicableError(f"BN does not have {', '.join(own)}; strict=False loads the rest")
 
 
 @asks(_NN)
@@ -311,9 +304,10 @@ def state_loads_into_bn(subject: Subject) -> None:
     from bnprobe import deployable_state
 
     layer, plain = subject.layer(training=False), subject.plain()
-    if subject.family == "instance":
-        layer.blend = 0.0
-    plain.load_state_dict(deployable_state(layer, plain) if subject.family != "bn" else layer.state_dict())
+    _as_bn_at_inference(layer, subject)
+    domain = 0 if subject.family == "domain" else None
+    state = layer.state_dict() if subject.family == "bn" else deployable_state(layer, plain, domain=domain)
+    plain.load_state_dict(state)
     assert_close(plain.eval()(subject.batch()), layer(subject.batch()))
 
 
@@ -336,7 +330,7 @@ def statistics_in_training(subject: Subject) -> None:
         raise NotApplicableError("by design the statistics do not move")
     if subject.settings.get("running") == "std":
         raise NotApplicableError("by design it averages deviations, as the paper does")
-    if "virtual_batch_size" in subject.settings:
+    if subject.has_ghosts:
         raise NotApplicableError("by design each ghost batch moves them")
     for momentum in (None, 0.3, 1.0):
         if "momentum" in subject.settings and momentum is not None:
@@ -368,8 +362,8 @@ def one_value_per_channel(subject: Subject) -> None:
     layer, leaf = subject.layer(), x.clone().requires_grad_()
     try:
         y = layer(leaf)
-    except ValueError:
-        if subject.family == "bn":
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
             return  # as BN does
         raise
     y.square().sum().backward()
@@ -491,6 +485,14 @@ def wide_input_of_a_narrow_layer(subject: Subject) -> None:
 def _in_use(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that get a gradient in the layer's mode: inference uses no gate."""
     return {name: value for name, value in layer.named_parameters() if layer.training or name != "gate_logit"}
+
+
+def _as_bn_at_inference(layer: nn.Module, subject: Subject) -> None:
+    """Give a layer the settings with which it is BN at inference."""
+    if subject.family in ("instance", "weighed"):
+        layer.blend = 0.0
+    if subject.family == "domain":
+        layer.share()
 
 
 def _moved(plain: nn.Module) -> nn.Module:

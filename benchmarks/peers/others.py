@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
+from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from benchmarks.peers.layers import CHANNELS, Subject
 from benchmarks.peers.registry import NotApplicableError, asks
 from bnprobe.errors import UsageError
-from bnprobe.nn import BatchRenorm1d
 
 _STEPS = 4
+
+_OPERATORS_OF_TORCHVISION = (
+    *("nms", "qnms", "deform_conv2d", "_deform_conv2d_backward", "roi_align", "_roi_align_backward", "qroi_align"),
+    *("roi_pool", "_roi_pool_backward", "ps_roi_align", "_ps_roi_align_backward", "ps_roi_pool"),
+    "_ps_roi_pool_backward",
+)
+"""What torchvision gives shapes to when it is imported; its wheels for CUDA do not load them beside a CPU build."""
 
 
 def _installed(name: str) -> ModuleType:
     """A module of a package, which is not fetched."""
+    _declare_operators()
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -31,6 +39,21 @@ def _installed(name: str) -> ModuleType:
         raise NotApplicableError(f"{name.split('.')[0]} cannot be imported: {error}") from error
 
 
+@cache
+def _declare_operators() -> torch.library.Library | None:
+    """Let torchvision be imported without its compiled operators, which nothing here calls."""
+    try:
+        importlib.import_module("torchvision")
+        return None
+    except ImportError:
+        return None
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in _OPERATORS_OF_TORCHVISION:
+            library.define(f"{name}(Tensor input) -> Tensor")
+        return library
+
+
 def _only(subject: Subject, *names: str) -> None:
     if subject.name not in names:
         raise NotApplicableError("the package has no counterpart of this layer")
@@ -38,50 +61,85 @@ def _only(subject: Subject, *names: str) -> None:
 
 @asks("Keras", "renorm")
 def keras_renorm(subject: Subject) -> None:
-    """``BatchNormalization(renorm=True)`` gives the same outputs and statistics over four steps.
+    """``BatchNormalization(renorm=True)`` gives the same outputs, gradients and statistics over four steps.
 
     Keras averages deviations, as the paper does, and keeps averages of their own for r and d. Its momentum is the
-    weight of the old average.
+    weight of the old average. Its deviations begin at 1, ours at sqrt(1 + eps).
     """
-    keras, tensorflow = _installed("tf_keras"), _installed("tensorflow")
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    keras = _installed("keras")
     _only(subject, "BatchRenorm2d, as in Keras")
     limits = {"rmax": 2.0, "rmin": 0.5, "dmax": 1.0}
     theirs = keras.layers.BatchNormalization(
         axis=1, momentum=0.9, epsilon=1e-5, renorm=True, renorm_clipping=limits, renorm_momentum=0.8
     )
     ours = subject.kind(CHANNELS, momentum=0.1, renorm_momentum=0.2, r_min=0.5, r_max=2.0, d_max=1.0, running="std")
-    for training in (*[True] * _STEPS, False):
-        batch = subject.batch(seed=3)
-        expected = theirs(tensorflow.constant(batch.numpy()), training=training).numpy()
-        assert_close(ours.train(training)(batch), torch.from_numpy(expected), rtol=1e-3, atol=1e-3)
-    for found, other in ((ours.running_mean, theirs.moving_mean), (ours.running_var, theirs.moving_variance)):
-        assert_close(found, torch.from_numpy(other.numpy()), rtol=1e-3, atol=1e-3)
+    for variance in (ours.running_var, ours.renorm_var):
+        variance.sub_(1e-5)
+    for step in range(_STEPS + 1):
+        one, other = (((1 + step) * subject.batch(seed=step)).requires_grad_() for _ in range(2))
+        training = step < _STEPS
+        found, expected = ours.train(training)(one), theirs(other, training=training)
+        assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        for output in (found, expected):
+            output.backward(subject.batch(seed=9))
+        assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+    variables = {variable.name: variable.value for variable in theirs.variables}
+    for name, its in (("running_mean", "moving_mean"), ("running_var", "moving_variance"), ("renorm_mean",) * 2):
+        assert_close(getattr(ours, name), variables[its], rtol=1e-4, atol=1e-5)
+    assert_close(ours.renorm_var + 1e-5, variables["renorm_stddev"].square(), rtol=1e-4, atol=1e-5)
 
 
-def _rl_layer(subject: Subject, name: str) -> Any:
-    kind = _installed(name).BatchRenorm1d
-    _only(subject, "BatchRenorm1d")
-    return kind
+@asks("Keras", "renorm")
+def keras_mask(subject: Subject) -> None:
+    """The same with a mask; Keras normalizes the masked values, too."""
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    keras = _installed("keras")
+    _only(subject, "BatchRenorm2d")
+    theirs = keras.layers.BatchNormalization(
+        axis=-1, momentum=0.8, epsilon=1e-5, renorm=True, renorm_clipping={"rmax": 2, "rmin": 0.5, "dmax": 1},
+        renorm_momentum=0.8,
+    )  # fmt: skip
+    ours = subject.kind(CHANNELS, momentum=0.2, r_max=2.0, d_max=1.0, running="std")
+    ours.running_var.sub_(1e-5)
+    for step in range(_STEPS):
+        batch = subject.batch(seed=step)
+        mask = batch[:, 0] > 0
+        expected = theirs(batch.movedim(1, -1), training=True, mask=mask).movedim(-1, 1)
+        assert_close(ours(batch, mask), expected * mask.unsqueeze(1), rtol=1e-4, atol=1e-5)
 
 
 @asks("TorchRL", "renorm")
 def torchrl_renorm(subject: Subject) -> None:
-    """``torchrl.modules.BatchRenorm1d`` gives the same output from the same statistics."""
-    kind = _rl_layer(subject, "torchrl.modules")
-    _same_first_output(kind(CHANNELS, momentum=0.01, eps=1e-5, max_r=3.0, max_d=5.0, warmup_steps=0))
+    """``torchrl.modules.BatchRenorm1d`` gives the same outputs, gradients and statistics."""
+    kind = _installed("torchrl.modules").BatchRenorm1d
+    _only(subject, "BatchRenorm1d")
+    theirs = kind(CHANNELS, momentum=0.01, eps=1e-5, max_r=3.0, max_d=5.0, warmup_steps=0)
+    _train_alike(theirs, subject.kind(CHANNELS), theirs.running_mean, theirs.running_var, 1e-4)
 
 
 @asks("sb3-contrib", "renorm")
 def sb3_renorm(subject: Subject) -> None:
-    """``sb3_contrib``'s ``BatchRenorm1d`` gives the same output from the same statistics."""
-    kind = _rl_layer(subject, "sb3_contrib.common.torch_layers")
-    _same_first_output(kind(CHANNELS, momentum=0.01, eps=1e-5, warmup_steps=0))
+    """``sb3_contrib``'s ``BatchRenorm1d`` does, too, but for what Bessel's correction and its second eps make out."""
+    kind = _installed("sb3_contrib.common.torch_layers").BatchRenorm1d
+    _only(subject, "BatchRenorm1d")
+    theirs = kind(CHANNELS, momentum=0.01, eps=1e-5, warmup_steps=-1)
+    _train_alike(theirs, subject.kind(CHANNELS), theirs.ra_mean, theirs.ra_var, 1e-2)
 
 
-def _same_first_output(theirs: nn.Module) -> None:
-    ours = BatchRenorm1d(CHANNELS)
-    rows = 0.5 + 1.5 * torch.randn(64, CHANNELS, generator=torch.Generator().manual_seed(0))
-    assert_close(ours.train()(rows), theirs.train()(rows), rtol=1e-2, atol=1e-2)
+def _train_alike(theirs: nn.Module, ours: nn.Module, mean: Tensor, variance: Tensor, tolerance: float) -> None:
+    """Steps on rows that are within the limits of r and d first, and outside of them later; then inference."""
+    for step in range(_STEPS + 1):
+        training = step < _STEPS
+        rows = (1 + step) * (1 + 1.5 * torch.randn(256, CHANNELS, generator=torch.Generator().manual_seed(step)))
+        one, other = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+        found, expected = ours.train(training)(one), theirs.train(training)(other)
+        assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        for output in (found, expected):
+            output.backward(rows.cos())
+        assert_close(one.grad, other.grad, rtol=tolerance, atol=tolerance)
+    assert_close(ours.running_mean, mean, rtol=tolerance, atol=tolerance)
+    assert_close(ours.running_var, variance, rtol=tolerance, atol=tolerance)
 
 
 @asks("fvcore")
@@ -90,7 +148,7 @@ def precise_bn(subject: Subject) -> None:
     precise = _installed("fvcore.nn.precise_bn")
     if subject.family == "frozen":
         raise NotApplicableError("by design the statistics do not move")
-    if subject.settings.get("running") == "std" or "virtual_batch_size" in subject.settings:
+    if subject.settings.get("running") == "std" or subject.has_ghosts:
         raise NotApplicableError("by design other averages than BN's")
     net, plain = subject.net(), subject.net()
     plain[1] = subject.plain(momentum=net[1].momentum)
@@ -105,32 +163,43 @@ def precise_bn(subject: Subject) -> None:
 def counted_operations(subject: Subject) -> None:
     """``FlopCountAnalysis`` counts a model with the layer as one with BN."""
     analysis = _installed("fvcore.nn")
+    if subject.family in ("instance", "weighed"):
+        raise NotApplicableError("by design other operations than BN's")
     net, plain = subject.net(training=False), subject.net(training=False)
     plain[1] = subject.plain().eval()
     counts = [analysis.FlopCountAnalysis(each, subject.batch()).total() for each in (net, plain)]
-    if subject.family == "instance":
-        raise NotApplicableError("by design other operations than BN's")
     assert counts[0] == counts[1], counts
 
 
 @asks("Opacus")
-def opacus_validator(subject: Subject) -> None:
-    """``ModuleValidator`` reports the layer, which mixes samples, as it does BN."""
-    validators = _installed("opacus.validators")
+def opacus_refuses(subject: Subject) -> None:
+    """Opacus takes no model with the layer, which mixes samples or keeps statistics, as it takes none with BN.
+
+    Its validator looks types up exactly and sees BN only; what computes the gradients per sample refuses buffers.
+    """
+    validators, samples = _installed("opacus.validators"), _installed("opacus.grad_sample")
     errors = validators.ModuleValidator.validate(subject.net())
-    if subject.family in ("frozen", "instance"):
-        raise NotApplicableError("the layer does not mix samples")
-    assert errors, "no error: the validator looks types up exactly, and misses every subclass of BN"
+    assert errors or samples.GradSampleModule.validate(subject.net())
 
 
 @asks("Composer")
 def composer_surgery(subject: Subject) -> None:
-    """``replace_module_classes`` finds the layer by its class and by BN's."""
+    """``replace_module_classes`` finds the layer by its class."""
     surgery = _installed("composer.utils.module_surgery")
     net = subject.net()
     replaced = surgery.replace_module_classes(net, {type(net[1]): lambda *_, **__: nn.Identity()})
     assert len(replaced) == 1
     assert isinstance(net[1], nn.Identity)
+
+
+@asks("AIMET")
+def aimet_folding(subject: Subject) -> None:
+    """``fold_all_batch_norms`` leaves the output as it is."""
+    folding = _installed("aimet_torch.batch_norm_fold")
+    net, x = subject.net(training=False), subject.batch()
+    expected = net(x)
+    folding.fold_all_batch_norms(net, tuple(x.shape), dummy_input=x)
+    assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @asks("torchvision")

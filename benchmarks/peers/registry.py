@@ -120,6 +120,12 @@ def in_one_line(error: BaseException) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
+def needs_open_training(subject: Subject) -> None:
+    """Leave out a check of training that looks into the layer, where nothing can."""
+    if True not in subject.modes:
+        raise NotApplicableError("by design nothing looks into its training, which keeps averages of its backward pass")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No warnings or logs, and PyTorch's global settings as they were."""

@@ -47,7 +47,7 @@ def update_bn_renews(subject: Subject) -> None:
     if subject.family == "frozen":
         assert_close(dict(layer[1].named_buffers()), before)
         raise NotApplicableError("by design the statistics do not move")
-    if subject.settings.get("running") == "std" or "virtual_batch_size" in subject.settings:
+    if subject.settings.get("running") == "std" or subject.has_ghosts:
         raise NotApplicableError("by design other averages than BN's")
     assert layer[1].momentum == subject.new().momentum
     for name in ("running_mean", "running_var"):
@@ -274,7 +274,7 @@ def graph_kept(subject: Subject) -> None:
 @asks(_TRAINING)
 def gradient_penalty(subject: Subject) -> None:
     """A penalty on the gradient's norm, as in WGAN-GP, reaches the parameters."""
-    for training in _MODES:
+    for training in subject.modes:
         net, leaf = subject.net(training), subject.batch().requires_grad_()
         (gradient,) = torch.autograd.grad(net(leaf).sigmoid().sum(), leaf, create_graph=True)
         gradient.square().sum().backward()

@@ -30,7 +30,6 @@ from benchmarks.peers.registry import asks
 from bnprobe.errors import UsageError
 
 _SOURCE = "torch functorch"
-_MODES = (True, False)
 
 
 def _tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -48,7 +47,7 @@ def _loss(net: nn.Module) -> Callable[..., Tensor]:
 @asks(_SOURCE)
 def functional_gradients(subject: Subject) -> None:
     """``grad`` of a functional call is what autograd gives."""
-    for training in _MODES:
+    for training in subject.modes:
         net, twin = subject.net(training), subject.net(training)
         found = torch.func.grad(_loss(net))(*_tensors(net), subject.batch())
         loss = _loss(twin)(*_tensors(twin), subject.batch())
@@ -60,7 +59,7 @@ def functional_gradients(subject: Subject) -> None:
 @asks(_SOURCE)
 def ensembles(subject: Subject) -> None:
     """``vmap`` over stacked modules gives what each of them gives, buffers included."""
-    for training in _MODES:
+    for training in subject.modes:
         members, twins = ([subject.net(training) for _ in range(3)] for _ in range(2))
         for i in range(3):
             for net in (members[i], twins[i]):
@@ -95,7 +94,7 @@ def gradients_per_sample(subject: Subject) -> None:
 @asks(_SOURCE)
 def jacobians(subject: Subject) -> None:
     """``jacrev``, ``jacfwd`` and ``vjp`` agree, in both modes."""
-    for training in _MODES:
+    for training in subject.modes:
         net, x = subject.net(training).double(), subject.batch(3, dtype=torch.float64)
         parameters, buffers = _tensors(net)
 
@@ -113,7 +112,7 @@ def jacobians(subject: Subject) -> None:
 @asks(_SOURCE)
 def hessians(subject: Subject) -> None:
     """``hessian`` is that of nested autograd, and symmetric at inference."""
-    for training in _MODES:
+    for training in subject.modes:
         layer = subject.layer(training).double()
         x = subject.batch(2, dtype=torch.float64)[(..., *[slice(0, 2)] * subject.dimensions)].contiguous()
         parameters, buffers = _tensors(layer)
@@ -133,7 +132,7 @@ def hessians(subject: Subject) -> None:
 @asks(_SOURCE)
 def forward_mode(subject: Subject) -> None:
     """Dual numbers, ``jvp`` and ``linearize`` agree with the backward pass."""
-    for training in _MODES:
+    for training in subject.modes:
         net, x = subject.net(training).double(), subject.batch(dtype=torch.float64)
         direction = torch.randn_like(x)
         twin, leaf = copy.deepcopy(net), x.clone().requires_grad_()
@@ -150,7 +149,7 @@ def forward_mode(subject: Subject) -> None:
 @asks(_SOURCE)
 def functionalized(subject: Subject) -> None:
     """``functionalize`` and ``make_fx`` capture a step that gives the same output and buffers."""
-    for training in _MODES:
+    for training in subject.modes:
         net, twin = subject.net(training), subject.net(training)
         tensors = (*_tensors(net), subject.batch())
 

@@ -15,8 +15,9 @@ from bnprobe.nn.kernels import is_looked_into
 from bnprobe.nn.plain import (
     batch_axes,
     corrected,
-    corrected_by_batch,
+    folded,
     moments,
+    normalize_by_batch,
     towards_running,
     update_from,
     widened,
@@ -110,7 +111,8 @@ class GatedBatchNorm(BatchNormLike):
         r, d = towards_running(mean, variance, running_mean, running_var, self._eps)
         scale, shift = 1 + (1 - gate) * (r - 1), (1 - gate) * d
         if natively:
-            output = corrected_by_batch(x, self._eps, scale, shift, self.weight, self.bias)
+            scale, shift = folded(scale, shift, self.weight, self.bias)
+            output = normalize_by_batch(x, scale, shift, self._eps)
         else:
             output = corrected(x, mean, variance, self._eps, scale, shift, self.weight, self.bias)
         if self.track_running_stats:

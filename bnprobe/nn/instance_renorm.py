@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from bnprobe.nn.blended import BlendedBatchNorm
+from bnprobe.nn.kernels import is_looked_into, laid_out_as
 from bnprobe.nn.plain import (
     batch_axes,
     corrected,
@@ -59,22 +62,27 @@ class InstanceRenorm(BlendedBatchNorm):
     nothing_to_measure: ClassVar[str] = "instance renorm: the same output in training and at inference"
 
     def _normalize(self, input: Tensor, mask: Tensor | None) -> Tensor:
-        return self._scripted(input, mask)
+        return self._both(input, mask, self.training and mask is None and not is_looked_into(input))
 
     def _scripted(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        return self._both(input, mask, False)
+
+    def _both(self, input: Tensor, mask: Tensor | None, natively: bool) -> Tensor:
         rate = self._count_batch() if self.training else 0.0
         if input.numel() == 0:
             return self._at_inference(input)
         x = widened(input)
-        mean, variance, count = moments(x, mask, batch_axes(x.dim())[1:])
-        output = self._blended(input, x, mean, variance, count)
+        mean, variance, count = moments(x.detach() if natively else x, mask, batch_axes(x.dim())[1:])
+        output = self._blended(input, x, mean, variance, count, natively)
         if self.training and self.track_running_stats:
             running_mean, running_var = self._statistics()
             mean, variance, count = pooled(mean, variance, count)
             update_from(running_mean, running_var, mean, variance, count, rate, False, 0.0)
         return output
 
-    def _blended(self, input: Tensor, x: Tensor, mean: Tensor, variance: Tensor, count: Tensor) -> Tensor:
+    def _blended(
+        self, input: Tensor, x: Tensor, mean: Tensor, variance: Tensor, count: Tensor, natively: bool
+    ) -> Tensor:
         running_mean, running_var = self._statistics()
         if x.numel() == x.shape[0] * x.shape[1]:  # one position
             if self.training:  # the backward pass needs the values that are about to be updated
@@ -90,8 +98,54 @@ class InstanceRenorm(BlendedBatchNorm):
         scale, shift = 1 + (1 - blend) * (r - 1), (1 - blend) * d
         if self.training:
             scale, shift = scale.detach(), shift.detach()
+            if not torch.jit.is_scripting() and natively:
+                return _frugally(input, self.weight, self.bias, mean, variance, scale, shift, self._eps)
         output = corrected(x, mean, variance, self._eps, scale, shift, self.weight, self.bias)
         return output.to(input.dtype)
+
+
+class _Normalize(torch.autograd.Function):
+    """``corrected`` where scale and shift are constants; for the backward pass the input is kept and no copy of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.eps = eps
+        ctx.save_for_backward(input, weight, mean, (variance + eps).rsqrt(), scale, shift)
+        output = corrected(widened(input), mean, variance, eps, scale, shift, weight, bias)
+        return output.to(input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The kernel of BN, to which every channel of every sample is a channel of one sample."""
+        x, weight, mean, invstd, scale, shift = ctx.saved_tensors
+        factor = scale if weight is None else scale * weight
+        as_one = (1, -1, *x.shape[2:])
+        needed = ctx.needs_input_grad
+        by_input, by_scale, by_shift = torch.ops.aten.native_batch_norm_backward(
+            grad.reshape(as_one), x.reshape(as_one), factor.flatten(), None, None, mean.flatten(), invstd.flatten(),
+            True, ctx.eps, [needed[0], needed[1], needed[1] or needed[2]],
+        )  # fmt: skip
+        by_weight = by_bias = None
+        if needed[1]:
+            by_weight = (scale * by_scale.view_as(scale) + shift * by_shift.view_as(scale)).sum(0)
+        if needed[2]:
+            by_bias = by_shift.view_as(scale).sum(0)
+        if needed[0]:
+            by_input = laid_out_as(x, by_input.view_as(x))
+        return by_input, by_weight, by_bias, None, None, None, None, None
+
+
+_frugally: Callable[..., Tensor] = _Normalize.apply
 
 
 class InstanceRenorm1d(nn.BatchNorm1d, InstanceRenorm):

@@ -315,7 +315,7 @@ class _Renormalize(torch.autograd.Function):
         scale = saved.r if saved.weight is None else saved.weight * saved.r
         needed = ctx.needs_input_grad
         grad_input, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(
-            _laid_out_as(saved.input, grad), saved.input, scale, None, None, saved.mean, saved.invstd, True, ctx.eps,
+            laid_out_as(saved.input, grad), saved.input, scale, None, None, saved.mean, saved.invstd, True, ctx.eps,
             [needed[0], needed[1], needed[1] or needed[2]],
         )  # fmt: skip
         grad_weight = saved.r * grad_scale + saved.d * grad_shift if needed[1] else None
@@ -332,7 +332,7 @@ def normalize(input: Tensor, folded: AffineMap, batch: BatchMoments, invstd: Ten
     return torch.batch_norm(input, folded.scale, folded.shift, batch.mean, batch.variance, False, 0.0, eps, False)
 
 
-def _laid_out_as(input: Tensor, grad: Tensor) -> Tensor:
+def laid_out_as(input: Tensor, grad: Tensor) -> Tensor:
     """The gradient in the memory format of the input: PyTorch's kernel is up to 50 times slower if they differ."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     other = formats.get(input.dim())

@@ -116,10 +116,14 @@ class MovingAverageBatchNorm(BatchNormLike):
         return self._in_training(input, mask)
 
     def _in_training(self, input: Tensor, mask: Tensor | None) -> Tensor:
-        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        if (
+            torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0
+            or torch.jit.is_tracing()
+        ):
             raise UsageError(
-                f"{type(self).__name__} keeps averages of its backward pass, which function transforms and forward-mode"
-                " AD do not run: use it in eval mode there."
+                f"{type(self).__name__} keeps averages of its backward pass, which function transforms, forward-mode AD"
+                " and traces do not run: use it in eval mode there."
             )
         rate = self._count_batch()
         if input.numel() == 0:
@@ -127,7 +131,7 @@ class MovingAverageBatchNorm(BatchNormLike):
         x = widened(input)
         with torch.no_grad():
             used = self._step(x, mask, rate)
-        return _differentiably(x, self.weight, self.bias, used, self).to(input.dtype)
+        return _differentiably(input, self.weight, self.bias, used, self)
 
     def _step(self, x: Tensor, mask: Tensor | None, rate: float) -> _Used:
         """Take a batch into the averages, and say what normalizes it."""
@@ -183,17 +187,20 @@ def _average(ring: Tensor, seen: Tensor, new: Tensor) -> Tensor:
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, used: _Used, layer: MovingAverageBatchNorm
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, used: _Used, layer: MovingAverageBatchNorm
     ) -> Tensor:
         ctx.layer, ctx.count = layer, used.number
-        ctx.save_for_backward(x, weight, *used[:4])
-        return corrected(x, used.mean, used.variance, layer._eps, used.scale, used.shift, weight, bias)
+        ctx.save_for_backward(input, weight, *used[:4])
+        x = widened(input)
+        output = corrected(x, used.mean, used.variance, layer._eps, used.scale, used.shift, weight, bias)
+        return output.to(input.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance, scale, shift = ctx.saved_tensors
+        given, weight, mean, variance, scale, shift = ctx.saved_tensors
         layer: MovingAverageBatchNorm = ctx.layer
+        x, grad = widened(given), widened(grad)
         axes, dimensions = batch_axes(x.dim()), x.dim()
         invstd = (variance + layer._eps).rsqrt()
         z = (x - along_channels(mean, dimensions)) * along_channels(invstd, dimensions)
@@ -207,7 +214,7 @@ class _Normalize(torch.autograd.Function):
         layer.gradients_seen.add_(1)
         centred = grad * along_channels(factor, dimensions) - along_channels(by_mean, dimensions)
         grad_x = (centred - z * along_channels(by_product, dimensions)) * along_channels(invstd, dimensions)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x.to(given.dtype), grad_weight, grad_bias, None, None
 
 
 _differentiably: Callable[..., Tensor] = _Normalize.apply

@@ -16,6 +16,7 @@ from bnprobe.nn.plain import (
     batch_axes,
     corrected,
     moments,
+    normalize_by_batch,
     normalize_running,
     pooled,
     towards_running,
@@ -267,9 +268,13 @@ class DomainBatchNorm(BatchNormLike):
         if not self.training or input.numel() == 0:
             return normalize_running(input, domain_mean[0], domain_var[0], self.weight, self.bias, self._eps)
         x = widened(input)
-        mean, variance, count = moments(x, mask, batch_axes(x.dim()))
+        is_bn = mask is None and input.numel() > input.shape[1]
+        mean, variance, count = moments(x.detach() if is_bn else x, mask, batch_axes(x.dim()))
         mean, variance, count = mean.unsqueeze(0), variance.unsqueeze(0), count.reshape(1, 1)
-        output = self._by_domain(x, mean, variance, count, domain_mean, domain_var, None)
+        if is_bn:  # BN's own kernel keeps less for the backward pass
+            output = normalize_by_batch(input, self.weight, self.bias, self._eps)
+        else:
+            output = self._by_domain(x, mean, variance, count, domain_mean, domain_var, None)
         if self.track_running_stats:
             self._track(mean, variance, count, rate, domain_mean, domain_var, self.domain_batches[index : index + 1])
         return output.to(input.dtype)

@@ -171,21 +171,6 @@ def corrected(
     return torch.addcmul(along_channels(shift, x.dim()), centred, along_channels(scale, x.dim()))
 
 
-def corrected_by_batch(
-    x: Tensor, eps: float, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """``corrected`` with the statistics of x itself over the batch; for the backward pass x is kept and no copy of it.
-
-    Args:
-        x: Shape (samples, channels, *space), without a mask.
-        scale, shift: Shape (channels,).
-
-    The other arguments are those of ``corrected``.
-    """
-    scale, shift = folded(scale, shift, weight, bias)
-    return torch.batch_norm(x, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
-
-
 def folded(scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The map z -> scale * z + shift followed by a layer's weight and bias, as one map."""
     if weight is not None:
@@ -201,6 +186,14 @@ def normalize_running(
     """Normalize as BN does at inference. (Not ``F.batch_norm``: a scan intercepts that to measure BN.)"""
     cudnn = torch.backends.cudnn.enabled
     return torch.batch_norm(input, weight, bias, running_mean, running_var, False, 0.0, eps, cudnn)
+
+
+def normalize_by_batch(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalize as BN does in training, without running statistics.
+
+    For the backward pass the input is kept and no copy of it, where ``moments`` and ``corrected`` keep one.
+    """
+    return torch.batch_norm(input, weight, bias, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
 
 
 def unbiased(variance: Tensor, count: Tensor, otherwise: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.peers.__main__ import render
 from benchmarks.peers.checks import CHECKS
-from benchmarks.peers.layers import SUBJECTS, Subject, as_plain, control_of
+from benchmarks.peers.layers import SUBJECTS, Subject, control_of
 from benchmarks.peers.registry import FAILED, NOT_APPLICABLE, PASSED, Check, NotApplicableError, is_asked, run
 from bnprobe import nn as layers
 
@@ -58,7 +58,7 @@ def test_layers_are_used_and_alike() -> None:
     one, other = (LAYERS["BatchRenorm2d"].layer() for _ in range(2))
     assert torch.equal(one.running_mean, other.running_mean)
     assert not torch.allclose(one.running_mean, torch.zeros(4))
-    assert as_plain(one, "renorm").r_max == 1.0
+    assert LAYERS["BatchRenorm2d"].differentiable(True).r_max == 1.0
 
 
 def test_tables_count_and_give_reasons() -> None:

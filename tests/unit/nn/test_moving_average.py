@@ -141,6 +141,8 @@ def test_what_cannot_run_its_backward_pass_is_refused() -> None:
     layer, x = MovingAverageBatchNorm2d(3), torch.randn(4, 3, 5, 5, requires_grad=True)
     with pytest.raises(UsageError, match=r"keeps averages of its backward pass.*use it in eval mode there"):
         grad(lambda x: layer(x).sum())(x)
+    with pytest.raises(UsageError, match=r"use it in eval mode there"):
+        torch.jit.trace(copy.deepcopy(layer), x)
     (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
