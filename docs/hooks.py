@@ -27,7 +27,10 @@ from bnprobe.rules.docs import pages as rule_pages
 REPOSITORY = Path(__file__).parents[1]
 SCHEMAS = REPOSITORY / "bnprobe" / "report"
 TARGETS_HERE = "<!-- made from bnprobe.config.targets: the table of repair targets -->"
-BENCHMARKS = ("README.md", "faults/README.md", "faults/RESULTS.md", "repairs/README.md", "repairs/RESULTS.md")
+BENCHMARKS = (
+    "README.md",
+    *(f"{each}/{name}.md" for each in ("faults", "repairs", "peers") for name in ("README", "RESULTS")),
+)
 
 
 # What mkdocs calls
