@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.peers import tables
 from benchmarks.peers.__main__ import render
 from benchmarks.peers.checks import CHECKS
 from benchmarks.peers.layers import SUBJECTS, Subject, control_of
+from benchmarks.peers.reasons import REASONS
 from benchmarks.peers.registry import FAILED, NOT_APPLICABLE, PASSED, Check, NotApplicableError, is_asked, run
 from bnprobe import nn as layers
 
@@ -85,3 +89,11 @@ def test_packages_are_not_fetched() -> None:
     outcome = run(BY_NAME["composer_surgery"], LAYERS["BatchRenorm2d"])
     assert outcome.state in (PASSED, NOT_APPLICABLE)
     assert outcome.state == PASSED or "not installed" in outcome.reason or "cannot be imported" in outcome.reason
+
+
+def test_every_failure_in_the_results_has_a_reason() -> None:
+    text = (Path(tables.__file__).parent / "RESULTS.md").read_text(encoding="utf-8")
+    failed = text.split("## What failed")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in failed.splitlines() if line.startswith("| ")][1:]
+    assert all(row[-1].strip(" |") for row in rows)
+    assert {(row[1], row[-1].strip(" |")) for row in rows} <= {(check, why) for (check, _), why in REASONS.items()}
