@@ -8,11 +8,27 @@ from dataclasses import dataclass
 from torch import nn
 
 from bnprobe.analysis.comparison import mean_estimate
+from bnprobe.config.spec import RepairSpec
 from bnprobe.records import Arm, Estimate, Plan, Run, Score
 from bnprobe.repairs import plan, wanted_by_globs
 
-GROUPS = 4
-"""Of group norm. The default, at most 32, would leave one or two channels in a group of these narrow networks."""
+REPAIRS = (
+    "batch-renorm",
+    "frozen",
+    "group-norm",
+    "instance-renorm",
+    "example-weighing",
+    "gated",
+    "mabn",
+    "cross-iteration",
+    "ghost",
+    "per-domain",
+)
+"""The arms: every repair target but ``sync``, which takes several processes."""
+
+SETTINGS = RepairSpec(groups=4, virtual_batch_size=4)
+"""Of the arms. Group norm's default, at most 32 groups, would leave one or two channels in a group of these narrow
+networks, and ghost batch norm's 32 samples in a part would be all of a batch."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,12 @@ class Table:
     arms: tuple[Arm, ...]
     control: str
     rates: dict[str, float]
+
+
+def repairs_for(batch_size: int, domains: int = 1) -> list[str]:
+    """The arms that are not plain BN in these batches: ghost batches are parts of one, and domains at least two."""
+    plain = {"ghost": batch_size <= SETTINGS.virtual_batch_size, "per-domain": domains < SETTINGS.domains}
+    return [name for name in REPAIRS if not plain.get(name, False)]
 
 
 def choose(rates: Iterable[float], score_at: Callable[[float], Score]) -> Choice:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import nn
 
-from benchmarks.repairs.arms import GROUPS, Table, choose, plan_for_all
+from benchmarks.repairs.arms import SETTINGS, Table, choose, plan_for_all, repairs_for
 from benchmarks.repairs.finetuned import at_rate, control_score
 from bnprobe.analysis.comparison import AS_IS, CONTROL, CONTROL_RECALIBRATED, RECALIBRATED, paired_gain
 from bnprobe.commands.experiment import Subject, make_subject, prove
 from bnprobe.config.load import build_spec
-from bnprobe.config.spec import OptimizerSpec, RepairSpec, ScheduleSpec, Spec, TrainSpec
+from bnprobe.config.spec import OptimizerSpec, ScheduleSpec, Spec, TrainSpec
 from bnprobe.loading.workload import load_workload
 from bnprobe.measure.scores import ScoreTable
 from bnprobe.measure.what_if import WEIGHTS
@@ -22,16 +22,6 @@ from bnprobe.repairs import apply
 FOLDER = Path(__file__).parents[2] / "sample_configs" / "digits"
 CHECKPOINTS = {"batch2": "trained at batch size 2", "sorted": "trained on batches of 8 of one class each"}
 RATES = (0.003, 0.01, 0.03, 0.1)
-REPAIRS = (
-    "batch-renorm",
-    "frozen",
-    "group-norm",
-    "instance-renorm",
-    "example-weighing",
-    "gated",
-    "mabn",
-    "cross-iteration",
-)
 STEPS, SEEDS = 200, 5
 
 
@@ -40,12 +30,13 @@ def tables(steps: int = STEPS, quick: bool = False) -> Iterator[Table]:
     for name, words in CHECKPOINTS.items():
         subject = subject_of(name, steps, 1 if quick else SEEDS)
         choice = choose(RATES[1:2] if quick else RATES, lambda rate, subject=subject: control_score(subject, rate))
-        found = prove(at_rate(subject, choice.rate), [plan_for_all(subject.start, repair) for repair in REPAIRS])
+        repairs = _repairs(subject)
+        found = prove(at_rate(subject, choice.rate), [plan_for_all(subject.start, repair) for repair in repairs])
         how = (
             f"Rate: {CONTROL}, accuracy on the {found.proof.images_choosing} images for choosing (seed 0):"
             f" {choice.words()}. Held out for the proof: {found.proof.images_proving} images."
         )
-        rates = dict.fromkeys((CONTROL, CONTROL_RECALIBRATED, *REPAIRS), choice.rate)
+        rates = dict.fromkeys((CONTROL, CONTROL_RECALIBRATED, *repairs), choice.rate)
         yield Table(f"{name}.yaml, {words}", how, found.proof.arms, found.proof.control or CONTROL, rates)
 
 
@@ -57,9 +48,13 @@ def untrained_rows() -> dict[str, list[list[str]]]:
     return {f"{name}.yaml, {words}": _untrained(subject_of(name, 1, 1)) for name, words in CHECKPOINTS.items()}
 
 
+def _repairs(subject: Subject) -> list[str]:
+    return repairs_for(subject.training.batch_size) if subject.training is not None else []
+
+
 def _untrained(subject: Subject) -> list[list[str]]:
     models = {AS_IS: subject.model, RECALIBRATED: subject.start}
-    for to in REPAIRS:
+    for to in _repairs(subject):
         models[to] = apply(subject.start, plan_for_all(subject.start, to), subject.repair)
     weigh = partial(_weighed, subject)
     chosen = max(WEIGHTS, key=lambda weight: subject.choosing.score(weigh(weight)).metric or 0.0)
@@ -97,5 +92,5 @@ def _spec(name: str, steps: int, seeds: int) -> Spec:
         steps=steps,
         evaluate_every=max(1, steps // 4),
     )
-    repair = RepairSpec(groups=GROUPS, seeds=seeds)
+    repair = SETTINGS.model_copy(update={"seeds": seeds})
     return build_spec(str(FOLDER / f"{name}.yaml"), {}).model_copy(update={"train": train, "repair": repair})

@@ -11,9 +11,9 @@ from torch import nn
 
 from benchmarks.faults.samples import Samples
 from benchmarks.repairs import task
-from benchmarks.repairs.arms import GROUPS, Choice, Table, arm_of, choose, plan_for_all
+from benchmarks.repairs.arms import SETTINGS, Choice, Table, arm_of, choose, plan_for_all
 from benchmarks.repairs.task import REGIMES, Regime
-from bnprobe.config.spec import OptimizerSpec, RenormSpec, RepairSpec, TrainSpec
+from bnprobe.config.spec import OptimizerSpec, RenormSpec, TrainSpec
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.measure.restore import seed_everything
@@ -66,7 +66,7 @@ def trained(name: str, regime: Regime, rate: float, seed: int, steps: int) -> tu
     model: nn.Module = task.DeepNet()
     renorm = RenormSpec(momentum=1 / (REMEMBERED * regime.accumulate))
     if name != "BN":
-        model = apply(model, plan_for_all(model, name), RepairSpec(groups=GROUPS, renorm=renorm))
+        model = apply(model, plan_for_all(model, name), SETTINGS.model_copy(update={"renorm": renorm}))
     outcome = train(_job(name, model, regime, rate, seed, steps, renorm), state=None, on_step=lambda step: None)
     model.load_state_dict(outcome.weights)
     return model, outcome

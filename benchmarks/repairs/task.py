@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from benchmarks.faults.samples import Batch, Order, Samples, Sampling
+from benchmarks.faults.samples import Order, Samples, Sampling
+from bnprobe.nn import domain
 
 CLASSES, TRAINED_PER_CLASS, CHOOSING = 10, 32, 400
 NOISE = 0.1
@@ -19,6 +20,9 @@ NOISE = 0.1
 
 STEP_IMAGES = 32
 """Images of an optimizer step in every regime: 10 steps are one pass over the training images."""
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Images (N, 1, 8, 8), their classes (N), and the camera (N) that took each."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,16 @@ class Regime:
     Attributes:
         name: For tables.
         batch_size: Images that are normalized together.
-        order: "shuffled", or "grouped": every micro-batch holds one class only.
+        order: "shuffled", or "grouped": every micro-batch holds one class only, or with two cameras images of one.
         seeds: Runs of every arm.
+        cameras: 2: every other image is a negative.
     """
 
     name: str
     batch_size: int
     order: str
     seeds: int
+    cameras: int = 1
 
     @property
     def accumulate(self) -> int:
@@ -48,6 +54,8 @@ REGIMES = (
     Regime("i.i.d. micro-batches of 4", 4, "shuffled", 3),
     Regime("micro-batches of 2, of one class each", 2, "grouped", 3),
 )
+
+TWO_CAMERAS = Regime("batches of 32, of one of two cameras each", 32, "grouped", 3, cameras=2)
 
 
 @dataclass(frozen=True)
@@ -87,24 +95,34 @@ def jittered(images: Tensor, generator: torch.Generator | None = None) -> Tensor
 def loader(regime: Regime) -> DataLoader[Batch]:
     """The training images in micro-batches, jittered at every reading."""
     samples = parts().training
-    order = Order(samples.groups, Sampling(regime.batch_size, order=regime.order))
-    dataset = TensorDataset(samples.inputs, samples.targets)
+    cameras = _cameras(samples, regime.cameras)
+    order = Order(samples.groups if regime.cameras == 1 else cameras, Sampling(regime.batch_size, order=regime.order))
+    dataset = TensorDataset(samples.inputs, samples.targets, cameras)
     return DataLoader(dataset, regime.batch_size, sampler=order, collate_fn=_collated)
 
 
-def held_out(samples: Samples, most: int = 200) -> list[Batch]:
-    """In batches of at most ``most`` images: inference does not depend on it."""
-    return list(zip(samples.inputs.split(most), samples.targets.split(most), strict=True))
+def held_out(samples: Samples, cameras: int = 1, most: int = 200) -> list[Batch]:
+    """In batches of at most ``most`` images, of all cameras: inference does not depend on it."""
+    camera = _cameras(samples, cameras)
+    inputs = _taken(samples.inputs, camera)
+    return list(zip(*(values.split(most) for values in (inputs, samples.targets, camera)), strict=True))
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """Class scores (N, 10); layers with statistics per domain have one for each camera."""
+    with domain(batch[2]):
+        scores: Tensor = model(batch[0])
+    return scores
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross entropy, in nats."""
-    return F.cross_entropy(model(batch[0]), batch[1])
+    return F.cross_entropy(forward(model, batch), batch[1])
 
 
 def accuracy(model: nn.Module, batch: Batch) -> Tensor:
     """0 to 1."""
-    return (model(batch[0]).argmax(1) == batch[1]).float().mean()
+    return (forward(model, batch).argmax(1) == batch[1]).float().mean()
 
 
 class Residual(nn.Module):
@@ -143,6 +161,16 @@ class DeepNet(nn.Module):
         return scores
 
 
+def _cameras(samples: Samples, cameras: int) -> Tensor:
+    """Which camera took each image: they take turns."""
+    return torch.arange(len(samples)) % cameras
+
+
+def _taken(images: Tensor, camera: Tensor) -> Tensor:
+    """What the cameras give: the second one negatives."""
+    return torch.where(camera.view(-1, 1, 1, 1) == 0, images, 1 - images)
+
+
 def _collated(samples: list[Batch]) -> Batch:
-    images, labels = default_collate(samples)
-    return jittered(images), labels
+    images, labels, camera = default_collate(samples)
+    return _taken(jittered(images), camera), labels, camera

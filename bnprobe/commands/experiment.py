@@ -335,9 +335,7 @@ def prove(
     if subject.copy is not None:
         arms.append(_untrained(subject, RECALIBRATED, subject.copy))
     if subject.training is not None:
-        arms += [
-            _untrained(subject, without_training(plan.to), apply(subject.start, plan, subject.repair)) for plan in plans
-        ]
+        arms += [_untrained(subject, without_training(plan.to), _converted(subject, plan)) for plan in plans]
         arms += _controls(subject, plans, folder, on_step, world)
     repairs = [
         _untrained(subject, plan.to, _converted(subject, plan))
