@@ -25,8 +25,9 @@ from bnprobe import __version__
 
 QUICK_STEPS = 20
 
-_WITHOUT_TRAINING = """All BN layers are converted, from recalibrated statistics. On half of the held-out images nothing was chosen, and these
-score: the weight of example weighing is the best on the others. In brackets: 95% intervals over these images, paired."""
+_WITHOUT_TRAINING = """All BN layers are converted, from recalibrated statistics. On half of the held-out images nothing
+was chosen, and these score: the weight of example weighing is the best on the others. In brackets: 95% intervals over
+these images, paired."""
 
 
 def main() -> int:

@@ -44,7 +44,8 @@ def recalibrate(
             RECALIBRATION,
             "--path",
             "train: one pass, large batches; eval: one pass per layer, using the new statistics of earlier layers;"
-            " auto: train, or the better of both where samples cannot be mixed.",
+            " auto: train, or the better of both where samples cannot be mixed; micro-batch-...: batches as in training"
+            " (--batch-size), variances pooled or averaged.",
             "NAME",
         ),
     ] = "auto",

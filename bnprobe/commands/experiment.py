@@ -46,7 +46,7 @@ from bnprobe.repairs import apply
 from bnprobe.repairs.domains import recalibrate_domains
 from bnprobe.repairs.held_out import HeldOut
 from bnprobe.repairs.recalibration import recalibrate_loaded
-from bnprobe.rules.effect import CONTRADICTED
+from bnprobe.rules.effect import CONTRADICTED, TRIED_TARGETS
 from bnprobe.training import Job, StateFolder, length_of, train
 
 FEWEST_IMAGES = 100
@@ -183,7 +183,8 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool, by_loss: bool =
     start, twin, recalibrated, notes = model, None, tuple[str, ...](), list[str]()
     recalibrated_at_all = spec.repair.recalibrate and not workload.source.synthetic
     recalibrate = _recalibration(spec, workload) if recalibrated_at_all else None
-    held_out = HeldOut.of(spec, workload)
+    # The command may be that of a scan, which has chosen what there is to choose.
+    held_out = HeldOut.of(spec, workload, unchosen=not finetune and spec.repair.to in TRIED_TARGETS)
     notes += _few(held_out) if finetune else []
     proving, choosing = held_out.halves() if finetune else (held_out, replace(held_out, batches=()))
     if recalibrate is not None:

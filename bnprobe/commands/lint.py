@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -50,14 +50,18 @@ def lint_spec(spec: Spec) -> LintReport:
     with preserved_random_state():
         seed_everything(spec.data.seed)
         loaded = load_model_only(spec)
-        return replace(_judged(loaded.model, loaded.name, spec.rules, spec.settings()), notes=loaded.notes)
+        return replace(
+            _judged(loaded.model, loaded.name, spec.rules, spec.settings(), loaded.undone), notes=loaded.notes
+        )
 
 
-def _judged(model: nn.Module, name: str, rules: RulesSpec, settings: ScanSettings) -> LintReport:
+def _judged(
+    model: nn.Module, name: str, rules: RulesSpec, settings: ScanSettings, undone: Mapping[str, str] | None = None
+) -> LintReport:
     found = find_layers(model, settings.is_selected, required=False)
     possible = possible_norms(model, found)
     _require_known(model, found, possible)
-    facts = Facts(anatomy(found, model))
+    facts = Facts(anatomy(found, model), undone=undone or {})
     verdicts = judge(facts, rules, model_rules(rules))
     return LintReport(
         tool=Tool("bnprobe", __version__),

@@ -160,6 +160,7 @@ def _facts(workload: Workload, session: Session) -> Facts:
         composed=workload.source.composed,
         averaged=workload.averaged[0],
         averaged_beside=workload.averaged[1],
+        undone=workload.undone,
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 # Here and not in the spec, which takes longer to import than `bnprobe --help` has to spare.
-StatisticsPath = Literal["train", "eval"]
-"""What earlier layers normalize with while a layer is recalibrated: batch statistics, or new running statistics."""
+StatisticsPath = Literal["train", "eval", "micro-batch-pooled", "micro-batch-averaged"]
+"""What earlier layers normalize with while a layer is recalibrated: the statistics of large batches, new running
+statistics, or the statistics of the micro-batches of training (of which the variance is pooled, or averaged)."""
 
-PathChoice = Literal["auto", "train", "eval"]
+PathChoice = Literal["auto", "train", "eval", "micro-batch-pooled", "micro-batch-averaged"]
 """``auto``: train; where samples cannot be mixed, the path whose statistics score better."""

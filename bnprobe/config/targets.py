@@ -38,6 +38,7 @@ class Target:
         needs_domains: Whether its layers must be told of which domain their data is, by ``bnprobe.nn.domain``.
         unflagged_remark: What a reader should know if the repaired model has no flagged layer, a sentence.
         at_inference: What its layers normalize with at inference, unless it ``agrees``, a phrase.
+        marks: Tensors of the state_dict that its layers always have and BN has not: a checkpoint is known by them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Target:
     needs_domains: bool = False
     unflagged_remark: str = ""
     at_inference: str = "running statistics"
+    marks: tuple[str, ...] = ()
 
 
 _HERE = "bnprobe.repairs.conversions:"
@@ -117,6 +119,7 @@ TARGETS: Registry[Target] = Registry(
             advice="batches that can partly be trusted; usable at batch size 1",
             deploys=True,
             settings=("blend",),
+            marks=("gate_logit",),
         ),
         Target(
             name="ghost",
@@ -134,6 +137,10 @@ TARGETS: Registry[Target] = Registry(
             advice="small batches, and batches of one kind each if the window holds all kinds",
             deploys=True,
             settings=("window",),
+            marks=(
+                *("batch_means", "batch_vars", "gradient_means", "gradient_products"),
+                *("batches_seen", "gradients_seen"),
+            ),
         ),
         Target(
             name="cross-iteration",
@@ -150,6 +157,7 @@ TARGETS: Registry[Target] = Registry(
             advice="one layer for several kinds of input; your code says which it is: `with bnprobe.nn.domain(index):`",
             settings=("domains",),
             needs_domains=True,
+            marks=("domain_mean", "domain_var", "domain_batches"),
         ),
     ),
     lambda target: target.name,

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from bnprobe.config.spec import CheckpointSpec
+from bnprobe.config.targets import TARGETS, Target
 from bnprobe.errors import CheckpointError
 from bnprobe.loading.model import kind_of, user_code
 from bnprobe.loading.samples import why_unreadable
@@ -43,12 +44,14 @@ class LoadedWeights:
         averaged: Why the weights are taken to be an average of those of many steps, whose running statistics are others
             than those of the last step, a clause; None where nothing says so.
         beside: That averaged weights are there which were not used, a clause; None where there are none.
+        undone: By name of a layer that is plain BN in the model, what the file shows it to be converted to.
     """
 
     notes: tuple[str, ...] = ()
     parameters_alone: bool = False
     averaged: str | None = None
     beside: str | None = None
+    undone: Mapping[str, str] = field(default_factory=dict)
 
 
 def without_prefix(state: Mapping[str, Any], prefix: str, path: Path) -> dict[str, Any]:
@@ -145,7 +148,9 @@ def check_fit(
     missing = [name for name in missing if name not in buffers]
     unexpected = [name for name in state if name not in target]
     shapes = _other_shapes(state, target)
-    statistics = [name for name in missing if name.endswith((*_STATISTICS, _COUNTER))]
+    # Without those of its domains a converted layer does not do at inference what it did.
+    own = {mark for target in TARGETS if not target.deploys for mark in target.marks}
+    statistics = [name for name in missing if name.endswith((*_STATISTICS, _COUNTER, *own))]
     if shapes or statistics or (strict and (missing or unexpected)):
         raise CheckpointError(_message(path, missing, unexpected, shapes, state, target))
     usable = {name: value for name, value in state.items() if name in target}
@@ -228,6 +233,14 @@ def _explanation(
 ) -> str:
     matched = len(state.keys() & target.keys())
     prefix = _common_prefix(state, target, matched)
+    for name in filter(_target_of, [*missing, *unexpected]):
+        to, layer = getattr(_target_of(name), "name", ""), name.rpartition(".")[0] or ROOT
+        if name in missing:
+            return f"{layer} is converted to {to} in the model, and was not where the file was saved: load it before."
+        return (
+            f"{layer} was converted to {to} where the file was saved, and is not in this model. Convert it in"
+            f' load_model(): bnprobe.convert(model, [...], to="{to}").'
+        )
     if prefix:
         return f'Its keys match without the prefix "{prefix}": give --strip-prefix {prefix} (checkpoint.strip_prefix).'
     if matched < len(target) / 2:
@@ -259,6 +272,23 @@ def _explanation(
         "This looks like another version of the model. checkpoint.strict: false loads the keys that match; all BN"
         " buffers must still be in the file."
     )
+
+
+def _target_of(name: str) -> Target | None:
+    """The repair target of whose layers alone a tensor of this name can be."""
+    return next((target for target in TARGETS if name.rpartition(".")[2] in target.marks), None)
+
+
+def _undone(model: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
+    """The layers that the state dict shows to be converted, and that are plain BN in the model; with the target."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    marked = {key.rpartition(".")[0]: target for key in state if (target := _target_of(key)) is not None}
+    return {
+        name or ROOT: target.name
+        for name, target in marked.items()
+        if isinstance(module := modules.get(name), _BatchNorm)
+        and not any(hasattr(module, mark) for mark in target.marks)
+    }
 
 
 def _other_half(name: str) -> str:
@@ -348,10 +378,11 @@ def load_checkpoint(model: nn.Module, spec: CheckpointSpec, need_statistics: boo
                 f" is built ({listed(list(switched))}): they were switched on. To load the file yourself, build these"
                 " layers with track_running_stats=True."
             )
-        state, found = check_fit(state, target, spec.strict, path, need_statistics)
+        usable, found = check_fit(state, target, spec.strict, path, need_statistics)
         with user_code(f"loading the weights of {path} into the model"):
-            model.load_state_dict(state, strict=False)
-    return replace(found, notes=(*notes, *found.notes), averaged=averaged, beside=beside)
+            model.load_state_dict(usable, strict=False)
+    undone = _undone(model, state)
+    return replace(found, notes=(*notes, *found.notes), averaged=averaged, beside=beside, undone=undone)
 
 
 def _untracked(model: nn.Module, state: Mapping[str, Any]) -> dict[str, nn.Module]:

@@ -14,9 +14,9 @@ import inspect
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +350,7 @@ class LoadedModel:
         parameters_alone: Layers lack their running statistics in its checkpoint.
         averaged: Why its weights are taken to be an average, and that averaged weights are in the same file but were
             not used, clauses; None where nothing says so.
+        undone: By name of a layer that is plain BN, what its checkpoint shows it to be converted to.
     """
 
     model: nn.Module
@@ -359,6 +360,7 @@ class LoadedModel:
     wrapped: bool = False
     parameters_alone: bool = False
     averaged: tuple[str | None, str | None] = (None, None)
+    undone: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_model(spec: ModelSpec) -> LoadedModel:

@@ -38,7 +38,7 @@ class Workload:
         wrapped, parameters_alone: As in ``LoadedModel``.
         not_held_out: Why held-out data that is there was not used, a sentence; None: all that there is was used.
         norms: Norms of the user's own by the name of their class, as the spec or the model file says.
-        averaged: As in ``LoadedModel``.
+        averaged, undone: As in ``LoadedModel``.
     """
 
     model: nn.Module
@@ -57,6 +57,7 @@ class Workload:
     parameters_alone: bool = False
     not_held_out: str | None = None
     averaged: tuple[str | None, str | None] = (None, None)
+    undone: Mapping[str, str] = field(default_factory=dict)
 
     def settings(self, given: ScanSettings) -> ScanSettings:
         """Settings with the norms that the model file names, where they name none."""
@@ -100,6 +101,7 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
         parameters_alone=loaded.parameters_alone,
         not_held_out=not_held_out,
         averaged=loaded.averaged,
+        undone=loaded.undone,
         **functions,
     )
 
@@ -158,6 +160,7 @@ def load_model_only(spec: Spec, need_statistics: bool = True) -> LoadedModel:
         notes=(*loaded.notes, *weights.notes),
         parameters_alone=weights.parameters_alone,
         averaged=(weights.averaged, weights.beside),
+        undone=weights.undone,
     )
 
 

@@ -19,14 +19,15 @@ from bnprobe.errors import ModelError
 from bnprobe.measure.batch import CannotEmulateError, as_plain, like_subclass
 from bnprobe.measure.hooks import Intercepted
 from bnprobe.measure.norms import GroupsRows, NormCall
+from bnprobe.nn.per_domain import current_domain
 from bnprobe.numbers import count
 from bnprobe.stats.moments import Moments, bessel, pool_moments, row_moments, statistics_distance
 
 Slot = tuple[int, int]
 """(index of the layer, index of its call within one forward pass)."""
 
-LayerStatistics = Mapping[int, tuple[Tensor, Tensor]]
-"""Mean and variance, each of shape (channels,), by index of the layer."""
+LayerStatistics = Mapping[int | Slot, tuple[Tensor, Tensor]]
+"""Mean and variance, each of shape (channels,), by index of the layer, or by call, which comes first."""
 
 
 class RowLayout(enum.Enum):
@@ -220,6 +221,7 @@ class Pass:
             row for each unit of what is recorded, and are put here. Needs grad mode; layers that normalize with batch
             statistics are differentiated through these, of one micro-batch per pass.
         records: In call order.
+        domains: Of each call, the domain that ``bnprobe.nn.domain`` gave for all of its data; None without one.
         entered: Indices of the layers whose forward was called.
         functional: Calls of batch_norm outside any layer: the place in the user's code, and why it is no layer.
     """
@@ -235,6 +237,7 @@ class Pass:
     plain: bool = False
     leaves: dict[Slot, Leaves] | None = None
     records: dict[Slot, Recorded] = field(default_factory=dict)
+    domains: dict[Slot, int | None] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)
     functional: set[tuple[str, str]] = field(default_factory=set)
 
@@ -252,6 +255,7 @@ class Pass:
             return like_subclass(plain, given)
         layer, call = found.layer, found.call
         slot = (layer.index, sum(index == layer.index for index, _ in self.records))
+        self.domains[slot] = domain if isinstance(domain := current_domain(), int) else None
         gradient = self.leaves is not None
         seen = replace(call, input=call.input.detach()) if gradient else call
         grouping = self._grouping(replace(found, call=seen), slot)
@@ -277,7 +281,7 @@ class Pass:
             if gradient:
                 return _by_group(call, grouping.group_of_row(call.input.device))
             return normalize_groups(call, mean, variance, grouping.group_of_row(call.input.device))
-        call = _with_statistics(call, self.statistics.get(layer.index))
+        call = _with_statistics(call, self.statistics.get(slot, self.statistics.get(layer.index)))
         if blend is not None:
             rows = mean.shape[0] == call.input.shape[0]
             return blend.normalize(call, *((mean, variance) if rows else row_moments(call.input, call.eps)))

@@ -37,23 +37,32 @@ class Population:
     def __init__(self) -> None:
         self.mixed = True
         self._count: dict[int, float] = {}
+        self._within: dict[int, Tensor] = {}
         self._batches: dict[int, float] = {}
+        self._shared: set[int] = set()
         self._mean: dict[int, Tensor] = {}
         self._squares: dict[int, Tensor] = {}
 
     def add(self, records: Mapping[Slot, Recorded], batches: float = 1.0) -> None:
         """Add the records of a pass over ``batches`` micro-batches."""
-        for (index, _), record in records.items():
+        for (index, call), record in records.items():
+            self._shared |= {index} if call else set()
             self._batches[index] = self._batches.get(index, 0.0) + batches
             units = record.mean.shape[0]
             mean, variance = (pooled[0] for pooled in pool_moments(record.mean, record.variance, units))
-            self._merge(index, float(record.values * units), mean, variance)
+            count = float(record.values * units)
+            self._within[index] = self._within.get(index, torch.zeros_like(mean)) + count * variance
+            self._merge(index, count, mean, variance)
 
     def statistics(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By index of the layer: mean and unbiased variance, shape (channels,), as the running buffers hold them."""
         return {
             index: (self._mean[index], self._squares[index] / max(count - 1, 1)) for index, count in self._count.items()
         }
+
+    def averaged(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """The same with the biased variance of a pass in place of the pooled one: the mean over passes, by values."""
+        return {index: (self._mean[index], self._within[index] / count) for index, count in self._count.items()}
 
     def values(self) -> dict[int, int]:
         """By index of the layer: values per channel."""
@@ -66,6 +75,10 @@ class Population:
     def most_values(self) -> float:
         """The same of the layer that has the most."""
         return max(count / self._batches[index] for index, count in self._count.items())
+
+    def shared(self) -> frozenset[int]:
+        """Indices of the layers that a forward pass calls more than once."""
+        return frozenset(self._shared)
 
     def updates(self) -> dict[int, int]:
         """By index of the layer: micro-batches that it was called on, each call counted; a part of one counts fully."""
@@ -238,6 +251,35 @@ def settle_by_batch(
         done += len(part)
         progress(done, done)
     return Settled(population.statistics(), population.updates(), population.values(), population.mixed)
+
+
+def settle_by_micro_batch(
+    session: Session,
+    batches: Iterable[MicroBatch],
+    progress: Progress,
+    frozen: frozenset[int] = frozenset(),
+    *,
+    averaged: bool,
+) -> Settled:
+    """Statistics on the train path without random layers, in the batches of the data as they are.
+
+    Each normalizes with its own statistics, as in training. One pass over the data.
+
+    Args:
+        session: Installed.
+        batches, progress, frozen: As in ``settle_by_batch``.
+        averaged: Whether variances are averaged as the batches were normalized, biased, and so without the variance
+            between batches (Wu & Johnson 2021, section 3.2, compare both); else they are pooled.
+
+    Raises:
+        DeviceError, UserCodeError, DataError: As in any pass.
+    """
+    population, emulation = Population(), not_emulated("")
+    for done, batch in enumerate(batches, 1):
+        steady_population(session, [batch], Batching(batch.samples, emulation, 1), population, frozen)
+        progress(done, done)
+    statistics = population.averaged() if averaged else population.statistics()
+    return Settled(statistics, population.updates(), population.values(), population.mixed)
 
 
 def settle_by_layer(

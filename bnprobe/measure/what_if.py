@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.errors import BnprobeError, UsageError
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join
-from bnprobe.measure.forward_pass import Blend, LayerStatistics
+from bnprobe.measure.forward_pass import Blend, LayerStatistics, Pass, Slot
 from bnprobe.measure.memory import Footprint, fits_in_memory
 from bnprobe.measure.physical_batch import Batching, as_sentence
 from bnprobe.measure.population import LARGE, Population, settle_by_layer, steady_population
-from bnprobe.measure.scores import MOST_SAMPLES, ScoreTable, score_batches
+from bnprobe.measure.scores import MOST_SAMPLES, ScoreTable, run_together, score_batches
 from bnprobe.measure.session import Session, no_progress
 from bnprobe.records import FREE_REMEDIES, MEASURES, Estimate, Goal, Measure, Remedy, Score, leading
 from bnprobe.stats.scores import paired_difference
@@ -32,6 +32,7 @@ from bnprobe.stats.scores import paired_difference
     _AVERAGED,
     _POOLED,
     _WITH_FROZEN,
+    _PER_CALL,
 ) = FREE_REMEDIES
 
 LARGER = (4, 16)
@@ -55,6 +56,9 @@ _HALF = slice(None, None, 2)
 _PASS = "a pass over the data"
 _OF_SAMPLES = "the moments of every sample at inference, and weights that plain BN cannot use"
 _OF_BATCHES = "outputs that depend on the other samples of the batch"
+
+Kind = tuple[Literal["call", "domain"], int]
+"""What the data of a call of a shared layer belongs to, by number."""
 
 _LAYER_PASSES = 4096
 """Samples times layers for the statistics that are taken layer by layer, each in a pass of its own."""
@@ -112,12 +116,14 @@ def what_if(
     * "batch statistics": every held-out batch normalizes with its own statistics, in batches of the scanned size
       where the held-out batches divide into such.
     * "instance statistics": every sample with its own, where it gives every layer more than one value per channel.
-    * "instance renorm": the outputs of these and of the running statistics, half and half. This one and the following
-      three are scored on every other micro-batch.
+    * "instance renorm": the outputs of these and of the running statistics, half and half. This one and the next
+      are scored on every other micro-batch.
     * "example weighing": every sample's own moments mixed into the running ones, with one weight for all layers. The
       weight is chosen on some of the others.
+    * "statistics per call": in layers that are called more than once, every call has those of its own data. Where
+      ``bnprobe.nn.domain`` says in the user's code what the calls are of, those of one domain share theirs.
     * "micro-batch statistics, averaged" and "..., pooled": ``micro_batch``, where they differ from each other and from
-      the recalibrated ones.
+      the recalibrated ones, as ``bnprobe recalibrate`` takes them with ``--path micro-batch-...``.
     * "recalibrated with frozen layers": as "recalibrated", but in the layers, too, that model.train() leaves in eval
       mode; only where there are such layers. The control is "recalibrated", where that changes any layer: what is left
       is the effect of the frozen ones.
@@ -125,7 +131,7 @@ def what_if(
       different batches may be mixed. Loss and metric see these larger batches, and a metric may not be a mean over
       samples: the control is the model as loaded, scored in batches of the same size.
 
-    Instance renorm and example weighing are conversions: ``bnprobe convert`` recalibrates first unless that is surely
+    Instance renorm, example weighing and statistics per call are conversions: ``bnprobe convert`` recalibrates first unless that is surely
     worse. So do these, and so does their control. They are tried where all layers concerned derive from torch's BN.
 
     The layers concerned are those that are selected, keep running statistics and, but for the frozen ones, update them
@@ -181,6 +187,7 @@ def what_if(
         )
     trial.by_batch(layers, batching.batch_size, own, before)
     trial.by_sample(layers, own, before)
+    trial.by_call(own.shared() & layers, training, batching, before)
     if micro_batch is not None:
         trial.of_micro_batches(layers, micro_batch, before)
     if larger:
@@ -201,6 +208,10 @@ class MicroBatchStatistics:
     averaged: LayerStatistics
     pooled: LayerStatistics
     detail: str
+
+
+def _samples(batches: Sequence[MicroBatch]) -> int:
+    return sum(batch.samples for batch in batches)
 
 
 def _within(batches: Sequence[MicroBatch], seconds: float, each: float) -> Sequence[MicroBatch]:
@@ -243,7 +254,7 @@ class _Trial:
 
     @property
     def samples(self) -> int:
-        return sum(batch.samples for batch in self.batches)
+        return _samples(self.batches)
 
     def seconds_per_sample(self) -> float:
         """Of this thread, so that other programs on the machine do not change what is tried."""
@@ -264,7 +275,7 @@ class _Trial:
         """All that was found, with the samples that it took; nothing where no layer is concerned."""
         if not self.found and not self.untried:
             return Tried()
-        samples = self.samples + sum(batch.samples for batch in training)
+        samples = self.samples + _samples(training)
         return Tried(tuple(self.found), tuple(self.untried), samples, frozen)
 
     def score(
@@ -446,13 +457,48 @@ class _Trial:
         recalibrated = statistics is not None
         return replace(remedy, blend=blend.weight, recalibrated=recalibrated, cost=_OF_SAMPLES)
 
+    def by_call(
+        self, shared: frozenset[int], training: Sequence[MicroBatch], batching: Batching, before: ScoreTable
+    ) -> None:
+        """Statistics of their own for the calls of layers that are called more than once."""
+        if shared and training and self._convertible(shared):
+            self.attempt(_PER_CALL, lambda: self.per_call(shared, training, batching, before))
+
+    def per_call(
+        self, shared: frozenset[int], training: Sequence[MicroBatch], batching: Batching, before: ScoreTable
+    ) -> Remedy:
+        """As ``bnprobe convert --to per-domain`` takes them: these layers use batch statistics, others running ones."""
+        statistics, control = self._start(before)
+        kinds: dict[Slot, Kind] = {}
+        populations: dict[Kind, Population] = {}
+
+        def gather(batches: list[Any], size: int, outputs: Any, pass_: Pass) -> None:
+            for slot, record in pass_.records.items():
+                if slot[0] in shared:
+                    domain = pass_.domains[slot]
+                    kind = ("call", slot[1]) if domain is None else ("domain", domain)
+                    if kinds.setdefault(slot, kind) != kind:
+                        raise CannotEmulateError("a call is of one domain in one batch and of another in the next")
+                    populations.setdefault(kind, Population()).add({slot: record}, len(batches))
+
+        how: dict[str, Any] = {"by_batch": shared, "statistics": statistics}
+        run_together(self.session, "eval", training, batching, gather, **how)
+        own = {slot: populations[kind].statistics()[slot[0]] for slot, kind in kinds.items()}
+        after = self.half.score(statistics={**(statistics or {}), **own})
+        domains = {number for name, number in kinds.values() if name == "domain"}
+        known = len(domains) > 1 and all(name == "domain" for name, _ in kinds.values())
+        what = "domain" if known else "call"
+        detail = f"each {what} with the statistics of its own data, of {_samples(training)} training samples"
+        remedy = self.half._remedy(_PER_CALL, shared, before.part(_HALF), after, control.part(_HALF), detail)
+        number = max(domains) + 1 if known else None
+        return replace(remedy, recalibrated=statistics is not None, domains=number, cost=_PASS)
+
     def of_micro_batches(self, layers: frozenset[int], found: MicroBatchStatistics, before: ScoreTable) -> None:
         """Statistics of micro-batches, those that are unlike all that were tried before."""
         known = [statistics for statistics, _ in self.base]
         for name, statistics in ((_POOLED, found.pooled), (_AVERAGED, found.averaged)):
             if statistics.keys() == layers and all(self._differ(statistics, other) for other in known):
-                half, detail = before.part(_HALF), found.detail
-                self.attempt(name, partial(self.half.with_statistics, name, statistics, half, detail))
+                self.attempt(name, partial(self.with_statistics, name, statistics, before, found.detail))
                 known.append(statistics)
 
     def _differ(self, one: LayerStatistics, other: LayerStatistics) -> bool:

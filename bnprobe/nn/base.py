@@ -23,8 +23,8 @@ class BatchNormLike(_BatchNorm):
     Eager code calls ``_normalize``, which a subclass is free to write as it likes. TorchScript compiles ``_scripted``
     instead, in plain operations. ``torch.fx`` sees a leaf, as it does for ``nn.BatchNorm``.
 
-    ``nn.SyncBatchNorm.convert_sync_batchnorm`` would turn these layers into plain BN, and ``fuse_conv_bn_eval`` fold
-    those that are not BN at inference as if they were: both raise instead.
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` and functions like it would turn these layers into plain BN, and
+    ``fuse_conv_bn_eval`` fold those that are not BN at inference as if they were: all raise instead.
 
     Args:
         num_features: Number of channels.
@@ -147,9 +147,9 @@ class BatchNormLike(_BatchNorm):
     def _refuse_undoing(self, caller: CodeType) -> None:
         """Raise if PyTorch asks for eps in order to replace this layer by something that it is not."""
         kind, obstacle = type(self).__name__, getattr(self, "deployment_obstacle", None)
-        if caller is _CONVERT_SYNC:
+        if caller.co_name in _CONVERTING:
             raise UsageError(
-                f"nn.SyncBatchNorm.convert_sync_batchnorm would turn {kind} into plain BN, which undoes the repair."
+                f"{caller.co_name} would turn {kind} into plain BN, which undoes the repair."
                 " Call it before the layers are converted (bnprobe.convert keeps them synchronized), or convert them"
                 ' with to="sync".'
             )
@@ -157,9 +157,11 @@ class BatchNormLike(_BatchNorm):
             raise UsageError(f"This layer cannot be folded into a convolution as BN can: it {obstacle}.")
 
 
-_CONVERT_SYNC: CodeType = nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__  # type: ignore[attr-defined]
+_CONVERTING = ("convert_sync_batchnorm", "convert_syncbn_model", "convert_frozen_batchnorm")
+"""Functions of torch.nn.SyncBatchNorm and timm, of apex, and of torchvision and detectron2."""
+
 _FUSE: CodeType = fuse_conv_bn_eval.__code__
-"""Neither function asks a layer whether it may be replaced, but both read its eps."""
+"""None of these functions asks a layer whether it may be replaced, but all read its eps."""
 
 
 def in_parts(

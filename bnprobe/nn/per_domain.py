@@ -75,6 +75,11 @@ def domain(index: int | Tensor) -> Iterator[None]:
         _in_thread.given, _everywhere.given = before
 
 
+def current_domain() -> int | Tensor | None:
+    """The domain that was given here; None where none was."""
+    return None if _in_thread.given is None else _in_thread.given.domain
+
+
 def _checked(index: int | Tensor) -> _Given:
     if isinstance(index, Tensor):
         if index.dim() > 1 or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:

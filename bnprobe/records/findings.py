@@ -84,12 +84,13 @@ FreeRemedy = Literal[
     "micro-batch statistics, averaged",
     "micro-batch statistics, pooled",
     "recalibrated with frozen layers",
+    "statistics per call",
 ]
 """What a scan tries without training: running statistics of the training data, or of the held-out data; the statistics
 of every batch, or of every sample; outputs or moments in part of every sample's own statistics (conversions to
 instance renorm and example weighing); running statistics of micro-batches as they are in training, their variances
 averaged, or pooled with the spread of their means; those of the training data in layers that training leaves in eval
-mode, too."""
+mode, too; statistics of its own for every call of a layer that is called more than once."""
 
 FREE_REMEDIES: tuple[FreeRemedy, ...] = get_args(FreeRemedy)
 
@@ -110,6 +111,8 @@ class Remedy(Record):
         scored_on: Where the samples come from; without held-out data, training samples that the statistics were not
             taken from.
         blend: Weight of the samples' own statistics, where ``bnprobe convert --blend`` carries it out; else None.
+        domains: How many kinds of data the user's code says that the calls are of (``bnprobe.nn.domain``), where
+            ``bnprobe convert --to per-domain`` carries it out; else None.
         recalibrated: The running statistics were recalibrated first, as ``bnprobe convert`` does; so were those of the
             control.
         cost: What the remedy costs where it is used, a phrase; empty: nothing.
@@ -128,3 +131,4 @@ class Remedy(Record):
     blend: float | None = None
     recalibrated: bool = False
     cost: str = ""
+    domains: int | None = None

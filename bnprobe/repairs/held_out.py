@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -60,8 +61,12 @@ class HeldOut:
     samples_in: Callable[[Any], int | None] = count_samples
 
     @classmethod
-    def of(cls, spec: Spec, workload: Workload) -> HeldOut:
+    def of(cls, spec: Spec, workload: Workload, unchosen: bool = False) -> HeldOut:
         """Read the held-out data of a workload; without any, some of its training data.
+
+        Args:
+            spec, workload: What to read.
+            unchosen: Only every other micro-batch of the held-out data: those on which a scan chooses nothing.
 
         Held-out data on which loss and metric cannot be computed, as without labels, scores nothing: training data does
         instead, and a note says so.
@@ -81,7 +86,7 @@ class HeldOut:
             source = replace(source, most=few)
         else:
             source, data = workload.held_out, "held-out"
-        batches, notes = _read(spec, source)
+        batches, notes = _read(spec, source, 2 if unchosen and data == "held-out" else 1)
         found = cls(batches, *functions, *how, tuple(notes), data, source.samples_in)
         if data == "training":
             return found
@@ -135,12 +140,12 @@ class HeldOut:
         return replace(self, batches=self.batches[::2]), replace(self, batches=self.batches[1::2])
 
 
-def _read(spec: Spec, source: BatchSource) -> tuple[list[Any], list[str]]:
-    """The batches, and what was left out."""
+def _read(spec: Spec, source: BatchSource, every: int) -> tuple[list[Any], list[str]]:
+    """One in so many micro-batches, and what was left out."""
     source = spread(source, spec.data.seed, mixed=True)
     batches: list[Any] = []
     held = 0
-    for batch in lasting(source.batches):
+    for batch in itertools.islice(lasting(source.batches), None, None, every):
         held += sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(batch))
         batches.append(batch)
         if source.most is not None and len(batches) == source.most:

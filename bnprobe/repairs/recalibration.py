@@ -10,7 +10,7 @@ import difflib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.layers import ProbedLayer, find_layers, require_layers
 from bnprobe.measure.norms import write_statistics
 from bnprobe.measure.origins import origin
-from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer
+from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer, settle_by_micro_batch
 from bnprobe.measure.reader import RepeatedReader
 from bnprobe.measure.restore import (
     preserved_generators,
@@ -109,7 +109,9 @@ def recalibrate(
         path: "train": earlier layers normalize with batch statistics, in large physical batches of samples drawn at
             random if samples may be mixed (PreciseBN, Wu & Johnson 2021, arXiv 2105.07576, section 3.2); one pass over
             the data. "eval": earlier layers normalize with their new running statistics, as at inference, so that the
-            result does not depend on the batch size; one pass over the data per layer.
+            result does not depend on the batch size; one pass over the data per layer. "micro-batch-pooled" and
+            "micro-batch-averaged": as "train", but in the batches as they come, as in training; with the pooled
+            variance, or the mean of the biased variances that the batches were normalized with.
         forward: ``f(model, batch)``, as in a model file.
         layers: Globs of layer names; empty: all layers.
         device: "cpu", "cuda", ...; None: the model's own, else CUDA if any.
@@ -171,8 +173,9 @@ def recalibrate_loaded(
     Raises:
         BnprobeError: As for ``recalibrate``.
     """
-    if path not in ("train", "eval"):
-        raise UsageError(f'Unknown path "{path}" for recalibration; give "train" or "eval".')
+    if path not in get_args(StatisticsPath):
+        known = ", ".join(f'"{each}"' for each in get_args(StatisticsPath))
+        raise UsageError(f'Unknown path "{path}" for recalibration; give one of {known}.')
     settings = settings or ScanSettings()
     untracked = _untracked(model, layers) if track else []
     device = device_named(settings.device, model)
@@ -261,9 +264,12 @@ def _check_globs(globs: tuple[str, ...], layers: Iterable[ProbedLayer]) -> None:
 def _settle(
     session: Session, batches: RepeatedReader, path: StatisticsPath, wanted: list[ProbedLayer], progress: Progress
 ) -> Settled:
+    frozen = session.frozen & {layer.index for layer in wanted}
     if path == "train":
-        frozen = session.frozen & {layer.index for layer in wanted}
         return settle_by_batch(session, batches, progress, frozen)
+    if path != "eval":
+        averaged = path == "micro-batch-averaged"
+        return settle_by_micro_batch(session, batches, progress, frozen, averaged=averaged)
     return settle_by_layer(session, batches, frozenset(layer.index for layer in wanted), progress)
 
 
@@ -415,7 +421,7 @@ class _Trial:
 
     def run(self, path: PathChoice) -> Compared:
         as_is = self._as_is()
-        first: StatisticsPath = "eval" if path == "eval" else "train"
+        first: StatisticsPath = "train" if path == "auto" else path
         found = self._recalibrate(first)
         after = self.held_out.table(self.model)
         how = [_how(found, first)]
@@ -539,6 +545,8 @@ def _how(found: Recalibrated, path: StatisticsPath) -> str:
         else "in the batches of the data, which use batch statistics"
         if path == "train"
         else "layer by layer, using the new statistics of earlier layers"
+        if path == "eval"
+        else "in the batches of the data, which use batch statistics as in training"
     )
     return f"The statistics are those of {found.images} samples in {found.batches} batches ({path} path: {way})."
 

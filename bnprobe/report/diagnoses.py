@@ -388,10 +388,10 @@ def _gains(diagnosis: Diagnosis, report: Report) -> list[tuple[str, str]]:
     if rule is None:
         return []
     clauses = []
-    advised = effect.advised_conversion(report.remedies, report.summary.gaps, report.summary.chance)
+    advised = effect.advised(report.remedies, report.summary.gaps, report.summary.chance)
     for name in (rule.free_remedy, *rule.also_tried):
         tried = effect.tried(report.remedies, name)
-        if tried is None or (name in effect.CONVERSIONS and tried is not advised):
+        if tried is None or (name in effect.ADVISED and tried is not advised):
             continue
         found = effect.of_remedy(tried, report.summary.gaps, report.summary.chance)
         if found.changes and (name == rule.free_remedy or found.standing == "better"):

@@ -152,6 +152,7 @@ _DOING: dict[FreeRemedy, str] = {
     "instance statistics": "Normalizing at inference with the statistics of each sample",
     "instance renorm": "Converting to instance renorm",
     "example weighing": "Converting to example weighing",
+    "statistics per call": "Giving every call statistics of its own",
     "micro-batch statistics, averaged": "Running statistics averaged over micro-batches",
     "micro-batch statistics, pooled": "Running statistics pooled over micro-batches",
 }

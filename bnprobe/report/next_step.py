@@ -35,6 +35,8 @@ _WHY = {
 
 _WITHOUT_TRAINING = "To convert the layers without training, which was measured to help:"
 
+_OF_MICRO_BATCHES = "To recalibrate on batches as in training, which was measured to help:"
+
 _LARGEST_SUGGESTED = 64
 _BATCHES_OF_LARGEST = 4
 
@@ -77,27 +79,29 @@ def _tried_step(report: Report, command: str) -> NextStep | None:
         return any(_names(remedy, arguments) for remedy in said)
 
     named: list[str] = [name for name, arguments in effect.COMMANDS.items() if is_said(arguments)]
-    conversion = effect.advised_conversion(report.remedies, gaps, chance)
-    if conversion is not None and is_said(effect.conversion_arguments(conversion)):
+    advised = effect.advised(report.remedies, gaps, chance)
+    if advised is not None and is_said(effect.arguments_of(advised, report.scan)):
         # It gains more than recalibrating, by a comparison on the same samples.
-        named = [conversion.name, *(name for name in named if name != "recalibrated")]
+        named = [advised.name, *(name for name in named if name != "recalibrated")]
     best = effect.best_gain(named, report.remedies, gaps, chance)
     if best is None:
         return None
-    if best is conversion:
-        return converting_step(report, command)
+    if best is advised:
+        return advised_step(report, command)
     return NextStep(_WHY["recalibrate"], _whole(effect.COMMANDS[best.name], [], report, command))  # type: ignore[index]
 
 
-def converting_step(report: Report, command: str) -> NextStep | None:
-    """The conversion that is surely better without training, where one is."""
-    remedy = effect.advised_conversion(report.remedies, report.summary.gaps, report.summary.chance)
+def advised_step(report: Report, command: str) -> NextStep | None:
+    """What is surely better without training, where something is."""
+    remedy = effect.advised(report.remedies, report.summary.gaps, report.summary.chance)
     if remedy is None or report.scan.synthetic:
         return None
+    converts = remedy.name in effect.CONVERSIONS
     # It was tried in all these layers together.
     everywhere = {layer.name for layer in report.layers} == set(remedy.layers) and not report.skipped
-    layers = ["*"] if everywhere else remedy.layers
-    return NextStep(_WITHOUT_TRAINING, _whole(effect.conversion_arguments(remedy), layers, report, command))
+    layers = remedy.layers if not everywhere else ["*"] if converts else []
+    why = _WITHOUT_TRAINING if converts else _OF_MICRO_BATCHES
+    return NextStep(why, _whole(effect.arguments_of(remedy, report.scan), layers, report, command))
 
 
 def _names(remedy: str, arguments: str) -> bool:

@@ -25,7 +25,7 @@ from bnprobe.report import figures, further
 from bnprobe.report.diagnoses import closing, closing_lines
 from bnprobe.report.layers import MEANINGS, MOST_CALLS, layer_table, legend, select, unmeasured, with_sign
 from bnprobe.report.mismatch import shares
-from bnprobe.report.next_step import converting_step, under_limit
+from bnprobe.report.next_step import advised_step, under_limit
 from bnprobe.report.page import TIMES, UNDECIDED, UNMEASURED, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Names, TableLayout, table
 from bnprobe.rules import title_of
@@ -59,7 +59,7 @@ def render(report: Report, options: RenderOptions) -> str:
         further.updates(report, page, show_all),
         page.section("Notes on the scan", report.scan.notes),
         cost(report.scan, page),
-        further.remedies(report, page, converting_step(report, options.command), end.step),
+        further.remedies(report, page, advised_step(report, options.command), end.step),
         closing_lines(end, report, page, show_all),
     ]
     return to_string(parts, options.color)

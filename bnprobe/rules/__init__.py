@@ -30,6 +30,7 @@ from bnprobe.rules.single_image import SingleImage
 from bnprobe.rules.single_value import SingleValue
 from bnprobe.rules.small_batch import SmallBatch
 from bnprobe.rules.trained_in_eval import TrainedInEval
+from bnprobe.rules.undone_conversion import UndoneConversion
 from bnprobe.rules.untrained_weights import UntrainedWeights
 
 BUILT_IN: tuple[type[Rule], ...] = (
@@ -40,6 +41,7 @@ BUILT_IN: tuple[type[Rule], ...] = (
     FrozenMismatch,
     DeadChannels,
     DropoutBeforeNorm,
+    UndoneConversion,
     SmallBatch,
     BatchComposition,
     Lag,

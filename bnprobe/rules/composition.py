@@ -96,12 +96,12 @@ class BatchComposition(ShareRule):
     follows_from = (Link("shared_domains", _is_of_domains),)
     upstream_order = 70
     free_remedy = "recalibrated"
-    also_tried = (*effect.CONVERSIONS, "batch statistics")
+    also_tried = (*effect.ADVISED, "batch statistics")
 
     def advise(self, layer: Layer, facts: Facts) -> str:
         """Statistics of every sample are only named where they were tried, and are surely better."""
         usual = _COMPOSED if facts.composed else self.remedy
-        return f"{usual} {effect.by_conversion(facts)}".rstrip()
+        return f"{usual} {effect.without_training(facts)}".rstrip()
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
         if not facts.own_order:

@@ -25,6 +25,7 @@ from bnprobe.records import (
     Interval,
     Measure,
     Remedy,
+    Scan,
     Score,
     Severity,
     leading,
@@ -89,12 +90,25 @@ CONVERSIONS: dict[FreeRemedy, str] = {
     "example weighing": "convert --to example-weighing",
     "instance renorm": "convert --to instance-renorm",
     "instance statistics": "convert --to instance-renorm",
+    "statistics per call": "convert --to per-domain",
 }
-"""Remedies without training by which layers take in the statistics of every sample, and the commands that do so, after
-"bnprobe " and but for the blend."""
+"""Remedies without training for which layers are converted, and the commands that do so, after "bnprobe " and but for
+the blend or the number of domains."""
+
+TRIED_TARGETS = frozenset(command.split()[-1] for command in CONVERSIONS.values())
+"""The repair targets that a scan tries without training, on the half of the held-out data that chooses nothing."""
 
 COMMANDS: dict[FreeRemedy, str] = {"recalibrated": "recalibrate", WITH_FROZEN: "recalibrate --include-frozen"}
 """The commands that take running statistics anew, after "bnprobe "."""
+
+MICRO_BATCHES: dict[FreeRemedy, str] = {
+    "micro-batch statistics, averaged": "recalibrate --path micro-batch-averaged",
+    "micro-batch statistics, pooled": "recalibrate --path micro-batch-pooled",
+}
+"""Those that take them of batches as in training, but for how many."""
+
+ADVISED: tuple[FreeRemedy, ...] = (*CONVERSIONS, *MICRO_BATCHES)
+"""Remedies of which a report advises at most one."""
 
 Standing = Literal["worse", "better", "same", "unclear", "not measured"]
 """Surely worse; surely better; surely not much worse; measured, but not precisely enough; not measured."""
@@ -368,16 +382,22 @@ def best_gain(
     return min(sure, key=lambda each: math.inf if (value := each.after.of(measure)) is None else sign * value)
 
 
-def advised_conversion(remedies: Sequence[Remedy], gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Remedy | None:
-    """The best conversion that is surely a gain without training, and more of one than recalibrating; None: none is.
+def advised(remedies: Sequence[Remedy], gaps: Sequence[Gap], chance: Sequence[Chance] = ()) -> Remedy | None:
+    """The best of ``ADVISED`` that is surely a gain, and more of one than recalibrating; None: none is.
 
     Blends are scored on the same samples. Statistics of the sample alone are scored on others, and count where no blend
-    is a gain.
+    is a gain. Running statistics of micro-batches cost nothing at inference, and are plain BN: a conversion must be
+    better by more than the floor.
     """
     usual = tried(remedies, "recalibrated")
-    found = [each for each in remedies if each.blend is not None and _beats(each, usual, gaps, chance)]
-    blends = best_gain(CONVERSIONS, [each for each in found if each.blend != 1], gaps, chance)
-    return blends or best_gain(CONVERSIONS, found, gaps, chance)
+    found = [each for each in remedies if each.name in ADVISED and _beats(each, usual, gaps, chance)]
+    convertible = [each for each in found if each.blend is not None or each.domains is not None]
+    blends = best_gain(CONVERSIONS, [each for each in convertible if each.blend != 1], gaps, chance)
+    conversion = blends or best_gain(CONVERSIONS, convertible, gaps, chance)
+    plain = best_gain(MICRO_BATCHES, found, gaps, chance)
+    if plain is None or conversion is None:
+        return plain or conversion
+    return conversion if advantage(conversion, plain, gaps, chance) > 1.0 else plain
 
 
 def _beats(one: Remedy, usual: Remedy | None, gaps: Sequence[Gap], chance: Sequence[Chance]) -> bool:
@@ -387,19 +407,27 @@ def _beats(one: Remedy, usual: Remedy | None, gaps: Sequence[Gap], chance: Seque
     return advantage(one, usual, gaps, chance) > 1.0
 
 
-def conversion_arguments(remedy: Remedy) -> str:
-    """What carries it out, after "bnprobe ", but for the layers and the file."""
-    return f"{CONVERSIONS[remedy.name]} --blend {remedy.blend:g}"  # type: ignore[index]
+def arguments_of(remedy: Remedy, scan: Scan) -> str:
+    """What carries out one of ``ADVISED``, after "bnprobe ", but for the layers and the file."""
+    if remedy.name in MICRO_BATCHES:
+        return f"{MICRO_BATCHES[remedy.name]} --batches {scan.batches}"
+    setting = f"--domains {remedy.domains}" if remedy.domains is not None else f"--blend {remedy.blend:g}"
+    return f"{CONVERSIONS[remedy.name]} {setting}"  # type: ignore[index]
 
 
-def by_conversion(facts: Facts) -> str:
-    """The conversion that is surely better without training, a sentence; empty if none is."""
-    found = advised_conversion(facts.remedies, facts.gaps, facts.chance)
-    if found is None:
+def without_training(facts: Facts) -> str:
+    """What is advised without training, a sentence; empty if nothing is."""
+    found = advised(facts.remedies, facts.gaps, facts.chance)
+    if found is None or facts.scan is None:
         return ""
+    what = "let every sample's own statistics take part at inference too"
+    if found.domains is not None:
+        what = "give every domain statistics of its own"
+    if found.name in MICRO_BATCHES:
+        what = "take the running statistics of batches as in training"
     return (
-        "Without training, let every sample's own statistics take part at inference too (bnprobe"
-        f" {conversion_arguments(found)}), which is surely better on {found.scored_on} data."
+        f"Without training, {what} (bnprobe {arguments_of(found, facts.scan)}), which is surely better on"
+        f" {found.scored_on} data."
     )
 
 

@@ -136,6 +136,7 @@ class Facts:
         randomness: What draws random numbers at inference, where two passes differ.
         averaged: Why the weights are taken to be an average of those of many steps, a clause.
         averaged_beside: That the weights file also holds averaged weights, a clause.
+        undone: By name of a layer that is plain BN, what its checkpoint shows it to be converted to.
         called: Names of the layers that the forward pass called; None without data.
         samples_alone: Names of the layers that are called once for every sample of a batch.
         batch_at_inference: Layers with running statistics that normalize with batch statistics in eval mode, and
@@ -163,6 +164,7 @@ class Facts:
     randomness: Randomness | None = None
     averaged: str | None = None
     averaged_beside: str | None = None
+    undone: Mapping[str, str] = field(default_factory=dict)
     called: frozenset[str] | None = None
     samples_alone: frozenset[str] = frozenset()
     batch_at_inference: Mapping[str, bool] = field(default_factory=dict)

@@ -37,9 +37,10 @@ class SharedDomains(Rule):
 
     Remedy:
         Give each domain its own BN layer (other layers stay shared), or call the layer once on all domains together, so
-        that training mixes them too; then continue training. Without training, every sample's own statistics may take
-        part at inference (`bnprobe convert --to example-weighing`, or `--to instance-renorm`): a scan tries both, and
-        names what is surely better on held-out data.
+        that training mixes them too; then continue training. Without training, every domain may have statistics of its own
+        (`bnprobe convert --to per-domain`; your code says the domain, `with bnprobe.nn.domain(index):`), or every
+        sample's own statistics may take part at inference (`--to example-weighing`, or `--to instance-renorm`): a scan
+        tries all of them, and names what is surely better on held-out data.
 
     Reference:
         Wu and Johnson 2021, arXiv 2105.07576, section 5 (batch from different domains). Chang et al. 2019, arXiv
@@ -58,7 +59,7 @@ class SharedDomains(Rule):
         "Give each domain its own BN layer, or pass all domains through the layer in one call; then continue training."
     )
     accounts_for = ("composition",)
-    also_tried = (*effect.CONVERSIONS, "batch statistics")
+    also_tried = (*effect.ADVISED, "batch statistics")
     upstream_order = 60
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
@@ -85,8 +86,19 @@ class SharedDomains(Rule):
                 f"{calls} significantly from that of all calls (D = {number(apart)}). That is little, but a network can"
                 f" read from the statistics of a call what it holds: {unexplained.words(*effect.STATISTICS)}."
             )
-        remedy = f"{self.remedy} {effect.by_conversion(facts)}".rstrip()
+        remedy = f"{self.remedy} {effect.without_training(facts) or _if_said(facts)}".rstrip()
         return self.failed(layer.name, message, apart, limit, _severity(layer, facts), remedy)
+
+
+def _if_said(facts: Facts) -> str:
+    """What could be done without training if the user's code said what its calls are of, a sentence; else empty."""
+    found = effect.tried(facts.remedies, "statistics per call")
+    if found is None or found.domains is not None or not effect.gain(facts, "statistics per call").is_sure_gain:
+        return ""
+    return (
+        f"Without training, statistics of its own for every call are surely better on {found.scored_on} data: say in the"
+        " model what a call is of (with bnprobe.nn.domain(index):), and scan again."
+    )
 
 
 def _severity(layer: Layer, facts: Facts) -> Severity:

@@ -55,7 +55,7 @@ class SingleImage(Rule):
     )
     accounts_for = ("small_batch", "composition")
     upstream_order = 110
-    also_tried = tuple(effect.CONVERSIONS)
+    also_tried = effect.ADVISED
     commands = ("convert --to frozen --finetune",)
 
     def check(self, facts: Facts) -> Iterator[Verdict]:
@@ -100,7 +100,7 @@ def _remedy(usual: str, facts: Facts) -> str:
     Running statistics that need no mending and beat those of single samples are those of larger batches, on which the
     weights were trained.
     """
-    if converted := effect.by_conversion(facts):
+    if converted := effect.without_training(facts):
         return f"{converted} Or {usual[0].lower()}{usual[1:]}"
     better = effect.inconsistency(facts.gaps, facts.chance).standing == "better"
     if not better or not effect.gain(facts, "recalibrated").is_no_gain:

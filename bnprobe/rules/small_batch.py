@@ -70,7 +70,7 @@ class SmallBatch(ShareRule):
     follows_from = (Link("single_value"), Link("single_image"), Link("shared_domains", _is_mostly_composition))
     upstream_order = 120
     larger_batches = True
-    also_tried = (*effect.CONVERSIONS, "batch statistics")
+    also_tried = (*effect.ADVISED, "batch statistics")
     commands = ("convert --to frozen --finetune",)
 
     def explain(self, layer: Layer, facts: Facts) -> str:
@@ -91,7 +91,7 @@ class SmallBatch(ShareRule):
         """Statistics of every sample are only named where they were tried, and are surely better."""
         largest = _largest_without_effect(facts)
         usual = self.remedy if largest is None else _beyond_batches(largest)
-        return f"{effect.by_conversion(facts)} {usual}".lstrip()
+        return f"{effect.without_training(facts)} {usual}".lstrip()
 
     def without_share(self, layer: Layer, facts: Facts) -> Verdict:
         """Where there are so few values that not even i.i.d. data would be within the limit, this is the cause."""

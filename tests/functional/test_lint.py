@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import bnprobe
 from bnprobe.rules import RULES
 from functional.command import CLEAN, ERROR, FINDINGS, MODEL, NOTHING, Workspace
 
@@ -216,8 +218,8 @@ def test_which_weights_were_judged_is_said(workspace: Workspace) -> None:
 
 def test_a_wrong_code_is_said_before_anything_is_loaded(workspace: Workspace) -> None:
     workspace.write("model.py", "raise RuntimeError('loaded')")
-    assert workspace.run("lint", "model.py", "--select", "BN21,BN8").error() == (
-        'There is no rule "BN8", and no code begins with it; the nearest code is BN208. `bnprobe explain` lists all'
+    assert workspace.run("lint", "model.py", "--select", "BN21,BN9").error() == (
+        'There is no rule "BN9", and no code begins with it; the nearest code is BN209. `bnprobe explain` lists all'
         " rules."
     )
     assert "can judge a model without data" in workspace.run("lint", "model.py", "--select", "BN2").error()
@@ -261,3 +263,44 @@ def test_what_cannot_be_judged_has_a_reason(workspace: Workspace) -> None:
     )
     found = workspace.run("lint", "model.py")
     assert "not judged: 1 (MyNorm): unknown norm-like module MyNorm\n" in found.stdout
+
+
+UNDONE = """\
+import bnprobe
+import torch
+from torch import nn
+
+
+def plain():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+
+
+def converted():
+    return bnprobe.convert(plain(), ["1"], to="per-domain")
+
+
+def synchronized():
+    return nn.SyncBatchNorm.convert_sync_batchnorm(plain())
+"""
+
+
+def test_weights_of_converted_layers_in_a_model_without_them(workspace: Workspace) -> None:
+    workspace.write("model.py", UNDONE)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    models = {"plain": plain, "converted": bnprobe.convert(plain, ["1"], to="per-domain")}
+    for name, model in models.items():
+        torch.save(model.state_dict(), workspace.folder / f"{name}.pt")
+    for name in ("synchronized", "converted"):
+        workspace.write(f"{name}.yaml", f"model: {{target: 'model.py:{name}'}}\ncheckpoint: {{strict: false}}\n")
+    found = workspace.run("lint", "synchronized.yaml", "--checkpoint", "converted.pt", "--select", "BN108")
+    assert found.code == FINDINGS
+    assert (
+        "BN108 error 1: The checkpoint has tensors of a layer converted to per-domain, but the layer is SyncBatchNorm:"
+        " it gives other outputs."
+    ) in found.stdout
+    assert workspace.run("lint", "converted.yaml", "--checkpoint", "converted.pt", "--select", "BN108").code == CLEAN
+    error = workspace.run("lint", "model.py:synchronized", "--checkpoint", "converted.pt").error()
+    assert "1 was converted to per-domain where the file was saved, and is not in this model. Convert it" in error
+    error = workspace.run("lint", "converted.yaml", "--checkpoint", "plain.pt").error()
+    assert "Missing (3): 1.domain_mean, 1.domain_var, 1.domain_batches." in error
+    assert "1 is converted to per-domain in the model, and was not where the file was saved" in error

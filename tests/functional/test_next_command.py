@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -107,3 +108,18 @@ def printed(text: str) -> list[str]:
     lines = text.rstrip().splitlines()
     start = max(number for number, line in enumerate(lines) if line.startswith("    bnprobe "))
     return shlex.split("\n".join(lines[start:]).replace("\\\n", " "))
+
+
+def test_statistics_of_micro_batches_are_those_that_a_scan_tries(workspace: Workspace) -> None:
+    """Sorted samples: what lies between batches is much of the variance, and an average leaves it out."""
+    workspace.write("model.py", MODEL + SORTED + LOSS + HELD_OUT)
+    where = ("model.py", "--batch-size", "4")
+    report = json.loads(workspace.run("scan", *where, "--what-if", "--format", "json").stdout)
+    row = next(each for each in report["remedies"] if each["name"] == "micro-batch statistics, averaged")
+    how = ("--path", "micro-batch-averaged", "--batches", str(report["scan"]["batches"]))
+    workspace.run("recalibrate", *where, *how, "-o", "out.safetensors", "--force")
+    arms = json.loads((workspace.folder / "out.record.json").read_text())["proof"]["arms"]
+    scores = {arm["name"]: arm["runs"][0]["score"]["loss"] for arm in arms}
+    assert scores["as is"] == pytest.approx(row["before"]["loss"], rel=1e-5)
+    assert scores["recalibrated"] == pytest.approx(row["after"]["loss"], rel=1e-3)
+    assert scores["recalibrated"] != pytest.approx(scores["as is"], rel=1e-2)

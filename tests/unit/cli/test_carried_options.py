@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
 
 from bnprobe.cli.app import app
 from bnprobe.cli.options import DATA, MODEL
+from bnprobe.config import PathChoice
 from bnprobe.config.targets import TARGETS
 from bnprobe.records import FreeRemedy, Remedy, Score
 from bnprobe.report.next_step import CARRIED, EXPORTED, FLAGS
 from bnprobe.rules import RULES, effect
+from unit.report import fabricated_causes as causes
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -60,9 +63,12 @@ def test_the_command_of_a_rule_is_named_by_one_of_its_remedies_and_exists(rule: 
         assert all(word in options for word in words if word.startswith("--"))
 
 
-@pytest.mark.parametrize("name", effect.CONVERSIONS)
-def test_the_command_of_a_conversion_exists(name: FreeRemedy) -> None:
+@pytest.mark.parametrize("name", effect.ADVISED)
+def test_the_command_of_what_is_advised_exists(name: FreeRemedy) -> None:
     remedy = Remedy(name, (), Score(None, 0.4), Score(None, 0.9), None, 8, "", blend=0.5)
-    command, to, target, *blend = effect.conversion_arguments(remedy).split()
-    assert {to, blend[0]} <= options_of(command).keys()
-    assert "blend" in TARGETS[target].settings
+    command, option, value, *setting = effect.arguments_of(remedy, causes.lag().scan).split()
+    assert {option, setting[0]} <= options_of(command).keys()
+    if command == "convert":
+        assert "blend" in TARGETS[value].settings
+    else:
+        assert value in get_args(PathChoice)

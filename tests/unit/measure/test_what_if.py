@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from bnprobe.measure.population import Population, steady_population
 from bnprobe.measure.restore import untouched
 from bnprobe.measure.session import UserFunctions
 from bnprobe.measure.what_if import WEIGHTS, MicroBatchStatistics, what_if
+from bnprobe.nn import domain
 from bnprobe.records import Remedy, Score
+from bnprobe.repairs.domains import recalibrate_domains
 from support.fingerprint import fingerprint
 from support.networks import Dense, Flat, MinibatchStd, Residual, Siamese, images, unsettled
 from support.running import REAL, norms, running, twin_of
@@ -228,7 +231,43 @@ def test_statistics_of_micro_batches_are_tried_where_they_are_unlike_the_others(
     twin = twin_of(model)
     for norm in norms(twin):
         norm.running_var *= 9
-    assert found(3.0, 9.0)[names[0]].after == close(scored(twin, evaluation[::2]))
+    assert found(3.0, 9.0)[names[0]].after == close(scored(twin, evaluation))
+
+
+class TwoKinds(nn.Module):
+    """One layer for two kinds of data, and another for both."""
+
+    def __init__(self, said: bool) -> None:
+        super().__init__()
+        self.bn, self.conv, self.last, self.head = (
+            nn.BatchNorm2d(3),
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Linear(4, 2),
+        )
+        self.said = said
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = []
+        for kind, values in enumerate((x, 3 * x + 2)):
+            with domain(kind) if self.said else nullcontext():
+                both.append(self.bn(values))
+        return self.head(self.last(self.conv(both[0] * both[1])).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_calls_on_different_data_get_statistics_of_their_own(said: bool) -> None:
+    """What ``bnprobe convert --to per-domain`` gives, which takes that the domains are said."""
+    model, training, evaluation = unsettled(TwoKinds(said)), labelled(10, 3, 6, 6), labelled(8, 3, 6, 6, seed=5)
+    remedy = remedies(model, training, evaluation)["statistics per call"]
+    start = recalibrated(model, training) if remedy.recalibrated else twin_of(model)
+    start.said = True
+    converted = bnprobe.convert(start, ["bn"], to="per-domain", domains=2).eval()
+    recalibrate_domains(converted, training, forward, torch.device("cpu"))
+    assert remedy.after == close(scored(converted, evaluation[::2]))
+    assert (remedy.layers, remedy.domains) == (("bn",), 2 if said else None)
+    assert remedy.detail.startswith("each domain" if said else "each call")
+    assert "statistics per call" not in remedies(unsettled(Residual()), training, evaluation)
 
 
 def test_the_change_of_the_loss_is_paired_by_sample_with_its_interval() -> None:

@@ -71,6 +71,23 @@ def test_conversion_to_plain_sync_bn_is_refused(layer: Callable[[], nn.Module]) 
     assert net[1].eps == 1e-5  # others may read it
 
 
+def convert_syncbn_model(module: nn.Module) -> nn.Module:
+    """What apex.parallel does with every BN layer."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return nn.SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
+    for name, child in module.named_children():
+        module.add_module(name, convert_syncbn_model(child))
+    return module
+
+
+@every_layer
+def test_so_is_that_of_other_packages(layer: Callable[[], nn.Module]) -> None:
+    net = _net(layer)
+    with pytest.raises(UsageError, match=r"^convert_syncbn_model would turn \w+ into plain BN"):
+        convert_syncbn_model(net)
+    assert type(net[1]) is type(layer())
+
+
 @every_layer
 def test_folding_into_a_convolution_is_right_or_refused(layer: Callable[[], nn.Module]) -> None:
     net, x = _net(layer).eval(), torch.randn(2, 3, 6, 6)

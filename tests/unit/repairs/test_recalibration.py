@@ -580,3 +580,21 @@ def test_torch_loses_the_momentum_where_the_loader_raises() -> None:
     with pytest.raises(OSError, match="disk gone"):
         update_bn(raising(BATCHES, OSError("disk gone")), model)
     assert [norm.momentum for norm in norms(model)] == [None, None]
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_micro_batches_normalize_as_in_training(averaged: bool) -> None:
+    """Two layers, so that the second one sees what the first one makes of each batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    batches = [torch.randn(size, 3).double() * scale + scale for size, scale in ((4, 1.0), (4, 3.0), (2, 0.5))]
+    twin = copy.deepcopy(model)
+    bnprobe.recalibrate(model, batches, path="micro-batch-averaged" if averaged else "micro-batch-pooled")
+    with torch.no_grad():
+        for norm, seen in ((0, batches), (2, [twin[1](twin[0].train()(batch)) for batch in batches])):
+            everything = torch.cat(seen)
+            torch.testing.assert_close(model[norm].running_mean, everything.mean(0))
+            variance = everything.var(0)
+            if averaged:
+                variance = sum(len(batch) * batch.var(0, correction=0) for batch in seen) / len(everything)
+            torch.testing.assert_close(model[norm].running_var, variance)

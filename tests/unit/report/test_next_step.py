@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bnprobe.records import FROZEN, Estimate, Gap, Remedy, Report, Score
 from bnprobe.report.diagnoses import closing as verdict
-from bnprobe.report.next_step import converting_step, with_options
+from bnprobe.report.next_step import advised_step, with_options
 from bnprobe.report.page import RenderOptions, broken
 from bnprobe.report.scan import render
 from bnprobe.rules import RULES
@@ -337,13 +337,13 @@ def test_a_conversion_that_surely_helps_is_a_whole_command() -> None:
     tried = Remedy(
         "example weighing", names, Score(None, 0.4), Score(None, 0.8), None, 60, "", None, change, blend=0.25
     )
-    step = converting_step(replace(report, remedies=(tried,)), "bnprobe scan spec.yaml --what-if --batch-size 2")
+    step = advised_step(replace(report, remedies=(tried,)), "bnprobe scan spec.yaml --what-if --batch-size 2")
     assert step is not None
     assert step.command is not None
     start = "bnprobe convert spec.yaml --batch-size 2 --to example-weighing --blend 0.25"
     assert step.command.startswith(f"{start} --layers '*' -o ")
-    some = converting_step(replace(report, remedies=(replace(tried, layers=names[:1]),)), "bnprobe scan spec.yaml")
+    some = advised_step(replace(report, remedies=(replace(tried, layers=names[:1]),)), "bnprobe scan spec.yaml")
     assert some is not None
     assert f"--blend 0.25 --layers {names[0]} -o " in (some.command or "")
     unsure = replace(tried, metric_change=Estimate(0.4, (-0.1, 0.9)))
-    assert converting_step(replace(report, remedies=(unsure,)), "bnprobe scan spec.yaml") is None
+    assert advised_step(replace(report, remedies=(unsure,)), "bnprobe scan spec.yaml") is None
