@@ -55,6 +55,7 @@ _HALF = slice(None, None, 2)
 
 _PASS = "a pass over the data"
 _OF_SAMPLES = "the moments of every sample at inference, and weights that plain BN cannot use"
+_OF_CALLS = "a pass over the data, and weights that plain BN cannot use"
 _OF_BATCHES = "outputs that depend on the other samples of the batch"
 
 Kind = tuple[Literal["call", "domain"], int]
@@ -131,8 +132,9 @@ def what_if(
       different batches may be mixed. Loss and metric see these larger batches, and a metric may not be a mean over
       samples: the control is the model as loaded, scored in batches of the same size.
 
-    Instance renorm, example weighing and statistics per call are conversions: ``bnprobe convert`` recalibrates first unless that is surely
-    worse. So do these, and so does their control. They are tried where all layers concerned derive from torch's BN.
+    Instance renorm, example weighing and statistics per call are conversions: ``bnprobe convert`` recalibrates first
+    unless that is surely worse. So do these, and so does their control. They are tried where all layers concerned
+    derive from torch's BN.
 
     The layers concerned are those that are selected, keep running statistics and, but for the frozen ones, update them
     in training. Population statistics are pooled over all samples, their variance is unbiased, like that of the
@@ -491,7 +493,7 @@ class _Trial:
         detail = f"each {what} with the statistics of its own data, of {_samples(training)} training samples"
         remedy = self.half._remedy(_PER_CALL, shared, before.part(_HALF), after, control.part(_HALF), detail)
         number = max(domains) + 1 if known else None
-        return replace(remedy, recalibrated=statistics is not None, domains=number, cost=_PASS)
+        return replace(remedy, recalibrated=statistics is not None, domains=number, cost=_OF_CALLS)
 
     def of_micro_batches(self, layers: frozenset[int], found: MicroBatchStatistics, before: ScoreTable) -> None:
         """Statistics of micro-batches, those that are unlike all that were tried before."""

@@ -37,8 +37,8 @@ class SharedDomains(Rule):
 
     Remedy:
         Give each domain its own BN layer (other layers stay shared), or call the layer once on all domains together, so
-        that training mixes them too; then continue training. Without training, every domain may have statistics of its own
-        (`bnprobe convert --to per-domain`; your code says the domain, `with bnprobe.nn.domain(index):`), or every
+        that training mixes them too; then continue training. Without training, every domain may have statistics of its
+        own (`bnprobe convert --to per-domain`; your code says the domain, `with bnprobe.nn.domain(index):`), or every
         sample's own statistics may take part at inference (`--to example-weighing`, or `--to instance-renorm`): a scan
         tries all of them, and names what is surely better on held-out data.
 
@@ -96,8 +96,8 @@ def _if_said(facts: Facts) -> str:
     if found is None or found.domains is not None or not effect.gain(facts, "statistics per call").is_sure_gain:
         return ""
     return (
-        f"Without training, statistics of its own for every call are surely better on {found.scored_on} data: say in the"
-        " model what a call is of (with bnprobe.nn.domain(index):), and scan again."
+        f"Without training, statistics of its own for every call are surely better on {found.scored_on} data: say in"
+        " the model what a call is of (with bnprobe.nn.domain(index):), and scan again."
     )
 
 

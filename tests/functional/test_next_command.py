@@ -123,3 +123,83 @@ def test_statistics_of_micro_batches_are_those_that_a_scan_tries(workspace: Work
     assert scores["as is"] == pytest.approx(row["before"]["loss"], rel=1e-5)
     assert scores["recalibrated"] == pytest.approx(row["after"]["loss"], rel=1e-3)
     assert scores["recalibrated"] != pytest.approx(scores["as is"], rel=1e-2)
+
+
+KINDS = '''\
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bnprobe
+
+
+class Net(nn.Module):
+    """A perfect network gives what it gets, whatever the camera makes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(2, affine=False)
+
+    def forward(self, x):
+        seen = []
+        for camera, values in enumerate((x, 4 - 3 * x)):
+            with bnprobe.nn.domain(camera):
+                seen.append(self.bn(values))
+        return seen
+
+
+def load_model():
+    net = Net()
+    net.bn.running_mean.fill_(2.0)
+    net.bn.running_var.fill_(9.0)
+    return net
+
+
+def images(seed):
+    chance = torch.Generator().manual_seed(seed)
+    each = torch.randn(120, 2, 1, 1, generator=chance) * 0.8
+    return torch.randn(120, 2, 4, 4, generator=chance) * 0.6 + each
+
+
+def load_data(batch_size):
+    return DataLoader(TensorDataset(images(0)), batch_size, shuffle=True)
+
+
+def load_eval_data(batch_size):
+    return DataLoader(TensorDataset(images(1)), batch_size)
+
+
+def loss(model, batch):
+    one, other = model(batch[0])
+    return (one - batch[0]).square().mean() + (other + batch[0]).square().mean()
+'''
+EACH = KINDS.replace("(other + batch[0])", "(other + own(batch[0]))").replace(
+    "(one - batch[0])", "(one - own(batch[0]))"
+)
+EACH += """
+
+def own(x):
+    return (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True)
+"""
+)
+
+
+@pytest.mark.parametrize(("text", "to"), [(KINDS, "per-domain"), (EACH, "instance-renorm")])
+def test_the_command_of_a_conversion_gives_the_figure_that_the_scan_gave(
+    workspace: Workspace, text: str, to: str
+) -> None:
+    """Where both take statistics of the same samples: a scan takes them of 512, the command of more."""
+    workspace.write("model.py", text)
+    found = workspace.run("scan", "model.py", "--batch-size", "8", "--seed", "3", "--all")
+    command = printed(found.stdout)
+    assert command[command.index("--to") + 1] == to
+    assert workspace.run(*command[1:]).code == CLEAN
+    report = json.loads((workspace.folder / "repaired.before.json").read_text())
+    record = json.loads((workspace.folder / "repaired.record.json").read_text())
+    name = {"per-domain": "statistics per call"}.get(to, to.replace("-", " "))
+    row = next(each for each in report["remedies"] if each["name"] == name)
+    losses = {arm["name"]: arm["runs"][0]["score"]["loss"] for arm in record["proof"]["arms"]}
+    assert record["proof"]["images_proving"] == row["images"] == 64
+    assert losses["as is"] == pytest.approx(row["before"]["loss"], rel=1e-4)
+    assert losses[to] == pytest.approx(row["after"]["loss"], rel=1e-4)
+    assert losses[to] < 0.5 * losses["as is"]
