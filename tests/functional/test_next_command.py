@@ -173,10 +173,9 @@ def loss(model, batch):
     one, other = model(batch[0])
     return (one - batch[0]).square().mean() + (other + batch[0]).square().mean()
 '''
-EACH = KINDS.replace("(other + batch[0])", "(other + own(batch[0]))").replace(
-    "(one - batch[0])", "(one - own(batch[0]))"
-)
-EACH += """
+EACH = (
+    KINDS.replace("(one - batch[0])", "(one - own(batch[0]))").replace("(other + batch[0])", "(other + own(batch[0]))")
+    + """
 
 def own(x):
     return (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True)
