@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,8 @@ from bnprobe.stats.moments import Moments, bessel, pool_moments, row_moments, st
 Slot = tuple[int, int]
 """(index of the layer, index of its call within one forward pass)."""
 
-LayerStatistics = Mapping[int | Slot, tuple[Tensor, Tensor]]
-"""Mean and variance, each of shape (channels,), by index of the layer, or by call, which comes first."""
+LayerStatistics = Mapping[Any, tuple[Tensor, Tensor]]
+"""Mean and variance, each of shape (channels,), by index of the layer, or by ``Slot``, which comes first."""
 
 
 class RowLayout(enum.Enum):

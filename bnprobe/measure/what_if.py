@@ -478,7 +478,7 @@ class _Trial:
             for slot, record in pass_.records.items():
                 if slot[0] in shared:
                     domain = pass_.domains[slot]
-                    kind = ("call", slot[1]) if domain is None else ("domain", domain)
+                    kind: Kind = ("call", slot[1]) if domain is None else ("domain", domain)
                     if kinds.setdefault(slot, kind) != kind:
                         raise CannotEmulateError("a call is of one domain in one batch and of another in the next")
                     populations.setdefault(kind, Population()).add({slot: record}, len(batches))

@@ -16,7 +16,7 @@ from bnprobe.config.targets import TARGETS
 from bnprobe.records import FreeRemedy, Remedy, Score
 from bnprobe.report.next_step import CARRIED, EXPORTED, FLAGS
 from bnprobe.rules import RULES, effect
-from unit.report import fabricated_causes as causes
+from bnprobe.testing import make_scan
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -67,7 +67,7 @@ def test_the_command_of_a_rule_is_named_by_one_of_its_remedies_and_exists(rule: 
 def test_the_command_of_what_is_advised_exists(name: FreeRemedy) -> None:
     how = {"domains": 2} if name == "statistics per call" else {"blend": 0.5}
     remedy = Remedy(name, (), Score(None, 0.4), Score(None, 0.9), None, 8, "", **how)  # type: ignore[arg-type]
-    command, option, value, *setting = effect.arguments_of(remedy, causes.lag().scan).split()
+    command, option, value, *setting = effect.arguments_of(remedy, make_scan()).split()
     assert {option, setting[0]} <= options_of(command).keys()
     if command == "convert":
         assert set(how) <= set(TARGETS[value].settings)
