@@ -18,7 +18,7 @@ from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.session import Progress, device_named, no_progress
 from bnprobe.records import SCHEMA_VERSION, RepairRecord, Report, Tool
 from bnprobe.repairs import left_out, on_host
-from bnprobe.repairs.recalibration import Compared, recalibrate_compared
+from bnprobe.repairs.recalibration_compared import Compared, recalibrate_compared
 
 
 @dataclass(frozen=True)
