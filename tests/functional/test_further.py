@@ -33,7 +33,7 @@ def test_what_if_tries_the_free_remedies_on_held_out_images(workspace: Workspace
         "batch statistics, batches of 4",
     }
     halved = {remedy["name"]: remedy["images"] for remedy in report["remedies"] if remedy["images"] != 32}
-    weighed = {"instance renorm", "example weighing", "micro-batch statistics, pooled"}
+    weighed = {"instance renorm", "example weighing"}
     assert halved == dict.fromkeys(weighed, 16)  # the others choose; of the rest all, at each batch size
     weighing = found["example weighing"]
     assert weighing["control"]["metric"] + 0.2 < weighing["after"]["metric"]

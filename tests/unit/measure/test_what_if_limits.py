@@ -177,13 +177,9 @@ def test_where_micro_batches_cannot_run_together_every_trial_runs_them_one_by_on
     assert report.scan.emulation.startswith("The layer late receives 6 rows from 16 samples")
     assert report.scan.notes == ()  # no trial was left out
     names = ["recalibrated", "evaluation statistics", "batch statistics"]
-    halved = [
-        "instance renorm",
-        "example weighing",
-        "micro-batch statistics, pooled",
-        "micro-batch statistics, averaged",
-    ]
-    expected = [(name, 48) for name in names] + [(name, 24) for name in halved]
+    halved = ["instance renorm", "example weighing"]
+    whole = ["micro-batch statistics, pooled", "micro-batch statistics, averaged"]
+    expected = [*((name, 48) for name in names), *((name, 24) for name in halved), *((name, 48) for name in whole)]
     assert [(remedy.name, remedy.images) for remedy in report.remedies] == expected
 
 
