@@ -16,7 +16,7 @@ from bnprobe.config.load import build_spec
 from bnprobe.config.spec import OptimizerSpec, ScheduleSpec, Spec, TrainSpec
 from bnprobe.loading.workload import load_workload
 from bnprobe.measure.scores import ScoreTable
-from bnprobe.measure.what_if import WEIGHTS
+from bnprobe.measure.trial import WEIGHTS
 from bnprobe.repairs import apply
 
 FOLDER = Path(__file__).parents[2] / "sample_configs" / "digits"

@@ -35,7 +35,8 @@ from bnprobe.measure.gradients import measure_gradients
 from bnprobe.measure.impact import SAMPLES, joint_impact, measure_impact
 from bnprobe.measure.session import Session
 from bnprobe.measure.train_steps import MakeOptimizer, train_steps
-from bnprobe.measure.what_if import MicroBatchStatistics, what_if
+from bnprobe.measure.trial import MicroBatchStatistics
+from bnprobe.measure.what_if import what_if
 from bnprobe.records import Backward, Chance, ExtraPass, GradientAngle, Impact, Layer, Remedy, Updates
 from bnprobe.rules.facts import Anatomy, OtherEps, Padding, Randomness
 
@@ -229,12 +230,21 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
         return
     asked, batching = bool(settings.what_if), evidence.batching
     reason = "asked for" if asked else "to try remedies before they are advised"
-    options: dict[str, Any] = {"scored_on": data, "larger": asked}
     started = time.perf_counter()
-    options |= {"goal": settings.goal, "goal_is_known": settings.goal_is_known}
-    # Without held-out data those of the scan are of the samples that are scored, too.
-    options["micro_batch"] = None if held_out is None else micro_batch_statistics(session, evidence)
-    tried = what_if(session, training, scored, batching, scoring, seconds=None if asked else TRIAL_SECONDS, **options)
+    tried = what_if(
+        session,
+        training,
+        scored,
+        batching,
+        scoring,
+        goal=settings.goal,
+        goal_is_known=settings.goal_is_known,
+        scored_on=data,
+        larger=asked,
+        seconds=None if asked else TRIAL_SECONDS,
+        # Without held-out data those of the scan are of the samples that are scored, too.
+        micro_batch=None if held_out is None else micro_batch_statistics(session, evidence),
+    )
     found.remedies, found.frozen_lag = tried.remedies, tried.frozen
     found.notes += tried.untried
     found.passes.append(ExtraPass("what-if", reason, tried.samples, time.perf_counter() - started))

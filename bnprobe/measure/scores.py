@@ -264,8 +264,8 @@ def score_batches(
         room = {measure: table.room(measure, path) for measure in MEASURES}
         table.add(score_outputs(session, path, batches, outputs, size, room))
 
-    how: dict[str, Any] = {"by_batch": by_batch, "statistics": statistics, "blend": blend, "group": group}
-    run_together(session, path, micro_batches, batching, score, **how)
+    given = (session, path, micro_batches, batching, score)
+    run_together(*given, by_batch=by_batch, statistics=statistics, blend=blend, group=group)
     return table
 
 

@@ -20,7 +20,8 @@ from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.population import Population, steady_population
 from bnprobe.measure.restore import untouched
 from bnprobe.measure.session import UserFunctions
-from bnprobe.measure.what_if import WEIGHTS, MicroBatchStatistics, what_if
+from bnprobe.measure.trial import WEIGHTS, MicroBatchStatistics
+from bnprobe.measure.what_if import what_if
 from bnprobe.nn import domain
 from bnprobe.records import Remedy, Score
 from bnprobe.repairs.domains import recalibrate_domains
