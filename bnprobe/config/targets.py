@@ -38,7 +38,7 @@ class Target:
         needs_domains: Whether its layers must be told of which domain their data is, by ``bnprobe.nn.domain``.
         unflagged_remark: What a reader should know if the repaired model has no flagged layer, a sentence.
         at_inference: What its layers normalize with at inference, unless it ``agrees``, a phrase.
-        marks: Tensors of the state_dict that its layers always have and BN has not: a checkpoint is known by them.
+        marks: Tensors of the state_dict that its layers alone have: a checkpoint is known by them.
     """
 
     name: str
@@ -137,10 +137,7 @@ TARGETS: Registry[Target] = Registry(
             advice="small batches, and batches of one kind each if the window holds all kinds",
             deploys=True,
             settings=("window",),
-            marks=(
-                *("batch_means", "batch_vars", "gradient_means", "gradient_products"),
-                *("batches_seen", "gradients_seen"),
-            ),
+            marks=("batch_means", "batch_vars", "gradient_means", "gradient_products", "gradients_seen"),
         ),
         Target(
             name="cross-iteration",
@@ -149,6 +146,7 @@ TARGETS: Registry[Target] = Registry(
             advice="small batches, where each layer stands behind a convolution or linear module of its own",
             deploys=True,
             settings=("window", "burn_in"),
+            marks=("patches", "slopes", "projections", "mean_offsets", "variance_offsets"),
         ),
         Target(
             name="per-domain",

@@ -15,11 +15,11 @@ class UndoneConversion(Rule):
 
     What:
         The names in the checkpoint, against the layers of the model. A layer that was converted to `per-domain`,
-        `gated` or `mabn` has tensors there that BN has not; it fails where the layer of that name is `nn.BatchNorm` or
-        `nn.SyncBatchNorm`. It is an error where plain BN gives other outputs at inference, and a warning where only
-        training would. Without a checkpoint nothing shows what a layer was. Layers of `example-weighing` and
-        `instance-renorm` have the names of BN, too: their files are known by the mark that bnprobe writes into them,
-        and refused where the model has plain BN.
+        `gated`, `mabn` or `cross-iteration` has tensors there that BN has not; it fails where the layer of that name is
+        `nn.BatchNorm` or `nn.SyncBatchNorm`. It is an error where plain BN gives other outputs at inference, and a
+        warning where only training would. Without a checkpoint nothing shows what a layer was. Layers of
+        `example-weighing` and `instance-renorm` have the names of BN, too: their files are known by the mark that
+        bnprobe writes into them, and refused where the model has plain BN.
 
     Why:
         `checkpoint.strict: false` (in torch `strict=False`) leaves out what the model has no place for. A repair can be
