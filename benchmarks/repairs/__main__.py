@@ -39,7 +39,7 @@ def main() -> int:
         return 0
     started = time.perf_counter()
     chapters = {title: [_told(table, started) for table in tables] for title, tables in _chapters(arguments.quick)}
-    report = render(chapters, time.perf_counter() - started)
+    report = render(_without_training(), chapters, time.perf_counter() - started)
     print(report)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -49,9 +49,9 @@ def main() -> int:
     return 0
 
 
-def render(chapters: dict[str, list[Table]], seconds: float) -> str:
+def render(without_training: str, chapters: dict[str, list[Table]], seconds: float) -> str:
     """The whole report."""
-    parts = ["# What repairs give", _circumstances(seconds), _without_training()]
+    parts = ["# What repairs give", _circumstances(seconds), without_training]
     for title, tables in chapters.items():
         parts.append(f"## {title}")
         for table in tables:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.repairs import digits, finetuned, scratch, task
 from benchmarks.repairs.__main__ import render
-from benchmarks.repairs.arms import Table, arm_of, choose, difference, joined, rows, verdict
+from benchmarks.repairs.arms import REPAIRS, Table, arm_of, choose, difference, joined, repairs_for, rows, verdict
 from benchmarks.repairs.task import REGIMES, Regime
 from bnprobe.analysis.comparison import CONTROL, mean_estimate
 from bnprobe.nn import BatchRenorm2d
@@ -47,14 +47,16 @@ def test_training_choosing_and_proving_share_no_digit() -> None:
 @pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.name)
 def test_every_regime_has_the_same_images_in_a_step_and_ten_steps_in_an_epoch(regime: Regime) -> None:
     batches = list(task.loader(regime))
-    assert {len(labels) for _, labels in batches} == {regime.batch_size}
+    assert {len(labels) for _, labels, _ in batches} == {regime.batch_size}
     assert regime.batch_size * regime.accumulate == task.STEP_IMAGES
     assert len(batches) == 10 * regime.accumulate
-    assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [task.TRAINED_PER_CLASS] * task.CLASSES
+    assert (
+        torch.cat([labels for _, labels, _ in batches]).bincount().tolist() == [task.TRAINED_PER_CLASS] * task.CLASSES
+    )
 
 
 def test_only_the_last_regime_sorts_by_class() -> None:
-    alone = [all(len(labels.unique()) == 1 for _, labels in task.loader(regime)) for regime in REGIMES]
+    alone = [all(len(labels.unique()) == 1 for _, labels, _ in task.loader(regime)) for regime in REGIMES]
     assert alone == [False, False, True]
 
 
@@ -63,7 +65,20 @@ def test_training_images_are_jittered_anew_and_held_out_ones_are_not() -> None:
     assert not torch.equal(*(next(iter(loader))[0] for _ in range(2)))
     one, other = (task.held_out(task.parts().proving)[0][0] for _ in range(2))
     assert torch.equal(one, other)
-    assert sum(len(labels) for _, labels in task.held_out(task.parts().proving)) == 1077
+    assert sum(len(labels) for _, labels, _ in task.held_out(task.parts().proving)) == 1077
+
+
+def test_each_batch_is_of_one_camera_of_two_and_the_second_gives_negatives() -> None:
+    batches = list(task.loader(task.TWO_CAMERAS))
+    assert {len(camera.unique()) for _, _, camera in batches} == {1}
+    means = {int(camera[0]): float(images.mean()) for images, _, camera in batches}
+    assert means[0] == pytest.approx(1 - means[1], abs=0.05)
+    assert {len(camera.unique()) for _, _, camera in task.held_out(task.parts().proving, cameras=2)} == {2}
+
+
+def test_arms_that_would_be_plain_bn_are_left_out() -> None:
+    assert set(REPAIRS) - set(repairs_for(4)) == {"ghost", "per-domain"}
+    assert repairs_for(32, domains=2) == list(REPAIRS)
 
 
 def test_a_jittered_image_is_moved_by_one_pixel_at_most_and_little_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,4 +195,4 @@ def test_a_table_names_the_control_and_runs_that_diverged() -> None:
     assert control[4].startswith("0.600 [")
     assert other == ["frozen", "", "2", "0, 1", "not finite", "0.500", "not finite", " (1 diverged)"]
     assert len(heading) == len(control)
-    assert "### title\n\nwords\n\n| arm" in render({"Chapter": [table]}, 1.0)
+    assert "### title\n\nwords\n\n| arm" in render("", {"Chapter": [table]}, 1.0)
