@@ -149,8 +149,8 @@ def check_fit(
     unexpected = [name for name in state if name not in target]
     shapes = _other_shapes(state, target)
     # Without those of its domains a converted layer does not do at inference what it did.
-    own = {mark for target in TARGETS if not target.deploys for mark in target.marks}
-    statistics = [name for name in missing if name.endswith((*_STATISTICS, _COUNTER, *own))]
+    undeployable = [name for name in missing if (made := _target_of(name, target)) and not made.deploys]
+    statistics = undeployable + [name for name in missing if name.endswith((*_STATISTICS, _COUNTER))]
     if shapes or statistics or (strict and (missing or unexpected)):
         raise CheckpointError(_message(path, missing, unexpected, shapes, state, target))
     usable = {name: value for name, value in state.items() if name in target}
@@ -233,16 +233,22 @@ def _explanation(
 ) -> str:
     matched = len(state.keys() & target.keys())
     prefix = _common_prefix(state, target, matched)
-    for name in filter(_target_of, [*missing, *unexpected]):
-        to, layer = getattr(_target_of(name), "name", ""), name.rpartition(".")[0] or ROOT
+    if prefix:
+        return f'Its keys match without the prefix "{prefix}": give --strip-prefix {prefix} (checkpoint.strip_prefix).'
+    for name in (*missing, *unexpected):
+        converted = _target_of(name, state, target)
+        if converted is None:
+            continue
+        to, layer = converted.name, name.rpartition(".")[0] or ROOT
         if name in missing:
-            return f"{layer} is converted to {to} in the model, and was not where the file was saved: load it before."
+            return (
+                f"{layer} is converted to {to} in the model, and was not where the file was saved: load the file before"
+                " you convert."
+            )
         return (
             f"{layer} was converted to {to} where the file was saved, and is not in this model. Convert it in"
             f' load_model(): bnprobe.convert(model, [...], to="{to}").'
         )
-    if prefix:
-        return f'Its keys match without the prefix "{prefix}": give --strip-prefix {prefix} (checkpoint.strip_prefix).'
     if matched < len(target) / 2:
         return "These look like the weights of a different model."
     halves = [name for name in missing if name.endswith(_STATISTICS) and _other_half(name) in state]
@@ -274,21 +280,30 @@ def _explanation(
     )
 
 
-def _target_of(name: str) -> Target | None:
-    """The repair target of whose layers alone a tensor of this name can be."""
-    return next((target for target in TARGETS if name.rpartition(".")[2] in target.marks), None)
+def _target_of(name: str, *states: Mapping[str, Any]) -> Target | None:
+    """The repair target of whose layers alone a tensor of this name can be, beside running statistics in all states.
+
+    A model of the user's may have a parameter of the same name, but not in a norm.
+    """
+    layer, dot, mark = name.rpartition(".")
+    if any(f"{layer}{dot}{_STATISTICS[0]}" not in state for state in states):
+        return None
+    return next((target for target in TARGETS if mark in target.marks), None)
 
 
 def _undone(model: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
     """The layers that the state dict shows to be converted, and that are plain BN in the model; with the target."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    marked = {key.rpartition(".")[0]: target for key in state if (target := _target_of(key)) is not None}
+    marked = {key.rpartition(".")[0]: target for key in state if (target := _target_of(key, state)) is not None}
     return {
         name or ROOT: target.name
         for name, target in marked.items()
-        if isinstance(module := modules.get(name), _BatchNorm)
-        and not any(hasattr(module, mark) for mark in target.marks)
+        if isinstance(module := modules.get(name), _BatchNorm) and not _is_converted(module)
     }
+
+
+def _is_converted(module: _BatchNorm) -> bool:
+    return any(kind.__module__.startswith("bnprobe.nn.") for kind in type(module).__mro__)
 
 
 def _other_half(name: str) -> str:

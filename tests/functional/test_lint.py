@@ -304,3 +304,4 @@ def test_weights_of_converted_layers_in_a_model_without_them(workspace: Workspac
     error = workspace.run("lint", "converted.yaml", "--checkpoint", "plain.pt").error()
     assert "Missing (3): 1.domain_mean, 1.domain_var, 1.domain_batches." in error
     assert "1 is converted to per-domain in the model, and was not where the file was saved" in error
+    assert "load the file before you convert." in error
