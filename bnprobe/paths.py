@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bnprobe.errors import BnprobeError
@@ -18,8 +18,8 @@ from bnprobe.errors import BnprobeError
 WAIT = 5.0
 """Seconds to wait for the other end of a named pipe."""
 
-
 _started: list[Path] = []
+"""Working directories of the blocks of ``from_here``."""
 
 
 @contextmanager
@@ -28,15 +28,13 @@ def from_here() -> Iterator[None]:
 
     Of nested blocks the outermost counts.
     """
-    try:
+    before = list(_started)
+    with suppress(OSError):  # it has been deleted, and no path leads from there
         _started.append(_started[0] if _started else Path.cwd())
-    except OSError:  # it has been deleted, and no path leads from there
-        yield
-        return
     try:
         yield
     finally:
-        _started.pop()
+        _started[:] = before
 
 
 def placed(path: Path) -> Path:

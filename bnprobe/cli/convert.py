@@ -143,7 +143,7 @@ def convert(
     be probed, or training was stopped.
     """
     from bnprobe.config.load import build_spec
-    from bnprobe.config.targets import require_used
+    from bnprobe.config.targets import TARGETS, require_used
     from bnprobe.records import Plan
     from bnprobe.report import renderer
     from bnprobe.report.repair import RepairReport
@@ -154,8 +154,8 @@ def convert(
     if not finetune:
         _refuse_untrained(steps=steps, epochs=epochs, lr=rate, seeds=seeds, resume=resume)
     spec = _with_rate(_with_length(build_spec(target, given), steps, epochs), rate)
-    settings = ("blend", "groups", "virtual_batch_size", "window", "burn_in", "domains")
-    require_used(spec.repair.to, {name: given[f"repair.{name}"] for name in settings}, _as_option)
+    settings = {name: given.get(f"repair.{name}") for each in TARGETS for name in each.settings}
+    require_used(spec.repair.to, settings, _as_option)
     if check or dry_run:
         render = renderer(format_, Plan)
         option = "--check" if check else "--dry-run"

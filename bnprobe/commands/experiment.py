@@ -183,8 +183,8 @@ def make_subject(spec: Spec, workload: Workload, finetune: bool, by_loss: bool =
     start, twin, recalibrated, notes = model, None, tuple[str, ...](), list[str]()
     recalibrated_at_all = spec.repair.recalibrate and not workload.source.synthetic
     recalibrate = _recalibration(spec, workload) if recalibrated_at_all else None
-    # The command may be that of a scan, which has chosen what there is to choose.
-    held_out = HeldOut.of(spec, workload, unchosen=not finetune and spec.repair.to in TRIED_TARGETS)
+    # The blend may be that which a scan has chosen, on the other half of the held-out data.
+    held_out = HeldOut.of(spec, workload, half=not finetune and spec.repair.to in TRIED_TARGETS)
     notes += _few(held_out) if finetune else []
     proving, choosing = held_out.halves() if finetune else (held_out, replace(held_out, batches=()))
     if recalibrate is not None:

@@ -9,5 +9,5 @@ StatisticsPath = Literal["train", "eval", "micro-batch-pooled", "micro-batch-ave
 """What earlier layers normalize with while a layer is recalibrated: the statistics of large batches, new running
 statistics, or the statistics of the micro-batches of training (of which the variance is pooled, or averaged)."""
 
-PathChoice = Literal["auto", "train", "eval", "micro-batch-pooled", "micro-batch-averaged"]
+PathChoice = Literal["auto", StatisticsPath]
 """``auto``: train; where samples cannot be mixed, the path whose statistics score better."""

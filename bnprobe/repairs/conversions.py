@@ -74,26 +74,16 @@ class Conversion(Protocol):
         """The new layer, with the Parameter and buffer objects of ``module``, which stays unchanged."""
 
 
-def conversion_of(target: Target) -> Conversion:
-    """Import the conversion of a target.
+def conversion_of(target: Target, model: nn.Module | None = None) -> Conversion:
+    """Import the conversion of a target, and make it that of the layers of a model if one is given.
 
     Raises:
         RepairError: It cannot be imported.
     """
-    conversion: Conversion = load_code(
-        target.conversion, f'The conversion of the repair target "{target.name}"', RepairError
-    )
-    return conversion
-
-
-def conversion_within(target: Target, model: nn.Module) -> Conversion:
-    """The conversion of a target for the layers of one model.
-
-    Raises:
-        RepairError: It cannot be imported.
-    """
-    conversion: Any = conversion_of(target)
-    found: Conversion = conversion.within(model) if hasattr(conversion, "within") else conversion
+    conversion: Any = load_code(target.conversion, f'The conversion of the repair target "{target.name}"', RepairError)
+    found: Conversion = conversion
+    if model is not None and hasattr(conversion, "within"):
+        found = conversion.within(model)
     return found
 
 

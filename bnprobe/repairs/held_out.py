@@ -61,12 +61,12 @@ class HeldOut:
     samples_in: Callable[[Any], int | None] = count_samples
 
     @classmethod
-    def of(cls, spec: Spec, workload: Workload, unchosen: bool = False) -> HeldOut:
+    def of(cls, spec: Spec, workload: Workload, half: bool = False) -> HeldOut:
         """Read the held-out data of a workload; without any, some of its training data.
 
         Args:
             spec, workload: What to read.
-            unchosen: Only every other micro-batch of the held-out data: those on which a scan chooses nothing.
+            half: Only every other micro-batch of the held-out data: those on which a scan scores conversions.
 
         Held-out data on which loss and metric cannot be computed, as without labels, scores nothing: training data does
         instead, and a note says so.
@@ -86,7 +86,7 @@ class HeldOut:
             source = replace(source, most=few)
         else:
             source, data = workload.held_out, "held-out"
-        batches, notes = _read(spec, source, 2 if unchosen and data == "held-out" else 1)
+        batches, notes = _read(spec, source, 2 if half and data == "held-out" else 1)
         found = cls(batches, *functions, *how, tuple(notes), data, source.samples_in)
         if data == "training":
             return found

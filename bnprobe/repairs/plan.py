@@ -23,7 +23,7 @@ from bnprobe.measure.reach import what_cannot_be_copied
 from bnprobe.measure.restore import preserved_process, undone_if_failed
 from bnprobe.nn.cross_iteration import CrossIterationBatchNorm
 from bnprobe.records import ROOT, Layer, LayerChange, Plan, Refusal, Report
-from bnprobe.repairs.conversions import Conversion, conversion_of, conversion_within
+from bnprobe.repairs.conversions import Conversion, conversion_of
 from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed
 from bnprobe.rules import title_of
 
@@ -75,7 +75,7 @@ def plan(model: nn.Module, wanted: Mapping[str, str], to: str, source: str) -> P
     """
     refuse_wrapped(model)
     target = TARGETS[to]
-    conversion = conversion_within(target, model)
+    conversion = conversion_of(target, model)
     reasons = _by_first_name(model, wanted)
     considered = [
         _considered(found, target, conversion, reasons[found.name])
@@ -114,14 +114,14 @@ def apply(model: nn.Module, plan: Plan, spec: RepairSpec, *, inplace: bool = Fal
     """
     refuse_wrapped(model)
     target = model if inplace else _copy(model)
-    conversion = conversion_within(TARGETS[plan.to], target)
+    conversion = conversion_of(TARGETS[plan.to], target)
     modules = {found.name: found for found in named_once(target)}
     chosen = [_chosen(modules, change, plan.to, conversion) for change in plan.changes]
     # Make every replacement before the model is changed: if one fails, nothing is changed.
     made = [(layer, conversion.replacement(layer, spec), applies_children(layer)) for layer in chosen]
     for layer, new, _ in made:
         if isinstance(layer, CrossIterationBatchNorm) and not isinstance(new, CrossIterationBatchNorm):
-            layer.follow(None)
+            layer.follow(None)  # else its hook would stay on the convolution
     return replace_everywhere(target, {layer: succeed(new, layer, further) for layer, new, further in made})
 
 
@@ -245,7 +245,7 @@ def _considered(found: NamedModule, target: Target, conversion: Conversion, reas
     refusal = _obstacle(layer, conversion)
     if refusal or not isinstance(layer, _BatchNorm):
         return Refusal(found.name, found.kind, refusal or "is not a Batch Normalization layer")
-    # Made without its surroundings, of which nothing is to change.
+    # A layer that is made for the model around it may set hooks there, and a plan changes nothing.
     kind = type(conversion_of(target).replacement(layer, RepairSpec())).__name__
     return LayerChange(found.name, found.aliases, found.kind, kind, reason, conversion.note(layer))
 

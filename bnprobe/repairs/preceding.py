@@ -41,21 +41,24 @@ def preceding(model: nn.Module) -> Preceding:
     found: Preceding = dict.fromkeys(layers, "is not called where torch.fx follows the forward of the model")
     for node, module in modules.items():
         if isinstance(module, _BatchNorm):
-            found[module] = "is called several times in a forward" if calls[module] > 1 else _before(node, modules)
+            found[module] = _before(node, modules, calls)
     return found
 
 
-def _before(node: Any, modules: dict[Any, nn.Module]) -> nn.Module | str:
+def _before(node: Any, modules: dict[Any, nn.Module], calls: Counter[nn.Module]) -> nn.Module | str:
     """The module whose output a call of a layer takes; or why there is none, a clause."""
+    layer = modules[node]
+    assert isinstance(layer, _BatchNorm)  # the caller has looked
+    if calls[layer] > 1:
+        return "is called several times in a forward"
     source: Any = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
     if source not in modules:
         kind = getattr(source, "op", "")
         what = "an input of the model" if kind == "placeholder" else f"what {source} computes"
         return f"normalizes {what}, and not the output of one convolution or linear module"
-    module, layer = modules[source], modules[node]
-    assert isinstance(layer, _BatchNorm)  # the caller has looked
+    module = modules[source]
     name = f"{source.target} ({type(module).__name__})"
-    if list(modules.values()).count(module) > 1:
+    if calls[module] > 1:
         return f"normalizes the output of {name}, which is called several times in a forward"
     if sum(isinstance(modules.get(user), _BatchNorm) for user in source.users) > 1:
         return f"normalizes the output of {name}, as another layer does"

@@ -93,9 +93,8 @@ class _Comparison:
         self.held_out = HeldOut.of(spec, workload)
         self.untracked = bool(untracked(self.model, layers))
         if self.untracked:
-            self.held_out = (
-                self.held_out.one_by_one()
-            )  # as loaded, a sample's output depends on the others of its batch
+            # As loaded, a sample's output depends on the others of its batch.
+            self.held_out = self.held_out.one_by_one()
 
     @property
     def assumes_goal(self) -> bool:
@@ -224,15 +223,13 @@ def _is_new(layer: ProbedLayer) -> bool:
 
 
 def _how(found: Recalibrated, path: StatisticsPath) -> str:
-    way = (
-        "in large batches that use batch statistics"
-        if path == "train" and found.mixed
-        else "in the batches of the data, which use batch statistics"
-        if path == "train"
-        else "layer by layer, using the new statistics of earlier layers"
-        if path == "eval"
-        else "in the batches of the data, which use batch statistics as in training"
-    )
+    way = "in the batches of the data, which use batch statistics"
+    if path == "eval":
+        way = "layer by layer, using the new statistics of earlier layers"
+    elif found.mixed:
+        way = "in large batches that use batch statistics"
+    elif path != "train":
+        way += " as in training"
     return f"The statistics are those of {found.images} samples in {found.batches} batches ({path} path: {way})."
 
 

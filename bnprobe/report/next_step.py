@@ -96,11 +96,12 @@ def advised_step(report: Report, command: str) -> NextStep | None:
     remedy = effect.advised(report.remedies, report.summary.gaps, report.summary.chance)
     if remedy is None or report.scan.synthetic:
         return None
-    converts = remedy.name in effect.CONVERSIONS
+    why, all_layers = _OF_MICRO_BATCHES, list[str]()  # recalibrate takes all without an option
+    if remedy.name in effect.CONVERSIONS:
+        why, all_layers = _WITHOUT_TRAINING, ["*"]
     # It was tried in all these layers together.
     everywhere = {layer.name for layer in report.layers} == set(remedy.layers) and not report.skipped
-    layers = remedy.layers if not everywhere else ["*"] if converts else []
-    why = _WITHOUT_TRAINING if converts else _OF_MICRO_BATCHES
+    layers = all_layers if everywhere else remedy.layers
     return NextStep(why, _whole(effect.arguments_of(remedy, report.scan), layers, report, command))
 
 

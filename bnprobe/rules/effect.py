@@ -87,25 +87,24 @@ SMALLEST = 1e-12
 """Keeps the floor of a loss of 0 above 0."""
 
 CONVERSIONS: dict[FreeRemedy, str] = {
-    "example weighing": "convert --to example-weighing",
-    "instance renorm": "convert --to instance-renorm",
-    "instance statistics": "convert --to instance-renorm",
-    "statistics per call": "convert --to per-domain",
+    "example weighing": "example-weighing",
+    "instance renorm": "instance-renorm",
+    "instance statistics": "instance-renorm",
+    "statistics per call": "per-domain",
 }
-"""Remedies without training for which layers are converted, and the commands that do so, after "bnprobe " and but for
-the blend or the number of domains."""
+"""Remedies without training for which layers are converted, and the repair targets."""
 
-TRIED_TARGETS = frozenset(command.split()[-1] for command in CONVERSIONS.values())
+TRIED_TARGETS = frozenset(CONVERSIONS.values())
 """The repair targets that a scan tries without training, on the half of the held-out data that chooses nothing."""
 
 COMMANDS: dict[FreeRemedy, str] = {"recalibrated": "recalibrate", WITH_FROZEN: "recalibrate --include-frozen"}
 """The commands that take running statistics anew, after "bnprobe "."""
 
 MICRO_BATCHES: dict[FreeRemedy, str] = {
-    "micro-batch statistics, averaged": "recalibrate --path micro-batch-averaged",
-    "micro-batch statistics, pooled": "recalibrate --path micro-batch-pooled",
+    "micro-batch statistics, averaged": "micro-batch-averaged",
+    "micro-batch statistics, pooled": "micro-batch-pooled",
 }
-"""Those that take them of batches as in training, but for how many."""
+"""Running statistics of batches as in training, and the paths of ``bnprobe recalibrate`` that take them."""
 
 ADVISED: tuple[FreeRemedy, ...] = (*CONVERSIONS, *MICRO_BATCHES)
 """Remedies of which a report advises at most one."""
@@ -410,9 +409,9 @@ def _beats(one: Remedy, usual: Remedy | None, gaps: Sequence[Gap], chance: Seque
 def arguments_of(remedy: Remedy, scan: Scan) -> str:
     """What carries out one of ``ADVISED``, after "bnprobe ", but for the layers and the file."""
     if remedy.name in MICRO_BATCHES:
-        return f"{MICRO_BATCHES[remedy.name]} --batches {scan.batches}"
+        return f"recalibrate --path {MICRO_BATCHES[remedy.name]} --batches {scan.batches}"
     setting = f"--domains {remedy.domains}" if remedy.domains is not None else f"--blend {remedy.blend:g}"
-    return f"{CONVERSIONS[remedy.name]} {setting}"  # type: ignore[index]
+    return f"convert --to {CONVERSIONS[remedy.name]} {setting}"  # type: ignore[index]
 
 
 def without_training(facts: Facts) -> str:
@@ -423,7 +422,7 @@ def without_training(facts: Facts) -> str:
     what = "let every sample's own statistics take part at inference too"
     if found.domains is not None:
         what = "give every domain statistics of its own"
-    if found.name in MICRO_BATCHES:
+    elif found.name in MICRO_BATCHES:
         what = "take the running statistics of batches as in training"
     return (
         f"Without training, {what} (bnprobe {arguments_of(found, facts.scan)}), which is surely better on"
