@@ -404,8 +404,8 @@ class RepairSpec(_Section):
             sample's own statistics.
         virtual_batch_size: Ghost batch norm: most samples in one of the parts of a batch that are normalized by
             themselves.
-        window: Moving average batch norm: batches whose statistics are averaged, forward and backward. Cross-iteration
-            batch norm: batches whose statistics are averaged.
+        window: Moving average and cross-iteration batch norm: batches whose statistics are averaged; by the former in
+            the backward pass, too.
         burn_in: Cross-iteration batch norm: batches to begin with for which its layers are BN.
         domains: Statistics per domain: the number of domains that the model file names by ``bnprobe.nn.domain``.
         renorm: Limits of Batch Renorm.

@@ -272,14 +272,22 @@ def settle_by_micro_batch(
             between batches (Wu & Johnson 2021, section 3.2, compare both); else they are pooled.
 
     Raises:
+        RepairError: A layer gets a single value per channel in every batch, which its own statistics make 0.
         DeviceError, UserCodeError, DataError: As in any pass.
     """
     population, emulation = Population(), not_emulated("")
     for done, batch in enumerate(batches, 1):
         steady_population(session, [batch], Batching(batch.samples, emulation, 1), population, frozen)
         progress(done, done)
+    values, updates = population.values(), population.updates()
+    for layer in session.layers.layers:
+        if layer.index in values and values[layer.index] <= updates[layer.index]:
+            raise RepairError(
+                f"{layer.name} gets a single value per channel in every batch, which the statistics of that batch turn"
+                " into 0. Give larger batches, or recalibrate on another path. Nothing was changed."
+            )
     statistics = population.averaged() if averaged else population.statistics()
-    return Settled(statistics, population.updates(), population.values(), population.mixed)
+    return Settled(statistics, updates, values, population.mixed)
 
 
 def settle_by_layer(

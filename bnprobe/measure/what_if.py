@@ -80,9 +80,9 @@ def what_if(
         goal_is_known: Whether the user said so.
         scored_on: Where ``held_out`` comes from. Statistics of training data as evaluation data say nothing.
         larger: Whether to try larger batches too.
-        micro_batch: Statistics of micro-batches as in training, of other data than what is scored; None: not known.
         seconds: What scoring the model once may take, by the first two micro-batches; others are left out, down to 8.
             None: no limit.
+        micro_batch: Statistics of micro-batches as in training, of other data than what is scored; None: not known.
 
     Returns:
         In this order, but that frozen layers come right after "recalibrated"; none if no layer is concerned. Both need

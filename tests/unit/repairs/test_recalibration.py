@@ -598,3 +598,12 @@ def test_micro_batches_normalize_as_in_training(averaged: bool) -> None:
             if averaged:
                 variance = sum(len(batch) * batch.var(0, correction=0) for batch in seen) / len(everything)
             torch.testing.assert_close(model[norm].running_var, variance)
+
+
+@pytest.mark.parametrize("path", ["micro-batch-pooled", "micro-batch-averaged"])
+def test_micro_batches_of_one_value_per_channel_are_refused(path: Any) -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.BatchNorm1d(4)), list(torch.randn(5, 1, 3))
+    before = fingerprint(model)
+    with pytest.raises(RepairError, match=r"^0 gets a single value per channel in every batch"):
+        bnprobe.recalibrate(model, batches, path=path)
+    assert fingerprint(model) == before
