@@ -9,21 +9,11 @@ from torch import nn
 
 from bnprobe.analysis.comparison import mean_estimate
 from bnprobe.config.spec import RepairSpec
+from bnprobe.config.targets import TARGETS
 from bnprobe.records import Arm, Estimate, Plan, Run, Score
 from bnprobe.repairs import plan, wanted_by_globs
 
-REPAIRS = (
-    "batch-renorm",
-    "frozen",
-    "group-norm",
-    "instance-renorm",
-    "example-weighing",
-    "gated",
-    "mabn",
-    "cross-iteration",
-    "ghost",
-    "per-domain",
-)
+REPAIRS = tuple(name for name in TARGETS.names() if name != "sync")
 """The arms: every repair target but ``sync``, which takes several processes."""
 
 SETTINGS = RepairSpec(groups=4, virtual_batch_size=4)
