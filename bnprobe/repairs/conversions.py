@@ -274,7 +274,7 @@ class ToCrossIteration:
         return without or (found if isinstance(found, str) else None)
 
     def note(self, module: _BatchNorm) -> str:
-        return "a forward hook on the convolution before it hands its input over"
+        return "the convolution or linear module before it gets a forward hook, by which the layer sees its input"
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
         variants: Variants = {
