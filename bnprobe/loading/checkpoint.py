@@ -28,7 +28,7 @@ from bnprobe.loading.model import kind_of, user_code
 from bnprobe.loading.samples import why_unreadable
 from bnprobe.loading.tracking import keeps_none, tracking
 from bnprobe.loading.weights import Stub, read_conversion, read_weights, state_of, weights_file
-from bnprobe.numbers import count, listed
+from bnprobe.numbers import count, joined, listed
 from bnprobe.records import ROOT
 
 WRAPPERS = ("module.", "_orig_mod.")
@@ -265,6 +265,12 @@ def _explanation(
             " file."
         )
     if shapes and not missing and not unexpected:
+        converted = _target_of(shapes[0].split(" ")[0], state, target)
+        if converted is not None and converted.settings:
+            return (
+                f"Layers were converted to {converted.name} with other settings where the file was saved"
+                f" ({joined(converted.settings)}): convert with these in load_model()."
+            )
         layers = {name.split(" ")[0].rpartition(".")[0] for name in shapes}
         if len(layers) == 1:
             layer = layers.pop()

@@ -67,3 +67,10 @@ def test_layers_that_are_converted_to_something_else_are_not_undone(tmp_path: Pa
     state = bnprobe.convert(plain(), to="gated").state_dict()
     assert loaded(plain(), state, tmp_path, strict=False).undone == {"1": "gated"}
     assert loaded(bnprobe.convert(plain(), to="frozen"), state, tmp_path, strict=False).undone == {}
+
+
+def test_other_settings_of_a_conversion_are_not_another_number_of_classes(tmp_path: Path) -> None:
+    for to, setting in (("per-domain", "domains"), ("cross-iteration", "window")):
+        state = bnprobe.convert(plain(), to=to, **{setting: 3}).state_dict()
+        with pytest.raises(CheckpointError, match=rf"converted to {to} with other settings.*{setting}"):
+            loaded(bnprobe.convert(plain(), to=to, **{setting: 4}), state, tmp_path)
