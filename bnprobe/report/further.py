@@ -161,14 +161,11 @@ _NAMES = {"evaluation statistics": "recalibrated on held-out data"}
 """Words for names of the JSON report."""
 
 
-def remedies(
-    report: Report, page: Page, conversion: NextStep | None = None, last: NextStep | None = None
-) -> list[Text]:
+def remedies(report: Report, page: Page, advised: NextStep | None = None, last: NextStep | None = None) -> list[Text]:
     """The remedies, best first, and the best in words.
 
     Args:
-        conversion: The command for a conversion that is surely better without training; it is shown unless it is the
-            ``last`` word of the report anyway.
+        advised: The command for what is surely better; it is shown unless it is the ``last`` word of the report anyway.
         last: What the report ends with.
     """
     found, goal = report.remedies, _goal(report)
@@ -186,8 +183,8 @@ def remedies(
         *(page.paragraph(best_in_words(ordered, measure, goal), first="  ") if judged else []),
         *_remedy_table(ordered, page),
         *page.paragraphs([_costs(ordered), _other_samples(ordered, report)], "dim"),
-        *([] if conversion is None or conversion == last else page.paragraph(conversion.why, first="  ")),
-        *([] if conversion is None or conversion == last else page.command(conversion.command or "")),
+        *([] if advised is None or advised == last else page.paragraph(advised.why, first="  ")),
+        *([] if advised is None or advised == last else page.command(advised.command or "")),
     ]
 
 
