@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from fabricated_parts import R_EDGES, histogram
@@ -31,8 +33,8 @@ def test_values_beyond_the_axis_are_in_its_outermost_cells() -> None:
     assert draw(Histogram((0.0, 1e-9), (3,)), R_CHART, 4) == "█   │    "
 
 
-def test_a_bin_of_no_width_counts() -> None:
-    assert draw(Histogram((2.0, 2.0), (4,)), R_CHART, 5) == "     │  █  "
+def test_a_bin_that_has_no_width_in_the_picture_counts() -> None:
+    assert draw(Histogram((2.0, math.nextafter(2.0, 3.0)), (4,)), R_CHART, 5) == "     │  █  "
 
 
 def test_an_empty_histogram_draws_only_the_centre() -> None:
