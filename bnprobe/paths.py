@@ -5,6 +5,7 @@ pathlib raises where the operating system refuses to say: without permission, fo
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import stat
@@ -82,7 +83,7 @@ def real(path: Path) -> Path:
 
 
 def read_bounded(path: Path, most: int, failed: Callable[[str], BnprobeError]) -> bytes:
-    """Read a file that a person or bnprobe has written; a pipe too, if something writes to it.
+    """Read a text that a person or bnprobe has written; a pipe too, if something writes to it.
 
     Args:
         path: The file.
@@ -91,6 +92,7 @@ def read_bounded(path: Path, most: int, failed: Callable[[str], BnprobeError]) -
 
     Raises:
         OSError: It does not exist, or cannot be opened.
+        UnicodeDecodeError: It begins with what is no text in UTF-8.
         BnprobeError: It has too many bytes, or is a pipe that nothing writes to.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nothing writes to would block for ever
@@ -98,6 +100,8 @@ def read_bounded(path: Path, most: int, failed: Callable[[str], BnprobeError]) -
         content = _first_of_pipe(descriptor, failed) if stat.S_ISFIFO(os.fstat(descriptor).st_mode) else b""
         os.set_blocking(descriptor, True)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content = content or file.read(min(most + 1, 1 << 16))
+            codecs.getincrementaldecoder("utf-8")().decode(content)  # so that a device is not read to the limit
             content += file.read(most + 1 - len(content))
     finally:
         os.close(descriptor)

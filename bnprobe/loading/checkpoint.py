@@ -140,6 +140,13 @@ def check_fit(
     Raises:
         CheckpointError: The state dict does not fit; the message lists the differences.
     """
+    kinds = _other_kinds(state, target)
+    if kinds:
+        raise CheckpointError(
+            f"The checkpoint {path} does not fit the model.\nOf another kind ({len(kinds)}): {_first(kinds)}.\n"
+            "Save plain tensors, with real numbers where the model has them: to_dense() makes one of a sparse tensor,"
+            " dequantize() of a quantized one."
+        )
     missing = _missing(state, target)
     counters = _old_format(missing, state)
     missing = [name for name in missing if name not in counters]
@@ -147,10 +154,10 @@ def check_fit(
     buffers = [f"{layer}{end}" for layer in parameters_alone for end in (*_STATISTICS, _COUNTER)]
     missing = [name for name in missing if name not in buffers]
     unexpected = [name for name in state if name not in target]
-    shapes = _other_shapes(state, target)
     # Without those of its domains a converted layer does not do at inference what it did.
     undeployable = [name for name in missing if (made := _target_of(name, target)) and not made.deploys]
     statistics = undeployable + [name for name in missing if name.endswith((*_STATISTICS, _COUNTER))]
+    shapes = _other_shapes(state, target)
     if shapes or statistics or (strict and (missing or unexpected)):
         raise CheckpointError(_message(path, missing, unexpected, shapes, state, target))
     usable = {name: value for name, value in state.items() if name in target}
@@ -188,17 +195,37 @@ def _old_format(missing: list[str], state: Mapping[str, Any]) -> list[str]:
 
 def _other_shapes(state: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
     found = []
-    for name, value in state.items():
-        own = target.get(name)
-        if not isinstance(own, Tensor) or is_lazy(own):
-            continue
-        if not isinstance(value, Tensor):
-            found.append(f"{name} (not a tensor, but {type(value).__name__})")
-        elif (problem := why_unreadable(value)) is not None and problem != why_unreadable(own):
-            found.append(f"{name} ({problem})")
-        elif value.shape != own.shape and not (value.numel() == own.numel() == 1):
+    for name, value, own in _pairs(state, target):
+        if isinstance(value, Tensor) and value.shape != own.shape and not (value.numel() == own.numel() == 1):
             found.append(f"{name} (file {_size(value)}, model {_size(own)})")
     return found
+
+
+def _other_kinds(state: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
+    """The names of what cannot be copied into the model's tensor, or not without loss, with the kind."""
+    found = []
+    for name, value, own in _pairs(state, target):
+        kind = _kind(value)
+        if kind is not None and kind != _kind(own):
+            found.append(f"{name} ({kind})")
+    return found
+
+
+def _kind(value: Any) -> str | None:
+    """What something is other than a plain tensor of real numbers, a noun; None for such a tensor."""
+    if not isinstance(value, Tensor):
+        return f"not a tensor, but {type(value).__name__}"
+    if value.is_quantized:
+        return "a quantized tensor"
+    return "a tensor of complex numbers" if value.is_complex() else why_unreadable(value)
+
+
+def _pairs(state: Mapping[str, Any], target: Mapping[str, Any]) -> Iterator[tuple[str, Any, Tensor]]:
+    """What the file and the model both have: name, value in the file, and the model's own tensor."""
+    for name, value in state.items():
+        own = target.get(name)
+        if isinstance(own, Tensor) and not is_lazy(own):
+            yield name, value, own
 
 
 def _size(tensor: Tensor) -> str:

@@ -21,7 +21,7 @@ from bnprobe.config.spec import why_missing
 from bnprobe.config.targets import CONVERTED
 from bnprobe.errors import CheckpointError, message_of, reason_of
 from bnprobe.loading.model import user_code
-from bnprobe.numbers import listed
+from bnprobe.numbers import count, listed
 from bnprobe.paths import is_file, is_folder
 
 _MOST_CLASSES = 4
@@ -232,7 +232,7 @@ def _damaged(path: Path, error: Exception) -> str:
             " and save its state dict with torch.save."
         )
     return (
-        f"The checkpoint {path} ({path.stat().st_size} bytes) could not be read: it is truncated, damaged, "
+        f"The checkpoint {path} ({count(path.stat().st_size, 'byte')}) could not be read: it is truncated, damaged, "
         f"or neither safetensors nor a torch.save file ({reason[:200].rstrip('.')}). Save or copy it again."
     )
 

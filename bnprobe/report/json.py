@@ -79,17 +79,17 @@ def read_report(path: Path) -> Report:
         UsageError: The file cannot be read, or is no report; the message names it.
     """
     try:
-        content = read_bounded(path, MOST_BYTES, lambda what: UsageError(f"{path} {what}: it is no report."))
+        content = read_bounded(path, MOST_BYTES, lambda what: UsageError(f"{path} {what}: it is no report.")).decode()
     except FileNotFoundError:
         from bnprobe.config.spec import nearest_file  # pydantic again
 
         raise UsageError(f"The report {path} does not exist. {nearest_file(path)}".rstrip()) from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not a JSON report of bnprobe: it is not text.") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"The report {path} could not be read: {getattr(error, 'strerror', error)}.") from None
     try:
-        return load_report(content.decode())
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not a JSON report of bnprobe: it is not text.") from None
+        return load_report(content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 

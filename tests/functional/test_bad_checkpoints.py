@@ -39,7 +39,9 @@ def test_a_truncated_file(workspace: Workspace, weights: Path, name: str) -> Non
     save_file(STATE, path) if name.endswith(".safetensors") else torch.save(STATE, path)
     path.write_bytes(path.read_bytes()[:-60])
     message = workspace.scan("--checkpoint", name).error()
-    assert f"The checkpoint {name} ({path.stat().st_size} bytes) could not be read: it is truncated, damaged" in message
+    assert (
+        f"The checkpoint {name} ({path.stat().st_size:,} bytes) could not be read: it is truncated, damaged" in message
+    )
     assert message.endswith("). Save or copy it again.")
 
 

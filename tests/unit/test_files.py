@@ -78,6 +78,18 @@ def test_a_file_is_read_up_to_a_size(tmp_path: Path) -> None:
         read_bounded(Path("/dev/zero"), 10**6, OutputError)
 
 
+def test_what_is_no_text_is_not_read_to_its_end() -> None:
+    """The limit would not fit into memory."""
+    with pytest.raises(UnicodeDecodeError):
+        read_bounded(Path("/dev/urandom"), 10**15, OutputError)
+
+
+def test_a_text_is_read_whole_wherever_its_characters_lie(tmp_path: Path) -> None:
+    for start in ("", "a"):
+        (tmp_path / "a").write_text(start + "é" * 40_000, encoding="utf-8")
+        assert read_bounded(tmp_path / "a", 10**6, OutputError).decode() == start + "é" * 40_000
+
+
 def test_a_pipe_is_read_if_something_writes_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -213,14 +213,16 @@ def test_truncated_files(tmp_path: Path, state: State, kind: str, share: float) 
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
     message = checkpoint_error(truncated(str(path), share))
-    assert f"({path.stat().st_size} bytes) could not be read: it is truncated, damaged" in message
+    assert f"({path.stat().st_size:,} bytes) could not be read: it is truncated, damaged" in message
 
 
-@pytest.mark.parametrize("content", [b"<html>not found</html>", b"\x80\x04garbage"])
+@pytest.mark.parametrize("content", [b"x", b"<html>not found</html>", b"\x80\x04garbage"])
 def test_what_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "w.pt"
     path.write_bytes(content)
-    assert "neither safetensors nor a torch.save file" in checkpoint_error(str(path))
+    message = checkpoint_error(str(path))
+    assert "neither safetensors nor a torch.save file" in message
+    assert ("(1 byte)" in message) == (len(content) == 1)
 
 
 def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
@@ -485,6 +487,36 @@ def test_another_number_of_classes_and_another_width(tmp_path: Path, state: Stat
     )
     message = checkpoint_error(path, net(width=8), strict=False)
     assert "with other sizes: check model.args" in message
+
+
+OTHER_KINDS: list[tuple[Callable[[Tensor], Any], str]] = [
+    (lambda weight: weight.to(torch.complex64), "a tensor of complex numbers"),
+    (lambda weight: weight.to_sparse(), "a sparse tensor"),
+    (lambda weight: torch.nested.nested_tensor([weight, weight]), "a nested tensor"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind"), OTHER_KINDS)
+@pytest.mark.filterwarnings("ignore:.*PyTorch API of nested tensors:UserWarning")
+def test_what_is_no_plain_tensor_of_real_numbers(
+    tmp_path: Path, state: State, change: Callable[[Tensor], Any], kind: str
+) -> None:
+    """A copy of complex numbers would lose their imaginary parts without a word."""
+    state = state | {"0.weight": change(state["0.weight"])}
+    message = checkpoint_error(save(tmp_path, {"state_dict": state}))
+    assert f"Of another kind (1): 0.weight ({kind}).\nSave plain tensors" in message
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized:UserWarning")
+def test_quantized_weights(tmp_path: Path, state: State) -> None:
+    state["0.weight"] = torch.quantize_per_tensor(state["0.weight"], 0.1, 0, torch.qint8)
+    assert "0.weight (a quantized tensor)" in checkpoint_error(save(tmp_path, state))
+
+
+def test_a_complex_model_takes_complex_weights(tmp_path: Path) -> None:
+    saved, model = (nn.Linear(2, 3, dtype=torch.complex64) for _ in range(2))
+    load_checkpoint(model, CheckpointSpec(path=save(tmp_path, saved.state_dict())))
+    assert torch.equal(saved.weight, model.weight)
 
 
 def test_missing_statistics_are_an_error_even_if_not_strict(tmp_path: Path, state: State) -> None:
