@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.base import BatchNormLike
+from bnprobe.nn.base import BatchNormLike, takes_numbers
 from bnprobe.nn.plain import along_channels, batch_axes, corrected, moments, towards_running, update_from, widened
 
 
@@ -65,6 +65,7 @@ class MovingAverageBatchNorm(BatchNormLike):
     )
     """Tensors of the state_dict that inference does not use."""
 
+    @takes_numbers
     def __init__(
         self,
         num_features: int,
@@ -143,7 +144,7 @@ class MovingAverageBatchNorm(BatchNormLike):
         known = (torch.arange(self.window, device=x.device) < seen).unsqueeze(1)
         spread = widened(self.batch_vars) + (widened(self.batch_means) - mean).square()
         variance = torch.where(known, spread, 0.0).sum(0) / seen
-        self.batches_seen.add_(1)
+        self.batches_seen.add_(count.max() > 0)  # not for padding alone: the next batch takes its place
         running_mean, running_var = self._statistics()
         r, d = towards_running(mean, variance, running_mean, running_var, self._eps)
         enough = count.max() * seen > 1
@@ -211,7 +212,7 @@ class _Normalize(torch.autograd.Function):
         divisor = ctx.count.clamp(min=1.0)
         by_mean = _average(layer.gradient_means, layer.gradients_seen, factor * sums / divisor)
         by_product = _average(layer.gradient_products, layer.gradients_seen, factor * products / divisor)
-        layer.gradients_seen.add_(1)
+        layer.gradients_seen.add_(ctx.count.max() > 0)
         centred = grad * along_channels(factor, dimensions) - along_channels(by_mean, dimensions)
         grad_x = (centred - z * along_channels(by_product, dimensions)) * along_channels(invstd, dimensions)
         return grad_x.to(given.dtype), grad_weight, grad_bias, None, None

@@ -136,6 +136,30 @@ def test_padding_does_not_count() -> None:
     torch.testing.assert_close(dict(layer.named_buffers()), dict(twin.named_buffers()))
 
 
+@pytest.mark.parametrize("masked_at", [0, 1, 4])
+def test_a_batch_of_padding_alone_does_not_enter_the_averages(masked_at: int) -> None:
+    """Not as zeros; before the window is full, and after."""
+    layer = made(MovingAverageBatchNorm1d, window=3)
+    twin = copy.deepcopy(layer)
+    for step in range(7):
+        x = torch.randn(6, 3, 5, dtype=torch.float64)
+        if step == masked_at:
+            padded = x.clone().requires_grad_()
+            output = layer(padded, mask=torch.zeros(6, 5, dtype=torch.bool))
+            output.sum().backward()
+            assert not output.any()
+            assert not padded.grad.any()
+            twin.num_batches_tracked.add_(1)
+        results = []
+        for each in (layer, twin):
+            own = x.clone().requires_grad_()
+            output = each(own)
+            output.pow(3).sum().backward()
+            results.append((output, own.grad))
+        torch.testing.assert_close(*results)
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(twin.named_buffers()))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_what_cannot_run_its_backward_pass_is_refused() -> None:
     layer, x = MovingAverageBatchNorm2d(3), torch.randn(4, 3, 5, 5, requires_grad=True)
