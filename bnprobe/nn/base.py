@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
+from inspect import signature
 from types import CodeType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, ParamSpec, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,31 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bnprobe.errors import UsageError
 from bnprobe.nn.plain import cut, normalize_running
+
+_Arguments = ParamSpec("_Arguments")
+
+
+def takes_numbers(initialize: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Have the initializer of a layer refuse BN's ``track_running_stats``, and True and False in place of a number.
+
+    It is the fifth argument of ``nn.BatchNorm``, where other layers have a setting for which True would pass as 1.
+    """
+    names = list(signature(initialize).parameters)[1:]
+
+    @wraps(initialize)
+    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        kind, fifth = type(args[0]).__name__, args[5] if len(args) > 5 else None
+        if "track_running_stats" in kwargs or isinstance(fifth, bool):
+            raise UsageError(
+                f"{kind} does not take track_running_stats, the fifth argument of nn.BatchNorm: it always keeps running"
+                " statistics. Leave it out."
+            )
+        for name, value in {**dict(zip(names, args[1:], strict=False)), **kwargs}.items():
+            if isinstance(value, bool) and name not in ("affine", "bias"):
+                raise UsageError(f"{kind}: {name} is {value}, but must be a number.")
+        initialize(*args, **kwargs)
+
+    return checked
 
 
 class BatchNormLike(_BatchNorm):
@@ -43,6 +70,7 @@ class BatchNormLike(_BatchNorm):
     normalizes_only: ClassVar[bool] = True
     __jit_unused_properties__: ClassVar[list[str]] = ["eps"]
 
+    @takes_numbers
     def __init__(
         self,
         num_features: int,

@@ -12,7 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.base import BatchNormLike, in_parts
+from bnprobe.nn.base import BatchNormLike, in_parts, takes_numbers
 from bnprobe.nn.functional import batch_renorm, sync_batch_renorm
 from bnprobe.nn.limits import POSITION, Limits, Scheduled
 from bnprobe.nn.plain import parts_of, renormalize
@@ -74,6 +74,7 @@ class BatchRenormBase(Scheduled, BatchNormLike):
         *("r_min", "r_max", "d_max", "limits"),
     ]
 
+    @takes_numbers
     def __init__(
         self,
         num_features: int,
@@ -263,6 +264,7 @@ class SyncBatchRenorm(BatchRenormBase):
     The other arguments are those of ``BatchRenormBase``, without ``virtual_batch_size``.
     """
 
+    @takes_numbers
     def __init__(
         self,
         num_features: int,
@@ -294,6 +296,7 @@ class SyncBatchRenorm(BatchRenormBase):
 class _Lazy(_LazyNormBase):
     """A layer that learns its number of channels from its first input, as ``nn.LazyBatchNorm2d`` does."""
 
+    @takes_numbers
     def __init__(
         self,
         eps: float = 1e-5,

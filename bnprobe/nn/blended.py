@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.base import BatchNormLike
+from bnprobe.nn.base import BatchNormLike, takes_numbers
 
 
 class BlendedBatchNorm(BatchNormLike):
@@ -27,6 +27,7 @@ class BlendedBatchNorm(BatchNormLike):
         "deployment_obstacle",
     ]
 
+    @takes_numbers
     def __init__(
         self,
         num_features: int,

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.base import BatchNormLike
+from bnprobe.nn.base import BatchNormLike, takes_numbers
 from bnprobe.nn.kernels import is_looked_into
 from bnprobe.nn.plain import along_channels, batch_axes, corrected, moments, snapshot, update_from, widened
 
@@ -86,6 +86,7 @@ class CrossIterationBatchNorm(BatchNormLike):
     )
     """Tensors of the state_dict that inference does not use."""
 
+    @takes_numbers
     def __init__(
         self,
         num_features: int,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.base import BatchNormLike
+from bnprobe.nn.base import BatchNormLike, takes_numbers
 from bnprobe.nn.kernels import is_looked_into
 from bnprobe.nn.plain import (
     batch_axes,
@@ -62,6 +62,7 @@ class GatedBatchNorm(BatchNormLike):
 
     __jit_unused_properties__: ClassVar[list[str]] = [*BatchNormLike.__jit_unused_properties__, "gate"]
 
+    @takes_numbers
     def __init__(
         self,
         num_features: int,

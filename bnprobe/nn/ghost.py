@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.base import BatchNormLike, in_parts
+from bnprobe.nn.base import BatchNormLike, in_parts, takes_numbers
 from bnprobe.nn.functional import batch_renorm
 from bnprobe.nn.plain import parts_of, renormalize
 
@@ -42,6 +42,7 @@ class GhostBatchNorm(BatchNormLike):
 
     __constants__ = [*BatchNormLike.__constants__, "virtual_batch_size"]  # noqa: RUF012 (as torch has it)
 
+    @takes_numbers
     def __init__(
         self,
         num_features: int,

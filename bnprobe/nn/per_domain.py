@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.errors import UsageError
-from bnprobe.nn.base import BatchNormLike
+from bnprobe.nn.base import BatchNormLike, takes_numbers
 from bnprobe.nn.plain import (
     batch_axes,
     corrected,
@@ -145,6 +145,7 @@ class DomainBatchNorm(BatchNormLike):
 
     __jit_unused_properties__: ClassVar[list[str]] = [*BatchNormLike.__jit_unused_properties__, "deployment_obstacle"]
 
+    @takes_numbers
     def __init__(
         self,
         num_features: int,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from bnprobe.nn import (
     GatedBatchNorm2d,
     GhostBatchNorm2d,
     InstanceRenorm2d,
+    LazyBatchRenorm2d,
     MovingAverageBatchNorm2d,
     SyncBatchRenorm,
 )
@@ -41,6 +44,31 @@ LAYERS: list[Callable[[], nn.Module]] = [
 BLENDED = (InstanceRenorm2d, ExampleWeighedBatchNorm2d)
 WINDOWED = (MovingAverageBatchNorm2d, CrossIterationBatchNorm2d)
 every_layer = pytest.mark.parametrize("layer", LAYERS)
+
+
+@every_layer
+def test_arguments_of_bn_that_the_layers_do_not_take_are_refused(layer: Callable[[], nn.Module]) -> None:
+    """BN's fifth argument is ``track_running_stats``, where these layers have a number: True would be 1."""
+    kind: Any = type(layer())
+    for made in (
+        lambda: kind(4, 1e-5, 0.1, True, True),
+        lambda: kind(4, track_running_stats=True),
+        lambda: kind(4, track_running_stats=False),
+    ):
+        with pytest.raises(UsageError, match=f"^{kind.__name__} does not take track_running_stats, the fifth argument"):
+            made()
+    with pytest.raises(UsageError, match=f"^{kind.__name__}: momentum is True, but must be a number"):
+        kind(4, momentum=True)
+    assert list(inspect.signature(kind).parameters)[:4] == ["num_features", "eps", "momentum", "affine"]
+
+
+def test_a_lazy_layer_refuses_them_too() -> None:
+    with pytest.raises(UsageError, match="^LazyBatchRenorm2d: r_max is True, but must be a number"):
+        LazyBatchRenorm2d(r_max=True)
+    with pytest.raises(UsageError, match="^LazyBatchRenorm2d does not take track_running_stats"):
+        LazyBatchRenorm2d(track_running_stats=True)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match="^LazyBatchRenorm2d: r_max is True"):
+        LazyBatchRenorm2d(1e-5, 0.1, True, True)
 
 
 def _net(layer: Callable[[], nn.Module]) -> nn.Sequential:
