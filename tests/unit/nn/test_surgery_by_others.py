@@ -63,11 +63,11 @@ def test_arguments_of_bn_that_the_layers_do_not_take_are_refused(layer: Callable
 
 
 def test_a_lazy_layer_refuses_them_too() -> None:
-    with pytest.raises(UsageError, match="^LazyBatchRenorm2d: r_max is True, but must be a number"):
+    with pytest.raises(UsageError, match=r"^LazyBatchRenorm2d: r_max is True, but must be a number"):
         LazyBatchRenorm2d(r_max=True)
-    with pytest.raises(UsageError, match="^LazyBatchRenorm2d does not take track_running_stats"):
+    with pytest.raises(UsageError, match=r"^LazyBatchRenorm2d does not take track_running_stats"):
         LazyBatchRenorm2d(track_running_stats=True)  # type: ignore[call-arg]
-    with pytest.raises(UsageError, match="^LazyBatchRenorm2d: r_max is True"):
+    with pytest.raises(UsageError, match=r"^LazyBatchRenorm2d: r_max is True"):
         LazyBatchRenorm2d(1e-5, 0.1, True, True)
 
 
