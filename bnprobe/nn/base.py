@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from inspect import signature
 from types import CodeType
-from typing import Any, ClassVar, ParamSpec, cast
+from typing import Any, ClassVar, ParamSpec, SupportsFloat, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,17 @@ from bnprobe.nn.plain import cut, normalize_running
 
 _Arguments = ParamSpec("_Arguments")
 
+_NUMBERS: dict[str, tuple[type, str]] = {"int": (SupportsIndex, "a whole number"), "float": (SupportsFloat, "a number")}
+"""What an annotation takes: numbers of NumPy and torch, too."""
+
 
 def takes_numbers(initialize: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Have the initializer of a layer refuse BN's ``track_running_stats``, and True and False in place of a number.
+    """Have the initializer of a layer refuse BN's ``track_running_stats``, and settings that are not numbers.
 
     It is the fifth argument of ``nn.BatchNorm``, where other layers have a setting for which True would pass as 1.
     """
     names = list(signature(initialize).parameters)[1:]
+    annotations = {name: str(each.annotation) for name, each in signature(initialize).parameters.items()}
 
     @wraps(initialize)
     def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
@@ -37,8 +41,9 @@ def takes_numbers(initialize: Callable[_Arguments, None]) -> Callable[_Arguments
                 " statistics. Leave it out."
             )
         for name, value in {**dict(zip(names, args[1:], strict=False)), **kwargs}.items():
-            if isinstance(value, bool) and name not in ("affine", "bias"):
-                raise UsageError(f"{kind}: {name} is {value}, but must be a number.")
+            wanted, number = _NUMBERS.get(annotations.get(name, "").removesuffix(" | None"), (object, ""))
+            if number and value is not None and (isinstance(value, bool) or not isinstance(value, wanted)):
+                raise UsageError(f"{kind}: {name} is {value!r}, but must be {number}.")
         initialize(*args, **kwargs)
 
     return checked

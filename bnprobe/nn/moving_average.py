@@ -83,7 +83,7 @@ class MovingAverageBatchNorm(BatchNormLike):
         super().__init__(num_features, eps, momentum, affine, device, dtype, bias=bias)
         if window < 1:
             raise UsageError(f"window is {window}, but must be at least 1.")
-        if r_max < 1 or d_max < 0:
+        if not (r_max >= 1 and d_max >= 0):  # so that NaN is refused, too
             raise UsageError(f"r_max is {r_max} and d_max is {d_max}, but they must be at least 1 and 0.")
         self.window, self.r_max, self.d_max = window, r_max, d_max
         # In at least float32, whatever the layer has: they are averaged.

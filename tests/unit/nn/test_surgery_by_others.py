@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,30 @@ def test_arguments_of_bn_that_the_layers_do_not_take_are_refused(layer: Callable
     with pytest.raises(UsageError, match=f"^{kind.__name__}: momentum is True, but must be a number"):
         kind(4, momentum=True)
     assert list(inspect.signature(kind).parameters)[:4] == ["num_features", "eps", "momentum", "affine"]
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: CrossIterationBatchNorm2d(4, window=2.5), "window is 2.5, but must be a whole number"),
+        (lambda: MovingAverageBatchNorm2d(4, window="3"), "window is '3', but must be a whole number"),
+        (lambda: DomainBatchNorm2d(4, domains=2.0), "domains is 2.0, but must be a whole number"),
+        (lambda: GhostBatchNorm2d(4, virtual_batch_size=2.5), "virtual_batch_size is 2.5, but must be a whole"),
+        (lambda: BatchRenorm2d(4, r_max="3"), "r_max is '3', but must be a number"),
+        (lambda: InstanceRenorm2d(4, blend=True), "blend is True, but must be a number"),
+        (lambda: MovingAverageBatchNorm2d(4, r_max=float("nan")), "r_max is nan and d_max is 0.05, but they must be"),
+    ],
+)
+def test_settings_that_are_not_the_numbers_wanted_are_refused(make: Callable[[], nn.Module], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        make()
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    layer = CrossIterationBatchNorm2d(
+        np.int64(4), momentum=np.float32(0.25), window=torch.tensor(3), burn_in=np.int8(2)
+    )
+    assert (layer.window, layer.burn_in) == (3, 2)
 
 
 def test_a_lazy_layer_refuses_them_too() -> None:
