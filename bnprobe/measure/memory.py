@@ -45,7 +45,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch ran out of memory: its own error on CUDA, a RuntimeError on CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in message_of(error)
+    words = ("not enough memory", "can't allocate memory")  # on Windows, and on Linux
+    return isinstance(error, RuntimeError) and any(each in message_of(error) for each in words)
 
 
 def plan_samples(footprint: Footprint, device: torch.device) -> int:

@@ -15,9 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnprobe.config.load import Source, sentence
 from bnprobe.config.spec import RepairSpec, matches_any
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, Target, require_used
-from bnprobe.errors import RepairError, UsageError, message_of
+from bnprobe.errors import DeviceError, RepairError, UsageError, message_of
 from bnprobe.loading.model import unwrapped
 from bnprobe.measure.layers import NamedModule, named_once
+from bnprobe.measure.memory import is_out_of_memory
 from bnprobe.measure.origins import owner_of
 from bnprobe.measure.reach import what_cannot_be_copied
 from bnprobe.measure.restore import preserved_process, undone_if_failed
@@ -111,6 +112,7 @@ def apply(model: nn.Module, plan: Plan, spec: RepairSpec, *, inplace: bool = Fal
 
     Raises:
         RepairError: The model is wrapped, cannot be copied, or is not that of the plan.
+        DeviceError: There is not enough memory for the new layers.
     """
     refuse_wrapped(model)
     target = model if inplace else _copy(model)
@@ -118,7 +120,12 @@ def apply(model: nn.Module, plan: Plan, spec: RepairSpec, *, inplace: bool = Fal
     modules = {found.name: found for found in named_once(target)}
     chosen = [_chosen(modules, change, plan.to, conversion) for change in plan.changes]
     # Make every replacement before the model is changed: if one fails, nothing is changed.
-    made = [(layer, conversion.replacement(layer, spec), applies_children(layer)) for layer in chosen]
+    try:
+        made = [(layer, conversion.replacement(layer, spec), applies_children(layer)) for layer in chosen]
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceError(f"There is not enough memory for the layers of {plan.to}: {message_of(error)}") from None
     for layer, new, _ in made:
         if isinstance(layer, CrossIterationBatchNorm) and not isinstance(new, CrossIterationBatchNorm):
             layer.follow(None)  # else its hook would stay on the convolution

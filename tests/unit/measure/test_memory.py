@@ -70,6 +70,12 @@ def test_not_even_one_micro_batch_fits(emulate: bool) -> None:
         scan(model, data, 2, num_batches=6, emulate=emulate)
 
 
+def test_the_words_of_the_allocator_are_known() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+
+
 def test_other_errors_are_not_taken_for_it() -> None:
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert not is_out_of_memory(ValueError("not enough memory"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import bnprobe
-from bnprobe.errors import RepairError
+from bnprobe.errors import DeviceError, RepairError
 from bnprobe.nn.cross_iteration import CrossIterationBatchNorm1d, CrossIterationBatchNorm2d
 from bnprobe.repairs import deployable_state, plan
 from support.fingerprint import fingerprint
@@ -87,6 +87,17 @@ def test_layers_without_a_single_convolution_before_are_refused_by_name(
     before = fingerprint(model)
     with pytest.raises(RepairError, match=rf"bn \(\w+\) .*{reason}"):
         bnprobe.convert(model, ["bn"], to=TO, inplace=True)
+    assert fingerprint(model) == before
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_window_that_does_not_fit_into_memory_is_refused_and_changes_nothing(inplace: bool) -> None:
+    """Whichever layer it is that does not fit: the first one has a small window."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Conv2d(1, 4096, 32), nn.BatchNorm2d(4096))
+    before = fingerprint(model)
+    with pytest.raises(DeviceError, match=r"not enough memory for the layers of cross-iteration: .*allocate"):
+        bnprobe.convert(model, to=TO, window=10**6, inplace=inplace)
     assert fingerprint(model) == before
     assert not any(module._forward_hooks for module in model.modules())
 
