@@ -41,7 +41,7 @@ class Anatomy:
             where few or round values say nothing.
         zeros: Fraction of exact zeros among the weights of the last layer before this one that has weights; None if
             there is none.
-        levels: Number of different values of these weights; None if there is none.
+        levels: Number of different values of these weights, of many a lower bound; None if there is none.
         copy_of: Name of the module of the same kind that is trained, where the layer belongs to a copy of it without
             gradients, as the momentum encoder of contrastive learning is; None otherwise.
     """
