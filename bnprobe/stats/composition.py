@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -20,6 +21,8 @@ _ORDERS = 4, 16
 that contain it, and the cost of an order grows with the size of the pool.
 """
 
+_CHUNK_VALUES = 2**19
+"""Values per temporary tensor, which bounds the memory for any number of channels and samples."""
 
 _ROUNDING = 1e-12
 """Rounding error of float64 sums: a constant channel (dead inputs) must not look like one that differs by batch."""
@@ -113,23 +116,18 @@ def draw(
     within = (means.pooled - spread).clamp(min=0)
     variance = within + (1 - 1 / size) * spread * images / (images - 1)
     orders = _orders(pool.mean.shape[0], size, seed)
-    mean, within_images = pool.mean.double(), pool.variance.double()
-    drawn = [within_images[order].mean(1) + mean[order].var(1, correction=0) for order in orders]
-    pooled = torch.stack([found.mean(0) for found in drawn]).mean(0)
-    # E[rho s_B] and E[rho] over all regrouped micro-batches.
-    root = torch.stack([(found / (found + means.eps).sqrt()).mean(0) for found in drawn]).mean(0)
-    rho = torch.stack([(found / (found + means.eps)).mean(0) for found in drawn]).mean(0)
+    groups, channels = orders.flatten(0, 1), pool.mean.shape[1]
+    blocks = torch.arange(channels).split(max(1, _CHUNK_VALUES // len(groups)))
+    found = [_regroup(pool, block, groups, means.eps[block], variance[0, block]) for block in blocks]
+    pooled, root, rho = (torch.cat(column) for column in list(zip(*found, strict=True))[:3])
+    effects = sum((effect for *_, effect in found), start=torch.zeros(())) / channels
     ratio = torch.where(pooled > 0, root / pooled.sqrt(), 0.0)
     # 1 - ratio is the spread of v_B. Batches drawn from n samples without repetition lack size / n of it: here n is
     # that of the pool, and should be that of the data.
     ratio = 1 - (1 - ratio) * (1 - size / population) / (1 - size / orders[0].numel())
     rho_r = ratio * variance.sqrt()
-    std = (variance[0] + means.eps).sqrt()
-    slope = torch.where(pooled > 0, -2 * (variance[0] / pooled).sqrt() / std, 0.0)
-    half = torch.where(pooled > 0, root / (2 * pooled), 0.0)
-    effects = [_effect(found, means.eps, slope, half) for found in drawn]
     replicate = pool.replicate[: orders[0].numel()]
-    change, chance, excess = _without_replicates(effects, orders, replicate, counts.numel())
+    change, chance, excess = _without_replicates(effects.view(len(orders), -1), orders, replicate, counts.numel())
     part = min(orders[0].numel() / (float(counts.sum()) * size), 1.0)
     return Regrouped(variance, rho_r, rho, change, chance, excess, part)
 
@@ -145,21 +143,48 @@ def _number_of_orders(groups: int) -> int:
     return min(max(fewest, math.ceil(REGROUPED / groups)), most)
 
 
-def _orders(images: int, size: int, seed: int) -> list[Tensor]:
-    """Random orders of the first samples that fill whole micro-batches, each of shape (groups, size)."""
+def _orders(images: int, size: int, seed: int) -> Int[Tensor, "orders groups size"]:
+    """Random orders of the first samples that fill whole micro-batches."""
     groups = images // size
     generator = torch.Generator().manual_seed(seed)
     number = _number_of_orders(groups) if size > 1 else 1  # for single samples every order gives the same
-    return [torch.randperm(groups * size, generator=generator).view(groups, size) for _ in range(number)]
+    drawn = [torch.randperm(groups * size, generator=generator) for _ in range(number)]
+    return torch.stack(drawn).view(number, groups, size)
 
 
-def _effect(found: Tensor, eps: Tensor, slope: Tensor, half: Tensor) -> Float[Tensor, " groups"]:
-    """D of each regrouped micro-batch up to a constant, linearized in E[s_B] and E[rho] at fixed E[v_B]."""
-    return (slope * (found / (found + eps).sqrt() - half * found) + found / (found + eps)).mean(1)
+def _regroup(
+    pool: Images, block: Tensor, groups: Int[Tensor, "groups size"], eps: Tensor, variance: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, " groups"]]:
+    """E[v_B], E[rho s_B] and E[rho] of some channels over all groups of samples, and D of each group.
+
+    D is summed over the channels, up to a constant, and linearized in E[s_B] and E[rho] at fixed E[v_B].
+
+    Args:
+        pool: Of all channels.
+        block: The channels.
+        groups: The samples in each.
+        eps, variance: Of the channels; the variance of micro-batches drawn at random.
+    """
+    mean = pool.mean[:, block].double()
+    mean -= mean.mean(0)  # against cancellation
+    squares = pool.variance[:, block].double() + mean.square()
+    # gathers and averages at once, without a copy of the samples for every group
+    centre, square = (F.embedding_bag(groups, values, mode="mean") for values in (mean, squares))
+    found = (square - centre.square()).clamp_(min=0)
+    std = (found + eps).sqrt_()
+    rho_std = found / std
+    rho = rho_std / std
+    pooled, root = found.mean(0), rho_std.mean(0)
+    slope = torch.where(pooled > 0, -2 * (variance / pooled).sqrt() / (variance + eps).sqrt(), 0.0)
+    half = torch.where(pooled > 0, root / (2 * pooled), 0.0)
+    return pooled, root, rho.mean(0), rho_std @ slope - found @ (slope * half) + rho.sum(1)
 
 
 def _without_replicates(
-    effects: list[Tensor], orders: list[Tensor], replicate: Tensor, replicates: int
+    effects: Float[Tensor, "orders groups"],
+    orders: Int[Tensor, "orders groups size"],
+    replicate: Tensor,
+    replicates: int,
 ) -> tuple[Float[Tensor, " estimates"], float, float]:
     """Change of the layer's D when the pool's samples of each replicate are left out, and the noise of the orders.
 
@@ -173,8 +198,7 @@ def _without_replicates(
     """
     images, size = orders[0].numel(), orders[0].shape[1]
     parts = torch.zeros(len(orders), images, dtype=torch.float64)
-    for row, (effect, order) in enumerate(zip(effects, orders, strict=True)):
-        parts[row, order.flatten()] = effect.repeat_interleave(size)
+    parts.scatter_(1, orders.flatten(1), effects.repeat_interleave(size, 1))
     change = torch.zeros(1 + replicates, dtype=torch.float64)
     if len(orders) < 2:
         return change, 0.0, 0.0
@@ -185,4 +209,4 @@ def _without_replicates(
     groups = int((held > 0).sum())
     noise = float(parts.var(0).mean()) / len(orders)  # of one sample's part
     excess = 0.5 * size**2 * noise / images * groups / max(groups - 1, 1)
-    return change, float(torch.cat(effects).var() / (len(orders) * orders[0].shape[0])), excess
+    return change, float(effects.var() / effects.numel()), excess
