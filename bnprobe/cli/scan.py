@@ -54,6 +54,11 @@ def scan(
         options.option(FURTHER, "--gradients", "Measure the noise of the backward pass; needs loss()."),
         options.Sets("scan.gradients"),
     ] = False,
+    thorough: Annotated[
+        bool,
+        options.option(FURTHER, "--thorough", "Measure more exactly, and of more layers, what they do to the output."),
+        options.Sets("scan.thorough"),
+    ] = False,
     goal: options.Goal = None,
     threshold: options.Threshold = None,
     include: options.Include = None,

@@ -164,6 +164,7 @@ class ScanSpec(_Section):
             where something may be wrong, and without larger batches.
         train_steps: Training steps to run on a copy of the model; None: none.
         gradients: Whether to measure the noise of the backward pass.
+        thorough: Whether what layers do to the output may take as long as the scan itself, and more; else a tenth.
     """
 
     max_batches: Passes = 256
@@ -175,6 +176,7 @@ class ScanSpec(_Section):
     what_if: bool | None = None
     train_steps: Passes | None = None
     gradients: bool = False
+    thorough: bool = False
 
 
 class RuleExemption(_Section):
@@ -205,7 +207,7 @@ class RulesSpec(_Section):
     exempt: Annotated[tuple[RuleExemption, ...], Field(strict=False)] = ()
 
 
-PLAIN: dict[str, Any] = {"what_if": False, "train_steps": None, "gradients": False}
+PLAIN: dict[str, Any] = {"what_if": False, "train_steps": None, "gradients": False, "thorough": False}
 """Settings of a scan that measures only the mismatch: what else can be asked for is switched off."""
 
 

@@ -32,7 +32,7 @@ from bnprobe.measure.causes import (
 )
 from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.gradients import measure_gradients
-from bnprobe.measure.impact import SAMPLES, joint_impact, measure_impact
+from bnprobe.measure.impact import FEWEST_PASSES, SAMPLES, Impacts
 from bnprobe.measure.session import Session
 from bnprobe.measure.train_steps import MakeOptimizer, train_steps
 from bnprobe.measure.trial import MicroBatchStatistics
@@ -43,8 +43,11 @@ from bnprobe.rules.facts import Anatomy, OtherEps, Padding, Randomness
 IMPACT_BYTES = 2**27
 """Upper limit on the norm-layer inputs of the samples that impacts are measured on; backward passes take twice that."""
 
-IMPACT_PART = 8
-"""Impacts are measured on one in this many samples, since each takes a dozen forward passes instead of two."""
+IMPACT_SHARE = 0.1
+"""Passes that impacts take, forward and backward, as a part of those of the two paths over all samples."""
+
+IMPACT_PASSES = 40
+"""Passes over one sample that impacts take at least, however few samples were scanned: five over eight samples."""
 
 WHAT_IF_IMAGES = 512
 """Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""
@@ -81,7 +84,10 @@ class Wanted:
 
 @dataclass
 class Further:
-    """Results by layer index, or by name where rules read them so, and their cost."""
+    """Results by layer index, or by name where rules read them so, and their cost.
+
+    ``effects`` goes on to measure what groups of layers do to the output.
+    """
 
     impacts: dict[int, Impact] = field(default_factory=dict)
     backward: dict[int, Backward] = field(default_factory=dict)
@@ -98,6 +104,7 @@ class Further:
     notes: list[str] = field(default_factory=list)
     frozen_lag: Mapping[str, float] = field(default_factory=dict)
     batch_at_inference: dict[str, bool] = field(default_factory=dict)
+    effects: Impacts | None = None
 
     def added_to(self, layer: Layer, index: int) -> Layer:
         """The layer with what was measured of it."""
@@ -147,10 +154,7 @@ def measure_further(
     found.passes += _passes_so_far(evidence)
     with session.installed():
         if wanted.effects:
-            some = _first_batches(session, evidence)
-            samples = len(some) * evidence.batch_size
-            with found.counted("impact", "how much each layer changes the output", samples):
-                found.impacts = measure_impact(session, some, evidence.batching)
+            _measure_impacts(found, session, evidence, settings.thorough)
         if wanted.remedies or settings.what_if:
             _try_remedies(found, session, evidence, settings)
     _train(found, session, evidence, settings, make_optimizer)
@@ -171,7 +175,7 @@ def joint_impacts(
 
     def measured(names: tuple[str, ...]) -> float | None:
         layers = frozenset(positions[name] for name in names if positions[name] in further.impacts)
-        if not layers or evidence.partial:
+        if not layers or evidence.partial or further.effects is None:
             return None
         alone = further.impacts[next(iter(layers))].exact if len(layers) == 1 else None
         if alone is not None:
@@ -179,8 +183,7 @@ def joint_impacts(
         if layers not in known:
             known[layers] = None
             with suppress(BnprobeError, KeyboardInterrupt), session.installed():
-                some = _first_batches(session, evidence)
-                known[layers] = joint_impact(session, some, evidence.batching, layers)
+                known[layers] = further.effects.together(layers)
         return known[layers]
 
     return {names: measured(names) for names in groups}
@@ -206,14 +209,19 @@ def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
         )
 
 
-def _first_batches(session: Session, evidence: Evidence) -> list[Any]:
-    """The micro-batches that impacts are measured on, on the device."""
+def _measure_impacts(found: Further, session: Session, evidence: Evidence, thorough: bool) -> None:
+    """What each layer does to the output, within ``IMPACT_SHARE`` of the scan unless thorough."""
     layers = session.layers.layers
     numbers = sum(values * layers[index].info.channels for (index, _), values in evidence.values.items())
     memory = IMPACT_BYTES * evidence.batch_size // (4 * max(numbers, 1))
-    images = min(SAMPLES, memory, evidence.samples // IMPACT_PART)
-    number = max(2, images // evidence.batch_size)
-    return [to_device(batch, session.device) for batch in evidence.micro_batches[:number]]
+    passes = max(IMPACT_PASSES, int(IMPACT_SHARE * 2 * evidence.samples))
+    images = SAMPLES if thorough else min(SAMPLES, passes // FEWEST_PASSES)
+    batches = max(2, min(images, memory) // evidence.batch_size)
+    some = [to_device(batch, session.device) for batch in evidence.micro_batches[:batches]]
+    samples = len(some) * evidence.batch_size
+    found.effects = Impacts(session, some, evidence.batching)
+    with found.counted("impact", "how much each layer changes the output", samples):
+        found.impacts = found.effects.of_each(None if thorough else passes // samples)
 
 
 def _try_remedies(found: Further, session: Session, evidence: Evidence, settings: ScanSettings) -> None:

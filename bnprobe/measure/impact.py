@@ -12,7 +12,7 @@ vectors of a sample are orthogonal: as many as it has outputs leave no error of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -95,7 +95,8 @@ def relative_change(square: float, norm: float) -> float | None:
 
 
 _PRODUCTS = 256
-"""Products u . dy behind an estimate: of equal |dy| they leave it a standard error below 1 / sqrt(2 * 256), 4%."""
+"""Products u . dy behind an estimate, where passes do not count: n of them, of equal |dy|, leave it a standard error
+below 1 / sqrt(2 n), here 4%."""
 
 _MOST_DRAWS = 16
 """Backward passes over the same samples at most."""
@@ -107,20 +108,18 @@ _Pair = tuple[Tensor, Tensor]
 """Of scale and shift, each of shape (units, channels)."""
 
 
-def estimate_changes(sample: Sample, layers: AbstractSet[int], coupled: bool) -> dict[int, float]:
+def _estimate_changes(sample: Sample, layers: AbstractSet[int], per_sample: bool, draws: int) -> dict[int, float]:
     """Estimated relative L2 change of the outputs for each layer by itself.
 
     Args:
-        sample: Of one micro-batch at a time where ``coupled``.
+        sample: What is run.
         layers: Indices.
-        coupled: Other layers normalize with batch statistics on the eval path, so that samples reach each other.
+        per_sample: Samples are independent of each other on the eval path.
+        draws: Backward passes.
 
     Returns:
         Without the layers that no gradient reaches, in all of their calls; empty if the model cannot be differentiated.
     """
-    per_sample = sample.batching.emulation.trusted and not coupled
-    units = len(sample.micro_batches) * (sample.batching.batch_size if per_sample else 1)
-    draws = min(_MOST_DRAWS, -(-_PRODUCTS // max(units, 1)))
     generator = torch.Generator(sample.session.device).manual_seed(0)
 
     def run(joined: Any, chunk: list[Any]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -224,119 +223,152 @@ SAMPLES = 64
 WORST = 5
 """Layers that are measured, worst first by the estimate; and as many of those that have no estimate."""
 
+FEWEST_PASSES = 5
+"""Over each sample: the reference, the graph, two backward passes, and the worst layer."""
+
 _FEWEST_BATCHES = 2
 """Lower limit on the micro-batches, however large they are: one says little about the next."""
 
 
-def measure_impact(
-    session: Session,
-    micro_batches: Sequence[Any],
-    batching: Batching,
-) -> dict[int, Impact]:
-    """Impact of each layer by itself: estimated for all, measured for the worst.
-
-    The estimate (see the head of this module) assumes that nothing downstream bends much over the change. For small
-    networks whose running means are off by a tenth of a standard deviation and variances by 20%, 395 of 396 estimates
-    were within a quarter of the exact figure, and 90% within 12%. It grows worse with the mismatch and with what
-    follows: up to 41% too high for the first of 15 layers, up to 80% off with statistics that fit no data and r far
-    from 1. The exact figure is the swap itself, one forward pass per layer.
+class Impacts:
+    """What layers do to the outputs: of each by itself and of several together, against one reference pass.
 
     Args:
-        session: Installed.
+        session: Installed whenever something is measured.
         micro_batches: On the device.
         batching: How they run.
-
-    Returns:
-        For each selected layer that uses its running statistics on the eval path. ``loss`` is the mean over
-        micro-batches.
-
-    Raises:
-        DeviceError, UserCodeError, DataError: As in any pass on the eval path; an estimate that fails is None.
     """
-    sample = _sample(session, micro_batches, batching)
-    wanted = frozenset(layer.index for layer in session.layers.selected)
-    mismatch, coupled = _mismatches(sample, wanted)
-    # A graph keeps about three times what a pass without one is planned to take.
-    smaller = replace(sample, batching=replace(batching, at_once=1 if coupled else max(1, batching.at_once // 2)))
-    estimates = estimate_changes(smaller, mismatch.keys(), coupled)
-    known = sorted(estimates, key=lambda index: -estimates[index])
-    unknown = sorted(mismatch.keys() - estimates.keys(), key=lambda index: (-mismatch[index], index))
-    worst = [*known[:WORST], *unknown[:WORST]]
-    swapped = _swapped(sample, [frozenset({index}) for index in worst], with_loss=session.functions.loss is not None)
-    measured = dict(zip(worst, swapped, strict=True))
-    return {index: Impact(estimates.get(index), *measured.get(index, (None, None))) for index in sorted(mismatch)}
+
+    def __init__(self, session: Session, micro_batches: Sequence[Any], batching: Batching) -> None:
+        most = max(_FEWEST_BATCHES, SAMPLES // batching.batch_size)
+        self._sample = Sample(session, micro_batches[:most], batching)
+        self._references: dict[tuple[int, int], _Reference] = {}
+
+    def of_each(self, passes: int | None = None) -> dict[int, Impact]:
+        """Impact of each layer by itself: estimated for all, measured for the worst.
+
+        The estimate (see the head of this module) assumes that nothing downstream bends much over the change. For small
+        networks whose running means are off by a tenth of a standard deviation and variances by 20%, 395 of 396
+        estimates were within a quarter of the exact figure, and 90% within 12%. It grows worse with the mismatch and
+        with what follows: up to 41% too high for the first of 15 layers, up to 80% off with statistics that fit no data
+        and r far from 1. Fewer backward passes add their own noise: over 8 samples two of them leave a standard error
+        of at most 18%. The exact figure is the swap itself, one forward pass per layer.
+
+        Args:
+            passes: Over each sample at most, forward and backward, but at least ``FEWEST_PASSES``; None: as many as
+                256 products for each estimate take, and the five worst layers.
+
+        Returns:
+            For each selected layer that uses its running statistics on the eval path. ``loss`` is the mean over
+            micro-batches.
+
+        Raises:
+            DeviceError, UserCodeError, DataError: As in any pass on the eval path; an estimate that fails is None.
+        """
+        sample = self._sample
+        mismatch, coupled = self._mismatches()
+        per_sample = sample.batching.emulation.trusted and not coupled
+        draws, worst = self._planned(passes, per_sample)
+        # A graph keeps about three times what a pass without one is planned to take.
+        at_once = 1 if coupled else max(1, sample.batching.at_once // 2)
+        smaller = replace(sample, batching=replace(sample.batching, at_once=at_once))
+        estimates = _estimate_changes(smaller, mismatch.keys(), per_sample, draws)
+        known = sorted(estimates, key=lambda index: -estimates[index])
+        unknown = sorted(mismatch.keys() - estimates.keys(), key=lambda index: (-mismatch[index], index))
+        chosen = [*known[:worst], *unknown[:worst]]
+        swapped = self._swapped([frozenset({index}) for index in chosen])
+        measured = dict(zip(chosen, swapped, strict=True))
+        return {index: Impact(estimates.get(index), *measured.get(index, (None, None))) for index in sorted(mismatch)}
+
+    def together(self, layers: frozenset[int]) -> float | None:
+        """Measured relative L2 change of the outputs if all of these layers normalize with their batch's statistics.
+
+        Returns:
+            None if there is no output to compare, or it is not finite, or zero everywhere.
+        """
+        return self._swapped([layers])[0][0]
+
+    def _planned(self, passes: int | None, per_sample: bool) -> tuple[int, int]:
+        """Backward passes, and layers to measure."""
+        sample = self._sample
+        units = len(sample.micro_batches) * (sample.batching.batch_size if per_sample else 1)
+        enough = min(_MOST_DRAWS, -(-_PRODUCTS // max(units, 1)))
+        if passes is None:
+            return enough, WORST
+        left = max(passes, FEWEST_PASSES) - 2
+        draws = min(enough, left - 1)
+        return draws, min(WORST, left - draws)
+
+    def _reference(self, joined: Any, chunk: list[Any]) -> _Reference:
+        """The pass in which every layer does as it does at inference; run once."""
+        key = id(chunk[0]), len(chunk)
+        if key not in self._references:
+            output, recorded, pass_ = self._sample.forward(joined, len(chunk))
+            # Right away: the loss may call the model again, and is then answered as in the last pass.
+            self._references[key] = _Reference(floating(output), self._scores(chunk, recorded), pass_.records)
+        return self._references[key]
+
+    def _mismatches(self) -> tuple[dict[int, float], bool]:
+        """Mean D of the selected layers that use their running statistics on the eval path; infinite if not finite.
+
+        Also whether other layers normalize with batch statistics there, so that samples reach each other's outputs.
+        """
+        sample, session = self._sample, self._sample.session
+        wanted = frozenset(layer.index for layer in session.layers.selected)
+        found: dict[int, list[Tensor]] = {}
+        coupled = False
+        for reference in sample.in_chunks(self._reference):
+            coupled = coupled or any(record.by_batch for record in reference.records.values())
+            for (index, _), record in reference.records.items():
+                if index in wanted and not record.by_batch:
+                    corrected = sample.corrections(record, session.layers.layers[index])
+                    found.setdefault(index, []).append(corrected.mismatch.mean())
+        host = to_host([summed(values) / len(values) for values in found.values()])
+        return {i: value if math.isfinite(value) else math.inf for i, value in zip(found, host, strict=True)}, coupled
+
+    def _swapped(self, swaps: Sequence[frozenset[int]]) -> list[tuple[float | None, float | None]]:
+        """For each set of layers: measured relative change of the outputs, and change of the loss."""
+        if not swaps or not self._sample.micro_batches:
+            return [(None, None)] * len(swaps)
+        parts = self._sample.in_chunks(lambda joined, chunk: self._measure(joined, chunk, swaps))
+        norm, *squares = to_host([summed(column) for column in zip(*(squares for squares, _ in parts), strict=True)])
+        before, *after = (_loss(column) for column in zip(*(values for _, values in parts), strict=True))
+        losses = [None if loss is None or before is None else loss - before for loss in after]
+        return [(relative_change(square, norm), loss) for square, loss in zip(squares, losses, strict=True)]
+
+    def _measure(
+        self, joined: Any, chunk: list[Any], swaps: Sequence[frozenset[int]]
+    ) -> tuple[list[Tensor], list[Found]]:
+        """|y|^2 and |dy|^2 of each swap; the values of the loss without and with each."""
+        sample, reference = self._sample, self._reference(joined, chunk)
+        squares = [summed(map(square_norm, reference.outputs))]
+        values = [reference.scores]
+        for layers in swaps:
+            output, recorded, _ = sample.forward(joined, len(chunk), by_batch=layers)
+            squares.append(summed(map(square_norm, _differences(floating(output), reference.outputs))))
+            values.append(self._scores(chunk, recorded))
+        return squares, values
+
+    def _scores(self, chunk: list[Any], recorded: Outputs) -> Found:
+        session = self._sample.session
+        if session.functions.loss is None:
+            return {}
+        return score_outputs(session, "eval", chunk, recorded, self._sample.batching.batch_size)
 
 
-def joint_impact(
-    session: Session,
-    micro_batches: Sequence[Any],
-    batching: Batching,
-    layers: frozenset[int],
-) -> float | None:
-    """Measured relative L2 change of the outputs if all of ``layers`` normalize with their batch's statistics.
+@dataclass(frozen=True)
+class _Reference:
+    """A pass without a swap.
 
-    Args:
-        session, micro_batches, batching: As in ``measure_impact``.
-        layers: Indices.
-
-    Returns:
-        None if there is no output to compare, or it is not finite, or zero everywhere.
+    Attributes:
+        outputs: Floating tensors of what forward returned.
+        scores: The loss of each micro-batch.
+        records: The moments of its layers.
     """
-    sample = _sample(session, micro_batches, batching)
-    return _swapped(sample, [layers], with_loss=False)[0][0]
 
-
-def _sample(session: Session, micro_batches: Sequence[Any], batching: Batching) -> Sample:
-    most = max(_FEWEST_BATCHES, SAMPLES // batching.batch_size)
-    return Sample(session, micro_batches[:most], batching)
-
-
-def _mismatches(sample: Sample, wanted: AbstractSet[int]) -> tuple[dict[int, float], bool]:
-    """Mean D of the layers that use their running statistics on the eval path; infinite where it is not finite.
-
-    Also whether other layers normalize with batch statistics there, so that samples reach each other's outputs.
-    """
-    layers = sample.session.layers.layers
-    found: dict[int, list[Tensor]] = {}
-    coupled = False
-    for records in sample.in_chunks(lambda joined, chunk: sample.forward(joined, len(chunk))[2].records):
-        coupled = coupled or any(record.by_batch for record in records.values())
-        for (index, _), record in records.items():
-            if index in wanted and not record.by_batch:
-                found.setdefault(index, []).append(sample.corrections(record, layers[index]).mismatch.mean())
-    host = to_host([summed(values) / len(values) for values in found.values()])
-    return {i: value if math.isfinite(value) else math.inf for i, value in zip(found, host, strict=True)}, coupled
-
-
-def _swapped(
-    sample: Sample, swaps: Sequence[frozenset[int]], with_loss: bool
-) -> list[tuple[float | None, float | None]]:
-    """For each set of layers: measured relative change of the outputs, and change of the loss."""
-    if not swaps or not sample.micro_batches:
-        return [(None, None)] * len(swaps)
-    parts = sample.in_chunks(lambda joined, chunk: _measure(sample, joined, chunk, swaps, with_loss))
-    norm, *squares = to_host([summed(column) for column in zip(*(squares for squares, _ in parts), strict=True)])
-    before, *after = (_loss(column) for column in zip(*(values for _, values in parts), strict=True))
-    losses = [None if loss is None or before is None else loss - before for loss in after]
-    return [(relative_change(square, norm), loss) for square, loss in zip(squares, losses, strict=True)]
-
-
-def _measure(
-    sample: Sample, joined: Any, chunk: list[Any], swaps: Sequence[frozenset[int]], with_loss: bool
-) -> tuple[list[Tensor], list[Found]]:
-    """|y|^2 and |dy|^2 of each swap; the values of the loss without and with each."""
-    squares: list[Tensor] = []
-    values: list[Found] = []
-    reference: list[Tensor] | None = None
-    for layers in (frozenset[int](), *swaps):
-        output, recorded, _ = sample.forward(joined, len(chunk), by_batch=layers)
-        tensors = floating(output)
-        changes = tensors if reference is None else _differences(tensors, reference)
-        squares.append(summed(map(square_norm, changes)))
-        reference = tensors if reference is None else reference
-        size = sample.batching.batch_size
-        values.append(score_outputs(sample.session, "eval", chunk, recorded, size) if with_loss else {})
-    return squares, values
+    outputs: list[Tensor]
+    scores: Found
+    records: Mapping[Slot, Recorded]
 
 
 def _loss(parts: Iterable[Found]) -> float | None:

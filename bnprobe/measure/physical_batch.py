@@ -202,11 +202,6 @@ def _compare(session: Session, path: PathName, micro_batches: list[Any], batch_s
     outputs = [session.forward(path, batch, real)[0] for batch, real in zip(micro_batches, reals, strict=True)]
     sizes = [record.bytes // batch_size for record in reals[0].records.values()]
     footprint = Footprint(total=sum(sizes), largest=max(sizes, default=0))
-    shaken = Pass(batch_size, batch_size)
-    try:
-        shaken_output, _ = session.forward(path, _shake(micro_batches[0]), shaken)
-    except UserCodeError:  # a model that refuses the changed inputs has to agree to rounding
-        shaken, shaken_output = reals[0], outputs[0]
     try:
         emulated = Pass(batch_size * len(micro_batches), batch_size, references=_references(reals))
         output, _ = session.forward(path, join(micro_batches, batch_size), emulated)
@@ -214,21 +209,15 @@ def _compare(session: Session, path: PathName, micro_batches: list[Any], batch_s
             raise CannotEmulateError("the layers are called differently in a larger batch")
     except (CannotEmulateError, UserCodeError) as error:
         return _Comparison(not_emulated(as_sentence(error)), footprint)
-    unit = _unit(session)
     found = _output_error(outputs, output, batch_size * len(micro_batches))
     if found is None and not _references(reals):
         return _Comparison(not_emulated(_NOTHING), footprint)
-    check, blind = _judge(session, reals, shaken, emulated, unit)
-    output_error, moved = found or 0.0, _output_error(outputs[:1], shaken_output, batch_size) or 0.0
-    output_tolerance = unit * _FLOOR + _AMPLIFICATION * moved
-    agrees = output_error <= unit * _FLOOR or output_error <= output_tolerance <= _BLIND
-    blind = blind or (not agrees and not output_tolerance <= _BLIND)
-    passed = check.passed and agrees
+    check, blind = _verdict(session, path, micro_batches[0], outputs[0], reals, emulated, found or 0.0)
     name = _COMPARED.get(path, "eval")
-    check = replace(check, output_error=output_error, passed=passed, paths=(name,))
+    check = replace(check, paths=(name,))
     part = "eval" if name == "eval" else "train"
     layouts, values = {part: emulated.layouts}, {part: _values_per_sample(emulated)}
-    emulation = Emulation(passed, _reason(check, blind, batch_size), check, layouts, values)
+    emulation = Emulation(check.passed, _reason(check, blind, batch_size), check, layouts, values)
     return _Comparison(emulation, footprint, blind, frozenset(emulated.records))
 
 
@@ -332,21 +321,57 @@ def _relative(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm()) / (float(one.norm()) or 1.0)
 
 
-def _judge(session: Session, reals: list[Pass], shaken: Pass, emulated: Pass, unit: float) -> tuple[SelfCheck, bool]:
+def _verdict(
+    session: Session,
+    path: PathName,
+    batch: Any,
+    output: Any,
+    reals: list[Pass],
+    emulated: Pass,
+    output_error: float,
+) -> tuple[SelfCheck, bool]:
+    """Whether the emulated pass agrees with the real ones, and whether rounding hides the answer.
+
+    Only where they differ by more than rounding does by itself is it of interest how much the network amplifies it.
+
+    Args:
+        batch: The first micro-batch, which runs again with its inputs changed in the last digits.
+        output: What it gave.
+        output_error: Of the outputs.
+    """
+    layers, floor = session.layers.layers, _unit(session) * _FLOOR
+    references = _references(reals)
+    errors = {
+        slot: _difference(emulated.records[slot], *real, layers[slot[0]].info.eps) for slot, real in references.items()
+    }
+    if max([output_error, *errors.values()]) <= floor:
+        return SelfCheck(output_error, max(errors.values(), default=0.0), floor, True, None), False
+    shaken, size = Pass(reals[0].batch_size, reals[0].batch_size), reals[0].batch_size
+    try:
+        shaken_output, _ = session.forward(path, _shake(batch), shaken)
+    except UserCodeError:  # a model that refuses the changed inputs has to agree to rounding
+        shaken, shaken_output = reals[0], output
+    check, blind = _judge(session, errors, shaken, reals[0], floor)
+    tolerance = floor + _AMPLIFICATION * (_output_error([output], shaken_output, size) or 0.0)
+    agrees = output_error <= floor or output_error <= tolerance <= _BLIND
+    blind = blind or (not agrees and not tolerance <= _BLIND)
+    return replace(check, output_error=output_error, passed=check.passed and agrees), blind
+
+
+def _judge(
+    session: Session, errors: Mapping[Slot, float], shaken: Pass, first: Pass, floor: float
+) -> tuple[SelfCheck, bool]:
     """Walk through the calls in order; the tolerance grows with the amplification seen so far."""
-    tolerance = unit * _FLOOR
+    tolerance = floor
     worst = 0.0
-    for slot, real in _references(reals).items():
-        eps = session.layers.layers[slot[0]].info.eps
-        first = reals[0].records[slot]
-        moved = _difference(shaken.records.get(slot), first.mean, first.variance, eps)
-        tolerance = max(tolerance, unit * _FLOOR + _AMPLIFICATION * moved)
-        error = _difference(emulated.records[slot], *real, eps)
+    for slot, error in errors.items():
+        layer, record = session.layers.layers[slot[0]], first.records[slot]
+        moved = _difference(shaken.records.get(slot), record.mean, record.variance, layer.info.eps)
+        tolerance = max(tolerance, floor + _AMPLIFICATION * moved)
         worst = max(worst, error)
         blind = not tolerance <= _BLIND
-        if error > unit * _FLOOR and (blind or error > tolerance):
-            name = session.layers.layers[slot[0]].name
-            return SelfCheck(0.0, worst, tolerance, False, name), blind
+        if error > floor and (blind or error > tolerance):
+            return SelfCheck(0.0, worst, tolerance, False, layer.name), blind
     return SelfCheck(0.0, worst, tolerance, True, None), False
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from bnprobe.measure import impact as impact_module
 from bnprobe.measure.batch import join, tensors_of
 from bnprobe.measure.forward_pass import Pass
-from bnprobe.measure.impact import joint_impact, measure_impact
+from bnprobe.measure.impact import Impacts
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.session import UserFunctions
 from support.fingerprint import fingerprint
@@ -79,8 +79,8 @@ def test_the_exact_figure_is_that_of_a_copy_with_one_layer_in_train_mode(name: s
     model = unsettled(make())
     with running(model, batches, 8, UserFunctions(forward)) as (session, emulation):
         assert emulation.trusted == (name != "mixes images")
-        found = measure_impact(session, batches, Batching(8, emulation, 3))
-        together = joint_impact(session, batches, Batching(8, emulation, 3), frozenset(found))
+        found = Impacts(session, batches, Batching(8, emulation, 3)).of_each()
+        together = Impacts(session, batches, Batching(8, emulation, 3)).together(frozenset(found))
     for index, impact in found.items():
         assert impact.exact == pytest.approx(by_hand(model, batches, forward, index), rel=1e-4)
     assert together == pytest.approx(by_hand(model, batches, forward, *found), rel=1e-4)
@@ -93,7 +93,7 @@ def test_the_estimate_agrees_with_the_exact_figure(name: str) -> None:
     batches = [join(list(pair)) for pair in zip(batches[::2], batches[1::2], strict=True)]
     model = moderately_off(unsettled(make()), batches, forward)
     with running(model, batches, 16, UserFunctions(forward)) as (session, emulation):
-        found = measure_impact(session, batches, Batching(16, emulation, 2))
+        found = Impacts(session, batches, Batching(16, emulation, 2)).of_each()
     assert len(found) > 1
     for impact in found.values():
         assert impact.exact is not None
@@ -118,12 +118,12 @@ def test_without_nonlinearities_only_the_random_vectors_are_left(monkeypatch: py
     model, batches = unsettled(Linear()), images(8, 8, 3, 6, 6)
     monkeypatch.setattr(impact_module, "_PRODUCTS", 64 * 5)
     with running(model, batches, 8) as (session, emulation):
-        found = measure_impact(session, batches, Batching(8, emulation, 8))
+        found = Impacts(session, batches, Batching(8, emulation, 8)).of_each()
         for impact in found.values():  # as many vectors as outputs: the whole of the output
             assert impact.estimate == pytest.approx(impact.exact, rel=1e-4)
         monkeypatch.setattr(impact_module, "_PRODUCTS", 8 * 400)
         monkeypatch.setattr(impact_module, "_MOST_DRAWS", 400)
-        apart = measure_impact(session, batches, Batching(8, REAL, 8))
+        apart = Impacts(session, batches, Batching(8, REAL, 8)).of_each()
     for impact in apart.values():
         assert impact.estimate == pytest.approx(impact.exact, rel=0.05)
 
@@ -152,7 +152,7 @@ def test_the_loss_of_real_micro_batches(emulate: bool) -> None:
             return sum(float(loss(twin, batch)) for batch in batches) / len(batches)
 
     with running(model, batches, 8, UserFunctions(loss=loss)) as (session, emulation):
-        found = measure_impact(session, batches, Batching(8, emulation if emulate else REAL, 4))
+        found = Impacts(session, batches, Batching(8, emulation if emulate else REAL, 4)).of_each()
     for index, impact in found.items():
         assert impact.loss == pytest.approx(mean(index) - mean(), rel=1e-4)
         assert abs(impact.loss) > 1e-3
@@ -162,7 +162,7 @@ def test_only_the_worst_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(impact_module, "WORST", 2)
     model, batches = unsettled(Dense()), images(8, 8, 3, 6, 6)
     with running(model, batches, 8) as (session, emulation):
-        found = measure_impact(session, batches, Batching(8, emulation, 4))
+        found = Impacts(session, batches, Batching(8, emulation, 4)).of_each()
     estimates = sorted((impact.estimate for impact in found.values()), reverse=True)
     assert [impact.exact is not None for impact in found.values()] == [
         impact.estimate >= estimates[1] for impact in found.values()
@@ -207,7 +207,7 @@ def test_where_no_gradient_reaches_the_worst_mismatch_is_measured(name: str, mon
     model, batches = unsettled(Ending(UNREACHABLE[name])), images(8, 8, 3, 6, 6)
     model.body[3].running_mean += 3
     with running(model, batches, 8) as (session, emulation):
-        found = measure_impact(session, batches, Batching(8, emulation, 4))
+        found = Impacts(session, batches, Batching(8, emulation, 4)).of_each()
     assert [impact.estimate for impact in found.values()] == [None, None]
     assert found[0].exact is None
     assert found[1].exact == pytest.approx(by_hand(model, batches, None, 1), rel=1e-4)
@@ -226,7 +226,7 @@ def test_checkpointing_costs_the_estimate_at_worst(reentrant: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own: no input requires grad
         with running(saving, batches, 8) as (session, emulation):
-            found = measure_impact(session, batches, Batching(8, emulation, 4))
+            found = Impacts(session, batches, Batching(8, emulation, 4)).of_each()
     for index, impact in found.items():
         assert impact.exact == pytest.approx(by_hand(model, batches, None, index), rel=1e-4)
         assert impact.estimate is None or impact.estimate == pytest.approx(impact.exact, rel=0.25)
@@ -241,7 +241,7 @@ def test_a_nest_of_outputs_of_every_kind() -> None:
     nested.load_state_dict(plain.state_dict())
     for model in (plain, nested):
         with running(model, batches, 8) as (session, emulation):
-            found = measure_impact(session, batches, Batching(8, emulation, 4))
+            found = Impacts(session, batches, Batching(8, emulation, 4)).of_each()
         assert [impact.estimate for impact in found.values()] == [
             pytest.approx(impact.exact, rel=0.25) for impact in found.values()
         ]
@@ -251,8 +251,8 @@ def test_one_number_for_the_whole_batch() -> None:
     """Images do not have outputs of their own: their changes add up before they are squared."""
     model, batches = unsettled(Linear()), images(8, 8, 3, 6, 6)
     with running(model, batches, 8, UserFunctions(lambda model, batch: model(batch).mean())) as (session, _):
-        found = measure_impact(session, batches, Batching(8, REAL, 1))
-        together = measure_impact(session, batches, Batching(8, replace(REAL, trusted=True), 8))
+        found = Impacts(session, batches, Batching(8, REAL, 1)).of_each()
+        together = Impacts(session, batches, Batching(8, replace(REAL, trusted=True), 8)).of_each()
     for impact in found.values():
         assert impact.estimate == pytest.approx(impact.exact, rel=0.25)
     for impact in together.values():
@@ -285,7 +285,7 @@ def test_a_layer_without_running_statistics_is_differentiated_through() -> None:
         norm.running_var.copy_(torch.linspace(0.3, 0.6, 4))
     with running(model, batches, 4) as (session, emulation):
         assert emulation.trusted
-        found = measure_impact(session, batches, Batching(4, emulation, 4))
+        found = Impacts(session, batches, Batching(4, emulation, 4)).of_each()
     assert found.keys() == {0, 2}
     for index, impact in found.items():
         assert impact.exact == pytest.approx(by_hand(model, batches, None, index), rel=1e-4)
@@ -296,7 +296,7 @@ def test_autocast() -> None:
     batches = images(8, 8, 3, 6, 6)
     model = moderately_off(unsettled(Residual()), batches)
     with running(model, batches, 8, autocast="bfloat16") as (session, emulation):
-        half = measure_impact(session, batches, Batching(8, emulation, 4))
+        half = Impacts(session, batches, Batching(8, emulation, 4)).of_each()
     for index, impact in half.items():
         assert impact.exact == pytest.approx(by_hand(model, batches, None, index), rel=0.1)
         assert impact.estimate == pytest.approx(impact.exact, rel=0.25)
@@ -310,8 +310,8 @@ def test_nothing_is_left_behind(frozen: bool) -> None:
         session.forward("eval", batches[0], Pass(8, 8))
         before = fingerprint(model)
         assert not torch.is_grad_enabled()
-        found = measure_impact(session, batches, Batching(8, emulation, 4))
-        joint_impact(session, batches, Batching(8, emulation, 4), frozenset({0}))
+        found = Impacts(session, batches, Batching(8, emulation, 4)).of_each()
+        Impacts(session, batches, Batching(8, emulation, 4)).together(frozenset({0}))
         assert fingerprint(model) == before
     assert found[0].estimate is not None
 
@@ -327,13 +327,32 @@ def test_few_images_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = unsettled(Flat()), images(40, 8, 6)
     with running(model, batches, 8, UserFunctions(forward)) as (session, emulation):
         seen.clear()
-        measure_impact(session, batches, Batching(8, emulation, 4))
-        # Base, gradient, and base with one swap: 64 images each.
-        assert sum(seen) == 4 * 64
+        impacts = Impacts(session, batches, Batching(8, emulation, 4))
+        impacts.of_each()
+        # Without a swap, with a graph, and with one swap: 64 images each.
+        assert sum(seen) == 3 * 64
+        seen.clear()
+        impacts.together(frozenset({0, 1}))
+        assert sum(seen) == 64
         seen.clear()
         monkeypatch.setattr(impact_module, "SAMPLES", 8)
-        joint_impact(session, batches, Batching(8, emulation, 4), frozenset({0}))
+        Impacts(session, batches, Batching(8, emulation, 4)).together(frozenset({0}))
         assert sum(seen) == 2 * 16
+
+
+@pytest.mark.parametrize(("passes", "backward", "measured"), [(1, 2, 1), (5, 2, 1), (6, 3, 1), (7, 4, 1), (9, 4, 3)])
+def test_the_passes_are_those_that_were_allowed(
+    passes: int, backward: int, measured: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 images, four backward passes are enough; at least two of them, and the worst layer, are measured."""
+    gradients: list[int] = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: gradients.append(1) or grad(*args, **kwargs))
+    model, batches = unsettled(Dense()), images(8, 8, 3, 6, 6)
+    with running(model, batches, 8) as (session, emulation):
+        found = Impacts(session, batches, Batching(8, emulation, 16)).of_each(passes)
+    assert len(gradients) == backward
+    assert sum(impact.exact is not None for impact in found.values()) == measured
 
 
 def test_no_memory_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +365,7 @@ def test_no_memory_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = unsettled(Flat()), images(8, 8, 6)
     monkeypatch.setattr(torch.autograd, "grad", full)
     with running(model, batches, 8) as (session, emulation):
-        found = measure_impact(session, batches, Batching(8, emulation, 4))
+        found = Impacts(session, batches, Batching(8, emulation, 4)).of_each()
     assert [impact.estimate for impact in found.values()] == [None, None]
     assert sum(impact.exact is not None for impact in found.values()) == 1
 
@@ -354,20 +373,20 @@ def test_no_memory_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_output_that_overflows_has_no_impact() -> None:
     model, batches = unsettled(Ending(lambda x: x / 0)), images(8, 8, 3, 6, 6)
     with running(model, batches, 8) as (session, emulation):
-        found = measure_impact(session, batches, Batching(8, emulation, 4))
-        assert joint_impact(session, batches, Batching(8, emulation, 4), frozenset({0})) is None
+        found = Impacts(session, batches, Batching(8, emulation, 4)).of_each()
+        assert Impacts(session, batches, Batching(8, emulation, 4)).together(frozenset({0})) is None
     assert {(impact.estimate, impact.exact) for impact in found.values()} == {(None, None)}
 
 
 def test_no_images() -> None:
     with running(unsettled(Flat()), images(2, 8, 6), 8) as (session, emulation):
-        assert measure_impact(session, [], Batching(8, emulation, 4)) == {}
-        assert joint_impact(session, [], Batching(8, emulation, 4), frozenset({0})) is None
+        assert Impacts(session, [], Batching(8, emulation, 4)).of_each() == {}
+        assert Impacts(session, [], Batching(8, emulation, 4)).together(frozenset({0})) is None
 
 
 def test_no_output_to_compare() -> None:
     model, batches = unsettled(Ending(lambda x: None)), images(8, 8, 3, 6, 6)
     with running(model, batches, 8) as (session, emulation):
-        found = measure_impact(session, batches, Batching(8, emulation, 4))
-        assert joint_impact(session, batches, Batching(8, emulation, 4), frozenset({0})) is None
+        found = Impacts(session, batches, Batching(8, emulation, 4)).of_each()
+        assert Impacts(session, batches, Batching(8, emulation, 4)).together(frozenset({0})) is None
     assert {(impact.estimate, impact.exact) for impact in found.values()} == {(None, None)}
