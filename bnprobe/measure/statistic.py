@@ -299,11 +299,9 @@ class Statistic:
             return None
         found = {}
         for name, state in self._states.items():
-            parts = [state.values.movedim(state.axis, 0)[table.entries(state.per, slot)] for slot in known]
-            if state.per == "layer":
-                parts = parts[:1]
-            entry = reduce(_COMBINE[state.reduction], parts)
-            found[name] = (entry.movedim(0, -1) if state.per == "channel" else entry[0]).cpu()
+            slots = known[:1] if state.per == "layer" else known
+            parts = [state.values[state.entry(table.entries(state.per, slot))] for slot in slots]
+            found[name] = reduce(_COMBINE[state.reduction], parts).cpu()
         return self.compute(found)
 
     def grow(self, table: CallTable, device: torch.device | None = None) -> None:
@@ -342,6 +340,10 @@ class _State:
     @property
     def axis(self) -> int:
         return -1 if self.per == "channel" else 0
+
+    def entry(self, entries: slice) -> Any:
+        """The index of the channels of a call, or of its one entry, or its layer's."""
+        return (..., entries) if self.per == "channel" else entries.start
 
     def grow(self, size: int) -> None:
         missing = size - self.values.shape[self.axis]
