@@ -29,7 +29,7 @@ from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.scores import Found, ScoreTable, score_outputs
 from bnprobe.measure.session import Outputs, Session
 from bnprobe.records import Impact
-from bnprobe.stats.moments import Corrections, bessel, corrections
+from bnprobe.stats.moments import Corrections, bessel, corrections, wide
 
 Result = TypeVar("Result")
 
@@ -184,9 +184,8 @@ def _directions(tensor: Tensor, draws: int, generator: torch.Generator) -> Itera
     rows = tensor.shape[0] if tensor.dim() else 1
     size = tensor.numel() // rows
     columns = min(draws, size) if size <= _ORTHOGONAL else 1
-    wide = torch.promote_types(tensor.dtype, torch.float32)
     while True:
-        block = torch.randn(rows, size, columns, generator=generator, device=tensor.device, dtype=wide)
+        block = torch.randn(rows, size, columns, generator=generator, device=tensor.device, dtype=wide(tensor.dtype))
         if size <= _ORTHOGONAL:
             basis, triangle = torch.linalg.qr(block)
             # Without the signs it would not be random: one output per sample would always have the same one.

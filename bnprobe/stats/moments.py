@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -68,37 +69,47 @@ def pool_moments(mean: Tensor, variance: Tensor, size: int) -> Moments:
 
 
 def _cpu_moments(x: Tensor, floor: float) -> Moments:
-    mean, variance = _fast_moments(x)
+    mean, variance, square = _fast_moments(x)
+    limit = RELATIVE_ERROR / torch.finfo(wide(x.dtype)).eps
+    certain = (square <= limit * (variance + floor)).all() & (variance.sum() < torch.inf)
+    return (mean, variance) if bool(certain) else _careful_moments(x, mean, variance, limit, floor)
+
+
+def _careful_moments(x: Tensor, mean: Tensor, variance: Tensor, limit: float, floor: float) -> Moments:
+    """The moments with those channels computed again that overflowed or lost digits to cancellation."""
     overflown = (~torch.isfinite(mean + variance)).any(0)
     if overflown.any():  # or NaN or Inf in x, which remain
         channels = overflown.nonzero().squeeze(1)
         exact = torch.var_mean(x.index_select(1, channels).double(), tuple(range(2, x.dim())), correction=0)
         variance[:, channels], mean[:, channels] = exact
-    limit = RELATIVE_ERROR / torch.finfo(wide(x.dtype)).eps
     risky = (mean.square() > limit * (variance + floor)).any(0)
     if risky.any():
         channels = risky.nonzero().squeeze(1)
         centred = x.index_select(1, channels).to(wide(x.dtype))
         shift = mean[:, channels].to(centred.dtype)
         centred -= shift.reshape(*shift.shape, *[1] * (x.dim() - 2))
-        offset, spread = _fast_moments(centred)
+        offset, spread, _ = _fast_moments(centred)
         mean[:, channels] = shift.double() + offset
         variance[:, channels] = spread
     return mean, variance
 
 
-def _fast_moments(x: Tensor) -> Moments:
-    space = tuple(range(2, x.dim()))
-    mean = x.mean(space, dtype=wide(x.dtype)).double()
-    return mean, (_mean_square(x) - mean.square()).clamp_min_(0.0)
+def _fast_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance as the difference of two squares, and squared mean, float64 of shape (rows, channels)."""
+    mean = x.mean(tuple(range(2, x.dim())), dtype=wide(x.dtype)).double()
+    square = mean.square()
+    return mean, (_mean_square(x) - square).clamp_min_(0.0), square
 
 
 def _mean_square(x: Tensor) -> Tensor:
     """Mean square over the spatial positions, float64 of shape (rows, channels)."""
     if x.is_contiguous():
-        pieces = x.flatten(2).split(_PIECE if x.dtype == wide(x.dtype) else _HALF_PIECE, dim=2)
-        norms = [torch.linalg.vector_norm(piece, dim=2, dtype=wide(x.dtype)) for piece in pieces]
-        return torch.stack(norms).double().square_().sum(0).div_(x.shape[2:].numel())
+        piece = _PIECE if x.dtype == wide(x.dtype) else _HALF_PIECE
+        flat = x.flatten(2)
+        pieces = [flat] if flat.shape[2] <= piece else flat.split(piece, dim=2)
+        norms = [torch.linalg.vector_norm(each, dim=2, dtype=wide(x.dtype)).double() for each in pieces]
+        squares = norms[0].square_() if len(norms) == 1 else torch.stack(norms).square_().sum(0)
+        return squares.div_(flat.shape[2])
     space = tuple(range(2, x.dim()))
     # vector_norm is 10 to 20 times slower when channels are innermost; squaring in cache-sized pieces is not.
     rows = max(1, _CHUNK_VALUES // x[0].numel())
@@ -114,6 +125,7 @@ def _cuda_moments(x: Tensor) -> Moments:
     return torch.cat([mean for _, mean in parts]).double(), torch.cat([var for var, _ in parts]).double()
 
 
+@functools.lru_cache
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype for statistics of an input of this dtype: at least float32."""
     return torch.promote_types(dtype, torch.float32)
