@@ -28,7 +28,7 @@ cost no more.
 Moments = tuple[Float[Tensor, "rows channels"], Float[Tensor, "rows channels"]]
 
 
-def row_moments(x: Float[Tensor, "rows channels *space"], floor: float = 0.0) -> Moments:
+def row_moments(x: Float[Tensor, "rows channels *space"], floor: float | None = 0.0) -> Moments:
     """Mean and biased variance of each row and channel over the spatial positions.
 
     On CPU ``mean`` and ``vector_norm`` read x twice and are 10 to 40 times faster than ``var_mean``. Their difference
@@ -37,7 +37,7 @@ def row_moments(x: Float[Tensor, "rows channels *space"], floor: float = 0.0) ->
     Args:
         x: Input of a normalization layer, any floating dtype, any memory format.
         floor: Variance below which precision does not matter (the layer's eps): rows with a far smaller variance are
-            not computed again.
+            not computed again. None: nothing is, and ``largest_ratio`` says how to find out afterwards.
 
     Returns:
         (mean, variance), each float64 of shape (rows, channels). The variance is over the spatial positions of
@@ -68,9 +68,21 @@ def pool_moments(mean: Tensor, variance: Tensor, size: int) -> Moments:
     return pooled, variance.unflatten(0, (-1, size)).mean(1) + between
 
 
-def _cpu_moments(x: Tensor, floor: float) -> Moments:
+def largest_ratio(x: Tensor) -> float | None:
+    """Squared mean over variance up to which ``row_moments`` without a floor is exact; None: whatever they are.
+
+    A finite variance is part of that.
+    """
+    if x.is_cuda or x.dim() == 2 or x.shape[2:].numel() == 1:
+        return None
+    return RELATIVE_ERROR / torch.finfo(wide(x.dtype)).eps
+
+
+def _cpu_moments(x: Tensor, floor: float | None) -> Moments:
     mean, variance, square = _fast_moments(x)
-    limit = RELATIVE_ERROR / torch.finfo(wide(x.dtype)).eps
+    limit = largest_ratio(x)
+    if floor is None or limit is None:
+        return mean, variance
     certain = (square <= limit * (variance + floor)).all() & (variance.sum() < torch.inf)
     return (mean, variance) if bool(certain) else _careful_moments(x, mean, variance, limit, floor)
 
