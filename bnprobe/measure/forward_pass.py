@@ -380,7 +380,7 @@ def _are_exact(records: Sequence[Recorded]) -> bool:
     ratio, eps = unchecked[0].ratio, min(each.eps for each in unchecked)
     mean = torch.cat([record.mean for record in records], 1)
     variance = torch.cat([record.variance for record in records], 1)
-    least, most = torch.stack((mean.square() - ratio * variance).aminmax()).tolist()
+    least, most = map(float, torch.stack((mean.square() - ratio * variance).aminmax()).tolist())
     return -math.inf < least and most <= ratio * eps  # neither is so of NaN
 
 
