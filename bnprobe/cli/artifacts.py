@@ -7,12 +7,12 @@ import importlib.util
 import json
 import os
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnprobe.cli.streams import say
-from bnprobe.config.targets import CONVERTED
+from bnprobe.config.targets import CONVERTED, ConversionMark, settings_of
 from bnprobe.errors import OutputError, UsageError
 from bnprobe.files import has_mark, is_blank, not_own, only_run, require_new, require_writable, unfinished, write_all
 from bnprobe.paths import placed
@@ -186,5 +186,6 @@ def _mark(record: RepairRecord) -> dict[str, str] | None:
     """Metadata of the weights file that says that plain BN must not load it; None if it may."""
     if record.plan is None or record.plan.deploys:
         return None
-    layers = [change.name for change in record.plan.changes]
-    return {CONVERTED: json.dumps({"to": record.plan.to, "layers": layers})}
+    to, layers = record.plan.to, {change.name: change.to for change in record.plan.changes}
+    mark = ConversionMark(to, layers, settings_of(to, record.settings.get("repair") or {}))
+    return {CONVERTED: json.dumps(asdict(mark))}

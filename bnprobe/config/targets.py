@@ -7,6 +7,7 @@ A row imports no torch, so that the command line can list and validate the targe
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -191,5 +192,49 @@ def require_used(to: str, given: Mapping[str, Any], written: Callable[[str, Any]
             )
 
 
+def settings_of(to: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings of a spec's ``repair`` section that the layers of a target use, in order."""
+    used = TARGETS[to].settings if to in TARGETS else ()  # of a package that is not installed here
+    return {name: given[name] for name in used if name in given}
+
+
+def groups_for(channels: int, most: int) -> int:
+    """The largest divisor of ``channels`` that is at most ``most`` and leaves two channels in a group.
+
+    With one channel in a group, group norm would be instance norm, and without space it would make everything 0.
+    """
+    least = min(2, channels)
+    return max(
+        groups for groups in range(1, min(most, channels) + 1) if channels % groups == 0 and channels >= groups * least
+    )
+
+
+def conversion_call(layers: str, to: str, settings: Mapping[str, Any]) -> str:
+    """The call of ``bnprobe.convert`` that converts layers as they were, a line of Python.
+
+    Args:
+        layers: The layers, an expression of Python.
+        to: A target.
+        settings: Of its layers.
+    """
+    named = "".join(f", {name}={value!r}" for name, value in settings.items())
+    return f"bnprobe.convert(model, {layers}, to={json.dumps(to, ensure_ascii=False)}{named})"
+
+
 CONVERTED = "bnprobe.converted"
-"""Metadata key that marks a safetensors file as unfit for plain BN: JSON with ``to`` and ``layers``."""
+"""Metadata key that marks a safetensors file as unfit for plain BN, with the JSON of a ``ConversionMark``."""
+
+
+@dataclass(frozen=True)
+class ConversionMark:
+    """What a weights file says of its converted layers, which the weights alone do not show.
+
+    Attributes:
+        to: The target.
+        layers: Class names of the layers by name; "" in a file of an earlier version.
+        settings: Those with which they were made; none in a file of an earlier version.
+    """
+
+    to: str
+    layers: Mapping[str, str]
+    settings: Mapping[str, Any]

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from bnprobe.config.spec import CheckpointSpec
-from bnprobe.config.targets import TARGETS, Target
+from bnprobe.config.targets import TARGETS, Target, conversion_call, groups_for
 from bnprobe.errors import CheckpointError
 from bnprobe.loading.model import kind_of, user_code
 from bnprobe.loading.samples import why_unreadable
@@ -274,7 +274,7 @@ def _explanation(
             )
         return (
             f"{layer} was converted to {to} where the file was saved, and is not in this model. Convert it in"
-            f' load_model(): bnprobe.convert(model, [...], to="{to}").'
+            f" load_model(): {conversion_call('[...]', to, {})}."
         )
     if matched < len(target) / 2:
         return "These look like the weights of a different model."
@@ -443,17 +443,42 @@ def _untracked(model: nn.Module, state: Mapping[str, Any]) -> dict[str, nn.Modul
 
 
 def _refuse_converted(path: Path, model: nn.Module) -> None:
-    """Reject weights of converted layers for a model with plain BN in their place: inference would differ."""
-    conversion = read_conversion(path)
+    """Reject weights of converted layers for a model whose layers are not those of the file's mark.
+
+    It may be plain BN, another layer, or one with other settings: the weights fit all the same, and inference differs.
+    """
+    mark = read_conversion(path)
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name in conversion[1] if conversion else ():
+    for name, kind in mark.layers.items() if mark else ():
         module = modules.get("" if name == ROOT else name)
-        if conversion and isinstance(module, _BatchNorm) and not hasattr(module, "deployment_obstacle"):
+        difference = None if mark is None or module is None else _difference(module, kind, mark.settings)
+        if mark and difference:
             raise CheckpointError(
-                f"{path} holds the weights of a model whose layers were converted to {conversion[0]}, but {name} is"
-                f" {type(module).__name__} in this model, so inference would differ. Convert it in load_model():"
-                f' bnprobe.convert(model, [...], to="{conversion[0]}").'
+                f"{path} holds the weights of a model whose layers were converted to {mark.to}, but {name}"
+                f" {difference}, so inference would differ. Convert it in load_model():"
+                f" {conversion_call('[...]', mark.to, mark.settings)}."
             )
+
+
+def _difference(module: nn.Module, kind: str, settings: Mapping[str, Any]) -> str | None:
+    """In what a layer is another than that of this class and these settings, a clause; None if in nothing."""
+    own = type(module)
+    known = {_without_dimensions(each.__name__) for each in own.__mro__}
+    same = _without_dimensions(kind) in known if kind else hasattr(module, "deployment_obstacle")
+    if isinstance(module, _BatchNorm) and not same:
+        return f"is {own.__name__} in this model"
+    for name, value in settings.items():
+        found, wanted = getattr(module, name, value), value
+        if name == "groups" and isinstance(module, nn.GroupNorm):
+            found = module.num_groups
+            wanted = groups_for(module.num_channels, value) if isinstance(value, int) and value > 0 else value
+        if found != wanted:
+            return f"has {name} {found} in this model and {wanted} in the file"
+    return None
+
+
+def _without_dimensions(kind: str) -> str:
+    return re.sub("[123]d$", "", kind)
 
 
 @dataclass(frozen=True)

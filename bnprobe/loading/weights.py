@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from bnprobe.config.spec import why_missing
-from bnprobe.config.targets import CONVERTED
+from bnprobe.config.targets import CONVERTED, ConversionMark
 from bnprobe.errors import CheckpointError, message_of, reason_of
 from bnprobe.loading.model import user_code
 from bnprobe.numbers import count, listed
@@ -102,8 +102,8 @@ def read_weights(path: Path, unsafe_load: bool = False) -> tuple[Any, tuple[str,
         raise CheckpointError(_damaged(path, error)) from None
 
 
-def read_conversion(path: Path) -> tuple[str, list[str]] | None:
-    """What the layers in a file were converted to, and their names; None if plain BN may load it.
+def read_conversion(path: Path) -> ConversionMark | None:
+    """What the layers in a file were converted to, and how; None if plain BN may load it.
 
     Args:
         path: A file that ``read_weights`` has read.
@@ -116,7 +116,8 @@ def read_conversion(path: Path) -> tuple[str, list[str]] | None:
         return None
     try:
         found = json.loads(mark)
-        return str(found["to"]), [str(name) for name in found["layers"]]
+        layers = found["layers"] if isinstance(found["layers"], dict) else dict.fromkeys(found["layers"], "")
+        return ConversionMark(str(found["to"]), layers, dict(found.get("settings", {})))
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(_damaged(path, error)) from None
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.config.spec import RepairSpec
-from bnprobe.config.targets import Target
+from bnprobe.config.targets import Target, groups_for
 from bnprobe.errors import RepairError
 from bnprobe.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, SyncBatchRenorm
 from bnprobe.nn.cross_iteration import (
@@ -352,15 +352,6 @@ def no_statistics(module: _BatchNorm) -> str | None:
             " recalibrate first"
         )
     return None
-
-
-def groups_for(channels: int, most: int) -> int:
-    """The largest divisor of ``channels`` that is at most ``most`` and leaves two channels in a group.
-
-    With one channel in a group, group norm would be instance norm, and without space it would make everything 0.
-    """
-    least = min(2, channels)
-    return max(groups for groups in range(1, most + 1) if channels % groups == 0 and channels >= groups * least)
 
 
 def _takes(module: _BatchNorm, dimensions: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.text import Text
 
 from bnprobe.config.requirements import parse_requirement
-from bnprobe.config.targets import TARGETS
+from bnprobe.config.targets import conversion_call, settings_of
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, percent
 from bnprobe.records import Arm, Conclusion, Ending, Estimate, Proof, RepairRecord, Report, Run
@@ -475,6 +475,7 @@ def _python(record: RepairRecord, weights: str, files: Files) -> list[str]:
     plan = record.plan
     if plan is None or plan.deploys:
         return [*imports, *load]
+    settings = settings_of(plan.to, record.settings.get("repair") or {})
     if len(plan.changes) > _NAMES_WRITTEN_OUT and files.record is not None:
         imports = ["import json", "from pathlib import Path", "import bnprobe", *imports]
         opened = f"record = json.loads(Path({_quoted(files.record)}).read_bytes())"
@@ -485,17 +486,9 @@ def _python(record: RepairRecord, weights: str, files: Files) -> list[str]:
     return [
         *imports,
         *names,
-        f"model = bnprobe.convert(model, layers, to={_quoted(plan.to)}{_settings(record)})",
+        f"model = {conversion_call('layers', plan.to, settings)}",
         *load,
     ]
-
-
-def _settings(record: RepairRecord) -> str:
-    """The settings of the converted layers, which their weights do not hold."""
-    given: dict[str, Any] = record.settings.get("repair") or {}
-    to = record.plan.to if record.plan else ""
-    names = TARGETS[to].settings if to in TARGETS else ()  # of a package that is not installed here
-    return "".join(f", {name}={given[name]}" for name in names if name in given)
 
 
 def _quoted(text: str) -> str:

@@ -580,9 +580,23 @@ def test_a_smaller_metric_can_be_better(repairable: Workspace) -> None:
 
 
 def test_weights_that_plain_bn_must_not_load_are_refused_there(repairable: Workspace) -> None:
-    assert repairable.run("convert", *TARGET, "--to", "instance-renorm", "-o", "out.safetensors").code == CLEAN
+    made = repairable.run("convert", *TARGET, "--to", "instance-renorm", "--blend", "0.75", "-o", "out.safetensors")
+    assert made.code == CLEAN
     message = repairable.run("scan", *TARGET, "--checkpoint", "out.safetensors").error()
     assert "converted to instance-renorm, but bn is BatchNorm2d in this model" in message
+    assert 'bnprobe.convert(model, [...], to="instance-renorm", blend=0.75)' in message
+
+
+def test_weights_that_a_layer_with_other_settings_must_not_load_are_refused_there(repairable: Workspace) -> None:
+    made = repairable.run("convert", *TARGET, "--to", "example-weighing", "--blend", "0.75", "-o", "out.safetensors")
+    assert made.code == CLEAN
+    for blend, code in ((0.5, ERROR), (0.75, CLEAN)):
+        call = f'bnprobe.convert(Net(), to="example-weighing", blend={blend})'
+        repairable.write("model.py", "import bnprobe\n" + REPAIRABLE.replace("return Net()", f"return {call}"))
+        options = ("--checkpoint", "out.safetensors", "--to", "torch-export", "-o", f"net-{blend}.pt2")
+        found = repairable.run("export", *TARGET, *options)
+        assert found.code == code, found.stderr
+        assert ("bn has blend 0.5 in this model and 0.75 in the file" in found.stderr) == (code == ERROR)
 
 
 def test_the_error_exit_code_is_two(repairable: Workspace) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import bnprobe
@@ -74,3 +76,50 @@ def test_other_settings_of_a_conversion_are_not_another_number_of_classes(tmp_pa
         state = bnprobe.convert(plain(), to=to, **{setting: 3}).state_dict()
         with pytest.raises(CheckpointError, match=rf"converted to {to} with other settings.*{setting}"):
             loaded(bnprobe.convert(plain(), to=to, **{setting: 4}), state, tmp_path)
+
+
+def marked(model: nn.Module, mark: dict[str, Any], path: Path) -> None:
+    """The weights of a converted model as ``bnprobe convert`` writes them."""
+    save_file(dict(model.state_dict()), path, {"bnprobe.converted": json.dumps(mark)})
+
+
+@pytest.mark.parametrize(
+    ("to", "setting", "value", "other", "difference"),
+    [
+        ("example-weighing", "blend", 0.75, 0.5, "has blend 0.5 in this model and 0.75 in the file"),
+        ("instance-renorm", "blend", 0.25, 0.5, "has blend 0.5 in this model and 0.25 in the file"),
+        ("group-norm", "groups", 1, 32, "has groups 2 in this model and 1 in the file"),
+        ("per-domain", "domains", 3, 2, "has domains 2 in this model and 3 in the file"),
+    ],
+)
+def test_a_mark_with_other_settings_than_the_layers_is_refused(
+    to: str, setting: str, value: Any, other: Any, difference: str, tmp_path: Path
+) -> None:
+    converted = bnprobe.convert(plain(), to=to, **{setting: value})
+    path = tmp_path / "out.safetensors"
+    marked(converted, {"to": to, "layers": {"1": type(converted[1]).__name__}, "settings": {setting: value}}, path)
+    spec = CheckpointSpec(path=str(path))
+    load_checkpoint(bnprobe.convert(plain(), to=to, **{setting: value}), spec)
+    for model, what in ((bnprobe.convert(plain(), to=to, **{setting: other}), difference), (plain(), "is BatchNorm2d")):
+        with pytest.raises(CheckpointError) as refused:
+            load_checkpoint(model, spec)
+        assert f"converted to {to}, but 1 {what}" in str(refused.value)
+        assert f'bnprobe.convert(model, [...], to="{to}", {setting}={value})' in str(refused.value)
+
+
+def test_a_mark_of_other_layers_with_the_same_settings_is_refused(tmp_path: Path) -> None:
+    converted = bnprobe.convert(plain(), to="example-weighing")
+    path = tmp_path / "out.safetensors"
+    mark = {"to": "example-weighing", "layers": {"1": "ExampleWeighedBatchNorm2d"}, "settings": {"blend": 0.5}}
+    marked(converted, mark, path)
+    for to in ("instance-renorm", "frozen"):
+        with pytest.raises(CheckpointError, match="converted to example-weighing, but 1 is "):
+            load_checkpoint(bnprobe.convert(plain(), to=to), CheckpointSpec(path=str(path)))
+
+
+def test_a_mark_without_settings_is_one_of_an_earlier_version(tmp_path: Path) -> None:
+    converted, path = bnprobe.convert(plain(), to="example-weighing", blend=0.75), tmp_path / "out.safetensors"
+    marked(converted, {"to": "example-weighing", "layers": ["1"]}, path)
+    load_checkpoint(bnprobe.convert(plain(), to="example-weighing"), CheckpointSpec(path=str(path)))
+    with pytest.raises(CheckpointError, match="but 1 is BatchNorm2d in this model"):
+        load_checkpoint(plain(), CheckpointSpec(path=str(path)))

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import bnprobe
+from bnprobe.config.targets import groups_for
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.nn.batch_renorm import BatchRenorm2d
-from bnprobe.repairs.conversions import groups_for
 from support.networks import Residual, unsettled
 from unit.repairs.models import BatchNormRelu
 
