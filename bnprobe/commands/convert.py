@@ -39,7 +39,16 @@ from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.session import Progress, default_forward, no_progress
 from bnprobe.paths import placed
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
-from bnprobe.repairs import apply, deployable_state, left_out, on_host, plan, wanted_by_globs, wanted_from_report
+from bnprobe.repairs import (
+    apply,
+    deployable_state,
+    left_out,
+    on_host,
+    plan,
+    refusals,
+    wanted_by_globs,
+    wanted_from_report,
+)
 from bnprobe.report.json import read_report
 from bnprobe.rules import effect, title_of
 from bnprobe.training import StateFolder, StepLog
@@ -162,8 +171,7 @@ def _logged(folder: StateFolder | None, tensorboard: bool, on_step: OnStep, worl
 
 def _require_nothing_refused(made: Plan) -> None:
     if made.refused:
-        reasons = "; ".join(f"{layer.name} ({layer.kind}) {layer.reason}" for layer in made.refused)
-        raise RepairError(f"No layer can be converted to {made.to}: {reasons}.")
+        raise RepairError(f"No layer can be converted to {made.to}: {'; '.join(refusals(made))}.")
 
 
 def _require_no_error(before: Report) -> None:

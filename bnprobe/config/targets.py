@@ -40,6 +40,7 @@ class Target:
         unflagged_remark: What a reader should know if the repaired model has no flagged layer, a sentence.
         at_inference: What its layers normalize with at inference, unless it ``agrees``, a phrase.
         marks: Tensors of the state_dict that its layers alone have: a checkpoint is known by them.
+        also_called: Names that it has elsewhere, for the suggestion where one of them is given.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Target:
     unflagged_remark: str = ""
     at_inference: str = "running statistics"
     marks: tuple[str, ...] = ()
+    also_called: tuple[str, ...] = ()
 
 
 _HERE = "bnprobe.repairs.conversions:"
@@ -72,6 +74,7 @@ TARGETS: Registry[Target] = Registry(
             unflagged_remark="Within its limits, Batch Renorm gives the same output in training and at inference by"
             " construction. That no layer is flagged only says that r and d stay within the limits; the scores say what"
             " the repair gains.",
+            also_called=("brn",),
         ),
         Target(
             name="frozen",
@@ -80,6 +83,7 @@ TARGETS: Registry[Target] = Registry(
             advice="short fine-tuning with good statistics; any batch size",
             deploys=True,
             agrees=True,
+            also_called=("frozen-bn", "fixed"),
         ),
         Target(
             name="group-norm",
@@ -88,6 +92,7 @@ TARGETS: Registry[Target] = Registry(
             advice="when there is time to train the weights for long, and BN need not be kept",
             agrees=True,
             settings=("groups",),
+            also_called=("gn",),
         ),
         Target(
             name="sync",
@@ -96,6 +101,7 @@ TARGETS: Registry[Target] = Registry(
             advice="several processes; in one process it is plain BN",
             deploys=True,
             needs_processes=True,
+            also_called=("syncbn",),
         ),
         Target(
             name="instance-renorm",
@@ -130,6 +136,7 @@ TARGETS: Registry[Target] = Registry(
             deploys=True,
             settings=("virtual_batch_size",),
             plain_up_to="virtual_batch_size",
+            also_called=("gbn",),
         ),
         Target(
             name="mabn",
@@ -139,6 +146,7 @@ TARGETS: Registry[Target] = Registry(
             deploys=True,
             settings=("window",),
             marks=("batch_means", "batch_vars", "gradient_means", "gradient_products", "gradients_seen"),
+            also_called=("moving-average",),
         ),
         Target(
             name="cross-iteration",
@@ -148,6 +156,7 @@ TARGETS: Registry[Target] = Registry(
             deploys=True,
             settings=("window", "burn_in"),
             marks=("patches", "slopes", "projections", "mean_offsets", "variance_offsets"),
+            also_called=("cbn",),
         ),
         Target(
             name="per-domain",
@@ -157,6 +166,7 @@ TARGETS: Registry[Target] = Registry(
             settings=("domains",),
             needs_domains=True,
             marks=("domain_mean", "domain_var", "domain_batches"),
+            also_called=("dsbn", "domain-specific"),
         ),
     ),
     lambda target: target.name,
@@ -166,9 +176,9 @@ TARGETS: Registry[Target] = Registry(
 
 
 def nearest_target(name: str) -> str:
-    """The target name, or "auto", that is spelled most like ``name``."""
-    known = (*TARGETS.names(), AUTO)
-    return difflib.get_close_matches(name, known, 1, cutoff=0.0)[0]
+    """The target name, or "auto", that is spelled most like ``name``, or whose name elsewhere is."""
+    known = {AUTO: AUTO} | {each: target.name for target in TARGETS for each in (target.name, *target.also_called)}
+    return known[difflib.get_close_matches(name.lower(), known, 1, cutoff=0.0)[0]]
 
 
 def require_used(to: str, given: Mapping[str, Any], written: Callable[[str, Any], str]) -> None:

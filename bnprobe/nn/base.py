@@ -73,6 +73,8 @@ class BatchNormLike(_BatchNorm):
     """
 
     normalizes_only: ClassVar[bool] = True
+    already: ClassVar[str] = ""
+    """The repair target to the end of another library's conversion, if its layers are of this class."""
     __jit_unused_properties__: ClassVar[list[str]] = ["eps"]
 
     @takes_numbers
@@ -105,11 +107,12 @@ class BatchNormLike(_BatchNorm):
 
         Args:
             input: The values.
-            mask: Shape (N, *space), True where there is a value and not padding. Elsewhere the input does not matter,
-                NaN included, and the output is 0.
+            mask: Bool, shape (N, *space), True where there is a value and not padding. Elsewhere the input does not
+                matter, NaN included, and the output is 0.
 
         Raises:
-            ValueError: The input or the mask has the wrong shape, or eps is out of range.
+            ValueError: The input or the mask has the wrong shape, the mask is no tensor of dtype bool, or eps is out of
+                range.
             UsageError: The layer has lost its running statistics.
         """
         if torch.jit.is_scripting():
@@ -125,6 +128,8 @@ class BatchNormLike(_BatchNorm):
     def _run(self, input: Tensor, mask: Tensor | None) -> Tensor:
         if isinstance(input, Proxy):
             return _leaf(self, input, mask)
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ValueError(f"expected a mask that is a tensor of dtype torch.bool, but got {type(mask).__name__}")
         self._check_input_dim(input)
         if self.running_mean is None or self.running_var is None:
             raise UsageError(
@@ -180,18 +185,26 @@ class BatchNormLike(_BatchNorm):
     def _refuse_undoing(self, caller: CodeType) -> None:
         """Raise if PyTorch asks for eps in order to replace this layer by something that it is not."""
         kind, obstacle = type(self).__name__, getattr(self, "deployment_obstacle", None)
-        if caller.co_name in _CONVERTING:
-            raise UsageError(
-                f"{caller.co_name} would turn {kind} into plain BN, which undoes the repair."
-                " Call it before the layers are converted (bnprobe.convert keeps them synchronized), or convert them"
-                ' with to="sync".'
-            )
+        if (to := _CONVERTING.get(caller.co_name)) is not None:
+            advice = f'Convert the layers with to="{to}" instead.'
+            if self.already == to:
+                advice = f'It is what to="{to}" makes already, and needs no such call.'
+            elif to == "sync":
+                advice = (
+                    'Call it before the layers are converted (to="batch-renorm" keeps them synchronized), or convert'
+                    ' them with to="sync".'
+                )
+            raise UsageError(f"{caller.co_name} would turn {kind} into plain BN, which undoes the repair. {advice}")
         if caller is _FUSE and obstacle:
             raise UsageError(f"This layer cannot be folded into a convolution as BN can: it {obstacle}.")
 
 
-_CONVERTING = ("convert_sync_batchnorm", "convert_syncbn_model", "convert_frozen_batchnorm")
-"""Functions of torch.nn.SyncBatchNorm and timm, of apex, and of torchvision and detectron2."""
+_CONVERTING = {
+    "convert_sync_batchnorm": "sync",
+    "convert_syncbn_model": "sync",
+    "convert_frozen_batchnorm": "frozen",
+}
+"""Functions of torch.nn.SyncBatchNorm and timm, of apex, of torchvision and detectron2; the target to the same end."""
 
 _FUSE: CodeType = fuse_conv_bn_eval.__code__
 """None of these functions asks a layer whether it may be replaced, but all read its eps."""

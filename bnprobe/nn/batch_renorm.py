@@ -264,6 +264,8 @@ class SyncBatchRenorm(BatchRenormBase):
     The other arguments are those of ``BatchRenormBase``, without ``virtual_batch_size``.
     """
 
+    already: ClassVar[str] = "sync"
+
     @takes_numbers
     def __init__(
         self,

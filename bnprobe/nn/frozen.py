@@ -25,6 +25,7 @@ class FrozenBatchNorm(BatchNormLike):
         bias: Whether an affine layer has a bias.
     """
 
+    already: ClassVar[str] = "frozen"
     nothing_to_measure: ClassVar[str] = "frozen batch norm: the same constants in training and at inference"
 
     def reset_running_stats(self) -> None:

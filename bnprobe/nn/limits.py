@@ -156,10 +156,19 @@ class RenormSchedule(Limits):
 
         Raises:
             StateError: A layer has loaded the position of a schedule with other settings. No layer is attached.
+
+        Warns:
+            UserWarning: There is no such layer.
         """
         layers = [module for module in model.modules() if isinstance(module, Scheduled)]
         for position in [layer.loaded_position for layer in layers if layer.loaded_position is not None]:
             self.load_position(position)
+        if not layers:
+            warnings.warn(
+                f"{type(model).__name__} has no Batch Renorm layer that could follow the schedule: convert its layers"
+                ' first, by bnprobe.convert(model, to="batch-renorm").',
+                stacklevel=2,
+            )
         for layer in layers:
             layer.schedule, layer.loaded_position = self, None
         self._layers = len(layers)

@@ -174,10 +174,7 @@ class DomainBatchNorm(BatchNormLike):
     @property
     def deployment_obstacle(self) -> str:
         """Why plain BN with the same weights gives another output at inference, a clause."""
-        return (
-            f"keeps statistics for each of {self.domains} domains, and BN has those of one: say which, as in"
-            " deployable_state(..., domain=0)"
-        )
+        return f"keeps statistics for each of {self.domains} domains, and BN has those of one"
 
     def statistics_of(self, domain: int) -> tuple[Tensor, Tensor, Tensor]:
         """Running mean, running variance and number of updates of a domain.

@@ -36,17 +36,19 @@ def cut(values: Tensor, mask: Tensor | None) -> Tensor:
 
     Args:
         values: Shape (N, C, *space).
-        mask: Shape (N, *space); None: True everywhere.
+        mask: Bool, shape (N, *space); None: True everywhere.
 
     Raises:
-        ValueError: The mask has another shape.
+        ValueError: The mask has another shape or dtype.
     """
     if mask is None:
         return values
     wanted = list(values.shape[:1]) + list(values.shape[2:])
     if list(mask.shape) != wanted:
         raise ValueError(f"expected a mask of shape {wanted}, one value per position, but got {list(mask.shape)}")
-    return torch.where(mask.unsqueeze(1) != 0, values, 0.0)
+    if mask.dtype != torch.bool:
+        raise ValueError("expected a mask of dtype torch.bool, True where there is a value: give mask != 0")
+    return torch.where(mask.unsqueeze(1), values, 0.0)
 
 
 def masked_moments(x: Tensor, mask: Tensor, axes: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,6 +61,13 @@ class Plan(Record):
     untouched: int
     deploys: bool
 
+    def refused_by_reason(self) -> dict[tuple[str, str], list[str]]:
+        """Names of the refused layers, by class name and reason."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for layer in self.refused:
+            groups.setdefault((layer.kind, layer.reason), []).append(layer.name)
+        return groups
+
 
 @dataclass(frozen=True)
 class TrainingStep(Record):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bnprobe.repairs.deploy import deployable_state, left_out, on_host
-from bnprobe.repairs.plan import apply, convert, plan, wanted_by_globs, wanted_from_report
+from bnprobe.repairs.plan import apply, convert, plan, refusals, wanted_by_globs, wanted_from_report
 
 __all__ = [
     "apply",
@@ -12,6 +12,7 @@ __all__ = [
     "left_out",
     "on_host",
     "plan",
+    "refusals",
     "wanted_by_globs",
     "wanted_from_report",
 ]

@@ -90,7 +90,10 @@ def _require_same_inference(name: str, converted: nn.Module, original: _BatchNor
     else:
         reason = getattr(converted, "deployment_obstacle", None)
     if reason:
-        raise RepairError(f"{name} {reason}. These weights are for the converted model alone, not for the original.")
+        advice = "These weights are for the converted model alone, not for the original."
+        if isinstance(converted, DomainBatchNorm) and converted.eps == original.eps:
+            advice = "Say of which to take them, as in deployable_state(..., domain=0)."
+        raise RepairError(f"{name} {reason}. {advice}")
 
 
 def _require_same_keys(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

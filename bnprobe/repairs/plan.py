@@ -23,6 +23,7 @@ from bnprobe.measure.origins import owner_of
 from bnprobe.measure.reach import what_cannot_be_copied
 from bnprobe.measure.restore import preserved_process, undone_if_failed
 from bnprobe.nn.cross_iteration import CrossIterationBatchNorm
+from bnprobe.numbers import listed
 from bnprobe.records import ROOT, Layer, LayerChange, Plan, Refusal, Report
 from bnprobe.repairs.conversions import Conversion, conversion_of
 from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed
@@ -212,9 +213,17 @@ def _wanted(model: nn.Module, layers: Iterable[str] | Report | None) -> Mapping[
     return wanted
 
 
+def refusals(made: Plan) -> list[str]:
+    """Which layers cannot be converted and why, a clause for every reason."""
+    return [
+        f"{listed(names)} ({kind}){':' if len(names) > 1 else ''} {reason}"
+        for (kind, reason), names in made.refused_by_reason().items()
+    ]
+
+
 def _require_all(made: Plan) -> None:
     if made.refused:
-        reasons = "\n".join(f"{layer.name} ({layer.kind}) {layer.reason}." for layer in made.refused)
+        reasons = "\n".join(f"{each}." for each in refusals(made))
         advice = (
             f"\nName the others ({len(made.changes)}) in layers=[...] to convert them alone." if made.changes else ""
         )

@@ -39,9 +39,7 @@ def render(plan: Plan, options: RenderOptions) -> str:
 
 def refused(plan: Plan, page: Page, show_all: bool) -> list[Text]:
     """Layers that were asked for and cannot be converted, by reason."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for layer in plan.refused:
-        groups.setdefault((layer.kind, layer.reason), []).append(layer.name)
+    groups = plan.refused_by_reason()
     left = "left as it is" if len(plan.refused) == 1 else "left as they are"
     lines = page.heading(f"Refused: {count(len(plan.refused), 'layer')}, {left}") if groups else []
     for (kind, reason), names in groups.items():

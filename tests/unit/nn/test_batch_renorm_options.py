@@ -130,6 +130,11 @@ def test_padding_does_not_count(kind: type[nn.Module]) -> None:
     for wrong in (torch.ones(6, 4), torch.ones(6, 3, 10), torch.ones(6)):
         with pytest.raises(ValueError, match="expected a mask of shape"):
             layer(padded, mask=wrong)
+    for weights in (mask.float(), mask.long()):
+        with pytest.raises(ValueError, match="True where there is a value: give mask != 0"):
+            layer(padded, mask=weights.expand(6, 10))
+    with pytest.raises(ValueError, match=r"a tensor of dtype torch\.bool, but got str"):
+        layer(padded, mask="x")
 
 
 @pytest.mark.parametrize("kind", [BatchRenorm1d, GatedBatchNorm1d, GhostBatchNorm1d, InstanceRenorm1d])

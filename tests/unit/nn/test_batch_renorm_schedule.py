@@ -72,7 +72,8 @@ def test_layers_read_it_at_every_forward() -> None:
     net = nn.Sequential(BatchRenorm2d(2), nn.Sequential(SyncBatchRenorm(2), nn.BatchNorm2d(2)))
     schedule = RenormSchedule(4, warmup=0.25, r_ramp=0.5, d_ramp=0.5)
     assert schedule.attach(net) == 2
-    assert schedule.attach(nn.BatchNorm2d(2)) == 0
+    with pytest.warns(UserWarning, match=r"BatchNorm2d has no Batch Renorm layer.*bnprobe\.convert"):
+        assert schedule.attach(nn.BatchNorm2d(2)) == 0
     x = 9 * torch.randn(4, 2, 3, 3) + 5
     plain = nn.BatchNorm2d(2)(x)
     assert torch.allclose(net[0](x), plain, atol=1e-5)

@@ -124,6 +124,19 @@ def test_conversion_to_plain_sync_bn_is_refused(layer: Callable[[], nn.Module]) 
     assert net[1].eps == 1e-5  # others may read it
 
 
+@pytest.mark.parametrize(
+    ("layer", "advice"),
+    [
+        (lambda: BatchRenorm2d(4), 'or convert them with to="sync".'),
+        (lambda: SyncBatchRenorm(4), 'It is what to="sync" makes already, and needs no such call.'),
+    ],
+)
+def test_what_is_synchronized_is_not_told_to_become_so(layer: Callable[[], nn.Module], advice: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        nn.SyncBatchNorm.convert_sync_batchnorm(layer())
+    assert str(refused.value).endswith(advice)
+
+
 def convert_syncbn_model(module: nn.Module) -> nn.Module:
     """What apex.parallel does with every BN layer."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -118,6 +118,7 @@ def test_a_model_without_bn_is_refused() -> None:
     ("options", "message"),
     [
         ({"to": "renorm"}, r"the nearest is batch-renorm\) for to, but got the text 'renorm'"),
+        ({"to": "CBN"}, r"the nearest is cross-iteration\) for to, but got the text 'CBN'"),
         ({"to": "gated", "blend": 2.0}, "for blend, but got 2.0"),
         ({"to": "frozen", "groups": 4}, r"groups=4 has no effect on frozen: it is a setting of group-norm\."),
         ({"to": "frozen", "renorm": {"r_max": 2.0}}, "has no effect on frozen: it is a setting of batch-renorm"),

@@ -110,7 +110,7 @@ def test_a_layer_alone_is_refused() -> None:
 def test_a_layer_in_a_plain_list_is_refused() -> None:
     model = Called(lambda net, x: net.norms[0](net.first(x)))
     model.norms = [nn.BatchNorm2d(4)]
-    with pytest.raises(RepairError, match=r"norms\S* \(BatchNorm2d\) stands in a model whose.*NameError"):
+    with pytest.raises(RepairError, match=r"norms\S* \(BatchNorm2d\): stands in a model whose.*NameError"):
         bnprobe.convert(model, to=TO)
 
 
@@ -205,3 +205,11 @@ def test_linear_modules_are_followed() -> None:
     model = bnprobe.convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), to=TO)
     assert type(model[1]) is CrossIterationBatchNorm1d
     assert model(torch.randn(5, 3)).shape == (5, 4)
+
+
+def test_a_reason_that_all_layers_share_is_said_once() -> None:
+    net = Called(lambda net, x: net.other(_straight(net, x)) if x.sum() > 0 else x)
+    with pytest.raises(RepairError) as refused:
+        bnprobe.convert(net, to=TO)
+    assert "bn, other (BatchNorm2d): stands in a model whose forward" in str(refused.value)
+    assert str(refused.value).count("torch.fx cannot follow") == 1
