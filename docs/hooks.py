@@ -26,7 +26,6 @@ from bnprobe.rules.docs import pages as rule_pages
 
 REPOSITORY = Path(__file__).parents[1]
 SCHEMAS = REPOSITORY / "bnprobe" / "report"
-TARGETS_HERE = "<!-- made from bnprobe.config.targets: the table of repair targets -->"
 BENCHMARKS = (
     "README.md",
     *(f"{each}/{name}.md" for each in ("faults", "repairs", "peers") for name in ("README", "RESULTS")),
@@ -56,11 +55,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the table of repair targets where a page asks for it, and let links into benchmarks/ stay within the site.
+    """Let links into benchmarks/ stay within the site.
 
     In a clone that folder stands beside docs/; the site has copies of its pages in it.
     """
-    return markdown.replace(TARGETS_HERE, targets()).replace("../benchmarks/", "benchmarks/")
+    return markdown.replace("../benchmarks/", "benchmarks/")
 
 
 def on_post_build(config: Any) -> None:
@@ -123,7 +122,7 @@ def home() -> str:
 
 
 def targets() -> str:
-    """What a layer can be converted to, from the registry."""
+    """What a layer can be converted to, from the registry, as docs/repairs.md has it."""
     rows = [
         f"| `{each.name}`{' (default)' if each.name == DEFAULT_TARGET else ''} | {each.summary} "
         f"| {'the same' if each.agrees else each.at_inference} | {'yes' if each.deploys else 'no'} | {each.advice} |"

@@ -46,7 +46,8 @@ def convert(
         to: A repair target, e.g. "frozen": a name of ``bnprobe.config.targets.TARGETS``, as in
             ``bnprobe convert --help``.
         inplace: Change ``model`` itself; an optimizer that holds its parameters keeps working.
-        **options: Settings of the layers, fields of ``bnprobe.config.spec.RepairSpec``: groups, blend, renorm.
+        **options: Settings of the layers, where those of ``to`` have them: groups, blend, virtual_batch_size, window,
+            burn_in, domains, renorm. ``bnprobe.config.spec.RepairSpec`` says what they are, with the defaults.
 
     Returns:
         The converted model, a copy unless ``inplace``. If the model itself is the layer, its replacement either way.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from bnprobe.config import StatisticsPath
+from bnprobe.config import PathChoice, StatisticsPath
 from bnprobe.config.load import settings_from
 from bnprobe.config.spec import ScanSettings, matches_any
 from bnprobe.errors import NonFiniteError, NothingToProbeError, RepairError, UsageError
@@ -96,7 +96,8 @@ def recalibrate(
             the data. "eval": earlier layers normalize with their new running statistics, as at inference, so that the
             result does not depend on the batch size; one pass over the data per layer. "micro-batch-pooled" and
             "micro-batch-averaged": as "train", but in the batches as they come, as in training; with the pooled
-            variance, or the mean of the biased variances that the batches were normalized with.
+            variance, or the mean of the biased variances that the batches were normalized with. There is no "auto" as
+            on the command line, which scores the paths on held-out data with the loss or metric of a model file.
         forward: ``f(model, batch)``, as in a model file.
         layers: Globs of layer names; empty: all layers.
         device: "cpu", "cuda", ...; None: the model's own, else CUDA if any.
@@ -160,7 +161,12 @@ def recalibrate_loaded(
     """
     if path not in get_args(StatisticsPath):
         known = ", ".join(f'"{each}"' for each in get_args(StatisticsPath))
-        raise UsageError(f'Unknown path "{path}" for recalibration; give one of {known}.')
+        why = (
+            'path="auto" scores the paths on held-out data, which only the command bnprobe recalibrate has'
+            if path in get_args(PathChoice)
+            else f'Unknown path "{path}" for recalibration'
+        )
+        raise UsageError(f"{why}; give one of {known}.")
     settings = settings or ScanSettings()
     without = untracked(model, layers) if track else []
     device = device_named(settings.device, model)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 
 import bnprobe
-from bnprobe.config.targets import groups_for
+from bnprobe.config.targets import TARGETS, groups_for
+from bnprobe.docstrings import docstring
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.nn.batch_renorm import BatchRenorm2d
 from support.networks import Residual, unsettled
@@ -21,6 +23,11 @@ def test_public_names_are_imported_on_first_use() -> None:
         "assert bnprobe.nn.BatchRenorm2d and callable(bnprobe.convert); assert 'nn' in bnprobe.__all__"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_docstring_names_every_setting() -> None:
+    named = docstring(bnprobe.convert).partition("**options:")[2].partition("Returns:")[0]
+    assert all(re.search(rf"\b{setting}\b", named) for target in TARGETS for setting in target.settings)
 
 
 def test_one_name_will_do_for_a_list() -> None:

@@ -403,6 +403,8 @@ def test_no_layer_to_recalibrate_is_said() -> None:
         bnprobe.recalibrate(Flat(), [data(8, 6)], forward=lambda model, batch: batch)
     with pytest.raises(UsageError, match='Unknown path "test"'):
         bnprobe.recalibrate(Flat(), [data(8, 6)], path="test")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match='path="auto" scores the paths on held-out data, which only the command'):
+        bnprobe.recalibrate(Flat(), [data(8, 6)], path="auto")  # type: ignore[arg-type]
 
 
 # ---- reading the data
