@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -137,9 +136,10 @@ def _cuda_moments(x: Tensor) -> Moments:
     return torch.cat([mean for _, mean in parts]).double(), torch.cat([var for var, _ in parts]).double()
 
 
-@functools.lru_cache
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype for statistics of an input of this dtype: at least float32."""
+    if dtype in (torch.float32, torch.float64):
+        return dtype  # without an operator
     return torch.promote_types(dtype, torch.float32)
 
 
