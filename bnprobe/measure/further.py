@@ -35,7 +35,7 @@ from bnprobe.measure.gradients import measure_gradients
 from bnprobe.measure.impact import FEWEST_PASSES, SAMPLES, Impacts
 from bnprobe.measure.session import Session
 from bnprobe.measure.train_steps import MakeOptimizer, train_steps
-from bnprobe.measure.trial import MicroBatchStatistics
+from bnprobe.measure.trial import PARTS, MicroBatchStatistics
 from bnprobe.measure.what_if import what_if
 from bnprobe.records import Backward, Chance, ExtraPass, GradientAngle, Impact, Layer, Remedy, Updates
 from bnprobe.rules.facts import Anatomy, OtherEps, Padding, Randomness
@@ -252,6 +252,7 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
         seconds=None if asked else TRIAL_SECONDS,
         # Without held-out data those of the scan are of the samples that are scored, too.
         micro_batch=None if held_out is None else micro_batch_statistics(session, evidence),
+        population=evidence.population,
     )
     found.remedies, found.frozen_lag = tried.remedies, tried.frozen
     found.notes += tried.untried
@@ -264,20 +265,23 @@ def micro_batch_statistics(session: Session, evidence: Evidence) -> MicroBatchSt
     Of the layers that normalize there as plain BN does.
     """
     path = evidence.steady or evidence.train
-    averaged: dict[int, tuple[Tensor, Tensor]] = {}
-    pooled: dict[int, tuple[Tensor, Tensor]] = {}
+    averaged: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(1 + PARTS)]  # all, then without each part
+    pooled: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(1 + PARTS)]
+    parts = range(1, 1 + min(PARTS, evidence.batches))
     for layer in session.layers.layers:
         info, slots = layer.info, [slot for slot in path.calls if slot[0] == layer.index]
         if not slots or info.corrects or info.running_mean is None or info.running_variance is None:
             continue
-        means = reduce(add, map(path.moments, slots)).means().whole()
+        means = reduce(add, map(path.moments, slots)).folded(PARTS).means()
         square = info.running_variance.cpu().double() + info.eps_of_channels
-        mean = info.running_mean.cpu().double() + means.d[0] * square.sqrt()
+        mean = info.running_mean.cpu().double() + means.d * square.sqrt()
         device = info.running_mean.device
-        averaged[layer.index] = mean.to(device), (means.variance[0] * square).to(device)
-        pooled[layer.index] = mean.to(device), (means.pooled[0] * square).to(device)
+        for row in (0, *parts):
+            averaged[row][layer.index] = mean[row].to(device), (means.variance[row] * square).to(device)
+            pooled[row][layer.index] = mean[row].to(device), (means.pooled[row] * square).to(device)
     batches = f"{evidence.batches} micro-batches of {evidence.batch_size} training samples, as in training"
-    return MicroBatchStatistics(averaged, pooled, batches)
+    others = [(averaged[row], pooled[row]) for row in parts]
+    return MicroBatchStatistics(averaged[0], pooled[0], batches, others, evidence.sampled)
 
 
 def _some(evidence: Evidence) -> list[MicroBatch]:

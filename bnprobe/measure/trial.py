@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal
 
+import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.errors import BnprobeError
-from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join
+from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick
 from bnprobe.measure.forward_pass import Blend, LayerStatistics, Pass, Slot
 from bnprobe.measure.memory import Footprint, fits_in_memory
 from bnprobe.measure.physical_batch import Batching, as_sentence
@@ -20,7 +23,7 @@ from bnprobe.measure.population import LARGE, Population, settle_by_layer, stead
 from bnprobe.measure.scores import MOST_SAMPLES, ScoreTable, run_together, score_batches
 from bnprobe.measure.session import Session, no_progress
 from bnprobe.records import FREE_REMEDIES, MEASURES, Estimate, Goal, Measure, Remedy, Score, leading
-from bnprobe.stats.scores import paired_difference
+from bnprobe.stats.scores import paired_difference, with_draw
 
 (
     _RECALIBRATED,
@@ -52,6 +55,12 @@ _ALIKE = 0.01
 
 _HALF = slice(None, None, 2)
 """The micro-batches that score conversions; the others choose what there is to choose."""
+
+PARTS = 4
+"""Parts of the data of statistics. Without each in turn they are taken anew, in three passes over the data in all."""
+
+_QUARTER = slice(None, None, PARTS)
+"""The micro-batches that score each of these statistics: one pass over the scored data in all."""
 
 _PASS = "a pass over the data"
 _OF_SAMPLES = "the moments of every sample at inference, and weights that plain BN cannot use"
@@ -89,6 +98,19 @@ class Tried:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Which data statistics were taken of: how they vary with that.
+
+    Attributes:
+        without: Gives the statistics of all but one of some equal parts of the data, for each part.
+        sampled: The part of a finite data set that they were taken of; 0: it is endless, or its size is not known.
+    """
+
+    without: Callable[[], Iterable[LayerStatistics]]
+    sampled: float = 0.0
+
+
+@dataclass(frozen=True)
 class MicroBatchStatistics:
     """Running statistics that a layer would have of micro-batches as in training, with all but the norms in eval mode.
 
@@ -96,19 +118,24 @@ class MicroBatchStatistics:
         averaged: The variance is the mean of those that the micro-batches were normalized with, biased.
         pooled: It also has the spread of their means: that of all values together.
         detail: What they were taken of, a phrase.
+        parts: Both for all but one of some equal parts of the micro-batches, for each part.
+        sampled: As in ``Draw``.
     """
 
     averaged: LayerStatistics
     pooled: LayerStatistics
     detail: str
+    parts: Sequence[tuple[LayerStatistics, LayerStatistics]] = ()
+    sampled: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Statistics by layer, and how they were taken, a phrase."""
+    """Statistics by layer, how they were taken, a phrase, and how they vary with what they were taken of."""
 
     values: LayerStatistics
     detail: str
+    draw: Draw
 
 
 @dataclass(frozen=True)
@@ -118,6 +145,7 @@ class Trial:
     Attributes:
         found, untried: The results.
         base: Statistics and scores that a conversion starts from, other than those as loaded; none: as loaded.
+        population: Samples of the training data, where it is a finite set, of which none was read twice.
     """
 
     session: Session
@@ -129,6 +157,7 @@ class Trial:
     found: list[Remedy] = field(default_factory=list)
     untried: list[str] = field(default_factory=list)
     base: list[tuple[LayerStatistics, ScoreTable]] = field(default_factory=list)
+    population: int | None = None
 
     @property
     def half(self) -> Trial:
@@ -240,9 +269,16 @@ class Trial:
         if fits_in_memory(footprint, LARGE, self.session.device):
             batching = replace(batching, at_once=max(batching.at_once, LARGE // size))
         detail = "pooled mean and unbiased variance of {} training samples".format
-        population, _ = steady_population(self.session, training, batching, frozen=frozen)
+
+        def taken(batches: Sequence[MicroBatch]) -> Population:
+            return steady_population(self.session, batches, batching, frozen=frozen)[0]
+
+        def draw(batches: Sequence[MicroBatch]) -> Draw:
+            return self._draw(lambda others: taken(others).statistics(), batches, batching)
+
+        population = taken(training)
         values = population.statistics()
-        found = [_Statistics(values, detail(samples))]
+        found = [_Statistics(values, detail(samples), draw(training))]
         if population.mixed:
             return found
         some = training[: max(2, most // (len(values) * size))]
@@ -251,7 +287,43 @@ class Trial:
         except REFUSALS:  # among others where they do not converge
             return found
         told = f"{detail(sum(batch.samples for batch in some))}, layer by layer"
-        return [*found, _Statistics(settled.statistics, told)]
+        # Layer by layer the parts would take too long. What the choice of samples does is much the same on both paths.
+        return [*found, _Statistics(settled.statistics, told, draw(some))]
+
+    def _draw(
+        self,
+        take: Callable[[Sequence[MicroBatch]], LayerStatistics],
+        batches: Sequence[MicroBatch],
+        batching: Batching,
+        finite: bool = True,
+    ) -> Draw:
+        """How statistics vary with the choice of ``batches``; ``finite``: these are of the training data."""
+        parts = batches
+        if len(batches) < PARTS and batching.emulation.trusted:  # few and large
+            parts = [part for batch in batches for part in _divided(batch)]
+
+        def without() -> Iterable[LayerStatistics]:
+            for left_out in range(min(PARTS, len(parts))):
+                yield take([batch for place, batch in enumerate(parts) if place % PARTS != left_out])
+
+        known = finite and self.population is not None
+        return Draw(without, min(_samples(batches) / self.population, 1.0) if known and self.population else 0.0)
+
+    def _with_draw(self, remedy: Remedy, draw: Draw) -> Remedy:
+        """The same with intervals that cover the choice of the data, too, where they would be sure without it."""
+        changes = remedy.loss_change, remedy.metric_change
+        if draw.sampled == 1 or not any(map(_direction, changes)):
+            return remedy
+        some, scores = replace(self, batches=self.batches[_QUARTER]), list[Score]()
+        with suppress(*REFUSALS):  # then it is not known
+            scores = [some.score(statistics=each, most=0).score("eval") for each in draw.without()]
+
+        def covering(measure: Measure, change: Estimate | None) -> Estimate | None:
+            values = [math.nan if (value := score.of(measure)) is None else value for score in scores]
+            return change and with_draw(change, torch.tensor(values, dtype=torch.float64), draw.sampled)
+
+        loss, metric = (covering(*each) for each in zip(MEASURES, changes, strict=True))
+        return replace(remedy, loss_change=loss, metric_change=metric)
 
     def best(
         self, name: str, candidates: Sequence[_Statistics], before: ScoreTable, control: ScoreTable | None = None
@@ -262,8 +334,9 @@ class Trial:
             (self._remedy(name, frozenset(each.values), before, table, control, each.detail), each.values, table)
             for each, table in zip(candidates, tables, strict=True)
         ]
-        remedy, values, table = min(tried, key=lambda found: self._badness(found[0].after))
-        return replace(remedy, cost=_PASS), values, table
+        best = min(range(len(tried)), key=lambda place: self._badness(tried[place][0].after))
+        remedy, values, table = tried[best]
+        return self._with_draw(replace(remedy, cost=_PASS), candidates[best].draw), values, table
 
     def _distances(self, statistics: LayerStatistics) -> dict[str, float]:
         """Mismatch D of the running statistics of frozen layers against others."""
@@ -280,18 +353,20 @@ class Trial:
             found[layer.name] = float((shift.square() + (ratio - 1).square()).mean())
         return {name: mismatch for name, mismatch in found.items() if math.isfinite(mismatch)}
 
-    def with_statistics(self, name: str, statistics: LayerStatistics, before: ScoreTable, detail: str) -> Remedy:
-        after = self.score(statistics=statistics)
-        return replace(self._remedy(name, frozenset(statistics), before, after, None, detail), cost=_PASS)
+    def with_statistics(self, name: str, found: _Statistics, before: ScoreTable) -> Remedy:
+        after = self.score(statistics=found.values)
+        remedy = self._remedy(name, frozenset(found.values), before, after, None, found.detail)
+        return self._with_draw(replace(remedy, cost=_PASS), found.draw)
 
     def of_evaluation_data(self, own: Population, before: ScoreTable) -> None:
         """The statistics of the samples that are scored."""
         detail = f"pooled mean and unbiased variance of the same {self.samples} held-out samples"
-        statistics = own.statistics()
-        self.attempt(
-            _EVALUATION_STATISTICS,
-            lambda: self.with_statistics(_EVALUATION_STATISTICS, statistics, before, detail),
-        )
+
+        def take(batches: Sequence[MicroBatch]) -> LayerStatistics:
+            return steady_population(self.session, batches, self.batching)[0].statistics()
+
+        found = _Statistics(own.statistics(), detail, self._draw(take, self.batches, self.batching, finite=False))
+        self.attempt(_EVALUATION_STATISTICS, lambda: self.with_statistics(_EVALUATION_STATISTICS, found, before))
 
     def by_batch(self, layers: frozenset[int], size: int, own: Population, before: ScoreTable) -> None:
         """Batch statistics in batches of the scanned size, and those of single samples."""
@@ -369,6 +444,29 @@ class Trial:
     ) -> Remedy:
         """As ``bnprobe convert --to per-domain`` takes them: these layers use batch statistics, others running ones."""
         statistics, control = self._start(before)
+        own, kinds = self._by_kind(shared, training, batching, statistics)
+        after = self.half.score(statistics={**(statistics or {}), **own})
+        domains = {number for name, number in kinds.values() if name == "domain"}
+        known = len(domains) > 1 and all(name == "domain" for name, _ in kinds.values())
+        what = "domain" if known else "call"
+        detail = f"each {what} with the statistics of its own data, of {_samples(training)} training samples"
+        remedy = self.half._remedy(_PER_CALL, shared, before.part(_HALF), after, control.part(_HALF), detail)
+        number = max(domains) + 1 if known else None
+        remedy = replace(remedy, recalibrated=statistics is not None, domains=number, cost=_OF_CALLS)
+
+        def take(batches: Sequence[MicroBatch]) -> LayerStatistics:
+            return {**(statistics or {}), **self._by_kind(shared, batches, batching, statistics)[0]}
+
+        return self.half._with_draw(remedy, self._draw(take, training, batching))
+
+    def _by_kind(
+        self,
+        shared: frozenset[int],
+        training: Sequence[MicroBatch],
+        batching: Batching,
+        statistics: LayerStatistics | None,
+    ) -> tuple[LayerStatistics, dict[Slot, Kind]]:
+        """The statistics of each call of shared layers, those of its own data, and what data that is."""
         kinds: dict[Slot, Kind] = {}
         populations: dict[Kind, Population] = {}
 
@@ -382,22 +480,16 @@ class Trial:
                     populations.setdefault(kind, Population()).add({slot: record}, len(batches))
 
         run_together(self.session, "eval", training, batching, gather, by_batch=shared, statistics=statistics)
-        own = {slot: populations[kind].statistics()[slot[0]] for slot, kind in kinds.items()}
-        after = self.half.score(statistics={**(statistics or {}), **own})
-        domains = {number for name, number in kinds.values() if name == "domain"}
-        known = len(domains) > 1 and all(name == "domain" for name, _ in kinds.values())
-        what = "domain" if known else "call"
-        detail = f"each {what} with the statistics of its own data, of {_samples(training)} training samples"
-        remedy = self.half._remedy(_PER_CALL, shared, before.part(_HALF), after, control.part(_HALF), detail)
-        number = max(domains) + 1 if known else None
-        return replace(remedy, recalibrated=statistics is not None, domains=number, cost=_OF_CALLS)
+        return {slot: populations[kind].statistics()[slot[0]] for slot, kind in kinds.items()}, kinds
 
     def of_micro_batches(self, layers: frozenset[int], found: MicroBatchStatistics, before: ScoreTable) -> None:
         """Statistics of micro-batches, those that are unlike all that were tried before."""
         known = [statistics for statistics, _ in self.base]
-        for name, statistics in ((_POOLED, found.pooled), (_AVERAGED, found.averaged)):
+        for place, name, statistics in ((1, _POOLED, found.pooled), (0, _AVERAGED, found.averaged)):
             if statistics.keys() == layers and all(self._differ(statistics, other) for other in known):
-                self.attempt(name, partial(self.with_statistics, name, statistics, before, found.detail))
+                draw = Draw(partial(map, itemgetter(place), found.parts), found.sampled)
+                one = _Statistics(statistics, found.detail, draw)
+                self.attempt(name, partial(self.with_statistics, name, one, before))
                 known.append(statistics)
 
     def _differ(self, one: LayerStatistics, other: LayerStatistics) -> bool:
@@ -479,6 +571,12 @@ def _direction(change: Estimate | None) -> int:
         return 0
     low, high = change.interval
     return 1 if low > 0 else -1 if high is not None and high < 0 else 0
+
+
+def _divided(batch: MicroBatch) -> list[MicroBatch]:
+    """The samples of a micro-batch in ``PARTS`` parts; fewer where it has fewer samples."""
+    rows = [list(range(start, batch.samples, PARTS)) for start in range(min(PARTS, batch.samples))]
+    return [MicroBatch(pick(batch.data, part, batch.samples), len(part)) for part in rows]
 
 
 def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:

@@ -35,6 +35,7 @@ def what_if(
     larger: bool = True,
     seconds: float | None = None,
     micro_batch: MicroBatchStatistics | None = None,
+    population: int | None = None,
 ) -> Tried:
     """Loss and metric on the held-out batches, eval path, as loaded and with each remedy.
 
@@ -68,6 +69,9 @@ def what_if(
     in training. Population statistics are pooled over all samples, their variance is unbiased, like that of the
     buffers, and they are cast to the buffers' dtype; see ``steady_population``.
 
+    Where the interval of a change would be sure, it also covers which data the statistics were taken of, by those of
+    all but a quarter of it (docs/decisions/0040). A conversion has the statistics of its control: there it does not.
+
     A remedy that cannot be tried, because the model mixes samples or raises on other batches than the loader's, is left
     out with the reason.
 
@@ -83,6 +87,7 @@ def what_if(
         seconds: What scoring the model once may take, by the first two micro-batches; others are left out, down to 8.
             None: no limit.
         micro_batch: Statistics of micro-batches as in training, of other data than what is scored; None: not known.
+        population: Samples of the training data, where it is a finite set that is always the same.
 
     Returns:
         In this order, but that frozen layers come right after "recalibrated"; none if no layer is concerned. Both need
@@ -93,6 +98,7 @@ def what_if(
     """
     _require_a_measure(session, held_out)
     trial, most = Trial(session, scoring or batching, goal, goal_is_known, scored_on, held_out), _LAYER_PASSES
+    trial = replace(trial, population=population)
     try:
         if seconds is not None:
             each = trial.seconds_per_sample()

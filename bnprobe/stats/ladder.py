@@ -108,6 +108,15 @@ class BatchSums:
         sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
         return BatchSums(counts=self.counts + other.counts, eps=self.eps, **sums)
 
+    def folded(self, replicates: int) -> BatchSums:
+        """The same with fewer replicates, which the others go to in turn."""
+        index = torch.arange(len(self.counts)) % replicates
+
+        def fold(sums: Tensor) -> Tensor:
+            return sums.new_zeros(replicates, *sums.shape[1:]).index_add(0, index.to(sums.device), sums)
+
+        return BatchSums(counts=fold(self.counts), eps=self.eps, **{name: fold(getattr(self, name)) for name in SUMS})
+
     def totals(self) -> dict[str, Float[Tensor, " channels"]]:
         """Sums over all replicates, by the names of ``SUMS``."""
         return dict(zip(SUMS, self._stacked().sum(0), strict=True))

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bnprobe.records import Estimate, Interval
-from bnprobe.stats.intervals import CONFIDENCE, t_quantile
+from bnprobe.stats.intervals import CONFIDENCE, jackknife, t_quantile
 
 FEWEST_CLUSTERS = 8
 """Micro-batches from which on their spread is used where the samples of one share its statistics; fewer give an
@@ -87,6 +87,31 @@ def paired_difference(after: Scores, before: Scores, *, shared: bool) -> Estimat
     if shared and len(difference) >= FEWEST_CLUSTERS:
         return Estimate(mean, _student(difference, rounding))
     return Estimate(mean, _student(samples, rounding, mean, number))
+
+
+def with_draw(change: Estimate, without: Float[Tensor, " parts"], sampled: float = 0.0) -> Estimate:
+    """The same with an interval that also covers which data the statistics were taken of that the figure comes from.
+
+    The variance of that is the delete-a-group jackknife's. The interval's two sides and Student's t of this variance
+    are added as squares: both errors are independent (Zou & Donner 2008, Statistics in Medicine 27, section 2).
+
+    Args:
+        change: Its interval covers the samples that were scored.
+        without: The figure, up to a constant, with the statistics of all parts of that data but one; equal parts.
+        sampled: The part of a finite data set that the statistics were taken of; 0: it is endless.
+
+    Returns:
+        No interval where there are fewer than two parts, or a figure is not finite.
+    """
+    if change.interval is None:
+        return change
+    estimates = torch.cat([without.mean(0, keepdim=True), without])
+    drawn = jackknife(estimates, torch.ones(len(without), dtype=torch.float64)).of_finite_data(sampled)
+    if drawn.degrees < 1 or not math.isfinite(drawn.variance):
+        return Estimate(change.mean, None)
+    half, (low, high) = t_quantile(drawn.degrees, CONFIDENCE) * math.sqrt(drawn.variance), change.interval
+    up = None if high is None else change.mean + math.hypot(high - change.mean, half)
+    return Estimate(change.mean, (change.mean - math.hypot(change.mean - low, half), up))
 
 
 def independent_difference(one: Scores, other: Scores, *, shared: bool = False) -> Estimate:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor, nn
 
 import bnprobe
+from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import UsageError
 from bnprobe.measure.batch import MicroBatch, join, pick
 from bnprobe.measure.forward_pass import Blend, Blending, Pass, Recorded
+from bnprobe.measure.further import micro_batch_statistics
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.population import Population, steady_population
+from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import untouched
-from bnprobe.measure.session import UserFunctions
+from bnprobe.measure.scan_loop import probe
+from bnprobe.measure.session import Session, UserFunctions, no_progress
 from bnprobe.measure.trial import WEIGHTS, MicroBatchStatistics
 from bnprobe.measure.what_if import what_if
 from bnprobe.nn import domain
@@ -209,6 +216,54 @@ def test_rows_of_one_sample_are_blended_one_by_one(of: Blending) -> None:
             pass_ = Pass(3 * SIZE, size, blend=Blend(frozenset({0}), 0.3, of))
             output, _ = session.forward("eval", torch.cat(batches), pass_)
             torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("population", [None, 160, 40])
+def test_a_sure_gain_covers_the_choice_of_the_training_data(population: int | None) -> None:
+    """Recalibrate without each quarter of the micro-batches, and score every fourth held-out one."""
+    model, training, evaluation = unsettled(Residual()), labelled(10, 3, 6, 6), labelled(12, 3, 6, 6, seed=5)
+    for norm in norms(model):
+        norm.running_var *= 1e-4  # so that the gain is sure
+    for batch in (*training, *evaluation):
+        batch["scale"] = 1.0
+    with running(model, evaluation, SIZE, PLAIN) as (session, emulation):
+        how = (counted(training), counted(evaluation), Batching(SIZE, emulation, 99))
+        found = next(iter(what_if(session, *how, population=population).remedies)).loss_change
+    twins = [
+        recalibrated(model, [batch for place, batch in enumerate(training) if place % 4 != part]) for part in range(4)
+    ]
+    values = np.array([np.mean([scored(twin, [batch]).loss for batch in evaluation[::4]]) for twin in twins])
+    variance = 3 / 4 * ((values - values.mean()) ** 2).sum() * (1 - (40 / population if population else 0))
+    whole, samples = recalibrated(model, training), join(list(evaluation))
+    with torch.no_grad():
+        after, before = (
+            F.cross_entropy(each(samples["x"]), samples["y"], reduction="none").double().numpy()
+            for each in (whole, twin_of(model))
+        )
+    change = after - before
+    among = stats.t.ppf(0.975, len(change) - 1) * change.std(ddof=1) / math.sqrt(len(change))
+    half = math.hypot(among, stats.t.ppf(0.975, 3) * math.sqrt(variance))
+    assert among > 0
+    assert found is not None
+    assert found.interval == pytest.approx((change.mean() - half, change.mean() + half), rel=1e-3)
+
+
+def test_statistics_of_micro_batches_without_a_part_are_those_of_the_others() -> None:
+    """As a scan gathers them for its what-if, of a layer that sees the data as they are."""
+    batches = [x.double() for x in images(10, SIZE, 3, 6, 6)]
+    settings = ScanSettings(device="cpu", batches=10)
+    session = Session.open(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()), settings)
+    with session.installed():
+        evidence = probe(session, Reader([x.float() for x in batches], SIZE), settings, no_progress)
+    assert evidence is not None
+    given = micro_batch_statistics(session, evidence)
+    assert len(given.parts) == 4
+    for part, (averaged, pooled) in enumerate(given.parts):
+        rest = [x for place, x in enumerate(batches) if place % 16 % 4 != part]
+        biased = torch.stack([x.var((0, 2, 3), correction=0) for x in rest]).mean(0)
+        torch.testing.assert_close(averaged[0][1], biased, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(pooled[0][1], torch.cat(rest).var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(pooled[0][0], torch.cat(rest).mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
 
 
 def test_statistics_of_micro_batches_are_tried_where_they_are_unlike_the_others() -> None:

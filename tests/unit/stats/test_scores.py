@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from bnprobe.stats.scores import FEWEST_CLUSTERS, Scores, independent_difference, paired_difference
+from bnprobe.records import Estimate
+from bnprobe.stats.scores import FEWEST_CLUSTERS, Scores, independent_difference, paired_difference, with_draw
 
 Values = NDArray[np.float64]
 TRIALS = 800
@@ -92,6 +93,38 @@ def test_differences_that_are_all_the_same_to_rounding_give_no_interval(known: b
     for after in (values, values + 0.5, values + 1e-8 * random(6).normal(size=8)):
         assert paired_difference(scores(after, 4, known), scores(values, 4, known), shared=False).interval is None
     assert paired_difference(scores(values[:1], 1), scores(values[1:2], 1), shared=False).interval is None
+
+
+@pytest.mark.parametrize("sampled", [0.0, 0.75])
+def test_an_interval_that_covers_the_draw_of_statistics_has_the_variance_of_the_jackknife(sampled: float) -> None:
+    values = random(3).normal(size=4)
+    found = with_draw(Estimate(-1.0, (-1.5, -0.2)), torch.tensor(values), sampled)
+    variance = (1 - sampled) * 3 / 4 * sum((value - values.mean()) ** 2 for value in values)
+    half = float(stats.t.ppf(0.975, 3)) * math.sqrt(variance)
+    assert found.mean == -1.0
+    assert found.interval == pytest.approx((-1 - math.sqrt(0.5**2 + half**2), -1 + math.sqrt(0.8**2 + half**2)))
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan, 2.0]])
+def test_where_the_draw_of_statistics_is_not_known_there_is_no_interval(values: list[float]) -> None:
+    assert with_draw(Estimate(-1.0, (-1.5, -0.2)), torch.tensor(values, dtype=torch.float64)).interval is None
+
+
+def test_intervals_of_a_figure_from_drawn_statistics_hold_the_truth() -> None:
+    """Squared distance of samples to a mean that is taken of other samples, against their squared distance to 1."""
+
+    def holds(chance: np.random.Generator) -> bool:
+        scored, drawn = chance.normal(size=400), chance.normal(0.3, 1.0, size=40)
+
+        def gains(mean: float) -> Values:
+            return (scored - mean) ** 2 - (scored - 1) ** 2
+
+        without = [gains(np.delete(drawn, np.s_[part::4]).mean()).mean() for part in range(4)]
+        change = paired_difference(scores(gains(drawn.mean()), 32), scores(0 * scored, 32), shared=False)
+        low, high = with_draw(change, torch.tensor(without)).interval
+        return low <= 0.3**2 - 1 <= high
+
+    assert 0.93 <= np.mean([holds(random(seed)) for seed in range(TRIALS)]) <= 0.98
 
 
 def test_an_independent_difference_is_that_of_welch() -> None:
