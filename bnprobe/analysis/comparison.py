@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+import torch
+
 from bnprobe.config.targets import TARGETS
 from bnprobe.measure.scores import ScoreTable
 from bnprobe.records import MEASURES, Arm, Conclusion, Estimate, Goal, Interval, Measure, Proof, RepairRecord, Run
@@ -15,6 +17,9 @@ from bnprobe.stats.scores import paired_difference
 AS_IS, RECALIBRATED = "as is", "recalibrated"
 CONTROL, CONTROL_RECALIBRATED = "BN fine-tuned", "BN recalibrated after"
 """Names of the arms beside the repair. The last two are baselines: plain BN, trained like the repair."""
+
+_ROUNDING = 1e-4
+"""Relative difference of two scores up to which they are the same: layers round in their own ways."""
 
 
 def without_training(to: str) -> str:
@@ -72,6 +77,13 @@ def paired_gain(after: ScoreTable, before: ScoreTable, measure: Measure, goal: G
     return Estimate(-found.mean, (-math.inf if high is None else -high, -low))
 
 
+def scores_the_same(one: ScoreTable, other: ScoreTable) -> bool:
+    """Whether two models give the same on every micro-batch at inference, but for rounding."""
+    pairs = [(one.scores(measure, "eval"), other.scores(measure, "eval")) for measure in MEASURES]
+    known = [(left, right) for left, right in pairs if left is not None and right is not None]
+    return bool(known) and all(torch.allclose(left.batches, right.batches, rtol=_ROUNDING) for left, right in known)
+
+
 def unit_of(after: ScoreTable, before: ScoreTable, measure: Measure) -> Literal["sample", "batch"]:
     """What ``paired_gain`` pairs by."""
     sides = [table.scores(measure, "eval") for table in (after, before)]
@@ -124,6 +136,8 @@ def conclude(
     means = {name: getattr(arms[name], measure) for name in names if name in arms}
     listed = ", ".join(f"{name} {value.mean:.3g}" for name, value in means.items() if value is not None)
     conclusion, sentence = _judge(gain, control, len(repaired.runs))
+    if control.name == RECALIBRATED and conclusion != "not_compared":  # it is the same model, but for rounding
+        conclusion, sentence = _single(0.0, control, len(repaired.runs))
     trained = [arm for arm in (repaired, control) if arm.trained]
     start = [arm.name for arm in trained if all(run.best_step == 0 for run in arm.runs)]
     stood = f" {' and '.join(start)}: training did not improve the held-out score." if start else ""

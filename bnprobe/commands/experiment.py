@@ -24,6 +24,7 @@ from bnprobe.analysis.comparison import (
     is_surely_worse,
     make_arm,
     paired_gain,
+    scores_the_same,
     what_training_adds,
     without_training,
 )
@@ -510,15 +511,18 @@ def _proof(subject: Subject, scored: Sequence[_Scored], to: str) -> Proof:
     measure: Measure = "loss" if contradicted else subject.measure
     goal: Goal = "min" if contradicted else subject.goal
     repaired, control = named[to], control_of(named, measure, goal) or named[AS_IS]
+    alone = tables.get(RECALIBRATED) if subject.recalibrated and TARGETS[to].deploys else None
+    if not repaired.trained and alone is not None and scores_the_same(tables[to], alone):
+        control = named[RECALIBRATED]  # the conversion is not credited with what recalibrating gives
     over_as_is = paired_gain(tables[to], tables[AS_IS], measure, goal)
     gain = paired_gain(tables[to], tables[control.name], measure, goal)
     if len(repaired.runs) > 1:
         gain = gain_over(repaired, control, measure, goal)
     conclusion, message = conclude(named, repaired, control, gain, measure)
     converted = without_training(to)
-    alone = None if converted not in tables else paired_gain(tables[to], tables[converted], measure, goal)
+    over_converted = None if converted not in tables else paired_gain(tables[to], tables[converted], measure, goal)
     if conclusion != "not_compared" and converted in named:
-        message += what_training_adds(named[converted], alone, measure)
+        message += what_training_adds(named[converted], over_converted, measure)
     if contradicted:
         message = f"{message} {CONTRADICTED}"
 
@@ -538,7 +542,7 @@ def _proof(subject: Subject, scored: Sequence[_Scored], to: str) -> Proof:
         over_as_is=over_as_is,
         surely_worse=is_below(AS_IS),
         below_recalibrated=is_below(RECALIBRATED),
-        over_converted=alone,
+        over_converted=over_converted,
         below_converted=is_below(converted),
         scored_on=subject.proving.data,
     )

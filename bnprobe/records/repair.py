@@ -161,7 +161,8 @@ class Proof(Record):
         measure: What decides: "metric" where given, else "loss".
         arms: In the order in which they are printed.
         repaired: Name of the arm whose weights are written.
-        control: Name of the baseline that it is compared with, the best one; where nothing was trained, "as is".
+        control: Name of the baseline that it is compared with, the best one; where nothing was trained, "as is", or
+            "recalibrated" where the repaired model is the recalibrated one at inference.
         gain: Difference of repaired and baseline in ``measure``, positive where the repaired model is better. Of
             several seeds paired by seed: the interval covers the chance of training. Of one run paired by sample, or by
             batch where the user's function is no mean over samples: the interval covers the choice of samples.
@@ -192,6 +193,11 @@ class Proof(Record):
     scored_on: Literal["held-out", "training"] = "held-out"
     over_converted: Estimate | None = None
     below_converted: bool = False
+
+    @property
+    def is_recalibration(self) -> bool:
+        """Whether all that the repair gains is what recalibrating gives: at inference they are the same."""
+        return self.control == "recalibrated" and self.conclusion == "same"
 
 
 @dataclass(frozen=True)

@@ -315,6 +315,11 @@ def _proof(found: Proof, page: Page, show_all: bool) -> list[Text]:
 def _conclusion(found: Proof) -> str:
     """The verdict in a sentence."""
     repaired = _UNTRAINED.get(found.repaired, found.repaired)
+    if found.is_recalibration:
+        return (
+            f"At inference {repaired} is the recalibrated model: what it gains is recalibration's. The conversion"
+            " changes training only."
+        )
     if found.control is None:
         return f"{_capitalized(repaired)}: scored, but not compared with a baseline."
     trained = any(arm.name == found.control and arm.trained for arm in found.arms)
@@ -330,13 +335,14 @@ def _conclusion(found: Proof) -> str:
 
 def _gain(found: Proof) -> list[str]:
     """What the repair gained over its baseline, a sentence; nothing where that is not known."""
-    if found.gain is None or found.control is None:
+    gain, control = (found.over_as_is, "as is") if found.is_recalibration else (found.gain, found.control)
+    if gain is None or control is None:
         return []
     runs = len(next(arm for arm in found.arms if arm.name == found.repaired).runs)
     paired = f"95%, paired over {runs} seeds" if runs > 1 else f"95%, paired over the {found.scored_on} data"
-    how = paired if found.gain.interval is not None else "no interval"
-    value = figures.estimate(found.gain, with_sign=True)
-    return [f"Gain over {found.control} in the {found.measure}: {value} (positive: better; {how})."]
+    how = paired if gain.interval is not None else "no interval"
+    value = figures.estimate(gain, with_sign=True)
+    return [f"Gain over {control} in the {found.measure}: {value} (positive: better; {how})."]
 
 
 def _table(found: Proof, page: Page) -> list[Text]:

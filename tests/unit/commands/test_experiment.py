@@ -211,12 +211,30 @@ def test_the_repaired_model_is_that_of_the_first_seed_with_the_weights_that_were
 
 def test_without_training_the_repair_is_compared_with_the_model_as_loaded() -> None:
     given = subject(training=None)
-    proof = prove(given, [planned(given)]).proof
-    assert [arm.name for arm in proof.arms] == [AS_IS, RECALIBRATED, "batch-renorm"]
+    proof = prove(given, [planned(given, to="group-norm")]).proof
+    assert [arm.name for arm in proof.arms] == [AS_IS, RECALIBRATED, "group-norm"]
     assert (proof.control, proof.gain) == (AS_IS, proof.over_as_is)
     scores = {arm.name: arm.runs[0].score.metric for arm in proof.arms}
-    assert proof.gain.mean == pytest.approx(scores["batch-renorm"] - scores[AS_IS])
+    assert proof.gain.mean == pytest.approx(scores["group-norm"] - scores[AS_IS])
     assert "Nothing was trained" in proof.message
+
+
+@pytest.mark.parametrize("to", ["batch-renorm", "frozen", "sync", "gated", "mabn"])
+def test_a_conversion_is_not_credited_with_what_recalibrating_gives(to: str) -> None:
+    start = _fitted(subject().start)
+    worse = copy.deepcopy(start)
+    worse.bn.running_mean += 3.0
+    given = subject(training=None, model=worse, start=start, copy=start)
+    proof = prove(given, [planned(given, to)]).proof
+    assert proof.over_as_is is not None
+    assert proof.over_as_is.interval[0] > 0  # it is better than as loaded
+    assert (proof.control, proof.conclusion) == (RECALIBRATED, "same")
+    assert proof.is_recalibration
+    assert "recalibrated scores the same" in proof.message
+    as_loaded = replace(given, start=worse, recalibrated=())  # not of recalibrated statistics: as loaded
+    proof = prove(as_loaded, [planned(given, to)]).proof
+    assert proof.control == AS_IS
+    assert not proof.is_recalibration
 
 
 def test_a_repair_that_recalibration_alone_beats_is_known() -> None:

@@ -71,6 +71,16 @@ def test_the_verdict_of(name: str, said: str) -> None:
     assert f"\n{said}\n" in text_of(repairs.RECORDS[name](), name)
 
 
+def test_a_conversion_that_is_the_recalibrated_model_at_inference_is_not_called_better() -> None:
+    record = repairs.better()
+    assert record.proof is not None
+    proof = replace(record.proof, control="recalibrated", conclusion="same", over_as_is=Estimate(0.1, (0.05, 0.15)))
+    text = " ".join(text_of(replace(record, proof=proof)).split())
+    assert "! At inference batch-renorm is the recalibrated model: what it gains is recalibration's." in text
+    assert "Gain over as is in the" in text
+    assert "batch-renorm is better" not in text
+
+
 def test_a_repair_that_recalibration_beats_is_no_success() -> None:
     record = repairs.better()
     assert record.proof is not None
