@@ -21,8 +21,9 @@ def verify(
 ) -> None:
     """Compare the reports of two scans of one model to verify a repair. Neither model nor data is needed.
 
-    Exit codes: 0 no layer is flagged any more and the outputs are not farther apart; 1 the repair does not hold; 2 a
-    file is not a report, or the reports are of different models.
+    Exit codes: 0 no layer is flagged any more and the outputs are not farther apart; 1 the repair does not hold, or is
+    not proved, because a flagged layer was not measured again; 2 a file is not a report, or the reports are of
+    different models.
     """
     from bnprobe.cli.console import check_output, deliver
     from bnprobe.commands.verify import verify as compare

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnprobe.errors import UsageError
-from bnprobe.numbers import listed
+from bnprobe.numbers import count, listed
 from bnprobe.records import Layer, LayerComparison, Report, Verification
 
 OUTPUT_SLACK = 1.1
@@ -17,8 +17,8 @@ def verify(before: Report, after: Report) -> Verification:
 
     The repair passes if no layer is newly flagged, no flagged layer is still flagged or was not measured again, the
     outputs in training and at inference are not farther apart than before, and the batch size is not larger. A flagged
-    layer that no longer exists counts as repaired, because it may have become a norm that does not depend on the batch;
-    not so if ``--include``/``--exclude`` left it out.
+    layer counts as repaired if it gives the same output in training and at inference by construction, and if no batch
+    norm is left there; not so if ``--include``/``--exclude`` left it out.
 
     Args:
         before, after: Reports of scans of the same model.
@@ -29,12 +29,16 @@ def verify(before: Report, after: Report) -> Verification:
     first, last = ({layer.name: layer for layer in report.layers} for report in (before, after))
     if not first.keys() & last.keys():
         raise UsageError(_nothing_to_compare(before, after))
-    layers = tuple(_compared(name, first.get(name), last.get(name)) for name in _in_order(list(first), list(last)))
+    unjudged = {layer.name for layer in after.skipped if not layer.agrees} | last.keys()
+    layers = tuple(
+        _compared(name, first.get(name), last.get(name), name in unjudged)
+        for name in _in_order(list(first), list(last))
+    )
     outputs = before.summary.output.relative_l2, after.summary.output.relative_l2
     problems = (
         *_partial(after),
         *_larger(before, after),
-        *_flagged(layers, last),
+        *_flagged(layers),
         *_left_out(layers, after),
         *(() if _newly_tracked(first, last) else _outputs(*outputs)),
     )
@@ -92,14 +96,18 @@ def _in_order(before: list[str], after: list[str]) -> Iterator[str]:
     yield from (other for other in waiting if other not in known)
 
 
-def _compared(name: str, before: Layer | None, after: Layer | None) -> LayerComparison:
+def _compared(name: str, before: Layer | None, after: Layer | None, is_batch_norm: bool) -> LayerComparison:
+    """A layer before and after; whether it ``is_batch_norm`` still that may have a mismatch, measured or not."""
+    flagged_before, flagged_after = (layer is not None and layer.flagged for layer in (before, after))
+    mismatch = None if after is None else _worse(after)
     return LayerComparison(
         name=name,
         before=None if before is None else _worse(before),
-        after=None if after is None else _worse(after),
-        flagged_before=before is not None and before.flagged,
-        flagged_after=after is not None and after.flagged,
+        after=mismatch,
+        flagged_before=flagged_before,
+        flagged_after=flagged_after,
         undecided_after=after is not None and after.undecided,
+        lost=flagged_before and not flagged_after and mismatch is None and is_batch_norm,
     )
 
 
@@ -123,20 +131,18 @@ def _larger(before: Report, after: Report) -> Iterator[str]:
         )
 
 
-def _flagged(layers: tuple[LayerComparison, ...], after: dict[str, Layer]) -> Iterator[str]:
+def _flagged(layers: tuple[LayerComparison, ...]) -> Iterator[str]:
     still = [layer.name for layer in layers if layer.flagged_before and layer.flagged_after]
     newly = [layer.name for layer in layers if layer.flagged_after and not layer.flagged_before]
-    lost = [
-        layer.name
-        for layer in layers
-        if layer.flagged_before and not layer.flagged_after and layer.after is None and layer.name in after
-    ]
+    lost = [layer.name for layer in layers if layer.lost]
     if still:
         yield f"Still flagged: {listed(still)}."
     if newly:
         yield f"Newly flagged: {listed(newly)}."
     if lost:
-        yield f"Flagged before, and could not be measured again: {listed(lost)}."
+        flagged = count(sum(layer.flagged_before for layer in layers), "flagged layer")
+        were, their = ("was", "its") if len(lost) == 1 else ("were", "their")
+        yield f"{len(lost)} of {flagged} {were} not measured again, so {their} mismatch is not known: {listed(lost)}."
 
 
 def _left_out(layers: tuple[LayerComparison, ...], after: Report) -> Iterator[str]:

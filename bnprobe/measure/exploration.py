@@ -86,7 +86,7 @@ def explore(
         if id(named.module) in recognised:
             skipped.pop(named.name, None)
         elif named.name in skipped and any(_within(named.module, call.running_mean) for call in watch.calls):
-            skipped[named.name] = SkippedLayer(named.name, named.kind, FROZEN)
+            skipped[named.name] = SkippedLayer(named.name, named.kind, FROZEN, agrees=True)
     layers = [_as_called(layer, watch) for layer in known.layers]
     layers += [
         ProbedLayer(0, each.name, each.aliases, each.module, each.family, each.family.describe(each.module), True)

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from bnprobe.config.spec import ScanSettings, matches_any
 from bnprobe.errors import NothingToProbeError
 from bnprobe.loading.model import user_code
-from bnprobe.measure.norms import NormFamily, NormInfo, family_of, lookalike_reason, place_of
+from bnprobe.measure.norms import FROZEN, NormFamily, NormInfo, family_of, lookalike_reason, place_of
 from bnprobe.measure.origins import origin
 from bnprobe.measure.reach import every_module
 from bnprobe.measure.restore import held_in_eval, preserved_settings, set_mode
@@ -122,7 +122,8 @@ def find_layers(model: nn.Module, is_selected: Callable[..., bool], *, required:
         family = family_of(module)
         reason = family.obstacle(module) if family else lookalike_reason(module)
         if reason:
-            skipped.append(SkippedLayer(named.name, named.kind, reason))
+            agrees = reason in (FROZEN, getattr(module, "nothing_to_measure", None))
+            skipped.append(SkippedLayer(named.name, named.kind, reason, agrees))
         elif family:
             selected = is_selected(*named.names)
             info = family.describe(module)

@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 from bnprobe.errors import ModelError
 from bnprobe.nn.batch_renorm import BatchRenormBase
 from bnprobe.nn.cross_iteration import CrossIterationBatchNorm
+from bnprobe.nn.example_weighing import ExampleWeighedBatchNorm
 from bnprobe.nn.frozen import FrozenBatchNorm
 from bnprobe.nn.functional import batch_renorm, sync_batch_renorm
 from bnprobe.nn.gated import GatedBatchNorm, gated_batch_norm
@@ -365,6 +366,22 @@ class EarlierBatchesFamily(BatchNormFamily):
         return "statistics of earlier batches, too, which a scan of single batches does not follow"
 
 
+class ExampleWeighingFamily(BatchNormFamily):
+    """bnprobe.nn's example weighing, which a scan leaves out: running statistics are not all that inference uses."""
+
+    name = "example-weighing"
+    functionals: tuple[Callable[..., Tensor], ...] = ()
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, ExampleWeighedBatchNorm)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        return (
+            "example weighing: at inference every sample's own statistics enter, so running statistics are not all it"
+            " uses"
+        )
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the statistics of one layer lie: consecutive values of a tensor that a module holds.
@@ -578,7 +595,15 @@ def place_of(tensor: Tensor | None) -> tuple[int, int, int] | None:
 
 NORMS: Registry[NormFamily] = Registry(
     "bnprobe.norms",
-    (BatchNormFamily(), BatchRenormFamily(), GatedFamily(), GhostFamily(), EarlierBatchesFamily(), DomainFamily()),
+    (
+        BatchNormFamily(),
+        BatchRenormFamily(),
+        GatedFamily(),
+        GhostFamily(),
+        EarlierBatchesFamily(),
+        ExampleWeighingFamily(),
+        DomainFamily(),
+    ),
     lambda family: family.name,
     "norm family",
 )

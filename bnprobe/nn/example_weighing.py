@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -44,10 +42,6 @@ class ExampleWeighedBatchNorm(BlendedBatchNorm):
     Raises:
         UsageError: ``blend`` is out of range.
     """
-
-    nothing_to_measure: ClassVar[str] = (
-        "example weighing: at inference every sample's own statistics enter, so running statistics are not all it uses"
-    )
 
     def _normalize(self, input: Tensor, mask: Tensor | None) -> Tensor:
         return self._scripted(input, mask)

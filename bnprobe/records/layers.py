@@ -329,8 +329,12 @@ class Layer(Record):
 
 @dataclass(frozen=True)
 class SkippedLayer(Record):
-    """A layer that could not be judged, and why."""
+    """A layer that could not be judged, and why.
+
+    ``agrees``: there is nothing to judge, because training and inference give the same output by construction.
+    """
 
     name: str
     kind: str
     reason: str
+    agrees: bool = False

@@ -247,7 +247,8 @@ class RepairRecord(Record):
 class LayerComparison(Record):
     """The mismatch D of one layer in two reports, each on the path where it is larger.
 
-    ``undecided_after``: the later scan could not tell on which side of its limit the layer is.
+    ``undecided_after``: the later scan could not tell on which side of its limit the layer is. ``lost``: the layer was
+    flagged, and the later scan could not measure it, so that nothing is known of its mismatch.
     """
 
     name: str
@@ -256,6 +257,7 @@ class LayerComparison(Record):
     flagged_before: bool
     flagged_after: bool
     undecided_after: bool = False
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ class Verification(Record):
     """Two reports of one model, compared.
 
     Attributes:
-        passed: No layer is flagged in the later report, and its outputs are no farther apart.
+        passed: No layer is flagged in the later report or lost, and its outputs are no farther apart.
         problems: Why it did not pass, a sentence each.
         layers: Layers of both reports, in network order.
         only_before, only_after: Names of the layers of one report only.

@@ -78,8 +78,8 @@ def before_and_after(
 def _flagged(found: Verification) -> str:
     before = sum(layer.flagged_before for layer in found.layers)
     after = sum(layer.flagged_after for layer in found.layers)
-    unsure = _undecided(found)
-    also = f" and {unsure} undecided" if unsure else ""
+    unknown = {"undecided": _undecided(found), "not measured": sum(layer.lost for layer in found.layers)}
+    also = "".join(f" and {number} {what}" for what, number in unknown.items() if number)
     return f"{before or 'none'} of {count(len(found.layers), 'layer')} flagged before, {after or 'none'} after{also}"
 
 
@@ -100,7 +100,12 @@ def _closing(found: Verification, page: Page) -> list[Text]:
     compared = found.output_before is not None and found.output_after is not None
     outputs = ", and the outputs in training and at inference are no farther apart than before" if compared else ""
     if not found.passed:
-        return page.verdict(FLAGGED, "The repair does not hold.", (*found.problems, NO_SCORES))
+        # A single problem of a layer that is lost is that one.
+        unproved = len(found.problems) == 1 and any(layer.lost for layer in found.layers)
+        sign, headline = (
+            (UNDECIDED, "The repair is not proved.") if unproved else (FLAGGED, "The repair does not hold.")
+        )
+        return page.verdict(sign, headline, (*found.problems, NO_SCORES))
     unsure = _undecided(found)
     also = f" ({unsure} undecided)" if unsure else ""
     text = f"The repair holds: no layer is flagged{also}{outputs}."

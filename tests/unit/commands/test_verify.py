@@ -10,7 +10,7 @@ import pytest
 
 from bnprobe.commands.verify import verify
 from bnprobe.errors import UsageError
-from bnprobe.records import Environment, Layer, LayerComparison, Output, Report, Summary, Tool
+from bnprobe.records import Environment, Layer, LayerComparison, Output, Report, SkippedLayer, Summary, Tool
 from bnprobe.testing import make_layer, make_path, make_scan
 
 FINE, BAD = 0.004, 0.4
@@ -61,7 +61,12 @@ def test_the_worse_path_is_compared() -> None:
         (
             report(layer("a", BAD), layer("b")),
             report(layer("a", None, flagged=False), layer("b")),
-            "Flagged before, and could not be measured again: a.",
+            "1 of 1 flagged layer was not measured again, so its mismatch is not known: a.",
+        ),
+        (
+            report(layer("a", BAD), layer("b"), layer("c", BAD)),
+            replace(report(layer("b"), layer("c")), skipped=(SkippedLayer("a", "Norm", "earlier batches"),)),
+            "1 of 2 flagged layers was not measured again, so its mismatch is not known: a.",
         ),
         (
             report(layer("a")),
@@ -105,6 +110,8 @@ def test_a_flagged_layer_that_is_gone_was_repaired() -> None:
     found = verify(report(layer("a", BAD), layer("b")), report(layer("b")))
     assert found.passed
     assert found.only_before == ("a",)
+    frozen = SkippedLayer("a", "FrozenBatchNorm2d", "the same constants in training and at inference", agrees=True)
+    assert verify(report(layer("a", BAD), layer("b")), replace(report(layer("b")), skipped=(frozen,))).passed
 
 
 def test_a_layer_left_out_of_both_scans_is_no_problem() -> None:

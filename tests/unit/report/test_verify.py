@@ -42,6 +42,17 @@ def test_a_layer_that_was_not_measured_is_not_called_fine() -> None:
     assert re.search(r"\n–  layer2.0.bn1 +0.300 → +–  not measured\n", text)
 
 
+def test_a_flagged_layer_that_was_not_measured_again_proves_nothing() -> None:
+    found = repairs.verified()
+    lost = replace(found.layers[1], after=None, lost=True)
+    problem = "1 of 9 flagged layers was not measured again, so its mismatch is not known: layer1.0.bn1."
+    found = replace(found, passed=False, problems=(problem,), layers=(found.layers[0], lost))
+    text = render(found, WIDE)
+    assert "1 of 2 layers flagged before, none after and 1 not measured" in text
+    assert f"\n? The repair is not proved.\n  {problem}\n" in text
+    assert one_line(found) == "failed: 1 of 2 layers flagged before, none after and 1 not measured"
+
+
 def test_a_layer_that_is_undecided_now_is_not_called_fine() -> None:
     found = repairs.verified()
     unsure = replace(found.layers[1], undecided_after=True)
@@ -89,6 +100,7 @@ def test_as_json_it_is_the_record() -> None:
         "flagged_before": False,
         "flagged_after": True,
         "undecided_after": False,
+        "lost": False,
     }
     assert (document["passed"], document["only_after"]) == (False, ["head.gn"])
 
