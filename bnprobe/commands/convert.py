@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ from bnprobe.loading.workload import Workload, load_model_only, load_workload, r
 from bnprobe.measure.batch import to_device
 from bnprobe.measure.rank_agreement import digest_of
 from bnprobe.measure.restore import preserved_random_state, seed_everything
-from bnprobe.measure.session import Progress, default_forward, no_progress
+from bnprobe.measure.session import Progress, default_forward, device_named, no_progress
+from bnprobe.nn.per_domain import current_domain
 from bnprobe.paths import placed
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep
 from bnprobe.repairs import (
@@ -49,6 +52,7 @@ from bnprobe.repairs import (
     wanted_by_globs,
     wanted_from_report,
 )
+from bnprobe.repairs.plan import batch_norms
 from bnprobe.report.json import read_report
 from bnprobe.rules import effect, title_of
 from bnprobe.training import StateFolder, StepLog
@@ -92,6 +96,7 @@ def plan_spec(spec: Spec, progress: Progress = no_progress) -> Plan:
         else:
             workload = load_workload(spec)
             require_unwrapped(workload)
+            _require_runnable(spec, workload)
             plans = _plans(spec, workload.model, whole(scan_workload(workload, spec.settings(), progress)))
     return plans[0] if spec.repair.to != AUTO else replace(plans[0], to=AUTO)
 
@@ -124,6 +129,7 @@ def repair_spec(
             require_trainable(workload)
         require_unwrapped(workload)
         require_measurable(spec, workload, options.finetune)
+        _require_runnable(spec, workload)
         before = whole(scan_workload(workload, spec.settings(), progress, world))
         plans = _plans(spec, workload.model, before)
         if not plans[0].changes:
@@ -217,6 +223,42 @@ def _require_effect(target: Target, spec: Spec, size: int | None) -> None:
         )
 
 
+def _require_runnable(spec: Spec, workload: Workload) -> None:
+    """Refuse a named target that the batches or the user's functions do not go with, before anything is measured.
+
+    Raises:
+        RepairError: It would be plain BN at the batch size of training.
+        UsageError: Its layers must be told the domain of their data, and are not; says which function does not tell it.
+    """
+    if spec.repair.to == AUTO:
+        return
+    target = TARGETS[spec.repair.to]
+    _require_effect(target, spec, spec.train.batch_size or workload.source.batch_size)
+    if not target.needs_domains or workload.source.synthetic:
+        return
+    model, selected = workload.model, bool(spec.repair.layers or spec.repair.report)
+    with preserved_random_state():
+        seed_everything(spec.data.seed)
+        batches = list(islice(read_again(spec, workload).source.batches, 1))
+        run = partial(_unknown_domain, workload=workload, batches=batches, device=device_named(spec.scan.device, model))
+        every = {layer.name: "" for layer in batch_norms(model)}
+        made = _plans(spec, model, None)[0] if selected else plan(model, every, target.name, "")
+        if not selected and _any_told(apply(model, replace(made, changes=()), spec.repair), run):
+            return  # which layers are flagged is not known yet: they may be those that are told
+        problem = run(apply(model, made, spec.repair))
+    if problem:
+        raise UsageError(f"{target.name}: {problem}")
+
+
+def _any_told(model: nn.Module, run: Callable[[nn.Module], object]) -> bool:
+    """Whether any BN layer of a model runs on data whose domain is said."""
+    told: list[bool] = []
+    for layer in batch_norms(model):
+        layer.module.register_forward_pre_hook(lambda *_: told.append(current_domain() is not None))
+    run(model)
+    return any(told) or not told
+
+
 def _knowing_domains(plans: list[Plan], subject: Subject, workload: Workload, repair: RepairSpec) -> list[Plan]:
     """The plans without those whose layers must be told the domain of their data, and are not.
 
@@ -225,23 +267,27 @@ def _knowing_domains(plans: list[Plan], subject: Subject, workload: Workload, re
     """
     found = []
     for each in plans:
-        problem = _unknown_domain(each, subject, workload, repair) if TARGETS[each.to].needs_domains else None
+        problem = None
+        if TARGETS[each.to].needs_domains:
+            with preserved_random_state():
+                converted = apply(subject.start, each, repair)
+                problem = _unknown_domain(converted, workload, subject.proving.batches, subject.device)
         if problem and len(plans) == 1:
             raise UsageError(f"{each.to}: {problem}")
         found += [] if problem else [each]
     return found
 
 
-def _unknown_domain(made: Plan, subject: Subject, workload: Workload, repair: RepairSpec) -> str | None:
-    """Why the user's functions do not run the converted model, by a batch of the held-out data; None if they do."""
+def _unknown_domain(model: nn.Module, workload: Workload, batches: Sequence[Any], device: torch.device) -> str | None:
+    """Why the user's functions do not run a converted model on the first batch; None if they do."""
     functions = {"forward": workload.forward or default_forward, "loss": workload.loss, "metric": workload.metric}
-    with preserved_random_state(), torch.no_grad():
-        model = apply(subject.start, made, repair).eval()
-        for batch in subject.proving.batches[:1]:
+    model = model.to(device).eval()
+    with torch.no_grad():
+        for batch in batches[:1]:
             for role, function in functions.items():
                 try:
                     if function is not None:
-                        function(model, to_device(batch, subject.device))
+                        function(model, to_device(batch, device))
                 except UsageError as error:
                     return f"{role}(model, batch) cannot run the converted model. {error}"
                 except Exception:  # what else fails is told where it is run in earnest

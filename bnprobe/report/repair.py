@@ -77,7 +77,7 @@ def render(report: RepairReport, options: RenderOptions) -> str:
         before_and_after(before, after, _replaced(record), page, show_all) if before else [],
         _proof(record.proof, page, show_all) if record.proof else [],
         page.section("Notes", record.notes),
-        _closing(record, page, scanned=after is not None),
+        _closing(record, page, after),
         _usage(record, report.files, page),
     ]
     return to_string(parts, options.color)
@@ -173,10 +173,10 @@ def _recalibrated(record: RepairRecord, page: Page, show_all: bool) -> list[Text
     return [*lines, *page.paragraph(listed_in_line(record.recalibrated, show_all), first="  ")]
 
 
-def _closing(record: RepairRecord, page: Page, scanned: bool) -> list[Text]:
-    """The verdict, the flags, and what was required; whether the new model was ``scanned``."""
+def _closing(record: RepairRecord, page: Page, after: Report | None) -> list[Text]:
+    """The verdict, the flags, and what was required; ``after`` is the scan of the new model."""
     sign, headline = _verdict(record)
-    lines = page.verdict(sign, headline, [record.proof.message if record.proof else "", *_flagged(record, scanned)])
+    lines = page.verdict(sign, headline, [record.proof.message if record.proof else "", *_flagged(record, after)])
     if record.proof is not None and record.proof.surely_worse:
         refused = "Written because of --force: " if record.weights else "Nothing was written: "
         lines += page.paragraph(refused + worse_than_as_is(record), "bold red", first=f"  {page.clean(FLAGGED)} ")
@@ -257,12 +257,21 @@ def _scored(value: Estimate | None) -> str:
     return "not finite" if value is None else figures.score(value.mean)
 
 
-def _flagged(record: RepairRecord, scanned: bool) -> list[str]:
-    before, after = record.flagged_before, record.flagged_after
+def _flagged(record: RepairRecord, after: Report | None) -> list[str]:
+    """Flagged layers before and after; of layers that the later scan did not measure no number is given."""
+    before, found = record.flagged_before, record.flagged_after
+    if before is None:
+        return [] if found is None else [f"Flagged layers: {found}."]
     if after is None:
-        why = "a scan cannot measure the converted ones" if scanned else f"{_model(record)} was not scanned"
-        return [] if before is None else [f"Flagged layers: {before} before; {why}."]
-    return [f"Flagged layers: {after}."] if before is None else [f"Flagged layers: {before} {ARROW} {after}."]
+        return [f"Flagged layers: {before} before; {_model(record)} was not scanned."]
+    measured = {layer.name for layer in after.layers}
+    if found is not None and all(name in measured for name in _replaced(record)):
+        return [f"Flagged layers: {before} {ARROW} {found}."]
+    why = "a scan cannot measure the converted ones"
+    if found is not None:
+        why = "the converted ones give the same output in training and at inference by construction"
+    others = f"{after.summary.flagged or 'none'} of the {count(len(measured), 'layer')} measured after"
+    return [f"Flagged layers: {before} before, {others}; {why}."]
 
 
 def _telling(text: str, value: float, held: bool) -> str:
@@ -518,6 +527,8 @@ def _commands(record: RepairRecord, weights: str, files: Files) -> list[tuple[st
 def _why_verify(record: RepairRecord) -> str:
     """What the comparison of the scans is about, and that it will fail where layers are left that are flagged."""
     left = record.flagged_after
+    if left is None:
+        return "To compare the two scans (exit code 1, because nothing is known of the converted layers):"
     if not left:
         return "To compare the two scans, as in CI:"
     are = "is" if left == 1 else "are"

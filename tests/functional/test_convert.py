@@ -178,6 +178,14 @@ def test_ghosts_deploy_as_plain_bn_where_batches_are_larger(repairable: Workspac
         "ghost with virtual_batch_size 32 is plain BN in batches of 4: give less than 4 with --virtual-batch-size"
         " (repair.virtual_batch_size), or choose another target"
     )
+    never = repairable.folder / "model.py"
+    text = never.read_text()
+    never.write_text(text + "\n\ndef forward(model, batch):\n    raise RuntimeError('nothing is to be run')\n")
+    assert (
+        "is plain BN in batches of 4"
+        in repairable.run("convert", *TARGET, "--to", "ghost", "-o", "o.safetensors").error()
+    )
+    never.write_text(text)
     small = repairable.run("convert", *TARGET, "--to", "ghost", "--virtual-batch-size", "2", "--dry-run")
     assert small.code == CLEAN
     ghosts = "repair: {to: ghost, virtual_batch_size: 2}"
@@ -779,6 +787,16 @@ def test_statistics_per_domain_mend_a_model_of_two_domains(workspace: Workspace)
     assert scores["per-domain"] > scores["recalibrated"] + 0.15
     weights = load_file(workspace.folder / "out.safetensors")
     assert (weights["bn.domain_mean"][0] - weights["bn.domain_mean"][1]).abs().max() > 1
+
+
+@pytest.mark.parametrize("selected", [("--layers", "*"), ()])
+def test_a_model_file_that_names_no_domain_is_told_before_the_scan(workspace: Workspace, selected: list[str]) -> None:
+    silent = DOMAINS.replace("with bnprobe.nn.domain(batch[2]):", "if open('calls', 'a').write('x'):")
+    workspace.write("model.py", silent)
+    size = ("--batch-size", "16")
+    found = workspace.run("convert", "model.py", *size, *selected, "--to", "per-domain", "-o", "out.safetensors")
+    assert "per-domain: forward(model, batch) cannot run the converted model." in found.error()
+    assert len((workspace.folder / "calls").read_text()) <= 4
 
 
 def test_a_model_file_that_names_no_domain_is_told_before_training(workspace: Workspace) -> None:

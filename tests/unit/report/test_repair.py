@@ -105,12 +105,20 @@ def test_a_repair_that_its_own_conversion_beats_is_no_success() -> None:
 
 def test_layers_that_no_scan_measures_have_no_flags() -> None:
     record, (before, after) = replace(repairs.better(), flagged_after=None), scans("better")
-    for scanned, why in (
-        (after, "a scan cannot measure the converted ones."),
-        (None, "the repaired model was not scanned."),
+    assert after is not None
+    kept = replace(after, layers=after.layers[:2])
+    number = f"{record.flagged_before} before"
+    others = f"{after.summary.flagged or 'none'} of the 2 layers measured after"
+    for scanned, flagged, said in (
+        (kept, None, f"{number}, {others}; a scan cannot measure the converted ones."),
+        (kept, 0, f"{number}, {others}; the converted ones give the same output in training and at inference by"),
+        (None, None, f"{number}; the repaired model was not scanned."),
+        (None, 0, f"{number}; the repaired model was not scanned."),
     ):
-        text = render(RepairReport(record, before, scanned, files(record, scanned)), "terminal", WIDE)
-        assert f"{record.flagged_before} before; {why}" in " ".join(text.split())
+        found = replace(record, flagged_after=flagged)
+        text = " ".join(render(RepairReport(found, before, scanned, files(found, scanned)), "terminal", WIDE).split())
+        assert f"Flagged layers: {said}" in text
+        assert (flagged is None and scanned is not None) == ("exit code 1, because nothing is known" in text)
 
 
 def test_without_a_control_nothing_is_claimed() -> None:
