@@ -545,4 +545,5 @@ def _proof(subject: Subject, scored: Sequence[_Scored], to: str) -> Proof:
         over_converted=over_converted,
         below_converted=is_below(converted),
         scored_on=subject.proving.data,
+        which=subject.proving.which,
     )

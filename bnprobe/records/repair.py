@@ -173,6 +173,7 @@ class Proof(Record):
         surely_worse: The weights are significantly worse (95%) than as loaded: written only with ``--force``.
         below_recalibrated: They are significantly worse than the model as loaded with recalibrated statistics alone.
         scored_on: "training" where there was no held-out data.
+        which: Which of the held-out samples scored, a phrase; empty: all that were read.
         over_converted: Difference of the weights to be written and the same conversion without training, like
             ``gain`` of one run; None where nothing was trained.
         below_converted: They are significantly worse than that conversion.
@@ -193,6 +194,7 @@ class Proof(Record):
     scored_on: Literal["held-out", "training"] = "held-out"
     over_converted: Estimate | None = None
     below_converted: bool = False
+    which: str = ""
 
     @property
     def is_recalibration(self) -> bool:

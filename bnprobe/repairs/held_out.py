@@ -49,6 +49,7 @@ class HeldOut:
         notes: What was left out, one sentence each.
         data: What the batches are.
         samples_in: Tells how many samples a batch has.
+        which: Which of the held-out samples these are, a phrase; empty: all that were read.
     """
 
     batches: Sequence[Any]
@@ -59,6 +60,7 @@ class HeldOut:
     notes: tuple[str, ...] = ()
     data: Literal["held-out", "training"] = "held-out"
     samples_in: Callable[[Any], int | None] = count_samples
+    which: str = ""
 
     @classmethod
     def of(cls, spec: Spec, workload: Workload, half: bool = False) -> HeldOut:
@@ -86,8 +88,10 @@ class HeldOut:
             source = replace(source, most=few)
         else:
             source, data = workload.held_out, "held-out"
-        batches, notes = _read(spec, source, 2 if half and data == "held-out" else 1)
-        found = cls(batches, *functions, *how, tuple(notes), data, source.samples_in)
+        half = half and data == "held-out"
+        batches, notes = _read(spec, source, 2 if half else 1)
+        which = f"every other batch of {source.batch_size}, on which a scan chooses nothing" if half else ""
+        found = cls(batches, *functions, *how, tuple(notes), data, source.samples_in, which)
         if data == "training":
             return found
         model = workload.model
@@ -137,7 +141,11 @@ class HeldOut:
 
     def halves(self) -> tuple[HeldOut, HeldOut]:
         """Split into every other batch and the rest; the second half is empty if there is only one batch."""
-        return replace(self, batches=self.batches[::2]), replace(self, batches=self.batches[1::2])
+        if len(self.batches) < 2:
+            return self, replace(self, batches=())
+        size = max(self.samples_in(batch) or 1 for batch in self.batches)
+        which = f"every other batch of {size}, which chose no weights"
+        return replace(self, batches=self.batches[::2], which=which), replace(self, batches=self.batches[1::2])
 
 
 def _read(spec: Spec, source: BatchSource, every: int) -> tuple[list[Any], list[str]]:

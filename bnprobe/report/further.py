@@ -153,8 +153,8 @@ _DOING: dict[FreeRemedy, str] = {
     "instance renorm": "Converting to instance renorm",
     "example weighing": "Converting to example weighing",
     "statistics per call": "Giving every call statistics of its own",
-    "micro-batch statistics, averaged": "Running statistics averaged over micro-batches",
-    "micro-batch statistics, pooled": "Running statistics pooled over micro-batches",
+    "micro-batch statistics, averaged": "Averaging running statistics over micro-batches",
+    "micro-batch statistics, pooled": "Pooling running statistics over micro-batches",
 }
 
 _NAMES = {"evaluation statistics": "recalibrated on held-out data"}
@@ -174,12 +174,12 @@ def remedies(report: Report, page: Page, advised: NextStep | None = None, last: 
     measure = _ranked_by(report)
     judged = measure == "loss" or effect.goal_of(report.summary.gaps, report.summary.chance) is not None
     ordered = best_first(found, measure, goal)
-    sizes = [f"{number:,}" for number in sorted({remedy.images for remedy in found})]
-    samples = " or ".join(", ".join(sizes).rsplit(", ", 1))
+    sizes = sorted({remedy.images for remedy in found})
+    half = f", or on the {sizes[0]:,} of every other batch, which chose nothing" if len(sizes) > 1 else ""
     what = plural(report.scan.sample)
     data = f"held-out {what}" if found[0].scored_on == "held-out" else f"training {what} that gave no statistics"
     return [
-        *page.heading(f"What remedies without training would give, on {samples} {data}"),
+        *page.heading(f"What remedies without training would give, on {sizes[-1]:,} {data}{half}"),
         *(page.paragraph(best_in_words(ordered, measure, goal), first="  ") if judged else []),
         *_remedy_table(ordered, page),
         *page.paragraphs([_costs(ordered), _other_samples(ordered, report)], "dim"),

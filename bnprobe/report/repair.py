@@ -311,8 +311,9 @@ def _proof(found: Proof, page: Page, show_all: bool) -> list[Text]:
     """The table of arms, how to read it, and what is to be known of single runs."""
     seeds = max(len(arm.runs) for arm in found.arms)
     interval = f": mean and 95% interval of {seeds} seeds" if seeds > 1 else ""
+    which = f" ({found.which})" if found.which else ""
     return [
-        *page.heading(f"Comparison on {count(found.images_proving, f'{found.scored_on} sample')}{interval}"),
+        *page.heading(f"Comparison on {count(found.images_proving, f'{found.scored_on} sample')}{which}{interval}"),
         *_table(found, page),
         *_legend(found, page),
         *_clipping(found, page),

@@ -81,6 +81,15 @@ def test_a_conversion_that_is_the_recalibrated_model_at_inference_is_not_called_
     assert "batch-renorm is better" not in text
 
 
+def test_which_held_out_samples_score_is_said() -> None:
+    record = repairs.better()
+    assert record.proof is not None
+    proof = replace(record.proof, which="every other batch of 8, which chose no weights")
+    assert "\nComparison on 180 held-out samples (every other batch of 8, which chose no weights): mean" in text_of(
+        replace(record, proof=proof)
+    )
+
+
 def test_a_repair_that_recalibration_beats_is_no_success() -> None:
     record = repairs.better()
     assert record.proof is not None
