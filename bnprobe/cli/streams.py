@@ -6,6 +6,7 @@ import errno
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -137,8 +138,13 @@ def writing_to(stream: TextIO | None) -> Iterator[TextIO]:
 
 
 def say(text: str) -> None:
-    """Write a message to stderr, clean: see ``bnprobe.printable``. A stderr that cannot be written to is no error."""
-    line = f"{message(text)}\n"
+    """Write a message to stderr, clean: see ``bnprobe.printable``. A stderr that cannot be written to is no error.
+
+    Sentences are wrapped at words where stderr is a terminal or COLUMNS is set; paths and lines of code stay whole.
+    """
+    width = _message_width()
+    lines = message(text).split("\n")
+    line = "\n".join(each if not width or each[:1].isspace() else _wrapped(each, width) for each in lines) + "\n"
     stream = sys.stderr
     try:
         stream.write(line)
@@ -148,6 +154,21 @@ def say(text: str) -> None:
     except (AttributeError, ValueError):  # the user's code has closed or replaced it
         with suppress(OSError):
             os.write(_STDERR, line.encode(errors="backslashreplace"))
+
+
+def _message_width() -> int | None:
+    """Columns of a message; None: lines are not wrapped."""
+    forget_odd_sizes()  # which the user's code may have set
+    if "COLUMNS" in os.environ:
+        return int(os.environ["COLUMNS"])
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or None
+    except (AttributeError, OSError, ValueError):  # no terminal, or closed or replaced by the user's code
+        return None
+
+
+def _wrapped(line: str, width: int) -> str:
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False, expand_tabs=False)
 
 
 def _discard(stream: TextIO) -> None:

@@ -46,6 +46,15 @@ def test_a_pipe_gets_plain_text(workspace: Workspace) -> None:
     assert "✗ 1 of 1 layer is flagged" in found.stdout
 
 
+def test_messages_are_wrapped_where_the_width_is_known(workspace: Workspace) -> None:
+    arguments = ("scan", "model.py", "--batch-size", "2", "--include", "none.of.these.layers.is.there")
+    workspace.write("model.py", SHIFTED)
+    usual, narrow = workspace.run(*arguments).stderr, workspace.run(*arguments, COLUMNS="40").stderr
+    assert usual.count("\n") == 1
+    assert narrow.split() == usual.split()
+    assert _widest(narrow) <= 40 < _widest(usual)
+
+
 def test_an_ascii_pipe_gets_ascii(workspace: Workspace) -> None:
     workspace.write("model.py", SHIFTED)
     found = workspace.run_installed(*SCAN, PYTHONIOENCODING="ascii")

@@ -195,6 +195,14 @@ def test_other_samples_than_those_of_the_steps_are_said_to_be_others() -> None:
     assert other not in said(replace(report, remedies=(remedy("recalibrated", Score(0.5, None)),)))
 
 
+def test_the_samples_of_a_half_are_said_to_be_that() -> None:
+    one = Remedy("recalibrated", ("a",), Score(2.0, None), Score(1.0, None), None, 360, "")
+    half = replace(one, name="micro-batch statistics, pooled", after=Score(0.5, None), images=184)
+    text = said(with_remedies(one, half))
+    assert "on 360 held-out samples, or on the 184 of every other batch, which chose nothing" in text
+    assert "Pooling running statistics over micro-batches takes the loss from 2" in text
+
+
 def test_a_remedy_without_scores_comes_last() -> None:
     unscored, scored = remedy("a", Score(None, None)), remedy("b", Score(3.0, None))
     lines = section(with_remedies(unscored, scored), REMEDIES)
