@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bnprobe
 from bnprobe.commands.scan import scan
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import NothingToProbeError
@@ -244,3 +245,12 @@ def test_one_value_per_channel_is_noted() -> None:
     report = scan(unsettled(Flat()), images(6, 1, 6), 1, num_batches=6)
     assert "one value per channel" in report.layers[0].note
     assert report.layers[0].train.r.max < 0.05  # sqrt(eps) over the running deviation
+
+
+@pytest.mark.parametrize(
+    ("to", "agrees"),
+    [("frozen", True), ("instance-renorm", True), ("mabn", False), ("example-weighing", False), ("per-domain", False)],
+)
+def test_a_skipped_layer_says_whether_training_and_inference_agree_by_construction(to: str, agrees: bool) -> None:
+    model = bnprobe.convert(nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2)), ["0"], to=to)
+    assert [(layer.name, layer.agrees) for layer in find_layers(model, lambda *_: True).skipped] == [("0", agrees)]
