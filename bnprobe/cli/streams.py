@@ -140,7 +140,7 @@ def writing_to(stream: TextIO | None) -> Iterator[TextIO]:
 def say(text: str) -> None:
     """Write a message to stderr, clean: see ``bnprobe.printable``. A stderr that cannot be written to is no error.
 
-    Sentences are wrapped at words where stderr is a terminal or COLUMNS is set; paths and lines of code stay whole.
+    Sentences are wrapped at words where stderr is a terminal; paths and lines of code stay whole.
     """
     width = _message_width()
     lines = message(text).split("\n")
@@ -157,10 +157,7 @@ def say(text: str) -> None:
 
 
 def _message_width() -> int | None:
-    """Columns of a message; None: lines are not wrapped."""
-    forget_odd_sizes()  # which the user's code may have set
-    if "COLUMNS" in os.environ:
-        return int(os.environ["COLUMNS"])
+    """Columns of the terminal that stderr is; None where it is none: what reads the messages there goes by lines."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or None
     except (AttributeError, OSError, ValueError):  # no terminal, or closed or replaced by the user's code

@@ -25,7 +25,9 @@ EXPORTED = frozenset(("--model-arg", "--batch-size", "--seed"))
 """Options of a repair with which an export loads the same model and data; those of its checkpoint have done their work.
 """
 
-FLAGS = frozenset(("--unsafe-load", "--no-emulate", "--what-if", "--gradients", "--all", "--exit-zero", "--force"))
+FLAGS = frozenset(
+    ("--unsafe-load", "--no-emulate", "--what-if", "--gradients", "--thorough", "--all", "--exit-zero", "--force")
+)
 """Options of a scan that have no value."""
 
 _WHY = {

@@ -46,10 +46,11 @@ def test_a_pipe_gets_plain_text(workspace: Workspace) -> None:
     assert "✗ 1 of 1 layer is flagged" in found.stdout
 
 
-def test_messages_are_wrapped_where_the_width_is_known(workspace: Workspace) -> None:
-    arguments = ("scan", "model.py", "--batch-size", "2", "--include", "none.of.these.layers.is.there")
-    workspace.write("model.py", SHIFTED)
-    usual, narrow = workspace.run(*arguments).stderr, workspace.run(*arguments, COLUMNS="40").stderr
+def test_messages_are_wrapped_on_a_terminal_alone(workspace: Workspace) -> None:
+    """What reads them from a pipe goes by lines, whatever COLUMNS says."""
+    arguments = ("verify", "a_report_that_is_missing.json", "another.json")
+    usual = workspace.run(*arguments, COLUMNS="40").stderr
+    narrow = run_in_terminal(workspace, *arguments, stream="stderr", columns=40).stderr
     assert usual.count("\n") == 1
     assert narrow.split() == usual.split()
     assert _widest(narrow) <= 40 < _widest(usual)

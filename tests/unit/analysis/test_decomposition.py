@@ -240,7 +240,7 @@ def test_a_report_is_not_lost_to_the_ranking(error: BaseException, monkeypatch: 
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr("bnprobe.measure.further.joint_impact", fail)
+    monkeypatch.setattr("bnprobe.measure.impact.Impacts.together", fail)
     report = scan(unsettled(Residual()), pictures(16), SIZE, num_batches=16)
     assert [layer.flagged for layer in report.layers] == [True, True]
     assert report.diagnoses

@@ -35,6 +35,7 @@ FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--what-if": ([], "scan.what_if", True),
     "--train-steps": (["4"], "scan.train_steps", 4),
     "--gradients": ([], "scan.gradients", True),
+    "--thorough": ([], "scan.thorough", True),
     "--select": (["BN2"], "rules.select", ("BN2",)),
     "--ignore": (["BN107"], "rules.ignore", ("BN107",)),
     "--goal": (["min"], "repair.goal", "min"),

@@ -118,8 +118,9 @@ def test_a_loss_that_writes_into_the_output_changes_nothing_else(emulate: bool) 
 
 def test_a_loss_does_not_count_as_a_measurement() -> None:
     model = unsettled(Flat())
-    plain = scan(model, DATA, 4, num_batches=6)
-    with_loss = scan(model, DATA, 4, num_batches=6, forward=lambda model, batch: model(batch[0]), loss=spread)
+    plain = scan(model, DATA, 4, num_batches=6, thorough=True)
+    forward = lambda model, batch: model(batch[0])  # noqa: E731
+    with_loss = scan(model, DATA, 4, num_batches=6, forward=forward, loss=spread, thorough=True)
     without = [replace(layer, impact=replace(layer.impact, loss=None)) for layer in with_loss.layers]
     assert without == list(plain.layers)
     assert all(layer.impact.loss is not None for layer in with_loss.layers)

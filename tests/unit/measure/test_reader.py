@@ -117,5 +117,5 @@ def test_batches_of_one_optimizer_step() -> None:
 
 def test_held_out_batches() -> None:
     spec = Spec.model_validate({"model": {"target": "model.py"}, "eval_data": {"batch_size": 2}})
-    batches, _ = _read(spec, as_batch_source(Refilled(), 2))
+    batches, _ = _read(spec, as_batch_source(Refilled(), 2), 1)
     assert [value_of(batch[0]) for batch in batches] == list(map(float, range(COUNT)))
