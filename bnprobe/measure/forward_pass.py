@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
-import math
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,15 +22,7 @@ from bnprobe.measure.hooks import Intercepted
 from bnprobe.measure.norms import GroupsRows, NormCall
 from bnprobe.nn.per_domain import current_domain
 from bnprobe.numbers import count
-from bnprobe.stats.moments import (
-    Moments,
-    bessel,
-    largest_ratio,
-    pool_moments,
-    row_moments,
-    statistics_distance,
-    wide,
-)
+from bnprobe.stats.moments import Moments, bessel, pool_moments, row_moments, statistics_distance, wide
 
 Slot = tuple[int, int]
 """(index of the layer, index of its call within one forward pass)."""
@@ -82,7 +72,7 @@ class Grouping:
     def groups(self) -> int:
         return self.micro_batches * self.groups_per_micro_batch
 
-    def sample_moments(self, x: Tensor, floor: float | None) -> Moments:
+    def sample_moments(self, x: Tensor, floor: float) -> Moments:
         """(mean, biased variance) of each sample and channel, float64, shape (samples, channels)."""
         if self.rows_per_sample == 1:
             return row_moments(x, floor)
@@ -91,7 +81,7 @@ class Grouping:
         mean, variance = (self._split(moment).flatten(0, 1) for moment in row_moments(x, floor))
         return pool_moments(mean, variance, self.rows_per_sample)
 
-    def group_moments(self, x: Tensor, floor: float | None) -> Moments:
+    def group_moments(self, x: Tensor, floor: float) -> Moments:
         """(mean, biased variance) of each group and channel, float64, shape (groups, channels)."""
         if self.group_rows is None:
             return pool_moments(*self.sample_moments(x, floor), self.batch_size)
@@ -135,19 +125,6 @@ def _group_of_row(grouping: Grouping, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Unchecked:
-    """Moments that were not checked for cancellation.
-
-    Attributes:
-        ratio: They are exact where the squared mean is at most so many times the variance, or eps.
-        eps: Of the layer.
-    """
-
-    ratio: float
-    eps: float
-
-
-@dataclass(frozen=True)
 class Recorded:
     """Moments of one call.
 
@@ -159,7 +136,6 @@ class Recorded:
         bytes: Size of the input.
         groups: Where the family divides micro-batches itself, the groups of each; then they are the units.
         rows: Rows in one group; None: not known.
-        unchecked: How far the moments may be trusted; None: they are exact.
     """
 
     mean: Tensor
@@ -170,7 +146,6 @@ class Recorded:
     bytes: int
     groups: int | None = None
     rows: int | None = None
-    unchecked: Unchecked | None = None
 
     def per_group(self, batch_size: int) -> Moments:
         """Moments of each group, for micro-batches of so many samples."""
@@ -270,7 +245,6 @@ class Pass:
     blend: Blend | None = None
     plain: bool = False
     leaves: dict[Slot, Leaves] | None = None
-    careful: AbstractSet[Slot] | None = None
     records: dict[Slot, Recorded] = field(default_factory=dict)
     domains: dict[Slot, int | None] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)
@@ -298,10 +272,7 @@ class Pass:
         own = grouping.group_rows is not None
         blend = self.blend if self.blend is not None and layer.index in self.blend.layers and not by_batch else None
         per_sample = (self.per_sample or blend is not None) and not by_batch and not own
-        later = self.careful is not None and slot not in self.careful and blend is None
-        ratio = largest_ratio(seen.input) if later else None
-        moments = grouping.sample_moments if per_sample else grouping.group_moments
-        mean, variance = moments(seen.input, call.eps if ratio is None else None)
+        mean, variance = (grouping.sample_moments if per_sample else grouping.group_moments)(seen.input, call.eps)
         self.records[slot] = Recorded(
             mean,
             variance,
@@ -311,7 +282,6 @@ class Pass:
             bytes=call.input.numel() * call.input.element_size(),
             groups=grouping.groups_per_micro_batch if own else None,
             rows=call.input.shape[0] // grouping.groups,
-            unchecked=None if ratio is None else Unchecked(ratio, call.eps),
         )
         if by_batch:
             if call.unbiased:
@@ -328,26 +298,6 @@ class Pass:
             return found.family.evaluate(call)
         output, self.leaves[slot] = affine(call, replace(grouping, batch_size=1) if per_sample else grouping)
         return output
-
-    def forget(self) -> None:
-        """Begin again: as if nothing had been called."""
-        for each in (self.records, self.entered, self.functional, self.leaves):
-            if each is not None:
-                each.clear()
-
-    def uncertain(self) -> frozenset[Slot]:
-        """The calls whose moments were not checked, and may have lost digits to cancellation, or overflown.
-
-        One look at all calls together waits for the device once; only where it finds something is each looked at.
-        """
-        found = {slot: record for slot, record in self.records.items() if record.unchecked is not None}
-        alike: dict[tuple[int, float], list[Recorded]] = {}
-        for record in found.values():
-            assert record.unchecked is not None
-            alike.setdefault((record.mean.shape[0], record.unchecked.ratio), []).append(record)
-        if all(map(_are_exact, alike.values())):
-            return frozenset()
-        return frozenset(slot for slot, record in found.items() if not _are_exact([record]))
 
     def _grouping(self, found: Intercepted, slot: Slot) -> Grouping:
         rows = found.call.input.shape[0]
@@ -372,16 +322,6 @@ class Pass:
                 self.layouts[slot] = RowLayout.INTERLEAVED
                 return other
         return grouping
-
-
-def _are_exact(records: Sequence[Recorded]) -> bool:
-    """Whether moments that were not checked, of as many rows each, are exact and finite."""
-    unchecked = [record.unchecked for record in records if record.unchecked is not None]
-    ratio, eps = unchecked[0].ratio, min(each.eps for each in unchecked)
-    mean = torch.cat([record.mean for record in records], 1)
-    variance = torch.cat([record.variance for record in records], 1)
-    least, most = map(float, torch.stack((mean.square() - ratio * variance).aminmax()).tolist())
-    return -math.inf < least and most <= ratio * eps  # neither is so of NaN
 
 
 def _own_group(found: Intercepted, rows: int) -> int | None:

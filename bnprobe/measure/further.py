@@ -221,7 +221,7 @@ def _measure_impacts(found: Further, session: Session, evidence: Evidence, thoro
     samples = len(some) * evidence.batch_size
     found.effects = Impacts(session, some, evidence.batching)
     with found.counted("impact", "how much each layer changes the output", samples):
-        found.impacts = found.effects.of_each(None if thorough else passes // samples)
+        found.impacts = found.effects.of_each(None if thorough else passes // max(samples, 1))
 
 
 def _try_remedies(found: Further, session: Session, evidence: Evidence, settings: ScanSettings) -> None:

@@ -28,7 +28,7 @@ from bnprobe.measure.session import Session
 from bnprobe.measure.training_copy import TrainingCopy, call_moments, training
 from bnprobe.records import Backward, GradientAngle
 from bnprobe.stats.backward import backward_noise
-from bnprobe.stats.moments import pool_moments
+from bnprobe.stats.moments import pool_moments, wide
 
 _HALF_SCALE = 1024.0
 """Factor on the loss under float16 autocast, whose smallest value gradients would fall below; nothing here depends on
@@ -135,7 +135,7 @@ def _dtype_of_statistics(call: NormCall) -> torch.dtype:
     for tensor in (call.running_mean, call.weight):
         if tensor is not None:
             return tensor.dtype
-    return torch.promote_types(call.input.dtype, torch.float32)
+    return wide(call.input.dtype)
 
 
 @dataclass
@@ -191,10 +191,10 @@ def _backward_statistics(gradient: Tensor, inputs: Tensor, mean: Tensor, varianc
         mean, variance: Of ``inputs``, shape (channels,).
     """
     others = [axis for axis in range(inputs.dim()) if axis != 1]
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    g = gradient.to(wide)
+    dtype = wide(gradient.dtype)
+    g = gradient.to(dtype)
     shape = [1, -1] + [1] * (inputs.dim() - 2)
-    centred = inputs.to(wide) - mean.to(wide).reshape(shape)
+    centred = inputs.to(dtype) - mean.to(dtype).reshape(shape)
     product = (g * centred).mean(others, dtype=torch.float64) / (variance + eps).sqrt()
     return torch.stack([g.mean(others, dtype=torch.float64), product, g.square().mean(others, dtype=torch.float64)])
 
@@ -236,7 +236,7 @@ class _Comparison:
 
 def _dense(gradient: Tensor) -> Tensor:
     dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
-    return dense.to(torch.promote_types(dense.dtype, torch.float32))
+    return dense.to(wide(dense.dtype))
 
 
 def _added(totals: list[Tensor | None], gradients: list[Tensor | None]) -> list[Tensor | None]:

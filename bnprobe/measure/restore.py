@@ -47,16 +47,15 @@ def random_state() -> tuple[object, object, object]:
 
 def preserved_random_state() -> Restoring:
     """Restore the random state when the block is done."""
-    return Restoring(keep_random_state)
+    return Restoring(_keep_random_state)
 
 
 def preserved_process() -> Restoring:
     """Restore the random state and torch's modes: for what looks at a model without running it."""
-    return Restoring(lambda: [*keep_process(), *keep_random_state()])
+    return Restoring(lambda: [*keep_process(), *_keep_random_state()])
 
 
-def keep_random_state() -> list[Restore]:
-    """What puts the random state of torch (CPU, CUDA), numpy and random back."""
+def _keep_random_state() -> list[Restore]:
     if torch.cuda.is_available():
         torch.cuda.init()  # else a seed that the user set would still be waiting, and ours would replace it
     restores: list[Restore] = [
@@ -112,7 +111,7 @@ def untouched(model: nn.Module) -> Restoring:
 
     def save() -> list[Restore]:
         # A mode that was left on would see what puts the tensors back.
-        return [*keep_process(), *keep(reached(every_module(model))), *keep_random_state()]
+        return [*keep_process(), *keep(reached(every_module(model))), *_keep_random_state()]
 
     return Restoring(save)
 
@@ -128,7 +127,7 @@ def undone_if_failed(model: nn.Module) -> Restoring:
         trained = [item for _, item in found if isinstance(item, nn.Parameter)]
         left_out = {id(tensor) for tensor in trained} | {id(tensor.grad) for tensor in trained}
         kept = keep([each for each in found if id(each.item) not in left_out])
-        return [*keep_process(), *kept, *keep_random_state()]
+        return [*keep_process(), *kept, *_keep_random_state()]
 
     return Restoring(save, undo=True)
 

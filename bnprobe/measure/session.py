@@ -26,9 +26,9 @@ from bnprobe.loading.returned import written_at
 from bnprobe.loading.samples import require_readable
 from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, map_leaves, tensors_of, to_device
 from bnprobe.measure.exploration import explore
-from bnprobe.measure.forward_pass import Pass, Slot
+from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.hooks import Interceptor
-from bnprobe.measure.interrupts import deferred_interrupts, run_all
+from bnprobe.measure.interrupts import deferred_interrupts
 from bnprobe.measure.keepers import set_flag
 from bnprobe.measure.layers import LayerSet, find_layers, named_once, require_layers
 from bnprobe.measure.memory import is_out_of_memory
@@ -38,7 +38,6 @@ from bnprobe.measure.recognition import own_tensors
 from bnprobe.measure.restore import (
     ModelState,
     held_in_eval,
-    keep_random_state,
     preserved_generators,
     set_mode,
 )
@@ -119,7 +118,6 @@ class Session:
         self._last = Pass(samples=0, batch_size=0)
         self._frozen: frozenset[int] = frozenset()
         self._functions: frozenset[int] = frozenset()
-        self._careful: set[Slot] = set()
 
     @classmethod
     def open(
@@ -216,24 +214,12 @@ class Session:
         Raises:
             UserCodeError: The model or the user's forward raised.
         """
-        self._last = pass_
-        if path in ("steady", "check"):
-            pass_.by_batch |= self._functions
-        pass_.careful = self._careful
-        before = keep_random_state()
-        found = self._run(path, batch, pass_)
-        uncertain = pass_.uncertain()
-        if uncertain:  # once, since from now on they are checked
-            self._careful |= uncertain
-            pass_.forget()
-            run_all(before)
-            found = self._run(path, batch, pass_)
-        return found
-
-    def _run(self, path: PathName, batch: Any, pass_: Pass) -> tuple[Any, Outputs]:
         self._state.put_back()
         self._set_flags(path)
         self._state.accept_attributes()
+        self._last = pass_
+        if path in ("steady", "check"):
+            pass_.by_batch |= self._functions
         batch = copy_tensors(batch)
         call = f"calling {describe_call(self._forward, batch)} ({_IN_WORDS[path]})"
         border = model_code(call, lambda: _how_to_call(self._forward, self.model, batch))

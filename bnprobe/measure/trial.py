@@ -306,8 +306,8 @@ class Trial:
             for left_out in range(min(PARTS, len(parts))):
                 yield take([batch for place, batch in enumerate(parts) if place % PARTS != left_out])
 
-        known = finite and self.population is not None
-        return Draw(without, min(_samples(batches) / self.population, 1.0) if known and self.population else 0.0)
+        population = self.population if finite else None
+        return Draw(without, min(_samples(batches) / population, 1.0) if population else 0.0)
 
     def _with_draw(self, remedy: Remedy, draw: Draw) -> Remedy:
         """The same with intervals that cover the choice of the data, too, where they would be sure without it."""

@@ -97,8 +97,9 @@ def what_if(
         UsageError: There is neither loss nor metric, or no held-out batch.
     """
     _require_a_measure(session, held_out)
-    trial, most = Trial(session, scoring or batching, goal, goal_is_known, scored_on, held_out), _LAYER_PASSES
-    trial = replace(trial, population=population)
+    how = (goal, goal_is_known, scored_on)
+    trial = Trial(session, scoring or batching, *how, held_out, population=population)
+    most = _LAYER_PASSES
     try:
         if seconds is not None:
             each = trial.seconds_per_sample()

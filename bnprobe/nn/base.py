@@ -125,6 +125,9 @@ class BatchNormLike(_BatchNorm):
         own = f"{self.num_features}, eps={self._eps}, momentum={self.momentum}, affine={self.affine}"
         return own if self.bias is not None or not self.affine else f"{own}, bias=False"
 
+    def leave(self) -> None:
+        """Called when a layer of another class takes the place of this one: take back what it did to its model."""
+
     def _run(self, input: Tensor, mask: Tensor | None) -> Tensor:
         if isinstance(input, Proxy):
             return _leaf(self, input, mask)

@@ -155,6 +155,9 @@ class CrossIterationBatchNorm(BatchNormLike):
         self._buffers["batches_seen"] = torch.zeros((), dtype=torch.long, device=weight.device)
         return self
 
+    def leave(self) -> None:
+        self.follow(None)  # else its hook would stay on the convolution
+
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
         for name in self.training_only:

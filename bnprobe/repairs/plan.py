@@ -22,7 +22,7 @@ from bnprobe.measure.memory import is_out_of_memory
 from bnprobe.measure.origins import owner_of
 from bnprobe.measure.reach import what_cannot_be_copied
 from bnprobe.measure.restore import preserved_process, undone_if_failed
-from bnprobe.nn.cross_iteration import CrossIterationBatchNorm
+from bnprobe.nn.base import BatchNormLike
 from bnprobe.numbers import listed
 from bnprobe.records import ROOT, Layer, LayerChange, Plan, Refusal, Report
 from bnprobe.repairs.conversions import Conversion, conversion_of
@@ -129,8 +129,8 @@ def apply(model: nn.Module, plan: Plan, spec: RepairSpec, *, inplace: bool = Fal
             raise
         raise DeviceError(f"There is not enough memory for the layers of {plan.to}: {message_of(error)}") from None
     for layer, new, _ in made:
-        if isinstance(layer, CrossIterationBatchNorm) and not isinstance(new, CrossIterationBatchNorm):
-            layer.follow(None)  # else its hook would stay on the convolution
+        if isinstance(layer, BatchNormLike) and type(new) is not type(layer):
+            layer.leave()
     return replace_everywhere(target, {layer: succeed(new, layer, further) for layer, new, further in made})
 
 

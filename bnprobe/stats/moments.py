@@ -27,7 +27,7 @@ cost no more.
 Moments = tuple[Float[Tensor, "rows channels"], Float[Tensor, "rows channels"]]
 
 
-def row_moments(x: Float[Tensor, "rows channels *space"], floor: float | None = 0.0) -> Moments:
+def row_moments(x: Float[Tensor, "rows channels *space"], floor: float = 0.0) -> Moments:
     """Mean and biased variance of each row and channel over the spatial positions.
 
     On CPU ``mean`` and ``vector_norm`` read x twice and are 10 to 40 times faster than ``var_mean``. Their difference
@@ -36,7 +36,7 @@ def row_moments(x: Float[Tensor, "rows channels *space"], floor: float | None = 
     Args:
         x: Input of a normalization layer, any floating dtype, any memory format.
         floor: Variance below which precision does not matter (the layer's eps): rows with a far smaller variance are
-            not computed again. None: nothing is, and ``largest_ratio`` says how to find out afterwards.
+            not computed again.
 
     Returns:
         (mean, variance), each float64 of shape (rows, channels). The variance is over the spatial positions of
@@ -67,22 +67,10 @@ def pool_moments(mean: Tensor, variance: Tensor, size: int) -> Moments:
     return pooled, variance.unflatten(0, (-1, size)).mean(1) + between
 
 
-def largest_ratio(x: Tensor) -> float | None:
-    """Squared mean over variance up to which ``row_moments`` without a floor is exact; None: whatever they are.
-
-    A finite variance is part of that.
-    """
-    if x.is_cuda or x.dim() == 2 or x.shape[2:].numel() == 1:
-        return None
-    return RELATIVE_ERROR / torch.finfo(wide(x.dtype)).eps
-
-
-def _cpu_moments(x: Tensor, floor: float | None) -> Moments:
-    mean, variance, square = _fast_moments(x)
-    limit = largest_ratio(x)
-    if floor is None or limit is None:
-        return mean, variance
-    certain = (square <= limit * (variance + floor)).all() & (variance.sum() < torch.inf)
+def _cpu_moments(x: Tensor, floor: float) -> Moments:
+    mean, variance = _fast_moments(x)
+    limit = RELATIVE_ERROR / torch.finfo(wide(x.dtype)).eps
+    certain = (mean.square() <= limit * (variance + floor)).all() & (variance.sum() < torch.inf)
     return (mean, variance) if bool(certain) else _careful_moments(x, mean, variance, limit, floor)
 
 
@@ -99,29 +87,29 @@ def _careful_moments(x: Tensor, mean: Tensor, variance: Tensor, limit: float, fl
         centred = x.index_select(1, channels).to(wide(x.dtype))
         shift = mean[:, channels].to(centred.dtype)
         centred -= shift.reshape(*shift.shape, *[1] * (x.dim() - 2))
-        offset, spread, _ = _fast_moments(centred)
+        offset, spread = _fast_moments(centred)
         mean[:, channels] = shift.double() + offset
         variance[:, channels] = spread
     return mean, variance
 
 
-def _fast_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance as the difference of two squares, and squared mean, float64 of shape (rows, channels)."""
-    mean = x.mean(tuple(range(2, x.dim())), dtype=wide(x.dtype)).double()
-    square = mean.square()
-    return mean, (_mean_square(x) - square).clamp_min_(0.0), square
+def _fast_moments(x: Tensor) -> Moments:
+    space = tuple(range(2, x.dim()))
+    mean = x.mean(space, dtype=wide(x.dtype)).double()
+    return mean, (_mean_square(x) - mean.square()).clamp_min_(0.0)
 
 
 def _mean_square(x: Tensor) -> Tensor:
     """Mean square over the spatial positions, float64 of shape (rows, channels)."""
+    space, positions, dtype = tuple(range(2, x.dim())), x.shape[2:].numel(), wide(x.dtype)
     if x.is_contiguous():
-        piece = _PIECE if x.dtype == wide(x.dtype) else _HALF_PIECE
-        flat = x.flatten(2)
-        pieces = [flat] if flat.shape[2] <= piece else flat.split(piece, dim=2)
-        norms = [torch.linalg.vector_norm(each, dim=2, dtype=wide(x.dtype)).double() for each in pieces]
-        squares = norms[0].square_() if len(norms) == 1 else torch.stack(norms).square_().sum(0)
-        return squares.div_(flat.shape[2])
-    space = tuple(range(2, x.dim()))
+        most = _PIECE if x.dtype == dtype else _HALF_PIECE
+        if positions <= most:
+            norm: Tensor = torch.linalg.vector_norm(x, dim=space, dtype=dtype)
+            return norm.double().square_().div_(positions)
+        pieces = x.flatten(2).split(most, dim=2)
+        norms = [torch.linalg.vector_norm(piece, dim=2, dtype=dtype) for piece in pieces]
+        return torch.stack(norms).double().square_().sum(0).div_(positions)
     # vector_norm is 10 to 20 times slower when channels are innermost; squaring in cache-sized pieces is not.
     rows = max(1, _CHUNK_VALUES // x[0].numel())
     squares = [part.to(wide(part.dtype)).square().mean(space) for part in x.split(rows)]
