@@ -296,8 +296,9 @@ class SamplePool(Statistic):
         room = max(1, min(POOL_SAMPLES, POOL_BYTES // (8 * columns)))
         self.slots = step.columns.slots
         self.origin = step.mean.mean(0)
-        self.mean = step.mean.new_zeros(room, columns, dtype=torch.float32)
-        self.variance = torch.zeros_like(self.mean)
+        # The memory of places that stay free is never touched.
+        self.mean = step.mean.new_empty(room, columns, dtype=torch.float32)
+        self.variance = torch.empty_like(self.mean)
         self.replicate, self.number = [0] * room, [-1] * room
 
     def _choose(self, numbers: Sequence[int]) -> dict[int, int]:

@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _python_dispatch as dispatch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bnprobe.errors import ModelError
 from bnprobe.measure.interrupts import Restore
-from bnprobe.measure.reach import Reached, attributes_of, filled_slots, slots_of_class
+from bnprobe.measure.reach import Reached, attributes_of, filled_slots, slots_of_class, wraps_tensors
 
 
 def keep_structure(item: Any) -> Iterator[Restore]:
@@ -278,7 +277,7 @@ def keep_tensor(tensor: Tensor) -> Restore:
     """
     if is_lazy(tensor):
         return _keep_lazy(tensor)
-    if is_traceable_wrapper_subclass(tensor):  # its inner tensors are reached by themselves
+    if wraps_tensors(tensor):  # its inner tensors are reached by themselves
         return lambda: None
     if tensor.layout is torch._mkldnn:  # type: ignore[attr-defined]
         return _keep_opaque(tensor)

@@ -107,11 +107,18 @@ def dotted(path: str, name: str) -> str:
 
 def _of_tensor(path: str, tensor: Tensor) -> Iterator[tuple[str, Any]]:
     yield from ((f"{path}.{name}", each) for name, each in vars(tensor).items())
-    if is_traceable_wrapper_subclass(tensor):
+    if wraps_tensors(tensor):
         names, _ = tensor.__tensor_flatten__()
         yield from ((f"{path}.{name}", getattr(tensor, name)) for name in names)
     if not is_lazy(tensor) and tensor.is_leaf and tensor.grad is not None:
         yield f"{path}.grad", tensor.grad
+
+
+def wraps_tensors(tensor: Tensor) -> bool:
+    """Whether a tensor is one of a class that holds others in its place."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False  # as torch says, but it looks at every attribute of a parameter first
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def _of_function(path: str, item: Any) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bnprobe.measure.interrupts import Restore, Restoring
 from bnprobe.measure.keepers import (
@@ -26,7 +25,7 @@ from bnprobe.measure.keepers import (
     set_flag,
     set_requires_grad,
 )
-from bnprobe.measure.reach import INTERNAL, every_module, reached
+from bnprobe.measure.reach import INTERNAL, every_module, reached, wraps_tensors
 
 
 def seed_everything(seed: int) -> None:
@@ -215,7 +214,7 @@ def _can_be_copied(tensor: Tensor) -> bool:
     """Whether a tensor is plain memory, each value in its own place."""
     if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         return False
-    if is_traceable_wrapper_subclass(tensor) or tensor.is_conj() or tensor.is_neg():
+    if wraps_tensors(tensor) or tensor.is_conj() or tensor.is_neg():
         return False
     overlaps = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return not (overlaps and tensor.numel())
