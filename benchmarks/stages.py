@@ -21,7 +21,10 @@ from benchmarks.tables import Row
 from benchmarks.timing import Contender, interleave
 
 STAGES: Mapping[str, tuple[str, ...]] = {
-    "model put back and saved": ("bnprobe.measure.restore:Restoring.__enter__", "bnprobe.measure.restore:Restoring.__exit__"),
+    "model put back and saved": (
+        "bnprobe.measure.restore:Restoring.__enter__",
+        "bnprobe.measure.restore:Restoring.__exit__",
+    ),
     "layers and exploration": (
         "bnprobe.measure.session:Session.explore",
         "bnprobe.measure.session:find_layers",

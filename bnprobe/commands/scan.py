@@ -28,7 +28,7 @@ from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.finite_data import data_set_size
 from bnprobe.measure.further import Further, Wanted, batches_to_keep, joint_impacts, measure_further
-from bnprobe.measure.interrupts import deferred_interrupts
+from bnprobe.measure.interrupts import Restore, deferred_interrupts
 from bnprobe.measure.layers import anatomy
 from bnprobe.measure.rank_agreement import agree
 from bnprobe.measure.reader import Reader
@@ -125,9 +125,9 @@ def scan_workload(
         BnprobeError: See ``bnprobe.errors`` for the tree.
     """
     _check_requested(settings, workload)
-    with untouched(workload.model):
+    with untouched(workload.model) as kept:
         seed_everything(settings.seed)
-        session = _session_of(workload, settings)
+        session = _session_of(workload, settings, kept.restores)
         agreement = agree(workload.model, session.layers.selected, world)
         require_same_data(workload.source, workload.held_out, world)
         evidence = _probe(workload, session, settings, progress, world)
@@ -143,10 +143,11 @@ def scan_workload(
     return report
 
 
-def _session_of(workload: Workload, settings: ScanSettings) -> Session:
+def _session_of(workload: Workload, settings: ScanSettings, kept: Sequence[Restore]) -> Session:
     """The workload's model on its device, with its layers found and the user's functions at hand."""
     functions = UserFunctions(workload.forward, workload.loss, workload.metric)
-    return Session.open(workload.model, workload.settings(settings), functions, synthetic=workload.source.synthetic)
+    chosen, synthetic = workload.settings(settings), workload.source.synthetic
+    return Session.open(workload.model, chosen, functions, synthetic=synthetic, kept=kept)
 
 
 def _facts(workload: Workload, session: Session) -> Facts:

@@ -261,8 +261,9 @@ def _momentum(
 
 def _record(material: _Material, settings: ScanSettings, device: str, progress: Progress) -> Recording:
     model, source = material.model, material.source
-    with untouched(model):
+    with untouched(model) as kept:
         seed_everything(settings.seed)
         chosen = settings.model_copy(update={"device": device})
-        session = Session.open(model, chosen, UserFunctions(material.forward), synthetic=source.synthetic)
+        functions = UserFunctions(material.forward)
+        session = Session.open(model, chosen, functions, synthetic=source.synthetic, kept=kept.restores)
         return record(session, Reader(source.batches, source.batch_size), settings, progress)

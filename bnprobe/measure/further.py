@@ -46,8 +46,8 @@ IMPACT_BYTES = 2**27
 IMPACT_SHARE = 0.1
 """Passes that impacts take, forward and backward, as a part of those of the two paths over all samples."""
 
-IMPACT_PASSES = 40
-"""Passes over one sample that impacts take at least, however few samples were scanned: five over eight samples."""
+IMPACT_PASSES = 32
+"""Passes over one sample that impacts take at least, however few samples were scanned: four over eight samples."""
 
 WHAT_IF_IMAGES = 512
 """Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""
@@ -219,7 +219,7 @@ def _measure_impacts(found: Further, session: Session, evidence: Evidence, thoro
     batches = max(2, min(images, memory) // evidence.batch_size)
     some = [to_device(batch, session.device) for batch in evidence.micro_batches[:batches]]
     samples = len(some) * evidence.batch_size
-    found.effects = Impacts(session, some, evidence.batching)
+    found.effects = Impacts(session, some, evidence.batching, bool(evidence.by_batch["eval"]))
     with found.counted("impact", "how much each layer changes the output", samples):
         found.impacts = found.effects.of_each(None if thorough else passes // max(samples, 1))
 

@@ -104,57 +104,22 @@ _MOST_DRAWS = 16
 _ORTHOGONAL = 2**14
 """Outputs of a sample up to which its vectors are made orthogonal; beyond, random ones are so almost by themselves."""
 
+_PRECISE = 1e-5
+"""Unit in the last place of outputs that hardly depend on how a layer rounds."""
+
 _Pair = tuple[Tensor, Tensor]
 """Of scale and shift, each of shape (units, channels)."""
 
 
-def _estimate_changes(sample: Sample, layers: AbstractSet[int], per_sample: bool, draws: int) -> dict[int, float]:
-    """Estimated relative L2 change of the outputs for each layer by itself.
-
-    Args:
-        sample: What is run.
-        layers: Indices.
-        per_sample: Samples are independent of each other on the eval path.
-        draws: Backward passes.
-
-    Returns:
-        Without the layers that no gradient reaches, in all of their calls; empty if the model cannot be differentiated.
-    """
-    generator = torch.Generator(sample.session.device).manual_seed(0)
-
-    def run(joined: Any, chunk: list[Any]) -> tuple[Tensor, dict[int, Tensor]]:
-        return _backward(sample, joined, len(chunk), layers, per_sample, draws, generator)
-
-    try:
-        parts = sample.in_chunks(run)
-    except (UserCodeError, DeviceError, CannotEmulateError, RuntimeError):
-        # It ran without a graph before: what fails is differentiating it (numpy, no derivative, no memory).
-        return {}
-    reached = [index for index in layers if all(index in squares for _, squares in parts)]
-    sums = [summed(squares[index] for _, squares in parts) for index in reached]
-    norm, *host = to_host([summed(norm for norm, _ in parts), *sums])
-    found = {index: relative_change(square, norm) for index, square in zip(reached, host, strict=True)}
-    return {index: value for index, value in found.items() if value is not None}
-
-
-def _backward(
-    sample: Sample,
-    joined: Any,
-    micro_batches: int,
-    layers: AbstractSet[int],
-    per_sample: bool,
-    draws: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """|y|^2, and for each layer that gradients reach the mean of (u . dy)^2, summed over units."""
-    leaves: dict[Slot, Leaves] = {}
-    with torch.enable_grad():
-        output, _, pass_ = sample.forward(joined, micro_batches, per_sample=per_sample, leaves=leaves)
-    outputs = floating(output)
+def _squares(
+    sample: Sample, ran: _Graph, layers: AbstractSet[int], draws: int, generator: torch.Generator
+) -> dict[int, Tensor]:
+    """For each layer that gradients reach the mean of (u . dy)^2, summed over units."""
+    pass_, leaves = ran.pass_, ran.leaves
     slots = [slot for slot in leaves if slot[0] in layers]
     changes = [_change(sample, slot, leaves[slot], pass_.records[slot]) for slot in slots]
-    apart = all(tensor.dim() > 0 and tensor.shape[0] % pass_.samples == 0 for tensor in outputs)
-    differentiable = [tensor for tensor in outputs if tensor.requires_grad and tensor.numel()]
+    apart = all(tensor.dim() > 0 and tensor.shape[0] % pass_.samples == 0 for tensor in ran.outputs)
+    differentiable = [tensor for tensor in ran.outputs if tensor.requires_grad and tensor.numel()]
     streams = [_directions(tensor, draws, generator) for tensor in differentiable]
     squares: dict[int, list[Tensor]] = {}
     for draw in range(draws):
@@ -162,7 +127,22 @@ def _backward(
         gradients = _gradients(differentiable, vectors, [leaves[slot] for slot in slots], keep=draw + 1 < draws)
         for index, product in _products(slots, changes, gradients).items():
             squares.setdefault(index, []).append((product if apart else product.sum()).square().sum())
-    return summed(map(square_norm, outputs)), {index: summed(values) / draws for index, values in squares.items()}
+    return {index: summed(values) / draws for index, values in squares.items()}
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A pass that can be differentiated.
+
+    Attributes:
+        outputs: Floating tensors of what forward returned.
+        pass_: What it recorded.
+        leaves: Scale and shift of each call.
+    """
+
+    outputs: list[Tensor]
+    pass_: Pass
+    leaves: dict[Slot, Leaves]
 
 
 def _gradients(
@@ -222,8 +202,8 @@ SAMPLES = 64
 WORST = 5
 """Layers that are measured, worst first by the estimate; and as many of those that have no estimate."""
 
-FEWEST_PASSES = 5
-"""Over each sample: the reference, the graph, two backward passes, and the worst layer."""
+FEWEST_PASSES = 4
+"""Over each sample: the graph, which is the reference, two backward passes, and the worst layer."""
 
 _FEWEST_BATCHES = 2
 """Lower limit on the micro-batches, however large they are: one says little about the next."""
@@ -236,11 +216,18 @@ class Impacts:
         session: Installed whenever something is measured.
         micro_batches: On the device.
         batching: How they run.
+        coupled: Some layers normalize with batch statistics at inference, so that samples reach each other's outputs.
     """
 
-    def __init__(self, session: Session, micro_batches: Sequence[Any], batching: Batching) -> None:
+    def __init__(
+        self, session: Session, micro_batches: Sequence[Any], batching: Batching, coupled: bool = False
+    ) -> None:
         most = max(_FEWEST_BATCHES, SAMPLES // batching.batch_size)
-        self._sample = Sample(session, micro_batches[:most], batching)
+        # A graph keeps about three times what a pass without one is planned to take.
+        at_once = 1 if coupled else max(1, batching.at_once // 2)
+        self._sample = Sample(session, micro_batches[:most], replace(batching, at_once=at_once))
+        self._per_sample = batching.emulation.trusted and not coupled
+        self._layers = frozenset(layer.index for layer in session.layers.selected)
         self._references: dict[tuple[int, int], _Reference] = {}
 
     def of_each(self, passes: int | None = None) -> dict[int, Impact]:
@@ -264,14 +251,8 @@ class Impacts:
         Raises:
             DeviceError, UserCodeError, DataError: As in any pass on the eval path; an estimate that fails is None.
         """
-        sample = self._sample
-        mismatch, coupled = self._mismatches()
-        per_sample = sample.batching.emulation.trusted and not coupled
-        draws, worst = self._planned(passes, per_sample)
-        # A graph keeps about three times what a pass without one is planned to take.
-        at_once = 1 if coupled else max(1, sample.batching.at_once // 2)
-        smaller = replace(sample, batching=replace(sample.batching, at_once=at_once))
-        estimates = _estimate_changes(smaller, mismatch.keys(), per_sample, draws)
+        draws, worst = self._planned(passes)
+        estimates, mismatch = self._estimates(draws), self._mismatches()
         known = sorted(estimates, key=lambda index: -estimates[index])
         unknown = sorted(mismatch.keys() - estimates.keys(), key=lambda index: (-mismatch[index], index))
         chosen = [*known[:worst], *unknown[:worst]]
@@ -287,43 +268,72 @@ class Impacts:
         """
         return self._swapped([layers])[0][0]
 
-    def _planned(self, passes: int | None, per_sample: bool) -> tuple[int, int]:
+    def _planned(self, passes: int | None) -> tuple[int, int]:
         """Backward passes, and layers to measure."""
         sample = self._sample
-        units = len(sample.micro_batches) * (sample.batching.batch_size if per_sample else 1)
+        units = len(sample.micro_batches) * (sample.batching.batch_size if self._per_sample else 1)
         enough = min(_MOST_DRAWS, -(-_PRODUCTS // max(units, 1)))
         if passes is None:
             return enough, WORST
-        left = max(passes, FEWEST_PASSES) - 2
+        left = max(passes, FEWEST_PASSES) - 1
         draws = min(enough, left - 1)
         return draws, min(WORST, left - draws)
 
+    def _estimates(self, draws: int) -> dict[int, float]:
+        """Estimated relative L2 change of the outputs for each layer by itself, from so many backward passes.
+
+        Without the layers that no gradient reaches, in all of their calls; empty if the model cannot be differentiated.
+        """
+        sample, generator = self._sample, torch.Generator(self._sample.session.device).manual_seed(0)
+
+        def run(joined: Any, chunk: list[Any]) -> tuple[Tensor, dict[int, Tensor]]:
+            ran = self._with_graph(joined, chunk)
+            squares = _squares(sample, ran, self._layers, draws, generator)
+            return summed(map(square_norm, ran.outputs)), squares
+
+        try:
+            parts = sample.in_chunks(run)
+        except (UserCodeError, DeviceError, CannotEmulateError, RuntimeError):
+            # It ran without a graph before: what fails is differentiating it (numpy, no derivative, no memory).
+            return {}
+        reached = [index for index in self._layers if all(index in squares for _, squares in parts)]
+        sums = [summed(squares[index] for _, squares in parts) for index in reached]
+        norm, *host = to_host([summed(norm for norm, _ in parts), *sums])
+        found = {index: relative_change(square, norm) for index, square in zip(reached, host, strict=True)}
+        return {index: value for index, value in found.items() if value is not None}
+
+    def _with_graph(self, joined: Any, chunk: list[Any]) -> _Graph:
+        """A pass that can be differentiated, which is the reference as well where no loss is to be taken."""
+        leaves: dict[Slot, Leaves] = {}
+        with torch.enable_grad():
+            output, _, pass_ = self._sample.forward(joined, len(chunk), per_sample=self._per_sample, leaves=leaves)
+        outputs, session = floating(output), self._sample.session
+        # In half precision the layers with leaves round otherwise than those of the passes to be compared.
+        precise = session.autocast is None and all(torch.finfo(each.dtype).eps < _PRECISE for each in outputs)
+        if precise and session.functions.loss is None:
+            self._references[_key(chunk)] = _Reference([each.detach() for each in outputs], {}, pass_.records)
+        return _Graph(outputs, pass_, leaves)
+
     def _reference(self, joined: Any, chunk: list[Any]) -> _Reference:
         """The pass in which every layer does as it does at inference; run once."""
-        key = id(chunk[0]), len(chunk)
+        key = _key(chunk)
         if key not in self._references:
             output, recorded, pass_ = self._sample.forward(joined, len(chunk))
             # Right away: the loss may call the model again, and is then answered as in the last pass.
             self._references[key] = _Reference(floating(output), self._scores(chunk, recorded), pass_.records)
         return self._references[key]
 
-    def _mismatches(self) -> tuple[dict[int, float], bool]:
-        """Mean D of the selected layers that use their running statistics on the eval path; infinite if not finite.
-
-        Also whether other layers normalize with batch statistics there, so that samples reach each other's outputs.
-        """
+    def _mismatches(self) -> dict[int, float]:
+        """Mean D of the selected layers that use their running statistics on the eval path; infinite if not finite."""
         sample, session = self._sample, self._sample.session
-        wanted = frozenset(layer.index for layer in session.layers.selected)
         found: dict[int, list[Tensor]] = {}
-        coupled = False
         for reference in sample.in_chunks(self._reference):
-            coupled = coupled or any(record.by_batch for record in reference.records.values())
             for (index, _), record in reference.records.items():
-                if index in wanted and not record.by_batch:
+                if index in self._layers and not record.by_batch:
                     corrected = sample.corrections(record, session.layers.layers[index])
                     found.setdefault(index, []).append(corrected.mismatch.mean())
         host = to_host([summed(values) / len(values) for values in found.values()])
-        return {i: value if math.isfinite(value) else math.inf for i, value in zip(found, host, strict=True)}, coupled
+        return {i: value if math.isfinite(value) else math.inf for i, value in zip(found, host, strict=True)}
 
     def _swapped(self, swaps: Sequence[frozenset[int]]) -> list[tuple[float | None, float | None]]:
         """For each set of layers: measured relative change of the outputs, and change of the loss."""
@@ -368,6 +378,10 @@ class _Reference:
     outputs: list[Tensor]
     scores: Found
     records: Mapping[Slot, Recorded]
+
+
+def _key(chunk: list[Any]) -> tuple[int, int]:
+    return id(chunk[0]), len(chunk)
 
 
 def _loss(parts: Iterable[Found]) -> float | None:

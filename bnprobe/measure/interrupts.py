@@ -36,19 +36,23 @@ class Restoring:
         save: Called when the block begins; gives what puts things back, in this order.
         undo: Put back only where the block fails. A Ctrl-C that comes at its very end undoes it too, so that what was
             done stays only if nothing is raised.
+
+    Attributes:
+        restores: What puts things back, once the block has begun.
     """
 
     def __init__(self, save: Callable[[], Iterable[Restore]], undo: bool = False) -> None:
         self._save, self._undo = save, undo
-        self._restores: list[Restore] = []
+        self.restores: list[Restore] = []
         self._handler: _Handler | None = None
         self._installed = False
 
-    def __enter__(self) -> None:
-        self._restores = list(self._save())
+    def __enter__(self) -> Restoring:
+        self.restores = list(self._save())
         self._handler, self._installed = _installed()
         if self._handler is not None and self._handler.waiting and not _puts_back(sys._getframe(1)):
             self._end()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -57,14 +61,14 @@ class Restoring:
         failed = kind is not None or (handler is not None and bool(handler.waiting))
         try:
             if failed or not self._undo:
-                run_all(self._restores)
+                run_all(self.restores)
         finally:
             if handler is not None and (self._installed or not _puts_back(sys._getframe(1))):
                 try:
                     self._end()
                 except BaseException:
                     if self._undo and not failed:
-                        run_all(self._restores)
+                        run_all(self.restores)
                     raise
 
     def _end(self) -> None:

@@ -281,25 +281,37 @@ def keep_tensor(tensor: Tensor) -> Restore:
         return lambda: None
     if tensor.layout is torch._mkldnn:  # type: ignore[attr-defined]
         return _keep_opaque(tensor)
-    data = tensor.data
-    kept = [part.to("cpu", copy=True) for part in parts_of(data)]
-    form, memory = _form(tensor), None if _has_parts(tensor) else data.untyped_storage().nbytes()
-    grad, requires_grad = tensor.grad if tensor.is_leaf else None, tensor.requires_grad
+    return KeptTensor(tensor)
 
-    def restore() -> None:
-        if memory is not None and data.untyped_storage().nbytes() != memory:
-            data.untyped_storage().resize_(memory)
-        if _form(tensor) != form:
+
+class KeptTensor:
+    """Puts back the memory, form, gradient and flags of a tensor.
+
+    Attributes:
+        tensor: The tensor.
+        values: Copies in host memory of the parts of its memory, as ``parts_of`` gives them.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self._data = tensor, tensor.data
+        self.values = [part.to("cpu", copy=True) for part in parts_of(self._data)]
+        self._form = _form(tensor)
+        self._memory = None if _has_parts(tensor) else self._data.untyped_storage().nbytes()
+        self._grad, self._requires_grad = tensor.grad if tensor.is_leaf else None, tensor.requires_grad
+
+    def __call__(self) -> None:
+        tensor, data = self.tensor, self._data
+        if self._memory is not None and data.untyped_storage().nbytes() != self._memory:
+            data.untyped_storage().resize_(self._memory)
+        if _form(tensor) != self._form:
             tensor.data = data
         with torch.no_grad():
-            for here, values in zip(parts_of(tensor.data), kept, strict=True):
+            for here, values in zip(parts_of(tensor.data), self.values, strict=True):
                 if not same_bits(here, values):
                     here.copy_(values)
-        set_requires_grad(tensor, requires_grad)
-        if tensor.is_leaf and tensor.grad is not grad:
-            tensor.grad = grad
-
-    return restore
+        set_requires_grad(tensor, self._requires_grad)
+        if tensor.is_leaf and tensor.grad is not self._grad:
+            tensor.grad = self._grad
 
 
 def set_requires_grad(tensor: Tensor, requires_grad: bool) -> None:

@@ -183,7 +183,7 @@ _CONSTANT = 1e-4
 _ENOUGH_WEIGHTS = 512
 """Fewer weights may have few values by chance."""
 
-_SEEN, _MANY_LEVELS = 8192, 1024
+_SEEN, _MANY_LEVELS = 2048, 1024
 """Where so many of the first weights differ, they were not quantized to eight bits."""
 
 _RANDOM_KIND = re.compile(r"drop_?path|stochastic_?depth|drop_?block", re.IGNORECASE)

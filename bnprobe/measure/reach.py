@@ -108,7 +108,8 @@ def dotted(path: str, name: str) -> str:
 def _of_tensor(path: str, tensor: Tensor) -> Iterator[tuple[str, Any]]:
     yield from ((f"{path}.{name}", each) for name, each in vars(tensor).items())
     if wraps_tensors(tensor):
-        names, _ = tensor.__tensor_flatten__()
+        wrapper: Any = tensor
+        names, _ = wrapper.__tensor_flatten__()
         yield from ((f"{path}.{name}", getattr(tensor, name)) for name in names)
     if not is_lazy(tensor) and tensor.is_leaf and tensor.grad is not None:
         yield f"{path}.grad", tensor.grad

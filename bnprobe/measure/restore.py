@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from bnprobe.measure.interrupts import Restore, Restoring
 from bnprobe.measure.keepers import (
+    KeptTensor,
     flat,
     keep,
     keep_generator,
@@ -156,9 +157,10 @@ class ModelState:
 
     Args:
         model: As loaded, on its device.
+        kept: What ``untouched`` keeps of it, whose copies serve here too.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kept: Iterable[Restore] = ()) -> None:
         found = reached(every_module(model), functions=False)
         modules = [item for _, item in found if isinstance(item, nn.Module)]
         self._tensors = [item for _, item in found if isinstance(item, Tensor) and _can_be_copied(item)]
@@ -168,6 +170,8 @@ class ModelState:
             for tensor in self._tensors
             if id(tensor) not in trained and tensor.numel() <= _SMALL
         }
+        originals = {id(each.tensor): each.values for each in kept if isinstance(each, KeptTensor)}
+        self._originals = {id(tensor): originals[id(tensor)] for tensor in self._tensors if id(tensor) in originals}
         # The attributes of a lazy module are those of another class once it has run.
         self._attributes = [_Attributes(module) for module in modules if not _is_lazy(module)]
         own = {id(each) for module in modules for name, each in vars(module).items() if name in _NOT_PLAIN}
@@ -179,13 +183,20 @@ class ModelState:
     def watching(self) -> Iterator[None]:
         """Find out which of the other tensors move while the block runs, and keep their values from before."""
         others = [tensor for tensor in self._tensors if id(tensor) not in self._kept]
-        before = [tensor.detach().to("cpu", copy=True) for tensor in others]
+        before = [self._original(tensor) for tensor in others]
         try:
             yield
         finally:
             for tensor, values in zip(others, before, strict=True):
                 if not _is_there(tensor, values) or not same_bits(flat(tensor.data), flat(values)):
-                    self._kept[id(tensor)] = (tensor, values.to(tensor.device))
+                    self._kept[id(tensor)] = (tensor, values.to(tensor.device, copy=True))
+
+    def _original(self, tensor: Tensor) -> Tensor:
+        """The values of a tensor, in host memory; not another copy where they are kept already."""
+        for flat_values in self._originals.get(id(tensor), ()):
+            if flat_values.shape == flat(tensor.data).shape:
+                return flat_values.as_strided(tensor.shape, tensor.stride())
+        return tensor.detach().to("cpu", copy=True)
 
     def accept_attributes(self) -> None:
         """Take the attributes as they are: a model's own ``train()`` may set some."""

@@ -28,7 +28,7 @@ from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, m
 from bnprobe.measure.exploration import explore
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.hooks import Interceptor
-from bnprobe.measure.interrupts import deferred_interrupts
+from bnprobe.measure.interrupts import Restore, deferred_interrupts
 from bnprobe.measure.keepers import set_flag
 from bnprobe.measure.layers import LayerSet, find_layers, named_once, require_layers
 from bnprobe.measure.memory import is_out_of_memory
@@ -91,6 +91,7 @@ class Session:
         device: Where to run.
         autocast: Autocast dtype, or None.
         settings: Which layers are selected, and what is said of norms of the user's own; None: all, and nothing.
+        kept: What ``untouched`` keeps of the model.
 
     Attributes:
         held: Modules that the user keeps in eval mode while training.
@@ -104,6 +105,7 @@ class Session:
         device: torch.device,
         autocast: torch.dtype | None = None,
         settings: ScanSettings | None = None,
+        kept: Iterable[Restore] = (),
     ) -> None:
         self.model = model
         self.layers = layers
@@ -112,6 +114,7 @@ class Session:
         self.autocast = autocast
         self.held = held_in_eval(model)
         self._settings = settings or ScanSettings()
+        self._kept = kept
         self._explored = False
         self._interceptor = Interceptor(layers.layers)
         self._forward = functions.forward or default_forward
@@ -127,6 +130,7 @@ class Session:
         functions: UserFunctions | None = None,
         *,
         synthetic: bool = False,
+        kept: Iterable[Restore] = (),
     ) -> Session:
         """Put the model on its device and find its layers; the model is the caller's to restore.
 
@@ -137,6 +141,7 @@ class Session:
             settings: Device, autocast, and which layers are selected.
             functions: The user's own, where given.
             synthetic: The inputs are made up: all of a batch's items are inputs.
+            kept: What ``untouched`` keeps of the model.
 
         Raises:
             DeviceError: The device is not there.
@@ -148,12 +153,12 @@ class Session:
         device = device_named(settings.device, model)
         model.to(device)
         layers = find_layers(model, settings.is_selected, required=False)
-        return cls(model, layers, functions, device, autocast_dtype(settings.autocast), settings)
+        return cls(model, layers, functions, device, autocast_dtype(settings.autocast), settings, kept)
 
     @cached_property
     def _state(self) -> ModelState:
         """The state when the session is first installed: until then the caller may change the model."""
-        return ModelState(self.model)
+        return ModelState(self.model, self._kept)
 
     @contextmanager
     def installed(self) -> Iterator[None]:

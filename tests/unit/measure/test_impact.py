@@ -285,7 +285,7 @@ def test_a_layer_without_running_statistics_is_differentiated_through() -> None:
         norm.running_var.copy_(torch.linspace(0.3, 0.6, 4))
     with running(model, batches, 4) as (session, emulation):
         assert emulation.trusted
-        found = Impacts(session, batches, Batching(4, emulation, 4)).of_each()
+        found = Impacts(session, batches, Batching(4, emulation, 4), coupled=True).of_each()
     assert found.keys() == {0, 2}
     for index, impact in found.items():
         assert impact.exact == pytest.approx(by_hand(model, batches, None, index), rel=1e-4)
@@ -329,8 +329,8 @@ def test_few_images_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.clear()
         impacts = Impacts(session, batches, Batching(8, emulation, 4))
         impacts.of_each()
-        # Without a swap, with a graph, and with one swap: 64 images each.
-        assert sum(seen) == 3 * 64
+        # With a graph, and with one swap: 64 images each.
+        assert sum(seen) == 2 * 64
         seen.clear()
         impacts.together(frozenset({0, 1}))
         assert sum(seen) == 64
@@ -340,7 +340,7 @@ def test_few_images_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum(seen) == 2 * 16
 
 
-@pytest.mark.parametrize(("passes", "backward", "measured"), [(1, 2, 1), (5, 2, 1), (6, 3, 1), (7, 4, 1), (9, 4, 3)])
+@pytest.mark.parametrize(("passes", "backward", "measured"), [(1, 2, 1), (4, 2, 1), (5, 3, 1), (6, 4, 1), (8, 4, 3)])
 def test_the_passes_are_those_that_were_allowed(
     passes: int, backward: int, measured: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
