@@ -79,7 +79,7 @@ class LayerMismatch(Statistic):
             self.declare(state, "sum", per="layer")
 
     def update(self, step: Step) -> None:
-        per_layer = step.columns.per_layer(step.per_call(step.values.mismatch))
+        per_layer = step.columns.per_layer(step.mismatch_of_call)
         for state, values in zip(_POWERS, _powers(per_layer), strict=True):
             self.accumulate(state, step.columns.layer, values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -138,7 +139,7 @@ def check_finite(batch: Any, position: int, indices: Callable[[int], Sequence[An
             continue
         tensor = as_plain(tensor)
         # A finite sum means finite values, and needs no temporary of the tensor's size.
-        if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all()):
             continue
         place = f"tensor {path} " if path else "tensor "
         sample = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,9 +21,20 @@ from bnprobe.errors import ModelError
 from bnprobe.measure.batch import CannotEmulateError, as_plain, like_subclass
 from bnprobe.measure.hooks import Intercepted
 from bnprobe.measure.norms import GroupsRows, NormCall
+from bnprobe.measure.settle import settle
 from bnprobe.nn.per_domain import current_domain
 from bnprobe.numbers import count
-from bnprobe.stats.moments import Moments, bessel, pool_moments, row_moments, statistics_distance, wide
+from bnprobe.stats.moments import (
+    Moments,
+    RowSums,
+    bessel,
+    group_sums,
+    pool_moments,
+    row_moments,
+    row_sums,
+    statistics_distance,
+    wide,
+)
 
 Slot = tuple[int, int]
 """(index of the layer, index of its call within one forward pass)."""
@@ -226,6 +238,8 @@ class Pass:
             use these.
         blend: Layers that take in the statistics of every row where they would use their running ones; None: none.
         plain: Batch Renorm normalizes as BN does, uncorrected: for statistics that do not depend on the running ones.
+        careful: The calls whose moments are checked for cancellation at once, and computed again where digits were
+            lost; None: all. The others wait for ``settle``.
         leaves: Not None: where a layer uses its running statistics, its scale and shift become leaves of the graph, one
             row for each unit of what is recorded, and are put here. Needs grad mode; layers that normalize with batch
             statistics are differentiated through these, of one micro-batch per pass.
@@ -245,10 +259,12 @@ class Pass:
     blend: Blend | None = None
     plain: bool = False
     leaves: dict[Slot, Leaves] | None = None
+    careful: AbstractSet[Slot] | None = None
     records: dict[Slot, Recorded] = field(default_factory=dict)
     domains: dict[Slot, int | None] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)
     functional: set[tuple[str, str]] = field(default_factory=set)
+    _waiting: dict[Slot, tuple[RowSums, float]] = field(default_factory=dict)
 
     def answer(self, found: Intercepted) -> Tensor:
         """Answer a layer's call, and record its moments.
@@ -272,7 +288,13 @@ class Pass:
         own = grouping.group_rows is not None
         blend = self.blend if self.blend is not None and layer.index in self.blend.layers and not by_batch else None
         per_sample = (self.per_sample or blend is not None) and not by_batch and not own
-        mean, variance = (grouping.sample_moments if per_sample else grouping.group_moments)(seen.input, call.eps)
+        waits = self.careful is not None and slot not in self.careful and blend is None
+        sums = _sums(seen, grouping, by_batch and not gradient, per_sample) if waits else None
+        if sums is not None:
+            self._waiting[slot] = sums, call.eps
+            mean, variance = sums.mean, sums.squares  # until they are settled
+        else:
+            mean, variance = (grouping.sample_moments if per_sample else grouping.group_moments)(seen.input, call.eps)
         self.records[slot] = Recorded(
             mean,
             variance,
@@ -284,6 +306,8 @@ class Pass:
             rows=call.input.shape[0] // grouping.groups,
         )
         if by_batch:
+            if sums is not None and not gradient:
+                return _normalize_by_sums(call, sums, grouping)
             if call.unbiased:
                 variance = variance * bessel(self.records[slot].values)
             call = replace(call, r_max=1.0, d_max=0.0, gate=None) if self.plain else call
@@ -298,6 +322,28 @@ class Pass:
             return found.family.evaluate(call)
         output, self.leaves[slot] = affine(call, replace(grouping, batch_size=1) if per_sample else grouping)
         return output
+
+    def settle(self) -> frozenset[Slot]:
+        """Compute the moments that wait; return the calls that may have lost digits, whose moments are not exact."""
+        alike: dict[tuple[int, bool], list[Slot]] = {}
+        for slot, (sums, _) in self._waiting.items():
+            alike.setdefault((sums.mean.shape[0], self.records[slot].unit > 1), []).append(slot)
+        uncertain: list[Slot] = []
+        for (rows, pooled), slots in alike.items():
+            parts, floor = [self._waiting[slot][0] for slot in slots], min(self._waiting[slot][1] for slot in slots)
+            size = self.batch_size if rows == self.samples else 1  # else groups already
+            moments, bad = settle(parts, size, pooled, floor)
+            for slot, (mean, variance) in zip(slots, moments, strict=True):
+                self.records[slot] = replace(self.records[slot], mean=mean, variance=variance)
+            uncertain += [slots[position] for position in bad]
+        self._waiting.clear()
+        return frozenset(uncertain)
+
+    def restart(self) -> None:
+        """Begin again: as if nothing had been called."""
+        for each in (self.records, self.entered, self.functional, self.leaves):
+            if each is not None:
+                each.clear()
 
     def _grouping(self, found: Intercepted, slot: Slot) -> Grouping:
         rows = found.call.input.shape[0]
@@ -322,6 +368,67 @@ class Pass:
                 self.layouts[slot] = RowLayout.INTERLEAVED
                 return other
         return grouping
+
+
+def _sums(call: NormCall, grouping: Grouping, normalizes: bool, per_sample: bool) -> RowSums | None:
+    """What is read of an input whose moments may wait; None where they may not.
+
+    Args:
+        call: Its input is without a graph.
+        grouping: Of its rows.
+        normalizes: The call is to be normalized with these statistics, which ``_normalize_by_sums`` does for plain BN.
+        per_sample: Samples are recorded, not micro-batches.
+    """
+    x = call.input
+    if grouping.group_rows is not None or grouping.rows_per_sample > 1:
+        return None
+    if x.is_cuda and not per_sample:
+        return group_sums(x, grouping.batch_size)
+    if normalizes:
+        plain = (call.r_max, call.d_max) == (1, 0) and not call.on_std and not call.unbiased
+        if not (plain and x.device.type == "cpu" and x.dim() > 2 and x.shape[2:].numel() > 1 and x.is_contiguous()):
+            return None
+    return row_sums(x)
+
+
+def _normalize_by_sums(call: NormCall, sums: RowSums, grouping: Grouping) -> Tensor:
+    """Plain BN with the statistics of each micro-batch: on CPU of an input that is contiguous."""
+    if sums.positions is None:
+        return _normalize_groups_apart(call, sums, grouping.batch_size)
+    part, dtype = 1 / grouping.batch_size, wide(call.input.dtype)
+    mean = _averaged(sums.mean, grouping, part)
+    variance = _averaged(sums.squares, grouping, part / sums.positions)
+    variance.addcmul_(mean, mean, value=-1).clamp_min_(0.0)
+    return _by_kernel(call, mean.to(dtype), variance.to(dtype))
+
+
+def _averaged(values: Tensor, grouping: Grouping, weight: float) -> Tensor:
+    """For each row the weighted sum over the rows of its micro-batch, in one operator for all micro-batches."""
+    members, starts, weights = _members(grouping, weight, values.dtype)
+    found: Tensor = torch.embedding_bag(values, members, starts, mode=0, per_sample_weights=weights)[0]
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _members(grouping: Grouping, weight: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of the micro-batch of each row one after the other, where each row's begin, and a weight for each."""
+    with torch.inference_mode(False):
+        rows = torch.arange(grouping.rows).view(-1, 1, grouping.batch_size)
+        members = rows.expand(-1, grouping.batch_size, -1).reshape(-1)
+        starts = torch.arange(0, members.numel(), grouping.batch_size)
+        return members, starts, torch.full((members.numel(),), weight, dtype=dtype)
+
+
+def _normalize_groups_apart(call: NormCall, sums: RowSums, size: int) -> Tensor:
+    """Plain BN of every ``size`` rows, by broadcasting over a view of them."""
+    x = call.input
+    scale = (sums.squares + call.eps).rsqrt()
+    if call.weight is not None:
+        scale = scale * call.weight
+    shift = -sums.mean * scale if call.bias is None else torch.addcmul(call.bias, sums.mean, scale, value=-1)
+    shape = (scale.shape[0], 1, scale.shape[1], *[1] * (x.dim() - 2))
+    output = torch.addcmul(shift.view(shape), x.unflatten(0, (-1, size)), scale.view(shape))
+    return output.flatten(0, 1).to(x.dtype)
 
 
 def _own_group(found: Intercepted, rows: int) -> int | None:
@@ -377,17 +484,27 @@ def _effective(call: NormCall, mean: Tensor, variance: Tensor) -> tuple[Tensor, 
 
 
 def _normalize_rows(call: NormCall, mean: Tensor, variance: Tensor, group_of_row: Tensor | None) -> Tensor:
+    rows = call.input.shape[0]
+    mean, variance = (
+        value.expand(rows, -1).contiguous() if group_of_row is None else value[group_of_row]
+        for value in (mean, variance)
+    )
+    return _by_kernel(call, mean, variance)
+
+
+def _by_kernel(call: NormCall, mean: Tensor, variance: Tensor) -> Tensor:
     """By PyTorch's own inference kernel, each (row, channel) taken for a channel.
 
     On CPU this is 1.6 times faster than addcmul with broadcasting.
+
+    Args:
+        call: Its input is contiguous.
+        mean, variance: Of each row, contiguous.
     """
     x, rows = call.input, call.input.shape[0]
-    mean, variance = (
-        value.expand(rows, -1) if group_of_row is None else value[group_of_row] for value in (mean, variance)
-    )
     weight, bias = (None if value is None else value.to(mean.dtype).repeat(rows) for value in (call.weight, call.bias))
     flat = x.view(1, rows * x.shape[1], *x.shape[2:])
-    return F.batch_norm(flat, mean.reshape(-1), variance.reshape(-1), weight, bias, eps=call.eps).view_as(x)
+    return F.batch_norm(flat, mean.view(-1), variance.view(-1), weight, bias, eps=call.eps).view_as(x)
 
 
 def affine(call: NormCall, grouping: Grouping) -> tuple[Tensor, Leaves]:

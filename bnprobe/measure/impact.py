@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import DeviceError, UserCodeError
-from bnprobe.measure.batch import CannotEmulateError, join
+from bnprobe.measure.batch import CannotEmulateError, join, map_leaves
 from bnprobe.measure.forward_pass import Leaves, Pass, Recorded, Slot
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.outputs import floating, square_norm
@@ -303,15 +303,19 @@ class Impacts:
         return {index: value for index, value in found.items() if value is not None}
 
     def _with_graph(self, joined: Any, chunk: list[Any]) -> _Graph:
-        """A pass that can be differentiated, which is the reference as well where no loss is to be taken."""
+        """A pass that can be differentiated, which is the reference as well."""
         leaves: dict[Slot, Leaves] = {}
         with torch.enable_grad():
-            output, _, pass_ = self._sample.forward(joined, len(chunk), per_sample=self._per_sample, leaves=leaves)
+            output, recorded, pass_ = self._sample.forward(
+                joined, len(chunk), per_sample=self._per_sample, leaves=leaves
+            )
         outputs, session = floating(output), self._sample.session
         # In half precision the layers with leaves round otherwise than those of the passes to be compared.
         precise = session.autocast is None and all(torch.finfo(each.dtype).eps < _PRECISE for each in outputs)
-        if precise and session.functions.loss is None:
-            self._references[_key(chunk)] = _Reference([each.detach() for each in outputs], {}, pass_.records)
+        if precise:
+            alone = {key: map_leaves(value, _without_graph) for key, value in recorded.items()}
+            scores = self._scores(chunk, alone)
+            self._references[_key(chunk)] = _Reference([each.detach() for each in outputs], scores, pass_.records)
         return _Graph(outputs, pass_, leaves)
 
     def _reference(self, joined: Any, chunk: list[Any]) -> _Reference:
@@ -378,6 +382,10 @@ class _Reference:
     outputs: list[Tensor]
     scores: Found
     records: Mapping[Slot, Recorded]
+
+
+def _without_graph(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _key(chunk: list[Any]) -> tuple[int, int]:

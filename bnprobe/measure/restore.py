@@ -47,15 +47,16 @@ def random_state() -> tuple[object, object, object]:
 
 def preserved_random_state() -> Restoring:
     """Restore the random state when the block is done."""
-    return Restoring(_keep_random_state)
+    return Restoring(keep_random_state)
 
 
 def preserved_process() -> Restoring:
     """Restore the random state and torch's modes: for what looks at a model without running it."""
-    return Restoring(lambda: [*keep_process(), *_keep_random_state()])
+    return Restoring(lambda: [*keep_process(), *keep_random_state()])
 
 
-def _keep_random_state() -> list[Restore]:
+def keep_random_state() -> list[Restore]:
+    """What puts the random state of torch (CPU, CUDA), numpy and random back."""
     if torch.cuda.is_available():
         torch.cuda.init()  # else a seed that the user set would still be waiting, and ours would replace it
     restores: list[Restore] = [
@@ -111,7 +112,7 @@ def untouched(model: nn.Module) -> Restoring:
 
     def save() -> list[Restore]:
         # A mode that was left on would see what puts the tensors back.
-        return [*keep_process(), *keep(reached(every_module(model))), *_keep_random_state()]
+        return [*keep_process(), *keep(reached(every_module(model))), *keep_random_state()]
 
     return Restoring(save)
 
@@ -127,7 +128,7 @@ def undone_if_failed(model: nn.Module) -> Restoring:
         trained = [item for _, item in found if isinstance(item, nn.Parameter)]
         left_out = {id(tensor) for tensor in trained} | {id(tensor.grad) for tensor in trained}
         kept = keep([each for each in found if id(each.item) not in left_out])
-        return [*keep_process(), *kept, *_keep_random_state()]
+        return [*keep_process(), *kept, *keep_random_state()]
 
     return Restoring(save, undo=True)
 
@@ -170,6 +171,7 @@ class ModelState:
             for tensor in self._tensors
             if id(tensor) not in trained and tensor.numel() <= _SMALL
         }
+        self._data: dict[int, Tensor] = {}
         originals = {id(each.tensor): each.values for each in kept if isinstance(each, KeptTensor)}
         self._originals = {id(tensor): originals[id(tensor)] for tensor in self._tensors if id(tensor) in originals}
         # The attributes of a lazy module are those of another class once it has run.
@@ -210,11 +212,18 @@ class ModelState:
         for restore in self._within:
             restore()
         there = [(tensor, values) for tensor, values in self._kept.values() if _is_there(tensor, values)]
-        if there:  # the data of a tensor has a version counter of its own
-            torch._foreach_copy_([tensor.data for tensor, _ in there], [values for _, values in there])
+        if there:
+            torch._foreach_copy_([self._data_of(tensor) for tensor, _ in there], [values for _, values in there])
         for tensor, values in self._kept.values():
             if not _is_there(tensor, values):
                 tensor.data = values.clone()
+
+    def _data_of(self, tensor: Tensor) -> Tensor:
+        """The data of a tensor, which has a version counter of its own; not taken anew while it stays in its place."""
+        known = self._data.get(id(tensor))
+        if known is None or known.data_ptr() != tensor.data_ptr() or known.stride() != tensor.stride():
+            known = self._data[id(tensor)] = tensor.data
+        return known
 
 
 def _is_lazy(module: nn.Module) -> bool:

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.config.spec import ScanSettings
-from bnprobe.errors import DataError, DeviceError
+from bnprobe.errors import DataError, DeviceError, EndOfPass
 from bnprobe.loading.model import BatchFunction, require_values, signature_of, user_code
 from bnprobe.loading.returned import written_at
 from bnprobe.loading.samples import require_readable
 from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, map_leaves, tensors_of, to_device
 from bnprobe.measure.exploration import explore
-from bnprobe.measure.forward_pass import Pass
+from bnprobe.measure.forward_pass import Pass, Slot
 from bnprobe.measure.hooks import Interceptor
-from bnprobe.measure.interrupts import Restore, deferred_interrupts
+from bnprobe.measure.interrupts import Restore, deferred_interrupts, run_all
 from bnprobe.measure.keepers import set_flag
 from bnprobe.measure.layers import LayerSet, find_layers, named_once, require_layers
 from bnprobe.measure.memory import is_out_of_memory
@@ -38,6 +38,7 @@ from bnprobe.measure.recognition import own_tensors
 from bnprobe.measure.restore import (
     ModelState,
     held_in_eval,
+    keep_random_state,
     preserved_generators,
     set_mode,
 )
@@ -121,6 +122,7 @@ class Session:
         self._last = Pass(samples=0, batch_size=0)
         self._frozen: frozenset[int] = frozenset()
         self._functions: frozenset[int] = frozenset()
+        self._careful: set[Slot] = set()
 
     @classmethod
     def open(
@@ -218,18 +220,36 @@ class Session:
 
         Raises:
             UserCodeError: The model or the user's forward raised.
+            EndOfPass: A hook ended the pass; what it recorded until then is there.
         """
-        self._state.put_back()
-        self._set_flags(path)
-        self._state.accept_attributes()
         self._last = pass_
         if path in ("steady", "check"):
             pass_.by_batch |= self._functions
+        pass_.careful = self._careful
+        before = keep_random_state()
+        found = self._run(path, batch, pass_)
+        if uncertain := pass_.settle():  # once: from now on they are looked at by themselves
+            self._careful |= uncertain
+            pass_.restart()
+            run_all(before)
+            found = self._run(path, batch, pass_)
+            pass_.settle()
+        if isinstance(found, EndOfPass):
+            raise found
+        return found
+
+    def _run(self, path: PathName, batch: Any, pass_: Pass) -> tuple[Any, Outputs] | EndOfPass:
+        self._state.put_back()
+        self._set_flags(path)
+        self._state.accept_attributes()
         batch = copy_tensors(batch)
         call = f"calling {describe_call(self._forward, batch)} ({_IN_WORDS[path]})"
         border = model_code(call, lambda: _how_to_call(self._forward, self.model, batch))
-        with self._running(path, pass_), recording(self.model, batch) as outputs, border:
-            output = self._forward(self.model, batch)
+        try:
+            with self._running(path, pass_), recording(self.model, batch) as outputs, border:
+                output = self._forward(self.model, batch)
+        except EndOfPass as ended:
+            return ended
         if self._forward not in (default_forward, forward_all):
             require_readable(output, f"What forward(model, batch){written_at(self._forward)} returned")
         return output, outputs

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -193,7 +193,12 @@ class Step:
         mean = self.columns.per_call(values)
         return mean if self.groups == 1 else mean.unflatten(0, (-1, self.groups)).mean(1)
 
-    @property
+    @cached_property
+    def mismatch_of_call(self) -> Tensor:
+        """D of each call, shape (micro-batches, calls)."""
+        return self.per_call(self.values.mismatch)
+
+    @cached_property
     def replicate_of_row(self) -> Tensor:
         """The replicate of each row of ``values``."""
         index = torch.tensor(self.replicates, device=self.values.r.device)

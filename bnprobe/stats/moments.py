@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 RELATIVE_ERROR = 1e-5
-"""Relative error of a variance above which it is computed again from centred values."""
+"""Relative error of a row's variance above which it is computed again from centred values."""
 
 _CHUNK_VALUES = 2**20
 """Values squared at a time if a temporary tensor is needed: small enough for a CPU's cache."""
@@ -23,6 +23,9 @@ _PIECE, _HALF_PIECE = 2**16, 2**12
 The few distinct values of half precision have squares that may all round in the same direction; smaller pieces
 cost no more.
 """
+
+_FEW = 16
+"""Positions that are summed in float64, which costs little more: the variance of so few is often small by chance."""
 
 Moments = tuple[Float[Tensor, "rows channels"], Float[Tensor, "rows channels"]]
 
@@ -46,7 +49,8 @@ def row_moments(x: Float[Tensor, "rows channels *space"], floor: float = 0.0) ->
         mean = x.flatten(1).double()
         return mean, torch.zeros_like(mean)
     if x.is_cuda:
-        return _cuda_moments(x)
+        mean, variance = _cuda_moments(x)
+        return mean.double(), variance.double()
     return _cpu_moments(x, floor)
 
 
@@ -65,6 +69,43 @@ def pool_moments(mean: Tensor, variance: Tensor, size: int) -> Moments:
     pooled = means.mean(1)
     between = (means - pooled.unsqueeze(1)).square().mean(1)
     return pooled, variance.unflatten(0, (-1, size)).mean(1) + between
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """What reading an input once gives: moments that are still to be computed.
+
+    Attributes:
+        mean: Of each row and channel; a row may be a group of samples.
+        squares: Sum of the squares over the positions; not yet checked for cancellation.
+        positions: How many there are; None: ``squares`` is the biased variance itself, without cancellation.
+    """
+
+    mean: Float[Tensor, "rows channels"]
+    squares: Float[Tensor, "rows channels"]
+    positions: int | None
+
+
+def row_sums(x: Float[Tensor, "rows channels *space"]) -> RowSums:
+    """Of each row and channel over the spatial positions: at most two operators."""
+    if x.dim() == 2 or x.shape[2:].numel() == 1:
+        mean = x.flatten(1).to(wide(x.dtype), copy=True)  # the input may be written into before the moments are settled
+        return RowSums(mean, torch.zeros_like(mean), None)
+    if x.is_cuda:
+        mean, variance = _cuda_moments(x)
+        return RowSums(mean, variance, None)
+    space, positions = tuple(range(2, x.dim())), x.shape[2:].numel()
+    if positions <= _FEW and x.is_contiguous():
+        norm: Tensor = torch.linalg.vector_norm(x, dim=space, dtype=torch.float64)
+        return RowSums(x.mean(space, dtype=torch.float64), norm.square_(), positions)
+    return RowSums(x.mean(space, dtype=wide(x.dtype)), _square_sums(x), positions)
+
+
+def group_sums(x: Float[Tensor, "rows channels *space"], size: int) -> RowSums:
+    """Of every ``size`` consecutive rows together, in one operator, which is slow on CPU."""
+    groups = x.unflatten(0, (-1, size)).to(wide(x.dtype))
+    variance, mean = torch.var_mean(groups, (1, *range(3, groups.dim())), correction=0)
+    return RowSums(mean, variance, None)
 
 
 def _cpu_moments(x: Tensor, floor: float) -> Moments:
@@ -94,26 +135,25 @@ def _careful_moments(x: Tensor, mean: Tensor, variance: Tensor, limit: float, fl
 
 
 def _fast_moments(x: Tensor) -> Moments:
-    space = tuple(range(2, x.dim()))
-    mean = x.mean(space, dtype=wide(x.dtype)).double()
-    return mean, (_mean_square(x) - mean.square()).clamp_min_(0.0)
+    sums = row_sums(x)
+    mean = sums.mean.double()
+    return mean, sums.squares.double().div_(x.shape[2:].numel()).sub_(mean.square()).clamp_min_(0.0)
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    """Mean square over the spatial positions, float64 of shape (rows, channels)."""
+def _square_sums(x: Tensor) -> Tensor:
+    """Sum of squares over the spatial positions, of shape (rows, channels)."""
     space, positions, dtype = tuple(range(2, x.dim())), x.shape[2:].numel(), wide(x.dtype)
     if x.is_contiguous():
         most = _PIECE if x.dtype == dtype else _HALF_PIECE
         if positions <= most:
             norm: Tensor = torch.linalg.vector_norm(x, dim=space, dtype=dtype)
-            return norm.double().square_().div_(positions)
+            return norm.square_()
         pieces = x.flatten(2).split(most, dim=2)
         norms = [torch.linalg.vector_norm(piece, dim=2, dtype=dtype) for piece in pieces]
-        return torch.stack(norms).double().square_().sum(0).div_(positions)
+        return torch.stack(norms).double().square_().sum(0)
     # vector_norm is 10 to 20 times slower when channels are innermost; squaring in cache-sized pieces is not.
     rows = max(1, _CHUNK_VALUES // x[0].numel())
-    squares = [part.to(wide(part.dtype)).square().mean(space) for part in x.split(rows)]
-    return torch.cat(squares).double()
+    return torch.cat([part.to(dtype).square().sum(space) for part in x.split(rows)])
 
 
 def _cuda_moments(x: Tensor) -> Moments:
@@ -121,7 +161,10 @@ def _cuda_moments(x: Tensor) -> Moments:
     space = tuple(range(2, x.dim()))
     rows = x.shape[0] if wide(x.dtype) == x.dtype else max(1, _CUDA_CHUNK_VALUES // x[0].numel())
     parts = [torch.var_mean(part.to(wide(x.dtype)), space, correction=0) for part in x.split(rows)]
-    return torch.cat([mean for _, mean in parts]).double(), torch.cat([var for var, _ in parts]).double()
+    if len(parts) == 1:
+        variance, mean = parts[0]
+        return mean, variance
+    return torch.cat([mean for _, mean in parts]), torch.cat([variance for variance, _ in parts])
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

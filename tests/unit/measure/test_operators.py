@@ -1,37 +1,79 @@
-"""What a path costs, counted: the number of operators does not depend on the machine."""
+"""What a scan costs, counted: operators and waits for the device do not depend on the machine."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnprobe.commands.scan import scan
 from bnprobe.measure.forward_pass import Pass
-from support.networks import Residual, images, unsettled
+from support.networks import images
 from support.running import session_of
 
 
 class _Count(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.counts = Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
+        self.counts[str(func)] += 1
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("path", "most"), [("eval", 4.5), ("train", 8.5)])
-def test_operators_of_a_path_beside_those_of_a_plain_forward_pass(path: Any, most: float) -> None:
-    model = unsettled(Residual())
+def _deep() -> nn.Module:
+    """Twelve layers, so that what a pass does once counts little, with the statistics of what they see."""
+    blocks = [[nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()] for _ in range(12)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *[layer for block in blocks for layer in block])
+    for layer in model:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+    with torch.no_grad():
+        for x in images(8, 64, 3, 12, 12):
+            model(x)
+    for layer in model:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.1  # a cumulative average is read on the host at every call
+    return model
+
+
+def _plain(model: nn.Module, x: Tensor, training: bool) -> int:
+    with torch.no_grad(), _Count() as plain:
+        model.train(training)(x)
+    return sum(plain.counts.values())
+
+
+@pytest.mark.parametrize("path", ["eval", "train"])
+def test_operators_of_a_path_beside_those_of_a_plain_forward_pass(path: Any) -> None:
+    model = _deep()
     [x] = images(1, 8, 3, 12, 12)
     session = session_of(model)
     with session.installed():
         session.forward(path, x, Pass(8, 2, per_sample=path == "eval"))  # what is found once
         with _Count() as measured:
             session.forward(path, x, Pass(8, 2, per_sample=path == "eval"))
-    with torch.no_grad(), _Count() as plain:
-        model.eval()(x)
-    assert measured.calls < most * plain.calls
+    assert sum(measured.counts.values()) <= (2.5 if path == "eval" else 4) * _plain(model, x, path == "train")
+    assert measured.counts["aten._local_scalar_dense.default"] == 0
+
+
+def test_what_a_longer_scan_adds() -> None:
+    """Of a healthy network: both paths and their sums, no more."""
+    model, counts = _deep(), []
+    for number in (32, 64):
+        with _Count() as measured:
+            report = scan(model, images(number, 2, 3, 12, 12), 2, num_batches=number, physical_batch=32)
+        assert report.scan.emulated
+        assert not any(layer.flagged for layer in report.layers)
+        counts.append(measured.counts)
+    added = counts[1] - counts[0]
+    [x] = images(1, 32, 3, 12, 12)
+    plain = 2 * (_plain(model, x, True) + _plain(model, x, False))
+    assert (
+        sum(added.values()) <= 7.5 * plain
+    )  # whatever the number of layers, the sums of a step are some 200 operators
+    assert added["aten._local_scalar_dense.default"] == 32  # whether each micro-batch is finite, on the host
