@@ -396,6 +396,11 @@ def _normalize_by_sums(call: NormCall, sums: RowSums, grouping: Grouping) -> Ten
     if sums.positions is None:
         return _normalize_groups_apart(call, sums, grouping.batch_size)
     part, dtype = 1 / grouping.batch_size, wide(call.input.dtype)
+    if grouping.groups == 1:
+        mean, square = sums.mean.mean(0), sums.squares.mean(0).div_(sums.positions)
+        variance = square.addcmul_(mean, mean, value=-1).clamp_min_(0.0)
+        weight, bias = (None if value is None else value.to(dtype) for value in (call.weight, call.bias))
+        return F.batch_norm(call.input, mean.to(dtype), variance.to(dtype), weight, bias, eps=call.eps)
     mean = _averaged(sums.mean, grouping, part)
     variance = _averaged(sums.squares, grouping, part / sums.positions)
     variance.addcmul_(mean, mean, value=-1).clamp_min_(0.0)
@@ -431,10 +436,17 @@ def _normalize_groups_apart(call: NormCall, sums: RowSums, size: int) -> Tensor:
     return output.flatten(0, 1).to(x.dtype)
 
 
+@functools.lru_cache(maxsize=256)
+def _groups_rows(family: type) -> bool:
+    """Whether a family is one of ``GroupsRows``, which takes longer to ask than to normalize a small input."""
+    return hasattr(family, "rows_per_group")
+
+
 def _own_group(found: Intercepted, rows: int) -> int | None:
     """Rows of a group where the family divides the ``rows`` of a micro-batch; None where it does not."""
-    if not isinstance(found.family, GroupsRows):
+    if not _groups_rows(type(found.family)):
         return None
+    assert isinstance(found.family, GroupsRows)
     own = found.family.rows_per_group(found.layer.module, found.call, rows)
     if own < 1 or rows % own:
         raise ModelError(f"{type(found.family).__name__}.rows_per_group gave {own}, which does not divide {rows} rows.")

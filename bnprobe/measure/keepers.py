@@ -15,6 +15,7 @@ import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -148,8 +149,12 @@ def items_of(container: Any) -> list[Any]:
     return list(_base(container).__iter__(container))
 
 
+_KINDS = (OrderedDict, dict, list, set, deque)
+
+
 def _base(container: Any) -> Any:
-    return next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(container, kind))
+    kind = type(container)
+    return kind if kind in _KINDS else next(each for each in _KINDS if isinstance(container, each))
 
 
 def same_items(container: Any, items: list[Any]) -> bool:
@@ -158,7 +163,7 @@ def same_items(container: Any, items: list[Any]) -> bool:
     if len(now) != len(items):
         return False
     if isinstance(container, dict):
-        return all(one is other and mine is its for (one, mine), (other, its) in zip(now, items, strict=True))
+        return all(map(is_, chain.from_iterable(now), chain.from_iterable(items)))
     return all(map(is_, now, items)) or (isinstance(container, set) and set(map(id, now)) == set(map(id, items)))
 
 

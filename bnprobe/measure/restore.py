@@ -211,19 +211,34 @@ class ModelState:
             attributes.put_back()
         for restore in self._within:
             restore()
-        there = [(tensor, values) for tensor, values in self._kept.values() if _is_there(tensor, values)]
-        if there:
-            torch._foreach_copy_([self._data_of(tensor) for tensor, _ in there], [values for _, values in there])
+        here: list[Tensor] = []
+        kept: list[Tensor] = []
         for tensor, values in self._kept.values():
-            if not _is_there(tensor, values):
+            data = self._data_of(tensor, values)
+            if data is None:
                 tensor.data = values.clone()
+            else:
+                here.append(data)
+                kept.append(values)
+        if here:
+            torch._foreach_copy_(here, kept)
 
-    def _data_of(self, tensor: Tensor) -> Tensor:
-        """The data of a tensor, which has a version counter of its own; not taken anew while it stays in its place."""
+    def _data_of(self, tensor: Tensor, values: Tensor) -> Tensor | None:
+        """The data of a tensor, which has a version counter of its own; None where it was replaced or freed.
+
+        It is not taken anew while the tensor stays in its place.
+        """
         known = self._data.get(id(tensor))
-        if known is None or known.data_ptr() != tensor.data_ptr() or known.stride() != tensor.stride():
-            known = self._data[id(tensor)] = tensor.data
-        return known
+        if known is not None and tensor.data_ptr() and _place(known) == _place(tensor):
+            return known
+        if not _is_there(tensor, values):
+            return None
+        self._data[id(tensor)] = tensor.data
+        return self._data[id(tensor)]
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _is_lazy(module: nn.Module) -> bool:
@@ -270,7 +285,7 @@ class _Attributes:
 
     def put_back(self) -> None:
         attributes = vars(self._module)
-        for name in [name for name in attributes if name not in self._values and name not in _NOT_PLAIN]:
+        for name in attributes.keys() - self._values.keys() - _NOT_PLAIN:
             del attributes[name]
         attributes.update(self._values)
 
