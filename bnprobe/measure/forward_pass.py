@@ -238,6 +238,7 @@ class Pass:
             use these.
         blend: Layers that take in the statistics of every row where they would use their running ones; None: none.
         plain: Batch Renorm normalizes as BN does, uncorrected: for statistics that do not depend on the running ones.
+        at_once: The records are read while the pass runs, so that no call waits for ``settle``.
         careful: The calls whose moments are checked for cancellation at once, and computed again where digits were
             lost; None: all. The others wait for ``settle``.
         leaves: Not None: where a layer uses its running statistics, its scale and shift become leaves of the graph, one
@@ -259,6 +260,7 @@ class Pass:
     blend: Blend | None = None
     plain: bool = False
     leaves: dict[Slot, Leaves] | None = None
+    at_once: bool = False
     careful: AbstractSet[Slot] | None = None
     records: dict[Slot, Recorded] = field(default_factory=dict)
     domains: dict[Slot, int | None] = field(default_factory=dict)
@@ -288,7 +290,7 @@ class Pass:
         own = grouping.group_rows is not None
         blend = self.blend if self.blend is not None and layer.index in self.blend.layers and not by_batch else None
         per_sample = (self.per_sample or blend is not None) and not by_batch and not own
-        waits = self.careful is not None and slot not in self.careful and blend is None
+        waits = not self.at_once and self.careful is not None and slot not in self.careful and blend is None
         sums = _sums(seen, grouping, by_batch and not gradient, per_sample) if waits else None
         if sums is not None:
             self._waiting[slot] = sums, call.eps
