@@ -16,9 +16,11 @@ on the output grows with the root of D. The effects are measured by the caller, 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from bnprobe.config.spec import RuleExemption, RulesSpec, matches_any
 from bnprobe.numbers import count
@@ -99,11 +101,12 @@ def _exempted(verdict: Verdict, exemptions: Sequence[RuleExemption], facts: Fact
 
 def _rooted(verdicts: Sequence[Verdict], facts: Facts) -> list[Verdict]:
     """The verdicts, with mismatch from earlier layers that has no root given to what adds up to most in these."""
-    order, failed = _order(facts), [verdict for verdict in verdicts if verdict.outcome == "failed"]
+    order = _order(facts)
+    failed = _Failed(verdicts, order)
     lost = {
         verdict.layer: verdict
-        for verdict in failed
-        if RULES[verdict.rule].follows_upstream and _reason(verdict, failed, facts, order) is None
+        for verdict in failed.verdicts
+        if RULES[verdict.rule].follows_upstream and _reason(verdict, failed, facts) is None
     }
     known = {name for name, layer in facts.layers.items() if layer.eval and not layer.flagged and not layer.undecided}
     first = min((place for name, place in order.items() if name not in known), default=len(order))
@@ -180,11 +183,12 @@ def _order(facts: Facts) -> dict[str, int]:
 
 def _joined(verdicts: Iterable[Verdict], facts: Facts) -> list[_Finding]:
     """For each rule its failed verdicts that nothing explains, and those that follow from them."""
-    order, failed = _order(facts), [verdict for verdict in verdicts if verdict.outcome == "failed"]
-    reasons = {_key(verdict): _reason(verdict, failed, facts, order) for verdict in failed}
+    order = _order(facts)
+    failed = _Failed(verdicts, order)
+    reasons = {_key(verdict): _reason(verdict, failed, facts) for verdict in failed.verdicts}
     own: dict[str, list[Verdict]] = defaultdict(list)
     folded: dict[str, list[Verdict]] = defaultdict(list)
-    for verdict in failed:
+    for verdict in failed.verdicts:
         key = _key(verdict)
         root = _root(key, reasons)
         (own if root == key else folded)[root[0]].append(verdict)
@@ -202,23 +206,52 @@ def _root(key: _Key, reasons: Mapping[_Key, Verdict | None]) -> _Key:
     return current
 
 
-def _reason(verdict: Verdict, failed: Sequence[Verdict], facts: Facts, order: Mapping[str, int]) -> Verdict | None:
+class _Failed:
+    """The verdicts that failed, as reasons are looked for among them.
+
+    Attributes:
+        verdicts: All, in order.
+        of_layer: By layer; under None those on the whole model.
+    """
+
+    def __init__(self, verdicts: Iterable[Verdict], order: Mapping[str, int]) -> None:
+        self.verdicts = [verdict for verdict in verdicts if verdict.outcome == "failed"]
+        self.of_layer: dict[str | None, list[Verdict]] = defaultdict(list)
+        roots = []
+        for number, verdict in enumerate(self.verdicts):
+            self.of_layer[verdict.layer].append(verdict)
+            upstream = RULES[verdict.rule].upstream_order
+            place = order.get(verdict.layer or "")
+            if upstream is not None and place is not None:
+                roots.append((place, (-_share(verdict), upstream, number)))
+        roots.sort()
+        self._order, self._places = order, [place for place, _ in roots]
+        self._best = list(accumulate((root for _, root in roots), min))
+
+    def upstream(self, verdict: Verdict) -> Verdict | None:
+        """The root cause in an earlier layer with the largest share of that layer's mismatch; else the first one."""
+        before = bisect_left(self._places, self._order.get(verdict.layer or "", 0))
+        return self.verdicts[self._best[before - 1][2]] if before else None
+
+
+def _reason(verdict: Verdict, failed: _Failed, facts: Facts) -> Verdict | None:
     """The failed verdict that explains another; None if it stands on its own."""
     rule = RULES[verdict.rule]
     if verdict.layer is None:
-        return _largest_error(failed) if rule.follows_from_any else None
-    whole = [other for other in failed if other.layer is None and rule.cause in RULES[other.rule].explains_layers]
-    if whole:
-        return whole[0]
+        return _largest_error(failed.verdicts) if rule.follows_from_any else None
+    for other in failed.of_layer[None]:
+        if rule.cause in RULES[other.rule].explains_layers:
+            return other
+    here = failed.of_layer[verdict.layer]
     if rule.follows_upstream:
-        return _upstream(verdict, failed, order) or _root_here(verdict, failed)
+        return failed.upstream(verdict) or _root_here(verdict, here)
     # What may explain a finding of this rule on the same layer, the first to count first.
     others = [
         replace(link, cause=other.cause) for other in RULES for link in other.explains if link.cause == rule.cause
     ]
     causes = [link.cause for link in (*rule.follows_from, *others) if link.exists(verdict.layer, facts)]
-    here = [other for other in failed if other.layer == verdict.layer and other.cause in causes]
-    return min(here, key=lambda other: causes.index(other.cause), default=None)
+    explaining = [other for other in here if other.cause in causes]
+    return min(explaining, key=lambda other: causes.index(other.cause), default=None)
 
 
 def _largest_error(failed: Sequence[Verdict]) -> Verdict | None:
@@ -231,23 +264,10 @@ def _largest_error(failed: Sequence[Verdict]) -> Verdict | None:
     return max(errors, key=_share, default=None)
 
 
-def _root_here(verdict: Verdict, failed: Sequence[Verdict]) -> Verdict | None:
+def _root_here(verdict: Verdict, here: Sequence[Verdict]) -> Verdict | None:
     """What else is wrong with the statistics of the layer itself."""
-    here = [other for other in failed if other.layer == verdict.layer and other.cause in STATISTICS_CAUSES]
-    return max((other for other in here if other.rule != verdict.rule), key=_share, default=None)
-
-
-def _upstream(verdict: Verdict, failed: Sequence[Verdict], order: Mapping[str, int]) -> Verdict | None:
-    """The root cause in an earlier layer with the largest share of that layer's mismatch; else the first one."""
-    here = order.get(verdict.layer or "", 0)
-    roots = [
-        (-_share(other), place, other)
-        for other in failed
-        if (place := RULES[other.rule].upstream_order) is not None
-        and other.layer is not None
-        and order.get(other.layer, here) < here
-    ]
-    return min(roots, key=lambda root: root[:2], default=(0.0, 0, None))[2]
+    others = [other for other in here if other.cause in STATISTICS_CAUSES and other.rule != verdict.rule]
+    return max(others, key=_share, default=None)
 
 
 def _share(verdict: Verdict) -> float:

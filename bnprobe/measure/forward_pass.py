@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -266,6 +267,7 @@ class Pass:
     domains: dict[Slot, int | None] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)
     functional: set[tuple[str, str]] = field(default_factory=set)
+    _calls: Counter[int] = field(default_factory=Counter)
     _waiting: dict[Slot, tuple[RowSums, float]] = field(default_factory=dict)
 
     def answer(self, found: Intercepted) -> Tensor:
@@ -281,7 +283,8 @@ class Pass:
             plain = self.answer(replace(found, call=replace(found.call, input=as_plain(given))))
             return like_subclass(plain, given)
         layer, call = found.layer, found.call
-        slot = (layer.index, sum(index == layer.index for index, _ in self.records))
+        slot = (layer.index, self._calls[layer.index])
+        self._calls[layer.index] += 1
         self.domains[slot] = domain if isinstance(domain := current_domain(), int) else None
         gradient = self.leaves is not None
         seen = replace(call, input=call.input.detach()) if gradient else call
@@ -343,7 +346,7 @@ class Pass:
 
     def restart(self) -> None:
         """Begin again: as if nothing had been called."""
-        for each in (self.records, self.entered, self.functional, self.leaves):
+        for each in (self.records, self.entered, self.functional, self.leaves, self._calls):
             if each is not None:
                 each.clear()
 

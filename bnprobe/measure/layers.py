@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +20,7 @@ from bnprobe.config.spec import ScanSettings, matches_any
 from bnprobe.errors import NothingToProbeError
 from bnprobe.loading.model import user_code
 from bnprobe.measure.norms import FROZEN, NormFamily, NormInfo, family_of, lookalike_reason, place_of
-from bnprobe.measure.origins import origin
+from bnprobe.measure.origins import by_name, origin
 from bnprobe.measure.reach import every_module
 from bnprobe.measure.restore import held_in_eval, preserved_settings, set_mode
 from bnprobe.numbers import count
@@ -206,7 +206,8 @@ def anatomy(layers: LayerSet | Sequence[ProbedLayer], model: nn.Module) -> tuple
     chosen = layers.selected if isinstance(layers, LayerSet) else layers
     with _as_in_training(model):
         before, weights, copies = _random_layers_before(model), _weights_before(model), _copies(model)
-        described = [_describe(layer, model, before.get(id(layer.module), ())) for layer in chosen]
+        names = by_name(model)
+        described = [_describe(layer, names, before.get(id(layer.module), ())) for layer in chosen]
         return tuple(
             replace(
                 one,
@@ -226,7 +227,7 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> Anatomy:
+def _describe(layer: ProbedLayer, names: Mapping[str, nn.Module], before: tuple[str, ...]) -> Anatomy:
     mean, variance = layer.info.running_mean, layer.info.running_variance
     statistics = {place_of(mean), place_of(variance)}  # which may be kept as parameters
     parameters = [each for each in layer.module.parameters(recurse=False) if place_of(each) not in statistics]
@@ -237,7 +238,7 @@ def _describe(layer: ProbedLayer, model: nn.Module, before: tuple[str, ...]) -> 
     untouched = mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all())
     return Anatomy(
         name=layer.name,
-        location=origin(model, layer.name),
+        location=origin(names, layer.name),
         kind=type(layer.module).__name__,
         channels=layer.info.channels,
         eps=layer.info.eps,

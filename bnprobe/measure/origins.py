@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,24 +18,27 @@ from bnprobe.records import ROOT
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def origin(model: nn.Module, name: str) -> str | None:
+def by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by all their names."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def origin(names: Mapping[str, nn.Module], name: str) -> str | None:
     """File and line where the module of this name was built, e.g. "model.py:28"; None if Python cannot tell.
 
     Where that was not recorded, it is the line where it is assigned, by the source of the class that holds it.
 
     Args:
-        model: The root module.
+        names: The model's modules, see ``by_name``.
         name: Qualified name; ``ROOT`` is assigned nowhere.
     """
-    names = dict(model.named_modules(remove_duplicate=False))
     name = "" if name == ROOT else owner_of(name, names)
     built = built_at(names[name]) if name in names else None
     if built is not None:
         return f"{short_path(built[0])}:{built[1]}"
     parts = name.split(".") if name in names and name else []  # those that plain containers hold have no assignment
     for depth in range(len(parts) - 1, -1, -1):
-        parent = model.get_submodule(".".join(parts[:depth]))
-        child = parent.get_submodule(parts[depth])
+        parent, child = (names[".".join(parts[:end])] for end in (depth, depth + 1))
         found = _assignment(type(parent), parts[depth], type(child).__name__)
         if found is not None:
             path, value = found

@@ -25,7 +25,7 @@ from bnprobe.loading.order import spread
 from bnprobe.loading.tracking import keeps_none, tracking
 from bnprobe.measure.layers import ProbedLayer, find_layers, require_layers
 from bnprobe.measure.norms import write_statistics
-from bnprobe.measure.origins import origin
+from bnprobe.measure.origins import by_name, origin
 from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer, settle_by_micro_batch
 from bnprobe.measure.reader import RepeatedReader
 from bnprobe.measure.restore import (
@@ -172,7 +172,8 @@ def recalibrate_loaded(
     device = device_named(settings.device, model)
     with tracking([layer.module for layer in without], device):
         found = _recalibrate(model, source, forward, path, layers, settings, progress, include_frozen)
-    places = {layer.name: origin(model, "" if layer.name == ROOT else layer.name) for layer in without}
+    names = by_name(model)
+    places = {layer.name: origin(names, "" if layer.name == ROOT else layer.name) for layer in without}
     return replace(found, tracked={name: place for name, place in places.items() if name in found.layers})
 
 

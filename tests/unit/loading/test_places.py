@@ -11,7 +11,7 @@ from torch import nn
 from bnprobe.config.spec import ModelSpec
 from bnprobe.loading.model import load_model
 from bnprobe.loading.places import built_at, recorded_places
-from bnprobe.measure.layers import origin
+from bnprobe.measure.origins import by_name, origin
 
 SOURCE = """\
 from torch import nn
@@ -73,7 +73,7 @@ def test_the_line_is_the_one_that_builds_the_layer(
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(SOURCE)
     model = load_model(ModelSpec(target="net.py")).model
-    assert origin(model, name) == f"net.py:{LINES.index(text) + 1}"
+    assert origin(by_name(model), name) == f"net.py:{LINES.index(text) + 1}"
     # Of a copy nothing was recorded.
     assert built_at(copy.deepcopy(model).get_submodule(name)) is None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bnprobe.loading.model import resolve
-from bnprobe.measure.origins import origin
+from bnprobe.measure.origins import by_name, origin
 
 SOURCE = """\
 import torch
@@ -119,14 +119,14 @@ def test_the_line_of_the_assignment(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(SOURCE)
     module, _ = resolve("net.py")
-    assert origin(module.get("load_model")(), name) == (None if line is None else f"net.py:{line}")
+    assert origin(by_name(module.get("load_model")()), name) == (None if line is None else f"net.py:{line}")
 
 
 def test_a_file_elsewhere_has_its_whole_path(tmp_path: Path) -> None:
     path = tmp_path / "net.py"
     path.write_text(SOURCE)
     module, _ = resolve(str(path))
-    assert origin(module.get("load_model")(), "body.1") == f"{path.resolve()}:{line_of('self.body') + 2}"
+    assert origin(by_name(module.get("load_model")()), "body.1") == f"{path.resolve()}:{line_of('self.body') + 2}"
 
 
 def test_a_source_that_is_gone_gives_no_line(tmp_path: Path) -> None:
@@ -134,6 +134,6 @@ def test_a_source_that_is_gone_gives_no_line(tmp_path: Path) -> None:
     path.write_text(SOURCE)
     model = resolve(str(path))[0].get("load_model")()
     path.write_text("class Net(:")
-    assert origin(model, "body.1") is None
+    assert origin(by_name(model), "body.1") is None
     path.unlink()
-    assert origin(model, "body.1") is None
+    assert origin(by_name(model), "body.1") is None
