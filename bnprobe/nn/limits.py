@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.errors import StateError, UsageError
-from bnprobe.nn.plain import snapshot
 
 POSITION = "renorm_schedule"
 """Name of a schedule's position among the tensors of a layer's state_dict."""
@@ -67,7 +66,7 @@ class Limits:
     def read(self, training: bool) -> tuple[float, float] | tuple[Tensor, Tensor]:
         """(r_max, d_max) for a layer's forward: tensors while it is being compiled, else numbers."""
         if torch.compiler.is_compiling():
-            return snapshot(self.r_max_tensor), snapshot(self.d_max_tensor)
+            return self.r_max_tensor, self.d_max_tensor
         return self._r_max, self._d_max
 
 

@@ -221,14 +221,15 @@ def test_compiled_in_one_graph_that_follows_the_limits() -> None:
 @pytest.mark.skipif(
     not CAN_COMPILE, reason="no C++ compiler, no Python.h, or a path with a space, which inductor cannot take"
 )
-@pytest.mark.parametrize("affine", [True, False])
-def test_compiled_by_inductor(affine: bool) -> None:
+@pytest.mark.parametrize(("affine", "masked"), [(True, False), (False, False), (True, True)])
+def test_compiled_by_inductor(affine: bool, masked: bool) -> None:
     torch._dynamo.reset()
+    mask = torch.arange(32).view(2, 4, 4) % 5 > 0 if masked else None
     layer, x = _moved(BatchRenorm2d(3, affine=affine, r_max=1.2, d_max=0.3)), torch.randn(2, 3, 4, 4)
     twin, results = copy.deepcopy(layer), []
     for model, one in ((torch.compile(layer, fullgraph=True), layer), (twin, twin)):
         leaf = x.clone().requires_grad_()
-        y = model(leaf)
+        y = model(leaf, mask)
         gradients = torch.autograd.grad((y * torch.linspace(-1, 1, 4)).sum(), [leaf, *one.parameters()])
         results.append([y, *gradients, one.running_mean, one.running_var])
     assert_close(results[0], results[1])
