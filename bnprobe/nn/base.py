@@ -141,6 +141,8 @@ class BatchNormLike(_BatchNorm):
                 " BN first."
             )
         self._check_eps()
+        if mask is None:
+            return self._normalize(input, None)
         return cut(self._normalize(cut(input, mask), mask), mask)
 
     def _normalize(self, input: Tensor, mask: Tensor | None) -> Tensor:

@@ -164,26 +164,22 @@ class BatchRenormBase(Scheduled, BatchNormLike):
         return super().extra_repr() + more
 
     def _normalize(self, input: Tensor, mask: Tensor | None) -> Tensor:
-        return in_parts(self._normalize_ghost, input, mask, self._ghosts(input) if self.training else 1)
+        if self.virtual_batch_size is None or not self.training:
+            return self._normalize_ghost(input, mask)
+        return in_parts(self._normalize_ghost, input, mask, self._ghosts(input))
 
     def _normalize_ghost(self, input: Tensor, mask: Tensor | None) -> Tensor:
-        mean, variance = self._statistics()
+        tensors = (input, *self._statistics(), self.weight, self.bias)
         r_max, d_max = self.limits.read(self.training)
-        momentum = self._count_batch() if self.training else 0.0
-        settings: dict[str, Any] = {"momentum": momentum, "eps": self._eps, "r_max": r_max, "d_max": d_max}
-        if self.training:
-            others = {
-                "r_min": self._lowest(r_max),
-                "mask": mask,
-                "clipped": self._clipped,
-                "running": None if self.running == "variance" else self.running,
-                "track": None if self.track_running_stats else False,
-                "renorm_mean": self.renorm_mean,
-                "renorm_var": self.renorm_var,
-                "renorm_momentum": self.renorm_momentum,
-            }
-            settings |= {name: value for name, value in others.items() if value is not None}
-        return self._function(input, mean, variance, self.weight, self.bias, training=self.training, **settings)
+        if not self.training:
+            return self._function(*tensors, False, 0.0, self._eps, r_max, d_max)
+        own: dict[str, Any] = {}
+        if self.renorm_momentum is not None:
+            own = {name: getattr(self, name) for name in (*_RENORM, "renorm_momentum")}
+        return self._function(
+            *tensors, True, self._count_batch(), self._eps, r_max, d_max, self._clipped,
+            r_min=self._lowest(r_max), mask=mask, running=self.running, track=self.track_running_stats, **own,
+        )  # fmt: skip
 
     def _lowest(self, r_max: float | Tensor) -> float | Tensor | None:
         """r_min where it is given, a tensor where r_max is one, so that a schedule does not recompile the layer."""
@@ -192,8 +188,8 @@ class BatchRenormBase(Scheduled, BatchNormLike):
         lowest = torch.full_like(r_max, self._r_min)
         return lowest if self.schedule is None else torch.maximum(lowest, 1 / r_max)
 
-    def _function(self, *tensors: Any, **settings: Any) -> Tensor:
-        return batch_renorm(*tensors, **settings)
+    def _function(self, *args: Any, **settings: Any) -> Tensor:
+        return batch_renorm(*args, **settings)
 
     def _scripted(self, input: Tensor, mask: Tensor | None) -> Tensor:
         if not self.training:
@@ -290,9 +286,9 @@ class SyncBatchRenorm(BatchRenormBase):
         )  # fmt: skip
         self.process_group = process_group
 
-    def _function(self, *tensors: Any, **settings: Any) -> Tensor:
+    def _function(self, *args: Any, **settings: Any) -> Tensor:
         settings["process_group"] = self.process_group
-        return sync_batch_renorm(*tensors, **settings)
+        return sync_batch_renorm(*args, **settings)
 
 
 class _Lazy(_LazyNormBase):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from bnprobe.nn.kernels import BatchMoments, Renorm, batch_moments, normalize
+from bnprobe.nn.plain import folded
 from bnprobe.stats.moments import wide
 
 
@@ -57,11 +58,11 @@ class _SyncRenormalize(torch.autograd.Function):
         dtype = wide(input.dtype)
         merged = merge(_gather(_own_moments(input, renorm.eps), group))
         batch = BatchMoments(merged.mean.to(dtype), merged.variance.to(dtype), merged.count)
-        correction = renorm.step(batch)
-        invstd = (batch.variance + renorm.eps).rsqrt()
-        ctx.save_for_backward(input, weight, batch.mean, invstd, correction.scale, correction.shift, merged.count)
+        invstd = (batch.variance + renorm.eps).rsqrt_()
+        r, d = renorm.step(batch, invstd)
+        ctx.save_for_backward(input, weight, batch.mean, invstd, r, d, merged.count)
         ctx.group = group
-        return normalize(input, correction.fold(weight, bias), batch, invstd, renorm.eps)
+        return normalize(input, *folded(r, d, weight, bias), batch, invstd, renorm.eps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

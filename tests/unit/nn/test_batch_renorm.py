@@ -68,6 +68,25 @@ def test_agrees_with_the_paper_in_float32(shape: tuple[int, ...], limits: Limits
     assert_close(got, expected, rtol=1e-4, atol=2e-6 * scale)
 
 
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((4, 16, 46, 47), torch.channels_last),
+        ((2, 16, 16, 16, 17), torch.channels_last_3d),
+        ((8200, 16), torch.contiguous_format),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_large_batches_with_adjacent_channels_agree_with_the_paper(
+    shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    x, state = (2 * torch.randn(shape, dtype=dtype) + 5).contiguous(memory_format=layout), _state(16, dtype)
+    got, expected = _step(x, state, Limits(1.05, 0.1)), _expected(x, state, Limits(1.05, 0.1))
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    for one, other in zip(got, expected, strict=True):
+        assert_close(one.double(), other, rtol=tolerance, atol=tolerance * max(1.0, float(other.abs().max())))
+
+
 @given(st.integers(2, 5), st.integers(1, 4), st.integers(1, 6), st.floats(1, 10), st.floats(0, 10), st.integers(0, 999))
 def test_any_shape_and_limits(images: int, channels: int, positions: int, r: float, d: float, seed: int) -> None:
     torch.manual_seed(seed)

@@ -82,6 +82,6 @@ def test_too_few_values_over_all_processes_leave_the_variance_alone(of_std: bool
     merged = merge(rows)
     assert_close(merged.mean, torch.tensor([5.0, 6.0], dtype=torch.float64) * count)
     mean, variance = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
-    Renorm(mean, variance, 0.5, 1e-5, None, 3.0, 5.0, None, of_std).step(merged)
+    Renorm(mean, variance, 0.5, 1e-5, None, 3.0, 5.0, None, of_std).step(merged, (merged.variance + 1e-5).rsqrt())
     assert_close(variance, torch.tensor([3.0, 4.0]))
     assert_close(mean, torch.tensor([3.0, 4.0]) if count else torch.tensor([1.0, 2.0]))
