@@ -7,13 +7,16 @@ same gradient; the others are:
 * sb3-contrib: accepts only (rows, channels), so positions are passed as rows;
 * torchrl: accepts any number of dimensions.
 
-All of them renormalize from the first step. One that is not installed is listed as such.
+All of them renormalize from the first step. One that is not installed is listed as such. Compiled layers need a C++
+compiler.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,11 +36,13 @@ _RIVAL_CELLS = tuple(
     (size, shape) for size in _BATCH_SIZES for shape in _SHAPES if size * shape[0] * shape[1] ** 2 < 8e6
 )
 """(batch size, shape) at which the others are timed too; at the largest shapes they need seconds and gigabytes."""
+_COMPILED_SHAPES = ((64, 56), (128, 28), (512, 7))
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _SECONDS = 0.01
 """Seconds that plain BN should take in a timed run, which repeats its step accordingly."""
 
 _PLAIN, _OURS = "nn.BatchNorm2d", "bnprobe"
+_BOTH = f"{_OURS} / {_PLAIN}"
 
 
 class NaiveRenorm(nn.BatchNorm2d):
@@ -63,9 +68,10 @@ def rows(setting: Setting) -> list[Row]:
     for layout in _FORMATS:
         cells = {size: [_Cell(setting, size, shape, layout) for shape in _SHAPES] for size in _BATCH_SIZES}
         beside = {size: [cell.measure([_PLAIN, _OURS]) for cell in part] for size, part in cells.items()}
-        what = f"{layout}, {_OURS} / {_PLAIN}, batch sizes {' and '.join(map(str, _BATCH_SIZES))}"
-        found.append(_cost(what, [rounds for part in beside.values() for rounds in part], goal=1.05))
+        what = f"{layout}, {_BOTH}, batch sizes {' and '.join(map(str, _BATCH_SIZES))}"
+        found.append(_cost(what, [rounds for part in beside.values() for rounds in part], goal=1.0))
         found += [_cost(f"{layout}, the same, batch size {size}", part, None) for size, part in beside.items()]
+    found.append(_compiled(setting))
     rivals = [name for name in ("naive", *_RIVALS) if name == "naive" or _version(name)]
     against = [_Cell(setting, size, shape, "contiguous").measure([_OURS, *rivals]) for size, shape in _RIVAL_CELLS]
     found += [_speedup(f"contiguous, {_named(name)} / {_OURS}", name, against) for name in rivals]
@@ -77,6 +83,14 @@ def _cost(what: str, measured: list[Rounds], goal: float | None) -> Row:
     detail = f"by shape {min(ratios):.2f} to {max(ratios):.2f}"
     row = at_most(what, _geometric_mean(ratios), goal or math.inf, detail)
     return row if goal else Row(row.what, row.figure)
+
+
+def _compiled(setting: Setting) -> Row:
+    what = f"both formats, compiled: {_BOTH}"
+    if setting.device.type == "cpu" and shutil.which("g++") is None:
+        return Row(what, "cannot be compiled here: there is no g++")
+    cells = [_Cell(setting, *cell) for cell in itertools.product(_BATCH_SIZES, _COMPILED_SHAPES, _FORMATS)]
+    return _cost(what, [cell.measure([_PLAIN, _OURS], compiled=True) for cell in cells], goal=1.0)
 
 
 def _speedup(what: str, name: str, measured: list[Rounds]) -> Row:
@@ -91,15 +105,19 @@ class _Cell:
     shape: tuple[int, int]
     layout: str
 
-    def measure(self, names: list[str]) -> Rounds:
+    def measure(self, names: list[str], compiled: bool = False) -> Rounds:
         """Time forward and backward of these layers, interleaved."""
+        torch.compiler.reset()
         channels, side = self.shape
         device = self.setting.device
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(self.batch_size, channels, side, side, generator=generator)
         x = x.to(device, memory_format=_FORMATS[self.layout]).requires_grad_()
         gradient = torch.randn_like(x)
-        steps = {name: _step(_LAYERS[name](channels).to(device), x, gradient) for name in names}
+        layers = {name: _LAYERS[name](channels).to(device) for name in names}
+        if compiled:
+            layers = {name: torch.compile(layer, fullgraph=True) for name, layer in layers.items()}
+        steps = {name: _step(layer, x, gradient) for name, layer in layers.items()}
         once = interleave({names[0]: steps[names[0]]}, 3, device).median(names[0])
         repeats = max(1, math.ceil(_SECONDS / once))
         repeated = {name: _repeated(step, repeats) for name, step in steps.items()}
