@@ -74,6 +74,7 @@ class PathEvidence:
         self._statistics = {row.name: row(seed) for row in STATISTICS if scope in row.scopes}
         self._columns: tuple[dict[Slot, int], Columns] | None = None
         self._remainder: tuple[Calls, Tensor, Tensor] | None = None
+        self._known: dict[tuple[str, Calls], Any] = {}
 
     def add(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...]) -> None:
         """Add one physical batch.
@@ -84,6 +85,7 @@ class PathEvidence:
             layers: All probed layers.
         """
         batches = 0
+        self._known.clear()
         for groups in dict.fromkeys(record.groups for record in records.values()):
             chosen = {slot: record for slot, record in records.items() if record.groups == groups}
             batches = self._add(chosen, layers, groups)
@@ -125,6 +127,7 @@ class PathEvidence:
 
     def merge(self, other: PathEvidence) -> None:
         """Add what another process measured. Both are on the host."""
+        self._known.clear()
         for slot, (start, stop) in other._table.channels.items():
             self._table.add(slot, stop - start)
         for name, statistic in self._statistics.items():
@@ -135,6 +138,7 @@ class PathEvidence:
     def on_host(self) -> PathEvidence:
         """The same in host memory, without the samples that wait for the next step."""
         found = copy.copy(self)
+        found._known = {}
         found._statistics = {name: statistic.on_host() for name, statistic in self._statistics.items()}
         found._columns = found._remainder = None
         return found
@@ -156,12 +160,12 @@ class PathEvidence:
 
     def mismatch(self, slot: Slot) -> Sums:
         """D of a call that was measured."""
-        sums: Sums = self[Mismatch].of(self._table, [slot])[0]
+        sums: Sums = self._of(Mismatch, slot)[0]
         return sums
 
     def first_bad(self, slot: Slot) -> int | None:
         """The step in which a non-finite value of a call was first seen; None if there was none."""
-        found = self[Mismatch].of(self._table, [slot])
+        found = self._of(Mismatch, slot)
         return None if found is None else found[1]
 
     def layer_sums(self) -> dict[int, Sums]:
@@ -173,27 +177,27 @@ class PathEvidence:
     def layer(self, index: int) -> Sums | None:
         """D of a layer, averaged over the calls of a micro-batch; None if it was not measured."""
         slot = next((slot for slot in self._table.calls if slot[0] == index), None)
-        sums: Sums | None = None if slot is None else self[LayerMismatch].of(self._table, [slot])
+        sums: Sums | None = None if slot is None else self._of(LayerMismatch, slot)
         return sums if sums and sums.count else None
 
     def r(self, slots: list[Slot]) -> Values:
         """r over calls that were measured."""
-        values: Values = self[CorrectionR].of(self._table, slots)
+        values: Values = self._of(CorrectionR, *slots)
         return values
 
     def d(self, slots: list[Slot]) -> Values:
         """d over calls that were measured."""
-        values: Values = self[CorrectionD].of(self._table, slots)
+        values: Values = self._of(CorrectionD, *slots)
         return values
 
     def moments(self, slot: Slot) -> BatchSums:
         """Sums per channel of a call that was measured."""
-        sums: BatchSums = self[MismatchSums].of(self._table, [slot])[0]
+        sums: BatchSums = self._of(MismatchSums, slot)[0]
         return sums
 
     def sample_squares(self, slot: Slot) -> Tensor:
         """The squared means of samples (as d) of a call, summed, shape (replicates, channels)."""
-        squares: Tensor = self[MismatchSums].of(self._table, [slot])[1]
+        squares: Tensor = self._of(MismatchSums, slot)[1]
         return squares
 
     def pool(self) -> dict[Slot, Images]:
@@ -218,6 +222,13 @@ class PathEvidence:
         rows = [statistic for statistic in self._statistics.values() if statistic.reported]
         found = {statistic.name: statistic.of(self._table, slots) for statistic in rows}
         return {name: _as_json(name, result) for name, result in found.items() if result is not None}
+
+    def _of(self, kind: type[Statistic], *slots: Slot) -> Any:
+        """What a statistic says of calls of one layer, read from its states once; None if none of them was seen."""
+        key = kind.name, slots
+        if key not in self._known:
+            self._known[key] = self[kind].of(self._table, slots)
+        return self._known[key]
 
     def _columns_of(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], like: Tensor) -> Columns:
         """The columns of a step; the last ones are cached, since most steps have the same calls on as many values."""
