@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import batch_sizes, loop, memory, paths, renorm, rivals, scaling, stages, startup
+from benchmarks import batch_sizes, loop, memory, operators, paths, renorm, rivals, scaling, stages, startup
 from benchmarks.networks import NETWORKS
 from benchmarks.setting import Setting, devices, load, machine
 from benchmarks.tables import Row, render
 
 SECTIONS: dict[str, tuple[str, Callable[[Setting], list[Row]]]] = {
     "paths": ("Cost of a scan beside the plain forward pass", paths.rows),
+    "operators": ("Operators of a scan", operators.rows),
     "stages": ("Where the time of a scan goes", stages.rows),
     "loop": ("Speed-up over a loop of real batches with hooks", loop.rows),
     "rivals": ("Speed-up over other tools, each doing its own job", rivals.rows),

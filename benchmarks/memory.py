@@ -16,7 +16,7 @@ from benchmarks.setting import BATCH_SIZE, RandomBatches, Setting
 from benchmarks.tables import Row, at_most
 from bnprobe.commands.scan import scan
 
-GOAL = 1.2
+GOAL = 1.25
 COUNTS = (16, 128)
 """Number of micro-batches in the short and in the long run."""
 

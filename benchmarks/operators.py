@@ -1,0 +1,73 @@
+"""What a scan dispatches beside a plain forward pass: counts, which do not depend on the machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.contenders import Probe
+from benchmarks.setting import BATCH_SIZE, Setting
+from benchmarks.tables import Row, at_most
+from bnprobe.measure.session import PathName
+
+GOAL = 4.0
+
+_WAITS = ("aten._local_scalar_dense.default", "aten.item.default", "aten.nonzero.default")
+"""Operators that wait for the device."""
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def rows(setting: Setting) -> list[Row]:
+    """For each path the operators that one more physical batch takes, and the waits among them."""
+    return [row for name in setting.networks for path in ("train", "eval") for row in _path(setting, name, path)]
+
+
+def _path(setting: Setting, name: str, path: PathName) -> list[Row]:
+    model, batches = setting.network(name), setting.micro_batches()
+    physical = min(32, setting.images // 2)
+    once, twice = (_counted(Probe(model, batches[: n * physical // BATCH_SIZE], physical), path) for n in (1, 2))
+    plain = sum(_plain(model, torch.cat(batches[: physical // BATCH_SIZE]), path == "train").values())
+    added = twice - once
+    waits = sum(added[each] for each in _WAITS)
+    return [
+        at_most(
+            f"{name}, {path} path: operators of a step / of a forward pass in {path} mode",
+            sum(added.values()) / plain,
+            GOAL,
+            f"{sum(added.values())} / {plain}",
+        ),
+        Row(f"{name}, {path} path: waits for the device in a step", f"{waits}", "0", waits == 0),
+    ]
+
+
+def _counted(probe: Probe, path: PathName) -> Counter[str]:
+    probe.run(path)  # what is found once
+    with _Counting() as counting:
+        probe.run(path)
+    return counting.counts
+
+
+@torch.no_grad()
+def _plain(model: nn.Module, x: Tensor, training: bool) -> Counter[str]:
+    momenta = {norm: norm.momentum for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)}
+    for norm in momenta:
+        norm.momentum = 0.0  # the running statistics stay
+    with _Counting() as counting:
+        model.train(training)(x)
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
+    model.eval()
+    return counting.counts
