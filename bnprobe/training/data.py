@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader
 from bnprobe.distributed import ALONE, World
 from bnprobe.errors import DataError, UsageError
 from bnprobe.loading.data import BatchSource
+from bnprobe.measure.batch import tensors_of
 from bnprobe.measure.reader import lasting
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 
-_END = object()
+_AHEAD, _AHEAD_BYTES = 16, 2**24
+"""So many small batches are read at once: to change the random stream may take as long as a step takes."""
 
 
 class Feed:
@@ -92,15 +94,17 @@ class Feed:
         seed = data_seed(self._seed, self.epoch)
         stream = BatchStream(seed)
         rewind(self._source.batches, seed)
-        with stream.flowing():
-            iterator = lasting(self._source.batches)
-        while self._source.most is None or self.used < self._source.most:
+        iterator = itertools.islice(lasting(self._source.batches), self._source.most)
+        ended = False
+        while not ended:
             with stream.flowing():
-                batch = next(iterator, _END)
-            if batch is _END:
-                return
-            self.used += 1
-            yield batch
+                ahead, error = _some(iterator)
+            for batch in ahead:
+                self.used += 1
+                yield batch
+            if error is not None:
+                raise error
+            ended = not ahead
 
     def _dealt(self, batches: Iterator[Any]) -> Generator[Any, None, None]:
         """This process's micro-batch of every complete round."""
@@ -126,6 +130,21 @@ class Feed:
             f"{self._source.description} has no micro-batch of {self._source.batch_size} samples{shared} to train on."
             " Use a smaller batch size, or more data."
         )
+
+
+def _some(batches: Iterator[Any]) -> tuple[list[Any], Exception | None]:
+    """The next batches, at least one if there is one; and what reading one more has raised, which may not be needed."""
+    found: list[Any] = []
+    read = 0
+    try:
+        for batch in batches:
+            found.append(batch)
+            read += sum(tensor.nbytes for tensor in tensors_of(batch))
+            if len(found) == _AHEAD or read >= _AHEAD_BYTES:
+                break
+    except Exception as error:
+        return found, error
+    return found, None
 
 
 def steps_per_epoch(source: BatchSource, accumulate: int, world: World = ALONE) -> int:

@@ -63,7 +63,7 @@ class StepLog:
             self._begun.add(run)
             self._begin(step)
         try:
-            self._file.write(_line([column(step) for column in COLUMNS.values()]))
+            csv.writer(self._file, lineterminator="\n").writerow([column(step) for column in COLUMNS.values()])
             self._file.flush()
         except OSError as error:
             raise OutputError(f"{self._path} could not be written: {error.strerror or error}.") from None
@@ -158,7 +158,7 @@ def _lines(path: Path) -> list[str]:
 
 def _line(values: list[Any]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(["" if value is None else value for value in values])
+    csv.writer(text, lineterminator="\n").writerow(values)
     return text.getvalue()
 
 

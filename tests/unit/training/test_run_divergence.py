@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -62,7 +63,8 @@ def test_a_loss_that_is_inf_by_itself() -> None:
     assert "the loss is inf. The inputs of all norm layers are finite" in outcome.note
 
 
-def test_a_gradient_that_is_nan() -> None:
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_gradient_that_is_nan(clip_norm: float | None) -> None:
     class Root(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ def test_a_gradient_that_is_nan() -> None:
         return nn.functional.cross_entropy(model[5:](Root.apply(model[:5](batch[0]))), batch[1])
 
     model = network()
-    outcome, _ = trained(job(model, loss=loss))
+    outcome, _ = trained(job(model, loss=loss, clip_norm=clip_norm))
     assert outcome.ending == "diverged"
     assert "in the backward pass NaN or Inf first appears in 4.bias" in outcome.note
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())  # no step was taken
