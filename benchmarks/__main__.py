@@ -8,7 +8,20 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import batch_sizes, finetune, loop, memory, operators, paths, renorm, rivals, scaling, stages, startup
+from benchmarks import (
+    batch_sizes,
+    finetune,
+    loop,
+    memory,
+    operators,
+    paths,
+    recalibrate,
+    renorm,
+    rivals,
+    scaling,
+    stages,
+    startup,
+)
 from benchmarks.networks import NETWORKS
 from benchmarks.setting import Setting, devices, load, machine
 from benchmarks.tables import Row, render
@@ -21,6 +34,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Setting], list[Row]]]] = {
     "rivals": ("Speed-up over other tools, each doing its own job", rivals.rows),
     "batch-sizes": ("Cost of all batch sizes beside one", batch_sizes.rows),
     "renorm": ("Cost of Batch Renorm beside plain BN, forward and backward", renorm.rows),
+    "recalibrate": ("Cost of recalibrating on the eval path beside the plain forward pass", recalibrate.rows),
     "finetune": ("Cost of a step of fine-tuning beside a loop written by hand", finetune.rows),
     "memory": ("Peak memory", memory.rows),
     "scaling": ("How the time of a scan grows", scaling.rows),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -38,6 +38,7 @@ from bnprobe.loading.model import BatchFunction, LoadedModel
 from bnprobe.loading.optimizer import load_optimizer, load_schedule
 from bnprobe.loading.source import load_source
 from bnprobe.loading.workload import Workload, read_again
+from bnprobe.measure.reader import RepeatedReader
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.scores import ScoreTable
 from bnprobe.measure.session import autocast_dtype, default_forward, device_named
@@ -46,9 +47,9 @@ from bnprobe.records import ROOT, Arm, Goal, Measure, Plan, Proof, Run, Training
 from bnprobe.repairs import apply
 from bnprobe.repairs.domains import recalibrate_domains
 from bnprobe.repairs.held_out import HeldOut
-from bnprobe.repairs.recalibration import recalibrate_loaded
+from bnprobe.repairs.recalibration import recalibrate_loaded, repeated
 from bnprobe.rules.effect import CONTRADICTED, TRIED_TARGETS
-from bnprobe.training import Job, StateFolder, length_of, train
+from bnprobe.training import Job, KeptEpochs, StateFolder, length_of, train
 
 FEWEST_IMAGES = 100
 """With fewer held-out samples than this, a note is given."""
@@ -75,6 +76,7 @@ class Subject:
         make_optimizer, make_schedule: Make the optimizer and schedule that the spec names.
         by_loss: The loss decides although there is a metric, whose goal was not stated and which the loss contradicts.
         by_domain: Gives a converted model the statistics of each domain, in place; None: this is not wanted.
+        kept: Micro-batches that one arm was trained on, for the next one, which sees the same.
     """
 
     model: nn.Module
@@ -95,6 +97,7 @@ class Subject:
     make_schedule: Callable[[Any], Any] | None
     by_loss: bool = False
     by_domain: Callable[[nn.Module], None] | None = None
+    kept: KeptEpochs = field(default_factory=KeptEpochs)
 
     @property
     def measure(self) -> Measure:
@@ -249,13 +252,23 @@ def _few(held_out: HeldOut) -> list[str]:
 
 
 def _recalibration(spec: Spec, workload: Workload) -> Callable[[nn.Module], tuple[str, ...]]:
-    """A function that recalibrates a model on all data, or on a large enough part, and returns the layers' names."""
+    """A function that recalibrates a model on all data, or on a large enough part, and returns the layers' names.
+
+    What it reads it keeps for the next model, if that fits into memory.
+    """
     most = -(-RECALIBRATION_IMAGES // workload.source.batch_size)
     settings = workload.settings(spec.settings()).model_copy(update={"batches": most})
 
+    batches: RepeatedReader | None = None
+
     def recalibrate(model: nn.Module) -> tuple[str, ...]:
-        source = read_again(spec, workload).source
-        return recalibrate_loaded(model, source, workload.forward, settings=settings, track=False).layers
+        nonlocal batches
+        if batches is None or not batches.kept:
+            batches = repeated(read_again(spec, workload).source, settings)
+        found = recalibrate_loaded(
+            model, workload.source, workload.forward, settings=settings, track=False, batches=batches
+        )
+        return found.layers
 
     return recalibrate
 
@@ -478,6 +491,7 @@ def job_of(subject: Subject, name: str, plan: Plan | None, seed: int) -> tuple[J
         goal=subject.goal,
         renorm=renorm,
         arm=name,
+        kept=subject.kept,
     )
     return job, model
 

@@ -56,7 +56,7 @@ def plan_samples(footprint: Footprint, device: torch.device) -> int:
     for every thread.
     """
     most = CUDA_SAMPLES if device.type == "cuda" else CPU_SAMPLES
-    fitting = min(most, int(_SHARE * _free_bytes(device)) // max(footprint.total, 1))
+    fitting = min(most, samples_in_memory(footprint, device))
     if device.type == "cpu":
         samples = max(1, _CPU_TENSOR_BYTES // max(footprint.largest, 1))
         fitting = min(fitting, max(torch.get_num_threads(), 2 ** (samples.bit_length() - 1)))
@@ -65,7 +65,12 @@ def plan_samples(footprint: Footprint, device: torch.device) -> int:
 
 def fits_in_memory(footprint: Footprint, samples: int, device: torch.device) -> bool:
     """Whether this many samples fit into the memory planned for one forward pass."""
-    return samples * footprint.total <= int(_SHARE * _free_bytes(device))
+    return samples <= samples_in_memory(footprint, device)
+
+
+def samples_in_memory(footprint: Footprint, device: torch.device) -> int:
+    """Samples that fit into the memory planned for one forward pass."""
+    return int(_SHARE * _free_bytes(device)) // max(footprint.total, 1)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -17,7 +17,16 @@ from bnprobe.errors import EndOfPass, RepairError, UserCodeError
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, tensors_of, to_device
 from bnprobe.measure.extremes import Extremes, checked_further
 from bnprobe.measure.forward_pass import Pass, Recorded, Slot
-from bnprobe.measure.memory import Chunks, Footprint, Refusal, Result, fits_in_memory, plan_samples
+from bnprobe.measure.memory import (
+    Chunks,
+    Footprint,
+    Refusal,
+    Result,
+    fits_in_memory,
+    is_out_of_memory,
+    plan_samples,
+    samples_in_memory,
+)
 from bnprobe.measure.physical_batch import Batching, Check, Emulation, check_samples, checked, not_emulated, self_check
 from bnprobe.measure.reader import KEPT_BYTES
 from bnprobe.measure.session import Progress, Session
@@ -48,9 +57,7 @@ class Population:
         for (index, call), record in records.items():
             self._shared |= {index} if call else set()
             self._batches[index] = self._batches.get(index, 0.0) + batches
-            units = record.mean.shape[0]
-            mean, variance = (pooled[0] for pooled in pool_moments(record.mean, record.variance, units))
-            count = float(record.values * units)
+            count, mean, variance = _pooled(record)
             self._within[index] = self._within.get(index, torch.zeros_like(mean)) + count * variance
             self._merge(index, count, mean, variance)
 
@@ -93,6 +100,13 @@ class Population:
         self._squares[index] += count * variance + difference.square() * (before * count / total)
         self._mean[index] += difference * (count / total)
         self._count[index] = total
+
+
+def _pooled(record: Recorded) -> tuple[float, Tensor, Tensor]:
+    """Values per channel of one call, their mean and their biased variance."""
+    units = record.mean.shape[0]
+    mean, variance = pool_moments(record.mean, record.variance, units)
+    return float(record.values * units), mean[0], variance[0]
 
 
 def steady_population(
@@ -197,6 +211,10 @@ LARGE = 256
 ROUNDS = 50
 """Rounds over the layers after which statistics that still change count as not converging."""
 
+LARGEST = 2**31
+"""Bytes of the largest input of a layer up to which all the data may run as one physical batch: kernels count elements
+in 32 bits."""
+
 _CLOSE = 16
 """Units in the last place of a buffer within which statistics have converged."""
 
@@ -295,14 +313,15 @@ def settle_by_layer(
 ) -> Settled:
     """The eval path: each layer's statistics with all layers before it on their new running statistics.
 
-    Layer after layer in the order of their calls: the exact fixed point, which does not depend on how the samples are
-    divided into batches. One pass over the data per layer, ended as soon as the layer was called. Where a layer is
-    called several times per pass it may see what its own statistics changed: rounds over all layers are repeated until
-    nothing moves.
+    The exact fixed point, which does not depend on how the samples are divided into batches. Where all samples may run
+    as one physical batch that fits into memory, one forward pass gives it: each layer takes its statistics when it is
+    called, and goes on with them. Otherwise layer after layer in the order of their calls, one pass over the data per
+    layer, ended as soon as the layer was called. Where a layer is called several times per pass it may see what its own
+    statistics changed: rounds over all layers are repeated until nothing moves.
 
     Args:
         session: Installed.
-        batches: On the host, of any sizes; read once for every layer.
+        batches: On the host, of any sizes; read once, or once for every layer.
         wanted: Indices of the layers whose statistics are taken; others normalize with the running ones they have.
         progress: Called with the batches done, and those of one round over the layers.
 
@@ -313,19 +332,89 @@ def settle_by_layer(
     return _Rounds(session, batches, wanted, progress).run()
 
 
+class _AsCalled(Mapping[Any, tuple[Tensor, Tensor]]):
+    """Statistics of the wanted layers from what a pass over all samples has recorded of their calls so far.
+
+    A pass records a call before it asks for the statistics that the layer is to use.
+    """
+
+    def __init__(self, records: Mapping[Slot, Recorded], wanted: frozenset[int]) -> None:
+        self._records, self._wanted = records, wanted
+
+    def __getitem__(self, key: Any) -> tuple[Tensor, Tensor]:
+        if key not in self._wanted:
+            raise KeyError(key)
+        count, mean, variance = _pooled(self._records[key, 0])
+        return mean, variance * (count / max(count - 1, 1))
+
+    def __iter__(self) -> Iterator[int]:
+        return (index for index in self._wanted if (index, 0) in self._records)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
 class _Rounds:
     def __init__(
         self, session: Session, batches: Iterable[MicroBatch], wanted: frozenset[int], progress: Progress
     ) -> None:
         self._session, self._batches, self._wanted, self._progress = session, batches, wanted, progress
-        self._chunks: Chunks | None = None
+        self._chunks = Chunks(session.device, 1, 1)
         self._emulation = not_emulated("")
+        self._opened: Iterator[MicroBatch] | None = None  # a reading that has begun
         self._extremes = Extremes()
         self._again: set[int] = set()  # layers called several times in a forward pass
         self._done = 0
         self._planned = 0
 
     def run(self) -> Settled:
+        return self._at_once() or self._one_by_one()
+
+    def _at_once(self) -> Settled | None:
+        """All the data as one physical batch; None where it cannot run so, or where that would give something else."""
+        batches = self._within_memory()
+        if batches is None:
+            return None
+        sizes = [batch.samples for batch in batches]
+        pass_ = Pass(sum(sizes), sum(sizes), at_once=True)
+        pass_.statistics = _AsCalled(pass_.records, self._wanted)
+        try:
+            self._forward(join([batch.data for batch in batches], sizes), pass_, None)
+            if len(batches) > 1:
+                self._emulation.require_same_sizes("eval", pass_)
+        except (CannotEmulateError, UserCodeError):
+            return None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        found = {slot: record for slot, record in pass_.records.items() if slot[0] in self._wanted}
+        by_batch = any(record.by_batch for record in pass_.records.values())
+        if any(call for _, call in found) or (by_batch and len(batches) > 1):
+            return None
+        population = Population()
+        population.add(found, len(batches))
+        self._progress(len(batches), len(batches))
+        return Settled(population.statistics(), population.updates(), population.values(), mixed=True)
+
+    def _within_memory(self) -> list[MicroBatch] | None:
+        """All batches, where they may run together and fit into memory; a single one runs by itself in any case."""
+        stream = iter(self._batches)
+        batches = list(itertools.islice(stream, 2))
+        room = self._plan(batches)
+        samples = sum(batch.samples for batch in batches)
+        while samples <= room and (batch := next(stream, None)) is not None:
+            batches.append(batch)
+            samples += batch.samples
+        self._opened = itertools.chain(batches, stream)
+        if len(batches) < 2:
+            return batches
+        if samples > room:
+            return None
+        self._check_again(batches)
+        return batches if self._emulation.trusted else None
+
+    def _one_by_one(self) -> Settled:
         first = self._pass({}, self._wanted)
         order = list(first.statistics())
         self._planned = self._done * len(order)
@@ -363,11 +452,7 @@ class _Rounds:
     ) -> Population:
         """One pass over the data; what the wanted layers saw. Every forward pass ends after the layer ``last``."""
         population = Population()
-        stream = iter(self._batches)
-        if self._chunks is None:
-            opening = list(itertools.islice(stream, 2))
-            self._chunks = self._plan(opening)
-            stream = itertools.chain(opening, stream)
+        stream, self._opened = self._opened or iter(self._batches), None
 
         def run(chunk: list[MicroBatch]) -> None:
             sizes = [batch.samples for batch in chunk]
@@ -389,18 +474,20 @@ class _Rounds:
 
     def _check_again(self, chunk: list[MicroBatch]) -> None:
         """Go on with the batches as they are if some of these show that the model depends on the largest sample."""
-        assert self._chunks is not None  # the first pass made it
         self._emulation = checked_further(self._session, self._extremes, self._emulation, chunk)
         if not self._emulation.trusted:
             self._chunks.at_once = 1
 
-    def _plan(self, opening: list[MicroBatch]) -> Chunks:
-        size = opening[0].samples if opening else 1
-        emulation, footprint = _checked(self._session, opening, check_samples)
-        self._emulation = emulation
+    def _plan(self, opening: list[MicroBatch]) -> int:
+        """Decide how many batches run at once, and return the number of samples up to which all of them may."""
+        size, device = opening[0].samples if opening else 1, self._session.device
+        self._emulation, footprint = _checked(self._session, opening, check_samples)
         self._extremes.widened_by(self._session, opening)  # by which it was checked
-        at_once = plan_samples(footprint, self._session.device) // size if emulation.trusted else 1
-        return Chunks(self._session.device, size, max(1, at_once))
+        if not self._emulation.trusted:
+            self._chunks = Chunks(device, size, 1)
+            return 0
+        self._chunks = Chunks(device, size, max(1, plan_samples(footprint, device) // size))
+        return min(samples_in_memory(footprint, device), LARGEST // max(footprint.largest, 1))
 
     def _forward(self, batch: Any, pass_: Pass, last: int | None) -> None:
         batch = to_device(batch, self._session.device)

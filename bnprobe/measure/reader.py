@@ -246,8 +246,15 @@ class RepeatedReader:
         self.batches = 0
         self.images = 0
 
+    @property
+    def kept(self) -> bool:
+        """Whether all batches are in memory, so that they are not read again."""
+        return self._kept is not None
+
     def look_ahead(self) -> list[Any]:
         """The first batch; the next reading goes on from there. The random state is not to change in between."""
+        if self._kept is not None:
+            return [batch.data for batch in self._kept[:1]]
         reading = self._read()
         first = list(itertools.islice(reading, 1))
         self._opened = itertools.chain(first, reading)

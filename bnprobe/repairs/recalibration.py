@@ -140,6 +140,7 @@ def recalibrate_loaded(
     progress: Progress = no_progress,
     track: bool = True,
     include_frozen: bool = False,
+    batches: RepeatedReader | None = None,
 ) -> Recalibrated:
     """Like ``recalibrate``, for a model and data that are already loaded.
 
@@ -152,6 +153,7 @@ def recalibrate_loaded(
         progress: Called with the batches done and planned.
         track: Whether to give running statistics to layers that keep none.
         include_frozen: As for ``recalibrate``.
+        batches: Those of ``repeated``, where several models are recalibrated on the same; None: reads ``source``.
 
     Returns:
         The recalibrated layers, and what was read.
@@ -171,10 +173,17 @@ def recalibrate_loaded(
     without = untracked(model, layers) if track else []
     device = device_named(settings.device, model)
     with tracking([layer.module for layer in without], device):
-        found = _recalibrate(model, source, forward, path, layers, settings, progress, include_frozen)
+        batches = batches or repeated(source, settings, path)
+        found = _recalibrate(model, source, batches, forward, path, layers, settings, progress, include_frozen)
     names = by_name(model)
     places = {layer.name: origin(names, "" if layer.name == ROOT else layer.name) for layer in without}
     return replace(found, tracked={name: place for name, place in places.items() if name in found.layers})
+
+
+def repeated(source: BatchSource, settings: ScanSettings, path: StatisticsPath = "train") -> RepeatedReader:
+    """The batches of a source as recalibration reads them: from all over the data."""
+    scattered = spread(source, settings.seed, mixed=path == "eval")
+    return RepeatedReader(scattered.batches, _most(source, settings), settings.seed)
 
 
 def untracked(model: nn.Module, globs: tuple[str, ...]) -> list[ProbedLayer]:
@@ -192,6 +201,7 @@ def _names(layer: ProbedLayer) -> tuple[str, ...]:
 def _recalibrate(
     model: nn.Module,
     source: BatchSource,
+    batches: RepeatedReader,
     forward: BatchFunction | None,
     path: StatisticsPath,
     layers: tuple[str, ...],
@@ -200,8 +210,6 @@ def _recalibrate(
     include_frozen: bool,
 ) -> Recalibrated:
     with untouched(model):
-        scattered = spread(source, settings.seed, mixed=path == "eval")
-        batches = RepeatedReader(scattered.batches, _most(source, settings), settings.seed)
         session = _session(model, source, forward, layers, settings)
         with session.installed():
             seed_everything(settings.seed)

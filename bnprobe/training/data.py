@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Generator, Iterator, Mapping, Sized
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -17,12 +18,67 @@ from torch.utils.data import DataLoader
 from bnprobe.distributed import ALONE, World
 from bnprobe.errors import DataError, UsageError
 from bnprobe.loading.data import BatchSource
-from bnprobe.measure.batch import tensors_of
-from bnprobe.measure.reader import lasting
+from bnprobe.measure.batch import leaves_of
+from bnprobe.measure.reader import KEPT_BYTES, lasting
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 
 _AHEAD, _AHEAD_BYTES = 16, 2**24
 """So many small batches are read at once: to change the random stream may take as long as a step takes."""
+
+
+class KeptEpochs:
+    """The batches of epochs that one run has read, kept for the next run on the same data.
+
+    An epoch that does not fit is read again by every run, and so is one of which a run needs more than those before. A
+    loss that changes a batch must have been given a copy.
+
+    Args:
+        room: Bytes that all of them may take.
+    """
+
+    def __init__(self, room: int = KEPT_BYTES) -> None:
+        self._kept: dict[int, list[Any] | None] = {}  # None: does not fit
+        self._whole: set[int] = set()
+        self._room = room
+
+    def epoch(self, seed: int, read: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """The batches of an epoch.
+
+        Args:
+            seed: Seed of the data in this epoch, by which it is known.
+            read: Reads it from its beginning.
+        """
+        known = list(self._kept.setdefault(seed, []) or ())
+        yield from known
+        if seed in self._whole:
+            return
+        for batch in itertools.islice(read(), len(known), None):
+            self._keep(seed, batch)
+            yield batch
+        if self._kept[seed] is not None:
+            self._whole.add(seed)
+
+    def _keep(self, seed: int, batch: Any) -> None:
+        kept = self._kept[seed]
+        if kept is None:
+            return
+        size = _bytes(batch)
+        if size is not None and size <= self._room:
+            kept.append(batch)
+            self._room -= size
+        else:
+            self._room += sum(_bytes(each) or 0 for each in kept)
+            self._kept[seed] = None
+
+
+def _bytes(batch: Any) -> int | None:
+    """What a batch takes; None where that is not known, as of objects of other libraries."""
+    sizes = [
+        leaf.nbytes if isinstance(leaf, Tensor | np.ndarray) else sys.getsizeof(leaf)
+        for leaf in leaves_of(batch)
+        if isinstance(leaf, Tensor | np.ndarray | str | bytes | int | float | None)
+    ]
+    return sum(sizes) if len(sizes) == len(leaves_of(batch)) else None
 
 
 class Feed:
@@ -40,14 +96,23 @@ class Feed:
         seed: Seed of the order, of augmentations and of loader processes.
         accumulate: Micro-batches per process and optimizer step; the last step of an epoch may have fewer.
         world: The processes that train together.
+        kept: What other runs on the same data have read; None: nothing is kept.
 
     Attributes:
         epoch: Current epoch, from 0.
         used: Batches read in this epoch, including those left out.
     """
 
-    def __init__(self, source: BatchSource, seed: int, accumulate: int = 1, world: World = ALONE) -> None:
+    def __init__(
+        self,
+        source: BatchSource,
+        seed: int,
+        accumulate: int = 1,
+        world: World = ALONE,
+        kept: KeptEpochs | None = None,
+    ) -> None:
         self.epoch, self.used = 0, 0
+        self._kept = kept
         self._source, self._seed, self._accumulate, self._world = source, seed, accumulate, world
         self._samples_in = source.samples_in
         self._rounds: Generator[Any, None, None] | None = None
@@ -90,8 +155,15 @@ class Feed:
         return self._dealt(self._batches())
 
     def _batches(self) -> Iterator[Any]:
-        """All batches of the epoch, drawn with the random stream of the data."""
+        """All batches of the epoch."""
         seed = data_seed(self._seed, self.epoch)
+        read = self._read(seed) if self._kept is None else self._kept.epoch(seed, lambda: self._read(seed))
+        for batch in read:
+            self.used += 1
+            yield batch
+
+    def _read(self, seed: int) -> Iterator[Any]:
+        """The same from the loader, drawn with the random stream of the data."""
         stream = BatchStream(seed)
         rewind(self._source.batches, seed)
         iterator = itertools.islice(lasting(self._source.batches), self._source.most)
@@ -99,9 +171,7 @@ class Feed:
         while not ended:
             with stream.flowing():
                 ahead, error = _some(iterator)
-            for batch in ahead:
-                self.used += 1
-                yield batch
+            yield from ahead
             if error is not None:
                 raise error
             ended = not ahead
@@ -139,7 +209,7 @@ def _some(batches: Iterator[Any]) -> tuple[list[Any], Exception | None]:
     try:
         for batch in batches:
             found.append(batch)
-            read += sum(tensor.nbytes for tensor in tensors_of(batch))
+            read += _bytes(batch) or 0
             if len(found) == _AHEAD or read >= _AHEAD_BYTES:
                 break
     except Exception as error:

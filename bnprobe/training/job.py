@@ -24,7 +24,7 @@ from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.session import casting, model_code
 from bnprobe.nn.limits import POSITION
 from bnprobe.records import ROOT, Ending, Goal, Measure, Score
-from bnprobe.training.data import steps_per_epoch
+from bnprobe.training.data import KeptEpochs, steps_per_epoch
 
 Fractions = tuple[float, float]
 """Fractions of r and of d that were clipped in a step."""
@@ -178,6 +178,7 @@ class Job:
         measure, goal: What decides which weights are best, and in which direction; a loss is always minimized.
         renorm: Limits of the Batch Renorm layers over the run; None: the layers' own.
         arm: Name of the run in the log.
+        kept: What other runs on the same data have read; None: nothing is kept.
     """
 
     model: nn.Module
@@ -194,6 +195,7 @@ class Job:
     goal: Goal
     renorm: RenormSpec | None
     arm: str
+    kept: KeptEpochs | None = None
 
 
 @dataclass(frozen=True)

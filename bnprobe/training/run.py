@@ -143,7 +143,7 @@ class Running:
         self.step = 0
         self.ending: Ending | None = None
         self._note = ""
-        self._feed = Feed(job.source, job.seed, job.spec.accumulate, world)
+        self._feed = Feed(job.source, job.seed, job.spec.accumulate, world, job.kept)
         self._stepper = Stepper(job, self.replicas)
         self._renorm = _attached(job.renorm, job.model, length)
         self._keeper = Keeper(job.measure, job.goal, job.spec.patience)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from bnprobe.analysis.comparison import AS_IS, CONTROL, CONTROL_RECALIBRATED, RECALIBRATED, without_training
 from bnprobe.commands.experiment import Subject, best_candidate, prove
@@ -38,6 +39,20 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.drop(self.bn(self.hidden(x))).relu())
         return out
+
+
+class Counted(Dataset[Batch]):
+    """Counts how often a batch is asked for."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches, self.read = batches, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        self.read += 1
+        return self.batches[index]
 
 
 def batches(seed: int, count: int, size: int = 4) -> list[Batch]:
@@ -190,6 +205,15 @@ def test_every_trained_arm_sees_the_same_images_in_the_same_order() -> None:
         ours, control = (torch.cat(seen[name, seed]) for name in ("batch-renorm", CONTROL))
         assert torch.equal(ours, control)
     assert not torch.equal(torch.cat(seen[CONTROL, 3]), torch.cat(seen[CONTROL, 4]))
+
+
+def test_all_trained_arms_read_the_data_once() -> None:
+    data = Counted(batches(2, 12))
+    loader = DataLoader(data, batch_size=None, shuffle=True)
+    given = subject(steps=10, seeds=1, training=as_batch_source(loader))
+    data.read = 0
+    prove(given, [planned(given)])
+    assert data.read == 12
 
 
 def test_the_model_and_the_start_are_left_alone() -> None:

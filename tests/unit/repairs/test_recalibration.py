@@ -14,6 +14,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnprobe
+from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import (
     DataError,
     ModelError,
@@ -26,7 +27,7 @@ from bnprobe.errors import (
 from bnprobe.loading.data import as_batch_source
 from bnprobe.measure import population, reader
 from bnprobe.nn import BatchRenorm2d
-from bnprobe.repairs.recalibration import recalibrate_loaded
+from bnprobe.repairs.recalibration import recalibrate_loaded, repeated
 from support.fingerprint import fingerprint
 from support.networks import Dense, Flat, InvertedBottleneck, Residual, Siamese, UNet, Video, images, unsettled
 from support.running import norms
@@ -106,6 +107,23 @@ def by_batch(model: nn.Module, batches: Sequence[Any]) -> dict[str, Tensor]:
     return statistics(twin)
 
 
+class Passes:
+    """The user's ``forward``, which counts the samples that run through the model."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+
+    def __call__(self, model: nn.Module, batch: Tensor) -> Any:
+        self.samples += batch.shape[0]
+        return model(batch)
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All the data never run as one physical batch."""
+    monkeypatch.setattr(population, "LARGEST", 0)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 100])
 def test_every_batch_size_gives_the_same_on_the_eval_path(name: str, size: int) -> None:
@@ -113,6 +131,98 @@ def test_every_batch_size_gives_the_same_on_the_eval_path(name: str, size: int) 
     model, whole = unsettled(make().double()), data(100, *shape)
     expected = by_layer(model, whole)
     assert bnprobe.recalibrate(model, list(whole.split(size)), path="eval") is model
+    assert_close(statistics(model), expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("size", [1, 7, 64])
+@pytest.mark.usefixtures("little_memory")
+def test_layer_by_layer_it_is_the_same(name: str, size: int) -> None:
+    make, shape = SHAPES[name]
+    model, whole = unsettled(make().double()), data(100, *shape)
+    expected = by_layer(model, whole)
+    bnprobe.recalibrate(model, list(whole.split(size)), path="eval")
+    assert_close(statistics(model), expected, 1e-10)
+
+
+def passes(model: nn.Module, **options: Any) -> float:
+    """Samples that ran on the eval path for each of 100 more samples in the data: without what is checked first."""
+    found = []
+    for count in (100, 200):
+        forward = Passes()
+        batches = list(data(count, 3, 6, 6).split(4))
+        bnprobe.recalibrate(copy.deepcopy(model), batches, path="eval", forward=forward, **options)
+        found.append(forward.samples)
+    return (found[1] - found[0]) / 100
+
+
+def test_one_pass_settles_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unsettled(Dense().double())
+    assert passes(model) == 1
+    monkeypatch.setattr(population, "LARGEST", 0)
+    assert passes(model) == len(norms(model))
+
+
+def test_layers_that_are_not_asked_for_keep_what_they_normalize_with() -> None:
+    model, whole = unsettled(Residual().double()), data(20, 3, 6, 6)
+    expected = by_layer(model, whole)
+    bnprobe.recalibrate(model, list(whole.split(4)), path="eval", layers=["bn1"])
+    bnprobe.recalibrate(model, list(whole.split(4)), path="eval", layers=["bn2"])
+    assert_close(statistics(model), expected, 1e-10)
+
+
+def by_halves(model: nn.Module, batch: Tensor) -> Tensor:
+    """Refuses more than 16 samples."""
+    assert batch.shape[0] <= 16
+    return model(batch)
+
+
+def centred(model: nn.Module, batch: Tensor) -> Tensor:
+    """The samples of a batch depend on each other."""
+    return model(batch - batch.mean(0))
+
+
+def out_of_memory(model: nn.Module, batch: Tensor) -> Tensor:
+    if batch.shape[0] > 40:
+        raise torch.OutOfMemoryError("not enough memory")
+    return model(batch)
+
+
+class WithoutStatistics(Residual):
+    """Its first layer normalizes with its batch at inference, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(self.bn1.num_features, track_running_stats=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "forward", "layers"),
+    [
+        (Residual, by_halves, ()),
+        (Residual, centred, ()),
+        (Residual, out_of_memory, ()),
+        (WithoutStatistics, None, ("bn2",)),
+    ],
+    ids=["refuses", "mixes", "memory", "batch statistics"],
+)
+def test_what_cannot_run_at_once_runs_layer_by_layer(
+    make: Any, forward: Any, layers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for largest in (population.LARGEST, 0):
+        monkeypatch.setattr(population, "LARGEST", largest)
+        torch.manual_seed(0)
+        model, whole = unsettled(make().double()), data(64, 3, 6, 6)
+        bnprobe.recalibrate(model, list(whole.split(4)), path="eval", forward=forward, layers=layers)
+        found.append(statistics(model))
+    assert_close(*found, 0.0)
+
+
+def test_a_single_batch_runs_at_once_whatever_its_samples_are_to_each_other() -> None:
+    model, whole = unsettled(Residual().double()), data(20, 3, 6, 6)
+    expected = by_layer(model, whole - whole.mean(0))
+    bnprobe.recalibrate(model, [whole], path="eval", forward=centred)
     assert_close(statistics(model), expected, 1e-10)
 
 
@@ -420,19 +530,37 @@ class Counting(TensorDataset):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("kept", [2**30, 0])
-def test_small_data_is_read_once_and_large_data_once_for_every_layer(
-    kept: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("largest", "kept", "read"), [(2**31, 0, 20), (0, 2**30, 20), (0, 0, 40)])
+def test_data_that_fit_into_memory_are_read_once_and_others_once_for_every_layer(
+    largest: int, kept: int, read: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(population, "LARGEST", largest)
     monkeypatch.setattr(reader, "KEPT_BYTES", kept)
     whole = data(20, 3, 6, 6)
     dataset, model = Counting(whole), unsettled(Residual().double())
     expected = by_layer(model, whole)
     bnprobe.recalibrate(model, DataLoader(dataset, batch_size=6, shuffle=True), path="eval")
     assert_close(statistics(model), expected, 1e-10)
-    assert dataset.read == (20 if kept else 40)
+    assert dataset.read == read
 
 
+@pytest.mark.parametrize(("kept", "read"), [(2**30, 20), (0, 40)])
+def test_several_models_are_recalibrated_on_one_reading(kept: int, read: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "KEPT_BYTES", kept)
+    dataset, settings = Counting(data(20, 3, 6, 6)), ScanSettings()
+    source = as_batch_source(DataLoader(dataset, batch_size=6, shuffle=True))
+    batches = repeated(source, settings)
+    twin = unsettled(Residual().double())
+    models = [copy.deepcopy(twin) for _ in range(2)]
+    for model in models:
+        recalibrate_loaded(model, source, settings=settings, batches=batches)
+    assert dataset.read == read
+    recalibrate_loaded(twin, source, settings=settings)
+    for model in models:
+        assert_close(statistics(model), statistics(twin), 0.0)
+
+
+@pytest.mark.usefixtures("little_memory")
 def test_large_data_that_can_be_read_only_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "KEPT_BYTES", 0)
     model = unsettled(Residual().double())
@@ -489,7 +617,7 @@ def test_a_loaded_model_gives_the_names_of_its_layers() -> None:
     seen: list[tuple[int, int]] = []
     found = recalibrate_loaded(Residual(), source, path="eval", progress=lambda done, of: seen.append((done, of)))
     assert found.layers == ("bn1", "bn2")
-    assert seen[-1] == (10, 10)
+    assert seen[-1] == (5, 5)
 
 
 def test_wrapped_models_and_subclasses() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import itertools
 import multiprocessing
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from bnprobe.loading.data import as_batch_source
 from bnprobe.measure.restore import preserved_random_state, random_state, seed_everything
-from bnprobe.training.data import BatchStream, Feed, data_seed, model_seed, random_snapshot, restore, rewind
+from bnprobe.training.data import BatchStream, Feed, KeptEpochs, data_seed, model_seed, random_snapshot, restore, rewind
 from support.finetuning import Noisy, job, source, trained
 
 
@@ -89,6 +94,65 @@ def test_an_epoch_is_read_whole_and_only_once() -> None:
     seen = torch.cat([feed.next_group()[0][0] for _ in range(10)])
     assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, data.images.tolist()))
     assert feed.epoch == 0
+
+
+class Counting:
+    """Batches with random numbers in them; counts how often one is asked for."""
+
+    def __init__(self) -> None:
+        self.loader, self.read = source().batches, 0
+        self.source = as_batch_source(self, 4)
+        self.read = 0  # one was looked at
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            self.read += 1
+            yield batch
+
+
+def fed(batches: Counting, number: int, kept: KeptEpochs | None) -> list[Tensor]:
+    """The first so many micro-batches of a run: 10 are an epoch."""
+    feed = Feed(batches.source, 0, kept=kept)
+    return [feed.next_group()[0][0] for _ in range(number)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "room", "reads"),
+    [(25, 25, 2**20, (30, 30)), (25, 13, 2**20, (30, 30)), (13, 25, 2**20, (20, 40)), (25, 25, 1500, (30, 50)),
+     (25, 25, 0, (30, 60))],
+    ids=["alike", "shorter", "longer", "the first epoch", "nothing"],
+)  # fmt: skip
+def test_what_one_run_has_read_the_next_one_is_given(
+    first: int, second: int, room: int, reads: tuple[int, int]
+) -> None:
+    """An epoch is 10 batches of 128 bytes."""
+    expected = fed(Counting(), 25, None)
+    batches, kept = Counting(), KeptEpochs(room)
+    for number, read in zip((first, second), reads, strict=True):
+        found = fed(batches, number, kept)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=False))
+        assert batches.read == read
+
+
+def test_an_epoch_of_which_more_is_needed_is_read_on() -> None:
+    batches, kept = list(range(40)), KeptEpochs()
+    for needed in (3, 3, 30, 40, 40):
+        assert list(itertools.islice(kept.epoch(1, lambda: iter(batches)), needed)) == batches[:needed]
+
+
+def test_batches_of_unknown_size_are_not_kept() -> None:
+    class Own:
+        def __init__(self, images: Tensor) -> None:
+            self.images = images
+
+    kept, read = KeptEpochs(), [0]
+
+    def batches() -> Iterator[Any]:
+        read[0] += 1
+        yield Own(torch.zeros(2)), torch.zeros(2)
+
+    assert [len(list(kept.epoch(1, batches))) for _ in range(2)] == [1, 1]
+    assert read == [2]
 
 
 @pytest.mark.parametrize("persistent", [False, True])

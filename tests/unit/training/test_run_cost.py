@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
