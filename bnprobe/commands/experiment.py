@@ -38,7 +38,7 @@ from bnprobe.loading.model import BatchFunction, LoadedModel
 from bnprobe.loading.optimizer import load_optimizer, load_schedule
 from bnprobe.loading.source import load_source
 from bnprobe.loading.workload import Workload, read_again
-from bnprobe.measure.reader import RepeatedReader
+from bnprobe.measure.reader import RepeatedReader, lasting
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.scores import ScoreTable
 from bnprobe.measure.session import autocast_dtype, default_forward, device_named
@@ -274,15 +274,20 @@ def _recalibration(spec: Spec, workload: Workload) -> Callable[[nn.Module], tupl
 
 
 def _by_domain(spec: Spec, workload: Workload, device: torch.device) -> Callable[[nn.Module], None]:
-    """A function that gives layers with statistics per domain those of the training data, or of a large part of it."""
+    """A function that gives layers with statistics per domain those of the training data, or of a large part of it.
+
+    What it reads it keeps for the next model, if that fits into memory.
+    """
     most = -(-RECALIBRATION_IMAGES // workload.source.batch_size)
-    forward = workload.forward or default_forward
+    forward, kept = workload.forward or default_forward, KeptEpochs()
+
+    def read() -> Iterator[Any]:
+        return islice(lasting(read_again(spec, workload).source.batches), most)
 
     def gather(model: nn.Module) -> None:
         with preserved_random_state():
             seed_everything(spec.data.seed)
-            batches = islice(read_again(spec, workload).source.batches, most)
-            recalibrate_domains(model, batches, forward, device)
+            recalibrate_domains(model, kept.epoch(spec.data.seed, read), forward, device)
 
     return gather
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.loading.model import BatchFunction, user_code
-from bnprobe.measure.batch import to_device
+from bnprobe.measure.batch import copy_tensors, to_device
 from bnprobe.nn.per_domain import DomainBatchNorm
 from bnprobe.nn.plain import pooled
 
@@ -48,7 +48,7 @@ def recalibrate_domains(model: nn.Module, batches: Iterable[Any], forward: Batch
             stack.callback(hook.remove)
         for batch in batches:
             with user_code("calling forward(model, batch) of the converted model"):
-                forward(model, to_device(batch, device))
+                forward(model, copy_tensors(to_device(batch, device)))
     for layer in layers:
         if layer in sums:
             mean, variance, count = (values.to(layer.domain_mean) for values in sums[layer])

@@ -84,6 +84,17 @@ def test_a_gradient_that_is_nan(clip_norm: float | None) -> None:
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())  # no step was taken
 
 
+def test_a_gradient_that_is_nan_in_a_large_parameter_alone_shows_in_the_next_loss() -> None:
+    model = network()
+    wide = nn.Sequential(nn.Linear(8, 2**12), nn.Linear(2**12, 8))
+    wide[0].weight.register_hook(lambda gradient: gradient * torch.nan)
+    outcome, _ = trained(job(nn.Sequential(*model[:7], wide, *model[7:]), steps=5, evaluate_every=1))
+    assert outcome.ending == "diverged"
+    assert "Diverged in step 2: the loss is nan" in outcome.note
+    assert outcome.best_step == 0
+    assert all(bool(torch.isfinite(value).all()) for value in outcome.weights.values())
+
+
 def test_a_loss_that_explodes() -> None:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return cross_entropy(model, batch) * (1e5 if len(seen) > 20 else 1.0) + 0 * len(seen)
