@@ -43,10 +43,9 @@ def recalibrate(
         options.option(
             RECALIBRATION,
             "--path",
-            "train: one pass, large batches; eval: using the new statistics of earlier layers, in one pass if all samples"
-            " fit into memory at once, else one per layer;"
-            " auto: train, or the better of both where samples cannot be mixed; micro-batch-...: batches as in training"
-            " (--batch-size), variances pooled or averaged.",
+            "train: one pass, large batches; eval: using the new statistics of earlier layers, one pass if all samples"
+            " fit into memory at once, else one per layer; auto: train, or the better of both where samples cannot be"
+            " mixed; micro-batch-...: batches as in training (--batch-size), variances pooled or averaged.",
             "NAME",
         ),
     ] = "auto",

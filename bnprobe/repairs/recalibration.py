@@ -94,10 +94,11 @@ def recalibrate(
         path: "train": earlier layers normalize with batch statistics, in large physical batches of samples drawn at
             random if samples may be mixed (PreciseBN, Wu & Johnson 2021, arXiv 2105.07576, section 3.2); one pass over
             the data. "eval": earlier layers normalize with their new running statistics, as at inference, so that the
-            result does not depend on the batch size; one pass over the data where all of them fit into memory at once
-            and samples may be mixed, else one per layer. "micro-batch-pooled" and "micro-batch-averaged": as "train", but in the batches as they come, as in training; with the pooled
-            variance, or the mean of the biased variances that the batches were normalized with. There is no "auto" as
-            on the command line, which scores the paths on held-out data with the loss or metric of a model file.
+            result does not depend on the batch size; one pass over the data if samples may be mixed and all of them fit
+            into memory at once, else one per layer. "micro-batch-pooled" and "micro-batch-averaged": as "train", but in
+            the batches as they come, as in training; with the pooled variance, or the mean of the biased variances that
+            the batches were normalized with. There is no "auto" as on the command line, which scores the paths on
+            held-out data with the loss or metric of a model file.
         forward: ``f(model, batch)``, as in a model file.
         layers: Globs of layer names; empty: all layers.
         device: "cpu", "cuda", ...; None: the model's own, else CUDA if any.
