@@ -402,14 +402,15 @@ class _Rounds:
         stream = iter(self._batches)
         batches = list(itertools.islice(stream, 2))
         room = self._plan(batches)
-        samples = sum(batch.samples for batch in batches)
-        while samples <= room and (batch := next(stream, None)) is not None:
+        samples, held = sum(batch.samples for batch in batches), sum(map(_bytes, batches))
+        while samples <= room and held <= KEPT_BYTES and (batch := next(stream, None)) is not None:
             batches.append(batch)
             samples += batch.samples
+            held += _bytes(batch)
         self._opened = itertools.chain(batches, stream)
         if len(batches) < 2:
             return batches
-        if samples > room:
+        if samples > room or held > KEPT_BYTES:
             return None
         self._check_again(batches)
         return batches if self._emulation.trusted else None
@@ -533,9 +534,13 @@ def _parts(batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
     size = 0
     for batch in batches:
         part.append(batch)
-        size += sum(tensor.nbytes for tensor in tensors_of(batch.data))
+        size += _bytes(batch)
         if size > KEPT_BYTES:
             yield part
             part, size = [], 0
     if part:
         yield part
+
+
+def _bytes(batch: MicroBatch) -> int:
+    return sum(tensor.nbytes for tensor in tensors_of(batch.data))

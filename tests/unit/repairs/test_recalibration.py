@@ -163,6 +163,11 @@ def test_one_pass_settles_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert passes(model) == len(norms(model))
 
 
+def test_large_data_is_not_held_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(population, "KEPT_BYTES", 0)
+    assert passes(unsettled(Residual().double())) == 2
+
+
 def test_layers_that_are_not_asked_for_keep_what_they_normalize_with() -> None:
     model, whole = unsettled(Residual().double()), data(20, 3, 6, 6)
     expected = by_layer(model, whole)
