@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import bnprobe
 from benchmarks.networks import CLASSES, NETWORKS
 from benchmarks.setting import Setting
 from benchmarks.tables import Row, at_most
+from benchmarks.timing import clock
 from bnprobe.config.spec import RenormSpec, TrainSpec
 from bnprobe.loading.data import as_batch_source
 from bnprobe.nn.limits import RenormSchedule
@@ -78,11 +78,11 @@ def _seconds(
     def on_step(step: TrainingStep) -> None:
         nonlocal began
         log.write(step)
-        ours.append(_clock(device) - began)
-        began = _clock(device)
+        ours.append(clock(device) - began)
+        began = clock(device)
         next(by_hand)
-        theirs.append(_clock(device) - began)
-        began = _clock(device)
+        theirs.append(clock(device) - began)
+        began = clock(device)
 
     job = Job(
         model=model.train(),
@@ -127,11 +127,3 @@ def _loss(model: nn.Module, batch: Any) -> Tensor:
 
 def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
-
-
-def _clock(device: torch.device) -> float:
-    """Processor time; on a GPU, seconds once it is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()

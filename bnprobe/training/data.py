@@ -73,12 +73,15 @@ class KeptEpochs:
 
 def _bytes(batch: Any) -> int | None:
     """What a batch takes; None where that is not known, as of objects of other libraries."""
-    sizes = [
-        leaf.nbytes if isinstance(leaf, Tensor | np.ndarray) else sys.getsizeof(leaf)
-        for leaf in leaves_of(batch)
-        if isinstance(leaf, Tensor | np.ndarray | str | bytes | int | float | None)
-    ]
-    return sum(sizes) if len(sizes) == len(leaves_of(batch)) else None
+    size = 0
+    for leaf in leaves_of(batch):
+        if isinstance(leaf, Tensor | np.ndarray):
+            size += leaf.nbytes
+        elif isinstance(leaf, str | bytes | int | float | None):
+            size += sys.getsizeof(leaf)
+        else:
+            return None
+    return size
 
 
 class Feed:
