@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -23,6 +23,7 @@ from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import BatchFunction, unwrapped
 from bnprobe.loading.order import spread
 from bnprobe.loading.tracking import keeps_none, tracking
+from bnprobe.measure.interrupts import Restore
 from bnprobe.measure.layers import ProbedLayer, find_layers, require_layers
 from bnprobe.measure.norms import write_statistics
 from bnprobe.measure.origins import by_name, origin
@@ -210,8 +211,8 @@ def _recalibrate(
     progress: Progress,
     include_frozen: bool,
 ) -> Recalibrated:
-    with untouched(model):
-        session = _session(model, source, forward, layers, settings)
+    with untouched(model) as kept:
+        session = _session(model, source, forward, layers, settings, kept.restores)
         with session.installed():
             seed_everything(settings.seed)
             session.explore(batches.look_ahead(), required=False)
@@ -249,9 +250,10 @@ def _session(
     forward: BatchFunction | None,
     layers: tuple[str, ...],
     settings: ScanSettings,
+    kept: Sequence[Restore],
 ) -> Session:
     chosen = settings.model_copy(update={"include": layers, "exclude": ()})
-    return Session.open(model, chosen, UserFunctions(forward), synthetic=source.synthetic)
+    return Session.open(model, chosen, UserFunctions(forward), synthetic=source.synthetic, kept=kept)
 
 
 def _check_globs(globs: tuple[str, ...], layers: Iterable[ProbedLayer]) -> None:
