@@ -30,6 +30,11 @@ class Rounds:
         pairs = zip(self.seconds[name], self.seconds[to], strict=True)
         return statistics.median(one / (times * other) for one, other in pairs)
 
+    def difference(self, name: str, to: str) -> float:
+        """Median over the rounds of the seconds of ``name`` beyond those of ``to``."""
+        pairs = zip(self.seconds[name], self.seconds[to], strict=True)
+        return statistics.median(one - other for one, other in pairs)
+
 
 def interleave(
     contenders: Mapping[str, Contender], rounds: int, device: torch.device, processor: bool = False

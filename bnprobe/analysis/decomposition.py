@@ -17,7 +17,7 @@ from bnprobe.measure.forward_pass import Slot
 from bnprobe.records import Composition, Domains, Interval, ShareIntervals, Shares
 from bnprobe.rules.composition import FEWEST_GROUPS
 from bnprobe.stats import ladder
-from bnprobe.stats.composition import Images, analyse, draw
+from bnprobe.stats.composition import Images, analyse, draw, false_discovery_rates
 from bnprobe.stats.intervals import JackknifeEstimate, jackknife
 from bnprobe.stats.ladder import BatchSums, Means
 
@@ -241,8 +241,6 @@ def _compositions(evidence: Evidence, calls: dict[int, list[Slot]]) -> dict[int,
     """By layer, from an analysis of variance of each call; p-values are corrected for all channels of all layers."""
     if evidence.batch_size < 2 or evidence.eval.batches < 2:
         return {}
-    from scipy.stats import false_discovery_control
-
     size, path = evidence.batch_size, evidence.eval
     calls = {index: slots for index, slots in calls.items() if slots[0] in path}
     found = {
@@ -251,7 +249,7 @@ def _compositions(evidence: Evidence, calls: dict[int, list[Slot]]) -> dict[int,
     if not found:
         return {}
     every = torch.cat([variance.p_value for variance in found.values()])
-    corrected = torch.from_numpy(false_discovery_control(every.numpy()))
+    corrected = false_discovery_rates(every)
     p_values = dict(zip(found, corrected.split([len(one.p_value) for one in found.values()]), strict=True))
     compositions = {}
     for index, slots in calls.items():

@@ -54,6 +54,12 @@ class _Commands(typer.core.TyperGroup):
         with clean_usage():
             return super().make_context(*args, **extra)
 
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False  # typer would import pydantic to convert None
+        return option
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         with writing_help():
             super().format_help(ctx, formatter)

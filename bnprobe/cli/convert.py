@@ -204,13 +204,11 @@ def _refuse_beside(option: str, **others: Any) -> None:
 def _show_plan(spec: Spec, check: bool, render: Renderer, show_all: bool) -> int:
     """Print the plan; the exit code."""
     from bnprobe.cli.console import deliver, progress_bar
-    from bnprobe.cli.processes import raise_when_interrupted, share_processors
+    from bnprobe.cli.processes import importing
 
-    share_processors()
     with progress_bar() as show:
-        from bnprobe.commands.convert import plan_spec  # importing torch takes seconds: check the options first
-
-        raise_when_interrupted()
+        with importing():
+            from bnprobe.commands.convert import plan_spec
         plan = plan_spec(spec, show)
     deliver(plan, render, show_all=show_all)
     return EXIT_FINDINGS if check and (plan.changes or plan.refused) else EXIT_CLEAN
@@ -240,16 +238,13 @@ def _repair_alone(
 ) -> int:
     """The same, as the only run that writes there."""
     from bnprobe.cli.console import deliver, repair_bars, typed_command
-    from bnprobe.cli.processes import raise_when_interrupted, share_processors
+    from bnprobe.cli.processes import importing
     from bnprobe.report.repair import RepairReport
 
-    share_processors()
     with repair_bars(shown=is_main()) as (show, show_step):
-        # importing torch takes seconds: check the options first
-        from bnprobe.commands.convert import ConvertOptions, repair_spec
-        from bnprobe.distributed import connected
-
-        raise_when_interrupted()
+        with importing():
+            from bnprobe.commands.convert import ConvertOptions, repair_spec
+            from bnprobe.distributed import connected
         state = artifacts.state.absolute() if finetune else None
         options = ConvertOptions(finetune, state, resume, force, artifacts.tensorboard, typed_command())
         with connected() as world:

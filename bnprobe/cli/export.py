@@ -109,10 +109,8 @@ def _default(spec: Spec, to: str) -> Path:
 
 
 def _export(spec: Spec, to: str, quantize: bool) -> Exported:
-    from bnprobe.cli.processes import raise_when_interrupted, share_processors
+    from bnprobe.cli.processes import importing
 
-    share_processors()
-    from bnprobe.commands.export import export_spec  # importing torch takes seconds: check the options first
-
-    raise_when_interrupted()
+    with importing():
+        from bnprobe.commands.export import export_spec
     return export_spec(spec, to, quantize)

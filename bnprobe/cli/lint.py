@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bnprobe.cli import options
-from bnprobe.cli.processes import raise_when_interrupted
+from bnprobe.cli.processes import importing
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS
 
 
@@ -47,9 +47,8 @@ def lint(
     if output is not None:
         refuse_input(output, [target, *spec.files()])
     model_rules(spec.rules)  # report a wrong code before torch is imported
-    from bnprobe.commands.lint import lint_spec
-
-    raise_when_interrupted()
+    with importing():
+        from bnprobe.commands.lint import lint_spec
     report = lint_spec(spec)
     deliver(report, render, output, show_all, one_line(report), force)
     raise typer.Exit(EXIT_FINDINGS if lint_has_findings(report) and not exit_zero else EXIT_CLEAN)

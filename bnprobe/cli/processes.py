@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bnprobe.cli.streams import say
@@ -74,11 +76,40 @@ def leave_when_interrupted() -> None:
         signal.signal(signal.SIGINT, _end_interrupted)
 
 
-def raise_when_interrupted() -> None:
+def _raise_when_interrupted() -> None:
     """Let Ctrl-C raise KeyboardInterrupt, as Python does: what is needed is imported, and the work begins."""
     if _is_usual(_end_interrupted):
         _interrupts.clear()
         signal.signal(signal.SIGINT, _raise_interrupt)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import in this block what imports torch, which takes a second: check the options before. After it, work begins.
+
+    Garbage is not collected meanwhile, since torch makes hundreds of thousands of objects, which stay. Nor are these
+    looked through ever after: that took a sixth of the time of a first scan, and a quarter of a second at its end.
+    """
+    _share_processors()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if collects:
+            gc.enable()
+    _raise_when_interrupted()
+
+
+def _share_processors() -> None:
+    """Let idle OpenMP threads sleep early, unless the user has set this; only before torch is imported.
+
+    By default they spin for milliseconds after every kernel. If another process (a loader's worker, another CI job)
+    used the same cores, this made a scan of a small network 10 to 25 times slower; alone it is equally fast.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def put_back_interrupts() -> None:
@@ -214,13 +245,3 @@ def _silence_stdout() -> None:
     if sys.stdout is not None:
         sys.stdout.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def share_processors() -> None:
-    """Let idle OpenMP threads sleep early, unless the user has set this. Call it before torch is imported.
-
-    By default they spin for milliseconds after every kernel. If another process (a loader's worker, another CI job)
-    used the same cores, this made a scan of a small network 10 to 25 times slower; alone it is equally fast.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")

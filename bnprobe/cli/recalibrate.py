@@ -117,13 +117,11 @@ def _recalibrate(
     spec: Spec, path: PathChoice, layers: tuple[str, ...], batches: int | None, include_frozen: bool
 ) -> Repaired:
     from bnprobe.cli.console import progress_bar, typed_command
-    from bnprobe.cli.processes import raise_when_interrupted, share_processors
+    from bnprobe.cli.processes import importing
 
-    share_processors()
     with progress_bar() as show:
-        from bnprobe.commands.recalibrate import recalibrate_spec
-
-        raise_when_interrupted()
+        with importing():
+            from bnprobe.commands.recalibrate import recalibrate_spec
         return recalibrate_spec(
             spec,
             path=path,

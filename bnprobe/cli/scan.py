@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnprobe.cli import options
-from bnprobe.cli.processes import is_main, raise_when_interrupted, share_processors
+from bnprobe.cli.processes import importing, is_main
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, BnprobeError, NothingToProbeError
 
 if TYPE_CHECKING:
@@ -114,14 +114,11 @@ def _measure(spec: Spec) -> Report:
     from bnprobe.cli.console import progress_bar
 
     measured = 0
-    share_processors()
     try:
         with progress_bar(shown=is_main()) as show:
-            # importing torch takes seconds: check the options first
-            from bnprobe.commands.scan import scan_spec
-            from bnprobe.distributed import connected
-
-            raise_when_interrupted()
+            with importing():
+                from bnprobe.commands.scan import scan_spec
+                from bnprobe.distributed import connected
 
             def progress(done: int, planned: int) -> None:
                 nonlocal measured

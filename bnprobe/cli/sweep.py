@@ -131,15 +131,13 @@ def _measure(spec: Spec, train_sizes: tuple[int, ...], replayed: dict[str, Any] 
         NothingToProbeError: Ctrl-C before anything was measured.
     """
     from bnprobe.cli.console import progress_bar
-    from bnprobe.cli.processes import raise_when_interrupted, share_processors
+    from bnprobe.cli.processes import importing
 
-    share_processors()
     try:
         with progress_bar() as show:
-            from bnprobe.analysis.momentum import MomentumPlan
-            from bnprobe.commands.sweep import SweepPlan, sweep_spec
-
-            raise_when_interrupted()
+            with importing():
+                from bnprobe.analysis.momentum import MomentumPlan
+                from bnprobe.commands.sweep import SweepPlan, sweep_spec
             given = {name: value for name, value in (replayed or {}).items() if value is not None}
             momentum = None if replayed is None else MomentumPlan(**given)
             return sweep_spec(spec, SweepPlan(train_sizes=train_sizes, momentum=momentum), show)

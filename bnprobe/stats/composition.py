@@ -83,6 +83,18 @@ def analyse(batches: BatchSums, image_squares: Float[Tensor, "replicates channel
     return Variance(torch.where(same, 1.0, p_value), correlation.nan_to_num(0.0))
 
 
+def false_discovery_rates(p_values: Float[Tensor, " tests"]) -> Float[Tensor, " tests"]:
+    """The p-values of many tests, adjusted: of those at most q, a part of at most q is expected to be true hypotheses.
+
+    By Benjamini & Hochberg (1995); the tests are independent, or depend on each other positively.
+    """
+    order = p_values.argsort(descending=True)
+    ranks = torch.arange(len(p_values), 0, -1)
+    rates = torch.empty_like(p_values)
+    rates[order] = (p_values[order] * len(p_values) / ranks).clamp(max=1).cummin(0).values
+    return rates
+
+
 def _above(value: Tensor, rounding: Tensor) -> Tensor:
     """``value``, or 0 where it is not larger than the rounding error of subtracting equal sums."""
     return torch.where(value > rounding, value, 0.0)

@@ -16,6 +16,9 @@ from bnprobe.records import Interval
 _SERIES_FROM = 1000.0
 """Above this n the two-term series has a relative error below 1e-6, and gamma functions would lose precision."""
 
+_TOLERANCE = 1e-10
+"""Of a number of values."""
+
 R_MAX = 3.0
 D_MAX = 5.0
 """Final clipping limits of Batch Renorm (Ioffe 2017, section 4.1)."""
@@ -43,9 +46,11 @@ def equivalent_batch_size(mismatch: float) -> float | None:
         return 1.0
     if mismatch <= mismatch_iid(_SERIES_FROM):
         return (math.sqrt(2.25 + 1.75 * mismatch) + 1.5) / (2 * mismatch)  # the root without cancellation
-    from scipy.optimize import brentq
-
-    return float(brentq(lambda n: mismatch_iid(n) - mismatch, 1.0, _SERIES_FROM, xtol=1e-10))
+    low, high = 1.0, _SERIES_FROM
+    while high - low > _TOLERANCE:
+        middle = (low + high) / 2
+        low, high = (middle, high) if mismatch_iid(middle) > mismatch else (low, middle)
+    return (low + high) / 2
 
 
 def clipped_r_iid(n: float, r_max: float = R_MAX) -> float:

@@ -9,7 +9,7 @@ import pytest
 import bnprobe
 from functional.command import CLEAN, ERROR, MODEL, Workspace
 
-HEAVY = {"torch", "numpy", "scipy", "safetensors", "yaml"}  # pydantic is imported by typer itself
+HEAVY = {"torch", "numpy", "scipy", "safetensors", "yaml", "pydantic"}
 IMPORTS = """
 import sys
 

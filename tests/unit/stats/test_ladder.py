@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bnprobe.stats import ladder
-from bnprobe.stats.composition import Images, analyse, draw, regrouped_batches
+from bnprobe.stats.composition import Images, analyse, draw, false_discovery_rates, regrouped_batches
 from bnprobe.stats.intervals import REPLICATES, jackknife
 from bnprobe.stats.ladder import BatchSums
 from bnprobe.stats.moments import pool_moments
@@ -175,6 +175,17 @@ def test_analysis_of_variance_is_scipys() -> None:
         expected = f_oneway(*data.x.mean(1).reshape(16, 5, CHANNELS), axis=0)
         np.testing.assert_allclose(found.p_value.numpy(), expected.pvalue, rtol=1e-6, atol=1e-300)
         assert bool((found.intraclass_correlation > 0.4).all()) == sorted_
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_adjusted_p_values_are_scipys(ties: bool) -> None:
+    from scipy.stats import false_discovery_control
+
+    p_values = torch.rand(500, dtype=torch.float64).pow(4)
+    if ties:
+        p_values = (p_values * 20).round() / 20
+    expected = false_discovery_control(p_values.numpy())
+    np.testing.assert_allclose(false_discovery_rates(p_values).numpy(), expected, rtol=1e-14)
 
 
 def test_constant_image_means_are_no_evidence() -> None:
