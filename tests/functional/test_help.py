@@ -23,7 +23,9 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["scan", "--help"], ["init", "-h"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["scan", "--help"], ["sweep", "--help"], ["init", "-h"]], ids=" ".join
+)
 def test_help_imports_nothing_slow(workspace: Workspace, arguments: list[str]) -> None:
     found = workspace.call(sys.executable, "-c", IMPORTS, *arguments)
     imported = found.stderr.split()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +107,6 @@ def test_momentum_stands_with_and_without_rates(model: Workspace, arguments: tup
 )
 def test_options_that_cannot_work(model: Workspace, arguments: tuple[str, ...], message: str) -> None:
     assert message in _sweep(model, *arguments).error(ERROR)
-
-
-def test_help_imports_nothing_slow(workspace: Workspace) -> None:
-    found = workspace.call(sys.executable, "-X", "importtime", "-m", "bnprobe", "sweep", "--help")
-    loaded = {line.rpartition("|")[2].strip() for line in found.stderr.splitlines()}
-    assert found.code == CLEAN
-    assert "bnprobe.cli.sweep" in loaded
-    assert not loaded & {"torch", "numpy", "scipy", "yaml"}
 
 
 def _first_word_after(text: str, word: str) -> str:

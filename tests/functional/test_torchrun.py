@@ -124,9 +124,8 @@ def test_sums_of_shares_are_those_of_one_process(workspace: Workspace) -> None:
     assert_same(one, several)
 
 
-@pytest.mark.parametrize("sample", ["batch2.yaml", "sorted.yaml"])
-def test_samples(workspace: Workspace, sample: str) -> None:
-    arguments = ("scan", DIGITS / sample, "--batches", "24", "--batch-sizes", "4,12")
+def test_a_sample(workspace: Workspace) -> None:
+    arguments = ("scan", DIGITS / "sorted.yaml", "--batches", "24", "--batch-sizes", "4,12")
     one, several = alone(workspace, *arguments), together(workspace, 2, *arguments)
     assert one["scan"]["batches"] == 24
     assert list(differences(one, several, *SINGLE)) == []
