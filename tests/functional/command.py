@@ -7,7 +7,6 @@ encodings, pipes. ``functional.processes`` forks processes for signals, terminal
 
 from __future__ import annotations
 
-import gc
 import importlib
 import io
 import json
@@ -191,7 +190,6 @@ def _as_process(folder: Path, arguments: list[str], environment: dict[str, str])
         sys.path[:] = path
         _take_out_users_modules()
         sys.modules.update(others)
-        gc.unfreeze()
         importlib.invalidate_caches()  # files of the folder may change within the resolution of their time stamps
 
 

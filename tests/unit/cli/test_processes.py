@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,12 +11,15 @@ import pytest
 from bnprobe.cli.processes import importing
 
 
-@pytest.fixture(autouse=True)
-def _thawed() -> Iterator[None]:
+@pytest.fixture
+def _without_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a process that has just begun."""
+    monkeypatch.delitem(sys.modules, "torch")
     yield
     gc.unfreeze()
 
 
+@pytest.mark.usefixtures("_without_torch")
 def test_what_was_imported_is_never_looked_through_for_garbage() -> None:
     with importing():
         assert not gc.isenabled()
@@ -25,17 +29,15 @@ def test_what_was_imported_is_never_looked_through_for_garbage() -> None:
     assert not any(each is imported for each in gc.get_objects())
 
 
+@pytest.mark.usefixtures("_without_torch")
 def test_garbage_is_collected_after_an_import_that_failed() -> None:
     with pytest.raises(ImportError), importing():
         raise ImportError
     assert gc.isenabled()
 
 
-def test_a_process_that_collects_no_garbage_goes_on_so() -> None:
-    gc.disable()
-    try:
-        with importing():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
+def test_a_process_that_has_torch_already_is_left_as_it_is() -> None:
+    frozen = gc.get_freeze_count()
+    with importing():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen
