@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
@@ -10,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
+import typer.main
 
 from bnprobe._version import __version__
 from bnprobe.cli.command import Command, clean_usage, writing_help
@@ -93,6 +95,12 @@ for _each in (scan, sweep, lint, convert, recalibrate, verify, export, explain, 
     app.command(cls=SweepCommand if _each is sweep else Command, help=docstring(_each))(_each)
 
 
+@functools.cache
+def _command_line() -> Any:
+    """The command with its subcommands, which typer makes anew whenever it is asked to run them."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line, in one process or as one of several."""
     occupy_closed_streams()
@@ -124,7 +132,7 @@ def _run(ends: Ends) -> None:
     """
     try:
         _require_folder()
-        app(prog_name="bnprobe")
+        _command_line()(prog_name="bnprobe")
     except BnprobeError as error:
         frames = error.frames if isinstance(error, UserCodeError | ProcessError) else ""
         _fail(error.exit_code, f"bnprobe: error: {error}\n{frames}", ends)

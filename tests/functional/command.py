@@ -11,10 +11,11 @@ import importlib
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,13 +120,24 @@ class Workspace:
 
     def run(self, *arguments: str | Path, **environment: str) -> Result:
         """Run ``bnprobe`` with these arguments, in this process."""
+        return self._in_this_process(main, "bnprobe", *arguments, **environment)
+
+    def run_script(self, name: str) -> Result:
+        """Run a script of the folder, in this process."""
+
+        def run() -> None:
+            sys.path.insert(0, str(self.folder))
+            runpy.run_path(name, run_name="__main__")
+
+        return self._in_this_process(run, name)
+
+    def _in_this_process(self, run: Callable[[], object], *words: str | Path, **environment: str) -> Result:
         stdout, stderr = _stream("strict"), _stream("backslashreplace")
-        variables = self.environment(**environment)
-        words = ["bnprobe", *map(str, arguments)]
-        with _as_process(self.folder, words, variables), redirect_stdout(stdout), redirect_stderr(stderr):
-            code = _exit_code()
+        arguments, variables = list(map(str, words)), self.environment(**environment)
+        with _as_process(self.folder, arguments, variables), redirect_stdout(stdout), redirect_stderr(stderr):
+            code = _exit_code(run)
         result = Result(code, _written(stdout), _written(stderr))
-        print(f"$ {' '.join(map(str, arguments))}\n{result.stdout}{result.stderr}[exit {code}]")
+        print(f"$ {' '.join(arguments)}\n{result.stdout}{result.stderr}[exit {code}]")
         return result
 
     def run_installed(self, *arguments: str | Path, **environment: str) -> Result:
@@ -163,10 +175,10 @@ class Workspace:
         return self.run("scan", "model.py", "--batch-size", "2", *arguments)
 
 
-def _exit_code() -> int:
-    """Run the command line; how it ended, as the exit code of a process."""
+def _exit_code(run: Callable[[], object]) -> int:
+    """Run something; how it ended, as the exit code of a process."""
     try:
-        main()
+        run()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
@@ -217,10 +229,16 @@ def _show_warning(
 
 def _take_out_users_modules() -> dict[str, Any]:
     """Forget the modules that are no part of Python, of a package or of this repository; those forgotten."""
-    found = {name: module for name, module in sys.modules.items() if name not in _MAIN and _is_users(module)}
+    unknown = {name: module for name, module in sys.modules.items() if _not_users.get(name) is not module}
+    found = {name: module for name, module in unknown.items() if name not in _MAIN and _is_users(module)}
+    _not_users.update((name, module) for name, module in unknown.items() if name not in found)
     for name in found:
         del sys.modules[name]
     return found
+
+
+_not_users: dict[str, Any] = {}
+"""Modules that were looked at before: there are thousands."""
 
 
 def _is_users(module: Any) -> bool:

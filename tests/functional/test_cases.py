@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -300,7 +299,7 @@ def test_a_loss_without_a_return(cases: Path) -> None:
 @pytest.mark.parametrize("script", ["changed.py", "empty_buffer.py", "mutated.py"])
 def test_scripts_that_broke_a_scan(cases: Path, script: str) -> None:
     place, _ = _in(cases, f"faults/{script}")
-    result = place.call(sys.executable, script)
+    result = place.run_script(script)
     assert result.code == 0, result
     lines = result.stdout.splitlines()
     if script == "changed.py":
