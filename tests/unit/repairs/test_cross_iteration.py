@@ -94,7 +94,7 @@ def test_layers_without_a_single_convolution_before_are_refused_by_name(
 @pytest.mark.parametrize("inplace", [True, False])
 def test_a_window_that_does_not_fit_into_memory_is_refused_and_changes_nothing(inplace: bool) -> None:
     """Whichever layer it is that does not fit: the first one has a small window."""
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Conv2d(1, 4096, 32), nn.BatchNorm2d(4096))
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Conv2d(1, 1, 2048), nn.BatchNorm2d(1))
     before = fingerprint(model)
     with pytest.raises(DeviceError, match=r"not enough memory for the layers of cross-iteration: .*allocate"):
         bnprobe.convert(model, to=TO, window=10**6, inplace=inplace)
