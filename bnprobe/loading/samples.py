@@ -25,7 +25,9 @@ MOST_COLUMNS = 4096
 
 def named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested tuples, lists, mappings and dataclasses in order, each with its place: ``[1]['boxes']``."""
-    if isinstance(tree, Mapping):
+    if isinstance(tree, Tensor):  # first: most often it is one, and the other questions take longer
+        yield path, tree
+    elif isinstance(tree, Mapping):
         yield from itertools.chain(*(named_leaves(value, f"{path}[{key_name(key)}]") for key, value in tree.items()))
     elif isinstance(tree, list | tuple):
         yield from itertools.chain(*(named_leaves(item, f"{path}[{index}]") for index, item in enumerate(tree)))

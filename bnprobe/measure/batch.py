@@ -39,6 +39,8 @@ def in_float64(tree: Any) -> Any:
 
 def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
     """Apply ``function`` to every leaf of nested tuples, lists, mappings and dataclasses."""
+    if isinstance(tree, Tensor):
+        return function(tree)
     if isinstance(tree, Mapping):
         return _like_mapping(tree, {key: map_leaves(value, function) for key, value in tree.items()})
     if isinstance(tree, list | tuple):
