@@ -165,10 +165,10 @@ def run_together(run: Callable[[Ends], None]) -> NoReturn:
         run: Runs the command and raises SystemExit.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides warnings meant for authors of training loops
+    from bnprobe.distributed import connected
+
     if not is_main():
         _silence_stdout()
-    with importing():
-        from bnprobe.distributed import connected
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a launcher in the background ignores it
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:

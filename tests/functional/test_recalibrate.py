@@ -327,7 +327,7 @@ def test_without_held_out_data_training_data_decides(workspace: Workspace) -> No
     found = workspace.run("recalibrate", *TRAINED, "--format", "json")
     assert (found.code, written(workspace)) == (FINDINGS, set())
     proof = json.loads(found.stdout)["proof"]
-    assert (proof["scored_on"], proof["images_proving"], proof["surely_worse"]) == ("training", 1024, True)
+    assert (proof["scored_on"], proof["images_proving"], proof["surely_worse"]) == ("training", 512, True)
 
 
 def test_a_checkpoint_of_parameters_alone_gets_statistics(workspace: Workspace) -> None:
@@ -346,7 +346,7 @@ def test_a_checkpoint_of_parameters_alone_gets_statistics(workspace: Workspace) 
     assert weights.keys() == whole.keys()
     names: dict[str, Any] = {}
     exec(FITTED, names)
-    seen = torch.nn.functional.linear(names["data"](0, 1024).tensors[0], whole["0.weight"], whole["0.bias"])
+    seen = torch.nn.functional.linear(names["data"](0, 512).tensors[0], whole["0.weight"], whole["0.bias"])
     torch.testing.assert_close(weights["1.running_mean"], seen.mean(0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(weights["1.running_var"], seen.var(0), rtol=1e-4, atol=1e-4)
 
@@ -484,11 +484,11 @@ def load_model():
 
 
 def load_data(batch_size=32):
-    return DataLoader(data(0, 512), batch_size, shuffle=True)
+    return DataLoader(data(0, 128), batch_size, shuffle=True)
 
 
 def load_eval_data(batch_size=32):
-    return DataLoader(data(1, 512), batch_size)
+    return DataLoader(data(1, 128), batch_size)
 
 
 def loss(model, batch):
@@ -517,7 +517,7 @@ def test_the_loss_decides_where_it_contradicts_a_metric_of_unstated_goal(workspa
 
 def test_a_metric_that_only_looks_better_does_not_write_weights_that_lose_by_the_loss(workspace: Workspace) -> None:
     """The running means fit the held-out data, not the training data: recalibration raises loss and RMSE."""
-    turned = RMSE.replace("fill_(1.0)", "zero_()").replace("data(0, 512)", "data(0, 512, 1.0)")
+    turned = RMSE.replace("fill_(1.0)", "zero_()").replace("data(0, 128)", "data(0, 128, 1.0)")
     workspace.write(
         "model.py", turned.replace("(seed, count)", "(seed, count, shift=0.0)").replace("seed))\n", "seed)) + shift\n")
     )

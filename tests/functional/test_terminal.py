@@ -17,8 +17,8 @@ def images():
 
 
 def load_model():
-    net = nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(60)])
-    net[37].running_mean.fill_(9.0)
+    net = nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(30)])
+    net[17].running_mean.fill_(9.0)
     return net
 """
 )
@@ -56,14 +56,6 @@ def test_messages_are_wrapped_on_a_terminal_alone(workspace: Workspace) -> None:
     assert _widest(narrow) <= 40 < _widest(usual)
 
 
-def test_an_ascii_pipe_gets_ascii(workspace: Workspace) -> None:
-    workspace.write("model.py", SHIFTED)
-    found = workspace.run_installed(*SCAN, PYTHONIOENCODING="ascii")
-    assert (found.code, found.stderr) == (FINDINGS, "")
-    assert found.stdout.isascii()
-    assert "1 of 1 layer is flagged" in found.stdout
-
-
 @pytest.mark.parametrize(
     ("environment", "colored"),
     [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
@@ -95,12 +87,12 @@ def test_progress_is_shown_on_a_terminal(workspace: Workspace) -> None:
 def test_a_large_network_shows_its_worst_layers_and_a_count(workspace: Workspace) -> None:
     workspace.write("model.py", DEEP)
     report = workspace.run(*SCAN).stdout
-    assert "60 BatchNorm1d layers: ✗ 60 flagged" in report
+    assert "30 BatchNorm1d layers: ✗ 30 flagged" in report
     rows, shares = _flagged_rows(report)
     assert len(rows) == len(shares) == 25
-    assert any(line.split()[1] == "37" for line in rows if line.startswith("✗1"))
-    assert "35 layers with less mismatch not shown (✗ 35 flagged); --all shows all." in report
-    assert "mean of 60 layers" in report
-    assert "Stale running statistics (BN203): 1 of 60 layers" in report
-    assert "mismatch from earlier layers (" in report  # said once, as what follows from layer 37
-    assert [len(rows) for rows in _flagged_rows(workspace.run(*SCAN, "--all").stdout)] == [60, 60]
+    assert any(line.split()[1] == "17" for line in rows if line.startswith("✗1"))
+    assert "5 layers with less mismatch not shown (✗ 5 flagged); --all shows all." in report
+    assert "mean of 30 layers" in report
+    assert "Stale running statistics (BN203): 1 of 30 layers" in report
+    assert "mismatch from earlier layers (" in report  # said once, as what follows from layer 17
+    assert [len(rows) for rows in _flagged_rows(workspace.run(*SCAN, "--all").stdout)] == [30, 30]
