@@ -88,7 +88,8 @@ def importing() -> Iterator[None]:
     """Import in this block what imports torch, which takes a second: check the options before. After it, work begins.
 
     Garbage is not collected meanwhile, since torch makes hundreds of thousands of objects, which stay. Nor are these
-    looked through ever after: that took a sixth of the time of a first scan, and a quarter of a second at its end.
+    looked through ever after: that took a sixth of the time of a first scan, and a quarter of a second at its end. In a
+    launch of several processes torch is imported before, to connect them.
     """
     _share_processors()
     collects = gc.isenabled() and "torch" not in sys.modules
