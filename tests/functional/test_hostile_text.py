@@ -178,11 +178,9 @@ class Net(nn.Module):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("scan",),
         ("scan", "--what-if", "--gradients", "--train-steps", "2"),
         ("sweep", "--batch-sizes", "1,2", "--momentum"),
         ("convert", "--dry-run"),
-        ("convert", "-o", "w.safetensors"),
         ("convert", "--finetune", "--steps", "4", "-o", "w.safetensors"),
         ("recalibrate", "-o", "w.safetensors"),
         ("export", "-o", "w.pt2"),

@@ -37,8 +37,9 @@ def _nothing_seen() -> None:
     SEEN.clear()
 
 
-@pytest.mark.parametrize("most", [4, 7, 9, 31])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
+@pytest.mark.parametrize(
+    ("most", "error"), [(4, RuntimeError), (7, torch.OutOfMemoryError), (9, MemoryError), (31, torch.OutOfMemoryError)]
+)
 def test_the_physical_batch_is_halved_until_it_fits(most: int, error: type[Exception]) -> None:
     model, data = unsettled(Big(most, error)), images(40, 2, 3, 5, 5)
     report = scan(model, data, 2, num_batches=40)
