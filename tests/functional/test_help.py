@@ -34,6 +34,15 @@ def test_help_imports_nothing_slow(workspace: Workspace, arguments: list[str]) -
     assert HEAVY.isdisjoint(imported)
 
 
+def test_a_lint_imports_little_beside_torch(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    found = workspace.call(sys.executable, "-c", IMPORTS, "lint", "model.py")
+    imported = found.stderr.split()
+    assert found.code == CLEAN
+    assert "torch" in imported
+    assert {"scipy", "sympy", "torch._dynamo"}.isdisjoint(imported)
+
+
 @pytest.mark.parametrize("size", ["99999999999999", "x", "-5", "0", "1e9", ""])
 def test_an_odd_size_of_the_terminal_is_as_none(workspace: Workspace, size: str) -> None:
     workspace.write("model.py", MODEL)
