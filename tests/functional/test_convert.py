@@ -496,7 +496,7 @@ def test_sigterm_saves_and_another_run_cannot_take_the_state(repairable: Workspa
 
 
 def test_two_processes_agree_with_one_on_the_same_global_batch(repairable: Workspace) -> None:
-    same = ("--finetune", "--steps", "12", "--to", "sync", "--layers", "*")
+    same = ("--finetune", "--steps", "6", "--to", "sync", "--layers", "*")
     arguments = ("convert", "model.py", *same, "--batch-size")
     both = launch_installed(repairable, 2, *arguments, "2", "-o", "two.safetensors").results()
     assert [result.code for result in both] == [CLEAN, CLEAN]
