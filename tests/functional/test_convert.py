@@ -629,11 +629,11 @@ def load_model():
 
 
 def load_data(batch_size=32):
-    return DataLoader(data(0, 512), batch_size, shuffle=True)
+    return DataLoader(data(0, 1024), batch_size, shuffle=True)
 
 
 def load_eval_data(batch_size=32):
-    return DataLoader(data(1, 256), batch_size)
+    return DataLoader(data(1, 512), batch_size)
 
 
 def loss(model, batch):

@@ -327,7 +327,7 @@ def test_without_held_out_data_training_data_decides(workspace: Workspace) -> No
     found = workspace.run("recalibrate", *TRAINED, "--format", "json")
     assert (found.code, written(workspace)) == (FINDINGS, set())
     proof = json.loads(found.stdout)["proof"]
-    assert (proof["scored_on"], proof["images_proving"], proof["surely_worse"]) == ("training", 512, True)
+    assert (proof["scored_on"], proof["images_proving"], proof["surely_worse"]) == ("training", 1024, True)
 
 
 def test_a_checkpoint_of_parameters_alone_gets_statistics(workspace: Workspace) -> None:
@@ -346,7 +346,7 @@ def test_a_checkpoint_of_parameters_alone_gets_statistics(workspace: Workspace) 
     assert weights.keys() == whole.keys()
     names: dict[str, Any] = {}
     exec(FITTED, names)
-    seen = torch.nn.functional.linear(names["data"](0, 512).tensors[0], whole["0.weight"], whole["0.bias"])
+    seen = torch.nn.functional.linear(names["data"](0, 1024).tensors[0], whole["0.weight"], whole["0.bias"])
     torch.testing.assert_close(weights["1.running_mean"], seen.mean(0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(weights["1.running_var"], seen.var(0), rtol=1e-4, atol=1e-4)
 
