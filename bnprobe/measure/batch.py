@@ -242,7 +242,9 @@ def _holds(made: Any, plain: Any) -> bool:
 def pick(batch: Any, rows: list[int], samples: int) -> Any:
     """Select samples of a batch: rows of tensors and items of lists with one entry per sample; the rest is kept."""
     if isinstance(batch, Tensor):
-        return batch[rows] if batch.dim() > 0 and batch.shape[0] == samples else batch
+        if batch.dim() == 0 or batch.shape[0] != samples:
+            return batch
+        return batch[rows[0] : rows[0] + 1].clone() if len(rows) == 1 else batch[rows]
     if type(batch) is dict:
         return {key: pick(value, rows, samples) for key, value in batch.items()}
     if type(batch) in (list, tuple) and is_per_sample(batch, samples):

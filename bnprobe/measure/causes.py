@@ -24,7 +24,7 @@ from bnprobe.measure.layers import ProbedLayer, named_once, probability_of_dropp
 from bnprobe.measure.outputs import floating, square_norm
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.restore import random_state
-from bnprobe.measure.scores import ScoreTable, run_together, score_outputs, scorer
+from bnprobe.measure.scores import ScoreTable, run_together, score_outputs, scoring
 from bnprobe.measure.session import Outputs, PathName, Session, rows_of
 from bnprobe.records import MEASURES, ROOT, Chance, ChanceValues, Measure
 from bnprobe.rules.facts import EXPLAINED, OtherEps, Padding, Randomness
@@ -91,7 +91,8 @@ def _chance(
     for position, (batch, size, _) in enumerate(recorded):
         _, _, outputs = recorded[(position + len(recorded) // 2) % len(recorded)]
         for measure, function in functions.items():
-            value = scorer(session, path, measure, function, size)(batch, outputs)
+            with scoring(session, path, measure, function, size) as call:
+                value = call(batch, outputs)
             other.setdefault(measure, []).append(one_number(measure, function, value).cpu())
     for measure, values in other.items():
         if (mine := own.scores(measure, path)) is None:

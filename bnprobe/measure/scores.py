@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -141,44 +143,48 @@ def score_outputs(
         room: Samples to score one by one, by ``ScoreTable.room``; None: none.
     """
     found: Found = {}
-    total = size * len(micro_batches)
+
+    def each() -> Iterator[tuple[Any, Outputs]]:
+        for position, batch in enumerate(micro_batches):
+            start = position * size
+            yield batch, rows_of(outputs, start, start + size, size * len(micro_batches))
+
     for measure in MEASURES:
         function: BatchFunction | None = getattr(session.functions, measure)
         if function is None:
             continue
-        left = (room or {}).get(measure, 0)
-        rows = found[measure, path] = []
-        for position, batch in enumerate(micro_batches):
-            start = position * size
-            own = rows_of(outputs, start, start + size, total)
-            value = session.call(path, measure, function, batch, own, Pass(size, size))
-            number = one_number(measure, function, value).to(session.device)
-            row = Scored(number, size)
-            if size <= left:
-                call = scorer(session, path, measure, function)
-                samples = score_samples(call, measure, function, batch, own, size, number)
-                row = replace(row, samples=samples, tried=True)
-                left = 0 if samples is None else left - size
-            rows.append(row)
+        with session.calling(path, measure, function, Pass(size, size)) as call:
+            values = [one_number(measure, function, call(*one)).to(session.device) for one in each()]
+        rows = found[measure, path] = [Scored(value, size) for value in values]
+        most = (room or {}).get(measure, 0) // size
+        # Right after each other: it takes longer to prepare a call than to make it.
+        with preserved_random_state(), scoring(session, path, measure, function) as call:
+            for position, one in enumerate(islice(each(), most)):
+                samples = score_samples(call, measure, function, *one, size, values[position])
+                rows[position] = replace(rows[position], samples=samples, tried=True)
+                if samples is None:
+                    break
     return found
 
 
-def scorer(
+@contextmanager
+def scoring(
     session: Session, path: PathName, measure: Measure, function: BatchFunction, samples: int = 1
-) -> Callable[..., Any]:
-    """Calls the user's function on a batch of so many samples and the outputs that the model is to give.
+) -> Iterator[Callable[[Any, Outputs], Any]]:
+    """Call the user's function on batches of so many samples and the outputs that the model is to give.
 
-    The call raises CannotEmulateError where the function runs the model on anything else.
+    A call raises CannotEmulateError where the function runs the model on anything else.
     """
+    pass_ = Pass(samples, samples)
+    with session.calling(path, measure, function, pass_) as run:
 
-    def call(batch: Any, outputs: Outputs) -> Any:
-        pass_ = Pass(samples, samples)
-        value = session.call(path, measure, function, batch, outputs, pass_)
-        if pass_.entered:
-            raise CannotEmulateError("it runs the model on something else than the batch's own tensors")
-        return value
+        def call(batch: Any, outputs: Outputs) -> Any:
+            value = run(batch, outputs)
+            if pass_.entered:
+                raise CannotEmulateError("it runs the model on something else than the batch's own tensors")
+            return value
 
-    return call
+        yield call
 
 
 def score_samples(
@@ -201,7 +207,7 @@ def score_samples(
     if size == 1:
         return value.reshape(1)
     try:
-        with preserved_random_state(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the function was not written for one sample
             values = [
                 one_number(measure, function, call(pick(batch, [row], size), rows_of(outputs, row, row + 1, size)))

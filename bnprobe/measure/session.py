@@ -254,20 +254,29 @@ class Session:
             require_readable(output, f"What forward(model, batch){written_at(self._forward)} returned")
         return output, outputs
 
-    def call(
-        self, path: PathName, name: str, function: BatchFunction, batch: Any, outputs: Outputs, pass_: Pass
-    ) -> Any:
-        """Call the user's loss or metric, right after ``forward`` on the same path.
+    @contextmanager
+    def calling(
+        self, path: PathName, name: str, function: BatchFunction, pass_: Pass
+    ) -> Iterator[Callable[[Any, Outputs], Any]]:
+        """Call the user's loss or metric on batches and the model's outputs, right after ``forward`` on the same path.
 
         The flags are still set, and layers whose statistics that pass chose use the same, of groups of the same size,
         if the model is called again.
         """
-        batch, last = copy_tensors(batch), self._last
+        last = self._last
         chosen: dict[str, Any] = {name: getattr(last, name) for name in ("by_batch", "statistics", "blend", "layouts")}
         pass_ = replace(pass_, batch_size=min(last.batch_size, pass_.batch_size), **chosen)
-        border = model_code(f"calling {name}(model, batch) ({_IN_WORDS[path]})")
-        with self._running(path, pass_), replaying(self.model, batch, outputs, self._state.put_back), border:
-            return function(self.model, batch)
+        words = f"calling {name}(model, batch) ({_IN_WORDS[path]})"
+        with replaying(self.model, self._state.put_back) as answered_with:
+
+            def call(batch: Any, outputs: Outputs) -> Any:
+                batch = copy_tensors(batch)
+                answered_with(batch, outputs)
+                pass_.restart()
+                with self._running(path, pass_), model_code(words):
+                    return function(self.model, batch)
+
+            yield call
 
     def inputs_in(self, batch: Any) -> Any:
         """The part of a batch that the forward pass can see."""
@@ -510,7 +519,8 @@ def recording(model: nn.Module, batch: Any) -> Iterator[Outputs]:
             outputs[key], versions[key] = output, _versions(output)
         return output
 
-    with _intercepted(model, batch, answer):
+    with _intercepted(model, answer) as known:
+        known(batch)
         yield outputs
     for key in [key for key in outputs if _versions(outputs[key]) != versions[key]]:
         del outputs[key]  # changed in place since: no longer what the model returned
@@ -518,13 +528,17 @@ def recording(model: nn.Module, batch: Any) -> Iterator[Outputs]:
 
 @contextmanager
 def replaying(
-    model: nn.Module, batch: Any, outputs: Outputs, before: Callable[[], None] = lambda: None, only: bool = False
-) -> Iterator[None]:
-    """Answer calls of the model on the same tensors of ``batch`` with ``outputs``; all others run, after ``before``.
+    model: nn.Module, before: Callable[[], None] = lambda: None, only: bool = False
+) -> Iterator[Callable[[Any, Outputs], None]]:
+    """Answer calls of the model on tensors of a batch with outputs; all others run, after ``before``.
+
+    Yields:
+        Says which batch, and its outputs.
 
     Raises:
         CannotEmulateError: Where ``only`` outputs may answer, on any other call.
     """
+    outputs: Outputs = {}
 
     def answer(original: Callable[..., Any], key: tuple[int, ...] | None, args: Any, kwargs: Any) -> Any:
         if key in outputs:
@@ -534,8 +548,13 @@ def replaying(
         before()
         return original(*args, **kwargs)
 
-    with _intercepted(model, batch, answer):
-        yield
+    def answered_with(batch: Any, given: Outputs) -> None:
+        nonlocal outputs
+        outputs = given
+        known(batch)
+
+    with _intercepted(model, answer) as known:
+        yield answered_with
 
 
 def rows_of(outputs: Outputs, start: int, stop: int, samples: int) -> Outputs:
@@ -557,8 +576,9 @@ def _versions(output: Any) -> list[int]:
 
 
 @contextmanager
-def _intercepted(model: nn.Module, batch: Any, answer: Callable[..., Any]) -> Iterator[None]:
-    positions = {id(tensor): position for position, tensor in enumerate(tensors_of(batch))}
+def _intercepted(model: nn.Module, answer: Callable[..., Any]) -> Iterator[Callable[[Any], None]]:
+    """Let ``answer`` answer the calls of a model; what is yielded says on the tensors of which batch."""
+    positions: dict[int, int] = {}
     original = model.forward
     had_own = "forward" in model.__dict__
 
@@ -568,10 +588,14 @@ def _intercepted(model: nn.Module, batch: Any, answer: Callable[..., Any]) -> It
         known = tuple(position for position in given if position is not None)
         return answer(original, known if given and len(known) == len(given) else None, args, kwargs)
 
+    def known(batch: Any) -> None:
+        nonlocal positions
+        positions = {id(tensor): position for position, tensor in enumerate(tensors_of(batch))}
+
     # Past the class: it may take no attributes.
     vars(model)["forward"] = forward
     try:
-        yield
+        yield known
     finally:
         if had_own:
             vars(model)["forward"] = original

@@ -129,11 +129,14 @@ def _scored(
     if size > room:
         return Scored(value, size)
 
-    def call(part: Any, known: Outputs) -> Any:
-        with replaying(model, part, known, only=True), casting(device, autocast):
+    with preserved_random_state(), replaying(model, only=True) as answered_with, casting(device, autocast):
+
+        def call(part: Any, known: Outputs) -> Any:
+            answered_with(part, known)
             return function(model, part)
 
-    return Scored(value, size, score_samples(call, measure, function, batch, outputs, size, value), tried=True)
+        samples = score_samples(call, measure, function, batch, outputs, size, value)
+    return Scored(value, size, samples, tried=True)
 
 
 def _value(
