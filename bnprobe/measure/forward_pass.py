@@ -346,7 +346,7 @@ class Pass:
 
     def restart(self) -> None:
         """Begin again: as if nothing had been called."""
-        for each in (self.records, self.entered, self.functional, self.leaves, self._calls):
+        for each in (self.records, self.domains, self.entered, self.functional, self.leaves, self._calls):
             if each is not None:
                 each.clear()
 
@@ -387,12 +387,12 @@ def _sums(call: NormCall, grouping: Grouping, normalizes: bool, per_sample: bool
     x = call.input
     if grouping.group_rows is not None or grouping.rows_per_sample > 1:
         return None
+    if normalizes and ((call.r_max, call.d_max) != (1, 0) or call.on_std or call.unbiased):
+        return None
     if x.is_cuda and not per_sample:
         return group_sums(x, grouping.batch_size)
-    if normalizes:
-        plain = (call.r_max, call.d_max) == (1, 0) and not call.on_std and not call.unbiased
-        if not (plain and x.device.type == "cpu" and x.dim() > 2 and x.shape[2:].numel() > 1 and x.is_contiguous()):
-            return None
+    if normalizes and not (x.is_cpu and x.dim() > 2 and x.shape[2:].numel() > 1 and x.is_contiguous()):
+        return None
     return row_sums(x)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from bnprobe.commands.scan import scan
 from bnprobe.errors import DeviceError
+from bnprobe.nn import BatchRenorm2d
 from support.compare import assert_same_figures
 from support.fingerprint import fingerprint
 from support.networks import InvertedBottleneck, Residual, UNet, images, unsettled
@@ -64,6 +66,14 @@ def test_sync_batch_norm() -> None:
     model, data = unsettled(Residual(norm=nn.SyncBatchNorm)), images(6, 2, 3, 5, 5)
     there = scan(model, data, 2, num_batches=6, device="cuda")
     assert_same_figures(there, scan(model, data, 2, num_batches=6, device="cpu"), rel=1e-3)
+
+
+def test_batch_renorm() -> None:
+    """It corrects its batches, whose statistics are then not those of plain BN."""
+    norm = partial(BatchRenorm2d, r_max=3.0, d_max=5.0)
+    model, data = unsettled(Residual(norm=norm)), images(6, 4, 3, 8, 8)
+    there = scan(model, data, 4, num_batches=6, device="cuda")
+    assert_same_figures(there, scan(model, data, 4, num_batches=6, device="cpu"), rel=1e-3)
 
 
 def test_a_mean_far_from_zero_beside_the_spread() -> None:

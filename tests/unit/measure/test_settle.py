@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -167,15 +168,21 @@ def test_an_input_that_is_written_into_afterwards() -> None:
     torch.testing.assert_close((record.mean, record.variance), by_hand(2 * x, 2), rtol=1e-6, atol=1e-6)
 
 
-def test_a_layer_of_another_family_is_not_taken_for_plain_bn() -> None:
-    """Batch Renorm corrects; its statistics do not wait."""
-    assert forward_pass._sums(_renorm(), Grouping(8, 2, 8), normalizes=True, per_sample=False) is None
-    assert forward_pass._sums(_renorm(), Grouping(8, 2, 8), normalizes=False, per_sample=False) is not None
+class _OnCuda(Tensor):
+    """Takes the way of a tensor on a GPU, on any machine."""
+
+    is_cuda = True
 
 
-def _renorm() -> NormCall:
-    call = _call(torch.randn(8, 5, 3, 3), affine=True)
-    return NormCall(**{**vars(call), "r_max": 3.0, "d_max": 5.0})
+@pytest.mark.parametrize("kind", [Tensor, _OnCuda])
+@pytest.mark.parametrize("own", [{"r_max": 3.0, "d_max": 5.0}, {"on_std": True}, {"unbiased": True}], ids=str)
+def test_a_layer_of_another_family_is_not_taken_for_plain_bn(kind: type[Tensor], own: dict[str, Any]) -> None:
+    """Batch Renorm corrects; others normalize with another variance. Their statistics do not wait."""
+    call = _call(torch.randn(8, 5, 3, 3).as_subclass(kind), affine=True)
+    grouping = Grouping(8, 2, 8)
+    assert forward_pass._sums(call, grouping, normalizes=True, per_sample=False) is not None
+    assert forward_pass._sums(replace(call, **own), grouping, normalizes=True, per_sample=False) is None
+    assert forward_pass._sums(replace(call, **own), grouping, normalizes=False, per_sample=False) is not None
 
 
 def test_the_family_knows_plain_bn() -> None:
