@@ -229,6 +229,7 @@ class Session:
         before = keep_random_state()
         found = self._run(path, batch, pass_)
         if uncertain := pass_.settle():  # once: from now on they are looked at by themselves
+            del found  # which may hold a graph
             self._careful |= uncertain
             pass_.restart()
             run_all(before)

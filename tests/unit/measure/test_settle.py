@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -129,6 +130,20 @@ def test_a_pass_that_lost_digits_runs_once_more(path: Any) -> None:
     for found in (first, again):
         torch.testing.assert_close(found.records[0, 0].variance, variance, rtol=1e-4, atol=0)
         torch.testing.assert_close(found.records[0, 0].mean, mean, rtol=1e-6, atol=0)
+
+
+def test_what_the_first_pass_gave_is_freed_before_the_second() -> None:
+    """A graph keeps all activations."""
+    model = unsettled(Far())
+    outputs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    model.register_forward_pre_hook(lambda *_: alive.append(sum(each() is not None for each in outputs)))
+    model.register_forward_hook(lambda *found: outputs.append(weakref.ref(found[2])))
+    [x] = images(1, 4, 3, 6, 6)
+    session = session_of(model)
+    with session.installed(), torch.enable_grad():
+        session.forward("eval", x, Pass(4, 2, leaves={}))
+    assert alive == [0, 0]
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
