@@ -14,6 +14,9 @@ from bnprobe.stats.moments import Moments, RowSums, pool_moments
 _RELATIVE_ERROR = 2e-6
 """Relative error of a micro-batch's variance above which its moments are to be taken more carefully."""
 
+_ANY = 1e200
+"""No squared mean is more than so many variances; times a variance it is still a number, also where that is huge."""
+
 
 def settle(parts: Sequence[RowSums], size: int, pooled: bool, floor: float) -> tuple[list[Moments], list[int]]:
     """The moments of several inputs, in as many operators as for one.
@@ -64,7 +67,7 @@ def _by_column(
     rows = [
         [1 / (positions or 1) for positions, _ in kinds],
         [float(positions is not None) for positions, _ in kinds],
-        [1e300 if positions is None else _RELATIVE_ERROR / torch.finfo(dtype).eps for positions, dtype in kinds],
+        [_ANY if positions is None else _RELATIVE_ERROR / torch.finfo(dtype).eps for positions, dtype in kinds],
     ]
     with torch.inference_mode(False):
         columns = torch.tensor(rows, dtype=torch.float64).repeat_interleave(torch.tensor(widths), 1).to(device)

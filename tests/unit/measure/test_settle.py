@@ -63,6 +63,11 @@ def test_lost_digits_are_noticed_where_they_matter(shift: float) -> None:
     assert settle(parts, 1, True, 1e-5)[1] == [1, 2]
 
 
+def test_large_values_of_one_position_are_exact_beside_sums_of_squares() -> None:
+    x, other = 1e15 * torch.randn(8, 5), torch.randn(8, 5, 9, 9)
+    assert settle([row_sums(x), row_sums(other)], 2, True, 1e-5)[1] == []
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
 def test_values_that_are_not_finite_or_overflow_are_noticed(bad: float) -> None:
     [x, other] = images(2, 8, 5, 9, 9)
