@@ -22,7 +22,7 @@ from bnprobe.errors import ModelError
 from bnprobe.measure.batch import CannotEmulateError, as_plain, like_subclass
 from bnprobe.measure.hooks import Intercepted
 from bnprobe.measure.norms import GroupsRows, NormCall
-from bnprobe.measure.settle import settle
+from bnprobe.measure.pass_moments import moments_of_sums
 from bnprobe.nn.per_domain import current_domain
 from bnprobe.numbers import count
 from bnprobe.stats.moments import (
@@ -239,13 +239,13 @@ class Pass:
             use these.
         blend: Layers that take in the statistics of every row where they would use their running ones; None: none.
         plain: Batch Renorm normalizes as BN does, uncorrected: for statistics that do not depend on the running ones.
-        at_once: The records are read while the pass runs, so that no call waits for ``settle``.
+        immediate: The records are read while the pass runs, so that no call waits for ``compute_moments``.
         careful: The calls whose moments are checked for cancellation at once, and computed again where digits were
-            lost; None: all. The others wait for ``settle``.
+            lost; None: all. The others wait for ``compute_moments``.
         leaves: Not None: where a layer uses its running statistics, its scale and shift become leaves of the graph, one
             row for each unit of what is recorded, and are put here. Needs grad mode; layers that normalize with batch
             statistics are differentiated through these, of one micro-batch per pass.
-        records: In call order.
+        records: In call order. The moments of the calls that wait are there once they are computed.
         domains: Of each call, the domain that ``bnprobe.nn.domain`` gave for all of its data; None without one.
         entered: Indices of the layers whose forward was called.
         functional: Calls of batch_norm outside any layer: the place in the user's code, and why it is no layer.
@@ -261,7 +261,7 @@ class Pass:
     blend: Blend | None = None
     plain: bool = False
     leaves: dict[Slot, Leaves] | None = None
-    at_once: bool = False
+    immediate: bool = False
     careful: AbstractSet[Slot] | None = None
     records: dict[Slot, Recorded] = field(default_factory=dict)
     domains: dict[Slot, int | None] = field(default_factory=dict)
@@ -293,11 +293,11 @@ class Pass:
         own = grouping.group_rows is not None
         blend = self.blend if self.blend is not None and layer.index in self.blend.layers and not by_batch else None
         per_sample = (self.per_sample or blend is not None) and not by_batch and not own
-        waits = not self.at_once and self.careful is not None and slot not in self.careful and blend is None
+        waits = not self.immediate and self.careful is not None and slot not in self.careful and blend is None
         sums = _sums(seen, grouping, by_batch and not gradient, per_sample) if waits else None
         if sums is not None:
             self._waiting[slot] = sums, call.eps
-            mean, variance = sums.mean, sums.squares  # until they are settled
+            mean, variance = sums.mean, sums.squares  # until ``compute_moments``
         else:
             mean, variance = (grouping.sample_moments if per_sample else grouping.group_moments)(seen.input, call.eps)
         self.records[slot] = Recorded(
@@ -328,7 +328,7 @@ class Pass:
         output, self.leaves[slot] = affine(call, replace(grouping, batch_size=1) if per_sample else grouping)
         return output
 
-    def settle(self) -> frozenset[Slot]:
+    def compute_moments(self) -> frozenset[Slot]:
         """Compute the moments that wait; return the calls that may have lost digits, whose moments are not exact."""
         alike: dict[tuple[int, bool], list[Slot]] = {}
         for slot, (sums, _) in self._waiting.items():
@@ -337,7 +337,7 @@ class Pass:
         for (rows, pooled), slots in alike.items():
             parts, floor = [self._waiting[slot][0] for slot in slots], min(self._waiting[slot][1] for slot in slots)
             size = self.batch_size if rows == self.samples else 1  # else groups already
-            moments, bad = settle(parts, size, pooled, floor)
+            moments, bad = moments_of_sums(parts, size, pooled, floor)
             for slot, (mean, variance) in zip(slots, moments, strict=True):
                 self.records[slot] = replace(self.records[slot], mean=mean, variance=variance)
             uncertain += [slots[position] for position in bad]

@@ -376,7 +376,7 @@ class _Rounds:
         if batches is None:
             return None
         sizes = [batch.samples for batch in batches]
-        pass_ = Pass(sum(sizes), sum(sizes), at_once=True)
+        pass_ = Pass(sum(sizes), sum(sizes), immediate=True)
         pass_.statistics = _AsCalled(pass_.records, self._wanted)
         try:
             self._forward(join([batch.data for batch in batches], sizes), pass_, None)

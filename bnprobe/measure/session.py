@@ -228,13 +228,13 @@ class Session:
         pass_.careful = self._careful
         before = keep_random_state()
         found = self._run(path, batch, pass_)
-        if uncertain := pass_.settle():  # once: from now on they are looked at by themselves
+        if uncertain := pass_.compute_moments():  # once: from now on they are looked at by themselves
             del found  # which may hold a graph
             self._careful |= uncertain
             pass_.restart()
             run_all(before)
             found = self._run(path, batch, pass_)
-            pass_.settle()
+            pass_.compute_moments()
         if isinstance(found, EndOfPass):
             raise found
         return found

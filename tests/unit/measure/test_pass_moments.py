@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bnprobe.measure import forward_pass
 from bnprobe.measure.forward_pass import Grouping, Pass
 from bnprobe.measure.norms import BatchNormFamily, NormCall
-from bnprobe.measure.settle import settle
+from bnprobe.measure.pass_moments import moments_of_sums
 from bnprobe.stats.moments import group_sums, row_sums
 from support.networks import images, unsettled
 from support.running import session_of
@@ -33,7 +33,7 @@ def by_hand(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_moments_are_those_of_each_input(size: int, pooled: bool, dtype: torch.dtype) -> None:
     inputs = [3 * torch.randn(shape).to(dtype) + 1 for shape in SHAPES]
-    found, uncertain = settle([row_sums(x) for x in inputs], size, pooled, 1e-5)
+    found, uncertain = moments_of_sums([row_sums(x) for x in inputs], size, pooled, 1e-5)
     assert uncertain == []
     for x, (mean, variance) in zip(inputs, found, strict=True):
         expected = by_hand(x, size if pooled else 1)
@@ -48,7 +48,7 @@ def test_groups_in_one_operator(shape: tuple[int, ...], last: bool) -> None:
     """As on a GPU."""
     x = torch.randn(shape)
     x = x.to(memory_format=torch.channels_last) if last and x.dim() == 4 else x
-    [(mean, variance)], uncertain = settle([group_sums(x, 4)], 1, True, 1e-5)
+    [(mean, variance)], uncertain = moments_of_sums([group_sums(x, 4)], 1, True, 1e-5)
     assert uncertain == []
     torch.testing.assert_close((mean, variance), by_hand(x, 4), rtol=1e-5, atol=1e-6)
 
@@ -59,20 +59,20 @@ def test_lost_digits_are_noticed_where_they_matter(shift: float) -> None:
     [near, far] = images(2, 8, 5, 9, 9)
     steps = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 5, 9, 9) + 1e-3 * near
     parts = [row_sums(near), row_sums(steps), row_sums(far + shift)]
-    assert settle(parts, 8, True, 1e-5)[1] == [2]
-    assert settle(parts, 1, True, 1e-5)[1] == [1, 2]
+    assert moments_of_sums(parts, 8, True, 1e-5)[1] == [2]
+    assert moments_of_sums(parts, 1, True, 1e-5)[1] == [1, 2]
 
 
 def test_large_values_of_one_position_are_exact_beside_sums_of_squares() -> None:
     x, other = 1e15 * torch.randn(8, 5), torch.randn(8, 5, 9, 9)
-    assert settle([row_sums(x), row_sums(other)], 2, True, 1e-5)[1] == []
+    assert moments_of_sums([row_sums(x), row_sums(other)], 2, True, 1e-5)[1] == []
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
 def test_values_that_are_not_finite_or_overflow_are_noticed(bad: float) -> None:
     [x, other] = images(2, 8, 5, 9, 9)
     x[3, 1, 0, 0] = bad
-    assert settle([row_sums(other), row_sums(x)], 2, True, 1e-5)[1] == [1]
+    assert moments_of_sums([row_sums(other), row_sums(x)], 2, True, 1e-5)[1] == [1]
 
 
 def _call(x: Tensor, affine: bool, dtype: torch.dtype | None = None) -> NormCall:

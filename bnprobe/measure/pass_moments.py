@@ -18,7 +18,7 @@ _ANY = 1e200
 """No squared mean is more than so many variances; times a variance it is still a number, also where that is huge."""
 
 
-def settle(parts: Sequence[RowSums], size: int, pooled: bool, floor: float) -> tuple[list[Moments], list[int]]:
+def moments_of_sums(parts: Sequence[RowSums], size: int, pooled: bool, floor: float) -> tuple[list[Moments], list[int]]:
     """The moments of several inputs, in as many operators as for one.
 
     Args:
