@@ -220,7 +220,7 @@ _CLOSE = 16
 
 
 @dataclass(frozen=True)
-class Settled:
+class PopulationStatistics:
     """Statistics by index of the layer.
 
     Attributes:
@@ -236,9 +236,9 @@ class Settled:
     mixed: bool
 
 
-def settle_by_batch(
+def population_by_batch(
     session: Session, batches: Iterable[MicroBatch], progress: Progress, frozen: frozenset[int] = frozenset()
-) -> Settled:
+) -> PopulationStatistics:
     """Statistics on the train path without random layers: every physical batch normalizes with its own statistics.
 
     Physical batches hold up to ``LARGE`` samples drawn at random from a part of the data, where samples of different
@@ -268,24 +268,24 @@ def settle_by_batch(
         steady_population(session, part, batching, population, frozen)
         done += len(part)
         progress(done, done)
-    return Settled(population.statistics(), population.updates(), population.values(), population.mixed)
+    return PopulationStatistics(population.statistics(), population.updates(), population.values(), population.mixed)
 
 
-def settle_by_micro_batch(
+def population_by_micro_batch(
     session: Session,
     batches: Iterable[MicroBatch],
     progress: Progress,
     frozen: frozenset[int] = frozenset(),
     *,
     averaged: bool,
-) -> Settled:
+) -> PopulationStatistics:
     """Statistics on the train path without random layers, in the batches of the data as they are.
 
     Each normalizes with its own statistics, as in training. One pass over the data.
 
     Args:
         session: Installed.
-        batches, progress, frozen: As in ``settle_by_batch``.
+        batches, progress, frozen: As in ``population_by_batch``.
         averaged: Whether variances are averaged as the batches were normalized, biased, and so without the variance
             between batches (Wu & Johnson 2021, section 3.2, compare both); else they are pooled.
 
@@ -305,12 +305,12 @@ def settle_by_micro_batch(
                 " into 0. Give larger batches, or recalibrate on another path. Nothing was changed."
             )
     statistics = population.averaged() if averaged else population.statistics()
-    return Settled(statistics, updates, values, population.mixed)
+    return PopulationStatistics(statistics, updates, values, population.mixed)
 
 
-def settle_by_layer(
+def population_by_layer(
     session: Session, batches: Iterable[MicroBatch], wanted: frozenset[int], progress: Progress
-) -> Settled:
+) -> PopulationStatistics:
     """The eval path: each layer's statistics with all layers before it on their new running statistics.
 
     The exact fixed point, which does not depend on how the samples are divided into batches. Where all samples may run
@@ -367,10 +367,10 @@ class _Rounds:
         self._done = 0
         self._planned = 0
 
-    def run(self) -> Settled:
+    def run(self) -> PopulationStatistics:
         return self._at_once() or self._one_by_one()
 
-    def _at_once(self) -> Settled | None:
+    def _at_once(self) -> PopulationStatistics | None:
         """All the data as one physical batch; None where it cannot run so, or where that would give something else."""
         batches = self._within_memory()
         if batches is None:
@@ -395,7 +395,7 @@ class _Rounds:
         population = Population()
         population.add(found, len(batches))
         self._progress(len(batches), len(batches))
-        return Settled(population.statistics(), population.updates(), population.values(), mixed=True)
+        return PopulationStatistics(population.statistics(), population.updates(), population.values(), mixed=True)
 
     def _within_memory(self) -> list[MicroBatch] | None:
         """All batches, where they may run together and fit into memory; a single one runs by itself in any case."""
@@ -415,30 +415,30 @@ class _Rounds:
         self._check_again(batches)
         return batches if self._emulation.trusted else None
 
-    def _one_by_one(self) -> Settled:
+    def _one_by_one(self) -> PopulationStatistics:
         first = self._pass({}, self._wanted)
         order = list(first.statistics())
         self._planned = self._done * len(order)
-        settled = {index: first.statistics()[index] for index in order[:1]}
+        found = {index: first.statistics()[index] for index in order[:1]}
         for index in order[1:]:
-            settled[index] = self._take(index, settled)
+            found[index] = self._take(index, found)
         rounds = 1
-        while self._again and self._moved(order, settled):
+        while self._again and self._moved(order, found):
             rounds += 1
             if rounds > ROUNDS:
-                raise RepairError(self._unsettled())
-        return Settled(settled, first.updates(), first.values(), mixed=True)
+                raise RepairError(self._not_converged())
+        return PopulationStatistics(found, first.updates(), first.values(), mixed=True)
 
-    def _take(self, index: int, settled: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        population = self._pass(settled, frozenset({index}), None if index in self._again else index)
+    def _take(self, index: int, found: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        population = self._pass(found, frozenset({index}), None if index in self._again else index)
         return population.statistics()[index]
 
-    def _moved(self, order: list[int], settled: dict[int, tuple[Tensor, Tensor]]) -> bool:
+    def _moved(self, order: list[int], found: dict[int, tuple[Tensor, Tensor]]) -> bool:
         """One more round; whether any statistics changed by more than rounding."""
         moved = False
         for index in order:
-            before, settled[index] = settled[index], self._take(index, settled)
-            moved = self._differ(index, before, settled[index]) or moved
+            before, found[index] = found[index], self._take(index, found)
+            moved = self._differ(index, before, found[index]) or moved
         return moved
 
     def _differ(self, index: int, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> bool:
@@ -503,7 +503,7 @@ class _Rounds:
         finally:
             handle.remove()
 
-    def _unsettled(self) -> str:
+    def _not_converged(self) -> str:
         names = ", ".join(self._session.layers.layers[index].name for index in sorted(self._again))
         return (
             f"The running statistics did not converge in {ROUNDS} rounds with --path eval, because {names} is called"

@@ -19,7 +19,7 @@ from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick
 from bnprobe.measure.forward_pass import Blend, LayerStatistics, Pass, Slot
 from bnprobe.measure.memory import Footprint, fits_in_memory
 from bnprobe.measure.physical_batch import Batching, as_sentence
-from bnprobe.measure.population import LARGE, Population, settle_by_layer, steady_population
+from bnprobe.measure.population import LARGE, Population, population_by_layer, steady_population
 from bnprobe.measure.scores import MOST_SAMPLES, ScoreTable, run_together, score_batches
 from bnprobe.measure.session import Session, no_progress
 from bnprobe.records import FREE_REMEDIES, MEASURES, Estimate, Goal, Measure, Remedy, Score, leading
@@ -283,12 +283,12 @@ class Trial:
             return found
         some = training[: max(2, most // (len(values) * size))]
         try:
-            settled = settle_by_layer(self.session, some, frozenset(values), no_progress)
+            by_layer = population_by_layer(self.session, some, frozenset(values), no_progress)
         except REFUSALS:  # among others where they do not converge
             return found
         told = f"{detail(sum(batch.samples for batch in some))}, layer by layer"
         # Layer by layer the parts would take too long. What the choice of samples does is much the same on both paths.
-        return [*found, _Statistics(settled.statistics, told, draw(some))]
+        return [*found, _Statistics(by_layer.statistics, told, draw(some))]
 
     def _draw(
         self,

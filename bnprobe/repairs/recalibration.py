@@ -27,7 +27,12 @@ from bnprobe.measure.interrupts import Restore
 from bnprobe.measure.layers import ProbedLayer, find_layers, require_layers
 from bnprobe.measure.norms import write_statistics
 from bnprobe.measure.origins import by_name, origin
-from bnprobe.measure.population import Settled, settle_by_batch, settle_by_layer, settle_by_micro_batch
+from bnprobe.measure.population import (
+    PopulationStatistics,
+    population_by_batch,
+    population_by_layer,
+    population_by_micro_batch,
+)
 from bnprobe.measure.reader import RepeatedReader
 from bnprobe.measure.restore import (
     preserved_generators,
@@ -49,7 +54,7 @@ class Recalibrated:
         layers: Names of the layers, in network order.
         images, batches: Samples and batches that were read.
         notes: What the reader should know, one sentence each.
-        mixed: As in ``Settled``.
+        mixed: As in ``PopulationStatistics``.
         tracked: Layers that kept no running statistics before, with the line of the user's code that makes them.
     """
 
@@ -219,20 +224,20 @@ def _recalibrate(
             _check_globs(layers, session.layers.layers)
             require_layers(model, session.layers)
             wanted = _wanted(session, include_frozen)
-            settled = _settle(session, batches, path, wanted, progress)
-    recalibrated = [layer for layer in wanted if layer.index in settled.statistics]
+            found = _population(session, batches, path, wanted, progress)
+    recalibrated = [layer for layer in wanted if layer.index in found.statistics]
     if not recalibrated:
         raise NothingToProbeError(
             f"None of the layers to be recalibrated was called while {batches.images} samples ran through the model;"
             f" the first of them is {wanted[0].name}."
         )
-    _write([(layer, _checked(layer, settled)) for layer in recalibrated], settled.updates)
+    _write([(layer, _checked(layer, found)) for layer in recalibrated], found.updates)
     return Recalibrated(
         tuple(layer.name for layer in recalibrated),
         batches.images,
         batches.batches,
         tuple(_notes(session, wanted, recalibrated, batches, settings)),
-        settled.mixed,
+        found.mixed,
         {},
     )
 
@@ -264,16 +269,16 @@ def _check_globs(globs: tuple[str, ...], layers: Iterable[ProbedLayer]) -> None:
             raise UsageError(f'The glob "{glob}" matches no BN layer of the model; the nearest name is "{nearest}".')
 
 
-def _settle(
+def _population(
     session: Session, batches: RepeatedReader, path: StatisticsPath, wanted: list[ProbedLayer], progress: Progress
-) -> Settled:
+) -> PopulationStatistics:
     frozen = session.frozen & {layer.index for layer in wanted}
     if path == "train":
-        return settle_by_batch(session, batches, progress, frozen)
+        return population_by_batch(session, batches, progress, frozen)
     if path != "eval":
         averaged = path == "micro-batch-averaged"
-        return settle_by_micro_batch(session, batches, progress, frozen, averaged=averaged)
-    return settle_by_layer(session, batches, frozenset(layer.index for layer in wanted), progress)
+        return population_by_micro_batch(session, batches, progress, frozen, averaged=averaged)
+    return population_by_layer(session, batches, frozenset(layer.index for layer in wanted), progress)
 
 
 def _wanted(session: Session, include_frozen: bool) -> list[ProbedLayer]:
@@ -295,20 +300,20 @@ def _wanted(session: Session, include_frozen: bool) -> list[ProbedLayer]:
     return found
 
 
-def _checked(layer: ProbedLayer, settled: Settled) -> tuple[Tensor, Tensor]:
+def _checked(layer: ProbedLayer, found: PopulationStatistics) -> tuple[Tensor, Tensor]:
     """Mean and variance of a layer in the dtype of its buffers.
 
     Raises:
         RepairError: They come from a single value.
         NonFiniteError: They are not finite in that dtype.
     """
-    if settled.values[layer.index] < 2:
+    if found.values[layer.index] < 2:
         raise RepairError(
             f"A variance needs at least two values per channel, but {layer.name} received only one from all the data."
             " Give more samples. Nothing was changed."
         )
     assert layer.info.running_mean is not None  # only layers with running statistics get here
-    mean, variance = (value.to(layer.info.running_mean.dtype) for value in settled.statistics[layer.index])
+    mean, variance = (value.to(layer.info.running_mean.dtype) for value in found.statistics[layer.index])
     bad = int((~torch.isfinite(mean + variance)).sum())
     if bad:
         raise NonFiniteError(

@@ -189,7 +189,7 @@ class Running:
             self.replicas.sync_buffers()
             norm, problem = taken.gradient_norm, taken.problem or self._guard.of_step(taken.skipped)
         if problem is None:
-            score = self._settle(number)
+            score = self._finish(number)
         else:
             self._diverge(number, problem, group, math.isfinite(loss))
         figures = (loss, rate, norm, *limits, *(clipped or (None, None)), score)
@@ -262,7 +262,7 @@ class Running:
         loss, r, d, stopping = self.replicas.mean([loss, *(clipped or (0.0, 0.0)), float(bool(stop.name))])
         return loss, (r, d) if clipped else None, stopping > 0
 
-    def _settle(self, number: int) -> Score | None:
+    def _finish(self, number: int) -> Score | None:
         """Finish a step: advance the limits, evaluate the weights if due, and decide whether the run ends."""
         self.step = number
         if self._renorm is not None:
