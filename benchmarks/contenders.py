@@ -13,7 +13,7 @@ from bnprobe.commands.scan import scan
 from bnprobe.measure.batch import join
 from bnprobe.measure.evidence import PathEvidence
 from bnprobe.measure.forward_pass import Pass
-from bnprobe.measure.layers import LayerSet, find_layers
+from bnprobe.measure.layers import find_layers
 from bnprobe.measure.physical_batch import self_check
 from bnprobe.measure.session import PathName, Session, UserFunctions
 from bnprobe.measure.statistic import Scope
@@ -67,31 +67,31 @@ class Probe:
     def __init__(self, model: nn.Module, micro_batches: Sequence[Tensor], physical: int) -> None:
         at_once = physical // BATCH_SIZE
         self._steps = [list(micro_batches[i : i + at_once]) for i in range(0, len(micro_batches), at_once)]
-        self._model, self._device = model, micro_batches[0].device
+        self._model, self._layers = model, find_layers(model, lambda name: True)
+        # One for all runs, as for both paths of a scan: calls that lost digits are known from the first one on.
+        self._session = Session(model, self._layers, UserFunctions(), micro_batches[0].device)
 
     def run(self, path: PathName, batch_sizes: Sequence[int] = (BATCH_SIZE,)) -> list[PathEvidence]:
         """Forward passes, moments, normalization by micro-batch and accumulation, as a scan does them."""
-        with self._installed() as (session, layers):
+        with self._installed() as session:
             scope: Scope = "eval" if path == "eval" else "train"
             sums = [PathEvidence(scope, batch_sizes[0]), *(PathEvidence("other sizes", n) for n in batch_sizes[1:])]
             for step in self._steps:
                 pass_ = Pass(len(step) * BATCH_SIZE, BATCH_SIZE, per_sample=path == "eval")
                 session.forward(path, join(step), pass_)
                 for one in sums:
-                    one.add(pass_.records, layers.layers)
+                    one.add(pass_.records, self._layers.layers)
         return sums
 
     def check(self) -> None:
         """The self-check that a scan begins with, whatever the number of images."""
-        with self._installed() as (session, _):
+        with self._installed() as session:
             self_check(session, [step[0] for step in self._steps[:2]], BATCH_SIZE)
 
     @contextmanager
-    def _installed(self) -> Iterator[tuple[Session, LayerSet]]:
-        layers = find_layers(self._model, lambda name: True)
-        session = Session(self._model, layers, UserFunctions(), self._device)
-        with session.installed():
-            yield session, layers
+    def _installed(self) -> Iterator[Session]:
+        with self._session.installed():
+            yield self._session
         self._model.eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -57,16 +58,11 @@ def _network(setting: Setting, name: str) -> list[Row]:
         "scan": lambda: spent.append(_stages(setting, model, batches)),
     }
     rounds = interleave(contenders, setting.rounds, setting.device)
-    forward, last = rounds.median("plain"), spent[1:]
+    runs = list(zip(spent[1:], rounds.seconds["plain"], strict=True))  # the first one is not timed
     return [
-        Row(f"{name}, {stage}", f"{_median(run[stage] for run in last) / forward:.2f} plain forwards")
+        Row(f"{name}, {stage}", f"{statistics.median(run[stage] / each for run, each in runs):.2f} plain forwards")
         for stage in (*STAGES, "the rest")
     ]
-
-
-def _median(values: Iterator[float]) -> float:
-    found = sorted(values)
-    return found[len(found) // 2]
 
 
 def _stages(setting: Setting, model: nn.Module, batches: list[torch.Tensor]) -> dict[str, float]:
