@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnprobe.commands.scan import scan
 from bnprobe.measure.forward_pass import Pass
 from support.networks import images
+from support.operators import WAIT, Operators
 from support.running import session_of
-
-
-class _Count(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = Counter[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def _deep() -> nn.Module:
@@ -43,9 +32,9 @@ def _deep() -> nn.Module:
 
 
 def _plain(model: nn.Module, x: Tensor, training: bool) -> int:
-    with torch.no_grad(), _Count() as plain:
+    with torch.no_grad(), Operators() as plain:
         model.train(training)(x)
-    return sum(plain.counts.values())
+    return plain.found.total()
 
 
 @pytest.mark.parametrize("path", ["eval", "train"])
@@ -55,25 +44,23 @@ def test_operators_of_a_path_beside_those_of_a_plain_forward_pass(path: Any) -> 
     session = session_of(model)
     with session.installed():
         session.forward(path, x, Pass(8, 2, per_sample=path == "eval"))  # what is found once
-        with _Count() as measured:
+        with Operators() as measured:
             session.forward(path, x, Pass(8, 2, per_sample=path == "eval"))
-    assert sum(measured.counts.values()) <= (2.5 if path == "eval" else 4) * _plain(model, x, path == "train")
-    assert measured.counts["aten._local_scalar_dense.default"] == 0
+    assert measured.found.total() <= (2.5 if path == "eval" else 4) * _plain(model, x, path == "train")
+    assert measured.found[WAIT] == 0
 
 
 def test_what_a_longer_scan_adds() -> None:
     """Of a healthy network: both paths and their sums, no more."""
     model, counts = _deep(), []
     for number in (32, 64):
-        with _Count() as measured:
+        with Operators() as measured:
             report = scan(model, images(number, 2, 3, 12, 12), 2, num_batches=number, physical_batch=32)
         assert report.scan.emulated
         assert not any(layer.flagged for layer in report.layers)
-        counts.append(measured.counts)
+        counts.append(measured.found)
     added = counts[1] - counts[0]
     [x] = images(1, 32, 3, 12, 12)
     plain = 2 * (_plain(model, x, True) + _plain(model, x, False))
-    assert (
-        sum(added.values()) <= 7.5 * plain
-    )  # whatever the number of layers, the sums of a step are some 200 operators
-    assert added["aten._local_scalar_dense.default"] == 32  # whether each micro-batch is finite, on the host
+    assert added.total() <= 7.5 * plain  # whatever the number of layers, the sums of a step are some 200 operators
+    assert added[WAIT] == 32  # whether each micro-batch is finite, on the host

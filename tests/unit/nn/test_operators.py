@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnprobe.nn import BatchRenorm2d, kernels
+from support.operators import Operators
 
 aten = torch.ops.aten
 SMALL, LARGE = (2, 16, 3, 3), (4, 32, 40, 40)
@@ -22,29 +22,21 @@ WAITS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero")
 """Operators that wait for the device."""
 
 
-class _Operators(TorchDispatchMode):
-    """Lists the operators that run, views aside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
-            self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+def _names(operators: Operators) -> list[str]:
+    """Of those that ran, views aside."""
+    return [each.overloadpacket.__name__ for each in operators.found.elements() if not each.is_view]
 
 
 def _run(layer: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
     """The operators of forward and backward."""
     monkeypatch.setattr(kernels, "is_looked_into", lambda x: False)  # which a dispatch mode is taken for
     leaves = [x.requires_grad_(), *layer.parameters()]
-    with _Operators() as forward:
+    with Operators() as forward:
         y = layer(x)
     gradient = torch.ones_like(y)
-    with _Operators() as backward:
+    with Operators() as backward:
         torch.autograd.grad(y, leaves, gradient)
-    return forward.names, backward.names
+    return _names(forward), _names(backward)
 
 
 @pytest.mark.parametrize(

@@ -8,32 +8,17 @@ from typing import Any
 
 import pytest
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnprobe.errors import UserCodeError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.nn import BatchRenorm1d
 from support.finetuning import cross_entropy, job, network, sgd, source, trained
+from support.operators import WAIT, Operators
 
 BATCHES = list(source(noise=0.0).batches)
 
-WAITS = "aten::_local_scalar_dense"
-"""On a GPU the host waits there."""
 
-
-class Operators(TorchDispatchMode):
-    """Counts what PyTorch is asked to compute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found[function._schema.name] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def of_a_step(run: Callable[[int], object]) -> Counter[str]:
+def of_a_step(run: Callable[[int], object]) -> Counter[Any]:
     """Operators of one step, as the difference between a longer and a shorter run."""
     found = []
     for steps in (4, 5):
@@ -57,8 +42,8 @@ def test_a_step_is_little_more_than_that_of_a_loop(norm: Any, more: int) -> None
     options: dict[str, Any] = {"source": as_batch_source(BATCHES, 4), "evaluate_every": 100}
     ours = of_a_step(lambda steps: trained(job(network(norm), **options, steps=steps)))
     plain = of_a_step(lambda steps: by_hand(network(norm), steps))
-    assert plain[WAITS] == 0
-    assert ours[WAITS] == 2  # loss and gradient, which decide whether the step is taken
+    assert plain[WAIT] == 0
+    assert ours[WAIT] == 2  # loss and gradient, which decide whether the step is taken
     assert (ours - plain).total() <= 12 + more
 
 
