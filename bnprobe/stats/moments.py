@@ -49,7 +49,7 @@ def row_moments(x: Float[Tensor, "rows channels *space"], floor: float = 0.0) ->
         mean = x.flatten(1).double()
         return mean, torch.zeros_like(mean)
     if x.is_cuda:
-        mean, variance = _cuda_moments(x)
+        mean, variance = _welford(x, tuple(range(2, x.dim())))
         return mean.double(), variance.double()
     return _cpu_moments(x, floor)
 
@@ -91,10 +91,9 @@ def row_sums(x: Float[Tensor, "rows channels *space"]) -> RowSums:
     if x.dim() == 2 or x.shape[2:].numel() == 1:
         mean = x.flatten(1).to(wide(x.dtype), copy=True)  # the input may be written into before they are pooled
         return RowSums(mean, torch.zeros_like(mean), None)
-    if x.is_cuda:
-        mean, variance = _cuda_moments(x)
-        return RowSums(mean, variance, None)
     space, positions = tuple(range(2, x.dim())), x.shape[2:].numel()
+    if x.is_cuda:
+        return RowSums(*_welford(x, space), None)
     if positions <= _FEW and x.is_contiguous():
         norm: Tensor = torch.linalg.vector_norm(x, dim=space, dtype=torch.float64)
         return RowSums(x.mean(space, dtype=torch.float64), norm.square_(), positions)
@@ -103,9 +102,8 @@ def row_sums(x: Float[Tensor, "rows channels *space"]) -> RowSums:
 
 def group_sums(x: Float[Tensor, "rows channels *space"], size: int) -> RowSums:
     """Of every ``size`` consecutive rows together, in one operator, which is slow on CPU."""
-    groups = x.unflatten(0, (-1, size)).to(wide(x.dtype))
-    variance, mean = torch.var_mean(groups, (1, *range(3, groups.dim())), correction=0)
-    return RowSums(mean, variance, None)
+    groups = x.unflatten(0, (-1, size))
+    return RowSums(*_welford(groups, (1, *range(3, groups.dim()))), None)
 
 
 def _cpu_moments(x: Tensor, floor: float) -> Moments:
@@ -156,11 +154,15 @@ def _square_sums(x: Tensor) -> Tensor:
     return torch.cat([part.to(dtype).square().sum(space) for part in x.split(rows)])
 
 
-def _cuda_moments(x: Tensor) -> Moments:
-    """One Welford pass: no cancellation, and no decision on the host that would wait for the device."""
-    space = tuple(range(2, x.dim()))
+def _welford(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance in one pass without cancellation, nor a decision on the host that waits for the device.
+
+    Args:
+        x: On CUDA; on CPU it is slow.
+        axes: Not the first.
+    """
     rows = x.shape[0] if wide(x.dtype) == x.dtype else max(1, _CUDA_CHUNK_VALUES // x[0].numel())
-    parts = [torch.var_mean(part.to(wide(x.dtype)), space, correction=0) for part in x.split(rows)]
+    parts = [torch.var_mean(part.to(wide(x.dtype)), axes, correction=0) for part in x.split(rows)]
     if len(parts) == 1:
         variance, mean = parts[0]
         return mean, variance
