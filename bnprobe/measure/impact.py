@@ -203,7 +203,8 @@ WORST = 5
 """Layers that are measured, worst first by the estimate; and as many of those that have no estimate."""
 
 FEWEST_PASSES = 4
-"""Over each sample: the graph, which is the reference, two backward passes, and the worst layer."""
+"""Over each sample: the graph, which is the reference, two backward passes, and the worst layer. In half precision the
+reference is one more."""
 
 _FEWEST_BATCHES = 2
 """Lower limit on the micro-batches, however large they are: one says little about the next."""

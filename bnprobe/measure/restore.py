@@ -158,7 +158,7 @@ class ModelState:
 
     Args:
         model: As loaded, on its device.
-        kept: What ``untouched`` keeps of it, whose copies serve here too.
+        kept: What ``untouched`` keeps of it, whose copies serve here too: no tensor has changed since.
     """
 
     def __init__(self, model: nn.Module, kept: Iterable[Restore] = ()) -> None:

@@ -213,7 +213,8 @@ class Session:
     def forward(self, path: PathName, batch: Any, pass_: Pass) -> tuple[Any, Outputs]:
         """Run the model on a copy of a batch that is on the device, as ``pass_`` says; the moments go there.
 
-        A copy, since a model may write into its input, and every pass is to see the same values.
+        A copy, since a model may write into its input, and every pass is to see the same values. Where the moments of a
+        call lost digits, the model runs once more, from the same random state, and that call is computed with care.
 
         Returns:
             What forward returned, and what the model itself returned on the way, for ``call`` to use again.

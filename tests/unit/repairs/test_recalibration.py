@@ -156,7 +156,7 @@ def passes(model: nn.Module, **options: Any) -> float:
     return (found[1] - found[0]) / 100
 
 
-def test_one_pass_settles_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_pass_is_enough_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = unsettled(Dense().double())
     assert passes(model) == 1
     monkeypatch.setattr(population, "LARGEST", 0)
