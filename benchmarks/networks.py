@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -65,16 +65,21 @@ def resnet50() -> ResNet:
 NETWORKS: dict[str, Callable[[], ResNet]] = {"resnet18": resnet18, "resnet50": resnet50}
 
 
-@torch.no_grad()
 def settled(name: str, image_size: int, device: torch.device) -> nn.Module:
     """A network in eval mode, with running statistics of random images so that nothing overflows."""
     torch.manual_seed(0)
     model = NETWORKS[name]().to(device)
+    return settled_on(model, (torch.randn(8, 3, image_size, image_size, device=device) for _ in range(2)))
+
+
+@torch.no_grad()
+def settled_on(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """The model itself, in eval mode, with the running statistics of these batches."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None
-    for _ in range(2):
-        model.train()(torch.randn(8, 3, image_size, image_size, device=device))
+    for batch in batches:
+        model.train()(batch)
     for norm in norms:
         norm.momentum = 0.1
     return model.eval()

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.networks import settled_on
 from benchmarks.setting import Setting
 from benchmarks.tables import Row
 from benchmarks.timing import interleave
@@ -25,6 +26,7 @@ GOAL = 1.1
 """Exponent of the growth between the two largest sizes; 1 is linear, and more by no more than the noise."""
 
 PROCESSES_GOAL = 1.8
+"""Speed-up by a second process, each with a thread of its own."""
 
 _LAYERS = (10, 50, 250, 1000, 2000)
 _CHANNELS = (16, 64, 256, 1024)
@@ -35,17 +37,14 @@ _QUICK = 3
 
 
 class _Chain(nn.Module):
-    """Convolutions in a row, each with its BN layer and ReLU, whose statistics are those of standard-normal images."""
+    """Convolutions in a row, each with its BN layer and ReLU."""
 
-    def __init__(self, layers: int, channels: int, kernel: int = 1) -> None:
+    def __init__(self, layers: int, channels: int) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Conv2d(3, channels, 1)
         blocks = (
-            nn.Sequential(
-                nn.Conv2d(channels, channels, kernel, padding=kernel // 2), nn.BatchNorm2d(channels), nn.ReLU()
-            )
-            for _ in range(layers)
+            nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.ReLU()) for _ in range(layers)
         )
         self.blocks = nn.Sequential(*blocks)
 
@@ -54,15 +53,8 @@ class _Chain(nn.Module):
         return found
 
 
-def _settled(model: nn.Module, device: torch.device) -> nn.Module:
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None
-    with torch.no_grad():
-        model.to(device).train()(torch.randn(64, 3, 8, 8, device=device))
-    for norm in norms:
-        norm.momentum = 0.1
-    return model.eval()
+def _chain(layers: int, channels: int, device: torch.device) -> nn.Module:
+    return settled_on(_Chain(layers, channels).to(device), [torch.randn(64, 3, 8, 8, device=device)])
 
 
 def rows(setting: Setting) -> list[Row]:
@@ -70,10 +62,10 @@ def rows(setting: Setting) -> list[Row]:
     most = _QUICK if setting.rounds <= _QUICK else None
     device, images = setting.device, 32
     axes: Mapping[str, Mapping[int, Callable[[], object]]] = {
-        "layers": {n: partial(_scan, _settled(_Chain(n, 8), device), images, 2) for n in _LAYERS[:most]},
-        "channels": {n: partial(_scan, _settled(_Chain(10, n), device), images, 2) for n in _CHANNELS[:most]},
-        "images": {n: partial(_scan, _settled(_Chain(10, 64), device), n, 2) for n in _IMAGES[:most]},
-        "batch size": {n: partial(_scan, _settled(_Chain(10, 64), device), 256, n) for n in _BATCH_SIZES[:most]},
+        "layers": {n: partial(_scan, _chain(n, 8, device), images, 2) for n in _LAYERS[:most]},
+        "channels": {n: partial(_scan, _chain(10, n, device), images, 2) for n in _CHANNELS[:most]},
+        "images": {n: partial(_scan, _chain(10, 64, device), n, 2) for n in _IMAGES[:most]},
+        "batch size": {n: partial(_scan, _chain(10, 64, device), 256, n) for n in _BATCH_SIZES[:most]},
     }
     found = [_row(setting, axis, contenders) for axis, contenders in axes.items()]
     return [*found, _processes(setting)] if device.type == "cpu" else found
