@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -62,6 +63,19 @@ def tensors_of(tree: Any) -> list[Tensor]:
 def leaves_of(tree: Any) -> list[Any]:
     """The leaves of nested tuples, lists and mappings, in order."""
     return [leaf for _, leaf in named_leaves(tree)]
+
+
+def bytes_of(batch: Any) -> int | None:
+    """What a batch takes in memory; None where that is not known, as of objects of other libraries."""
+    size = 0
+    for leaf in leaves_of(batch):
+        if isinstance(leaf, Tensor | np.ndarray):
+            size += leaf.nbytes
+        elif isinstance(leaf, str | bytes | int | float | None):
+            size += sys.getsizeof(leaf)
+        else:
+            return None
+    return size
 
 
 def as_plain(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import EndOfPass, RepairError, UserCodeError
-from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, tensors_of, to_device
+from bnprobe.measure.batch import CannotEmulateError, MicroBatch, bytes_of, join, pick, to_device
 from bnprobe.measure.extremes import Extremes, checked_further
 from bnprobe.measure.forward_pass import Pass, Recorded, Slot
 from bnprobe.measure.memory import (
@@ -57,7 +57,9 @@ class Population:
         for (index, call), record in records.items():
             self._shared |= {index} if call else set()
             self._batches[index] = self._batches.get(index, 0.0) + batches
-            count, mean, variance = _pooled(record)
+            units = record.mean.shape[0]
+            count = float(record.values * units)
+            mean, variance = (pooled[0] for pooled in pool_moments(record.mean, record.variance, units))
             self._within[index] = self._within.get(index, torch.zeros_like(mean)) + count * variance
             self._merge(index, count, mean, variance)
 
@@ -100,13 +102,6 @@ class Population:
         self._squares[index] += count * variance + difference.square() * (before * count / total)
         self._mean[index] += difference * (count / total)
         self._count[index] = total
-
-
-def _pooled(record: Recorded) -> tuple[float, Tensor, Tensor]:
-    """Values per channel of one call, their mean and their biased variance."""
-    units = record.mean.shape[0]
-    mean, variance = pool_moments(record.mean, record.variance, units)
-    return float(record.values * units), mean[0], variance[0]
 
 
 def steady_population(
@@ -344,8 +339,9 @@ class _AsCalled(Mapping[Any, tuple[Tensor, Tensor]]):
     def __getitem__(self, key: Any) -> tuple[Tensor, Tensor]:
         if key not in self._wanted:
             raise KeyError(key)
-        count, mean, variance = _pooled(self._records[key, 0])
-        return mean, variance * (count / max(count - 1, 1))
+        population = Population()
+        population.add({(key, 0): self._records[key, 0]})
+        return population.statistics()[key]
 
     def __iter__(self) -> Iterator[int]:
         return (index for index in self._wanted if (index, 0) in self._records)
@@ -402,11 +398,11 @@ class _Rounds:
         stream = iter(self._batches)
         batches = list(itertools.islice(stream, 2))
         room = self._plan(batches)
-        samples, held = sum(batch.samples for batch in batches), sum(map(_bytes, batches))
+        samples, held = sum(batch.samples for batch in batches), sum(bytes_of(batch.data) or 0 for batch in batches)
         while samples <= room and held <= KEPT_BYTES and (batch := next(stream, None)) is not None:
             batches.append(batch)
             samples += batch.samples
-            held += _bytes(batch)
+            held += bytes_of(batch.data) or 0
         self._opened = itertools.chain(batches, stream)
         if len(batches) < 2:
             return batches
@@ -534,13 +530,9 @@ def _parts(batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
     size = 0
     for batch in batches:
         part.append(batch)
-        size += _bytes(batch)
+        size += bytes_of(batch.data) or 0
         if size > KEPT_BYTES:
             yield part
             part, size = [], 0
     if part:
         yield part
-
-
-def _bytes(batch: MicroBatch) -> int:
-    return sum(tensor.nbytes for tensor in tensors_of(batch.data))

@@ -17,7 +17,7 @@ from bnprobe.distributed import EVERYTHING, Share
 from bnprobe.errors import DataError
 from bnprobe.loading.model import attribute
 from bnprobe.loading.samples import SampleCount, count_samples
-from bnprobe.measure.batch import MicroBatch, check_finite, copy_tensors, leaves_of, tensors_of
+from bnprobe.measure.batch import MicroBatch, bytes_of, check_finite, copy_tensors, leaves_of
 from bnprobe.measure.restore import seed_everything
 
 _END, _NONE = object(), object()
@@ -285,7 +285,7 @@ class RepeatedReader:
             batches += 1
             samples += read.samples
             check_finite(batch, position, indices)
-            kept_bytes += sum(tensor.nbytes for tensor in tensors_of(batch))
+            kept_bytes += bytes_of(batch) or 0
             if kept_bytes > KEPT_BYTES:
                 keeping = None
             elif keeping is not None:

@@ -127,7 +127,7 @@ def current(buffer: Tensor) -> Tensor:
         return snapshot(buffer)
 
 
-def held(r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+def constants(r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """A ``snapshot`` of r and d, which depend on the running statistics."""
     if torch.jit.is_scripting():
         return r, d
@@ -290,7 +290,7 @@ def renormalize(
     r, d = torch.clamp(exact_r, r_min, r_max), torch.clamp(exact_d, -d_max, d_max)
     if clipped is not None:
         clipped.add_(clipped_channels(exact_r, exact_d, r, d))
-    r, d = held(r, d)
+    r, d = constants(r, d)
     if mask is None:
         scale, shift = folded(r, d, weight, bias)
         output = normalize_by_batch(x, scale, shift, eps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from types import ModuleType
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader
 from bnprobe.distributed import ALONE, World
 from bnprobe.errors import DataError, UsageError
 from bnprobe.loading.data import BatchSource
-from bnprobe.measure.batch import leaves_of
+from bnprobe.measure.batch import bytes_of
 from bnprobe.measure.reader import KEPT_BYTES, lasting
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 
@@ -62,26 +61,13 @@ class KeptEpochs:
         kept = self._kept[seed]
         if kept is None:
             return
-        size = _bytes(batch)
+        size = bytes_of(batch)
         if size is not None and size <= self._room:
             kept.append(batch)
             self._room -= size
         else:
-            self._room += sum(_bytes(each) or 0 for each in kept)
+            self._room += sum(bytes_of(each) or 0 for each in kept)
             self._kept[seed] = None
-
-
-def _bytes(batch: Any) -> int | None:
-    """What a batch takes; None where that is not known, as of objects of other libraries."""
-    size = 0
-    for leaf in leaves_of(batch):
-        if isinstance(leaf, Tensor | np.ndarray):
-            size += leaf.nbytes
-        elif isinstance(leaf, str | bytes | int | float | None):
-            size += sys.getsizeof(leaf)
-        else:
-            return None
-    return size
 
 
 class Feed:
@@ -212,7 +198,7 @@ def _some(batches: Iterator[Any]) -> tuple[list[Any], Exception | None]:
     try:
         for batch in batches:
             found.append(batch)
-            read += _bytes(batch) or 0
+            read += bytes_of(batch) or 0
             if len(found) == _AHEAD or read >= _AHEAD_BYTES:
                 break
     except Exception as error:
