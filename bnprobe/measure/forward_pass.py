@@ -414,19 +414,21 @@ def _normalize_by_sums(call: NormCall, sums: RowSums, grouping: Grouping) -> Ten
 
 def _averaged(values: Tensor, grouping: Grouping, weight: float) -> Tensor:
     """For each row the weighted sum over the rows of its micro-batch, in one operator for all micro-batches."""
-    members, starts, weights = _members(grouping, weight, values.dtype)
+    members, starts, weights = _members(grouping, weight, values.dtype, values.device)
     found: Tensor = torch.embedding_bag(values, members, starts, mode=0, per_sample_weights=weights)[0]
     return found
 
 
 @functools.lru_cache(maxsize=256)
-def _members(grouping: Grouping, weight: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _members(
+    grouping: Grouping, weight: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of the micro-batch of each row one after the other, where each row's begin, and a weight for each."""
     with torch.inference_mode(False):
-        rows = torch.arange(grouping.rows).view(-1, 1, grouping.batch_size)
+        rows = torch.arange(grouping.rows, device=device).view(-1, 1, grouping.batch_size)
         members = rows.expand(-1, grouping.batch_size, -1).reshape(-1)
-        starts = torch.arange(0, members.numel(), grouping.batch_size)
-        return members, starts, torch.full((members.numel(),), weight, dtype=dtype)
+        starts = torch.arange(0, members.numel(), grouping.batch_size, device=device)
+        return members, starts, torch.full((members.numel(),), weight, dtype=dtype, device=device)
 
 
 def _normalize_groups_apart(call: NormCall, sums: RowSums, size: int) -> Tensor:

@@ -70,6 +70,6 @@ def _by_column(
         [_ANY if positions is None else _RELATIVE_ERROR / torch.finfo(dtype).eps for positions, dtype in kinds],
     ]
     with torch.inference_mode(False):
-        columns = torch.tensor(rows, dtype=torch.float64).repeat_interleave(torch.tensor(widths), 1).to(device)
-        part, minus, limits = columns
+        values = torch.tensor(rows, dtype=torch.float64, device=device)
+        part, minus, limits = values.repeat_interleave(torch.tensor(widths, device=device), 1)
         return part, minus, limits

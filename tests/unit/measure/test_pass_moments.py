@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bnprobe.measure import forward_pass
 from bnprobe.measure.forward_pass import Grouping, Pass
 from bnprobe.measure.norms import BatchNormFamily, NormCall
-from bnprobe.measure.pass_moments import moments_of_sums
+from bnprobe.measure.pass_moments import _by_column, moments_of_sums
 from bnprobe.stats.moments import group_sums, row_sums
 from support.networks import images, unsettled
 from support.running import session_of
@@ -99,6 +99,20 @@ def test_plain_bn_of_each_micro_batch(affine: bool, size: int, dtype: torch.dtyp
     for found in (by_rows, by_groups):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), expected, rtol=close if dtype != torch.float64 else 1e-5, atol=close)
+
+
+def test_constants_are_where_the_input_is() -> None:
+    """Whatever the user's default device: they are kept for the scans that follow."""
+    forward_pass._members.cache_clear()
+    _by_column.cache_clear()
+    x = torch.randn(8, 5, 4, 4)
+    call = _call(x, affine=True)
+    with torch.device("meta"):
+        output = forward_pass._normalize_by_sums(call, row_sums(x), Grouping(8, 2, 8))
+        [(mean, _)], uncertain = moments_of_sums([row_sums(x)], 2, True, 1e-5)
+    assert uncertain == []
+    assert output.device == mean.device == x.device
+    torch.testing.assert_close(mean, by_hand(x, 2)[0], rtol=1e-5, atol=1e-6)
 
 
 class Far(nn.Module):
