@@ -286,12 +286,15 @@ class Pass:
         slot = (layer.index, self._calls[layer.index])
         self._calls[layer.index] += 1
         self.domains[slot] = domain if isinstance(domain := current_domain(), int) else None
-        gradient = self.leaves is not None
+        by_batch = call.training or call.running_mean is None or layer.index in self.by_batch
+        blend = self.blend if self.blend is not None and layer.index in self.blend.layers and not by_batch else None
+        differentiates = call.input.requires_grad and torch.is_grad_enabled()  # the user's own forward may
+        if blend is not None and differentiates:
+            raise CannotEmulateError("the forward differentiates through the layer")
+        gradient = self.leaves is not None or differentiates
         seen = replace(call, input=call.input.detach()) if gradient else call
         grouping = self._grouping(replace(found, call=seen), slot)
-        by_batch = call.training or call.running_mean is None or layer.index in self.by_batch
         own = grouping.group_rows is not None
-        blend = self.blend if self.blend is not None and layer.index in self.blend.layers and not by_batch else None
         per_sample = (self.per_sample or blend is not None) and not by_batch and not own
         waits = not self.immediate and self.careful is not None and slot not in self.careful and blend is None
         sums = _sums(seen, grouping, by_batch and not gradient, per_sample) if waits else None
@@ -385,7 +388,7 @@ def _sums(call: NormCall, grouping: Grouping, normalizes: bool, per_sample: bool
         per_sample: Samples are recorded, not micro-batches.
     """
     x = call.input
-    if grouping.group_rows is not None or grouping.rows_per_sample > 1:
+    if grouping.group_rows is not None or grouping.rows_per_sample != 1:
         return None
     if normalizes and ((call.r_max, call.d_max) != (1, 0) or call.on_std or call.unbiased):
         return None

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnprobe import scan
-from bnprobe.measure.causes import padding_in
+from bnprobe.measure.causes import padding_in, random_layers_before
 from bnprobe.measure.layers import anatomy, find_layers
 from bnprobe.records import Report
+from support.running import session_of
 
 CLASSES = 4
 
@@ -162,6 +163,16 @@ def test_another_eps_is_tried_only_where_statistics_are_stale() -> None:
     assert small.diagnoses[0].cause == "small_batch"
     assert old.diagnoses[0].cause == "lag"
     assert ["eps" in {each.name for each in report.scan.passes} for report in (small, old)] == [False, True]
+
+
+def test_random_layers_are_traced_through_convolutions() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Dropout2d(0.5), nn.BatchNorm2d(4)
+    )
+    session = session_of(model)
+    with session.installed():
+        found = random_layers_before(session, torch.randn(4, 3, 6, 6), 4)
+    assert found == {"2": ("1",), "5": ("1", "4")}
 
 
 class Branches(nn.Module):

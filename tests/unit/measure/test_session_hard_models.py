@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,6 +53,65 @@ def test_a_model_that_writes_into_its_input(emulate: bool) -> None:
     assert found.scan.emulated == emulate
     assert_same_figures(found, expected, 1e-6)
     assert all(torch.equal(one, other) for one, (other, _) in zip(before, DATA, strict=True))
+
+
+class Forces(nn.Module):
+    """Differentiates an energy in its forward, as networks of molecules do: every sample's by its own input."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, size - 2))
+        self.flat = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4))
+        self.last = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.flat(self.body(x)).square().sum()
+            (forces,) = torch.autograd.grad(energy, x)
+        return self.last(forces)
+
+
+@pytest.mark.parametrize("size", [6, 3])  # the first layer's maps: 4x4, and single values
+def test_a_forward_that_differentiates(size: int) -> None:
+    """Through the statistics of the batch, too: the last layer sees the gradients."""
+    model, data = unsettled(Forces(size)), images(8, 4, 3, size, size)
+    emulated, real = (scan(model, data, 4, num_batches=8, emulate=emulate) for emulate in (True, False))
+    assert emulated.scan.emulated
+    assert_same_figures(emulated, real, 1e-3)
+    twin = copy.deepcopy(model).train()
+    seen: list[Tensor] = []
+    twin.last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for batch in data:
+        copy.deepcopy(twin)(batch)
+    layer = next(layer for layer in real.layers if layer.name == "last")
+    assert layer.train is not None
+    std = (twin.last.running_var + twin.last.eps).sqrt()
+    d = torch.stack([(x.mean((0, 2, 3)) - twin.last.running_mean) / std for x in seen])
+    assert layer.train.d.mean == pytest.approx(float(d.double().mean()), rel=1e-3)
+
+
+def test_what_depends_on_gradients_through_other_statistics_is_not_tried() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean()
+
+    data = images(8, 4, 3, 6, 6)
+    report = scan(unsettled(Forces(6)), data, 4, num_batches=8, loss=loss, evaluation=data[:4], what_if=True)
+    assert "batch statistics" in {remedy.name for remedy in report.remedies}
+    assert any('"instance renorm" was not tried' in note for note in report.scan.notes)
+
+
+def test_a_layer_without_rows_is_an_error_of_the_call() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(x) if self.training else torch.cat([self.bn(x), self.bn(x[:0])])
+
+    with pytest.raises(UserCodeError, match="calling the model"):
+        scan(unsettled(Empty()), images(8, 4, 3, 6, 6), 4)
 
 
 def test_a_loss_that_writes_into_the_batch() -> None:
