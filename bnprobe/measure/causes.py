@@ -281,6 +281,9 @@ def random_layers_before(session: Session, batch: Any, size: int) -> Mapping[str
         None where the pass cannot be followed.
     """
     names = {named.module: named.name for named in named_once(session.model)}
+    random = [module for module in names if probability_of_dropping(module) > 0]
+    if not random:
+        return {layer.name: () for layer in session.layers.layers}
     sources: dict[int, str] = {}
     kept: list[Tensor] = []
     reached: dict[str, set[str]] = {}
@@ -302,9 +305,8 @@ def random_layers_before(session: Session, batch: Any, size: int) -> Mapping[str
             reached.setdefault(names[module], set()).update(_sources_of(tensor, sources))
 
     with ExitStack() as stack, torch.enable_grad():
-        for module in names:
-            if probability_of_dropping(module) > 0:
-                stack.callback(module.register_forward_hook(mark).remove)
+        for module in random:
+            stack.callback(module.register_forward_hook(mark).remove)
         for layer in session.layers.layers:
             stack.callback(layer.module.register_forward_pre_hook(note).remove)
         try:
