@@ -147,6 +147,7 @@ def _run(
         text.reconfigure(line_buffering=text.isatty())
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if largest_file is not None:
+        sys.dont_write_bytecode = True  # Python would keep the beginning of a module, and fail at it ever after
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     os.environ.clear()
     os.environ.update(environment)

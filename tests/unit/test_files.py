@@ -163,6 +163,7 @@ import resource, signal, sys
 from pathlib import Path
 from bnprobe.files import write_all
 
+sys.dont_write_bytecode = True  # Python would keep the beginning of a module, and fail at it ever after
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 folder = Path(sys.argv[1])
