@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 import bnprobe
 from bnprobe.measure.batch import MicroBatch, join
 from bnprobe.measure.physical_batch import Batching
-from bnprobe.measure.population import settle_by_batch, steady_population
+from bnprobe.measure.population import population_by_batch, steady_population
 from bnprobe.measure.session import UserFunctions, no_progress
 from bnprobe.measure.what_if import what_if
 from support.networks import Flat, images, unsettled
@@ -188,7 +188,9 @@ def test_recalibration_counts_samples_as_the_user_says() -> None:
     model, batches = unsettled(Flat()), images(4, 5, 6)
     sizes = [5, 5, 5, 5]
     with running(model, batches, 5) as (session, _):
-        settled = settle_by_batch(session, [MicroBatch(b, n) for b, n in zip(batches, sizes, strict=True)], no_progress)
+        settled = population_by_batch(
+            session, [MicroBatch(b, n) for b, n in zip(batches, sizes, strict=True)], no_progress
+        )
     twin = copy.deepcopy(model).train()
     for norm in norms(twin):
         norm.momentum = 1.0
