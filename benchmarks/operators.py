@@ -17,7 +17,7 @@ from bnprobe.measure.session import PathName
 GOAL = 4.0
 
 _WAITS = ("aten._local_scalar_dense.default", "aten.item.default", "aten.nonzero.default")
-"""Operators that wait for the device."""
+"""Operators that wait for the device. ``tolist``, by which a pass on CPU is looked at once, is not dispatched."""
 
 
 class _Counting(TorchDispatchMode):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bnprobe.commands.scan import scan
 from bnprobe.measure.forward_pass import Pass
 from support.networks import images
-from support.operators import WAIT, Operators
+from support.operators import WAIT, Operators, reads
 from support.running import session_of
 
 
@@ -44,10 +44,11 @@ def test_operators_of_a_path_beside_those_of_a_plain_forward_pass(path: Any) -> 
     session = session_of(model)
     with session.installed():
         session.forward(path, x, Pass(8, 2, per_sample=path == "eval"))  # what is found once
-        with Operators() as measured:
+        with Operators() as measured, reads() as looks:
             session.forward(path, x, Pass(8, 2, per_sample=path == "eval"))
     assert measured.found.total() <= (2.5 if path == "eval" else 4) * _plain(model, x, path == "train")
     assert measured.found[WAIT] == 0
+    assert looks == [2]  # once at all moments, on CPU alone
 
 
 def test_what_a_longer_scan_adds() -> None:

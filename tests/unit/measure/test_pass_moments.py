@@ -17,6 +17,7 @@ from bnprobe.measure.norms import BatchNormFamily, NormCall
 from bnprobe.measure.pass_moments import _by_column, moments_of_sums
 from bnprobe.stats.moments import group_sums, row_sums
 from support.networks import images, unsettled
+from support.operators import WAIT, Operators, reads
 from support.running import session_of
 
 SHAPES = [(8, 5), (8, 5, 1), (8, 5, 7), (8, 5, 2, 2), (8, 5, 9, 8), (8, 5, 3, 4, 2)]
@@ -48,8 +49,10 @@ def test_groups_in_one_operator(shape: tuple[int, ...], last: bool) -> None:
     """As on a GPU."""
     x = torch.randn(shape)
     x = x.to(memory_format=torch.channels_last) if last and x.dim() == 4 else x
-    [(mean, variance)], uncertain = moments_of_sums([group_sums(x, 4)], 1, True, 1e-5)
-    assert uncertain == []
+    with Operators() as measured, reads() as looks:
+        [(mean, variance)], uncertain = moments_of_sums([group_sums(x, 4)], 1, True, 1e-5)
+    assert uncertain == looks == []  # nothing is looked at, which would wait for the device
+    assert measured.found[WAIT] == 0
     torch.testing.assert_close((mean, variance), by_hand(x, 4), rtol=1e-5, atol=1e-6)
 
 
