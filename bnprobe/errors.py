@@ -22,6 +22,7 @@ and what to do.
 
 from __future__ import annotations
 
+import functools
 import os
 import sysconfig
 import traceback
@@ -173,6 +174,7 @@ def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
     return [frame for frame in frames if not is_library_file(frame.filename)]
 
 
+@functools.lru_cache(maxsize=4096)
 def is_library_file(filename: str) -> bool:
     """Whether a file belongs to Python, an installed package or bnprobe, rather than to the user."""
     if filename.startswith("<"):

@@ -13,7 +13,7 @@ import random
 import sys
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -27,7 +27,15 @@ from torch.utils import _python_dispatch as dispatch
 
 from bnprobe.errors import ModelError
 from bnprobe.measure.interrupts import Restore
-from bnprobe.measure.reach import Reached, attributes_of, filled_slots, slots_of_class, wraps_tensors
+from bnprobe.measure.reach import (
+    CONTAINERS,
+    Reached,
+    attributes_of,
+    filled_slots,
+    has_slots,
+    slots_of_class,
+    wraps_tensors,
+)
 
 
 def keep_structure(item: Any) -> Iterator[Restore]:
@@ -41,7 +49,7 @@ def keep_structure(item: Any) -> Iterator[Restore]:
     attributes = vars(item) if isinstance(item, Tensor) else attributes_of(item)
     if attributes is not None:
         yield _keep_items(attributes)
-    if slots_of_class(type(item)):
+    if has_slots(item):
         yield _keep_slots(item)
     if isinstance(item, dict | list | set | deque):
         yield _keep_items(item)
@@ -51,6 +59,8 @@ def keep_structure(item: Any) -> Iterator[Restore]:
 
 def keep_values(item: Any) -> Restore | None:
     """What puts back the value of an object; None where it has none of its own."""
+    if isinstance(item, (nn.Module, *CONTAINERS)):  # most of what a model holds
+        return None
     if isinstance(item, Tensor):
         return keep_tensor(item)
     if isinstance(item, np.ndarray):
@@ -157,7 +167,7 @@ def _base(container: Any) -> Any:
     return kind if kind in _KINDS else next(each for each in _KINDS if isinstance(container, each))
 
 
-def same_items(container: Any, items: list[Any]) -> bool:
+def same_items(container: Any, items: Sequence[Any]) -> bool:
     """Whether a container holds these very objects, in this order."""
     now = items_of(container)
     if len(now) != len(items):
@@ -167,7 +177,7 @@ def same_items(container: Any, items: list[Any]) -> bool:
     return all(map(is_, now, items)) or (isinstance(container, set) and set(map(id, now)) == set(map(id, items)))
 
 
-def refill(container: Any, items: list[Any]) -> None:
+def refill(container: Any, items: Sequence[Any]) -> None:
     """Put items back into the same container, whatever a class of the user's makes of writing to it."""
     kind = _base(container)
     kind.clear(container)
@@ -181,16 +191,27 @@ def refill(container: Any, items: list[Any]) -> None:
 
 
 def _keep_items(container: Any) -> Restore:
-    items = items_of(container)
-    counters = [(place, _counter_of(item)) for place, item in enumerate(items) if _counter_of(item) is not None]
+    items = tuple(items_of(container))
+    counters = [(place, counter) for place, item in enumerate(items) if (counter := _counter_of(item)) is not None]
+    if counters:
+        return _keep_counters(container, list(items), counters)
+    return partial(_put_back_items, container, items)
+
+
+def _put_back_items(container: Any, items: Sequence[Any]) -> None:
+    if not same_items(container, items):
+        refill(container, items)
+
+
+def _keep_counters(container: Any, items: list[Any], counters: list[tuple[int, itertools.count[int]]]) -> Restore:
+    """Of a container with counters among its items."""
     before = [(place, counter, copy.copy(counter)) for place, counter in counters]
 
     def restore() -> None:
         for place, counter, kept in before:
             if repr(counter) != repr(kept):  # it cannot be turned back: the container gets another one
                 items[place] = (items[place][0], kept) if isinstance(container, dict) else kept
-        if not same_items(container, items):
-            refill(container, items)
+        _put_back_items(container, items)
 
     return restore
 
@@ -202,11 +223,12 @@ def _counter_of(item: Any) -> itertools.count[int] | None:
 
 
 def _keep_slots(item: Any) -> Restore:
+    kind: type = type(item)
     filled = {slot: value for _, slot, value in filled_slots(item)}
 
     def restore() -> None:
         now = {slot: value for _, slot, value in filled_slots(item)}
-        for slot in slots_of_class(type(item)):
+        for slot in slots_of_class(kind):
             if slot in now and slot not in filled:
                 slot.__delete__(item)
             elif slot in filled and (slot not in now or now[slot] is not filled[slot]):

@@ -320,9 +320,12 @@ def _copies(model: nn.Module) -> dict[str, str]:
         children = [
             (name, child, [p.requires_grad for p in child.parameters()]) for name, child in parent.named_children()
         ]
+        frozen = [(name, child) for name, child, grads in children if grads and not any(grads)]
+        if not frozen:
+            continue
         trained = {_signature(child): name for name, child, grads in children if any(grads)}
-        for name, child, grads in children:
-            if grads and not any(grads) and (other := trained.get(_signature(child))) is not None:
+        for name, child in frozen:
+            if (other := trained.get(_signature(child))) is not None:
                 prefix = f"{parent_name}." if parent_name else ""
                 found[f"{prefix}{name}"] = f"{prefix}{other}"
     return found

@@ -96,8 +96,11 @@ def _inside(path: str, item: Any, functions: bool, data: bool) -> Iterator[tuple
         yield from _of_function(path, item)
     if isinstance(item, torch.utils.data.DataLoader | Sampler) and data:
         yield from ((dotted(path, name), each) for name, each in vars(item).items())
-    yield from ((dotted(path, name), each) for name, each in (attributes_of(item, data) or {}).items())
-    yield from ((dotted(path, name), each) for name, each in slots_of(item))
+    attributes = attributes_of(item, data)
+    if attributes:
+        yield from ((dotted(path, name), each) for name, each in attributes.items())
+    if has_slots(item):
+        yield from ((dotted(path, name), each) for name, each in slots_of(item))
 
 
 def dotted(path: str, name: str) -> str:
@@ -139,7 +142,6 @@ def _of_function(path: str, item: Any) -> Iterator[tuple[str, Any]]:
             return
 
 
-@functools.lru_cache(maxsize=4096)
 def _is_users(filename: str) -> bool:
     return filename.startswith("<") or not is_library_file(filename)
 
@@ -163,8 +165,9 @@ def filled_slots(item: Any) -> list[tuple[str, types.MemberDescriptorType, Any]]
     """Name, descriptor and value of each slot of an object that has one."""
     if not isinstance(item, nn.Module) and not _is_entered(item, False):
         return []
+    kind: type = type(item)
     found = []
-    for slot in slots_of_class(type(item)):
+    for slot in slots_of_class(kind):
         try:
             found.append((slot.__name__, slot, slot.__get__(item)))
         except AttributeError:
@@ -172,6 +175,13 @@ def filled_slots(item: Any) -> list[tuple[str, types.MemberDescriptorType, Any]]
     return found
 
 
+def has_slots(item: Any) -> bool:
+    """Whether the class of an object has slots."""
+    kind: type = type(item)
+    return bool(slots_of_class(kind))
+
+
+@functools.lru_cache(maxsize=4096)
 def slots_of_class(kind: type) -> tuple[types.MemberDescriptorType, ...]:
     """The slots of a class and of those that it derives from; not those of C's structures."""
     own = [each for each in kind.__mro__ if "__slots__" in vars(each)]
@@ -179,12 +189,16 @@ def slots_of_class(kind: type) -> tuple[types.MemberDescriptorType, ...]:
 
 
 def _is_entered(item: Any, data: bool) -> bool:
-    kind = type(item)
-    if isinstance(item, _DATA) and not data:
-        return False
-    if kind.__module__.partition(".")[0] in _NO_STATE or isinstance(item, (type, types.ModuleType, Tensor, *_ALIVE)):
+    kind: type = type(item)
+    if not _may_be_entered(kind) or (isinstance(item, _DATA) and not data):
         return False
     return not any(isinstance(each, _ALIVE) for each in (getattr(item, "__dict__", None) or {}).values())
+
+
+@functools.lru_cache(maxsize=4096)
+def _may_be_entered(kind: type) -> bool:
+    without = kind.__module__.partition(".")[0] in _NO_STATE
+    return not without and not issubclass(kind, (type, types.ModuleType, Tensor, *_ALIVE))
 
 
 def what_cannot_be_copied(model: nn.Module) -> str:

@@ -76,6 +76,8 @@ def preserved_training_flags(model: nn.Module) -> Restoring:
 
 def preserved_settings(model: nn.Module) -> Restoring:
     """Restore what a ``train()`` of the user's own may set: flags, attributes and requires_grad; no tensor's values."""
+    if not any(map(_sets_more_than_flags, model.modules())):
+        return preserved_training_flags(model)
 
     def save() -> list[Restore]:
         found = reached(every_module(model), functions=False)
@@ -83,6 +85,13 @@ def preserved_settings(model: nn.Module) -> Restoring:
         return [*structure, *(partial(set_requires_grad, each, each.requires_grad) for each in model.parameters())]
 
     return Restoring(save)
+
+
+def _sets_more_than_flags(module: nn.Module) -> bool:
+    """Whether code of the user's runs when a module is put into train mode: of its class, or put onto it."""
+    kind, own = type(module), nn.Module
+    replaced = (kind.train, kind.eval, kind.__setattr__) != (own.train, own.eval, own.__setattr__)
+    return replaced or not vars(module).keys().isdisjoint(("train", "eval"))
 
 
 def held_in_eval(model: nn.Module) -> list[nn.Module]:
@@ -180,6 +189,7 @@ class ModelState:
         own |= {id(each) for module in modules if _is_lazy(module) for each in (module._parameters, module._buffers)}
         within = [item for _, item in found if id(item) not in own and not isinstance(item, nn.Module | Tensor)]
         self._within = [restore for item in within for restore in _kept_between_passes(item)]
+        self._generators = [item for item in within if keep_generator(item) is not None]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -192,6 +202,10 @@ class ModelState:
             for tensor, values in zip(others, before, strict=True):
                 if not _is_there(tensor, values) or not same_bits(flat(tensor.data), flat(values)):
                     self._kept[id(tensor)] = (tensor, values.to(tensor.device, copy=True))
+
+    def preserved_generators(self) -> Restoring:
+        """Put back the model's own generators of random numbers, which otherwise go on from pass to pass."""
+        return Restoring(lambda: [restore for each in self._generators if (restore := keep_generator(each))])
 
     def _original(self, tensor: Tensor) -> Tensor:
         """The values of a tensor, in host memory; not another copy where they are kept already."""

@@ -33,13 +33,11 @@ from bnprobe.measure.keepers import set_flag
 from bnprobe.measure.layers import LayerSet, find_layers, named_once, require_layers
 from bnprobe.measure.memory import is_out_of_memory
 from bnprobe.measure.norms import FunctionFamily, place_of
-from bnprobe.measure.reach import every_module
 from bnprobe.measure.recognition import own_tensors
 from bnprobe.measure.restore import (
     ModelState,
     held_in_eval,
     keep_random_state,
-    preserved_generators,
     set_mode,
 )
 
@@ -196,7 +194,7 @@ class Session:
                 with model_code("calling the model"), casting(self.device, self.autocast):
                     self._forward(self.model, copy_tensors(batch))
 
-            with preserved_generators(*every_module(self.model).values()), self._state.watching():
+            with self._state.preserved_generators(), self._state.watching():
                 settings = self._settings
                 self.layers = explore(self.model, self.layers, run, settings.is_selected, settings.norms)
             self._interceptor.layers = self.layers.layers
