@@ -20,8 +20,6 @@ _Place = tuple[Path, int]
 _BUILT: dict[int, tuple[weakref.ref[nn.Module], _Place]] = {}
 """By the id of a module, for as long as it lives. A class of the user's need not be hashable while it is built."""
 
-_is_library_file = functools.lru_cache(maxsize=1024)(is_library_file)
-
 
 @contextmanager
 def recorded_places() -> Iterator[None]:
@@ -57,7 +55,7 @@ def _caller(module: nn.Module, frame: FrameType | None) -> _Place | None:
         code = frame.f_code
         # Looked at in constructors only: it would keep what other functions have let go of.
         own = code.co_name == "__init__" and code.co_argcount > 0 and frame.f_locals.get(code.co_varnames[0]) is module
-        if not own and not _is_library_file(code.co_filename):
+        if not own and not is_library_file(code.co_filename):
             return Path(code.co_filename), frame.f_lineno
         frame = frame.f_back
     return None
