@@ -45,21 +45,19 @@ class Mismatch(Statistic):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
-        for state in _POWERS:
-            self.declare(state, "sum")
+        self.declare("powers", "sum", shape=(4,))
         self.declare("first_bad", "min", dtype=torch.int64, empty=self.never)
 
     def update(self, step: Step) -> None:
-        per_call, call = step.per_call(step.values.mismatch), step.columns.call
-        for state, values in zip(_POWERS, _powers(per_call), strict=True):
-            self.accumulate(state, call, values)
-        good = torch.isfinite(per_call).all(0)
+        per_call, call = step.mismatch_of_call, step.columns.call
+        self.accumulate("powers", call, _powers(per_call))
+        good = (per_call < torch.inf).all(0)  # never of NaN; D is not negative
         self.accumulate("first_bad", call, torch.full_like(call, step.number).masked_fill(good, self.never))
 
     def compute(self, states: Mapping[str, Tensor]) -> tuple[Sums, int | None]:
         """The sums, and the step of the first non-finite value, None if all are finite."""
         bad = int(states["first_bad"])
-        return _sums(states), None if bad == self.never else bad
+        return _sums(states["powers"]), None if bad == self.never else bad
 
 
 class LayerMismatch(Statistic):
@@ -75,25 +73,23 @@ class LayerMismatch(Statistic):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
-        for state in (*_POWERS, *_PARTS):
-            self.declare(state, "sum", per="layer")
+        for state in ("powers", "powers of parts"):
+            self.declare(state, "sum", per="layer", shape=(4,))
 
     def update(self, step: Step) -> None:
         per_layer = step.columns.per_layer(step.mismatch_of_call)
-        for state, values in zip(_POWERS, _powers(per_layer), strict=True):
-            self.accumulate(state, step.columns.layer, values)
+        self.accumulate("powers", step.columns.layer, _powers(per_layer))
 
     def update_samples(self, step: SampleStep) -> None:
-        columns, squares = step.columns, step.mean.square()
-        rho = columns.variance / (columns.variance + columns.eps)
+        columns, squares = step.columns, step.squares
+        rho = columns.variance / columns.square_std
         parts = squares + rho / 4 * (step.variance + squares - rho).square()
         per_layer = columns.per_layer(columns.per_call(parts)) / step.batch_size**2
-        for state, values in zip(_PARTS, _powers(per_layer), strict=True):
-            self.accumulate(state, columns.layer, values)
+        self.accumulate("powers of parts", columns.layer, _powers(per_layer))
 
     def compute(self, states: Mapping[str, Tensor]) -> Sums:
-        parts = _sums(states, _PARTS)
-        return replace(_sums(states), parts=parts if parts.count else None)
+        parts = _sums(states["powers of parts"])
+        return replace(_sums(states["powers"]), parts=parts if parts.count else None)
 
 
 @dataclass(frozen=True)
@@ -118,27 +114,28 @@ class CorrectionValues(Statistic):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
-        for state in ("count", "total", "square", "clipped"):
-            self.declare(state, "sum")
-        self.declare("low", "min")
-        self.declare("high", "max")
+        for state in ("total", "square", "clipped"):
+            self.declare(state, "sum", per="channel")
+        self.declare("low", "min", per="channel")
+        self.declare("high", "max", per="channel")
         self.declare("histogram", "sum", shape=(self.axis.bins,), dtype=torch.int64)
 
     def add(self, columns: Columns, values: Tensor, clipped: Tensor) -> None:
         """Add values of shape (groups, columns)."""
-        call = columns.call[columns.call_of_column]
-        self.accumulate("count", call, torch.full_like(values[0], values.shape[0]))
-        self.accumulate("total", call, values.sum(0))
-        self.accumulate("square", call, values.square().sum(0))
-        self.accumulate("clipped", call, clipped.sum(0, dtype=torch.float64))
-        self.accumulate("low", call, values.amin(0))
-        self.accumulate("high", call, values.amax(0))
-        bins = (self.axis.index(values) + call * self.axis.bins).flatten()
+        channel = columns.channel
+        self.accumulate("total", channel, values.sum(0))
+        self.accumulate("square", channel, values.square().sum(0))
+        self.accumulate("clipped", channel, clipped.sum(0, dtype=torch.float64))
+        self.accumulate("low", channel, values.amin(0))
+        self.accumulate("high", channel, values.amax(0))
+        bins = (self.axis.index(values) + columns.state_of_column * self.axis.bins).flatten()
         self["histogram"].view(-1).index_add_(0, bins, torch.ones_like(bins))
 
     def compute(self, states: Mapping[str, Tensor]) -> Values:
-        scalars = {name: float(value) for name, value in states.items() if name != "histogram"}
-        return Values(**scalars, histogram=states["histogram"].numpy())
+        histogram = states["histogram"].numpy()
+        sums = {name: float(states[name].sum()) for name in ("total", "square", "clipped")}
+        low, high = float(states["low"].amin()), float(states["high"].amax())
+        return Values(float(histogram.sum()), **sums, low=low, high=high, histogram=histogram)
 
 
 class CorrectionR(CorrectionValues):
@@ -182,14 +179,14 @@ class MismatchSums(Statistic):
 
     def update(self, step: Step) -> None:
         columns, replicate = step.columns, step.replicate_of_row
-        counts = step.groups * torch.bincount(torch.tensor(step.replicates), minlength=REPLICATES)
-        self.accumulate("counts", columns.call, counts.expand(columns.call.numel(), -1))
-        self.accumulate("eps", columns.channel, columns.eps / (columns.variance + columns.eps))
+        counts = [float(step.groups * step.replicates.count(number)) for number in range(REPLICATES)]
+        self.accumulate("counts", columns.call, columns.eps.new_tensor(counts).expand(columns.call.numel(), -1))
+        self.accumulate("eps", columns.channel, columns.eps / columns.square_std)
         for name, summand in summands(step.values, columns.bessel).items():
             self._add_rows(name, columns, replicate, summand)
 
     def update_samples(self, step: SampleStep) -> None:
-        squares = step.mean.square().unflatten(0, (-1, step.batch_size)).sum(1)
+        squares = step.squares.unflatten(0, (-1, step.batch_size)).sum(1)
         index = torch.tensor(step.replicates, device=squares.device)
         self._add_rows("sample squares", step.columns, index, squares)
 
@@ -324,17 +321,13 @@ STATISTICS: Registry[type[Statistic]] = Registry(
 )
 """Every statistic that a scan gathers."""
 
-_POWERS = ("count", "total", "square", "cube")
 
-_PARTS = ("samples", "sample total", "sample square", "sample cube")
-
-
-def _powers(rows: Tensor) -> tuple[Tensor, ...]:
-    """Sums over rows of the powers 0 to 3."""
+def _powers(rows: Tensor) -> Tensor:
+    """Sums over rows of the powers 0 to 3 of each column, shape (columns, 4)."""
     squares = rows.square()
-    return torch.full_like(rows[0], rows.shape[0]), rows.sum(0), squares.sum(0), (squares * rows).sum(0)
+    return torch.stack([torch.ones_like(rows), rows, squares, squares * rows], -1).sum(0)
 
 
-def _sums(states: Mapping[str, Tensor], names: Sequence[str] = _POWERS) -> Sums:
-    count, total, square, cube = (float(states[name]) for name in names)
-    return Sums(int(count), total, square, cube)
+def _sums(powers: Tensor) -> Sums:
+    count, *others = powers.tolist()
+    return Sums(int(count), *others)

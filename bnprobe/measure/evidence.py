@@ -246,8 +246,7 @@ class PathEvidence:
         wanted = [statistic for statistic in self._statistics.values() if statistic.takes_samples]
         if not wanted:
             return
-        scale = columns.variance + columns.eps
-        d, ratio = (mean - columns.mean) / scale.sqrt(), variance / scale
+        d, ratio = (mean - columns.mean) / columns.square_std.sqrt(), variance / columns.square_std
         positions = [self._share.position(self.batches + row) for row in range(d.shape[0] // self.batch_size)]
         replicates = [position % REPLICATES for position in positions]
         step = SampleStep(columns, d, ratio, self.batch_size, replicates, positions)
@@ -260,7 +259,8 @@ class PathEvidence:
             mean = torch.cat([self._remainder[1], mean])
             variance = torch.cat([self._remainder[2], variance])
         whole = mean.shape[0] // self.batch_size * self.batch_size
-        self._remainder = (slots, mean[whole:].clone(), variance[whole:].clone())
+        left = whole < mean.shape[0]
+        self._remainder = (slots, mean[whole:].clone(), variance[whole:].clone()) if left else None
         return pool_moments(mean[:whole], variance[:whole], self.batch_size)
 
 

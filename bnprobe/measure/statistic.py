@@ -91,9 +91,9 @@ class Columns:
         mean, variance, eps: The layers' running statistics and eps, float64, shape (columns,).
         std_eps: Eps that is added to the standard deviation, where ``eps`` is what that comes to for the variance, and
             0 elsewhere; None: 0 everywhere.
-        r_max, d_max, gate: Of the layers' own correction, shape (columns,); 1, 0 and 0 for BN.
+        r_max, d_max, gate: Of the layers' own correction, shape (columns,); 1, 0 and 0 for BN. None: BN everywhere.
         bessel: n / (n - 1) for the n values per channel of a group, shape (columns,); 1 where n is 1.
-        factor: The same where the layer normalizes with the unbiased variance of its batch, else 1.
+        factor: The same where the layer normalizes with the unbiased variance of its batch, else 1; None: 1 everywhere.
     """
 
     slots: Calls
@@ -108,11 +108,11 @@ class Columns:
     variance: Tensor
     eps: Tensor
     std_eps: Tensor | None
-    r_max: Tensor
-    d_max: Tensor
-    gate: Tensor
+    r_max: Tensor | None
+    d_max: Tensor | None
+    gate: Tensor | None
     bessel: Tensor
-    factor: Tensor
+    factor: Tensor | None
 
     @classmethod
     def of(
@@ -129,12 +129,12 @@ class Columns:
         sizes = torch.tensor([info.channels for info in infos])
         indices = list(dict.fromkeys(index for index, _ in slots))
         layer_of_call = torch.tensor([indices.index(index) for index, _ in slots])
-        r_max, d_max, std_eps = (
-            torch.tensor([getattr(info, name) for info in infos], dtype=torch.float64).repeat_interleave(sizes)
-            for name in ("r_max", "d_max", "std_eps")
-        )
-        unbiased = torch.tensor([bessel(n) for n in values.values()], dtype=torch.float64)
-        factor = [n if info.unbiased else 1.0 for n, info in zip(unbiased.tolist(), infos, strict=True)]
+        unbiased = [bessel(n) for n in values.values()]
+        gates = [torch.zeros(info.channels) if info.gate is None else info.gate for info in infos]
+
+        def unless(usual: float, numbers: Sequence[float]) -> Tensor | None:
+            return None if all(number == usual for number in numbers) else _spread(numbers, sizes, device)
+
         columns = table.columns(slots)
         whole = columns == list(range(table.sizes()["channel"]))
         return cls(
@@ -149,15 +149,23 @@ class Columns:
             mean=_side_by_side([info.running_mean for info in infos], device),
             variance=_side_by_side([info.running_variance for info in infos], device),
             eps=_side_by_side([info.eps_of_channels for info in infos], device),
-            std_eps=std_eps.to(device) if bool(std_eps.any()) else None,
-            r_max=r_max.to(device),
-            d_max=d_max.to(device),
-            gate=_side_by_side(
-                [torch.zeros(info.channels) if info.gate is None else info.gate for info in infos], device
-            ),
-            bessel=unbiased.repeat_interleave(sizes).to(device),
-            factor=torch.tensor(factor, dtype=torch.float64).repeat_interleave(sizes).to(device),
+            std_eps=unless(0.0, [info.std_eps for info in infos]),
+            r_max=unless(1.0, [info.r_max for info in infos]),
+            d_max=unless(0.0, [info.d_max for info in infos]),
+            gate=None if all(info.gate is None for info in infos) else _side_by_side(gates, device),
+            bessel=_spread(unbiased, sizes, device),
+            factor=unless(1.0, [n if info.unbiased else 1.0 for n, info in zip(unbiased, infos, strict=True)]),
         )
+
+    @cached_property
+    def state_of_column(self) -> Tensor:
+        """For each column the position of its call in the states, shape (columns,)."""
+        return self.call[self.call_of_column]
+
+    @cached_property
+    def square_std(self) -> Tensor:
+        """Running variance plus eps, shape (columns,)."""
+        return self.variance + self.eps
 
     def per_call(self, values: Tensor) -> Tensor:
         """Mean over the channels of each call, shape (rows, calls)."""
@@ -166,6 +174,8 @@ class Columns:
 
     def per_layer(self, per_call: Tensor) -> Tensor:
         """Mean over the calls of each layer, shape (rows, layers)."""
+        if len(self.slots) == self.layer.numel():
+            return per_call  # of one call each
         total = per_call.new_zeros(per_call.shape[0], self.layer.numel())
         return total.index_add_(1, self.layer_of_call, per_call) / self.calls_of_layer
 
@@ -224,6 +234,11 @@ class SampleStep:
     batch_size: int
     replicates: Sequence[int]
     positions: Sequence[int]
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """The squared means, shape (samples, columns)."""
+        return self.mean.square()
 
 
 class Statistic:
@@ -366,10 +381,12 @@ class _State:
         if self.reduction == "sum":
             self.values.index_add_(self.axis, index, values)
             return
-        shape = [1] * values.dim()
-        shape[self.axis] = -1
+        if values.dim() > 1:
+            shape = [1] * values.dim()
+            shape[self.axis] = -1
+            index = index.view(shape).expand_as(values)
         how = "amin" if self.reduction == "min" else "amax"
-        self.values.scatter_reduce_(self.axis % values.dim(), index.view(shape).expand_as(values), values, how)
+        self.values.scatter_reduce_(self.axis % values.dim(), index, values, how)
 
 
 _COMBINE: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {
@@ -377,6 +394,11 @@ _COMBINE: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {
     "min": torch.minimum,
     "max": torch.maximum,
 }
+
+
+def _spread(numbers: Sequence[float], sizes: Tensor, device: torch.device) -> Tensor:
+    """A number of each call for each of its channels, float64."""
+    return torch.tensor(numbers, dtype=torch.float64).repeat_interleave(sizes).to(device)
 
 
 def _side_by_side(buffers: Sequence[Tensor | None], device: torch.device) -> Tensor:

@@ -67,8 +67,8 @@ def pool_moments(mean: Tensor, variance: Tensor, size: int) -> Moments:
     """
     means = mean.unflatten(0, (-1, size))
     pooled = means.mean(1)
-    between = (means - pooled.unsqueeze(1)).square().mean(1)
-    return pooled, variance.unflatten(0, (-1, size)).mean(1) + between
+    offset = means - pooled.unsqueeze(1)
+    return pooled, torch.addcmul(variance.unflatten(0, (-1, size)), offset, offset).mean(1)
 
 
 @dataclass(frozen=True)
