@@ -498,10 +498,10 @@ def _effective(call: NormCall, mean: Tensor, variance: Tensor) -> tuple[Tensor, 
     """The statistics with which BN does what the layer does: Batch Renorm's r * (x - mean) / s + d is (x - m) / t with
     t = s / r and m = mean - d * t.
     """
-    found, squared = call.corrections(mean, variance), variance + call.eps_for(variance)
+    found, eps = call.corrections(mean, variance), call.eps_for(variance)
     if found is None:
-        return mean, squared - call.eps if call.on_std else variance
-    std = squared.sqrt() / found.r_clipped
+        return mean, variance + eps - call.eps if call.on_std else variance
+    std = (variance + eps).sqrt() / found.r_clipped
     return mean - found.d_clipped * std, std.square() - call.eps
 
 
@@ -526,7 +526,10 @@ def _by_kernel(call: NormCall, mean: Tensor, variance: Tensor) -> Tensor:
     x, rows = call.input, call.input.shape[0]
     weight, bias = (None if value is None else value.to(mean.dtype).repeat(rows) for value in (call.weight, call.bias))
     flat = x.view(1, rows * x.shape[1], *x.shape[2:])
-    return F.batch_norm(flat, mean.view(-1), variance.view(-1), weight, bias, eps=call.eps).view_as(x)
+    output, *_ = torch.native_batch_norm(
+        flat, weight, bias, mean.view(-1), variance.view(-1), training=False, momentum=0.0, eps=call.eps
+    )
+    return output.view_as(x)
 
 
 def affine(call: NormCall, grouping: Grouping) -> tuple[Tensor, Leaves]:
