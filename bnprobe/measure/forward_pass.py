@@ -355,6 +355,13 @@ class Pass:
 
     def _grouping(self, found: Intercepted, slot: Slot) -> Grouping:
         rows = found.call.input.shape[0]
+        if not rows and found.call.training:
+            layer, shape = found.layer, tuple(found.call.input.shape)
+            raise ModelError(
+                f"{layer.name} ({type(layer.module).__name__}) is called in train mode on an input of shape {shape},"
+                " which has no rows to take statistics of. PyTorch raises there, too: leave the call out where there is"
+                " nothing to normalize."
+            )
         if rows % self.samples:
             if self.samples != self.batch_size or self.per_sample:
                 raise CannotEmulateError(

@@ -203,9 +203,9 @@ class ModelState:
                 if not _is_there(tensor, values) or not same_bits(flat(tensor.data), flat(values)):
                     self._kept[id(tensor)] = (tensor, values.to(tensor.device, copy=True))
 
-    def preserved_generators(self) -> Restoring:
-        """Put back the model's own generators of random numbers, which otherwise go on from pass to pass."""
-        return Restoring(lambda: [restore for each in self._generators if (restore := keep_generator(each))])
+    def keep_generators(self) -> list[Restore]:
+        """What puts back the model's own generators of random numbers, which otherwise go on from pass to pass."""
+        return [restore for each in self._generators if (restore := keep_generator(each)) is not None]
 
     def _original(self, tensor: Tensor) -> Tensor:
         """The values of a tensor, in host memory; not another copy where they are kept already."""

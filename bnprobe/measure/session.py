@@ -28,7 +28,7 @@ from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, m
 from bnprobe.measure.exploration import explore
 from bnprobe.measure.forward_pass import Pass, Slot
 from bnprobe.measure.hooks import Interceptor
-from bnprobe.measure.interrupts import Restore, deferred_interrupts, run_all
+from bnprobe.measure.interrupts import Restore, Restoring, deferred_interrupts, run_all
 from bnprobe.measure.keepers import set_flag
 from bnprobe.measure.layers import LayerSet, find_layers, named_once, require_layers
 from bnprobe.measure.memory import is_out_of_memory
@@ -194,7 +194,7 @@ class Session:
                 with model_code("calling the model"), casting(self.device, self.autocast):
                     self._forward(self.model, copy_tensors(batch))
 
-            with self._state.preserved_generators(), self._state.watching():
+            with Restoring(self._state.keep_generators), self._state.watching():
                 settings = self._settings
                 self.layers = explore(self.model, self.layers, run, settings.is_selected, settings.norms)
             self._interceptor.layers = self.layers.layers
@@ -225,7 +225,7 @@ class Session:
         if path in ("steady", "check"):
             pass_.by_batch |= self._functions
         pass_.careful = self._careful
-        before = keep_random_state()
+        before = [*keep_random_state(), *self._state.keep_generators()]
         found = self._run(path, batch, pass_)
         if uncertain := pass_.compute_moments():  # once: from now on they are looked at by themselves
             del found  # which may hold a graph

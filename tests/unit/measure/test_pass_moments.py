@@ -154,6 +154,29 @@ def test_a_pass_that_lost_digits_runs_once_more(path: Any) -> None:
         torch.testing.assert_close(found.records[0, 0].mean, mean, rtol=1e-6, atol=0)
 
 
+class FarWithNoise(Far):
+    """Draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = torch.Generator().manual_seed(3)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) + torch.rand(1, generator=self.own)
+
+
+def test_generators_of_the_model_itself_do_not_go_on_when_a_pass_runs_once_more() -> None:
+    model = unsettled(FarWithNoise())
+    [x] = images(1, 4, 3, 6, 6)
+    session = session_of(model)
+    with session.installed():
+        session.forward("eval", x, Pass(4, 2, per_sample=True))
+        drawn = torch.rand(1, generator=model.own)
+    fresh = torch.Generator().manual_seed(3)
+    torch.rand(1, generator=fresh)
+    assert torch.equal(drawn, torch.rand(1, generator=fresh))
+
+
 def test_what_the_first_pass_gave_is_freed_before_the_second() -> None:
     """A graph keeps all activations."""
     model = unsettled(Far())

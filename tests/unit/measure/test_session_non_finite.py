@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.commands.scan import scan
-from bnprobe.errors import DataError, NonFiniteError
+from bnprobe.errors import DataError, ModelError, NonFiniteError
 from support.networks import Flat, Residual, images, unsettled
 
 
@@ -87,3 +87,23 @@ def test_large_but_finite_is_measured() -> None:
     assert all(layer.eval is not None for layer in report.layers)
     assert report.layers[2].eval.mismatch > 1e6
     assert report.layers[2].eval.equivalent_batch_size == 1.0
+
+
+class NothingLeft(nn.Module):
+    """Normalizes the rows that a threshold leaves: none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all, self.chosen = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.all(x)
+        self.chosen(x[x[:, 0] > 1e9])
+        return x
+
+
+def test_an_input_without_rows_is_not_taken_for_one_with_nan() -> None:
+    with pytest.raises(
+        ModelError, match=r"^chosen \(BatchNorm1d\) is called in train mode on an input of shape \(0, 3\)"
+    ):
+        scan(NothingLeft(), images(4, 2, 3), 2, num_batches=4)
