@@ -287,6 +287,8 @@ class Pass:
         self._calls[layer.index] += 1
         self.domains[slot] = domain if isinstance(domain := current_domain(), int) else None
         by_batch = call.training or call.running_mean is None or layer.index in self.by_batch
+        if not call.input.shape[0]:
+            return _without_rows(found, by_batch)
         blend = self.blend if self.blend is not None and layer.index in self.blend.layers and not by_batch else None
         differentiates = call.input.requires_grad and torch.is_grad_enabled()  # the user's own forward may
         if blend is not None and differentiates:
@@ -355,13 +357,6 @@ class Pass:
 
     def _grouping(self, found: Intercepted, slot: Slot) -> Grouping:
         rows = found.call.input.shape[0]
-        if not rows and found.call.training:
-            layer, shape = found.layer, tuple(found.call.input.shape)
-            raise ModelError(
-                f"{layer.name} ({type(layer.module).__name__}) is called in train mode on an input of shape {shape},"
-                " which has no rows to take statistics of. PyTorch raises there, too: leave the call out where there is"
-                " nothing to normalize."
-            )
         if rows % self.samples:
             if self.samples != self.batch_size or self.per_sample:
                 raise CannotEmulateError(
@@ -383,6 +378,17 @@ class Pass:
                 self.layouts[slot] = RowLayout.INTERLEAVED
                 return other
         return grouping
+
+
+def _without_rows(found: Intercepted, by_batch: bool) -> Tensor:
+    """The answer to a call on an empty input, of which there are no moments."""
+    if not by_batch:
+        return found.family.evaluate(found.call)
+    layer, shape = found.layer, tuple(found.call.input.shape)
+    raise ModelError(
+        f"{layer.name} ({type(layer.module).__name__}) takes the statistics of an input of shape {shape}, which has no"
+        " rows. PyTorch raises there, too: leave the call out where there is nothing to normalize."
+    )
 
 
 def _sums(call: NormCall, grouping: Grouping, normalizes: bool, per_sample: bool) -> RowSums | None:

@@ -90,20 +90,26 @@ def test_large_but_finite_is_measured() -> None:
 
 
 class NothingLeft(nn.Module):
-    """Normalizes the rows that a threshold leaves: none."""
+    """Normalizes the rows that a threshold leaves: none, in training or at inference."""
 
-    def __init__(self) -> None:
+    def __init__(self, training: bool) -> None:
         super().__init__()
-        self.all, self.chosen = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        self.all, self.chosen, self.empty_in = nn.BatchNorm2d(3), nn.BatchNorm2d(3), training
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.all(x)
-        self.chosen(x[x[:, 0] > 1e9])
+        self.chosen(x[:0] if self.training == self.empty_in else x)
         return x
 
 
 def test_an_input_without_rows_is_not_taken_for_one_with_nan() -> None:
     with pytest.raises(
-        ModelError, match=r"^chosen \(BatchNorm1d\) is called in train mode on an input of shape \(0, 3\)"
+        ModelError, match=r"^chosen \(BatchNorm2d\) takes the statistics of an input of shape \(0, 3, 4, 4\)"
     ):
-        scan(NothingLeft(), images(4, 2, 3), 2, num_batches=4)
+        scan(NothingLeft(True), images(4, 2, 3, 4, 4), 2, num_batches=4)
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+def test_a_layer_without_rows_at_inference_is_not_measured_there(emulate: bool) -> None:
+    report = scan(NothingLeft(False), images(4, 2, 3, 4, 4), 2, num_batches=4, emulate=emulate)
+    assert [layer.eval is None for layer in report.layers] == [False, True]
