@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 PROBABILITIES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+_LABELS = tuple(f"{probability:g}" for probability in PROBABILITIES)
 
 
 def _asinh(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -47,7 +50,7 @@ class Axis:
         """Number of fine bins."""
         return self.coarse * self.fine * self.reach
 
-    @property
+    @cached_property
     def edges(self) -> tuple[float, ...]:
         """Edges of the coarse bins, in the unit of the values."""
         return tuple(self.unscale(np.linspace(-self.half_width, self.half_width, self.coarse + 1)).tolist())
@@ -69,7 +72,7 @@ class Axis:
         result = counts[start : start + inner].reshape(self.coarse, self.fine).sum(1)
         result[0] += counts[:start].sum()
         result[-1] += counts[start + inner :].sum()
-        return tuple(int(count) for count in result)
+        return tuple(result.tolist())
 
     def quantiles(self, counts: NDArray[np.int64], low: float, high: float) -> dict[str, float]:
         """Quantiles by linear interpolation within fine bins.
@@ -79,16 +82,13 @@ class Axis:
             low, high: The exact minimum and maximum, which bound every quantile.
         """
         width = 2 * self.half_width * self.reach / self.bins
-        cumulative = np.cumsum(counts)
-        result = {}
-        for probability in PROBABILITIES:
-            target = probability * cumulative[-1]
-            bin_ = int(np.searchsorted(cumulative, target))
-            inside = (target - (cumulative[bin_] - counts[bin_])) / max(counts[bin_], 1)
-            position = (bin_ + inside) * width - self.half_width * self.reach
-            value = self.unscale(np.array([position])).item()
-            result[f"{probability:g}"] = min(max(value, low), high)
-        return result
+        cumulative = counts.cumsum()
+        targets = cumulative[-1] * np.array(PROBABILITIES)
+        bins = cumulative.searchsorted(targets)
+        held = counts[bins]
+        inside = (targets - (cumulative[bins] - held)) / np.maximum(held, 1)
+        values = self.unscale((bins + inside) * width - self.half_width * self.reach)
+        return dict(zip(_LABELS, np.minimum(np.maximum(values, low), high).tolist(), strict=True))
 
 
 D_UNIT = 0.1
