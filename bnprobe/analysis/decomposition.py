@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
 import torch
 from torch import Tensor
 
-from bnprobe.measure.evidence import Evidence, PathEvidence
+from bnprobe.measure.evidence import AllCalls, Evidence, PathEvidence, by_layer
 from bnprobe.measure.forward_pass import Slot
 from bnprobe.records import Composition, Domains, Interval, ShareIntervals, Shares
 from bnprobe.rules.composition import FEWEST_GROUPS
 from bnprobe.stats import ladder
-from bnprobe.stats.composition import Images, analyse, draw, false_discovery_rates
-from bnprobe.stats.intervals import JackknifeEstimate, jackknife
-from bnprobe.stats.ladder import BatchSums, Means
+from bnprobe.stats.composition import analyse, draw, false_discovery_rates
+from bnprobe.stats.intervals import JackknifeEstimate, jackknife_each
+from bnprobe.stats.ladder import Means
+from bnprobe.stats.segments import Segments
 
 NON_LINEAR = 2.0
 """This over the batch size is the part of the variance of settled statistics that stays where all of the data was read.
@@ -45,38 +46,37 @@ class Attribution:
 def attribute(evidence: Evidence) -> dict[int, Attribution]:
     """Decompose the eval-path mismatch of every layer; of one that runs in training only, that of the train path.
 
-    Layers that correct their mismatch themselves are left out: what remains after their limits is not a quadratic form
-    in the running statistics.
+    Layers that correct their mismatch themselves are left out.
     """
-    calls: dict[int, list[Slot]] = {}
     paths = [evidence.train, evidence.eval, *([evidence.steady] if evidence.steady else [])]
+    others = [other.eval for other in (evidence.held_out, evidence.mixed) if other is not None]
     in_both = evidence.called["train"] & evidence.called["eval"]
-    for slot in dict.fromkeys((*evidence.eval.calls, *evidence.train.calls)):
-        if evidence.layers.layers[slot[0]].info.corrects:
-            continue
-        comparable = slot[0] not in in_both or (slot in evidence.train and slot in evidence.eval)
-        if comparable and all(path.first_bad(slot) is None for path in paths):
-            calls.setdefault(slot[0], []).append(slot)
-    # A scan that went over to real micro-batches midway knows the samples of the first ones only.
-    pool = evidence.eval.pool() if evidence.batching.emulation.trusted else {}
-    compositions = _compositions(evidence, calls) if pool else {}
-    return {
-        index: Attribution(*_shares(evidence, slots, pool), compositions.get(index), _domains(evidence, slots))
-        for index, slots in calls.items()
-    }
+    layers = by_layer(
+        slot
+        for slot in dict.fromkeys((*evidence.eval.calls, *evidence.train.calls))
+        if (slot[0] not in in_both or (slot in evidence.train and slot in evidence.eval))
+        and all(path.first_bad(slot) is None for path in paths)
+    )
+    compositions = _compositions(evidence, layers)
+    found: dict[int, Attribution] = {}
+    for indices, calls in evidence.side_by_side(layers, *paths, *others, evidence.eval.regroupable):
+        parts = zip(indices, _shares(evidence, calls), _domains(evidence, calls), strict=True)
+        found |= {index: Attribution(*shares, compositions.get(index), domains) for index, shares, domains in parts}
+    return found
 
 
-def beyond_noise(evidence: Evidence, index: int, size: int) -> float | None:
-    """How much of a layer's D at another batch size is no noise of i.i.d. batches; None where it is not known."""
-    path = evidence.batch_sizes[size]
-    slots = [slot for slot in path.calls if slot[0] == index]
-    if not slots or evidence.layers.layers[index].info.corrects:
-        return None
-    sums, values = _together(path, slots), max(1, evidence.values[slots[0]] * size // evidence.batch_size)
-    means = sums.means()
-    known = ladder.settled(means, values, ladder.blend(means, values))
-    wrong = ladder.mismatch(means, ladder.running(means)) - ladder.mismatch(means, known)
-    return jackknife(wrong, sums.counts).value + evidence.composed(slots, path)
+def beyond_noise(evidence: Evidence, size: int) -> dict[int, float]:
+    """By layer, how much of D at another batch size is no noise of i.i.d. batches; without those it is not known of."""
+    path, found = evidence.batch_sizes[size], dict[int, float]()
+    for indices, calls in evidence.side_by_side(by_layer(path.calls)):
+        sums, composed = path.together(calls), evidence.composed(calls, path).tolist()
+        means = sums.means()
+        values = torch.tensor([max(1, evidence.values[slot] * size // evidence.batch_size) for slot in calls[0]])
+        known = ladder.settled(means, values, ladder.blend(means, values))
+        wrong = ladder.mismatch(means, ladder.running(means)) - ladder.mismatch(means, known)
+        estimates = jackknife_each(wrong, sums.counts)
+        found |= {index: one.value + other for index, one, other in zip(indices, estimates, composed, strict=True)}
+    return found
 
 
 def model_shares(layers: Sequence[Shares]) -> Shares | None:
@@ -98,58 +98,54 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def _shares(
-    evidence: Evidence, slots: list[Slot], pool: Mapping[Slot, Images]
-) -> tuple[Shares | None, ShareIntervals | None]:
+def _shares(evidence: Evidence, calls: AllCalls) -> Iterator[tuple[Shares | None, ShareIntervals | None]]:
     """The shares and their intervals; None where figures overflowed float64 on the eval path."""
-    sums = _together(_decomposed(evidence, slots), slots)
-    values = evidence.values[slots[0]]
-    means, counts = sums.means(), sums.counts
-    train = _together(evidence.train, slots).means() if slots[0] in evidence.train else means
-    steady = train
-    if evidence.steady is not None and slots[0] in evidence.steady:
-        steady = _together(evidence.steady, slots).means()
-    way, references, nearest = _references([train, steady, means], values)
-    rungs = [ladder.mismatch(means, reference) for reference in (ladder.running(means), *references)]
+    first = calls[0]
+    values = torch.tensor([evidence.values[slot] for slot in first])
+    sums = _decomposed(evidence, calls).together(calls)
+    means = sums.means()
+    paths = [path.together(calls).means() for path in (evidence.train, evidence.steady) if path and first[0] in path]
+    paths = [*(paths or [means]), means]
+    rungs, way, nearest = _rungs(means, paths, values)
+    if len(paths) == 2:
+        rungs.insert(2, rungs[1])  # nothing random
     alone = evidence.batch_size == 1  # one sample per batch has no composition
-    drawn = None if alone else _drawn(evidence, slots, pool, means, counts)
-    mixed = None if drawn is not None else _mixed(evidence, slots)
+    drawn = None if alone else _drawn(evidence, calls, means, sums.counts)
+    mixed = None if drawn is not None else _mixed(evidence, calls)
     if drawn is not None:
-        floor = ladder.mismatch_drawn(means, drawn, values, way)
+        rungs.append(ladder.mismatch_drawn(means, drawn, values, way))
     else:
-        floor = rungs[-1] if mixed is None else ladder.mismatch(mixed, ladder.settled(mixed, values, way))
-    rungs.append(floor)
-    heavy = _heavy_tailed(evidence, slots)
-    lag, dropout, propagation, composition, small_batch = (
-        replace(estimate, open=heavy) for estimate in _estimates(evidence, rungs, counts, drawn)
-    )
-    shift, shift_interval = _data_shift(evidence, slots)
+        rungs.append(rungs[-1] if mixed is None else ladder.mismatch(mixed, ladder.settled(mixed, values, way)))
     known = alone or drawn is not None or mixed is not None or evidence.random_order
-    shares = Shares(
-        small_batch=small_batch.value,
-        composition=composition.value if known else None,
-        lag=lag.value,
-        dropout=dropout.value,
-        propagation=propagation.value,
-        data_shift=shift,
-    )
-    intervals = ShareIntervals(
-        small_batch=small_batch.interval(),
-        # with heavy tails either end may be wrong
-        composition=None if (drawn is None and mixed is None) or heavy else composition.interval(),
-        lag=lag.interval(),
-        dropout=None if evidence.steady is None or nearest > 0 else dropout.interval(),
-        propagation=None if nearest > 1 else propagation.interval(),
-        data_shift=shift_interval,
-    )
-    finite = all(math.isfinite(value) for value in asdict(shares).values() if value is not None)
-    return (shares, intervals) if finite else (None, None)
+    estimates, shifts = _estimates(evidence, rungs, sums.counts, drawn), _data_shift(evidence, calls)
+    for slot, start, found, (shift, shift_interval) in zip(first, nearest.tolist(), estimates, shifts, strict=True):
+        heavy = _heavy_tailed(evidence, slot)
+        lag, dropout, propagation, composition, small_batch = (replace(each, open=heavy) for each in found)
+        shares = Shares(
+            small_batch=small_batch.value,
+            composition=composition.value if known else None,
+            lag=lag.value,
+            dropout=dropout.value,
+            propagation=propagation.value,
+            data_shift=shift,
+        )
+        intervals = ShareIntervals(
+            small_batch=small_batch.interval(),
+            # with heavy tails either end may be wrong
+            composition=None if (drawn is None and mixed is None) or heavy else composition.interval(),
+            lag=lag.interval(),
+            dropout=None if evidence.steady is None or start > 0 else dropout.interval(),
+            propagation=None if start == len(paths) - 1 else propagation.interval(),
+            data_shift=shift_interval,
+        )
+        finite = all(math.isfinite(value) for value in vars(shares).values() if value is not None)
+        yield (shares, intervals) if finite else (None, None)
 
 
 def _estimates(
     evidence: Evidence, rungs: list[Tensor], counts: Tensor, drawn: ladder.Regrouped | None
-) -> list[JackknifeEstimate]:
-    """Each rung's difference to the next, and the last rung itself: bias-corrected, with variances.
+) -> Iterator[list[JackknifeEstimate]]:
+    """For each layer each rung's difference to the next, and the last rung itself: bias-corrected, with variances.
 
     Where the data set is finite (docs/decisions/0030), the bias and the variance that come from which samples were
     drawn shrink with the part that was measured. What comes from how samples fell into micro-batches, and from what
@@ -157,116 +153,129 @@ def _estimates(
     """
     sampled = evidence.sampled
     kept = min(NON_LINEAR / evidence.batch_size, 1.0)
-    lag, dropout, propagation, composition = (
-        jackknife(one - other, counts) for one, other in itertools.pairwise(rungs)
-    )
-    settled = jackknife(rungs[0] - rungs[2], counts).of_finite_data(sampled)
-    bias = settled.bias - dropout.bias
-    lag = replace(lag.of_finite_data(sampled, kept), value=lag.value + lag.bias - bias, bias=bias)
-    lag = lag.with_noise(sampled * dropout.variance)
-    small_batch = jackknife(rungs[-1], counts)
-    composition = composition.of_finite_data(sampled, 1.0)
-    if drawn is None:
-        small_batch = small_batch.of_finite_data(sampled, 1.0)
-    else:
-        composition = composition.with_noise(drawn.chance)
-        small_batch = small_batch.with_noise(0.0, drawn.excess).of_finite_data(sampled, max(kept, 1 - drawn.pooled))
-        small_batch = small_batch.with_noise(drawn.chance)
-    return [lag, dropout, propagation.of_finite_data(sampled, kept), composition, small_batch]
+    steps = [one - other for one, other in itertools.pairwise(rungs)]
+    found = zip(*(jackknife_each(each, counts) for each in (*steps, rungs[0] - rungs[2], rungs[-1])), strict=True)
+    noise = [] if drawn is None else [each.tolist() for each in (drawn.chance, drawn.excess, drawn.pooled)]
+    for layer, (lag, dropout, propagation, composition, settled, small_batch) in enumerate(found):
+        bias = settled.of_finite_data(sampled).bias - dropout.bias
+        lag = replace(lag.of_finite_data(sampled, kept), value=lag.value + lag.bias - bias, bias=bias)
+        lag = lag.with_noise(sampled * dropout.variance)
+        composition = composition.of_finite_data(sampled, 1.0)
+        if drawn is None:
+            small_batch = small_batch.of_finite_data(sampled, 1.0)
+        else:
+            chance, excess, pooled = (each[layer] for each in noise)
+            composition = composition.with_noise(chance)
+            small_batch = small_batch.with_noise(0.0, excess).of_finite_data(sampled, max(kept, 1 - pooled))
+            small_batch = small_batch.with_noise(chance)
+        yield [lag, dropout, propagation.of_finite_data(sampled, kept), composition, small_batch]
 
 
-def _references(paths: list[Means], values: int) -> tuple[Tensor, list[ladder.Reference], int]:
-    """Settled statistics of each path, starting with the one that is nearest to the running statistics.
+def _rungs(means: Means, paths: list[Means], values: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """D against the running statistics, and against the settled ones of each path.
+
+    Paths before the one that is nearest to the running statistics count as that one.
 
     Returns:
-        The blend, the statistics, and the position of that path.
+        D and the blend of that path, each of shape (estimates, layers); and for each layer the position of that path.
     """
-    ways = [ladder.blend(path, values) for path in paths]
-    distances = [ladder.distance(ladder.settled(path, values, way)) for path, way in zip(paths, ways, strict=True)]
-    nearest = distances.index(min(distances))
-    taken = [paths[max(position, nearest)] for position in range(len(paths))]
-    return ways[nearest], [ladder.settled(path, values, ways[nearest]) for path in taken], nearest
+    each = torch.arange(len(values))
+    nearest, least = torch.zeros_like(each), torch.full(each.shape, math.inf, dtype=torch.float64)
+    for position, path in enumerate(path.whole() for path in paths):
+        [distance] = ladder.distance(path, ladder.settled(path, values, ladder.blend(path, values)))
+        nearest, least = torch.where(distance < least, position, nearest), torch.fmin(distance, least)
+    way = torch.stack([ladder.blend(path, values) for path in paths])[nearest, :, each].T
+    found = torch.stack([ladder.mismatch(means, ladder.settled(path, values, way)) for path in paths])
+    settled = [found[nearest.clamp(min=position), :, each].T for position in range(len(paths))]
+    return [ladder.mismatch(means, ladder.running(means)), *settled], way, nearest
 
 
-def _decomposed(evidence: Evidence, slots: list[Slot]) -> PathEvidence:
-    """The path whose mismatch is decomposed: the eval path, where the layer runs there."""
-    return evidence.eval if slots[0] in evidence.eval else evidence.train
+def _decomposed(evidence: Evidence, calls: AllCalls) -> PathEvidence:
+    """The path whose mismatch is decomposed: the eval path, where the layers run there."""
+    return evidence.eval if calls[0][0] in evidence.eval else evidence.train
 
 
-def _together(path: PathEvidence, slots: list[Slot]) -> BatchSums:
-    """The sums of all calls of a layer, which share its running statistics."""
-    return reduce(add, (path.moments(slot) for slot in slots if slot in path))
-
-
-def _heavy_tailed(evidence: Evidence, slots: list[Slot]) -> bool:
-    """Whether a few samples make up much of the layer's mismatch: figures may be far larger than they look."""
-    sums = evidence.eval.layer(slots[0][0])  # also where all was read: which samples met matters as much
+def _heavy_tailed(evidence: Evidence, slot: Slot) -> bool:
+    """Whether a few samples make up much of a layer's mismatch: figures may be far larger than they look."""
+    sums = evidence.eval.layer(slot[0])  # also where all was read: which samples met matters as much
     return sums is not None and sums.heavy_tailed
 
 
-def _drawn(
-    evidence: Evidence, slots: list[Slot], pool: Mapping[Slot, Images], means: Means, counts: Tensor
-) -> ladder.Regrouped | None:
+def _drawn(evidence: Evidence, calls: AllCalls, means: Means, counts: Tensor) -> ladder.Regrouped | None:
     """Micro-batches drawn at random from the samples of all calls; None where these are not known."""
-    pools = [pool[slot] for slot in slots if slot in pool]
-    if len(pools) < len(slots):
+    # A scan that went over to real micro-batches midway knows the samples of the first ones only.
+    if not evidence.batching.emulation.trusted or not _is_known(calls, evidence.eval.regroupable):
         return None
-    images = Images(*(torch.cat([getattr(pool, name) for pool in pools]) for name in ("mean", "variance", "replicate")))
-    if images.mean.shape[0] < FEWEST_GROUPS * evidence.batch_size:
+    pool = evidence.eval.pool(calls)
+    if pool.mean.shape[0] < FEWEST_GROUPS * evidence.batch_size:
         return None
-    squares = sum((evidence.eval.sample_squares(slot) for slot in slots), start=torch.zeros(()))
-    return draw(means, counts, squares, images, evidence.batch_size, 0, evidence.population or math.inf)
+    squares = reduce(add, map(evidence.eval.sample_squares, calls))
+    return draw(means, counts, squares, pool, evidence.batch_size, 0, evidence.population or math.inf)
 
 
-def _mixed(evidence: Evidence, slots: list[Slot]) -> Means | None:
-    """What batches drawn at random gave for the calls of a layer; None where none were measured."""
-    if evidence.mixed is None or any(slot not in evidence.mixed.eval for slot in slots):
+def _is_known(calls: AllCalls, known: Container[Slot]) -> bool:
+    """Whether something is known of all calls of the layers."""
+    return all(slots[0] in known for slots in calls)
+
+
+def _mixed(evidence: Evidence, calls: AllCalls) -> Means | None:
+    """What batches drawn at random gave for the calls of layers; None where none were measured."""
+    if evidence.mixed is None or not _is_known(calls, evidence.mixed.eval):
         return None
-    return _together(evidence.mixed.eval, slots).means()
+    return evidence.mixed.eval.together(calls).means()
 
 
-def _data_shift(evidence: Evidence, slots: list[Slot]) -> tuple[float | None, Interval | None]:
+def _data_shift(evidence: Evidence, calls: AllCalls) -> Iterator[tuple[float | None, Interval | None]]:
     """The held-out data as one batch against the training data, on the eval path."""
-    if evidence.held_out is None or any(slot not in evidence.held_out.eval for slot in slots):
-        return None, None
-    training = _together(evidence.eval, slots)
-    if evidence.eval.batches < BATCHES_FOR_SHIFT:
-        training = evidence.eval.by_sample(slots) or training
-    estimate = ladder.shift(_together(evidence.held_out.eval, slots), training)
-    heavy = _heavy_tailed(evidence, slots) or _heavy_tailed(evidence.held_out, slots)
-    return max(estimate.value, 0.0), replace(estimate, open=heavy).interval()
+    if evidence.held_out is None or not _is_known(calls, evidence.held_out.eval):
+        yield from [(None, None)] * len(calls[0])
+        return
+    few = evidence.eval.batches < BATCHES_FOR_SHIFT and _is_known(calls, evidence.eval.regroupable)
+    training = evidence.eval.by_sample(calls) if few else evidence.eval.together(calls)
+    shifts = ladder.shift(evidence.held_out.eval.together(calls), training)
+    for slot, estimate in zip(calls[0], shifts, strict=True):
+        heavy = _heavy_tailed(evidence, slot) or _heavy_tailed(evidence.held_out, slot)
+        yield max(estimate.value, 0.0), replace(estimate, open=heavy).interval()
 
 
-def _compositions(evidence: Evidence, calls: dict[int, list[Slot]]) -> dict[int, Composition]:
+def _compositions(evidence: Evidence, layers: Mapping[int, Sequence[Slot]]) -> dict[int, Composition]:
     """By layer, from an analysis of variance of each call; p-values are corrected for all channels of all layers."""
-    if evidence.batch_size < 2 or evidence.eval.batches < 2:
-        return {}
     size, path = evidence.batch_size, evidence.eval
-    calls = {index: slots for index, slots in calls.items() if slots[0] in path}
-    found = {
-        slot: analyse(path.moments(slot), path.sample_squares(slot), size) for slots in calls.values() for slot in slots
-    }
-    if not found:
+    known = evidence.batching.emulation.trusted and path.regroupable
+    if size < 2 or path.batches < 2 or not known:
         return {}
-    every = torch.cat([variance.p_value for variance in found.values()])
-    corrected = false_discovery_rates(every)
-    p_values = dict(zip(found, corrected.split([len(one.p_value) for one in found.values()]), strict=True))
+    layers = {index: slots for index, slots in layers.items() if slots[0] in path}
+    order, sizes, p_values, correlations = list[Slot](), list[Tensor](), list[Tensor](), list[float]()
+    for _, calls in evidence.side_by_side(layers):
+        for slots in calls:
+            sums = path.moments(slots)
+            found = analyse(sums, path.sample_squares(slots), size)
+            order += slots
+            sizes.append(sums.segments.sizes)
+            p_values.append(found.p_value)
+            correlations += sums.segments.mean(found.intraclass_correlation).tolist()
+    if not order:
+        return {}
+    least = Segments(torch.cat(sizes)).least(false_discovery_rates(torch.cat(p_values))).tolist()
+    by_layer: dict[int, list[tuple[float, float]]] = {}
+    for slot, correlation, smallest in zip(order, correlations, least, strict=True):
+        by_layer.setdefault(slot[0], []).append((correlation, smallest))
     compositions = {}
-    for index, slots in calls.items():
-        correlation = float(torch.cat([found[slot].intraclass_correlation for slot in slots]).mean())
-        smallest = min(float(p_values[slot].min()) for slot in slots)
-        compositions[index] = Composition(correlation, 1 + (size - 1) * correlation, smallest)
+    for index, found_of in by_layer.items():
+        correlation = sum(each for each, _ in found_of) / len(found_of)
+        compositions[index] = Composition(correlation, 1 + (size - 1) * correlation, min(each for _, each in found_of))
     return compositions
 
 
-def _domains(evidence: Evidence, slots: list[Slot]) -> Domains | None:
+def _domains(evidence: Evidence, calls: AllCalls) -> Iterator[Domains | None]:
     """How far the data of a layer's separate calls differs from that of all calls together."""
-    if len(slots) < 2:
-        return None
-    path = _decomposed(evidence, slots)
-    sums = [path.moments(slot) for slot in slots]
-    together = _together(path, slots).means()
-    distances = [ladder.shift_between(part.means(), together) for part in sums]
-    estimate = jackknife(torch.stack(distances).mean(0), sums[0].counts)
-    estimate = replace(estimate, open=_heavy_tailed(evidence, slots))
-    return Domains(max(estimate.value, 0.0), estimate.interval())
+    if len(calls) < 2:
+        yield from [None] * len(calls[0])
+        return
+    path = _decomposed(evidence, calls)
+    together = path.together(calls).means()
+    distances = [ladder.shift_between(path.moments(slots).means(), together) for slots in calls]
+    estimates = jackknife_each(reduce(add, distances) / len(calls), path.moments(calls[0]).counts)
+    for slot, estimate in zip(calls[0], estimates, strict=True):
+        estimate = replace(estimate, open=_heavy_tailed(evidence, slot))
+        yield Domains(max(estimate.value, 0.0), estimate.interval())

@@ -105,14 +105,11 @@ def environment(device: torch.device) -> Environment:
 
 def _pool(evidence: Evidence) -> Pool | None:
     """The pool; None where it suffices for no layer. The calls of one layer share their samples."""
-    images, by_layer = 0, Counter[int]()
-    for slot, pool in evidence.eval.pool().items():
-        images = max(images, pool.mean.shape[0])
-        by_layer[slot[0]] += pool.mean.shape[0]
-    fewest = FEWEST_GROUPS * evidence.batch_size
-    if max(by_layer.values(), default=0) < fewest or not evidence.batching.emulation.trusted:
+    pool = evidence.eval[SamplePool]
+    calls = max(Counter(index for index, _ in pool.slots).values(), default=0)
+    if calls * pool.held < FEWEST_GROUPS * evidence.batch_size or not evidence.batching.emulation.trusted:
         return None
-    return Pool(images, evidence.eval[SamplePool].bytes, regrouped_batches(images, evidence.batch_size))
+    return Pool(pool.held, pool.bytes, regrouped_batches(pool.held, evidence.batch_size))
 
 
 def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ from bnprobe.analysis.decomposition import Attribution, attribute, beyond_noise,
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import NonFiniteError, NothingToProbeError
 from bnprobe.measure.accumulators import Values
-from bnprobe.measure.evidence import Evidence, PathEvidence
+from bnprobe.measure.evidence import Evidence, PathEvidence, by_layer
 from bnprobe.measure.forward_pass import Slot
 from bnprobe.measure.layers import ONE_VALUE, ProbedLayer
 from bnprobe.numbers import listed, number
@@ -53,16 +53,17 @@ def assemble(evidence: Evidence, settings: ScanSettings) -> Findings:
         NothingToProbeError: No BN layer was called.
     """
     _require_finite(evidence)
-    called = {index for index, _ in evidence.values}
+    called = by_layer(evidence.values)
     selected = evidence.layers.selected
-    if not called & {layer.index for layer in selected}:
+    if not called.keys() & {layer.index for layer in selected}:
         raise NothingToProbeError(
             f"The forward pass called none of the BN layers (found: {len(selected)}). If the model is not called as"
             " model(inputs), add a function forward(model, batch) to the model file."
         )
     found = attribute(evidence)
+    others = {size: beyond_noise(evidence, size) for size in evidence.batch_sizes}
     layers = tuple(
-        _layer(evidence, layer, settings, found.get(layer.index, Attribution()))
+        _layer(evidence, layer, called[layer.index], settings, found.get(layer.index, Attribution()), others)
         for layer in selected
         if layer.index in called
     )
@@ -117,8 +118,15 @@ def _gaps(evidence: Evidence, settings: ScanSettings) -> Iterator[Gap]:
         )
 
 
-def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found: Attribution) -> Layer:
-    slots = [slot for slot in evidence.values if slot[0] == layer.index]
+def _layer(
+    evidence: Evidence,
+    layer: ProbedLayer,
+    slots: list[Slot],
+    settings: ScanSettings,
+    found: Attribution,
+    others: Mapping[int, Mapping[int, float]],
+) -> Layer:
+    """``slots``: its calls; ``others``: by batch size and layer, what of its mismatch is no noise of i.i.d. batches."""
     train, eval_ = (_path(evidence, path, layer.index, slots) for path in (evidence.train, evidence.eval))
     threshold = settings.threshold_of(layer.name, *layer.aliases)
     only_in = _only_in(evidence, layer)
@@ -149,7 +157,7 @@ def _layer(evidence: Evidence, layer: ProbedLayer, settings: ScanSettings, found
         train=train,
         eval=eval_,
         calls=_calls(evidence, slots) if len(slots) > 1 else (),
-        batch_sizes=tuple(_points(evidence, slots[0], threshold)),
+        batch_sizes=tuple(_points(evidence, slots[0], threshold, others)),
         shares=found.shares,
         share_intervals=found.intervals,
         composition=found.composition,
@@ -218,17 +226,18 @@ def _call(evidence: Evidence, path: PathEvidence, slot: Slot) -> PathMeasurement
     return _measurement(path.mismatch(slot), path, [slot], evidence.values[slot] == 1)
 
 
-def _points(evidence: Evidence, first: Slot, threshold: float) -> Iterable[BatchSizePoint]:
+def _points(
+    evidence: Evidence, first: Slot, threshold: float, others: Mapping[int, Mapping[int, float]]
+) -> Iterable[BatchSizePoint]:
     for size, path in evidence.batch_sizes.items():
         sums = path.layer(first[0])
         if sums and math.isfinite(sums.total):
             interval = mean_interval(sums)
             single = evidence.values[first] * size == evidence.batch_size
             n_eq = 1.0 if single else equivalent_batch_size(sums.mean)
-            others = beyond_noise(evidence, first[0], size)
-            limit = mismatch_iid(threshold)
-            if others is not None:
-                limit = deciding_limit(sums.mean - others, others, threshold)
+            limit, other = mismatch_iid(threshold), others[size].get(first[0])
+            if other is not None:
+                limit = deciding_limit(sums.mean - other, other, threshold)
             yield BatchSizePoint(size, sums.count, sums.mean, interval, n_eq, limit)
 
 
@@ -251,14 +260,13 @@ def _note(evidence: Evidence, layer: ProbedLayer, slots: list[Slot]) -> str | No
         return f"{layer.unusable}: there is nothing to compare batches with"
     if layer.index in evidence.by_batch["eval"]:
         return "uses batch statistics in eval mode too, although it has running statistics"
-    if layer.index in evidence.frozen:
+    if evidence.is_frozen(layer.index):
         return f"{FROZEN}model.train() leaves it in eval mode, so both paths use the running statistics"
     if (mode := _only_in(evidence, layer)) is not None:
         return _ONE_MODE[mode]
-    unusable = _unusable(evidence)
-    if _overflows(evidence, slots) and unusable:
-        return f"its input is not finite at inference, because of the running statistics of {listed(unusable)}"
     if _overflows(evidence, slots):
+        if unusable := _unusable(evidence):
+            return f"its input is not finite at inference, because of the running statistics of {listed(unusable)}"
         return "its input is NaN or Inf at inference: values overflow with the running statistics of earlier layers"
     note = layer.family.note(layer.info)
     if note is not None:

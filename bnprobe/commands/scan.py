@@ -41,7 +41,7 @@ from bnprobe.measure.restore import (
 from bnprobe.measure.scan_loop import measure_mixed, probe
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.measure.train_steps import MakeOptimizer
-from bnprobe.records import SCHEMA_VERSION, Interval, Layer, Report, Tool
+from bnprobe.records import SCHEMA_VERSION, Interval, Report, Tool
 from bnprobe.rules.effect import inconsistency
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.shares import is_cause, mismatch_limit
@@ -281,9 +281,9 @@ def _beyond(
     if evidence.partial:
         return evidence, further
     off = inconsistency(findings.summary.gaps).is_worse or any(
-        layer.flagged or layer.undecided or layer.domains or _is_frozen_and_off(layer, session, evidence)
-        for layer in findings.layers
+        layer.flagged or layer.undecided or layer.domains for layer in findings.layers
     )
+    off = off or _has_frozen_and_off(findings, evidence)
     scored = _can_try_remedies(workload, settings)
     wanted = Wanted(off, scored and (off or _is_doubtful(findings, facts, settings)), scored, _stale(findings))
     try:
@@ -295,11 +295,11 @@ def _beyond(
     return evidence, further
 
 
-def _is_frozen_and_off(layer: Layer, session: Session, evidence: Evidence) -> bool:
+def _has_frozen_and_off(findings: Findings, evidence: Evidence) -> bool:
     """Whether the statistics of a layer that training leaves in eval mode are not those of its data."""
-    index = next(each.index for each in session.layers.layers if each.name == layer.name)
-    beyond = evidence.beyond_noise(index) if index in evidence.frozen else None
-    return beyond is not None and beyond > mismatch_limit(layer)
+    beyond = evidence.beyond_noise() if evidence.frozen else {}
+    off = {evidence.layers.layers[index].name: beyond[index] for index in evidence.frozen & beyond.keys()}
+    return any(off.get(layer.name, 0.0) > mismatch_limit(layer) for layer in findings.layers)
 
 
 def _stale(findings: Findings) -> tuple[str, ...]:

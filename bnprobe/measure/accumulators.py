@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -54,10 +54,10 @@ class Mismatch(Statistic):
         good = (per_call < torch.inf).all(0)  # never of NaN; D is not negative
         self.accumulate("first_bad", call, torch.full_like(call, step.number).masked_fill(good, self.never))
 
-    def compute(self, states: Mapping[str, Tensor]) -> tuple[Sums, int | None]:
-        """The sums, and the step of the first non-finite value, None if all are finite."""
-        bad = int(states["first_bad"])
-        return _sums(states["powers"]), None if bad == self.never else bad
+    def every(self, table: CallTable) -> dict[Slot, tuple[Sums, int | None]]:
+        """The sums of each call, and the step of the first non-finite value, None if all are finite."""
+        steps = [None if bad == self.never else bad for bad in self["first_bad"].tolist()]
+        return dict(zip(table.calls, zip(_sums(self["powers"]), steps, strict=True), strict=True))
 
 
 class LayerMismatch(Statistic):
@@ -87,9 +87,11 @@ class LayerMismatch(Statistic):
         per_layer = columns.per_layer(columns.per_call(parts)) / step.batch_size**2
         self.accumulate("powers of parts", columns.layer, _powers(per_layer))
 
-    def compute(self, states: Mapping[str, Tensor]) -> Sums:
-        parts = _sums(states["powers of parts"])
-        return replace(_sums(states["powers"]), parts=parts if parts.count else None)
+    def every(self, table: CallTable) -> dict[int, Sums]:
+        """The sums of each layer by its index."""
+        parts = (each if each.count else None for each in _sums(self["powers of parts"]))
+        every = zip(table.layers, _sums(self["powers"]), parts, strict=True)
+        return {index: replace(sums, parts=own) for index, sums, own in every if sums.count}
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,17 @@ class Values:
     low: float
     high: float
     histogram: NDArray[np.int64]
+
+    def __add__(self, other: Values) -> Values:
+        return Values(
+            self.count + other.count,
+            self.total + other.total,
+            self.square + other.square,
+            self.clipped + other.clipped,
+            min(self.low, other.low),
+            max(self.high, other.high),
+            self.histogram + other.histogram,
+        )
 
 
 class CorrectionValues(Statistic):
@@ -131,11 +144,18 @@ class CorrectionValues(Statistic):
         bins = (self.axis.index(values) + columns.state_of_column * self.axis.bins).flatten()
         self["histogram"].view(-1).index_add_(0, bins, torch.ones_like(bins))
 
-    def compute(self, states: Mapping[str, Tensor]) -> Values:
-        histogram = states["histogram"].numpy()
-        sums = {name: float(states[name].sum()) for name in ("total", "square", "clipped")}
-        low, high = float(states["low"].amin()), float(states["high"].amax())
-        return Values(float(histogram.sum()), **sums, low=low, high=high, histogram=histogram)
+    def every(self, table: CallTable) -> dict[Slot, Values]:
+        """The sums of each call."""
+        if not table.calls:
+            return {}
+        segments = table.segments(list(table.calls))
+        totals = torch.stack([self[name] for name in ("total", "square", "clipped")]).cpu()
+        ends = torch.stack([self["low"], -self["high"]]).cpu()
+        sums, (low, high) = segments.mean(totals) * segments.sizes, segments.least(ends).tolist()
+        histograms = self["histogram"].cpu().numpy()
+        rows = zip(sums.T.tolist(), low, high, histograms, strict=True)
+        found = [Values(float(each.sum()), *scalars, least, -negative, each) for scalars, least, negative, each in rows]
+        return dict(zip(table.calls, found, strict=True))
 
 
 class CorrectionR(CorrectionValues):
@@ -190,10 +210,16 @@ class MismatchSums(Statistic):
         index = torch.tensor(step.replicates, device=squares.device)
         self._add_rows("sample squares", step.columns, index, squares)
 
-    def compute(self, states: Mapping[str, Tensor]) -> tuple[BatchSums, Tensor]:
-        """The sums, and the squared means of samples (as d) summed, shape (replicates, channels)."""
-        sums = {name: states[name] for name in SUMS}
-        return BatchSums(counts=states["counts"], eps=states["eps"], **sums), states["sample squares"]
+    def side_by_side(self, table: CallTable, slots: Sequence[Slot]) -> tuple[BatchSums, Tensor]:
+        """The sums of one call of each of many layers.
+
+        Returns:
+            The sums, and the squared means of samples (as d) summed, shape (replicates, channels).
+        """
+        place, calls = table.place(slots), [table.calls[slot] for slot in slots]
+        found = {name: self[name][..., place].cpu() for name in ("eps", *SUMS, "sample squares")}
+        squares = found.pop("sample squares")
+        return BatchSums(table.segments(slots), self["counts"][calls].T.cpu(), **found), squares
 
     def _add_rows(self, name: str, columns: Columns, replicate: Tensor, rows: Tensor) -> None:
         if columns.channel is None:
@@ -211,7 +237,7 @@ class SamplePool(Statistic):
     its own: together they keep what one process would.
 
     Attributes:
-        slots: The calls, as in the first step.
+        table: Where the calls of the first step stand.
         number: Position of the sample in each place among all samples measured; -1: the place is free.
         replicate: The replicate of its micro-batch.
         mean, variance: As in ``stats.composition.Images``, shape (places, columns); the mean from ``origin``.
@@ -224,7 +250,7 @@ class SamplePool(Statistic):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
-        self.slots: Calls = ()
+        self.table = CallTable()
         self.number: list[int] = []
         self.replicate: list[int] = []
         self.origin = torch.zeros(0, dtype=torch.float64)
@@ -267,31 +293,36 @@ class SamplePool(Statistic):
         found.origin, found.mean, found.variance = self.origin.cpu(), self.mean.cpu(), self.variance.cpu()
         return found
 
-    def samples(self, table: CallTable) -> dict[Slot, Images]:
-        """The samples of each call; empty if samples could not be told apart."""
-        if not self.slots:
-            return {}
-        held = torch.tensor([place for place, number in enumerate(self.number) if number >= 0], dtype=torch.int64)
-        replicate = torch.tensor(self.replicate)[held]
-        widths = [stop - start for start, stop in (table.channels[slot] for slot in self.slots)]
-        parts = zip(self.slots, self.mean[held].split(widths, 1), self.variance[held].split(widths, 1), strict=True)
-        return {slot: Images(mean, variance, replicate) for slot, mean, variance in parts}
+    @property
+    def slots(self) -> Calls:
+        """The calls whose samples are known; none if samples could not be told apart."""
+        return tuple(self.table.calls)
 
-    def origins(self, table: CallTable) -> dict[Slot, Tensor]:
-        """For each call the mean (as d) that ``Images.mean`` is counted from, float64."""
-        widths = [stop - start for start, stop in (table.channels[slot] for slot in self.slots)]
-        return dict(zip(self.slots, self.origin.split(widths), strict=True)) if self.slots else {}
+    @property
+    def held(self) -> int:
+        """How many samples there are of each call."""
+        return sum(number >= 0 for number in self.number)
+
+    def samples(self, slots: Sequence[Slot]) -> Images:
+        """The samples of one call of each of many layers."""
+        held = torch.tensor([place for place, number in enumerate(self.number) if number >= 0], dtype=torch.int64)
+        place = self.table.place(slots)
+        return Images(self.mean[:, place][held], self.variance[:, place][held], torch.tensor(self.replicate)[held])
+
+    def origins(self, slots: Sequence[Slot]) -> Tensor:
+        """The mean (as d) that ``Images.mean`` is counted from, float64, shape (channels,)."""
+        return self.origin[self.table.place(slots)]
 
     @property
     def bytes(self) -> int:
         """Size of the moments of the samples that are held."""
-        held = sum(number >= 0 for number in self.number)
-        return 2 * held * self.mean.shape[1] * self.mean.element_size()
+        return 2 * self.held * self.mean.shape[1] * self.mean.element_size()
 
     def _start(self, step: SampleStep) -> None:
         columns = step.mean.shape[1]
         room = max(1, min(POOL_SAMPLES, POOL_BYTES // (8 * columns)))
-        self.slots = step.columns.slots
+        for slot, channels in zip(step.columns.slots, step.columns.channels.tolist(), strict=True):
+            self.table.add(slot, channels)
         self.origin = step.mean.mean(0)
         # The memory of places that stay free is never touched.
         self.mean = step.mean.new_empty(room, columns, dtype=torch.float32)
@@ -328,6 +359,6 @@ def _powers(rows: Tensor) -> Tensor:
     return torch.stack([torch.ones_like(rows), rows, squares, squares * rows], -1).sum(0)
 
 
-def _sums(powers: Tensor) -> Sums:
-    count, *others = powers.tolist()
-    return Sums(int(count), *others)
+def _sums(powers: Tensor) -> list[Sums]:
+    """Of each call or layer, from sums of powers of shape (calls or layers, 4)."""
+    return [Sums(int(count), *others) for count, *others in powers.tolist()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
@@ -25,6 +25,7 @@ from bnprobe.measure.accumulators import (
     STATISTICS,
     CorrectionD,
     CorrectionR,
+    CorrectionValues,
     LayerMismatch,
     Mismatch,
     MismatchSums,
@@ -49,9 +50,26 @@ from bnprobe.stats.moments import corrections, pool_moments
 _CHUNK_VALUES = 2**19
 """Values per temporary tensor, which bounds the memory of a step for any number of channels and samples."""
 
+_COLUMNS = 2**13
+"""Channels whose figures are computed at once: with a row for each replicate they fit into a CPU's cache."""
+
+_FEWEST_COLUMNS = 16
+"""Narrower layers count as this wide, since some tensors have a column for each layer."""
+
+AllCalls = tuple[Calls, ...]
+"""The calls of many layers side by side: the first call of each, then the second one of each, and so on."""
+
 S = TypeVar("S", bound=Statistic)
 K = TypeVar("K")
 V = TypeVar("V")
+
+
+def by_layer(calls: Iterable[Slot]) -> dict[int, list[Slot]]:
+    """The calls of each layer, by its index."""
+    found: dict[int, list[Slot]] = {}
+    for slot in calls:
+        found.setdefault(slot[0], []).append(slot)
+    return found
 
 
 class PathEvidence:
@@ -74,7 +92,7 @@ class PathEvidence:
         self._statistics = {row.name: row(seed) for row in STATISTICS if scope in row.scopes}
         self._columns: tuple[dict[Slot, int], Columns] | None = None
         self._remainder: tuple[Calls, Tensor, Tensor] | None = None
-        self._known: dict[tuple[str, Calls], Any] = {}
+        self._known: dict[str, Any] = {}
 
     def add(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...]) -> None:
         """Add one physical batch.
@@ -149,7 +167,7 @@ class PathEvidence:
         assert isinstance(found, kind)
         return found
 
-    def __contains__(self, slot: Slot) -> bool:
+    def __contains__(self, slot: object) -> bool:
         """Whether a call was measured."""
         return slot in self._table.calls
 
@@ -160,58 +178,66 @@ class PathEvidence:
 
     def mismatch(self, slot: Slot) -> Sums:
         """D of a call that was measured."""
-        sums: Sums = self._of(Mismatch, slot)[0]
+        sums: Sums = self._every(Mismatch)[slot][0]
         return sums
 
     def first_bad(self, slot: Slot) -> int | None:
         """The step in which a non-finite value of a call was first seen; None if there was none."""
-        found = self._of(Mismatch, slot)
-        return None if found is None else found[1]
+        step: int | None = self._every(Mismatch)[slot][1] if slot in self else None
+        return step
 
     def layer_sums(self) -> dict[int, Sums]:
-        """D of each layer by its index, averaged over the calls of a micro-batch; cheap to read during a scan."""
-        statistic = self[LayerMismatch].on_host()
-        found = {slot[0]: statistic.of(self._table, [slot]) for slot in self._table.calls}
-        return {index: sums for index, sums in found.items() if sums.count}
+        """D of each layer that was measured by its index, averaged over the calls of a micro-batch."""
+        found: dict[int, Sums] = self._every(LayerMismatch)
+        return found
 
     def layer(self, index: int) -> Sums | None:
         """D of a layer, averaged over the calls of a micro-batch; None if it was not measured."""
-        slot = next((slot for slot in self._table.calls if slot[0] == index), None)
-        sums: Sums | None = None if slot is None else self._of(LayerMismatch, slot)
-        return sums if sums and sums.count else None
+        return self.layer_sums().get(index)
 
-    def r(self, slots: list[Slot]) -> Values:
-        """r over calls that were measured."""
-        values: Values = self._of(CorrectionR, *slots)
-        return values
+    def r(self, slots: Sequence[Slot]) -> Values:
+        """r over those of some calls that were measured."""
+        return self._values(CorrectionR, slots)
 
-    def d(self, slots: list[Slot]) -> Values:
-        """d over calls that were measured."""
-        values: Values = self._of(CorrectionD, *slots)
-        return values
+    def d(self, slots: Sequence[Slot]) -> Values:
+        """d over those of some calls that were measured."""
+        return self._values(CorrectionD, slots)
 
-    def moments(self, slot: Slot) -> BatchSums:
-        """Sums per channel of a call that was measured."""
-        sums: BatchSums = self._of(MismatchSums, slot)[0]
-        return sums
+    def _values(self, kind: type[CorrectionValues], slots: Sequence[Slot]) -> Values:
+        every: dict[Slot, Values] = self._every(kind)
+        return reduce(add, (every[slot] for slot in slots if slot in every))
 
-    def sample_squares(self, slot: Slot) -> Tensor:
-        """The squared means of samples (as d) of a call, summed, shape (replicates, channels)."""
-        squares: Tensor = self._of(MismatchSums, slot)[1]
-        return squares
+    def moments(self, slots: Calls) -> BatchSums:
+        """Sums per channel of one call of each of many layers, which were measured."""
+        return self._sums_and_squares(slots)[0]
 
-    def pool(self) -> dict[Slot, Images]:
-        """Samples for regrouping, by call; empty if samples could not be told apart."""
-        return self[SamplePool].samples(self._table)
+    def sample_squares(self, slots: Calls) -> Tensor:
+        """The squared means of samples (as d) of the same, summed, shape (replicates, channels)."""
+        return self._sums_and_squares(slots)[1]
 
-    def by_sample(self, slots: Sequence[Slot]) -> BatchSums | None:
-        """Sums over the samples in the pool, for calls of one layer; None if samples could not be told apart."""
-        pool, origins = self.pool(), self[SamplePool].origins(self._table)
-        if not all(slot in pool for slot in slots):
-            return None
-        mean = torch.cat([pool[slot].mean + origins[slot] for slot in slots])
-        variance = torch.cat([pool[slot].variance for slot in slots])
-        return BatchSums.of_samples(mean, variance, self.moments(slots[0]).eps)
+    def together(self, calls: AllCalls) -> BatchSums:
+        """Sums over all calls of layers, which share the running statistics; of those that were measured."""
+        return reduce(add, (self.moments(slots) for slots in calls if slots[0] in self))
+
+    def _sums_and_squares(self, slots: Calls) -> tuple[BatchSums, Tensor]:
+        return self[MismatchSums].side_by_side(self._table, slots)
+
+    @property
+    def regroupable(self) -> Calls:
+        """The calls whose samples can be regrouped; none if samples could not be told apart."""
+        return self[SamplePool].slots
+
+    def pool(self, calls: AllCalls) -> Images:
+        """Samples for regrouping of all calls of layers."""
+        images = [self[SamplePool].samples(slots) for slots in calls]
+        names = ("mean", "variance", "replicate")
+        return Images(*(torch.cat([getattr(each, name) for each in images]) for name in names))
+
+    def by_sample(self, calls: AllCalls) -> BatchSums:
+        """Like ``together``, over the samples in the pool."""
+        images = self.pool(calls)
+        origins = [self[SamplePool].origins(slots).expand(self[SamplePool].held, -1) for slots in calls]
+        return self.moments(calls[0]).by_sample(images.mean + torch.cat(origins), images.variance)
 
     def reported(self, slots: list[Slot]) -> dict[str, Any]:
         """Results of statistics that are reported under their own names, for calls of one layer.
@@ -223,12 +249,11 @@ class PathEvidence:
         found = {statistic.name: statistic.of(self._table, slots) for statistic in rows}
         return {name: _as_json(name, result) for name, result in found.items() if result is not None}
 
-    def _of(self, kind: type[Statistic], *slots: Slot) -> Any:
-        """What a statistic says of calls of one layer, read from its states once; None if none of them was seen."""
-        key = kind.name, slots
-        if key not in self._known:
-            self._known[key] = self[kind].of(self._table, slots)
-        return self._known[key]
+    def _every(self, kind: type[Mismatch] | type[LayerMismatch] | type[CorrectionValues]) -> Any:
+        """What a statistic says of every call or layer: read from its states once, until something is added."""
+        if kind.name not in self._known:
+            self._known[kind.name] = self[kind].every(self._table)
+        return self._known[kind.name]
 
     def _columns_of(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], like: Tensor) -> Columns:
         """The columns of a step; the last ones are cached, since most steps have the same calls on as many values."""
@@ -343,56 +368,86 @@ class Evidence:
     @property
     def frozen(self) -> set[int]:
         """Layers that model.train() leaves in eval mode, so that both paths use the running statistics."""
-        return self.called["train"] - self.by_batch["train"]
+        return {index for index in self.called["train"] if self.is_frozen(index)}
+
+    def is_frozen(self, index: int) -> bool:
+        """Whether a layer is one of those."""
+        return index in self.called["train"] and index not in self.by_batch["train"]
 
     def normalizes_alike(self, index: int) -> bool:
         """Whether a layer normalizes in the same way in training and at inference: frozen, or always by its batch."""
-        return index in self.frozen or (index in self.by_batch["eval"] and self.eval.layer(index) is None)
+        return self.is_frozen(index) or (index in self.by_batch["eval"] and self.eval.layer(index) is None)
 
     def runs_samples_alone(self, index: int) -> bool:
         """Whether a layer is called once for every sample of a batch, on one row each time."""
         rows = [rows for (layer, _), rows in self.rows.items() if layer == index]
         return self.batch_size > 1 and len(rows) >= self.batch_size and set(rows) == {1}
 
-    def beyond_noise(self, index: int) -> float | None:
-        """How much of a layer's D at inference is no noise of i.i.d. batches: wrong statistics, and batches that differ
+    def beyond_noise(self) -> dict[int, float]:
+        """By layer, how much of D at inference is no noise of i.i.d. batches: wrong statistics, and batches that differ
         significantly from i.i.d. ones. A quick estimate, by which a scan stops; the report has the shares.
-
-        Returns:
-            None where it is not known.
         """
-        slots = [slot for slot in self.eval.calls if slot[0] == index]
-        if not slots or self.layers.layers[index].info.corrects:
-            return None
-        sums = reduce(add, map(self.eval.moments, slots))
-        means, values = sums.means().whole(), self.values[slots[0]]
-        known = settled(means, values, blend(means, values))
-        wrong = mismatch(means, running(means)) - mismatch(means, known)
-        return float(wrong) + self.composed(slots, self.eval)
+        found: dict[int, float] = {}
+        for indices, calls in self.side_by_side(by_layer(self.eval.calls)):
+            means = self.eval.together(calls).whole()
+            values = torch.tensor([self.values[slot] for slot in calls[0]])
+            known = settled(means, values, blend(means, values))
+            wrong = mismatch(means, running(means)) - mismatch(means, known)
+            found |= zip(indices, (wrong[0] + self.composed(calls, self.eval)).tolist(), strict=True)
+        return found
 
-    def composed(self, slots: Sequence[Slot], path: PathEvidence) -> float:
-        """What batches add to the D of a layer that differ significantly from i.i.d. ones; 0 where that is not known.
+    def composed(self, calls: AllCalls, path: PathEvidence) -> Tensor:
+        """What batches that differ significantly from i.i.d. ones add to the D of layers; 0 where that is not known.
 
         Args:
-            slots: The calls of the layer.
             path: The eval path, at the batch size that was scanned or at another.
         """
         size = path.batch_size
         if size < 2 or path.batches < 2 or not self.batching.emulation.trusted:
-            return 0.0
+            return torch.zeros(len(calls[0]))
         # Those of the samples that fill no batch of this size are counted too, in proportion.
         part = path.batches * size / (self.eval.batches * self.batch_size)
-        squares = {slot: part * self.eval.sample_squares(slot) for slot in slots}
-        found = [analyse(path.moments(slot), squares[slot], size) for slot in slots]
-        p_values = torch.cat([each.p_value for each in found])
-        if float(p_values.min()) * p_values.numel() >= COMPOSITION_P:
-            return 0.0
-        sums = reduce(add, map(path.moments, slots))
-        means = sums.means().whole()
-        samples = float(sums.counts.sum()) * size
+        squares = [part * self.eval.sample_squares(slots) for slots in calls]
+        sums = path.together(calls)
+        means, segments = sums.whole(), sums.segments
+        p_values = [
+            segments.least(analyse(path.moments(slots), each, size).p_value)
+            for slots, each in zip(calls, squares, strict=True)
+        ]
+        tests = len(calls) * segments.sizes
+        samples = segments.spread(sums.counts.sum(0)) * size
         between = means.d_squared[0] - means.d[0].square()
-        within = (reduce(add, squares.values()).sum(0) / samples - means.d[0].square()) / size
-        return float((between - within).mean().clamp_min(0))
+        within = (reduce(add, squares).sum(0) / samples - means.d[0].square()) / size
+        excess = segments.mean(between - within).clamp(min=0)
+        return torch.where(torch.stack(p_values).amin(0) * tests >= COMPOSITION_P, 0.0, excess)
+
+    def side_by_side(
+        self, calls: Mapping[int, Sequence[Slot]], *known: Container[Slot]
+    ) -> Iterator[tuple[list[int], AllCalls]]:
+        """Layers that can be evaluated together: as many as memory allows, all of which have the same calls.
+
+        Those that correct their mismatch themselves are left out: what remains after their limits is not a quadratic
+        form in the running statistics.
+
+        Args:
+            calls: Of each layer.
+            known: Where something is known of calls: either of those of all layers or of none.
+
+        Returns:
+            The indices of the layers, and their calls.
+        """
+        alike: dict[Hashable, list[int]] = {}
+        for index, slots in calls.items():
+            if not self.layers.layers[index].info.corrects:
+                alike.setdefault(tuple(tuple(slot in each for each in known) for slot in slots), []).append(index)
+        for indices in alike.values():
+            chunk, columns = list[int](), 0
+            for index in indices:
+                chunk.append(index)
+                columns += max(self.layers.layers[index].info.channels, _FEWEST_COLUMNS)
+                if columns >= _COLUMNS or index == indices[-1]:
+                    yield chunk, tuple(zip(*(calls[each] for each in chunk), strict=True))
+                    chunk, columns = [], 0
 
     @property
     def sampled(self) -> float:

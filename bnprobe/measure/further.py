@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from operator import add
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -272,7 +270,7 @@ def micro_batch_statistics(session: Session, evidence: Evidence) -> MicroBatchSt
         info, slots = layer.info, [slot for slot in path.calls if slot[0] == layer.index]
         if not slots or info.corrects or info.running_mean is None or info.running_variance is None:
             continue
-        means = reduce(add, map(path.moments, slots)).folded(PARTS).means()
+        means = path.together(tuple((slot,) for slot in slots)).folded(PARTS).means()
         square = info.running_variance.cpu().double() + info.eps_of_channels
         mean = info.running_mean.cpu().double() + means.d * square.sqrt()
         device = info.running_mean.device

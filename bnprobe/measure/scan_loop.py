@@ -392,8 +392,8 @@ def _look(ending: ScanEnding, evidence: Evidence) -> Look:
     paths = tuple(
         {index: sums for index, sums in path.items() if not evidence.normalizes_alike(index)} for path in every
     )
-    others = {index: found for index in paths[1] if (found := evidence.beyond_noise(index)) is not None}
-    return Look(ending, evidence.batches, paths, {index: evidence.batches * part for index, part in others.items()})
+    others = {index: evidence.batches * part for index, part in evidence.beyond_noise().items() if index in paths[1]}
+    return Look(ending, evidence.batches, paths, others)
 
 
 def meet(look: Look, world: World) -> Look:

@@ -11,6 +11,7 @@ The channels of all calls lie side by side, so that a step costs a few dozen ker
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -22,6 +23,7 @@ from torch import Tensor
 from bnprobe.measure.forward_pass import Slot
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.stats.moments import Corrections, bessel
+from bnprobe.stats.segments import Segments
 
 S = TypeVar("S", bound="Statistic")
 
@@ -59,12 +61,24 @@ class CallTable:
 
     def sizes(self) -> dict[Per, int]:
         """How many entries a state has."""
-        columns = max((stop for _, stop in self.channels.values()), default=0)
+        _, columns = next(reversed(self.channels.values()), (0, 0))
         return {"call": len(self.calls), "layer": len(self.layers), "channel": columns}
 
     def columns(self, slots: Iterable[Slot]) -> list[int]:
         """Positions of the channels of calls."""
         return [column for slot in slots for column in range(*self.channels[slot])]
+
+    def place(self, slots: Sequence[Slot]) -> slice | Tensor:
+        """Where the channels of calls stand, one call after the other: a slice where they do so in the states."""
+        spans = [self.channels[slot] for slot in slots]
+        if all(stop == start for (_, stop), (start, _) in itertools.pairwise(spans)):
+            return slice(spans[0][0], spans[-1][1])
+        return torch.tensor(self.columns(slots))
+
+    def segments(self, slots: Sequence[Slot]) -> Segments:
+        """Which of the channels of calls that lie side by side are those of which call."""
+        spans = (self.channels[slot] for slot in slots)
+        return Segments(torch.tensor([stop - start for start, stop in spans]))
 
     def entries(self, per: Per, slot: Slot) -> slice:
         """The entries of a call in a state."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -235,7 +236,14 @@ def leave_one_out(sums: Float[Tensor, "replicates ..."]) -> Float[Tensor, "estim
 
 
 def jackknife(estimates: Float[Tensor, " estimates"], counts: Float[Tensor, " replicates"]) -> JackknifeEstimate:
-    """Combine a figure from all replicates with those that leave out each one.
+    """``jackknife_each`` of a single figure."""
+    return next(jackknife_each(estimates[:, None], counts[:, None]))
+
+
+def jackknife_each(
+    estimates: Float[Tensor, "estimates figures"], counts: Float[Tensor, "replicates figures"]
+) -> Iterator[JackknifeEstimate]:
+    """Combine figures from all replicates with those that leave out each one.
 
     This is the delete-m jackknife for groups of unequal size (Busing, Meijer & van der Leeden 1999, Statistics and
     Computing 9, section 2.3); for equal groups it is the jackknife of Quenouille and Tukey.
@@ -244,14 +252,14 @@ def jackknife(estimates: Float[Tensor, " estimates"], counts: Float[Tensor, " re
         estimates: In the order of ``leave_one_out``: all data first.
         counts: Micro-batches in each replicate; empty replicates are left out.
     """
-    held = counts > 0
-    groups = int(held.sum())
-    total = estimates[0]
-    if groups < 2:
-        return JackknifeEstimate(float(total), 0.0, math.inf, 0)
-    deleted, sizes = estimates[1:][held], counts[held]
-    ratio = sizes.sum() / sizes
-    value = groups * total - ((1 - 1 / ratio) * deleted).sum()
+    held, total, deleted = counts > 0, estimates[0], estimates[1:]
+    groups, ratio = held.sum(0), counts.sum(0) / counts
+    value = groups * total - torch.where(held, (1 - 1 / ratio) * deleted, 0.0).sum(0)
     pseudo = ratio * total - (ratio - 1) * deleted
-    variance = ((pseudo - value).square() / (ratio - 1)).mean()
-    return JackknifeEstimate(float(value), float(total - value), float(variance), groups - 1)
+    variance = torch.where(held, (pseudo - value).square() / (ratio - 1), 0.0).sum(0) / groups
+    found = (figures.tolist() for figures in (total, value, total - value, variance, groups))
+    for whole, corrected, bias, spread, number in zip(*found, strict=True):
+        if number < 2:
+            yield JackknifeEstimate(whole, 0.0, math.inf, 0)
+        else:
+            yield JackknifeEstimate(corrected, bias, spread, number - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -233,6 +234,47 @@ def test_a_globally_sorted_loader_is_composition_not_lag_nor_data_shift() -> Non
     assert all(layer.shares.data_shift < 0.02 for layer in report.layers)
     shuffled = scan(model, DataLoader(TensorDataset(everything), SIZE, shuffle=True), SIZE, evaluation=loader)
     assert all(layer.shares.data_shift < 0.02 for layer in shuffled.layers)
+
+
+class Uneven(nn.Module):
+    """A layer that is called twice among some that are called once, of several widths and with few rows or many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 5, 3), nn.Conv2d(5, 7, 3), nn.Conv2d(7, 7, 1)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(5), nn.BatchNorm2d(7), nn.BatchNorm2d(7), nn.BatchNorm1d(7)])
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[1](self.convs[1](self.norms[0](self.convs[0](x)).relu()))
+        x = self.norms[2](self.convs[2](self.drop(self.norms[2](x).relu())))
+        return self.norms[3](x.mean((2, 3)))
+
+
+def test_figures_do_not_depend_on_how_many_layers_are_evaluated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def report() -> Report:
+        torch.manual_seed(0)
+        data, held_out = pictures(24, sorted_=True), pictures(5, seed=3)
+        return scan(unsettled(Uneven()), data, SIZE, num_batches=24, evaluation=held_out, batch_sizes=(2, 16))
+
+    together = report()
+    assert [layer.calls_per_forward for layer in together.layers] == [1, 1, 2, 1]
+    monkeypatch.setattr("bnprobe.measure.evidence._COLUMNS", 1)
+    monkeypatch.setattr("bnprobe.stats.composition._CHUNK_VALUES", 1)
+    for one, other in zip(together.layers, report().layers, strict=True):
+        _assert_same(asdict(one), asdict(other))
+
+
+def _assert_same(found: Any, expected: Any) -> None:
+    """Equal to rounding, field by field."""
+    if isinstance(expected, dict):
+        for name, value in expected.items():
+            _assert_same(found[name], value)
+    elif isinstance(expected, tuple):
+        for one, other in zip(found, expected, strict=True):
+            _assert_same(one, other)
+    else:
+        assert found == (pytest.approx(expected, rel=1e-9, abs=1e-12) if isinstance(expected, float) else expected)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), DeviceError("no memory")])

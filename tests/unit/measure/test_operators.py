@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bnprobe.analysis.findings import assemble
 from bnprobe.commands.scan import scan
 from bnprobe.measure.forward_pass import Pass
 from support.networks import images
@@ -65,3 +66,20 @@ def test_what_a_longer_scan_adds() -> None:
     plain = 2 * (_plain(model, x, True) + _plain(model, x, False))
     assert added.total() <= 6 * plain  # whatever the number of layers, the sums of a step are up to 160 operators
     assert added[WAIT] == 32  # whether each micro-batch is finite, on the host
+
+
+def test_what_further_layers_add_to_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing: the channels of all layers lie side by side."""
+    found: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        with Operators() as measured:
+            findings = assemble(*args)
+        found.append(measured.found.total())
+        return findings
+
+    monkeypatch.setattr("bnprobe.commands.scan.assemble", counted)
+    for layers in (3, 30):
+        model = nn.Sequential(*[nn.BatchNorm1d(4) for _ in range(layers)])
+        scan(model, images(16, 4, 4), 4, num_batches=16, batch_sizes=(2,))
+    assert found[0] == found[1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bnprobe.stats.intervals import jackknife, leave_one_out
+from bnprobe.stats.intervals import jackknife, jackknife_each, leave_one_out
 
 
 def squared_mean(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,3 +101,21 @@ def test_what_does_not_depend_on_the_samples_drawn_is_kept() -> None:
     found = jackknife(leave_one_out(values) / leave_one_out(torch.ones(16, dtype=torch.float64)), torch.ones(16))
     assert found.of_finite_data(1.0, kept=0.25).variance == pytest.approx(found.variance / 4)
     assert found.of_finite_data(0.5, kept=1.0).variance == pytest.approx(found.variance)
+
+
+def test_figures_side_by_side_are_those_of_each_alone() -> None:
+    """By loops over the replicates that hold something."""
+    counts = torch.tensor([[3.0, 2.0, 0.0, 1.0], [0.0, 4.0, 0.0, 0.0], [1.0, 1.0, 1.0, 2.0]], dtype=torch.float64).T
+    estimates = torch.randn(5, 3, dtype=torch.float64) + 2
+    for found, figure, own in zip(jackknife_each(estimates, counts), estimates.T, counts.T, strict=True):
+        whole, held = float(figure[0]), [replicate for replicate in range(4) if own[replicate] > 0]
+        if len(held) < 2:
+            assert (found.value, found.bias, found.variance, found.degrees) == (whole, 0.0, math.inf, 0)
+            continue
+        ratios = {replicate: float(own.sum() / own[replicate]) for replicate in held}
+        value = len(held) * whole - sum((1 - 1 / ratios[one]) * float(figure[1 + one]) for one in held)
+        pseudo = {one: ratios[one] * whole - (ratios[one] - 1) * float(figure[1 + one]) for one in held}
+        variance = sum((pseudo[one] - value) ** 2 / (ratios[one] - 1) for one in held) / len(held)
+        assert found.value == pytest.approx(value, rel=1e-12)
+        assert found.bias == pytest.approx(whole - value, rel=1e-9)
+        assert (found.variance, found.degrees) == (pytest.approx(variance, rel=1e-12), len(held) - 1)
