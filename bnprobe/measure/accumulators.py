@@ -151,10 +151,13 @@ class CorrectionValues(Statistic):
         segments = table.segments(list(table.calls))
         totals = torch.stack([self[name] for name in ("total", "square", "clipped")]).cpu()
         ends = torch.stack([self["low"], -self["high"]]).cpu()
-        sums, (low, high) = segments.mean(totals) * segments.sizes, segments.least(ends).tolist()
-        histograms = self["histogram"].cpu().numpy()
-        rows = zip(sums.T.tolist(), low, high, histograms, strict=True)
-        found = [Values(float(each.sum()), *scalars, least, -negative, each) for scalars, least, negative, each in rows]
+        sums, (lows, negatives) = segments.mean(totals) * segments.sizes, segments.least(ends).tolist()
+        found = [
+            Values(float(histogram.sum()), total, square, clipped, low, -negative, histogram)
+            for (total, square, clipped), low, negative, histogram in zip(
+                sums.T.tolist(), lows, negatives, self["histogram"].cpu().numpy(), strict=True
+            )
+        ]
         return dict(zip(table.calls, found, strict=True))
 
 
