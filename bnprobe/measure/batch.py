@@ -55,13 +55,25 @@ def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
     return function(tree)
 
 
+def with_leaves(tree: Any, leaves: Iterable[Any]) -> Any:
+    """The same with other leaves, in order."""
+    rest = iter(leaves)
+    return map_leaves(tree, lambda leaf: next(rest))
+
+
 def tensors_of(tree: Any) -> list[Tensor]:
     """All tensors among the leaves, in order."""
     return [leaf for leaf in leaves_of(tree) if isinstance(leaf, Tensor)]
 
 
 def leaves_of(tree: Any) -> list[Any]:
-    """The leaves of nested tuples, lists and mappings, in order."""
+    """The leaves of ``named_leaves`` without their places, which take longer to write down than to walk through."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, list | tuple):
+        return [leaf for item in tree for leaf in leaves_of(item)]
+    if isinstance(tree, Mapping):
+        return [leaf for value in tree.values() for leaf in leaves_of(value)]
     return [leaf for _, leaf in named_leaves(tree)]
 
 
@@ -251,6 +263,20 @@ def _holds(made: Any, plain: Any) -> bool:
     # Values may be attributes as well, which a shallow copy leaves as they were.
     attributes = getattr(made, "__dict__", {})
     return all(made[key] is value and attributes.get(key, value) is value for key, value in plain.items())
+
+
+def one_by_one(batch: Any, samples: int) -> list[Any]:
+    """Every sample of a batch as ``pick`` selects it, copied: rows of one copy of each tensor."""
+    if isinstance(batch, Tensor):
+        own = batch.dim() > 0 and batch.shape[0] == samples
+        return list(batch.clone().unsqueeze(1).unbind()) if own else [batch.clone() for _ in range(samples)]
+    if type(batch) is dict:
+        columns = [one_by_one(value, samples) for value in batch.values()]
+        return [dict(zip(batch, (column[row] for column in columns), strict=True)) for row in range(samples)]
+    if type(batch) in (list, tuple) and not is_per_sample(batch, samples):
+        columns = [one_by_one(item, samples) for item in batch]
+        return [type(batch)(column[row] for column in columns) for row in range(samples)]
+    return [copy_tensors(pick(batch, [row], samples)) for row in range(samples)]
 
 
 def pick(batch: Any, rows: list[int], samples: int) -> Any:

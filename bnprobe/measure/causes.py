@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from bnprobe.errors import BnprobeError
 from bnprobe.loading.returned import one_number
-from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, tensors_of, to_device
+from bnprobe.measure.batch import CannotEmulateError, MicroBatch, copy_tensors, join, pick, tensors_of, to_device
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.layers import ProbedLayer, named_once, probability_of_dropping
 from bnprobe.measure.outputs import floating, square_norm
@@ -88,12 +88,12 @@ def _chance(
     run_together(session, path, micro_batches, batching, record)
     given = {"loss": session.functions.loss, "metric": session.functions.metric}
     functions = {measure: function for measure in MEASURES if (function := given[measure]) is not None}
-    for position, (batch, size, _) in enumerate(recorded):
-        _, _, outputs = recorded[(position + len(recorded) // 2) % len(recorded)]
-        for measure, function in functions.items():
-            with scoring(session, path, measure, function, size) as call:
-                value = call(batch, outputs)
-            other.setdefault(measure, []).append(one_number(measure, function, value).cpu())
+    for measure, function in functions.items():
+        with scoring(session, path, measure, function, recorded[0][1]) as call:
+            for position, (batch, size, _) in enumerate(recorded):
+                _, _, outputs = recorded[(position + len(recorded) // 2) % len(recorded)]
+                value = call(copy_tensors(batch), rows_of(outputs, 0, size, size))
+                other.setdefault(measure, []).append(one_number(measure, function, value).cpu())
     for measure, values in other.items():
         if (mine := own.scores(measure, path)) is None:
             continue

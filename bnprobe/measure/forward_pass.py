@@ -239,6 +239,7 @@ class Pass:
             use these.
         blend: Layers that take in the statistics of every row where they would use their running ones; None: none.
         plain: Batch Renorm normalizes as BN does, uncorrected: for statistics that do not depend on the running ones.
+        moments: Record the moments of layers that normalize with running statistics, too.
         immediate: The records are read while the pass runs, so that no call waits for ``compute_moments``.
         careful: The calls whose moments are checked for cancellation at once, and computed again where digits were
             lost; None: all. The others wait for ``compute_moments``.
@@ -261,6 +262,7 @@ class Pass:
     blend: Blend | None = None
     plain: bool = False
     leaves: dict[Slot, Leaves] | None = None
+    moments: bool = True
     immediate: bool = False
     careful: AbstractSet[Slot] | None = None
     records: dict[Slot, Recorded] = field(default_factory=dict)
@@ -296,6 +298,8 @@ class Pass:
         gradient = self.leaves is not None or differentiates
         seen = replace(call, input=call.input.detach()) if gradient else call
         grouping = self._grouping(replace(found, call=seen), slot)
+        if not (self.moments or by_batch or blend):
+            return found.family.evaluate(self._with_own_statistics(call, slot))
         own = grouping.group_rows is not None
         per_sample = (self.per_sample or blend is not None) and not by_batch and not own
         waits = not self.immediate and self.careful is not None and slot not in self.careful and blend is None
@@ -324,7 +328,7 @@ class Pass:
             if gradient:
                 return _by_group(call, grouping.group_of_row(call.input.device))
             return normalize_groups(call, mean, variance, grouping.group_of_row(call.input.device))
-        call = _with_statistics(call, self.statistics.get(slot, self.statistics.get(layer.index)))
+        call = self._with_own_statistics(call, slot)
         if blend is not None:
             rows = mean.shape[0] == call.input.shape[0]
             return blend.normalize(call, *((mean, variance) if rows else row_moments(call.input, call.eps)))
@@ -354,6 +358,9 @@ class Pass:
         for each in (self.records, self.domains, self.entered, self.functional, self.leaves, self._calls):
             if each is not None:
                 each.clear()
+
+    def _with_own_statistics(self, call: NormCall, slot: Slot) -> NormCall:
+        return _with_statistics(call, self.statistics.get(slot, self.statistics.get(slot[0])))
 
     def _grouping(self, found: Intercepted, slot: Slot) -> Grouping:
         rows = found.call.input.shape[0]

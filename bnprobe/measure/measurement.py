@@ -211,8 +211,7 @@ class Measurement:
             self.evidence.batching.emulation.require_same_sizes(path, step.passes[path])
         drew = before is not None and random_state() != before
         step.inputs |= {position for key in recorded for position in key}
-        room = {measure: self.evidence.scores.room(measure, path) for measure in MEASURES}
-        step.scores |= score_outputs(self.session, path, step.apart, recorded, step.size, room)
+        step.scores |= score_outputs(self.session, path, step.apart, recorded, step.size, self.evidence.scores)
         return drew
 
 

@@ -17,6 +17,11 @@ CPU_SAMPLES = 32
 CUDA_SAMPLES = 256
 """Above these a larger physical batch was not faster; a GPU wants more to be busy."""
 
+SMALL_SAMPLES = 256
+SMALL_BYTES = 2**20
+"""A small network takes its time for calls, whatever their samples. On CPU this many samples take a third of the time
+of ``CPU_SAMPLES`` at a time (nine layers, 8x8 images), as long as the largest tensor stays this small."""
+
 LESS = "Use a smaller --batch-size, --autocast, or another --device."
 """What to do where one micro-batch is too large for the memory."""
 
@@ -61,6 +66,12 @@ def plan_samples(footprint: Footprint, device: torch.device) -> int:
         samples = max(1, _CPU_TENSOR_BYTES // max(footprint.largest, 1))
         fitting = min(fitting, max(torch.get_num_threads(), 2 ** (samples.bit_length() - 1)))
     return max(1, fitting)
+
+
+def plan_small(footprint: Footprint, device: torch.device) -> int:
+    """As ``plan_samples``, but more samples of a small network: where nothing is kept of each but its scores."""
+    most = min(SMALL_SAMPLES, SMALL_BYTES // max(footprint.largest, 1), samples_in_memory(footprint, device))
+    return max(plan_samples(footprint, device), most)
 
 
 def fits_in_memory(footprint: Footprint, samples: int, device: torch.device) -> bool:

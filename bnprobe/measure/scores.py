@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,18 +16,21 @@ from torch import Tensor
 from bnprobe.errors import DataError, UserCodeError
 from bnprobe.loading.model import BatchFunction
 from bnprobe.loading.returned import one_number
-from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, to_device
+from bnprobe.measure.batch import CannotEmulateError, MicroBatch, copy_tensors, join, one_by_one, to_device
 from bnprobe.measure.forward_pass import Blend, LayerStatistics, Pass
 from bnprobe.measure.memory import Result
-from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching
+from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.restore import preserved_random_state
-from bnprobe.measure.session import Outputs, PathName, Session, rows_of
+from bnprobe.measure.session import Outputs, PathName, Session, outputs_one_by_one, rows_of
 from bnprobe.records import MEASURES, Measure, Score
 from bnprobe.stats.scores import Scores
 
 MOST_SAMPLES = 512
-"""Samples per path that loss and metric are called on one by one; a call takes some 0.2 ms beside the function's own
+"""Samples per path that loss and metric are called on one by one; a call takes some 0.05 ms beside the function's own
 time."""
+
+_ENOUGH = 16
+"""Micro-batches on which a figure that is the mean over samples of each of them counts as such on the others, too."""
 
 _SAME = 1e-4
 """Relative difference of the mean over samples from the value of their micro-batch that rounding explains."""
@@ -59,10 +63,12 @@ class ScoreTable:
     Attributes:
         rows: What was added.
         most: Samples of each path that may be scored one by one.
+        means: What is known to be a mean over samples before anything is added.
     """
 
     rows: Found = field(default_factory=dict)
     most: int = MOST_SAMPLES
+    means: frozenset[Measure] = frozenset()
 
     def add(self, found: Found) -> None:
         """Add what one physical batch gave."""
@@ -88,6 +94,12 @@ class ScoreTable:
         taken = sum(row.size for row in self.rows.get((measure, path), []) if row.samples is not None)
         return max(self.most - taken, 0)
 
+    def known_means(self) -> frozenset[Measure]:
+        """Figures that are known to be means over samples, so that micro-batches need not be scored by themselves."""
+        tried = {measure: sum(row.tried for row in self._rows_of(measure)) for measure in MEASURES}
+        enough = (measure for measure in MEASURES if measure in self.means or tried[measure] >= _ENOUGH)
+        return frozenset(measure for measure in enough if self._by_sample(measure))
+
     def scores(self, measure: Measure, path: PathName) -> Scores | None:
         """The figures of a path; None without any, or where their mean is not finite."""
         rows = self.rows.get((measure, path))
@@ -97,8 +109,10 @@ class ScoreTable:
         if not bool(torch.isfinite(batches.mean())):
             return None
         sizes = torch.tensor([float(row.size) for row in rows], dtype=torch.float64)
-        known = [row.samples.cpu() for row in rows if row.samples is not None]
-        return Scores(batches, sizes, torch.cat(known) if known and self._by_sample(measure) else None)
+        by_sample = self._by_sample(measure)
+        known = [row.samples.cpu() for row in rows if by_sample and row.samples is not None]
+        is_mean = bool(known) or (by_sample and measure in self.means)
+        return Scores(batches, sizes, torch.cat(known) if known else None, is_mean)
 
     @property
     def count(self) -> int:
@@ -116,8 +130,10 @@ class ScoreTable:
 
     def _by_sample(self, measure: Measure) -> bool:
         """Whether the figure was the mean over samples wherever that was tried, on every path."""
-        found = [row for (name, _), rows in self.rows.items() if name == measure for row in rows if row.tried]
-        return all(row.samples is not None for row in found)
+        return all(row.samples is not None for row in self._rows_of(measure) if row.tried)
+
+    def _rows_of(self, measure: Measure) -> list[Scored]:
+        return [row for (name, _), rows in self.rows.items() if name == measure for row in rows]
 
 
 def _on_host(row: Scored) -> Scored:
@@ -130,41 +146,88 @@ def score_outputs(
     micro_batches: Sequence[Any],
     outputs: Outputs,
     size: int,
-    room: Mapping[Measure, int] | None = None,
+    table: ScoreTable | None = None,
 ) -> Found:
     """Loss and metric of micro-batches that a path was run on just now.
 
     They see real micro-batches, as in training, also where these ran together. Where they call the model on the
     batch's own tensors they get the output that is there already. So do single samples: they cost no forward pass.
 
+    A figure that has been the mean over samples on ``_ENOUGH`` micro-batches is taken of the samples alone, and once of
+    all micro-batches together, which must agree; else it is taken of each micro-batch as before.
+
     Args:
         micro_batches: On the device, ``size`` samples each.
         outputs: Of the model, for all of them.
-        room: Samples to score one by one, by ``ScoreTable.room``; None: none.
+        table: What was scored before, which says of how many samples the figures are of use one by one; None: of none.
     """
     found: Found = {}
-
-    def each() -> Iterator[tuple[Any, Outputs]]:
-        for position, batch in enumerate(micro_batches):
-            start = position * size
-            yield batch, rows_of(outputs, start, start + size, size * len(micro_batches))
-
     for measure in MEASURES:
         function: BatchFunction | None = getattr(session.functions, measure)
-        if function is None:
+        if function is None or not micro_batches:
             continue
-        with session.calling(path, measure, function, Pass(size, size)) as call:
-            values = [one_number(measure, function, call(*one)).to(session.device) for one in each()]
-        rows = found[measure, path] = [Scored(value, size) for value in values]
-        most = (room or {}).get(measure, 0) // size
-        # Right after each other: it takes longer to prepare a call than to make it.
-        with preserved_random_state(), scoring(session, path, measure, function) as call:
-            for position, one in enumerate(islice(each(), most)):
-                samples = score_samples(call, measure, function, *one, size, values[position])
-                rows[position] = replace(rows[position], samples=samples, tried=True)
-                if samples is None:
-                    break
+        scoring = _Scoring(session, path, measure, function, micro_batches, outputs, size)
+        most = 0 if table is None else table.room(measure, path) // size
+        rows: list[Scored] = []
+        if table is not None and measure in table.known_means() and (not table.most or most >= len(micro_batches)):
+            rows = scoring.together(by_sample=most > 0)
+        found[measure, path] = rows or scoring.apart(most)
     return found
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """One function on micro-batches that ran together; see ``score_outputs``."""
+
+    session: Session
+    path: PathName
+    measure: Measure
+    function: BatchFunction
+    micro_batches: Sequence[Any]
+    outputs: Outputs
+    size: int
+
+    @property
+    def total(self) -> int:
+        return self.size * len(self.micro_batches)
+
+    def apart(self, most: int) -> list[Scored]:
+        """Each micro-batch, and the single samples of the first ``most``."""
+        values = self._values(self.micro_batches)
+        rows = [Scored(value, self.size) for value in values]
+        if most and rows:
+            samples = self._samples(values[:most], self.size)
+            known = [None] * len(rows[:most]) if samples is None else samples
+            rows[:most] = [replace(row, samples=each, tried=True) for row, each in zip(rows, known, strict=False)]
+        return rows
+
+    def together(self, by_sample: bool) -> list[Scored]:
+        """All micro-batches as one, and by their samples what each is; nothing where these do not say it."""
+        with suppress(UserCodeError, DataError):  # which may be right: joined tensors are plain ones
+            values = self._values([join(list(self.micro_batches), self.size)])
+            if not by_sample:
+                return [Scored(values[0], self.total)]
+            if (samples := self._samples(values, self.total)) is not None:
+                return [Scored(row.mean(), self.size, row, tried=True) for row in samples.view(-1, self.size)]
+        return []
+
+    def _values(self, batches: Sequence[Any]) -> Tensor:
+        """Of batches of equal size, float64."""
+        size = self.total // len(batches)
+        with self.session.calling(self.path, self.measure, self.function, Pass(size, size)) as call:
+            parts = (rows_of(self.outputs, start, start + size, self.total) for start in range(0, self.total, size))
+            returned = (call(copy_tensors(batch), part) for batch, part in zip(batches, parts, strict=True))
+            values = [one_number(self.measure, self.function, value) for value in returned]
+        return torch.stack(values).to(self.session.device)
+
+    def _samples(self, values: Tensor, size: int) -> Tensor | None:
+        """What ``score_samples`` gives for the first samples, of batches of ``size`` that have these values."""
+        count = size * len(values)
+        own = rows_of(self.outputs, 0, count, self.total)
+        given = (self.session, self.path, self.measure, self.function)
+        with preserved_random_state(), scoring(*given) as call:
+            singles = samples_apart(self.micro_batches[: count // self.size], own, self.size)
+            return score_samples(call, self.measure, self.function, singles, values, size)
 
 
 @contextmanager
@@ -173,10 +236,10 @@ def scoring(
 ) -> Iterator[Callable[[Any, Outputs], Any]]:
     """Call the user's function on batches of so many samples and the outputs that the model is to give.
 
-    A call raises CannotEmulateError where the function runs the model on anything else.
+    A call may write into what it gets. It raises CannotEmulateError where the function runs the model on anything else.
     """
     pass_ = Pass(samples, samples)
-    with session.calling(path, measure, function, pass_) as run:
+    with session.calling(path, measure, function, pass_, again=False) as run:
 
         def call(batch: Any, outputs: Outputs) -> Any:
             value = run(batch, outputs)
@@ -187,37 +250,38 @@ def scoring(
         yield call
 
 
+def samples_apart(batches: Sequence[Any], outputs: Outputs, size: int) -> Iterator[tuple[Any, Outputs]]:
+    """The samples of batches of ``size`` one by one, copied, each with its outputs."""
+    samples = (sample for batch in batches for sample in one_by_one(batch, size))
+    return zip(samples, outputs_one_by_one(outputs, size * len(batches)), strict=True)
+
+
 def score_samples(
     call: Callable[[Any, Outputs], Any],
     measure: Measure,
     function: BatchFunction,
-    batch: Any,
-    outputs: Outputs,
+    singles: Iterable[tuple[Any, Outputs]],
+    values: Tensor,
     size: int,
-    value: Tensor,
 ) -> Tensor | None:
-    """The values of single samples, if their mean is the value of their micro-batch; else None.
+    """The values of single samples, shape (batches, size), if their means are the values of batches; else None.
 
     Args:
         call: Calls ``function`` on a batch, answering calls of the model with outputs; raises where these do not do.
-        batch, outputs: Of the micro-batch.
-        size: Samples in it.
-        value: Of the micro-batch.
+        singles: As ``samples_apart`` gives them.
+        values: Of batches of ``size`` samples each.
     """
     if size == 1:
-        return value.reshape(1)
+        return values.unsqueeze(1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the function was not written for one sample
-            values = [
-                one_number(measure, function, call(pick(batch, [row], size), rows_of(outputs, row, row + 1, size)))
-                for row in range(size)
-            ]
+            found = [one_number(measure, function, call(*single)) for single in singles]
     except Exception:  # whatever it is that the user's function cannot do with one sample
         return None
-    samples = torch.stack(values).to(value)
-    near = (samples.mean() - value).abs() <= _SAME * samples.abs().mean()
-    return samples if bool(near) else None
+    samples = torch.stack(found).to(values).view(-1, size)
+    near = (samples.mean(1) - values).abs() <= _SAME * samples.abs().mean(1)
+    return samples if bool(near.all()) else None
 
 
 def why_unscored(score: Callable[[], object]) -> str | None:
@@ -248,6 +312,7 @@ def score_batches(
     blend: Blend | None = None,
     group: int | None = None,
     most: int = MOST_SAMPLES,
+    means: frozenset[Measure] = frozenset(),
 ) -> ScoreTable:
     """Loss and metric of micro-batches, each of which the functions see by itself, and of samples where possible.
 
@@ -255,23 +320,23 @@ def score_batches(
 
     Args:
         session: Installed.
-        micro_batches: Those of different sizes run one by one.
+        micro_batches: Consecutive ones of the same size may run together.
         batching: How they run.
         by_batch, statistics, blend: As in ``Pass``.
         group: Samples that batch statistics are taken of; None: the micro-batch, as where
             it does not divide into groups.
+        most, means: As in ``ScoreTable``.
 
     Raises:
         DeviceError, UserCodeError, DataError: See ``Chunks`` and ``Session``.
     """
-    table = ScoreTable()
+    table = ScoreTable(most=most, means=means)
 
     def score(batches: list[Any], size: int, outputs: Outputs, pass_: Pass) -> None:
-        room = {measure: table.room(measure, path) for measure in MEASURES}
-        table.add(score_outputs(session, path, batches, outputs, size, room))
+        table.add(score_outputs(session, path, batches, outputs, size, table))
 
     given = (session, path, micro_batches, batching, score)
-    run_together(*given, by_batch=by_batch, statistics=statistics, blend=blend, group=group)
+    run_together(*given, by_batch=by_batch, statistics=statistics, blend=blend, group=group, moments=False)
     return table
 
 
@@ -286,12 +351,14 @@ def run_together(
     statistics: LayerStatistics | None = None,
     blend: Blend | None = None,
     group: int | None = None,
+    moments: bool = True,
 ) -> list[Result]:
     """Run micro-batches, as many at once as fill a physical batch.
 
     Args:
         session: Installed.
         micro_batches, batching, by_batch, statistics, blend, group: As in ``score_batches``.
+        moments: As in ``Pass``.
         use: Gets the micro-batches of one forward pass on the device, the samples of each, their outputs, and the pass.
 
     Returns:
@@ -303,12 +370,13 @@ def run_together(
 
     def run(chunk: list[MicroBatch]) -> Result:
         size, batches = chunk[0].samples, [batch.data for batch in chunk]
-        if any(batch.samples != size for batch in chunk):
-            raise CannotEmulateError(DIFFERENT_SIZES)
         how = replace(batching, batch_size=size)
-        pass_ = how.pass_over(len(chunk), path, by_batch=by_batch, statistics=statistics or {}, blend=blend)
+        answers = {"by_batch": by_batch, "statistics": statistics or {}, "blend": blend, "moments": moments}
+        pass_ = how.pass_over(len(chunk), path, **answers)
         pass_.batch_size = group if group and size % group == 0 else size
         _, outputs = session.forward(path, to_device(join(batches, size), session.device), pass_)
         return use([to_device(batch, session.device) for batch in batches], size, outputs, pass_)
 
-    return batching.chunks(session.device).run(micro_batches, run)
+    chunks = batching.chunks(session.device)
+    alike = groupby(micro_batches, key=attrgetter("samples"))
+    return [result for _, group in alike for result in chunks.run(list(group), run)]

@@ -24,7 +24,15 @@ from bnprobe.errors import DataError, DeviceError, EndOfPass
 from bnprobe.loading.model import BatchFunction, require_values, signature_of, user_code
 from bnprobe.loading.returned import written_at
 from bnprobe.loading.samples import require_readable
-from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, map_leaves, tensors_of, to_device
+from bnprobe.measure.batch import (
+    CannotEmulateError,
+    copy_tensors,
+    leaves_of,
+    map_leaves,
+    tensors_of,
+    to_device,
+    with_leaves,
+)
 from bnprobe.measure.exploration import explore
 from bnprobe.measure.forward_pass import Pass, Slot
 from bnprobe.measure.hooks import Interceptor
@@ -256,24 +264,28 @@ class Session:
 
     @contextmanager
     def calling(
-        self, path: PathName, name: str, function: BatchFunction, pass_: Pass
+        self, path: PathName, name: str, function: BatchFunction, pass_: Pass, again: bool = True
     ) -> Iterator[Callable[[Any, Outputs], Any]]:
         """Call the user's loss or metric on batches and the model's outputs, right after ``forward`` on the same path.
 
         The flags are still set, and layers whose statistics that pass chose use the same, of groups of the same size,
-        if the model is called again.
+        if the model is called again. The batch and the outputs of a call are its own: it may write into them.
+
+        Args:
+            again: The model may be called again. If not, ``pass_.entered`` says whether it was, and functions are not
+                watched, which takes longer than most calls.
         """
         last = self._last
         chosen: dict[str, Any] = {name: getattr(last, name) for name in ("by_batch", "statistics", "blend", "layouts")}
         pass_ = replace(pass_, batch_size=min(last.batch_size, pass_.batch_size), **chosen)
         words = f"calling {name}(model, batch) ({_IN_WORDS[path]})"
-        with replaying(self.model, self._state.put_back) as answered_with:
+        running = self._running(path, pass_, functions=again)
+        with replaying(self.model, self._state.put_back) as answered_with, running:
 
             def call(batch: Any, outputs: Outputs) -> Any:
-                batch = copy_tensors(batch)
                 answered_with(batch, outputs)
                 pass_.restart()
-                with self._running(path, pass_), model_code(words):
+                with model_code(words):
                     return function(self.model, batch)
 
             yield call
@@ -298,9 +310,9 @@ class Session:
         self._state.accept_attributes()
 
     @contextmanager
-    def _running(self, path: PathName, pass_: Pass) -> Iterator[None]:
+    def _running(self, path: PathName, pass_: Pass, functions: bool = True) -> Iterator[None]:
         autocast = None if path.startswith("check") else self.autocast
-        entered, outside = (lambda layer: pass_.entered.add(layer.index)), pass_.functional.add
+        entered, outside = (lambda layer: pass_.entered.add(layer.index)), pass_.functional.add if functions else None
         with casting(self.device, autocast), self._interceptor.answering(pass_.answer, entered, outside):
             yield
 
@@ -566,8 +578,24 @@ def rows_of(outputs: Outputs, start: int, stop: int, samples: int) -> Outputs:
     return {
         key: map_leaves(output, lambda leaf: (leaf if whole else leaf[start:stop]).clone())
         for key, output in outputs.items()
-        if all(isinstance(leaf, Tensor) and (whole or leaf.shape[:1] == (samples,)) for leaf in leaves_of(output))
+        if _are_tensors(output, None if whole else samples)
     }
+
+
+def outputs_one_by_one(outputs: Outputs, samples: int) -> list[Outputs]:
+    """As ``rows_of`` gives them for each sample."""
+    found: list[Outputs] = [{} for _ in range(samples)]
+    for key, output in outputs.items():
+        if _are_tensors(output, samples):
+            columns = [leaf.clone().unsqueeze(1).unbind() for leaf in leaves_of(output)]
+            for own, row in zip(found, zip(*columns, strict=True), strict=True):
+                own[key] = with_leaves(output, row)
+    return found
+
+
+def _are_tensors(output: Any, rows: int | None) -> bool:
+    """Whether an output holds tensors only, all with so many rows; None: any."""
+    return all(isinstance(leaf, Tensor) and (rows is None or leaf.shape[:1] == (rows,)) for leaf in leaves_of(output))
 
 
 def _versions(output: Any) -> list[int]:

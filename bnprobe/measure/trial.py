@@ -145,6 +145,8 @@ class Trial:
     Attributes:
         found, untried: The results.
         base: Statistics and scores that a conversion starts from, other than those as loaded; none: as loaded.
+        means: What is known to be a mean over samples.
+        together: Samples that run at once at least where micro-batches may run together and are scored only.
         population: Samples of the training data, where it is a finite set, of which none was read twice.
     """
 
@@ -158,6 +160,8 @@ class Trial:
     untried: list[str] = field(default_factory=list)
     base: list[tuple[LayerStatistics, ScoreTable]] = field(default_factory=list)
     population: int | None = None
+    means: frozenset[Measure] = frozenset()
+    together: int = 1
 
     @property
     def half(self) -> Trial:
@@ -198,16 +202,18 @@ class Trial:
         blend: Blend | None = None,
         most: int = MOST_SAMPLES,
     ) -> ScoreTable:
+        batching = self.batching
         return score_batches(
             self.session,
             "eval",
             self.batches,
-            self.batching,
+            replace(batching, at_once=max(batching.at_once, self.together // batching.batch_size)),
             by_batch=by_batch,
             statistics=statistics,
             group=group,
             blend=blend,
             most=most,
+            means=self.means,
         )
 
     def recalibrations(

@@ -9,6 +9,7 @@ from typing import Literal
 
 from bnprobe.errors import UsageError
 from bnprobe.measure.batch import MicroBatch
+from bnprobe.measure.memory import plan_small
 from bnprobe.measure.physical_batch import Batching, as_sentence
 from bnprobe.measure.population import steady_population
 from bnprobe.measure.session import Session
@@ -109,6 +110,7 @@ def what_if(
         own, footprint = steady_population(session, trial.batches, trial.batching)
     except REFUSALS as error:
         return Tried(untried=(f"No remedy was tried. {as_sentence(error, RAISES)}",))
+    trial = replace(trial, means=before.known_means(), together=plan_small(footprint, session.device))
     layers = frozenset(own.statistics())
     frozen: dict[str, float] = {}
     if training:

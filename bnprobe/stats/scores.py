@@ -36,17 +36,19 @@ class Scores:
         batches: Value of each micro-batch.
         sizes: Samples of each micro-batch.
         samples: Values of single samples, of all micro-batches or of some, the same ones on every path; None where the
-            figure is no mean over samples.
+            figure is no mean over samples, or they were not asked for.
+        is_mean: Whether the figure is a mean over samples.
     """
 
     batches: Float[Tensor, " batches"]
     sizes: Float[Tensor, " batches"]
     samples: Float[Tensor, " samples"] | None = None
+    is_mean: bool = False
 
     @property
     def mean(self) -> float:
         """Over samples, or where the figure is no mean over samples, over micro-batches."""
-        return float(_weighted(self.batches, self.sizes, self.samples is not None))
+        return float(_weighted(self.batches, self.sizes, self.is_mean or self.samples is not None))
 
     @property
     def count(self) -> int:

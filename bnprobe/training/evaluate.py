@@ -14,7 +14,7 @@ from bnprobe.loading.returned import one_number
 from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import copy_tensors, to_device
 from bnprobe.measure.restore import preserved_random_state, preserved_training_flags, seed_everything
-from bnprobe.measure.scores import Scored, ScoreTable, score_samples
+from bnprobe.measure.scores import Scored, ScoreTable, samples_apart, score_samples
 from bnprobe.measure.session import Outputs, casting, recording, replaying
 from bnprobe.measure.training_copy import training_code
 from bnprobe.records import Measure, Score
@@ -135,8 +135,9 @@ def _scored(
             answered_with(part, known)
             return function(model, part)
 
-        samples = score_samples(call, measure, function, batch, outputs, size, value)
-    return Scored(value, size, samples, tried=True)
+        singles = samples_apart([batch], outputs, size)
+        samples = score_samples(call, measure, function, singles, value.reshape(1), size)
+    return Scored(value, size, None if samples is None else samples[0], tried=True)
 
 
 def _value(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bnprobe.commands.scan import scan
 from bnprobe.errors import DeviceError
-from bnprobe.measure.memory import CPU_SAMPLES, Footprint, is_out_of_memory, plan_samples
+from bnprobe.measure.memory import CPU_SAMPLES, SMALL_SAMPLES, Footprint, is_out_of_memory, plan_samples, plan_small
 from support.compare import assert_same_figures
 from support.networks import Residual, images, unsettled
 
@@ -86,6 +86,14 @@ def test_the_plan_is_bounded() -> None:
     cpu = torch.device("cpu")
     assert plan_samples(Footprint(1, 1), cpu) == plan_samples(Footprint(0, 0), cpu) == CPU_SAMPLES
     assert plan_samples(Footprint(2**60, 1), cpu) == 1
+
+
+def test_of_a_small_network_more_samples_run_at_once() -> None:
+    cpu, layer = torch.device("cpu"), 4 * 12 * 8 * 8
+    assert plan_small(Footprint(10 * layer, layer), cpu) == plan_small(Footprint(0, 0), cpu) == SMALL_SAMPLES
+    assert plan_small(Footprint(2**18, 2**14), cpu) == 64
+    assert plan_small(Footprint(2**19, 2**18), cpu) == plan_samples(Footprint(2**19, 2**18), cpu) == CPU_SAMPLES
+    assert plan_small(Footprint(2**60, 1), cpu) == 1
 
 
 def test_on_cpu_no_tensor_outgrows_the_heap() -> None:
