@@ -297,7 +297,7 @@ class Pass:
             raise CannotEmulateError("the forward differentiates through the layer")
         gradient = self.leaves is not None or differentiates
         seen = replace(call, input=call.input.detach()) if gradient else call
-        grouping = self._grouping(replace(found, call=seen), slot)
+        grouping = self._grouping(replace(found, call=seen) if gradient else found, slot)
         if not (self.moments or by_batch or blend):
             return found.family.evaluate(self._with_own_statistics(call, slot))
         own = grouping.group_rows is not None

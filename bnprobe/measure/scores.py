@@ -166,12 +166,12 @@ def score_outputs(
         function: BatchFunction | None = getattr(session.functions, measure)
         if function is None or not micro_batches:
             continue
-        scoring = _Scoring(session, path, measure, function, micro_batches, outputs, size)
+        one = _Scoring(session, path, measure, function, micro_batches, outputs, size)
         most = 0 if table is None else table.room(measure, path) // size
         rows: list[Scored] = []
         if table is not None and measure in table.known_means() and (not table.most or most >= len(micro_batches)):
-            rows = scoring.together(by_sample=most > 0)
-        found[measure, path] = rows or scoring.apart(most)
+            rows = one.together(by_sample=most > 0)
+        found[measure, path] = rows or one.apart(most)
     return found
 
 
@@ -196,7 +196,7 @@ class _Scoring:
         values = self._values(self.micro_batches)
         rows = [Scored(value, self.size) for value in values]
         if most and rows:
-            samples = self._samples(values[:most], self.size)
+            samples = self._samples(values[:most], self.micro_batches[:most], self.size)
             known = [None] * len(rows[:most]) if samples is None else samples
             rows[:most] = [replace(row, samples=each, tried=True) for row, each in zip(rows, known, strict=False)]
         return rows
@@ -204,10 +204,11 @@ class _Scoring:
     def together(self, by_sample: bool) -> list[Scored]:
         """All micro-batches as one, and by their samples what each is; nothing where these do not say it."""
         with suppress(UserCodeError, DataError):  # which may be right: joined tensors are plain ones
-            values = self._values([join(list(self.micro_batches), self.size)])
+            whole = [join(list(self.micro_batches), self.size)]
+            values = self._values(whole)
             if not by_sample:
                 return [Scored(values[0], self.total)]
-            if (samples := self._samples(values, self.total)) is not None:
+            if (samples := self._samples(values, whole, self.total)) is not None:
                 return [Scored(row.mean(), self.size, row, tried=True) for row in samples.view(-1, self.size)]
         return []
 
@@ -220,14 +221,11 @@ class _Scoring:
             values = [one_number(self.measure, self.function, value) for value in returned]
         return torch.stack(values).to(self.session.device)
 
-    def _samples(self, values: Tensor, size: int) -> Tensor | None:
-        """What ``score_samples`` gives for the first samples, of batches of ``size`` that have these values."""
-        count = size * len(values)
-        own = rows_of(self.outputs, 0, count, self.total)
-        given = (self.session, self.path, self.measure, self.function)
-        with preserved_random_state(), scoring(*given) as call:
-            singles = samples_apart(self.micro_batches[: count // self.size], own, self.size)
-            return score_samples(call, self.measure, self.function, singles, values, size)
+    def _samples(self, values: Tensor, batches: Sequence[Any], size: int) -> Tensor | None:
+        """What ``score_samples`` gives for batches of ``size`` with these values: micro-batches, or all as one."""
+        own = rows_of(self.outputs, 0, size * len(batches), self.total)
+        with preserved_random_state(), scoring(self.session, self.path, self.measure, self.function) as call:
+            return score_samples(call, self.measure, self.function, samples_apart(batches, own, size), values, size)
 
 
 @contextmanager

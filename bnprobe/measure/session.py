@@ -612,7 +612,10 @@ def _intercepted(model: nn.Module, answer: Callable[..., Any]) -> Iterator[Calla
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = [positions.get(id(leaf)) if isinstance(leaf, Tensor) else None for leaf in leaves_of((args, kwargs))]
+        given = [
+            positions.get(id(leaf)) if isinstance(leaf, Tensor) else None
+            for leaf in leaves_of([*args, *kwargs.values()])
+        ]
         known = tuple(position for position in given if position is not None)
         return answer(original, known if given and len(known) == len(given) else None, args, kwargs)
 
