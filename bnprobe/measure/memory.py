@@ -70,8 +70,10 @@ def plan_samples(footprint: Footprint, device: torch.device) -> int:
 
 def plan_small(footprint: Footprint, device: torch.device) -> int:
     """As ``plan_samples``, but more samples of a small network: where nothing is kept of each but its scores."""
-    most = min(SMALL_SAMPLES, SMALL_BYTES // max(footprint.largest, 1), samples_in_memory(footprint, device))
-    return max(plan_samples(footprint, device), most)
+    usual = plan_samples(footprint, device)
+    if footprint.largest == 0:  # not known
+        return usual
+    return max(usual, min(SMALL_SAMPLES, SMALL_BYTES // footprint.largest, samples_in_memory(footprint, device)))
 
 
 def fits_in_memory(footprint: Footprint, samples: int, device: torch.device) -> bool:
