@@ -327,15 +327,15 @@ def _rates(sweep: MomentumSweep, page: Page) -> list[Text]:
         Column("", ["own" if point.rate in own else "" for point in points]),
         Column("rate", [rate_in_words(point.rate) for point in points], "point"),
         Column("eff. batches", ["" if p.effective_batches is None else f"{p.effective_batches:,.1f}" for p in points]),
-        Column("loaded", [_marked(point.loaded.mismatch, point, best.loaded) for point in points]),
-        Column("converged", [_marked(point.converged.mismatch, point, best.converged) for point in points]),
-        Column("±", [UNMEASURED if error is None else _figure(error) for error in errors]),
+        Column("loaded", [marked(point.loaded.mismatch, point, best.loaded) for point in points]),
+        Column("converged", [marked(point.converged.mismatch, point, best.converged) for point in points]),
+        Column("±", [UNMEASURED if error is None else rate_mismatch(error) for error in errors]),
     ]
     shifted = [(point, point.shifted.mismatch) for point in points if point.shifted is not None]
     if shifted:
         late = f"> {sweep.batches - sweep.batches // 2}"
         columns += [
-            Column("shifted", [_marked(mismatch, point, best.shifted) for point, mismatch in shifted]),
+            Column("shifted", [marked(mismatch, point, best.shifted) for point, mismatch in shifted]),
             Column("recovery", [late if point.recovery is None else str(point.recovery) for point in points]),
         ]
     return [
@@ -350,6 +350,9 @@ def rates_title(sweep: MomentumSweep) -> str:
     return f"Running average replayed on {count(sweep.batches, 'micro-batch')} of {sweep.batch_size}, in training"
 
 
+BEST_RATES = "Best rate by layer; (+n): n more rates are not significantly worse"
+
+
 def _rates_by_layer(sweep: MomentumSweep, page: Page, show_all: bool) -> list[Text]:
     """The best rate of each layer, where layers differ in it."""
     if len(sweep.layers) < 2:
@@ -359,7 +362,7 @@ def _rates_by_layer(sweep: MomentumSweep, page: Page, show_all: bool) -> list[Te
     shown = [curve for curve in sweep.layers if curve.layer in kept]
     columns = [
         Column("own", [rate_in_words(curve.momentum) for curve in shown]),
-        Column("D loaded", [_figure(_own_mismatch(curve)) for curve in shown]),
+        Column("D loaded", [rate_mismatch(_own_mismatch(curve)) for curve in shown]),
         Column("best loaded", [with_ties(curve.best.loaded) for curve in shown]),
         Column("best converged", [with_ties(curve.best.converged) for curve in shown]),
         *([Column("best shifted", [with_ties(curve.best.shifted) for curve in shown])] if _shifts(sweep) else []),
@@ -368,7 +371,7 @@ def _rates_by_layer(sweep: MomentumSweep, page: Page, show_all: bool) -> list[Te
     left_out = _not_shown(len(sweep.layers) - len(shown))
     omitted = (f"{layer.name} ({layer.kind}) not replayed: {layer.reason}" for layer in sweep.omitted)
     return [
-        *page.heading("Best rate by layer; (+n): n more rates are not significantly worse"),
+        *page.heading(BEST_RATES),
         *table(names, dropping(columns, ("D loaded", "own", "best loaded")), page),
         *(page.paragraph(left_out, first="  ") if len(shown) < len(sweep.layers) else []),
         *page.paragraphs(omitted),
@@ -456,11 +459,12 @@ def rate_in_words(rate: float | None) -> str:
     return "cumulative" if rate is None else f"{rate:g}"
 
 
-def _marked(value: float, point: MomentumPoint, best: _Rates) -> str:
+def marked(value: float, point: MomentumPoint, best: _Rates) -> str:
+    """D with the mark of the best rate, or of one that is not significantly worse."""
     mark = _BEST if point.rate == best[0] else _TIE if point.rate in best else " "
-    return _figure(value) + mark
+    return rate_mismatch(value) + mark
 
 
-def _figure(value: float) -> str:
+def rate_mismatch(value: float) -> str:
     """Four decimals: rates differ in the third."""
     return f"{value:.4f}" if 0.0001 <= value < 10 else f"{value:.2g}"
