@@ -9,10 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module, resources
+from importlib import resources
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bnprobe.errors import UsageError
@@ -278,7 +280,8 @@ def write(make: Callable[[], Document]) -> str:
         styles=styles,
         policy=_policy(scripts, styles),
     )
-    return text.rstrip("\n") + "\n"
+    # ASCII alone: whatever the file passes through on its way changes no character, and no hash of the policy.
+    return text.rstrip("\n").encode("ascii", "xmlcharrefreplace").decode("ascii") + "\n"
 
 
 def charts_of(figures: Iterable[Figure]) -> dict[str, dict[str, Any]]:
@@ -302,18 +305,14 @@ def _specs(figures: Iterable[Figure]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def require_installed() -> None:
-    """Refuse to begin where what writes pages is not installed.
+    """Refuse where what writes pages is not installed.
 
     Raises:
         UsageError: It is not; says what to install.
     """
     for name in ("jinja2", "altair", "vl_convert"):
-        try:
-            import_module(name)
-        except ImportError:
-            raise UsageError(
-                f'--format html needs the package {name.replace("_", "-")}: pip install "bnprobe[html]".'
-            ) from None
+        if find_spec(name) is None:
+            raise UsageError(f'--format html needs {name}: pip install "bnprobe[html]".')
 
 
 @cache
@@ -370,7 +369,15 @@ def _vega() -> str:
     notice = (
         "/* Vega, Vega-Lite, Vega-Embed: Copyright University of Washington Interactive Data Lab, BSD-3-Clause */\n"
     )
-    return notice + vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return notice + _as_ascii(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+
+
+def _as_ascii(code: str) -> str:
+    """A script in which all that is not ASCII, which stands in strings and patterns, is written as an escape."""
+    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], code)
+
+
+_NOT_ASCII = re.compile(r"[^\n\t\x20-\x7e]")
 
 
 def _script(code: str) -> Markup:
