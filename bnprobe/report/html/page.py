@@ -18,15 +18,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bnprobe.errors import UsageError
-from bnprobe.printable import cut, escaped
-from bnprobe.report.page import FINE, FLAGGED, INFO, UNDECIDED, UNMEASURED, WARNING
+from bnprobe.report.page import FINE, FLAGGED, INFO, UNDECIDED, UNMEASURED, WARNING, clean
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
-
-LONGEST_TEXT = 4000
-"""Characters of a text that are shown; the middle of a longer one is left out."""
 
 STANDINGS = {
     FLAGGED: "flagged",
@@ -184,7 +180,7 @@ class Command:
 
     kind: ClassVar[str] = "command"
     why: str
-    text: str
+    lines: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -337,21 +333,16 @@ def _environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """Text in which all that cannot be seen as it is is written as an escape; numbers and markup as they are."""
+    """Text as a terminal would show it, without invisible characters and turns of direction; the rest as it is."""
     from markupsafe import Markup
 
-    return value if isinstance(value, Markup) or not isinstance(value, str) else shown(value)
-
-
-def shown(text: str) -> str:
-    """Text that can be seen as it is, not too long: no character that is invisible or changes the direction."""
-    return escaped(cut(" ".join(text.splitlines()), LONGEST_TEXT))
+    return value if isinstance(value, Markup) or not isinstance(value, str) else clean(value, unicode=True)
 
 
 def _clean(value: Any) -> Any:
     """Data in which every text is as it is shown."""
     if isinstance(value, str):
-        return shown(value)
+        return clean(value, unicode=True)
     if isinstance(value, dict):
         return {key: _clean(each) for key, each in value.items()}
     return [_clean(each) for each in value] if isinstance(value, list | tuple) else value

@@ -241,9 +241,9 @@ def _use(report: RepairReport) -> Iterator[Block]:
         yield Text((words.NOT_WRITTEN,))
         return
     yield Facts(tuple(words.written(record, record.weights, files)))
-    yield Command(words.loading(record), "\n".join(words.python_lines(record, record.weights, files)))
+    yield Command(words.loading(record), tuple(words.python_lines(record, record.weights, files)))
     for why, command in words.commands(record, record.weights, files):
-        yield Command(why, command)
+        yield Command(why, (command,))
 
 
 def _how(record: RepairRecord, options: RenderOptions) -> Iterator[Block]:

@@ -132,7 +132,7 @@ def _score_tiles(report: Report) -> Iterator[tuple[str, str, str]]:
 
 def next_step(step: NextStep) -> list[Block]:
     """What to do next."""
-    return [Text((step.why,))] if step.command is None else [Command(step.why, step.command)]
+    return [Text((step.why,))] if step.command is None else [Command(step.why, (step.command,))]
 
 
 def _causes(report: Report) -> Iterator[Block]:
@@ -790,4 +790,4 @@ def reproduce(command: str | None) -> list[Block]:
     """The command that the report comes from."""
     if not command or command == RenderOptions.command:
         return []
-    return [Command("The command that gave this report:", command)]
+    return [Command("The command that gave this report:", (command,))]
