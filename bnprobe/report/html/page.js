@@ -38,8 +38,10 @@
   const draw = async (id, spec) => {
     const place = document.getElementById(id);
     const own = Object.fromEntries(spec.datasets.map((name) => [name, data[`${id}/${name}`]]));
-    const used = { ...spec, datasets: { layers: data.layers ?? [], ...own }, description: place.dataset.says };
-    const { view } = await vegaEmbed(place, used, {
+    const used = { ...spec, datasets: { layers: data.layers ?? [], ...own } };
+    const inner = make("div");
+    place.append(inner);
+    const { view } = await vegaEmbed(inner, used, {
       ast: true, renderer: "svg", actions: false, defaultStyle: false, tooltip: show, mode: "vega-lite",
     });
     view.addEventListener("click", (event, item) => {

@@ -9,8 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ import altair
 import fabricated_reports as fabricated
 import pytest
 from fabricated_documents import CASES, document
-from pages import Page, between, digest, page_of, said
+from pages import HOSTILE, Page, between, deep, digest, hostile, page_of, said, with_curves
 from pydantic import TypeAdapter
 
 from bnprobe.errors import UsageError
 from bnprobe.numbers import mismatch
-from bnprobe.records import SOURCES, Curve, Gap, Layer, Record, RepairRecord, Report, SweepReport, Verification
+from bnprobe.records import SOURCES, Gap, Layer, Record, RepairRecord, Report, SweepReport, Verification
 from bnprobe.report import FORMATS, RenderOptions, diagnoses, further, render, sweep, verify
 from bnprobe.report import repair as repairs_in_words
 from bnprobe.report.html import charts
@@ -96,7 +95,7 @@ def test_every_table_has_a_caption_and_heads_of_columns_and_rows(page: Page) -> 
 def test_every_chart_says_what_it_shows_and_has_a_table(page: Page) -> None:
     assert {place.get("id") for place in page.all("div", class_="chart")} == page.charts.keys()
     for figure in page.all("figure"):
-        assert all(place.get("data-says") for place in figure.iter("div") if "chart" in place.get("class", "").split())
+        assert all(place.get("aria-label") for place in figure.iter("div") if "chart" in place.get("class", "").split())
         following = page.elements[page.elements.index(figure) :]
         assert next((element for element in following if element.tag == "table"), None) is not None
 
@@ -378,19 +377,6 @@ def test_the_page_of_a_repair_compares_its_arms_with_intervals_and_seeds() -> No
     assert "bnprobe verify repaired.before.json repaired.after.json" in page.words
 
 
-def with_curves(record: RepairRecord) -> RepairRecord:
-    """A record whose trained arms have curves; those of one arm are another's, which it only recalibrates."""
-    assert record.proof is not None
-    arms = []
-    for place, arm in enumerate(record.proof.arms):
-        level = {"BN recalibrated after": 3}.get(arm.name, place)
-        curve = Curve(
-            (250, 500), (1.0 / (1 + level), None), (0, 250, 500), (0.9, 0.5, 0.4), (0.5, 0.6 + level / 50, 0.7)
-        )
-        arms.append(replace(arm, runs=tuple(replace(run, curve=curve if arm.trained else None) for run in arm.runs)))
-    return replace(record, proof=replace(record.proof, arms=tuple(arms)))
-
-
 def test_the_page_of_a_record_has_training_curves() -> None:
     record = with_curves(repairs.RECORDS["better"]())
     page = page_of(RepairReport(TypeAdapter(RepairRecord).validate_json(dump(record), strict=True)))
@@ -423,38 +409,6 @@ def test_the_page_of_a_verification_has_every_layer_before_and_after() -> None:
 
 # --- Hostile text -----------------------------------------------------------------------------------------------------
 
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "</script><script>alert(1)</script>",
-    "<!--<script>",
-    "</style></title></textarea>",
-    "\"'><img src=x onerror=alert(1)>",
-    "{{7*7}}{% raw %}${7*7}",
-    '\\"\\u003cb\\u003e',
-    "line\u2028break\u2029\r\nnext",
-    "left\u202eright\u2066\u200b\ufeff",
-    "\x00\x1b[2J\x07\x9b31m",
-    "\ud800 half",
-    "datum['x'] + event.view",
-    "javascript:alert(1)",
-    "&lt;b&gt;&amp;",
-    "w" * 5000,
-)
-
-
-def hostile(value: Any, text: Callable[[str], str]) -> Any:
-    """A record with other names, words and paths in it."""
-    if is_dataclass(value) and not isinstance(value, type):
-        kept = {"cause", "rule", "severity", "outcome", "measure", "goal", "standing", "stopped", "conclusion"}
-        kept |= {"ending", "action", "scored_on", "only_in", "python", "command"}
-        changes = {
-            each.name: hostile(getattr(value, each.name), text) for each in fields(value) if each.name not in kept
-        }
-        return replace(value, **changes)
-    if isinstance(value, tuple):
-        return tuple(hostile(each, text) for each in value)
-    return text(value) if isinstance(value, str) else value
-
 
 @pytest.mark.parametrize(
     "kind",
@@ -484,17 +438,6 @@ def test_names_words_and_paths_show_as_text(kind: tuple[str, str], first: int) -
 
 
 # --- Sizes, and what is not installed ---------------------------------------------------------------------------------
-
-
-def deep(number: int) -> Report:
-    """A network of many layers, a third of them flagged."""
-    report = fabricated.flagged()
-    layers = tuple(
-        replace(report.layers[index % len(report.layers)], name=f"stages.{index // 9}.{index}.bn")
-        for index in range(number)
-    )
-    summary = replace(report.summary, layers=number, flagged=sum(layer.flagged for layer in layers))
-    return replace(report, layers=layers, summary=summary)
 
 
 def test_a_network_of_800_layers_stays_small() -> None:
