@@ -15,30 +15,47 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from bnprobe.cli.streams import forget_odd_sizes, say, start, write_out
-from bnprobe.errors import OutputError
+from bnprobe.errors import OutputError, UsageError
 from bnprobe.files import require_new, write_new
 from bnprobe.paths import placed
 from bnprobe.printable import escaped, escaped_lines
 from bnprobe.records import TrainingStep
-from bnprobe.report import Renderer, RenderOptions, figures
+from bnprobe.report import FORMATS, Renderer, RenderOptions, figures
 from bnprobe.report.page import clean
 
 STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 """Names of stdout among files."""
 
 
-def check_output(output: Path | None, force: bool) -> None:
+def check_output(output: Path | None, force: bool, format_: str) -> None:
     """Reject an output that cannot be written or that exists, before anything is measured.
 
     Raises:
         OutputError: The folder is missing or read-only, the path is a folder, or the file exists and is not to be
             replaced; or there is no output and stdout is closed.
+        UsageError: There is no output, stdout is a terminal, and the format is none that a terminal shows.
     """
     if output is None:
         if start().stdout is None:
             raise OutputError("stdout is closed: give --output FILE for the report.")
+        check_printed(format_, f"give --output report.{format_}")
     elif str(output) not in STDOUT:
         require_new([output], force, "--output")
+
+
+def check_printed(format_: str, instead: str) -> None:
+    """Reject a format that a terminal does not show, where stdout is one, before anything is measured.
+
+    Args:
+        format_: Name of the format.
+        instead: What to do, a clause.
+
+    Raises:
+        UsageError: The document would be printed on a terminal.
+    """
+    opens, stdout = FORMATS[format_].opens, start().stdout
+    if opens and stdout is not None and stdout.isatty():
+        raise UsageError(f"--format {format_} makes a file for {opens}, and stdout is a terminal: {instead}.")
 
 
 def deliver(

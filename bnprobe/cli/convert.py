@@ -142,6 +142,7 @@ def convert(
     or the weights score worse than as loaded and were not written; 2 error in usage, spec or your code; 3 nothing could
     be probed, or training was stopped.
     """
+    from bnprobe.cli.console import check_printed
     from bnprobe.config.load import build_spec
     from bnprobe.config.targets import TARGETS, require_used
     from bnprobe.records import Plan
@@ -164,6 +165,7 @@ def convert(
     if output is None:
         raise UsageError("convert writes weights: give -o FILE.safetensors, or --dry-run or --check for the plan only.")
     render = renderer(format_, RepairReport)
+    check_printed(format_, f"send it to a file, > report.{format_}")
     raise typer.Exit(_repair(spec, output, render, finetune=finetune, resume=resume, force=force, show_all=show_all))
 
 

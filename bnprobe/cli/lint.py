@@ -41,7 +41,7 @@ def lint(
     from bnprobe.rules.selection import model_rules
 
     render = renderer(format_, LintReport)
-    check_output(output, force)
+    check_output(output, force, format_)
     given = options.overrides(context)
     spec = build_spec(target, given)
     if output is not None:

@@ -91,13 +91,14 @@ def recalibrate(
     """
     from bnprobe.analysis.diagnosis import has_findings
     from bnprobe.cli.artifacts import Artifacts
-    from bnprobe.cli.console import deliver
+    from bnprobe.cli.console import check_printed, deliver
     from bnprobe.config.load import build_spec
     from bnprobe.report import renderer
     from bnprobe.report.repair import RepairReport
     from bnprobe.rules.selection import selected
 
     render = renderer(format_, RepairReport)
+    check_printed(format_, f"send it to a file, > report.{format_}")
     artifacts = Artifacts(output, force)
     with artifacts.alone():
         artifacts.check()

@@ -86,7 +86,7 @@ def scan(
 
     render = renderer(format_, Report)
     if is_main():
-        check_output(output, force)
+        check_output(output, force, format_)
     given = options.overrides(context)
     spec = build_spec(target, given)
     if output is not None:

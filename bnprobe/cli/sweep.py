@@ -105,7 +105,7 @@ def sweep(
     if momentum is None and (shift is not None or scale is not None):
         raise UsageError("--shift and --scale change the data that --momentum replays: give --momentum too.")
     render = renderer(format_, SweepReport)
-    check_output(output, force)
+    check_output(output, force, format_)
     spec = build_spec(
         target,
         options.overrides(context),

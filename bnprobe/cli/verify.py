@@ -34,7 +34,7 @@ def verify(
     from bnprobe.report.verify import one_line
 
     render = renderer(format_, Verification)
-    check_output(output, force)
+    check_output(output, force, format_)
     if output is not None:
         refuse_input(output, [before, after])
     found = compare(read_report(before), read_report(after))

@@ -460,6 +460,7 @@ def _run(
         seconds=outcome.seconds,
         clipped_r=outcome.clipped_r if job.renorm else None,  # otherwise nothing is corrected
         clipped_d=outcome.clipped_d if job.renorm else None,
+        curve=outcome.curve,
     )
     if folder is not None and world.is_main:
         folder.finish(name, seed, run, outcome.weights)

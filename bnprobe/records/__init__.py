@@ -63,6 +63,7 @@ from bnprobe.records.outputs import (
 from bnprobe.records.repair import (
     Arm,
     Conclusion,
+    Curve,
     Difference,
     Ending,
     ExportReport,
@@ -119,6 +120,7 @@ __all__ = [
     "ChanceValues",
     "Composition",
     "Conclusion",
+    "Curve",
     "Diagnosis",
     "Difference",
     "Distribution",

@@ -99,6 +99,24 @@ class TrainingStep(Record):
 
 
 @dataclass(frozen=True)
+class Curve(Record):
+    """How one training run went, in about fifty points of each kind at most.
+
+    Attributes:
+        steps: Optimizer steps, counted from 1, up to which ``losses`` are means.
+        losses: Mean training loss since the step before; None where it was not finite.
+        evaluated_at: Steps after which the held-out data that choose the weights were scored; 0: before the first.
+        evaluation_losses, evaluation_metrics: Their scores; None where not given or not finite.
+    """
+
+    steps: tuple[int, ...]
+    losses: tuple[float | None, ...]
+    evaluated_at: tuple[int, ...] = ()
+    evaluation_losses: tuple[float | None, ...] = ()
+    evaluation_metrics: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True)
 class Run(Record):
     """One training run of one arm.
 
@@ -112,6 +130,7 @@ class Run(Record):
         seconds: Wall time.
         clipped_r, clipped_d: Fractions of r and d that Batch Renorm clipped over the last tenth of the steps; None for
             other layers.
+        curve: None where nothing was trained.
     """
 
     seed: int
@@ -123,6 +142,7 @@ class Run(Record):
     seconds: float
     clipped_r: float | None = None
     clipped_d: float | None = None
+    curve: Curve | None = None
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from bnprobe.errors import UsageError
 from bnprobe.records import ExportReport, LintReport, Plan, Report, SweepReport, Verification
 from bnprobe.registry import Registry
-from bnprobe.report import export, json, lint, plan, repair, scan, sweep, verify
+from bnprobe.report import export, html, json, lint, plan, repair, scan, sweep, verify
 from bnprobe.report.page import RenderOptions
 from bnprobe.report.repair import RepairReport
 
@@ -40,10 +41,16 @@ class Format:
     Attributes:
         name: As in ``--format``.
         renderers: The function for each type of document that it supports, of `DOCUMENTS`.
+        package: What must be installed for it, as it is imported; empty: nothing beyond bnprobe.
+        extra: The extra of bnprobe that installs the package.
+        opens: What opens its files, e.g. "a browser"; empty: they are text, which a terminal shows.
     """
 
     name: str
     renderers: Mapping[type, Renderer]
+    package: str = ""
+    extra: str = ""
+    opens: str = ""
 
 
 def _json(document: Any, options: RenderOptions) -> str:
@@ -73,6 +80,18 @@ FORMATS: Registry[Format] = Registry(
                 ExportReport: export.render_json,
             },
         ),
+        Format(
+            "html",
+            {
+                Report: html.render_scan,
+                SweepReport: html.render_sweep,
+                RepairReport: html.render_repair,
+                Verification: html.render_verification,
+            },
+            package="vl_convert",
+            extra="html",
+            opens="a browser",
+        ),
     ],
     name_of=lambda row: row.name,
     noun="report format",
@@ -84,9 +103,13 @@ def renderer(format_: str, document: type) -> Renderer:
     """The function that renders documents of a type in a format; commands ask for it before they measure anything.
 
     Raises:
-        UsageError: There is no such format, or it does not support the document; says which formats do.
+        UsageError: There is no such format, or it does not support the document; says which formats do. Or a package
+            that it needs is not installed.
     """
-    found = FORMATS[format_].renderers.get(document)
+    row = FORMATS[format_]
+    found = row.renderers.get(document)
+    if row.package and find_spec(row.package) is None:
+        raise UsageError(f'--format {format_} needs {row.package}: pip install "bnprobe[{row.extra}]".')
     if found is None:
         able = [row.name for row in FORMATS if document in row.renderers]
         raise UsageError(

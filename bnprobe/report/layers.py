@@ -147,10 +147,15 @@ def layer_table(layers: Sequence[Layer], network: Sequence[Layer], page: Page, a
 
 def legend(layers: Sequence[Layer], page: Page) -> list[Text]:
     """How to read the table."""
+    return page.labelled(terms(layers), "dim")
+
+
+def terms(layers: Sequence[Layer]) -> list[tuple[str, str]]:
+    """The figures of a layer, and what they are."""
     limits = {layer.threshold for layer in layers}
     noise = f", by noise alone below {figures.plain(NOISE_THRESHOLD)}" if DEFAULT_THRESHOLD in limits else ""
     limit = figures.plain(limits.pop()) if len(limits) == 1 else "its limit"
-    entries = (
+    return [
         ("n_eq", f"behaves as if the batch were n_eq values; flagged when below {limit}{noise} (95%)"),
         (
             "D",
@@ -159,8 +164,7 @@ def legend(layers: Sequence[Layer], page: Page) -> list[Text]:
         ),
         ("r, d", "batch std / running std, and (batch mean - running mean) / running std"),
         ("train", "in training, on batch statistics; eval: at inference, on running statistics"),
-    )
-    return page.labelled(entries, "dim")
+    ]
 
 
 def _columns(rows: Sequence[LayerRow], richness: _Richness, layers: Sequence[Layer]) -> list[Column]:

@@ -68,16 +68,30 @@ def shares(report: Report, shown: Sequence[Layer], page: Page) -> list[Text]:
     """
     if not report.layers:
         return []
-    heading = page.heading("Where the mismatch at inference comes from")
-    if not any(layer.shares for layer in report.layers):
-        reasons = [reason for reason in dict.fromkeys(map(_why_not, report.layers)) if reason != _UNEXPLAINED]
-        why = f": {', '.join(reasons)}" if reasons else ""
-        return [*heading, *page.paragraph(f"The mismatch of no layer could be decomposed{why}.", first="  ")]
-    rows = [*(_row(layer) for layer in shown), *_model_row(report)]
+    heading = page.heading(TITLE)
+    if text := why_none(report.layers):
+        return [*heading, *page.paragraph(text, first="  ")]
+    rows = share_rows(report, shown)
     return [*heading, *_table(rows, report.layers, page), *_legend(rows, shown, on_samples(report), page)]
 
 
+TITLE = "Where the mismatch at inference comes from"
+
+
+def why_none(layers: Sequence[Layer]) -> str:
+    """Why there is no bar at all, a sentence; empty where there are some."""
+    if any(layer.shares for layer in layers):
+        return ""
+    reasons = [reason for reason in dict.fromkeys(map(_why_not, layers)) if reason != _UNEXPLAINED]
+    return f"The mismatch of no layer could be decomposed{': ' if reasons else ''}{', '.join(reasons)}."
+
+
 # --- Rows -------------------------------------------------------------------------------------------------------------
+
+
+def share_rows(report: Report, shown: Sequence[Layer]) -> list[ShareRow]:
+    """A row for each layer, and one for the model."""
+    return [*map(_row, shown), *_model_row(report)]
 
 
 def _row(layer: Layer) -> ShareRow:
@@ -153,8 +167,8 @@ def _bar(row: ShareRow, scale: charts.Scale, page: Page) -> Text:
 def _layouts(rows: Sequence[ShareRow]) -> Iterator[TableLayout]:
     """Columns from rich to poor, the bars first in the least width that they may have."""
     total = _column("D", rows, lambda row: row.mismatch)
-    short = _column("most", rows, lambda row: _largest(row, words=False))
-    words = _column("most of it\n(95% interval)", rows, lambda row: _largest(row, words=True))
+    short = _column("most", rows, lambda row: largest_share(row, words=False))
+    words = _column("most of it\n(95% interval)", rows, lambda row: largest_share(row, words=True))
     single = _column("output\nchange", rows, lambda row: row.exact or (f"~{row.estimate}" if row.estimate else ""))
     exact = _column("output\nchange", rows, lambda row: row.exact)
     estimate = _column("esti-\nmate", rows, lambda row: row.estimate)
@@ -174,8 +188,8 @@ def _column(heading: str, rows: Sequence[ShareRow], cell: Callable[[ShareRow], s
     return Column(heading, cells, "left" if worded else "point")
 
 
-def _largest(row: ShareRow, words: bool) -> str:
-    """The largest share, as a part of the bar."""
+def largest_share(row: ShareRow, words: bool) -> str:
+    """The largest share, as a part of the bar; in words with its interval, else by its letter."""
     drawn = [] if row.shares is None else charts.drawn(row.shares)
     held = [(source, share) for source, share in drawn if source.field != "data_shift"]  # which comes on top
     total = sum(share for _, share in held)
@@ -202,11 +216,13 @@ def _around(interval: Interval | None, total: float) -> str:
 
 
 def _legend(rows: Sequence[ShareRow], shown: Sequence[Layer], measured_on: str, page: Page) -> list[Text]:
-    decomposed = [row for row in rows if row.shares is not None]
-    return page.labelled(
-        [("bar", _letters(decomposed)), (CENTRE, _limits(shown)), *_remarks(decomposed, measured_on)],
-        "dim",
-    )
+    letters = _letters([row for row in rows if row.shares is not None])
+    return page.labelled([("bar", letters), *how_to_read(rows, shown, measured_on)], "dim")
+
+
+def how_to_read(rows: Sequence[ShareRow], shown: Sequence[Layer], measured_on: str) -> list[tuple[str, str]]:
+    """What the marks of bars are, and what else is to be known of them: a mark or a word, and a sentence each."""
+    return [(CENTRE, _limits(shown)), *_remarks([row for row in rows if row.shares is not None], measured_on)]
 
 
 def _letters(rows: Sequence[ShareRow]) -> str:

@@ -23,7 +23,7 @@ from bnprobe.measure.hooks import noting_non_finite
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.session import casting, model_code
 from bnprobe.nn.limits import POSITION
-from bnprobe.records import ROOT, Ending, Goal, Measure, Score
+from bnprobe.records import ROOT, Curve, Ending, Goal, Measure, Score
 from bnprobe.training.data import KeptEpochs, steps_per_epoch
 
 Fractions = tuple[float, float]
@@ -67,6 +67,67 @@ class ClippedAtEnd:
 
 def _tenth(steps: int) -> int:
     return max(1, steps // _PART)
+
+
+_POINTS = 50
+"""Points of a curve of each kind."""
+
+
+class CurveOfRun:
+    """The losses of a run, averaged over as many steps each as leave fifty points, and its evaluations.
+
+    Args:
+        length: Of the run.
+    """
+
+    def __init__(self, length: Length) -> None:
+        self._every = math.ceil(length.steps / _POINTS)
+        self._scored_every = math.ceil(length.steps / length.evaluate_every / _POINTS)
+        self._last = length.steps
+        self._pending: list[float] = []
+        self._losses: list[tuple[int, float | None]] = []
+        self._scores: list[tuple[int, float | None, float | None]] = []
+        self._scored = 0
+
+    def add(self, step: int, loss: float) -> None:
+        """Add the training loss of a step."""
+        self._pending.append(loss)
+        if len(self._pending) == self._every or step == self._last:
+            self._end(step)
+
+    def note(self, step: int, score: Score | None) -> None:
+        """Note the score after a step, or at the start; the last one always, the others at regular intervals."""
+        if score is None:
+            return
+        if self._scored % self._scored_every == 0 or step == self._last:
+            self._scores.append((step, _finite(score.loss), _finite(score.metric)))
+        self._scored += 1
+
+    def curve(self, step: int) -> Curve:
+        """The curve of a run that ends after this step."""
+        if self._pending:
+            self._end(step)
+        scores = [tuple(column) for column in zip(*self._scores, strict=True)] or [(), (), ()]
+        return Curve(tuple(at for at, _ in self._losses), tuple(loss for _, loss in self._losses), *scores)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as plain types."""
+        return {"pending": self._pending, "losses": self._losses, "scores": self._scores, "scored": self._scored}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._pending = [float(loss) for loss in state["pending"]]
+        self._losses = [(step, loss) for step, loss in state["losses"]]
+        self._scores = [(step, loss, metric) for step, loss, metric in state["scores"]]
+        self._scored = state["scored"]
+
+    def _end(self, step: int) -> None:
+        self._losses.append((step, _finite(statistics.fmean(self._pending))))
+        self._pending = []
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 EXPLODED = 1000.0
@@ -204,6 +265,7 @@ class TrainingOutcome:
 
     Attributes:
         weights: The kept weights on the CPU, by their names in the model's state_dict.
+        curve: As in ``records.Run``.
     """
 
     steps: int
@@ -214,6 +276,7 @@ class TrainingOutcome:
     clipped_r: float | None
     clipped_d: float | None
     weights: dict[str, Tensor]
+    curve: Curve | None = None
 
 
 @dataclass(frozen=True)

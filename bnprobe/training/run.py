@@ -29,6 +29,7 @@ from bnprobe.records import Ending, Score, TrainingStep
 from bnprobe.training.data import Feed, model_seed, random_snapshot, restore
 from bnprobe.training.job import (
     ClippedAtEnd,
+    CurveOfRun,
     DivergenceGuard,
     Fractions,
     Job,
@@ -149,6 +150,7 @@ class Running:
         self._keeper = Keeper(job.measure, job.goal, job.spec.patience)
         self._guard = DivergenceGuard()
         self._clipped = ClippedAtEnd(length.steps)
+        self._curve = CurveOfRun(length)
         self._batch_renorms = [module for module in job.model.modules() if isinstance(module, BatchRenormBase)]
         self._spent, self._began = 0.0, time.monotonic()
 
@@ -170,7 +172,9 @@ class Running:
         if resumable:
             require_resumable("optimizer", self._stepper.optimizer)
             require_resumable("schedule", self._stepper.schedule)
-        self._keeper.note(0, self.job.model, self._score())
+        score = self._score()
+        self._keeper.note(0, self.job.model, score)
+        self._curve.note(0, score)
 
     def advance(self, read_clipped: Callable[[], Fractions | None], stop: StopFlag) -> tuple[TrainingStep, bool]:
         """Take one optimizer step, evaluate if due, and return the step and whether any process was told to stop.
@@ -183,6 +187,7 @@ class Running:
         group = self._feed.next_group()
         loss, clipped, stopped = self._joined(self._stepper.losses(group, number), read_clipped(), stop)
         self._clipped.add(clipped)
+        self._curve.add(number, loss)
         norm, score, problem = None, None, self._guard.of_loss(loss)
         if problem is None:
             taken = self._stepper.apply(number)
@@ -207,7 +212,8 @@ class Running:
             keeper.keep_last(self.step, self.job.model)
         r, d = self._clipped.mean(self.step) or (None, None)
         seconds = self._spent + time.monotonic() - self._began
-        return TrainingOutcome(self.step, keeper.step, self.ending, self._note, seconds, r, d, keeper.weights)
+        curve = self._curve.curve(self.step)
+        return TrainingOutcome(self.step, keeper.step, self.ending, self._note, seconds, r, d, keeper.weights, curve)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume, as tensors and plain types; every process must call this."""
@@ -222,6 +228,7 @@ class Running:
             "keeper": self._keeper.state_dict(),
             "guard": self._guard.state_dict(),
             "clipped": self._clipped.state_dict(),
+            "curve": self._curve.state_dict(),
             "seconds": self._spent + time.monotonic() - self._began,
             "random": self.world.gather(random_snapshot()),
         }
@@ -255,6 +262,7 @@ class Running:
         self._keeper.load_state_dict(state["keeper"])
         self._guard.load_state_dict(state["guard"])
         self._clipped.load_state_dict(state["clipped"])
+        self._curve.load_state_dict(state["curve"])
         self.step, self._spent = state["step"], state["seconds"]
 
     def _joined(self, loss: float, clipped: Fractions | None, stop: StopFlag) -> tuple[float, Fractions | None, bool]:
@@ -271,6 +279,7 @@ class Running:
         if self.length.evaluates(number):
             score = self._score()
             self._keeper.note(number, self.job.model, score)
+            self._curve.note(number, score)
         self._set_ending()
         return score
 

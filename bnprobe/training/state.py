@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bnprobe.errors import OutputError, StateError, UsageError, message_of, reason_of
 from bnprobe.files import OwnFolder, has_mark, is_blank, not_own, unfinished, write_whole
-from bnprobe.records import Run, Score
+from bnprobe.records import Curve, Run, Score
 from bnprobe.training.log import event_folder
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -227,7 +227,8 @@ class StateFolder:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 fields = json.loads(file.metadata()[_RUN])
-                run = Run(**{**fields, "score": Score(**fields["score"])})
+                curve = fields["curve"] and Curve(**{name: tuple(values) for name, values in fields["curve"].items()})
+                run = Run(**{**fields, "score": Score(**fields["score"]), "curve": curve})
                 return run, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise _damaged(path, error) from None
