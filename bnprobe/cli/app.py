@@ -32,6 +32,7 @@ from bnprobe.cli.processes import (
 )
 from bnprobe.cli.recalibrate import recalibrate
 from bnprobe.cli.scan import scan
+from bnprobe.cli.show import show
 from bnprobe.cli.streams import forget_odd_sizes, occupy_closed_streams, say, write_out
 from bnprobe.cli.sweep import SweepCommand, sweep
 from bnprobe.cli.verify import verify
@@ -91,7 +92,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
 )
-for _each in (scan, sweep, lint, convert, recalibrate, verify, export, explain, init):
+for _each in (scan, sweep, lint, convert, recalibrate, verify, show, export, explain, init):
     app.command(cls=SweepCommand if _each is sweep else Command, help=docstring(_each))(_each)
 
 

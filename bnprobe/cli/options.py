@@ -233,12 +233,21 @@ Force = Annotated[
     bool,
     option(REPORT, "--force", "Replace outputs that exist; write weights even if they score worse than as loaded."),
 ]
-ForceReport = Annotated[bool, option(REPORT, "--force", "Replace the file of --output if it exists.")]
+ForceReport = Annotated[bool, option(REPORT, "--force", "Replace files of the report that exist.")]
 ReportFormat = Annotated[
-    str,
-    typer.Option("--format", help="Format of the report.", rich_help_panel=REPORT, parser=format_name),
+    list[str] | None,
+    typer.Option(
+        "--format",
+        help="Format of the report (default: terminal); several with --output-dir.",
+        rich_help_panel=REPORT,
+        parser=format_name,
+    ),
 ]
 Output = Annotated[Path | None, option(REPORT, "--output", "Write the report to FILE, a new file.", "FILE")]
+OutputDir = Annotated[
+    Path | None,
+    option(REPORT, "--output-dir", "Write a file for each --format to DIR, named after command and format.", "DIR"),
+]
 ShowAll = Annotated[bool, option(REPORT, "--all", "Show every layer of a large network.")]
 ExitZero = Annotated[bool, option(REPORT, "--exit-zero", "Exit 0 even with findings.")]
 

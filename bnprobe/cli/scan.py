@@ -65,8 +65,9 @@ def scan(
     exclude: options.Exclude = None,
     select: options.Select = None,
     ignore: options.Ignore = None,
-    format_: options.ReportFormat = options.TERMINAL,
+    format_: options.ReportFormat = None,
     output: options.Output = None,
+    output_dir: options.OutputDir = None,
     force: options.ForceReport = False,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
@@ -76,30 +77,27 @@ def scan(
     Exit codes: 0 no errors found (there may be warnings), 1 errors found, 2 error in usage, spec or your code, 3
     nothing could be probed.
     """
-    from bnprobe.cli.console import check_output, deliver
+    from bnprobe.cli.delivery import Delivery, with_command
     from bnprobe.config.load import build_spec
-    from bnprobe.files import refuse_input
     from bnprobe.records import Report
-    from bnprobe.report import renderer
-    from bnprobe.report.scan import one_line
     from bnprobe.rules.selection import selected
 
-    render = renderer(format_, Report)
+    delivery = Delivery("scan", Report, format_, output=output, folder=output_dir, force=force, show_all=show_all)
     if is_main():
-        check_output(output, force)
+        delivery.check()
     given = options.overrides(context)
     spec = build_spec(target, given)
-    if output is not None:
-        refuse_input(output, [target, *spec.files()])
+    if is_main():
+        delivery.check([target, *spec.files()])
     selected(spec.rules)  # report a wrong code before torch is imported
     try:
         report = _measure(spec)
     except BnprobeError as error:
         if error.report is not None and is_main():
-            deliver(error.report, render, output, show_all, one_line(error.report), force)
+            delivery.deliver(with_command(error.report))
         raise
     if is_main():
-        deliver(report, render, output, show_all, one_line(report), force)
+        delivery.deliver(with_command(report))
     from bnprobe.analysis.diagnosis import has_findings
 
     raise typer.Exit(EXIT_FINDINGS if has_findings(report, spec.rules) and not exit_zero else EXIT_CLEAN)

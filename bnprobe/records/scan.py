@@ -118,6 +118,7 @@ class Scan(Record):
         held_out: Where the held-out data came from, in words; None without any.
         held_out_images: Held-out samples measured.
         sample: What a sample is, a noun: "image", "row", "graph" or "sequence"; "sample" where that is not known.
+        command: As typed; None from Python.
     """
 
     model: str
@@ -148,6 +149,7 @@ class Scan(Record):
     held_out: str | None = None
     held_out_images: int | None = None
     sample: str = "sample"
+    command: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from bnprobe.errors import UsageError
@@ -40,10 +41,21 @@ class Format:
     Attributes:
         name: As in ``--format``.
         renderers: The function for each type of document that it supports, of `DOCUMENTS`.
+        suffix: How the names of its files end where they are not named; empty: in a dot and the format's name.
+        package: What must be installed for it, as it is imported; empty: nothing beyond bnprobe.
+        extra: The extra of bnprobe that installs the package.
     """
 
     name: str
     renderers: Mapping[type, Renderer]
+    suffix: str = ""
+    package: str = ""
+    extra: str = ""
+
+    @property
+    def ending(self) -> str:
+        """How the names of its files end."""
+        return self.suffix or f".{self.name}"
 
 
 def _json(document: Any, options: RenderOptions) -> str:
@@ -64,6 +76,7 @@ FORMATS: Registry[Format] = Registry(
                 Verification: verify.render,
                 ExportReport: export.render,
             },
+            suffix=".txt",
         ),
         Format(
             "json",
@@ -84,9 +97,13 @@ def renderer(format_: str, document: type) -> Renderer:
     """The function that renders documents of a type in a format; commands ask for it before they measure anything.
 
     Raises:
-        UsageError: There is no such format, or it does not support the document; says which formats do.
+        UsageError: There is no such format, or it does not support the document; says which formats do. Or a package
+            that it needs is not installed.
     """
-    found = FORMATS[format_].renderers.get(document)
+    row = FORMATS[format_]
+    found = row.renderers.get(document)
+    if row.package and find_spec(row.package) is None:
+        raise UsageError(f'--format {format_} needs {row.package}: pip install "bnprobe[{row.extra}]".')
     if found is None:
         able = [row.name for row in FORMATS if document in row.renderers]
         raise UsageError(

@@ -82,7 +82,9 @@ def test_options(workspace: Workspace, options: list[str]) -> None:
     assert found.stderr.count("\n") < 80  # in a box
 
 
-@pytest.mark.parametrize("command", ["scan", "sweep", "lint", "convert", "recalibrate", "export", "verify", "explain"])
+@pytest.mark.parametrize(
+    "command", ["scan", "sweep", "lint", "convert", "recalibrate", "export", "verify", "explain", "show"]
+)
 @pytest.mark.parametrize("name", [TYPED, f"{TYPED}.py", f"{TYPED}.yaml", f"model.py:{TYPED}", f"timm:{TYPED}", LONG])
 def test_targets(workspace: Workspace, command: str, name: str) -> None:
     workspace.write("model.py", MODEL)

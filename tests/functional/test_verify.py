@@ -47,8 +47,8 @@ def test_a_repair_that_holds_and_one_that_does_not(reports: Workspace) -> None:
 
 def test_json(reports: Workspace) -> None:
     found = reports.run("verify", "bad.json", "bad.json", "--format", "json", "--output", "found.json")
-    assert (found.code, found.stdout) == (FINDINGS, "")
-    assert "1 of 1 layer flagged before, 1 after; report written to found.json" in found.stderr
+    assert (found.code, found.stderr) == (FINDINGS, "Report written to found.json.\n")
+    assert "1 of 1 layer flagged before, 1 after" in found.stdout
     written = json.loads((reports.folder / "found.json").read_text())
     assert (written["passed"], written["problems"]) == (False, ["Still flagged: bn."])
 

@@ -90,7 +90,7 @@ def _set(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     [
         (
             _set("schema_version", value=2),
-            r"has schema_version 2, and this bnprobe reads schema_version 1\. Scan",
+            r"has schema_version 2, and this bnprobe reads schema_version 1\. Update",
         ),
         (_set("schema_version", value="1"), "has schema_version '1'"),
         (lambda document: document.pop("schema_version"), "has no schema_version"),
@@ -126,7 +126,7 @@ def test_a_report_older_than_a_field_with_a_default_is_read() -> None:
         load(json.dumps(document))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "3", '{"schema_version": 1e999}'])
+@pytest.mark.parametrize("text", ["", "[]", "{{", "3", '{"schema_version": 1e999}'])
 def test_what_is_no_report_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="not a JSON report of bnprobe"):
         load(text)
