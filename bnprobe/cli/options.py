@@ -52,9 +52,10 @@ def complete_help(command: Any) -> None:
     command.help = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
     options = {parameter.name: parameter for parameter in command.params}
     if "format_" in options:
-        from bnprobe.report import FORMATS
+        from bnprobe.report import formats_of
 
-        options["format_"].metavar = escaped("|".join(FORMATS.names()))
+        names = [f"{name} (default)" if name == TERMINAL else name for name in formats_of(command.name)]
+        options["format_"].help = escaped(f"{', '.join(names)}; several with --output-dir.")
     if command.name == "convert":
         from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
 
@@ -238,8 +239,9 @@ ReportFormat = Annotated[
     list[str] | None,
     typer.Option(
         "--format",
-        help="Format of the report (default: terminal); several with --output-dir.",
+        help="Format of the report.",
         rich_help_panel=REPORT,
+        metavar="NAME",
         parser=format_name,
     ),
 ]

@@ -14,7 +14,21 @@ from typing import Any
 from bnprobe.errors import UsageError
 from bnprobe.records import ExportReport, LintReport, Plan, Report, SweepReport, Verification
 from bnprobe.registry import Registry
-from bnprobe.report import export, json, lint, plan, repair, scan, sweep, verify
+from bnprobe.report import (
+    csv,
+    export,
+    github,
+    json,
+    junit,
+    lint,
+    markdown,
+    plan,
+    repair,
+    sarif,
+    scan,
+    sweep,
+    verify,
+)
 from bnprobe.report.page import RenderOptions
 from bnprobe.report.repair import RepairReport
 
@@ -32,6 +46,17 @@ DOCUMENTS: Mapping[type, str] = {
     ExportReport: "the report of an export",
 }
 """What there is to render, and what messages call it."""
+
+OF_COMMANDS: Mapping[str, tuple[type, ...]] = {
+    "scan": (Report,),
+    "lint": (LintReport,),
+    "sweep": (SweepReport,),
+    "convert": (Plan, RepairReport),
+    "recalibrate": (RepairReport,),
+    "verify": (Verification,),
+    "export": (ExportReport,),
+}
+"""What the commands give to render; ``bnprobe show`` renders all."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +111,39 @@ FORMATS: Registry[Format] = Registry(
                 ExportReport: export.render_json,
             },
         ),
+        Format(
+            "junit",
+            {Report: junit.render, LintReport: junit.render, Verification: junit.render_verify},
+            suffix=".junit.xml",
+            package=junit.PACKAGE,
+            extra=junit.EXTRA,
+        ),
+        Format("sarif", {Report: sarif.render, LintReport: sarif.render}),
+        Format(
+            "github",
+            {Report: github.render_scan, LintReport: github.render_lint, Verification: github.render_verify},
+            suffix=".github.txt",
+        ),
+        Format(
+            "markdown",
+            {Report: markdown.render_scan, LintReport: markdown.render_lint, Verification: markdown.render_verify},
+            suffix=".md",
+        ),
+        Format(
+            "csv",
+            {Report: csv.render_scan, SweepReport: csv.render_sweep, Verification: csv.render_verify},
+        ),
     ],
     name_of=lambda row: row.name,
     noun="report format",
 )
 """The table of formats."""
+
+
+def formats_of(command: str) -> list[str]:
+    """Names of the formats that support a document of a command."""
+    documents = OF_COMMANDS.get(command, tuple(DOCUMENTS))
+    return [row.name for row in FORMATS if any(document in row.renderers for document in documents)]
 
 
 def renderer(format_: str, document: type) -> Renderer:
@@ -127,4 +180,4 @@ def render(document: object, format_: str = "terminal", options: RenderOptions |
     return renderer(format_, type(document))(document, options or RenderOptions())
 
 
-__all__ = ["DOCUMENTS", "FORMATS", "Format", "RenderOptions", "Renderer", "render", "renderer"]
+__all__ = ["DOCUMENTS", "FORMATS", "Format", "RenderOptions", "Renderer", "formats_of", "render", "renderer"]

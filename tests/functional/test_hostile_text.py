@@ -11,7 +11,7 @@ import torch
 
 from bnprobe.printable import escaped
 from bnprobe.records import Report
-from bnprobe.report import FORMATS, Format
+from bnprobe.report import FORMATS, Format, formats_of
 from bnprobe.rules import RULES
 from bnprobe.rules.interface import Rule
 from functional.command import CLEAN, ERROR, FINDINGS, MODEL, SHIFTED, Result, Workspace
@@ -211,7 +211,9 @@ def test_names_in_reports_that_are_compared(workspace: Workspace) -> None:
     written = (workspace.folder / "after.json").read_text(encoding="utf-8")
     assert written.replace("\n", "").isprintable()
     assert NASTY in str(json.loads(written)["layers"][0]["name"])
-    for format_ in ("terminal", "json"):
+    for format_ in formats_of("scan"):
+        clean(workspace.run("show", "after.json", "--format", format_))
+    for format_ in formats_of("verify"):
         clean(workspace.run("verify", f"{TYPED}.json", "after.json", "--format", format_))
     clean(workspace.run("verify", f"{TYPED}.json", TYPED))
     clean(workspace.run("verify", f"{TYPED}.json", "after.json", "--output", f"{TYPED}.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from typer.testing import CliRunner
 
 from bnprobe.cli.app import app
 from bnprobe.errors import UsageError
-from bnprobe.records import LintReport, Report
-from bnprobe.report import DOCUMENTS, FORMATS, Format, RenderOptions, render, renderer
+from bnprobe.records import ExportReport, LintReport, Plan, Report, SweepReport, Verification
+from bnprobe.report import DOCUMENTS, FORMATS, OF_COMMANDS, Format, RenderOptions, formats_of, render, renderer
+from bnprobe.report.repair import RepairReport
 
 MODEL = """
 import torch
@@ -68,32 +70,38 @@ def test_a_format_from_outside_works_for_scan_and_lint(model: str) -> None:
         assert Path("found.txt").read_text(encoding="utf-8") == "BN102,info\n"
 
 
-@pytest.mark.parametrize("command", ["scan", "lint", "sweep", "convert", "verify", "export"])
-def test_help_names_every_format(command: str) -> None:
+@pytest.mark.parametrize("command", [*OF_COMMANDS, "show"])
+def test_help_names_every_format_that_the_command_supports(command: str) -> None:
+    def named() -> str:
+        return " ".join(run(command, "--help")[1].replace("│", " ").split())
+
     with FORMATS.including(ROWS):
-        assert "|".join((*OWN, "rows")) in run(command, "--help")[1]
-    assert "rows" not in run(command, "--help")[1]
+        assert ("rows" in named()) == (command in ("scan", "lint", "show"))
+    for name in formats_of(command):
+        assert re.search(rf"\b{name}( \(default\))?[,;]", named())
+    assert "rows" not in named()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "document"),
+    ("arguments", "kind"),
     [
-        (["sweep", "model.py"], "the report of a sweep"),
-        (["convert", "model.py", "--check"], "the plan of a conversion"),
-        (["convert", "model.py", "-o", "out.safetensors"], "the record of a repair"),
-        (["recalibrate", "model.py", "-o", "out.safetensors"], "the record of a repair"),
-        (["verify", "no.json", "no.json"], "the report of a verification"),
-        (["export", "model.py", "-o", "out.pt2"], "the report of an export"),
+        (["sweep", "model.py"], SweepReport),
+        (["convert", "model.py", "--check"], Plan),
+        (["convert", "model.py", "-o", "out.safetensors"], RepairReport),
+        (["recalibrate", "model.py", "-o", "out.safetensors"], RepairReport),
+        (["verify", "no.json", "no.json"], Verification),
+        (["export", "model.py", "-o", "out.pt2"], ExportReport),
     ],
 )
 def test_a_document_that_a_format_does_not_support_is_refused_before_anything_runs(
-    arguments: list[str], document: str, model: str, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], kind: type, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("model.py").write_text("raise RuntimeError('the model was loaded')", encoding="utf-8")
     with FORMATS.including(ROWS):
         _, text, error = run(*arguments, "--format", "rows")
+    able = [row.name for row in FORMATS if kind in row.renderers]
     assert isinstance(error, UsageError)
-    assert str(error) == f"--format rows does not support {document}; these formats do: {', '.join(OWN)}."
+    assert str(error) == f"--format rows does not support {DOCUMENTS[kind]}; these formats do: {', '.join(able)}."
     assert text == ""
     assert not Path("out.safetensors").exists()
 
