@@ -27,7 +27,7 @@ from bnprobe.numbers import count
 from bnprobe.records import EXEMPT, SOURCES, Cause, Diagnosis, Layer, LintReport, Report, Verdict
 from bnprobe.rules import RULES, Rule, effect
 from bnprobe.rules.facts import Facts
-from bnprobe.rules.findings import SEVERITIES, findings, is_failure
+from bnprobe.rules.findings import SEVERITIES, failures
 from bnprobe.rules.selection import matches_code, selected
 from bnprobe.rules.shares import SHARES, STATISTICS_CAUSES, ShareRule, found_against, share_of
 
@@ -375,7 +375,7 @@ def _fraction_of(layer: Layer, causes: set[Cause]) -> float | None:
 
 def lint_has_findings(report: LintReport) -> bool:
     """Whether a rule failed with more than a remark. Warnings count, unlike in a scan: nothing was measured."""
-    return any(is_failure(report, finding) for finding in findings(report))
+    return bool(failures(report))
 
 
 def has_findings(report: Report, rules: RulesSpec) -> bool:
@@ -383,5 +383,4 @@ def has_findings(report: Report, rules: RulesSpec) -> bool:
 
     See ``bnprobe.rules.findings``.
     """
-    narrowed = bool(rules.select or rules.ignore)
-    return any(is_failure(report, finding) for finding in findings(report, narrowed))
+    return bool(failures(report, narrowed=bool(rules.select or rules.ignore)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -76,12 +76,12 @@ class Delivery:
         else:
             self._stdout = renderers[names[0]]
 
-    def check(self, inputs: Iterable[str | Path] = (), also: Iterable[Path] = ()) -> None:
+    def check(self, inputs: Iterable[str | Path] = (), also: Collection[Path] = ()) -> None:
         """Reject files that cannot be written or that exist, before anything is measured.
 
         Args:
             inputs: Files that the command reads, which its report never replaces.
-            also: Further files to be written.
+            also: Files of ``--write-baseline``.
 
         Raises:
             OutputError: A folder is missing or read-only, the path is a folder, a file exists and is not to be
@@ -91,17 +91,19 @@ class Delivery:
             raise OutputError("stdout is closed: give --output FILE for the report.")
         if self._folder is not None:
             require_folder(self._folder, self._option)
-        files = [*also, *(path for path in self._files if self._folder is None or is_folder(self._folder))]
+        files = [path for path in self._files if self._folder is None or is_folder(self._folder)]
         require_new([path for path in files if str(path) not in STDOUT], self._force, self._option)
-        for path in (*self._files, *also):
-            refuse_input(path, inputs, self._option)
+        require_new(also, self._force, "--write-baseline")
+        for option, paths in ((self._option, self._files), ("--write-baseline", also)):
+            for path in paths:
+                refuse_input(path, inputs, option)
 
     def deliver(self, document: object, also: Mapping[Path, str] | None = None) -> None:
         """Render the document and write all files or none, then what goes to stdout.
 
         Args:
             document: What the command returned.
-            also: Further files and what they hold.
+            also: Files of ``--write-baseline`` and what they hold.
 
         Raises:
             OutputError: Something could not be written, or has come into being meanwhile and is not to be replaced.
@@ -121,6 +123,8 @@ class Delivery:
             print_report(document, self._stdout or self._for_people, self._show_all, self._typed)
         if texts:
             say(f"Report written to {', '.join(map(str, texts))}.")
+        if also:
+            say(f"Baseline written to {', '.join(map(str, also))}.")
 
     @property
     def _option(self) -> str:

@@ -250,6 +250,13 @@ OutputDir = Annotated[
     Path | None,
     option(REPORT, "--output-dir", "Write a file for each --format to DIR, named after command and format.", "DIR"),
 ]
+KnownFindings = Annotated[
+    Path | None,
+    option(REPORT, "--baseline", "Exit 1 only for findings that are not in FILE, or worse than there.", "FILE"),
+]
+WriteBaseline = Annotated[
+    Path | None, option(REPORT, "--write-baseline", "Write the findings to FILE, to be known from now on.", "FILE")
+]
 ShowAll = Annotated[bool, option(REPORT, "--all", "Show every layer of a large network.")]
 ExitZero = Annotated[bool, option(REPORT, "--exit-zero", "Exit 0 even with findings.")]
 

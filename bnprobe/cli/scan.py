@@ -68,6 +68,8 @@ def scan(
     format_: options.ReportFormat = None,
     output: options.Output = None,
     output_dir: options.OutputDir = None,
+    baseline: options.KnownFindings = None,
+    write_baseline: options.WriteBaseline = None,
     force: options.ForceReport = False,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
@@ -77,18 +79,20 @@ def scan(
     Exit codes: 0 no errors found (there may be warnings), 1 errors found, 2 error in usage, spec or your code, 3
     nothing could be probed.
     """
+    from bnprobe.cli.baselines import Baselines
     from bnprobe.cli.delivery import Delivery, with_command
     from bnprobe.config.load import build_spec
     from bnprobe.records import Report
     from bnprobe.rules.selection import selected
 
     delivery = Delivery("scan", Report, format_, output=output, folder=output_dir, force=force, show_all=show_all)
+    baselines = Baselines(baseline, write_baseline)
     if is_main():
-        delivery.check()
+        delivery.check(baselines.read, baselines.written)
     given = options.overrides(context)
     spec = build_spec(target, given)
     if is_main():
-        delivery.check([target, *spec.files()])
+        delivery.check([*baselines.read, target, *spec.files()], baselines.written)
     selected(spec.rules)  # report a wrong code before torch is imported
     try:
         report = _measure(spec)
@@ -96,8 +100,8 @@ def scan(
         if error.report is not None and is_main():
             delivery.deliver(with_command(error.report))
         raise
-    if is_main():
-        delivery.deliver(with_command(report))
+    narrowed = bool(spec.rules.select or spec.rules.ignore)
+    report = baselines.deliver(with_command(report), narrowed, delivery if is_main() else None)
     from bnprobe.analysis.diagnosis import has_findings
 
     raise typer.Exit(EXIT_FINDINGS if has_findings(report, spec.rules) and not exit_zero else EXIT_CLEAN)

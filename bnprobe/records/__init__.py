@@ -20,6 +20,14 @@ from bnprobe.records.base import (
     Tool,
     leading,
 )
+from bnprobe.records.baseline import (
+    BASELINE_STATES,
+    Baseline,
+    BaselineChange,
+    BaselineComparison,
+    BaselineState,
+    KnownFinding,
+)
 from bnprobe.records.findings import (
     EXEMPT,
     FREE_REMEDIES,
@@ -100,6 +108,7 @@ from bnprobe.records.sweep import (
 )
 
 __all__ = [
+    "BASELINE_STATES",
     "DEFAULT_THRESHOLD",
     "EXEMPT",
     "FREE_REMEDIES",
@@ -111,6 +120,10 @@ __all__ = [
     "SOURCES",
     "Arm",
     "Backward",
+    "Baseline",
+    "BaselineChange",
+    "BaselineComparison",
+    "BaselineState",
     "BatchSizePoint",
     "BestRates",
     "CallMeasurement",
@@ -135,6 +148,7 @@ __all__ = [
     "Histogram",
     "Impact",
     "Interval",
+    "KnownFinding",
     "Layer",
     "LayerChange",
     "LayerComparison",

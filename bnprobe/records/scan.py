@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bnprobe.records.base import SCHEMA_VERSION, Environment, Record, Tool
+from bnprobe.records.baseline import BaselineComparison
 from bnprobe.records.findings import Diagnosis, Remedy, Verdict
 from bnprobe.records.layers import Layer, Shares, SkippedLayer
 from bnprobe.records.outputs import Chance, Gap, GradientAngle, Output
@@ -154,7 +155,11 @@ class Scan(Record):
 
 @dataclass(frozen=True)
 class Report(Record):
-    """The result of a scan."""
+    """The result of a scan.
+
+    Attributes:
+        baseline: The findings against those that are known; left out where no baseline was given.
+    """
 
     schema_version: int
     tool: Tool
@@ -166,6 +171,7 @@ class Report(Record):
     verdicts: tuple[Verdict, ...] = ()
     diagnoses: tuple[Diagnosis, ...] = ()
     remedies: tuple[Remedy, ...] = ()
+    baseline: BaselineComparison | None = None
 
     @property
     def unexplained(self) -> Diagnosis | None:
@@ -185,6 +191,7 @@ class LintReport(Record):
         diagnoses: The failed ones, grouped by root cause, the worst first.
         skipped: Layers that could not be judged.
         notes: Which weights were judged, and what else was noticed while loading; one sentence each.
+        baseline: The findings against those that are known; left out where no baseline was given.
     """
 
     tool: Tool
@@ -194,4 +201,5 @@ class LintReport(Record):
     diagnoses: tuple[Diagnosis, ...]
     skipped: tuple[SkippedLayer, ...] = ()
     notes: tuple[str, ...] = ()
+    baseline: BaselineComparison | None = None
     schema_version: int = SCHEMA_VERSION

@@ -1,7 +1,8 @@
 """Annotations of GitHub Actions: workflow commands, which a job prints on stdout.
 
 GitHub shows ten annotations of a kind for each step, and drops the rest without a word. So there are at most ten lines:
-root causes alone, worst first, one for each line of the user's code, and if there are more, the last one counts them.
+root causes alone, worst first, one for each line of the user's code, without those that a baseline knows; and if there
+are more, the last one counts them.
 """
 
 from __future__ import annotations
@@ -53,8 +54,10 @@ def _annotations(report: Report | LintReport) -> Iterator[_Annotation]:
     """One for each root cause and line of code, the worst layer's."""
     roots = {(cause.rule, layer) for cause in report.diagnoses for layer in (cause.layers or (None,))}
     groups: dict[tuple[str, Place | None], list[Verdict]] = {}
+    known = set() if report.baseline is None else {(each.rule, each.layer) for each in report.baseline.of("known")}
     for finding in findings(report):
-        if (finding.rule, finding.layer) in roots or finding.rule == UNEXPLAINED:
+        key = (finding.rule, finding.layer)
+        if key not in known and (key in roots or finding.rule == UNEXPLAINED):
             groups.setdefault((finding.rule, place_of(finding, report)), []).append(finding)
     for (_, place), (worst, *others) in groups.items():
         more = f" ({count(len(others), 'more layer')} of this line)" if others else ""

@@ -22,6 +22,7 @@ from bnprobe.printable import escaped_json
 from bnprobe.records import (
     OMITTED_WHEN_EMPTY,
     SCHEMA_VERSION,
+    Baseline,
     Difference,
     ExportReport,
     LintReport,
@@ -155,6 +156,23 @@ def read_document(path: Path) -> Record:
         UsageError: The file cannot be read, or is no such document; the message names it.
     """
     return _read(path, load_document)
+
+
+def read_baseline(path: Path) -> Baseline:
+    """Read the file of a baseline.
+
+    Raises:
+        UsageError: The file cannot be read, or is no baseline; the message names it.
+    """
+
+    def load(text: str) -> Baseline:
+        document = _parse(text)
+        _check_version(document)
+        if "findings" not in document:
+            raise UsageError("This is no baseline: --write-baseline writes one.")
+        return _validated(Baseline, document)
+
+    return _read(path, load)
 
 
 def _read(path: Path, load: Callable[[str], _Document]) -> _Document:

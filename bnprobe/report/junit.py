@@ -13,7 +13,7 @@ from bnprobe.records import LayerComparison, LintReport, Report, Verdict, Verifi
 from bnprobe.report import figures, verify
 from bnprobe.report.findings import MODEL, model_of, text_of, title_of_finding
 from bnprobe.report.page import ARROW, UNMEASURED, RenderOptions, clean
-from bnprobe.rules.findings import UNEXPLAINED, findings, is_failure
+from bnprobe.rules.findings import UNEXPLAINED, failures, findings
 
 if TYPE_CHECKING:
     from junitparser import TestCase
@@ -29,7 +29,8 @@ def render(report: Report | LintReport, options: RenderOptions) -> str:
     if scan is not None:
         facts |= {"data": scan.data, "batch_size": str(scan.batch_size), "seed": str(scan.seed)}
     name = f"bnprobe {'lint' if scan is None else 'scan'} {model_of(report)}"
-    cases = [_case(verdict, report) for verdict in verdicts]
+    failing = {(found.rule, found.layer) for found in failures(report)}
+    cases = [_case(verdict, (verdict.rule, verdict.layer) in failing) for verdict in verdicts]
     return _document(name, cases, facts, options, seconds=0.0 if scan is None else scan.seconds)
 
 
@@ -42,13 +43,13 @@ def render_verify(found: Verification, options: RenderOptions) -> str:
     return _document("bnprobe verify", [*cases, whole], {}, options)
 
 
-def _case(verdict: Verdict, report: Report | LintReport) -> TestCase:
+def _case(verdict: Verdict, counts: bool) -> TestCase:
     from junitparser import Skipped
 
     case = _named(f"{verdict.layer or MODEL} ({title_of_finding(verdict)})", verdict.rule)
     if verdict.outcome == "skipped":
         case.result = [Skipped(_safe(verdict.reason or verdict.message))]
-    elif verdict.outcome == "failed" and is_failure(report, verdict):
+    elif verdict.outcome == "failed" and counts:
         where = f"{verdict.location}: " if verdict.location else ""
         _fail(case, verdict.message, verdict.cause, f"{where}{text_of(verdict)}")
     elif verdict.outcome == "failed":

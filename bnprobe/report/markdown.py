@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from bnprobe.numbers import IN_MODE, count, percent
-from bnprobe.records import Diagnosis, Layer, LintReport, Report, SkippedLayer, Verification
-from bnprobe.report import figures, lint, verify
+from bnprobe.records import BaselineComparison, Diagnosis, Layer, LintReport, Report, SkippedLayer, Verification
+from bnprobe.report import baseline, figures, lint, verify
 from bnprobe.report.charts import largest
 from bnprobe.report.diagnoses import closing
 from bnprobe.report.layers import sign_of, worst_first
@@ -36,6 +36,7 @@ def render_scan(report: Report, options: RenderOptions) -> str:
         f"### bnprobe: {end.sign} {prose(end.headline)}",
         _scanned(report),
         *map(prose, end.sentences),
+        _against(report.baseline),
         *_diagnoses(report.diagnoses),
         f"{prose(end.step.why)}\n\n{_block(end.step.command)}" if end.step.command else "",
         _layers(worst),
@@ -53,6 +54,7 @@ def render_lint(report: LintReport, options: RenderOptions) -> str:
     notes = "\n".join(f"- {prose(note)}" for note in report.notes)
     parts = [
         f"### bnprobe lint: {sign} {prose(lint.one_line(report))}",
+        _against(report.baseline),
         *_diagnoses(report.diagnoses),
         _folded("Notes", notes),
         _skipped(report.skipped),
@@ -127,6 +129,13 @@ def _diagnoses(diagnoses: Sequence[Diagnosis]) -> list[str]:
         head = f"{number}. {SEVERITY_SIGNS[diagnosis.severity]} **{title}** ({prose(diagnosis.rule)}):"
         items.append(f"{head} {prose(diagnosis.message)}\n   **What to do:** {prose(diagnosis.remedy)}")
     return ["\n".join(items)] if items else []
+
+
+def _against(known: BaselineComparison | None) -> str:
+    if known is None:
+        return ""
+    items = [f"- {prose(text)}" for text in baseline.sentences(known, show_all=False)]
+    return "\n".join([f"{prose(baseline.heading(known))}.", "", *items])
 
 
 def _layers(layers: Sequence[Layer]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from bnprobe.printable import escaped_json
-from bnprobe.records import LintReport, Report, Severity, Verdict
+from bnprobe.records import BaselineState, LintReport, Report, Severity, Verdict
 from bnprobe.report.findings import MODEL, Place, model_of, place_of, text_of, title_of_finding
 from bnprobe.report.page import RenderOptions
 from bnprobe.rules import rule_of
@@ -24,6 +24,8 @@ SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sar
 
 LEVELS: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "note"}
 
+STATES: dict[BaselineState, str] = {"new": "new", "worse": "updated", "known": "unchanged"}
+
 FINGERPRINT = "bnprobeFinding/v1"
 """Of rule, model and layer, whatever else changes: the same finding of two runs has the same one."""
 
@@ -32,12 +34,18 @@ def render(report: Report | LintReport, options: RenderOptions) -> str:
     """The findings of a scan or a lint as a SARIF log of one run."""
     found = findings(report)
     codes = list(dict.fromkeys(finding.rule for finding in found))
+    known = () if report.baseline is None else report.baseline.changes
+    states = {(each.rule, each.layer): {"baselineState": STATES[each.state]} for each in known if each.state in STATES}
     first = {finding.rule: finding for finding in reversed(found)}
+    results = [
+        _result(finding, codes.index(finding.rule), report) | states.get((finding.rule, finding.layer), {})
+        for finding in found
+    ]
     run = {
         "tool": {"driver": _driver(report, [_rule(first[code]) for code in codes])},
         "columnKind": "unicodeCodePoints",
         "invocations": [_invocation(report)],
-        "results": [_result(finding, codes.index(finding.rule), report) for finding in found],
+        "results": results,
         "properties": {"model": model_of(report)},
     }
     text = json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=False)

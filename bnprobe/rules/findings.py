@@ -45,15 +45,21 @@ def findings(report: Report | LintReport, narrowed: bool | None = None) -> tuple
     )
 
 
-def is_failure(report: Report | LintReport, finding: Verdict) -> bool:
-    """Whether a finding makes a command exit with 1.
+def failures(report: Report | LintReport, narrowed: bool | None = None) -> tuple[Verdict, ...]:
+    """The findings that make a command exit with 1.
 
     Warnings of a scan do not: what only looks like a mistake was measured to be harmless. In a lint nothing was
-    measured, and they do. Nothing counts on synthetic inputs.
+    measured, and they do. Nothing counts on synthetic inputs, and nothing that a baseline knows, if it is no worse now.
     """
-    if isinstance(report, LintReport):
-        return finding.severity != "info"
-    return finding.severity == "error" and not report.scan.synthetic
+    if isinstance(report, Report) and report.scan.synthetic:
+        return ()
+    counted = ("error", "warning") if isinstance(report, LintReport) else ("error",)
+    known = set() if report.baseline is None else {(each.rule, each.layer) for each in report.baseline.of("known")}
+    return tuple(
+        finding
+        for finding in findings(report, narrowed)
+        if finding.severity in counted and (finding.rule, finding.layer) not in known
+    )
 
 
 def _is_narrowed(report: Report) -> bool:

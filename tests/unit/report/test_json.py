@@ -56,7 +56,10 @@ def test_the_schema_closes_every_object_and_describes_its_fields() -> None:
     objects = [document, *document["$defs"].values()]
     assert [body["title"] for body in objects if body["additionalProperties"] is not False] == []
     optional = {body["title"]: set(body["properties"]) - set(body["required"]) for body in objects}
-    assert {title: names for title, names in optional.items() if names} == {"PathMeasurement": {"statistics"}}
+    assert {title: names for title, names in optional.items() if names} == {
+        "PathMeasurement": {"statistics"},
+        "bnprobe report": {"baseline"},
+    }
     path = document["$defs"]["PathMeasurement"]["properties"]
     assert path["interval"]["description"] == (
         "95% interval of ``mismatch``, over micro-batches; the upper end is None where it cannot be told: after one"

@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 from bnprobe.records import Diagnosis, LintReport, Report, SweepReport, Verdict, Verification
 from bnprobe.report import FORMATS, RenderOptions, render
 from bnprobe.report.findings import MODEL
-from bnprobe.rules.findings import UNEXPLAINED, findings, is_failure
+from bnprobe.rules.findings import UNEXPLAINED, failures, findings
 
 FOUND = [document(*case) for case in CASES if case[0] in ("scan", "lint")]
 NASTY = "=cmd|'/c calc'!A1\n::error::x %0A ]]> <script>&amp; @user #1 `x` | \x1b[2J\x00\x9b\u202e\ud800 www.x.org"
@@ -119,7 +119,7 @@ def test_junit_has_a_case_for_each_verdict_and_fails_what_counts(found: Report |
     suite, result = xunitparser.parse(StringIO(render(found, "junit").partition("\n")[2]))
     outcomes = [verdict.outcome for verdict in found.verdicts]
     counted = findings(found)
-    failing = [finding for finding in counted if is_failure(found, finding)]
+    failing = failures(found)
     extra = sum(finding.rule == UNEXPLAINED for finding in counted)
     assert result.testsRun == len(found.verdicts) + extra
     assert len(result.failures) == len(failing)
