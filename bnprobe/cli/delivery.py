@@ -108,14 +108,7 @@ class Delivery:
         Raises:
             OutputError: Something could not be written, or has come into being meanwhile and is not to be replaced.
         """
-        options = RenderOptions(show_all=self._show_all, command=self._typed)
-        texts = {path: escaped_lines(render(document, options)) for path, render in self._files.items()}
-        written = {path: text for path, text in texts.items() if str(path) not in STDOUT}
-        if self._folder is not None:
-            make_folder(placed(self._folder), self._option)
-        contents = {**written, **(also or {})}
-        if contents:
-            write_all({placed(path): text for path, text in contents.items()}, self._force, self._option)
+        texts = self.write(document, also)
         streamed = [text for path, text in texts.items() if str(path) in STDOUT]
         for text in streamed:
             write_out(text)
@@ -125,6 +118,29 @@ class Delivery:
             say(f"Report written to {', '.join(map(str, texts))}.")
         if also:
             say(f"Baseline written to {', '.join(map(str, also))}.")
+
+    def write(self, document: object, also: Mapping[Path, str] | None = None) -> dict[Path, str]:
+        """Render the document and write all files or none.
+
+        Args:
+            document: What the command returned.
+            also: Files of ``--write-baseline`` and what they hold.
+
+        Returns:
+            What is in the files, and what stdout is to get by the name of a file.
+
+        Raises:
+            OutputError: Something could not be written, or has come into being meanwhile and is not to be replaced.
+        """
+        options = RenderOptions(show_all=self._show_all, command=self._typed)
+        texts = {path: escaped_lines(render(document, options)) for path, render in self._files.items()}
+        written = {path: text for path, text in texts.items() if str(path) not in STDOUT}
+        if self._folder is not None:
+            make_folder(placed(self._folder), self._option)
+        contents = {**written, **(also or {})}
+        if contents:
+            write_all({placed(path): text for path, text in contents.items()}, self._force, self._option)
+        return texts
 
     @property
     def _option(self) -> str:

@@ -28,6 +28,13 @@ from bnprobe.records.baseline import (
     BaselineState,
     KnownFinding,
 )
+from bnprobe.records.comparison import (
+    ComparedScan,
+    Comparison,
+    LayerPoint,
+    LayerTrend,
+    Trend,
+)
 from bnprobe.records.findings import (
     EXEMPT,
     FREE_REMEDIES,
@@ -130,6 +137,8 @@ __all__ = [
     "Cause",
     "Chance",
     "ChanceValues",
+    "ComparedScan",
+    "Comparison",
     "Composition",
     "Conclusion",
     "Diagnosis",
@@ -152,6 +161,8 @@ __all__ = [
     "Layer",
     "LayerChange",
     "LayerComparison",
+    "LayerPoint",
+    "LayerTrend",
     "LintReport",
     "Measure",
     "MomentumCurve",
@@ -188,6 +199,7 @@ __all__ = [
     "Tool",
     "Tracking",
     "TrainingStep",
+    "Trend",
     "Updates",
     "Verdict",
     "Verification",

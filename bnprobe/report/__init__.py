@@ -12,9 +12,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from bnprobe.errors import UsageError
-from bnprobe.records import ExportReport, LintReport, Plan, Report, SweepReport, Verification
+from bnprobe.records import Comparison, ExportReport, LintReport, Plan, Report, SweepReport, Verification
 from bnprobe.registry import Registry
 from bnprobe.report import (
+    compare,
     csv,
     export,
     github,
@@ -44,6 +45,7 @@ DOCUMENTS: Mapping[type, str] = {
     RepairReport: "the record of a repair",
     Verification: "the report of a verification",
     ExportReport: "the report of an export",
+    Comparison: "the comparison of scans",
 }
 """What there is to render, and what messages call it."""
 
@@ -55,6 +57,7 @@ OF_COMMANDS: Mapping[str, tuple[type, ...]] = {
     "recalibrate": (RepairReport,),
     "verify": (Verification,),
     "export": (ExportReport,),
+    "compare": (Comparison,),
 }
 """What the commands give to render; ``bnprobe show`` renders all."""
 
@@ -100,6 +103,7 @@ FORMATS: Registry[Format] = Registry(
                 RepairReport: repair.render,
                 Verification: verify.render,
                 ExportReport: export.render,
+                Comparison: compare.render,
             },
             suffix=".txt",
         ),
@@ -126,12 +130,22 @@ FORMATS: Registry[Format] = Registry(
         ),
         Format(
             "markdown",
-            {Report: markdown.render_scan, LintReport: markdown.render_lint, Verification: markdown.render_verify},
+            {
+                Report: markdown.render_scan,
+                LintReport: markdown.render_lint,
+                Verification: markdown.render_verify,
+                Comparison: markdown.render_compare,
+            },
             suffix=".md",
         ),
         Format(
             "csv",
-            {Report: csv.render_scan, SweepReport: csv.render_sweep, Verification: csv.render_verify},
+            {
+                Report: csv.render_scan,
+                SweepReport: csv.render_sweep,
+                Verification: csv.render_verify,
+                Comparison: csv.render_compare,
+            },
         ),
     ],
     name_of=lambda row: row.name,

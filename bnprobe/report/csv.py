@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from io import StringIO
 
 from bnprobe.printable import escaped
-from bnprobe.records import SOURCES, Layer, PathMeasurement, Report, SweepReport, Verification
+from bnprobe.records import SOURCES, Comparison, Layer, LayerPoint, PathMeasurement, Report, SweepReport, Verification
 from bnprobe.report.page import RenderOptions
 
 Cell = str | int | float | bool | None
@@ -61,6 +61,27 @@ def render_verify(found: Verification, options: RenderOptions) -> str:
         }
         for layer in found.layers
     )
+
+
+def render_compare(found: Comparison, options: RenderOptions) -> str:
+    """Every layer in every scan."""
+    return _table(
+        {
+            "scan": scan.name,
+            "layer": layer.name,
+            **_point(point),
+        }
+        for layer in found.layers
+        for scan, point in zip(found.scans, layer.points, strict=True)
+    )
+
+
+def _point(point: LayerPoint | None) -> dict[str, Cell]:
+    names = (*_MEASURED[:4], "flagged", "undecided")
+    if point is None:
+        return dict.fromkeys(names)
+    measured = (point.mismatch, *point.interval, point.equivalent_batch_size, point.flagged, point.undecided)
+    return dict(zip(names, measured, strict=True))
 
 
 def _scanned(layer: Layer, report: Report) -> Iterator[dict[str, Cell]]:

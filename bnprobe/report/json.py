@@ -23,6 +23,7 @@ from bnprobe.records import (
     OMITTED_WHEN_EMPTY,
     SCHEMA_VERSION,
     Baseline,
+    Comparison,
     Difference,
     ExportReport,
     LintReport,
@@ -82,7 +83,7 @@ def load_report(text: str) -> Report:
 
 
 READABLE: tuple[type[Record], ...] = (
-    *(Report, LintReport, SweepReport, Plan, RepairRecord, Verification, ExportReport),
+    *(Report, LintReport, SweepReport, Plan, RepairRecord, Verification, ExportReport, Comparison),
 )
 """Records that are documents of their own; which one a document is, its keys say."""
 

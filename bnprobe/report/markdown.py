@@ -10,8 +10,17 @@ import re
 from collections.abc import Iterable, Sequence
 
 from bnprobe.numbers import IN_MODE, count, percent
-from bnprobe.records import BaselineComparison, Diagnosis, Layer, LintReport, Report, SkippedLayer, Verification
-from bnprobe.report import baseline, figures, lint, verify
+from bnprobe.records import (
+    BaselineComparison,
+    Comparison,
+    Diagnosis,
+    Layer,
+    LintReport,
+    Report,
+    SkippedLayer,
+    Verification,
+)
+from bnprobe.report import baseline, compare, figures, lint, verify
 from bnprobe.report.charts import largest
 from bnprobe.report.diagnoses import closing
 from bnprobe.report.layers import sign_of, worst_first
@@ -77,6 +86,21 @@ def render_verify(found: Verification, options: RenderOptions) -> str:
         f"### bnprobe verify: {FINE if found.passed else FLAGGED} {prose(verify.one_line(found))}",
         "\n".join(f"- {prose(problem)}" for problem in found.problems),
         _folded(count(len(found.layers), "layer"), table),
+        _folded("Notes", "\n".join(f"- {prose(note)}" for note in found.notes)),
+    ]
+    return _document(parts)
+
+
+def render_compare(found: Comparison, options: RenderOptions) -> str:
+    """The scans, and the layers that changed most."""
+    columns = compare.scan_rows(found)
+    scans = [(code(scan.name), *cells) for scan, *cells in zip(found.scans, *columns.values(), strict=True)]
+    shown = compare.most_changed(found, options.show_all)
+    layers = [(code(name), *rest) for name, *rest in compare.rows(shown)]
+    parts = [
+        f"### bnprobe compare: {compare.sign(found)} {prose(compare.one_line(found))}",
+        _table(("scan", *columns), [(name, *map(prose, cells)) for name, *cells in scans]),
+        _table(("layer", "D, first", "D, last", "change", ""), layers),
         _folded("Notes", "\n".join(f"- {prose(note)}" for note in found.notes)),
     ]
     return _document(parts)

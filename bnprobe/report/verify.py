@@ -44,7 +44,8 @@ def render(found: Verification, options: RenderOptions) -> str:
 
 def one_line(found: Verification) -> str:
     """The result in one line, e.g. "passed: 6 of 9 layers flagged before, none after"."""
-    return f"{'passed' if found.passed else 'failed'}: {_flagged(found)}"
+    result = "no change" if found.unchanged else "passed" if found.passed else "failed"
+    return f"{result}: {_flagged(found)}"
 
 
 def before_and_after(
@@ -106,6 +107,8 @@ def _closing(found: Verification, page: Page) -> list[Text]:
             (UNDECIDED, "The repair is not proved.") if unproved else (FLAGGED, "The repair does not hold.")
         )
         return page.verdict(sign, headline, (*found.problems, NO_SCORES))
+    if found.unchanged:
+        return page.verdict(FINE, "No change: both reports have the same figures.")
     unsure = _undecided(found)
     also = f" ({unsure} undecided)" if unsure else ""
     text = f"The repair holds: no layer is flagged{also}{outputs}."
