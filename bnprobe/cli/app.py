@@ -16,6 +16,7 @@ import typer.main
 from bnprobe._version import __version__
 from bnprobe.cli.command import Command, clean_usage, writing_help
 from bnprobe.cli.compare import compare
+from bnprobe.cli.config import config
 from bnprobe.cli.convert import convert
 from bnprobe.cli.explain import explain
 from bnprobe.cli.export import export
@@ -93,7 +94,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
 )
-for _each in (scan, sweep, lint, convert, recalibrate, verify, compare, show, export, explain, init):
+for _each in (scan, sweep, lint, convert, recalibrate, verify, compare, show, export, explain, config, init):
     app.command(cls=SweepCommand if _each is sweep else Command, help=docstring(_each))(_each)
 
 
