@@ -68,22 +68,6 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise OutputError(f"{path} could not be written: {reason_of(error)}.") from None
 
 
-def write_new(path: Path, content: str | bytes, force: bool, option: str = "--output") -> None:
-    """Write a file atomically, as ``write_whole`` does.
-
-    Args:
-        path: A file, a pipe or a device.
-        content: Text is encoded as UTF-8.
-        force: Whether an existing file may be replaced.
-        option: What named the file, for messages.
-
-    Raises:
-        OutputError: The file exists, or could not be written; it is unchanged.
-    """
-    require_new([path], force, option)
-    write_whole(path, content)
-
-
 def require_writable(path: Path, option: str = "--output") -> None:
     """Reject an output file that cannot be written, before anything is computed.
 
@@ -105,6 +89,33 @@ def require_writable(path: Path, option: str = "--output") -> None:
         raise OutputError(f"The folder {folder} of {option} does not exist; create it first.")
     if not os.access(folder, os.W_OK):
         raise OutputError(f"The folder {folder} of {option} is not writable.")
+
+
+def require_folder(folder: Path, option: str = "--output-dir") -> None:
+    """Reject a folder for files that cannot be made or written to, before anything is computed.
+
+    Raises:
+        OutputError: Something else has its name, or the nearest folder above it that exists is read-only.
+    """
+    above = folder
+    while not exists(above) and above != above.parent:
+        above = above.parent
+    if not is_folder(above):
+        raise OutputError(f"{option} {folder} cannot be a folder: {above} is a file.")
+    if not os.access(above, os.W_OK):
+        raise OutputError(f"The folder {above} of {option} is not writable.")
+
+
+def make_folder(folder: Path, option: str = "--output-dir") -> None:
+    """Make a folder, and those above it, where there is none.
+
+    Raises:
+        OutputError: It could not be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{option} {folder} could not be made: {reason_of(error)}.") from None
 
 
 def refuse_input(output: Path, inputs: Iterable[str | Path], option: str = "--output") -> None:
@@ -140,7 +151,7 @@ def require_new(paths: Iterable[Path], force: bool, option: str = "-o") -> None:
         raise OutputError(f"{', '.join(existing)} already {exist}; give another {option}, or --force to overwrite.")
 
 
-def write_all(contents: Mapping[Path, bytes | str], force: bool = False) -> None:
+def write_all(contents: Mapping[Path, bytes | str], force: bool = False, option: str = "-o") -> None:
     """Write several files, all or none: temporary files are written first, then all are renamed.
 
     If a rename fails, or Ctrl-C comes between two of them, the earlier ones are undone. Symbolic links are followed,
@@ -149,11 +160,12 @@ def write_all(contents: Mapping[Path, bytes | str], force: bool = False) -> None
     Args:
         contents: Content of each file; text is encoded as UTF-8.
         force: Whether existing files may be replaced.
+        option: What named the files, for messages.
 
     Raises:
         OutputError: A file exists or could not be written; no file has changed.
     """
-    require_new(contents, force)
+    require_new(contents, force, option)
     staged: dict[Path, Path] = {}
     try:
         with contextlib.ExitStack() as opened:

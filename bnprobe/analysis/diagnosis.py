@@ -24,16 +24,15 @@ from itertools import accumulate
 
 from bnprobe.config.spec import RuleExemption, RulesSpec, matches_any
 from bnprobe.numbers import count
-from bnprobe.records import EXEMPT, SOURCES, Cause, Diagnosis, Layer, LintReport, Report, Severity, Verdict
+from bnprobe.records import EXEMPT, SOURCES, Cause, Diagnosis, Layer, LintReport, Report, Verdict
 from bnprobe.rules import RULES, Rule, effect
 from bnprobe.rules.facts import Facts
+from bnprobe.rules.findings import SEVERITIES, failures
 from bnprobe.rules.selection import matches_code, selected
 from bnprobe.rules.shares import SHARES, STATISTICS_CAUSES, ShareRule, found_against, share_of
 
 Group = tuple[str, ...]
 """Names of the layers of one diagnosis, in network order."""
-
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
 _Key = tuple[str, str | None]
 """Rule and layer."""
@@ -376,25 +375,12 @@ def _fraction_of(layer: Layer, causes: set[Cause]) -> float | None:
 
 def lint_has_findings(report: LintReport) -> bool:
     """Whether a rule failed with more than a remark. Warnings count, unlike in a scan: nothing was measured."""
-    return any(verdict.outcome == "failed" and verdict.severity != "info" for verdict in report.verdicts)
+    return bool(failures(report))
 
 
 def has_findings(report: Report, rules: RulesSpec) -> bool:
     """Whether a cause is an error, or a layer is flagged without an explanation by any rule; never on synthetic inputs.
 
-    Warnings do not count: what only looks like a mistake was measured to be harmless. Remarks explain nothing. A
-    flagged layer whose rules the user ignores or exempts is accepted, and so is one where loss and metric are known to
-    be no worse at inference.
+    See ``bnprobe.rules.findings``.
     """
-    if report.scan.synthetic:
-        return False
-    failed = [verdict for verdict in report.verdicts if verdict.outcome == "failed"]
-    if any(verdict.severity == "error" for verdict in failed):
-        return True
-    if effect.inconsistency(report.summary.gaps, report.summary.chance).is_no_worse:
-        return False
-    excused = {verdict.layer for verdict in report.verdicts if verdict.message.startswith(EXEMPT)}
-    explained = {verdict.layer for verdict in failed if verdict.severity != "info"} | excused
-    left = {layer.name for layer in report.layers if layer.flagged and layer.name not in explained}
-    narrowed = bool(rules.select or rules.ignore)
-    return bool(left & {verdict.layer for verdict in failed} if narrowed else left)
+    return bool(failures(report, narrowed=bool(rules.select or rules.ignore)))

@@ -15,6 +15,8 @@ import typer.main
 
 from bnprobe._version import __version__
 from bnprobe.cli.command import Command, clean_usage, writing_help
+from bnprobe.cli.compare import compare
+from bnprobe.cli.config import config
 from bnprobe.cli.convert import convert
 from bnprobe.cli.explain import explain
 from bnprobe.cli.export import export
@@ -32,6 +34,7 @@ from bnprobe.cli.processes import (
 )
 from bnprobe.cli.recalibrate import recalibrate
 from bnprobe.cli.scan import scan
+from bnprobe.cli.show import show
 from bnprobe.cli.streams import forget_odd_sizes, occupy_closed_streams, say, write_out
 from bnprobe.cli.sweep import SweepCommand, sweep
 from bnprobe.cli.verify import verify
@@ -91,7 +94,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
 )
-for _each in (scan, sweep, lint, convert, recalibrate, verify, export, explain, init):
+for _each in (scan, sweep, lint, convert, recalibrate, verify, compare, show, export, explain, config, init):
     app.command(cls=SweepCommand if _each is sweep else Command, help=docstring(_each))(_each)
 
 

@@ -1,4 +1,4 @@
-"""What commands write: reports to stdout or a file, progress to stderr."""
+"""What commands write for people: reports to stdout, progress to stderr."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TextIO
 
 from rich.cells import cell_len
@@ -15,76 +14,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from bnprobe.cli.streams import forget_odd_sizes, say, start, write_out
-from bnprobe.errors import OutputError, UsageError
-from bnprobe.files import require_new, write_new
-from bnprobe.paths import placed
 from bnprobe.printable import escaped, escaped_lines
 from bnprobe.records import TrainingStep
-from bnprobe.report import FORMATS, Renderer, RenderOptions, figures
+from bnprobe.report import Renderer, RenderOptions, figures
 from bnprobe.report.page import clean
 
-STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
-"""Names of stdout among files."""
 
-
-def check_output(output: Path | None, force: bool, format_: str) -> None:
-    """Reject an output that cannot be written or that exists, before anything is measured.
-
-    Raises:
-        OutputError: The folder is missing or read-only, the path is a folder, or the file exists and is not to be
-            replaced; or there is no output and stdout is closed.
-        UsageError: There is no output, stdout is a terminal, and the format is none that a terminal shows.
-    """
-    if output is None:
-        if start().stdout is None:
-            raise OutputError("stdout is closed: give --output FILE for the report.")
-        check_printed(format_, f"give --output report.{format_}")
-    elif str(output) not in STDOUT:
-        require_new([output], force, "--output")
-
-
-def check_printed(format_: str, instead: str) -> None:
-    """Reject a format that a terminal does not show, where stdout is one, before anything is measured.
+def print_report(document: object, render: Renderer, show_all: bool = False, command: str | None = None) -> None:
+    """Render a document for the terminal that stdout is, or the pipe, and write it there.
 
     Args:
-        format_: Name of the format.
-        instead: What to do, a clause.
+        document: What is rendered.
+        render: A format's function for it.
+        show_all: Show every layer.
+        command: The command that suggestions are variants of; None: the one that runs; empty: not known.
 
     Raises:
-        UsageError: The document would be printed on a terminal.
+        OutputError: It could not be written.
     """
-    opens, stdout = FORMATS[format_].opens, start().stdout
-    if opens and stdout is not None and stdout.isatty():
-        raise UsageError(f"--format {format_} makes a file for {opens}, and stdout is a terminal: {instead}.")
+    options = _terminal_options(show_all, typed_command() if command is None else command)
+    text = render(document, options)
+    write_out(text if options.color else escaped_lines(text))
 
 
-def deliver(
-    document: object,
-    render: Renderer,
-    output: Path | None = None,
-    show_all: bool = False,
-    summary: str = "",
-    force: bool = False,
-) -> None:
-    """Write the rendered document to ``output`` and the summary to stderr; without ``output``, to stdout.
-
-    Raises:
-        OutputError: It could not be written, or has come into being meanwhile and is not to be replaced.
-    """
-    if output is None:
-        options = _terminal_options(show_all)
-        text = render(document, options)
-        write_out(text if options.color else escaped_lines(text))
-        return
-    text = escaped_lines(render(document, RenderOptions(show_all=show_all, command=typed_command())))
-    if str(output) in STDOUT:
-        write_out(text)
-    else:
-        write_new(placed(output), text, force)
-    say(f"{summary}; report written to {output}")
-
-
-def _terminal_options(show_all: bool) -> RenderOptions:
+def _terminal_options(show_all: bool, command: str) -> RenderOptions:
     stdout = start().stdout
     terminal = stdout is not None and stdout.isatty()
     return RenderOptions(
@@ -92,7 +45,7 @@ def _terminal_options(show_all: bool) -> RenderOptions:
         color=terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb",
         show_all=show_all,
         unicode=_can_encode("✗▁█│×", None if stdout is None else stdout.encoding),
-        command=typed_command(),
+        command=command,
     )
 
 

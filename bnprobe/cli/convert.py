@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +16,8 @@ from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
 
 if TYPE_CHECKING:
     from bnprobe.cli.artifacts import Artifacts
+    from bnprobe.cli.delivery import Delivery
     from bnprobe.config.spec import Spec
-    from bnprobe.report import Renderer
 
 REPAIR, TRAINING, PROOF = "Repair", "Fine-tuning", "Comparison"
 
@@ -133,7 +134,8 @@ def convert(
         ),
     ] = None,
     force: options.Force = False,
-    format_: options.ReportFormat = options.TERMINAL,
+    format_: options.ReportFormat = None,
+    output_dir: options.OutputDir = None,
     show_all: options.ShowAll = False,
 ) -> None:
     """Convert the layers that a scan flags, fine-tune, measure the gain over plain BN, and write deployable weights.
@@ -142,11 +144,10 @@ def convert(
     or the weights score worse than as loaded and were not written; 2 error in usage, spec or your code; 3 nothing could
     be probed, or training was stopped.
     """
-    from bnprobe.cli.console import check_printed
+    from bnprobe.cli.delivery import Delivery
     from bnprobe.config.load import build_spec
     from bnprobe.config.targets import TARGETS, require_used
     from bnprobe.records import Plan
-    from bnprobe.report import renderer
     from bnprobe.report.repair import RepairReport
 
     given = options.overrides(context)
@@ -157,16 +158,15 @@ def convert(
     spec = _with_rate(_with_length(build_spec(target, given), steps, epochs), rate)
     settings = {name: given.get(f"repair.{name}") for each in TARGETS for name in each.settings}
     require_used(spec.repair.to, settings, _as_option)
+    delivery = partial(Delivery, "convert", formats=format_, folder=output_dir, force=force, show_all=show_all)
     if check or dry_run:
-        render = renderer(format_, Plan)
         option = "--check" if check else "--dry-run"
-        _refuse_beside(option, finetune=finetune, output=output, resume=resume, require=require, force=force)
-        raise typer.Exit(_show_plan(spec, check, render, show_all))
+        useless = force and output_dir is None
+        _refuse_beside(option, finetune=finetune, output=output, resume=resume, require=require, force=useless)
+        raise typer.Exit(_show_plan(spec, check, delivery(Plan)))
     if output is None:
         raise UsageError("convert writes weights: give -o FILE.safetensors, or --dry-run or --check for the plan only.")
-    render = renderer(format_, RepairReport)
-    check_printed(format_, f"send it to a file, > report.{format_}")
-    raise typer.Exit(_repair(spec, output, render, finetune=finetune, resume=resume, force=force, show_all=show_all))
+    raise typer.Exit(_repair(spec, output, delivery(RepairReport), finetune=finetune, resume=resume, force=force))
 
 
 def _as_option(name: str, value: Any) -> str:
@@ -203,22 +203,21 @@ def _refuse_beside(option: str, **others: Any) -> None:
             )
 
 
-def _show_plan(spec: Spec, check: bool, render: Renderer, show_all: bool) -> int:
+def _show_plan(spec: Spec, check: bool, delivery: Delivery) -> int:
     """Print the plan; the exit code."""
-    from bnprobe.cli.console import deliver, progress_bar
+    from bnprobe.cli.console import progress_bar
     from bnprobe.cli.processes import importing
 
+    delivery.check()
     with progress_bar() as show:
         with importing():
             from bnprobe.commands.convert import plan_spec
         plan = plan_spec(spec, show)
-    deliver(plan, render, show_all=show_all)
+    delivery.deliver(plan)
     return EXIT_FINDINGS if check and (plan.changes or plan.refused) else EXIT_CLEAN
 
 
-def _repair(
-    spec: Spec, output: Path, render: Renderer, *, finetune: bool, resume: bool, force: bool, show_all: bool
-) -> int:
+def _repair(spec: Spec, output: Path, delivery: Delivery, *, finetune: bool, resume: bool, force: bool) -> int:
     """Repair, write and print; the exit code."""
     from bnprobe.cli.artifacts import Artifacts
     from bnprobe.config.requirements import parse_requirement
@@ -232,14 +231,15 @@ def _repair(
     with artifacts.alone() if is_main() else nullcontext():
         if is_main():
             artifacts.check(resume)
-        return _repair_alone(spec, artifacts, render, finetune=finetune, resume=resume, force=force, show_all=show_all)
+            delivery.check()
+        return _repair_alone(spec, artifacts, delivery, finetune=finetune, resume=resume, force=force)
 
 
 def _repair_alone(
-    spec: Spec, artifacts: Artifacts, render: Renderer, *, finetune: bool, resume: bool, force: bool, show_all: bool
+    spec: Spec, artifacts: Artifacts, delivery: Delivery, *, finetune: bool, resume: bool, force: bool
 ) -> int:
     """The same, as the only run that writes there."""
-    from bnprobe.cli.console import deliver, repair_bars, typed_command
+    from bnprobe.cli.console import repair_bars, typed_command
     from bnprobe.cli.processes import importing
     from bnprobe.report.repair import RepairReport
 
@@ -257,7 +257,7 @@ def _repair_alone(
         say("No layer needs repair: nothing was changed or written.")
         return EXIT_CLEAN
     record, files = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
-    deliver(RepairReport(record, repaired.before, repaired.after, files), render, show_all=show_all)
+    delivery.deliver(RepairReport(record, repaired.before, repaired.after, files))
     from bnprobe.analysis.comparison import is_proven
 
     return EXIT_CLEAN if is_proven(record) and record.weights is not None else EXIT_FINDINGS

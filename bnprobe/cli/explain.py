@@ -24,7 +24,7 @@ def explain(
     ] = None,
 ) -> None:
     """Print the manual of a rule: what it checks, why it matters, an example, the remedy, references."""
-    from bnprobe.cli.console import deliver
+    from bnprobe.cli.console import print_report
     from bnprobe.report import RenderOptions
     from bnprobe.report.page import Page, to_string
     from bnprobe.rules.selection import find_rule
@@ -35,7 +35,7 @@ def explain(
         page = Page.of(options)
         return to_string([list(_table(page) if rule is None else _manual(rule, page))], options.color)
 
-    deliver(rule, render)
+    print_report(rule, render)
 
 
 def _table(page: Page) -> Iterator[Text]:

@@ -63,25 +63,26 @@ def export(
         ),
     ] = None,
     force: Annotated[bool, options.option(options.REPORT, "--force", "Replace an output that exists.")] = False,
-    format_: options.ReportFormat = options.TERMINAL,
+    format_: options.ReportFormat = None,
+    output_dir: options.OutputDir = None,
 ) -> None:
     """Export a model for inference, and check that the file gives the model's outputs, also at other batch sizes.
 
     Exit codes: 0 written, 1 the outputs differ by more than the tolerance (nothing is written), 2 error in usage, spec
     or your code.
     """
-    from bnprobe.cli.console import deliver
+    from bnprobe.cli.delivery import Delivery
     from bnprobe.config.load import build_spec
     from bnprobe.files import refuse_input, require_new, write_all
     from bnprobe.records import ExportReport
-    from bnprobe.report import renderer
 
-    render = renderer(format_, ExportReport)
+    delivery = Delivery("export", ExportReport, format_, folder=output_dir, force=force)
     given = options.overrides(context)
     spec = build_spec(target, given)
     path = output or _default(spec, to)
     refuse_input(path, [target, *spec.files()], "-o")
     require_new([path], force)
+    delivery.check()
     exported = _export(spec, to, quantize)
     agrees = exported.relative <= tolerance
     if agrees:
@@ -96,7 +97,7 @@ def export(
         quantization=exported.quantization,
         notes=exported.notes,
     )
-    deliver(report, render)
+    delivery.deliver(report)
     raise typer.Exit(EXIT_CLEAN if agrees else EXIT_FINDINGS)
 
 

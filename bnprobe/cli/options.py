@@ -52,9 +52,10 @@ def complete_help(command: Any) -> None:
     command.help = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
     options = {parameter.name: parameter for parameter in command.params}
     if "format_" in options:
-        from bnprobe.report import FORMATS
+        from bnprobe.report import formats_of
 
-        options["format_"].metavar = escaped("|".join(FORMATS.names()))
+        names = [f"{name} (default)" if name == TERMINAL else name for name in formats_of(command.name)]
+        options["format_"].help = escaped(f"{', '.join(names)}; several with --output-dir.")
     if command.name == "convert":
         from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
 
@@ -233,12 +234,29 @@ Force = Annotated[
     bool,
     option(REPORT, "--force", "Replace outputs that exist; write weights even if they score worse than as loaded."),
 ]
-ForceReport = Annotated[bool, option(REPORT, "--force", "Replace the file of --output if it exists.")]
+ForceReport = Annotated[bool, option(REPORT, "--force", "Replace files of the report that exist.")]
 ReportFormat = Annotated[
-    str,
-    typer.Option("--format", help="Format of the report.", rich_help_panel=REPORT, parser=format_name),
+    list[str] | None,
+    typer.Option(
+        "--format",
+        help="Format of the report.",
+        rich_help_panel=REPORT,
+        metavar="NAME",
+        parser=format_name,
+    ),
 ]
 Output = Annotated[Path | None, option(REPORT, "--output", "Write the report to FILE, a new file.", "FILE")]
+OutputDir = Annotated[
+    Path | None,
+    option(REPORT, "--output-dir", "Write a file for each --format to DIR, named after command and format.", "DIR"),
+]
+KnownFindings = Annotated[
+    Path | None,
+    option(REPORT, "--baseline", "Exit 1 only for findings that are not in FILE, or worse than there.", "FILE"),
+]
+WriteBaseline = Annotated[
+    Path | None, option(REPORT, "--write-baseline", "Write the findings to FILE, to be known from now on.", "FILE")
+]
 ShowAll = Annotated[bool, option(REPORT, "--all", "Show every layer of a large network.")]
 ExitZero = Annotated[bool, option(REPORT, "--exit-zero", "Exit 0 even with findings.")]
 

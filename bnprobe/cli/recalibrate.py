@@ -80,7 +80,8 @@ def recalibrate(
     select: options.Select = None,
     ignore: options.Ignore = None,
     force: options.Force = False,
-    format_: options.ReportFormat = options.TERMINAL,
+    format_: options.ReportFormat = None,
+    output_dir: options.OutputDir = None,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
@@ -91,23 +92,22 @@ def recalibrate(
     """
     from bnprobe.analysis.diagnosis import has_findings
     from bnprobe.cli.artifacts import Artifacts
-    from bnprobe.cli.console import check_printed, deliver
+    from bnprobe.cli.delivery import Delivery
     from bnprobe.config.load import build_spec
-    from bnprobe.report import renderer
     from bnprobe.report.repair import RepairReport
     from bnprobe.rules.selection import selected
 
-    render = renderer(format_, RepairReport)
-    check_printed(format_, f"send it to a file, > report.{format_}")
+    delivery = Delivery("recalibrate", RepairReport, format_, folder=output_dir, force=force, show_all=show_all)
     artifacts = Artifacts(output, force)
     with artifacts.alone():
         artifacts.check()
+        delivery.check()
         given = options.overrides(context)
         spec = build_spec(target, given)
         selected(spec.rules)  # report a wrong code before torch is imported
         repaired = _recalibrate(spec, path, tuple(layers or ()), batches, include_frozen)
         record, files = artifacts.write(repaired.record, repaired.weights, repaired.before, repaired.after)
-    deliver(RepairReport(record, repaired.before, repaired.after, files), render, show_all=show_all)
+    delivery.deliver(RepairReport(record, repaired.before, repaired.after, files))
     if record.weights is None:
         raise typer.Exit(EXIT_FINDINGS)
     flagged = repaired.after is not None and has_findings(repaired.after, spec.rules)

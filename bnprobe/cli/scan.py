@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bnprobe.cli import options
+from bnprobe.cli.checkpoints import expanded
 from bnprobe.cli.processes import importing, is_main
 from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, BnprobeError, NothingToProbeError
 
@@ -20,7 +21,17 @@ FURTHER = "Further measurements"
 def scan(
     context: typer.Context,
     target: options.Target,
-    checkpoint: options.Checkpoint = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        options.option(
+            options.MODEL,
+            "--checkpoint",
+            "Weights: a file of safetensors or torch.save, or a folder with one. Several, or a pattern such as"
+            " 'run/*.ckpt', are scanned one after the other and compared.",
+            "PATH",
+        ),
+        options.Sets("checkpoint.path", lambda given: expanded(given)[0]),
+    ] = None,
     key: options.Key = None,
     strip_prefix: options.StripPrefix = None,
     model_arg: options.ModelArg = None,
@@ -65,41 +76,49 @@ def scan(
     exclude: options.Exclude = None,
     select: options.Select = None,
     ignore: options.Ignore = None,
-    format_: options.ReportFormat = options.TERMINAL,
+    format_: options.ReportFormat = None,
     output: options.Output = None,
+    output_dir: options.OutputDir = None,
+    baseline: options.KnownFindings = None,
+    write_baseline: options.WriteBaseline = None,
     force: options.ForceReport = False,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
     """Measure every BN layer in training and at inference; report which ones disagree, why, and what to do.
 
-    Exit codes: 0 no errors found (there may be warnings), 1 errors found, 2 error in usage, spec or your code, 3
-    nothing could be probed.
+    Exit codes: 0 no errors found (there may be warnings), 1 errors found (in one of several checkpoints), 2 error in
+    usage, spec or your code, 3 nothing could be probed.
     """
-    from bnprobe.cli.console import check_output, deliver
+    from bnprobe.cli.baselines import Baselines
+    from bnprobe.cli.checkpoints import Several
+    from bnprobe.cli.delivery import Delivery, with_command
     from bnprobe.config.load import build_spec
-    from bnprobe.files import refuse_input
     from bnprobe.records import Report
-    from bnprobe.report import renderer
-    from bnprobe.report.scan import one_line
     from bnprobe.rules.selection import selected
 
-    render = renderer(format_, Report)
+    paths = expanded(checkpoint or [])
+    if len(paths) > 1:
+        several = Several(paths, format_, output=output, folder=output_dir, force=force, show_all=show_all)
+        several.check(target, alone={"--baseline": baseline, "--write-baseline": write_baseline})
+        raise typer.Exit(several.scan(build_spec(target, options.overrides(context)), _measure, exit_zero))
+    delivery = Delivery("scan", Report, format_, output=output, folder=output_dir, force=force, show_all=show_all)
+    baselines = Baselines(baseline, write_baseline)
     if is_main():
-        check_output(output, force, format_)
+        delivery.check(baselines.read, baselines.written)
     given = options.overrides(context)
     spec = build_spec(target, given)
-    if output is not None:
-        refuse_input(output, [target, *spec.files()])
+    if is_main():
+        delivery.check([*baselines.read, target, *spec.files()], baselines.written)
     selected(spec.rules)  # report a wrong code before torch is imported
     try:
         report = _measure(spec)
     except BnprobeError as error:
         if error.report is not None and is_main():
-            deliver(error.report, render, output, show_all, one_line(error.report), force)
+            delivery.deliver(with_command(error.report))
         raise
-    if is_main():
-        deliver(report, render, output, show_all, one_line(report), force)
+    narrowed = bool(spec.rules.select or spec.rules.ignore)
+    report = baselines.deliver(with_command(report), narrowed, delivery if is_main() else None)
     from bnprobe.analysis.diagnosis import has_findings
 
     raise typer.Exit(EXIT_FINDINGS if has_findings(report, spec.rules) and not exit_zero else EXIT_CLEAN)

@@ -83,8 +83,9 @@ def sweep(
     threshold: options.Threshold = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
-    format_: options.ReportFormat = options.TERMINAL,
+    format_: options.ReportFormat = None,
     output: options.Output = None,
+    output_dir: options.OutputDir = None,
     force: options.ForceReport = False,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
@@ -93,28 +94,24 @@ def sweep(
 
     Exit codes: 0 clean at the scanned batch size, 1 findings, 2 error in usage, spec or your code, 3 nothing to probe.
     """
-    from bnprobe.cli.console import check_output, deliver
+    from bnprobe.cli.delivery import Delivery, with_command
     from bnprobe.config.load import build_spec
-    from bnprobe.files import refuse_input
     from bnprobe.records import SweepReport
-    from bnprobe.report import renderer
-    from bnprobe.report.sweep import one_line
 
     sizes = _sizes("--train-sizes", train_sizes)
     rates = _rates(momentum)
     if momentum is None and (shift is not None or scale is not None):
         raise UsageError("--shift and --scale change the data that --momentum replays: give --momentum too.")
-    render = renderer(format_, SweepReport)
-    check_output(output, force, format_)
+    delivery = Delivery("sweep", SweepReport, format_, output=output, folder=output_dir, force=force, show_all=show_all)
+    delivery.check()
     spec = build_spec(
         target,
         options.overrides(context),
     )
-    if output is not None:
-        refuse_input(output, [target, *spec.files()])
+    delivery.check([target, *spec.files()])
     replayed = {"rates": rates, "shift": shift, "scale": scale}
     report = _measure(spec, sizes, None if momentum is None else replayed)
-    deliver(report, render, output, show_all, one_line(report), force)
+    delivery.deliver(with_command(report))
     findings = any(layer.flagged for layer in report.layers) and not exit_zero
     raise typer.Exit(EXIT_FINDINGS if findings else EXIT_CLEAN)
 

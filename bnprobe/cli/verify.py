@@ -14,8 +14,9 @@ from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS
 def verify(
     before: Annotated[Path, typer.Argument(help="JSON report of a scan of the original model.", metavar="BEFORE")],
     after: Annotated[Path, typer.Argument(help="JSON report of a scan of the repaired model.", metavar="AFTER")],
-    format_: options.ReportFormat = options.TERMINAL,
+    format_: options.ReportFormat = None,
     output: options.Output = None,
+    output_dir: options.OutputDir = None,
     force: options.ForceReport = False,
     show_all: options.ShowAll = False,
 ) -> None:
@@ -25,18 +26,15 @@ def verify(
     not proved, because a flagged layer was not measured again; 2 a file is not a report, or the reports are of
     different models.
     """
-    from bnprobe.cli.console import check_output, deliver
+    from bnprobe.cli.delivery import Delivery
     from bnprobe.commands.verify import verify as compare
-    from bnprobe.files import refuse_input
     from bnprobe.records import Verification
-    from bnprobe.report import renderer
     from bnprobe.report.json import read_report
-    from bnprobe.report.verify import one_line
 
-    render = renderer(format_, Verification)
-    check_output(output, force, format_)
-    if output is not None:
-        refuse_input(output, [before, after])
+    delivery = Delivery(
+        "verify", Verification, format_, output=output, folder=output_dir, force=force, show_all=show_all
+    )
+    delivery.check([before, after])
     found = compare(read_report(before), read_report(after))
-    deliver(found, render, output, show_all, one_line(found), force)
+    delivery.deliver(found)
     raise typer.Exit(EXIT_CLEAN if found.passed else EXIT_FINDINGS)

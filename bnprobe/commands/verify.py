@@ -18,7 +18,8 @@ def verify(before: Report, after: Report) -> Verification:
     The repair passes if no layer is newly flagged, no flagged layer is still flagged or was not measured again, the
     outputs in training and at inference are not farther apart than before, and the batch size is not larger. A flagged
     layer counts as repaired if it gives the same output in training and at inference by construction, and if no batch
-    norm is left there; not so if ``--include``/``--exclude`` left it out.
+    norm is left there; not so if ``--include``/``--exclude`` left it out. Two reports with the same figures pass, and
+    the result says that nothing has changed.
 
     Args:
         before, after: Reports of scans of the same model.
@@ -27,12 +28,10 @@ def verify(before: Report, after: Report) -> Verification:
         UsageError: The reports have no layer in common.
     """
     first, last = ({layer.name: layer for layer in report.layers} for report in (before, after))
-    if not first.keys() & last.keys():
-        raise UsageError(_nothing_to_compare(before, after))
+    require_common(before, after)
     unjudged = {layer.name for layer in after.skipped if not layer.agrees} | last.keys()
     layers = tuple(
-        _compared(name, first.get(name), last.get(name), name in unjudged)
-        for name in _in_order(list(first), list(last))
+        _compared(name, first.get(name), last.get(name), name in unjudged) for name in in_order(list(first), list(last))
     )
     outputs = before.summary.output.relative_l2, after.summary.output.relative_l2
     problems = (
@@ -42,6 +41,9 @@ def verify(before: Report, after: Report) -> Verification:
         *_left_out(layers, after),
         *(() if _newly_tracked(first, last) else _outputs(*outputs)),
     )
+    same = (before.layers, before.summary, before.skipped) == (after.layers, after.summary, after.skipped)
+    unchanged = same and before.scan.batch_size == after.scan.batch_size and not after.scan.partial
+    problems = () if unchanged else problems
     return Verification(
         passed=not problems,
         problems=problems,
@@ -51,6 +53,7 @@ def verify(before: Report, after: Report) -> Verification:
         output_before=outputs[0],
         output_after=outputs[1],
         notes=tuple(_notes(before, after)),
+        unchanged=unchanged,
     )
 
 
@@ -59,6 +62,16 @@ def _newly_tracked(before: dict[str, Layer], after: dict[str, Layer]) -> bool:
     return any(
         after[name].running_statistics and not before[name].running_statistics for name in before if name in after
     )
+
+
+def require_common(before: Report, after: Report) -> None:
+    """Refuse reports that have no layer in common.
+
+    Raises:
+        UsageError: They have none; says whether they are of different models.
+    """
+    if not {layer.name for layer in before.layers} & {layer.name for layer in after.layers}:
+        raise UsageError(_nothing_to_compare(before, after))
 
 
 def _nothing_to_compare(before: Report, after: Report) -> str:
@@ -80,7 +93,7 @@ def _strangers(before: Report, after: Report) -> str:
     )
 
 
-def _in_order(before: list[str], after: list[str]) -> Iterator[str]:
+def in_order(before: list[str], after: list[str]) -> Iterator[str]:
     """All names in network order; new names keep their place from the second report."""
     known = set(before)
     waiting = iter(after)
@@ -162,11 +175,12 @@ def _outputs(before: float | None, after: float | None) -> Iterator[str]:
         yield "The outputs of training and inference could be compared before the repair, but not after it."
 
 
-def _notes(before: Report, after: Report) -> Iterator[str]:
+def differences(before: Report, after: Report, said: str = "") -> Iterator[str]:
+    """What differs between two scans beside the weights, a sentence each, without what is ``said`` elsewhere."""
     one, other = before.scan, after.scan
     compared = (
         ("model", one.model, other.model),
-        ("batch size", one.batch_size, min(one.batch_size, other.batch_size)),  # a larger one is a problem
+        ("batch size", one.batch_size, other.batch_size),
         ("data", one.data, other.data),
         ("seed", one.seed, other.seed),
         ("autocast", one.autocast, other.autocast),
@@ -175,8 +189,13 @@ def _notes(before: Report, after: Report) -> Iterator[str]:
         ("version of torch", before.environment.torch, after.environment.torch),
     )
     for what, first, last in compared:
-        if first != last:
+        if first != last and what != said:
             yield f"The {what} differs: {_value(first)} before, {_value(last)} after."
+
+
+def _notes(before: Report, after: Report) -> Iterator[str]:
+    one, other = before.scan, after.scan
+    yield from differences(before, after, said="batch size" if other.batch_size > one.batch_size else "")
     if one.partial:
         yield f"The first scan ended early ({one.stopped})."
     if other.synthetic:

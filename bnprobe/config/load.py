@@ -94,6 +94,13 @@ class Source:
         line = self.line(path)
         return f" ({self.name}, line {line})" if line else f" ({self.name})"
 
+    def origin(self, path: KeyPath) -> str:
+        """The source of a value in words, e.g. "spec.yaml, line 4" or "option --batch-size"."""
+        if self.name:
+            return self.place(path).strip(" ()")
+        key = self.key(path)
+        return f"option {key}" if key.startswith("--") else key
+
     def line(self, path: KeyPath) -> int | None:
         """Line of the key, or of its nearest parent key."""
         for end in range(len(path), 0, -1):
@@ -459,14 +466,67 @@ def build_spec(target: str, overrides: Mapping[str, Any]) -> Spec:
         SpecError: A file contains something that bnprobe does not understand.
         UsageError: An option has a wrong value.
     """
+    return validated(_sources(target, overrides))
+
+
+def _sources(target: str | None, overrides: Mapping[str, Any]) -> list[Source]:
+    """The sources of a spec, the later ones win; without a target those of the working directory."""
     options = option_source(overrides)
+    if target is None:
+        return [read_pyproject(Path()), options]
     if target.lower().endswith((".yaml", ".yml")):
         path = Path(target)
-        return validated([read_pyproject(path.parent), read_yaml(path), options])
+        return [read_pyproject(path.parent), read_yaml(path), options]
     options.values["model"] = {**options.values.get("model", {}), "target": target}
     location, _ = split_target(target)
     folder = Path(location).parent if is_file_target(target) else Path()
-    return validated([read_pyproject(folder), options])
+    return [read_pyproject(folder), options]
+
+
+DEFAULT = "default"
+"""The origin of a setting that nobody has set."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting that is in force.
+
+    Attributes:
+        section, key: Its place in a spec file; of a setting without a section the latter is empty.
+        value: As in JSON; None: not set.
+        origin: Where it comes from, e.g. "spec.yaml, line 4", "option --batch-size", "default".
+    """
+
+    section: str
+    key: str
+    value: Any
+    origin: str
+
+
+def settings_in_force(target: str | None, overrides: Mapping[str, Any]) -> list[Setting]:
+    """Every setting of a spec, and where it comes from.
+
+    Args:
+        target: As for `build_spec`; None: what the working directory and the options say.
+        overrides: As for `build_spec`.
+
+    Raises:
+        SpecError: A file contains something that bnprobe does not understand.
+        UsageError: An option has a wrong value.
+    """
+    sources = _sources(target, overrides)
+    spec, merged = validated([*([] if target else [Source({"model": {"target": ""}})]), *sources]), Merged()
+    for source in sources:
+        merged.add(source)
+    found = []
+    for section, value in spec.model_dump(mode="json").items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for key, part in parts:
+            path = (section, key) if key else (section,)
+            owner = merged.owners.get(path)
+            if (section, part) != ("model", ""):
+                found.append(Setting(section, key, part, DEFAULT if owner is None else owner.origin(path)))
+    return found
 
 
 def settings_from(options: Mapping[str, Any]) -> ScanSettings:

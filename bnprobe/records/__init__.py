@@ -20,6 +20,21 @@ from bnprobe.records.base import (
     Tool,
     leading,
 )
+from bnprobe.records.baseline import (
+    BASELINE_STATES,
+    Baseline,
+    BaselineChange,
+    BaselineComparison,
+    BaselineState,
+    KnownFinding,
+)
+from bnprobe.records.comparison import (
+    ComparedScan,
+    Comparison,
+    LayerPoint,
+    LayerTrend,
+    Trend,
+)
 from bnprobe.records.findings import (
     EXEMPT,
     FREE_REMEDIES,
@@ -101,6 +116,7 @@ from bnprobe.records.sweep import (
 )
 
 __all__ = [
+    "BASELINE_STATES",
     "DEFAULT_THRESHOLD",
     "EXEMPT",
     "FREE_REMEDIES",
@@ -112,12 +128,18 @@ __all__ = [
     "SOURCES",
     "Arm",
     "Backward",
+    "Baseline",
+    "BaselineChange",
+    "BaselineComparison",
+    "BaselineState",
     "BatchSizePoint",
     "BestRates",
     "CallMeasurement",
     "Cause",
     "Chance",
     "ChanceValues",
+    "ComparedScan",
+    "Comparison",
     "Composition",
     "Conclusion",
     "Curve",
@@ -137,9 +159,12 @@ __all__ = [
     "Histogram",
     "Impact",
     "Interval",
+    "KnownFinding",
     "Layer",
     "LayerChange",
     "LayerComparison",
+    "LayerPoint",
+    "LayerTrend",
     "LintReport",
     "Measure",
     "MomentumCurve",
@@ -176,6 +201,7 @@ __all__ = [
     "Tool",
     "Tracking",
     "TrainingStep",
+    "Trend",
     "Updates",
     "Verdict",
     "Verification",

@@ -11,7 +11,7 @@ SCHEMA_VERSION = 1
 Interval = tuple[float, float | None]
 """Lower and upper end of a 95% interval; None: no upper end can be given."""
 
-OMITTED_WHEN_EMPTY = frozenset({"statistics"})
+OMITTED_WHEN_EMPTY = frozenset({"baseline", "statistics"})
 """Fields that a document leaves out where they are empty."""
 
 

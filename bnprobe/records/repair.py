@@ -293,6 +293,7 @@ class Verification(Record):
         only_before, only_after: Names of the layers of one report only.
         output_before, output_after: Relative L2 distance of the outputs on the two paths; None where not measured.
         notes: Differences that weaken the comparison (batch size, data, seed), a sentence each.
+        unchanged: Both reports have the same figures: there was no repair, and none is missing.
     """
 
     passed: bool
@@ -303,6 +304,7 @@ class Verification(Record):
     output_before: float | None
     output_after: float | None
     notes: tuple[str, ...]
+    unchanged: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bnprobe.records.base import SCHEMA_VERSION, Environment, Record, Tool
+from bnprobe.records.baseline import BaselineComparison
 from bnprobe.records.findings import Diagnosis, Remedy, Verdict
 from bnprobe.records.layers import Layer, Shares, SkippedLayer
 from bnprobe.records.outputs import Chance, Gap, GradientAngle, Output
@@ -118,6 +119,7 @@ class Scan(Record):
         held_out: Where the held-out data came from, in words; None without any.
         held_out_images: Held-out samples measured.
         sample: What a sample is, a noun: "image", "row", "graph" or "sequence"; "sample" where that is not known.
+        command: As typed; None from Python.
     """
 
     model: str
@@ -148,11 +150,16 @@ class Scan(Record):
     held_out: str | None = None
     held_out_images: int | None = None
     sample: str = "sample"
+    command: str | None = None
 
 
 @dataclass(frozen=True)
 class Report(Record):
-    """The result of a scan."""
+    """The result of a scan.
+
+    Attributes:
+        baseline: The findings against those that are known; left out where no baseline was given.
+    """
 
     schema_version: int
     tool: Tool
@@ -164,6 +171,7 @@ class Report(Record):
     verdicts: tuple[Verdict, ...] = ()
     diagnoses: tuple[Diagnosis, ...] = ()
     remedies: tuple[Remedy, ...] = ()
+    baseline: BaselineComparison | None = None
 
     @property
     def unexplained(self) -> Diagnosis | None:
@@ -183,6 +191,7 @@ class LintReport(Record):
         diagnoses: The failed ones, grouped by root cause, the worst first.
         skipped: Layers that could not be judged.
         notes: Which weights were judged, and what else was noticed while loading; one sentence each.
+        baseline: The findings against those that are known; left out where no baseline was given.
     """
 
     tool: Tool
@@ -192,4 +201,5 @@ class LintReport(Record):
     diagnoses: tuple[Diagnosis, ...]
     skipped: tuple[SkippedLayer, ...] = ()
     notes: tuple[str, ...] = ()
+    baseline: BaselineComparison | None = None
     schema_version: int = SCHEMA_VERSION

@@ -12,9 +12,25 @@ from importlib.util import find_spec
 from typing import Any
 
 from bnprobe.errors import UsageError
-from bnprobe.records import ExportReport, LintReport, Plan, Report, SweepReport, Verification
+from bnprobe.records import Comparison, ExportReport, LintReport, Plan, Report, SweepReport, Verification
 from bnprobe.registry import Registry
-from bnprobe.report import export, html, json, lint, plan, repair, scan, sweep, verify
+from bnprobe.report import (
+    compare,
+    csv,
+    export,
+    github,
+    html,
+    json,
+    junit,
+    lint,
+    markdown,
+    plan,
+    repair,
+    sarif,
+    scan,
+    sweep,
+    verify,
+)
 from bnprobe.report.page import RenderOptions
 from bnprobe.report.repair import RepairReport
 
@@ -30,8 +46,21 @@ DOCUMENTS: Mapping[type, str] = {
     RepairReport: "the record of a repair",
     Verification: "the report of a verification",
     ExportReport: "the report of an export",
+    Comparison: "the comparison of scans",
 }
 """What there is to render, and what messages call it."""
+
+OF_COMMANDS: Mapping[str, tuple[type, ...]] = {
+    "scan": (Report,),
+    "lint": (LintReport,),
+    "sweep": (SweepReport,),
+    "convert": (Plan, RepairReport),
+    "recalibrate": (RepairReport,),
+    "verify": (Verification,),
+    "export": (ExportReport,),
+    "compare": (Comparison,),
+}
+"""What the commands give to render; ``bnprobe show`` renders all."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +73,7 @@ class Format:
         package: What must be installed for it, as it is imported; empty: nothing beyond bnprobe.
         extra: The extra of bnprobe that installs the package.
         opens: What opens its files, e.g. "a browser"; empty: they are text, which a terminal shows.
+        suffix: How the names of its files end where they are not named; empty: in a dot and the format's name.
     """
 
     name: str
@@ -51,6 +81,12 @@ class Format:
     package: str = ""
     extra: str = ""
     opens: str = ""
+    suffix: str = ""
+
+    @property
+    def ending(self) -> str:
+        """How the names of its files end."""
+        return self.suffix or f".{self.name}"
 
 
 def _json(document: Any, options: RenderOptions) -> str:
@@ -70,7 +106,9 @@ FORMATS: Registry[Format] = Registry(
                 RepairReport: repair.render,
                 Verification: verify.render,
                 ExportReport: export.render,
+                Comparison: compare.render,
             },
+            suffix=".txt",
         ),
         Format(
             "json",
@@ -92,11 +130,49 @@ FORMATS: Registry[Format] = Registry(
             extra="html",
             opens="a browser",
         ),
+        Format(
+            "junit",
+            {Report: junit.render, LintReport: junit.render, Verification: junit.render_verify},
+            suffix=".junit.xml",
+            package=junit.PACKAGE,
+            extra=junit.EXTRA,
+        ),
+        Format("sarif", {Report: sarif.render, LintReport: sarif.render}),
+        Format(
+            "github",
+            {Report: github.render_scan, LintReport: github.render_lint, Verification: github.render_verify},
+            suffix=".github.txt",
+        ),
+        Format(
+            "markdown",
+            {
+                Report: markdown.render_scan,
+                LintReport: markdown.render_lint,
+                Verification: markdown.render_verify,
+                Comparison: markdown.render_compare,
+            },
+            suffix=".md",
+        ),
+        Format(
+            "csv",
+            {
+                Report: csv.render_scan,
+                SweepReport: csv.render_sweep,
+                Verification: csv.render_verify,
+                Comparison: csv.render_compare,
+            },
+        ),
     ],
     name_of=lambda row: row.name,
     noun="report format",
 )
 """The table of formats."""
+
+
+def formats_of(command: str) -> list[str]:
+    """Names of the formats that support a document of a command."""
+    documents = OF_COMMANDS.get(command, tuple(DOCUMENTS))
+    return [row.name for row in FORMATS if any(document in row.renderers for document in documents)]
 
 
 def renderer(format_: str, document: type) -> Renderer:
@@ -133,4 +209,4 @@ def render(document: object, format_: str = "terminal", options: RenderOptions |
     return renderer(format_, type(document))(document, options or RenderOptions())
 
 
-__all__ = ["DOCUMENTS", "FORMATS", "Format", "RenderOptions", "Renderer", "render", "renderer"]
+__all__ = ["DOCUMENTS", "FORMATS", "Format", "RenderOptions", "Renderer", "formats_of", "render", "renderer"]

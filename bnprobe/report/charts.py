@@ -143,6 +143,13 @@ def drawn(shares: Shares) -> list[tuple[Source, float]]:
     return [(source, max(source.of(shares) or 0.0, 0.0)) for source in SOURCES]
 
 
+def largest(shares: Shares) -> tuple[Source, float, float] | None:
+    """The source of the largest share, that share, and all that adds up to D; None where all of it is 0."""
+    held = [(source, share) for source, share in drawn(shares) if source.adds_up]
+    total = sum(share for _, share in held)
+    return (*max(held, key=lambda pair: pair[1]), total) if total else None
+
+
 def length(shares: Shares) -> float:
     """D of all segments together."""
     return sum(share for _, share in drawn(shares))

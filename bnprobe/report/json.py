@@ -7,20 +7,39 @@ rewrites them.
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from bnprobe._version import __version__
 from bnprobe.docstrings import docstring
 from bnprobe.errors import UsageError
 from bnprobe.paths import read_bounded
 from bnprobe.printable import escaped_json
-from bnprobe.records import OMITTED_WHEN_EMPTY, SCHEMA_VERSION, Record, RepairRecord, Report, SweepReport
+from bnprobe.records import (
+    OMITTED_WHEN_EMPTY,
+    SCHEMA_VERSION,
+    Baseline,
+    Comparison,
+    Difference,
+    ExportReport,
+    LintReport,
+    Plan,
+    Record,
+    RepairRecord,
+    Report,
+    SweepReport,
+    Verification,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from pydantic import ValidationError
+
+_Document = TypeVar("_Document", bound=Record)
 
 
 def dump(record: DataclassInstance, ascii_only: bool = False) -> str:
@@ -58,14 +77,64 @@ def load_report(text: str) -> Report:
         UsageError: The text is no report of this schema version: a key is unknown, a key without a default is missing,
             or a value is of another type. The message names the key.
     """
-    _check_version(_parse(text))
+    document = _parse(text)
+    _check_version(document)
+    return _validated(Report, document)
+
+
+READABLE: tuple[type[Record], ...] = (
+    *(Report, LintReport, SweepReport, Plan, RepairRecord, Verification, ExportReport, Comparison),
+)
+"""Records that are documents of their own; which one a document is, its keys say."""
+
+
+def load_document(text: str) -> Record:
+    """Read any document that bnprobe writes.
+
+    Raises:
+        UsageError: As `load_report` raises it; or the keys are those of no document.
+    """
+    document = _parse(text)
+    _check_version(document)
+    record = max(READABLE, key=lambda each: _likeness(each, document))
+    if _likeness(record, document) < _LEAST_LIKENESS:
+        raise UsageError("This is not a JSON report of bnprobe: its keys are those of no document that bnprobe writes.")
+    return _validated(record, document)
+
+
+_LEAST_LIKENESS = 0.5
+"""Share of common keys from which on a document is taken for a record that lacks fields, or has others."""
+
+
+def _likeness(record: type[Record], document: dict[str, Any]) -> float:
+    """The keys that a record and a document have in common, as a share of all."""
+    known = {"schema_version", *_fields(record)}
+    return len(known & document.keys()) / len(known | document.keys())
+
+
+def _fields(record: type[Record]) -> set[str]:
+    return {field.name for field in fields(record)}  # type: ignore[arg-type]  # every record is a dataclass
+
+
+def _validated(record: type[_Document], document: dict[str, Any]) -> _Document:
     # Imported here: pydantic takes longer to import than `bnprobe --help` has to spare.
     from pydantic import TypeAdapter, ValidationError
 
+    version = {} if "schema_version" in _fields(record) else {"schema_version"}
+    content = {key: value for key, value in document.items() if key not in version}
     try:
-        return TypeAdapter(Report).validate_json(text, strict=True)
+        return TypeAdapter(record).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        raise UsageError(_explain(error)) from error
+        raise UsageError(_explain(error) + _writer(document)) from error
+
+
+def _writer(document: dict[str, Any]) -> str:
+    """Which version wrote the document, where that is another one."""
+    tool = document.get("tool")
+    version = tool.get("version") if isinstance(tool, dict) else None
+    if not isinstance(version, str) or version == __version__:
+        return ""
+    return f" It was written by bnprobe {version}, and this is {__version__}."
 
 
 MOST_BYTES = 1_000_000_000
@@ -78,6 +147,36 @@ def read_report(path: Path) -> Report:
     Raises:
         UsageError: The file cannot be read, or is no report; the message names it.
     """
+    return _read(path, load_report)
+
+
+def read_document(path: Path) -> Record:
+    """Read the file of any document that bnprobe writes.
+
+    Raises:
+        UsageError: The file cannot be read, or is no such document; the message names it.
+    """
+    return _read(path, load_document)
+
+
+def read_baseline(path: Path) -> Baseline:
+    """Read the file of a baseline.
+
+    Raises:
+        UsageError: The file cannot be read, or is no baseline; the message names it.
+    """
+
+    def load(text: str) -> Baseline:
+        document = _parse(text)
+        _check_version(document)
+        if "findings" not in document:
+            raise UsageError("This is no baseline: --write-baseline writes one.")
+        return _validated(Baseline, document)
+
+    return _read(path, load)
+
+
+def _read(path: Path, load: Callable[[str], _Document]) -> _Document:
     try:
         content = read_bounded(path, MOST_BYTES, lambda what: UsageError(f"{path} {what}: it is no report.")).decode()
     except FileNotFoundError:
@@ -89,21 +188,38 @@ def read_report(path: Path) -> Report:
     except (OSError, ValueError) as error:
         raise UsageError(f"The report {path} could not be read: {getattr(error, 'strerror', error)}.") from None
     try:
-        return load_report(content)
+        return load(content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
 
 def _parse(text: str) -> dict[str, Any]:
     try:
-        document = json.loads(text, parse_float=_finite, parse_constant=_reject_constant)
+        document = json.loads(text, parse_float=_finite, parse_constant=_reject_constant, object_hook=_restored)
     except RecursionError:
         raise UsageError("This is not a JSON report of bnprobe: it is nested too deeply.") from None
     except ValueError as error:
+        if isinstance(error, json.JSONDecodeError) and text.lstrip().startswith("{") and _is_cut_off(error):
+            raise UsageError(
+                f"The JSON report is incomplete: it ends in line {text.count(chr(10)) + 1}, in the middle. Was the run"
+                " that wrote it stopped, or the copy? Write it again."
+            ) from None
         raise UsageError(f"This is not a JSON report of bnprobe: {error}.") from error
     if not isinstance(document, dict):
         raise UsageError("This is not a JSON report of bnprobe: the top level is not an object.")
     return document
+
+
+def _is_cut_off(error: json.JSONDecodeError) -> bool:
+    """Whether the text is right as far as it goes."""
+    return not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated string")
+
+
+def _restored(value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object; of one that is a ``Difference``, what is null was infinite."""
+    if value.keys() == _fields(Difference):
+        return {name: math.inf if figure is None else figure for name, figure in value.items()}
+    return value
 
 
 def _finite(number: str) -> float:
@@ -119,9 +235,11 @@ def _check_version(document: dict[str, Any]) -> None:
     version = document.get("schema_version")
     if version != SCHEMA_VERSION:
         found = "no schema_version" if version is None else f"schema_version {version!r}"
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        advice = "Update bnprobe" if newer else "Scan again with this version"
         raise UsageError(
-            f"The JSON report has {found}, and this bnprobe reads schema_version {SCHEMA_VERSION}. "
-            "Scan again with this version, or use the version that wrote it."
+            f"The JSON report has {found}, and this bnprobe reads schema_version {SCHEMA_VERSION}. {advice}, or use the"
+            " version that wrote it."
         )
 
 

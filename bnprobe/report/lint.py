@@ -8,6 +8,7 @@ from rich.text import Text
 
 from bnprobe.numbers import count
 from bnprobe.records import Diagnosis, LintReport
+from bnprobe.report import baseline
 from bnprobe.report.diagnoses import consequences
 from bnprobe.report.page import SEVERITY_STYLES, RenderOptions, clean, to_string
 
@@ -23,6 +24,8 @@ def render(report: LintReport, options: RenderOptions) -> str:
     lines = [line for diagnosis in report.diagnoses for line in _finding(diagnosis, report, options)]
     lines += [_plain(f"note: {note}", options) for note in report.notes]
     lines += [_plain(f"not judged: {layer.name} ({layer.kind}): {layer.reason}", options) for layer in report.skipped]
+    if report.baseline is not None:
+        lines += [_plain(text, options) for text in baseline.lines(report.baseline, options.show_all)]
     return to_string([[*lines, _plain(f"{one_line(report)}.", options)]], options.color)
 
 

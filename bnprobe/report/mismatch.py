@@ -189,13 +189,11 @@ def _column(heading: str, rows: Sequence[ShareRow], cell: Callable[[ShareRow], s
 
 
 def largest_share(row: ShareRow, words: bool) -> str:
-    """The largest share, as a part of the bar; in words with its interval, else by its letter."""
-    drawn = [] if row.shares is None else charts.drawn(row.shares)
-    held = [(source, share) for source, share in drawn if source.field != "data_shift"]  # which comes on top
-    total = sum(share for _, share in held)
-    if not total:
+    """The largest share, as a part of the bar."""
+    found = None if row.shares is None else charts.largest(row.shares)
+    if found is None:
         return ""
-    source, share = max(held, key=lambda pair: pair[1])
+    source, share, total = found
     part = percent(share / total)
     return (
         f"{source.words} {part}{_around(source.interval(row.intervals), total)}"

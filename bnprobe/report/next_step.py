@@ -269,8 +269,9 @@ def with_options(command: str, options: dict[str, str]) -> str:
         command: A command quoted for a POSIX shell, e.g. ``"bnprobe scan model.py --batch-size 2"``.
         options: Values by option; "" for an option without a value.
     """
-    words = _without_options(shlex.split(command), {**options, "--force": ""})
-    if any(word.partition("=")[0] == "--output" for word in words):
+    elsewhere = {"--output-dir": "DIR"} if "--output" in options else {}
+    words = _without_options(shlex.split(command), {**options, **elsewhere, "--force": ""})
+    if any(word.partition("=")[0] in ("--output", "--output-dir") for word in words):
         words.append("--force")
     for option, value in options.items():
         words += [option, value] if value else [option]

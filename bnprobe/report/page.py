@@ -103,7 +103,7 @@ class RenderOptions:
         color: Whether ANSI colours may be used.
         show_all: Show every layer, however many there are.
         unicode: Whether the output can carry more than ASCII.
-        command: The command that the user ran, as typed; suggestions are written as variants of it.
+        command: The command that the user ran, as typed; suggestions are written as variants of it. Empty: not known.
     """
 
     width: int = 80

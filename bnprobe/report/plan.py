@@ -132,7 +132,7 @@ def _closing(plan: Plan, page: Page, command: str) -> list[Text]:
     if not plan.changes:
         return lines
     why = "To convert, fine-tune and measure what that gains:"
-    return [*lines, *page.paragraph(why), *page.command(_for_real(command))]
+    return [*lines, *page.paragraph(why), *page.command(_for_real(command))] if command else lines
 
 
 def _untouched(plan: Plan) -> list[str]:

@@ -23,6 +23,7 @@ from bnprobe.records import (
     SkippedLayer,
 )
 from bnprobe.report import figures, further
+from bnprobe.report.baseline import known
 from bnprobe.report.diagnoses import closing, closing_lines
 from bnprobe.report.layers import MEANINGS, MOST_CALLS, layer_table, legend, select, unmeasured, with_sign
 from bnprobe.report.mismatch import shares
@@ -60,6 +61,7 @@ def render(report: Report, options: RenderOptions) -> str:
         further.updates(report, page, show_all),
         page.section("Notes on the scan", report.scan.notes),
         page.section(COST, cost(report.scan), rest="    "),
+        known(report.baseline, page, show_all),
         further.remedies(report, page, advised_step(report, options.command), end.step),
         closing_lines(end, report, page, show_all),
     ]

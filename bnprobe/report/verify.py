@@ -56,7 +56,8 @@ def in_one_report(found: Verification, show_all: bool) -> list[str]:
 
 def one_line(found: Verification) -> str:
     """The result in one line, e.g. "passed: 6 of 9 layers flagged before, none after"."""
-    return f"{'passed' if found.passed else 'failed'}: {_flagged(found)}"
+    result = "no change" if found.unchanged else "passed" if found.passed else "failed"
+    return f"{result}: {_flagged(found)}"
 
 
 def before_and_after(
@@ -128,6 +129,8 @@ def closing(found: Verification) -> tuple[str, str, tuple[str, ...]]:
             (UNDECIDED, "The repair is not proved.") if unproved else (FLAGGED, "The repair does not hold.")
         )
         return sign, headline, (*found.problems, NO_SCORES)
+    if found.unchanged:
+        return FINE, "No change: both reports have the same figures.", ()
     unsure = _undecided(found)
     also = f" ({unsure} undecided)" if unsure else ""
     text = f"The repair holds: no layer is flagged{also}{outputs}."

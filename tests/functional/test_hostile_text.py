@@ -11,7 +11,7 @@ import torch
 
 from bnprobe.printable import escaped
 from bnprobe.records import Report
-from bnprobe.report import FORMATS, Format
+from bnprobe.report import FORMATS, Format, formats_of
 from bnprobe.rules import RULES
 from bnprobe.rules.interface import Rule
 from functional.command import CLEAN, ERROR, FINDINGS, MODEL, SHIFTED, Result, Workspace
@@ -82,7 +82,9 @@ def test_options(workspace: Workspace, options: list[str]) -> None:
     assert found.stderr.count("\n") < 80  # in a box
 
 
-@pytest.mark.parametrize("command", ["scan", "sweep", "lint", "convert", "recalibrate", "export", "verify", "explain"])
+@pytest.mark.parametrize(
+    "command", ["scan", "sweep", "lint", "convert", "recalibrate", "export", "verify", "explain", "show"]
+)
 @pytest.mark.parametrize("name", [TYPED, f"{TYPED}.py", f"{TYPED}.yaml", f"model.py:{TYPED}", f"timm:{TYPED}", LONG])
 def test_targets(workspace: Workspace, command: str, name: str) -> None:
     workspace.write("model.py", MODEL)
@@ -209,7 +211,9 @@ def test_names_in_reports_that_are_compared(workspace: Workspace) -> None:
     written = (workspace.folder / "after.json").read_text(encoding="utf-8")
     assert written.replace("\n", "").isprintable()
     assert NASTY in str(json.loads(written)["layers"][0]["name"])
-    for format_ in ("terminal", "json"):
+    for format_ in formats_of("scan"):
+        clean(workspace.run("show", "after.json", "--format", format_))
+    for format_ in formats_of("verify"):
         clean(workspace.run("verify", f"{TYPED}.json", "after.json", "--format", format_))
     clean(workspace.run("verify", f"{TYPED}.json", TYPED))
     clean(workspace.run("verify", f"{TYPED}.json", "after.json", "--output", f"{TYPED}.json"))

@@ -23,8 +23,8 @@ def test_a_report_is_written_whole(workspace: Workspace) -> None:
     workspace.write("model.py", SHIFTED)
     workspace.write("report.json", "old")
     found = workspace.scan("--format", "json", "--output", "report.json", "--force")
-    assert (found.code, found.stdout) == (FINDINGS, "")
-    assert found.stderr == "1 of 1 layer flagged; report written to report.json\n"
+    assert (found.code, found.stderr) == (FINDINGS, "Report written to report.json.\n")
+    assert "✗ 1 of 1 layer flagged" in found.stdout
     assert json.loads((workspace.folder / "report.json").read_text())["summary"]["flagged"] == 1
     assert _names(workspace.folder) == {"model.py", "report.json"}
 
@@ -62,12 +62,79 @@ def test_a_bad_output_is_known_before_the_scan(workspace: Workspace, output: str
     assert not (workspace.folder / "loaded").exists()
 
 
+def test_several_formats_go_to_a_folder_and_people_read_stdout(workspace: Workspace) -> None:
+    workspace.write("model.py", SHIFTED)
+    found = workspace.scan("--format", "json", "--format", "terminal", "--output-dir", "new/out")
+    assert (found.code, found.stderr) == (FINDINGS, "Report written to new/out/scan.json, new/out/scan.txt.\n")
+    out = workspace.folder / "new/out"
+    assert _names(out) == {"scan.json", "scan.txt"}
+    assert (out / "scan.txt").read_text(encoding="utf-8") == found.stdout
+    assert json.loads((out / "scan.json").read_text())["summary"]["flagged"] == 1
+    again = workspace.scan("--format", "json", "--output-dir", "new/out")
+    assert again.error().startswith("new/out/scan.json already exists; give another --output-dir, or --force")
+    assert workspace.scan("--format", "json", "--output-dir", "new/out", "--force").code == FINDINGS
+
+
+def test_every_command_writes_several_formats(workspace: Workspace) -> None:
+    loss = "def loss(model, batch):\n    return model(batch[0]).square().mean()\nload_eval_data = load_data\n"
+    workspace.write("model.py", SHIFTED + loss)
+    target = ("model.py", "--batch-size", "4")
+    runs = {
+        "scan": (*target,),
+        "sweep": (*target, "--batch-sizes", "4,8"),
+        "lint": ("model.py",),
+        "convert": (*target, "--layers", "*", "--force", "-o", "w.safetensors"),
+        "recalibrate": (*target, "-o", "v.safetensors"),
+        "verify": ("out/scan.json", "out/scan.json"),
+        "export": (*target, "-o", "w.pt2"),
+    }
+    for command, arguments in runs.items():
+        found = workspace.run(command, *arguments, "--format", "json", "--format", "terminal", "--output-dir", "out")
+        assert f"Report written to out/{command}.json, out/{command}.txt." in found.stderr
+        written = (workspace.folder / f"out/{command}.txt").read_text(encoding="utf-8")
+        assert found.stdout == written
+        shown = workspace.run("show", f"out/{command}.json")
+        assert (shown.code, shown.stderr) == (CLEAN, "")
+    shown = workspace.run("convert", *target, "--check", "--format", "json", "--output-dir", "out", "--force")
+    assert "would become" in shown.stdout
+    again = workspace.run("show", "out/convert.json").stdout
+    assert again == shown.stdout[: len(again)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--format", "json", "--format", "terminal"), "--format json --format terminal needs a file for each: give"),
+        (("--output", "a", "--output-dir", "b"), "--output and --output-dir both say where the report goes: give one."),
+        (("--output-dir", "model.py/out"), "--output-dir model.py/out cannot be a folder: model.py is a file."),
+        (("--output-dir", "model.py"), "--output-dir model.py cannot be a folder: model.py is a file."),
+    ],
+    ids=["no-folder", "both", "below-a-file", "a-file"],
+)
+def test_where_several_formats_cannot_go(workspace: Workspace, options: tuple[str, ...], said: str) -> None:
+    workspace.write("model.py", MODEL + LEAVES_A_TRACE)
+    assert workspace.scan(*options).error().startswith(said)
+    assert _names(workspace.folder) == {"model.py"}
+
+
+def test_of_several_files_all_are_written_or_none(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    formats = ("--format", "terminal", "--format", "json", "--output-dir", ".")
+    arguments = ("scan", "model.py", "--batch-size", "2", *formats)
+    found = run_on_a_full_disk(workspace, *arguments, largest_file=4000)
+    assert found.error() == "scan.txt, scan.json could not be written: File too large. No file was changed."
+    assert _names(workspace.folder) == {"model.py"}
+    workspace.write("scan.json", "old")
+    assert workspace.run(*arguments).error().startswith("scan.json already exists")
+    assert _names(workspace.folder) == {"model.py", "scan.json"}
+
+
 def test_a_write_that_fails_leaves_the_old_file(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL)
     workspace.write("report.json", "old")
     arguments = ("scan", "model.py", "--batch-size", "2", "--format", "json", "--output", "report.json", "--force")
     found = run_on_a_full_disk(workspace, *arguments, largest_file=512)
-    assert found.error() == "report.json could not be written: File too large."
+    assert found.error() == "report.json could not be written: File too large. No file was changed."
     assert (workspace.folder / "report.json").read_text() == "old"
     assert _names(workspace.folder) == {"model.py", "report.json"}
 
@@ -75,7 +142,7 @@ def test_a_write_that_fails_leaves_the_old_file(workspace: Workspace) -> None:
 def test_a_device_is_written_to_and_not_replaced(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL)
     message = workspace.scan("--output", "/dev/full").error()
-    assert message == "/dev/full could not be written: No space left on device."
+    assert message == "/dev/full could not be written: No space left on device. No file was changed."
     assert Path("/dev/full").is_char_device()
 
 
@@ -211,7 +278,7 @@ def test_a_model_file_may_leave_a_working_directory_that_is_gone(workspace: Work
     gone = "import os\nos.mkdir('gone')\nos.chdir('gone')\nos.rmdir('../gone')\n"
     workspace.write("model.py", SHIFTED + gone)
     found = workspace.run("scan", "model.py", "--batch-size", "4", "--output", "r.json", "--format", "json")
-    assert (found.code, found.stderr) == (FINDINGS, "1 of 1 layer flagged; report written to r.json\n")
+    assert (found.code, found.stderr) == (FINDINGS, "Report written to r.json.\n")
     assert json.loads((workspace.folder / "r.json").read_text())["layers"][0]["location"].startswith("model.py:")
 
 
@@ -232,4 +299,4 @@ def test_a_pipe_that_nothing_reads_is_no_output(workspace: Workspace, monkeypatc
     workspace.write("model.py", MODEL)
     os.mkfifo(workspace.folder / "pipe")
     message = workspace.run("lint", "model.py", "--output", "pipe").error()
-    assert message == "pipe could not be written: Nothing reads this pipe."
+    assert message == "pipe could not be written: Nothing reads this pipe. No file was changed."

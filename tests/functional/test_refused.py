@@ -214,7 +214,7 @@ def test_what_nobody_thought_of(workspace: Workspace, monkeypatch: pytest.Monkey
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "some/where")
 
-    monkeypatch.setattr("bnprobe.cli.console.check_output", full)
+    monkeypatch.setattr("bnprobe.cli.delivery.Delivery.check", full)
     message = workspace.run("scan", "model.py", *SCAN).error()
     assert message == "The operating system refused to go on with some/where: No space left on device."
 

@@ -59,7 +59,7 @@ def test_stdout_by_the_name_of_a_file(workspace: Workspace) -> None:
     found = _shell(workspace, "> all.txt", "lint", "model.py", "--format", "json", "--output", "/dev/stdout")
     assert (found.code, found.stdout) == (CLEAN, "")
     assert json.loads((workspace.folder / "all.txt").read_text())["layers"] == 1
-    assert "report written to /dev/stdout" in found.stderr
+    assert "Report written to /dev/stdout." in found.stderr
 
 
 @pytest.mark.parametrize("argument", ["explain", "--help"])

@@ -45,6 +45,14 @@ def test_a_layer_that_is_undecided_now_is_told() -> None:
     assert found.notes == ("Undecided after the repair (more batches would decide): a.",)
 
 
+def test_two_reports_with_the_same_figures_have_no_change_and_pass() -> None:
+    one = report(layer("a", BAD), layer("b"))
+    found = verify(one, replace(one, scan=replace(one.scan, seconds=9.0, command="bnprobe scan model.py")))
+    assert (found.passed, found.unchanged, found.problems) == (True, True, ())
+    assert not verify(one, replace(one, scan=replace(one.scan, partial=True, stopped="interrupted"))).passed
+    assert not verify(one, report(layer("a", BAD), layer("b", 1.01 * FINE))).unchanged
+
+
 def test_the_worse_path_is_compared() -> None:
     before = make_layer("a", train=make_path(0.3), eval=make_path(0.1))
     after = make_layer("a", train=None, eval=make_path(0.01))
@@ -55,7 +63,7 @@ def test_the_worse_path_is_compared() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "problem"),
     [
-        (report(layer("a", BAD)), report(layer("a", BAD)), "Still flagged: a."),
+        (report(layer("a", BAD)), report(layer("a", 1.1 * BAD)), "Still flagged: a."),
         (report(layer("a"), layer("b")), report(layer("a", BAD), layer("b", BAD)), "Newly flagged: a, b."),
         (report(layer("a")), report(layer("a"), layer("new", BAD)), "Newly flagged: new."),
         (

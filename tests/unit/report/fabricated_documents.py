@@ -10,16 +10,20 @@ import fabricated_reports as fabricated
 from fabricated_parts import SCAN, equivalent, theory
 from fabricated_scans import files, scans
 
+from bnprobe.commands.compare import compare
 from bnprobe.records import (
     BestRates,
+    Comparison,
     Diagnosis,
     Difference,
     Environment,
     ExportReport,
+    Layer,
     LintReport,
     MomentumCurve,
     MomentumPoint,
     MomentumSweep,
+    Report,
     SkippedLayer,
     Smallest,
     SweepLayer,
@@ -164,6 +168,35 @@ def export_unchecked() -> ExportReport:
     return replace(exported(), differences=(), notes=("The outputs were not checked.",))
 
 
+# --- Comparison -------------------------------------------------------------------------------------------------------
+
+
+def compared() -> Comparison:
+    """Three checkpoints: two layers become better, one worse, and one was not measured at first."""
+    found = fabricated.flagged()
+    names = [layer.name for layer in found.layers]
+
+    def scaled(factors: dict[str, float]) -> Report:
+        layers = [_scaled(layer, factors.get(layer.name, 1.0)) for layer in found.layers]
+        return replace(
+            found, layers=tuple(layers), summary=replace(found.summary, flagged=sum(f > 0.5 for f in factors.values()))
+        )
+
+    first = replace(scaled({names[0]: 3.0}), layers=scaled({}).layers[:-1])
+    reports = [first, scaled({names[0]: 0.5, names[1]: 0.7}), scaled({names[0]: 0.1, names[1]: 0.2, names[2]: 2.0})]
+    return compare([(f"run/epoch{number}.ckpt", report) for number, report in enumerate(reports, start=1)])
+
+
+def _scaled(layer: Layer, factor: float) -> Layer:
+    """The layer with D, and its interval, times a factor."""
+    changed = {}
+    for mode, path in (("train", layer.train), ("eval", layer.eval)):
+        low, high = (0.0, None) if path is None else path.interval
+        ends = (factor * low, None if high is None else factor * high)
+        changed[mode] = path and replace(path, mismatch=factor * path.mismatch, interval=ends)
+    return replace(layer, **changed)
+
+
 DOCUMENTS: dict[str, dict[str, Callable[[], object]]] = {
     "scan": {**fabricated.REPORTS},
     "lint": {"clean": lint_clean, "findings": lint_findings},
@@ -171,6 +204,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], object]]] = {
     "plan": {**repairs.PLANS},
     "repair": {name: lambda name=name: repair(name) for name in repairs.RECORDS},
     "verify": {**repairs.VERIFICATIONS},
+    "compare": {"several": compared},
     "export": {"agrees": exported, "refused": export_refused, "unchecked": export_unchecked},
 }
 """Documents by kind and name."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from typer.testing import CliRunner
 
 from bnprobe.cli.app import app
 from bnprobe.errors import UsageError
-from bnprobe.records import LintReport, Report
-from bnprobe.report import DOCUMENTS, FORMATS, Format, RenderOptions, render, renderer
+from bnprobe.records import ExportReport, LintReport, Plan, Report, SweepReport, Verification
+from bnprobe.report import DOCUMENTS, FORMATS, OF_COMMANDS, Format, RenderOptions, formats_of, render, renderer
+from bnprobe.report.repair import RepairReport
 
 MODEL = """
 import torch
@@ -41,7 +44,7 @@ def linted(report: LintReport, options: RenderOptions) -> str:
 
 
 OWN = FORMATS.names()
-CSV = Format("csv", {Report: scanned, LintReport: linted})
+ROWS = Format("rows", {Report: scanned, LintReport: linted}, suffix=".txt")
 
 
 @pytest.fixture
@@ -59,40 +62,46 @@ def run(*arguments: str) -> tuple[int, str, BaseException | None]:
 
 
 def test_a_format_from_outside_works_for_scan_and_lint(model: str) -> None:
-    with FORMATS.including(CSV):
-        code, text, _ = run("scan", model, "--batch-size", "8", "--format", "csv", "--exit-zero")
+    with FORMATS.including(ROWS):
+        code, text, _ = run("scan", model, "--batch-size", "8", "--format", "rows", "--exit-zero")
         assert (code, text) == (0, "0,True\n") or (code, text) == (0, "0,False\n")
-        code, text, _ = run("lint", model, "--format", "csv", "--output", "found.csv")
-        assert (code, text) == (0, "")
-        assert Path("found.csv").read_text(encoding="utf-8") == "BN102,info\n"
+        code, text, _ = run("lint", model, "--format", "rows", "--output", "found.txt")
+        assert (code, "model.py:7: BN102 info" in text) == (0, True)
+        assert Path("found.txt").read_text(encoding="utf-8") == "BN102,info\n"
 
 
-@pytest.mark.parametrize("command", ["scan", "lint", "sweep", "convert", "verify", "export"])
-def test_help_names_every_format(command: str) -> None:
-    with FORMATS.including(CSV):
-        assert "|".join((*OWN, "csv")) in run(command, "--help")[1]
-    assert "csv" not in run(command, "--help")[1]
+@pytest.mark.parametrize("command", [*OF_COMMANDS, "show"])
+def test_help_names_every_format_that_the_command_supports(command: str) -> None:
+    def named() -> str:
+        return " ".join(run(command, "--help")[1].replace("│", " ").split())
+
+    with FORMATS.including(ROWS):
+        assert ("rows" in named()) == (command in ("scan", "lint", "show"))
+    for name in formats_of(command):
+        assert re.search(rf"\b{name}( \(default\))?[,;]", named())
+    assert "rows" not in named()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "document"),
+    ("arguments", "kind"),
     [
-        (["sweep", "model.py"], "the report of a sweep"),
-        (["convert", "model.py", "--check"], "the plan of a conversion"),
-        (["convert", "model.py", "-o", "out.safetensors"], "the record of a repair"),
-        (["recalibrate", "model.py", "-o", "out.safetensors"], "the record of a repair"),
-        (["verify", "no.json", "no.json"], "the report of a verification"),
-        (["export", "model.py", "-o", "out.pt2"], "the report of an export"),
+        (["sweep", "model.py"], SweepReport),
+        (["convert", "model.py", "--check"], Plan),
+        (["convert", "model.py", "-o", "out.safetensors"], RepairReport),
+        (["recalibrate", "model.py", "-o", "out.safetensors"], RepairReport),
+        (["verify", "no.json", "no.json"], Verification),
+        (["export", "model.py", "-o", "out.pt2"], ExportReport),
     ],
 )
 def test_a_document_that_a_format_does_not_support_is_refused_before_anything_runs(
-    arguments: list[str], document: str, model: str, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], kind: type, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("model.py").write_text("raise RuntimeError('the model was loaded')", encoding="utf-8")
-    with FORMATS.including(CSV):
-        _, text, error = run(*arguments, "--format", "csv")
+    with FORMATS.including(ROWS):
+        _, text, error = run(*arguments, "--format", "rows")
+    able = [row.name for row in FORMATS if kind in row.renderers]
     assert isinstance(error, UsageError)
-    assert str(error) == f"--format csv does not support {document}; these formats do: {', '.join(OWN)}."
+    assert str(error) == f"--format rows does not support {DOCUMENTS[kind]}; these formats do: {', '.join(able)}."
     assert text == ""
     assert not Path("out.safetensors").exists()
 
@@ -107,25 +116,37 @@ def test_another_package_adds_a_format_by_an_entry_point(tmp_path: Path, monkeyp
     info = tmp_path / "tables-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tables\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[bnprobe.formats]\ncsv = tables_module:CSV\n")
+    (info / "entry_points.txt").write_text("[bnprobe.formats]\nrows = tables_module:ROWS\n")
     (tmp_path / "tables_module.py").write_text(
         "from bnprobe.records import Report\n"
         "from bnprobe.report import Format\n"
-        "CSV = Format('csv', {Report: lambda report, options: report.scan.model})\n"
+        "ROWS = Format('rows', {Report: lambda report, options: report.scan.model})\n"
     )
     with monkeypatch.context() as patch:
         patch.syspath_prepend(tmp_path)
         FORMATS.reload()
-        assert FORMATS.names() == (*OWN, "csv")
-        assert render(document("scan", "healthy"), "csv") == "sample_configs/digits/model.py:load_model"
+        assert FORMATS.names() == (*OWN, "rows")
+        assert render(document("scan", "healthy"), "rows") == "sample_configs/digits/model.py:load_model"
     FORMATS.reload()
     assert FORMATS.names() == OWN
     sys.modules.pop("tables_module")
 
 
-def test_bnprobes_own_formats_support_every_document() -> None:
-    for row in FORMATS:
-        assert row.renderers.keys() == DOCUMENTS.keys(), row.name
+def test_the_formats_for_people_and_for_programs_support_every_document() -> None:
+    for name in ("terminal", "json"):
+        assert FORMATS[name].renderers.keys() == DOCUMENTS.keys(), name
+
+
+def test_files_of_different_formats_have_different_names() -> None:
+    assert len({row.ending for row in FORMATS}) == len(FORMATS)
+
+
+def test_a_format_whose_package_is_missing_says_how_to_get_it() -> None:
+    with (
+        FORMATS.including(replace(ROWS, package="no_such_package", extra="tables")),
+        pytest.raises(UsageError, match=r"--format rows needs no_such_package: pip install \"bnprobe\[tables\]\"\."),
+    ):
+        renderer("rows", Report)
 
 
 def test_what_is_no_document_is_refused() -> None:

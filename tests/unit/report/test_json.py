@@ -56,7 +56,10 @@ def test_the_schema_closes_every_object_and_describes_its_fields() -> None:
     objects = [document, *document["$defs"].values()]
     assert [body["title"] for body in objects if body["additionalProperties"] is not False] == []
     optional = {body["title"]: set(body["properties"]) - set(body["required"]) for body in objects}
-    assert {title: names for title, names in optional.items() if names} == {"PathMeasurement": {"statistics"}}
+    assert {title: names for title, names in optional.items() if names} == {
+        "PathMeasurement": {"statistics"},
+        "bnprobe report": {"baseline"},
+    }
     path = document["$defs"]["PathMeasurement"]["properties"]
     assert path["interval"]["description"] == (
         "95% interval of ``mismatch``, over micro-batches; the upper end is None where it cannot be told: after one"
@@ -90,7 +93,7 @@ def _set(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     [
         (
             _set("schema_version", value=2),
-            r"has schema_version 2, and this bnprobe reads schema_version 1\. Scan",
+            r"has schema_version 2, and this bnprobe reads schema_version 1\. Update",
         ),
         (_set("schema_version", value="1"), "has schema_version '1'"),
         (lambda document: document.pop("schema_version"), "has no schema_version"),
@@ -126,7 +129,7 @@ def test_a_report_older_than_a_field_with_a_default_is_read() -> None:
         load(json.dumps(document))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "3", '{"schema_version": 1e999}'])
+@pytest.mark.parametrize("text", ["", "[]", "{{", "3", '{"schema_version": 1e999}'])
 def test_what_is_no_report_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="not a JSON report of bnprobe"):
         load(text)

@@ -1,0 +1,105 @@
+"""``bnprobe compare``: scans of one model side by side, layer by layer, and which differences are sure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from bnprobe._version import __version__
+from bnprobe.commands.verify import differences, in_order, require_common
+from bnprobe.errors import UsageError
+from bnprobe.records import ComparedScan, Comparison, Layer, LayerPoint, LayerTrend, Report, Tool, Trend
+
+
+def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
+    """Compare scans of one model.
+
+    Args:
+        reports: Name and report of each scan, two or more, in the order of time.
+
+    Raises:
+        UsageError: There are fewer than two, or two neighbours have no layer in common.
+    """
+    if len(reports) < 2:
+        raise UsageError("A comparison takes two reports or more.")
+    for (_, one), (_, other) in pairwise(reports):
+        require_common(one, other)
+    layers = [{layer.name: layer for layer in report.layers} for _, report in reports]
+    names = list(layers[0])
+    for later in layers[1:]:
+        names = list(in_order(names, list(later)))
+    first = reports[0][1]
+    notes = [f"{name}: {note}" for name, report in reports[1:] for note in differences(first, report)]
+    return Comparison(
+        tool=Tool("bnprobe", __version__),
+        scans=tuple(_scan(name, report) for name, report in reports),
+        layers=tuple(_trend(name, [known.get(name) for known in layers]) for name in names),
+        notes=tuple(notes),
+    )
+
+
+def _scan(name: str, report: Report) -> ComparedScan:
+    points = {layer.name: point for layer in report.layers if (point := _point(layer)) is not None}
+    worst = max(points, key=lambda layer: points[layer].mismatch, default=None)
+    output = report.summary.output
+    return ComparedScan(
+        name=name,
+        model=report.scan.model,
+        checkpoint=report.scan.checkpoint,
+        batch_size=report.scan.batch_size,
+        layers=report.summary.layers,
+        flagged=report.summary.flagged,
+        undecided=report.summary.undecided,
+        errors=sum(diagnosis.severity == "error" for diagnosis in report.diagnoses),
+        worst=worst,
+        mismatch=None if worst is None else points[worst].mismatch,
+        equivalent_batch_size=None if worst is None else points[worst].equivalent_batch_size,
+        output=output.relative_l2,
+        loss=output.loss,
+        metric=output.metric,
+    )
+
+
+def _point(layer: Layer | None) -> LayerPoint | None:
+    """A layer on the path with the larger D; None where it was not measured."""
+    paths = [path for path in (layer.train, layer.eval) if path is not None] if layer else []
+    if layer is None or not paths:
+        return None
+    worse = max(paths, key=lambda path: path.mismatch)
+    return LayerPoint(worse.mismatch, worse.interval, worse.equivalent_batch_size, layer.flagged, layer.undecided)
+
+
+def _trend(name: str, layers: Sequence[Layer | None]) -> LayerTrend:
+    points = tuple(map(_point, layers))
+    ratio, interval, trend = _change(points[0], points[-1])
+    return LayerTrend(name, points, ratio, interval, trend)
+
+
+def _change(
+    first: LayerPoint | None, last: LayerPoint | None
+) -> tuple[float | None, tuple[float, float] | None, Trend]:
+    """The last D over the first, its interval, and what that says.
+
+    Intervals of D are those of its logarithm (docs/explanation/intervals.md), so that of a ratio of two scans has the
+    root of the sum of their squared half widths: exact for scans of independent batches, and too wide, on the safe
+    side, for scans of the same batches.
+    """
+    if first is None or last is None:
+        return None, None, "unknown"
+    if first.mismatch == last.mismatch:
+        return (1.0 if first.mismatch else None), None, "same"
+    if min(first.mismatch, last.mismatch) <= 0:
+        return None, None, "unsure"
+    ratio, widths = last.mismatch / first.mismatch, [_log_width(point) for point in (first, last)]
+    if None in widths:
+        return ratio, None, "unsure"
+    half = math.hypot(*(width for width in widths if width is not None))
+    low, high = ratio * math.exp(-half), ratio * math.exp(half)
+    return ratio, (low, high), "better" if high < 1 else "worse" if low > 1 else "unsure"
+
+
+def _log_width(point: LayerPoint) -> float | None:
+    """Half the 95% interval of ln D; None where it has no end."""
+    low, high = point.interval
+    return None if high is None or low <= 0 else math.log(high / low) / 2

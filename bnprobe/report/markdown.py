@@ -1,0 +1,205 @@
+"""Markdown as GitHub and GitLab show it: for the summary of a job, or a comment on a pull request.
+
+First the verdict, what to do and the worst layers; all else is folded. Names, messages and paths are whatever the
+user's code holds: in prose every character that Markdown would obey is escaped, and names stand in code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from bnprobe.numbers import IN_MODE, count, percent
+from bnprobe.records import (
+    BaselineComparison,
+    Comparison,
+    Diagnosis,
+    Layer,
+    LintReport,
+    Report,
+    SkippedLayer,
+    Verification,
+)
+from bnprobe.report import baseline, compare, figures, lint, verify
+from bnprobe.report.charts import largest
+from bnprobe.report.diagnoses import closing
+from bnprobe.report.layers import sign_of, worst_first
+from bnprobe.report.page import ARROW, FINE, FLAGGED, SEVERITY_SIGNS, UNDECIDED, UNMEASURED, RenderOptions, clean
+from bnprobe.rules import title_of
+
+MOST_LAYERS = 10
+"""So many layers are shown at once, the worst."""
+
+MOST_FOLDED = 200
+"""So many are in the table that can be unfolded, unless all are asked for: a comment may have 65,536 characters."""
+
+_OBEYED = re.compile(r"[\\`*_{}\[\]<>#!|~&$]|(?<=\b[wW]{3})\.|:(?=\S)")
+_LINKED = re.compile(r"[@#](?=\w)")
+
+
+def render_scan(report: Report, options: RenderOptions) -> str:
+    """The verdict of a scan, its diagnoses, the worst layers and, folded, all layers and how it was measured."""
+    end = closing(report, options.command)
+    worst = worst_first(report.layers)[:MOST_LAYERS]
+    parts = [
+        f"### bnprobe: {end.sign} {prose(end.headline)}",
+        _scanned(report),
+        *map(prose, end.sentences),
+        _against(report.baseline),
+        *_diagnoses(report.diagnoses),
+        f"{prose(end.step.why)}\n\n{_block(end.step.command)}" if end.step.command else "",
+        _layers(worst),
+        "" if len(worst) == len(report.layers) else _folded("All layers", _layers(_kept(report.layers, options))),
+        _folded("How it was measured", _measured(report)),
+        _skipped(report.skipped),
+    ]
+    return _document(parts)
+
+
+def render_lint(report: LintReport, options: RenderOptions) -> str:
+    """The findings of a lint."""
+    worst = {diagnosis.severity for diagnosis in report.diagnoses}
+    sign = next((SEVERITY_SIGNS[each] for each in SEVERITY_SIGNS if each in worst), FINE)
+    notes = "\n".join(f"- {prose(note)}" for note in report.notes)
+    parts = [
+        f"### bnprobe lint: {sign} {prose(lint.one_line(report))}",
+        _against(report.baseline),
+        *_diagnoses(report.diagnoses),
+        _folded("Notes", notes),
+        _skipped(report.skipped),
+    ]
+    return _document(parts)
+
+
+def render_verify(found: Verification, options: RenderOptions) -> str:
+    """Whether a repair holds, and every layer before and after."""
+    rows = [
+        (
+            FLAGGED if layer.flagged_after or layer.lost else UNDECIDED if layer.undecided_after else FINE,
+            code(layer.name),
+            " ".join((_mismatch(layer.before), ARROW, _mismatch(layer.after))),
+        )
+        for layer in found.layers
+    ]
+    table = _table(("", "layer", "D"), rows[: None if options.show_all else MOST_FOLDED])
+    parts = [
+        f"### bnprobe verify: {FINE if found.passed else FLAGGED} {prose(verify.one_line(found))}",
+        "\n".join(f"- {prose(problem)}" for problem in found.problems),
+        _folded(count(len(found.layers), "layer"), table),
+        _folded("Notes", "\n".join(f"- {prose(note)}" for note in found.notes)),
+    ]
+    return _document(parts)
+
+
+def render_compare(found: Comparison, options: RenderOptions) -> str:
+    """The scans, and the layers that changed most."""
+    columns = compare.scan_rows(found)
+    scans = [(code(scan.name), *cells) for scan, *cells in zip(found.scans, *columns.values(), strict=True)]
+    shown = compare.most_changed(found, options.show_all)
+    layers = [(code(name), *rest) for name, *rest in compare.rows(shown)]
+    parts = [
+        f"### bnprobe compare: {compare.sign(found)} {prose(compare.one_line(found))}",
+        _table(("scan", *columns), [(name, *map(prose, cells)) for name, *cells in scans]),
+        _table(("layer", "D, first", "D, last", "change", ""), layers),
+        _folded("Notes", "\n".join(f"- {prose(note)}" for note in found.notes)),
+    ]
+    return _document(parts)
+
+
+def prose(text: str) -> str:
+    """Text that Markdown shows as it is, on one line: no markup, no link, no mention of a user or an issue."""
+    escaped = _OBEYED.sub(r"\\\g<0>", clean(text, unicode=True))
+    return _LINKED.sub(r"\g<0><!-- -->", escaped)
+
+
+def code(text: str) -> str:
+    """Text in code, in a table or a sentence; a vertical bar would end the cell of a table even there."""
+    shown = clean(text, unicode=True)
+    fence = "`" * (max(map(len, re.findall("`+", shown)), default=0) + 1)
+    pad = " " if shown.startswith("`") or shown.endswith("`") or not shown.strip() else ""
+    return f"{fence}{pad}{shown}{pad}{fence}".replace("|", r"\|")
+
+
+def _block(command: str) -> str:
+    fence = "`" * max(3, max(map(len, re.findall("`+", command)), default=0) + 1)
+    return f"{fence}sh\n{clean(command, unicode=True)}\n{fence}"
+
+
+def _document(parts: Iterable[str]) -> str:
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _folded(summary: str, text: str) -> str:
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>" if text else ""
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *lines]) if lines else ""
+
+
+def _scanned(report: Report) -> str:
+    scan = report.scan
+    weights = f", weights of {code(scan.checkpoint)}" if scan.checkpoint else ""
+    measured = f"{count(scan.batches, 'micro-batch')} of {scan.batch_size} of {prose(figures.data(scan))}"
+    return f"{code(scan.model)}{weights}, measured on {measured}."
+
+
+def _diagnoses(diagnoses: Sequence[Diagnosis]) -> list[str]:
+    """One item of a list for each root cause, worst first, with what to do."""
+    items = []
+    for number, diagnosis in enumerate(diagnoses, start=1):
+        title = prose(title_of(diagnosis.rule, diagnosis.cause))
+        head = f"{number}. {SEVERITY_SIGNS[diagnosis.severity]} **{title}** ({prose(diagnosis.rule)}):"
+        items.append(f"{head} {prose(diagnosis.message)}\n   **What to do:** {prose(diagnosis.remedy)}")
+    return ["\n".join(items)] if items else []
+
+
+def _against(known: BaselineComparison | None) -> str:
+    if known is None:
+        return ""
+    items = [f"- {prose(text)}" for text in baseline.sentences(known, show_all=False)]
+    return "\n".join([f"{prose(baseline.heading(known))}.", "", *items])
+
+
+def _layers(layers: Sequence[Layer]) -> str:
+    heads = ("", "layer", *(f"n_eq {where}" for where in IN_MODE.values()), "D", "most of it", "built in")
+    return _table(heads, map(_row, layers))
+
+
+def _row(layer: Layer) -> tuple[str, ...]:
+    mismatches = [path.mismatch for path in (layer.train, layer.eval) if path is not None]
+    found = None if layer.shares is None else largest(layer.shares)
+    return (
+        sign_of(layer),
+        code(layer.name),
+        figures.path_equivalent(layer.train),
+        figures.path_equivalent(layer.eval),
+        _mismatch(max(mismatches, default=None)),
+        "" if found is None else f"{found[0].words} {percent(found[1] / found[2])}",
+        code(layer.location) if layer.location else "",
+    )
+
+
+def _kept(layers: Sequence[Layer], options: RenderOptions) -> Sequence[Layer]:
+    return layers if options.show_all or len(layers) <= MOST_FOLDED else worst_first(layers)[:MOST_FOLDED]
+
+
+def _mismatch(value: float | None) -> str:
+    return UNMEASURED if value is None else figures.mismatch(value)
+
+
+def _measured(report: Report) -> str:
+    scan, environment = report.scan, report.environment
+    facts = [
+        f"{scan.device} ({environment.device_name}), {scan.dtype}, seed {scan.seed}",
+        f"{report.tool.name} {report.tool.version}, torch {environment.torch}, Python {environment.python}",
+        *scan.notes,
+    ]
+    command = f"\n\n{_block(scan.command)}" if scan.command else ""
+    return "\n".join(f"- {prose(fact)}" for fact in facts) + command
+
+
+def _skipped(layers: Sequence[SkippedLayer]) -> str:
+    rows = [(code(layer.name), code(layer.kind), prose(layer.reason)) for layer in layers[:MOST_FOLDED]]
+    return _folded(f"{count(len(layers), 'layer')} not judged", _table(("layer", "class", "why"), rows))
