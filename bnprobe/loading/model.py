@@ -16,16 +16,19 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bnprobe.config.spec import ModelSpec, is_file_target, split_target, why_missing
+from bnprobe.config.frameworks import framework_named_in
+from bnprobe.config.spec import Spec, is_file_target, split_target, why_missing
 from bnprobe.distributed import beat
 from bnprobe.errors import BnprobeError, EndOfPass, ModelError, UserCodeError, reason_of
+from bnprobe.loading import frameworks
+from bnprobe.loading.frameworks import Project
 from bnprobe.loading.places import recorded_places
 from bnprobe.numbers import count, listed
 from bnprobe.paths import exists, is_file, is_folder, placed, short_path
@@ -351,6 +354,7 @@ class LoadedModel:
         averaged: Why its weights are taken to be an average, and that averaged weights are in the same file but were
             not used, clauses; None where nothing says so.
         undone: By name of a layer that is plain BN, what its checkpoint shows it to be converted to.
+        taken: What a framework's project gave, by role: ``{"loss": "training_step of lit.py:LitNet"}``.
     """
 
     model: nn.Module
@@ -361,13 +365,15 @@ class LoadedModel:
     parameters_alone: bool = False
     averaged: tuple[str | None, str | None] = (None, None)
     undone: Mapping[str, str] = field(default_factory=dict)
+    taken: Mapping[str, str] = field(default_factory=dict)
 
 
-def load_model(spec: ModelSpec) -> LoadedModel:
+def load_model(spec: Spec) -> LoadedModel:
     """Load the model that a target names.
 
-    The first of these that exists: the named symbol; ``load_model()``; ``model``. A symbol is an nn.Module, or a
-    function or class that is called with the spec's ``args`` and returns one.
+    A target with the prefix of a framework names a project of it. Else the first of these that exists: the named
+    symbol; ``load_model()``; ``model``. A symbol is an nn.Module, a function or class that is called with the spec's
+    ``args`` and returns one, or a project of a framework.
 
     Raises:
         ModelError: The target does not lead to an nn.Module.
@@ -377,14 +383,28 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         return _load_model(spec)
 
 
-def _load_model(spec: ModelSpec) -> LoadedModel:
-    library, _, name = spec.target.partition(":")
-    if library in _LIBRARIES and name:
-        return _loaded(_LIBRARIES[library](name, spec.args), spec.target, None)
-    module, symbol = resolve(spec.target)
+def _load_model(spec: Spec) -> LoadedModel:
+    target, args = spec.model.target, spec.model.args
+    framework = framework_named_in(target)
+    if framework is not None:
+        named = frameworks.reader_of(framework).named(target.partition(":")[2], spec)
+        return _of_project(named, target, None)
+    module, symbol = resolve(target)
     symbol = symbol or _default_symbol(module)
-    name = f"{module.name}:{symbol}"
-    return _loaded(_build(module.get(symbol), name, spec.args), name, module)
+    name, value = f"{module.name}:{symbol}", module.get(symbol)
+    reader = frameworks.claiming(value)
+    if reader is not None:
+        return _of_project(reader.project(value, name, spec), name, module)
+    return _loaded(_build(value, name, args), name, module)
+
+
+def _of_project(project: Project, name: str, module: UserModule | None) -> LoadedModel:
+    """The model of a framework's project, and a module that has its functions beside those of the user's module."""
+    loaded = _loaded(project.model, name, module)
+    if project.functions:
+        merged = frameworks.beside(project.functions, module.module if module else None, name)
+        loaded = replace(loaded, module=UserModule(merged, module.name if module else name))
+    return replace(loaded, notes=(*loaded.notes, *project.notes), taken=project.taken)
 
 
 def _default_symbol(module: UserModule) -> str:
@@ -408,43 +428,6 @@ def _build(value: object, name: str, args: dict[str, Any]) -> nn.Module:
         made = value(**args)
     if not isinstance(made, nn.Module):
         raise ModelError(f"{name} returned {kind_of(made)}, not an nn.Module. Return only the model.")
-    return made
-
-
-def _from_timm(name: str, args: dict[str, Any]) -> nn.Module:
-    timm = _library("timm")
-    return _from_library("timm", name, timm.list_models(), lambda: timm.create_model(name, **args))
-
-
-def _from_torchvision(name: str, args: dict[str, Any]) -> nn.Module:
-    models = _library("torchvision.models")
-    return _from_library("torchvision", name, models.list_models(), lambda: models.get_model(name, **args))
-
-
-_LIBRARIES: dict[str, Callable[[str, dict[str, Any]], nn.Module]] = {
-    "timm": _from_timm,
-    "torchvision": _from_torchvision,
-}
-
-
-def _library(module: str) -> Any:
-    package = module.split(".")[0]
-    if importlib.util.find_spec(package) is None:
-        raise ModelError(f"{package} is not installed. Run: pip install {package}.")
-    with user_code(f"importing {module}"):
-        return importlib.import_module(module)
-
-
-def _from_library(library: str, name: str, known: list[str], make: Callable[[], object]) -> nn.Module:
-    # timm names may have a weights tag (resnet50.a1_in1k) or a hub address; neither is listed
-    if ":" not in name and name.lower().split(".")[0] not in known:
-        close = difflib.get_close_matches(name, known, 3)
-        hint = f"The nearest names are {', '.join(close)}." if close else "See its list of models."
-        raise ModelError(f'{library} has no model "{name}". {hint}')
-    with user_code(f"making {library}:{name}"):
-        made = make()
-    if not isinstance(made, nn.Module):
-        raise ModelError(f"{library}:{name} is {kind_of(made)}, not an nn.Module.")
     return made
 
 

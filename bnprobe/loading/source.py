@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from bnprobe.config.spec import DataSpec, EvalDataSpec
 from bnprobe.errors import DataError, UsageError
+from bnprobe.loading import frameworks
 from bnprobe.loading.data import (
     BatchSource,
     Request,
@@ -186,6 +187,9 @@ def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) ->
 def _from_symbol(module: UserModule, symbol: str, spec: EvalDataSpec, as_given: bool = False) -> BatchSource:
     value, name = module.get(symbol), f"{symbol} of {module.name}"
     request = Request(name, spec.batch_size, as_given=as_given, batch_size_of=_batch_size_of(spec, module))
+    reader = frameworks.claiming_data(value)
+    if reader is not None:
+        return source_of(reader.data(value, f"{module.name}:{symbol}", spec.args), request)
     if _is_callable_data(value):
         return _from_call(value, request, spec)
     if spec.args:

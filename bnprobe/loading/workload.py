@@ -38,7 +38,7 @@ class Workload:
         wrapped, parameters_alone: As in ``LoadedModel``.
         not_held_out: Why held-out data that is there was not used, a sentence; None: all that there is was used.
         norms: Norms of the user's own by the name of their class, as the spec or the model file says.
-        averaged, undone: As in ``LoadedModel``.
+        averaged, undone, taken: As in ``LoadedModel``.
     """
 
     model: nn.Module
@@ -58,6 +58,7 @@ class Workload:
     not_held_out: str | None = None
     averaged: tuple[str | None, str | None] = (None, None)
     undone: Mapping[str, str] = field(default_factory=dict)
+    taken: Mapping[str, str] = field(default_factory=dict)
 
     def settings(self, given: ScanSettings) -> ScanSettings:
         """Settings with the norms that the model file names, where they name none."""
@@ -102,6 +103,7 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
         not_held_out=not_held_out,
         averaged=loaded.averaged,
         undone=loaded.undone,
+        taken=loaded.taken,
         **functions,
     )
 
@@ -150,7 +152,7 @@ def _held_out(spec: Spec, module: UserModule | None, source: BatchSource) -> tup
 def load_model_only(spec: Spec, need_statistics: bool = True) -> LoadedModel:
     """Load the model with its checkpoint, without data; ``need_statistics`` as for ``load_workload``."""
     checkpoint = spec.checkpoint
-    loaded = load_model(spec.model)
+    loaded = load_model(spec)
     if checkpoint.path is not None:
         checkpoint = checkpoint.model_copy(update={"path": str(placed(Path(checkpoint.path)))})
     require_values(loaded.model)

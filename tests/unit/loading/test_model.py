@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnprobe.config.spec import ModelSpec
+from bnprobe.config.spec import ModelSpec, Spec
 from bnprobe.errors import BnprobeError, ModelError, UserCodeError
 from bnprobe.loading.model import LoadedModel, load_model, unwrapped
 
@@ -26,7 +26,7 @@ def write(folder: Path, text: str, name: str = "model.py") -> str:
 
 
 def load(target: str, **args: Any) -> LoadedModel:
-    return load_model(ModelSpec(target=target, args=args))
+    return load_model(Spec(model=ModelSpec(target=target, args=args)))
 
 
 def model_error(target: str, **args: Any) -> str:
@@ -275,7 +275,7 @@ def test_a_library_that_is_not_installed(library: str) -> None:
     """Neither is among the dependencies; where one is installed, this has nothing to show."""
     if library in sys.modules or _installed(library):
         pytest.skip(f"{library} is installed")
-    assert model_error(f"{library}:resnet18") == f"{library} is not installed. Run: pip install {library}."
+    assert model_error(f"{library}:resnet18") == f'{library} is not installed. Run: pip install "bnprobe[{library}]".'
 
 
 def _installed(library: str) -> bool:
