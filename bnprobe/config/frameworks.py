@@ -37,6 +37,12 @@ FRAMEWORKS: Registry[Framework] = Registry(
     "bnprobe.frameworks",
     (
         Framework("timm", _HERE + "timm:Timm", "models by name", prefix="timm"),
+        Framework(
+            "Lightning",
+            _HERE + "lightning:Lightning",
+            "a LightningModule with its checkpoint, data and steps",
+            packages=("lightning", "pytorch_lightning"),
+        ),
         Framework("torchvision", _HERE + "torchvision:Torchvision", "models by name", prefix="torchvision"),
     ),
     lambda framework: framework.name,

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from bnprobe.config.frameworks import framework_named_in
-from bnprobe.config.spec import Spec, is_file_target, split_target, why_missing
+from bnprobe.config.spec import ModelSpec, Spec, is_file_target, split_target, why_missing
 from bnprobe.distributed import beat
 from bnprobe.errors import BnprobeError, EndOfPass, ModelError, UserCodeError, reason_of
 from bnprobe.loading import frameworks
@@ -354,7 +354,7 @@ class LoadedModel:
         averaged: Why its weights are taken to be an average, and that averaged weights are in the same file but were
             not used, clauses; None where nothing says so.
         undone: By name of a layer that is plain BN, what its checkpoint shows it to be converted to.
-        taken: What a framework's project gave, by role: ``{"loss": "training_step of lit.py:LitNet"}``.
+        project: The framework's project that it is, if it is one.
     """
 
     model: nn.Module
@@ -365,7 +365,15 @@ class LoadedModel:
     parameters_alone: bool = False
     averaged: tuple[str | None, str | None] = (None, None)
     undone: Mapping[str, str] = field(default_factory=dict)
-    taken: Mapping[str, str] = field(default_factory=dict)
+    project: Project | None = None
+
+    def observing(self, batch: Any) -> LoadedModel:
+        """The same with what the framework's project shows of itself by a few samples of the training data."""
+        if self.project is None or self.project.observe is None:
+            return self
+        known = self.project.observe(self.model, batch)
+        both = replace(known, functions={**self.project.functions, **known.functions}, taken={**self.project.taken, **known.taken})
+        return replace(_with_functions(self, known.functions), project=both, notes=(*self.notes, *known.notes))
 
 
 def load_model(spec: Spec) -> LoadedModel:
@@ -393,18 +401,27 @@ def _load_model(spec: Spec) -> LoadedModel:
     symbol = symbol or _default_symbol(module)
     name, value = f"{module.name}:{symbol}", module.get(symbol)
     reader = frameworks.claiming(value)
+    if reader is None or isinstance(value, nn.Module):
+        value, spec = _build(value, name, args), spec.model_copy(update={"model": ModelSpec(target=target)})
+        reader = frameworks.claiming(value)
     if reader is not None:
         return _of_project(reader.project(value, name, spec), name, module)
-    return _loaded(_build(value, name, args), name, module)
+    return _loaded(value, name, module)
 
 
 def _of_project(project: Project, name: str, module: UserModule | None) -> LoadedModel:
-    """The model of a framework's project, and a module that has its functions beside those of the user's module."""
-    loaded = _loaded(project.model, name, module)
-    if project.functions:
-        merged = frameworks.beside(project.functions, module.module if module else None, name)
-        loaded = replace(loaded, module=UserModule(merged, module.name if module else name))
-    return replace(loaded, notes=(*loaded.notes, *project.notes), taken=project.taken)
+    """The model of a framework's project, with its functions beside those of the user's module."""
+    loaded = replace(_loaded(project.model, name, module), project=project)
+    return replace(_with_functions(loaded, project.functions), notes=(*loaded.notes, *project.notes))
+
+
+def _with_functions(loaded: LoadedModel, functions: Mapping[str, Any]) -> LoadedModel:
+    """The model with a module that has these functions beside those of the user's."""
+    if not functions:
+        return loaded
+    home = loaded.module
+    merged = frameworks.beside(functions, home.module if home else None, loaded.name)
+    return replace(loaded, module=UserModule(merged, home.name if home else loaded.name))
 
 
 def _default_symbol(module: UserModule) -> str:
