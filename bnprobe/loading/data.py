@@ -92,6 +92,11 @@ class BatchSource:
     beside: BatchSource | None = None
 
     @property
+    def origin(self) -> str:
+        """Where the batches come from, without how many there are."""
+        return str(getattr(self.batches, "origin", self.description))
+
+    @property
     def samples_in(self) -> Callable[[Any], int | None]:
         """Tells how many samples a batch has."""
         found: Callable[[Any], int | None] = getattr(self.batches, "samples_in", count_samples)

@@ -372,7 +372,9 @@ class LoadedModel:
         if self.project is None or self.project.observe is None:
             return self
         known = self.project.observe(self.model, batch)
-        both = replace(known, functions={**self.project.functions, **known.functions}, taken={**self.project.taken, **known.taken})
+        both = replace(
+            known, functions={**self.project.functions, **known.functions}, taken={**self.project.taken, **known.taken}
+        )
         return replace(_with_functions(self, known.functions), project=both, notes=(*self.notes, *known.notes))
 
 

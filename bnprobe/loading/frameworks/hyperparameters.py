@@ -1,4 +1,4 @@
-"""What a checkpoint of Lightning says beside the weights: the arguments of its classes, what it watched, how far it was.
+"""What a checkpoint of Lightning says beside the weights: arguments of its classes, what it watched, how far it was.
 
 Nothing in the file is run: objects of other classes than plain containers are stubs (``bnprobe.loading.weights``).
 """
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError, ModelError
@@ -19,6 +19,8 @@ from bnprobe.loading.weights import Stub, read_weights, weights_file
 from bnprobe.numbers import listed
 from bnprobe.paths import placed
 from bnprobe.records import Goal
+
+GOALS: tuple[Goal, ...] = ("max", "min")
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,10 @@ def _monitored(callbacks: Any) -> tuple[str, Goal] | None:
             settings = ast.literal_eval(match[1]) if match else {}
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        name, mode = settings.get("monitor"), settings.get("mode")
-        if isinstance(name, str) and mode in get_args(Goal) and "loss" not in name.lower():
-            return name, mode
+        name = settings.get("monitor")
+        goal = next((goal for goal in GOALS if settings.get("mode") == goal), None)
+        if isinstance(name, str) and goal is not None and "loss" not in name.lower():
+            return name, goal
     return None
 
 

@@ -1,4 +1,4 @@
-"""Projects of Lightning as they stand: a LightningModule, its checkpoint, its data, its training and validation steps."""
+"""Projects of Lightning as they stand: a LightningModule, its checkpoint, its data, and its steps."""
 
 from __future__ import annotations
 
@@ -45,17 +45,16 @@ class Lightning(Reader):
     def project(self, value: Any, name: str, spec: Spec) -> Project:
         """See the base class."""
         saved = read_saved(spec.checkpoint)
-        model = value if isinstance(value, nn.Module) else _built(value, name, spec, saved)
+        model: Any = value if isinstance(value, nn.Module) else _built(value, name, spec, saved)
         if overrides(model, "configure_model"):
             with user_code(f"calling configure_model() of {name}"):
                 model.configure_model()
         data = _data_of(model, name, spec, saved)
         run = Run(saved.epoch, saved.step, data.datamodule)
-        functions = {"load_data": data.training, "load_eval_data": data.held_out} if data.is_there else {}
         from_file = f" with the arguments saved in {saved.file}" if saved.model and value is not model else ""
         return Project(
             model,
-            functions,
+            data.functions,
             {"model": f"{name}{from_file}"},
             data_args=saved.data if saved.data_argument is None else {saved.data_argument: saved.data},
             observe=functools.partial(_observed, name=name, run=run, saved=saved),
@@ -113,9 +112,10 @@ class _ModuleData:
     _ready: bool = False
 
     @property
-    def is_there(self) -> bool:
-        """Whether there is training data."""
-        return self.source is not None
+    def functions(self) -> dict[str, Any]:
+        """By the names of a model file."""
+        hooks = {"load_data": ("train_dataloader", self.training), "load_eval_data": ("val_dataloader", self.held_out)}
+        return {name: load for name, (hook, load) in hooks.items() if overrides(self.source, hook)}
 
     @property
     def datamodule(self) -> Any:
@@ -166,7 +166,7 @@ class _ModuleData:
 
 
 def _loaders(given: Any, label: str = "loader") -> Iterator[tuple[str, Any]]:
-    """The loaders in what a hook returned, with a name for each: one, a list or dictionary of them, or a CombinedLoader."""
+    """The loaders in what a hook returned, each with a name: one, a list or dictionary of them, or a CombinedLoader."""
     if type(given).__name__ == "CombinedLoader" and hasattr(given, "iterables"):
         yield from _loaders(given.iterables, label)
     elif isinstance(given, Mapping):
@@ -181,6 +181,8 @@ def _loaders(given: Any, label: str = "loader") -> Iterator[tuple[str, Any]]:
 
 def _data_of(model: Any, name: str, spec: Spec, saved: Saved) -> _ModuleData:
     """The data of the module itself; else that of the only data module of its file, where the user names no data."""
+    if spec.data.target is not None:
+        return _ModuleData(name, None)
     if overrides(model, "train_dataloader"):
         return _ModuleData(name, model)
     home = sys.modules.get(type(model).__module__)
@@ -190,7 +192,7 @@ def _data_of(model: Any, name: str, spec: Spec, saved: Saved) -> _ModuleData:
         if isinstance(each, type)
         and _is_a(each, classes("LightningDataModule"))
         and each.__module__ == type(model).__module__
-    ] if home is not None and spec.data.target is None and not spec.data.input_shape else []  # fmt: skip
+    ] if home is not None and not spec.data.input_shape else []  # fmt: skip
     if len(kinds) != 1:
         return _ModuleData(name, None)
     where = f"{name.rpartition(':')[0]}:{kinds[0][0]}"
@@ -231,7 +233,7 @@ def _with_loss(project: Project, trial: nn.Module, batch: Any, name: str, run: R
         functions["forward"] = _as_written(_Forward(run, *_which(calls)), trial, "training_step")
     if problem is None:
         functions["loss"] = _as_written(_Loss(run), trial, "training_step")
-    taken = dict.fromkeys(functions, f"training_step of {name}")
+    taken = dict.fromkeys(functions, "training_step")
     said = "" if problem is None else f"training_step of {name} gives no loss to compare: {problem}."
     return replace(project, functions=functions, taken=taken, notes=(*project.notes, *filter(None, [said])))
 
@@ -246,9 +248,7 @@ def _why_no_loss(returned: Any, said: Said) -> str | None:
     return f"it returned {described(returned)}"
 
 
-def _with_metric(
-    project: Project, trial: nn.Module, batch: Any, name: str, run: Run, saved: Saved
-) -> Project:
+def _with_metric(project: Project, trial: nn.Module, batch: Any, name: str, run: Run, saved: Saved) -> Project:
     """Call ``validation_step`` in both modes; add the metric that it logs."""
     if not overrides(trial, "validation_step"):
         return project
@@ -267,7 +267,7 @@ def _with_metric(
         return project
     metric, goal = chosen
     function = _as_written(_Metric(run, metric, to_end), trial, "validation_step")
-    which = f"{metric} of validation_step of {name}" + (f" (goal: {goal})" if goal else "")
+    which = f"{metric} of validation_step" + (f" (goal: {goal})" if goal else "")
     return replace(
         project,
         functions={**project.functions, "metric": function},

@@ -1,9 +1,10 @@
-"""Which of the numbers that a validation logs is the metric, and whether a larger one is better: judged by their names."""
+"""Which of the numbers that a validation logs is the metric, and whether a larger one is better, by their names."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from bnprobe.records import Goal
 
@@ -23,8 +24,6 @@ _SMALLER = (
 _NO_METRIC = ("loss", "nll", "elbo", "lr", "epoch", "step", "time", "size", "batch", "count", "num", "seconds", "best")
 """What is logged beside metrics."""
 
-_LOSS_IN_NAME = re.compile(r"loss", re.IGNORECASE)
-
 
 def chosen_metric(names: Sequence[str], monitored: tuple[str, Goal] | None = None) -> tuple[str, Goal | None] | None:
     """The metric among logged names, and which values of it are better; None if none of them is one.
@@ -38,13 +37,13 @@ def chosen_metric(names: Sequence[str], monitored: tuple[str, Goal] | None = Non
     """
     if monitored is not None and monitored[0] in names:
         return monitored
-    for goal, known in (("max", _LARGER), ("min", _SMALLER)):
-        for word in known:
-            for name in names:
-                if word in _words(name) and not _is_no_metric(name):
-                    return name, goal  # type: ignore[return-value]  # both are goals
-    others = [name for name in names if not _is_no_metric(name)]
-    return (others[0], None) if len(others) == 1 else None
+    metrics = [name for name in names if not _is_no_metric(name)]
+    goals: dict[str, Goal] = {**dict.fromkeys(_LARGER, "max"), **dict.fromkeys(_SMALLER, "min")}
+    for word, goal in goals.items():
+        found = next((name for name in metrics if word in _words(name)), None)
+        if found is not None:
+            return found, goal
+    return (metrics[0], None) if len(metrics) == 1 else None
 
 
 def _words(name: str) -> set[str]:
@@ -52,9 +51,9 @@ def _words(name: str) -> set[str]:
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     parts = [re.split(r"[^A-Za-z0-9]+", each) for each in (name, spaced)]
     words = [[word.lower() for word in each if word] for each in parts]
-    joined = [first + second for each in words for first, second in zip(each, each[1:], strict=False)]
+    joined = [first + second for each in words for first, second in pairwise(each)]
     return {*words[0], *words[1], *joined}
 
 
 def _is_no_metric(name: str) -> bool:
-    return bool(_LOSS_IN_NAME.search(name)) or not _words(name).isdisjoint(_NO_METRIC)
+    return "loss" in name.lower() or not _words(name).isdisjoint(_NO_METRIC)

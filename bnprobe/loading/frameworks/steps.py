@@ -11,7 +11,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,8 @@ def classes(name: str) -> tuple[type, ...]:
 
 def overrides(value: Any, name: str) -> bool:
     """Whether a module or data module has a hook of its own, rather than that of Lightning."""
+    if value is None:
+        return False
     bases = [*classes("LightningModule"), *classes("LightningDataModule")]
     mine = getattr(type(value), name, None)
     return name in vars(value) or (mine is not None and all(mine is not getattr(base, name, None) for base in bases))
@@ -136,7 +138,9 @@ class _Resting:
 def _objects_in(configured: Any) -> Iterator[Any]:
     """Optimizers and schedulers in any of the forms that ``configure_optimizers`` may return."""
     if isinstance(configured, Mapping):
-        yield from _objects_in([configured.get("optimizer"), configured.get("lr_scheduler", configured.get("scheduler"))])
+        yield from _objects_in(
+            [configured.get("optimizer"), configured.get("lr_scheduler", configured.get("scheduler"))]
+        )
     elif isinstance(configured, list | tuple):
         for each in configured:
             yield from _objects_in(each)
@@ -152,9 +156,10 @@ def _one_or_all(found: list[Any]) -> Any:
 def answering(model: nn.Module, run: Run) -> Iterator[Said]:
     """Have Lightning's base class answer as with a Trainer while the block runs; yields what is said meanwhile."""
     base = next(each for each in classes("LightningModule") if isinstance(model, each))
-    before = {name: vars(base).get(name) for name in _answers(model, run, Said(), base)}
     said = Said()
-    for name, answer in _answers(model, run, said, base).items():
+    answers = _answers(model, run, said, base)
+    before = {name: vars(base).get(name) for name in answers}
+    for name, answer in answers.items():
         setattr(base, name, answer)
     try:
         yield said
@@ -184,11 +189,17 @@ def _answers(model: nn.Module, run: Run, said: Said, base: type) -> dict[str, An
         "lr_schedulers": lambda self: _one_or_all(resting().schedulers) or None,
         "toggled_optimizer": lambda self, *args, **kwargs: nullcontext(),
         **dict.fromkeys(("print", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), ignore),
-        **{name: property(lambda self, value=value: value) for name, value in (
-            ("trainer", trainer), ("logger", logger), ("loggers", [logger]), ("current_epoch", run.epoch),
-            ("global_step", run.step), ("global_rank", 0), ("local_rank", 0),
-        )},
-    }  # fmt: skip
+        "trainer": _always(trainer),
+        "logger": _always(logger),
+        "loggers": _always([logger]),
+        "current_epoch": _always(run.epoch),
+        "global_step": _always(run.step),
+        **dict.fromkeys(("global_rank", "local_rank"), _always(0)),
+    }
+
+
+def _always(value: Any) -> property:
+    return property(lambda self: value)
 
 
 def _silent_logger(base: type) -> Any:
@@ -391,9 +402,6 @@ def outputs_of(model: Any, batch: Any, run: Run, name: str, calls: int) -> Any:
 
         return forward
 
-    with _forwards({name: (model.get_submodule(name), collecting)}):
-        try:
-            step(model, "training_step", batch, run)
-        except _Enough:
-            pass
+    with _forwards({name: (model.get_submodule(name), collecting)}), suppress(_Enough):
+        step(model, "training_step", batch, run)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
