@@ -24,7 +24,16 @@ from bnprobe.loading.data import (
     synthetic_source,
 )
 from bnprobe.loading.frameworks import Data
-from bnprobe.loading.model import UserModule, accepts, has_attribute, kind_of, locate, signature_of, user_code
+from bnprobe.loading.model import (
+    UserModule,
+    accepts,
+    has_attribute,
+    kind_of,
+    locate,
+    required_of,
+    signature_of,
+    user_code,
+)
 from bnprobe.numbers import listed
 
 
@@ -156,7 +165,7 @@ def _is_data(value: Any, name: str) -> bool:
         return True
     if isinstance(value, type) or not callable(value) or not has_attribute(value, "__code__"):
         return False
-    return not set(_required(value)) - {batch_size_parameter(value)}
+    return not set(required_of(value)) - {batch_size_parameter(value)}
 
 
 def batch_size_parameter(function: Callable[..., Any]) -> str | None:
@@ -171,19 +180,10 @@ def batch_size_parameter(function: Callable[..., Any]) -> str | None:
         plain = name.lower().replace("_", "")
         if plain in _BATCH_SIZE_NAMES or plain.endswith("batchsize"):
             return name
-    required = _required(function)
+    required = required_of(function)
     if len(required) == 1 and required[0].lower() in _SHORT_NAMES:
         return required[0]
     return "batch_size" if accepts(function, "batch_size") else None
-
-
-def _required(function: Callable[..., Any]) -> list[str]:
-    """The parameters without which a function cannot be called."""
-    return [
-        name
-        for name, each in signature_of(function).items()
-        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
-    ]
 
 
 def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) -> str:
@@ -254,7 +254,7 @@ def _from_call(function: Callable[..., Any], request: Request, spec: EvalDataSpe
         told = _told(function, parameter, request.origin, spec)
         if spec.batch_size is not None:
             args[parameter] = spec.batch_size
-    missing = [name for name in _required(function) if name not in args]
+    missing = [name for name in required_of(function) if name not in args]
     if missing:
         raise DataError(
             f"{request.origin} needs {listed(missing)}, but bnprobe calls it with the batch size alone, as"

@@ -137,9 +137,7 @@ def _taken(loaded: LoadedModel, spec: Spec, source: BatchSource) -> Mapping[str,
     mine = {role for role, function in loaded.project.functions.items() if used.get(role) is function}
     roles = {"model"} | (mine - said)
     taken = {role: words for role, words in loaded.project.taken.items() if role in roles}
-    return (
-        taken if source.synthetic else {"model": taken.pop("model", loaded.name), "data": source.origin, **taken}
-    )
+    return taken if source.synthetic else {"model": taken.pop("model", loaded.name), "data": source.origin, **taken}
 
 
 def _norm_classes(module: UserModule | None) -> Mapping[str, NormClass]:

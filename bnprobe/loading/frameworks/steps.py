@@ -85,7 +85,9 @@ class _NoTrainer:
             logger=logger,
             loggers=[logger],
             lightning_module=model,
-            **dict.fromkeys(("testing", "predicting", "sanity_checking", "fast_dev_run", "should_stop"), False),
+            **dict.fromkeys(
+                ("testing", "predicting", "sanity_checking", "fast_dev_run", "should_stop", "is_last_batch"), False
+            ),
             **dict.fromkeys(("global_rank", "local_rank", "node_rank"), 0),
             **dict.fromkeys(("world_size", "num_devices", "num_nodes", "accumulate_grad_batches"), 1),
             **{name: {} for name in ("callback_metrics", "logged_metrics", "progress_bar_metrics")},
