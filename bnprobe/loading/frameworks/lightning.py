@@ -45,17 +45,19 @@ class Lightning(Reader):
     def project(self, value: Any, name: str, spec: Spec) -> Project:
         """See the base class."""
         saved = read_saved(spec.checkpoint)
-        model: Any = value if isinstance(value, nn.Module) else _built(value, name, spec, saved)
+        model: Any
+        model, arguments = (value, {}) if isinstance(value, nn.Module) else _built(value, name, spec, saved)
         if overrides(model, "configure_model"):
             with user_code(f"calling configure_model() of {name}"):
                 model.configure_model()
         data = _data_of(model, name, spec, saved)
         run = Run(saved.epoch, saved.step, data.datamodule)
-        from_file = f" with the arguments saved in {saved.file}" if saved.model and value is not model else ""
+        kind = "" if name.endswith(f":{type(model).__name__}") else f" ({type(model).__name__})"
+        from_file = f" with arguments saved in {saved.file}" if arguments.keys() - spec.model.args.keys() else ""
         return Project(
             model,
             data.functions,
-            {"model": f"{name}{from_file}"},
+            {"model": f"{name}{kind}{from_file}"},
             data_args=saved.data if saved.data_argument is None else {saved.data_argument: saved.data},
             observe=functools.partial(_observed, name=name, run=run, saved=saved),
         )
@@ -73,13 +75,13 @@ def _is_a(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) or (isinstance(value, type) and issubclass(value, kinds) and value not in kinds)
 
 
-def _built(kind: type, name: str, spec: Spec, saved: Saved) -> Any:
-    """Make the LightningModule of the arguments that the user gives, and of those that the checkpoint has saved."""
+def _built(kind: type, name: str, spec: Spec, saved: Saved) -> tuple[Any, dict[str, Any]]:
+    """Make the LightningModule of what the user gives and what the checkpoint has saved; also its arguments."""
     arguments = arguments_for(
         kind, name, spec.model.args, saved.model, saved.model_argument, saved.file, "--model-arg NAME=VALUE"
     )
     with user_code(f"calling {name}({', '.join(arguments)})"):
-        return kind(**arguments)
+        return kind(**arguments), arguments
 
 
 def _datamodule(value: Any, name: str, args: Mapping[str, Any], saved: Saved) -> Any:
