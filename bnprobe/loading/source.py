@@ -193,7 +193,7 @@ def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) ->
     if names is _EVALUATION:
         return f"{where}. Add it, or name another function or loader in the spec (eval_data: target)."
     return (
-        f"{where}. Add one of them, name one in the spec (data: target), or give --input-shape, "
+        f"{where}. Add one of them, name one with --data (data: target in a spec), or give --input-shape, "
         "e.g. 3,224,224, to use synthetic inputs."
     )
 

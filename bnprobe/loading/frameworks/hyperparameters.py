@@ -8,7 +8,9 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,19 @@ def plain(value: Any) -> Any:
     return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
+def _as_settings(saved: Mapping[str, Any]) -> Any:
+    """All that was saved as one object, whose entries are attributes too, also those of mappings in it.
+
+    It is that of OmegaConf where the user's code uses that, else that of Lightning.
+    """
+    if "omegaconf" in sys.modules and _stub_in(saved) is None:
+        with suppress(Exception):  # of a value that it does not take
+            return sys.modules["omegaconf"].OmegaConf.create(dict(saved))
+    homes = (sys.modules.get(f"{package}.utilities.data") for package in ("lightning.fabric", "lightning_fabric"))
+    kind = next((home.AttributeDict for home in homes if home is not None), dict)
+    return kind({key: _as_settings(value) if type(value) is dict else value for key, value in saved.items()})
+
+
 def _stub_in(value: Any) -> Stub | None:
     """An object in a value that was not read."""
     if isinstance(value, Stub):
@@ -148,7 +163,7 @@ def arguments_for(
     takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     saved = {key: value for key, value in saved.items() if not key.startswith("_")}  # of LightningCLI: its own names
     if whole is not None and whole in parameters:
-        saved = {whole: saved}
+        saved = {whole: _as_settings(saved)}
     known = {key: value for key, value in saved.items() if key in parameters or takes_all}
     arguments = {**known, **given}
     for key, value in arguments.items():
