@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bnprobe.config.nodes import MARKS, is_node
 from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError, ModelError
 from bnprobe.loading.weights import Stub, read_weights, weights_file
@@ -173,6 +174,14 @@ def arguments_for(
                 f" not read, since that would run code from the file. Give it by {option.replace('NAME', key)}, or"
                 f" write a function that returns {kind.__name__}(...) and name it as {_function_beside(name)}; or, if"
                 " you trust the file, give --unsafe-load."
+            )
+    for key in arguments.keys() - given.keys():
+        if is_node(arguments[key]):
+            described = next(arguments[key][mark] for mark in MARKS if mark in arguments[key])
+            raise CheckpointError(
+                f'The argument "{key}" of {name} is saved in {file} as a description of {described}, and what a'
+                " checkpoint names is not imported. Scan the configuration that the training wrote beside it, or give"
+                f" it by {option.replace('NAME', key)}."
             )
     missing = [
         key
