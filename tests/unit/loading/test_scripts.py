@@ -11,7 +11,7 @@ LOOP = "for batch in loader:\n    loss = net(batch)\n    loss.backward()\n"
 TRAINS = {
     LOOP: "the loop in line 1 calls backward()",
     "while True:\n    optimizer.step()\n": "the loop in line 1 calls step()",
-    "for epoch in range(9):\n  for batch in loader:\n    net(batch).backward()\n": "the loop in line 1 calls backward()",
+    "for epoch in nine:\n  for batch in loader:\n    net(batch).backward()\n": "the loop in line 1 calls backward()",
     "with open('log'):\n  try:\n    " + LOOP.replace("\n", "\n    ") + "\n  finally: pass\n": (
         "the loop in line 3 calls backward()"
     ),
