@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from functional.command import REPOSITORY, Workspace
+from functional.command import CLEAN, REPOSITORY, Workspace
 
 DIGITS = REPOSITORY / "sample_configs" / "digits" / "digits.npz"
 
@@ -141,6 +141,13 @@ def write_project(workspace: Workspace) -> None:
     workspace.write("config.yaml", CLI)
     for name, text in HYDRA.items():
         workspace.write(name, text)
+
+
+def write_trained(workspace: Workspace) -> None:
+    """The same with a data module in a file of its own, and last.ckpt, the checkpoint of a short training."""
+    write_project(workspace)
+    workspace.write("data.py", "from lit import Digits\n")
+    assert workspace.run_script("train.py").code == CLEAN
 
 
 def copy_into(folder: Path, project: Path) -> None:
