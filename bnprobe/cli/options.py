@@ -128,7 +128,8 @@ MODEL, DATA, RUN, JUDGE, REPORT = "Model", "Data", "Measurement", "Thresholds an
 Target = Annotated[
     str,
     typer.Argument(
-        help="model.py[:SYMBOL], package.module[:SYMBOL], timm:NAME, torchvision:NAME, or a spec file (.yaml).",
+        help="model.py[:SYMBOL], package.module[:SYMBOL], timm:NAME, torchvision:NAME, or a spec file (.yaml). SYMBOL may"
+        " be a LightningModule, and the file a configuration of Hydra or LightningCLI.",
         metavar="TARGET",
     ),
 ]
@@ -156,6 +157,21 @@ UnsafeLoad = Annotated[
     bool,
     option(MODEL, "--unsafe-load", "Let --checkpoint run pickled code, with your permissions (seldom needed)."),
     Sets("checkpoint.unsafe_load"),
+]
+Data = Annotated[
+    str | None,
+    option(
+        DATA,
+        "--data",
+        "Training data: FILE.py:SYMBOL or SYMBOL, a loader, data set, data module or function.",
+        "TARGET",
+    ),
+    Sets("data.target"),
+]
+EvalData = Annotated[
+    str | None,
+    option(DATA, "--eval-data", "Held-out data, in the same forms.", "TARGET"),
+    Sets("eval_data.target"),
 ]
 BatchSize = Annotated[
     int | None,

@@ -12,13 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from bnprobe.config.frameworks import framework_named_in
+from bnprobe.config.nodes import is_node_target
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, nearest_target
 from bnprobe.errors import reason_of
 from bnprobe.paths import is_folder
 from bnprobe.records import DEFAULT_THRESHOLD, Goal
-
-MODEL_LIBRARIES = ("timm:", "torchvision:")
-"""Prefixes of targets that name a model of a library."""
 
 
 def split_target(target: str) -> tuple[str, str | None]:
@@ -30,11 +29,11 @@ def split_target(target: str) -> tuple[str, str | None]:
 
 
 def is_file_target(target: str) -> bool:
-    """Whether a target names a file rather than a module or a model library."""
-    if target.startswith(MODEL_LIBRARIES):
+    """Whether a target names a file rather than a module or a project of a framework."""
+    if framework_named_in(target) is not None:
         return False
     location, _ = split_target(target)
-    return location.endswith(".py") or bool(re.search(r"[/\\]", location))
+    return location.endswith(".py") or is_node_target(target) or bool(re.search(r"[/\\]", location))
 
 
 def nearest_file(path: Path) -> str:
@@ -254,7 +253,7 @@ class ModelSpec(_Section):
     """Where the model comes from.
 
     Attributes:
-        target: ``FILE.py:SYMBOL``, ``package.module:SYMBOL``, ``timm:NAME`` or ``torchvision:NAME``.
+        target: ``FILE.py:SYMBOL``, ``package.module:SYMBOL``, or what a framework reads, e.g. ``timm:NAME``.
         args: Keyword arguments of the class or function.
     """
 

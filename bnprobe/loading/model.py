@@ -11,22 +11,38 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import os
+import re
+import shlex
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bnprobe.config.spec import ModelSpec, is_file_target, split_target, why_missing
+from bnprobe.config.frameworks import framework_named_in
+from bnprobe.config.nodes import is_node_target
+from bnprobe.config.spec import ModelSpec, Spec, is_file_target, split_target, why_missing
 from bnprobe.distributed import beat
-from bnprobe.errors import BnprobeError, EndOfPass, ModelError, UserCodeError, reason_of
+from bnprobe.errors import (
+    BnprobeError,
+    EndOfPass,
+    ModelError,
+    UserCodeError,
+    message_of,
+    place_in_user_code,
+    reason_of,
+)
+from bnprobe.loading import frameworks
+from bnprobe.loading.frameworks import Project
 from bnprobe.loading.places import recorded_places
+from bnprobe.loading.scripts import look_at
 from bnprobe.numbers import count, listed
 from bnprobe.paths import exists, is_file, is_folder, placed, short_path
 
@@ -53,9 +69,29 @@ def user_code(
     except BaseException as error:  # exit() in a model file must not end bnprobe silently
         if passes(error):
             raise
-        raise UserCodeError(call, error, hint()) from error
+        raise UserCodeError(call, error, hint() or _without_gpu(error)) from error
     finally:
         beat()
+
+
+_NO_GPU = (
+    "Torch not compiled with CUDA",
+    "Found no NVIDIA driver",
+    "No CUDA GPUs are available",
+    "NVIDIA driver on your",
+)
+"""What torch says where code asks for a GPU that is not there."""
+
+
+def _without_gpu(error: BaseException) -> str:
+    """What to do about code that asks for a GPU on a machine without one, a sentence; "" for any other error."""
+    if not any(each in message_of(error) for each in _NO_GPU):
+        return ""
+    line = place_in_user_code(error)
+    return (
+        f"{line or 'Your code'} asks for a GPU, and there is none: leave .cuda() out, or write"
+        ' .to("cuda" if torch.cuda.is_available() else "cpu"). bnprobe itself moves the model (--device).'
+    )
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
@@ -70,6 +106,15 @@ def signature_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return {}
+
+
+def required_of(function: Callable[..., Any]) -> list[str]:
+    """The parameters without which a function cannot be called."""
+    return [
+        name
+        for name, each in signature_of(function).items()
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
 
 
 def kind_of(value: object) -> str:
@@ -101,16 +146,31 @@ def has_attribute(value: object, name: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Described:
+    """A class or function with the arguments that a configuration gives it.
+
+    Attributes:
+        function: The class or function.
+        args: Its keyword arguments.
+    """
+
+    function: Any
+    args: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class UserModule:
     """A Python module of the user, and the user's name for it.
 
     Attributes:
         module: The executed module.
         name: E.g. "dir/model.py" or "package.module".
+        notes: What the reader should know of how it was loaded, one sentence each.
     """
 
     module: types.ModuleType
     name: str
+    notes: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str | None:
@@ -148,11 +208,13 @@ class UserModule:
 
     def contents(self) -> list[str]:
         """The callables and nn.Modules that this module defines, in words."""
-        return [
-            f"{name} ({_kind(value)})"
-            for name, value in vars(self.module).items()
-            if not name.startswith("_") and self._is_own(value)
-        ]
+        return [f"{name} ({_kind(value)})" for name, value in self.own().items()]
+
+    def own(self) -> dict[str, Any]:
+        """The callables and nn.Modules that this module defines, by name."""
+        return {
+            name: value for name, value in vars(self.module).items() if not name.startswith("_") and self._is_own(value)
+        }
 
     def _is_own(self, value: object) -> bool:
         if isinstance(value, nn.Module):
@@ -177,7 +239,7 @@ def resolve(target: str, near: UserModule | None = None) -> tuple[UserModule, st
     """Execute the module that a target names; return it and the symbol, if one is named.
 
     Args:
-        target: ``file.py[:symbol]``, ``package.module[:symbol]`` or ``package.module.symbol``.
+        target: ``file.py[:symbol]``, ``package.module[:symbol]``, ``package.module.symbol`` or ``config.yaml:node``.
         near: A module that is already loaded; its file is not executed again.
 
     Raises:
@@ -185,6 +247,10 @@ def resolve(target: str, near: UserModule | None = None) -> tuple[UserModule, st
         UserCodeError: The module raised while it was loaded.
     """
     location, symbol = split_target(target)
+    if is_node_target(target):
+        from bnprobe.loading.configured import module_of  # which resolves what its nodes name
+
+        return module_of(location), symbol
     if is_file_target(target):
         return _load_file(location, near), symbol
     if location:
@@ -216,7 +282,7 @@ def _load_file(location: str, near: UserModule | None) -> UserModule:
     if folder in sys.path:
         sys.path.remove(folder)
     sys.path.insert(0, folder)
-    return UserModule(_execute(path, location), location)
+    return _execute(path, location)
 
 
 def _refuse_other_files(path: Path) -> None:
@@ -228,7 +294,7 @@ def _refuse_other_files(path: Path) -> None:
     raise ModelError(f"{path} is {kind}. Name a Python file (model.py:symbol) or a module (package.module).")
 
 
-def _execute(path: Path, shown: str) -> types.ModuleType:
+def _execute(path: Path, shown: str) -> UserModule:
     """Execute a file as a registered module, so that its classes can be pickled."""
     name = _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
@@ -239,28 +305,71 @@ def _execute(path: Path, shown: str) -> types.ModuleType:
     sys.modules[name] = module
     try:
         with user_code(f"loading {shown}"):
-            _run(path, module)
+            notes = _run(path, module, shown)
     except BaseException:
         if before is None:
             sys.modules.pop(name, None)
         else:
             sys.modules[name] = before
         raise
-    return module
+    return UserModule(module, shown, notes)
 
 
-def _run(path: Path, module: types.ModuleType) -> None:
+def _run(path: Path, module: types.ModuleType, shown: str) -> tuple[str, ...]:
     # compiled from the source: a cached .pyc may be from another edit within the same second
     try:
         source = path.read_bytes()
     except OSError as error:
         raise ModelError(f"The file {path} could not be read: {reason_of(error)}.") from None
     try:
-        exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
+        code = compile(source, str(path), "exec", dont_inherit=True)
+        found = look_at(source)
+        if found.trains is not None:
+            raise ModelError(
+                f"{shown} trains when it is imported: {found.trains}. Put what trains under"
+                f' if __name__ == "__main__": in {shown}, or move the model into a file of its own and name that.'
+            )
+        with _without_arguments(path, shown, found.parses):
+            exec(code, vars(module))
     except SyntaxError as error:
         if error.filename and Path(error.filename).is_file():
             raise ModelError(_syntax_message(error)) from None
         raise
+    if found.parses is None:
+        return ()
+    return (f"{shown} parses arguments in line {found.parses} when it is imported: it was given none.",)
+
+
+@contextmanager
+def _without_arguments(path: Path, shown: str, line: int | None) -> Iterator[None]:
+    """Let a file that parses arguments when it is imported find none, rather than those of bnprobe.
+
+    Args:
+        path, shown: The file, and the user's name for it.
+        line: Where it does; None if it does not.
+
+    Raises:
+        ModelError: It needs some.
+    """
+    if line is None:
+        yield
+        return
+    arguments, said = sys.argv, io.StringIO()
+    sys.argv = [str(path)]
+    try:
+        with redirect_stderr(said):
+            yield
+    except SystemExit:
+        usage = said.getvalue().strip().rpartition("\n")[2].partition("error: ")[2]
+        raise ModelError(
+            f"{shown} parses arguments when it is imported, in line {line}, and ends without them"
+            f"{f' ({usage})' if usage else ''}. Give them default values, or parse them under"
+            f' if __name__ == "__main__": in {shown}.'
+        ) from None
+    finally:
+        sys.argv = arguments
+        if sys.exc_info()[0] is None:
+            sys.stderr.write(said.getvalue())
 
 
 def _syntax_message(error: SyntaxError) -> str:
@@ -333,7 +442,8 @@ def _imported(location: str) -> types.ModuleType:
 
 def _kind(value: object) -> str:
     if isinstance(value, type):
-        return "class"
+        needed = required_of(value) if issubclass(value, nn.Module) else []
+        return f"class, needs {' and '.join(needed)}" if needed else "class"
     return "model" if isinstance(value, nn.Module) else "function"
 
 
@@ -351,6 +461,7 @@ class LoadedModel:
         averaged: Why its weights are taken to be an average, and that averaged weights are in the same file but were
             not used, clauses; None where nothing says so.
         undone: By name of a layer that is plain BN, what its checkpoint shows it to be converted to.
+        project: The framework's project that it is, if it is one.
     """
 
     model: nn.Module
@@ -361,13 +472,25 @@ class LoadedModel:
     parameters_alone: bool = False
     averaged: tuple[str | None, str | None] = (None, None)
     undone: Mapping[str, str] = field(default_factory=dict)
+    project: Project | None = None
+
+    def observing(self, batch: Any) -> LoadedModel:
+        """The same with what the framework's project shows of itself by a few samples of the training data."""
+        if self.project is None or self.project.observe is None:
+            return self
+        known = self.project.observe(self.model, batch)
+        both = replace(
+            known, functions={**self.project.functions, **known.functions}, taken={**self.project.taken, **known.taken}
+        )
+        return replace(_with_functions(self, known.functions), project=both, notes=(*self.notes, *known.notes))
 
 
-def load_model(spec: ModelSpec) -> LoadedModel:
+def load_model(spec: Spec) -> LoadedModel:
     """Load the model that a target names.
 
-    The first of these that exists: the named symbol; ``load_model()``; ``model``. A symbol is an nn.Module, or a
-    function or class that is called with the spec's ``args`` and returns one.
+    A target with the prefix of a framework names a project of it. Else the first of these that exists: the named
+    symbol; ``load_model()``; ``model``. A symbol is an nn.Module, a function or class that is called with the spec's
+    ``args`` and returns one, or a project of a framework.
 
     Raises:
         ModelError: The target does not lead to an nn.Module.
@@ -377,24 +500,72 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         return _load_model(spec)
 
 
-def _load_model(spec: ModelSpec) -> LoadedModel:
-    library, _, name = spec.target.partition(":")
-    if library in _LIBRARIES and name:
-        return _loaded(_LIBRARIES[library](name, spec.args), spec.target, None)
-    module, symbol = resolve(spec.target)
+def _load_model(spec: Spec) -> LoadedModel:
+    target, args = spec.model.target, spec.model.args
+    framework = framework_named_in(target)
+    if framework is not None:
+        named = frameworks.reader_of(framework).named(target.partition(":")[2], spec)
+        return _of_project(named, target, None)
+    module, symbol = resolve(target)
     symbol = symbol or _default_symbol(module)
-    name = f"{module.name}:{symbol}"
-    return _loaded(_build(module.get(symbol), name, spec.args), name, module)
+    name, value = f"{module.name}:{symbol}", module.get(symbol)
+    if isinstance(value, Described):
+        value, args = value.function, {**value.args, **args}
+        spec = spec.model_copy(update={"model": ModelSpec(target=target, args=args)})
+    reader = frameworks.claiming(value)
+    if reader is None or isinstance(value, nn.Module):
+        value, spec = _build(value, name, args), spec.model_copy(update={"model": ModelSpec(target=target)})
+        reader = frameworks.claiming(value)
+    if reader is not None:
+        return _of_project(reader.project(value, name, spec), name, module)
+    return _loaded(value, name, module)
+
+
+def _of_project(project: Project, name: str, module: UserModule | None) -> LoadedModel:
+    """The model of a framework's project, with its functions beside those of the user's module."""
+    loaded = replace(_loaded(project.model, name, module), project=project)
+    return replace(_with_functions(loaded, project.functions), notes=(*loaded.notes, *project.notes))
+
+
+def _with_functions(loaded: LoadedModel, functions: Mapping[str, Any]) -> LoadedModel:
+    """The model with a module that has these functions beside those of the user's."""
+    if not functions:
+        return loaded
+    home = loaded.module
+    merged = frameworks.beside(functions, home.module if home else None, loaded.name)
+    return replace(loaded, module=UserModule(merged, home.name if home else loaded.name))
 
 
 def _default_symbol(module: UserModule) -> str:
     for symbol in ("load_model", "model"):
         if module.find(symbol) is not None:
             return symbol
+    projects = [name for name, value in module.own().items() if frameworks.claiming(value) is not None]
+    if len(projects) == 1:
+        return projects[0]
     raise ModelError(
         f"{module.name} has neither load_model() nor model. {describe_contents(module)} "
-        f"Name one of them as {module.name}:NAME, or add load_model()."
+        f"Name one of them as {module.name}:NAME, or add load_model().\n{_ways_on(module)}"
     )
+
+
+_MODEL_MAKER = re.compile(r"(model|net|network|backbone|classifier)$", re.IGNORECASE)
+
+
+def _ways_on(module: UserModule) -> str:
+    """The three nearest ways to a scan, as commands: models first, then classes and functions that make one."""
+    own = module.own()
+    models = [name for name, value in own.items() if isinstance(value, nn.Module)]
+    classes = [name for name, value in own.items() if isinstance(value, type) and issubclass(value, nn.Module)]
+    makers = [name for name, value in own.items() if not isinstance(value, type) and _MODEL_MAKER.search(name)]
+    classes.sort(key=lambda name: len(required_of(own[name])))  # of classes that need as much, the last is the largest
+    commands = []
+    for name in dict.fromkeys([*models, *makers, *classes]):
+        needed = [] if isinstance(own[name], nn.Module) else required_of(own[name])
+        target = shlex.quote(f"{module.name}:{name}")
+        commands.append(" ".join(["bnprobe scan", target, *(f"--model-arg {each}=VALUE" for each in needed)]))
+    commands = [*commands[:2], "bnprobe init  # writes a model.py and a spec.yaml to fill in"]
+    return "\n".join(f"  {command}" for command in commands)
 
 
 def _build(value: object, name: str, args: dict[str, Any]) -> nn.Module:
@@ -408,43 +579,6 @@ def _build(value: object, name: str, args: dict[str, Any]) -> nn.Module:
         made = value(**args)
     if not isinstance(made, nn.Module):
         raise ModelError(f"{name} returned {kind_of(made)}, not an nn.Module. Return only the model.")
-    return made
-
-
-def _from_timm(name: str, args: dict[str, Any]) -> nn.Module:
-    timm = _library("timm")
-    return _from_library("timm", name, timm.list_models(), lambda: timm.create_model(name, **args))
-
-
-def _from_torchvision(name: str, args: dict[str, Any]) -> nn.Module:
-    models = _library("torchvision.models")
-    return _from_library("torchvision", name, models.list_models(), lambda: models.get_model(name, **args))
-
-
-_LIBRARIES: dict[str, Callable[[str, dict[str, Any]], nn.Module]] = {
-    "timm": _from_timm,
-    "torchvision": _from_torchvision,
-}
-
-
-def _library(module: str) -> Any:
-    package = module.split(".")[0]
-    if importlib.util.find_spec(package) is None:
-        raise ModelError(f"{package} is not installed. Run: pip install {package}.")
-    with user_code(f"importing {module}"):
-        return importlib.import_module(module)
-
-
-def _from_library(library: str, name: str, known: list[str], make: Callable[[], object]) -> nn.Module:
-    # timm names may have a weights tag (resnet50.a1_in1k) or a hub address; neither is listed
-    if ":" not in name and name.lower().split(".")[0] not in known:
-        close = difflib.get_close_matches(name, known, 3)
-        hint = f"The nearest names are {', '.join(close)}." if close else "See its list of models."
-        raise ModelError(f'{library} has no model "{name}". {hint}')
-    with user_code(f"making {library}:{name}"):
-        made = make()
-    if not isinstance(made, nn.Module):
-        raise ModelError(f"{library}:{name} is {kind_of(made)}, not an nn.Module.")
     return made
 
 
@@ -488,7 +622,8 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:
 
 def _loaded(model: nn.Module, name: str, module: UserModule | None) -> LoadedModel:
     inner, note = unwrapped(model)
-    return LoadedModel(inner, name, module, (note,) if note else (), wrapped=note is not None)
+    notes = (*(module.notes if module else ()), *([note] if note else []))
+    return LoadedModel(inner, name, module, notes, wrapped=note is not None)
 
 
 def _inner(model: nn.Module) -> nn.Module | None:

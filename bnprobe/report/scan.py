@@ -103,6 +103,7 @@ def what_was_run(report: Report) -> list[tuple[str, str]]:
     """Data, weights, device and measurements, each with its label."""
     scan = report.scan
     return [
+        *([("taken", "; ".join(f"{role}: {words}" for role, words in scan.taken.items()))] if scan.taken else []),
         ("data", figures.data(scan)),
         *([("held-out", _held_out(scan, scan.held_out))] if scan.held_out else []),
         *([("checkpoint", scan.checkpoint)] if scan.checkpoint else []),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnprobe.config.spec import ModelSpec
+from bnprobe.config.spec import ModelSpec, Spec
 from bnprobe.errors import BnprobeError, ModelError, UserCodeError
 from bnprobe.loading.model import LoadedModel, load_model, unwrapped
 
@@ -26,7 +26,7 @@ def write(folder: Path, text: str, name: str = "model.py") -> str:
 
 
 def load(target: str, **args: Any) -> LoadedModel:
-    return load_model(ModelSpec(target=target, args=args))
+    return load_model(Spec(model=ModelSpec(target=target, args=args)))
 
 
 def model_error(target: str, **args: Any) -> str:
@@ -237,9 +237,10 @@ def test_a_missing_symbol_lists_what_is_there(tmp_path: Path) -> None:
     target = write(tmp_path, text)
     message = model_error(f"{target}:Nett")
     assert message == (
-        f'{target} has no "Nett". Did you mean "Net"? It defines: Net (class), make (function), net (model).'
+        f'{target} has no "Nett". Did you mean "Net"? It defines: Net (class, needs in_features and out_features),'
+        " make (function), net (model)."
     )
-    assert "neither load_model() nor model. It defines: Net (class)" in model_error(target)
+    assert "neither load_model() nor model. It defines: Net (class, needs" in model_error(target)
     assert "defines no function, class or model" in model_error(write(tmp_path, "x = 1\n"))
 
 
@@ -275,7 +276,7 @@ def test_a_library_that_is_not_installed(library: str) -> None:
     """Neither is among the dependencies; where one is installed, this has nothing to show."""
     if library in sys.modules or _installed(library):
         pytest.skip(f"{library} is installed")
-    assert model_error(f"{library}:resnet18") == f"{library} is not installed. Run: pip install {library}."
+    assert model_error(f"{library}:resnet18") == f'{library} is not installed. Run: pip install "bnprobe[{library}]".'
 
 
 def _installed(library: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from bnprobe.config.spec import ModelSpec
+from bnprobe.config.spec import ModelSpec, Spec
 from bnprobe.loading.model import load_model
 from bnprobe.loading.places import built_at, recorded_places
 from bnprobe.measure.origins import by_name, origin
@@ -72,7 +72,7 @@ def test_the_line_is_the_one_that_builds_the_layer(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(SOURCE)
-    model = load_model(ModelSpec(target="net.py")).model
+    model = load_model(Spec(model=ModelSpec(target="net.py"))).model
     assert origin(by_name(model), name) == f"net.py:{LINES.index(text) + 1}"
     # Of a copy nothing was recorded.
     assert built_at(copy.deepcopy(model).get_submodule(name)) is None

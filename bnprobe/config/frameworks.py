@@ -1,0 +1,59 @@
+"""Frameworks whose projects are read as they stand, without a model file: the registry of frameworks.
+
+A row imports neither torch nor the framework, so that the command line can list all of them at once. It names its code
+as ``"package.module:CLASS"``, which is imported when a target leads to it (``bnprobe.loading.frameworks``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bnprobe.errors import ModelError
+from bnprobe.registry import Registry
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A framework whose projects can be scanned.
+
+    Attributes:
+        name: As in documentation, e.g. "Lightning".
+        reader: Where its ``bnprobe.loading.frameworks.Reader`` is, as "package.module:CLASS".
+        summary: What of its projects is read, a phrase for documentation.
+        prefix: What its targets begin with, before a colon, e.g. "timm"; "": its classes are known by themselves.
+        packages: Packages of which one has been imported wherever a value of the framework exists.
+    """
+
+    name: str
+    reader: str
+    summary: str
+    prefix: str = ""
+    packages: tuple[str, ...] = ()
+
+
+_HERE = "bnprobe.loading.frameworks."
+
+FRAMEWORKS: Registry[Framework] = Registry(
+    "bnprobe.frameworks",
+    (
+        Framework("timm", _HERE + "timm:Timm", "models by name", prefix="timm"),
+        Framework(
+            "Lightning",
+            _HERE + "lightning:Lightning",
+            "a LightningModule with its checkpoint, data and steps",
+            packages=("lightning", "pytorch_lightning"),
+        ),
+        Framework("torchvision", _HERE + "torchvision:Torchvision", "models by name", prefix="torchvision"),
+    ),
+    lambda framework: framework.name,
+    "framework",
+    ModelError,
+)
+
+
+def framework_named_in(target: str) -> Framework | None:
+    """The framework with whose prefix a target begins."""
+    prefix, colon, name = target.partition(":")
+    if not colon or not name:
+        return None
+    return next((row for row in FRAMEWORKS if row.prefix and row.prefix == prefix), None)

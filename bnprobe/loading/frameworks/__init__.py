@@ -1,0 +1,149 @@
+"""Projects of other frameworks, read as they stand.
+
+Each framework is one row of ``bnprobe.config.frameworks`` and one module here with its ``Reader``. A reader turns what
+a target leads to into a ``Project``: a model, and functions with the names that a model file has. From there on
+everything is as with a model file, so that a spec or functions in the user's own file can say otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from bnprobe.config.frameworks import FRAMEWORKS, Framework
+from bnprobe.config.spec import Spec
+from bnprobe.errors import ModelError
+from bnprobe.records import Goal
+from bnprobe.registry import load_code
+
+CONTRACT = ("load_data", "load_eval_data", "forward", "loss", "metric", "batch_size_of", "norm_classes")
+"""The names by which a model file gives what is not the model; see docs/model-files.md."""
+
+
+@dataclass(frozen=True)
+class Project:
+    """What a framework's project gives, in the terms of a model file.
+
+    Attributes:
+        model: The model.
+        functions: By the names of ``CONTRACT`` what a model file would define. ``load_data(batch_size)`` may return
+            all that a model file's may: a loader, a data set, or a dictionary of "train" and "val".
+        taken: What was taken from where, by role, phrases for the report: ``{"model": "LitNet of lit.py"}``. A role of
+            ``CONTRACT`` is left out of the report where the user says otherwise.
+        notes: What the reader should know, one sentence each.
+        goal: Whether a larger or a smaller metric is better, where the project says so.
+        data_args: Arguments for the class of a data target that belongs to the framework, where the user gives none.
+        observe: Called once with the model, its weights loaded, and a few samples of the training data as a batch:
+            gives the project as it is then known, e.g. with the loss that a trial showed it to have. What it changes
+            it puts back. None: all is known.
+    """
+
+    model: nn.Module
+    functions: Mapping[str, Any] = field(default_factory=dict)
+    taken: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    goal: Goal | None = None
+    data_args: Mapping[str, Any] = field(default_factory=dict)
+    observe: Callable[[nn.Module, Any], Project] | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a data target of a framework gives.
+
+    Attributes:
+        training: A loader, a data set or an iterable of batches.
+        held_out: The same, where there is some.
+        origin: Words for where the training data comes from, e.g. "train_dataloader() of lit.py:Digits".
+        held_out_origin: The same of the held-out data.
+        notes: What the reader should know, one sentence each.
+    """
+
+    training: Any
+    held_out: Any = None
+    origin: str = ""
+    held_out_origin: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Reader:
+    """Reads the projects of one framework. A subclass overrides what its framework has."""
+
+    def named(self, name: str, spec: Spec) -> Project:
+        """The project of a target ``prefix:name``.
+
+        Raises:
+            ModelError: There is none of this name; says which are near.
+        """
+        raise NotImplementedError
+
+    def claims(self, value: Any) -> bool:
+        """Whether a class or object that a model's target leads to is a project of the framework."""
+        return False
+
+    def project(self, value: Any, name: str, spec: Spec) -> Project:
+        """The project of what was claimed.
+
+        Args:
+            value: The class or object.
+            name: The user's name for it, e.g. "lit.py:LitNet".
+            spec: What the user asked for: arguments of the model, the checkpoint.
+        """
+        raise NotImplementedError
+
+    def claims_data(self, value: Any) -> bool:
+        """Whether a class or object that a data target leads to belongs to the framework."""
+        return False
+
+    def data(self, value: Any, name: str, args: Mapping[str, Any]) -> Any:
+        """What was claimed as data that is known: a loader, a data set, an iterable, or a dictionary of "train" and
+        "val".
+        """
+        raise NotImplementedError
+
+
+def reader_of(framework: Framework) -> Reader:
+    """The reader of a row.
+
+    Raises:
+        ModelError: Its code cannot be loaded.
+    """
+    reader = load_code(framework.reader, f'The reader of the framework "{framework.name}"', ModelError)
+    assert isinstance(reader, Reader)
+    return reader
+
+
+def claiming(value: Any) -> Reader | None:
+    """The reader whose framework a class or object of a model target belongs to."""
+    return next((reader for reader in _readers() if reader.claims(value)), None)
+
+
+def claiming_data(value: Any) -> Reader | None:
+    """The reader whose framework a class or object of a data target belongs to."""
+    return next((reader for reader in _readers() if reader.claims_data(value)), None)
+
+
+def _readers() -> Iterator[Reader]:
+    """Of frameworks that have been imported: no value belongs to another."""
+    return (reader_of(row) for row in FRAMEWORKS if any(package in sys.modules for package in row.packages))
+
+
+def beside(functions: Mapping[str, Any], module: types.ModuleType | None, name: str) -> types.ModuleType:
+    """A module with the functions of a project, and behind them all that the user's module has.
+
+    What the user's module itself says by the documented names comes first.
+    """
+    found = types.ModuleType(name)
+    if module is not None:
+        vars(found).update(vars(module))
+    own = {} if module is None else vars(module)
+    says_data = any(each in own for each in ("load_data", "loader", "dataset"))
+    for role, function in functions.items():
+        if role not in own and not (role == "load_data" and says_data):
+            setattr(found, role, function)
+    return found
