@@ -131,6 +131,8 @@ def scan_workload(
         agreement = agree(workload.model, session.layers.selected, world)
         require_same_data(workload.source, workload.held_out, world)
         evidence = _probe(workload, session, settings, progress, world)
+        # Without what a framework offered for other batches than these.
+        workload = replace(workload, loss=session.functions.loss, metric=session.functions.metric)
         report = None
         if evidence is not None:
             facts = replace(_facts(workload, session), processes=world.size, rank_mismatch=agreement.mismatch)
@@ -145,7 +147,7 @@ def scan_workload(
 
 def _session_of(workload: Workload, settings: ScanSettings, kept: Sequence[Restore]) -> Session:
     """The workload's model on its device, with its layers found and the user's functions at hand."""
-    functions = UserFunctions(workload.forward, workload.loss, workload.metric)
+    functions = UserFunctions(workload.forward, workload.loss, workload.metric, workload.offered)
     chosen, synthetic = workload.settings(settings), workload.source.synthetic
     return Session.open(workload.model, chosen, functions, synthetic=synthetic, kept=kept)
 

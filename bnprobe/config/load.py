@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from bnprobe.config.frameworks import framework_named_in
 from bnprobe.config.spec import ScanSettings, Spec, as_thresholds, is_file_target, split_target, why_missing
 from bnprobe.errors import BnprobeError, SpecError, UsageError, reason_of
 from bnprobe.paths import is_file, read_bounded
@@ -292,6 +293,9 @@ def _anchor(values: dict[str, Any], folder: Path) -> None:
 
 
 def _anchored_target(target: str, folder: Path) -> str:
+    framework = framework_named_in(target)
+    if framework is not None and framework.is_path:
+        return f"{framework.prefix}:{_anchored_path(target.partition(':')[2], folder)}"
     if not is_file_target(target):
         return target
     location, symbol = split_target(target)

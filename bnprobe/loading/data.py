@@ -108,6 +108,7 @@ class Request:
         told: Batch size that the user's function was called with, or its default; None: it takes none.
         as_given: Take a loader as it is, whatever its batch size.
         batch_size_of: The user's function.
+        prepare: What the framework of the model makes of a data set; see ``bnprobe.loading.frameworks.Project``.
     """
 
     origin: str
@@ -115,6 +116,7 @@ class Request:
     told: int | None = None
     as_given: bool = False
     batch_size_of: Callable[[Any], int] | None = None
+    prepare: Callable[[Any], tuple[Any, tuple[str, ...]]] | None = None
 
     @property
     def wanted(self) -> int | None:
@@ -420,14 +422,15 @@ def dataset_source(dataset: Any, request: Request) -> BatchSource:
     if request.as_given and images:  # the eval path does not depend on the batch size
         size = min(size, images)
     _check_images(images, size, request.origin)
+    dataset, notes = (dataset, ()) if request.prepare is None else request.prepare(dataset)
     # A stream has the order that it has; every framework shuffles what can be indexed.
     stream = isinstance(dataset, IterableDataset)
     source = _loader_source(DataLoader(dataset, batch_size=size, shuffle=not stream), size, request, images, size)
-    source = replace(source, drop_last=None, own_order=stream)  # bnprobe made the loader
+    source = replace(source, drop_last=None, own_order=stream, notes=notes)  # bnprobe made the loader
     if stream:
         return source
     note = f"{request.origin} is a Dataset: bnprobe shuffles it. Give a DataLoader to have your own order judged."
-    return replace(source, notes=(note,))
+    return replace(source, notes=(note, *notes))
 
 
 def _from_loader(loader: DataLoader[Any], request: Request) -> BatchSource:

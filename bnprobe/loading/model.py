@@ -110,10 +110,12 @@ class UserModule:
     Attributes:
         module: The executed module.
         name: E.g. "dir/model.py" or "package.module".
+        project: What a framework gave for the model in it; None: nothing.
     """
 
     module: types.ModuleType
     name: str
+    project: Project | None = None
 
     @property
     def digest(self) -> str | None:
@@ -393,9 +395,14 @@ def _load_model(spec: Spec) -> LoadedModel:
     symbol = symbol or _default_symbol(module)
     name, value = f"{module.name}:{symbol}", module.get(symbol)
     reader = frameworks.claiming(value)
-    if reader is not None:
+    if reader is not None and not isinstance(value, nn.Module):
         return _of_project(reader.project(value, name, spec), name, module)
-    return _loaded(_build(value, name, args), name, module)
+    loaded = _loaded(_build(value, name, args), name, module)
+    reader = frameworks.claiming(loaded.model)
+    if reader is None:
+        return loaded
+    made = _of_project(reader.project(loaded.model, name, spec), name, module)
+    return replace(made, notes=(*loaded.notes, *made.notes), wrapped=loaded.wrapped)
 
 
 def _of_project(project: Project, name: str, module: UserModule | None) -> LoadedModel:
@@ -403,7 +410,7 @@ def _of_project(project: Project, name: str, module: UserModule | None) -> Loade
     loaded = _loaded(project.model, name, module)
     if project.functions:
         merged = frameworks.beside(project.functions, module.module if module else None, name)
-        loaded = replace(loaded, module=UserModule(merged, module.name if module else name))
+        loaded = replace(loaded, module=UserModule(merged, module.name if module else name, project))
     return replace(loaded, notes=(*loaded.notes, *project.notes), taken=project.taken)
 
 

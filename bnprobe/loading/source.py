@@ -38,7 +38,7 @@ def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
     """
     found = _find(spec, module, _TRAINING, () if spec.input_shape else TRAINING_NAMES)
     if found is not None:
-        source = _from_symbol(*found, spec)
+        source = _from_symbol(*found, spec, prepare=_preparation(module))
         if not spec.input_shape:
             return source
         note = f"--input-shape was not used: {source.description} gives real data."
@@ -68,7 +68,8 @@ def load_held_out(spec: EvalDataSpec, module: UserModule | None, batch_size: int
         return None
     size = spec.batch_size or batch_size
     asked = spec.model_copy(update={"batch_size": size})
-    return replace(_from_symbol(*found, asked, as_given=spec.batch_size is None), most=spec.batches, beside=None)
+    source = _from_symbol(*found, asked, as_given=spec.batch_size is None, prepare=_preparation(module))
+    return replace(source, most=spec.batches, beside=None)
 
 
 _TRAINING = {"load_data": "load_data(batch_size)", "loader": "loader", "dataset": "dataset"}
@@ -175,18 +176,31 @@ def _required(function: Callable[..., Any]) -> list[str]:
 
 def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) -> str:
     wanted = " or ".join(", ".join(names.values()).rsplit(", ", 1))
-    where = f"{module.name} has no {wanted}" if module else "There is no data"
     if names is _EVALUATION:
+        where = f"{module.name} has no {wanted}" if module else "There is no data"
         return f"{where}. Add it, or name another function or loader in the spec (eval_data: target)."
-    return (
-        f"{where}. Add one of them, name one in the spec (data: target), or give --input-shape, "
-        "e.g. 3,224,224, to use synthetic inputs."
-    )
+    if module is None or getattr(module.module, "__file__", None) is None:  # a model by its name, or a folder
+        where = "There is no data" if module is None else f"{module.name} comes without data"
+        advice = "Name a loader or data set with --data, e.g. --data data.py:dataset (data: target in a spec)"
+    else:
+        where, advice = f"{module.name} has no {wanted}", "Add one of them, name one in the spec (data: target)"
+    return f"{where}. {advice}, or give --input-shape, e.g. 3,224,224, to use synthetic inputs."
 
 
-def _from_symbol(module: UserModule, symbol: str, spec: EvalDataSpec, as_given: bool = False) -> BatchSource:
+_Prepare = Callable[[Any], tuple[Any, tuple[str, ...]]]
+
+
+def _preparation(module: UserModule | None) -> _Prepare | None:
+    """What the framework of the model makes of a data set."""
+    return None if module is None or module.project is None else module.project.prepare
+
+
+def _from_symbol(
+    module: UserModule, symbol: str, spec: EvalDataSpec, as_given: bool = False, prepare: _Prepare | None = None
+) -> BatchSource:
     value, name = module.get(symbol), f"{symbol} of {module.name}"
-    request = Request(name, spec.batch_size, as_given=as_given, batch_size_of=_batch_size_of(spec, module))
+    counted = _batch_size_of(spec, module)
+    request = Request(name, spec.batch_size, as_given=as_given, batch_size_of=counted, prepare=prepare)
     reader = frameworks.claiming_data(value)
     if reader is not None:
         return source_of(reader.data(value, f"{module.name}:{symbol}", spec.args), request)
@@ -230,6 +244,9 @@ def _from_call(function: Callable[..., Any], request: Request, spec: EvalDataSpe
     call = f"{symbol}({', '.join(f'{key}={value!r}' for key, value in args.items())}) of {where}"
     with user_code(f"calling {call}"):
         value = function(**args)
+    reader = frameworks.claiming_data(value)
+    if reader is not None:
+        value = reader.data(value, request.origin, {})
     return source_of(value, replace(request, told=told))
 
 

@@ -39,6 +39,7 @@ class Workload:
         not_held_out: Why held-out data that is there was not used, a sentence; None: all that there is was used.
         norms: Norms of the user's own by the name of their class, as the spec or the model file says.
         averaged, undone, taken: As in ``LoadedModel``.
+        offered: Which of forward, loss and metric a framework gave, not the user.
     """
 
     model: nn.Module
@@ -59,6 +60,7 @@ class Workload:
     averaged: tuple[str | None, str | None] = (None, None)
     undone: Mapping[str, str] = field(default_factory=dict)
     taken: Mapping[str, str] = field(default_factory=dict)
+    offered: frozenset[str] = frozenset()
 
     def settings(self, given: ScanSettings) -> ScanSettings:
         """Settings with the norms that the model file names, where they name none."""
@@ -104,8 +106,15 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
         averaged=loaded.averaged,
         undone=loaded.undone,
         taken=loaded.taken,
+        offered=_offered(functions, loaded.module),
         **functions,
     )
+
+
+def _offered(functions: Mapping[str, BatchFunction | None], module: UserModule | None) -> frozenset[str]:
+    """Which of the functions are those of the model's framework."""
+    given = {} if module is None or module.project is None else module.project.functions
+    return frozenset(role for role, each in functions.items() if each is not None and given.get(role) is each)
 
 
 def _norm_classes(module: UserModule | None) -> Mapping[str, NormClass]:

@@ -70,11 +70,21 @@ _IN_WORDS: dict[PathName, str] = {
 
 @dataclass(frozen=True)
 class UserFunctions:
-    """The optional functions of a model file, ``f(model, batch)``."""
+    """The optional functions of a model file, ``f(model, batch)``.
+
+    Attributes:
+        offered: Those that a framework gave, not the user: a loss or metric that the batches do not do for is left out.
+    """
 
     forward: BatchFunction | None = None
     loss: BatchFunction | None = None
     metric: BatchFunction | None = None
+    offered: frozenset[str] = frozenset()
+
+    def without(self, role: str) -> UserFunctions:
+        """The others."""
+        nothing: Any = {role: None}
+        return replace(self, **nothing)
 
     @property
     def scores(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,12 +34,14 @@ class Project:
             all that a model file's may: a loader, a data set, or a dictionary of "train" and "val".
         taken: What was taken from where, by role, phrases for the report: ``{"model": "LitNet of lit.py"}``.
         notes: What the reader should know, one sentence each.
+        prepare: Makes of a data set one whose samples the model takes, and notes; None: it is read as it is.
     """
 
     model: nn.Module
     functions: Mapping[str, Any] = field(default_factory=dict)
     taken: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    prepare: Callable[[Any], tuple[Any, tuple[str, ...]]] | None = None
 
 
 class Reader:
