@@ -173,6 +173,12 @@ def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
     return [frame for frame in frames if not is_library_file(frame.filename)]
 
 
+def place_in_user_code(error: BaseException) -> str:
+    """The innermost line of the user's code that an exception came from, e.g. "lit.py:31"; "" if there is none."""
+    frames = _user_frames(error)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+
+
 def is_library_file(filename: str) -> bool:
     """Whether a file belongs to Python, an installed package or bnprobe, rather than to the user."""
     if filename.startswith("<"):

@@ -65,6 +65,7 @@ def describe(
         held_out=None if workload.held_out is None else workload.held_out.description,
         held_out_images=None if evidence.held_out is None else evidence.held_out.samples,
         sample=kind_of_sample(*evidence.counted[0]) if evidence.counted else "sample",
+        taken=dict(workload.taken),
     )
 
 

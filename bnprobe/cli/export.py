@@ -32,6 +32,7 @@ def export(
     strip_prefix: options.StripPrefix = None,
     model_arg: options.ModelArg = None,
     unsafe_load: options.UnsafeLoad = False,
+    data: options.Data = None,
     batch_size: options.BatchSize = None,
     input_shape: options.InputShape = None,
     seed: options.Seed = None,

@@ -156,6 +156,21 @@ UnsafeLoad = Annotated[
     option(MODEL, "--unsafe-load", "Let --checkpoint run pickled code, with your permissions (seldom needed)."),
     Sets("checkpoint.unsafe_load"),
 ]
+Data = Annotated[
+    str | None,
+    option(
+        DATA,
+        "--data",
+        "Training data: FILE.py:SYMBOL or SYMBOL, a loader, data set, data module or function.",
+        "TARGET",
+    ),
+    Sets("data.target"),
+]
+EvalData = Annotated[
+    str | None,
+    option(DATA, "--eval-data", "Held-out data, in the same forms.", "TARGET"),
+    Sets("eval_data.target"),
+]
 BatchSize = Annotated[
     int | None,
     option(DATA, "--batch-size", "Samples in a micro-batch; the loader is rebuilt with it.", "N"),

@@ -36,6 +36,8 @@ def recalibrate(
     strip_prefix: options.StripPrefix = None,
     model_arg: options.ModelArg = None,
     unsafe_load: options.UnsafeLoad = False,
+    data: options.Data = None,
+    eval_data: options.EvalData = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = None,
     path: Annotated[

@@ -42,6 +42,8 @@ def sweep(
     strip_prefix: options.StripPrefix = None,
     model_arg: options.ModelArg = None,
     unsafe_load: options.UnsafeLoad = False,
+    data: options.Data = None,
+    eval_data: options.EvalData = None,
     batch_size: options.BatchSize = None,
     input_shape: options.InputShape = None,
     seed: options.Seed = None,

@@ -95,6 +95,7 @@ def plan_spec(spec: Spec, progress: Progress = no_progress) -> Plan:
             plans = _plans(spec, loaded.model, None)
         else:
             workload = load_workload(spec)
+            spec = workload.completed(spec)
             require_unwrapped(workload)
             _require_runnable(spec, workload)
             plans = _plans(spec, workload.model, whole(scan_workload(workload, spec.settings(), progress)))
@@ -124,6 +125,7 @@ def repair_spec(
     with preserved_random_state():
         seed_everything(spec.data.seed)
         workload = load_workload(spec)
+        spec = workload.completed(spec)
         require_state(workload.model)
         if options.finetune:
             require_trainable(workload)

@@ -62,6 +62,7 @@ def recalibrate_spec(
     with preserved_random_state():
         seed_everything(spec.data.seed)
         workload = load_workload(spec, need_statistics=False)
+        spec = workload.completed(spec)
         require_state(workload.model)
         _require_real_data(workload)
         settings = workload.settings(spec.settings())

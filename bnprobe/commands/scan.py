@@ -124,6 +124,7 @@ def scan_workload(
     Raises:
         BnprobeError: See ``bnprobe.errors`` for the tree.
     """
+    settings = workload.settings(settings)
     _check_requested(settings, workload)
     with untouched(workload.model) as kept:
         seed_everything(settings.seed)
@@ -132,7 +133,7 @@ def scan_workload(
         require_same_data(workload.source, workload.held_out, world)
         evidence = _probe(workload, session, settings, progress, world)
         # Without what a framework offered for other batches than these.
-        workload = replace(workload, loss=session.functions.loss, metric=session.functions.metric)
+        workload = workload.scored_by(session.functions.loss, session.functions.metric)
         report = None
         if evidence is not None:
             facts = replace(_facts(workload, session), processes=world.size, rank_mismatch=agreement.mismatch)
@@ -148,8 +149,8 @@ def scan_workload(
 def _session_of(workload: Workload, settings: ScanSettings, kept: Sequence[Restore]) -> Session:
     """The workload's model on its device, with its layers found and the user's functions at hand."""
     functions = UserFunctions(workload.forward, workload.loss, workload.metric, workload.offered)
-    chosen, synthetic = workload.settings(settings), workload.source.synthetic
-    return Session.open(workload.model, chosen, functions, synthetic=synthetic, kept=kept)
+    synthetic = workload.source.synthetic
+    return Session.open(workload.model, settings, functions, synthetic=synthetic, kept=kept)
 
 
 def _facts(workload: Workload, session: Session) -> Facts:

@@ -47,6 +47,12 @@ FRAMEWORKS: Registry[Framework] = Registry(
             is_path=True,
         ),
         Framework("timm", _HERE + "timm:Timm", "models by name", prefix="timm"),
+        Framework(
+            "Lightning",
+            _HERE + "lightning:Lightning",
+            "a LightningModule with its checkpoint, data and steps",
+            packages=("lightning", "pytorch_lightning"),
+        ),
         Framework("torchvision", _HERE + "torchvision:Torchvision", "models by name", prefix="torchvision"),
     ),
     lambda framework: framework.name,

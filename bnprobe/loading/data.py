@@ -92,6 +92,11 @@ class BatchSource:
     beside: BatchSource | None = None
 
     @property
+    def origin(self) -> str:
+        """Where the batches come from, without how many there are."""
+        return str(getattr(self.batches, "origin", self.description))
+
+    @property
     def samples_in(self) -> Callable[[Any], int | None]:
         """Tells how many samples a batch has."""
         found: Callable[[Any], int | None] = getattr(self.batches, "samples_in", count_samples)
@@ -159,6 +164,25 @@ def as_batch_source(
     """
     request = Request(origin, batch_size, as_given=as_given)
     return source_of(batches, replace(request, batch_size_of=counted_by(batch_size_of)))
+
+
+_FEW = 4
+
+
+def few_samples(source: BatchSource) -> Any | None:
+    """The first samples of the data as a batch, for a trial; None where none can be had without drawing a batch.
+
+    Of a loader over what can be indexed, a few samples are collated as it does that; its order is not touched.
+    """
+    loader = getattr(source.batches, "wrapped", None)
+    if source.synthetic or not isinstance(loader, DataLoader) or not _is_indexable(loader):
+        return None
+    held = _length(loader.dataset, source.description)
+    if not held:
+        return None
+    size = min(_FEW, max(2, source.batch_size), held)
+    with user_code(f"reading {size} samples of {source.description}"):
+        return loader.collate_fn([loader.dataset[position] for position in range(size)])
 
 
 _MOST_SYNTHETIC = 2**31

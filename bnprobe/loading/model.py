@@ -11,11 +11,14 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import os
+import re
+import shlex
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +27,21 @@ import torch
 from torch import nn
 
 from bnprobe.config.frameworks import framework_named_in
-from bnprobe.config.spec import Spec, is_file_target, split_target, why_missing
+from bnprobe.config.spec import ModelSpec, Spec, is_file_target, split_target, why_missing
 from bnprobe.distributed import beat
-from bnprobe.errors import BnprobeError, EndOfPass, ModelError, UserCodeError, reason_of
+from bnprobe.errors import (
+    BnprobeError,
+    EndOfPass,
+    ModelError,
+    UserCodeError,
+    message_of,
+    place_in_user_code,
+    reason_of,
+)
 from bnprobe.loading import frameworks
 from bnprobe.loading.frameworks import Project
 from bnprobe.loading.places import recorded_places
+from bnprobe.loading.scripts import look_at
 from bnprobe.numbers import count, listed
 from bnprobe.paths import exists, is_file, is_folder, placed, short_path
 
@@ -56,9 +68,29 @@ def user_code(
     except BaseException as error:  # exit() in a model file must not end bnprobe silently
         if passes(error):
             raise
-        raise UserCodeError(call, error, hint()) from error
+        raise UserCodeError(call, error, hint() or _without_gpu(error)) from error
     finally:
         beat()
+
+
+_NO_GPU = (
+    "Torch not compiled with CUDA",
+    "Found no NVIDIA driver",
+    "No CUDA GPUs are available",
+    "NVIDIA driver on your",
+)
+"""What torch says where code asks for a GPU that is not there."""
+
+
+def _without_gpu(error: BaseException) -> str:
+    """What to do about code that asks for a GPU on a machine without one, a sentence; "" for any other error."""
+    if not any(each in message_of(error) for each in _NO_GPU):
+        return ""
+    line = place_in_user_code(error)
+    return (
+        f"{line or 'Your code'} asks for a GPU, and there is none: leave .cuda() out, or write"
+        ' .to("cuda" if torch.cuda.is_available() else "cpu"). bnprobe itself moves the model (--device).'
+    )
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
@@ -73,6 +105,15 @@ def signature_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return {}
+
+
+def required_of(function: Callable[..., Any]) -> list[str]:
+    """The parameters without which a function cannot be called."""
+    return [
+        name
+        for name, each in signature_of(function).items()
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
 
 
 def kind_of(value: object) -> str:
@@ -110,11 +151,13 @@ class UserModule:
     Attributes:
         module: The executed module.
         name: E.g. "dir/model.py" or "package.module".
+        notes: What the reader should know of how it was loaded, one sentence each.
         project: What a framework gave for the model in it; None: nothing.
     """
 
     module: types.ModuleType
     name: str
+    notes: tuple[str, ...] = ()
     project: Project | None = None
 
     @property
@@ -153,11 +196,13 @@ class UserModule:
 
     def contents(self) -> list[str]:
         """The callables and nn.Modules that this module defines, in words."""
-        return [
-            f"{name} ({_kind(value)})"
-            for name, value in vars(self.module).items()
-            if not name.startswith("_") and self._is_own(value)
-        ]
+        return [f"{name} ({_kind(value)})" for name, value in self.own().items()]
+
+    def own(self) -> dict[str, Any]:
+        """The callables and nn.Modules that this module defines, by name."""
+        return {
+            name: value for name, value in vars(self.module).items() if not name.startswith("_") and self._is_own(value)
+        }
 
     def _is_own(self, value: object) -> bool:
         if isinstance(value, nn.Module):
@@ -221,7 +266,7 @@ def _load_file(location: str, near: UserModule | None) -> UserModule:
     if folder in sys.path:
         sys.path.remove(folder)
     sys.path.insert(0, folder)
-    return UserModule(_execute(path, location), location)
+    return _execute(path, location)
 
 
 def _refuse_other_files(path: Path) -> None:
@@ -233,7 +278,7 @@ def _refuse_other_files(path: Path) -> None:
     raise ModelError(f"{path} is {kind}. Name a Python file (model.py:symbol) or a module (package.module).")
 
 
-def _execute(path: Path, shown: str) -> types.ModuleType:
+def _execute(path: Path, shown: str) -> UserModule:
     """Execute a file as a registered module, so that its classes can be pickled."""
     name = _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
@@ -244,28 +289,71 @@ def _execute(path: Path, shown: str) -> types.ModuleType:
     sys.modules[name] = module
     try:
         with user_code(f"loading {shown}"):
-            _run(path, module)
+            notes = _run(path, module, shown)
     except BaseException:
         if before is None:
             sys.modules.pop(name, None)
         else:
             sys.modules[name] = before
         raise
-    return module
+    return UserModule(module, shown, notes)
 
 
-def _run(path: Path, module: types.ModuleType) -> None:
+def _run(path: Path, module: types.ModuleType, shown: str) -> tuple[str, ...]:
     # compiled from the source: a cached .pyc may be from another edit within the same second
     try:
         source = path.read_bytes()
     except OSError as error:
         raise ModelError(f"The file {path} could not be read: {reason_of(error)}.") from None
     try:
-        exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
+        code = compile(source, str(path), "exec", dont_inherit=True)
+        found = look_at(source)
+        if found.trains is not None:
+            raise ModelError(
+                f"{shown} trains when it is imported: {found.trains}. Put what trains under"
+                f' if __name__ == "__main__": in {shown}, or move the model into a file of its own and name that.'
+            )
+        with _without_arguments(path, shown, found.parses):
+            exec(code, vars(module))
     except SyntaxError as error:
         if error.filename and Path(error.filename).is_file():
             raise ModelError(_syntax_message(error)) from None
         raise
+    if found.parses is None:
+        return ()
+    return (f"{shown} parses arguments in line {found.parses} when it is imported: it was given none.",)
+
+
+@contextmanager
+def _without_arguments(path: Path, shown: str, line: int | None) -> Iterator[None]:
+    """Let a file that parses arguments when it is imported find none, rather than those of bnprobe.
+
+    Args:
+        path, shown: The file, and the user's name for it.
+        line: Where it does; None if it does not.
+
+    Raises:
+        ModelError: It needs some.
+    """
+    if line is None:
+        yield
+        return
+    arguments, said = sys.argv, io.StringIO()
+    sys.argv = [str(path)]
+    try:
+        with redirect_stderr(said):
+            yield
+    except SystemExit:
+        usage = said.getvalue().strip().rpartition("\n")[2].partition("error: ")[2]
+        raise ModelError(
+            f"{shown} parses arguments when it is imported, in line {line}, and ends without them"
+            f"{f' ({usage})' if usage else ''}. Give them default values, or parse them under"
+            f' if __name__ == "__main__": in {shown}.'
+        ) from None
+    finally:
+        sys.argv = arguments
+        if sys.exc_info()[0] is None:
+            sys.stderr.write(said.getvalue())
 
 
 def _syntax_message(error: SyntaxError) -> str:
@@ -338,7 +426,8 @@ def _imported(location: str) -> types.ModuleType:
 
 def _kind(value: object) -> str:
     if isinstance(value, type):
-        return "class"
+        needed = required_of(value) if issubclass(value, nn.Module) else []
+        return f"class, needs {' and '.join(needed)}" if needed else "class"
     return "model" if isinstance(value, nn.Module) else "function"
 
 
@@ -356,7 +445,7 @@ class LoadedModel:
         averaged: Why its weights are taken to be an average, and that averaged weights are in the same file but were
             not used, clauses; None where nothing says so.
         undone: By name of a layer that is plain BN, what its checkpoint shows it to be converted to.
-        taken: What a framework's project gave, by role: ``{"loss": "training_step of lit.py:LitNet"}``.
+        project: The framework's project that it is, if it is one.
     """
 
     model: nn.Module
@@ -367,7 +456,17 @@ class LoadedModel:
     parameters_alone: bool = False
     averaged: tuple[str | None, str | None] = (None, None)
     undone: Mapping[str, str] = field(default_factory=dict)
-    taken: Mapping[str, str] = field(default_factory=dict)
+    project: Project | None = None
+
+    def observing(self, batch: Any) -> LoadedModel:
+        """The same with what the framework's project shows of itself by a few samples of the training data."""
+        if self.project is None or self.project.observe is None:
+            return self
+        known = self.project.observe(self.model, batch)
+        both = replace(
+            known, functions={**self.project.functions, **known.functions}, taken={**self.project.taken, **known.taken}
+        )
+        return replace(_with_functions(self, known.functions), project=both, notes=(*self.notes, *known.notes))
 
 
 def load_model(spec: Spec) -> LoadedModel:
@@ -395,33 +494,60 @@ def _load_model(spec: Spec) -> LoadedModel:
     symbol = symbol or _default_symbol(module)
     name, value = f"{module.name}:{symbol}", module.get(symbol)
     reader = frameworks.claiming(value)
-    if reader is not None and not isinstance(value, nn.Module):
+    if reader is None or isinstance(value, nn.Module):
+        value, spec = _build(value, name, args), spec.model_copy(update={"model": ModelSpec(target=target)})
+        reader = frameworks.claiming(value)
+    if reader is not None:
         return _of_project(reader.project(value, name, spec), name, module)
-    loaded = _loaded(_build(value, name, args), name, module)
-    reader = frameworks.claiming(loaded.model)
-    if reader is None:
-        return loaded
-    made = _of_project(reader.project(loaded.model, name, spec), name, module)
-    return replace(made, notes=(*loaded.notes, *made.notes), wrapped=loaded.wrapped)
+    return _loaded(value, name, module)
 
 
 def _of_project(project: Project, name: str, module: UserModule | None) -> LoadedModel:
-    """The model of a framework's project, and a module that has its functions beside those of the user's module."""
-    loaded = _loaded(project.model, name, module)
-    if project.functions:
-        merged = frameworks.beside(project.functions, module.module if module else None, name)
-        loaded = replace(loaded, module=UserModule(merged, module.name if module else name, project))
-    return replace(loaded, notes=(*loaded.notes, *project.notes), taken=project.taken)
+    """The model of a framework's project, with its functions beside those of the user's module."""
+    loaded = replace(_loaded(project.model, name, module), project=project)
+    return replace(_with_functions(loaded, project.functions), notes=(*loaded.notes, *project.notes))
+
+
+def _with_functions(loaded: LoadedModel, functions: Mapping[str, Any]) -> LoadedModel:
+    """The model with a module that has these functions beside those of the user's."""
+    if not functions:
+        return loaded
+    home = loaded.module
+    merged = frameworks.beside(functions, home.module if home else None, loaded.name)
+    module = UserModule(merged, home.name if home else loaded.name, project=loaded.project)
+    return replace(loaded, module=module)
 
 
 def _default_symbol(module: UserModule) -> str:
     for symbol in ("load_model", "model"):
         if module.find(symbol) is not None:
             return symbol
+    projects = [name for name, value in module.own().items() if frameworks.claiming(value) is not None]
+    if len(projects) == 1:
+        return projects[0]
     raise ModelError(
         f"{module.name} has neither load_model() nor model. {describe_contents(module)} "
-        f"Name one of them as {module.name}:NAME, or add load_model()."
+        f"Name one of them as {module.name}:NAME, or add load_model():\n{_ways_on(module)}"
     )
+
+
+_MODEL_MAKER = re.compile(r"(model|net|network|backbone|classifier)$", re.IGNORECASE)
+
+
+def _ways_on(module: UserModule) -> str:
+    """The three nearest ways to a scan, as commands: models first, then classes and functions that make one."""
+    own = module.own()
+    models = [name for name, value in own.items() if isinstance(value, nn.Module)]
+    classes = [name for name, value in own.items() if isinstance(value, type) and issubclass(value, nn.Module)]
+    makers = [name for name, value in own.items() if not isinstance(value, type) and _MODEL_MAKER.search(name)]
+    classes.sort(key=lambda name: len(required_of(own[name])))  # of classes that need as much, the last is the largest
+    commands = []
+    for name in dict.fromkeys([*models, *makers, *classes]):
+        needed = [] if isinstance(own[name], nn.Module) else required_of(own[name])
+        target = shlex.quote(f"{module.name}:{name}")
+        commands.append(" ".join(["bnprobe scan", target, *(f"--model-arg {each}=VALUE" for each in needed)]))
+    commands = [*commands[:2], "bnprobe init  # writes a model.py and a spec.yaml to fill in"]
+    return "\n".join(f"  {command}" for command in commands)
 
 
 def _build(value: object, name: str, args: dict[str, Any]) -> nn.Module:
@@ -478,7 +604,8 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:
 
 def _loaded(model: nn.Module, name: str, module: UserModule | None) -> LoadedModel:
     inner, note = unwrapped(model)
-    return LoadedModel(inner, name, module, (note,) if note else (), wrapped=note is not None)
+    notes = (*(module.notes if module else ()), *([note] if note else []))
+    return LoadedModel(inner, name, module, notes, wrapped=note is not None)
 
 
 def _inner(model: nn.Module) -> nn.Module | None:

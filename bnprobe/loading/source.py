@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -22,14 +23,31 @@ from bnprobe.loading.data import (
     source_of,
     synthetic_source,
 )
-from bnprobe.loading.model import UserModule, accepts, has_attribute, kind_of, locate, signature_of, user_code
+from bnprobe.loading.frameworks import Data
+from bnprobe.loading.model import (
+    UserModule,
+    accepts,
+    has_attribute,
+    kind_of,
+    locate,
+    required_of,
+    signature_of,
+    user_code,
+)
 from bnprobe.numbers import listed
 
 
-def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
+def load_source(
+    spec: DataSpec, module: UserModule | None, known: Mapping[str, Any] = MappingProxyType({})
+) -> BatchSource:
     """Load the data: the spec's target; else load_data, loader or dataset of the model's module; else synthetic.
 
     Further names that are common are found too (``TRAINING_NAMES``), unless synthetic inputs are asked for.
+
+    Args:
+        spec: Where it comes from.
+        module: The model's module.
+        known: Arguments for a class of a framework, where the spec does not give them.
 
     Raises:
         DataError: There is no data, or it is not available at this batch size.
@@ -38,7 +56,7 @@ def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
     """
     found = _find(spec, module, _TRAINING, () if spec.input_shape else TRAINING_NAMES)
     if found is not None:
-        source = _from_symbol(*found, spec, prepare=_preparation(module))
+        source = _from_symbol(*found, spec, known=known, prepare=_preparation(module))
         if not spec.input_shape:
             return source
         note = f"--input-shape was not used: {source.description} gives real data."
@@ -48,7 +66,9 @@ def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
     return synthetic_source(list(spec.input_shape), known_size(spec.batch_size, "synthetic inputs"), spec.seed)
 
 
-def load_held_out(spec: EvalDataSpec, module: UserModule | None, batch_size: int) -> BatchSource | None:
+def load_held_out(
+    spec: EvalDataSpec, module: UserModule | None, batch_size: int, known: Mapping[str, Any] = MappingProxyType({})
+) -> BatchSource | None:
     """Load the held-out data: the spec's target; else load_eval_data of the model's module; else None.
 
     A loader is read at the size that it has, unless the spec asks for another. Further names that are common are found
@@ -58,6 +78,7 @@ def load_held_out(spec: EvalDataSpec, module: UserModule | None, batch_size: int
         spec: Where it comes from.
         module: The model's module.
         batch_size: What load_eval_data is called with if the spec does not say: the batch size of the training data.
+        known: As for ``load_source``.
 
     Raises:
         DataError: The data is not available at this batch size.
@@ -68,7 +89,8 @@ def load_held_out(spec: EvalDataSpec, module: UserModule | None, batch_size: int
         return None
     size = spec.batch_size or batch_size
     asked = spec.model_copy(update={"batch_size": size})
-    source = _from_symbol(*found, asked, as_given=spec.batch_size is None, prepare=_preparation(module))
+    given, prepare = spec.batch_size is None, _preparation(module)
+    source = _from_symbol(*found, asked, as_given=given, known=known, prepare=prepare)
     return replace(source, most=spec.batches, beside=None)
 
 
@@ -144,7 +166,7 @@ def _is_data(value: Any, name: str) -> bool:
         return True
     if isinstance(value, type) or not callable(value) or not has_attribute(value, "__code__"):
         return False
-    return not set(_required(value)) - {batch_size_parameter(value)}
+    return not set(required_of(value)) - {batch_size_parameter(value)}
 
 
 def batch_size_parameter(function: Callable[..., Any]) -> str | None:
@@ -159,19 +181,10 @@ def batch_size_parameter(function: Callable[..., Any]) -> str | None:
         plain = name.lower().replace("_", "")
         if plain in _BATCH_SIZE_NAMES or plain.endswith("batchsize"):
             return name
-    required = _required(function)
+    required = required_of(function)
     if len(required) == 1 and required[0].lower() in _SHORT_NAMES:
         return required[0]
     return "batch_size" if accepts(function, "batch_size") else None
-
-
-def _required(function: Callable[..., Any]) -> list[str]:
-    """The parameters without which a function cannot be called."""
-    return [
-        name
-        for name, each in signature_of(function).items()
-        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
-    ]
 
 
 def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) -> str:
@@ -196,14 +209,22 @@ def _preparation(module: UserModule | None) -> _Prepare | None:
 
 
 def _from_symbol(
-    module: UserModule, symbol: str, spec: EvalDataSpec, as_given: bool = False, prepare: _Prepare | None = None
+    module: UserModule,
+    symbol: str,
+    spec: EvalDataSpec,
+    *,
+    as_given: bool = False,
+    known: Mapping[str, Any] = MappingProxyType({}),
+    prepare: _Prepare | None = None,
 ) -> BatchSource:
     value, name = module.get(symbol), f"{symbol} of {module.name}"
     counted = _batch_size_of(spec, module)
     request = Request(name, spec.batch_size, as_given=as_given, batch_size_of=counted, prepare=prepare)
     reader = frameworks.claiming_data(value)
     if reader is not None:
-        return source_of(reader.data(value, f"{module.name}:{symbol}", spec.args), request)
+        taken = signature_of(value) if isinstance(value, type) else {}
+        args = {**{key: given for key, given in known.items() if key in taken}, **spec.args}
+        return _from_framework(reader.data(value, f"{module.name}:{symbol}", args), request)
     if _is_callable_data(value):
         return _from_call(value, request, spec)
     if spec.args:
@@ -211,6 +232,19 @@ def _from_symbol(
     if symbol == "dataset" and has_attribute(value, "__getitem__") and not isinstance(value, DataLoader):
         return dataset_source(value, request)  # a plain list of samples works too
     return source_of(value, request)
+
+
+def _from_framework(data: Any, request: Request) -> BatchSource:
+    """What the reader of a framework gave: it names its loaders itself, or gives what a model file may."""
+    if not isinstance(data, Data):
+        return source_of(data, request)
+    if request.as_given and data.held_out is not None:  # asked for as held-out data
+        data = Data(data.held_out, origin=data.held_out_origin, notes=data.notes)
+    source = source_of(data.training, replace(request, origin=data.origin or request.origin))
+    beside = None
+    if data.held_out is not None:
+        beside = source_of(data.held_out, replace(request, origin=data.held_out_origin, as_given=True))
+    return replace(source, notes=(*data.notes, *source.notes), beside=beside)
 
 
 def _batch_size_of(spec: EvalDataSpec, module: UserModule) -> Callable[[Any], int] | None:
@@ -233,7 +267,7 @@ def _from_call(function: Callable[..., Any], request: Request, spec: EvalDataSpe
         told = _told(function, parameter, request.origin, spec)
         if spec.batch_size is not None:
             args[parameter] = spec.batch_size
-    missing = [name for name in _required(function) if name not in args]
+    missing = [name for name in required_of(function) if name not in args]
     if missing:
         raise DataError(
             f"{request.origin} needs {listed(missing)}, but bnprobe calls it with the batch size alone, as"
@@ -246,8 +280,8 @@ def _from_call(function: Callable[..., Any], request: Request, spec: EvalDataSpe
         value = function(**args)
     reader = frameworks.claiming_data(value)
     if reader is not None:
-        value = reader.data(value, request.origin, {})
-    return source_of(value, replace(request, told=told))
+        value = reader.data(value, f"{where}:{symbol}", {})
+    return _from_framework(value, replace(request, told=told))
 
 
 def _told(function: Callable[..., Any], parameter: str, name: str, spec: EvalDataSpec) -> int | None:

@@ -14,11 +14,12 @@ from bnprobe.config.load import settings_from
 from bnprobe.config.spec import NormClass, ScanSettings, Spec
 from bnprobe.errors import DataError, ModelError, UsageError
 from bnprobe.loading.checkpoint import load_checkpoint
-from bnprobe.loading.data import BatchSource
+from bnprobe.loading.data import BatchSource, few_samples
 from bnprobe.loading.model import BatchFunction, LoadedModel, UserModule, kind_of, load_model, locate, require_values
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.loading.source import load_held_out, load_source
 from bnprobe.paths import placed
+from bnprobe.records import Goal
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,11 @@ class Workload:
         wrapped, parameters_alone: As in ``LoadedModel``.
         not_held_out: Why held-out data that is there was not used, a sentence; None: all that there is was used.
         norms: Norms of the user's own by the name of their class, as the spec or the model file says.
-        averaged, undone, taken: As in ``LoadedModel``.
-        offered: Which of forward, loss and metric a framework gave, not the user.
+        averaged, undone: As in ``LoadedModel``.
+        taken: What was taken from where of a framework's project, by role; empty where it is none.
+        data_args: Arguments for a class of data of the framework, where the spec does not give them.
+        goal: Whether a larger or a smaller metric is better, where the framework's project says so.
+        offered: Which of forward, loss and metric the framework's project gave, not the user.
     """
 
     model: nn.Module
@@ -60,11 +64,27 @@ class Workload:
     averaged: tuple[str | None, str | None] = (None, None)
     undone: Mapping[str, str] = field(default_factory=dict)
     taken: Mapping[str, str] = field(default_factory=dict)
+    data_args: Mapping[str, Any] = field(default_factory=dict)
+    goal: Goal | None = None
     offered: frozenset[str] = frozenset()
 
     def settings(self, given: ScanSettings) -> ScanSettings:
-        """Settings with the norms that the model file names, where they name none."""
-        return given if given.norms else given.model_copy(update={"norms": dict(self.norms)})
+        """Settings with the norms that the model file names, and the goal that the project has, where they say none."""
+        norms = {} if given.norms else {"norms": dict(self.norms)}
+        goal = {"goal": self.goal} if self.goal and not given.goal_is_known else {}
+        return given.model_copy(update={**norms, **goal})
+
+    def scored_by(self, loss: BatchFunction | None, metric: BatchFunction | None) -> Workload:
+        """The same with this loss and metric, or without."""
+        without = {role for role, function in (("loss", loss), ("metric", metric)) if function is None}
+        taken = {role: words for role, words in self.taken.items() if role not in without}
+        return replace(self, loss=loss, metric=metric, taken=taken)
+
+    def completed(self, spec: Spec) -> Spec:
+        """The spec with the goal that the project has, where it says none."""
+        if self.goal is None or not spec.repair.assumes_goal:
+            return spec
+        return spec.model_copy(update={"repair": spec.repair.model_copy(update={"goal": self.goal})})
 
 
 def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
@@ -80,9 +100,13 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
         BnprobeError: Something is wrong with the user's files; see ``bnprobe.errors``.
     """
     loaded = load_model_only(spec, need_statistics)
-    source = load_source(spec.data, loaded.module)
+    data_args = loaded.project.data_args if loaded.project else {}
+    source = load_source(spec.data, loaded.module, data_args)
+    few = None if loaded.project is None or loaded.project.observe is None else few_samples(source)
+    if few is not None:
+        loaded = loaded.observing(few)
     notes = list(loaded.notes)
-    held_out, not_held_out = _held_out(spec, loaded.module, source)
+    held_out, not_held_out = _held_out(spec, loaded.module, source, data_args)
     notes += [] if not_held_out is None else [not_held_out]
     functions = {
         role: _function(role, target, loaded.module, notes)
@@ -105,16 +129,30 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
         not_held_out=not_held_out,
         averaged=loaded.averaged,
         undone=loaded.undone,
-        taken=loaded.taken,
-        offered=_offered(functions, loaded.module),
+        taken=_taken(loaded, spec, source),
+        data_args=data_args,
+        goal=loaded.project.goal if loaded.project else None,
+        offered=_offered(functions, loaded),
         **functions,
     )
 
 
-def _offered(functions: Mapping[str, BatchFunction | None], module: UserModule | None) -> frozenset[str]:
+def _offered(functions: Mapping[str, BatchFunction | None], loaded: LoadedModel) -> frozenset[str]:
     """Which of the functions are those of the model's framework."""
-    given = {} if module is None or module.project is None else module.project.functions
+    given = {} if loaded.project is None else loaded.project.functions
     return frozenset(role for role, each in functions.items() if each is not None and given.get(role) is each)
+
+
+def _taken(loaded: LoadedModel, spec: Spec, source: BatchSource) -> Mapping[str, str]:
+    """What of the framework's project is used: of what the user says otherwise, nothing."""
+    if loaded.project is None:
+        return {}
+    said = {role for role in ("forward", "loss", "metric") if getattr(spec, role) is not None}
+    used = {} if loaded.module is None else vars(loaded.module.module)
+    mine = {role for role, function in loaded.project.functions.items() if used.get(role) is function}
+    roles = {"model"} | (mine - said)
+    taken = {role: words for role, words in loaded.project.taken.items() if role in roles}
+    return taken if source.synthetic else {"model": taken.pop("model", loaded.name), "data": source.origin, **taken}
 
 
 def _norm_classes(module: UserModule | None) -> Mapping[str, NormClass]:
@@ -137,13 +175,16 @@ def read_again(spec: Spec, workload: Workload) -> Workload:
 
     The user's code may draw random numbers. Seed first to make them reproducible.
     """
-    source, held_out = load_source(spec.data, workload.module), workload.held_out
+    source, held_out = load_source(spec.data, workload.module, workload.data_args), workload.held_out
     if held_out is not None:
-        held_out = load_held_out(spec.eval_data, workload.module, source.batch_size) or source.beside
+        again = load_held_out(spec.eval_data, workload.module, source.batch_size, workload.data_args)
+        held_out = again or source.beside
     return replace(workload, source=source, held_out=held_out)
 
 
-def _held_out(spec: Spec, module: UserModule | None, source: BatchSource) -> tuple[BatchSource | None, str | None]:
+def _held_out(
+    spec: Spec, module: UserModule | None, source: BatchSource, data_args: Mapping[str, Any]
+) -> tuple[BatchSource | None, str | None]:
     """The held-out data, or a sentence that says why it was not used.
 
     What the spec names must load; a load_eval_data that is only in the model file may fail.
@@ -151,7 +192,7 @@ def _held_out(spec: Spec, module: UserModule | None, source: BatchSource) -> tup
     if source.synthetic and spec.eval_data.target is None:
         return None, None  # there is nothing to compare it with
     try:
-        return load_held_out(spec.eval_data, module, source.batch_size) or source.beside, None
+        return load_held_out(spec.eval_data, module, source.batch_size, data_args) or source.beside, None
     except (DataError, UsageError) as error:
         if spec.eval_data.target is not None:
             raise

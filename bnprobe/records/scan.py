@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from bnprobe.records.base import SCHEMA_VERSION, Environment, Record, Tool
@@ -118,6 +118,8 @@ class Scan(Record):
         held_out: Where the held-out data came from, in words; None without any.
         held_out_images: Held-out samples measured.
         sample: What a sample is, a noun: "image", "row", "graph" or "sequence"; "sample" where that is not known.
+        taken: What was taken from where of a project of a framework, in words by role ("model", "data", "loss", ...);
+            empty for a model file.
     """
 
     model: str
@@ -148,6 +150,7 @@ class Scan(Record):
     held_out: str | None = None
     held_out_images: int | None = None
     sample: str = "sample"
+    taken: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ def _header(report: Report, page: Page) -> list[Text]:
     partial = " (PARTIAL)" if scan.partial else ""
     title = page.heading(f"{report.tool.name} {report.tool.version}: scan of {scan.model}{partial}")
     rows = [
+        *([("taken", "; ".join(f"{role}: {words}" for role, words in scan.taken.items()))] if scan.taken else []),
         ("data", figures.data(scan)),
         *([("held-out", _held_out(scan, scan.held_out))] if scan.held_out else []),
         *([("checkpoint", scan.checkpoint)] if scan.checkpoint else []),

@@ -18,6 +18,7 @@ from torch import nn
 from bnprobe.config.frameworks import FRAMEWORKS, Framework
 from bnprobe.config.spec import Spec
 from bnprobe.errors import ModelError
+from bnprobe.records import Goal
 from bnprobe.registry import load_code
 
 CONTRACT = ("load_data", "load_eval_data", "forward", "loss", "metric", "batch_size_of", "norm_classes")
@@ -32,8 +33,14 @@ class Project:
         model: The model.
         functions: By the names of ``CONTRACT`` what a model file would define. ``load_data(batch_size)`` may return
             all that a model file's may: a loader, a data set, or a dictionary of "train" and "val".
-        taken: What was taken from where, by role, phrases for the report: ``{"model": "LitNet of lit.py"}``.
+        taken: What was taken from where, by role, phrases for the report: ``{"model": "LitNet of lit.py"}``. A role of
+            ``CONTRACT`` is left out of the report where the user says otherwise.
         notes: What the reader should know, one sentence each.
+        goal: Whether a larger or a smaller metric is better, where the project says so.
+        data_args: Arguments for the class of a data target that belongs to the framework, where the user gives none.
+        observe: Called once with the model, its weights loaded, and a few samples of the training data as a batch:
+            gives the project as it is then known, e.g. with the loss that a trial showed it to have. What it changes
+            it puts back. None: all is known.
         prepare: Makes of a data set one whose samples the model takes, and notes; None: it is read as it is.
     """
 
@@ -41,7 +48,29 @@ class Project:
     functions: Mapping[str, Any] = field(default_factory=dict)
     taken: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    goal: Goal | None = None
+    data_args: Mapping[str, Any] = field(default_factory=dict)
+    observe: Callable[[nn.Module, Any], Project] | None = None
     prepare: Callable[[Any], tuple[Any, tuple[str, ...]]] | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a data target of a framework gives.
+
+    Attributes:
+        training: A loader, a data set or an iterable of batches.
+        held_out: The same, where there is some.
+        origin: Words for where the training data comes from, e.g. "train_dataloader() of lit.py:Digits".
+        held_out_origin: The same of the held-out data.
+        notes: What the reader should know, one sentence each.
+    """
+
+    training: Any
+    held_out: Any = None
+    origin: str = ""
+    held_out_origin: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class Reader:

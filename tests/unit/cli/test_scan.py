@@ -23,6 +23,8 @@ FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--model-arg": (["depth=50"], "model.args", {"depth": 50}),
     "--unsafe-load": ([], "checkpoint.unsafe_load", True),
     "--batch-size": (["3"], "data.batch_size", 3),
+    "--data": (["data.py:loader"], "data.target", "data.py:loader"),
+    "--eval-data": (["data.py:held_out"], "eval_data.target", "data.py:held_out"),
     "--input-shape": (["3,8,8"], "data.input_shape", ((3, 8, 8),)),
     "--seed": (["7"], "data.seed", 7),
     "--batches": (["5"], "data.batches", 5),

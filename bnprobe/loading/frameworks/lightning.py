@@ -1,0 +1,336 @@
+"""Projects of Lightning as they stand: a LightningModule, its checkpoint, its data, and its steps."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnprobe.config.spec import Spec
+from bnprobe.errors import DataError, message_of, place_in_user_code
+from bnprobe.loading.frameworks import Data, Project, Reader
+from bnprobe.loading.frameworks.hyperparameters import Saved, arguments_for, read_saved
+from bnprobe.loading.frameworks.naming import chosen_metric
+from bnprobe.loading.frameworks.steps import (
+    Call,
+    Run,
+    Said,
+    classes,
+    loss_in,
+    noting_calls,
+    outputs_of,
+    overrides,
+    step,
+    validate,
+)
+from bnprobe.loading.model import signature_of, user_code
+from bnprobe.loading.returned import described
+from bnprobe.numbers import listed
+
+
+class Lightning(Reader):
+    """LightningModules and LightningDataModules, of ``lightning`` and of ``pytorch_lightning``."""
+
+    def claims(self, value: Any) -> bool:
+        """See the base class."""
+        return _is_a(value, classes("LightningModule"))
+
+    def project(self, value: Any, name: str, spec: Spec) -> Project:
+        """See the base class."""
+        saved = read_saved(spec.checkpoint)
+        model: Any = value if isinstance(value, nn.Module) else _built(value, name, spec, saved)
+        if overrides(model, "configure_model"):
+            with user_code(f"calling configure_model() of {name}"):
+                model.configure_model()
+        data = _data_of(model, name, spec, saved)
+        run = Run(saved.epoch, saved.step, data.datamodule)
+        from_file = f" with the arguments saved in {saved.file}" if saved.model and value is not model else ""
+        return Project(
+            model,
+            data.functions,
+            {"model": f"{name}{from_file}"},
+            data_args=saved.data if saved.data_argument is None else {saved.data_argument: saved.data},
+            observe=functools.partial(_observed, name=name, run=run, saved=saved),
+        )
+
+    def claims_data(self, value: Any) -> bool:
+        """See the base class."""
+        return _is_a(value, classes("LightningDataModule"))
+
+    def data(self, value: Any, name: str, args: Mapping[str, Any]) -> Data:
+        """See the base class."""
+        return _ModuleData(name, _datamodule(value, name, args, Saved())).both()
+
+
+def _is_a(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) or (isinstance(value, type) and issubclass(value, kinds) and value not in kinds)
+
+
+def _built(kind: type, name: str, spec: Spec, saved: Saved) -> Any:
+    """Make the LightningModule of the arguments that the user gives, and of those that the checkpoint has saved."""
+    arguments = arguments_for(
+        kind, name, spec.model.args, saved.model, saved.model_argument, saved.file, "--model-arg NAME=VALUE"
+    )
+    with user_code(f"calling {name}({', '.join(arguments)})"):
+        return kind(**arguments)
+
+
+def _datamodule(value: Any, name: str, args: Mapping[str, Any], saved: Saved) -> Any:
+    """The data module itself, made of its arguments where a class is given."""
+    if not isinstance(value, type):
+        if args:
+            raise DataError(f"{name} is made already, so it cannot take data.args ({', '.join(args)}).")
+        return value
+    option = "data: {args: {NAME: VALUE}} in a spec"
+    arguments = arguments_for(value, name, args, saved.data, saved.data_argument, saved.file, option)
+    with user_code(f"calling {name}({', '.join(arguments)})"):
+        return value(**arguments)
+
+
+# ---- data
+
+
+@dataclass
+class _ModuleData:
+    """The loaders of a module or data module, as a Trainer asks for them.
+
+    Attributes:
+        name: The user's name for it.
+        source: The module or data module; None where there are none.
+        datamodule: The data module, if it is one.
+    """
+
+    name: str
+    source: Any
+    _ready: bool = False
+
+    @property
+    def functions(self) -> dict[str, Any]:
+        """By the names of a model file."""
+        hooks = {"load_data": ("train_dataloader", self.training), "load_eval_data": ("val_dataloader", self.held_out)}
+        return {name: load for name, (hook, load) in hooks.items() if overrides(self.source, hook)}
+
+    @property
+    def datamodule(self) -> Any:
+        """The data module, if it is one."""
+        return self.source if _is_a(self.source, classes("LightningDataModule")) else None
+
+    def both(self) -> Data:
+        """The training data, and the validation data if there is any."""
+        training = self.training()
+        if not overrides(self.source, "val_dataloader"):
+            return training
+        held_out = self.held_out()
+        return replace(training, held_out=held_out.training, held_out_origin=held_out.origin)
+
+    def training(self) -> Data:
+        """The first loader of ``train_dataloader``."""
+        return self._loader("train_dataloader")
+
+    def held_out(self) -> Data:
+        """The first loader of ``val_dataloader``."""
+        return self._loader("val_dataloader")
+
+    def _loader(self, hook: str) -> Data:
+        self._prepare()
+        origin = f"{hook}() of {self.name}"
+        with user_code(f"calling {origin}"):
+            given = getattr(self.source, hook)()
+        loaders = list(_loaders(given))
+        if not loaders:
+            raise DataError(f"{origin} gives no loader.")
+        label, first = loaders[0]
+        if len(loaders) == 1:
+            return Data(first, origin=origin)
+        names = listed([str(each) for each, _ in loaders])
+        note = f"{origin} gives {len(loaders)} loaders ({names}): the first, {label}, was used."
+        return Data(first, origin=origin, notes=(note,))
+
+    def _prepare(self) -> None:
+        if self._ready:
+            return
+        for hook, arguments in (("prepare_data", {}), ("setup", {"stage": "fit"})):
+            if overrides(self.source, hook):
+                method = getattr(self.source, hook)
+                known = {key: value for key, value in arguments.items() if key in signature_of(method)}
+                with user_code(f"calling {hook}({', '.join(arguments.values())}) of {self.name}"):
+                    method(**known) if known or not arguments else method(*arguments.values())
+        self._ready = True
+
+
+def _loaders(given: Any, label: str = "loader") -> Iterator[tuple[str, Any]]:
+    """The loaders in what a hook returned, each with a name: one, a list or dictionary of them, or a CombinedLoader."""
+    if type(given).__name__ == "CombinedLoader" and hasattr(given, "iterables"):
+        yield from _loaders(given.iterables, label)
+    elif isinstance(given, Mapping):
+        for key, each in given.items():
+            yield from _loaders(each, str(key))
+    elif isinstance(given, list | tuple):
+        for number, each in enumerate(given):
+            yield from _loaders(each, f"number {number}")
+    elif given is not None:
+        yield label, given
+
+
+def _data_of(model: Any, name: str, spec: Spec, saved: Saved) -> _ModuleData:
+    """The data of the module itself; else that of the only data module of its file, where the user names no data."""
+    if spec.data.target is not None:
+        return _ModuleData(name, None)
+    if overrides(model, "train_dataloader"):
+        return _ModuleData(name, model)
+    home = sys.modules.get(type(model).__module__)
+    kinds = [
+        (symbol, each)
+        for symbol, each in vars(home).items()
+        if isinstance(each, type)
+        and _is_a(each, classes("LightningDataModule"))
+        and each.__module__ == type(model).__module__
+    ] if home is not None and not spec.data.input_shape else []  # fmt: skip
+    if len(kinds) != 1:
+        return _ModuleData(name, None)
+    where = f"{name.rpartition(':')[0]}:{kinds[0][0]}"
+    return _ModuleData(where, _datamodule(kinds[0][1], where, spec.data.args, saved))
+
+
+# ---- what a trial of the steps shows
+
+
+def _observed(model: nn.Module, batch: Any, *, name: str, run: Run, saved: Saved) -> Project:
+    """The project with what trials of its steps on a few samples show: how they call the model, loss and metric."""
+    project = Project(model)
+    try:
+        trial = copy.deepcopy(model)
+    except Exception as error:  # whatever the user's classes raise
+        why = f"{name} cannot be copied ({_said(error)}), so its steps were not tried: there is no loss and no metric."
+        return replace(project, notes=(why,))
+    with torch.no_grad():
+        return _with_metric(_with_loss(project, trial, batch, name, run), trial, batch, name, run, saved)
+
+
+def _with_loss(project: Project, trial: nn.Module, batch: Any, name: str, run: Run) -> Project:
+    """Call ``training_step`` in both modes; add forward and loss as it shows them to be."""
+    if not overrides(trial, "training_step"):
+        return replace(project, notes=(f"{name} has no training_step, so there is no loss.",))
+    calls: list[Call] = []
+    problem = None
+    for training in (True, False):
+        trial.train(training)
+        with noting_calls(trial) as noted:
+            try:
+                problem = problem or _why_no_loss(*step(trial, "training_step", batch, run))
+            except Exception as error:  # whatever the user's code raises
+                problem = problem or f"{'in train mode' if training else 'in eval mode'} it raises {_said(error)}"
+        calls = calls or noted
+    functions: dict[str, Any] = {}
+    if calls and not _is_usual(calls, batch):
+        functions["forward"] = _as_written(_Forward(run, *_which(calls)), trial, "training_step")
+    if problem is None:
+        functions["loss"] = _as_written(_Loss(run), trial, "training_step")
+    taken = dict.fromkeys(functions, "training_step")
+    said = "" if problem is None else f"training_step of {name} gives no loss to compare: {problem}."
+    return replace(project, functions=functions, taken=taken, notes=(*project.notes, *filter(None, [said])))
+
+
+def _why_no_loss(returned: Any, said: Said) -> str | None:
+    """Why a step gave no loss, a clause; None if it gave one."""
+    loss = loss_in(returned, said)
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return None
+    if len(said.backward) > 1:
+        return f"it calls manual_backward {len(said.backward)} times, and none of these losses is that of the network"
+    return f"it returned {described(returned)}"
+
+
+def _with_metric(project: Project, trial: nn.Module, batch: Any, name: str, run: Run, saved: Saved) -> Project:
+    """Call ``validation_step`` in both modes; add the metric that it logs."""
+    if not overrides(trial, "validation_step"):
+        return project
+    names: list[str] = []
+    for to_end in (False, True):
+        try:
+            found = [set(validate(trial.train(training), batch, run, to_end)) for training in (True, False)]
+        except Exception as error:  # whatever the user's code raises
+            note = f"validation_step of {name} gives no metric: on training data it raises {_said(error)}."
+            return replace(project, notes=(*project.notes, note))
+        names = sorted(found[0] & found[1])
+        chosen = chosen_metric(names, saved.monitored)
+        if chosen is not None:
+            break
+    else:
+        return project
+    metric, goal = chosen
+    function = _as_written(_Metric(run, metric, to_end), trial, "validation_step")
+    which = f"{metric} of validation_step" + (f" (goal: {goal})" if goal else "")
+    return replace(
+        project,
+        functions={**project.functions, "metric": function},
+        taken={**project.taken, "metric": which},
+        goal=goal,
+    )
+
+
+def _is_usual(calls: list[Call], batch: Any) -> bool:
+    """Whether a step calls the model as is usual: once, on the batch or its first item as it is."""
+    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    only = calls[0]
+    return len(calls) == 1 and not only.name and not only.kwargs and len(only.args) == 1 and only.args[0] is first
+
+
+def _which(calls: list[Call]) -> tuple[str, int]:
+    """Of which module the output is that of the network, by its name, and how often a step calls it."""
+    names = [call.name for call in calls]
+    name = "" if "" in names else names[-1]
+    return name, names.count(name)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    run: Run
+    module: str
+    calls: int
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        return outputs_of(model, batch, self.run, self.module, self.calls)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    run: Run
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        return loss_in(*step(model, "training_step", batch, self.run))
+
+
+@dataclass(frozen=True)
+class _Metric:
+    run: Run
+    name: str
+    to_end: bool
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        return validate(model, batch, self.run, self.to_end).get(self.name)
+
+
+def _as_written(function: Callable[..., Any], model: nn.Module, name: str) -> Callable[..., Any]:
+    """A function of (model, batch) that messages place where the user wrote the step."""
+
+    def call(model: nn.Module, batch: Any) -> Any:
+        return function(model, batch)
+
+    signature = inspect.signature(call)
+    functools.update_wrapper(call, getattr(type(model), name), assigned=(), updated=())
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return call
+
+
+def _said(error: Exception) -> str:
+    """An exception of the user's code in words, with its line."""
+    line, said = place_in_user_code(error), message_of(error).partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}{f' in {line}' if line else ''}{f': {said}' if said else ''}"
