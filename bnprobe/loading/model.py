@@ -68,9 +68,27 @@ def user_code(
     except BaseException as error:  # exit() in a model file must not end bnprobe silently
         if passes(error):
             raise
-        raise UserCodeError(call, error, hint() or _without_gpu(error)) from error
+        raise UserCodeError(call, error, hint() or _without_gpu(error) or _other_torch(error)) from error
     finally:
         beat()
+
+
+_OPERATOR = "operator torchvision::"
+"""In what is raised where torchvision's compiled operators cannot be loaded."""
+
+
+def _other_torch(error: BaseException) -> str:
+    """What to do about a torchvision that does not belong to this PyTorch, a sentence; "" for any other error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if _OPERATOR in message_of(cause):
+            return (
+                f"torchvision was built for another PyTorch than {torch.__version__}, which cannot load its operators."
+                " Install two that belong together, from one index: pip install --force-reinstall torch torchvision"
+                " --index-url https://download.pytorch.org/whl/cpu (or cu126, ...)."
+            )
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 _NO_GPU = (
