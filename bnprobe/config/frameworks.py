@@ -53,6 +53,13 @@ FRAMEWORKS: Registry[Framework] = Registry(
             "a LightningModule with its checkpoint, data and steps",
             packages=("lightning", "pytorch_lightning"),
         ),
+        Framework("MONAI", _HERE + "monai:Monai", "data sets with tensors of its own", packages=("monai",)),
+        Framework(
+            "PyTorch Geometric",
+            _HERE + "pyg:Graphs",
+            "data sets, lists and single graphs",
+            packages=("torch_geometric",),
+        ),
         Framework("torchvision", _HERE + "torchvision:Torchvision", "models by name", prefix="torchvision"),
     ),
     lambda framework: framework.name,

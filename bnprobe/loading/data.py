@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from bnprobe.errors import DataError, UsageError
+from bnprobe.loading import frameworks
 from bnprobe.loading.model import attribute, has_attribute, kind_of, user_code
 from bnprobe.loading.returned import written_at
 from bnprobe.loading.samples import SampleCount, count_samples, require_readable
@@ -257,13 +258,24 @@ def why_fixed(loader: DataLoader[Any]) -> str | None:
     """Why a loader cannot be rebuilt with other batches, as a clause; None if it can."""
     if isinstance(loader.dataset, IterableDataset):
         return "its data set is iterable (IterableDataset)"
-    if type(loader).__iter__ is not DataLoader.__iter__:
-        return f"{type(loader).__name__} has its own __iter__"
+    own = next((name for name in ("__iter__", "_get_iterator") if _overrides(type(loader), name)), None)
+    if own is not None:
+        return f"{type(loader).__name__} has its own {own}"
     if loader.batch_sampler is None:
         return "it has batch_size=None, so its data set makes the batches"
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         return f"it has a custom batch sampler ({type(loader.batch_sampler).__name__})"
     return None
+
+
+_PREFETCHING = ("ThreadDataLoader",)
+"""Loaders of libraries that only read ahead: a plain one gives the same batches."""
+
+
+def _overrides(kind: type, method: str) -> bool:
+    """Whether a class of loaders makes its batches in a way of its own."""
+    where = next(each for each in kind.__mro__ if method in vars(each))
+    return where is not DataLoader and not (where.__name__ in _PREFETCHING and where.__module__.startswith("monai."))
 
 
 def rebuilt(loader: DataLoader[Any], size: int, batch_sampler: Any = None) -> DataLoader[Any]:
@@ -449,12 +461,23 @@ def dataset_source(dataset: Any, request: Request) -> BatchSource:
     dataset, notes = (dataset, ()) if request.prepare is None else request.prepare(dataset)
     # A stream has the order that it has; every framework shuffles what can be indexed.
     stream = isinstance(dataset, IterableDataset)
-    source = _loader_source(DataLoader(dataset, batch_size=size, shuffle=not stream), size, request, images, size)
+    collate = None if stream or not images else _collating(dataset, request.origin)
+    loader = DataLoader(dataset, batch_size=size, shuffle=not stream, collate_fn=collate)
+    source = _loader_source(loader, size, request, images, size)
     source = replace(source, drop_last=None, own_order=stream, notes=notes)  # bnprobe made the loader
     if stream:
         return source
     note = f"{request.origin} is a Dataset: bnprobe shuffles it. Give a DataLoader to have your own order judged."
     return replace(source, notes=(note, *notes))
+
+
+def _collating(dataset: Any, origin: str) -> Callable[[list[Any]], Any] | None:
+    """What makes a batch of samples that a framework knows; None: torch's ``default_collate``."""
+    if not frameworks.any_imported():
+        return None  # without a look at a sample, which may take long to read
+    with user_code(f"reading the first sample of {origin}"):
+        sample = dataset[0]
+    return frameworks.collating(sample)
 
 
 def _from_loader(loader: DataLoader[Any], request: Request) -> BatchSource:
