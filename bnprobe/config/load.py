@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from bnprobe.config.frameworks import framework_named_in
+from bnprobe.config.nodes import SUFFIXES, Configuration, configuration_of
 from bnprobe.config.spec import ScanSettings, Spec, as_thresholds, is_file_target, split_target, why_missing
 from bnprobe.errors import BnprobeError, SpecError, UsageError, reason_of
 from bnprobe.paths import is_file, read_bounded
@@ -149,6 +150,19 @@ def read_yaml(path: Path) -> Source:
     if not isinstance(values, dict):
         raise SpecError(f"{path}, line 1: a spec file must be a mapping (key: value), but is {shown(values)}.")
     return _normalised(Source(values, str(path), keys.lines), path.parent)
+
+
+def read_configuration(path: Path) -> Configuration | None:
+    """A configuration of Hydra or LightningCLI; None if a YAML file is a spec, or is wrong as ``read_yaml`` says.
+
+    Raises:
+        SpecError: It cannot be read, or not composed.
+    """
+    try:
+        values = load_yaml(_read_text(path))
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError):
+        return None
+    return configuration_of(path, values, frozenset(Spec.model_fields))
 
 
 def load_yaml(text: str, look: Callable[[yaml.Node | None], None] = lambda node: None) -> Any:
@@ -455,8 +469,8 @@ def build_spec(target: str, overrides: Mapping[str, Any]) -> Spec:
     """Build the spec of one command from target, spec file, pyproject.toml and options.
 
     Args:
-        target: A model target (``model.py:Net``, ``package.module``, ``timm:NAME``) or a spec file
-            (.yaml, .yml).
+        target: A model target (``model.py:Net``, ``package.module``, ``timm:NAME``), a spec file (.yaml, .yml), or a
+            configuration of Hydra or LightningCLI, alone or with the node of the model (``conf/config.yaml:model``).
         overrides: Dotted keys to values, e.g. ``{"data.batch_size": 2}``; None means not given.
 
     Raises:
@@ -464,11 +478,16 @@ def build_spec(target: str, overrides: Mapping[str, Any]) -> Spec:
         UsageError: An option has a wrong value.
     """
     options = option_source(overrides)
-    if target.lower().endswith((".yaml", ".yml")):
-        path = Path(target)
-        return validated([read_pyproject(path.parent), read_yaml(path), options])
+    location, node = split_target(target)
+    if location.lower().endswith(SUFFIXES):
+        path = Path(location)
+        configuration = read_configuration(path)
+        if configuration is None and node is None:
+            return validated([read_pyproject(path.parent), read_yaml(path), options])
+        if configuration is None:
+            raise SpecError(f"{location} is a spec of bnprobe, which has no nodes: leave out :{node}.")
+        return validated([read_pyproject(path.parent), Source(configuration.as_spec(node), location), options])
     options.values["model"] = {**options.values.get("model", {}), "target": target}
-    location, _ = split_target(target)
     folder = Path(location).parent if is_file_target(target) else Path()
     return validated([read_pyproject(folder), options])
 

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from bnprobe.config.frameworks import framework_named_in
+from bnprobe.config.nodes import is_node_target
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, nearest_target
 from bnprobe.errors import reason_of
 from bnprobe.paths import is_folder
@@ -32,7 +33,7 @@ def is_file_target(target: str) -> bool:
     if framework_named_in(target) is not None:
         return False
     location, _ = split_target(target)
-    return location.endswith(".py") or bool(re.search(r"[/\\]", location))
+    return location.endswith(".py") or is_node_target(target) or bool(re.search(r"[/\\]", location))
 
 
 def nearest_file(path: Path) -> str:

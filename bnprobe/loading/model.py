@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from bnprobe.config.frameworks import framework_named_in
+from bnprobe.config.nodes import is_node_target
 from bnprobe.config.spec import ModelSpec, Spec, is_file_target, split_target, why_missing
 from bnprobe.distributed import beat
 from bnprobe.errors import (
@@ -163,6 +164,19 @@ def has_attribute(value: object, name: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Described:
+    """A class or function with the arguments that a configuration gives it.
+
+    Attributes:
+        function: The class or function.
+        args: Its keyword arguments.
+    """
+
+    function: Any
+    args: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class UserModule:
     """A Python module of the user, and the user's name for it.
 
@@ -245,7 +259,7 @@ def resolve(target: str, near: UserModule | None = None) -> tuple[UserModule, st
     """Execute the module that a target names; return it and the symbol, if one is named.
 
     Args:
-        target: ``file.py[:symbol]``, ``package.module[:symbol]`` or ``package.module.symbol``.
+        target: ``file.py[:symbol]``, ``package.module[:symbol]``, ``package.module.symbol`` or ``config.yaml:node``.
         near: A module that is already loaded; its file is not executed again.
 
     Raises:
@@ -253,6 +267,10 @@ def resolve(target: str, near: UserModule | None = None) -> tuple[UserModule, st
         UserCodeError: The module raised while it was loaded.
     """
     location, symbol = split_target(target)
+    if is_node_target(target):
+        from bnprobe.loading.configured import module_of  # which resolves what its nodes name
+
+        return module_of(location), symbol
     if is_file_target(target):
         return _load_file(location, near), symbol
     if location:
@@ -511,6 +529,9 @@ def _load_model(spec: Spec) -> LoadedModel:
     module, symbol = resolve(target)
     symbol = symbol or _default_symbol(module)
     name, value = f"{module.name}:{symbol}", module.get(symbol)
+    if isinstance(value, Described):
+        value, args = value.function, {**value.args, **args}
+        spec = spec.model_copy(update={"model": ModelSpec(target=target, args=args)})
     reader = frameworks.claiming(value)
     if reader is None or isinstance(value, nn.Module):
         value, spec = _build(value, name, args), spec.model_copy(update={"model": ModelSpec(target=target)})
@@ -545,7 +566,7 @@ def _default_symbol(module: UserModule) -> str:
         return projects[0]
     raise ModelError(
         f"{module.name} has neither load_model() nor model. {describe_contents(module)} "
-        f"Name one of them as {module.name}:NAME, or add load_model():\n{_ways_on(module)}"
+        f"Name one of them as {module.name}:NAME, or add load_model().\n{_ways_on(module)}"
     )
 
 

@@ -27,7 +27,7 @@ class Import:
     """What a file does when it is imported.
 
     Attributes:
-        trains: That it trains, a clause with the line, e.g. "the loop in line 41 calls backward()"; None if it does not.
+        trains: How it trains, a clause: "the loop in line 41 calls backward()"; None if it does not.
         parses: The line that parses arguments; None if none does.
     """
 

@@ -25,6 +25,7 @@ from bnprobe.loading.data import (
 )
 from bnprobe.loading.frameworks import Data
 from bnprobe.loading.model import (
+    Described,
     UserModule,
     accepts,
     has_attribute,
@@ -218,6 +219,9 @@ def _from_symbol(
     prepare: _Prepare | None = None,
 ) -> BatchSource:
     value, name = module.get(symbol), f"{symbol} of {module.name}"
+    if isinstance(value, Described):
+        spec = spec.model_copy(update={"args": {**value.args, **spec.args}})
+        value = value.function
     counted = _batch_size_of(spec, module)
     request = Request(name, spec.batch_size, as_given=as_given, batch_size_of=counted, prepare=prepare)
     reader = frameworks.claiming_data(value)

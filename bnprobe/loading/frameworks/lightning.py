@@ -7,6 +7,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.config.spec import Spec
-from bnprobe.errors import DataError, message_of, place_in_user_code
+from bnprobe.errors import DataError, UserCodeError, message_of, place_in_user_code
 from bnprobe.loading.frameworks import Data, Project, Reader
 from bnprobe.loading.frameworks.hyperparameters import Saved, arguments_for, read_saved
 from bnprobe.loading.frameworks.naming import chosen_metric
@@ -22,6 +23,7 @@ from bnprobe.loading.frameworks.steps import (
     Call,
     Run,
     Said,
+    attached,
     classes,
     loss_in,
     noting_calls,
@@ -30,7 +32,7 @@ from bnprobe.loading.frameworks.steps import (
     step,
     validate,
 )
-from bnprobe.loading.model import signature_of, user_code
+from bnprobe.loading.model import user_code
 from bnprobe.loading.returned import described
 from bnprobe.numbers import listed
 
@@ -45,17 +47,24 @@ class Lightning(Reader):
     def project(self, value: Any, name: str, spec: Spec) -> Project:
         """See the base class."""
         saved = read_saved(spec.checkpoint)
-        model: Any = value if isinstance(value, nn.Module) else _built(value, name, spec, saved)
+        model: Any
+        model, arguments = (value, {}) if isinstance(value, nn.Module) else _built(value, name, spec, saved)
         if overrides(model, "configure_model"):
             with user_code(f"calling configure_model() of {name}"):
                 model.configure_model()
-        data = _data_of(model, name, spec, saved)
-        run = Run(saved.epoch, saved.step, data.datamodule)
-        from_file = f" with the arguments saved in {saved.file}" if saved.model and value is not model else ""
+        source_name, source = _data_of(model, name, spec, saved)
+        run = Run(saved.epoch, saved.step, source if self.claims_data(source) else None)
+        owners = [(source_name, source), (name, model)] if run.datamodule is not None else [(name, model)]
+        data = _Loaders(source_name, source, _SettingUp(owners, run))
+        if overrides(model, "setup"):  # before the weights are loaded, since it may make layers
+            with suppress(UserCodeError):  # said where the data is loaded, or the weights do not fit
+                data.setting_up.once()
+        kind = "" if name.endswith(f":{type(model).__name__}") else f" ({type(model).__name__})"
+        from_file = f" with arguments saved in {saved.file}" if arguments.keys() - spec.model.args.keys() else ""
         return Project(
             model,
             data.functions,
-            {"model": f"{name}{from_file}"},
+            {"model": f"{name}{kind}{from_file}"},
             data_args=saved.data if saved.data_argument is None else {saved.data_argument: saved.data},
             observe=functools.partial(_observed, name=name, run=run, saved=saved),
         )
@@ -66,20 +75,21 @@ class Lightning(Reader):
 
     def data(self, value: Any, name: str, args: Mapping[str, Any]) -> Data:
         """See the base class."""
-        return _ModuleData(name, _datamodule(value, name, args, Saved())).both()
+        source = _datamodule(value, name, args, Saved())
+        return _Loaders(name, source, _SettingUp([(name, source)], Run(datamodule=source))).both()
 
 
 def _is_a(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) or (isinstance(value, type) and issubclass(value, kinds) and value not in kinds)
 
 
-def _built(kind: type, name: str, spec: Spec, saved: Saved) -> Any:
-    """Make the LightningModule of the arguments that the user gives, and of those that the checkpoint has saved."""
+def _built(kind: type, name: str, spec: Spec, saved: Saved) -> tuple[Any, dict[str, Any]]:
+    """Make the LightningModule of what the user gives and what the checkpoint has saved; also its arguments."""
     arguments = arguments_for(
         kind, name, spec.model.args, saved.model, saved.model_argument, saved.file, "--model-arg NAME=VALUE"
     )
     with user_code(f"calling {name}({', '.join(arguments)})"):
-        return kind(**arguments)
+        return kind(**arguments), arguments
 
 
 def _datamodule(value: Any, name: str, args: Mapping[str, Any], saved: Saved) -> Any:
@@ -98,18 +108,48 @@ def _datamodule(value: Any, name: str, args: Mapping[str, Any], saved: Saved) ->
 
 
 @dataclass
-class _ModuleData:
+class _SettingUp:
+    """Modules and data modules that are set up once, as a Trainer does it before it asks for loaders.
+
+    Attributes:
+        owners: The user's names for them, and they themselves, in the order of a Trainer.
+        run: What is known of the training.
+    """
+
+    owners: list[tuple[str, Any]]
+    run: Run
+    _done: bool = False
+
+    def once(self) -> None:
+        """Call ``prepare_data`` and ``setup("fit")`` where they have their own.
+
+        Raises:
+            UserCodeError: The user's code raised.
+        """
+        if self._done:
+            return
+        for hook in ("prepare_data", "setup"):
+            for name, owner in self.owners:
+                if overrides(owner, hook):
+                    arguments = ("fit",) if hook == "setup" else ()
+                    with user_code(f"calling {hook}({', '.join(arguments)}) of {name}"), attached(owner, self.run):
+                        getattr(owner, hook)(*arguments)
+        self._done = True
+
+
+@dataclass(frozen=True)
+class _Loaders:
     """The loaders of a module or data module, as a Trainer asks for them.
 
     Attributes:
         name: The user's name for it.
         source: The module or data module; None where there are none.
-        datamodule: The data module, if it is one.
+        setting_up: What must be set up before.
     """
 
     name: str
     source: Any
-    _ready: bool = False
+    setting_up: _SettingUp
 
     @property
     def functions(self) -> dict[str, Any]:
@@ -117,33 +157,28 @@ class _ModuleData:
         hooks = {"load_data": ("train_dataloader", self.training), "load_eval_data": ("val_dataloader", self.held_out)}
         return {name: load for name, (hook, load) in hooks.items() if overrides(self.source, hook)}
 
-    @property
-    def datamodule(self) -> Any:
-        """The data module, if it is one."""
-        return self.source if _is_a(self.source, classes("LightningDataModule")) else None
-
     def both(self) -> Data:
         """The training data, and the validation data if there is any."""
         training = self.training()
         if not overrides(self.source, "val_dataloader"):
             return training
         held_out = self.held_out()
-        return replace(training, held_out=held_out.training, held_out_origin=held_out.origin)
+        notes = (*training.notes, *held_out.notes)
+        return replace(training, held_out=held_out.training, held_out_origin=held_out.origin, notes=notes)
 
     def training(self) -> Data:
         """The first loader of ``train_dataloader``."""
-        return self._loader("train_dataloader")
+        return self._first("train_dataloader")
 
     def held_out(self) -> Data:
         """The first loader of ``val_dataloader``."""
-        return self._loader("val_dataloader")
+        return self._first("val_dataloader")
 
-    def _loader(self, hook: str) -> Data:
-        self._prepare()
+    def _first(self, hook: str) -> Data:
+        self.setting_up.once()
         origin = f"{hook}() of {self.name}"
-        with user_code(f"calling {origin}"):
-            given = getattr(self.source, hook)()
-        loaders = list(_loaders(given))
+        with user_code(f"calling {origin}"), attached(self.source, self.setting_up.run):
+            loaders = list(_loaders(getattr(self.source, hook)()))
         if not loaders:
             raise DataError(f"{origin} gives no loader.")
         label, first = loaders[0]
@@ -152,17 +187,6 @@ class _ModuleData:
         names = listed([str(each) for each, _ in loaders])
         note = f"{origin} gives {len(loaders)} loaders ({names}): the first, {label}, was used."
         return Data(first, origin=origin, notes=(note,))
-
-    def _prepare(self) -> None:
-        if self._ready:
-            return
-        for hook, arguments in (("prepare_data", {}), ("setup", {"stage": "fit"})):
-            if overrides(self.source, hook):
-                method = getattr(self.source, hook)
-                known = {key: value for key, value in arguments.items() if key in signature_of(method)}
-                with user_code(f"calling {hook}({', '.join(arguments.values())}) of {self.name}"):
-                    method(**known) if known or not arguments else method(*arguments.values())
-        self._ready = True
 
 
 def _loaders(given: Any, label: str = "loader") -> Iterator[tuple[str, Any]]:
@@ -179,24 +203,28 @@ def _loaders(given: Any, label: str = "loader") -> Iterator[tuple[str, Any]]:
         yield label, given
 
 
-def _data_of(model: Any, name: str, spec: Spec, saved: Saved) -> _ModuleData:
-    """The data of the module itself; else that of the only data module of its file, where the user names no data."""
+def _data_of(model: Any, name: str, spec: Spec, saved: Saved) -> tuple[str, Any]:
+    """Who gives the data, with the user's name for it: the module itself, else the only data module of its file.
+
+    None where the user names other data, and where nobody does.
+    """
     if spec.data.target is not None:
-        return _ModuleData(name, None)
+        return name, None
     if overrides(model, "train_dataloader"):
-        return _ModuleData(name, model)
+        return name, model
     home = sys.modules.get(type(model).__module__)
-    kinds = [
+    found = [
         (symbol, each)
         for symbol, each in vars(home).items()
         if isinstance(each, type)
         and _is_a(each, classes("LightningDataModule"))
         and each.__module__ == type(model).__module__
     ] if home is not None and not spec.data.input_shape else []  # fmt: skip
-    if len(kinds) != 1:
-        return _ModuleData(name, None)
-    where = f"{name.rpartition(':')[0]}:{kinds[0][0]}"
-    return _ModuleData(where, _datamodule(kinds[0][1], where, spec.data.args, saved))
+    if len(found) != 1:
+        return name, None
+    symbol, kind = found[0]
+    where = f"{name.rpartition(':')[0]}:{symbol}"
+    return where, _datamodule(kind, where, spec.data.args, saved)
 
 
 # ---- what a trial of the steps shows

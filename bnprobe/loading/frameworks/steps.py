@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,15 +76,17 @@ class Said:
 class _NoTrainer:
     """Stands for the Trainer: has what is known without a run, and says of all else that it is not there."""
 
-    def __init__(self, model: nn.Module, run: Run, logger: Any, resting: Callable[[], _Resting]) -> None:
+    def __init__(self, model: Any, run: Run, logger: Any, resting: Callable[[], _Resting]) -> None:
+        training = model is None or model.training
         vars(self).update(
             current_epoch=run.epoch,
             global_step=run.step,
-            training=model.training,
-            validating=not model.training,
+            training=training,
+            validating=not training,
             logger=logger,
             loggers=[logger],
             lightning_module=model,
+            model=model,
             **dict.fromkeys(
                 ("testing", "predicting", "sanity_checking", "fast_dev_run", "should_stop", "is_last_batch"), False
             ),
@@ -171,6 +173,25 @@ def answering(model: nn.Module, run: Run) -> Iterator[Said]:
                 delattr(base, name)
             else:
                 setattr(base, name, value)
+
+
+@contextmanager
+def attached(owner: Any, run: Run) -> Iterator[None]:
+    """Answer a module or data module as if a Trainer were attached to it, while the block runs."""
+    if isinstance(owner, nn.Module):
+        with answering(owner, run):
+            yield
+        return
+    before = owner.trainer
+    owner.trainer = _NoTrainer(None, replace(run, datamodule=owner), None, _nothing_to_rest)
+    try:
+        yield
+    finally:
+        owner.trainer = before
+
+
+def _nothing_to_rest() -> _Resting:
+    raise AttributeError("a data module has no optimizers")
 
 
 def _answers(model: nn.Module, run: Run, said: Said, base: type) -> dict[str, Any]:

@@ -1,0 +1,156 @@
+"""``bnprobe init --from``: load a project as it stands, and write a spec that scans it, with what was found."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bnprobe.config.spec import Spec, is_file_target, split_target
+from bnprobe.errors import DataError
+from bnprobe.loading.workload import Workload, load_model_only, load_workload
+from bnprobe.measure.restore import preserved_random_state, seed_everything
+from bnprobe.paths import placed
+
+_WIDTH = 100
+
+_PATHS = {"checkpoint": ("path",), "repair": ("report",)}
+_TARGETS = {"model": ("target",), "data": ("target", "batch_size_of"), "eval_data": ("target", "batch_size_of")}
+_FUNCTIONS = ("forward", "loss", "metric")
+
+
+def spec_for(spec: Spec, command: str, folder: Path) -> str:
+    """The text of a spec that scans the same project, commented with what was found in it.
+
+    Args:
+        spec: What the user named.
+        command: The command line as typed.
+        folder: Where the spec will be: paths in it are relative to that.
+
+    Raises:
+        BnprobeError: The project cannot be loaded; that it has no data is said in the text.
+    """
+    with preserved_random_state():
+        seed_everything(spec.data.seed)
+        workload, missing = _loaded(spec)
+    given = spec.model_dump(mode="json", exclude_unset=True)
+    sections = {name: _anchored(name, value, folder) for name, value in given.items()}
+    if workload is not None:
+        sections["data"] = {**sections.get("data", {}), "batch_size": workload.source.batch_size}
+        if workload.goal is not None and spec.repair.assumes_goal:
+            sections["repair"] = {**sections.get("repair", {}), "goal": workload.goal}
+    return "\n".join(_written(sections, workload, missing, command))
+
+
+def _loaded(spec: Spec) -> tuple[Workload | None, str]:
+    """The project; where it has no data, None and why."""
+    try:
+        return load_workload(spec, need_statistics=False), ""
+    except DataError as error:
+        load_model_only(spec, need_statistics=False)  # what else is wrong is no matter of data
+        return None, str(error)
+
+
+def _anchored(section: str, value: Any, folder: Path) -> Any:
+    """The section with its paths as seen from a folder."""
+    if section in _FUNCTIONS and isinstance(value, str):
+        return _target_from(value, folder)
+    if not isinstance(value, dict):
+        return value
+    found = dict(value)
+    for key in _TARGETS.get(section, ()):
+        if found.get(key):
+            found[key] = _target_from(found[key], folder)
+    for key in _PATHS.get(section, ()):
+        if found.get(key):
+            found[key] = _path_from(found[key], folder)
+    return found
+
+
+def _target_from(target: str, folder: Path) -> str:
+    if not is_file_target(target):
+        return target
+    location, symbol = split_target(target)
+    return _path_from(location, folder) + (f":{symbol}" if symbol else "")
+
+
+def _path_from(path: str, folder: Path) -> str:
+    relative = os.path.relpath(placed(Path(path)).absolute(), placed(folder).absolute())
+    return relative if len(relative) < len(path) or not Path(path).is_absolute() else path
+
+
+def _written(sections: Mapping[str, Any], workload: Workload | None, missing: str, command: str) -> Iterator[str]:
+    taken = dict(workload.taken) if workload is not None else {}
+    yield from _comment(
+        f"Written by {command}. Paths are relative to this file; options of the command line override it. The spec that"
+        " bnprobe init writes without --from explains every key."
+    )
+    yield ""
+    yield from _section("model", sections, f"Found: {taken['model']}." if "model" in taken else "")
+    if "checkpoint" in sections:
+        yield from _section("checkpoint", sections, "The weights; without them the model is as it is built.")
+    else:
+        yield from _comment("checkpoint: {path: FILE}   # the weights; without them the model is as it is built")
+        yield ""
+    yield from _data(sections, workload, missing)
+    for role, purpose in _PURPOSES.items():
+        if role in sections:
+            yield from _section(role, sections, purpose)
+        else:
+            found = f"Found: {taken[role]}." if role in taken else _of_file(workload, role)
+            yield from _comment(f"{purpose} {found}")
+            yield from _comment(f"{role}: FILE.py:FUNCTION")
+            yield ""
+    for name in sections:
+        if name not in ("model", "checkpoint", "data", "eval_data", *_PURPOSES):
+            yield from _section(name, sections, _WHY.get(name, ""))
+
+
+_PURPOSES = {
+    "loss": "The training loss, a function of (model, batch): compared between the two modes, needed for fine-tuning.",
+    "metric": "What the network is judged by, a function of (model, batch).",
+    "forward": "How a batch goes through the model, a function of (model, batch).",
+}
+
+_WHY = {"repair": "Whether a larger or a smaller metric is better: max or min."}
+
+
+def _of_file(workload: Workload | None, role: str) -> str:
+    used = workload is not None and getattr(workload, role) is not None
+    usual = " Without it the model is called on the first item of a batch." if role == "forward" else ""
+    return "Found in the model's file." if used else f"None was found.{usual}"
+
+
+def _data(sections: Mapping[str, Any], workload: Workload | None, missing: str) -> Iterator[str]:
+    if workload is None:
+        yield from _comment(f"No data was found: {missing}")
+        yield from _comment("data: {target: FILE.py:SYMBOL, batch_size: 32}   # a loader, data set or function")
+        yield ""
+        return
+    about = f"The training data as training sees it. Found: {workload.source.description}."
+    yield from _section("data", sections, f"{about} The batch size is that of training; BN sees it.")
+    held_out = workload.held_out.description if workload.held_out else "none"
+    words = f"Held-out data, which no training saw. Found: {held_out}."
+    if "eval_data" in sections:
+        yield from _section("eval_data", sections, words)
+        return
+    yield from _comment(words)
+    yield from _comment("eval_data: {target: FILE.py:SYMBOL}")
+    yield ""
+
+
+def _section(name: str, sections: Mapping[str, Any], about: str) -> Iterator[str]:
+    if about:
+        yield from _comment(about)
+    yield yaml.safe_dump({name: sections[name]}, sort_keys=False, width=_WIDTH, allow_unicode=True)
+
+
+def _comment(text: str) -> Iterator[str]:
+    """Lines of a comment; nothing in the text can end it."""
+    plain = " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    for line in textwrap.wrap(plain, _WIDTH, break_long_words=False):
+        yield f"# {line}"
