@@ -127,7 +127,7 @@ MODEL, DATA, RUN, JUDGE, REPORT = "Model", "Data", "Measurement", "Thresholds an
 Target = Annotated[
     str,
     typer.Argument(
-        help="model.py[:SYMBOL], package.module[:SYMBOL], timm:NAME, torchvision:NAME, or a spec file (.yaml).",
+        help="model.py[:SYMBOL], package.module[:SYMBOL], timm:NAME, torchvision:NAME, hf:FOLDER, or a spec (.yaml).",
         metavar="TARGET",
     ),
 ]
@@ -161,7 +161,7 @@ Data = Annotated[
     option(
         DATA,
         "--data",
-        "Training data: FILE.py:SYMBOL or SYMBOL, a loader, data set, data module or function.",
+        "Training data: FILE.py:SYMBOL or SYMBOL, a loader, data set, data module or function; or a file of tensors.",
         "TARGET",
     ),
     Sets("data.target"),

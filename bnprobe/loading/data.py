@@ -331,6 +331,8 @@ def source_of(value: Any, request: Request) -> BatchSource:
         return _from_loader(value, request)
     if _is_dataset(value):
         return dataset_source(value, request)
+    if _is_buffer(value):
+        value = _Drawn(value, known_size(request.wanted, request.origin))
     _refuse_no_batches(value, request.origin)
     if _length(value, request.origin) == 0:
         raise DataError(f"{request.origin} is empty: it yields no batch.")
@@ -341,6 +343,24 @@ def source_of(value: Any, request: Request) -> BatchSource:
         batches = GuardedBatches(value, request.origin, samples_in=request.count())
         return BatchSource(batches, request.wanted, request.origin)
     return _at_own_size(value, stated, request)
+
+
+def _is_buffer(value: Any) -> bool:
+    """Whether a value gives batches only as a replay buffer does, by ``sample(batch_size)``."""
+    iterable = any(has_attribute(value, name) for name in ("__iter__", "__getitem__"))
+    return callable(attribute(value, "sample")) and not iterable and not isinstance(value, type)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Endless batches of a replay buffer."""
+
+    buffer: Any
+    size: int
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield self.buffer.sample(self.size)
 
 
 _TRAIN_KEYS = frozenset(("train", "training"))

@@ -35,6 +35,7 @@ from bnprobe.loading.model import (
     signature_of,
     user_code,
 )
+from bnprobe.loading.tensors import tensor_samples
 from bnprobe.numbers import listed
 
 
@@ -55,6 +56,8 @@ def load_source(
         UsageError: The batch size is unknown.
         UserCodeError: The user's code raised.
     """
+    if spec.tensors is not None:
+        return _from_tensors(spec, "data.tensors", module)
     found = _find(spec, module, _TRAINING, () if spec.input_shape else TRAINING_NAMES)
     if found is not None:
         source = _from_symbol(*found, spec, known=known, prepare=_preparation(module))
@@ -85,14 +88,24 @@ def load_held_out(
         DataError: The data is not available at this batch size.
         UserCodeError: The user's code raised.
     """
+    size = spec.batch_size or batch_size
+    asked = spec.model_copy(update={"batch_size": size})
+    if spec.tensors is not None:
+        source = _from_tensors(asked, "eval_data.tensors", module, as_given=spec.batch_size is None)
+        return replace(source, most=spec.batches)
     found = _find(spec, module, _EVALUATION, EVALUATION_NAMES)
     if found is None:
         return None
-    size = spec.batch_size or batch_size
-    asked = spec.model_copy(update={"batch_size": size})
     given, prepare = spec.batch_size is None, _preparation(module)
     source = _from_symbol(*found, asked, as_given=given, known=known, prepare=prepare)
     return replace(source, most=spec.batches, beside=None)
+
+
+def _from_tensors(spec: EvalDataSpec, key: str, module: UserModule | None, as_given: bool = False) -> BatchSource:
+    """The tensors of a file, as a data set."""
+    assert spec.tensors is not None
+    request = Request(spec.tensors, spec.batch_size, as_given=as_given, batch_size_of=_batch_size_of(spec, module))
+    return dataset_source(tensor_samples(spec.tensors, key), request)
 
 
 _TRAINING = {"load_data": "load_data(batch_size)", "loader": "loader", "dataset": "dataset"}
@@ -251,10 +264,10 @@ def _from_framework(data: Any, request: Request) -> BatchSource:
     return replace(source, notes=(*data.notes, *source.notes), beside=beside)
 
 
-def _batch_size_of(spec: EvalDataSpec, module: UserModule) -> Callable[[Any], int] | None:
+def _batch_size_of(spec: EvalDataSpec, module: UserModule | None) -> Callable[[Any], int] | None:
     """The user's function that counts the samples of a batch: the one that the spec names, or that of the module."""
     if spec.batch_size_of is None:
-        return counted_by(module.find("batch_size_of"))
+        return None if module is None else counted_by(module.find("batch_size_of"))
     home, symbol = locate(spec.batch_size_of, module)
     return counted_by(home.get(symbol or "batch_size_of"))
 

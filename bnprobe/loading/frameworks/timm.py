@@ -44,7 +44,7 @@ class Timm(Reader):
             model, told = made(num_classes=classes), {**told, "num_classes": classes}
         words = f" ({', '.join(f'{key}={value}' for key, value in told.items())} as in its checkpoint)" if told else ""
         taken = {
-            "model": f"{name} of timm {timm.__version__}{words}",
+            "model": f"{name} of timm{words}",
             "loss": "cross-entropy",
             "metric": "accuracy",
         }

@@ -29,7 +29,7 @@ class Torchvision(Reader):
 
     def named(self, name: str, spec: Spec) -> Project:
         """See the base class."""
-        torchvision, models, known = library("torchvision"), library("torchvision.models"), trained(spec.checkpoint)
+        models, known = library("torchvision.models"), trained(spec.checkpoint)
         usable = name.lower() in models.list_models()
         builder = models.get_model_builder(name) if usable else None
         places = () if builder is None else builder.__module__.split(".")
@@ -48,7 +48,7 @@ class Torchvision(Reader):
             model, words = made(num_classes=classes), f" (num_classes={classes} as in its checkpoint)"
         if known is not None and "detection" in places:
             _freeze(model, known.state(model))
-        taken = {"model": f"{name} of torchvision {torchvision.__version__}{words}"}
+        taken = {"model": f"{name} of torchvision{words}"}
         if "detection" in places:
             return Project(
                 model,
