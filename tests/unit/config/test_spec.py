@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bnprobe.config.load import build_spec, settings_from
-from bnprobe.config.spec import ScanSettings, is_file_target, split_target
+from bnprobe.config.spec import ScanSettings, Spec, is_file_target, split_target
 from bnprobe.errors import SpecError, UsageError
 
 
