@@ -116,6 +116,8 @@ def _pool(evidence: Evidence) -> Pool | None:
 def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
     """What the reader should know about the scan as a whole."""
     yield from unmatched_globs(settings, evidence.layers)
+    if evidence.unscored:
+        yield evidence.unscored
     if evidence.held_out is not None and evidence.held_out.unscored:
         yield f"{evidence.held_out.unscored} Its shift is judged by mean and variance alone."
     if evidence.sizes and len(set(evidence.sizes.values())) == 1:

@@ -128,8 +128,8 @@ MODEL, DATA, RUN, JUDGE, REPORT = "Model", "Data", "Measurement", "Thresholds an
 Target = Annotated[
     str,
     typer.Argument(
-        help="model.py[:SYMBOL], package.module[:SYMBOL], timm:NAME, torchvision:NAME, or a spec file (.yaml). SYMBOL may"
-        " be a LightningModule, and the file a configuration of Hydra or LightningCLI.",
+        help="model.py[:SYMBOL], package.module[:SYMBOL], timm:NAME, torchvision:NAME, hf:FOLDER, or a spec file"
+        " (.yaml). SYMBOL may be a LightningModule, and the file a configuration of Hydra or LightningCLI.",
         metavar="TARGET",
     ),
 ]
@@ -163,7 +163,7 @@ Data = Annotated[
     option(
         DATA,
         "--data",
-        "Training data: FILE.py:SYMBOL or SYMBOL, a loader, data set, data module or function.",
+        "Training data: FILE.py:SYMBOL or SYMBOL, a loader, data set, data module or function; or a file of tensors.",
         "TARGET",
     ),
     Sets("data.target"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from bnprobe.config.spec import Spec, is_file_target, split_target
+from bnprobe.config.spec import Spec, with_location
 from bnprobe.errors import DataError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload
 from bnprobe.measure.restore import preserved_random_state, seed_everything
@@ -18,7 +18,7 @@ from bnprobe.paths import placed
 
 _WIDTH = 100
 
-_PATHS = {"checkpoint": ("path",), "repair": ("report",)}
+_PATHS = {"checkpoint": ("path",), "repair": ("report",), "data": ("tensors",), "eval_data": ("tensors",)}
 _TARGETS = {"model": ("target",), "data": ("target", "batch_size_of"), "eval_data": ("target", "batch_size_of")}
 _FUNCTIONS = ("forward", "loss", "metric")
 
@@ -72,10 +72,7 @@ def _anchored(section: str, value: Any, folder: Path) -> Any:
 
 
 def _target_from(target: str, folder: Path) -> str:
-    if not is_file_target(target):
-        return target
-    location, symbol = split_target(target)
-    return _path_from(location, folder) + (f":{symbol}" if symbol else "")
+    return with_location(target, lambda path: _path_from(path, folder))
 
 
 def _path_from(path: str, folder: Path) -> str:

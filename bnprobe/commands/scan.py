@@ -132,6 +132,8 @@ def scan_workload(
         agreement = agree(workload.model, session.layers.selected, world)
         require_same_data(workload.source, workload.held_out, world)
         evidence = _probe(workload, session, settings, progress, world)
+        # Without what a framework offered for other batches than these.
+        workload = workload.scored_by(session.functions.loss, session.functions.metric)
         report = None
         if evidence is not None:
             facts = replace(_facts(workload, session), processes=world.size, rank_mismatch=agreement.mismatch)
@@ -146,7 +148,7 @@ def scan_workload(
 
 def _session_of(workload: Workload, settings: ScanSettings, kept: Sequence[Restore]) -> Session:
     """The workload's model on its device, with its layers found and the user's functions at hand."""
-    functions = UserFunctions(workload.forward, workload.loss, workload.metric)
+    functions = UserFunctions(workload.forward, workload.loss, workload.metric, workload.offered)
     synthetic = workload.source.synthetic
     return Session.open(workload.model, settings, functions, synthetic=synthetic, kept=kept)
 

@@ -22,6 +22,7 @@ class Framework:
         summary: What of its projects is read, a phrase for documentation.
         prefix: What its targets begin with, before a colon, e.g. "timm"; "": its classes are known by themselves.
         packages: Packages of which one has been imported wherever a value of the framework exists.
+        is_path: What follows the prefix is the path of a file or folder.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Framework:
     summary: str
     prefix: str = ""
     packages: tuple[str, ...] = ()
+    is_path: bool = False
 
 
 _HERE = "bnprobe.loading.frameworks."
@@ -36,12 +38,27 @@ _HERE = "bnprobe.loading.frameworks."
 FRAMEWORKS: Registry[Framework] = Registry(
     "bnprobe.frameworks",
     (
+        Framework(
+            "Hugging Face",
+            _HERE + "huggingface:HuggingFace",
+            "folders with config.json and weights, models of transformers, data sets of datasets",
+            prefix="hf",
+            packages=("transformers", "datasets"),
+            is_path=True,
+        ),
         Framework("timm", _HERE + "timm:Timm", "models by name", prefix="timm"),
         Framework(
             "Lightning",
             _HERE + "lightning:Lightning",
             "a LightningModule with its checkpoint, data and steps",
             packages=("lightning", "pytorch_lightning"),
+        ),
+        Framework("MONAI", _HERE + "monai:Monai", "data sets with tensors of its own", packages=("monai",)),
+        Framework(
+            "PyTorch Geometric",
+            _HERE + "pyg:Graphs",
+            "data sets, lists and single graphs",
+            packages=("torch_geometric",),
         ),
         Framework("torchvision", _HERE + "torchvision:Torchvision", "models by name", prefix="torchvision"),
     ),

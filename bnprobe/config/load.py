@@ -18,7 +18,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from bnprobe.config.nodes import SUFFIXES, Configuration, configuration_of
-from bnprobe.config.spec import ScanSettings, Spec, as_thresholds, is_file_target, split_target, why_missing
+from bnprobe.config.spec import (
+    ScanSettings,
+    Spec,
+    as_thresholds,
+    is_file_target,
+    split_target,
+    why_missing,
+    with_location,
+)
 from bnprobe.errors import BnprobeError, SpecError, UsageError, reason_of
 from bnprobe.paths import is_file, read_bounded
 
@@ -306,17 +314,19 @@ def _anchor(values: dict[str, Any], folder: Path) -> None:
         part = training.get(key) if isinstance(training, dict) else None
         if isinstance(part, dict) and isinstance(part.get("target"), str):
             part["target"] = _anchored_target(part["target"], folder)
-    for section, key in (("checkpoint", "path"), ("repair", "report")):
+    for section, key in (
+        ("checkpoint", "path"),
+        ("repair", "report"),
+        ("data", "tensors"),
+        ("eval_data", "tensors"),
+    ):
         part = values.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = _anchored_path(part[key], folder)
 
 
 def _anchored_target(target: str, folder: Path) -> str:
-    if not is_file_target(target):
-        return target
-    location, symbol = split_target(target)
-    return _anchored_path(location, folder) + (f":{symbol}" if symbol else "")
+    return with_location(target, lambda path: _anchored_path(path, folder))
 
 
 def _anchored_path(path: str, folder: Path) -> str:

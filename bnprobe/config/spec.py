@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +33,22 @@ def is_file_target(target: str) -> bool:
     if framework_named_in(target) is not None:
         return False
     location, _ = split_target(target)
-    return location.endswith(".py") or is_node_target(target) or bool(re.search(r"[/\\]", location))
+    return location.endswith((".py", *TENSOR_FILES)) or is_node_target(target) or bool(re.search(r"[/\\]", location))
+
+
+TENSOR_FILES = (".pt", ".pth", ".npz", ".npy", ".safetensors")
+"""Ends of the names of files whose tensors are data."""
+
+
+def with_location(target: str, moved: Callable[[str], str]) -> str:
+    """The same target with its path, where it has one, replaced."""
+    framework = framework_named_in(target)
+    if framework is not None and framework.is_path:
+        return f"{framework.prefix}:{moved(target.partition(':')[2])}"
+    if not is_file_target(target):
+        return target
+    location, symbol = split_target(target)
+    return moved(location) + (f":{symbol}" if symbol else "")
 
 
 def nearest_file(path: Path) -> str:
@@ -283,7 +298,10 @@ class EvalDataSpec(_Section):
     """The held-out data.
 
     Attributes:
-        target: A function of the batch size, a loader or a dataset; None: that of the model file.
+        target: A function of the batch size, a loader or a dataset; None: that of the model file. The name of a file
+            of tensors goes to ``tensors``.
+        tensors: Instead, a file of tensors with one row for each sample: .pt (a tensor, a tuple or a dictionary of
+            tensors), .npz, .npy or .safetensors.
         args: Further keyword arguments of the function.
         batch_size: Samples in a micro-batch; None: the loader's own, or for a function that of the training data.
         batches: Micro-batches to measure exactly; None: as many as the scan needs.
@@ -292,11 +310,27 @@ class EvalDataSpec(_Section):
     """
 
     target: str | None = None
+    tensors: str | None = None
     args: dict[str, Any] = Field(default_factory=dict)
     batch_size: Count | None = None
     batches: Passes | None = None
     batch_size_of: str | None = None
     seed: Seed = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file_of_tensors(cls, values: Any) -> Any:
+        target = values.get("target") if isinstance(values, Mapping) else None
+        if not isinstance(target, str) or not target.lower().endswith(TENSOR_FILES) or values.get("tensors"):
+            return values
+        return {**values, "target": None, "tensors": target}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EvalDataSpec:
+        if self.tensors is not None and (self.target is not None or self.args):
+            other = "target" if self.target is not None else "args"
+            raise PydanticCustomError("one_source", "either tensors or {other}", {"other": other})
+        return self
 
 
 class DataSpec(EvalDataSpec):
@@ -484,7 +518,8 @@ class Spec(_Section):
         """Names of the user's files that the spec reads: code, weights, a report."""
         targets = [self.model.target, self.data.target, self.eval_data.target, self.forward, self.loss, self.metric]
         code = [split_target(target)[0] for target in targets if target and is_file_target(target)]
-        return [*code, *(path for path in (self.checkpoint.path, self.repair.report) if path)]
+        others = (self.checkpoint.path, self.repair.report, self.data.tensors, self.eval_data.tensors)
+        return [*code, *(path for path in others if path)]
 
     def settings(self) -> ScanSettings:
         """The settings of the measurement."""

@@ -433,6 +433,26 @@ def load_checkpoint(model: nn.Module, spec: CheckpointSpec, need_statistics: boo
     return replace(found, notes=(*notes, *found.notes), averaged=averaged, beside=beside, undone=undone)
 
 
+def state_fitting(model: nn.Module, saved: Any, spec: CheckpointSpec, path: Path) -> dict[str, Any]:
+    """The state dict that would be loaded into a model, under its names; sizes may differ.
+
+    Args:
+        model: Not changed.
+        saved: What the file holds.
+        spec: Which key and prefix.
+        path: The file, for messages.
+
+    Raises:
+        CheckpointError: The file holds none that fits.
+    """
+    with user_code("calling state_dict() of the model"):
+        target = dict(model.state_dict(keep_vars=True))
+    state = _find_state(saved, spec.key, path, target)[0].state
+    if spec.strip_prefix:
+        state = without_prefix(state, spec.strip_prefix, path)
+    return without_wrappers(state, target)[0]
+
+
 def _untracked(model: nn.Module, state: Mapping[str, Any]) -> dict[str, nn.Module]:
     """The layers that keep no running statistics although the state dict has some for them, by name."""
     return {

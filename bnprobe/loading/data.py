@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from bnprobe.errors import DataError, UsageError
+from bnprobe.loading import frameworks
 from bnprobe.loading.model import attribute, has_attribute, kind_of, user_code
 from bnprobe.loading.returned import written_at
 from bnprobe.loading.samples import SampleCount, count_samples, require_readable
@@ -113,6 +114,7 @@ class Request:
         told: Batch size that the user's function was called with, or its default; None: it takes none.
         as_given: Take a loader as it is, whatever its batch size.
         batch_size_of: The user's function.
+        prepare: What the framework of the model makes of a data set; see ``bnprobe.loading.frameworks.Project``.
     """
 
     origin: str
@@ -120,6 +122,7 @@ class Request:
     told: int | None = None
     as_given: bool = False
     batch_size_of: Callable[[Any], int] | None = None
+    prepare: Callable[[Any], tuple[Any, tuple[str, ...]]] | None = None
 
     @property
     def wanted(self) -> int | None:
@@ -255,13 +258,24 @@ def why_fixed(loader: DataLoader[Any]) -> str | None:
     """Why a loader cannot be rebuilt with other batches, as a clause; None if it can."""
     if isinstance(loader.dataset, IterableDataset):
         return "its data set is iterable (IterableDataset)"
-    if type(loader).__iter__ is not DataLoader.__iter__:
-        return f"{type(loader).__name__} has its own __iter__"
+    own = next((name for name in ("__iter__", "_get_iterator") if _overrides(type(loader), name)), None)
+    if own is not None:
+        return f"{type(loader).__name__} has its own {own}"
     if loader.batch_sampler is None:
         return "it has batch_size=None, so its data set makes the batches"
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         return f"it has a custom batch sampler ({type(loader.batch_sampler).__name__})"
     return None
+
+
+_PREFETCHING = ("ThreadDataLoader",)
+"""Loaders of libraries that only read ahead: a plain one gives the same batches."""
+
+
+def _overrides(kind: type, method: str) -> bool:
+    """Whether a class of loaders makes its batches in a way of its own."""
+    where = next(each for each in kind.__mro__ if method in vars(each))
+    return where is not DataLoader and not (where.__name__ in _PREFETCHING and where.__module__.startswith("monai."))
 
 
 def rebuilt(loader: DataLoader[Any], size: int, batch_sampler: Any = None) -> DataLoader[Any]:
@@ -317,6 +331,8 @@ def source_of(value: Any, request: Request) -> BatchSource:
         return _from_loader(value, request)
     if _is_dataset(value):
         return dataset_source(value, request)
+    if _is_buffer(value):
+        value = _Drawn(value, known_size(request.wanted, request.origin))
     _refuse_no_batches(value, request.origin)
     if _length(value, request.origin) == 0:
         raise DataError(f"{request.origin} is empty: it yields no batch.")
@@ -327,6 +343,24 @@ def source_of(value: Any, request: Request) -> BatchSource:
         batches = GuardedBatches(value, request.origin, samples_in=request.count())
         return BatchSource(batches, request.wanted, request.origin)
     return _at_own_size(value, stated, request)
+
+
+def _is_buffer(value: Any) -> bool:
+    """Whether a value gives batches only as a replay buffer does, by ``sample(batch_size)``."""
+    iterable = any(has_attribute(value, name) for name in ("__iter__", "__getitem__"))
+    return callable(attribute(value, "sample")) and not iterable and not isinstance(value, type)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Endless batches of a replay buffer."""
+
+    buffer: Any
+    size: int
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield self.buffer.sample(self.size)
 
 
 _TRAIN_KEYS = frozenset(("train", "training"))
@@ -444,14 +478,26 @@ def dataset_source(dataset: Any, request: Request) -> BatchSource:
     if request.as_given and images:  # the eval path does not depend on the batch size
         size = min(size, images)
     _check_images(images, size, request.origin)
+    dataset, notes = (dataset, ()) if request.prepare is None else request.prepare(dataset)
     # A stream has the order that it has; every framework shuffles what can be indexed.
     stream = isinstance(dataset, IterableDataset)
-    source = _loader_source(DataLoader(dataset, batch_size=size, shuffle=not stream), size, request, images, size)
-    source = replace(source, drop_last=None, own_order=stream)  # bnprobe made the loader
+    collate = None if stream or not images else _collating(dataset, request.origin)
+    loader = DataLoader(dataset, batch_size=size, shuffle=not stream, collate_fn=collate)
+    source = _loader_source(loader, size, request, images, size)
+    source = replace(source, drop_last=None, own_order=stream, notes=notes)  # bnprobe made the loader
     if stream:
         return source
     note = f"{request.origin} is a Dataset: bnprobe shuffles it. Give a DataLoader to have your own order judged."
-    return replace(source, notes=(note,))
+    return replace(source, notes=(note, *notes))
+
+
+def _collating(dataset: Any, origin: str) -> Callable[[list[Any]], Any] | None:
+    """What makes a batch of samples that a framework knows; None: torch's ``default_collate``."""
+    if not frameworks.any_imported():
+        return None  # without a look at a sample, which may take long to read
+    with user_code(f"reading the first sample of {origin}"):
+        sample = dataset[0]
+    return frameworks.collating(sample)
 
 
 def _from_loader(loader: DataLoader[Any], request: Request) -> BatchSource:

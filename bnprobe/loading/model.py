@@ -69,9 +69,27 @@ def user_code(
     except BaseException as error:  # exit() in a model file must not end bnprobe silently
         if passes(error):
             raise
-        raise UserCodeError(call, error, hint() or _without_gpu(error)) from error
+        raise UserCodeError(call, error, hint() or _without_gpu(error) or _other_torch(error)) from error
     finally:
         beat()
+
+
+_OPERATOR = "operator torchvision::"
+"""In what is raised where torchvision's compiled operators cannot be loaded."""
+
+
+def _other_torch(error: BaseException) -> str:
+    """What to do about a torchvision that does not belong to this PyTorch, a sentence; "" for any other error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if _OPERATOR in message_of(cause):
+            return (
+                f"torchvision was built for another PyTorch than {torch.__version__}, which cannot load its operators."
+                " Install two that belong together, from one index: pip install --force-reinstall torch torchvision"
+                " --index-url https://download.pytorch.org/whl/cpu (or cu126, ...)."
+            )
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 _NO_GPU = (
@@ -166,11 +184,13 @@ class UserModule:
         module: The executed module.
         name: E.g. "dir/model.py" or "package.module".
         notes: What the reader should know of how it was loaded, one sentence each.
+        project: What a framework gave for the model in it; None: nothing.
     """
 
     module: types.ModuleType
     name: str
     notes: tuple[str, ...] = ()
+    project: Project | None = None
 
     @property
     def digest(self) -> str | None:
@@ -533,7 +553,8 @@ def _with_functions(loaded: LoadedModel, functions: Mapping[str, Any]) -> Loaded
         return loaded
     home = loaded.module
     merged = frameworks.beside(functions, home.module if home else None, loaded.name)
-    return replace(loaded, module=UserModule(merged, home.name if home else loaded.name))
+    module = UserModule(merged, home.name if home else loaded.name, project=loaded.project)
+    return replace(loaded, module=module)
 
 
 def _default_symbol(module: UserModule) -> str:

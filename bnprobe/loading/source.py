@@ -35,6 +35,7 @@ from bnprobe.loading.model import (
     signature_of,
     user_code,
 )
+from bnprobe.loading.tensors import tensor_samples
 from bnprobe.numbers import listed
 
 
@@ -55,9 +56,11 @@ def load_source(
         UsageError: The batch size is unknown.
         UserCodeError: The user's code raised.
     """
+    if spec.tensors is not None:
+        return _from_tensors(spec, "data.tensors", module)
     found = _find(spec, module, _TRAINING, () if spec.input_shape else TRAINING_NAMES)
     if found is not None:
-        source = _from_symbol(*found, spec, known=known)
+        source = _from_symbol(*found, spec, known=known, prepare=_preparation(module))
         if not spec.input_shape:
             return source
         note = f"--input-shape was not used: {source.description} gives real data."
@@ -85,13 +88,24 @@ def load_held_out(
         DataError: The data is not available at this batch size.
         UserCodeError: The user's code raised.
     """
+    size = spec.batch_size or batch_size
+    asked = spec.model_copy(update={"batch_size": size})
+    if spec.tensors is not None:
+        source = _from_tensors(asked, "eval_data.tensors", module, as_given=spec.batch_size is None)
+        return replace(source, most=spec.batches)
     found = _find(spec, module, _EVALUATION, EVALUATION_NAMES)
     if found is None:
         return None
-    size = spec.batch_size or batch_size
-    asked = spec.model_copy(update={"batch_size": size})
-    source = _from_symbol(*found, asked, as_given=spec.batch_size is None, known=known)
+    given, prepare = spec.batch_size is None, _preparation(module)
+    source = _from_symbol(*found, asked, as_given=given, known=known, prepare=prepare)
     return replace(source, most=spec.batches, beside=None)
+
+
+def _from_tensors(spec: EvalDataSpec, key: str, module: UserModule | None, as_given: bool = False) -> BatchSource:
+    """The tensors of a file, as a data set."""
+    assert spec.tensors is not None
+    request = Request(spec.tensors, spec.batch_size, as_given=as_given, batch_size_of=_batch_size_of(spec, module))
+    return dataset_source(tensor_samples(spec.tensors, key), request)
 
 
 _TRAINING = {"load_data": "load_data(batch_size)", "loader": "loader", "dataset": "dataset"}
@@ -189,13 +203,26 @@ def batch_size_parameter(function: Callable[..., Any]) -> str | None:
 
 def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) -> str:
     wanted = " or ".join(", ".join(names.values()).rsplit(", ", 1))
-    where = f"{module.name} has no {wanted}" if module else "There is no data"
     if names is _EVALUATION:
+        where = f"{module.name} has no {wanted}" if module else "There is no data"
         return f"{where}. Add it, or name another function or loader in the spec (eval_data: target)."
-    return (
-        f"{where}. Add one of them, name one with --data (data: target in a spec), or give --input-shape, "
-        "e.g. 3,224,224, to use synthetic inputs."
-    )
+    if module is None or getattr(module.module, "__file__", None) is None:  # a model by its name, or a folder
+        where = "There is no data" if module is None else f"{module.name} comes without data"
+        advice = "Name a loader or data set with --data, e.g. --data data.py:dataset (data: target in a spec)"
+    else:
+        where, advice = (
+            f"{module.name} has no {wanted}",
+            "Add one of them, name one with --data (data: target in a spec)",
+        )
+    return f"{where}. {advice}, or give --input-shape, e.g. 3,224,224, to use synthetic inputs."
+
+
+_Prepare = Callable[[Any], tuple[Any, tuple[str, ...]]]
+
+
+def _preparation(module: UserModule | None) -> _Prepare | None:
+    """What the framework of the model makes of a data set."""
+    return None if module is None or module.project is None else module.project.prepare
 
 
 def _from_symbol(
@@ -205,12 +232,14 @@ def _from_symbol(
     *,
     as_given: bool = False,
     known: Mapping[str, Any] = MappingProxyType({}),
+    prepare: _Prepare | None = None,
 ) -> BatchSource:
     value, name = module.get(symbol), f"{symbol} of {module.name}"
     if isinstance(value, Described):
         spec = spec.model_copy(update={"args": {**value.args, **spec.args}})
         value = value.function
-    request = Request(name, spec.batch_size, as_given=as_given, batch_size_of=_batch_size_of(spec, module))
+    counted = _batch_size_of(spec, module)
+    request = Request(name, spec.batch_size, as_given=as_given, batch_size_of=counted, prepare=prepare)
     reader = frameworks.claiming_data(value)
     if reader is not None:
         taken = signature_of(value) if isinstance(value, type) else {}
@@ -238,10 +267,10 @@ def _from_framework(data: Any, request: Request) -> BatchSource:
     return replace(source, notes=(*data.notes, *source.notes), beside=beside)
 
 
-def _batch_size_of(spec: EvalDataSpec, module: UserModule) -> Callable[[Any], int] | None:
+def _batch_size_of(spec: EvalDataSpec, module: UserModule | None) -> Callable[[Any], int] | None:
     """The user's function that counts the samples of a batch: the one that the spec names, or that of the module."""
     if spec.batch_size_of is None:
-        return counted_by(module.find("batch_size_of"))
+        return None if module is None else counted_by(module.find("batch_size_of"))
     home, symbol = locate(spec.batch_size_of, module)
     return counted_by(home.get(symbol or "batch_size_of"))
 

@@ -43,6 +43,7 @@ class Workload:
         taken: What was taken from where of a framework's project, by role; empty where it is none.
         data_args: Arguments for a class of data of the framework, where the spec does not give them.
         goal: Whether a larger or a smaller metric is better, where the framework's project says so.
+        offered: Which of forward, loss and metric the framework's project gave, not the user.
     """
 
     model: nn.Module
@@ -65,12 +66,19 @@ class Workload:
     taken: Mapping[str, str] = field(default_factory=dict)
     data_args: Mapping[str, Any] = field(default_factory=dict)
     goal: Goal | None = None
+    offered: frozenset[str] = frozenset()
 
     def settings(self, given: ScanSettings) -> ScanSettings:
         """Settings with the norms that the model file names, and the goal that the project has, where they say none."""
         norms = {} if given.norms else {"norms": dict(self.norms)}
         goal = {"goal": self.goal} if self.goal and not given.goal_is_known else {}
         return given.model_copy(update={**norms, **goal})
+
+    def scored_by(self, loss: BatchFunction | None, metric: BatchFunction | None) -> Workload:
+        """The same with this loss and metric, or without."""
+        without = {role for role, function in (("loss", loss), ("metric", metric)) if function is None}
+        taken = {role: words for role, words in self.taken.items() if role not in without}
+        return replace(self, loss=loss, metric=metric, taken=taken)
 
     def completed(self, spec: Spec) -> Spec:
         """The spec with the goal that the project has, where it says none."""
@@ -124,8 +132,15 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
         taken=_taken(loaded, spec, source),
         data_args=data_args,
         goal=loaded.project.goal if loaded.project else None,
+        offered=_offered(functions, loaded),
         **functions,
     )
+
+
+def _offered(functions: Mapping[str, BatchFunction | None], loaded: LoadedModel) -> frozenset[str]:
+    """Which of the functions are those of the model's framework."""
+    given = {} if loaded.project is None else loaded.project.functions
+    return frozenset(role for role, each in functions.items() if each is not None and given.get(role) is each)
 
 
 def _taken(loaded: LoadedModel, spec: Spec, source: BatchSource) -> Mapping[str, str]:

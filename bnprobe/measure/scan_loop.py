@@ -23,7 +23,7 @@ from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.scores import score_outputs, why_unscored
 from bnprobe.measure.session import Progress, Session
-from bnprobe.records import StopReason
+from bnprobe.records import MEASURES, StopReason
 from bnprobe.rules.shares import deciding_limit, noise_limit
 from bnprobe.stats.intervals import Sums, mean_interval
 from bnprobe.stats.theory import mismatch_iid, standing
@@ -116,6 +116,7 @@ def _put_together(evidence: Evidence, ending: ScanEnding, world: World) -> tuple
 
 def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measurement:
     session.explore(reader.look_ahead(1))
+    unscored = _leave_out_unscorable(session, reader)
     size, share = reader.batch_size, reader.share
     batching = plan_batching(session, reader, settings)
     if settings.batch_sizes and not batching.emulation.trusted:
@@ -130,6 +131,7 @@ def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measur
         for other in settings.batch_sizes
     }
     evidence = Evidence(session.layers, batching, {"train": path("train"), "eval": path("eval")}, others)
+    evidence.unscored = unscored
     measurement = Measurement(session, evidence, steady=path("steady"), samples_in=reader.samples_in)
     # Those by which it was checked already.
     measurement.extremes.widened_by(session, [MicroBatch(batch, size) for batch in reader.look_ahead(OPENING)])
@@ -173,7 +175,22 @@ def _measure_held_out(
     return evidence
 
 
-def _why_unscored(session: Session, reader: Reader) -> str | None:
+def _leave_out_unscorable(session: Session, reader: Reader) -> str | None:
+    """Do without the loss or metric of a framework where the batches do not do for it; why, sentences."""
+    given, left_out = session.functions, []
+    loss, metric = MEASURES
+    for measure, other in ((loss, metric), (metric, loss)):
+        if measure in given.offered:
+            session.functions = given.without(other)
+            why = _why_unscored(session, reader, measure.capitalize(), "training")
+            if why is not None:
+                left_out.append(why)
+                given = given.without(measure)
+    session.functions = given
+    return " ".join(left_out) or None
+
+
+def _why_unscored(session: Session, reader: Reader, *words: str) -> str | None:
     """That loss or metric raise on the first micro-batch, on which the model runs, and what; None if nothing."""
     batch = next(iter(reader.look_ahead(1)), None)
     if batch is None or not session.functions.scores:
@@ -181,7 +198,7 @@ def _why_unscored(session: Session, reader: Reader) -> str | None:
     size, on_device = reader.samples_in(batch) or reader.batch_size, to_device(batch, session.device)
     with preserved_random_state():
         _, outputs = session.forward("eval", on_device, Pass(size, size))
-        return why_unscored(lambda: score_outputs(session, "eval", [on_device], outputs, size))
+        return why_unscored(lambda: score_outputs(session, "eval", [on_device], outputs, size), *words)
 
 
 def measure_mixed(session: Session, evidence: Evidence, reader: Reader, progress: Progress) -> None:

@@ -282,11 +282,13 @@ def score_samples(
     return samples if bool(near.all()) else None
 
 
-def why_unscored(score: Callable[[], object]) -> str | None:
-    """That loss or metric cannot be computed on held-out data, as without labels, and what was raised: a sentence.
+def why_unscored(score: Callable[[], object], what: str = "Loss and metric", where: str = "held-out") -> str | None:
+    """That loss or metric cannot be computed on some data, as without labels, and what was raised: a sentence.
 
     Args:
         score: Computes them on the first batch.
+        what: Which of them.
+        where: On which data.
 
     Returns:
         None if nothing was raised.
@@ -295,7 +297,7 @@ def why_unscored(score: Callable[[], object]) -> str | None:
         score()
     except (UserCodeError, DataError) as error:
         said = str(error).partition("\n")[0].rstrip(".:")
-        return f"Loss and metric cannot be computed on the held-out data: {said}."
+        return f"{what} cannot be computed on the {where} data: {said}."
     return None
 
 

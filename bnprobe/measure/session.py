@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import DataError, DeviceError, EndOfPass
-from bnprobe.loading.model import BatchFunction, require_values, signature_of, user_code
+from bnprobe.loading.model import BatchFunction, attribute, require_values, signature_of, user_code
 from bnprobe.loading.returned import written_at
 from bnprobe.loading.samples import require_readable
 from bnprobe.measure.batch import (
@@ -76,11 +76,21 @@ _IN_WORDS: dict[PathName, str] = {
 
 @dataclass(frozen=True)
 class UserFunctions:
-    """The optional functions of a model file, ``f(model, batch)``."""
+    """The optional functions of a model file, ``f(model, batch)``.
+
+    Attributes:
+        offered: Those that a framework gave, not the user: a loss or metric that the batches do not do for is left out.
+    """
 
     forward: BatchFunction | None = None
     loss: BatchFunction | None = None
     metric: BatchFunction | None = None
+    offered: frozenset[str] = frozenset()
+
+    def without(self, role: str) -> UserFunctions:
+        """The others."""
+        nothing: Any = {role: None}
+        return replace(self, **nothing)
 
     @property
     def scores(self) -> bool:
@@ -394,6 +404,9 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
         return model(batch[0])
     if isinstance(batch, Mapping):
         return _forward_mapping(model, batch)
+    named = _named_parts(model, batch)
+    if named is not None:
+        return model(batch) if _takes_all(model) and not named else model(**named)
     raise DataError(
         f"bnprobe does not know how to give a batch of type {type(batch).__name__} to the model."
         f" {_sample_forward(model, batch)}"
@@ -516,6 +529,21 @@ def _forward_mapping(model: nn.Module, batch: Mapping[Any, Any]) -> Any:
             f" {_sample_forward(model, batch)}"
         )
     return model(batch[key])
+
+
+def _named_parts(model: nn.Module, batch: Any) -> dict[str, Any] | None:
+    """The attributes of a batch object, as of graphs, that are named like parameters of the model's ``forward``.
+
+    Returns:
+        Empty where the model takes the whole object; None where neither fits.
+    """
+    if _takes_all(model) and _inputs_of(model) == 1:
+        return {}
+    parameters = [each for each in signature_of(model.forward).values() if each.kind is not each.VAR_KEYWORD]
+    parts = {each.name: attribute(batch, each.name) for each in parameters}
+    found = {name: value for name, value in parts.items() if value is not None}
+    missing = [each for each in parameters if each.default is each.empty and each.name not in found]
+    return None if missing or not found else found
 
 
 @contextmanager

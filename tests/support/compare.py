@@ -122,3 +122,17 @@ def _paths(layer: Layer) -> list[PathMeasurement | None]:
 def _figures(path: PathMeasurement) -> list[float]:
     parts = [path.r, path.d]
     return [path.mismatch, *(value for part in parts for value in (part.mean, part.std, part.min, part.max))]
+
+
+def assert_same_json(one: Any, other: Any, rel: float = 1e-6, place: str = "") -> None:
+    """The same structure with the same words, and numbers that differ by no more than this."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key in one:
+            assert_same_json(one[key], other[key], rel, f"{place}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), place
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same_json(left, right, rel, f"{place}[{index}]")
+    else:
+        assert one == (pytest.approx(other, rel=rel) if isinstance(one, float) else other), place

@@ -41,6 +41,7 @@ class Project:
         observe: Called once with the model, its weights loaded, and a few samples of the training data as a batch:
             gives the project as it is then known, e.g. with the loss that a trial showed it to have. What it changes
             it puts back. None: all is known.
+        prepare: Makes of a data set one whose samples the model takes, and notes; None: it is read as it is.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Project:
     goal: Goal | None = None
     data_args: Mapping[str, Any] = field(default_factory=dict)
     observe: Callable[[nn.Module, Any], Project] | None = None
+    prepare: Callable[[Any], tuple[Any, tuple[str, ...]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,10 @@ class Reader:
         """
         raise NotImplementedError
 
+    def collate(self, sample: Any) -> Callable[[list[Any]], Any] | None:
+        """What makes a batch of such samples of a data set, for data sets that come without a loader; None: torch's."""
+        return None
+
 
 def reader_of(framework: Framework) -> Reader:
     """The reader of a row.
@@ -126,6 +132,17 @@ def claiming(value: Any) -> Reader | None:
 def claiming_data(value: Any) -> Reader | None:
     """The reader whose framework a class or object of a data target belongs to."""
     return next((reader for reader in _readers() if reader.claims_data(value)), None)
+
+
+def any_imported() -> bool:
+    """Whether a framework has been imported whose samples may need more than torch to make a batch."""
+    return next(_readers(), None) is not None
+
+
+def collating(sample: Any) -> Callable[[list[Any]], Any] | None:
+    """What makes a batch of samples of a framework; None: torch's ``default_collate``."""
+    found = (reader.collate(sample) for reader in _readers())
+    return next((collate for collate in found if collate is not None), None)
 
 
 def _readers() -> Iterator[Reader]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bnprobe.config.load import build_spec, settings_from
-from bnprobe.config.spec import ScanSettings, is_file_target, split_target
+from bnprobe.config.spec import ScanSettings, Spec, is_file_target, split_target
 from bnprobe.errors import SpecError, UsageError
 
 
@@ -408,3 +408,17 @@ def test_targets(target: str, parts: tuple[str, str | None], is_file: bool) -> N
 def test_the_spec_needs_no_torch() -> None:
     code = "import sys, bnprobe.config.spec; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_file_of_tensors_is_data(tmp_path: Path) -> None:
+    spec = Spec.model_validate({"model": {"target": "m.py"}, "data": {"target": "rows.npz"}})
+    assert (spec.data.target, spec.data.tensors) == (None, "rows.npz")
+    assert spec.files() == ["m.py", "rows.npz"]
+    path = tmp_path / "spec.yaml"
+    path.write_text("model: hf:net\ndata: {tensors: rows.pt}\neval_data: {target: more.npy}\n", encoding="utf-8")
+    spec = build_spec(str(path), {})
+    assert spec.model.target == f"hf:{tmp_path / 'net'}"
+    assert (spec.data.tensors, spec.eval_data.tensors) == (str(tmp_path / "rows.pt"), str(tmp_path / "more.npy"))
+    path.write_text("model: m.py\ndata: {tensors: rows.pt, target: m.py:loader}\n", encoding="utf-8")
+    with pytest.raises(SpecError, match="Expected either tensors or target for data"):
+        build_spec(str(path), {})

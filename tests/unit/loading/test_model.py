@@ -290,7 +290,7 @@ def test_timm_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, TIMM, "timm/__init__.py")
     monkeypatch.syspath_prepend(tmp_path)
     loaded = load("timm:resnet18", width=4)
-    assert (loaded.name, loaded.module) == ("timm:resnet18", None)
+    assert loaded.name == "timm:resnet18"
     assert loaded.model.in_features == 4
     message = model_error("timm:resnet19")
     assert message.startswith('timm has no model "resnet19". The nearest names are resnet18')

@@ -1,0 +1,59 @@
+"""Graphs of PyTorch Geometric: data sets, lists and single graphs, which its own collater puts together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from bnprobe.errors import DataError
+from bnprobe.loading.frameworks import Reader
+from bnprobe.loading.frameworks.libraries import library
+from bnprobe.loading.model import attribute, kind_of
+
+
+class Graphs(Reader):
+    """Graphs of PyTorch Geometric."""
+
+    def claims_data(self, value: Any) -> bool:
+        """See the base class."""
+        listed = isinstance(value, list | tuple) and bool(value)
+        return _is_graph(value) or (listed and all(map(_is_graph, value)))
+
+    def data(self, value: Any, name: str, args: Mapping[str, Any]) -> Any:
+        """See the base class."""
+        if args:
+            raise DataError(f"{name} is {kind_of(value)}, so it cannot take data.args ({', '.join(args)}).")
+        if not _is_graph(value):
+            return _Listed(value)
+        # One graph, of which every pass sees all nodes: the whole data set in one batch.
+        return [library("torch_geometric.data", "pyg").Batch.from_data_list([value])]
+
+    def collate(self, sample: Any) -> Callable[[list[Any]], Any] | None:
+        """See the base class."""
+        inside = sample if isinstance(sample, list | tuple) else [sample]
+        if not any(map(_is_graph, inside)):
+            return None
+        collater: Callable[[list[Any]], Any] = library("torch_geometric.loader.dataloader", "pyg").Collater(None)
+        return collater
+
+
+class _Listed(Dataset[Any]):
+    """A list of graphs as a data set."""
+
+    def __init__(self, graphs: list[Any] | tuple[Any, ...]) -> None:
+        self.graphs = graphs
+
+    def __len__(self) -> int:
+        return len(self.graphs)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.graphs[index]
+
+
+def _is_graph(value: Any) -> bool:
+    """Whether this is one graph, not a batch of several."""
+    base = getattr(sys.modules.get("torch_geometric.data.data"), "BaseData", None)
+    return base is not None and isinstance(value, base) and attribute(value, "num_graphs") is None
