@@ -29,7 +29,7 @@ _EXTENT = re.compile(r"(?P<extent>\d+ of \d+ layers?): ")
 _CONSEQUENCE = re.compile(r"^(?P<cause>\w+) in (?P<where>.*)$")
 """A consequence: a cause, and how many layers or "the outputs"."""
 
-_REMEDY = "Remedy:"
+REMEDY, EXPLAINS = "Remedy:", "Also explains:"
 _MOST_NAMES = 4
 _MOST_REASONS = 3
 
@@ -316,21 +316,71 @@ def findings(report: Report, page: Page, show_all: bool) -> list[Text]:
     shown = report.diagnoses if show_all else report.diagnoses[:MOST_DIAGNOSES]
     numbered = len(report.diagnoses) > 1
     lines: list[Text] = []
-    told: set[tuple[str, str]] = set()
-    for number, diagnosis in enumerate(shown, start=1):
-        # What was measured of a remedy holds for the model, and is said where it is first named.
-        measured = [gain for gain in _gains(diagnosis, report) if gain not in told]
-        told.update(measured)
-        said = _in_sentences(measured)
-        lines += [Text(), *_diagnosis(diagnosis, f"{number} " if numbered else "", said, report, page, show_all)]
+    for number, finding in enumerate(findings_in_words(shown, report, show_all), start=1):
+        lines += [Text(), *_finding(finding, f"{number} " if numbered else "", page)]
     left_out = len(report.diagnoses) - len(shown)
     if left_out:
         lines += [Text(), *page.paragraph(f"and {left_out} more; --all shows all.", first="  ")]
-    if any(diagnosis.impact is not None for diagnosis in shown):
-        where = f"these layers use batch statistics{on_samples(report)}"
-        text = f"Output change: {OUTPUT_CHANGE} {where}; where there are several causes, this one's part of it."
+    if text := output_change(shown, report):
         lines += [Text(), *page.paragraph(text, "dim", first="  ")]
     return [*lines, Text()] if lines else []
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A diagnosis in words; what there is nothing to say about is empty.
+
+    Attributes:
+        severity: Of the diagnosis.
+        rule: Code of the rule that found it.
+        title: What is wrong, in how many layers, and what that does to the output.
+        where: The layers, and where they are made.
+        message: How that is known.
+        remedy: What to do first.
+        measured: What was measured of remedies.
+        explains: What follows from it.
+    """
+
+    severity: Severity
+    rule: str
+    title: str
+    where: str
+    message: str
+    remedy: str
+    measured: str
+    explains: str
+
+
+def findings_in_words(diagnoses: Sequence[Diagnosis], report: Report, show_all: bool) -> list[Finding]:
+    """The diagnoses of a report, in their order."""
+    found: list[Finding] = []
+    told: set[tuple[str, str]] = set()
+    for diagnosis in diagnoses:
+        # What was measured of a remedy holds for the model, and is said where it is first named.
+        measured = [gain for gain in _gains(diagnosis, report) if gain not in told]
+        told.update(measured)
+        extent, message = _apart(diagnosis, len(report.layers))
+        found.append(
+            Finding(
+                diagnosis.severity,
+                diagnosis.rule,
+                title=_title(diagnosis, extent),
+                where=_where(diagnosis, report, show_all),
+                message=message,
+                remedy=diagnosis.remedy,
+                measured=_in_sentences(measured),
+                explains=consequences(diagnosis, report.verdicts, report.diagnoses),
+            )
+        )
+    return found
+
+
+def output_change(diagnoses: Sequence[Diagnosis], report: Report) -> str:
+    """What the change of the output in the titles is; empty if none has one."""
+    if all(diagnosis.impact is None for diagnosis in diagnoses):
+        return ""
+    where = f"these layers use batch statistics{on_samples(report)}"
+    return f"Output change: {OUTPUT_CHANGE} {where}; where there are several causes, this one's part of it."
 
 
 def rules(verdicts: Sequence[Verdict], page: Page, show_all: bool) -> list[Text]:
@@ -363,22 +413,18 @@ def _exempted(verdicts: Sequence[Verdict]) -> list[str]:
     ]
 
 
-def _diagnosis(
-    diagnosis: Diagnosis, number: str, measured: str, report: Report, page: Page, show_all: bool
-) -> list[Text]:
-    start = f"  {page.clean(SEVERITY_SIGNS[diagnosis.severity])} {number}"
-    extent, message = _apart(diagnosis, len(report.layers))
-    title = page.paragraph(_title(diagnosis, extent), style="bold", first=start)
-    title[0].stylize(SEVERITY_STYLES[diagnosis.severity], 2, len(start))
+def _finding(found: Finding, number: str, page: Page) -> list[Text]:
+    start = f"  {page.clean(SEVERITY_SIGNS[found.severity])} {number}"
+    title = page.paragraph(found.title, style="bold", first=start)
+    title[0].stylize(SEVERITY_STYLES[found.severity], 2, len(start))
     indent = " " * len(start)
-    where = page.paragraph(_where(diagnosis, report, show_all), "dim", first=indent)
-    said = page.paragraph(message, first=indent)
-    remedy = page.paragraph(f"{_REMEDY} {diagnosis.remedy}", first=indent) if diagnosis.remedy else []
+    where = page.paragraph(found.where, "dim", first=indent)
+    said = page.paragraph(found.message, first=indent)
+    remedy = page.paragraph(f"{REMEDY} {found.remedy}", first=indent) if found.remedy else []
     for line in remedy[:1]:
-        line.stylize("bold", len(indent), len(indent) + len(_REMEDY))
-    gains = page.paragraph(measured, first=indent)
-    explained = consequences(diagnosis, report.verdicts, report.diagnoses)
-    also = page.paragraph(f"Also explains: {explained}." if explained else "", first=indent)
+        line.stylize("bold", len(indent), len(indent) + len(REMEDY))
+    gains = page.paragraph(found.measured, first=indent)
+    also = page.paragraph(f"{EXPLAINS} {found.explains}." if found.explains else "", first=indent)
     return [*title, *(line for line in [*where, *said, *remedy, *gains, *also] if line.plain.strip())]
 
 
@@ -552,12 +598,13 @@ def _failed(verdicts: Sequence[Verdict], page: Page) -> list[Text]:
     lines = page.heading("Every finding")
     for verdict in verdicts:
         if verdict.outcome == "failed" or (verdict.outcome == "skipped" and verdict.layer is not None):
-            text = f"{verdict.rule} {verdict.layer or 'the model'}: {verdict.message}{_measured(verdict)}"
+            text = f"{verdict.rule} {verdict.layer or 'the model'}: {verdict.message}{value_in_words(verdict)}"
             lines += page.paragraph(text, first="  ", rest="    ")
     return lines
 
 
-def _measured(verdict: Verdict) -> str:
+def value_in_words(verdict: Verdict) -> str:
+    """What a rule measured, against its limit, in parentheses; empty if it measured nothing."""
     if verdict.value is None:
         return ""
     what = f"{verdict.unit}: " if verdict.unit else ""

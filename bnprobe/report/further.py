@@ -34,7 +34,7 @@ from bnprobe.rules import effect
 
 # --- Gaps -------------------------------------------------------------------------------------------------------------
 
-_LEVELS_AND_STEPS = {
+LEVELS_AND_STEPS = {
     "training": "training data, as in training",
     "training_noise": "all but BatchNorm to eval mode",
     "without_noise": "training data, BatchNorm in train mode",
@@ -68,41 +68,63 @@ def gaps(found: Sequence[Gap], page: Page, sample: str = "sample") -> list[Text]
     """
     if not found:
         return []
-    held_out = any(gap.held_out is not None for gap in found)
-    noisy = any(gap.training_noise or gap.training_noise_interval for gap in found)
-    left_out = (*(() if noisy else _NOISE), *(() if held_out else _HELD_OUT))
-    fields = [field for field in _LEVELS_AND_STEPS if field not in left_out]
+    fields = gap_fields(found)
     columns = [Column(gap.measure, _gap_cells(gap, fields, page)) for gap in found]
     marks = [Mark(style="dim" if field in _STEPS else "") for field in fields]
-    labels = [f"{'  ' if field in _STEPS else ''}{_LEVELS_AND_STEPS[field]}" for field in fields]
+    labels = [f"{'  ' if field in _STEPS else ''}{LEVELS_AND_STEPS[field]}" for field in fields]
     names = Names(labels, heading="", marks=marks)
     room = page.width - names.indent - sum(2 + column.width(page) for column in columns)
     # Labels are worth more than columns side by side.
     tables = [columns] if names.longest(page) <= room else [[column] for column in columns]
     return [
-        *page.heading(f"From training to {'held-out data' if held_out else 'inference'}, step by step"),
+        *page.heading(gap_title(found)),
         *(line for each in tables for line in table(names, [TableLayout(each)], page)),
-        *page.paragraphs(_number_of_samples(found[0], sample), "dim"),
-        *page.paragraphs(_largest_steps(found)),
+        *page.paragraphs(gap_samples(found[0], sample), "dim"),
+        *page.paragraphs(largest_steps(found)),
     ]
 
 
+def gap_title(found: Sequence[Gap]) -> str:
+    """From where to where the steps go."""
+    return f"From training to {'held-out data' if _is_held_out(found) else 'inference'}, step by step"
+
+
+def gap_fields(found: Sequence[Gap]) -> list[str]:
+    """Those of ``LEVELS_AND_STEPS`` that were measured, without steps that change nothing."""
+    noisy = any(gap.training_noise or gap.training_noise_interval for gap in found)
+    left_out = (*(() if noisy else _NOISE), *(() if _is_held_out(found) else _HELD_OUT))
+    return [field for field in LEVELS_AND_STEPS if field not in left_out]
+
+
+def _is_held_out(found: Sequence[Gap]) -> bool:
+    return any(gap.held_out is not None for gap in found)
+
+
+def gap_estimate(gap: Gap, field: str) -> Estimate | None:
+    """A level or a step, with its interval; None where it was not measured."""
+    value, interval = getattr(gap, field), getattr(gap, f"{field}_interval", None)
+    return None if value is None else Estimate(value, interval)
+
+
+def is_step(field: str) -> bool:
+    """Whether a field is a step and no level."""
+    return field in _STEPS
+
+
 def _gap_cells(gap: Gap, fields: Sequence[str], page: Page) -> list[str]:
-    values: list[Estimate | None] = []
-    for field in fields:
-        value, interval = getattr(gap, field), getattr(gap, f"{field}_interval", None)
-        values.append(None if value is None else Estimate(value, interval))
+    values = [gap_estimate(gap, field) for field in fields]
     return figures.estimates(values, page, signed=[field in _STEPS for field in fields])
 
 
-def _number_of_samples(gap: Gap, sample: str) -> list[str]:
+def gap_samples(gap: Gap, sample: str) -> list[str]:
+    """How many samples the figures are means over, a sentence; nothing where that is not known."""
     if not gap.samples:
         return []
     held_out = "" if gap.held_out_samples is None else f" and {gap.held_out_samples:,} held-out"
     return [f"On {gap.samples:,} training{held_out} {plural(sample)}; ± is the 95% interval of a step."]
 
 
-def _largest_steps(found: Sequence[Gap]) -> list[str]:
+def largest_steps(found: Sequence[Gap]) -> list[str]:
     """Which significant step makes up more than half of all, and whether it is for the better; what agrees together."""
     if not any(_is_significant(gap, step) for gap in found for step in _STEPS):
         return ["No step is significant (95%) on these samples."] if found[0].samples else []
@@ -168,31 +190,42 @@ def remedies(report: Report, page: Page, advised: NextStep | None = None, last: 
         advised: The command for what is surely better; it is shown unless it is the ``last`` word of the report anyway.
         last: What the report ends with.
     """
-    found, goal = report.remedies, _goal(report)
-    if not found:
+    if not report.remedies:
         return []
-    measure = _ranked_by(report)
+    title, ordered, best = remedies_in_words(report)
+    return [
+        *page.heading(title),
+        *page.paragraphs([best]),
+        *_remedy_table(ordered, page),
+        *page.paragraphs(remedy_notes(ordered, report), "dim"),
+        *([] if advised is None or advised == last else page.paragraph(advised.why, first="  ")),
+        *([] if advised is None or advised == last else page.command(advised.command or "")),
+    ]
+
+
+def remedies_in_words(report: Report) -> tuple[str, list[Remedy], str]:
+    """A title, the remedies, best first, and what the best does; that is empty where it cannot be told."""
+    found, goal, measure = report.remedies, goal_of_metric(report), _ranked_by(report)
     judged = measure == "loss" or effect.goal_of(report.summary.gaps, report.summary.chance) is not None
     ordered = best_first(found, measure, goal)
     sizes = sorted({remedy.images for remedy in found})
     half = f", or on the {sizes[0]:,} of every other batch, which chose nothing" if len(sizes) > 1 else ""
     what = plural(report.scan.sample)
     data = f"held-out {what}" if found[0].scored_on == "held-out" else f"training {what} that gave no statistics"
-    return [
-        *page.heading(f"What remedies without training would give, on {sizes[-1]:,} {data}{half}"),
-        *(page.paragraph(best_in_words(ordered, measure, goal), first="  ") if judged else []),
-        *_remedy_table(ordered, page),
-        *page.paragraphs([_costs(ordered), _other_samples(ordered, report)], "dim"),
-        *([] if advised is None or advised == last else page.paragraph(advised.why, first="  ")),
-        *([] if advised is None or advised == last else page.command(advised.command or "")),
-    ]
+    title = f"What remedies without training would give, on {sizes[-1]:,} {data}{half}"
+    return title, ordered, best_in_words(ordered, measure, goal) if judged else ""
+
+
+def remedy_notes(ordered: Sequence[Remedy], report: Report) -> list[str]:
+    """What remedies cost, and why their values before differ from those of the steps, a sentence each."""
+    return [text for text in (_costs(ordered), _other_samples(ordered, report)) if text]
 
 
 def _costs(found: Sequence[Remedy]) -> str:
     """What remedies cost where they are used, a sentence; empty where nothing is known."""
     groups: dict[str, list[str]] = {}
     for remedy in found:
-        groups.setdefault(remedy.cost, []).append(_named(remedy))
+        groups.setdefault(remedy.cost, []).append(remedy_name(remedy))
     told = [f"{cost} ({', '.join(names)})" for cost, names in groups.items() if cost]
     return f"They cost {'; '.join(told)}." if told else ""
 
@@ -209,11 +242,12 @@ def _other_samples(found: Sequence[Remedy], report: Report) -> str:
     return ""
 
 
-def _named(remedy: Remedy) -> str:
+def remedy_name(remedy: Remedy) -> str:
+    """What it is called."""
     return _NAMES.get(remedy.name, remedy.name)
 
 
-def _goal(report: Report) -> Goal:
+def goal_of_metric(report: Report) -> Goal:
     """Whether a larger or a smaller metric is better."""
     return next((gap.goal for gap in report.summary.gaps if gap.measure == "metric"), "max")
 
@@ -308,7 +342,7 @@ def doing(name: str) -> str:
     return name[:1].upper() + name[1:]
 
 
-def _how(remedy: Remedy) -> str:
+def how_done(remedy: Remedy) -> str:
     """How it was done, in how many layers, and its baseline."""
     baseline = ""
     if remedy.control is not None:
@@ -324,12 +358,12 @@ def _remedy_table(ordered: Sequence[Remedy], page: Page) -> list[Text]:
     """The scores; how it was done stands beside them where there is room, else below."""
     changed = [str(len(remedy.layers)) for remedy in ordered]
     columns = [*([Column("layers", changed)] if len(set(changed)) > 1 else []), *_score_columns(ordered, page)]
-    lines = table(Names([_named(remedy) for remedy in ordered], heading="remedy"), [TableLayout(columns)], page)
-    how = [page.clean(_how(remedy)) for remedy in ordered]
+    lines = table(Names([remedy_name(remedy) for remedy in ordered], heading="remedy"), [TableLayout(columns)], page)
+    how = [page.clean(how_done(remedy)) for remedy in ordered]
     if max(map(cell_len, how)) + 2 <= page.width - cell_len(lines[0].plain):
         beside = [line + Text(f"  {text}", "dim") for line, text in zip(lines[1:], how, strict=True)]
         return [lines[0], *beside]
-    told = [f"{_named(remedy)}: {text}" for remedy, text in zip(ordered, how, strict=True) if text]
+    told = [f"{remedy_name(remedy)}: {text}" for remedy, text in zip(ordered, how, strict=True) if text]
     return [*lines, *page.paragraphs(told, "dim", rest="    ")]
 
 
@@ -358,6 +392,9 @@ _ONCE = 0.01
 _ALIGNED = 0.99
 
 
+BACKWARD = "Backward pass: noise of the batch statistics of the gradient"
+
+
 def backward(report: Report, page: Page, show_all: bool) -> list[Text]:
     """The layers whose backward statistics are noisiest, and what that does to the gradient."""
     found = [(layer, layer.backward) for layer in report.layers if layer.backward is not None]
@@ -366,15 +403,30 @@ def backward(report: Report, page: Page, show_all: bool) -> list[Text]:
         return []
     found.sort(key=lambda pair: pair[1].noise, reverse=True)
     shown = found if show_all else found[:MOST_LAYERS]
-    lines = page.heading("Backward pass: noise of the batch statistics of the gradient")
+    lines = page.heading(BACKWARD)
     if shown:
         columns = [
             Column("n_eq backward", [figures.equivalent_batch_size(noise.equivalent_batch_size) for _, noise in shown]),
-            Column("95%", [_noise_interval(noise) for _, noise in shown], "left"),
+            Column("95%", [noise_interval(noise) for _, noise in shown], "left"),
         ]
         lines += _layer_table([layer for layer, _ in shown], columns, page)
         lines += _more(len(found) - len(shown), "with less noise", page)
-    return [*lines, *(page.paragraph(_angle(angle), first="  ") if angle is not None else [])]
+    return [*lines, *(page.paragraph(angle_in_words(angle), first="  ") if angle is not None else [])]
+
+
+UPDATES = "Running statistics over real training steps"
+
+
+def as_configured(layers: int) -> str:
+    """That all layers are updated as they should be."""
+    return f"Updated once per step and call, at the configured rate, in all {count(layers, 'layer')}."
+
+
+def largest_drift(found: Sequence[tuple[Layer, Updates]]) -> str:
+    """Which layer's running mean moved most, and by how much."""
+    worst, moved = max(found, key=lambda pair: pair[1].drift)
+    drift = f"{figures.plain(float(f'{moved.drift:.2g}'))} standard deviations per step (root mean square)"
+    return f"Largest drift: the running mean of {worst.name} moved by {drift}."
 
 
 def updates(report: Report, page: Page, show_all: bool) -> list[Text]:
@@ -382,12 +434,11 @@ def updates(report: Report, page: Page, show_all: bool) -> list[Text]:
     found = [(layer, layer.updates) for layer in report.layers if layer.updates is not None]
     if not found:
         return []
-    odd = [pair for pair in found if not _as_configured(*pair)]
+    odd = [pair for pair in found if not is_as_configured(*pair)]
     shown = found if show_all else odd[:MOST_LAYERS]
-    lines = page.heading("Running statistics over real training steps")
+    lines = page.heading(UPDATES)
     if not odd:
-        text = f"Updated once per step and call, at the configured rate, in all {count(len(found), 'layer')}."
-        lines += page.paragraph(text, first="  ")
+        lines += page.paragraph(as_configured(len(found)), first="  ")
     if shown:
         moves = [moved for _, moved in shown]
         columns = [
@@ -399,9 +450,7 @@ def updates(report: Report, page: Page, show_all: bool) -> list[Text]:
         ]
         lines += _layer_table([layer for layer, _ in shown], columns, page)
         lines += _more(0 if show_all else len(odd) - len(shown), "not as configured", page)
-    worst, moved = max(found, key=lambda pair: pair[1].drift)
-    drift = f"{figures.plain(float(f'{moved.drift:.2g}'))} standard deviations per step (root mean square)"
-    sentences = [f"Largest drift: the running mean of {worst.name} moved by {drift}."]
+    sentences = [largest_drift(found)]
     if shown:
         sentences.insert(0, "rate: measured weight of the batch of a step; configured: that of the layer's momentum")
     if any(moved.repeated > _ONCE for _, moved in odd):
@@ -409,7 +458,8 @@ def updates(report: Report, page: Page, show_all: bool) -> list[Text]:
     return [*lines, *page.paragraphs(sentences)]
 
 
-def _noise_interval(noise: Backward) -> str:
+def noise_interval(noise: Backward) -> str:
+    """The interval of n_eq of the backward pass."""
     if noise.interval is None:
         return ""
     low, high = noise.interval
@@ -417,7 +467,8 @@ def _noise_interval(noise: Backward) -> str:
     return figures.equivalent_interval((0.0 if high is None else 2 / max(high, 1e-12), 2 / max(low, 1e-12)))
 
 
-def _angle(angle: GradientAngle) -> str:
+def angle_in_words(angle: GradientAngle) -> str:
+    """What batch statistics do to the gradient."""
     single, averaged = _degrees(angle.cosine), _degrees(angle.mean_cosine)
     batches = count(angle.batches, "micro-batch")
     meaning = (
@@ -436,7 +487,7 @@ def _degrees(cosine: float) -> str:
     return f"{math.degrees(math.acos(min(max(cosine, -1.0), 1.0))):.0f}{DEGREE}"
 
 
-def _as_configured(layer: Layer, moved: Updates) -> bool:
+def is_as_configured(layer: Layer, moved: Updates) -> bool:
     """Once per step and call, at the configured rate; calls on different data add up to a larger one."""
     once = abs(moved.per_step - layer.calls_per_forward) <= _ONCE and moved.repeated <= _ONCE
     if moved.rate is None or moved.configured is None:

@@ -15,7 +15,7 @@ from bnprobe.config.requirements import parse_requirement
 from bnprobe.config.targets import conversion_call, settings_of
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, percent
-from bnprobe.records import Arm, Conclusion, Ending, Estimate, Proof, RepairRecord, Report, Run
+from bnprobe.records import Arm, Conclusion, Ending, Estimate, Plan, Proof, RepairRecord, Report, Run
 from bnprobe.report import figures
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.json import dump
@@ -74,7 +74,7 @@ def render(report: RepairReport, options: RenderOptions) -> str:
         _header(record, page),
         _changed(record, page, show_all),
         refused(record.plan, page, show_all) if record.plan else [],
-        before_and_after(before, after, _replaced(record), page, show_all) if before else [],
+        before_and_after(before, after, replaced(record), page, show_all) if before else [],
         _proof(record.proof, page, show_all) if record.proof else [],
         page.section("Notes", record.notes),
         _closing(record, page, after),
@@ -89,14 +89,22 @@ def render_json(report: RepairReport, options: RenderOptions) -> str:
 
 
 def _header(record: RepairRecord, page: Page) -> list[Text]:
-    title = page.heading(f"{record.tool.name} {record.tool.version}: {record.action} of {record.model}")
+    return [*page.heading(title(record)), *page.labelled(what_was_run(record))]
+
+
+def title(record: RepairRecord) -> str:
+    """What was done to what, and by what."""
+    return f"{record.tool.name} {record.tool.version}: {record.action} of {record.model}"
+
+
+def what_was_run(record: RepairRecord) -> list[tuple[str, str]]:
+    """Weights, training and device, each with its label."""
     environment = record.environment
-    rows = [
+    return [
         *([("checkpoint", record.checkpoint)] if record.checkpoint else []),
         *([("training", text)] if (text := _training(record)) else []),
         ("device", f"{environment.device_name}, torch {environment.torch}, {_seeds(record.seeds)}"),
     ]
-    return [*title, *page.labelled(rows)]
 
 
 def _training(record: RepairRecord) -> str:
@@ -141,23 +149,30 @@ def _changed(record: RepairRecord, page: Page, show_all: bool) -> list[Text]:
     """Which layers were converted or recalibrated."""
     lines: list[Text] = []
     if record.plan is not None and record.plan.changes:
-        plan = record.plan
-        total = len(plan.changes) + len(plan.refused) + plan.untouched
-        lines += page.heading(
-            f"Converted to {plan.to}: {len(plan.changes)} of {count(total, 'normalization layer')},"
-            f" chosen by {plan.source}"
-        )
-        for words, number in kinds(plan.changes):
-            names = [change.name for change in plan.changes if f"{change.kind} {ARROW} {change.to}" == words]
-            lines += page.paragraph(
-                f"{number} {TIMES} {words}: {listed_in_line(names, show_all)}", first="  ", rest="    "
-            )
-        for note in dict.fromkeys(change.note for change in plan.changes if change.note):
-            lines += page.paragraph(f"Note: {note.removesuffix('.')}.", first="  ", rest="    ")
+        lines += page.heading(conversion(record.plan))
+        lines += page.paragraphs(conversions(record.plan, show_all), rest="    ")
     return [*lines, *_recalibrated(record, page, show_all)]
 
 
-def _replaced(record: RepairRecord) -> dict[str, str]:
+def conversion(plan: Plan) -> str:
+    """What how many layers were converted to, and what chose them."""
+    total = len(plan.changes) + len(plan.refused) + plan.untouched
+    return (
+        f"Converted to {plan.to}: {len(plan.changes)} of {count(total, 'normalization layer')}, chosen by {plan.source}"
+    )
+
+
+def conversions(plan: Plan, show_all: bool) -> list[str]:
+    """Which layers became what, and what else has changed, a line each."""
+    texts = []
+    for words, number in kinds(plan.changes):
+        names = [change.name for change in plan.changes if f"{change.kind} {ARROW} {change.to}" == words]
+        texts.append(f"{number} {TIMES} {words}: {listed_in_line(names, show_all)}")
+    notes = dict.fromkeys(change.note for change in plan.changes if change.note)
+    return [*texts, *(f"Note: {note.removesuffix('.')}." for note in notes)]
+
+
+def replaced(record: RepairRecord) -> dict[str, str]:
     """What the converted layers have become, by name."""
     return {} if record.plan is None else {change.name: change.to for change in record.plan.changes}
 
@@ -166,40 +181,68 @@ def _recalibrated(record: RepairRecord, page: Page, show_all: bool) -> list[Text
     """Layers whose running statistics were recalibrated; they are listed unless they are those converted."""
     if not record.recalibrated:
         return []
-    number = count(len(record.recalibrated), "layer")
-    if record.plan is not None and {change.name for change in record.plan.changes} == set(record.recalibrated):
-        return page.paragraph("Their running statistics were recalibrated first.", first="  ")
-    lines = page.heading(f"Running statistics recalibrated: {number}")
+    if recalibrates_the_converted(record):
+        return page.paragraph(RECALIBRATED_FIRST, first="  ")
+    lines = page.heading(recalibration(record))
     return [*lines, *page.paragraph(listed_in_line(record.recalibrated, show_all), first="  ")]
+
+
+RECALIBRATED_FIRST = "Their running statistics were recalibrated first."
+
+
+def recalibration(record: RepairRecord) -> str:
+    """Of how many layers the running statistics were recalibrated."""
+    return f"Running statistics recalibrated: {count(len(record.recalibrated), 'layer')}"
+
+
+def recalibrates_the_converted(record: RepairRecord) -> bool:
+    """Whether the layers that were recalibrated are those that were converted."""
+    plan = record.plan
+    return plan is not None and {change.name for change in plan.changes} == set(record.recalibrated)
 
 
 def _closing(record: RepairRecord, page: Page, after: Report | None) -> list[Text]:
     """The verdict, the flags, and what was required; ``after`` is the scan of the new model."""
-    sign, headline = _verdict(record)
-    lines = page.verdict(sign, headline, [record.proof.message if record.proof else "", *_flagged(record, after)])
-    if record.proof is not None and record.proof.surely_worse:
-        refused = "Written because of --force: " if record.weights else "Nothing was written: "
-        lines += page.paragraph(refused + worse_than_as_is(record), "bold red", first=f"  {page.clean(FLAGGED)} ")
-    elif record.proof is not None and record.proof.below_recalibrated:
-        lines += page.paragraph(_below_recalibrated(record.proof), "bold yellow", first=f"  {page.clean(WARNING)} ")
-    if record.proof is not None and record.proof.below_converted:
-        lines += page.paragraph(_below_converted(record.proof), "bold yellow", first=f"  {page.clean(WARNING)} ")
-    for requirement in record.requirements:
-        mark = FINE if requirement.held else FLAGGED
-        value = requirement.value
-        told = "not measured" if value is None else _telling(requirement.text, value, requirement.held)
-        line = page.paragraph(f"{requirement.text}: {told}", first=f"  {page.clean(mark)} ")
+    lines = page.verdict(*verdict(record), [record.proof.message if record.proof else "", *flags(record, after)])
+    for sign, text in warnings(record):
+        lines += page.paragraph(text, f"bold {STYLES[sign].split()[-1]}", first=f"  {page.clean(sign)} ")
+    for mark, text in requirements(record):
+        line = page.paragraph(text, first=f"  {page.clean(mark)} ")
         line[0].stylize(STYLES[mark], 2, 3)
         lines += line
     return lines
 
 
-def _verdict(record: RepairRecord) -> tuple[str, str]:
+def warnings(record: RepairRecord) -> list[tuple[str, str]]:
+    """What speaks against the weights: a sign and a sentence each."""
+    found, proof = [], record.proof
+    if proof is not None and proof.surely_worse:
+        refused = "Written because of --force: " if record.weights else "Nothing was written: "
+        found.append((FLAGGED, refused + worse_than_as_is(record)))
+    elif proof is not None and proof.below_recalibrated:
+        found.append((WARNING, _below_recalibrated(proof)))
+    if proof is not None and proof.below_converted:
+        found.append((WARNING, _below_converted(proof)))
+    return found
+
+
+def requirements(record: RepairRecord) -> list[tuple[str, str]]:
+    """What was required and what was measured: a sign and a clause each."""
+    found = []
+    for requirement in record.requirements:
+        value = requirement.value
+        told = "not measured" if value is None else _telling(requirement.text, value, requirement.held)
+        found.append((FINE if requirement.held else FLAGGED, f"{requirement.text}: {told}"))
+    return found
+
+
+def verdict(record: RepairRecord) -> tuple[str, str]:
+    """The sign of the verdict, and the verdict."""
     failed = sum(not requirement.held for requirement in record.requirements)
     if failed:
         number, verb = count(len(record.requirements), "requirement"), "are" if failed > 1 else "is"
-        verdict = f" {_conclusion(record.proof)}" if record.proof else ""
-        return FLAGGED, f"{failed} of {number} {verb} not met.{verdict}"
+        compared = f" {_conclusion(record.proof)}" if record.proof else ""
+        return FLAGGED, f"{failed} of {number} {verb} not met.{compared}"
     if record.proof is not None:
         sign = _SIGNS[record.proof.conclusion]
         beaten = record.proof.below_recalibrated or record.proof.below_converted
@@ -257,7 +300,7 @@ def _scored(value: Estimate | None) -> str:
     return "not finite" if value is None else figures.score(value.mean)
 
 
-def _flagged(record: RepairRecord, after: Report | None) -> list[str]:
+def flags(record: RepairRecord, after: Report | None) -> list[str]:
     """Flagged layers before and after; of layers that the later scan did not measure no number is given."""
     before, found = record.flagged_before, record.flagged_after
     if before is None:
@@ -265,7 +308,7 @@ def _flagged(record: RepairRecord, after: Report | None) -> list[str]:
     if after is None:
         return [f"Flagged layers: {before} before; {_model(record)} was not scanned."]
     measured = {layer.name for layer in after.layers}
-    if found is not None and all(name in measured for name in _replaced(record)):
+    if found is not None and all(name in measured for name in replaced(record)):
         return [f"Flagged layers: {before} {ARROW} {found}."]
     why = "a scan cannot measure the converted ones"
     if found is not None:
@@ -309,17 +352,22 @@ _UNTRAINED = {"as is": "the model as it is", "recalibrated": "the recalibrated m
 
 def _proof(found: Proof, page: Page, show_all: bool) -> list[Text]:
     """The table of arms, how to read it, and what is to be known of single runs."""
+    return [
+        *page.heading(comparison(found)),
+        *_table(found, page),
+        *_legend(found, page),
+        *page.paragraphs(clipped(found)),
+        *_diverged(found.arms, page, show_all),
+        *page.paragraphs(gain(found)),
+    ]
+
+
+def comparison(found: Proof) -> str:
+    """What the arms were scored on, and what their intervals are."""
     seeds = max(len(arm.runs) for arm in found.arms)
     interval = f": mean and 95% interval of {seeds} seeds" if seeds > 1 else ""
     which = f" ({found.which})" if found.which else ""
-    return [
-        *page.heading(f"Comparison on {count(found.images_proving, f'{found.scored_on} sample')}{which}{interval}"),
-        *_table(found, page),
-        *_legend(found, page),
-        *_clipping(found, page),
-        *_diverged(found.arms, page, show_all),
-        *page.paragraphs(_gain(found)),
-    ]
+    return f"Comparison on {count(found.images_proving, f'{found.scored_on} sample')}{which}{interval}"
 
 
 def _conclusion(found: Proof) -> str:
@@ -343,15 +391,15 @@ def _conclusion(found: Proof) -> str:
     }[found.conclusion]
 
 
-def _gain(found: Proof) -> list[str]:
+def gain(found: Proof) -> list[str]:
     """What the repair gained over its baseline, a sentence; nothing where that is not known."""
-    gain, control = (found.over_as_is, "as is") if found.is_recalibration else (found.gain, found.control)
-    if gain is None or control is None:
+    gained, control = (found.over_as_is, "as is") if found.is_recalibration else (found.gain, found.control)
+    if gained is None or control is None:
         return []
     runs = len(next(arm for arm in found.arms if arm.name == found.repaired).runs)
     paired = f"95%, paired over {runs} seeds" if runs > 1 else f"95%, paired over the {found.scored_on} data"
-    how = paired if gain.interval is not None else "no interval"
-    value = figures.estimate(gain, with_sign=True)
+    how = paired if gained.interval is not None else "no interval"
+    value = figures.estimate(gained, with_sign=True)
     return [f"Gain over {control} in the {found.measure}: {value} (positive: better; {how})."]
 
 
@@ -359,9 +407,9 @@ def _table(found: Proof, page: Page) -> list[Text]:
     arms = found.arms
     columns = [
         *_measures(arms, page),
-        Column("best step", [_span([run.best_step for run in arm.runs]) if arm.trained else "" for arm in arms]),
-        Column("steps", [_span([run.steps for run in arm.runs]) if arm.trained else "" for arm in arms]),
-        Column("ended", [_ended(arm.runs) if arm.trained else "" for arm in arms], "left"),
+        Column("best step", [span([run.best_step for run in arm.runs]) if arm.trained else "" for arm in arms]),
+        Column("steps", [span([run.steps for run in arm.runs]) if arm.trained else "" for arm in arms]),
+        Column("ended", [ended(arm.runs) if arm.trained else "" for arm in arms], "left"),
     ]
     names = Names([arm.name for arm in arms], heading="model", marks=[_mark(arm, found) for arm in arms])
     other = "loss" if found.measure == "metric" else "metric"
@@ -383,13 +431,13 @@ def _mark(arm: Arm, found: Proof) -> Mark:
     return Mark(BASELINE, "cyan") if arm.name == found.control else Mark()
 
 
-def _span(values: Sequence[int]) -> str:
+def span(values: Sequence[int]) -> str:
     """The least and the greatest, e.g. "400–500"."""
     least, greatest = min(values), max(values)
     return f"{least}" if least == greatest else f"{least}{UNMEASURED}{greatest}"
 
 
-def _ended(runs: Sequence[Run]) -> str:
+def ended(runs: Sequence[Run]) -> str:
     """How the runs ended; only the odd ones are counted, as in "1 of 5 diverged"."""
     numbers: dict[Ending, int] = {}
     for run in runs:
@@ -401,6 +449,11 @@ def _ended(runs: Sequence[Run]) -> str:
 
 
 def _legend(found: Proof, page: Page) -> list[Text]:
+    return page.labelled(arms_legend(found), "dim")
+
+
+def arms_legend(found: Proof) -> list[tuple[str, str]]:
+    """How to read the table of arms."""
     control = next((arm for arm in found.arms if arm.name == found.control), None)
     trained = control is not None and control.trained
     compared = "the baseline: plain BN, same data, same steps, same seeds" if trained else "the baseline"
@@ -408,10 +461,10 @@ def _legend(found: Proof, page: Page) -> list[Text]:
     made = "the recalibrated model" if found.repaired == "recalibrated" else "the repair"
     entries = [(WRITTEN, made), *([(BASELINE, compared)] if control else [])]
     entries += [("best step", best)] if any(arm.trained for arm in found.arms) and found.images_choosing else []
-    return page.labelled(entries, "dim")
+    return entries
 
 
-def _clipping(found: Proof, page: Page) -> list[Text]:
+def clipped(found: Proof) -> list[str]:
     """How much Batch Renorm clipped in the end."""
     sentences = []
     for arm in found.arms:
@@ -420,12 +473,17 @@ def _clipping(found: Proof, page: Page) -> list[Text]:
         if r and d:
             means = percent(sum(r) / len(r)), percent(sum(d) / len(d))
             sentences.append(f"{arm.name} clipped {means[0]} of r and {means[1]} of d in the last tenth of its steps.")
-    return page.paragraphs(sentences)
+    return sentences
+
+
+def diverged(arms: Sequence[Arm]) -> list[str]:
+    """Where and why runs diverged."""
+    return [f"{arm.name}, seed {run.seed}: {run.note}" for arm in arms for run in arm.runs if run.note]
 
 
 def _diverged(arms: Sequence[Arm], page: Page, show_all: bool) -> list[Text]:
-    """Where and why runs diverged, the first few."""
-    notes = [f"{arm.name}, seed {run.seed}: {run.note}" for arm in arms for run in arm.runs if run.note]
+    """The first few of these."""
+    notes = diverged(arms)
     shown = notes if show_all or len(notes) <= _MOST_NOTES + 1 else notes[:_MOST_NOTES]
     lines = page.paragraphs(shown, rest="    ")
     more = count(len(notes) - len(shown), "more run")
@@ -444,21 +502,27 @@ _INDENT = "  "
 _NAMES_WRITTEN_OUT = 3
 
 
+NOT_WRITTEN = "No weights were written."
+
+
 def _usage(record: RepairRecord, files: Files, page: Page) -> list[Text]:
     """What was written, and what to do with it; nothing if nothing was written."""
     if record.weights is None:
-        return page.paragraph("No weights were written.")
+        return page.paragraph(NOT_WRITTEN)
     lines = [*_written(record, record.weights, files, page)]
-    loading = _loading(record)
-    lines += page.paragraph(f"{loading} In Python:")
-    lines += [Text(f"    {page.clean(line)}", "bold") for line in _python(record, record.weights, files)]
-    for why, command in _commands(record, record.weights, files):
+    lines += page.paragraph(loading(record))
+    lines += [Text(f"    {page.clean(line)}", "bold") for line in python_lines(record, record.weights, files)]
+    for why, command in commands(record, record.weights, files):
         lines += [*page.paragraph(why), *page.command(command)]
     return lines
 
 
+def loading(record: RepairRecord) -> str:
+    """Whether the weights load into the user's model, what to change where they do not, and what `python_lines` are."""
+    return f"{_loading(record)} In Python:"
+
+
 def _loading(record: RepairRecord) -> str:
-    """Whether the weights load into the user's model, and what to change where they do not."""
     if not record.tracked:
         return "The weights load strictly into your own model." if record.plan is None else deployment(record.plan)
     places = list(dict.fromkeys(place for place in record.tracked.values() if place))
@@ -472,19 +536,27 @@ def _loading(record: RepairRecord) -> str:
 
 
 def _written(record: RepairRecord, weights: str, files: Files, page: Page) -> list[Text]:
+    inner = Page(page.width - len(_INDENT), page.unicode)
+    labelled = inner.labelled(written(record, weights, files))
+    return [*page.heading(WRITTEN_FILES), *(Text(_INDENT) + line for line in labelled), Text()]
+
+
+WRITTEN_FILES = "Written"
+
+
+def written(record: RepairRecord, weights: str, files: Files) -> list[tuple[str, str]]:
+    """The files, each with its label."""
     digest = f" (SHA-256 {record.weights_sha256[:_DIGEST_SHOWN]}...)" if record.weights_sha256 else ""
-    rows = [
+    return [
         ("weights", f"{weights}{digest}"),
         *([("record", files.record)] if files.record else []),
         *([("scan before", files.before)] if files.before else []),
         *([("scan after", files.after)] if files.after else []),
         *([("log", files.log)] if files.log else []),
     ]
-    inner = Page(page.width - len(_INDENT), page.unicode)
-    return [*page.heading("Written"), *(Text(_INDENT) + line for line in inner.labelled(rows)), Text()]
 
 
-def _python(record: RepairRecord, weights: str, files: Files) -> list[str]:
+def python_lines(record: RepairRecord, weights: str, files: Files) -> list[str]:
     """Lines that load the weights; a model that does not deploy as it is is converted first."""
     imports = ["from safetensors.torch import load_file"]
     load = [f"weights = load_file({_quoted(weights)})", "model.load_state_dict(weights)"]
@@ -512,17 +584,17 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _commands(record: RepairRecord, weights: str, files: Files) -> list[tuple[str, str]]:
-    """Why, and the command."""
-    commands = []
+def commands(record: RepairRecord, weights: str, files: Files) -> list[tuple[str, str]]:
+    """What to do with the weights: why, and the command."""
+    found = []
     if files.before and files.after:
         verify = shlex.join(["bnprobe", "verify", files.before, files.after])
-        commands.append((_why_verify(record), verify))
+        found.append((_why_verify(record), verify))
     carried = chosen_options(record.command or "", EXPORTED)
     export = shlex.join(["bnprobe", "export", _target(record), "--checkpoint", weights, *carried])
     if record.plan is None or record.plan.deploys:
-        commands.append((f"To export {_model(record)} and check its outputs:", export))
-    return commands
+        found.append((f"To export {_model(record)} and check its outputs:", export))
+    return found
 
 
 def _why_verify(record: RepairRecord) -> str:

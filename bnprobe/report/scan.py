@@ -20,6 +20,7 @@ from bnprobe.records import (
     Report,
     Scan,
     SelfCheck,
+    SkippedLayer,
 )
 from bnprobe.report import figures, further
 from bnprobe.report.diagnoses import closing, closing_lines
@@ -48,7 +49,7 @@ def render(report: Report, options: RenderOptions) -> str:
         page.verdict(end.sign, end.headline if end.sign == UNDECIDED else f"{one_line(report)}."),
         _layers(report.layers, shown, page, show_all),
         shares(report, shown, page),
-        likeness(report, page, show_all),
+        page.paragraphs(likeness(report, show_all), first=""),
         clipping(report.layers, page, show_all),
         _skipped(report, page, show_all),
         _layer_notes(report.layers, page, show_all),
@@ -58,7 +59,7 @@ def render(report: Report, options: RenderOptions) -> str:
         further.backward(report, page, show_all),
         further.updates(report, page, show_all),
         page.section("Notes on the scan", report.scan.notes),
-        cost(report.scan, page),
+        page.section(COST, cost(report.scan), rest="    "),
         further.remedies(report, page, advised_step(report, options.command), end.step),
         closing_lines(end, report, page, show_all),
     ]
@@ -87,10 +88,19 @@ def one_line(report: Report) -> str:
 
 
 def _header(report: Report, page: Page) -> list[Text]:
+    return [*page.heading(title(report)), *page.labelled(what_was_run(report))]
+
+
+def title(report: Report) -> str:
+    """What the report is of, and what wrote it."""
+    partial = " (PARTIAL)" if report.scan.partial else ""
+    return f"{report.tool.name} {report.tool.version}: scan of {report.scan.model}{partial}"
+
+
+def what_was_run(report: Report) -> list[tuple[str, str]]:
+    """Data, weights, device and measurements, each with its label."""
     scan = report.scan
-    partial = " (PARTIAL)" if scan.partial else ""
-    title = page.heading(f"{report.tool.name} {report.tool.version}: scan of {scan.model}{partial}")
-    rows = [
+    return [
         ("data", figures.data(scan)),
         *([("held-out", _held_out(scan, scan.held_out))] if scan.held_out else []),
         *([("checkpoint", scan.checkpoint)] if scan.checkpoint else []),
@@ -98,7 +108,6 @@ def _header(report: Report, page: Page) -> list[Text]:
         ("measured", _measured(scan)),
         ("emulation", _emulation(scan)),
     ]
-    return [*title, *page.labelled(rows)]
 
 
 def _held_out(scan: Scan, source: str) -> str:
@@ -161,7 +170,10 @@ def _self_check(check: SelfCheck) -> str:
 _COMPARED = "micro-batches run together and one by one"
 
 
-def cost(scan: Scan, page: Page) -> list[Text]:
+COST = "Measured besides"
+
+
+def cost(scan: Scan) -> list[str]:
     """Measurements beside those of training and inference, with their reason and cost, and the regrouped samples."""
     sentences = [_pass(extra, scan.sample) for extra in scan.passes]
     if (pool := scan.pool) is not None:
@@ -169,7 +181,7 @@ def cost(scan: Scan, page: Page) -> list[Text]:
             f"{plural(scan.sample)} regrouped at random: {count(pool.images, scan.sample)}, {figures.size(pool.bytes)},"
             f" in {count(pool.regrouped, 'micro-batch')} (to measure non-i.i.d. batches)"
         )
-    return page.section("Measured besides", sentences, rest="    ")
+    return sentences
 
 
 _PASSES = {
@@ -226,9 +238,7 @@ def _by_sign(layers: Sequence[Layer]) -> str:
 
 def _skipped(report: Report, page: Page, show_all: bool) -> list[Text]:
     """Layers that could not be judged, by reason."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for layer in report.skipped:
-        groups.setdefault((layer.kind, layer.reason), []).append(layer.name)
+    groups = skipped_by_reason(report.skipped)
     lines = page.heading("Skipped") if groups else []
     for (kind, reason), names in groups.items():
         what = f"{names[0]} ({kind})" if len(names) == 1 else f"{len(names)} {TIMES} {kind}"
@@ -237,14 +247,17 @@ def _skipped(report: Report, page: Page, show_all: bool) -> list[Text]:
     return lines
 
 
+def skipped_by_reason(skipped: Iterable[SkippedLayer]) -> dict[tuple[str, str], list[str]]:
+    """Names of the layers that could not be judged, by class name and reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for layer in skipped:
+        groups.setdefault((layer.kind, layer.reason), []).append(layer.name)
+    return groups
+
+
 def _layer_notes(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Text]:
     """What else is to be known of layers, and the other names of shared ones."""
-    groups: dict[str, list[str]] = {}
-    for layer in layers:
-        if layer.note:
-            groups.setdefault(layer.note, []).append(layer.name)
-        if layer.aliases:
-            groups[f"The same layer as {', '.join(layer.aliases)}."] = [layer.name]
+    groups = layers_by_note(layers)
     shown = list(groups.items()) if show_all else list(groups.items())[:_MOST_NOTES]
     lines = page.section(
         "Notes on layers", (f"{_listed(names, show_all)}: {note}" for note, names in shown), rest="    "
@@ -253,6 +266,17 @@ def _layer_notes(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Te
         left_out = count(len(groups) - len(shown), "more note")
         lines += page.paragraph(f"{left_out}; --all shows all.", first="  ")
     return lines
+
+
+def layers_by_note(layers: Iterable[Layer]) -> dict[str, list[str]]:
+    """Names of layers by what else is to be known of them: a note, or the other names of a shared one."""
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.note:
+            groups.setdefault(layer.note, []).append(layer.name)
+        if layer.aliases:
+            groups[f"The same layer as {', '.join(layer.aliases)}."] = [layer.name]
+    return groups
 
 
 def _listed(names: Sequence[str], show_all: bool) -> str:
@@ -292,9 +316,9 @@ _SLIGHT = 0.05
 _MOST_SHARED = 5
 
 
-def likeness(report: Report, page: Page, show_all: bool) -> list[Text]:
+def likeness(report: Report, show_all: bool) -> list[str]:
     """What the composition of batches and shared layers mean, a sentence each."""
-    return page.paragraphs([*_composition(report), *_domains(report.layers, show_all)], first="")
+    return [*_composition(report), *_domains(report.layers, show_all)]
 
 
 def effective_samples(composition: Composition, batch_size: int) -> float:
@@ -374,30 +398,42 @@ def clipping(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Text]:
         page: What the lines are written on.
         show_all: Every such layer, not only the worst.
     """
-    flagged = [(layer.name, layer.train) for layer in layers if layer.flagged and layer.train is not None]
-    found = [(name, path) for name, path in flagged if _notable(path.r) or _notable(path.d)]
+    found = most_clipped(layers)
     if not found:
         return []
-    found.sort(key=_most_clipped, reverse=True)
     shown = found if show_all else found[:MOST_CLIPPED]
     columns = [
         Column("r", [percent(path.r.clipped) for _, path in shown]),
-        Column("by chance", [_by_chance(path, path.r) for _, path in shown]),
+        Column("by chance", [clipped_by_chance(path, path.r) for _, path in shown]),
         Column("d", [percent(path.d.clipped) for _, path in shown]),
-        Column("by chance", [_by_chance(path, path.d) for _, path in shown]),
+        Column("by chance", [clipped_by_chance(path, path.d) for _, path in shown]),
     ]
-    chance = "by chance: as much as independent values in batches of n_eq would have clipped"
-    if any(_is_beyond_chance(path) for _, path in shown):
-        chance += f" ({UNMEASURED}: no size of batch explains the mismatch)"
+    chance = by_chance([path for _, path in shown])
     more = f"; --all shows {count(len(found) - len(shown), 'more layer')}" if len(shown) < len(found) else ""
     return [
-        *page.heading("Values that Batch Renorm (r_max 3, d_max 5) would clip in training"),
+        *page.heading(CLIPPING),
         *table(Names([name for name, _ in shown]), [TableLayout(columns)], page),
         *page.paragraph(f"{chance}{more}", style="dim", first="  "),
     ]
 
 
-def _by_chance(path: PathMeasurement, values: Distribution) -> str:
+CLIPPING = "Values that Batch Renorm (r_max 3, d_max 5) would clip in training"
+
+
+def most_clipped(layers: Iterable[Layer]) -> list[tuple[str, PathMeasurement]]:
+    """The flagged layers of which Batch Renorm would clip much in training, the worst first, with their train path."""
+    flagged = [(layer.name, layer.train) for layer in layers if layer.flagged and layer.train is not None]
+    found = [(name, path) for name, path in flagged if _notable(path.r) or _notable(path.d)]
+    return sorted(found, key=_most_clipped, reverse=True)
+
+
+def by_chance(paths: Sequence[PathMeasurement]) -> str:
+    """What `clipped_by_chance` is, as a legend."""
+    beyond = f" ({UNMEASURED}: no size of batch explains the mismatch)" if any(map(_is_beyond_chance, paths)) else ""
+    return f"by chance: as much as independent values in batches of n_eq would have clipped{beyond}"
+
+
+def clipped_by_chance(path: PathMeasurement, values: Distribution) -> str:
     """What noise of batches would have clipped; of a mismatch that is no noise, nothing is expected by chance."""
     return UNMEASURED if _is_beyond_chance(path) else percent(values.clipped_iid)
 
@@ -426,9 +462,16 @@ def _output(found: Output, page: Page, scores: bool) -> list[Text]:
         page: What the lines are written on.
         scores: With loss and metric; without, where another part shows them in more detail.
     """
+    return page.section(OUTPUT, output_in_words(found, scores))
+
+
+OUTPUT = "Output: training against inference, on the same samples"
+
+
+def output_in_words(found: Output, scores: bool) -> list[str]:
+    """How far training and inference are apart at the model's output, a sentence each; see ``_output``."""
     both = [*_in_both_modes("Loss", found.loss), *_in_both_modes("Metric", found.metric)] if scores else []
-    sentences = [*_output_figures(found), *both, found.note or ""]
-    return page.section("Output: training against inference, on the same samples", sentences)
+    return [text for text in (*_output_figures(found), *both, found.note) if text]
 
 
 def _output_figures(found: Output) -> list[str]:

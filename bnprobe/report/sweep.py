@@ -53,26 +53,38 @@ def one_line(report: SweepReport) -> str:
 
 
 def _header(report: SweepReport, page: Page) -> list[Text]:
-    scan = report.scan
+    return [*page.heading(title(report)), *page.labelled(what_was_run(report))]
+
+
+def title(report: SweepReport) -> str:
+    """What the report is of, and what wrote it."""
     partial = " (PARTIAL)" if report.partial else ""
-    title = page.heading(f"{report.tool.name} {report.tool.version}: sweep of {scan.model}{partial}")
+    return f"{report.tool.name} {report.tool.version}: sweep of {report.scan.model}{partial}"
+
+
+def what_was_run(report: SweepReport) -> list[tuple[str, str]]:
+    """Data, weights, device and measurements, each with its label."""
+    scan = report.scan
     batches = count(scan.batches, "micro-batch")
     regrouped = ", regrouped for every size" if any(len(layer.eval) > 1 for layer in report.layers) else ""
-    rows = [
+    return [
         ("data", figures.data(scan)),
         *([("checkpoint", scan.checkpoint)] if scan.checkpoint else []),
         ("device", f"{scan.device} ({report.environment.device_name}), {scan.dtype}, seed {scan.seed}"),
         ("measured", f"{batches} {TIMES} {scan.batch_size} = {count(scan.images, scan.sample)}{regrouped}"),
     ]
-    return [*title, *page.labelled(rows)]
 
 
 def _closing(report: SweepReport, page: Page) -> list[Text]:
+    tracking = tracking_in_words(report.momentum) if report.momentum else ()
+    return page.verdict(verdict_sign(report), f"{one_line(report)}.", [*conclusion(report), *tracking])
+
+
+def verdict_sign(report: SweepReport) -> str:
+    """The sign of the verdict."""
     flagged = any(layer.flagged for layer in report.layers)
     undecided = any(layer.undecided for layer in report.layers)
-    sign = FLAGGED if flagged else UNDECIDED if undecided else FINE
-    tracking = _tracking(report.momentum) if report.momentum else ()
-    return page.verdict(sign, f"{one_line(report)}.", [*_conclusion(report), *tracking])
+    return FLAGGED if flagged else UNDECIDED if undecided else FINE
 
 
 # --- Batch sizes ------------------------------------------------------------------------------------------------------
@@ -104,6 +116,9 @@ class _Scale:
         return min(max(math.ceil(share * self.cells) - 1, 0), self.cells - 1)
 
 
+BY_SIZE = "Mismatch D at inference against batch size, same samples"
+
+
 def _chart(layers: Sequence[SweepLayer], scanned: int, page: Page) -> list[Text]:
     """D of the worst and the median layer at each size as bars, with a mark where i.i.d. samples would be."""
     drawn = _worst_and_median(layers, scanned)[: 1 if page.width < _NARROW else 2]
@@ -122,7 +137,7 @@ def _chart(layers: Sequence[SweepLayer], scanned: int, page: Page) -> list[Text]
         f"{FINE} passes, {UNDECIDED} undecided, {FLAGGED} fails (95%)",
     )
     return [
-        *page.heading("Mismatch D at inference against batch size, same samples"),
+        *page.heading(BY_SIZE),
         *lines,
         *(line for text in legend for line in page.paragraph(text, style="dim", first="  ")),
     ]
@@ -141,39 +156,44 @@ def _by_train_size(layers: Sequence[SweepLayer], page: Page) -> list[Text]:
     points = [(layer, point) for layer in layers for point in layer.train]
     if len({point.batch_size for _, point in points}) < 2:
         return []
-    return [*page.heading("Training, one measurement for each size"), *_size_table(points, page)]
+    return [*page.heading(TRAINED_SIZES), *_size_table(points, page)]
+
+
+TRAINED_SIZES = "Training, one measurement for each size"
 
 
 def _size_table(points: Sequence[tuple[SweepLayer, SweepPoint]], page: Page) -> list[Text]:
-    header = ("size", "batches", "worst n_eq", "fail", "undecided")
-    *columns, worst = zip(*_size_rows(points), strict=True)
-    made = [Column(heading, cells) for heading, cells in zip(header, columns, strict=True)]
+    *columns, worst = zip(*size_rows(points), strict=True)
+    made = [Column(heading, cells) for heading, cells in zip(SIZE_HEADINGS, columns, strict=True)]
     return table(Names(worst, heading="worst layer", last=True), dropping(made, ("undecided", "batches")), page)
+
+
+SMALLEST_SIZES = "Batch size from which on a layer passes at inference (95%: significantly)"
 
 
 def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, show_all: bool) -> list[Text]:
     """The smallest batch size of each layer."""
     measured = [layer for layer in layers if layer.eval]
-    worst = sorted(measured, key=lambda layer: _at(layer, scanned).mismatch, reverse=True)
+    worst = sorted(measured, key=lambda layer: at_size(layer, scanned).mismatch, reverse=True)
     kept = {layer.name for layer in (worst if show_all else worst[:MOST_LAYERS])}
     shown = [layer for layer in measured if layer.name in kept]
     if not shown:
         return []
     largest = max(point.batch_size for layer in shown for point in layer.eval)
-    limits = [equivalent_batch_size(_at(layer, scanned).limit) for layer in shown]
+    limits = [equivalent_batch_size(at_size(layer, scanned).limit) for layer in shown]
     columns = [
-        Column(f"n_eq at {scanned}", [_equivalent(_at(layer, scanned)) for layer in shown]),
+        Column(f"n_eq at {scanned}", [_equivalent(at_size(layer, scanned)) for layer in shown]),
         Column("limit", [figures.equivalent_batch_size(limit) for limit in limits]),
-        Column("passes", [_size(layer.smallest.likely, largest) for layer in shown]),
-        Column("at 95%", [_size(layer.smallest.surely, largest) for layer in shown]),
+        Column("passes", [passing_size(layer.smallest.likely, largest) for layer in shown]),
+        Column("at 95%", [passing_size(layer.smallest.surely, largest) for layer in shown]),
     ]
     names = Names([layer.name for layer in shown], last=True)
     left_out = len(measured) - len(shown)
     more = page.paragraph(_not_shown(left_out), first="  ")
     return [
-        *page.heading("Batch size from which on a layer passes at inference (95%: significantly)"),
+        *page.heading(SMALLEST_SIZES),
         *table(names, dropping(columns, ("limit", columns[0].heading)), page),
-        *page.paragraphs(_limits(shown, scanned), "dim"),
+        *page.paragraphs(what_limits_are(shown, scanned), "dim"),
         *(more if left_out else []),
     ]
 
@@ -182,7 +202,7 @@ def _not_shown(layers: int) -> str:
     return f"{count(layers, 'layer')} with less mismatch not shown; --all shows all."
 
 
-def _limits(shown: Sequence[SweepLayer], scanned: int) -> Iterable[str]:
+def what_limits_are(shown: Sequence[SweepLayer], scanned: int) -> Iterable[str]:
     """What the limits are, where noise has one of its own."""
     if any(layer.threshold == DEFAULT_THRESHOLD for layer in shown):
         yield (
@@ -191,7 +211,8 @@ def _limits(shown: Sequence[SweepLayer], scanned: int) -> Iterable[str]:
         )
 
 
-def _size(size: int | None, largest: int) -> str:
+def passing_size(size: int | None, largest: int) -> str:
+    """The smallest size that passes, or that none up to the largest does."""
     return str(size) if size else f"> {largest}"
 
 
@@ -199,7 +220,7 @@ def _equivalent(point: SweepPoint) -> str:
     return figures.equivalent_batch_size(point.equivalent_batch_size)
 
 
-def _conclusion(report: SweepReport) -> tuple[str, ...]:
+def conclusion(report: SweepReport) -> tuple[str, ...]:
     """The smallest batch size at which every layer passes, in words."""
     sizes = sorted({point.batch_size for layer in report.layers for point in layer.eval})
     if not sizes:
@@ -242,7 +263,7 @@ def _none_passes(report: SweepReport, largest: int) -> tuple[str, ...]:
 
 
 def _worst_and_median(layers: Sequence[SweepLayer], scanned: int) -> list[tuple[str, SweepLayer]]:
-    ranked = sorted((layer for layer in layers if layer.eval), key=lambda layer: _at(layer, scanned).mismatch)
+    ranked = sorted((layer for layer in layers if layer.eval), key=lambda layer: at_size(layer, scanned).mismatch)
     if not ranked:
         return []
     if len(ranked) < 3:
@@ -250,7 +271,8 @@ def _worst_and_median(layers: Sequence[SweepLayer], scanned: int) -> list[tuple[
     return [("worst", ranked[-1]), ("median", ranked[(len(ranked) - 1) // 2])]
 
 
-def _at(layer: SweepLayer, size: int) -> SweepPoint:
+def at_size(layer: SweepLayer, size: int) -> SweepPoint:
+    """The point of a size on the eval path; the first one where that was not measured."""
     return next((point for point in layer.eval if point.batch_size == size), layer.eval[0])
 
 
@@ -278,7 +300,11 @@ def _bar(point: SweepPoint, scale: _Scale, page: Page) -> str:
     return page.clean(f"{_SIGNS[point.standing]} {''.join(cells)} {value}")
 
 
-def _size_rows(points: Sequence[tuple[SweepLayer, SweepPoint]]) -> Iterable[tuple[str, ...]]:
+SIZE_HEADINGS = ("size", "batches", "worst n_eq", "fail", "undecided")
+
+
+def size_rows(points: Sequence[tuple[SweepLayer, SweepPoint]]) -> Iterable[tuple[str, ...]]:
+    """For each size: micro-batches, n_eq of the worst layer, how many layers fail, are undecided, the worst layer."""
     for size in sorted({point.batch_size for _, point in points}):
         here = [(layer, point) for layer, point in points if point.batch_size == size]
         worst, point = max(here, key=lambda pair: pair[1].mismatch / pair[1].limit)
@@ -299,7 +325,7 @@ def _rates(sweep: MomentumSweep, page: Page) -> list[Text]:
     own = {curve.momentum for curve in sweep.layers}
     columns = [
         Column("", ["own" if point.rate in own else "" for point in points]),
-        Column("rate", [_rate(point.rate) for point in points], "point"),
+        Column("rate", [rate_in_words(point.rate) for point in points], "point"),
         Column("eff. batches", ["" if p.effective_batches is None else f"{p.effective_batches:,.1f}" for p in points]),
         Column("loaded", [_marked(point.loaded.mismatch, point, best.loaded) for point in points]),
         Column("converged", [_marked(point.converged.mismatch, point, best.converged) for point in points]),
@@ -312,12 +338,16 @@ def _rates(sweep: MomentumSweep, page: Page) -> list[Text]:
             Column("shifted", [_marked(mismatch, point, best.shifted) for point, mismatch in shifted]),
             Column("recovery", [late if point.recovery is None else str(point.recovery) for point in points]),
         ]
-    replayed = f"{count(sweep.batches, 'micro-batch')} of {sweep.batch_size}"
     return [
-        *page.heading(f"Running average replayed on {replayed}, in training"),
+        *page.heading(rates_title(sweep)),
         *table(Names([]), dropping(columns, ("eff. batches", "±", "recovery", "", "loaded")), page),
-        *page.paragraphs(_legend(sweep), "dim"),
+        *page.paragraphs(rates_legend(sweep), "dim"),
     ]
+
+
+def rates_title(sweep: MomentumSweep) -> str:
+    """What was replayed, and on what."""
+    return f"Running average replayed on {count(sweep.batches, 'micro-batch')} of {sweep.batch_size}, in training"
 
 
 def _rates_by_layer(sweep: MomentumSweep, page: Page, show_all: bool) -> list[Text]:
@@ -328,11 +358,11 @@ def _rates_by_layer(sweep: MomentumSweep, page: Page, show_all: bool) -> list[Te
     kept = {curve.layer for curve in (worst if show_all else worst[:MOST_LAYERS])}
     shown = [curve for curve in sweep.layers if curve.layer in kept]
     columns = [
-        Column("own", [_rate(curve.momentum) for curve in shown]),
+        Column("own", [rate_in_words(curve.momentum) for curve in shown]),
         Column("D loaded", [_figure(_own_mismatch(curve)) for curve in shown]),
-        Column("best loaded", [_with_ties(curve.best.loaded) for curve in shown]),
-        Column("best converged", [_with_ties(curve.best.converged) for curve in shown]),
-        *([Column("best shifted", [_with_ties(curve.best.shifted) for curve in shown])] if _shifts(sweep) else []),
+        Column("best loaded", [with_ties(curve.best.loaded) for curve in shown]),
+        Column("best converged", [with_ties(curve.best.converged) for curve in shown]),
+        *([Column("best shifted", [with_ties(curve.best.shifted) for curve in shown])] if _shifts(sweep) else []),
     ]
     names = Names([curve.layer or "" for curve in shown], last=True)
     left_out = _not_shown(len(sweep.layers) - len(shown))
@@ -345,7 +375,7 @@ def _rates_by_layer(sweep: MomentumSweep, page: Page, show_all: bool) -> list[Te
     ]
 
 
-def _tracking(sweep: MomentumSweep) -> tuple[str, ...]:
+def tracking_in_words(sweep: MomentumSweep) -> tuple[str, ...]:
     """Which rate tracks best, in words."""
     best, rates_ = sweep.model.best, len(sweep.model.points)
     sentences = [
@@ -359,7 +389,7 @@ def _tracking(sweep: MomentumSweep) -> tuple[str, ...]:
 
 
 def _verdict(best: _Rates, replayed: int) -> str:
-    first, *ties = ("the cumulative average" if rate is None else _rate(rate) for rate in best)
+    first, *ties = ("the cumulative average" if rate is None else rate_in_words(rate) for rate in best)
     if len(best) == replayed > 1:
         return "no rate tracks significantly (95%) better than another"
     tied = f"; {joined(ties)} {'is' if len(ties) == 1 else 'are'} not significantly worse (95%)" if ties else ""
@@ -370,13 +400,14 @@ def _recovered(sweep: MomentumSweep) -> str:
     own = _own_point(sweep.model)
     if own is None:
         return ""
-    name = f" {_rate(own.rate)}, the layers' own momentum,"
+    name = f" {rate_in_words(own.rate)}, the layers' own momentum,"
     if own.recovery is None:
         return f"{name} has not recovered after {sweep.batches - sweep.batches // 2} micro-batches."
     return f"{name} takes {count(own.recovery, 'micro-batch')} to recover."
 
 
-def _legend(sweep: MomentumSweep) -> Iterable[str]:
+def rates_legend(sweep: MomentumSweep) -> Iterable[str]:
+    """How to read the table of rates, a sentence each."""
     yield (
         "D of each micro-batch against the running statistics before it, mean over layers and the second half; ±:"
         f" standard error; {_BEST} best, {_TIE} not significantly worse (95%)"
@@ -391,8 +422,9 @@ def _legend(sweep: MomentumSweep) -> Iterable[str]:
     yield "The weights are fixed here; in training their changes have to be tracked too."
 
 
-def _with_ties(best: _Rates) -> str:
-    return _rate(best[0]) + (f" (+{len(best) - 1})" if len(best) > 1 else "")
+def with_ties(best: _Rates) -> str:
+    """The best rate, and how many more are not significantly worse."""
+    return rate_in_words(best[0]) + (f" (+{len(best) - 1})" if len(best) > 1 else "")
 
 
 def _own_point(curve: MomentumCurve) -> MomentumPoint | None:
@@ -419,7 +451,8 @@ def _change(sweep: MomentumSweep) -> str:
     return " and ".join(parts) or "no change at all"
 
 
-def _rate(rate: float | None) -> str:
+def rate_in_words(rate: float | None) -> str:
+    """A rate, or that it is the cumulative average."""
     return "cumulative" if rate is None else f"{rate:g}"
 
 

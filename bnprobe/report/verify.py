@@ -29,17 +29,29 @@ NO_SCORES = (
 def render(found: Verification, options: RenderOptions) -> str:
     """The comparison as text in lines of at most ``options.width`` cells."""
     page = Page.of(options)
-    rows = _table([_Row(layer) for layer in found.layers], page, options.show_all) if found.layers else []
-    sides = (("before", found.only_before), ("after", found.only_after))
-    alone = [f"only {when}: {listed_in_line(names, options.show_all)}" for when, names in sides if names]
+    rows = _table(compared(found), page, options.show_all) if found.layers else []
     parts = [
-        [*page.heading(f"{_flagged(found)} (D, the larger of training and inference)"), *rows] if rows else [],
-        page.section("Only in one of the reports", alone),
-        page.section("Output: training against inference (relative L2)", _output(found)),
+        [*page.heading(title(found)), *rows] if rows else [],
+        page.section(ALONE, in_one_report(found, options.show_all)),
+        page.section(OUTPUT, output_in_words(found)),
         page.section("Notes on the comparison", found.notes),
-        _closing(found, page),
+        page.verdict(*closing(found)),
     ]
     return to_string(parts, options.color)
+
+
+def title(found: Verification) -> str:
+    """How many layers are flagged, and what their figures are."""
+    return f"{_flagged(found)} (D, the larger of training and inference)"
+
+
+ALONE = "Only in one of the reports"
+
+
+def in_one_report(found: Verification, show_all: bool) -> list[str]:
+    """The layers that one of the reports lacks, a clause for each report."""
+    sides = (("before", found.only_before), ("after", found.only_after))
+    return [f"only {when}: {listed_in_line(names, show_all)}" for when, names in sides if names]
 
 
 def one_line(found: Verification) -> str:
@@ -59,20 +71,26 @@ def before_and_after(
         page: What the lines are written on.
         show_all: Show every layer.
     """
+    rows = compared_scans(before, after, replaced)
+    return [*page.heading(BEFORE_AND_AFTER), *_table(rows, page, show_all)] if rows else []
+
+
+BEFORE_AND_AFTER = "Mismatch before and after, the larger of training and inference"
+
+
+def compared_scans(before: Report, after: Report | None, replaced: Mapping[str, str]) -> list[ComparedLayer]:
+    """The layers that two scans have in common, and those that were replaced; see `before_and_after`."""
     later = {} if after is None else {layer.name: layer for layer in after.layers}
-    rows = [
+    return [
         _row(layer, later[layer.name]) if layer.name in later else _replaced(layer, replaced[layer.name])
         for layer in before.layers
         if layer.name in later or layer.name in replaced
     ]
-    return (
-        [
-            *page.heading("Mismatch before and after, the larger of training and inference"),
-            *_table(rows, page, show_all),
-        ]
-        if rows
-        else []
-    )
+
+
+def compared(found: Verification) -> list[ComparedLayer]:
+    """The layers of a verification."""
+    return [ComparedLayer(layer) for layer in found.layers]
 
 
 def _flagged(found: Verification) -> str:
@@ -87,7 +105,10 @@ def _undecided(found: Verification) -> int:
     return sum(layer.undecided_after for layer in found.layers)
 
 
-def _output(found: Verification) -> list[str]:
+OUTPUT = "Output: training against inference (relative L2)"
+
+
+def output_in_words(found: Verification) -> list[str]:
     if found.output_before is None and found.output_after is None:
         return []
     before, after = (
@@ -96,7 +117,8 @@ def _output(found: Verification) -> list[str]:
     return [f"{before} {ARROW} {after}"]
 
 
-def _closing(found: Verification, page: Page) -> list[Text]:
+def closing(found: Verification) -> tuple[str, str, tuple[str, ...]]:
+    """The sign of the verdict, the verdict, and what qualifies it."""
     compared = found.output_before is not None and found.output_after is not None
     outputs = ", and the outputs in training and at inference are no farther apart than before" if compared else ""
     if not found.passed:
@@ -105,20 +127,26 @@ def _closing(found: Verification, page: Page) -> list[Text]:
         sign, headline = (
             (UNDECIDED, "The repair is not proved.") if unproved else (FLAGGED, "The repair does not hold.")
         )
-        return page.verdict(sign, headline, (*found.problems, NO_SCORES))
+        return sign, headline, (*found.problems, NO_SCORES)
     unsure = _undecided(found)
     also = f" ({unsure} undecided)" if unsure else ""
     text = f"The repair holds: no layer is flagged{also}{outputs}."
     lost = any(layer.flagged_before and layer.undecided_after for layer in found.layers)
-    return page.verdict(UNDECIDED if lost else FINE, text)
+    return UNDECIDED if lost else FINE, text, ()
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A layer, its n_eq where the reports are at hand, and what it has become where that cannot be scanned."""
+class ComparedLayer:
+    """A layer before and after.
+
+    Attributes:
+        layer: The mismatch D, and how it stands.
+        equivalent: n_eq, as printed; empty where the reports are not at hand.
+        became: The class that it has become, where that cannot be scanned.
+    """
 
     layer: LayerComparison
     equivalent: tuple[str, str] = ("", "")
@@ -132,34 +160,37 @@ class _Row:
         return layer.flagged_after, layer.undecided_after, layer.flagged_before, max(values, default=-math.inf)
 
 
-def _row(before: Layer, after: Layer) -> _Row:
+def _row(before: Layer, after: Layer) -> ComparedLayer:
     paths = [worse_path(layer.train, layer.eval) for layer in (before, after)]
     mismatches = [None if path is None else path.mismatch for path in paths]
     first, last = (figures.path_equivalent(path) for path in paths)
     layer = LayerComparison(before.name, mismatches[0], mismatches[1], before.flagged, after.flagged, after.undecided)
-    return _Row(layer, (first, last))
+    return ComparedLayer(layer, (first, last))
 
 
-def _replaced(before: Layer, became: str) -> _Row:
+def _replaced(before: Layer, became: str) -> ComparedLayer:
     """A layer that has become something without running statistics to compare with."""
     path = worse_path(before.train, before.eval)
     layer = LayerComparison(before.name, None if path is None else path.mismatch, None, before.flagged, False)
-    return _Row(layer, (figures.path_equivalent(path), UNMEASURED), became)
+    return ComparedLayer(layer, (figures.path_equivalent(path), UNMEASURED), became)
 
 
-def _table(rows: Sequence[_Row], page: Page, show_all: bool) -> list[Text]:
+def _table(rows: Sequence[ComparedLayer], page: Page, show_all: bool) -> list[Text]:
     worst = sorted(rows, key=lambda row: row.badness, reverse=True)[:MOST_LAYERS]
     kept = {row.layer.name for row in worst}
     shown = rows if show_all else [row for row in rows if row.layer.name in kept]
     equivalents = [row.equivalent for row in shown]
     mismatches = [(_mismatch(row.layer.before), _mismatch(row.layer.after)) for row in shown]
-    flags = [_flags(row) for row in shown]
+    flags = [what_became(row) for row in shown]
     columns = [
         *([Column("n_eq", arrows(equivalents, page, ARROW))] if any(map(any, equivalents)) else []),
         Column("D", arrows(mismatches, page, ARROW)),
         *([Column("", flags, "left")] if any(flags) else []),
     ]
-    names = Names([row.layer.name for row in shown], marks=[_mark(row.layer) for row in shown])
+    names = Names(
+        [row.layer.name for row in shown],
+        marks=[Mark(sign, STYLES[sign]) for sign in (sign_after(row.layer) for row in shown)],
+    )
     # With n_eq beside it, D can be dropped too.
     lines = table(names, dropping(columns, ("", "D") if any(map(any, equivalents)) else ("",)), page)
     return [*lines, *_hidden(rows, shown, page)]
@@ -169,18 +200,17 @@ def _mismatch(value: float | None) -> str:
     return UNMEASURED if value is None else figures.mismatch(value)
 
 
-def _mark(layer: LayerComparison) -> Mark:
-    sign = FINE
+def sign_after(layer: LayerComparison) -> str:
+    """How a layer stands now."""
     if layer.flagged_after:
-        sign = FLAGGED
-    elif layer.after is None:
-        sign = UNMEASURED
-    elif layer.undecided_after:
-        sign = UNDECIDED
-    return Mark(sign, STYLES[sign])
+        return FLAGGED
+    if layer.after is None:
+        return UNMEASURED
+    return UNDECIDED if layer.undecided_after else FINE
 
 
-def _flags(row: _Row) -> str:
+def what_became(row: ComparedLayer) -> str:
+    """What has become of a layer; empty where it was fine and is so."""
     layer = row.layer
     if row.became:
         return f"now {row.became}"
@@ -196,14 +226,14 @@ def _flags(row: _Row) -> str:
     }[layer.flagged_before, layer.flagged_after]
 
 
-def _hidden(rows: Sequence[_Row], shown: Sequence[_Row], page: Page) -> list[Text]:
+def _hidden(rows: Sequence[ComparedLayer], shown: Sequence[ComparedLayer], page: Page) -> list[Text]:
     """What the table leaves out, by what has become of the flags."""
     if len(shown) == len(rows):
         return []
     left_out = [row for row in rows if row not in shown]
     numbers: dict[str, int] = {}
     for row in left_out:
-        words = _flags(row) or "not flagged"
+        words = what_became(row) or "not flagged"
         numbers[words] = numbers.get(words, 0) + 1
     parts = ", ".join(f"{number} {words}" for words, number in numbers.items())
     text = f"{count(len(left_out), 'more layer')} ({parts}); --all shows all."
