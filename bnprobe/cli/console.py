@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -48,6 +49,7 @@ def deliver(
     show_all: bool = False,
     summary: str = "",
     force: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Write the rendered document to ``output`` and the summary to stderr; without ``output``, to stdout.
 
@@ -55,11 +57,12 @@ def deliver(
         OutputError: It could not be written, or has come into being meanwhile and is not to be replaced.
     """
     if output is None:
-        options = _terminal_options(show_all)
+        options = replace(_terminal_options(), show_all=show_all, verbose=verbose)
         text = render(document, options)
         write_out(text if options.color else escaped_lines(text))
         return
-    text = escaped_lines(render(document, RenderOptions(show_all=show_all, command=typed_command())))
+    options = RenderOptions(show_all=show_all, verbose=verbose, command=typed_command())
+    text = escaped_lines(render(document, options))
     if str(output) in STDOUT:
         write_out(text)
     else:
@@ -67,16 +70,20 @@ def deliver(
     say(f"{summary}; report written to {output}")
 
 
-def _terminal_options(show_all: bool) -> RenderOptions:
+def _terminal_options() -> RenderOptions:
     stdout = start().stdout
-    terminal = stdout is not None and stdout.isatty()
     return RenderOptions(
         width=_columns(stdout),
-        color=terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb",
-        show_all=show_all,
+        color=stdout is not None and _takes_color(stdout),
         unicode=_can_encode("✗▁█│×", None if stdout is None else stdout.encoding),
         command=typed_command(),
     )
+
+
+def _takes_color(stdout: TextIO) -> bool:
+    """Whether colours are wanted, and shown, by what rich goes by: the terminal, TERM, NO_COLOR and FORCE_COLOR."""
+    console = Console(file=stdout)
+    return console.color_system is not None and not console.no_color
 
 
 def _columns(stdout: TextIO | None) -> int:

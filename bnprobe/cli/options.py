@@ -239,6 +239,7 @@ ReportFormat = Annotated[
     typer.Option("--format", help="Format of the report.", rich_help_panel=REPORT, parser=format_name),
 ]
 Output = Annotated[Path | None, option(REPORT, "--output", "Write the report to FILE, a new file.", "FILE")]
+Verbose = Annotated[bool, option(REPORT, "--verbose", "Print the whole report, not what fits a screen.")]
 ShowAll = Annotated[bool, option(REPORT, "--all", "Show every layer of a large network.")]
 ExitZero = Annotated[bool, option(REPORT, "--exit-zero", "Exit 0 even with findings.")]
 

@@ -68,6 +68,7 @@ def scan(
     format_: options.ReportFormat = options.TERMINAL,
     output: options.Output = None,
     force: options.ForceReport = False,
+    verbose: options.Verbose = False,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
@@ -96,10 +97,10 @@ def scan(
         report = _measure(spec)
     except BnprobeError as error:
         if error.report is not None and is_main():
-            deliver(error.report, render, output, show_all, one_line(error.report), force)
+            deliver(error.report, render, output, show_all, one_line(error.report), force, verbose)
         raise
     if is_main():
-        deliver(report, render, output, show_all, one_line(report), force)
+        deliver(report, render, output, show_all, one_line(report), force, verbose)
     from bnprobe.analysis.diagnosis import has_findings
 
     raise typer.Exit(EXIT_FINDINGS if has_findings(report, spec.rules) and not exit_zero else EXIT_CLEAN)

@@ -13,7 +13,7 @@ from typing import Any
 from bnprobe.errors import UsageError
 from bnprobe.records import ExportReport, LintReport, Plan, Report, SweepReport, Verification
 from bnprobe.registry import Registry
-from bnprobe.report import export, json, lint, plan, repair, scan, sweep, verify
+from bnprobe.report import export, json, lint, plan, repair, screen, sweep, verify
 from bnprobe.report.page import RenderOptions
 from bnprobe.report.repair import RepairReport
 
@@ -56,7 +56,7 @@ FORMATS: Registry[Format] = Registry(
         Format(
             "terminal",
             {
-                Report: scan.render,
+                Report: screen.render,
                 LintReport: lint.render,
                 SweepReport: sweep.render,
                 Plan: plan.render,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -13,7 +13,7 @@ from bnprobe.records import SOURCES, Interval, Layer, Report, ShareIntervals, Sh
 from bnprobe.report import charts, figures
 from bnprobe.report.layers import OUTPUT_CHANGE, on_samples, sign_of
 from bnprobe.report.page import CENTRE, CUT, STYLES, UNMEASURED, Page, pad
-from bnprobe.report.table import Column, Mark, Names, TableLayout, fit, table
+from bnprobe.report.table import Column, Mark, TableLayout, fit, layer_names, table
 from bnprobe.rules.shares import flagging_limit, noise_threshold
 from bnprobe.stats.theory import mismatch_iid
 
@@ -123,11 +123,10 @@ def _why_not(layer: Layer) -> str:
 def _table(rows: Sequence[ShareRow], network: Sequence[Layer], page: Page) -> list[Text]:
     """Names, bars in what room is left, and the columns right of them that fit."""
     names = [row.name for row in rows]
-    marks, among = [row.mark for row in rows], [layer.name for layer in network]
-    (shortest, *columns), room = fit(_layouts(rows), Names(names, marks=marks), page)
+    whole = layer_names(names, [layer.name for layer in network], page, [row.mark for row in rows])
+    (shortest, *columns), room = fit(_layouts(rows), whole, page)
     rest = room + shortest.width(page)
-    longest = max(Names(names).longest(page), len("layer"))
-    fitted = Names(names, marks=marks, among=among, most=min(longest, max(rest - _SHORTEST_BAR, rest // 2)))
+    fitted = replace(whole, most=min(whole.most or rest, max(rest - _SHORTEST_BAR, rest // 2)))
     taken = max(map(cell_len, ["layer", *fitted.fitted(rest, page)]))
     scale = bar_scale(rows, min(rest - taken, _LONGEST_BAR))
     axis = "0" + pad(figures.mismatch(scale.full), scale.width - 1, right=True)
@@ -160,10 +159,10 @@ def _layouts(rows: Sequence[ShareRow]) -> Iterator[TableLayout]:
     estimate = _column("esti-\nmate", rows, lambda row: row.estimate)
     with_impact = any(row.estimate or row.exact for row in rows)
     roomy, narrow = (Column("", [" " * cells] * len(rows)) for cells in (_ROOMY_BAR, _SHORTEST_BAR))
-    yield TableLayout([roomy, total, words, *([exact, estimate] if with_impact else [])], 34)
-    yield TableLayout([narrow, total, short, *([single] if with_impact else [])], 20)
-    yield TableLayout([narrow, total, short], 16)
-    yield TableLayout([narrow, total], 10)
+    yield TableLayout([roomy, total, words, *([exact, estimate] if with_impact else [])])
+    yield TableLayout([narrow, total, short, *([single] if with_impact else [])])
+    yield TableLayout([narrow, total, short])
+    yield TableLayout([narrow, total])
     yield TableLayout([narrow], 0)
 
 
@@ -174,20 +173,26 @@ def _column(heading: str, rows: Sequence[ShareRow], cell: Callable[[ShareRow], s
     return Column(heading, cells, "left" if worded else "point")
 
 
-def _largest(row: ShareRow, words: bool) -> str:
-    """The largest share, as a part of the bar."""
-    drawn = [] if row.shares is None else charts.drawn(row.shares)
+def largest_share(shares: Shares | None) -> tuple[Source, float, float] | None:
+    """The source of most of D, its part of the bar, and D of the bar; None where nothing is drawn."""
+    drawn = [] if shares is None else charts.drawn(shares)
     held = [(source, share) for source, share in drawn if source.field != "data_shift"]  # which comes on top
     total = sum(share for _, share in held)
     if not total:
-        return ""
+        return None
     source, share = max(held, key=lambda pair: pair[1])
-    part = percent(share / total)
-    return (
-        f"{source.words} {part}{_around(source.interval(row.intervals), total)}"
-        if words
-        else f"{source.letter} {part:>4}"
-    )
+    return source, share / total, total
+
+
+def _largest(row: ShareRow, words: bool) -> str:
+    """The largest share, as a part of the bar."""
+    largest = largest_share(row.shares)
+    if largest is None:
+        return ""
+    source, part, total = largest
+    if words:
+        return f"{source.words} {percent(part)}{_around(source.interval(row.intervals), total)}"
+    return f"{source.letter} {percent(part):>4}"
 
 
 def _around(interval: Interval | None, total: float) -> str:

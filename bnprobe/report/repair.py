@@ -415,7 +415,7 @@ def _table(found: Proof, page: Page) -> list[Text]:
     other = "loss" if found.measure == "metric" else "metric"
     kept = [column for column in columns if any(column.cells)]
     # Names are words here, which are not cut.
-    return table(names, dropping(kept, ("steps", "best step", "ended", other), least=page.width), page)
+    return table(names, dropping(kept, ("steps", "best step", "ended", other)), page)
 
 
 def _measures(arms: Sequence[Arm], page: Page) -> list[Column]:

@@ -43,7 +43,7 @@ FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--include": (["a.*"], "layers.include", ("a.*",)),
     "--exclude": (["b.*"], "layers.exclude", ("b.*",)),
 }
-REPORT = {"--format", "--output", "--force", "--all", "--exit-zero"}
+REPORT = {"--format", "--output", "--force", "--verbose", "--all", "--exit-zero"}
 """These say what becomes of the report; the functional tests use each."""
 
 
