@@ -1,6 +1,6 @@
 """The report of a scan on one screen: the verdict, the worst layers, why, what to do, and the next command.
 
-What it leaves out is named in its last line; ``bnprobe.report.scan`` has the whole report.
+What it leaves out is named in a line; ``bnprobe.report.scan`` has the whole report.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from rich.text import Text
 
-from bnprobe.numbers import count, joined, percent
+from bnprobe.numbers import count, joined, listed, percent
 from bnprobe.records import Gap, Layer, Report
-from bnprobe.report import figures, scan
+from bnprobe.report import figures, further, scan
 from bnprobe.report.diagnoses import closing, finding_lines, findings_in_words, limit_of
 from bnprobe.report.layers import MARKED_WORST, has_overflowed, sign_of, worse_path, worst_first
 from bnprobe.report.mismatch import largest_share
@@ -81,9 +81,10 @@ def _parts(report: Report, page: Page, command: str, room: _Room) -> list[list[T
         _layers(report, rows, room.layers, page),
         scan.at_batch_sizes(report.layers, page),
         _findings(report, page, room),
+        page.section("Measured besides", _besides(report)),
         page.section("Notes", notes[: room.notes], rest="    "),
-        [line for step in steps for line in (*page.paragraph(step.why), *page.command(step.command or ""))],
         page.paragraph(_left_out(report, len(notes), room), "dim"),
+        [line for step in steps for line in (*page.paragraph(step.why), *page.command(step.command or ""))],
     ]
 
 
@@ -309,6 +310,26 @@ def _first_sentence(text: str) -> str:
     return text if found is None else found[0]
 
 
+def _besides(report: Report) -> Iterator[str]:
+    """What was asked for beyond the layers, a sentence each: the best remedy, the backward pass, training steps."""
+    told = any(finding.measured for finding in findings_in_words(report.diagnoses[:1], report, show_all=False))
+    if report.remedies and not told and (best := further.remedies_in_words(report)[2]):
+        yield f"Without training: {best[:1].lower()}{best[1:]}"
+    noisy = [(layer, layer.backward) for layer in report.layers if layer.backward is not None]
+    if noisy:
+        worst, noise = max(noisy, key=lambda pair: pair[1].noise)
+        size = figures.equivalent_batch_size(noise.equivalent_batch_size)
+        yield f"The backward pass of {worst.name} is the noisiest, as of {size} values."
+    moved = [(layer, layer.updates) for layer in report.layers if layer.updates is not None]
+    if moved:
+        odd = [layer.name for layer, updates in moved if not further.is_as_configured(layer, updates)]
+        yield (
+            f"Training steps do not update {listed(odd, _NEAREST)} as configured."
+            if odd
+            else further.as_configured(len(moved))
+        )
+
+
 def _notes(report: Report) -> Iterator[tuple[str, Sequence[str]]]:
     for note, names in scan.layers_by_note(report.layers).items():
         yield note, names if len(names) <= _NEAREST else (*names[:_NEAREST], f"{len(names) - _NEAREST} more")
@@ -328,7 +349,7 @@ def _left_out(report: Report, notes: int, room: _Room) -> str:
         "what was skipped": bool(report.skipped),
         "the steps to held-out data" if report.scan.held_out else "the steps to inference": bool(report.summary.gaps),
         "all remedies that were tried": bool(report.remedies),
-        "noise of the backward pass": any(layer.backward for layer in report.layers),
+        "the backward pass": any(layer.backward for layer in report.layers),
         "the training steps": any(layer.updates for layer in report.layers),
         "the rules that passed": bool(report.verdicts),
     }
