@@ -20,6 +20,7 @@ from bnprobe.records.base import (
     Tool,
     leading,
 )
+from bnprobe.records.document import Document, Plotted, Tabular
 from bnprobe.records.findings import (
     EXEMPT,
     FREE_REMEDIES,
@@ -122,6 +123,7 @@ __all__ = [
     "Diagnosis",
     "Difference",
     "Distribution",
+    "Document",
     "Domains",
     "Ending",
     "Environment",
@@ -148,6 +150,7 @@ __all__ = [
     "PathMeasurement",
     "PathValues",
     "Plan",
+    "Plotted",
     "Pool",
     "Proof",
     "Record",
@@ -171,6 +174,7 @@ __all__ = [
     "SweepLayer",
     "SweepPoint",
     "SweepReport",
+    "Tabular",
     "Tool",
     "Tracking",
     "TrainingStep",

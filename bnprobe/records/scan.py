@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bnprobe.records.base import SCHEMA_VERSION, Environment, Record, Tool
+from bnprobe.records.document import Document, Plotted
 from bnprobe.records.findings import Diagnosis, Remedy, Verdict
 from bnprobe.records.layers import Layer, Shares, SkippedLayer
 from bnprobe.records.outputs import Chance, Gap, GradientAngle, Output
@@ -150,8 +151,8 @@ class Scan(Record):
     sample: str = "sample"
 
 
-@dataclass(frozen=True)
-class Report(Record):
+@dataclass(frozen=True, repr=False)
+class Report(Plotted):
     """The result of a scan."""
 
     schema_version: int
@@ -172,8 +173,8 @@ class Report(Record):
         return next((diagnosis for diagnosis in alone if diagnosis.severity == "error"), None)
 
 
-@dataclass(frozen=True)
-class LintReport(Record):
+@dataclass(frozen=True, repr=False)
+class LintReport(Document):
     """The result of a lint.
 
     Attributes:

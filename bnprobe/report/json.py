@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from bnprobe.docstrings import docstring
 from bnprobe.errors import UsageError
@@ -21,6 +21,9 @@ from bnprobe.records import OMITTED_WHEN_EMPTY, SCHEMA_VERSION, Record, RepairRe
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from pydantic import ValidationError
+
+
+_Document = TypeVar("_Document", bound=Record)
 
 
 def dump(record: DataclassInstance, ascii_only: bool = False) -> str:
@@ -92,6 +95,28 @@ def read_report(path: Path) -> Report:
         return load_report(content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+
+
+def read_as(path: Path, record: type[_Document]) -> _Document:
+    """Read the file of a document of one kind.
+
+    Raises:
+        UsageError: The file cannot be read, or is no such document; the message names it.
+    """
+    if record is Report:
+        return read_report(path)  # type: ignore[return-value]
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        document = _parse(read_bounded(path, MOST_BYTES, lambda what: UsageError(f"{path} {what}.")).decode())
+        _check_version(document)
+        if "schema_version" not in {field.name for field in fields(record)}:  # type: ignore[arg-type]
+            del document["schema_version"]
+        return TypeAdapter(record).validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {_explain(error)}") from error
+    except (OSError, UnicodeDecodeError, UsageError) as error:
+        raise UsageError(f"{path} could not be read: {getattr(error, 'strerror', error)}.") from error
 
 
 def _parse(text: str) -> dict[str, Any]:

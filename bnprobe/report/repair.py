@@ -15,7 +15,7 @@ from bnprobe.config.requirements import parse_requirement
 from bnprobe.config.targets import conversion_call, settings_of
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, percent
-from bnprobe.records import Arm, Conclusion, Ending, Estimate, Plan, Proof, RepairRecord, Report, Run
+from bnprobe.records import Arm, Conclusion, Document, Ending, Estimate, Plan, Proof, RepairRecord, Report, Run
 from bnprobe.report import figures
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.json import dump
@@ -50,8 +50,8 @@ class Files:
     log: str | None = None
 
 
-@dataclass(frozen=True)
-class RepairReport:
+@dataclass(frozen=True, repr=False)
+class RepairReport(Document):
     """The result of a repair.
 
     Attributes:

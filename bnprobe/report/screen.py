@@ -25,6 +25,9 @@ from bnprobe.report.table import Column, Mark, TableLayout, fit, layer_names, ta
 MOST_LINES = 40
 """Less is shown of findings, layers and notes until the report has no more lines."""
 
+MOST_ROWS = 9
+"""So many layers, or stages of layers alike, are shown at most."""
+
 _NEAREST = 3
 """So many layers are shown where none is flagged or undecided."""
 
@@ -49,8 +52,8 @@ class _Room:
 
 
 _MUCH_TO_LITTLE = (
-    _Room(9, 3, 3, 3, whole=True),
-    _Room(9, 3, 3, 3),
+    _Room(MOST_ROWS, 3, 3, 3, whole=True),
+    _Room(MOST_ROWS, 3, 3, 3),
     _Room(7, 2, 3, 2),
     _Room(7, 1, 4, 2),
     _Room(5, 1, 3, 1),
@@ -74,11 +77,10 @@ def _parts(report: Report, page: Page, command: str, room: _Room) -> list[list[T
     end, advised = closing(report, command), advised_step(report, command)
     steps = [end.step] if advised is None or advised == end.step else [advised, end.step]
     notes = [*report.scan.notes, *(f"{', '.join(names)}: {note}" for note, names in _notes(report))]
-    rows = _rows(report.layers)
     return [
         scan.header(report, page, scan.ON_SCREEN),
-        page.verdict(end.sign, end.headline, [*end.sentences, *_effect(report)]),
-        _layers(report, rows, room.layers, page),
+        page.verdict(end.sign, end.headline, [*end.sentences, *effect_in_words(report)]),
+        _layers(report, room.layers, page),
         scan.at_batch_sizes(report.layers, page),
         _findings(report, page, room),
         page.section("Measured besides", _besides(report)),
@@ -91,7 +93,7 @@ def _parts(report: Report, page: Page, command: str, room: _Room) -> list[list[T
 # --- The effect on the outputs ----------------------------------------------------------------------------------------
 
 
-def _effect(report: Report) -> list[str]:
+def effect_in_words(report: Report) -> list[str]:
     """Loss and metric in both modes and on held-out data, and how far the outputs are apart."""
     output, gaps = report.summary.output, report.summary.gaps
     apart = scan.output_in_words(replace(output, kl_divergence=None), scores=not gaps)
@@ -211,25 +213,30 @@ def _rows(layers: Sequence[Layer]) -> list[Stage]:
     return sorted(stages(chosen, layers), key=lambda stage: order[stage.worst.name])
 
 
-def _layers(report: Report, rows: Sequence[Stage], most: int, page: Page) -> list[Text]:
-    """The table of the worst rows in network order, and how to read it."""
+def worst_rows(report: Report, most: int = MOST_ROWS) -> tuple[list[Stage], list[Column], int]:
+    """The worst rows in network order with their figures, and how many more rows there are."""
     places = {layer.name: place for place, layer in enumerate(report.layers)}
+    rows = _rows(report.layers)
     shown = sorted(rows[:most], key=lambda stage: places[stage.layers[0].name])
+    return shown, _columns([stage.worst for stage in shown], [len(stage.layers) for stage in shown]), len(rows[most:])
+
+
+def _layers(report: Report, most: int, page: Page) -> list[Text]:
+    """The table of the worst rows, and how to read it."""
+    shown, columns, more = worst_rows(report, most)
     if not shown:
         return []
-    ranks = {stage.name: str(rank) for rank, stage in enumerate(rows[:MARKED_WORST], start=1) if len(rows) > 1}
+    flagged = [stage for stage in _rows(report.layers) if sign_of(stage.worst) == FLAGGED]
+    ranks = {stage.name: str(rank) for rank, stage in enumerate(flagged[:MARKED_WORST], start=1) if len(flagged) > 1}
     signs = [sign_of(stage.worst) for stage in shown]
-    marks = [
-        Mark(sign + (ranks.get(stage.name, "") if sign == FLAGGED else ""), STYLES[sign])
-        for sign, stage in zip(signs, shown, strict=True)
-    ]
-    layouts = _layouts([stage.worst for stage in shown], [len(stage.layers) for stage in shown])
+    marks = [Mark(sign + ranks.get(stage.name, ""), STYLES[sign]) for sign, stage in zip(signs, shown, strict=True)]
     names = layer_names([stage.name for stage in shown], [layer.name for layer in report.layers], page, marks)
-    columns, _ = fit(layouts, names, page)
+    layouts = [TableLayout([each for each in columns if each.heading not in left_out]) for left_out in _DISPENSABLE]
+    fitting, _ = fit(layouts, names, page)
     return [
-        *page.heading(scan.layers_by_sign(report.layers) + (". The worst:" if len(rows) > most else "")),
-        *table(names, [TableLayout(columns)], page),
-        *page.paragraph(_legend({column.heading for column in columns}), "dim"),
+        *page.heading(scan.layers_by_sign(report.layers) + (". The worst:" if more else "")),
+        *table(names, [TableLayout(fitting)], page),
+        *page.paragraph(_legend({column.heading for column in fitting}), "dim"),
     ]
 
 
@@ -242,17 +249,12 @@ _DISPENSABLE = (
 """Columns that are left out until the names fit: as little as need be."""
 
 
-def _layouts(layers: Sequence[Layer], alike: Sequence[int]) -> list[TableLayout]:
-    columns = _columns(layers, alike)
-    return [TableLayout([column for column in columns if column.heading not in left_out]) for left_out in _DISPENSABLE]
-
-
 def _columns(layers: Sequence[Layer], alike: Sequence[int]) -> list[Column]:
     paths = [None if has_overflowed(layer) else worse_path(layer.train, layer.eval) for layer in layers]
     mostly = [_mostly(layer) for layer in layers]
     changes = [_change(layer) for layer in layers]
     return [
-        *([Column(_ALIKE_LAYERS, [str(number) for number in alike])] if max(alike) > 1 else []),
+        *([Column(_ALIKE_LAYERS, [str(number) for number in alike])] if max(alike, default=1) > 1 else []),
         Column("n_eq", [figures.path_equivalent(path) for path in paths], "point"),
         Column(_LIMIT, [f"{limit_of(layer):.3g}" for layer in layers], "point"),
         Column(_MISMATCH, [UNMEASURED if path is None else figures.mismatch(path.mismatch) for path in paths], "point"),
