@@ -20,6 +20,7 @@ from bnprobe.report import RenderOptions, render
 from bnprobe.report.repair import RepairReport
 
 ELEMENTS = {"div", "p", "b", "br", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre"}
+ELEMENTS = {"div", "p", "b", "br", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre"}
 HOSTILE = '<script>alert("x")</script> & \x1b[2J'
 
 
@@ -76,21 +77,7 @@ def test_a_fragment_is_well_formed_and_runs_nothing(kind: str, name: str) -> Non
     parser = Elements()
     parser.feed(document(kind, name)._repr_html_())  # type: ignore[attr-defined]
     assert parser.open == []
-    assert parser.seen <= {
-        "div",
-        "p",
-        "b",
-        "br",
-        "table",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-        "details",
-        "summary",
-        "pre",
-    }
+    assert parser.seen <= ELEMENTS
 
 
 def test_hostile_text_is_shown_in_a_fragment() -> None:
