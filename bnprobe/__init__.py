@@ -1,6 +1,6 @@
 """bnprobe: find the Batch Normalization layers that behave differently in training and at inference.
 
-``bnprobe.scan(model, batches, batch_size=2)`` measures; ``bnprobe.report.render(report)`` gives its report as text.
+``report = bnprobe.scan(model, batches, batch_size=2)`` measures, and ``print(report)`` shows what was found.
 Everything that users may rely on is listed in ``__all__``, in ``bnprobe.nn`` and in ``bnprobe.errors``. Other packages
 extend bnprobe through the registries of ``docs/extending.md``. All else is internal.
 """
@@ -13,20 +13,26 @@ from bnprobe._version import __version__
 
 if TYPE_CHECKING:
     from bnprobe import errors, nn, report
+    from bnprobe.commands.export import export
     from bnprobe.commands.lint import lint
     from bnprobe.commands.scan import scan
     from bnprobe.commands.sweep import sweep
     from bnprobe.commands.verify import verify
-    from bnprobe.records import Report
+    from bnprobe.records import ExportReport, LintReport, Report, SweepReport, Verification
     from bnprobe.repairs import convert, deployable_state
     from bnprobe.repairs.recalibration import recalibrate
 
 __all__ = [
+    "ExportReport",
+    "LintReport",
     "Report",
+    "SweepReport",
+    "Verification",
     "__version__",
     "convert",
     "deployable_state",
     "errors",
+    "export",
     "lint",
     "nn",
     "recalibrate",
@@ -37,9 +43,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ExportReport": "bnprobe.records",
+    "LintReport": "bnprobe.records",
     "Report": "bnprobe.records",
+    "SweepReport": "bnprobe.records",
+    "Verification": "bnprobe.records",
     "convert": "bnprobe.repairs",
     "deployable_state": "bnprobe.repairs",
+    "export": "bnprobe.commands.export",
     "lint": "bnprobe.commands.lint",
     "recalibrate": "bnprobe.repairs.recalibration",
     "scan": "bnprobe.commands.scan",

@@ -22,9 +22,9 @@ WIDTH = 80
 CHARACTER = 12.2  # width of one in rich's pictures
 LEFT_OUT = "  ⋮"
 PARTS = (  # first and last line of each part
-    (r"\d+ BatchNorm2d layers", r" +1/4 +1 "),
-    (r"Where the mismatch at inference comes from", r"│ "),
+    (r"✗ \d+ of \d+ layers", r"n_eq: "),
     (r" +✗ Non-i.i.d. batches", r" +sources; then continue training"),
+    (r"To convert the layers", r" +--blend"),
 )
 
 

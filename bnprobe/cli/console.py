@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TextIO
 
 from rich.cells import cell_len
@@ -20,33 +21,40 @@ from bnprobe.report import Renderer, RenderOptions, figures
 from bnprobe.report.page import clean
 
 
-def print_report(document: object, render: Renderer, show_all: bool = False, command: str | None = None) -> None:
+def print_report(
+    document: object, render: Renderer, options: RenderOptions | None = None, command: str | None = None
+) -> None:
     """Render a document for the terminal that stdout is, or the pipe, and write it there.
 
     Args:
         document: What is rendered.
         render: A format's function for it.
-        show_all: Show every layer.
+        options: How much is shown; what the terminal shows is seen to.
         command: The command that suggestions are variants of; None: the one that runs; empty: not known.
 
     Raises:
         OutputError: It could not be written.
     """
-    options = _terminal_options(show_all, typed_command() if command is None else command)
+    asked, options = options or RenderOptions(), _terminal_options(typed_command() if command is None else command)
+    options = replace(options, show_all=asked.show_all, verbose=asked.verbose)
     text = render(document, options)
     write_out(text if options.color else escaped_lines(text))
 
 
-def _terminal_options(show_all: bool, command: str) -> RenderOptions:
+def _terminal_options(command: str) -> RenderOptions:
     stdout = start().stdout
-    terminal = stdout is not None and stdout.isatty()
     return RenderOptions(
         width=_columns(stdout),
-        color=terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb",
-        show_all=show_all,
+        color=stdout is not None and _takes_color(stdout),
         unicode=_can_encode("✗▁█│×", None if stdout is None else stdout.encoding),
         command=command,
     )
+
+
+def _takes_color(stdout: TextIO) -> bool:
+    """Whether colours are wanted, and shown, by what rich goes by: the terminal, TERM, NO_COLOR and FORCE_COLOR."""
+    console = Console(file=stdout)
+    return console.color_system is not None and not console.no_color
 
 
 def _columns(stdout: TextIO | None) -> int:

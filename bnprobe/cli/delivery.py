@@ -48,6 +48,7 @@ class Delivery:
         folder: The folder of the files, which need not exist.
         force: Whether files may be replaced.
         show_all: Whether reports show every layer.
+        verbose: Whether the report for people is the whole one.
         typed: The command that suggestions are variants of; None: the one that runs; empty: not known.
 
     Raises:
@@ -65,6 +66,7 @@ class Delivery:
         folder: Path | None = None,
         force: bool = False,
         show_all: bool = False,
+        verbose: bool = False,
         typed: str | None = None,
     ) -> None:
         names = list(dict.fromkeys(formats or [TERMINAL]))
@@ -74,7 +76,8 @@ class Delivery:
         if folder is None and len(names) > 1:
             raise UsageError(f"--format {' --format '.join(names)} needs a file for each: give --output-dir DIR.")
         self._for_people = renderer(TERMINAL, document)
-        self._folder, self._force, self._show_all = folder, force, show_all
+        self._folder, self._force = folder, force
+        self._options = RenderOptions(show_all=show_all, verbose=verbose)
         self._typed = typed_command() if typed is None else typed
         self._stdout: Renderer | None = None
         self._files: dict[Path, Renderer] = {}
@@ -123,7 +126,7 @@ class Delivery:
         for text in streamed:
             write_out(text)
         if not streamed and start().stdout is not None:
-            print_report(document, self._stdout or self._for_people, self._show_all, self._typed)
+            print_report(document, self._stdout or self._for_people, self._options, self._typed)
         if texts:
             say(f"Report written to {', '.join(map(str, texts))}.")
         if also:
@@ -142,7 +145,7 @@ class Delivery:
         Raises:
             OutputError: Something could not be written, or has come into being meanwhile and is not to be replaced.
         """
-        options = RenderOptions(show_all=self._show_all, command=self._typed)
+        options = replace(self._options, command=self._typed)
         texts = {path: escaped_lines(render(document, options)) for path, render in self._files.items()}
         written = {path: text for path, text in texts.items() if str(path) not in STDOUT}
         if self._folder is not None:

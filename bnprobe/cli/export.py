@@ -88,16 +88,7 @@ def export(
     agrees = exported.relative <= tolerance
     if agrees:
         write_all({placed(path): exported.content}, force)
-    report = ExportReport(
-        format=exported.format,
-        model=exported.model,
-        checkpoint=exported.checkpoint,
-        output=str(path) if agrees else None,
-        tolerance=tolerance,
-        differences=exported.differences,
-        quantization=exported.quantization,
-        notes=exported.notes,
-    )
+    report = exported.report(str(path) if agrees else None, tolerance)
     delivery.deliver(report)
     raise typer.Exit(EXIT_CLEAN if agrees else EXIT_FINDINGS)
 

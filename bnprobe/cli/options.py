@@ -273,6 +273,7 @@ KnownFindings = Annotated[
 WriteBaseline = Annotated[
     Path | None, option(REPORT, "--write-baseline", "Write the findings to FILE, to be known from now on.", "FILE")
 ]
+Verbose = Annotated[bool, option(REPORT, "--verbose", "Print the whole report, not what fits a screen.")]
 ShowAll = Annotated[bool, option(REPORT, "--all", "Show every layer of a large network.")]
 ExitZero = Annotated[bool, option(REPORT, "--exit-zero", "Exit 0 even with findings.")]
 

@@ -84,6 +84,7 @@ def scan(
     baseline: options.KnownFindings = None,
     write_baseline: options.WriteBaseline = None,
     force: options.ForceReport = False,
+    verbose: options.Verbose = False,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
@@ -104,7 +105,9 @@ def scan(
         several = Several(paths, format_, output=output, folder=output_dir, force=force, show_all=show_all)
         several.check(target, alone={"--baseline": baseline, "--write-baseline": write_baseline})
         raise typer.Exit(several.scan(build_spec(target, options.overrides(context)), _measure, exit_zero))
-    delivery = Delivery("scan", Report, format_, output=output, folder=output_dir, force=force, show_all=show_all)
+    delivery = Delivery(
+        "scan", Report, format_, output=output, folder=output_dir, force=force, show_all=show_all, verbose=verbose
+    )
     baselines = Baselines(baseline, write_baseline)
     if is_main():
         delivery.check(baselines.read, baselines.written)

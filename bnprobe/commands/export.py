@@ -7,9 +7,12 @@ import itertools
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,16 +33,22 @@ from bnprobe.commands.exporters import (
 from bnprobe.config.exporters import EXPORTERS, ExportFormat
 from bnprobe.config.spec import Spec
 from bnprobe.errors import RepairError, UsageError, UserCodeError, message_of
+from bnprobe.files import require_new, write_all
+from bnprobe.loading.data import as_batch_source
+from bnprobe.loading.model import unwrapped
 from bnprobe.loading.samples import count_samples
 from bnprobe.loading.workload import Workload, load_workload
 from bnprobe.measure.batch import CannotEmulateError, check_finite, join, pick, tensors_of
 from bnprobe.measure.reader import lasting
-from bnprobe.measure.restore import preserved_random_state, seed_everything
+from bnprobe.measure.restore import preserved_generators, preserved_random_state, seed_everything
 from bnprobe.measure.session import default_forward, forward_all
-from bnprobe.records import Difference
+from bnprobe.records import Difference, ExportReport
 
 BATCHES = 3
 """Batches of the user's data to check the file on, in addition to one of another size and one of a single sample."""
+
+TOLERANCE = 1e-5
+"""Largest accepted difference of the outputs, relative to the largest output."""
 
 _SYNTHETIC_BATCH = 4
 
@@ -72,6 +81,89 @@ class Exported:
         """The largest relative difference; 0 if the file could not be run."""
         return max((each.relative for each in self.differences), default=0.0)
 
+    def report(self, output: str | None, tolerance: float) -> ExportReport:
+        """What was exported and compared.
+
+        Args:
+            output: The file that was written; None: none was.
+            tolerance: The largest relative difference that was accepted.
+        """
+        compared = self.differences, self.quantization
+        return ExportReport(self.format, self.model, self.checkpoint, output, tolerance, *compared, self.notes)
+
+
+def export(
+    model: nn.Module,
+    batches: Any,
+    path: str | PathLike[str],
+    batch_size: int | None = None,
+    *,
+    to: str | None = None,
+    quantize: bool = False,
+    tolerance: float = TOLERANCE,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    batch_size_of: Callable[[Any], int] | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> ExportReport:
+    """Export ``model`` for inference, and check that the file gives its outputs, at other batch sizes too.
+
+    A copy is exported, in eval mode from the CPU: the model comes back as it was.
+
+    Args:
+        model: Any module, on any device.
+        batches: As for ``bnprobe.scan``: the examples to trace with, and to check the file on.
+        path: The file. It is written only if the outputs agree.
+        batch_size: Samples per batch; a DataLoader is rebuilt with it. None: the loader's own.
+        to: The format, e.g. "onnx"; None: by the ending of ``path``.
+        quantize: Quantize to 8 bits with torch.ao, calibrated on the batches.
+        tolerance: Largest accepted difference of the outputs, relative to the largest output.
+        forward: ``f(model, batch)``, as in a model file.
+        batch_size_of: ``f(batch)`` that gives the number of samples, where neither loader nor batch shows it.
+        seed: Seed of torch, numpy and random.
+        force: Replace a file that exists.
+
+    Returns:
+        What was compared; ``ok`` says whether the file was written.
+
+    Raises:
+        RepairError: The model cannot be exported, or the file cannot be run.
+        BnprobeError: See ``bnprobe.errors`` for the tree.
+
+    Example:
+        >>> report = bnprobe.export(model, loader, folder / "model.pt2")
+        >>> report.ok
+        True
+    """
+    target = Path(path)
+    format_ = format_named(to or _format_of(target), quantize)
+    require_new([target], force, "path")
+    with preserved_random_state(), preserved_generators(batches), torch.no_grad():
+        seed_everything(seed)
+        source = as_batch_source(batches, batch_size, batch_size_of=batch_size_of)
+        inner, note = unwrapped(model)
+        notes = (note,) if note else ()
+        copied = Workload(
+            deepcopy(inner), type(inner).__name__, None, source, None, forward, None, None, (*notes, *source.notes)
+        )
+        made = _exported(copied, format_, quantize)
+    if agrees := made.relative <= tolerance:
+        write_all({target: made.content}, force)
+    return made.report(str(target) if agrees else None, tolerance)
+
+
+def _format_of(path: Path) -> str:
+    """The format whose files end as this one.
+
+    Raises:
+        UsageError: There is none.
+    """
+    found = next((each.name for each in EXPORTERS if each.suffix == path.suffix), None)
+    if found is None:
+        endings = ", ".join(f"{each.suffix} ({each.name})" for each in EXPORTERS)
+        raise UsageError(f"What {path} is to hold its ending does not say: give to=..., or one of {endings}.")
+    return found
+
 
 def export_spec(spec: Spec, to: str, quantize: bool = False) -> Exported:
     """Load what a spec names, export it in eval mode from the CPU, and check the file.
@@ -83,25 +175,31 @@ def export_spec(spec: Spec, to: str, quantize: bool = False) -> Exported:
     format_ = format_named(to, quantize)
     with preserved_random_state(), torch.no_grad():
         seed_everything(spec.data.seed)
-        workload = load_workload(_with_batch_size(spec))
-        model = workload.model.cpu().eval()
-        cases, fixed = _cases(workload, model)
-        before = [(images, model(*arguments)) for images, arguments in cases]
-        changes: tuple[Difference, ...] = ()
-        if quantize:
-            model = quantized(model, [arguments for _, arguments in cases])
-            changes = tuple(
-                difference(output, model(*arguments), images)
-                for (images, output), (_, arguments) in zip(before, cases, strict=True)
-            )
-        written, run, fixed = _export(format_, model, cases, fixed)
-        found = tuple(_checked(to, model, run, cases, fixed)) if run else ()
+        return _exported(load_workload(_with_batch_size(spec)), format_, quantize)
+
+
+def _exported(workload: Workload, format_: ExportFormat, quantize: bool) -> Exported:
+    """Export the workload's own model, which is moved and put into eval mode, and check the file."""
+    model = workload.model.cpu().eval()
+    cases, fixed = _cases(workload, model)
+    before = [(images, model(*arguments)) for images, arguments in cases]
+    changes: tuple[Difference, ...] = ()
+    if quantize:
+        model = quantized(model, [arguments for _, arguments in cases])
+        changes = tuple(
+            difference(output, model(*arguments), images)
+            for (images, output), (_, arguments) in zip(before, cases, strict=True)
+        )
+    written, run, fixed = _export(format_, model, cases, fixed)
+    found = tuple(_checked(format_.name, model, run, cases, fixed)) if run else ()
     notes = [*workload.notes, *written.notes]
     if run is None:
         notes.append(
-            f"The outputs were not checked, because {format_.runtime}, which runs {to} files, is not installed."
+            f"The outputs were not checked, because {format_.runtime}, which runs {format_.name} files, is not"
+            " installed."
         )
-    return Exported(to, workload.model_name, workload.checkpoint, written.content, found, changes, tuple(notes))
+    named, weights = workload.model_name, workload.checkpoint
+    return Exported(format_.name, named, weights, written.content, found, changes, tuple(notes))
 
 
 def format_named(name: str, quantize: bool) -> ExportFormat:

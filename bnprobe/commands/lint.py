@@ -33,6 +33,13 @@ def lint(model: nn.Module, *, select: Sequence[str] = (), ignore: Sequence[str] 
     Raises:
         NothingToProbeError: The model has no BN layer that its class gives away.
         UsageError: No rule of a code exists, or no rule selected can judge a model alone.
+
+    Example:
+        >>> found = bnprobe.lint(model)
+        >>> found.ok
+        True
+        >>> found.diagnoses
+        ()
     """
     inner, _ = unwrapped(model)
     rules = RulesSpec(select=tuple(select), ignore=tuple(ignore))

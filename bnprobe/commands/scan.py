@@ -79,10 +79,21 @@ def scan(
         **settings: Any field of ``bnprobe.config.spec.ScanSettings`` but ``batches``: max_batches, seed, device, ...
 
     Returns:
-        The report; ``bnprobe.report.render`` writes it as text.
+        The report. ``print`` shows it as the command line does.
 
     Raises:
         BnprobeError: See ``bnprobe.errors`` for the tree; its ``report`` holds what was measured before.
+
+    Example:
+        >>> report = bnprobe.scan(model, loader, batch_size=2, num_batches=16)
+        >>> report
+        <Report: Sequential, 1 of 1 layer flagged, 1 error: batches too small>
+        >>> report.ok
+        False
+        >>> report["1"].eval.equivalent_batch_size < 14
+        True
+        >>> [diagnosis.rule for diagnosis in report.diagnoses]
+        ['BN201']
     """
     given = settings_from({"batch_size": batch_size, "batches": num_batches, **settings})
     with preserved_random_state(), preserved_generators(batches, evaluation):

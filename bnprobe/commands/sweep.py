@@ -54,7 +54,7 @@ def sweep(
     *,
     batch_sizes: Sequence[int] | None = None,
     train_sizes: Sequence[int] = (),
-    momentum: MomentumPlan | None = None,
+    momentum: MomentumPlan | Sequence[float | None] | bool | None = None,
     num_batches: int | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     batch_size_of: Callable[[Any], int] | None = None,
@@ -71,7 +71,8 @@ def sweep(
         batch_size: As for ``bnprobe.scan``: the size for which layers are flagged.
         batch_sizes: Sizes of the eval path; None: those of 1, 2, 4, ..., 64 for which there is enough data.
         train_sizes: Sizes at which the train path is measured too.
-        momentum: Rates of the running average to replay; None: none.
+        momentum: Rates of the running average to replay, e.g. (0.1, 0.01, None), where None is the cumulative average;
+            True: 0.3 to 0.001. None: nothing is replayed.
         num_batches: Exact number of micro-batches; None: at least as many as the largest size needs.
         forward: ``f(model, batch)``, as in a model file.
         batch_size_of: ``f(batch)`` that gives the number of samples, where neither loader nor batch shows it.
@@ -80,6 +81,13 @@ def sweep(
 
     Raises:
         BnprobeError: See ``bnprobe.errors`` for the tree.
+
+    Example:
+        >>> sweep = bnprobe.sweep(model, loader, batch_size=2, batch_sizes=[2, 4, 16])
+        >>> sweep.smallest.likely
+        16
+        >>> len(sweep.to_frame())
+        4
     """
     given = settings_from({"batch_size": batch_size, "batches": num_batches, **settings})
     inner, _ = unwrapped(model)
@@ -93,7 +101,15 @@ def sweep(
     with preserved_random_state(), preserved_generators(batches):
         source = as_batch_source(batches, batch_size, batch_size_of=batch_size_of)
         subject = _Subject(scan_with, _Material(inner, source, forward), given, may_extend)
-        return _sweep(subject, SweepPlan(sizes, tuple(train_sizes), momentum), progress)
+        return _sweep(subject, SweepPlan(sizes, tuple(train_sizes), _rates(momentum)), progress)
+
+
+def _rates(given: MomentumPlan | Sequence[float | None] | bool | None) -> MomentumPlan | None:
+    if given is None or isinstance(given, MomentumPlan):
+        return given
+    if isinstance(given, bool):
+        return MomentumPlan() if given else None
+    return MomentumPlan(rates=tuple(given))
 
 
 def sweep_spec(spec: Spec, plan: SweepPlan, progress: Progress = no_progress) -> SweepReport:

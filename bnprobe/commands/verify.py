@@ -26,6 +26,12 @@ def verify(before: Report, after: Report) -> Verification:
 
     Raises:
         UsageError: The reports have no layer in common.
+
+    Example:
+        >>> before = bnprobe.scan(model, loader, batch_size=2)
+        >>> after = bnprobe.scan(bnprobe.convert(model, before), loader, batch_size=2)
+        >>> bnprobe.verify(before, after).ok
+        True
     """
     first, last = ({layer.name: layer for layer in report.layers} for report in (before, after))
     require_common(before, after)

@@ -35,6 +35,7 @@ from bnprobe.records.comparison import (
     LayerTrend,
     Trend,
 )
+from bnprobe.records.document import Document, Plotted, Tabular
 from bnprobe.records.findings import (
     EXEMPT,
     FREE_REMEDIES,
@@ -146,6 +147,7 @@ __all__ = [
     "Diagnosis",
     "Difference",
     "Distribution",
+    "Document",
     "Domains",
     "Ending",
     "Environment",
@@ -175,6 +177,7 @@ __all__ = [
     "PathMeasurement",
     "PathValues",
     "Plan",
+    "Plotted",
     "Pool",
     "Proof",
     "Record",
@@ -198,6 +201,7 @@ __all__ = [
     "SweepLayer",
     "SweepPoint",
     "SweepReport",
+    "Tabular",
     "Tool",
     "Tracking",
     "TrainingStep",

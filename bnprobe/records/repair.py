@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bnprobe.records.base import Environment, Estimate, Measure, Record, Score, Tool
+from bnprobe.records.document import Document, Tabular
 
 Ending = Literal["finished", "early_stop", "diverged"]
 """How a training run ended."""
@@ -41,8 +42,8 @@ class Refusal(Record):
     reason: str
 
 
-@dataclass(frozen=True)
-class Plan(Record):
+@dataclass(frozen=True, repr=False)
+class Plan(Document):
     """What a repair would change; planning changes nothing.
 
     Attributes:
@@ -282,8 +283,8 @@ class LayerComparison(Record):
     lost: bool = False
 
 
-@dataclass(frozen=True)
-class Verification(Record):
+@dataclass(frozen=True, repr=False)
+class Verification(Tabular):
     """Two reports of one model, compared.
 
     Attributes:
@@ -322,8 +323,8 @@ class Difference(Record):
     relative: float
 
 
-@dataclass(frozen=True)
-class ExportReport(Record):
+@dataclass(frozen=True, repr=False)
+class ExportReport(Document):
     """The result of an export.
 
     Attributes:

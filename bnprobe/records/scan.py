@@ -7,6 +7,7 @@ from typing import Literal
 
 from bnprobe.records.base import SCHEMA_VERSION, Environment, Record, Tool
 from bnprobe.records.baseline import BaselineComparison
+from bnprobe.records.document import Document, Plotted
 from bnprobe.records.findings import Diagnosis, Remedy, Verdict
 from bnprobe.records.layers import Layer, Shares, SkippedLayer
 from bnprobe.records.outputs import Chance, Gap, GradientAngle, Output
@@ -156,8 +157,8 @@ class Scan(Record):
     taken: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Report(Record):
+@dataclass(frozen=True, repr=False)
+class Report(Plotted):
     """The result of a scan.
 
     Attributes:
@@ -183,8 +184,8 @@ class Report(Record):
         return next((diagnosis for diagnosis in alone if diagnosis.severity == "error"), None)
 
 
-@dataclass(frozen=True)
-class LintReport(Record):
+@dataclass(frozen=True, repr=False)
+class LintReport(Document):
     """The result of a lint.
 
     Attributes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bnprobe.records.base import Environment, Interval, Record, Tool
+from bnprobe.records.document import Plotted
 from bnprobe.records.layers import SkippedLayer
 from bnprobe.records.scan import Scan
 
@@ -159,8 +160,8 @@ class MomentumSweep(Record):
     layers: tuple[MomentumCurve, ...]
 
 
-@dataclass(frozen=True)
-class SweepReport(Record):
+@dataclass(frozen=True, repr=False)
+class SweepReport(Plotted):
     """The result of a sweep.
 
     Attributes:

@@ -26,6 +26,11 @@ def deployable_state(converted: nn.Module, original: nn.Module, *, domain: int |
     Raises:
         RepairError: A layer is not BN at inference, or keys or shapes are not those of the original.
         UsageError: A layer has no such domain.
+
+    Example:
+        >>> repaired = bnprobe.convert(model)
+        >>> model.load_state_dict(bnprobe.deployable_state(repaired, model))
+        <All keys matched successfully>
     """
     here = dict(converted.named_modules(remove_duplicate=False))
     for name, layer in original.named_modules(remove_duplicate=False):

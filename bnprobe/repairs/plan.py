@@ -55,6 +55,13 @@ def convert(
     Raises:
         RepairError: A layer cannot be converted (then none is), or the report is from another model.
         UsageError: An option is unknown, has a wrong value, or has no effect on layers of ``to``.
+
+    Example:
+        >>> report = bnprobe.scan(model, loader, batch_size=2)
+        >>> repaired = bnprobe.convert(model, report)  # the layers that it flags, to Batch Renorm
+        >>> repaired[1]
+        BatchRenorm2d(4, eps=1e-05, momentum=0.01, affine=True, r_max=3, d_max=5)
+        >>> frozen = bnprobe.convert(model, ["1"], to="frozen")
     """
     spec = _spec({"to": to, **options})
     refuse_wrapped(model)

@@ -69,8 +69,8 @@ class Recalibrated:
 def recalibrate(
     model: nn.Module,
     batches: Any,
-    *,
     batch_size: int | None = None,
+    *,
     num_batches: int | None = None,
     path: StatisticsPath = "train",
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -118,6 +118,11 @@ def recalibrate(
 
     Raises:
         BnprobeError: See ``bnprobe.errors`` for the tree.
+
+    Example:
+        >>> model = bnprobe.recalibrate(model, loader, batch_size=32)
+        >>> int(model[1].num_batches_tracked)
+        2
 
     Warns:
         UserWarning: There are fewer than ``num_batches`` batches.

@@ -27,7 +27,7 @@ from bnprobe.report import (
     plan,
     repair,
     sarif,
-    scan,
+    screen,
     sweep,
     verify,
 )
@@ -99,7 +99,7 @@ FORMATS: Registry[Format] = Registry(
         Format(
             "terminal",
             {
-                Report: scan.render,
+                Report: screen.render,
                 LintReport: lint.render,
                 SweepReport: sweep.render,
                 Plan: plan.render,

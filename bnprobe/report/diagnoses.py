@@ -45,17 +45,19 @@ class Closing:
         sign: What stands before it.
         sentences: What qualifies it.
         step: What to do next.
+        worst: Which layers are worst, where no diagnosis names them, a sentence or two.
     """
 
     headline: str
     sign: str
     sentences: tuple[str, ...]
     step: NextStep
+    worst: str = ""
 
 
 def closing_lines(end: Closing, report: Report, page: Page, show_all: bool) -> list[Text]:
     """The verdict, the diagnoses, the rules that found nothing, and the next command."""
-    lines = page.verdict(end.sign, end.headline, end.sentences)
+    lines = page.verdict(end.sign, end.headline, [end.worst, *end.sentences])
     lines += findings(report, page, show_all)
     lines += rules(report.verdicts, page, show_all)
     lines += page.paragraph(end.step.why, first="  ")
@@ -78,15 +80,14 @@ def closing(report: Report, command: str) -> Closing:
 
 
 def _flagged(report: Report, flagged: list[Layer], command: str) -> Closing:
-    worst = "" if report.diagnoses else _worst(flagged)
     undecided = len(with_sign(report.layers, UNDECIDED))
-    also = f"{count(undecided, 'more layer')} {_are(undecided)} undecided." if undecided else ""
-    sentences = (worst, also, *_caveats(report))
+    also = [f"{count(undecided, 'more layer')} {_are(undecided)} undecided."] if undecided else []
     return Closing(
         headline=f"{_share(len(flagged), report)} flagged: training and inference normalize differently.",
         sign=FLAGGED,
-        sentences=tuple(filter(None, sentences)),
+        sentences=(*also, *_caveats(report)),
         step=_step(report, command, next_step.batch_size_step(report, command)),
+        worst="" if report.diagnoses else _worst(flagged),
     )
 
 
@@ -95,8 +96,9 @@ def _harmless(report: Report, flagged: list[Layer], change: effect.Change, comma
     return Closing(
         headline=f"{_share(len(flagged), report)} flagged, but {change.words(*effect.STATISTICS)}.",
         sign=SEVERITY_SIGNS["warning"],
-        sentences=tuple(filter(None, ("" if report.diagnoses else _worst(flagged), *_caveats(report)))),
+        sentences=_caveats(report),
         step=_step(report, command, next_step.keep_step(command)),
+        worst="" if report.diagnoses else _worst(flagged),
     )
 
 
@@ -253,12 +255,12 @@ def _behaviour(layer: Layer) -> str:
     path = worse_path(layer.train, layer.eval)
     if path is not None and path.mismatch >= 2:
         return f"differs more than small batches can explain, D = {figures.mismatch(path.mismatch)}"
-    limit = _limit(layer)
+    limit = limit_of(layer)
     size = UNMEASURED if path is None else figures.below(path.equivalent_batch_size, limit)
     return f"behaves as if the batch were {size} values, and its limit is {_limit_in_words(layer)}"
 
 
-def _limit(layer: Layer) -> float:
+def limit_of(layer: Layer) -> float:
     """The n_eq below which the layer is flagged."""
     return equivalent_batch_size(flagging_limit(layer)) or layer.threshold
 
@@ -267,13 +269,13 @@ def _limit_in_words(layer: Layer) -> str:
     """The n_eq below which the layer is flagged, and where that lies."""
     noise = noise_threshold(layer.threshold)
     if noise == layer.threshold or layer.shares is None:
-        return figures.plain(_limit(layer))
+        return figures.plain(limit_of(layer))
     ends = f"{figures.plain(noise)} for noise of batches and {figures.plain(layer.threshold)} for all else"
-    return f"{_limit(layer):.3g}, between {ends}"
+    return f"{limit_of(layer):.3g}, between {ends}"
 
 
 def _straddling(layer: Layer) -> str:
-    for limit, words in ((_limit(layer), _limit_in_words(layer)), (layer.threshold, figures.plain(layer.threshold))):
+    for limit, words in ((limit_of(layer), _limit_in_words(layer)), (layer.threshold, figures.plain(layer.threshold))):
         for mode, path in (("train", layer.train), ("eval", layer.eval)):
             if path is not None and _contains(path.equivalent_batch_size_interval, limit):
                 span = figures.equivalent_interval(path.equivalent_batch_size_interval)
@@ -317,7 +319,7 @@ def findings(report: Report, page: Page, show_all: bool) -> list[Text]:
     numbered = len(report.diagnoses) > 1
     lines: list[Text] = []
     for number, finding in enumerate(findings_in_words(shown, report, show_all), start=1):
-        lines += [Text(), *_finding(finding, f"{number} " if numbered else "", page)]
+        lines += [Text(), *finding_lines(finding, f"{number} " if numbered else "", page)]
     left_out = len(report.diagnoses) - len(shown)
     if left_out:
         lines += [Text(), *page.paragraph(f"and {left_out} more; --all shows all.", first="  ")]
@@ -413,7 +415,8 @@ def _exempted(verdicts: Sequence[Verdict]) -> list[str]:
     ]
 
 
-def _finding(found: Finding, number: str, page: Page) -> list[Text]:
+def finding_lines(found: Finding, number: str, page: Page) -> list[Text]:
+    """A finding on the page, after its number."""
     start = f"  {page.clean(SEVERITY_SIGNS[found.severity])} {number}"
     title = page.paragraph(found.title, style="bold", first=start)
     title[0].stylize(SEVERITY_STYLES[found.severity], 2, len(start))

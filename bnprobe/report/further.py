@@ -29,7 +29,7 @@ from bnprobe.records import (
 from bnprobe.report import figures
 from bnprobe.report.next_step import NextStep
 from bnprobe.report.page import ARROW, DEGREE, UNMEASURED, Page
-from bnprobe.report.table import Column, Mark, Names, TableLayout, arrows, dropping, table
+from bnprobe.report.table import Column, Mark, Names, TableLayout, arrows, dropping, layer_names, table
 from bnprobe.rules import effect
 
 # --- Gaps -------------------------------------------------------------------------------------------------------------
@@ -409,7 +409,7 @@ def backward(report: Report, page: Page, show_all: bool) -> list[Text]:
             Column("n_eq backward", [figures.equivalent_batch_size(noise.equivalent_batch_size) for _, noise in shown]),
             Column("95%", [noise_interval(noise) for _, noise in shown], "left"),
         ]
-        lines += _layer_table([layer for layer, _ in shown], columns, page)
+        lines += _layer_table([layer for layer, _ in shown], report.layers, columns, page)
         lines += _more(len(found) - len(shown), "with less noise", page)
     return [*lines, *(page.paragraph(angle_in_words(angle), first="  ") if angle is not None else [])]
 
@@ -448,7 +448,7 @@ def updates(report: Report, page: Page, show_all: bool) -> list[Text]:
             Column("configured", [_rate(moved.configured) for moved in moves]),
             Column("drift", [f"{moved.drift:.2g}" for moved in moves]),
         ]
-        lines += _layer_table([layer for layer, _ in shown], columns, page)
+        lines += _layer_table([layer for layer, _ in shown], report.layers, columns, page)
         lines += _more(0 if show_all else len(odd) - len(shown), "not as configured", page)
     sentences = [largest_drift(found)]
     if shown:
@@ -500,11 +500,14 @@ def _rate(rate: float | None) -> str:
     return UNMEASURED if rate is None else figures.plain(rate)
 
 
-def _layer_table(layers: Sequence[Layer], columns: Sequence[Column], page: Page) -> list[Text]:
+def _layer_table(
+    layers: Sequence[Layer], network: Sequence[Layer], columns: Sequence[Column], page: Page
+) -> list[Text]:
     """Columns are dropped where the page is too narrow, the last first; points stand in line."""
     aligned = [replace(column, align="point") if column.align == "right" else column for column in columns]
     expendable = [column.heading for column in aligned[:0:-1]]
-    return table(Names([layer.name for layer in layers]), dropping(aligned, expendable), page)
+    names = layer_names([layer.name for layer in layers], [layer.name for layer in network], page)
+    return table(names, dropping(aligned, expendable), page)
 
 
 def _more(number: int, what: str, page: Page) -> list[Text]:

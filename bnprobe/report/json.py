@@ -193,6 +193,28 @@ def _read(path: Path, load: Callable[[str], _Document]) -> _Document:
         raise UsageError(f"{path}: {error}") from None
 
 
+def read_as(path: Path, record: type[_Document]) -> _Document:
+    """Read the file of a document of one kind.
+
+    Raises:
+        UsageError: The file cannot be read, or is no such document; the message names it.
+    """
+    if record is Report:
+        return read_report(path)  # type: ignore[return-value]
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        document = _parse(read_bounded(path, MOST_BYTES, lambda what: UsageError(f"{path} {what}.")).decode())
+        _check_version(document)
+        if "schema_version" not in {field.name for field in fields(record)}:  # type: ignore[arg-type]
+            del document["schema_version"]
+        return TypeAdapter(record).validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {_explain(error)}") from error
+    except (OSError, UnicodeDecodeError, UsageError) as error:
+        raise UsageError(f"{path} could not be read: {getattr(error, 'strerror', error)}.") from error
+
+
 def _parse(text: str) -> dict[str, Any]:
     try:
         document = json.loads(text, parse_float=_finite, parse_constant=_reject_constant, object_hook=_restored)

@@ -13,7 +13,7 @@ from bnprobe.numbers import count, percent
 from bnprobe.records import DEFAULT_THRESHOLD, FROZEN, CallMeasurement, Distribution, Layer, PathMeasurement, Report
 from bnprobe.report import charts, figures
 from bnprobe.report.page import CENTRE, FINE, FLAGGED, STYLES, UNDECIDED, UNMEASURED, Page
-from bnprobe.report.table import Column, Mark, Names, TableLayout, table
+from bnprobe.report.table import Column, Mark, TableLayout, layer_names, table
 from bnprobe.rules.shares import NOISE_THRESHOLD
 
 OUTPUT_CHANGE = "relative L2 change of the outputs if"
@@ -72,9 +72,12 @@ def select(layers: Sequence[Layer], limit: int) -> list[Layer]:
 def _badness(layer: Layer) -> tuple[bool, bool, float]:
     path = worse_path(layer.train, layer.eval)
     mismatch = -math.inf if path is None else path.mismatch
-    # A flagged layer without a figure overflowed: no figure of another layer is worse.
-    overflowed = layer.flagged and layer.running_statistics and None in (layer.train, layer.eval) and not layer.only_in
-    return layer.flagged, layer.undecided, math.inf if overflowed else mismatch
+    return layer.flagged, layer.undecided, math.inf if has_overflowed(layer) else mismatch
+
+
+def has_overflowed(layer: Layer) -> bool:
+    """Whether a layer is flagged since a figure is not finite: no figure of another layer is worse."""
+    return layer.flagged and layer.running_statistics and None in (layer.train, layer.eval) and not layer.only_in
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
@@ -107,12 +110,12 @@ class _Richness:
     Attributes:
         half: Cells in half a histogram; 0 for none.
         extras: Columns beyond those that are always there.
-        names: Taken only if this much room is left for names, or as much as the longest needs.
+        least: Taken if this much room is left for names; None: if the longest fits.
     """
 
     half: int
     extras: frozenset[str]
-    names: int = 34
+    least: int | None = None
 
 
 _RICH_TO_POOR = (
@@ -124,8 +127,8 @@ _RICH_TO_POOR = (
     _Richness(5, frozenset({"kind", "channels"})),
     _Richness(5, frozenset({"channels"})),
     _Richness(5, frozenset()),
-    _Richness(4, frozenset(), names=12),
-    _Richness(0, frozenset(), names=0),
+    _Richness(4, frozenset()),
+    _Richness(0, frozenset(), least=0),
 )
 
 
@@ -140,8 +143,8 @@ def layer_table(layers: Sequence[Layer], network: Sequence[Layer], page: Page, a
     """
     ranks = _ranks(layers)
     rows = [row for layer in layers for row in _rows(layer, ranks, all_calls)]
-    names = Names([row.name for row in rows], marks=[row.mark for row in rows], among=[layer.name for layer in network])
-    layouts = (TableLayout(_columns(rows, richness, layers), richness.names) for richness in _RICH_TO_POOR)
+    names = layer_names([row.name for row in rows], [layer.name for layer in network], page, [row.mark for row in rows])
+    layouts = (TableLayout(_columns(rows, richness, layers), richness.least) for richness in _RICH_TO_POOR)
     return table(names, layouts, page)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -13,7 +13,7 @@ from bnprobe.records import SOURCES, Interval, Layer, Report, ShareIntervals, Sh
 from bnprobe.report import charts, figures
 from bnprobe.report.layers import OUTPUT_CHANGE, on_samples, sign_of
 from bnprobe.report.page import CENTRE, CUT, STYLES, UNMEASURED, Page, pad
-from bnprobe.report.table import Column, Mark, Names, TableLayout, fit, table
+from bnprobe.report.table import Column, Mark, TableLayout, fit, layer_names, table
 from bnprobe.rules.shares import flagging_limit, noise_threshold
 from bnprobe.stats.theory import mismatch_iid
 
@@ -137,11 +137,10 @@ def _why_not(layer: Layer) -> str:
 def _table(rows: Sequence[ShareRow], network: Sequence[Layer], page: Page) -> list[Text]:
     """Names, bars in what room is left, and the columns right of them that fit."""
     names = [row.name for row in rows]
-    marks, among = [row.mark for row in rows], [layer.name for layer in network]
-    (shortest, *columns), room = fit(_layouts(rows), Names(names, marks=marks), page)
+    whole = layer_names(names, [layer.name for layer in network], page, [row.mark for row in rows])
+    (shortest, *columns), room = fit(_layouts(rows), whole, page)
     rest = room + shortest.width(page)
-    longest = max(Names(names).longest(page), len("layer"))
-    fitted = Names(names, marks=marks, among=among, most=min(longest, max(rest - _SHORTEST_BAR, rest // 2)))
+    fitted = replace(whole, most=min(whole.most or rest, max(rest - _SHORTEST_BAR, rest // 2)))
     taken = max(map(cell_len, ["layer", *fitted.fitted(rest, page)]))
     scale = bar_scale(rows, min(rest - taken, _LONGEST_BAR))
     axis = "0" + pad(figures.mismatch(scale.full), scale.width - 1, right=True)
@@ -174,10 +173,10 @@ def _layouts(rows: Sequence[ShareRow]) -> Iterator[TableLayout]:
     estimate = _column("esti-\nmate", rows, lambda row: row.estimate)
     with_impact = any(row.estimate or row.exact for row in rows)
     roomy, narrow = (Column("", [" " * cells] * len(rows)) for cells in (_ROOMY_BAR, _SHORTEST_BAR))
-    yield TableLayout([roomy, total, words, *([exact, estimate] if with_impact else [])], 34)
-    yield TableLayout([narrow, total, short, *([single] if with_impact else [])], 20)
-    yield TableLayout([narrow, total, short], 16)
-    yield TableLayout([narrow, total], 10)
+    yield TableLayout([roomy, total, words, *([exact, estimate] if with_impact else [])])
+    yield TableLayout([narrow, total, short, *([single] if with_impact else [])])
+    yield TableLayout([narrow, total, short])
+    yield TableLayout([narrow, total])
     yield TableLayout([narrow], 0)
 
 

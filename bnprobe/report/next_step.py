@@ -26,7 +26,10 @@ EXPORTED = frozenset(("--model-arg", "--batch-size", "--seed"))
 """
 
 FLAGS = frozenset(
-    ("--unsafe-load", "--no-emulate", "--what-if", "--gradients", "--thorough", "--all", "--exit-zero", "--force")
+    (
+        *("--unsafe-load", "--no-emulate", "--what-if", "--gradients", "--thorough"),
+        *("--verbose", "--all", "--exit-zero", "--force"),
+    )
 )
 """Options of a scan that have no value."""
 

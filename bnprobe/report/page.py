@@ -25,6 +25,9 @@ MINIMUM_WIDTH = 40
 MAXIMUM_WIDTH = 1000
 """A wider terminal is treated as one of this width."""
 
+PROSE_WIDTH = 100
+"""Sentences are wrapped at this width at the latest: longer lines are hard to read."""
+
 # --- Signs ------------------------------------------------------------------------------------------------------------
 
 FLAGGED = "✗"
@@ -101,13 +104,15 @@ class RenderOptions:
     Attributes:
         width: Columns of the terminal; ``MINIMUM_WIDTH`` to ``MAXIMUM_WIDTH`` are used.
         color: Whether ANSI colours may be used.
-        show_all: Show every layer, however many there are.
+        verbose: The whole report, not what fits a screen.
+        show_all: The whole report, with every layer, however many there are.
         unicode: Whether the output can carry more than ASCII.
         command: The command that the user ran, as typed; suggestions are written as variants of it. Empty: not known.
     """
 
     width: int = 80
     color: bool = False
+    verbose: bool = False
     show_all: bool = False
     unicode: bool = True
     command: str = "bnprobe scan model.py"
@@ -137,7 +142,7 @@ class Page:
     def paragraph(self, text: str, style: str = "", first: str = "", rest: str | None = None) -> list[Text]:
         """Text wrapped at words; ``first`` precedes the first line, ``rest`` (or blanks) the others."""
         rest = " " * cell_len(first) if rest is None else rest
-        room = self.width - max(cell_len(first), cell_len(rest))
+        room = min(self.width, PROSE_WIDTH) - max(cell_len(first), cell_len(rest))
         lines = Text(self.clean(text)).wrap(_MEASURE, room, overflow="fold")
         marks = [first] + [rest] * (len(lines) - 1)
         plain = [line.plain.rstrip() for line in lines]

@@ -15,7 +15,7 @@ from bnprobe.config.requirements import parse_requirement
 from bnprobe.config.targets import conversion_call, settings_of
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, percent
-from bnprobe.records import Arm, Conclusion, Ending, Estimate, Plan, Proof, RepairRecord, Report, Run
+from bnprobe.records import Arm, Conclusion, Document, Ending, Estimate, Plan, Proof, RepairRecord, Report, Run
 from bnprobe.report import figures
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.json import dump
@@ -50,8 +50,8 @@ class Files:
     log: str | None = None
 
 
-@dataclass(frozen=True)
-class RepairReport:
+@dataclass(frozen=True, repr=False)
+class RepairReport(Document):
     """The result of a repair.
 
     Attributes:
@@ -415,7 +415,7 @@ def _table(found: Proof, page: Page) -> list[Text]:
     other = "loss" if found.measure == "metric" else "metric"
     kept = [column for column in columns if any(column.cells)]
     # Names are words here, which are not cut.
-    return table(names, dropping(kept, ("steps", "best step", "ended", other), least=page.width), page)
+    return table(names, dropping(kept, ("steps", "best step", "ended", other)), page)
 
 
 def _measures(arms: Sequence[Arm], page: Page) -> list[Column]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from statistics import median
 
 from rich.text import Text
@@ -29,7 +29,7 @@ from bnprobe.report.layers import MEANINGS, MOST_CALLS, layer_table, legend, sel
 from bnprobe.report.mismatch import shares
 from bnprobe.report.next_step import advised_step, under_limit
 from bnprobe.report.page import TIMES, UNDECIDED, UNMEASURED, Page, RenderOptions, to_string
-from bnprobe.report.table import Column, Names, TableLayout, table
+from bnprobe.report.table import Column, TableLayout, layer_names, table
 from bnprobe.rules import title_of
 from bnprobe.stats.theory import mismatch_iid
 
@@ -46,7 +46,7 @@ def render(report: Report, options: RenderOptions) -> str:
     shown = list(report.layers) if show_all else select(report.layers, MOST_LAYERS)
     end = closing(report, options.command)
     parts = [
-        _header(report, page),
+        header(report, page),
         page.verdict(end.sign, end.headline if end.sign == UNDECIDED else f"{one_line(report)}."),
         _layers(report.layers, shown, page, show_all),
         shares(report, shown, page),
@@ -54,7 +54,7 @@ def render(report: Report, options: RenderOptions) -> str:
         clipping(report.layers, page, show_all),
         _skipped(report, page, show_all),
         _layer_notes(report.layers, page, show_all),
-        _batch_sizes(report.layers, page),
+        at_batch_sizes(report.layers, page),
         _output(report.summary.output, page, scores=not report.summary.gaps),
         further.gaps(report.summary.gaps, page, report.scan.sample),
         further.backward(report, page, show_all),
@@ -89,8 +89,14 @@ def one_line(report: Report) -> str:
 # --- What was scanned, and how ----------------------------------------------------------------------------------------
 
 
-def _header(report: Report, page: Page) -> list[Text]:
-    return [*page.heading(title(report)), *page.labelled(what_was_run(report))]
+ON_SCREEN = ("taken", "data", "checkpoint", "measured")
+"""What a report of one screen says of the run."""
+
+
+def header(report: Report, page: Page, labels: Container[str] | None = None) -> list[Text]:
+    """What was scanned, and what was run: all of it, or what has these labels."""
+    rows = [(label, text) for label, text in what_was_run(report) if labels is None or label in labels]
+    return [*page.heading(title(report)), *page.labelled(rows)]
 
 
 def title(report: Report) -> str:
@@ -217,19 +223,24 @@ def _layers(layers: Sequence[Layer], shown: Sequence[Layer], page: Page, show_al
     """How many layers there are and how many carry each sign, the table, what it leaves out, and how to read it."""
     if not layers:
         return []
-    kinds = {layer.kind for layer in layers}
-    noun = f"{kinds.pop()} layer" if len(kinds) == 1 else "layer"
     names = {layer.name for layer in shown}
     hidden = [layer for layer in layers if layer.name not in names]
     folded = not show_all and any(len(layer.calls) > MOST_CALLS for layer in shown)
     left_out = f"{count(len(hidden), 'layer')} with less mismatch not shown ({_by_sign(hidden)}); --all shows all."
     return [
-        *page.heading(f"{count(len(layers), noun)}: {_by_sign(layers)}"),
+        *page.heading(layers_by_sign(layers)),
         *layer_table(shown, layers, page, show_all),
         *(page.paragraph(left_out) if hidden else []),
         *(page.paragraph(_CALLS_LEFT_OUT) if folded else []),
         *legend(layers, page),
     ]
+
+
+def layers_by_sign(layers: Sequence[Layer]) -> str:
+    """How many layers there are, and how many carry each sign."""
+    kinds = {layer.kind for layer in layers}
+    noun = f"{kinds.pop()} layer" if len(kinds) == 1 else "layer"
+    return f"{count(len(layers), noun)}: {_by_sign(layers)}"
 
 
 def _by_sign(layers: Sequence[Layer]) -> str:
@@ -286,7 +297,7 @@ def _listed(names: Sequence[str], show_all: bool) -> str:
     return listed(names, len(names) if show_all else _NAMES_LISTED)
 
 
-def _batch_sizes(layers: tuple[Layer, ...], page: Page) -> list[Text]:
+def at_batch_sizes(layers: tuple[Layer, ...], page: Page) -> list[Text]:
     """The worst layer at each batch size asked for."""
     sizes = sorted({point.batch_size for layer in layers for point in layer.batch_sizes})
     if not sizes:
@@ -297,7 +308,7 @@ def _batch_sizes(layers: tuple[Layer, ...], page: Page) -> list[Text]:
         Column("worst n_eq", values, "point"),
         Column("below limit", under),
     ]
-    lines = table(Names(worst, last=True), [TableLayout(columns)], page)
+    lines = table(layer_names(worst, [layer.name for layer in layers], page, last=True), [TableLayout(columns)], page)
     return [*page.heading("Other batch sizes: mismatch at inference, same samples"), *lines]
 
 
@@ -393,7 +404,7 @@ _EXCESS, _SLACK = 2.0, 0.005
 """Below that, clipping is worth a line if it is so many times what i.i.d. data explain, and this fraction more."""
 
 
-def clipping(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Text]:
+def clipping(layers: Sequence[Layer], page: Page, show_all: bool) -> list[Text]:
     """The flagged layers of which Batch Renorm would clip much in training; nothing if there are none.
 
     Args:
@@ -413,9 +424,10 @@ def clipping(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Text]:
     ]
     chance = by_chance([path for _, path in shown])
     more = f"; --all shows {count(len(found) - len(shown), 'more layer')}" if len(shown) < len(found) else ""
+    names = layer_names([name for name, _ in shown], [layer.name for layer in layers], page)
     return [
         *page.heading(CLIPPING),
-        *table(Names([name for name, _ in shown]), [TableLayout(columns)], page),
+        *table(names, [TableLayout(columns)], page),
         *page.paragraph(f"{chance}{more}", style="dim", first="  "),
     ]
 

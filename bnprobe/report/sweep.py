@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.text import Text
 
@@ -20,7 +20,7 @@ from bnprobe.records import (
 )
 from bnprobe.report import figures
 from bnprobe.report.page import CENTRE, FINE, FLAGGED, TIMES, UNDECIDED, UNMEASURED, Page, RenderOptions, pad, to_string
-from bnprobe.report.table import Column, Names, dropping, table
+from bnprobe.report.table import Column, Names, dropping, layer_names, table
 from bnprobe.rules.shares import NOISE_THRESHOLD
 from bnprobe.stats.theory import equivalent_batch_size
 
@@ -165,7 +165,8 @@ TRAINED_SIZES = "Training, one measurement for each size"
 def _size_table(points: Sequence[tuple[SweepLayer, SweepPoint]], page: Page) -> list[Text]:
     *columns, worst = zip(*size_rows(points), strict=True)
     made = [Column(heading, cells) for heading, cells in zip(SIZE_HEADINGS, columns, strict=True)]
-    return table(Names(worst, heading="worst layer", last=True), dropping(made, ("undecided", "batches")), page)
+    names = replace(layer_names(worst, [layer.name for layer, _ in points], page, last=True), heading="worst layer")
+    return table(names, dropping(made, ("undecided", "batches")), page)
 
 
 SMALLEST_SIZES = "Batch size from which on a layer passes at inference (95%: significantly)"
@@ -187,7 +188,7 @@ def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, show_all: 
         Column("passes", [passing_size(layer.smallest.likely, largest) for layer in shown]),
         Column("at 95%", [passing_size(layer.smallest.surely, largest) for layer in shown]),
     ]
-    names = Names([layer.name for layer in shown], last=True)
+    names = layer_names([layer.name for layer in shown], [layer.name for layer in layers], page, last=True)
     left_out = len(measured) - len(shown)
     more = page.paragraph(_not_shown(left_out), first="  ")
     return [
@@ -367,12 +368,13 @@ def _rates_by_layer(sweep: MomentumSweep, page: Page, show_all: bool) -> list[Te
         Column("best converged", [with_ties(curve.best.converged) for curve in shown]),
         *([Column("best shifted", [with_ties(curve.best.shifted) for curve in shown])] if _shifts(sweep) else []),
     ]
-    names = Names([curve.layer or "" for curve in shown], last=True)
+    names, network = ([curve.layer or "" for curve in curves] for curves in (shown, sweep.layers))
+    layouts = dropping(columns, ("D loaded", "own", "best loaded"))
     left_out = _not_shown(len(sweep.layers) - len(shown))
     omitted = (f"{layer.name} ({layer.kind}) not replayed: {layer.reason}" for layer in sweep.omitted)
     return [
         *page.heading(BEST_RATES),
-        *table(names, dropping(columns, ("D loaded", "own", "best loaded")), page),
+        *table(layer_names(names, network, page, last=True), layouts, page),
         *(page.paragraph(left_out, first="  ") if len(shown) < len(sweep.layers) else []),
         *page.paragraphs(omitted),
     ]

@@ -15,8 +15,6 @@ from bnprobe.report.page import Page, pad
 MARK_WIDTH = 3
 """Cells for the marks before the names."""
 
-LEAST_NAME = 12
-"""Columns are dropped until this much room is left for the names, or as much as the longest needs."""
 
 _INDENT = 2
 _GAP = "  "
@@ -101,19 +99,35 @@ class Names:
     def fitted(self, room: int, page: Page) -> list[str]:
         """The names in at most ``room`` cells."""
         room = max(room if self.most is None else min(room, self.most), len(self.heading))
-        return page.shorten([*self.names, *self.among], room)[: len(self.names)]
+        names = list(dict.fromkeys([*self.among, *self.names]))  # in an order that is that of all tables
+        shown = dict(zip(names, page.shorten(names, room), strict=True))
+        return [shown[name] for name in self.names]
+
+
+def layer_names(
+    names: Sequence[str], network: Sequence[str], page: Page, marks: Sequence[Mark] = (), last: bool = False
+) -> Names:
+    """A column of names of layers; each has one spelling in all tables of a page that is not very narrow.
+
+    Args:
+        names: One for each row.
+        network: All layers of the report.
+        page: What the table is written on.
+        marks, last: As in ``Names``.
+    """
+    return Names(names, marks=marks, among=network, most=page.width * 3 // 5, last=last)
 
 
 @dataclass(frozen=True)
 class TableLayout:
-    """Columns to show if ``least`` cells are left for the names, or as many as the longest name needs."""
+    """Columns to show if ``least`` cells are left for the names; None: as many as the longest name needs."""
 
     columns: Sequence[Column]
-    least: int = LEAST_NAME
+    least: int | None = None
 
 
-def dropping(columns: Sequence[Column], expendable: Sequence[str], least: int = LEAST_NAME) -> Iterator[TableLayout]:
-    """Layouts that drop columns one by one, those with these headings, in this order, for ``least`` cells of names."""
+def dropping(columns: Sequence[Column], expendable: Sequence[str], least: int | None = None) -> Iterator[TableLayout]:
+    """Layouts that drop columns one by one, those with these headings, in this order; ``least`` as in a layout."""
     yield TableLayout(columns, least)
     for heading in expendable:
         columns = [column for column in columns if column.heading != heading]
@@ -125,12 +139,13 @@ def fit(
 ) -> tuple[Sequence[Column], int]:
     """The columns of the first layout that fits, else of the last one, and the room that they leave for the names."""
     longest = max(names.longest(page), len(names.heading)) if names.names else 0
+    longest = longest if names.most is None else min(longest, names.most)
     columns: Sequence[Column] = ()
     room = 0
     for layout in layouts:
         columns = layout.columns
         room = page.width - names.indent - sum(len(_GAP) + column.width(page) for column in columns)
-        if room >= min(longest, layout.least):
+        if room >= (longest if layout.least is None else min(longest, layout.least)):
             break
     return columns, room
 

@@ -76,7 +76,9 @@ def test_a_sample_prints_its_report(workspace: Workspace) -> None:
     found = workspace.run("scan", SAMPLES / "tabular" / "spec.yaml")
     assert (found.code, found.stderr) == (CLEAN, "")
     assert max(map(len, found.stdout.splitlines()[3:])) <= 80
-    assert "Self-check passed" in found.stdout
+    assert "--verbose shows" in found.stdout
+    whole = workspace.run("scan", SAMPLES / "tabular" / "spec.yaml", "--verbose")
+    assert "Self-check passed" in whole.stdout
 
 
 def _names_the_layer(location: str, layer: str) -> bool:

@@ -68,6 +68,25 @@ def test_color_is_for_terminals_that_want_it(workspace: Workspace, environment: 
     assert ("\x1b[" in found.stdout) is colored
 
 
+@pytest.mark.parametrize(
+    ("environment", "colored"),
+    [({}, False), ({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False)],
+    ids=["plain", "forced", "both"],
+)
+def test_color_is_for_pipes_that_are_forced(workspace: Workspace, environment: dict[str, str], colored: bool) -> None:
+    workspace.write("model.py", SHIFTED)
+    assert ("\x1b[" in workspace.run(*SCAN, **environment).stdout) is colored
+
+
+def test_a_large_network_fits_a_screen(workspace: Workspace) -> None:
+    workspace.write("model.py", DEEP)
+    lines = workspace.run(*SCAN).stdout.splitlines()
+    assert len(lines) <= 40
+    assert any(line.split()[1:3] == ["{0..16}", "17"] for line in lines)  # layers alike
+    assert any(line.split()[1:3] == ["17", "1"] for line in lines if line.startswith("✗1"))
+    assert "bnprobe recalibrate model.py" in lines[-1]
+
+
 def test_a_narrow_terminal_is_kept_to(workspace: Workspace) -> None:
     workspace.write("model.py", SHIFTED)
     found = run_in_terminal(workspace, *SCAN, stream="stdout", columns=60, NO_COLOR="1")
@@ -86,7 +105,7 @@ def test_progress_is_shown_on_a_terminal(workspace: Workspace) -> None:
 
 def test_a_large_network_shows_its_worst_layers_and_a_count(workspace: Workspace) -> None:
     workspace.write("model.py", DEEP)
-    report = workspace.run(*SCAN).stdout
+    report = workspace.run(*SCAN, "--verbose").stdout
     assert "30 BatchNorm1d layers: ✗ 30 flagged" in report
     rows, shares = _flagged_rows(report)
     assert len(rows) == len(shares) == 25

@@ -45,7 +45,17 @@ FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--include": (["a.*"], "layers.include", ("a.*",)),
     "--exclude": (["b.*"], "layers.exclude", ("b.*",)),
 }
-REPORT = {"--format", "--output", "--output-dir", "--baseline", "--write-baseline", "--force", "--all", "--exit-zero"}
+REPORT = {
+    "--format",
+    "--output",
+    "--output-dir",
+    "--baseline",
+    "--write-baseline",
+    "--force",
+    "--verbose",
+    "--all",
+    "--exit-zero",
+}
 """These say what becomes of the report; the functional tests use each."""
 
 

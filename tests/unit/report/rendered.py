@@ -8,8 +8,8 @@ from bnprobe.report import RenderOptions, render
 
 
 def text_of(document: object, **options: Any) -> str:
-    """The text, as it is printed."""
-    return render(document, "terminal", RenderOptions(**options))
+    """The text, as it is printed; of what has a short form, the whole, unless ``verbose`` is given."""
+    return render(document, "terminal", RenderOptions(**{"verbose": True, **options}))
 
 
 def said(document: object, **options: Any) -> str:

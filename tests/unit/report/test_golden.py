@@ -22,19 +22,28 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
-def test_the_text_is_the_golden_file(kind: str, name: str) -> None:
-    options = RenderOptions(width=80, command=COMMANDS.get(kind, f"bnprobe {kind}"))
+SHORT = ("scan",)
+"""Kinds of documents that have a short form and a whole one."""
+
+TEXTS = [(kind, name, verbose) for kind, name in CASES for verbose in ((False, True) if kind in SHORT else (False,))]
+
+
+def _file(kind: str, name: str, verbose: bool) -> str:
+    return f"{kind}-{name}{'.verbose' if verbose else ''}.txt"
+
+
+@pytest.mark.parametrize(("kind", "name", "verbose"), TEXTS)
+def test_the_text_is_the_golden_file(kind: str, name: str, verbose: bool) -> None:
+    options = RenderOptions(width=80, verbose=verbose, command=COMMANDS.get(kind, f"bnprobe {kind}"))
     text = render(document(kind, name), "terminal", options)
-    path = GOLDEN / f"{kind}-{name}.txt"
+    path = GOLDEN / _file(kind, name, verbose)
     if os.environ.get("BNPROBE_UPDATE_GOLDEN") == "1":
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
 
 
 def test_there_is_no_golden_file_without_a_case() -> None:
-    expected = {f"{kind}-{name}.txt" for kind, name in CASES}
-    assert {path.name for path in GOLDEN.glob("*.txt")} == expected
+    assert {path.name for path in GOLDEN.glob("*.txt")} == {_file(*text) for text in TEXTS}
 
 
 def test_the_made_up_records_agree_with_their_scans() -> None:

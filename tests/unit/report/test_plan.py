@@ -38,7 +38,8 @@ def test_refused_layers_are_named_with_the_reason() -> None:
     text = render_plan(repairs.mixed_plan(), replace(WIDE, show_all=True))
     assert "Refused: 9 layers, left as they are\n" in text
     names = ", ".join(f"stages.{index}.bn" for index in range(9))
-    assert f"  {names} (BatchNormAct2d): its class applies an activation after normalizing.\n" in text
+    said = f"{names} (BatchNormAct2d): its class applies an activation after normalizing."
+    assert said in " ".join(text.split())
 
 
 def test_one_reason_for_all_is_said_once() -> None:
@@ -50,9 +51,8 @@ def test_one_reason_for_all_is_said_once() -> None:
 def test_whether_the_weights_deploy() -> None:
     assert "load strictly into your own model, as plain BatchNorm.\n" in render_plan(repairs.plan(), WIDE)
     text = render_plan(repairs.plan(to="group-norm", deploys=False), WIDE)
-    assert (
-        "do not load into a model with plain BatchNorm: convert the model to group-norm first, then load them." in text
-    )
+    said = "do not load into a model with plain BatchNorm: convert the model to group-norm first, then load them."
+    assert said in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from rendered import text_of
 
 from bnprobe.records import SelfCheck
-from bnprobe.report import render
 from unit.report.fabricated_reports import healthy
 
 EXACT = SelfCheck(0.0, 0.0, 1e-4, True, None)
@@ -33,5 +33,5 @@ SAID = {
 @pytest.mark.parametrize("sentence", SAID)
 def test_the_sentence_is_what_was_compared(sentence: str) -> None:
     report = healthy()
-    text = render(replace(report, scan=replace(report.scan, self_check=SAID[sentence])))
+    text = text_of(replace(report, scan=replace(report.scan, self_check=SAID[sentence])))
     assert f"Self-check {sentence}" in " ".join(text.split())

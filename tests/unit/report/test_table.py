@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from bnprobe.report.page import Page
-from bnprobe.report.table import LEAST_NAME, Column, Mark, Names, TableLayout, arrows, dropping, table
+from bnprobe.report.table import Column, Mark, Names, TableLayout, arrows, dropping, table
 
 CELLS = st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=6)
 
@@ -40,13 +40,14 @@ def test_headings_that_are_all_empty_take_no_line() -> None:
 
 
 def test_columns_are_dropped_in_order_until_the_names_have_room() -> None:
-    names = Names(["a.rather.long.name.of.a.layer"])
+    name = "a.rather.long.name.of.a.layer"
+    names = Names([name])
     columns = [Column(heading, ["123456"]) for heading in ("one", "two", "three")]
 
     def headings(width: int) -> list[str]:
         return lines(names, columns, width, expendable=("two", "one"))[0].split()
 
-    room = 2 + LEAST_NAME
+    room = 2 + len(name)
     assert headings(room + 3 * 8) == ["layer", "one", "two", "three"]
     assert headings(room + 3 * 8 - 1) == ["layer", "one", "three"]
     assert headings(room + 2 * 8 - 1) == ["layer", "three"]
