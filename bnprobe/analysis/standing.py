@@ -6,6 +6,7 @@ from bnprobe.analysis.comparison import is_proven
 from bnprobe.analysis.diagnosis import has_findings, lint_has_findings
 from bnprobe.config.spec import RulesSpec
 from bnprobe.records import (
+    Comparison,
     Document,
     ExportReport,
     LintReport,
@@ -39,4 +40,6 @@ def is_ok(document: Document) -> bool:
             return is_proven(record) and record.weights is not None
         case Plan():
             return not record.refused
+        case Comparison():
+            return True
     raise TypeError(f"{type(document).__name__} is no document of a command")

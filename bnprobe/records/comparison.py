@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bnprobe.records.base import SCHEMA_VERSION, Interval, Record, Tool
+from bnprobe.records.document import Document
 from bnprobe.records.outputs import PathValues
 
 Trend = Literal["same", "better", "worse", "unsure", "unknown"]
@@ -72,8 +73,8 @@ class LayerTrend(Record):
     trend: Trend
 
 
-@dataclass(frozen=True)
-class Comparison(Record):
+@dataclass(frozen=True, repr=False)
+class Comparison(Document):
     """Scans of one model, compared layer by layer.
 
     Attributes:

@@ -19,6 +19,7 @@ from bnprobe.files import write_all
 from bnprobe.numbers import count
 from bnprobe.printable import escaped, escaped_lines
 from bnprobe.records import (
+    Comparison,
     Document,
     ExportReport,
     LintReport,
@@ -28,7 +29,7 @@ from bnprobe.records import (
     SweepReport,
     Verification,
 )
-from bnprobe.report import FORMATS, RenderOptions, json, lint, render, repair, scan, screen, sweep, verify
+from bnprobe.report import FORMATS, RenderOptions, compare, json, lint, render, repair, scan, screen, sweep, verify
 from bnprobe.report.diagnoses import closing, findings_in_words
 from bnprobe.report.page import SEVERITY_SIGNS
 
@@ -71,6 +72,8 @@ def _one_line(document: Document) -> str:
             return lint.one_line(document)
         case Verification():
             return verify.one_line(document)
+        case Comparison():
+            return compare.one_line(document)
         case Plan():
             refused = f", {len(document.refused)} refused" if document.refused else ""
             return f"{count(len(document.changes), 'layer')} to {document.to}{refused}"
