@@ -103,6 +103,7 @@ class RenderOptions:
         color: Whether ANSI colours may be used.
         show_all: Show every layer, however many there are.
         unicode: Whether the output can carry more than ASCII.
+        folder: Where the command ran, as seen from the root of the repository, with forward slashes; empty: there.
         command: The command that the user ran, as typed; suggestions are written as variants of it. Empty: not known.
     """
 
@@ -110,6 +111,7 @@ class RenderOptions:
     color: bool = False
     show_all: bool = False
     unicode: bool = True
+    folder: str = ""
     command: str = "bnprobe scan model.py"
 
 
