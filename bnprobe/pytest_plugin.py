@@ -37,7 +37,6 @@ def assert_bn_healthy(model: nn.Module, loader: Any, batch_size: int | None = No
     Raises:
         BnprobeError: The model or its data cannot be scanned.
     """
-    __tracebackhide__ = True
     import bnprobe
     from bnprobe.rules.findings import failures
 
@@ -86,7 +85,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Scan the model of a marked test that has passed."""
-    __tracebackhide__ = True
     result = yield
     marker = item.get_closest_marker(MARKER)
     if marker is not None and isinstance(item, pytest.Function):

@@ -110,6 +110,16 @@ def generated_pages() -> dict[str, str]:
             "JSON report of a sweep",
             "`bnprobe sweep --format json` and `bnprobe.sweep` in Python give the same tree.",
         ),
+        "reference/json-comparison.md": schema(
+            "comparison.schema.json",
+            "JSON comparison of scans",
+            "`bnprobe compare --format json`, and a scan of several checkpoints.",
+        ),
+        "reference/json-baseline.md": schema(
+            "baseline.schema.json",
+            "JSON baseline",
+            "What `--write-baseline` writes; [known findings](../ci/baseline.md) says what it is for.",
+        ),
         **{f"rules/{name}": text for name, text in rule_pages().items()},
         **{f"benchmarks/{name}": (REPOSITORY / "benchmarks" / name).read_text(encoding="utf-8") for name in BENCHMARKS},
     }

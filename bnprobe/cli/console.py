@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TextIO
 
 from rich.cells import cell_len
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from bnprobe.cli.streams import forget_odd_sizes, say, start, write_out
+from bnprobe.paths import placed
 from bnprobe.printable import escaped, escaped_lines
 from bnprobe.records import TrainingStep
 from bnprobe.report import Renderer, RenderOptions, figures
@@ -47,6 +49,7 @@ def _terminal_options(command: str) -> RenderOptions:
         width=_columns(stdout),
         color=stdout is not None and _takes_color(stdout),
         unicode=_can_encode("✗▁█│×", None if stdout is None else stdout.encoding),
+        folder=ci_folder(),
         command=command,
     )
 
@@ -55,6 +58,23 @@ def _takes_color(stdout: TextIO) -> bool:
     """Whether colours are wanted, and shown, by what rich goes by: the terminal, TERM, NO_COLOR and FORCE_COLOR."""
     console = Console(file=stdout)
     return console.color_system is not None and not console.no_color
+
+
+_CHECKOUTS = ("GITHUB_WORKSPACE", "CI_PROJECT_DIR")
+"""Environment variables in which GitHub and GitLab name the root of the repository."""
+
+
+def ci_folder() -> str:
+    """The folder in which the command was started, as seen from the root of the repository that a CI job checked out.
+
+    Empty where there is no such job, or the command was started elsewhere.
+    """
+    here = placed(Path()).absolute()
+    for name in _CHECKOUTS:
+        root = os.environ.get(name)
+        if root and here != Path(root) and here.is_relative_to(root):
+            return here.relative_to(root).as_posix()
+    return ""
 
 
 def _columns(stdout: TextIO | None) -> int:

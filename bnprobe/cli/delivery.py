@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from bnprobe.cli.console import print_report, typed_command
+from bnprobe.cli.console import ci_folder, print_report, typed_command
 from bnprobe.cli.options import TERMINAL
 from bnprobe.cli.streams import say, start, write_out
 from bnprobe.errors import OutputError, UsageError
@@ -145,7 +145,7 @@ class Delivery:
         Raises:
             OutputError: Something could not be written, or has come into being meanwhile and is not to be replaced.
         """
-        options = replace(self._options, command=self._typed)
+        options = replace(self._options, folder=ci_folder(), command=self._typed)
         texts = {path: escaped_lines(render(document, options)) for path, render in self._files.items()}
         written = {path: text for path, text in texts.items() if str(path) not in STDOUT}
         if self._folder is not None:

@@ -30,6 +30,7 @@ def show(
     Exit codes: 0 shown, 2 the file is no report, is incomplete, or was written by a newer version.
     """
     from bnprobe.cli.delivery import Delivery
+    from bnprobe.errors import UsageError
     from bnprobe.records import RepairRecord
     from bnprobe.report.json import read_document
 
@@ -46,7 +47,10 @@ def show(
         typed=_command(read),
     )
     delivery.check([document])
-    delivery.deliver(shown)
+    try:
+        delivery.deliver(shown)
+    except (ArithmeticError, LookupError, ValueError) as error:  # bnprobe writes no such report
+        raise UsageError(f"{document} fits its schema, but its figures contradict each other: {error}.") from error
 
 
 def _with_scans(record: RepairRecord, path: Path) -> RepairReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from bnprobe.records import LintReport, Report, Verdict
 from bnprobe.report.page import clean
@@ -15,7 +16,7 @@ MODEL = "the model"
 
 @dataclass(frozen=True)
 class Place:
-    """A line of a file; both as seen from the folder in which the command was started."""
+    """A line of a file, as seen from the root of the repository where that is known."""
 
     file: str
     line: int
@@ -26,13 +27,23 @@ def model_of(report: Report | LintReport) -> str:
     return report.model if isinstance(report, LintReport) else report.scan.model
 
 
-def place_of(finding: Verdict, report: Report | LintReport) -> Place | None:
-    """Where the layer is built, else the file of the model; None where the model is no file."""
+def place_of(finding: Verdict, report: Report | LintReport, folder: str = "") -> Place | None:
+    """Where the layer is built, else the file of the model; None where the model is no file.
+
+    Args:
+        finding: Of the report.
+        report: Holds files as seen from the folder in which the command was started.
+        folder: That folder, as seen from the root of the repository; empty: it is the root.
+    """
     file, _, line = (finding.location or "").rpartition(":")
     if file and line.isdecimal():
-        return Place(file, max(int(line), 1))
+        return Place(_seen(file, folder), max(int(line), 1))
     file = model_of(report).rpartition(":")[0] or model_of(report)
-    return Place(file, 1) if file.endswith(".py") else None
+    return Place(_seen(file, folder), 1) if file.endswith(".py") else None
+
+
+def _seen(file: str, folder: str) -> str:
+    return (PurePath(folder) / file).as_posix()
 
 
 def title_of_finding(finding: Verdict) -> str:

@@ -36,12 +36,12 @@ class _Annotation:
 
 def render_scan(report: Report, options: RenderOptions) -> str:
     """The root causes of a scan."""
-    return _lines(list(_annotations(report)), scan.one_line(report))
+    return _lines(list(_annotations(report, options.folder)), scan.one_line(report))
 
 
 def render_lint(report: LintReport, options: RenderOptions) -> str:
     """The root causes of a lint."""
-    return _lines(list(_annotations(report)), lint.one_line(report))
+    return _lines(list(_annotations(report, options.folder)), lint.one_line(report))
 
 
 def render_verify(found: Verification, options: RenderOptions) -> str:
@@ -50,7 +50,7 @@ def render_verify(found: Verification, options: RenderOptions) -> str:
     return _lines(problems, verify.one_line(found))
 
 
-def _annotations(report: Report | LintReport) -> Iterator[_Annotation]:
+def _annotations(report: Report | LintReport, folder: str) -> Iterator[_Annotation]:
     """One for each root cause and line of code, the worst layer's."""
     roots = {(cause.rule, layer) for cause in report.diagnoses for layer in (cause.layers or (None,))}
     groups: dict[tuple[str, Place | None], list[Verdict]] = {}
@@ -58,7 +58,7 @@ def _annotations(report: Report | LintReport) -> Iterator[_Annotation]:
     for finding in findings(report):
         key = (finding.rule, finding.layer)
         if key not in known and (key in roots or finding.rule == UNEXPLAINED):
-            groups.setdefault((finding.rule, place_of(finding, report)), []).append(finding)
+            groups.setdefault((finding.rule, place_of(finding, report, folder)), []).append(finding)
     for (_, place), (worst, *others) in groups.items():
         more = f" ({count(len(others), 'more layer')} of this line)" if others else ""
         yield _Annotation(worst.severity, title_of_finding(worst), text_of(worst) + more, place)

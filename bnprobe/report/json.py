@@ -147,7 +147,7 @@ def read_report(path: Path) -> Report:
     Raises:
         UsageError: The file cannot be read, or is no report; the message names it.
     """
-    return _read(path, load_report)
+    return _read(path, load_report, "report")
 
 
 def read_document(path: Path) -> Record:
@@ -156,7 +156,7 @@ def read_document(path: Path) -> Record:
     Raises:
         UsageError: The file cannot be read, or is no such document; the message names it.
     """
-    return _read(path, load_document)
+    return _read(path, load_document, "report")
 
 
 def read_baseline(path: Path) -> Baseline:
@@ -173,20 +173,20 @@ def read_baseline(path: Path) -> Baseline:
             raise UsageError("This is no baseline: --write-baseline writes one.")
         return _validated(Baseline, document)
 
-    return _read(path, load)
+    return _read(path, load, "baseline")
 
 
-def _read(path: Path, load: Callable[[str], _Document]) -> _Document:
+def _read(path: Path, load: Callable[[str], _Document], noun: str) -> _Document:
     try:
-        content = read_bounded(path, MOST_BYTES, lambda what: UsageError(f"{path} {what}: it is no report.")).decode()
+        content = read_bounded(path, MOST_BYTES, lambda what: UsageError(f"{path} {what}: it is no {noun}.")).decode()
     except FileNotFoundError:
         from bnprobe.config.spec import nearest_file  # pydantic again
 
-        raise UsageError(f"The report {path} does not exist. {nearest_file(path)}".rstrip()) from None
+        raise UsageError(f"The {noun} {path} does not exist. {nearest_file(path)}".rstrip()) from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not a JSON report of bnprobe: it is not text.") from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"The report {path} could not be read: {getattr(error, 'strerror', error)}.") from None
+        raise UsageError(f"The {noun} {path} could not be read: {getattr(error, 'strerror', error)}.") from None
     try:
         return load(content)
     except UsageError as error:
@@ -283,6 +283,8 @@ SCHEMAS: dict[str, tuple[type[Record], str]] = {
     "report": (Report, "bnprobe report"),
     "record": (RepairRecord, "bnprobe repair record"),
     "sweep": (SweepReport, "bnprobe sweep"),
+    "comparison": (Comparison, "bnprobe comparison"),
+    "baseline": (Baseline, "bnprobe baseline"),
 }
 """What there is a schema of: the record and the title."""
 

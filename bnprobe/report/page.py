@@ -107,6 +107,7 @@ class RenderOptions:
         verbose: The whole report, not what fits a screen.
         show_all: The whole report, with every layer, however many there are.
         unicode: Whether the output can carry more than ASCII.
+        folder: Where the command ran, as seen from the root of the repository, with forward slashes; empty: there.
         command: The command that the user ran, as typed; suggestions are written as variants of it. Empty: not known.
     """
 
@@ -115,6 +116,7 @@ class RenderOptions:
     verbose: bool = False
     show_all: bool = False
     unicode: bool = True
+    folder: str = ""
     command: str = "bnprobe scan model.py"
 
 

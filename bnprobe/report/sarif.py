@@ -38,7 +38,8 @@ def render(report: Report | LintReport, options: RenderOptions) -> str:
     states = {(each.rule, each.layer): {"baselineState": STATES[each.state]} for each in known if each.state in STATES}
     first = {finding.rule: finding for finding in reversed(found)}
     results = [
-        _result(finding, codes.index(finding.rule), report) | states.get((finding.rule, finding.layer), {})
+        _result(finding, codes.index(finding.rule), report, options.folder)
+        | states.get((finding.rule, finding.layer), {})
         for finding in found
     ]
     run = {
@@ -84,14 +85,14 @@ def _rule(finding: Verdict) -> dict[str, Any]:
     }
 
 
-def _result(finding: Verdict, index: int, report: Report | LintReport) -> dict[str, Any]:
+def _result(finding: Verdict, index: int, report: Report | LintReport, folder: str) -> dict[str, Any]:
     measured = {"value": finding.value, "limit": finding.limit, "unit": finding.unit or None}
     return {
         "ruleId": finding.rule,
         "ruleIndex": index,
         "level": LEVELS[finding.severity],
         "message": {"text": text_of(finding)},
-        "locations": [_location(finding, place_of(finding, report))],
+        "locations": [_location(finding, place_of(finding, report, folder))],
         "partialFingerprints": {FINGERPRINT: _fingerprint(finding, model_of(report))},
         "properties": {name: value for name, value in measured.items() if value is not None},
     }

@@ -64,7 +64,7 @@ def test_a_file_is_the_same_for_the_same_findings_and_is_replaced_only_on_reques
 
 def test_what_is_no_baseline_is_known_before_the_model_is_loaded(known: Workspace) -> None:
     known.write("model.py", "raise RuntimeError('loaded')")
-    assert known.scan("--baseline", "none.json").error().startswith("The report none.json does not exist.")
+    assert known.scan("--baseline", "none.json").error().startswith("The baseline none.json does not exist.")
     known.write("other.json", '{"schema_version": 1}')
     assert (
         known.scan("--baseline", "other.json").error()

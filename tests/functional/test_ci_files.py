@@ -20,7 +20,7 @@ PATH = os.pathsep.join([str(COMMAND.parent), os.environ["PATH"]])
 FAULTY = SHIFTED.replace("nn.BatchNorm2d(2)", "nn.BatchNorm2d(2, momentum=0.99)")
 
 
-def act(workspace: Workspace, **inputs: str) -> tuple[Result, str, dict[str, str]]:
+def act(workspace: Workspace, root: str = "", **inputs: str) -> tuple[Result, str, dict[str, str]]:
     """Run the step of the action as GitHub does: the result, the summary of the job, and the outputs."""
     step = ACTION["runs"]["steps"][1]
     given = {name: str(value.get("default", "")) for name, value in ACTION["inputs"].items()} | inputs
@@ -29,6 +29,7 @@ def act(workspace: Workspace, **inputs: str) -> tuple[Result, str, dict[str, str
     for path in files.values():
         path.write_text("")
     variables |= {name: str(path) for name, path in files.items()}
+    variables["GITHUB_WORKSPACE"] = root or str(workspace.folder)
     shell = ("bash", "--noprofile", "--norc", "-eo", "pipefail", "-c")
     found = workspace.call(*shell, step["run"], PATH=PATH, **variables)
     outputs = dict(line.split("=", 1) for line in files["GITHUB_OUTPUT"].read_text().splitlines())
@@ -63,6 +64,17 @@ def test_the_action_lints_against_a_baseline(workspace: Workspace) -> None:
     assert (found.code, outputs["exit-code"]) == (CLEAN, "0")
     assert "Against the baseline known.json: 0 new" in summary
     assert act(workspace, command="lint", target="model.py")[0].code == FINDINGS
+
+
+def test_files_are_named_from_the_root_of_the_repository(workspace: Workspace) -> None:
+    workspace.write("models/net/model.py", SHIFTED)
+    inputs = {"target": "model.py", "arguments": "--batch-size=2", "working-directory": "models/net"}
+    here = Workspace(workspace.folder / "models/net")
+    found, _, _ = act(here, **inputs, root=str(workspace.folder))
+    assert "\n::error file=models/net/model.py,line=14,title=" in found.stdout
+    log = json.loads((here.folder / "bnprobe-report/scan.sarif").read_text())
+    place = log["runs"][0]["results"][0]["locations"][0]["physicalLocation"]
+    assert place["artifactLocation"]["uri"] == "models/net/model.py"
 
 
 def test_an_error_is_the_exit_code_of_the_action_too(workspace: Workspace) -> None:

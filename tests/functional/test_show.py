@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from functional.command import CLEAN, FINDINGS, SHIFTED, Workspace
+from bnprobe.report import formats_of
+from functional.command import CLEAN, ERROR, FINDINGS, SHIFTED, Workspace
 
 
 @pytest.fixture
@@ -77,3 +81,41 @@ def test_what_is_incomplete_newer_or_no_report(scanned: Workspace) -> None:
         scanned.write("other.json", text)
         assert scanned.run("show", "other.json").error().startswith(f"other.json: {said}"), text[:80]
     assert scanned.run("show", "scna.json").error() == "The report scna.json does not exist. Did you mean scan.json?"
+
+
+VALUES = (0, -1, 1e300, None, "", "x\x1b", [], {}, True, 10**30)
+
+
+def test_a_report_with_any_other_value_is_shown_or_refused(scanned: Workspace) -> None:
+    """No value of a file that others have written may look like a bug of bnprobe's."""
+    whole, chance = json.loads((scanned.folder / "scan.json").read_text()), random.Random(0)
+    places = list(_places(whole))
+    formats = [word for name in formats_of("scan") for word in ("--format", name)]
+    for number in range(60):
+        report = json.loads(json.dumps(whole))
+        place = chance.choice(places)
+        node: Any = report
+        for key in place[:-1]:
+            node = node[key]
+        node[place[-1]] = chance.choice(VALUES)
+        scanned.write("other.json", json.dumps(report))
+        found = scanned.run("show", "other.json", *formats, "--output-dir", f"out{number}")
+        assert found.code in (CLEAN, ERROR), place
+        assert "internal error" not in found.stderr, place
+
+
+def test_figures_that_contradict_each_other(scanned: Workspace) -> None:
+    assert scanned.run("compare", "scan.json", "scan.json", "--format", "json", "--output", "two.json").code == CLEAN
+    two = json.loads((scanned.folder / "two.json").read_text())
+    two["layers"][0]["points"] = []
+    scanned.write("two.json", json.dumps(two))
+    message = scanned.run("show", "two.json").error()
+    assert message.startswith("two.json fits its schema, but its figures contradict each other: ")
+
+
+def _places(node: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value."""
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in pairs:
+        yield (*place, key)
+        yield from _places(value, (*place, key))

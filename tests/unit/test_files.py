@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from bnprobe.errors import OutputError
-from bnprobe.files import OwnFolder, has_mark, require_new, require_writable, write_all, write_whole
+from bnprobe.files import (
+    OwnFolder,
+    has_mark,
+    make_folder,
+    require_folder,
+    require_new,
+    require_writable,
+    write_all,
+    write_whole,
+)
 from bnprobe.paths import read_bounded
 
 
@@ -40,6 +49,28 @@ def test_text_that_cannot_be_encoded_is_escaped(tmp_path: Path) -> None:
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"could not be written: Is a directory\.$"):
         write_whole(tmp_path, "text")
+
+
+def test_a_folder_for_files_is_checked_before_and_made_after(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    require_folder(folder)
+    assert not folder.exists()
+    make_folder(folder)
+    make_folder(folder)
+    require_folder(folder)
+    (folder / "file").write_text("")
+    for below in (folder / "file", folder / "file" / "c"):
+        with pytest.raises(OutputError, match=r"--output-dir .* cannot be a folder: .*file is a file\.$"):
+            require_folder(below)
+        with pytest.raises(OutputError, match=r"--output-dir .* could not be made: "):
+            make_folder(below)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_made_is_refused_before(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(OutputError, match=r"locked of --output-dir is not writable\.$"):
+        require_folder(tmp_path / "locked" / "new")
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:

@@ -322,6 +322,7 @@ def test_which_documents_the_formats_for_programs_support() -> None:
     found: dict[str, set[str]] = {}
     for name, kind in _pairs():
         found.setdefault(name, set()).add(kind)
-    assert found["junit"] == found["github"] == found["markdown"] == {"Report", "LintReport", "Verification"}
+    assert found["junit"] == found["github"] == {"Report", "LintReport", "Verification"}
+    assert found["markdown"] == found["junit"] | {"Comparison"}
     assert found["sarif"] == {"Report", "LintReport"}
-    assert found["csv"] == {"Report", "SweepReport", "Verification"}
+    assert found["csv"] == {"Report", "SweepReport", "Verification", "Comparison"}
