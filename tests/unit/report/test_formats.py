@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from typer.testing import CliRunner
 
 from bnprobe.cli.app import app
 from bnprobe.errors import UsageError
-from bnprobe.records import LintReport, Report
+from bnprobe.records import ExportReport, LintReport, Plan, Report, SweepReport, Verification
 from bnprobe.report import DOCUMENTS, FORMATS, Format, RenderOptions, render, renderer
+from bnprobe.report.repair import RepairReport
 
 MODEL = """
 import torch
@@ -75,24 +77,25 @@ def test_help_names_every_format(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "document"),
+    ("arguments", "kind"),
     [
-        (["sweep", "model.py"], "the report of a sweep"),
-        (["convert", "model.py", "--check"], "the plan of a conversion"),
-        (["convert", "model.py", "-o", "out.safetensors"], "the record of a repair"),
-        (["recalibrate", "model.py", "-o", "out.safetensors"], "the record of a repair"),
-        (["verify", "no.json", "no.json"], "the report of a verification"),
-        (["export", "model.py", "-o", "out.pt2"], "the report of an export"),
+        (["sweep", "model.py"], SweepReport),
+        (["convert", "model.py", "--check"], Plan),
+        (["convert", "model.py", "-o", "out.safetensors"], RepairReport),
+        (["recalibrate", "model.py", "-o", "out.safetensors"], RepairReport),
+        (["verify", "no.json", "no.json"], Verification),
+        (["export", "model.py", "-o", "out.pt2"], ExportReport),
     ],
 )
 def test_a_document_that_a_format_does_not_support_is_refused_before_anything_runs(
-    arguments: list[str], document: str, model: str, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], kind: type, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("model.py").write_text("raise RuntimeError('the model was loaded')", encoding="utf-8")
     with FORMATS.including(CSV):
         _, text, error = run(*arguments, "--format", "csv")
+    able = [row.name for row in FORMATS if kind in row.renderers]
     assert isinstance(error, UsageError)
-    assert str(error) == f"--format csv does not support {document}; these formats do: {', '.join(OWN)}."
+    assert str(error) == f"--format csv does not support {DOCUMENTS[kind]}; these formats do: {', '.join(able)}."
     assert text == ""
     assert not Path("out.safetensors").exists()
 
@@ -123,9 +126,17 @@ def test_another_package_adds_a_format_by_an_entry_point(tmp_path: Path, monkeyp
     sys.modules.pop("tables_module")
 
 
-def test_bnprobes_own_formats_support_every_document() -> None:
-    for row in FORMATS:
-        assert row.renderers.keys() == DOCUMENTS.keys(), row.name
+def test_the_formats_for_people_and_for_programs_support_every_document() -> None:
+    for name in ("terminal", "json"):
+        assert FORMATS[name].renderers.keys() == DOCUMENTS.keys(), name
+
+
+def test_a_format_whose_package_is_missing_says_how_to_get_it() -> None:
+    with (
+        FORMATS.including(replace(CSV, package="no_such_package", extra="tables")),
+        pytest.raises(UsageError, match=r"--format csv needs no_such_package: pip install \"bnprobe\[tables\]\"\."),
+    ):
+        renderer("csv", Report)
 
 
 def test_what_is_no_document_is_refused() -> None:

@@ -18,7 +18,7 @@ import altair
 import fabricated_reports as fabricated
 import pytest
 from fabricated_documents import CASES, document
-from pages import HOSTILE, Page, between, deep, digest, hostile, page_of, said, with_curves
+from hard_documents import HOSTILE, deep, hostile, with_curves
 from pydantic import TypeAdapter
 
 from bnprobe.errors import UsageError
@@ -34,6 +34,7 @@ from bnprobe.rules import RULES
 from bnprobe.rules.docs import manual
 from bnprobe.stats.theory import mismatch_iid
 from support import repairs
+from support.pages import Page, between, digest, page_of, said
 
 KINDS = ("scan", "sweep", "repair", "verify")
 PAGES = [case for case in CASES if case[0] in KINDS]
