@@ -208,7 +208,7 @@ def test_the_help_knows_the_package_without_importing_torch(installed: Path, sit
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "json|github" in done.stdout
+    assert "html|github" in done.stdout
     assert "filter-response*: the mean square of each channel of one sample" in done.stdout
     assert "core-aten (.core.pt2): torch.export, with the core ATen operators only" in done.stdout
 

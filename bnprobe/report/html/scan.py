@@ -294,9 +294,9 @@ def _layers(report: Report) -> Iterator[Block]:
         Column("Limit"),
         Column("Most of it", number=False),
         *([Column("Output change")] if impacts else []),
-        Column("Kind", number=False),
-        Column("Channels"),
-        Column("Values in a batch"),
+        Column("Kind", number=False, on_paper=False),
+        Column("Channels", on_paper=False),
+        Column("Values in a batch", on_paper=False),
         Column("r out of 1/3..3"),
         Column("d out of -5..5"),
     ]
