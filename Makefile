@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-benchmarks lint format docs picture bench rules schema clean
+.PHONY: help demo browser test test-benchmarks lint format docs picture bench rules schema clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,13 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## install, scan the digits sample and print its report
 	$(BIN)/bnprobe scan sample_configs/digits/sorted.yaml || [ $$? -eq 1 ]  # 1: findings, which it is to show
+
+browser: $(READY) ## install what the tests of pages drive: Playwright, and on Debian, as root, Chromium
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group browser
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+		  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
+		echo "Chromium could not be installed: the tests of pages in a browser will be skipped."
 
 test: $(READY) ## install, run the test suite: the package, and the command as users run it
 	$(BIN)/python -m pytest $(TWO)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fabricated_documents import document
 from fabricated_reports import batch_sizes, flagged, healthy, many
-from pages import HOSTILE, deep, hostile, with_curves
+from hard_documents import HOSTILE, deep, hostile, with_curves
 
 from bnprobe.records import Report
 from bnprobe.report.page import clean

@@ -29,7 +29,7 @@ from bnprobe.config.load import build_spec
 from bnprobe.config.spec import CheckpointSpec, Spec
 from bnprobe.errors import BnprobeError
 from bnprobe.loading.checkpoint import load_checkpoint
-from bnprobe.records import Verification
+from bnprobe.records import Report, Verification
 from bnprobe.repairs import wanted_from_report
 from bnprobe.report import FORMATS, RenderOptions, renderer
 from bnprobe.report.json import load_report
@@ -124,6 +124,7 @@ def test_reports(data: bytes) -> None:
         survives(lambda: wanted_from_report(report, Net()))
         for name in FORMATS.names() if found is not None else ():
             survives(lambda name=name: renderer(name, Verification)(found, RenderOptions()))
+        survives(lambda: renderer("html", Report)(report, RenderOptions()))
 
 
 MARKS = {"bnprobe": "0.1.0", "layers": ["bn"], "train": {"steps": 3}}

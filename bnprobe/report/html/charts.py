@@ -1,412 +1,39 @@
-"""Charts as Vega-Lite, made with Altair: functions from plain figures, in colours that the page's style sheet names.
+"""Charts of D against batch size, of scores, of training and of rates.
 
-Names are values in the data, never a part of a specification. A chart has the width of its place; y axes are equally
-wide, so that charts below each other have the same x axis.
+A chart is Vega-Lite, made with Altair by a function from plain figures, in colours that the page's style sheet names.
+Names are values in the data, never a part of a specification. A chart has the width of its place.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, wraps
-from typing import Any, ParamSpec
+from typing import Any
 
-from bnprobe.records import SOURCES, Distribution, Estimate, Interval, Layer
-from bnprobe.report import charts as terminal
+from bnprobe.records import Estimate, Interval
 from bnprobe.report import figures
-from bnprobe.report.layers import sign_of, worse_path
-from bnprobe.report.page import FINE, FLAGGED, UNDECIDED, UNMEASURED, Page
-from bnprobe.rules.shares import flagging_limit
-from bnprobe.stats.theory import D_MAX, R_MAX
-
-LAYERS = "layers"
-"""The data that charts of the network share."""
-
-COLOURS = {FLAGGED: "flagged", UNDECIDED: "undecided", FINE: "fine", UNMEASURED: "unmeasured"}
-SOURCE_COLOURS = {source.field: source.field.replace("_", "-") for source in SOURCES}
-LINES = tuple(f"line-{number}" for number in range(1, 7))
-
-_QUANTILES = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
-_AXIS = 46
-"""Pixels of a y axis."""
-
-_LABEL = 26
-"""Characters of a name below an axis."""
-
-_HEADROOM = 1.08
-"""The axis of stacked bars is so many times as long as the longest bar."""
-
-_SMALLEST = 1e-4
-"""A mismatch below this is drawn here on a logarithmic axis."""
-
-_DIGITS = 5
+from bnprobe.report.html.vega import (
+    LINES,
+    SMALLEST,
+    altair,
+    colour,
+    drawing,
+    drawn_from,
+    finished,
+    floored,
+    log_scale,
+    rounded,
+    told,
+    y_axis,
+)
+from bnprobe.report.page import UNMEASURED
 
 _WIDE = 8.0
 """Values that differ by more than this factor have a logarithmic axis."""
 
 _MOST_DOTS = 25
 """Points of a line that are drawn as dots."""
-
-_Given = ParamSpec("_Given")
-
-
-def colour(name: str) -> str:
-    """A colour of the style sheet."""
-    return f"var(--{name})"
-
-
-@cache
-def altair() -> Any:
-    """Altair, which is imported only where a chart is drawn."""
-    import altair
-
-    return altair
-
-
-def drawing(build: Callable[_Given, dict[str, Any]]) -> Callable[_Given, dict[str, Any]]:
-    """A function that makes a chart: Altair validates no part of it, which would take longer than all else.
-
-    The tests validate every chart.
-    """
-
-    @wraps(build)
-    def built(*given: _Given.args, **named: _Given.kwargs) -> dict[str, Any]:
-        from altair.utils.schemapi import debug_mode
-
-        with debug_mode(False):
-            return build(*given, **named)
-
-    return built
-
-
-def finished(chart: Any, height: int, **data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The specification: as wide as its place, without a frame, with the colours and the type of the page.
-
-    Args:
-        chart: Of Altair.
-        height: Pixels, without the axis.
-        data: What it draws, by name.
-    """
-    spec: dict[str, Any] = chart.properties(width="container", height=height).to_dict(validate=False)
-    spec.pop("$schema", None)
-    spec["datasets"] = data
-    text = {"labelColor": colour("soft"), "titleColor": colour("soft"), "labelFontSize": 11, "titleFontSize": 11}
-    spec["autosize"] = {"type": "fit-x", "contains": "padding"}
-    spec["padding"] = {"left": 2, "right": 8, "top": 6, "bottom": 4}
-    spec["background"] = "transparent"
-    spec["config"] = {
-        "axis": {
-            **text,
-            "titleFontWeight": "normal",
-            "gridColor": colour("grid"),
-            "domainColor": colour("line"),
-            "tickColor": colour("line"),
-        },
-        "legend": text,
-        "text": {"color": colour("ink"), "fontSize": 12},
-        "view": {"stroke": None},
-        "aria": False,
-    }
-    return spec
-
-
-def _number(value: float | None) -> float | None:
-    """With as many digits as a picture shows."""
-    if value is None or not math.isfinite(value):
-        return None
-    return float(f"{value:.{_DIGITS}g}")
-
-
-# --- The network in depth order ---------------------------------------------------------------------------------------
-
-
-def network_data(layers: Sequence[Layer]) -> tuple[list[str], list[list[Any]]]:
-    """The layers in depth order, as rows of the shared data: what is drawn of each, and what a pointer shows."""
-    labels = axis_labels([layer.name for layer in layers], [sign_of(layer) for layer in layers])
-    full = full_mismatch(layers)
-    rows = [
-        [number, label, layer.name, COLOURS[sign_of(layer)], *_path_texts(layer), *_stack(layer, full), *_both(layer)]
-        for number, (label, layer) in enumerate(zip(labels, layers, strict=True), start=1)
-    ]
-    stack = [f"{letter}{index}" for index in range(len(SOURCES)) for letter in "ab"]
-    spread = [f"{name}{place}" for name in "rd" for place in range(len(_QUANTILES))]
-    texts = [f"{name}{text}" for name in "rd" for text in ("middle", "half", "wide", "all")]
-    paths = ["D", "train", "eval", "most"]
-    return ["i", "label", "name", "standing", *paths, *stack, "limit", "cut", *spread, *texts], rows
-
-
-def axis_labels(names: Sequence[str], signs: Sequence[str]) -> list[str]:
-    """Names short enough to stand below an axis, all different; with the sign of those that are not fine."""
-    short = Page(80, unicode=True).shorten(names, _LABEL)
-    return [name if sign == FINE else f"{sign} {name}" for sign, name in zip(signs, short, strict=True)]
-
-
-def full_mismatch(layers: Sequence[Layer]) -> float:
-    """D of the longest bar that is not cut."""
-    shares = [layer.shares for layer in layers if layer.shares is not None and layer.only_in != "train"]
-    limits = [flagging_limit(layer) for layer in layers if layer.shares is not None]
-    return terminal.full_length([terminal.length(one) for one in shares], limits)
-
-
-def _path_texts(layer: Layer) -> list[str | None]:
-    path = worse_path(layer.train, layer.eval)
-    if path is None:
-        return [None, None, None, None]
-    around = figures.span(path.interval)
-    most = ""
-    if layer.shares is not None:
-        source, share = max(terminal.drawn(layer.shares), key=lambda pair: pair[1])
-        most = f"{source.words}, D {figures.mismatch(share)}"
-    return [
-        f"{figures.mismatch(path.mismatch)} ({around})",
-        figures.path_equivalent(layer.train),
-        figures.path_equivalent(layer.eval),
-        most,
-    ]
-
-
-def _stack(layer: Layer, full: float) -> list[float | None]:
-    """Where each share begins and ends, the limit, and where a bar is cut that does not fit."""
-    shares = layer.shares
-    if shares is None or layer.only_in == "train":
-        return [None] * (2 * len(SOURCES) + 2)
-    length = terminal.length(shares)
-    cut = length > full * (1 + 1e-9)
-    scale = full / length if cut else 1.0
-    ends: list[float | None] = []
-    place = 0.0
-    for _, share in terminal.drawn(shares):
-        ends += [_number(place), _number(place + share * scale)] if share else [None, None]
-        place += share * scale
-    return [*ends, None if cut else _number(flagging_limit(layer)), full if cut else None]
-
-
-def _both(layer: Layer) -> list[Any]:
-    """Quantiles of r and d in training, and what a pointer shows of them."""
-    path = layer.train
-    if path is None:
-        return [None] * (2 * len(_QUANTILES) + 8)
-    places = [_number(each.quantiles[key]) for each in (path.r, path.d) for key in _QUANTILES]
-    return [*places, *_spread(path.r), *_spread(path.d)]
-
-
-def _spread(values: Distribution) -> list[str]:
-    return [figures.score(values.quantiles["0.5"]), *quantile_spans(values)]
-
-
-def quantile_spans(values: Distribution) -> list[str]:
-    """The middle half of the values, 90% and 98% of them, as text."""
-    found = [figures.score(values.quantiles[key]) for key in _QUANTILES]
-    return [f"{found[2]} to {found[4]}", f"{found[1]} to {found[5]}", f"{found[0]} to {found[6]}"]
-
-
-def _depth_axis(labelled: bool) -> Any:
-    alt = altair()
-    axis = alt.Axis(
-        title=None,
-        labels=labelled,
-        ticks=False,
-        labelAngle=-55,
-        labelLimit=0,
-        labelOverlap="greedy",
-        labelPadding=4,
-        domain=True,
-        labelSeparation=2,
-    )
-    return alt.X("label:N", sort=None, axis=axis, scale=alt.Scale(paddingInner=0.18, paddingOuter=0.3))
-
-
-def _mismatch_axis(title: str | None, **axis: Any) -> Any:
-    return altair().Axis(title=title, minExtent=_AXIS, maxExtent=_AXIS, tickCount=5, titlePadding=6, **axis)
-
-
-def _pointed(tooltip: Sequence[Any], labelled: bool) -> Any:
-    """What a pointer meets: the whole column of a layer, however small what is drawn there."""
-    return (
-        _network()
-        .mark_rect(fill=colour("ink"), fillOpacity=0, cursor="pointer")
-        .encode(x=_depth_axis(labelled), tooltip=list(tooltip))
-    )
-
-
-def _network() -> Any:
-    return _drawn_from(LAYERS)
-
-
-def _drawn_from(name: str) -> Any:
-    """A chart of data of this name, which `finished` is given or the page has."""
-    return altair().Chart(altair().NamedData(name=name))
-
-
-def _told(*fields: tuple[str, str]) -> list[Any]:
-    return [altair().Tooltip(f"{name}:N", title=title) for name, title in fields]
-
-
-@drawing
-def shares(layers: Sequence[Layer], labelled: bool = False) -> dict[str, Any]:
-    """Shares of D at inference, stacked, for each layer, with its limit; what comes on top of D is narrower."""
-    alt = altair()
-    scale = alt.Scale(domain=[0, _number(_HEADROOM * full_mismatch(layers))], nice=False)
-    axis = _mismatch_axis("D at inference", format="~g")
-    x = _depth_axis(labelled)
-    parts = []
-    for index, source in enumerate(SOURCES):
-        y = alt.Y(f"a{index}:Q", scale=scale, axis=axis)
-        size = {} if source.adds_up else {"width": alt.RelativeBandSize(0.45)}
-        bar = _network().mark_bar(color=colour(SOURCE_COLOURS[source.field]), **size)
-        parts.append(bar.encode(x=x, y=y, y2=f"b{index}"))
-    limit = _network().mark_tick(color=colour("ink"), thickness=1.5, opacity=1)
-    cut = _network().mark_point(shape="triangle-up", size=45, filled=True, color=colour("ink"), opacity=1, yOffset=-6)
-    tooltip = _told(("name", ""), ("D", "D, worse mode"), ("train", "n_eq in training"), ("eval", "n_eq at inference"))
-    return finished(
-        alt.layer(
-            *parts,
-            limit.encode(x=x, y=alt.Y("limit:Q", scale=scale, axis=axis)),
-            cut.encode(x=x, y=alt.Y("cut:Q", scale=scale, axis=axis)),
-            _pointed([*tooltip, *_told(("most", "most of it"))], labelled),
-        ),
-        height=220,
-    )
-
-
-@drawing
-def spread(name: str, layers: Sequence[Layer], labelled: bool = False) -> dict[str, Any]:
-    """Quantiles of r or d in training for each layer: 98% of the values, the middle half, and the median."""
-    alt = altair()
-    paths = [layer.train for layer in layers if layer.train is not None]
-    found = [(path.r if name == "r" else path.d).quantiles for path in paths]
-    y = {place: f"{name}{index}" for index, place in enumerate(_QUANTILES)}
-    scale, axis = (_r_scale if name == "r" else _d_scale)(found)
-    x = _depth_axis(labelled)
-    hue = alt.Color("standing:N", legend=None, scale=_standing_scale())
-    low = alt.Y(f"{y['0.01']}:Q", scale=scale, axis=axis)
-    half = alt.Y(f"{y['0.25']}:Q", scale=scale, axis=axis)
-    middle = alt.Y(f"{y['0.5']}:Q", scale=scale, axis=axis)
-    whiskers = _network().mark_rule(opacity=0.75).encode(x=x, y=low, y2=y["0.99"], color=hue)
-    box = _network().mark_bar(opacity=0.8, minBandSize=1, width=alt.RelativeBandSize(0.8))
-    median = _network().mark_tick(color=colour("ink"), thickness=1.2, opacity=1)
-    words = (("name", ""), (f"{name}middle", "median"), (f"{name}half", "half of the values"))
-    tooltip = _told(*words, (f"{name}wide", "90% of them"), (f"{name}all", "98% of them"))
-    marks = _marks((1 / R_MAX, 1, R_MAX) if name == "r" else (-D_MAX, 0, D_MAX), scale, axis)
-    return finished(
-        alt.layer(
-            *marks,
-            whiskers,
-            box.encode(x=x, y=half, y2=y["0.75"], color=hue),
-            median.encode(x=x, y=middle),
-            _pointed(tooltip, labelled),
-        ),
-        height=150,
-        one=[{}],
-    )
-
-
-def _standing_scale() -> Any:
-    names = list(COLOURS.values())
-    return altair().Scale(domain=names, range=[colour(name) for name in names])
-
-
-def _marks(values: Sequence[float], scale: Any, axis: Any) -> list[Any]:
-    """The value without mismatch, and the limits of Batch Renorm on both sides of it."""
-    alt = altair()
-    low, centre, high = values
-
-    def line(at: float, **look: Any) -> Any:
-        return (
-            _drawn_from("one").mark_rule(color=colour("soft"), **look).encode(y=alt.YDatum(at, scale=scale, axis=axis))
-        )
-
-    dashed = {"strokeDash": [3, 4], "opacity": 0.7}
-    return [line(centre, opacity=0.9), line(low, **dashed), line(high, **dashed)]
-
-
-def _r_scale(found: Sequence[Mapping[str, float]]) -> tuple[Any, Any]:
-    """Logarithmic; r = 1/2 and r = 2 are equally far from 1."""
-    low = max(min([0.25, *(each["0.01"] for each in found)]), 1e-4)
-    high = min(max([4.0, *(each["0.99"] for each in found)]), 1e4)
-    ticks = [tick for tick in (0.001, 0.01, 0.1, 0.33, 1, 3, 10, 100, 1000) if low <= tick <= high]
-    scale = altair().Scale(type="log", domain=[low * 0.95, high * 1.05], clamp=True)
-    return scale, _mismatch_axis("r", values=ticks, format="~g")
-
-
-def _d_scale(found: Sequence[Mapping[str, float]]) -> tuple[Any, Any]:
-    """Linear near 0, logarithmic far out."""
-    most = max([D_MAX * 1.1, *(abs(each[key]) for each in found for key in ("0.01", "0.99"))])
-    most = min(most * 1.05, 1e6)
-    ticks = [tick for tick in (0.0, 1, 5, 30, 300, 3000, 30_000, 300_000) if tick <= most]
-    scale = altair().Scale(type="symlog", constant=0.5, domain=[-most, most], clamp=True)
-    return scale, _mismatch_axis("d", values=[*(-tick for tick in ticks[:0:-1]), *ticks], format="~g")
-
-
-def _log_scale(values: Sequence[float], title: str) -> tuple[Any, Any]:
-    """A logarithmic axis with a little room around the values, and labels at 1, 2 and 5 or at powers of ten."""
-    low, high = min(values) / 1.4, max(values) * 1.4
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if len(decades) <= 4 else (1, 3) if len(decades) <= 6 else (1,)
-    ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]
-    scale = altair().Scale(type="log", domain=[_number(low), _number(high)], nice=False, clamp=True)
-    return scale, _mismatch_axis(title, values=[tick for tick in ticks if low <= tick <= high], format="~g")
-
-
-# --- D before and after -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Change:
-    """A layer before and after.
-
-    Attributes:
-        name: The layer.
-        sign: How it stands now.
-        before, after: D; None: not measured.
-        became: What has become of it.
-    """
-
-    name: str
-    sign: str
-    before: float | None
-    after: float | None
-    became: str = ""
-
-
-@drawing
-def before_and_after(changes: Sequence[Change]) -> dict[str, Any]:
-    """D of each layer before and after, with an arrow's path between the two, on a logarithmic axis."""
-    alt = altair()
-    labels = axis_labels([one.name for one in changes], [one.sign for one in changes])
-    rows = [
-        {
-            "label": label,
-            "name": one.name,
-            "before": _floored(one.before),
-            "after": _floored(one.after),
-            "from": UNMEASURED if one.before is None else figures.mismatch(one.before),
-            "to": UNMEASURED if one.after is None else figures.mismatch(one.after),
-            "became": one.became,
-        }
-        for label, one in zip(labels, changes, strict=True)
-    ]
-    drawn = [value for one in changes for value in (_floored(one.before), _floored(one.after)) if value is not None]
-    scale, axis = _log_scale([*drawn, 0.01, 0.1], "D, worse mode")
-    y = alt.Y("before:Q", scale=scale, axis=axis)
-    chart, x = _drawn_from("rows"), _depth_axis(labelled=True)
-    point = {"filled": True, "opacity": 1, "size": 55 if len(rows) <= 60 else 16}
-    tooltip = _told(("name", ""), ("from", "D before"), ("to", "D after"), ("became", "now"))
-    return finished(
-        alt.layer(
-            chart.mark_rule(color=colour("before"), opacity=0.6).encode(x=x, y=y, y2="after"),
-            chart.mark_point(**{**point, "filled": False}, stroke=colour("before"), strokeWidth=1.6).encode(x=x, y=y),
-            chart.mark_point(**point, color=colour("after")).encode(x=x, y=alt.Y("after:Q", scale=scale)),
-            chart.mark_rect(fill=colour("ink"), fillOpacity=0).encode(x=x, tooltip=tooltip),
-        ),
-        height=220,
-        rows=rows,
-    )
-
-
-def _floored(mismatch: float | None) -> float | None:
-    return None if mismatch is None else _number(max(mismatch, _SMALLEST))
 
 
 # --- D against batch size ---------------------------------------------------------------------------------------------
@@ -437,20 +64,20 @@ def batch_sizes(curves: Sequence[SizeCurve]) -> dict[str, Any]:
     """D of every layer against batch size, both logarithmic; with intervals and theory for those that stand out."""
     alt = altair()
     sizes = sorted({point.size for curve in curves for point in curve.points})
-    measured = [max(point.mismatch, _SMALLEST) for curve in curves for point in curve.points]
+    measured = [max(point.mismatch, SMALLEST) for curve in curves for point in curve.points]
     expected = [point.theory for curve in curves if curve.role for point in curve.points if point.theory]
     x = alt.X(
         "size:Q",
         scale=alt.Scale(type="log", base=2, domain=[sizes[0] / 1.15, sizes[-1] * 1.15], nice=False),
         axis=alt.Axis(title="samples in a batch", values=sizes, format="d", grid=False),
     )
-    scale, axis = _log_scale([*measured, *(max(value, min(measured)) for value in expected)], "D at inference")
+    scale, axis = log_scale([*measured, *(max(value, min(measured)) for value in expected)], "D at inference")
     rows = [_size_row(curve, point) for curve in curves for point in curve.points]
-    told = [row for row in rows if row["role"]]
+    marked = [row for row in rows if row["role"]]
     hue = alt.Color("role:N", legend=None, scale=_role_scale(curves))
     y = alt.Y("D:Q", scale=scale, axis=axis)
-    every, some = _drawn_from("rows"), _drawn_from("told")
-    tooltip = _told(("name", ""), ("at", "samples in a batch"), ("text", "D (95%)"), ("theory_text", "i.i.d. samples"))
+    every, some = drawn_from("rows"), drawn_from("told")
+    tooltip = told(("name", ""), ("at", "samples in a batch"), ("text", "D (95%)"), ("theory_text", "i.i.d. samples"))
     faint = every.mark_line(color=colour("soft"), opacity=0.35, strokeWidth=1).encode(x=x, y=y, detail="name:N")
     theory = some.mark_line(strokeDash=[4, 4], strokeWidth=1.5, opacity=0.9)
     return finished(
@@ -466,7 +93,7 @@ def batch_sizes(curves: Sequence[SizeCurve]) -> dict[str, Any]:
         ),
         height=280,
         rows=rows,
-        told=told,
+        told=marked,
     )
 
 
@@ -487,10 +114,10 @@ def _size_row(curve: SizeCurve, point: SizePoint) -> dict[str, Any]:
         "role": curve.role,
         "size": point.size,
         "at": str(point.size),
-        "D": _floored(point.mismatch),
-        "low": _floored(low),
-        "high": _floored(point.mismatch if high is None else high),
-        "theory": _floored(point.theory),
+        "D": floored(point.mismatch),
+        "low": floored(low),
+        "high": floored(point.mismatch if high is None else high),
+        "theory": floored(point.theory),
         "text": f"{figures.mismatch(point.mismatch)} ({figures.span(point.interval)})",
         "theory_text": None if point.theory is None else figures.mismatch(point.theory),
     }
@@ -531,10 +158,10 @@ def _bar_rows(bars: Sequence[Bar]) -> list[dict[str, Any]]:
             "row": number,
             "label": bar.label,
             "text": bar.text,
-            "start": _number(bar.start),
-            "end": _number(bar.end),
-            "low": None if bar.interval is None else _number(bar.interval[0]),
-            "high": None if bar.interval is None else _number(bar.interval[1]),
+            "start": rounded(bar.start),
+            "end": rounded(bar.end),
+            "low": None if bar.interval is None else rounded(bar.interval[0]),
+            "high": None if bar.interval is None else rounded(bar.interval[1]),
             "look": bar.look,
         }
         for number, bar in enumerate(bars)
@@ -548,7 +175,7 @@ def _bar_scale(bars: Sequence[Bar], zero: bool) -> Any:
     low, high = min(values), max(values)
     low = min(low, 0.0) if zero else low - 0.06 * ((high - low) or abs(high) or 1.0)
     high += 0.06 * ((high - low) or abs(high) or 1.0)
-    return altair().Scale(domain=[_number(low), _number(high)], nice=False, zero=False)
+    return altair().Scale(domain=[rounded(low), rounded(high)], nice=False, zero=False)
 
 
 def _bar_parts(bars: Sequence[Bar], zero: bool) -> tuple[Any, Any, Any, Any]:
@@ -559,7 +186,7 @@ def _bar_parts(bars: Sequence[Bar], zero: bool) -> tuple[Any, Any, Any, Any]:
     y = alt.Y("row:O", axis=None, scale=alt.Scale(paddingInner=0.0, paddingOuter=0.0))
     axis = alt.Axis(title=None, tickCount=5, format="~g")
     x = {name: alt.X(f"{name}:Q", scale=_bar_scale(bars, zero), axis=axis) for name in ("start", "end", "low")}
-    return _drawn_from("rows"), x, y, hue
+    return drawn_from("rows"), x, y, hue
 
 
 def _labels(chart: Any, y: Any) -> list[Any]:
@@ -612,9 +239,9 @@ def estimates(bars: Sequence[Bar]) -> dict[str, Any]:
     """Means with their intervals, and the runs that they are means over."""
     alt = altair()
     chart, x, y, hue = _bar_parts(bars, zero=False)
-    seeds = [{"row": row, "end": _number(value)} for row, bar in enumerate(bars) for value in bar.seeds]
+    seeds = [{"row": row, "end": rounded(value)} for row, bar in enumerate(bars) for value in bar.seeds]
     down = {"yOffset": 8}
-    runs = _drawn_from("seeds").mark_tick(color=colour("soft"), thickness=1.2, size=13, **down)
+    runs = drawn_from("seeds").mark_tick(color=colour("soft"), thickness=1.2, size=13, **down)
     return finished(
         alt.layer(
             *([runs.encode(x=x["end"], y=y)] if seeds else []),
@@ -654,7 +281,7 @@ def lines(found: Iterable[Line], x_title: str, y_title: str, logarithmic: bool =
     alt = altair()
     found = list(found)
     rows: list[dict[str, Any]] = [
-        {"name": line.name, "run": line.run, "x": at, "y": _number(y), "text": figures.score(y), "at": f"{at:,.0f}"}
+        {"name": line.name, "run": line.run, "x": at, "y": rounded(y), "text": figures.score(y), "at": f"{at:,.0f}"}
         for line in found
         for at, y in line.points
         if y is not None and math.isfinite(y) and (y > 0 or not logarithmic)
@@ -665,15 +292,15 @@ def lines(found: Iterable[Line], x_title: str, y_title: str, logarithmic: bool =
     )
     x = alt.X("x:Q", axis=alt.Axis(title=x_title, format=",d", grid=False, tickCount=6))
     scale = alt.Scale(zero=False, nice=False, padding=6)
-    axis = _mismatch_axis(y_title, format="~g")
+    axis = y_axis(y_title, format="~g")
     values = [row["y"] for row in rows]
     if logarithmic and values and max(values) > _WIDE * min(values):
-        scale, axis = _log_scale(values, y_title)
+        scale, axis = log_scale(values, y_title)
     y = alt.Y("y:Q", scale=scale, axis=axis)
-    chart = _drawn_from("rows")
+    chart = drawn_from("rows")
     # Many points would hide the lines; a pointer finds them all the same.
     dots = 0.9 if max((len(line.points) for line in found), default=0) <= _MOST_DOTS else 0.0
-    tooltip = _told(("name", ""), ("run", "seed"), ("at", x_title), ("text", y_title))
+    tooltip = told(("name", ""), ("run", "seed"), ("at", x_title), ("text", y_title))
     return finished(
         alt.layer(
             chart.mark_line(strokeWidth=1.5, opacity=0.75).encode(x=x, y=y, color=hue, detail="run:N"),
@@ -705,21 +332,21 @@ def rates(points: Sequence[RatePoint]) -> dict[str, Any]:
         {
             "rate": point.rate,
             "start": point.start,
-            "D": _floored(point.mismatch),
-            "low": _floored(point.mismatch - 2 * (point.error or 0.0)),
-            "high": _floored(point.mismatch + 2 * (point.error or 0.0)),
+            "D": floored(point.mismatch),
+            "low": floored(point.mismatch - 2 * (point.error or 0.0)),
+            "high": floored(point.mismatch + 2 * (point.error or 0.0)),
             "text": f"{point.mismatch:.4g}",
             "best": "best" if point.best else "",
         }
         for point in points
     ]
-    values = [max(point.mismatch, _SMALLEST) for point in points]
-    scale, axis = _log_scale(values, "D in training")
+    values = [max(point.mismatch, SMALLEST) for point in points]
+    scale, axis = log_scale(values, "D in training")
     x = alt.X("rate:N", sort=None, axis=alt.Axis(title="weight of the new batch (momentum)", labelAngle=0, grid=False))
     y = alt.Y("D:Q", scale=scale, axis=axis)
-    chart = _drawn_from("rows")
-    best = _drawn_from("best")
-    tooltip = _told(("rate", ""), ("start", "starting"), ("text", "D"), ("best", "tracks"))
+    chart = drawn_from("rows")
+    best = drawn_from("best")
+    tooltip = told(("rate", ""), ("start", "starting"), ("text", "D"), ("best", "tracks"))
     low = alt.Y("low:Q", scale=scale, axis=axis)
     return finished(
         alt.layer(

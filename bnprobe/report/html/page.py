@@ -62,12 +62,12 @@ class Column:
     Attributes:
         heading: Its heading.
         number: Whether its cells are figures, set flush right.
-        hint: What the heading means.
+        on_paper: Whether it is printed, too: paper has less room.
     """
 
     heading: str
     number: bool = True
-    hint: str = ""
+    on_paper: bool = True
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from bnprobe.report.html.page import (
     Text,
     Tiles,
 )
-from bnprobe.report.html.scan import environment, reproduce
+from bnprobe.report.html.parts import environment, reproduce
+from bnprobe.report.html.vega import LINES
 from bnprobe.report.html.verify import compared_layers
 from bnprobe.report.page import ARROW, UNMEASURED, RenderOptions
 from bnprobe.report.repair import RepairReport
@@ -117,9 +118,11 @@ def _estimate(arm: Arm, measure: Measure) -> object:
 def _reading(proof: Proof) -> tuple[str, ...]:
     runs = ("Thick line: 95% interval of the mean; ticks: single seeds.",)
     several = any(len(arm.runs) > 1 for arm in proof.arms)
-    marks = {words.WRITTEN: "The repair", words.BASELINE: "Its baseline"}
-    entries = [(marks.get(mark, mark.capitalize()), text) for mark, text in words.arms_legend(proof)]
-    return (*(runs if several else ()), *(f"{mark}: {text}." for mark, text in entries if mark != "The repair"))
+    legend = dict(words.arms_legend(proof))
+    legend.pop(words.WRITTEN)
+    baseline = legend.pop(words.BASELINE, "")
+    said = [f"{baseline[:1].upper()}{baseline[1:]}."] if baseline else []
+    return (*(runs if several else ()), *said, *(f"{term.capitalize()}: {text}." for term, text in legend.items()))
 
 
 def _arm_bar(arm: Arm, measure: Measure, proof: Proof) -> charts.Bar:
@@ -152,7 +155,7 @@ def _training(proof: Proof) -> Iterator[Block]:
     trained = _trained_apart(proof.arms)
     if not trained:
         return
-    looks = dict(zip((arm.name for arm in trained), charts.LINES, strict=False))
+    looks = dict(zip((arm.name for arm in trained), LINES, strict=False))
     kinds = [("train", "Loss in training, means over steps", "loss")]
     kinds += [(measure, f"{measure.capitalize()} on held-out data", measure) for measure in MEASURES]
     drawn = []

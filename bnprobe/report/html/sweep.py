@@ -9,6 +9,7 @@ from bnprobe.records import MomentumPoint, MomentumSweep, SweepLayer, SweepPoint
 from bnprobe.report import figures
 from bnprobe.report import sweep as words
 from bnprobe.report.html import charts
+from bnprobe.report.html.network import size_figure
 from bnprobe.report.html.page import (
     Block,
     Cell,
@@ -23,7 +24,8 @@ from bnprobe.report.html.page import (
     Table,
     Tiles,
 )
-from bnprobe.report.html.scan import environment, reproduce, size_figure, skipped_cards
+from bnprobe.report.html.parts import environment, reproduce, skipped_cards
+from bnprobe.report.html.vega import LINES
 from bnprobe.report.page import FINE, FLAGGED, UNDECIDED, UNMEASURED, RenderOptions
 from bnprobe.stats.theory import equivalent_batch_size
 
@@ -158,7 +160,7 @@ def _momentum(sweep: MomentumSweep) -> Iterator[Block]:
         (Chart(charts.rates(points), f"D at {count(len(sweep.model.points), 'rate')} of the running average."),),
         _rate_table(sweep, starts),
         ("Ring: best, in the table *.", *words.rates_legend(sweep)),
-        tuple(zip(charts.LINES, starts, strict=False)),
+        tuple(zip(LINES, starts, strict=False)),
     )
     if len(sweep.layers) > 1:
         yield _best_rates(sweep, starts)

@@ -8,7 +8,7 @@ from bnprobe.numbers import count
 from bnprobe.records import Verification
 from bnprobe.report import figures
 from bnprobe.report import verify as words
-from bnprobe.report.html import charts
+from bnprobe.report.html import network_charts
 from bnprobe.report.html.page import (
     Block,
     Cell,
@@ -23,7 +23,7 @@ from bnprobe.report.html.page import (
     Text,
     Tiles,
 )
-from bnprobe.report.html.scan import reproduce
+from bnprobe.report.html.parts import reproduce
 from bnprobe.report.page import ARROW, FINE, FLAGGED, UNDECIDED, UNMEASURED, RenderOptions
 from bnprobe.report.verify import ComparedLayer
 
@@ -64,7 +64,7 @@ def compared_layers(rows: Sequence[ComparedLayer]) -> Iterator[Block]:
     if not rows:
         return
     changes = [
-        charts.Change(
+        network_charts.Change(
             row.layer.name, words.sign_after(row.layer), row.layer.before, row.layer.after, words.what_became(row)
         )
         for row in rows
@@ -72,7 +72,7 @@ def compared_layers(rows: Sequence[ComparedLayer]) -> Iterator[Block]:
     yield Figure(
         "before-after",
         words.BEFORE_AND_AFTER,
-        (Chart(charts.before_and_after(changes), f"D of {count(len(rows), 'layer')} before and after."),),
+        (Chart(network_charts.before_and_after(changes), f"D of {count(len(rows), 'layer')} before and after."),),
         None,
         (),
         (("before", "before"), ("after", "after")),

@@ -18,7 +18,7 @@ import altair
 import fabricated_reports as fabricated
 import pytest
 from fabricated_documents import CASES, document
-from pages import HOSTILE, Page, between, deep, digest, hostile, page_of, said, with_curves
+from hard_documents import HOSTILE, deep, hostile, with_curves
 from pydantic import TypeAdapter
 
 from bnprobe.errors import UsageError
@@ -26,7 +26,7 @@ from bnprobe.numbers import mismatch
 from bnprobe.records import SOURCES, Gap, Layer, Record, RepairRecord, Report, SweepReport, Verification
 from bnprobe.report import FORMATS, RenderOptions, diagnoses, further, render, sweep, verify
 from bnprobe.report import repair as repairs_in_words
-from bnprobe.report.html import charts
+from bnprobe.report.html import network_charts
 from bnprobe.report.json import dump, load_report
 from bnprobe.report.page import clean
 from bnprobe.report.repair import RepairReport
@@ -34,6 +34,7 @@ from bnprobe.rules import RULES
 from bnprobe.rules.docs import manual
 from bnprobe.stats.theory import mismatch_iid
 from support import repairs
+from support.pages import Page, between, digest, page_of, said
 
 KINDS = ("scan", "sweep", "repair", "verify")
 PAGES = [case for case in CASES if case[0] in KINDS]
@@ -121,9 +122,9 @@ def test_charts_are_valid_vega_lite(shown: tuple[str, str]) -> None:
 def test_charts_draw_data_that_the_page_has(page: Page) -> None:
     for place, spec in page.charts.items():
         named = set(re.findall(r'"data": \{"name": "(\w+)"\}', json.dumps(spec)))
-        assert named <= {*spec["datasets"], charts.LAYERS}
+        assert named <= {*spec["datasets"], network_charts.LAYERS}
         assert all(f"{place}/{name}" in page.data for name in spec["datasets"])
-        assert charts.LAYERS not in named or page.data[charts.LAYERS]
+        assert network_charts.LAYERS not in named or page.data[network_charts.LAYERS]
 
 
 def test_a_specification_holds_no_data_and_no_expression(page: Page) -> None:
@@ -256,7 +257,7 @@ def test_the_table_has_every_layer_in_depth_order_with_its_figures() -> None:
 
 def test_shares_are_stacked_in_order_and_a_bar_that_does_not_fit_keeps_its_proportions() -> None:
     report, page = scanned("flagged")
-    rows = page.data[charts.LAYERS]
+    rows = page.data[network_charts.LAYERS]
     assert [row["cut"] is not None for row in rows].count(True) == 1
     for row, layer in zip(rows, report.layers, strict=True):
         assert layer.shares is not None
@@ -274,7 +275,7 @@ def test_shares_are_stacked_in_order_and_a_bar_that_does_not_fit_keeps_its_propo
 
 def test_quantiles_of_r_and_d_are_those_of_training() -> None:
     report, page = scanned("flagged")
-    for row, layer in zip(page.data[charts.LAYERS], report.layers, strict=True):
+    for row, layer in zip(page.data[network_charts.LAYERS], report.layers, strict=True):
         assert layer.train is not None
         for name, values in (("r", layer.train.r), ("d", layer.train.d)):
             for place, key in enumerate(("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")):
@@ -444,8 +445,8 @@ def test_a_network_of_800_layers_stays_small() -> None:
     report = deep(800)
     page = page_of(report)
     assert len(page.text) < 4_000_000
-    assert len(page.data[charts.LAYERS]) == 800
-    assert len({row["label"] for row in page.data[charts.LAYERS]}) == 800
+    assert len(page.data[network_charts.LAYERS]) == 800
+    assert len({row["label"] for row in page.data[network_charts.LAYERS]}) == 800
     assert len(page.table("800 layers")) == 800
 
 

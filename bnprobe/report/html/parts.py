@@ -1,0 +1,53 @@
+"""Parts that several pages have: the next command, skipped layers, the machine, the command that made the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from bnprobe.numbers import count
+from bnprobe.records import (
+    Environment,
+    SkippedLayer,
+)
+from bnprobe.report import scan as words
+from bnprobe.report.html.page import (
+    Block,
+    Card,
+    Command,
+    Fold,
+    Points,
+    Text,
+)
+from bnprobe.report.next_step import NextStep
+from bnprobe.report.page import (
+    UNMEASURED,
+    RenderOptions,
+)
+
+
+def next_step(step: NextStep) -> list[Block]:
+    """What to do next."""
+    return [Text((step.why,))] if step.command is None else [Command(step.why, (step.command,))]
+
+
+def skipped_cards(skipped: Iterable[SkippedLayer]) -> Iterator[Block]:
+    """The layers that could not be judged, those of one reason together."""
+    for (kind, reason), names in words.skipped_by_reason(skipped).items():
+        yield Card(UNMEASURED, names[0] if len(names) == 1 else count(len(names), "layer"), kind, (("", reason),))
+        if len(names) > 1:
+            yield Fold("Their names", (Points(tuple(("", name) for name in names)),))
+
+
+def environment(found: Environment) -> list[tuple[str, str]]:
+    """The machine and its software."""
+    return [
+        ("python", found.python),
+        ("platform", f"{found.platform}, {count(found.threads, 'thread')}"),
+    ]
+
+
+def reproduce(command: str | None) -> list[Block]:
+    """The command that the report comes from."""
+    if not command or command == RenderOptions.command:
+        return []
+    return [Command("The command that gave this report:", (command,))]

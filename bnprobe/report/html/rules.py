@@ -1,0 +1,89 @@
+"""The rules on a page: the outcome of each, what failed, and its manual."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from bnprobe.numbers import count
+from bnprobe.records import (
+    Verdict,
+)
+from bnprobe.report import diagnoses
+from bnprobe.report.html.page import (
+    Block,
+    Facts,
+    Fold,
+    Points,
+    Text,
+)
+from bnprobe.report.page import (
+    FINE,
+    SEVERITY_SIGNS,
+    UNMEASURED,
+)
+from bnprobe.rules import rule_of, title_of
+from bnprobe.rules.docs import manual
+
+
+def rule_folds(verdicts: Sequence[Verdict]) -> Iterator[Block]:
+    """Each rule with its outcome, what failed, and its manual; those that failed first."""
+    by_rule: dict[str, list[Verdict]] = {}
+    for verdict in sorted(verdicts, key=lambda verdict: verdict.rule):
+        by_rule.setdefault(verdict.rule, []).append(verdict)
+    folds: dict[str, list[Fold]] = {}
+    for code, found in by_rule.items():
+        title = f"{code}: {title_of(code, found[0].cause)}"
+        blocks = (*_failures(found), *_manual(code))
+        fold = Fold(title, blocks, _rule_sign(found), f"rule-{code}", _outcome_in_words(found))
+        folds.setdefault(_outcome(found), []).append(fold)
+    yield from folds.get("failed", ())
+    for outcome, sign in (("passed", FINE), ("skipped", UNMEASURED)):
+        if outcome in folds:
+            yield Fold(f"{count(len(folds[outcome]), 'rule')} {outcome}", tuple(folds[outcome]), sign)
+
+
+def _outcome(found: Sequence[Verdict]) -> str:
+    outcomes = {verdict.outcome for verdict in found}
+    return next(outcome for outcome in ("failed", "passed", "skipped") if outcome in outcomes)
+
+
+def _rule_sign(found: Sequence[Verdict]) -> str:
+    failed = [verdict.severity for verdict in found if verdict.outcome == "failed"]
+    worst = next((severity for severity in SEVERITY_SIGNS if severity in failed), None)
+    if worst is not None:
+        return SEVERITY_SIGNS[worst]
+    return FINE if _outcome(found) == "passed" else UNMEASURED
+
+
+def _outcome_in_words(found: Sequence[Verdict]) -> str:
+    failed = [verdict for verdict in found if verdict.outcome == "failed"]
+    if failed:
+        layers = sum(verdict.layer is not None for verdict in failed)
+        return f"failed in {count(layers, 'layer')}" if layers else "failed for the model"
+    if _outcome(found) == "passed":
+        return "passed"
+    reasons = dict.fromkeys(verdict.reason or "" for verdict in found)
+    return f"skipped: {'; '.join(filter(None, reasons))}"
+
+
+def _failures(found: Sequence[Verdict]) -> Iterator[Block]:
+    items = [
+        (SEVERITY_SIGNS[verdict.severity], f"{_where(verdict)}: {verdict.message}{diagnoses.value_in_words(verdict)}")
+        for verdict in found
+        if verdict.outcome == "failed"
+    ]
+    if items:
+        yield Points(tuple(items))
+
+
+def _where(verdict: Verdict) -> str:
+    return verdict.layer or "the model"
+
+
+def _manual(code: str) -> Iterator[Block]:
+    rule = rule_of(code)
+    if rule is None:
+        return
+    text = manual(rule)
+    yield Text((text.summary,))
+    yield Facts(text.sections)
