@@ -66,6 +66,7 @@ class Lightning(Reader):
             model,
             data.functions,
             {"model": f"{name}{kind}{from_file}"},
+            model_args=arguments,
             data_args=saved.data if saved.data_argument is None else {saved.data_argument: saved.data},
             observe=functools.partial(_observed, name=name, run=run, saved=saved),
         )
