@@ -499,8 +499,12 @@ class LoadedModel:
         if self.project is None or self.project.observe is None:
             return self
         known = self.project.observe(self.model, batch)
+        before = self.project
         both = replace(
-            known, functions={**self.project.functions, **known.functions}, taken={**self.project.taken, **known.taken}
+            before,
+            functions={**before.functions, **known.functions},
+            taken={**before.taken, **known.taken},
+            goal=known.goal or before.goal,
         )
         return replace(_with_functions(self, known.functions), project=both, notes=(*self.notes, *known.notes))
 

@@ -411,3 +411,13 @@ def test_init_says_where_data_is_missing(here: Workspace) -> None:
     assert here.run("init", "--checkpoint", "last.ckpt").error() == (
         "These options say what to write a spec for: name the project with --from TARGET."
     )
+
+
+def test_repaired_weights_know_the_arguments_of_the_model(here: Workspace) -> None:
+    made = here.run("recalibrate", "lit.py:LitNet", *CHECKPOINT, "--batches", "8", "-o", "new.safetensors")
+    assert made.code == CLEAN, made
+    assert scan(here, "lit.py:LitNet", "--checkpoint", "new.safetensors")["layers"][0]["channels"] == 6
+    converted = ("--layers", "net.1", "--finetune", "--steps", "4", "-o", "more.safetensors", "--force")
+    assert here.run("convert", "lit.py:LitNet", *CHECKPOINT, *converted).code == CLEAN
+    record = json.loads((here.folder / "more.record.json").read_text())
+    assert (record["settings"]["repair"]["goal"], record["settings"]["model"]["args"]["width"]) == ("max", 6)

@@ -66,6 +66,7 @@ class Lightning(Reader):
             model,
             data.functions,
             {"model": f"{name}{kind}{from_file}"},
+            model_args=arguments,
             data_args=saved.data if saved.data_argument is None else {saved.data_argument: saved.data},
             observe=functools.partial(_observed, name=name, run=run, saved=saved),
         )
@@ -187,8 +188,9 @@ class _Loaders:
             loaders = list(_loaders(getattr(self.source, hook)()))
         if not loaders:
             raise DataError(f"{origin} gives no loader.")
-        hooks = [hook for hook in BATCH_HOOKS if self.datamodule and overrides(self.source, hook)]
-        notes = [f"{hook}() of {self.name} is not called: the batches are those of its loaders." for hook in hooks]
+        hooks = BATCH_HOOKS if self.datamodule and hook == "train_dataloader" else ()
+        skipped = [each for each in hooks if overrides(self.source, each)]
+        notes = [f"{each}() of {self.name} is not called: the batches are those of its loaders." for each in skipped]
         label, first = loaders[0]
         if len(loaders) == 1:
             return Data(first, origin=origin, notes=tuple(notes))
