@@ -127,7 +127,8 @@ MODEL, DATA, RUN, JUDGE, REPORT = "Model", "Data", "Measurement", "Thresholds an
 Target = Annotated[
     str,
     typer.Argument(
-        help="model.py[:SYMBOL], package.module[:SYMBOL], timm:NAME, torchvision:NAME, hf:FOLDER, or a spec (.yaml).",
+        help="model.py[:SYMBOL], package.module[:SYMBOL], timm:NAME, torchvision:NAME, hf:FOLDER, or a spec file"
+        " (.yaml). SYMBOL may be a LightningModule, and the file a configuration of Hydra or LightningCLI.",
         metavar="TARGET",
     ),
 ]

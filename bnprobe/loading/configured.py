@@ -42,9 +42,8 @@ def described_by(location: str, name: str) -> Described:
     function = module.get(symbol)
     with user_code(f"making the arguments of {name} of {location}"):
         args = _hydra_arguments(node) if configuration.flavour == "Hydra" else _made(node.get("init_args", {}), path)
-    if node.get("_args_"):
-        function = functools.partial(function, *node["_args_"])
-    return Described(function, args)
+        positional = args.pop("_args_", ())
+    return Described(functools.partial(function, *positional) if positional else function, args)
 
 
 def _make_importable(target: str, path: Path) -> None:
@@ -67,8 +66,8 @@ def _hydra_arguments(node: Mapping[str, Any]) -> dict[str, Any]:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    given = {key: value for key, value in node.items() if key not in ("_target_", "_args_", "_partial_", "_recursive_")}
-    given.pop("_convert_", None)
+    own = ("_target_", "_partial_", "_recursive_", "_convert_")
+    given = {key: value for key, value in node.items() if key not in own}
     if node.get("_recursive_") is False:
         make = OmegaConf.create
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from functional.command import CLEAN, ERROR, FINDINGS, MODEL, NOTHING, Workspace
 
@@ -59,6 +60,23 @@ UNUSABLE = [
         id="no-hash",
     ),
     pytest.param(
+        "for batch in range(10**9):\n    Net()(images()).sum().backward()\n",
+        ["model.py trains when it is imported: the loop in line 31 calls backward(). Put what trains under"],
+        id="trains",
+    ),
+    pytest.param(
+        "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--data', required=True)\n"
+        "args = parser.parse_args()\n",
+        ["in line 34, and ends without them (the following arguments are required: --data). Give them default values"],
+        id="needs-arguments",
+    ),
+    pytest.param(
+        "def load_model():\n    return Net().cuda()\n",
+        ["model.py:32 asks for a GPU, and there is none: leave .cuda() out, or write .to("],
+        id="cuda",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+    ),
+    pytest.param(
         "def load_model():\n    raise SystemExit\n",
         ["SystemExit while calling model.py:load_model()", 'model.py", line 32, in load_model'],
         id="exit-in-load_model",
@@ -74,6 +92,7 @@ UNUSABLE = [
             "model.py has neither load_model() nor model.",
             "It defines: Net (class), images (function), load_data (function).",
             "Name one of them as model.py:NAME, or add load_model().",
+            "bnprobe scan model.py:Net\n",
         ],
         id="no-model",
     ),
@@ -223,3 +242,10 @@ def test_an_output_that_is_not_finite_is_said(workspace: Workspace) -> None:
 
 def test_exit_zero_hides_no_error(workspace: Workspace) -> None:
     assert workspace.scan("--exit-zero").code == ERROR
+
+
+def test_a_file_that_parses_arguments_gets_none(workspace: Workspace) -> None:
+    parses = "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--width', default=2)\n"
+    workspace.write("model.py", f"{MODEL}\n{parses}args = parser.parse_args()\n")
+    report = workspace.scan("--format", "json", "--batches", "4").report(CLEAN)
+    assert "model.py parses arguments in line 35 when it is imported: it was given none." in report["scan"]["notes"]

@@ -8,11 +8,14 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bnprobe.config.nodes import MARKS, is_node
 from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError, ModelError
 from bnprobe.loading.weights import Stub, read_weights, weights_file
@@ -118,6 +121,19 @@ def plain(value: Any) -> Any:
     return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
+def _as_settings(saved: Mapping[str, Any]) -> Any:
+    """All that was saved as one object, whose entries are attributes too, also those of mappings in it.
+
+    It is that of OmegaConf where the user's code uses that, else that of Lightning.
+    """
+    if "omegaconf" in sys.modules and _stub_in(saved) is None:
+        with suppress(Exception):  # of a value that it does not take
+            return sys.modules["omegaconf"].OmegaConf.create(dict(saved))
+    homes = (sys.modules.get(f"{package}.utilities.data") for package in ("lightning.fabric", "lightning_fabric"))
+    kind = next((home.AttributeDict for home in homes if home is not None), dict)
+    return kind({key: _as_settings(value) if type(value) is dict else value for key, value in saved.items()})
+
+
 def _stub_in(value: Any) -> Stub | None:
     """An object in a value that was not read."""
     if isinstance(value, Stub):
@@ -148,7 +164,7 @@ def arguments_for(
     takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     saved = {key: value for key, value in saved.items() if not key.startswith("_")}  # of LightningCLI: its own names
     if whole is not None and whole in parameters:
-        saved = {whole: saved}
+        saved = {whole: _as_settings(saved)}
     known = {key: value for key, value in saved.items() if key in parameters or takes_all}
     arguments = {**known, **given}
     for key, value in arguments.items():
@@ -158,6 +174,14 @@ def arguments_for(
                 f" not read, since that would run code from the file. Give it by {option.replace('NAME', key)}, or"
                 f" write a function that returns {kind.__name__}(...) and name it as {_function_beside(name)}; or, if"
                 " you trust the file, give --unsafe-load."
+            )
+    for key in arguments.keys() - given.keys():
+        if is_node(arguments[key]):
+            described = next(arguments[key][mark] for mark in MARKS if mark in arguments[key])
+            raise CheckpointError(
+                f'The argument "{key}" of {name} is saved in {file} as a description of {described}, and what a'
+                " checkpoint names is not imported. Scan the configuration that the training wrote beside it, or give"
+                f" it by {option.replace('NAME', key)}."
             )
     missing = [
         key

@@ -20,6 +20,7 @@ from bnprobe.loading.frameworks import Data, Project, Reader
 from bnprobe.loading.frameworks.hyperparameters import Saved, arguments_for, read_saved
 from bnprobe.loading.frameworks.naming import chosen_metric
 from bnprobe.loading.frameworks.steps import (
+    BATCH_HOOKS,
     Call,
     Run,
     Said,
@@ -157,6 +158,11 @@ class _Loaders:
         hooks = {"load_data": ("train_dataloader", self.training), "load_eval_data": ("val_dataloader", self.held_out)}
         return {name: load for name, (hook, load) in hooks.items() if overrides(self.source, hook)}
 
+    @property
+    def datamodule(self) -> bool:
+        """Whether it is a data module."""
+        return _is_a(self.source, classes("LightningDataModule"))
+
     def both(self) -> Data:
         """The training data, and the validation data if there is any."""
         training = self.training()
@@ -181,12 +187,14 @@ class _Loaders:
             loaders = list(_loaders(getattr(self.source, hook)()))
         if not loaders:
             raise DataError(f"{origin} gives no loader.")
+        hooks = [hook for hook in BATCH_HOOKS if self.datamodule and overrides(self.source, hook)]
+        notes = [f"{hook}() of {self.name} is not called: the batches are those of its loaders." for hook in hooks]
         label, first = loaders[0]
         if len(loaders) == 1:
-            return Data(first, origin=origin)
+            return Data(first, origin=origin, notes=tuple(notes))
         names = listed([str(each) for each, _ in loaders])
         note = f"{origin} gives {len(loaders)} loaders ({names}): the first, {label}, was used."
-        return Data(first, origin=origin, notes=(note,))
+        return Data(first, origin=origin, notes=(*notes, note))
 
 
 def _loaders(given: Any, label: str = "loader") -> Iterator[tuple[str, Any]]:

@@ -22,6 +22,10 @@ PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 """Lightning is published under two names, with classes of their own."""
 
 
+BATCH_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
+"""What may change a batch before a step gets it."""
+
+
 def classes(name: str) -> tuple[type, ...]:
     """A class of Lightning by its name, once for each of the packages that have been imported."""
     found = (getattr(sys.modules.get(package), name, None) for package in PACKAGES)
@@ -245,7 +249,7 @@ def step(model: Any, name: str, batch: Any, run: Run) -> tuple[Any, Said]:
 
 def call_step(model: Any, name: str, batch: Any) -> Any:
     """The same where ``answering`` is in force already."""
-    for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
+    for hook in BATCH_HOOKS:
         if overrides(model, hook):
             batch = getattr(model, hook)(batch, 0)
     function = getattr(model, name)

@@ -237,7 +237,8 @@ def test_a_missing_symbol_lists_what_is_there(tmp_path: Path) -> None:
     target = write(tmp_path, text)
     message = model_error(f"{target}:Nett")
     assert message == (
-        f'{target} has no "Nett". Did you mean "Net"? It defines: Net (class, needs in_features and out_features), make (function), net (model).'
+        f'{target} has no "Nett". Did you mean "Net"? It defines: Net (class, needs in_features and out_features),'
+        " make (function), net (model)."
     )
     assert "neither load_model() nor model. It defines: Net (class, needs" in model_error(target)
     assert "defines no function, class or model" in model_error(write(tmp_path, "x = 1\n"))
