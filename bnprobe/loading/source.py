@@ -207,14 +207,13 @@ def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) ->
         where = f"{module.name} has no {wanted}" if module else "There is no data"
         return f"{where}. Add it, or name another function or loader in the spec (eval_data: target)."
     if module is None or getattr(module.module, "__file__", None) is None:  # a model by its name, or a folder
-        where = "There is no data" if module is None else f"{module.name} comes without data"
-        advice = "Name a loader or data set with --data, e.g. --data data.py:dataset (data: target in a spec)"
+        where, advice = "There is no data" if module is None else f"{module.name} comes without data", "Name some"
     else:
-        where, advice = (
-            f"{module.name} has no {wanted}",
-            "Add one of them, name one with --data (data: target in a spec)",
-        )
-    return f"{where}. {advice}, or give --input-shape, e.g. 3,224,224, to use synthetic inputs."
+        where, advice = f"{module.name} has no {wanted}", "Add one of them, name one"
+    return (
+        f"{where}. {advice} with --data FILE.py:NAME (data: target in a spec), or give --input-shape, e.g. 3,224,224,"
+        " to use synthetic inputs."
+    )
 
 
 _Prepare = Callable[[Any], tuple[Any, tuple[str, ...]]]

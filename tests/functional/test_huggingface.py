@@ -360,7 +360,7 @@ def test_images_that_nothing_says_how_to_prepare(here: Workspace) -> None:
 
 def test_no_data(here: Workspace) -> None:
     message = error(here, "hf:resnet", None)
-    assert "hf:resnet comes without data. Name a loader or data set with --data" in message
+    assert "hf:resnet comes without data. Name some with --data FILE.py:NAME" in message
 
 
 def test_arguments_that_the_configuration_does_not_have(here: Workspace) -> None:

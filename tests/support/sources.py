@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from functional.command import MODEL, Workspace
+from support import framework_projects as projects
 from support.lightning_projects import write_trained
 
 
@@ -97,6 +98,60 @@ SOURCES = (
         "the same of these nodes",
         write_trained,
         _HYDRA,
+    ),
+    Source(
+        "Hugging Face: a folder with `config.json` and `model.safetensors`, a data set of `datasets`",
+        "bnprobe scan hf:resnet --data data.py:dataset --batch-size 8",
+        "the class that the configuration names, its loss and accuracy; images as `preprocessor_config.json` says",
+        projects.write_huggingface,
+        ("transformers", "datasets"),
+    ),
+    Source(
+        "a model of transformers in a file of your own",
+        "bnprobe scan net.py:net --data data.py:dataset --batch-size 8",
+        "the same",
+        projects.write_huggingface,
+        ("transformers", "datasets"),
+    ),
+    Source(
+        "timm: a checkpoint of its `train.py`",
+        "bnprobe scan timm:resnet10t --checkpoint last.pth.tar --data data.py:train_loader",
+        "the model with the arguments that the script was given; cross-entropy, accuracy",
+        projects.write_timm,
+        ("timm",),
+    ),
+    Source(
+        "torchvision: a checkpoint of its `train.py`",
+        "bnprobe scan torchvision:shufflenet_v2_x0_5 --checkpoint checkpoint.pth --data data.py:train_loader",
+        "the model with as many classes as the file has; losses and accuracies of its training scripts",
+        projects.write_torchvision,
+        ("torchvision",),
+    ),
+    Source(
+        "PyTorch Geometric: a network and its loader",
+        "bnprobe scan gnn.py:GNN",
+        "graphs as samples, nodes as rows; what `forward` takes, by name",
+        projects.write_graphs,
+        ("torch_geometric",),
+    ),
+    Source(
+        "MONAI: a network and its loader",
+        "bnprobe scan segment.py:unet",
+        "volumes as samples; the image of a dictionary",
+        projects.write_volumes,
+        ("monai",),
+    ),
+    Source(
+        "samples as tensors, in a file of PyTorch, NumPy or safetensors",
+        "bnprobe scan net.py --data samples.pt --batch-size 8",
+        "a row for each sample; of a tuple the first tensor is the input",
+        projects.write_tensors,
+    ),
+    Source(
+        "a replay buffer with `sample(batch_size)`",
+        "bnprobe scan net.py --data replay.py:buffer --batch-size 8",
+        "batches as it draws them",
+        projects.write_buffer,
     ),
 )
 

@@ -462,7 +462,7 @@ def test_args_for_data_that_takes_none(tmp_path: Path) -> None:
 def test_no_data_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model\.py has no load_data\(batch_size\).*--input-shape"):
         find(tmp_path, "")
-    with pytest.raises(DataError, match=r"There is no data\. Name a loader"):
+    with pytest.raises(DataError, match=r"There is no data\. Name some with --data"):
         load_source(DataSpec(batch_size=2), None)
 
 
