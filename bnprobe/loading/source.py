@@ -23,6 +23,7 @@ from bnprobe.loading.data import (
 )
 from bnprobe.loading.model import UserModule, accepts, has_attribute, kind_of, locate, signature_of, user_code
 from bnprobe.numbers import listed
+from bnprobe.wording import option
 
 
 def load_source(spec: DataSpec, module: UserModule | None) -> BatchSource:
@@ -237,5 +238,5 @@ def _told(function: Callable[..., Any], parameter: str, name: str, spec: EvalDat
     default = found.default if found else None
     chosen = spec.args.get(parameter, default)
     if found and chosen is found.empty:
-        raise UsageError(f"{name} needs a batch size. Give one with --batch-size.")
+        raise UsageError(f"{name} needs a batch size. Give one with {option('--batch-size')}.")
     return chosen if isinstance(chosen, int) else None
