@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from bnprobe import wording as words
 from bnprobe.errors import OutputError, UsageError, reason_of
 from bnprobe.paths import exists, followed, is_folder, is_special, real, write_special
 
@@ -148,7 +149,10 @@ def require_new(paths: Iterable[Path], force: bool, option: str = "-o") -> None:
     existing = [str(path) for path in paths if exists(path) and not is_special(path)]
     if existing and not force:
         exist = "exists" if len(existing) == 1 else "exist"
-        raise OutputError(f"{', '.join(existing)} already {exist}; give another {option}, or --force to overwrite.")
+        raise OutputError(
+            f"{', '.join(existing)} already {exist}; give another {option}, or"
+            f" {words.option('--force', True)} to overwrite."
+        )
 
 
 def write_all(contents: Mapping[Path, bytes | str], force: bool = False, option: str = "-o") -> None:
@@ -181,7 +185,8 @@ def write_all(contents: Mapping[Path, bytes | str], force: bool = False, option:
     except FileExistsError as error:
         appeared = error.filename2 or error.filename
         raise OutputError(
-            f"{appeared} has appeared since this run began, and no file was changed; move it, or give --force."
+            f"{appeared} has appeared since this run began, and no file was changed; move it, or give"
+            f" {words.option('--force', True)}."
         ) from None
     except OSError as error:
         names = ", ".join(map(str, contents))

@@ -23,6 +23,7 @@ from bnprobe.rules import effect
 from bnprobe.rules.composition import FEWEST_GROUPS
 from bnprobe.rules.facts import Facts
 from bnprobe.stats.composition import regrouped_batches
+from bnprobe.wording import either, option
 
 
 def describe(
@@ -84,11 +85,12 @@ def notes_on_goal(gaps: Sequence[Gap], remedies: Sequence[Remedy], chance: Seque
     """What was made of a metric of which nobody said whether a larger or a smaller one is better: a sentence."""
     why = effect.doubt_of_goal(gaps, remedies, chance)
     if why == "contradicted":
-        yield effect.CONTRADICTED
+        yield effect.loss_decides()
     if why == "no loss":
         yield (
             "Whether a larger or a smaller metric is better was not said, and there is no loss to tell: a larger one is"
-            " taken to be. If a smaller one is better, give --goal min (repair: {goal: min} in a spec)."
+            " taken to be. If a smaller one is better, give "
+            + either("--goal min (repair: {goal: min} in a spec).", 'goal="min".')
         )
 
 
@@ -128,7 +130,7 @@ def _remarks(settings: ScanSettings, evidence: Evidence) -> Iterator[str]:
     for size in evidence.batch_sizes:
         if evidence.samples < 2 * size:
             needed = f"Batch size {size} needs at least {2 * size} samples"
-            yield f"{needed}, and {evidence.samples} were measured: raise --batches."
+            yield f"{needed}, and {evidence.samples} were measured: raise {option('--batches')}."
 
 
 def _on_hidden(model: nn.Module, evidence: Evidence) -> Iterator[str]:

@@ -34,6 +34,7 @@ from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
 from bnprobe.stats.intervals import Sums, mean_interval
 from bnprobe.stats.scores import independent_difference, paired_difference
 from bnprobe.stats.theory import clipped_d_iid, clipped_r_iid, equivalent_batch_size, mismatch_iid, standing
+from bnprobe.wording import given
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def assemble(evidence: Evidence, settings: ScanSettings) -> Findings:
     if not called.keys() & {layer.index for layer in selected}:
         raise NothingToProbeError(
             f"The forward pass called none of the BN layers (found: {len(selected)}). If the model is not called as"
-            " model(inputs), add a function forward(model, batch) to the model file."
+            f" model(inputs), give {given('forward')}."
         )
     found = attribute(evidence)
     others = {size: beyond_noise(evidence, size) for size in evidence.batch_sizes}

@@ -24,6 +24,7 @@ from bnprobe.stats.ema import (
     weights,
     with_shift,
 )
+from bnprobe.wording import either, option
 
 DEFAULT_RATES: tuple[Rate, ...] = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
@@ -57,17 +58,21 @@ def check_plan(plan: MomentumPlan) -> None:
     bad = [rate for rate in plan.rates if rate is not None and not 0 < rate <= 1]
     if bad:
         raise UsageError(
-            f"--momentum {bad[0]:g} is out of range. It is the weight of the new batch, as in PyTorch: give numbers"
-            " above 0 and up to 1 (TensorFlow's 0.99 is 0.01 here), or the word cumulative."
+            f"{option('--momentum')} {bad[0]:g} is out of range. It is the weight of the new batch, as in PyTorch: give"
+            " numbers above 0 and up to 1 (TensorFlow's 0.99 is 0.01 here), or"
+            f" {either('the word cumulative', 'None for the cumulative average')}."
         )
     if not plan.rates:
-        raise UsageError("--momentum needs at least one rate, e.g. 0.1,0.01.")
+        raise UsageError(f"{option('--momentum')} needs at least one rate, e.g. {either('0.1,0.01', '[0.1, 0.01]')}.")
     if not 0 < plan.scale < float("inf"):
         raise UsageError(
-            f"--scale {plan.scale:g} is out of range: it multiplies standard deviations; give a number above 0."
+            f"{option('--scale')} {plan.scale:g} is out of range: it multiplies standard deviations; give a"
+            " number above 0."
         )
     if plan.shift is not None and not abs(plan.shift) < float("inf"):
-        raise UsageError(f"--shift {plan.shift:g} is not a finite number: give a number of standard deviations.")
+        raise UsageError(
+            f"{option('--shift')} {plan.shift:g} is not a finite number: give a number of standard deviations."
+        )
 
 
 def momentum_sweep(recording: Recording, plan: MomentumPlan, batch_size: int) -> MomentumSweep:
@@ -78,7 +83,9 @@ def momentum_sweep(recording: Recording, plan: MomentumPlan, batch_size: int) ->
     """
     if not recording.series:
         reason = f": {recording.omitted[0][1]}" if recording.omitted else ", but no layer is selected"
-        raise UsageError(f"--momentum needs a layer whose running statistics are updated in training{reason}.")
+        raise UsageError(
+            f"{option('--momentum')} needs a layer whose running statistics are updated in training{reason}."
+        )
     rates = _rates(recording, plan)
     paths = [_paths(series, recording.batches, rates, plan) for series in recording.series]
     own = [series.layer.info.momentum for series in recording.series]

@@ -48,7 +48,7 @@ from bnprobe.repairs import apply
 from bnprobe.repairs.domains import recalibrate_domains
 from bnprobe.repairs.held_out import HeldOut
 from bnprobe.repairs.recalibration import recalibrate_loaded, repeated
-from bnprobe.rules.effect import CONTRADICTED, TRIED_TARGETS
+from bnprobe.rules.effect import TRIED_TARGETS, loss_decides
 from bnprobe.training import Job, KeptEpochs, StateFolder, length_of, train
 
 FEWEST_IMAGES = 100
@@ -544,7 +544,7 @@ def _proof(subject: Subject, scored: Sequence[_Scored], to: str) -> Proof:
     if conclusion != "not_compared" and converted in named:
         message += what_training_adds(named[converted], over_converted, measure)
     if contradicted:
-        message = f"{message} {CONTRADICTED}"
+        message = f"{message} {loss_decides()}"
 
     def is_below(name: str) -> bool:
         return name in tables and is_surely_worse(tables[to], tables[name], aim, assumed)

@@ -34,6 +34,7 @@ from bnprobe.config.exporters import EXPORTERS, ExportFormat
 from bnprobe.config.spec import Spec
 from bnprobe.errors import RepairError, UsageError, UserCodeError, message_of
 from bnprobe.files import require_new, write_all
+from bnprobe.loading.arguments import require_model
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.model import unwrapped
 from bnprobe.loading.samples import count_samples
@@ -43,6 +44,7 @@ from bnprobe.measure.reader import lasting
 from bnprobe.measure.restore import preserved_generators, preserved_random_state, seed_everything
 from bnprobe.measure.session import default_forward, forward_all
 from bnprobe.records import Difference, ExportReport
+from bnprobe.wording import from_python, option
 
 BATCHES = 3
 """Batches of the user's data to check the file on, in addition to one of another size and one of a single sample."""
@@ -92,6 +94,7 @@ class Exported:
         return ExportReport(self.format, self.model, self.checkpoint, output, tolerance, *compared, self.notes)
 
 
+@from_python
 def export(
     model: nn.Module,
     batches: Any,
@@ -135,6 +138,7 @@ def export(
         >>> report.ok
         True
     """
+    require_model(model)
     target = Path(path)
     format_ = format_named(to or _format_of(target), quantize)
     require_new([target], force, "path")
@@ -211,10 +215,13 @@ def format_named(name: str, quantize: bool) -> ExportFormat:
     found = EXPORTERS[name]
     missing = [package for package in found.packages if not is_installed(package)]
     if missing:
-        raise UsageError(f"--to {name} needs {' and '.join(missing)}. Run: pip install {' '.join(missing)}.")
+        raise UsageError(f"{option('--to', name)} needs {' and '.join(missing)}. Run: pip install {' '.join(missing)}.")
     if quantize and not found.takes_quantized:
         able = next(each.name for each in EXPORTERS if each.takes_quantized)
-        raise UsageError(f"--quantize uses kernels that {name} cannot store; give --to {able}, or leave it out.")
+        raise UsageError(
+            f"{option('--quantize')} uses kernels that {name} cannot store; give {option('--to', able)}, or"
+            " leave it out."
+        )
     return found
 
 
@@ -309,7 +316,8 @@ def _fixed(exporter: Exporter, to: str, model: nn.Module, example: Arguments) ->
         return _written(exporter, model, example, None)
     except Exception as error:
         raise RepairError(
-            f"{type(model).__name__} could not be exported as {to} ({root_cause(error)}). Another format may do (--to)."
+            f"{type(model).__name__} could not be exported as {to} ({root_cause(error)}). Another format may"
+            f" do ({option('--to')})."
         ) from error
 
 

@@ -24,6 +24,7 @@ from bnprobe.loading.model import BatchFunction
 from bnprobe.measure.batch import copy_tensors, map_leaves, tensors_of
 from bnprobe.measure.session import describe_call, model_code
 from bnprobe.registry import load_code
+from bnprobe.wording import option
 
 Arguments = tuple[Any, ...]
 """Positional arguments of the model's ``forward``: tensors, or nested structures of them."""
@@ -186,7 +187,8 @@ def quantized(model: nn.Module, batches: Sequence[Arguments]) -> nn.Module:
     """
     if importlib.util.find_spec("torch.ao.quantization") is None or importlib.util.find_spec(_MODULE) is None:
         raise RepairError(
-            f"--quantize needs {_MODULE}, which this torch ({torch.__version__}) does not have. Leave it out, or use"
+            f"{option('--quantize')} needs {_MODULE}, which this torch ({torch.__version__}) does not have."
+            " Leave it out, or use"
             " an earlier torch."
         )
     try:
@@ -195,7 +197,8 @@ def quantized(model: nn.Module, batches: Sequence[Arguments]) -> nn.Module:
             return _converted(copy.deepcopy(model), batches)
     except Exception as error:
         raise RepairError(
-            f"The model could not be quantized by torch.ao ({root_cause(error)}). Export it without --quantize."
+            f"The model could not be quantized by torch.ao ({root_cause(error)}). Export it without"
+            f" {option('--quantize')}."
         ) from error
 
 

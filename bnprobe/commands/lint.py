@@ -12,6 +12,7 @@ from bnprobe.analysis.diagnosis import diagnose, judge
 from bnprobe.config.load import settings_from
 from bnprobe.config.spec import RulesSpec, ScanSettings, Spec
 from bnprobe.errors import NothingToProbeError
+from bnprobe.loading.arguments import require_model
 from bnprobe.loading.model import unwrapped
 from bnprobe.loading.workload import load_model_only
 from bnprobe.measure.exploration import possible_norms
@@ -19,9 +20,11 @@ from bnprobe.measure.layers import LayerSet, anatomy, find_layers, require_layer
 from bnprobe.measure.restore import preserved_process, preserved_random_state, seed_everything
 from bnprobe.records import LintReport, SkippedLayer, Tool
 from bnprobe.rules.facts import Facts
-from bnprobe.rules.selection import model_rules
+from bnprobe.rules.selection import codes, model_rules
+from bnprobe.wording import from_python
 
 
+@from_python
 def lint(model: nn.Module, *, select: Sequence[str] = (), ignore: Sequence[str] = ()) -> LintReport:
     """Judge the BN layers of ``model`` as they are now; nothing is run and nothing is changed.
 
@@ -41,8 +44,9 @@ def lint(model: nn.Module, *, select: Sequence[str] = (), ignore: Sequence[str] 
         >>> found.diagnoses
         ()
     """
+    require_model(model)
     inner, _ = unwrapped(model)
-    rules = RulesSpec(select=tuple(select), ignore=tuple(ignore))
+    rules = RulesSpec(select=codes(select), ignore=codes(ignore))
     with preserved_process():
         return _judged(inner, type(inner).__name__, rules, settings_from({}))
 

@@ -17,10 +17,10 @@ from bnprobe._version import __version__
 from bnprobe.analysis.description import describe, environment, notes_on, notes_on_goal
 from bnprobe.analysis.diagnosis import diagnose, groups_of, judge
 from bnprobe.analysis.findings import Findings, assemble
-from bnprobe.config.load import settings_from
 from bnprobe.config.spec import ScanSettings, Spec
 from bnprobe.distributed import ALONE, Share, World
 from bnprobe.errors import BnprobeError, UsageError
+from bnprobe.loading.arguments import check_call, lacking
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.model import unwrapped
 from bnprobe.loading.order import deal, drawn_at_random, is_random, require_same_data, spread
@@ -44,9 +44,12 @@ from bnprobe.measure.train_steps import MakeOptimizer
 from bnprobe.records import SCHEMA_VERSION, Interval, Report, Tool
 from bnprobe.rules.effect import inconsistency
 from bnprobe.rules.facts import Facts
+from bnprobe.rules.selection import codes, selected
 from bnprobe.rules.shares import is_cause, mismatch_limit
+from bnprobe.wording import from_python
 
 
+@from_python
 def scan(
     model: nn.Module,
     batches: Any,
@@ -59,6 +62,8 @@ def scan(
     metric: Callable[[nn.Module, Any], Any] | None = None,
     optimizer: MakeOptimizer | None = None,
     batch_size_of: Callable[[Any], int] | None = None,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
     progress: Progress = no_progress,
     **settings: Any,
 ) -> Report:
@@ -75,6 +80,8 @@ def scan(
         forward, loss, metric: ``f(model, batch)``, as in a model file.
         optimizer: ``f(parameters)`` that gives the optimizer of ``train_steps``; None: SGD with lr 0.01.
         batch_size_of: ``f(batch)`` that gives the number of samples, where neither loader nor batch shows it.
+        select: Only rules of these codes or prefixes, e.g. "BN2"; none: all.
+        ignore: No rules of these codes or prefixes.
         progress: Called with the micro-batches done, and those planned so far.
         **settings: Any field of ``bnprobe.config.spec.ScanSettings`` but ``batches``: max_batches, seed, device, ...
 
@@ -95,7 +102,16 @@ def scan(
         >>> [diagnosis.rule for diagnosis in report.diagnoses]
         ['BN201']
     """
-    given = settings_from({"batch_size": batch_size, "batches": num_batches, **settings})
+    functions = {"forward": forward, "loss": loss, "metric": metric, "optimizer": optimizer}
+    given = check_call(
+        model,
+        {**functions, "batch_size_of": batch_size_of},
+        {"batch_size": batch_size, "batches": num_batches, **_rules(select, ignore), **settings},
+        scan,
+    )
+    selected(given.rules)
+    if lacks := lacking(given, loss, metric, evaluation):
+        raise UsageError("\n".join(lacks))
     with preserved_random_state(), preserved_generators(batches, evaluation):
         seed_everything(given.seed)
         source = as_batch_source(batches, batch_size, batch_size_of=batch_size_of)
@@ -110,6 +126,12 @@ def scan(
             inner, type(inner).__name__, None, source, held_out, forward, loss, metric, notes, optimizer
         )
         return scan_workload(workload, given, progress)
+
+
+def _rules(select: Sequence[str], ignore: Sequence[str]) -> dict[str, Any]:
+    """The setting that they make; none where neither is given."""
+    named = {"select": codes(select), "ignore": codes(ignore)}
+    return {"rules": named} if any(named.values()) else {}
 
 
 def scan_spec(spec: Spec, progress: Progress = no_progress, world: World = ALONE) -> Report:
@@ -348,17 +370,11 @@ def _check_requested(settings: ScanSettings, workload: Workload) -> None:
     """Refuse before anything is measured what could not be measured in the end.
 
     Raises:
-        UsageError: Names the option and what it lacks.
+        UsageError: Names every option and what it lacks.
     """
-    for option, wanted in (("--train-steps", settings.train_steps), ("--gradients", settings.gradients)):
-        if wanted and workload.loss is None:
-            raise UsageError(f"{option} needs loss(model, batch) in the model file, or a loss that the spec names.")
-    if settings.what_if and workload.loss is None and workload.metric is None:
-        raise UsageError("--what-if needs loss(model, batch) or metric(model, batch), in the model file or the spec.")
-    if settings.what_if and workload.held_out is None:
-        raise UsageError(
-            "--what-if needs held-out data: add load_eval_data(batch_size) to the model file, or eval_data to the spec."
-        )
+    lacks = lacking(settings, workload.loss, workload.metric, workload.held_out)
+    if lacks:
+        raise UsageError("\n".join(lacks))
 
 
 def whole(report: Report) -> Report:

@@ -16,9 +16,9 @@ from torch import nn
 from bnprobe.analysis.batch_sizes import smallest_of_all, sweep_layer
 from bnprobe.analysis.momentum import MomentumPlan, check_plan, momentum_sweep
 from bnprobe.commands.scan import scan, scan_spec
-from bnprobe.config.load import settings_from
 from bnprobe.config.spec import PLAIN, ScanSettings, Spec
 from bnprobe.errors import UsageError
+from bnprobe.loading.arguments import check_call
 from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import BatchFunction, unwrapped
 from bnprobe.loading.workload import load_workload
@@ -28,6 +28,7 @@ from bnprobe.measure.restore import preserved_generators, preserved_random_state
 from bnprobe.measure.scan_loop import FEWEST_PER_SIZE
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.records import SCHEMA_VERSION, MomentumSweep, Report, SweepReport
+from bnprobe.wording import from_python, option
 
 DEFAULT_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -47,6 +48,7 @@ class SweepPlan:
     momentum: MomentumPlan | None = None
 
 
+@from_python
 def sweep(
     model: nn.Module,
     batches: Any,
@@ -89,7 +91,8 @@ def sweep(
         >>> len(sweep.to_frame())
         4
     """
-    given = settings_from({"batch_size": batch_size, "batches": num_batches, **settings})
+    functions = {"forward": forward, "batch_size_of": batch_size_of}
+    given = check_call(model, functions, {"batch_size": batch_size, "batches": num_batches, **settings}, sweep)
     inner, _ = unwrapped(model)
 
     def scan_with(changes: dict[str, Any]) -> Report:
@@ -176,7 +179,7 @@ def _sweep(subject: _Subject, plan: SweepPlan, progress: Progress) -> SweepRepor
     sizes, notes = _sizes(subject, plan)
     for size in plan.train_sizes:
         if size < 1 or 2 * size > subject.images:
-            raise UsageError(_too_large("--train-sizes", size, subject.images))
+            raise UsageError(_too_large(option("--train-sizes"), size, subject.images))
     if plan.momentum is not None:
         check_plan(plan.momentum)
     report = _scan_sizes(subject, sizes, plan.batch_sizes is not None, notes)
@@ -222,7 +225,7 @@ def _sizes(subject: _Subject, plan: SweepPlan) -> tuple[tuple[int, ...], list[st
     most = subject.images if subject.may_extend else min(subject.images, given * subject.batch_size)
     too_large = [size for size in asked if (size != subject.batch_size and size < 1) or 2 * size > most]
     if too_large and plan.batch_sizes is not None:
-        raise UsageError(_too_large("--batch-sizes", too_large[0], most))
+        raise UsageError(_too_large(option("--batch-sizes"), too_large[0], most))
     notes = []
     if too_large:
         left_out = ", ".join(map(str, too_large))
@@ -232,12 +235,12 @@ def _sizes(subject: _Subject, plan: SweepPlan) -> tuple[tuple[int, ...], list[st
     return tuple(size for size in asked if size not in (*too_large, subject.batch_size)), notes
 
 
-def _too_large(option: str, size: int, images: float) -> str:
+def _too_large(asked: str, size: int, images: float) -> str:
     if size < 1:
-        return f"{option} {size} is not a batch size: give whole numbers of at least 1."
+        return f"{asked} {size} is not a batch size: give whole numbers of at least 1."
     return (
-        f"{option} {size} is more than half of the {images:.0f} samples that can be measured, but a batch size needs"
-        " at least two batches. Leave it out, or give more --batches or more data."
+        f"{asked} {size} is more than half of the {images:.0f} samples that can be measured, but a batch size needs"
+        f" at least two batches. Leave it out, or give more {option('--batches')} or more data."
     )
 
 
@@ -269,7 +272,7 @@ def _momentum(
         found = momentum_sweep(recording, plan, subject.batch_size)
     if recording.cut:
         notes.append(
-            f"--momentum: {recording.batches} micro-batches were recorded; more would not fit into"
+            f"{option('--momentum')}: {recording.batches} micro-batches were recorded; more would not fit into"
             f" {MEMORY_CAP >> 20} MiB."
         )
     return found

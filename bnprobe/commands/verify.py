@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from os import PathLike
 
+from bnprobe.config.load import shown
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, listed
 from bnprobe.records import Layer, LayerComparison, Report, Verification
+from bnprobe.wording import from_python, option
 
 OUTPUT_SLACK = 1.1
 """Tolerated growth of the distance of the outputs, since both distances are measured on a sample of batches."""
 
 
+@from_python
 def verify(before: Report, after: Report) -> Verification:
     """Compare the report of a repaired model with that of the original one.
 
@@ -33,6 +37,10 @@ def verify(before: Report, after: Report) -> Verification:
         >>> bnprobe.verify(before, after).ok
         True
     """
+    for name, report in (("before", before), ("after", after)):
+        if not isinstance(report, Report):
+            advice = f": Report.load({report!r}) reads it" if isinstance(report, str | PathLike) else ""
+            raise UsageError(f"Expected the report of a scan for {name}, but got {shown(report)}{advice}.")
     first, last = ({layer.name: layer for layer in report.layers} for report in (before, after))
     require_common(before, after)
     unjudged = {layer.name for layer in after.skipped if not layer.agrees} | last.keys()
@@ -146,7 +154,7 @@ def _larger(before: Report, after: Report) -> Iterator[str]:
     if now > size:
         yield (
             f"The second scan used a larger batch size ({now}, before {size}), which makes every layer look better."
-            f" Scan again with --batch-size {size}."
+            f" Scan again with {option('--batch-size', size)}."
         )
 
 

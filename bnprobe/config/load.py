@@ -11,6 +11,7 @@ import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -77,20 +78,34 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, _LONGEST
 _TARGETS = ("model", "data", "eval_data")
 _ALIASES = {"class_path": "target", "init_args": "args"}
 _SHORT_FORMS = {**dict.fromkeys(_TARGETS, "target"), "checkpoint": "path"}
+_ARGUMENT_NAMES = {"batches": "num_batches"}
+"""Arguments of functions that are not called as the keys are."""
+
 _OPTION_NAMES = {"path": "--checkpoint", "thresholds": "--threshold", "target": "TARGET"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Values from one source, with its name; ``lines`` are the line numbers of a file's keys, from 1."""
+    """Values from one source, with its name.
+
+    Attributes:
+        values: By key.
+        name: Of the file; empty: options, or arguments of a function.
+        lines: Line numbers of a file's keys, from 1.
+        arguments: They are arguments of a function.
+        further: Its further arguments, which are no keys.
+    """
 
     values: dict[str, Any]
     name: str = ""
     lines: dict[KeyPath, int] = field(default_factory=dict)
     arguments: bool = False
+    further: tuple[str, ...] = ()
 
     def key(self, path: KeyPath) -> str:
         """The key as the user wrote it."""
+        if self.arguments:
+            path = (_ARGUMENT_NAMES.get(str(path[0]), path[0]), *path[1:])
         if self.name or self.arguments:
             return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(map(str, path)))
         last = path[0] if path[0] == "thresholds" else path[min(1, len(path) - 1)]
@@ -453,6 +468,8 @@ def _kind(item: Any, source: Source) -> str:
 
 def _unknown_key(path: KeyPath, source: Source, top: type[BaseModel]) -> str:
     key, section = str(path[-1]), ".".join(map(str, path[:-1]))
+    if source.arguments and len(path) == 1:
+        return _unknown_argument(key, source, top)
     known = known_keys(path[:-1], top)
     close = difflib.get_close_matches(key, known, 1)
     elsewhere = [f"{name}.{key}" for name in Spec.model_fields if key in known_keys((name,))]
@@ -462,6 +479,14 @@ def _unknown_key(path: KeyPath, source: Source, top: type[BaseModel]) -> str:
         hint = f"the known keys are {', '.join(known)}"
     inside = f" in {section}" if section else ""
     return f'Unknown key "{key}"{inside}{source.place(path)}; {hint}.'
+
+
+def _unknown_argument(name: str, source: Source, top: type[BaseModel]) -> str:
+    fields = [_ARGUMENT_NAMES.get(field, field) for field in top.model_fields]
+    known = list(dict.fromkeys(each for each in (*source.further, *fields) if each != "settings"))
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f'the nearest is "{near[0]}"' if near else f"the known ones are {', '.join(known)}"
+    return f'Unknown argument "{name}"; {hint}.'
 
 
 def known_keys(path: KeyPath, top: type[BaseModel] = Spec) -> list[str]:
@@ -558,13 +583,18 @@ def settings_in_force(target: str | None, overrides: Mapping[str, Any]) -> list[
     return found
 
 
-def settings_from(options: Mapping[str, Any]) -> ScanSettings:
+def settings_from(options: Mapping[str, Any], called: Callable[..., Any] | None = None) -> ScanSettings:
     """Scan settings from keyword arguments of the Python API; None means not given.
+
+    Args:
+        options: By field of ``ScanSettings``.
+        called: The function that was called, which has further arguments.
 
     Raises:
         UsageError: An option is unknown or has a wrong value.
     """
-    source = Source({key: value for key, value in options.items() if value is not None}, arguments=True)
+    values = {key: value for key, value in options.items() if value is not None}
+    source = Source(values, arguments=True, further=() if called is None else tuple(signature(called).parameters))
     try:
         return ScanSettings.model_validate(source.values)
     except ValidationError as error:

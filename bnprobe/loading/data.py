@@ -17,6 +17,7 @@ from bnprobe.loading import frameworks
 from bnprobe.loading.model import attribute, has_attribute, kind_of, user_code
 from bnprobe.loading.returned import written_at
 from bnprobe.loading.samples import SampleCount, count_samples, require_readable
+from bnprobe.wording import either, option
 
 
 class GuardedBatches:
@@ -205,7 +206,7 @@ def synthetic_source(shapes: list[tuple[int, ...]], batch_size: int, seed: int) 
     if values > _MOST_SYNTHETIC:
         raise DataError(
             f"A batch of synthetic inputs would have {values:,} values; {_MOST_SYNTHETIC:,} are possible. Give a"
-            " smaller --input-shape or --batch-size."
+            f" smaller {option('--input-shape')} or {option('--batch-size')}."
         )
     words = " and ".join("x".join(map(str, shape)) for shape in shapes)
     description = f"synthetic inputs of shape {words}"
@@ -246,11 +247,17 @@ def refuse_rebuild(loader: DataLoader[Any], own: int | None, size: int, origin: 
     if reason is None:
         return
     has = f"its batch size is {own}" if own else "its batch size is unknown"
-    keep = f"give --batch-size {own}, or " if own else ""
+    keep = f"give {option('--batch-size', own)}, or " if own else ""
     raise DataError(
         f"{origin} cannot be rebuilt at batch size {size}, because {reason}; {has}. Measuring at another "
-        f"batch size would give a wrong diagnosis. To go on, {keep}write a function load_data(batch_size) "
-        "that makes the loader at the requested size."
+        f"batch size would give a wrong diagnosis. To go on, {keep}{_loader_of(size)}."
+    )
+
+
+def _loader_of(size: int) -> str:
+    return either(
+        "write a function load_data(batch_size) that makes the loader at the requested size",
+        f"pass a loader whose batches have {size} samples",
     )
 
 
@@ -560,7 +567,7 @@ def _check_images(images: int | None, size: int, origin: str) -> None:
     if images is not None and size > images:
         raise DataError(
             f"Batch size {size} is larger than the data set of {images} samples ({origin}). "
-            f"Give a --batch-size of at most {images}."
+            f"Give a {option('--batch-size')} of at most {images}."
         )
 
 
@@ -589,5 +596,5 @@ def _sized(value: Sized) -> int:
 def known_size(batch_size: int | None, origin: str) -> int:
     """The batch size, or a UsageError that asks for it."""
     if batch_size is None:
-        raise UsageError(f"The batch size of {origin} is unknown. Give one, e.g. with --batch-size 2.")
+        raise UsageError(f"The batch size of {origin} is unknown. Give one, e.g. with {option('--batch-size', 2)}.")
     return batch_size

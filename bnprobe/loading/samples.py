@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bnprobe.errors import DataError
 from bnprobe.loading.model import attribute
+from bnprobe.wording import either
 
 _PER_SAMPLE = (Tensor, Mapping, str, bytes, int, float)
 """What a list with one entry per sample holds: images of different sizes, targets of a detector, file names."""
@@ -200,7 +201,9 @@ class SampleCount:
         place = min(flat or lengths, key=lambda place: lengths[place])
         return (
             f"How many samples a batch of {self.origin} has cannot be told from the lengths of its parts"
-            f" ({listed}). Add this line to the model file, with what has one entry per sample:"
+            f" ({listed})."
+            f" {either('Add this line to the model file', 'Pass this function as batch_size_of')}, with what"
+            " has one entry per sample:"
             f" def batch_size_of(batch): return len(batch{place})"
         )
 

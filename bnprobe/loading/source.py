@@ -37,6 +37,7 @@ from bnprobe.loading.model import (
 )
 from bnprobe.loading.tensors import tensor_samples
 from bnprobe.numbers import listed
+from bnprobe.wording import option
 
 
 def load_source(
@@ -311,5 +312,5 @@ def _told(function: Callable[..., Any], parameter: str, name: str, spec: EvalDat
     default = found.default if found else None
     chosen = spec.args.get(parameter, default)
     if found and chosen is found.empty:
-        raise UsageError(f"{name} needs a batch size. Give one with --batch-size.")
+        raise UsageError(f"{name} needs a batch size. Give one with {option('--batch-size')}.")
     return chosen if isinstance(chosen, int) else None

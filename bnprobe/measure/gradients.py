@@ -29,6 +29,7 @@ from bnprobe.measure.training_copy import TrainingCopy, call_moments, training
 from bnprobe.records import Backward, GradientAngle
 from bnprobe.stats.backward import backward_noise
 from bnprobe.stats.moments import pool_moments, wide
+from bnprobe.wording import option
 
 _HALF_SCALE = 1024.0
 """Factor on the loss under float16 autocast, whose smallest value gradients would fall below; nothing here depends on
@@ -179,7 +180,8 @@ class _Gradients:
             if not bool(torch.isfinite(record).all()):
                 raise NonFiniteError(
                     f"The gradient of the output of {self.names[index]} holds NaN or Inf in micro-batch {position + 1}"
-                    " (the first is 1). Look at what follows this layer; with --autocast float16, use bfloat16."
+                    f" (the first is 1). Look at what follows this layer; with {option('--autocast', 'float16')}, use"
+                    " bfloat16."
                 )
 
 

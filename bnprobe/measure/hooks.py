@@ -20,6 +20,7 @@ from bnprobe.measure.batch import is_finite, tensors_of
 from bnprobe.measure.keepers import set_flag
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.norms import NORMS, FunctionFamily, NormCall, NormFamily, WholeModule, place_of
+from bnprobe.wording import option
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Interceptor(TorchFunctionMode):
         if call.masked:
             raise ModelError(
                 f"{layer.name} is called with a mask, which a scan does not know: it would measure the padding, too."
-                f" Leave the layer out: --exclude {layer.name}."
+                f" Leave the layer out: {option('--exclude', [layer.name])}."
             )
         if self._entered is not None and isinstance(layer.family, FunctionFamily):
             self._entered(layer)

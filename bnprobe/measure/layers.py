@@ -26,6 +26,7 @@ from bnprobe.measure.restore import held_in_eval, preserved_settings, set_mode
 from bnprobe.numbers import count
 from bnprobe.records import ROOT, SkippedLayer
 from bnprobe.rules.facts import Anatomy
+from bnprobe.wording import option
 
 ONE_VALUE = "one value per channel in a micro-batch: training raises an error at this batch size"
 """A note on a layer."""
@@ -138,8 +139,8 @@ def unmatched_globs(settings: ScanSettings, found: LayerSet) -> tuple[str, ...]:
     """One sentence for each glob of the settings that matches no layer, probably because of a typo."""
     names = [name for layer in found.layers for name in (layer.name, *layer.aliases)]
     names += [layer.name for layer in found.skipped]
-    globs = [("--include", glob) for glob in settings.include]
-    globs += [("--exclude", glob) for glob in settings.exclude]
+    globs = [(option("--include"), glob) for glob in settings.include]
+    globs += [(option("--exclude"), glob) for glob in settings.exclude]
     globs += [("rules.exempt", exemption.layers) for exemption in settings.rules.exempt]
     globs += [("thresholds", glob) for glob in settings.thresholds if glob != "*"]
     return tuple(_unmatched(glob, origin, names) for origin, glob in globs if not matches_any(glob, names))
@@ -162,7 +163,8 @@ def require_layers(model: nn.Module, found: LayerSet) -> None:
     kind = type(model).__name__
     if found.layers:
         raise NothingToProbeError(
-            f"--include/--exclude exclude every BN layer of {kind} ({len(found.layers)} in all);"
+            f"{option('--include')}/{option('--exclude')} exclude every BN layer of {kind}"
+            f" ({len(found.layers)} in all);"
             f" the first is named {found.layers[0].name!r}."
         )
     if found.skipped:

@@ -12,6 +12,7 @@ import torch
 
 from bnprobe.errors import DeviceError, UserCodeError, message_of
 from bnprobe.measure.batch import CannotEmulateError
+from bnprobe.wording import option
 
 CPU_SAMPLES = 32
 CUDA_SAMPLES = 256
@@ -22,8 +23,11 @@ SMALL_BYTES = 2**20
 """A small network takes its time for calls, whatever their samples. On CPU this many samples take a third of the time
 of ``CPU_SAMPLES`` at a time (nine layers, 8x8 images), as long as the largest tensor stays this small."""
 
-LESS = "Use a smaller --batch-size, --autocast, or another --device."
-"""What to do where one micro-batch is too large for the memory."""
+
+def less() -> str:
+    """What to do where one micro-batch is too large for the memory."""
+    return f"Use a smaller {option('--batch-size')}, {option('--autocast')}, or another {option('--device')}."
+
 
 _SHARE = 0.25
 """Share of the free memory that one forward pass may be planned to take."""
@@ -165,7 +169,7 @@ class Chunks:
     def _halve(self, tried: int) -> None:
         if tried == 1:
             raise DeviceError(
-                f"Not even one micro-batch of {self.batch_size} samples fits into the memory of {self.device}. {LESS}"
+                f"Not even one micro-batch of {self.batch_size} samples fits into the memory of {self.device}. {less()}"
             )
         self.at_once = tried // 2
         if self.device.type == "cuda":

@@ -20,6 +20,7 @@ from bnprobe.measure.physical_batch import Batching, as_sentence, not_emulated, 
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.session import Session
 from bnprobe.stats.ema import Statistics, Stream
+from bnprobe.wording import option
 
 MEMORY_CAP = 2**28
 """Bytes that a recording may take: 256 MiB."""
@@ -113,7 +114,8 @@ def record(
     if recorder.batches < FEWEST_RECORDED:
         raise UsageError(
             f"A sweep of momentum needs at least {FEWEST_RECORDED} micro-batches, and {recorder.batches} of"
-            f" {reader.batch_size} samples could be recorded. Give more --batches, more data or a smaller --batch-size."
+            f" {reader.batch_size} samples could be recorded. Give more {option('--batches')}, more data or a smaller"
+            f" {option('--batch-size')}."
         )
     return recorder.result(wanted)
 

@@ -34,6 +34,7 @@ from bnprobe.measure.restore import preserved_random_state, random_state, set_mo
 from bnprobe.measure.session import PathName, Session
 from bnprobe.records import SelfCheck
 from bnprobe.stats.moments import statistics_distance
+from bnprobe.wording import either, option
 
 _AMPLIFICATION = 50.0
 """An error counts once it is this many times the effect of the changed last digits."""
@@ -477,11 +478,11 @@ def plan_batching(session: Session, reader: Reader, settings: ScanSettings) -> B
     size = reader.batch_size
     if settings.physical_batch and settings.physical_batch < size:
         raise UsageError(
-            f"--physical-batch {settings.physical_batch} is smaller than the batch size, {size}."
-            f" Give at least {size}, or a smaller --batch-size."
+            f"{option('--physical-batch', settings.physical_batch)} is smaller than the batch size, {size}."
+            f" Give at least {size}, or a smaller {option('--batch-size')}."
         )
     if not settings.emulate:
-        return Batching(size, not_emulated("Switched off (--no-emulate; in Python emulate=False)."))
+        return Batching(size, not_emulated(f"Switched off ({either('--no-emulate', 'emulate=False')})."))
     opening = reader.look_ahead(OPENING)
     if reader.varies:
         return Batching(size, not_emulated(as_sentence(CannotEmulateError(DIFFERENT_SIZES))))

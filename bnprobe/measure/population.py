@@ -31,6 +31,7 @@ from bnprobe.measure.physical_batch import Batching, Check, Emulation, check_sam
 from bnprobe.measure.reader import KEPT_BYTES
 from bnprobe.measure.session import Progress, Session
 from bnprobe.stats.moments import pool_moments
+from bnprobe.wording import option
 
 
 class Population:
@@ -502,8 +503,10 @@ class _Rounds:
     def _not_converged(self) -> str:
         names = ", ".join(self._session.layers.layers[index].name for index in sorted(self._again))
         return (
-            f"The running statistics did not converge in {ROUNDS} rounds with --path eval, because {names} is called"
-            " several times per forward pass and its input depends on its own output. Use --path train."
+            f"The running statistics did not converge in {ROUNDS} rounds with {option('--path', 'eval')},"
+            f" because {names} is called"
+            " several times per forward pass and its input depends on its own output. Use"
+            f" {option('--path', 'train')}."
         )
 
 

@@ -19,6 +19,7 @@ from bnprobe.loading.model import attribute
 from bnprobe.loading.samples import SampleCount, count_samples
 from bnprobe.measure.batch import MicroBatch, bytes_of, check_finite, copy_tensors, leaves_of
 from bnprobe.measure.restore import seed_everything
+from bnprobe.wording import option
 
 _END, _NONE = object(), object()
 
@@ -301,7 +302,9 @@ class RepeatedReader:
         if self.batches and (batches, samples) != (self.batches, self.images):
             raise DataError(
                 f"The data gave {self.images} samples in {self.batches} batches, and {samples} in {batches} when it was"
-                " read again. With --path eval the data is read once per layer and must be the same every time. Give a"
-                " DataLoader or a list, use fewer batches (which are then kept in memory), or use --path train."
+                f" read again. With {option('--path', 'eval')} the data is read once per layer and must be the"
+                " same every"
+                " time. Give a DataLoader or a list, use fewer batches (which are then kept in memory), or use"
+                f" {option('--path', 'train')}."
             )
         self.batches, self.images = batches, samples

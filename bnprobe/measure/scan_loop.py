@@ -27,6 +27,7 @@ from bnprobe.records import MEASURES, StopReason
 from bnprobe.rules.shares import deciding_limit, noise_limit
 from bnprobe.stats.intervals import Sums, mean_interval
 from bnprobe.stats.theory import mismatch_iid, standing
+from bnprobe.wording import option
 
 FIRST_LOOK = 16
 """Micro-batches before the first look at what is decided; the number doubles from look to look."""
@@ -121,8 +122,9 @@ def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measur
     batching = plan_batching(session, reader, settings)
     if settings.batch_sizes and not batching.emulation.trusted:
         raise UsageError(
-            f"--batch-sizes regroups samples, which is not possible for this model. {batching.emulation.reason}"
-            " Run one scan per size with --batch-size."
+            f"{option('--batch-sizes')} regroups samples, which is not possible for this model."
+            f" {batching.emulation.reason}"
+            f" Run one scan per size with {option('--batch-size')}."
         )
     path = partial(PathEvidence, batch_size=size, share=share, seed=settings.seed)
     # A run of micro-batches that stay in one process holds whole batches of every size.

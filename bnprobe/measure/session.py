@@ -48,6 +48,7 @@ from bnprobe.measure.restore import (
     keep_random_state,
     set_mode,
 )
+from bnprobe.wording import either, option
 
 Outputs = dict[tuple[int, ...], Any]
 """Outputs of the model, by the positions in the batch of the tensors that it was called on."""
@@ -359,7 +360,7 @@ def device_named(name: str, model: nn.Module) -> torch.device:
         have = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "no CUDA device"
         raise DeviceError(
             f"The device {name!r} cannot be used: {str(error).splitlines()[0]}. This machine has cpu and {have};"
-            " use --device cpu."
+            f" use {option('--device', 'cpu')}."
         ) from None
     return device
 
@@ -478,7 +479,7 @@ def _sample_forward(model: nn.Module, batch: Any) -> str:
     else:
         inputs = _items("batch", batch, needed)
     line = f"def forward(model, batch): return model({', '.join(inputs)})"
-    return f"Say in the model file how to call the model, for example:\n  {line}"
+    return f"Say {either('in the model file', 'with forward=...')} how to call the model, for example:\n  {line}"
 
 
 def _items(name: str, values: Any, needed: int) -> list[str]:

@@ -17,6 +17,7 @@ from bnprobe.measure.session import Session, model_code
 from bnprobe.measure.training_copy import TrainingCopy, call_moments, training
 from bnprobe.records import Updates
 from bnprobe.stats.moments import statistics_distance
+from bnprobe.wording import option
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Any]
 """Makes an optimizer for the parameters to train."""
@@ -67,7 +68,9 @@ def train_steps(
     with training():
         trained = TrainingCopy(session, "--train-steps")
         if not trained.parameters:
-            raise UsageError("--train-steps needs parameters to train, but every parameter has requires_grad=False.")
+            raise UsageError(
+                f"{option('--train-steps')} needs parameters to train, but every parameter has requires_grad=False."
+            )
         optimizer = make_optimizer(trained.parameters)
         tracks = {layer.index: _Track(layer) for layer in trained.layers}
         scaler = torch.amp.GradScaler(session.device.type, enabled=session.autocast is torch.float16)
@@ -76,7 +79,7 @@ def train_steps(
             _step(trained, tracks, optimizer, scaler, batch, done + 1)
             done += 1
     if not done:
-        raise DataError("The data is empty, so --train-steps has nothing to train on.")
+        raise DataError("The data is empty, so {option('--train-steps')} has nothing to train on.")
     watched = {index: track for index, track in tracks.items() if track.has_result}
     return TrainSteps(
         updates={index: track.result() for index, track in watched.items()},

@@ -17,12 +17,13 @@ from bnprobe.loading.returned import trainable_loss
 from bnprobe.measure.batch import copy_tensors, to_device
 from bnprobe.measure.hooks import Answer, Interceptor, noting_non_finite
 from bnprobe.measure.layers import ProbedLayer
-from bnprobe.measure.memory import LESS, is_out_of_memory
+from bnprobe.measure.memory import is_out_of_memory, less
 from bnprobe.measure.norms import NormCall
 from bnprobe.measure.reach import every_module, what_cannot_be_copied
 from bnprobe.measure.restore import ModelState, preserved_random_state, set_mode
 from bnprobe.measure.session import Session, casting, eagerly, model_code
 from bnprobe.stats.moments import pool_moments, row_moments
+from bnprobe.wording import given, option
 
 
 @contextmanager
@@ -37,7 +38,7 @@ class TrainingCopy:
 
     Args:
         session: The model, and the user's ``loss(model, batch)``.
-        option: The option that asks for this, for messages: ``"--train-steps"``.
+        asked: The option that asks for this, for messages: ``"--train-steps"``.
 
     Attributes:
         model: The copy.
@@ -51,11 +52,11 @@ class TrainingCopy:
         DeviceError: There is not enough memory.
     """
 
-    def __init__(self, session: Session, option: str) -> None:
+    def __init__(self, session: Session, asked: str) -> None:
         if session.functions.loss is None:
             raise UsageError(
-                f"{option} needs a loss to train with. Add a function loss(model, batch) to the model file that returns"
-                " the training loss as a tensor, or name one under loss in the spec."
+                f"{option(asked)} needs a loss to train with, which returns the training loss as a tensor: give"
+                f" {given('loss')}."
             )
         self._loss = session.functions.loss
         self._device = session.device
@@ -221,4 +222,4 @@ def training_code(call: str, what: str, device: torch.device) -> Iterator[None]:
 
 def too_large(what: str, device: torch.device) -> DeviceError:
     """One micro-batch is too large for the memory of the device."""
-    return DeviceError(f"{what} on one micro-batch does not fit into the memory of {device}. {LESS}")
+    return DeviceError(f"{what} on one micro-batch does not fit into the memory of {device}. {less()}")

@@ -10,8 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.errors import RepairError
 from bnprobe.nn.per_domain import DomainBatchNorm
+from bnprobe.wording import from_python
 
 
+@from_python
 def deployable_state(converted: nn.Module, original: nn.Module, *, domain: int | None = None) -> dict[str, Tensor]:
     """The state_dict of a converted model for the original model with plain BN, which loads it strictly.
 

@@ -16,6 +16,7 @@ from bnprobe.config.load import Source, sentence
 from bnprobe.config.spec import RepairSpec, matches_any
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, Target, require_used
 from bnprobe.errors import DeviceError, RepairError, UsageError, message_of
+from bnprobe.loading.arguments import require_model
 from bnprobe.loading.model import unwrapped
 from bnprobe.measure.layers import NamedModule, named_once
 from bnprobe.measure.memory import is_out_of_memory
@@ -28,8 +29,10 @@ from bnprobe.records import ROOT, Layer, LayerChange, Plan, Refusal, Report
 from bnprobe.repairs.conversions import Conversion, conversion_of
 from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed
 from bnprobe.rules import title_of
+from bnprobe.wording import from_python
 
 
+@from_python
 def convert(
     model: nn.Module,
     layers: Iterable[str] | Report | None = None,
@@ -63,6 +66,7 @@ def convert(
         BatchRenorm2d(4, eps=1e-05, momentum=0.01, affine=True, r_max=3, d_max=5)
         >>> frozen = bnprobe.convert(model, ["1"], to="frozen")
     """
+    require_model(model)
     spec = _spec({"to": to, **options})
     refuse_wrapped(model)
     with undone_if_failed(model) if inplace else preserved_process():

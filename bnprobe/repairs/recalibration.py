@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bnprobe.config import PathChoice, StatisticsPath
-from bnprobe.config.load import settings_from
 from bnprobe.config.spec import ScanSettings, matches_any
 from bnprobe.errors import NonFiniteError, NothingToProbeError, RepairError, UsageError
+from bnprobe.loading.arguments import check_call
 from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import BatchFunction, unwrapped
 from bnprobe.loading.order import spread
@@ -44,6 +44,7 @@ from bnprobe.measure.restore import (
 from bnprobe.measure.session import Progress, Session, UserFunctions, device_named, no_progress
 from bnprobe.numbers import listed
 from bnprobe.records import ROOT
+from bnprobe.wording import from_python, option
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Recalibrated:
     tracked: dict[str, str | None]
 
 
+@from_python
 def recalibrate(
     model: nn.Module,
     batches: Any,
@@ -127,7 +129,9 @@ def recalibrate(
     Warns:
         UserWarning: There are fewer than ``num_batches`` batches.
     """
-    given = settings_from({"device": device, "autocast": autocast, "seed": seed, "batches": num_batches})
+    functions = {"forward": forward, "batch_size_of": batch_size_of}
+    settings = {"batch_size": batch_size, "batches": num_batches, "device": device, "autocast": autocast, "seed": seed}
+    given = check_call(model, functions, settings, recalibrate).model_copy(update={"batch_size": None})
     inner, _ = unwrapped(model)
     listed = not isinstance(batches, DataLoader | Dataset)
     size = 1 if listed else batch_size
@@ -300,7 +304,7 @@ def _wanted(session: Session, include_frozen: bool) -> list[ProbedLayer]:
     if not found:
         first, others = selected[0], "" if len(selected) == 1 else ", and so are the others"
         why = "is in eval mode also in training" if first.info.running_mean is not None else "keeps no statistics"
-        how = " To recalibrate such layers, give --include-frozen." if keeping else ""
+        how = f" To recalibrate such layers, give {option('--include-frozen', True)}." if keeping else ""
         raise RepairError(f"No layer can be recalibrated: {first.name} {why}{others}.{how}")
     return found
 
@@ -350,7 +354,7 @@ def _notes(
     kept = [layer.name for layer in layers if layer.selected and layer not in wanted]
     if kept:
         frozen = any(layer.index in session.frozen and layer.name in kept for layer in layers)
-        how = " To recalibrate layers in eval mode, give --include-frozen." if frozen else ""
+        how = f" To recalibrate layers in eval mode, give {option('--include-frozen', True)}." if frozen else ""
         yield f"Not recalibrated, because training does not update their running statistics: {listed(kept)}.{how}"
     uncalled = [layer.name for layer in wanted if layer not in recalibrated]
     if uncalled:

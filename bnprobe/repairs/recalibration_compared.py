@@ -28,7 +28,7 @@ from bnprobe.numbers import count, number
 from bnprobe.records import Arm, Conclusion, Estimate, Goal, Measure, Proof, Run, leading
 from bnprobe.repairs.held_out import HeldOut
 from bnprobe.repairs.recalibration import Recalibrated, recalibrate_loaded, untracked
-from bnprobe.rules.effect import CONTRADICTED
+from bnprobe.rules.effect import loss_decides
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class _Comparison:
         unknown = not self.has_statistics and self.assumes_goal and self.held_out.loss is None
         conclusion, message = self._conclude(measure, gain, before, after)
         if contradicted:
-            message = f"{message} {CONTRADICTED}"
+            message = f"{message} {loss_decides()}"
         if unknown:
             what = f"The metric on the same {self.held_out.described} changes, and whether a larger or a smaller one is"
             conclusion, message = "not_compared", f"{what} better was not said (--goal)."

@@ -31,6 +31,7 @@ from bnprobe.records import (
     leading,
 )
 from bnprobe.rules.facts import Facts
+from bnprobe.wording import either, option
 
 FLOOR = 0.02
 """The smallest change that matters, of a metric between 0 and 1."""
@@ -56,12 +57,16 @@ MENDED = 0.5
 UNSCORED = "needs a loss or metric"
 """Why a rule is skipped that judges by what a change does to loss and metric."""
 
-CONTRADICTED = (
-    "Whether a larger or a smaller metric is better was not said. A larger one was taken to be, and the loss says the"
-    " opposite: so the loss decides, not the metric. If a smaller metric is better, give --goal min (repair: {goal:"
-    " min} in a spec), otherwise --goal max."
-)
-"""What is to be known where the loss judges in place of a metric, sentences."""
+
+def loss_decides() -> str:
+    """What is to be known where the loss judges in place of a metric, sentences."""
+    smaller = either("--goal min (repair: {goal: min} in a spec)", 'goal="min"')
+    return (
+        "Whether a larger or a smaller metric is better was not said. A larger one was taken to be, and the loss says"
+        f" the opposite: so the loss decides, not the metric. If a smaller metric is better, give {smaller}, otherwise"
+        f" {option('--goal', 'max')}."
+    )
+
 
 MODES = ("training", "inference")
 

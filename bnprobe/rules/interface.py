@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from bnprobe.records import Cause, FreeRemedy, Layer, Outcome, Severity, Verdict
 from bnprobe.rules.facts import Anatomy, Facts, Need
+from bnprobe.wording import either, given, option
 
 SECTIONS = ("What", "Why", "Example", "Remedy", "Reference")
 """The headings of every rule's docstring, which is its manual, in order."""
@@ -193,13 +194,13 @@ def _missing(need: Need, facts: Facts) -> str | None:
     if need == "several processes":
         return "one process: nothing to compare" if facts.processes < 2 else None
     if facts.scan is None:
-        return "needs data: run bnprobe scan"
+        return f"needs data: {either('run bnprobe scan', 'use bnprobe.scan')}"
     if need == "held-out data" and not facts.held_out:
-        return "needs held-out data: give eval_data in the spec or load_eval_data in the model file"
+        return f"needs held-out data: give {given('held-out data')}"
     if need == "training steps" and all(layer.updates is None for layer in facts.layers.values()):
-        return "needs training steps: scan with --train-steps and a loss"
+        return f"needs training steps: scan with {option('--train-steps')} and a loss"
     if need == "gradients" and all(layer.backward is None for layer in facts.layers.values()):
-        return "needs gradients: scan with --gradients and a loss"
+        return f"needs gradients: scan with {option('--gradients')} and a loss"
     return None
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from bnprobe.config.spec import RulesSpec
 from bnprobe.errors import UsageError
 from bnprobe.rules import RULES, Rule
+
+
+def codes(given: Sequence[str]) -> tuple[str, ...]:
+    """Codes that were given to a function: one as text, or several."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def selected(spec: RulesSpec, among: Iterable[Rule] = RULES) -> tuple[Rule, ...]:

@@ -1,0 +1,77 @@
+"""The words in which messages ask for something: options and files on the command line, arguments in Python.
+
+A public function is wrapped in `from_python`; while it runs, `option` and `either` give the words of Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+_in_python: ContextVar[bool] = ContextVar("a function was called, and no command", default=False)
+
+_ARGUMENTS = {"--batches": "num_batches", "--threshold": "thresholds", "--output": "path", "-o": "path"}
+"""Arguments that are not called as the options are."""
+
+
+def from_python(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """A function whose messages speak of arguments."""
+
+    @wraps(function)
+    def called(*given: _Given.args, **named: _Given.kwargs) -> _Result:
+        before = _in_python.set(True)
+        try:
+            return function(*given, **named)
+        finally:
+            _in_python.reset(before)
+
+    return called
+
+
+def either(command_line: str, python: str) -> str:
+    """The first for the reader of a command, the second for the caller of a function."""
+    return python if _in_python.get() else command_line
+
+
+def option(name: str, value: object = None) -> str:
+    """An option, or the argument that says the same.
+
+    Args:
+        name: E.g. "--batch-size".
+        value: Given with it, e.g. 2: "--batch-size 2", or "batch_size=2". True: a flag. None: no value.
+    """
+    argument = _ARGUMENTS.get(name, name.removeprefix("--").replace("-", "_"))
+    if value is None:
+        return either(name, argument)
+    if value is True:
+        return either(name, f"{argument}=True")
+    shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return either(f"{name} {shown}", f"{argument}={value!r}")
+
+
+_GIVEN = {
+    "loss": (
+        "loss(model, batch) in the model file, or a loss that the spec names",
+        "loss=..., a function of (model, batch)",
+    ),
+    "scores": (
+        "loss(model, batch) or metric(model, batch), in the model file or the spec",
+        "loss=... or metric=..., functions of (model, batch)",
+    ),
+    "held-out data": (
+        "load_eval_data(batch_size) in the model file, or eval_data in the spec",
+        "evaluation=..., a loader or data set",
+    ),
+    "forward": ("forward(model, batch) in the model file", "forward=..., a function of (model, batch)"),
+    "data": ("load_data(batch_size) in the model file, or data in the spec", "batches"),
+}
+
+
+def given(what: str) -> str:
+    """What the user may give, and where: one of the words that messages have for "loss", "held-out data", ..."""
+    return either(*_GIVEN[what])
