@@ -24,7 +24,7 @@ demo: $(READY) ## install, scan the digits sample and print its report
 
 browser: $(READY) ## install what the tests of pages drive: Playwright, and on Debian, as root, Chromium
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group browser
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 		{ command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 		  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
 		echo "Chromium could not be installed: the tests of pages in a browser will be skipped."

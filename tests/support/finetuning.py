@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -180,7 +181,8 @@ def _train_in(folder: Path, optimizer: str, moment: str, number: int) -> None:
         die(step)
 
     outcome = train(eventful_job(optimizer), state=folder / "state", on_step=on_step)
-    summary = (outcome.steps, outcome.best_step, outcome.ending, outcome.clipped_r, outcome.clipped_d)
+    curve = dataclasses.astuple(outcome.curve) if outcome.curve else ()
+    summary = (outcome.steps, outcome.best_step, outcome.ending, outcome.clipped_r, outcome.clipped_d, *curve)
     torch.save({"weights": outcome.weights, "summary": summary}, folder / "result")
 
 

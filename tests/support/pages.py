@@ -84,7 +84,7 @@ def _shown(element: Element, hidden: set[int]) -> Iterator[str]:
     yield element.text or ""
     for child in element:
         yield from _shown(child, hidden)
-        yield f"{child.tail or ''} "
+        yield (child.tail or "") + ("" if child.tag in ("wbr", "span") else " ")
 
 
 def said(element: Element | None) -> str:

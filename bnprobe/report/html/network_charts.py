@@ -163,13 +163,17 @@ def shares(layers: Sequence[Layer], labelled: bool = False) -> dict[str, Any]:
         size = {} if source.adds_up else {"width": alt.RelativeBandSize(0.45)}
         bar = _network().mark_bar(color=colour(SOURCE_COLOURS[source.field]), **size)
         parts.append(bar.encode(x=x, y=y, y2=f"b{index}"))
-    limit = _network().mark_tick(color=colour("ink"), thickness=1.5, opacity=1)
+    limits = [
+        # In the colour of the page around it, to be seen on a bar of any colour.
+        _network().mark_tick(color=colour("paper"), thickness=4, opacity=0.9),
+        _network().mark_tick(color=colour("ink"), thickness=1.5, opacity=1),
+    ]
     cut = _network().mark_point(shape="triangle-up", size=45, filled=True, color=colour("ink"), opacity=1, yOffset=-6)
     tooltip = told(("name", ""), ("D", "D, worse mode"), ("train", "n_eq in training"), ("eval", "n_eq at inference"))
     return finished(
         alt.layer(
             *parts,
-            limit.encode(x=x, y=alt.Y("limit:Q", scale=scale, axis=axis)),
+            *(limit.encode(x=x, y=alt.Y("limit:Q", scale=scale, axis=axis)) for limit in limits),
             cut.encode(x=x, y=alt.Y("cut:Q", scale=scale, axis=axis)),
             _pointed([*tooltip, *told(("most", "most of it"))], labelled),
         ),

@@ -328,7 +328,13 @@ def _environment() -> Environment:
         loader=Beside(), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.finalize = _shown
-    environment.filters |= {"script": _script, "json": _json, "standing": STANDINGS.__getitem__, "width": width_of}
+    environment.filters |= {
+        "script": _script,
+        "json": _json,
+        "standing": STANDINGS.__getitem__,
+        "width": width_of,
+        "name": _name,
+    }
     return environment
 
 
@@ -346,6 +352,13 @@ def _clean(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _clean(each) for key, each in value.items()}
     return [_clean(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _name(text: str) -> Markup:
+    """A name, whose lines may end after its dots."""
+    from markupsafe import Markup, escape
+
+    return Markup(".<wbr>").join(escape(part) for part in clean(text, unicode=True).split("."))
 
 
 def _file(name: str) -> str:

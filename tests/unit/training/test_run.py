@@ -177,6 +177,40 @@ def test_scores_that_are_never_there() -> None:
     assert (outcome.best_step, outcome.ending) == (12, "finished")
 
 
+@pytest.mark.parametrize(("steps", "every"), [(7, 1), (50, 1), (120, 3)])
+def test_a_curve_has_means_over_as_many_steps_as_leave_fifty_points(steps: int, every: int) -> None:
+    outcome, taken = trained(job(steps=steps, score=held_out_score, evaluate_every=max(1, steps // 5)))
+    losses = [step.loss for step in taken]
+    ends = [min(start + every, steps) for start in range(0, steps, every)]
+    means = [sum(losses[end - every if end % every == 0 else end - end % every : end]) / every for end in ends]
+    curve = outcome.curve
+    assert curve is not None
+    assert curve.steps == tuple(ends)
+    assert curve.losses == pytest.approx(means)
+    evaluated = [step for step in taken if step.score is not None]
+    assert curve.evaluated_at == (0, *(step.step for step in evaluated))
+    assert curve.evaluation_losses[1:] == tuple(step.score.loss for step in evaluated if step.score)
+
+
+def test_a_curve_of_many_evaluations_keeps_some_and_the_last() -> None:
+    outcome, _ = trained(job(steps=130, score=held_out_score, evaluate_every=1))
+    assert outcome.curve is not None
+    assert outcome.curve.evaluated_at == (*range(0, 130, 3), 130)
+
+
+def test_a_curve_of_a_run_that_diverges_ends_with_a_gap() -> None:
+    def exploding(model: nn.Module, batch: Any) -> Tensor:
+        exploding.steps += 1
+        return cross_entropy(model, batch) * (math.nan if exploding.steps == 5 else 1.0)
+
+    exploding.steps = 0  # type: ignore[attr-defined]
+    outcome, _ = trained(job(loss=exploding))
+    assert outcome.ending == "diverged"
+    assert outcome.curve is not None
+    assert [loss is None for loss in outcome.curve.losses] == [False] * 4 + [True]
+    assert outcome.curve.evaluated_at == ()
+
+
 def test_patience() -> None:
     values = [0.5, 0.6, 0.6, 0.3, 0.9]
     outcome, steps = trained(job(score=scripted(values), measure="metric", goal="max", evaluate_every=2, patience=2))
