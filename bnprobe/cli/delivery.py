@@ -64,7 +64,7 @@ class Delivery:
             raise UsageError("--output and --output-dir both say where the report goes: give one.")
         if folder is None and len(names) > 1:
             raise UsageError(f"--format {' --format '.join(names)} needs a file for each: give --output-dir DIR.")
-        self._for_people = renderer(TERMINAL, document)
+        self._names, self._for_people = names, renderer(TERMINAL, document)
         self._folder, self._force, self._show_all = folder, force, show_all
         self._typed = typed_command() if typed is None else typed
         self._stdout: Renderer | None = None
@@ -86,9 +86,10 @@ class Delivery:
         Raises:
             OutputError: A folder is missing or read-only, the path is a folder, a file exists and is not to be
                 replaced, or is one of the inputs; or there is no file and stdout is closed.
+            UsageError: There is no file, stdout is a terminal, and the format is none that a terminal shows.
         """
-        if self._stdout is not None and start().stdout is None:
-            raise OutputError("stdout is closed: give --output FILE for the report.")
+        if self._stdout is not None:
+            self._check_stdout()
         if self._folder is not None:
             require_folder(self._folder, self._option)
         files = [path for path in self._files if self._folder is None or is_folder(self._folder)]
@@ -97,6 +98,15 @@ class Delivery:
         for option, paths in ((self._option, self._files), ("--write-baseline", also)):
             for path in paths:
                 refuse_input(path, inputs, option)
+
+    def _check_stdout(self) -> None:
+        stdout, opens = start().stdout, FORMATS[self._names[0]].opens
+        if stdout is None:
+            raise OutputError("stdout is closed: give --output FILE for the report.")
+        if opens and stdout.isatty():
+            raise UsageError(
+                f"--format {self._names[0]} makes a file for {opens}, and stdout is a terminal: give --output-dir DIR."
+            )
 
     def deliver(self, document: object, also: Mapping[Path, str] | None = None) -> None:
         """Render the document and write all files or none, then what goes to stdout.

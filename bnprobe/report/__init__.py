@@ -72,6 +72,7 @@ class Format:
         suffix: How the names of its files end where they are not named; empty: in a dot and the format's name.
         package: What must be installed for it, as it is imported; empty: nothing beyond bnprobe.
         extra: The extra of bnprobe that installs the package.
+        opens: What opens its files, e.g. "a browser"; empty: they are text, which a terminal shows.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Format:
     suffix: str = ""
     package: str = ""
     extra: str = ""
+    opens: str = ""
 
     @property
     def ending(self) -> str:
