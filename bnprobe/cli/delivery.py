@@ -28,15 +28,6 @@ def with_command(report: _Scanned) -> _Scanned:
     return replace(report, scan=replace(report.scan, command=typed_command()))
 
 
-def _refuse_on_terminal(format_: str) -> None:
-    opens, stdout = FORMATS[format_].opens, start().stdout
-    if opens and stdout is not None and stdout.isatty():
-        raise UsageError(
-            f"--format {format_} makes a file for {opens}, and stdout is a terminal: give --output-dir DIR, or send it"
-            f" to a file, > report.{format_}."
-        )
-
-
 class Delivery:
     """The report of one command in the formats asked for. Where all of them go to files, stdout gets it for people.
 
@@ -75,9 +66,9 @@ class Delivery:
             raise UsageError("--output and --output-dir both say where the report goes: give one.")
         if folder is None and len(names) > 1:
             raise UsageError(f"--format {' --format '.join(names)} needs a file for each: give --output-dir DIR.")
-        self._for_people = renderer(TERMINAL, document)
         self._folder, self._force = folder, force
         self._options = RenderOptions(show_all=show_all, verbose=verbose)
+        self._names, self._for_people = names, renderer(TERMINAL, document)
         self._typed = typed_command() if typed is None else typed
         self._stdout: Renderer | None = None
         self._files: dict[Path, Renderer] = {}
@@ -86,7 +77,6 @@ class Delivery:
         elif output is not None:
             self._files = {output: renderers[names[0]]}
         else:
-            _refuse_on_terminal(names[0])
             self._stdout = renderers[names[0]]
 
     def check(self, inputs: Iterable[str | Path] = (), also: Collection[Path] = ()) -> None:
@@ -99,9 +89,10 @@ class Delivery:
         Raises:
             OutputError: A folder is missing or read-only, the path is a folder, a file exists and is not to be
                 replaced, or is one of the inputs; or there is no file and stdout is closed.
+            UsageError: There is no file, stdout is a terminal, and the format is none that a terminal shows.
         """
-        if self._stdout is not None and start().stdout is None:
-            raise OutputError("stdout is closed: give --output FILE for the report.")
+        if self._stdout is not None:
+            self._check_stdout()
         if self._folder is not None:
             require_folder(self._folder, self._option)
         files = [path for path in self._files if self._folder is None or is_folder(self._folder)]
@@ -110,6 +101,15 @@ class Delivery:
         for option, paths in ((self._option, self._files), ("--write-baseline", also)):
             for path in paths:
                 refuse_input(path, inputs, option)
+
+    def _check_stdout(self) -> None:
+        stdout, opens = start().stdout, FORMATS[self._names[0]].opens
+        if stdout is None:
+            raise OutputError("stdout is closed: give --output FILE for the report.")
+        if opens and stdout.isatty():
+            raise UsageError(
+                f"--format {self._names[0]} makes a file for {opens}, and stdout is a terminal: give --output-dir DIR."
+            )
 
     def deliver(self, document: object, also: Mapping[Path, str] | None = None) -> None:
         """Render the document and write all files or none, then what goes to stdout.

@@ -104,15 +104,16 @@ def scan(
     if len(paths) > 1:
         several = Several(paths, format_, output=output, folder=output_dir, force=force, show_all=show_all)
         several.check(target, alone={"--baseline": baseline, "--write-baseline": write_baseline})
-        raise typer.Exit(several.scan(build_spec(target, options.overrides(context)), _measure, exit_zero))
+        spec = build_spec(target, options.overrides(context))
+        selected(spec.rules)  # report a wrong code before torch is imported
+        raise typer.Exit(several.scan(spec, _measure, exit_zero))
     delivery = Delivery(
         "scan", Report, format_, output=output, folder=output_dir, force=force, show_all=show_all, verbose=verbose
     )
     baselines = Baselines(baseline, write_baseline)
     if is_main():
         delivery.check(baselines.read, baselines.written)
-    given = options.overrides(context)
-    spec = build_spec(target, given)
+    spec = build_spec(target, options.overrides(context))
     if is_main():
         delivery.check([*baselines.read, target, *spec.files()], baselines.written)
     selected(spec.rules)  # report a wrong code before torch is imported

@@ -44,6 +44,8 @@ def render(report: Report | LintReport, options: RenderOptions) -> str:
     ]
     run = {
         "tool": {"driver": _driver(report, [_rule(first[code]) for code in codes])},
+        # What code scanning keeps apart: the results of a lint do not replace those of a scan.
+        "automationDetails": {"id": f"{'lint' if isinstance(report, LintReport) else 'scan'}/{model_of(report)}/"},
         "columnKind": "unicodeCodePoints",
         "invocations": [_invocation(report)],
         "results": results,

@@ -29,7 +29,7 @@ from support.processes import free_port
 
 DIGITS = REPOSITORY / "sample_configs" / "digits"
 
-HOW_IT_RAN = ("seconds", "physical_batch", "notes", "threads")
+HOW_IT_RAN = ("command", "seconds", "physical_batch", "notes", "threads")
 """Fields that tell how a scan ran, not what it found."""
 
 TINY = 1e-15
@@ -94,7 +94,7 @@ def together(workspace: Workspace, size: int, *arguments: str | Path, code: int 
     """The report of several processes, which end alike: only the first one speaks."""
     file = workspace.folder / f"of-{size}.json"
     first, *others = launch(workspace, size, *arguments, "--format", "json", "--output", file).results()
-    assert (first.code, first.stdout) == (code, "")
+    assert (first.code, first.stderr) == (code, f"Report written to {file}.\n")
     assert others == [Result(code, "", "")] * (size - 1)
     assert f"{size} processes each measured" in " ".join(json.loads(file.read_text(encoding="utf-8"))["scan"]["notes"])
     return read(file)

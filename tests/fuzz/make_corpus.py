@@ -47,6 +47,9 @@ COMMANDS = {
     "lint": "lint\nmodel.py\n--model-arg\ndepth=3\n--select\nBN1,BN2\n--checkpoint\nw.pt\n--key\nema",
     "export": "export\nmodel.py\n--to\nonnx\n--input-shape\n3,8,8\n--tolerance\n1e-4",
     "verify": "verify\nbefore.json\nafter.json\n--all",
+    "compare": "compare\nbefore.json\nafter.json\n--format\nmarkdown",
+    "show": "show\nreport.json\n--format\njunit\n--format\ncsv\n--output-dir\nout",
+    "config": "config\nspec.yaml\n--batch-size\n4\n--format\ntoml",
     "explain": "explain\nBN203",
     "init": "init\nfolder\n--force",
 }
