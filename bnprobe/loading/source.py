@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bnprobe.config.spec import DataSpec, EvalDataSpec
@@ -192,10 +193,33 @@ def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) ->
     where = f"{module.name} has no {wanted}" if module else "There is no data"
     if names is _EVALUATION:
         return f"{where}. Add it, or name another function or loader in the spec (eval_data: target)."
+    likely = [] if module is None else _likely(module)
+    hint = f" Of what it defines, {listed(likely)} may be data: --data {likely[0]}." if likely else ""
     return (
-        f"{where}. Add one of them, name one with --data (data: target in a spec), or give --input-shape, "
+        f"{where}.{hint} Add one of them, name one with --data (data: target in a spec), or give --input-shape, "
         "e.g. 3,224,224, to use synthetic inputs."
     )
+
+
+_LIKELY = re.compile(r"load|data|batches|_set$|_ds$|_dl$", re.IGNORECASE)
+
+
+def _likely(module: UserModule) -> list[str]:
+    """Names in a module that may be data: loaders and data sets first, then functions, then classes."""
+    own = module.own()
+    there = {
+        name: value
+        for name, value in vars(module.module).items()
+        if not name.startswith("_") and (is_source(value) or name in own) and not isinstance(value, nn.Module)
+    }
+    kinds = {name: (not is_source(value), isinstance(value, type)) for name, value in there.items()}
+    named = [name for name, value in there.items() if is_source(value) or _is_named_like_data(name, value)]
+    return sorted(named, key=lambda name: kinds[name])
+
+
+def _is_named_like_data(name: str, value: Any) -> bool:
+    is_model = isinstance(value, type) and issubclass(value, nn.Module)
+    return bool(_LIKELY.search(name)) and name != "load_model" and not is_model
 
 
 def _from_symbol(
