@@ -446,3 +446,29 @@ def test_hooks_that_change_batches_are_called(here: Workspace) -> None:
     assert report["scan"]["notes"].count(
         "on_after_batch_transfer() of changing.py:Data is not called: the batches are those of its loaders."
     )
+
+
+def test_streams_have_a_loss_too(here: Workspace) -> None:
+    here.write(
+        "stream.py",
+        "from lit import *\nfrom torch.utils.data import IterableDataset\nclass Stream(IterableDataset):\n"
+        "    def __iter__(self): return iter([(torch.full((1, 8, 8), i / 64), i % 10) for i in range(64)])\n"
+        "class Streamed(LitNet):\n    def train_dataloader(self): return DataLoader(Stream(), 8)\n"
+        "class Once(LitNet):\n    def train_dataloader(self): return iter(DataLoader(Stream(), 8))\n",
+    )
+    found = here.run("scan", "stream.py:Streamed", "--format", "json")
+    assert json.loads(found.stdout)["scan"]["taken"].keys() == {"model", "data", "loss", "metric"}
+    found = here.run("scan", "stream.py:Once", "--format", "json")
+    scanned = json.loads(found.stdout)["scan"]
+    assert scanned["taken"].keys() == {"model", "data"}
+    assert (
+        "stream.py:Once was not tried for a loss and a metric: train_dataloader() of stream.py:Once can be read only"
+        " once." in scanned["notes"]
+    )
+
+
+def test_the_data_module_beside_the_class_is_named_by_its_file(here: Workspace) -> None:
+    here.write("made.py", "import lit\ndef make(): return lit.LitNet(6)\n")
+    assert (
+        scan(here, "made.py:make", *CHECKPOINT)["scan"]["data"] == "train_dataloader() of lit.py:Digits (512 samples)"
+    )

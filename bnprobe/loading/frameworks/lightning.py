@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from bnprobe.loading.frameworks.steps import (
 from bnprobe.loading.model import eagerly, user_code
 from bnprobe.loading.returned import described
 from bnprobe.numbers import listed
+from bnprobe.paths import short_path
 
 
 class Lightning(Reader):
@@ -233,7 +235,8 @@ def _data_of(model: Any, name: str, spec: Spec, saved: Saved) -> tuple[str, Any]
     if len(found) != 1:
         return name, None
     symbol, kind = found[0]
-    where = f"{name.rpartition(':')[0]}:{symbol}"
+    file, named = Path(getattr(home, "__file__", None) or ""), name.rpartition(":")[0]
+    where = f"{named if Path(named).name == file.name else short_path(file)}:{symbol}"
     return where, _datamodule(kind, where, spec.data.args, saved)
 
 
