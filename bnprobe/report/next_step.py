@@ -16,17 +16,8 @@ SAVE = {"--format": "json", "--output": "report.json"}
 CARRIED = frozenset(
     (
         *("--checkpoint", "--key", "--strip-prefix", "--model-arg", "--unsafe-load", "--data", "--eval-data"),
-        *(
-            "--batch-size",
-            "--seed",
-            "--device",
-            "--autocast",
-            "--goal",
-            "--max-batches",
-            "--threshold",
-            "--include",
-            "--exclude",
-        ),
+        *("--batch-size", "--seed", "--device", "--autocast", "--goal", "--max-batches", "--threshold"),
+        *("--include", "--exclude"),
     )
 )
 """Options of a scan with which a repair loads the same model and data and judges them in the same way."""

@@ -421,3 +421,53 @@ def test_repaired_weights_know_the_arguments_of_the_model(here: Workspace) -> No
     assert here.run("convert", "lit.py:LitNet", *CHECKPOINT, *converted).code == CLEAN
     record = json.loads((here.folder / "more.record.json").read_text())
     assert (record["settings"]["repair"]["goal"], record["settings"]["model"]["args"]["width"]) == ("max", 6)
+
+
+def test_a_module_without_a_forward_that_its_step_does_not_call_is_explained(here: Workspace) -> None:
+    body = "    forward = L.LightningModule.forward\n    def training_step(self, batch): return self.trainer.lost\n"
+    _replace(here, "Other", body)
+    assert error(here, "other.py:Other", "--data", "lit.py:Digits") == (
+        "other.py:Other has no forward, and its training_step did not call the network: in train mode it raises"
+        " AttributeError in other.py:7: self.trainer.lost is there only while a Trainer runs. Give it a forward, or"
+        " name a function forward(model, batch) in a spec."
+    )
+
+
+def test_hooks_that_change_batches_are_called(here: Workspace) -> None:
+    _replace(
+        here, "Other", "    def on_after_batch_transfer(self, batch, index): return [2 * batch[0] + 1, batch[1]]\n"
+    )
+    here.write("by_hand.py", "from model import *\ndef forward(model, batch): return model(2 * batch[0] + 1)\n")
+    report = scan(here, "other.py:Other", *CHECKPOINT, "--data", "lit.py:Digits")
+    expected = scan(here, "by_hand.py", *CHECKPOINT)
+    assert report["layers"][0]["eval"] == expected["layers"][0]["eval"]
+    here.write("changing.py", "from lit import *\nclass Data(Digits):\n    on_after_batch_transfer = print\n")
+    report = scan(here, "lit.py:LitNet", *CHECKPOINT, "--data", "changing.py:Data")
+    assert report["scan"]["notes"].count(
+        "on_after_batch_transfer() of changing.py:Data is not called: the batches are those of its loaders."
+    )
+
+
+def test_streams_have_a_loss_too(here: Workspace) -> None:
+    here.write(
+        "stream.py",
+        "from lit import *\nfrom torch.utils.data import IterableDataset\nclass Stream(IterableDataset):\n"
+        "    def __iter__(self): return iter([(torch.full((1, 8, 8), i / 64), i % 10) for i in range(64)])\n"
+        "class Streamed(LitNet):\n    def train_dataloader(self): return DataLoader(Stream(), 8)\n"
+        "class Once(LitNet):\n    def train_dataloader(self): return iter(DataLoader(Stream(), 8))\n",
+    )
+    found = here.run("scan", "stream.py:Streamed", "--format", "json")
+    assert json.loads(found.stdout)["scan"]["taken"].keys() == {"model", "data", "loss", "metric"}
+    found = here.run("scan", "stream.py:Once", "--format", "json")
+    scanned = json.loads(found.stdout)["scan"]
+    assert scanned["taken"].keys() == {"model", "data"}
+    assert (
+        "stream.py:Once was not tried for a loss and a metric: train_dataloader() of stream.py:Once can be read only"
+        " once." in scanned["notes"]
+    )
+
+
+def test_the_data_module_beside_the_class_is_named_by_its_file(here: Workspace) -> None:
+    here.write("made.py", "import lit\ndef make(): return lit.LitNet(6)\n")
+    data = scan(here, "made.py:make", *CHECKPOINT)["scan"]["data"]
+    assert data.endswith("lit.py:Digits (512 samples)")  # the file is a link

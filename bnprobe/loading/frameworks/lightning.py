@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bnprobe.config.spec import Spec
-from bnprobe.errors import DataError, UserCodeError, message_of, place_in_user_code
+from bnprobe.errors import DataError, ModelError, UserCodeError, message_of, place_in_user_code
 from bnprobe.loading.frameworks import Data, Project, Reader
 from bnprobe.loading.frameworks.hyperparameters import Saved, arguments_for, read_saved
 from bnprobe.loading.frameworks.naming import chosen_metric
@@ -33,9 +34,10 @@ from bnprobe.loading.frameworks.steps import (
     step,
     validate,
 )
-from bnprobe.loading.model import user_code
+from bnprobe.loading.model import eagerly, user_code
 from bnprobe.loading.returned import described
 from bnprobe.numbers import listed
+from bnprobe.paths import short_path
 
 
 class Lightning(Reader):
@@ -233,7 +235,8 @@ def _data_of(model: Any, name: str, spec: Spec, saved: Saved) -> tuple[str, Any]
     if len(found) != 1:
         return name, None
     symbol, kind = found[0]
-    where = f"{name.rpartition(':')[0]}:{symbol}"
+    file, named = Path(getattr(home, "__file__", None) or ""), name.rpartition(":")[0]
+    where = f"{named if Path(named).name == file.name else short_path(file)}:{symbol}"
     return where, _datamodule(kind, where, spec.data.args, saved)
 
 
@@ -248,7 +251,7 @@ def _observed(model: nn.Module, batch: Any, *, name: str, run: Run, saved: Saved
     except Exception as error:  # whatever the user's classes raise
         why = f"{name} cannot be copied ({_said(error)}), so its steps were not tried: there is no loss and no metric."
         return replace(project, notes=(why,))
-    with torch.no_grad():
+    with torch.no_grad(), eagerly():
         return _with_metric(_with_loss(project, trial, batch, name, run), trial, batch, name, run, saved)
 
 
@@ -269,6 +272,11 @@ def _with_loss(project: Project, trial: nn.Module, batch: Any, name: str, run: R
     functions: dict[str, Any] = {}
     if calls and not _is_usual(calls, batch):
         functions["forward"] = _as_written(_Forward(run, *_which(calls)), trial, "training_step")
+    if problem is not None and not calls and not overrides(trial, "forward"):
+        functions["forward"] = _Refusing(
+            f"{name} has no forward, and its training_step did not call the network: {problem}. Give it a forward, or"
+            " name a function forward(model, batch) in a spec."
+        )
     if problem is None:
         functions["loss"] = _as_written(_Loss(run), trial, "training_step")
     taken = dict.fromkeys(functions, "training_step")
@@ -336,6 +344,14 @@ class _Forward:
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
         return outputs_of(model, batch, self.run, self.module, self.calls)
+
+
+@dataclass(frozen=True)
+class _Refusing:
+    message: str
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        raise ModelError(self.message)
 
 
 @dataclass(frozen=True)
