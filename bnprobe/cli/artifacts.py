@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnprobe.cli.streams import say
-from bnprobe.config.targets import CONVERTED, ConversionMark, settings_of
+from bnprobe.config.targets import ARGUMENTS, CONVERTED, ConversionMark, settings_of
 from bnprobe.errors import OutputError, UsageError
 from bnprobe.files import has_mark, is_blank, not_own, only_run, require_new, require_writable, unfinished, write_all
 from bnprobe.paths import placed
@@ -109,7 +109,7 @@ class Artifacts:
             say(f"Nothing was written: {worse_than_as_is(record)}")
             return record, Files()
         self.check(resume=True)
-        content = save(weights, _mark(record))
+        content = save(weights, _metadata(record) or None)
         record = replace(record, weights=str(self.weights), weights_sha256=hashlib.sha256(content).hexdigest())
         contents: dict[Path, bytes | str] = {self.weights: content, self.record: dump(record)}
         reports = {self.before: before, self.after: after}
@@ -182,10 +182,15 @@ def _is_report(path: Path) -> bool:
         return False
 
 
-def _mark(record: RepairRecord) -> dict[str, str] | None:
-    """Metadata of the weights file that says that plain BN must not load it; None if it may."""
+def _metadata(record: RepairRecord) -> dict[str, str]:
+    """Metadata of the weights file: the arguments of the model, and that plain BN must not load it where that is so."""
+    args = record.settings.get("model", {}).get("args")
+    return {**({ARGUMENTS: json.dumps(args)} if args else {}), **_mark(record)}
+
+
+def _mark(record: RepairRecord) -> dict[str, str]:
     if record.plan is None or record.plan.deploys:
-        return None
+        return {}
     to, layers = record.plan.to, {change.name: change.to for change in record.plan.changes}
     mark = ConversionMark(to, layers, settings_of(to, record.settings.get("repair") or {}))
     return {CONVERTED: json.dumps(asdict(mark))}

@@ -231,6 +231,9 @@ def conversion_call(layers: str, to: str, settings: Mapping[str, Any]) -> str:
     return f"bnprobe.convert(model, {layers}, to={json.dumps(to, ensure_ascii=False)}{named})"
 
 
+ARGUMENTS = "bnprobe.arguments"
+"""Metadata of repaired weights: the arguments of the model's class, as JSON."""
+
 CONVERTED = "bnprobe.converted"
 """Metadata key that marks a safetensors file as unfit for plain BN, with the JSON of a ``ConversionMark``."""
 

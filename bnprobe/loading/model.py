@@ -18,7 +18,7 @@ import shlex
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -499,8 +499,12 @@ class LoadedModel:
         if self.project is None or self.project.observe is None:
             return self
         known = self.project.observe(self.model, batch)
+        before = self.project
         both = replace(
-            known, functions={**self.project.functions, **known.functions}, taken={**self.project.taken, **known.taken}
+            before,
+            functions={**before.functions, **known.functions},
+            taken={**before.taken, **known.taken},
+            goal=known.goal or before.goal,
         )
         return replace(_with_functions(self, known.functions), project=both, notes=(*self.notes, *known.notes))
 
@@ -639,6 +643,14 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:
     if not wrappers:
         return model, None
     return model, f"The model was wrapped in {' in '.join(reversed(wrappers))}; the module inside it is used."
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Run compiled modules eagerly: compiled code calls no functional form that could be intercepted."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _loaded(model: nn.Module, name: str, module: UserModule | None) -> LoadedModel:

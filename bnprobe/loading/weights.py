@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from bnprobe.config.spec import why_missing
-from bnprobe.config.targets import CONVERTED, ConversionMark
+from bnprobe.config.targets import ARGUMENTS, CONVERTED, ConversionMark
 from bnprobe.errors import CheckpointError, message_of, reason_of
 from bnprobe.loading.model import user_code
 from bnprobe.numbers import count, listed
@@ -100,6 +100,19 @@ def read_weights(path: Path, unsafe_load: bool = False) -> tuple[Any, tuple[str,
         return _read_unsafe(path) if unsafe_load else _read_stubbed(path)
     except Exception as error:  # a damaged file can make torch.load raise anything
         raise CheckpointError(_damaged(path, error)) from None
+
+
+def read_arguments(path: Path) -> dict[str, Any]:
+    """The arguments that the model of repaired weights was made of; empty where the file does not say."""
+    if not is_safetensors(path):
+        return {}
+    with safe_open(path, framework="pt") as file:
+        said = (file.metadata() or {}).get(ARGUMENTS, "{}")
+    try:
+        found = json.loads(said)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(_damaged(path, error)) from None
+    return found if isinstance(found, dict) else {}
 
 
 def read_conversion(path: Path) -> ConversionMark | None:

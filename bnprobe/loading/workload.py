@@ -41,6 +41,7 @@ class Workload:
         norms: Norms of the user's own by the name of their class, as the spec or the model file says.
         averaged, undone: As in ``LoadedModel``.
         taken: What was taken from where of a framework's project, by role; empty where it is none.
+        model_args: The arguments that a framework's project made its model of.
         data_args: Arguments for a class of data of the framework, where the spec does not give them.
         goal: Whether a larger or a smaller metric is better, where the framework's project says so.
         offered: Which of forward, loss and metric the framework's project gave, not the user.
@@ -64,6 +65,7 @@ class Workload:
     averaged: tuple[str | None, str | None] = (None, None)
     undone: Mapping[str, str] = field(default_factory=dict)
     taken: Mapping[str, str] = field(default_factory=dict)
+    model_args: Mapping[str, Any] = field(default_factory=dict)
     data_args: Mapping[str, Any] = field(default_factory=dict)
     goal: Goal | None = None
     offered: frozenset[str] = frozenset()
@@ -81,10 +83,22 @@ class Workload:
         return replace(self, loss=loss, metric=metric, taken=taken)
 
     def completed(self, spec: Spec) -> Spec:
-        """The spec with the goal that the project has, where it says none."""
-        if self.goal is None or not spec.repair.assumes_goal:
-            return spec
-        return spec.model_copy(update={"repair": spec.repair.model_copy(update={"goal": self.goal})})
+        """The spec with what the project says and it does not: the goal, and plain arguments of the model."""
+        args = {name: value for name, value in self.model_args.items() if _is_plain(value)}
+        model = spec.model.model_copy(update={"args": {**args, **spec.model.args}})
+        repair = spec.repair
+        if self.goal is not None and repair.assumes_goal:
+            repair = repair.model_copy(update={"goal": self.goal})
+        return spec.model_copy(update={"model": model, "repair": repair})
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is the same after it was written as JSON."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
@@ -130,6 +144,7 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
         averaged=loaded.averaged,
         undone=loaded.undone,
         taken=_taken(loaded, spec, source),
+        model_args=loaded.project.model_args if loaded.project else {},
         data_args=data_args,
         goal=loaded.project.goal if loaded.project else None,
         offered=_offered(functions, loaded),

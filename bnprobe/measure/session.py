@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import DataError, DeviceError, EndOfPass
-from bnprobe.loading.model import BatchFunction, attribute, require_values, signature_of, user_code
+from bnprobe.loading.model import BatchFunction, attribute, eagerly, require_values, signature_of, user_code
 from bnprobe.loading.returned import written_at
 from bnprobe.loading.samples import require_readable
 from bnprobe.measure.batch import CannotEmulateError, copy_tensors, leaves_of, map_leaves, tensors_of, to_device
@@ -363,14 +362,6 @@ def autocast_dtype(name: str | None) -> torch.dtype | None:
 def casting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Autocast of the forward pass, or none."""
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
-
-
-def eagerly() -> AbstractContextManager[Any]:
-    """Run compiled modules eagerly: compiled code calls no functional form that could be intercepted."""
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 _MOST_ITEMS, _DEEPEST = 6, 3

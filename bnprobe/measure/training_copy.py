@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.errors import DeviceError, ModelError, NonFiniteError, UsageError, message_of
+from bnprobe.loading.model import eagerly
 from bnprobe.loading.returned import trainable_loss
 from bnprobe.measure.batch import copy_tensors, to_device
 from bnprobe.measure.hooks import Answer, Interceptor, noting_non_finite
@@ -21,7 +22,7 @@ from bnprobe.measure.memory import LESS, is_out_of_memory
 from bnprobe.measure.norms import NormCall
 from bnprobe.measure.reach import every_module, what_cannot_be_copied
 from bnprobe.measure.restore import ModelState, preserved_random_state, set_mode
-from bnprobe.measure.session import Session, casting, eagerly, model_code
+from bnprobe.measure.session import Session, casting, model_code
 from bnprobe.stats.moments import pool_moments, row_moments
 
 

@@ -16,12 +16,22 @@ SAVE = {"--format": "json", "--output": "report.json"}
 CARRIED = frozenset(
     (
         *("--checkpoint", "--key", "--strip-prefix", "--model-arg", "--unsafe-load", "--batch-size", "--seed"),
-        *("--device", "--autocast", "--goal", "--max-batches", "--threshold", "--include", "--exclude"),
+        *(
+            "--data",
+            "--eval-data",
+            "--device",
+            "--autocast",
+            "--goal",
+            "--max-batches",
+            "--threshold",
+            "--include",
+            "--exclude",
+        ),
     )
 )
 """Options of a scan with which a repair loads the same model and data and judges them in the same way."""
 
-EXPORTED = frozenset(("--model-arg", "--batch-size", "--seed"))
+EXPORTED = frozenset(("--model-arg", "--data", "--batch-size", "--seed"))
 """Options of a repair with which an export loads the same model and data; those of its checkpoint have done their work.
 """
 

@@ -411,3 +411,38 @@ def test_init_says_where_data_is_missing(here: Workspace) -> None:
     assert here.run("init", "--checkpoint", "last.ckpt").error() == (
         "These options say what to write a spec for: name the project with --from TARGET."
     )
+
+
+def test_repaired_weights_know_the_arguments_of_the_model(here: Workspace) -> None:
+    made = here.run("recalibrate", "lit.py:LitNet", *CHECKPOINT, "--batches", "8", "-o", "new.safetensors")
+    assert made.code == CLEAN, made
+    assert scan(here, "lit.py:LitNet", "--checkpoint", "new.safetensors")["layers"][0]["channels"] == 6
+    converted = ("--layers", "net.1", "--finetune", "--steps", "4", "-o", "more.safetensors", "--force")
+    assert here.run("convert", "lit.py:LitNet", *CHECKPOINT, *converted).code == CLEAN
+    record = json.loads((here.folder / "more.record.json").read_text())
+    assert (record["settings"]["repair"]["goal"], record["settings"]["model"]["args"]["width"]) == ("max", 6)
+
+
+def test_a_module_without_a_forward_that_its_step_does_not_call_is_explained(here: Workspace) -> None:
+    body = "    forward = L.LightningModule.forward\n    def training_step(self, batch): return self.trainer.lost\n"
+    _replace(here, "Other", body)
+    assert error(here, "other.py:Other", "--data", "lit.py:Digits") == (
+        "other.py:Other has no forward, and its training_step did not call the network: in train mode it raises"
+        " AttributeError in other.py:7: self.trainer.lost is there only while a Trainer runs. Give it a forward, or"
+        " name a function forward(model, batch) in a spec."
+    )
+
+
+def test_hooks_that_change_batches_are_called(here: Workspace) -> None:
+    _replace(
+        here, "Other", "    def on_after_batch_transfer(self, batch, index): return [2 * batch[0] + 1, batch[1]]\n"
+    )
+    here.write("by_hand.py", "from model import *\ndef forward(model, batch): return model(2 * batch[0] + 1)\n")
+    report = scan(here, "other.py:Other", *CHECKPOINT, "--data", "lit.py:Digits")
+    expected = scan(here, "by_hand.py", *CHECKPOINT)
+    assert report["layers"][0]["eval"] == expected["layers"][0]["eval"]
+    here.write("changing.py", "from lit import *\nclass Data(Digits):\n    on_after_batch_transfer = print\n")
+    report = scan(here, "lit.py:LitNet", *CHECKPOINT, "--data", "changing.py:Data")
+    assert report["scan"]["notes"].count(
+        "on_after_batch_transfer() of changing.py:Data is not called: the batches are those of its loaders."
+    )

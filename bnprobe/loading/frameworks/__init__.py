@@ -37,6 +37,7 @@ class Project:
             ``CONTRACT`` is left out of the report where the user says otherwise.
         notes: What the reader should know, one sentence each.
         goal: Whether a larger or a smaller metric is better, where the project says so.
+        model_args: The arguments that the model was made of, where the user did not give all of them.
         data_args: Arguments for the class of a data target that belongs to the framework, where the user gives none.
         observe: Called once with the model, its weights loaded, and a few samples of the training data as a batch:
             gives the project as it is then known, e.g. with the loss that a trial showed it to have. What it changes
@@ -49,6 +50,7 @@ class Project:
     taken: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     goal: Goal | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
     data_args: Mapping[str, Any] = field(default_factory=dict)
     observe: Callable[[nn.Module, Any], Project] | None = None
     prepare: Callable[[Any], tuple[Any, tuple[str, ...]]] | None = None

@@ -18,7 +18,7 @@ from typing import Any
 from bnprobe.config.nodes import MARKS, is_node
 from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError, ModelError
-from bnprobe.loading.weights import Stub, read_weights, weights_file
+from bnprobe.loading.weights import Stub, read_arguments, read_weights, weights_file
 from bnprobe.numbers import listed
 from bnprobe.paths import placed
 from bnprobe.records import Goal
@@ -62,7 +62,7 @@ def read_saved(spec: CheckpointSpec) -> Saved:
     path = weights_file(placed(Path(spec.path)))
     held, _ = read_weights(path, spec.unsafe_load)
     if not isinstance(held, Mapping) or "state_dict" not in held:
-        return Saved(path.name)
+        return Saved(path.name, read_arguments(path))
     model, data = (_arguments(held.get(key)) for key in ("hyper_parameters", "datamodule_hyper_parameters"))
     return Saved(
         path.name,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.config.spec import Spec
-from bnprobe.errors import DataError, UserCodeError, message_of, place_in_user_code
+from bnprobe.errors import DataError, ModelError, UserCodeError, message_of, place_in_user_code
 from bnprobe.loading.frameworks import Data, Project, Reader
 from bnprobe.loading.frameworks.hyperparameters import Saved, arguments_for, read_saved
 from bnprobe.loading.frameworks.naming import chosen_metric
@@ -33,7 +33,7 @@ from bnprobe.loading.frameworks.steps import (
     step,
     validate,
 )
-from bnprobe.loading.model import user_code
+from bnprobe.loading.model import eagerly, user_code
 from bnprobe.loading.returned import described
 from bnprobe.numbers import listed
 
@@ -66,6 +66,7 @@ class Lightning(Reader):
             model,
             data.functions,
             {"model": f"{name}{kind}{from_file}"},
+            model_args=arguments,
             data_args=saved.data if saved.data_argument is None else {saved.data_argument: saved.data},
             observe=functools.partial(_observed, name=name, run=run, saved=saved),
         )
@@ -187,8 +188,9 @@ class _Loaders:
             loaders = list(_loaders(getattr(self.source, hook)()))
         if not loaders:
             raise DataError(f"{origin} gives no loader.")
-        hooks = [hook for hook in BATCH_HOOKS if self.datamodule and overrides(self.source, hook)]
-        notes = [f"{hook}() of {self.name} is not called: the batches are those of its loaders." for hook in hooks]
+        hooks = BATCH_HOOKS if self.datamodule and hook == "train_dataloader" else ()
+        skipped = [each for each in hooks if overrides(self.source, each)]
+        notes = [f"{each}() of {self.name} is not called: the batches are those of its loaders." for each in skipped]
         label, first = loaders[0]
         if len(loaders) == 1:
             return Data(first, origin=origin, notes=tuple(notes))
@@ -246,7 +248,7 @@ def _observed(model: nn.Module, batch: Any, *, name: str, run: Run, saved: Saved
     except Exception as error:  # whatever the user's classes raise
         why = f"{name} cannot be copied ({_said(error)}), so its steps were not tried: there is no loss and no metric."
         return replace(project, notes=(why,))
-    with torch.no_grad():
+    with torch.no_grad(), eagerly():
         return _with_metric(_with_loss(project, trial, batch, name, run), trial, batch, name, run, saved)
 
 
@@ -267,6 +269,11 @@ def _with_loss(project: Project, trial: nn.Module, batch: Any, name: str, run: R
     functions: dict[str, Any] = {}
     if calls and not _is_usual(calls, batch):
         functions["forward"] = _as_written(_Forward(run, *_which(calls)), trial, "training_step")
+    if problem is not None and not calls and not overrides(trial, "forward"):
+        functions["forward"] = _Refusing(
+            f"{name} has no forward, and its training_step did not call the network: {problem}. Give it a forward, or"
+            " name a function forward(model, batch) in a spec."
+        )
     if problem is None:
         functions["loss"] = _as_written(_Loss(run), trial, "training_step")
     taken = dict.fromkeys(functions, "training_step")
@@ -334,6 +341,14 @@ class _Forward:
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
         return outputs_of(model, batch, self.run, self.module, self.calls)
+
+
+@dataclass(frozen=True)
+class _Refusing:
+    message: str
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        raise ModelError(self.message)
 
 
 @dataclass(frozen=True)
