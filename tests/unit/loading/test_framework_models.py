@@ -121,7 +121,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "ResNet": {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]},
     "RegNet": {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "groups_width": 4},
     "MobileNetV2": {"depth_multiplier": 0.1, "min_depth": 4},
-    "Cvt": {"embed_dim": [8, 8, 8], "num_heads": [1, 1, 1], "depth": [1, 1, 1], "drop_path_rate": [0.0, 0.0, 0.0]},
+    "Cvt": {"embed_dim": [8, 8, 8], "num_heads": [1, 1, 1], "depth": [1, 2, 3]},
 }
 
 
