@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bnprobe.config.spec import DataSpec, EvalDataSpec
@@ -206,14 +207,39 @@ def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) ->
     if names is _EVALUATION:
         where = f"{module.name} has no {wanted}" if module else "There is no data"
         return f"{where}. Add it, or name another function or loader in the spec (eval_data: target)."
-    if module is None or getattr(module.module, "__file__", None) is None:  # a model by its name, or a folder
-        where, advice = "There is no data" if module is None else f"{module.name} comes without data", "Name some"
+    hint, advice = "", "Name some"
+    if module is None:
+        where = "There is no data"
+    elif getattr(module.module, "__file__", None) is None:  # a model by its name, or a folder
+        where = f"{module.name} comes without data"
     else:
-        where, advice = f"{module.name} has no {wanted}", "Add one of them, name one"
+        where, advice, likely = f"{module.name} has no {wanted}", "Add one of them, name one", _likely(module)
+        hint = f" Of what it defines, {listed(likely)} may be data: --data {likely[0]}." if likely else ""
     return (
-        f"{where}. {advice} with --data FILE.py:NAME (data: target in a spec), or give --input-shape, e.g. 3,224,224,"
-        " to use synthetic inputs."
+        f"{where}.{hint} {advice} with --data FILE.py:NAME (data: target in a spec), or give --input-shape, e.g."
+        " 3,224,224, to use synthetic inputs."
     )
+
+
+_LIKELY = re.compile(r"load|data|batches|_set$|_ds$|_dl$", re.IGNORECASE)
+
+
+def _likely(module: UserModule) -> list[str]:
+    """Names in a module that may be data: loaders and data sets first, then functions, then classes."""
+    own = module.own()
+    there = {
+        name: value
+        for name, value in vars(module.module).items()
+        if not name.startswith("_") and (is_source(value) or name in own) and not isinstance(value, nn.Module)
+    }
+    kinds = {name: (not is_source(value), isinstance(value, type)) for name, value in there.items()}
+    named = [name for name, value in there.items() if is_source(value) or _is_named_like_data(name, value)]
+    return sorted(named, key=lambda name: kinds[name])
+
+
+def _is_named_like_data(name: str, value: Any) -> bool:
+    is_model = isinstance(value, type) and issubclass(value, nn.Module)
+    return bool(_LIKELY.search(name)) and name != "load_model" and not is_model
 
 
 _Prepare = Callable[[Any], tuple[Any, tuple[str, ...]]]

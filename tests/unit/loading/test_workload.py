@@ -137,3 +137,9 @@ def test_synthetic_inputs_have_no_labels_and_nothing_to_compare_them_with(tmp_pa
     workload = load(tmp_path, text, data__input_shape="2")
     assert (workload.loss, workload.metric, workload.held_out) == (None, None, None)
     assert load(tmp_path, text, data__input_shape="2", scan__gradients=True).loss is not None
+
+
+def test_what_may_be_data_is_named(tmp_path: Path) -> None:
+    text = "class DataSet: pass\ndef get_batches(): pass\nclass Unload(nn.Module): pass\ndel load_data\n"
+    with pytest.raises(BnprobeError, match=r"Of what it defines, get_batches, DataSet may be data: --data get_batches"):
+        load(tmp_path, text)
