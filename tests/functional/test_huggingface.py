@@ -253,6 +253,30 @@ def test_nothing_is_written_besides_the_report(here: Workspace) -> None:
     assert transformers.utils.logging.get_verbosity() == transformers.utils.logging.WARNING
 
 
+def test_the_network_is_not_asked(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*arguments: Any) -> None:
+        raise AssertionError(f"connected to {arguments[1:]}")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    scan(here, "hf:prepared", "images")
+    assert "bnprobe downloads nothing" in error(here, "hf:google/mobilenet_v2_1.0_224")
+
+
+def test_a_data_set_of_datasets_for_any_model(here: Workspace) -> None:
+    here.write(
+        "model.py",
+        "from torch import nn\n"
+        "from data import make as load_data\n"
+        "class Net(nn.Sequential):\n"
+        "    def forward(self, pixel_values):\n"
+        "        return super().forward(pixel_values)\n"
+        "model = Net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n",
+    )
+    report = scan(here, "model.py", None)
+    assert report["scan"]["images"] == 48
+    assert report["layers"][0]["values_per_channel"] == 8 * 14 * 14
+
+
 # ---- other classes of models
 
 _SPEECH = {

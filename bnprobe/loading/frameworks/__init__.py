@@ -158,6 +158,7 @@ def beside(functions: Mapping[str, Any], module: types.ModuleType | None, name: 
     What the user's module itself says by the documented names comes first.
     """
     found = types.ModuleType(name)
+    found.__file__ = None
     if module is not None:
         vars(found).update(vars(module))
     own = {} if module is None else vars(module)

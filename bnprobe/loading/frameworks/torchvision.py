@@ -30,8 +30,7 @@ class Torchvision(Reader):
     def named(self, name: str, spec: Spec) -> Project:
         """See the base class."""
         models, known = library("torchvision.models"), trained(spec.checkpoint)
-        usable = name.lower() in models.list_models()
-        builder = models.get_model_builder(name) if usable else None
+        builder = models.get_model_builder(name) if name.lower() in models.list_models() else None
         places = () if builder is None else builder.__module__.split(".")
         given = _given(builder, known)
 
@@ -39,28 +38,31 @@ class Torchvision(Reader):
             args = {**given, **more, **spec.model.args}
             return model_of(name, models.list_models(), lambda: models.get_model(name, **args), "torchvision")
 
+        model, words = made(), ""
         if known is not None:
             known.require_name(name, "torchvision")
-        model, words = made(), ""
-        usual = next((_CLASSES[place] for place in reversed(places) if place in _CLASSES), 1000)
-        classes = None if known is None else known.classes(model, usual)
-        if classes is not None and "num_classes" not in spec.model.args:
-            model, words = made(num_classes=classes), f" (num_classes={classes} as in its checkpoint)"
-        if known is not None and "detection" in places:
-            _freeze(model, known.state(model))
-        taken = {"model": f"{name} of torchvision{words}"}
-        if "detection" in places:
-            return Project(
-                model,
-                {"forward": detect, "loss": detection_loss},
-                {**taken, "loss": "the sum of the model's losses"},
-            )
-        if "segmentation" in places:
-            words = "cross-entropy of pixels, and half of that of the auxiliary head"
-            functions = {"loss": pixel_loss, "metric": pixel_accuracy}
-            return Project(model, functions, {**taken, "loss": words, "metric": "accuracy of pixels"})
-        functions = {"loss": class_loss, "metric": class_accuracy}
-        return Project(model, functions, {**taken, "loss": "cross-entropy", "metric": "accuracy"})
+            usual = next((_CLASSES[place] for place in reversed(places) if place in _CLASSES), 1000)
+            classes = known.classes(model, usual)
+            if classes is not None and "num_classes" not in spec.model.args:
+                model, words = made(num_classes=classes), f" (num_classes={classes} as in its checkpoint)"
+            if "detection" in places:
+                _freeze(model, known.state(model))
+        task = next((_TASKS[place] for place in places if place in _TASKS), _CLASSIFICATION)
+        taken = {role: words for role, (_, words) in task.items() if words}
+        functions = {role: function for role, (function, _) in task.items()}
+        return Project(model, functions, {"model": f"{name} of torchvision{words}", **taken})
+
+
+_CLASSIFICATION = {"loss": (class_loss, "cross-entropy"), "metric": (class_accuracy, "accuracy")}
+
+_TASKS: dict[str, dict[str, tuple[Any, str]]] = {
+    "detection": {"forward": (detect, ""), "loss": (detection_loss, "the sum of the model's losses")},
+    "segmentation": {
+        "loss": (pixel_loss, "cross-entropy of pixels, and half of that of the auxiliary head"),
+        "metric": (pixel_accuracy, "accuracy of pixels"),
+    },
+}
+"""How the models of a module are called and scored, as functions and as words for the report."""
 
 
 def _given(builder: Any, known: Trained | None) -> dict[str, Any]:
