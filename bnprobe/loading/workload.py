@@ -13,6 +13,7 @@ from torch import nn
 from bnprobe.config.load import settings_from
 from bnprobe.config.spec import NormClass, ScanSettings, Spec
 from bnprobe.errors import DataError, ModelError, UsageError
+from bnprobe.loading import preflight
 from bnprobe.loading.checkpoint import load_checkpoint
 from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction, LoadedModel, UserModule, kind_of, load_model, locate, require_values
@@ -76,6 +77,7 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
     Raises:
         BnprobeError: Something is wrong with the user's files; see ``bnprobe.errors``.
     """
+    preflight.check(spec)
     loaded = load_model_only(spec, need_statistics)
     source = load_source(spec.data, loaded.module)
     notes = list(loaded.notes)
