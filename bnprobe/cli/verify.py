@@ -26,7 +26,7 @@ def verify(
     different models.
     """
     from bnprobe.cli.console import check_output, deliver
-    from bnprobe.commands.verify import verify as compare
+    from bnprobe.commands.verify import compare
     from bnprobe.files import refuse_input
     from bnprobe.records import Verification
     from bnprobe.report import renderer

@@ -133,7 +133,7 @@ def test_settings_of_the_python_api_name_the_argument() -> None:
     assert settings_from({"batch_size": 2, "batches": None, "thresholds": 16}).thresholds == {"*": 16}
     with pytest.raises(UsageError, match="at least 1 for batch_size, but got 0"):
         settings_from({"batch_size": 0})
-    with pytest.raises(UsageError, match='Unknown key "batchsize"; the nearest known key is "batch_size"'):
+    with pytest.raises(UsageError, match='Unknown argument "batchsize"; the nearest is "batch_size"'):
         settings_from({"batchsize": 2})
 
 
