@@ -86,6 +86,7 @@ def sweep(
     format_: options.ReportFormat = options.TERMINAL,
     output: options.Output = None,
     force: options.ForceReport = False,
+    verbose: options.Verbose = False,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
@@ -114,7 +115,7 @@ def sweep(
         refuse_input(output, [target, *spec.files()])
     replayed = {"rates": rates, "shift": shift, "scale": scale}
     report = _measure(spec, sizes, None if momentum is None else replayed)
-    deliver(report, render, output, show_all, one_line(report), force)
+    deliver(report, render, output, show_all, one_line(report), force, verbose)
     findings = any(layer.flagged for layer in report.layers) and not exit_zero
     raise typer.Exit(EXIT_FINDINGS if findings else EXIT_CLEAN)
 
