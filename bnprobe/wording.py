@@ -45,13 +45,18 @@ def option(name: str, value: object = None) -> str:
         name: E.g. "--batch-size".
         value: Given with it, e.g. 2: "--batch-size 2", or "batch_size=2". True: a flag. None: no value.
     """
-    argument = _ARGUMENTS.get(name, name.removeprefix("--").replace("-", "_"))
+    argument = argument_of(name)
     if value is None:
         return either(name, argument)
     if value is True:
         return either(name, f"{argument}=True")
     shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return either(f"{name} {shown}", f"{argument}={value!r}")
+
+
+def argument_of(option: str) -> str:
+    """The argument of functions that says the same as an option."""
+    return _ARGUMENTS.get(option, option.removeprefix("--").replace("-", "_"))
 
 
 _GIVEN = {

@@ -89,6 +89,7 @@ def sweep(
     output: options.Output = None,
     output_dir: options.OutputDir = None,
     force: options.ForceReport = False,
+    verbose: options.Verbose = False,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
@@ -104,7 +105,9 @@ def sweep(
     rates = _rates(momentum)
     if momentum is None and (shift is not None or scale is not None):
         raise UsageError("--shift and --scale change the data that --momentum replays: give --momentum too.")
-    delivery = Delivery("sweep", SweepReport, format_, output=output, folder=output_dir, force=force, show_all=show_all)
+    delivery = Delivery(
+        "sweep", SweepReport, format_, output=output, folder=output_dir, force=force, show_all=show_all, verbose=verbose
+    )
     delivery.check()
     spec = build_spec(
         target,

@@ -27,7 +27,7 @@ def verify(
     different models.
     """
     from bnprobe.cli.delivery import Delivery
-    from bnprobe.commands.verify import verify as compare
+    from bnprobe.commands.verify import compare
     from bnprobe.records import Verification
     from bnprobe.report.json import read_report
 

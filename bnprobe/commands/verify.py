@@ -41,6 +41,15 @@ def verify(before: Report, after: Report) -> Verification:
         if not isinstance(report, Report):
             advice = f": Report.load({report!r}) reads it" if isinstance(report, str | PathLike) else ""
             raise UsageError(f"Expected the report of a scan for {name}, but got {shown(report)}{advice}.")
+    return compare(before, after)
+
+
+def compare(before: Report, after: Report) -> Verification:
+    """As ``verify``, in the words of the command line.
+
+    Raises:
+        UsageError: The reports have no layer in common.
+    """
     first, last = ({layer.name: layer for layer in report.layers} for report in (before, after))
     require_common(before, after)
     unjudged = {layer.name for layer in after.skipped if not layer.agrees} | last.keys()

@@ -13,6 +13,7 @@ from torch import nn
 from bnprobe.config.load import settings_from
 from bnprobe.config.spec import NormClass, ScanSettings, Spec
 from bnprobe.errors import DataError, ModelError, UsageError
+from bnprobe.loading import preflight
 from bnprobe.loading.checkpoint import load_checkpoint
 from bnprobe.loading.data import BatchSource, few_samples
 from bnprobe.loading.model import BatchFunction, LoadedModel, UserModule, kind_of, load_model, locate, require_values
@@ -113,6 +114,7 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
     Raises:
         BnprobeError: Something is wrong with the user's files; see ``bnprobe.errors``.
     """
+    preflight.check(spec)
     loaded = load_model_only(spec, need_statistics)
     data_args = loaded.project.data_args if loaded.project else {}
     source = load_source(spec.data, loaded.module, data_args)

@@ -31,7 +31,7 @@ from bnprobe.records import (
 )
 from bnprobe.report import FORMATS, RenderOptions, compare, json, lint, render, repair, scan, screen, sweep, verify
 from bnprobe.report.diagnoses import closing, findings_in_words
-from bnprobe.report.page import SEVERITY_SIGNS
+from bnprobe.report.page import SEVERITY_SIGNS, as_call
 
 _Document = TypeVar("_Document", bound=Document)
 
@@ -45,7 +45,12 @@ def text(document: Document, verbose: bool, width: int | None) -> str:
         width: Columns; None: those of the terminal.
     """
     columns = shutil.get_terminal_size().columns if width is None else width
-    return render(document, "terminal", RenderOptions(columns, verbose=verbose, unicode=_unicode())).rstrip("\n")
+    options = RenderOptions(columns, verbose=verbose, unicode=_unicode(), command=_COMMAND, python=True)
+    return render(document, "terminal", options).rstrip("\n")
+
+
+_COMMAND = "bnprobe scan model.py"
+"""What suggestions are variants of; as calls they name no file."""
 
 
 def _unicode() -> bool:
@@ -121,7 +126,7 @@ def fragment(document: Document) -> str:
 
 
 def _scan(report: Report) -> Iterable[str]:
-    end = closing(report, RenderOptions().command)
+    end = closing(report, _COMMAND)
     said = " ".join([*end.sentences, *screen.effect_in_words(report)])
     yield _tag("p", f"{_tag('b', f'{end.sign} {_words(end.headline)}')}<br>{_words(said)}")
     rows, columns, _ = screen.worst_rows(report)
@@ -132,6 +137,9 @@ def _scan(report: Report) -> Iterable[str]:
         remedy = f"{_tag('b', 'Remedy:')} {_words(finding.remedy)}" if finding.remedy else ""
         lines = [_tag("b", _words(title)), *map(_words, (finding.where, finding.message)), remedy]
         yield _tag("p", "<br>".join(line for line in [*lines, _words(finding.measured)] if line))
+    for step in screen.next_steps(report, end.step, _COMMAND):
+        call = "" if step.command is None else _tag("code", _words(as_call(step.command) or step.command))
+        yield _tag("p", f"{_words(step.why)} {call}")
 
 
 def _table(names: Sequence[str], columns: Sequence[Any]) -> str:

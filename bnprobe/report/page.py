@@ -18,6 +18,7 @@ from rich.text import Text
 
 from bnprobe.printable import LONGEST_PARAGRAPH, cut, escaped, short_words
 from bnprobe.records import Severity
+from bnprobe.wording import argument_of
 
 MINIMUM_WIDTH = 40
 """A narrower terminal is treated as one of this width."""
@@ -109,6 +110,7 @@ class RenderOptions:
         unicode: Whether the output can carry more than ASCII.
         folder: Where the command ran, as seen from the root of the repository, with forward slashes; empty: there.
         command: The command that the user ran, as typed; suggestions are written as variants of it. Empty: not known.
+        python: The reader has the document at hand in Python: suggestions are calls.
     """
 
     width: int = 80
@@ -118,6 +120,7 @@ class RenderOptions:
     unicode: bool = True
     folder: str = ""
     command: str = "bnprobe scan model.py"
+    python: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,15 +130,17 @@ class Page:
     Attributes:
         width: Terminal cells in a line.
         unicode: Whether more than ASCII may be used.
+        python: Whether commands are written as calls.
     """
 
     width: int
     unicode: bool
+    python: bool = False
 
     @classmethod
     def of(cls, options: RenderOptions) -> Page:
         """The page that the options ask for."""
-        return cls(min(max(options.width, MINIMUM_WIDTH), MAXIMUM_WIDTH), options.unicode)
+        return cls(min(max(options.width, MINIMUM_WIDTH), MAXIMUM_WIDTH), options.unicode, options.python)
 
     def clean(self, text: str) -> str:
         """Text that this page can show; see `clean`."""
@@ -186,6 +191,8 @@ class Page:
 
     def command(self, command: str) -> list[Text]:
         """A command to copy, indented, in as many lines as it takes."""
+        if self.python and (call := as_call(command)) is not None:
+            return [Text(f"    {self.clean(call)}", "bold")]
         parts = [self.clean(part) for part in broken(command, self.width - 6)]
         indents = ["    "] + ["      "] * (len(parts) - 1)
         return [Text(indent + part, "bold") for indent, part in zip(indents, parts, strict=True)]
@@ -301,6 +308,46 @@ def broken(command: str, width: int) -> list[str]:
         else:
             lines[-1] = longer
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+
+
+_CALLS = {"scan": "scan(model, batches", "recalibrate": "recalibrate(model, batches", "convert": "convert(model"}
+_SAVED = "--output"
+
+
+def as_call(command: str) -> str | None:
+    """The call of a function that does what a command does; None where no function does.
+
+    Args:
+        command: Of which only the options count: ``"bnprobe scan model.py --batch-size 4"``.
+    """
+    words = shlex.split(command)
+    if len(words) < 2 or words[1] not in _CALLS or "--finetune" in words:
+        return None
+    given: dict[str, list[str]] = {}
+    options = iter(words[2:])
+    for word in options:
+        if word.startswith("-"):
+            given.setdefault(word, []).append(next(options, ""))
+    if _SAVED in given:
+        return f"report.save({given[_SAVED][0]!r})"
+    layers = given.pop("--layers", None)
+    parts = [_CALLS[words[1]]]
+    if layers is not None:
+        parts.append(repr(layers) if words[1] == "convert" else f"layers={layers!r}")
+    named = {name: values[-1] for name, values in given.items() if name.startswith("--")}
+    parts += [f"{argument_of(name)}={_literal(value)}" for name, value in named.items()]
+    return f"bnprobe.{', '.join(parts)})"
+
+
+def _literal(text: str) -> str:
+    """A value of an option as Python writes it."""
+    if "," in text:
+        return f"[{', '.join(map(_literal, text.split(',')))}]"
+    try:
+        float(text)
+    except ValueError:
+        return repr(text)
+    return text
 
 
 def _phrases(words: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ from bnprobe.records import Gap, Layer, Report, Source
 from bnprobe.report import charts, figures, further, scan
 from bnprobe.report.diagnoses import closing, finding_lines, findings_in_words, limit_of
 from bnprobe.report.layers import MARKED_WORST, has_overflowed, sign_of, worse_path, worst_first
-from bnprobe.report.next_step import advised_step
+from bnprobe.report.next_step import NextStep, advised_step
 from bnprobe.report.page import FLAGGED, STYLES, UNDECIDED, UNMEASURED, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Mark, TableLayout, fit, layer_names, table
 
@@ -73,8 +73,8 @@ def render(report: Report, options: RenderOptions) -> str:
 
 
 def _parts(report: Report, page: Page, command: str, room: _Room) -> list[list[Text]]:
-    end, advised = closing(report, command), advised_step(report, command)
-    steps = [end.step] if advised is None or advised == end.step else [advised, end.step]
+    end = closing(report, command)
+    steps = next_steps(report, end.step, command)
     notes = [*report.scan.notes, *(f"{', '.join(names)}: {note}" for note, names in _notes(report))]
     return [
         scan.header(report, page, scan.ON_SCREEN),
@@ -84,9 +84,15 @@ def _parts(report: Report, page: Page, command: str, room: _Room) -> list[list[T
         _findings(report, page, room),
         page.section("Measured besides", _besides(report)),
         page.section("Notes", notes[: room.notes], rest="    "),
-        page.paragraph(_left_out(report, len(notes), room), "dim"),
+        page.paragraph(_left_out(report, len(notes), room, page), "dim"),
         [line for step in steps for line in (*page.paragraph(step.why), *page.command(step.command or ""))],
     ]
+
+
+def next_steps(report: Report, last: NextStep, command: str) -> list[NextStep]:
+    """What was measured to help without training, where that is not the last step anyway, and the last step."""
+    advised = advised_step(report, command)
+    return [last] if advised is None or advised == last else [advised, last]
 
 
 # --- The effect on the outputs ----------------------------------------------------------------------------------------
@@ -346,10 +352,12 @@ def _notes(report: Report) -> Iterator[tuple[str, Sequence[str]]]:
 # --- What is left out -------------------------------------------------------------------------------------------------
 
 
-def _left_out(report: Report, notes: int, room: _Room) -> str:
+def _left_out(report: Report, notes: int, room: _Room, page: Page) -> str:
     """One sentence."""
     number, findings = len(report.layers), len(report.diagnoses) - room.told - room.named
-    layers = "every layer" if number <= scan.MOST_LAYERS else f"{scan.MOST_LAYERS} layers (--all: all {number})"
+    every = "" if page.python else f" (--all: all {number})"
+    layers = "every layer" if number <= scan.MOST_LAYERS else f"{scan.MOST_LAYERS} layers{every}"
+    whole = "report.text(verbose=True)" if page.python else "--verbose"
     found = {
         f"{layers} with histograms of r and d and all parts of D": number > 0,
         count(findings, "more finding"): findings > 0,
@@ -361,4 +369,4 @@ def _left_out(report: Report, notes: int, room: _Room) -> str:
         "the training steps": any(layer.updates for layer in report.layers),
         "the rules that passed": bool(report.verdicts),
     }
-    return f"--verbose shows {joined([what for what, applies in found.items() if applies] or ['more'])}."
+    return f"{whole} shows {joined([what for what, applies in found.items() if applies] or ['more'])}."

@@ -29,19 +29,33 @@ MOST_LAYERS = 25
 
 def render(report: SweepReport, options: RenderOptions) -> str:
     """The report as text in lines of at most ``options.width`` cells."""
-    page, show_all = Page.of(options), options.show_all
+    page, whole = Page.of(options), options.verbose or options.show_all
     scanned, momentum = report.scan.batch_size, report.momentum
+    most = len(report.layers) if options.show_all else MOST_LAYERS if whole else _ON_SCREEN
     parts = [
         _header(report, page),
         _chart(report.layers, scanned, page),
-        _by_size(report.layers, page),
-        _by_layer(report.layers, scanned, page, show_all),
+        _by_size(report.layers, page) if whole else [],
+        _by_layer(report.layers, scanned, page, most),
         _by_train_size(report.layers, page),
-        *([_rates(momentum, page), _rates_by_layer(momentum, page, show_all)] if momentum else []),
+        _rates(momentum, page) if momentum else [],
+        _rates_by_layer(momentum, page, options.show_all) if momentum and whole else [],
         page.section("Notes", [*report.scan.notes, *report.notes]),
+        [] if whole else page.paragraph(_left_out(report, page), "dim"),
         _closing(report, page),
     ]
     return to_string(parts, options.color)
+
+
+_ON_SCREEN = 5
+"""So many layers are listed where the report is to fit a screen, the worst."""
+
+
+def _left_out(report: SweepReport, page: Page) -> str:
+    how = "report.text(verbose=True)" if page.python else "--verbose"
+    layers = "more layers, " if sum(bool(layer.eval) for layer in report.layers) > _ON_SCREEN else ""
+    rates = ", and the best rate of each layer" if report.momentum and len(report.momentum.layers) > 1 else ""
+    return f"{how} shows {layers}the worst layer at each size and how many fail there{rates}."
 
 
 def one_line(report: SweepReport) -> str:
@@ -172,11 +186,11 @@ def _size_table(points: Sequence[tuple[SweepLayer, SweepPoint]], page: Page) -> 
 SMALLEST_SIZES = "Batch size from which on a layer passes at inference (95%: significantly)"
 
 
-def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, show_all: bool) -> list[Text]:
-    """The smallest batch size of each layer."""
+def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, most: int) -> list[Text]:
+    """The smallest batch size of each of the worst layers."""
     measured = [layer for layer in layers if layer.eval]
     worst = sorted(measured, key=lambda layer: at_size(layer, scanned).mismatch, reverse=True)
-    kept = {layer.name for layer in (worst if show_all else worst[:MOST_LAYERS])}
+    kept = {layer.name for layer in worst[:most]}
     shown = [layer for layer in measured if layer.name in kept]
     if not shown:
         return []

@@ -98,7 +98,8 @@ def test_commands_have_the_options_they_are_shown_with() -> None:
         assert {word for word in arguments if word.startswith("-")} <= known, (name, arguments)
 
 
-def test_the_python_of_the_guide_runs() -> None:
+def test_the_python_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     import torch
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
@@ -126,7 +127,7 @@ def test_the_python_of_the_guide_runs() -> None:
         "train": lambda model: model.train(),
     }
     shown = list(_fenced("python", REPOSITORY / "docs" / "python.md"))
-    assert len(shown) == 5
+    assert len(shown) == 6
     for text in shown:
         exec(compile(text.replace('device="cuda"', 'device="cpu"'), "python.md", "exec"), names)
     assert names["report"].scan.batches == 32

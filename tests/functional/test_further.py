@@ -92,9 +92,13 @@ def test_the_optimizer_of_the_spec_trains(workspace: Workspace) -> None:
 @pytest.mark.parametrize(
     ("option", "text", "said"),
     [
-        (["--train-steps", "2"], MODEL, "--train-steps needs loss(model, batch)"),
-        (["--gradients"], MODEL, "--gradients needs loss(model, batch)"),
-        (["--what-if"], MODEL, "--what-if needs loss(model, batch) or metric(model, batch)"),
+        (["--train-steps", "2"], MODEL, "--train-steps needs a loss: give loss(model, batch) in the model file, or"),
+        (["--gradients"], MODEL, "--gradients needs a loss: give loss(model, batch) in the model file, or"),
+        (
+            ["--what-if"],
+            MODEL,
+            "--what-if needs a loss or a metric: give loss(model, batch) or",
+        ),
         (["--what-if"], MODEL + LOSS, "--what-if needs held-out data"),
     ],
     ids=["train-steps", "gradients", "what-if", "what-if-data"],

@@ -161,9 +161,9 @@ def test_wrong_statistics_are_not_blamed_on_the_batch_size() -> None:
 
 def test_sizes_beyond_half_of_the_data() -> None:
     loader = DataLoader(TensorDataset(torch.cat(DATA[:8])), batch_size=4)  # 32 images
-    with pytest.raises(UsageError, match=r"--batch-sizes 32 is more than half of the 32 samples"):
+    with pytest.raises(UsageError, match=r"batch_sizes 32 is more than half of the 32 samples"):
         sweep(_residual(), loader, 4, batch_sizes=(2, 32))
-    with pytest.raises(UsageError, match=r"--train-sizes 17 is more than half of the 32 samples"):
+    with pytest.raises(UsageError, match=r"train_sizes 17 is more than half of the 32 samples"):
         sweep(_residual(), loader, 4, train_sizes=(17,))
     with pytest.raises(UsageError, match=r"--batch-sizes 0 is not a batch size"):
         sweep(_residual(), loader, 4, batch_sizes=(0, 2))
@@ -307,12 +307,12 @@ def test_too_few_batches_for_a_replay() -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (MomentumPlan((0.1, 1.5)), r"--momentum 1.5 is out of range"),
-        (MomentumPlan((0.0,)), r"--momentum 0 is out of range"),
-        (MomentumPlan((float("nan"),)), r"--momentum nan is out of range"),
+        (MomentumPlan((0.1, 1.5)), r"momentum 1.5 is out of range"),
+        (MomentumPlan((0.0,)), r"momentum 0 is out of range"),
+        (MomentumPlan((float("nan"),)), r"momentum nan is out of range"),
         (MomentumPlan(()), "at least one rate"),
-        (MomentumPlan(scale=0.0), "--scale 0 is out of range"),
-        (MomentumPlan(shift=float("inf")), "--shift inf is not a finite number"),
+        (MomentumPlan(scale=0.0), "scale 0 is out of range"),
+        (MomentumPlan(shift=float("inf")), "shift inf is not a finite number"),
     ],
 )
 def test_plans_that_mean_nothing_are_refused_before_anything_is_measured(plan: MomentumPlan, message: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bnprobe.commands.verify import verify
+from bnprobe.commands.verify import compare as verify
 from bnprobe.errors import UsageError
 from bnprobe.records import Environment, Layer, LayerComparison, Output, Report, SkippedLayer, Summary, Tool
 from bnprobe.testing import make_layer, make_path, make_scan

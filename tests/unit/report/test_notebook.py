@@ -17,10 +17,11 @@ from fabricated_documents import CASES, document
 from bnprobe.errors import UsageError
 from bnprobe.records import Document, LintReport, Report, SweepReport, Verification
 from bnprobe.report import RenderOptions, render
+from bnprobe.report.page import as_call
 from bnprobe.report.repair import RepairReport
 
-ELEMENTS = {"div", "p", "b", "br", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre"}
-ELEMENTS = {"div", "p", "b", "br", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre"}
+ELEMENTS = {"div", "p", "b", "br", "code", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre"}
+ELEMENTS = {"div", "p", "b", "br", "code", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre"}
 HOSTILE = '<script>alert("x")</script> & \x1b[2J'
 
 
@@ -32,7 +33,7 @@ def test_print_shows_what_the_terminal_shows_and_repr_is_one_line(kind: str, nam
     with redirect_stdout(stream):
         print(made.text(width=80))
     unicode = stream.getvalue().isascii()
-    assert stream.getvalue() == render(made, "terminal", RenderOptions(width=80, unicode=not unicode))
+    assert stream.getvalue() == render(made, "terminal", RenderOptions(width=80, unicode=not unicode, python=True))
     assert repr(made).startswith(f"<{type(made).__name__}: ")
     assert len(repr(made).splitlines()) == 1
 
@@ -91,6 +92,33 @@ def test_hostile_text_is_shown_in_a_fragment() -> None:
     assert '<script>alert("x")</script> & \\x1b[2J3' in parser.words
     assert "\x1b" not in parser.words
     assert repr(report).count("\\x1b") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "call"),
+    [
+        (
+            "bnprobe scan model.py --batch-size 2 --batch-sizes 2,4,8 --batches 12",
+            "bnprobe.scan(model, batches, batch_size=2, batch_sizes=[2, 4, 8], num_batches=12)",
+        ),
+        ("bnprobe scan model.py --format json --output report.json", "report.save('report.json')"),
+        ("bnprobe recalibrate model.py -o x.safetensors", "bnprobe.recalibrate(model, batches)"),
+        (
+            "bnprobe convert model.py --to instance-renorm --blend 1 --layers a --layers 'b.*' -o x.safetensors",
+            "bnprobe.convert(model, ['a', 'b.*'], to='instance-renorm', blend=1)",
+        ),
+        ("bnprobe convert model.py --to frozen --finetune -o x.safetensors", None),  # there is no such function
+        ("bnprobe explain BN202", None),
+    ],
+)
+def test_the_next_command_is_a_call(command: str, call: str | None) -> None:
+    assert as_call(command) == call
+
+
+def test_a_report_in_python_speaks_of_python() -> None:
+    text = " ".join(fabricated.flagged().text(width=120).split())
+    assert "report.text(verbose=True) shows every layer" in text
+    assert text.endswith("bnprobe.scan(model, batches, batch_sizes=[2, 4, 8, 16, 32, 64])")
 
 
 # --- Good or not ------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_held_out_data_must_differ_significantly() -> None:
 
 
 def test_held_out_data_is_required() -> None:
-    reason = "needs held-out data: give eval_data in the spec or load_eval_data in the model file"
+    reason = "needs held-out data: give load_eval_data(batch_size) in the model file, or eval_data in the spec"
     assert run_rule("BN206", make_evidence(make_layer())) == [skipped("BN206", None, reason)]
 
 
