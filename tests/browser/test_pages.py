@@ -208,6 +208,8 @@ def test_a_network_of_800_layers_is_drawn_sorted_and_filtered(show: Open) -> Non
     report: Report = deep(800)
     opened = show(report)
     assert opened.columns("shares-1").count() == 800
+    opened.page.locator("#shares .wide").focus()  # wider than the window, so that arrow keys scroll it
+    assert opened.page.evaluate("document.activeElement.className") == "wide"
     opened.page.locator("#layers thead button", has_text="Depth").click()
     assert opened.names()[0] == report.layers[-1].name
     opened.page.get_by_role("searchbox").fill("799.bn")

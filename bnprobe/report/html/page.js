@@ -59,6 +59,8 @@
       }
     }
     document.documentElement.dataset.charts = "drawn";
+    // What can be scrolled is reached by the keyboard; what cannot is no stop on the way.
+    all(".wide").forEach((box) => { if (box.scrollWidth > box.clientWidth) box.tabIndex = 0; });
   };
 
   // --- Tables ---
