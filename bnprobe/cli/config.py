@@ -12,6 +12,7 @@ import typer
 
 from bnprobe.cli import options
 from bnprobe.cli.scan import scan
+from bnprobe.docstrings import docstring
 
 if TYPE_CHECKING:
     from bnprobe.config.load import Setting
@@ -32,7 +33,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         command(**given)
 
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__name__, run.__doc__ = command.__name__, docstring(command)
     parameters = [*kept, *settings]
     run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
