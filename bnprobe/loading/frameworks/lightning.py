@@ -243,7 +243,7 @@ def _data_of(model: Any, name: str, spec: Spec, saved: Saved) -> tuple[str, Any]
 # ---- what a trial of the steps shows
 
 
-def _observed(model: nn.Module, batch: Any, *, name: str, run: Run, saved: Saved) -> Project:
+def _observed(model: Any, batch: Any, *, name: str, run: Run, saved: Saved) -> Project:
     """The project with what trials of its steps on a few samples show: how they call the model, loss and metric."""
     project = Project(model)
     try:
@@ -251,6 +251,9 @@ def _observed(model: nn.Module, batch: Any, *, name: str, run: Run, saved: Saved
     except Exception as error:  # whatever the user's classes raise
         why = f"{name} cannot be copied ({_said(error)}), so its steps were not tried: there is no loss and no metric."
         return replace(project, notes=(why,))
+    device = next((each.device for each in trial.parameters()), torch.device("cpu"))
+    if device.type != "cpu":  # a constructor put it there
+        batch = trial.transfer_batch_to_device(batch, device, 0)
     with torch.no_grad(), eagerly():
         return _with_metric(_with_loss(project, trial, batch, name, run), trial, batch, name, run, saved)
 
