@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from bnprobe.config.spec import Spec, is_file_target, split_target
-from bnprobe.errors import DataError
+from bnprobe.errors import BnprobeError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.paths import placed
@@ -50,8 +50,8 @@ def _loaded(spec: Spec) -> tuple[Workload | None, str]:
     """The project; where it has no data, None and why."""
     try:
         return load_workload(spec, need_statistics=False), ""
-    except DataError as error:
-        load_model_only(spec, need_statistics=False)  # what else is wrong is no matter of data
+    except BnprobeError as error:
+        load_model_only(spec, need_statistics=False)  # raises the same where it is no matter of data
         return None, str(error)
 
 
