@@ -128,6 +128,9 @@ def _of_file(workload: Workload | None, role: str) -> str:
 def _data(sections: Mapping[str, Any], workload: Workload | None, missing: str) -> Iterator[str]:
     if workload is None:
         yield from _comment(f"No data was found: {missing}")
+        if "data" in sections:
+            yield from _section("data", sections, "")
+            return
         yield from _comment("data: {target: FILE.py:SYMBOL, batch_size: 32}   # a loader, data set or function")
         yield ""
         return
