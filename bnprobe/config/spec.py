@@ -253,7 +253,8 @@ class ModelSpec(_Section):
     """Where the model comes from.
 
     Attributes:
-        target: ``FILE.py:SYMBOL``, ``package.module:SYMBOL``, or what a framework reads, e.g. ``timm:NAME``.
+        target: ``FILE.py:SYMBOL``, ``package.module:SYMBOL``, a node of a configuration (``config.yaml:NODE``), or what a
+            framework reads, e.g. ``timm:NAME``.
         args: Keyword arguments of the class or function.
     """
 
@@ -283,7 +284,7 @@ class EvalDataSpec(_Section):
     """The held-out data.
 
     Attributes:
-        target: A function of the batch size, a loader or a dataset; None: that of the model file.
+        target: A function of the batch size, a loader, a dataset or a data module; None: that of the model file.
         args: Further keyword arguments of the function.
         batch_size: Samples in a micro-batch; None: the loader's own, or for a function that of the training data.
         batches: Micro-batches to measure exactly; None: as many as the scan needs.
