@@ -253,8 +253,8 @@ class ModelSpec(_Section):
     """Where the model comes from.
 
     Attributes:
-        target: ``FILE.py:SYMBOL``, ``package.module:SYMBOL``, a node of a configuration (``config.yaml:NODE``), or what a
-            framework reads, e.g. ``timm:NAME``.
+        target: ``FILE.py:SYMBOL``, ``package.module:SYMBOL``, a node of a configuration (``config.yaml:NODE``), or what
+            a framework reads, e.g. ``timm:NAME``.
         args: Keyword arguments of the class or function.
     """
 
