@@ -471,3 +471,16 @@ def test_the_data_module_beside_the_class_is_named_by_its_file(here: Workspace) 
     here.write("made.py", "import lit\ndef make(): return lit.LitNet(6)\n")
     data = scan(here, "made.py:make", *CHECKPOINT)["scan"]["data"]
     assert data.endswith("lit.py:Digits (512 samples)")  # the file is a link
+
+
+def test_a_data_module_that_cannot_be_made_matters_only_where_there_is_need_of_it(here: Workspace) -> None:
+    here.write(
+        "needing.py",
+        "from lit import *\nclass Needing(LitNet): pass\nclass Data(L.LightningDataModule):\n"
+        "    def __init__(self, root): super().__init__()\n",
+    )
+    assert here.run("lint", "needing.py:Needing").code == CLEAN
+    said = error(here, "needing.py:Needing")
+    assert said.startswith("needing.py:Data needs root, which is not given: there is no --checkpoint. Give it by data:")
+    assert here.run("init", "--from", "needing.py:Needing").code == CLEAN
+    assert "# No data was found: needing.py:Data needs root" in (here.folder / "spec.yaml").read_text()
