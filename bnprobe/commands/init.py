@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from bnprobe.config.spec import Spec, with_location
-from bnprobe.errors import DataError
+from bnprobe.errors import BnprobeError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.paths import placed
@@ -50,8 +50,8 @@ def _loaded(spec: Spec) -> tuple[Workload | None, str]:
     """The project; where it has no data, None and why."""
     try:
         return load_workload(spec, need_statistics=False), ""
-    except DataError as error:
-        load_model_only(spec, need_statistics=False)  # what else is wrong is no matter of data
+    except BnprobeError as error:
+        load_model_only(spec, need_statistics=False)  # raises the same where it is no matter of data
         return None, str(error)
 
 
@@ -125,6 +125,9 @@ def _of_file(workload: Workload | None, role: str) -> str:
 def _data(sections: Mapping[str, Any], workload: Workload | None, missing: str) -> Iterator[str]:
     if workload is None:
         yield from _comment(f"No data was found: {missing}")
+        if "data" in sections:
+            yield from _section("data", sections, "")
+            return
         yield from _comment("data: {target: FILE.py:SYMBOL, batch_size: 32}   # a loader, data set or function")
         yield ""
         return

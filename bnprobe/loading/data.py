@@ -171,13 +171,16 @@ _FEW = 4
 
 
 def few_samples(source: BatchSource) -> Any | None:
-    """The first samples of the data as a batch, for a trial; None where none can be had without drawing a batch.
+    """A few samples of the data as a batch, for a trial; None of synthetic data, and of what can be read only once.
 
-    Of a loader over what can be indexed, a few samples are collated as it does that; its order is not touched.
+    Of a loader over what can be indexed, the first samples are collated as it does that, so that its order is not
+    touched; of any other the first batch is drawn.
     """
     loader = getattr(source.batches, "wrapped", None)
-    if source.synthetic or not isinstance(loader, DataLoader) or not _is_indexable(loader):
+    if source.synthetic or loader is None or isinstance(loader, Iterator):
         return None
+    if not isinstance(loader, DataLoader) or not _is_indexable(loader):
+        return next(iter(source.batches), None)
     held = _length(loader.dataset, source.description)
     if not held:
         return None

@@ -35,6 +35,7 @@ from bnprobe.errors import (
     EndOfPass,
     ModelError,
     UserCodeError,
+    is_library_file,
     message_of,
     place_in_user_code,
     reason_of,
@@ -42,7 +43,7 @@ from bnprobe.errors import (
 from bnprobe.loading import frameworks
 from bnprobe.loading.frameworks import Project
 from bnprobe.loading.places import recorded_places
-from bnprobe.loading.scripts import look_at
+from bnprobe.loading.scripts import Import, look_at
 from bnprobe.numbers import count, listed
 from bnprobe.paths import exists, is_file, is_folder, placed, short_path
 
@@ -344,11 +345,7 @@ def _run(path: Path, module: types.ModuleType, shown: str) -> tuple[str, ...]:
     try:
         code = compile(source, str(path), "exec", dont_inherit=True)
         found = look_at(source)
-        if found.trains is not None:
-            raise ModelError(
-                f"{shown} trains when it is imported: {found.trains}. Put what trains under"
-                f' if __name__ == "__main__": in {shown}, or move the model into a file of its own and name that.'
-            )
+        _refuse_training(found, shown)
         with _without_arguments(path, shown, found.parses):
             exec(code, vars(module))
     except SyntaxError as error:
@@ -358,6 +355,14 @@ def _run(path: Path, module: types.ModuleType, shown: str) -> tuple[str, ...]:
     if found.parses is None:
         return ()
     return (f"{shown} parses arguments in line {found.parses} when it is imported: it was given none.",)
+
+
+def _refuse_training(found: Import, shown: str) -> None:
+    if found.trains is not None:
+        raise ModelError(
+            f"{shown} trains when it is imported: {found.trains}. Put what trains under"
+            f' if __name__ == "__main__": in {shown}, or move the model into a file of its own and name that.'
+        )
 
 
 @contextmanager
@@ -444,7 +449,24 @@ def _import_module(location: str) -> types.ModuleType:
         raise ModelError(f'"{location}" is not the name of a Python file or module.')
     importlib.invalidate_caches()
     with user_code(f"importing {location}"):
+        _look_at_module(location)
         return _imported(location)
+
+
+def _look_at_module(location: str) -> None:
+    """Refuse a module of the user's, or a package that it is in, that would train when it is imported."""
+    parts = location.split(".")
+    for end in range(1, len(parts) + 1):
+        name = ".".join(parts[:end])
+        if name in sys.modules:
+            continue
+        try:
+            found = importlib.util.find_spec(name)
+            file = (found.origin if found is not None else None) or ""
+            if file.endswith(".py") and not is_library_file(file):
+                _refuse_training(look_at(Path(file).read_bytes()), short_path(Path(file)))
+        except (ImportError, OSError, SyntaxError, ValueError):  # said by the import itself
+            return
 
 
 def _imported(location: str) -> types.ModuleType:

@@ -120,6 +120,8 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
     if few is not None:
         loaded = loaded.observing(few)
     notes = list(loaded.notes)
+    if few is None and not source.synthetic and loaded.project is not None and loaded.project.observe is not None:
+        notes.append(f"{loaded.name} was not tried for a loss and a metric: {source.origin} can be read only once.")
     held_out, not_held_out = _held_out(spec, loaded.module, source, data_args)
     notes += [] if not_held_out is None else [not_held_out]
     functions = {

@@ -446,3 +446,41 @@ def test_hooks_that_change_batches_are_called(here: Workspace) -> None:
     assert report["scan"]["notes"].count(
         "on_after_batch_transfer() of changing.py:Data is not called: the batches are those of its loaders."
     )
+
+
+def test_streams_have_a_loss_too(here: Workspace) -> None:
+    here.write(
+        "stream.py",
+        "from lit import *\nfrom torch.utils.data import IterableDataset\nclass Stream(IterableDataset):\n"
+        "    def __iter__(self): return iter([(torch.full((1, 8, 8), i / 64), i % 10) for i in range(64)])\n"
+        "class Streamed(LitNet):\n    def train_dataloader(self): return DataLoader(Stream(), 8)\n"
+        "class Once(LitNet):\n    def train_dataloader(self): return iter(DataLoader(Stream(), 8))\n",
+    )
+    found = here.run("scan", "stream.py:Streamed", "--format", "json")
+    assert json.loads(found.stdout)["scan"]["taken"].keys() == {"model", "data", "loss", "metric"}
+    found = here.run("scan", "stream.py:Once", "--format", "json")
+    scanned = json.loads(found.stdout)["scan"]
+    assert scanned["taken"].keys() == {"model", "data"}
+    assert (
+        "stream.py:Once was not tried for a loss and a metric: train_dataloader() of stream.py:Once can be read only"
+        " once." in scanned["notes"]
+    )
+
+
+def test_the_data_module_beside_the_class_is_named_by_its_file(here: Workspace) -> None:
+    here.write("made.py", "import lit\ndef make(): return lit.LitNet(6)\n")
+    data = scan(here, "made.py:make", *CHECKPOINT)["scan"]["data"]
+    assert data.endswith("lit.py:Digits (512 samples)")  # the file is a link
+
+
+def test_a_data_module_that_cannot_be_made_matters_only_where_there_is_need_of_it(here: Workspace) -> None:
+    here.write(
+        "needing.py",
+        "from lit import *\nclass Needing(LitNet): pass\nclass Data(L.LightningDataModule):\n"
+        "    def __init__(self, root): super().__init__()\n",
+    )
+    assert here.run("lint", "needing.py:Needing").code == CLEAN
+    said = error(here, "needing.py:Needing")
+    assert said.startswith("needing.py:Data needs root, which is not given: there is no --checkpoint. Give it by data:")
+    assert here.run("init", "--from", "needing.py:Needing").code == CLEAN
+    assert "# No data was found: needing.py:Data needs root" in (here.folder / "spec.yaml").read_text()

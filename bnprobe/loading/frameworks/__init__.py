@@ -116,8 +116,8 @@ class Reader:
         return False
 
     def data(self, value: Any, name: str, args: Mapping[str, Any]) -> Any:
-        """What was claimed as data that is known: a loader, a data set, an iterable, or a dictionary of "train" and
-        "val".
+        """What was claimed as data that is known: ``Data``, or a loader, a data set, an iterable, or a dictionary of
+        "train" and "val".
         """
         raise NotImplementedError
 

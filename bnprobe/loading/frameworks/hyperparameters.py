@@ -18,6 +18,7 @@ from typing import Any
 from bnprobe.config.nodes import MARKS, is_node
 from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError, ModelError
+from bnprobe.loading.model import required_of
 from bnprobe.loading.weights import Stub, read_arguments, read_weights, weights_file
 from bnprobe.numbers import listed
 from bnprobe.paths import placed
@@ -61,6 +62,13 @@ def read_saved(spec: CheckpointSpec) -> Saved:
         return Saved()
     path = weights_file(placed(Path(spec.path)))
     held, _ = read_weights(path, spec.unsafe_load)
+    try:
+        return _said_in(held, path)
+    except RecursionError:
+        raise CheckpointError(f"The hyper-parameters in {path} are nested too deeply to be read.") from None
+
+
+def _said_in(held: Any, path: Path) -> Saved:
     if not isinstance(held, Mapping) or "state_dict" not in held:
         return Saved(path.name, read_arguments(path))
     model, data = (_arguments(held.get(key)) for key in ("hyper_parameters", "datamodule_hyper_parameters"))
@@ -165,38 +173,39 @@ def arguments_for(
     saved = {key: value for key, value in saved.items() if not key.startswith("_")}  # of LightningCLI: its own names
     if whole is not None and whole in parameters:
         saved = {whole: _as_settings(saved)}
-    known = {key: value for key, value in saved.items() if key in parameters or takes_all}
-    arguments = {**known, **given}
-    for key, value in arguments.items():
-        if (stub := _stub_in(value)) is not None:
-            raise CheckpointError(
-                f'The argument "{key}" of {name} is saved in {file} as an object of {stub.class_name}, and objects are'
-                f" not read, since that would run code from the file. Give it by {option.replace('NAME', key)}, or"
-                f" write a function that returns {kind.__name__}(...) and name it as {_function_beside(name)}; or, if"
-                " you trust the file, give --unsafe-load."
-            )
-    for key in arguments.keys() - given.keys():
-        if is_node(arguments[key]):
-            described = next(arguments[key][mark] for mark in MARKS if mark in arguments[key])
-            raise CheckpointError(
-                f'The argument "{key}" of {name} is saved in {file} as a description of {described}, and what a'
-                " checkpoint names is not imported. Scan the configuration that the training wrote beside it, or give"
-                f" it by {option.replace('NAME', key)}."
-            )
-    missing = [
-        key
-        for key, each in parameters.items()
-        if each.default is each.empty
-        and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
-        and key not in arguments
-    ]
+    used = {key: value for key, value in saved.items() if (key in parameters or takes_all) and key not in given}
+    for key, value in used.items():
+        _refuse_object(key, value, kind, name, file, option.replace("NAME", key))
+    missing = [key for key in required_of(kind) if key not in used and key not in given]
     if missing:
         of_file = f"{file} has not saved (save_hyperparameters)" if file else "is not given: there is no --checkpoint"
         raise ModelError(
             f"{name} needs {listed(missing)}, which {of_file}. Give it by {option.replace('NAME', missing[0])}, or"
             f" write a function that returns {kind.__name__}(...) and name it as {_function_beside(name)}."
         )
-    return arguments
+    return {**used, **given}
+
+
+def _refuse_object(key: str, value: Any, kind: type, name: str, file: str, given_by: str) -> None:
+    """Refuse a saved argument that is an object, or that says how to make one: both would run code from the file.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    if (stub := _stub_in(value)) is not None:
+        raise CheckpointError(
+            f'The argument "{key}" of {name} is saved in {file} as an object of {stub.class_name}, and objects are not'
+            f" read, since that would run code from the file. Give it by {given_by}, or write a function that returns"
+            f" {kind.__name__}(...) and name it as {_function_beside(name)}; or, if you trust the file, give"
+            " --unsafe-load."
+        )
+    if is_node(value):
+        described = next(value[mark] for mark in MARKS if mark in value)
+        raise CheckpointError(
+            f'The argument "{key}" of {name} is saved in {file} as a description of {described}, and what a checkpoint'
+            " names is not imported. Scan the configuration that the training wrote beside it, or give it by"
+            f" {given_by}."
+        )
 
 
 def _function_beside(name: str) -> str:

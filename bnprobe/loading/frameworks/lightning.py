@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bnprobe.config.spec import Spec
-from bnprobe.errors import DataError, ModelError, UserCodeError, message_of, place_in_user_code
+from bnprobe.errors import BnprobeError, DataError, ModelError, UserCodeError, message_of, place_in_user_code
 from bnprobe.loading.frameworks import Data, Project, Reader
 from bnprobe.loading.frameworks.hyperparameters import Saved, arguments_for, read_saved
 from bnprobe.loading.frameworks.naming import chosen_metric
@@ -36,6 +37,7 @@ from bnprobe.loading.frameworks.steps import (
 from bnprobe.loading.model import eagerly, user_code
 from bnprobe.loading.returned import described
 from bnprobe.numbers import listed
+from bnprobe.paths import short_path
 
 
 class Lightning(Reader):
@@ -53,7 +55,11 @@ class Lightning(Reader):
         if overrides(model, "configure_model"):
             with user_code(f"calling configure_model() of {name}"):
                 model.configure_model()
-        source_name, source = _data_of(model, name, spec, saved)
+        (source_name, source), failed = (name, None), None
+        try:
+            source_name, source = _data_of(model, name, spec, saved)
+        except BnprobeError as error:  # said where data is asked for: some commands need none
+            failed = error
         run = Run(saved.epoch, saved.step, source if self.claims_data(source) else None)
         owners = [(source_name, source), (name, model)] if run.datamodule is not None else [(name, model)]
         data = _Loaders(source_name, source, _SettingUp(owners, run))
@@ -64,7 +70,7 @@ class Lightning(Reader):
         from_file = f" with arguments saved in {saved.file}" if arguments.keys() - spec.model.args.keys() else ""
         return Project(
             model,
-            data.functions,
+            data.functions if failed is None else {"load_data": functools.partial(_fail, failed)},
             {"model": f"{name}{kind}{from_file}"},
             model_args=arguments,
             data_args=saved.data if saved.data_argument is None else {saved.data_argument: saved.data},
@@ -79,6 +85,10 @@ class Lightning(Reader):
         """See the base class."""
         source = _datamodule(value, name, args, Saved())
         return _Loaders(name, source, _SettingUp([(name, source)], Run(datamodule=source))).both()
+
+
+def _fail(error: BnprobeError) -> Data:
+    raise error
 
 
 def _is_a(value: Any, kinds: tuple[type, ...]) -> bool:
@@ -233,14 +243,15 @@ def _data_of(model: Any, name: str, spec: Spec, saved: Saved) -> tuple[str, Any]
     if len(found) != 1:
         return name, None
     symbol, kind = found[0]
-    where = f"{name.rpartition(':')[0]}:{symbol}"
+    file, named = Path(getattr(home, "__file__", None) or ""), name.rpartition(":")[0]
+    where = f"{named if Path(named).name == file.name else short_path(file)}:{symbol}"
     return where, _datamodule(kind, where, spec.data.args, saved)
 
 
 # ---- what a trial of the steps shows
 
 
-def _observed(model: nn.Module, batch: Any, *, name: str, run: Run, saved: Saved) -> Project:
+def _observed(model: Any, batch: Any, *, name: str, run: Run, saved: Saved) -> Project:
     """The project with what trials of its steps on a few samples show: how they call the model, loss and metric."""
     project = Project(model)
     try:
@@ -248,6 +259,9 @@ def _observed(model: nn.Module, batch: Any, *, name: str, run: Run, saved: Saved
     except Exception as error:  # whatever the user's classes raise
         why = f"{name} cannot be copied ({_said(error)}), so its steps were not tried: there is no loss and no metric."
         return replace(project, notes=(why,))
+    device = next((each.device for each in trial.parameters()), torch.device("cpu"))
+    if device.type != "cpu":  # a constructor put it there
+        batch = trial.transfer_batch_to_device(batch, device, 0)
     with torch.no_grad(), eagerly():
         return _with_metric(_with_loss(project, trial, batch, name, run), trial, batch, name, run, saved)
 

@@ -302,3 +302,11 @@ def test_every_error_is_one_of_ours(tmp_path: Path) -> None:
     for target in ("", ":", "a:b:c", "timm:", "..x", "x y.py", str(tmp_path)):
         with pytest.raises(BnprobeError):
             load(target)
+
+
+def test_a_module_that_trains_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "acme_training").mkdir()
+    (tmp_path / "acme_training" / "run.py").write_text("from torch import nn\nnet = nn.ReLU()\ntrainer.fit(net)\n")
+    for target in ("acme_training.run:net", "acme_training.run.net"):
+        assert "run.py trains when it is imported: line 3 calls trainer.fit()." in model_error(target)
