@@ -503,7 +503,9 @@ def dataset_source(dataset: Any, request: Request) -> BatchSource:
 
 def _collating(dataset: Any, origin: str) -> Callable[[list[Any]], Any] | None:
     """What makes a batch of samples that a framework knows; None: torch's ``default_collate``."""
-    if not frameworks.any_imported():
+    if isinstance(dataset, frameworks.Prepared):
+        return dataset.collate
+    if not frameworks.may_collate():
         return None  # without a look at a sample, which may take long to read
     with user_code(f"reading the first sample of {origin}"):
         sample = dataset[0]

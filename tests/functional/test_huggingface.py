@@ -364,6 +364,27 @@ def test_masks_are_prepared_with_their_images(here: Workspace) -> None:
     assert output["metric"]["eval"] is not None
 
 
+RECORDINGS = """\
+import datasets
+import numpy as np
+
+random = np.random.default_rng(0)
+lengths = random.integers(1500, 2500, 32)
+audio = [{"array": random.normal(size=length).tolist(), "sampling_rate": 16000} for length in lengths]
+dataset = datasets.Dataset.from_dict({"audio": audio, "label": [index % 4 for index in range(32)]})
+"""
+
+
+def test_recordings_are_prepared_and_padded(here: Workspace) -> None:
+    config = transformers.Wav2Vec2ConformerConfig(num_labels=CLASSES, **_SPEECH)
+    transformers.Wav2Vec2ConformerForSequenceClassification(config).save_pretrained(here.folder / "model")
+    transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(here.folder / "model")
+    here.write("data.py", RECORDINGS)
+    report = scan(here, "hf:model", "dataset")
+    assert [layer["kind"] for layer in report["layers"]] == ["BatchNorm1d"]
+    assert report["summary"]["output"]["metric"]["eval"] >= 0
+
+
 # ---- errors
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.utils.data import Dataset
 
 from bnprobe.config.frameworks import FRAMEWORKS, Framework
 from bnprobe.config.spec import Spec
@@ -73,6 +74,16 @@ class Data:
     origin: str = ""
     held_out_origin: str = ""
     notes: tuple[str, ...] = ()
+
+
+class Prepared(Dataset[Any]):
+    """A data set that a framework made of the user's, by ``Project.prepare``.
+
+    Attributes:
+        collate: Makes a batch of its samples; None: torch does.
+    """
+
+    collate: Callable[[list[Any]], Any] | None = None
 
 
 class Reader:
@@ -136,9 +147,9 @@ def claiming_data(value: Any) -> Reader | None:
     return next((reader for reader in _readers() if reader.claims_data(value)), None)
 
 
-def any_imported() -> bool:
+def may_collate() -> bool:
     """Whether a framework has been imported whose samples may need more than torch to make a batch."""
-    return next(_readers(), None) is not None
+    return any(type(reader).collate is not Reader.collate for reader in _readers())
 
 
 def collating(sample: Any) -> Callable[[list[Any]], Any] | None:

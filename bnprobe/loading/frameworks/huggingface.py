@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -319,15 +320,26 @@ def _processor(folder: Path) -> Any:
         return getattr(transformers, auto).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """What the model's class takes by name."""
-    return dict(inspect.signature(type(model).forward).parameters)
+    kind: Any = type(model)
+    return _signature(kind)
 
 
-def _labels_of(model: nn.Module) -> list[str]:
+def _labels_of(model: nn.Module) -> tuple[str, ...]:
     """The parameters of a model that are labels, as transformers finds them; the model has a loss where it has any."""
-    generic = library("transformers.utils.generic", "huggingface")
-    return list(generic.find_labels(type(model)))
+    kind: Any = type(model)
+    return _labels_in(kind)
+
+
+@cache  # they are asked for in every batch
+def _signature(kind: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind.forward).parameters
+
+
+@cache
+def _labels_in(kind: Any) -> tuple[str, ...]:
+    return tuple(library("transformers.utils.generic", "huggingface").find_labels(kind))
 
 
 def _main_input(model: nn.Module) -> str:
@@ -353,7 +365,7 @@ def _named(model: nn.Module, batch: Any) -> dict[str, Any]:
         )
     known = _parameters(model)
     also = {each: labels[0] for each in ("label", "label_ids") if labels and labels[0] not in batch}
-    named = {also.get(key, key): value for key, value in batch.items()}
+    named: dict[Any, Any] = {also.get(key, key): value for key, value in batch.items()}
     found = {key: value for key, value in named.items() if key in known}
     if main not in found:
         raise DataError(_misnamed(model, main, batch))

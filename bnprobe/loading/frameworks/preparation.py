@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset, default_collate
 
 from bnprobe.errors import DataError
+from bnprobe.loading.frameworks import Prepared
 from bnprobe.loading.model import attribute, has_attribute, kind_of, user_code
 from bnprobe.numbers import joined, listed
 
@@ -80,7 +81,8 @@ class Preparation:
             )
         columns = {key: name for key, name in names.items() if name and key not in (*raw, *masks)}
         left_out = [key for key in first if key not in columns and key not in raw and key not in masks]
-        return _Plan(self, columns, raw[0] if raw else None, masks[0] if masks else None, tuple(left_out))
+        recording = bool(raw) and isinstance(first[raw[0]], Mapping)
+        return _Plan(self, columns, raw[0] if raw else None, masks[0] if masks else None, tuple(left_out), recording)
 
     def _parameter(self, key: str, first: Mapping[str, Any]) -> str | None:
         """The parameter of the model that a column is for."""
@@ -111,6 +113,7 @@ class _Plan:
     raw: str | None
     mask: str | None
     left_out: tuple[str, ...]
+    is_recording: bool = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -131,18 +134,28 @@ class _Plan:
         return found
 
 
-class _Samples(Dataset[Any]):
-    """A data set with prepared samples."""
+class _Samples(Prepared):
+    """A data set with prepared samples; recordings are padded to the longest of their batch."""
 
     def __init__(self, dataset: Any, plan: _Plan) -> None:
         self.dataset, self._plan = dataset, plan
         self._processor = plan.preparation.processor() if plan.raw and plan.preparation.processor else None
+
+        self.collate = self._padded if plan.is_recording else None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._plan.apply(self.dataset[index], self._processor)
+
+    def _padded(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        assert self._processor is not None  # else no recording is prepared
+        made = set(self._processor.model_input_names)
+        inputs = [{key: value for key, value in sample.items() if key in made} for sample in samples]
+        rest = [{key: value for key, value in sample.items() if key not in made} for sample in samples]
+        with user_code(f"padding recordings as {self._plan.preparation.where} says"):
+            return {**self._processor.pad(inputs, padding=True, return_tensors="pt"), **default_collate(rest)}
 
 
 class _Stream(IterableDataset[Any]):
