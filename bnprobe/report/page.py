@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from bnprobe.printable import LONGEST_PARAGRAPH, cut, escaped, short_words
+from bnprobe.printable import LONGEST_PARAGRAPH, PROSE_WIDTH, cut, escaped, short_words
 from bnprobe.records import Severity
 from bnprobe.wording import argument_of
 
@@ -25,9 +25,6 @@ MINIMUM_WIDTH = 40
 
 MAXIMUM_WIDTH = 1000
 """A wider terminal is treated as one of this width."""
-
-PROSE_WIDTH = 100
-"""Sentences are wrapped at this width at the latest: longer lines are hard to read."""
 
 # --- Signs ------------------------------------------------------------------------------------------------------------
 

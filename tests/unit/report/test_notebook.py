@@ -199,6 +199,7 @@ def test_a_layer_is_found_by_its_name_or_alias() -> None:
     shared = next(layer for layer in report.layers if layer.aliases)
     assert report[shared.name] is shared
     assert report[shared.aliases[0]] is shared
+    assert report._ipython_key_completions_() == [layer.name for layer in report.layers]
     with pytest.raises(KeyError, match=rf"no layer 'discriminator.bm'; the nearest is '{shared.name}'"):
         report["discriminator.bm"]
 
