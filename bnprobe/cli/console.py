@@ -49,7 +49,6 @@ def deliver(
     show_all: bool = False,
     summary: str = "",
     force: bool = False,
-    verbose: bool = False,
 ) -> None:
     """Write the rendered document to ``output`` and the summary to stderr; without ``output``, to stdout.
 
@@ -57,17 +56,22 @@ def deliver(
         OutputError: It could not be written, or has come into being meanwhile and is not to be replaced.
     """
     if output is None:
-        options = replace(_terminal_options(), show_all=show_all, verbose=verbose)
+        options = replace(_terminal_options(), show_all=show_all)
         text = render(document, options)
         write_out(text if options.color else escaped_lines(text))
         return
-    options = RenderOptions(show_all=show_all, verbose=verbose, command=typed_command())
+    options = RenderOptions(show_all=show_all, command=typed_command())
     text = escaped_lines(render(document, options))
     if str(output) in STDOUT:
         write_out(text)
     else:
         write_new(placed(output), text, force)
     say(f"{summary}; report written to {output}")
+
+
+def verbosely(render: Renderer) -> Renderer:
+    """The renderer of whole documents, not of what fits a screen."""
+    return lambda document, options: render(document, replace(options, verbose=True))
 
 
 def _terminal_options() -> RenderOptions:

@@ -134,6 +134,7 @@ def convert(
     ] = None,
     force: options.Force = False,
     format_: options.ReportFormat = options.TERMINAL,
+    verbose: options.Verbose = False,
     show_all: options.ShowAll = False,
 ) -> None:
     """Convert the layers that a scan flags, fine-tune, measure the gain over plain BN, and write deployable weights.
@@ -142,6 +143,7 @@ def convert(
     or the weights score worse than as loaded and were not written; 2 error in usage, spec or your code; 3 nothing could
     be probed, or training was stopped.
     """
+    from bnprobe.cli.console import verbosely
     from bnprobe.config.load import build_spec
     from bnprobe.config.targets import TARGETS, require_used
     from bnprobe.records import Plan
@@ -164,6 +166,7 @@ def convert(
     if output is None:
         raise UsageError("convert writes weights: give -o FILE.safetensors, or --dry-run or --check for the plan only.")
     render = renderer(format_, RepairReport)
+    render = verbosely(render) if verbose else render
     raise typer.Exit(_repair(spec, output, render, finetune=finetune, resume=resume, force=force, show_all=show_all))
 
 

@@ -81,6 +81,7 @@ def recalibrate(
     ignore: options.Ignore = None,
     force: options.Force = False,
     format_: options.ReportFormat = options.TERMINAL,
+    verbose: options.Verbose = False,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
@@ -91,13 +92,14 @@ def recalibrate(
     """
     from bnprobe.analysis.diagnosis import has_findings
     from bnprobe.cli.artifacts import Artifacts
-    from bnprobe.cli.console import deliver
+    from bnprobe.cli.console import deliver, verbosely
     from bnprobe.config.load import build_spec
     from bnprobe.report import renderer
     from bnprobe.report.repair import RepairReport
     from bnprobe.rules.selection import selected
 
     render = renderer(format_, RepairReport)
+    render = verbosely(render) if verbose else render
     artifacts = Artifacts(output, force)
     with artifacts.alone():
         artifacts.check()

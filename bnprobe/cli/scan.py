@@ -77,7 +77,7 @@ def scan(
     Exit codes: 0 no errors found (there may be warnings), 1 errors found, 2 error in usage, spec or your code, 3
     nothing could be probed.
     """
-    from bnprobe.cli.console import check_output, deliver
+    from bnprobe.cli.console import check_output, deliver, verbosely
     from bnprobe.config.load import build_spec
     from bnprobe.files import refuse_input
     from bnprobe.records import Report
@@ -86,6 +86,7 @@ def scan(
     from bnprobe.rules.selection import selected
 
     render = renderer(format_, Report)
+    render = verbosely(render) if verbose else render
     if is_main():
         check_output(output, force)
     given = options.overrides(context)
@@ -97,10 +98,10 @@ def scan(
         report = _measure(spec)
     except BnprobeError as error:
         if error.report is not None and is_main():
-            deliver(error.report, render, output, show_all, one_line(error.report), force, verbose)
+            deliver(error.report, render, output, show_all, one_line(error.report), force)
         raise
     if is_main():
-        deliver(report, render, output, show_all, one_line(report), force, verbose)
+        deliver(report, render, output, show_all, one_line(report), force)
     from bnprobe.analysis.diagnosis import has_findings
 
     raise typer.Exit(EXIT_FINDINGS if has_findings(report, spec.rules) and not exit_zero else EXIT_CLEAN)

@@ -157,7 +157,7 @@ def say(text: str) -> None:
 
 
 def _message_width() -> int | None:
-    """Columns of a sentence where stderr is a terminal; None where it is none: what reads messages there goes by lines."""
+    """Columns of a sentence where stderr is a terminal; None elsewhere: what reads messages there goes by lines."""
     try:
         columns = os.get_terminal_size(sys.stderr.fileno()).columns
         return min(columns, PROSE_WIDTH) or None

@@ -94,7 +94,7 @@ def sweep(
 
     Exit codes: 0 clean at the scanned batch size, 1 findings, 2 error in usage, spec or your code, 3 nothing to probe.
     """
-    from bnprobe.cli.console import check_output, deliver
+    from bnprobe.cli.console import check_output, deliver, verbosely
     from bnprobe.config.load import build_spec
     from bnprobe.files import refuse_input
     from bnprobe.records import SweepReport
@@ -106,6 +106,7 @@ def sweep(
     if momentum is None and (shift is not None or scale is not None):
         raise UsageError("--shift and --scale change the data that --momentum replays: give --momentum too.")
     render = renderer(format_, SweepReport)
+    render = verbosely(render) if verbose else render
     check_output(output, force)
     spec = build_spec(
         target,
@@ -115,7 +116,7 @@ def sweep(
         refuse_input(output, [target, *spec.files()])
     replayed = {"rates": rates, "shift": shift, "scale": scale}
     report = _measure(spec, sizes, None if momentum is None else replayed)
-    deliver(report, render, output, show_all, one_line(report), force, verbose)
+    deliver(report, render, output, show_all, one_line(report), force)
     findings = any(layer.flagged for layer in report.layers) and not exit_zero
     raise typer.Exit(EXIT_FINDINGS if findings else EXIT_CLEAN)
 

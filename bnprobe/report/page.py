@@ -137,6 +137,11 @@ class Page:
         """The page that the options ask for."""
         return cls(min(max(options.width, MINIMUM_WIDTH), MAXIMUM_WIDTH), options.unicode, options.python)
 
+    @property
+    def whole(self) -> str:
+        """How the reader gets the whole report where this is a part of it."""
+        return "print(report.text(verbose=True))" if self.python else "--verbose"
+
     def clean(self, text: str) -> str:
         """Text that this page can show; see `clean`."""
         return clean(text, self.unicode)

@@ -117,7 +117,7 @@ def test_the_next_command_is_a_call(command: str, call: str | None) -> None:
 
 def test_a_report_in_python_speaks_of_python() -> None:
     text = " ".join(fabricated.flagged().text(width=120).split())
-    assert "report.text(verbose=True) shows every layer" in text
+    assert "print(report.text(verbose=True)) shows every layer" in text
     assert text.endswith("bnprobe.scan(model, batches, batch_sizes=[2, 4, 8, 16, 32, 64])")
 
 
