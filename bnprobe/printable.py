@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import re
 
+PROSE_WIDTH = 100
+"""Columns at which sentences are wrapped at the latest: longer lines are hard to read."""
+
 LONGEST_WORD = 1000
 """Characters of a word that are shown; the middle of a longer one is left out. Paths are shorter."""
 

@@ -138,6 +138,7 @@ def convert(
     force: options.Force = False,
     format_: options.ReportFormat = None,
     output_dir: options.OutputDir = None,
+    verbose: options.Verbose = False,
     show_all: options.ShowAll = False,
 ) -> None:
     """Convert the layers that a scan flags, fine-tune, measure the gain over plain BN, and write deployable weights.
@@ -160,7 +161,8 @@ def convert(
     spec = _with_rate(_with_length(build_spec(target, given), steps, epochs), rate)
     settings = {name: given.get(f"repair.{name}") for each in TARGETS for name in each.settings}
     require_used(spec.repair.to, settings, _as_option)
-    delivery = partial(Delivery, "convert", formats=format_, folder=output_dir, force=force, show_all=show_all)
+    shown = {"show_all": show_all, "verbose": verbose}
+    delivery = partial(Delivery, "convert", formats=format_, folder=output_dir, force=force, **shown)
     if check or dry_run:
         option = "--check" if check else "--dry-run"
         useless = force and output_dir is None

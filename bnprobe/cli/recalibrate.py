@@ -84,6 +84,7 @@ def recalibrate(
     force: options.Force = False,
     format_: options.ReportFormat = None,
     output_dir: options.OutputDir = None,
+    verbose: options.Verbose = False,
     show_all: options.ShowAll = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
@@ -99,7 +100,9 @@ def recalibrate(
     from bnprobe.report.repair import RepairReport
     from bnprobe.rules.selection import selected
 
-    delivery = Delivery("recalibrate", RepairReport, format_, folder=output_dir, force=force, show_all=show_all)
+    delivery = Delivery(
+        "recalibrate", RepairReport, format_, folder=output_dir, force=force, show_all=show_all, verbose=verbose
+    )
     artifacts = Artifacts(output, force)
     with artifacts.alone():
         artifacts.check()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from bnprobe.errors import OutputError
-from bnprobe.printable import message
+from bnprobe.printable import PROSE_WIDTH, message
 
 _STDOUT, _STDERR = 1, 2
 
@@ -157,9 +157,10 @@ def say(text: str) -> None:
 
 
 def _message_width() -> int | None:
-    """Columns of the terminal that stderr is; None where it is none: what reads the messages there goes by lines."""
+    """Columns of a sentence where stderr is a terminal; None elsewhere: what reads messages there goes by lines."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or None
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        return min(columns, PROSE_WIDTH) or None
     except (AttributeError, OSError, ValueError):  # no terminal, or closed or replaced by the user's code
         return None
 

@@ -83,6 +83,9 @@ class Tabular(Document):
         """
         return _of("bnprobe.report.rows").layer_named(self, name)
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return [layer.name for layer in self.layers]
+
     def to_frame(self) -> Any:
         """A ``pandas.DataFrame`` with a row for each layer and path; needs the extra ``pandas``.
 

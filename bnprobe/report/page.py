@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from bnprobe.printable import LONGEST_PARAGRAPH, cut, escaped, short_words
+from bnprobe.printable import LONGEST_PARAGRAPH, PROSE_WIDTH, cut, escaped, short_words
 from bnprobe.records import Severity
 from bnprobe.wording import argument_of
 
@@ -25,9 +25,6 @@ MINIMUM_WIDTH = 40
 
 MAXIMUM_WIDTH = 1000
 """A wider terminal is treated as one of this width."""
-
-PROSE_WIDTH = 100
-"""Sentences are wrapped at this width at the latest: longer lines are hard to read."""
 
 # --- Signs ------------------------------------------------------------------------------------------------------------
 
@@ -141,6 +138,11 @@ class Page:
     def of(cls, options: RenderOptions) -> Page:
         """The page that the options ask for."""
         return cls(min(max(options.width, MINIMUM_WIDTH), MAXIMUM_WIDTH), options.unicode, options.python)
+
+    @property
+    def whole(self) -> str:
+        """How the reader gets the whole report where this is a part of it."""
+        return "print(report.text(verbose=True))" if self.python else "--verbose"
 
     def clean(self, text: str) -> str:
         """Text that this page can show; see `clean`."""

@@ -14,7 +14,7 @@ from rich.text import Text
 from bnprobe.config.requirements import parse_requirement
 from bnprobe.config.targets import conversion_call, settings_of
 from bnprobe.errors import UsageError
-from bnprobe.numbers import count, percent
+from bnprobe.numbers import count, joined, percent
 from bnprobe.records import Arm, Conclusion, Document, Ending, Estimate, Plan, Proof, RepairRecord, Report, Run
 from bnprobe.report import figures
 from bnprobe.report.figures import listed_in_line
@@ -67,20 +67,33 @@ class RepairReport(Document):
 
 
 def render(report: RepairReport, options: RenderOptions) -> str:
-    """The repair as text in lines of at most ``options.width`` cells; what is to be pasted may be longer."""
+    """The repair as text in lines of at most ``options.width`` cells; what is to be pasted may be longer.
+
+    A comparison on held-out data says more than the layers before and after, which then are for those who ask.
+    """
     page, show_all, record = Page.of(options), options.show_all, report.record
-    before, after = report.before, report.after
+    whole = options.verbose or show_all
+    layers = before_and_after(report.before, report.after, replaced(record), page, show_all) if report.before else []
+    left_out = ["every layer before and after"] if layers and record.proof else []
+    left_out += ["the lines of Python that load the weights"] if record.weights and not _must_be_made(record) else []
+    hint = f"{page.whole} shows {joined(left_out)}." if left_out and not whole else ""
     parts = [
         _header(record, page),
         _changed(record, page, show_all),
         refused(record.plan, page, show_all) if record.plan else [],
-        before_and_after(before, after, replaced(record), page, show_all) if before else [],
+        layers if whole or not record.proof else [],
         _proof(record.proof, page, show_all) if record.proof else [],
         page.section("Notes", record.notes),
-        _closing(record, page, after),
-        _usage(record, report.files, page),
+        _closing(record, page, report.after),
+        page.paragraph(hint, "dim") if hint else [],
+        _usage(record, report.files, page, whole),
     ]
     return to_string(parts, options.color)
+
+
+def _must_be_made(record: RepairRecord) -> bool:
+    """Whether the weights are for another model than the user's: it is made in Python."""
+    return record.plan is not None and not record.plan.deploys
 
 
 def render_json(report: RepairReport, options: RenderOptions) -> str:
@@ -505,13 +518,15 @@ _NAMES_WRITTEN_OUT = 3
 NOT_WRITTEN = "No weights were written."
 
 
-def _usage(record: RepairRecord, files: Files, page: Page) -> list[Text]:
+def _usage(record: RepairRecord, files: Files, page: Page, whole: bool) -> list[Text]:
     """What was written, and what to do with it; nothing if nothing was written."""
     if record.weights is None:
         return page.paragraph(NOT_WRITTEN)
     lines = [*_written(record, record.weights, files, page)]
-    lines += page.paragraph(loading(record))
-    lines += [Text(f"    {page.clean(line)}", "bold") for line in python_lines(record, record.weights, files)]
+    in_python = whole or _must_be_made(record)
+    lines += page.paragraph(loading(record) if in_python else _loading(record))
+    if in_python:
+        lines += [Text(f"    {page.clean(line)}", "bold") for line in python_lines(record, record.weights, files)]
     for why, command in commands(record, record.weights, files):
         lines += [*page.paragraph(why), *page.command(command)]
     return lines

@@ -357,7 +357,6 @@ def _left_out(report: Report, notes: int, room: _Room, page: Page) -> str:
     number, findings = len(report.layers), len(report.diagnoses) - room.told - room.named
     every = "" if page.python else f" (--all: all {number})"
     layers = "every layer" if number <= scan.MOST_LAYERS else f"{scan.MOST_LAYERS} layers{every}"
-    whole = "report.text(verbose=True)" if page.python else "--verbose"
     found = {
         f"{layers} with histograms of r and d and all parts of D": number > 0,
         count(findings, "more finding"): findings > 0,
@@ -369,4 +368,4 @@ def _left_out(report: Report, notes: int, room: _Room, page: Page) -> str:
         "the training steps": any(layer.updates for layer in report.layers),
         "the rules that passed": bool(report.verdicts),
     }
-    return f"{whole} shows {joined([what for what, applies in found.items() if applies] or ['more'])}."
+    return f"{page.whole} shows {joined([what for what, applies in found.items() if applies] or ['more'])}."

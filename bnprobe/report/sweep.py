@@ -52,10 +52,9 @@ _ON_SCREEN = 5
 
 
 def _left_out(report: SweepReport, page: Page) -> str:
-    how = "report.text(verbose=True)" if page.python else "--verbose"
     layers = "more layers, " if sum(bool(layer.eval) for layer in report.layers) > _ON_SCREEN else ""
     rates = ", and the best rate of each layer" if report.momentum and len(report.momentum.layers) > 1 else ""
-    return f"{how} shows {layers}the worst layer at each size and how many fail there{rates}."
+    return f"{page.whole} shows {layers}the worst layer at each size and how many fail there{rates}."
 
 
 def one_line(report: SweepReport) -> str:

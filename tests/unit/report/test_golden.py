@@ -22,7 +22,7 @@ COMMANDS = {
 }
 
 
-SHORT = ("scan", "sweep")
+SHORT = ("scan", "sweep", "repair")
 """Kinds of documents that have a short form and a whole one."""
 
 TEXTS = [(kind, name, verbose) for kind, name in CASES for verbose in ((False, True) if kind in SHORT else (False,))]

@@ -117,7 +117,7 @@ def test_the_next_command_is_a_call(command: str, call: str | None) -> None:
 
 def test_a_report_in_python_speaks_of_python() -> None:
     text = " ".join(fabricated.flagged().text(width=120).split())
-    assert "report.text(verbose=True) shows every layer" in text
+    assert "print(report.text(verbose=True)) shows every layer" in text
     assert text.endswith("bnprobe.scan(model, batches, batch_sizes=[2, 4, 8, 16, 32, 64])")
 
 
@@ -199,6 +199,7 @@ def test_a_layer_is_found_by_its_name_or_alias() -> None:
     shared = next(layer for layer in report.layers if layer.aliases)
     assert report[shared.name] is shared
     assert report[shared.aliases[0]] is shared
+    assert report._ipython_key_completions_() == [layer.name for layer in report.layers]
     with pytest.raises(KeyError, match=rf"no layer 'discriminator.bm'; the nearest is '{shared.name}'"):
         report["discriminator.bm"]
 

@@ -23,7 +23,7 @@ from bnprobe.report.page import Page
 from bnprobe.report.repair import Files, RepairReport, worse_than_as_is
 from support import repairs
 
-WIDE = RenderOptions(width=400)
+WIDE = RenderOptions(width=400, verbose=True)
 TO_PASTE = "    "
 """How lines begin that are pasted as a whole and therefore never broken."""
 

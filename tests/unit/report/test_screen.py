@@ -12,9 +12,9 @@ import pytest
 from fabricated_documents import CASES, document
 from rendered import said, section, text_of
 
+from bnprobe.printable import PROSE_WIDTH
 from bnprobe.records import Diagnosis, Layer
 from bnprobe.report import RenderOptions, render
-from bnprobe.report.page import PROSE_WIDTH
 from bnprobe.report.screen import MOST_LINES, stages
 
 SCANS = [name for kind, name in CASES if kind == "scan"]
