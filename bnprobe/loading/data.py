@@ -271,6 +271,8 @@ def why_fixed(loader: DataLoader[Any]) -> str | None:
     own = next((name for name in ("__iter__", "_get_iterator") if _overrides(type(loader), name)), None)
     if own is not None:
         return f"{type(loader).__name__} has its own {own}"
+    if attribute(loader, "repeats", 1) != 1:  # of MONAI's loader that reads ahead
+        return "it gives every batch several times"
     if loader.batch_sampler is None:
         return "it has batch_size=None, so its data set makes the batches"
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
