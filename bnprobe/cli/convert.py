@@ -161,8 +161,8 @@ def convert(
     spec = _with_rate(_with_length(build_spec(target, given), steps, epochs), rate)
     settings = {name: given.get(f"repair.{name}") for each in TARGETS for name in each.settings}
     require_used(spec.repair.to, settings, _as_option)
-    shown = {"show_all": show_all, "verbose": verbose}
-    delivery = partial(Delivery, "convert", formats=format_, folder=output_dir, force=force, **shown)
+    where = partial(Delivery, "convert", formats=format_, folder=output_dir, force=force)
+    delivery = partial(where, show_all=show_all, verbose=verbose)
     if check or dry_run:
         option = "--check" if check else "--dry-run"
         useless = force and output_dir is None
