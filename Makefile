@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+FRAMEWORKS := $(VENV)/.frameworks
 # Two processes, each with whole modules, whose fixtures are made once; in the order of testpaths, slow ones first.
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
 
@@ -16,7 +17,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bnprobe needs Python 3.10 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group dev --group frameworks --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group dev --editable .
+	@touch $@
+
+$(FRAMEWORKS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group frameworks
 	@touch $@
 
 demo: $(READY) ## install, scan the digits sample and print its report
@@ -25,17 +30,17 @@ demo: $(READY) ## install, scan the digits sample and print its report
 browser: $(READY) ## install what the tests of pages drive: Playwright, and on Debian, as root, Chromium
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group browser
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
-		{ command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+		{ command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get -qq -o Acquire::Retries=0 -o Acquire::http::Timeout=20 update && \
 		  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
 		echo "Chromium could not be installed: the tests of pages in a browser will be skipped."
 
-test: $(READY) ## install, run the test suite: the package, and the command as users run it
+test: $(FRAMEWORKS) ## install, run the test suite: the package, and the command as users run it
 	$(BIN)/python -m pytest $(TWO)
 
 test-benchmarks: $(READY) ## test the benchmarks: their networks, faults and scores
 	$(BIN)/python -m pytest $(TWO) tests/benchmarks
 
-lint: $(READY) ## ruff, mypy and the import contracts
+lint: $(FRAMEWORKS) ## ruff, mypy and the import contracts
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
