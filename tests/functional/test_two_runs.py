@@ -67,8 +67,8 @@ def test_what_appears_at_the_last_moment_stays(workspace: Workspace, monkeypatch
     """Between the last look and the writing: nothing is replaced that was not there to be seen."""
     workspace.write("model.py", REPAIRABLE)
 
-    def looks_too_early(paths: Iterable[Path], force: bool) -> None:
-        require_new(paths, force)
+    def looks_too_early(paths: Iterable[Path], force: bool, option: str) -> None:
+        require_new(paths, force, option)
         workspace.write("cut.record.json", "mine")
 
     monkeypatch.setattr("bnprobe.files.require_new", looks_too_early)
