@@ -268,7 +268,8 @@ class ModelSpec(_Section):
     """Where the model comes from.
 
     Attributes:
-        target: ``FILE.py:SYMBOL``, ``package.module:SYMBOL``, or what a framework reads, e.g. ``timm:NAME``.
+        target: ``FILE.py:SYMBOL``, ``package.module:SYMBOL``, a node of a configuration (``config.yaml:NODE``), or what
+            a framework reads, e.g. ``timm:NAME``.
         args: Keyword arguments of the class or function.
     """
 
@@ -298,8 +299,8 @@ class EvalDataSpec(_Section):
     """The held-out data.
 
     Attributes:
-        target: A function of the batch size, a loader or a dataset; None: that of the model file. The name of a file
-            of tensors goes to ``tensors``.
+        target: A function of the batch size, a loader, a dataset or a data module; None: that of the model file. The
+            name of a file of tensors goes to ``tensors``.
         tensors: Instead, a file of tensors with one row for each sample: .pt (a tensor, a tuple or a dictionary of
             tensors), .npz, .npy or .safetensors.
         args: Further keyword arguments of the function.

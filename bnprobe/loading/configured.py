@@ -41,7 +41,9 @@ def described_by(location: str, name: str) -> Described:
         raise ModelError(f'"{target}" (node {name} of {location}) names a module, not a class or function in it.')
     function = module.get(symbol)
     with user_code(f"making the arguments of {name} of {location}"):
-        args = _hydra_arguments(node) if configuration.flavour == "Hydra" else _made(node.get("init_args", {}), path)
+        args = _hydra_arguments(node) if configuration.flavour == "Hydra" else _made(node.get("init_args") or {}, path)
+        if not isinstance(args, dict):
+            raise SpecError(f"init_args of {name} of {location} must be a mapping (key: value).")
         positional = args.pop("_args_", ())
     return Described(functools.partial(function, *positional) if positional else function, args)
 
