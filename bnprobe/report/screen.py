@@ -15,6 +15,7 @@ from rich.text import Text
 from bnprobe.numbers import count, joined, listed, percent
 from bnprobe.records import Gap, Layer, Report, Source
 from bnprobe.report import charts, figures, further, scan
+from bnprobe.report.baseline import known
 from bnprobe.report.diagnoses import closing, finding_lines, findings_in_words, limit_of
 from bnprobe.report.layers import MARKED_WORST, has_overflowed, sign_of, worse_path, worst_first
 from bnprobe.report.next_step import NextStep, advised_step
@@ -82,6 +83,7 @@ def _parts(report: Report, page: Page, command: str, room: _Room) -> list[list[T
         _layers(report, room.layers, page),
         scan.at_batch_sizes(report.layers, page),
         _findings(report, page, room),
+        known(report.baseline, page, show_all=False),
         page.section("Measured besides", _besides(report)),
         page.section("Notes", notes[: room.notes], rest="    "),
         page.paragraph(_left_out(report, len(notes), room, page), "dim"),

@@ -49,7 +49,7 @@ def test_a_baseline_of_another_batch_size_is_refused_and_the_report_is_not_lost(
     assert found.stderr.startswith(
         "bnprobe: error: The baseline known.json is of another batch size: 2, and this is 4."
     )
-    assert "1 of 1 layer flagged" in found.stdout
+    assert "layer is flagged" in found.stdout
 
 
 def test_a_file_is_the_same_for_the_same_findings_and_is_replaced_only_on_request(known: Workspace) -> None:

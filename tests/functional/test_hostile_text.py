@@ -211,9 +211,9 @@ def test_names_in_reports_that_are_compared(workspace: Workspace) -> None:
     written = (workspace.folder / "after.json").read_text(encoding="utf-8")
     assert written.replace("\n", "").isprintable()
     assert NASTY in str(json.loads(written)["layers"][0]["name"])
-    for format_ in formats_of("scan"):
+    for format_ in set(formats_of("scan")) - {"html"}:  # which has tests of its own
         clean(workspace.run("show", "after.json", "--format", format_))
-    for format_ in formats_of("verify"):
+    for format_ in set(formats_of("verify")) - {"html"}:
         clean(workspace.run("verify", f"{TYPED}.json", "after.json", "--format", format_))
     clean(workspace.run("verify", f"{TYPED}.json", TYPED))
     clean(workspace.run("verify", f"{TYPED}.json", "after.json", "--output", f"{TYPED}.json"))

@@ -71,9 +71,11 @@ def test_the_figures_are_those_of_a_model_file(here: Workspace, by_hand: dict[st
 
 
 def test_the_first_lines_say_what_was_taken(here: Workspace) -> None:
-    found = here.run("scan", "lit.py:LitNet", *CHECKPOINT, "--batches", "8", COLUMNS="200")
-    assert found.stdout.splitlines()[1] == (
-        "taken       model: lit.py:LitNet with arguments saved in last.ckpt; data: train_dataloader() of lit.py:Digits;"
+    found = here.run("scan", "lit.py:LitNet", *CHECKPOINT, "--batches", "8", "--verbose", COLUMNS="200")
+    title, said = (line.strip() for line in found.stdout.partition("\ndata ")[0].split("\n", 1))
+    assert title.endswith("scan of lit.py:LitNet")
+    assert " ".join(said.split()) == (
+        "taken model: lit.py:LitNet with arguments saved in last.ckpt; data: train_dataloader() of lit.py:Digits;"
         " loss: training_step; metric: val_acc of validation_step (goal: max)"
     )
     assert "val_dataloader() of lit.py:Digits (128 images)" in found.stdout

@@ -40,7 +40,7 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Scan:
     @cache
     def scanned(sample: str) -> tuple[Workspace, Result]:
         workspace = Workspace(tmp_path_factory.mktemp("sample"))
-        return workspace, workspace.run("scan", SAMPLES / sample, *JSON, "--output", OUTPUT)
+        return workspace, workspace.run("scan", SAMPLES / sample, *JSON, "--output", OUTPUT, "--verbose")
 
     return scanned
 
