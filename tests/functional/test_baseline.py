@@ -84,3 +84,9 @@ def test_a_lint_has_a_baseline_too(workspace: Workspace) -> None:
     workspace.write("model.py", FAULTY.replace("momentum=0.99", "momentum=0.999"))
     found = workspace.run("lint", "model.py", "--baseline", "b.json")
     assert (found.code, "1 worse" in found.stdout) == (FINDINGS, True)
+
+
+def test_a_page_names_what_is_known(known: Workspace) -> None:
+    assert known.scan("--baseline", "known.json", "--format", "html", "--output", "page.html").code == CLEAN
+    text = (known.folder / "page.html").read_text(encoding="ascii")
+    assert "Against the baseline known.json: 0 new, 0 worse, 1 known" in text

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnprobe.records import (
+    BaselineComparison,
     Report,
     leading,
 )
-from bnprobe.report import diagnoses, figures, further
+from bnprobe.report import baseline, diagnoses, figures, further
 from bnprobe.report import mismatch as sources
 from bnprobe.report import scan as words
 from bnprobe.report.html import network_charts
@@ -65,6 +66,7 @@ def scan_page(report: Report, options: RenderOptions) -> Document:
         top=(Tiles(tuple(_tiles(report))), *next_step(end.step)),
         sections=(
             Section("causes", "Causes, and what to do", tuple(_causes(report))),
+            *([] if report.baseline is None else [_known(report.baseline)]),
             Section("worst", "The worst layers", tuple(_worst(report))),
             Section("network", "The network, from input to output", tuple(network(report)), "The network"),
             Section("layers", "All layers", tuple(layer_table(report))),
@@ -130,6 +132,12 @@ def _causes(report: Report) -> Iterator[Block]:
         )
     if text := diagnoses.output_change(report.diagnoses, report):
         yield Text((text,), dim=True)
+
+
+def _known(found: BaselineComparison) -> Section:
+    """The findings against those that are known."""
+    points = Text(tuple(baseline.sentences(found, show_all=True)))
+    return Section("baseline", baseline.heading(found), (points,), "Known findings")
 
 
 def _worst(report: Report) -> Iterator[Block]:
