@@ -165,7 +165,7 @@ def test_sizes_beyond_half_of_the_data() -> None:
         sweep(_residual(), loader, 4, batch_sizes=(2, 32))
     with pytest.raises(UsageError, match=r"train_sizes 17 is more than half of the 32 samples"):
         sweep(_residual(), loader, 4, train_sizes=(17,))
-    with pytest.raises(UsageError, match=r"--batch-sizes 0 is not a batch size"):
+    with pytest.raises(UsageError, match=r"batch_sizes 0 is not a batch size"):
         sweep(_residual(), loader, 4, batch_sizes=(0, 2))
     found = sweep(_residual(), loader, 4)
     assert [point.batch_size for point in found.layers[0].eval] == [1, 2, 4, 8, 16]

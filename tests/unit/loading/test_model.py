@@ -265,11 +265,6 @@ def test_args_for_a_ready_model_are_refused(tmp_path: Path) -> None:
 
 # ---- model libraries
 
-TIMM = (
-    "def list_models(): return ['resnet18', 'resnet50']\n"
-    "def create_model(name, **args):\n    assert name == 'resnet18'\n    return nn.Linear(args['width'], 1)\n"
-)
-
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_a_library_that_is_not_installed(library: str) -> None:
@@ -283,19 +278,6 @@ def _installed(library: str) -> bool:
     import importlib.util
 
     return importlib.util.find_spec(library) is not None
-
-
-def test_timm_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a stand-in with timm's two functions, since timm is not a dependency."""
-    write(tmp_path, TIMM, "timm/__init__.py")
-    monkeypatch.syspath_prepend(tmp_path)
-    loaded = load("timm:resnet18", width=4)
-    assert loaded.name == "timm:resnet18"
-    assert loaded.model.in_features == 4
-    message = model_error("timm:resnet19")
-    assert message.startswith('timm has no model "resnet19". The nearest names are resnet18')
-    with pytest.raises(UserCodeError, match="AssertionError while making timm:resnet50"):
-        load("timm:resnet50")
 
 
 def test_every_error_is_one_of_ours(tmp_path: Path) -> None:

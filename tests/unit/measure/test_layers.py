@@ -166,7 +166,7 @@ def test_include_and_exclude() -> None:
     assert one.layers[0].train == both.layers[1].train
     included = scan(model, DATA, 2, num_batches=4, include=("*1",)).layers
     assert [layer.eval for layer in included] == [both.layers[0].eval]
-    with pytest.raises(NothingToProbeError, match=r"--include/--exclude exclude every BN layer of \w+ \(2 in all\)"):
+    with pytest.raises(NothingToProbeError, match=r"include/exclude exclude every BN layer of \w+ \(2 in all\)"):
         scan(model, DATA, 2, include=("nothing*",))
 
 

@@ -111,5 +111,5 @@ def test_a_call_with_a_mask_is_refused(kind: type[nn.Module]) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(x, mask=x[:, 0] > 0)
 
-    with pytest.raises(ModelError, match=r"norm is called with a mask.*--exclude norm"):
+    with pytest.raises(ModelError, match=r"norm is called with a mask.*exclude=\['norm'\]"):
         bnprobe.scan(Padded(), [torch.randn(4, 3, 5) for _ in range(4)], batch_size=4)

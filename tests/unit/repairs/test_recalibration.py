@@ -338,7 +338,7 @@ class Overshooting(nn.Module):
 def test_statistics_that_never_settle_are_given_up() -> None:
     model = unsettled(Overshooting().double())
     before = fingerprint(model)
-    with pytest.raises(RepairError, match="did not converge in 50 rounds with --path eval, because norm is called"):
+    with pytest.raises(RepairError, match="did not converge in 50 rounds with path='eval', because norm is called"):
         bnprobe.recalibrate(model, [data(20, 2)], path="eval")
     assert fingerprint(model) == before
 
@@ -438,7 +438,7 @@ def test_a_model_of_frozen_layers_alone_is_refused_unless_they_are_asked_for() -
             return super().train(False)
 
     model, whole = Held(6).double(), data(40, 6)
-    with pytest.raises(RepairError, match="give --include-frozen"):
+    with pytest.raises(RepairError, match="give include_frozen=True"):
         bnprobe.recalibrate(model, [whole])
     bnprobe.recalibrate(model, [whole], include_frozen=True)
     torch.testing.assert_close(model.running_mean, whole.mean(0))
