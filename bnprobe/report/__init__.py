@@ -156,9 +156,9 @@ FORMATS: Registry[Format] = Registry(
         Format(
             "csv",
             {
-                Report: csv.render_scan,
-                SweepReport: csv.render_sweep,
-                Verification: csv.render_verify,
+                Report: csv.render_layers,
+                SweepReport: csv.render_layers,
+                Verification: csv.render_layers,
                 Comparison: csv.render_compare,
             },
         ),
