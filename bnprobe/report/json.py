@@ -77,9 +77,7 @@ def load_report(text: str) -> Report:
         UsageError: The text is no report of this schema version: a key is unknown, a key without a default is missing,
             or a value is of another type. The message names the key.
     """
-    document = _parse(text)
-    _check_version(document)
-    return _validated(Report, document)
+    return _as(Report, text)
 
 
 READABLE: tuple[type[Record], ...] = (
@@ -147,7 +145,7 @@ def read_report(path: Path) -> Report:
     Raises:
         UsageError: The file cannot be read, or is no report; the message names it.
     """
-    return _read(path, load_report, "report")
+    return read_as(path, Report)
 
 
 def read_document(path: Path) -> Record:
@@ -165,15 +163,7 @@ def read_baseline(path: Path) -> Baseline:
     Raises:
         UsageError: The file cannot be read, or is no baseline; the message names it.
     """
-
-    def load(text: str) -> Baseline:
-        document = _parse(text)
-        _check_version(document)
-        if "findings" not in document:
-            raise UsageError("This is no baseline: --write-baseline writes one.")
-        return _validated(Baseline, document)
-
-    return _read(path, load, "baseline")
+    return read_as(path, Baseline)
 
 
 def _read(path: Path, load: Callable[[str], _Document], noun: str) -> _Document:
@@ -199,20 +189,15 @@ def read_as(path: Path, record: type[_Document]) -> _Document:
     Raises:
         UsageError: The file cannot be read, or is no such document; the message names it.
     """
-    if record is Report:
-        return read_report(path)  # type: ignore[return-value]
-    from pydantic import TypeAdapter, ValidationError
+    return _read(path, lambda text: _as(record, text), "baseline" if record is Baseline else "report")
 
-    try:
-        document = _parse(read_bounded(path, MOST_BYTES, lambda what: UsageError(f"{path} {what}.")).decode())
-        _check_version(document)
-        if "schema_version" not in {field.name for field in fields(record)}:  # type: ignore[arg-type]
-            del document["schema_version"]
-        return TypeAdapter(record).validate_json(json.dumps(document), strict=True)
-    except ValidationError as error:
-        raise UsageError(f"{path}: {_explain(error)}") from error
-    except (OSError, UnicodeDecodeError, UsageError) as error:
-        raise UsageError(f"{path} could not be read: {getattr(error, 'strerror', error)}.") from error
+
+def _as(record: type[_Document], text: str) -> _Document:
+    document = _parse(text)
+    _check_version(document)
+    if record is Baseline and "findings" not in document:
+        raise UsageError("This is no baseline: --write-baseline writes one.")
+    return _validated(record, document)
 
 
 def _parse(text: str) -> dict[str, Any]:
