@@ -115,11 +115,12 @@ class Board:
         rank: Rank of this process.
         size: Number of processes.
         hosts: Whether this process hosts the store, so that it must exit last.
+        seconds: Without a sign of life, after which a process is taken to hang.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, hosts: bool) -> None:
+    def __init__(self, store: Any, rank: int, size: int, hosts: bool, seconds: float) -> None:
         self._store, self._rank, self._size, self._hosts = store.clone(), rank, size, hosts
-        self._timeout = timeout()
+        self._timeout = seconds
         self._watched = store.clone()  # a connection serves one thread only
         self._first = False
         self._done = threading.Event()
@@ -420,12 +421,13 @@ def _connect(world: World) -> World:
     from torch.distributed.distributed_c10d import PrefixStore  # not available in every build
     from torch.distributed.rendezvous import rendezvous
 
+    seconds = timeout()  # first: a process that is refused later may leave while the others still connect to it
     try:
         store, rank, size = next(rendezvous("env://", timeout=JOINING))
         store = PrefixStore("bnprobe", store)
         distributed.init_process_group(_bind_device(), store=store, rank=rank, world_size=size, timeout=PATIENCE)
         hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        return World(rank, size, Board(PrefixStore("board", store), rank, size, hosts))
+        return World(rank, size, Board(PrefixStore("board", store), rank, size, hosts, seconds))
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ProcessError(
