@@ -1,4 +1,4 @@
-"""Registries: one table each of rules, report formats, repair targets, export formats, norm families and statistics.
+"""Registries: one table each of what can be added: rules, report formats, repair targets, norm families and others.
 
 Whatever needs to know which rows there are (the command line, its help, the schema, reports, the documentation) reads
 the registry. Other packages add rows through an entry point, which is read when the registry is first used:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from bnprobe.config.exporters import EXPORTERS
+from bnprobe.config.frameworks import FRAMEWORKS
 from bnprobe.config.targets import TARGETS
 from bnprobe.measure.accumulators import STATISTICS
 from bnprobe.measure.norms import NORMS
@@ -37,8 +38,8 @@ else:
 
 PAGE = REPOSITORY / "docs" / "extending.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-REGISTRIES: tuple[Registry[Any], ...] = (RULES, FORMATS, TARGETS, EXPORTERS, NORMS, STATISTICS)
-ADDED = ["ACME1", "gitlab", "filter-response", "core-aten", "ghost", "flat channels"]
+REGISTRIES: tuple[Registry[Any], ...] = (RULES, FORMATS, TARGETS, EXPORTERS, NORMS, STATISTICS, FRAMEWORKS)
+ADDED = ["ACME1", "gitlab", "filter-response", "core-aten", "ghost", "flat channels", "Acme zoo"]
 """The row that the page adds to each."""
 FENCED = re.compile(r'^```(?P<language>\w+)(?: title="(?P<title>.+?)")?\n(?P<text>.*?)^```$', re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
