@@ -44,12 +44,12 @@ def test_what_is_worse_does_not_pass_and_what_is_fixed_is_named(known: Workspace
 
 
 def test_a_baseline_of_another_batch_size_is_refused_and_the_report_is_not_lost(known: Workspace) -> None:
-    found = known.run("scan", "model.py", "--batch-size", "4", "--baseline", "known.json")
+    found = known.run("scan", "model.py", "--batch-size", "4", "--baseline", "known.json", "--verbose")
     assert found.code == ERROR
     assert found.stderr.startswith(
         "bnprobe: error: The baseline known.json is of another batch size: 2, and this is 4."
     )
-    assert "layer is flagged" in found.stdout
+    assert "1 of 1 layer flagged" in found.stdout
 
 
 def test_a_file_is_the_same_for_the_same_findings_and_is_replaced_only_on_request(known: Workspace) -> None:

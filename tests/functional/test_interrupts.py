@@ -69,9 +69,9 @@ def test_what_was_measured_is_printed(workspace: Workspace, model: str, code: in
 
 def test_what_was_measured_is_written(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL + STALLS_LATE)
-    found = _interrupted(workspace, "--format", "json", "--output", "report.json")
+    found = _interrupted(workspace, "--format", "json", "--output", "report.json", "--verbose")
     assert found.code == CLEAN
-    assert "PARTIAL, interrupted" in found.stdout
+    assert "PARTIAL, interrupted: 0 of 1 layer flagged" in found.stdout
     assert found.stderr == "Report written to report.json.\n"
     scan = json.loads((workspace.folder / "report.json").read_text())["scan"]
     assert (scan["partial"], scan["stopped"], scan["batches"]) == (True, "interrupted", 40)

@@ -22,9 +22,9 @@ def _names(folder: Path) -> set[str]:
 def test_a_report_is_written_whole(workspace: Workspace) -> None:
     workspace.write("model.py", SHIFTED)
     workspace.write("report.json", "old")
-    found = workspace.scan("--format", "json", "--output", "report.json", "--force")
+    found = workspace.scan("--format", "json", "--output", "report.json", "--force", "--verbose")
     assert (found.code, found.stderr) == (FINDINGS, "Report written to report.json.\n")
-    assert "1 layer is flagged" in found.stdout
+    assert "✗ 1 of 1 layer flagged" in found.stdout
     assert json.loads((workspace.folder / "report.json").read_text())["summary"]["flagged"] == 1
     assert _names(workspace.folder) == {"model.py", "report.json"}
 

@@ -120,6 +120,8 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Py
     (info / "entry_points.txt").write_text(f"[pytest11]\n{rows}")
     monkeypatch.syspath_prepend(pytester.path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(pytester.path), os.environ.get("PYTHONPATH")])))
+    for name in ("CI", "BUILD_NUMBER"):  # there pytest prints the messages whole a second time, in its summary
+        monkeypatch.delenv(name, raising=False)
     pytester.makeconftest(MODEL)
     pytester.makeini("[pytest]\naddopts = -rA -p no:cacheprovider --strict-markers\n")
     return pytester
