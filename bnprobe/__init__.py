@@ -13,22 +13,25 @@ from bnprobe._version import __version__
 
 if TYPE_CHECKING:
     from bnprobe import errors, nn, report
+    from bnprobe.commands.compare import compare
     from bnprobe.commands.export import export
     from bnprobe.commands.lint import lint
     from bnprobe.commands.scan import scan
     from bnprobe.commands.sweep import sweep
     from bnprobe.commands.verify import verify
-    from bnprobe.records import ExportReport, LintReport, Report, SweepReport, Verification
+    from bnprobe.records import Comparison, ExportReport, LintReport, Report, SweepReport, Verification
     from bnprobe.repairs import convert, deployable_state
     from bnprobe.repairs.recalibration import recalibrate
 
 __all__ = [
+    "Comparison",
     "ExportReport",
     "LintReport",
     "Report",
     "SweepReport",
     "Verification",
     "__version__",
+    "compare",
     "convert",
     "deployable_state",
     "errors",
@@ -43,11 +46,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Comparison": "bnprobe.records",
     "ExportReport": "bnprobe.records",
     "LintReport": "bnprobe.records",
     "Report": "bnprobe.records",
     "SweepReport": "bnprobe.records",
     "Verification": "bnprobe.records",
+    "compare": "bnprobe.commands.compare",
     "convert": "bnprobe.repairs",
     "deployable_state": "bnprobe.repairs",
     "export": "bnprobe.commands.export",

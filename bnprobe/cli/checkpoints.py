@@ -111,7 +111,7 @@ class Several:
         from bnprobe.analysis.diagnosis import has_findings
         from bnprobe.cli.delivery import with_command
         from bnprobe.cli.streams import say
-        from bnprobe.commands.compare import compare
+        from bnprobe.commands.compare import compare_named
         from bnprobe.report.scan import one_line
 
         reports: list[tuple[str, Report]] = []
@@ -124,7 +124,7 @@ class Several:
             reports.append((path, report))
             if report.scan.partial:
                 break
-        self._end.deliver(compare(reports))
+        self._end.deliver(compare_named(reports))
         found = any(has_findings(report, spec.rules) for _, report in reports)
         return EXIT_FINDINGS if found and not exit_zero else EXIT_CLEAN
 

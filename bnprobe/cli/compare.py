@@ -28,7 +28,7 @@ def compare(
     Exit codes: 0 compared, 2 a file is no report, or the reports are of different models.
     """
     from bnprobe.cli.delivery import Delivery
-    from bnprobe.commands.compare import compare as compared
+    from bnprobe.commands.compare import compare_named
     from bnprobe.records import Comparison
     from bnprobe.report.json import read_report
 
@@ -36,4 +36,4 @@ def compare(
         "compare", Comparison, format_, output=output, folder=output_dir, force=force, show_all=show_all
     )
     delivery.check(reports)
-    delivery.deliver(compared([(str(path), read_report(path)) for path in reports]))
+    delivery.deliver(compare_named([(str(path), read_report(path)) for path in reports]))

@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from bnprobe._version import __version__
-from bnprobe.commands.verify import differences, in_order, require_common
+from bnprobe.commands.verify import differences, in_order, require_common, require_report
+from bnprobe.config.load import shown
 from bnprobe.errors import UsageError
 from bnprobe.records import ComparedScan, Comparison, Layer, LayerPoint, LayerTrend, Report, Tool, Trend
+from bnprobe.wording import from_python
 
 
-def compare(reports: Sequence[tuple[str, Report]]) -> Comparison:
-    """Compare scans of one model.
+@from_python
+def compare(reports: Sequence[Report] | Mapping[str, Report]) -> Comparison:
+    """Compare scans of one model, layer by layer: which differences are sure, and the course over time.
 
     Args:
-        reports: Name and report of each scan, two or more, in the order of time.
+        reports: Two or more, in the order of time; as a mapping with a name for each, else they are numbered.
+
+    Raises:
+        UsageError: There are fewer than two, something is no report, or two neighbours have no layer in common.
+
+    Example:
+        >>> reports = {f"batch size {size}": bnprobe.scan(model, loader, batch_size=size) for size in (8, 4)}
+        >>> comparison = bnprobe.compare(reports)
+        >>> [scan.name for scan in comparison.scans]
+        ['batch size 8', 'batch size 4']
+        >>> comparison.layers[0].trend
+        'worse'
+    """
+    if not isinstance(reports, Mapping | list | tuple):
+        raise UsageError(f"Expected a list of reports, or a dictionary of them by name, but got {shown(reports)}.")
+    named = reports.items() if isinstance(reports, Mapping) else enumerate(reports, 1)
+    pairs = [(str(name), report) for name, report in named]
+    for name, report in pairs:
+        require_report(f"report {name}", report)
+    return compare_named(pairs)
+
+
+def compare_named(reports: Sequence[tuple[str, Report]]) -> Comparison:
+    """As ``compare``, of pairs of a name and a report, in the words of the command line.
 
     Raises:
         UsageError: There are fewer than two, or two neighbours have no layer in common.

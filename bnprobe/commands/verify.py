@@ -37,11 +37,20 @@ def verify(before: Report, after: Report) -> Verification:
         >>> bnprobe.verify(before, after).ok
         True
     """
-    for name, report in (("before", before), ("after", after)):
-        if not isinstance(report, Report):
-            advice = f": Report.load({report!r}) reads it" if isinstance(report, str | PathLike) else ""
-            raise UsageError(f"Expected the report of a scan for {name}, but got {shown(report)}{advice}.")
+    require_report("before", before)
+    require_report("after", after)
     return compare(before, after)
+
+
+def require_report(name: str, report: object) -> None:
+    """Refuse an argument that is no report.
+
+    Raises:
+        UsageError: Says how a file is read, where it is the name of one.
+    """
+    if not isinstance(report, Report):
+        advice = f": Report.load({report!r}) reads it" if isinstance(report, str | PathLike) else ""
+        raise UsageError(f"Expected the report of a scan for {name}, but got {shown(report)}{advice}.")
 
 
 def compare(before: Report, after: Report) -> Verification:

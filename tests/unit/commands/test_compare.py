@@ -25,7 +25,7 @@ def layer(name: str, mismatch: float, relative: float | None = 0.1) -> Layer:
 
 
 def compared(*reports: Report) -> Comparison:
-    return compare([(f"{number}.json", report) for number, report in enumerate(reports)])
+    return compare({f"{number}.json": report for number, report in enumerate(reports)})
 
 
 def trends(found: Comparison) -> dict[str, str]:
@@ -116,3 +116,14 @@ def test_of_many_layers_those_that_changed_most_are_shown() -> None:
     text = render(compared(report_of(many), report_of(moved)))
     assert "28 layers that changed less not shown; --all shows all." in text
     assert text.count("surely worse\n") == 12
+
+
+def test_reports_without_names_are_numbered_and_what_is_none_is_refused() -> None:
+    before, after = report_of([layer("a", 0.1)]), report_of([layer("a", 0.2)])
+    assert [scan.name for scan in compare([before, after]).scans] == ["1", "2"]
+    with pytest.raises(
+        UsageError, match=r"Expected the report of a scan for report 2, but got .*x\.json.*Report\.load"
+    ):
+        compare([before, "x.json"])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match="Expected a list of reports, or a dictionary of them by name"):
+        compare(before)  # type: ignore[arg-type]

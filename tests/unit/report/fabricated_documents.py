@@ -10,7 +10,7 @@ import fabricated_reports as fabricated
 from fabricated_parts import SCAN, equivalent, theory
 from fabricated_scans import files, scans
 
-from bnprobe.commands.compare import compare
+from bnprobe.commands.compare import compare_named
 from bnprobe.records import (
     BestRates,
     Comparison,
@@ -184,7 +184,7 @@ def compared() -> Comparison:
 
     first = replace(scaled({names[0]: 3.0}), layers=scaled({}).layers[:-1])
     reports = [first, scaled({names[0]: 0.5, names[1]: 0.7}), scaled({names[0]: 0.1, names[1]: 0.2, names[2]: 2.0})]
-    return compare([(f"run/epoch{number}.ckpt", report) for number, report in enumerate(reports, start=1)])
+    return compare_named([(f"run/epoch{number}.ckpt", report) for number, report in enumerate(reports, start=1)])
 
 
 def _scaled(layer: Layer, factor: float) -> Layer:
