@@ -32,12 +32,7 @@ from bnprobe.measure.interrupts import Restore, deferred_interrupts
 from bnprobe.measure.layers import anatomy
 from bnprobe.measure.rank_agreement import agree
 from bnprobe.measure.reader import Reader
-from bnprobe.measure.restore import (
-    preserved_generators,
-    preserved_random_state,
-    seed_everything,
-    untouched,
-)
+from bnprobe.measure.restore import preserved_generators, preserved_random_state, seed_everything, untouched
 from bnprobe.measure.scan_loop import measure_mixed, probe
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.measure.train_steps import MakeOptimizer

@@ -41,12 +41,7 @@ from bnprobe.measure.layers import LayerSet, find_layers, named_once, require_la
 from bnprobe.measure.memory import is_out_of_memory
 from bnprobe.measure.norms import FunctionFamily, place_of
 from bnprobe.measure.recognition import own_tensors
-from bnprobe.measure.restore import (
-    ModelState,
-    held_in_eval,
-    keep_random_state,
-    set_mode,
-)
+from bnprobe.measure.restore import ModelState, held_in_eval, keep_random_state, set_mode
 from bnprobe.wording import either, option
 
 Outputs = dict[tuple[int, ...], Any]

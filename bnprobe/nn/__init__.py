@@ -43,13 +43,7 @@ from bnprobe.nn.moving_average import (
     MovingAverageBatchNorm2d,
     MovingAverageBatchNorm3d,
 )
-from bnprobe.nn.per_domain import (
-    DomainBatchNorm,
-    DomainBatchNorm1d,
-    DomainBatchNorm2d,
-    DomainBatchNorm3d,
-    domain,
-)
+from bnprobe.nn.per_domain import DomainBatchNorm, DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d, domain
 
 __all__ = [
     "AffineMap",

@@ -28,13 +28,7 @@ from bnprobe.records.baseline import (
     BaselineState,
     KnownFinding,
 )
-from bnprobe.records.comparison import (
-    ComparedScan,
-    Comparison,
-    LayerPoint,
-    LayerTrend,
-    Trend,
-)
+from bnprobe.records.comparison import ComparedScan, Comparison, LayerPoint, LayerTrend, Trend
 from bnprobe.records.document import Document, Plotted, Tabular
 from bnprobe.records.findings import (
     EXEMPT,
@@ -68,14 +62,7 @@ from bnprobe.records.layers import (
     Source,
     Updates,
 )
-from bnprobe.records.outputs import (
-    Chance,
-    ChanceValues,
-    Gap,
-    GradientAngle,
-    Output,
-    PathValues,
-)
+from bnprobe.records.outputs import Chance, ChanceValues, Gap, GradientAngle, Output, PathValues
 from bnprobe.records.repair import (
     Arm,
     Conclusion,
@@ -94,16 +81,7 @@ from bnprobe.records.repair import (
     TrainingStep,
     Verification,
 )
-from bnprobe.records.scan import (
-    ExtraPass,
-    LintReport,
-    Pool,
-    Report,
-    Scan,
-    SelfCheck,
-    StopReason,
-    Summary,
-)
+from bnprobe.records.scan import ExtraPass, LintReport, Pool, Report, Scan, SelfCheck, StopReason, Summary
 from bnprobe.records.sweep import (
     BestRates,
     MomentumCurve,

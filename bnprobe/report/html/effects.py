@@ -5,34 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bnprobe.numbers import percent
-from bnprobe.records import (
-    MEASURES,
-    Gap,
-    Measure,
-    Remedy,
-    Report,
-)
+from bnprobe.records import MEASURES, Gap, Measure, Remedy, Report
 from bnprobe.report import figures, further
 from bnprobe.report import scan as words
 from bnprobe.report.html import charts
-from bnprobe.report.html.page import (
-    Block,
-    Cell,
-    Column,
-    Figure,
-    Fold,
-    Row,
-    Table,
-    Text,
-)
+from bnprobe.report.html.page import Block, Cell, Column, Figure, Fold, Row, Table, Text
 from bnprobe.report.html.page import Chart as Drawn
 from bnprobe.report.html.parts import next_step
 from bnprobe.report.next_step import NextStep, advised_step
-from bnprobe.report.page import (
-    ARROW,
-    UNMEASURED,
-    RenderOptions,
-)
+from bnprobe.report.page import ARROW, UNMEASURED, RenderOptions
 
 
 def output(report: Report) -> Iterator[Block]:

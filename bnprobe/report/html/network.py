@@ -5,35 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from bnprobe.numbers import count, percent
-from bnprobe.records import (
-    SOURCES,
-    Layer,
-    PathMeasurement,
-    Report,
-)
+from bnprobe.records import SOURCES, Layer, PathMeasurement, Report
 from bnprobe.report import figures
 from bnprobe.report import mismatch as sources
 from bnprobe.report import scan as words
 from bnprobe.report.html import charts, network_charts
-from bnprobe.report.html.page import (
-    Block,
-    Cell,
-    Column,
-    Figure,
-    Fold,
-    Row,
-    Table,
-    Text,
-)
+from bnprobe.report.html.page import Block, Cell, Column, Figure, Fold, Row, Table, Text
 from bnprobe.report.html.page import Chart as Drawn
 from bnprobe.report.html.vega import LINES
 from bnprobe.report.layers import MEANINGS, on_samples, sign_of, terms, worse_path
-from bnprobe.report.page import (
-    FINE,
-    FLAGGED,
-    UNDECIDED,
-    UNMEASURED,
-)
+from bnprobe.report.page import FINE, FLAGGED, UNDECIDED, UNMEASURED
 from bnprobe.rules.shares import flagging_limit
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
 

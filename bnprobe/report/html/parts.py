@@ -5,24 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from bnprobe.numbers import count
-from bnprobe.records import (
-    Environment,
-    SkippedLayer,
-)
+from bnprobe.records import Environment, SkippedLayer
 from bnprobe.report import scan as words
-from bnprobe.report.html.page import (
-    Block,
-    Card,
-    Command,
-    Fold,
-    Points,
-    Text,
-)
+from bnprobe.report.html.page import Block, Card, Command, Fold, Points, Text
 from bnprobe.report.next_step import NextStep
-from bnprobe.report.page import (
-    UNMEASURED,
-    RenderOptions,
-)
+from bnprobe.report.page import UNMEASURED, RenderOptions
 
 
 def next_step(step: NextStep) -> list[Block]:

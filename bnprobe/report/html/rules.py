@@ -5,22 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bnprobe.numbers import count
-from bnprobe.records import (
-    Verdict,
-)
+from bnprobe.records import Verdict
 from bnprobe.report import diagnoses
-from bnprobe.report.html.page import (
-    Block,
-    Facts,
-    Fold,
-    Points,
-    Text,
-)
-from bnprobe.report.page import (
-    FINE,
-    SEVERITY_SIGNS,
-    UNMEASURED,
-)
+from bnprobe.report.html.page import Block, Facts, Fold, Points, Text
+from bnprobe.report.page import FINE, SEVERITY_SIGNS, UNMEASURED
 from bnprobe.rules import rule_of, title_of
 from bnprobe.rules.docs import manual
 

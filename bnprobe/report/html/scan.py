@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnprobe.records import (
-    BaselineComparison,
-    Report,
-    leading,
-)
+from bnprobe.records import BaselineComparison, Report, leading
 from bnprobe.report import baseline, diagnoses, figures, further
 from bnprobe.report import mismatch as sources
 from bnprobe.report import scan as words
@@ -41,12 +37,7 @@ from bnprobe.report.html.page import (
 from bnprobe.report.html.parts import environment, next_step, reproduce, skipped_cards
 from bnprobe.report.html.rules import rule_folds
 from bnprobe.report.layers import sign_of, worse_path, worst_first
-from bnprobe.report.page import (
-    ARROW,
-    SEVERITY_SIGNS,
-    UNDECIDED,
-    RenderOptions,
-)
+from bnprobe.report.page import ARROW, SEVERITY_SIGNS, UNDECIDED, RenderOptions
 from bnprobe.rules import rule_of
 
 MOST_WORST = 5
