@@ -164,6 +164,10 @@ class Arm(Record):
     loss: Estimate | None
     metric: Estimate | None
 
+    def of(self, measure: Measure) -> Estimate | None:
+        """One of the two."""
+        return self.loss if measure == "loss" else self.metric
+
 
 @dataclass(frozen=True)
 class RequirementResult(Record):

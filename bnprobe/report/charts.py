@@ -9,6 +9,7 @@ from itertools import groupby
 
 from rich.text import Text
 
+from bnprobe.numbers import percent
 from bnprobe.records import SOURCES, Histogram, Shares, Source
 from bnprobe.report.page import BAR, CENTRE, CROSSED, CUT, LEVELS, THIN, Page
 
@@ -143,11 +144,17 @@ def drawn(shares: Shares) -> list[tuple[Source, float]]:
     return [(source, max(source.of(shares) or 0.0, 0.0)) for source in SOURCES]
 
 
-def largest(shares: Shares) -> tuple[Source, float, float] | None:
+def largest(shares: Shares | None) -> tuple[Source, float, float] | None:
     """The source of the largest share, that share, and all that adds up to D; None where all of it is 0."""
-    held = [(source, share) for source, share in drawn(shares) if source.adds_up]
+    held = [] if shares is None else [(source, share) for source, share in drawn(shares) if source.adds_up]
     total = sum(share for _, share in held)
     return (*max(held, key=lambda pair: pair[1]), total) if total else None
+
+
+def mostly(shares: Shares | None) -> str:
+    """The largest share in words, e.g. "small batch 84%"; empty where there is none."""
+    found = largest(shares)
+    return "" if found is None else f"{found[0].words} {percent(found[1] / found[2])}"
 
 
 def length(shares: Shares) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from bnprobe.numbers import count, listed
-from bnprobe.records import ComparedScan, Comparison, LayerPoint, LayerTrend, PathValues, Trend
+from bnprobe.records import Comparison, LayerPoint, LayerTrend, PathValues, Trend
 from bnprobe.report import figures
 from bnprobe.report.page import (
     ARROW,
@@ -21,6 +21,7 @@ from bnprobe.report.page import (
     UNMEASURED,
     Page,
     RenderOptions,
+    standing,
     to_string,
 )
 from bnprobe.report.table import Column, Mark, Names, arrows, dropping, table
@@ -84,9 +85,9 @@ def scan_rows(found: Comparison) -> dict[str, list[str]]:
         "flagged": [f"{scan.flagged} of {scan.layers}" for scan in found.scans],
         "errors": [str(scan.errors) for scan in found.scans],
         "undecided": [str(scan.undecided) for scan in found.scans],
-        "worst D": [UNMEASURED if scan.mismatch is None else figures.mismatch(scan.mismatch) for scan in found.scans],
+        "worst D": [figures.known(scan.mismatch, figures.mismatch) for scan in found.scans],
         "worst layer": [scan.worst or UNMEASURED for scan in found.scans],
-        "outputs apart": [UNMEASURED if scan.output is None else figures.relative(scan.output) for scan in found.scans],
+        "outputs apart": [figures.known(scan.output, figures.relative) for scan in found.scans],
         f"loss, train {ARROW} eval": [_modes(scan.loss) for scan in found.scans],
         f"metric, train {ARROW} eval": [_modes(scan.metric) for scan in found.scans],
     }
@@ -120,9 +121,7 @@ def _modes(values: PathValues | None) -> str:
 
 def _scans(found: Comparison, page: Page) -> list[Text]:
     columns = [Column(head, cells, "left") for head, cells in scan_rows(found).items()]
-    marks = [
-        _mark(FLAGGED if scan.flagged or scan.errors else UNDECIDED if scan.undecided else FINE) for scan in found.scans
-    ]
+    marks = [_mark(standing(bool(scan.flagged or scan.errors), bool(scan.undecided))) for scan in found.scans]
     names = Names([scan.name for scan in found.scans], heading="scan", marks=marks)
     expendable = ("undecided", f"loss, train {ARROW} eval", "worst layer", "outputs apart", "errors")
     return table(names, dropping(columns, expendable, _LEAST_SCAN), page)
@@ -166,14 +165,10 @@ def course(layer: LayerTrend) -> str:
     return "".join(map(level, layer.points))
 
 
-def _scan_mark(scan: ComparedScan) -> Mark:
-    return _mark(FLAGGED if scan.flagged or scan.errors else UNDECIDED if scan.undecided else FINE)
-
-
 def _layer_mark(point: LayerPoint | None) -> Mark:
     if point is None:
         return _mark(UNMEASURED)
-    return _mark(FLAGGED if point.flagged else UNDECIDED if point.undecided else FINE)
+    return _mark(standing(point.flagged, point.undecided))
 
 
 def _mark(shown: str) -> Mark:

@@ -12,6 +12,7 @@ from rich.text import Text
 from bnprobe.numbers import IN_MODE, count
 from bnprobe.records import EXEMPT, Diagnosis, Interval, Layer, Report, Severity, Verdict
 from bnprobe.report import figures, next_step
+from bnprobe.report.findings import MODEL
 from bnprobe.report.further import doing
 from bnprobe.report.layers import OUTPUT_CHANGE, on_samples, unmeasured, with_sign, worse_path, worst_first
 from bnprobe.report.next_step import NextStep
@@ -406,7 +407,7 @@ def _exempted(verdicts: Sequence[Verdict]) -> list[str]:
     for verdict in verdicts:
         if verdict.message.startswith(EXEMPT) and verdict.reason is not None:
             layers, codes = groups.setdefault(verdict.reason, (set(), set()))
-            layers.add(verdict.layer or "the model")
+            layers.add(verdict.layer or MODEL)
             codes.add(verdict.rule)
     return [
         f"Exempt: {', '.join(sorted(layers)[:_MOST_NAMES])}{' and more' if len(layers) > _MOST_NAMES else ''} from"

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import TypeVar
 
 from rich.cells import cell_len
 
 from bnprobe.numbers import count, listed, percent
 from bnprobe.numbers import mismatch as mismatch
 from bnprobe.numbers import score as score
-from bnprobe.records import Estimate, Interval, PathMeasurement, Scan
+from bnprobe.records import Estimate, Impact, Interval, PathMeasurement, Scan
 from bnprobe.report.page import INFINITE, UNMEASURED, Page, pad
 
 _MOST_LISTED = 120
 _PLUS_MINUS = "±"
 _MOST_DECIMALS = 5
 _LARGE = 1e5
+
+_Value = TypeVar("_Value")
+
+
+def known(value: _Value | None, write: Callable[[_Value], str]) -> str:
+    """A figure as it is written, or the sign for one that was not measured."""
+    return UNMEASURED if value is None else write(value)
 
 
 def equivalent_batch_size(value: float | None) -> str:
@@ -46,7 +54,12 @@ def equivalent_interval(interval: Interval) -> str:
 
 def path_equivalent(path: PathMeasurement | None) -> str:
     """n_eq of a path, or the sign for a path that could not be measured."""
-    return UNMEASURED if path is None else equivalent_batch_size(path.equivalent_batch_size)
+    return known(path, lambda found: equivalent_batch_size(found.equivalent_batch_size))
+
+
+def path_mismatch(path: PathMeasurement | None) -> str:
+    """D of a path, or the sign for a path that could not be measured."""
+    return known(path, lambda found: mismatch(found.mismatch))
 
 
 def span(interval: Interval | None) -> str:
@@ -60,6 +73,13 @@ def span(interval: Interval | None) -> str:
 def relative(ratio: float) -> str:
     """A relative difference, e.g. "38%"; far beyond 100% as a multiple, e.g. "25 times"."""
     return percent(ratio) if ratio < 10 else f"{ratio:.2g} times"
+
+
+def output_change(impact: Impact | None) -> str:
+    """How far the outputs change if one layer alone uses batch statistics, e.g. "12%"; an estimate is "~12%"."""
+    if impact is not None and impact.exact is not None:
+        return relative(impact.exact)
+    return "" if impact is None or impact.estimate is None else f"~{relative(impact.estimate)}"
 
 
 def data(scan: Scan) -> str:

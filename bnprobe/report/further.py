@@ -28,7 +28,7 @@ from bnprobe.records import (
 )
 from bnprobe.report import figures
 from bnprobe.report.next_step import NextStep
-from bnprobe.report.page import ARROW, DEGREE, UNMEASURED, Page
+from bnprobe.report.page import ARROW, DEGREE, Page
 from bnprobe.report.table import Column, Mark, Names, TableLayout, arrows, dropping, layer_names, table
 from bnprobe.rules import effect
 
@@ -271,7 +271,7 @@ def best_in_words(ordered: Sequence[Remedy], measure: Measure, goal: Goal = "max
     but too little to act on is called so; and where the loss ranks, what the metric does is said, too.
     """
     best = ordered[0]
-    start, end = _ends(best, measure)
+    start, end = ends(best, measure)
     if end is None:
         return "None of them could be scored."
     if start is None:
@@ -280,10 +280,10 @@ def best_in_words(ordered: Sequence[Remedy], measure: Measure, goal: Goal = "max
     sure = next((remedy for remedy in ordered if _gains(remedy, measure, lowers)), None)
     if sure is None:
         what = f"lowers the {measure}" if lowers else f"raises the {measure}"
-        surely = "" if _change(best, measure) is None else " surely"
+        surely = "" if change_of(best, measure) is None else " surely"
         return f"None of them{surely} {what}, which is {figures.score(start)} now."
-    start, end = _ends(sure, measure)
-    change = _change(sure, measure)
+    start, end = ends(sure, measure)
+    change = change_of(sure, measure)
     interval = (
         "" if change is None or change.interval is None else f" (95%: {figures.signed_interval(change.interval)})"
     )
@@ -297,31 +297,32 @@ def best_in_words(ordered: Sequence[Remedy], measure: Measure, goal: Goal = "max
 
 def _is_little(remedy: Remedy, measure: Measure, goal: Goal) -> bool:
     """Whether a gain is smaller than what two trainings of the same network differ by."""
-    start, end = _ends(remedy, measure)
+    start, end = ends(remedy, measure)
     wanted: Goal = "min" if measure == "loss" else goal
     return start is not None and end is not None and effect.floors_better(measure, wanted, start, end) < 1.0
 
 
 def _beside(remedy: Remedy, measure: Measure) -> str:
     """What the metric does where remedies are ranked by the loss, a clause."""
-    start, end = _ends(remedy, "metric")
+    start, end = ends(remedy, "metric")
     if measure == "metric" or start is None or end is None:
         return ""
     return f"; the metric goes from {figures.score(start)} to {figures.score(end)}"
 
 
-def _ends(remedy: Remedy, measure: Measure) -> tuple[float | None, float | None]:
+def ends(remedy: Remedy, measure: Measure) -> tuple[float | None, float | None]:
     """What a remedy starts from, and what it gives."""
     return (remedy.control or remedy.before).of(measure), remedy.after.of(measure)
 
 
-def _change(remedy: Remedy, measure: Measure) -> Estimate | None:
+def change_of(remedy: Remedy, measure: Measure) -> Estimate | None:
+    """What a remedy does to a score, with its interval."""
     return remedy.loss_change if measure == "loss" else remedy.metric_change
 
 
 def _gains(remedy: Remedy, measure: Measure, lowers: bool) -> bool:
-    start, end = _ends(remedy, measure)
-    return start is not None and end is not None and is_gain(_change(remedy, measure), end - start, lowers)
+    start, end = ends(remedy, measure)
+    return start is not None and end is not None and is_gain(change_of(remedy, measure), end - start, lowers)
 
 
 def is_gain(change: Estimate | None, difference: float, lowers: bool) -> bool:
@@ -378,7 +379,7 @@ def _score_columns(ordered: Sequence[Remedy], page: Page) -> list[Column]:
 
 
 def _score(value: float | None) -> str:
-    return UNMEASURED if value is None else figures.score(value)
+    return figures.known(value, figures.score)
 
 
 # --- Backward pass and training steps ---------------------------------------------------------------------------------
@@ -497,7 +498,7 @@ def is_as_configured(layer: Layer, moved: Updates) -> bool:
 
 
 def _rate(rate: float | None) -> str:
-    return UNMEASURED if rate is None else figures.plain(rate)
+    return figures.known(rate, figures.plain)
 
 
 def _layer_table(

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from bnprobe.records import LayerComparison, LintReport, Report, Verdict, Verification
-from bnprobe.report import figures, verify
+from bnprobe.report import verify
 from bnprobe.report.findings import MODEL, model_of, text_of, title_of_finding
-from bnprobe.report.page import ARROW, UNMEASURED, RenderOptions, clean
+from bnprobe.report.page import ARROW, RenderOptions, clean
 from bnprobe.rules.findings import UNEXPLAINED, failures, findings
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def _layer_case(layer: LayerComparison) -> TestCase:
     from junitparser import Skipped
 
     case = _named(layer.name, "verify")
-    values = (UNMEASURED if value is None else figures.mismatch(value) for value in (layer.before, layer.after))
-    change = f"D {f' {ARROW} '.join(values)}"
+    change = f"D {f' {ARROW} '.join(verify.mismatches_of(layer))}"
     if layer.flagged_after:
         _fail(case, f"{'still' if layer.flagged_before else 'newly'} flagged: {change}", "flagged", "")
     elif layer.lost:

@@ -228,8 +228,7 @@ def _interval(row: LayerRow) -> str:
 
 
 def _mismatch(row: LayerRow) -> str:
-    path = worse_path(row.train, row.eval)
-    return UNMEASURED if path is None else figures.mismatch(path.mismatch)
+    return figures.path_mismatch(worse_path(row.train, row.eval))
 
 
 def _ranks(layers: Sequence[Layer]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from bnprobe.numbers import IN_MODE, count, percent
+from bnprobe.numbers import IN_MODE, count
 from bnprobe.records import (
     BaselineComparison,
     Comparison,
@@ -21,10 +21,10 @@ from bnprobe.records import (
     Verification,
 )
 from bnprobe.report import baseline, compare, figures, lint, verify
-from bnprobe.report.charts import largest
+from bnprobe.report.charts import mostly
 from bnprobe.report.diagnoses import closing
-from bnprobe.report.layers import sign_of, worst_first
-from bnprobe.report.page import ARROW, FINE, FLAGGED, SEVERITY_SIGNS, UNDECIDED, UNMEASURED, RenderOptions, clean
+from bnprobe.report.layers import sign_of, worse_path, worst_first
+from bnprobe.report.page import ARROW, FINE, FLAGGED, SEVERITY_SIGNS, RenderOptions, clean, worst_sign
 from bnprobe.rules import title_of
 
 MOST_LAYERS = 10
@@ -58,14 +58,12 @@ def render_scan(report: Report, options: RenderOptions) -> str:
 
 def render_lint(report: LintReport, options: RenderOptions) -> str:
     """The findings of a lint."""
-    worst = {diagnosis.severity for diagnosis in report.diagnoses}
-    sign = next((SEVERITY_SIGNS[each] for each in SEVERITY_SIGNS if each in worst), FINE)
-    notes = "\n".join(f"- {prose(note)}" for note in report.notes)
+    sign = worst_sign(diagnosis.severity for diagnosis in report.diagnoses)
     parts = [
         f"### bnprobe lint: {sign} {prose(lint.one_line(report))}",
         _against(report.baseline),
         *_diagnoses(report.diagnoses),
-        _folded("Notes", notes),
+        _folded("Notes", _listed(report.notes)),
         _skipped(report.skipped),
     ]
     return _document(parts)
@@ -75,18 +73,18 @@ def render_verify(found: Verification, options: RenderOptions) -> str:
     """Whether a repair holds, and every layer before and after."""
     rows = [
         (
-            FLAGGED if layer.flagged_after or layer.lost else UNDECIDED if layer.undecided_after else FINE,
+            verify.sign_after(layer),
             code(layer.name),
-            " ".join((_mismatch(layer.before), ARROW, _mismatch(layer.after))),
+            f" {ARROW} ".join(verify.mismatches_of(layer)),
         )
         for layer in found.layers
     ]
     table = _table(("", "layer", "D"), rows[: None if options.show_all else MOST_FOLDED])
     parts = [
         f"### bnprobe verify: {FINE if found.passed else FLAGGED} {prose(verify.one_line(found))}",
-        "\n".join(f"- {prose(problem)}" for problem in found.problems),
+        _listed(found.problems),
         _folded(count(len(found.layers), "layer"), table),
-        _folded("Notes", "\n".join(f"- {prose(note)}" for note in found.notes)),
+        _folded("Notes", _listed(found.notes)),
     ]
     return _document(parts)
 
@@ -101,7 +99,7 @@ def render_compare(found: Comparison, options: RenderOptions) -> str:
         f"### bnprobe compare: {compare.sign(found)} {prose(compare.one_line(found))}",
         _table(("scan", *columns), [(name, *map(prose, cells)) for name, *cells in scans]),
         _table(("layer", "D, first", "D, last", "change", ""), layers),
-        _folded("Notes", "\n".join(f"- {prose(note)}" for note in found.notes)),
+        _folded("Notes", _listed(found.notes)),
     ]
     return _document(parts)
 
@@ -127,6 +125,10 @@ def _block(command: str) -> str:
 
 def _document(parts: Iterable[str]) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return "\n".join(f"- {prose(text)}" for text in texts)
 
 
 def _folded(summary: str, text: str) -> str:
@@ -158,8 +160,7 @@ def _diagnoses(diagnoses: Sequence[Diagnosis]) -> list[str]:
 def _against(known: BaselineComparison | None) -> str:
     if known is None:
         return ""
-    items = [f"- {prose(text)}" for text in baseline.sentences(known, show_all=False)]
-    return "\n".join([f"{prose(baseline.heading(known))}.", "", *items])
+    return f"{prose(baseline.heading(known))}.\n\n{_listed(baseline.sentences(known, show_all=False))}"
 
 
 def _layers(layers: Sequence[Layer]) -> str:
@@ -168,25 +169,19 @@ def _layers(layers: Sequence[Layer]) -> str:
 
 
 def _row(layer: Layer) -> tuple[str, ...]:
-    mismatches = [path.mismatch for path in (layer.train, layer.eval) if path is not None]
-    found = None if layer.shares is None else largest(layer.shares)
     return (
         sign_of(layer),
         code(layer.name),
         figures.path_equivalent(layer.train),
         figures.path_equivalent(layer.eval),
-        _mismatch(max(mismatches, default=None)),
-        "" if found is None else f"{found[0].words} {percent(found[1] / found[2])}",
+        figures.path_mismatch(worse_path(layer.train, layer.eval)),
+        mostly(layer.shares),
         code(layer.location) if layer.location else "",
     )
 
 
 def _kept(layers: Sequence[Layer], options: RenderOptions) -> Sequence[Layer]:
     return layers if options.show_all or len(layers) <= MOST_FOLDED else worst_first(layers)[:MOST_FOLDED]
-
-
-def _mismatch(value: float | None) -> str:
-    return UNMEASURED if value is None else figures.mismatch(value)
 
 
 def _measured(report: Report) -> str:
@@ -197,7 +192,7 @@ def _measured(report: Report) -> str:
         *scan.notes,
     ]
     command = f"\n\n{_block(scan.command)}" if scan.command else ""
-    return "\n".join(f"- {prose(fact)}" for fact in facts) + command
+    return _listed(facts) + command
 
 
 def _skipped(layers: Sequence[SkippedLayer]) -> str:

@@ -12,7 +12,7 @@ from bnprobe.numbers import count, percent
 from bnprobe.records import SOURCES, Interval, Layer, Report, ShareIntervals, Shares, Source
 from bnprobe.report import charts, figures
 from bnprobe.report.layers import OUTPUT_CHANGE, on_samples, sign_of
-from bnprobe.report.page import CENTRE, CUT, STYLES, UNMEASURED, Page, pad
+from bnprobe.report.page import CENTRE, CUT, STYLES, Page, pad
 from bnprobe.report.table import Column, Mark, TableLayout, fit, layer_names, table
 from bnprobe.rules.shares import flagging_limit, noise_threshold
 from bnprobe.stats.theory import mismatch_iid
@@ -102,7 +102,7 @@ def _row(layer: Layer) -> ShareRow:
         name=layer.name,
         shares=None if layer.only_in == "train" else layer.shares,
         intervals=layer.share_intervals,
-        mismatch=UNMEASURED if layer.eval is None else figures.mismatch(layer.eval.mismatch),
+        mismatch=figures.path_mismatch(layer.eval),
         limit=flagging_limit(layer),
         estimate="" if impact is None or impact.estimate is None else figures.relative(impact.estimate),
         exact="" if impact is None or impact.exact is None else figures.relative(impact.exact),

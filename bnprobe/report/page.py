@@ -59,6 +59,18 @@ STYLES = {
 }
 """How a sign at the start of a line is coloured."""
 
+
+def standing(flagged: bool, undecided: bool) -> str:
+    """The sign of what is flagged, undecided or neither."""
+    return FLAGGED if flagged else UNDECIDED if undecided else FINE
+
+
+def worst_sign(severities: Iterable[Severity]) -> str:
+    """The sign of the worst of some findings; of none that all is well."""
+    found = set(severities)
+    return next((sign for severity, sign in SEVERITY_SIGNS.items() if severity in found), FINE)
+
+
 _ASCII = str.maketrans(
     {
         FLAGGED: "x",

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 from rich.text import Text
 
-from bnprobe.numbers import count, joined, listed, percent
-from bnprobe.records import Gap, Layer, Report, Source
+from bnprobe.numbers import count, joined, listed
+from bnprobe.records import Gap, Layer, Report
 from bnprobe.report import charts, figures, further, scan
 from bnprobe.report.baseline import known
 from bnprobe.report.diagnoses import closing, finding_lines, findings_in_words, limit_of
 from bnprobe.report.layers import MARKED_WORST, has_overflowed, sign_of, worse_path, worst_first
 from bnprobe.report.next_step import NextStep, advised_step
-from bnprobe.report.page import FLAGGED, STYLES, UNDECIDED, UNMEASURED, Page, RenderOptions, to_string
+from bnprobe.report.page import FLAGGED, STYLES, UNDECIDED, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Mark, TableLayout, fit, layer_names, table
 
 MOST_LINES = 40
@@ -193,10 +193,7 @@ def _patterns(name: str) -> list[_Pattern]:
 
 
 def _are_alike(layers: Sequence[Layer]) -> bool:
-    kinds = {
-        (sign_of(layer), largest[0] if layer.shares and (largest := charts.largest(layer.shares)) else None)
-        for layer in layers
-    }
+    kinds = {(sign_of(layer), (charts.largest(layer.shares) or (None,))[0]) for layer in layers}
     paths = [worse_path(layer.train, layer.eval) for layer in layers]
     found = [path.mismatch for path in paths if path is not None]
     return (
@@ -261,32 +258,16 @@ _DISPENSABLE = (
 
 def _columns(layers: Sequence[Layer], alike: Sequence[int]) -> list[Column]:
     paths = [None if has_overflowed(layer) else worse_path(layer.train, layer.eval) for layer in layers]
-    mostly = [_mostly(layer) for layer in layers]
-    changes = [_change(layer) for layer in layers]
+    mostly = [charts.mostly(layer.shares) for layer in layers]
+    changes = [figures.output_change(layer.impact) for layer in layers]
     return [
         *([Column(_ALIKE_LAYERS, [str(number) for number in alike])] if max(alike, default=1) > 1 else []),
         Column("n_eq", [figures.path_equivalent(path) for path in paths], "point"),
         Column(_LIMIT, [f"{limit_of(layer):.3g}" for layer in layers], "point"),
-        Column(_MISMATCH, [UNMEASURED if path is None else figures.mismatch(path.mismatch) for path in paths], "point"),
+        Column(_MISMATCH, [figures.path_mismatch(path) for path in paths], "point"),
         *([Column(_MOSTLY, mostly, "left")] if any(mostly) else []),
         *([Column(_OUTPUT, changes, "point")] if any(changes) else []),
     ]
-
-
-def _largest(layer: Layer) -> tuple[Source, float, float] | None:
-    return None if layer.shares is None else charts.largest(layer.shares)
-
-
-def _mostly(layer: Layer) -> str:
-    largest = _largest(layer)
-    return "" if largest is None else f"{largest[0].words} {percent(largest[1] / largest[2])}"
-
-
-def _change(layer: Layer) -> str:
-    impact = layer.impact
-    if impact is None or (impact.exact is None and impact.estimate is None):
-        return ""
-    return f"~{figures.relative(impact.estimate or 0.0)}" if impact.exact is None else figures.relative(impact.exact)
 
 
 def _legend(headings: Container[str]) -> str:

@@ -19,7 +19,7 @@ from bnprobe.records import (
     SweepReport,
 )
 from bnprobe.report import figures
-from bnprobe.report.page import CENTRE, FINE, FLAGGED, TIMES, UNDECIDED, UNMEASURED, Page, RenderOptions, pad, to_string
+from bnprobe.report.page import CENTRE, FINE, FLAGGED, TIMES, UNDECIDED, Page, RenderOptions, pad, standing, to_string
 from bnprobe.report.table import Column, Names, dropping, layer_names, table
 from bnprobe.rules.shares import NOISE_THRESHOLD
 from bnprobe.stats.theory import equivalent_batch_size
@@ -95,9 +95,8 @@ def _closing(report: SweepReport, page: Page) -> list[Text]:
 
 def verdict_sign(report: SweepReport) -> str:
     """The sign of the verdict."""
-    flagged = any(layer.flagged for layer in report.layers)
-    undecided = any(layer.undecided for layer in report.layers)
-    return FLAGGED if flagged else UNDECIDED if undecided else FINE
+    layers = report.layers
+    return standing(any(layer.flagged for layer in layers), any(layer.undecided for layer in layers))
 
 
 # --- Batch sizes ------------------------------------------------------------------------------------------------------
@@ -343,7 +342,7 @@ def _rates(sweep: MomentumSweep, page: Page) -> list[Text]:
         Column("eff. batches", ["" if p.effective_batches is None else f"{p.effective_batches:,.1f}" for p in points]),
         Column("loaded", [marked(point.loaded.mismatch, point, best.loaded) for point in points]),
         Column("converged", [marked(point.converged.mismatch, point, best.converged) for point in points]),
-        Column("±", [UNMEASURED if error is None else rate_mismatch(error) for error in errors]),
+        Column("±", [figures.known(error, rate_mismatch) for error in errors]),
     ]
     shifted = [(point, point.shifted.mismatch) for point in points if point.shifted is not None]
     if shifted:

@@ -112,9 +112,7 @@ OUTPUT = "Output: training against inference (relative L2)"
 def output_in_words(found: Verification) -> list[str]:
     if found.output_before is None and found.output_after is None:
         return []
-    before, after = (
-        UNMEASURED if value is None else figures.relative(value) for value in (found.output_before, found.output_after)
-    )
+    before, after = (figures.known(value, figures.relative) for value in (found.output_before, found.output_after))
     return [f"{before} {ARROW} {after}"]
 
 
@@ -183,7 +181,7 @@ def _table(rows: Sequence[ComparedLayer], page: Page, show_all: bool) -> list[Te
     kept = {row.layer.name for row in worst}
     shown = rows if show_all else [row for row in rows if row.layer.name in kept]
     equivalents = [row.equivalent for row in shown]
-    mismatches = [(_mismatch(row.layer.before), _mismatch(row.layer.after)) for row in shown]
+    mismatches = [mismatches_of(row.layer) for row in shown]
     flags = [what_became(row) for row in shown]
     columns = [
         *([Column("n_eq", arrows(equivalents, page, ARROW))] if any(map(any, equivalents)) else []),
@@ -197,8 +195,9 @@ def _table(rows: Sequence[ComparedLayer], page: Page, show_all: bool) -> list[Te
     return [*lines, *_hidden(rows, shown, page)]
 
 
-def _mismatch(value: float | None) -> str:
-    return UNMEASURED if value is None else figures.mismatch(value)
+def mismatches_of(layer: LayerComparison) -> tuple[str, str]:
+    """D before and after, as printed."""
+    return figures.known(layer.before, figures.mismatch), figures.known(layer.after, figures.mismatch)
 
 
 def sign_after(layer: LayerComparison) -> str:

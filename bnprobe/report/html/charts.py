@@ -22,6 +22,7 @@ from bnprobe.report.html.vega import (
     drawn_from,
     finished,
     floored,
+    hue,
     log_scale,
     rounded,
     told,
@@ -74,7 +75,7 @@ def batch_sizes(curves: Sequence[SizeCurve]) -> dict[str, Any]:
     scale, axis = log_scale([*measured, *(max(value, min(measured)) for value in expected)], "D at inference")
     rows = [_size_row(curve, point) for curve in curves for point in curve.points]
     marked = [row for row in rows if row["role"]]
-    hue = alt.Color("role:N", legend=None, scale=_role_scale(curves))
+    by_role = hue("role", dict(zip(roles(curves), LINES, strict=False)))
     y = alt.Y("D:Q", scale=scale, axis=axis)
     every, some = drawn_from("rows"), drawn_from("told")
     tooltip = told(("name", ""), ("at", "samples in a batch"), ("text", "D (95%)"), ("theory_text", "i.i.d. samples"))
@@ -83,13 +84,15 @@ def batch_sizes(curves: Sequence[SizeCurve]) -> dict[str, Any]:
     return finished(
         alt.layer(
             faint,
-            theory.encode(x=x, y=alt.Y("theory:Q", scale=scale, axis=axis), color=hue),
-            some.mark_line(strokeWidth=2.4).encode(x=x, y=y, color=hue),
-            some.mark_rule(strokeWidth=1.6).encode(x=x, y=alt.Y("low:Q", scale=scale, axis=axis), y2="high", color=hue),
+            theory.encode(x=x, y=alt.Y("theory:Q", scale=scale, axis=axis), color=by_role),
+            some.mark_line(strokeWidth=2.4).encode(x=x, y=y, color=by_role),
+            some.mark_rule(strokeWidth=1.6).encode(
+                x=x, y=alt.Y("low:Q", scale=scale, axis=axis), y2="high", color=by_role
+            ),
             every.mark_point(filled=True, size=30, opacity=0.45, color=colour("soft")).encode(
                 x=x, y=y, tooltip=tooltip
             ),
-            some.mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, color=hue, tooltip=tooltip),
+            some.mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, color=by_role, tooltip=tooltip),
         ),
         height=280,
         rows=rows,
@@ -100,11 +103,6 @@ def batch_sizes(curves: Sequence[SizeCurve]) -> dict[str, Any]:
 def roles(curves: Sequence[SizeCurve]) -> list[str]:
     """The roles that there are, in the order of their colours."""
     return list(dict.fromkeys(curve.role for curve in curves if curve.role))
-
-
-def _role_scale(curves: Sequence[SizeCurve]) -> Any:
-    names = roles(curves)
-    return altair().Scale(domain=names, range=[colour(name) for name in LINES[: len(names)]])
 
 
 def _size_row(curve: SizeCurve, point: SizePoint) -> dict[str, Any]:
@@ -181,12 +179,10 @@ def _bar_scale(bars: Sequence[Bar], zero: bool) -> Any:
 def _bar_parts(bars: Sequence[Bar], zero: bool) -> tuple[Any, Any, Any, Any]:
     """The chart, its axes and its colours."""
     alt = altair()
-    looks = list(dict.fromkeys(bar.look for bar in bars))
-    hue = alt.Color("look:N", legend=None, scale=alt.Scale(domain=looks, range=[colour(look) for look in looks]))
     y = alt.Y("row:O", axis=None, scale=alt.Scale(paddingInner=0.0, paddingOuter=0.0))
     axis = alt.Axis(title=None, tickCount=5, format="~g")
     x = {name: alt.X(f"{name}:Q", scale=_bar_scale(bars, zero), axis=axis) for name in ("start", "end", "low")}
-    return drawn_from("rows"), x, y, hue
+    return drawn_from("rows"), x, y, hue("look", {bar.look: bar.look for bar in bars})
 
 
 def _labels(chart: Any, y: Any) -> list[Any]:
@@ -204,9 +200,9 @@ def _labels(chart: Any, y: Any) -> list[Any]:
 def waterfall(bars: Sequence[Bar]) -> dict[str, Any]:
     """Levels as bars from 0, and between them the steps, where each begins and ends."""
     alt = altair()
-    chart, x, y, hue = _bar_parts(bars, zero=True)
+    chart, x, y, by_look = _bar_parts(bars, zero=True)
     thick = {"height": 11, "yOffset": 8, "cornerRadius": 1.5}
-    body = chart.mark_bar(**thick).encode(x=x["start"], x2="end", y=y, color=hue)
+    body = chart.mark_bar(**thick).encode(x=x["start"], x2="end", y=y, color=by_look)
     around = chart.mark_rule(color=colour("ink"), strokeWidth=1.4, yOffset=8).encode(x=x["low"], x2="high", y=y)
     return finished(alt.layer(body, around, *_labels(chart, y)), height=_LINE * len(bars), rows=_bar_rows(bars))
 
@@ -215,18 +211,18 @@ def waterfall(bars: Sequence[Bar]) -> dict[str, Any]:
 def dumbbells(bars: Sequence[Bar]) -> dict[str, Any]:
     """From one value to another, with the interval of the second."""
     alt = altair()
-    chart, x, y, hue = _bar_parts(bars, zero=False)
+    chart, x, y, by_look = _bar_parts(bars, zero=False)
     down = {"yOffset": 8}
     return finished(
         alt.layer(
             chart.mark_rule(color=colour("before"), opacity=0.6, strokeWidth=1.6, **down).encode(
                 x=x["start"], x2="end", y=y
             ),
-            chart.mark_rule(strokeWidth=5, opacity=0.35, **down).encode(x=x["low"], x2="high", y=y, color=hue),
+            chart.mark_rule(strokeWidth=5, opacity=0.35, **down).encode(x=x["low"], x2="high", y=y, color=by_look),
             chart.mark_point(filled=False, opacity=1, stroke=colour("before"), strokeWidth=1.6, size=60, **down).encode(
                 x=x["start"], y=y
             ),
-            chart.mark_point(filled=True, opacity=1, size=70, **down).encode(x=x["end"], y=y, color=hue),
+            chart.mark_point(filled=True, opacity=1, size=70, **down).encode(x=x["end"], y=y, color=by_look),
             *_labels(chart, y),
         ),
         height=_LINE * len(bars),
@@ -238,15 +234,15 @@ def dumbbells(bars: Sequence[Bar]) -> dict[str, Any]:
 def estimates(bars: Sequence[Bar]) -> dict[str, Any]:
     """Means with their intervals, and the runs that they are means over."""
     alt = altair()
-    chart, x, y, hue = _bar_parts(bars, zero=False)
+    chart, x, y, by_look = _bar_parts(bars, zero=False)
     seeds = [{"row": row, "end": rounded(value)} for row, bar in enumerate(bars) for value in bar.seeds]
     down = {"yOffset": 8}
     runs = drawn_from("seeds").mark_tick(color=colour("soft"), thickness=1.2, size=13, **down)
     return finished(
         alt.layer(
             *([runs.encode(x=x["end"], y=y)] if seeds else []),
-            chart.mark_rule(strokeWidth=5, opacity=0.4, **down).encode(x=x["low"], x2="high", y=y, color=hue),
-            chart.mark_point(filled=True, opacity=1, size=70, **down).encode(x=x["end"], y=y, color=hue),
+            chart.mark_rule(strokeWidth=5, opacity=0.4, **down).encode(x=x["low"], x2="high", y=y, color=by_look),
+            chart.mark_point(filled=True, opacity=1, size=70, **down).encode(x=x["end"], y=y, color=by_look),
             *_labels(chart, y),
         ),
         height=_LINE * len(bars),
@@ -286,10 +282,7 @@ def lines(found: Iterable[Line], x_title: str, y_title: str, logarithmic: bool =
         for at, y in line.points
         if y is not None and math.isfinite(y) and (y > 0 or not logarithmic)
     ]
-    looks = {line.name: line.look for line in found}
-    hue = alt.Color(
-        "name:N", legend=None, scale=alt.Scale(domain=list(looks), range=[colour(look) for look in looks.values()])
-    )
+    by_name = hue("name", {line.name: line.look for line in found})
     x = alt.X("x:Q", axis=alt.Axis(title=x_title, format=",d", grid=False, tickCount=6))
     scale = alt.Scale(zero=False, nice=False, padding=6)
     axis = y_axis(y_title, format="~g")
@@ -303,8 +296,8 @@ def lines(found: Iterable[Line], x_title: str, y_title: str, logarithmic: bool =
     tooltip = told(("name", ""), ("run", "seed"), ("at", x_title), ("text", y_title))
     return finished(
         alt.layer(
-            chart.mark_line(strokeWidth=1.5, opacity=0.75).encode(x=x, y=y, color=hue, detail="run:N"),
-            chart.mark_point(filled=True, size=45, opacity=dots).encode(x=x, y=y, color=hue, tooltip=tooltip),
+            chart.mark_line(strokeWidth=1.5, opacity=0.75).encode(x=x, y=y, color=by_name, detail="run:N"),
+            chart.mark_point(filled=True, size=45, opacity=dots).encode(x=x, y=y, color=by_name, tooltip=tooltip),
         ),
         height=240,
         rows=rows,
@@ -326,8 +319,7 @@ class RatePoint:
 def rates(points: Sequence[RatePoint]) -> dict[str, Any]:
     """D against the rate of the running average, a line for each start; the best of each is filled."""
     alt = altair()
-    starts = list(dict.fromkeys(point.start for point in points))
-    hue = alt.Color("start:N", legend=None, scale=alt.Scale(domain=starts, range=[colour(name) for name in LINES[:3]]))
+    by_start = hue("start", dict(zip(dict.fromkeys(point.start for point in points), LINES, strict=False)))
     rows = [
         {
             "rate": point.rate,
@@ -350,10 +342,10 @@ def rates(points: Sequence[RatePoint]) -> dict[str, Any]:
     low = alt.Y("low:Q", scale=scale, axis=axis)
     return finished(
         alt.layer(
-            chart.mark_line(strokeWidth=2).encode(x=x, y=y, color=hue, detail="start:N"),
-            chart.mark_rule(strokeWidth=1.4).encode(x=x, y=low, y2="high", color=hue),
-            chart.mark_point(filled=True, size=40, opacity=1).encode(x=x, y=y, color=hue, tooltip=tooltip),
-            best.mark_point(filled=False, size=170, opacity=1, strokeWidth=2).encode(x=x, y=y, color=hue),
+            chart.mark_line(strokeWidth=2).encode(x=x, y=y, color=by_start, detail="start:N"),
+            chart.mark_rule(strokeWidth=1.4).encode(x=x, y=low, y2="high", color=by_start),
+            chart.mark_point(filled=True, size=40, opacity=1).encode(x=x, y=y, color=by_start, tooltip=tooltip),
+            best.mark_point(filled=False, size=170, opacity=1, strokeWidth=2).encode(x=x, y=y, color=by_start),
         ),
         height=260,
         rows=rows,

@@ -143,9 +143,9 @@ def _remedy_figure(title: str, ordered: Sequence[Remedy], measures: Sequence[Mea
 
 
 def _remedy_bar(remedy: Remedy, measure: Measure) -> charts.Bar:
-    before, after = (remedy.control or remedy.before).of(measure), remedy.after.of(measure)
-    change = remedy.loss_change if measure == "loss" else remedy.metric_change
-    texts = [UNMEASURED if value is None else figures.score(value) for value in (before, after)]
+    before, after = further.ends(remedy, measure)
+    change = further.change_of(remedy, measure)
+    texts = [figures.known(value, figures.score) for value in (before, after)]
     interval = None
     if change is not None and change.interval is not None and after is not None:
         low, high = change.interval
@@ -210,7 +210,7 @@ def updates(report: Report) -> Iterator[Block]:
             (
                 Cell(layer.name, sign="!" if (layer, moved) in odd else ""),
                 *(
-                    Cell(UNMEASURED if value is None else figures.plain(value))
+                    Cell(figures.known(value, figures.plain))
                     for value in (
                         moved.per_step,
                         moved.repeated,

@@ -10,18 +10,16 @@ from bnprobe.report import figures
 from bnprobe.report import mismatch as sources
 from bnprobe.report import scan as words
 from bnprobe.report.html import charts, network_charts
-from bnprobe.report.html.page import Block, Cell, Column, Figure, Fold, Row, Table, Text
+from bnprobe.report.html.page import Block, Cell, Column, Figure, Fold, Row, Table, Text, signs_among
 from bnprobe.report.html.page import Chart as Drawn
 from bnprobe.report.html.vega import LINES
 from bnprobe.report.layers import MEANINGS, on_samples, sign_of, terms, worse_path
-from bnprobe.report.page import FINE, FLAGGED, UNDECIDED, UNMEASURED
+from bnprobe.report.page import FLAGGED, UNMEASURED
 from bnprobe.rules.shares import flagging_limit
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
 
 MOST_LINES = 60
 """So many layers are drawn against batch size, the worst."""
-
-SIGNS = (FLAGGED, UNDECIDED, FINE, UNMEASURED)
 
 
 def network(report: Report) -> Iterator[Block]:
@@ -90,7 +88,7 @@ def _share(value: float | None) -> str:
 def _spread_figure(report: Report) -> Figure:
     layers = report.layers
     number = count(len(layers), "layer")
-    present = [sign for sign in SIGNS if any(sign_of(layer) == sign for layer in layers)]
+    present = signs_among(map(sign_of, layers))
     return Figure(
         "spread",
         "r and d in training, over channels and micro-batches",
@@ -175,7 +173,7 @@ def layer_table(report: Report) -> Iterator[Block]:
         )
         for depth, layer in enumerate(layers, start=1)
     )
-    present = tuple(sign for sign in SIGNS if any(sign_of(layer) == sign for layer in layers))
+    present = signs_among(map(sign_of, layers))
     legend = tuple(f"{term}: {text}." for term, text in terms(layers))
     yield Table(f"{count(len(layers), 'layer')} in depth order", tuple(columns), made, present, legend)
     yield from _calls(layers)
@@ -195,7 +193,7 @@ def figure_cells(layer: Layer) -> list[Cell]:
     path = worse_path(layer.train, layer.eval)
     return [
         *(_equivalent(one) for one in (layer.train, layer.eval)),
-        Cell(UNMEASURED) if path is None else Cell(figures.mismatch(path.mismatch), path.mismatch),
+        Cell(figures.path_mismatch(path), None if path is None else path.mismatch),
     ]
 
 
@@ -221,11 +219,8 @@ def _limit(layer: Layer) -> Cell:
 
 def output_change(layer: Layer) -> Cell:
     impact = layer.impact
-    if impact is None or (impact.exact is None and impact.estimate is None):
-        return Cell("")
-    if impact.exact is not None:
-        return Cell(figures.relative(impact.exact), impact.exact)
-    return Cell(f"~{figures.relative(impact.estimate or 0.0)}", impact.estimate)
+    order = None if impact is None else impact.estimate if impact.exact is None else impact.exact
+    return Cell(figures.output_change(impact), order)
 
 
 def _clipped(layer: Layer, name: str) -> Cell:
@@ -245,7 +240,7 @@ def _calls(layers: Iterable[Layer]) -> Iterator[Block]:
                 Cell(f"{call.values_per_channel:,}"),
                 Cell(figures.path_equivalent(call.train)),
                 Cell(figures.path_equivalent(call.eval)),
-                Cell(UNMEASURED if path is None else figures.mismatch(path.mismatch)),
+                Cell(figures.path_mismatch(path)),
             )
         )
         for layer in layers

@@ -16,6 +16,7 @@ from bnprobe.report.html.vega import (
     drawn_from,
     finished,
     floored,
+    hue,
     log_scale,
     rounded,
     told,
@@ -190,11 +191,11 @@ def spread(name: str, layers: Sequence[Layer], labelled: bool = False) -> dict[s
     y = {place: f"{name}{index}" for index, place in enumerate(_QUANTILES)}
     scale, axis = (_r_scale if name == "r" else _d_scale)(found)
     x = _depth_axis(labelled)
-    hue = alt.Color("standing:N", legend=None, scale=_standing_scale())
+    by_standing = hue("standing", {name: name for name in COLOURS.values()})
     low = alt.Y(f"{y['0.01']}:Q", scale=scale, axis=axis)
     half = alt.Y(f"{y['0.25']}:Q", scale=scale, axis=axis)
     middle = alt.Y(f"{y['0.5']}:Q", scale=scale, axis=axis)
-    whiskers = _network().mark_rule(opacity=0.75).encode(x=x, y=low, y2=y["0.99"], color=hue)
+    whiskers = _network().mark_rule(opacity=0.75).encode(x=x, y=low, y2=y["0.99"], color=by_standing)
     box = _network().mark_bar(opacity=0.8, minBandSize=1, width=alt.RelativeBandSize(0.8))
     median = _network().mark_tick(color=colour("ink"), thickness=1.2, opacity=1)
     words = (("name", ""), (f"{name}middle", "median"), (f"{name}half", "half of the values"))
@@ -204,18 +205,13 @@ def spread(name: str, layers: Sequence[Layer], labelled: bool = False) -> dict[s
         alt.layer(
             *marks,
             whiskers,
-            box.encode(x=x, y=half, y2=y["0.75"], color=hue),
+            box.encode(x=x, y=half, y2=y["0.75"], color=by_standing),
             median.encode(x=x, y=middle),
             _pointed(tooltip, labelled),
         ),
         height=150,
         one=[{}],
     )
-
-
-def _standing_scale() -> Any:
-    names = list(COLOURS.values())
-    return altair().Scale(domain=names, range=[colour(name) for name in names])
 
 
 def _marks(values: Sequence[float], scale: Any, axis: Any) -> list[Any]:
@@ -282,8 +278,8 @@ def before_and_after(changes: Sequence[Change]) -> dict[str, Any]:
             "name": one.name,
             "before": floored(one.before),
             "after": floored(one.after),
-            "from": UNMEASURED if one.before is None else figures.mismatch(one.before),
-            "to": UNMEASURED if one.after is None else figures.mismatch(one.after),
+            "from": figures.known(one.before, figures.mismatch),
+            "to": figures.known(one.after, figures.mismatch),
             "became": one.became,
         }
         for label, one in zip(labels, changes, strict=True)

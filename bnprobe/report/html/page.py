@@ -35,6 +35,11 @@ STANDINGS = {
 """What signs are called: for those who do not see them, and as classes of the style sheet."""
 
 
+def signs_among(found: Iterable[str]) -> tuple[str, ...]:
+    """The signs that rows of a table carry, each once, the worst first."""
+    return tuple(sorted(set(found), key=list(STANDINGS).index))
+
+
 # --- Blocks -----------------------------------------------------------------------------------------------------------
 
 

@@ -17,12 +17,18 @@ def next_step(step: NextStep) -> list[Block]:
     return [Text((step.why,))] if step.command is None else [Command(step.why, (step.command,))]
 
 
+def points(items: Iterable[str | tuple[str, str]]) -> tuple[Block, ...]:
+    """Sentences as a list, each alone or after its sign; nothing where there are none."""
+    listed = tuple(("", each) if isinstance(each, str) else each for each in items)
+    return (Points(listed),) if listed else ()
+
+
 def skipped_cards(skipped: Iterable[SkippedLayer]) -> Iterator[Block]:
     """The layers that could not be judged, those of one reason together."""
     for (kind, reason), names in words.skipped_by_reason(skipped).items():
         yield Card(UNMEASURED, names[0] if len(names) == 1 else count(len(names), "layer"), kind, (("", reason),))
         if len(names) > 1:
-            yield Fold("Their names", (Points(tuple(("", name) for name in names)),))
+            yield Fold("Their names", points(names))
 
 
 def environment(found: Environment) -> list[tuple[str, str]]:

@@ -20,14 +20,13 @@ from bnprobe.report.html.page import (
     Facts,
     Figure,
     Fold,
-    Points,
     Row,
     Section,
     Table,
     Text,
     Tiles,
 )
-from bnprobe.report.html.parts import environment, reproduce
+from bnprobe.report.html.parts import environment, points, reproduce
 from bnprobe.report.html.vega import LINES
 from bnprobe.report.html.verify import compared_layers
 from bnprobe.report.page import ARROW, UNMEASURED, RenderOptions
@@ -46,21 +45,17 @@ def repair_page(report: RepairReport, options: RenderOptions) -> Document:
         sign=sign,
         verdict=verdict,
         sentences=(*proof, *(words.flags(record, report.after) if report.after or not record.plan else [])),
-        top=(Tiles(tuple(_tiles(record))), *_points(words.warnings(record)), *_points(words.requirements(record))),
+        top=(Tiles(tuple(_tiles(record))), *points(words.warnings(record)), *points(words.requirements(record))),
         sections=(
             Section("arms", "Against its baselines", tuple(_arms(record.proof)) if record.proof else ()),
             Section("training", "Training", tuple(_training(record.proof)) if record.proof else ()),
             Section("changed", "What was changed", tuple(_changed(record)), "Changes"),
             Section("layers", "Every layer, before and after", tuple(compared_layers(scanned)), "Layers"),
-            Section("notes", "Notes", _points([("", note) for note in record.notes])),
+            Section("notes", "Notes", points(record.notes)),
             Section("use", "Using the weights", tuple(_use(report))),
             Section("how", "How this was done", tuple(_how(record, options))),
         ),
     )
-
-
-def _points(items: Sequence[tuple[str, str]]) -> tuple[Block, ...]:
-    return (Points(tuple(items)),) if items else ()
 
 
 def _tiles(record: RepairRecord) -> Iterator[tuple[str, str, str]]:
@@ -77,7 +72,7 @@ def _tiles(record: RepairRecord) -> Iterator[tuple[str, str, str]]:
 
 
 def _score_tiles(proof: Proof) -> Iterator[tuple[str, str, str]]:
-    values = {arm.name: arm.metric if proof.measure == "metric" else arm.loss for arm in proof.arms}
+    values = {arm.name: arm.of(proof.measure) for arm in proof.arms}
     repaired, control = values.get(proof.repaired), values.get(proof.control or "")
     if repaired is None:
         return
@@ -90,7 +85,7 @@ def _score_tiles(proof: Proof) -> Iterator[tuple[str, str, str]]:
 
 def _arms(proof: Proof) -> Iterator[Block]:
     order: tuple[Measure, ...] = ("metric", "loss") if proof.measure == "metric" else ("loss", "metric")
-    measures = [measure for measure in order if any(_estimate(arm, measure) for arm in proof.arms)]
+    measures = [measure for measure in order if any(arm.of(measure) for arm in proof.arms)]
     if measures:
         yield Figure(
             "comparison",
@@ -108,11 +103,7 @@ def _arms(proof: Proof) -> Iterator[Block]:
             (("after", "the repair"), ("line-2", "its baseline"), ("before", "others")),
         )
     yield from (Text((text,)) for text in words.gain(proof))
-    yield from _points([("", text) for text in (*words.clipped(proof), *words.diverged(proof.arms))])
-
-
-def _estimate(arm: Arm, measure: Measure) -> object:
-    return arm.loss if measure == "loss" else arm.metric
+    yield from points([*words.clipped(proof), *words.diverged(proof.arms)])
 
 
 def _reading(proof: Proof) -> tuple[str, ...]:
@@ -128,7 +119,7 @@ def _reading(proof: Proof) -> tuple[str, ...]:
 def _arm_bar(arm: Arm, measure: Measure, proof: Proof) -> charts.Bar:
     look = "after" if arm.name == proof.repaired else "line-2" if arm.name == proof.control else "before"
     seeds = [value for run in arm.runs if (value := run.score.of(measure)) is not None] if len(arm.runs) > 1 else []
-    return charts.estimate_bar(arm.name, arm.loss if measure == "loss" else arm.metric, look, seeds)
+    return charts.estimate_bar(arm.name, arm.of(measure), look, seeds)
 
 
 def _arm_table(proof: Proof, measures: Sequence[Measure]) -> Table:
@@ -137,8 +128,7 @@ def _arm_table(proof: Proof, measures: Sequence[Measure]) -> Table:
     columns += [Column("Best step"), Column("Steps"), Column("Ended", number=False)] if trained else []
     rows = []
     for arm in proof.arms:
-        values = [arm.loss if measure == "loss" else arm.metric for measure in measures]
-        cells = [Cell(UNMEASURED if value is None else figures.estimate(value)) for value in values]
+        cells = [Cell(figures.known(arm.of(measure), figures.estimate)) for measure in measures]
         if trained and arm.trained:
             spans = [words.span([run.best_step for run in arm.runs]), words.span([run.steps for run in arm.runs])]
             cells += [*map(Cell, spans), Cell(words.ended(arm.runs))]
@@ -210,7 +200,7 @@ def _run_table(trained: Sequence[Arm]) -> Table:
         for run in arm.runs:
             last = run.curve.losses[-1] if run.curve and run.curve.losses else None
             scores = (last, run.score.loss, run.score.metric)
-            texts = [UNMEASURED if value is None else figures.score(value) for value in scores]
+            texts = [figures.known(value, figures.score) for value in scores]
             counted = [str(run.seed), f"{run.steps:,}", f"{run.best_step:,}"]
             cells = [*counted, *texts, figures.duration(run.seconds), words.ended([run])]
             rows.append(Row((Cell(arm.name), *map(Cell, cells))))
@@ -224,7 +214,7 @@ def _changed(record: RepairRecord) -> Iterator[Block]:
     plan = record.plan
     if plan is not None and plan.changes:
         yield Text((words.conversion(plan),))
-        yield Points(tuple(("", text) for text in words.conversions(plan, show_all=False)))
+        yield from points(words.conversions(plan, show_all=False))
         columns = tuple(Column(heading, number=False) for heading in ("Layer", "Was", "Is", "Why"))
         rows = tuple(Row(tuple(map(Cell, (one.name, one.kind, one.to, one.reason)))) for one in plan.changes)
         yield Fold("Every converted layer", (Table("Converted layers", columns, rows),), note=str(len(rows)))
@@ -235,7 +225,7 @@ def _changed(record: RepairRecord) -> Iterator[Block]:
         converted = words.recalibrates_the_converted(record)
         yield Text((words.RECALIBRATED_FIRST if converted else f"{words.recalibration(record)}.",))
         if not converted:
-            yield Fold("Their names", (Points(tuple(("", name) for name in record.recalibrated)),))
+            yield Fold("Their names", points(record.recalibrated))
 
 
 def _use(report: RepairReport) -> Iterator[Block]:

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from bnprobe.numbers import count
 from bnprobe.records import Verdict
 from bnprobe.report import diagnoses
-from bnprobe.report.html.page import Block, Facts, Fold, Points, Text
-from bnprobe.report.page import FINE, SEVERITY_SIGNS, UNMEASURED
+from bnprobe.report.findings import MODEL
+from bnprobe.report.html.page import Block, Facts, Fold, Text
+from bnprobe.report.html.parts import points
+from bnprobe.report.page import FINE, SEVERITY_SIGNS, UNMEASURED, worst_sign
 from bnprobe.rules import rule_of, title_of
 from bnprobe.rules.docs import manual
 
@@ -36,11 +38,9 @@ def _outcome(found: Sequence[Verdict]) -> str:
 
 
 def _rule_sign(found: Sequence[Verdict]) -> str:
-    failed = [verdict.severity for verdict in found if verdict.outcome == "failed"]
-    worst = next((severity for severity in SEVERITY_SIGNS if severity in failed), None)
-    if worst is not None:
-        return SEVERITY_SIGNS[worst]
-    return FINE if _outcome(found) == "passed" else UNMEASURED
+    if _outcome(found) == "skipped":
+        return UNMEASURED
+    return worst_sign(verdict.severity for verdict in found if verdict.outcome == "failed")
 
 
 def _outcome_in_words(found: Sequence[Verdict]) -> str:
@@ -54,18 +54,15 @@ def _outcome_in_words(found: Sequence[Verdict]) -> str:
     return f"skipped: {'; '.join(filter(None, reasons))}"
 
 
-def _failures(found: Sequence[Verdict]) -> Iterator[Block]:
-    items = [
-        (SEVERITY_SIGNS[verdict.severity], f"{_where(verdict)}: {verdict.message}{diagnoses.value_in_words(verdict)}")
+def _failures(found: Sequence[Verdict]) -> tuple[Block, ...]:
+    return points(
+        (
+            SEVERITY_SIGNS[verdict.severity],
+            f"{verdict.layer or MODEL}: {verdict.message}{diagnoses.value_in_words(verdict)}",
+        )
         for verdict in found
         if verdict.outcome == "failed"
-    ]
-    if items:
-        yield Points(tuple(items))
-
-
-def _where(verdict: Verdict) -> str:
-    return verdict.layer or "the model"
+    )
 
 
 def _manual(code: str) -> Iterator[Block]:

@@ -27,14 +27,13 @@ from bnprobe.report.html.page import (
     Document,
     Facts,
     Fold,
-    Points,
     Row,
     Section,
     Table,
     Text,
     Tiles,
 )
-from bnprobe.report.html.parts import environment, next_step, reproduce, skipped_cards
+from bnprobe.report.html.parts import environment, next_step, points, reproduce, skipped_cards
 from bnprobe.report.html.rules import rule_folds
 from bnprobe.report.layers import sign_of, worse_path, worst_first
 from bnprobe.report.page import ARROW, SEVERITY_SIGNS, UNDECIDED, RenderOptions
@@ -69,7 +68,7 @@ def scan_page(report: Report, options: RenderOptions) -> Document:
             Section("backward", further.BACKWARD, tuple(backward(report)), "Backward pass"),
             Section("updates", further.UPDATES, tuple(updates(report)), "Training steps"),
             Section("skipped", "Layers that could not be judged", tuple(skipped_cards(report.skipped)), "Skipped"),
-            Section("notes", "Notes", tuple(_notes(report))),
+            Section("notes", "Notes", _notes(report)),
             Section("rules", "Every rule, and what it found", tuple(rule_folds(report.verdicts)), "Rules"),
             Section("how", "How this was measured", tuple(_how(report, options)), "How measured"),
         ),
@@ -156,12 +155,10 @@ def _worst(report: Report) -> Iterator[Block]:
     )
 
 
-def _notes(report: Report) -> Iterator[Block]:
-    items = [("", note) for note in report.scan.notes]
-    for note, names in words.layers_by_note(report.layers).items():
-        items.append(("", f"{figures.listed_in_line(names, show_all=False)}: {note}"))
-    if items:
-        yield Points(tuple(items))
+def _notes(report: Report) -> tuple[Block, ...]:
+    of_layers = words.layers_by_note(report.layers).items()
+    told = (f"{figures.listed_in_line(names, show_all=False)}: {note}" for note, names in of_layers)
+    return points([*report.scan.notes, *told])
 
 
 # --- How it was measured ----------------------------------------------------------------------------------------------
@@ -170,5 +167,5 @@ def _notes(report: Report) -> Iterator[Block]:
 def _how(report: Report, options: RenderOptions) -> Iterator[Block]:
     yield Facts((*words.what_was_run(report), *environment(report.environment)))
     if sentences := words.cost(report.scan):
-        yield Fold(words.COST, (Points(tuple(("", text) for text in sentences)),))
+        yield Fold(words.COST, points(sentences))
     yield from reproduce(options.command)

@@ -18,15 +18,15 @@ from bnprobe.report.html.page import (
     Document,
     Facts,
     Figure,
-    Points,
     Row,
     Section,
     Table,
     Tiles,
+    signs_among,
 )
-from bnprobe.report.html.parts import environment, reproduce, skipped_cards
+from bnprobe.report.html.parts import environment, points, reproduce, skipped_cards
 from bnprobe.report.html.vega import LINES
-from bnprobe.report.page import FINE, FLAGGED, UNDECIDED, UNMEASURED, RenderOptions
+from bnprobe.report.page import UNMEASURED, RenderOptions, standing
 from bnprobe.stats.theory import equivalent_batch_size
 
 _STARTS: dict[str, Callable[[MomentumPoint], Tracking | None]] = {
@@ -52,7 +52,7 @@ def sweep_page(report: SweepReport, options: RenderOptions) -> Document:
             Section("training", words.TRAINED_SIZES, tuple(_trained(report)), "Training"),
             Section("momentum", "The running average", tuple(_momentum(momentum)) if momentum else ()),
             Section("skipped", "Layers that could not be judged", tuple(skipped_cards(report.skipped)), "Skipped"),
-            Section("notes", "Notes", _notes(report)),
+            Section("notes", "Notes", points([*report.scan.notes, *report.notes])),
             Section("how", "How this was measured", tuple(_how(report, options)), "How measured"),
         ),
     )
@@ -107,12 +107,8 @@ def _smallest(report: SweepReport) -> Iterator[Block]:
         Column("Channels"),
     )
     rows = tuple(_layer_row(layer, depth, scanned, largest) for depth, layer in enumerate(measured, start=1))
-    present = tuple(sign for sign in (FLAGGED, UNDECIDED, FINE) if any(_sign(layer) == sign for layer in measured))
+    present = signs_among(standing(layer.flagged, layer.undecided) for layer in measured)
     yield Table(words.SMALLEST_SIZES, columns, rows, present, tuple(words.what_limits_are(measured, scanned)))
-
-
-def _sign(layer: SweepLayer) -> str:
-    return FLAGGED if layer.flagged else UNDECIDED if layer.undecided else FINE
 
 
 def _layer_row(layer: SweepLayer, depth: int, scanned: int, largest: int) -> Row:
@@ -122,7 +118,7 @@ def _layer_row(layer: SweepLayer, depth: int, scanned: int, largest: int) -> Row
     sizes = (layer.smallest.likely, layer.smallest.surely)
     return Row(
         (
-            Cell(layer.name, sign=_sign(layer), note=layer.note or ""),
+            Cell(layer.name, sign=standing(layer.flagged, layer.undecided), note=layer.note or ""),
             Cell(str(depth), depth),
             Cell(figures.equivalent_batch_size(n_eq), 1e300 if n_eq is None else n_eq),
             Cell(figures.equivalent_batch_size(limit), limit),
@@ -146,7 +142,7 @@ def _trained(report: SweepReport) -> Iterator[Block]:
 def _momentum(sweep: MomentumSweep) -> Iterator[Block]:
     starts = [start for start, of in _STARTS.items() if of(sweep.model.points[0]) is not None]
     best = {start: getattr(sweep.model.best, start) for start in starts}
-    points = [
+    tracked = [
         charts.RatePoint(
             words.rate_in_words(point.rate), start, found.mismatch, found.standard_error, point.rate == best[start][0]
         )
@@ -157,15 +153,14 @@ def _momentum(sweep: MomentumSweep) -> Iterator[Block]:
     yield Figure(
         "rates",
         words.rates_title(sweep),
-        (Chart(charts.rates(points), f"D at {count(len(sweep.model.points), 'rate')} of the running average."),),
+        (Chart(charts.rates(tracked), f"D at {count(len(sweep.model.points), 'rate')} of the running average."),),
         _rate_table(sweep, starts),
         ("Ring: best, in the table *.", *words.rates_legend(sweep)),
         tuple(zip(LINES, starts, strict=False)),
     )
     if len(sweep.layers) > 1:
         yield _best_rates(sweep, starts)
-    if sweep.omitted:
-        yield Points(tuple(("", f"{one.name} ({one.kind}) not replayed: {one.reason}") for one in sweep.omitted))
+    yield from points(f"{one.name} ({one.kind}) not replayed: {one.reason}" for one in sweep.omitted)
 
 
 def _rate_table(sweep: MomentumSweep, starts: list[str]) -> Table:
@@ -196,7 +191,7 @@ def _tracked(point: MomentumPoint, start: str, sweep: MomentumSweep) -> tuple[Ce
         return Cell(UNMEASURED), Cell(UNMEASURED)
     error = found.standard_error
     mismatch = words.marked(found.mismatch, point, getattr(sweep.model.best, start))
-    return Cell(mismatch), Cell(UNMEASURED if error is None else words.rate_mismatch(error))
+    return Cell(mismatch), Cell(figures.known(error, words.rate_mismatch))
 
 
 def _best_rates(sweep: MomentumSweep, starts: list[str]) -> Table:
@@ -212,11 +207,6 @@ def _best_rates(sweep: MomentumSweep, starts: list[str]) -> Table:
         for curve in sweep.layers
     )
     return Table(words.BEST_RATES, columns, rows)
-
-
-def _notes(report: SweepReport) -> tuple[Block, ...]:
-    notes = (*report.scan.notes, *report.notes)
-    return (Points(tuple(("", note) for note in notes)),) if notes else ()
 
 
 def _how(report: SweepReport, options: RenderOptions) -> Iterator[Block]:

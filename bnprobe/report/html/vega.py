@@ -34,6 +34,12 @@ def altair() -> Any:
     return altair
 
 
+def hue(field: str, looks: Mapping[str, str]) -> Any:
+    """The colours of marks by the values of a field: for each value a colour of the style sheet."""
+    scale = altair().Scale(domain=list(looks), range=[colour(look) for look in looks.values()])
+    return altair().Color(f"{field}:N", legend=None, scale=scale)
+
+
 def drawing(build: Callable[_Given, dict[str, Any]]) -> Callable[_Given, dict[str, Any]]:
     """A function that makes a chart: Altair validates no part of it, which would take longer than all else.
 

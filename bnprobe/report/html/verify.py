@@ -16,15 +16,15 @@ from bnprobe.report.html.page import (
     Column,
     Document,
     Figure,
-    Points,
     Row,
     Section,
     Table,
     Text,
     Tiles,
+    signs_among,
 )
-from bnprobe.report.html.parts import reproduce
-from bnprobe.report.page import ARROW, FINE, FLAGGED, UNDECIDED, UNMEASURED, RenderOptions
+from bnprobe.report.html.parts import points, reproduce
+from bnprobe.report.page import ARROW, RenderOptions
 from bnprobe.report.verify import ComparedLayer
 
 
@@ -39,9 +39,9 @@ def verify_page(found: Verification, options: RenderOptions) -> Document:
         top=(Tiles(tuple(_tiles(found))),),
         sections=(
             Section("layers", "Every layer, before and after", tuple(compared_layers(words.compared(found))), "Layers"),
-            Section("alone", words.ALONE, _points(words.in_one_report(found, show_all=True))),
+            Section("alone", words.ALONE, points(words.in_one_report(found, show_all=True))),
             Section("output", words.OUTPUT, tuple(Text((text,)) for text in words.output_in_words(found)), "Output"),
-            Section("notes", "Notes on the comparison", _points(found.notes), "Notes"),
+            Section("notes", "Notes on the comparison", points(found.notes), "Notes"),
             Section("how", "How this was compared", tuple(reproduce(options.command)), "How compared"),
         ),
     )
@@ -53,10 +53,6 @@ def _tiles(found: Verification) -> Iterator[tuple[str, str, str]]:
     if found.output_before is not None and found.output_after is not None:
         values = (figures.relative(value) for value in (found.output_before, found.output_after))
         yield "Outputs apart", f" {ARROW} ".join(values), "training against inference"
-
-
-def _points(texts: Sequence[str]) -> tuple[Block, ...]:
-    return (Points(tuple(("", text) for text in texts)),) if texts else ()
 
 
 def compared_layers(rows: Sequence[ComparedLayer]) -> Iterator[Block]:
@@ -91,7 +87,7 @@ def _table(rows: Sequence[ComparedLayer]) -> Table:
             (
                 Cell(row.layer.name, sign=words.sign_after(row.layer)),
                 Cell(str(depth), depth),
-                *(_mismatch(value) for value in (row.layer.before, row.layer.after)),
+                *map(Cell, words.mismatches_of(row.layer), (row.layer.before, row.layer.after)),
                 *([Cell(text) for text in row.equivalent] if equivalents else []),
                 Cell(words.what_became(row)),
             ),
@@ -99,10 +95,5 @@ def _table(rows: Sequence[ComparedLayer]) -> Table:
         )
         for depth, row in enumerate(rows, start=1)
     )
-    signs = [words.sign_after(row.layer) for row in rows]
-    present = tuple(sign for sign in (FLAGGED, UNDECIDED, FINE, UNMEASURED) if sign in signs)
+    present = signs_among(words.sign_after(row.layer) for row in rows)
     return Table("D is the larger of training and inference", tuple(columns), made, present)
-
-
-def _mismatch(value: float | None) -> Cell:
-    return Cell(UNMEASURED) if value is None else Cell(figures.mismatch(value), value)

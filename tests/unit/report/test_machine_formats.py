@@ -23,6 +23,7 @@ from markdown_it import MarkdownIt
 from bnprobe.records import Diagnosis, LintReport, Report, SweepReport, Verdict, Verification
 from bnprobe.report import FORMATS, RenderOptions, render
 from bnprobe.report.findings import MODEL
+from bnprobe.report.page import UNMEASURED
 from bnprobe.rules.findings import UNEXPLAINED, failures, findings
 
 FOUND = [document(*case) for case in CASES if case[0] in ("scan", "lint")]
@@ -251,6 +252,14 @@ def test_many_layers_are_folded_and_cut() -> None:
     assert head.count("\n| ") == 11
     assert 11 < rest.count("\n| ") <= 210
     assert len(text) < 65_536
+
+
+def test_a_layer_that_was_not_measured_again_is_not_called_fine() -> None:
+    found = document("verify", "passed")
+    assert isinstance(found, Verification)
+    layer = replace(found.layers[0], after=None, flagged_before=False, flagged_after=False, undecided_after=False)
+    text = render(replace(found, layers=(layer,)), "markdown")
+    assert f"\n| {UNMEASURED} | `{layer.name}` |" in text
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------
