@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from bnprobe.config.nodes import SUFFIXES, Configuration, configuration_of
 from bnprobe.config.spec import (
+    TENSOR_FILES,
     ScanSettings,
     Spec,
     as_thresholds,
@@ -81,7 +82,16 @@ _SHORT_FORMS = {**dict.fromkeys(_TARGETS, "target"), "checkpoint": "path"}
 _ARGUMENT_NAMES = {"batches": "num_batches"}
 """Arguments of functions that are not called as the keys are."""
 
-_OPTION_NAMES = {"path": "--checkpoint", "thresholds": "--threshold", "target": "TARGET"}
+_OPTION_NAMES = {
+    "checkpoint.path": "--checkpoint",
+    "thresholds": "--threshold",
+    "model.target": "TARGET",
+    "model.args": "--model-arg",
+    **dict.fromkeys(("data.target", "data.tensors"), "--data"),
+    **dict.fromkeys(("eval_data.target", "eval_data.tensors"), "--eval-data"),
+    "scan.emulate": "--no-emulate",
+}
+"""Options that are not called as the keys are."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +118,8 @@ class Source:
             path = (_ARGUMENT_NAMES.get(str(path[0]), path[0]), *path[1:])
         if self.name or self.arguments:
             return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(map(str, path)))
-        last = path[0] if path[0] == "thresholds" else path[min(1, len(path) - 1)]
-        return _OPTION_NAMES.get(str(last), "--" + str(last).replace("_", "-"))
+        named = [name for name in (path[0], ".".join(map(str, path[:2]))) if name in _OPTION_NAMES]
+        return _OPTION_NAMES[named[0]] if named else "--" + str(path[:2][-1]).replace("_", "-")
 
     def place(self, path: KeyPath) -> str:
         """File and line of the key in parentheses; empty for options."""
@@ -371,6 +381,10 @@ _EXPECTED = {
 }
 
 
+_PLACES = ("target", "tensors")
+"""Keys that say where a model or data comes from: one of them alone does."""
+
+
 @dataclass
 class Merged:
     """Values of all sources, later ones overriding earlier ones, and the source of each key."""
@@ -391,8 +405,15 @@ class Merged:
         if not isinstance(held, dict):
             return  # an earlier source is wrong there: validation reports it
         self.owners[(section,)] = source
-        if "target" in given and given["target"] != held.get("target", given["target"]):
-            held.pop("args", None)  # they belong to the other target
+        if section in ("data", "eval_data") and not given.get("tensors"):
+            is_file = str(given.get("target")).lower().endswith(TENSOR_FILES)
+            given = {"tensors" if is_file and key == "target" else key: value for key, value in given.items()}
+        if any(given.get(key) is not None for key in _PLACES) and any(
+            held.get(key, given.get(key)) != given.get(key) for key in _PLACES
+        ):
+            for key in (*_PLACES, "args"):  # of the other source, and what belongs to it
+                held.pop(key, None)
+                self.owners.pop((section, key), None)
         for key, value in given.items():
             if value is None and key in known_keys((section,)):
                 continue

@@ -318,13 +318,10 @@ class EvalDataSpec(_Section):
     batch_size_of: str | None = None
     seed: Seed = 0
 
-    @model_validator(mode="before")
-    @classmethod
-    def _file_of_tensors(cls, values: Any) -> Any:
-        target = values.get("target") if isinstance(values, Mapping) else None
-        if not isinstance(target, str) or not target.lower().endswith(TENSOR_FILES) or values.get("tensors"):
-            return values
-        return {**values, "target": None, "tensors": target}
+    @property
+    def is_named(self) -> bool:
+        """Whether the user says where the data comes from."""
+        return self.target is not None or self.tensors is not None
 
     @model_validator(mode="after")
     def _one_source(self) -> EvalDataSpec:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bnprobe.config.spec import Spec, is_file_target, split_target, why_missing
-from bnprobe.errors import CheckpointError, ModelError
+from bnprobe.errors import BnprobeError, CheckpointError, DataError, ModelError
 from bnprobe.numbers import count, listed
 from bnprobe.paths import is_file, placed
 
@@ -63,10 +63,12 @@ def check(spec: Spec) -> None:
     Raises:
         ModelError: Files, symbols or arguments are not there: a line for each, with the nearest that is.
         CheckpointError: The checkpoint alone is not there.
+        DataError: A file of tensors alone is not there.
     """
-    problems = list(dict.fromkeys([*_problems(spec), *(checkpoint := list(_of_checkpoint(spec)))]))
+    files = list(_of_files(spec))
+    problems = list(dict.fromkeys([*_problems(spec), *map(str, files)]))
     if len(problems) == 1:
-        raise (CheckpointError if checkpoint else ModelError)(problems[0])
+        raise files[0] if files else ModelError(problems[0])
     if problems:
         lines = (f"  {number}. {_short(problem)}" for number, problem in enumerate(problems, start=1))
         raise ModelError("\n".join([f"{count(len(problems), 'thing')} cannot be found; nothing was run:", *lines]))
@@ -94,11 +96,15 @@ def _problems(spec: Spec) -> Iterator[str]:
             yield from _of_target(role, target, args, model)
 
 
-def _of_checkpoint(spec: Spec) -> Iterator[str]:
-    if spec.checkpoint.path is not None:
-        path = Path(spec.checkpoint.path)
-        if (why := why_missing(placed(path))) is not None:
-            yield f"The checkpoint {path} {why}"
+def _of_files(spec: Spec) -> Iterator[BnprobeError]:
+    """Files of weights and of tensors that are not there."""
+    for name, words, error in (
+        (spec.checkpoint.path, "The checkpoint {}", CheckpointError),
+        (spec.data.tensors, "The file {} (data.tensors)", DataError),
+        (spec.eval_data.tensors, "The file {} (eval_data.tensors)", DataError),
+    ):
+        if name is not None and (why := why_missing(placed(Path(name)))) is not None:
+            yield error(f"{words.format(Path(name))} {why}")
 
 
 def _of_model(spec: Spec, file: _File) -> Iterator[str]:

@@ -208,12 +208,12 @@ def _held_out(
 
     What the spec names must load; a load_eval_data that is only in the model file may fail.
     """
-    if source.synthetic and spec.eval_data.target is None:
+    if source.synthetic and not spec.eval_data.is_named:
         return None, None  # there is nothing to compare it with
     try:
         return load_held_out(spec.eval_data, module, source.batch_size, data_args) or source.beside, None
     except (DataError, UsageError) as error:
-        if spec.eval_data.target is not None:
+        if spec.eval_data.is_named:
             raise
         return None, f"The held-out data was not used. {error}"
 

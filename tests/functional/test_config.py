@@ -63,6 +63,21 @@ def test_every_setting_says_where_it_comes_from(project: Workspace) -> None:
     assert found["loss"] == (None, "default")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "key"),
+    [
+        ("--data", "data.py:loader", "data.target"),
+        ("--data", "rows.pt", "data.tensors"),
+        ("--eval-data", "rows.pt", "eval_data.tensors"),
+        ("--model-arg", "depth=3", "model.args"),
+        ("--no-emulate", None, "scan.emulate"),
+    ],
+)
+def test_an_option_is_called_by_its_name(project: Workspace, option: str, value: str | None, key: str) -> None:
+    found = origins(project, "spec.yaml", option, *([] if value is None else [value]))
+    assert found[key][1] == f"option {option}"
+
+
 def test_a_model_and_no_target_at_all(project: Workspace) -> None:
     project.write("model.py", MODEL)
     assert origins(project, "model.py", "--batch-size", "2")["model.target"] == ("model.py", "TARGET")

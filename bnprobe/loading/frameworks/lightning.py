@@ -228,7 +228,7 @@ def _data_of(model: Any, name: str, spec: Spec, saved: Saved) -> tuple[str, Any]
 
     None where the user names other data, and where nobody does.
     """
-    if spec.data.target is not None:
+    if spec.data.is_named:
         return name, None
     if overrides(model, "train_dataloader"):
         return name, model

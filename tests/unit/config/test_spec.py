@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bnprobe.config.load import build_spec, settings_from
-from bnprobe.config.spec import ScanSettings, Spec, is_file_target, split_target
+from bnprobe.config.spec import ScanSettings, is_file_target, split_target
 from bnprobe.errors import SpecError, UsageError
 
 
@@ -411,7 +411,7 @@ def test_the_spec_needs_no_torch() -> None:
 
 
 def test_a_file_of_tensors_is_data(tmp_path: Path) -> None:
-    spec = Spec.model_validate({"model": {"target": "m.py"}, "data": {"target": "rows.npz"}})
+    spec = build_spec("m.py", {"data.target": "rows.npz"})
     assert (spec.data.target, spec.data.tensors) == (None, "rows.npz")
     assert spec.files() == ["m.py", "rows.npz"]
     path = tmp_path / "spec.yaml"
@@ -422,3 +422,12 @@ def test_a_file_of_tensors_is_data(tmp_path: Path) -> None:
     path.write_text("model: m.py\ndata: {tensors: rows.pt, target: m.py:loader}\n", encoding="utf-8")
     with pytest.raises(SpecError, match="Expected either tensors or target for data"):
         build_spec(str(path), {})
+
+
+@pytest.mark.parametrize("held", ["tensors: rows.pt", "target: rows.pt", "target: m.py:load, args: {root: .}"])
+@pytest.mark.parametrize("given", ["m.py:loader", "more.pt"])
+def test_data_of_an_option_takes_the_place_of_any_other(tmp_path: Path, held: str, given: str) -> None:
+    path = write(tmp_path, f"model: m.py\ndata: {{{held}, batch_size: 4}}\n")
+    data = build_spec(str(path), {"data.target": given}).data
+    assert [each for each in (data.target, data.tensors) if each] == [given]
+    assert (data.args, data.batch_size) == ({}, 4)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bnprobe.config.spec import Spec
-from bnprobe.errors import CheckpointError, ModelError
+from bnprobe.errors import CheckpointError, DataError, ModelError
 from bnprobe.loading.preflight import check
 
 MODEL = """
@@ -83,6 +83,12 @@ def test_a_checkpoint_alone_is_an_error_of_checkpoints(file: Path) -> None:
     spec = {"model": {"target": "model.py", "args": {"width": 3}}, "checkpoint": {"path": "weights.pt"}}
     with pytest.raises(CheckpointError, match=r"weights\.pt does not exist"):
         check(Spec.model_validate(spec))
+
+
+def test_files_of_tensors_are_looked_up_too(file: Path) -> None:
+    spec = Spec.model_validate({"model": {"target": "model.py", "args": {"width": 3}}, "data": {"tensors": "rows.pt"}})
+    with pytest.raises(DataError, match=r"rows\.pt \(data\.tensors\) does not exist"):
+        check(spec)
 
 
 @pytest.mark.parametrize(

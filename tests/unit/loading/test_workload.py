@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bnprobe.config.load import build_spec
-from bnprobe.errors import BnprobeError, CheckpointError, ModelError
+from bnprobe.errors import BnprobeError, CheckpointError, DataError, ModelError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_again
 from bnprobe.paths import from_here
 
@@ -130,6 +130,14 @@ def test_held_out_data_that_comes_with_the_training_data(tmp_path: Path) -> None
     own = load(tmp_path, both + "def load_eval_data(batch_size): return [torch.zeros(3, 2)]\n")
     assert own.held_out is not None
     assert own.held_out.description.startswith("load_eval_data of ")
+
+
+def test_held_out_tensors_that_are_named_must_load(tmp_path: Path) -> None:
+    (tmp_path / "rows.pt").write_bytes(b"no tensors")
+    for synthetic in (False, True):
+        overrides = {"data__input_shape": ["2"]} if synthetic else {}
+        with pytest.raises(DataError, match=r"rows\.pt \(eval_data\.tensors\)"):
+            load(tmp_path, eval_data__target=str(tmp_path / "rows.pt"), **overrides)
 
 
 def test_synthetic_inputs_have_no_labels_and_nothing_to_compare_them_with(tmp_path: Path) -> None:
