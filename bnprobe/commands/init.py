@@ -10,17 +10,14 @@ from typing import Any
 
 import yaml
 
-from bnprobe.config.spec import Spec, with_location
+from bnprobe.config.load import with_paths
+from bnprobe.config.spec import Spec
 from bnprobe.errors import BnprobeError
 from bnprobe.loading.workload import Workload, load_model_only, load_workload
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.paths import placed
 
 _WIDTH = 100
-
-_PATHS = {"checkpoint": ("path",), "repair": ("report",), "data": ("tensors",), "eval_data": ("tensors",)}
-_TARGETS = {"model": ("target",), "data": ("target", "batch_size_of"), "eval_data": ("target", "batch_size_of")}
-_FUNCTIONS = ("forward", "loss", "metric")
 
 
 def spec_for(spec: Spec, command: str, folder: Path) -> str:
@@ -37,8 +34,8 @@ def spec_for(spec: Spec, command: str, folder: Path) -> str:
     with preserved_random_state():
         seed_everything(spec.data.seed)
         workload, missing = _loaded(spec)
-    given = spec.model_dump(mode="json", exclude_unset=True)
-    sections = {name: _anchored(name, value, folder) for name, value in given.items()}
+    sections = spec.model_dump(mode="json", exclude_unset=True)
+    with_paths(sections, lambda path: _path_from(path, folder))
     if workload is not None:
         sections["data"] = {**sections.get("data", {}), "batch_size": workload.source.batch_size}
         if workload.goal is not None and spec.repair.assumes_goal:
@@ -55,27 +52,8 @@ def _loaded(spec: Spec) -> tuple[Workload | None, str]:
         return None, str(error)
 
 
-def _anchored(section: str, value: Any, folder: Path) -> Any:
-    """The section with its paths as seen from a folder."""
-    if section in _FUNCTIONS and isinstance(value, str):
-        return _target_from(value, folder)
-    if not isinstance(value, dict):
-        return value
-    found = dict(value)
-    for key in _TARGETS.get(section, ()):
-        if found.get(key):
-            found[key] = _target_from(found[key], folder)
-    for key in _PATHS.get(section, ()):
-        if found.get(key):
-            found[key] = _path_from(found[key], folder)
-    return found
-
-
-def _target_from(target: str, folder: Path) -> str:
-    return with_location(target, lambda path: _path_from(path, folder))
-
-
 def _path_from(path: str, folder: Path) -> str:
+    """The path as seen from a folder."""
     relative = os.path.relpath(placed(Path(path)).absolute(), placed(folder).absolute())
     return relative if len(relative) < len(path) or not Path(path).is_absolute() else path
 

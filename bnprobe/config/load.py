@@ -310,7 +310,7 @@ def _yaml_message(error: yaml.MarkedYAMLError, text: str, path: Path) -> str:
 def _normalised(source: Source, folder: Path) -> Source:
     """The same values with aliases and short forms expanded, and paths resolved against ``folder``."""
     values = {key: _normal_section(key, value) for key, value in source.values.items()}
-    _anchor(values, folder)
+    with_paths(values, lambda path: _anchored_path(path, folder))
     return Source(values, source.name, source.lines)
 
 
@@ -324,34 +324,23 @@ def _normal_section(section: str, value: Any) -> Any:
     return value
 
 
-def _anchor(values: dict[str, Any], folder: Path) -> None:
-    for section in _TARGETS:
-        part = values.get(section)
-        if isinstance(part, dict) and isinstance(part.get("target"), str):
-            part["target"] = _anchored_target(part["target"], folder)
-        if isinstance(part, dict) and isinstance(part.get("batch_size_of"), str):
-            part["batch_size_of"] = _anchored_target(part["batch_size_of"], folder)
-    for key in ("forward", "loss", "metric"):
-        if isinstance(values.get(key), str):
-            values[key] = _anchored_target(values[key], folder)
-    training = values.get("train")
-    for key in ("optimizer", "schedule"):
-        part = training.get(key) if isinstance(training, dict) else None
-        if isinstance(part, dict) and isinstance(part.get("target"), str):
-            part["target"] = _anchored_target(part["target"], folder)
-    for section, key in (
-        ("checkpoint", "path"),
-        ("repair", "report"),
-        ("data", "tensors"),
-        ("eval_data", "tensors"),
-    ):
-        part = values.get(section)
+_PATHS = ("checkpoint.path", "repair.report", "data.tensors", "eval_data.tensors")
+_CODE = (
+    *(f"{section}.target" for section in (*_TARGETS, "train.optimizer", "train.schedule")),
+    *("data.batch_size_of", "eval_data.batch_size_of", "forward", "loss", "metric"),
+)
+"""Keys of a spec that name a file, and those of targets, which may."""
+
+
+def with_paths(values: dict[str, Any], moved: Callable[[str], str]) -> None:
+    """Replace every path in the values of a spec by what a function gives for it."""
+    for dotted in (*_PATHS, *_CODE):
+        *sections, key = dotted.split(".")
+        part: Any = values
+        for section in sections:
+            part = part.get(section) if isinstance(part, dict) else None
         if isinstance(part, dict) and isinstance(part.get(key), str):
-            part[key] = _anchored_path(part[key], folder)
-
-
-def _anchored_target(target: str, folder: Path) -> str:
-    return with_location(target, lambda path: _anchored_path(path, folder))
+            part[key] = moved(part[key]) if dotted in _PATHS else with_location(part[key], moved)
 
 
 def _anchored_path(path: str, folder: Path) -> str:

@@ -267,14 +267,14 @@ def _from_symbol(
     counted = _batch_size_of(spec, module)
     request = Request(name, spec.batch_size, as_given=as_given, batch_size_of=counted, prepare=prepare)
     reader = frameworks.claiming_data(value)
+    if reader is None and _is_callable_data(value):
+        return _from_call(value, request, spec)
+    if spec.args and not isinstance(value, type):
+        raise DataError(f"{name} is {kind_of(value)}, so it cannot take data.args ({', '.join(spec.args)}).")
     if reader is not None:
         taken = signature_of(value) if isinstance(value, type) else {}
         args = {**{key: given for key, given in known.items() if key in taken}, **spec.args}
         return _from_framework(reader.data(value, f"{module.name}:{symbol}", args), request)
-    if _is_callable_data(value):
-        return _from_call(value, request, spec)
-    if spec.args:
-        raise DataError(f"{name} is {kind_of(value)}, so it cannot take data.args ({', '.join(spec.args)}).")
     if symbol == "dataset" and has_attribute(value, "__getitem__") and not isinstance(value, DataLoader):
         return dataset_source(value, request)  # a plain list of samples works too
     return source_of(value, request)

@@ -78,9 +78,9 @@ def _read(path: Path, name: str) -> Any:
             return load_file(path, device="cpu")
         if suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
-                return {each: _from_array(archive[each]) for each in archive.files}
+                return {each: from_array(archive[each]) for each in archive.files}
         if suffix == ".npy":
-            return _from_array(np.load(path, allow_pickle=False))
+            return from_array(np.load(path, allow_pickle=False))
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DataError(
@@ -92,7 +92,7 @@ def _read(path: Path, name: str) -> Any:
         raise DataError(f"{name} could not be read ({said[:200].rstrip('.')}). Save it again.") from None
 
 
-def _from_array(array: np.ndarray) -> Any:
+def from_array(array: np.ndarray) -> Any:
     """An array of numbers as a tensor; floating-point ones in the precision that models have."""
     if array.dtype.kind not in "biuf":
         return array

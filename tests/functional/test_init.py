@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 
+import yaml
 from pydantic import BaseModel
 
 from bnprobe.config.load import build_spec
 from bnprobe.config.spec import Spec
-from functional.command import CLEAN, REPOSITORY, Workspace
+from functional.command import CLEAN, MODEL, REPOSITORY, Workspace
 
 STARTER = REPOSITORY / "bnprobe" / "starter"
 COMMENTED_KEY = re.compile(r"^( *)# ( *[\w.*\"]+:.*)$", re.MULTILINE)
@@ -47,6 +48,15 @@ def test_a_folder_that_cannot_be_made_is_explained(workspace: Workspace) -> None
         workspace.run("init", "taken/deeper").error()
         == "The folder taken/deeper could not be created: Not a directory."
     )
+
+
+def test_every_path_of_a_spec_is_written_as_seen_from_the_new_one(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    workspace.write("old.yaml", "model: model.py\ndata: {batch_size: 4}\ntrain: {optimizer: {target: 'own.py:adam'}}\n")
+    assert workspace.run("init", "--from", "old.yaml", "probe").code == CLEAN
+    written = yaml.safe_load((workspace.folder / "probe" / "spec.yaml").read_text(encoding="utf-8"))
+    assert written["model"]["target"] == "../model.py"
+    assert written["train"]["optimizer"]["target"] == "../own.py:adam"
 
 
 def test_every_commented_key_of_the_spec_is_valid(workspace: Workspace) -> None:

@@ -22,9 +22,6 @@ from bnprobe.errors import ModelError
 from bnprobe.records import Goal
 from bnprobe.registry import load_code
 
-CONTRACT = ("load_data", "load_eval_data", "forward", "loss", "metric", "batch_size_of", "norm_classes")
-"""The names by which a model file gives what is not the model; see docs/model-files.md."""
-
 
 @dataclass(frozen=True)
 class Project:
@@ -32,10 +29,11 @@ class Project:
 
     Attributes:
         model: The model.
-        functions: By the names of ``CONTRACT`` what a model file would define. ``load_data(batch_size)`` may return
-            all that a model file's may: a loader, a data set, or a dictionary of "train" and "val".
-        taken: What was taken from where, by role, phrases for the report: ``{"model": "LitNet of lit.py"}``. A role of
-            ``CONTRACT`` is left out of the report where the user says otherwise.
+        functions: What a model file would define beside the model, by its names there (docs/model-files.md).
+            ``load_data(batch_size)`` may return all that a model file's may: a loader, a data set, or a dictionary of
+            "train" and "val".
+        taken: What was taken from where, by role, phrases for the report: ``{"model": "LitNet of lit.py"}``. What the
+            user gives instead is left out of the report.
         notes: What the reader should know, one sentence each.
         goal: Whether a larger or a smaller metric is better, where the project says so.
         model_args: The arguments that the model was made of, where the user did not give all of them.
@@ -132,9 +130,19 @@ def reader_of(framework: Framework) -> Reader:
     Raises:
         ModelError: Its code cannot be loaded.
     """
-    reader = load_code(framework.reader, f'The reader of the framework "{framework.name}"', ModelError)
-    assert isinstance(reader, Reader)
+    reader: Reader = load_code(framework.reader, f'The reader of the framework "{framework.name}"', ModelError)
     return reader
+
+
+def imported(module: str, name: str) -> Any:
+    """A class of a module that has been imported; None where it has not been: then nothing is of that class."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def is_a(value: Any, *kinds: Any) -> bool:
+    """Whether a value is an object of one of these classes or a class derived from one; None is no class."""
+    known = tuple(kind for kind in kinds if kind is not None)
+    return isinstance(value, known) or (isinstance(value, type) and issubclass(value, known) and value not in known)
 
 
 def claiming(value: Any) -> Reader | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bnprobe.config.spec import Spec, why_missing
 from bnprobe.errors import CheckpointError, DataError, ModelError, message_of, reason_of
-from bnprobe.loading.frameworks import Project, Reader
+from bnprobe.loading.frameworks import Project, Reader, imported, is_a
 from bnprobe.loading.frameworks.libraries import library
 from bnprobe.loading.frameworks.preparation import Preparation
 from bnprobe.loading.model import attribute, kind_of, user_code
@@ -54,8 +54,7 @@ class HuggingFace(Reader):
 
     def claims(self, value: Any) -> bool:
         """See the base class."""
-        base = _known("transformers.modeling_utils", "PreTrainedModel")
-        return base is not None and (isinstance(value, base) or (isinstance(value, type) and issubclass(value, base)))
+        return is_a(value, imported("transformers.modeling_utils", "PreTrainedModel"))
 
     def project(self, value: Any, name: str, spec: Spec) -> Project:
         """See the base class."""
@@ -69,29 +68,21 @@ class HuggingFace(Reader):
 
     def claims_data(self, value: Any) -> bool:
         """See the base class."""
-        return any(kind is not None and isinstance(value, kind) for kind in _data_kinds())
+        kinds = (imported(f"datasets.{module}", name) for module, name in _DATA)
+        return not isinstance(value, type) and is_a(value, *kinds)
 
     def data(self, value: Any, name: str, args: Mapping[str, Any]) -> Any:
         """See the base class."""
-        if args:
-            raise DataError(f"{name} is {kind_of(value)}, so it cannot take data.args ({', '.join(args)}).")
         if isinstance(value, Mapping):
             return {split: self.data(part, name, {}) for split, part in value.items()}
         return value.with_format("torch") if _is_unformatted(value) else value
 
 
-def _known(module: str, name: str) -> Any:
-    """A class of a module that has been imported; None where it has not been: then nothing is of that class."""
-    return getattr(sys.modules.get(module), name, None)
-
-
-def _data_kinds() -> tuple[Any, ...]:
-    return (
-        _known("datasets.arrow_dataset", "Dataset"),
-        _known("datasets.iterable_dataset", "IterableDataset"),
-        _known("datasets.dataset_dict", "DatasetDict"),
-        _known("datasets.dataset_dict", "IterableDatasetDict"),
-    )
+_DATA = (
+    *(("arrow_dataset", "Dataset"), ("iterable_dataset", "IterableDataset")),
+    *(("dataset_dict", "DatasetDict"), ("dataset_dict", "IterableDatasetDict")),
+)
+"""Modules and classes of datasets."""
 
 
 def _is_unformatted(dataset: Any) -> bool:
@@ -182,8 +173,8 @@ def _transformers_class(transformers: Any, name: str) -> Any:
         return None
     with user_code(f"importing {name} of transformers"):
         found = getattr(transformers, name)
-    base = _known("transformers.modeling_utils", "PreTrainedModel")
-    return found if isinstance(found, type) and base is not None and issubclass(found, base) else None
+    is_model = isinstance(found, type) and is_a(found, imported("transformers.modeling_utils", "PreTrainedModel"))
+    return found if is_model else None
 
 
 def _settings(kind: Any, folder: Path, spec: Spec) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bnprobe.config.spec import Spec
 from bnprobe.errors import BnprobeError, DataError, ModelError, UserCodeError, message_of, place_in_user_code
-from bnprobe.loading.frameworks import Data, Project, Reader
+from bnprobe.loading.frameworks import Data, Project, Reader, is_a
 from bnprobe.loading.frameworks.hyperparameters import Saved, arguments_for, read_saved
 from bnprobe.loading.frameworks.naming import chosen_metric
 from bnprobe.loading.frameworks.steps import (
@@ -45,7 +45,7 @@ class Lightning(Reader):
 
     def claims(self, value: Any) -> bool:
         """See the base class."""
-        return _is_a(value, classes("LightningModule"))
+        return is_a(value, *classes("LightningModule"))
 
     def project(self, value: Any, name: str, spec: Spec) -> Project:
         """See the base class."""
@@ -79,7 +79,7 @@ class Lightning(Reader):
 
     def claims_data(self, value: Any) -> bool:
         """See the base class."""
-        return _is_a(value, classes("LightningDataModule"))
+        return is_a(value, *classes("LightningDataModule"))
 
     def data(self, value: Any, name: str, args: Mapping[str, Any]) -> Data:
         """See the base class."""
@@ -89,10 +89,6 @@ class Lightning(Reader):
 
 def _fail(error: BnprobeError) -> Data:
     raise error
-
-
-def _is_a(value: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) or (isinstance(value, type) and issubclass(value, kinds) and value not in kinds)
 
 
 def _built(kind: type, name: str, spec: Spec, saved: Saved) -> tuple[Any, dict[str, Any]]:
@@ -107,8 +103,6 @@ def _built(kind: type, name: str, spec: Spec, saved: Saved) -> tuple[Any, dict[s
 def _datamodule(value: Any, name: str, args: Mapping[str, Any], saved: Saved) -> Any:
     """The data module itself, made of its arguments where a class is given."""
     if not isinstance(value, type):
-        if args:
-            raise DataError(f"{name} is made already, so it cannot take data.args ({', '.join(args)}).")
         return value
     option = "data: {args: {NAME: VALUE}} in a spec"
     arguments = arguments_for(value, name, args, saved.data, saved.data_argument, saved.file, option)
@@ -169,11 +163,6 @@ class _Loaders:
         hooks = {"load_data": ("train_dataloader", self.training), "load_eval_data": ("val_dataloader", self.held_out)}
         return {name: load for name, (hook, load) in hooks.items() if overrides(self.source, hook)}
 
-    @property
-    def datamodule(self) -> bool:
-        """Whether it is a data module."""
-        return _is_a(self.source, classes("LightningDataModule"))
-
     def both(self) -> Data:
         """The training data, and the validation data if there is any."""
         training = self.training()
@@ -198,7 +187,8 @@ class _Loaders:
             loaders = list(_loaders(getattr(self.source, hook)()))
         if not loaders:
             raise DataError(f"{origin} gives no loader.")
-        hooks = BATCH_HOOKS if self.datamodule and hook == "train_dataloader" else ()
+        of_module = isinstance(self.source, nn.Module)  # whose steps call the hooks
+        hooks = BATCH_HOOKS if hook == "train_dataloader" and not of_module else ()
         skipped = [each for each in hooks if overrides(self.source, each)]
         notes = [f"{each}() of {self.name} is not called: the batches are those of its loaders." for each in skipped]
         label, first = loaders[0]
@@ -237,7 +227,7 @@ def _data_of(model: Any, name: str, spec: Spec, saved: Saved) -> tuple[str, Any]
         (symbol, each)
         for symbol, each in vars(home).items()
         if isinstance(each, type)
-        and _is_a(each, classes("LightningDataModule"))
+        and is_a(each, *classes("LightningDataModule"))
         and each.__module__ == type(model).__module__
     ] if home is not None and not spec.data.input_shape else []  # fmt: skip
     if len(found) != 1:

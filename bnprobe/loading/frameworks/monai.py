@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bnprobe.loading.frameworks import Reader
+from bnprobe.loading.frameworks import Reader, imported
 from bnprobe.loading.frameworks.libraries import library
 
 
@@ -15,7 +14,7 @@ class Monai(Reader):
 
     def collate(self, sample: Any) -> Callable[[list[Any]], Any] | None:
         """See the base class."""
-        kind = getattr(sys.modules.get("monai.data.meta_tensor"), "MetaTensor", None)
+        kind = imported("monai.data.meta_tensor", "MetaTensor")
         if kind is None or not _holds(sample, kind):
             return None
         collate: Callable[[list[Any]], Any] = library("monai.data").list_data_collate

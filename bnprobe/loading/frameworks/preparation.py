@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
 from bnprobe.errors import DataError
 from bnprobe.loading.frameworks import Prepared
 from bnprobe.loading.model import attribute, has_attribute, kind_of, user_code
+from bnprobe.loading.tensors import from_array
 from bnprobe.numbers import joined, listed
 
 _LABEL_NAMES = ("label", "label_ids", "labels")
@@ -208,13 +208,11 @@ def _as_mapping(sample: Any, main: str, labels: str) -> Mapping[str, Any]:
 
 
 def _as_tensor(value: Any) -> Any:
-    """Numbers as a tensor, as datasets does: floating-point ones in float32."""
+    """Numbers as a tensor, as datasets does; what is none stays as it is."""
     if isinstance(value, Tensor):
         return value
-    array = np.asarray(value)
-    if array.dtype.kind not in "biuf":
-        return value
-    return torch.from_numpy(array.astype(np.float32)) if array.dtype == np.float64 else torch.from_numpy(array.copy())
+    found = from_array(np.array(value))
+    return found if isinstance(found, Tensor) else value
 
 
 def _prepared(processor: Any, raw: Any, mask: Any) -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from bnprobe.errors import DataError
-from bnprobe.loading.frameworks import Reader
+from bnprobe.loading.frameworks import Reader, imported
 from bnprobe.loading.frameworks.libraries import library
-from bnprobe.loading.model import attribute, kind_of
+from bnprobe.loading.model import attribute
 
 
 class Graphs(Reader):
@@ -24,8 +22,6 @@ class Graphs(Reader):
 
     def data(self, value: Any, name: str, args: Mapping[str, Any]) -> Any:
         """See the base class."""
-        if args:
-            raise DataError(f"{name} is {kind_of(value)}, so it cannot take data.args ({', '.join(args)}).")
         if not _is_graph(value):
             return _Listed(value)
         # One graph, of which every pass sees all nodes: the whole data set in one batch.
@@ -55,5 +51,5 @@ class _Listed(Dataset[Any]):
 
 def _is_graph(value: Any) -> bool:
     """Whether this is one graph, not a batch of several."""
-    base = getattr(sys.modules.get("torch_geometric.data.data"), "BaseData", None)
+    base = imported("torch_geometric.data.data", "BaseData")
     return base is not None and isinstance(value, base) and attribute(value, "num_graphs") is None

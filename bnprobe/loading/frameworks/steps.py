@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnprobe.loading.frameworks import imported, is_a
+
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 """Lightning is published under two names, with classes of their own."""
 
@@ -28,7 +30,7 @@ BATCH_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
 
 def classes(name: str) -> tuple[type, ...]:
     """A class of Lightning by its name, once for each of the packages that have been imported."""
-    found = (getattr(sys.modules.get(package), name, None) for package in PACKAGES)
+    found = (imported(package, name) for package in PACKAGES)
     return tuple(each for each in found if isinstance(each, type))
 
 
@@ -275,8 +277,7 @@ def loss_in(returned: Any, said: Said) -> Any:
 
 def _metrics(model: nn.Module) -> list[Any]:
     """The metrics of torchmetrics that hang on a model."""
-    kind = getattr(sys.modules.get("torchmetrics"), "Metric", None)
-    return [each for each in model.modules() if isinstance(each, kind)] if isinstance(kind, type) else []
+    return [each for each in model.modules() if is_a(each, imported("torchmetrics", "Metric"))]
 
 
 @contextmanager

@@ -47,6 +47,17 @@ OWN = FORMATS.names()
 ROWS = Format("rows", {Report: scanned, LintReport: linted}, suffix=".txt")
 
 
+def test_the_page_on_formats_says_what_each_of_them_shows() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "ci" / "formats.md").read_text(encoding="utf-8")
+    said = re.findall(r"^\| `(\w+)` \| `scan(\S+)` \|.*\| ([^|]+) \|$", page, re.MULTILINE)
+    shows = {row.name: [command for command in OF_COMMANDS if row.name in formats_of(command)] for row in FORMATS}
+    every = list(OF_COMMANDS)
+    assert said == [
+        (row.name, row.ending, "every command" if shows[row.name] == every else ", ".join(shows[row.name]))
+        for row in FORMATS
+    ]
+
+
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A model file with data."""
