@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from bnprobe.errors import UsageError
@@ -33,6 +32,7 @@ from bnprobe.report import (
 )
 from bnprobe.report.page import RenderOptions
 from bnprobe.report.repair import RepairReport
+from bnprobe.report.rows import require
 
 Renderer = Callable[[Any, RenderOptions], str]
 """A pure function from a document to text that ends with a newline."""
@@ -184,8 +184,8 @@ def renderer(format_: str, document: type) -> Renderer:
     """
     row = FORMATS[format_]
     found = row.renderers.get(document)
-    if row.package and find_spec(row.package) is None:
-        raise UsageError(f'--format {format_} needs {row.package}: pip install "bnprobe[{row.extra}]".')
+    if row.package:
+        require(row.package, row.extra, f"--format {format_}")
     if found is None:
         able = [row.name for row in FORMATS if document in row.renderers]
         raise UsageError(

@@ -15,7 +15,6 @@ from bnprobe.report.page import (
     FINE,
     FLAGGED,
     LEVELS,
-    STYLES,
     TIMES,
     UNDECIDED,
     UNMEASURED,
@@ -121,7 +120,7 @@ def _modes(values: PathValues | None) -> str:
 
 def _scans(found: Comparison, page: Page) -> list[Text]:
     columns = [Column(head, cells, "left") for head, cells in scan_rows(found).items()]
-    marks = [_mark(standing(bool(scan.flagged or scan.errors), bool(scan.undecided))) for scan in found.scans]
+    marks = [Mark.of(standing(bool(scan.flagged or scan.errors), bool(scan.undecided))) for scan in found.scans]
     names = Names([scan.name for scan in found.scans], heading="scan", marks=marks)
     expendable = ("undecided", f"loss, train {ARROW} eval", "worst layer", "outputs apart", "errors")
     return table(names, dropping(columns, expendable, _LEAST_SCAN), page)
@@ -167,12 +166,8 @@ def course(layer: LayerTrend) -> str:
 
 def _layer_mark(point: LayerPoint | None) -> Mark:
     if point is None:
-        return _mark(UNMEASURED)
-    return _mark(standing(point.flagged, point.undecided))
-
-
-def _mark(shown: str) -> Mark:
-    return Mark(shown, STYLES[shown])
+        return Mark.of(UNMEASURED)
+    return Mark.of(standing(point.flagged, point.undecided))
 
 
 def rows(layers: Sequence[LayerTrend]) -> list[tuple[str, ...]]:

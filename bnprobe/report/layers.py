@@ -12,7 +12,7 @@ from rich.text import Text
 from bnprobe.numbers import count, percent
 from bnprobe.records import DEFAULT_THRESHOLD, FROZEN, CallMeasurement, Distribution, Layer, PathMeasurement, Report
 from bnprobe.report import charts, figures
-from bnprobe.report.page import CENTRE, FINE, FLAGGED, STYLES, UNDECIDED, UNMEASURED, Page
+from bnprobe.report.page import CENTRE, FINE, FLAGGED, UNDECIDED, UNMEASURED, Page
 from bnprobe.report.table import Column, Mark, TableLayout, layer_names, table
 from bnprobe.rules.shares import NOISE_THRESHOLD
 
@@ -242,7 +242,7 @@ def _ranks(layers: Sequence[Layer]) -> dict[str, str]:
 def _rows(layer: Layer, ranks: dict[str, str], all_calls: bool) -> list[LayerRow]:
     sign = sign_of(layer)
     row = LayerRow(
-        mark=Mark(sign + ranks.get(layer.name, ""), STYLES[sign]),
+        mark=Mark.of(sign, ranks.get(layer.name, "")),
         name=layer.name,
         kind=layer.kind.replace("BatchNorm", "BN"),
         channels=str(layer.channels),

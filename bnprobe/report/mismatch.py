@@ -12,7 +12,7 @@ from bnprobe.numbers import count, percent
 from bnprobe.records import SOURCES, Interval, Layer, Report, ShareIntervals, Shares, Source
 from bnprobe.report import charts, figures
 from bnprobe.report.layers import OUTPUT_CHANGE, on_samples, sign_of
-from bnprobe.report.page import CENTRE, CUT, STYLES, Page, pad
+from bnprobe.report.page import CENTRE, CUT, Page, pad
 from bnprobe.report.table import Column, Mark, TableLayout, fit, layer_names, table
 from bnprobe.rules.shares import flagging_limit, noise_threshold
 from bnprobe.stats.theory import mismatch_iid
@@ -95,10 +95,9 @@ def share_rows(report: Report, shown: Sequence[Layer]) -> list[ShareRow]:
 
 
 def _row(layer: Layer) -> ShareRow:
-    sign = sign_of(layer)
     impact = layer.impact
     return ShareRow(
-        mark=Mark(sign, STYLES[sign]),
+        mark=Mark.of(sign_of(layer)),
         name=layer.name,
         shares=None if layer.only_in == "train" else layer.shares,
         intervals=layer.share_intervals,

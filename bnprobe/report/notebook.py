@@ -157,7 +157,8 @@ def _table(names: Sequence[str], columns: Sequence[Any]) -> str:
 
 def _tag(name: str, content: str, style: str = "") -> str:
     """An element; the content is HTML already."""
-    return f"<{name}{f' style={chr(34)}{style}{chr(34)}' if style else ''}>{content}</{name}>"
+    opening = f'{name} style="{style}"' if style else name
+    return f"<{opening}>{content}</{name}>"
 
 
 def _words(text: str) -> str:

@@ -47,8 +47,6 @@ DEGREE = "°"
 ARROW = "→"
 
 SEVERITY_SIGNS: dict[Severity, str] = {"error": FLAGGED, "warning": WARNING, "info": INFO}
-SEVERITY_STYLES: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "info": "cyan"}
-
 STYLES = {
     FLAGGED: "bold red",
     UNDECIDED: "yellow",
@@ -58,6 +56,8 @@ STYLES = {
     INFO: "cyan",
 }
 """How a sign at the start of a line is coloured."""
+
+SEVERITY_STYLES = {severity: STYLES[sign] for severity, sign in SEVERITY_SIGNS.items()}
 
 
 def standing(flagged: bool, undecided: bool) -> str:

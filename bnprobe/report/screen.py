@@ -19,7 +19,7 @@ from bnprobe.report.baseline import known
 from bnprobe.report.diagnoses import closing, finding_lines, findings_in_words, limit_of
 from bnprobe.report.layers import MARKED_WORST, has_overflowed, sign_of, worse_path, worst_first
 from bnprobe.report.next_step import NextStep, advised_step
-from bnprobe.report.page import FLAGGED, STYLES, UNDECIDED, Page, RenderOptions, to_string
+from bnprobe.report.page import FLAGGED, UNDECIDED, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Mark, TableLayout, fit, layer_names, table
 
 MOST_LINES = 40
@@ -236,7 +236,7 @@ def _layers(report: Report, most: int, page: Page) -> list[Text]:
     flagged = [stage for stage in _rows(report.layers) if sign_of(stage.worst) == FLAGGED]
     ranks = {stage.name: str(rank) for rank, stage in enumerate(flagged[:MARKED_WORST], start=1) if len(flagged) > 1}
     signs = [sign_of(stage.worst) for stage in shown]
-    marks = [Mark(sign + ranks.get(stage.name, ""), STYLES[sign]) for sign, stage in zip(signs, shown, strict=True)]
+    marks = [Mark.of(sign, ranks.get(stage.name, "")) for sign, stage in zip(signs, shown, strict=True)]
     names = layer_names([stage.name for stage in shown], [layer.name for layer in report.layers], page, marks)
     layouts = [TableLayout([each for each in columns if each.heading not in left_out]) for left_out in _DISPENSABLE]
     fitting, _ = fit(layouts, names, page)

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from bnprobe.report.figures import points_in_line
-from bnprobe.report.page import Page, pad
+from bnprobe.report.page import STYLES, Page, pad
 
 MARK_WIDTH = 3
 """Cells for the marks before the names."""
@@ -29,6 +29,11 @@ class Mark:
 
     sign: str = ""
     style: str = ""
+
+    @classmethod
+    def of(cls, sign: str, rank: str = "") -> Mark:
+        """A sign of how a layer stands, in its own style, before its rank."""
+        return cls(sign + rank, STYLES[sign])
 
 
 @dataclass(frozen=True)

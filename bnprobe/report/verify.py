@@ -13,7 +13,7 @@ from bnprobe.records import Layer, LayerComparison, Report, Verification
 from bnprobe.report import figures
 from bnprobe.report.figures import listed_in_line
 from bnprobe.report.layers import worse_path
-from bnprobe.report.page import ARROW, FINE, FLAGGED, STYLES, UNDECIDED, UNMEASURED, Page, RenderOptions, to_string
+from bnprobe.report.page import ARROW, FINE, FLAGGED, UNDECIDED, UNMEASURED, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Mark, arrows, dropping, layer_names, table
 
 MOST_LAYERS = 12
@@ -188,7 +188,7 @@ def _table(rows: Sequence[ComparedLayer], page: Page, show_all: bool) -> list[Te
         Column("D", arrows(mismatches, page, ARROW)),
         *([Column("", flags, "left")] if any(flags) else []),
     ]
-    marks = [Mark(sign, STYLES[sign]) for sign in (sign_after(row.layer) for row in shown)]
+    marks = [Mark.of(sign_after(row.layer)) for row in shown]
     names = layer_names([row.layer.name for row in shown], [row.layer.name for row in rows], page, marks)
     # With n_eq beside it, D can be dropped.
     lines = table(names, dropping(columns, ("D", "") if any(map(any, equivalents)) else ("",)), page)

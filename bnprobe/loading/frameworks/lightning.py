@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class Lightning(Reader):
         from_file = f" with arguments saved in {saved.file}" if arguments.keys() - spec.model.args.keys() else ""
         return Project(
             model,
-            data.functions if failed is None else {"load_data": functools.partial(_fail, failed)},
+            data.functions if failed is None else {"load_data": lambda: _fail(failed)},
             {"model": f"{name}{kind}{from_file}"},
             model_args=arguments,
             data_args=saved.data if saved.data_argument is None else {saved.data_argument: saved.data},
@@ -87,7 +87,7 @@ class Lightning(Reader):
         return _Loaders(name, source, _SettingUp([(name, source)], Run(datamodule=source))).both()
 
 
-def _fail(error: BnprobeError) -> Data:
+def _fail(error: BnprobeError) -> NoReturn:
     raise error
 
 
@@ -272,14 +272,20 @@ def _with_loss(project: Project, trial: nn.Module, batch: Any, name: str, run: R
         calls = calls or noted
     functions: dict[str, Any] = {}
     if calls and not _is_usual(calls, batch):
-        functions["forward"] = _as_written(_Forward(run, *_which(calls)), trial, "training_step")
+        module, times = _which(calls)
+        functions["forward"] = _as_written(
+            lambda model, batch: outputs_of(model, batch, run, module, times), trial, "training_step"
+        )
     if problem is not None and not calls and not overrides(trial, "forward"):
-        functions["forward"] = _Refusing(
+        why = (
             f"{name} has no forward, and its training_step did not call the network: {problem}. Give it a forward, or"
             " name a function forward(model, batch) in a spec."
         )
+        functions["forward"] = lambda model, batch: _fail(ModelError(why))
     if problem is None:
-        functions["loss"] = _as_written(_Loss(run), trial, "training_step")
+        functions["loss"] = _as_written(
+            lambda model, batch: loss_in(*step(model, "training_step", batch, run)), trial, "training_step"
+        )
     taken = dict.fromkeys(functions, "training_step")
     said = "" if problem is None else f"training_step of {name} gives no loss to compare: {problem}."
     return replace(project, functions=functions, taken=taken, notes=(*project.notes, *filter(None, [said])))
@@ -313,7 +319,9 @@ def _with_metric(project: Project, trial: nn.Module, batch: Any, name: str, run:
     else:
         return project
     metric, goal = chosen
-    function = _as_written(_Metric(run, metric, to_end), trial, "validation_step")
+    function = _as_written(
+        lambda model, batch: validate(model, batch, run, to_end).get(metric), trial, "validation_step"
+    )
     which = f"{metric} of validation_step" + (f" (goal: {goal})" if goal else "")
     return replace(
         project,
@@ -335,42 +343,6 @@ def _which(calls: list[Call]) -> tuple[str, int]:
     names = [call.name for call in calls]
     name = "" if "" in names else names[-1]
     return name, names.count(name)
-
-
-@dataclass(frozen=True)
-class _Forward:
-    run: Run
-    module: str
-    calls: int
-
-    def __call__(self, model: nn.Module, batch: Any) -> Any:
-        return outputs_of(model, batch, self.run, self.module, self.calls)
-
-
-@dataclass(frozen=True)
-class _Refusing:
-    message: str
-
-    def __call__(self, model: nn.Module, batch: Any) -> Any:
-        raise ModelError(self.message)
-
-
-@dataclass(frozen=True)
-class _Loss:
-    run: Run
-
-    def __call__(self, model: nn.Module, batch: Any) -> Any:
-        return loss_in(*step(model, "training_step", batch, self.run))
-
-
-@dataclass(frozen=True)
-class _Metric:
-    run: Run
-    name: str
-    to_end: bool
-
-    def __call__(self, model: nn.Module, batch: Any) -> Any:
-        return validate(model, batch, self.run, self.to_end).get(self.name)
 
 
 def _as_written(function: Callable[..., Any], model: nn.Module, name: str) -> Callable[..., Any]:

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bnprobe.errors import UsageError
 from bnprobe.report.page import FINE, FLAGGED, INFO, UNDECIDED, UNMEASURED, WARNING, clean
+from bnprobe.report.rows import require
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -265,7 +264,8 @@ def write(make: Callable[[], Document]) -> str:
     Raises:
         UsageError: What writes pages is not installed.
     """
-    require_installed()
+    for name in ("jinja2", "altair", "vl_convert"):
+        require(name, "html", "--format html")
     document = make()
     sections = [section for section in document.sections if section.blocks]
     figures = [block for section in sections for block in section.blocks if isinstance(block, Figure)]
@@ -303,17 +303,6 @@ def _specs(figures: Iterable[Figure]) -> Iterator[tuple[str, dict[str, Any]]]:
     for figure in figures:
         for number, chart in enumerate(figure.charts, start=1):
             yield f"{figure.name}-{number}", chart.spec
-
-
-def require_installed() -> None:
-    """Refuse where what writes pages is not installed.
-
-    Raises:
-        UsageError: It is not; says what to install.
-    """
-    for name in ("jinja2", "altair", "vl_convert"):
-        if find_spec(name) is None:
-            raise UsageError(f'--format html needs {name}: pip install "bnprobe[html]".')
 
 
 @cache

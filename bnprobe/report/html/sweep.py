@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from bnprobe.numbers import count
 from bnprobe.records import MomentumPoint, MomentumSweep, SweepLayer, SweepPoint, SweepReport, Tracking
@@ -29,11 +29,8 @@ from bnprobe.report.html.vega import LINES
 from bnprobe.report.page import UNMEASURED, RenderOptions, standing
 from bnprobe.stats.theory import equivalent_batch_size
 
-_STARTS: dict[str, Callable[[MomentumPoint], Tracking | None]] = {
-    "loaded": lambda point: point.loaded,
-    "converged": lambda point: point.converged,
-    "shifted": lambda point: point.shifted,
-}
+_STARTS = ("loaded", "converged", "shifted")
+"""What the running average starts from: fields of a ``MomentumPoint``."""
 
 
 def sweep_page(report: SweepReport, options: RenderOptions) -> Document:
@@ -140,7 +137,7 @@ def _trained(report: SweepReport) -> Iterator[Block]:
 
 
 def _momentum(sweep: MomentumSweep) -> Iterator[Block]:
-    starts = [start for start, of in _STARTS.items() if of(sweep.model.points[0]) is not None]
+    starts = [start for start in _STARTS if _tracking(sweep.model.points[0], start) is not None]
     best = {start: getattr(sweep.model.best, start) for start in starts}
     tracked = [
         charts.RatePoint(
@@ -148,7 +145,7 @@ def _momentum(sweep: MomentumSweep) -> Iterator[Block]:
         )
         for start in starts
         for point in sweep.model.points
-        if (found := _STARTS[start](point)) is not None
+        if (found := _tracking(point, start)) is not None
     ]
     yield Figure(
         "rates",
@@ -161,6 +158,11 @@ def _momentum(sweep: MomentumSweep) -> Iterator[Block]:
     if len(sweep.layers) > 1:
         yield _best_rates(sweep, starts)
     yield from points(f"{one.name} ({one.kind}) not replayed: {one.reason}" for one in sweep.omitted)
+
+
+def _tracking(point: MomentumPoint, start: str) -> Tracking | None:
+    found: Tracking | None = getattr(point, start)
+    return found
 
 
 def _rate_table(sweep: MomentumSweep, starts: list[str]) -> Table:
@@ -186,7 +188,7 @@ def _rate_table(sweep: MomentumSweep, starts: list[str]) -> Table:
 
 
 def _tracked(point: MomentumPoint, start: str, sweep: MomentumSweep) -> tuple[Cell, Cell]:
-    found = _STARTS[start](point)
+    found = _tracking(point, start)
     if found is None:
         return Cell(UNMEASURED), Cell(UNMEASURED)
     error = found.standard_error

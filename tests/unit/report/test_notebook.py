@@ -21,7 +21,6 @@ from bnprobe.report.page import as_call
 from bnprobe.report.repair import RepairReport
 
 ELEMENTS = {"div", "p", "b", "br", "code", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre"}
-ELEMENTS = {"div", "p", "b", "br", "code", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre"}
 HOSTILE = '<script>alert("x")</script> & \x1b[2J'
 
 
