@@ -11,13 +11,13 @@ Nothing is registered by the mere import of a module.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from bnprobe.errors import BnprobeError, UsageError
+from bnprobe.wording import nearest
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -105,8 +105,8 @@ class Registry(Generic[Row]):
         rows = self._all()
         if name in rows:
             return rows[name]
-        nearest = difflib.get_close_matches(name, rows, 1, cutoff=0.0)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        near = nearest(name, rows, cutoff=0.0)
+        hint = f"; did you mean {near}?" if near else ""
         raise self._error(f'There is no {self.noun} named "{name}" (known: {", ".join(rows)}){hint}')
 
     def _all(self) -> dict[str, Row]:

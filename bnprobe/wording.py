@@ -1,11 +1,13 @@
-"""The words in which messages ask for something: options and files on the command line, arguments in Python.
+"""The words in which messages ask for something: options and files on the command line, arguments in Python; the
+nearest of several names.
 
 A public function is wrapped in `from_python`; while it runs, `option` and `either` give the words of Python.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -57,6 +59,17 @@ def option(name: str, value: object = None) -> str:
 def argument_of(option: str) -> str:
     """The argument of functions that says the same as an option."""
     return _ARGUMENTS.get(option, option.removeprefix("--").replace("-", "_"))
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The known name that is spelled most like another; empty where none is alike enough.
+
+    Args:
+        name: What the user wrote.
+        known: What there is.
+        cutoff: The least likeness, from 0 (whatever is nearest) to 1.
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), "")
 
 
 _GIVEN = {

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import reprlib
@@ -31,6 +30,7 @@ from bnprobe.config.spec import (
 )
 from bnprobe.errors import BnprobeError, SpecError, UsageError, reason_of
 from bnprobe.paths import is_file, read_bounded
+from bnprobe.wording import nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -481,10 +481,10 @@ def _unknown_key(path: KeyPath, source: Source, top: type[BaseModel]) -> str:
     if source.arguments and len(path) == 1:
         return _unknown_argument(key, source, top)
     known = known_keys(path[:-1], top)
-    close = difflib.get_close_matches(key, known, 1)
+    close = nearest(key, known)
     elsewhere = [f"{name}.{key}" for name in Spec.model_fields if key in known_keys((name,))]
     if close or (elsewhere and top is Spec):
-        hint = f'the nearest known key is "{[*close, *elsewhere][0]}"'
+        hint = f'the nearest known key is "{close or elsewhere[0]}"'
     else:
         hint = f"the known keys are {', '.join(known)}"
     inside = f" in {section}" if section else ""
@@ -494,8 +494,8 @@ def _unknown_key(path: KeyPath, source: Source, top: type[BaseModel]) -> str:
 def _unknown_argument(name: str, source: Source, top: type[BaseModel]) -> str:
     fields = [_ARGUMENT_NAMES.get(field, field) for field in top.model_fields]
     known = list(dict.fromkeys(each for each in (*source.further, *fields) if each != "settings"))
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f'the nearest is "{near[0]}"' if near else f"the known ones are {', '.join(known)}"
+    near = nearest(name, known)
+    hint = f'the nearest is "{near}"' if near else f"the known ones are {', '.join(known)}"
     return f'Unknown argument "{name}"; {hint}.'
 
 

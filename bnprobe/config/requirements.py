@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import re
@@ -10,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from bnprobe.errors import UsageError
+from bnprobe.wording import nearest
 
 QUANTITIES = {
     "metric": "metric on the held-out data, for the weights that are written (those of the first seed)",
@@ -58,11 +58,9 @@ def parse_requirement(text: str) -> Requirement:
         )
     quantity = match.group(1)
     if quantity not in QUANTITIES:
-        nearest = difflib.get_close_matches(quantity, QUANTITIES, 1, cutoff=0.0)[0]
+        near = nearest(quantity, QUANTITIES, cutoff=0.0)
         known = ", ".join(QUANTITIES)
-        raise UsageError(
-            f'--require "{text}": unknown quantity "{quantity}" (known: {known}); the nearest is {nearest}.'
-        )
+        raise UsageError(f'--require "{text}": unknown quantity "{quantity}" (known: {known}); the nearest is {near}.')
     return Requirement(text.strip(), quantity, match.group(2), number)
 
 

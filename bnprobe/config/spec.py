@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, nearest_target
 from bnprobe.errors import reason_of
 from bnprobe.paths import is_folder
 from bnprobe.records import DEFAULT_THRESHOLD, Goal
+from bnprobe.wording import nearest
 
 
 def split_target(target: str) -> tuple[str, str | None]:
@@ -59,8 +59,8 @@ def nearest_file(path: Path) -> str:
         names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
     except OSError:  # the folder may be searched, but not listed
         names = []
-    close = difflib.get_close_matches(path.name, names, 1)
-    return f"Did you mean {path.with_name(close[0])}?" if close else "Check the path."
+    close = nearest(path.name, names)
+    return f"Did you mean {path.with_name(close)}?" if close else "Check the path."
 
 
 def why_missing(path: Path) -> str | None:

@@ -6,7 +6,6 @@ A row imports no torch, so that the command line can list and validate the targe
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.numbers import joined
 from bnprobe.registry import Registry
+from bnprobe.wording import nearest
 
 DEFAULT_TARGET, AUTO = "batch-renorm", "auto"
 """The target if none is named, and the name that stands for whichever does best in a short training run."""
@@ -178,7 +178,7 @@ TARGETS: Registry[Target] = Registry(
 def nearest_target(name: str) -> str:
     """The target name, or "auto", that is spelled most like ``name``, or whose name elsewhere is."""
     known = {AUTO: AUTO} | {each: target.name for target in TARGETS for each in (target.name, *target.also_called)}
-    return known[difflib.get_close_matches(name.lower(), known, 1, cutoff=0.0)[0]]
+    return known[nearest(name.lower(), known, cutoff=0.0)]
 
 
 def require_used(to: str, given: Mapping[str, Any], written: Callable[[str, Any], str]) -> None:

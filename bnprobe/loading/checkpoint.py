@@ -5,7 +5,6 @@ Where none fits, the error says what does not, and which prefix or key would mak
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -30,6 +29,7 @@ from bnprobe.loading.tracking import keeps_none, tracking
 from bnprobe.loading.weights import Stub, read_conversion, read_weights, state_of, weights_file
 from bnprobe.numbers import count, joined, listed
 from bnprobe.records import ROOT
+from bnprobe.wording import nearest
 
 WRAPPERS = ("module.", "_orig_mod.")
 
@@ -679,6 +679,6 @@ def _pick(saved: Any, key: str, path: Path) -> Any:
         return _pick(saved[head], rest, path)
     if not isinstance(saved, Mapping):
         raise CheckpointError(f'{path} has no key "{key}": it holds {kind_of(saved)} there, not a mapping.')
-    close = difflib.get_close_matches(key, [str(name) for name in saved], 1)
-    hint = f' Did you mean "{close[0]}"?' if close else ""
+    close = nearest(key, [str(name) for name in saved])
+    hint = f' Did you mean "{close}"?' if close else ""
     raise CheckpointError(f'{path} has no key "{key}".{hint} Its keys are {listed([*map(str, saved)])}.')

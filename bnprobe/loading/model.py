@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -46,6 +45,7 @@ from bnprobe.loading.places import recorded_places
 from bnprobe.loading.scripts import Import, look_at
 from bnprobe.numbers import count, listed
 from bnprobe.paths import exists, is_file, is_folder, placed, short_path
+from bnprobe.wording import nearest
 
 BatchFunction = Callable[[nn.Module, Any], Any]
 """A function of the user, called as f(model, batch)."""
@@ -245,8 +245,8 @@ class UserModule:
 
     def _miss(self, symbol: str) -> str:
         contents = self.contents()
-        close = difflib.get_close_matches(symbol, [entry.split(" ")[0] for entry in contents], 1)
-        hint = f' Did you mean "{close[0]}"?' if close else ""
+        close = nearest(symbol, [entry.split(" ")[0] for entry in contents])
+        hint = f' Did you mean "{close}"?' if close else ""
         return f'{self.name} has no "{symbol}".{hint} {describe_contents(self)}'
 
 

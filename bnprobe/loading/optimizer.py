@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch.optim import lr_scheduler
 from bnprobe.config.spec import OptimizerSpec, ScheduleSpec
 from bnprobe.errors import UsageError
 from bnprobe.loading.model import UserModule, kind_of, locate, signature_of, user_code
+from bnprobe.wording import nearest
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,11 @@ def find_maker(catalogue: Catalogue, target: str, args: Mapping[str, Any], near:
 def _unknown(catalogue: Catalogue, target: str, known: list[str], near: UserModule | None) -> str:
     lower = {each.lower(): each for each in known}
     name = target.removeprefix(f"{catalogue.place}.").lower()
-    close = difflib.get_close_matches(name, lower, 1, cutoff=0.0)
+    close = nearest(name, lower, cutoff=0.0)
     where = catalogue.place if near is None else f"{catalogue.place} or {near.name}"
     return (
         f'{catalogue.key}.target: there is no {catalogue.noun} "{target}" in {where}. The nearest name in'
-        f" {catalogue.place} is {lower[close[0]]}. To use your own, write model.py:{catalogue.example} or"
+        f" {catalogue.place} is {lower[close]}. To use your own, write model.py:{catalogue.example} or"
         " package.module:Class."
     )
 

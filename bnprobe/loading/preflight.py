@@ -7,7 +7,6 @@ cannot be told (names that are made while the code runs, modules that are not fi
 from __future__ import annotations
 
 import ast
-import difflib
 import symtable
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from bnprobe.config.spec import Spec, is_file_target, split_target, why_missing
 from bnprobe.errors import BnprobeError, CheckpointError, DataError, ModelError
 from bnprobe.numbers import count, listed
 from bnprobe.paths import is_file, placed
+from bnprobe.wording import nearest
 
 _DYNAMIC = frozenset(("globals", "vars", "locals", "exec", "eval", "setattr", "__getattr__"))
 """With one of these names a file may define what its top level does not show."""
@@ -51,8 +51,8 @@ class _File:
             for name, node in self.defined.items()
             if not name.startswith("_")
         ]
-        near = difflib.get_close_matches(symbol, sorted(self.names), 1)
-        hint = f' Did you mean "{near[0]}"?' if near else ""
+        near = nearest(symbol, sorted(self.names))
+        hint = f' Did you mean "{near}"?' if near else ""
         contents = f"{_CONTENTS}: {', '.join(found)}." if found else f"{_CONTENTS} no function, class or model."
         return f'{self.name} has no "{symbol}".{hint}{contents}'
 
@@ -155,8 +155,8 @@ def _unknown(name: str, function: ast.FunctionDef, args: Mapping[str, Any], key:
         return
     for each in args:
         if each not in known:
-            near = difflib.get_close_matches(each, known, 1)
-            hint = f'; the nearest is "{near[0]}"' if near else f" ({', '.join(known) or 'it has none'})"
+            near = nearest(each, known)
+            hint = f'; the nearest is "{near}"' if near else f" ({', '.join(known) or 'it has none'})"
             yield f'{name} has no argument "{each}" ({key}){hint}.'
 
 

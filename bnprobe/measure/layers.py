@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from bnprobe.measure.restore import held_in_eval, preserved_settings, set_mode
 from bnprobe.numbers import count
 from bnprobe.records import ROOT, SkippedLayer
 from bnprobe.rules.facts import Anatomy
-from bnprobe.wording import option
+from bnprobe.wording import nearest, option
 
 ONE_VALUE = "one value per channel in a micro-batch: training raises an error at this batch size"
 """A note on a layer."""
@@ -147,8 +146,8 @@ def unmatched_globs(settings: ScanSettings, found: LayerSet) -> tuple[str, ...]:
 
 
 def _unmatched(glob: str, origin: str, names: list[str]) -> str:
-    nearest = difflib.get_close_matches(glob, names, 1, cutoff=0.0)
-    hint = f'; the nearest name is "{nearest[0]}"' if nearest else ""
+    near = nearest(glob, names, cutoff=0.0)
+    hint = f'; the nearest name is "{near}"' if near else ""
     return f'The glob "{glob}" of {origin} matches no layer{hint}.'
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -29,7 +28,7 @@ from bnprobe.records import ROOT, Layer, LayerChange, Plan, Refusal, Report
 from bnprobe.repairs.conversions import Conversion, conversion_of
 from bnprobe.repairs.surgery import applies_children, obstacle, replace_everywhere, succeed
 from bnprobe.rules import title_of
-from bnprobe.wording import from_python
+from bnprobe.wording import from_python, nearest
 
 
 @from_python
@@ -251,10 +250,8 @@ def _spec(options: Mapping[str, Any]) -> RepairSpec:
     known = tuple(dict.fromkeys(name for target in TARGETS for name in target.settings))
     unknown = sorted(options.keys() - {"to", *known})
     if unknown:
-        nearest = difflib.get_close_matches(unknown[0], known, 1, cutoff=0.0)[0]
-        raise UsageError(
-            f'convert has no option "{unknown[0]}" (known: {", ".join(known)}); the nearest is "{nearest}".'
-        )
+        near = nearest(unknown[0], known, cutoff=0.0)
+        raise UsageError(f'convert has no option "{unknown[0]}" (known: {", ".join(known)}); the nearest is "{near}".')
     if options["to"] == AUTO:
         raise UsageError(
             'to="auto" trains every target to choose one: name a target, or run bnprobe convert --finetune.'
@@ -361,8 +358,8 @@ def _differences(report: Report, modules: dict[str, NamedModule]) -> Iterator[st
 
 
 def _unknown_name(name: str, known: Iterable[str], what: str = "layer") -> RepairError:
-    nearest = difflib.get_close_matches(name, list(known), 1, cutoff=0.0)
-    hint = f'; the nearest name is "{nearest[0]}"' if nearest else ""
+    near = nearest(name, list(known), cutoff=0.0)
+    hint = f'; the nearest name is "{near}"' if near else ""
     return RepairError(f'No {what} is called or matches "{name}"{hint}.')
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +43,7 @@ from bnprobe.measure.restore import (
 from bnprobe.measure.session import Progress, Session, UserFunctions, device_named, no_progress
 from bnprobe.numbers import listed
 from bnprobe.records import ROOT
-from bnprobe.wording import from_python, option
+from bnprobe.wording import from_python, nearest, option
 
 
 @dataclass(frozen=True)
@@ -274,8 +273,8 @@ def _check_globs(globs: tuple[str, ...], layers: Iterable[ProbedLayer]) -> None:
     names = [name for layer in layers for name in _names(layer)]
     for glob in globs:
         if names and not matches_any(glob, names):
-            nearest = difflib.get_close_matches(glob, names, 1, cutoff=0.0)[0]
-            raise UsageError(f'The glob "{glob}" matches no BN layer of the model; the nearest name is "{nearest}".')
+            near = nearest(glob, names, cutoff=0.0)
+            raise UsageError(f'The glob "{glob}" matches no BN layer of the model; the nearest name is "{near}".')
 
 
 def _population(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
 from bnprobe.errors import UsageError
 from bnprobe.records import SOURCES, Layer, PathMeasurement, Report, SweepReport, Verification
+from bnprobe.wording import nearest
 
 Cell = str | int | float | bool | None
 Row = dict[str, Cell]
@@ -124,6 +124,6 @@ def layer_named(document: Any, name: str) -> Any:
     named = {layer.name: layer for layer in document.layers}
     named = {alias: layer for layer in document.layers for alias in getattr(layer, "aliases", ())} | named
     if name not in named:
-        near = difflib.get_close_matches(str(name), named, 1, cutoff=0.0)
-        raise KeyError(f"there is no layer {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+        near = nearest(str(name), named, cutoff=0.0)
+        raise KeyError(f"there is no layer {name!r}" + (f"; the nearest is {near!r}" if near else ""))
     return named[name]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from bnprobe.config.spec import RulesSpec
 from bnprobe.errors import UsageError
 from bnprobe.rules import RULES, Rule
+from bnprobe.wording import nearest
 
 
 def codes(given: Sequence[str]) -> tuple[str, ...]:
@@ -56,11 +57,11 @@ def find_rule(name: str) -> Rule:
         if wanted in (rule.code.lower(), rule.cause):
             return rule
     if any(character.isdigit() for character in wanted):
-        nearest = _nearest_code(wanted)
+        near = _nearest_code(wanted)
     else:
-        nearest = difflib.get_close_matches(wanted, [rule.cause for rule in RULES], 1, cutoff=0.0)[0]
+        near = nearest(wanted, [rule.cause for rule in RULES], cutoff=0.0)
     raise UsageError(
-        f'There is no rule "{name}"; the nearest is {nearest}. `bnprobe explain` without a code lists all rules.'
+        f'There is no rule "{name}"; the nearest is {near}. `bnprobe explain` without a code lists all rules.'
     )
 
 

@@ -5,7 +5,6 @@ Everything is read from disk: the network is never asked, and code that comes wi
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import sys
@@ -26,6 +25,7 @@ from bnprobe.loading.frameworks.preparation import Preparation
 from bnprobe.loading.model import attribute, kind_of, user_code
 from bnprobe.numbers import joined, listed
 from bnprobe.paths import is_file, is_folder, placed
+from bnprobe.wording import nearest
 
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -159,10 +159,10 @@ def _class_named(config: Mapping[str, Any], folder: Path) -> Any:
             f'{folder / _CONFIG} names no class of model ("architectures"). Save the model with save_pretrained(), or'
             " write a model file that loads it."
         )
-    close = difflib.get_close_matches(names[0], dir(transformers), 1)
-    nearest = f" The nearest name there is {close[0]}." if close else ""
+    close = nearest(names[0], dir(transformers))
+    hint = f" The nearest name there is {close}." if close else ""
     raise ModelError(
-        f'transformers {transformers.__version__} has no model "{names[0]}", which {folder / _CONFIG} names.{nearest}'
+        f'transformers {transformers.__version__} has no model "{names[0]}", which {folder / _CONFIG} names.{hint}'
         " Install the version that the model was saved with, or write a model file that loads it."
     )
 
@@ -189,8 +189,8 @@ def _settings(kind: Any, folder: Path, spec: Spec) -> Any:
     )
     unknown = [name for name in args if name in unused]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], config.to_dict(), 1)
-        hint = f'; the nearest is "{close[0]}"' if close else ""
+        close = nearest(unknown[0], config.to_dict())
+        hint = f'; the nearest is "{close}"' if close else ""
         raise ModelError(f'{kind.config_class.__name__} has no "{unknown[0]}" (model.args){hint}.')
     return config
 
@@ -361,9 +361,9 @@ def _named(model: nn.Module, batch: Any) -> dict[str, Any]:
     if main not in found:
         raise DataError(_misnamed(model, main, batch))
     for key in named.keys() - found.keys():
-        close = difflib.get_close_matches(str(key), set(known) - set(found) - {"self", "kwargs"}, 1, cutoff=0.8)
+        close = nearest(str(key), [each for each in known if each not in (*found, "self", "kwargs")], cutoff=0.8)
         if close:
-            raise DataError(_misnamed(model, close[0], batch, str(key)))
+            raise DataError(_misnamed(model, close, batch, str(key)))
     return found
 
 
@@ -373,10 +373,10 @@ def _positional(model: nn.Module) -> list[str]:
 
 def _misnamed(model: nn.Module, wanted: str, batch: Mapping[Any, Any], key: str = "") -> str:
     keys = [str(each) for each in batch]
-    close = [key] if key else difflib.get_close_matches(wanted, keys, 1, cutoff=0.5)
+    close = key or nearest(wanted, keys, cutoff=0.5)
     rename = (
-        f' The nearest is "{close[0]}": rename it, for a data set of datasets with'
-        f" dataset.rename_column({close[0]!r}, {wanted!r})."
+        f' The nearest is "{close}": rename it, for a data set of datasets with'
+        f" dataset.rename_column({close!r}, {wanted!r})."
         if close
         else f" Give {wanted} in every batch, or write forward(model, batch) in a model file."
     )
@@ -399,8 +399,8 @@ def _labelled(model: nn.Module, batch: Any) -> tuple[dict[str, Any], dict[str, A
     labels = {key: value for key, value in named.items() if key in wanted and value is not None}
     if not labels:
         keys = [str(each) for each in batch] if isinstance(batch, Mapping) else []
-        close = difflib.get_close_matches(wanted[0], keys, 1, cutoff=0.5)
-        rename = f' Is it "{close[0]}"? Then rename it.' if close else ""
+        close = nearest(wanted[0], keys, cutoff=0.5)
+        rename = f' Is it "{close}"? Then rename it.' if close else ""
         have = f"the batches have {joined(keys)}" if keys else "the batches have none"
         raise DataError(f"{type(model).__name__} takes its loss from {wanted[0]}, but {have}.{rename}")
     return {key: value for key, value in named.items() if key not in labels}, labels

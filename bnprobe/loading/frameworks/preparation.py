@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from bnprobe.loading.frameworks import Prepared
 from bnprobe.loading.model import attribute, has_attribute, kind_of, user_code
 from bnprobe.loading.tensors import from_array
 from bnprobe.numbers import joined, listed
+from bnprobe.wording import nearest
 
 _LABEL_NAMES = ("label", "label_ids", "labels")
 _MASK_NAMES = (*_LABEL_NAMES, "annotation", "mask", "segmentation_mask", "segmentation_map")
@@ -93,9 +93,9 @@ class Preparation:
         return None
 
     def _lacking(self, keys: list[str]) -> str:
-        close = difflib.get_close_matches(self.main, keys, 1, cutoff=0.5)
+        close = nearest(self.main, keys, cutoff=0.5)
         hint = (
-            f' The nearest is "{close[0]}": rename it with dataset.rename_column({close[0]!r}, {self.main!r}).'
+            f' The nearest is "{close}": rename it with dataset.rename_column({close!r}, {self.main!r}).'
             if close
             else ""
         )
