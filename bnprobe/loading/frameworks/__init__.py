@@ -1,6 +1,7 @@
 """Projects of other frameworks, read as they stand.
 
-Each framework is one row of ``bnprobe.config.frameworks`` and one module here with its ``Reader``. A reader turns what
+Each framework is one row of ``bnprobe.config.frameworks`` and one module here with its ``Reader``; parts of a reader
+stand beside it under its name, what several readers use without one (``libraries``, ``vision``). A reader turns what
 a target leads to into a ``Project``: a model, and functions with the names that a model file has. From there on
 everything is as with a model file, so that a spec or functions in the user's own file can say otherwise.
 """

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from bnprobe.config.spec import Spec, why_missing
 from bnprobe.errors import CheckpointError, DataError, ModelError, message_of, reason_of
 from bnprobe.loading.frameworks import Project, Reader, imported, is_a
+from bnprobe.loading.frameworks.huggingface_samples import Preparation
 from bnprobe.loading.frameworks.libraries import library
-from bnprobe.loading.frameworks.preparation import Preparation
 from bnprobe.loading.model import attribute, kind_of, user_code
 from bnprobe.numbers import joined, listed
 from bnprobe.paths import is_file, is_folder, placed

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from bnprobe.config.spec import Spec
 from bnprobe.errors import BnprobeError, DataError, ModelError, UserCodeError, message_of, place_in_user_code
 from bnprobe.loading.frameworks import Data, Project, Reader, is_a
-from bnprobe.loading.frameworks.hyperparameters import Saved, arguments_for, read_saved
-from bnprobe.loading.frameworks.naming import chosen_metric
-from bnprobe.loading.frameworks.steps import (
+from bnprobe.loading.frameworks.lightning_checkpoint import Saved, arguments_for, read_saved
+from bnprobe.loading.frameworks.lightning_steps import (
     BATCH_HOOKS,
     Call,
     Run,
@@ -34,6 +33,7 @@ from bnprobe.loading.frameworks.steps import (
     step,
     validate,
 )
+from bnprobe.loading.frameworks.metric_names import chosen_metric
 from bnprobe.loading.model import eagerly, user_code
 from bnprobe.loading.returned import described
 from bnprobe.numbers import listed

@@ -12,7 +12,7 @@ from torch import nn
 
 from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError, ModelError
-from bnprobe.loading.frameworks.hyperparameters import Saved, arguments_for, read_saved
+from bnprobe.loading.frameworks.lightning_checkpoint import Saved, arguments_for, read_saved
 
 WATCHED = "ModelCheckpoint{'monitor': 'val_acc', 'mode': 'max', 'every_n_epochs': 1}"
 

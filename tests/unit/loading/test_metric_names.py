@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bnprobe.loading.frameworks.naming import chosen_metric
+from bnprobe.loading.frameworks.metric_names import chosen_metric
 
 
 @pytest.mark.parametrize(
