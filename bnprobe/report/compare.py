@@ -141,7 +141,7 @@ def _layers(found: Comparison, page: Page, show_all: bool) -> list[Text]:
     marks = [_layer_mark(layer.points[-1]) for layer in shown]
     lines = table(Names([layer.name for layer in shown], marks=marks), dropping(columns, ("over time", "D")), page)
     hidden = len(found.layers) - len(shown)
-    left_out = f"{count(hidden, 'layer')} that changed less not shown; --all shows all." if hidden else ""
+    left_out = f"{count(hidden, 'layer')} that changed less not shown; {page.every} shows all." if hidden else ""
     return [
         *page.heading("Layers, the larger D of training and inference"),
         *lines,

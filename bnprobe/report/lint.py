@@ -10,7 +10,7 @@ from bnprobe.numbers import count
 from bnprobe.records import Diagnosis, LintReport
 from bnprobe.report import baseline
 from bnprobe.report.diagnoses import consequences
-from bnprobe.report.page import SEVERITY_STYLES, RenderOptions, clean, to_string
+from bnprobe.report.page import SEVERITY_STYLES, Page, RenderOptions, clean, to_string
 
 MOST_LAYERS = 8
 """So many layers of one finding are listed, unless all are asked for."""
@@ -51,7 +51,7 @@ def _finding(diagnosis: Diagnosis, report: LintReport, options: RenderOptions) -
         shown = own if options.show_all else own[:MOST_LAYERS]
         yield from (_plain(f"    {_place(verdict.location, report)} {verdict.layer}", options) for verdict in shown)
         if len(shown) < len(own):
-            yield Text(f"    and {len(own) - len(shown)} more (--all lists them)", "dim")
+            yield Text(f"    and {len(own) - len(shown)} more ({Page.of(options).every} lists them)", "dim")
     if explained := consequences(diagnosis):
         yield _plain(f"    also explains: {explained}", options)
     yield _plain(f"    fix: {diagnosis.remedy}", options)

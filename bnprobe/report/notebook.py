@@ -45,7 +45,9 @@ def text(document: Document, verbose: bool, width: int | None) -> str:
         width: Columns; None: those of the terminal.
     """
     columns = shutil.get_terminal_size().columns if width is None else width
-    options = RenderOptions(columns, verbose=verbose, unicode=_unicode(), command=_COMMAND, python=True)
+    options = RenderOptions(
+        columns, show_all=verbose, verbose=verbose, unicode=_unicode(), command=_COMMAND, python=True
+    )
     return render(document, "terminal", options).rstrip("\n")
 
 

@@ -156,6 +156,11 @@ class Page:
         """How the reader gets the whole report where this is a part of it."""
         return "print(report.text(verbose=True))" if self.python else "--verbose"
 
+    @property
+    def every(self) -> str:
+        """How the reader gets all of what is listed in part."""
+        return self.whole if self.python else "--all"
+
     def clean(self, text: str) -> str:
         """Text that this page can show; see `clean`."""
         return clean(text, self.unicode)

@@ -87,7 +87,7 @@ def _changes(plan: Plan, page: Page, show_all: bool) -> list[Text]:
     lines += _rows(shown, classes, [change.reason if len(reasons) > 1 else "" for change in shown], page)
     if len(shown) < len(changes):
         left_out = count(len(changes) - len(shown), "more layer")
-        lines += page.paragraph(f"and {left_out}; --all shows all.", first="  ")
+        lines += page.paragraph(f"and {left_out}; {page.every} shows all.", first="  ")
     return lines
 
 

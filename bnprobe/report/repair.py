@@ -500,7 +500,9 @@ def _diverged(arms: Sequence[Arm], page: Page, show_all: bool) -> list[Text]:
     shown = notes if show_all or len(notes) <= _MOST_NOTES + 1 else notes[:_MOST_NOTES]
     lines = page.paragraphs(shown, rest="    ")
     more = count(len(notes) - len(shown), "more run")
-    return lines + (page.paragraph(f"and {more}; --all shows all.", first="  ") if len(shown) < len(notes) else [])
+    return lines + (
+        page.paragraph(f"and {more}; {page.every} shows all.", first="  ") if len(shown) < len(notes) else []
+    )
 
 
 def _capitalized(text: str) -> str:

@@ -202,7 +202,7 @@ def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, most: int)
     ]
     names = layer_names([layer.name for layer in shown], [layer.name for layer in layers], page, last=True)
     left_out = len(measured) - len(shown)
-    more = page.paragraph(_not_shown(left_out), first="  ")
+    more = page.paragraph(_not_shown(left_out, page), first="  ")
     return [
         *page.heading(SMALLEST_SIZES),
         *table(names, dropping(columns, ("limit", columns[0].heading)), page),
@@ -211,8 +211,8 @@ def _by_layer(layers: Sequence[SweepLayer], scanned: int, page: Page, most: int)
     ]
 
 
-def _not_shown(layers: int) -> str:
-    return f"{count(layers, 'layer')} with less mismatch not shown; --all shows all."
+def _not_shown(layers: int, page: Page) -> str:
+    return f"{count(layers, 'layer')} with less mismatch not shown; {page.every} shows all."
 
 
 def what_limits_are(shown: Sequence[SweepLayer], scanned: int) -> Iterable[str]:
@@ -382,7 +382,7 @@ def _rates_by_layer(sweep: MomentumSweep, page: Page, show_all: bool) -> list[Te
     ]
     names, network = ([curve.layer or "" for curve in curves] for curves in (shown, sweep.layers))
     layouts = dropping(columns, ("D loaded", "own", "best loaded"))
-    left_out = _not_shown(len(sweep.layers) - len(shown))
+    left_out = _not_shown(len(sweep.layers) - len(shown), page)
     omitted = (f"{layer.name} ({layer.kind}) not replayed: {layer.reason}" for layer in sweep.omitted)
     return [
         *page.heading(BEST_RATES),

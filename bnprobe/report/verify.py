@@ -236,5 +236,5 @@ def _hidden(rows: Sequence[ComparedLayer], shown: Sequence[ComparedLayer], page:
         words = what_became(row) or "not flagged"
         numbers[words] = numbers.get(words, 0) + 1
     parts = ", ".join(f"{number} {words}" for words, number in numbers.items())
-    text = f"{count(len(left_out), 'more layer')} ({parts}); --all shows all."
+    text = f"{count(len(left_out), 'more layer')} ({parts}); {page.every} shows all."
     return page.paragraph(text, "dim", first="   ")

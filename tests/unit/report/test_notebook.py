@@ -114,6 +114,14 @@ def test_the_next_command_is_a_call(command: str, call: str | None) -> None:
     assert as_call(command) == call
 
 
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_a_document_in_python_names_no_option_that_shows_the_rest(kind: str, name: str) -> None:
+    made = document(kind, name)
+    assert isinstance(made, Document)
+    assert "--all" not in made.text(width=100)
+    assert "shows all." not in made.text(width=100, verbose=True)
+
+
 def test_a_report_in_python_speaks_of_python() -> None:
     text = " ".join(fabricated.flagged().text(width=120).split())
     assert "print(report.text(verbose=True)) shows every layer" in text
