@@ -164,6 +164,11 @@ def message_of(error: BaseException) -> str:
         return ""
 
 
+def first_line_of(error: BaseException) -> str:
+    """The first line of what an exception says; of one that says nothing the name of its class."""
+    return next((line.strip() for line in message_of(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def reason_of(error: OSError | ValueError) -> str:
     """Why the operating system refused something, in its own words, e.g. "Permission denied"."""
     return getattr(error, "strerror", None) or message_of(error) or type(error).__name__

@@ -13,7 +13,7 @@ from typing import Any
 from bnprobe.config.load import read_configuration
 from bnprobe.config.nodes import MARKS, is_node
 from bnprobe.errors import ModelError, SpecError
-from bnprobe.loading.model import Described, UserModule, resolve, user_code
+from bnprobe.loading.model import Described, UserModule, import_from_here, resolve, user_code
 from bnprobe.paths import placed
 
 
@@ -51,10 +51,7 @@ def described_by(location: str, name: str) -> Described:
 def _make_importable(target: str, path: Path) -> None:
     """Let imports find the project that a configuration belongs to, where they do not find it from here."""
     top = target.split(".")[0]
-    folder = str(placed(Path()).absolute())
-    if folder not in sys.path and "" not in sys.path:
-        sys.path.insert(0, folder)
-    importlib.invalidate_caches()
+    import_from_here()
     if not top.isidentifier() or importlib.util.find_spec(top) is not None:
         return
     for parent in path.absolute().parents:

@@ -421,11 +421,17 @@ def _module_name(path: Path) -> str:
     return f"bnprobe_user_{path.stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
-def _import(location: str, symbol: str | None) -> tuple[UserModule, str | None]:
-    """Import ``package.module``, or ``package`` with the last part as the symbol (as in class_path)."""
+def import_from_here() -> None:
+    """Let imports find what is in the working directory, also what has come into it since the last one."""
     folder = str(placed(Path()).absolute())
     if folder not in sys.path and "" not in sys.path:
         sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+
+
+def _import(location: str, symbol: str | None) -> tuple[UserModule, str | None]:
+    """Import ``package.module``, or ``package`` with the last part as the symbol (as in class_path)."""
+    import_from_here()
     try:
         return UserModule(_import_module(location), location), symbol
     except _MissingModuleError as error:
@@ -447,7 +453,6 @@ class _MissingModuleError(ModelError):
 def _import_module(location: str) -> types.ModuleType:
     if not all(part.isidentifier() for part in location.split(".")):
         raise ModelError(f'"{location}" is not the name of a Python file or module.')
-    importlib.invalidate_caches()
     with user_code(f"importing {location}"):
         _look_at_module(location)
         return _imported(location)

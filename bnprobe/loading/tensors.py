@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bnprobe.config.spec import why_missing
-from bnprobe.errors import DataError, message_of
+from bnprobe.errors import DataError, first_line_of
 from bnprobe.loading.model import kind_of
 from bnprobe.loading.samples import why_unreadable
 from bnprobe.paths import is_file, placed, short_path
@@ -88,8 +88,8 @@ def _read(path: Path, name: str) -> Any:
             " a tuple or dictionary of tensors, with torch.save."
         ) from None
     except (SafetensorError, zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
-        said = next((line for line in message_of(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(f"{name} could not be read ({said[:200].rstrip('.')}). Save it again.") from None
+        said = first_line_of(error)[:200].rstrip(".")
+        raise DataError(f"{name} could not be read ({said}). Save it again.") from None
 
 
 def from_array(array: np.ndarray) -> Any:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from bnprobe.config.spec import why_missing
 from bnprobe.config.targets import ARGUMENTS, CONVERTED, ConversionMark
-from bnprobe.errors import CheckpointError, message_of, reason_of
+from bnprobe.errors import CheckpointError, first_line_of, reason_of
 from bnprobe.loading.model import user_code
 from bnprobe.numbers import count, listed
 from bnprobe.paths import is_file, is_folder
@@ -238,7 +238,7 @@ def _read_unsafe(path: Path) -> tuple[Any, tuple[str, ...]]:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    reason = next((line.strip() for line in message_of(error).splitlines() if line.strip()), type(error).__name__)
+    reason = first_line_of(error)
     reason = reason.split(". ")[0]  # what follows is PyTorch's own advice, cut off at its line
     if _is_plain_pickle(path):
         return (

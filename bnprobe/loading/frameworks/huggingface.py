@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.config.spec import Spec, why_missing
-from bnprobe.errors import CheckpointError, DataError, ModelError, message_of, reason_of
+from bnprobe.errors import CheckpointError, DataError, ModelError, first_line_of, reason_of
 from bnprobe.loading.frameworks import Project, Reader, imported, is_a
 from bnprobe.loading.frameworks.huggingface_samples import Preparation
 from bnprobe.loading.frameworks.libraries import library
@@ -224,7 +224,7 @@ def _with_weights(kind: Any, folder: Path, name: str, spec: Spec) -> Project:
             dtype=torch.float32,
         )
     except Exception as error:  # whatever transformers raises for files that are damaged or do not fit
-        said = next((line.strip() for line in message_of(error).splitlines() if line.strip()), type(error).__name__)
+        said = first_line_of(error)
         raise CheckpointError(f"The weights in {folder} could not be loaded into {kind.__name__}: {said}") from error
     notes += _fit(found, folder, kind.__name__, spec.checkpoint.strict)
     return _project(model.eval(), f"hf:{name}", folder, notes)
