@@ -95,7 +95,10 @@ def test_no_input_is_a_command(workspace: Workspace) -> None:
 def test_the_action_installs_the_package_with_what_its_formats_need() -> None:
     install = ACTION["runs"]["steps"][0]
     assert install["run"] == 'python -m pip install "${PACKAGE}[ci]"'
-    assert ACTION["inputs"]["package"]["default"] == "${{ github.action_path }}"
+    assert install["env"]["PACKAGE"].startswith("${{ inputs.package || github.action_path }}")
+    assert install["if"] == "inputs.package != 'none'"
+    # Defaults are read before there is an action whose path could be known.
+    assert not any("action_path" in str(each.get("default")) for each in ACTION["inputs"].values())
 
 
 def test_the_hook_lints_the_model_that_its_arguments_name(workspace: Workspace) -> None:
