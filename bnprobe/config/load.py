@@ -30,7 +30,7 @@ from bnprobe.config.spec import (
 )
 from bnprobe.errors import BnprobeError, SpecError, UsageError, reason_of
 from bnprobe.paths import is_file, read_bounded
-from bnprobe.wording import nearest
+from bnprobe.wording import argument_of, nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -79,9 +79,6 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, _LONGEST
 _TARGETS = ("model", "data", "eval_data")
 _ALIASES = {"class_path": "target", "init_args": "args"}
 _SHORT_FORMS = {**dict.fromkeys(_TARGETS, "target"), "checkpoint": "path"}
-_ARGUMENT_NAMES = {"batches": "num_batches"}
-"""Arguments of functions that are not called as the keys are."""
-
 _OPTION_NAMES = {
     "checkpoint.path": "--checkpoint",
     "thresholds": "--threshold",
@@ -115,7 +112,7 @@ class Source:
     def key(self, path: KeyPath) -> str:
         """The key as the user wrote it."""
         if self.arguments:
-            path = (_ARGUMENT_NAMES.get(str(path[0]), path[0]), *path[1:])
+            path = (argument_of(f"--{path[0]}"), *path[1:])
         if self.name or self.arguments:
             return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(map(str, path)))
         named = [name for name in (path[0], ".".join(map(str, path[:2]))) if name in _OPTION_NAMES]
@@ -492,7 +489,7 @@ def _unknown_key(path: KeyPath, source: Source, top: type[BaseModel]) -> str:
 
 
 def _unknown_argument(name: str, source: Source, top: type[BaseModel]) -> str:
-    fields = [_ARGUMENT_NAMES.get(field, field) for field in top.model_fields]
+    fields = [argument_of(f"--{field}") for field in top.model_fields]
     known = list(dict.fromkeys(each for each in (*source.further, *fields) if each != "settings"))
     near = nearest(name, known)
     hint = f'the nearest is "{near}"' if near else f"the known ones are {', '.join(known)}"
