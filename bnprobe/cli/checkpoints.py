@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,7 +129,6 @@ class Several:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """Names for files: those of the checkpoints, numbered where several have the same."""
+    """Names for files: those of the checkpoints, all of them numbered where some have the same."""
     stems = [Path(path).stem for path in paths]
-    times = Counter(stems)
-    return [stem if times[stem] == 1 else f"{number}-{stem}" for number, stem in enumerate(stems, start=1)]
+    return stems if len(set(stems)) == len(stems) else [f"{n}-{stem}" for n, stem in enumerate(stems, start=1)]

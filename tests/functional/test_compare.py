@@ -52,6 +52,17 @@ def test_every_scan_has_its_files_and_the_table_its_own(run: Workspace) -> None:
     assert again.error().startswith("out/scan-epoch2.json already exists")
 
 
+def test_no_scan_writes_the_file_of_another(run: Workspace) -> None:
+    state = (run.folder / "run/epoch2.ckpt").read_bytes()
+    for name in ("other/epoch2.ckpt", "other/1-epoch2.ckpt"):
+        (run.folder / "other").mkdir(exist_ok=True)
+        (run.folder / name).write_bytes(state)
+    run.scan(
+        "--checkpoint", "run/epoch2.ckpt", "--checkpoint", "other/*.ckpt", "--format", "json", "--output-dir", "out"
+    )
+    assert len([path for path in (run.folder / "out").iterdir() if path.name.startswith("scan-")]) == 3
+
+
 def test_what_several_checkpoints_cannot_have(run: Workspace) -> None:
     several = ("--checkpoint", "run/*.ckpt")
     assert run.scan(*several, "--write-baseline", "b.json").error() == (
