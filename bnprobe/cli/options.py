@@ -56,6 +56,11 @@ def complete_help(command: Any) -> None:
 
         names = [f"{name} (default)" if name == TERMINAL else name for name in formats_of(command.name)]
         options["format_"].help = escaped(f"{', '.join(names)}; several with --output-dir.")
+    if "{frameworks}" in (getattr(options.get("target"), "help", None) or ""):
+        from bnprobe.config.frameworks import FRAMEWORKS
+
+        named = [f"{row.prefix}:{'FOLDER' if row.is_path else 'NAME'}" for row in FRAMEWORKS if row.prefix]
+        options["target"].help = options["target"].help.format(frameworks=escaped(", ".join(named)))
     if command.name == "convert":
         from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS
 
@@ -128,8 +133,8 @@ MODEL, DATA, RUN, JUDGE, REPORT = "Model", "Data", "Measurement", "Thresholds an
 Target = Annotated[
     str,
     typer.Argument(
-        help="model.py[:SYMBOL], package.module[:SYMBOL], timm:NAME, torchvision:NAME, hf:FOLDER, or a spec file"
-        " (.yaml). SYMBOL may be a LightningModule, and the file a configuration of Hydra or LightningCLI.",
+        help="model.py[:SYMBOL], package.module[:SYMBOL], {frameworks}, or a spec file (.yaml). SYMBOL may be a"
+        " LightningModule, and the file a configuration of Hydra or LightningCLI.",
         metavar="TARGET",
     ),
 ]

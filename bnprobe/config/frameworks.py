@@ -19,7 +19,6 @@ class Framework:
     Attributes:
         name: As in documentation, e.g. "Lightning".
         reader: Where its ``bnprobe.loading.frameworks.Reader`` is, as "package.module:CLASS".
-        summary: What of its projects is read, a phrase for documentation.
         prefix: What its targets begin with, before a colon, e.g. "timm"; "": its classes are known by themselves.
         packages: Packages of which one has been imported wherever a value of the framework exists.
         is_path: What follows the prefix is the path of a file or folder.
@@ -27,7 +26,6 @@ class Framework:
 
     name: str
     reader: str
-    summary: str
     prefix: str = ""
     packages: tuple[str, ...] = ()
     is_path: bool = False
@@ -38,29 +36,18 @@ _HERE = "bnprobe.loading.frameworks."
 FRAMEWORKS: Registry[Framework] = Registry(
     "bnprobe.frameworks",
     (
+        Framework("timm", _HERE + "timm:Timm", prefix="timm"),
+        Framework("torchvision", _HERE + "torchvision:Torchvision", prefix="torchvision"),
         Framework(
             "Hugging Face",
             _HERE + "huggingface:HuggingFace",
-            "folders with config.json and weights, models of transformers, data sets of datasets",
             prefix="hf",
             packages=("transformers", "datasets"),
             is_path=True,
         ),
-        Framework("timm", _HERE + "timm:Timm", "models by name", prefix="timm"),
-        Framework(
-            "Lightning",
-            _HERE + "lightning:Lightning",
-            "a LightningModule with its checkpoint, data and steps",
-            packages=("lightning", "pytorch_lightning"),
-        ),
-        Framework("MONAI", _HERE + "monai:Monai", "data sets with tensors of its own", packages=("monai",)),
-        Framework(
-            "PyTorch Geometric",
-            _HERE + "pyg:Graphs",
-            "data sets, lists and single graphs",
-            packages=("torch_geometric",),
-        ),
-        Framework("torchvision", _HERE + "torchvision:Torchvision", "models by name", prefix="torchvision"),
+        Framework("Lightning", _HERE + "lightning:Lightning", packages=("lightning", "pytorch_lightning")),
+        Framework("MONAI", _HERE + "monai:Monai", packages=("monai",)),
+        Framework("PyTorch Geometric", _HERE + "pyg:Graphs", packages=("torch_geometric",)),
     ),
     lambda framework: framework.name,
     "framework",

@@ -210,6 +210,7 @@ def test_the_help_knows_the_package_without_importing_torch(installed: Path, sit
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "gitlab" not in done.stdout  # it writes what a scan or a lint finds
+    assert "zoo:NAME" in done.stdout
     assert "filter-response*: the mean square of each channel of one sample" in done.stdout
     assert "core-aten (.core.pt2): torch.export, with the core ATen operators only" in done.stdout
 
