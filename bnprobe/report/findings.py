@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from bnprobe.records import LintReport, Report, Verdict
+from bnprobe.numbers import count
+from bnprobe.records import LintReport, Report, Severity, Verdict
 from bnprobe.report.page import clean
 from bnprobe.rules import title_of
 from bnprobe.rules.findings import UNEXPLAINED
 
 MODEL = "the model"
 """What stands for the layer in a finding about the whole model."""
+
+
+_WORDS: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "remark"}
+
+
+def counted(severities: Iterable[Severity]) -> list[str]:
+    """How many findings there are of each severity, worst first, e.g. ["2 errors", "1 remark"]."""
+    found = Counter(severities)
+    return [count(found[severity], word) for severity, word in _WORDS.items() if found[severity]]
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ are more, the last one counts them.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bnprobe.numbers import count
 from bnprobe.records import LintReport, Report, Severity, Verdict, Verification
 from bnprobe.report import lint, scan, verify
-from bnprobe.report.findings import Place, place_of, text_of, title_of_finding
+from bnprobe.report.findings import Place, counted, place_of, text_of, title_of_finding
 from bnprobe.report.page import RenderOptions, clean
 from bnprobe.rules.findings import SEVERITIES, UNEXPLAINED, findings
 
@@ -22,8 +21,6 @@ MOST_ANNOTATIONS = 10
 """Of every kind GitHub shows so many for each step of a job."""
 
 LEVELS: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "notice"}
-
-_WORDS: dict[Severity, str] = {"error": "error", "warning": "warning", "info": "remark"}
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,7 @@ def _lines(annotations: Sequence[_Annotation], result: str) -> str:
     shown = list(annotations)
     if len(shown) > MOST_ANNOTATIONS:
         left = shown[MOST_ANNOTATIONS - 1 :]
-        counts = Counter(each.severity for each in left)
-        parts = [count(counts[severity], _WORDS[severity]) for severity in SEVERITIES if counts[severity]]
+        parts = counted(each.severity for each in left)
         worst = min((each.severity for each in left), key=SEVERITIES.index)
         summary = f"{' and '.join(parts)} more; the report lists them. {result}."
         shown = [*shown[: MOST_ANNOTATIONS - 1], _Annotation(worst, "bnprobe", summary)]

@@ -10,6 +10,7 @@ from bnprobe.numbers import count
 from bnprobe.records import Diagnosis, LintReport
 from bnprobe.report import baseline
 from bnprobe.report.diagnoses import consequences
+from bnprobe.report.findings import counted
 from bnprobe.report.page import SEVERITY_STYLES, Page, RenderOptions, clean, to_string
 
 MOST_LAYERS = 8
@@ -31,11 +32,7 @@ def render(report: LintReport, options: RenderOptions) -> str:
 
 def one_line(report: LintReport) -> str:
     """The counts, e.g. "2 errors and 1 warning in 5 layers of model.py:load_model (7 rules)"."""
-    found = {
-        severity: sum(diagnosis.severity == severity for diagnosis in report.diagnoses) for severity in SEVERITY_STYLES
-    }
-    words = {"error": "error", "warning": "warning", "info": "remark"}
-    parts = [count(number, words[severity]) for severity, number in found.items() if number]
+    parts = counted(diagnosis.severity for diagnosis in report.diagnoses)
     rules = len({verdict.rule for verdict in report.verdicts})
     where = f"in {count(report.layers, 'layer')} of {report.model}"
     return f"{' and '.join(parts) or 'Nothing found'} {where} ({count(rules, 'rule')})"

@@ -25,6 +25,7 @@ from bnprobe.records import (
 from bnprobe.report import figures, further
 from bnprobe.report.baseline import known
 from bnprobe.report.diagnoses import closing, closing_lines
+from bnprobe.report.findings import counted
 from bnprobe.report.layers import MEANINGS, MOST_CALLS, layer_table, legend, select, unmeasured, with_sign
 from bnprobe.report.mismatch import shares
 from bnprobe.report.next_step import advised_step, under_limit
@@ -74,8 +75,8 @@ def one_line(report: Report) -> str:
     Where no layer is flagged, the findings come first.
     """
     partial = f"PARTIAL, {report.scan.stopped}: " if report.scan.partial else ""
-    summary, severities = report.summary, [diagnosis.severity for diagnosis in report.diagnoses]
-    found = [count(number, kind) for kind in ("error", "warning") if (number := severities.count(kind))]
+    summary = report.summary
+    found = counted(diagnosis.severity for diagnosis in report.diagnoses if diagnosis.severity != "info")
     flagged = f"{summary.flagged} of {count(summary.layers, 'layer')} flagged"
     undecided = [f"{summary.undecided} undecided"] if summary.undecided else []
     if not found:
