@@ -106,7 +106,16 @@ class Preparation:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What becomes of the columns of a sample: some are copied under new names, an image or recording is prepared."""
+    """What becomes of the columns of a sample.
+
+    Attributes:
+        preparation: Whose plan it is.
+        columns: Those that are taken as they are, and the parameter that each is for.
+        raw: The image or recording that the processor prepares; None: there is none.
+        mask: The segmentation map that is prepared with it; None: there is none.
+        left_out: What the model does not take.
+        is_recording: Whether ``raw`` is a recording.
+    """
 
     preparation: Preparation
     columns: Mapping[str, str]
@@ -140,7 +149,6 @@ class _Samples(Prepared):
     def __init__(self, dataset: Any, plan: _Plan) -> None:
         self.dataset, self._plan = dataset, plan
         self._processor = plan.preparation.processor() if plan.raw and plan.preparation.processor else None
-
         self.collate = self._padded if plan.is_recording else None
 
     def __len__(self) -> int:

@@ -65,6 +65,7 @@ class Trained:
     Attributes:
         path: The file.
         saved: All of it.
+        spec: How the user names it.
         args: The arguments of the script by name, from its ``argparse.Namespace``; empty where the file has none.
     """
 
