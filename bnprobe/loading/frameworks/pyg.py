@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 
 from bnprobe.loading.frameworks import Reader, imported
 from bnprobe.loading.frameworks.libraries import library
@@ -23,7 +23,7 @@ class Graphs(Reader):
     def data(self, value: Any, name: str, args: Mapping[str, Any]) -> Any:
         """See the base class."""
         if not _is_graph(value):
-            return _Listed(value)
+            return Subset(value, range(len(value)))  # which makes a data set of a list
         # One graph, of which every pass sees all nodes: the whole data set in one batch.
         return [library("torch_geometric.data", "pyg").Batch.from_data_list([value])]
 
@@ -34,19 +34,6 @@ class Graphs(Reader):
             return None
         collater: Callable[[list[Any]], Any] = library("torch_geometric.loader.dataloader", "pyg").Collater(None)
         return collater
-
-
-class _Listed(Dataset[Any]):
-    """A list of graphs as a data set."""
-
-    def __init__(self, graphs: list[Any] | tuple[Any, ...]) -> None:
-        self.graphs = graphs
-
-    def __len__(self) -> int:
-        return len(self.graphs)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.graphs[index]
 
 
 def _is_graph(value: Any) -> bool:
