@@ -175,7 +175,12 @@ def _scan_bar(shown: bool) -> Progress:
         _RateColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
+    return Progress(*columns, console=console, transient=True, disable=not (shown and _moves(console)))
+
+
+def _moves(console: Console) -> bool:
+    """Whether it is a terminal. rich takes a file for one where FORCE_COLOR is set, as in many CI jobs."""
+    return console.is_terminal and console.file.isatty()
 
 
 def _scan_updates(bar: Progress) -> Callable[[int, int], None]:
@@ -198,7 +203,7 @@ def _training_bar(shown: bool) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}", markup=False),
     )
-    return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
+    return Progress(*columns, console=console, transient=True, disable=not (shown and _moves(console)))
 
 
 def _training_updates(bar: Progress, shown: bool) -> Callable[[TrainingStep], None]:

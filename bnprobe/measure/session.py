@@ -349,7 +349,7 @@ def device_named(name: str, model: nn.Module) -> torch.device:
         return torch.device("cuda") if own.type == "cpu" and torch.cuda.is_available() else own
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         have = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "no CUDA device"
         raise DeviceError(

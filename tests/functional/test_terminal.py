@@ -75,7 +75,9 @@ def test_color_is_for_terminals_that_want_it(workspace: Workspace, environment: 
 )
 def test_color_is_for_pipes_that_are_forced(workspace: Workspace, environment: dict[str, str], colored: bool) -> None:
     workspace.write("model.py", SHIFTED)
-    assert ("\x1b[" in workspace.run(*SCAN, **environment).stdout) is colored
+    found = workspace.run(*SCAN, **environment)
+    assert ("\x1b[" in found.stdout) is colored
+    assert found.stderr == ""  # no bar moves there
 
 
 def test_a_large_network_fits_a_screen(workspace: Workspace) -> None:

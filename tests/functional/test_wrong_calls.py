@@ -32,6 +32,7 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "misspelt data": (lambda: bnprobe.scan(MODEL, LOADER, evaluate=LOADER), 'the nearest is "evaluation"'),
     "misspelt setting": (lambda: bnprobe.scan(MODEL, LOADER, max_batch=2), 'the nearest is "max_batches"'),
     "device": (lambda: bnprobe.scan(MODEL, LOADER, device="gpu"), "use device='cpu'"),
+    "device without values": (lambda: bnprobe.scan(MODEL, LOADER, device="meta"), "'meta' cannot be used"),
     "autocast": (lambda: bnprobe.scan(MODEL, LOADER, autocast="fp16"), "'bfloat16' or 'float16' for autocast"),
     "steps": (lambda: bnprobe.scan(MODEL, LOADER, train_steps=2), "train_steps needs a loss: give loss=..."),
     "gradients": (lambda: bnprobe.scan(MODEL, LOADER, gradients=True), "gradients needs a loss: give loss=..."),
