@@ -12,7 +12,7 @@ from bnprobe.cli.options import TERMINAL
 from bnprobe.cli.streams import say, start, write_out
 from bnprobe.errors import OutputError, UsageError
 from bnprobe.files import make_folder, refuse_input, require_folder, require_new, write_all
-from bnprobe.paths import is_folder, placed
+from bnprobe.paths import is_folder, is_special, placed, real
 from bnprobe.printable import escaped_lines
 from bnprobe.records import Report, SweepReport
 from bnprobe.report import FORMATS, Renderer, RenderOptions, renderer
@@ -88,7 +88,7 @@ class Delivery:
 
         Raises:
             OutputError: A folder is missing or read-only, the path is a folder, a file exists and is not to be
-                replaced, or is one of the inputs; or there is no file and stdout is closed.
+                replaced, or is one of the inputs, or two are one; or there is no file and stdout is closed.
             UsageError: There is no file, stdout is a terminal, and the format is none that a terminal shows.
         """
         if self._stdout is not None:
@@ -101,6 +101,10 @@ class Delivery:
         for option, paths in ((self._option, self._files), ("--write-baseline", also)):
             for path in paths:
                 refuse_input(path, inputs, option)
+        reports = {real(path) for path in self._files if not is_special(path)}
+        for path in also:
+            if real(path) in reports:
+                raise OutputError(f"--write-baseline {path} is the file of the report, too; give another name.")
 
     def _check_stdout(self) -> None:
         stdout, opens = start().stdout, FORMATS[self._names[0]].opens

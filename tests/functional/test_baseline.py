@@ -62,6 +62,14 @@ def test_a_file_is_the_same_for_the_same_findings_and_is_replaced_only_on_reques
     assert message == "--write-baseline known.json is a file that this command reads; give another name."
 
 
+@pytest.mark.parametrize("report", [("--output", "./one.json"), ("--output-dir", ".")])
+def test_it_is_another_file_than_the_report(known: Workspace, report: tuple[str, str]) -> None:
+    name = "one.json" if report[0] == "--output" else "scan.json"
+    message = known.scan(*report, "--format", "json", "--write-baseline", name, "--force").error()
+    assert message == f"--write-baseline {name} is the file of the report, too; give another name."
+    assert not (known.folder / name).exists()
+
+
 def test_what_is_no_baseline_is_known_before_the_model_is_loaded(known: Workspace) -> None:
     known.write("model.py", "raise RuntimeError('loaded')")
     assert known.scan("--baseline", "none.json").error().startswith("The baseline none.json does not exist.")
