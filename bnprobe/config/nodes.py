@@ -15,9 +15,12 @@ from typing import Any, Literal
 
 from bnprobe.errors import SpecError, message_of
 from bnprobe.numbers import listed
+from bnprobe.paths import is_file
 
 SUFFIXES = (".yaml", ".yml")
 MARKS = ("_target_", "class_path")
+ARGUMENTS = ("init_args", "dict_kwargs")
+"""Beside ``class_path``: the arguments of a class, and those that its signature does not name."""
 
 _MODEL = ("model", "lit_model", "lit_module", "module", "net", "network", "task", "system", "learner")
 _DATA = (
@@ -144,7 +147,7 @@ def configuration_of(path: Path, values: Any, known: frozenset[str]) -> Configur
         return None
     if isinstance(values.get("defaults"), list) or _has_target(values):
         return _of_hydra(path, values)
-    if not _OF_LIGHTNING.isdisjoint(values.keys() - known):
+    if not _OF_LIGHTNING.isdisjoint(values.keys() - known) or _is_beyond_a_spec(values):
         return Configuration(path, "LightningCLI", values)
     return None
 
@@ -152,22 +155,29 @@ def configuration_of(path: Path, values: Any, known: frozenset[str]) -> Configur
 def _of_hydra(path: Path, values: Mapping[str, Any]) -> Configuration:
     try:
         from hydra import compose, initialize_config_dir
+        from hydra.conf import HydraConf
         from hydra.core.global_hydra import GlobalHydra
-        from omegaconf import OmegaConf
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf, open_dict
     except ImportError:
         raise SpecError(
             f'{path} is a configuration of Hydra, which is not installed. Run: pip install "bnprobe[hydra]"'
         ) from None
-    if "defaults" not in values:
-        whole = OmegaConf.create(dict(values))
-    else:
-        GlobalHydra.instance().clear()
-        try:
-            with initialize_config_dir(str(path.parent.absolute()), version_base=None):
-                whole = compose(path.stem)
-        except Exception as error:  # of a group that is missing, or of one of the files
-            said = " ".join(message_of(error).split())
-            raise SpecError(f"Hydra cannot compose {path} ({type(error).__name__}): {said}") from None
+    of_run = path.with_name("hydra.yaml")  # which Hydra leaves beside the composed configuration of a run
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(path.parent.absolute()), version_base=None):
+            whole = compose(path.stem if path.suffix == ".yaml" else None, return_hydra_config=True)
+        if is_file(of_run):
+            whole.hydra = OmegaConf.merge(OmegaConf.structured(HydraConf), OmegaConf.load(of_run).hydra)
+        HydraConfig.instance().set_config(whole)  # ${hydra:runtime.cwd} and the like
+        with open_dict(whole):
+            del whole["hydra"]
+            if path.suffix != ".yaml":  # Hydra reads no other files
+                whole.merge_with(OmegaConf.create(dict(values)))
+    except Exception as error:  # of a group that is missing, or of one of the files
+        said = " ".join(message_of(error).split())
+        raise SpecError(f"Hydra cannot compose {path} ({type(error).__name__}): {said}") from None
     plain = OmegaConf.to_container(whole, resolve=False)
     assert isinstance(plain, dict)  # as the file is
     return Configuration(path, "Hydra", {str(key): value for key, value in plain.items()}, whole)
@@ -213,6 +223,19 @@ def _of_role(names: list[str], roles: tuple[str, ...]) -> str | None:
         if len(below) == 1:
             return below[0]
     return None
+
+
+def _is_beyond_a_spec(values: Mapping[str, Any]) -> bool:
+    """Whether this is nothing but nodes of LightningCLI, and says what a spec's aliases for them cannot say."""
+    nodes = list(values.values())
+    if not all(is_node(node) and node.keys() <= {"class_path", *ARGUMENTS} for node in nodes):
+        return False
+    return any("dict_kwargs" in node or _has_node(node.get("init_args")) for node in nodes)
+
+
+def _has_node(value: Any) -> bool:
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return is_node(value) or any(map(_has_node, parts))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bnprobe.config.load import read_configuration
-from bnprobe.config.nodes import MARKS, is_node
+from bnprobe.config.nodes import ARGUMENTS, MARKS, is_node
 from bnprobe.errors import ModelError, SpecError
 from bnprobe.loading.model import Described, UserModule, import_from_here, resolve, user_code
 from bnprobe.paths import placed
@@ -40,10 +40,8 @@ def described_by(location: str, name: str) -> Described:
     if symbol is None:
         raise ModelError(f'"{target}" (node {name} of {location}) names a module, not a class or function in it.')
     function = module.get(symbol)
-    with user_code(f"making the arguments of {name} of {location}"):
-        args = _hydra_arguments(node) if configuration.flavour == "Hydra" else _made(node.get("init_args") or {}, path)
-        if not isinstance(args, dict):
-            raise SpecError(f"init_args of {name} of {location} must be a mapping (key: value).")
+    with user_code(f"making {name} of {location}"):
+        args = _hydra_arguments(node) if configuration.flavour == "Hydra" else _arguments(node, path)
         positional = args.pop("_args_", ())
     return Described(functools.partial(function, *positional) if positional else function, args)
 
@@ -65,6 +63,7 @@ def _hydra_arguments(node: Mapping[str, Any]) -> dict[str, Any]:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
+    instantiate({"_target_": node["_target_"], "_partial_": True})  # which Hydra refuses of what runs programs
     own = ("_target_", "_partial_", "_recursive_", "_convert_")
     given = {key: value for key, value in node.items() if key not in own}
     if node.get("_recursive_") is False:
@@ -74,12 +73,23 @@ def _hydra_arguments(node: Mapping[str, Any]) -> dict[str, Any]:
     return {key: make(value) if isinstance(value, dict | list) else value for key, value in given.items()}
 
 
+def _arguments(node: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The arguments of a node of LightningCLI, with the nodes in them made."""
+    found: dict[str, Any] = {}
+    for key in ARGUMENTS:
+        given = _made(node.get(key) or {}, path)
+        if not isinstance(given, dict):
+            raise SpecError(f"{key} of {node['class_path']} in {path} must be a mapping (key: value).")
+        found |= given
+    return found
+
+
 def _made(value: Any, path: Path) -> Any:
     """A value of LightningCLI's configuration with the nodes in it made."""
     if is_node(value) and "class_path" in value:
         _make_importable(value["class_path"], path)
         module, symbol = resolve(value["class_path"])
-        return module.get(symbol or "")(**_made(value.get("init_args", {}), path))
+        return module.get(symbol or "")(**_arguments(value, path))
     if isinstance(value, Mapping):
         return {str(key): _made(item, path) for key, item in value.items()}
     return [_made(item, path) for item in value] if isinstance(value, list) else value

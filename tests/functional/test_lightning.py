@@ -10,7 +10,7 @@ import pytest
 
 from functional.command import CLEAN, FINDINGS, Workspace
 from support.frameworks import framework
-from support.lightning_projects import copy_into, write_trained
+from support.lightning_projects import DIGITS, copy_into, write_trained
 
 for _package in ("lightning", "pytorch_lightning", "hydra", "omegaconf"):
     framework(_package)
@@ -366,6 +366,7 @@ HYDRA_ERRORS = {
     "conf/unset.yaml": 'The node "model" of conf/unset.yaml cannot be resolved: Missing mandatory value: ',
     "conf/unknown.yaml": 'There is no module "nowhere" ',
     "conf/other.yaml": "conf/other.yaml has no node for the model (model, lit_model, ",
+    "conf/program.yaml": "InstantiationException while making model of conf/program.yaml: Target 'os.system'",
 }
 
 
@@ -378,7 +379,9 @@ def test_errors_of_hydra_name_file_and_node(here: Workspace, project: Path, targ
     here.write("conf/unset.yaml", "model:\n  _target_: lit.LitNet\n  width: ???\n")
     here.write("conf/unknown.yaml", "model: {_target_: nowhere.Net}\n")
     here.write("conf/other.yaml", "optimizer: {_target_: torch.optim.Adam}\n")
+    here.write("conf/program.yaml", "model: {_target_: os.system, command: touch ran}\n")
     assert error(here, target).startswith(HYDRA_ERRORS[target])
+    assert not (here.folder / "ran").exists()
 
 
 def test_nodes_within_nodes(here: Workspace) -> None:
@@ -390,6 +393,34 @@ def test_nodes_within_nodes(here: Workspace) -> None:
     report = scan(here, "nested.yaml:parts.net")
     assert [layer["name"] for layer in report["layers"]] == ["0"]
     assert report["scan"]["data"] == "train_dataloader() of nested.yaml:data (512 samples)"
+
+
+CWD = "data:\n  _target_: lit.Digits\n  path: ${hydra:runtime.cwd}/digits.npz\n"
+
+
+@pytest.mark.parametrize("file", ["conf/cwd.yaml", "conf/cwd.yml", "outputs/.hydra/config.yaml"])
+def test_what_hydra_knows_of_its_run(here: Workspace, file: str) -> None:
+    """The working directory is that of the command, or of the run whose composed configuration this is."""
+    here.write("job/digits.npz" if "outputs" in file else "digits.npz", "").write_bytes(DIGITS.read_bytes())
+    here.write("outputs/.hydra/hydra.yaml", f"hydra: {{runtime: {{cwd: {here.folder / 'job'}}}}}\n")
+    (here.folder / "conf").unlink()
+    here.write(file, f"model: {{_target_: lit.LitNet, width: 6}}\n{CWD}")
+    assert scan(here, file)["scan"]["data"] == f"train_dataloader() of {file}:data (512 samples)"
+
+
+def test_nodes_of_lightning_within_nodes(here: Workspace) -> None:
+    """Also where nothing but nodes says that this is no spec, and with arguments that no signature names."""
+    here.write(
+        "wrapped.py",
+        "import lit\n\nclass Wrapped(lit.L.LightningModule):\n    def __init__(self, **parts):\n"
+        "        super().__init__()\n        self.net = parts['net']\n"
+        "    def forward(self, x):\n        return self.net(x)\n",
+    )
+    norm = "net: {class_path: torch.nn.BatchNorm2d, dict_kwargs: {num_features: 1}}"
+    data = "data: {class_path: lit.Digits, init_args: {batch_size: 16}}\n"
+    for key in ("init_args", "dict_kwargs"):
+        here.write("parts.yaml", f"model: {{class_path: wrapped.Wrapped, {key}: {{{norm}}}}}\n{data}")
+        assert [layer["name"] for layer in scan(here, "parts.yaml")["layers"]] == ["net"]
 
 
 # ---- a spec for the project
