@@ -155,7 +155,6 @@ def configuration_of(path: Path, values: Any, known: frozenset[str]) -> Configur
 def _of_hydra(path: Path, values: Mapping[str, Any]) -> Configuration:
     try:
         from hydra import compose, initialize_config_dir
-        from hydra.conf import HydraConf
         from hydra.core.global_hydra import GlobalHydra
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import OmegaConf, open_dict
@@ -168,10 +167,10 @@ def _of_hydra(path: Path, values: Mapping[str, Any]) -> Configuration:
     try:
         with initialize_config_dir(str(path.parent.absolute()), version_base=None):
             whole = compose(path.stem if path.suffix == ".yaml" else None, return_hydra_config=True)
-        if is_file(of_run):
-            whole.hydra = OmegaConf.merge(OmegaConf.structured(HydraConf), OmegaConf.load(of_run).hydra)
-        HydraConfig.instance().set_config(whole)  # ${hydra:runtime.cwd} and the like
         with open_dict(whole):
+            if is_file(of_run):
+                whole.hydra.merge_with(OmegaConf.load(of_run).hydra)
+            HydraConfig.instance().set_config(whole)  # ${hydra:runtime.cwd} and the like
             del whole["hydra"]
             if path.suffix != ".yaml":  # Hydra reads no other files
                 whole.merge_with(OmegaConf.create(dict(values)))

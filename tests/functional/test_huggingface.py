@@ -48,6 +48,8 @@ def pictures(*names):
     return datasets.Dataset.from_dict(dict.fromkeys(names, found) | labels)
 
 images, two = pictures("image"), pictures("image", "photo")
+modes = ("L", "RGBA", "P", "1", "CMYK", "RGB")
+mixed = [{**images[index], "image": images[index]["image"].convert(modes[index % 6])} for index in range(32)]
 misnamed = dataset.rename_column("pixel_values", "pixel_value")
 unlabelled = dataset.remove_columns("label")
 
@@ -192,6 +194,11 @@ def test_images_are_prepared_as_the_folder_says(here: Workspace, data: str) -> N
     report = scan(here, "hf:prepared", data)
     assert any("prepared/preprocessor_config.json says" in note for note in report["scan"]["notes"])
     assert report["summary"]["output"]["metric"] is not None
+
+
+def test_photos_of_any_mode_are_in_the_colours_that_the_model_takes(here: Workspace) -> None:
+    here.write("data.py", f"{DATA}\nmixed = datasets.Dataset.from_list(mixed)\n")
+    assert scan(here, "hf:prepared", "mixed")["scan"]["images"] == 32
 
 
 MODEL_FILES = {

@@ -402,7 +402,7 @@ CWD = "data:\n  _target_: lit.Digits\n  path: ${hydra:runtime.cwd}/digits.npz\n"
 def test_what_hydra_knows_of_its_run(here: Workspace, file: str) -> None:
     """The working directory is that of the command, or of the run whose composed configuration this is."""
     here.write("job/digits.npz" if "outputs" in file else "digits.npz", "").write_bytes(DIGITS.read_bytes())
-    here.write("outputs/.hydra/hydra.yaml", f"hydra: {{runtime: {{cwd: {here.folder / 'job'}}}}}\n")
+    here.write("outputs/.hydra/hydra.yaml", f"hydra: {{env: {{}}, runtime: {{cwd: {here.folder / 'job'}}}}}\n")
     (here.folder / "conf").unlink()
     here.write(file, f"model: {{_target_: lit.LitNet, width: 6}}\n{CWD}")
     assert scan(here, file)["scan"]["data"] == f"train_dataloader() of {file}:data (512 samples)"

@@ -294,6 +294,7 @@ def _project(model: nn.Module, name: str, folder: Path | None, notes: list[str] 
         kind=kind,
         processor=None if folder is None or not is_file(folder / _PREPROCESSOR) else lambda: _processor(folder),
         where=str(folder / _PREPROCESSOR) if folder is not None else "",
+        in_colour=getattr(getattr(model, "config", None), "num_channels", 3) == 3,
     )
     return Project(model, functions, taken, tuple(notes or ()), prepare=preparation)
 

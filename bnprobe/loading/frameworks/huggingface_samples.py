@@ -32,6 +32,7 @@ class Preparation:
         kind: Class of the model, for messages.
         processor: Loads what makes inputs of images and recordings; None: the model has none.
         where: The file that describes it.
+        in_colour: Whether the model takes images of three channels.
     """
 
     main: str
@@ -40,6 +41,7 @@ class Preparation:
     kind: str
     processor: Callable[[], Any] | None = None
     where: str = ""
+    in_colour: bool = True
 
     def __call__(self, dataset: Any) -> tuple[Any, tuple[str, ...]]:
         """A data set of samples that ``default_collate`` makes batches of, and notes; unchanged where it is one.
@@ -139,7 +141,10 @@ class _Plan:
         found = {name: _as_tensor(sample[key]) for key, name in self.columns.items()}
         if self.raw is not None:
             with user_code(f"preparing {self.raw!r} of a sample as {own.where} says"):
-                found |= _prepared(processor, sample[self.raw], None if self.mask is None else sample[self.mask])
+                raw = sample[self.raw]
+                if own.in_colour and not self.is_recording and raw is not None:
+                    raw = raw.convert("RGB")  # as pipelines do: data sets of photos hold some in grey
+                found |= _prepared(processor, raw, None if self.mask is None else sample[self.mask])
         return found
 
 
