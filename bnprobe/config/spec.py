@@ -68,6 +68,8 @@ def why_missing(path: Path) -> str | None:
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            return f"is a link to {path.readlink()}, which does not exist."
         return f"does not exist. {nearest_file(path)}"
     except (OSError, ValueError) as error:
         return f"cannot be read: {reason_of(error)}."

@@ -94,9 +94,11 @@ def load_document(text: str) -> Record:
     """
     document = _parse(text)
     _check_version(document)
-    record = max(READABLE, key=lambda each: _likeness(each, document))
+    record = max((*READABLE, Baseline), key=lambda each: _likeness(each, document))
     if _likeness(record, document) < _LEAST_LIKENESS:
         raise UsageError("This is not a JSON report of bnprobe: its keys are those of no document that bnprobe writes.")
+    if record is Baseline:
+        raise UsageError("This is a baseline, not a report: --baseline of a scan or lint reads it.")
     return _validated(record, document)
 
 
@@ -168,17 +170,18 @@ def read_baseline(path: Path) -> Baseline:
 
 def _read(path: Path, load: Callable[[str], _Document], noun: str) -> _Document:
     try:
-        content = read_bounded(path, MOST_BYTES, lambda what: UsageError(f"{path} {what}: it is no {noun}.")).decode()
+        content = read_bounded(path, MOST_BYTES, lambda what: UsageError(f"{path} {what}: it is no {noun}."))
+        text = content.decode("utf-8-sig")  # editors and shells of Windows put a mark before it
     except FileNotFoundError:
-        from bnprobe.config.spec import nearest_file  # pydantic again
+        from bnprobe.config.spec import why_missing  # pydantic again
 
-        raise UsageError(f"The {noun} {path} does not exist. {nearest_file(path)}".rstrip()) from None
+        raise UsageError(f"The {noun} {path} {why_missing(path)}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not a JSON report of bnprobe: it is not text.") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"The {noun} {path} could not be read: {getattr(error, 'strerror', error)}.") from None
     try:
-        return load(content)
+        return load(text)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 

@@ -82,6 +82,11 @@ def test_what_is_no_baseline_is_known_before_the_model_is_loaded(known: Workspac
     assert "is incomplete" in known.scan("--baseline", "cut.json").error()
 
 
+def test_it_is_no_report(known: Workspace) -> None:
+    message = known.run("show", "known.json").error()
+    assert message == "known.json: This is a baseline, not a report: --baseline of a scan or lint reads it."
+
+
 def test_a_lint_has_a_baseline_too(workspace: Workspace) -> None:
     workspace.write("model.py", FAULTY)
     assert workspace.run("lint", "model.py").code == FINDINGS

@@ -139,6 +139,16 @@ def test_names_that_no_file_can_have(workspace: Workspace, name: str) -> None:
         assert NAMES[name] in message
 
 
+def test_a_link_to_what_is_gone_says_so(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    for name in ("other.py", "weights.pt"):
+        (workspace.folder / name).symlink_to("gone")
+    said = "is a link to gone, which does not exist."
+    assert workspace.run("scan", "other.py", *SCAN).error() == f"The file other.py {said}"
+    found = workspace.run("scan", "model.py", *SCAN, "--checkpoint", "weights.pt")
+    assert found.error() == f"The checkpoint weights.pt {said}"
+
+
 def test_a_name_that_leaves_no_room_for_more(workspace: Workspace) -> None:
     """The name of the output fits, and that of a temporary file beside it would not."""
     workspace.write("model.py", MODEL)

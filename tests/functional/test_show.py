@@ -81,6 +81,17 @@ def test_what_is_incomplete_newer_or_no_report(scanned: Workspace) -> None:
         scanned.write("other.json", text)
         assert scanned.run("show", "other.json").error().startswith(f"other.json: {said}"), text[:80]
     assert scanned.run("show", "scna.json").error() == "The report scna.json does not exist. Did you mean scan.json?"
+    (scanned.folder / "link.json").symlink_to("gone.json")
+    said = "The report link.json is a link to gone.json, which does not exist."
+    assert scanned.run("show", "link.json").error() == said
+
+
+def test_a_mark_of_the_order_of_bytes_is_no_fault(scanned: Workspace) -> None:
+    """Editors and shells of Windows put one before a text."""
+    text = (scanned.folder / "scan.json").read_text(encoding="utf-8")
+    (scanned.folder / "marked.json").write_text(text, encoding="utf-8-sig")
+    shown = scanned.run("show", "marked.json")
+    assert (shown.code, shown.stdout) == (CLEAN, scanned.run("show", "scan.json").stdout)
 
 
 VALUES = (0, -1, 1e300, None, "", "x\x1b", [], {}, True, 10**30)
