@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, UsageError
+from bnprobe.errors import EXIT_CLEAN, EXIT_FINDINGS, BnprobeError, UsageError
 from bnprobe.paths import exists
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Several:
         from bnprobe.report import formats_of
 
         self._paths, self._scans = paths, dict[str, Delivery]()
+        self._only: Delivery | None = None  # for what was measured where there is nothing to compare it with
         compared = formats
         if folder is not None:
             compared = [name for name in formats or [] if name in formats_of("compare")]
@@ -74,6 +75,8 @@ class Several:
                 path: Delivery(f"scan-{name}", Report, formats, folder=folder, force=force, show_all=show_all)
                 for path, name in names
             }
+        else:
+            self._only = Delivery("scan", Report, formats, output=output, force=force, show_all=show_all)
         self._end = Delivery(
             "compare", Comparison, compared, output=output, folder=folder, force=force, show_all=show_all
         )
@@ -106,6 +109,9 @@ class Several:
             spec: What to measure, with any checkpoint.
             measure: Measures one.
             exit_zero: Exit with 0 even with findings.
+
+        Raises:
+            BnprobeError, KeyboardInterrupt: A checkpoint could not be scanned; those before it were delivered.
         """
         from bnprobe.analysis.diagnosis import has_findings
         from bnprobe.cli.delivery import with_command
@@ -114,16 +120,28 @@ class Several:
         from bnprobe.report.scan import one_line
 
         reports: list[tuple[str, Report]] = []
+        stopped: BaseException | None = None
         for path in self._paths:
             weights = spec.checkpoint.model_copy(update={"path": path})
-            report = with_command(measure(spec.model_copy(update={"checkpoint": weights})))
-            if path in self._scans:
-                self._scans[path].write(report)
-            say(f"{path}: {one_line(report)}")
-            reports.append((path, report))
-            if report.scan.partial:
+            report: Report | None
+            try:
+                report = measure(spec.model_copy(update={"checkpoint": weights}))
+            except (BnprobeError, KeyboardInterrupt) as error:
+                stopped, report = error, getattr(error, "report", None)
+            if report is not None:
+                report = with_command(report)
+                if path in self._scans:
+                    self._scans[path].write(report)
+                say(f"{path}: {one_line(report)}")
+                reports.append((path, report))
+            if report is None or report.scan.partial:
                 break
-        self._end.deliver(compare_named(reports))
+        if len(reports) > 1:
+            self._end.deliver(compare_named(reports))
+        elif reports and self._only is not None:
+            self._only.deliver(reports[0][1])
+        if stopped is not None:
+            raise stopped
         found = any(has_findings(report, spec.rules) for _, report in reports)
         return EXIT_FINDINGS if found and not exit_zero else EXIT_CLEAN
 

@@ -9,7 +9,7 @@ from io import StringIO
 import pytest
 import torch
 
-from functional.command import CLEAN, FINDINGS, MODEL, SHIFTED, Workspace
+from functional.command import CLEAN, ERROR, FINDINGS, MODEL, SHIFTED, Workspace
 
 
 @pytest.fixture
@@ -61,6 +61,18 @@ def test_no_scan_writes_the_file_of_another(run: Workspace) -> None:
         "--checkpoint", "run/epoch2.ckpt", "--checkpoint", "other/*.ckpt", "--format", "json", "--output-dir", "out"
     )
     assert len([path for path in (run.folder / "out").iterdir() if path.name.startswith("scan-")]) == 3
+
+
+def test_what_was_measured_before_a_checkpoint_that_is_damaged_is_not_lost(run: Workspace) -> None:
+    run.write("run/epoch50.ckpt", "cut off")
+    found = run.scan("--checkpoint", "run/*.ckpt")
+    assert found.code == ERROR
+    assert "2 scans of model.py:load_model, from first to last" in found.stdout
+    assert "The checkpoint run/epoch50.ckpt (7 bytes) could not be read" in found.stderr
+    (run.folder / "run/epoch10.ckpt").unlink()
+    found = run.scan("--checkpoint", "run/*.ckpt", "--format", "json")
+    assert found.code == ERROR
+    assert json.loads(found.stdout)["scan"]["checkpoint"] == "run/epoch2.ckpt"
 
 
 def test_what_several_checkpoints_cannot_have(run: Workspace) -> None:

@@ -67,6 +67,16 @@ def test_what_was_measured_is_printed(workspace: Workspace, model: str, code: in
     assert "To measure to the end:\n    bnprobe scan model.py" in found.stdout
 
 
+def test_what_was_measured_of_the_first_of_several_checkpoints_is_printed(workspace: Workspace) -> None:
+    workspace.write("model.py", SHIFTED + STALLS_LATE)
+    workspace.write("save.py", "import torch\nfrom model import Net\ntorch.save(Net().state_dict(), 'a.pt')\n")
+    assert workspace.run_script("save.py").code == CLEAN
+    (workspace.folder / "b.pt").symlink_to("a.pt")
+    found = _interrupted(workspace, "--checkpoint", "a.pt", "--checkpoint", "b.pt", "--format", "json")
+    report = json.loads(found.stdout)
+    assert (found.code, report["scan"]["checkpoint"], report["scan"]["partial"]) == (FINDINGS, "a.pt", True)
+
+
 def test_what_was_measured_is_written(workspace: Workspace) -> None:
     workspace.write("model.py", MODEL + STALLS_LATE)
     found = _interrupted(workspace, "--format", "json", "--output", "report.json", "--verbose")
