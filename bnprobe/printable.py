@@ -24,6 +24,9 @@ LONGEST_LINE = 4000
 MOST_LINES = 200
 """The same for lines of a message."""
 
+_COMMAND = re.compile(r"^\s*::|##\[|##vso\[")
+"""What makes a command of a line in the log of a CI job: on GitHub and Azure DevOps."""
+
 _WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 
@@ -96,10 +99,17 @@ def short_words(text: str) -> str:
 
 
 def message(text: str) -> str:
-    """A message of one or more lines for a terminal or a log; values that are too long to read are cut."""
+    """A message of one or more lines for a terminal or a log; values that are too long to read are cut.
+
+    A name with a line break begins a line of its own, which no CI server may take for a command.
+    """
     lines = text.split("\n")
     if len(lines) > MOST_LINES:
         tail = MOST_LINES // 4
         left_out = len(lines) - MOST_LINES
         lines = [*lines[: MOST_LINES - tail], f"[... {left_out:,} lines ...]", *lines[len(lines) - tail :]]
-    return "\n".join(escaped(cut(line, LONGEST_LINE), kept="\t") for line in lines)
+    return "\n".join(_COMMAND.sub(_disarmed, escaped(cut(line, LONGEST_LINE), kept="\t")) for line in lines)
+
+
+def _disarmed(found: re.Match[str]) -> str:
+    return found[0].replace("::", r":\x3a").replace("##", r"#\x23")

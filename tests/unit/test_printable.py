@@ -37,6 +37,14 @@ def test_line_breaks_and_tabs_of_a_message_stay() -> None:
     assert message("one\n\ttwo\x1b[2J\r") == "one\n\ttwo\\x1b[2J\\r"
 
 
+@pytest.mark.parametrize("command", ["::error::x", " \t::add-mask::x", "##[error]x", "x ##vso[task.complete]"])
+def test_no_line_of_a_message_is_a_command_in_the_log_of_a_ci_job(command: str) -> None:
+    line = message(f"the key a\n{command}").split("\n")[1]
+    assert not line.lstrip().startswith("::")
+    assert "##" not in line
+    assert line.replace(r"\x3a", ":").replace(r"\x23", "#") == command
+
+
 @given(st.text(st.characters(exclude_categories=("Cs",))), st.booleans())
 def test_json_means_the_same(text: str, ascii_only: bool) -> None:
     shown = escaped_json(json.dumps({text: [text]}, ensure_ascii=False, indent=2), ascii_only)
