@@ -6,6 +6,8 @@ are called.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -51,10 +53,10 @@ class Document(Record):
 
         Args:
             path: The file.
-            format: As in ``--format``; None: by the ending of the file, e.g. ".json". `load` reads JSON.
+            format: As in ``--format``; None: by the ending of the file, e.g. ".json" or ".md". `load` reads JSON.
 
         Raises:
-            UsageError: There is no such format, or it does not support this document.
+            UsageError: There is no such format or ending, or it does not support this document.
             OutputError: The file could not be written.
         """
         _of("bnprobe.report.notebook").save(self, path, format)
@@ -82,6 +84,16 @@ class Tabular(Document):
             KeyError: There is none; names the nearest.
         """
         return _of("bnprobe.report.rows").layer_named(self, name)
+
+    def __contains__(self, name: str) -> bool:
+        with suppress(KeyError):
+            self[name]
+            return True
+        return False
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the layers, as of a mapping."""
+        return (layer.name for layer in self.layers)
 
     def _ipython_key_completions_(self) -> list[str]:
         return [layer.name for layer in self.layers]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from rich.text import Text
 
+from bnprobe.errors import UsageError
 from bnprobe.files import write_all
 from bnprobe.numbers import count
 from bnprobe.printable import escaped, escaped_lines
@@ -97,10 +98,21 @@ def _one_line(document: Document) -> str:
 
 def save(document: Document, path: str | PathLike[str], format_: str | None) -> None:
     """Write the document to a file; see ``Document.save``."""
-    ending = Path(path).suffix.removeprefix(".").lower()
-    by_ending = {"txt": "terminal", **{row.name: row.name for row in FORMATS}}
-    written = render(document, format_ or by_ending.get(ending, "json"))
+    written = render(document, format_ or _format_of(Path(path)))
     write_all({Path(path): escaped_lines(written)}, force=True, option="path")
+
+
+def _format_of(path: Path) -> str:
+    """The format that the ending of a file says; without one it is JSON, which can be loaded.
+
+    Raises:
+        UsageError: No format has this ending.
+    """
+    by_ending = {ending: row.name for row in FORMATS for ending in (row.ending, f".{row.name}")}
+    found = [ending for ending in by_ending if path.name.lower().endswith(ending)]
+    if not found and path.suffix:
+        raise UsageError(f'No format has the ending "{path.suffix}" ({", ".join(by_ending)}): give format=...')
+    return by_ending[max(found, key=len)] if found else "json"
 
 
 def load(path: str | PathLike[str], record: type[_Document]) -> _Document:

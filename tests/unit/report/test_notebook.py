@@ -187,6 +187,20 @@ def test_the_ending_says_the_format_unless_it_is_given(tmp_path: Path) -> None:
     assert (tmp_path / "report.dat").read_bytes() == (tmp_path / "report.txt").read_bytes()
     with pytest.raises(UsageError, match='"pdf"'):
         report.save(tmp_path / "report.pdf", format="pdf")
+    with pytest.raises(UsageError, match=r'No format has the ending "\.pdf"'):
+        report.save(tmp_path / "report.pdf")
+    report.save(tmp_path / "report")
+    assert Report.load(tmp_path / "report") == report
+    beginnings = {
+        "out.md": "### bnprobe",
+        "OUT.JUNIT.XML": "<?xml",
+        "v1.2.sarif": "{",
+        "a.github.txt": "::",
+        "b.csv": "layer",
+    }
+    for name, beginning in beginnings.items():
+        report.save(tmp_path / name)
+        assert (tmp_path / name).read_text(encoding="utf-8").startswith(beginning), name
 
 
 def test_what_is_no_report_is_refused_by_name(tmp_path: Path) -> None:
@@ -206,6 +220,10 @@ def test_a_layer_is_found_by_its_name_or_alias() -> None:
     shared = next(layer for layer in report.layers if layer.aliases)
     assert report[shared.name] is shared
     assert report[shared.aliases[0]] is shared
+    assert shared.name in report
+    assert shared.aliases[0] in report
+    assert "discriminator.bm" not in report
+    assert list(report) == [layer.name for layer in report.layers]
     assert report._ipython_key_completions_() == [layer.name for layer in report.layers]
     with pytest.raises(KeyError, match=rf"no layer 'discriminator.bm'; the nearest is '{shared.name}'"):
         report["discriminator.bm"]
