@@ -49,8 +49,9 @@ def show(
     delivery.check([document])
     try:
         delivery.deliver(shown)
-    except (ArithmeticError, LookupError, ValueError) as error:  # bnprobe writes no such report
-        raise UsageError(f"{document} fits its schema, but its figures contradict each other: {error}.") from error
+    except (ArithmeticError, LookupError, StopIteration, ValueError) as error:  # bnprobe writes no such report
+        said = str(error) or type(error).__name__
+        raise UsageError(f"{document} fits its schema, but its figures contradict each other: {said}.") from error
 
 
 def _with_scans(record: RepairRecord, path: Path) -> RepairReport:

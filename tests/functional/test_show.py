@@ -122,6 +122,13 @@ def test_figures_that_contradict_each_other(scanned: Workspace) -> None:
     scanned.write("two.json", json.dumps(two))
     message = scanned.run("show", "two.json").error()
     assert message.startswith("two.json fits its schema, but its figures contradict each other: ")
+    loss = "def loss(model, batch):\n    return model(batch[0]).square().mean()\nload_eval_data = load_data\n"
+    scanned.write("model.py", SHIFTED + loss)
+    assert scanned.run("recalibrate", "model.py", "--batch-size", "4", "-o", "w.safetensors").code == CLEAN
+    record = json.loads((scanned.folder / "w.record.json").read_text())
+    record["proof"]["repaired"] = "another"
+    scanned.write("w.record.json", json.dumps(record))
+    assert scanned.run("show", "w.record.json").error().startswith("w.record.json fits its schema, but its figures")
 
 
 def _places(node: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
