@@ -96,7 +96,8 @@ def from_array(array: np.ndarray) -> Any:
     """An array of numbers as a tensor; floating-point ones in the precision that models have."""
     if array.dtype.kind not in "biuf":
         return array
-    return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
+    is_longer = array.dtype.kind == "f" and array.dtype.itemsize > np.dtype(np.float32).itemsize
+    return torch.from_numpy(array.astype(np.float32) if is_longer else array)
 
 
 def _checked(found: Any, name: str) -> Any:

@@ -25,7 +25,7 @@ def saved(path: Path, name: str) -> str:
     if name.endswith(".npz"):
         np.savez(target, x=ROWS.double().numpy(), y=LABELS.numpy())
     elif name.endswith(".npy"):
-        np.save(target, ROWS.double().numpy())
+        np.save(target, ROWS.numpy().astype(np.longdouble if target.stem == "long" else np.float64))
     elif name.endswith(".safetensors"):
         save_file({"x": ROWS, "y": LABELS}, target)
     else:
@@ -34,7 +34,7 @@ def saved(path: Path, name: str) -> str:
     return str(target)
 
 
-NAMES = ("tensor.pt", "tuple.pt", "list.pth", "dict.pt", "file.npz", "file.npy", "file.safetensors")
+NAMES = ("tensor.pt", "tuple.pt", "list.pth", "dict.pt", "file.npz", "file.npy", "long.npy", "file.safetensors")
 
 
 @pytest.mark.parametrize("name", NAMES)
