@@ -29,7 +29,7 @@ from bnprobe.config.spec import (
     with_location,
 )
 from bnprobe.errors import BnprobeError, SpecError, UsageError, reason_of
-from bnprobe.paths import is_file, read_bounded
+from bnprobe.paths import is_file, placed, read_bounded, real
 from bnprobe.wording import argument_of, nearest
 
 if sys.version_info >= (3, 11):
@@ -341,8 +341,16 @@ def with_paths(values: dict[str, Any], moved: Callable[[str], str]) -> None:
 
 
 def _anchored_path(path: str, folder: Path) -> str:
-    """The path as seen from ``folder``; ``~user`` stays as it is where there is no such user."""
-    return str(folder / os.path.expanduser(path))  # noqa: PTH111, pathlib raises
+    """The path as seen from ``folder``; ``~user`` stays as it is where there is no such user.
+
+    It is as short as the user would write it: "probe/../lit.py" is "lit.py", but where a link makes that another file.
+    """
+    given = Path(os.path.expanduser(path))  # noqa: PTH111, pathlib raises
+    anchored, here = folder / given, placed(Path()).absolute()
+    if not given.is_absolute() and anchored.is_relative_to(here):
+        anchored = anchored.relative_to(here)
+    plain = Path(os.path.normpath(anchored))
+    return str(plain if real(plain) == real(anchored) else anchored)
 
 
 _EXPECTED = {

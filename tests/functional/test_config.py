@@ -96,9 +96,19 @@ def test_yaml_is_a_spec_file_and_toml_a_pyproject_with_the_same_settings(project
     table = tomllib.loads(text)["tool"]["bnprobe"]
     assert (table["data"]["batch_size"], table["thresholds"]["head.*"]) == (8, 8)
     project.write("pyproject.toml", text)
-    again = {name: value for name, (value, _) in origins(project).items()}
-    paths = {name: str(project.folder / values[name]) for name in ("model.target", "checkpoint.path")}
-    assert again == {**values, **paths}
+    assert {name: value for name, (value, _) in origins(project).items()} == values
+
+
+def test_paths_are_as_short_as_one_would_write_them(project: Workspace) -> None:
+    """Of a spec in another folder, and where a link makes a shorter one another file."""
+    (project.folder / "specs").mkdir()
+    project.write("specs/spec.yaml", SPEC.replace("model.py", "../model.py").replace("weights.pt", "../weights.pt"))
+    found = {name: value for name, (value, _) in origins(project, "specs/spec.yaml").items()}
+    assert (found["model.target"], found["checkpoint.path"]) == ("model.py:Net", "weights.pt")
+    (project.folder / "elsewhere" / "deep").mkdir(parents=True)
+    (project.folder / "link").symlink_to(project.folder / "elsewhere" / "deep", target_is_directory=True)
+    project.write("linked.yaml", SPEC.replace("model.py", "link/../model.py"))
+    assert origins(project, "linked.yaml")["model.target"][0] == "link/../model.py:Net"
 
 
 def test_it_takes_what_a_scan_takes_and_loads_nothing(project: Workspace) -> None:
