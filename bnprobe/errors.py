@@ -43,6 +43,8 @@ _LIBRARY_ROOTS = tuple(
         sysconfig.get_path("stdlib"),
         sysconfig.get_path("purelib"),
         sysconfig.get_path("platlib"),
+        sysconfig.get_path("scripts"),  # commands of packages, such as bnprobe and pytest, from which all is called
+        sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user")),
         str(Path(__file__).parent),
     }
 )
