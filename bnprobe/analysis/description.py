@@ -67,6 +67,7 @@ def describe(
         held_out_images=None if evidence.held_out is None else evidence.held_out.samples,
         sample=kind_of_sample(*evidence.counted[0]) if evidence.counted else "sample",
         taken=dict(workload.taken),
+        missing=dict(workload.missing),
     )
 
 

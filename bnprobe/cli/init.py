@@ -51,7 +51,8 @@ def init(
         from bnprobe.cli.console import typed_command
         from bnprobe.config.load import build_spec
 
-        _write(folder, {"spec.yaml": spec_for(build_spec(from_, given), typed_command(), folder)})
+        text, to_fill_in = spec_for(build_spec(from_, given), typed_command(), folder)
+        _write(folder, {"spec.yaml": text}, to_fill_in)
         return
     starter = files("bnprobe").joinpath("starter")
     _write(folder, {name: starter.joinpath(name).read_text(encoding="utf-8") for name in names})
@@ -65,7 +66,7 @@ def _refuse_existing(folder: Path, names: tuple[str, ...], force: bool) -> None:
         raise OutputError(f"{existing[0]} already exists; choose another folder, or give --force to overwrite it.")
 
 
-def _write(folder: Path, texts: dict[str, str]) -> None:
+def _write(folder: Path, texts: dict[str, str], to_fill_in: str | None = None) -> None:
     import shlex
 
     from bnprobe.cli.streams import write_out
@@ -80,4 +81,6 @@ def _write(folder: Path, texts: dict[str, str]) -> None:
     for name, text in texts.items():
         write_whole(folder / name, text)
         write_out(f"wrote {escaped(str(folder / name))}\n")
-    write_out(f"next: bnprobe scan {escaped(shlex.quote(str(folder / 'spec.yaml')))}\n")
+    if to_fill_in is not None:
+        write_out(f"fill in first: {escaped(to_fill_in)}\n")
+    write_out(f"{'next' if to_fill_in is None else 'then'}: bnprobe scan {escaped(shlex.quote(str(folder / 'spec.yaml')))}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from bnprobe.paths import placed
 _WIDTH = 100
 
 
-def spec_for(spec: Spec, command: str, folder: Path) -> str:
+def spec_for(spec: Spec, command: str, folder: Path) -> tuple[str, str | None]:
     """The text of a spec that scans the same project, commented with what was found in it.
+
+    Returns:
+        The text; and what must be filled in before it scans, as in "data: FILE.py has no ...", None: nothing.
 
     Args:
         spec: What the user named.
@@ -33,23 +37,33 @@ def spec_for(spec: Spec, command: str, folder: Path) -> str:
     """
     with preserved_random_state():
         seed_everything(spec.data.seed)
-        workload, missing = _loaded(spec)
+        workload, to_fill_in = _loaded(spec)
     sections = spec.model_dump(mode="json", exclude_unset=True)
     with_paths(sections, lambda path: _path_from(path, folder))
     if workload is not None:
-        sections["data"] = {**sections.get("data", {}), "batch_size": workload.source.batch_size}
+        if to_fill_in is None:
+            sections["data"] = {**sections.get("data", {}), "batch_size": workload.source.batch_size}
         if workload.goal is not None and spec.repair.assumes_goal:
             sections["repair"] = {**sections.get("repair", {}), "goal": workload.goal}
-    return "\n".join(_written(sections, workload, missing, command))
+    return "\n".join(_written(sections, workload, to_fill_in, command)), to_fill_in
 
 
-def _loaded(spec: Spec) -> tuple[Workload | None, str]:
-    """The project; where it has no data, None and why."""
+_TRIED = 2
+"""A batch size to look at the data with, where none is known."""
+
+
+def _loaded(spec: Spec) -> tuple[Workload | None, str | None]:
+    """The project, None where its data cannot be loaded; and what must be filled in."""
     try:
-        return load_workload(spec, need_statistics=False), ""
+        return load_workload(spec, need_statistics=False), None
     except BnprobeError as error:
         load_model_only(spec, need_statistics=False)  # raises the same where it is no matter of data
-        return None, str(error)
+        if spec.data.batch_size is None:
+            sized = spec.data.model_copy(update={"batch_size": _TRIED})
+            with suppress(BnprobeError):
+                found = load_workload(spec.model_copy(update={"data": sized}), need_statistics=False)
+                return found, "data.batch_size: that of training"
+        return None, f"data: {error}"
 
 
 def _path_from(path: str, folder: Path) -> str:
@@ -58,7 +72,9 @@ def _path_from(path: str, folder: Path) -> str:
     return relative if len(relative) < len(path) or not Path(path).is_absolute() else path
 
 
-def _written(sections: Mapping[str, Any], workload: Workload | None, missing: str, command: str) -> Iterator[str]:
+def _written(
+    sections: Mapping[str, Any], workload: Workload | None, to_fill_in: str | None, command: str
+) -> Iterator[str]:
     taken = dict(workload.taken) if workload is not None else {}
     yield from _comment(
         f"Written by {command}. Paths are relative to this file; options of the command line override it. The spec that"
@@ -71,7 +87,7 @@ def _written(sections: Mapping[str, Any], workload: Workload | None, missing: st
     else:
         yield from _comment("checkpoint: {path: FILE}   # the weights; without them the model is as it is built")
         yield ""
-    yield from _data(sections, workload, missing)
+    yield from _data(sections, workload, to_fill_in)
     for role, purpose in _PURPOSES.items():
         if role in sections:
             yield from _section(role, sections, purpose)
@@ -95,14 +111,19 @@ _WHY = {"repair": "Whether a larger or a smaller metric is better: max or min."}
 
 
 def _of_file(workload: Workload | None, role: str) -> str:
-    used = workload is not None and getattr(workload, role) is not None
-    usual = " Without it the model is called on the first item of a batch." if role == "forward" else ""
-    return "Found in the model's file." if used else f"None was found.{usual}"
-
-
-def _data(sections: Mapping[str, Any], workload: Workload | None, missing: str) -> Iterator[str]:
     if workload is None:
-        yield from _comment(f"No data was found: {missing}")
+        return "Not looked for, since there is no data to try it on."
+    if getattr(workload, role) is not None:
+        return "Found in the model's file."
+    why = f": {workload.missing[role]}." if role in workload.missing else "."
+    usual = " Without it the model is called on the first item of a batch." if role == "forward" else ""
+    return f"None was found{why}{usual}"
+
+
+def _data(sections: Mapping[str, Any], workload: Workload | None, to_fill_in: str | None) -> Iterator[str]:
+    if to_fill_in is not None:
+        yield from _comment(f"TO BE FILLED IN: {to_fill_in}")
+    if workload is None:
         if "data" in sections:
             yield from _section("data", sections, "")
             return
@@ -110,7 +131,15 @@ def _data(sections: Mapping[str, Any], workload: Workload | None, missing: str) 
         yield ""
         return
     about = f"The training data as training sees it. Found: {workload.source.description}."
-    yield from _section("data", sections, f"{about} The batch size is that of training; BN sees it.")
+    about += " The batch size is that of training; BN sees it."
+    if to_fill_in is None:
+        yield from _section("data", sections, about)
+    elif "data" in sections:
+        yield "\n".join(_section("data", sections, about)) + "  # batch_size: 32\n"
+    else:
+        yield from _comment(about)
+        yield from _comment("data: {batch_size: 32}")
+        yield ""
     held_out = workload.held_out.description if workload.held_out else "none"
     words = f"Held-out data, which no training saw. Found: {held_out}."
     if "eval_data" in sections:

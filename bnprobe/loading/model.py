@@ -531,6 +531,7 @@ class LoadedModel:
             before,
             functions={**before.functions, **known.functions},
             taken={**before.taken, **known.taken},
+            missing=known.missing,
             goal=known.goal or before.goal,
         )
         return replace(_with_functions(self, known.functions), project=both, notes=(*self.notes, *known.notes))
@@ -580,9 +581,9 @@ def _of_project(project: Project, name: str, module: UserModule | None) -> Loade
 
 def _with_functions(loaded: LoadedModel, functions: Mapping[str, Any]) -> LoadedModel:
     """The model with a module that has these functions beside those of the user's."""
-    if not functions:
-        return loaded
     home = loaded.module
+    if not functions:
+        return loaded if home is None else replace(loaded, module=replace(home, project=loaded.project))
     merged = frameworks.beside(functions, home.module if home else None, loaded.name)
     module = UserModule(merged, home.name if home else loaded.name, project=loaded.project)
     return replace(loaded, module=module)

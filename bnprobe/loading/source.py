@@ -208,16 +208,19 @@ def _no_data(module: UserModule | None, names: Mapping[str, str] = _TRAINING) ->
     if names is _EVALUATION:
         where = f"{module.name} has no {wanted}" if module else "There is no data"
         return f"{where}. Add it, or name another function or loader in the spec (eval_data: target)."
-    hint, advice = "", "Name some"
+    hint, advice = "", "Name some with --data FILE.py:NAME"
     if module is None:
         where = "There is no data"
+    elif module.project is not None and module.project.no_data is not None:
+        where, advice = module.project.no_data()
     elif getattr(module.module, "__file__", None) is None:  # a model by its name, or a folder
         where = f"{module.name} comes without data"
     else:
-        where, advice, likely = f"{module.name} has no {wanted}", "Add one of them, name one", _likely(module)
+        where, likely = f"{module.name} has no {wanted}", _likely(module)
+        advice = "Add one of them, name one with --data FILE.py:NAME"
         hint = f" Of what it defines, {listed(likely)} may be data: --data {likely[0]}." if likely else ""
     return (
-        f"{where}.{hint} {advice} with --data FILE.py:NAME (data: target in a spec), or give --input-shape, e.g."
+        f"{where}.{hint} {advice} (data: target in a spec), or give --input-shape, e.g."
         " 3,224,224, to use synthetic inputs."
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from bnprobe.config.load import settings_from
+from bnprobe.config.nodes import is_node_target
 from bnprobe.config.spec import NormClass, ScanSettings, Spec
 from bnprobe.errors import DataError, ModelError, UsageError
 from bnprobe.loading import preflight
@@ -41,7 +42,8 @@ class Workload:
         not_held_out: Why held-out data that is there was not used, a sentence; None: all that there is was used.
         norms: Norms of the user's own by the name of their class, as the spec or the model file says.
         averaged, undone: As in ``LoadedModel``.
-        taken: What was taken from where of a framework's project, by role; empty where it is none.
+        taken: What was taken from where, by role; empty for a model file that says all by the documented names.
+        missing: Why there is no loss or no metric, clauses by role; empty where nothing was taken.
         model_args: The arguments that a framework's project made its model of.
         data_args: Arguments for a class of data of the framework, where the spec does not give them.
         goal: Whether a larger or a smaller metric is better, where the framework's project says so.
@@ -66,6 +68,7 @@ class Workload:
     averaged: tuple[str | None, str | None] = (None, None)
     undone: Mapping[str, str] = field(default_factory=dict)
     taken: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
     model_args: Mapping[str, Any] = field(default_factory=dict)
     data_args: Mapping[str, Any] = field(default_factory=dict)
     goal: Goal | None = None
@@ -81,7 +84,8 @@ class Workload:
         """The same with this loss and metric, or without."""
         without = {role for role, function in (("loss", loss), ("metric", metric)) if function is None}
         taken = {role: words for role, words in self.taken.items() if role not in without}
-        return replace(self, loss=loss, metric=metric, taken=taken)
+        lost = dict.fromkeys(without & self.taken.keys(), "it cannot be computed on the training data")
+        return replace(self, loss=loss, metric=metric, taken=taken, missing={**self.missing, **lost})
 
     def completed(self, spec: Spec) -> Spec:
         """The spec with what the project says and it does not: the goal, and plain arguments of the model."""
@@ -122,8 +126,6 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
     if few is not None:
         loaded = loaded.observing(few)
     notes = list(loaded.notes)
-    if few is None and not source.synthetic and loaded.project is not None and loaded.project.observe is not None:
-        notes.append(f"{loaded.name} was not tried for a loss and a metric: {source.origin} can be read only once.")
     held_out, not_held_out = _held_out(spec, loaded.module, source, data_args)
     notes += [] if not_held_out is None else [not_held_out]
     functions = {
@@ -132,6 +134,7 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
     }
     if source.synthetic and not (spec.scan.train_steps or spec.scan.gradients):
         functions |= {"loss": None, "metric": None}  # there are no labels, and the inputs are nothing to be right about
+    taken = _taken(loaded, spec, source, functions)
     return Workload(
         loaded.model,
         loaded.name,
@@ -147,7 +150,8 @@ def load_workload(spec: Spec, need_statistics: bool = True) -> Workload:
         not_held_out=not_held_out,
         averaged=loaded.averaged,
         undone=loaded.undone,
-        taken=_taken(loaded, spec, source),
+        taken=taken,
+        missing=_missing(loaded, source, functions) if taken else {},
         model_args=loaded.project.model_args if loaded.project else {},
         data_args=data_args,
         goal=loaded.project.goal if loaded.project else None,
@@ -162,16 +166,56 @@ def _offered(functions: Mapping[str, BatchFunction | None], loaded: LoadedModel)
     return frozenset(role for role, each in functions.items() if each is not None and given.get(role) is each)
 
 
-def _taken(loaded: LoadedModel, spec: Spec, source: BatchSource) -> Mapping[str, str]:
-    """What of the framework's project is used: of what the user says otherwise, nothing."""
+def _taken(
+    loaded: LoadedModel, spec: Spec, source: BatchSource, functions: Mapping[str, BatchFunction | None]
+) -> Mapping[str, str]:
+    """What was taken where the user did not name it: of what the user says otherwise, nothing."""
     if loaded.project is None:
-        return {}
-    said = {role for role in ("forward", "loss", "metric") if getattr(spec, role) is not None}
+        if _is_model_file(loaded, spec, source):
+            return {}
+        given = {role: f"{role} of {loaded.module.name if loaded.module else loaded.name}" for role in functions}
+        found = {"model": f"{loaded.name}{_class_of(loaded)}", **given}
+    else:
+        found = dict(loaded.project.taken)
+    said = {role for role in functions if getattr(spec, role) is not None}
     used = {} if loaded.module is None else vars(loaded.module.module)
-    mine = {role for role, function in loaded.project.functions.items() if used.get(role) is function}
-    roles = {"model"} | (mine - said)
-    taken = {role: words for role, words in loaded.project.taken.items() if role in roles}
+    theirs = {} if loaded.project is None else loaded.project.functions
+    mine = {role for role, each in functions.items() if each is not None and used.get(role) is theirs.get(role, each)}
+    taken = {role: words for role, words in found.items() if role in {"model"} | (mine - said)}
     return taken if source.synthetic else {"model": taken.pop("model", loaded.name), "data": source.origin, **taken}
+
+
+def _is_model_file(loaded: LoadedModel, spec: Spec, source: BatchSource) -> bool:
+    """Whether model and data come by the documented names, from one Python file or module."""
+    symbol, data = loaded.name.rpartition(":")[2], source.origin.partition(" of ")[0]
+    if is_node_target(loaded.name) or symbol not in ("load_model", "model"):
+        return False
+    return source.synthetic or (
+        (spec.data.target, spec.data.tensors) == (None, None) and data in ("load_data", "loader", "dataset")
+    )
+
+
+def _class_of(loaded: LoadedModel) -> str:
+    """The class of a model, in parentheses, where its name does not say it."""
+    kind = type(loaded.model).__name__
+    return "" if loaded.name.endswith(f":{kind}") else f" ({kind})"
+
+
+def _missing(
+    loaded: LoadedModel, source: BatchSource, functions: Mapping[str, BatchFunction | None]
+) -> Mapping[str, str]:
+    """Why there is no loss or no metric for real data, clauses by role."""
+    project, found = loaded.project, {}
+    for role in ("loss", "metric"):
+        if source.synthetic or functions[role] is not None:
+            continue
+        if project is None:
+            found[role] = f"{loaded.module.name if loaded.module else loaded.name} has no such function of (model, batch)"
+        elif project.observe is not None and not project.missing:
+            found[role] = f"{loaded.name} was not tried for it, since {source.origin} can be read only once"
+        else:
+            found[role] = project.missing.get(role, f"{loaded.name} gives none")
+    return found
 
 
 def _norm_classes(module: UserModule | None) -> Mapping[str, NormClass]:

@@ -121,8 +121,9 @@ class Scan(Record):
         held_out_images: Held-out samples measured.
         sample: What a sample is, a noun: "image", "row", "graph" or "sequence"; "sample" where that is not known.
         command: As typed; None from Python.
-        taken: What was taken from where of a project of a framework, in words by role ("model", "data", "loss", ...);
-            empty for a model file.
+        taken: What was taken from where, in words by role ("model", "data", "loss", ...); empty for a model file that
+            says all by the documented names.
+        missing: Why there is no loss or no metric, clauses by role; empty where ``taken`` is.
     """
 
     model: str
@@ -155,6 +156,7 @@ class Scan(Record):
     sample: str = "sample"
     command: str | None = None
     taken: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)

@@ -109,8 +109,11 @@ def title(report: Report) -> str:
 def what_was_run(report: Report) -> list[tuple[str, str]]:
     """Data, weights, device and measurements, each with its label."""
     scan = report.scan
+    taken = [f"{role}: {words}" for role, words in scan.taken.items()]
+    roles = {why: [f"no {role}" for role, its in scan.missing.items() if its == why] for why in scan.missing.values()}
+    taken += [f"{' and '.join(each)}: {why}" for why, each in roles.items()]
     return [
-        *([("taken", "; ".join(f"{role}: {words}" for role, words in scan.taken.items()))] if scan.taken else []),
+        *([("taken", "; ".join(taken))] if taken else []),
         ("data", figures.data(scan)),
         *([("held-out", _held_out(scan, scan.held_out))] if scan.held_out else []),
         *([("checkpoint", scan.checkpoint)] if scan.checkpoint else []),

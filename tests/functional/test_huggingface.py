@@ -239,6 +239,20 @@ def test_without_labels_there_is_no_loss(here: Workspace) -> None:
     assert "takes its loss from labels, but the batches have pixel_values" in said[0]
 
 
+def test_init_says_that_the_batch_size_is_to_be_filled_in(here: Workspace) -> None:
+    made = here.run("init", "--from", "hf:resnet", "--data", "data.py:dataset", "its")
+    assert made.stdout.splitlines()[1:] == [
+        "fill in first: data.batch_size: that of training",
+        "then: bnprobe scan its/spec.yaml",
+    ]
+    path = here.folder / "its" / "spec.yaml"
+    text = path.read_text()
+    assert "Found: accuracy, from logits and labels" in " ".join(text.replace("\n# ", " ").split())
+    assert "batch size is unknown" in here.run("scan", "its/spec.yaml").error()
+    path.write_text(text.replace("  # batch_size: 32", "  batch_size: 8"))
+    assert here.run("scan", "its/spec.yaml", "--batches", "2").code in (CLEAN, FINDINGS)
+
+
 def test_synthetic_images(here: Workspace) -> None:
     result = here.run(
         "scan", "hf:resnet", "--input-shape", "3,16,16", "--batch-size", "8", "--batches", "2", "--format", "json"

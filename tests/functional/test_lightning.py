@@ -121,6 +121,23 @@ STEPS = {
         self.print(loss)
         self.logger.experiment.add_scalar("loss", loss, self.global_step)
 """,
+    "a schedule as long as the training": """
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters())
+        steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch, batch_idx):
+        rates = [
+            self.optimizers().param_groups[0]["lr"],
+            self.trainer.optimizers[0].param_groups[0]["lr"],
+            self.lr_schedulers().get_last_lr()[0],
+            self.trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0],
+        ]
+        assert len(set(rates)) == 1
+        return F.cross_entropy(self(batch[0]), batch[1])
+""",
     "a dictionary": """
     def training_step(self, batch):
         return {"loss": F.cross_entropy(self(batch[0]), batch[1]), "at": (self.current_epoch, self.trainer.world_size)}
@@ -152,25 +169,29 @@ def test_the_model_gets_what_the_training_step_gives_it(here: Workspace) -> None
 
 
 REFUSED = {
-    "return self(batch[0])": "it returned a tensor of shape (4, 10) and dtype torch.float32.",
-    "pass": "it returned None.",
+    "return self(batch[0])": "it returned a tensor of shape (4, 10) and dtype torch.float32",
+    "pass": "it returned None",
     "return 1 / self.trainer.estimated_stepping_batches": (
         "in train mode it raises AttributeError in other.py:8: self.trainer.estimated_stepping_batches is there only"
-        " while a Trainer runs."
+        " while a Trainer runs"
     ),
-    "assert self.training; return self(batch[0]).mean()": "in eval mode it raises AssertionError in other.py:8.",
+    "return self(batch[0]).mean() * len(self.trainer.optimizers)": (
+        "in train mode it raises AttributeError in other.py:11: self.trainer.strategy is there only while a Trainer"
+        " runs"
+    ),
+    "assert self.training; return self(batch[0]).mean()": "in eval mode it raises AssertionError in other.py:8",
     "[self.manual_backward(self(batch[0]).mean()) for _ in 'ab']": (
-        "it calls manual_backward 2 times, and none of these losses is that of the network."
+        "it calls manual_backward 2 times, and none of these losses is that of the network"
     ),
 }
 
 
 @pytest.mark.parametrize("body", REFUSED)
 def test_a_step_without_a_loss_says_why(here: Workspace, body: str) -> None:
-    _replace(here, "Other", f"\n    def training_step(self, batch, batch_idx):\n        {body}\n")
+    step = f"\n    def training_step(self, batch, batch_idx):\n        {body}\n"
+    _replace(here, "Other", f"{step}\n    def configure_optimizers(self):\n        return self.trainer.strategy\n")
     report = scan(here, "other.py:Other", *CHECKPOINT, "--data", "lit.py:Digits")
-    said = f"training_step of other.py:Other gives no loss to compare: {REFUSED[body]}"
-    assert said in report["scan"]["notes"]
+    assert report["scan"]["missing"] == {"loss": f"training_step gives none to compare: {REFUSED[body]}"}
     assert report["scan"]["taken"].keys() >= {"model", "data", "metric"}
     assert "loss" not in report["scan"]["taken"]
     assert [gap["measure"] for gap in report["summary"]["gaps"]] == ["metric"]
@@ -276,7 +297,10 @@ def test_layers_that_setup_makes_are_there_before_the_weights(here: Workspace) -
 def test_without_data_one_is_told_how_to_name_it(here: Workspace) -> None:
     here.write("bare.py", "import lit\nclass Bare(lit.LitNet): pass\n")
     said = error(here, "bare.py:Bare")
-    assert "--data" in said
+    assert said == (
+        "bare.py:Bare has no train_dataloader. Name a data module with --data lit.py:Digits (data: target in a spec), or"
+        " give --input-shape, e.g. 3,224,224, to use synthetic inputs."
+    )
     report = here.run("scan", "bare.py:Bare", "--input-shape", "1,8,8", "--batch-size", "4", "--format", "json")
     assert report.report(report.code)["scan"]["synthetic"]
 
@@ -439,8 +463,15 @@ def test_init_writes_a_spec_that_scans_the_same(here: Workspace, by_hand: dict[s
 
 def test_init_says_where_data_is_missing(here: Workspace) -> None:
     here.write("bare.py", "import lit\nclass Bare(lit.LitNet): pass\n")
-    assert here.run("init", "--from", "bare.py:Bare").code == CLEAN
-    assert "# No data was found: bare.py has no load_data(batch_size)" in (here.folder / "spec.yaml").read_text()
+    made = here.run("init", "--from", "bare.py:Bare")
+    assert made.code == CLEAN
+    wrote, to_fill_in, then = made.stdout.splitlines()
+    why = "data: bare.py:Bare has no train_dataloader. Name a data module"
+    assert to_fill_in.startswith(f"fill in first: {why}")
+    assert then == "then: bnprobe scan spec.yaml"
+    text = (here.folder / "spec.yaml").read_text()
+    assert f"# TO BE FILLED IN: {why}" in text
+    assert "None was found" not in text
     assert here.run("init", "--checkpoint", "last.ckpt").error() == (
         "These options say what to write a spec for: name the project with --from TARGET."
     )
@@ -494,10 +525,8 @@ def test_streams_have_a_loss_too(here: Workspace) -> None:
     found = here.run("scan", "stream.py:Once", "--format", "json")
     scanned = json.loads(found.stdout)["scan"]
     assert scanned["taken"].keys() == {"model", "data"}
-    assert (
-        "stream.py:Once was not tried for a loss and a metric: train_dataloader() of stream.py:Once can be read only"
-        " once." in scanned["notes"]
-    )
+    why = "stream.py:Once was not tried for it, since train_dataloader() of stream.py:Once can be read only once"
+    assert scanned["missing"] == {"loss": why, "metric": why}
 
 
 def test_the_data_module_beside_the_class_is_named_by_its_file(here: Workspace) -> None:

@@ -36,12 +36,15 @@ class Project:
         taken: What was taken from where, by role, phrases for the report: ``{"model": "LitNet of lit.py"}``. What the
             user gives instead is left out of the report.
         notes: What the reader should know, one sentence each.
+        missing: Why there is no loss or no metric, clauses by role.
         goal: Whether a larger or a smaller metric is better, where the project says so.
         model_args: The arguments that the model was made of, where the user did not give all of them.
         data_args: Arguments for the class of a data target that belongs to the framework, where the user gives none.
         observe: Called once with the model, its weights loaded, and a few samples of the training data as a batch:
             gives the project as it is then known, e.g. with the loss that a trial showed it to have. What it changes
             it puts back. None: all is known.
+        no_data: Says what of the project has no data and what to name, where nobody gives any: ``("lit.py:LitNet has no
+            train_dataloader", "Name a data module with --data data.py:Digits")``. None: as for a model file.
         prepare: Makes of a data set one whose samples the model takes, and notes; None: it is read as it is.
     """
 
@@ -49,10 +52,12 @@ class Project:
     functions: Mapping[str, Any] = field(default_factory=dict)
     taken: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
     goal: Goal | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     data_args: Mapping[str, Any] = field(default_factory=dict)
     observe: Callable[[nn.Module, Any], Project] | None = None
+    no_data: Callable[[], tuple[str, str]] | None = None
     prepare: Callable[[Any], tuple[Any, tuple[str, ...]]] | None = None
 
 

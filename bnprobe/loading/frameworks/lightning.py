@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import inspect
@@ -16,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.config.spec import Spec
-from bnprobe.errors import BnprobeError, DataError, ModelError, UserCodeError, message_of, place_in_user_code
+from bnprobe.errors import (
+    BnprobeError,
+    DataError,
+    ModelError,
+    UserCodeError,
+    is_library_file,
+    message_of,
+    place_in_user_code,
+)
 from bnprobe.loading.frameworks import Data, Project, Reader, is_a
 from bnprobe.loading.frameworks.lightning_checkpoint import Saved, arguments_for, read_saved
 from bnprobe.loading.frameworks.lightning_steps import (
@@ -75,6 +84,7 @@ class Lightning(Reader):
             model_args=arguments,
             data_args=saved.data if saved.data_argument is None else {saved.data_argument: saved.data},
             observe=functools.partial(_observed, name=name, run=run, saved=saved),
+            no_data=functools.partial(_without_data, type(model), name),
         )
 
     def claims_data(self, value: Any) -> bool:
@@ -238,6 +248,31 @@ def _data_of(model: Any, name: str, spec: Spec, saved: Saved) -> tuple[str, Any]
     return where, _datamodule(kind, where, spec.data.args, saved)
 
 
+def _without_data(kind: type, name: str) -> tuple[str, str]:
+    """What to say of a module without data, with a data module that is there."""
+    found = list(_datamodules_near(kind))
+    named = f"{found[0]} ({listed(found)} are there)" if len(found) > 1 else (*found, "FILE.py:CLASS")[0]
+    return f"{name} has no train_dataloader", f"Name a data module with --data {named}"
+
+
+_FILES = 200
+"""Files that are looked through for a data module."""
+
+
+def _datamodules_near(kind: type) -> Iterator[str]:
+    """The data modules in the files of a class's folder and the folders in it, which are read and not executed."""
+    home = Path(getattr(sys.modules.get(kind.__module__), "__file__", None) or "")
+    files = [] if is_library_file(str(home)) else [*home.parent.glob("*.py"), *home.parent.glob("*/*.py")]
+    for path in sorted(files)[:_FILES]:
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (OSError, SyntaxError, ValueError, RecursionError):
+            continue
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("DataModule") for base in node.bases):
+                yield f"{short_path(path)}:{node.name}"
+
+
 # ---- what a trial of the steps shows
 
 
@@ -247,8 +282,8 @@ def _observed(model: Any, batch: Any, *, name: str, run: Run, saved: Saved) -> P
     try:
         trial = copy.deepcopy(model)
     except Exception as error:  # whatever the user's classes raise
-        why = f"{name} cannot be copied ({_said(error)}), so its steps were not tried: there is no loss and no metric."
-        return replace(project, notes=(why,))
+        why = f"{name} cannot be copied ({_said(error)}), so its steps were not tried"
+        return replace(project, missing=dict.fromkeys(("loss", "metric"), why))
     device = next((each.device for each in trial.parameters()), torch.device("cpu"))
     if device.type != "cpu":  # a constructor put it there
         batch = trial.transfer_batch_to_device(batch, device, 0)
@@ -259,7 +294,7 @@ def _observed(model: Any, batch: Any, *, name: str, run: Run, saved: Saved) -> P
 def _with_loss(project: Project, trial: nn.Module, batch: Any, name: str, run: Run) -> Project:
     """Call ``training_step`` in both modes; add forward and loss as it shows them to be."""
     if not overrides(trial, "training_step"):
-        return replace(project, notes=(f"{name} has no training_step, so there is no loss.",))
+        return replace(project, missing={"loss": f"{name} has no training_step"})
     calls: list[Call] = []
     problem = None
     for training in (True, False):
@@ -287,8 +322,8 @@ def _with_loss(project: Project, trial: nn.Module, batch: Any, name: str, run: R
             lambda model, batch: loss_in(*step(model, "training_step", batch, run)), trial, "training_step"
         )
     taken = dict.fromkeys(functions, "training_step")
-    said = "" if problem is None else f"training_step of {name} gives no loss to compare: {problem}."
-    return replace(project, functions=functions, taken=taken, notes=(*project.notes, *filter(None, [said])))
+    missing = {} if problem is None else {"loss": f"training_step gives none to compare: {problem}"}
+    return replace(project, functions=functions, taken=taken, missing=missing)
 
 
 def _why_no_loss(returned: Any, said: Said) -> str | None:
@@ -304,20 +339,20 @@ def _why_no_loss(returned: Any, said: Said) -> str | None:
 def _with_metric(project: Project, trial: nn.Module, batch: Any, name: str, run: Run, saved: Saved) -> Project:
     """Call ``validation_step`` in both modes; add the metric that it logs."""
     if not overrides(trial, "validation_step"):
-        return project
+        return _without_metric(project, f"{name} has no validation_step")
     names: list[str] = []
     for to_end in (False, True):
         try:
             found = [set(validate(trial.train(training), batch, run, to_end)) for training in (True, False)]
         except Exception as error:  # whatever the user's code raises
-            note = f"validation_step of {name} gives no metric: on training data it raises {_said(error)}."
-            return replace(project, notes=(*project.notes, note))
+            return _without_metric(project, f"validation_step gives none: on training data it raises {_said(error)}")
         names = sorted(found[0] & found[1])
         chosen = chosen_metric(names, saved.monitored)
         if chosen is not None:
             break
     else:
-        return project
+        logged = f"of what validation_step logs ({listed(names)}) none is known" if names else "validation_step logs none"
+        return _without_metric(project, logged)
     metric, goal = chosen
     function = _as_written(
         lambda model, batch: validate(model, batch, run, to_end).get(metric), trial, "validation_step"
@@ -329,6 +364,10 @@ def _with_metric(project: Project, trial: nn.Module, batch: Any, name: str, run:
         taken={**project.taken, "metric": which},
         goal=goal,
     )
+
+
+def _without_metric(project: Project, why: str) -> Project:
+    return replace(project, missing={**project.missing, "metric": why})
 
 
 def _is_usual(calls: list[Call], batch: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -107,12 +108,29 @@ class _NoTrainer:
             self.datamodule = run.datamodule
         self._resting = resting
 
-    @property
-    def optimizers(self) -> list[Any]:
-        return self._resting().optimizers
-
     def __getattr__(self, name: str) -> Any:
+        if name == "optimizers":
+            return self._resting().optimizers
+        if name == "lr_scheduler_configs":
+            return [types.SimpleNamespace(scheduler=each) for each in self._resting().schedulers]
         raise AttributeError(f"self.trainer.{name} is there only while a Trainer runs")
+
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """Answer how long training will be, while what never steps is made for it."""
+        vars(self).update(_LENGTHS)
+        try:
+            yield
+        finally:
+            for name in _LENGTHS:
+                delattr(self, name)
+
+
+_LENGTHS = {
+    **dict.fromkeys(("estimated_stepping_batches", "max_steps"), 1_000_000),
+    **dict.fromkeys(("max_epochs", "num_training_batches"), 1000),
+}
+"""Of a training that has room for the phases of any schedule."""
 
 
 class _Still:
@@ -139,8 +157,9 @@ class _Still:
 class _Resting:
     """The optimizers and schedulers that the module configures, none of which steps."""
 
-    def __init__(self, model: Any) -> None:
-        found = list(_objects_in(model.configure_optimizers()))
+    def __init__(self, model: Any, trainer: _NoTrainer) -> None:
+        with trainer.planning():
+            found = list(_objects_in(model.configure_optimizers()))
         self.optimizers = [_Still(each) for each in found if isinstance(each, torch.optim.Optimizer)]
         self.schedulers = [_Still(each) for each in found if not isinstance(each, torch.optim.Optimizer)]
 
@@ -203,7 +222,7 @@ def _nothing_to_rest() -> _Resting:
 def _answers(model: nn.Module, run: Run, said: Said, base: type) -> dict[str, Any]:
     """What stands in for attributes of ``LightningModule``."""
     logger = _silent_logger(base)
-    resting = functools.cache(lambda: _Resting(model))
+    resting = functools.cache(lambda: _Resting(model, trainer))
     trainer = _NoTrainer(model, run, logger, resting)
 
     def ignore(self: Any, *args: Any, **kwargs: Any) -> None:
