@@ -72,6 +72,20 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), "")
 
 
+_command: ContextVar[str] = ContextVar("the command that runs", default="scan")
+
+
+def named_command(name: str) -> None:
+    """From now on, messages that show a command line for the same work show it of this command."""
+    _command.set(name)
+
+
+def command_for(target: str) -> str:
+    """The command that runs, for another target."""
+    name = _command.get()
+    return f"bnprobe {name} {'--from ' if name == 'init' else ''}{target}"
+
+
 _GIVEN = {
     "loss": (
         "loss(model, batch) in the model file, or a loss that the spec names",

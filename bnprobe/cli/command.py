@@ -14,6 +14,7 @@ from bnprobe.cli.streams import own_stdout, writing_to
 from bnprobe.errors import UserCodeError
 from bnprobe.paths import from_here
 from bnprobe.printable import message
+from bnprobe.wording import named_command
 
 
 class Command(typer.core.TyperCommand):
@@ -26,6 +27,7 @@ class Command(typer.core.TyperCommand):
             UserCodeError: The user's code called exit() where nobody reckoned with it; that must not end bnprobe
                 silently, with the exit code of a clean scan.
         """
+        named_command(str(ctx.info_name))
         try:
             with from_here(), own_stdout(shared=not is_main()):
                 return super().invoke(ctx)

@@ -83,4 +83,6 @@ def _write(folder: Path, texts: dict[str, str], to_fill_in: str | None = None) -
         write_out(f"wrote {escaped(str(folder / name))}\n")
     if to_fill_in is not None:
         write_out(f"fill in first: {escaped(to_fill_in)}\n")
-    write_out(f"{'next' if to_fill_in is None else 'then'}: bnprobe scan {escaped(shlex.quote(str(folder / 'spec.yaml')))}\n")
+    write_out(
+        f"{'next' if to_fill_in is None else 'then'}: bnprobe scan {escaped(shlex.quote(str(folder / 'spec.yaml')))}\n"
+    )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from bnprobe.errors import SpecError, message_of
 from bnprobe.numbers import listed
 from bnprobe.paths import is_file
+from bnprobe.wording import command_for
 
 SUFFIXES = (".yaml", ".yml")
 MARKS = ("_target_", "class_path")
@@ -111,7 +112,7 @@ class Configuration:
             arguments = "".join(f" --model-arg {key}={value}" for key, value in given.items() if _is_short(value))
             raise SpecError(
                 f"{self.path} does not name the class of the model (model: class_path): LightningCLI is given it in"
-                f" code. Name it yourself: bnprobe scan FILE.py:CLASS{arguments}"
+                f" code. Name it yourself: {command_for(f'FILE.py:CLASS{arguments}')}"
             )
         raise SpecError(f"{self.path} has no node for the model ({listed(list(_MODEL))}). {self._those_there()}")
 

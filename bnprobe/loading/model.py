@@ -42,10 +42,10 @@ from bnprobe.errors import (
 from bnprobe.loading import frameworks
 from bnprobe.loading.frameworks import Project
 from bnprobe.loading.places import recorded_places
-from bnprobe.loading.scripts import Import, look_at
+from bnprobe.loading.scripts import Import, classes_near, look_at
 from bnprobe.numbers import count, listed
 from bnprobe.paths import exists, is_file, is_folder, placed, short_path
-from bnprobe.wording import nearest
+from bnprobe.wording import command_for, nearest
 
 BatchFunction = Callable[[nn.Module, Any], Any]
 """A function of the user, called as f(model, batch)."""
@@ -70,9 +70,27 @@ def user_code(
     except BaseException as error:  # exit() in a model file must not end bnprobe silently
         if passes(error):
             raise
-        raise UserCodeError(call, error, hint() or _without_gpu(error) or _other_torch(error)) from error
+        said = hint() or _without_package(error) or _without_gpu(error) or _other_torch(error)
+        raise UserCodeError(call, error, said) from error
     finally:
         beat()
+
+
+_EXTRAS = {
+    **{name: name for name in ("lightning", "timm", "torchvision", "monai", "onnx", "pandas", "tensorboard", "hydra")},
+    "transformers": "huggingface", "datasets": "huggingface", "torch_geometric": "pyg", "omegaconf": "hydra",
+}
+"""The extra of bnprobe that installs a package that the user's code may import."""
+
+
+def _without_package(error: BaseException) -> str:
+    """What to do about a package that is not installed, a sentence; "" for any other error."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if not name or name in sys.modules:
+        return ""
+    if name in _EXTRAS:
+        return f'{name} is not installed. Run: pip install "bnprobe[{_EXTRAS[name]}]".'
+    return f"If {name} is a package, install it for {sys.executable}, by which bnprobe runs."
 
 
 _OPERATOR = "operator torchvision::"
@@ -289,7 +307,9 @@ def locate(target: str, near: UserModule | None) -> tuple[UserModule, str | None
 def _load_file(location: str, near: UserModule | None) -> UserModule:
     path = placed(Path(location))
     if is_folder(path):
-        raise ModelError(f"{location} is a folder. Name a Python file in it, e.g. {path / 'model.py'}.")
+        raise ModelError(
+            f"{location} is a folder. {_model_in(path)}Name a Python file in it, e.g. {path / 'model.py'}."
+        )
     if (missing := why_missing(path)) is not None:
         raise ModelError(f"The file {location} {missing}")
     if not is_file(path):
@@ -312,7 +332,16 @@ def _refuse_other_files(path: Path) -> None:
     if exists(path / "__init__.py"):
         return  # a package of the working directory
     kind = "a folder" if is_folder(path) else "not a Python file"
-    raise ModelError(f"{path} is {kind}. Name a Python file (model.py:symbol) or a module (package.module).")
+    raise ModelError(
+        f"{path} is {kind}. {_model_in(path)}Name a Python file (model.py:symbol) or a module (package.module)."
+    )
+
+
+def _model_in(folder: Path) -> str:
+    """How a folder with a model of Hugging Face is named, a sentence; "" for any other."""
+    if not is_file(folder / "config.json"):
+        return ""
+    return f"It has a config.json: a model of Hugging Face is named {shlex.quote(f'hf:{folder}')}. "
 
 
 def _execute(path: Path, shown: str) -> UserModule:
@@ -352,9 +381,11 @@ def _run(path: Path, module: types.ModuleType, shown: str) -> tuple[str, ...]:
         if error.filename and Path(error.filename).is_file():
             raise ModelError(_syntax_message(error)) from None
         raise
-    if found.parses is None:
-        return ()
-    return (f"{shown} parses arguments in line {found.parses} when it is imported: it was given none.",)
+    return _notes_on_arguments(shown, found.parses)
+
+
+def _notes_on_arguments(shown: str, line: int | None) -> tuple[str, ...]:
+    return () if line is None else (f"{shown} parses arguments in line {line} when it is imported: it was given none.",)
 
 
 def _refuse_training(found: Import, shown: str) -> None:
@@ -367,7 +398,7 @@ def _refuse_training(found: Import, shown: str) -> None:
 
 @contextmanager
 def _without_arguments(path: Path, shown: str, line: int | None) -> Iterator[None]:
-    """Let a file that parses arguments when it is imported find none, rather than those of bnprobe.
+    """Let a file or module that parses arguments when it is imported find none, rather than those of bnprobe.
 
     Args:
         path, shown: The file, and the user's name for it.
@@ -433,12 +464,12 @@ def _import(location: str, symbol: str | None) -> tuple[UserModule, str | None]:
     """Import ``package.module``, or ``package`` with the last part as the symbol (as in class_path)."""
     import_from_here()
     try:
-        return UserModule(_import_module(location), location), symbol
+        return _import_module(location), symbol
     except _MissingModuleError as error:
         parent, _, last = location.rpartition(".")
         if symbol is not None or not parent or error.missing == parent.split(".")[0]:
             raise
-        return UserModule(_import_module(parent), parent), last
+        return _import_module(parent), last
 
 
 class _MissingModuleError(ModelError):
@@ -450,16 +481,22 @@ class _MissingModuleError(ModelError):
         )
 
 
-def _import_module(location: str) -> types.ModuleType:
+def _import_module(location: str) -> UserModule:
     if not all(part.isidentifier() for part in location.split(".")):
         raise ModelError(f'"{location}" is not the name of a Python file or module.')
     with user_code(f"importing {location}"):
-        _look_at_module(location)
-        return _imported(location)
+        path, line = _look_at_module(location)
+        shown = short_path(path)
+        with _without_arguments(path, shown, line):
+            return UserModule(_imported(location), location, _notes_on_arguments(shown, line))
 
 
-def _look_at_module(location: str) -> None:
-    """Refuse a module of the user's, or a package that it is in, that would train when it is imported."""
+def _look_at_module(location: str) -> tuple[Path, int | None]:
+    """Refuse a module of the user's, or a package that it is in, that would train when it is imported.
+
+    Returns:
+        The file of the first of them that parses arguments, and the line; None: none does.
+    """
     parts = location.split(".")
     for end in range(1, len(parts) + 1):
         name = ".".join(parts[:end])
@@ -469,9 +506,13 @@ def _look_at_module(location: str) -> None:
             found = importlib.util.find_spec(name)
             file = (found.origin if found is not None else None) or ""
             if file.endswith(".py") and not is_library_file(file):
-                _refuse_training(look_at(Path(file).read_bytes()), short_path(Path(file)))
+                seen = look_at(Path(file).read_bytes())
+                _refuse_training(seen, short_path(Path(file)))
+                if seen.parses is not None:
+                    return Path(file), seen.parses
         except (ImportError, OSError, SyntaxError, ValueError):  # said by the import itself
-            return
+            break
+    return Path(), None
 
 
 def _imported(location: str) -> types.ModuleType:
@@ -612,12 +653,17 @@ def _ways_on(module: UserModule) -> str:
     classes = [name for name, value in own.items() if isinstance(value, type) and issubclass(value, nn.Module)]
     makers = [name for name, value in own.items() if not isinstance(value, type) and _MODEL_MAKER.search(name)]
     classes.sort(key=lambda name: len(required_of(own[name])))  # of classes that need as much, the last is the largest
-    commands = []
+    ways = []
     for name in dict.fromkeys([*models, *makers, *classes]):
         needed = [] if isinstance(own[name], nn.Module) else required_of(own[name])
-        target = shlex.quote(f"{module.name}:{name}")
-        commands.append(" ".join(["bnprobe scan", target, *(f"--model-arg {each}=VALUE" for each in needed)]))
-    commands = [*commands[:2], "bnprobe init  # writes a model.py and a spec.yaml to fill in"]
+        ways.append(" ".join([shlex.quote(f"{module.name}:{name}"), *(f"--model-arg {each}=VALUE" for each in needed)]))
+    if not ways:
+        ways = [shlex.quote(each) for each in classes_near(Path(module.module.__file__ or ""), "(Lightning)?Module")]
+    named = ways or ["FILE.py:NAME", "hf:FOLDER  # a saved model of transformers; or timm:NAME, torchvision:NAME"]
+    commands = [command_for(way) for way in named[:2]]
+    if len(ways) == 1:
+        commands.append(f"bnprobe init --from {ways[0]}  # writes a spec.yaml for it")
+    commands.append("bnprobe init  # writes a model.py and a spec.yaml to fill in")
     return "\n".join(f"  {command}" for command in commands)
 
 

@@ -1,4 +1,5 @@
 """A static look at a user's file before it is executed: would it train for hours, or parse arguments, when imported?
+And at those beside it: which classes do they define?
 
 Only what runs on import counts: not the bodies of functions, nor what stands under ``if __name__ == "__main__"``.
 """
@@ -9,6 +10,10 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+from bnprobe.errors import is_library_file
+from bnprobe.paths import short_path
 
 _TRAINER = re.compile(r"trainer|learn", re.IGNORECASE)
 """Names of objects whose fit() or train() is a training run: a scaler has a fit() too."""
@@ -45,6 +50,31 @@ def look_at(source: bytes) -> Import:
     functions = {each.name: each for each in body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
     top = [each for each in body if not isinstance(each, _DEFINITIONS)]
     return Import(_Training(functions).at(top), next(_parsing(top), None))
+
+
+_FILES = 200
+"""Files that are looked through for a class."""
+
+
+def classes_near(file: Path, base: str) -> Iterator[str]:
+    """The classes in the files of a file's folder, and of the folders in it, with a base of such a name.
+
+    Args:
+        file: A file of the user's.
+        base: A pattern for the last part of the base's name.
+
+    Returns:
+        Targets, e.g. "data.py:Digits".
+    """
+    files = [] if is_library_file(str(file)) else sorted([*file.parent.glob("*.py"), *file.parent.glob("*/*.py")])
+    for path in files[:_FILES]:
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (OSError, SyntaxError, ValueError, RecursionError):
+            continue
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and any(re.fullmatch(base, _name(each)) for each in node.bases):
+                yield f"{short_path(path)}:{node.name}"
 
 
 def _parsing(body: list[ast.stmt]) -> Iterator[int]:

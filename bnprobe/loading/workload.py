@@ -12,7 +12,7 @@ from torch import nn
 
 from bnprobe.config.load import settings_from
 from bnprobe.config.nodes import is_node_target
-from bnprobe.config.spec import NormClass, ScanSettings, Spec
+from bnprobe.config.spec import NormClass, ScanSettings, Spec, split_target
 from bnprobe.errors import DataError, ModelError, UsageError
 from bnprobe.loading import preflight
 from bnprobe.loading.checkpoint import load_checkpoint
@@ -171,7 +171,7 @@ def _taken(
 ) -> Mapping[str, str]:
     """What was taken where the user did not name it: of what the user says otherwise, nothing."""
     if loaded.project is None:
-        if _is_model_file(loaded, spec, source):
+        if _is_model_file(loaded, source):
             return {}
         given = {role: f"{role} of {loaded.module.name if loaded.module else loaded.name}" for role in functions}
         found = {"model": f"{loaded.name}{_class_of(loaded)}", **given}
@@ -185,14 +185,12 @@ def _taken(
     return taken if source.synthetic else {"model": taken.pop("model", loaded.name), "data": source.origin, **taken}
 
 
-def _is_model_file(loaded: LoadedModel, spec: Spec, source: BatchSource) -> bool:
+def _is_model_file(loaded: LoadedModel, source: BatchSource) -> bool:
     """Whether model and data come by the documented names, from one Python file or module."""
-    symbol, data = loaded.name.rpartition(":")[2], source.origin.partition(" of ")[0]
-    if is_node_target(loaded.name) or symbol not in ("load_model", "model"):
-        return False
-    return source.synthetic or (
-        (spec.data.target, spec.data.tensors) == (None, None) and data in ("load_data", "loader", "dataset")
-    )
+    home, symbol = split_target(loaded.name)
+    documented = {f"{name} of {home}" for name in ("load_data", "loader", "dataset")}
+    named = symbol in ("load_model", "model") and not is_node_target(loaded.name)
+    return named and (source.synthetic or source.origin in documented)
 
 
 def _class_of(loaded: LoadedModel) -> str:
@@ -210,7 +208,9 @@ def _missing(
         if source.synthetic or functions[role] is not None:
             continue
         if project is None:
-            found[role] = f"{loaded.module.name if loaded.module else loaded.name} has no such function of (model, batch)"
+            found[role] = (
+                f"{loaded.module.name if loaded.module else loaded.name} has no such function of (model, batch)"
+            )
         elif project.observe is not None and not project.missing:
             found[role] = f"{loaded.name} was not tried for it, since {source.origin} can be read only once"
         else:

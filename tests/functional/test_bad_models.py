@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -247,5 +249,52 @@ def test_exit_zero_hides_no_error(workspace: Workspace) -> None:
 def test_a_file_that_parses_arguments_gets_none(workspace: Workspace) -> None:
     parses = "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--width', default=2)\n"
     workspace.write("model.py", f"{MODEL}\n{parses}args = parser.parse_args()\n")
-    report = workspace.scan("--format", "json", "--batches", "4").report(CLEAN)
-    assert "model.py parses arguments in line 35 when it is imported: it was given none." in report["scan"]["notes"]
+    for target in ("model.py", "model:load_model"):
+        report = workspace.run("scan", target, "--format", "json", "--batch-size", "8", "--batches", "4").report(CLEAN)
+        assert "model.py parses arguments in line 35 when it is imported: it was given none." in report["scan"]["notes"]
+    workspace.write("model.py", f"{MODEL}\n{parses}parser.add_argument('folder')\nargs = parser.parse_args()\n")
+    for target in ("model.py", "model:load_model"):
+        said = workspace.run("scan", target).error()
+        assert said.startswith("model.py parses arguments when it is imported, in line 36, and ends without them (the")
+
+
+WAYS = {
+    "x = 1\n": ["bnprobe lint model.py:Net", "bnprobe init --from model.py:Net  # writes a spec.yaml for it"],
+    "from torch import nn\nclass Own(nn.Module): pass\n": [
+        "bnprobe lint own.py:Own",
+        "bnprobe init --from own.py:Own  # writes a spec.yaml for it",
+    ],
+}
+
+
+@pytest.mark.parametrize("text", WAYS)
+def test_a_file_without_a_model_shows_the_nearest_ways_on(workspace: Workspace, text: str) -> None:
+    workspace.write("own.py", text)
+    workspace.write("model.py", MODEL)
+    said = workspace.run("lint", "own.py").error().splitlines()[1:]
+    assert [each.strip() for each in said] == [
+        *WAYS[text],
+        "bnprobe init  # writes a model.py and a spec.yaml to fill in",
+    ]
+
+
+def test_a_folder_of_hugging_face_is_named_as_one(workspace: Workspace) -> None:
+    workspace.write("net/config.json", "{}")
+    for target in ("net", "net/", "net:Net"):
+        assert "a model of Hugging Face is named hf:net. " in workspace.run("scan", target).error()
+
+
+def test_a_package_that_is_not_installed_is_said_how_to_install(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Missing:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "lightning":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in [each for each in sys.modules if each.partition(".")[0] == "lightning"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    workspace.write("model.py", f"{MODEL}\nimport lightning.pytorch\n")
+    said = workspace.scan().error()
+    assert 'lightning is not installed. Run: pip install "bnprobe[lightning]".\n' in said

@@ -297,10 +297,8 @@ def test_layers_that_setup_makes_are_there_before_the_weights(here: Workspace) -
 def test_without_data_one_is_told_how_to_name_it(here: Workspace) -> None:
     here.write("bare.py", "import lit\nclass Bare(lit.LitNet): pass\n")
     said = error(here, "bare.py:Bare")
-    assert said == (
-        "bare.py:Bare has no train_dataloader. Name a data module with --data lit.py:Digits (data: target in a spec), or"
-        " give --input-shape, e.g. 3,224,224, to use synthetic inputs."
-    )
+    assert said.startswith("bare.py:Bare has no train_dataloader. Name a data module with --data ")
+    assert "/lit.py:Digits (data: target in a spec), or give --input-shape" in said  # the file is a link
     report = here.run("scan", "bare.py:Bare", "--input-shape", "1,8,8", "--batch-size", "4", "--format", "json")
     assert report.report(report.code)["scan"]["synthetic"]
 
@@ -465,7 +463,7 @@ def test_init_says_where_data_is_missing(here: Workspace) -> None:
     here.write("bare.py", "import lit\nclass Bare(lit.LitNet): pass\n")
     made = here.run("init", "--from", "bare.py:Bare")
     assert made.code == CLEAN
-    wrote, to_fill_in, then = made.stdout.splitlines()
+    to_fill_in, then = made.stdout.splitlines()[1:]
     why = "data: bare.py:Bare has no train_dataloader. Name a data module"
     assert to_fill_in.startswith(f"fill in first: {why}")
     assert then == "then: bnprobe scan spec.yaml"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import functools
 import inspect
@@ -22,7 +21,6 @@ from bnprobe.errors import (
     DataError,
     ModelError,
     UserCodeError,
-    is_library_file,
     message_of,
     place_in_user_code,
 )
@@ -45,6 +43,7 @@ from bnprobe.loading.frameworks.lightning_steps import (
 from bnprobe.loading.frameworks.metric_names import chosen_metric
 from bnprobe.loading.model import eagerly, user_code
 from bnprobe.loading.returned import described
+from bnprobe.loading.scripts import classes_near
 from bnprobe.numbers import listed
 from bnprobe.paths import short_path
 
@@ -250,27 +249,10 @@ def _data_of(model: Any, name: str, spec: Spec, saved: Saved) -> tuple[str, Any]
 
 def _without_data(kind: type, name: str) -> tuple[str, str]:
     """What to say of a module without data, with a data module that is there."""
-    found = list(_datamodules_near(kind))
+    home = Path(getattr(sys.modules.get(kind.__module__), "__file__", None) or "")
+    found = list(classes_near(home, r"\w*DataModule"))
     named = f"{found[0]} ({listed(found)} are there)" if len(found) > 1 else (*found, "FILE.py:CLASS")[0]
     return f"{name} has no train_dataloader", f"Name a data module with --data {named}"
-
-
-_FILES = 200
-"""Files that are looked through for a data module."""
-
-
-def _datamodules_near(kind: type) -> Iterator[str]:
-    """The data modules in the files of a class's folder and the folders in it, which are read and not executed."""
-    home = Path(getattr(sys.modules.get(kind.__module__), "__file__", None) or "")
-    files = [] if is_library_file(str(home)) else [*home.parent.glob("*.py"), *home.parent.glob("*/*.py")]
-    for path in sorted(files)[:_FILES]:
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (OSError, SyntaxError, ValueError, RecursionError):
-            continue
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("DataModule") for base in node.bases):
-                yield f"{short_path(path)}:{node.name}"
 
 
 # ---- what a trial of the steps shows
@@ -351,7 +333,9 @@ def _with_metric(project: Project, trial: nn.Module, batch: Any, name: str, run:
         if chosen is not None:
             break
     else:
-        logged = f"of what validation_step logs ({listed(names)}) none is known" if names else "validation_step logs none"
+        logged = (
+            f"of what validation_step logs ({listed(names)}) none is known" if names else "validation_step logs none"
+        )
         return _without_metric(project, logged)
     metric, goal = chosen
     function = _as_written(
