@@ -78,7 +78,10 @@ def user_code(
 
 _EXTRAS = {
     **{name: name for name in ("lightning", "timm", "torchvision", "monai", "onnx", "pandas", "tensorboard", "hydra")},
-    "transformers": "huggingface", "datasets": "huggingface", "torch_geometric": "pyg", "omegaconf": "hydra",
+    "transformers": "huggingface",
+    "datasets": "huggingface",
+    "torch_geometric": "pyg",
+    "omegaconf": "hydra",
 }
 """The extra of bnprobe that installs a package that the user's code may import."""
 

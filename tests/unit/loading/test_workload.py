@@ -53,6 +53,21 @@ def test_everything_from_one_model_file(tmp_path: Path) -> None:
     assert workload.metric(workload.model, batch) == 0.5
 
 
+def test_what_was_taken_is_said_where_the_documented_names_do_not(tmp_path: Path) -> None:
+    here, documented = tmp_path / "model.py", load(tmp_path)
+    assert (documented.taken, documented.missing) == ({}, {})
+    torch.save(torch.randn(8, 2), tmp_path / "x.pt")
+    workload = load_workload(build_spec(f"{write(tmp_path)}:Net", {"data.batch_size": 2}))
+    functions = {role: f"{role} of {here}" for role in ("forward", "metric")}
+    assert workload.taken == {"model": f"{here}:Net", "data": f"load_data of {here}", **functions}
+    assert workload.missing == {"loss": f"{here} has no such function of (model, batch)"}
+    assert load(tmp_path, data__tensors=str(tmp_path / "x.pt")).taken["data"] == str(tmp_path / "x.pt")
+    write(tmp_path, "model: {_target_: model.Net}\ndata: {_target_: model.load_data, batch_size: 2}\n", "conf.yaml")
+    composed = load_workload(build_spec(str(tmp_path / "conf.yaml"), {}))
+    assert composed.taken["model"] == f"{tmp_path / 'conf.yaml'}:model (Net)"
+    assert composed.missing.keys() == {"loss", "metric"}
+
+
 def test_everything_from_a_spec_file(tmp_path: Path) -> None:
     write(tmp_path)
     write(tmp_path, "def mean(model, batch): return 7.0\n", "losses.py")
