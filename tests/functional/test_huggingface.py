@@ -248,7 +248,7 @@ def test_init_says_that_the_batch_size_is_to_be_filled_in(here: Workspace) -> No
     path = here.folder / "its" / "spec.yaml"
     text = path.read_text()
     assert "Found: accuracy, from logits and labels" in " ".join(text.replace("\n# ", " ").split())
-    assert "batch size is unknown" in here.run("scan", "its/spec.yaml").error()
+    assert here.run("scan", "its/spec.yaml").error().startswith("The batch size of dataset of data.py is unknown.")
     path.write_text(text.replace("  # batch_size: 32", "  batch_size: 8"))
     assert here.run("scan", "its/spec.yaml", "--batches", "2").code in (CLEAN, FINDINGS)
 

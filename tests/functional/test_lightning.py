@@ -543,4 +543,4 @@ def test_a_data_module_that_cannot_be_made_matters_only_where_there_is_need_of_i
     said = error(here, "needing.py:Needing")
     assert said.startswith("needing.py:Data needs root, which is not given: there is no --checkpoint. Give it by data:")
     assert here.run("init", "--from", "needing.py:Needing").code == CLEAN
-    assert "# No data was found: needing.py:Data needs root" in (here.folder / "spec.yaml").read_text()
+    assert "# TO BE FILLED IN: data: needing.py:Data needs root" in (here.folder / "spec.yaml").read_text()
