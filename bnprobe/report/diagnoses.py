@@ -18,8 +18,7 @@ from bnprobe.report.layers import OUTPUT_CHANGE, on_samples, unmeasured, with_si
 from bnprobe.report.next_step import NextStep
 from bnprobe.report.page import FINE, FLAGGED, SEVERITY_SIGNS, SEVERITY_STYLES, UNDECIDED, UNMEASURED, Page
 from bnprobe.rules import RULES, effect, rule_of, title_of
-from bnprobe.rules.shares import flagging_limit, noise_threshold
-from bnprobe.stats.theory import equivalent_batch_size
+from bnprobe.rules.shares import flagging_limit, flagging_size, noise_threshold
 
 MOST_DIAGNOSES = 5
 """So many diagnoses are shown, the first, unless all are asked for."""
@@ -256,27 +255,25 @@ def _behaviour(layer: Layer) -> str:
     path = worse_path(layer.train, layer.eval)
     if path is not None and path.mismatch >= 2:
         return f"differs more than small batches can explain, D = {figures.mismatch(path.mismatch)}"
-    limit = limit_of(layer)
+    limit = flagging_size(layer)
     size = UNMEASURED if path is None else figures.below(path.equivalent_batch_size, limit)
     return f"behaves as if the batch were {size} values, and its limit is {_limit_in_words(layer)}"
-
-
-def limit_of(layer: Layer) -> float:
-    """The n_eq below which the layer is flagged."""
-    return equivalent_batch_size(flagging_limit(layer)) or layer.threshold
 
 
 def _limit_in_words(layer: Layer) -> str:
     """The n_eq below which the layer is flagged, and where that lies."""
     noise = noise_threshold(layer.threshold)
     if noise == layer.threshold or layer.shares is None:
-        return figures.plain(limit_of(layer))
+        return figures.plain(flagging_size(layer))
     ends = f"{figures.plain(noise)} for noise of batches and {figures.plain(layer.threshold)} for all else"
-    return f"{limit_of(layer):.3g}, between {ends}"
+    return f"{flagging_size(layer):.3g}, between {ends}"
 
 
 def _straddling(layer: Layer) -> str:
-    for limit, words in ((limit_of(layer), _limit_in_words(layer)), (layer.threshold, figures.plain(layer.threshold))):
+    for limit, words in (
+        (flagging_size(layer), _limit_in_words(layer)),
+        (layer.threshold, figures.plain(layer.threshold)),
+    ):
         for mode, path in (("train", layer.train), ("eval", layer.eval)):
             if path is not None and _contains(path.equivalent_batch_size_interval, limit):
                 span = figures.equivalent_interval(path.equivalent_batch_size_interval)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
 from bnprobe.errors import UsageError
-from bnprobe.records import SOURCES, Layer, PathMeasurement, Report, SweepReport, Verification
+from bnprobe.records import SOURCES, Impact, Layer, PathMeasurement, Report, SweepReport, Verification
+from bnprobe.rules.shares import flagging_limit, flagging_size
 from bnprobe.wording import nearest
 
 Cell = str | int | float | bool | None
@@ -24,7 +26,7 @@ def rows(document: Report | SweepReport | Verification) -> list[Row]:
 def _scanned(layer: Layer, report: Report) -> Iterator[Row]:
     failed = [verdict for verdict in report.verdicts if verdict.layer == layer.name and verdict.outcome == "failed"]
     for mode, path in (("train", layer.train), ("eval", layer.eval)):
-        shares = layer.shares if mode == (layer.only_in or "eval") else None
+        shares, impact = (layer.shares, layer.impact) if mode == (layer.only_in or "eval") else (None, None)
         yield {
             "layer": layer.name,
             "mode": mode,
@@ -33,9 +35,11 @@ def _scanned(layer: Layer, report: Report) -> Iterator[Row]:
             "batch_size": report.scan.batch_size,
             "flagged": layer.flagged,
             "undecided": layer.undecided,
-            "threshold": layer.threshold,
+            "limit": flagging_limit(layer),
+            "limit_equivalent_batch_size": flagging_size(layer),
             **_measured(path),
             **{f"share_{source.field}": None if shares is None else source.of(shares) for source in SOURCES},
+            **{f"impact_{field.name}": getattr(impact, field.name, None) for field in fields(Impact)},
             "causes": " ".join(verdict.cause for verdict in failed),
             "location": layer.location,
             "note": layer.note,

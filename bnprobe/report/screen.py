@@ -16,11 +16,12 @@ from bnprobe.numbers import count, joined, listed
 from bnprobe.records import Gap, Layer, Report
 from bnprobe.report import charts, figures, further, scan
 from bnprobe.report.baseline import known
-from bnprobe.report.diagnoses import closing, finding_lines, findings_in_words, limit_of
-from bnprobe.report.layers import MARKED_WORST, has_overflowed, sign_of, worse_path, worst_first
+from bnprobe.report.diagnoses import closing, finding_lines, findings_in_words
+from bnprobe.report.layers import has_overflowed, sign_of, worse_path, worst_first
 from bnprobe.report.next_step import NextStep, advised_step
 from bnprobe.report.page import FLAGGED, UNDECIDED, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Mark, TableLayout, fit, layer_names, table
+from bnprobe.rules.shares import flagging_size
 
 MOST_LINES = 40
 """Less is shown of findings, layers and notes until the report has no more lines."""
@@ -221,10 +222,9 @@ def _rows(layers: Sequence[Layer]) -> list[Stage]:
 
 
 def worst_rows(report: Report, most: int = MOST_ROWS) -> tuple[list[Stage], list[Column], int]:
-    """The worst rows in network order with their figures, and how many more rows there are."""
-    places = {layer.name: place for place, layer in enumerate(report.layers)}
+    """The worst rows, worst first, with their figures, and how many more rows there are."""
     rows = _rows(report.layers)
-    shown = sorted(rows[:most], key=lambda stage: places[stage.layers[0].name])
+    shown = rows[:most]
     return shown, _columns([stage.worst for stage in shown], [len(stage.layers) for stage in shown]), len(rows[most:])
 
 
@@ -233,10 +233,7 @@ def _layers(report: Report, most: int, page: Page) -> list[Text]:
     shown, columns, more = worst_rows(report, most)
     if not shown:
         return []
-    flagged = [stage for stage in _rows(report.layers) if sign_of(stage.worst) == FLAGGED]
-    ranks = {stage.name: str(rank) for rank, stage in enumerate(flagged[:MARKED_WORST], start=1) if len(flagged) > 1}
-    signs = [sign_of(stage.worst) for stage in shown]
-    marks = [Mark.of(sign, ranks.get(stage.name, "")) for sign, stage in zip(signs, shown, strict=True)]
+    marks = [Mark.of(sign_of(stage.worst)) for stage in shown]
     names = layer_names([stage.name for stage in shown], [layer.name for layer in report.layers], page, marks)
     layouts = [TableLayout([each for each in columns if each.heading not in left_out]) for left_out in _DISPENSABLE]
     fitting, _ = fit(layouts, names, page)
@@ -263,7 +260,7 @@ def _columns(layers: Sequence[Layer], alike: Sequence[int]) -> list[Column]:
     return [
         *([Column(_ALIKE_LAYERS, [str(number) for number in alike])] if max(alike, default=1) > 1 else []),
         Column("n_eq", [figures.path_equivalent(path) for path in paths], "point"),
-        Column(_LIMIT, [f"{limit_of(layer):.3g}" for layer in layers], "point"),
+        Column(_LIMIT, [figures.equivalent_batch_size(flagging_size(layer)) for layer in layers], "point"),
         Column(_MISMATCH, [figures.path_mismatch(path) for path in paths], "point"),
         *([Column(_MOSTLY, mostly, "left")] if any(mostly) else []),
         *([Column(_OUTPUT, changes, "point")] if any(changes) else []),

@@ -32,7 +32,7 @@ from bnprobe.records import (
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts, Need
 from bnprobe.rules.interface import Rule
-from bnprobe.stats.theory import mismatch_iid, standing
+from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid, standing
 
 Screened = Literal["flagged", "undecided", "clean"]
 
@@ -95,6 +95,11 @@ def flagging_limit(layer: Layer) -> float:
     if layer.only_in == "train":  # nothing uses its running statistics
         return noise_limit(layer.threshold)
     return deciding_limit(*noise_and_others(layer.shares, layer.composition), layer.threshold)
+
+
+def flagging_size(layer: Layer) -> float:
+    """The equivalent batch size below which a layer is flagged."""
+    return equivalent_batch_size(flagging_limit(layer)) or layer.threshold
 
 
 def noise_threshold(threshold: float) -> float:
@@ -348,7 +353,8 @@ def found_against(layer: Layer, cause: Cause, facts: Facts) -> tuple[str, Severi
     share = share_of(layer, cause)
     if share is not None and is_cause(layer, cause):
         severity = severity_of(cause, facts)
-        return f"{in_words(layer, share)}{_at_no_cost(cause, facts) if severity == 'warning' else ''}", severity
+        told = in_words(layer, share, share_limit(layer, cause))
+        return f"{told}{_at_no_cost(cause, facts) if severity == 'warning' else ''}", severity
     if share is not None and is_suspect(layer, cause, facts):
         return _suspected(cause, share, facts), "error"
     return None
@@ -396,8 +402,8 @@ def _although(layer: Layer, cause: Cause, share: float) -> str:
     return ", which is too small to flag the layer by itself"
 
 
-def in_words(layer: Layer, share: float) -> str:
-    """How much of the mismatch a share is, a sentence."""
+def in_words(layer: Layer, share: float, own_limit: float) -> str:
+    """How much of the mismatch a share is, and the limits of both, a sentence."""
     total, limit = None if layer.eval is None else layer.eval.mismatch, mismatch(flagging_limit(layer))
     if layer.only_in == "train":
         return f"(D = {mismatch(share)}; the layer runs in training only, and its limit is that of noise, {limit}.)"
@@ -407,4 +413,6 @@ def in_words(layer: Layer, share: float) -> str:
         part = f"It adds D = {mismatch(share)}, which other causes offset in part: the layer has D = {mismatch(total)}"
     else:
         part = f"It accounts for D = {mismatch(min(share, total))} of {mismatch(total)}"
-    return f"({part}; the layer's limit is {limit}.)"
+    own = mismatch(own_limit)
+    limits = f"the layer's limit is {limit}" if own == limit else f"its limit is {own}, the layer's is {limit}"
+    return f"({part}; {limits}.)"

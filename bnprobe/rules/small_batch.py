@@ -9,7 +9,7 @@ from bnprobe.rules.facts import Facts
 from bnprobe.rules.interface import Link
 from bnprobe.rules.shares import (
     ShareRule,
-    flagging_limit,
+    flagging_size,
     is_off_at_inference,
     noise_limit,
     noise_threshold,
@@ -124,7 +124,7 @@ def _limit(layer: Layer) -> tuple[str, float]:
     """The limit of what ``_equivalent`` gives, and whose it is: of noise alone, or of all that flags the layer."""
     if layer.only_in == "train" or (layer.shares is not None and is_off_at_inference(layer)):
         return "the limit of noise", noise_threshold(layer.threshold)
-    return "the layer's limit", equivalent_batch_size(flagging_limit(layer)) or layer.threshold
+    return "the layer's limit", flagging_size(layer)
 
 
 def _equivalent(layer: Layer) -> float | None:

@@ -15,8 +15,8 @@ from bnprobe.report.html.page import Chart as Drawn
 from bnprobe.report.html.vega import LINES
 from bnprobe.report.layers import MEANINGS, on_samples, sign_of, terms, worse_path
 from bnprobe.report.page import FLAGGED, UNMEASURED
-from bnprobe.rules.shares import flagging_limit
-from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
+from bnprobe.rules.shares import flagging_size
+from bnprobe.stats.theory import mismatch_iid
 
 MOST_LINES = 60
 """So many layers are drawn against batch size, the worst."""
@@ -213,7 +213,7 @@ def _interval(layer: Layer) -> Cell:
 
 
 def _limit(layer: Layer) -> Cell:
-    limit = equivalent_batch_size(flagging_limit(layer)) or layer.threshold
+    limit = flagging_size(layer)
     return Cell(figures.equivalent_batch_size(limit), limit)
 
 

@@ -149,7 +149,7 @@ def test_one_cause_is_said_once_and_the_worst_layer_named() -> None:
             "2 of 3 layers: samples of a batch are more alike than samples drawn at random (sorted data, or one source"
             " per batch?). Worst is c: Two samples of a batch have a correlation of 0.40 (0: i.i.d., 1: identical;"
             " p < 0.0001), so a batch of 8 is worth 2.11 independent samples. (It accounts for D = 0.500 of 0.505;"
-            " the layer's limit is 0.048.)"
+            " its limit is 0.024, the layer's is 0.048.)"
         ),
         remedy=find_rule("BN202").remedy,
     )

@@ -12,6 +12,7 @@ from io import StringIO
 from typing import Any
 from xml.etree import ElementTree
 
+import fabricated_causes as causes
 import fabricated_reports as fabricated
 import jsonschema
 import pytest
@@ -280,6 +281,22 @@ def test_csv_has_a_row_for_each_layer_and_mode() -> None:
     assert first.eval is not None
     assert float(table[1]["mismatch"]) == first.eval.mismatch
     assert table[1]["flagged"] == str(first.flagged).lower()
+
+
+def test_a_row_has_the_limit_and_the_output_change_that_the_report_shows() -> None:
+    found = causes.lag()
+    table = rows(render(found, "csv"))
+    assert "threshold" not in table[0]
+    judged = [(float(row["mismatch_low"]), float(row["limit"]), row) for row in table if row["mismatch_low"]]
+    flagged = {row["layer"] for low, limit, row in judged if low > limit}
+    assert flagged == {layer.name for layer in found.layers if layer.flagged}
+    for low, limit, row in judged:
+        assert (float(row["equivalent_batch_size_high"] or "inf") < float(row["limit_equivalent_batch_size"])) == (
+            low > limit
+        )
+    measured = next(layer for layer in found.layers if layer.impact is not None)
+    of_layer = {row["mode"]: row["impact_estimate"] for row in table if row["layer"] == measured.name}
+    assert of_layer == {"train": "", "eval": str(measured.impact.estimate)}  # type: ignore[union-attr]
 
 
 def test_a_path_that_was_not_measured_is_empty() -> None:

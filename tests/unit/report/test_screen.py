@@ -15,6 +15,7 @@ from rendered import said, section, text_of
 from bnprobe.printable import PROSE_WIDTH
 from bnprobe.records import Diagnosis, Layer
 from bnprobe.report import RenderOptions, render
+from bnprobe.report.layers import worst_first
 from bnprobe.report.screen import MOST_LINES, stages
 
 SCANS = [name for kind, name in CASES if kind == "scan"]
@@ -50,10 +51,16 @@ def test_findings_that_do_not_fit_are_counted() -> None:
     assert f"{9 - shown} more findings" in text
 
 
-def test_the_worst_rows_are_ranked_and_have_the_figures_of_the_worse_mode() -> None:
-    rows = section(fabricated.flagged(), "9 BatchNorm2d layers", verbose=False)[2:8]
-    assert [row[:2] for row in rows] == ["✗ ", "✗ ", "✗1", "✗ ", "✗3", "✗2"]
-    assert rows[2].split()[1:5] == ["layer2.0.downsample.1", "1.0", "31.7", "38.9"]
+def test_the_worst_row_comes_first_and_has_the_figures_of_the_worse_mode() -> None:
+    found = fabricated.flagged()
+    rows = [row.split() for row in section(found, "9 BatchNorm2d layers", verbose=False)[2:8]]
+    assert [row[1] for row in rows] == [layer.name for layer in worst_first(found.layers)[:6]]
+    assert rows[0][:5] == ["✗", "layer2.0.downsample.1", "1.0", "31.7", "38.9"]
+
+
+def test_the_limits_of_a_column_have_one_number_format() -> None:
+    rows = [row.split() for row in section(causes.lag(), "9 BatchNorm2d layers", verbose=False) if row[:1] == "✗"]
+    assert [row[3] for row in rows] == ["32.0", *5 * ["31.5"]]
 
 
 def test_a_report_without_layers_is_short() -> None:

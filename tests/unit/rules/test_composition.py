@@ -19,7 +19,8 @@ def test_similar_samples_are_expressed_as_a_number_of_samples() -> None:
             "BN202",
             "bn",
             "Two samples of a batch have a correlation of 0.43 (0: i.i.d., 1: identical; p < 0.0001), so a batch of 8"
-            " is worth 2 independent samples. (It accounts for D = 0.300 of 0.305; the layer's limit is 0.048.)",
+            " is worth 2 independent samples. (It accounts for D = 0.300 of 0.305; its limit is 0.024, the"
+            " layer's is 0.048.)",
             0.3,
             HALF,
         )

@@ -14,7 +14,7 @@ def test_the_random_layers_are_named() -> None:
             "BN204",
             "behind",
             "Random layers before it (drop2, drop1) change its mean and variance in training, and are off at inference."
-            " (It accounts for D = 0.200 of 0.205; the layer's limit is 0.048.)",
+            " (It accounts for D = 0.200 of 0.205; its limit is 0.024, the layer's is 0.048.)",
             0.2,
             HALF,
         ),

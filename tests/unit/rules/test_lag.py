@@ -24,7 +24,7 @@ def test_the_message_says_which_way_and_why() -> None:
             "The running statistics are not those of the training data: at inference the standard deviation of a"
             " typical batch is 2 times theirs, and its mean is 1.5 of their standard deviations away. Most likely"
             " reason: too few updates: after 100 with momentum=0.001, 90% of their weight is still on the initial mean"
-            " 0 and variance 1. (It accounts for D = 0.600 of 0.605; the layer's limit is 0.047.)",
+            " 0 and variance 1. (It accounts for D = 0.600 of 0.605; its limit is 0.024, the layer's is 0.047.)",
             0.6,
             HALF,
         )
@@ -222,7 +222,7 @@ def test_statistics_that_recalibration_surely_mends_are_an_error_whatever_the_tw
 
 def test_no_part_is_written_as_larger_than_the_whole() -> None:
     for lag, offset, said in (
-        (0.1848, -0.0008, "(It accounts for D = 0.184 of 0.184; the layer's limit is 0.04"),
+        (0.1848, -0.0008, "(It accounts for D = 0.184 of 0.184; its limit is 0.024, the layer's is 0.04"),
         (0.35, -0.05, "(It adds D = 0.350, which other causes offset in part: the layer has D = 0.300;"),
     ):
         layer = make_layer("bn", make_shares(small_batch=offset, lag=lag))

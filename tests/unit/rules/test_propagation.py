@@ -14,7 +14,7 @@ def test_what_earlier_layers_do_is_blamed_on_them() -> None:
             "BN205",
             "second",
             "Because of earlier layers, the mean and variance of its input differ between training and inference."
-            " (It accounts for D = 0.100 of 0.105; the layer's limit is 0.048.)",
+            " (It accounts for D = 0.100 of 0.105; its limit is 0.024, the layer's is 0.048.)",
             0.1,
             HALF,
         ),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from bnprobe.numbers import mismatch
 from bnprobe.records import BatchSizePoint, Composition, Domains, Layer
 from bnprobe.rules import RULES
+from bnprobe.rules.shares import flagging_limit
 from bnprobe.stats.theory import mismatch_iid
 from bnprobe.testing import make_anatomy, make_evidence, make_intervals, make_layer, make_path, make_shares, run_rule
 from unit.rules.effects import metric, tried
@@ -195,6 +197,13 @@ def test_they_are_not_advised_where_recalibrated_statistics_do_as_well() -> None
         remedies = (tried(0.4, usual), tried(0.4, 0.9, "instance statistics"))
         [verdict] = run_rule("BN201", make_evidence(layer, gaps=(metric(0.9, 0.4),), remedies=remedies))
         assert ("instance-renorm" in verdict.remedy) == advised
+
+
+def test_the_message_names_the_limit_that_the_verdict_has() -> None:
+    layer = make_layer("bn", make_shares(small_batch=0.3, lag=0.01))
+    [verdict] = run_rule("BN201", make_evidence(layer))
+    assert verdict.limit == NOISE
+    assert f"its limit is {mismatch(NOISE)}, the layer's is {mismatch(flagging_limit(layer))}.)" in verdict.message
 
 
 def test_larger_batches_are_not_advised_where_they_were_measured_without_effect() -> None:
